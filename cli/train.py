@@ -1,0 +1,115 @@
+"""What ``remap distill`` and ``remap tune`` do once their words are read."""
+
+from pathlib import Path
+from typing import Any
+
+from remap.errors import RecipeError
+from remap.recipe import Recipe, resolve
+from remap_cli import view
+
+
+def from_words(
+    words: dict[str, Any],
+    recipe_word: str | None,
+    settings: list[str],
+    output: Path | None,
+    dry_run: bool,
+    json: bool,
+    *,
+    with_teacher: bool,
+) -> None:
+    """Resolve the recipe, then run it or estimate it."""
+    with view.Reporter(quiet=json or not _is_main()) as progress:
+        recipe = read_recipe(words, recipe_word, settings, with_teacher=with_teacher)
+        _say_what(recipe, progress)
+        if dry_run:
+            from remap.dry_run import estimate
+            from remap_cli.estimates import show
+
+            found = estimate(recipe, progress)
+        else:
+            from remap.distill import start
+
+            result = start(recipe, output, progress)
+    if not _is_main():
+        return
+    if dry_run:
+        view.emit(found) if json else show(found)
+    else:
+        _show(dict(result.summary), json)
+
+
+def go_on(path: Path, asked: list[str], json: bool) -> None:
+    """Resume a run; its recipe is its own."""
+    if asked:
+        raise RecipeError(
+            [f"--{word.replace('_', '-')}: a resumed run keeps its own recipe" for word in asked], f"--resume {path}"
+        )
+    from remap.distill import resume
+
+    with view.Reporter(quiet=json or not _is_main()) as progress:
+        result = resume(path, progress)
+    if _is_main():
+        _show(dict(result.summary), json)
+
+
+def read_recipe(
+    words: dict[str, Any], recipe_word: str | None, settings: list[str], *, with_teacher: bool
+) -> Recipe:
+    """The recipe of a training command: ``distill`` starts from the embedded default, ``tune`` has no teacher."""
+    if recipe_word is None and with_teacher:
+        recipe_word = "digits" if words.get("data") in (None, "digits") else None
+        words = {**words, "teacher": words.get("teacher") or "mini_teacher"}
+    recipe = resolve(recipe_word, words, settings)
+    if with_teacher and recipe.teacher is None:
+        raise RecipeError(["teacher: missing; `remap tune` trains without one"], recipe_word or "command line")
+    if not with_teacher and recipe.teacher is not None:
+        raise RecipeError(["teacher: `remap tune` has none; use `remap distill`"], recipe_word or "command line")
+    return recipe
+
+
+def _say_what(recipe: Recipe, progress: view.Reporter) -> None:
+    from remap.backbones.names import SHORT_NAMES
+
+    models = {"teacher": recipe.teacher.model if recipe.teacher else None, "student": recipe.student.model}
+    for role, word in models.items():
+        if word is not None:
+            resolved = f" = {SHORT_NAMES[word]}" if word in SHORT_NAMES else ""
+            progress.say(f"{role:8} {word}{resolved}")
+    progress.say(f"method   {recipe.method.name}, losses {', '.join(f'{x.name} x {x.weight:g}' for x in recipe.losses)}")
+
+
+def _show(summary: dict[str, Any], json: bool) -> None:
+    if json:
+        view.emit(summary)
+        return
+    student, teacher = summary["student"], summary.get("teacher")
+    share = student["trainable_parameters"] / student["total_parameters"]
+    rows = []
+    if teacher is not None:
+        accuracy = "-" if teacher["accuracy"] is None else f"{teacher['accuracy']:.1%}"
+        rows.append(["teacher", teacher["model"], accuracy, view.count(teacher["total_parameters"]), "0", "-"])
+    rows.append(
+        [
+            f"student + {summary['method']}",
+            student["model"],
+            f"{student['accuracy']:.1%}",
+            view.count(student["total_parameters"]),
+            f"{view.count(student['trainable_parameters'])} ({share:.1%})",
+            view.size(student["task_bytes"]),
+        ]
+    )
+    data = summary["data"]
+    title = f"{data['source']}: accuracy on {data['val_images']} images after {data['train_images']} training images"
+    view.table(title, ["", "model", "accuracy", "parameters", "trained", "to keep"], rows, right=(2, 3, 4, 5))
+    view.out.print(
+        f"{view.duration(summary['seconds'])} in all. Run: {summary['run_dir']}\n"
+        f"next: remap predict {summary['run_dir']} IMAGES...   remap eval {summary['run_dir']}",
+        markup=False,
+    )
+
+
+def _is_main() -> bool:
+    import os
+
+    return int(os.environ.get("RANK", "0")) == 0

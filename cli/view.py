@@ -1,0 +1,128 @@
+"""Everything that is printed: results on stdout, progress and messages on stderr."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def error(problem: Exception) -> None:
+    """One message in red; nothing of it is read as markup."""
+    text = str(problem)
+    first, _, rest = text.partition("\n")
+    err.print(f"[bold red]error:[/] {escape(_plain(first))}" + (f"\n{escape(_plain(rest))}" if rest else ""))
+
+
+def note(text: str) -> None:
+    err.print(f"[dim]{escape(_plain(text))}[/]")
+
+
+def table(title: str, columns: list[str], rows: list[list[Any]], right: tuple[int, ...] = ()) -> None:
+    """Print a table; columns in ``right`` are aligned right."""
+    result = Table(title=title, title_justify="left", header_style="bold", title_style="bold")
+    for index, column in enumerate(columns):
+        result.add_column(column, justify="right" if index in right else "left", overflow="fold")
+    for row in rows:
+        result.add_row(*(escape(_plain(str(cell))) for cell in row))
+    out.print(result)
+
+
+def emit(value: Any) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def count(number: int) -> str:
+    """38,400 as it is, 21,665,664 as 21.7 M."""
+    return f"{number:,}" if number < 1_000_000 else f"{number / 1e6:.1f} M"
+
+
+def size(number: float) -> str:
+    """Bytes in the unit a reader would choose."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _plain(text: str) -> str:
+    """Control characters of file or class names must not reach the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+class Reporter:
+    """Progress on stderr: bars on a terminal, else a plain line for each wait that took more than two seconds."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._bars: Progress | None = None
+        if err.is_terminal and not quiet:
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("[dim]{task.fields[values]}"),
+                console=err,
+                transient=True,
+            )
+
+    def __enter__(self) -> "Reporter":
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def say(self, text: str) -> None:
+        if not self._quiet:
+            err.print(escape(_plain(text)))
+
+    @contextmanager
+    def wait(self, what: str, total: int | None = None) -> Iterator["_Wait"]:
+        task = self._bars.add_task(escape(_plain(what)), total=total, values="") if self._bars is not None else None
+        wait, started = _Wait(self._bars, task), time.perf_counter()
+        try:
+            yield wait
+        finally:
+            if task is not None:
+                self._bars.remove_task(task)
+        seconds = time.perf_counter() - started
+        if self._bars is None and not self._quiet and seconds > 2:
+            err.print(escape(_plain(f"{what}: {duration(seconds)}{wait.text()}")))
+
+
+class _Wait:
+    def __init__(self, bars: Progress | None, task: Any) -> None:
+        self._bars, self._task = bars, task
+        self._values: dict[str, float] = {}
+
+    def advance(self, amount: int = 1, **values: float) -> None:
+        self._values |= values
+        if self._bars is not None:
+            self._bars.update(self._task, advance=amount, values=" ".join(f"{k} {v:.4g}" for k, v in values.items()))
+
+    def text(self) -> str:
+        return "".join(f", {name} {value:.4g}" for name, value in self._values.items())

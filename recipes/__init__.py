@@ -1,0 +1,1 @@
+"""Recipes shipped with remap: YAML files, read through `remap recipes`."""

@@ -1,0 +1,1 @@
+"""Backbones: building timm models, reading their anatomy, and the embedded mini pair."""

@@ -1,0 +1,61 @@
+"""The embedded pair of plain vision transformers, registered with timm: 32x32 pixels, patch 4, CIFAR-10 weights.
+
+They exist so that the whole tool runs without a download; their model card is ``weights/README.md``.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def _cfg(name: str) -> dict[str, Any]:
+    return {
+        "file": str(WEIGHTS / f"{name}.safetensors"),
+        "num_classes": 10,
+        "input_size": (3, 32, 32),
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vit_mini_student_patch4_32.cifar10": _cfg("vit_mini_student_patch4_32"),
+        "vit_mini_teacher_patch4_32.cifar10": _cfg("vit_mini_teacher_patch4_32"),
+    }
+)
+
+
+def _mini(variant: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
+    return build_model_with_cfg(
+        VisionTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **{"img_size": 32, "patch_size": 4, **kwargs},
+    )
+
+
+@register_model
+def vit_mini_student_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """0.68 M parameters: width 128, 4 blocks, 2 heads, MLP ratio 3."""
+    shape = {"embed_dim": 128, "depth": 4, "num_heads": 2, "mlp_ratio": 3}
+    return _mini("vit_mini_student_patch4_32", pretrained, **{**shape, **kwargs})
+
+
+@register_model
+def vit_mini_teacher_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """2.69 M parameters: width 192, 6 blocks, 3 heads, MLP ratio 4."""
+    shape = {"embed_dim": 192, "depth": 6, "num_heads": 3, "mlp_ratio": 4}
+    return _mini("vit_mini_teacher_patch4_32", pretrained, **{**shape, **kwargs})

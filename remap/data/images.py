@@ -1,0 +1,60 @@
+"""Decode one image file to RGB pixels, whatever mode it was stored in."""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# What torchvision's ImageFolder reads, plus .avif; anything else in a class folder is named and left out.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".avif")
+
+
+class BadImage(Exception):
+    """A file that cannot be decoded as an image; the message says why."""
+
+
+def decode(source: bytes | Path) -> Image.Image:
+    """An upright RGB image.
+
+    EXIF rotation is applied, 16-bit and float greys are scaled to 8 bit, palettes and CMYK are converted, and an
+    alpha channel is dropped (as torchvision and timm do).
+
+    Raises:
+        BadImage: Truncated, empty, not an image, or larger than Pillow's limit against decompression bombs.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.filterwarnings("ignore", message=".*EXIF.*")
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # Pillow's decoders raise many kinds; all mean the file is no usable image
+        raise BadImage(_reason(error)) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        return _grey_of_wide_range(image).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey_of_wide_range(image: Image.Image) -> Image.Image:
+    """16-bit greys (Pillow opens them as I;16 or I) to 8 bit; values within 0..255 are taken as they are."""
+    values = np.asarray(image).astype(np.float64)
+    if image.mode.startswith("I;16") or values.max(initial=0) > 255:
+        values = values / 257.0
+    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8), mode=None)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).split("<")[0].strip().rstrip(":") or type(error).__name__
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return text[:120]

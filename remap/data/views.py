@@ -1,0 +1,130 @@
+"""Views: the square of raw uint8 pixels that teacher and student both start from.
+
+Letters: B images, V side of the view in pixels.
+"""
+
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from remap.data.images import BadImage, decode
+from remap.data.sources import Split
+from remap.errors import DataError
+from remap.progress import Progress
+
+_FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "nearest": Image.Resampling.NEAREST,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True)
+class View:
+    """How an image becomes a square: the centre ``crop_pct`` of its shorter side, resized to ``size`` pixels."""
+
+    size: int
+    crop_pct: float
+    interpolation: str
+
+    def apply(self, image: Image.Image) -> np.ndarray:
+        """(3, V, V) uint8. The crop is resized in one go, so a sliver of an image needs no giant in between."""
+        side = min(image.size) * self.crop_pct
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        square = image.resize(
+            (self.size, self.size), _FILTERS[self.interpolation], box=(left, top, left + side, top + side)
+        )
+        return np.array(square, dtype=np.uint8).transpose(2, 0, 1)
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+class ViewSource:
+    """Views of a split, decoded by threads; kept in memory when they fit.
+
+    Attributes:
+        bad: Reason by index for images that could not be read so far.
+    """
+
+    def __init__(self, split: Split, view: View, *, memory_bytes: float, workers: int | None = None) -> None:
+        self.split, self.view = split, view
+        self.bad: dict[int, str] = {}
+        self._workers = workers or min(8, os.cpu_count() or 1)
+        self._kept: Tensor | None = None
+        self._in_memory = self.nbytes <= memory_bytes
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.split) * 3 * self.view.size**2
+
+    def load(self, progress: Progress, what: str) -> None:
+        """Decode everything once, when it fits in memory; afterwards ``bad`` is complete."""
+        if not self._in_memory or self._kept is not None:
+            return
+        kept = torch.zeros(len(self.split), 3, self.view.size, self.view.size, dtype=torch.uint8)
+        with progress.wait(f"reading {what}", len(self.split)) as step, ThreadPoolExecutor(self._workers) as pool:
+            for index, pixels in enumerate(pool.map(self._read, range(len(self.split)))):
+                if pixels is not None:
+                    kept[index] = torch.from_numpy(pixels)
+                step.advance()
+        self._kept = kept
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """Views of some images and the indices that could be read: uint8 (B', 3, V, V), int64 (B',)."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        if self._kept is not None:
+            good = np.asarray([i for i in chosen if i not in self.bad], dtype=np.int64) if self.bad else chosen
+            return self._kept[torch.from_numpy(good)], good
+        with ThreadPoolExecutor(self._workers) as pool:
+            views = list(pool.map(self._read, chosen))
+        pixels = [view for view in views if view is not None]
+        good = np.asarray([i for i, view in zip(chosen, views, strict=True) if view is not None], dtype=np.int64)
+        if not pixels:
+            return torch.zeros(0, 3, self.view.size, self.view.size, dtype=torch.uint8), good
+        return torch.from_numpy(np.stack(pixels)), good
+
+    def without_bad(self) -> "ViewSource":
+        """The same source without the images that could not be read so far."""
+        if not self.bad:
+            return self
+        good = np.asarray([i for i in range(len(self.split)) if i not in self.bad], dtype=np.int64)
+        other = ViewSource(self.split.take(good), self.view, memory_bytes=0.0, workers=self._workers)
+        other._kept = None if self._kept is None else self._kept[torch.from_numpy(good)]
+        return other
+
+    def bad_names(self) -> list[tuple[str, str]]:
+        """(name, reason) of the images that could not be read so far."""
+        return [(self.split.names[index], reason) for index, reason in sorted(self.bad.items())]
+
+    def _read(self, index: int) -> np.ndarray | None:
+        try:
+            return self.view.apply(decode(self.split.read(int(index))))
+        except (BadImage, OSError) as error:
+            with self._lock:
+                self.bad[int(index)] = str(error)
+            return None
+
+
+def require_readable(source: ViewSource, what: str, skip: bool) -> None:
+    """Evaluation counts every image, unless the user left bad ones out on purpose.
+
+    Raises:
+        DataError: An image of an evaluation split cannot be read.
+    """
+    if source.bad and not skip:
+        shown = "; ".join(f"{name} ({reason})" for name, reason in source.bad_names()[:5])
+        raise DataError(
+            f"{len(source.bad)} of {len(source.split)} {what} images cannot be read",
+            given=shown,
+            do="repair or remove them, or leave them out with --skip-bad",
+        )

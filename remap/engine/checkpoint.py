@@ -1,0 +1,92 @@
+"""Checkpoints: what is trained, the optimiser and the counters, in one safetensors file written atomically.
+
+There is no generator state to keep: order, augmentation and dropout are functions of (seed, epoch, image).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from remap.errors import RunError
+from remap.files import write_bytes
+
+
+@dataclass
+class State:
+    """Where training stands. ``step`` counts steps done in ``epoch``; sums are over those steps.
+
+    Attributes:
+        digest: The recipe this belongs to.
+        history: One record for each finished epoch.
+        loss_sums: Sum over the steps of this epoch of each loss, as exact floats.
+        seconds: Training time so far.
+    """
+
+    digest: str
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    loss_sums: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def save_checkpoint(
+    path: Path, state: State, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Write parameters, the optimiser's state by parameter name, and ``state``."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        tensors[f"parameter/{name}"] = parameter.detach().cpu().contiguous()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    path.parent.mkdir(exist_ok=True)
+    write_bytes(path, save(tensors, metadata={"state": json.dumps(asdict(state))}))
+
+
+def load_checkpoint(
+    path: Path, digest: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> State:
+    """Put a checkpoint back.
+
+    Raises:
+        RunError: It is damaged, belongs to another recipe, or does not fit the model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = State(**json.loads((file.metadata() or {})["state"]))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged: {error}", do="start the run again in another --output") from error
+    if state.digest != digest:
+        raise RunError(
+            f"{path} belongs to another recipe",
+            given=f"checkpoint {state.digest}, this run {digest}",
+            do="resume with the recipe the run was started with (its recipe.yaml)",
+        )
+    wanted = {f"parameter/{name}": p.shape for name, p in parameters.items()}
+    found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("parameter/")}
+    if wanted != found:
+        different = sorted(set(wanted.items()) ^ set(found.items()), key=str)[:4]
+        raise RunError(f"{path} does not fit this model", given=str(different))
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"parameter/{name}"])
+            _load_optimizer_state(optimizer, name, parameter, tensors)
+    return state
+
+
+def _load_optimizer_state(
+    optimizer: torch.optim.Optimizer, name: str, parameter: nn.Parameter, tensors: Mapping[str, Tensor]
+) -> None:
+    keys = [key for key in tensors if key.startswith("optimizer/") and key.split("/", 2)[2] == name]
+    for key in keys:
+        field_name = key.split("/", 2)[1]
+        device = parameter.device if tensors[key].ndim or parameter.is_cuda else "cpu"
+        optimizer.state[parameter][field_name] = tensors[key].to(device)

@@ -1,0 +1,67 @@
+"""Accuracy with the exact number of images, on any number of processes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from remap.data.views import ViewSource, require_readable
+from remap.network import Network, Runner
+from remap.progress import Progress
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Counts of one pass over a split; ``predictions_N`` holds the class of each image, -1 where it was left out."""
+
+    correct: int
+    count: int
+    predictions_N: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.count if self.count else 0.0
+
+
+@torch.no_grad()
+def evaluate(
+    network: Network,
+    source: ViewSource,
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    bf16: bool,
+    progress: Progress,
+    what: str,
+    skip_bad: bool = False,
+) -> Evaluation:
+    """Evaluate in eval mode; every process takes each n-th batch and the counts are added up.
+
+    Raises:
+        DataError: An image cannot be read and ``skip_bad`` is off.
+    """
+    network.model.eval()
+    runner = Runner(network, bf16=bf16)
+    predictions = torch.full((len(source.split),), -1, dtype=torch.int64, device=accelerator.device)
+    starts = range(0, len(source.split), batch_size)[accelerator.process_index :: accelerator.num_processes]
+    with progress.wait(f"evaluating {what}", len(starts)) as step:
+        for start in starts:
+            images, good = source.batch(np.arange(start, min(start + batch_size, len(source.split))))
+            require_readable(source, what, skip_bad)
+            if len(good):
+                logits = runner(images.to(accelerator.device)).logits_BC
+                predictions[torch.from_numpy(good)] = logits.argmax(dim=-1)
+            step.advance()
+    runner.tap.close()
+    predictions = _largest_over_ranks(predictions, accelerator).cpu().numpy()
+    seen = predictions >= 0
+    return Evaluation(int((predictions == source.split.labels)[seen].sum()), int(seen.sum()), predictions)
+
+
+def _largest_over_ranks(values: Tensor, accelerator: Accelerator) -> Tensor:
+    """Each image was predicted by one process and is -1 on the others."""
+    if accelerator.num_processes > 1:
+        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+    return values

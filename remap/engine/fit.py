@@ -1,0 +1,226 @@
+"""The one training loop: from (student, teacher, objective, images) to history."""
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from remap.data import keyed
+from remap.data.batches import Batch, Plan, batches
+from remap.data.views import ViewSource
+from remap.engine.checkpoint import State, load_checkpoint, save_checkpoint
+from remap.engine.interrupt import StopFlag, stop_flag
+from remap.engine.optim import adamw, learning_rate, set_learning_rate
+from remap.engine.teacher import Teacher
+from remap.errors import DataError, Interrupted, TrainingError
+from remap.network import Network, Runner
+from remap.progress import Progress
+from remap.recipe.schema import Recipe
+from remap.remapping.objective import Objective
+
+
+class StudentStep(nn.Module):
+    """Student and objective in one module, so that a wrapper (DDP, compile) sees the whole differentiable step."""
+
+    def __init__(self, network: Network, objective: Objective, *, bf16: bool) -> None:
+        super().__init__()
+        self.runner = Runner(network, objective.student_needs(), bf16=bf16)
+        self.objective = objective
+
+    def forward(
+        self, images_BCHW: Tensor, targets: Mapping[str, Tensor], labels_B: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.objective(self.runner(images_BCHW), targets, labels_B)
+
+
+@dataclass
+class Job:
+    """What one training run works on.
+
+    Attributes:
+        checkpoint: Where to keep the latest state; None keeps none.
+        evaluate: Called after each epoch, gives the metrics to record.
+        on_epoch: Called on the main process with the history so far.
+    """
+
+    recipe: Recipe
+    student: Network
+    objective: Objective
+    teacher: Teacher | None
+    source: ViewSource
+    accelerator: Accelerator
+    bf16: bool
+    progress: Progress
+    evaluate: Callable[[], dict[str, float]]
+    on_epoch: Callable[[list[dict[str, Any]]], None]
+    checkpoint: Path | None = None
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All that is trained, by name: tuned parameters, head, and the objective's projectors."""
+        extra = {f"objective.{name}": p for name, p in self.objective.named_parameters() if p.requires_grad}
+        return self.student.trained | extra
+
+
+def fit(job: Job, *, resume: bool = False) -> State:
+    """Train until the last epoch.
+
+    Raises:
+        TrainingError: A loss or gradient is not finite; nothing was stepped with it.
+        Interrupted: A signal came; the state is saved.
+    """
+    spec, accelerator = job.recipe.train, job.accelerator
+    step_module = StudentStep(job.student, job.objective, bf16=job.bf16).to(accelerator.device)
+    parameters = job.parameters()
+    extra = [(name, p) for name, p in parameters.items() if name.startswith("objective.")]
+    optimizer = adamw(job.student, extra, job.recipe.learning_rate(), spec.weight_decay)
+    state = State(job.recipe.digest())
+    if resume and job.checkpoint is not None and job.checkpoint.exists():
+        state = load_checkpoint(job.checkpoint, state.digest, parameters, optimizer)
+    if spec.compile:
+        _compile_blocks(job.student)
+    callable_step = accelerator.prepare_model(step_module) if accelerator.num_processes > 1 else step_module
+    try:
+        with stop_flag() as flag:
+            while state.epoch < spec.epochs:
+                _epoch(job, state, callable_step, optimizer, list(parameters.values()), flag)
+    finally:
+        step_module.runner.tap.close()
+        job.student.attached.set_sample_keys(None)
+    return state
+
+
+def _compile_blocks(network: Network) -> None:
+    """Compile block by block: all share one graph, so start-up is short, and hooks outside the blocks stay as they are."""
+    for block in network.anatomy.blocks:
+        network.model.get_submodule(block.block).compile()
+
+
+def _epoch(
+    job: Job,
+    state: State,
+    step_module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    flag: StopFlag,
+) -> None:
+    """The rest of epoch ``state.epoch``, its evaluation and its record."""
+    spec, accelerator, plan = job.recipe.train, job.accelerator, plan_of(job)
+    job.student.attached.train()
+    stream = batches(job.source, plan, state.epoch, state.step)
+    started, saved = time.perf_counter(), time.perf_counter()
+    with job.progress.wait(f"epoch {state.epoch + 1}/{spec.epochs}", plan.steps) as shown:
+        shown.advance(state.step)
+        while state.step < plan.steps:
+            update = state.epoch * plan.steps + state.step
+            set_learning_rate(optimizer, learning_rate(spec, job.recipe.learning_rate(), update, plan.steps))
+            torch.manual_seed(keyed.step_seed(job.recipe.seed, state.epoch, update) + accelerator.process_index)
+            losses = _accumulate(job, step_module, stream)
+            _step(job, state, optimizer, parameters, losses)
+            state.step += 1
+            shown.advance(loss=losses["loss"])
+            stop = flag.agreed(accelerator)
+            now = time.perf_counter()
+            if stop or now - saved > spec.checkpoint_seconds:
+                state.seconds, started, saved = state.seconds + now - started, now, now
+                _save(job, state, optimizer)
+            if stop:
+                raise _interrupted(job, stop)
+    state.seconds += time.perf_counter() - started
+    _finish_epoch(job, state, plan)
+    _save(job, state, optimizer)
+
+
+def _accumulate(job: Job, step_module: nn.Module, stream: Any) -> dict[str, float]:
+    """Forward and backward over the micro-batches of one step; the losses are means over them."""
+    micro = job.recipe.train.accumulation
+    sums: dict[str, Tensor] = {}
+    for index in range(micro):
+        batch = next(stream)
+        wait = index + 1 < micro and job.accelerator.num_processes > 1
+        with step_module.no_sync() if wait else nullcontext():
+            total, parts = _forward(job, step_module, batch)
+            (total / micro).backward()
+        for name, value in {"loss": total.detach(), **parts}.items():
+            sums[name] = sums.get(name, 0.0) + value / micro
+    values = torch.stack(list(sums.values())).tolist()  # one transfer for all of them
+    return dict(zip(sums, values, strict=True))
+
+
+def _forward(job: Job, step_module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    if not len(batch.indices_B):
+        raise DataError("no image of a whole batch can be read", do="look at the skipped files the run lists")
+    device = job.accelerator.device
+    images, labels = batch.images_BCHW.to(device, non_blocking=True), batch.labels_B.to(device, non_blocking=True)
+    targets = job.teacher.targets(images, batch.indices_B) if job.teacher is not None else {}
+    job.student.attached.set_sample_keys(batch.keys_B.to(device))
+    return step_module(images, targets, labels)
+
+
+def _step(
+    job: Job,
+    state: State,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    losses: dict[str, float],
+) -> None:
+    """Clip, look for anything that is not finite, then update."""
+    limit = job.recipe.train.clip_norm
+    norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit).item()
+    finite = all(abs(value) < float("inf") for value in (*losses.values(), norm))
+    if not finite:
+        named = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        raise TrainingError(
+            f"the loss is not finite in epoch {state.epoch + 1}, step {state.step + 1}; nothing was stepped",
+            given=f"{named}, gradient norm {norm:.4g}, learning rate {optimizer.param_groups[0]['lr']:.3g}",
+            do="lower --lr, or set train.precision=fp32; the last checkpoint is whole",
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for name, value in losses.items():
+        state.loss_sums[name] = state.loss_sums.get(name, 0.0) + value
+
+
+def _finish_epoch(job: Job, state: State, plan: Plan) -> None:
+    record: dict[str, Any] = {"epoch": state.epoch + 1}
+    record |= {name: value / plan.steps for name, value in state.loss_sums.items()}
+    done = state.epoch + 1
+    if done % job.recipe.train.eval_every == 0 or done == job.recipe.train.epochs:
+        record |= job.evaluate()
+    record["seconds"] = round(state.seconds, 3)
+    state.history.append(record)
+    state.epoch, state.step, state.loss_sums = state.epoch + 1, 0, {}
+    if job.accelerator.is_main_process:
+        job.on_epoch(state.history)
+
+
+def plan_of(job: Job) -> Plan:
+    spec, accelerator = job.recipe.train, job.accelerator
+    return Plan(
+        seed=job.recipe.seed,
+        images=len(job.source.split),
+        batch_size=spec.batch_size,
+        accumulation=spec.accumulation,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+        augment=job.recipe.data.augment,
+    )
+
+
+def _save(job: Job, state: State, optimizer: torch.optim.Optimizer) -> None:
+    if job.checkpoint is not None and job.accelerator.is_main_process:
+        save_checkpoint(job.checkpoint, state, job.parameters(), optimizer)
+
+
+def _interrupted(job: Job, number: int) -> Interrupted:
+    where = job.checkpoint.parent.parent if job.checkpoint is not None else None
+    return Interrupted(
+        "stopped by a signal; the state is saved",
+        exit_code=128 + number,
+        do=f"go on with: remap {'distill' if job.teacher else 'tune'} --resume {where}" if where else None,
+    )

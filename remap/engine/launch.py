@@ -1,0 +1,37 @@
+"""One process or many: the only place that starts Accelerate."""
+
+import functools
+import os
+
+import torch
+from accelerate import Accelerator
+
+from remap.errors import TrainingError
+
+
+@functools.cache
+def accelerator() -> Accelerator:
+    """The process group of this run; device and ranks come from the launcher's environment."""
+    return Accelerator()
+
+
+def check_processes(wanted: int | None) -> None:
+    """Compare the number of processes with what was asked for.
+
+    Raises:
+        TrainingError: They differ; some launchers start fewer processes than asked for without a word.
+    """
+    running = accelerator().num_processes
+    if wanted is not None and wanted != running:
+        raise TrainingError(
+            f"this run asks for {wanted} processes and has {running}",
+            given=f"WORLD_SIZE={os.environ.get('WORLD_SIZE', 'not set')}",
+            do=f"torchrun --nproc-per-node {wanted} -m remap_cli ...",
+        )
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to autocast to bfloat16: asked for, or "auto" on a GPU that has it."""
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return precision == "bf16"

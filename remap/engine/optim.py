@@ -1,0 +1,41 @@
+"""Parameter groups, AdamW and the learning-rate schedule."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from remap.network import Network
+from remap.recipe.schema import TrainSpec
+
+
+def adamw(network: Network, extra: Iterable[tuple[str, nn.Parameter]], lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over what is trained: frozen parameters hold no gradient and no optimiser state.
+
+    No weight decay on biases, norms, scales and whatever the method exempts (prompts, gates).
+
+    Args:
+        extra: Parameters of the objective (projectors), by name.
+    """
+    exempt = set(network.attached.no_decay)
+    decayed, plain = [], []
+    for name, parameter in [*network.trained.items(), *extra]:
+        (plain if name in exempt or parameter.ndim <= 1 else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
+
+
+def learning_rate(spec: TrainSpec, peak: float, step: int, steps_per_epoch: int) -> float:
+    """Linear warm-up from peak/warm-up steps, then a cosine to ``min_lr``; ``step`` counts updates from 0."""
+    warmup = round(spec.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    total = spec.epochs * steps_per_epoch
+    progress = (step - warmup) / max(1, total - warmup)
+    return spec.min_lr + (peak - spec.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,84 @@
+"""Errors a user can cause. Each says what was wrong, what was given, what is allowed and what to do."""
+
+from collections.abc import Iterable, Sequence
+
+
+class RemapError(Exception):
+    """A mistake the user can mend; commands print it without a traceback and exit with ``exit_code``.
+
+    Args:
+        what: One sentence: what was wrong.
+        given: The offending value, as the user wrote it.
+        allowed: What would have been accepted.
+        do: The next step, a command where there is one.
+    """
+
+    exit_code = 2
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        given: object = None,
+        allowed: Iterable[object] | str | None = None,
+        do: str | None = None,
+    ) -> None:
+        self.what, self.given, self.do = what, given, do
+        self.allowed = allowed if allowed is None or isinstance(allowed, str) else ", ".join(map(str, allowed))
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        lines = [self.what]
+        if self.given is not None:
+            lines.append(f"  given:   {self.given}")
+        if self.allowed is not None:
+            lines.append(f"  allowed: {self.allowed}")
+        if self.do is not None:
+            lines.append(f"  do:      {self.do}")
+        return "\n".join(lines)
+
+
+class UnknownName(RemapError):
+    """A method, loss, model or recipe of that name does not exist."""
+
+
+class RecipeError(RemapError):
+    """Everything that is wrong with a recipe, at once.
+
+    Args:
+        problems: One line each, "place: problem".
+        where: The file or command line the recipe came from.
+    """
+
+    def __init__(self, problems: Sequence[str], where: str) -> None:
+        self.problems, self.where = tuple(problems), where
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        RemapError.__init__(self, "\n".join([f"{where}: {count}", *(f"  - {problem}" for problem in self.problems)]))
+
+
+class BackboneError(RemapError):
+    """A model cannot be built, or lacks a part that was asked of it."""
+
+
+class WeightsError(RemapError):
+    """Weights are missing, out of reach, or do not fit."""
+
+
+class DataError(RemapError):
+    """Images, classes or splits cannot be used as they are."""
+
+
+class RunError(RemapError):
+    """A run directory, checkpoint or task file does not fit what was asked of it."""
+
+
+class TrainingError(RemapError):
+    """Training had to stop: a loss that is not finite, a teacher that knows nothing."""
+
+
+class Interrupted(RemapError):
+    """A signal asked the run to stop; what was done so far is saved."""
+
+    def __init__(self, what: str, *, exit_code: int = 130, do: str | None = None) -> None:
+        super().__init__(what, do=do)
+        self.exit_code = exit_code

@@ -1,0 +1,52 @@
+"""Files that are either whole or absent: write beside, flush to disk, rename."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from remap.errors import RunError
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace ``path`` atomically; a crash or a full disk leaves the earlier file as it was.
+
+    Raises:
+        RunError: The disk is full or the place cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(
+            f"cannot write {path}: {error.strerror}",
+            given=f"{len(data):,} bytes to write",
+            do="free some space or choose another --output; files written earlier are untouched",
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """``write_bytes`` for UTF-8 text."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``write_bytes`` for JSON; not-a-number is refused, so the file is valid everywhere."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        RunError: It is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read {path}: {error}", do="name a run directory that `remap` wrote") from error

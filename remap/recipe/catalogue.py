@@ -1,0 +1,41 @@
+"""The recipes shipped with the package: the list is the folder."""
+
+from importlib.resources import files
+from pathlib import Path
+
+from remap.errors import RecipeError
+from remap.registry import did_you_mean
+
+
+def folder() -> Path:
+    """Where shipped recipes lie."""
+    return Path(str(files("remap_recipes")))
+
+
+def names() -> list[str]:
+    """Names of all shipped recipes, with their sub-folder."""
+    root = folder()
+    return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
+
+
+def find(word: str) -> Path:
+    """A recipe's path: a file if the word ends in .yaml, else a shipped name.
+
+    Raises:
+        RecipeError: Neither exists.
+    """
+    if word.endswith((".yaml", ".yml")):
+        path = Path(word)
+        if not path.is_file():
+            raise RecipeError(["no such file"], word)
+        return path
+    if word in names():
+        return folder() / f"{word}.yaml"
+    hint = did_you_mean(word, names())
+    raise RecipeError([f"no shipped recipe of that name{hint} (shipped: {', '.join(names())})"], word)
+
+
+def summary(name: str) -> str:
+    """The first comment line of a shipped recipe."""
+    first = find(name).read_text().splitlines()[0]
+    return first.lstrip("# ").strip()

@@ -1,0 +1,71 @@
+"""Pydantic's findings as one plain line each: where, what, and the word that was probably meant."""
+
+import types
+import typing
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from remap.registry import did_you_mean
+
+
+def lines_of(error: ValidationError, schema: type[BaseModel], place: str = "") -> list[str]:
+    """One line for each finding, in the order of the recipe."""
+    return [_line(finding, schema, place) for finding in error.errors()]
+
+
+def _line(finding: Any, schema: type[BaseModel], place: str) -> str:
+    path = [part for part in finding["loc"] if not _is_union_label(part, finding["loc"])]
+    where = _dotted(path, place)
+    kind, given = finding["type"], finding["input"]
+    if kind == "extra_forbidden":
+        owner = _schema_at(schema, path[:-1])
+        known = list(owner.model_fields) if owner else []
+        return f"{where}: unknown key{did_you_mean(str(path[-1]), known)} (allowed: {', '.join(known)})"
+    if kind == "missing":
+        return f"{where}: missing"
+    if kind == "literal_error":
+        allowed = finding["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+        hint = did_you_mean(str(given), allowed.split(", "))
+        return f"{where}: '{given}' is not one of {allowed}{hint}"
+    if kind == "string_pattern_mismatch":
+        return f"{where}: {given!r} may hold letters, digits, '.', '_' and '-' only, 64 at most, a letter or digit first"
+    message = finding["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    shown = repr(given) if len(repr(given)) <= 60 else f"{repr(given)[:57]}..."
+    return f"{where}: {message.replace('input should be', 'should be')}, got {shown}"
+
+
+def _is_union_label(part: Any, path: tuple) -> bool:
+    """Pydantic adds the names of its validators and union members to the path; they mean nothing to a reader."""
+    return isinstance(part, str) and ("[" in part or part in {"int", "float", "str", "list", "tuple"})
+
+
+def _dotted(path: list, place: str) -> str:
+    text = place
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else str(part))
+    return text or "recipe"
+
+
+def _schema_at(schema: type[BaseModel], path: list) -> type[BaseModel] | None:
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = schema.model_fields.get(part)
+        schema = _model_in(field.annotation) if field else None
+        if schema is None:
+            return None
+    return schema
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model inside ``X``, ``X | None`` or ``tuple[X, ...]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, typing.Annotated):
+        for inner in typing.get_args(annotation):
+            found = _model_in(inner)
+            if found:
+                return found
+    return None

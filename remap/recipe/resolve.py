@@ -1,0 +1,161 @@
+"""From words, overrides and files to one checked recipe, or to one error that lists every problem."""
+
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from remap.errors import RecipeError
+from remap.recipe import catalogue, strict_yaml
+from remap.recipe.problems import lines_of
+from remap.recipe.schema import Recipe, name_problems, option_problems
+
+# Words of the command line and the field each one sets.
+WORDS = {
+    "teacher": "teacher.model",
+    "student": "student.model",
+    "method": "method",
+    "losses": "losses",
+    "data": "data.source",
+    "val_data": "data.val_source",
+    "epochs": "train.epochs",
+    "batch_size": "train.batch_size",
+    "lr": "train.lr",
+    "seed": "seed",
+    "skip_bad": "data.skip_bad",
+    "processes": "train.processes",
+}
+
+
+def resolve(
+    recipe: str | Path | None = None,
+    words: Mapping[str, Any] | None = None,
+    settings: Iterable[str] = (),
+    *,
+    check_options: bool = True,
+) -> Recipe:
+    """Build a recipe.
+
+    Args:
+        recipe: A shipped name or a YAML file; None starts from the defaults.
+        words: Keys of ``WORDS`` (None values are left out) and "weights" for both models.
+        settings: "section.field=value" overrides, applied last.
+        check_options: Check method and loss options too (imports torch).
+
+    Raises:
+        RecipeError: With every problem found, each with its place.
+    """
+    values: dict[str, Any] = {}
+    where = "command line"
+    if recipe is not None:
+        path = catalogue.find(str(recipe))
+        values, where = strict_yaml.read_mapping(path), str(path)
+    problems: list[str] = []
+    for place, value in _assignments(words or {}, settings, problems, values):
+        _assign(values, place, value, problems)
+    return validate(values, where, problems, check_options=check_options)
+
+
+def validate(
+    values: Mapping[str, Any], where: str, problems: Iterable[str] = (), *, check_options: bool = True
+) -> Recipe:
+    """Check plain values against the schema and the tables."""
+    found = list(problems)
+    try:
+        result = Recipe.model_validate(values)
+    except ValidationError as error:
+        found += lines_of(error, Recipe)
+        found += _name_problems_of_broken(values)
+        raise RecipeError(found, where) from None
+    found += name_problems(result)
+    if check_options:
+        found += option_problems(result)
+    if found:
+        raise RecipeError(found, where)
+    return result
+
+
+def load(path: Path) -> Recipe:
+    """The recipe in a YAML file."""
+    return validate(strict_yaml.read_mapping(path), str(path))
+
+
+def dump(recipe: Recipe) -> str:
+    """YAML that ``load`` reads back to an equal recipe."""
+    return strict_yaml.dump(recipe.model_dump(mode="json"))
+
+
+def _name_problems_of_broken(values: Mapping[str, Any]) -> list[str]:
+    """Unknown names are reported beside broken fields, by checking the parts that can stand alone."""
+    parts = {key: values[key] for key in ("method", "losses", "teacher") if key in values}
+    lines: list[str] = []
+    for key in parts:
+        alone = {key: parts[key]} | ({"teacher": {}} if key == "losses" else {})
+        try:
+            lines += name_problems(Recipe.model_validate(alone))
+        except ValidationError:
+            continue
+    return lines
+
+
+def _assignments(
+    words: Mapping[str, Any], settings: Iterable[str], problems: list[str], values: Mapping[str, Any]
+) -> list[tuple[str, Any]]:
+    pairs = [(WORDS[word], value) for word, value in words.items() if word in WORDS and value is not None]
+    if words.get("weights") is not None:
+        pairs.append(("student.weights", words["weights"]))
+        if words.get("teacher") is not None or values.get("teacher") is not None:
+            pairs.append(("teacher.weights", words["weights"]))
+    for setting in settings:
+        place, equals, text = setting.partition("=")
+        if not equals or not place.strip():
+            problems.append(f"--set {setting}: write section.field=value")
+            continue
+        pairs.append((place.strip(), strict_yaml.parse(text, f"--set {setting}")))
+    return pairs
+
+
+def _assign(values: dict[str, Any], place: str, value: Any, problems: list[str]) -> None:
+    """Set a dotted field; ``losses.kd.weight`` reaches into the list by name, ``method`` given as a word keeps none
+    of another method's options."""
+    *parents, last = place.split(".")
+    here: Any = values
+    for index, part in enumerate(parents):
+        here = _step(here, part, values if index == 0 else None)
+        if here is None:
+            problems.append(f"{place}: there is no '{part}' to set a field of")
+            return
+    if not isinstance(here, dict):
+        problems.append(f"{place}: cannot be set")
+        return
+    here[last] = deepcopy(value)
+
+
+def _step(here: Any, part: str, root: dict[str, Any] | None) -> Any:
+    if isinstance(here, list):
+        return next((item for item in here if isinstance(item, dict) and item.get("name") == part), None)
+    if not isinstance(here, dict):
+        return None
+    child = here.get(part)
+    if part == "losses" and root is not None:
+        child = here["losses"] = _losses_as_list(child, root)
+        return child
+    if child is None:
+        child = here[part] = {"name": Recipe().method.name} if part == "method" and root is not None else {}
+    elif isinstance(child, str):
+        child = here[part] = {"name" if part == "method" else "model": child}
+    return child
+
+
+def _losses_as_list(value: Any, root: Mapping[str, Any]) -> list[Any]:
+    from remap.recipe.schema import DEFAULT_LOSSES, _loss_words
+
+    if value is None:
+        value = list(DEFAULT_LOSSES if root.get("teacher") is not None else ("ce",))
+    try:
+        return list(_loss_words(value)) if isinstance(value, (str, list)) else []
+    except ValueError:
+        return []
+

@@ -1,0 +1,273 @@
+"""The schema of a recipe: names and numbers, no code. Unknown keys are errors; every default stands here."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from remap.registry import did_you_mean
+from remap.remapping import LOSSES
+from remap.tuning import METHODS
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataSpec(Section):
+    """Where the images are and how they are looked at.
+
+    Attributes:
+        source: "digits", a folder of class folders (with or without train/val/test), or a tar of one.
+        val_source: A second folder or tar to evaluate on; by default the source's own split.
+        val_fraction: Share of each class held out where the source has no split of its own.
+        augment: "none" keeps one fixed view of each image (teacher outputs are then computed once);
+            "shift" moves it by up to an eighth of its side, "shift_flip" also mirrors it.
+        max_bad: Largest share of training images that may be unreadable.
+        skip_bad: Leave unreadable images out of evaluation too, instead of stopping.
+        memory_gib: Views are kept in memory up to this size, else decoded again each epoch.
+        workers: Decoding threads; null chooses by the machine.
+    """
+
+    source: str = "digits"
+    val_source: str | None = None
+    val_fraction: float = Field(default=0.2, gt=0.0, lt=1.0)
+    augment: Literal["none", "shift", "shift_flip"] = "none"
+    max_bad: float = Field(default=0.1, ge=0.0, lt=1.0)
+    skip_bad: bool = False
+    memory_gib: float = Field(default=4.0, ge=0.0)
+    workers: int | None = Field(default=None, ge=1)
+
+
+class ModelSpec(Section):
+    """A backbone and where its weights come from.
+
+    Attributes:
+        model: A timm name or tag, a short name (vit_small), "mini_student", "local-dir:FOLDER", or a run directory.
+        weights: "pretrained" (timm's loader and cache), "none" (random), or a .safetensors file.
+    """
+
+    model: str
+    weights: str = "pretrained"
+
+
+class TeacherSpec(ModelSpec):
+    """The teacher and how it gets a head for these classes.
+
+    Attributes:
+        prepare: "probe" fits a linear head on cached features; a method's name tunes it; "none" takes it as it is.
+        epochs, lr: For a tuned teacher; by default those of ``train`` and of the method.
+        allow_weak: Go on although the teacher is at chance.
+        cache: Compute its outputs once when views are fixed ("auto"), or in every step ("off").
+    """
+
+    model: str = "mini_teacher"
+    prepare: str = "probe"
+    epochs: int | None = Field(default=None, ge=1)
+    lr: float | None = Field(default=None, gt=0.0)
+    allow_weak: bool = False
+    cache: Literal["auto", "off"] = "auto"
+
+
+class StudentSpec(ModelSpec):
+    model: str = "mini_student"
+
+
+class Named(BaseModel):
+    """A name from one of the tables plus options of its own, checked against the class behind the name."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class MethodSpec(Named):
+    """A tuning method and its options, flat: ``{name: vpt_deep, num_prompts: 10}``."""
+
+
+class LossSpec(Named):
+    """A loss term, its weight in the objective (null: the table's) and its options."""
+
+    weight: float | None = Field(default=None, ge=0.0)
+
+
+class TrainSpec(Section):
+    """The training loop. ``batch_size`` is global: all processes and accumulation steps together.
+
+    Attributes:
+        lr: Peak learning rate of AdamW; null takes the method's default.
+        warmup_epochs: Linear warm-up from zero, then cosine to ``min_lr``.
+        accumulation: Micro-batches to one step.
+        precision: "auto" is bf16 on a GPU that has it, else fp32.
+        compile: Run the student's blocks through torch.compile (worth it for long runs).
+        eval_every: Evaluate after each n-th epoch; the last epoch always is, and it is the one that counts.
+        fused_attention: "auto" uses PyTorch's fused kernel except on the CPU, where its backward is slower.
+        checkpoint_seconds: Least time between two checkpoints; one is also written at the end of each epoch.
+        processes: Number of processes the run must have; null takes what the launcher gives.
+    """
+
+    epochs: int = Field(default=30, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    lr: float | None = Field(default=None, gt=0.0)
+    weight_decay: float = Field(default=1e-4, ge=0.0)
+    warmup_epochs: float = Field(default=2.0, ge=0.0)
+    min_lr: float = Field(default=0.0, ge=0.0)
+    clip_norm: float | None = Field(default=1.0, gt=0.0)
+    accumulation: int = Field(default=1, ge=1)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
+    eval_every: int = Field(default=1, ge=1)
+    fused_attention: Literal["auto", "on", "off"] = "auto"
+    checkpoint_seconds: float = Field(default=60.0, ge=0.0)
+    processes: int | None = Field(default=None, ge=1)
+
+
+def _name_only(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _loss_words(value: Any) -> Any:
+    """"ce,kd:0.5" or a list of names and mappings."""
+    if isinstance(value, str):
+        value = [word.strip() for word in value.split(",") if word.strip()]
+    if not isinstance(value, (list, tuple)):
+        return value
+    return tuple(_loss_word(item) if isinstance(item, str) else item for item in value)
+
+
+def _loss_word(word: str) -> dict[str, Any]:
+    name, colon, weight = word.partition(":")
+    if not colon:
+        return {"name": name}
+    try:
+        return {"name": name, "weight": float(weight)}
+    except ValueError:
+        raise ValueError(f"'{word}': the weight after the colon must be a number") from None
+
+
+class Recipe(Section):
+    """Everything that decides a run. The same recipe and seed give the same student.
+
+    ``losses`` null stands for cross-entropy alone without a teacher, and for ce + kd + attention with one.
+    """
+
+    name: str = Field(default="digits", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    data: DataSpec = DataSpec()
+    teacher: Annotated[TeacherSpec | None, BeforeValidator(lambda v: {"model": v} if isinstance(v, str) else v)] = None
+    student: Annotated[StudentSpec, BeforeValidator(lambda v: {"model": v} if isinstance(v, str) else v)] = (
+        StudentSpec()
+    )
+    method: Annotated[MethodSpec, BeforeValidator(_name_only)] = MethodSpec(name="vpt_deep")
+    losses: Annotated[tuple[LossSpec, ...] | None, BeforeValidator(_loss_words)] = None
+    train: TrainSpec = TrainSpec()
+
+    @model_validator(mode="after")
+    def _fill_losses(self) -> "Recipe":
+        """Write the default objective out, with every weight, so that a saved recipe says it all."""
+        names = (("ce",) if self.teacher is None else DEFAULT_LOSSES) if self.losses is None else None
+        losses = self.losses if names is None else tuple(LossSpec(name=name) for name in names)
+        filled = tuple(
+            loss.model_copy(update={"weight": LOSSES.row(loss.name).weight})
+            if loss.weight is None and loss.name in LOSSES
+            else loss
+            for loss in losses
+        )
+        object.__setattr__(self, "losses", filled)
+        return self
+
+    def digest(self) -> str:
+        """Hash of everything that decides the result; equal for recipes that mean the same."""
+        data = self.model_dump(mode="json", exclude={"name"})
+        for name in ("checkpoint_seconds", "eval_every", "processes"):  # they change no result
+            data["train"].pop(name)
+        data["data"].pop("workers")
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+    def learning_rate(self) -> float:
+        """The peak learning rate: the recipe's, else the method's default."""
+        return METHODS.row(self.method.name).lr if self.train.lr is None else self.train.lr
+
+
+DEFAULT_LOSSES = ("ce", "kd", "attention")
+
+
+def name_problems(recipe: Recipe) -> list[str]:
+    """Names that are in no table, and combinations that cannot work, one line each."""
+    problems = []
+    if recipe.method.name not in METHODS:
+        problems.append(
+            f"method.name: unknown method '{recipe.method.name}'{did_you_mean(recipe.method.name, METHODS.names)}"
+            f" (allowed: {', '.join(METHODS.names)})"
+        )
+    for index, loss in enumerate(recipe.losses or ()):
+        if loss.name not in LOSSES:
+            problems.append(
+                f"losses[{index}].name: unknown loss '{loss.name}'{did_you_mean(loss.name, LOSSES.names)}"
+                f" (allowed: {', '.join(LOSSES.names)})"
+            )
+    return problems + _combination_problems(recipe)
+
+
+def _combination_problems(recipe: Recipe) -> list[str]:
+    problems = []
+    names = [loss.name for loss in recipe.losses or ()]
+    if not names:
+        problems.append("losses: at least one loss is needed")
+    elif all(not loss.weight for loss in recipe.losses if loss.name in LOSSES):
+        problems.append("losses: every weight is 0, nothing would be learned")
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        problems.append(f"losses: '{name}' is given twice")
+    needing = [name for name in names if name in LOSSES and LOSSES.row(name).category != "labels"]
+    if recipe.teacher is None and needing:
+        problems.append(f"losses: {', '.join(needing)} need a teacher (set teacher.model, or keep to ce)")
+    if recipe.teacher is not None:
+        allowed = ("probe", "none", *METHODS.names)
+        if recipe.teacher.prepare not in allowed:
+            problems.append(
+                f"teacher.prepare: unknown word '{recipe.teacher.prepare}'"
+                f"{did_you_mean(recipe.teacher.prepare, allowed)} (allowed: {', '.join(allowed)})"
+            )
+    if recipe.train.warmup_epochs >= recipe.train.epochs:
+        problems.append(
+            f"train.warmup_epochs: {recipe.train.warmup_epochs} must be less than train.epochs {recipe.train.epochs}"
+        )
+    if recipe.train.batch_size % recipe.train.accumulation:
+        problems.append(
+            f"train.batch_size: {recipe.train.batch_size} is not a multiple of accumulation {recipe.train.accumulation}"
+        )
+    return problems
+
+
+def option_problems(recipe: Recipe) -> list[str]:
+    """Options the class behind a name does not take. Imports the classes, and so torch."""
+    problems = []
+    if recipe.method.name in METHODS:
+        problems += _options_of("method", METHODS.load(recipe.method.name), recipe.method)
+    for index, loss in enumerate(recipe.losses or ()):
+        if loss.name in LOSSES:
+            problems += _options_of(f"losses[{index}]", LOSSES.load(loss.name), loss)
+    return problems
+
+
+def _options_of(place: str, owner: Any, spec: Named) -> list[str]:
+    from pydantic import ValidationError
+
+    from remap.recipe.problems import lines_of
+
+    try:
+        owner.Config(**spec.options)
+    except ValidationError as error:
+        return lines_of(error, owner.Config, place)
+    return []
+
+
+def default_path() -> Path:
+    """The folder that holds run directories unless --output names one."""
+    return Path("runs")

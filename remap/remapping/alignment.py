@@ -1,0 +1,115 @@
+"""Making a teacher's and a student's attention comparable: which blocks, which tokens, which grid.
+
+Letters: S tokens of the shared set {class token if any, patches}, Q patches of the source grid, P patches of the
+target grid, h and w rows and columns of a grid (in tokens); x any leading dimensions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from remap.errors import BackboneError
+from remap.remapping.signals import Attention, float32_region
+
+Layers = Literal["last", "uniform"] | Sequence[tuple[int, int]]
+Interpolation = Literal["bilinear", "bicubic"]
+
+
+def pair_blocks(layers: Layers, student_depth: int, teacher_depth: int) -> tuple[tuple[int, int], ...]:
+    """Which student block learns from which teacher block, as (student, teacher) indices counted from 0.
+
+    Args:
+        layers: "last" pairs the last blocks (MiniLM, arXiv 2002.10957); "uniform" pairs every student block with the
+            teacher block at the same relative depth (TinyBERT, arXiv 1909.10351, uniform strategy: g(m) = m * T / S
+            with m counted from 1, here rounded up); a list names the pairs, negative indices count from the end.
+
+    Raises:
+        BackboneError: The list is empty or names a block that one of the networks does not have.
+    """
+    if layers == "last":
+        return ((student_depth - 1, teacher_depth - 1),)
+    if layers == "uniform":
+        # -(-a // b) is the ceiling of a / b in whole numbers.
+        return tuple((m, -(-(m + 1) * teacher_depth // student_depth) - 1) for m in range(student_depth))
+    pairs = tuple((int(s), int(t)) for s, t in layers)
+    in_range = all(-student_depth <= s < student_depth and -teacher_depth <= t < teacher_depth for s, t in pairs)
+    if not pairs or not in_range:
+        raise BackboneError(
+            "layers must name blocks that both networks have",
+            given=[list(pair) for pair in pairs],
+            allowed=f"'last', 'uniform' or [[student, teacher], ...]: the student has {student_depth} blocks "
+            f"(0 to {student_depth - 1}), the teacher {teacher_depth} (0 to {teacher_depth - 1}); -1 is the last",
+        )
+    return tuple((s % student_depth, t % teacher_depth) for s, t in pairs)
+
+
+def to_shared_tokens(attention: Attention, keep_class_token: bool) -> Attention:
+    """Cut the class token where the other network has none.
+
+    The cut is made before the softmax, which equals dividing each head's cut row by its sum, and is the same way
+    in which prompts and registers were cut.
+    """
+    if keep_class_token or not attention.has_class_token:
+        return attention
+    return replace(
+        attention, q_BHSh=attention.q_BHSh[:, :, 1:], k_BHSh=attention.k_BHSh[:, :, 1:], has_class_token=False
+    )
+
+
+def resize_attention(
+    map_xSS: Tensor,
+    source: tuple[int, int],
+    target: tuple[int, int],
+    has_class_token: bool,
+    interpolation: Interpolation = "bilinear",
+) -> Tensor:
+    """Carry an attention map from one patch grid to another; rows sum to 1 before and after.
+
+    Keys (columns): the patch part of a row is an image on the grid; it is resized and then scaled so that the row
+    keeps its total patch mass, while the class weight stays what it was (AttnDistill, Wang et al. 2022, does this
+    for the class row). Queries (rows): the patch rows are interpolated on the grid, the class row is kept.
+
+    Args:
+        map_xSS: Any leading dimensions, then queries by keys over {class token if any, patches row by row}.
+        source: Grid (h, w) of ``map_xSS``. Equal to ``target``, the very same tensor comes back.
+        interpolation: "bicubic" may undershoot; what falls below zero is set to zero before re-normalising.
+    """
+    if source == target:
+        return map_xSS
+    split = int(has_class_token)
+    resize_PQ = _resize_matrix(source, target, interpolation).to(map_xSS.device, map_xSS.dtype)
+    with float32_region(map_xSS):
+        keys = _resize_keys(map_xSS, resize_PQ, split)
+        patch_rows = (resize_PQ @ keys[..., split:, :]).clamp_min(0.0)
+    # Bilinear weights already sum to 1; bicubic ones only do before the clamp.
+    patch_rows = patch_rows / patch_rows.sum(dim=-1, keepdim=True)
+    return torch.cat([keys[..., :split, :], patch_rows], dim=-2)
+
+
+def _resize_keys(map_xSS: Tensor, resize_PQ: Tensor, split: int) -> Tensor:
+    """Resize the patch part of each row, keeping its mass: (x, S, split + Q) -> (x, S, split + P)."""
+    patches_xSQ = map_xSS[..., split:]
+    resized_xSP = (patches_xSQ @ resize_PQ.mT).clamp_min(0.0)
+    mass = patches_xSQ.sum(dim=-1, keepdim=True)
+    # A row that gives everything to the class token has no patch mass: 0 / tiny stays 0.
+    scale = mass / resized_xSP.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(map_xSS.dtype).tiny)
+    return torch.cat([map_xSS[..., :split], resized_xSP * scale], dim=-1)
+
+
+@lru_cache(maxsize=32)
+def _resize_matrix(source: tuple[int, int], target: tuple[int, int], interpolation: Interpolation) -> Tensor:
+    """(P, Q) weights of resizing an image from ``source`` to ``target``, float64 on the CPU; rows sum to 1.
+
+    Resizing is linear, so its weights are the images of the unit vectors. Applying them is one small matrix
+    product on any device, much cheaper than interpolating one image a row. Antialiasing makes a shrunk map an
+    average over all source patches instead of a sample of some.
+    """
+    count = source[0] * source[1]
+    units = torch.eye(count, dtype=torch.float64).reshape(count, 1, *source)
+    images = F.interpolate(units, size=target, mode=interpolation, align_corners=False, antialias=True)
+    return images.reshape(count, target[0] * target[1]).mT.contiguous()

@@ -1,0 +1,51 @@
+"""Losses on labels and logits. B batch, C classes; all in float32."""
+
+from collections.abc import Mapping
+
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from remap.remapping.objective import LossTerm
+from remap.remapping.signals import Signals
+from remap.tuning.base import Options
+
+
+class CrossEntropy(LossTerm):
+    """Cross-entropy with the labels, mean over the batch."""
+
+    class Config(Options):
+        label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+    config: Config
+    uses_teacher = False
+    uses_labels = True
+
+    def forward(self, student: Signals, target: Mapping[str, Tensor], labels_B: Tensor) -> Tensor:
+        return F.cross_entropy(student.logits_BC.float(), labels_B, label_smoothing=self.config.label_smoothing)
+
+
+class KnowledgeDistillation(LossTerm):
+    """Hinton et al. 2015, arXiv 1503.02531: KL(softmax(t/T) || softmax(s/T)) * T^2, sum over classes, mean over images.
+
+    The factor T^2 keeps the size of the gradient about equal for any temperature, so that the weight of the term
+    and its temperature can be chosen apart.
+    """
+
+    class Config(Options):
+        temperature: float = Field(default=4.0, gt=0.0)
+
+    config: Config
+
+    def target(self, teacher: Signals) -> dict[str, Tensor]:
+        return {"logits_BC": teacher.logits_BC.detach().float()}
+
+    def forward(self, student: Signals, target: Mapping[str, Tensor], labels_B: Tensor) -> Tensor:
+        return kl_at_temperature(student.logits_BC, target["logits_BC"], self.config.temperature)
+
+
+def kl_at_temperature(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> Tensor:
+    """KL(teacher || student) of the softened distributions, batch mean, times ``temperature`` squared."""
+    log_student = F.log_softmax(student_BC.float() / temperature, dim=-1)
+    log_teacher = F.log_softmax(teacher_BC.float() / temperature, dim=-1)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2

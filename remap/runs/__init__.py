@@ -1,0 +1,1 @@
+"""Run directories, task files, comparison and prediction."""

@@ -1,0 +1,196 @@
+"""A teacher is loaded, given a head for these classes if it has none, and checked before it may teach."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from remap import probe
+from remap.bench import Bench, Views
+from remap.data.views import View, ViewSource
+from remap.engine.evaluate import Evaluation, evaluate
+from remap.engine.launch import accelerator, use_bf16
+from remap.errors import RemapError, TrainingError
+from remap.network import Network, choose_attention, tuned
+from remap.progress import Progress
+from remap.recipe.schema import LOSSES, METHODS, MethodSpec, LossSpec, Recipe, StudentSpec
+from remap.runs.rundir import RunDir, is_run
+from remap.runs.task import load_task, open_backbone, save_task
+
+
+@dataclass
+class PreparedTeacher:
+    """A teacher with what is known of it.
+
+    Attributes:
+        key: Equal for teachers that give equal outputs.
+        head: How its classifier came about: "its own", "probe", a method's name, or "none".
+        accuracy: On the evaluation split; None when no loss reads its logits.
+    """
+
+    network: Network
+    key: str
+    head: str
+    accuracy: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.network.identity.model,
+            "backbone_sha256": self.network.identity.sha256,
+            "head": self.head,
+            "accuracy": self.accuracy,
+            "total_parameters": self.network.num_parameters,
+        }
+
+
+def load_teacher(recipe: Recipe, classes: tuple[str, ...], device: torch.device) -> PreparedTeacher:
+    """The teacher as it comes from its source; a run directory with the same classes brings its own head."""
+    spec = recipe.teacher
+    if is_run(spec.model):
+        network, _ = load_task(Path(spec.model).expanduser())
+        if network.classes == classes:
+            return _placed(PreparedTeacher(network, _key(network, "its own", recipe), "its own"), recipe, device)
+    torch.manual_seed(recipe.seed)
+    keep_head = spec.prepare == "none" and _needs_logits(recipe)
+    network = tuned(open_backbone(spec, len(classes), keep_head=keep_head), "linear", {})
+    network.classes = classes
+    head = "its own" if keep_head else "none"
+    return _placed(PreparedTeacher(network, _key(network, head, recipe), head), recipe, device)
+
+
+def prepare_teacher(
+    teacher: PreparedTeacher,
+    recipe: Recipe,
+    run_dir: RunDir,
+    views: Views,
+    progress: Progress,
+    bench: Bench,
+) -> PreparedTeacher:
+    """Fit a head (or tune the whole teacher) if a loss reads its logits and it has none; then evaluate it.
+
+    The prepared teacher is kept in ``run_dir.teacher`` as a task, so that a resumed run finds it.
+    """
+    if not _needs_logits(recipe):
+        return teacher
+    check = partial(_accuracy, recipe=recipe, source=views.val, progress=progress)
+    if teacher.key in bench.teachers:
+        return bench.teachers[teacher.key]
+    if teacher.head == "none":
+        if not (run_dir.teacher / "task" / "task.json").is_file():
+            _prepare(teacher.network, recipe, run_dir, views, progress, bench)
+        accelerator().wait_for_everyone()
+        network, _ = load_task(run_dir.teacher)
+        prepared = PreparedTeacher(network, teacher.key, recipe.teacher.prepare)
+        teacher = _placed(prepared, recipe, accelerator().device)
+    teacher = replace(teacher, accuracy=check(teacher.network).accuracy)
+    bench.teachers[teacher.key] = teacher
+    return teacher
+
+
+def require_useful(teacher: PreparedTeacher, untrained: Evaluation, source: ViewSource, recipe: Recipe) -> None:
+    """Stop before a teacher that knows nothing teaches it.
+
+    Raises:
+        TrainingError: Its accuracy is within two standard errors of always naming the most frequent class, or below
+            the untrained student's.
+    """
+    if teacher.accuracy is None or recipe.teacher.allow_weak:
+        return
+    count = len(source.split)
+    chance = np.bincount(source.split.labels).max() / count
+    bound = chance + 2 * sqrt(chance * (1 - chance) / count)
+    if teacher.accuracy > bound and teacher.accuracy >= untrained.accuracy:
+        return
+    why = (
+        f"below the untrained student's {untrained.accuracy:.1%}"
+        if teacher.accuracy > bound
+        else f"not above chance (most frequent class {chance:.1%}, with two standard errors {bound:.1%})"
+    )
+    raise TrainingError(
+        f"the teacher's accuracy on the evaluation images is {teacher.accuracy:.1%}: {why}",
+        given=f"{teacher.network.identity.model}, head: {teacher.head}",
+        do="\n           ".join(
+            [
+                "let its head be fitted (teacher.prepare=probe or full), choose other weights,",
+                "or go on all the same: --set teacher.allow_weak=true",
+            ]
+        ),
+    )
+
+
+def _prepare(
+    network: Network, recipe: Recipe, run_dir: RunDir, views: Views, progress: Progress, bench: Bench
+) -> None:
+    from remap.distill import run  # a tuned teacher is a run like any other
+
+    spec = recipe.teacher
+    progress.say(f"the teacher has no head for these {len(network.classes)} classes: preparing one ({spec.prepare})")
+    if spec.prepare == "probe":
+        strength = probe.fit_probe(network, views.train, accelerator(), recipe.train.batch_size, progress)
+        if accelerator().is_main_process:
+            save_task(run_dir.teacher / "task", network, views.view, "linear", {})
+        progress.say(f"fitted by logistic regression on cached features (C = {strength})")
+        return
+    tuning = teacher_recipe(recipe)
+    folder = RunDir(run_dir.teacher)
+    if accelerator().is_main_process and not (folder.path / "recipe.yaml").exists():
+        folder = RunDir.create(run_dir.teacher, tuning)
+    accelerator().wait_for_everyone()
+    run(tuning, folder, progress, Bench(), resuming=True)
+
+
+def teacher_recipe(recipe: Recipe) -> Recipe:
+    """The recipe that tunes the teacher: the same data and loop, its own method, cross-entropy alone."""
+    spec = recipe.teacher
+    train = recipe.train.model_copy(update={"epochs": spec.epochs or recipe.train.epochs, "lr": spec.lr})
+    return recipe.model_copy(
+        update={
+            "name": f"{recipe.name[:56]}-teacher",
+            "teacher": None,
+            "student": StudentSpec(model=spec.model, weights=spec.weights),
+            "method": MethodSpec(name=spec.prepare),
+            "losses": (LossSpec(name="ce", weight=LOSSES.row("ce").weight),),
+            "train": train,
+        }
+    )
+
+
+def _needs_logits(recipe: Recipe) -> bool:
+    return any(LOSSES.row(loss.name).category == "logits" for loss in recipe.losses)
+
+
+def _key(network: Network, head: str, recipe: Recipe) -> str:
+    """Backbone, where the head comes from, and all that decides how it is fitted."""
+    spec = recipe.teacher
+    return "|".join(
+        [
+            network.identity.sha256,
+            head,
+            spec.model if head == "its own" else spec.model_dump_json(),
+            recipe.data.model_dump_json(),
+            str(recipe.seed) if spec.prepare in METHODS else "",
+        ]
+    )
+
+
+def _placed(teacher: PreparedTeacher, recipe: Recipe, device: torch.device) -> PreparedTeacher:
+    teacher.network.model.to(device)
+    choose_attention(teacher.network, recipe.train.fused_attention, device)
+    return teacher
+
+
+def _accuracy(network: Network, recipe: Recipe, source: ViewSource, progress: Progress) -> Evaluation:
+    return evaluate(
+        network,
+        source,
+        accelerator(),
+        batch_size=max(64, recipe.train.batch_size),
+        bf16=use_bf16(recipe.train.precision, accelerator().device),
+        progress=progress,
+        what="the teacher",
+        skip_bad=recipe.data.skip_bad,
+    )

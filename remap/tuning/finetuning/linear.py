@@ -1,0 +1,13 @@
+"""Linear probing: the backbone stays as it is, only the classifier head is trained."""
+
+from torch import nn
+
+from remap.backbones.anatomy import Anatomy
+from remap.tuning.base import Attached, Method
+
+
+class Linear(Method):
+    """Train nothing but the head."""
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+        return Attached(model, anatomy, trainable=(), mergeable=True)
