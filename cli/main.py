@@ -138,5 +138,5 @@ def _train(
     train.from_words(words, recipe_word, settings or [], output, dry_run, json, with_teacher=with_teacher)
 
 
-if __name__ == "__main__":
-    main()
+# The other commands add themselves to ``app``.
+from remap_cli import look, use  # noqa: E402, F401

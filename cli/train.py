@@ -28,7 +28,7 @@ def from_words(
 
             found = estimate(recipe, progress)
         else:
-            from remap.distill import start
+            from remap.assembly import start
 
             result = start(recipe, output, progress)
     if not _is_main():
@@ -45,7 +45,7 @@ def go_on(path: Path, asked: list[str], json: bool) -> None:
         raise RecipeError(
             [f"--{word.replace('_', '-')}: a resumed run keeps its own recipe" for word in asked], f"--resume {path}"
         )
-    from remap.distill import resume
+    from remap.assembly import resume
 
     with view.Reporter(quiet=json or not _is_main()) as progress:
         result = resume(path, progress)
@@ -88,11 +88,10 @@ def _show(summary: dict[str, Any], json: bool) -> None:
     rows = []
     if teacher is not None:
         accuracy = "-" if teacher["accuracy"] is None else f"{teacher['accuracy']:.1%}"
-        rows.append(["teacher", teacher["model"], accuracy, view.count(teacher["total_parameters"]), "0", "-"])
+        rows.append(["teacher", accuracy, view.count(teacher["total_parameters"]), "0", "-"])
     rows.append(
         [
             f"student + {summary['method']}",
-            student["model"],
             f"{student['accuracy']:.1%}",
             view.count(student["total_parameters"]),
             f"{view.count(student['trainable_parameters'])} ({share:.1%})",
@@ -101,7 +100,7 @@ def _show(summary: dict[str, Any], json: bool) -> None:
     )
     data = summary["data"]
     title = f"{data['source']}: accuracy on {data['val_images']} images after {data['train_images']} training images"
-    view.table(title, ["", "model", "accuracy", "parameters", "trained", "to keep"], rows, right=(2, 3, 4, 5))
+    view.table(title, ["", "accuracy", "parameters", "trained", "to keep"], rows, right=(1, 2, 3, 4))
     view.out.print(
         f"{view.duration(summary['seconds'])} in all. Run: {summary['run_dir']}\n"
         f"next: remap predict {summary['run_dir']} IMAGES...   remap eval {summary['run_dir']}",

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-out = Console(highlight=False, soft_wrap=True)
+# Piped output has no width of its own; tables then take what their cells need.
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -27,11 +29,14 @@ def note(text: str) -> None:
     err.print(f"[dim]{escape(_plain(text))}[/]")
 
 
-def table(title: str, columns: list[str], rows: list[list[Any]], right: tuple[int, ...] = ()) -> None:
-    """Print a table; columns in ``right`` are aligned right."""
-    result = Table(title=title, title_justify="left", header_style="bold", title_style="bold")
+def table(
+    title: str, columns: list[str], rows: list[list[Any]], right: tuple[int, ...] = (), wrap: tuple[int, ...] = ()
+) -> None:
+    """Print a table; columns in ``right`` are aligned right, those in ``wrap`` give way when the terminal is narrow."""
+    result = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
-        result.add_column(column, justify="right" if index in right else "left", overflow="fold")
+        justify = "right" if index in right else "left"
+        result.add_column(column, justify=justify, no_wrap=index not in wrap, overflow="fold")
     for row in rows:
         result.add_row(*(escape(_plain(str(cell))) for cell in row))
     out.print(result)

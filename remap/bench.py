@@ -1,6 +1,7 @@
 """What several runs can share: open data, decoded views, a prepared teacher and its outputs."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from remap.data.sources import ImageData, open_data
@@ -24,12 +25,17 @@ class Views:
 
 @dataclass
 class Bench:
-    """Keeps what was opened or computed, by the values that decide it. One run makes a fresh one."""
+    """Keeps what was opened or computed, by the values that decide it. One run makes a fresh one.
+
+    Attributes:
+        teacher_folder: Where a prepared teacher is kept for all runs; None keeps it with the run.
+    """
 
     data: dict[tuple, ImageData] = field(default_factory=dict)
     views: dict[tuple, Views] = field(default_factory=dict)
     teachers: dict[str, Any] = field(default_factory=dict)
     targets: dict[tuple, Any] = field(default_factory=dict)
+    teacher_folder: Path | None = None
 
     def index(self, spec: DataSpec) -> ImageData:
         """List a data source, once; no image is decoded."""
@@ -43,7 +49,7 @@ class Bench:
 
     def open(self, spec: DataSpec, view: View, progress: Progress) -> Views:
         """Open, decode and check a data source, once."""
-        key = (spec.source, spec.val_source, spec.val_fraction, spec.skip_bad, view)
+        key = (spec.source, spec.val_source, spec.val_fraction, spec.skip_bad, spec.max_bad, view)
         if key not in self.views:
             self.views[key] = _open(self.index(spec), spec, view, progress)
         return self.views[key]

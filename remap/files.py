@@ -1,5 +1,6 @@
 """Files that are either whole or absent: write beside, flush to disk, rename."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -21,12 +22,29 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise RunError(
             f"cannot write {path}: {error.strerror}",
             given=f"{len(data):,} bytes to write",
             do="free some space or choose another --output; files written earlier are untouched",
+        ) from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, if they are not there yet.
+
+    Raises:
+        RunError: The disk is full or the place cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"cannot make {path}: {error.strerror}", do="free some space or choose another --output"
         ) from error
 
 
@@ -47,6 +65,6 @@ def read_json(path: Path) -> Any:
         RunError: It is missing or damaged.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read {path}: {error}", do="name a run directory that `remap` wrote") from error

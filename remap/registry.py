@@ -70,8 +70,9 @@ class Registry(Generic[Row]):
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
     """The candidate a reader most likely meant, or None."""
-    matches = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
-    return matches[0] if matches else None
+    by_lower = {candidate.lower(): candidate for candidate in candidates}
+    matches = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
+    return by_lower[matches[0]] if matches else None
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:

@@ -72,7 +72,8 @@ def prepare_teacher(
 ) -> PreparedTeacher:
     """Fit a head (or tune the whole teacher) if a loss reads its logits and it has none; then evaluate it.
 
-    The prepared teacher is kept in ``run_dir.teacher`` as a task, so that a resumed run finds it.
+    The prepared teacher is kept as a task in ``run_dir.teacher`` (runs that share a bench: in its folder), so that a
+    resumed run finds it.
     """
     if not _needs_logits(recipe):
         return teacher
@@ -80,10 +81,11 @@ def prepare_teacher(
     if teacher.key in bench.teachers:
         return bench.teachers[teacher.key]
     if teacher.head == "none":
-        if not (run_dir.teacher / "task" / "task.json").is_file():
-            _prepare(teacher.network, recipe, run_dir, views, progress, bench)
+        folder = bench.teacher_folder or run_dir.teacher
+        if not (folder / "task" / "task.json").is_file():
+            _prepare(teacher.network, recipe, folder, views, progress)
         accelerator().wait_for_everyone()
-        network, _ = load_task(run_dir.teacher)
+        network, _ = load_task(folder)
         prepared = PreparedTeacher(network, teacher.key, recipe.teacher.prepare)
         teacher = _placed(prepared, recipe, accelerator().device)
     teacher = replace(teacher, accuracy=check(teacher.network).accuracy)
@@ -122,25 +124,22 @@ def require_useful(teacher: PreparedTeacher, untrained: Evaluation, source: View
     )
 
 
-def _prepare(
-    network: Network, recipe: Recipe, run_dir: RunDir, views: Views, progress: Progress, bench: Bench
-) -> None:
-    from remap.distill import run  # a tuned teacher is a run like any other
+def _prepare(network: Network, recipe: Recipe, folder: Path, views: Views, progress: Progress) -> None:
+    from remap.assembly import run  # a tuned teacher is a run like any other
 
     spec = recipe.teacher
     progress.say(f"the teacher has no head for these {len(network.classes)} classes: preparing one ({spec.prepare})")
     if spec.prepare == "probe":
         strength = probe.fit_probe(network, views.train, accelerator(), recipe.train.batch_size, progress)
         if accelerator().is_main_process:
-            save_task(run_dir.teacher / "task", network, views.view, "linear", {})
+            save_task(folder / "task", network, views.view, "linear", {})
         progress.say(f"fitted by logistic regression on cached features (C = {strength})")
         return
     tuning = teacher_recipe(recipe)
-    folder = RunDir(run_dir.teacher)
-    if accelerator().is_main_process and not (folder.path / "recipe.yaml").exists():
-        folder = RunDir.create(run_dir.teacher, tuning)
+    if accelerator().is_main_process and not (folder / "recipe.yaml").exists():
+        RunDir.create(folder, tuning)
     accelerator().wait_for_everyone()
-    run(tuning, folder, progress, Bench(), resuming=True)
+    run(tuning, RunDir(folder), progress, Bench(), resuming=True)
 
 
 def teacher_recipe(recipe: Recipe) -> Recipe:

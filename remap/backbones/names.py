@@ -12,11 +12,11 @@ SHORT_NAMES = {
 
 # What each short name is, for listings: (parameters without head in millions, input pixels, weights).
 ABOUT = {
-    "mini_student": ("0.7", 32, "CIFAR-10, shipped with remap"),
-    "mini_teacher": ("2.7", 32, "CIFAR-10, shipped with remap"),
-    "vit_tiny": ("5.5", 224, "AugReg ImageNet-21k, Steiner et al. 2021"),
-    "vit_small": ("21.7", 224, "AugReg ImageNet-21k, Steiner et al. 2021"),
-    "vit_base": ("85.8", 224, "AugReg ImageNet-21k, Steiner et al. 2021"),
-    "vit_large": ("303.3", 224, "AugReg ImageNet-21k, Steiner et al. 2021"),
-    "vit_huge": ("630.8", 224, "original ImageNet-21k, Dosovitskiy et al. 2021"),
+    "mini_student": ("0.7", 32, "CIFAR-10, shipped"),
+    "mini_teacher": ("2.7", 32, "CIFAR-10, shipped"),
+    "vit_tiny": ("5.5", 224, "ImageNet-21k, AugReg"),
+    "vit_small": ("21.7", 224, "ImageNet-21k, AugReg"),
+    "vit_base": ("85.8", 224, "ImageNet-21k, AugReg"),
+    "vit_large": ("303.3", 224, "ImageNet-21k, AugReg"),
+    "vit_huge": ("630.8", 224, "ImageNet-21k"),
 }

@@ -21,12 +21,14 @@ class Batch:
         labels_B: Class indices, int64.
         indices_B: Positions in the split, int64 on the CPU.
         keys_B: One key an image for dropout, int64.
+        share: The part of the step's global batch that this micro-batch stands for.
     """
 
     images_BCHW: Tensor
     labels_B: Tensor
     indices_B: np.ndarray
     keys_B: Tensor
+    share: float
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,15 @@ class Plan:
     def steps(self) -> int:
         return max(1, self.images // self.batch_size)
 
+    @property
+    def step_images(self) -> int:
+        """Images of one step, all processes together."""
+        return min(self.batch_size, self.images)
+
     def micro_batches(self, epoch: int, first_step: int = 0) -> Iterator[np.ndarray]:
         """Indices of this process, one array for each micro-batch, from step ``first_step`` on."""
         order = keyed.permutation(self.seed, epoch, self.images)
-        size = min(self.batch_size, self.images)
+        size = self.step_images
         shares = self.processes * self.accumulation
         for step in range(first_step, self.steps):
             parts = np.array_split(order[step * size : (step + 1) * size], shares)
@@ -77,7 +84,8 @@ def _make(source: ViewSource, plan: Plan, epoch: int, indices: np.ndarray) -> Ba
     images, good = source.batch(indices)
     images = augment(images, plan.augment, keyed.uniform(plan.seed, epoch, good, 3))
     keys = torch.from_numpy(keyed.keys(plan.seed, epoch, good, keyed.DROPOUT).view(np.int64))
-    return Batch(images, torch.from_numpy(source.split.labels[good]), good, keys)
+    share = len(indices) / plan.step_images
+    return Batch(images, torch.from_numpy(source.split.labels[good]), good, keys, share)
 
 
 def augment(images_BCHW: Tensor, kind: str, draws_B3: np.ndarray) -> Tensor:

@@ -30,12 +30,13 @@ def decode(source: bytes | Path) -> Image.Image:
             warnings.filterwarnings("ignore", message=".*EXIF.*")
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+                return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's decoders raise many kinds; all mean the file is no usable image
         raise BadImage(_reason(error)) from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to 8-bit RGB."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         return _grey_of_wide_range(image).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:

@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 # One number for each use, so that order, augmentation and dropout draw from unrelated streams.
-ORDER, AUGMENT, DROPOUT, SPLIT = 1, 2, 3, 4
+ORDER, AUGMENT, DROPOUT, SPLIT, STEP = 1, 2, 3, 4, 5
 
 
 def keys(seed: int, epoch: int, indices_B: NDArray[np.int64], stream: int) -> NDArray[np.uint64]:
     """One 64-bit key for each image index, shape (B,)."""
     with np.errstate(over="ignore"):
-        state = _splitmix(np.asarray([seed], dtype=np.uint64))
+        # Shifted, so that no seed looks like a stream: else seed 1's stream 2 would be seed 2's stream 1.
+        state = _splitmix(np.asarray([seed], dtype=np.uint64) << np.uint64(32))
         for value in (stream, epoch):
             state = _splitmix(state ^ _splitmix(np.asarray([value], dtype=np.uint64)))
         return _splitmix(state ^ _splitmix(indices_B.astype(np.uint64)))
@@ -37,7 +38,7 @@ def permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
 
 def step_seed(seed: int, epoch: int, step: int) -> int:
     """A seed for torch's own generator in one training step (layers of a fully tuned backbone draw from it)."""
-    return int(keys(seed, epoch, np.asarray([step]), DROPOUT)[0] >> np.uint64(1))
+    return int(keys(seed, epoch, np.asarray([step]), STEP)[0] >> np.uint64(1))
 
 
 def _splitmix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

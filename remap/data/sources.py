@@ -104,6 +104,33 @@ def open_data(source: str, val_source: str | None, val_fraction: float) -> Image
     return _with_splits(source, parts, skipped)
 
 
+def read_all(source: str, classes: Sequence[str]) -> Split:
+    """All images of a folder or tar, whatever its splits, labelled by a task's class names.
+
+    Raises:
+        DataError: It has classes the task does not know.
+    """
+    if source == "digits":
+        opened = digits()
+        whole = Split(
+            opened.train.names + opened.val.names,
+            np.concatenate([opened.train.labels, opened.val.labels]),
+            lambda i: opened.train.read(i) if i < len(opened.train) else opened.val.read(i - len(opened.train)),
+        )
+        if tuple(classes) != opened.classes:
+            raise DataError("classes the task does not know", given="digits", allowed=", ".join(classes[:20]))
+        return whole
+    parts, _ = _open(source)
+    files: dict[str, list] = {}
+    for tree in parts.values():
+        for name, rows in tree.items():
+            files.setdefault(name, []).extend(rows)
+    strange = sorted(set(files) - set(classes))
+    if strange:
+        raise DataError("classes the task does not know", given=", ".join(strange[:10]), allowed=", ".join(classes[:20]))
+    return _split(files, classes)
+
+
 def digits() -> ImageData:
     """The 1,797 scanned digits of scikit-learn (UCI optdigits test set), 8x8 greys; 1,000 train, 797 to test on."""
     from sklearn.datasets import load_digits

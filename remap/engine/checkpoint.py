@@ -4,6 +4,7 @@ There is no generator state to keep: order, augmentation and dropout are functio
 """
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from remap.errors import RunError
-from remap.files import write_bytes
+from remap.files import make_folder, write_bytes
 
 
 @dataclass
@@ -46,8 +47,19 @@ def save_checkpoint(
         tensors[f"parameter/{name}"] = parameter.detach().cpu().contiguous()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    path.parent.mkdir(exist_ok=True)
-    write_bytes(path, save(tensors, metadata={"state": json.dumps(asdict(state))}))
+    make_folder(path.parent)
+    for stray in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed while it wrote
+        stray.unlink(missing_ok=True)
+    text = json.dumps(asdict(state))
+    write_bytes(path, save(tensors, metadata={"state": text, "crc32": str(_crc32(text, tensors))}))
+
+
+def _crc32(text: str, tensors: Mapping[str, Tensor]) -> int:
+    """A checksum over the state and all tensors: safetensors itself does not notice a flipped bit."""
+    value = zlib.crc32(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), value))
+    return value
 
 
 def load_checkpoint(
@@ -60,8 +72,11 @@ def load_checkpoint(
     """
     try:
         with safe_open(path, framework="pt") as file:
-            state = State(**json.loads((file.metadata() or {})["state"]))
+            metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        if metadata["crc32"] != str(_crc32(metadata["state"], tensors)):
+            raise ValueError("its checksum differs")
+        state = State(**json.loads(metadata["state"]))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged: {error}", do="start the run again in another --output") from error
     if state.digest != digest:

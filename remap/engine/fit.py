@@ -1,7 +1,7 @@
 """The one training loop: from (student, teacher, objective, images) to history."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +75,7 @@ def fit(job: Job, *, resume: bool = False) -> State:
         Interrupted: A signal came; the state is saved.
     """
     spec, accelerator = job.recipe.train, job.accelerator
+    _require_divisible(plan_of(job))
     step_module = StudentStep(job.student, job.objective, bf16=job.bf16).to(accelerator.device)
     parameters = job.parameters()
     extra = [(name, p) for name, p in parameters.items() if name.startswith("objective.")]
@@ -93,6 +94,15 @@ def fit(job: Job, *, resume: bool = False) -> State:
         step_module.runner.tap.close()
         job.student.attached.set_sample_keys(None)
     return state
+
+
+def _require_divisible(plan: Plan) -> None:
+    if plan.step_images < plan.processes * plan.accumulation:
+        raise TrainingError(
+            f"a step of {plan.step_images} image(s) cannot be divided",
+            given=f"{plan.processes} process(es), each with train.accumulation={plan.accumulation}",
+            do="use a larger --batch-size, fewer processes, or less accumulation",
+        )
 
 
 def _compile_blocks(network: Network) -> None:
@@ -120,36 +130,39 @@ def _epoch(
             update = state.epoch * plan.steps + state.step
             set_learning_rate(optimizer, learning_rate(spec, job.recipe.learning_rate(), update, plan.steps))
             torch.manual_seed(keyed.step_seed(job.recipe.seed, state.epoch, update) + accelerator.process_index)
-            losses = _accumulate(job, step_module, stream)
-            _step(job, state, optimizer, parameters, losses)
+            sums = _accumulate(job, step_module, stream)
+            shown.advance(loss=_step(job, state, optimizer, parameters, sums))
             state.step += 1
-            shown.advance(loss=losses["loss"])
             stop = flag.agreed(accelerator)
             now = time.perf_counter()
             if stop or now - saved > spec.checkpoint_seconds:
                 state.seconds, started, saved = state.seconds + now - started, now, now
                 _save(job, state, optimizer)
             if stop:
-                raise _interrupted(job, stop)
+                accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has left
+                raise Interrupted("stopped by a signal; the state is saved", exit_code=128 + stop)
     state.seconds += time.perf_counter() - started
     _finish_epoch(job, state, plan)
     _save(job, state, optimizer)
 
 
-def _accumulate(job: Job, step_module: nn.Module, stream: Any) -> dict[str, float]:
-    """Forward and backward over the micro-batches of one step; the losses are means over them."""
-    micro = job.recipe.train.accumulation
+def _accumulate(job: Job, step_module: nn.Module, stream: Iterator[Batch]) -> dict[str, Tensor]:
+    """Forward and backward over this process's micro-batches of one step, each by its share of the global batch.
+
+    Returns:
+        This process's part of each loss; over all processes they add up to the mean over the global batch.
+    """
+    micro, processes = job.recipe.train.accumulation, job.accelerator.num_processes
     sums: dict[str, Tensor] = {}
     for index in range(micro):
         batch = next(stream)
-        wait = index + 1 < micro and job.accelerator.num_processes > 1
+        wait = index + 1 < micro and processes > 1
         with step_module.no_sync() if wait else nullcontext():
             total, parts = _forward(job, step_module, batch)
-            (total / micro).backward()
+            (total * (batch.share * processes)).backward()  # DDP takes the mean over processes
         for name, value in {"loss": total.detach(), **parts}.items():
-            sums[name] = sums.get(name, 0.0) + value / micro
-    values = torch.stack(list(sums.values())).tolist()  # one transfer for all of them
-    return dict(zip(sums, values, strict=True))
+            sums[name] = sums.get(name, 0.0) + value * batch.share
+    return sums
 
 
 def _forward(job: Job, step_module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -167,13 +180,17 @@ def _step(
     state: State,
     optimizer: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
-    losses: dict[str, float],
-) -> None:
-    """Clip, look for anything that is not finite, then update."""
+    sums: dict[str, Tensor],
+) -> float:
+    """Clip, look for anything that is not finite, then update; gives the loss."""
     limit = job.recipe.train.clip_norm
-    norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit).item()
-    finite = all(abs(value) < float("inf") for value in (*losses.values(), norm))
-    if not finite:
+    clipped = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
+    values = torch.stack(list(sums.values()))
+    if job.accelerator.num_processes > 1:
+        torch.distributed.all_reduce(values)
+    *means, norm = torch.cat([values, clipped[None]]).tolist()  # one transfer for all of them
+    losses = dict(zip(sums, means, strict=True))
+    if not all(abs(value) < float("inf") for value in (*means, norm)):
         named = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
         raise TrainingError(
             f"the loss is not finite in epoch {state.epoch + 1}, step {state.step + 1}; nothing was stepped",
@@ -184,6 +201,7 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
     for name, value in losses.items():
         state.loss_sums[name] = state.loss_sums.get(name, 0.0) + value
+    return losses["loss"]
 
 
 def _finish_epoch(job: Job, state: State, plan: Plan) -> None:
@@ -215,12 +233,3 @@ def plan_of(job: Job) -> Plan:
 def _save(job: Job, state: State, optimizer: torch.optim.Optimizer) -> None:
     if job.checkpoint is not None and job.accelerator.is_main_process:
         save_checkpoint(job.checkpoint, state, job.parameters(), optimizer)
-
-
-def _interrupted(job: Job, number: int) -> Interrupted:
-    where = job.checkpoint.parent.parent if job.checkpoint is not None else None
-    return Interrupted(
-        "stopped by a signal; the state is saved",
-        exit_code=128 + number,
-        do=f"go on with: remap {'distill' if job.teacher else 'tune'} --resume {where}" if where else None,
-    )

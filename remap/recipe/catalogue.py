@@ -15,7 +15,7 @@ def folder() -> Path:
 def names() -> list[str]:
     """Names of all shipped recipes, with their sub-folder."""
     root = folder()
-    return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
 
 def find(word: str) -> Path:
@@ -25,7 +25,7 @@ def find(word: str) -> Path:
         RecipeError: Neither exists.
     """
     if word.endswith((".yaml", ".yml")):
-        path = Path(word)
+        path = Path(word).expanduser()
         if not path.is_file():
             raise RecipeError(["no such file"], word)
         return path
@@ -37,5 +37,5 @@ def find(word: str) -> Path:
 
 def summary(name: str) -> str:
     """The first comment line of a shipped recipe."""
-    first = find(name).read_text().splitlines()[0]
+    first = find(name).read_text(encoding="utf-8").splitlines()[0]
     return first.lstrip("# ").strip()

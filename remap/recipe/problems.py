@@ -2,41 +2,52 @@
 
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from remap.registry import did_you_mean
+from remap.registry import did_you_mean, nearest
 
 
-def lines_of(error: ValidationError, schema: type[BaseModel], place: str = "") -> list[str]:
-    """One line for each finding, in the order of the recipe."""
-    return [_line(finding, schema, place) for finding in error.errors()]
+# Where pydantic speaks of Python classes, a recipe has plainer things.
+_SHAPES = {"model_type": "a mapping of keys", "dict_type": "a mapping of keys", "tuple_type": "a list"}
 
 
-def _line(finding: Any, schema: type[BaseModel], place: str) -> str:
-    path = [part for part in finding["loc"] if not _is_union_label(part, finding["loc"])]
+def lines_of(
+    error: ValidationError, schema: type[BaseModel], place: str = "", also: Iterable[str] = ()
+) -> list[str]:
+    """One line for each finding, in the order of the recipe; ``also`` are keys allowed beside the schema's."""
+    return [_line(finding, schema, place, list(also)) for finding in error.errors()]
+
+
+def _line(finding: Any, schema: type[BaseModel], place: str, also: list[str]) -> str:
+    *parents, last = finding["loc"] or ("",)
+    path = [part for part in parents if not _is_union_label(part)]
+    if finding["loc"] and (finding["type"] == "extra_forbidden" or not _is_union_label(last)):
+        path.append(last)
     where = _dotted(path, place)
     kind, given = finding["type"], finding["input"]
     if kind == "extra_forbidden":
-        owner = _schema_at(schema, path[:-1])
-        known = list(owner.model_fields) if owner else []
+        known = [*also, *_fields_at(schema, path[:-1])]
         return f"{where}: unknown key{did_you_mean(str(path[-1]), known)} (allowed: {', '.join(known)})"
     if kind == "missing":
-        return f"{where}: missing"
+        others = [key for key in given if key not in _fields_at(schema, path[:-1])]
+        meant = nearest(str(path[-1]), others)
+        return f"{where}: missing" + (f"; did you write '{meant}' for it?" if meant else "")
     if kind == "literal_error":
         allowed = finding["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
         hint = did_you_mean(str(given), allowed.split(", "))
         return f"{where}: '{given}' is not one of {allowed}{hint}"
     if kind == "string_pattern_mismatch":
         return f"{where}: {given!r} may hold letters, digits, '.', '_' and '-' only, 64 at most, a letter or digit first"
-    message = finding["msg"].removeprefix("Value error, ")
+    message = f"should be {_SHAPES[kind]}" if kind in _SHAPES else finding["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     shown = repr(given) if len(repr(given)) <= 60 else f"{repr(given)[:57]}..."
     return f"{where}: {message.replace('input should be', 'should be')}, got {shown}"
 
 
-def _is_union_label(part: Any, path: tuple) -> bool:
+def _is_union_label(part: Any) -> bool:
     """Pydantic adds the names of its validators and union members to the path; they mean nothing to a reader."""
     return isinstance(part, str) and ("[" in part or part in {"int", "float", "str", "list", "tuple"})
 
@@ -57,6 +68,11 @@ def _schema_at(schema: type[BaseModel], path: list) -> type[BaseModel] | None:
         if schema is None:
             return None
     return schema
+
+
+def _fields_at(schema: type[BaseModel], path: list) -> Iterable[str]:
+    owner = _schema_at(schema, path)
+    return owner.model_fields if owner else ()
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -1,5 +1,6 @@
-"""YAML as data: safe loader, plain scalars, no repeated keys, no anchors, bounded size. Home of the yaml package."""
+"""YAML as data: safe loader, plain scalars, no repeated keys, tags or anchors, bounded size. Home of the yaml package."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -8,30 +9,43 @@ import yaml
 
 from remap.errors import RecipeError
 
-MAX_BYTES = 1_000_000
+MAX_BYTES, MAX_DEPTH = 1_000_000, 32
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loader with YAML 1.2's numbers and booleans and without aliases."""
+    """Safe loader with YAML 1.2's numbers and booleans and without aliases, anchors and tags."""
+
+    _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not allowed", mark)
-        return super().compose_node(parent, index)
+        event = self.peek_event()
+        if isinstance(event, yaml.events.AliasEvent):
+            raise _error("aliases (*name) are not allowed", event)
+        if event.anchor is not None:
+            raise _error("anchors (&name) are not allowed", event)
+        if event.tag is not None:
+            raise _error("tags (!name) are not allowed", event)
+        if self._depth == MAX_DEPTH:
+            raise _error(f"more than {MAX_DEPTH} levels deep", event)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is not a word", key_node.start_mark
-                )
+                raise _error(f"key {key!r} is not a word", key_node)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
+                raise _error(f"key '{key}' is given twice", key_node)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _error(problem: str, at: Any) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, at.start_mark)
 
 
 # YAML 1.1 reads 3e-4 as text and off as False; YAML 1.2 reads a number and a word.
@@ -48,12 +62,33 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node))
+def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
+    """010 is ten, not eight; 1e999 is no number."""
+    kind = int if node.tag.endswith(":int") else float
+    try:
+        value = kind(loader.construct_scalar(node))
+    except ValueError:  # thousands of digits
+        value = math.inf
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _error("the number is too large", node)
+    return value
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _int)  # 010 is ten, not eight
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", _number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _number)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around every word that this module's reader, or an ordinary YAML reader, takes for a number."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [
+        *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+        *_Loader.yaml_implicit_resolvers.get(first, []),
+    ]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+}
 
 
 def parse(text: str, where: str) -> Any:
@@ -68,7 +103,7 @@ def parse(text: str, where: str) -> Any:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise RecipeError([f"{place}{error.problem}"], where) from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except yaml.YAMLError as error:
         raise RecipeError([f"not readable as YAML: {str(error).splitlines()[0]}"], where) from None
 
 
@@ -79,15 +114,16 @@ def read_mapping(path: Path) -> dict[str, Any]:
         RecipeError: It cannot be read, is too large, or is not a mapping.
     """
     try:
-        data = path.read_bytes()[: MAX_BYTES + 1]
-        text = data.decode()
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise RecipeError([f"cannot be read: {error.strerror}"], str(path)) from None
-    except UnicodeDecodeError:
-        raise RecipeError(["is not UTF-8 text"], str(path)) from None
     if len(data) > MAX_BYTES:
         raise RecipeError([f"is larger than {MAX_BYTES:,} bytes; a recipe is names and numbers"], str(path))
-    value = parse(text, str(path))
+    try:
+        value = parse(data.decode(), str(path))
+    except UnicodeDecodeError:
+        raise RecipeError(["is not UTF-8 text"], str(path)) from None
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -97,4 +133,4 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def dump(value: Any) -> str:
     """YAML text that ``parse`` reads back to an equal value."""
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

@@ -72,11 +72,12 @@ class Attached:
         self._keyed = [module for module in model.modules() if isinstance(module, SampleDropout)]
         # Tuned backbone weights must come back bit for bit on detach; inserted modules just go.
         self._original = {
-            name: parameters[name].detach().clone() for name in self.trainable if not name.startswith(self._prefixes)
+            name: parameters[name].detach().clone() for name in self.trainable if not name.startswith(self.added_prefixes)
         }
 
     @property
-    def _prefixes(self) -> tuple[str, ...]:
+    def added_prefixes(self) -> tuple[str, ...]:
+        """What the full names of inserted parameters start with."""
         return tuple(f"{path}." for path in self._added)
 
     def state(self) -> dict[str, Tensor]:

@@ -107,8 +107,12 @@ def run(
         run_dir.set_status("running")
     try:
         result = _run(recipe, run_dir, progress, bench or Bench(), resuming)
-    except (KeyboardInterrupt, Interrupted) as error:
-        _note(run_dir, "stopped", str(error) or "interrupted")
+    except Interrupted as error:
+        _note(run_dir, "stopped", error.what)
+        command = f"remap {'distill' if recipe.teacher else 'tune'} --resume {run_dir.path}"
+        raise Interrupted(error.what, exit_code=error.exit_code, do=f"go on with: {command}") from error
+    except KeyboardInterrupt:
+        _note(run_dir, "stopped", "interrupted")
         raise
     except BaseException as error:
         _note(run_dir, "failed", str(error))
@@ -158,6 +162,8 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
         ),
         resume=resuming,
     )
+    if teacher is not None:
+        teacher.close()  # other runs may share the network
     parts.student.model.eval()
     final = finals[0] if finals else check(parts.student, parts.views.val, "the student")
     summary = _summary(parts, run_dir, initial, final, state.history, state.seconds)

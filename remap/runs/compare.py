@@ -1,0 +1,150 @@
+"""Methods side by side: the same data, teacher, budget and seeds; every cell is a run directory like any other."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from remap import files
+from remap.errors import RunError
+from remap.progress import Progress
+from remap.recipe.schema import LOSSES, LossSpec, MethodSpec, Recipe
+from remap.runs.rundir import RunDir
+from remap.tuning import CATEGORIES, METHODS
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the comparison."""
+
+    method: str
+    with_teacher: bool
+    seed: int
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{'teacher' if self.with_teacher else 'alone'}-s{self.seed}"
+
+
+def plan(recipe: Recipe, methods: Sequence[str], seeds: int) -> list[Cell]:
+    """Every method with and without the teacher, for ``seeds`` seeds from the recipe's own upwards.
+
+    The cells differ from each other in method, its learning rate, losses and seed, and in nothing else.
+    """
+    cells = []
+    alone = (LossSpec(name="ce", weight=LOSSES.row("ce").weight),)
+    for method in methods:
+        spec = recipe.method if method == recipe.method.name else MethodSpec(name=method)
+        for with_teacher in (False, True):
+            for seed in range(recipe.seed, recipe.seed + seeds):
+                update: dict[str, Any] = {"method": spec, "seed": seed}
+                update |= {} if with_teacher else {"teacher": None, "losses": alone}
+                cells.append(Cell(method, with_teacher, seed, recipe.model_copy(update=update)))
+    return cells
+
+
+def compare(
+    recipe: Recipe, methods: Sequence[str], seeds: int, output: Path, progress: Progress
+) -> dict[str, Any]:
+    """Run what is missing and tabulate.
+
+    Args:
+        output: Folder of the comparison; finished cells in it are kept and not run again.
+
+    Returns:
+        The content of compare.json.
+
+    Raises:
+        RunError: The folder holds another comparison.
+    """
+    cells = plan(recipe, methods, seeds)
+    _claim(output, recipe)
+    missing = [cell for cell in cells if not _is_done(output / cell.name, cell)]
+    if missing:
+        _run(missing, output, progress)
+    table = tabulate(recipe, cells, output)
+    files.write_json(output / "compare.json", table)
+    return table
+
+
+def _run(missing: list[Cell], output: Path, progress: Progress) -> None:
+    # Training needs torch; looking at a finished comparison does not.
+    from remap.assembly import Bench, run
+
+    bench = Bench(teacher_folder=output / "teacher")
+    for number, cell in enumerate(missing, 1):
+        path = output / cell.name
+        progress.say(f"[{number}/{len(missing)}] {cell.name}")
+        resuming = (path / "recipe.yaml").is_file()
+        run_dir = RunDir.open(path) if resuming else RunDir.create(path, cell.recipe)
+        run(cell.recipe, run_dir, progress, bench, resuming=resuming)
+
+
+def _claim(output: Path, recipe: Recipe) -> None:
+    """The folder belongs to one recipe (apart from method and number of seeds)."""
+    output.mkdir(parents=True, exist_ok=True)
+    marker = output / "compare-of.txt"
+    digest = recipe.model_copy(update={"method": MethodSpec(name="linear")}).digest()
+    if marker.exists() and marker.read_text().strip() != digest:
+        raise RunError(
+            f"{output} holds a comparison of another recipe; nothing in it was touched",
+            do="name another --output, or repeat the words it was started with",
+        )
+    files.write_text(marker, digest + "\n")
+
+
+def _is_done(path: Path, cell: Cell) -> bool:
+    if not (path / "recipe.yaml").is_file():
+        return False
+    run_dir = RunDir.open(path)
+    if run_dir.recipe().digest() != cell.recipe.digest():
+        raise RunError(
+            f"{path} was made with other settings; nothing in it was touched",
+            do="name another --output, or remove that folder",
+        )
+    return run_dir.is_done
+
+
+def tabulate(recipe: Recipe, cells: Sequence[Cell], output: Path) -> dict[str, Any]:
+    """Mean and sample standard deviation over seeds, by category and method."""
+    rows = []
+    for method in dict.fromkeys(cell.method for cell in cells):
+        row: dict[str, Any] = {"category": CATEGORIES[METHODS.row(method).category], "method": method}
+        for key, with_teacher in (("alone", False), ("teacher", True)):
+            mine = [cell for cell in cells if cell.method == method and cell.with_teacher == with_teacher]
+            summaries = [RunDir.open(output / cell.name).summary() for cell in mine]
+            row[key] = _statistics(summaries)
+            row["trainable_parameters"] = summaries[0]["student"]["trainable_parameters"]
+            row["total_parameters"] = summaries[0]["student"]["total_parameters"]
+            row["task_bytes"] = summaries[0]["student"]["task_bytes"]
+            row["learning_rate"] = summaries[0]["learning_rate"]
+            if with_teacher:
+                teacher = summaries[0]["teacher"]
+        row["gain"] = row["teacher"]["mean"] - row["alone"]["mean"]
+        rows.append(row)
+    rows.sort(key=lambda row: list(CATEGORIES.values()).index(row["category"]))
+    return {
+        "recipe": recipe.name,
+        "output": str(output),
+        "data": recipe.data.source,
+        "epochs": recipe.train.epochs,
+        "batch_size": recipe.train.batch_size,
+        "seeds": sorted({cell.seed for cell in cells}),
+        "losses": {loss.name: loss.weight for loss in recipe.losses},
+        "student": recipe.student.model,
+        "teacher": teacher,
+        "rows": rows,
+    }
+
+
+def _statistics(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    accuracies = [summary["student"]["accuracy"] for summary in summaries]
+    return {
+        "accuracies": accuracies,
+        "mean": statistics.fmean(accuracies),
+        "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "seconds": statistics.fmean(summary["train_seconds"] for summary in summaries),
+    }
+

@@ -1,0 +1,67 @@
+"""Evaluate a finished run again, on its own evaluation split or on other data."""
+
+from pathlib import Path
+from typing import Any
+
+from remap.data.sources import ImageData, Split, open_data, read_all
+from remap.data.views import ViewSource
+from remap.engine.evaluate import evaluate
+from remap.engine.launch import accelerator, use_bf16
+from remap.network import choose_attention
+from remap.progress import Progress
+from remap.runs.rundir import RunDir
+from remap.runs.task import load_task
+
+
+def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progress) -> dict[str, Any]:
+    """Accuracy of a run's student.
+
+    Args:
+        data: Another folder or tar with the same class names, all of it; None takes the run's evaluation split.
+
+    Returns:
+        accuracy, correct, images, and per class: name, images, accuracy.
+    """
+    run = RunDir.open(path)
+    recipe = run.recipe()
+    network, view = load_task(path)
+    device = accelerator().device
+    network.model.to(device)
+    choose_attention(network, recipe.train.fused_attention, device)
+    split, source = _split(recipe.data, data, network.classes or ())
+    images = ViewSource(split, view, memory_bytes=recipe.data.memory_gib * 2**30, workers=recipe.data.workers)
+    images.load(progress, "evaluation images")
+    found = evaluate(
+        network,
+        images,
+        accelerator(),
+        batch_size=max(64, recipe.train.batch_size),
+        bf16=use_bf16(recipe.train.precision, device),
+        progress=progress,
+        what="the student",
+        skip_bad=skip_bad or recipe.data.skip_bad,
+    )
+    seen = found.predictions_N >= 0
+    classes = []
+    for label, name in enumerate(network.classes or ()):
+        chosen = seen & (split.labels == label)
+        right = int((found.predictions_N[chosen] == label).sum())
+        count = int(chosen.sum())
+        classes.append({"class": name, "images": count, "accuracy": right / count if count else None})
+    return {
+        "run_dir": str(path),
+        "data": source,
+        "accuracy": found.accuracy,
+        "correct": found.correct,
+        "images": found.count,
+        "skipped": [list(item) for item in images.bad_names()],
+        "classes": classes,
+    }
+
+
+def _split(spec: Any, data: str | None, classes: tuple[str, ...]) -> tuple[Split, str]:
+    if data is None:
+        opened: ImageData = open_data(spec.source, spec.val_source, spec.val_fraction)
+        return opened.val, opened.source
+    return read_all(data, classes), data
+

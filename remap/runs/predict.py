@@ -1,0 +1,76 @@
+"""Predict files with a tuned student."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from remap.api import Student
+from remap.data.images import SUFFIXES, BadImage
+from remap.errors import DataError
+from remap.progress import Progress
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of one file with their probabilities; ``error`` says why there are none."""
+
+    path: str
+    top: tuple[tuple[str, float], ...] = ()
+    error: str = ""
+
+
+def image_files(words: Sequence[str]) -> list[Path]:
+    """Files as they are; folders give all images below them.
+
+    Raises:
+        DataError: A word names nothing, or there is no image.
+    """
+    found: list[Path] = []
+    for word in words:
+        path = Path(word).expanduser()
+        if path.is_dir():
+            found += sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise DataError("no such file or folder", given=word)
+    if not found:
+        raise DataError("no images there", given=", ".join(words), allowed=" ".join(SUFFIXES))
+    return found
+
+
+def predict(
+    student: Student, paths: Sequence[Path], *, top: int, batch_size: int, progress: Progress
+) -> Iterator[Prediction]:
+    """Predictions in the order of ``paths``; an unreadable file gets its reason instead."""
+    top = min(top, len(student.classes))
+    with progress.wait("predicting", len(paths)) as step:
+        for start in range(0, len(paths), batch_size):
+            yield from _batch(student, paths[start : start + batch_size], top)
+            step.advance(min(batch_size, len(paths) - start))
+
+
+def _batch(student: Student, paths: Sequence[Path], top: int) -> list[Prediction]:
+    views: list[np.ndarray] = []
+    errors: dict[Path, str] = {}
+    for path in paths:
+        try:
+            views.append(student.pixels(path))
+        except BadImage as error:
+            errors[path] = str(error)
+    best = iter(())
+    if views:
+        logits = student.logits_of_views(torch.from_numpy(np.stack(views)))
+        best = iter(zip(*logits.softmax(dim=-1).topk(top, dim=-1), strict=True))
+    rows = []
+    for path in paths:
+        if path in errors:
+            rows.append(Prediction(str(path), error=errors[path]))
+            continue
+        probabilities, indices = next(best)
+        pairs = zip(indices.tolist(), probabilities.tolist(), strict=True)
+        rows.append(Prediction(str(path), tuple((student.classes[i], p) for i, p in pairs)))
+    return rows

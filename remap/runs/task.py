@@ -1,0 +1,147 @@
+"""Task files: what one task costs to keep. Tuned parameters and head, never the frozen backbone."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from remap import __version__, files
+from remap.backbones.build import Backbone, Identity, build, fresh_head, read_safetensors, state_hash
+from remap.backbones.preprocess import PreprocessSpec
+from remap.data.views import View
+from remap.errors import RunError
+from remap.network import Network, tuned
+from remap.recipe.schema import ModelSpec
+from remap.runs.rundir import is_run
+
+FORMAT = 1
+
+
+def save_task(folder: Path, network: Network, view: View, method: str, options: dict[str, Any]) -> int:
+    """Write ``task.safetensors`` and ``task.json``.
+
+    Returns:
+        Bytes of both files.
+    """
+    files.make_folder(folder)
+    kept = _kept(network)
+    tensors = {name: p.detach().cpu().contiguous() for name, p in kept.items()}
+    data = save(tensors, metadata={"format": f"remap task {FORMAT}"})
+    files.write_bytes(folder / "task.safetensors", data)
+    files.write_json(
+        folder / "task.json",
+        {
+            "format": FORMAT,
+            "remap": __version__,
+            "backbone": {
+                "model": network.identity.model,
+                "weights": network.identity.weights,
+                "sha256": network.identity.sha256,
+            },
+            "method": {"name": method, **options},
+            "classes": list(network.classes or ()),
+            "preprocess": network.preprocess.to_dict(),
+            "view": view.to_dict(),
+            "holds_backbone": set(kept) == {name for name, _ in network.model.named_parameters()},
+            "sha256": hashlib.sha256(data).hexdigest(),
+        },
+    )
+    return sum((folder / name).stat().st_size for name in ("task.safetensors", "task.json"))
+
+
+def load_task(path: Path) -> tuple[Network, View]:
+    """The tuned network of a run directory (or of its task folder), with the same logits it was saved with.
+
+    Raises:
+        RunError: The files are damaged or the backbone is another one.
+    """
+    folder = path / "task" if (path / "task").is_dir() else path
+    meta = _read_meta(folder)
+    tensors = _read_tensors(folder, meta)
+    classes = tuple(meta["classes"])
+    spec = meta["backbone"]
+    weights = "none" if meta["holds_backbone"] else spec["weights"]
+    backbone = open_backbone(ModelSpec(model=spec["model"], weights=weights), len(classes))
+    if not meta["holds_backbone"] and backbone.identity.sha256 != spec["sha256"]:
+        raise RunError(
+            f"{folder} was tuned on other weights of {spec['model']}",
+            given=f"backbone {backbone.identity.sha256[:16]}, task {spec['sha256'][:16]}",
+            do="bring back the weights the run was made with; its recipe.yaml names them",
+        )
+    options = dict(meta["method"])
+    network = tuned(backbone, options.pop("name"), options)
+    network.identity = Identity(spec["model"], spec["weights"], spec["sha256"])
+    _put(network, tensors, folder)
+    network.classes = classes
+    network.preprocess = PreprocessSpec.from_dict(meta["preprocess"])
+    return network, View(**meta["view"])
+
+
+def open_backbone(spec: ModelSpec, num_classes: int, *, keep_head: bool = False) -> Backbone:
+    """A backbone from any source of weights: timm, a file, or a run directory whose method can be folded in.
+
+    Raises:
+        BackboneError: A run's method cannot be folded into plain weights.
+    """
+    for word in (spec.model, spec.weights):
+        if is_run(word):
+            return _backbone_of_run(Path(word).expanduser().resolve(), num_classes)
+    return build(spec.model, spec.weights, num_classes, keep_head=keep_head)
+
+
+def _backbone_of_run(path: Path, num_classes: int) -> Backbone:
+    network, _ = load_task(path)
+    network.attached.merge()
+    fresh_head(network.model, network.anatomy, num_classes)
+    digest = state_hash(network.model, network.anatomy)
+    identity = Identity(network.identity.model, str(path), digest)
+    return Backbone(network.model, network.anatomy, network.preprocess, identity, head_is_fresh=True)
+
+
+def _kept(network: Network) -> dict[str, nn.Parameter]:
+    """What is trained; with it all the rest where the frozen weights are random, since nothing else holds those."""
+    frozen = dict(network.model.named_parameters()) if network.identity.weights == "none" else {}
+    return frozen | network.trained
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    meta = files.read_json(folder / "task.json")
+    wanted = {"format", "backbone", "method", "classes", "preprocess", "view", "holds_backbone", "sha256"}
+    if not isinstance(meta, dict) or wanted - set(meta) or meta["format"] != FORMAT:
+        raise RunError(
+            f"{folder / 'task.json'} is no task of this version of remap",
+            given=json.dumps(meta)[:80],
+            allowed=f"format {FORMAT}",
+        )
+    return meta
+
+
+def _read_tensors(folder: Path, meta: dict[str, Any]) -> dict[str, Tensor]:
+    path = folder / "task.safetensors"
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from error
+    if digest != meta["sha256"]:
+        raise RunError(f"{path} is damaged: its SHA-256 differs from task.json", do="copy the task folder again")
+    return read_safetensors(path)
+
+
+def _put(network: Network, tensors: dict[str, Tensor], folder: Path) -> None:
+    head = {name: tensor for name, tensor in tensors.items() if network.anatomy.is_head(name)}
+    backbone = {name: p for name, p in network.model.named_parameters() if name not in network.trained}
+    if network.identity.weights != "none":
+        backbone = {}
+    network.attached.load({name: t for name, t in tensors.items() if name not in head and name not in backbone})
+    if {name: p.shape for name, p in backbone.items()} != {n: tensors[n].shape for n in backbone if n in tensors}:
+        raise RunError(f"the backbone in {folder} does not fit {network.identity.model}")
+    wanted = {name: p.shape for name, p in network.head.items()}
+    if wanted != {name: tensor.shape for name, tensor in head.items()}:
+        raise RunError(f"the classifier in {folder} does not fit the backbone")
+    with torch.no_grad():
+        for name, parameter in (backbone | network.head).items():
+            parameter.copy_(tensors[name])
