@@ -12,7 +12,14 @@ def show(found: dict[str, Any]) -> None:
         "Models",
         ["", "model", "weights", "pixels", "backbone", "head"],
         [
-            [role, m["model"], m["weights"], m["input_size"], view.count(m["backbone_parameters"]), view.count(m["head_parameters"])]
+            [
+                role,
+                m["model"],
+                m["weights"],
+                m["input_size"],
+                view.count(m["backbone_parameters"]),
+                view.count(m["head_parameters"]),
+            ]
             for role, m in models
             if m is not None
         ],
@@ -23,10 +30,18 @@ def show(found: dict[str, Any]) -> None:
     )
     total += found["student"]["added_parameters"]
     rows = [
-        [row["part"], row["tensors"], ", ".join(row["shapes"]), f"{row['parameters']:,}", f"{row['parameters'] / total:.2%}"]
+        [
+            row["part"],
+            row["tensors"],
+            ", ".join(row["shapes"]),
+            f"{row['parameters']:,}",
+            f"{row['parameters'] / total:.2%}",
+        ]
         for row in found["trainable"]
     ]
-    view.table("Trained parameters", ["part", "tensors", "shapes", "parameters", "share"], rows, right=(1, 3, 4), wrap=(2,))
+    view.table(
+        "Trained parameters", ["part", "tensors", "shapes", "parameters", "share"], rows, right=(1, 3, 4), wrap=(2,)
+    )
     guess, data = found["estimate"], found["data"]
     losses = ", ".join(f"{name} {value:.4g}" for name, value in found["losses"].items())
     view.table(

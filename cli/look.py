@@ -62,7 +62,10 @@ def losses(json: opt.Json = False) -> None:
     view.table(
         "Loss terms (weight: default in the objective)",
         ["loss", "on", "what it is", "needs", "weight", "arXiv"],
-        [[*(row[field] for field in fields[:4]), f"{row['weight']:g}", row["paper"].rpartition(" ")[2]] for row in rows],
+        [
+            [*(row[field] for field in fields[:4]), f"{row['weight']:g}", row["paper"].rpartition(" ")[2]]
+            for row in rows
+        ],
         right=(4,),
         wrap=(2, 3),
     )
@@ -116,7 +119,12 @@ def doctor(json: opt.Json = False) -> None:
     if json:
         view.emit(found)
     else:
-        view.table("remap doctor", ["", "what", "found"], [[r["state"], r["what"], r["found"]] for r in found["checks"]], wrap=(2,))
+        view.table(
+            "remap doctor",
+            ["", "what", "found"],
+            [[r["state"], r["what"], r["found"]] for r in found["checks"]],
+            wrap=(2,),
+        )
     if not found["ok"]:
         raise typer.Exit(1)
 

@@ -1,7 +1,7 @@
 """The words every training command takes, each defined once."""
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -9,62 +9,86 @@ TRAIN, USE, LOOK = "Train and compare", "Use a run", "Look things up"
 _MODELS, _TRAINING, _RUN = "Models and losses", "Training", "Run"
 
 Teacher = Annotated[
-    Optional[str], typer.Option(help="Short name, timm name, local-dir:FOLDER or run directory.", rich_help_panel=_MODELS)
+    str | None,
+    typer.Option(help="Short name, timm name, local-dir:FOLDER or run directory.", rich_help_panel=_MODELS),
 ]
-Student = Annotated[Optional[str], typer.Option(help="The same choices as for the teacher.", rich_help_panel=_MODELS)]
+Student = Annotated[str | None, typer.Option(help="The same choices as for the teacher.", rich_help_panel=_MODELS)]
 Method = Annotated[
-    Optional[str], typer.Option(help="Tuning method of the student; see `remap methods`.", rich_help_panel=_MODELS)
+    str | None, typer.Option(help="Tuning method of the student; see `remap methods`.", rich_help_panel=_MODELS)
 ]
 Losses = Annotated[
-    Optional[str],
-    typer.Option(help="Comma-separated, with weights after a colon: ce,kd:0.5. See `remap losses`.", rich_help_panel=_MODELS),
+    str | None,
+    typer.Option(
+        help="Comma-separated, with weights after a colon: ce,kd:0.5. See `remap losses`.", rich_help_panel=_MODELS
+    ),
 ]
 Weights = Annotated[
-    Optional[str], typer.Option(help="For teacher and student: pretrained or none.", rich_help_panel=_MODELS)
+    str | None, typer.Option(help="For teacher and student: pretrained or none.", rich_help_panel=_MODELS)
 ]
 Data = Annotated[
-    Optional[str],
-    typer.Option(help="Folder of class folders (with or without train/ and val/), a tar of one, or digits.", rich_help_panel=_TRAINING),
+    str | None,
+    typer.Option(
+        help="Folder of class folders (with or without train/ and val/), a tar of one, or digits.",
+        rich_help_panel=_TRAINING,
+    ),
 ]
 ValData = Annotated[
-    Optional[str], typer.Option(help="Separate folder or tar to evaluate on.", rich_help_panel=_TRAINING)
+    str | None, typer.Option(help="Separate folder or tar to evaluate on.", rich_help_panel=_TRAINING)
 ]
-Epochs = Annotated[Optional[int], typer.Option(help="Passes over the training images.", rich_help_panel=_TRAINING)]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the training images.", rich_help_panel=_TRAINING)]
 BatchSize = Annotated[
-    Optional[int], typer.Option(help="Images to one update, all processes together.", rich_help_panel=_TRAINING)
+    int | None, typer.Option(help="Images to one update, all processes together.", rich_help_panel=_TRAINING)
 ]
 LearningRate = Annotated[
-    Optional[float], typer.Option(help="Peak learning rate; the method's own by default.", rich_help_panel=_TRAINING)
+    float | None, typer.Option(help="Peak learning rate; the method's own by default.", rich_help_panel=_TRAINING)
 ]
-Seed = Annotated[Optional[int], typer.Option(help="Decides every random choice.", rich_help_panel=_TRAINING)]
+Seed = Annotated[int | None, typer.Option(help="Decides every random choice.", rich_help_panel=_TRAINING)]
 RecipeWord = Annotated[
-    Optional[str], typer.Option(help="A shipped recipe's name or a YAML file; other words override it.", rich_help_panel=_RUN)
+    str | None,
+    typer.Option(help="A shipped recipe's name or a YAML file; other words override it.", rich_help_panel=_RUN),
 ]
 Settings = Annotated[
-    Optional[list[str]],
-    typer.Option("--set", help="Any field of the recipe: --set train.weight_decay=0.01. May be repeated.", rich_help_panel=_RUN),
+    list[str] | None,
+    typer.Option(
+        "--set", help="Any field of the recipe: --set train.weight_decay=0.01. May be repeated.", rich_help_panel=_RUN
+    ),
 ]
 Output = Annotated[
-    Optional[Path], typer.Option(help="Run directory to make; runs/NAME-METHOD-001 by default.", rich_help_panel=_RUN)
+    Path | None, typer.Option(help="Run directory to make; runs/NAME-METHOD-001 by default.", rich_help_panel=_RUN)
 ]
-Resume = Annotated[
-    Optional[Path], typer.Option(help="Go on with an interrupted run directory.", rich_help_panel=_RUN)
-]
+Resume = Annotated[Path | None, typer.Option(help="Go on with an interrupted run directory.", rich_help_panel=_RUN)]
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Leave unreadable images out of evaluation too.", rich_help_panel=_TRAINING)
 ]
 Processes = Annotated[
-    Optional[int],
+    int | None,
     typer.Option(help="Stop unless the launcher started this many processes.", rich_help_panel=_RUN),
 ]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Build both models, push one batch, print the estimates, train nothing.", rich_help_panel=_RUN),
+    typer.Option(
+        "--dry-run", help="Build both models, push one batch, print the estimates, train nothing.", rich_help_panel=_RUN
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.", rich_help_panel=_RUN)]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.", rich_help_panel=_RUN)
+]
 
-_WORDS = ("teacher", "student", "method", "losses", "data", "val_data", "weights", "epochs", "batch_size", "lr", "seed",
-          "skip_bad", "processes")
+_WORDS = (
+    "teacher",
+    "student",
+    "method",
+    "losses",
+    "data",
+    "val_data",
+    "weights",
+    "epochs",
+    "batch_size",
+    "lr",
+    "seed",
+    "skip_bad",
+    "processes",
+)
 
 
 def words(values: dict[str, Any]) -> dict[str, Any]:

@@ -53,9 +53,7 @@ def go_on(path: Path, asked: list[str], json: bool) -> None:
         _show(dict(result.summary), json)
 
 
-def read_recipe(
-    words: dict[str, Any], recipe_word: str | None, settings: list[str], *, with_teacher: bool
-) -> Recipe:
+def read_recipe(words: dict[str, Any], recipe_word: str | None, settings: list[str], *, with_teacher: bool) -> Recipe:
     """The recipe of a training command: ``distill`` starts from the embedded default, ``tune`` has no teacher."""
     if recipe_word is None and with_teacher:
         recipe_word = "digits" if words.get("data") in (None, "digits") else None
@@ -76,7 +74,9 @@ def _say_what(recipe: Recipe, progress: view.Reporter) -> None:
         if word is not None:
             resolved = f" = {SHORT_NAMES[word]}" if word in SHORT_NAMES else ""
             progress.say(f"{role:8} {word}{resolved}")
-    progress.say(f"method   {recipe.method.name}, losses {', '.join(f'{x.name} x {x.weight:g}' for x in recipe.losses)}")
+    progress.say(
+        f"method   {recipe.method.name}, losses {', '.join(f'{x.name} x {x.weight:g}' for x in recipe.losses)}"
+    )
 
 
 def _show(summary: dict[str, Any], json: bool) -> None:

@@ -1,7 +1,7 @@
 """Commands that use a finished run, and ``remap compare``."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -16,7 +16,7 @@ Run = Annotated[Path, typer.Argument(help="A run directory.", show_default=False
 def evaluate(
     run: Run,
     data: Annotated[
-        Optional[str], typer.Option(help="Other images with the same class names; by default the run's own split.")
+        str | None, typer.Option(help="Other images with the same class names; by default the run's own split.")
     ] = None,
     skip_bad: opt.SkipBad = False,
     json: opt.Json = False,
@@ -29,7 +29,9 @@ def evaluate(
     if json:
         view.emit(found)
         return
-    rows = [[r["class"], r["images"], "-" if r["accuracy"] is None else f"{r['accuracy']:.1%}"] for r in found["classes"]]
+    rows = [
+        [r["class"], r["images"], "-" if r["accuracy"] is None else f"{r['accuracy']:.1%}"] for r in found["classes"]
+    ]
     rows.append(["all", found["images"], f"{found['accuracy']:.2%}"])
     view.table(f"{run} on {found['data']}", ["class", "images", "accuracy"], rows, right=(1, 2))
     for name, reason in found["skipped"]:
@@ -55,7 +57,10 @@ def predict(
         found = list(predictions(student, paths, top=top, batch_size=batch_size, progress=progress))
     if json:
         view.emit(
-            [{"path": p.path, "top": [{"class": c, "probability": q} for c, q in p.top], "error": p.error or None} for p in found]
+            [
+                {"path": p.path, "top": [{"class": c, "probability": q} for c, q in p.top], "error": p.error or None}
+                for p in found
+            ]
         )
     else:
         rows = [[p.path, ", ".join(f"{c} {q:.1%}" for c, q in p.top) or f"cannot be read: {p.error}"] for p in found]
@@ -67,7 +72,8 @@ def predict(
 @app.command(rich_help_panel=opt.TRAIN)
 def compare(
     methods: Annotated[
-        Optional[str], typer.Option(help="Comma-separated; all of `remap methods` by default.", rich_help_panel="Comparison")
+        str | None,
+        typer.Option(help="Comma-separated; all of `remap methods` by default.", rich_help_panel="Comparison"),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each cell.", rich_help_panel="Comparison")] = 1,
     teacher: opt.Teacher = None,
@@ -82,7 +88,8 @@ def compare(
     recipe: opt.RecipeWord = None,
     settings: opt.Settings = None,
     output: Annotated[
-        Optional[Path], typer.Option(help="Folder of the comparison; runs/compare-NAME by default. Finished cells are kept.")
+        Path | None,
+        typer.Option(help="Folder of the comparison; runs/compare-NAME by default. Finished cells are kept."),
     ] = None,
     skip_bad: opt.SkipBad = False,
     json: opt.Json = False,
@@ -117,11 +124,12 @@ def _show(table: dict) -> None:
 
     rows, last = [], None
     for row in table["rows"]:
+        share = row["trainable_parameters"] / row["total_parameters"]
         rows.append(
             [
                 row["category"].removesuffix(" tuning") if row["category"] != last else "",
                 row["method"],
-                f"{view.count(row['trainable_parameters'])} ({row['trainable_parameters'] / row['total_parameters']:.1%})",
+                f"{view.count(row['trainable_parameters'])} ({share:.1%})",
                 cell(row["alone"]),
                 cell(row["teacher"]),
                 f"{100 * row['gain']:+.1f}",
@@ -130,10 +138,10 @@ def _show(table: dict) -> None:
             ]
         )
         last = row["category"]
-    seeds = len(table["seeds"])
+    count = len(table["seeds"])
+    seeds = f"{count} seeds (mean ± standard deviation)" if count > 1 else "1 seed"
     view.table(
-        f"{table['student']} on {table['data']}: accuracy in %, {table['epochs']} epochs, {seeds} seed{'s' * (seeds > 1)}"
-        f"{' (mean ± standard deviation)' if seeds > 1 else ''}",
+        f"{table['student']} on {table['data']}: accuracy in %, {table['epochs']} epochs, {seeds}",
         ["category", "method", "trained", "labels only", "with teacher", "gain", "s a run", "to keep"],
         rows,
         right=(2, 3, 4, 5, 6, 7),

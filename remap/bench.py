@@ -57,11 +57,11 @@ class Bench:
 
 def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress) -> Views:
     budget = spec.memory_gib * 2**30
-    sources = {
-        name: ViewSource(split, view, memory_bytes=budget, workers=spec.workers)
-        for name, split in (("train", data.train), ("val", data.val), ("test", data.test))
-        if split is not None
-    }
+    sources: dict[str, ViewSource] = {}
+    for name, split in (("train", data.train), ("val", data.val), ("test", data.test)):
+        if split is not None:
+            sources[name] = ViewSource(split, view, memory_bytes=budget, workers=spec.workers)
+            budget -= sources[name].kept_bytes
     for name, source in sources.items():
         source.load(progress, {"train": "training images", "val": "evaluation images", "test": "test images"}[name])
     train = sources["train"]

@@ -149,9 +149,7 @@ def _trial(parts: Parts, teacher: Teacher | None) -> _Trial:
         for parameter in (*parts.student.trained.values(), *parts.objective.parameters()):
             parameter.grad = None
     step.runner.tap.close()
-    return _Trial(
-        (asked - started) / len(good), (done - asked) / len(good), sum(saved.values()) // len(good), losses
-    )
+    return _Trial((asked - started) / len(good), (done - asked) / len(good), sum(saved.values()) // len(good), losses)
 
 
 def _same(tensor: Tensor) -> Tensor:

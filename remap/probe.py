@@ -17,7 +17,9 @@ from remap.remapping.signals import Needs
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 
 
-def fit_probe(network: Network, source: ViewSource, accelerator: Accelerator, batch_size: int, progress: Progress) -> float:
+def fit_probe(
+    network: Network, source: ViewSource, accelerator: Accelerator, batch_size: int, progress: Progress
+) -> float:
     """Fit the classifier by logistic regression (scikit-learn, L-BFGS) on standardised pooled features.
 
     The penalty is chosen on a held-out fifth of the training images; the evaluation split is never looked at.

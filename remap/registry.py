@@ -76,6 +76,6 @@ def nearest(word: str, candidates: Iterable[str]) -> str | None:
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """"; did you mean 'x'?" or an empty string."""
+    """ "; did you mean 'x'?" or an empty string."""
     match = nearest(word, candidates)
     return f"; did you mean '{match}'?" if match else ""

@@ -11,13 +11,13 @@ import torch
 
 from remap import probe
 from remap.bench import Bench, Views
-from remap.data.views import View, ViewSource
+from remap.data.views import ViewSource
 from remap.engine.evaluate import Evaluation, evaluate
 from remap.engine.launch import accelerator, use_bf16
-from remap.errors import RemapError, TrainingError
+from remap.errors import TrainingError
 from remap.network import Network, choose_attention, tuned
 from remap.progress import Progress
-from remap.recipe.schema import LOSSES, METHODS, MethodSpec, LossSpec, Recipe, StudentSpec
+from remap.recipe.schema import LOSSES, METHODS, LossSpec, MethodSpec, Recipe, StudentSpec
 from remap.runs.rundir import RunDir, is_run
 from remap.runs.task import load_task, open_backbone, save_task
 

@@ -131,15 +131,18 @@ def _is_plain_vit(model: nn.Module) -> bool:
     if not all(hasattr(model, name) for name in _VIT_PARTS) or len(model.blocks) == 0:
         return False
     # Rotary and relative-position models (Eva, BEiT) have other block parts or their own attention class.
-    return all(
-        all(hasattr(block, name) for name in _BLOCK_PARTS)
-        and all(hasattr(block.attn, name) for name in _ATTENTION_PARTS)
-        and not hasattr(block.attn, "rope")
-        and hasattr(block.mlp, "fc1")
-        and hasattr(block.mlp, "fc2")
-        and getattr(block.attn, "gate", None) is None
-        for block in model.blocks
-    ) and getattr(model, "rope", None) is None
+    return (
+        all(
+            all(hasattr(block, name) for name in _BLOCK_PARTS)
+            and all(hasattr(block.attn, name) for name in _ATTENTION_PARTS)
+            and not hasattr(block.attn, "rope")
+            and hasattr(block.mlp, "fc1")
+            and hasattr(block.mlp, "fc2")
+            and getattr(block.attn, "gate", None) is None
+            for block in model.blocks
+        )
+        and getattr(model, "rope", None) is None
+    )
 
 
 def _read_plain_vit(model: nn.Module) -> Anatomy:

@@ -8,6 +8,8 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -157,6 +159,8 @@ def _weight_arguments(name: str, weights: str) -> dict[str, Any]:
 
 
 def _create(name: str, weights: str, arguments: dict[str, Any]) -> nn.Module:
+    if weights == "pretrained":
+        _require_reachable(name)
     try:
         return timm.create_model(name, **arguments)
     except Exception as error:  # timm, the hub client and torch raise many kinds here
@@ -167,6 +171,29 @@ def _create(name: str, weights: str, arguments: dict[str, Any]) -> nn.Module:
         raise _out_of_reach(name, error) from error
 
 
+def _require_reachable(name: str) -> None:
+    """Ask the hub once before timm's loader does, which would try a machine without network for a minute."""
+    config = None if ":" in name else timm.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id:
+        if config is not None and config.file and not Path(config.file).is_file():
+            raise WeightsError(f"the shipped weights of {name} are missing", given=config.file, do="reinstall remap")
+        return
+    repository = _repository(name, config)
+    names = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    names = (config.hf_hub_filename, *names) if config.hf_hub_filename else names
+    if any(isinstance(try_to_load_from_cache(repository, file), str) for file in names):
+        return
+    try:
+        HfApi().model_info(repository, timeout=10)
+    except Exception as error:  # no network, offline by setting, no such or a gated repository
+        raise _out_of_reach(name, error) from error
+
+
+def _repository(name: str, config: Any) -> str:
+    hub_id = config.hf_hub_id
+    return f"{hub_id}{name}" if hub_id.endswith("/") else hub_id
+
+
 def _first_lines(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
@@ -174,21 +201,19 @@ def _first_lines(error: Exception) -> str:
 def _out_of_reach(name: str, error: Exception) -> WeightsError:
     if name.startswith("local-dir:"):
         return WeightsError(f"cannot load {name}: {_first_lines(error)}")
-    from huggingface_hub.constants import HF_HUB_CACHE
-
     config = None if ":" in name else timm.get_pretrained_cfg(name)
-    if config is not None and config.file:
-        return WeightsError(f"cannot load the shipped weights of {name}: {_first_lines(error)}", given=config.file)
-    hub_id = name.partition(":")[2] or name if config is None else config.hf_hub_id or config.url
-    if config is not None and not hub_id:
+    if config is not None and not config.hf_hub_id and not config.url:
         return WeightsError(f"timm has no weights for '{name}'", do="choose another tag, or --weights none")
-    repository = f"{hub_id}{name}" if str(hub_id).endswith("/") else hub_id
+    if config is None:
+        repository = name.partition(":")[2]
+    else:
+        repository = _repository(name, config) if config.hf_hub_id else config.url
     return WeightsError(
         f"the weights of {name} are not in the cache, and the hub is out of reach",
         given=f"repository {repository}, cache {HF_HUB_CACHE} ({type(error).__name__}: {_first_lines(error)[:160]})",
         do="\n           ".join(
             [
-                f"download it where there is a network (`hf download {repository}`) and copy the cache, or set HF_HOME;",
+                f"where there is a network: `hf download {repository}`, then copy the cache here or set HF_HOME;",
                 "or name a folder or file you have: local-dir:FOLDER, --set student.weights=FILE.safetensors;",
                 "or build it with random weights: --weights none",
             ]

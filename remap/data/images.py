@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+warnings.filterwarnings("ignore", message="Corrupt EXIF data", module="PIL")
+
 # What torchvision's ImageFolder reads, plus .avif; anything else in a class folder is named and left out.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".avif")
 
@@ -25,14 +27,20 @@ def decode(source: bytes | Path) -> Image.Image:
         BadImage: Truncated, empty, not an image, or larger than Pillow's limit against decompression bombs.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", message=".*EXIF.*")
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                image.load()
-                return to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            _require_small(image)
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except BadImage:
+        raise
     except Exception as error:  # Pillow's decoders raise many kinds; all mean the file is no usable image
         raise BadImage(_reason(error)) from error
+
+
+def _require_small(image: Image.Image) -> None:
+    """Pillow refuses only twice its limit and warns below; turning warnings to errors is not safe in threads."""
+    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise BadImage(f"{image.width} x {image.height} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS:,}")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -45,11 +53,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_of_wide_range(image: Image.Image) -> Image.Image:
-    """16-bit greys (Pillow opens them as I;16 or I) to 8 bit; values within 0..255 are taken as they are."""
+    """16-bit greys (Pillow opens them as I;16 or I) to 8 bit.
+
+    Values within 0..255 are taken as they are, and floats within 0..1 as shares of white.
+    """
     values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise BadImage("holds values that are not finite")
     if image.mode.startswith("I;16") or values.max(initial=0) > 255:
         values = values / 257.0
-    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8), mode=None)
+    elif image.mode == "F" and values.max(initial=0) <= 1:
+        values = values * 255.0
+    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
 
 
 def _reason(error: Exception) -> str:

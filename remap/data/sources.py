@@ -2,8 +2,10 @@
 
 import hashlib
 import io
+import lzma
 import os
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -62,18 +64,24 @@ class ImageData:
 
     def fingerprint(self) -> str:
         """Hash of class names, file names, labels and order."""
-        digest = hashlib.sha256("\0".join(self.classes).encode())
+        digest = hashlib.sha256(_bytes_of(self.classes))
         for split in (self.train, self.val, self.test):
             if split is not None:
-                digest.update("\0".join(split.names).encode() + split.labels.tobytes())
+                digest.update(_bytes_of(split.names) + split.labels.tobytes())
         return digest.hexdigest()
+
+
+def _bytes_of(names: Iterable[str]) -> bytes:
+    """File names need not be UTF-8; Python keeps stray bytes as surrogates."""
+    return "\0".join(names).encode(errors="surrogatepass")
 
 
 @dataclass(frozen=True)
 class _Listing:
-    """Files of a folder or tar as (relative path, reader)."""
+    """Files and folders of a folder or tar as relative paths, and what reads a file."""
 
     paths: tuple[str, ...]
+    folders: tuple[str, ...]
     read: Callable[[str], bytes]
 
 
@@ -127,7 +135,9 @@ def read_all(source: str, classes: Sequence[str]) -> Split:
             files.setdefault(name, []).extend(rows)
     strange = sorted(set(files) - set(classes))
     if strange:
-        raise DataError("classes the task does not know", given=", ".join(strange[:10]), allowed=", ".join(classes[:20]))
+        raise DataError(
+            "classes the task does not know", given=", ".join(strange[:10]), allowed=", ".join(classes[:20])
+        )
     return _split(files, classes)
 
 
@@ -151,12 +161,20 @@ def digits() -> ImageData:
 
 
 def stratified(labels: NDArray[np.int64], first: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Divide into ``first`` images and the rest, each class in proportion (largest remainder), the same every time."""
+    """Divide into ``first`` images and the rest, each class in proportion (largest remainder), the same every time.
+
+    Each class of two images or more is on both sides, as far as ``first`` allows.
+    """
     counts = np.bincount(labels)
     exact = counts * (first / len(labels))
-    share = np.floor(exact).astype(int)
-    for label in np.argsort(share - exact, kind="stable")[: first - share.sum()]:
-        share[label] += 1
+    low = np.minimum(counts, 1)
+    high = np.maximum(counts - 1, low)
+    if not low.sum() <= first <= high.sum():
+        low, high = np.zeros_like(counts), counts
+    share = np.clip(np.floor(exact).astype(int), low, high)
+    while (step := int(np.sign(first - share.sum()))) != 0:
+        room = share < high if step > 0 else share > low
+        share[np.argmax(np.where(room, (exact - share) * step, -np.inf))] += step
     order = np.argsort(keyed.keys(0, 0, np.arange(len(labels)), keyed.SPLIT), kind="stable")
     chosen = np.concatenate([order[labels[order] == label][: share[label]] for label in range(len(counts))])
     return np.sort(chosen), np.setdiff1d(np.arange(len(labels)), chosen)
@@ -180,25 +198,38 @@ def _open(source: str) -> tuple[dict[str, dict[str, list]], list[tuple[str, str]
 
 
 def _list_folder(root: Path) -> _Listing:
-    paths = [
-        os.path.relpath(os.path.join(folder, name), root)
-        for folder, _, names in os.walk(root, followlinks=True)
-        for name in names
-    ]
-    return _Listing(tuple(sorted(p.replace(os.sep, "/") for p in paths)), lambda p: (root / p).read_bytes())
+    paths: list[str] = []
+    folders: list[str] = []
+    for folder, below, names in os.walk(root, followlinks=True):
+        below[:] = [name for name in below if not _links_up(folder, name)]
+        prefix = os.path.relpath(folder, root).replace(os.sep, "/") + "/"
+        prefix = "" if prefix == "./" else prefix
+        paths += [prefix + name for name in names]
+        folders += [prefix + name for name in below]
+    return _Listing(tuple(sorted(paths)), tuple(sorted(folders)), lambda p: (root / p).read_bytes())
+
+
+def _links_up(folder: str, name: str) -> bool:
+    """Whether a sub-folder is a link to a folder it lies in, which would be walked for ever."""
+    path = os.path.join(folder, name)
+    above = os.path.join(os.path.realpath(folder), "")
+    return os.path.islink(path) and above.startswith(os.path.join(os.path.realpath(path), ""))
 
 
 def _list_tar(path: Path) -> _Listing:
     """Members are read where they lie; nothing is extracted, and links and devices are ignored."""
     try:
         with tarfile.open(path, "r:*") as archive:
-            members = {_clean(m.name): m for m in archive.getmembers() if m.isreg()}
+            everything = archive.getmembers()
+            members = {_clean(m.name): m for m in everything if m.isreg()}
+            folders = tuple(sorted(_clean(m.name) for m in everything if m.isdir()))
             if path.stat().st_size and not _is_plain_tar(path):
                 held = {name: archive.extractfile(member).read() for name, member in members.items()}
-                return _Listing(tuple(sorted(held)), lambda p: held[p])
-    except (tarfile.TarError, OSError, EOFError) as error:
+                return _Listing(tuple(sorted(held)), folders, lambda p: held[p])
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
         raise DataError(
-            f"cannot read {path} as a tar archive: {error}", allowed="a folder of class folders, or a tar of one"
+            f"cannot read {path} as a tar archive: {reason}", allowed="a folder of class folders, or a tar of one"
         ) from error
     places = {name: (member.offset_data, member.size) for name, member in members.items()}
 
@@ -208,7 +239,7 @@ def _list_tar(path: Path) -> _Listing:
             file.seek(offset)
             return file.read(size)
 
-    return _Listing(tuple(sorted(places)), read)
+    return _Listing(tuple(sorted(places)), folders, read)
 
 
 def _is_plain_tar(path: Path) -> bool:
@@ -221,18 +252,22 @@ def _clean(name: str) -> str:
     return "/".join(part for part in PurePosixPath(name).parts if part not in (".", "/"))
 
 
-def _by_split_and_class(
-    source: str, listing: _Listing
-) -> tuple[dict[str, dict[str, list]], list[tuple[str, str]]]:
+def _by_split_and_class(source: str, listing: _Listing) -> tuple[dict[str, dict[str, list]], list[tuple[str, str]]]:
     tops = {path.split("/")[0] for path in listing.paths if "/" in path}
     split_of = {top: split for split, words in SPLITS.items() for top in tops if top.lower() in words}
     divided = "train" in split_of.values()
+    if split_of and not divided and len(split_of) == len({top for top in tops if not _is_hidden(top)}):
+        raise DataError(
+            "there is no train folder",
+            given=f"{source} has {', '.join(sorted(split_of))}",
+            do="name the training images' folder with --data and the other with --val-data",
+        )
     parts: dict[str, dict[str, list]] = {}
     skipped: list[tuple[str, str]] = []
     for path in listing.paths:
         pieces = path.split("/")
-        if any(piece.startswith((".", "__MACOSX")) for piece in pieces):
-            continue  # what file managers leave behind: .DS_Store, ._name, Thumbs
+        if any(_is_hidden(piece) for piece in pieces):
+            continue
         split = split_of.get(pieces[0]) if divided else "all"
         inner = pieces[1:] if divided else pieces
         if split is None or len(inner) < 2:
@@ -245,6 +280,11 @@ def _by_split_and_class(
     return parts, skipped
 
 
+def _is_hidden(name: str) -> bool:
+    """What file managers leave behind: .DS_Store, ._name, __MACOSX."""
+    return name.startswith((".", "__MACOSX"))
+
+
 def _require_images(
     source: str, listing: _Listing, divided: bool, split_of: dict[str, str], parts: dict[str, dict[str, list]]
 ) -> None:
@@ -254,9 +294,11 @@ def _require_images(
             given=f"{source} ({len(listing.paths)} files)",
             allowed=f"CLASS/NAME with one of {' '.join(SUFFIXES)}, also below train/ and val/",
         )
-    folders = {p.split("/")[1] if divided else p.split("/")[0] for p in listing.paths if p.count("/") > divided}
+    places = [p.split("/") for p in (*listing.folders, *(p.rpartition("/")[0] for p in listing.paths if "/" in p))]
+    if divided:
+        places = [pieces[1:] for pieces in places if pieces[0] in split_of]
     known = {name for classes in parts.values() for name in classes}
-    empty = sorted(name for name in folders - known if not name.startswith((".", "__MACOSX")))
+    empty = sorted({pieces[0] for pieces in places if pieces and not _is_hidden(pieces[0])} - known)
     if empty:
         raise DataError("a class folder holds no images", given=", ".join(empty), do="fill it or remove it")
     if divided and not parts.get("train"):

@@ -67,6 +67,11 @@ class ViewSource:
     def nbytes(self) -> int:
         return len(self.split) * 3 * self.view.size**2
 
+    @property
+    def kept_bytes(self) -> int:
+        """What ``load`` keeps in memory."""
+        return self.nbytes if self._in_memory else 0
+
     def load(self, progress: Progress, what: str) -> None:
         """Decode everything once, when it fits in memory; afterwards ``bad`` is complete."""
         if not self._in_memory or self._kept is not None:

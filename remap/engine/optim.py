@@ -10,7 +10,9 @@ from remap.network import Network
 from remap.recipe.schema import TrainSpec
 
 
-def adamw(network: Network, extra: Iterable[tuple[str, nn.Parameter]], lr: float, weight_decay: float) -> torch.optim.AdamW:
+def adamw(
+    network: Network, extra: Iterable[tuple[str, nn.Parameter]], lr: float, weight_decay: float
+) -> torch.optim.AdamW:
     """AdamW over what is trained: frozen parameters hold no gradient and no optimiser state.
 
     No weight decay on biases, norms, scales and whatever the method exempts (prompts, gates).

@@ -1,6 +1,5 @@
 """The teacher in training: frozen, in eval, never wrapped; asked each step, or once when views never change."""
 
-
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -60,5 +59,3 @@ class Teacher:
 
     def close(self) -> None:
         self.runner.tap.close()
-
-

@@ -9,14 +9,11 @@ from pydantic import BaseModel, ValidationError
 
 from remap.registry import did_you_mean, nearest
 
-
 # Where pydantic speaks of Python classes, a recipe has plainer things.
 _SHAPES = {"model_type": "a mapping of keys", "dict_type": "a mapping of keys", "tuple_type": "a list"}
 
 
-def lines_of(
-    error: ValidationError, schema: type[BaseModel], place: str = "", also: Iterable[str] = ()
-) -> list[str]:
+def lines_of(error: ValidationError, schema: type[BaseModel], place: str = "", also: Iterable[str] = ()) -> list[str]:
     """One line for each finding, in the order of the recipe; ``also`` are keys allowed beside the schema's."""
     return [_line(finding, schema, place, list(also)) for finding in error.errors()]
 
@@ -40,7 +37,9 @@ def _line(finding: Any, schema: type[BaseModel], place: str, also: list[str]) ->
         hint = did_you_mean(str(given), allowed.split(", "))
         return f"{where}: '{given}' is not one of {allowed}{hint}"
     if kind == "string_pattern_mismatch":
-        return f"{where}: {given!r} may hold letters, digits, '.', '_' and '-' only, 64 at most, a letter or digit first"
+        return (
+            f"{where}: {given!r} may hold letters, digits, '.', '_' and '-' only, 64 at most, a letter or digit first"
+        )
     message = f"should be {_SHAPES[kind]}" if kind in _SHAPES else finding["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     shown = repr(given) if len(repr(given)) <= 60 else f"{repr(given)[:57]}..."

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from remap.errors import RecipeError
 from remap.recipe import catalogue, strict_yaml
 from remap.recipe.problems import lines_of
-from remap.recipe.schema import Recipe, name_problems, option_problems
+from remap.recipe.schema import DEFAULT_LOSSES, Recipe, loss_words, name_problems, option_problems
+from remap.registry import did_you_mean
 
 # Words of the command line and the field each one sets.
 WORDS = {
@@ -49,11 +50,16 @@ def resolve(
     """
     values: dict[str, Any] = {}
     where = "command line"
+    problems: list[str] = []
+    later = _settings(settings, problems)
     if recipe is not None:
         path = catalogue.find(str(recipe))
-        values, where = strict_yaml.read_mapping(path), str(path)
-    problems: list[str] = []
-    for place, value in _assignments(words or {}, settings, problems, values):
+        where = str(path)
+        try:
+            values = strict_yaml.read_mapping(path)
+        except RecipeError as error:
+            raise RecipeError([*error.problems, *problems], where) from None
+    for place, value in _words(words or {}, problems, values) + later:
         _assign(values, place, value, problems)
     return validate(values, where, problems, check_options=check_options)
 
@@ -67,7 +73,7 @@ def validate(
         result = Recipe.model_validate(values)
     except ValidationError as error:
         found += lines_of(error, Recipe)
-        found += _name_problems_of_broken(values)
+        found += _problems_of_parts(values, check_options=check_options)
         raise RecipeError(found, where) from None
     found += name_problems(result)
     if check_options:
@@ -87,34 +93,48 @@ def dump(recipe: Recipe) -> str:
     return strict_yaml.dump(recipe.model_dump(mode="json"))
 
 
-def _name_problems_of_broken(values: Mapping[str, Any]) -> list[str]:
-    """Unknown names are reported beside broken fields, by checking the parts that can stand alone."""
-    parts = {key: values[key] for key in ("method", "losses", "teacher") if key in values}
+def _problems_of_parts(values: Mapping[str, Any], *, check_options: bool) -> list[str]:
+    """Unknown names and options are reported beside broken fields, by checking the parts that can stand alone."""
     lines: list[str] = []
-    for key in parts:
-        alone = {key: parts[key]} | ({"teacher": {}} if key == "losses" else {})
+    for key in ("method", "losses", "teacher", "train"):
+        alone = {key: values.get(key)} if key in values else {}
+        if key == "losses" and values.get("teacher") is not None:
+            alone["teacher"] = {}
         try:
-            lines += name_problems(Recipe.model_validate(alone))
+            part = Recipe.model_validate(alone)
         except ValidationError:
             continue
+        lines += name_problems(part)
+        lines += option_problems(part) if check_options and key in ("method", "losses") else []
     return lines
 
 
-def _assignments(
-    words: Mapping[str, Any], settings: Iterable[str], problems: list[str], values: Mapping[str, Any]
-) -> list[tuple[str, Any]]:
+def _words(words: Mapping[str, Any], problems: list[str], values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    known = (*WORDS, "weights")
+    for word in words:
+        if word not in known:
+            problems.append(f"{word}: unknown word{did_you_mean(word, known)} (allowed: {', '.join(known)})")
     pairs = [(WORDS[word], value) for word, value in words.items() if word in WORDS and value is not None]
     if words.get("weights") is not None:
         pairs.append(("student.weights", words["weights"]))
         if words.get("teacher") is not None or values.get("teacher") is not None:
             pairs.append(("teacher.weights", words["weights"]))
+    return pairs
+
+
+def _settings(settings: Iterable[str], problems: list[str]) -> list[tuple[str, Any]]:
+    """Sections before their fields, so that the order of ``teacher=x`` and ``losses.kd.weight=2`` does not matter."""
+    pairs = []
     for setting in settings:
         place, equals, text = setting.partition("=")
-        if not equals or not place.strip():
+        if not equals or not all(part.strip() for part in place.split(".")):
             problems.append(f"--set {setting}: write section.field=value")
             continue
-        pairs.append((place.strip(), strict_yaml.parse(text, f"--set {setting}")))
-    return pairs
+        try:
+            pairs.append((place.strip(), strict_yaml.parse(text, f"--set {setting}")))
+        except RecipeError as error:
+            problems += [f"{error.where}: {problem}" for problem in error.problems]
+    return sorted(pairs, key=lambda pair: pair[0].count("."))
 
 
 def _assign(values: dict[str, Any], place: str, value: Any, problems: list[str]) -> None:
@@ -149,13 +169,11 @@ def _step(here: Any, part: str, root: dict[str, Any] | None) -> Any:
     return child
 
 
-def _losses_as_list(value: Any, root: Mapping[str, Any]) -> list[Any]:
-    from remap.recipe.schema import DEFAULT_LOSSES, _loss_words
-
+def _losses_as_list(value: Any, root: Mapping[str, Any]) -> Any:
+    """The losses as a list of mappings; what cannot be read so is left for the schema to report."""
     if value is None:
         value = list(DEFAULT_LOSSES if root.get("teacher") is not None else ("ce",))
     try:
-        return list(_loss_words(value)) if isinstance(value, (str, list)) else []
+        return list(loss_words(value)) if isinstance(value, (str, list)) else value
     except ValueError:
-        return []
-
+        return value

@@ -5,15 +5,16 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from remap.registry import did_you_mean
+from remap.recipe.problems import lines_of
+from remap.registry import Registry, did_you_mean
 from remap.remapping import LOSSES
 from remap.tuning import METHODS
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DataSpec(Section):
@@ -78,7 +79,7 @@ class StudentSpec(ModelSpec):
 class Named(BaseModel):
     """A name from one of the tables plus options of its own, checked against the class behind the name."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
 
     name: str
 
@@ -132,8 +133,8 @@ def _name_only(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-def _loss_words(value: Any) -> Any:
-    """"ce,kd:0.5" or a list of names and mappings."""
+def loss_words(value: Any) -> Any:
+    """ "ce,kd:0.5" or a list of names and mappings."""
     if isinstance(value, str):
         value = [word.strip() for word in value.split(",") if word.strip()]
     if not isinstance(value, (list, tuple)):
@@ -165,7 +166,7 @@ class Recipe(Section):
         StudentSpec()
     )
     method: Annotated[MethodSpec, BeforeValidator(_name_only)] = MethodSpec(name="vpt_deep")
-    losses: Annotated[tuple[LossSpec, ...] | None, BeforeValidator(_loss_words)] = None
+    losses: Annotated[tuple[LossSpec, ...] | None, BeforeValidator(loss_words)] = None
     train: TrainSpec = TrainSpec()
 
     @model_validator(mode="after")
@@ -183,8 +184,16 @@ class Recipe(Section):
         return self
 
     def digest(self) -> str:
-        """Hash of everything that decides the result; equal for recipes that mean the same."""
+        """Hash of everything that decides the result; equal for recipes that mean the same.
+
+        Defaults of the method and the losses are written out for it, which imports their classes, and so torch.
+        """
         data = self.model_dump(mode="json", exclude={"name"})
+        data["method"] = {"name": self.method.name} | _written_out(METHODS, self.method)
+        data["losses"] = [
+            {"name": loss.name, "weight": loss.weight} | _written_out(LOSSES, loss) for loss in self.losses or ()
+        ]
+        data["train"]["lr"] = self.learning_rate()
         for name in ("checkpoint_seconds", "eval_every", "processes"):  # they change no result
             data["train"].pop(name)
         data["data"].pop("workers")
@@ -193,6 +202,10 @@ class Recipe(Section):
     def learning_rate(self) -> float:
         """The peak learning rate: the recipe's, else the method's default."""
         return METHODS.row(self.method.name).lr if self.train.lr is None else self.train.lr
+
+
+def _written_out(table: Registry, spec: "Named") -> dict[str, Any]:
+    return table.load(spec.name).Config(**spec.options).model_dump(mode="json")
 
 
 DEFAULT_LOSSES = ("ce", "kd", "attention")
@@ -224,7 +237,7 @@ def _combination_problems(recipe: Recipe) -> list[str]:
         problems.append("losses: every weight is 0, nothing would be learned")
     for name in sorted({name for name in names if names.count(name) > 1}):
         problems.append(f"losses: '{name}' is given twice")
-    needing = [name for name in names if name in LOSSES and LOSSES.row(name).category != "labels"]
+    needing = [name for name in dict.fromkeys(names) if name in LOSSES and LOSSES.row(name).category != "labels"]
     if recipe.teacher is None and needing:
         problems.append(f"losses: {', '.join(needing)} need a teacher (set teacher.model, or keep to ce)")
     if recipe.teacher is not None:
@@ -257,14 +270,10 @@ def option_problems(recipe: Recipe) -> list[str]:
 
 
 def _options_of(place: str, owner: Any, spec: Named) -> list[str]:
-    from pydantic import ValidationError
-
-    from remap.recipe.problems import lines_of
-
     try:
         owner.Config(**spec.options)
     except ValidationError as error:
-        return lines_of(error, owner.Config, place)
+        return lines_of(error, owner.Config, place, also=type(spec).model_fields)
     return []
 
 

@@ -1,4 +1,4 @@
-"""YAML as data: safe loader, plain scalars, no repeated keys, tags or anchors, bounded size. Home of the yaml package."""
+"""YAML as data: safe loader, plain scalars, no repeated keys, tags or anchors, bounded. Home of the yaml package."""
 
 import math
 import re

@@ -45,9 +45,7 @@ def plan(recipe: Recipe, methods: Sequence[str], seeds: int) -> list[Cell]:
     return cells
 
 
-def compare(
-    recipe: Recipe, methods: Sequence[str], seeds: int, output: Path, progress: Progress
-) -> dict[str, Any]:
+def compare(recipe: Recipe, methods: Sequence[str], seeds: int, output: Path, progress: Progress) -> dict[str, Any]:
     """Run what is missing and tabulate.
 
     Args:
@@ -147,4 +145,3 @@ def _statistics(summaries: list[dict[str, Any]]) -> dict[str, Any]:
         "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         "seconds": statistics.fmean(summary["train_seconds"] for summary in summaries),
     }
-

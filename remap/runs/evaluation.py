@@ -64,4 +64,3 @@ def _split(spec: Any, data: str | None, classes: tuple[str, ...]) -> tuple[Split
         opened: ImageData = open_data(spec.source, spec.val_source, spec.val_fraction)
         return opened.val, opened.source
     return read_all(data, classes), data
-

@@ -72,7 +72,9 @@ class Attached:
         self._keyed = [module for module in model.modules() if isinstance(module, SampleDropout)]
         # Tuned backbone weights must come back bit for bit on detach; inserted modules just go.
         self._original = {
-            name: parameters[name].detach().clone() for name in self.trainable if not name.startswith(self.added_prefixes)
+            name: parameters[name].detach().clone()
+            for name in self.trainable
+            if not name.startswith(self.added_prefixes)
         }
 
     @property

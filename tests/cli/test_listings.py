@@ -1,0 +1,85 @@
+"""Commands that look things up: instant, without torch, and complete."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+from remap.remapping import LOSSES
+from remap.tuning import CATEGORIES, METHODS
+
+HEAVY = "import sys; heavy = {'torch', 'timm', 'accelerate', 'peft', 'sklearn', 'torchdistill'} & set(sys.modules)"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["--version"],
+        ["distill", "--help"],
+        ["compare", "--help"],
+        ["methods"],
+        ["losses"],
+        ["models"],
+        ["recipes", "ls"],
+        ["recipes", "show", "digits"],
+    ],
+)
+def test_listings_import_nothing_heavy(words: list[str]) -> None:
+    code = (
+        f"import sys; sys.argv = ['remap', *{words!r}]\n"
+        "from remap_cli.main import main\n"
+        "try:\n    main()\nexcept SystemExit as leave:\n    assert not leave.code, leave.code\n"
+        f"{HEAVY}; assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_methods_are_those_of_the_table(run_json: Callable[..., list]) -> None:
+    rows = run_json("methods")
+    assert [row["name"] for row in rows] == list(METHODS.names)
+    assert {row["category"] for row in rows} == set(CATEGORIES.values())
+    assert all(row["paper"] and row["trains"] for row in rows)
+
+
+def test_losses_are_those_of_the_table(run_json: Callable[..., list]) -> None:
+    assert [row["name"] for row in run_json("losses")] == list(LOSSES.names)
+
+
+def test_recipes_are_the_files_of_the_folder(run_json: Callable[..., list]) -> None:
+    """Source: the checkout's recipes folder."""
+    on_disk = sorted(path.stem for path in (Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+    assert [row["name"] for row in run_json("recipes", "ls")] == on_disk
+
+
+def test_copy_then_validate(remap: Callable[..., Result], tmp_path: Path) -> None:
+    assert remap("recipes", "copy", "digits").exit_code == 0
+    assert remap("recipes", "validate", "digits.yaml").exit_code == 0
+    again = remap("recipes", "copy", "digits")
+    assert again.exit_code == 2 and "exists already" in again.message
+    (tmp_path / "digits.yaml").write_text("method: vpt_dep\ntrain: {epochs: 0}\n")
+    broken = remap("recipes", "validate", "digits.yaml")
+    assert broken.exit_code == 2
+    for part in ("digits.yaml: 2 problems", "did you mean 'vpt_deep'", "train.epochs"):
+        assert part in broken.message
+
+
+def test_doctor_runs_without_network(remap: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = remap("doctor", "--json")
+    checks = {row["what"]: row for row in json.loads(result.stdout)["checks"]}
+    assert checks["torch"]["state"] == "ok" and checks["embedded weights"]["state"] == "ok"
+    assert result.exit_code == 0
+
+
+def test_module_entry_point_equals_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "remap_cli", "--version"], capture_output=True, text=True, check=True)
+    from remap import __version__
+
+    assert done.stdout.strip() == f"remap {__version__}"

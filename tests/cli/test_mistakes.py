@@ -1,0 +1,132 @@
+"""Wrong words, wrong data, wrong folders: one clear message each, exit code 2, nothing lost."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import Result
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--method", "vpt_dep"], ["unknown method 'vpt_dep'", "did you mean 'vpt_deep'"]),
+        (["--losses", "ce,kdd"], ["unknown loss 'kdd'", "did you mean 'kd'"]),
+        (["--losses", "ce:x"], ["losses", "must be a number"]),
+        (["--student", "vit_smal"], ["unknown model 'vit_smal'", "did you mean 'vit_small'"]),
+        (["--student", "resnet18", "--weights", "none"], ["ResNet is not a backbone", "patch_embed"]),
+        (["--set", "train.epoch=3"], ["train.epoch: unknown key", "did you mean 'epochs'"]),
+        (["--set", "method.num_prompt=3"], ["method.num_prompt: unknown key", "did you mean 'num_prompts'"]),
+        (["--set", "losses.kd.temperature=0"], ["losses[1].temperature", "greater than 0"]),
+        (["--recipe", "digit"], ["no shipped recipe", "did you mean 'digits'"]),
+        (["--recipe", "absent.yaml"], ["absent.yaml", "no such file"]),
+        (["--data", "absent"], ["no such data", "absent"]),
+        (["--teacher", "no/such/run"], ["no such model or run directory"]),
+        (["--set", "teacher.prepare=prob"], ["teacher.prepare", "did you mean 'probe'"]),
+        (["--resume", "absent"], ["absent is no run directory"]),
+        (["--epochs", "1", "--set", "train.warmup_epochs=1"], ["warmup_epochs"]),
+        (["--processes", "2"], ["asks for 2 processes and has 1", "torchrun"]),
+    ],
+)
+def test_each_mistake_is_named(
+    remap: Callable[..., Result], words: list[str], parts: list[str], tmp_path: Path
+) -> None:
+    result = remap("distill", *words)
+    assert result.exit_code == 2
+    for part in parts:
+        assert part in result.message
+    assert list(tmp_path.iterdir()) == [] or "runs" not in words
+
+
+def test_all_mistakes_come_at_once(remap: Callable[..., Result]) -> None:
+    result = remap("distill", "--method", "vpt_dep", "--losses", "ce,kdd", "--set", "data.augment=flip", "--set", "foo")
+    assert "4 problems" in result.message
+
+
+def test_a_run_directory_that_exists_is_left_alone(
+    remap: Callable[..., Result], pictures: Path, tmp_path: Path, tiny: list[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("keep")
+    result = remap("tune", "--data", pictures, *tiny, "--output", "mine")
+    assert result.exit_code == 2 and "exists already" in result.message
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_weak_teacher_stops_the_run(
+    remap: Callable[..., Result], pictures: Path, tmp_path: Path, tiny: list[str]
+) -> None:
+    """A teacher with a random head and no preparation knows nothing."""
+    result = remap(
+        "distill",
+        "--data",
+        pictures,
+        *tiny,
+        "--set",
+        "teacher.prepare=none",
+        "--teacher",
+        "vit_mini_teacher_patch4_32",
+        "--output",
+        "r",
+    )
+    assert result.exit_code == 2
+    assert "the classifier of" in result.message or "not above chance" in result.message
+    assert '"failed"' in (tmp_path / "r" / "status.json").read_text()
+
+
+def _folder(root: Path, layout: dict[str, int]) -> Path:
+    for name, count in layout.items():
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (8, 8), (index, 0, 0)).save(root / name / f"{index}.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("layout", "part"),
+    [
+        ({"one": 3}, "at least two classes"),
+        ({"one": 3, "two": 0}, "holds no images"),
+        ({"train/a": 2, "train/b": 2, "val/a": 1, "val/c": 1}, "classes in val that train lacks"),
+        ({"a": 1, "b": 3}, "needs two images at least"),
+    ],
+)
+def test_folders_that_cannot_work(
+    remap: Callable[..., Result], tmp_path: Path, layout: dict, part: str, tiny: list[str]
+) -> None:
+    result = remap("tune", "--data", _folder(tmp_path / "data", layout), *tiny)
+    assert result.exit_code == 2 and part in result.message
+
+
+def test_a_bad_evaluation_image_stops_unless_left_out(
+    remap: Callable[..., Result], tmp_path: Path, tiny: list[str]
+) -> None:
+    data = _folder(tmp_path / "data", {"train/a": 8, "train/b": 8, "val/a": 3, "val/b": 3})
+    (data / "val" / "a" / "0.png").write_bytes(b"\x89PNG broken")
+    words = ["tune", "--data", data, *tiny, "--method", "linear"]
+    stopped = remap(*words, "--output", "r1")
+    assert stopped.exit_code == 2 and "val/a/0.png" in stopped.message and "--skip-bad" in stopped.message
+    assert remap(*words, "--skip-bad", "--output", "r2").exit_code == 0
+    assert '"val_images": 5' in (tmp_path / "r2" / "summary.json").read_text()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(
+    remap: Callable[..., Result], pictures: Path, tmp_path: Path, tiny: list[str]
+) -> None:
+    words = ["tune", "--data", pictures, *tiny, "--method", "full", "--output", "r"]
+    result = remap(*words, "--lr", "1e30", "--set", "train.clip_norm=null")
+    assert result.exit_code == 2 and "not finite" in result.message and "--lr" in result.message
+    assert '"failed"' in (tmp_path / "r" / "status.json").read_text()
+
+
+def test_a_resumed_run_takes_no_other_words(remap: Callable[..., Result], pictures: Path, tiny: list[str]) -> None:
+    assert remap("tune", "--data", pictures, *tiny, "--method", "linear", "--output", "r").exit_code == 0
+    result = remap("tune", "--resume", "r", "--epochs", "9")
+    assert result.exit_code == 2 and "keeps its own recipe" in result.message
+
+
+def test_weak_teacher_may_be_allowed(
+    remap: Callable[..., Result], pictures: Path, tiny: list[str], weak: list[str]
+) -> None:
+    assert remap("distill", "--data", pictures, *tiny, *weak, "--method", "linear").exit_code == 0

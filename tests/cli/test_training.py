@@ -1,0 +1,109 @@
+"""distill, tune, eval, predict and compare on a folder of pictures, as a user would call them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+WANTED = {
+    "run_dir",
+    "seconds",
+    "teacher.accuracy",
+    "student.accuracy",
+    "student.trainable_parameters",
+    "student.total_parameters",
+    "student.task_bytes",
+}
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    pairs = {f"{prefix}{key}": value for key, value in values.items()}
+    return pairs | {
+        k: v for key, one in pairs.items() if isinstance(one, dict) for k, v in _flat(one, f"{key}.").items()
+    }
+
+
+@pytest.fixture
+def run(run_json: Callable[..., dict], pictures: Path, tiny: list[str], weak: list[str]) -> dict:
+    return run_json("distill", "--data", pictures, "--method", "bitfit", *tiny, *weak)
+
+
+def test_distill_then_eval_then_predict(run: dict, run_json: Callable[..., dict], pictures: Path) -> None:
+    assert set(_flat(run)) >= WANTED
+    assert run["data"]["skipped"] == [["train/red/notes.gif", ".gif is not an image format that is read"]]
+    assert run["student"]["trainable_parameters"] < run["student"]["total_parameters"]
+    again = run_json("eval", run["run_dir"])
+    assert (again["correct"], again["images"]) == (run["student"]["correct"], 12)
+    assert sum(row["images"] for row in again["classes"]) == 12
+    found = run_json("predict", run["run_dir"], pictures / "val", "--top", "2")
+    right = sum(Path(row["path"]).parent.name == row["top"][0]["class"] for row in found)
+    assert right == run["student"]["correct"]
+    assert all(sum(c["probability"] for c in row["top"]) == pytest.approx(1.0, abs=1e-5) for row in found)
+
+
+def test_eval_on_other_data_counts_all_of_it(run: dict, run_json: Callable[..., dict], pictures: Path) -> None:
+    assert run_json("eval", run["run_dir"], "--data", pictures / "val")["correct"] == run["student"]["correct"]
+
+
+def test_predict_reports_an_unreadable_file_and_goes_on(
+    run: dict, remap: Callable[..., Result], pictures: Path
+) -> None:
+    bad = Path(run["run_dir"]) / "bad.png"
+    bad.write_text("no image")
+    result = remap("predict", run["run_dir"], bad, pictures / "val" / "red", "--json")
+    rows = json.loads(result.stdout)
+    assert result.exit_code == 2
+    assert rows[0]["error"] == "not an image" and len(rows) == 7 and all(row["top"] for row in rows[1:])
+
+
+def test_tables_name_what_a_reader_needs(remap: Callable[..., Result], pictures: Path, tiny: list[str]) -> None:
+    result = remap("tune", "--data", pictures, "--method", "linear", *tiny)
+    assert result.exit_code == 0, getattr(result, "message", result.output)
+    for word in ("student + linear", "accuracy", "trained", "to keep", "remap predict runs/digits-linear-001"):
+        assert word in result.stdout
+
+
+def test_the_dry_run_writes_nothing(
+    run_json: Callable[..., dict], pictures: Path, tmp_path: Path, tiny: list[str]
+) -> None:
+    found = run_json("distill", "--data", pictures, "--dry-run", *tiny)
+    assert list(tmp_path.iterdir()) == []
+    parts = {row["part"]: row["parameters"] for row in found["trainable"]}
+    # vpt_deep: depth 4 x 10 prompts x width 128; head: 128 x 2 weights and 2 biases.
+    assert parts == {"vpt_deep": 4 * 10 * 128, "head": 128 * 2 + 2}
+    assert found["estimate"]["seconds"] > 0 and found["estimate"]["memory_bytes"] > 0
+
+
+def test_the_dry_run_of_the_issue_prints_timms_counts(run_json: Callable[..., dict]) -> None:
+    """Source: timm's own counts without head, 303.3 M and 21.7 M; prompts 12 x p x 384 (Jia et al. 2022)."""
+    words = ["--teacher", "vit_large", "--student", "vit_small", "--method", "vpt_deep", "--weights", "none"]
+    found = run_json("distill", *words, "--batch-size", "1", "--dry-run")
+    assert found["teacher"]["backbone_parameters"] == 303_301_632
+    assert found["student"]["backbone_parameters"] == 21_665_664
+    assert found["trainable"][0]["parameters"] == 12 * 10 * 384
+
+
+def test_compare_keeps_finished_cells(
+    run_json: Callable[..., dict], pictures: Path, tiny: list[str], weak: list[str]
+) -> None:
+    words = ["compare", "--methods", "linear,bitfit", "--seeds", "2", "--data", pictures, *tiny, *weak]
+    table = run_json(*words)
+    cells = sorted(path.name for path in Path(table["output"]).iterdir() if (path / "summary.json").exists())
+    assert len(cells) == 2 * 2 * 2
+    before = {cell: (Path(table["output"]) / cell / "summary.json").stat().st_mtime_ns for cell in cells}
+    assert run_json(*words) == table == json.loads((Path(table["output"]) / "compare.json").read_text())
+    assert before == {cell: (Path(table["output"]) / cell / "summary.json").stat().st_mtime_ns for cell in cells}
+    row = table["rows"][0]
+    assert row["teacher"]["mean"] == pytest.approx(sum(row["teacher"]["accuracies"]) / 2)
+    assert [row["category"] for row in table["rows"]] == ["1 fine-tuning", "4 parameter tuning"]
+
+
+def test_compare_refuses_another_recipes_folder(
+    remap: Callable[..., Result], pictures: Path, tiny: list[str], weak: list[str]
+) -> None:
+    words = ["compare", "--methods", "linear", "--data", pictures, *tiny, *weak, "--output", "cmp"]
+    assert remap(*words).exit_code == 0
+    other = remap(*words, "--set", "train.weight_decay=0.5")
+    assert other.exit_code == 2 and "holds a comparison of another recipe" in other.message

@@ -1,0 +1,167 @@
+"""Tiny images and tiny models on disk, so that whole runs take a fraction of a second. Random, offline, on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from remap.progress import Step
+from remap.recipe import Recipe, resolve
+
+CLASSES = ("blue", "green", "red")
+SIZE = 16
+ARCHITECTURE = "vit_tiny_patch16_224"
+SHAPE = {"img_size": SIZE, "patch_size": 8, "num_heads": 2, "mlp_ratio": 2.0}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A folder of 24 + 9 coloured images, a student with dropout inside and a wider, deeper teacher.
+
+    A random teacher with a fitted head tells the colours apart, so it passes the check against chance.
+    """
+
+    data: str
+    student: str
+    teacher: str
+
+    SETTINGS = ("data.workers=1", "train.epochs=2", "train.batch_size=8", "train.warmup_epochs=0.5", "train.lr=0.01")
+
+    def words(self, **words: object) -> dict[str, object]:
+        return {"data": self.data, "student": self.student, "teacher": self.teacher, **words}
+
+    def recipe(self, *settings: str, **words: object) -> Recipe:
+        """Two epochs of three steps; words are those of the command line."""
+        return resolve(words=self.words(**words), settings=[*self.SETTINGS, *settings])
+
+    def arguments(self, *settings: str, **words: object) -> list[str]:
+        """The same recipe for the command line."""
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in self.words(**words).items()]
+        return [*flags, *(f"--set={setting}" for setting in (*self.SETTINGS, *settings))]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    root = tmp_path_factory.mktemp("tiny")
+    draw_images(root / "data" / "train", 8, seed=1)
+    draw_images(root / "data" / "val", 3, seed=2)
+    write_model(root / "student", seed=3, embed_dim=16, depth=2, proj_drop_rate=0.1, drop_path_rate=0.2)
+    write_model(root / "teacher", seed=4, embed_dim=24, depth=3)
+    return Tiny(str(root / "data"), f"local-dir:{root / 'student'}", f"local-dir:{root / 'teacher'}")
+
+
+def draw_images(folder: Path, each: int, seed: int, classes: tuple[str, ...] = CLASSES) -> None:
+    """Noise with one channel raised: any linear map of the pixels can tell the classes apart."""
+    draws = np.random.default_rng(seed)
+    for label, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for index in range(each):
+            pixels = draws.integers(0, 120, (SIZE, SIZE, 3))
+            pixels[..., 2 - label] += 110
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{index:02d}.png")
+
+
+def write_model(folder: Path, seed: int, **shape: float) -> None:
+    """A model folder as timm's hub format has it: config.json and model.safetensors."""
+    arguments = {**SHAPE, **shape}
+    torch.manual_seed(seed)
+    model = timm.create_model(ARCHITECTURE, num_classes=7, **arguments)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    view = {"input_size": [3, SIZE, SIZE], "fixed_input_size": True, "crop_pct": 1.0, "interpolation": "bicubic"}
+    config = {**view, "mean": [0.5] * 3, "std": [0.5] * 3, "classifier": "head", "num_classes": 7}
+    folder.mkdir()
+    save_file(model.state_dict(), str(folder / "model.safetensors"))
+    whole = {"architecture": ARCHITECTURE, "num_classes": 7, "model_args": arguments, "pretrained_cfg": config}
+    (folder / "config.json").write_text(json.dumps(whole))
+
+
+class Watch:
+    """A progress reporter that calls back after each training step, with the number of steps so far."""
+
+    def __init__(self, after_step: Callable[[int], None]) -> None:
+        self.after_step, self.steps, self.said = after_step, 0, list[str]()
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    @contextmanager
+    def wait(self, what: str, total: int | None = None) -> Iterator[Step]:
+        yield _Watched(self) if what.startswith("epoch ") else _Watched(None)
+
+
+class _Watched:
+    def __init__(self, watch: Watch | None) -> None:
+        self.watch = watch
+
+    def advance(self, amount: int = 1, **values: float) -> None:
+        if self.watch is not None and values:
+            self.watch.steps += 1
+            self.watch.after_step(self.watch.steps)
+
+
+@pytest.fixture
+def watch() -> type[Watch]:
+    return Watch
+
+
+@pytest.fixture
+def largest_difference() -> Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], float]:
+    """Over two sets of tensors of the same names."""
+
+    def measure(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+        assert set(one) == set(other)
+        return max(float((one[name].detach() - other[name].detach()).abs().max()) for name in one)
+
+    return measure
+
+
+@pytest.fixture
+def history() -> Callable[[Path], list[dict]]:
+    """The epochs of a run without their times."""
+
+    def read(run: Path) -> list[dict]:
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+    return read
+
+
+@pytest.fixture
+def start_process() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Start ``python -m ...`` on one thread; what still runs at the end of the test is killed."""
+    started: list[subprocess.Popen] = []
+
+    def start(*arguments: str) -> subprocess.Popen:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen([sys.executable, "-m", *arguments], env=environment, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors are faster, and equal from run to run, on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,129 @@
+"""An interrupted run that goes on ends in the very same student. The expected values are the undisturbed run's."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from remap_cli.main import app
+from typer.testing import CliRunner
+
+from remap.assembly import Result, resume, start
+from remap.errors import Interrupted
+from remap.recipe import Recipe
+from remap.runs.rundir import RunDir
+
+LAST_STEP = 6
+
+# Everything that could carry state from step to step: dropout, augmentation, accumulation, projectors, drop-path.
+RUNS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "vpt_deep": ((), {"method": "vpt_deep", "losses": "ce,kd,attention"}),
+    "adaptformer": (
+        ("data.augment=shift_flip", "train.accumulation=2"),
+        {"method": "adaptformer", "losses": "ce,kd,feature"},
+    ),
+    "full": (
+        ("data.augment=shift", "losses=[{name: ce}, {name: feature, projector: orthogonal}]"),
+        {"method": "full"},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=sorted(RUNS))
+def recipe(request: pytest.FixtureRequest, tiny: Any) -> Recipe:
+    settings, words = RUNS[request.param]
+    return tiny.recipe(*settings, **words)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    return start(recipe, tmp_path_factory.mktemp("undisturbed") / "run")
+
+
+@pytest.mark.parametrize("step", range(1, LAST_STEP))
+def test_a_signal_at_any_step_changes_nothing(
+    recipe: Recipe,
+    undisturbed: Result,
+    step: int,
+    tmp_path: Path,
+    watch: Callable[..., Any],
+    largest_difference: Callable[..., float],
+    history: Callable[[Path], list[dict]],
+) -> None:
+    """Step 3 is the end of an epoch, the others lie inside one."""
+
+    def stop(done: int) -> None:
+        if done == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as caught:
+        start(recipe, tmp_path / "run", watch(stop))
+    assert caught.value.exit_code == 128 + signal.SIGTERM
+    assert str(tmp_path / "run") in (caught.value.do or "")
+    assert RunDir(tmp_path / "run").status() == "stopped"
+    steps = watch(lambda done: None)
+    result = resume(tmp_path / "run", steps)
+    assert steps.steps == LAST_STEP - step, "steps were done twice or left out"
+    assert largest_difference(result.student.trained, undisturbed.student.trained) == 0.0
+    assert history(tmp_path / "run") == history(undisturbed.run_dir)
+    assert RunDir(tmp_path / "run").status() == "done"
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_a_crash_goes_on_from_the_last_checkpoint(
+    tiny: Any,
+    step: int,
+    tmp_path: Path,
+    watch: Callable[..., Any],
+    largest_difference: Callable[..., float],
+) -> None:
+    """A bug or a killed process saves nothing at the end: what counts is the checkpoint before."""
+
+    def crash(done: int) -> None:
+        if done == step:
+            raise RuntimeError("power cut")
+
+    recipe = tiny.recipe("train.checkpoint_seconds=0", "data.augment=shift_flip")
+    expected = start(recipe, tmp_path / "twin")
+    with pytest.raises(RuntimeError, match="power cut"):
+        start(recipe, tmp_path / "run", watch(crash))
+    assert RunDir(tmp_path / "run").status() == "failed"
+    steps = watch(lambda done: None)
+    result = resume(tmp_path / "run", steps)
+    assert steps.steps == LAST_STEP - (step - 1), "the crashed step is done again, the ones before are not"
+    assert largest_difference(result.student.trained, expected.student.trained) == 0.0
+
+
+def test_a_finished_run_is_not_trained_again(tiny: Any, tmp_path: Path, watch: Callable[..., Any]) -> None:
+    first = start(tiny.recipe(), tmp_path / "run")
+    steps = watch(lambda done: None)
+    again = resume(tmp_path / "run", steps)
+    assert steps.steps == 0 and again.summary == first.summary
+
+
+def test_interrupting_a_teacher_in_preparation_names_the_whole_run(
+    tiny: Any, tmp_path: Path, watch: Callable[..., Any], largest_difference: Callable[..., float]
+) -> None:
+    """A tuned teacher is a run inside the run: going on with it alone would leave the student untrained."""
+    recipe = tiny.recipe("teacher.prepare=adaptformer", "teacher.epochs=2")
+    expected = start(recipe, tmp_path / "twin")
+
+    def stop(done: int) -> None:
+        if done == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted) as caught:
+        start(recipe, tmp_path / "run", watch(stop))
+    assert caught.value.exit_code == 130
+    assert (caught.value.do or "").endswith(f"remap distill --resume {tmp_path / 'run'}")
+    steps = watch(lambda done: None)
+    result = resume(tmp_path / "run", steps)
+    assert steps.steps == (LAST_STEP - 2) + LAST_STEP
+    assert largest_difference(result.student.trained, expected.student.trained) == 0.0
+
+
+def test_words_beside_resume_are_refused(tiny: Any, tmp_path: Path) -> None:
+    start(tiny.recipe(), tmp_path / "run")
+    outcome = CliRunner().invoke(app, ["distill", "--resume", str(tmp_path / "run"), "--epochs", "3"])
+    assert "a resumed run keeps its own recipe" in str(outcome.exception)

@@ -1,0 +1,204 @@
+"""One training step: accumulation, schedule, parameter groups, clipping, and the stop before a bad step."""
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from remap.assembly import Parts, assemble, resume, start
+from remap.bench import Bench
+from remap.data.batches import batches
+from remap.engine import fit as loop
+from remap.engine.launch import accelerator
+from remap.engine.optim import adamw, learning_rate
+from remap.errors import TrainingError
+from remap.progress import Silent
+from remap.recipe.schema import TrainSpec
+from remap.remapping.objective import Objective
+from remap.runs.rundir import RunDir
+
+
+@pytest.fixture
+def job_of(tmp_path: Path) -> Callable[..., loop.Job]:
+    """A job on freshly built parts, without a teacher behind it unless the recipe's losses read one."""
+
+    def make(recipe: Any) -> loop.Job:
+        parts: Parts = assemble(recipe, RunDir.create(tmp_path / f"run{len(list(tmp_path.iterdir()))}", recipe), Silent(), Bench())
+        return loop.Job(
+            recipe=recipe,
+            student=parts.student,
+            objective=parts.objective,
+            teacher=None,
+            source=parts.views.train,
+            accelerator=accelerator(),
+            bf16=False,
+            progress=Silent(),
+            evaluate=lambda: {},
+            on_epoch=lambda history: None,
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["vpt_deep", "adaptformer", "bitfit"])
+@pytest.mark.parametrize("micro", [4, 8])
+def test_accumulation_gives_the_step_of_the_whole_batch(
+    tiny: Any, tmp_path: Path, largest_difference: Callable[..., float], method: str, micro: int
+) -> None:
+    """Means over equal parts average to the mean over the whole; dropout is keyed by image, so it agrees too."""
+    whole = start(tiny.recipe(method=method), tmp_path / "whole")
+    parted = start(tiny.recipe(f"train.accumulation={micro}", method=method), tmp_path / "parted")
+    assert largest_difference(whole.student.trained, parted.student.trained) < 1e-6 * 10
+    assert largest_difference(whole.student.trained, _before(tiny, method)) > 1e-3, "nothing was trained"
+
+
+def test_unequal_micro_batches_count_by_their_images(tiny: Any, job_of: Callable[..., loop.Job]) -> None:
+    """24 images in 5 micro-batches of 5, 5, 5, 5 and 4; expected: torch's own mean over all 24 at once."""
+    recipe = tiny.recipe("train.batch_size=30", "train.accumulation=5", "train.epochs=1", losses="ce")
+    job = job_of(recipe)
+    job.student.model.eval()
+    module = loop.StudentStep(job.student, job.objective, bf16=False)
+    plan = loop.plan_of(job)
+    sums = loop._accumulate(job, module, batches(job.source, plan, 0))
+    found = {name: p.grad.clone() for name, p in job.parameters().items()}
+    job.student.model.zero_grad()
+    images, labels = _everything(job)
+    loss = torch.nn.functional.cross_entropy(module.runner(images).logits_BC, labels)
+    loss.backward()
+    assert float(sums["loss"]) == pytest.approx(loss.item(), rel=1e-6)
+    for name, parameter in job.parameters().items():
+        assert torch.allclose(found[name], parameter.grad, atol=1e-6), name
+
+
+def test_a_step_that_cannot_be_divided_is_refused(tiny: Any, tmp_path: Path) -> None:
+    recipe = tiny.recipe("train.batch_size=32", "train.accumulation=32")
+    with pytest.raises(TrainingError, match="a step of 24 image"):
+        start(recipe, tmp_path / "run")
+
+
+def test_the_learning_rate_follows_the_closed_form() -> None:
+    """Warm-up k/w of the peak, then min + (peak - min) * (1 + cos(pi * t)) / 2 (Loshchilov & Hutter, 1608.03983)."""
+    spec = TrainSpec(epochs=5, warmup_epochs=1.5, min_lr=1e-4)
+    steps, peak = 10, 2e-3
+    for step in range(15):
+        assert learning_rate(spec, peak, step, steps) == pytest.approx(peak * (step + 1) / 15)
+    for step in range(15, 50):
+        t = (step - 15) / 35
+        expected = 1e-4 + (peak - 1e-4) * (1 + math.cos(math.pi * t)) / 2
+        assert learning_rate(spec, peak, step, steps) == pytest.approx(expected, rel=1e-12)
+    halfway = learning_rate(TrainSpec(epochs=2, warmup_epochs=0.0), 1.0, 5, 5)
+    assert halfway == pytest.approx(0.5)
+
+
+def test_the_schedule_counts_updates_and_not_micro_batches(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    keep = loop.set_learning_rate
+
+    def spy(optimizer: torch.optim.Optimizer, lr: float) -> None:
+        seen.append(lr)
+        keep(optimizer, lr)
+
+    monkeypatch.setattr(loop, "set_learning_rate", spy)
+    recipe = tiny.recipe("train.accumulation=4", "train.warmup_epochs=1", "train.epochs=2")
+    start(recipe, tmp_path / "run")
+    cosine = [0.01 * (1 + math.cos(math.pi * t / 3)) / 2 for t in range(3)]
+    assert seen == pytest.approx([0.01 / 3, 0.02 / 3, 0.01, *cosine])
+
+
+@pytest.mark.parametrize("method", ["full", "linear", "vpt_shallow", "vpt_deep", "adaptformer", "bitfit"])
+def test_prompts_biases_and_norms_are_not_decayed(tiny: Any, job_of: Callable[..., loop.Job], method: str) -> None:
+    job = job_of(tiny.recipe(method=method, losses="ce,feature"))
+    optimizer = adamw(job.student, [(n, p) for n, p in job.parameters().items() if n.startswith("objective.")], 1e-3, 0.3)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(decay) == len(job.parameters()) == sum(len(group["params"]) for group in optimizer.param_groups)
+    for name, parameter in job.parameters().items():
+        matrix = name.endswith("weight") and parameter.ndim >= 2
+        assert decay[id(parameter)] == (0.3 if matrix else 0.0), name
+    trained = {id(p) for p in job.parameters().values()}
+    assert all(p.requires_grad == (id(p) in trained) for p in job.student.model.parameters())
+
+
+@pytest.mark.parametrize("method", ["linear", "vpt_deep", "adaptformer", "bitfit"])
+def test_frozen_parameters_hold_nothing(tiny: Any, job_of: Callable[..., loop.Job], method: str) -> None:
+    job = job_of(tiny.recipe(method=method, losses="ce"))
+    before = copy.deepcopy(job.student.model.state_dict())
+    loop.fit(job)
+    trained = set(job.student.trained)
+    for name, parameter in job.student.model.named_parameters():
+        assert parameter.requires_grad == (name in trained), name
+        if name not in trained:
+            assert parameter.grad is None and torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("limit", [None, 0.01])
+def test_the_gradient_is_clipped_to_the_limit(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float | None
+) -> None:
+    """Expected: the Euclidean norm over all trained parameters, summed here by hand."""
+    norms: list[float] = []
+    keep = torch.optim.AdamW.step
+
+    def spy(optimizer: torch.optim.AdamW, *args: Any) -> Any:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in grads)))
+        return keep(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    start(tiny.recipe(f"train.clip_norm={'null' if limit is None else limit}"), tmp_path / "run")
+    assert len(norms) == 6
+    if limit is None:
+        assert min(norms) > 0.05
+    else:
+        assert norms == pytest.approx([limit] * 6, rel=1e-3)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_step(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest_difference: Callable[..., float], bad: float
+) -> None:
+    recipe = tiny.recipe("train.checkpoint_seconds=0")
+    expected = start(recipe, tmp_path / "twin")
+    calls, weights = [0], dict[str, Tensor]()
+    forward = Objective.forward
+
+    def poisoned(self: Objective, student: Any, targets: Any, labels: Tensor) -> Any:
+        total, parts = forward(self, student, targets, labels)
+        calls[0] += 1
+        return (total * bad if calls[0] == 5 else total), parts
+
+    keep = loop._step
+
+    def watch(job: loop.Job, state: Any, *rest: Any) -> float:
+        weights.update({name: p.detach().clone() for name, p in job.parameters().items()})
+        try:
+            return keep(job, state, *rest)
+        except TrainingError:
+            assert largest_difference(job.parameters(), weights) == 0.0, "the bad step was taken"
+            raise
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "forward", poisoned)
+        patch.setattr(loop, "_step", watch)
+        with pytest.raises(TrainingError, match="not finite in epoch 2, step 2") as caught:
+            start(recipe, tmp_path / "run")
+    assert caught.value.exit_code == 2
+    assert RunDir(tmp_path / "run").status() == "failed"
+    result = resume(tmp_path / "run")
+    assert largest_difference(result.student.trained, expected.student.trained) == 0.0
+
+
+def _before(tiny: Any, method: str) -> dict[str, Tensor]:
+    student = assemble(tiny.recipe(method=method, losses="ce"), None, Silent(), Bench()).student
+    return student.trained
+
+
+def _everything(job: loop.Job) -> tuple[Tensor, Tensor]:
+    images, good = job.source.batch(range(len(job.source.split)))
+    return images, torch.from_numpy(job.source.split.labels[good])

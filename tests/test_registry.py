@@ -1,0 +1,60 @@
+"""The tables: lazy, closed, and helpful about a misspelt name."""
+
+import pytest
+
+from remap.errors import UnknownName
+from remap.registry import Entry, Registry, did_you_mean, nearest
+from remap.remapping import LOSSES
+from remap.tuning import CATEGORIES, METHODS
+
+
+def row(name: str, target: str = "no.such.module:Nothing") -> Entry:
+    return Entry(name=name, target=target, category="c", summary="s", paper="p")
+
+
+def test_listing_imports_nothing_and_loading_does() -> None:
+    table = Registry("method", "methods", [row("later"), row("pair", "fractions:Fraction")])
+    assert [entry.name for entry in table] == ["later", "pair"] == list(table.names)
+    assert table.load("pair")(1, 2) == 0.5
+    with pytest.raises(ModuleNotFoundError):
+        table.load("later")
+
+
+def test_a_name_cannot_stand_in_the_table_twice() -> None:
+    with pytest.raises(ValueError, match="'a' is in the table twice"):
+        Registry("method", "methods", [row("a"), row("a")])
+
+
+def test_unknown_name_says_the_nearest_all_names_and_the_command() -> None:
+    with pytest.raises(UnknownName) as caught:
+        METHODS.row("vpt_dep")
+    text = str(caught.value)
+    assert "unknown method 'vpt_dep'; did you mean 'vpt_deep'?" in text
+    assert ", ".join(METHODS.names) in text and "`remap methods`" in text
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [("vpt_shalow", "vpt_shallow"), ("VPT_DEEP", "vpt_deep"), ("Bitfit", "bitfit"), ("KD", None), ("zzzz", None)],
+)
+def test_nearest_is_blind_to_case_and_silent_about_strangers(word: str, expected: str | None) -> None:
+    assert nearest(word, METHODS.names) == expected
+    assert did_you_mean(word, METHODS.names) == (f"; did you mean '{expected}'?" if expected else "")
+
+
+def test_short_loss_names_are_found_in_capitals() -> None:
+    assert nearest("KD", LOSSES.names) == "kd"
+
+
+@pytest.mark.parametrize("table", [METHODS, LOSSES], ids=["methods", "losses"])
+def test_every_row_can_be_loaded_and_is_filled_in(table: Registry) -> None:
+    for entry in table:
+        assert table.load(entry.name).Config.model_config["extra"] == "forbid"
+        assert entry.summary and entry.paper and entry.target.startswith("remap.")
+
+
+def test_method_categories_are_those_of_the_survey() -> None:
+    """Yu et al., arXiv 2305.06061: fine-tuning, prompt, adapter and parameter tuning (remapping has its own table)."""
+    assert list(CATEGORIES) == ["fine-tuning", "prompt", "adapter", "parameter"]
+    assert {entry.category for entry in METHODS} <= set(CATEGORIES)
