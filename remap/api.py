@@ -14,7 +14,7 @@ from remap.backbones.anatomy import anatomy_of
 from remap.data.images import decode, to_rgb
 from remap.data.views import View
 from remap.errors import RecipeError
-from remap.network import Network, Runner
+from remap.network import Network, Runner, choose_attention
 from remap.recipe.problems import lines_of
 from remap.runs.task import load_task
 from remap.tuning import METHODS
@@ -53,6 +53,7 @@ class Student:
     def __init__(self, network: Network, view: View, device: torch.device) -> None:
         self.network, self.view, self.device = network, view, device
         self.model, self.classes = network.model.eval().to(device), network.classes
+        choose_attention(network, "auto", device)
         self._runner = Runner(network).to(device)
 
     def pixels(self, image: Image.Image | bytes | Path | str) -> np.ndarray:

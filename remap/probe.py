@@ -9,8 +9,9 @@ from torch import nn
 
 from remap.data.sources import stratified
 from remap.data.views import ViewSource
+from remap.errors import DataError
 from remap.network import Network, Runner
-from remap.progress import Progress
+from remap.progress import Progress, Step
 from remap.remapping.signals import Needs
 
 # Inverse strengths of the L2 penalty that are tried on a fifth of the training images.
@@ -26,23 +27,35 @@ def fit_probe(
 
     Returns:
         The chosen inverse strength of the penalty.
+
+    Raises:
+        DataError: Fewer than two classes have readable images.
     """
     features_ND, labels_N = pooled_features(network, source, accelerator, batch_size, progress)
     mean, std = features_ND.mean(0), features_ND.std(0) + 1e-6
     standard = (features_ND - mean) / std
-    fit, check = stratified(labels_N, max(1, round(0.8 * len(labels_N))))
-    scores = []
+    if len(np.unique(labels_N)) < 2:
+        raise DataError("a head needs readable training images of two classes at least", do="repair the images")
     with progress.wait("fitting the teacher's head", len(STRENGTHS) + 1) as step:
-        for strength in STRENGTHS:
-            model = _regression(strength).fit(standard[fit], labels_N[fit])
-            scores.append(model.score(standard[check], labels_N[check]))
-            step.advance()
-        best = STRENGTHS[int(np.argmax(scores))]
+        best = _choose(standard, labels_N, step)
         model = _regression(best).fit(standard, labels_N)
         step.advance()
     weight, bias = _all_classes(model, network, mean, std)
     _write_head(network, weight, bias)
     return best
+
+
+def _choose(standard_ND: np.ndarray, labels_N: np.ndarray, step: Step) -> float:
+    """The inverse strength that does best on a fifth of the images; 1 where a class has no image to spare."""
+    if np.unique(labels_N, return_counts=True)[1].min() < 2:
+        return 1.0
+    fit, check = stratified(labels_N, round(0.8 * len(labels_N)))
+    scores = []
+    for strength in STRENGTHS:
+        model = _regression(strength).fit(standard_ND[fit], labels_N[fit])
+        scores.append(model.score(standard_ND[check], labels_N[check]))
+        step.advance()
+    return STRENGTHS[int(np.argmax(scores))]
 
 
 @torch.no_grad()

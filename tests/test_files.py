@@ -69,7 +69,7 @@ def test_json_round_trip_in_utf8(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_json_refuses_what_is_no_number(tmp_path: Path, value: float) -> None:
-    """RFC 8259, section 6: "Numeric values that cannot be represented ... (such as Infinity and NaN) are not permitted"."""
+    """RFC 8259, section 6: numbers such as Infinity and NaN are not permitted."""
     path = tmp_path / "a.json"
     files.write_json(path, 1)
     with pytest.raises(ValueError, match="not JSON compliant"):

@@ -2,13 +2,9 @@
 
 import hashlib
 import io
-import lzma
-import os
-import tarfile
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +12,7 @@ from PIL import Image
 
 from remap.data import keyed
 from remap.data.images import SUFFIXES
+from remap.data.listing import Listing, list_folder, list_tar
 from remap.errors import DataError
 
 # Folder names of the usual splits, as timm knows them.
@@ -74,15 +71,6 @@ class ImageData:
 def _bytes_of(names: Iterable[str]) -> bytes:
     """File names need not be UTF-8; Python keeps stray bytes as surrogates."""
     return "\0".join(names).encode(errors="surrogatepass")
-
-
-@dataclass(frozen=True)
-class _Listing:
-    """Files and folders of a folder or tar as relative paths, and what reads a file."""
-
-    paths: tuple[str, ...]
-    folders: tuple[str, ...]
-    read: Callable[[str], bytes]
 
 
 def open_data(source: str, val_source: str | None, val_fraction: float) -> ImageData:
@@ -184,9 +172,9 @@ def _open(source: str) -> tuple[dict[str, dict[str, list]], list[tuple[str, str]
     """Files by split and class: {"train": {"ants": [(name, reader), ...]}}; without split folders under "all"."""
     path = Path(source).expanduser()
     if path.is_dir():
-        listing = _list_folder(path)
+        listing = list_folder(path)
     elif path.is_file():
-        listing = _list_tar(path)
+        listing = list_tar(path)
     else:
         raise DataError(
             "no such data",
@@ -197,62 +185,7 @@ def _open(source: str) -> tuple[dict[str, dict[str, list]], list[tuple[str, str]
     return _by_split_and_class(source, listing)
 
 
-def _list_folder(root: Path) -> _Listing:
-    paths: list[str] = []
-    folders: list[str] = []
-    for folder, below, names in os.walk(root, followlinks=True):
-        below[:] = [name for name in below if not _links_up(folder, name)]
-        prefix = os.path.relpath(folder, root).replace(os.sep, "/") + "/"
-        prefix = "" if prefix == "./" else prefix
-        paths += [prefix + name for name in names]
-        folders += [prefix + name for name in below]
-    return _Listing(tuple(sorted(paths)), tuple(sorted(folders)), lambda p: (root / p).read_bytes())
-
-
-def _links_up(folder: str, name: str) -> bool:
-    """Whether a sub-folder is a link to a folder it lies in, which would be walked for ever."""
-    path = os.path.join(folder, name)
-    above = os.path.join(os.path.realpath(folder), "")
-    return os.path.islink(path) and above.startswith(os.path.join(os.path.realpath(path), ""))
-
-
-def _list_tar(path: Path) -> _Listing:
-    """Members are read where they lie; nothing is extracted, and links and devices are ignored."""
-    try:
-        with tarfile.open(path, "r:*") as archive:
-            everything = archive.getmembers()
-            members = {_clean(m.name): m for m in everything if m.isreg()}
-            folders = tuple(sorted(_clean(m.name) for m in everything if m.isdir()))
-            if path.stat().st_size and not _is_plain_tar(path):
-                held = {name: archive.extractfile(member).read() for name, member in members.items()}
-                return _Listing(tuple(sorted(held)), folders, lambda p: held[p])
-    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        reason = str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
-        raise DataError(
-            f"cannot read {path} as a tar archive: {reason}", allowed="a folder of class folders, or a tar of one"
-        ) from error
-    places = {name: (member.offset_data, member.size) for name, member in members.items()}
-
-    def read(name: str) -> bytes:
-        offset, size = places[name]
-        with open(path, "rb") as file:
-            file.seek(offset)
-            return file.read(size)
-
-    return _Listing(tuple(sorted(places)), folders, read)
-
-
-def _is_plain_tar(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(257)
-        return file.read(5) == b"ustar"
-
-
-def _clean(name: str) -> str:
-    return "/".join(part for part in PurePosixPath(name).parts if part not in (".", "/"))
-
-
-def _by_split_and_class(source: str, listing: _Listing) -> tuple[dict[str, dict[str, list]], list[tuple[str, str]]]:
+def _by_split_and_class(source: str, listing: Listing) -> tuple[dict[str, dict[str, list]], list[tuple[str, str]]]:
     tops = {path.split("/")[0] for path in listing.paths if "/" in path}
     split_of = {top: split for split, words in SPLITS.items() for top in tops if top.lower() in words}
     divided = "train" in split_of.values()
@@ -286,7 +219,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _require_images(
-    source: str, listing: _Listing, divided: bool, split_of: dict[str, str], parts: dict[str, dict[str, list]]
+    source: str, listing: Listing, divided: bool, split_of: dict[str, str], parts: dict[str, dict[str, list]]
 ) -> None:
     if not parts:
         raise DataError(

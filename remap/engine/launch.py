@@ -12,7 +12,8 @@ from remap.errors import TrainingError
 @functools.cache
 def accelerator() -> Accelerator:
     """The process group of this run; device and ranks come from the launcher's environment."""
-    return Accelerator()
+    # Told nothing, Accelerate leaves the processes of a launcher on a machine without a GPU each to itself.
+    return Accelerator(cpu=not torch.accelerator.is_available())
 
 
 def check_processes(wanted: int | None) -> None:
@@ -22,6 +23,9 @@ def check_processes(wanted: int | None) -> None:
         TrainingError: They differ; some launchers start fewer processes than asked for without a word.
     """
     running = accelerator().num_processes
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != running:
+        raise TrainingError(f"the launcher started {launched} processes, but {running} found each other")
     if wanted is not None and wanted != running:
         raise TrainingError(
             f"this run asks for {wanted} processes and has {running}",

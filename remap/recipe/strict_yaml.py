@@ -91,6 +91,14 @@ _Dumper.yaml_implicit_resolvers = {
 }
 
 
+def _word(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = None if text.isprintable() else '"'  # else rare line breaks such as U+0085 are folded away
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _word)
+
+
 def parse(text: str, where: str) -> Any:
     """Parse YAML text.
 

@@ -14,6 +14,7 @@ from typing import Any
 from remap import files
 from remap.errors import RunError
 from remap.recipe import Recipe, dump, load
+from remap.runs.curves import curves
 
 PACKAGES = ("torch", "timm", "torchdistill", "accelerate", "peft", "numpy", "pillow", "safetensors", "scikit-learn")
 
@@ -22,7 +23,7 @@ PACKAGES = ("torch", "timm", "torchdistill", "accelerate", "peft", "numpy", "pil
 class RunDir:
     """Paths and records of one run.
 
-    recipe.yaml (resolved), command.txt, environment.json, status.json, metrics.jsonl (one line an epoch),
+    recipe.yaml (resolved), command.txt, environment.json, status.json, metrics.jsonl (one line an epoch), curves.svg,
     summary.json, task/ (what the tuned student costs to keep), teacher/ (the prepared teacher), checkpoint/.
     """
 
@@ -84,7 +85,9 @@ class RunDir:
         return files.read_json(self.path / "status.json")["status"]
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
+        """Write metrics.jsonl and curves.svg anew."""
         files.write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+        files.write_text(self.path / "curves.svg", curves(history, self.path.name))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         files.write_json(self.path / "summary.json", summary)

@@ -3,9 +3,10 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ValidationError
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -14,11 +15,30 @@ from remap.backbones.build import Backbone, Identity, build, fresh_head, read_sa
 from remap.backbones.preprocess import PreprocessSpec
 from remap.data.views import View
 from remap.errors import RunError
-from remap.network import Network, tuned
-from remap.recipe.schema import ModelSpec
+from remap.network import Network, choose_attention, tuned
+from remap.recipe.schema import MethodSpec, ModelSpec
 from remap.runs.rundir import is_run
 
 FORMAT = 1
+
+
+class _Source(BaseModel):
+    model: str
+    weights: str
+    sha256: str
+
+
+class _Meta(BaseModel):
+    """What task.json says."""
+
+    format: Literal[FORMAT]
+    backbone: _Source
+    method: MethodSpec
+    classes: tuple[str, ...]
+    preprocess: PreprocessSpec
+    view: View
+    holds_backbone: bool
+    sha256: str
 
 
 def save_task(folder: Path, network: Network, view: View, method: str, options: dict[str, Any]) -> int:
@@ -62,23 +82,24 @@ def load_task(path: Path) -> tuple[Network, View]:
     folder = path / "task" if (path / "task").is_dir() else path
     meta = _read_meta(folder)
     tensors = _read_tensors(folder, meta)
-    classes = tuple(meta["classes"])
-    spec = meta["backbone"]
-    weights = "none" if meta["holds_backbone"] else spec["weights"]
-    backbone = open_backbone(ModelSpec(model=spec["model"], weights=weights), len(classes))
-    if not meta["holds_backbone"] and backbone.identity.sha256 != spec["sha256"]:
+    spec = meta.backbone
+    weights = "none" if meta.holds_backbone else spec.weights
+    backbone = open_backbone(ModelSpec(model=spec.model, weights=weights), len(meta.classes))
+    if not meta.holds_backbone and backbone.identity.sha256 != spec.sha256:
         raise RunError(
-            f"{folder} was tuned on other weights of {spec['model']}",
-            given=f"backbone {backbone.identity.sha256[:16]}, task {spec['sha256'][:16]}",
+            f"{folder} was tuned on other weights of {spec.model}",
+            given=f"backbone {backbone.identity.sha256[:16]}, task {spec.sha256[:16]}",
             do="bring back the weights the run was made with; its recipe.yaml names them",
         )
-    options = dict(meta["method"])
-    network = tuned(backbone, options.pop("name"), options)
-    network.identity = Identity(spec["model"], spec["weights"], spec["sha256"])
+    try:
+        network = tuned(backbone, meta.method.name, meta.method.options)
+    except ValidationError as error:
+        raise RunError(f"{folder / 'task.json'} has options that {meta.method.name} does not take") from error
+    network.identity = Identity(spec.model, spec.weights, spec.sha256)
     _put(network, tensors, folder)
-    network.classes = classes
-    network.preprocess = PreprocessSpec.from_dict(meta["preprocess"])
-    return network, View(**meta["view"])
+    network.classes, network.preprocess = meta.classes, meta.preprocess
+    choose_attention(network, "auto", torch.device("cpu"))  # the kernel it was trained with, unless it is moved
+    return network, meta.view
 
 
 def open_backbone(spec: ModelSpec, num_classes: int, *, keep_head: bool = False) -> Backbone:
@@ -108,25 +129,26 @@ def _kept(network: Network) -> dict[str, nn.Parameter]:
     return frozen | network.trained
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
-    meta = files.read_json(folder / "task.json")
-    wanted = {"format", "backbone", "method", "classes", "preprocess", "view", "holds_backbone", "sha256"}
-    if not isinstance(meta, dict) or wanted - set(meta) or meta["format"] != FORMAT:
+def _read_meta(folder: Path) -> _Meta:
+    values = files.read_json(folder / "task.json")
+    try:
+        return _Meta.model_validate(values)
+    except ValidationError as error:
+        places = [".".join(map(str, problem["loc"])) or "everything" for problem in error.errors()]
         raise RunError(
             f"{folder / 'task.json'} is no task of this version of remap",
-            given=json.dumps(meta)[:80],
+            given=f"{json.dumps(values)[:80]} (wrong or missing: {', '.join(places[:8])})",
             allowed=f"format {FORMAT}",
-        )
-    return meta
+        ) from error
 
 
-def _read_tensors(folder: Path, meta: dict[str, Any]) -> dict[str, Tensor]:
+def _read_tensors(folder: Path, meta: _Meta) -> dict[str, Tensor]:
     path = folder / "task.safetensors"
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from error
-    if digest != meta["sha256"]:
+    if digest != meta.sha256:
         raise RunError(f"{path} is damaged: its SHA-256 differs from task.json", do="copy the task folder again")
     return read_safetensors(path)
 

@@ -17,20 +17,22 @@ from remap.runs.rundir import RunDir
 
 Start = Callable[..., subprocess.Popen]
 # Long enough to be caught in the middle; a checkpoint after every step.
-LONG = ("train.epochs=400", "train.checkpoint_seconds=0", "train.eval_every=400", "data.augment=shift_flip")
+EPOCHS = 100
+LONG = (
+    *(f"train.epochs={EPOCHS}", f"train.eval_every={EPOCHS}"),
+    *("train.checkpoint_seconds=0", "data.augment=shift_flip"),
+)
 TWO = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "remap_cli")
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(tiny: Any, tmp_path: Path, start_process: Start) -> None:
-    """SIGKILL in the middle of an epoch; the twin is trained without a break, the kill at 3 x 400 steps' start."""
+    """SIGKILL in the middle of an epoch; the twin is trained without a break."""
     process = start_process("remap_cli", "distill", *tiny.arguments(*LONG), f"--output={tmp_path / 'run'}")
     state = _wait_for_steps(tmp_path / "run", process, epoch=2)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert state["epoch"] < 400 and RunDir(tmp_path / "run").status() == "running"
-    short = RunDir(tmp_path / "run")
-    assert short.recipe().train.epochs == 400
+    assert state["step"] and RunDir(tmp_path / "run").status() == "running"
     resumed = resume(tmp_path / "run")
     twin = start(tiny.recipe(*LONG), tmp_path / "twin")
     assert _task(resumed.run_dir) == _task(twin.run_dir)
@@ -47,7 +49,7 @@ def test_ctrl_c_says_how_to_go_on(tiny: Any, tmp_path: Path, start_process: Star
     assert RunDir(run).status() == "stopped"
     after = _state(run)
     assert (after["epoch"], after["step"]) >= (before["epoch"], before["step"])
-    assert resume(run).summary["student"]["count" if False else "correct"] >= 0
+    assert len((resume(run).run_dir / "metrics.jsonl").read_text().splitlines()) == EPOCHS
     assert RunDir(run).status() == "done"
 
 

@@ -45,7 +45,8 @@ def job_of(tmp_path: Path) -> Callable[..., loop.Job]:
     return make
 
 
-@pytest.mark.parametrize("method", ["vpt_deep", "adaptformer", "bitfit"])
+# Not bitfit and full: a key bias has no gradient but rounding, which AdamW scales up to whole steps.
+@pytest.mark.parametrize("method", ["vpt_deep", "adaptformer", "linear"])
 @pytest.mark.parametrize("micro", [4, 8])
 def test_accumulation_gives_the_step_of_the_whole_batch(
     tiny: Any, tmp_path: Path, largest_difference: Callable[..., float], method: str, micro: int
@@ -53,7 +54,7 @@ def test_accumulation_gives_the_step_of_the_whole_batch(
     """Means over equal parts average to the mean over the whole; dropout is keyed by image, so it agrees too."""
     whole = start(tiny.recipe(method=method), tmp_path / "whole")
     parted = start(tiny.recipe(f"train.accumulation={micro}", method=method), tmp_path / "parted")
-    assert largest_difference(whole.student.trained, parted.student.trained) < 1e-6 * 10
+    assert largest_difference(whole.student.trained, parted.student.trained) < 1e-5
     assert largest_difference(whole.student.trained, _before(tiny, method)) > 1e-3, "nothing was trained"
 
 

@@ -1,0 +1,119 @@
+"""A tar is the folder it was made from, image for image, and nothing of it is ever written."""
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from remap.data.sources import ImageData, open_data
+from remap.errors import DataError
+
+Make = Callable[..., Path]
+FILES = {
+    f"{part}/{name}/{i}.png": 10 * i + len(part) + ord(name)
+    for part in ("train", "val", "test")
+    for name in "ab"
+    for i in range(3)
+}
+JUNK = {"train/a/notes.txt": b"x", "README": b"x", "train/.DS_Store": b"x"}
+
+
+def contents(data: ImageData) -> list[tuple[str, int, bytes]]:
+    splits = [split for split in (data.train, data.val, data.test) if split is not None]
+    return [(s.names[i], int(s.labels[i]), s.read(i)) for s in splits for i in range(len(s))]
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz", "w:bz2"])
+@pytest.mark.parametrize("prefix", ["", "./", "/"])
+def test_a_tar_equals_its_folder(tree: Make, tar: Make, mode: str, prefix: str) -> None:
+    files = FILES | JUNK
+    folder = open_data(str(tree(files)), None, 0.2)
+    packed = open_data(str(tar({prefix + path: files[path] for path in reversed(files)}, mode=mode)), None, 0.2)
+    assert contents(packed) == contents(folder) and len(contents(folder)) == 18
+    assert packed.fingerprint() == folder.fingerprint() and packed.classes == folder.classes
+    assert packed.skipped == folder.skipped
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_tar_format_with_long_names(tree: Make, tmp_path: Path, kind: int) -> None:
+    files = {f"{name}/{'n' * 90}{i}.png": i for name in ("a" * 50, "b" * 50) for i in range(4)}
+    root = tree(files)
+    with tarfile.open(tmp_path / "x.tar", "w", format=kind) as archive:
+        archive.add(root, ".")
+    assert contents(open_data(str(tmp_path / "x.tar"), None, 0.5)) == contents(open_data(str(root), None, 0.5))
+
+
+def test_an_empty_class_folder_in_a_tar_is_refused_too(tree: Make, tmp_path: Path) -> None:
+    root = tree({"a/1.png": 1, "a/2.png": 1, "b/1.png": 1, "b/2.png": 1, "c": None})
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(root, ".")
+    with pytest.raises(DataError, match="a class folder holds no images"):
+        open_data(str(tmp_path / "x.tar"), None, 0.5)
+
+
+def test_a_hostile_tar_writes_nothing_and_reads_nothing_outside(tar: Make, tmp_path: Path) -> None:
+    """Tar slip: names with .., absolute names, links that point out, devices."""
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(b"secret")
+    path = tar({"a/1.png": 1, "a/2.png": 2, "b/1.png": 1, "b/2.png": 2})
+    outside = f"{tmp_path}/escaped/c/1.png"
+    with tarfile.open(path, "a") as archive:
+        for name in ("../a/up.png", "a/../../up.png", outside):
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            archive.addfile(member, io.BytesIO(b"x"))
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+            member = tarfile.TarInfo(f"a/link{kind.decode()}.png")
+            member.type, member.linkname = kind, str(secret)
+            archive.addfile(member)
+    before = sorted(tmp_path.rglob("*"))
+    data = open_data(str(path), str(tar({"a/1.png": 1, "b/1.png": 1}, "val.tar")), 0.5)
+    read = contents(data)
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "val.tar"])
+    assert not any(content == b"secret" or ".." in name or "link" in name for name, _, content in read)
+
+
+def damaged(path: Path) -> Path:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 :] = bytes(255 - value for value in data[len(data) // 2 :])
+    path.write_bytes(data)
+    return path
+
+
+BROKEN = {
+    "text": lambda tar, folder: _write(folder / "x.tar", b"this is no archive" * 100),
+    "empty": lambda tar, folder: _write(folder / "x.tar", b""),
+    "an image": lambda tar, folder: _write(folder / "x.tar", b"\x89PNG\r\n\x1a\n" + bytes(600)),
+    "cut": lambda tar, folder: _write(folder / "y.tar", tar(FILES).read_bytes()[:2000]),
+    "cut gz": lambda tar, folder: _write(folder / "y.tar", tar(FILES, mode="w:gz").read_bytes()[:-200]),
+    "damaged gz": lambda tar, folder: damaged(tar(FILES, mode="w:gz")),
+    "damaged xz": lambda tar, folder: damaged(tar(FILES, mode="w:xz")),
+    "damaged bz2": lambda tar, folder: damaged(tar(FILES, mode="w:bz2")),
+}
+
+
+def _write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("make", BROKEN.values(), ids=list(BROKEN))
+def test_what_is_no_whole_tar_is_the_users_error(make: Callable, tar: Make, tmp_path: Path) -> None:
+    path = make(tar, tmp_path)
+    with pytest.raises(DataError) as caught:
+        open_data(str(path), None, 0.2)
+    text = str(caught.value)
+    assert text.startswith(f"cannot read {path} as a tar archive: ") and len(text.splitlines()) == 2
+
+
+def test_the_first_of_two_members_of_one_name_is_replaced(tar: Make) -> None:
+    """As unpacking would: the later member wins (GNU tar manual, section 4.2.2)."""
+    path = tar({"a/1.png": 1, "a/2.png": 2, "b/1.png": 1, "b/2.png": 2})
+    with tarfile.open(path, "a") as archive:
+        member = tarfile.TarInfo("a/1.png")
+        member.size = 3
+        archive.addfile(member, io.BytesIO(b"new"))
+    found = [content for name, _, content in contents(open_data(str(path), None, 0.5)) if name == "a/1.png"]
+    assert found == [b"new"]

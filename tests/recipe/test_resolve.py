@@ -1,0 +1,170 @@
+"""Words, files and overrides become one recipe, or one error that lists everything."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from remap.errors import RecipeError
+from remap.recipe import Recipe, catalogue, resolve, validate
+
+
+def problems(*args: Any, **kwargs: Any) -> tuple[str, ...]:
+    with pytest.raises(RecipeError) as caught:
+        resolve(*args, **kwargs)
+    return caught.value.problems
+
+
+def test_the_package_imports_no_torch() -> None:
+    code = "import sys, remap.recipe, remap.recipe.catalogue as c; c.names(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_everything_wrong_with_a_file_and_its_overrides_comes_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "nmae: x\nseed: -1\ndata: {augment: shfit}\nteacher: {model: a, prepare: porbe}\nmethod: vpt_dep\n"
+        "losses: [ce, kdd]\ntrain: {epochs: 0, lrr: 1}\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        resolve(path, settings=["train.precision=[1", "bad", "trian.lr=1"])
+    error = caught.value
+    assert str(error).startswith(f"{path}: {len(error.problems)} problems\n  - ") and error.exit_code == 2
+    expected = [
+        ("--set train.precision=[1: line 1, column 3:", ""),
+        ("--set bad: write section.field=value", ""),
+        ("nmae: unknown key", "did you mean 'name'?"),
+        ("seed: should be greater than or equal to 0", "got -1"),
+        ("data.augment: 'shfit' is not one of none, shift, shift_flip", "did you mean 'shift'?"),
+        ("teacher.prepare: unknown word 'porbe'", "did you mean 'probe'?"),
+        ("method.name: unknown method 'vpt_dep'", "did you mean 'vpt_deep'?"),
+        ("losses[1].name: unknown loss 'kdd'", "did you mean 'kd'?"),
+        ("train.epochs: should be greater than or equal to 1", "got 0"),
+        ("train.lrr: unknown key", "did you mean 'lr'?"),
+        ("trian: unknown key", "did you mean 'train'?"),
+    ]
+    for start, rest in expected:
+        assert any(line.startswith(start) and rest in line for line in error.problems), start
+    assert len(error.problems) == len(expected)
+
+
+def test_a_file_that_is_no_yaml_and_a_broken_setting_come_together(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("a: 1\na: 2")
+    found = problems(path, settings=["seed=*x"])
+    assert found == (
+        "line 2, column 1: key 'a' is given twice",
+        "--set seed=*x: line 1, column 1: aliases (*name) are not allowed",
+    )
+
+
+def test_options_are_reported_beside_broken_fields() -> None:
+    found = problems(settings=["train.epochs=0", "method.num_prompt=3", "losses=[{name: ce, wieght: 1}]"])
+    assert len(found) == 3
+    assert any(line.startswith("method.num_prompt: unknown key; did you mean 'num_prompts'?") for line in found)
+    assert any(line.startswith("losses[0].wieght: unknown key; did you mean 'weight'?") for line in found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "path", "value"),
+    [
+        (["train.lr=3e-4"], "train.lr", 3e-4),
+        (["train.lr=1"], "train.lr", 1.0),
+        (["data.val_source=a=b"], "data.val_source", "a=b"),
+        (["train.fused_attention=off"], "train.fused_attention", "off"),
+        (["train.clip_norm=null"], "train.clip_norm", None),
+        (["seed=1", "seed=2"], "seed", 2),
+        (["student.model=vit_tiny"], "student.model", "vit_tiny"),
+        (["student.weights=none", "student=vit_tiny"], "student.weights", "none"),
+        (["method.name=bitfit"], "method.name", "bitfit"),
+    ],
+)
+def test_a_setting_reaches_its_field(settings: list[str], path: str, value: Any) -> None:
+    found: Any = resolve(settings=settings)
+    for part in path.split("."):
+        found = getattr(found, part)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("method", ["vpt_shallow", "vpt_deep"])
+def test_an_option_of_a_method_given_as_a_word(method: str) -> None:
+    spec = resolve(words={"method": method}, settings=["method.num_prompts=5"]).method
+    assert (spec.name, spec.options) == (method, {"num_prompts": 5})
+
+
+def test_another_method_takes_none_of_the_recipes_options(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("method: {name: vpt_deep, num_prompts: 3}")
+    assert resolve(tmp_path / "a.yaml", {"method": "bitfit"}).method.options == {}
+
+
+@pytest.mark.parametrize("settings", [["teacher=a", "losses.kd.weight=2"], ["losses.kd.weight=2", "teacher=a"]])
+def test_a_loss_is_reached_by_name_in_any_order(settings: list[str]) -> None:
+    losses = resolve(settings=settings).losses
+    assert [(loss.name, loss.weight) for loss in losses] == [("ce", 1.0), ("kd", 2.0), ("attention", 1.0)]
+    (ce, kd) = resolve(words={"teacher": "a", "losses": "ce,kd:0.5"}, settings=["losses.kd.temperature=2"]).losses
+    assert (kd.weight, kd.options, ce.options) == (0.5, {"temperature": 2}, {})
+
+
+REFUSED = {
+    "noequals": "--set noequals: write section.field=value",
+    "=3": "--set =3: write section.field=value",
+    "train..lr=1": "--set train..lr=1: write section.field=value",
+    "trian.lr=1": "trian: unknown key; did you mean 'train'?",
+    "train.lrr=1": "train.lrr: unknown key; did you mean 'lr'?",
+    "losses.kd.weight=1": "losses.kd.weight: there is no 'kd' to set a field of",
+    "losses.ce=1": "losses.ce: cannot be set",
+    "losses.ce.wieght=1": "losses[0].wieght: unknown key; did you mean 'weight'?",
+    "method.num_prompt=1": "method.num_prompt: unknown key; did you mean 'num_prompts'?",
+    "method.num_prompts=0": "method.num_prompts: should be greater than or equal to 1, got 0",
+    "seed.x=1": "seed: should be a valid integer",
+    "train.epochs=3.0": "train.epochs: should be a valid integer",
+    "train.epochs=true": "train.epochs: should be a valid integer",
+    "losses=ce:x": "losses: 'ce:x': the weight after the colon must be a number",
+    "losses=[]": "losses: at least one loss is needed",
+    "losses=ce:0": "losses: every weight is 0, nothing would be learned",
+    "losses=ce,ce": "losses: 'ce' is given twice",
+    "losses=kd": "losses: kd need a teacher (set teacher.model, or keep to ce)",
+    "train.warmup_epochs=30": "train.warmup_epochs: 30.0 must be less than train.epochs 30",
+    "train.accumulation=7": "train.batch_size: 64 is not a multiple of accumulation 7",
+    "name=a/b": "name: 'a/b' may hold letters",
+}
+
+
+@pytest.mark.parametrize(("setting", "expected"), REFUSED.items(), ids=list(REFUSED))
+def test_a_setting_that_cannot_be_is_one_line(setting: str, expected: str) -> None:
+    (line,) = problems(settings=[setting])
+    assert line.startswith(expected)
+
+
+def test_words_and_settings_have_an_order(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("seed: 1\ntrain: {epochs: 3, lr: 0.1}\n")
+    found = resolve(tmp_path / "a.yaml", {"seed": 2, "epochs": 4, "lr": None}, ["train.epochs=5"])
+    assert (found.seed, found.train.epochs, found.train.lr) == (2, 5, 0.1)
+
+
+def test_weights_go_to_both_models_and_only_to_models_there_are() -> None:
+    both = resolve(words={"teacher": "a", "weights": "none"})
+    assert (both.teacher.weights, both.student.weights) == ("none", "none")
+    assert resolve(words={"weights": "none"}).teacher is None
+
+
+def test_an_unknown_word_is_refused() -> None:
+    (line,) = problems(words={"techer": "vit_large"})
+    assert line.startswith("techer: unknown word; did you mean 'teacher'?")
+
+
+@pytest.mark.parametrize(("word", "expected"), [("digts", "did you mean 'digits'?"), ("no/such.yaml", "no such file")])
+def test_a_recipe_that_is_not_there(word: str, expected: str) -> None:
+    with pytest.raises(RecipeError, match=f"^{word}: 1 problem") as caught:
+        resolve(word)
+    assert expected in str(caught.value)
+
+
+def test_options_are_left_alone_where_torch_must_not_be_imported() -> None:
+    assert validate({"method": {"name": "vpt_deep", "nam": 1}}, "x", check_options=False).method.options == {"nam": 1}
+
+
+def test_defaults_need_nothing() -> None:
+    assert resolve() == Recipe() and catalogue.find("digits").is_file()

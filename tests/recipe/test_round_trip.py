@@ -1,0 +1,119 @@
+"""What is written reads back equal; what means the same has the same digest."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from remap.recipe import Recipe, catalogue, dump, load, resolve
+from remap.recipe.schema import TrainSpec
+from remap.remapping import LOSSES
+from remap.tuning import METHODS
+
+SHIPPED = sorted((Path(__file__).resolve().parents[2] / "recipes").rglob("*.yaml"))
+# Fields that cannot change what a run learns: its name, when it looks and saves, and how many hands it has.
+SILENT = ["name=other", "train.eval_every=7", "train.checkpoint_seconds=1", "train.processes=2", "data.workers=3"]
+
+
+def test_the_catalogue_is_the_folder() -> None:
+    root = catalogue.folder()
+    assert SHIPPED and [root / f"{name}.yaml" for name in catalogue.names()] == SHIPPED
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid_explained_and_reads_back_equal(path: Path, tmp_path: Path) -> None:
+    name = path.relative_to(catalogue.folder()).with_suffix("").as_posix()
+    recipe = resolve(name, check_options=True)
+    assert len(catalogue.summary(name)) > 20 and path.read_text(encoding="utf-8").startswith("# ")
+    (tmp_path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+    again = load(tmp_path / "recipe.yaml")
+    assert again == recipe and dump(again) == dump(recipe) and again.digest() == recipe.digest()
+
+
+@pytest.mark.parametrize(
+    "word", ["1e5", "010", "08", "off", "a b", "ä", "~", "data: x", "'", " ", "caf\udce9"], ids=ascii
+)
+def test_any_path_survives_the_round_trip(tmp_path: Path, word: str) -> None:
+    recipe = Recipe.model_validate({"data": {"source": word}, "student": {"model": word}})
+    (tmp_path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+    assert load(tmp_path / "recipe.yaml") == recipe
+
+
+def test_every_method_and_loss_survives_with_its_options(tmp_path: Path) -> None:
+    losses = [{"name": row.name, **row.load().Config().model_dump(mode="json")} for row in LOSSES]
+    for row in METHODS:
+        method = {"name": row.name, **row.load().Config().model_dump(mode="json")}
+        recipe = Recipe.model_validate({"teacher": "a", "method": method, "losses": losses})
+        (tmp_path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+        assert load(tmp_path / "recipe.yaml") == recipe
+
+
+def digest(**values: Any) -> str:
+    return Recipe.model_validate(values).digest()
+
+
+SAME = {
+    "words for mappings": (
+        {"teacher": "a", "student": "b", "method": "vpt_deep", "losses": "ce,kd:0.5"},
+        {
+            "losses": [{"name": "ce"}, {"weight": 0.5, "name": "kd"}],
+            "method": {"name": "vpt_deep"},
+            "student": {"model": "b"},
+            "teacher": {"model": "a"},
+        },
+    ),
+    "defaults written out": ({}, {"seed": 0, "losses": "ce", "train": {"epochs": 30}, "data": {"augment": "none"}}),
+    "whole numbers for fractions": ({"train": {"lr": 1, "clip_norm": 1}}, {"train": {"lr": 1.0}}),
+    "the objective's default": ({"teacher": "a"}, {"teacher": "a", "losses": "ce:1,kd:1,attention:1"}),
+    # Defaults of VPT-deep (Jia et al. 2022, official configuration) and of the table.
+    "the method's defaults": ({"method": "vpt_deep"}, {"method": {"name": "vpt_deep", "dropout": 0.1}}),
+    "the method's learning rate": ({"method": "full"}, {"method": "full", "train": {"lr": 3e-4}}),
+    "an option as a whole number": (
+        {"losses": [{"name": "ce", "label_smoothing": 0}]},
+        {"losses": [{"name": "ce", "label_smoothing": 0.0}]},
+    ),
+}
+
+
+@pytest.mark.parametrize(("left", "right"), SAME.values(), ids=list(SAME))
+def test_recipes_that_mean_the_same_have_one_digest(left: dict[str, Any], right: dict[str, Any]) -> None:
+    assert digest(**left) == digest(**right)
+
+
+@pytest.mark.parametrize("setting", SILENT)
+def test_fields_that_decide_nothing_leave_the_digest(setting: str) -> None:
+    assert resolve(settings=[setting]).digest() == Recipe().digest()
+
+
+def test_every_other_field_changes_the_digest() -> None:
+    base = Recipe.model_validate({"teacher": "a"})
+    other: dict[type, Any] = {str: "other", int: 77, float: 0.77}
+    seen = {base.digest()}
+    for section in ("data", "teacher", "student", "train"):
+        for name, value in getattr(base, section).model_dump().items():
+            if any(setting.startswith(f"{section}.{name}=") for setting in SILENT):
+                continue
+            changed = (
+                not value
+                if isinstance(value, bool)
+                else other[type(value)]
+                if value is not None
+                else "other"
+                if name == "val_source"
+                else 5
+            )
+            spec = getattr(base, section).model_copy(update={name: changed})
+            found = base.model_copy(update={section: spec}).digest()
+            assert found not in seen, f"{section}.{name}"
+            seen.add(found)
+    for values in ({"seed": 1}, {"method": "bitfit"}, {"losses": "ce:2"}, {"losses": "ce,kd,attention:2"}):
+        found = digest(**{"teacher": "a", **values})
+        assert found not in seen
+        seen.add(found)
+    assert len(seen) > len(TrainSpec.model_fields) + 10
+
+
+def test_the_learning_rate_is_the_methods_unless_given() -> None:
+    for row in METHODS:
+        assert resolve(words={"method": row.name}).learning_rate() == row.lr
+        assert resolve(words={"method": row.name, "lr": 0.5}).learning_rate() == 0.5

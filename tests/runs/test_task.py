@@ -1,0 +1,211 @@
+"""Task files give the same logits back, and refuse whatever is not exactly what was saved."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from remap.assembly import Result, start
+from remap.errors import BackboneError, RemapError, RunError
+from remap.network import Network, Runner
+from remap.runs.rundir import RunDir
+from remap.runs.task import load_task, save_task
+from remap.tuning import METHODS
+
+MERGEABLE = [name for name in METHODS.names if METHODS.row(name).mergeable]
+
+
+@pytest.fixture(scope="module")
+def run_of(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
+    """A short run of a method, trained once for the whole file."""
+    done: dict[tuple, Result] = {}
+    folder = tmp_path_factory.mktemp("runs")
+
+    def get(method: str, *settings: str) -> Result:
+        key = (method, *settings)
+        if key not in done:
+            recipe = tiny.recipe("train.epochs=1", *settings, method=method, losses="ce")
+            done[key] = start(recipe, folder / f"{method}{len(done)}")
+        return done[key]
+
+    return get
+
+
+@pytest.fixture
+def task(run_of: Callable[..., Result], tmp_path: Path) -> Path:
+    """A copy of a task folder that may be damaged."""
+    source = RunDir(run_of("vpt_deep").run_dir).task
+    for name in ("task.json", "task.safetensors"):
+        (tmp_path / name).write_bytes((source / name).read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize("method", METHODS.names)
+@pytest.mark.parametrize("weights", ["pretrained", "none"])
+def test_a_task_reloads_to_the_same_logits(run_of: Callable[..., Result], method: str, weights: str) -> None:
+    """Random frozen weights exist nowhere else, so a task on them must bring them along."""
+    result = run_of(method, f"student.weights={weights}")
+    torch.manual_seed(99)
+    network, view = load_task(result.run_dir)
+    assert torch.equal(_logits(network), _logits(result.student))
+    assert network.classes == result.student.classes == ("blue", "green", "red")
+    assert view.size == 16
+    assert network.num_trainable == result.student.num_trainable
+
+
+@pytest.mark.parametrize("method", ["linear", "vpt_shallow", "vpt_deep", "adaptformer", "bitfit"])
+def test_a_task_holds_what_was_trained_and_nothing_else(run_of: Callable[..., Result], method: str) -> None:
+    """Expected size: four bytes a trained number, plus names (the bound a survey of adapters' users asks for)."""
+    result = run_of(method)
+    tensors = load_file(RunDir(result.run_dir).task / "task.safetensors")
+    assert set(tensors) == set(result.student.trained)
+    assert sum(t.numel() for t in tensors.values()) == result.summary["student"]["trainable_parameters"]
+    assert result.summary["student"]["task_bytes"] <= 1.1 * 4 * result.student.num_trainable + 64 * 1024
+
+
+def test_saving_a_loaded_task_gives_the_same_bytes(run_of: Callable[..., Result], tmp_path: Path) -> None:
+    result = run_of("adaptformer")
+    network, view = load_task(result.run_dir)
+    save_task(tmp_path, network, view, "adaptformer", {})
+    for name in ("task.json", "task.safetensors"):
+        assert (tmp_path / name).read_bytes() == (RunDir(result.run_dir).task / name).read_bytes()
+
+
+@pytest.mark.parametrize("place", ["numbers", "header"])
+def test_a_flipped_bit_is_refused(task: Path, place: str) -> None:
+    data = bytearray((task / "task.safetensors").read_bytes())
+    data[-7 if place == "numbers" else 20] ^= 4
+    (task / "task.safetensors").write_bytes(data)
+    with pytest.raises(RunError, match="is damaged: its SHA-256 differs"):
+        load_task(task)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, -1])
+def test_a_truncated_file_is_refused(task: Path, kept: int) -> None:
+    path = task / "task.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(RunError, match="is damaged"):
+        load_task(task)
+
+
+def test_a_missing_file_is_named(task: Path) -> None:
+    (task / "task.safetensors").unlink()
+    with pytest.raises(RunError, match="cannot read .*task.safetensors: No such file"):
+        load_task(task)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"peft_type": "LORA", "base_model_name_or_path": null, "r": 8}',  # what PEFT writes beside an adapter
+        "[]",
+        '{"format": 99}',
+        "{",
+        "",
+    ],
+)
+def test_json_of_another_tool_is_refused(task: Path, text: str) -> None:
+    (task / "task.json").write_text(text)
+    with pytest.raises(RunError, match=r"task.json"):
+        load_task(task)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("method", {"name": "no_such_method"}),
+        ("method", {"name": "vpt_deep", "no_such_option": 1}),
+        ("method", {"name": "vpt_deep", "num_prompts": 3}),
+        ("method", {"name": "linear"}),
+        ("classes", ["one", "two"]),
+        ("view", {"size": 16}),
+        ("preprocess", {"size": 16}),
+        ("backbone", {"model": "vit_tiny_patch16_224"}),
+        ("classes", 7),
+    ],
+)
+def test_a_task_that_was_edited_by_hand_is_refused(task: Path, field: str, value: object) -> None:
+    meta = json.loads((task / "task.json").read_text())
+    (task / "task.json").write_text(json.dumps({**meta, field: value}))
+    with pytest.raises(RemapError) as caught:
+        load_task(task)
+    assert caught.value.exit_code == 2
+
+
+def test_another_backbone_is_refused(run_of: Callable[..., Result], tiny: Any) -> None:
+    """One frozen weight of the model folder changes by one bit after the run."""
+    result = run_of("vpt_deep")
+    path = Path(tiny.student.removeprefix("local-dir:")) / "model.safetensors"
+    before = path.read_bytes()
+    tensors = load_file(path)
+    tensors["blocks.1.mlp.fc1.weight"][0, 0] *= 1 + 2**-20
+    save_file(tensors, path)
+    try:
+        with pytest.raises(RunError, match="was tuned on other weights") as caught:
+            load_task(result.run_dir)
+    finally:
+        path.write_bytes(before)
+    assert result.summary["student"]["backbone_sha256"][:16] in str(caught.value)
+    load_task(result.run_dir)
+
+
+@pytest.mark.parametrize("method", MERGEABLE)
+def test_a_folded_run_is_a_backbone_for_another_student(
+    run_of: Callable[..., Result], tiny: Any, tmp_path: Path, method: str
+) -> None:
+    """Expected: the run's own tokens in front of the head, with what was trained folded in."""
+    source = run_of(method)
+    recipe = tiny.recipe("train.epochs=1", method="linear", losses="ce", student=str(source.run_dir))
+    student = start(recipe, tmp_path / "run").student
+    images = _images()
+    with torch.no_grad():
+        expected = source.student.model.eval().forward_features(images)
+        assert torch.equal(student.model.eval().forward_features(images), expected)
+    again, _ = load_task(tmp_path / "run")
+    assert torch.equal(_logits(again), _logits(student))
+
+
+def test_prompts_cannot_be_folded_into_a_student(run_of: Callable[..., Result], tiny: Any, tmp_path: Path) -> None:
+    recipe = tiny.recipe(losses="ce", student=str(run_of("vpt_deep").run_dir))
+    with pytest.raises(BackboneError, match="cannot be folded"):
+        start(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", ["full", "vpt_deep"])
+def test_a_run_teaches_with_its_own_head(
+    run_of: Callable[..., Result], tiny: Any, tmp_path: Path, method: str
+) -> None:
+    """No head is fitted anew: the teacher's count is the one the run itself ended with."""
+    source = run_of(method, "train.lr=0.02", "train.epochs=4")
+    recipe = tiny.recipe("teacher.allow_weak=true", teacher=str(source.run_dir))
+    summary = start(recipe, tmp_path / "run").summary
+    assert summary["teacher"]["head"] == "its own"
+    assert summary["teacher"]["accuracy"] == source.summary["student"]["accuracy"]
+    assert not (tmp_path / "run" / "teacher").exists()
+
+
+def test_the_file_is_plain_safetensors(run_of: Callable[..., Result]) -> None:
+    """Eight bytes of header length, a JSON header, numbers: nothing in it can run."""
+    data = (RunDir(run_of("bitfit").run_dir).task / "task.safetensors").read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    assert header.pop("__metadata__") == {"format": "remap task 1"}
+    assert max(end for _, end in (one["data_offsets"] for one in header.values())) == len(data) - 8 - length
+
+
+def _images() -> Tensor:
+    return torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def _logits(network: Network) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (5, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    network.model.eval()
+    return Runner(network)(images).logits_BC
