@@ -1,6 +1,6 @@
 """Time of a training step: the engine against a loop written by hand, in turns, on the same model and losses.
 
-    python benchmarks/step_time.py [--repeats 7] [--epochs 1] [--batch-size 64]
+Run: python benchmarks/step_time.py [--repeats 7] [--epochs 1] [--batch-size 64]
 """
 
 import argparse

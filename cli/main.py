@@ -1,8 +1,10 @@
 """The ``remap`` command. Heavy imports happen inside the commands, so that help and listings are instant."""
 
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -27,6 +29,7 @@ def main() -> None:
     """Run the command line: a user's mistake is one message and exit code 2, Ctrl-C is 130, a bug is a traceback."""
     from remap.errors import RemapError
 
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
     except RemapError as error:
@@ -38,6 +41,13 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _leave(0)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    """SIGTERM outside the training loop (which saves first) leaves as Ctrl-C does, with its own exit code."""
+    from remap.errors import Interrupted
+
+    raise Interrupted("terminated; finished runs and checkpoints are as they were", exit_code=128 + number)
 
 
 def _leave(code: int) -> None:

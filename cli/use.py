@@ -96,8 +96,8 @@ def compare(
 ) -> None:
     """Compare methods, each with and without the teacher, on the same data, budget and seeds."""
     from remap.errors import RecipeError
-    from remap.recipe.schema import default_path
     from remap.runs.compare import compare as run_compare
+    from remap.runs.rundir import default_path
     from remap.tuning import METHODS
     from remap_cli.train import read_recipe
 

@@ -1,6 +1,7 @@
 """Everything that is printed: results on stdout, progress and messages on stderr."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def error(problem: Exception) -> None:
     """One message in red; nothing of it is read as markup."""
-    text = str(problem)
+    rank = os.environ.get("RANK", "0")
+    text = str(problem) if rank == "0" else f"[process {rank}] {problem}"
     first, _, rest = text.partition("\n")
     err.print(f"[bold red]error:[/] {escape(_plain(first))}" + (f"\n{escape(_plain(rest))}" if rest else ""))
 

@@ -20,9 +20,9 @@ from remap.errors import Interrupted, RemapError
 from remap.network import Network, choose_attention, frozen, tuned
 from remap.progress import Progress, Silent
 from remap.recipe import Recipe, resolve
-from remap.recipe.schema import LOSSES, default_path
+from remap.remapping import LOSSES
 from remap.remapping.objective import Objective, Pair
-from remap.runs.rundir import RunDir, next_path
+from remap.runs.rundir import RunDir, default_path, next_path
 from remap.runs.task import load_task, open_backbone, save_task
 from remap.teachers import PreparedTeacher, load_teacher, prepare_teacher, require_useful
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from remap.data.sources import ImageData, open_data
+from remap.data.sources import open_data
+from remap.data.splits import ImageData
 from remap.data.views import View, ViewSource, require_readable
 from remap.errors import DataError
 from remap.progress import Progress

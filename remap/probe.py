@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from remap.data.sources import stratified
+from remap.data.splits import stratified
 from remap.data.views import ViewSource
 from remap.errors import DataError
 from remap.network import Network, Runner

@@ -17,9 +17,11 @@ from remap.engine.launch import accelerator, use_bf16
 from remap.errors import TrainingError
 from remap.network import Network, choose_attention, tuned
 from remap.progress import Progress
-from remap.recipe.schema import LOSSES, METHODS, LossSpec, MethodSpec, Recipe, StudentSpec
+from remap.recipe.schema import LossSpec, MethodSpec, Recipe, StudentSpec
+from remap.remapping import LOSSES
 from remap.runs.rundir import RunDir, is_run
 from remap.runs.task import load_task, open_backbone, save_task
+from remap.tuning import METHODS
 
 
 @dataclass

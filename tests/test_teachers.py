@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from remap import assembly, probe
 from remap.assembly import Result, assemble, start
 from remap.bench import Bench
-from remap.data.sources import Split, stratified
+from remap.data.splits import Split, stratified
 from remap.data.views import View, ViewSource
 from remap.engine.evaluate import Evaluation
 from remap.engine.launch import accelerator

@@ -4,7 +4,7 @@ import lzma
 import os
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -18,6 +18,18 @@ class Listing:
     paths: tuple[str, ...]
     folders: tuple[str, ...]
     read: Callable[[str], bytes]
+
+
+def unwrapped(listing: Listing, keep: Collection[str]) -> Listing:
+    """Step into a single folder that holds everything, as archives often have one; not into one named in ``keep``."""
+    tops = {path.split("/")[0] for path in listing.paths}
+    deep = all(path.count("/") >= 2 for path in listing.paths)
+    if len(tops) != 1 or not deep or next(iter(tops)).lower() in keep:
+        return listing
+    prefix = f"{tops.pop()}/"
+    inside = tuple(folder.removeprefix(prefix) for folder in listing.folders if folder.startswith(prefix))
+    paths = tuple(path.removeprefix(prefix) for path in listing.paths)
+    return Listing(paths, inside, lambda path: listing.read(prefix + path))
 
 
 def list_folder(root: Path) -> Listing:

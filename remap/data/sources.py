@@ -1,18 +1,14 @@
 """Labelled images from the embedded digits, a folder of class folders, or a tar of one."""
 
-import hashlib
-import io
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
-from remap.data import keyed
+from remap.data.digits import digits
 from remap.data.images import SUFFIXES
-from remap.data.listing import Listing, list_folder, list_tar
+from remap.data.listing import Listing, list_folder, list_tar, unwrapped
+from remap.data.splits import ImageData, Split, stratified
 from remap.errors import DataError
 
 # Folder names of the usual splits, as timm knows them.
@@ -21,56 +17,6 @@ SPLITS = {
     "val": ("val", "valid", "validation", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images with labels. ``read(i)`` gives encoded bytes of image i; ``names[i]`` is what messages call it."""
-
-    names: tuple[str, ...]
-    labels: NDArray[np.int64]
-    read: Callable[[int], bytes]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def take(self, indices: Sequence[int] | NDArray[np.int64]) -> "Split":
-        """The split of some of its images."""
-        chosen = np.asarray(indices, dtype=np.int64)
-        read = self.read
-        return Split(tuple(self.names[i] for i in chosen), self.labels[chosen], lambda i: read(int(chosen[i])))
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """What a run learns from and is measured on.
-
-    Attributes:
-        classes: Names in label order (sorted).
-        skipped: Files left out before training, with the reason.
-        split_rule: How train and val came about, in words.
-    """
-
-    source: str
-    classes: tuple[str, ...]
-    train: Split
-    val: Split
-    test: Split | None = None
-    skipped: tuple[tuple[str, str], ...] = field(default=())
-    split_rule: str = ""
-
-    def fingerprint(self) -> str:
-        """Hash of class names, file names, labels and order."""
-        digest = hashlib.sha256(_bytes_of(self.classes))
-        for split in (self.train, self.val, self.test):
-            if split is not None:
-                digest.update(_bytes_of(split.names) + split.labels.tobytes())
-        return digest.hexdigest()
-
-
-def _bytes_of(names: Iterable[str]) -> bytes:
-    """File names need not be UTF-8; Python keeps stray bytes as surrogates."""
-    return "\0".join(names).encode(errors="surrogatepass")
 
 
 def open_data(source: str, val_source: str | None, val_fraction: float) -> ImageData:
@@ -129,45 +75,6 @@ def read_all(source: str, classes: Sequence[str]) -> Split:
     return _split(files, classes)
 
 
-def digits() -> ImageData:
-    """The 1,797 scanned digits of scikit-learn (UCI optdigits test set), 8x8 greys; 1,000 train, 797 to test on."""
-    from sklearn.datasets import load_digits
-
-    bundle = load_digits()
-    images = np.rint(bundle.images * (255.0 / 16.0)).astype(np.uint8)
-    labels = bundle.target.astype(np.int64)
-
-    def read(index: int) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(images[index]).save(buffer, format="PNG")
-        return buffer.getvalue()
-
-    everything = Split(tuple(f"digits/{i:04d}" for i in range(len(labels))), labels, read)
-    train, val = stratified(labels, 1000)
-    rule = "fixed stratified split of the 1,797 digits"
-    return ImageData("digits", tuple("0123456789"), everything.take(train), everything.take(val), split_rule=rule)
-
-
-def stratified(labels: NDArray[np.int64], first: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Divide into ``first`` images and the rest, each class in proportion (largest remainder), the same every time.
-
-    Each class of two images or more is on both sides, as far as ``first`` allows.
-    """
-    counts = np.bincount(labels)
-    exact = counts * (first / len(labels))
-    low = np.minimum(counts, 1)
-    high = np.maximum(counts - 1, low)
-    if not low.sum() <= first <= high.sum():
-        low, high = np.zeros_like(counts), counts
-    share = np.clip(np.floor(exact).astype(int), low, high)
-    while (step := int(np.sign(first - share.sum()))) != 0:
-        room = share < high if step > 0 else share > low
-        share[np.argmax(np.where(room, (exact - share) * step, -np.inf))] += step
-    order = np.argsort(keyed.keys(0, 0, np.arange(len(labels)), keyed.SPLIT), kind="stable")
-    chosen = np.concatenate([order[labels[order] == label][: share[label]] for label in range(len(counts))])
-    return np.sort(chosen), np.setdiff1d(np.arange(len(labels)), chosen)
-
-
 def _open(source: str) -> tuple[dict[str, dict[str, list]], list[tuple[str, str]]]:
     """Files by split and class: {"train": {"ants": [(name, reader), ...]}}; without split folders under "all"."""
     path = Path(source).expanduser()
@@ -182,7 +89,7 @@ def _open(source: str) -> tuple[dict[str, dict[str, list]], list[tuple[str, str]
             allowed="'digits', a folder of class folders, or a tar of one",
             do="check the path; relative paths start at the current folder",
         )
-    return _by_split_and_class(source, listing)
+    return _by_split_and_class(source, unwrapped(listing, [word for words in SPLITS.values() for word in words]))
 
 
 def _by_split_and_class(source: str, listing: Listing) -> tuple[dict[str, dict[str, list]], list[tuple[str, str]]]:

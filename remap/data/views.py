@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from remap.data.images import BadImage, decode
-from remap.data.sources import Split
+from remap.data.splits import Split
 from remap.errors import DataError
 from remap.progress import Progress
 

@@ -106,7 +106,7 @@ def _require_divisible(plan: Plan) -> None:
 
 
 def _compile_blocks(network: Network) -> None:
-    """Compile block by block: all share one graph, so start-up is short, and hooks outside the blocks stay as they are."""
+    """Compile block by block: all share one graph, so start-up is short, and hooks outside the blocks stay."""
     for block in network.anatomy.blocks:
         network.model.get_submodule(block.block).compile()
 

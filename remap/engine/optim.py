@@ -30,7 +30,8 @@ def adamw(
 
 def learning_rate(spec: TrainSpec, peak: float, step: int, steps_per_epoch: int) -> float:
     """Linear warm-up from peak/warm-up steps, then a cosine to ``min_lr``; ``step`` counts updates from 0."""
-    warmup = round(spec.warmup_epochs * steps_per_epoch)
+    epochs = spec.epochs / 10 if spec.warmup_epochs is None else spec.warmup_epochs
+    warmup = round(epochs * steps_per_epoch)
     if step < warmup:
         return peak * (step + 1) / warmup
     total = spec.epochs * steps_per_epoch

@@ -1,5 +1,6 @@
 """From words, overrides and files to one checked recipe, or to one error that lists every problem."""
 
+import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -9,8 +10,9 @@ from pydantic import ValidationError
 
 from remap.errors import RecipeError
 from remap.recipe import catalogue, strict_yaml
+from remap.recipe.checks import name_problems, option_problems
 from remap.recipe.problems import lines_of
-from remap.recipe.schema import DEFAULT_LOSSES, Recipe, loss_words, name_problems, option_problems
+from remap.recipe.schema import DEFAULT_LOSSES, Recipe, loss_words
 from remap.registry import did_you_mean
 
 # Words of the command line and the field each one sets.
@@ -61,7 +63,17 @@ def resolve(
             raise RecipeError([*error.problems, *problems], where) from None
     for place, value in _words(words or {}, problems, values) + later:
         _assign(values, place, value, problems)
+    if "name" not in values:
+        values["name"] = _name_of(values.get("data"))
     return validate(values, where, problems, check_options=check_options)
+
+
+def _name_of(data: Any) -> str:
+    """A recipe without a name is called after its data: photos/train.tar gives "train"."""
+    source = data.get("source") if isinstance(data, dict) else None
+    stem = Path(source).expanduser().name.partition(".")[0] if isinstance(source, str) else ""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:64]
+    return name or Recipe().name
 
 
 def validate(

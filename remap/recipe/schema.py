@@ -5,10 +5,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from remap.recipe.problems import lines_of
-from remap.registry import Registry, did_you_mean
+from remap.registry import Registry
 from remap.remapping import LOSSES
 from remap.tuning import METHODS
 
@@ -103,7 +102,7 @@ class TrainSpec(Section):
 
     Attributes:
         lr: Peak learning rate of AdamW; null takes the method's default.
-        warmup_epochs: Linear warm-up from zero, then cosine to ``min_lr``.
+        warmup_epochs: Linear warm-up from zero, then cosine to ``min_lr``; null is a tenth of the epochs.
         accumulation: Micro-batches to one step.
         precision: "auto" is bf16 on a GPU that has it, else fp32.
         compile: Run the student's blocks through torch.compile (worth it for long runs).
@@ -117,7 +116,7 @@ class TrainSpec(Section):
     batch_size: int = Field(default=64, ge=1)
     lr: float | None = Field(default=None, gt=0.0)
     weight_decay: float = Field(default=1e-4, ge=0.0)
-    warmup_epochs: float = Field(default=2.0, ge=0.0)
+    warmup_epochs: float | None = Field(default=None, ge=0.0)
     min_lr: float = Field(default=0.0, ge=0.0)
     clip_norm: float | None = Field(default=1.0, gt=0.0)
     accumulation: int = Field(default=1, ge=1)
@@ -183,17 +182,29 @@ class Recipe(Section):
         object.__setattr__(self, "losses", filled)
         return self
 
-    def digest(self) -> str:
-        """Hash of everything that decides the result; equal for recipes that mean the same.
+    def written_out(self) -> "Recipe":
+        """The same recipe with the defaults of its method and losses in place, so that it outlives a change of them,
+        and with absolute paths, so that it works from any folder.
 
-        Defaults of the method and the losses are written out for it, which imports their classes, and so torch.
+        Imports the classes behind the names, and so torch.
         """
-        data = self.model_dump(mode="json", exclude={"name"})
-        data["method"] = {"name": self.method.name} | _written_out(METHODS, self.method)
-        data["losses"] = [
-            {"name": loss.name, "weight": loss.weight} | _written_out(LOSSES, loss) for loss in self.losses or ()
-        ]
-        data["train"]["lr"] = self.learning_rate()
+        models = {
+            role: spec.model_copy(update={"model": absolute(spec.model), "weights": absolute(spec.weights)})
+            for role, spec in (("teacher", self.teacher), ("student", self.student))
+            if spec is not None
+        }
+        val_source = None if self.data.val_source is None else absolute(self.data.val_source)
+        data = self.data.model_copy(update={"source": absolute(self.data.source), "val_source": val_source})
+        method = MethodSpec(name=self.method.name, **_with_defaults(METHODS, self.method))
+        losses = tuple(
+            LossSpec(name=loss.name, weight=loss.weight, **_with_defaults(LOSSES, loss)) for loss in self.losses or ()
+        )
+        train = self.train.model_copy(update={"lr": self.learning_rate()})
+        return self.model_copy(update={"data": data, **models, "method": method, "losses": losses, "train": train})
+
+    def digest(self) -> str:
+        """Hash of everything that decides the result; equal for recipes that mean the same."""
+        data = self.written_out().model_dump(mode="json", exclude={"name"})
         for name in ("checkpoint_seconds", "eval_every", "processes"):  # they change no result
             data["train"].pop(name)
         data["data"].pop("workers")
@@ -204,79 +215,16 @@ class Recipe(Section):
         return METHODS.row(self.method.name).lr if self.train.lr is None else self.train.lr
 
 
-def _written_out(table: Registry, spec: "Named") -> dict[str, Any]:
+def absolute(word: str) -> str:
+    """The absolute path of a word that names something on disk here; other words stay as they are."""
+    prefix = "local-dir:" if word.startswith("local-dir:") else ""
+    path = Path(word.removeprefix(prefix)).expanduser()
+    known = {"digits", "pretrained", "none"}
+    return f"{prefix}{path.resolve()}" if word not in known and path.exists() else word
+
+
+def _with_defaults(table: Registry, spec: "Named") -> dict[str, Any]:
     return table.load(spec.name).Config(**spec.options).model_dump(mode="json")
 
 
 DEFAULT_LOSSES = ("ce", "kd", "attention")
-
-
-def name_problems(recipe: Recipe) -> list[str]:
-    """Names that are in no table, and combinations that cannot work, one line each."""
-    problems = []
-    if recipe.method.name not in METHODS:
-        problems.append(
-            f"method.name: unknown method '{recipe.method.name}'{did_you_mean(recipe.method.name, METHODS.names)}"
-            f" (allowed: {', '.join(METHODS.names)})"
-        )
-    for index, loss in enumerate(recipe.losses or ()):
-        if loss.name not in LOSSES:
-            problems.append(
-                f"losses[{index}].name: unknown loss '{loss.name}'{did_you_mean(loss.name, LOSSES.names)}"
-                f" (allowed: {', '.join(LOSSES.names)})"
-            )
-    return problems + _combination_problems(recipe)
-
-
-def _combination_problems(recipe: Recipe) -> list[str]:
-    problems = []
-    names = [loss.name for loss in recipe.losses or ()]
-    if not names:
-        problems.append("losses: at least one loss is needed")
-    elif all(not loss.weight for loss in recipe.losses if loss.name in LOSSES):
-        problems.append("losses: every weight is 0, nothing would be learned")
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        problems.append(f"losses: '{name}' is given twice")
-    needing = [name for name in dict.fromkeys(names) if name in LOSSES and LOSSES.row(name).category != "labels"]
-    if recipe.teacher is None and needing:
-        problems.append(f"losses: {', '.join(needing)} need a teacher (set teacher.model, or keep to ce)")
-    if recipe.teacher is not None:
-        allowed = ("probe", "none", *METHODS.names)
-        if recipe.teacher.prepare not in allowed:
-            problems.append(
-                f"teacher.prepare: unknown word '{recipe.teacher.prepare}'"
-                f"{did_you_mean(recipe.teacher.prepare, allowed)} (allowed: {', '.join(allowed)})"
-            )
-    if recipe.train.warmup_epochs >= recipe.train.epochs:
-        problems.append(
-            f"train.warmup_epochs: {recipe.train.warmup_epochs} must be less than train.epochs {recipe.train.epochs}"
-        )
-    if recipe.train.batch_size % recipe.train.accumulation:
-        problems.append(
-            f"train.batch_size: {recipe.train.batch_size} is not a multiple of accumulation {recipe.train.accumulation}"
-        )
-    return problems
-
-
-def option_problems(recipe: Recipe) -> list[str]:
-    """Options the class behind a name does not take. Imports the classes, and so torch."""
-    problems = []
-    if recipe.method.name in METHODS:
-        problems += _options_of("method", METHODS.load(recipe.method.name), recipe.method)
-    for index, loss in enumerate(recipe.losses or ()):
-        if loss.name in LOSSES:
-            problems += _options_of(f"losses[{index}]", LOSSES.load(loss.name), loss)
-    return problems
-
-
-def _options_of(place: str, owner: Any, spec: Named) -> list[str]:
-    try:
-        owner.Config(**spec.options)
-    except ValidationError as error:
-        return lines_of(error, owner.Config, place, also=type(spec).model_fields)
-    return []
-
-
-def default_path() -> Path:
-    """The folder that holds run directories unless --output names one."""
-    return Path("runs")

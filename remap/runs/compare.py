@@ -9,7 +9,8 @@ from typing import Any
 from remap import files
 from remap.errors import RunError
 from remap.progress import Progress
-from remap.recipe.schema import LOSSES, LossSpec, MethodSpec, Recipe
+from remap.recipe.schema import LossSpec, MethodSpec, Recipe
+from remap.remapping import LOSSES
 from remap.runs.rundir import RunDir
 from remap.tuning import CATEGORIES, METHODS
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from remap.data.sources import ImageData, Split, open_data, read_all
+from remap.data.sources import open_data, read_all
+from remap.data.splits import ImageData, Split
 from remap.data.views import ViewSource
 from remap.engine.evaluate import evaluate
 from remap.engine.launch import accelerator, use_bf16

@@ -58,7 +58,7 @@ class RunDir:
         except OSError as error:
             raise RunError(f"cannot make {path}: {error.strerror}", do="choose another --output") from error
         run = RunDir(path)
-        files.write_text(path / "recipe.yaml", dump(recipe))
+        files.write_text(path / "recipe.yaml", dump(recipe.written_out()))
         files.write_text(path / "command.txt", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) + "\n")
         files.write_json(path / "environment.json", environment())
         run.set_status("running")
@@ -98,6 +98,11 @@ class RunDir:
     @property
     def is_done(self) -> bool:
         return (self.path / "summary.json").is_file() and self.status() == "done"
+
+
+def default_path() -> Path:
+    """The folder that holds run directories unless --output names one."""
+    return Path("runs")
 
 
 def is_run(word: str) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from remap.data.sources import Split
+from remap.data.splits import Split
 from remap.data.views import View, ViewSource
 
 

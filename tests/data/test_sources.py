@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from remap.data.digits import digits
 from remap.data.images import decode
-from remap.data.sources import ImageData, Split, digits, open_data, stratified
+from remap.data.sources import open_data
+from remap.data.splits import ImageData, Split, stratified
 from remap.errors import DataError
 
 Tree = Callable[..., Path]

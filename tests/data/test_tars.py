@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from remap.data.sources import ImageData, open_data
+from remap.data.sources import open_data
+from remap.data.splits import ImageData
 from remap.errors import DataError
 
 Make = Callable[..., Path]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from remap.data.sources import Split
+from remap.data.splits import Split
 from remap.data.views import View, ViewSource
 from remap.progress import Silent
 

@@ -1,4 +1,4 @@
-"""Real processes: killed, interrupted, and two of them in place of one. Expected values: an undisturbed single process."""
+"""Real processes: killed, interrupted, and two in place of one. Expected values: an undisturbed single process."""
 
 import json
 import signal
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from remap.assembly import resume, start
@@ -17,7 +18,7 @@ from remap.runs.rundir import RunDir
 
 Start = Callable[..., subprocess.Popen]
 # Long enough to be caught in the middle; a checkpoint after every step.
-EPOCHS = 100
+EPOCHS = 40
 LONG = (
     *(f"train.epochs={EPOCHS}", f"train.eval_every={EPOCHS}"),
     *("train.checkpoint_seconds=0", "data.augment=shift_flip"),
@@ -77,12 +78,8 @@ def test_two_processes_train_the_student_of_one(
     assert _names(tmp_path / "two") == _names(tmp_path / "one")
 
 
-def test_processes_that_the_launcher_did_not_start_are_missed(
-    tiny: Any, tmp_path: Path, start_process: Start
-) -> None:
-    process = start_process(
-        "remap_cli", "distill", *tiny.arguments(), "--processes=2", f"--output={tmp_path / 'run'}"
-    )
+def test_processes_that_the_launcher_did_not_start_are_missed(tiny: Any, tmp_path: Path, start_process: Start) -> None:
+    process = start_process("remap_cli", "distill", *tiny.arguments(), "--processes=2", f"--output={tmp_path / 'run'}")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "asks for 2 processes and has 1" in errors and "torchrun --nproc-per-node 2" in errors
@@ -118,8 +115,6 @@ def _wait_for_steps(run: Path, process: subprocess.Popen, epoch: int) -> dict:
 
 
 def _state(run: Path) -> dict:
-    from safetensors import safe_open
-
     with safe_open(RunDir(run).checkpoint, framework="pt") as file:
         return json.loads(file.metadata()["state"])
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from remap_cli.main import app
 from typer.testing import CliRunner
 
 from remap.assembly import Result, resume, start
 from remap.errors import Interrupted
 from remap.recipe import Recipe
 from remap.runs.rundir import RunDir
+from remap_cli.main import app
 
 LAST_STEP = 6
 

@@ -28,7 +28,7 @@ def job_of(tmp_path: Path) -> Callable[..., loop.Job]:
     """A job on freshly built parts, without a teacher behind it unless the recipe's losses read one."""
 
     def make(recipe: Any) -> loop.Job:
-        parts: Parts = assemble(recipe, RunDir.create(tmp_path / f"run{len(list(tmp_path.iterdir()))}", recipe), Silent(), Bench())
+        parts: Parts = assemble(recipe, RunDir.create(tmp_path / "run", recipe), Silent(), Bench())
         return loop.Job(
             recipe=recipe,
             student=parts.student,
@@ -116,7 +116,8 @@ def test_the_schedule_counts_updates_and_not_micro_batches(
 @pytest.mark.parametrize("method", ["full", "linear", "vpt_shallow", "vpt_deep", "adaptformer", "bitfit"])
 def test_prompts_biases_and_norms_are_not_decayed(tiny: Any, job_of: Callable[..., loop.Job], method: str) -> None:
     job = job_of(tiny.recipe(method=method, losses="ce,feature"))
-    optimizer = adamw(job.student, [(n, p) for n, p in job.parameters().items() if n.startswith("objective.")], 1e-3, 0.3)
+    extra = [(name, p) for name, p in job.parameters().items() if name.startswith("objective.")]
+    optimizer = adamw(job.student, extra, 1e-3, 0.3)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(job.parameters()) == sum(len(group["params"]) for group in optimizer.param_groups)
     for name, parameter in job.parameters().items():

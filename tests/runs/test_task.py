@@ -178,9 +178,7 @@ def test_prompts_cannot_be_folded_into_a_student(run_of: Callable[..., Result], 
 
 
 @pytest.mark.parametrize("method", ["full", "vpt_deep"])
-def test_a_run_teaches_with_its_own_head(
-    run_of: Callable[..., Result], tiny: Any, tmp_path: Path, method: str
-) -> None:
+def test_a_run_teaches_with_its_own_head(run_of: Callable[..., Result], tiny: Any, tmp_path: Path, method: str) -> None:
     """No head is fitted anew: the teacher's count is the one the run itself ended with."""
     source = run_of(method, "train.lr=0.02", "train.epochs=4")
     recipe = tiny.recipe("teacher.allow_weak=true", teacher=str(source.run_dir))

@@ -1,0 +1,80 @@
+"""What the README says can be done: its Python block runs, its commands exist with those words, its lists are whole."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+
+from remap.remapping import LOSSES
+from remap.tuning import METHODS
+from remap_cli.main import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def _commands() -> Iterator[list[str]]:
+    for block in _blocks("bash"):
+        for line in block.splitlines():
+            for part in line.split("&&"):
+                words = shlex.split(part, comments=True)
+                if words and words[0] == "remap":
+                    yield words[1:]
+
+
+@pytest.mark.parametrize("words", list(_commands()), ids=" ".join)
+def test_commands_parse(words: list[str]) -> None:
+    """Source: the command line's own parser, which refuses unknown words."""
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group) or hasattr(group, "commands")
+    group.commands[words[0]].make_context(words[0], words[1:])
+
+
+def test_the_two_commands_come_first() -> None:
+    assert [block.strip() for block in _blocks("bash")[:2]] == [
+        "pip install -e . && remap distill",
+        'pip install -e ".[test]" && pytest',
+    ]
+
+
+def test_the_ci_script_calls_the_readmes_test_command() -> None:
+    assert 'pip install -q -e ".[test]" && pytest' in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.full((20, 30, 3), 128, dtype=np.uint8)).save("photo.png")
+    (block,) = _blocks("python")
+    assert len([line for line in block.splitlines() if line.strip()]) <= 10
+    exec(compile(block, "README.md", "exec"), {})
+    assert (tmp_path / "runs" / "digits-vpt_deep-001" / "task" / "task.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", [*METHODS.names, *LOSSES.names])
+def test_every_method_and_loss_is_in_a_table(name: str) -> None:
+    assert re.search(rf"^\|.*`{name}`", README, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("row", list(LOSSES), ids=lambda row: row.name)
+def test_the_weights_in_the_table_are_the_defaults(row: object) -> None:
+    (line,) = re.findall(rf"^\| `{row.name}` \|.*$", README, flags=re.MULTILINE)
+    assert float(line.rstrip("| ").rpartition("|")[2]) == row.weight
+
+
+def test_linked_files_exist() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links and all((ROOT / link).exists() for link in links)
+
+
+def test_nothing_was_left_to_fill_in() -> None:
+    assert "FILL" not in README
