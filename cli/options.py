@@ -32,9 +32,7 @@ Data = Annotated[
         rich_help_panel=_TRAINING,
     ),
 ]
-ValData = Annotated[
-    str | None, typer.Option(help="Separate folder or tar to evaluate on.", rich_help_panel=_TRAINING)
-]
+ValData = Annotated[str | None, typer.Option(help="Separate folder or tar to evaluate on.", rich_help_panel=_TRAINING)]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the training images.", rich_help_panel=_TRAINING)]
 BatchSize = Annotated[
     int | None, typer.Option(help="Images to one update, all processes together.", rich_help_panel=_TRAINING)

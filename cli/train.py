@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from remap.errors import RecipeError
-from remap.recipe import Recipe, resolve
-from remap_cli import view
+from remap.recipe import Recipe, resolve, resolve_distill
+from remap_cli import estimates, view
 
 
 def from_words(
@@ -22,19 +22,17 @@ def from_words(
     with view.Reporter(quiet=json or not _is_main()) as progress:
         recipe = read_recipe(words, recipe_word, settings, with_teacher=with_teacher)
         _say_what(recipe, progress)
-        if dry_run:
+        with progress.wait("loading PyTorch"):
             from remap.dry_run import estimate
-            from remap_cli.estimates import show
-
+            from remap.running import start
+        if dry_run:
             found = estimate(recipe, progress)
         else:
-            from remap.assembly import start
-
             result = start(recipe, output, progress)
     if not _is_main():
         return
     if dry_run:
-        view.emit(found) if json else show(found)
+        view.emit(found) if json else estimates.show(found)
     else:
         _show(dict(result.summary), json)
 
@@ -45,7 +43,7 @@ def go_on(path: Path, asked: list[str], json: bool) -> None:
         raise RecipeError(
             [f"--{word.replace('_', '-')}: a resumed run keeps its own recipe" for word in asked], f"--resume {path}"
         )
-    from remap.assembly import resume
+    from remap.running import resume
 
     with view.Reporter(quiet=json or not _is_main()) as progress:
         result = resume(path, progress)
@@ -55,10 +53,7 @@ def go_on(path: Path, asked: list[str], json: bool) -> None:
 
 def read_recipe(words: dict[str, Any], recipe_word: str | None, settings: list[str], *, with_teacher: bool) -> Recipe:
     """The recipe of a training command: ``distill`` starts from the embedded default, ``tune`` has no teacher."""
-    if recipe_word is None and with_teacher:
-        recipe_word = "digits" if words.get("data") in (None, "digits") else None
-        words = {**words, "teacher": words.get("teacher") or "mini_teacher"}
-    recipe = resolve(recipe_word, words, settings)
+    recipe = (resolve_distill if with_teacher else resolve)(recipe_word, words, settings)
     if with_teacher and recipe.teacher is None:
         raise RecipeError(["teacher: missing; `remap tune` trains without one"], recipe_word or "command line")
     if not with_teacher and recipe.teacher is not None:
@@ -99,7 +94,7 @@ def _show(summary: dict[str, Any], json: bool) -> None:
         ]
     )
     data = summary["data"]
-    title = f"{data['source']}: accuracy on {data['val_images']} images after {data['train_images']} training images"
+    title = f"{Path(data['source']).name}: accuracy on {data['val_images']} images after {data['train_images']} training images"
     view.table(title, ["", "accuracy", "parameters", "trained", "to keep"], rows, right=(1, 2, 3, 4))
     view.out.print(
         f"{view.duration(summary['seconds'])} in all. Run: {summary['run_dir']}\n"

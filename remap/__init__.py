@@ -4,7 +4,7 @@
     attached = remap.attach(model, "vpt_deep", num_prompts=10)
     student = remap.load_student("runs/digits-vpt_deep-001")
 
-The function ``remap.distill`` lives in ``remap.assembly`` (a module of its name would hide it).
+The function ``remap.distill`` lives in ``remap.running`` (a module of its name would hide it).
 """
 
 import importlib
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from remap.api import Student as Student
     from remap.api import attach as attach
     from remap.api import load_student as load_student
-    from remap.assembly import Result as Result
-    from remap.assembly import distill as distill
     from remap.errors import RemapError as RemapError
+    from remap.running import Result as Result
+    from remap.running import distill as distill
 
 # Public name -> module. Importing remap imports none of them, and so no torch.
 _PUBLIC = {
     "RemapError": "remap.errors",
-    "Result": "remap.assembly",
+    "Result": "remap.running",
     "Student": "remap.api",
     "attach": "remap.api",
-    "distill": "remap.assembly",
+    "distill": "remap.running",
     "load_student": "remap.api",
 }
 

@@ -23,6 +23,10 @@ class Views:
     test: ViewSource | None
     skipped: tuple[tuple[str, str], ...]
 
+    def require_few_bad(self, share: float) -> None:
+        """Look at what training found unreadable on the way, where views are not kept in memory."""
+        _require_few_bad(self.train, share)
+
 
 @dataclass
 class Bench:
@@ -66,12 +70,7 @@ def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress) -> Vi
     for name, source in sources.items():
         source.load(progress, {"train": "training images", "val": "evaluation images", "test": "test images"}[name])
     train = sources["train"]
-    if len(train.bad) > spec.max_bad * len(train.split):
-        raise DataError(
-            f"{len(train.bad)} of {len(train.split)} training images cannot be read",
-            given="; ".join(f"{name} ({reason})" for name, reason in train.bad_names()[:5]),
-            do="repair them, or allow more with --set data.max_bad=0.5",
-        )
+    _require_few_bad(train, spec.max_bad)
     skipped = (*data.skipped, *train.bad_names())
     for name in ("val", "test"):
         if name in sources:
@@ -85,3 +84,12 @@ def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress) -> Vi
         sources["test"].without_bad() if "test" in sources else None,
         skipped,
     )
+
+
+def _require_few_bad(train: ViewSource, share: float) -> None:
+    if len(train.bad) > share * len(train.split):
+        raise DataError(
+            f"{len(train.bad)} of {len(train.split)} training images cannot be read",
+            given="; ".join(f"{name} ({reason})" for name, reason in train.bad_names()[:5]),
+            do="repair them, or allow more with --set data.max_bad=0.5",
+        )

@@ -127,7 +127,7 @@ def require_useful(teacher: PreparedTeacher, untrained: Evaluation, source: View
 
 
 def _prepare(network: Network, recipe: Recipe, folder: Path, views: Views, progress: Progress) -> None:
-    from remap.assembly import run  # a tuned teacher is a run like any other
+    from remap.running import run  # a tuned teacher is a run like any other
 
     spec = recipe.teacher
     progress.say(f"the teacher has no head for these {len(network.classes)} classes: preparing one ({spec.prepare})")

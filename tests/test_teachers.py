@@ -10,8 +10,8 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from remap import assembly, probe
-from remap.assembly import Result, assemble, start
+from remap import probe, running
+from remap.assembly import assemble
 from remap.bench import Bench
 from remap.data.splits import Split, stratified
 from remap.data.views import View, ViewSource
@@ -20,6 +20,7 @@ from remap.engine.launch import accelerator
 from remap.errors import DataError, TrainingError
 from remap.network import Network, Runner
 from remap.progress import Silent
+from remap.running import Result, start
 from remap.runs.rundir import RunDir
 from remap.runs.task import load_task
 from remap.teachers import PreparedTeacher, require_useful
@@ -31,7 +32,7 @@ def test_the_teacher_is_the_same_to_the_last_bit_after_training(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Callable[..., Any], cache: str, prepare: str
 ) -> None:
     kept: list[tuple[Network, dict]] = []
-    keep = assembly.require_useful
+    keep = running.require_useful
 
     def note(teacher: PreparedTeacher, *rest: Any) -> None:
         kept.append((teacher.network, copy.deepcopy(teacher.network.model.state_dict())))
@@ -43,7 +44,7 @@ def test_the_teacher_is_the_same_to_the_last_bit_after_training(
         if kept:
             modes.append(any(module.training for module in kept[0][0].model.modules()))
 
-    monkeypatch.setattr(assembly, "require_useful", note)
+    monkeypatch.setattr(running, "require_useful", note)
     settings = (f"teacher.cache={cache}", f"teacher.prepare={prepare}", "teacher.lr=0.01", "data.augment=shift")
     start(tiny.recipe(*settings, method="full", losses="ce,kd,attention,feature"), tmp_path / "run", watch(look))
     teacher, before = kept[0]
@@ -117,7 +118,7 @@ def test_the_prepared_teacher_is_kept_and_found_again(tiny: Any, tmp_path: Path,
     assert result.summary["teacher"]["accuracy"] == 1.0, "colours are linear in the pixels"
     (tmp_path / "run" / "summary.json").unlink()
     remarks = watch(lambda done: None)
-    again = assembly.resume(tmp_path / "run", remarks)
+    again = running.resume(tmp_path / "run", remarks)
     assert not any("preparing" in line for line in remarks.said)
     assert again.summary["teacher"] == result.summary["teacher"]
 

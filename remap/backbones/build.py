@@ -202,6 +202,8 @@ def _out_of_reach(name: str, error: Exception) -> WeightsError:
     if name.startswith("local-dir:"):
         return WeightsError(f"cannot load {name}: {_first_lines(error)}")
     config = None if ":" in name else timm.get_pretrained_cfg(name)
+    if config is not None and config.file:
+        return WeightsError(f"cannot load {config.file}: {_first_lines(error)}", do="reinstall remap")
     if config is not None and not config.hf_hub_id and not config.url:
         return WeightsError(f"timm has no weights for '{name}'", do="choose another tag, or --weights none")
     if config is None:

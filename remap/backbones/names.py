@@ -13,7 +13,7 @@ SHORT_NAMES = {
 # What each short name is, for listings: (parameters without head in millions, input pixels, weights).
 ABOUT = {
     "mini_student": ("0.7", 32, "CIFAR-10, shipped"),
-    "mini_teacher": ("2.7", 32, "CIFAR-10, shipped"),
+    "mini_teacher": ("1.5", 32, "CIFAR-10, shipped"),
     "vit_tiny": ("5.5", 224, "ImageNet-21k, AugReg"),
     "vit_small": ("21.7", 224, "ImageNet-21k, AugReg"),
     "vit_base": ("85.8", 224, "ImageNet-21k, AugReg"),

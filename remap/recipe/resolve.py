@@ -68,6 +68,17 @@ def resolve(
     return validate(values, where, problems, check_options=check_options)
 
 
+def resolve_distill(
+    recipe: str | Path | None, words: Mapping[str, Any] | None = None, settings: Iterable[str] = ()
+) -> Recipe:
+    """``resolve`` with the embedded default where nothing else is said: its teacher, and on the digits its recipe."""
+    words = dict(words or {})
+    if recipe is None:
+        recipe = "digits" if words.get("data") in (None, "digits") else None
+        words["teacher"] = words.get("teacher") or "mini_teacher"
+    return resolve(recipe, words, settings)
+
+
 def _name_of(data: Any) -> str:
     """A recipe without a name is called after its data: photos/train.tar gives "train"."""
     source = data.get("source") if isinstance(data, dict) else None

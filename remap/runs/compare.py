@@ -70,7 +70,8 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, output: Path, pr
 
 def _run(missing: list[Cell], output: Path, progress: Progress) -> None:
     # Training needs torch; looking at a finished comparison does not.
-    from remap.assembly import Bench, run
+    from remap.bench import Bench
+    from remap.running import run
 
     bench = Bench(teacher_folder=output / "teacher")
     for number, cell in enumerate(missing, 1):

@@ -61,7 +61,7 @@ def test_predict_reports_an_unreadable_file_and_goes_on(
 def test_tables_name_what_a_reader_needs(remap: Callable[..., Result], pictures: Path, tiny: list[str]) -> None:
     result = remap("tune", "--data", pictures, "--method", "linear", *tiny)
     assert result.exit_code == 0, getattr(result, "message", result.output)
-    for word in ("student + linear", "accuracy", "trained", "to keep", "remap predict runs/digits-linear-001"):
+    for word in ("student + linear", "accuracy", "trained", "to keep", "remap predict runs/pictures"):
         assert word in result.stdout
 
 

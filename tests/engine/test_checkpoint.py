@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from remap import files
-from remap.assembly import resume, start
 from remap.engine.checkpoint import State, load_checkpoint, save_checkpoint
 from remap.errors import RemapError, RunError
 from remap.recipe import dump
+from remap.running import resume, start
 from remap.runs.rundir import RunDir
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from remap.assembly import resume, start
+from remap.running import resume, start
 from remap.runs.rundir import RunDir
 
 Start = Callable[..., subprocess.Popen]

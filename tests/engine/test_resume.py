@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from remap.assembly import Result, resume, start
 from remap.errors import Interrupted
 from remap.recipe import Recipe
+from remap.running import Result, resume, start
 from remap.runs.rundir import RunDir
 from remap_cli.main import app
 

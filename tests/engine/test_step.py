@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from remap.assembly import Parts, assemble, resume, start
+from remap.assembly import Parts, assemble
 from remap.bench import Bench
 from remap.data.batches import batches
 from remap.engine import fit as loop
@@ -20,6 +20,7 @@ from remap.errors import TrainingError
 from remap.progress import Silent
 from remap.recipe.schema import TrainSpec
 from remap.remapping.objective import Objective
+from remap.running import resume, start
 from remap.runs.rundir import RunDir
 
 

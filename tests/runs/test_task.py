@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from remap.assembly import Result, start
 from remap.errors import BackboneError, RemapError, RunError
 from remap.network import Network, Runner
+from remap.running import Result, start
 from remap.runs.rundir import RunDir
 from remap.runs.task import load_task, save_task
 from remap.tuning import METHODS

@@ -1,0 +1,205 @@
+"""A run from start to end. Every command that trains calls ``run``."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from remap.assembly import Parts, assemble, evaluate_on, teacher_in_training
+from remap.bench import Bench
+from remap.engine.evaluate import Evaluation
+from remap.engine.fit import Job, fit
+from remap.engine.launch import accelerator, check_processes
+from remap.engine.memory import peak_bytes
+from remap.errors import Interrupted, RemapError
+from remap.network import Network
+from remap.progress import Progress, Silent
+from remap.recipe import Recipe, resolve, resolve_distill
+from remap.runs.rundir import RunDir, default_path, next_path
+from remap.runs.task import load_task, save_task
+from remap.teachers import require_useful
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave: its directory, its summary (also in summary.json) and the tuned student."""
+
+    run_dir: Path
+    summary: Mapping[str, Any]
+    student: Network
+
+
+def distill(recipe: Recipe | str | Mapping[str, Any], *, output: str | Path | None = None) -> Result:
+    """Distil a teacher into a tuned student.
+
+    Args:
+        recipe: A recipe, a shipped name or YAML file, or words: ``{"teacher": "vit_large", "method": "vpt_deep"}``.
+        output: The run directory to make; by default the next number under ``runs/``.
+
+    Raises:
+        RemapError: Anything a user can mend.
+    """
+    return start(as_recipe(recipe), output)
+
+
+def as_recipe(recipe: Recipe | str | Mapping[str, Any]) -> Recipe:
+    """A recipe from a recipe, a name or file, or words (with the embedded default unless they say otherwise)."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    return resolve(recipe) if isinstance(recipe, str) else resolve_distill(None, recipe)
+
+
+def start(
+    recipe: Recipe, output: str | Path | None = None, progress: Progress = Silent(), bench: Bench | None = None
+) -> Result:
+    """Make a run directory and run."""
+    check_processes(recipe.train.processes)
+    path = Path(output) if output is not None else next_path(default_path(), f"{recipe.name}-{recipe.method.name}")
+    accelerator().wait_for_everyone()  # all ranks choose the same name before one of them makes it
+    run_dir = RunDir.create(path, recipe) if accelerator().is_main_process else RunDir(path)
+    return run(recipe, run_dir, progress, bench)
+
+
+def resume(path: Path, progress: Progress = Silent()) -> Result:
+    """Go on with an interrupted run from its last checkpoint."""
+    run_dir = RunDir.open(path)
+    recipe = run_dir.recipe()
+    check_processes(recipe.train.processes)
+    if run_dir.is_done:
+        progress.say(f"{path} is finished already")
+        student, _ = load_task(path)
+        return Result(path, run_dir.summary(), student)
+    return run(recipe, run_dir, progress, resuming=True)
+
+
+def run(
+    recipe: Recipe,
+    run_dir: RunDir,
+    progress: Progress = Silent(),
+    bench: Bench | None = None,
+    *,
+    resuming: bool = False,
+) -> Result:
+    """Train in ``run_dir``; its status always says how it ended."""
+    main = accelerator().is_main_process
+    if main and resuming:
+        run_dir.set_status("running")
+    try:
+        result = _run(recipe, run_dir, progress, bench or Bench(), resuming)
+    except Interrupted as error:
+        _note(run_dir, "stopped", error.what)
+        command = f"remap {'distill' if recipe.teacher else 'tune'} --resume {run_dir.path}"
+        raise Interrupted(error.what, exit_code=error.exit_code, do=f"go on with: {command}") from error
+    except KeyboardInterrupt:
+        _note(run_dir, "stopped", "interrupted")
+        raise
+    except BaseException as error:
+        _note(run_dir, "failed", str(error))
+        raise
+    if main:
+        run_dir.set_status("done")
+    return result
+
+
+def _note(run_dir: RunDir, status: str, message: str) -> None:
+    """Record how a run ended, unless the disk that broke it refuses this too."""
+    if accelerator().is_main_process:
+        try:
+            run_dir.set_status(status, message)
+        except RemapError:
+            return
+
+
+def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resuming: bool) -> Result:
+    started = time.perf_counter()
+    device = accelerator().device
+    parts = assemble(recipe, run_dir, progress, bench)
+    check = partial(evaluate_on, parts, progress)
+    initial = check(parts.student, parts.views.val, "the untrained student")
+    if parts.teacher is not None:
+        require_useful(parts.teacher, initial, parts.views.val, recipe)
+    teacher = teacher_in_training(parts, bench, progress)
+    finals: list[Evaluation] = []
+
+    def each_epoch() -> dict[str, float]:
+        parts.views.require_few_bad(recipe.data.max_bad)
+        finals[:] = [check(parts.student, parts.views.val, "the student")]
+        return {"accuracy": finals[0].accuracy}
+
+    job = Job(
+        recipe=recipe,
+        student=parts.student,
+        objective=parts.objective.to(device),
+        teacher=teacher,
+        source=parts.views.train,
+        accelerator=accelerator(),
+        bf16=parts.bf16,
+        progress=progress,
+        evaluate=each_epoch,
+        on_epoch=run_dir.write_metrics,
+        checkpoint=run_dir.checkpoint,
+    )
+    try:
+        state = fit(job, resume=resuming)
+    finally:
+        if teacher is not None:
+            teacher.close()  # other runs may share the network
+    parts.student.model.eval()
+    final = finals[0] if finals else check(parts.student, parts.views.val, "the student")
+    summary = _summary(parts, run_dir, initial, final, state.history, state.seconds)
+    if parts.views.test is not None:
+        summary["student"]["test_accuracy"] = check(parts.student, parts.views.test, "the test split").accuracy
+    if accelerator().is_main_process:
+        options = recipe.method.options
+        summary["student"]["task_bytes"] = save_task(
+            run_dir.task, parts.student, parts.views.view, recipe.method.name, options
+        )
+        summary["seconds"] = round(time.perf_counter() - started, 2)
+        run_dir.write_summary(summary)
+    accelerator().wait_for_everyone()
+    return Result(run_dir.path, summary, parts.student)
+
+
+def _summary(
+    parts: Parts, run_dir: RunDir, initial: Evaluation, final: Evaluation, history: list, seconds: float
+) -> dict[str, Any]:
+    recipe, student, views = parts.recipe, parts.student, parts.views
+    summary: dict[str, Any] = {
+        "run_dir": str(run_dir.path),
+        "recipe": recipe.name,
+        "digest": recipe.digest(),
+        "seed": recipe.seed,
+        "method": recipe.method.name,
+        "losses": {loss.name: loss.weight for loss in recipe.losses},
+        "learning_rate": recipe.learning_rate(),
+        "epochs": recipe.train.epochs,
+        "processes": accelerator().num_processes,
+        "device": str(accelerator().device),
+        "precision": "bf16" if parts.bf16 else "fp32",
+        "data": {
+            "source": views.data.source,
+            "classes": len(views.data.classes),
+            "train_images": len(views.train.split),
+            "val_images": len(views.val.split),
+            "split": views.data.split_rule,
+            "skipped": [list(item) for item in (*views.skipped, *views.train.bad_names())],
+            "fingerprint": views.data.fingerprint(),
+        },
+        "student": {
+            "model": student.identity.model,
+            "backbone_sha256": student.identity.sha256,
+            "accuracy": final.accuracy,
+            "correct": final.correct,
+            "initial_accuracy": initial.accuracy,
+            "trainable_parameters": student.num_trainable,
+            "total_parameters": student.num_parameters,
+        },
+        "train_seconds": round(seconds, 2),
+        "peak_memory_bytes": peak_bytes(accelerator().device),
+        "final_losses": {k: v for k, v in history[-1].items() if k not in ("epoch", "accuracy", "seconds")},
+    }
+    if parts.teacher is not None:
+        summary["teacher"] = parts.teacher.to_dict()
+    return summary
