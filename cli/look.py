@@ -29,23 +29,31 @@ def methods(json: opt.Json = False) -> None:
     if json:
         view.emit(rows)
         return
-    view.table(
-        "Tuning methods (parameters trained besides the head; L depth, D width, p prompts, r bottleneck)",
-        ["method", "category", "what is trained", "parameters", "merges", "lr", "arXiv"],
-        [
+    cells = [
+        (
+            row["category"].removesuffix(" tuning"),
             [
-                r["name"],
-                r["category"].removesuffix(" tuning"),
-                r["summary"],
-                r["trains"],
-                "yes" if r["mergeable"] else "no",
-                f"{r['learning_rate']:g}",
-                r["paper"].rpartition(" ")[2],
-            ]
-            for r in rows
-        ],
-        right=(5,),
-        wrap=(2,),
+                row["name"],
+                row["summary"],
+                row["trains"],
+                "yes" if row["mergeable"] else "no",
+                f"{row['learning_rate']:g}",
+                row["paper"].rpartition(" ")[2],
+            ],
+        )
+        for row in rows
+    ]
+    view.table(
+        "Tuning methods",
+        ["method", "what is trained", "parameters", "merges", "lr", "arXiv"],
+        view.grouped(cells),
+        right=(4,),
+        wrap=(1,),
+    )
+    view.out.print(
+        "parameters: trained besides the head; L depth, D width, p prompts, r bottleneck.\n"
+        "merges: can be folded into plain timm weights. lr: default for AdamW at batch size 64.",
+        markup=False,
     )
 
 
@@ -61,13 +69,13 @@ def losses(json: opt.Json = False) -> None:
         return
     view.table(
         "Loss terms (weight: default in the objective)",
-        ["loss", "on", "what it is", "needs", "weight", "arXiv"],
+        ["loss", "what it is", "needs", "weight", "arXiv"],
         [
-            [*(row[field] for field in fields[:4]), f"{row['weight']:g}", row["paper"].rpartition(" ")[2]]
+            [row["name"], row["summary"], row["needs"], f"{row['weight']:g}", row["paper"].rpartition(" ")[2]]
             for row in rows
         ],
-        right=(4,),
-        wrap=(2, 3),
+        right=(3,),
+        wrap=(1, 2),
     )
 
 
@@ -96,9 +104,10 @@ def models(
         return
     view.table(
         "Backbones by short name (parameters without head)",
-        ["name", "timm name", "parameters", "pixels", "weights"],
+        ["name", "timm name", "size", "pixels", "weights"],
         [[r["name"], r["timm"], f"{r['parameters_m']} M", r["input"], r["weights"]] for r in rows],
         right=(2, 3),
+        wrap=(4,),
     )
     if others:
         view.out.print("timm, with pre-trained weights:\n  " + "\n  ".join(others), markup=False)

@@ -94,7 +94,8 @@ def _show(summary: dict[str, Any], json: bool) -> None:
         ]
     )
     data = summary["data"]
-    title = f"{Path(data['source']).name}: accuracy on {data['val_images']} images after {data['train_images']} training images"
+    name = Path(data["source"]).name
+    title = f"{name}: accuracy on {data['val_images']} images, trained on {data['train_images']}"
     view.table(title, ["", "accuracy", "parameters", "trained", "to keep"], rows, right=(1, 2, 3, 4))
     view.out.print(
         f"{view.duration(summary['seconds'])} in all. Run: {summary['run_dir']}\n"

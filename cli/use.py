@@ -122,29 +122,26 @@ def _show(table: dict) -> None:
         spread = "" if found["spread"] is None else f" ± {found['spread']:.1%}".replace("%", "")
         return f"{found['mean']:.1%}".replace("%", "") + spread
 
-    rows, last = [], None
+    rows = []
     for row in table["rows"]:
         share = row["trainable_parameters"] / row["total_parameters"]
-        rows.append(
-            [
-                row["category"].removesuffix(" tuning") if row["category"] != last else "",
-                row["method"],
-                f"{view.count(row['trainable_parameters'])} ({share:.1%})",
-                cell(row["alone"]),
-                cell(row["teacher"]),
-                f"{100 * row['gain']:+.1f}",
-                f"{row['teacher']['seconds']:.0f}",
-                view.size(row["task_bytes"]),
-            ]
-        )
-        last = row["category"]
+        cells = [
+            row["method"],
+            f"{view.count(row['trainable_parameters'])} ({share:.1%})",
+            cell(row["alone"]),
+            cell(row["teacher"]),
+            f"{100 * row['gain']:+.1f}",
+            f"{row['teacher']['seconds']:.0f}",
+            view.size(row["task_bytes"]),
+        ]
+        rows.append((row["category"].removesuffix(" tuning"), cells))
     count = len(table["seeds"])
     seeds = f"{count} seeds (mean ± standard deviation)" if count > 1 else "1 seed"
     view.table(
         f"{table['student']} on {table['data']}: accuracy in %, {table['epochs']} epochs, {seeds}",
-        ["category", "method", "trained", "labels only", "with teacher", "gain", "s a run", "to keep"],
-        rows,
-        right=(2, 3, 4, 5, 6, 7),
+        ["method", "trained", "labels only", "with teacher", "gain", "seconds", "to keep"],
+        view.grouped(rows),
+        right=(1, 2, 3, 4, 5, 6),
     )
     teacher = table["teacher"]
     accuracy = "" if teacher["accuracy"] is None else f", accuracy {teacher['accuracy']:.1%}"

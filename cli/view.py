@@ -32,16 +32,46 @@ def note(text: str) -> None:
 
 
 def table(
-    title: str, columns: list[str], rows: list[list[Any]], right: tuple[int, ...] = (), wrap: tuple[int, ...] = ()
+    title: str,
+    columns: list[str],
+    rows: list[list[Any] | str],
+    right: tuple[int, ...] = (),
+    wrap: tuple[int, ...] = (),
 ) -> None:
-    """Print a table; columns in ``right`` are aligned right, those in ``wrap`` give way when the terminal is narrow."""
-    result = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
+    """Print a table; a row that is a string heads a group.
+
+    Columns in ``right`` are aligned right, those in ``wrap`` give way when the terminal is narrow.
+    """
+    result = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     for index, column in enumerate(columns):
         justify = "right" if index in right else "left"
         result.add_column(column, justify=justify, no_wrap=index not in wrap, overflow="fold")
     for row in rows:
-        result.add_row(*(escape(_plain(str(cell))) for cell in row))
+        if isinstance(row, str):
+            result.add_row(f"[bold cyan]{escape(row)}[/]")
+        else:
+            result.add_row(*(escape(_plain(str(cell))) for cell in row))
     out.print(result)
+
+
+def grouped(rows: list[tuple[str, list[Any]]]) -> list[list[Any] | str]:
+    """Rows with their group's name, as ``table`` takes them: the name once, in front of its rows."""
+    found: list[list[Any] | str] = []
+    last = None
+    for group, row in rows:
+        if group != last:
+            found.append(group)
+        found.append(row)
+        last = group
+    return found
 
 
 def emit(value: Any) -> None:

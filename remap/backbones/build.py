@@ -160,7 +160,10 @@ def _weight_arguments(name: str, weights: str) -> dict[str, Any]:
 
 def _create(name: str, weights: str, arguments: dict[str, Any]) -> nn.Module:
     if weights == "pretrained":
-        _require_reachable(name)
+        cached = _in_cache_or_reachable(name)
+        if cached is not None:
+            # Named as a file, timm loads it without asking the hub, which takes long where there is no network.
+            arguments = {**arguments, "pretrained_cfg_overlay": {"file": cached, "custom_load": False}}
     try:
         return timm.create_model(name, **arguments)
     except Exception as error:  # timm, the hub client and torch raise many kinds here
@@ -171,22 +174,28 @@ def _create(name: str, weights: str, arguments: dict[str, Any]) -> nn.Module:
         raise _out_of_reach(name, error) from error
 
 
-def _require_reachable(name: str) -> None:
-    """Ask the hub once before timm's loader does, which would try a machine without network for a minute."""
+def _in_cache_or_reachable(name: str) -> str | None:
+    """The cached weights file of a hub model; None for other models, and when the hub answers and timm may download.
+
+    Raises:
+        WeightsError: Not in the cache, and one request says that the hub is out of reach.
+    """
     config = None if ":" in name else timm.get_pretrained_cfg(name)
     if config is None or not config.hf_hub_id:
         if config is not None and config.file and not Path(config.file).is_file():
             raise WeightsError(f"the shipped weights of {name} are missing", given=config.file, do="reinstall remap")
-        return
+        return None
     repository = _repository(name, config)
     names = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-    names = (config.hf_hub_filename, *names) if config.hf_hub_filename else names
-    if any(isinstance(try_to_load_from_cache(repository, file), str) for file in names):
-        return
+    for file in (config.hf_hub_filename, *names) if config.hf_hub_filename else names:
+        cached = try_to_load_from_cache(repository, file)
+        if isinstance(cached, str):
+            return cached
     try:
         HfApi().model_info(repository, timeout=10)
     except Exception as error:  # no network, offline by setting, no such or a gated repository
         raise _out_of_reach(name, error) from error
+    return None
 
 
 def _repository(name: str, config: Any) -> str:

@@ -14,9 +14,9 @@ SHORT_NAMES = {
 ABOUT = {
     "mini_student": ("0.7", 32, "CIFAR-10, shipped"),
     "mini_teacher": ("1.5", 32, "CIFAR-10, shipped"),
-    "vit_tiny": ("5.5", 224, "ImageNet-21k, AugReg"),
-    "vit_small": ("21.7", 224, "ImageNet-21k, AugReg"),
-    "vit_base": ("85.8", 224, "ImageNet-21k, AugReg"),
-    "vit_large": ("303.3", 224, "ImageNet-21k, AugReg"),
-    "vit_huge": ("630.8", 224, "ImageNet-21k"),
+    "vit_tiny": ("5.5", 224, "IN-21k, AugReg"),
+    "vit_small": ("21.7", 224, "IN-21k, AugReg"),
+    "vit_base": ("85.8", 224, "IN-21k, AugReg"),
+    "vit_large": ("303.3", 224, "IN-21k, AugReg"),
+    "vit_huge": ("630.8", 224, "IN-21k"),
 }
