@@ -58,4 +58,4 @@ def show(found: dict[str, Any]) -> None:
         ],
         wrap=(1,),
     )
-    view.out.print("Nothing was trained or written.", markup=False)
+    view.line("Nothing was trained or written.")

@@ -50,10 +50,9 @@ def methods(json: opt.Json = False) -> None:
         right=(4,),
         wrap=(1,),
     )
-    view.out.print(
+    view.line(
         "parameters: trained besides the head; L depth, D width, p prompts, r bottleneck.\n"
-        "merges: can be folded into plain timm weights. lr: default for AdamW at batch size 64.",
-        markup=False,
+        "merges: can be folded into plain timm weights. lr: default for AdamW at batch size 64."
     )
 
 
@@ -110,12 +109,11 @@ def models(
         wrap=(4,),
     )
     if others:
-        view.out.print("timm, with pre-trained weights:\n  " + "\n  ".join(others), markup=False)
+        view.line("timm, with pre-trained weights:\n  " + "\n  ".join(others))
     else:
-        view.out.print(
+        view.line(
             "Any plain vision transformer of timm works by its own name (remap models WORD lists them),\n"
-            "and local-dir:FOLDER, hf-hub:REPOSITORY, or a run directory.",
-            markup=False,
+            "and local-dir:FOLDER, hf-hub:REPOSITORY, or a run directory."
         )
 
 
@@ -158,7 +156,7 @@ def recipes_show(
     """Print a recipe."""
     from remap.recipe import catalogue, dump, resolve
 
-    text = dump(resolve(name, check_options=False)) if resolved else catalogue.find(name).read_text()
+    text = dump(resolve(name, check_options=False)) if resolved else catalogue.find(name).read_text(encoding="utf-8")
     typer.echo(text, nl=False)
 
 
@@ -174,11 +172,11 @@ def recipes_copy(
     from remap.files import write_text
     from remap.recipe import catalogue
 
-    source, target = catalogue.find(name), Path(to)
+    source, target = catalogue.find(name), Path(to).expanduser()
     target = target / source.name if target.is_dir() else target
     if target.exists():
         raise RecipeError(["exists already and was not touched; name another file"], str(target))
-    write_text(target, source.read_text())
+    write_text(target, source.read_text(encoding="utf-8"))
     view.note(f"wrote {target}; run it with: remap distill --recipe {target}")
 
 
@@ -186,9 +184,16 @@ def recipes_copy(
 def recipes_validate(
     names: Annotated[list[str], typer.Argument(help="Shipped names or YAML files.")],
 ) -> None:
-    """Check recipes, options of methods and losses included, without training."""
+    """Check recipes, options of methods and losses included, without training. All are checked, broken ones too."""
+    from remap.errors import RecipeError, RemapError
     from remap.recipe import resolve
 
+    broken: list[str] = []
     for name in names:
-        resolve(name)
-        view.out.print(f"{name}: ok", markup=False)
+        try:
+            resolve(name)
+            view.line(f"{name}: ok")
+        except RecipeError as error:
+            broken.append(str(error))
+    if broken:
+        raise RemapError("\n".join(broken))

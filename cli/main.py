@@ -5,13 +5,16 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from remap import __version__
 from remap_cli import options as opt
 from remap_cli import view
+
+if TYPE_CHECKING:
+    from remap.errors import Interrupted
 
 app = typer.Typer(
     name="remap",
@@ -29,32 +32,43 @@ def main() -> None:
     """Run the command line: a user's mistake is one message and exit code 2, Ctrl-C is 130, a bug is a traceback."""
     from remap.errors import RemapError
 
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stopped)
     try:
         app()
     except RemapError as error:
-        view.error(error)
-        _leave(error.exit_code)
-    except KeyboardInterrupt:
-        view.note("interrupted; finished runs and checkpoints are as they were")
-        _leave(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _leave(0)
+        problem = _signal_behind(error) or error
+        view.error(problem)
+        _leave(problem.exit_code)
+    except SystemExit as leaving:  # how Typer ends, well or not
+        _leave(leaving.code)
 
 
-def _terminated(number: int, frame: FrameType | None) -> None:
-    """SIGTERM outside the training loop (which saves first) leaves as Ctrl-C does, with its own exit code."""
+def _stopped(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C and SIGTERM outside the training loop, which saves first. Typer would end on Ctrl-C without a word."""
     from remap.errors import Interrupted
 
-    raise Interrupted("terminated; finished runs and checkpoints are as they were", exit_code=128 + number)
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    raise Interrupted(f"{word}; finished runs and checkpoints are as they were", exit_code=128 + number)
 
 
-def _leave(code: int) -> None:
+def _signal_behind(error: BaseException | None) -> "Interrupted | None":
+    """A library may catch what a signal raised, and what is reported then is what came of it."""
+    from remap.errors import Interrupted
+
+    while error is not None and not isinstance(error, Interrupted):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _leave(code: str | int | None) -> None:
     """Exit without waiting for other ranks that may be stuck in a collective call."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if "RANK" in os.environ and code:
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:  # `remap methods | head -1`: nobody reads the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if "RANK" in os.environ and isinstance(code, int) and code:
         os._exit(code)
     sys.exit(code)
 

@@ -69,7 +69,7 @@ DryRun = Annotated[
     ),
 ]
 Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.", rich_help_panel=_RUN)
+    bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.", rich_help_panel=_RUN)
 ]
 
 _WORDS = (

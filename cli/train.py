@@ -19,7 +19,7 @@ def from_words(
     with_teacher: bool,
 ) -> None:
     """Resolve the recipe, then run it or estimate it."""
-    with view.Reporter(quiet=json or not _is_main()) as progress:
+    with view.Reporter(quiet=not _is_main()) as progress:
         recipe = read_recipe(words, recipe_word, settings, with_teacher=with_teacher)
         _say_what(recipe, progress)
         with progress.wait("loading PyTorch"):
@@ -45,8 +45,8 @@ def go_on(path: Path, asked: list[str], json: bool) -> None:
         )
     from remap.running import resume
 
-    with view.Reporter(quiet=json or not _is_main()) as progress:
-        result = resume(path, progress)
+    with view.Reporter(quiet=not _is_main()) as progress:
+        result = resume(path.expanduser(), progress)
     if _is_main():
         _show(dict(result.summary), json)
 
@@ -97,10 +97,11 @@ def _show(summary: dict[str, Any], json: bool) -> None:
     name = Path(data["source"]).name
     title = f"{name}: accuracy on {data['val_images']} images, trained on {data['train_images']}"
     view.table(title, ["", "accuracy", "parameters", "trained", "to keep"], rows, right=(1, 2, 3, 4))
-    view.out.print(
+    if "test_accuracy" in student:
+        view.line(f"accuracy on the test folder, looked at once: {student['test_accuracy']:.1%}")
+    view.line(
         f"{view.duration(summary['seconds'])} in all. Run: {summary['run_dir']}\n"
-        f"next: remap predict {summary['run_dir']} IMAGES...   remap eval {summary['run_dir']}",
-        markup=False,
+        f"next: remap predict {summary['run_dir']} IMAGES...   remap eval {summary['run_dir']}"
     )
 
 

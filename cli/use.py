@@ -24,7 +24,7 @@ def evaluate(
     """Evaluate a run's student again; gives the run's accuracy to the sample."""
     from remap.runs.evaluation import evaluate_run
 
-    with view.Reporter(quiet=json) as progress:
+    with view.Reporter() as progress:
         found = evaluate_run(run, data, skip_bad, progress)
     if json:
         view.emit(found)
@@ -43,7 +43,7 @@ def predict(
     run: Run,
     images: Annotated[list[str], typer.Argument(help="Image files or folders.", show_default=False)],
     top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 1,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images to one forward pass.")] = 64,
     json: opt.Json = False,
 ) -> None:
     """Name the class of images. An unreadable one is reported and ends in exit code 2, the others are predicted."""
@@ -51,7 +51,7 @@ def predict(
     from remap.runs.predict import image_files
     from remap.runs.predict import predict as predictions
 
-    with view.Reporter(quiet=json) as progress:
+    with view.Reporter() as progress:
         paths = image_files(images)
         student = load_student(run)
         found = list(predictions(student, paths, top=top, batch_size=batch_size, progress=progress))
@@ -107,9 +107,9 @@ def compare(
     if len(set(chosen)) < len(chosen):
         raise RecipeError(["--methods: a method is named twice"], "command line")
     values = locals()
-    with view.Reporter(quiet=json) as progress:
+    with view.Reporter() as progress:
         resolved = read_recipe(opt.words(values), recipe, settings or [], with_teacher=True)
-        folder = output or default_path() / f"compare-{resolved.name}"
+        folder = (output or default_path() / f"compare-{resolved.name}").expanduser()
         table = run_compare(resolved, chosen, seeds, folder, progress)
     if json:
         view.emit(table)
@@ -145,5 +145,5 @@ def _show(table: dict) -> None:
     )
     teacher = table["teacher"]
     accuracy = "" if teacher["accuracy"] is None else f", accuracy {teacher['accuracy']:.1%}"
-    view.out.print(f"teacher: {teacher['model']} (head: {teacher['head']}){accuracy}", markup=False)
-    view.out.print(f"table: {table['output']}/compare.json; every cell is a run directory beside it", markup=False)
+    view.line(f"teacher: {teacher['model']} (head: {teacher['head']}){accuracy}")
+    view.line(f"table: {table['output']}/compare.json; every cell is a run directory beside it")

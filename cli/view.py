@@ -15,8 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 # Piped output has no width of its own; tables then take what their cells need.
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 160)
+err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+
+# Seconds between two lines of a wait where there is no terminal for a bar, and the least wait worth a closing line.
+EVERY, WORTH = 30.0, 2.0
 
 
 def error(problem: Exception) -> None:
@@ -25,6 +28,11 @@ def error(problem: Exception) -> None:
     text = str(problem) if rank == "0" else f"[process {rank}] {problem}"
     first, _, rest = text.partition("\n")
     err.print(f"[bold red]error:[/] {escape(_plain(first))}" + (f"\n{escape(_plain(rest))}" if rest else ""))
+
+
+def line(text: str) -> None:
+    """Text on stdout, line by line as it is."""
+    out.print(_plain(text), markup=False)
 
 
 def note(text: str) -> None:
@@ -43,7 +51,7 @@ def table(
     Columns in ``right`` are aligned right, those in ``wrap`` give way when the terminal is narrow.
     """
     result = Table(
-        title=title,
+        title=escape(_plain(title)),
         title_justify="left",
         title_style="bold",
         header_style="bold",
@@ -53,10 +61,10 @@ def table(
     )
     for index, column in enumerate(columns):
         justify = "right" if index in right else "left"
-        result.add_column(column, justify=justify, no_wrap=index not in wrap, overflow="fold")
+        result.add_column(escape(_plain(column)), justify=justify, no_wrap=index not in wrap, overflow="fold")
     for row in rows:
         if isinstance(row, str):
-            result.add_row(f"[bold cyan]{escape(row)}[/]")
+            result.add_row(f"[bold cyan]{escape(_plain(row))}[/]")
         else:
             result.add_row(*(escape(_plain(str(cell))) for cell in row))
     out.print(result)
@@ -107,7 +115,7 @@ def _plain(text: str) -> str:
 
 
 class Reporter:
-    """Progress on stderr: bars on a terminal, else a plain line for each wait that took more than two seconds."""
+    """Progress on stderr: bars on a terminal, else plain lines now and then for waits that take longer."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
@@ -138,28 +146,53 @@ class Reporter:
             err.print(escape(_plain(text)))
 
     @contextmanager
-    def wait(self, what: str, total: int | None = None) -> Iterator["_Wait"]:
+    def wait(self, what: str, total: int | None = None) -> Iterator["_Bar | _Lines"]:
         task = self._bars.add_task(escape(_plain(what)), total=total, values="") if self._bars is not None else None
-        wait, started = _Wait(self._bars, task), time.perf_counter()
+        wait = _Bar(self._bars, task) if self._bars is not None else _Lines(self, what, total)
         try:
             yield wait
         finally:
             if task is not None:
                 self._bars.remove_task(task)
-        seconds = time.perf_counter() - started
-        if self._bars is None and not self._quiet and seconds > 2:
-            err.print(escape(_plain(f"{what}: {duration(seconds)}{wait.text()}")))
+        if isinstance(wait, _Lines):
+            wait.close()
 
 
-class _Wait:
-    def __init__(self, bars: Progress | None, task: Any) -> None:
+class _Bar:
+    def __init__(self, bars: Progress, task: Any) -> None:
         self._bars, self._task = bars, task
         self._values: dict[str, float] = {}
 
     def advance(self, amount: int = 1, **values: float) -> None:
         self._values |= values
-        if self._bars is not None:
-            self._bars.update(self._task, advance=amount, values=" ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        self._bars.update(self._task, advance=amount, values=_text(self._values, " "))
 
-    def text(self) -> str:
-        return "".join(f", {name} {value:.4g}" for name, value in self._values.items())
+
+class _Lines:
+    """A wait without a terminal: a line at most every ``EVERY`` seconds, and one at the end of a long one."""
+
+    def __init__(self, reporter: Reporter, what: str, total: int | None) -> None:
+        self._say, self._what, self._total, self._done = reporter.say, what, total, 0
+        self._started = self._last = time.perf_counter()
+        self._values: dict[str, float] = {}
+
+    def advance(self, amount: int = 1, **values: float) -> None:
+        self._values |= values
+        self._done += amount
+        now = time.perf_counter()
+        if now - self._last >= EVERY:
+            self._last = now
+            done = f"{self._done}/{self._total}" if self._total is not None else f"{self._done}"
+            self._say(f"{self._what}: {done} in {duration(now - self._started)}{self._ending()}")
+
+    def close(self) -> None:
+        seconds = time.perf_counter() - self._started
+        if seconds > WORTH:
+            self._say(f"{self._what}: {duration(seconds)}{self._ending()}")
+
+    def _ending(self) -> str:
+        return f", {_text(self._values, ', ')}" if self._values else ""
+
+
+def _text(values: dict[str, float], between: str) -> str:
+    return between.join(f"{name} {value:.4g}" for name, value in values.items())

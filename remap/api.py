@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import anatomy_of
-from remap.data.images import decode, to_rgb
+from remap.data.images import decode
 from remap.data.views import View
 from remap.errors import RecipeError
 from remap.network import Network, Runner, choose_attention
@@ -62,9 +62,7 @@ class Student:
         Raises:
             BadImage: It cannot be read.
         """
-        if isinstance(image, Image.Image):
-            return self.view.apply(to_rgb(image))
-        return self.view.apply(decode(Path(image) if isinstance(image, str) else image))
+        return self.view.apply(decode(Path(image).expanduser() if isinstance(image, str) else image))
 
     @torch.no_grad()
     def logits(self, images: Sequence[Image.Image | bytes | Path | str]) -> Tensor:
@@ -82,7 +80,17 @@ class Student:
         return [(self.classes[i], float(p)) for p, i in zip(best.values, best.indices, strict=True)]
 
 
-def load_student(run_dir: str | Path, device: str | torch.device = "cpu") -> Student:
-    """Load the tuned student of a run directory (or of a copy of its task folder)."""
+def load_student(run_dir: str | Path, device: str | torch.device | None = None) -> Student:
+    """Load the tuned student of a run directory (or of a copy of its task folder).
+
+    Args:
+        run_dir: The run directory or task folder.
+        device: Where it computes; None is the accelerator if there is one, else the CPU.
+
+    Raises:
+        RunError: The files are damaged or the backbone is another one.
+    """
     network, view = load_task(Path(run_dir).expanduser())
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     return Student(network, view, torch.device(device))

@@ -1,12 +1,12 @@
 """Assembly: from a recipe to everything a run is made of, before the first step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from remap.bench import Bench, Views
-from remap.data.views import View, ViewSource
-from remap.engine.evaluate import Evaluation, evaluate
+from remap.data.views import View
 from remap.engine.launch import accelerator, use_bf16
 from remap.engine.teacher import Teacher
 from remap.network import Network, choose_attention, frozen, tuned
@@ -54,9 +54,7 @@ def assemble(recipe: Recipe, run_dir: RunDir | None, progress: Progress, bench: 
     view = View(size, student.preprocess.crop_pct, student.preprocess.interpolation)
     views = bench.open(recipe.data, view, progress)
     if views.skipped:
-        shown = ", ".join(f"{name} ({reason})" for name, reason in views.skipped[:5])
-        more = f" and {len(views.skipped) - 5} more" if len(views.skipped) > 5 else ""
-        progress.say(f"skipped {len(views.skipped)} file(s): {shown}{more}")
+        progress.say(f"skipped {len(views.skipped)} file(s): {listed(views.skipped)}")
     teacher = None
     if loaded is not None:
         teacher = prepare_teacher(loaded, recipe, run_dir, views, progress, bench) if run_dir else loaded
@@ -64,6 +62,12 @@ def assemble(recipe: Recipe, run_dir: RunDir | None, progress: Progress, bench: 
     torch.manual_seed(recipe.seed)
     objective = build_objective(recipe, student, teacher.network if teacher else None)
     return Parts(recipe, views, student, teacher, objective, bf16)
+
+
+def listed(files: Sequence[tuple[str, str]]) -> str:
+    """Names with reasons; the first five of many."""
+    shown = ", ".join(f"{name} ({reason})" for name, reason in files[:5])
+    return shown + (f" and {len(files) - 5} more" if len(files) > 5 else "")
 
 
 def build_objective(recipe: Recipe, student: Network, teacher: Network | None) -> Objective:
@@ -82,14 +86,21 @@ def teacher_in_training(parts: Parts, bench: Bench, progress: Progress) -> Teach
         return None
     spec = parts.recipe
     teacher = Teacher(parts.teacher.network, parts.objective, accelerator(), bf16=parts.bf16)
-    view, train = parts.views.view, parts.views.train
-    needed = teacher.bytes_per_image(view.size) * len(train.split)
-    fixed = spec.data.augment == "none" and spec.teacher.cache == "auto"
-    if not fixed or needed > spec.data.memory_gib * 2**30:
+    if not keeps_outputs(parts, teacher):
         return teacher
+    view, train = parts.views.view, parts.views.train
     losses = tuple(loss.model_dump_json() for loss in spec.losses)
     anatomy = parts.student.anatomy
-    key = (parts.teacher.key, spec.data.source, view, losses, anatomy.grid, anatomy.depth, parts.bf16)
+    key = (
+        parts.teacher.key,
+        spec.data.source,
+        view,
+        losses,
+        anatomy.grid,
+        anatomy.depth,
+        anatomy.has_class_token,
+        parts.bf16,
+    )
     if key in bench.targets:
         teacher.kept = bench.targets[key]
     else:
@@ -98,15 +109,9 @@ def teacher_in_training(parts: Parts, bench: Bench, progress: Progress) -> Teach
     return teacher
 
 
-def evaluate_on(parts: Parts, progress: Progress, network: Network, source: ViewSource, what: str) -> Evaluation:
-    """Evaluate with the run's own batch size, precision and rule for unreadable images."""
-    return evaluate(
-        network,
-        source,
-        accelerator(),
-        batch_size=max(64, parts.recipe.train.batch_size),
-        bf16=parts.bf16,
-        progress=progress,
-        what=what,
-        skip_bad=parts.recipe.data.skip_bad,
-    )
+def keeps_outputs(parts: Parts, teacher: Teacher) -> bool:
+    """Whether the teacher's outputs are computed once: the view of an image never changes, and they fit in memory."""
+    recipe, train = parts.recipe, parts.views.train
+    needed = teacher.bytes_per_image(parts.views.view.size) * len(train.split)
+    fixed = recipe.data.augment == "none" and recipe.teacher.cache == "auto"
+    return fixed and needed <= recipe.data.memory_gib * 2**30

@@ -23,6 +23,10 @@ class Views:
     test: ViewSource | None
     skipped: tuple[tuple[str, str], ...]
 
+    def digest(self) -> str:
+        """Which images are learned from: names, labels, order, and how many of them can be read."""
+        return f"{self.data.fingerprint()[:16]}-{len(self.train.split)}"
+
     def require_few_bad(self, share: float) -> None:
         """Look at what training found unreadable on the way, where views are not kept in memory."""
         _require_few_bad(self.train, share)

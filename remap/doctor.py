@@ -1,6 +1,5 @@
 """What of this machine matters to a run."""
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -8,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from remap import __version__
 from remap.runs.rundir import PACKAGES, version_of
 
 
@@ -26,7 +26,7 @@ def _python() -> dict[str, str]:
 
 
 def _packages() -> list[dict[str, str]]:
-    rows = [_row("ok", "remap", importlib.metadata.version("remap"))]
+    rows = [_row("ok", "remap", __version__)]
     for name in PACKAGES:
         version = version_of(name)
         rows.append(_row("bad" if version == "missing" else "ok", name, version))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remap.assembly import Parts, assemble
+from remap.assembly import Parts, assemble, keeps_outputs
 from remap.bench import Bench
 from remap.data import keyed
 from remap.engine.fit import StudentStep
@@ -49,6 +49,7 @@ def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
         and ``estimate``; plain values, ready for JSON.
     """
     check_processes(recipe.train.processes)
+    recipe = recipe.written_out()
     parts = assemble(recipe, None, progress, Bench())
     device = accelerator().device
     parts.objective.to(device)
@@ -140,6 +141,7 @@ def _trial(parts: Parts, teacher: Teacher | None) -> _Trial:
     for attempt in range(2):  # the first warms up
         started = time.perf_counter()
         targets = teacher.targets(images, good) if teacher else {}
+        _wait(device)
         asked = time.perf_counter()
         with torch.autograd.graph.saved_tensors_hooks(remember if attempt else _same, _same):
             total, parts_of_loss = step(images, targets, labels)
@@ -150,6 +152,12 @@ def _trial(parts: Parts, teacher: Teacher | None) -> _Trial:
             parameter.grad = None
     step.runner.tap.close()
     return _Trial((asked - started) / len(good), (done - asked) / len(good), sum(saved.values()) // len(good), losses)
+
+
+def _wait(device: torch.device) -> None:
+    """Work on a GPU runs behind the program; a clock must wait for it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -163,7 +171,7 @@ def _estimate(parts: Parts, teacher: Teacher | None, trial: _Trial) -> Estimate:
     trained = [*parts.student.trained.values(), *(p for p in parts.objective.parameters() if p.requires_grad)]
     trained_bytes = sum(p.numel() * p.element_size() for p in trained)
     weights = sum(_bytes(network) for network in (parts.student, parts.teacher.network if parts.teacher else None))
-    cached = teacher is not None and recipe.data.augment == "none" and recipe.teacher.cache == "auto"
+    cached = teacher is not None and keeps_outputs(parts, teacher)
     cache = teacher.bytes_per_image(parts.views.view.size) * len(train.split) if cached else 0
     steps = max(1, len(train.split) // spec.batch_size) * spec.epochs
     each_step = trial.student_seconds + (0.0 if cached else trial.teacher_seconds)
@@ -173,17 +181,30 @@ def _estimate(parts: Parts, teacher: Teacher | None, trial: _Trial) -> Estimate:
     passes = 1 + spec.epochs // spec.eval_every
     checks = trial.student_seconds / 3 * len(parts.views.val.split) * passes / processes
     task = sum(p.numel() * p.element_size() for p in parts.student.trained.values()) + 4096
-    prepared = sum(p.numel() * 4 for p in parts.teacher.network.head.values()) + 4096 if parts.teacher else 0
+    prepared = _prepared_bytes(parts)
     return Estimate(
         step_seconds=step_seconds,
         steps=steps,
         seconds=step_seconds * steps + once + checks,
-        memory_bytes=weights + 3 * trained_bytes + trial.activation_bytes * micro + cache + train.nbytes,
+        memory_bytes=weights
+        + 3 * trained_bytes
+        + trial.activation_bytes * micro
+        + cache
+        + train.kept_bytes,
         activation_bytes=trial.activation_bytes * micro,
         cache_bytes=cache,
         task_bytes=task,
         disk_bytes=task + 3 * trained_bytes + prepared,
     )
+
+
+def _prepared_bytes(parts: Parts) -> int:
+    """What the prepared teacher takes on disk: its head, or a checkpoint and all weights when it is tuned whole."""
+    if parts.teacher is None or parts.teacher.head != "none" or parts.recipe.teacher.prepare == "none":
+        return 0
+    if parts.recipe.teacher.prepare == "full":
+        return 4 * _bytes(parts.teacher.network)
+    return 4 * sum(p.numel() * 4 for p in parts.teacher.network.head.values()) + 4096
 
 
 def _bytes(network: Network | None) -> int:

@@ -55,6 +55,7 @@ def tuned(backbone: Backbone, method: str, options: dict[str, object]) -> Networ
     """Attach a method to a backbone and make its head trainable."""
     cls: type[Method] = METHODS.load(method)
     attached = cls(cls.Config(**options)).attach(backbone.model, backbone.anatomy)
+    attached.forget_original()
     network = Network(backbone.model, backbone.anatomy, backbone.preprocess, backbone.identity, attached)
     for parameter in network.head.values():
         parameter.requires_grad_(True)
@@ -71,7 +72,7 @@ class Runner(nn.Module):
     def __init__(self, network: Network, needs: Needs = Needs(), *, bf16: bool = False) -> None:
         super().__init__()
         self.model = network.model
-        self.preprocess = Preprocess(network.preprocess)
+        self.preprocess = Preprocess(network.preprocess).to(next(network.model.parameters()).device)
         self.tap = network.tap(needs)
         self.bf16 = bf16
 

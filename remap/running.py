@@ -3,13 +3,13 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from remap.assembly import Parts, assemble, evaluate_on, teacher_in_training
+from remap.assembly import Parts, assemble, listed, teacher_in_training
 from remap.bench import Bench
-from remap.engine.evaluate import Evaluation
+from remap.data.views import ViewSource
+from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.fit import Job, fit
 from remap.engine.launch import accelerator, check_processes
 from remap.engine.memory import peak_bytes
@@ -56,7 +56,11 @@ def start(
 ) -> Result:
     """Make a run directory and run."""
     check_processes(recipe.train.processes)
-    path = Path(output) if output is not None else next_path(default_path(), f"{recipe.name}-{recipe.method.name}")
+    path = (
+        Path(output).expanduser()
+        if output is not None
+        else next_path(default_path(), f"{recipe.name}-{recipe.method.name}")
+    )
     accelerator().wait_for_everyone()  # all ranks choose the same name before one of them makes it
     run_dir = RunDir.create(path, recipe) if accelerator().is_main_process else RunDir(path)
     return run(recipe, run_dir, progress, bench)
@@ -83,6 +87,7 @@ def run(
     resuming: bool = False,
 ) -> Result:
     """Train in ``run_dir``; its status always says how it ended."""
+    recipe = recipe.written_out()
     main = accelerator().is_main_process
     if main and resuming:
         run_dir.set_status("running")
@@ -116,8 +121,11 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
     started = time.perf_counter()
     device = accelerator().device
     parts = assemble(recipe, run_dir, progress, bench)
-    check = partial(evaluate_on, parts, progress)
-    initial = check(parts.student, parts.views.val, "the untrained student")
+
+    def check(source: ViewSource, what: str) -> Evaluation:
+        return evaluate_as(recipe, parts.student, source, accelerator(), progress, what)
+
+    initial = check(parts.views.val, "the untrained student")
     if parts.teacher is not None:
         require_useful(parts.teacher, initial, parts.views.val, recipe)
     teacher = teacher_in_training(parts, bench, progress)
@@ -125,7 +133,7 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
 
     def each_epoch() -> dict[str, float]:
         parts.views.require_few_bad(recipe.data.max_bad)
-        finals[:] = [check(parts.student, parts.views.val, "the student")]
+        finals[:] = [check(parts.views.val, "the student")]
         return {"accuracy": finals[0].accuracy}
 
     job = Job(
@@ -137,6 +145,7 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
         accelerator=accelerator(),
         bf16=parts.bf16,
         progress=progress,
+        data_digest=parts.views.digest(),
         evaluate=each_epoch,
         on_epoch=run_dir.write_metrics,
         checkpoint=run_dir.checkpoint,
@@ -147,10 +156,13 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
         if teacher is not None:
             teacher.close()  # other runs may share the network
     parts.student.model.eval()
-    final = finals[0] if finals else check(parts.student, parts.views.val, "the student")
+    bad = parts.views.train.bad_names()
+    if bad:
+        progress.say(f"skipped {len(bad)} training image(s) that cannot be read: {listed(bad)}")
+    final = finals[0] if finals else check(parts.views.val, "the student")
     summary = _summary(parts, run_dir, initial, final, state.history, state.seconds)
     if parts.views.test is not None:
-        summary["student"]["test_accuracy"] = check(parts.student, parts.views.test, "the test split").accuracy
+        summary["student"]["test_accuracy"] = check(parts.views.test, "the test split").accuracy
     if accelerator().is_main_process:
         options = recipe.method.options
         summary["student"]["task_bytes"] = save_task(

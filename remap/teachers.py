@@ -1,7 +1,6 @@
 """A teacher is loaded, given a head for these classes if it has none, and checked before it may teach."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import torch
 from remap import probe
 from remap.bench import Bench, Views
 from remap.data.views import ViewSource
-from remap.engine.evaluate import Evaluation, evaluate
-from remap.engine.launch import accelerator, use_bf16
+from remap.engine.evaluate import Evaluation, evaluate_as
+from remap.engine.launch import accelerator
 from remap.errors import TrainingError
 from remap.network import Network, choose_attention, tuned
 from remap.progress import Progress
@@ -79,7 +78,8 @@ def prepare_teacher(
     """
     if not _needs_logits(recipe):
         return teacher
-    check = partial(_accuracy, recipe=recipe, source=views.val, progress=progress)
+    if bench.teacher_folder is not None:  # one teacher for all runs, whatever their seeds
+        teacher = replace(teacher, key=f"shared {recipe.teacher.model_dump_json()}")
     if teacher.key in bench.teachers:
         return bench.teachers[teacher.key]
     if teacher.head == "none":
@@ -90,7 +90,8 @@ def prepare_teacher(
         network, _ = load_task(folder)
         prepared = PreparedTeacher(network, teacher.key, recipe.teacher.prepare)
         teacher = _placed(prepared, recipe, accelerator().device)
-    teacher = replace(teacher, accuracy=check(teacher.network).accuracy)
+    found = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, "the teacher")
+    teacher = replace(teacher, accuracy=found.accuracy)
     bench.teachers[teacher.key] = teacher
     return teacher
 
@@ -147,7 +148,9 @@ def _prepare(network: Network, recipe: Recipe, folder: Path, views: Views, progr
 def teacher_recipe(recipe: Recipe) -> Recipe:
     """The recipe that tunes the teacher: the same data and loop, its own method, cross-entropy alone."""
     spec = recipe.teacher
-    train = recipe.train.model_copy(update={"epochs": spec.epochs or recipe.train.epochs, "lr": spec.lr})
+    train = recipe.train.model_copy(
+        update={"epochs": spec.epochs or recipe.train.epochs, "lr": spec.lr, "warmup_epochs": None}
+    )
     return recipe.model_copy(
         update={
             "name": f"{recipe.name[:56]}-teacher",
@@ -182,16 +185,3 @@ def _placed(teacher: PreparedTeacher, recipe: Recipe, device: torch.device) -> P
     teacher.network.model.to(device)
     choose_attention(teacher.network, recipe.train.fused_attention, device)
     return teacher
-
-
-def _accuracy(network: Network, recipe: Recipe, source: ViewSource, progress: Progress) -> Evaluation:
-    return evaluate(
-        network,
-        source,
-        accelerator(),
-        batch_size=max(64, recipe.train.batch_size),
-        bf16=use_bf16(recipe.train.precision, accelerator().device),
-        progress=progress,
-        what="the teacher",
-        skip_bad=recipe.data.skip_bad,
-    )

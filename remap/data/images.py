@@ -7,18 +7,29 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from remap.errors import RemapError
+
 warnings.filterwarnings("ignore", message="Corrupt EXIF data", module="PIL")
 
 # What torchvision's ImageFolder reads, plus .avif; anything else in a class folder is named and left out.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".avif")
 
 
-class BadImage(Exception):
-    """A file that cannot be decoded as an image; the message says why."""
+class BadImage(RemapError):
+    """An image that cannot be decoded.
+
+    Attributes:
+        reason: Why, in a few words, for lists of several.
+    """
+
+    def __init__(self, reason: str, source: object = None) -> None:
+        self.reason = reason
+        given = source if isinstance(source, Path) else None
+        super().__init__(f"an image cannot be read: {reason}", given=given, do="repair it or leave it out")
 
 
-def decode(source: bytes | Path) -> Image.Image:
-    """An upright RGB image.
+def decode(source: bytes | Path | Image.Image) -> Image.Image:
+    """An upright RGB image from a file, its content, or what Pillow opened.
 
     EXIF rotation is applied, 16-bit and float greys are scaled to 8 bit, palettes and CMYK are converted, and an
     alpha channel is dropped (as torchvision and timm do).
@@ -27,23 +38,29 @@ def decode(source: bytes | Path) -> Image.Image:
         BadImage: Truncated, empty, not an image, or larger than Pillow's limit against decompression bombs.
     """
     try:
+        if isinstance(source, Image.Image):
+            return _upright(source)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            _require_small(image)
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
-    except BadImage:
+            return _upright(image)
+    except RemapError:  # a signal that came meanwhile
         raise
     except Exception as error:  # Pillow's decoders raise many kinds; all mean the file is no usable image
-        raise BadImage(_reason(error)) from error
+        raise BadImage(_reason(error), source) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    _require_small(image)
+    image.load()
+    return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def _require_small(image: Image.Image) -> None:
     """Pillow refuses only twice its limit and warns below; turning warnings to errors is not safe in threads."""
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise BadImage(f"{image.width} x {image.height} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS:,}")
+        raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS:,}")
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     """Any mode to 8-bit RGB."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         return _grey_of_wide_range(image).convert("RGB")
@@ -59,7 +76,7 @@ def _grey_of_wide_range(image: Image.Image) -> Image.Image:
     """
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
-        raise BadImage("holds values that are not finite")
+        raise ValueError("holds values that are not finite")
     if image.mode.startswith("I;16") or values.max(initial=0) > 255:
         values = values / 257.0
     elif image.mode == "F" and values.max(initial=0) <= 1:

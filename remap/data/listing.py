@@ -8,7 +8,11 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from remap.data.images import SUFFIXES
 from remap.errors import DataError
+
+# A compressed archive has no places to jump to, so its images are held in memory, up to this many bytes.
+HELD_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,19 @@ def _links_up(folder: str, name: str) -> bool:
 
 
 def list_tar(path: Path) -> Listing:
-    """Members are read where they lie; nothing is extracted, and links and devices are ignored."""
+    """Members are read where they lie; nothing is extracted, and links and devices are ignored.
+
+    Raises:
+        DataError: It is no whole tar, or a compressed one with too many images to hold.
+    """
     try:
         with tarfile.open(path, "r:*") as archive:
             everything = archive.getmembers()
             members = {_clean(m.name): m for m in everything if m.isreg()}
             folders = tuple(sorted(filter(None, (_clean(m.name) for m in everything if m.isdir()))))
             if path.stat().st_size and not _is_plain_tar(path):
-                held = {name: archive.extractfile(member).read() for name, member in members.items()}
-                return Listing(tuple(sorted(held)), folders, lambda p: held[p])
+                held = _held(path, archive, members)
+                return Listing(tuple(sorted(members)), folders, lambda p: held[p])
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
         raise DataError(
@@ -75,6 +83,20 @@ def list_tar(path: Path) -> Listing:
             return file.read(size)
 
     return Listing(tuple(sorted(places)), folders, read)
+
+
+def _held(path: Path, archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> dict[str, bytes]:
+    """The images of a compressed archive; other members are left where they are."""
+    images = {name: member for name, member in members.items() if name.lower().endswith(SUFFIXES)}
+    total = sum(member.size for member in images.values())
+    if total > HELD_BYTES:
+        raise DataError(
+            f"{path} is compressed and holds more images than fit in memory",
+            given=f"{total / 2**30:.1f} GiB",
+            allowed=f"{HELD_BYTES / 2**30:.1f} GiB; a plain tar or a folder may have any size",
+            do="decompress the archive (gunzip, unxz, bunzip2), or unpack it and name the folder",
+        )
+    return {name: archive.extractfile(member).read() for name, member in images.items()}
 
 
 def _is_plain_tar(path: Path) -> bool:

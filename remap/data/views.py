@@ -78,10 +78,14 @@ class ViewSource:
             return
         kept = torch.zeros(len(self.split), 3, self.view.size, self.view.size, dtype=torch.uint8)
         with progress.wait(f"reading {what}", len(self.split)) as step, ThreadPoolExecutor(self._workers) as pool:
-            for index, pixels in enumerate(pool.map(self._read, range(len(self.split)))):
-                if pixels is not None:
-                    kept[index] = torch.from_numpy(pixels)
-                step.advance()
+            try:
+                for index, pixels in enumerate(pool.map(self._read, range(len(self.split)))):
+                    if pixels is not None:
+                        kept[index] = torch.from_numpy(pixels)
+                    step.advance()
+            except BaseException:  # Ctrl-C must not wait for all the other images
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         self._kept = kept
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, np.ndarray]:
@@ -116,7 +120,7 @@ class ViewSource:
             return self.view.apply(decode(self.split.read(int(index))))
         except (BadImage, OSError) as error:
             with self._lock:
-                self.bad[int(index)] = str(error)
+                self.bad[int(index)] = error.reason if isinstance(error, BadImage) else str(error)
             return None
 
 

@@ -81,7 +81,7 @@ def load_checkpoint(
         raise RunError(f"{path} is damaged: {error}", do="start the run again in another --output") from error
     if state.digest != digest:
         raise RunError(
-            f"{path} belongs to another recipe",
+            f"{path} belongs to another recipe or to other images",
             given=f"checkpoint {state.digest}, this run {digest}",
             do="resume with the recipe the run was started with (its recipe.yaml)",
         )

@@ -8,8 +8,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from remap.data.views import ViewSource, require_readable
+from remap.engine.launch import use_bf16
 from remap.network import Network, Runner
 from remap.progress import Progress
+from remap.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,22 @@ def evaluate(
     predictions = _largest_over_ranks(predictions, accelerator).cpu().numpy()
     seen = predictions >= 0
     return Evaluation(int((predictions == source.split.labels)[seen].sum()), int(seen.sum()), predictions)
+
+
+def evaluate_as(
+    recipe: Recipe, network: Network, source: ViewSource, accelerator: Accelerator, progress: Progress, what: str
+) -> Evaluation:
+    """``evaluate`` with a recipe's batch size, precision and rule for unreadable images."""
+    return evaluate(
+        network,
+        source,
+        accelerator,
+        batch_size=max(64, recipe.train.batch_size),
+        bf16=use_bf16(recipe.train.precision, accelerator.device),
+        progress=progress,
+        what=what,
+        skip_bad=recipe.data.skip_bad,
+    )
 
 
 def _largest_over_ranks(values: Tensor, accelerator: Accelerator) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from remap.data import keyed
 from remap.data.batches import Batch, Plan, batches
@@ -44,6 +45,7 @@ class Job:
     """What one training run works on.
 
     Attributes:
+        data_digest: Which images and labels these are; a checkpoint goes on with the same ones only.
         checkpoint: Where to keep the latest state; None keeps none.
         evaluate: Called after each epoch, gives the metrics to record.
         on_epoch: Called on the main process with the history so far.
@@ -59,6 +61,7 @@ class Job:
     progress: Progress
     evaluate: Callable[[], dict[str, float]]
     on_epoch: Callable[[list[dict[str, Any]]], None]
+    data_digest: str = ""
     checkpoint: Path | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -80,12 +83,12 @@ def fit(job: Job, *, resume: bool = False) -> State:
     parameters = job.parameters()
     extra = [(name, p) for name, p in parameters.items() if name.startswith("objective.")]
     optimizer = adamw(job.student, extra, job.recipe.learning_rate(), spec.weight_decay)
-    state = State(job.recipe.digest())
+    state = State(f"{job.recipe.digest()}+{job.data_digest}")
     if resume and job.checkpoint is not None and job.checkpoint.exists():
         state = load_checkpoint(job.checkpoint, state.digest, parameters, optimizer)
     if spec.compile:
         _compile_blocks(job.student)
-    callable_step = accelerator.prepare_model(step_module) if accelerator.num_processes > 1 else step_module
+    callable_step = _distributed(step_module, accelerator)
     try:
         with stop_flag() as flag:
             while state.epoch < spec.epochs:
@@ -103,6 +106,14 @@ def _require_divisible(plan: Plan) -> None:
             given=f"{plan.processes} process(es), each with train.accumulation={plan.accumulation}",
             do="use a larger --batch-size, fewer processes, or less accumulation",
         )
+
+
+def _distributed(step_module: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Average gradients over processes. Every trained parameter is used, so no search for unused ones is paid for."""
+    if accelerator.num_processes == 1:
+        return step_module
+    device = accelerator.device
+    return DistributedDataParallel(step_module, device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def _compile_blocks(network: Network) -> None:

@@ -38,6 +38,9 @@ def _combination_problems(recipe: Recipe) -> list[str]:
     for name in sorted({name for name in names if names.count(name) > 1}):
         problems.append(f"losses: '{name}' is given twice")
     needing = [name for name in dict.fromkeys(names) if name in LOSSES and LOSSES.row(name).category != "labels"]
+    teaching = ("labels", "logits")
+    if names and not any(LOSSES.row(loss.name).category in teaching for loss in recipe.losses if loss.name in LOSSES):
+        problems.append("losses: none of them trains the classifier (add ce, kd or dist)")
     if recipe.teacher is None and needing:
         problems.append(f"losses: {', '.join(needing)} need a teacher (set teacher.model, or keep to ce)")
     if recipe.teacher is not None:

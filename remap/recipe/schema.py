@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from remap.recipe.paths import absolute_data, absolute_model, absolute_weights
 from remap.registry import Registry
 from remap.remapping import LOSSES
 from remap.tuning import METHODS
@@ -189,12 +189,14 @@ class Recipe(Section):
         Imports the classes behind the names, and so torch.
         """
         models = {
-            role: spec.model_copy(update={"model": absolute(spec.model), "weights": absolute(spec.weights)})
+            role: spec.model_copy(
+                update={"model": absolute_model(spec.model), "weights": absolute_weights(spec.weights)}
+            )
             for role, spec in (("teacher", self.teacher), ("student", self.student))
             if spec is not None
         }
-        val_source = None if self.data.val_source is None else absolute(self.data.val_source)
-        data = self.data.model_copy(update={"source": absolute(self.data.source), "val_source": val_source})
+        val_source = None if self.data.val_source is None else absolute_data(self.data.val_source)
+        data = self.data.model_copy(update={"source": absolute_data(self.data.source), "val_source": val_source})
         method = MethodSpec(name=self.method.name, **_with_defaults(METHODS, self.method))
         losses = tuple(
             LossSpec(name=loss.name, weight=loss.weight, **_with_defaults(LOSSES, loss)) for loss in self.losses or ()
@@ -213,14 +215,6 @@ class Recipe(Section):
     def learning_rate(self) -> float:
         """The peak learning rate: the recipe's, else the method's default."""
         return METHODS.row(self.method.name).lr if self.train.lr is None else self.train.lr
-
-
-def absolute(word: str) -> str:
-    """The absolute path of a word that names something on disk here; other words stay as they are."""
-    prefix = "local-dir:" if word.startswith("local-dir:") else ""
-    path = Path(word.removeprefix(prefix)).expanduser()
-    known = {"digits", "pretrained", "none"}
-    return f"{prefix}{path.resolve()}" if word not in known and path.exists() else word
 
 
 def _with_defaults(table: Registry, spec: "Named") -> dict[str, Any]:

@@ -35,7 +35,8 @@ def plan(recipe: Recipe, methods: Sequence[str], seeds: int) -> list[Cell]:
     The cells differ from each other in method, its learning rate, losses and seed, and in nothing else.
     """
     cells = []
-    alone = (LossSpec(name="ce", weight=LOSSES.row("ce").weight),)
+    default = LossSpec(name="ce", weight=LOSSES.row("ce").weight)
+    alone = tuple(loss for loss in recipe.losses if LOSSES.row(loss.name).category == "labels") or (default,)
     for method in methods:
         spec = recipe.method if method == recipe.method.name else MethodSpec(name=method)
         for with_teacher in (False, True):
@@ -69,10 +70,17 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, output: Path, pr
 
 
 def _run(missing: list[Cell], output: Path, progress: Progress) -> None:
-    # Training needs torch; looking at a finished comparison does not.
+    # Only here, so that a finished comparison is shown in a moment.
     from remap.bench import Bench
+    from remap.engine.launch import accelerator
     from remap.running import run
 
+    if accelerator().num_processes > 1:
+        raise RunError(
+            "a comparison runs its cells one after the other in one process",
+            given=f"{accelerator().num_processes} processes",
+            do="call remap compare without a launcher; the cells of several folders may run side by side",
+        )
     bench = Bench(teacher_folder=output / "teacher")
     for number, cell in enumerate(missing, 1):
         path = output / cell.name
@@ -83,11 +91,12 @@ def _run(missing: list[Cell], output: Path, progress: Progress) -> None:
 
 
 def _claim(output: Path, recipe: Recipe) -> None:
-    """The folder belongs to one recipe (apart from method and number of seeds)."""
-    output.mkdir(parents=True, exist_ok=True)
+    """The folder belongs to one recipe (apart from method and number of seeds), once a cell of it is finished."""
+    files.make_folder(output)
     marker = output / "compare-of.txt"
     digest = recipe.model_copy(update={"method": MethodSpec(name="linear")}).digest()
-    if marker.exists() and marker.read_text().strip() != digest:
+    begun = any(output.glob("*/summary.json"))
+    if begun and marker.exists() and marker.read_text().strip() != digest:
         raise RunError(
             f"{output} holds a comparison of another recipe; nothing in it was touched",
             do="name another --output, or repeat the words it was started with",

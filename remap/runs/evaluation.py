@@ -25,7 +25,7 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
     """
     run = RunDir.open(path)
     recipe = run.recipe()
-    network, view = load_task(path)
+    network, view = load_task(run.path)
     device = accelerator().device
     network.model.to(device)
     choose_attention(network, recipe.train.fused_attention, device)
@@ -39,7 +39,7 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
         batch_size=max(64, recipe.train.batch_size),
         bf16=use_bf16(recipe.train.precision, device),
         progress=progress,
-        what="the student",
+        what="held-out" if data is None else Path(data).name,
         skip_bad=skip_bad or recipe.data.skip_bad,
     )
     seen = found.predictions_N >= 0
@@ -50,7 +50,7 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
         count = int(chosen.sum())
         classes.append({"class": name, "images": count, "accuracy": right / count if count else None})
     return {
-        "run_dir": str(path),
+        "run_dir": str(run.path),
         "data": source,
         "accuracy": found.accuracy,
         "correct": found.correct,

@@ -60,7 +60,7 @@ def _batch(student: Student, paths: Sequence[Path], top: int) -> list[Prediction
         try:
             views.append(student.pixels(path))
         except BadImage as error:
-            errors[path] = str(error)
+            errors[path] = error.reason
     best = iter(())
     if views:
         logits = student.logits_of_views(torch.from_numpy(np.stack(views)))

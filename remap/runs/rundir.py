@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -11,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from remap import files
+from remap import __version__, files
 from remap.errors import RunError
 from remap.recipe import Recipe, dump, load
 from remap.runs.curves import curves
 
 PACKAGES = ("torch", "timm", "torchdistill", "accelerate", "peft", "numpy", "pillow", "safetensors", "scikit-learn")
+# What ``create`` leaves when it is killed before recipe.yaml is there.
+_DRAFT = re.compile(r"\.?recipe\.yaml\.\d+\.tmp(\.\d+\.tmp)?")
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class RunDir:
     """
 
     path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", self.path.expanduser())
 
     @property
     def task(self) -> Path:
@@ -43,26 +49,45 @@ class RunDir:
 
     @staticmethod
     def create(path: Path, recipe: Recipe) -> "RunDir":
-        """Make a new run directory.
+        """Make a new run directory; an empty folder may be there already.
 
         Raises:
-            RunError: It exists already, or cannot be written.
+            RunError: It holds something, or cannot be written.
         """
+        run = RunDir(path)
         try:
-            path.mkdir(parents=True)
+            run.path.mkdir(parents=True, exist_ok=True)
+            taken = any(not _DRAFT.fullmatch(entry.name) for entry in run.path.iterdir())
         except FileExistsError:
-            raise RunError(
-                f"{path} exists already; nothing in it was touched",
-                do=f"name another --output, or go on with that run: --resume {path}",
-            ) from None
+            taken = True
         except OSError as error:
             raise RunError(f"cannot make {path}: {error.strerror}", do="choose another --output") from error
-        run = RunDir(path)
-        files.write_text(path / "recipe.yaml", dump(recipe.written_out()))
-        files.write_text(path / "command.txt", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) + "\n")
-        files.write_json(path / "environment.json", environment())
+        if taken:
+            raise run._exists_already()
+        run._claim(dump(recipe.written_out()))
+        files.write_text(run.path / "command.txt", shlex.join(command()) + "\n")
+        files.write_json(run.path / "environment.json", environment())
         run.set_status("running")
         return run
+
+    def _claim(self, recipe: str) -> None:
+        """Write recipe.yaml, which makes a folder a run: whole, and by one process only."""
+        draft = self.path / f"recipe.yaml.{os.getpid()}.tmp"
+        files.write_text(draft, recipe)
+        try:
+            os.link(draft, self.path / "recipe.yaml")
+        except FileExistsError:
+            raise self._exists_already() from None
+        except OSError:  # a file system without hard links; two runs at the same instant are not told apart there
+            files.write_text(self.path / "recipe.yaml", recipe)
+        finally:
+            draft.unlink()
+
+    def _exists_already(self) -> RunError:
+        return RunError(
+            f"{self.path} exists already; nothing in it was touched",
+            do=f"name another --output, or go on with that run: --resume {self.path}",
+        )
 
     @staticmethod
     def open(path: Path) -> "RunDir":
@@ -71,9 +96,10 @@ class RunDir:
         Raises:
             RunError: It is none.
         """
-        if not (path / "recipe.yaml").is_file():
+        run = RunDir(path)
+        if not (run.path / "recipe.yaml").is_file():
             raise RunError(f"{path} is no run directory", given="recipe.yaml is missing", do="see `ls runs`")
-        return RunDir(path)
+        return run
 
     def recipe(self) -> Recipe:
         return load(self.path / "recipe.yaml")
@@ -118,11 +144,21 @@ def next_path(root: Path, stem: str) -> Path:
     return root / f"{stem}-{number:03d}"
 
 
+def command() -> list[str]:
+    """This process's command line as it can be typed again."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None:
+        return ["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
+    if Path(sys.argv[0]).stem == "remap":
+        return ["remap", *sys.argv[1:]]
+    return ["python", *sys.argv]
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine, without anything private."""
     return {
         "time": _now(),
-        "remap": importlib.metadata.version("remap"),
+        "remap": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu_cores": os.cpu_count(),

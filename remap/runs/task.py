@@ -11,10 +11,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from remap import __version__, files
-from remap.backbones.build import Backbone, Identity, build, fresh_head, read_safetensors, state_hash
+from remap.backbones.build import Backbone, Identity, build, fresh_head, resolve_name, state_hash
+from remap.backbones.loading import read_safetensors
 from remap.backbones.preprocess import PreprocessSpec
 from remap.data.views import View
-from remap.errors import RunError
+from remap.errors import BackboneError, RunError
 from remap.network import Network, choose_attention, tuned
 from remap.recipe.schema import MethodSpec, ModelSpec
 from remap.runs.rundir import is_run
@@ -106,11 +107,22 @@ def open_backbone(spec: ModelSpec, num_classes: int, *, keep_head: bool = False)
     """A backbone from any source of weights: timm, a file, or a run directory whose method can be folded in.
 
     Raises:
-        BackboneError: A run's method cannot be folded into plain weights.
+        BackboneError: A run's method cannot be folded into plain weights, or the words contradict each other.
     """
-    for word in (spec.model, spec.weights):
-        if is_run(word):
-            return _backbone_of_run(Path(word).expanduser().resolve(), num_classes)
+    if is_run(spec.model) and spec.weights != "pretrained":
+        raise BackboneError(
+            f"{spec.model} is a run directory and brings its own weights", given=f"weights: {spec.weights}"
+        )
+    run = spec.model if is_run(spec.model) else spec.weights
+    if is_run(run):
+        if keep_head:
+            raise BackboneError(f"the head of {run} is for other classes", do="let teacher.prepare fit one")
+        backbone = _backbone_of_run(Path(run).expanduser().resolve(), num_classes)
+        if not is_run(spec.model) and resolve_name(spec.model) != backbone.identity.model:
+            raise BackboneError(
+                "the weights are of another model", given=f"{spec.model}, and {run} of {backbone.identity.model}"
+            )
+        return backbone
     return build(spec.model, spec.weights, num_classes, keep_head=keep_head)
 
 

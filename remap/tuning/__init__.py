@@ -49,7 +49,7 @@ METHODS: Registry[MethodEntry] = Registry(
             paper="reference point of the survey, arXiv 2305.06061",
             trains="0",
             mergeable=True,
-            lr=1e-2,
+            lr=3e-2,
         ),
         MethodEntry(
             name="vpt_shallow",
@@ -59,7 +59,7 @@ METHODS: Registry[MethodEntry] = Registry(
             paper="Jia et al. 2022, arXiv 2203.12119",
             trains="p*D",
             mergeable=False,
-            lr=1e-2,
+            lr=5e-2,
         ),
         MethodEntry(
             name="vpt_deep",
@@ -69,7 +69,7 @@ METHODS: Registry[MethodEntry] = Registry(
             paper="Jia et al. 2022, arXiv 2203.12119",
             trains="L*p*D",
             mergeable=False,
-            lr=1e-2,
+            lr=5e-2,
         ),
         MethodEntry(
             name="adaptformer",
@@ -79,7 +79,7 @@ METHODS: Registry[MethodEntry] = Registry(
             paper="Chen et al. 2022, arXiv 2205.13535",
             trains="L*(2*D*r + r + D)",
             mergeable=False,
-            lr=3e-3,
+            lr=1e-2,
         ),
         MethodEntry(
             name="bitfit",
@@ -89,7 +89,7 @@ METHODS: Registry[MethodEntry] = Registry(
             paper="Ben-Zaken et al. 2022, arXiv 2106.10199",
             trains="all biases",
             mergeable=True,
-            lr=3e-3,
+            lr=1e-2,
         ),
     ],
 )

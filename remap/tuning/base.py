@@ -70,6 +70,7 @@ class Attached:
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in chosen)
         self._keyed = [module for module in model.modules() if isinstance(module, SampleDropout)]
+        self._forgotten = False
         # Tuned backbone weights must come back bit for bit on detach; inserted modules just go.
         self._original = {
             name: parameters[name].detach().clone()
@@ -134,8 +135,19 @@ class Attached:
         self._take_off()
         return self.model
 
+    def forget_original(self) -> None:
+        """Drop the copy of the tuned backbone weights that only ``detach`` reads, as large as what is tuned."""
+        self._forgotten = bool(self._original)
+        self._original = {}
+
     def detach(self) -> nn.Module:
-        """Give the backbone back bit for bit as it was before attaching."""
+        """Give the backbone back bit for bit as it was before attaching.
+
+        Raises:
+            BackboneError: The original weights were forgotten.
+        """
+        if self._forgotten:
+            raise BackboneError("the backbone's original weights were dropped, so it cannot be given back")
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, value in self._original.items():

@@ -119,6 +119,24 @@ def test_weights_of_another_shape_are_refused(weights: tuple[Path, nn.Module]) -
         build("vit_mini_teacher_patch4_32", str(weights[0]), 3)
 
 
+def test_weights_with_holes_are_refused(weights: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    """timm itself loads such a file without a word when the number of classes differs; the rest stays random."""
+    tensors = {key: value for key, value in weights[1].state_dict().items() if not key.startswith("blocks.3.")}
+    save_file(tensors, tmp_path / "holes.safetensors")
+    with pytest.raises(WeightsError, match=r"12 tensors would stay random"):
+        build(NAME, str(tmp_path / "holes.safetensors"), 3)
+    save_file({f"backbone.{k}": v for k, v in weights[1].state_dict().items()}, tmp_path / "prefix.safetensors")
+    with pytest.raises(WeightsError):
+        build(NAME, str(tmp_path / "prefix.safetensors"), 3)
+
+
+def test_a_file_without_a_head_will_do(weights: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    tensors = {key: value for key, value in weights[1].state_dict().items() if not key.startswith("head.")}
+    save_file(tensors, tmp_path / "headless.safetensors")
+    for classes in (3, 10):
+        assert _same_backbone(build(NAME, str(tmp_path / "headless.safetensors"), classes).model, weights[1])
+
+
 def test_a_pickle_under_a_safetensors_name_is_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match="as safetensors"):

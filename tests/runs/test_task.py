@@ -72,7 +72,7 @@ def test_a_task_holds_what_was_trained_and_nothing_else(run_of: Callable[..., Re
 def test_saving_a_loaded_task_gives_the_same_bytes(run_of: Callable[..., Result], tmp_path: Path) -> None:
     result = run_of("adaptformer")
     network, view = load_task(result.run_dir)
-    save_task(tmp_path, network, view, "adaptformer", {})
+    save_task(tmp_path, network, view, "adaptformer", RunDir(result.run_dir).recipe().method.options)
     for name in ("task.json", "task.safetensors"):
         assert (tmp_path / name).read_bytes() == (RunDir(result.run_dir).task / name).read_bytes()
 

@@ -1,0 +1,31 @@
+"""Saved recipes work from any folder, and a folder that happens to be named like a model changes nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from remap.recipe import resolve
+
+
+def test_paths_become_absolute_and_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for folder in ("vit_small", "none", "pretrained", "photos", "run/task"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "run" / "task" / "task.json").write_text("{}")
+    words = {"teacher": "run", "student": "vit_small", "data": "photos"}
+    recipe = resolve(words=words, settings=["student.weights=~/w.safetensors"]).written_out()
+    assert recipe.teacher.model == str(tmp_path / "run")
+    assert (recipe.student.model, recipe.teacher.weights) == ("vit_small", "pretrained")
+    assert recipe.student.weights == str(tmp_path / "home" / "w.safetensors")
+    assert recipe.data.source == str(tmp_path / "photos")
+    local = resolve(words={"student": "local-dir:m"}).written_out()
+    assert local.student.model == f"local-dir:{tmp_path / 'm'}" and local.data.source == "digits"
+    assert recipe.written_out() == recipe
+
+
+def test_the_digest_does_not_depend_on_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vit_small").mkdir()
+    before = resolve(words={"student": "vit_small"}).digest()
+    monkeypatch.chdir(tmp_path)
+    assert resolve(words={"student": "vit_small"}).digest() == before
