@@ -8,39 +8,83 @@ import typer
 TRAIN, USE, LOOK = "Train and compare", "Use a run", "Look things up"
 _MODELS, _TRAINING, _RUN = "Models and losses", "Training", "Run"
 
+# Shown in the help; the defaults themselves stand in the recipes, and a test compares the two.
+DEFAULTS = {
+    "teacher": "mini_teacher",
+    "student": "mini_student",
+    "method": "vpt_deep",
+    "losses": "ce,kd,attention",
+    "weights": "pretrained",
+    "data": "digits",
+    "epochs": "30",
+    "batch_size": "64",
+    "seed": "0",
+}
+
 Teacher = Annotated[
     str | None,
-    typer.Option(help="Short name, timm name, local-dir:FOLDER or run directory.", rich_help_panel=_MODELS),
+    typer.Option(
+        help="Short name, timm name, local-dir:FOLDER or run directory.",
+        show_default=DEFAULTS["teacher"],
+        rich_help_panel=_MODELS,
+    ),
 ]
-Student = Annotated[str | None, typer.Option(help="The same choices as for the teacher.", rich_help_panel=_MODELS)]
+Student = Annotated[
+    str | None,
+    typer.Option(
+        help="The same choices as for the teacher.", show_default=DEFAULTS["student"], rich_help_panel=_MODELS
+    ),
+]
 Method = Annotated[
-    str | None, typer.Option(help="Tuning method of the student; see `remap methods`.", rich_help_panel=_MODELS)
+    str | None,
+    typer.Option(
+        help="Tuning method of the student; see `remap methods`.",
+        show_default=DEFAULTS["method"],
+        rich_help_panel=_MODELS,
+    ),
 ]
 Losses = Annotated[
     str | None,
     typer.Option(
-        help="Comma-separated, with weights after a colon: ce,kd:0.5. See `remap losses`.", rich_help_panel=_MODELS
+        help="Comma-separated, with weights after a colon: ce,kd:0.5. See `remap losses`.",
+        show_default=f"{DEFAULTS['losses']}; without a teacher ce",
+        rich_help_panel=_MODELS,
     ),
 ]
 Weights = Annotated[
-    str | None, typer.Option(help="For teacher and student: pretrained or none.", rich_help_panel=_MODELS)
+    str | None,
+    typer.Option(
+        help="For teacher and student: pretrained or none.", show_default=DEFAULTS["weights"], rich_help_panel=_MODELS
+    ),
 ]
 Data = Annotated[
     str | None,
     typer.Option(
         help="Folder of class folders (with or without train/ and val/), a tar of one, or digits.",
+        show_default=DEFAULTS["data"],
         rich_help_panel=_TRAINING,
     ),
 ]
 ValData = Annotated[str | None, typer.Option(help="Separate folder or tar to evaluate on.", rich_help_panel=_TRAINING)]
-Epochs = Annotated[int | None, typer.Option(help="Passes over the training images.", rich_help_panel=_TRAINING)]
+Epochs = Annotated[
+    int | None,
+    typer.Option(help="Passes over the training images.", show_default=DEFAULTS["epochs"], rich_help_panel=_TRAINING),
+]
 BatchSize = Annotated[
-    int | None, typer.Option(help="Images to one update, all processes together.", rich_help_panel=_TRAINING)
+    int | None,
+    typer.Option(
+        help="Images to one update, all processes together.",
+        show_default=DEFAULTS["batch_size"],
+        rich_help_panel=_TRAINING,
+    ),
 ]
 LearningRate = Annotated[
-    float | None, typer.Option(help="Peak learning rate; the method's own by default.", rich_help_panel=_TRAINING)
+    float | None, typer.Option(help="Peak learning rate.", show_default="the method's own", rich_help_panel=_TRAINING)
 ]
-Seed = Annotated[int | None, typer.Option(help="Decides every random choice.", rich_help_panel=_TRAINING)]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="Decides every random choice.", show_default=DEFAULTS["seed"], rich_help_panel=_TRAINING),
+]
 RecipeWord = Annotated[
     str | None,
     typer.Option(help="A shipped recipe's name or a YAML file; other words override it.", rich_help_panel=_RUN),
@@ -52,7 +96,7 @@ Settings = Annotated[
     ),
 ]
 Output = Annotated[
-    Path | None, typer.Option(help="Run directory to make; runs/NAME-METHOD-001 by default.", rich_help_panel=_RUN)
+    Path | None, typer.Option(help="Run directory to make.", show_default="runs/NAME-METHOD-001", rich_help_panel=_RUN)
 ]
 Resume = Annotated[Path | None, typer.Option(help="Go on with an interrupted run directory.", rich_help_panel=_RUN)]
 SkipBad = Annotated[

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
+from remap.recipe import resolve_distill
 from remap.remapping import LOSSES
 from remap.tuning import CATEGORIES, METHODS
+from remap_cli.options import DEFAULTS
 
 HEAVY = "import sys; heavy = {'torch', 'timm', 'accelerate', 'peft', 'sklearn', 'torchdistill'} & set(sys.modules)"
 
@@ -68,6 +70,31 @@ def test_copy_then_validate(remap: Callable[..., Result], tmp_path: Path) -> Non
     assert broken.exit_code == 2
     for part in ("digits.yaml: 2 problems", "did you mean 'vpt_deep'", "train.epochs"):
         assert part in broken.message
+
+
+def test_validate_reports_every_broken_file(remap: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("method: vpt_dep\n")
+    (tmp_path / "c.yaml").write_text("train: {epochs: 0}\n")
+    result = remap("recipes", "validate", "a.yaml", "digits", "c.yaml", "absent.yaml")
+    assert result.exit_code == 2 and "digits: ok" in result.stdout
+    for part in ("a.yaml: 1 problem", "did you mean 'vpt_deep'", "c.yaml: 1 problem", "train.epochs", "absent.yaml"):
+        assert part in result.message
+
+
+def test_the_help_shows_the_defaults_of_the_recipes() -> None:
+    for recipe in (resolve_distill(None), resolve_distill(None, {"data": "photos"})):
+        found = {
+            "teacher": recipe.teacher.model,
+            "student": recipe.student.model,
+            "method": recipe.method.name,
+            "losses": ",".join(loss.name for loss in recipe.losses),
+            "weights": recipe.student.weights,
+            "data": recipe.data.source.replace("photos", "digits"),
+            "epochs": str(recipe.train.epochs),
+            "batch_size": str(recipe.train.batch_size),
+            "seed": str(recipe.seed),
+        }
+        assert found == DEFAULTS
 
 
 def test_doctor_runs_without_network(remap: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Wrong words, wrong data, wrong folders: one clear message each, exit code 2, nothing lost."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,36 +8,50 @@ import pytest
 from PIL import Image
 from typer.testing import Result
 
+WORDS = [
+    (["--method", "vpt_dep"], ["unknown method 'vpt_dep'", "did you mean 'vpt_deep'"]),
+    (["--losses", "ce,kdd"], ["unknown loss 'kdd'", "did you mean 'kd'"]),
+    (["--losses", "ce:x"], ["losses", "must be a number"]),
+    (["--set", "train.epoch=3"], ["train.epoch: unknown key", "did you mean 'epochs'"]),
+    (["--set", "method.num_prompt=3"], ["method.num_prompt: unknown key", "did you mean 'num_prompts'"]),
+    (["--set", "losses.kd.temperature=0"], ["losses[1].temperature", "greater than 0"]),
+    (["--recipe", "digit"], ["no shipped recipe", "did you mean 'digits'"]),
+    (["--recipe", "absent.yaml"], ["absent.yaml", "no such file"]),
+    (["--set", "teacher.prepare=prob"], ["teacher.prepare", "did you mean 'probe'"]),
+    (["--resume", "absent"], ["absent is no run directory"]),
+    (["--epochs", "1", "--set", "train.warmup_epochs=1"], ["warmup_epochs"]),
+    (["--processes", "2"], ["asks for 2 processes and has 1", "torchrun"]),
+]
+THINGS = [
+    (["--student", "vit_smal"], ["unknown model 'vit_smal'", "did you mean 'vit_small'"]),
+    (["--student", "resnet18", "--weights", "none"], ["ResNet is not a backbone", "patch_embed"]),
+    (["--data", "absent"], ["no such data", "absent"]),
+    (["--teacher", "no/such/run"], ["no such model or run directory"]),
+]
 
-@pytest.mark.parametrize(
-    ("words", "parts"),
-    [
-        (["--method", "vpt_dep"], ["unknown method 'vpt_dep'", "did you mean 'vpt_deep'"]),
-        (["--losses", "ce,kdd"], ["unknown loss 'kdd'", "did you mean 'kd'"]),
-        (["--losses", "ce:x"], ["losses", "must be a number"]),
-        (["--student", "vit_smal"], ["unknown model 'vit_smal'", "did you mean 'vit_small'"]),
-        (["--student", "resnet18", "--weights", "none"], ["ResNet is not a backbone", "patch_embed"]),
-        (["--set", "train.epoch=3"], ["train.epoch: unknown key", "did you mean 'epochs'"]),
-        (["--set", "method.num_prompt=3"], ["method.num_prompt: unknown key", "did you mean 'num_prompts'"]),
-        (["--set", "losses.kd.temperature=0"], ["losses[1].temperature", "greater than 0"]),
-        (["--recipe", "digit"], ["no shipped recipe", "did you mean 'digits'"]),
-        (["--recipe", "absent.yaml"], ["absent.yaml", "no such file"]),
-        (["--data", "absent"], ["no such data", "absent"]),
-        (["--teacher", "no/such/run"], ["no such model or run directory"]),
-        (["--set", "teacher.prepare=prob"], ["teacher.prepare", "did you mean 'probe'"]),
-        (["--resume", "absent"], ["absent is no run directory"]),
-        (["--epochs", "1", "--set", "train.warmup_epochs=1"], ["warmup_epochs"]),
-        (["--processes", "2"], ["asks for 2 processes and has 1", "torchrun"]),
-    ],
-)
-def test_each_mistake_is_named(
+
+@pytest.mark.parametrize(("words", "parts"), WORDS)
+def test_a_wrong_word_is_named_and_leaves_nothing(
     remap: Callable[..., Result], words: list[str], parts: list[str], tmp_path: Path
 ) -> None:
     result = remap("distill", *words)
     assert result.exit_code == 2
-    for part in parts:
-        assert part in result.message
-    assert list(tmp_path.iterdir()) == [] or "runs" not in words
+    assert [part for part in parts if part not in result.message] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("words", "parts"), THINGS)
+def test_what_is_not_there_is_named_and_a_run_that_began_says_failed(
+    remap: Callable[..., Result], words: list[str], parts: list[str], tmp_path: Path
+) -> None:
+    """Models and data are opened inside the run, which then keeps the message."""
+    result = remap("distill", *words)
+    assert result.exit_code == 2
+    assert [part for part in parts if part not in result.message] == []
+    assert {path.name for path in tmp_path.iterdir()} <= {"runs"}
+    for run in tmp_path.glob("runs/*"):
+        status = json.loads((run / "status.json").read_text())
+        assert status["status"] == "failed" and all(part in status["message"] for part in parts)
 
 
 def test_all_mistakes_come_at_once(remap: Callable[..., Result]) -> None:

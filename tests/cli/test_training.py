@@ -1,11 +1,18 @@
 """distill, tune, eval, predict and compare on a folder of pictures, as a user would call them."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from typer.testing import Result
+
+from remap.api import load_student
+from remap.errors import RemapError
 
 WANTED = {
     "run_dir",
@@ -43,6 +50,36 @@ def test_distill_then_eval_then_predict(run: dict, run_json: Callable[..., dict]
     assert all(sum(c["probability"] for c in row["top"]) == pytest.approx(1.0, abs=1e-5) for row in found)
 
 
+def test_python_predicts_a_pillow_image_as_its_file(run: dict, tmp_path: Path) -> None:
+    """EXIF 6: the camera was held upright; a reader must turn the pixels by a quarter."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    student = load_student(run["run_dir"])
+    path = str(tmp_path / "turned.png")
+    with Image.open(path) as image:
+        assert np.array_equal(student.pixels(image), student.pixels(path))
+        assert student.predict([image]) == student.predict([path])
+    (tmp_path / "broken.png").write_bytes(b"text")
+    with pytest.raises(RemapError, match="an image cannot be read: not an image\n  given:   .*broken.png"):
+        student.predict([tmp_path / "broken.png"])
+
+
+def test_a_student_computes_on_the_accelerator_if_there_is_one(run: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's meta device stands for the accelerator: what is there tells where it would be."""
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: torch.device("meta"))
+    assert load_student(run["run_dir"]).device.type == "meta"
+    assert load_student(run["run_dir"], "cpu").device.type == "cpu"
+
+
+def test_eval_names_its_images(run: dict, remap: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "other" / "red").mkdir(parents=True)
+    (tmp_path / "other" / "red" / "0.png").write_bytes(b"text")
+    result = remap("eval", run["run_dir"], "--data", "other")
+    assert result.exit_code == 2 and result.message.startswith("1 of 1 other images cannot be read")
+
+
 def test_eval_on_other_data_counts_all_of_it(run: dict, run_json: Callable[..., dict], pictures: Path) -> None:
     assert run_json("eval", run["run_dir"], "--data", pictures / "val")["correct"] == run["student"]["correct"]
 
@@ -63,6 +100,25 @@ def test_tables_name_what_a_reader_needs(remap: Callable[..., Result], pictures:
     assert result.exit_code == 0, getattr(result, "message", result.output)
     for word in ("student + linear", "accuracy", "trained", "to keep", "remap predict runs/pictures"):
         assert word in result.stdout
+
+
+def test_progress_goes_on_beside_json(remap: Callable[..., Result], pictures: Path, tiny: list[str]) -> None:
+    result = remap("tune", "--data", pictures, "--method", "linear", *tiny, "--dry-run", "--json")
+    assert json.loads(result.stdout)["student"]["model"]
+    assert "method   linear" in result.stderr and "method   linear" not in result.stdout
+
+
+def test_the_test_folder_is_in_the_summary_and_shown(
+    remap: Callable[..., Result], pictures: Path, tmp_path: Path, tiny: list[str]
+) -> None:
+    """The folder's name is no markup either."""
+    data = shutil.copytree(pictures, tmp_path / "x[/y]")
+    shutil.copytree(data / "val", data / "test")
+    result = remap("tune", "--data", data, "--method", "linear", *tiny, "--output", "r")
+    assert result.exit_code == 0, getattr(result, "message", result.output)
+    share = json.loads((tmp_path / "r" / "summary.json").read_text())["student"]["test_accuracy"]
+    assert f"{share:.1%}" in result.stdout.partition("test folder")[2]
+    assert "y]: accuracy on 12 images" in " ".join(result.stdout.split())
 
 
 def test_the_dry_run_writes_nothing(

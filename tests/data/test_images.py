@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from remap.data.images import BadImage, decode
+from remap.errors import Interrupted, RemapError
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -132,12 +133,25 @@ def test_what_is_no_picture_says_why(data: bytes, reason: str, tmp_path: Path) -
     for source in (data, tmp_path / "a.jpg"):
         with pytest.raises(BadImage, match=reason) as caught:
             decode(source)
-        assert "\n" not in str(caught.value) and "0x" not in str(caught.value) and str(caught.value)
+        why = caught.value.reason
+        assert why and "\n" not in why and "0x" not in why and isinstance(caught.value, RemapError)
+        assert str(caught.value).startswith(f"an image cannot be read: {why}")
+        assert (str(source) in str(caught.value)) == isinstance(source, Path)
 
 
 def test_a_missing_file_says_so(tmp_path: Path) -> None:
-    with pytest.raises(BadImage, match="^no such file$"):
+    with pytest.raises(BadImage) as caught:
         decode(tmp_path / "a.png")
+    assert caught.value.reason == "no such file"
+
+
+def test_a_signal_while_decoding_is_no_bad_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(image: Image.Image) -> None:
+        raise Interrupted("interrupted")
+
+    monkeypatch.setattr("remap.data.images._require_small", stop)
+    with pytest.raises(Interrupted):
+        decode(encoded(Image.new("L", (1, 1))))
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

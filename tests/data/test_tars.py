@@ -6,12 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from remap.data import listing
 from remap.data.sources import open_data
 from remap.data.splits import ImageData
 from remap.errors import DataError
 
 Make = Callable[..., Path]
+
+
+def png(grey: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (4, 4), grey).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 FILES = {
     f"{part}/{name}/{i}.png": 10 * i + len(part) + ord(name)
     for part in ("train", "val", "test")
@@ -118,3 +128,20 @@ def test_the_first_of_two_members_of_one_name_is_replaced(tar: Make) -> None:
         archive.addfile(member, io.BytesIO(b"new"))
     found = [content for name, _, content in contents(open_data(str(path), None, 0.5)) if name == "a/1.png"]
     assert found == [b"new"]
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:xz", "w:bz2"])
+def test_a_compressed_tar_holds_its_images_only_and_not_without_bound(
+    tar: Make, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Four images fit where the junk beside them would not; one byte less and they do not."""
+    images = {f"{name}/{i}.png": png(i) for name in "ab" for i in range(2)}
+    total = sum(map(len, images.values()))
+    path = tar(images | {"a/film.mov": bytes(2 * total)}, mode=mode)
+    monkeypatch.setattr(listing, "HELD_BYTES", total)
+    data = open_data(str(path), None, 0.5)
+    assert sorted(name for name, _, _ in contents(data)) == sorted(images)
+    assert data.skipped == (("a/film.mov", ".mov is not an image format that is read"),)
+    monkeypatch.setattr(listing, "HELD_BYTES", total - 1)
+    with pytest.raises(DataError, match="decompress the archive"):
+        open_data(str(path), None, 0.5)

@@ -1,6 +1,9 @@
 """The square every network sees, against Pillow's own resize and crop."""
 
 import io
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from PIL import Image
 
 from remap.data.splits import Split
 from remap.data.views import View, ViewSource
+from remap.errors import Interrupted
 from remap.progress import Silent
 
 FILTERS = {name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "nearest", "lanczos")}
@@ -83,3 +87,28 @@ def test_views_are_the_same_in_memory_and_out_of_it(bad: tuple[int, ...]) -> Non
     left, right = kept.without_bad(), read.without_bad()
     assert left.split.names == right.split.names == tuple(name for i, name in enumerate("abcdefg") if i not in bad)
     assert torch.equal(left.batch([0, 3])[0], right.batch([0, 3])[0])
+
+
+def test_a_stop_does_not_wait_for_the_other_images() -> None:
+    """One thread, 1,000 images: what is not begun when the wait is left is never read."""
+    begun: list[int] = []
+
+    def read(index: int) -> bytes:
+        begun.append(index)
+        time.sleep(0.005)
+        buffer = io.BytesIO()
+        Image.new("L", (2, 2)).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    class Stopped(Silent):
+        @contextmanager
+        def wait(self, what: str, total: int | None = None) -> Iterator["Stopped"]:
+            yield self
+
+        def advance(self, amount: int = 1, **values: float) -> None:
+            raise Interrupted("interrupted")
+
+    split = Split(tuple(map(str, range(1000))), np.zeros(1000, dtype=np.int64), read)
+    with pytest.raises(Interrupted):
+        ViewSource(split, View(2, 1.0, "nearest"), memory_bytes=1e9, workers=1).load(Stopped(), "images")
+    assert len(begun) < 100

@@ -1,0 +1,78 @@
+"""Where a run may be made, and how it says it was called."""
+
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import pytest
+
+import remap
+from remap import doctor
+from remap.errors import RunError
+from remap.recipe import resolve
+from remap.runs import rundir
+from remap.runs.rundir import RunDir
+
+RECIPE = resolve(words={"method": "linear"})
+
+
+@pytest.mark.parametrize("left", [[], [".recipe.yaml.12.tmp"], ["recipe.yaml.12.tmp", ".recipe.yaml.12.tmp.12.tmp"]])
+def test_an_empty_folder_and_one_of_a_create_that_died_can_be_used(tmp_path: Path, left: list[str]) -> None:
+    for name in left:
+        (tmp_path / name).write_text("half")
+    run = RunDir.create(tmp_path, RECIPE)
+    assert run.status() == "running" and RunDir.open(tmp_path).recipe() == RECIPE.written_out()
+    names = {"recipe.yaml", "command.txt", "environment.json", "status.json", *left}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "thesis.txt", "command.txt", "recipe.yaml.bak"])
+def test_any_other_folder_is_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("keep")
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(RunError, match="exists already; nothing in it was touched"):
+            RunDir.create(path, RECIPE)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "keep")]
+
+
+def test_one_of_two_at_the_same_instant_gets_the_folder(tmp_path: Path) -> None:
+    """Both have seen it empty."""
+    runs = [RunDir(tmp_path), RunDir(tmp_path)]
+    runs[0]._claim("first")
+    with pytest.raises(RunError, match="exists already"):
+        runs[1]._claim("second")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("recipe.yaml", "first")]
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert RunDir.create(Path("~/r"), RECIPE).path == tmp_path / "r" == RunDir.open(Path("~/r")).path
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "module", "line"),
+    [
+        (["/usr/bin/remap", "tune", "--data", "my photos"], None, "remap tune --data 'my photos'"),
+        (["/x/cli/__main__.py", "tune"], "remap_cli.__main__", "python -m remap_cli tune"),
+        (["study.py", "3"], None, "python study.py 3"),
+    ],
+)
+def test_the_command_can_be_typed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], module: str | None, line: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", arguments)
+    spec = None if module is None else ModuleSpec(module, None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    run = RunDir.create(tmp_path / "r", RECIPE)
+    assert (run.path / "command.txt").read_text() == line + "\n"
+
+
+def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise rundir.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(rundir.importlib.metadata, "version", missing)
+    assert rundir.environment()["remap"] == remap.__version__
+    assert doctor.examine()["checks"][1] == {"state": "ok", "what": "remap", "found": remap.__version__}

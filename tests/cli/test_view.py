@@ -1,0 +1,119 @@
+"""What is printed: names as they are, progress now and then, and a clean end by signal or closed pipe."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from remap.errors import Interrupted, WeightsError
+from remap_cli import main, view
+
+WAITS = """
+import time
+from remap_cli.main import app, main
+
+@app.command("wait")
+def wait() -> None:
+    print("ready", flush=True)
+    time.sleep(60)
+
+main()
+"""
+
+
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What goes to stdout and stderr, neither a terminal."""
+    text = io.StringIO()
+    for name in ("out", "err"):
+        monkeypatch.setattr(view, name, Console(file=text, width=120, emoji=False, highlight=False))
+    return text
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Its one number is the time in seconds."""
+    now = [0.0]
+    monkeypatch.setattr("remap_cli.view.time.perf_counter", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize("name", ["photos[new]", "x[/y]", "[bold]", ":cat:", "back\\"])
+def test_names_are_no_markup(printed: io.StringIO, name: str) -> None:
+    view.table(f"{name}: title", [f"{name} column"], [f"{name} group", [f"{name} cell"]])
+    view.line(f"{name} line")
+    for place in ("column", "group", "cell", "line"):
+        assert f"{name} {place}" in printed.getvalue()
+    assert f"{name}: title" in printed.getvalue()
+
+
+def test_control_characters_are_shown_not_sent(printed: io.StringIO) -> None:
+    view.table("a\x1b[2Jb", ["c\x07"], ["d\x1b", ["e\r"]])
+    view.line("f\x1b")
+    assert not set(printed.getvalue()) & {"\x1b", "\x07", "\r"}
+
+
+def test_a_long_wait_says_a_line_every_half_minute(printed: io.StringIO, clock: list[float]) -> None:
+    with view.Reporter() as progress, progress.wait("epoch 1", 100) as step:
+        for _ in range(100):
+            clock[0] += 1.0
+            step.advance(loss=0.5)
+    assert printed.getvalue().splitlines() == [
+        "epoch 1: 30/100 in 30.0 s, loss 0.5",
+        "epoch 1: 60/100 in 60.0 s, loss 0.5",
+        "epoch 1: 90/100 in 90.0 s, loss 0.5",
+        "epoch 1: 100.0 s, loss 0.5",
+    ]
+
+
+def test_a_short_wait_says_nothing_and_a_quiet_reporter_neither(printed: io.StringIO, clock: list[float]) -> None:
+    with view.Reporter() as progress, progress.wait("short") as step:
+        clock[0] += 1.9
+        step.advance()
+    with view.Reporter(quiet=True) as progress, progress.wait("long") as step:
+        clock[0] += 90.0
+        step.advance()
+    assert printed.getvalue() == ""
+
+
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_signal_ends_with_a_word_and_its_code(number: signal.Signals, word: str) -> None:
+    """Exit code 128 + n, as shells report it (POSIX)."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITS, "wait"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert word in errors and "Traceback" not in errors
+
+
+def test_a_signal_that_a_library_caught_is_still_the_reason() -> None:
+    try:
+        try:
+            main._stopped(signal.SIGINT, None)
+        except Exception as error:
+            raise WeightsError("no weights") from error
+    except WeightsError as error:
+        found = main._signal_behind(error)
+    assert isinstance(found, Interrupted) and found.exit_code == 130
+    assert main._signal_behind(WeightsError("no weights")) is None
+
+
+@pytest.mark.parametrize("words", [["methods"], ["methods", "--json"], ["recipes", "show", "digits"]])
+def test_a_closed_pipe_is_no_traceback(words: list[str]) -> None:
+    """What `remap methods | head -1` leads to, once head has left."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "remap_cli", *words], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(write)
+    assert done.stderr == ""
