@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from remap.assembly import Parts, assemble, listed, teacher_in_training
+from remap.backbones.build import require_at_hand
 from remap.bench import Bench
 from remap.data.views import ViewSource
 from remap.engine.evaluate import Evaluation, evaluate_as
@@ -17,6 +18,7 @@ from remap.errors import Interrupted, RemapError
 from remap.network import Network
 from remap.progress import Progress, Silent
 from remap.recipe import Recipe, resolve, resolve_distill
+from remap.recipe.paths import is_run
 from remap.runs.rundir import RunDir, default_path, next_path
 from remap.runs.task import load_task, save_task
 from remap.teachers import require_useful
@@ -56,18 +58,26 @@ def start(
 ) -> Result:
     """Make a run directory and run."""
     check_processes(recipe.train.processes)
-    path = (
-        Path(output).expanduser()
-        if output is not None
-        else next_path(default_path(), f"{recipe.name}-{recipe.method.name}")
-    )
+    bench = bench or Bench()
+    _require_at_hand(recipe, bench)
+    stem = f"{recipe.name}-{recipe.method.name}"
+    path = Path(output).expanduser() if output is not None else next_path(default_path(), stem)
     accelerator().wait_for_everyone()  # all ranks choose the same name before one of them makes it
     run_dir = RunDir.create(path, recipe) if accelerator().is_main_process else RunDir(path)
     return run(recipe, run_dir, progress, bench)
 
 
+def _require_at_hand(recipe: Recipe, bench: Bench) -> None:
+    """A mistyped path or model leaves no run directory behind."""
+    bench.index(recipe.data)
+    for spec in (recipe.teacher, recipe.student):
+        if spec is not None and not (is_run(spec.model) or is_run(spec.weights)):
+            require_at_hand(spec.model, spec.weights)
+
+
 def resume(path: Path, progress: Progress = Silent()) -> Result:
     """Go on with an interrupted run from its last checkpoint."""
+    path = path.expanduser()
     run_dir = RunDir.open(path)
     recipe = run_dir.recipe()
     check_processes(recipe.train.processes)

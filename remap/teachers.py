@@ -16,9 +16,10 @@ from remap.engine.launch import accelerator
 from remap.errors import TrainingError
 from remap.network import Network, choose_attention, tuned
 from remap.progress import Progress
+from remap.recipe.paths import is_run
 from remap.recipe.schema import LossSpec, MethodSpec, Recipe, StudentSpec
 from remap.remapping import LOSSES
-from remap.runs.rundir import RunDir, is_run
+from remap.runs.rundir import RunDir
 from remap.runs.task import load_task, open_backbone, save_task
 from remap.tuning import METHODS
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from remap.backbones import mini  # noqa: F401 - registers the embedded pair with timm
 from remap.backbones.anatomy import Anatomy, anatomy_of, classifier_parameters
-from remap.backbones.loading import create, weight_arguments
+from remap.backbones.loading import create, in_cache_or_reachable, weight_arguments
 from remap.backbones.names import SHORT_NAMES
 from remap.backbones.preprocess import PreprocessSpec
 from remap.errors import BackboneError, UnknownName, WeightsError
@@ -87,6 +87,21 @@ def build(word: str, weights: str, num_classes: int, *, keep_head: bool = False)
         fresh_head(model, anatomy, num_classes)
     digest = state_hash(model, anatomy)
     return Backbone(model, anatomy, PreprocessSpec.of(model), Identity(name, weights, digest), not keep_head)
+
+
+def require_at_hand(word: str, weights: str) -> None:
+    """Find a mistake in a model's name or weights without building it.
+
+    Raises:
+        UnknownName: timm has no such model.
+        WeightsError: The weights are neither here nor to be had.
+    """
+    name = resolve_name(word)
+    _require_known(word, name)
+    if weights == "pretrained":
+        in_cache_or_reachable(name)
+    else:
+        weight_arguments(name, weights)
 
 
 def state_hash(model: nn.Module, anatomy: Anatomy) -> str:

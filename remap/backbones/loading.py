@@ -53,7 +53,7 @@ def create(name: str, weights: str, arguments: dict[str, Any]) -> tuple[nn.Modul
     """
     missing: list[str] = []
     if weights == "pretrained":
-        cached = _in_cache_or_reachable(name)
+        cached = in_cache_or_reachable(name)
         if cached is not None:
             # Named as a file, timm loads it without asking the hub, which takes long where there is no network.
             arguments = {**arguments, "pretrained_cfg_overlay": {"file": cached, "custom_load": False}}
@@ -85,7 +85,7 @@ def _noting_missing(missing: list[str]) -> Iterator[None]:
         nn.Module.load_state_dict = original
 
 
-def _in_cache_or_reachable(name: str) -> str | None:
+def in_cache_or_reachable(name: str) -> str | None:
     """The cached weights file of a hub model; None for other models, and when the hub answers and timm may download.
 
     Raises:

@@ -8,6 +8,8 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
+from remap.errors import Interrupted
+
 
 class StopFlag:
     """Set by a signal; a second signal leaves at once."""
@@ -17,7 +19,7 @@ class StopFlag:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal:
-            raise KeyboardInterrupt
+            raise Interrupted("stopped at once; the last checkpoint is whole", exit_code=128 + number)
         self.signal = number
 
     def agreed(self, accelerator: Accelerator) -> int:

@@ -131,12 +131,6 @@ def default_path() -> Path:
     return Path("runs")
 
 
-def is_run(word: str) -> bool:
-    """Whether a word names a run directory (or the task folder inside one)."""
-    path = Path(word).expanduser()
-    return (path / "task" / "task.json").is_file() or (path / "task.json").is_file()
-
-
 def next_path(root: Path, stem: str) -> Path:
     """``root/stem-001``, or the first number that is free."""
     taken = {entry.name for entry in root.iterdir()} if root.is_dir() else set()

@@ -17,8 +17,8 @@ from remap.backbones.preprocess import PreprocessSpec
 from remap.data.views import View
 from remap.errors import BackboneError, RunError
 from remap.network import Network, choose_attention, tuned
+from remap.recipe.paths import is_run
 from remap.recipe.schema import MethodSpec, ModelSpec
-from remap.runs.rundir import is_run
 
 FORMAT = 1
 
