@@ -49,7 +49,7 @@ METHODS: Registry[MethodEntry] = Registry(
             paper="reference point of the survey, arXiv 2305.06061",
             trains="0",
             mergeable=True,
-            lr=3e-2,
+            lr=1e-1,
         ),
         MethodEntry(
             name="vpt_shallow",
@@ -89,7 +89,7 @@ METHODS: Registry[MethodEntry] = Registry(
             paper="Ben-Zaken et al. 2022, arXiv 2106.10199",
             trains="all biases",
             mergeable=True,
-            lr=1e-2,
+            lr=3e-2,
         ),
     ],
 )
