@@ -20,6 +20,8 @@ DEFAULTS = {
     "batch_size": "64",
     "seed": "0",
 }
+# What the embedded recipe has otherwise.
+DIGITS = {"epochs": "15", "batch_size": "32"}
 
 Teacher = Annotated[
     str | None,
@@ -68,13 +70,17 @@ Data = Annotated[
 ValData = Annotated[str | None, typer.Option(help="Separate folder or tar to evaluate on.", rich_help_panel=_TRAINING)]
 Epochs = Annotated[
     int | None,
-    typer.Option(help="Passes over the training images.", show_default=DEFAULTS["epochs"], rich_help_panel=_TRAINING),
+    typer.Option(
+        help="Passes over the training images.",
+        show_default=f"{DEFAULTS['epochs']}; digits {DIGITS['epochs']}",
+        rich_help_panel=_TRAINING,
+    ),
 ]
 BatchSize = Annotated[
     int | None,
     typer.Option(
         help="Images to one update, all processes together.",
-        show_default=DEFAULTS["batch_size"],
+        show_default=f"{DEFAULTS['batch_size']}; digits {DIGITS['batch_size']}",
         rich_help_panel=_TRAINING,
     ),
 ]

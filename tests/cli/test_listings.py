@@ -12,7 +12,7 @@ from typer.testing import Result
 from remap.recipe import resolve_distill
 from remap.remapping import LOSSES
 from remap.tuning import CATEGORIES, METHODS
-from remap_cli.options import DEFAULTS
+from remap_cli.options import DEFAULTS, DIGITS
 
 HEAVY = "import sys; heavy = {'torch', 'timm', 'accelerate', 'peft', 'sklearn', 'torchdistill'} & set(sys.modules)"
 
@@ -82,7 +82,10 @@ def test_validate_reports_every_broken_file(remap: Callable[..., Result], tmp_pa
 
 
 def test_the_help_shows_the_defaults_of_the_recipes() -> None:
-    for recipe in (resolve_distill(None), resolve_distill(None, {"data": "photos"})):
+    for recipe, wanted in (
+        (resolve_distill(None), DEFAULTS | DIGITS),
+        (resolve_distill(None, {"data": "photos"}), DEFAULTS),
+    ):
         found = {
             "teacher": recipe.teacher.model,
             "student": recipe.student.model,
@@ -94,7 +97,7 @@ def test_the_help_shows_the_defaults_of_the_recipes() -> None:
             "batch_size": str(recipe.train.batch_size),
             "seed": str(recipe.seed),
         }
-        assert found == DEFAULTS
+        assert found == wanted
 
 
 def test_doctor_runs_without_network(remap: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
