@@ -18,6 +18,8 @@ from remap.backbones.preprocess import Preprocess, PreprocessSpec
 from remap.data.sources import read_all
 from remap.data.views import View, ViewSource
 from remap.progress import Silent
+from remap.recipe import Recipe
+from remap.recipe.paths import is_run
 from remap.runs.rundir import RunDir
 from remap.runs.task import load_task
 
@@ -31,16 +33,26 @@ def ship(role: str, run: Path, test: str) -> str:
         Its row of the model card.
     """
     network, _ = load_task(run)
-    name, recipe = NAMES[role], RunDir.open(run).recipe()
+    name, stages = NAMES[role], _stages(run)
     path = WEIGHTS / f"{name}.safetensors"
     save_file({k: v.to(torch.bfloat16).contiguous() for k, v in network.model.state_dict().items()}, path)
     size, count = path.stat().st_size, sum(v.numel() for v in load_file(path).values())
     shape = f"width {network.anatomy.width}, {network.anatomy.depth} blocks, {network.anatomy.heads} heads"
     accuracy = measure(name, test, network.classes or ())
+    epochs = " + ".join(str(recipe.train.epochs) for recipe in stages)
+    seeds = ", ".join(str(recipe.seed) for recipe in stages)
+    recipes = ", ".join(f"`{recipe.name.replace('-', '_')}`" for recipe in stages)
     return (
-        f"| `{name}.cifar10` | {shape} | {count:,} | {size / 1e6:.2f} MB | {recipe.train.epochs} | {recipe.seed} "
-        f"| {accuracy:.2%} | `pretrain_mini_{role}` |"
+        f"| `{name}.cifar10` | {shape} | {count:,} | {size / 1e6:.2f} MB | {epochs} | {seeds} "
+        f"| {accuracy:.2%} | {recipes} |"
     )
+
+
+def _stages(run: Path) -> list[Recipe]:
+    """The recipes that made a run, the first one first: a later one starts from an earlier run's weights."""
+    recipe = RunDir.open(run).recipe()
+    earlier = _stages(Path(recipe.student.model)) if is_run(recipe.student.model) else []
+    return [*earlier, recipe]
 
 
 @torch.no_grad()
@@ -69,7 +81,7 @@ that the whole tool runs without a download. They are small on purpose and stand
 - **Data**: CIFAR-10 (Krizhevsky 2009), 50,000 training images; the accuracy is of the last epoch on the 10,000 test
   images, measured on the shipped file after rounding to bf16. No choice was made on the test images.
 - **Command**: `remap tune --recipe pretrain_mini_student --data CIFAR10_TRAIN --val-data CIFAR10_TEST` (each a folder
-  or tar of class folders), likewise `pretrain_mini_teacher`; then
+  or tar of class folders), likewise `pretrain_mini_teacher`, then `pretrain_mini_teacher_2 --student FIRST_RUN`; at last
   `python tools/ship_mini.py STUDENT_RUN TEACHER_RUN CIFAR10_TEST`.
 - **Input**: RGB, pixels scaled to [0, 1], mean and std 0.5; bicubic resizing.
 - **Limits**: they know ten kinds of small pictures. Use them to try the tool and to test; for work there are
