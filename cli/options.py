@@ -21,7 +21,7 @@ DEFAULTS = {
     "seed": "0",
 }
 # What the embedded recipe has otherwise.
-DIGITS = {"epochs": "15", "batch_size": "32"}
+DIGITS = {"epochs": "12", "batch_size": "32"}
 
 Teacher = Annotated[
     str | None,

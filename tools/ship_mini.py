@@ -81,7 +81,7 @@ that the whole tool runs without a download. They are small on purpose and stand
 - **Data**: CIFAR-10 (Krizhevsky 2009), 50,000 training images; the accuracy is of the last epoch on the 10,000 test
   images, measured on the shipped file after rounding to bf16. No choice was made on the test images.
 - **Command**: `remap tune --recipe pretrain_mini_student --data CIFAR10_TRAIN --val-data CIFAR10_TEST` (each a folder
-  or tar of class folders), likewise `pretrain_mini_teacher`, then `pretrain_mini_teacher_2 --student FIRST_RUN`; at last
+  or tar of class folders), likewise `pretrain_mini_teacher`, then `pretrain_mini_teacher_2 --student FIRST_RUN`; then
   `python tools/ship_mini.py STUDENT_RUN TEACHER_RUN CIFAR10_TEST`.
 - **Input**: RGB, pixels scaled to [0, 1], mean and std 0.5; bicubic resizing.
 - **Limits**: they know ten kinds of small pictures. Use them to try the tool and to test; for work there are
