@@ -158,10 +158,7 @@ def start_process() -> Iterator[Callable[..., subprocess.Popen]]:
             process.communicate()
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny tensors are faster, and equal from run to run, on one thread."""
-    before = torch.get_num_threads()
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny tensors are faster on one thread. For the whole session: runs made by wider fixtures must add up alike."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

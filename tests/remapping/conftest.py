@@ -1,7 +1,7 @@
 """Tiny networks of every supported family and their attention maps as timm itself computes them."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -65,12 +65,8 @@ def timm_maps(model: nn.Module, anatomy: Anatomy, images: Tensor) -> list[Tensor
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_one_seed() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _one_seed() -> None:
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=sorted(FAMILIES))

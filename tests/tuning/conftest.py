@@ -1,6 +1,6 @@
 """Tiny timm models of every supported kind, and the methods attached to them. Random, offline, on the CPU."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -30,13 +30,8 @@ FAMILIES: dict[str, tuple[type[VisionTransformer], dict[str, object]]] = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors are faster, and equal from run to run, on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def one_seed() -> None:
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=sorted(FAMILIES))
