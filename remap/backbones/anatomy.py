@@ -1,4 +1,4 @@
-"""What a backbone instance is made of. The only file that spells timm's attribute names.
+"""What a backbone instance is made of, in the same words for every family. The readers are in ``families/``.
 
 Letters: B batch, N patch tokens, P prefix tokens (class, distillation, register), D width, H heads.
 """
@@ -7,41 +7,131 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from remap.backbones.families import FAMILIES
 from remap.errors import BackboneError
+
+# Where a class that stands for another one names it, see ``plain_class``.
+PLAIN_CLASS = "_remap_plain_class"
 
 
 @dataclass(frozen=True)
-class BlockPaths:
-    """Dotted module paths of one transformer block, relative to the model.
+class Projection:
+    """A linear map, as rows ``[start, stop)`` of the weight of the linear layer (or convolution) at ``path``.
 
-    ``mlp_branch_end`` is the last module of the MLP branch (after LayerScale and drop-path), whose output is
-    added to the residual stream; ``attn_branch_end`` likewise for the attention branch.
+    ``called`` is False where the backbone reads the layer's weight instead of calling the layer, so that a hook on it
+    or a module in its place would be ignored. ``bias`` is the dotted path of the bias tensor of these rows, in its
+    rows ``[bias_start, bias_start + stop - start)``; None where there is none. A bias that never trains (the zero
+    buffer that stands for the key bias in Eva and BEiT) counts as there.
+    """
+
+    path: str
+    start: int
+    stop: int
+    called: bool = True
+    bias: str | None = None
+    bias_start: int = 0
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One residual block; paths are dotted, relative to the model.
+
+    ``width`` counts channels of the residual stream, ``grid`` its (rows, columns) of patches, ``channels_last`` says
+    where a hierarchical model keeps the channels in the block's input and output ((B, H, W, D) or (B, D, H, W));
+    sequence models have (B, T, D). ``norms`` are in the order of the forward. ``projections`` gives linear layers by
+    word: q, k, v, o, fc1, fc2 (and fc1_gate in gated MLPs); convolutional networks have fc1 and fc2 at most.
     """
 
     block: str
-    norm1: str
-    attn: str
-    qkv: str
-    q_norm: str
-    k_norm: str
-    proj: str
-    attn_branch_end: str
-    norm2: str
-    mlp: str
-    fc1: str
-    fc2: str
-    mlp_branch_end: str
+    width: int
+    grid: tuple[int, int]
+    stage: int
+    norms: tuple[str, ...]
+    projections: dict[str, Projection]
+    channels_last: bool = True
+
+
+@dataclass(frozen=True)
+class AttentionBlock(Block):
+    """A transformer block: x + branch1(attn(norm1(x))), then x + branch2(mlp(norm2(x))).
+
+    ``attn_branch_end`` and ``mlp_branch_end`` are the last modules of their branches, after LayerScale and
+    drop-path, whose outputs are added to the residual stream. ``attn_scale`` and ``mlp_scale`` are the paths of the
+    LayerScale vectors of shape (D,), None where there are none.
+    """
+
+    norm1: str = ""
+    attn: str = ""
+    heads: int = 1
+    head_dim: int = 0
+    attn_branch_end: str = ""
+    attn_scale: str | None = None
+    norm2: str = ""
+    mlp: str = ""
+    mlp_hidden: int = 0
+    mlp_branch_end: str = ""
+    mlp_scale: str | None = None
+
+    @property
+    def proj(self) -> str:
+        return self.projections["o"].path
+
+    @property
+    def fc1(self) -> str:
+        return self.projections["fc1"].path
+
+    @property
+    def fc2(self) -> str:
+        return self.projections["fc2"].path
+
+
+@dataclass(frozen=True)
+class AttentionScores:
+    """What one block attends with, over all T tokens of its sequence: softmax(q @ k.mT + bias).
+
+    ``q_BHTh`` carries the scale 1/sqrt(h). ``bias_HTT`` is additive, with or without a leading dimension of 1; None
+    where there is none.
+    """
+
+    q_BHTh: Tensor
+    k_BHTh: Tensor
+    bias_HTT: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ConvSite:
+    """A spatial convolution and the norm behind it (None where none follows directly)."""
+
+    conv: str
+    norm: str | None
+
+
+@dataclass(frozen=True)
+class ConvBlock(Block):
+    """A block of a convolutional network: x + branch(x). ``branch_end`` is the last module of the branch."""
+
+    convs: tuple[ConvSite, ...] = ()
+    branch_end: str = ""
 
 
 @dataclass(frozen=True)
 class Anatomy:
     """Shape and parts of one backbone.
 
-    Sizes are in pixels for ``image_size`` and ``patch_size`` (height, width), in tokens for ``grid``.
-    ``num_prefix_tokens`` counts class, distillation and register tokens, which stand in front of the patches;
-    the class token, where there is one, is token 0.
-    ``block_input_norm`` names the module between the embedding and block 0 (an Identity in most models).
+    Sizes are in pixels for ``image_size`` and ``patch_size`` (height, width), in positions for ``grid``. In
+    hierarchical models ``patch_size`` is that of the embedding, ``grid`` that of the last stage. ``width`` is that of
+    the features that enter the classifier. ``num_prefix_tokens`` counts class, distillation and register tokens, which
+    stand in front of the patches; the class token, where there is one, is token 0. ``heads``, ``head_dim`` and
+    ``mlp_hidden`` are those of the last block (0 where there are none).
+    ``input_module`` is the module that takes the image; ``block_input_norm`` stands between it and block 0, outside it
+    (None where nothing does); ``embedding_norms`` are norms outside the blocks, ``final_norm`` excluded.
+    ``class_token_pooled``: the classifier reads the class token of ``final_norm``'s output, and nothing else.
     """
 
     family: str
@@ -55,15 +145,22 @@ class Anatomy:
     grid: tuple[int, int]
     num_prefix_tokens: int
     has_class_token: bool
-    patch_embed: str
-    block_input_norm: str
-    final_norm: str
+    class_token_pooled: bool
+    input_module: str
+    block_input_norm: str | None
+    embedding_norms: tuple[str, ...]
+    final_norm: str | None
     heads_of_classifier: tuple[str, ...]
-    blocks: tuple[BlockPaths, ...]
+    blocks: tuple[Block, ...]
 
     @property
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """What a method can count on here; the words are those of ``families.PARTS``."""
+        return FAMILIES.row(self.family).parts
 
     def is_head(self, parameter: str) -> bool:
         """Whether a parameter belongs to the classifier."""
@@ -74,16 +171,16 @@ def anatomy_of(model: nn.Module) -> Anatomy:
     """Read the anatomy of a timm model.
 
     Raises:
-        BackboneError: The family is not supported, with the names of the parts that are missing.
+        BackboneError: The family is not supported.
     """
-    for is_family, read in _READERS:
-        if is_family(model):
-            return read(model)
-    missing = [name for name in _VIT_PARTS if not hasattr(model, name)]
+    for row in FAMILIES:
+        family = FAMILIES.load(row.name)
+        if family.matches(model):
+            return family.read(model)
     raise BackboneError(
         f"{type(model).__name__} is not a backbone that remap can read",
-        given=f"it lacks {', '.join(missing)}" if missing else f"blocks of type {type(model.blocks[0]).__name__}",
-        allowed="plain vision transformers of timm (vit_*, deit*, *_dinov2, CLIP and SigLIP towers)",
+        given=f"model class {type(model).__module__}.{type(model).__name__}, or an unusual variant of it",
+        allowed="; ".join(f"{row.summary} ({row.examples})" for row in FAMILIES),
         do="`remap models` lists names that work",
     )
 
@@ -91,6 +188,20 @@ def anatomy_of(model: nn.Module) -> Anatomy:
 def module_at(model: nn.Module, path: str) -> nn.Module:
     """The sub-module at a dotted path of the anatomy."""
     return model.get_submodule(path)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class a module has by itself.
+
+    A tuning method that changes how a tensor is read puts a subclass in its place, which names it in ``PLAIN_CLASS``.
+    """
+    return getattr(type(module), PLAIN_CLASS, type(module))
+
+
+def tensor_at(model: nn.Module, path: str) -> Tensor:
+    """The parameter or buffer at a dotted path of the anatomy."""
+    parent, _, name = path.rpartition(".")
+    return getattr(model.get_submodule(parent), name)
 
 
 def classifier_parameters(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Parameter]:
@@ -101,96 +212,35 @@ def classifier_parameters(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Pa
 def set_fused_attention(model: nn.Module, anatomy: Anatomy, enabled: bool) -> None:
     """Choose between PyTorch's fused attention kernel and the explicit one; the result is the same function."""
     for block in anatomy.blocks:
-        module_at(model, block.attn).fused_attn = enabled
+        if isinstance(block, AttentionBlock):
+            module_at(model, block.attn).fused_attn = enabled
 
 
-def queries_and_keys(model: nn.Module, block: BlockPaths, qkv_output: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys that attention of ``block`` uses, from the output of its qkv layer.
+def rest_of_forward(model: nn.Module, anatomy: Anatomy, index: int, x: Tensor) -> Tensor:
+    """From the input of block ``index`` to what ``forward_features`` returns (index = depth: after the last block)."""
+    return FAMILIES.load(anatomy.family).rest_of_forward(model, anatomy, index, x)
 
-    Args:
-        qkv_output: (B, T, 3*D), T all tokens of the sequence.
+
+def admit_tokens(model: nn.Module, anatomy: Anatomy, count: int) -> Callable[[], None]:
+    """Make the blocks of a sequence model accept ``count`` more tokens right after the prefix.
+
+    Rotary models leave them without a rotation, relative position biases are 0 for them.
 
     Returns:
-        Two tensors (B, H, T, D/H) after query/key norms; the query is already scaled, so that
-        ``softmax(q @ k.mT)`` is the attention map.
+        A function that undoes it.
     """
-    attention = module_at(model, block.attn)
-    batch, tokens, _ = qkv_output.shape
-    split = qkv_output.reshape(batch, tokens, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
-    q = module_at(model, block.q_norm)(split[0])
-    k = module_at(model, block.k_norm)(split[1])
-    return q * attention.scale, k
+    return FAMILIES.load(anatomy.family).admit_tokens(model, anatomy, count)
 
 
-_VIT_PARTS = ("patch_embed", "blocks", "norm", "head", "num_prefix_tokens", "forward_features", "forward_head")
-_BLOCK_PARTS = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
-_ATTENTION_PARTS = ("qkv", "q_norm", "k_norm", "proj", "num_heads", "head_dim", "scale", "fused_attn")
+def watch_attention(
+    model: nn.Module, anatomy: Anatomy, index: int, keep: Callable[[AttentionScores], None]
+) -> list[RemovableHandle]:
+    """Call ``keep`` with the scores of block ``index`` in every forward, whichever attention kernel runs.
 
+    Returns:
+        The hooks, to be removed by the caller.
 
-def _is_plain_vit(model: nn.Module) -> bool:
-    if not all(hasattr(model, name) for name in _VIT_PARTS) or len(model.blocks) == 0:
-        return False
-    # Rotary and relative-position models (Eva, BEiT) have other block parts or their own attention class.
-    return (
-        all(
-            all(hasattr(block, name) for name in _BLOCK_PARTS)
-            and all(hasattr(block.attn, name) for name in _ATTENTION_PARTS)
-            and not hasattr(block.attn, "rope")
-            and hasattr(block.mlp, "fc1")
-            and hasattr(block.mlp, "fc2")
-            and getattr(block.attn, "gate", None) is None
-            for block in model.blocks
-        )
-        and getattr(model, "rope", None) is None
-    )
-
-
-def _read_plain_vit(model: nn.Module) -> Anatomy:
-    first = model.blocks[0]
-    grid = tuple(model.patch_embed.grid_size)
-    patch = tuple(model.patch_embed.patch_size)
-    distilled = hasattr(model, "dist_token")
-    norm_is_after_pool = isinstance(model.norm, nn.Identity) and hasattr(model, "fc_norm")
-    return Anatomy(
-        family="vit",
-        width=model.embed_dim,
-        depth=len(model.blocks),
-        heads=first.attn.num_heads,
-        head_dim=first.attn.head_dim,
-        mlp_hidden=first.mlp.fc1.out_features,
-        image_size=tuple(model.patch_embed.img_size),
-        patch_size=patch,
-        grid=grid,
-        num_prefix_tokens=model.num_prefix_tokens,
-        has_class_token=model.cls_token is not None,
-        patch_embed="patch_embed",
-        block_input_norm="norm_pre",
-        final_norm="fc_norm" if norm_is_after_pool else "norm",
-        heads_of_classifier=("head", "head_dist") if distilled else ("head",),
-        blocks=tuple(_plain_block(index) for index in range(len(model.blocks))),
-    )
-
-
-def _plain_block(index: int) -> BlockPaths:
-    block = f"blocks.{index}"
-    return BlockPaths(
-        block=block,
-        norm1=f"{block}.norm1",
-        attn=f"{block}.attn",
-        qkv=f"{block}.attn.qkv",
-        q_norm=f"{block}.attn.q_norm",
-        k_norm=f"{block}.attn.k_norm",
-        proj=f"{block}.attn.proj",
-        attn_branch_end=f"{block}.drop_path1",
-        norm2=f"{block}.norm2",
-        mlp=f"{block}.mlp",
-        fc1=f"{block}.mlp.fc1",
-        fc2=f"{block}.mlp.fc2",
-        mlp_branch_end=f"{block}.drop_path2",
-    )
-
-
-# One row a family: does the model belong to it, and how is it read. First match wins.
-_READERS: tuple[tuple[Callable[[nn.Module], bool], Callable[[nn.Module], Anatomy]], ...] = (
-    (_is_plain_vit, _read_plain_vit),
-)
+    Raises:
+        BackboneError: The family has no attention over the whole image.
+    """
+    return FAMILIES.load(anatomy.family).watch_attention(model, anatomy, index, keep)

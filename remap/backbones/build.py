@@ -12,10 +12,13 @@ from torch import nn
 from remap.backbones import mini  # noqa: F401 - registers the embedded pair with timm
 from remap.backbones.anatomy import Anatomy, anatomy_of, classifier_parameters
 from remap.backbones.loading import create, in_cache_or_reachable, weight_arguments
-from remap.backbones.names import SHORT_NAMES
+from remap.backbones.names import PRESETS, SHORT_NAMES
 from remap.backbones.preprocess import PreprocessSpec
 from remap.errors import BackboneError, UnknownName, WeightsError
 from remap.registry import did_you_mean
+
+# Names that are near the families remap reads, to be suggested for a mistyped one.
+NEAR = ["*vit*", "deit*", "eva*", "beit*", "swin_*", "convnext*", "resnet*", "resnext*", "seresnet*", "wide_resnet*"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,13 @@ class Identity:
         model: Resolved timm name or ``local-dir:`` path.
         weights: "pretrained", "none" or the path of a .safetensors file.
         sha256: Hash of all backbone tensors, the classifier left out.
+        preset: How self-supervised weights are read out: "none", "mae" or "moco_v3".
     """
 
     model: str
     weights: str
     sha256: str
+    preset: str = "none"
 
 
 @dataclass
@@ -60,33 +65,51 @@ def resolve_name(word: str) -> str:
     return f"hf-hub:{name}" if name.startswith("timm/") else name
 
 
-def build(word: str, weights: str, num_classes: int, *, keep_head: bool = False) -> Backbone:
+def preset_of(word: str, preset: str | None = None) -> str:
+    """The preset that holds for a model: the one that was asked for, else the one its short name implies."""
+    return PRESETS.get(word, "none") if preset is None else preset
+
+
+def build(word: str, weights: str, num_classes: int, *, keep_head: bool = False, preset: str | None = None) -> Backbone:
     """Build a backbone with a classifier for ``num_classes``.
+
+    Presets are how VPT (Jia et al. 2022) reads self-supervised plain vision transformers: "mae" takes the mean of the
+    patch tokens through a fresh norm, "moco_v3" the class token. Both understand the keys of the official checkpoints.
 
     Args:
         word: Short name, timm name or tag, "hf-hub:..." or "local-dir:FOLDER".
         weights: "pretrained", "none" or a .safetensors file.
         keep_head: Keep the classifier that comes with the weights instead of a fresh one.
+        preset: "none", "mae" or "moco_v3"; None for what the short name implies.
 
     Raises:
         UnknownName: timm has no such model.
         WeightsError: The weights cannot be had or do not fit.
-        BackboneError: The family is not supported.
+        BackboneError: The family is not supported, or not with this preset.
     """
-    name = resolve_name(word)
+    name, preset = resolve_name(word), preset_of(word, preset)
     _require_known(word, name)
-    arguments = weight_arguments(name, weights)
+    if keep_head and preset != "none":
+        raise BackboneError(
+            f"self-supervised weights ({preset}) bring no classifier",
+            do="let teacher.prepare fit one (probe, full, or a method)",
+        )
+    arguments = weight_arguments(name, weights, preset)
     if not keep_head:
         arguments["num_classes"] = num_classes
     model, missing = create(name, weights, arguments)
     anatomy = anatomy_of(model)
-    _require_whole(name, [key for key in missing if not anatomy.is_head(key)])
+    _require_preset_fits(name, anatomy, preset)
+    # The norm behind MAE's pooling starts fresh, as in MAE's own fine-tuning.
+    fresh = f"{anatomy.final_norm}." if preset == "mae" else None
+    _require_whole(name, [key for key in missing if not anatomy.is_head(key) and not (fresh and key.startswith(fresh))])
     if keep_head:
         _require_classes(name, model, num_classes)
     else:
         fresh_head(model, anatomy, num_classes)
     digest = state_hash(model, anatomy)
-    return Backbone(model, anatomy, PreprocessSpec.of(model), Identity(name, weights, digest), not keep_head)
+    identity = Identity(name, weights, digest, preset)
+    return Backbone(model, anatomy, PreprocessSpec.of(model), identity, not keep_head)
 
 
 def require_at_hand(word: str, weights: str) -> None:
@@ -128,7 +151,7 @@ def _require_known(word: str, name: str) -> None:
             )
         return
     if not timm.is_model(name):
-        known = [*SHORT_NAMES, *timm.list_models("*vit*"), *timm.list_models("deit*")]
+        known = [*SHORT_NAMES, *timm.list_models(NEAR)]
         raise UnknownName(
             f"unknown model '{word}'{did_you_mean(word.partition('.')[0], known)}",
             allowed=f"{', '.join(SHORT_NAMES)}, or a name of timm (timm.list_models('vit*'))",
@@ -138,6 +161,15 @@ def _require_known(word: str, name: str) -> None:
     tags = [full.partition(".")[2] for full in timm.list_pretrained(name.partition(".")[0] + "*")]
     if tag and tag not in tags:
         raise UnknownName(f"model '{name.partition('.')[0]}' has no weights tagged '{tag}'", allowed=tags)
+
+
+def _require_preset_fits(name: str, anatomy: Anatomy, preset: str) -> None:
+    if preset != "none" and (anatomy.family != "vit" or not anatomy.has_class_token):
+        raise BackboneError(
+            f"the preset '{preset}' is not for {name}",
+            given=f"family {anatomy.family}, {'a' if anatomy.has_class_token else 'no'} class token",
+            allowed="plain vision transformers with a class token",
+        )
 
 
 def _require_whole(name: str, missing: list[str]) -> None:
@@ -158,7 +190,7 @@ def _require_classes(name: str, model: nn.Module, num_classes: int) -> None:
 
 
 def fresh_head(model: nn.Module, anatomy: Anatomy, num_classes: int) -> None:
-    """A new classifier with timm's initialisation for vision transformers: weights N(0, 0.02^2), biases zero."""
+    """A new classifier in every family: weights N(0, 0.02^2), timm's choice for transformers, and biases zero."""
     model.reset_classifier(num_classes)
     for path in anatomy.heads_of_classifier:
         head = model.get_submodule(path)

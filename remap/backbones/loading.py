@@ -9,6 +9,7 @@ import timm
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError, safe_open
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from remap.errors import BackboneError, WeightsError
@@ -30,19 +31,60 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def weight_arguments(name: str, weights: str) -> dict[str, Any]:
+# The classifier's weight in timm's families.
+HEADS = ("head.weight", "head.fc.weight", "fc.weight")
+
+
+def weight_arguments(name: str, weights: str, preset: str = "none") -> dict[str, Any]:
+    """Arguments of ``timm.create_model`` for weights of this source, read out as the preset says."""
+    pooling = {"mae": "avg", "moco_v3": "token"}
+    # Not strict: the final norm of MAE's weights has no place in a model that pools first. What is missing is noted.
+    readout = {"global_pool": pooling[preset], "pretrained_strict": False} if preset != "none" else {}
     if weights in ("none", "pretrained"):
-        return {"pretrained": weights == "pretrained"}
+        return {"pretrained": weights == "pretrained", **readout}
     path = Path(weights)
     if path.suffix != ".safetensors":
         raise WeightsError(
             "unknown source of weights", given=weights, allowed="pretrained, none, or a .safetensors file"
         )
     tensors = read_safetensors(path)
-    head = tensors.get("head.weight")
-    classes = 0 if head is None else head.shape[0]
-    overlay = {"file": str(path), "custom_load": False, "num_classes": classes}
-    return {"pretrained": True, "pretrained_cfg_overlay": overlay, "num_classes": classes}
+    # An empty source keeps timm from preferring the weights in a local or hub folder.
+    overlay: dict[str, Any] = {"file": str(path), "custom_load": False, "source": ""}
+    if preset != "none":
+        tensors = encoder_of(tensors, preset, str(path))
+        # Both were trained with the statistics of ImageNet, whatever a tag of the same architecture says.
+        overlay |= {"state_dict": tensors, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    classes = next((len(tensors[key]) for key in HEADS if key in tensors), 0)
+    overlay["num_classes"] = classes
+    return {"pretrained": True, "pretrained_cfg_overlay": overlay, "num_classes": classes, **readout}
+
+
+def encoder_of(tensors: dict[str, Tensor], preset: str, where: str) -> dict[str, Tensor]:
+    """The encoder in a self-supervised checkpoint, under timm's names and without what only pre-training needs.
+
+    MAE (He et al. 2021, arXiv 2111.06377): decoder and mask token go, and the final norm too, because the classifier
+    gets a norm of its own behind the pooling. MoCo v3 (Chen et al. 2021, arXiv 2104.02057): the encoder that was
+    trained is taken in preference to its running average, as in the official evaluation; a checkpoint of that
+    evaluation, which has neither prefix, is read too. Projector, predictor and linear head go.
+
+    Raises:
+        WeightsError: Nothing of an encoder is left.
+    """
+    if preset == "mae":
+        dropped = ("decoder", "mask_token", "norm.", "head.")
+        found = tensors
+    else:
+        dropped = ("head.", "predictor.")
+        prefixes = ("base_encoder.", "momentum_encoder.", "")
+        bare = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
+        prefix = next(prefix for prefix in prefixes if any(key.startswith(prefix) for key in bare))
+        found = {key.removeprefix(prefix): tensor for key, tensor in bare.items() if key.startswith(prefix)}
+    encoder = {key: tensor for key, tensor in found.items() if not key.startswith(dropped)}
+    if "patch_embed.proj.weight" not in encoder:
+        raise WeightsError(
+            f"{where} holds no encoder of {preset}", given=f"keys such as {', '.join(list(tensors)[:3])}"
+        )
+    return encoder
 
 
 def create(name: str, weights: str, arguments: dict[str, Any]) -> tuple[nn.Module, list[str]]:
@@ -59,13 +101,16 @@ def create(name: str, weights: str, arguments: dict[str, Any]) -> tuple[nn.Modul
             arguments = {**arguments, "pretrained_cfg_overlay": {"file": cached, "custom_load": False}}
     try:
         with _noting_missing(missing):
-            return timm.create_model(name, **arguments), missing
+            model = timm.create_model(name, **arguments)
     except Exception as error:  # timm, the hub client and torch raise many kinds here
         if not arguments["pretrained"]:
             raise BackboneError(f"timm cannot build '{name}': {error}") from error
         if weights != "pretrained":
             raise WeightsError(f"{weights} does not fit '{name}': {_first_lines(error)}") from error
         raise _out_of_reach(name, error) from error
+    # timm would keep all the weights in the configuration of the model.
+    model.pretrained_cfg.pop("state_dict", None)
+    return model, missing
 
 
 @contextmanager

@@ -57,7 +57,11 @@ def to_shared_tokens(attention: Attention, keep_class_token: bool) -> Attention:
     if keep_class_token or not attention.has_class_token:
         return attention
     return replace(
-        attention, q_BHSh=attention.q_BHSh[:, :, 1:], k_BHSh=attention.k_BHSh[:, :, 1:], has_class_token=False
+        attention,
+        q_BHSh=attention.q_BHSh[:, :, 1:],
+        k_BHSh=attention.k_BHSh[:, :, 1:],
+        has_class_token=False,
+        bias_BHSS=None if attention.bias_BHSS is None else attention.bias_BHSS[..., 1:, 1:],
     )
 
 

@@ -3,15 +3,16 @@
 Letters: B batch, C classes, D width, H heads, h head width, S the shared token set {class, patches}.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
-from remap.backbones.anatomy import Anatomy, module_at, queries_and_keys
+from remap.backbones.anatomy import Anatomy, AttentionScores, module_at, watch_attention
 from remap.errors import BackboneError
+from remap.tuning.seam import Seam
 
 
 def float32_region(tensor: Tensor) -> torch.autocast:
@@ -34,19 +35,23 @@ class Needs:
 class Attention:
     """Scores of one block over the shared tokens {class, patches}: prompts and registers are cut.
 
-    ``q_BHSh`` carries the scale 1/sqrt(h). Cutting rows and columns before the softmax re-normalises each row over
-    the tokens that stay, exactly as dividing the full map's cut row by its sum would.
+    ``q_BHSh`` carries the scale 1/sqrt(h); ``bias_BHSS`` is added to the scores and broadcasts over the batch (a
+    relative position bias). Cutting rows and columns before the softmax re-normalises each row over the tokens that
+    stay, exactly as dividing the full map's cut row by its sum would.
     """
 
     q_BHSh: Tensor
     k_BHSh: Tensor
     has_class_token: bool
     grid: tuple[int, int]
+    bias_BHSS: Tensor | None = None
 
     def map_BHSS(self) -> Tensor:
         """Attention probabilities in float32, also under autocast; rows sum to 1."""
         with float32_region(self.q_BHSh):
             scores = self.q_BHSh.float() @ self.k_BHSh.float().mT
+            if self.bias_BHSS is not None:
+                scores = scores + self.bias_BHSS.float()
             return scores.softmax(dim=-1)
 
 
@@ -62,68 +67,109 @@ class Signals:
 class Tap:
     """Runs a network and records what ``needs`` names, through hooks that leave with ``close``.
 
-    Attention of a chosen block is recomputed from the output of its qkv layer, so the block itself and all others
-    keep the fused kernel.
+    Attention of a chosen block is rebuilt from what the block itself made of its input, so the block and all others
+    keep the fused kernel. Pooled features are what the classifier's linear layer is given.
 
     Args:
         extra_tokens: Prompt tokens between prefix and patches inside the blocks (``Attached.extra_tokens``).
+        seam: Where the network's frozen beginning ends, if it has one (``Attached.seam``).
+        tokens_from: The first block that has the extra tokens (``Attached.tokens_from``).
+
+    Raises:
+        BackboneError: Attention is wanted of a backbone without attention over the whole image.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, needs: Needs, extra_tokens: int = 0) -> None:
-        self.model, self.anatomy, self.needs, self.extra_tokens = model, anatomy, needs, extra_tokens
-        self._qkv: dict[int, Tensor] = {}
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        needs: Needs,
+        extra_tokens: int = 0,
+        seam: Seam | None = None,
+        tokens_from: int = 0,
+    ) -> None:
+        self.model, self.anatomy, self.needs, self.seam = model, anatomy, needs, seam
+        self.extra_tokens, self.tokens_from = extra_tokens, tokens_from
+        self._scores: dict[int, AttentionScores] = {}
+        self._pooled: dict[str, Tensor] = {}
         self._running = False
         self._handles = [
-            module_at(model, anatomy.blocks[index].qkv).register_forward_hook(self._keeper(index))
+            handle
             for index in sorted(needs.attention)
+            for handle in watch_attention(model, anatomy, index, self._keeper(index))
         ]
+        if needs.pooled:
+            self._handles += [
+                module_at(model, path).register_forward_hook(self._pooled_keeper(path))
+                for path in anatomy.heads_of_classifier
+            ]
 
-    def _keeper(self, index: int) -> Callable[[nn.Module, tuple, Tensor], None]:
-        def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+    def _keeper(self, index: int) -> Callable[[AttentionScores], None]:
+        def keep(scores: AttentionScores) -> None:
             # Gradient checkpointing runs the block again in the backward pass; what it makes then is not ours to hold.
             if self._running:
-                self._qkv[index] = output
+                self._scores[index] = scores
 
         return keep
 
-    def __call__(self, images_BCHW: Tensor) -> Signals:
-        """Forward normalised images; logits and pooled features come from the model's own head path."""
+    def _pooled_keeper(self, path: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+        def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+            if self._running:
+                self._pooled[path] = args[0]
+
+        return keep
+
+    def __call__(self, images_BCHW: Tensor | None, kept: Mapping[str, Tensor] | None = None) -> Signals:
+        """Forward normalised images; logits and pooled features come from the model's own head path.
+
+        Args:
+            kept: What the seam's stem gave for these images; only the rest is run then.
+        """
         self._running = True
         try:
-            tokens = self.model.forward_features(images_BCHW)
-            pooled = self.model.forward_head(tokens, pre_logits=True) if self.needs.pooled else None
-            logits = self.model.forward_head(tokens)
+            if kept is None:
+                logits = self.model.forward_head(self.model.forward_features(images_BCHW))
+            else:
+                logits = self.seam.rest(kept, images_BCHW, whole_blocks=bool(self.needs.attention))
             attention = {index: self._attention(index) for index in sorted(self.needs.attention)}
-            return Signals(logits, pooled, attention)
+            return Signals(logits, self._mean_pooled() if self.needs.pooled else None, attention)
         finally:
             self._running = False
-            self._qkv.clear()
+            self._scores.clear()
+            self._pooled.clear()
+
+    def _mean_pooled(self) -> Tensor:
+        """What the classifier is given; with two heads (distilled DeiT), the mean of both."""
+        inputs = [self._pooled[path] for path in self.anatomy.heads_of_classifier]
+        return inputs[0] if len(inputs) == 1 else torch.stack(inputs).mean(dim=0)
 
     def _attention(self, index: int) -> Attention:
-        qkv = self._qkv[index]
-        expected = self.anatomy.num_prefix_tokens + self.extra_tokens + self.anatomy.num_patches
-        if qkv.shape[1] != expected:
+        scores = self._scores[index]
+        extra = self.extra_tokens if index >= self.tokens_from else 0
+        expected = self.anatomy.num_prefix_tokens + extra + self.anatomy.num_patches
+        if scores.k_BHTh.shape[2] != expected:
             # Cutting by position would silently take the wrong tokens.
             raise BackboneError(
                 "the tokens inside a block are not those the attention loss expects",
-                given=f"{qkv.shape[1]} tokens in block {index}",
-                allowed=f"{expected}: prefix {self.anatomy.num_prefix_tokens}, prompts {self.extra_tokens}, "
+                given=f"{scores.k_BHTh.shape[2]} tokens in block {index}",
+                allowed=f"{expected}: prefix {self.anatomy.num_prefix_tokens}, prompts {extra}, "
                 f"patches {self.anatomy.num_patches}",
                 do="use images of the backbone's own size, without patch dropout",
             )
-        q, k = queries_and_keys(self.model, self.anatomy.blocks[index], qkv)
-        q, k = self._shared(q), self._shared(k)
-        return Attention(q, k, self.anatomy.has_class_token, self.anatomy.grid)
+        q, k, bias = self._shared(scores.q_BHTh, extra), self._shared(scores.k_BHTh, extra), scores.bias_HTT
+        if bias is not None:
+            bias = self._shared(self._shared(bias, extra), extra, dim=-1)
+        return Attention(q, k, self.anatomy.has_class_token, self.anatomy.grid, bias)
 
-    def _shared(self, x_BHTh: Tensor) -> Tensor:
-        """Keep the class token and the patches of a full token sequence."""
-        first_patch = self.anatomy.num_prefix_tokens + self.extra_tokens
-        patches = x_BHTh[:, :, first_patch:]
+    def _shared(self, x: Tensor, extra: int, dim: int = -2) -> Tensor:
+        """Keep the class token and the patches of a full token sequence in dimension ``dim``."""
+        first_patch = self.anatomy.num_prefix_tokens + extra
+        patches = x.narrow(dim, first_patch, x.shape[dim] - first_patch)
         if not self.anatomy.has_class_token:
             return patches
         if first_patch == 1:
-            return x_BHTh
-        return torch.cat([x_BHTh[:, :, :1], patches], dim=2)
+            return x
+        return torch.cat([x.narrow(dim, 0, 1), patches], dim=dim)
 
     def close(self) -> None:
         """Remove the hooks."""

@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import nn
 
+from remap.backbones.anatomy import anatomy_of
 from remap.backbones.build import build, state_hash
-from remap.backbones.names import ABOUT, SHORT_NAMES
+from remap.backbones.families import FAMILIES
+from remap.backbones.names import ABOUT, PRESETS, SHORT_NAMES
 from remap.errors import BackboneError, UnknownName, WeightsError
 
 NAME = "vit_mini_student_patch4_32"
@@ -77,8 +79,6 @@ def test_a_hub_cache_made_by_hand(weights: tuple[Path, nn.Module], tmp_path: Pat
     environment = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    from remap.backbones.anatomy import anatomy_of
-
     assert done.stdout.split() == [name, state_hash(model, anatomy_of(model))]
 
 
@@ -103,7 +103,7 @@ def test_a_hub_out_of_reach_names_repository_cache_and_ways_on(tmp_path: Path) -
         ("vit_smal", "none", UnknownName, "did you mean 'vit_small'"),
         ("vit_small_patch16_224.nonsense", "pretrained", UnknownName, "no weights tagged 'nonsense'"),
         ("runs/absent", "pretrained", UnknownName, "no such model or run directory"),
-        ("resnet18", "none", BackboneError, "it lacks patch_embed, blocks"),
+        ("mobilenetv3_small_050", "none", BackboneError, "MobileNetV3 is not a backbone"),
         (NAME, "model.pt", WeightsError, "unknown source of weights"),
         (NAME, "absent.safetensors", WeightsError, "cannot read absent.safetensors"),
         ("local-dir:/nowhere", "pretrained", WeightsError, "config.json is missing"),
@@ -158,7 +158,7 @@ def test_the_hash_sees_one_flipped_bit_and_no_head() -> None:
     assert state_hash(built.model, built.anatomy) != built.identity.sha256
 
 
-@pytest.mark.parametrize("short", [name for name in SHORT_NAMES if name.startswith("vit")])
+@pytest.mark.parametrize("short", [name for name in SHORT_NAMES if not name.startswith("mini")])
 def test_short_names_are_tags_of_timm_with_the_sizes_listed(short: str) -> None:
     """Source: timm's own model of that name, built without a head on the meta device."""
     architecture, _, tag = SHORT_NAMES[short].partition(".")
@@ -166,7 +166,12 @@ def test_short_names_are_tags_of_timm_with_the_sizes_listed(short: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(architecture, num_classes=0)
     assert ABOUT[short][0] == f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}"
-    assert ABOUT[short][1] == model.pretrained_cfg["input_size"][-1]
+    assert ABOUT[short][1] == timm.get_pretrained_cfg(SHORT_NAMES[short]).input_size[-1]
+    assert FAMILIES.row(anatomy_of(model).family)
+
+
+def test_the_tables_of_names_agree() -> None:
+    assert set(SHORT_NAMES) == set(ABOUT) and set(PRESETS) <= set(SHORT_NAMES)
 
 
 @pytest.mark.parametrize(("short", "limit"), [("mini_student", 0.7e6), ("mini_teacher", 5e6)])

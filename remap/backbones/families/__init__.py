@@ -1,0 +1,90 @@
+"""Families of backbones. This table is all there is to registering one; listing it imports no torch."""
+
+from dataclasses import dataclass
+
+from remap.registry import Entry, Registry
+
+# What a tuning method may ask of a family.
+PARTS = {
+    "sequence": "one sequence of tokens of one width through all blocks",
+    "attention": "blocks of attention and MLP with a residual stream",
+    "linears": "blocks with linear layers",
+    "convolutions": "blocks with spatial convolutions",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyEntry(Entry):
+    """One family.
+
+    Attributes:
+        parts: Keys of ``PARTS``.
+        examples: Names or patterns of timm.
+    """
+
+    parts: frozenset[str]
+    examples: str
+
+
+_SEQUENCE = frozenset({"sequence", "attention", "linears"})
+
+FAMILIES: Registry[FamilyEntry] = Registry(
+    "family",
+    "families",
+    [
+        FamilyEntry(
+            name="vit",
+            target="remap.backbones.families.vit:PlainViT",
+            category="transformer",
+            summary="plain vision transformers",
+            paper="Dosovitskiy et al. 2020, arXiv 2010.11929",
+            parts=_SEQUENCE,
+            examples="vit_*, deit*, *_dinov2, CLIP and SigLIP towers",
+        ),
+        FamilyEntry(
+            name="eva",
+            target="remap.backbones.families.eva:Eva",
+            category="transformer",
+            summary="rotary vision transformers",
+            paper="Fang et al. 2023, arXiv 2303.11331; DINOv3, arXiv 2508.10104",
+            parts=_SEQUENCE,
+            examples="eva02_*, vit_*_dinov3*, vit_pe_core_*",
+        ),
+        FamilyEntry(
+            name="beit",
+            target="remap.backbones.families.beit:Beit",
+            category="transformer",
+            summary="vision transformers with relative position bias",
+            paper="Bao et al. 2021, arXiv 2106.08254",
+            parts=_SEQUENCE,
+            examples="beit_*, beitv2_*",
+        ),
+        FamilyEntry(
+            name="swin",
+            target="remap.backbones.families.swin:Swin",
+            category="transformer",
+            summary="window transformers with stages",
+            paper="Liu et al. 2021, arXiv 2103.14030",
+            parts=frozenset({"attention", "linears"}),
+            examples="swin_*",
+        ),
+        FamilyEntry(
+            name="convnext",
+            target="remap.backbones.families.convnext:ConvNeXt",
+            category="convolutional",
+            summary="modern convolutional networks",
+            paper="Liu et al. 2022, arXiv 2201.03545",
+            parts=frozenset({"linears", "convolutions"}),
+            examples="convnext_*",
+        ),
+        FamilyEntry(
+            name="resnet",
+            target="remap.backbones.families.resnet:ResNet",
+            category="convolutional",
+            summary="residual convolutional networks",
+            paper="He et al. 2015, arXiv 1512.03385",
+            parts=frozenset({"convolutions"}),
+            examples="resnet*, resnext*, wide_resnet*",
+        ),
+    ],
+)

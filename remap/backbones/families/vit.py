@@ -1,0 +1,132 @@
+"""Plain vision transformers: ViT, DeiT, DeiT-III, DINOv2, CLIP and SigLIP towers."""
+
+from collections.abc import Callable
+
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from remap.backbones.anatomy import Anatomy, AttentionBlock, AttentionScores
+from remap.backbones.families.base import (
+    MLPS,
+    Family,
+    Undo,
+    exactly,
+    fused_qkv,
+    linear,
+    mlp_projections,
+    pair,
+    real,
+    run_blocks,
+    tensor_path,
+)
+
+
+class PlainViT(Family):
+    """timm's ``VisionTransformer`` with its standard block."""
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        return (
+            isinstance(model, VisionTransformer)
+            and len(model.blocks) > 0
+            and all(
+                exactly(block, Block)
+                and exactly(block.attn, Attention)
+                and block.attn.gate is None
+                and exactly(block.mlp, *MLPS)
+                for block in model.blocks
+            )
+        )
+
+    @classmethod
+    def read(cls, model: nn.Module) -> Anatomy:
+        grid = pair(model.patch_embed.grid_size)
+        blocks = tuple(_read_block(model, index, grid) for index in range(len(model.blocks)))
+        last = blocks[-1]
+        distilled = hasattr(model, "dist_token")
+        final_norm = next(iter(real(model, ("norm", "fc_norm"))), None)
+        return Anatomy(
+            family="vit",
+            width=model.embed_dim,
+            depth=len(blocks),
+            heads=last.heads,
+            head_dim=last.head_dim,
+            mlp_hidden=last.mlp_hidden,
+            image_size=pair(model.patch_embed.img_size),
+            # The ratio, because the hybrid stems have a patch size of 1 behind a strided network.
+            patch_size=pair(model.patch_embed.feat_ratio(as_scalar=False)),
+            grid=grid,
+            num_prefix_tokens=model.num_prefix_tokens,
+            has_class_token=model.cls_token is not None,
+            class_token_pooled=class_token_pooled(model) and not distilled,
+            input_module="patch_embed",
+            block_input_norm=next(iter(real(model, ("norm_pre",))), None),
+            embedding_norms=norms_outside_blocks(model, final_norm),
+            final_norm=final_norm,
+            heads_of_classifier=("head", "head_dist") if distilled else ("head",),
+            blocks=blocks,
+        )
+
+    @classmethod
+    def rest_of_forward(cls, model: nn.Module, anatomy: Anatomy, index: int, x: Tensor) -> Tensor:
+        return model.norm(run_blocks(model.blocks[index:], x, model.grad_checkpointing))
+
+    @classmethod
+    def admit_tokens(cls, model: nn.Module, anatomy: Anatomy, count: int) -> Undo:
+        # Plain attention takes a sequence of any length.
+        return lambda: None
+
+    @classmethod
+    def watch_attention(
+        cls, model: nn.Module, anatomy: Anatomy, index: int, keep: Callable[[AttentionScores], None]
+    ) -> list[RemovableHandle]:
+        attention, q_of_this_pass = model.blocks[index].attn, []
+
+        # The norms are called in every pass, as Identity where there are none, and the query's comes first.
+        def q_ready(module: nn.Module, args: tuple, q: Tensor) -> None:
+            q_of_this_pass[:] = [q]
+
+        def k_ready(module: nn.Module, args: tuple, k: Tensor) -> None:
+            keep(AttentionScores(q_of_this_pass.pop() * attention.scale, k))
+
+        return [attention.q_norm.register_forward_hook(q_ready), attention.k_norm.register_forward_hook(k_ready)]
+
+
+def class_token_pooled(model: nn.Module) -> bool:
+    """Whether the classifier reads the class token of the final norm's output and nothing else."""
+    whole = getattr(model, "attn_pool", None) is None and isinstance(model.fc_norm, nn.Identity)
+    return whole and model.global_pool == "token" and model.cls_token is not None
+
+
+def norms_outside_blocks(model: nn.Module, final_norm: str | None) -> tuple[str, ...]:
+    """Norms of a sequence model outside its blocks in the order of the forward, the final one excluded."""
+    candidates = ("patch_embed.norm", "norm_pre", "norm", "attn_pool.norm", "fc_norm")
+    return tuple(path for path in real(model, candidates) if path != final_norm)
+
+
+def _read_block(model: nn.Module, index: int, grid: tuple[int, int]) -> AttentionBlock:
+    block = f"blocks.{index}"
+    attention = model.blocks[index].attn
+    mlp = mlp_projections(model, f"{block}.mlp")
+    norms = ("norm1", "attn.q_norm", "attn.k_norm", "attn.norm", "norm2", "mlp.norm")
+    return AttentionBlock(
+        block=block,
+        width=model.embed_dim,
+        grid=grid,
+        stage=0,
+        norms=real(model, (f"{block}.{norm}" for norm in norms)),
+        projections={**fused_qkv(model, f"{block}.attn"), "o": linear(model, f"{block}.attn.proj"), **mlp},
+        norm1=f"{block}.norm1",
+        attn=f"{block}.attn",
+        heads=attention.num_heads,
+        head_dim=attention.head_dim,
+        attn_branch_end=f"{block}.drop_path1",
+        attn_scale=tensor_path(model, f"{block}.ls1.gamma"),
+        norm2=f"{block}.norm2",
+        mlp=f"{block}.mlp",
+        mlp_hidden=mlp["fc1"].stop - mlp["fc1"].start,
+        mlp_branch_end=f"{block}.drop_path2",
+        mlp_scale=tensor_path(model, f"{block}.ls2.gamma"),
+    )

@@ -1,0 +1,46 @@
+"""Any timm network as a feature extractor beside a backbone."""
+
+import timm
+import torch
+from torch import nn
+
+from remap.backbones.build import require_at_hand, resolve_name
+from remap.backbones.loading import create, weight_arguments
+from remap.errors import BackboneError, UnknownName
+from remap.registry import did_you_mean
+
+
+def side_network(word: str, weights: str, image_size: tuple[int, int]) -> tuple[nn.Module, int]:
+    """A network without classifier, on the CPU, and the width F of its features (B, F).
+
+    Args:
+        word: Any name of timm, convolutional ones included; not only the families that can be backbones.
+        weights: "pretrained", "none" or a .safetensors file.
+        image_size: Height and width of the images it will see.
+
+    Raises:
+        UnknownName: timm has no such model.
+        WeightsError: The weights cannot be had or do not fit.
+        BackboneError: The network cannot be built, or gives no feature vector for images of this size.
+    """
+    if ":" not in word and not timm.is_model(word.partition(".")[0]):
+        raise UnknownName(
+            f"timm has no network '{word}'{did_you_mean(word.partition('.')[0], timm.list_models())}",
+            allowed="any name of timm; small networks are lcnet_*, mobilenetv3_*, efficientnet_lite*, resnet18",
+            do="lcnet_075 is the default",
+        )
+    require_at_hand(word, weights)
+    name = resolve_name(word)
+    network, _ = create(name, weights, {**weight_arguments(name, weights), "num_classes": 0})
+    try:
+        with torch.no_grad():
+            features = network.eval()(torch.zeros(1, 3, *image_size))
+        width = features.shape[1]
+        assert features.shape == (1, width)
+    except Exception as error:  # every network of timm has its own way of refusing a size
+        raise BackboneError(
+            f"'{word}' gives no feature vector for images of {image_size[0]} x {image_size[1]} pixels",
+            given=" ".join(str(error).split())[:200] or type(error).__name__,
+            do="convolutional networks such as lcnet_075 take any size",
+        ) from error
+    return network, width
