@@ -17,7 +17,8 @@ from remap.errors import RecipeError
 from remap.network import Network, Runner, choose_attention
 from remap.recipe.problems import lines_of
 from remap.runs.task import load_task
-from remap.tuning import METHODS
+from remap.tuning import config_of, rows_of
+from remap.tuning.attaching import attach_method
 from remap.tuning.base import Attached
 
 
@@ -28,18 +29,18 @@ def attach(model: nn.Module, method: str, **options: Any) -> Attached:
     it is new.
 
     Args:
-        method: A name from ``remap methods``.
-        options: The method's options, e.g. ``num_prompts=10``.
+        method: A name from ``remap methods``, or several: "vpt_deep+lora".
+        options: The method's options, e.g. ``num_prompts=10``; of several methods ``vpt_deep={"num_prompts": 10}``.
 
     Raises:
         RemapError: Unknown method or option, or a backbone the method does not fit.
     """
-    cls = METHODS.load(method)
+    rows_of(method)  # an unknown name says what is meant
+    config = config_of(method)
     try:
-        config = cls.Config(**options)
+        return attach_method(model, anatomy_of(model), method, options)
     except ValidationError as error:
-        raise RecipeError(lines_of(error, cls.Config), f"options of {method}") from None
-    return cls(config).attach(model, anatomy_of(model))
+        raise RecipeError(lines_of(error, config), f"options of {method}") from None
 
 
 class Student:

@@ -1,17 +1,19 @@
 """A backbone, the method attached to it and its preprocessing: what a run trains, saves, loads and predicts with."""
 
-from contextlib import nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from remap.backbones.anatomy import Anatomy, classifier_parameters, set_fused_attention
 from remap.backbones.build import Backbone, Identity
 from remap.backbones.preprocess import Preprocess, PreprocessSpec
 from remap.remapping.signals import Needs, Signals, Tap
-from remap.tuning import METHODS
-from remap.tuning.base import Attached, Method
+from remap.tuning.attaching import attach_method
+from remap.tuning.base import Attached
 
 
 @dataclass
@@ -40,6 +42,19 @@ class Network:
         return {name: parameters[name] for name in self.attached.trainable} | self.head
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """``trained`` and the buffers that training changes: all that a checkpoint or a task has to hold."""
+        buffers = dict(self.model.named_buffers())
+        names = (*self.attached.buffers, *(name for name in buffers if self.anatomy.is_head(name)))
+        return self.trained | {name: buffers[name] for name in names}
+
+    @property
+    def learns_batch_statistics(self) -> bool:
+        """Whether training depends on which images are in a batch together."""
+        paths = (*self.attached.tuned_modules, *self.attached.added)
+        return any(isinstance(m, _BatchNorm) for path in paths for m in self.model.get_submodule(path).modules())
+
+    @property
     def num_trainable(self) -> int:
         return sum(p.numel() for p in self.trained.values())
 
@@ -48,13 +63,13 @@ class Network:
         return sum(p.numel() for p in self.model.parameters())
 
     def tap(self, needs: Needs = Needs()) -> Tap:
-        return Tap(self.model, self.anatomy, needs, self.attached.extra_tokens)
+        attached = self.attached
+        return Tap(self.model, self.anatomy, needs, attached.extra_tokens, attached.seam, attached.tokens_from)
 
 
 def tuned(backbone: Backbone, method: str, options: dict[str, object]) -> Network:
     """Attach a method to a backbone and make its head trainable."""
-    cls: type[Method] = METHODS.load(method)
-    attached = cls(cls.Config(**options)).attach(backbone.model, backbone.anatomy)
+    attached = attach_method(backbone.model, backbone.anatomy, method, options)
     attached.forget_original()
     network = Network(backbone.model, backbone.anatomy, backbone.preprocess, backbone.identity, attached)
     for parameter in network.head.values():
@@ -76,11 +91,24 @@ class Runner(nn.Module):
         self.tap = network.tap(needs)
         self.bf16 = bf16
 
-    def forward(self, images_BCHW: Tensor) -> Signals:
-        """uint8 (B, 3, V, V) to signals."""
-        pixels = self.preprocess(images_BCHW)
-        with torch.autocast(pixels.device.type, torch.bfloat16) if self.bf16 else nullcontext():
-            return self.tap(pixels)
+    def forward(self, images_BCHW: Tensor, kept: Mapping[str, Tensor] | None = None) -> Signals:
+        """uint8 (B, 3, V, V) to signals.
+
+        Args:
+            kept: What ``stem`` gave for these images: the frozen part is then not run again. Images of no pixels
+                stand for images that the rest does not read.
+        """
+        pixels = self.preprocess(images_BCHW) if images_BCHW.numel() else None
+        with self._precision(images_BCHW):
+            return self.tap(pixels, kept)
+
+    def stem(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        """The frozen beginning alone, for networks that have a seam."""
+        with self._precision(images_BCHW):
+            return self.tap.seam.stem(self.preprocess(images_BCHW))
+
+    def _precision(self, images_BCHW: Tensor) -> AbstractContextManager:
+        return torch.autocast(images_BCHW.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
 
 def frozen(network: Network) -> Network:

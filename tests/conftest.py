@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,19 +75,46 @@ def draw_images(folder: Path, each: int, seed: int, classes: tuple[str, ...] = C
 
 
 def write_model(folder: Path, seed: int, **shape: float) -> None:
+    """A plain vision transformer as a model folder."""
+    write_folder(folder, seed, ARCHITECTURE, {**SHAPE, **shape}, SIZE)
+
+
+def write_folder(folder: Path, seed: int, architecture: str, arguments: dict[str, Any], size: int) -> None:
     """A model folder as timm's hub format has it: config.json and model.safetensors."""
-    arguments = {**SHAPE, **shape}
     torch.manual_seed(seed)
-    model = timm.create_model(ARCHITECTURE, num_classes=7, **arguments)
+    model = timm.create_model(architecture, num_classes=7, **arguments)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    view = {"input_size": [3, SIZE, SIZE], "fixed_input_size": True, "crop_pct": 1.0, "interpolation": "bicubic"}
-    config = {**view, "mean": [0.5] * 3, "std": [0.5] * 3, "classifier": "head", "num_classes": 7}
+    view = {"input_size": [3, size, size], "fixed_input_size": "img_size" in arguments, "crop_pct": 1.0}
+    config = {**view, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 7}
+    config["classifier"] = model.default_cfg["classifier"]
     folder.mkdir()
     save_file(model.state_dict(), str(folder / "model.safetensors"))
-    whole = {"architecture": ARCHITECTURE, "num_classes": 7, "model_args": arguments, "pretrained_cfg": config}
+    whole = {"architecture": architecture, "num_classes": 7, "model_args": arguments, "pretrained_cfg": config}
     (folder / "config.json").write_text(json.dumps(whole))
+
+
+# One small model a family, 32 pixels wide.
+ROTARY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "eva": ("eva02_tiny_patch14_224", ROTARY),
+    "beit": ("beit_base_patch16_224", ROTARY),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)},
+    ),
+    "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}),
+    "resnet": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}),
+}
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def other_family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A family that is no plain vision transformer, and a model of it: (name, local-dir:FOLDER)."""
+    folder = tmp_path_factory.mktemp("families") / request.param
+    write_folder(folder, 5, *FAMILIES[request.param], size=32)
+    return request.param, f"local-dir:{folder}"
 
 
 class Watch:

@@ -17,7 +17,13 @@ FILES = {
 # and from those below. The two tables are plain rows: they import no torch, and the recipe reads them.
 LAYERS = [
     {"remap.errors", "remap.registry", "remap.files", "remap.progress"},
-    {"remap.tuning.__init__", "remap.remapping.__init__"},
+    {
+        "remap.tuning.__init__",
+        "remap.tuning.entry",
+        *(f"remap.tuning.{category}.__init__" for category in ("finetuning", "prompt", "adapter", "parameter")),
+        "remap.remapping.__init__",
+        "remap.backbones.families.__init__",
+    },
     {"remap.recipe", "remap.runs.rundir", "remap.runs.curves"},
     {"remap.backbones", "remap.data"},
     {"remap.tuning", "remap.remapping"},
@@ -29,7 +35,7 @@ LAYERS = [
 HOMES = {
     "yaml": ("remap.recipe.strict_yaml",),
     "torchdistill": ("remap.remapping.knowledge.torchdistill_bridge",),
-    "peft": ("remap.tuning.parameter",),
+    "peft": ("remap.tuning.parameter.peft_bridge",),
     "timm": ("remap.backbones", "remap_cli.look"),  # the listing of models asks timm for names
     "accelerate": ("remap.engine", "remap.probe"),  # a type in the probe's signature
     "typer": ("remap_cli",),

@@ -1,95 +1,71 @@
-"""Tuning methods of categories 1-4. This table is all there is to registering one; listing it imports no torch."""
+"""Tuning methods of categories 1-4, one list of rows a category; listing them imports no torch.
 
-from dataclasses import dataclass
+A method's name may also be a combination: "vpt_deep+lora".
+"""
 
-from remap.registry import Entry, Registry
+from typing import Any
 
-CATEGORIES = {
-    "fine-tuning": "1 fine-tuning",
-    "prompt": "2 prompt tuning",
-    "adapter": "3 adapter tuning",
-    "parameter": "4 parameter tuning",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodEntry(Entry):
-    """One tuning method.
-
-    Attributes:
-        trains: Trainable parameters, head not counted, as a formula (L depth, D width, p prompts, r bottleneck).
-        mergeable: Whether the tuned model can be saved as plain timm weights.
-        lr: Default learning rate (AdamW, global batch 64).
-    """
-
-    trains: str
-    mergeable: bool
-    lr: float
-
+from remap.registry import Registry
+from remap.tuning import adapter, finetuning, parameter, prompt
+from remap.tuning.entry import CATEGORIES, MethodEntry
 
 METHODS: Registry[MethodEntry] = Registry(
-    "method",
-    "methods",
-    [
-        MethodEntry(
-            name="full",
-            target="remap.tuning.finetuning.full:Full",
-            category="fine-tuning",
-            summary="every weight of the backbone",
-            paper="reference point of the survey, arXiv 2305.06061",
-            trains="all",
-            mergeable=True,
-            lr=3e-4,
-        ),
-        MethodEntry(
-            name="linear",
-            target="remap.tuning.finetuning.linear:Linear",
-            category="fine-tuning",
-            summary="the classifier head only",
-            paper="reference point of the survey, arXiv 2305.06061",
-            trains="0",
-            mergeable=True,
-            lr=1e-1,
-        ),
-        MethodEntry(
-            name="vpt_shallow",
-            target="remap.tuning.prompt.vpt:VPTShallow",
-            category="prompt",
-            summary="learned tokens in front of the first block",
-            paper="Jia et al. 2022, arXiv 2203.12119",
-            trains="p*D",
-            mergeable=False,
-            lr=5e-2,
-        ),
-        MethodEntry(
-            name="vpt_deep",
-            target="remap.tuning.prompt.vpt:VPTDeep",
-            category="prompt",
-            summary="learned tokens in front of every block",
-            paper="Jia et al. 2022, arXiv 2203.12119",
-            trains="L*p*D",
-            mergeable=False,
-            lr=5e-2,
-        ),
-        MethodEntry(
-            name="adaptformer",
-            target="remap.tuning.adapter.adaptformer:AdaptFormer",
-            category="adapter",
-            summary="a bottleneck beside every MLP",
-            paper="Chen et al. 2022, arXiv 2205.13535",
-            trains="L*(2*D*r + r + D)",
-            mergeable=False,
-            lr=1e-2,
-        ),
-        MethodEntry(
-            name="bitfit",
-            target="remap.tuning.parameter.bitfit:BitFit",
-            category="parameter",
-            summary="the biases",
-            paper="Ben-Zaken et al. 2022, arXiv 2106.10199",
-            trains="all biases",
-            mergeable=True,
-            lr=3e-2,
-        ),
-    ],
+    "method", "methods", [*finetuning.ROWS, *prompt.ROWS, *adapter.ROWS, *parameter.ROWS]
 )
+
+__all__ = [
+    "CATEGORIES",
+    "METHODS",
+    "MethodEntry",
+    "category_of",
+    "combination_problems",
+    "config_of",
+    "parts_of",
+    "rows_of",
+]
+
+
+def parts_of(method: str) -> list[str]:
+    """The names in "a+b"; one for a single method."""
+    return [part.strip() for part in method.split("+")]
+
+
+def rows_of(method: str) -> list[MethodEntry]:
+    """The rows behind a name or a combination.
+
+    Raises:
+        UnknownName: A part is in no row.
+    """
+    return [METHODS.row(part) for part in parts_of(method)]
+
+
+def combination_problems(method: str) -> list[str]:
+    """Why the methods in "a+b" cannot be combined, one line each."""
+    rows = rows_of(method)
+    if len(rows) == 1:
+        return []
+    problems = [f"'{row.name}' cannot be combined with other methods" for row in rows if row.alone]
+    if len({row.name for row in rows}) < len(rows):
+        problems.append(f"'{method}' names a method twice")
+    tokens = [row.name for row in rows if row.adds_tokens]
+    if len(tokens) > 1:
+        problems.append(f"{' and '.join(tokens)} both add tokens to the sequence; keep one of them")
+    return problems
+
+
+def category_of(method: str) -> str:
+    """The category of a method; of a combination that of its parts, or adapter tuning, where the survey files mixes."""
+    found = {row.category for row in rows_of(method)}
+    return found.pop() if len(found) == 1 else "adapter"
+
+
+def config_of(method: str) -> Any:
+    """The pydantic class of a method's options; for a combination one field a part. Imports the methods, so torch."""
+    parts = parts_of(method)
+    if len(parts) == 1:
+        return METHODS.load(method).Config
+    from pydantic import ConfigDict, create_model
+
+    configs = {part: METHODS.load(part).Config for part in parts}
+    fields = {part: (config, config()) for part, config in configs.items()}
+    return create_model("Combination", __config__=ConfigDict(extra="forbid", frozen=True), **fields)

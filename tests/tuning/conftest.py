@@ -1,31 +1,88 @@
 """Tiny timm models of every supported kind, and the methods attached to them. Random, offline, on the CPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
+from timm.models.beit import Beit
+from timm.models.convnext import ConvNeXt
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from remap.backbones.anatomy import anatomy_of
-from remap.tuning import METHODS
-from remap.tuning.base import Attached
+from remap.backbones.anatomy import anatomy_of, classifier_parameters
+from remap.backbones.families import FAMILIES
+from remap.tuning import METHODS, MethodEntry, parts_of
+from remap.tuning.attaching import attach_method
+from remap.tuning.base import Attached, Sample
 
-SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0}
+PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0}
+RES = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}
 
-# What timm passes for the named model, at a tiny size; rates above 0 show whether frozen parts stay in eval.
-FAMILIES: dict[str, tuple[type[VisionTransformer], dict[str, object]]] = {
-    "plain": (VisionTransformer, {"drop_path_rate": 0.3, "proj_drop_rate": 0.2}),
-    "dinov2_registers": (
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny model of one family: what timm passes for the models it stands for, at a small size."""
+
+    family: str
+    cls: type[nn.Module]
+    options: dict[str, object]
+
+
+# Rates above 0 show whether frozen parts stay in eval.
+VARIANTS: dict[str, Tiny] = {
+    "plain": Tiny("vit", VisionTransformer, {**PLAIN, "drop_path_rate": 0.3, "proj_drop_rate": 0.2}),
+    "dinov2_registers": Tiny(
+        "vit",
         VisionTransformer,
-        {"init_values": 0.1, "reg_tokens": 4, "no_embed_class": True, "patch_drop_rate": 0.5},
+        {**PLAIN, "init_values": 0.1, "reg_tokens": 4, "no_embed_class": True, "patch_drop_rate": 0.5},
     ),
-    "deit_distilled": (VisionTransformerDistilled, {}),
-    "siglip": (VisionTransformer, {"class_token": False, "global_pool": "map"}),
-    "clip": (VisionTransformer, {"pre_norm": True, "attn_drop_rate": 0.2}),
-    "avg_pool": (VisionTransformer, {"global_pool": "avg", "qk_norm": True, "pos_drop_rate": 0.2}),
+    "deit_distilled": Tiny("vit", VisionTransformerDistilled, PLAIN),
+    "siglip": Tiny("vit", VisionTransformer, {**PLAIN, "class_token": False, "global_pool": "map"}),
+    "clip": Tiny("vit", VisionTransformer, {**PLAIN, "pre_norm": True, "attn_drop_rate": 0.2}),
+    "avg_pool": Tiny("vit", VisionTransformer, {**PLAIN, "global_pool": "avg", "qk_norm": True, "pos_drop_rate": 0.2}),
+    # eva02_tiny: fused q, k, v whose biases are tensors of their own; gated MLP.
+    "eva02": Tiny(
+        "eva",
+        Eva,
+        {**PLAIN, "swiglu_mlp": True, "use_rot_pos_emb": True, "ref_feat_shape": (4, 4), "pos_drop_rate": 0.2},
+    ),
+    # eva02_base: separate q, k, v; a norm inside the MLP.
+    "eva02_separate": Tiny(
+        "eva", Eva, {**PLAIN, "qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "use_rot_pos_emb": True}
+    ),
+    "dinov3": Tiny(
+        "eva",
+        Eva,
+        {
+            **PLAIN,
+            "qkv_bias": False,
+            "init_values": 0.1,
+            "rope_type": "dinov3",
+            "use_rot_pos_emb": True,
+            "use_abs_pos_emb": False,
+            "num_reg_tokens": 4,
+            "use_fc_norm": False,
+        },
+    ),
+    "beit": Tiny(
+        "beit",
+        Beit,
+        {**PLAIN, "use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 0.1, "drop_path_rate": 0.3},
+    ),
+    "swin": Tiny(
+        "swin",
+        SwinTransformer,
+        {"img_size": 32, "patch_size": 4, "embed_dim": 16, "depths": (2, 1), "num_heads": (1, 2), "window_size": 4},
+    ),
+    "convnext": Tiny("convnext", ConvNeXt, {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "drop_path_rate": 0.2}),
+    "resnet": Tiny("resnet", ResNet, {**RES, "block": BasicBlock}),
+    "resnet_bottleneck": Tiny("resnet", ResNet, {**RES, "block": Bottleneck, "drop_path_rate": 0.2}),
 }
 
 
@@ -34,13 +91,53 @@ def one_seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=sorted(FAMILIES))
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
+@dataclass(frozen=True)
+class Pair:
+    """A method and a tiny model it fits."""
+
+    method: str
+    variant: str
+
+    @property
+    def row(self) -> MethodEntry:
+        return METHODS.row(self.method)
+
+
+def pairs(variants: Iterable[str]) -> list[object]:
+    """Every cell of the table of support that says yes, for some of the tiny models."""
+    return [
+        pytest.param(Pair(row.name, variant), id=f"{row.name}-{variant}")
+        for row in METHODS
+        for variant in variants
+        if row.fits(FAMILIES.row(VARIANTS[variant].family).parts)
+    ]
+
+
+# One tiny model a family, for what takes long.
+ONE_EACH = ("dinov2_registers", "eva02", "beit", "swin", "convnext", "resnet_bottleneck")
 
 
 @pytest.fixture(params=METHODS.names)
 def method(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=pairs(VARIANTS))
+def pair(request: pytest.FixtureRequest) -> Pair:
+    return request.param
+
+
+# Hooks, tensors read past their layer, and convolutions: compiling takes a second or two each.
+COMPILED = ("dinov2_registers", "eva02", "resnet_bottleneck")
+
+
+@pytest.fixture(params=pairs(COMPILED))
+def compiled_pair(request: pytest.FixtureRequest) -> Pair:
+    return request.param
+
+
+@pytest.fixture(params=pairs(ONE_EACH))
+def family_pair(request: pytest.FixtureRequest) -> Pair:
     return request.param
 
 
@@ -50,8 +147,11 @@ def build() -> Callable[[str], nn.Module]:
 
     def make(name: str, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
-        cls, options = FAMILIES[name]
-        model = cls(**SIZE, **options, num_classes=5)
+        tiny = VARIANTS[name]
+        model = tiny.cls(**tiny.options, num_classes=5)
+        model.pretrained_cfg = {
+            "input_size": (3, 32, 32)
+        }  # all that tells the size of a convolutional network's images
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
@@ -60,23 +160,53 @@ def build() -> Callable[[str], nn.Module]:
     return make
 
 
+# Options that keep the tiny models tiny, and make room for what a default would not show.
+SMALL: dict[str, dict[str, object]] = {
+    "vpt_shallow": {"num_prompts": 3},
+    "vpt_deep": {"num_prompts": 3},
+    "vpt_pad": {"border": 2},
+    "e2vpt": {"num_prompts": 3, "num_kv": 2},
+    "adaptformer": {"bottleneck": 4},
+    "fact_tt": {"rank": 4},
+    "fact_tk": {"rank": 4},
+    "sidetune": {"side": "test_resnet"},
+    "vqt": {"num_prompts": 2},
+    "adalora": {"rank": 4, "initial_rank": 6},
+    "lst": {"reduction": 4},
+    "gralora": {"rank": 4, "alpha": 4},
+    "vera": {"rank": 4},
+    "randlora": {"rank": 4, "alpha": 4},
+}
+
+
 @pytest.fixture
 def attach() -> Callable[..., Attached]:
-    """A function that attaches a row of the table with the given options (small where none are given)."""
-    small = {"vpt_shallow": {"num_prompts": 3}, "vpt_deep": {"num_prompts": 3}, "adaptformer": {"bottleneck": 4}}
+    """A function that attaches a method or a combination with the given options (small where none are given)."""
 
     def make(name: str, model: nn.Module, seed: int = 1, **options: object) -> Attached:
         torch.manual_seed(seed)
-        cls = METHODS.load(name)
-        return cls(cls.Config(**{**small.get(name, {}), **options})).attach(model, anatomy_of(model))
+        parts = parts_of(name)
+        small = SMALL.get(name, {}) if len(parts) == 1 else {part: SMALL.get(part, {}) for part in parts}
+        attached = attach_method(model, anatomy_of(model), name, {**small, **options})
+        if attached.wants_sample:
+            attached.prepare(_sample())
+        return attached
 
     return make
+
+
+def _sample() -> Sample:
+    """Two batches of random images of five classes."""
+    batches = [(_images(4, seed), torch.tensor([0, 1, 2, 3 + seed % 2])) for seed in (21, 22)]
+    return Sample(lambda: iter(batches), 5)
 
 
 @pytest.fixture
 def tools() -> SimpleNamespace:
     """Helpers that several test files share."""
-    return SimpleNamespace(images=_images, trained=_trained, shake=_shake, step=_step, open_head=_open_head)
+    return SimpleNamespace(
+        images=_images, trained=_trained, shake=_shake, step=_step, open_head=_open_head, sample=_sample
+    )
 
 
 def _images(batch: int = 2, seed: int = 7) -> Tensor:
@@ -92,28 +222,39 @@ def _shake(attached: Attached, size: float = 0.2) -> None:
     """Move what the method trains, so that nothing is hidden by a zero initialisation."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in _trained(attached).values():
+        for name, parameter in attached.model.named_parameters():
+            if name not in attached.trainable and ".remap_" not in name:
+                continue
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
             parameter.add_(size * noise.to(parameter.dtype))
 
 
 def _open_head(model: nn.Module) -> nn.Module:
     """What the training loop does besides attaching: the classifier trains."""
-    model.head.requires_grad_(True)
+    for parameter in classifier_parameters(model, anatomy_of(model)).values():
+        parameter.requires_grad_(True)
     return model
 
 
-def _step(attached: Attached, steps: int = 3, optimiser: type[torch.optim.Optimizer] = torch.optim.AdamW) -> None:
-    """A few steps of the method's own parameters on random labels."""
-    if not attached.trainable:
-        return
-    images, labels = _images(4), torch.tensor([0, 1, 2, 3])
-    # A plain gradient step shrinks with the adapter's zero initialisation; float32 would round a small one away.
-    lr = 0.01 if optimiser is torch.optim.AdamW else 0.3
-    stepper = optimiser(_trained(attached).values(), lr=lr, weight_decay=0.0)
-    for _ in range(steps):
+def _step(attached: Attached, steps: int = 3) -> set[str]:
+    """A few steps of the method's own parameters and the classifier on random labels, as the training loop does them.
+
+    Returns:
+        Names of the trained parameters that had a gradient other than 0 in one of them.
+    """
+    model, labels = _open_head(attached.model), torch.tensor([0, 1, 2, 3])
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    stepper = torch.optim.AdamW(trained.values(), lr=0.01, weight_decay=0.0)
+    alive: set[str] = set()
+    for step in range(steps):
         attached.train()
         stepper.zero_grad()
-        nn.functional.cross_entropy(attached.model(images), labels).backward()
+        loss = nn.functional.cross_entropy(model(_images(4, seed=7 + step)), labels)
+        penalty = attached.penalty()
+        (loss if penalty is None else loss + penalty).backward()
+        assert not [name for name, p in trained.items() if p.grad is None], "DDP would wait for their gradients"
+        alive |= {name for name, p in trained.items() if p.grad.abs().max() > 0}
         stepper.step()
-    attached.model.eval()
+        attached.after_step(step, steps)
+    model.eval()
+    return alive

@@ -1,20 +1,25 @@
-"""Every row of the table of methods on every tiny family: the contract of ``remap.tuning.base``.
+"""Every supported cell of the table method x family, on tiny models: the contract of ``remap.tuning.base``.
 
 Expected values are the untouched timm model (a second one built from the same seed, without hooks), or the same
 quantity computed another way (a fresh model, its state dict); nothing is a recorded number.
 """
 
 import itertools
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from remap.backbones.anatomy import AttentionBlock, anatomy_of, rest_of_forward
+from remap.backbones.families import FAMILIES
 from remap.errors import BackboneError, RunError
 from remap.tuning import METHODS
-from remap.tuning.base import Attached
+from remap.tuning.attaching import attach_method, nearest
+from remap.tuning.base import Attached, is_inserted
 from remap.tuning.dropout import SampleDropout
 
 # Shifts every key alike, which a softmax over keys does not see: its gradient is 0 by nature, whatever the method.
@@ -24,84 +29,86 @@ Build = Callable[..., nn.Module]
 Attach = Callable[..., Attached]
 
 
+@torch.no_grad()  # PyTorch may choose another attention kernel where a bias requires a gradient
 def test_identity_at_initialisation_is_what_is_declared(
-    build: Build, attach: Attach, tools: SimpleNamespace, method: str, family: str
+    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any
 ) -> None:
-    base, model = build(family), build(family)
-    attached = attach(method, model)
+    base, model = build(pair.variant), build(pair.variant)
+    attached = attach(pair.method, model)
     assert torch.equal(model(tools.images()), base(tools.images())) == attached.identity_at_init
 
 
-def test_only_the_declared_parameters_require_grad(build: Build, attach: Attach, method: str, family: str) -> None:
-    model = build(family)
-    attached = attach(method, model)
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(attached.trainable)
-    assert not [name for name in attached.trainable if name.startswith(("head.", "head_dist."))]
+def test_only_the_declared_parameters_require_grad(build: Build, attach: Attach, pair: Any) -> None:
+    model = build(pair.variant)
+    attached = attach(pair.method, model)
+    head = {name for name, _ in model.named_parameters() if attached.anatomy.is_head(name)}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} - head == set(attached.trainable)
+    assert not head & set(attached.trainable)
     assert len(set(attached.trainable)) == len(attached.trainable)
 
 
-@pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.AdamW])
 def test_every_trained_tensor_gets_a_gradient_and_moves(
-    build: Build, attach: Attach, tools: SimpleNamespace, method: str, family: str, optimiser: type
+    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any
 ) -> None:
     """Catches dead initialisations: two zero factors never move each other."""
-    attached = attach(method, build(family))
+    attached = attach(pair.method, build(pair.variant))
     before = attached.state()
-    tools.step(attached, optimiser=optimiser)
+    alive = tools.step(attached, 5)
     for name, parameter in tools.trained(attached).items():
         if name.endswith(KEY_SHIFT):
             continue
-        assert parameter.grad.abs().max() > 0, f"{name} has no gradient"
+        assert name in alive, f"{name} has no gradient"
         assert not torch.equal(parameter.detach(), before[name]), f"{name} did not move"
 
 
 def test_frozen_parameters_and_buffers_are_bit_equal_after_steps(
-    build: Build, attach: Attach, tools: SimpleNamespace, method: str, family: str
+    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any
 ) -> None:
-    base, model = build(family), build(family)
-    attached = attach(method, model)
+    base, model = build(pair.variant), build(pair.variant)
+    attached = attach(pair.method, model)
     tools.step(attached)
     after = model.state_dict()
-    frozen = {name: value for name, value in base.state_dict().items() if name not in attached.trainable}
-    assert frozen, "the head at least is frozen"
-    for name, value in frozen.items():
-        assert torch.equal(after[name], value), name
+    changing = {*attached.trainable, *attached.buffers}
+    for name, value in base.state_dict().items():
+        if name not in changing and not attached.anatomy.is_head(name):
+            assert torch.equal(after[name], value), name
 
 
-def test_paths_of_the_backbones_weights_do_not_change(build: Build, attach: Attach, method: str, family: str) -> None:
-    base, model = build(family), build(family)
-    attached = attach(method, model)
+def test_paths_of_the_backbones_weights_do_not_change(build: Build, attach: Attach, pair: Any) -> None:
+    base, model = build(pair.variant), build(pair.variant)
+    attached = attach(pair.method, model)
     added = set(model.state_dict()) - set(base.state_dict())
     assert set(base.state_dict()) <= set(model.state_dict())
-    assert added <= set(attached.trainable), "inserted tensors are all trained, so all saved"
+    assert all(is_inserted(name) for name in added)
+    kept = {*attached.trainable, *attached.buffers}
+    assert all(name in kept or attached.anatomy.is_head(name) for name in added), "inserted, so part of every task file"
 
 
-def test_frozen_modules_stay_in_eval_and_the_methods_own_train(
-    build: Build, attach: Attach, method: str, family: str
-) -> None:
-    base, model = build(family), build(family)
-    attached = attach(method, model)
-    attached.train()
-    of_backbone = {name for name, _ in base.named_modules()}
-    modes = {name: module.training for name, module in model.named_modules()}
-    assert all(modes[name] == attached.trains_backbone for name in of_backbone)
-    assert all(training for name, training in modes.items() if name not in of_backbone)
-    dropout_is_on = any(modes[name] for name, m in model.named_modules() if isinstance(m, SampleDropout))
-    assert dropout_is_on == (method in ("vpt_shallow", "vpt_deep", "adaptformer"))
+def test_frozen_modules_stay_in_eval_and_the_methods_own_train(build: Build, attach: Attach, pair: Any) -> None:
+    base, model = build(pair.variant), build(pair.variant)
+    attached = attach(pair.method, model)
+    for parent in (model, model.train()):  # whoever calls train() in between
+        attached.train()
+        modes = {name: module.training for name, module in parent.named_modules()}
+        for name, _ in base.named_modules():
+            tuned = any(name == path or not path or name.startswith(f"{path}.") for path in attached.tuned_modules)
+            assert modes[name] == tuned, name
+        assert all(training for name, training in modes.items() if is_inserted(name))
 
 
 def test_state_loads_into_a_fresh_model_to_the_same_logits(
-    build: Build, attach: Attach, tools: SimpleNamespace, method: str, family: str
+    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any
 ) -> None:
-    attached = attach(method, build(family))
+    attached = attach(pair.method, build(pair.variant))
     tools.step(attached)
-    fresh = attach(method, build(family), seed=99)
+    fresh = attach(pair.method, build(pair.variant), seed=99)
     fresh.load(attached.state())
+    _copy_head(attached, fresh)
     assert torch.equal(fresh.model(tools.images()), attached.model(tools.images()))
 
 
-def test_load_refuses_other_names_and_shapes(build: Build, attach: Attach, method: str, family: str) -> None:
-    attached = attach(method, build(family))
+def test_load_refuses_other_names_and_shapes(build: Build, attach: Attach, pair: Any) -> None:
+    attached = attach(pair.method, build(pair.variant))
     state = attached.state()
     with pytest.raises(RunError, match="unexpected stranger"):
         attached.load({**state, "stranger": torch.zeros(1)})
@@ -109,89 +116,222 @@ def test_load_refuses_other_names_and_shapes(build: Build, attach: Attach, metho
         with pytest.raises(RunError, match="missing"):
             attached.load({key: value for key, value in state.items() if key != name})
         with pytest.raises(RunError, match="wanted"):
-            attached.load({**state, name: state[name][..., :-1]})
+            attached.load({**state, name: state[name][None]})
 
 
-def test_merge_gives_plain_weights_or_says_no(
-    build: Build, attach: Attach, tools: SimpleNamespace, method: str, family: str
-) -> None:
-    base, attached = build(family), attach(method, build(family))
+def test_merge_gives_plain_weights_or_says_no(build: Build, attach: Attach, tools: SimpleNamespace, pair: Any) -> None:
+    base, attached = build(pair.variant), attach(pair.method, build(pair.variant))
     tools.step(attached)
-    tuned = attached.model(tools.images())
-    assert attached.mergeable == METHODS.row(method).mergeable
+    tuned = attached.model(tools.images()).detach()
     if not attached.mergeable:
         with pytest.raises(BackboneError, match="cannot be folded"):
             attached.merge()
         return
+    assert pair.row.mergeable, "the table promises less than the method keeps"
     merged = attached.merge()
     assert list(merged.state_dict()) == list(base.state_dict())
+    assert _untouched(merged)
     base.load_state_dict(merged.state_dict())
-    assert (base(tools.images()) - tuned).abs().max() <= 1e-5
+    assert (base(tools.images()) - tuned).abs().max() <= 1e-5 * max(1.0, float(tuned.abs().max()))
+
+
+def test_the_row_says_what_attaching_gives(build: Build, attach: Attach, pair: Any) -> None:
+    """The table is what listings and plans go by, before anything is built."""
+    attached = attach(pair.method, build(pair.variant))
+    assert attached.mergeable == pair.row.mergeable
+    if "sequence" in attached.anatomy.parts:
+        assert (attached.extra_tokens > 0) == pair.row.adds_tokens
+
+
+def test_sites_of_dropout_differ(build: Build, attach: Attach, pair: Any) -> None:
+    """Equal sites would drop the same elements of an image."""
+    attached = attach(pair.method, build(pair.variant))
+    sites = [m.site for m in attached.model.modules() if isinstance(m, SampleDropout) and m.p]
+    assert len(set(sites)) == len(sites)
+
+
+def test_a_model_converted_after_attaching_trains(
+    build: Build, attach: Attach, tools: SimpleNamespace, family_pair: Any
+) -> None:
+    """The training loop moves the model to its device when the method is there already; a type is as good a test."""
+    attached = attach(family_pair.method, build(family_pair.variant))
+    model = tools.open_head(attached.model).double()
+    attached.train()
+    attached.set_sample_keys(torch.tensor([11, 12]))
+    for step in range(2):
+        model.zero_grad()
+        out, penalty = model(tools.images().double()), attached.penalty()
+        (out.square().sum() if penalty is None else out.square().sum() + penalty).backward()
+        attached.after_step(step, 2)
+    assert out.dtype == torch.float64
+    assert all(p.grad.dtype == torch.float64 for p in tools.trained(attached).values())
 
 
 def test_detach_gives_the_backbone_back_bit_for_bit(
-    build: Build, attach: Attach, tools: SimpleNamespace, method: str, family: str
+    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any
 ) -> None:
-    base, model = build(family), build(family)
-    attached = attach(method, model)
+    base, model = build(pair.variant), build(pair.variant)
+    attached = attach(pair.method, model)
     tools.step(attached)
     returned = attached.detach().eval()
     assert returned is model
     assert list(model.state_dict()) == list(base.state_dict())
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in base.state_dict().items())
-    assert torch.equal(model(tools.images()), base(tools.images()))
+    for name, value in base.state_dict().items():
+        assert attached.anatomy.is_head(name) or torch.equal(model.state_dict()[name], value), name
+    assert torch.equal(model.forward_features(tools.images()), base.forward_features(tools.images()))
     assert all(p.requires_grad for p in model.parameters())
-    assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert _untouched(model)
 
 
 def test_forward_features_and_intermediates_keep_their_shapes(
-    build: Build, attach: Attach, tools: SimpleNamespace, method: str, family: str
+    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any
 ) -> None:
-    base, attached = build(family), attach(method, build(family))
+    base, attached = build(pair.variant), attach(pair.method, build(pair.variant))
     model, images = attached.model, tools.images()
-    assert model.forward_features(images).shape == base.forward_features(images).shape
+    enlarges = pair.method == "vpt_pad"  # its border makes the image, and so every map, larger
+    if not enlarges:
+        assert model.forward_features(images).shape == base.forward_features(images).shape
+    assert model.forward_head(model.forward_features(images)).shape == (2, 5)
+    if "sequence" not in attached.anatomy.parts:
+        found = (m.forward_intermediates(images, intermediates_only=True) for m in (model, base))
+        assert enlarges or _shapes(next(found)) == _shapes(next(found))
+        return
     for output_format, norm, prefix in itertools.product(("NCHW", "NLC"), (False, True), (False, True)):
         options = {"output_fmt": output_format, "norm": norm, "return_prefix_tokens": prefix}
         ours, theirs = (m.forward_intermediates(images, **options) for m in (model, base))
         assert _shapes(ours) == _shapes(theirs)
     final, tokens = model.forward_intermediates(images, output_fmt="NLC", norm=True)
-    patches = model.forward_features(images)[:, model.num_prefix_tokens :]
-    assert torch.equal(final[:, model.num_prefix_tokens :], patches)
+    patches = model.forward_features(images)[:, attached.anatomy.num_prefix_tokens :]
+    assert torch.equal(final[:, attached.anatomy.num_prefix_tokens :], patches)
     assert torch.equal(tokens[-1], patches)
 
 
 def test_weight_decay_leaves_vectors_and_prompts_alone(
-    build: Build, attach: Attach, tools: SimpleNamespace, method: str, family: str
+    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any
 ) -> None:
-    attached = attach(method, build(family))
+    attached = attach(pair.method, build(pair.variant))
     exempt = set(attached.no_decay)
     assert exempt <= set(attached.trainable)
     for name, parameter in tools.trained(attached).items():
         must = parameter.ndim <= 1 or "prompts" in name or name in ("cls_token", "pos_embed", "reg_token")
         assert name in exempt or not must, name
-        assert not (name in exempt and name.endswith("weight") and parameter.ndim == 2), name
 
 
 def test_extra_tokens_stand_between_prefix_and_patches_inside_every_block(
-    build: Build, attach: Attach, tools: SimpleNamespace, method: str, family: str
+    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any
 ) -> None:
     """Attention does not see the order of tokens, so logits cannot tell; who reads inside a block relies on it."""
-    base, attached = build(family), attach(method, build(family))
+    base, attached = build(pair.variant), attach(pair.method, build(pair.variant))
+    if "sequence" not in attached.anatomy.parts:
+        assert attached.extra_tokens == 0
+        return
     inside, outside = (_tokens_in_blocks(model, tools.images()) for model in (attached.model, base))
-    extra, prefix = attached.extra_tokens, base.num_prefix_tokens
+    extra, prefix = attached.extra_tokens, attached.anatomy.num_prefix_tokens
     assert [len(x[0]) for x in inside] == [len(x[0]) + extra for x in outside]
-    assert torch.equal(inside[0][:, :prefix], outside[0][:, :prefix])
-    assert torch.equal(inside[0][:, prefix + extra :], outside[0][:, prefix:])
+    if pair.row.category == "prompt" and pair.method not in ("vp",):
+        assert torch.equal(inside[0][:, :prefix], outside[0][:, :prefix])
+        assert torch.equal(inside[0][:, prefix + extra :], outside[0][:, prefix:])
 
 
-def test_a_second_inserted_method_is_refused(build: Build, attach: Attach, method: str) -> None:
-    model = build("plain")
-    attached = attach(method, model)
-    if set(model.state_dict()) == set(build("plain").state_dict()):
-        assert not attached._added, "in-place methods insert nothing"
+def test_the_seam_cuts_the_forward_where_it_says(
+    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any
+) -> None:
+    attached = attach(pair.method, build(pair.variant))
+    if attached.seam is None:
+        return
+    tools.step(attached)
+    images = tools.images()
+    kept = attached.seam.stem(images)
+    assert all(len(value) == 2 and not value.requires_grad for value in kept.values())
+    whole = attached.model(images)
+    for all_tokens in (False, True):
+        pixels = images if attached.seam.reads_images else None
+        rest = attached.seam.rest(kept, pixels, whole_blocks=all_tokens)
+        assert torch.allclose(rest, whole, rtol=1e-5, atol=1e-5)
+    first = attached.seam.first_block
+    assert first == attached.anatomy.depth or torch.allclose(
+        attached.model.forward_head(rest_of_forward(attached.model, attached.anatomy, first, kept["input"])), whole
+    )
+
+
+@torch.no_grad()
+def test_signals_called_unchanged_do_not_change(
+    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any
+) -> None:
+    """``unchanged`` decides which losses are refused as idle."""
+    base, attached = build(pair.variant), attach(pair.method, build(pair.variant))
+    tools.shake(attached)
+    ours, theirs = (m.forward_features(tools.images()) for m in (attached.model, base))
+    same = ours.shape == theirs.shape and torch.equal(ours, theirs)
+    assert same == ("attention" in pair.row.unchanged)
+
+
+def test_a_second_inserted_method_is_refused(build: Build, attach: Attach, pair: Any) -> None:
+    model = build(pair.variant)
+    attached = attach(pair.method, model)
+    if set(model.state_dict()) == set(build(pair.variant).state_dict()):
+        assert not attached.added, "in-place methods insert nothing"
         return
     with pytest.raises(BackboneError, match="already carries"):
-        attach(method, model)
+        attach(pair.method, model)
+
+
+def test_dropout_is_keyed_by_sample(build: Build, attach: Attach, tools: SimpleNamespace, pair: Any) -> None:
+    """What is dropped of an image depends on its key alone, not on the rest of the batch."""
+    attached = attach(pair.method, build(pair.variant))
+    ours = [m for name, m in attached.model.named_modules() if is_inserted(name) and isinstance(m, nn.Dropout)]
+    assert not ours, "torch's own dropout is not keyed"
+    if not any(isinstance(m, SampleDropout) and m.p for m in attached.model.modules()) or _has_batch_norm(attached):
+        return
+    tools.shake(attached)
+    attached.train()
+    images, keys = tools.images(3), torch.tensor([11, 12, 13])
+    attached.set_sample_keys(keys)
+    together = attached.model(images)
+    attached.set_sample_keys(keys[[2, 0]])
+    assert torch.allclose(attached.model(images[[2, 0]]), together[[2, 0]], rtol=1e-4, atol=1e-5)
+    attached.set_sample_keys(keys + 1)
+    assert not torch.allclose(attached.model(images), together, rtol=1e-4, atol=1e-5)
+
+
+REFUSED = [(row.name, family.name) for row in METHODS for family in FAMILIES if not row.fits(family.parts)]
+MODELS = {"vit": "plain", "eva": "eva02", "beit": "beit", "swin": "swin", "convnext": "convnext", "resnet": "resnet"}
+
+
+@pytest.mark.parametrize(("method", "family"), REFUSED)
+def test_what_does_not_fit_is_refused_with_a_method_that_does(build: Build, method: str, family: str) -> None:
+    model = build(MODELS[family])
+    before = list(model.state_dict())
+    with pytest.raises(BackboneError, match=re.escape(f"{method} does not fit")) as caught:
+        attach_method(model, anatomy_of(model), method, {})
+    assert list(model.state_dict()) == before
+    offered = nearest(METHODS.row(method), family)
+    assert offered and all(name in str(caught.value) for name in offered)
+    assert all(METHODS.row(name).fits(FAMILIES.row(family).parts) for name in offered)
+
+
+def _copy_head(source: Attached, target: Attached) -> None:
+    tensors = source.model.state_dict()
+    with torch.no_grad():
+        for name, parameter in target.model.named_parameters():
+            if target.anatomy.is_head(name):
+                parameter.copy_(tensors[name])
+
+
+def _untouched(model: nn.Module) -> bool:
+    """No hook, no replaced forward, no changed class is left."""
+    return not [
+        m
+        for m in model.modules()
+        if m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ or "Recomputed" in type(m).__name__
+    ]
+
+
+def _has_batch_norm(attached: Attached) -> bool:
+    return any(
+        is_inserted(name) and isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))
+        for name, m in attached.model.named_modules()
+    )
 
 
 def _shapes(value: object) -> object:
@@ -201,10 +341,13 @@ def _shapes(value: object) -> object:
 
 
 def _tokens_in_blocks(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """The input of the first norm of every block, as the block calls it on the whole sequence."""
     seen: list[Tensor] = []
-    handles = [
-        block.norm1.register_forward_pre_hook(lambda module, args: seen.append(args[0])) for block in model.blocks
-    ]
+    handles = []
+    for block in anatomy_of(model).blocks:
+        assert isinstance(block, AttentionBlock)
+        norm = model.get_submodule(block.norm1)
+        handles.append(norm.register_forward_pre_hook(lambda module, args: seen.append(args[0])))
     model(images)
     for handle in handles:
         handle.remove()

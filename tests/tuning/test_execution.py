@@ -4,13 +4,16 @@ Expected values are the same model run the plain way: not checkpointed, not comp
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from remap.backbones.families import FAMILIES
 from remap.tuning import METHODS
 from remap.tuning.base import Attached
 
@@ -22,10 +25,10 @@ Attach = Callable[..., Attached]
 
 
 def test_gradient_checkpointing_gives_equal_gradients_after_two_forward_passes(
-    build: Build, attach: Attach, tools: SimpleNamespace, method: str, family: str
+    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any
 ) -> None:
     """Blocks run again in backward, after the second pass has run: each must find the prompts of its own pass."""
-    attached = attach(method, build(family), **_without_dropout(method))
+    attached = attach(pair.method, build(pair.variant), **_without_dropout(pair.method))
     tools.shake(attached)
     expected, found = (_two_pass_gradients(attached, tools, on) for on in (False, True))
     for name, gradient in expected.items():
@@ -33,16 +36,13 @@ def test_gradient_checkpointing_gives_equal_gradients_after_two_forward_passes(
     assert all(gradient.abs().max() > 0 for name, gradient in expected.items() if not name.endswith(KEY_SHIFT))
 
 
-def test_checkpointing_repeats_dropout_masks(
-    build: Build, attach: Attach, tools: SimpleNamespace, method: str, family: str
-) -> None:
+def test_checkpointing_repeats_dropout_masks(build: Build, attach: Attach, tools: SimpleNamespace, pair: Any) -> None:
     """With sample keys the mask is a pure function, so a block that runs again draws the same one."""
-    attached = attach(method, build(family))
+    attached = attach(pair.method, build(pair.variant))
     tools.shake(attached)
-    if attached.trains_backbone:
-        attached.model.eval()
-    else:
-        attached.train()
+    attached.train()
+    for path in attached.tuned_modules:  # torch's own dropout is not keyed
+        attached.model.get_submodule(path).eval()
     attached.set_sample_keys(torch.tensor([11, 12]))
     expected, found = (_two_pass_gradients(attached, tools, on) for on in (False, True))
     assert set(expected) == set(found) >= set(attached.trainable)
@@ -50,24 +50,62 @@ def test_checkpointing_repeats_dropout_masks(
         assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-6), name
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_model_gives_equal_output(
-    build: Build, attach: Attach, tools: SimpleNamespace, method: str, backend: str
+    build: Build, attach: Attach, tools: SimpleNamespace, compiled_pair: Any
 ) -> None:
     """In one graph: a hook that dynamo cannot trace would break it."""
     torch._dynamo.reset()
-    attached = attach(method, build("dinov2_registers"))
+    attached = attach(compiled_pair.method, build(compiled_pair.variant))
     tools.shake(attached)
-    compiled = torch.compile(attached.model, backend=backend, fullgraph=True)
+    compiled = torch.compile(attached.model, backend="eager", fullgraph=True)
     with torch.no_grad():
         assert torch.allclose(compiled(tools.images()), attached.model(tools.images()), atol=1e-6)
     torch._dynamo.reset()
 
 
-def test_a_deep_copy_after_a_forward_is_whole_and_independent(
-    build: Build, attach: Attach, tools: SimpleNamespace, method: str, family: str
+def test_compiled_blocks_give_equal_gradients(
+    build: Build, attach: Attach, tools: SimpleNamespace, method: str
 ) -> None:
-    attached = attach(method, build(family))
+    """As the training loop compiles, with the backward traced too."""
+    variant = "dinov2_registers" if METHODS.row(method).fits(FAMILIES.row("vit").parts) else "resnet"
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        attached = attach(method, build(variant))
+        tools.shake(attached)
+        if compiled:
+            for block in attached.anatomy.blocks:
+                attached.model.get_submodule(block.block).compile(backend="aot_eager")
+        tools.open_head(attached.model)(tools.images()).square().sum().backward()
+        found.append({name: p.grad for name, p in attached.model.named_parameters() if p.requires_grad})
+    for name, gradient in found[0].items():
+        assert torch.allclose(found[1][name], gradient, rtol=1e-4, atol=1e-5), name
+    torch._dynamo.reset()
+
+
+def test_distributed_wrapper_finds_every_parameter_used(
+    build: Build, attach: Attach, tools: SimpleNamespace, family_pair: Any, one_process: None
+) -> None:
+    """Without a search for unused parameters the second forward fails if the first backward missed one."""
+    attached = attach(family_pair.method, build(family_pair.variant))
+    wrapped = DistributedDataParallel(tools.open_head(attached.model))
+    for seed in (1, 2):
+        attached.train()
+        wrapped(tools.images(4, seed)).square().sum().backward()
+    wrapped(tools.images())
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_deep_copy_after_a_forward_is_whole_and_independent(
+    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any
+) -> None:
+    attached = attach(pair.method, build(pair.variant))
     tools.shake(attached)
     before = attached.model(tools.images())
     twin = copy.deepcopy(tools.open_head(attached.model))
@@ -81,9 +119,9 @@ def test_a_deep_copy_after_a_forward_is_whole_and_independent(
 
 
 def test_bfloat16_autocast_runs_and_keeps_parameters_in_float32(
-    build: Build, attach: Attach, tools: SimpleNamespace, method: str, family: str
+    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any
 ) -> None:
-    attached = attach(method, build(family), **_without_dropout(method))
+    attached = attach(pair.method, build(pair.variant), **_without_dropout(pair.method))
     tools.shake(attached)
     full = attached.model(tools.images())
     tools.open_head(attached.model)

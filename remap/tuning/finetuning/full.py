@@ -11,7 +11,7 @@ class Full(Method):
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
         names = names_where(model, anatomy, lambda name, p: True)
-        exempt = set(model.no_weight_decay())
+        exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
         parameters = dict(model.named_parameters())
         return Attached(
             model,
@@ -19,5 +19,5 @@ class Full(Method):
             trainable=names,
             no_decay=[name for name in names if parameters[name].ndim <= 1 or name in exempt],
             mergeable=True,
-            trains_backbone=True,
+            tuned_modules=[""],
         )

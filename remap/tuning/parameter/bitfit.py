@@ -7,12 +7,15 @@ from torch import nn
 from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
 from remap.tuning.base import Attached, Method, Options, names_where
+from remap.tuning.parameter.norm import never_learns, norm_paths
 
 
 class BitFit(Method):
-    """Train every parameter whose name ends in ``bias``.
+    """Train every bias: parameters whose name ends in ``bias``, which takes in ``q_bias`` and ``v_bias`` and leaves
+    out tables of relative positions.
 
     Counts on ViT-B/16: ``all`` 102,912, ``no_norm`` 83,712, ``blocks`` 101,376 (all biases inside the blocks).
+    In networks with batch norm the biases are those of the norms, as their convolutions have none.
     """
 
     class Config(Options):
@@ -23,21 +26,18 @@ class BitFit(Method):
     config: Config
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
-        norms = tuple(f"{name}." for name, module in model.named_modules() if _is_norm(module))
-        blocks = tuple(f"{block.block}." for block in anatomy.blocks)
-
-        def chosen(name: str, parameter: nn.Parameter) -> bool:
-            if not name.endswith("bias"):
-                return False
-            if self.config.biases == "no_norm":
-                return not name.startswith(norms)
-            return self.config.biases == "all" or name.startswith(blocks)
-
-        names = names_where(model, anatomy, chosen)
+        names = bias_parameters(model, anatomy)
+        if self.config.biases == "no_norm":
+            norms = norm_paths(model)
+            names = [name for name in names if name.rpartition(".")[0] not in norms]
+        elif self.config.biases == "blocks":
+            blocks = tuple(f"{block.block}." for block in anatomy.blocks)
+            names = [name for name in names if name.startswith(blocks)]
         if not names:
             raise BackboneError("this backbone has no biases of the chosen kind", given=self.config.biases)
-        return Attached(model, anatomy, trainable=names, no_decay=names, mergeable=True, trains_backbone=False)
+        return Attached(model, anatomy, trainable=names, no_decay=names, mergeable=True)
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()
+def bias_parameters(model: nn.Module, anatomy: Anatomy) -> list[str]:
+    """Names of all biases that can learn."""
+    return names_where(model, anatomy, lambda name, p: name.endswith("bias") and not never_learns(name, anatomy))

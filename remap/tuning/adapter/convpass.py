@@ -1,0 +1,104 @@
+"""Convpass (Jie and Deng 2022, arXiv 2207.07039): a bottleneck with a convolution beside attention and MLP.
+
+Letters: B batch, T tokens, N patch tokens, h and w rows and columns of patches, D width, r bottleneck.
+"""
+
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from remap.backbones.anatomy import Anatomy, module_at
+from remap.errors import BackboneError
+from remap.tuning.adapter.bottleneck import Beside, attached_adapters, insert_adapter
+from remap.tuning.base import Attached, Method, Options
+from remap.tuning.dropout import SampleDropout
+
+
+class Convpass(Method):
+    """x + attn(n) + s * up(dropout(act(conv3x3(act(down(n)))))) with n = norm1(x), and the same beside the MLP with
+    norm2; act is QuickGELU: 2*L*(2*D*r + 9*r*r + 2*r + D) parameters.
+
+    The sum stands outside LayerScale and drop-path.
+    """
+
+    class Config(Options):
+        """``scale`` is the official code's default, which the paper searches from 0.01 to 100 for every task.
+        ``place``: beside attention and MLP (block) or beside attention only."""
+
+        bottleneck: int = Field(default=8, ge=1)
+        scale: float = Field(default=1.0, gt=0.0)
+        dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
+        place: Literal["block", "attention"] = "block"
+
+    config: Config
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+        added: list[str] = []
+        size = partial(_require_size, anatomy.image_size)
+        handles: list[RemovableHandle] = [module_at(model, anatomy.input_module).register_forward_pre_hook(size)]
+        for block in anatomy.blocks:
+            branches = [("attn", block.norm1, block.attn_branch_end), ("mlp", block.norm2, block.mlp_branch_end)]
+            for word, norm, end in branches if self.config.place == "block" else branches[:1]:
+                adapter = ConvBottleneck(block.width, block.grid, self.config, site=len(added))
+                added.append(insert_adapter(model, block, f"remap_convpass_{word}", adapter, block.fc1))
+                handles.append(module_at(model, norm).register_forward_hook(adapter.keep_output))
+                handles.append(module_at(model, end).register_forward_hook(adapter.add_to_branch))
+        return attached_adapters(model, anatomy, added, handles)
+
+
+class ConvBottleneck(Beside):
+    """The adapter of one branch, (B, T, D) or (B, h, w, D) to the same shape.
+
+    The last h*w tokens are the patches, whatever stands in front of them. Every other token (class, registers,
+    prompts) is convolved as an image of one pixel: the other taps of the kernel see padding.
+    """
+
+    def __init__(self, width: int, grid: tuple[int, int], config: Convpass.Config, site: int) -> None:
+        super().__init__()
+        self.grid, self.scale, bottleneck = grid, config.scale, config.bottleneck
+        self.down = nn.Linear(width, bottleneck)
+        self.conv = nn.Conv2d(bottleneck, bottleneck, 3, padding=1)
+        self.dropout = SampleDropout(config.dropout, site)
+        self.up = nn.Linear(bottleneck, width)
+        nn.init.xavier_uniform_(self.down.weight)
+        for zero in (self.down.bias, self.conv.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+        nn.init.dirac_(self.conv.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden_BTr = _quick_gelu(self.down(x.flatten(1, -2)))
+        hidden_BTr = _quick_gelu(self._convolve(hidden_BTr))
+        return (self.up(self.dropout(hidden_BTr)) * self.scale).view_as(x)
+
+    def _convolve(self, hidden_BTr: Tensor) -> Tensor:
+        others = hidden_BTr.shape[1] - self.grid[0] * self.grid[1]
+        patches_Brhw = hidden_BTr[:, others:].mT.unflatten(2, self.grid)
+        patches_BNr = self.conv(patches_Brhw).flatten(2).mT
+        if others == 0:
+            return patches_BNr
+        centre_rr = self.conv.weight[:, :, 1, 1]
+        return torch.cat([F.linear(hidden_BTr[:, :others], centre_rr, self.conv.bias), patches_BNr], dim=1)
+
+
+def _require_size(size: tuple[int, int], module: nn.Module, args: tuple) -> None:
+    """Forward pre-hook of the module that takes the image: which tokens are patches depends on its size.
+
+    Raises:
+        BackboneError: Another size.
+    """
+    given = tuple(args[0].shape[-2:])
+    if given != size:
+        raise BackboneError(
+            "convpass was attached for another image size",
+            given=f"{given[0]}x{given[1]} pixels",
+            allowed=f"{size[0]}x{size[1]}",
+        )
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)

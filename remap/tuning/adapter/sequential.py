@@ -1,0 +1,126 @@
+"""Adapters in series with the frozen blocks: Houlsby's, Pfeiffer's and Adapter+.
+
+Letters: B batch, T tokens (H, W in window transformers), D width, r bottleneck.
+"""
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from remap.backbones.anatomy import Anatomy, AttentionBlock, module_at
+from remap.tuning.adapter.bottleneck import Bottleneck, attached_adapters, insert_adapter
+from remap.tuning.base import Attached, Method, Options
+from remap.tuning.dropout import SampleDropout
+
+
+class Houlsby(Method):
+    """h + A(h) on the output h of attention and of the MLP, before it is added to the stream (arXiv 1902.00751,
+    figure 2): 2*L*(2*D*r + r + D) parameters.
+
+    h is taken after LayerScale and drop-path. Where the paper starts close to the identity, this starts at it. The
+    norms, which the paper trains too, stay frozen: "houlsby+norm" trains them.
+    """
+
+    class Config(Options):
+        bottleneck: int = Field(default=8, ge=1)
+
+    config: Config
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+        added: list[str] = []
+        handles: list[RemovableHandle] = []
+        for block in anatomy.blocks:
+            for word, end in (("attn", block.attn_branch_end), ("mlp", block.mlp_branch_end)):
+                adapter = InSeries(block.width, self.config.bottleneck)
+                added.append(insert_adapter(model, block, f"remap_houlsby_{word}", adapter, block.fc1))
+                handles.append(module_at(model, end).register_forward_hook(adapter.change_output))
+        return attached_adapters(model, anatomy, added, handles)
+
+
+class Pfeiffer(Method):
+    """x + h + A(h) with h the output of the MLP branch (arXiv 2005.00247): L*(2*D*r + r + D) parameters.
+
+    Of the readings in use this is the one of VPT's baseline and of Adapter+'s "intermediate": the adapter reads the
+    branch, not the sum with the stream, and there is no extra norm. Its input is taken after LayerScale.
+    """
+
+    class Config(Options):
+        """``reduction``, where given, makes the bottleneck width/reduction in place of ``bottleneck``."""
+
+        bottleneck: int = Field(default=8, ge=1)
+        reduction: int | None = Field(default=None, ge=1)
+
+    config: Config
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+        added: list[str] = []
+        handles: list[RemovableHandle] = []
+        for block in anatomy.blocks:
+            adapter = InSeries(block.width, self._bottleneck(block))
+            added.append(insert_adapter(model, block, "remap_pfeiffer", adapter, block.fc1))
+            handles.append(module_at(model, block.mlp_branch_end).register_forward_hook(adapter.change_output))
+        return attached_adapters(model, anatomy, added, handles)
+
+    def _bottleneck(self, block: AttentionBlock) -> int:
+        reduction = self.config.reduction
+        return self.config.bottleneck if reduction is None else max(1, block.width // reduction)
+
+
+class AdapterPlus(Method):
+    """y + s * A(y) on the output y of every block, with a learned scale s a channel that starts at 1
+    (arXiv 2406.06820): L*(2*D*r + r + 2*D) parameters.
+
+    The paper draws both projections from the same narrow normal distribution; here ``up`` is zero, so that tuning
+    starts at the pretrained network.
+    """
+
+    class Config(Options):
+        """``drop_path`` leaves an image's adapter out in training, with this probability a block."""
+
+        bottleneck: int = Field(default=8, ge=1)
+        drop_path: float = Field(default=0.1, ge=0.0, lt=1.0)
+
+    config: Config
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+        added: list[str] = []
+        handles: list[RemovableHandle] = []
+        for site, block in enumerate(anatomy.blocks):
+            adapter = ChannelScaled(block.width, self.config.bottleneck, self.config.drop_path, site)
+            added.append(insert_adapter(model, block, "remap_adapter_plus", adapter, block.fc1))
+            # In front of hooks that cut prompts from the block's output: whatever the order of attaching, the adapter
+            # is part of the block.
+            whole = module_at(model, block.block)
+            handles.append(whole.register_forward_hook(adapter.change_output, prepend=True))
+        return attached_adapters(model, anatomy, added, handles)
+
+
+class InSeries(Bottleneck):
+    """A bottleneck with GELU behind a module, and the hook that puts it there."""
+
+    def __init__(self, width: int, bottleneck: int) -> None:
+        super().__init__(width, bottleneck, F.gelu)
+        # The width of Houlsby's and Adapter+'s initialisation.
+        nn.init.trunc_normal_(self.down.weight, std=0.01, a=-0.02, b=0.02)
+
+    def change_output(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """Forward hook: (..., D) to (..., D)."""
+        return output + self(output)
+
+
+class ChannelScaled(InSeries):
+    """Adapter+'s: s * A(x), and nothing for the images whose path is dropped."""
+
+    def __init__(self, width: int, bottleneck: int, drop_path: float, site: int) -> None:
+        super().__init__(width, bottleneck)
+        self.scale = nn.Parameter(torch.ones(width))
+        self.drop_path = SampleDropout(drop_path, site)
+
+    def forward(self, x: Tensor) -> Tensor:
+        change = super().forward(x) * self.scale
+        if not self.training:
+            return change
+        images = change.new_ones(len(change), *[1] * (change.ndim - 1))
+        return change * self.drop_path(images)

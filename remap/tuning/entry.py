@@ -1,0 +1,42 @@
+"""The row of the table of methods. Imports no torch."""
+
+from dataclasses import dataclass
+
+from remap.registry import Entry
+
+CATEGORIES = {
+    "fine-tuning": "1 fine-tuning",
+    "prompt": "2 prompt tuning",
+    "adapter": "3 adapter tuning",
+    "parameter": "4 parameter tuning",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodEntry(Entry):
+    """One tuning method.
+
+    Attributes:
+        trains: Trainable parameters, head not counted, as a formula (L depth, D width, H MLP width, p prompts,
+            r bottleneck or rank).
+        vit_base: The same as a number: ViT-B/16 at 224 pixels with default options; None where it does not fit a ViT.
+        mergeable: Whether the tuned model can be saved as plain timm weights (with default options).
+        lr: Default learning rate for a backbone 128 wide (AdamW, global batch 64); others scale it by 128 / width.
+        needs: What it asks of a backbone; keys of ``backbones.families.PARTS``.
+        unchanged: Signals of the student it cannot change ("attention", "pooled"), so that losses on them are idle.
+        alone: Cannot be combined with another method (``a+b``).
+        adds_tokens: Adds tokens to the sequence; one method of a combination may.
+    """
+
+    trains: str
+    vit_base: int | None
+    mergeable: bool
+    lr: float
+    needs: frozenset[str] = frozenset()
+    unchanged: frozenset[str] = frozenset()
+    alone: bool = False
+    adds_tokens: bool = False
+
+    def fits(self, parts: frozenset[str]) -> bool:
+        """Whether it can be attached to a backbone that has ``parts``."""
+        return self.needs <= parts

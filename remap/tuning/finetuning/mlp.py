@@ -1,0 +1,79 @@
+"""MLP-k (Jia et al. 2022, arXiv 2203.12119): hidden layers between the frozen features and the classifier.
+
+Letters: B batch, D width of the features, k hidden layers.
+"""
+
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from remap.backbones.anatomy import Anatomy, module_at
+from remap.tuning.base import Attached, Method, Options, insert_module, inserted_parameters, vectors
+from remap.tuning.dropout import SampleDropout
+from remap.tuning.seam import FeatureSeam
+
+_PATH = "remap_mlp"
+
+
+class MLP(Method):
+    """k times dropout(bn(relu(W x + b))) in front of the classifier: k*(D*D + 3*D) parameters.
+
+    With the classifier that is the paper's MLP-(k+1). Distilled models have two classifiers: each feature passes
+    through the same layers.
+    """
+
+    class Config(Options):
+        """``num_layers`` counts hidden layers, the classifier not included."""
+
+        num_layers: int = Field(default=2, ge=1)
+        dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
+
+    config: Config
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+        heads = [module_at(model, path) for path in anatomy.heads_of_classifier]
+        like = heads[0].weight if isinstance(heads[0], nn.Linear) else next(model.parameters())
+        hidden = HiddenLayers(anatomy.width, self.config).to(device=like.device, dtype=like.dtype)
+        insert_module(model, _PATH, hidden)
+        names = inserted_parameters(model, [_PATH])
+        return Attached(
+            model,
+            anatomy,
+            trainable=names,
+            no_decay=vectors(names),
+            identity_at_init=False,
+            added=[_PATH],
+            handles=[head.register_forward_pre_hook(hidden.before_classifier) for head in heads],
+            seam=FeatureSeam(model, anatomy),
+        )
+
+
+class HiddenLayers(nn.Module):
+    """The hidden layers and the hook of the classifier."""
+
+    def __init__(self, width: int, config: MLP.Config) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(width, width) for _ in range(config.num_layers))
+        self.norms = nn.ModuleList(BatchNorm(width) for _ in range(config.num_layers))
+        self.dropouts = nn.ModuleList(SampleDropout(config.dropout, site) for site in range(config.num_layers))
+        for linear in self.linears:
+            nn.init.kaiming_normal_(linear.weight, mode="fan_out")
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        for linear, norm, dropout in zip(self.linears, self.norms, self.dropouts, strict=True):
+            x_BD = dropout(norm(F.relu(linear(x_BD))))
+        return x_BD
+
+    def before_classifier(self, head: nn.Module, args: tuple) -> tuple:
+        """Forward pre-hook of a linear layer of the classifier."""
+        return (self(args[0]), *args[1:])
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm over (B, D) that takes the running statistics for a single image, which has no variance."""
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        if self.training and len(x_BD) == 1:
+            return F.batch_norm(x_BD, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(x_BD)

@@ -1,0 +1,114 @@
+"""Partial fine-tuning (the baseline partial-k of Jia et al. 2022, arXiv 2203.12119): the last blocks train.
+
+Letters: B batch, T tokens, D width.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt
+from torch import Tensor, nn
+
+from remap.backbones.anatomy import Anatomy, AttentionBlock, Block, module_at, rest_of_forward
+from remap.backbones.queries import BlockReader, reads_one_row
+from remap.errors import BackboneError
+from remap.tuning.base import Attached, Method, Options, names_where
+from remap.tuning.seam import BlockSeam
+
+
+class Partial(Method):
+    """Train the last ``num_blocks`` blocks, or chosen ones, and the final norm: k blocks + 2*D parameters."""
+
+    class Config(Options):
+        """Which weights train.
+
+        ``blocks`` names blocks from 0 (all stages of a hierarchical model counted through) in place of the last
+        ``num_blocks``. ``parts`` takes one branch of these blocks only, its norm and its LayerScale included.
+        """
+
+        num_blocks: int = Field(default=1, ge=1)
+        blocks: tuple[NonNegativeInt, ...] | None = Field(default=None, min_length=1)
+        parts: Literal["all", "attention", "mlp"] = "all"
+
+    config: Config
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+        chosen = self._blocks(anatomy)
+        modules, tensors = [], []
+        for index in chosen:
+            inside, scale = _part(anatomy.blocks[index], self.config.parts, anatomy)
+            modules += inside
+            tensors += scale
+        if anatomy.final_norm is not None:
+            modules.append(anatomy.final_norm)
+        prefixes, exact = tuple(f"{path}." for path in modules), set(tensors)
+        names = names_where(model, anatomy, lambda name, p: name.startswith(prefixes) or name in exact)
+        parameters = dict(model.named_parameters())
+        one_row = chosen == [anatomy.depth - 1] and reads_one_row(model, anatomy)
+        return Attached(
+            model,
+            anatomy,
+            trainable=names,
+            no_decay=[name for name in names if parameters[name].ndim <= 1],
+            mergeable=True,
+            tuned_modules=modules,
+            seam=ClassRowSeam(model, anatomy) if one_row else BlockSeam(model, anatomy, chosen[0]),
+        )
+
+    def _blocks(self, anatomy: Anatomy) -> list[int]:
+        """Sorted indices of the chosen blocks."""
+        if self.config.blocks is not None:
+            chosen = sorted(set(self.config.blocks))
+        else:
+            chosen = list(range(anatomy.depth - self.config.num_blocks, anatomy.depth))
+        if chosen[0] < 0 or chosen[-1] >= anatomy.depth:
+            raise BackboneError(
+                "partial wants blocks that this backbone does not have",
+                given=f"{self.config.num_blocks} blocks" if self.config.blocks is None else f"blocks {chosen}",
+                allowed=f"{anatomy.depth} blocks, 0 to {anatomy.depth - 1}",
+            )
+        return chosen
+
+
+def _part(paths: Block, parts: str, anatomy: Anatomy) -> tuple[list[str], list[str]]:
+    """Modules whose parameters train, and single tensors beside them."""
+    if parts == "all":
+        return [paths.block], []
+    if not isinstance(paths, AttentionBlock):
+        raise BackboneError(
+            f"blocks of the family '{anatomy.family}' have no branch '{parts}'", given=parts, allowed="parts: all"
+        )
+    if parts == "attention":
+        modules, scale = [paths.norm1, paths.attn, paths.attn_branch_end], paths.attn_scale
+    else:
+        modules, scale = [paths.norm2, paths.mlp, paths.mlp_branch_end], paths.mlp_scale
+    return modules, [scale] if scale is not None else []
+
+
+class ClassRowSeam(BlockSeam):
+    """The last block alone is tuned and the classifier reads its class token: no other row of it is computed.
+
+    The class token's query meets the normalised tokens themselves (``BlockReader``), so a token costs 2*H*D
+    multiplications in place of the block's 12*D*D. Every parameter of the block is used, and has the gradient that
+    the whole block would give it.
+    """
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+        super().__init__(model, anatomy, anatomy.depth - 1)
+        self.reader = BlockReader(model, anatomy.blocks[-1])
+        self.block = module_at(model, anatomy.blocks[-1].block)
+
+    def rest(self, kept: Mapping[str, Tensor], images_BCHW: Tensor | None, *, whole_blocks: bool) -> Tensor:
+        if whole_blocks or _drops(self.block):
+            return super().rest(kept, images_BCHW, whole_blocks=whole_blocks)
+        row_B1D = self.reader.class_row(kept["input"])
+        return self.model.forward_head(rest_of_forward(self.model, self.anatomy, self.anatomy.depth, row_B1D))
+
+
+def _drops(block: nn.Module) -> bool:
+    """Whether dropout or drop-path is active: its masks are drawn for all rows."""
+    return any(module.training and (_rate(module) > 0) for module in block.modules())
+
+
+def _rate(module: nn.Module) -> float:
+    return getattr(module, "p" if isinstance(module, nn.Dropout) else "drop_prob", 0.0) or 0.0

@@ -1,0 +1,122 @@
+"""Side-tuning (Zhang et al. 2020, arXiv 1912.13503): a small network beside the frozen one, blended by one scalar.
+
+Letters: B batch, D width of the backbone's features, F of the side network's.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from remap.backbones.anatomy import Anatomy, module_at
+from remap.backbones.side import side_network
+from remap.errors import BackboneError
+from remap.tuning.base import Attached, Method, Options, insert_module, inserted_parameters, vectors
+from remap.tuning.seam import FeatureSeam
+
+_PATH = "remap_sidetune"
+
+
+class SideTune(Method):
+    """y = a * base(x) + (1 - a) * P side(x), a = sigmoid(alpha): side network + F*D + 1 parameters.
+
+    x is the image as the backbone gets it. The side network trains whole, its batch statistics included; P has no
+    bias; alpha starts at 0, so both halves count alike. The sum stands where the classifier reads; in distilled
+    models both classifiers' features are blended with the same side features.
+    """
+
+    class Config(Options):
+        """``side`` is a name of timm; ``side_weights`` is "none" (random), "pretrained" or a .safetensors file."""
+
+        side: str = Field(default="lcnet_075", min_length=1)
+        side_weights: str = "none"
+
+    config: Config
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+        network, width = side_network(self.config.side, self.config.side_weights, anatomy.image_size)
+        like = next(model.parameters())
+        side = SideNetwork(network, width, anatomy.width).to(device=like.device, dtype=like.dtype)
+        insert_module(model, _PATH, side)
+        names = inserted_parameters(model, [_PATH])
+        handles = [module_at(model, anatomy.input_module).register_forward_pre_hook(side.keep_image)]
+        for path in anatomy.heads_of_classifier:
+            last = path == anatomy.heads_of_classifier[-1]
+            handles.append(module_at(model, path).register_forward_pre_hook(partial(side.blend, last)))
+        return Attached(
+            model,
+            anatomy,
+            trainable=names,
+            no_decay=vectors(names),
+            identity_at_init=False,
+            added=[_PATH],
+            handles=handles,
+            seam=SideSeam(model, anatomy, side),
+        )
+
+
+class SideNetwork(nn.Module):
+    """Side network, projection and blend, with the hooks that bring the image in and the sum out."""
+
+    def __init__(self, network: nn.Module, features: int, width: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(1))
+        self.network = network
+        self.proj = nn.Linear(features, width, bias=False)
+        self.image_BCHW: Tensor | None = None
+        self.paused = False
+        self._side_BD: Tensor | None = None
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        if self.training and len(image_BCHW) == 1:  # one image has no batch statistics: those of training so far
+            self.network.eval()
+            features_BF = self.network(image_BCHW)
+            self.network.train()
+        else:
+            features_BF = self.network(image_BCHW)
+        return self.proj(features_BF)
+
+    def keep_image(self, module: nn.Module, args: tuple) -> None:
+        """Forward pre-hook of the module that takes the image."""
+        self.image_BCHW, self._side_BD = args[0], None
+
+    def blend(self, last: bool, head: nn.Module, args: tuple) -> tuple:
+        """Forward pre-hook of a linear layer of the classifier; ``last`` says that no other one follows."""
+        if self.paused:
+            return args
+        if self._side_BD is None:
+            if self.image_BCHW is None:
+                raise BackboneError("side-tuning has no image for these features", do="call forward_features first")
+            self._side_BD = self(self.image_BCHW)
+        side_BD = self._side_BD
+        if last:
+            self.image_BCHW = self._side_BD = None
+        a = self.alpha.sigmoid()
+        return (a * args[0] + (1 - a) * side_BD, *args[1:])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "image_BCHW": None, "_side_BD": None, "paused": False}
+
+
+class SideSeam(FeatureSeam):
+    """The backbone's features are kept; the side network reads the images."""
+
+    reads_images = True
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, side: SideNetwork) -> None:
+        super().__init__(model, anatomy)
+        self.side = side
+
+    def stem(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        self.side.paused = True
+        try:
+            return super().stem(images_BCHW)
+        finally:
+            self.side.paused, self.side.image_BCHW = False, None
+
+    def rest(self, kept: Mapping[str, Tensor], images_BCHW: Tensor | None, *, whole_blocks: bool) -> Tensor:
+        self.side.keep_image(self.side, (images_BCHW,))
+        return super().rest(kept, images_BCHW, whole_blocks=whole_blocks)

@@ -1,0 +1,101 @@
+"""BOFT (Liu et al. 2023, arXiv 2311.06243): orthogonal fine-tuning with a butterfly of sparse rotations.
+
+Letters: i input and o output features of a layer, m factors, n blocks, b block size; all factors together mix the
+inputs within G groups of g = b * 2^(m-1).
+"""
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from remap.backbones.anatomy import Anatomy
+from remap.errors import BackboneError
+from remap.tuning.base import Attached, Method, Options
+from remap.tuning.parameter.twin import Twin, TwinAttached, Word, full_precision, sites_of, twins_of
+
+_NAME = "remap_boft"
+
+
+class BOFT(Method):
+    """W' = diag(s) W (B_m ... B_1)^T: every factor rotates groups of ``block_size`` inputs (section 4).
+
+    Factor k puts half a group next to the half that lies 2^(k-1) halves on, as in a Fourier transform, so that m
+    factors mix 2^(m-1) groups; one factor is OFT with a scale. Rotations are (I - Q)(I + Q)^-1 with Q the
+    skew-symmetric part of a trained block. L*(m*D*b + 3*D) parameters on fused q, k, v.
+
+    peft's BOFT has more than one factor only with a CUDA extension that it compiles on the spot.
+    """
+
+    class Config(Options):
+        """``targets``: null is [q, k, v], or [fc1, fc2] without attention; a fused layer is one layer."""
+
+        block_size: int = Field(default=4, ge=2)
+        factors: int = Field(default=2, ge=1)
+        targets: tuple[Word, ...] | None = Field(default=None, min_length=1)
+
+    config: Config
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+        sites = sites_of(anatomy, self.config.targets)
+        twins = twins_of(model, sites)
+        changes = [Butterfly(twin, self.config.block_size, self.config.factors) for twin in twins]
+        return TwinAttached(model, anatomy, _NAME, sites, changes)
+
+
+class Butterfly(nn.Module):
+    """The change of one layer."""
+
+    def __init__(self, base_layer: Twin, block_size: int, factors: int) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        size = base_layer.in_features
+        if size % (block_size * 2 ** (factors - 1)) or (factors > 1 and block_size % 2):
+            raise BackboneError(
+                "the butterfly does not fit a layer",
+                given=f"block_size {block_size}, factors {factors}, {size} inputs",
+                do="block_size * 2^(factors - 1) must divide the inputs, and block_size be even with several factors",
+            )
+        self.block_size, self.factors = block_size, factors
+        self.blocks = nn.Parameter(torch.zeros(factors, size // block_size, block_size, block_size))
+        self.scale = nn.Parameter(torch.ones(base_layer.out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., i) to (..., o); rotates and scales x and the output, or the weight where that is smaller."""
+        weight_oi, bias = self.base_layer.weight, self.base_layer.bias
+        with full_precision(x):
+            rotation_Ggg = self._rotation()
+            if x.numel() >= weight_oi.numel():
+                turned_oi = _in_groups(weight_oi, rotation_Ggg.mT.to(weight_oi.dtype))
+                weight_oi = turned_oi * self.scale[:, None]
+        if x.numel() >= weight_oi.numel():
+            return self.base_layer(x, weight=weight_oi)
+        out = self.base_layer(_in_groups(x, rotation_Ggg.to(x.dtype)))
+        if bias is None:
+            return (out * self.scale).to(out.dtype)
+        # As (out - bias) * scale + bias, and exactly out at scale 1.
+        return torch.addcmul(bias * (1 - self.scale), out, self.scale).to(out.dtype)
+
+    def _rotation(self) -> Tensor:
+        """(G, g, g): the product of the factors, in float32 at least, as 16 bits have no solver."""
+        blocks_mnbb = self.blocks.to(torch.promote_types(self.blocks.dtype, torch.float32))
+        skew_mnbb = (blocks_mnbb - blocks_mnbb.mT) / 2
+        unit_bb = torch.eye(self.block_size, device=skew_mnbb.device, dtype=skew_mnbb.dtype)
+        rotations_mnbb = torch.linalg.solve(unit_bb + skew_mnbb, unit_bb - skew_mnbb, left=False)
+        group = self.block_size * 2 ** (self.factors - 1)
+        # Row k is the k-th input of every group.
+        rows_gi = torch.eye(group, device=skew_mnbb.device, dtype=skew_mnbb.dtype)
+        rows_gi = rows_gi.repeat(1, self.base_layer.in_features // group)
+        for factor in reversed(range(self.factors)):
+            apart, half = 2**factor, self.block_size // 2
+            if factor:  # half a block next to the half that lies ``apart`` halves on
+                rows_gi = rows_gi.unflatten(-1, (-1, 2, apart, half)).transpose(-3, -2).flatten(-4)
+            rows_gi = _in_groups(rows_gi, rotations_mnbb[factor])
+            if factor:
+                rows_gi = rows_gi.unflatten(-1, (-1, apart, 2, half)).transpose(-3, -2).flatten(-4)
+        return rows_gi.unflatten(-1, (-1, group)).transpose(0, 1)
+
+
+def _in_groups(x: Tensor, matrices_Ggg: Tensor) -> Tensor:
+    """(..., i) times one matrix for each group of neighbouring inputs."""
+    x_Gg = x.unflatten(-1, (-1, matrices_Ggg.shape[-1]))
+    return torch.einsum("...Gg,Ggh->...Gh", x_Gg, matrices_Ggg).flatten(-2)

@@ -1,0 +1,92 @@
+"""Compacter (Mahabadi et al. 2021, arXiv 2106.04647): bottlenecks whose weights are sums of Kronecker products.
+
+Letters: D width, r bottleneck, n factors, i input and o output features of a layer divided by n; leading dimensions
+are batch and tokens, (B, T) or (B, H, W).
+"""
+
+from functools import partial
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from remap.backbones.anatomy import Anatomy, module_at
+from remap.errors import BackboneError
+from remap.tuning.adapter.bottleneck import attached_adapters
+from remap.tuning.base import Attached, Method, Options, insert_module
+from remap.tuning.weights import registered
+
+_PATH = "remap_compacter"
+
+
+class Compacter(Method):
+    """h + A(h) on the output h of attention and of the MLP, A(h) = up(gelu(down(h))), before it is added to the
+    stream; both weights are sum_k A_k (x) s_k t_k^T with the n matrices A_k (n, n) shared by all:
+    n^3 + 2*L*(2*(D + r) + r + D) parameters.
+
+    The paper's reduction by 32 gives the bottleneck of 24 at its width of 768. h is taken after LayerScale and
+    drop-path. The norms, which the paper trains too, stay frozen: "compacter+norm" trains them.
+    """
+
+    class Config(Options):
+        bottleneck: int = Field(default=24, ge=1)
+        num_factors: int = Field(default=4, ge=1)
+
+    config: Config
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+        factors = self.config.num_factors
+        for size in (self.config.bottleneck, *(block.width for block in anatomy.blocks)):
+            if size % factors:
+                raise BackboneError(
+                    "compacter's num_factors must divide the bottleneck and the width of every block",
+                    given=f"num_factors {factors}, size {size}",
+                    do="choose another bottleneck or num_factors",
+                )
+        widths = [block.width for block in anatomy.blocks for _ in range(2)]
+        ends = [end for block in anatomy.blocks for end in (block.attn_branch_end, block.mlp_branch_end)]
+        adapters = KroneckerBottlenecks(widths, self.config.bottleneck, factors)
+        like = registered(module_at(model, anatomy.blocks[0].fc1), "weight")
+        insert_module(model, _PATH, adapters.to(device=like.device, dtype=like.dtype))
+        handles: list[RemovableHandle] = [
+            module_at(model, end).register_forward_hook(partial(adapters.change_output, index))
+            for index, end in enumerate(ends)
+        ]
+        return attached_adapters(model, anatomy, [_PATH], handles)
+
+
+class KroneckerBottlenecks(nn.Module):
+    """All adapters of a model and the matrices they share."""
+
+    def __init__(self, widths: list[int], bottleneck: int, factors: int) -> None:
+        super().__init__()
+        self.shared = nn.Parameter(torch.randn(factors, factors, factors) * factors**-0.5)
+        self.down = nn.ModuleList(KroneckerLinear(width, bottleneck, factors) for width in widths)
+        self.up = nn.ModuleList(KroneckerLinear(bottleneck, width, factors) for width in widths)
+        for layer in self.up:
+            nn.init.zeros_(layer.left)  # 0 at the start; the other factors are not, so that all can move
+
+    def change_output(self, index: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """Forward hook of site ``index``: (..., D) to (..., D)."""
+        hidden = F.gelu(self.down[index](output, self.shared))
+        return output + self.up[index](hidden, self.shared)
+
+
+class KroneckerLinear(nn.Module):
+    """W x + b with W = sum_k A_k (x) s_k t_k^T; ``left`` holds the n vectors s_k (o,), ``right`` the t_k (i,)."""
+
+    def __init__(self, inputs: int, outputs: int, factors: int) -> None:
+        super().__init__()
+        # With A_k of variance 1/n the whole weight starts with Xavier's variance, 2 / (inputs + outputs).
+        std = (2 / (inputs + outputs)) ** 0.25
+        self.left = nn.Parameter(torch.randn(factors, outputs // factors) * std)
+        self.right = nn.Parameter(torch.randn(factors, inputs // factors) * std)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor, shared_nnn: Tensor) -> Tensor:
+        outer_noi = self.left.unsqueeze(2) * self.right.unsqueeze(1)
+        # Row a*o + j, column b*i + k of a Kronecker product is A[a, b] * outer[j, k].
+        weight = torch.einsum("nab,noi->aobi", shared_nnn, outer_noi).flatten(2).flatten(0, 1)
+        return F.linear(x, weight, self.bias)

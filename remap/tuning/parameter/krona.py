@@ -1,0 +1,88 @@
+"""KronA (Edalati et al. 2022, arXiv 2212.10650): a Kronecker product added to linear layers.
+
+Letters: T rows (all leading dimensions), the left factor A (a1, a2), the right factor B (b1, b2).
+"""
+
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from remap.backbones.anatomy import Anatomy, Projection, module_at
+from remap.errors import BackboneError
+from remap.tuning.base import Attached, Method, Options, insert_module, inserted_parameters, vectors
+from remap.tuning.parameter.lora import Target, chosen, default_targets, with_gates
+from remap.tuning.weights import Delta, DeltaAttached, in_features, registered
+
+_NAME = "remap_krona"
+
+
+class KronA(Method):
+    """W + scale * A (x) B: a1*a2 + b1*b2 parameters for a matrix of a1*b1 rows and a2*b2 columns.
+
+    The product has the rank of A times that of B, which may be full, from as few parameters as LoRA's.
+    """
+
+    class Config(Options):
+        """``factor``: rows a1 of the left factor, a divisor of the output features; null is the divisor next to the
+        square root, above it. The left factor's columns a2 are the divisor of the input features next to it, below it:
+        32 x 24 (x) 24 x 32 for 768 features. ``targets`` as for LoRA."""
+
+        factor: int | None = Field(default=None, ge=1)
+        scale: float = Field(default=1.0, gt=0.0)
+        targets: tuple[Target, ...] | None = Field(default=None, min_length=1)
+
+    config: Config
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+        words, factor = with_gates(self.config.targets or default_targets(anatomy)), self.config.factor
+        for block in anatomy.blocks:
+            for projection in chosen(block, words).values():
+                rows = projection.stop - projection.start
+                if factor and rows % factor:
+                    raise BackboneError(
+                        "krona's factor does not divide the output features of a layer",
+                        given=f"factor={factor} and {rows} features in {projection.path}",
+                        do="choose a divisor, or leave factor out",
+                    )
+        deltas: dict[Projection, Delta] = {}
+        added = []
+        for block in anatomy.blocks:
+            for word, projection in chosen(block, words).items():
+                like = registered(module_at(model, projection.path), "weight")
+                rows, columns = projection.stop - projection.start, in_features(model, projection)
+                delta = Kronecker(rows, columns, self.config).to(device=like.device, dtype=like.dtype)
+                added.append(f"{block.block}.{_NAME}_{word}")
+                insert_module(model, added[-1], delta)
+                deltas[projection] = delta
+        names = inserted_parameters(model, added)
+        return DeltaAttached(model, anatomy, deltas, trainable=names, no_decay=vectors(names), added=added)
+
+
+class Kronecker(Delta):
+    """scale * left (x) right; the right factor is zero at first."""
+
+    def __init__(self, rows: int, columns: int, config: KronA.Config) -> None:
+        super().__init__()
+        a1 = config.factor or _divisor_above_root(rows)
+        a2 = columns // _divisor_above_root(columns)
+        self.scale = config.scale
+        self.left = nn.Parameter(torch.empty(a1, a2))
+        self.right = nn.Parameter(torch.zeros(rows // a1, columns // a2))
+        nn.init.kaiming_uniform_(self.left, a=math.sqrt(5))
+
+    def delta(self) -> Tensor:
+        return self.scale * torch.kron(self.left, self.right)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(A (x) B) x = A X B^T with x read as X (a2, b2), so that the product itself is never made."""
+        (a1, a2), (b1, b2) = self.left.shape, self.right.shape
+        inner = x.reshape(-1, b2) @ (self.scale * self.right.T).to(x.dtype)  # (T*a2, b1)
+        outer = self.left.to(inner.dtype) @ inner.view(-1, a2, b1)  # (T, a1, b1)
+        return outer.view(*x.shape[:-1], a1 * b1)
+
+
+def _divisor_above_root(size: int) -> int:
+    """The smallest divisor that is at least the square root."""
+    return next(divisor for divisor in range(math.isqrt(size - 1) + 1, size + 1) if size % divisor == 0)

@@ -1,0 +1,56 @@
+"""Norm tuning (Zhao et al. 2023, arXiv 2312.11420): train the affine part of the norms."""
+
+from typing import Literal
+
+from torch import nn
+
+from remap.backbones.anatomy import Anatomy
+from remap.errors import BackboneError
+from remap.tuning.base import Attached, Method, Options, names_where
+
+
+class Norm(Method):
+    """Train weight and bias of every norm: layer, RMS, group, batch and response norms; 38,400 on ViT-B/16.
+
+    The norms of queries, keys, attention outputs and hidden units count too, where a backbone has them. The running
+    statistics of batch norms stay as they are, in training as well.
+    """
+
+    class Config(Options):
+        """Which norms: ``all``, or ``blocks`` (inside the blocks only)."""
+
+        where: Literal["all", "blocks"] = "all"
+
+    config: Config
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+        names = norm_parameters(model, anatomy)
+        if self.config.where == "blocks":
+            blocks = tuple(f"{block.block}." for block in anatomy.blocks)
+            names = [name for name in names if name.startswith(blocks)]
+        if not names:
+            raise BackboneError("this backbone has no norms with a weight or bias", given=self.config.where)
+        return Attached(model, anatomy, trainable=names, no_decay=names, mergeable=True)
+
+
+def norm_parameters(model: nn.Module, anatomy: Anatomy) -> list[str]:
+    """Names of the weights and biases of all norms that can learn."""
+    norms = norm_paths(model)
+    return names_where(
+        model, anatomy, lambda name, p: name.rpartition(".")[0] in norms and not never_learns(name, anatomy)
+    )
+
+
+def norm_paths(model: nn.Module) -> set[str]:
+    """Paths of the norms that own parameters. Modules that only hold norms have none of their own."""
+    return {
+        path
+        for path, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
+    }
+
+
+def never_learns(name: str, anatomy: Anatomy) -> bool:
+    """Whether the gradient is 0 by nature: a shift common to all keys adds the same to all scores of a query, which
+    the softmax over keys does not see. A rotary model turns every key by another angle, and the shift with it."""
+    return name.endswith(".k_norm.bias") and anatomy.family != "eva"

@@ -1,0 +1,176 @@
+"""E2VPT (Han et al. 2023, arXiv 2307.13770): prompt tokens, key-value prompts inside attention, and pruning.
+
+Letters: B batch, p prompts, D width, L depth, H heads, h head width, n key-value prompts, s segments of a prompt.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from remap.backbones.anatomy import Anatomy, AttentionBlock, module_at
+from remap.backbones.families.key_values import extend_attention
+from remap.tuning.base import Attached, Method, Options, insert_module, inserted_parameters
+from remap.tuning.dropout import SampleDropout
+from remap.tuning.prompt.vpt import PATH, Prompts, VPTDeep, attach_prompts, weight_like
+
+_KV = "remap_key_values"
+SEGMENTS = 16
+
+
+class E2VPT(Method):
+    """Every block gets p prompt tokens and n key-value prompts: L*(p + n)*D parameters.
+
+    The key-value prompts of a block are one tensor (H, n, h), which stands in front of the keys and of the values
+    (equation 5). They are behind norms and rotation of the queries and keys, and have no position bias.
+    """
+
+    class Config(Options):
+        """Pruning is off by default: the paper searches the shares for each task.
+
+        Attributes:
+            num_prompts: Prompt tokens a block.
+            num_kv: Key-value prompts a block.
+            dropout: Acts on both.
+            prune_tokens: Share of the prompt tokens that is pruned. A token is pruned in all blocks together.
+            prune_segments: Share of the segments of the remaining tokens, each a sixteenth of the width.
+            prune_at: When, as a share of training. Then the prompts start again from their first values.
+        """
+
+        num_prompts: int = Field(default=10, ge=1)
+        num_kv: int = Field(default=5, ge=1)
+        dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
+        prune_tokens: float = Field(default=0.0, ge=0.0, lt=1.0)
+        prune_segments: float = Field(default=0.0, ge=0.0, lt=1.0)
+        prune_at: float = Field(default=0.5, gt=0.0, lt=1.0)
+
+    config: Config
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+        config = self.config
+        prunes = config.prune_tokens > 0.0 or config.prune_segments > 0.0
+        like, kind = weight_like(model, anatomy), PrunedPrompts if prunes else Prompts
+        plain = VPTDeep.Config(num_prompts=config.num_prompts, dropout=config.dropout)
+        prompts = kind(anatomy, plain, range(anatomy.depth), anatomy.depth, like)
+        handles, admitted = attach_prompts(model, anatomy, prompts)
+        added, undo = [PATH], [admitted]
+        for index, block in enumerate(anatomy.blocks):
+            added.append(f"{block.attn}.{_KV}")
+            # Sites of their own: the prompt tokens have those from 0 to L - 1.
+            key_values = KeyValues(block, config.num_kv, config.dropout, anatomy.depth + index, like)
+            insert_module(model, added[-1], key_values)
+            undo.append(extend_attention(module_at(model, block.attn), key_values.forward))
+        parameters = inserted_parameters(model, added)
+        facts = {
+            "trainable": parameters,
+            "no_decay": parameters,
+            "identity_at_init": False,
+            "extra_tokens": config.num_prompts,
+            "added": added,
+            "handles": handles,
+            "undo": undo,
+        }
+        return AttachedE2VPT(model, anatomy, prompts, config, **facts) if prunes else Attached(model, anatomy, **facts)
+
+
+class KeyValues(nn.Module):
+    """The key-value prompts of one block. Dropout draws one mask for their use as keys and as values."""
+
+    def __init__(self, block: AttentionBlock, count: int, dropout: float, site: int, like: Tensor) -> None:
+        super().__init__()
+        shape = (block.heads, count, block.head_dim)
+        self.key_values = nn.Parameter(torch.empty(shape, device=like.device, dtype=like.dtype))
+        nn.init.kaiming_uniform_(self.key_values)
+        self.dropout = SampleDropout(dropout, site)
+
+    def forward(self, k_BHTh: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, n, h) for a batch with these keys of tokens."""
+        own_BHnh = self.dropout(self.key_values.expand(k_BHTh.shape[0], -1, -1, -1))
+        return own_BHnh, own_BHnh
+
+
+class PrunedPrompts(Prompts):
+    """Prompts times two masks, one for tokens (p) and one for their segments (p, s), which all blocks share."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.register_buffer("token_mask", torch.ones_like(self.prompts[0, :, 0]))
+        self.register_buffer("segment_mask", torch.ones_like(self.prompts[0, :, :1]).repeat(1, SEGMENTS))
+
+    def tokens(self, index: int) -> Tensor:
+        kept_pD = self.token_mask[:, None] * self.segment_mask[:, self.segment_of_channel()]
+        return super().tokens(index) * kept_pD
+
+    def segment_of_channel(self) -> Tensor:
+        """(D,), which of the contiguous segments a channel belongs to."""
+        width = self.prompts.shape[-1]
+        return torch.arange(width, device=self.prompts.device) * SEGMENTS // width
+
+
+class AttachedE2VPT(Attached):
+    """Scores tokens and segments until it is time to prune, then prunes and rewinds.
+
+    A mask m of ones makes no difference to the loss, and its gradient says how much its entry matters: the importance
+    is the mean over the steps of |dL/dm| (equations 7 and 8). As m multiplies the prompts, dL/dm is the sum of
+    gradient times value over what the entry covers.
+
+    Rewinding resets what this method trains. The classifier and the optimiser's moments go on: they are not the
+    method's.
+    """
+
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, prompts: PrunedPrompts, config: E2VPT.Config, **facts: object
+    ) -> None:
+        super().__init__(model, anatomy, **facts)
+        self.prompts, self.config = prompts, config
+        self._first = {name: p.detach().clone() for name, p in inserted_parameters(model, self.added).items()}
+        # The optimiser has moved the prompts by the time the gradient is looked at.
+        self._before = prompts.prompts.detach().clone()
+        self._segment_score = torch.zeros_like(prompts.segment_mask)
+        self._token_score = torch.zeros_like(prompts.token_mask)
+
+    @torch.no_grad()
+    def after_step(self, step: int, total: int) -> None:
+        last = max(1, round(self.config.prune_at * total)) - 1
+        if step > last:
+            return
+        self._follow()
+        prompts = self.prompts.prompts
+        if prompts.grad is not None:
+            of_channels_pD = (prompts.grad * self._before).sum(0)
+            segments_ps = torch.zeros_like(self._segment_score)
+            segments_ps.index_add_(1, self.prompts.segment_of_channel(), of_channels_pD)
+            self._segment_score += segments_ps.abs()
+            self._token_score += segments_ps.sum(1).abs()
+        if step == last:
+            self._prune()
+        self._before.copy_(prompts)
+
+    def _follow(self) -> None:
+        """The model may have been moved or converted since it was attached to."""
+        like = self.prompts.prompts
+        self._first = {name: value.to(like) for name, value in self._first.items()}
+        self._before, self._segment_score, self._token_score = (
+            value.to(like) for value in (self._before, self._segment_score, self._token_score)
+        )
+
+    def _prune(self) -> None:
+        tokens, segments = self.prompts.token_mask, self.prompts.segment_mask
+        gone = int(self.config.prune_tokens * tokens.numel())
+        tokens[self._token_score.argsort(stable=True)[:gone]] = 0.0
+        # Segments compete among the tokens that stay.
+        scores = self._segment_score.masked_fill(tokens[:, None] == 0.0, torch.inf).flatten()
+        gone = int(self.config.prune_segments * SEGMENTS * int(tokens.sum()))
+        segments.view(-1)[scores.argsort(stable=True)[:gone]] = 0.0
+        for name, parameter in inserted_parameters(self.model, self.added).items():
+            parameter.copy_(self._first[name])
+
+    def memory(self) -> dict[str, Tensor]:
+        first = {f"first.{name}": value for name, value in self._first.items()}
+        own = {"before": self._before, "token_score": self._token_score, "segment_score": self._segment_score}
+        return {**first, **own}
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
+        for name, value in self.memory().items():
+            value.copy_(memory[name])

@@ -1,0 +1,61 @@
+"""VPT for convolutional networks (Jia et al. 2022, arXiv 2203.12119, "pad"): a learned border around the image.
+
+Letters: B batch, b border, (H, W) image size.
+"""
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from remap.backbones.anatomy import Anatomy, module_at
+from remap.backbones.preprocess import PreprocessSpec
+from remap.tuning.base import Attached, Method, Options, insert_module, inserted_parameters
+from remap.tuning.prompt.border import Frame, input_weight, require_size
+
+_PATH = "remap_vpt_pad"
+
+
+class VPTPad(Method):
+    """The image grows by ``border`` learned pixels on each side: 3 * (2b*(W + 2b) + 2b*H), 12*b*(S + b) on S x S.
+
+    The border is learned in pixels of [0, 1], where it starts uniform, and normalised as the backbone's images are.
+    Feature maps grow with the image: (S + 2b) / stride instead of S / stride.
+    """
+
+    class Config(Options):
+        border: int = Field(default=5, ge=1)
+
+    config: Config
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+        spec = PreprocessSpec.of(model)
+        frame = _Enlarging(self.config.border, anatomy.image_size, spec, input_weight(model, anatomy))
+        insert_module(model, _PATH, frame)
+        parameters = inserted_parameters(model, [_PATH])
+        return Attached(
+            model,
+            anatomy,
+            trainable=parameters,
+            no_decay=parameters,
+            identity_at_init=False,
+            added=[_PATH],
+            handles=[module_at(model, anatomy.input_module).register_forward_pre_hook(frame.enlarge)],
+        )
+
+
+class _Enlarging(Frame):
+    def __init__(self, border: int, image_size: tuple[int, int], spec: PreprocessSpec, like: Tensor) -> None:
+        height, width = image_size
+        super().__init__(border, height, width + 2 * border, like)
+        self.image_size = image_size
+        for name in ("mean", "std"):
+            value = torch.tensor(getattr(spec, name), device=like.device, dtype=like.dtype)
+            self.register_buffer(name, value.view(1, 3, 1, 1), persistent=False)
+        for pixels in (self.rows, self.columns):
+            nn.init.uniform_(pixels, 0.0, 1.0)
+
+    def enlarge(self, module: nn.Module, args: tuple) -> tuple:
+        """Forward pre-hook of the module that takes the image."""
+        require_size(args[0], self.image_size)
+        rows, columns = ((pixels - self.mean) / self.std for pixels in (self.rows, self.columns))
+        return (self.around(rows, columns, args[0]), *args[1:])

@@ -1,0 +1,68 @@
+"""Visual prompting (Bahng et al. 2022, arXiv 2203.17274): a learned border added to the image's own pixels.
+
+Letters: B batch, b border, (H, W) image size.
+"""
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from remap.backbones.anatomy import Anatomy, module_at
+from remap.errors import BackboneError
+from remap.tuning.base import Attached, Method, Options, insert_module, inserted_parameters
+from remap.tuning.prompt.border import Frame, input_weight, require_size
+
+_PATH = "remap_vp"
+
+
+class VP(Method):
+    """x + border, on the normalised image, 0 inside: 6*b*(H + W - 2b) parameters, 12*b*(S - b) on S x S."""
+
+    class Config(Options):
+        """
+        Attributes:
+            border: In pixels; null is the paper's 30 of 224, in proportion.
+            init_std: Standard deviation of the border at the start; the official code draws it from N(0, 1), which
+                hides the image's own border behind noise of its size. 0 starts from the unchanged image.
+        """
+
+        border: int | None = Field(default=None, ge=1)
+        init_std: float = Field(default=1.0, ge=0.0)
+
+    config: Config
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+        side = min(anatomy.image_size)
+        border = self.config.border or max(1, round(side * 30 / 224))
+        if 2 * border >= side:
+            raise BackboneError(
+                "the border covers the whole image", given=f"border={border}", allowed=f"1 to {(side - 1) // 2}"
+            )
+        frame = _Added(border, anatomy.image_size, input_weight(model, anatomy))
+        for pixels in frame.parameters():
+            nn.init.normal_(pixels, std=self.config.init_std)
+        insert_module(model, _PATH, frame)
+        parameters = inserted_parameters(model, [_PATH])
+        return Attached(
+            model,
+            anatomy,
+            trainable=parameters,
+            no_decay=parameters,
+            identity_at_init=self.config.init_std == 0.0,
+            added=[_PATH],
+            # On the image itself, in front of a border that makes it larger.
+            handles=[module_at(model, anatomy.input_module).register_forward_pre_hook(frame.add, prepend=True)],
+        )
+
+
+class _Added(Frame):
+    def __init__(self, border: int, image_size: tuple[int, int], like: Tensor) -> None:
+        super().__init__(border, image_size[0] - 2 * border, image_size[1], like)
+        self.image_size = image_size
+
+    def add(self, module: nn.Module, args: tuple) -> tuple:
+        """Forward pre-hook of the module that takes the image."""
+        images_B3HW = args[0]
+        require_size(images_B3HW, self.image_size)
+        height, width = (size - 2 * self.border for size in self.image_size)
+        prompt_13HW = self.around(self.rows, self.columns, self.rows.new_zeros(1, 3, height, width))
+        return (images_B3HW + prompt_13HW.to(images_B3HW.dtype), *args[1:])

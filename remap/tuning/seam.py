@@ -1,0 +1,105 @@
+"""The seam of a tuned network: where its frozen beginning ends, so that it can be run once for each image.
+
+Letters: B batch, T tokens, D width, C classes.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from remap.backbones.anatomy import Anatomy, module_at, rest_of_forward
+
+
+class Seam(ABC):
+    """Splits ``model(images)`` into a stem that nothing trained changes, and the rest.
+
+    ``rest(stem(images), images)`` gives the logits of ``model(images)`` up to rounding.
+
+    Attributes:
+        first_block: Blocks from this one on are part of the rest; attention can be read there only.
+        reads_images: Whether the rest wants the images besides what the stem gave.
+    """
+
+    first_block: int
+    reads_images: bool = False
+
+    @abstractmethod
+    def stem(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        """What is kept of normalised images, one row an image, without a graph."""
+
+    @abstractmethod
+    def rest(self, kept: Mapping[str, Tensor], images_BCHW: Tensor | None, *, whole_blocks: bool) -> Tensor:
+        """Logits (B, C) from the stem's result.
+
+        Args:
+            images_BCHW: Normalised images where ``reads_images``.
+            whole_blocks: Whether every token of the blocks of the rest is wanted (attention is read there).
+        """
+
+
+class FeatureSeam(Seam):
+    """The whole backbone is frozen: kept are the inputs of the classifier's linear layers, before any hook on them."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+        self.model, self.anatomy, self.first_block = model, anatomy, anatomy.depth
+
+    @torch.no_grad()
+    def stem(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        kept: dict[str, Tensor] = {}
+        handles = []
+        for path in self.anatomy.heads_of_classifier:
+
+            def keep(module: nn.Module, args: tuple, path: str = path) -> None:
+                kept[path] = args[0]
+                if len(kept) == len(self.anatomy.heads_of_classifier):
+                    raise _Reached
+
+            handles.append(module_at(self.model, path).register_forward_pre_hook(keep, prepend=True))
+        try:
+            self.model.forward_head(self.model.forward_features(images_BCHW))
+        except _Reached:
+            return kept
+        finally:
+            for handle in handles:
+                handle.remove()
+        raise AssertionError("the classifier was not reached")
+
+    def rest(self, kept: Mapping[str, Tensor], images_BCHW: Tensor | None, *, whole_blocks: bool) -> Tensor:
+        # timm's distilled models average their two classifiers outside distilled training.
+        logits = [module_at(self.model, path)(kept[path]) for path in self.anatomy.heads_of_classifier]
+        return torch.stack(logits).mean(0) if len(logits) > 1 else logits[0]
+
+
+class BlockSeam(Seam):
+    """Blocks from ``first_block`` on are tuned: kept is the input of that block."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, first_block: int) -> None:
+        self.model, self.anatomy, self.first_block = model, anatomy, first_block
+
+    @torch.no_grad()
+    def stem(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        kept: list[Tensor] = []
+
+        def keep(module: nn.Module, args: tuple) -> None:
+            kept.append(args[0])
+            raise _Reached
+
+        block = module_at(self.model, self.anatomy.blocks[self.first_block].block)
+        handle = block.register_forward_pre_hook(keep, prepend=True)
+        try:
+            self.model.forward_features(images_BCHW)
+        except _Reached:
+            return {"input": kept[0]}
+        finally:
+            handle.remove()
+        raise AssertionError("the block was not reached")
+
+    def rest(self, kept: Mapping[str, Tensor], images_BCHW: Tensor | None, *, whole_blocks: bool) -> Tensor:
+        tokens = rest_of_forward(self.model, self.anatomy, self.first_block, kept["input"])
+        return self.model.forward_head(tokens)
+
+
+class _Reached(Exception):
+    """Ends a forward pass where the stem ends."""
