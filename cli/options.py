@@ -85,7 +85,10 @@ BatchSize = Annotated[
     ),
 ]
 LearningRate = Annotated[
-    float | None, typer.Option(help="Peak learning rate.", show_default="the method's own", rich_help_panel=_TRAINING)
+    float | None,
+    typer.Option(
+        help="Peak learning rate.", show_default="the method's own, by the student's width", rich_help_panel=_TRAINING
+    ),
 ]
 Seed = Annotated[
     int | None,

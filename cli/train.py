@@ -5,6 +5,7 @@ from typing import Any
 
 from remap.errors import RecipeError
 from remap.recipe import Recipe, resolve, resolve_distill
+from remap.runs.objective import without_idle_losses
 from remap_cli import estimates, view
 
 
@@ -21,6 +22,7 @@ def from_words(
     """Resolve the recipe, then run it or estimate it."""
     with view.Reporter(quiet=not _is_main()) as progress:
         recipe = read_recipe(words, recipe_word, settings, with_teacher=with_teacher)
+        recipe = without_idle_losses(recipe, progress)
         _say_what(recipe, progress)
         with progress.wait("loading PyTorch"):
             from remap.dry_run import estimate
@@ -69,9 +71,33 @@ def _say_what(recipe: Recipe, progress: view.Reporter) -> None:
         if word is not None:
             resolved = f" = {SHORT_NAMES[word]}" if word in SHORT_NAMES else ""
             progress.say(f"{role:8} {word}{resolved}")
-    progress.say(
-        f"method   {recipe.method.name}, losses {', '.join(f'{x.name} x {x.weight:g}' for x in recipe.losses)}"
-    )
+    losses = ", ".join(f"{loss.name} x {loss.weight:g}" for loss in recipe.losses)
+    progress.say(f"method   {recipe.method.name}{_changed(recipe)}, losses {losses}")
+
+
+def _changed(recipe: Recipe) -> str:
+    """The options that differ from the method's own defaults, which a recipe may have set."""
+    from remap.tuning import config_of
+
+    config = config_of(recipe.method.name)
+    defaults, own = _flat(config().model_dump()), _flat(config(**recipe.method.options).model_dump())
+    pairs = [f"{name} {_plain(value)}" for name, value in own.items() if value != defaults[name]]
+    return f" ({', '.join(pairs)})" if pairs else ""
+
+
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a combination's parts as ``part.option``."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        inner = {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+        found |= inner
+    return found
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_plain, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _show(summary: dict[str, Any], json: bool) -> None:

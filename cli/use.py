@@ -73,7 +73,11 @@ def predict(
 def compare(
     methods: Annotated[
         str | None,
-        typer.Option(help="Comma-separated; all of `remap methods` by default.", rich_help_panel="Comparison"),
+        typer.Option(
+            help="Comma-separated names, combinations (a+b) or categories (prompt), or all.",
+            show_default="one or two of each category",
+            rich_help_panel="Comparison",
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each cell.", rich_help_panel="Comparison")] = 1,
     teacher: opt.Teacher = None,
@@ -95,18 +99,13 @@ def compare(
     json: opt.Json = False,
 ) -> None:
     """Compare methods, each with and without the teacher, on the same data, budget and seeds."""
-    from remap.errors import RecipeError
+    from remap.runs.compare import chosen_methods
     from remap.runs.compare import compare as run_compare
     from remap.runs.rundir import default_path
-    from remap.tuning import METHODS
     from remap_cli.train import read_recipe
 
-    chosen = [word.strip() for word in methods.split(",") if word.strip()] if methods else list(METHODS.names)
-    for name in chosen:
-        METHODS.row(name)
-    if len(set(chosen)) < len(chosen):
-        raise RecipeError(["--methods: a method is named twice"], "command line")
     values = locals()
+    chosen = chosen_methods(methods)
     with view.Reporter() as progress:
         resolved = read_recipe(opt.words(values), recipe, settings or [], with_teacher=True)
         folder = (output or default_path() / f"compare-{resolved.name}").expanduser()

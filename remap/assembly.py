@@ -1,15 +1,19 @@
 """Assembly: from a recipe to everything a run is made of, before the first step."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from remap.bench import Bench, Views
+from remap.data import keyed
 from remap.data.views import View
+from remap.engine.features import FrozenFeatures
 from remap.engine.launch import accelerator, use_bf16
 from remap.engine.teacher import Teacher
-from remap.network import Network, choose_attention, frozen, tuned
+from remap.network import Network, Runner, choose_attention, frozen, tuned
 from remap.progress import Progress
 from remap.recipe import Recipe
 from remap.remapping import LOSSES
@@ -17,6 +21,7 @@ from remap.remapping.objective import Objective, Pair
 from remap.runs.rundir import RunDir
 from remap.runs.task import open_backbone
 from remap.teachers import PreparedTeacher, load_teacher, prepare_teacher
+from remap.tuning.base import Sample
 
 
 @dataclass
@@ -115,3 +120,56 @@ def keeps_outputs(parts: Parts, teacher: Teacher) -> bool:
     needed = teacher.bytes_per_image(parts.views.view.size) * len(train.split)
     fixed = recipe.data.augment == "none" and recipe.teacher.cache == "auto"
     return fixed and needed <= recipe.data.memory_gib * 2**30
+
+
+def features_in_training(parts: Parts, progress: Progress) -> dict[str, FrozenFeatures]:
+    """The student's frozen features of the training and evaluation images, by "train" and "val", where they are kept.
+
+    Empty where the method changes the network from its first layer on, where views change, where a loss reads
+    attention inside the frozen part, or where memory does not suffice.
+    """
+    needed = feature_bytes(parts)
+    if needed is None:
+        return {}
+    if needed > parts.recipe.data.memory_gib * 2**30:
+        progress.say(f"frozen features are not kept: they would take {needed / 2**30:.1f} GiB (data.memory_gib)")
+        return {}
+    started = time.perf_counter()
+    made: dict[str, FrozenFeatures] = {}
+    for name, source, what in (
+        ("train", parts.views.train, "training images"),
+        ("val", parts.views.val, "evaluation images"),
+    ):
+        made[name] = FrozenFeatures(parts.student, source, accelerator(), bf16=parts.bf16)
+        made[name].compute(max(64, parts.recipe.train.batch_size), progress, what)
+    count = sum(len(features.split) for features in made.values())
+    progress.say(
+        f"frozen features of {count} images kept: {needed / 2**20:.1f} MiB, computed once in "
+        f"{time.perf_counter() - started:.1f} s"
+    )
+    return made
+
+
+def feature_bytes(parts: Parts) -> int | None:
+    """What keeping the frozen features of all images takes; None where they cannot be kept."""
+    seam = parts.student.attached.seam
+    attention = parts.objective.student_needs().attention
+    if seam is None or parts.recipe.data.augment != "none" or any(index < seam.first_block for index in attention):
+        return None
+    each = FrozenFeatures(parts.student, parts.views.train, accelerator(), bf16=parts.bf16).bytes_per_image()
+    return each * (len(parts.views.train.split) + len(parts.views.val.split))
+
+
+def sample_for(parts: Parts, images: int = 512, batch_size: int = 32) -> Sample:
+    """Training images for methods that look at some before the first step: the same ones for a seed."""
+    source, preprocess = parts.views.train, Runner(parts.student).preprocess
+    order = keyed.permutation(parts.recipe.seed, 0, len(source.split))[:images]
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(order), batch_size):
+            pixels, good = source.batch(order[start : start + batch_size])
+            if len(good):
+                device = accelerator().device
+                yield preprocess(pixels.to(device)), torch.from_numpy(source.split.labels[good]).to(device)
+
+    return Sample(batches, len(parts.views.data.classes))

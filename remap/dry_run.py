@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remap.assembly import Parts, assemble, keeps_outputs
+from remap.assembly import Parts, assemble, feature_bytes, keeps_outputs
 from remap.bench import Bench
 from remap.data import keyed
 from remap.engine.fit import StudentStep
@@ -16,6 +16,8 @@ from remap.engine.teacher import Teacher
 from remap.network import Network
 from remap.progress import Progress
 from remap.recipe.schema import Recipe
+from remap.runs.objective import without_idle_losses
+from remap.teachers import needs_logits, teacher_recipe
 
 # Images of the trial batch; time and activations grow with the number of images, so a full batch need not be pushed.
 TRIAL_IMAGES = 8
@@ -26,17 +28,21 @@ class Estimate:
     """What a run would cost on this machine.
 
     Attributes:
+        cache_bytes, features_bytes: Kept outputs of the teacher, and kept frozen features of the student.
         memory_bytes: Weights, gradients, optimiser state and activations of one process at the full batch.
         disk_bytes: Task files and checkpoint; a prepared teacher's head is counted too.
-        seconds: Training and evaluation, without preparing the teacher.
+        seconds: All of it: preparing the teacher, training and evaluation.
+        preparing_seconds: Of it, giving the teacher its head.
     """
 
     step_seconds: float
     steps: int
     seconds: float
+    preparing_seconds: float
     memory_bytes: int
     activation_bytes: int
     cache_bytes: int
+    features_bytes: int
     task_bytes: int
     disk_bytes: int
 
@@ -49,15 +55,17 @@ def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
         and ``estimate``; plain values, ready for JSON.
     """
     check_processes(recipe.train.processes)
-    recipe = recipe.written_out()
-    parts = assemble(recipe, None, progress, Bench())
+    recipe = without_idle_losses(recipe, progress).written_out()
+    bench = Bench()
+    parts = assemble(recipe, None, progress, bench)
     device = accelerator().device
     parts.objective.to(device)
     teacher = None
     if parts.teacher is not None and parts.objective.uses_teacher:
         teacher = Teacher(parts.teacher.network, parts.objective, accelerator(), bf16=parts.bf16)
     trial = _trial(parts, teacher)
-    found = _estimate(parts, teacher, trial)
+    preparing = _preparing_seconds(parts, trial, progress, bench)
+    found = _estimate(parts, teacher, trial, preparing)
     return {
         "recipe": recipe.model_dump(mode="json"),
         "data": {
@@ -70,7 +78,7 @@ def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
         "teacher": _model(parts.teacher.network) if parts.teacher else None,
         "student": _model(parts.student),
         "trainable": trainable_rows(parts),
-        "learning_rate": recipe.learning_rate(),
+        "learning_rate": recipe.learning_rate(parts.student.anatomy.width),
         "losses": trial.losses,
         "device": str(device),
         "precision": "bf16" if parts.bf16 else "fp32",
@@ -115,10 +123,12 @@ def trainable_rows(parts: Parts) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Trial:
-    """What one image costs: seconds of teacher and student, bytes kept for the backward pass."""
+    """What one image costs: seconds of teacher, of the student's step and of its frozen part where that is kept,
+    bytes kept for the backward pass."""
 
     teacher_seconds: float
     student_seconds: float
+    stem_seconds: float
     activation_bytes: int
     losses: dict[str, float]
 
@@ -130,6 +140,7 @@ def _trial(parts: Parts, teacher: Teacher | None) -> _Trial:
     images, good = parts.views.train.batch(indices)
     images, labels = images.to(device), torch.from_numpy(parts.views.train.split.labels[good]).to(device)
     step = StudentStep(parts.student, parts.objective, bf16=parts.bf16).to(device)
+    features = _features(parts)
     parts.student.attached.train()
     saved: dict[int, int] = {}
 
@@ -143,15 +154,25 @@ def _trial(parts: Parts, teacher: Teacher | None) -> _Trial:
         targets = teacher.targets(images, good) if teacher else {}
         _wait(device)
         asked = time.perf_counter()
+        kept = step.runner.stem(images) if features else None
+        _wait(device)
+        begun = time.perf_counter()
         with torch.autograd.graph.saved_tensors_hooks(remember if attempt else _same, _same):
-            total, parts_of_loss = step(images, targets, labels)
+            total, parts_of_loss = step(images, targets, labels, kept)
         total.backward()
         losses = {name: value.item() for name, value in {"total": total, **parts_of_loss}.items()}
         done = time.perf_counter()
         for parameter in (*parts.student.trained.values(), *parts.objective.parameters()):
             parameter.grad = None
     step.runner.tap.close()
-    return _Trial((asked - started) / len(good), (done - asked) / len(good), sum(saved.values()) // len(good), losses)
+    seconds = ((asked - started) / len(good), (done - begun) / len(good), (begun - asked) / len(good))
+    return _Trial(*seconds, sum(saved.values()) // len(good), losses)
+
+
+def _features(parts: Parts) -> int:
+    """Bytes of the student's frozen features, 0 where they are not kept."""
+    needed = feature_bytes(parts) or 0
+    return needed if needed <= parts.recipe.data.memory_gib * 2**30 else 0
 
 
 def _wait(device: torch.device) -> None:
@@ -164,7 +185,20 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _estimate(parts: Parts, teacher: Teacher | None, trial: _Trial) -> Estimate:
+def _preparing_seconds(parts: Parts, trial: _Trial, progress: Progress, bench: Bench) -> float:
+    """What giving the teacher a head takes: a forward pass over the training images for a probe, else a run of its own
+    (``teacher_recipe``), which is estimated like any other."""
+    recipe = parts.recipe
+    if parts.teacher is None or not needs_logits(recipe) or parts.teacher.head != "none":
+        return 0.0
+    if recipe.teacher.prepare == "probe":
+        return trial.teacher_seconds * len(parts.views.train.split) / accelerator().num_processes
+    tuning = assemble(teacher_recipe(recipe).written_out(), None, progress, bench)
+    tuning.objective.to(accelerator().device)
+    return _estimate(tuning, None, _trial(tuning, None), 0.0).seconds
+
+
+def _estimate(parts: Parts, teacher: Teacher | None, trial: _Trial, preparing: float) -> Estimate:
     recipe, train = parts.recipe, parts.views.train
     spec, processes = recipe.train, accelerator().num_processes
     micro = max(1, spec.batch_size // (spec.accumulation * processes))
@@ -176,7 +210,9 @@ def _estimate(parts: Parts, teacher: Teacher | None, trial: _Trial) -> Estimate:
     steps = max(1, len(train.split) // spec.batch_size) * spec.epochs
     each_step = trial.student_seconds + (0.0 if cached else trial.teacher_seconds)
     step_seconds = each_step * spec.batch_size / processes
+    features = _features(parts)
     once = trial.teacher_seconds * (len(train.split) if cached else 0)
+    once += trial.stem_seconds * (len(train.split) + len(parts.views.val.split))
     # Evaluation is a forward pass, about a third of a training step.
     passes = 1 + spec.epochs // spec.eval_every
     checks = trial.student_seconds / 3 * len(parts.views.val.split) * passes / processes
@@ -185,14 +221,12 @@ def _estimate(parts: Parts, teacher: Teacher | None, trial: _Trial) -> Estimate:
     return Estimate(
         step_seconds=step_seconds,
         steps=steps,
-        seconds=step_seconds * steps + once + checks,
-        memory_bytes=weights
-        + 3 * trained_bytes
-        + trial.activation_bytes * micro
-        + cache
-        + train.kept_bytes,
+        seconds=preparing + step_seconds * steps + once + checks,
+        preparing_seconds=preparing,
+        memory_bytes=weights + 3 * trained_bytes + trial.activation_bytes * micro + cache + features + train.kept_bytes,
         activation_bytes=trial.activation_bytes * micro,
         cache_bytes=cache,
+        features_bytes=features,
         task_bytes=task,
         disk_bytes=task + 3 * trained_bytes + prepared,
     )

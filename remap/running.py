@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from remap.assembly import Parts, assemble, listed, teacher_in_training
+from remap.assembly import Parts, assemble, features_in_training, listed, sample_for, teacher_in_training
 from remap.backbones.build import require_at_hand
 from remap.bench import Bench
 from remap.data.views import ViewSource
@@ -19,6 +19,7 @@ from remap.network import Network
 from remap.progress import Progress, Silent
 from remap.recipe import Recipe, resolve, resolve_distill
 from remap.recipe.paths import is_run
+from remap.runs.objective import without_idle_losses
 from remap.runs.rundir import RunDir, default_path, next_path
 from remap.runs.task import load_task, save_task
 from remap.teachers import require_useful
@@ -60,6 +61,7 @@ def start(
     check_processes(recipe.train.processes)
     bench = bench or Bench()
     _require_at_hand(recipe, bench)
+    recipe = without_idle_losses(recipe, progress)
     stem = f"{recipe.name}-{recipe.method.name}"
     path = Path(output).expanduser() if output is not None else next_path(default_path(), stem)
     accelerator().wait_for_everyone()  # all ranks choose the same name before one of them makes it
@@ -132,8 +134,13 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
     device = accelerator().device
     parts = assemble(recipe, run_dir, progress, bench)
 
+    features = features_in_training(parts, progress)
+    if parts.student.learns_batch_statistics and max(accelerator().num_processes, recipe.train.accumulation) > 1:
+        progress.say("batch statistics are those of each process's own part of a batch, so results depend on the parts")
+
     def check(source: ViewSource, what: str) -> Evaluation:
-        return evaluate_as(recipe, parts.student, source, accelerator(), progress, what)
+        kept = features.get("val") if source is parts.views.val else None
+        return evaluate_as(recipe, parts.student, source, accelerator(), progress, what, kept)
 
     initial = check(parts.views.val, "the untrained student")
     if parts.teacher is not None:
@@ -159,6 +166,8 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
         evaluate=each_epoch,
         on_epoch=run_dir.write_metrics,
         checkpoint=run_dir.checkpoint,
+        features=features.get("train"),
+        sample=sample_for(parts) if parts.student.attached.wants_sample else None,
     )
     try:
         state = fit(job, resume=resuming)
@@ -195,7 +204,7 @@ def _summary(
         "seed": recipe.seed,
         "method": recipe.method.name,
         "losses": {loss.name: loss.weight for loss in recipe.losses},
-        "learning_rate": recipe.learning_rate(),
+        "learning_rate": recipe.learning_rate(student.anatomy.width),
         "epochs": recipe.train.epochs,
         "processes": accelerator().num_processes,
         "device": str(accelerator().device),

@@ -21,7 +21,6 @@ from remap.recipe.schema import LossSpec, MethodSpec, Recipe, StudentSpec
 from remap.remapping import LOSSES
 from remap.runs.rundir import RunDir
 from remap.runs.task import load_task, open_backbone, save_task
-from remap.tuning import METHODS
 
 
 @dataclass
@@ -57,7 +56,7 @@ def load_teacher(recipe: Recipe, classes: tuple[str, ...], device: torch.device)
         if network.classes == classes:
             return _placed(PreparedTeacher(network, _key(network, "its own", recipe), "its own"), recipe, device)
     torch.manual_seed(recipe.seed)
-    keep_head = spec.prepare == "none" and _needs_logits(recipe)
+    keep_head = spec.prepare == "none" and needs_logits(recipe)
     network = tuned(open_backbone(spec, len(classes), keep_head=keep_head), "linear", {})
     network.classes = classes
     head = "its own" if keep_head else "none"
@@ -77,7 +76,7 @@ def prepare_teacher(
     The prepared teacher is kept as a task in ``run_dir.teacher`` (runs that share a bench: in its folder), so that a
     resumed run finds it.
     """
-    if not _needs_logits(recipe):
+    if not needs_logits(recipe):
         return teacher
     if bench.teacher_folder is not None:  # one teacher for all runs, whatever their seeds
         teacher = replace(teacher, key=f"shared {recipe.teacher.model_dump_json()}")
@@ -100,32 +99,42 @@ def prepare_teacher(
 def require_useful(teacher: PreparedTeacher, untrained: Evaluation, source: ViewSource, recipe: Recipe) -> None:
     """Stop before a teacher that knows nothing teaches it.
 
+    Always naming the most frequent class gives the accuracy p on n images. A teacher must do better than that by two
+    standard errors, sqrt(p (1 - p) / n); where images are so few that this bound lies at 1 or above, it must be right
+    on all of them.
+
     Raises:
-        TrainingError: Its accuracy is within two standard errors of always naming the most frequent class, or below
-            the untrained student's.
+        TrainingError: It does not, or its accuracy is below the untrained student's.
     """
     if teacher.accuracy is None or recipe.teacher.allow_weak:
         return
     count = len(source.split)
     chance = np.bincount(source.split.labels).max() / count
-    bound = chance + 2 * sqrt(chance * (1 - chance) / count)
+    bound = min(chance + 2 * sqrt(chance * (1 - chance) / count), 1 - 0.5 / count)
     if teacher.accuracy > bound and teacher.accuracy >= untrained.accuracy:
         return
     why = (
         f"below the untrained student's {untrained.accuracy:.1%}"
         if teacher.accuracy > bound
-        else f"not above chance (most frequent class {chance:.1%}, with two standard errors {bound:.1%})"
+        else f"not clearly above chance (always naming the most frequent class gives {chance:.1%}; "
+        f"on {'one image' if count == 1 else f'{count} images'}, luck may reach {bound:.1%})"
     )
     raise TrainingError(
         f"the teacher's accuracy on the evaluation images is {teacher.accuracy:.1%}: {why}",
         given=f"{teacher.network.identity.model}, head: {teacher.head}",
-        do="\n           ".join(
-            [
-                "let its head be fitted (teacher.prepare=probe or full), choose other weights,",
-                "or go on all the same: --set teacher.allow_weak=true",
-            ]
-        ),
+        do="\n           ".join([_remedy(teacher, recipe), "or go on all the same: --set teacher.allow_weak=true"]),
     )
+
+
+def _remedy(teacher: PreparedTeacher, recipe: Recipe) -> str:
+    """What has not been tried yet."""
+    if teacher.head == "probe":
+        return "tune all of it (--set teacher.prepare=full), choose another teacher or other weights,"
+    if teacher.head != "its own":
+        return "tune it for longer or at another rate (teacher.epochs, teacher.lr), choose another teacher or weights,"
+    if is_run(recipe.teacher.model):
+        return "choose a better run,"
+    return "let its head be fitted (--set teacher.prepare=probe, or full), choose another teacher or other weights,"
 
 
 def _prepare(network: Network, recipe: Recipe, folder: Path, views: Views, progress: Progress) -> None:
@@ -150,13 +159,13 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
     """The recipe that tunes the teacher: the same data and loop, its own method, cross-entropy alone."""
     spec = recipe.teacher
     train = recipe.train.model_copy(
-        update={"epochs": spec.epochs or recipe.train.epochs, "lr": spec.lr, "warmup_epochs": None}
+        update={"epochs": spec.epochs or recipe.train.epochs, "lr": spec.lr, "base_lr": None, "warmup_epochs": None}
     )
     return recipe.model_copy(
         update={
             "name": f"{recipe.name[:56]}-teacher",
             "teacher": None,
-            "student": StudentSpec(model=spec.model, weights=spec.weights),
+            "student": StudentSpec(model=spec.model, weights=spec.weights, preset=spec.preset),
             "method": MethodSpec(name=spec.prepare),
             "losses": (LossSpec(name="ce", weight=LOSSES.row("ce").weight),),
             "train": train,
@@ -164,7 +173,8 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
     )
 
 
-def _needs_logits(recipe: Recipe) -> bool:
+def needs_logits(recipe: Recipe) -> bool:
+    """Whether a loss reads the teacher's logits, so that it needs a head."""
     return any(LOSSES.row(loss.name).category == "logits" for loss in recipe.losses)
 
 
@@ -177,7 +187,7 @@ def _key(network: Network, head: str, recipe: Recipe) -> str:
             head,
             spec.model if head == "its own" else spec.model_dump_json(),
             recipe.data.model_dump_json(),
-            str(recipe.seed) if spec.prepare in METHODS else "",
+            str(recipe.seed) if spec.prepare not in ("probe", "none") else "",
         ]
     )
 

@@ -15,6 +15,7 @@ from remap.assembly import assemble
 from remap.bench import Bench
 from remap.data.splits import Split, stratified
 from remap.data.views import View, ViewSource
+from remap.dry_run import estimate
 from remap.engine.evaluate import Evaluation
 from remap.engine.launch import accelerator
 from remap.errors import DataError, TrainingError
@@ -23,7 +24,7 @@ from remap.progress import Silent
 from remap.running import Result, start
 from remap.runs.rundir import RunDir
 from remap.runs.task import load_task
-from remap.teachers import PreparedTeacher, require_useful
+from remap.teachers import PreparedTeacher, require_useful, teacher_recipe
 
 
 @pytest.mark.parametrize("cache", ["auto", "off"])
@@ -131,7 +132,7 @@ def test_a_teacher_on_random_weights_reloads(tiny: Any, tmp_path: Path) -> None:
 
 def test_a_teacher_at_chance_is_stopped_and_explained(tiny: Any, tmp_path: Path) -> None:
     recipe = tiny.recipe("teacher.prepare=full", "teacher.lr=1e-9", "teacher.epochs=1")
-    with pytest.raises(TrainingError, match="not above chance") as caught:
+    with pytest.raises(TrainingError, match="not clearly above chance") as caught:
         start(recipe, tmp_path / "run")
     assert "33.3%" in caught.value.what and "teacher.allow_weak=true" in (caught.value.do or "")
     assert RunDir(tmp_path / "run").status() == "failed"
@@ -148,11 +149,12 @@ def test_allow_weak_goes_on(tiny: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("accuracy", "untrained", "says"),
     [
-        (0.64, 0.2, "not above chance"),  # 60 of 100: 0.6 + 2 * 0.049
-        (0.59, 0.2, "not above chance"),  # 50 of 100: 0.5 + 2 * 0.05
+        (0.64, 0.2, "not clearly above chance"),  # 60 of 100: 0.6 + 2 * 0.049
+        (0.59, 0.2, "not clearly above chance"),  # 50 of 100: 0.5 + 2 * 0.05
         (0.90, 0.95, "below the untrained student's 95.0%"),
         (0.90, 0.90, None),
         (0.61, 0.2, None),
+        (1.00, 0.2, None),
     ],
 )
 def test_the_bound_is_two_standard_errors_above_chance(
@@ -170,6 +172,55 @@ def test_the_bound_is_two_standard_errors_above_chance(
     with pytest.raises(TrainingError, match=says):
         require_useful(teacher, student, source, tiny.recipe())
     require_useful(teacher, student, source, tiny.recipe("teacher.allow_weak=true"))
+
+
+@pytest.mark.parametrize("labels", [[0], [0, 1], [0, 0, 1], [0, 0, 0, 0, 1], [0, 0, 0]])
+def test_a_teacher_that_is_right_on_few_images_may_teach(tiny: Any, labels: list[int]) -> None:
+    """Two standard errors above 2 of 3 are 121 %: nobody gets there. One mistake is too many then."""
+    count = len(labels)
+    source = ViewSource(
+        Split(("",) * count, np.asarray(labels), lambda i: b""), View(16, 1.0, "bicubic"), memory_bytes=0
+    )
+    student, network = Evaluation(0, count, np.zeros(count)), _network(tiny, 2)
+    require_useful(PreparedTeacher(network, "key", "probe", 1.0), student, source, tiny.recipe())
+    with pytest.raises(TrainingError, match="not clearly above chance"):
+        require_useful(PreparedTeacher(network, "key", "probe", (count - 1) / count), student, source, tiny.recipe())
+
+
+@pytest.mark.parametrize(
+    ("head", "advice", "done"),
+    [
+        ("probe", "teacher.prepare=full", "probe"),
+        ("full", "teacher.epochs", "prepare"),
+        ("lora", "teacher.epochs", "prepare"),
+        ("its own", "teacher.prepare=probe", "teacher.epochs"),
+    ],
+)
+def test_the_advice_is_nothing_that_was_done(tiny: Any, head: str, advice: str, done: str) -> None:
+    source = ViewSource(Split(("",) * 2, np.asarray([0, 1]), lambda i: b""), View(16, 1.0, "bicubic"), memory_bytes=0)
+    with pytest.raises(TrainingError) as caught:
+        student = Evaluation(0, 2, np.zeros(2))
+        require_useful(PreparedTeacher(_network(tiny, 2), "key", head, 0.5), student, source, tiny.recipe())
+    assert advice in caught.value.do and done not in caught.value.do.replace(advice, "")
+
+
+def test_a_teacher_is_tuned_with_its_own_readout(tiny: Any) -> None:
+    recipe = tiny.recipe("teacher.preset=mae", "teacher.prepare=full", "teacher.weights=none")
+    student = teacher_recipe(recipe).student
+    assert (student.model, student.weights, student.preset) == (recipe.teacher.model, "none", "mae")
+
+
+def test_a_combination_prepares_a_teacher_and_the_dry_run_counts_it(tiny: Any, tmp_path: Path) -> None:
+    recipe = tiny.recipe("teacher.prepare=lora+bitfit", "teacher.allow_weak=true", "train.epochs=1")
+    preparing = {"lora+bitfit": estimate(recipe, Silent())["estimate"]}
+    assert start(recipe, tmp_path / "run").summary["teacher"]["head"] == "lora+bitfit"
+    for prepare in ("probe", "none"):
+        settings = (f"teacher.prepare={prepare}", "train.epochs=1")
+        words = {"teacher": str(tmp_path / "run")} if prepare == "none" else {}
+        preparing[prepare] = estimate(tiny.recipe(*settings, **words), Silent())["estimate"]
+    seconds = {prepare: found["preparing_seconds"] for prepare, found in preparing.items()}
+    assert seconds["lora+bitfit"] > seconds["probe"] > seconds["none"] == 0.0
+    assert all(found["seconds"] > found["preparing_seconds"] for found in preparing.values())
 
 
 def test_a_teacher_whose_logits_nobody_reads_gets_no_head(tiny: Any, tmp_path: Path) -> None:

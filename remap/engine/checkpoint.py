@@ -39,14 +39,24 @@ class State:
 
 
 def save_checkpoint(
-    path: Path, state: State, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    path: Path,
+    state: State,
+    trained: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    memory: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write parameters, the optimiser's state by parameter name, and ``state``."""
+    """Write what is trained (parameters and buffers), the optimiser's state by name, and ``state``.
+
+    Args:
+        memory: What a method remembers from step to step (``Attached.memory``).
+    """
     tensors: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
+    for name, parameter in trained.items():
         tensors[f"parameter/{name}"] = parameter.detach().cpu().contiguous()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    for name, tensor in (memory or {}).items():
+        tensors[f"memory/{name}"] = tensor.detach().cpu().contiguous()
     make_folder(path.parent)
     for stray in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed while it wrote
         stray.unlink(missing_ok=True)
@@ -63,9 +73,12 @@ def _crc32(text: str, tensors: Mapping[str, Tensor]) -> int:
 
 
 def load_checkpoint(
-    path: Path, digest: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> State:
-    """Put a checkpoint back.
+    path: Path, digest: str, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> tuple[State, dict[str, Tensor]]:
+    """Put a checkpoint back into the tensors of ``trained`` and the optimiser.
+
+    Returns:
+        The state, and the method's memory as it was saved.
 
     Raises:
         RunError: It is damaged, belongs to another recipe, or does not fit the model.
@@ -85,16 +98,18 @@ def load_checkpoint(
             given=f"checkpoint {state.digest}, this run {digest}",
             do="resume with the recipe the run was started with (its recipe.yaml)",
         )
-    wanted = {f"parameter/{name}": p.shape for name, p in parameters.items()}
+    wanted = {f"parameter/{name}": p.shape for name, p in trained.items()}
     found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("parameter/")}
     if wanted != found:
         different = sorted(set(wanted.items()) ^ set(found.items()), key=str)[:4]
         raise RunError(f"{path} does not fit this model", given=str(different))
     with torch.no_grad():
-        for name, parameter in parameters.items():
+        for name, parameter in trained.items():
             parameter.copy_(tensors[f"parameter/{name}"])
-            _load_optimizer_state(optimizer, name, parameter, tensors)
-    return state
+            if isinstance(parameter, nn.Parameter):
+                _load_optimizer_state(optimizer, name, parameter, tensors)
+    memory = {key.removeprefix("memory/"): value for key, value in tensors.items() if key.startswith("memory/")}
+    return state, memory
 
 
 def _load_optimizer_state(

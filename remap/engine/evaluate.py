@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from remap.data.views import ViewSource, require_readable
+from remap.engine.features import FrozenFeatures
 from remap.engine.launch import use_bf16
 from remap.network import Network, Runner
 from remap.progress import Progress
@@ -38,8 +39,12 @@ def evaluate(
     progress: Progress,
     what: str,
     skip_bad: bool = False,
+    features: FrozenFeatures | None = None,
 ) -> Evaluation:
     """Evaluate in eval mode; every process takes each n-th batch and the counts are added up.
+
+    Args:
+        features: The network's frozen features of ``source``, where they are kept.
 
     Raises:
         DataError: An image cannot be read and ``skip_bad`` is off.
@@ -50,10 +55,11 @@ def evaluate(
     starts = range(0, len(source.split), batch_size)[accelerator.process_index :: accelerator.num_processes]
     with progress.wait(f"evaluating {what}", len(starts)) as step:
         for start in starts:
-            images, good = source.batch(np.arange(start, min(start + batch_size, len(source.split))))
+            images, good = (features or source).batch(np.arange(start, min(start + batch_size, len(source.split))))
             require_readable(source, what, skip_bad)
             if len(good):
-                logits = runner(images.to(accelerator.device)).logits_BC
+                kept = features.rows(good) if features is not None else None
+                logits = runner(images.to(accelerator.device), kept).logits_BC
                 predictions[torch.from_numpy(good)] = logits.argmax(dim=-1)
             step.advance()
     runner.tap.close()
@@ -63,7 +69,13 @@ def evaluate(
 
 
 def evaluate_as(
-    recipe: Recipe, network: Network, source: ViewSource, accelerator: Accelerator, progress: Progress, what: str
+    recipe: Recipe,
+    network: Network,
+    source: ViewSource,
+    accelerator: Accelerator,
+    progress: Progress,
+    what: str,
+    features: FrozenFeatures | None = None,
 ) -> Evaluation:
     """``evaluate`` with a recipe's batch size, precision and rule for unreadable images."""
     return evaluate(
@@ -75,6 +87,7 @@ def evaluate_as(
         progress=progress,
         what=what,
         skip_bad=recipe.data.skip_bad,
+        features=features,
     )
 
 

@@ -16,6 +16,7 @@ from remap.data import keyed
 from remap.data.batches import Batch, Plan, batches
 from remap.data.views import ViewSource
 from remap.engine.checkpoint import State, load_checkpoint, save_checkpoint
+from remap.engine.features import FrozenFeatures
 from remap.engine.interrupt import StopFlag, stop_flag
 from remap.engine.optim import adamw, learning_rate, set_learning_rate
 from remap.engine.teacher import Teacher
@@ -24,6 +25,7 @@ from remap.network import Network, Runner
 from remap.progress import Progress
 from remap.recipe.schema import Recipe
 from remap.remapping.objective import Objective
+from remap.tuning.base import Sample
 
 
 class StudentStep(nn.Module):
@@ -32,12 +34,20 @@ class StudentStep(nn.Module):
     def __init__(self, network: Network, objective: Objective, *, bf16: bool) -> None:
         super().__init__()
         self.runner = Runner(network, objective.student_needs(), bf16=bf16)
-        self.objective = objective
+        self.objective, self.attached = objective, network.attached
 
     def forward(
-        self, images_BCHW: Tensor, targets: Mapping[str, Tensor], labels_B: Tensor
+        self,
+        images_BCHW: Tensor,
+        targets: Mapping[str, Tensor],
+        labels_B: Tensor,
+        kept: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.objective(self.runner(images_BCHW), targets, labels_B)
+        total, parts = self.objective(self.runner(images_BCHW, kept), targets, labels_B)
+        penalty = self.attached.penalty()
+        if penalty is None:
+            return total, parts
+        return total + penalty, {**parts, "penalty": penalty.detach()}
 
 
 @dataclass
@@ -49,6 +59,8 @@ class Job:
         checkpoint: Where to keep the latest state; None keeps none.
         evaluate: Called after each epoch, gives the metrics to record.
         on_epoch: Called on the main process with the history so far.
+        features: The student's frozen features of ``source``, where they are kept.
+        sample: Training images for methods that look at them before the first step.
     """
 
     recipe: Recipe
@@ -63,11 +75,21 @@ class Job:
     on_epoch: Callable[[list[dict[str, Any]]], None]
     data_digest: str = ""
     checkpoint: Path | None = None
+    features: FrozenFeatures | None = None
+    sample: Sample | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All that is trained, by name: tuned parameters, head, and the objective's projectors."""
         extra = {f"objective.{name}": p for name, p in self.objective.named_parameters() if p.requires_grad}
         return self.student.trained | extra
+
+    @property
+    def peak_lr(self) -> float:
+        return self.recipe.learning_rate(self.student.anatomy.width)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds besides the optimiser: ``parameters``, and buffers that training changes."""
+        return self.student.tensors | self.parameters()
 
 
 def fit(job: Job, *, resume: bool = False) -> State:
@@ -82,10 +104,14 @@ def fit(job: Job, *, resume: bool = False) -> State:
     step_module = StudentStep(job.student, job.objective, bf16=job.bf16).to(accelerator.device)
     parameters = job.parameters()
     extra = [(name, p) for name, p in parameters.items() if name.startswith("objective.")]
-    optimizer = adamw(job.student, extra, job.recipe.learning_rate(), spec.weight_decay)
+    optimizer = adamw(job.student, extra, job.peak_lr, spec.weight_decay)
     state = State(f"{job.recipe.digest()}+{job.data_digest}")
     if resume and job.checkpoint is not None and job.checkpoint.exists():
-        state = load_checkpoint(job.checkpoint, state.digest, parameters, optimizer)
+        state = _load(job, state.digest, optimizer)
+    elif job.student.attached.wants_sample:
+        assert job.sample is not None
+        with job.progress.wait(f"{job.recipe.method.name} looks at training images"):
+            job.student.attached.prepare(job.sample)
     if spec.compile:
         _compile_blocks(job.student)
     callable_step = _distributed(step_module, accelerator)
@@ -117,7 +143,10 @@ def _distributed(step_module: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 
 def _compile_blocks(network: Network) -> None:
-    """Compile block by block: all share one graph, so start-up is short, and hooks outside the blocks stay."""
+    """Compile block by block: most methods' blocks share one graph, so start-up is short, and hooks outside stay."""
+    # Methods that replace a layer's forward have one graph a block; PyTorch would give up at the ninth.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 2 * network.anatomy.depth)
     for block in network.anatomy.blocks:
         network.model.get_submodule(block.block).compile()
 
@@ -133,13 +162,13 @@ def _epoch(
     """The rest of epoch ``state.epoch``, its evaluation and its record."""
     spec, accelerator, plan = job.recipe.train, job.accelerator, plan_of(job)
     job.student.attached.train()
-    stream = batches(job.source, plan, state.epoch, state.step)
+    stream = batches(job.features or job.source, plan, state.epoch, state.step)
     started, saved = time.perf_counter(), time.perf_counter()
     with job.progress.wait(f"epoch {state.epoch + 1}/{spec.epochs}", plan.steps) as shown:
         shown.advance(state.step)
         while state.step < plan.steps:
             update = state.epoch * plan.steps + state.step
-            set_learning_rate(optimizer, learning_rate(spec, job.recipe.learning_rate(), update, plan.steps))
+            set_learning_rate(optimizer, learning_rate(spec, job.peak_lr, update, plan.steps))
             torch.manual_seed(keyed.step_seed(job.recipe.seed, state.epoch, update) + accelerator.process_index)
             sums = _accumulate(job, step_module, stream)
             shown.advance(loss=_step(job, state, optimizer, parameters, sums))
@@ -183,7 +212,8 @@ def _forward(job: Job, step_module: nn.Module, batch: Batch) -> tuple[Tensor, di
     images, labels = batch.images_BCHW.to(device, non_blocking=True), batch.labels_B.to(device, non_blocking=True)
     targets = job.teacher.targets(images, batch.indices_B) if job.teacher is not None else {}
     job.student.attached.set_sample_keys(batch.keys_B.to(device))
-    return step_module(images, targets, labels)
+    kept = job.features.rows(batch.indices_B) if job.features is not None else None
+    return step_module(images, targets, labels, kept)
 
 
 def _step(
@@ -209,6 +239,8 @@ def _step(
             do="lower --lr, or set train.precision=fp32; the last checkpoint is whole",
         )
     optimizer.step()
+    steps = plan_of(job).steps
+    job.student.attached.after_step(state.epoch * steps + state.step, job.recipe.train.epochs * steps)
     optimizer.zero_grad(set_to_none=True)
     for name, value in losses.items():
         state.loss_sums[name] = state.loss_sums.get(name, 0.0) + value
@@ -243,4 +275,10 @@ def plan_of(job: Job) -> Plan:
 
 def _save(job: Job, state: State, optimizer: torch.optim.Optimizer) -> None:
     if job.checkpoint is not None and job.accelerator.is_main_process:
-        save_checkpoint(job.checkpoint, state, job.parameters(), optimizer)
+        save_checkpoint(job.checkpoint, state, job.tensors(), optimizer, job.student.attached.memory())
+
+
+def _load(job: Job, digest: str, optimizer: torch.optim.Optimizer) -> State:
+    state, memory = load_checkpoint(job.checkpoint, digest, job.tensors(), optimizer)
+    job.student.attached.recall(memory)
+    return state

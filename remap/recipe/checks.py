@@ -1,24 +1,18 @@
 """Checks across fields: names that must be in a table, combinations that cannot work, options of methods and losses."""
 
-from typing import Any
-
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from remap.recipe.problems import lines_of
-from remap.recipe.schema import Named, Recipe
+from remap.recipe.schema import Named, Recipe, is_idle
 from remap.registry import did_you_mean
 from remap.remapping import LOSSES
-from remap.tuning import METHODS
+from remap.tuning import METHODS, combination_problems, config_of, parts_of
 
 
 def name_problems(recipe: Recipe) -> list[str]:
     """Names that are in no table, and combinations that cannot work, one line each."""
     problems = []
-    if recipe.method.name not in METHODS:
-        problems.append(
-            f"method.name: unknown method '{recipe.method.name}'{did_you_mean(recipe.method.name, METHODS.names)}"
-            f" (allowed: {', '.join(METHODS.names)})"
-        )
+    problems += method_problems("method.name", recipe.method.name)
     for index, loss in enumerate(recipe.losses or ()):
         if loss.name not in LOSSES:
             problems.append(
@@ -26,6 +20,24 @@ def name_problems(recipe: Recipe) -> list[str]:
                 f" (allowed: {', '.join(LOSSES.names)})"
             )
     return problems + _combination_problems(recipe)
+
+
+def method_problems(place: str, method: str) -> list[str]:
+    """What is wrong with a method's name or combination."""
+    parts = parts_of(method)
+    if len(parts) > 1 and not all(parts):
+        where = "after" if parts[0] else "before"
+        return [f"{place}: a name is missing {where} '+' in '{method}'"]
+    listed = [word.strip() for word in method.split(",")]
+    if len(listed) > 1 and all(word in METHODS for word in listed):
+        return [f"{place}: '{method}' is a list; did you mean '{'+'.join(listed)}', one combination of them?"]
+    unknown = [part for part in parts if part not in METHODS]
+    if unknown:
+        return [
+            f"{place}: unknown method '{part}'{did_you_mean(part, METHODS.names)} (allowed: {', '.join(METHODS.names)})"
+            for part in unknown
+        ]
+    return [f"{place}: {problem}" for problem in combination_problems(method)]
 
 
 def _combination_problems(recipe: Recipe) -> list[str]:
@@ -37,6 +49,11 @@ def _combination_problems(recipe: Recipe) -> list[str]:
         problems.append("losses: every weight is 0, nothing would be learned")
     for name in sorted({name for name in names if names.count(name) > 1}):
         problems.append(f"losses: '{name}' is given twice")
+    problems += [
+        f"losses: {name} cannot teach {recipe.method.name}, which leaves what it compares as it is (leave it out)"
+        for name in dict.fromkeys(names)
+        if is_idle(name, recipe.method.name)
+    ]
     needing = [name for name in dict.fromkeys(names) if name in LOSSES and LOSSES.row(name).category != "labels"]
     teaching = ("labels", "logits")
     if names and not any(LOSSES.row(loss.name).category in teaching for loss in recipe.losses if loss.name in LOSSES):
@@ -44,8 +61,10 @@ def _combination_problems(recipe: Recipe) -> list[str]:
     if recipe.teacher is None and needing:
         problems.append(f"losses: {', '.join(needing)} need a teacher (set teacher.model, or keep to ce)")
     if recipe.teacher is not None:
-        allowed = ("probe", "none", *METHODS.names)
-        if recipe.teacher.prepare not in allowed:
+        allowed, prepare = ("probe", "none", *METHODS.names), recipe.teacher.prepare
+        if "+" in prepare or "," in prepare:
+            problems += method_problems("teacher.prepare", prepare)
+        elif prepare not in allowed:
             problems.append(
                 f"teacher.prepare: unknown word '{recipe.teacher.prepare}'"
                 f"{did_you_mean(recipe.teacher.prepare, allowed)} (allowed: {', '.join(allowed)})"
@@ -64,17 +83,17 @@ def _combination_problems(recipe: Recipe) -> list[str]:
 def option_problems(recipe: Recipe) -> list[str]:
     """Options the class behind a name does not take. Imports the classes, and so torch."""
     problems = []
-    if recipe.method.name in METHODS:
-        problems += _options_of("method", METHODS.load(recipe.method.name), recipe.method)
+    if not method_problems("method.name", recipe.method.name):
+        problems += _options_of("method", config_of(recipe.method.name), recipe.method)
     for index, loss in enumerate(recipe.losses or ()):
         if loss.name in LOSSES:
-            problems += _options_of(f"losses[{index}]", LOSSES.load(loss.name), loss)
+            problems += _options_of(f"losses[{index}]", LOSSES.load(loss.name).Config, loss)
     return problems
 
 
-def _options_of(place: str, owner: Any, spec: Named) -> list[str]:
+def _options_of(place: str, config: type[BaseModel], spec: Named) -> list[str]:
     try:
-        owner.Config(**spec.options)
+        config(**spec.options)
     except ValidationError as error:
-        return lines_of(error, owner.Config, place, also=type(spec).model_fields)
+        return lines_of(error, config, place, also=type(spec).model_fields)
     return []

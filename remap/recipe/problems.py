@@ -15,7 +15,25 @@ _SHAPES = {"model_type": "a mapping of keys", "dict_type": "a mapping of keys", 
 
 def lines_of(error: ValidationError, schema: type[BaseModel], place: str = "", also: Iterable[str] = ()) -> list[str]:
     """One line for each finding, in the order of the recipe; ``also`` are keys allowed beside the schema's."""
-    return [_line(finding, schema, place, list(also)) for finding in error.errors()]
+    findings = error.errors()
+    places = [finding["loc"] for finding in findings]
+    # A list whose items are wrong also counts as too short.
+    findings = [
+        finding
+        for finding, here in zip(findings, places, strict=True)
+        if finding["type"] != "too_short"
+        or not any(len(other) > len(here) and other[: len(here)] == here for other in places)
+    ]
+    return [_line(finding, schema, place, list(also)) for finding in findings]
+
+
+def option_places(schema: type[BaseModel]) -> list[str]:
+    """Options by name; those of a combination's parts as ``part.name``."""
+    places = []
+    for name, field in schema.model_fields.items():
+        inner = _model_in(field.annotation)
+        places += [name] if inner is None else [f"{name}.{place}" for place in option_places(inner)]
+    return places
 
 
 def _line(finding: Any, schema: type[BaseModel], place: str, also: list[str]) -> str:
@@ -43,7 +61,8 @@ def _line(finding: Any, schema: type[BaseModel], place: str, also: list[str]) ->
     message = f"should be {_SHAPES[kind]}" if kind in _SHAPES else finding["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     shown = repr(given) if len(repr(given)) <= 60 else f"{repr(given)[:57]}..."
-    return f"{where}: {message.replace('input should be', 'should be')}, got {shown}"
+    hint = f"; write [{given}]" if kind == "tuple_type" and isinstance(given, str) and given else ""
+    return f"{where}: {message.replace('input should be', 'should be')}, got {shown}{hint}"
 
 
 def _is_union_label(part: Any) -> bool:

@@ -10,11 +10,22 @@ from pydantic import ValidationError
 
 from remap.errors import RecipeError
 from remap.recipe import catalogue, strict_yaml
-from remap.recipe.checks import name_problems, option_problems
-from remap.recipe.problems import lines_of
-from remap.recipe.schema import DEFAULT_LOSSES, Recipe, loss_words
+from remap.recipe.checks import method_problems, name_problems, option_problems
+from remap.recipe.problems import lines_of, option_places
+from remap.recipe.schema import (
+    DataSpec,
+    Recipe,
+    StudentSpec,
+    TeacherSpec,
+    TrainSpec,
+    default_losses,
+    loss_words,
+)
 from remap.registry import did_you_mean
+from remap.tuning import METHODS, config_of
 
+COMMAND_LINE = "command line"
+_MARK = f" ({COMMAND_LINE})"
 # Words of the command line and the field each one sets.
 WORDS = {
     "teacher": "teacher.model",
@@ -51,7 +62,7 @@ def resolve(
         RecipeError: With every problem found, each with its place.
     """
     values: dict[str, Any] = {}
-    where = "command line"
+    where = COMMAND_LINE
     problems: list[str] = []
     later = _settings(settings, problems)
     if recipe is not None:
@@ -61,11 +72,52 @@ def resolve(
             values = strict_yaml.read_mapping(path)
         except RecipeError as error:
             raise RecipeError([*error.problems, *problems], where) from None
-    for place, value in _words(words or {}, problems, values) + later:
+    given = _words(words or {}, problems, values) + later
+    chosen = values.get("losses") is not None or any(_chooses_losses(place) for place, _ in given)
+    for place, value in given:
         _assign(values, place, value, problems)
     if "name" not in values:
         values["name"] = _name_of(values.get("data"))
-    return validate(values, where, problems, check_options=check_options)
+    try:
+        result = validate(values, where, problems, check_options=check_options)
+    except RecipeError as error:
+        raise _blamed(error, [place for place, _ in given]) from None
+    if not chosen:  # a weight or option of kd alone chooses no losses, though it writes the default ones out
+        result.model_fields_set.discard("losses")
+    return result
+
+
+def _chooses_losses(place: str) -> bool:
+    """Whether a place is the list of losses, or of the one that may be left out by default."""
+    return place == "losses" or place.startswith("losses.attention.")
+
+
+def _blamed(error: RecipeError, given: list[str]) -> RecipeError:
+    """The problems with what they come from: the file, or what was given beside it on the command line."""
+    if error.where == COMMAND_LINE:
+        return error
+    mine = [_is_given(problem, given) for problem in error.problems]
+    if all(mine):
+        return RecipeError(error.problems, COMMAND_LINE)
+    marked = [
+        f"{problem}{_MARK}" if own and not problem.startswith("--") else problem
+        for problem, own in zip(error.problems, mine, strict=True)
+    ]
+    return RecipeError(marked, error.where)
+
+
+def _is_given(problem: str, given: list[str]) -> bool:
+    """Whether a problem's place is one of the given places, or inside or around one of them."""
+    if problem.startswith("--"):
+        return True
+    parts = re.sub(r"\[\d+\]", "", problem.partition(": ")[0]).split(".")
+    for place in given:
+        words = place.split(".")
+        if words[0] == "losses" == parts[0]:  # the numbers of a list and the names on the command line do not compare
+            return True
+        if all(one == other for one, other in zip(parts, words, strict=False)):
+            return True
+    return False
 
 
 def resolve_distill(
@@ -73,10 +125,14 @@ def resolve_distill(
 ) -> Recipe:
     """``resolve`` with the embedded default where nothing else is said: its teacher, and on the digits its recipe."""
     words = dict(words or {})
-    if recipe is None:
-        recipe = "digits" if words.get("data") in (None, "digits") else None
-        words["teacher"] = words.get("teacher") or "mini_teacher"
-    return resolve(recipe, words, settings)
+    if recipe is not None:
+        return resolve(recipe, words, settings)
+    words["teacher"] = words.get("teacher") or "mini_teacher"
+    try:
+        return resolve("digits" if words.get("data") in (None, "digits") else None, words, settings)
+    except RecipeError as error:  # nobody named the embedded recipe, so nothing is its fault
+        plain = [problem.removesuffix(_MARK) for problem in error.problems]
+        raise RecipeError(plain, COMMAND_LINE) from None
 
 
 def _name_of(data: Any) -> str:
@@ -95,7 +151,7 @@ def validate(
     try:
         result = Recipe.model_validate(values)
     except ValidationError as error:
-        found += lines_of(error, Recipe)
+        found += _with_sections(lines_of(error, Recipe), values, check_options=check_options)
         found += _problems_of_parts(values, check_options=check_options)
         raise RecipeError(found, where) from None
     found += name_problems(result)
@@ -104,6 +160,34 @@ def validate(
     if found:
         raise RecipeError(found, where)
     return result
+
+
+def _with_sections(lines: list[str], values: Mapping[str, Any], *, check_options: bool) -> list[str]:
+    """Where a key stands at the top that belongs to a section, the hint names its place: ``lr`` is ``train.lr``."""
+    sections = {"train": TrainSpec, "data": DataSpec, "student": StudentSpec, "teacher": TeacherSpec}
+    places = [f"{section}.{name}" for section, spec in sections.items() for name in spec.model_fields]
+    method = values.get("method", Recipe().method.name)
+    method = method.get("name") if isinstance(method, dict) else method
+    if check_options and isinstance(method, str) and not method_problems("method", method):
+        places[:0] = [f"method.{place}" for place in option_places(config_of(method))]
+    found = []
+    for line in lines:
+        key, unknown, rest = line.partition(": unknown key")
+        owners = _owners(key) if unknown and check_options and isinstance(method, str) else []
+        meant = [place for place in places if place.rpartition(".")[2] == key]
+        if unknown and meant:
+            allowed = rest[rest.index(" (allowed") :]
+            line = f"{key}{unknown}; did you mean {' or '.join(map(repr, meant))}?{allowed}"
+        elif owners:
+            others = f"{', '.join(owners[:3])}{' and others' if len(owners) > 3 else ''}"
+            line = f"{key}{unknown}; 'method.{key}' is an option of {others}, not of {method}"
+        found.append(line)
+    return found
+
+
+def _owners(option: str) -> list[str]:
+    """The methods that have an option of this name."""
+    return [row.name for row in METHODS if option in config_of(row.name).model_fields]
 
 
 def load(path: Path) -> Recipe:
@@ -195,7 +279,9 @@ def _step(here: Any, part: str, root: dict[str, Any] | None) -> Any:
 def _losses_as_list(value: Any, root: Mapping[str, Any]) -> Any:
     """The losses as a list of mappings; what cannot be read so is left for the schema to report."""
     if value is None:
-        value = list(DEFAULT_LOSSES if root.get("teacher") is not None else ("ce",))
+        method = root.get("method", Recipe().method.name)
+        method = method.get("name") if isinstance(method, dict) else method
+        value = list(default_losses(str(method)) if root.get("teacher") is not None else ("ce",))
     try:
         return list(loss_words(value)) if isinstance(value, (str, list)) else value
     except ValueError:

@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from remap.recipe.paths import absolute_data, absolute_model, absolute_weights
-from remap.registry import Registry
 from remap.remapping import LOSSES
-from remap.tuning import METHODS
+from remap.tuning import METHODS, config_of, parts_of, rows_of
 
 
 class Section(BaseModel):
@@ -47,10 +46,13 @@ class ModelSpec(Section):
     Attributes:
         model: A timm name or tag, a short name (vit_small), "mini_student", "local-dir:FOLDER", or a run directory.
         weights: "pretrained" (timm's loader and cache), "none" (random), or a .safetensors file.
+        preset: How self-supervised weights are read out: "mae" (mean of the patch tokens and a fresh norm), "moco_v3"
+            (class token; names of the original checkpoint); null takes what the model's name implies.
     """
 
     model: str
     weights: str = "pretrained"
+    preset: Literal["none", "mae", "moco_v3"] | None = None
 
 
 class TeacherSpec(ModelSpec):
@@ -88,7 +90,10 @@ class Named(BaseModel):
 
 
 class MethodSpec(Named):
-    """A tuning method and its options, flat: ``{name: vpt_deep, num_prompts: 10}``."""
+    """A tuning method and its options, flat: ``{name: vpt_deep, num_prompts: 10}``.
+
+    A combination has the options of each part under the part's name: ``{name: vpt_deep+lora, lora: {rank: 4}}``.
+    """
 
 
 class LossSpec(Named):
@@ -101,7 +106,9 @@ class TrainSpec(Section):
     """The training loop. ``batch_size`` is global: all processes and accumulation steps together.
 
     Attributes:
-        lr: Peak learning rate of AdamW; null takes the method's default.
+        lr: Peak learning rate of AdamW; null takes base_lr * 128 / (width of the student).
+        base_lr: The rate for a backbone 128 wide, scaled to others as Adam's rates transfer (Yang et al. 2022,
+            arXiv 2203.03466); null takes the method's default.
         warmup_epochs: Linear warm-up from zero, then cosine to ``min_lr``; null is a tenth of the epochs.
         accumulation: Micro-batches to one step.
         precision: "auto" is bf16 on a GPU that has it, else fp32.
@@ -115,6 +122,7 @@ class TrainSpec(Section):
     epochs: int = Field(default=30, ge=1)
     batch_size: int = Field(default=64, ge=1)
     lr: float | None = Field(default=None, gt=0.0)
+    base_lr: float | None = Field(default=None, gt=0.0)
     weight_decay: float = Field(default=1e-4, ge=0.0)
     warmup_epochs: float | None = Field(default=None, ge=0.0)
     min_lr: float = Field(default=0.0, ge=0.0)
@@ -154,7 +162,8 @@ def _loss_word(word: str) -> dict[str, Any]:
 class Recipe(Section):
     """Everything that decides a run. The same recipe and seed give the same student.
 
-    ``losses`` null stands for cross-entropy alone without a teacher, and for ce + kd + attention with one.
+    ``losses`` null stands for cross-entropy alone without a teacher, and for ce + kd + attention with one (without
+    attention where the method cannot change it, or where one of the models has none over the whole image).
     """
 
     name: str = Field(default="digits", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
@@ -171,8 +180,11 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _fill_losses(self) -> "Recipe":
         """Write the default objective out, with every weight, so that a saved recipe says it all."""
-        names = (("ce",) if self.teacher is None else DEFAULT_LOSSES) if self.losses is None else None
-        losses = self.losses if names is None else tuple(LossSpec(name=name) for name in names)
+        losses = self.losses
+        if losses is None:
+            self.model_fields_set.discard("losses")
+            names = ("ce",) if self.teacher is None else default_losses(self.method.name)
+            losses = tuple(LossSpec(name=name) for name in names)
         filled = tuple(
             loss.model_copy(update={"weight": LOSSES.row(loss.name).weight})
             if loss.weight is None and loss.name in LOSSES
@@ -181,6 +193,11 @@ class Recipe(Section):
         )
         object.__setattr__(self, "losses", filled)
         return self
+
+    @property
+    def has_default_losses(self) -> bool:
+        """Whether nobody chose the losses. A saved recipe lists them, and they count as chosen from then on."""
+        return "losses" not in self.model_fields_set
 
     def written_out(self) -> "Recipe":
         """The same recipe with the defaults of its method and losses in place, so that it outlives a change of them,
@@ -197,11 +214,12 @@ class Recipe(Section):
         }
         val_source = None if self.data.val_source is None else absolute_data(self.data.val_source)
         data = self.data.model_copy(update={"source": absolute_data(self.data.source), "val_source": val_source})
-        method = MethodSpec(name=self.method.name, **_with_defaults(METHODS, self.method))
+        method = MethodSpec(name=self.method.name, **_with_defaults(config_of(self.method.name), self.method))
         losses = tuple(
-            LossSpec(name=loss.name, weight=loss.weight, **_with_defaults(LOSSES, loss)) for loss in self.losses or ()
+            LossSpec(name=loss.name, weight=loss.weight, **_with_defaults(LOSSES.load(loss.name).Config, loss))
+            for loss in self.losses or ()
         )
-        train = self.train.model_copy(update={"lr": self.learning_rate()})
+        train = self.train.model_copy(update={"base_lr": None if self.train.lr is not None else self._base_lr()})
         return self.model_copy(update={"data": data, **models, "method": method, "losses": losses, "train": train})
 
     def digest(self) -> str:
@@ -209,16 +227,40 @@ class Recipe(Section):
         data = self.written_out().model_dump(mode="json", exclude={"name"})
         for name in ("checkpoint_seconds", "eval_every", "processes"):  # they change no result
             data["train"].pop(name)
-        data["data"].pop("workers")
+        for name in ("workers", "memory_gib"):
+            data["data"].pop(name)
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
-    def learning_rate(self) -> float:
-        """The peak learning rate: the recipe's, else the method's default."""
-        return METHODS.row(self.method.name).lr if self.train.lr is None else self.train.lr
+    def learning_rate(self, width: int) -> float:
+        """The peak learning rate for a student of ``width``: the recipe's own, or its base rate scaled."""
+        return self._base_lr() * BASE_WIDTH / width if self.train.lr is None else self.train.lr
+
+    def _base_lr(self) -> float:
+        """The recipe's, else the method's default (of a combination, the smallest)."""
+        if self.train.base_lr is not None:
+            return self.train.base_lr
+        return min(row.lr for row in rows_of(self.method.name))
 
 
-def _with_defaults(table: Registry, spec: "Named") -> dict[str, Any]:
-    return table.load(spec.name).Config(**spec.options).model_dump(mode="json")
+def _with_defaults(config: type[BaseModel], spec: "Named") -> dict[str, Any]:
+    return config(**spec.options).model_dump(mode="json")
 
 
+# The width that default learning rates were measured at.
+BASE_WIDTH = 128
 DEFAULT_LOSSES = ("ce", "kd", "attention")
+# The signal of the student that a category of losses is about.
+_SIGNALS = {"attention": "attention", "features": "pooled"}
+
+
+def default_losses(method: str) -> tuple[str, ...]:
+    """The default objective with a teacher, without the terms that a method cannot follow."""
+    return tuple(name for name in DEFAULT_LOSSES if not is_idle(name, method))
+
+
+def is_idle(loss: str, method: str) -> bool:
+    """Whether a loss is about a signal that no part of the method can change; unknown names are not."""
+    parts = parts_of(method)
+    if loss not in LOSSES or any(part not in METHODS for part in parts):
+        return False
+    return all(_SIGNALS.get(LOSSES.row(loss).category) in METHODS.row(part).unchanged for part in parts)

@@ -7,12 +7,42 @@ from pathlib import Path
 from typing import Any
 
 from remap import files
-from remap.errors import RunError
+from remap.errors import RecipeError, RunError
 from remap.progress import Progress
-from remap.recipe.schema import LossSpec, MethodSpec, Recipe
+from remap.recipe.checks import method_problems
+from remap.recipe.schema import LossSpec, MethodSpec, Recipe, is_idle
 from remap.remapping import LOSSES
+from remap.runs.objective import without_idle_losses
 from remap.runs.rundir import RunDir
-from remap.tuning import CATEGORIES, METHODS
+from remap.tuning import CATEGORIES, METHODS, category_of, parts_of, rows_of
+
+# One or two well-known methods of each category.
+DEFAULT_METHODS = ("full", "linear", "vpt_shallow", "vpt_deep", "adaptformer", "bitfit", "lora")
+
+
+def chosen_methods(words: str | None) -> list[str]:
+    """Methods by name or combination, by category ("prompt"), "all", or the default set for None.
+
+    Raises:
+        UnknownName: A word is none of these.
+        RecipeError: A method is named twice, or a combination cannot be made.
+    """
+    found: list[str] = []
+    for word in [word.strip() for word in words.split(",") if word.strip()] if words else DEFAULT_METHODS:
+        if word == "all":
+            found += METHODS.names
+        elif word in CATEGORIES:
+            found += [row.name for row in METHODS if row.category == word]
+        else:
+            if all(parts_of(word)):
+                rows_of(word)
+            found.append(word)
+    problems = [line for name in found for line in method_problems("--methods", name)]
+    if len(set(found)) < len(found):
+        problems.append("--methods: a method is named twice")
+    if problems:
+        raise RecipeError(problems, "command line")
+    return found
 
 
 @dataclass(frozen=True)
@@ -32,7 +62,8 @@ class Cell:
 def plan(recipe: Recipe, methods: Sequence[str], seeds: int) -> list[Cell]:
     """Every method with and without the teacher, for ``seeds`` seeds from the recipe's own upwards.
 
-    The cells differ from each other in method, its learning rate, losses and seed, and in nothing else.
+    The cells differ from each other in method, its learning rate, losses and seed, and in nothing else; a loss on
+    something that a method cannot change is left out for it.
     """
     cells = []
     default = LossSpec(name="ce", weight=LOSSES.row("ce").weight)
@@ -41,7 +72,8 @@ def plan(recipe: Recipe, methods: Sequence[str], seeds: int) -> list[Cell]:
         spec = recipe.method if method == recipe.method.name else MethodSpec(name=method)
         for with_teacher in (False, True):
             for seed in range(recipe.seed, recipe.seed + seeds):
-                update: dict[str, Any] = {"method": spec, "seed": seed}
+                losses = tuple(loss for loss in recipe.losses if not is_idle(loss.name, method))
+                update: dict[str, Any] = {"method": spec, "seed": seed, "losses": losses}
                 update |= {} if with_teacher else {"teacher": None, "losses": alone}
                 cells.append(Cell(method, with_teacher, seed, recipe.model_copy(update=update)))
     return cells
@@ -59,6 +91,7 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, output: Path, pr
     Raises:
         RunError: The folder holds another comparison.
     """
+    recipe = without_idle_losses(recipe, progress)
     cells = plan(recipe, methods, seeds)
     _claim(output, recipe)
     missing = [cell for cell in cells if not _is_done(output / cell.name, cell)]
@@ -120,7 +153,7 @@ def tabulate(recipe: Recipe, cells: Sequence[Cell], output: Path) -> dict[str, A
     """Mean and sample standard deviation over seeds, by category and method."""
     rows = []
     for method in dict.fromkeys(cell.method for cell in cells):
-        row: dict[str, Any] = {"category": CATEGORIES[METHODS.row(method).category], "method": method}
+        row: dict[str, Any] = {"category": CATEGORIES[category_of(method)], "method": method}
         for key, with_teacher in (("alone", False), ("teacher", True)):
             mine = [cell for cell in cells if cell.method == method and cell.with_teacher == with_teacher]
             summaries = [RunDir.open(output / cell.name).summary() for cell in mine]

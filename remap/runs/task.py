@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ValidationError
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from remap import __version__, files
 from remap.backbones.build import Backbone, Identity, build, fresh_head, resolve_name, state_hash
@@ -27,6 +27,7 @@ class _Source(BaseModel):
     model: str
     weights: str
     sha256: str
+    preset: str
 
 
 class _Meta(BaseModel):
@@ -61,13 +62,14 @@ def save_task(folder: Path, network: Network, view: View, method: str, options: 
             "backbone": {
                 "model": network.identity.model,
                 "weights": network.identity.weights,
+                "preset": network.identity.preset,
                 "sha256": network.identity.sha256,
             },
             "method": {"name": method, **options},
             "classes": list(network.classes or ()),
             "preprocess": network.preprocess.to_dict(),
             "view": view.to_dict(),
-            "holds_backbone": set(kept) == {name for name, _ in network.model.named_parameters()},
+            "holds_backbone": set(kept) >= {name for name, _ in network.model.named_parameters()},
             "sha256": hashlib.sha256(data).hexdigest(),
         },
     )
@@ -81,11 +83,13 @@ def load_task(path: Path) -> tuple[Network, View]:
         RunError: The files are damaged or the backbone is another one.
     """
     folder = path / "task" if (path / "task").is_dir() else path
+    if not (folder / "task.json").is_file() and (path / "recipe.yaml").is_file():
+        raise _unfinished(path)
     meta = _read_meta(folder)
     tensors = _read_tensors(folder, meta)
     spec = meta.backbone
     weights = "none" if meta.holds_backbone else spec.weights
-    backbone = open_backbone(ModelSpec(model=spec.model, weights=weights), len(meta.classes))
+    backbone = open_backbone(ModelSpec(model=spec.model, weights=weights, preset=spec.preset), len(meta.classes))
     if not meta.holds_backbone and backbone.identity.sha256 != spec.sha256:
         raise RunError(
             f"{folder} was tuned on other weights of {spec.model}",
@@ -96,11 +100,24 @@ def load_task(path: Path) -> tuple[Network, View]:
         network = tuned(backbone, meta.method.name, meta.method.options)
     except ValidationError as error:
         raise RunError(f"{folder / 'task.json'} has options that {meta.method.name} does not take") from error
-    network.identity = Identity(spec.model, spec.weights, spec.sha256)
+    network.identity = Identity(spec.model, spec.weights, spec.sha256, spec.preset)
     _put(network, tensors, folder)
     network.classes, network.preprocess = meta.classes, meta.preprocess
     choose_attention(network, "auto", torch.device("cpu"))  # the kernel it was trained with, unless it is moved
     return network, meta.view
+
+
+def _unfinished(path: Path) -> RunError:
+    """A run directory without a student, and what became of its run."""
+    noted = files.read_json(path / "status.json") if (path / "status.json").is_file() else {}
+    ended = {"failed": "its run failed", "stopped": "its run was stopped"}.get(
+        noted.get("status"), "its run has not finished"
+    )
+    return RunError(
+        f"{path} holds no tuned student: {ended}",
+        given=str(noted.get("message", "")).partition("\n")[0] or None,
+        do=f"{path / 'status.json'} has the whole message; go on with --resume {path}, or name another run",
+    )
 
 
 def open_backbone(spec: ModelSpec, num_classes: int, *, keep_head: bool = False) -> Backbone:
@@ -123,7 +140,7 @@ def open_backbone(spec: ModelSpec, num_classes: int, *, keep_head: bool = False)
                 "the weights are of another model", given=f"{spec.model}, and {run} of {backbone.identity.model}"
             )
         return backbone
-    return build(spec.model, spec.weights, num_classes, keep_head=keep_head)
+    return build(spec.model, spec.weights, num_classes, keep_head=keep_head, preset=spec.preset)
 
 
 def _backbone_of_run(path: Path, num_classes: int) -> Backbone:
@@ -131,14 +148,14 @@ def _backbone_of_run(path: Path, num_classes: int) -> Backbone:
     network.attached.merge()
     fresh_head(network.model, network.anatomy, num_classes)
     digest = state_hash(network.model, network.anatomy)
-    identity = Identity(network.identity.model, str(path), digest)
+    identity = Identity(network.identity.model, str(path), digest, network.identity.preset)
     return Backbone(network.model, network.anatomy, network.preprocess, identity, head_is_fresh=True)
 
 
-def _kept(network: Network) -> dict[str, nn.Parameter]:
+def _kept(network: Network) -> dict[str, Tensor]:
     """What is trained; with it all the rest where the frozen weights are random, since nothing else holds those."""
     frozen = dict(network.model.named_parameters()) if network.identity.weights == "none" else {}
-    return frozen | network.trained
+    return frozen | network.tensors
 
 
 def _read_meta(folder: Path) -> _Meta:
@@ -173,9 +190,10 @@ def _put(network: Network, tensors: dict[str, Tensor], folder: Path) -> None:
     network.attached.load({name: t for name, t in tensors.items() if name not in head and name not in backbone})
     if {name: p.shape for name, p in backbone.items()} != {n: tensors[n].shape for n in backbone if n in tensors}:
         raise RunError(f"the backbone in {folder} does not fit {network.identity.model}")
-    wanted = {name: p.shape for name, p in network.head.items()}
+    classifier = {name: tensor for name, tensor in network.tensors.items() if network.anatomy.is_head(name)}
+    wanted = {name: tensor.shape for name, tensor in classifier.items()}
     if wanted != {name: tensor.shape for name, tensor in head.items()}:
         raise RunError(f"the classifier in {folder} does not fit the backbone")
     with torch.no_grad():
-        for name, parameter in (backbone | network.head).items():
+        for name, parameter in (backbone | classifier).items():
             parameter.copy_(tensors[name])

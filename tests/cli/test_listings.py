@@ -12,6 +12,7 @@ from typer.testing import Result
 from remap.recipe import resolve_distill
 from remap.remapping import LOSSES
 from remap.tuning import CATEGORIES, METHODS
+from remap_cli import view
 from remap_cli.options import DEFAULTS, DIGITS
 
 HEAVY = "import sys; heavy = {'torch', 'timm', 'accelerate', 'peft', 'sklearn', 'torchdistill'} & set(sys.modules)"
@@ -47,7 +48,72 @@ def test_methods_are_those_of_the_table(run_json: Callable[..., list]) -> None:
     rows = run_json("methods")
     assert [row["name"] for row in rows] == list(METHODS.names)
     assert {row["category"] for row in rows} == set(CATEGORIES.values())
-    assert all(row["paper"] and row["trains"] for row in rows)
+    assert all(row["paper"] and row["trainable_parameters"] for row in rows)
+
+
+@pytest.mark.parametrize("name", METHODS.names)
+def test_a_method_shows_every_option(run_json: Callable[..., dict], name: str) -> None:
+    """Source: the fields of its class of options."""
+    found = run_json("methods", name)
+    fields = METHODS.load(name).Config.model_fields
+    assert [row["name"] for row in found["methods"]] == [name]
+    assert [option["name"] for option in found["options"]] == list(fields)
+    for option in found["options"]:
+        default = fields[option["name"]].default
+        assert option["default"] == (list(default) if isinstance(default, tuple) else default)
+
+
+def test_options_say_what_they_take(
+    remap: Callable[..., Result], run_json: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(view.out, "width", 300)
+    found = run_json("methods", "vpt_deep+lora")
+    options = {option["name"]: option for option in found["options"]}
+    assert options["lora.targets"]["allowed"] == ["q", "k", "v", "o", "fc1", "fc2"]
+    assert options["lora.targets"]["type"] == "list or null" and "null is [q, v]" in options["lora.targets"]["about"]
+    assert options["vpt_deep.place"]["allowed"] == ["prepend", "add", "pixel"]
+    assert options["vpt_deep.shared"]["about"] == "All blocks get the same prompts"
+    assert (options["lora.rank"]["limits"], options["lora.dropout"]["limits"]) == (">= 1", ">= 0, < 1")
+    shown = remap("methods", "lora").stdout
+    for part in ("294,912", "list of q, k, v, o, fc1, fc2, or null", "--set method.rank=8", "arXiv 2106.09685"):
+        assert part in shown
+    assert "no options" in remap("methods", "full").stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("lorra", "did you mean 'lora'"),
+        ("lora+vpt_dep", "did you mean 'vpt_deep'"),
+        ("lora+", "a name is missing after '+'"),
+        ("lora,ssf", "did you mean 'lora+ssf'"),
+        ("lora+linear", "cannot be combined"),
+    ],
+)
+def test_an_unknown_method_is_named(remap: Callable[..., Result], name: str, says: str) -> None:
+    result = remap("methods", name)
+    assert result.exit_code == 2 and says in result.message
+
+
+@pytest.mark.parametrize(("width", "formulas"), [(80, False), (119, False), (120, True), (160, True)])
+def test_a_narrow_terminal_gets_no_formulas(
+    remap: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, width: int, formulas: bool
+) -> None:
+    monkeypatch.setattr(view.out, "width", width)
+    lines = remap("methods").stdout.splitlines()
+    assert any("L*p*D" in line for line in lines) == formulas
+    assert any("L depth" in line for line in lines) == formulas
+    assert max(len(line.rstrip()) for line in lines) <= width
+    assert any(line.split()[:1] == ["vpt_deep"] and "2203.12119" in line for line in lines)
+
+
+def test_models_are_of_families_that_are_read(remap: Callable[..., Result], run_json: Callable[..., dict]) -> None:
+    found = run_json("models", "swin")
+    assert "swin_tiny_patch4_window7_224.ms_in22k" in found["timm"]
+    assert not any(name.startswith("swinv2") for name in found["timm"]) and found["left_out"] > 0
+    shown = remap("models", "vit_pe_core").stdout
+    assert "vit_pe_core_tiny_patch16_384.fb" in shown and "short name" not in shown
+    assert "does not read" in remap("models", "swinv2").stdout
 
 
 def test_losses_are_those_of_the_table(run_json: Callable[..., list]) -> None:

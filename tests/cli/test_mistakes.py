@@ -20,11 +20,19 @@ WORDS = [
     (["--set", "teacher.prepare=prob"], ["teacher.prepare", "did you mean 'probe'"]),
     (["--resume", "absent"], ["absent is no run directory"]),
     (["--epochs", "1", "--set", "train.warmup_epochs=1"], ["warmup_epochs"]),
+    (["--method", "lora+vpt_dep"], ["unknown method 'vpt_dep'", "did you mean 'vpt_deep'"]),
+    (["--method", "lora+linear"], ["'linear' cannot be combined"]),
+    (["--method", "vpt_deep+e2vpt"], ["both add tokens"]),
+    (["--method", "lora+lora"], ["names a method twice"]),
+    (["--method", "lora+ssf", "--set", "method.rank=4"], ["method.rank: unknown key"]),
+    (["--method", "linear", "--losses", "ce,attention"], ["attention cannot teach linear"]),
+    (["--set", "rank=4", "--method", "lora"], ["command line: 1 problem", "did you mean 'method.rank'"]),
+    (["--method", "vpt_deep,lora"], ["command line: 1 problem", "did you mean 'vpt_deep+lora'"]),
     (["--processes", "2"], ["asks for 2 processes and has 1", "torchrun"]),
 ]
 THINGS = [
     (["--student", "vit_smal"], ["unknown model 'vit_smal'", "did you mean 'vit_small'"]),
-    (["--student", "resnet18", "--weights", "none"], ["ResNet is not a backbone", "patch_embed"]),
+    (["--student", "mobilenetv3_small_050", "--weights", "none"], ["MobileNetV3 is not a backbone", "swin_*"]),
     (["--data", "absent"], ["no such data", "absent"]),
     (["--teacher", "no/such/run"], ["no such model or run directory"]),
 ]
@@ -86,7 +94,7 @@ def test_a_weak_teacher_stops_the_run(
         "r",
     )
     assert result.exit_code == 2
-    assert "the classifier of" in result.message or "not above chance" in result.message
+    assert "the classifier of" in result.message or "not clearly above chance" in result.message
     assert '"failed"' in (tmp_path / "r" / "status.json").read_text()
 
 
@@ -124,6 +132,18 @@ def test_a_bad_evaluation_image_stops_unless_left_out(
     assert stopped.exit_code == 2 and "val/a/0.png" in stopped.message and "--skip-bad" in stopped.message
     assert remap(*words, "--skip-bad", "--output", "r2").exit_code == 0
     assert '"val_images": 5' in (tmp_path / "r2" / "summary.json").read_text()
+
+
+def test_the_folder_of_a_failed_run_says_so(
+    remap: Callable[..., Result], pictures: Path, tmp_path: Path, tiny: list[str]
+) -> None:
+    words = ["tune", "--data", pictures, *tiny, "--method", "full", "--output", "r"]
+    assert remap(*words, "--lr", "1e30", "--set", "train.clip_norm=null").exit_code == 2
+    for command in (["eval", "r"], ["predict", "r", pictures / "val"]):
+        result = remap(*command)
+        assert result.exit_code == 2
+        for part in ("its run failed", "not finite", str(Path("r") / "status.json")):
+            assert part in result.message
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(

@@ -108,6 +108,20 @@ def test_progress_goes_on_beside_json(remap: Callable[..., Result], pictures: Pa
     assert "method   linear" in result.stderr and "method   linear" not in result.stdout
 
 
+def test_options_that_are_not_the_methods_own_are_said(
+    remap: Callable[..., Result], pictures: Path, tiny: list[str]
+) -> None:
+    for method, settings, said in (
+        ("vpt_deep", [], "vpt_deep, losses"),
+        ("vpt_deep", ["num_prompts=3", "dropout=0.1"], "vpt_deep (num_prompts 3), losses"),
+        ("lora", ["targets=[q, k]", "rank=8", "dropout=0.5"], "lora (targets [q, k], dropout 0.5), losses"),
+        ("vpt_deep+lora", ["lora.rank=2"], "vpt_deep+lora (lora.rank 2), losses"),
+    ):
+        words = [word for setting in settings for word in ("--set", f"method.{setting}")]
+        result = remap("tune", "--data", pictures, "--method", method, *tiny, *words, "--dry-run")
+        assert f"method   {said}" in result.stderr, result.stderr
+
+
 def test_the_test_folder_is_in_the_summary_and_shown(
     remap: Callable[..., Result], pictures: Path, tmp_path: Path, tiny: list[str]
 ) -> None:

@@ -38,7 +38,7 @@ def test_a_checkpoint_gives_back_numbers_and_counters(tmp_path: Path) -> None:
     state = State("abc", epoch=2, step=1, seconds=0.1 + 0.2, loss_sums={"loss": 1 / 3}, history=[{"epoch": 1}])
     save_checkpoint(tmp_path / "c" / "last.safetensors", state, parameters, optimizer)
     others, other = _trained(seed=1)
-    assert load_checkpoint(tmp_path / "c" / "last.safetensors", "abc", others, other) == state
+    assert load_checkpoint(tmp_path / "c" / "last.safetensors", "abc", others, other) == (state, {})
     for name, parameter in parameters.items():
         assert torch.equal(others[name], parameter)
         for key, value in optimizer.state[parameter].items():

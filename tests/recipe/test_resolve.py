@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from remap.errors import RecipeError
-from remap.recipe import Recipe, catalogue, resolve, validate
+from remap.recipe import Recipe, catalogue, resolve, resolve_distill, validate
 
 
 def problems(*args: Any, **kwargs: Any) -> tuple[str, ...]:
@@ -43,11 +43,95 @@ def test_everything_wrong_with_a_file_and_its_overrides_comes_at_once(tmp_path: 
         ("losses[1].name: unknown loss 'kdd'", "did you mean 'kd'?"),
         ("train.epochs: should be greater than or equal to 1", "got 0"),
         ("train.lrr: unknown key", "did you mean 'lr'?"),
-        ("trian: unknown key", "did you mean 'train'?"),
+        ("trian: unknown key", "did you mean 'train'?"),  # and who wrote it: see below
     ]
     for start, rest in expected:
         assert any(line.startswith(start) and rest in line for line in error.problems), start
     assert len(error.problems) == len(expected)
+    assert [line for line in error.problems if line.endswith(" (command line)")] == [
+        line for line in error.problems if line.startswith("trian")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "where"),
+    [
+        ({"method": "foo"}, [], "command line"),
+        ({}, ["method.num_prompt=3"], "command line"),
+        ({"losses": "ce,kdd"}, [], "command line"),
+        ({}, ["losses.kd.temperature=0"], "command line"),
+        ({"epochs": 1}, ["train.warmup_epochs=1"], "command line"),
+        ({}, ["seed"], "command line"),
+    ],
+)
+def test_a_recipe_is_not_blamed_for_words_beside_it(words: dict, settings: list[str], where: str) -> None:
+    for name in ("digits", catalogue.find("digits")):
+        with pytest.raises(RecipeError, match=f"^{where}: 1 problem"):
+            resolve(name, words, settings)
+    with pytest.raises(RecipeError, match=f"^{where}: 1 problem"):
+        resolve_distill(None, words, settings)
+
+
+def test_a_file_is_blamed_for_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("method: foo\ntrain: {warmup_epochs: 5}\n")
+    with pytest.raises(RecipeError) as caught:
+        resolve(path, {"epochs": 3, "seed": -1})
+    assert caught.value.where == str(path)
+    own, given = [], []
+    for line in caught.value.problems:
+        (given if line.endswith(" (command line)") else own).append(line.partition(":")[0])
+    assert (own, given) == (["method.name", "train.warmup_epochs"], ["seed"])
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "hint"),
+    [
+        ("lora", "rank=4", "did you mean 'method.rank'?"),
+        ("lora+ssf", "rank=4", "did you mean 'method.lora.rank'?"),
+        ("bitfit", "rank=4", "'method.rank' is an option of lora"),
+        ("bitfit", "lr=1", "did you mean 'train.lr' or 'teacher.lr'?"),
+        ("bitfit", "augment=shift", "did you mean 'data.augment'?"),
+        ("bitfit", "sead=1", "did you mean 'seed'?"),
+    ],
+)
+def test_a_field_without_its_section_is_found(method: str, setting: str, hint: str) -> None:
+    (line,) = problems(words={"method": method}, settings=[setting])
+    assert line.startswith(f"{setting.partition('=')[0]}: unknown key; {hint}")
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ("vpt_deep,lora", "'vpt_deep,lora' is a list; did you mean 'vpt_deep+lora'"),
+        ("vpt_deep+", "a name is missing after '+'"),
+        ("+lora", "a name is missing before '+'"),
+        ("lora++ssf", "a name is missing after '+'"),
+    ],
+)
+def test_a_combination_that_is_not_spelled_right(method: str, says: str) -> None:
+    assert problems(words={"method": method})[0].startswith(f"method.name: {says}")
+    (line,) = problems(words={"teacher": "a"}, settings=[f"teacher.prepare={method}"])
+    assert line.startswith(f"teacher.prepare: {says}")
+
+
+def test_a_teacher_may_be_prepared_by_a_combination() -> None:
+    assert resolve(words={"teacher": "a"}, settings=["teacher.prepare=lora+ssf"]).teacher.prepare == "lora+ssf"
+    (line,) = problems(words={"teacher": "a"}, settings=["teacher.prepare=lora+linear"])
+    assert line == "teacher.prepare: 'linear' cannot be combined with other methods"
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("[foo]", "method.targets[0]: 'foo' is not one of q, k, v, o, fc1, fc2"),
+        ("q", "method.targets: should be a list, got 'q'; write [q]"),
+        ("[]", "method.targets: tuple should have at least 1 item"),
+    ],
+)
+def test_a_list_that_is_none_is_one_line(value: str, says: str) -> None:
+    (line,) = problems(words={"method": "lora"}, settings=[f"method.targets={value}"])
+    assert line.startswith(says)
 
 
 def test_a_file_that_is_no_yaml_and_a_broken_setting_come_together(tmp_path: Path) -> None:

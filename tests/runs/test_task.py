@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from remap.backbones.families import FAMILIES
 from remap.errors import BackboneError, RemapError, RunError
 from remap.network import Network, Runner
 from remap.running import Result, start
@@ -18,7 +19,10 @@ from remap.runs.rundir import RunDir
 from remap.runs.task import load_task, save_task
 from remap.tuning import METHODS
 
-MERGEABLE = [name for name in METHODS.names if METHODS.row(name).mergeable]
+FITTING = [row.name for row in METHODS if row.fits(FAMILIES.row("vit").parts)]
+MERGEABLE = [name for name in FITTING if METHODS.row(name).mergeable]
+# Default ranks above the student's width.
+SMALL = {"fact_tk": ["method.rank=8"], "randlora": ["method.rank=8"]}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +34,7 @@ def run_of(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
     def get(method: str, *settings: str) -> Result:
         key = (method, *settings)
         if key not in done:
-            recipe = tiny.recipe("train.epochs=1", *settings, method=method, losses="ce")
+            recipe = tiny.recipe("train.epochs=1", *SMALL.get(method, ()), *settings, method=method, losses="ce")
             done[key] = start(recipe, folder / f"{method}{len(done)}")
         return done[key]
 
@@ -46,7 +50,7 @@ def task(run_of: Callable[..., Result], tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("method", METHODS.names)
+@pytest.mark.parametrize("method", FITTING)
 @pytest.mark.parametrize("weights", ["pretrained", "none"])
 def test_a_task_reloads_to_the_same_logits(run_of: Callable[..., Result], method: str, weights: str) -> None:
     """Random frozen weights exist nowhere else, so a task on them must bring them along."""
@@ -159,14 +163,15 @@ def test_another_backbone_is_refused(run_of: Callable[..., Result], tiny: Any) -
 def test_a_folded_run_is_a_backbone_for_another_student(
     run_of: Callable[..., Result], tiny: Any, tmp_path: Path, method: str
 ) -> None:
-    """Expected: the run's own tokens in front of the head, with what was trained folded in."""
+    """Expected: the run's own tokens in front of the head, but for the rounding of folding."""
     source = run_of(method)
     recipe = tiny.recipe("train.epochs=1", method="linear", losses="ce", student=str(source.run_dir))
     student = start(recipe, tmp_path / "run").student
     images = _images()
     with torch.no_grad():
         expected = source.student.model.eval().forward_features(images)
-        assert torch.equal(student.model.eval().forward_features(images), expected)
+        found = student.model.eval().forward_features(images)
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     again, _ = load_task(tmp_path / "run")
     assert torch.equal(_logits(again), _logits(student))
 

@@ -1,0 +1,67 @@
+"""Frozen features of the student: what its frozen beginning makes of images whose view never changes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from remap.data.views import ViewSource
+from remap.network import Network, Runner
+from remap.progress import Progress
+
+
+class FrozenFeatures:
+    """The stem's results (``remap.tuning.seam``) for all images of one source, computed once.
+
+    It stands in for the source in training and evaluation: ``split`` and ``batch`` are those of the source, except
+    that images are left out (zero pixels) where the rest of the network does not read them.
+    """
+
+    def __init__(self, network: Network, source: ViewSource, accelerator: Accelerator, *, bf16: bool) -> None:
+        assert network.attached.seam is not None
+        self.source, self.split, self.device = source, source.split, accelerator.device
+        self._seam = network.attached.seam
+        self._runner = Runner(network, bf16=bf16)
+        self._kept: dict[str, Tensor] = {}
+        self._good = np.zeros(len(source.split), dtype=bool)
+
+    def bytes_per_image(self) -> int:
+        """Memory that ``compute`` takes for each image."""
+        self._runner.model.eval()
+        size = self.source.view.size
+        found = self._runner.stem(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.device))
+        return sum(value.numel() * value.element_size() for value in found.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.numel() * value.element_size() for value in self._kept.values())
+
+    def compute(self, batch_size: int, progress: Progress, what: str) -> None:
+        """Run the stem over all images, in eval mode."""
+        self._runner.model.eval()
+        count = len(self.split)
+        with progress.wait(f"frozen features of {what}", count) as step:
+            for start in range(0, count, batch_size):
+                images, good = self.source.batch(np.arange(start, min(start + batch_size, count)))
+                if len(good):
+                    for key, value in self._runner.stem(images.to(self.device)).items():
+                        whole = self._kept.setdefault(key, torch.zeros(count, *value.shape[1:], dtype=value.dtype))
+                        whole[torch.from_numpy(good)] = value.cpu()
+                    self._good[good] = True
+                step.advance(min(batch_size, count - start))
+        self._runner.tap.close()
+
+    def rows(self, indices_B: np.ndarray) -> dict[str, Tensor]:
+        """The features of some images, on the device."""
+        rows = torch.from_numpy(indices_B)
+        return {key: value[rows].to(self.device, non_blocking=True) for key, value in self._kept.items()}
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """As ``ViewSource.batch``."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        good = chosen[self._good[chosen]]
+        if self._seam.reads_images:
+            return self.source.batch(good)
+        return torch.zeros(len(good), 3, 0, 0, dtype=torch.uint8), good

@@ -1,0 +1,93 @@
+"""Frozen features: computed once, and the student they give is the one without them. Source: the same run, unkept."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from remap import assembly, running
+from remap.engine.features import FrozenFeatures
+from remap.running import start
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How many images went through the student's first layer, and how many features were kept."""
+    counts = {"images": 0, "kept": 0}
+    tuned, compute = assembly.tuned, FrozenFeatures.compute
+
+    def watched(*args: Any) -> Any:
+        network = tuned(*args)
+
+        def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            counts["images"] += len(inputs[0])
+
+        network.model.patch_embed.register_forward_pre_hook(count)
+        return network
+
+    def counted(self: FrozenFeatures, *args: Any) -> None:
+        compute(self, *args)
+        counts["kept"] += len(self.split)
+
+    monkeypatch.setattr(assembly, "tuned", watched)
+    monkeypatch.setattr(FrozenFeatures, "compute", counted)
+    return counts
+
+
+@pytest.mark.parametrize("method", ["linear", "mlp", "partial", "sidetune", "lst", "vqt"])
+def test_kept_features_give_the_student_of_the_whole_forward(
+    tiny: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    largest_difference: Callable[..., float],
+    method: str,
+) -> None:
+    recipe = tiny.recipe(method=method)
+    kept = start(recipe, tmp_path / "kept")
+    monkeypatch.setattr(running, "features_in_training", lambda parts, progress: {})
+    whole = start(recipe, tmp_path / "whole")
+    # AdamW's first steps have the size of the learning rate whatever the gradient's, so rounding shows.
+    assert largest_difference(kept.student.tensors, whole.student.tensors) < 2e-3
+    assert kept.summary["student"]["correct"] == pytest.approx(whole.summary["student"]["correct"], abs=1)
+    for epoch in ("ce", "kd"):
+        assert kept.summary["final_losses"][epoch] == pytest.approx(whole.summary["final_losses"][epoch], rel=1e-3)
+
+
+def test_the_frozen_part_runs_once_for_each_image(tiny: Any, tmp_path: Path, forwards: dict[str, int]) -> None:
+    """24 training and 9 evaluation images, and one of zeros to measure the size, whatever the number of epochs."""
+    start(tiny.recipe("train.epochs=3", method="linear", losses="ce", teacher=None), tmp_path / "run")
+    assert forwards == {"images": 24 + 9 + 1, "kept": 24 + 9}
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"), [(["data.memory_gib=0"], "not kept"), (["data.augment=shift"], None)], ids=["memory", "views"]
+)
+def test_features_are_not_kept_where_they_cannot_be(
+    tiny: Any, tmp_path: Path, forwards: dict[str, int], watch: Callable[..., Any], settings: list[str], why: str | None
+) -> None:
+    progress = watch(lambda done: None)
+    start(tiny.recipe(*settings, method="linear", losses="ce", teacher=None), tmp_path / "run", progress)
+    assert forwards["kept"] == 0 and forwards["images"] > 24 + 9 + 1
+    assert any(why in text for text in progress.said) if why else True
+
+
+def test_resuming_with_kept_features_is_exact(
+    tiny: Any, tmp_path: Path, watch: Callable[..., Any], largest_difference: Callable[..., float]
+) -> None:
+    class Crash(Exception):
+        pass
+
+    def crash(done: int) -> None:
+        if done == 4:
+            raise Crash
+
+    recipe = tiny.recipe("train.checkpoint_seconds=0", method="mlp")
+    whole = start(recipe, tmp_path / "whole")
+    with pytest.raises(Crash):
+        start(recipe, tmp_path / "parted", watch(crash))
+    parted = running.resume(tmp_path / "parted")
+    assert largest_difference(whole.student.tensors, parted.student.tensors) == 0.0
+    assert all(torch.isfinite(tensor).all() for tensor in whole.student.tensors.values())
