@@ -50,7 +50,7 @@ def show(found: dict[str, Any]) -> None:
         ["estimate", "value"],
         [
             ["losses of the batch", losses],
-            ["learning rate", f"{found['learning_rate']:g}"],
+            ["learning rate", f"{found['learning_rate']:.3g}"],
             ["time", f"{view.duration(guess['seconds'])} ({guess['steps']:,} steps of {guess['step_seconds']:.3g} s)"],
             ["preparing the teacher", f"{view.duration(guess['preparing_seconds'])} of it"],
             ["memory", f"{view.size(guess['memory_bytes'])} (activations {view.size(guess['activation_bytes'])})"],

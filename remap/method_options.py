@@ -67,8 +67,11 @@ def _docs(config: type[BaseModel]) -> list[str]:
 
 
 def _summary(config: type[BaseModel]) -> str:
-    text = next(iter(_docs(config)), "").partition("Attributes:")[0]
-    return " ".join(text.split()).replace("``", "")
+    """The sentences that are about no option in particular; the others stand beside their options."""
+    text = " ".join(next(iter(_docs(config)), "").partition("Attributes:")[0].split())
+    sentences = re.split(r"(?<=[.])\s+", text)
+    first = next((index for index, sentence in enumerate(sentences) if "``" in sentence), len(sentences))
+    return " ".join(sentences[:first])
 
 
 def _about(config: type[BaseModel]) -> dict[str, str]:
