@@ -48,7 +48,7 @@ CLOSED_FORMS = {
     "gps": 83_712 + 83_712,
 }
 
-# As the issue of a user would quote them.
+# Some of them as plain numbers, against a slip in a formula.
 QUOTED = {
     "vpt_deep": 92_160,
     "houlsby": 313_536,
