@@ -7,6 +7,7 @@ model in place, keeps every frozen weight at its state-dict path, and never touc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -309,3 +310,17 @@ def inserted_parameters(model: nn.Module, added: Iterable[str]) -> dict[str, nn.
 def vectors(parameters: Mapping[str, nn.Parameter]) -> list[str]:
     """Names of biases, scales and other vectors, which weight decay leaves alone."""
     return [name for name, p in parameters.items() if p.ndim <= 1]
+
+
+def attached_modules(
+    model: nn.Module, anatomy: Anatomy, added: Iterable[str], handles: Iterable[RemovableHandle], **facts: Any
+) -> Attached:
+    """A method that is nothing but inserted modules and their hooks, and trains all their parameters.
+
+    Args:
+        facts: Further arguments of ``Attached``; by default weight decay leaves vectors alone.
+    """
+    added = tuple(added)
+    parameters = inserted_parameters(model, added)
+    facts = {"no_decay": vectors(parameters), **facts}
+    return Attached(model, anatomy, trainable=parameters, added=added, handles=handles, **facts)

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.anatomy import Anatomy, module_at
-from remap.tuning.adapter.bottleneck import Beside, Bottleneck, attached_adapters, insert_adapter
-from remap.tuning.base import Attached, Method, Options
+from remap.tuning.adapter.bottleneck import Beside, Bottleneck, insert_adapter
+from remap.tuning.base import Attached, Method, Options, attached_modules
 
 
 class AdaptFormer(Method):
@@ -40,7 +40,7 @@ class AdaptFormer(Method):
             added.append(insert_adapter(model, block, "remap_adaptformer", adapter, block.fc1))
             handles.append(module_at(model, block.norm2).register_forward_pre_hook(adapter.keep_input))
             handles.append(module_at(model, block.mlp_branch_end).register_forward_hook(adapter.add_to_branch))
-        return attached_adapters(model, anatomy, added, handles)
+        return attached_modules(model, anatomy, added, handles)
 
 
 class ParallelBottleneck(Beside, Bottleneck):

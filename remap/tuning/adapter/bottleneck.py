@@ -4,14 +4,13 @@ Letters: D width, r bottleneck; leading dimensions are batch and tokens, (B, T) 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from remap.backbones.anatomy import Anatomy, Block, module_at
-from remap.tuning.base import Attached, insert_module, inserted_parameters, vectors
+from remap.backbones.anatomy import Block, module_at
+from remap.tuning.base import insert_module
 from remap.tuning.dropout import SampleDropout
 from remap.tuning.weights import registered
 
@@ -77,12 +76,3 @@ def insert_adapter(model: nn.Module, block: Block, name: str, adapter: nn.Module
     path = f"{block.block}.{name}"
     insert_module(model, path, adapter.to(device=weight.device, dtype=weight.dtype))
     return path
-
-
-def attached_adapters(
-    model: nn.Module, anatomy: Anatomy, added: Iterable[str], handles: Iterable[RemovableHandle]
-) -> Attached:
-    """A method that is nothing but inserted modules and their hooks, and trains all their parameters."""
-    added = tuple(added)
-    parameters = inserted_parameters(model, added)
-    return Attached(model, anatomy, trainable=parameters, no_decay=vectors(parameters), added=added, handles=handles)

@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.anatomy import Anatomy, module_at
 from remap.errors import BackboneError
-from remap.tuning.adapter.bottleneck import Beside, attached_adapters, insert_adapter
-from remap.tuning.base import Attached, Method, Options
+from remap.tuning.adapter.bottleneck import Beside, insert_adapter
+from remap.tuning.base import Attached, Method, Options, attached_modules
 from remap.tuning.dropout import SampleDropout
 
 
@@ -48,7 +48,7 @@ class Convpass(Method):
                 added.append(insert_adapter(model, block, f"remap_convpass_{word}", adapter, block.fc1))
                 handles.append(module_at(model, norm).register_forward_hook(adapter.keep_output))
                 handles.append(module_at(model, end).register_forward_hook(adapter.add_to_branch))
-        return attached_adapters(model, anatomy, added, handles)
+        return attached_modules(model, anatomy, added, handles)
 
 
 class ConvBottleneck(Beside):

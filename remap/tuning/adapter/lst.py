@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from remap.backbones.anatomy import Anatomy, module_at
 from remap.errors import BackboneError
-from remap.tuning.base import Attached, Method, Options, insert_module, inserted_parameters, vectors
+from remap.tuning.base import Attached, Method, Options, attached_modules, insert_module
 from remap.tuning.seam import FeatureSeam
 
 _PATH = "remap_lst"
@@ -64,17 +64,8 @@ class LadderSideTuning(Method):
         for number, path in enumerate(anatomy.heads_of_classifier):
             last = path == anatomy.heads_of_classifier[-1]
             handles.append(module_at(model, path).register_forward_pre_hook(partial(ladder.replace, number, last)))
-        names = inserted_parameters(model, [_PATH])
-        return Attached(
-            model,
-            anatomy,
-            trainable=names,
-            no_decay=vectors(names),
-            identity_at_init=False,
-            added=[_PATH],
-            handles=handles,
-            seam=LadderSeam(model, anatomy, ladder),
-        )
+        seam = LadderSeam(model, anatomy, ladder)
+        return attached_modules(model, anatomy, [_PATH], handles, identity_at_init=False, seam=seam)
 
 
 class Ladder(nn.Module):

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.anatomy import Anatomy, AttentionBlock, module_at
-from remap.tuning.adapter.bottleneck import Bottleneck, attached_adapters, insert_adapter
-from remap.tuning.base import Attached, Method, Options
+from remap.tuning.adapter.bottleneck import Bottleneck, insert_adapter
+from remap.tuning.base import Attached, Method, Options, attached_modules
 from remap.tuning.dropout import SampleDropout
 
 
@@ -36,7 +36,7 @@ class Houlsby(Method):
                 adapter = InSeries(block.width, self.config.bottleneck)
                 added.append(insert_adapter(model, block, f"remap_houlsby_{word}", adapter, block.fc1))
                 handles.append(module_at(model, end).register_forward_hook(adapter.change_output))
-        return attached_adapters(model, anatomy, added, handles)
+        return attached_modules(model, anatomy, added, handles)
 
 
 class Pfeiffer(Method):
@@ -61,7 +61,7 @@ class Pfeiffer(Method):
             adapter = InSeries(block.width, self._bottleneck(block))
             added.append(insert_adapter(model, block, "remap_pfeiffer", adapter, block.fc1))
             handles.append(module_at(model, block.mlp_branch_end).register_forward_hook(adapter.change_output))
-        return attached_adapters(model, anatomy, added, handles)
+        return attached_modules(model, anatomy, added, handles)
 
     def _bottleneck(self, block: AttentionBlock) -> int:
         reduction = self.config.reduction
@@ -94,7 +94,7 @@ class AdapterPlus(Method):
             # is part of the block.
             whole = module_at(model, block.block)
             handles.append(whole.register_forward_hook(adapter.change_output, prepend=True))
-        return attached_adapters(model, anatomy, added, handles)
+        return attached_modules(model, anatomy, added, handles)
 
 
 class InSeries(Bottleneck):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remap.backbones.anatomy import Anatomy, module_at
-from remap.tuning.base import Attached, Method, Options, insert_module, inserted_parameters, vectors
+from remap.tuning.base import Attached, Method, Options, attached_modules, insert_module
 from remap.tuning.dropout import SampleDropout
 from remap.tuning.seam import FeatureSeam
 
@@ -35,17 +35,9 @@ class MLP(Method):
         like = heads[0].weight if isinstance(heads[0], nn.Linear) else next(model.parameters())
         hidden = HiddenLayers(anatomy.width, self.config).to(device=like.device, dtype=like.dtype)
         insert_module(model, _PATH, hidden)
-        names = inserted_parameters(model, [_PATH])
-        return Attached(
-            model,
-            anatomy,
-            trainable=names,
-            no_decay=vectors(names),
-            identity_at_init=False,
-            added=[_PATH],
-            handles=[head.register_forward_pre_hook(hidden.before_classifier) for head in heads],
-            seam=FeatureSeam(model, anatomy),
-        )
+        handles = [head.register_forward_pre_hook(hidden.before_classifier) for head in heads]
+        seam = FeatureSeam(model, anatomy)
+        return attached_modules(model, anatomy, [_PATH], handles, identity_at_init=False, seam=seam)
 
 
 class HiddenLayers(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from remap.backbones.anatomy import Anatomy, module_at
 from remap.backbones.side import side_network
 from remap.errors import BackboneError
-from remap.tuning.base import Attached, Method, Options, insert_module, inserted_parameters, vectors
+from remap.tuning.base import Attached, Method, Options, attached_modules, insert_module
 from remap.tuning.seam import FeatureSeam
 
 _PATH = "remap_sidetune"
@@ -41,21 +41,12 @@ class SideTune(Method):
         like = next(model.parameters())
         side = SideNetwork(network, width, anatomy.width).to(device=like.device, dtype=like.dtype)
         insert_module(model, _PATH, side)
-        names = inserted_parameters(model, [_PATH])
         handles = [module_at(model, anatomy.input_module).register_forward_pre_hook(side.keep_image)]
         for path in anatomy.heads_of_classifier:
             last = path == anatomy.heads_of_classifier[-1]
             handles.append(module_at(model, path).register_forward_pre_hook(partial(side.blend, last)))
-        return Attached(
-            model,
-            anatomy,
-            trainable=names,
-            no_decay=vectors(names),
-            identity_at_init=False,
-            added=[_PATH],
-            handles=handles,
-            seam=SideSeam(model, anatomy, side),
-        )
+        seam = SideSeam(model, anatomy, side)
+        return attached_modules(model, anatomy, [_PATH], handles, identity_at_init=False, seam=seam)
 
 
 class SideNetwork(nn.Module):

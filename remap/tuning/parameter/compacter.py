@@ -14,8 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.anatomy import Anatomy, module_at
 from remap.errors import BackboneError
-from remap.tuning.adapter.bottleneck import attached_adapters
-from remap.tuning.base import Attached, Method, Options, insert_module
+from remap.tuning.base import Attached, Method, Options, attached_modules, insert_module
 from remap.tuning.weights import registered
 
 _PATH = "remap_compacter"
@@ -54,7 +53,7 @@ class Compacter(Method):
             module_at(model, end).register_forward_hook(partial(adapters.change_output, index))
             for index, end in enumerate(ends)
         ]
-        return attached_adapters(model, anatomy, [_PATH], handles)
+        return attached_modules(model, anatomy, [_PATH], handles)
 
 
 class KroneckerBottlenecks(nn.Module):
