@@ -124,11 +124,12 @@ def trainable_rows(parts: Parts) -> list[dict[str, Any]]:
 @dataclass(frozen=True)
 class _Trial:
     """What one image costs: seconds of teacher, of the student's step and of its frozen part where that is kept,
-    bytes kept for the backward pass."""
+    bytes kept for the backward pass; and the bytes of the frozen features of all images."""
 
     teacher_seconds: float
     student_seconds: float
     stem_seconds: float
+    features_bytes: int
     activation_bytes: int
     losses: dict[str, float]
 
@@ -166,7 +167,7 @@ def _trial(parts: Parts, teacher: Teacher | None) -> _Trial:
             parameter.grad = None
     step.runner.tap.close()
     seconds = ((asked - started) / len(good), (done - begun) / len(good), (begun - asked) / len(good))
-    return _Trial(*seconds, sum(saved.values()) // len(good), losses)
+    return _Trial(*seconds, features, sum(saved.values()) // len(good), losses)
 
 
 def _features(parts: Parts) -> int:
@@ -210,7 +211,6 @@ def _estimate(parts: Parts, teacher: Teacher | None, trial: _Trial, preparing: f
     steps = max(1, len(train.split) // spec.batch_size) * spec.epochs
     each_step = trial.student_seconds + (0.0 if cached else trial.teacher_seconds)
     step_seconds = each_step * spec.batch_size / processes
-    features = _features(parts)
     once = trial.teacher_seconds * (len(train.split) if cached else 0)
     once += trial.stem_seconds * (len(train.split) + len(parts.views.val.split))
     # Evaluation is a forward pass, about a third of a training step.
@@ -223,10 +223,15 @@ def _estimate(parts: Parts, teacher: Teacher | None, trial: _Trial, preparing: f
         steps=steps,
         seconds=preparing + step_seconds * steps + once + checks,
         preparing_seconds=preparing,
-        memory_bytes=weights + 3 * trained_bytes + trial.activation_bytes * micro + cache + features + train.kept_bytes,
+        memory_bytes=weights
+        + 3 * trained_bytes
+        + trial.activation_bytes * micro
+        + cache
+        + trial.features_bytes
+        + train.kept_bytes,
         activation_bytes=trial.activation_bytes * micro,
         cache_bytes=cache,
-        features_bytes=features,
+        features_bytes=trial.features_bytes,
         task_bytes=task,
         disk_bytes=task + 3 * trained_bytes + prepared,
     )

@@ -171,7 +171,8 @@ def _epoch(
             set_learning_rate(optimizer, learning_rate(spec, job.peak_lr, update, plan.steps))
             torch.manual_seed(keyed.step_seed(job.recipe.seed, state.epoch, update) + accelerator.process_index)
             sums = _accumulate(job, step_module, stream)
-            shown.advance(loss=_step(job, state, optimizer, parameters, sums))
+            total = spec.epochs * plan.steps
+            shown.advance(loss=_step(job, state, optimizer, parameters, sums, update, total))
             state.step += 1
             stop = flag.agreed(accelerator)
             now = time.perf_counter()
@@ -222,8 +223,10 @@ def _step(
     optimizer: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
     sums: dict[str, Tensor],
+    update: int,
+    total: int,
 ) -> float:
-    """Clip, look for anything that is not finite, then update; gives the loss."""
+    """Clip, look for anything that is not finite, then do update number ``update`` of ``total``; gives the loss."""
     limit = job.recipe.train.clip_norm
     clipped = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
     values = torch.stack(list(sums.values()))
@@ -239,8 +242,7 @@ def _step(
             do="lower --lr, or set train.precision=fp32; the last checkpoint is whole",
         )
     optimizer.step()
-    steps = plan_of(job).steps
-    job.student.attached.after_step(state.epoch * steps + state.step, job.recipe.train.epochs * steps)
+    job.student.attached.after_step(update, total)
     optimizer.zero_grad(set_to_none=True)
     for name, value in losses.items():
         state.loss_sums[name] = state.loss_sums.get(name, 0.0) + value

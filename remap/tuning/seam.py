@@ -4,6 +4,7 @@ Letters: B batch, T tokens, D width, C classes.
 """
 
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
@@ -48,22 +49,26 @@ class FeatureSeam(Seam):
     @torch.no_grad()
     def stem(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         kept: dict[str, Tensor] = {}
-        handles = []
-        for path in self.anatomy.heads_of_classifier:
+        heads = {path: module_at(self.model, path) for path in self.anatomy.heads_of_classifier}
+        # The first of two heads is called before the second one's input is known: what a method hooked there must not
+        # run, least of all change its running statistics.
+        own = [(head, head._forward_pre_hooks, head._forward_hooks) for head in heads.values()]
+        for path, head in heads.items():
 
             def keep(module: nn.Module, args: tuple, path: str = path) -> None:
                 kept[path] = args[0]
-                if len(kept) == len(self.anatomy.heads_of_classifier):
+                if len(kept) == len(heads):
                     raise _Reached
 
-            handles.append(module_at(self.model, path).register_forward_pre_hook(keep, prepend=True))
+            head._forward_pre_hooks, head._forward_hooks = OrderedDict(), OrderedDict()
+            head.register_forward_pre_hook(keep)
         try:
             self.model.forward_head(self.model.forward_features(images_BCHW))
         except _Reached:
             return kept
         finally:
-            for handle in handles:
-                handle.remove()
+            for head, before, after in own:
+                head._forward_pre_hooks, head._forward_hooks = before, after
         raise AssertionError("the classifier was not reached")
 
     def rest(self, kept: Mapping[str, Tensor], images_BCHW: Tensor | None, *, whole_blocks: bool) -> Tensor:

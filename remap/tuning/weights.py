@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from remap.backbones.anatomy import PLAIN_CLASS, Anatomy, Projection, module_at, plain_class, tensor_at
+from remap.backbones.anatomy import PLAIN_CLASS, Anatomy, Projection, module_at, plain_class
 from remap.errors import BackboneError
 from remap.tuning.base import INSERTED, Attached
 from remap.tuning.dropout import SampleDropout
@@ -148,14 +148,6 @@ def require_rank(rank: int, limit: int, path: str, shape: tuple[int, int]) -> No
         raise BackboneError(
             f"rank {rank} is larger than the layer: {shape[0]} x {shape[1]}", given=path, allowed=f"1 to {limit}"
         )
-
-
-def bias_of(model: nn.Module, projection: Projection) -> Tensor | None:
-    """The rows of the bias tensor that belong to a projection (a view), None where it has none."""
-    if projection.bias is None:
-        return None
-    start = projection.bias_start
-    return tensor_at(model, projection.bias)[start : start + projection.stop - projection.start]
 
 
 def channels_first(module: nn.Module) -> bool:

@@ -61,7 +61,10 @@ def test_attention_is_timms_own_map_cut_and_renormalised(network: Any, maps_of_t
 def test_blocks_in_front_of_the_first_prompts_have_none(network: Any, maps_of_timm: Any) -> None:
     # Source: as above. In between, a loss may read blocks of both kinds.
     if getattr(network.model, "rel_pos_bias", None) is not None:
-        pytest.skip("all its blocks share one bias, so that tokens enter all of them or none")
+        # All its blocks share one bias, so that tokens enter all of them or none.
+        with pytest.raises(BackboneError):
+            with_prompts(network, 3, first=1)
+        return
     with_prompts(network, 3, first=1)
     full = maps_of_timm(network.model, network.anatomy, network.images)
     assert full[1].shape[-1] == full[0].shape[-1] + 3

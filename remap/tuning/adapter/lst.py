@@ -116,8 +116,6 @@ class Ladder(nn.Module):
 
     def replace(self, number: int, last: bool, head: nn.Module, args: tuple) -> tuple:
         """Forward pre-hook of the classifier's linear layer ``number``; ``last`` says that no other one follows."""
-        if self.kept is not None:
-            return args
         if self._side_BTd is None:
             if len(self.rungs) <= len(self.blocks):
                 raise BackboneError("the side network has not seen these features", do="call forward_features first")

@@ -58,7 +58,6 @@ class SideNetwork(nn.Module):
         self.network = network
         self.proj = nn.Linear(features, width, bias=False)
         self.image_BCHW: Tensor | None = None
-        self.paused = False
         self._side_BD: Tensor | None = None
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
@@ -76,8 +75,6 @@ class SideNetwork(nn.Module):
 
     def blend(self, last: bool, head: nn.Module, args: tuple) -> tuple:
         """Forward pre-hook of a linear layer of the classifier; ``last`` says that no other one follows."""
-        if self.paused:
-            return args
         if self._side_BD is None:
             if self.image_BCHW is None:
                 raise BackboneError("side-tuning has no image for these features", do="call forward_features first")
@@ -89,7 +86,7 @@ class SideNetwork(nn.Module):
         return (a * args[0] + (1 - a) * side_BD, *args[1:])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "image_BCHW": None, "_side_BD": None, "paused": False}
+        return {**self.__dict__, "image_BCHW": None, "_side_BD": None}
 
 
 class SideSeam(FeatureSeam):
@@ -102,11 +99,10 @@ class SideSeam(FeatureSeam):
         self.side = side
 
     def stem(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        self.side.paused = True
         try:
             return super().stem(images_BCHW)
         finally:
-            self.side.paused, self.side.image_BCHW = False, None
+            self.side.image_BCHW = None
 
     def rest(self, kept: Mapping[str, Tensor], images_BCHW: Tensor | None, *, whole_blocks: bool) -> Tensor:
         self.side.keep_image(self.side, (images_BCHW,))

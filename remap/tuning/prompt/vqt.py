@@ -113,14 +113,10 @@ class Queries(nn.Module):
 
     def normalise(self, head: nn.Module, args: tuple) -> tuple:
         """Forward pre-hook of a linear layer of the classifier."""
-        if self.kept is not None:
-            return args
         return (F.normalize(args[0], dim=-1), *args[1:])
 
     def add_logits(self, last: bool, head: nn.Module, args: tuple, logits_BC: Tensor) -> Tensor:
         """Forward hook of a linear layer of the classifier; ``last`` says that no other one follows."""
-        if self.kept is not None:
-            return logits_BC
         if not self.answers:
             raise BackboneError("the queries have not read these features", do="call forward_features first")
         answers = [self.answers[index] for index in range(len(self.readers))]
