@@ -18,11 +18,10 @@ from remap.backbones.families.base import (
     fused_qkv,
     linear,
     mlp_projections,
-    pair,
     real,
     tensor_path,
 )
-from remap.backbones.families.vit import class_token_pooled, norms_outside_blocks
+from remap.backbones.families.vit import sequence_anatomy
 from remap.errors import BackboneError
 
 
@@ -39,30 +38,7 @@ class Eva(Family):
 
     @classmethod
     def read(cls, model: nn.Module) -> Anatomy:
-        grid = pair(model.patch_embed.grid_size)
-        blocks = tuple(_read_block(model, index, grid) for index in range(len(model.blocks)))
-        last = blocks[-1]
-        final_norm = next(iter(real(model, ("norm", "fc_norm"))), None)
-        return Anatomy(
-            family="eva",
-            width=model.embed_dim,
-            depth=len(blocks),
-            heads=last.heads,
-            head_dim=last.head_dim,
-            mlp_hidden=last.mlp_hidden,
-            image_size=pair(model.patch_embed.img_size),
-            patch_size=pair(model.patch_embed.patch_size),
-            grid=grid,
-            num_prefix_tokens=model.num_prefix_tokens,
-            has_class_token=model.cls_token is not None,
-            class_token_pooled=class_token_pooled(model),
-            input_module="patch_embed",
-            block_input_norm=next(iter(real(model, ("norm_pre",))), None),
-            embedding_norms=norms_outside_blocks(model, final_norm),
-            final_norm=final_norm,
-            heads_of_classifier=("head",),
-            blocks=blocks,
-        )
+        return sequence_anatomy(model, "eva", _read_block)
 
     @classmethod
     def rest_of_forward(cls, model: nn.Module, anatomy: Anatomy, index: int, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Plain vision transformers: ViT, DeiT, DeiT-III, DINOv2, CLIP and SigLIP towers."""
 
 from collections.abc import Callable
+from typing import Any
 
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -42,31 +43,15 @@ class PlainViT(Family):
 
     @classmethod
     def read(cls, model: nn.Module) -> Anatomy:
-        grid = pair(model.patch_embed.grid_size)
-        blocks = tuple(_read_block(model, index, grid) for index in range(len(model.blocks)))
-        last = blocks[-1]
         distilled = hasattr(model, "dist_token")
-        final_norm = next(iter(real(model, ("norm", "fc_norm"))), None)
-        return Anatomy(
-            family="vit",
-            width=model.embed_dim,
-            depth=len(blocks),
-            heads=last.heads,
-            head_dim=last.head_dim,
-            mlp_hidden=last.mlp_hidden,
-            image_size=pair(model.patch_embed.img_size),
+        return sequence_anatomy(
+            model,
+            "vit",
+            _read_block,
             # The ratio, because the hybrid stems have a patch size of 1 behind a strided network.
             patch_size=pair(model.patch_embed.feat_ratio(as_scalar=False)),
-            grid=grid,
-            num_prefix_tokens=model.num_prefix_tokens,
-            has_class_token=model.cls_token is not None,
             class_token_pooled=class_token_pooled(model) and not distilled,
-            input_module="patch_embed",
-            block_input_norm=next(iter(real(model, ("norm_pre",))), None),
-            embedding_norms=norms_outside_blocks(model, final_norm),
-            final_norm=final_norm,
             heads_of_classifier=("head", "head_dist") if distilled else ("head",),
-            blocks=blocks,
         )
 
     @classmethod
@@ -92,6 +77,47 @@ class PlainViT(Family):
             keep(AttentionScores(q_of_this_pass.pop() * attention.scale, k))
 
         return [attention.q_norm.register_forward_hook(q_ready), attention.k_norm.register_forward_hook(k_ready)]
+
+
+def sequence_anatomy(
+    model: nn.Module,
+    family: str,
+    read_block: Callable[[nn.Module, int, tuple[int, int]], AttentionBlock],
+    **facts: Any,
+) -> Anatomy:
+    """What models of one sequence of tokens have in common.
+
+    Args:
+        read_block: From the model, a block's number and the grid to the block.
+        facts: What a family has otherwise.
+    """
+    grid = pair(model.patch_embed.grid_size)
+    blocks = tuple(read_block(model, index, grid) for index in range(len(model.blocks)))
+    last = blocks[-1]
+    final_norm = next(iter(real(model, ("norm", "fc_norm"))), None)
+    shared = {
+        "patch_size": pair(model.patch_embed.patch_size),
+        "num_prefix_tokens": getattr(model, "num_prefix_tokens", None),
+        "class_token_pooled": class_token_pooled(model),
+        "heads_of_classifier": ("head",),
+    }
+    return Anatomy(
+        family=family,
+        width=model.embed_dim,
+        depth=len(blocks),
+        heads=last.heads,
+        head_dim=last.head_dim,
+        mlp_hidden=last.mlp_hidden,
+        image_size=pair(model.patch_embed.img_size),
+        grid=grid,
+        has_class_token=model.cls_token is not None,
+        input_module="patch_embed",
+        block_input_norm=next(iter(real(model, ("norm_pre",))), None),
+        embedding_norms=norms_outside_blocks(model, final_norm),
+        final_norm=final_norm,
+        blocks=blocks,
+        **{**shared, **facts},
+    )
 
 
 def class_token_pooled(model: nn.Module) -> bool:
