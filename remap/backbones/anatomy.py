@@ -96,12 +96,13 @@ class AttentionScores:
     """What one block attends with, over all T tokens of its sequence: softmax(q @ k.mT + bias).
 
     ``q_BHTh`` carries the scale 1/sqrt(h). ``bias_HTT`` is additive, with or without a leading dimension of 1; None
-    where there is none.
+    where there is none. ``v_BHTh``, None unless asked for, is what the probabilities are multiplied with.
     """
 
     q_BHTh: Tensor
     k_BHTh: Tensor
     bias_HTT: Tensor | None = None
+    v_BHTh: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -233,9 +234,12 @@ def admit_tokens(model: nn.Module, anatomy: Anatomy, count: int) -> Callable[[],
 
 
 def watch_attention(
-    model: nn.Module, anatomy: Anatomy, index: int, keep: Callable[[AttentionScores], None]
+    model: nn.Module, anatomy: Anatomy, index: int, keep: Callable[[AttentionScores], None], *, values: bool = False
 ) -> list[RemovableHandle]:
     """Call ``keep`` with the scores of block ``index`` in every forward, whichever attention kernel runs.
+
+    Args:
+        values: Give the values too. Models that never call their qkv layer then make them a second time.
 
     Returns:
         The hooks, to be removed by the caller.
@@ -243,4 +247,4 @@ def watch_attention(
     Raises:
         BackboneError: The family has no attention over the whole image.
     """
-    return FAMILIES.load(anatomy.family).watch_attention(model, anatomy, index, keep)
+    return FAMILIES.load(anatomy.family).watch_attention(model, anatomy, index, keep, values=values)

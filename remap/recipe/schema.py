@@ -249,8 +249,8 @@ def _with_defaults(config: type[BaseModel], spec: "Named") -> dict[str, Any]:
 # The width that default learning rates were measured at.
 BASE_WIDTH = 128
 DEFAULT_LOSSES = ("ce", "kd", "attention")
-# The signal of the student that a category of losses is about.
-_SIGNALS = {"attention": "attention", "features": "pooled"}
+# Where a method leaves attention as it is, it leaves the tokens inside the network as they are, too.
+_FOLLOWS = {"attention": "attention", "tokens": "attention", "pooled": "pooled"}
 
 
 def default_losses(method: str) -> tuple[str, ...]:
@@ -263,4 +263,4 @@ def is_idle(loss: str, method: str) -> bool:
     parts = parts_of(method)
     if loss not in LOSSES or any(part not in METHODS for part in parts):
         return False
-    return all(_SIGNALS.get(LOSSES.row(loss).category) in METHODS.row(part).unchanged for part in parts)
+    return all(_FOLLOWS.get(LOSSES.row(loss).signal) in METHODS.row(part).unchanged for part in parts)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
+from remap.remapping.labels import Labels
 from remap.remapping.signals import Needs, Signals
 from remap.tuning.base import Options
 
@@ -35,14 +36,19 @@ class Pair:
 class LossTerm(nn.Module):
     """One term of the objective.
 
-    A term declares what it needs from both networks, reduces the teacher's signals to a compact target (which is
-    what gets cached when the view of an image never changes), and returns a scalar from the student's signals and
-    that target. Projectors are ordinary parameters of the term: trained, kept for resuming, dropped from the task.
+    A term declares what it needs from both networks, reduces the teacher's signals to compact items (which are kept
+    when the view of an image never changes), and returns a scalar from the student's signals and those items.
+    Projectors are ordinary parameters of the term: trained, kept for resuming, dropped from the task.
+
+    Attributes:
+        blocks: Which student block learns from which teacher block, as (student, teacher) counted from 0; the number
+            of blocks stands for the tokens behind the final norm. Empty for terms that look into no block.
     """
 
     Config: type[Options] = Options
     uses_teacher: bool = True
     uses_labels: bool = False
+    blocks: tuple[tuple[int, int], ...] = ()
 
     def __init__(self, pair: Pair, config: Options) -> None:
         super().__init__()
@@ -55,56 +61,76 @@ class LossTerm(nn.Module):
         return Needs()
 
     def target(self, teacher: Signals) -> dict[str, Tensor]:
-        """What this term keeps of the teacher, one row an image (first dimension B); detached."""
+        """What this term keeps of the teacher, one row an image (first dimension B); detached.
+
+        An item's name says all about it besides the teacher: terms whose items have the same name share one, and it
+        is kept on disk under that name. ``remap.remapping.items`` has the names.
+        """
         return {}
 
     @abstractmethod
-    def forward(self, student: Signals, target: Mapping[str, Tensor], labels_B: Tensor) -> Tensor:
+    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
         """The unweighted loss, a float32 scalar, mean over the batch."""
 
 
 class Objective(nn.Module):
-    """Sum of ``weight * term`` over named terms."""
+    """Sum of ``weight * term`` over named terms.
 
-    def __init__(self, terms: Mapping[str, LossTerm], weights: Mapping[str, float]) -> None:
+    Args:
+        teacher_of: Which teacher each term listens to, by its number; 0 for those left out.
+    """
+
+    def __init__(
+        self, terms: Mapping[str, LossTerm], weights: Mapping[str, float], teacher_of: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__()
         self.terms = nn.ModuleDict(terms)
         self.weights = dict(weights)
+        self.teacher_of = {name: (teacher_of or {}).get(name, 0) for name in terms}
 
     @property
     def uses_teacher(self) -> bool:
         return any(term.uses_teacher for term in self.terms.values())
 
+    def listens_to(self, teacher: int) -> bool:
+        """Whether any term reads what this teacher says."""
+        return bool(self._listeners(teacher))
+
     def student_needs(self) -> Needs:
         return _union([term.student_needs() for term in self.terms.values()])
 
-    def teacher_needs(self) -> Needs:
-        return _union([term.teacher_needs() for term in self.terms.values()])
+    def teacher_needs(self, teacher: int = 0) -> Needs:
+        return _union([term.teacher_needs() for term in self._listeners(teacher).values()])
 
     @torch.no_grad()
-    def targets(self, teacher: Signals) -> dict[str, Tensor]:
-        """The teacher's targets of all terms, flat: "term.name" -> tensor with one row an image."""
-        # ``float()`` returns a float32 tensor itself, graph and all: detach whatever a term hands over.
-        return {
-            f"{name}.{key}": value.detach()
-            for name, term in self.terms.items()
-            if term.uses_teacher
-            for key, value in term.target(teacher).items()
-        }
+    def targets(self, signals: Signals, teacher: int = 0) -> dict[str, Tensor]:
+        """The items of one teacher that its terms want, by item name, one row an image."""
+        found: dict[str, Tensor] = {}
+        for term in self._listeners(teacher).values():
+            # ``float()`` returns a float32 tensor itself, graph and all: detach whatever a term hands over.
+            found |= {key: value.detach() for key, value in term.target(signals).items() if key not in found}
+        return found
 
     def forward(
-        self, student: Signals, targets: Mapping[str, Tensor], labels_B: Tensor
+        self, student: Signals, targets: Sequence[Mapping[str, Tensor]], labels: Labels
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total and each term's unweighted value (detached)."""
+        """The total and each term's unweighted value (detached).
+
+        Args:
+            targets: The items of each teacher.
+        """
         parts: dict[str, Tensor] = {}
-        total = torch.zeros((), device=labels_B.device)
+        total = torch.zeros((), device=labels.classes_B.device)
         for name, term in self.terms.items():
-            prefix = f"{name}."
-            own = {key.removeprefix(prefix): value for key, value in targets.items() if key.startswith(prefix)}
-            value = term(student, own, labels_B)
+            value = term(student, targets[self.teacher_of[name]] if term.uses_teacher else {}, labels)
             parts[name] = value.detach()
             total = total + self.weights[name] * value
         return total, parts
+
+    def _listeners(self, teacher: int) -> dict[str, LossTerm]:
+        return {
+            name: term for name, term in self.terms.items() if term.uses_teacher and self.teacher_of[name] == teacher
+        }
 
 
 def _union(needs: Sequence[Needs]) -> Needs:

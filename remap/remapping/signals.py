@@ -1,6 +1,7 @@
 """What one forward pass produced, for teacher and student alike.
 
-Letters: B batch, C classes, D width, H heads, h head width, S the shared token set {class, patches}.
+Letters: B batch, C classes, D width, H heads, h head width, S the shared token set {class, patches}, N patches,
+P prefix tokens (class, distillation, registers).
 """
 
 from collections.abc import Callable, Mapping
@@ -22,13 +23,31 @@ def float32_region(tensor: Tensor) -> torch.autocast:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a set of losses wants from one network: block indices count from 0; logits are always there."""
+    """What a set of losses wants from one network; logits are always there.
+
+    Attributes:
+        attention: Blocks whose queries and keys are wanted, counted from 0.
+        values: Those of them whose values are wanted too.
+        tokens: Blocks whose output tokens are wanted; the number of blocks stands for those behind the final norm.
+    """
 
     pooled: bool = False
     attention: frozenset[int] = frozenset()
+    values: frozenset[int] = frozenset()
+    tokens: frozenset[int] = frozenset()
 
     def __or__(self, other: "Needs") -> "Needs":
-        return Needs(self.pooled or other.pooled, self.attention | other.attention)
+        return Needs(
+            self.pooled or other.pooled,
+            self.attention | other.attention,
+            self.values | other.values,
+            self.tokens | other.tokens,
+        )
+
+    @property
+    def blocks(self) -> frozenset[int]:
+        """Every block that is looked into."""
+        return self.attention | self.values | self.tokens
 
 
 @dataclass(frozen=True)
@@ -36,8 +55,8 @@ class Attention:
     """Scores of one block over the shared tokens {class, patches}: prompts and registers are cut.
 
     ``q_BHSh`` carries the scale 1/sqrt(h); ``bias_BHSS`` is added to the scores and broadcasts over the batch (a
-    relative position bias). Cutting rows and columns before the softmax re-normalises each row over the tokens that
-    stay, exactly as dividing the full map's cut row by its sum would.
+    relative position bias); ``v_BHSh`` is there where it was asked for. Cutting rows and columns before the softmax
+    re-normalises each row over the tokens that stay, exactly as dividing the full map's cut row by its sum would.
     """
 
     q_BHSh: Tensor
@@ -45,6 +64,7 @@ class Attention:
     has_class_token: bool
     grid: tuple[int, int]
     bias_BHSS: Tensor | None = None
+    v_BHSh: Tensor | None = None
 
     def map_BHSS(self) -> Tensor:
         """Attention probabilities in float32, also under autocast; rows sum to 1."""
@@ -56,12 +76,31 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """Tokens at one place: the patches row by row, and apart from them the prefix; prompts are cut.
+
+    ``prefix_BPD`` holds the class token first, if there is one, then a distillation token, then registers.
+    """
+
+    patches_BND: Tensor
+    prefix_BPD: Tensor
+    grid: tuple[int, int]
+    has_class_token: bool
+
+
+@dataclass(frozen=True)
 class Signals:
-    """Outputs of one forward pass. A field that was not asked for is None or absent."""
+    """Outputs of one forward pass. A field that was not asked for is None or absent.
+
+    ``logits_BC`` is what the network answers; with two classifiers (distilled DeiT) that is their mean, and
+    ``head_logits`` has those of the class token and of the distillation token.
+    """
 
     logits_BC: Tensor
     pooled_BD: Tensor | None = None
     attention: dict[int, Attention] = field(default_factory=dict)
+    tokens: dict[int, Tokens] = field(default_factory=dict)
+    head_logits: tuple[Tensor, ...] = ()
 
 
 class Tap:
@@ -91,16 +130,22 @@ class Tap:
         self.model, self.anatomy, self.needs, self.seam = model, anatomy, needs, seam
         self.extra_tokens, self.tokens_from = extra_tokens, tokens_from
         self._scores: dict[int, AttentionScores] = {}
+        self._tokens: dict[int, Tensor] = {}
         self._pooled: dict[str, Tensor] = {}
+        self._logits: dict[str, Tensor] = {}
         self._running = False
         self._handles = [
             handle
-            for index in sorted(needs.attention)
-            for handle in watch_attention(model, anatomy, index, self._keeper(index))
+            for index in sorted(needs.attention | needs.values)
+            for handle in watch_attention(model, anatomy, index, self._keeper(index), values=index in needs.values)
         ]
-        if needs.pooled:
+        self._handles += [
+            module_at(model, anatomy.blocks[index].block).register_forward_hook(self._token_keeper(index))
+            for index in sorted(needs.tokens - {anatomy.depth})
+        ]
+        if needs.pooled or len(anatomy.heads_of_classifier) > 1:
             self._handles += [
-                module_at(model, path).register_forward_hook(self._pooled_keeper(path))
+                module_at(model, path).register_forward_hook(self._head_keeper(path))
                 for path in anatomy.heads_of_classifier
             ]
 
@@ -112,10 +157,17 @@ class Tap:
 
         return keep
 
-    def _pooled_keeper(self, path: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+    def _token_keeper(self, index: int) -> Callable[[nn.Module, tuple, Tensor], None]:
         def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
             if self._running:
-                self._pooled[path] = args[0]
+                self._tokens[index] = output
+
+        return keep
+
+    def _head_keeper(self, path: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+        def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+            if self._running:
+                self._pooled[path], self._logits[path] = args[0], output
 
         return keep
 
@@ -128,15 +180,23 @@ class Tap:
         self._running = True
         try:
             if kept is None:
-                logits = self.model.forward_head(self.model.forward_features(images_BCHW))
+                features = self.model.forward_features(images_BCHW)
+                if self.anatomy.depth in self.needs.tokens:
+                    self._tokens[self.anatomy.depth] = features
+                logits = self.model.forward_head(features)
             else:
-                logits = self.seam.rest(kept, images_BCHW, whole_blocks=bool(self.needs.attention))
-            attention = {index: self._attention(index) for index in sorted(self.needs.attention)}
-            return Signals(logits, self._mean_pooled() if self.needs.pooled else None, attention)
+                logits = self.seam.rest(kept, images_BCHW, whole_blocks=bool(self.needs.blocks))
+            return Signals(
+                logits,
+                self._mean_pooled() if self.needs.pooled else None,
+                {index: self._attention(index) for index in sorted(self.needs.attention | self.needs.values)},
+                {index: self._tokens_at(index) for index in sorted(self.needs.tokens)},
+                tuple(self._logits[path] for path in self.anatomy.heads_of_classifier if path in self._logits),
+            )
         finally:
             self._running = False
-            self._scores.clear()
-            self._pooled.clear()
+            for kept_now in (self._scores, self._tokens, self._pooled, self._logits):
+                kept_now.clear()
 
     def _mean_pooled(self) -> Tensor:
         """What the classifier is given; with two heads (distilled DeiT), the mean of both."""
@@ -159,7 +219,27 @@ class Tap:
         q, k, bias = self._shared(scores.q_BHTh, extra), self._shared(scores.k_BHTh, extra), scores.bias_HTT
         if bias is not None:
             bias = self._shared(self._shared(bias, extra), extra, dim=-1)
-        return Attention(q, k, self.anatomy.has_class_token, self.anatomy.grid, bias)
+        v = None if scores.v_BHTh is None else self._shared(scores.v_BHTh, extra)
+        return Attention(q, k, self.anatomy.has_class_token, self.anatomy.grid, bias, v)
+
+    def _tokens_at(self, index: int) -> Tokens:
+        x, anatomy = self._tokens[index], self.anatomy
+        if "sequence" not in anatomy.parts:
+            block = anatomy.blocks[min(index, anatomy.depth - 1)]
+            map_BhwD = x if block.channels_last else x.movedim(1, -1)
+            patches = map_BhwD.flatten(1, 2)
+            return Tokens(patches, patches[:, :0], (map_BhwD.shape[1], map_BhwD.shape[2]), False)
+        prefix, patches = anatomy.num_prefix_tokens, anatomy.num_patches
+        # Prompts are taken off again behind the last block, or in front of the next one.
+        extra = x.shape[1] - prefix - patches
+        if extra not in (0, self.extra_tokens):
+            raise BackboneError(
+                "the tokens behind a block are not those the loss expects",
+                given=f"{x.shape[1]} tokens behind block {index}",
+                allowed=f"{prefix + patches}, or {prefix + self.extra_tokens + patches} with prompts",
+                do="use images of the backbone's own size, without patch dropout",
+            )
+        return Tokens(x[:, prefix + extra :], x[:, :prefix], anatomy.grid, anatomy.has_class_token)
 
     def _shared(self, x: Tensor, extra: int, dim: int = -2) -> Tensor:
         """Keep the class token and the patches of a full token sequence in dimension ``dim``."""

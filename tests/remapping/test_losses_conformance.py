@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from remap.errors import BackboneError
 from remap.remapping import LOSSES
+from remap.remapping.labels import Labels
 from remap.remapping.objective import LossTerm, Objective, Pair
-from remap.remapping.signals import Attention, Signals
+from remap.remapping.signals import Signals
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "ce": [{"label_smoothing": 0.1}],
@@ -21,7 +22,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "feature": [{"projector": "orthogonal"}, {"loss": "cosine"}],
 }
 CASES = [(row.name, options) for row in LOSSES for options in ({}, *VARIANTS.get(row.name, []))]
-LABELS = torch.tensor([0, 3, 1, 4])
+LABELS = Labels(torch.tensor([0, 3, 1, 4]))
 # Cross-entropy measures the distance to the labels, and stays positive however well the student copies the teacher.
 WITHOUT_TEACHER = {"ce"}
 # Options under which a network and its twin are compared like with like: every block with itself, no projection.
@@ -40,22 +41,29 @@ def objective_of(name: str, options: dict[str, Any], pair: Pair) -> Objective:
 
 
 def leaves(signals: Signals) -> list[Tensor]:
-    parts = [part for attention in signals.attention.values() for part in (attention.q_BHSh, attention.k_BHSh)]
-    return [tensor for tensor in (signals.logits_BC, signals.pooled_BD, *parts) if tensor is not None]
+    attention = [x for one in signals.attention.values() for x in (one.q_BHSh, one.k_BHSh, one.v_BHSh)]
+    tokens = [x for one in signals.tokens.values() for x in (one.patches_BND, one.prefix_BPD)]
+    parts = (signals.logits_BC, signals.pooled_BD, *attention, *tokens)
+    return [tensor for tensor in parts if tensor is not None]
 
 
 def extreme(signals: Signals) -> Signals:
-    """The same shapes as fresh leaves: logits, scores and features of about +-10,000."""
+    """The same shapes as fresh leaves: logits, scores, features and tokens of about +-10,000."""
 
-    def fresh(tensor: Tensor, size: float) -> Tensor:
-        return (size * torch.randn_like(tensor).sign()).requires_grad_()
+    def fresh(tensor: Tensor | None, size: float) -> Tensor | None:
+        return None if tensor is None else (size * torch.randn_like(tensor).sign()).requires_grad_()
 
     attention = {
-        index: Attention(fresh(one.q_BHSh, 60.0), fresh(one.k_BHSh, 60.0), one.has_class_token, one.grid)
+        index: replace(
+            one, q_BHSh=fresh(one.q_BHSh, 60.0), k_BHSh=fresh(one.k_BHSh, 60.0), v_BHSh=fresh(one.v_BHSh, 1e4)
+        )
         for index, one in signals.attention.items()
     }
-    pooled = None if signals.pooled_BD is None else fresh(signals.pooled_BD, 1e4)
-    return Signals(fresh(signals.logits_BC, 1e4), pooled, attention)
+    tokens = {
+        index: replace(one, patches_BND=fresh(one.patches_BND, 1e4), prefix_BPD=fresh(one.prefix_BPD, 1e4))
+        for index, one in signals.tokens.items()
+    }
+    return Signals(fresh(signals.logits_BC, 1e4), fresh(signals.pooled_BD, 1e4), attention, tokens)
 
 
 def test_variants_name_rows_of_the_table() -> None:
@@ -67,7 +75,7 @@ def test_variants_name_rows_of_the_table() -> None:
 def test_finite_scalar_and_gradient(name: str, options: dict, pair: Pair, student: Any, teacher: Any) -> None:
     objective = objective_of(name, options, pair)
     targets = objective.targets(teacher.signals(objective.teacher_needs()))
-    total, parts = objective(student.signals(objective.student_needs()), targets, LABELS)
+    total, parts = objective(student.signals(objective.student_needs()), [targets], LABELS)
     assert total.shape == () and total.dtype == torch.float32 and set(parts) == {name}
     assert total.item() > 0.0 and not parts[name].requires_grad
     total.backward()
@@ -92,7 +100,7 @@ def test_minimum_is_reached_when_the_student_is_the_teacher(name: str, options: 
     if name == "feature":  # zero is where the student's feature equals the teacher's layer-normed one
         assert teacher.pooled_BD is not None
         student = replace(teacher, pooled_BD=F.layer_norm(teacher.pooled_BD, teacher.pooled_BD.shape[-1:]))
-    total, _ = objective(student, objective.targets(teacher), LABELS)
+    total, _ = objective(student, [objective.targets(teacher)], LABELS)
     assert abs(total.item()) < 2e-6
 
 
@@ -102,7 +110,7 @@ def test_no_gradient_reaches_the_teacher(name: str, options: dict, pair: Pair, s
     objective = objective_of(name, options, pair)
     targets = objective.targets(teacher.signals(objective.teacher_needs()))
     assert not any(value.requires_grad for value in targets.values())
-    total, _ = objective(student.signals(objective.student_needs()), targets, LABELS)
+    total, _ = objective(student.signals(objective.student_needs()), [targets], LABELS)
     total.backward()
     assert all(p.grad is None for p in teacher.model.parameters())
 
@@ -120,7 +128,7 @@ def test_finite_with_extreme_signals(name: str, options: dict, pair: Pair, stude
     objective = objective_of(name, options, pair)
     targets = objective.targets(extreme(teacher.signals(objective.teacher_needs())))
     signals = extreme(student.signals(objective.student_needs()))
-    total, _ = objective(signals, targets, LABELS)
+    total, _ = objective(signals, [targets], LABELS)
     assert torch.isfinite(total)
     total.backward()
     grads = [x.grad for x in leaves(signals) if x.grad is not None]
@@ -137,12 +145,12 @@ def test_float32_under_bfloat16_autocast(name: str, options: dict, pair: Pair, s
         targets = objective.targets(given)
         signals = student.signals(objective.student_needs())
         assert signals.logits_BC.dtype == torch.bfloat16
-        total, _ = objective(signals, targets, LABELS)
+        total, _ = objective(signals, [targets], LABELS)
     assert total.dtype == torch.float32 and all(value.dtype == torch.float32 for value in targets.values())
     total.backward()
     grads = [p.grad for p in (*student.model.parameters(), *objective.parameters()) if p.grad is not None]
     assert grads and all(torch.isfinite(grad).all() for grad in grads)
-    without, _ = objective(signals, objective.targets(given), LABELS)
+    without, _ = objective(signals, [objective.targets(given)], LABELS)
     assert total.item() == pytest.approx(without.item(), rel=1e-6)
 
 
@@ -164,8 +172,8 @@ def test_half_precision_targets_are_accepted(name: str, options: dict, pair: Pai
     objective = objective_of(name, options, pair)
     targets = objective.targets(teacher.signals(objective.teacher_needs()))
     signals = student.signals(objective.student_needs())
-    exact, _ = objective(signals, targets, LABELS)
-    rounded, _ = objective(signals, {key: value.half() for key, value in targets.items()}, LABELS)
+    exact, _ = objective(signals, [targets], LABELS)
+    rounded, _ = objective(signals, [{key: value.half() for key, value in targets.items()}], LABELS)
     assert rounded.dtype == torch.float32
     assert rounded.item() == pytest.approx(exact.item(), rel=1e-2)
 
@@ -187,7 +195,7 @@ def test_total_is_the_weighted_sum(pair: Pair, student: Any, teacher: Any) -> No
     objective = Objective(terms, weights)
     seen_teacher = teacher.signals(objective.teacher_needs())
     seen_student = student.signals(objective.student_needs())
-    total, parts = objective(seen_student, objective.targets(seen_teacher), LABELS)
+    total, parts = objective(seen_student, [objective.targets(seen_teacher)], LABELS)
     alone = {name: term(seen_student, term.target(seen_teacher), LABELS).item() for name, term in terms.items()}
     assert {name: value.item() for name, value in parts.items()} == pytest.approx(alone)
     assert total.item() == pytest.approx(sum(weights[name] * alone[name] for name in terms), rel=1e-5)

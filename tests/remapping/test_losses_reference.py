@@ -15,11 +15,12 @@ from torchdistill.losses.mid_level import DISTLoss
 
 from remap.backbones.anatomy import Anatomy
 from remap.remapping import LOSSES
+from remap.remapping.labels import Labels
 from remap.remapping.objective import LossTerm, Pair
 from remap.remapping.signals import Attention, Signals
 
 Array = NDArray[np.float64]
-LABELS = torch.tensor([0, 3, 1, 4, 2, 2])
+CLASSES_OF_IMAGES = torch.tensor([0, 3, 1, 4, 2, 2])
 FLOOR = 1e-6  # mixed into both attention maps; stated by the loss
 
 
@@ -42,7 +43,7 @@ def row_kl(teacher: Array, student: Array) -> float:
 def value(name: str, pair: Pair, student: Signals, teacher: Signals, **options: Any) -> float:
     kind = LOSSES.load(name)
     term: LossTerm = kind(pair, kind.Config(**options))
-    return term(student, term.target(teacher), LABELS[: len(student.logits_BC)]).item()
+    return term(student, term.target(teacher), Labels(CLASSES_OF_IMAGES[: len(student.logits_BC)])).item()
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def logits() -> tuple[Signals, Signals]:
 def test_ce(pair: Pair, logits: tuple[Signals, Signals], smoothing: float) -> None:
     # Source: -sum_c y_c log p_c with y = (1 - e) onehot + e / C (Szegedy et al. 2016), summed by hand.
     p = softmax(f64(logits[0].logits_BC))
-    y = (1 - smoothing) * np.eye(5)[LABELS.numpy()] + smoothing / 5
+    y = (1 - smoothing) * np.eye(5)[CLASSES_OF_IMAGES.numpy()] + smoothing / 5
     expected = -(y * np.log(p)).sum() / 6
     assert value("ce", pair, *logits, label_smoothing=smoothing) == pytest.approx(expected, rel=1e-5)
 
@@ -83,7 +84,7 @@ def test_kd_is_timms(pair: Pair) -> None:
     task = LogitDistillationTask(models[0], models[1], temperature=2.0, verbose=False).eval()
     images = torch.randn(6, 3, 32, 32)
     with torch.no_grad():
-        theirs = task(images, LABELS)["kd_loss"].item()
+        theirs = task(images, CLASSES_OF_IMAGES)["kd_loss"].item()
         ours = value("kd", pair, Signals(models[0](images)), Signals(models[1](images)), temperature=2.0)
     assert theirs > 1e-3
     assert ours == pytest.approx(theirs, rel=1e-5)
@@ -153,7 +154,7 @@ def test_attention_of_networks_with_registers(families: tuple[str, str], build_n
 
     term = LOSSES.load("attention")(pair, LOSSES.load("attention").Config())
     target = term.target(teacher.signals(term.teacher_needs()))
-    found = term(student.signals(term.student_needs()), target, LABELS[:4]).item()
+    found = term(student.signals(term.student_needs()), target, Labels(CLASSES_OF_IMAGES[:4])).item()
     assert found == pytest.approx(row_kl(reference(teacher), reference(student)), rel=1e-4)
 
 
@@ -173,7 +174,7 @@ def test_attention_gradient_raises_what_the_student_neglects(pair: Pair) -> None
     q, k = torch.ones(1, 1, 2, 1), bias.reshape(1, 1, 2, 1)
     term = kind(same, kind.Config())
     student = Signals(torch.zeros(1, 5), None, {1: Attention(q, k, False, (1, 2))})
-    term(student, {"map1": torch.tensor([[[0.5, 0.5], [0.5, 0.5]]])}, LABELS[:1]).backward()
+    term(student, {term._item(1): torch.tensor([[[0.5, 0.5], [0.5, 0.5]]])}, Labels(CLASSES_OF_IMAGES[:1])).backward()
     assert bias.grad is not None
     weight = float(np.exp(-15.0) / (1 + np.exp(-15.0)))
     assert bias.grad[1].item() == pytest.approx(-0.5 * weight / (weight + FLOOR), rel=1e-3)
@@ -193,7 +194,7 @@ def test_feature(pair: Pair, projector: str, loss: str) -> None:
     gap = np.abs(s - t)
     cosine = (s * t).sum(axis=1) / np.linalg.norm(s, axis=1) / np.linalg.norm(t, axis=1)
     expected = np.where(gap < 1, 0.5 * gap**2, gap - 0.5).mean() if loss == "smooth_l1" else (1 - cosine).mean()
-    assert term(student, term.target(teacher), LABELS).item() == pytest.approx(expected, rel=1e-5)
+    assert term(student, term.target(teacher), Labels(CLASSES_OF_IMAGES)).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_orthogonal_projector_keeps_lengths_while_training(pair: Pair) -> None:
@@ -202,10 +203,10 @@ def test_orthogonal_projector_keeps_lengths_while_training(pair: Pair) -> None:
     term = kind(pair, kind.Config(projector="orthogonal"))
     first = f64(term.projector.weight)
     optimiser = torch.optim.SGD(term.parameters(), lr=1.0)
-    student, target = Signals(torch.zeros(6, 5), torch.randn(6, 16)), {"pooled_BD": torch.randn(6, 24)}
+    student, target = Signals(torch.zeros(6, 5), torch.randn(6, 16)), {"pooled": torch.randn(6, 24)}
     for _ in range(3):
         optimiser.zero_grad()
-        term(student, target, LABELS).backward()
+        term(student, target, Labels(CLASSES_OF_IMAGES)).backward()
         optimiser.step()
     last = f64(term.projector.weight)
     assert np.abs(last - first).max() > 1e-3

@@ -7,6 +7,7 @@ from timm.data import resolve_data_config
 from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.models import checkpoint
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.anatomy import Anatomy, AttentionScores, Projection, plain_class
@@ -55,9 +56,18 @@ class Family(ABC):
 
     @classmethod
     def watch_attention(
-        cls, model: nn.Module, anatomy: Anatomy, index: int, keep: Callable[[AttentionScores], None]
+        cls,
+        model: nn.Module,
+        anatomy: Anatomy,
+        index: int,
+        keep: Callable[[AttentionScores], None],
+        *,
+        values: bool = False,
     ) -> list[RemovableHandle]:
         """Call ``keep`` with the scores of block ``index`` in every forward, whichever attention kernel runs.
+
+        Args:
+            values: Give the values too. Models that never call their qkv layer then make them a second time.
 
         Returns:
             The hooks, to be removed by the caller.
@@ -102,6 +112,35 @@ def fused_qkv(model: nn.Module, attn: str) -> dict[str, Projection]:
         word: Projection(f"{attn}.qkv", rows[word].start, rows[word].stop, called, f"{attn}.{word}_bias")
         for word in rows
     }
+
+
+def watch_values(attention: nn.Module, keep: Callable[[Tensor], None]) -> list[RemovableHandle]:
+    """Call ``keep`` with an attention module's values (B, H, T, h) in every forward, before its query and key norms.
+
+    Where the module reads its qkv layer's weight instead of calling the layer, they are made here from the same
+    weight and bias, as the queries and keys in BEiT are.
+    """
+
+    def heads(v_BTE: Tensor) -> None:
+        keep(v_BTE.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2))
+
+    if attention.qkv is None:
+        return [attention.v_proj.register_forward_hook(lambda module, args, v_BTE: heads(v_BTE))]
+    owned_bias = getattr(attention, "v_bias", None) is not None
+    if owned_bias and not attention.qkv_bias_separate:
+
+        def begins(module: nn.Module, args: tuple) -> None:
+            bias = attention.v_bias
+            heads(F.linear(args[0], attention.qkv.weight[-bias.numel() :], bias))
+
+        return [attention.register_forward_pre_hook(begins)]
+
+    def qkv_ready(module: nn.Module, args: tuple, qkv_BTE: Tensor) -> None:
+        v_BTE = qkv_BTE[..., -(qkv_BTE.shape[-1] // 3) :]
+        # timm adds separate biases in place, behind this hook; the sum must not see them twice.
+        heads(v_BTE + attention.v_bias if owned_bias else v_BTE)
+
+    return [attention.qkv.register_forward_hook(qkv_ready)]
 
 
 def mlp_projections(model: nn.Module, mlp: str) -> dict[str, Projection]:

@@ -21,6 +21,7 @@ from remap.backbones.families.base import (
     mlp_projections,
     real,
     tensor_path,
+    watch_values,
 )
 from remap.backbones.families.vit import sequence_anatomy
 
@@ -71,9 +72,18 @@ class Beit(Family):
 
     @classmethod
     def watch_attention(
-        cls, model: nn.Module, anatomy: Anatomy, index: int, keep: Callable[[AttentionScores], None]
+        cls,
+        model: nn.Module,
+        anatomy: Anatomy,
+        index: int,
+        keep: Callable[[AttentionScores], None],
+        *,
+        values: bool = False,
     ) -> list[RemovableHandle]:
         attention, this_pass = model.blocks[index].attn, {}
+
+        def v_ready(v: Tensor) -> None:
+            this_pass["v"] = v
 
         def scores(qk_BTE: Tensor) -> None:
             batch, tokens, _ = qk_BTE.shape
@@ -82,7 +92,7 @@ class Beit(Family):
             if attention.relative_position_bias_table is not None:
                 own = attention._get_rel_pos_bias()
                 bias = own if bias is None else own + bias
-            keep(AttentionScores(q * attention.scale, k, bias))
+            keep(AttentionScores(q * attention.scale, k, bias, this_pass.pop("v", None)))
 
         def begins(module: nn.Module, args: tuple, kwargs: dict) -> None:
             this_pass["shared"] = args[1] if len(args) > 1 else kwargs.get("shared_rel_pos_bias")
@@ -98,6 +108,7 @@ class Beit(Family):
             scores(qk if attention.q_bias is None else qk + cat([attention.q_bias, attention.k_bias]))
 
         return [
+            *(watch_values(attention, v_ready) if values else ()),  # they are there before the scores
             attention.register_forward_pre_hook(begins, with_kwargs=True),
             attention.qkv.register_forward_hook(qkv_ready),
         ]

@@ -20,6 +20,7 @@ from remap.backbones.families.base import (
     mlp_projections,
     real,
     tensor_path,
+    watch_values,
 )
 from remap.backbones.families.vit import sequence_anatomy
 from remap.errors import BackboneError
@@ -64,12 +65,21 @@ class Eva(Family):
 
     @classmethod
     def watch_attention(
-        cls, model: nn.Module, anatomy: Anatomy, index: int, keep: Callable[[AttentionScores], None]
+        cls,
+        model: nn.Module,
+        anatomy: Anatomy,
+        index: int,
+        keep: Callable[[AttentionScores], None],
+        *,
+        values: bool = False,
     ) -> list[RemovableHandle]:
         attention, this_pass = model.blocks[index].attn, {}
 
         def begins(module: nn.Module, args: tuple, kwargs: dict) -> None:
             this_pass["rope"] = args[1] if len(args) > 1 else kwargs.get("rope")
+
+        def v_ready(v: Tensor) -> None:
+            this_pass["v"] = v
 
         # The norms are called in every pass, as Identity where there are none, and the query's comes first.
         def q_ready(module: nn.Module, args: tuple, q: Tensor) -> None:
@@ -77,9 +87,11 @@ class Eva(Family):
 
         def k_ready(module: nn.Module, args: tuple, k: Tensor) -> None:
             rope, q = this_pass.pop("rope"), this_pass.pop("q")
-            keep(AttentionScores(rotated(attention, q, rope) * attention.scale, rotated(attention, k, rope)))
+            q, k = rotated(attention, q, rope) * attention.scale, rotated(attention, k, rope)
+            keep(AttentionScores(q, k, v_BHTh=this_pass.pop("v", None)))
 
         return [
+            *(watch_values(attention, v_ready) if values else ()),
             attention.register_forward_pre_hook(begins, with_kwargs=True),
             attention.q_norm.register_forward_hook(q_ready),
             attention.k_norm.register_forward_hook(k_ready),

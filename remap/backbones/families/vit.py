@@ -21,6 +21,7 @@ from remap.backbones.families.base import (
     real,
     run_blocks,
     tensor_path,
+    watch_values,
 )
 
 
@@ -65,18 +66,31 @@ class PlainViT(Family):
 
     @classmethod
     def watch_attention(
-        cls, model: nn.Module, anatomy: Anatomy, index: int, keep: Callable[[AttentionScores], None]
+        cls,
+        model: nn.Module,
+        anatomy: Anatomy,
+        index: int,
+        keep: Callable[[AttentionScores], None],
+        *,
+        values: bool = False,
     ) -> list[RemovableHandle]:
-        attention, q_of_this_pass = model.blocks[index].attn, []
+        attention, this_pass = model.blocks[index].attn, {}
+
+        def v_ready(v: Tensor) -> None:
+            this_pass["v"] = v
 
         # The norms are called in every pass, as Identity where there are none, and the query's comes first.
         def q_ready(module: nn.Module, args: tuple, q: Tensor) -> None:
-            q_of_this_pass[:] = [q]
+            this_pass["q"] = q
 
         def k_ready(module: nn.Module, args: tuple, k: Tensor) -> None:
-            keep(AttentionScores(q_of_this_pass.pop() * attention.scale, k))
+            keep(AttentionScores(this_pass.pop("q") * attention.scale, k, v_BHTh=this_pass.pop("v", None)))
 
-        return [attention.q_norm.register_forward_hook(q_ready), attention.k_norm.register_forward_hook(k_ready)]
+        return [
+            *(watch_values(attention, v_ready) if values else ()),
+            attention.q_norm.register_forward_hook(q_ready),
+            attention.k_norm.register_forward_hook(k_ready),
+        ]
 
 
 def sequence_anatomy(

@@ -11,6 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torchdistill.losses.mid_level import DISTLoss
 
+from remap.remapping.items import LOGITS, logits_of
+from remap.remapping.knowledge.logits.plain import answer_to_teacher
+from remap.remapping.labels import Labels
 from remap.remapping.objective import LossTerm, Pair
 from remap.remapping.signals import Signals, float32_region
 from remap.tuning.base import Options
@@ -36,11 +39,12 @@ class LogitsBridge(LossTerm):
         self.loss = loss
 
     def target(self, teacher: Signals) -> dict[str, Tensor]:
-        return {"logits_BC": teacher.logits_BC.detach().float()}
+        return logits_of(teacher)
 
-    def forward(self, student: Signals, target: Mapping[str, Tensor], labels_B: Tensor) -> Tensor:
-        with float32_region(student.logits_BC):
-            return self.loss(_logits_io(student.logits_BC), _logits_io(target["logits_BC"]), labels_B)
+    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
+        logits_BC = answer_to_teacher(student)
+        with float32_region(logits_BC):
+            return self.loss(_logits_io(logits_BC), _logits_io(target[LOGITS]), labels.main_B)
 
 
 class Dist(LogitsBridge):

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import orthogonal
 
 from remap.errors import BackboneError
+from remap.remapping.items import POOLED, pooled_of
+from remap.remapping.labels import Labels
 from remap.remapping.objective import LossTerm, Pair
 from remap.remapping.signals import Needs, Signals, float32_region
 from remap.tuning.base import Options
@@ -47,12 +49,11 @@ class PooledFeature(LossTerm):
 
     @torch.no_grad()
     def target(self, teacher: Signals) -> dict[str, Tensor]:
-        """The teacher's pooled feature (B, D), each row with mean 0 and variance 1."""
-        pooled_BD = _pooled(teacher)
-        return {"pooled_BD": F.layer_norm(pooled_BD, pooled_BD.shape[-1:])}
+        return pooled_of(teacher)
 
-    def forward(self, student: Signals, target: Mapping[str, Tensor], labels_B: Tensor) -> Tensor:
-        pooled_BD, wanted_BD = _pooled(student), target["pooled_BD"].float()
+    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
+        pooled_BD, wanted_BD = _pooled(student), target[POOLED].float()
+        wanted_BD = F.layer_norm(wanted_BD, wanted_BD.shape[-1:])
         with float32_region(pooled_BD):
             projected_BD = self.projector(pooled_BD)
             if self.config.loss == "smooth_l1":

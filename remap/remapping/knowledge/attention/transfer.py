@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from remap.errors import BackboneError
 from remap.remapping.alignment import Interpolation, pair_blocks, resize_attention, to_shared_tokens
+from remap.remapping.labels import Labels
 from remap.remapping.objective import LossTerm, Pair
 from remap.remapping.signals import Attention, Needs, Signals, float32_region
 from remap.tuning.base import Options
@@ -69,14 +70,19 @@ class AttentionTransfer(LossTerm):
             # The mean over heads comes first: it is what makes the resized and cached map small.
             map_xSS = self._map(attention)
             resized = resize_attention(map_xSS, attention.grid, grid, self.keep_class_token, self.config.resize)
-            maps[f"map{index}"] = resized
+            maps[self._item(index)] = resized
         return maps
 
-    def forward(self, student: Signals, target: Mapping[str, Tensor], labels_B: Tensor) -> Tensor:
+    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
         # Blocks named in several pairs are computed once.
         maps = {index: self._map(student.attention[index]) for index in self.student_needs().attention}
-        losses = [row_kl(maps[s], target[f"map{t}"]) for s, t in self.blocks]
+        losses = [row_kl(maps[s], target[self._item(t)]) for s, t in self.blocks]
         return torch.stack(losses).mean()
+
+    def _item(self, teacher_block: int) -> str:
+        height, width = self.pair.student.grid
+        tokens = "class+patches" if self.keep_class_token else "patches"
+        return f"map{teacher_block} {height}x{width} {self.config.resize} {tokens} heads={self.config.heads}"
 
     def _map(self, attention: Attention) -> Tensor:
         map_BHSS = to_shared_tokens(attention, self.keep_class_token).map_BHSS()

@@ -1,0 +1,60 @@
+"""What is known of the images of a batch: their classes, mixed or missing. B batch, C classes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels of a batch.
+
+    Attributes:
+        classes_B: Class of each image, int64; -1 where it has no label.
+        other_B: Class of the image that was mixed into it (mixup, CutMix), -1 without a label; None where nothing is
+            mixed.
+        share_B: How much of each image is its own, float32 in [0, 1]; None where nothing is mixed.
+        labeled: Share of the training images that have a label (not of this batch).
+    """
+
+    classes_B: Tensor
+    other_B: Tensor | None = None
+    share_B: Tensor | None = None
+    labeled: float = 1.0
+
+    @property
+    def known_B(self) -> Tensor:
+        """Whether the label is known; of a mixed image, both labels."""
+        known = self.classes_B >= 0
+        return known if self.other_B is None else known & (self.other_B >= 0)
+
+    @property
+    def main_B(self) -> Tensor:
+        """One class an image: of a mixed one that with the larger share; 0 stands in where none is known."""
+        main = self.classes_B
+        if self.other_B is not None and self.share_B is not None:
+            main = torch.where(self.share_B >= 0.5, self.classes_B, self.other_B)
+        return main.clamp_min(0)
+
+    def probabilities_BC(self, num_classes: int) -> Tensor:
+        """The label as a distribution, float32; rows without a label mean nothing."""
+        own = F.one_hot(self.classes_B.clamp_min(0), num_classes).float()
+        if self.other_B is None or self.share_B is None:
+            return own
+        other = F.one_hot(self.other_B.clamp_min(0), num_classes).float()
+        share = self.share_B[:, None]
+        return share * own + (1.0 - share) * other
+
+    def mean(self, losses_B: Tensor) -> Tensor:
+        """The mean of a loss over labelled images.
+
+        Where some training images have no label, the sum over those that have one is divided by how many a batch of
+        this size has on average. So the expected value is the mean over labelled images, and the parts of a batch on
+        several processes add up.
+        """
+        if self.labeled == 1.0:
+            return losses_B.mean()
+        expected = losses_B.shape[0] * max(self.labeled, torch.finfo(torch.float32).tiny)
+        return torch.where(self.known_B, losses_B, 0.0).sum() / expected
