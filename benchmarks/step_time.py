@@ -19,8 +19,9 @@ from remap.assembly import Parts, assemble
 from remap.bench import Bench
 from remap.engine import fit as loop
 from remap.engine.launch import accelerator
-from remap.engine.teacher import Teacher
-from remap.network import Runner, frozen
+from remap.engine.teacher import keep_in_memory
+from remap.network import Runner
+from remap.outputs import lessons, listening_teacher
 from remap.progress import Silent
 from remap.recipe import Recipe, resolve
 from remap.recipe.schema import TrainSpec
@@ -47,7 +48,6 @@ class Side:
         self.recipe, self.online = recipe, online
         self.parts: Parts = assemble(recipe, RunDir.create(folder, recipe), Silent(), Bench())
         self.parts.objective.to(accelerator().device)
-        frozen(self.parts.teacher.network)
         self.images = len(self.parts.views.train.split)
 
     def steps_per_epoch(self) -> int:
@@ -59,9 +59,9 @@ class Engine(Side):
 
     def __init__(self, recipe: Recipe, folder: Path, *, online: bool) -> None:
         super().__init__(recipe, folder, online=online)
-        self.teacher = Teacher(self.parts.teacher.network, self.parts.objective, accelerator(), bf16=self.parts.bf16)
+        self.teacher = listening_teacher(self.parts, 0)
         if not online:
-            self.teacher.precompute(self.parts.views.train, recipe.train.batch_size, Silent())
+            keep_in_memory(self.teacher, lessons(self.parts), recipe.train.batch_size, Silent())
 
     def run(self, epochs: int) -> None:
         train: TrainSpec = self.recipe.train.model_copy(update={"epochs": epochs})
@@ -69,7 +69,7 @@ class Engine(Side):
             recipe=self.recipe.model_copy(update={"train": train}),
             student=self.parts.student,
             objective=self.parts.objective,
-            teacher=self.teacher,
+            teachers=[self.teacher],
             source=self.parts.views.train,
             accelerator=accelerator(),
             bf16=self.parts.bf16,
@@ -86,7 +86,7 @@ class Bare(Side):
     def __init__(self, recipe: Recipe, folder: Path, *, online: bool) -> None:
         super().__init__(recipe, folder, online=online)
         self.device, self.bf16 = accelerator().device, self.parts.bf16
-        student, teacher = self.parts.student, self.parts.teacher.network
+        student, teacher = self.parts.student, self.parts.teachers[0].network
         source = self.parts.views.train
         self.pixels, _ = source.batch(range(self.images))
         self.labels = torch.from_numpy(source.split.labels)
@@ -131,7 +131,7 @@ class Bare(Side):
     def _teacher(self, images: Tensor) -> tuple[Tensor, Tensor]:
         with self._autocast():
             logits = self.teacher(images).logits_BC.float()
-        return logits, _map(self.caught["teacher"], self.parts.teacher.network, 0)
+        return logits, _map(self.caught["teacher"], self.parts.teachers[0].network, 0)
 
     def _precompute(self) -> tuple[Tensor, Tensor]:
         parts = [self._teacher(part.to(self.device)) for part in self.pixels.split(64)]

@@ -7,21 +7,22 @@ from remap_cli import view
 
 def show(found: dict[str, Any]) -> None:
     """Print what a dry run found."""
-    models = [["teacher", found["teacher"]], ["student", found["student"]]]
+    several = len(found["teachers"]) > 1
+    teachers = [[f"teacher {n}" if several else "teacher", one] for n, one in enumerate(found["teachers"], 1)]
+    models = [*teachers, ["student", found["student"]]]
     view.table(
         "Models",
         ["", "model", "weights", "pixels", "backbone", "head"],
         [
             [
                 role,
-                m["model"],
+                _model(m),
                 m["weights"],
                 m["input_size"],
                 view.count(m["backbone_parameters"]),
                 view.count(m["head_parameters"]),
             ]
             for role, m in models
-            if m is not None
         ],
         right=(3, 4, 5),
     )
@@ -42,22 +43,64 @@ def show(found: dict[str, Any]) -> None:
     view.table(
         "Trained parameters", ["part", "tensors", "shapes", "parameters", "share"], rows, right=(1, 3, 4), wrap=(2,)
     )
+    _terms(found)
     guess, data = found["estimate"], found["data"]
-    losses = ", ".join(f"{name} {value:.4g}" for name, value in found["losses"].items())
+    labeled = "" if data["labeled_images"] == data["train_images"] else f", {data['labeled_images']} of them labelled"
     view.table(
-        f"One batch of {data['source']} ({data['train_images']} training, {data['val_images']} evaluation images, "
-        f"{data['classes']} classes) on {found['device']} in {found['precision']}",
+        f"One batch of {data['source']} ({data['train_images']} training{labeled}, {data['val_images']} evaluation "
+        f"images, {data['classes']} classes) on {found['device']} in {found['precision']}",
         ["estimate", "value"],
         [
-            ["losses of the batch", losses],
             ["learning rate", f"{found['learning_rate']:.3g}"],
             ["time", f"{view.duration(guess['seconds'])} ({guess['steps']:,} steps of {guess['step_seconds']:.3g} s)"],
             ["preparing the teacher", f"{view.duration(guess['preparing_seconds'])} of it"],
             ["memory", f"{view.size(guess['memory_bytes'])} (activations {view.size(guess['activation_bytes'])})"],
-            ["teacher outputs kept", view.size(guess["cache_bytes"])],
+            ["teacher outputs kept", _kept(found)],
             ["frozen features kept", view.size(guess["features_bytes"])],
             ["disk", f"{view.size(guess['disk_bytes'])} (of it to keep: {view.size(guess['task_bytes'])})"],
         ],
         wrap=(1,),
     )
     view.line("Nothing was trained or written.")
+
+
+def _model(model: dict[str, Any]) -> str:
+    return f"{model['source']} = {model['model']}" if model.get("source") in ("self", "ema") else model["model"]
+
+
+def _kept(found: dict[str, Any]) -> str:
+    """Where the outputs of each teacher are kept."""
+    words = [
+        f"{view.size(one['outputs_bytes'])} {'in memory' if one['outputs'] == 'memory' else 'on disk'}"
+        if one["outputs"] in ("memory", "disk")
+        else {"each step": "none: asked in every step", "not read": "none: no loss reads them"}[one["outputs"]]
+        for one in found["teachers"]
+    ]
+    return ", ".join(words) or "there is no teacher"
+
+
+def _terms(found: dict[str, Any]) -> None:
+    """What each loss costs by itself, and which blocks it pairs."""
+    rows = []
+    for term in found["terms"]:
+        pairs = ", ".join(f"{teacher} -> {student}" for student, teacher in term["blocks"])
+        rows.append(
+            [
+                term["name"],
+                f"{term['weight']:g}",
+                f"{found['losses'][term['name']]:.4g}",
+                f"{1000 * term['seconds']:.3g} ms",
+                view.size(term["memory_bytes"]),
+                view.size(term["cache_bytes"]) if term["cache_bytes"] else "-",
+                pairs or "-",
+            ]
+        )
+    view.table(
+        "Losses: cost of each by itself in a step, and the teacher's outputs it reads (losses may share them)",
+        ["loss", "weight", "value", "time", "memory", "kept", "blocks: teacher -> student"],
+        rows,
+        right=(1, 2, 3, 4, 5),
+        wrap=(6,),
+    )
+    if any(term["blocks"] for term in found["terms"]):
+        view.line("Blocks count from 0; the number of blocks stands for what is behind the final norm.")

@@ -100,7 +100,7 @@ def _method(name: str, json: bool) -> None:
     problems = method_problems("methods", name)
     if problems:
         raise RecipeError(problems, "command line")
-    from remap.method_options import notes_of, options_of, shown
+    from remap.options import notes_of, options_of, shown
 
     rows, options, notes = rows_of(name), options_of(name), notes_of(name)
     if json:
@@ -167,25 +167,93 @@ def _families(json: bool) -> None:
 
 
 @app.command(rich_help_panel=opt.LOOK)
-def losses(json: opt.Json = False) -> None:
-    """List the loss terms that carry the teacher over (category 5)."""
+def losses(
+    name: Annotated[str, typer.Argument(help="A loss: all about it and its options (imports torch).")] = "",
+    json: opt.Json = False,
+) -> None:
+    """List the loss terms that carry the teacher's knowledge over (category 5), or all about one."""
     from remap.remapping import LOSSES
 
-    fields = ("name", "category", "summary", "needs", "weight", "paper")
+    fields = ("name", "category", "summary", "paper", "needs", "mismatch", "mixed", "over_batch", "weight")
     rows = [{field: getattr(row, field) for field in fields} for row in LOSSES]
+    if name:
+        row = next((row for row in rows if row["name"] == LOSSES.row(name).name), {})
+        _loss(row, json)
+        return
     if json:
         view.emit(rows)
         return
+    cells = [
+        (
+            row["category"],
+            [row["name"], row["summary"], row["mismatch"], f"{row['weight']:g}", row["paper"].rpartition(" ")[2]],
+        )
+        for row in rows
+    ]
     view.table(
-        "Loss terms (weight: default in the objective)",
-        ["loss", "what it is", "needs", "weight", "arXiv"],
-        [
-            [row["name"], row["summary"], row["needs"], f"{row['weight']:g}", row["paper"].rpartition(" ")[2]]
-            for row in rows
-        ],
+        f"{len(rows)} loss terms",
+        ["loss", "what it is", "where the models differ", "weight", "arXiv"],
+        view.grouped(cells),
         right=(3,),
         wrap=(1, 2),
     )
+    view.line(
+        "weight: default in the objective. All about one, with its options: remap losses NAME.\n"
+        "The other parts of category 5, weights and architecture: remap remappings."
+    )
+
+
+def _loss(row: dict[str, Any], json: bool) -> None:
+    """One loss with every option."""
+    from remap.options import rows_of_config, shown
+    from remap.remapping import LOSSES
+
+    options = rows_of_config(LOSSES.load(row["name"]).Config)
+    if json:
+        view.emit({**row, "options": options})
+        return
+    view.line(
+        f"{row['name']}: {row['summary']} ({row['paper']})\n"
+        f"  reads            {row['needs']}\n"
+        f"  models differ    {row['mismatch']}\n"
+        f"  mixed images     {row['mixed']}\n"
+        f"  within a batch   {'compares its images with each other' if row['over_batch'] else 'each image by itself'}\n"
+        f"  weight           {row['weight']:g}"
+    )
+    if not options:
+        view.line("It has no options.")
+        return
+    view.table(
+        "Options",
+        ["option", "default", "takes", "what it is"],
+        [[o["name"], shown(o["default"]), takes(o), o["about"]] for o in options],
+        wrap=(2, 3),
+    )
+    view.line(f"Set with --set losses.{row['name']}.{options[0]['name']}={shown(options[0]['default'])}")
+
+
+@app.command(rich_help_panel=opt.LOOK)
+def remappings(json: opt.Json = False) -> None:
+    """List how a student gets its weights or its architecture from the teacher (category 5)."""
+    from remap.remapping.architecture import ARCHITECTURES
+    from remap.remapping.weights import INITS
+
+    fields = ("name", "category", "summary", "paper", "needs", "mismatch")
+    rows = [{field: getattr(row, field) for field in fields} for table in (INITS, ARCHITECTURES) for row in table]
+    if json:
+        view.emit(rows)
+        return
+    cells = [
+        (row["category"], [row["name"], row["summary"], row["mismatch"], row["paper"].rpartition(" ")[2]])
+        for row in rows
+    ]
+    view.table(
+        "Remapping weights and architecture",
+        ["name", "what it is", "where the models differ", "arXiv"],
+        view.grouped(cells),
+        wrap=(1, 2),
+    )
+    view.line("Knowledge is carried over by losses: remap losses.")
 
 
 @app.command(rich_help_panel=opt.LOOK)

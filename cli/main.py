@@ -90,10 +90,13 @@ def _root(
 def distill(
     teacher: opt.Teacher = None,
     student: opt.Student = None,
+    init: opt.Init = None,
+    force_init: opt.ForceInit = False,
     method: opt.Method = None,
     losses: opt.Losses = None,
     data: opt.Data = None,
     val_data: opt.ValData = None,
+    unlabeled: opt.Unlabeled = None,
     weights: opt.Weights = None,
     epochs: opt.Epochs = None,
     batch_size: opt.BatchSize = None,
@@ -163,4 +166,4 @@ def _train(
 
 
 # The other commands add themselves to ``app``.
-from remap_cli import look, use  # noqa: E402, F401
+from remap_cli import cache, look, shrink, use  # noqa: E402, F401

@@ -37,6 +37,18 @@ Student = Annotated[
         help="The same choices as for the teacher.", show_default=DEFAULTS["student"], rich_help_panel=_MODELS
     ),
 ]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        help="Start the student from the teacher's weights; see `remap remappings`.",
+        show_default="its own",
+        rich_help_panel=_MODELS,
+    ),
+]
+ForceInit = Annotated[
+    bool,
+    typer.Option("--force-init", help="Let --init overwrite weights that are not random.", rich_help_panel=_MODELS),
+]
 Method = Annotated[
     str | None,
     typer.Option(
@@ -68,6 +80,13 @@ Data = Annotated[
     ),
 ]
 ValData = Annotated[str | None, typer.Option(help="Separate folder or tar to evaluate on.", rich_help_panel=_TRAINING)]
+Unlabeled = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder or tar of images without labels, to distil on beside the labelled ones.",
+        rich_help_panel=_TRAINING,
+    ),
+]
 Epochs = Annotated[
     int | None,
     typer.Option(
@@ -128,10 +147,13 @@ Json = Annotated[
 _WORDS = (
     "teacher",
     "student",
+    "init",
+    "force_init",
     "method",
     "losses",
     "data",
     "val_data",
+    "unlabeled",
     "weights",
     "epochs",
     "batch_size",

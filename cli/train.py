@@ -66,13 +66,19 @@ def read_recipe(words: dict[str, Any], recipe_word: str | None, settings: list[s
 def _say_what(recipe: Recipe, progress: view.Reporter) -> None:
     from remap.backbones.names import SHORT_NAMES
 
-    models = {"teacher": recipe.teacher.model if recipe.teacher else None, "student": recipe.student.model}
-    for role, word in models.items():
-        if word is not None:
-            resolved = f" = {SHORT_NAMES[word]}" if word in SHORT_NAMES else ""
-            progress.say(f"{role:8} {word}{resolved}")
+    several = len(recipe.teachers) > 1
+    weights = [f" x {spec.weight:g}" if several else "" for spec in recipe.teachers]
+    teachers = [("teacher", spec.model, weight) for spec, weight in zip(recipe.teachers, weights, strict=True)]
+    for role, word, weight in [*teachers, ("student", recipe.student.model, "")]:
+        progress.say(f"{role:8} {word}{_meaning(word, SHORT_NAMES)}{weight}")
     losses = ", ".join(f"{loss.name} x {loss.weight:g}" for loss in recipe.losses)
     progress.say(f"method   {recipe.method.name}{_changed(recipe)}, losses {losses}")
+
+
+def _meaning(word: str, short_names: dict[str, str]) -> str:
+    own = {"self": "the student's backbone without its tuning", "ema": "the running average of the student"}
+    meaning = short_names.get(word) or own.get(word)
+    return f" = {meaning}" if meaning else ""
 
 
 def _changed(recipe: Recipe) -> str:

@@ -3,24 +3,29 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from remap.backbones.build import Backbone
 from remap.bench import Bench, Views
 from remap.data import keyed
+from remap.data.batches import closed
 from remap.data.views import View
 from remap.engine.features import FrozenFeatures
 from remap.engine.launch import accelerator, use_bf16
-from remap.engine.teacher import Teacher
+from remap.inheriting import Inherited, inherit
 from remap.network import Network, Runner, choose_attention, frozen, tuned
 from remap.progress import Progress
 from remap.recipe import Recipe
+from remap.recipe.schema import EMA, SELF
 from remap.remapping import LOSSES
-from remap.remapping.objective import Objective, Pair
+from remap.remapping.objective import LossTerm, Objective, Pair
 from remap.runs.rundir import RunDir
 from remap.runs.task import open_backbone
-from remap.teachers import PreparedTeacher, load_teacher, prepare_teacher
+from remap.student_teachers import keep_own
+from remap.teachers import PreparedTeacher, averaging_teacher, load_teacher, prepare_teacher
 from remap.tuning.base import Sample
 
 
@@ -31,42 +36,71 @@ class Parts:
     recipe: Recipe
     views: Views
     student: Network
-    teacher: PreparedTeacher | None
+    teachers: list[PreparedTeacher]
     objective: Objective
     bf16: bool
+    inherited: Inherited | None = None
 
 
 def assemble(recipe: Recipe, run_dir: RunDir | None, progress: Progress, bench: Bench) -> Parts:
-    """Open the data and build both networks and the objective.
+    """Open the data and build all networks and the objective.
 
     Args:
-        run_dir: Where a prepared teacher is kept; None (dry run) prepares none.
+        run_dir: Where prepared teachers are kept; None (dry run) prepares none.
     """
     device = accelerator().device
     bf16 = use_bf16(recipe.train.precision, device)
     classes = bench.classes(recipe.data)
     with progress.wait("building the student"):
         torch.manual_seed(recipe.seed)
-        student = tuned(open_backbone(recipe.student, len(classes)), recipe.method.name, recipe.method.options)
-    student.classes = classes
-    student.model.to(device)
-    choose_attention(student, recipe.train.fused_attention, device)
-    loaded = None
-    if recipe.teacher is not None:
-        with progress.wait("building the teacher"):
-            loaded = load_teacher(recipe, classes, device)
-    size = max(student.preprocess.size, loaded.network.preprocess.size if loaded else 0)
+        backbone = open_backbone(recipe.student, len(classes))
+    inherited = inherit(backbone, recipe, bench, progress)
+    teachers = _teachers(recipe, classes, backbone, progress)
+    student = _student(recipe, classes, backbone)
+    for teacher in teachers:
+        if teacher.spec.model == SELF:
+            keep_own(teacher.network, student)
+    size = max(student.preprocess.size, *(teacher.network.preprocess.size for teacher in teachers), 0)
     view = View(size, student.preprocess.crop_pct, student.preprocess.interpolation)
     views = bench.open(recipe.data, view, progress)
     if views.skipped:
         progress.say(f"skipped {len(views.skipped)} file(s): {listed(views.skipped)}")
-    teacher = None
-    if loaded is not None:
-        teacher = prepare_teacher(loaded, recipe, run_dir, views, progress, bench) if run_dir else loaded
+    if run_dir is not None:
+        for number, teacher in enumerate(teachers):
+            folder = _folder(bench.teacher_folder or run_dir.teacher, number)
+            teachers[number] = prepare_teacher(teacher, recipe, folder, views, progress, bench)
+    for number, spec in enumerate(recipe.teachers):
+        if spec.model == EMA:
+            teachers.insert(number, averaging_teacher(spec, student))
+    for teacher in teachers:
         frozen(teacher.network)
     torch.manual_seed(recipe.seed)
-    objective = build_objective(recipe, student, teacher.network if teacher else None)
-    return Parts(recipe, views, student, teacher, objective, bf16)
+    objective = build_objective(recipe, student, [teacher.network for teacher in teachers])
+    return Parts(recipe, views, student, teachers, objective, bf16, inherited)
+
+
+def _teachers(recipe: Recipe, classes: tuple[str, ...], student: Backbone, progress: Progress) -> list[PreparedTeacher]:
+    """All teachers but a running average, which starts from the tuned student."""
+    specs = [spec for spec in recipe.teachers if spec.model != EMA]
+    if not specs:
+        return []
+    what = "building the teacher" if len(specs) == 1 else f"building {len(specs)} teachers"
+    # The student's draws go on afterwards as if there were no teacher.
+    with progress.wait(what), torch.random.fork_rng(devices=[]):
+        return [load_teacher(spec, recipe, classes, accelerator().device, student) for spec in specs]
+
+
+def _student(recipe: Recipe, classes: tuple[str, ...], backbone: Backbone) -> Network:
+    student = tuned(backbone, recipe.method.name, recipe.method.options)
+    student.classes = classes
+    student.model.to(accelerator().device)
+    choose_attention(student, recipe.train.fused_attention, accelerator().device)
+    return student
+
+
+def _folder(first: Path, number: int) -> Path:
+    """teacher, teacher-2, teacher-3 ..."""
+    return first if number == 0 else first.with_name(f"{first.name}-{number + 1}")
 
 
 def listed(files: Sequence[tuple[str, str]]) -> str:
@@ -75,51 +109,24 @@ def listed(files: Sequence[tuple[str, str]]) -> str:
     return shown + (f" and {len(files) - 5} more" if len(files) > 5 else "")
 
 
-def build_objective(recipe: Recipe, student: Network, teacher: Network | None) -> Objective:
-    """The recipe's loss terms for this pair of networks."""
-    pair = Pair(student.anatomy, teacher.anatomy if teacher else None, len(student.classes or ()))
-    terms = {}
+def build_objective(recipe: Recipe, student: Network, teachers: Sequence[Network]) -> Objective:
+    """The recipe's loss terms; each listens to every teacher, and its weight is shared out among them."""
+    terms: dict[str, LossTerm] = {}
+    weights: dict[str, float] = {}
+    teacher_of: dict[str, int] = {}
+    total = sum(spec.weight for spec in recipe.teachers)
     for loss in recipe.losses:
         cls = LOSSES.load(loss.name)
-        terms[loss.name] = cls(pair, cls.Config(**loss.options))
-    return Objective(terms, {loss.name: loss.weight for loss in recipe.losses})
-
-
-def teacher_in_training(parts: Parts, bench: Bench, progress: Progress) -> Teacher | None:
-    """The teacher behind the objective; with a fixed view its outputs are computed once and shared."""
-    if parts.teacher is None or not parts.objective.uses_teacher:
-        return None
-    spec = parts.recipe
-    teacher = Teacher(parts.teacher.network, parts.objective, accelerator(), bf16=parts.bf16)
-    if not keeps_outputs(parts, teacher):
-        return teacher
-    view, train = parts.views.view, parts.views.train
-    losses = tuple(loss.model_dump_json() for loss in spec.losses)
-    anatomy = parts.student.anatomy
-    key = (
-        parts.teacher.key,
-        spec.data.source,
-        view,
-        losses,
-        anatomy.grid,
-        anatomy.depth,
-        anatomy.has_class_token,
-        parts.bf16,
-    )
-    if key in bench.targets:
-        teacher.kept = bench.targets[key]
-    else:
-        teacher.precompute(train, spec.train.batch_size, progress)
-        bench.targets[key] = teacher.kept
-    return teacher
-
-
-def keeps_outputs(parts: Parts, teacher: Teacher) -> bool:
-    """Whether the teacher's outputs are computed once: the view of an image never changes, and they fit in memory."""
-    recipe, train = parts.recipe, parts.views.train
-    needed = teacher.bytes_per_image(parts.views.view.size) * len(train.split)
-    fixed = recipe.data.augment == "none" and recipe.teacher.cache == "auto"
-    return fixed and needed <= recipe.data.memory_gib * 2**30
+        config = cls.Config(**loss.options)
+        if len(teachers) < 2 or not cls.uses_teacher:
+            pair = Pair(student.anatomy, teachers[0].anatomy if teachers else None, len(student.classes or ()))
+            terms[loss.name], weights[loss.name] = cls(pair, config), loss.weight
+            continue
+        for number, (teacher, spec) in enumerate(zip(teachers, recipe.teachers, strict=True)):
+            name = f"{loss.name}@{number + 1}"
+            terms[name] = cls(Pair(student.anatomy, teacher.anatomy, len(student.classes or ())), config)
+            weights[name], teacher_of[name] = loss.weight * spec.weight / total, number
+    return Objective(terms, weights, teacher_of)
 
 
 def features_in_training(parts: Parts, progress: Progress) -> dict[str, FrozenFeatures]:
@@ -137,7 +144,7 @@ def features_in_training(parts: Parts, progress: Progress) -> dict[str, FrozenFe
     started = time.perf_counter()
     made: dict[str, FrozenFeatures] = {}
     for name, source, what in (
-        ("train", parts.views.train, "training images"),
+        ("train", parts.views.lessons, "training images"),
         ("val", parts.views.val, "evaluation images"),
     ):
         made[name] = FrozenFeatures(parts.student, source, accelerator(), bf16=parts.bf16)
@@ -152,12 +159,13 @@ def features_in_training(parts: Parts, progress: Progress) -> dict[str, FrozenFe
 
 def feature_bytes(parts: Parts) -> int | None:
     """What keeping the frozen features of all images takes; None where they cannot be kept."""
-    seam = parts.student.attached.seam
-    attention = parts.objective.student_needs().attention
-    if seam is None or parts.recipe.data.augment != "none" or any(index < seam.first_block for index in attention):
+    seam, data, depth = parts.student.attached.seam, parts.recipe.data, parts.student.anatomy.depth
+    if seam is None or data.augment != "none" or not closed(data):
         return None
-    each = FrozenFeatures(parts.student, parts.views.train, accelerator(), bf16=parts.bf16).bytes_per_image()
-    return each * (len(parts.views.train.split) + len(parts.views.val.split))
+    if any(index < seam.first_block or index == depth for index in parts.objective.student_needs().blocks):
+        return None
+    each = FrozenFeatures(parts.student, parts.views.lessons, accelerator(), bf16=parts.bf16).bytes_per_image()
+    return each * (len(parts.views.lessons.split) + len(parts.views.val.split))
 
 
 def sample_for(parts: Parts, images: int = 512, batch_size: int = 32) -> Sample:

@@ -6,7 +6,7 @@ from typing import Any
 
 from remap.data.sources import open_data
 from remap.data.splits import ImageData
-from remap.data.views import View, ViewSource, require_readable
+from remap.data.views import JoinedSource, View, ViewSource, require_readable
 from remap.errors import DataError
 from remap.progress import Progress
 from remap.recipe.schema import DataSpec
@@ -14,7 +14,14 @@ from remap.recipe.schema import DataSpec
 
 @dataclass
 class Views:
-    """A data source seen through one view; unreadable training images are already left out and named."""
+    """A data source seen through one view; unreadable training images are already left out and named.
+
+    Attributes:
+        train: The labelled training images.
+        unlabeled: The training images without labels.
+        lessons: What the student learns from: ``train`` itself, that and then ``unlabeled``, or ``unlabeled`` itself.
+            Nothing is decoded or kept twice.
+    """
 
     data: ImageData
     view: View
@@ -22,14 +29,22 @@ class Views:
     val: ViewSource
     test: ViewSource | None
     skipped: tuple[tuple[str, str], ...]
+    unlabeled: ViewSource | None
+    lessons: ViewSource
+
+    @property
+    def labeled_share(self) -> float:
+        """Share of ``lessons`` that have a label."""
+        return float((self.lessons.split.labels >= 0).mean())
 
     def digest(self) -> str:
         """Which images are learned from: names, labels, order, and how many of them can be read."""
-        return f"{self.data.fingerprint()[:16]}-{len(self.train.split)}"
+        more = "" if self.unlabeled is None else f"+{len(self.unlabeled.split)}"
+        return f"{self.data.fingerprint()[:16]}-{len(self.train.split)}{more}"
 
     def require_few_bad(self, share: float) -> None:
         """Look at what training found unreadable on the way, where views are not kept in memory."""
-        _require_few_bad(self.train, share)
+        _require_few_bad(self.train, self.unlabeled, share)
 
 
 @dataclass
@@ -48,7 +63,7 @@ class Bench:
 
     def index(self, spec: DataSpec) -> ImageData:
         """List a data source, once; no image is decoded."""
-        key = (spec.source, spec.val_source, spec.val_fraction)
+        key = (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled, spec.labels)
         if key not in self.data:
             self.data[key] = open_data(*key)
         return self.data[key]
@@ -58,42 +73,69 @@ class Bench:
 
     def open(self, spec: DataSpec, view: View, progress: Progress) -> Views:
         """Open, decode and check a data source, once."""
-        key = (spec.source, spec.val_source, spec.val_fraction, spec.skip_bad, spec.max_bad, view)
+        listed = (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled, spec.labels)
+        key = (*listed, spec.unlabeled_only, spec.skip_bad, spec.max_bad, view)
         if key not in self.views:
             self.views[key] = _open(self.index(spec), spec, view, progress)
         return self.views[key]
 
 
+_CALLED = {
+    "train": "training images",
+    "unlabeled": "images without labels",
+    "val": "evaluation images",
+    "test": "test images",
+}
+
+
 def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress) -> Views:
     budget = spec.memory_gib * 2**30
     sources: dict[str, ViewSource] = {}
-    for name, split in (("train", data.train), ("val", data.val), ("test", data.test)):
+    for name in _CALLED:
+        split = getattr(data, name)
         if split is not None:
             sources[name] = ViewSource(split, view, memory_bytes=budget, workers=spec.workers)
             budget -= sources[name].kept_bytes
     for name, source in sources.items():
-        source.load(progress, {"train": "training images", "val": "evaluation images", "test": "test images"}[name])
-    train = sources["train"]
-    _require_few_bad(train, spec.max_bad)
-    skipped = (*data.skipped, *train.bad_names())
+        source.load(progress, _CALLED[name])
+    train, unlabeled = sources["train"], sources.get("unlabeled")
+    _require_few_bad(train, unlabeled, spec.max_bad)
+    skipped = (*data.skipped, *train.bad_names(), *(unlabeled.bad_names() if unlabeled else ()))
     for name in ("val", "test"):
         if name in sources:
             require_readable(sources[name], name, spec.skip_bad)
             skipped += tuple(sources[name].bad_names())
+    good = {name: source.without_bad() for name, source in sources.items()}
+    train, unlabeled = good["train"], good.get("unlabeled")
     return Views(
         data,
         view,
-        train.without_bad(),
-        sources["val"].without_bad(),
-        sources["test"].without_bad() if "test" in sources else None,
+        train,
+        good["val"],
+        good.get("test"),
         skipped,
+        unlabeled,
+        _lessons(train, unlabeled, spec.unlabeled_only),
     )
 
 
-def _require_few_bad(train: ViewSource, share: float) -> None:
-    if len(train.bad) > share * len(train.split):
+def _lessons(train: ViewSource, unlabeled: ViewSource | None, unlabeled_only: bool) -> ViewSource:
+    if not unlabeled_only:
+        return train if unlabeled is None else JoinedSource(train, unlabeled)
+    if unlabeled is None or not len(unlabeled.split):
         raise DataError(
-            f"{len(train.bad)} of {len(train.split)} training images cannot be read",
-            given="; ".join(f"{name} ({reason})" for name, reason in train.bad_names()[:5]),
-            do="repair them, or allow more with --set data.max_bad=0.5",
+            "there is no image without a label to learn from",
+            given="data.unlabeled_only",
+            do="name some with --unlabeled, or keep fewer labels (data.labels)",
         )
+    return unlabeled
+
+
+def _require_few_bad(train: ViewSource, unlabeled: ViewSource | None, share: float) -> None:
+    for source, called in ((train, _CALLED["train"]), (unlabeled, _CALLED["unlabeled"])):
+        if source is not None and len(source.bad) > share * len(source.split):
+            raise DataError(
+                f"{len(source.bad)} of {len(source.split)} {called} cannot be read",
+                given="; ".join(f"{name} ({reason})" for name, reason in source.bad_names()[:5]),
+                do="repair them, or allow more with --set data.max_bad=0.5",
+            )

@@ -7,17 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remap.assembly import Parts, assemble, feature_bytes, keeps_outputs
+from remap.assembly import Parts, assemble, feature_bytes
 from remap.bench import Bench
 from remap.data import keyed
+from remap.data.batches import closed_views
 from remap.engine.fit import StudentStep
 from remap.engine.launch import accelerator, check_processes
 from remap.engine.teacher import Teacher
 from remap.network import Network
+from remap.outputs import Place, listening_teacher, place_of_outputs
 from remap.progress import Progress
-from remap.recipe.schema import Recipe
+from remap.recipe.schema import EMA, Recipe
+from remap.remapping.labels import Labels
+from remap.remapping.objective import LossTerm, Objective
+from remap.remapping.signals import Signals
 from remap.runs.objective import without_idle_losses
-from remap.teachers import needs_logits, teacher_recipe
+from remap.teachers import PreparedTeacher, needs_logits, teacher_recipe
 
 # Images of the trial batch; time and activations grow with the number of images, so a full batch need not be pushed.
 TRIAL_IMAGES = 8
@@ -28,7 +33,8 @@ class Estimate:
     """What a run would cost on this machine.
 
     Attributes:
-        cache_bytes, features_bytes: Kept outputs of the teacher, and kept frozen features of the student.
+        cache_bytes, disk_cache_bytes: Kept outputs of the teachers, in memory and on disk.
+        features_bytes: Kept frozen features of the student.
         memory_bytes: Weights, gradients, optimiser state and activations of one process at the full batch.
         disk_bytes: Task files and checkpoint; a prepared teacher's head is counted too.
         seconds: All of it: preparing the teacher, training and evaluation.
@@ -42,6 +48,7 @@ class Estimate:
     memory_bytes: int
     activation_bytes: int
     cache_bytes: int
+    disk_cache_bytes: int
     features_bytes: int
     task_bytes: int
     disk_bytes: int
@@ -51,8 +58,9 @@ def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """Resolve, build, push one batch, estimate.
 
     Returns:
-        ``recipe``, ``data``, ``teacher``, ``student``, ``trainable`` (rows of part, tensors, parameters), ``losses``
-        and ``estimate``; plain values, ready for JSON.
+        ``recipe``, ``data``, ``teacher`` (the first), ``teachers``, ``student``, ``trainable`` (rows of part, tensors,
+        parameters), ``losses``, ``terms`` (what each loss costs, and which block teaches which) and ``estimate``;
+        plain values, ready for JSON.
     """
     check_processes(recipe.train.processes)
     recipe = without_idle_losses(recipe, progress).written_out()
@@ -60,30 +68,63 @@ def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     parts = assemble(recipe, None, progress, bench)
     device = accelerator().device
     parts.objective.to(device)
-    teacher = None
-    if parts.teacher is not None and parts.objective.uses_teacher:
-        teacher = Teacher(parts.teacher.network, parts.objective, accelerator(), bf16=parts.bf16)
-    trial = _trial(parts, teacher)
-    preparing = _preparing_seconds(parts, trial, progress, bench)
-    found = _estimate(parts, teacher, trial, preparing)
+    numbers = [number for number in range(len(parts.teachers)) if parts.objective.listens_to(number)]
+    teachers = {number: listening_teacher(parts, number) for number in numbers}
+    places = {number: place_of_outputs(parts, parts.teachers[number], teacher) for number, teacher in teachers.items()}
+    trial = _trial(parts, teachers)
+    preparing = sum(
+        _preparing_seconds(parts, teacher, trial.teacher_seconds.get(number, 0.0), progress, bench)
+        for number, teacher in enumerate(parts.teachers)
+    )
+    found = _estimate(parts, places, trial, preparing)
+    described = [_teacher(teacher, places.get(number)) for number, teacher in enumerate(parts.teachers)]
     return {
         "recipe": recipe.model_dump(mode="json"),
         "data": {
             "source": parts.views.data.source,
             "classes": len(parts.views.data.classes),
-            "train_images": len(parts.views.train.split),
+            "train_images": len(parts.views.lessons.split),
+            "labeled_images": round(len(parts.views.lessons.split) * parts.views.labeled_share),
             "val_images": len(parts.views.val.split),
             "skipped": [list(item) for item in parts.views.skipped],
         },
-        "teacher": _model(parts.teacher.network) if parts.teacher else None,
+        "teacher": described[0] if described else None,
+        "teachers": described,
         "student": _model(parts.student),
         "trainable": trainable_rows(parts),
         "learning_rate": recipe.learning_rate(parts.student.anatomy.width),
         "losses": trial.losses,
+        "terms": _terms(parts, trial, places),
         "device": str(device),
         "precision": "bf16" if parts.bf16 else "fp32",
         "estimate": asdict(found),
     }
+
+
+def _teacher(teacher: PreparedTeacher, place: Place | None) -> dict[str, Any]:
+    where = {"outputs": place.where, "outputs_bytes": place.bytes} if place else {"outputs": "not read"}
+    return {**_model(teacher.network), "source": teacher.spec.model, "weight": teacher.spec.weight, **where}
+
+
+def _terms(parts: Parts, trial: "_Trial", places: dict[int, Place]) -> list[dict[str, Any]]:
+    """What each term costs by itself: seconds and bytes of one step, bytes of kept teacher outputs for all images."""
+    rows, size = [], parts.recipe.train.batch_size // parts.recipe.train.accumulation
+    views = len(parts.views.lessons.split) * closed_views(parts.recipe.data)
+    for name, term in parts.objective.terms.items():
+        cost = trial.terms[name]
+        place = places.get(parts.objective.teacher_of[name]) if term.uses_teacher else None
+        kept = place is not None and place.where != "each step"
+        rows.append(
+            {
+                "name": name,
+                "weight": parts.objective.weights[name],
+                "seconds": cost.seconds * size,
+                "memory_bytes": cost.memory_bytes * size,
+                "cache_bytes": cost.item_bytes * views if kept else 0,
+                "blocks": [list(pair) for pair in term.blocks],
+            }
+        )
+    return rows
 
 
 def _model(network: Network) -> dict[str, Any]:
@@ -122,52 +163,130 @@ def trainable_rows(parts: Parts) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
+class _TermCost:
+    """What one image costs in one term: seconds of forward and backward, bytes kept between, bytes of its items."""
+
+    seconds: float
+    memory_bytes: float
+    item_bytes: int
+
+
+@dataclass(frozen=True)
 class _Trial:
-    """What one image costs: seconds of teacher, of the student's step and of its frozen part where that is kept,
+    """What one image costs: seconds of each teacher, of the student's step and of its frozen part where that is kept,
     bytes kept for the backward pass; and the bytes of the frozen features of all images."""
 
-    teacher_seconds: float
+    teacher_seconds: dict[int, float]
     student_seconds: float
     stem_seconds: float
     features_bytes: int
     activation_bytes: int
     losses: dict[str, float]
+    terms: dict[str, _TermCost]
 
 
-def _trial(parts: Parts, teacher: Teacher | None) -> _Trial:
+class _Saved:
+    """Bytes that autograd keeps for the backward pass, parameters left out, each storage once."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, int] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self._sizes.values())
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            self._sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+
+def _trial(parts: Parts, teachers: dict[int, Teacher]) -> _Trial:
     device, recipe = accelerator().device, parts.recipe
+    source = parts.views.lessons
     count = min(TRIAL_IMAGES, recipe.train.batch_size)
-    indices = keyed.permutation(recipe.seed, 0, len(parts.views.train.split))[:count]
-    images, good = parts.views.train.batch(indices)
-    images, labels = images.to(device), torch.from_numpy(parts.views.train.split.labels[good]).to(device)
+    indices = keyed.permutation(recipe.seed, 0, len(source.split))[:count]
+    images, good = source.batch(indices)
+    images, classes = images.to(device), torch.from_numpy(source.split.labels[good]).to(device)
+    labels = Labels(classes, labeled=parts.views.labeled_share)
     step = StudentStep(parts.student, parts.objective, bf16=parts.bf16).to(device)
     features = _features(parts)
     parts.student.attached.train()
-    saved: dict[int, int] = {}
-
-    def remember(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    for attempt in range(2):  # the first warms up
-        started = time.perf_counter()
-        targets = teacher.targets(images, good) if teacher else {}
-        _wait(device)
+    targets: list[dict[str, Tensor]] = [{} for _ in parts.teachers] or [{}]
+    teacher_seconds = dict.fromkeys(teachers, 0.0)
+    for _ in range(2):  # the first warms up
+        for number, teacher in teachers.items():
+            _wait(device)
+            started = time.perf_counter()
+            targets[number] = teacher.items(images)
+            _wait(device)
+            teacher_seconds[number] = (time.perf_counter() - started) / len(good)
+        saved = _Saved()
         asked = time.perf_counter()
         kept = step.runner.stem(images) if features else None
         _wait(device)
         begun = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(remember if attempt else _same, _same):
+        with torch.autograd.graph.saved_tensors_hooks(saved, _same):
             total, parts_of_loss = step(images, targets, labels, kept)
         total.backward()
         losses = {name: value.item() for name, value in {"total": total, **parts_of_loss}.items()}
         done = time.perf_counter()
-        for parameter in (*parts.student.trained.values(), *parts.objective.parameters()):
-            parameter.grad = None
+    with torch.no_grad():
+        signals = step.runner(images, kept)
+    terms = _term_costs(parts.objective, signals, targets, labels)
     step.runner.tap.close()
-    seconds = ((asked - started) / len(good), (done - begun) / len(good), (begun - asked) / len(good))
-    return _Trial(*seconds, features, sum(saved.values()) // len(good), losses)
+    for parameter in (*parts.student.trained.values(), *parts.objective.parameters()):
+        parameter.grad = None
+    return _Trial(
+        teacher_seconds,
+        (done - begun) / len(good),
+        (begun - asked) / len(good),
+        features,
+        saved.nbytes // len(good),
+        losses,
+        terms,
+    )
+
+
+def _term_costs(
+    objective: Objective, signals: Signals, targets: list[dict[str, Tensor]], labels: Labels
+) -> dict[str, _TermCost]:
+    """Each term run by itself on the signals of one forward pass."""
+    found, count, device = {}, len(labels.classes_B), labels.classes_B.device
+    for name, term in objective.terms.items():
+        items = targets[objective.teacher_of[name]] if term.uses_teacher else {}
+        for _ in range(2):  # the first warms up
+            leaves, saved = signals.leaves(), _Saved()
+            _wait(device)
+            started = time.perf_counter()
+            with torch.autograd.graph.saved_tensors_hooks(saved, _same):
+                value = term(leaves, items, labels)
+            value.backward()
+            _wait(device)
+            seconds = time.perf_counter() - started
+        used = _items_read(term, leaves, items, labels)
+        size = sum(items[key][0].numel() * items[key].element_size() for key in used)
+        found[name] = _TermCost(seconds / count, saved.nbytes / count, size)
+    return found
+
+
+class _Reading(dict):
+    """Items that remember which of them were read."""
+
+    def __init__(self, items: dict[str, Tensor]) -> None:
+        super().__init__(items)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Tensor:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+
+@torch.no_grad()
+def _items_read(term: LossTerm, signals: Signals, items: dict[str, Tensor], labels: Labels) -> set[str]:
+    reading = _Reading(items)
+    term(signals, reading, labels)
+    return reading.read
 
 
 def _features(parts: Parts) -> int:
@@ -186,38 +305,42 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _preparing_seconds(parts: Parts, trial: _Trial, progress: Progress, bench: Bench) -> float:
-    """What giving the teacher a head takes: a forward pass over the training images for a probe, else a run of its own
-    (``teacher_recipe``), which is estimated like any other."""
-    recipe = parts.recipe
-    if parts.teacher is None or not needs_logits(recipe) or parts.teacher.head != "none":
+def _preparing_seconds(parts: Parts, teacher: PreparedTeacher, each: float, progress: Progress, bench: Bench) -> float:
+    """What giving a teacher a head takes: a forward pass over the labelled images for a probe, else a run of its own
+    (``teacher_recipe``), which is estimated like any other.
+
+    Args:
+        each: Seconds of the teacher's forward pass for one image.
+    """
+    recipe, spec = parts.recipe, teacher.spec
+    if not needs_logits(recipe) or teacher.head != "none":
         return 0.0
-    if recipe.teacher.prepare == "probe":
-        return trial.teacher_seconds * len(parts.views.train.split) / accelerator().num_processes
-    tuning = assemble(teacher_recipe(recipe).written_out(), None, progress, bench)
+    if spec.prepare == "probe":
+        return each * len(parts.views.train.split) / accelerator().num_processes
+    tuning = assemble(teacher_recipe(recipe, spec).written_out(), None, progress, bench)
     tuning.objective.to(accelerator().device)
-    return _estimate(tuning, None, _trial(tuning, None), 0.0).seconds
+    return _estimate(tuning, {}, _trial(tuning, {}), 0.0).seconds
 
 
-def _estimate(parts: Parts, teacher: Teacher | None, trial: _Trial, preparing: float) -> Estimate:
-    recipe, train = parts.recipe, parts.views.train
+def _estimate(parts: Parts, places: dict[int, Place], trial: _Trial, preparing: float) -> Estimate:
+    recipe, lessons, val = parts.recipe, parts.views.lessons, parts.views.val
     spec, processes = recipe.train, accelerator().num_processes
     micro = max(1, spec.batch_size // (spec.accumulation * processes))
     trained = [*parts.student.trained.values(), *(p for p in parts.objective.parameters() if p.requires_grad)]
     trained_bytes = sum(p.numel() * p.element_size() for p in trained)
-    weights = sum(_bytes(network) for network in (parts.student, parts.teacher.network if parts.teacher else None))
-    cached = teacher is not None and keeps_outputs(parts, teacher)
-    cache = teacher.bytes_per_image(parts.views.view.size) * len(train.split) if cached else 0
-    steps = max(1, len(train.split) // spec.batch_size) * spec.epochs
-    each_step = trial.student_seconds + (0.0 if cached else trial.teacher_seconds)
-    step_seconds = each_step * spec.batch_size / processes
-    once = trial.teacher_seconds * (len(train.split) if cached else 0)
-    once += trial.stem_seconds * (len(train.split) + len(parts.views.val.split))
+    weights = _weight_bytes([parts.student, *(teacher.network for teacher in parts.teachers)])
+    kept = {number for number, place in places.items() if place.where != "each step"}
+    steps = max(1, len(lessons.split) // spec.batch_size) * spec.epochs
+    asked = sum(seconds for number, seconds in trial.teacher_seconds.items() if number not in kept)
+    step_seconds = (trial.student_seconds + asked) * spec.batch_size / processes
+    once = sum(trial.teacher_seconds[number] for number in kept) * len(lessons.split) * closed_views(recipe.data)
+    once += trial.stem_seconds * (len(lessons.split) + len(val.split))
     # Evaluation is a forward pass, about a third of a training step.
     passes = 1 + spec.epochs // spec.eval_every
-    checks = trial.student_seconds / 3 * len(parts.views.val.split) * passes / processes
+    checks = trial.student_seconds / 3 * len(val.split) * passes / processes
     task = sum(p.numel() * p.element_size() for p in parts.student.trained.values()) + 4096
-    prepared = _prepared_bytes(parts)
+    in_memory = sum(place.bytes for place in places.values() if place.where == "memory")
+    on_disk = sum(place.bytes for place in places.values() if place.where == "disk")
     return Estimate(
         step_seconds=step_seconds,
         steps=steps,
@@ -226,25 +349,28 @@ def _estimate(parts: Parts, teacher: Teacher | None, trial: _Trial, preparing: f
         memory_bytes=weights
         + 3 * trained_bytes
         + trial.activation_bytes * micro
-        + cache
+        + in_memory
         + trial.features_bytes
-        + train.kept_bytes,
+        + lessons.kept_bytes,
         activation_bytes=trial.activation_bytes * micro,
-        cache_bytes=cache,
+        cache_bytes=in_memory,
+        disk_cache_bytes=on_disk,
         features_bytes=trial.features_bytes,
         task_bytes=task,
-        disk_bytes=task + 3 * trained_bytes + prepared,
+        disk_bytes=task + 3 * trained_bytes + on_disk + sum(_prepared_bytes(teacher) for teacher in parts.teachers),
     )
 
 
-def _prepared_bytes(parts: Parts) -> int:
-    """What the prepared teacher takes on disk: its head, or a checkpoint and all weights when it is tuned whole."""
-    if parts.teacher is None or parts.teacher.head != "none" or parts.recipe.teacher.prepare == "none":
+def _prepared_bytes(teacher: PreparedTeacher) -> int:
+    """What a prepared teacher takes on disk: its head, or a checkpoint and all weights when it is tuned whole."""
+    if teacher.head != "none" or teacher.spec.prepare == "none" or teacher.spec.model == EMA:
         return 0
-    if parts.recipe.teacher.prepare == "full":
-        return 4 * _bytes(parts.teacher.network)
-    return 4 * sum(p.numel() * 4 for p in parts.teacher.network.head.values()) + 4096
+    if teacher.spec.prepare == "full":
+        return 4 * _weight_bytes([teacher.network])
+    return 4 * sum(p.numel() * 4 for p in teacher.network.head.values()) + 4096
 
 
-def _bytes(network: Network | None) -> int:
-    return 0 if network is None else sum(p.numel() * p.element_size() for p in network.model.parameters())
+def _weight_bytes(networks: list[Network]) -> int:
+    """Bytes of all parameters, those that networks share counted once."""
+    parameters = {id(p): p for network in networks for p in network.model.parameters()}
+    return sum(p.numel() * p.element_size() for p in parameters.values())

@@ -4,9 +4,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from remap.assembly import Parts, assemble, features_in_training, listed, sample_for, teacher_in_training
+from remap.assembly import Parts, assemble, features_in_training, listed, sample_for
 from remap.backbones.build import require_at_hand
 from remap.bench import Bench
 from remap.data.views import ViewSource
@@ -16,12 +17,13 @@ from remap.engine.launch import accelerator, check_processes
 from remap.engine.memory import peak_bytes
 from remap.errors import Interrupted, RemapError
 from remap.network import Network
+from remap.outputs import build_caches, teachers_in_training
 from remap.progress import Progress, Silent
 from remap.recipe import Recipe, resolve, resolve_distill
 from remap.recipe.paths import is_run
 from remap.runs.objective import without_idle_losses
 from remap.runs.rundir import RunDir, default_path, next_path
-from remap.runs.task import load_task, save_task
+from remap.runs.task import load_task, require_size_of_run, save_task
 from remap.teachers import require_useful
 
 
@@ -72,9 +74,27 @@ def start(
 def _require_at_hand(recipe: Recipe, bench: Bench) -> None:
     """A mistyped path or model leaves no run directory behind."""
     bench.index(recipe.data)
-    for spec in (recipe.teacher, recipe.student):
-        if spec is not None and not (is_run(spec.model) or is_run(spec.weights)):
-            require_at_hand(spec.model, spec.weights)
+    for spec in (*(teacher for teacher in recipe.teachers if not teacher.is_student), recipe.student):
+        if is_run(spec.model) or is_run(spec.weights):
+            require_size_of_run(spec)
+        else:
+            require_at_hand(spec.model, spec.weights, spec.image_size)
+
+
+def build_cache(recipe: Recipe, progress: Progress = Silent()) -> list[dict[str, Any]]:
+    """Prepare a recipe's teachers as a run would, and keep their outputs on disk; a run of the same words reads them.
+
+    Returns:
+        One entry a teacher: teacher, key, folder, items, images, computed, bytes, seconds.
+    """
+    check_processes(recipe.train.processes)
+    bench = Bench()
+    _require_at_hand(recipe, bench)
+    recipe = without_idle_losses(recipe, progress).written_out()
+    with TemporaryDirectory(prefix="remap-cache-") as folder:
+        run_dir = RunDir.create(Path(folder) / "run", recipe)
+        parts = assemble(recipe, run_dir, progress, bench)
+        return build_caches(parts, progress)
 
 
 def resume(path: Path, progress: Progress = Silent()) -> Result:
@@ -143,9 +163,9 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
         return evaluate_as(recipe, parts.student, source, accelerator(), progress, what, kept)
 
     initial = check(parts.views.val, "the untrained student")
-    if parts.teacher is not None:
-        require_useful(parts.teacher, initial, parts.views.val, recipe)
-    teacher = teacher_in_training(parts, bench, progress)
+    for teacher in parts.teachers:
+        require_useful(teacher, initial, parts.views.val)
+    teachers = teachers_in_training(parts, bench, progress)
     finals: list[Evaluation] = []
 
     def each_epoch() -> dict[str, float]:
@@ -157,8 +177,8 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
         recipe=recipe,
         student=parts.student,
         objective=parts.objective.to(device),
-        teacher=teacher,
-        source=parts.views.train,
+        teachers=teachers,
+        source=parts.views.lessons,
         accelerator=accelerator(),
         bf16=parts.bf16,
         progress=progress,
@@ -166,16 +186,17 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
         evaluate=each_epoch,
         on_epoch=run_dir.write_metrics,
         checkpoint=run_dir.checkpoint,
+        labeled=parts.views.labeled_share,
         features=features.get("train"),
         sample=sample_for(parts) if parts.student.attached.wants_sample else None,
     )
     try:
         state = fit(job, resume=resuming)
     finally:
-        if teacher is not None:
+        for teacher in teachers:
             teacher.close()  # other runs may share the network
     parts.student.model.eval()
-    bad = parts.views.train.bad_names()
+    bad = parts.views.lessons.bad_names()
     if bad:
         progress.say(f"skipped {len(bad)} training image(s) that cannot be read: {listed(bad)}")
     final = finals[0] if finals else check(parts.views.val, "the student")
@@ -231,6 +252,10 @@ def _summary(
         "peak_memory_bytes": peak_bytes(accelerator().device),
         "final_losses": {k: v for k, v in history[-1].items() if k not in ("epoch", "accuracy", "seconds")},
     }
-    if parts.teacher is not None:
-        summary["teacher"] = parts.teacher.to_dict()
+    if parts.inherited is not None:
+        summary["student"]["init"] = parts.inherited.to_dict()
+    if parts.teachers:
+        summary["teacher"] = parts.teachers[0].to_dict()
+    if len(parts.teachers) > 1:
+        summary["more_teachers"] = [teacher.to_dict() for teacher in parts.teachers[1:]]
     return summary

@@ -1,5 +1,6 @@
 """A teacher is loaded, given a head for these classes if it has none, and checked before it may teach."""
 
+import hashlib
 from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from remap import probe
+from remap.backbones.build import Backbone
 from remap.bench import Bench, Views
 from remap.data.views import ViewSource
 from remap.engine.evaluate import Evaluation, evaluate_as
@@ -17,10 +19,11 @@ from remap.errors import TrainingError
 from remap.network import Network, choose_attention, tuned
 from remap.progress import Progress
 from remap.recipe.paths import is_run
-from remap.recipe.schema import LossSpec, MethodSpec, Recipe, StudentSpec
+from remap.recipe.schema import EMA, SELF, LossSpec, MethodSpec, Recipe, StudentSpec, TeacherSpec
 from remap.remapping import LOSSES
 from remap.runs.rundir import RunDir
-from remap.runs.task import load_task, open_backbone, save_task
+from remap.runs.task import load_task, open_backbone, put_task, require_size_of_run, save_task
+from remap.student_teachers import averaged_twin, untuned_twin
 
 
 @dataclass
@@ -28,19 +31,30 @@ class PreparedTeacher:
     """A teacher with what is known of it.
 
     Attributes:
-        key: Equal for teachers that give equal outputs.
+        key: Equal for teachers that are prepared in the same way.
         head: How its classifier came about: "its own", "probe", a method's name, or "none".
         accuracy: On the evaluation split; None when no loss reads its logits.
     """
 
     network: Network
+    spec: TeacherSpec
     key: str
     head: str
     accuracy: float | None = None
 
+    def fingerprint(self) -> str:
+        """Equal for teachers that give equal outputs: all weights and the input they take."""
+        digest = hashlib.sha256(f"{self.network.identity.sha256} {self.network.preprocess}".encode())
+        for name, tensor in sorted(self.network.tensors.items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
     def to_dict(self) -> dict[str, Any]:
+        model = self.network.identity.model
         return {
-            "model": self.network.identity.model,
+            "model": f"{self.spec.model} ({model})" if self.spec.is_student else model,
+            "weight": self.spec.weight,
             "backbone_sha256": self.network.identity.sha256,
             "head": self.head,
             "accuracy": self.accuracy,
@@ -48,55 +62,75 @@ class PreparedTeacher:
         }
 
 
-def load_teacher(recipe: Recipe, classes: tuple[str, ...], device: torch.device) -> PreparedTeacher:
-    """The teacher as it comes from its source; a run directory with the same classes brings its own head."""
-    spec = recipe.teacher
+def load_teacher(
+    spec: TeacherSpec, recipe: Recipe, classes: tuple[str, ...], device: torch.device, student: Backbone
+) -> PreparedTeacher:
+    """The teacher as it comes from its source; a run directory with the same classes brings its own head.
+
+    Args:
+        student: The student's backbone before a method is attached to it, for the teacher "self".
+    """
+    if spec.model == SELF:
+        network = untuned_twin(student, classes)
+        return _placed(PreparedTeacher(network, spec, _key(network, "none", spec, recipe), "none"), recipe, device)
     if is_run(spec.model):
+        require_size_of_run(spec)
         network, _ = load_task(Path(spec.model).expanduser())
         if network.classes == classes:
-            return _placed(PreparedTeacher(network, _key(network, "its own", recipe), "its own"), recipe, device)
+            key = _key(network, "its own", spec, recipe)
+            return _placed(PreparedTeacher(network, spec, key, "its own"), recipe, device)
     torch.manual_seed(recipe.seed)
     keep_head = spec.prepare == "none" and needs_logits(recipe)
     network = tuned(open_backbone(spec, len(classes), keep_head=keep_head), "linear", {})
     network.classes = classes
     head = "its own" if keep_head else "none"
-    return _placed(PreparedTeacher(network, _key(network, head, recipe), head), recipe, device)
+    return _placed(PreparedTeacher(network, spec, _key(network, head, spec, recipe), head), recipe, device)
+
+
+def averaging_teacher(spec: TeacherSpec, student: Network) -> PreparedTeacher:
+    """The running average of the student, at its start."""
+    return PreparedTeacher(averaged_twin(student), spec, EMA, "the student's")
 
 
 def prepare_teacher(
     teacher: PreparedTeacher,
     recipe: Recipe,
-    run_dir: RunDir,
+    folder: Path,
     views: Views,
     progress: Progress,
     bench: Bench,
 ) -> PreparedTeacher:
     """Fit a head (or tune the whole teacher) if a loss reads its logits and it has none; then evaluate it.
 
-    The prepared teacher is kept as a task in ``run_dir.teacher`` (runs that share a bench: in its folder), so that a
-    resumed run finds it.
+    Args:
+        folder: Where the prepared teacher is kept as a task, so that a resumed run finds it.
     """
-    if not needs_logits(recipe):
+    spec = teacher.spec
+    if not needs_logits(recipe) or spec.model == EMA:
         return teacher
     if bench.teacher_folder is not None:  # one teacher for all runs, whatever their seeds
-        teacher = replace(teacher, key=f"shared {recipe.teacher.model_dump_json()}")
-    if teacher.key in bench.teachers:
+        teacher = replace(teacher, key=f"shared {spec.model_dump_json()}")
+    shared = spec.model != SELF  # it lives on the tensors of one student
+    if shared and teacher.key in bench.teachers:
         return bench.teachers[teacher.key]
     if teacher.head == "none":
-        folder = bench.teacher_folder or run_dir.teacher
         if not (folder / "task" / "task.json").is_file():
-            _prepare(teacher.network, recipe, folder, views, progress)
+            _prepare(teacher, recipe, folder, views, progress)
         accelerator().wait_for_everyone()
-        network, _ = load_task(folder)
-        prepared = PreparedTeacher(network, teacher.key, recipe.teacher.prepare)
-        teacher = _placed(prepared, recipe, accelerator().device)
+        if spec.prepare == "probe":
+            put_task(teacher.network, folder)
+            network = teacher.network
+        else:
+            network, _ = load_task(folder)
+        teacher = _placed(replace(teacher, network=network, head=spec.prepare), recipe, accelerator().device)
     found = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, "the teacher")
     teacher = replace(teacher, accuracy=found.accuracy)
-    bench.teachers[teacher.key] = teacher
+    if shared:
+        bench.teachers[teacher.key] = teacher
     return teacher
 
 
-def require_useful(teacher: PreparedTeacher, untrained: Evaluation, source: ViewSource, recipe: Recipe) -> None:
+def require_useful(teacher: PreparedTeacher, untrained: Evaluation, source: ViewSource) -> None:
     """Stop before a teacher that knows nothing teaches it.
 
     Always naming the most frequent class gives the accuracy p on n images. A teacher must do better than that by two
@@ -106,7 +140,7 @@ def require_useful(teacher: PreparedTeacher, untrained: Evaluation, source: View
     Raises:
         TrainingError: It does not, or its accuracy is below the untrained student's.
     """
-    if teacher.accuracy is None or recipe.teacher.allow_weak:
+    if teacher.accuracy is None or teacher.spec.allow_weak:
         return
     count = len(source.split)
     chance = np.bincount(source.split.labels).max() / count
@@ -122,25 +156,25 @@ def require_useful(teacher: PreparedTeacher, untrained: Evaluation, source: View
     raise TrainingError(
         f"the teacher's accuracy on the evaluation images is {teacher.accuracy:.1%}: {why}",
         given=f"{teacher.network.identity.model}, head: {teacher.head}",
-        do="\n           ".join([_remedy(teacher, recipe), "or go on all the same: --set teacher.allow_weak=true"]),
+        do="\n           ".join([_remedy(teacher), "or go on all the same: --set teacher.allow_weak=true"]),
     )
 
 
-def _remedy(teacher: PreparedTeacher, recipe: Recipe) -> str:
+def _remedy(teacher: PreparedTeacher) -> str:
     """What has not been tried yet."""
     if teacher.head == "probe":
         return "tune all of it (--set teacher.prepare=full), choose another teacher or other weights,"
     if teacher.head != "its own":
         return "tune it for longer or at another rate (teacher.epochs, teacher.lr), choose another teacher or weights,"
-    if is_run(recipe.teacher.model):
+    if is_run(teacher.spec.model):
         return "choose a better run,"
     return "let its head be fitted (--set teacher.prepare=probe, or full), choose another teacher or other weights,"
 
 
-def _prepare(network: Network, recipe: Recipe, folder: Path, views: Views, progress: Progress) -> None:
+def _prepare(teacher: PreparedTeacher, recipe: Recipe, folder: Path, views: Views, progress: Progress) -> None:
     from remap.running import run  # a tuned teacher is a run like any other
 
-    spec = recipe.teacher
+    network, spec = teacher.network, teacher.spec
     progress.say(f"the teacher has no head for these {len(network.classes)} classes: preparing one ({spec.prepare})")
     if spec.prepare == "probe":
         strength = probe.fit_probe(network, views.train, accelerator(), recipe.train.batch_size, progress)
@@ -148,24 +182,28 @@ def _prepare(network: Network, recipe: Recipe, folder: Path, views: Views, progr
             save_task(folder / "task", network, views.view, "linear", {})
         progress.say(f"fitted by logistic regression on cached features (C = {strength})")
         return
-    tuning = teacher_recipe(recipe)
+    tuning = teacher_recipe(recipe, spec)
     if accelerator().is_main_process and not (folder / "recipe.yaml").exists():
         RunDir.create(folder, tuning)
     accelerator().wait_for_everyone()
     run(tuning, RunDir(folder), progress, Bench(), resuming=True)
 
 
-def teacher_recipe(recipe: Recipe) -> Recipe:
-    """The recipe that tunes the teacher: the same data and loop, its own method, cross-entropy alone."""
-    spec = recipe.teacher
+def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
+    """The recipe that tunes the teacher: the labelled images and the loop of the run, its own method, cross-entropy."""
     train = recipe.train.model_copy(
         update={"epochs": spec.epochs or recipe.train.epochs, "lr": spec.lr, "base_lr": None, "warmup_epochs": None}
     )
+    shared = ("model", "weights", "preset", "image_size")
     return recipe.model_copy(
         update={
             "name": f"{recipe.name[:56]}-teacher",
+            "data": recipe.data.model_copy(
+                update={"views": None, "mixup": 0.0, "cutmix": 0.0, "unlabeled": None, "unlabeled_only": False}
+            ),
             "teacher": None,
-            "student": StudentSpec(model=spec.model, weights=spec.weights, preset=spec.preset),
+            "more_teachers": (),
+            "student": StudentSpec(**{name: getattr(spec, name) for name in shared}),
             "method": MethodSpec(name=spec.prepare),
             "losses": (LossSpec(name="ce", weight=LOSSES.row("ce").weight),),
             "train": train,
@@ -175,17 +213,20 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
 
 def needs_logits(recipe: Recipe) -> bool:
     """Whether a loss reads the teacher's logits, so that it needs a head."""
-    return any(LOSSES.row(loss.name).category == "logits" for loss in recipe.losses)
+    return any(
+        LOSSES.row(loss.name).category == "logits" or loss.options.get("signal") == "logits" for loss in recipe.losses
+    )
 
 
-def _key(network: Network, head: str, recipe: Recipe) -> str:
+def _key(network: Network, head: str, spec: TeacherSpec, recipe: Recipe) -> str:
     """Backbone, where the head comes from, and all that decides how it is fitted."""
-    spec = recipe.teacher
     return "|".join(
         [
             network.identity.sha256,
             head,
-            spec.model if head == "its own" else spec.model_dump_json(),
+            f"{spec.model} {spec.image_size}"
+            if head == "its own"
+            else spec.model_dump_json(exclude={"weight", "cache", "cache_dtype"}),
             recipe.data.model_dump_json(),
             str(recipe.seed) if spec.prepare not in ("probe", "none") else "",
         ]

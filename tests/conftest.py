@@ -187,6 +187,14 @@ def start_process() -> Iterator[Callable[..., subprocess.Popen]]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Teacher outputs go to a folder of this session, whatever the user has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REMAP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Tiny tensors are faster on one thread. For the whole session: runs made by wider fixtures must add up alike."""
     torch.set_num_threads(1)

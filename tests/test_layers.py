@@ -21,8 +21,11 @@ LAYERS = [
         "remap.tuning.__init__",
         "remap.tuning.entry",
         *(f"remap.tuning.{category}.__init__" for category in ("finetuning", "prompt", "adapter", "parameter")),
+        "remap.tuning.remapping",
         "remap.remapping.__init__",
+        "remap.remapping.architecture.__init__",
         "remap.remapping.entry",
+        "remap.remapping.weights.__init__",
         "remap.remapping.knowledge.__init__",
         *(f"remap.remapping.knowledge.{kind}.__init__" for kind in ("logits", "attention", "features")),
         "remap.backbones.families.__init__",
@@ -30,13 +33,14 @@ LAYERS = [
     {"remap.recipe", "remap.runs.rundir", "remap.runs.curves"},
     {"remap.backbones", "remap.data"},
     {"remap.tuning", "remap.remapping"},
-    {"remap.network"},
+    {"remap.network", "remap.student_teachers"},
     {"remap.engine"},
     {"remap"},
     {"remap_cli"},
 ]
 HOMES = {
     "yaml": ("remap.recipe.strict_yaml",),
+    "torch_pruning": ("remap.remapping.architecture.pruning",),
     "torchdistill": ("remap.remapping.knowledge.torchdistill_bridge",),
     "peft": ("remap.tuning.parameter.peft_bridge",),
     "timm": ("remap.backbones", "remap_cli.look"),  # the listing of models asks timm for names

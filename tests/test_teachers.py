@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from remap.engine.launch import accelerator
 from remap.errors import DataError, TrainingError
 from remap.network import Network, Runner
 from remap.progress import Silent
+from remap.recipe.schema import TeacherSpec
 from remap.running import Result, start
 from remap.runs.rundir import RunDir
 from remap.runs.task import load_task
@@ -164,14 +166,14 @@ def test_the_bound_is_two_standard_errors_above_chance(
     largest = 60 if accuracy == 0.64 else 50
     labels = np.asarray([0] * largest + [1] * (100 - largest))
     source = ViewSource(Split(("",) * 100, labels, lambda index: b""), View(16, 1.0, "bicubic"), memory_bytes=0)
-    teacher = PreparedTeacher(_network(tiny, 2), "key", "probe", accuracy)
+    teacher = PreparedTeacher(_network(tiny, 2), TeacherSpec(), "key", "probe", accuracy)
     student = Evaluation(round(untrained * 100), 100, np.zeros(100))
     if says is None:
-        require_useful(teacher, student, source, tiny.recipe())
+        require_useful(teacher, student, source)
         return
     with pytest.raises(TrainingError, match=says):
-        require_useful(teacher, student, source, tiny.recipe())
-    require_useful(teacher, student, source, tiny.recipe("teacher.allow_weak=true"))
+        require_useful(teacher, student, source)
+    require_useful(replace(teacher, spec=TeacherSpec(allow_weak=True)), student, source)
 
 
 @pytest.mark.parametrize("labels", [[0], [0, 1], [0, 0, 1], [0, 0, 0, 0, 1], [0, 0, 0]])
@@ -182,9 +184,9 @@ def test_a_teacher_that_is_right_on_few_images_may_teach(tiny: Any, labels: list
         Split(("",) * count, np.asarray(labels), lambda i: b""), View(16, 1.0, "bicubic"), memory_bytes=0
     )
     student, network = Evaluation(0, count, np.zeros(count)), _network(tiny, 2)
-    require_useful(PreparedTeacher(network, "key", "probe", 1.0), student, source, tiny.recipe())
+    require_useful(PreparedTeacher(network, TeacherSpec(), "key", "probe", 1.0), student, source)
     with pytest.raises(TrainingError, match="not clearly above chance"):
-        require_useful(PreparedTeacher(network, "key", "probe", (count - 1) / count), student, source, tiny.recipe())
+        require_useful(PreparedTeacher(network, TeacherSpec(), "key", "probe", (count - 1) / count), student, source)
 
 
 @pytest.mark.parametrize(
@@ -200,13 +202,13 @@ def test_the_advice_is_nothing_that_was_done(tiny: Any, head: str, advice: str, 
     source = ViewSource(Split(("",) * 2, np.asarray([0, 1]), lambda i: b""), View(16, 1.0, "bicubic"), memory_bytes=0)
     with pytest.raises(TrainingError) as caught:
         student = Evaluation(0, 2, np.zeros(2))
-        require_useful(PreparedTeacher(_network(tiny, 2), "key", head, 0.5), student, source, tiny.recipe())
+        require_useful(PreparedTeacher(_network(tiny, 2), TeacherSpec(), "key", head, 0.5), student, source)
     assert advice in caught.value.do and done not in caught.value.do.replace(advice, "")
 
 
 def test_a_teacher_is_tuned_with_its_own_readout(tiny: Any) -> None:
     recipe = tiny.recipe("teacher.preset=mae", "teacher.prepare=full", "teacher.weights=none")
-    student = teacher_recipe(recipe).student
+    student = teacher_recipe(recipe, recipe.teacher).student
     assert (student.model, student.weights, student.preset) == (recipe.teacher.model, "none", "mae")
 
 

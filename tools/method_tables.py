@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from remap.backbones.families import FAMILIES
-from remap.method_options import options_of, shown
+from remap.options import options_of, shown
 from remap.tuning import CATEGORIES, METHODS
 
 TARGET = Path(__file__).parents[1] / "docs" / "methods.md"

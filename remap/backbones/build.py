@@ -4,6 +4,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from remap.backbones import mini  # noqa: F401 - registers the embedded pair with timm
 from remap.backbones.anatomy import Anatomy, anatomy_of, classifier_parameters
+from remap.backbones.families import FAMILIES
 from remap.backbones.loading import create, in_cache_or_reachable, weight_arguments
 from remap.backbones.names import PRESETS, SHORT_NAMES
 from remap.backbones.preprocess import PreprocessSpec
@@ -30,12 +32,14 @@ class Identity:
         weights: "pretrained", "none" or the path of a .safetensors file.
         sha256: Hash of all backbone tensors, the classifier left out.
         preset: How self-supervised weights are read out: "none", "mae" or "moco_v3".
+        image_size: Side of the square input in pixels, where it was chosen; None for the model's own.
     """
 
     model: str
     weights: str
     sha256: str
     preset: str = "none"
+    image_size: int | None = None
 
 
 @dataclass
@@ -70,7 +74,15 @@ def preset_of(word: str, preset: str | None = None) -> str:
     return PRESETS.get(word, "none") if preset is None else preset
 
 
-def build(word: str, weights: str, num_classes: int, *, keep_head: bool = False, preset: str | None = None) -> Backbone:
+def build(
+    word: str,
+    weights: str,
+    num_classes: int,
+    *,
+    keep_head: bool = False,
+    preset: str | None = None,
+    image_size: int | None = None,
+) -> Backbone:
     """Build a backbone with a classifier for ``num_classes``.
 
     Presets are how VPT (Jia et al. 2022) reads self-supervised plain vision transformers: "mae" takes the mean of the
@@ -81,11 +93,13 @@ def build(word: str, weights: str, num_classes: int, *, keep_head: bool = False,
         weights: "pretrained", "none" or a .safetensors file.
         keep_head: Keep the classifier that comes with the weights instead of a fresh one.
         preset: "none", "mae" or "moco_v3"; None for what the short name implies.
+        image_size: Height and width of the images in pixels; None for the model's own. timm resamples the position
+            embeddings and relative position biases of weights made for another size.
 
     Raises:
         UnknownName: timm has no such model.
         WeightsError: The weights cannot be had or do not fit.
-        BackboneError: The family is not supported, or not with this preset.
+        BackboneError: The family is not supported, or not with this preset or size.
     """
     name, preset = resolve_name(word), preset_of(word, preset)
     _require_known(word, name)
@@ -94,7 +108,7 @@ def build(word: str, weights: str, num_classes: int, *, keep_head: bool = False,
             f"self-supervised weights ({preset}) bring no classifier",
             do="let teacher.prepare fit one (probe, full, or a method)",
         )
-    arguments = weight_arguments(name, weights, preset)
+    arguments = _sized(name, weight_arguments(name, weights, preset), image_size)
     if not keep_head:
         arguments["num_classes"] = num_classes
     model, missing = create(name, weights, arguments)
@@ -108,16 +122,17 @@ def build(word: str, weights: str, num_classes: int, *, keep_head: bool = False,
     else:
         fresh_head(model, anatomy, num_classes)
     digest = state_hash(model, anatomy)
-    identity = Identity(name, weights, digest, preset)
+    identity = Identity(name, weights, digest, preset, image_size)
     return Backbone(model, anatomy, PreprocessSpec.of(model), identity, not keep_head)
 
 
-def require_at_hand(word: str, weights: str) -> None:
-    """Find a mistake in a model's name or weights without building it.
+def require_at_hand(word: str, weights: str, image_size: int | None = None) -> None:
+    """Find a mistake in a model's name, weights or size without building it.
 
     Raises:
         UnknownName: timm has no such model.
         WeightsError: The weights are neither here nor to be had.
+        BackboneError: The model cannot have this size.
     """
     name = resolve_name(word)
     _require_known(word, name)
@@ -125,6 +140,7 @@ def require_at_hand(word: str, weights: str) -> None:
         in_cache_or_reachable(name)
     else:
         weight_arguments(name, weights)
+    _sized(name, {}, image_size)
 
 
 def state_hash(model: nn.Module, anatomy: Anatomy) -> str:
@@ -135,6 +151,23 @@ def state_hash(model: nn.Module, anatomy: Anatomy) -> str:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _sized(name: str, arguments: dict[str, Any], image_size: int | None) -> dict[str, Any]:
+    """Arguments of ``timm.create_model`` with those for images of this size; the model's family says which.
+
+    Raises:
+        BackboneError: The model cannot have this size.
+    """
+    if image_size is None:
+        return arguments
+    with torch.device("meta"):
+        model, _ = create(name, "none", {"pretrained": False})
+    anatomy = anatomy_of(model)
+    sizes = FAMILIES.load(anatomy.family).size_arguments(model, anatomy, image_size)
+    # Where preprocessing, and networks that take any size, read it.
+    overlay = {**arguments.get("pretrained_cfg_overlay", {}), "input_size": (3, image_size, image_size)}
+    return {**arguments, **sizes, "pretrained_cfg_overlay": overlay}
 
 
 def _require_known(word: str, name: str) -> None:

@@ -98,7 +98,8 @@ def create(name: str, weights: str, arguments: dict[str, Any]) -> tuple[nn.Modul
         cached = in_cache_or_reachable(name)
         if cached is not None:
             # Named as a file, timm loads it without asking the hub, which takes long where there is no network.
-            arguments = {**arguments, "pretrained_cfg_overlay": {"file": cached, "custom_load": False}}
+            overlay = {**arguments.get("pretrained_cfg_overlay", {}), "file": cached, "custom_load": False}
+            arguments = {**arguments, "pretrained_cfg_overlay": overlay}
     try:
         with _noting_missing(missing):
             model = timm.create_model(name, **arguments)

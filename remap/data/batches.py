@@ -1,6 +1,9 @@
-"""The order images are seen in and what is done to them on the way; a pure function of (seed, epoch, index)."""
+"""The order images are seen in and what is done to them on the way; a pure function of (seed, epoch, index).
 
-from collections.abc import Iterator
+Two images are mixed as raw pixels, rounded back to uint8, so teacher and student see the very same picture.
+"""
+
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -8,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remap.data import keyed
+from remap.data import keyed, mixing
 from remap.data.views import ViewSource
+from remap.recipe.schema import DataSpec
 
 
 @dataclass(frozen=True)
@@ -18,10 +22,13 @@ class Batch:
 
     Attributes:
         images_BCHW: Raw pixels, uint8.
-        labels_B: Class indices, int64.
+        labels_B: Class indices, int64; -1 without a label.
         indices_B: Positions in the split, int64 on the CPU.
         keys_B: One key an image for dropout, int64.
         share: The part of the step's global batch that this micro-batch stands for.
+        other_B: Label of the image that was mixed into each one (its own where none was); None where nothing is mixed.
+        share_B: How much of each image is its own, float32; None where nothing is mixed.
+        view: Number of the view that the images are seen in, for ``closed_view``.
     """
 
     images_BCHW: Tensor
@@ -29,6 +36,9 @@ class Batch:
     indices_B: np.ndarray
     keys_B: Tensor
     share: float
+    other_B: Tensor | None = None
+    share_B: Tensor | None = None
+    view: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,9 @@ class Plan:
 
     An epoch has floor(images / batch_size) steps, so every step has the full batch; what is left over differs from
     epoch to epoch. A split smaller than a batch is one step.
+
+    Attributes:
+        augment, views, mixup, cutmix, mix_probability: As in ``DataSpec``.
     """
 
     seed: int
@@ -46,6 +59,20 @@ class Plan:
     rank: int
     processes: int
     augment: str
+    views: int | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_probability: float = 1.0
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+    def view(self, epoch: int) -> int:
+        """Number of the view that this epoch sees; without augmentation there is one."""
+        if self.augment == "none":
+            return 0
+        return epoch if self.views is None else epoch % self.views
 
     @property
     def steps(self) -> int:
@@ -58,21 +85,32 @@ class Plan:
 
     def micro_batches(self, epoch: int, first_step: int = 0) -> Iterator[np.ndarray]:
         """Indices of this process, one array for each micro-batch, from step ``first_step`` on."""
+        for own, _ in self.paired(epoch, first_step):
+            yield own
+
+    def paired(self, epoch: int, first_step: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """As ``micro_batches``, with the index of each image's partner in mixing.
+
+        Neighbours in the order of the global batch are partners (0 and 1, 2 and 3, ...), wherever they are computed;
+        the last of an odd number is its own.
+        """
         order = keyed.permutation(self.seed, epoch, self.images)
         size = self.step_images
         shares = self.processes * self.accumulation
+        places = np.array_split(np.arange(size), shares)[self.rank * self.accumulation :][: self.accumulation]
         for step in range(first_step, self.steps):
-            parts = np.array_split(order[step * size : (step + 1) * size], shares)
-            yield from parts[self.rank * self.accumulation : (self.rank + 1) * self.accumulation]
+            batch = order[step * size : (step + 1) * size]
+            for own in places:
+                partner = np.where((own ^ 1) < size, own ^ 1, own)
+                yield batch[own], batch[partner]
 
 
 def batches(source: ViewSource, plan: Plan, epoch: int, first_step: int = 0) -> Iterator[Batch]:
     """Micro-batches of an epoch; the next one is made while the current one trains."""
-    arrays = plan.micro_batches(epoch, first_step)
     with ThreadPoolExecutor(1) as ahead:
         pending = None
-        for indices in arrays:
-            following = ahead.submit(_make, source, plan, epoch, indices)
+        for indices, partners in plan.paired(epoch, first_step):
+            following = ahead.submit(_make, source, plan, epoch, indices, partners)
             if pending is not None:
                 yield pending.result()
             pending = following
@@ -80,15 +118,65 @@ def batches(source: ViewSource, plan: Plan, epoch: int, first_step: int = 0) -> 
             yield pending.result()
 
 
-def _make(source: ViewSource, plan: Plan, epoch: int, indices: np.ndarray) -> Batch:
+def closed_views(spec: DataSpec) -> int:
+    """How many views each image is seen in, over all epochs; 0 where there is no end of them."""
+    if spec.mixup > 0 or spec.cutmix > 0:
+        return 0
+    return 1 if spec.augment == "none" else spec.views or 0
+
+
+def closed(spec: DataSpec) -> bool:
+    """Whether each image is seen in a fixed number of views, so that what a teacher makes of them can be kept."""
+    return closed_views(spec) > 0
+
+
+def closed_view(
+    source: ViewSource, augment: str, seed: int, view: int, indices: Sequence[int] | np.ndarray
+) -> tuple[Tensor, np.ndarray]:
+    """The very images that training sees in view number ``view``, and the indices that could be read.
+
+    Shapes as ``ViewSource.batch``.
+    """
     images, good = source.batch(indices)
-    images = augment(images, plan.augment, keyed.uniform(plan.seed, epoch, good, 3))
+    return augmented(images, augment, keyed.uniform(seed, view, good, 3)), good
+
+
+def _make(source: ViewSource, plan: Plan, epoch: int, indices: np.ndarray, partners: np.ndarray) -> Batch:
+    view = plan.view(epoch)
+    # Most partners are in the same part of the batch; the others are loaded behind it.
+    extra = np.setdiff1d(partners, indices) if plan.mixes else indices[:0]
+    images, good = closed_view(source, plan.augment, plan.seed, view, np.concatenate([indices, extra]))
+    other = share = None
+    if plan.mixes:
+        partner_of = dict(zip(indices.tolist(), partners.tolist(), strict=True))
+        images, good, other, share = _mixed(source, plan, epoch, images, good, partner_of)
+    labels = torch.from_numpy(source.split.labels[good])
     keys = torch.from_numpy(keyed.keys(plan.seed, epoch, good, keyed.DROPOUT).view(np.int64))
-    share = len(indices) / plan.step_images
-    return Batch(images, torch.from_numpy(source.split.labels[good]), good, keys, share)
+    return Batch(images, labels, good, keys, len(indices) / plan.step_images, other, share, view)
 
 
-def augment(images_BCHW: Tensor, kind: str, draws_B3: np.ndarray) -> Tensor:
+def _mixed(
+    source: ViewSource, plan: Plan, epoch: int, images: Tensor, good: np.ndarray, partner_of: dict[int, int]
+) -> tuple[Tensor, np.ndarray, Tensor, Tensor]:
+    """The images that have a partner, mixed with it: pixels, indices, the partners' labels and the images' shares.
+
+    An image whose partner cannot be read stays as it is.
+    """
+    row = {index: place for place, index in enumerate(good.tolist())}
+    own = [place for index, place in row.items() if index in partner_of]
+    beside = [row.get(partner_of[int(good[place])], place) for place in own]
+    indices, others = good[own], good[beside]
+    draws = keyed.uniform(plan.seed, epoch, keyed.pairs(indices, others), mixing.DRAWS, keyed.MIX)
+    draws[indices == others, 0] = 1.0  # above any chance
+    images, share = mixing.mix(
+        images[own], images[beside], draws, mixup=plan.mixup, cutmix=plan.cutmix, chance=plan.mix_probability
+    )
+    labels = source.split.labels
+    other = np.where(share.numpy() < 1.0, labels[others], labels[indices])
+    return images, indices, torch.from_numpy(other), share
+
+
+def augmented(images_BCHW: Tensor, kind: str, draws_B3: np.ndarray) -> Tensor:
     """Shift by up to an eighth of the side (edges filled with zeros) and mirror, each image by its own draws."""
     if kind == "none" or not len(images_BCHW):
         return images_BCHW

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # One number for each use, so that order, augmentation and dropout draw from unrelated streams.
-ORDER, AUGMENT, DROPOUT, SPLIT, STEP = 1, 2, 3, 4, 5
+ORDER, AUGMENT, DROPOUT, SPLIT, STEP, MIX = 1, 2, 3, 4, 5, 6
 
 
 def keys(seed: int, epoch: int, indices_B: NDArray[np.int64], stream: int) -> NDArray[np.uint64]:
@@ -29,6 +29,11 @@ def uniform(
     with np.errstate(over="ignore"):
         bits = _splitmix(base + np.arange(1, draws + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def pairs(one_B: NDArray[np.int64], other_B: NDArray[np.int64]) -> NDArray[np.int64]:
+    """One number for each pair of image indices (below 2**31), whichever comes first."""
+    return (np.minimum(one_B, other_B) << np.int64(32)) | np.maximum(one_B, other_B)
 
 
 def permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:

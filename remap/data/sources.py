@@ -1,6 +1,7 @@
-"""Labelled images from the embedded digits, a folder of class folders, or a tar of one."""
+"""Images from the embedded digits, a folder of class folders, or a tar of one; those without labels from any folder."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from remap.data.digits import digits
 from remap.data.images import SUFFIXES
 from remap.data.listing import Listing, list_folder, list_tar, unwrapped
-from remap.data.splits import ImageData, Split, stratified
+from remap.data.splits import NO_LABEL, ImageData, Split, stratified
 from remap.errors import DataError
 
 # Folder names of the usual splits, as timm knows them.
@@ -19,12 +20,62 @@ SPLITS = {
 }
 
 
-def open_data(source: str, val_source: str | None, val_fraction: float) -> ImageData:
+def open_data(
+    source: str, val_source: str | None, val_fraction: float, unlabeled: str | None = None, labels: int | None = None
+) -> ImageData:
     """Open a data source.
 
+    Args:
+        unlabeled: A folder or tar of images without labels, in any folders.
+        labels: Keep the labels of this many training images; the others count as unlabelled.
+
     Raises:
-        DataError: Nothing there, fewer than two classes, an empty class, or classes that differ between splits.
+        DataError: Nothing there, fewer than two classes, an empty class, classes that differ between splits, or a
+            number of labels that cannot be.
     """
+    data = _open_labeled(source, val_source, val_fraction)
+    if labels is not None:
+        data = data.with_labels(labels)
+    if unlabeled is None:
+        return data
+    for other in (source, val_source):
+        if other not in (None, "digits") and _holds(unlabeled, other):
+            raise DataError(
+                "the folder of images without labels holds the labelled ones, maybe those to evaluate on among them",
+                given=f"{unlabeled} and {other}",
+                do="name another folder; to learn from this one with the labels of N images only, set data.labels=N",
+            )
+    more, skipped = open_unlabeled(unlabeled)
+    return replace(data.with_unlabeled(more), skipped=(*data.skipped, *skipped))
+
+
+def open_unlabeled(source: str) -> tuple[Split, list[tuple[str, str]]]:
+    """All images of a folder or tar, whatever its folders, without labels; and the files left out, with the reason.
+
+    Names begin with the source's own, as the same file names may stand in the labelled data.
+
+    Raises:
+        DataError: Nothing there, or no images.
+    """
+    listing, name = _listing(source, "a folder or a tar of images"), Path(source).name
+    visible = [path for path in listing.paths if not any(map(_is_hidden, path.split("/")))]
+    paths = [path for path in visible if path.lower().endswith(SUFFIXES)]
+    if not paths:
+        raise DataError(
+            "no images to learn from without labels",
+            given=f"{source} ({len(listing.paths)} files)",
+            allowed=f"files with one of {' '.join(SUFFIXES)}, in any folders",
+        )
+    skipped = [(f"{name}/{path}", _not_an_image(path)) for path in sorted({*visible} - {*paths})]
+    names = tuple(f"{name}/{path}" for path in paths)
+    return Split(names, np.full(len(paths), NO_LABEL, dtype=np.int64), lambda i: listing.read(paths[i])), skipped
+
+
+def _holds(outer: str, inner: str) -> bool:
+    return Path(inner).expanduser().resolve().is_relative_to(Path(outer).expanduser().resolve())
+
+
+def _open_labeled(source: str, val_source: str | None, val_fraction: float) -> ImageData:
     if source == "digits":
         if val_source is not None:
             raise DataError("the embedded digits bring their own test split", given=f"data.val_source={val_source}")
@@ -54,14 +105,9 @@ def read_all(source: str, classes: Sequence[str]) -> Split:
     """
     if source == "digits":
         opened = digits()
-        whole = Split(
-            opened.train.names + opened.val.names,
-            np.concatenate([opened.train.labels, opened.val.labels]),
-            lambda i: opened.train.read(i) if i < len(opened.train) else opened.val.read(i - len(opened.train)),
-        )
         if tuple(classes) != opened.classes:
             raise DataError("classes the task does not know", given="digits", allowed=", ".join(classes[:20]))
-        return whole
+        return opened.train.joined(opened.val)
     parts, _ = _open(source)
     files: dict[str, list] = {}
     for tree in parts.values():
@@ -77,19 +123,22 @@ def read_all(source: str, classes: Sequence[str]) -> Split:
 
 def _open(source: str) -> tuple[dict[str, dict[str, list]], list[tuple[str, str]]]:
     """Files by split and class: {"train": {"ants": [(name, reader), ...]}}; without split folders under "all"."""
+    listing = _listing(source, "'digits', a folder of class folders, or a tar of one")
+    return _by_split_and_class(source, unwrapped(listing, [word for words in SPLITS.values() for word in words]))
+
+
+def _listing(source: str, allowed: str) -> Listing:
     path = Path(source).expanduser()
     if path.is_dir():
-        listing = list_folder(path)
-    elif path.is_file():
-        listing = list_tar(path)
-    else:
-        raise DataError(
-            "no such data",
-            given=source,
-            allowed="'digits', a folder of class folders, or a tar of one",
-            do="check the path; relative paths start at the current folder",
-        )
-    return _by_split_and_class(source, unwrapped(listing, [word for words in SPLITS.values() for word in words]))
+        return list_folder(path)
+    if path.is_file():
+        return list_tar(path)
+    raise DataError(
+        "no such data",
+        given=source,
+        allowed=allowed,
+        do="check the path; relative paths start at the current folder",
+    )
 
 
 def _by_split_and_class(source: str, listing: Listing) -> tuple[dict[str, dict[str, list]], list[tuple[str, str]]]:
@@ -113,11 +162,15 @@ def _by_split_and_class(source: str, listing: Listing) -> tuple[dict[str, dict[s
         if split is None or len(inner) < 2:
             skipped.append((path, "lies outside the class folders"))
         elif not path.lower().endswith(SUFFIXES):
-            skipped.append((path, f"{Path(path).suffix or 'no suffix'} is not an image format that is read"))
+            skipped.append((path, _not_an_image(path)))
         else:
             parts.setdefault(split, {}).setdefault(inner[0], []).append((path, listing.read))
     _require_images(source, listing, divided, split_of, parts)
     return parts, skipped
+
+
+def _not_an_image(path: str) -> str:
+    return f"{Path(path).suffix or 'no suffix'} is not an image format that is read"
 
 
 def _is_hidden(name: str) -> bool:

@@ -1,18 +1,25 @@
-"""Labelled images and how they are divided into those to learn from and those to check on."""
+"""Images, labelled or not, and how they are divided into those to learn from and those to check on."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from remap.data import keyed
+from remap.errors import DataError
+
+# The label of an image without one.
+NO_LABEL = -1
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images with labels. ``read(i)`` gives encoded bytes of image i; ``names[i]`` is what messages call it."""
+    """Images with labels. ``read(i)`` gives encoded bytes of image i; ``names[i]`` is what messages call it.
+
+    The label of an image without one is -1.
+    """
 
     names: tuple[str, ...]
     labels: NDArray[np.int64]
@@ -27,6 +34,18 @@ class Split:
         read = self.read
         return Split(tuple(self.names[i] for i in chosen), self.labels[chosen], lambda i: read(int(chosen[i])))
 
+    def without_labels(self) -> "Split":
+        return replace(self, labels=np.full_like(self.labels, NO_LABEL))
+
+    def joined(self, other: "Split") -> "Split":
+        """The images of both, this one's first."""
+        count, first, second = len(self), self.read, other.read
+        return Split(
+            self.names + other.names,
+            np.concatenate([self.labels, other.labels]),
+            lambda i: first(i) if i < count else second(i - count),
+        )
+
 
 @dataclass(frozen=True)
 class ImageData:
@@ -34,6 +53,8 @@ class ImageData:
 
     Attributes:
         classes: Names in label order (sorted).
+        train: The labelled training images.
+        unlabeled: Training images without labels, all of them -1.
         skipped: Files left out before training, with the reason.
         split_rule: How train and val came about, in words.
     """
@@ -45,6 +66,7 @@ class ImageData:
     test: Split | None = None
     skipped: tuple[tuple[str, str], ...] = field(default=())
     split_rule: str = ""
+    unlabeled: Split | None = None
 
     def fingerprint(self) -> str:
         """Hash of class names, file names, labels and order."""
@@ -52,7 +74,32 @@ class ImageData:
         for split in (self.train, self.val, self.test):
             if split is not None:
                 digest.update(_bytes_of(split.names) + split.labels.tobytes())
+        if self.unlabeled is not None:
+            digest.update(b"without labels" + _bytes_of(self.unlabeled.names))
         return digest.hexdigest()
+
+    def with_unlabeled(self, more: Split) -> "ImageData":
+        """The same data with more images without labels."""
+        more = more.without_labels()
+        return replace(self, unlabeled=more if self.unlabeled is None else self.unlabeled.joined(more))
+
+    def with_labels(self, count: int) -> "ImageData":
+        """The same data with the labels of ``count`` training images, the same ones every time; the other training
+        images have none.
+
+        Raises:
+            DataError: Fewer labels than classes, or more than training images.
+        """
+        if not len(self.classes) <= count <= len(self.train):
+            raise DataError(
+                "each class keeps one label at least, and there are no more labels than images",
+                given=f"data.labels={count}",
+                allowed=f"{len(self.classes)} (classes) to {len(self.train)} (training images)",
+            )
+        labeled, rest = stratified(self.train.labels, count)
+        rule = f"{self.split_rule}; labels of {count} of {len(self.train)} training images"
+        data = replace(self, train=self.train.take(labeled), split_rule=rule)
+        return data.with_unlabeled(self.train.take(rest)) if len(rest) else data
 
 
 def _bytes_of(names: Iterable[str]) -> bytes:
@@ -63,14 +110,16 @@ def _bytes_of(names: Iterable[str]) -> bytes:
 def stratified(labels: NDArray[np.int64], first: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Divide into ``first`` images and the rest, each class in proportion (largest remainder), the same every time.
 
-    Each class of two images or more is on both sides, as far as ``first`` allows.
+    Each class is on the first side, and one of two images or more is on both, as far as ``first`` allows.
     """
     counts = np.bincount(labels)
     exact = counts * (first / len(labels))
     low = np.minimum(counts, 1)
     high = np.maximum(counts - 1, low)
-    if not low.sum() <= first <= high.sum():
-        low, high = np.zeros_like(counts), counts
+    if first < low.sum():
+        low = np.zeros_like(counts)
+    if first > high.sum():
+        high = counts
     share = np.clip(np.floor(exact).astype(int), low, high)
     while (step := int(np.sign(first - share.sum()))) != 0:
         room = share < high if step > 0 else share > low

@@ -3,6 +3,7 @@
 Letters: B images, V side of the view in pixels.
 """
 
+import hashlib
 import os
 import threading
 from collections.abc import Sequence
@@ -62,6 +63,7 @@ class ViewSource:
         self._kept: Tensor | None = None
         self._in_memory = self.nbytes <= memory_bytes
         self._lock = threading.Lock()
+        self._digests: dict[int, bytes] = {}
 
     @property
     def nbytes(self) -> int:
@@ -111,9 +113,26 @@ class ViewSource:
         other._kept = None if self._kept is None else self._kept[torch.from_numpy(good)]
         return other
 
+    def digests(self, indices: Sequence[int] | np.ndarray) -> list[bytes]:
+        """16 bytes (BLAKE2b) for the encoded content of each image; read once. What cannot be read has the digest of
+        the reason."""
+        chosen = [int(index) for index in indices]
+        missing = list(dict.fromkeys(index for index in chosen if index not in self._digests))
+        if missing:
+            with ThreadPoolExecutor(self._workers) as pool:
+                self._digests.update(zip(missing, pool.map(self._digest, missing), strict=True))
+        return [self._digests[index] for index in chosen]
+
     def bad_names(self) -> list[tuple[str, str]]:
         """(name, reason) of the images that could not be read so far."""
         return [(self.split.names[index], reason) for index, reason in sorted(self.bad.items())]
+
+    def _digest(self, index: int) -> bytes:
+        try:
+            content = self.split.read(index)
+        except OSError as error:
+            content = f"cannot be read: {error}".encode(errors="surrogatepass")
+        return hashlib.blake2b(content, digest_size=16).digest()
 
     def _read(self, index: int) -> np.ndarray | None:
         try:
@@ -122,6 +141,61 @@ class ViewSource:
             with self._lock:
                 self.bad[int(index)] = error.reason if isinstance(error, BadImage) else str(error)
             return None
+
+
+class JoinedSource(ViewSource):
+    """The views of two sources one after the other. It keeps none of its own: what either has in memory, and which
+    images it found unreadable, serve both ways."""
+
+    def __init__(self, first: ViewSource, second: ViewSource) -> None:
+        assert first.view == second.view
+        self.first, self.second = first, second
+        self.view = first.view
+        self.split = first.split.joined(second.split)
+
+    @property
+    def bad(self) -> dict[int, str]:
+        return self.first.bad | {len(self.first.split) + index: why for index, why in self.second.bad.items()}
+
+    @property
+    def kept_bytes(self) -> int:
+        return self.first.kept_bytes + self.second.kept_bytes
+
+    def load(self, progress: Progress, what: str) -> None:
+        self.first.load(progress, what)
+        self.second.load(progress, what)
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, np.ndarray]:
+        chosen = np.asarray(indices, dtype=np.int64)
+        count = len(self.first.split)
+        in_first = chosen < count
+        if in_first.all():
+            return self.first.batch(chosen)
+        images, good = self.second.batch(chosen[~in_first] - count)
+        good = good + count
+        if not in_first.any():
+            return images, good
+        first_images, first_good = self.first.batch(chosen[in_first])
+        # Both parts are in the order asked for, less their bad images; merge them back into it.
+        places = np.concatenate(
+            [
+                np.flatnonzero(part)[np.isin(chosen[part], found)]
+                for part, found in ((in_first, first_good), (~in_first, good))
+            ]
+        )
+        order = np.argsort(places)
+        merged = torch.cat([first_images, images])[torch.from_numpy(order)]
+        return merged, np.concatenate([first_good, good])[order]
+
+    def without_bad(self) -> "JoinedSource":
+        return JoinedSource(self.first.without_bad(), self.second.without_bad()) if self.bad else self
+
+    def digests(self, indices: Sequence[int] | np.ndarray) -> list[bytes]:
+        chosen = [int(index) for index in indices]
+        count = len(self.first.split)
+        second = iter(self.second.digests([index - count for index in chosen if index >= count]))
+        first = iter(self.first.digests([index for index in chosen if index < count]))
+        return [next(first) if index < count else next(second) for index in chosen]
 
 
 def require_readable(source: ViewSource, what: str, skip: bool) -> None:

@@ -1,7 +1,7 @@
 """The one training loop: from (student, teacher, objective, images) to history."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from remap.errors import DataError, Interrupted, TrainingError
 from remap.network import Network, Runner
 from remap.progress import Progress
 from remap.recipe.schema import Recipe
+from remap.remapping.labels import Labels
 from remap.remapping.objective import Objective
 from remap.tuning.base import Sample
 
@@ -39,11 +40,11 @@ class StudentStep(nn.Module):
     def forward(
         self,
         images_BCHW: Tensor,
-        targets: Mapping[str, Tensor],
-        labels_B: Tensor,
+        targets: Sequence[Mapping[str, Tensor]],
+        labels: Labels,
         kept: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        total, parts = self.objective(self.runner(images_BCHW, kept), targets, labels_B)
+        total, parts = self.objective(self.runner(images_BCHW, kept), targets, labels)
         penalty = self.attached.penalty()
         if penalty is None:
             return total, parts
@@ -59,6 +60,7 @@ class Job:
         checkpoint: Where to keep the latest state; None keeps none.
         evaluate: Called after each epoch, gives the metrics to record.
         on_epoch: Called on the main process with the history so far.
+        labeled: Share of the training images that have a label.
         features: The student's frozen features of ``source``, where they are kept.
         sample: Training images for methods that look at them before the first step.
     """
@@ -66,7 +68,7 @@ class Job:
     recipe: Recipe
     student: Network
     objective: Objective
-    teacher: Teacher | None
+    teachers: Sequence[Teacher]
     source: ViewSource
     accelerator: Accelerator
     bf16: bool
@@ -75,6 +77,7 @@ class Job:
     on_epoch: Callable[[list[dict[str, Any]]], None]
     data_digest: str = ""
     checkpoint: Path | None = None
+    labeled: float = 1.0
     features: FrozenFeatures | None = None
     sample: Sample | None = None
 
@@ -88,8 +91,11 @@ class Job:
         return self.recipe.learning_rate(self.student.anatomy.width)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds besides the optimiser: ``parameters``, and buffers that training changes."""
-        return self.student.tensors | self.parameters()
+        """What a checkpoint holds besides the optimiser: ``parameters``, and all else that training changes."""
+        changing = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict(keep_vars=True).items()}
+        for teacher in self.teachers:
+            changing |= teacher.tensors()
+        return self.student.tensors | changing | self.parameters()
 
 
 def fit(job: Job, *, resume: bool = False) -> State:
@@ -210,11 +216,21 @@ def _forward(job: Job, step_module: nn.Module, batch: Batch) -> tuple[Tensor, di
     if not len(batch.indices_B):
         raise DataError("no image of a whole batch can be read", do="look at the skipped files the run lists")
     device = job.accelerator.device
-    images, labels = batch.images_BCHW.to(device, non_blocking=True), batch.labels_B.to(device, non_blocking=True)
-    targets = job.teacher.targets(images, batch.indices_B) if job.teacher is not None else {}
+    images = batch.images_BCHW.to(device, non_blocking=True)
+    labels = _labels(batch, job.labeled, device)
+    targets: list[Mapping[str, Tensor]] = [{}] * (1 + max((teacher.number for teacher in job.teachers), default=0))
+    for teacher in job.teachers:
+        targets[teacher.number] = teacher.targets(images, batch.indices_B, batch.view)
     job.student.attached.set_sample_keys(batch.keys_B.to(device))
     kept = job.features.rows(batch.indices_B) if job.features is not None else None
     return step_module(images, targets, labels, kept)
+
+
+def _labels(batch: Batch, labeled: float, device: torch.device) -> Labels:
+    def placed(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device, non_blocking=True)
+
+    return Labels(placed(batch.labels_B), placed(batch.other_B), placed(batch.share_B), labeled)
 
 
 def _step(
@@ -243,6 +259,8 @@ def _step(
         )
     optimizer.step()
     job.student.attached.after_step(update, total)
+    for teacher in job.teachers:
+        teacher.after_step(job.student, update)
     optimizer.zero_grad(set_to_none=True)
     for name, value in losses.items():
         state.loss_sums[name] = state.loss_sums.get(name, 0.0) + value
@@ -272,6 +290,10 @@ def plan_of(job: Job) -> Plan:
         rank=accelerator.process_index,
         processes=accelerator.num_processes,
         augment=job.recipe.data.augment,
+        views=job.recipe.data.views,
+        mixup=job.recipe.data.mixup,
+        cutmix=job.recipe.data.cutmix,
+        mix_probability=job.recipe.data.mix_probability,
     )
 
 

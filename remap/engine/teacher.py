@@ -1,61 +1,238 @@
-"""The teacher in training: frozen, in eval, never wrapped; asked each step, or once when views never change."""
+"""Teachers in training: frozen, in eval, never wrapped; asked each step, or once where views are a closed list."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from remap.data import keyed
+from remap.data.batches import closed_view
+from remap.data.records import RecordStore, row_digest
 from remap.data.views import ViewSource
 from remap.network import Network, Runner
 from remap.progress import Progress
+from remap.recipe.schema import TeacherSpec
 from remap.remapping.objective import Objective
+from remap.student_teachers import average
+
+# The mean probability of kept classes is taken over this many images.
+MASS_IMAGES = 1000
+
+
+@dataclass(frozen=True)
+class ClosedViews:
+    """All images of a source in a closed list of views, numbered from 0."""
+
+    source: ViewSource
+    augment: str
+    seed: int
+    views: int
+
+    @property
+    def count(self) -> int:
+        return len(self.source.split) * self.views
+
+    def chunks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(view, indices) over everything."""
+        for view in range(self.views):
+            for start in range(0, len(self.source.split), size):
+                yield view, np.arange(start, min(start + size, len(self.source.split)))
+
+    def images(self, view: int, indices: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """What training sees in that view, and which images could be read."""
+        return closed_view(self.source, self.augment, self.seed, view, indices)
+
+
+def view_draws(augment: str, seed: int, view: int, indices_B: np.ndarray) -> np.ndarray:
+    """The random numbers behind a view, (B, K); none where views are fixed."""
+    return np.zeros((len(indices_B), 0)) if augment == "none" else keyed.uniform(seed, view, indices_B, 3)
+
+
+class Kept(Protocol):
+    """Outputs of a teacher that need not be computed again."""
+
+    def rows(self, indices_B: np.ndarray, view: int) -> dict[str, Tensor]:
+        """The items of some images, seen in one view, on the CPU."""
 
 
 class Teacher:
-    """Gives the objective's targets for a batch.
+    """Gives the objective's items of one teacher for a batch.
 
     Args:
         network: A frozen network.
+        number: Which of the objective's teachers it is.
 
     Attributes:
-        kept: Targets of all training images, once ``precompute`` has run (or another run's were put here).
+        kept: Its outputs for all training images, where they are kept.
     """
 
-    def __init__(self, network: Network, objective: Objective, accelerator: Accelerator, *, bf16: bool) -> None:
-        self.runner = Runner(network, objective.teacher_needs(), bf16=bf16)
+    def __init__(
+        self, network: Network, objective: Objective, number: int, accelerator: Accelerator, *, bf16: bool
+    ) -> None:
+        self.network, self.number = network, number
+        self.runner = Runner(network, objective.teacher_needs(number), bf16=bf16)
         self.objective, self.device = objective, accelerator.device
-        self.kept: dict[str, Tensor] | None = None
+        self.kept: Kept | None = None
 
     @torch.no_grad()
-    def targets(self, images_BCHW: Tensor, indices_B: np.ndarray) -> dict[str, Tensor]:
-        """Targets of one batch, on the device."""
+    def targets(self, images_BCHW: Tensor, indices_B: np.ndarray, view: int) -> dict[str, Tensor]:
+        """Items of one batch, on the device."""
         if self.kept is not None:
-            rows = torch.from_numpy(indices_B)
-            return {key: value[rows].to(self.device, non_blocking=True) for key, value in self.kept.items()}
-        return self.objective.targets(self.runner(images_BCHW))
+            found = self.kept.rows(indices_B, view)
+            return {key: value.to(self.device, non_blocking=True) for key, value in found.items()}
+        return self.items(images_BCHW)
 
     @torch.no_grad()
-    def precompute(self, source: ViewSource, batch_size: int, progress: Progress) -> None:
-        """Run once over fixed views; afterwards ``targets`` looks them up and the teacher is not needed."""
-        count = len(source.split)
-        kept: dict[str, Tensor] = {}
-        with progress.wait("teacher outputs", count) as step:
-            for start in range(0, count, batch_size):
-                images, good = source.batch(np.arange(start, min(start + batch_size, count)))
-                if len(good):
-                    found = self.objective.targets(self.runner(images.to(self.device)))
-                    for key, value in found.items():
-                        whole = kept.setdefault(key, torch.zeros(count, *value.shape[1:], dtype=value.dtype))
-                        whole[torch.from_numpy(good)] = value.cpu()
-                step.advance(min(batch_size, count - start))
-        self.kept = kept
+    def items(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        """Items of raw pixels (B, 3, V, V), computed now."""
+        return self.objective.targets(self.runner(images_BCHW.to(self.device)), self.number)
 
-    def bytes_per_image(self, view_size: int) -> int:
-        """Memory that ``precompute`` takes for each image."""
-        images = torch.zeros(1, 3, view_size, view_size, dtype=torch.uint8, device=self.device)
-        with torch.no_grad():
-            found = self.objective.targets(self.runner(images))
-        return sum(value.numel() * value.element_size() for value in found.values())
+    def shapes(self, view_size: int) -> dict[str, tuple[int, ...]]:
+        """Shape of one image's row of each item."""
+        images = torch.zeros(1, 3, view_size, view_size, dtype=torch.uint8)
+        return {key: tuple(value.shape[1:]) for key, value in self.items(images).items()}
+
+    def after_step(self, student: Network, step: int) -> None:
+        """Called after update number ``step``."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What changes in training and has to be in a checkpoint."""
+        return {}
 
     def close(self) -> None:
         self.runner.tap.close()
+
+
+class AverageTeacher(Teacher):
+    """The running average of the student ("mean teacher", Tarvainen and Valpola 2017, arXiv 1703.01780)."""
+
+    def __init__(
+        self,
+        network: Network,
+        objective: Objective,
+        number: int,
+        accelerator: Accelerator,
+        *,
+        bf16: bool,
+        spec: TeacherSpec,
+    ) -> None:
+        super().__init__(network, objective, number, accelerator, bf16=bf16)
+        self.decay = spec.decay
+
+    def after_step(self, student: Network, step: int) -> None:
+        average(self.network, student, min(self.decay, (1 + step) / (10 + step)))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"teacher{self.number}.{name}": tensor for name, tensor in self.network.tensors.items()}
+
+
+class InMemory:
+    """Items of all images and views in memory, as they were computed."""
+
+    def __init__(self) -> None:
+        self._views: dict[int, dict[str, Tensor]] = {}
+
+    def rows(self, indices_B: np.ndarray, view: int) -> dict[str, Tensor]:
+        rows = torch.from_numpy(indices_B)
+        return {key: value[rows] for key, value in self._views[view].items()}
+
+    def put(self, view: int, indices_B: np.ndarray, items: Mapping[str, Tensor], count: int) -> None:
+        whole = self._views.setdefault(view, {})
+        for key, value in items.items():
+            if key not in whole:
+                whole[key] = torch.zeros(count, *value.shape[1:], dtype=value.dtype)
+            whole[key][torch.from_numpy(indices_B)] = value.cpu()
+
+
+class OnDisk:
+    """Items in a record store; an image in a view is found by the digest of its file and of the view's draws.
+
+    Attributes:
+        computed: Rows that had to be computed now, over all processes.
+        mass: Mean probability of the classes kept of the logits; None where all are.
+    """
+
+    def __init__(self, store: RecordStore, source: ViewSource, augment: str, seed: int) -> None:
+        self.store, self.source, self.augment, self.seed = store, source, augment, seed
+        self.computed, self.mass = 0, None
+
+    def rows(self, indices_B: np.ndarray, view: int) -> dict[str, Tensor]:
+        return self.store.rows(self.digests(indices_B, view))
+
+    def digests(self, indices_B: np.ndarray, view: int) -> list[bytes]:
+        """Names of images as a view shows them: equal names, equal pixels."""
+        draws_BK = view_draws(self.augment, self.seed, view, indices_B)
+        files = self.source.digests(indices_B)
+        return [row_digest(file, draws.tobytes()) for file, draws in zip(files, draws_BK, strict=True)]
+
+
+def keep_in_memory(teacher: Teacher, lessons: ClosedViews, batch_size: int, progress: Progress) -> None:
+    """Run a teacher once over a closed list of views; afterwards it is not needed any more."""
+    kept = InMemory()
+    with progress.wait("teacher outputs", lessons.count) as step:
+        for view, indices in lessons.chunks(batch_size):
+            images, good = lessons.images(view, indices)
+            if len(good):
+                kept.put(view, good, _items_of(teacher, images, batch_size), len(lessons.source.split))
+            step.advance(len(indices))
+    teacher.kept = kept
+
+
+def keep_on_disk(
+    teacher: Teacher,
+    store: RecordStore,
+    lessons: ClosedViews,
+    batch_size: int,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> OnDisk:
+    """Let a teacher fill the gaps of a store; each process computes its share of them."""
+    kept = OnDisk(store, lessons.source, lessons.augment, lessons.seed)
+    mine = list(lessons.chunks(batch_size))[accelerator.process_index :: accelerator.num_processes]
+    with progress.wait("teacher outputs on disk", sum(len(indices) for _, indices in mine)) as step:
+        for view, indices in mine:
+            missing = indices[store.missing(kept.digests(indices, view))]
+            if len(missing):
+                images, good = lessons.images(view, missing)
+                if len(good):
+                    store.append(kept.digests(good, view), _items_of(teacher, images, batch_size))
+                    kept.computed += len(good)
+            step.advance(len(indices))
+    store.flush()
+    kept.computed = _sum(kept.computed, accelerator)  # also waits for the other processes
+    store.refresh()
+    if any(item.top_k for item in store.items.values()):
+        some = kept.digests(np.arange(min(MASS_IMAGES, len(lessons.source.split))), 0)
+        lacking = set(store.missing(some).tolist())
+        kept.mass = store.mass([digest for place, digest in enumerate(some) if place not in lacking])
+    teacher.kept = kept
+    return kept
+
+
+def missing_rows(store: RecordStore, lessons: ClosedViews, batch_size: int) -> int:
+    """How many rows of a closed list of views a store lacks."""
+    kept = OnDisk(store, lessons.source, lessons.augment, lessons.seed)
+    return sum(len(store.missing(kept.digests(indices, view))) for view, indices in lessons.chunks(batch_size))
+
+
+def _sum(count: int, accelerator: Accelerator) -> int:
+    """Over all processes."""
+    if accelerator.num_processes == 1:
+        return count
+    total = torch.tensor(count, device=accelerator.device)
+    torch.distributed.all_reduce(total)
+    return int(total)
+
+
+def _items_of(teacher: Teacher, images_BCHW: Tensor, batch_size: int) -> dict[str, Tensor]:
+    """Items of up to ``batch_size`` images, computed in a batch of exactly that size.
+
+    The last bits of a matrix product may depend on its shape: so they are those of a training step.
+    """
+    count = len(images_BCHW)
+    whole = images_BCHW.repeat(-(-batch_size // count), 1, 1, 1)[:batch_size] if count < batch_size else images_BCHW
+    return {key: value[:count] for key, value in teacher.items(whole).items()}

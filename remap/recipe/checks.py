@@ -2,10 +2,12 @@
 
 from pydantic import BaseModel, ValidationError
 
+from remap.recipe.paths import is_run
 from remap.recipe.problems import lines_of
-from remap.recipe.schema import Named, Recipe, is_idle
+from remap.recipe.schema import Named, Recipe, StudentSpec, is_idle
 from remap.registry import did_you_mean
 from remap.remapping import LOSSES
+from remap.remapping.weights import INITS
 from remap.tuning import METHODS, combination_problems, config_of, parts_of
 
 
@@ -60,15 +62,17 @@ def _combination_problems(recipe: Recipe) -> list[str]:
         problems.append("losses: none of them trains the classifier (add ce, kd or dist)")
     if recipe.teacher is None and needing:
         problems.append(f"losses: {', '.join(needing)} need a teacher (set teacher.model, or keep to ce)")
-    if recipe.teacher is not None:
-        allowed, prepare = ("probe", "none", *METHODS.names), recipe.teacher.prepare
-        if "+" in prepare or "," in prepare:
-            problems += method_problems("teacher.prepare", prepare)
-        elif prepare not in allowed:
-            problems.append(
-                f"teacher.prepare: unknown word '{recipe.teacher.prepare}'"
-                f"{did_you_mean(recipe.teacher.prepare, allowed)} (allowed: {', '.join(allowed)})"
-            )
+    problems += _teacher_problems(recipe)
+    problems += _init_problems(recipe)
+    problems += _shrink_problems(recipe)
+    data = recipe.data
+    if data.unlabeled_only and data.unlabeled is None and data.labels is None:
+        problems.append("data.unlabeled_only: all images have labels (set data.unlabeled or data.labels)")
+    elif (data.unlabeled is not None or data.unlabeled_only) and names and recipe.needs_labels:
+        problems.append(
+            f"data.{'unlabeled_only' if data.unlabeled is None else 'unlabeled'}: nothing would be learned from the"
+            f" images without labels (add a teacher and a loss that needs none, such as kd)"
+        )
     if recipe.train.warmup_epochs is not None and recipe.train.warmup_epochs >= recipe.train.epochs:
         problems.append(
             f"train.warmup_epochs: {recipe.train.warmup_epochs} must be less than train.epochs {recipe.train.epochs}"
@@ -80,6 +84,73 @@ def _combination_problems(recipe: Recipe) -> list[str]:
     return problems
 
 
+def _teacher_problems(recipe: Recipe) -> list[str]:
+    if recipe.teacher is None and recipe.more_teachers:
+        return ["more_teachers: there is no first teacher (list them all under teacher)"]
+    problems = []
+    for number, spec in enumerate(recipe.teachers):
+        place = f"more_teachers[{number - 1}]" if number else "teacher"
+        allowed = ("probe", "none", *METHODS.names)
+        if spec.is_student and spec.prepare != "probe":
+            problems.append(f"{place}.prepare: the teacher '{spec.model}' takes no '{spec.prepare}' (leave it out)")
+        elif "+" in spec.prepare or "," in spec.prepare:
+            problems += method_problems(f"{place}.prepare", spec.prepare)
+        elif spec.prepare not in allowed:
+            problems.append(
+                f"{place}.prepare: unknown word '{spec.prepare}'"
+                f"{did_you_mean(spec.prepare, allowed)} (allowed: {', '.join(allowed)})"
+            )
+        if spec.is_student and spec.weights != "pretrained":
+            problems.append(f"{place}.weights: the teacher '{spec.model}' has the student's weights")
+    return problems
+
+
+def _shrink_problems(recipe: Recipe) -> list[str]:
+    """A student that is cut from its teacher; whether the shape is smaller shows when the teacher is opened."""
+    spec, teacher = recipe.student.shrink, recipe.teacher
+    if spec is None:
+        return []
+    problems = []
+    if teacher is None:
+        problems.append("student: there is no teacher to shrink (set teacher.model)")
+    elif teacher.is_student:
+        problems.append(f"student: the teacher '{teacher.model}' is made of the student, which cannot be cut from it")
+    for name in ("weights", "preset"):
+        if getattr(recipe.student, name) != StudentSpec.model_fields[name].default:
+            problems.append(f"student.{name}: a student that is shrunk has its teacher's weights (set teacher.{name})")
+    if spec.width is not None and spec.heads is not None and spec.width % spec.heads:
+        problems.append(f"student.shrink.width: {spec.width} is not a multiple of heads {spec.heads}")
+    return problems
+
+
+def _init_problems(recipe: Recipe) -> list[str]:
+    """What is wrong with starting the student from the teacher's weights."""
+    student, teacher = recipe.student, recipe.teacher
+    if student.init is None:
+        return ["student.force_init: there is nothing to force (set student.init)"] if student.force_init else []
+    name = student.init.name
+    if name not in INITS:
+        allowed = f"(allowed: {', '.join(INITS.names)})"
+        return [f"student.init: unknown initialisation '{name}'{did_you_mean(name, INITS.names)} {allowed}"]
+    if student.shrink is not None:
+        return [f"student.init: a student that is cut from the teacher has its weights already (leave '{name}' out)"]
+    if teacher is None:
+        return [f"student.init: {name} needs a teacher (set teacher.model)"]
+    if teacher.is_student:
+        return [f"student.init: the teacher '{teacher.model}' has the student's own weights (name another teacher)"]
+    if student.weights == "none" or student.force_init:
+        return []
+    if is_run(student.model) or student.weights != "pretrained":
+        lost = f"the weights in {student.model if is_run(student.model) else student.weights}"
+    else:
+        lost = f"the pre-trained weights of {student.model}"
+    random = "" if is_run(student.model) else "or start from random ones: --set student.weights=none, "
+    return [
+        f"student.init: {name} would overwrite {lost} (keep them: leave student.init out, {random}"
+        "or give them up: --force-init)"
+    ]
+
+
 def option_problems(recipe: Recipe) -> list[str]:
     """Options the class behind a name does not take. Imports the classes, and so torch."""
     problems = []
@@ -88,6 +159,9 @@ def option_problems(recipe: Recipe) -> list[str]:
     for index, loss in enumerate(recipe.losses or ()):
         if loss.name in LOSSES:
             problems += _options_of(f"losses[{index}]", LOSSES.load(loss.name).Config, loss)
+    init = recipe.student.init
+    if init is not None and init.name in INITS:
+        problems += _options_of("student.init", INITS.load(init.name).Config, init)
     return problems
 
 

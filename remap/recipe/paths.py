@@ -11,7 +11,11 @@ def is_run(word: str) -> bool:
 
 def absolute_data(word: str) -> str:
     """An absolute data path; "digits" is no path."""
-    return word if word == "digits" else str(Path(word).expanduser().resolve())
+    return word if word == "digits" else absolute(word)
+
+
+def absolute(word: str) -> str:
+    return str(Path(word).expanduser().resolve())
 
 
 def absolute_model(word: str) -> str:

@@ -13,6 +13,8 @@ from remap.recipe import catalogue, strict_yaml
 from remap.recipe.checks import method_problems, name_problems, option_problems
 from remap.recipe.problems import lines_of, option_places
 from remap.recipe.schema import (
+    EMA,
+    SELF,
     DataSpec,
     Recipe,
     StudentSpec,
@@ -30,10 +32,13 @@ _MARK = f" ({COMMAND_LINE})"
 WORDS = {
     "teacher": "teacher.model",
     "student": "student.model",
+    "init": "student.init",
+    "force_init": "student.force_init",
     "method": "method",
     "losses": "losses",
     "data": "data.source",
     "val_data": "data.val_source",
+    "unlabeled": "data.unlabeled",
     "epochs": "train.epochs",
     "batch_size": "train.batch_size",
     "lr": "train.lr",
@@ -222,11 +227,45 @@ def _words(words: Mapping[str, Any], problems: list[str], values: Mapping[str, A
         if word not in known:
             problems.append(f"{word}: unknown word{did_you_mean(word, known)} (allowed: {', '.join(known)})")
     pairs = [(WORDS[word], value) for word, value in words.items() if word in WORDS and value is not None]
+    teachers = _teachers(words.get("teacher"))
+    if len(teachers) > 1 or "weight" in (teachers or [{}])[0]:
+        pairs = [pair for pair in pairs if pair[0] != WORDS["teacher"]]
+        pairs += [(f"teacher.{key}", value) for key, value in teachers[0].items()]
+        pairs.append(("more_teachers", teachers[1:]))
+    if _of_student(teachers):  # what a recipe says of preparing its own teacher is not meant for the student
+        pairs.append(("teacher.prepare", "probe"))
     if words.get("weights") is not None:
         pairs.append(("student.weights", words["weights"]))
-        if words.get("teacher") is not None or values.get("teacher") is not None:
+        if (words.get("teacher") is not None or values.get("teacher") is not None) and not _of_student(teachers):
             pairs.append(("teacher.weights", words["weights"]))
+        for spec in teachers[1:]:
+            spec |= {} if _of_student([spec]) else {"weights": words["weights"]}
     return pairs
+
+
+def _teachers(word: Any) -> list[dict[str, Any]]:
+    """ "vit_large,dinov2_base:0.5" as sections; a path that is there is one model, whatever is in its name."""
+    if not isinstance(word, str):
+        return []
+    if Path(word.removeprefix("local-dir:")).expanduser().exists():
+        return [{"model": word}]
+    found = []
+    for part in (part.strip() for part in word.split(",")):
+        model, colon, weight = part.rpartition(":")
+        number = _number(weight) if colon else None
+        found.append({"model": part} if number is None else {"model": model, "weight": number})
+    return found
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _of_student(teachers: list[dict[str, Any]]) -> bool:
+    return bool(teachers) and teachers[0]["model"] in (SELF, EMA)
 
 
 def _settings(settings: Iterable[str], problems: list[str]) -> list[tuple[str, Any]]:
@@ -272,7 +311,7 @@ def _step(here: Any, part: str, root: dict[str, Any] | None) -> Any:
     if child is None:
         child = here[part] = {"name": Recipe().method.name} if part == "method" and root is not None else {}
     elif isinstance(child, str):
-        child = here[part] = {"name" if part == "method" else "model": child}
+        child = here[part] = {"name" if part in ("method", "init") else "model": child}
     return child
 
 

@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from remap.recipe.paths import absolute_data, absolute_model, absolute_weights
+from remap.recipe.paths import absolute, absolute_data, absolute_model, absolute_weights
+from remap.recipe.shrinking import is_shrink_word, read_shrink_word, shrink_word
 from remap.remapping import LOSSES
+from remap.remapping.weights import INITS
 from remap.tuning import METHODS, config_of, parts_of, rows_of
 
 
@@ -22,8 +24,19 @@ class DataSpec(Section):
         source: "digits", a folder of class folders (with or without train/val/test), or a tar of one.
         val_source: A second folder or tar to evaluate on; by default the source's own split.
         val_fraction: Share of each class held out where the source has no split of its own.
+        unlabeled: A folder or tar of images without labels (in any folders; their names mean nothing) that the
+            student learns from beside the labelled ones.
+        unlabeled_only: Learn from the images without labels instead of the labelled ones.
+        labels: Keep the labels of this many training images (each class in proportion, one at least, the same images
+            for every seed); the others count as unlabelled.
         augment: "none" keeps one fixed view of each image (teacher outputs are then computed once);
             "shift" moves it by up to an eighth of its side, "shift_flip" also mirrors it.
+        views: With augmentation, a closed list of this many views of each image, replayed from seeds (epoch e sees
+            view e % views), so that teacher outputs can be kept; null draws a new one in each epoch.
+        mixup, cutmix: Parameter a of Beta(a, a) in mixup (Zhang et al. 2018, arXiv 1710.09412) and CutMix (Yun et al.
+            2019, arXiv 1905.04899); 0 is without. With both, each pair of images draws one of the two. Teacher and
+            student see the mixed image, which is a new one in each epoch.
+        mix_probability: Share of the pairs that are mixed.
         max_bad: Largest share of training images that may be unreadable.
         skip_bad: Leave unreadable images out of evaluation too, instead of stopping.
         memory_gib: Views are kept in memory up to this size, else decoded again each epoch.
@@ -33,11 +46,27 @@ class DataSpec(Section):
     source: str = "digits"
     val_source: str | None = None
     val_fraction: float = Field(default=0.2, gt=0.0, lt=1.0)
+    unlabeled: str | None = None
+    unlabeled_only: bool = False
+    labels: int | None = Field(default=None, ge=1)
     augment: Literal["none", "shift", "shift_flip"] = "none"
+    views: int | None = Field(default=None, ge=1)
+    mixup: float = Field(default=0.0, ge=0.0)
+    cutmix: float = Field(default=0.0, ge=0.0)
+    mix_probability: float = Field(default=1.0, ge=0.0, le=1.0)
     max_bad: float = Field(default=0.1, ge=0.0, lt=1.0)
     skip_bad: bool = False
     memory_gib: float = Field(default=4.0, ge=0.0)
     workers: int | None = Field(default=None, ge=1)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def labeled_part(self) -> "DataSpec":
+        """The same data without the images that come without labels."""
+        return self.model_copy(update={"unlabeled": None, "unlabeled_only": False})
 
 
 class ModelSpec(Section):
@@ -48,33 +77,86 @@ class ModelSpec(Section):
         weights: "pretrained" (timm's loader and cache), "none" (random), or a .safetensors file.
         preset: How self-supervised weights are read out: "mae" (mean of the patch tokens and a fresh norm), "moco_v3"
             (class token; names of the original checkpoint); null takes what the model's name implies.
+        image_size: Input size in pixels; null keeps the model's own.
     """
 
     model: str
     weights: str = "pretrained"
     preset: Literal["none", "mae", "moco_v3"] | None = None
+    image_size: int | None = Field(default=None, ge=1)
+
+
+# Teachers that are made of the student.
+SELF, EMA = "self", "ema"
 
 
 class TeacherSpec(ModelSpec):
-    """The teacher and how it gets a head for these classes.
+    """A teacher and how it gets a head for these classes.
 
     Attributes:
+        model: As for every model, or "self" (the student's backbone without its tuning, sharing its weights), or
+            "ema" (the running average of the student; Tarvainen and Valpola 2017, arXiv 1703.01780).
         prepare: "probe" fits a linear head on cached features; a method's name tunes it; "none" takes it as it is.
+        weight: Its share among several teachers.
         epochs, lr: For a tuned teacher; by default those of ``train`` and of the method.
         allow_weak: Go on although the teacher is at chance.
-        cache: Compute its outputs once when views are fixed ("auto"), or in every step ("off").
+        cache: Where its outputs are kept while views are fixed. "auto" goes on with what is on disk already, else
+            keeps them in memory, and on disk if they do not fit there; "off" asks it in every step.
+        cache_dtype: How outputs are stored on disk; "auto" is the precision of the run (fp32, or fp16 for bf16).
+        top_k: Store that many class probabilities of an image on disk instead of all logits.
+        decay: Of the running average, for "ema"; it rises to this value as min(decay, (1 + step) / (10 + step)).
     """
 
     model: str = "mini_teacher"
     prepare: str = "probe"
+    weight: float = Field(default=1.0, gt=0.0)
     epochs: int | None = Field(default=None, ge=1)
     lr: float | None = Field(default=None, gt=0.0)
     allow_weak: bool = False
-    cache: Literal["auto", "off"] = "auto"
+    cache: Literal["auto", "memory", "disk", "off"] = "auto"
+    cache_dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    top_k: int | None = Field(default=None, ge=1)
+    decay: float = Field(default=0.999, gt=0.0, lt=1.0)
+
+    @property
+    def is_student(self) -> bool:
+        """Whether it is made of the student's own weights."""
+        return self.model in (SELF, EMA)
 
 
-class StudentSpec(ModelSpec):
-    model: str = "mini_student"
+class ShrinkSpec(Section):
+    """A student cut from the (first) teacher's backbone; null keeps what the teacher has.
+
+    Attributes:
+        depth, width, heads, mlp: Blocks, channels, heads a block and hidden units of an MLP. The head dimension is
+            width / heads; width or heads alone keep the teacher's.
+        importance: Of channels, heads and units: "taylor" (change of the pooled features, to first order, on images)
+            or "magnitude" of the weights.
+        blocks: Which go: "sensitivity" (one by one, the least missed on images) or "uniform" (even distances).
+        images: Training images to measure on.
+    """
+
+    depth: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=1)
+    heads: int | None = Field(default=None, ge=1)
+    mlp: int | None = Field(default=None, ge=1)
+    importance: Literal["taylor", "magnitude"] = "taylor"
+    blocks: Literal["sensitivity", "uniform"] = "sensitivity"
+    images: int = Field(default=64, ge=1)
+
+    @model_validator(mode="after")
+    def _cuts_something(self) -> "ShrinkSpec":
+        if all(size is None for size in (self.depth, self.width, self.heads, self.mlp)):
+            raise ValueError("nothing is to be cut (give at least one of depth, width, heads, mlp)")
+        return self
+
+    @property
+    def word(self) -> str:
+        """``shrink(teacher, depth=6)``, with what is not the default."""
+        return shrink_word(self.model_dump(exclude_defaults=True))
+
+
+_SHRINK_DEFAULTS = {name: field.default for name, field in ShrinkSpec.model_fields.items()}
 
 
 class Named(BaseModel):
@@ -87,6 +169,51 @@ class Named(BaseModel):
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+
+def _name_only(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class InitSpec(Named):
+    """A way to start from the teacher's weights and its options, flat: ``{name: layers, which: first}``."""
+
+
+class StudentSpec(ModelSpec):
+    """The student: a model, or one that is cut from the teacher.
+
+    Attributes:
+        model: As for every model, or "shrink(teacher, depth=6, width=384)", the short form of ``shrink``.
+        shrink: Derive the student from the teacher; ``model`` is then its short form.
+        init: How its backbone starts from the teacher's weights; null leaves it as ``weights`` says.
+        force_init: Let ``init`` overwrite weights that are not random.
+    """
+
+    model: str = "mini_student"
+    shrink: ShrinkSpec | None = None
+    init: Annotated[InitSpec | None, BeforeValidator(_name_only)] = None
+    force_init: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_short_form(cls, values: Any) -> Any:
+        """``model: shrink(...)`` alone is ``shrink: {...}``."""
+        if not isinstance(values, dict) or values.get("shrink") is not None or not is_shrink_word(values.get("model")):
+            return values
+        return {**values, "shrink": read_shrink_word(values["model"])}
+
+    @model_validator(mode="after")
+    def _write_short_form(self) -> "StudentSpec":
+        if self.shrink is None:
+            return self
+        options = self.shrink.model_dump()
+        if "model" in self.model_fields_set and (
+            not is_shrink_word(self.model)
+            or {**_SHRINK_DEFAULTS, **read_shrink_word(self.model)} != options
+        ):
+            raise ValueError(f"'{self.model}' and {self.shrink.word} exclude each other (leave student.model out)")
+        object.__setattr__(self, "model", self.shrink.word)
+        return self
 
 
 class MethodSpec(Named):
@@ -136,8 +263,12 @@ class TrainSpec(Section):
     processes: int | None = Field(default=None, ge=1)
 
 
-def _name_only(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
+def _model_only(value: Any) -> Any:
+    return {"model": value} if isinstance(value, str) else value
+
+
+def _models_only(value: Any) -> Any:
+    return tuple(_model_only(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def loss_words(value: Any) -> Any:
@@ -164,18 +295,30 @@ class Recipe(Section):
 
     ``losses`` null stands for cross-entropy alone without a teacher, and for ce + kd + attention with one (without
     attention where the method cannot change it, or where one of the models has none over the whole image).
+    A list of teachers may stand under ``teacher``: the first is ``teacher``, the others are ``more_teachers``. Every
+    loss is then the mean over teachers, by their weights.
     """
 
     name: str = Field(default="digits", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     seed: int = Field(default=0, ge=0, lt=2**32)
     data: DataSpec = DataSpec()
-    teacher: Annotated[TeacherSpec | None, BeforeValidator(lambda v: {"model": v} if isinstance(v, str) else v)] = None
+    teacher: Annotated[TeacherSpec | None, BeforeValidator(_model_only)] = None
+    more_teachers: Annotated[tuple[TeacherSpec, ...], BeforeValidator(_models_only)] = ()
     student: Annotated[StudentSpec, BeforeValidator(lambda v: {"model": v} if isinstance(v, str) else v)] = (
         StudentSpec()
     )
     method: Annotated[MethodSpec, BeforeValidator(_name_only)] = MethodSpec(name="vpt_deep")
     losses: Annotated[tuple[LossSpec, ...] | None, BeforeValidator(loss_words)] = None
     train: TrainSpec = TrainSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _several_teachers(cls, values: Any) -> Any:
+        """The list form of ``teacher``."""
+        if not isinstance(values, dict) or not isinstance(values.get("teacher"), (list, tuple)):
+            return values
+        first, *others = values["teacher"] or (None,)
+        return {**values, "teacher": first, "more_teachers": [*others, *values.get("more_teachers", ())]}
 
     @model_validator(mode="after")
     def _fill_losses(self) -> "Recipe":
@@ -195,9 +338,20 @@ class Recipe(Section):
         return self
 
     @property
+    def teachers(self) -> tuple[TeacherSpec, ...]:
+        """All of them, in order."""
+        return () if self.teacher is None else (self.teacher, *self.more_teachers)
+
+    @property
     def has_default_losses(self) -> bool:
         """Whether nobody chose the losses. A saved recipe lists them, and they count as chosen from then on."""
         return "losses" not in self.model_fields_set
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether every loss reads labels, so that an image without one teaches nothing."""
+        known = [loss.name for loss in self.losses or () if loss.name in LOSSES]
+        return all(LOSSES.row(name).category == "labels" for name in known)
 
     def written_out(self) -> "Recipe":
         """The same recipe with the defaults of its method and losses in place, so that it outlives a change of them,
@@ -205,15 +359,20 @@ class Recipe(Section):
 
         Imports the classes behind the names, and so torch.
         """
+        teachers = tuple(_absolute(spec) for spec in self.teachers)
         models = {
-            role: spec.model_copy(
-                update={"model": absolute_model(spec.model), "weights": absolute_weights(spec.weights)}
-            )
-            for role, spec in (("teacher", self.teacher), ("student", self.student))
-            if spec is not None
+            "teacher": teachers[0] if teachers else None,
+            "more_teachers": teachers[1:],
+            "student": _absolute(self.student),
         }
+        init = self.student.init
+        if init is not None:
+            whole = InitSpec(name=init.name, **_with_defaults(INITS.load(init.name).Config, init))
+            models["student"] = models["student"].model_copy(update={"init": whole})
         val_source = None if self.data.val_source is None else absolute_data(self.data.val_source)
-        data = self.data.model_copy(update={"source": absolute_data(self.data.source), "val_source": val_source})
+        unlabeled = None if self.data.unlabeled is None else absolute(self.data.unlabeled)
+        places = {"source": absolute_data(self.data.source), "val_source": val_source, "unlabeled": unlabeled}
+        data = self.data.model_copy(update=places)
         method = MethodSpec(name=self.method.name, **_with_defaults(config_of(self.method.name), self.method))
         losses = tuple(
             LossSpec(name=loss.name, weight=loss.weight, **_with_defaults(LOSSES.load(loss.name).Config, loss))
@@ -240,6 +399,10 @@ class Recipe(Section):
         if self.train.base_lr is not None:
             return self.train.base_lr
         return min(row.lr for row in rows_of(self.method.name))
+
+
+def _absolute(spec: ModelSpec) -> ModelSpec:
+    return spec.model_copy(update={"model": absolute_model(spec.model), "weights": absolute_weights(spec.weights)})
 
 
 def _with_defaults(config: type[BaseModel], spec: "Named") -> dict[str, Any]:

@@ -60,9 +60,20 @@ def to_shared_tokens(attention: Attention, keep_class_token: bool) -> Attention:
         attention,
         q_BHSh=attention.q_BHSh[:, :, 1:],
         k_BHSh=attention.k_BHSh[:, :, 1:],
+        v_BHSh=None if attention.v_BHSh is None else attention.v_BHSh[:, :, 1:],
         has_class_token=False,
         bias_BHSS=None if attention.bias_BHSS is None else attention.bias_BHSS[..., 1:, 1:],
     )
+
+
+def class_row(attention: Attention) -> Attention:
+    """The attention of the class token alone, as one query: its map is (B, H, 1, S), S times smaller than the whole.
+
+    Equal to row 0 of the full map, because every row has a softmax of its own.
+    """
+    assert attention.has_class_token
+    bias = attention.bias_BHSS
+    return replace(attention, q_BHSh=attention.q_BHSh[:, :, :1], bias_BHSS=None if bias is None else bias[..., :1, :])
 
 
 def resize_attention(
@@ -93,6 +104,58 @@ def resize_attention(
     # Bilinear weights already sum to 1; bicubic ones only do before the clamp.
     patch_rows = patch_rows / patch_rows.sum(dim=-1, keepdim=True)
     return torch.cat([keys[..., :split, :], patch_rows], dim=-2)
+
+
+def resize_rows(
+    map_xRS: Tensor,
+    source: tuple[int, int],
+    target: tuple[int, int],
+    has_class_token: bool,
+    interpolation: Interpolation = "bilinear",
+) -> Tensor:
+    """Carry some rows (R queries) of an attention map to another patch grid: their keys as ``resize_attention`` does.
+
+    With equal grids the very same tensor comes back.
+    """
+    if source == target:
+        return map_xRS
+    resize_PQ = _resize_matrix(source, target, interpolation).to(map_xRS.device, map_xRS.dtype)
+    with float32_region(map_xRS):
+        return _resize_keys(map_xRS, resize_PQ, int(has_class_token))
+
+
+def resize_scores(
+    scores_xSS: Tensor,
+    source: tuple[int, int],
+    target: tuple[int, int],
+    has_class_token: bool,
+    interpolation: Interpolation = "bilinear",
+) -> Tensor:
+    """Carry scores before the softmax to another patch grid: linear in rows and columns, nothing re-normalised.
+
+    Scores with the class token, on either side, are images on the grid of the other side.
+    """
+    keys_xSS = resize_tokens(scores_xSS.mT, source, target, has_class_token, interpolation).mT
+    return resize_tokens(keys_xSS, source, target, has_class_token, interpolation)
+
+
+def resize_tokens(
+    tokens_xSD: Tensor,
+    source: tuple[int, int],
+    target: tuple[int, int],
+    has_class_token: bool,
+    interpolation: Interpolation = "bilinear",
+) -> Tensor:
+    """Carry one vector a token from one patch grid to another: each channel is an image; the class token is kept.
+
+    With equal grids the very same tensor comes back.
+    """
+    if source == target:
+        return tokens_xSD
+    split = int(has_class_token)
+    resize_PQ = _resize_matrix(source, target, interpolation).to(tokens_xSD.device, tokens_xSD.dtype)
+    with float32_region(tokens_xSD):
+        return torch.cat([tokens_xSD[..., :split, :], resize_PQ @ tokens_xSD[..., split:, :]], dim=-2)
 
 
 def _resize_keys(map_xSS: Tensor, resize_PQ: Tensor, split: int) -> Tensor:

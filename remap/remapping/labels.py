@@ -33,10 +33,17 @@ class Labels:
     @property
     def main_B(self) -> Tensor:
         """One class an image: of a mixed one that with the larger share; 0 stands in where none is known."""
-        main = self.classes_B
-        if self.other_B is not None and self.share_B is not None:
-            main = torch.where(self.share_B >= 0.5, self.classes_B, self.other_B)
-        return main.clamp_min(0)
+        return self._larger_share_B().clamp_min(0)
+
+    def main_or(self, guess_B: Tensor) -> Tensor:
+        """One class an image: of a mixed one that with the larger share; ``guess_B`` where that one is not known."""
+        main = self._larger_share_B()
+        return torch.where(main >= 0, main, guess_B)
+
+    def _larger_share_B(self) -> Tensor:
+        if self.other_B is None or self.share_B is None:
+            return self.classes_B
+        return torch.where(self.share_B >= 0.5, self.classes_B, self.other_B)
 
     def probabilities_BC(self, num_classes: int) -> Tensor:
         """The label as a distribution, float32; rows without a label mean nothing."""

@@ -5,8 +5,9 @@ P prefix tokens (class, distillation, registers).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,13 +67,15 @@ class Attention:
     bias_BHSS: Tensor | None = None
     v_BHSh: Tensor | None = None
 
-    def map_BHSS(self) -> Tensor:
-        """Attention probabilities in float32, also under autocast; rows sum to 1."""
+    def scores_BHSS(self) -> Tensor:
+        """What the softmax is taken of, in float32, also under autocast."""
         with float32_region(self.q_BHSh):
             scores = self.q_BHSh.float() @ self.k_BHSh.float().mT
-            if self.bias_BHSS is not None:
-                scores = scores + self.bias_BHSS.float()
-            return scores.softmax(dim=-1)
+            return scores if self.bias_BHSS is None else scores + self.bias_BHSS.float()
+
+    def map_BHSS(self) -> Tensor:
+        """Attention probabilities in float32, also under autocast; rows sum to 1."""
+        return self.scores_BHSS().softmax(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,23 @@ class Signals:
     attention: dict[int, Attention] = field(default_factory=dict)
     tokens: dict[int, Tokens] = field(default_factory=dict)
     head_logits: tuple[Tensor, ...] = ()
+
+    def leaves(self) -> "Signals":
+        """The same values as leaves of new graphs."""
+
+        def leaf(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.detach().requires_grad_()
+
+        def fresh(part: Attention | Tokens) -> Any:
+            return replace(part, **{k: leaf(v) for k, v in vars(part).items() if isinstance(v, Tensor)})
+
+        return Signals(
+            leaf(self.logits_BC),
+            leaf(self.pooled_BD),
+            {index: fresh(part) for index, part in self.attention.items()},
+            {index: fresh(part) for index, part in self.tokens.items()},
+            tuple(leaf(logits) for logits in self.head_logits),
+        )
 
 
 class Tap:

@@ -63,7 +63,7 @@ def plan(recipe: Recipe, methods: Sequence[str], seeds: int) -> list[Cell]:
     """Every method with and without the teacher, for ``seeds`` seeds from the recipe's own upwards.
 
     The cells differ from each other in method, its learning rate, losses and seed, and in nothing else; a loss on
-    something that a method cannot change is left out for it.
+    something that a method cannot change is left out for it, and images without labels are for the teacher alone.
     """
     cells = []
     default = LossSpec(name="ce", weight=LOSSES.row("ce").weight)
@@ -74,7 +74,9 @@ def plan(recipe: Recipe, methods: Sequence[str], seeds: int) -> list[Cell]:
             for seed in range(recipe.seed, recipe.seed + seeds):
                 losses = tuple(loss for loss in recipe.losses if not is_idle(loss.name, method))
                 update: dict[str, Any] = {"method": spec, "seed": seed, "losses": losses}
-                update |= {} if with_teacher else {"teacher": None, "losses": alone}
+                update |= {} if with_teacher else {"teacher": None, "losses": alone, "data": recipe.data.labeled_part()}
+                if not with_teacher:  # nor does it start from the teacher's weights
+                    update["student"] = recipe.student.model_copy(update={"init": None, "force_init": False})
                 cells.append(Cell(method, with_teacher, seed, recipe.model_copy(update=update)))
     return cells
 

@@ -20,8 +20,8 @@ def without_idle_losses(recipe: Recipe, progress: Progress) -> Recipe:
     chosen = [loss for loss in recipe.losses if LOSSES.row(loss.name).category != "attention"]
     if not recipe.has_default_losses or recipe.teacher is None or len(chosen) == len(recipe.losses):
         return recipe
-    specs = {"student": recipe.student, "teacher": recipe.teacher}
-    without = [f"the {role} {spec.model}" for role, spec in specs.items() if _lacks_attention(spec)]
+    specs = [("student", recipe.student), *(("teacher", spec) for spec in recipe.teachers if not spec.is_student)]
+    without = [f"the {role} {spec.model}" for role, spec in specs if _lacks_attention(spec)]
     if not without:
         return recipe
     have = "has" if len(without) == 1 else "have"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ class _Source(BaseModel):
     weights: str
     sha256: str
     preset: str
+    image_size: int | None = None
 
 
 class _Meta(BaseModel):
@@ -63,6 +65,7 @@ def save_task(folder: Path, network: Network, view: View, method: str, options: 
                 "model": network.identity.model,
                 "weights": network.identity.weights,
                 "preset": network.identity.preset,
+                "image_size": network.identity.image_size,
                 "sha256": network.identity.sha256,
             },
             "method": {"name": method, **options},
@@ -82,14 +85,13 @@ def load_task(path: Path) -> tuple[Network, View]:
     Raises:
         RunError: The files are damaged or the backbone is another one.
     """
-    folder = path / "task" if (path / "task").is_dir() else path
-    if not (folder / "task.json").is_file() and (path / "recipe.yaml").is_file():
-        raise _unfinished(path)
+    folder = _folder_of(path)
     meta = _read_meta(folder)
     tensors = _read_tensors(folder, meta)
     spec = meta.backbone
     weights = "none" if meta.holds_backbone else spec.weights
-    backbone = open_backbone(ModelSpec(model=spec.model, weights=weights, preset=spec.preset), len(meta.classes))
+    source = ModelSpec(model=spec.model, weights=weights, preset=spec.preset, image_size=spec.image_size)
+    backbone = open_backbone(source, len(meta.classes))
     if not meta.holds_backbone and backbone.identity.sha256 != spec.sha256:
         raise RunError(
             f"{folder} was tuned on other weights of {spec.model}",
@@ -100,11 +102,36 @@ def load_task(path: Path) -> tuple[Network, View]:
         network = tuned(backbone, meta.method.name, meta.method.options)
     except ValidationError as error:
         raise RunError(f"{folder / 'task.json'} has options that {meta.method.name} does not take") from error
-    network.identity = Identity(spec.model, spec.weights, spec.sha256, spec.preset)
+    network.identity = Identity(spec.model, spec.weights, spec.sha256, spec.preset, spec.image_size)
     _put(network, tensors, folder)
     network.classes, network.preprocess = meta.classes, meta.preprocess
     choose_attention(network, "auto", torch.device("cpu"))  # the kernel it was trained with, unless it is moved
     return network, meta.view
+
+
+def put_task(network: Network, path: Path) -> None:
+    """Put the tuned parameters and head of a saved task into the network it was saved from, built anew.
+
+    Raises:
+        RunError: The files are damaged, or belong to another backbone.
+    """
+    folder = _folder_of(path)
+    meta = _read_meta(folder)
+    if meta.backbone.sha256 != network.identity.sha256:
+        raise RunError(
+            f"{folder} belongs to another backbone than {network.identity.model}",
+            given=f"task {meta.backbone.sha256[:16]}, backbone {network.identity.sha256[:16]}",
+            do="start the run again in another --output",
+        )
+    _put(network, _read_tensors(folder, meta), folder)
+
+
+def _folder_of(path: Path) -> Path:
+    """The task folder of a run directory; a task folder is its own."""
+    folder = path / "task" if (path / "task").is_dir() else path
+    if not (folder / "task.json").is_file() and (path / "recipe.yaml").is_file():
+        raise _unfinished(path)
+    return folder
 
 
 def _unfinished(path: Path) -> RunError:
@@ -132,6 +159,7 @@ def open_backbone(spec: ModelSpec, num_classes: int, *, keep_head: bool = False)
         )
     run = spec.model if is_run(spec.model) else spec.weights
     if is_run(run):
+        require_size_of_run(spec)
         if keep_head:
             raise BackboneError(f"the head of {run} is for other classes", do="let teacher.prepare fit one")
         backbone = _backbone_of_run(Path(run).expanduser().resolve(), num_classes)
@@ -140,7 +168,26 @@ def open_backbone(spec: ModelSpec, num_classes: int, *, keep_head: bool = False)
                 "the weights are of another model", given=f"{spec.model}, and {run} of {backbone.identity.model}"
             )
         return backbone
-    return build(spec.model, spec.weights, num_classes, keep_head=keep_head, preset=spec.preset)
+    return build(
+        spec.model, spec.weights, num_classes, keep_head=keep_head, preset=spec.preset, image_size=spec.image_size
+    )
+
+
+def require_size_of_run(spec: ModelSpec) -> None:
+    """A run directory's weights keep the image size they were tuned at.
+
+    Raises:
+        BackboneError: ``spec`` asks for another one.
+    """
+    run = spec.model if is_run(spec.model) else spec.weights
+    own = _read_meta(_folder_of(Path(run).expanduser())).preprocess.size
+    if spec.image_size not in (None, own):
+        raise BackboneError(
+            f"{run} was tuned on images of {own} x {own} pixels",
+            given=f"image_size: {spec.image_size}",
+            allowed=f"{own}, or null",
+            do="leave image_size out, or tune at that size and name the new run",
+        )
 
 
 def _backbone_of_run(path: Path, num_classes: int) -> Backbone:
@@ -148,7 +195,7 @@ def _backbone_of_run(path: Path, num_classes: int) -> Backbone:
     network.attached.merge()
     fresh_head(network.model, network.anatomy, num_classes)
     digest = state_hash(network.model, network.anatomy)
-    identity = Identity(network.identity.model, str(path), digest, network.identity.preset)
+    identity = replace(network.identity, weights=str(path), sha256=digest)
     return Backbone(network.model, network.anatomy, network.preprocess, identity, head_is_fresh=True)
 
 

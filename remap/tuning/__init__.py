@@ -1,4 +1,4 @@
-"""Tuning methods of categories 1-4, one list of rows a category; listing them imports no torch.
+"""Tuning methods, one list of rows a category; listing them imports no torch.
 
 A method's name may also be a combination: "vpt_deep+lora".
 """
@@ -6,11 +6,11 @@ A method's name may also be a combination: "vpt_deep+lora".
 from typing import Any
 
 from remap.registry import Registry
-from remap.tuning import adapter, finetuning, parameter, prompt
+from remap.tuning import adapter, finetuning, parameter, prompt, remapping
 from remap.tuning.entry import CATEGORIES, MethodEntry
 
 METHODS: Registry[MethodEntry] = Registry(
-    "method", "methods", [*finetuning.ROWS, *prompt.ROWS, *adapter.ROWS, *parameter.ROWS]
+    "method", "methods", [*finetuning.ROWS, *prompt.ROWS, *adapter.ROWS, *parameter.ROWS, *remapping.ROWS]
 )
 
 __all__ = [

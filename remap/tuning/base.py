@@ -67,7 +67,7 @@ class Attached:
         fold_stage: In a combination ``merge`` folds low stages first, parts of one stage in their order. It goes from
             the inside of a layer outwards, as the forward does: 0 is the weights themselves, 1 a mix of a
             convolution's output channels, 2 scales of outputs, 3 a map between a norm's output and the layers that
-            read it.
+            read it, 4 a scale of a whole branch.
     """
 
     wants_sample: bool = False

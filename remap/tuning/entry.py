@@ -9,6 +9,7 @@ CATEGORIES = {
     "prompt": "2 prompt tuning",
     "adapter": "3 adapter tuning",
     "parameter": "4 parameter tuning",
+    "remapping": "5 remapping tuning",
 }
 
 

@@ -22,6 +22,10 @@ TINY: dict[str, tuple[str, dict]] = {
     "vit_siglip": ("vit_base_patch16_siglip_224", SEQUENCE),
     "vit_clip": ("vit_base_patch32_clip_224", SEQUENCE),
     "vit_avg": ("vit_tiny_patch16_224", {**SEQUENCE, "global_pool": "avg", "qk_norm": True}),
+    "vit_no_class": (
+        "vit_tiny_patch16_224",
+        {**SEQUENCE, "class_token": False, "global_pool": "avg", "reg_tokens": 2},
+    ),
     "vit_inner_norms": ("beit3_base_patch16_224", SEQUENCE),
     "eva02_fused": ("eva02_tiny_patch14_224", SEQUENCE),
     "eva02_split": ("eva02_base_patch14_224", SEQUENCE),
@@ -35,6 +39,10 @@ TINY: dict[str, tuple[str, dict]] = {
     "pe_core": ("vit_pe_core_tiny_patch16_384", SEQUENCE),
     "beit": ("beit_base_patch16_224", {**SEQUENCE, "init_values": 0.3}),
     "beit_shared": ("beitv2_base_patch16_224", {**SEQUENCE, "use_shared_rel_pos_bias": True, "qkv_bias": False}),
+    "beit_shared_only": (
+        "beit_base_patch16_224",
+        {**SEQUENCE, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
+    ),
     "beit_absolute": ("beit_base_patch16_224", {**SEQUENCE, "use_abs_pos_emb": True, "global_pool": "token"}),
     "swin": ("swin_tiny_patch4_window7_224", {**SWIN, "drop_path_rate": 0.3}),
     "convnext": ("convnext_tiny", {**CONVNEXT, "drop_path_rate": 0.3, "ls_init_value": 0.3}),

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from timm.models import save_for_hf
 from torch import nn
 
-from remap.backbones.anatomy import anatomy_of
-from remap.backbones.build import build, state_hash
+from remap.backbones.anatomy import anatomy_of, module_at
+from remap.backbones.build import build, require_at_hand, state_hash
 from remap.backbones.families import FAMILIES
 from remap.backbones.names import ABOUT, PRESETS, SHORT_NAMES
 from remap.errors import BackboneError, UnknownName, WeightsError
@@ -179,3 +180,139 @@ def test_the_mini_pair_is_as_small_as_promised(short: str, limit: float) -> None
     model = build(short, "none", 10).model
     assert sum(p.numel() for p in model.parameters()) <= limit
     assert model.patch_embed.patch_size == (4, 4) and model.patch_embed.img_size == (32, 32)
+
+
+# --- another size of images
+
+
+@pytest.mark.parametrize("source", ["pretrained", "file", "folder"])
+def test_position_embeddings_of_another_size_are_resampled(
+    source: str, weights: tuple[Path, nn.Module], tmp_path: Path
+) -> None:
+    """Source: timm's own function on the grid of 8 x 8; everything else is as it was."""
+    word, own = NAME, weights[1].state_dict()
+    if source == "pretrained":  # timm resamples in the file's own precision
+        own = load_file(timm.get_pretrained_cfg(NAME).file)
+    if source == "folder":
+        save_for_hf(weights[1], tmp_path / "folder", safe_serialization=True)
+        word = f"local-dir:{tmp_path / 'folder'}"
+    built = build(word, str(weights[0]) if source == "file" else "pretrained", 3, image_size=48)
+    assert built.identity.image_size == built.preprocess.size == 48
+    assert built.anatomy.image_size == (48, 48) and built.anatomy.grid == (12, 12)
+    expected = {key: tensor for key, tensor in own.items() if not key.startswith("head.")}
+    expected["pos_embed"] = resample_abs_pos_embed(expected["pos_embed"], (12, 12), num_prefix_tokens=1)
+    for key, tensor in expected.items():
+        assert torch.equal(built.model.state_dict()[key], tensor.float()), key
+    assert built.model(torch.randn(2, 3, 48, 48)).shape == (2, 3)
+
+
+def test_a_preset_and_a_size_go_together(weights: tuple[Path, nn.Module]) -> None:
+    path, model = weights
+    built = build(NAME, str(path), 3, preset="mae", image_size=40)
+    expected = resample_abs_pos_embed(model.pos_embed.detach(), (10, 10), num_prefix_tokens=1)
+    assert torch.equal(built.model.pos_embed, expected)
+    assert (built.preprocess.size, built.preprocess.mean) == (40, (0.485, 0.456, 0.406))
+    assert built.model.global_pool == "avg"
+
+
+def test_the_models_own_size_changes_nothing() -> None:
+    plain, named = build(NAME, "pretrained", 3), build(NAME, "pretrained", 3, image_size=32)
+    assert plain.identity.image_size is None
+    assert (named.identity.sha256, named.preprocess) == (plain.identity.sha256, plain.preprocess)
+    assert named.anatomy == plain.anatomy
+
+
+@pytest.mark.parametrize("keep_head", [False, True])
+def test_every_family_takes_another_size(other_family: tuple[str, str], keep_head: bool) -> None:
+    """Source: the shapes of timm's own forward, and its own weights but for what depends on the size."""
+    family, word = other_family
+    own, built = build(word, "pretrained", 7), build(word, "pretrained", 7, image_size=64, keep_head=keep_head)
+    assert built.anatomy.family == family and built.anatomy.image_size == (64, 64) and built.preprocess.size == 64
+    shapes: dict[str, torch.Size] = {}
+    for block in built.anatomy.blocks:
+        module_at(built.model, block.block).register_forward_hook(
+            lambda m, args, output, path=block.block: shapes.update({path: output.shape})
+        )
+    with torch.no_grad():
+        assert built.model.eval()(torch.randn(2, 3, 64, 64)).shape == (2, 7)
+    for block in built.anatomy.blocks:
+        shape = shapes[block.block]
+        if "sequence" in built.anatomy.parts:
+            assert shape[1] == built.anatomy.num_prefix_tokens + built.anatomy.num_patches
+        else:
+            assert tuple(shape[1:3] if block.channels_last else shape[2:]) == block.grid
+    assert tuple(side * 2 for side in own.anatomy.grid) == built.anatomy.grid
+    found = built.model.state_dict()
+    for key, tensor in own.model.state_dict().items():
+        if found[key].shape == tensor.shape:
+            assert torch.equal(found[key], tensor) or built.anatomy.is_head(key), key
+        elif key == "pos_embed":
+            assert torch.equal(found[key], resample_abs_pos_embed(tensor, (8, 8), num_prefix_tokens=1))
+        else:  # grids of 4 x 4 and 8 x 8 patches
+            assert key.endswith("relative_position_bias_table")
+            expected = resize_rel_pos_bias_table(tensor, (8, 8), found[key].shape)
+            assert not torch.equal(found[key][:49], tensor[:49]) and torch.equal(found[key], expected), key
+
+
+def test_a_model_folder_says_which_sizes_it_takes(other_family: tuple[str, str]) -> None:
+    family, word = other_family
+    nearest = {"eva": "32 and 40", "beit": "32 and 40", "swin": "32 and 64"}.get(family)
+    if nearest is None:
+        assert build(word, "pretrained", 3, image_size=33).anatomy.image_size == (33, 33)
+        return
+    with pytest.raises(BackboneError, match=f"nearest are {nearest}"):
+        build(word, "pretrained", 3, image_size=33)
+
+
+@pytest.mark.parametrize(
+    ("word", "size", "part"),
+    [
+        (NAME, 50, "patches are 4 x 4.*\n.*50\n.*nearest are 48 and 52"),
+        (NAME, 3, "4 and more"),
+        ("vit_small_r26_s32_224", 112, "patches are 32 x 32"),
+        ("eva02_tiny_patch14_224", 224 + 16, "nearest are 238 and 252"),
+        # Grids of 24, 12, 6 and 3 patches: 24 are no whole windows of 7.
+        ("swin_tiny_patch4_window7_224", 96, "windows 7 patches.*\n.*\n.*nearest are 56 and 112"),
+        ("swin_tiny_patch4_window7_224", 226, "only whole ones fit"),
+        ("resnet18", 31, "last stage is 32 times smaller.*\n.*31\n.*32 and more"),
+        ("convnext_atto", 16, "32 and more"),
+    ],
+)
+def test_a_size_that_does_not_fit_is_refused(word: str, size: int, part: str) -> None:
+    with pytest.raises(BackboneError, match=part) as caught:
+        require_at_hand(word, "none", size)
+    assert word in str(caught.value)
+    with pytest.raises(BackboneError, match=part):
+        build(word, "none", 3, image_size=size)
+
+
+@pytest.mark.parametrize("size", [56, 112, 448])
+def test_windows_that_fit_are_no_hindrance(size: int) -> None:
+    """Source: timm's forward on the meta device pads nothing but a last stage that is one window."""
+    require_at_hand("swin_tiny_patch4_window7_224", "none", size)
+    with torch.device("meta"):
+        model = timm.create_model("swin_tiny_patch4_window7_224", img_size=size)
+        features = model.forward_features(torch.zeros(1, 3, size, size))
+    for stage in model.layers:
+        for block in stage.blocks:
+            assert all(
+                side % window == 0 for side, window in zip(block.input_resolution, block.window_size, strict=True)
+            )
+    assert tuple(features.shape[1:3]) == anatomy_of(model).grid
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "convnext_atto_ols", "resnet18", "resnet50d", "seresnet50"])
+@pytest.mark.parametrize("size", [32, 50, 75, 95])
+def test_convolutions_take_any_size(name: str, size: int) -> None:
+    """Source: the shapes of timm's forward on the meta device."""
+    require_at_hand(name, "none", size)
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained_cfg_overlay={"input_size": (3, size, size)})
+        anatomy, shapes = anatomy_of(model), {}
+        for block in anatomy.blocks:
+            module_at(model, block.block).register_forward_hook(
+                lambda m, args, output, path=block.block: shapes.update({path: tuple(output.shape[2:])})
+            )
+        model.eval()(torch.zeros(1, 3, size, size))
+    assert anatomy.image_size == (size, size)
+    assert shapes == {block.block: block.grid for block in anatomy.blocks}

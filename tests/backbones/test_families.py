@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import (
     AttentionBlock,
+    AttentionScores,
     ConvBlock,
     admit_tokens,
     anatomy_of,
@@ -20,11 +21,13 @@ from remap.backbones.anatomy import (
     rest_of_forward,
     set_fused_attention,
     tensor_at,
+    watch_attention,
 )
 from remap.backbones.build import fresh_head
 from remap.backbones.families import FAMILIES, PARTS
 from remap.errors import BackboneError
 from remap.probe import _write_head
+from remap.tuning.attaching import attach_method
 
 Build = Callable[..., nn.Module]
 
@@ -307,6 +310,95 @@ def test_biases_are_those_that_are_added(sequence_name: str, tiny_model: Build) 
                 bias = tensor_at(model, projection.bias)
                 assert (bias.grad is not None) == isinstance(bias, nn.Parameter), word
                 assert isinstance(bias, nn.Parameter) or (word == "k" and not bias.any())
+
+
+# --- queries, keys and values
+
+
+def watched(model: nn.Module, block: int, images: Tensor, values: bool = True) -> tuple[AttentionScores, Tensor]:
+    """What ``watch_attention`` gives of a block, and what timm gives its output layer in the same pass."""
+    anatomy, scores, mixed = anatomy_of(model), list[AttentionScores](), list[Tensor]()
+    handles = watch_attention(model, anatomy, block, scores.append, values=values)
+    handles.append(
+        module_at(model, anatomy.blocks[block].proj).register_forward_pre_hook(lambda m, args: mixed.append(args[0]))
+    )
+    model(images)
+    for handle in handles:
+        handle.remove()
+    assert len(scores) == 1
+    return scores[0], mixed[0]
+
+
+def attended(model: nn.Module, block: int, scores: AttentionScores) -> Tensor:
+    """The textbook formula: softmax(q k^T + bias) v, heads side by side, and the norm some modules have behind it."""
+    map_BHTT = scores.q_BHTh @ scores.k_BHTh.mT + (0 if scores.bias_HTT is None else scores.bias_HTT)
+    merged_BTE = torch.einsum("bhst,bhtd->bshd", map_BHTT.softmax(-1), scores.v_BHTh).flatten(2)
+    return getattr(module_at(model, anatomy_of(model).blocks[block].attn), "norm", nn.Identity())(merged_BTE)
+
+
+def assert_attention_is_timms(model: nn.Module, images: Tensor, parameters: dict[str, Tensor]) -> set[str]:
+    """Value and gradient of ``attended`` are those of timm's own pass.
+
+    Returns:
+        The parameters that the watched values depend on.
+    """
+    reached: set[str] = set()
+    for block in range(len(model.blocks)):
+        scores, mixed = watched(model, block, images)
+        found = attended(model, block, scores)
+        torch.testing.assert_close(found, mixed, rtol=1e-5, atol=1e-7)
+        weights = torch.randn_like(mixed)
+        gradients = [
+            torch.autograd.grad((x * weights).sum(), parameters.values(), retain_graph=True, allow_unused=True)
+            for x in (found, mixed)
+        ]
+        for name, mine, timms in zip(parameters, *gradients, strict=True):
+            # The zero that an unused parameter has not.
+            mine, timms = (torch.zeros_like(parameters[name]) if g is None else g for g in (mine, timms))
+            torch.testing.assert_close(mine, timms, rtol=1e-5, atol=1e-7, msg=f"{name}, block {block}")
+        alone = torch.autograd.grad(scores.v_BHTh.sin().sum(), parameters.values(), allow_unused=True)
+        reached |= {name for name, g in zip(parameters, alone, strict=True) if g is not None and g.abs().sum() > 0}
+    return reached
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_values_are_what_attention_mixes(sequence_name: str, fused: bool, tiny_model: Build) -> None:
+    """Source: the input of timm's output layer, and autograd through timm's own forward."""
+    model = tiny_model(sequence_name)
+    anatomy = anatomy_of(model)
+    set_fused_attention(model, anatomy, fused)
+    reached = assert_attention_is_timms(model, images_for(model), dict(model.named_parameters()))
+    for block in anatomy.blocks:
+        value = block.projections["v"]
+        assert f"{value.path}.weight" in reached
+        assert value.bias is None or value.bias in reached
+    scores, _ = watched(model, 0, images_for(model), values=False)
+    assert scores.v_BHTh is None
+
+
+@pytest.mark.parametrize("name", ["eva02_fused", "eva_no_rope", "dinov3_bias", "beit", "beit_shared_only"])
+def test_values_with_biases_added_separately(name: str, tiny_model: Build) -> None:
+    model = tiny_model(name)
+    for block in model.blocks:
+        assert block.attn.v_bias is not None
+        block.attn.qkv_bias_separate = True
+    reached = assert_attention_is_timms(model, images_for(model), dict(model.named_parameters()))
+    assert "blocks.0.attn.v_bias" in reached
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit", "ssf", "boft", "vpt_deep", "full"])
+@pytest.mark.parametrize("name", ["vit", "vit_avg", "eva02_fused", "eva02_split", "dinov3_bias", "beit", "beit_shared"])
+def test_values_of_a_tuned_model(name: str, method: str, tiny_model: Build) -> None:
+    """Source: as above, with every tuned parameter away from where it starts."""
+    model = tiny_model(name)
+    attached = attach_method(model, anatomy_of(model), method, {"targets": ("v",)} if method == "lora" else {})
+    model.double().eval()
+    tuned = {key: p for key, p in model.named_parameters() if key in attached.trainable}
+    with torch.no_grad():
+        for parameter in tuned.values():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    reached = assert_attention_is_timms(model, images_for(model), tuned)
+    assert reached == set(tuned) if method == "lora" else reached
 
 
 # --- more tokens

@@ -58,8 +58,8 @@ def tar(tmp_path: Path) -> Callable[..., Path]:
 def noise() -> Callable[..., ViewSource]:
     """A source of random pictures (8 x 8, in colour), three classes; ``bad`` ones are no images."""
 
-    def make(count: int, *, bad: tuple[int, ...] = (), memory: float = 1e9, size: int = 8) -> ViewSource:
-        pixels = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    def make(count: int, *, bad: tuple[int, ...] = (), memory: float = 1e9, size: int = 8, seed: int = 0) -> ViewSource:
+        pixels = np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
         def read(index: int) -> bytes:
             buffer = io.BytesIO()

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from remap.data import keyed
-from remap.data.batches import Batch, Plan, augment, batches
+from remap.data.batches import Batch, Plan, augmented, batches, closed, closed_view, closed_views
 from remap.data.views import ViewSource
 from remap.progress import Silent
+from remap.recipe.schema import DataSpec
 
 PLAN = Plan(seed=3, images=23, batch_size=6, accumulation=1, rank=0, processes=1, augment="shift_flip")
 Noise = Callable[..., ViewSource]
@@ -145,7 +146,7 @@ def test_augmentation_pixel_by_pixel(kind: str, size: int) -> None:
     images = torch.randint(0, 256, (12, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     draws = keyed.uniform(1, 0, np.arange(12), 3)
     draws[0], draws[1] = (0.0, 0.0, 0.0), (1 - 2**-53, 1 - 2**-53, 0.5)
-    found = augment(images, kind, draws)
+    found = augmented(images, kind, draws)
     expected = [
         image if kind == "none" else by_hand(image, kind, d) for image, d in zip(images.numpy(), draws, strict=True)
     ]
@@ -158,4 +159,55 @@ def test_shifts_reach_both_ends_and_half_the_pictures_are_mirrored(noise: Noise)
     for column in draws.T[:2]:
         assert np.abs(np.bincount((column * 5).astype(int)) - 800).max() < 5 * 25.3
     assert abs((draws[:, 2] < 0.5).sum() - 2000) < 5 * 31.7
-    assert augment(torch.zeros(0, 3, 16, 16, dtype=torch.uint8), "shift", draws[:0]).shape == (0, 3, 16, 16)
+    assert augmented(torch.zeros(0, 3, 16, 16, dtype=torch.uint8), "shift", draws[:0]).shape == (0, 3, 16, 16)
+
+
+def by_index(found: list[Batch]) -> dict[int, torch.Tensor]:
+    return {int(i): image for batch in found for i, image in zip(batch.indices_B, batch.images_BCHW, strict=True)}
+
+
+def test_a_closed_list_of_views_is_replayed(noise: Noise) -> None:
+    """One batch of all images, so that every epoch has each of them; without a list every epoch is a new view."""
+    source, plan = noise(23), replace(PLAN, batch_size=23, views=3)
+    epochs = [collect(source, plan, epoch) for epoch in range(7)]
+    assert [found[0].view for found in epochs] == [0, 1, 2, 0, 1, 2, 0]
+    assert [collect(source, replace(plan, views=None), epoch)[0].view for epoch in (0, 5)] == [0, 5]
+    for epoch, found in enumerate(epochs):
+        images, first = by_index(found), by_index(epochs[epoch % 3])
+        assert all(torch.equal(images[i], first[i]) for i in range(23))
+        again, good = closed_view(source, "shift_flip", plan.seed, epoch % 3, range(23))
+        assert good.tolist() == list(range(23)) and all(torch.equal(images[i], again[i]) for i in range(23))
+    zero, one, two = (by_index(epochs[view]) for view in range(3))
+    assert any(not torch.equal(zero[i], one[i]) for i in range(23)) and any((one[i] != two[i]).any() for i in range(23))
+    open_ended = by_index(collect(source, replace(plan, views=None), 3))
+    assert any(not torch.equal(zero[i], open_ended[i]) for i in range(23))
+    keys = [dict(zip(f[0].indices_B.tolist(), f[0].keys_B.tolist(), strict=True)) for f in (epochs[0], epochs[3])]
+    assert all(keys[0][i] != keys[1][i] for i in range(23)), "dropout is drawn anew, it is no part of the view"
+
+
+def test_without_augmentation_there_is_one_view(noise: Noise) -> None:
+    for views in (None, 4):
+        plan = replace(PLAN, augment="none", views=views)
+        assert [batch.view for epoch in (0, 9) for batch in batches(noise(23), plan, epoch)] == [0] * (2 * plan.steps)
+
+
+def test_a_closed_view_names_what_could_be_read(noise: Noise) -> None:
+    whole, _ = closed_view(noise(9), "shift", 3, 1, [8, 4, 0])
+    images, good = closed_view(noise(9, bad=(4,), memory=0.0), "shift", 3, 1, [8, 4, 0])
+    assert good.tolist() == [8, 0] and torch.equal(images, whole[[0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 1),
+        ({"views": 5}, 1),
+        ({"augment": "shift"}, 0),
+        ({"augment": "shift", "views": 5}, 5),
+        ({"augment": "shift_flip", "views": 5, "mixup": 0.1}, 0),
+        ({"cutmix": 1.0}, 0),
+    ],
+)
+def test_which_data_have_a_closed_list_of_views(options: dict[str, object], expected: int) -> None:
+    spec = DataSpec(**options)
+    assert closed_views(spec) == expected and closed(spec) == (expected > 0)

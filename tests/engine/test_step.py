@@ -34,7 +34,7 @@ def job_of(tmp_path: Path) -> Callable[..., loop.Job]:
             recipe=recipe,
             student=parts.student,
             objective=parts.objective,
-            teacher=None,
+            teachers=[],
             source=parts.views.train,
             accelerator=accelerator(),
             bf16=False,

@@ -13,12 +13,13 @@ def test_paths_become_absolute_and_names_stay(tmp_path: Path, monkeypatch: pytes
     for folder in ("vit_small", "none", "pretrained", "photos", "run/task"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "run" / "task" / "task.json").write_text("{}")
-    words = {"teacher": "run", "student": "vit_small", "data": "photos"}
+    words = {"teacher": "run", "student": "vit_small", "data": "photos", "unlabeled": "digits"}
     recipe = resolve(words=words, settings=["student.weights=~/w.safetensors"]).written_out()
     assert recipe.teacher.model == str(tmp_path / "run")
     assert (recipe.student.model, recipe.teacher.weights) == ("vit_small", "pretrained")
     assert recipe.student.weights == str(tmp_path / "home" / "w.safetensors")
     assert recipe.data.source == str(tmp_path / "photos")
+    assert recipe.data.unlabeled == str(tmp_path / "digits"), "no embedded images here, but a folder of that name"
     local = resolve(words={"student": "local-dir:m"}).written_out()
     assert local.student.model == f"local-dir:{tmp_path / 'm'}" and local.data.source == "digits"
     assert recipe.written_out() == recipe

@@ -8,7 +8,15 @@ import torch
 from torch.nn import functional as F
 
 from remap.errors import BackboneError, RemapError
-from remap.remapping.alignment import pair_blocks, resize_attention, to_shared_tokens
+from remap.remapping.alignment import (
+    class_row,
+    pair_blocks,
+    resize_attention,
+    resize_rows,
+    resize_scores,
+    resize_tokens,
+    to_shared_tokens,
+)
 from remap.remapping.signals import Attention
 
 GRIDS = [((4, 4), (3, 3)), ((3, 3), (4, 4)), ((2, 5), (4, 3)), ((8, 8), (2, 2))]
@@ -139,5 +147,62 @@ def test_a_missing_class_token_is_cut_and_rows_renormalised() -> None:
     found = to_shared_tokens(full, keep_class_token=False)
     assert not found.has_class_token and found.grid == (3, 3)
     np.testing.assert_allclose(found.map_BHSS().numpy(), cut / cut.sum(axis=-1, keepdims=True), rtol=0, atol=1e-6)
-    assert to_shared_tokens(full, keep_class_token=True) is full
+    assert to_shared_tokens(full, keep_class_token=True) is full and found.v_BHSh is None
     assert to_shared_tokens(found, keep_class_token=False) is found
+
+
+def test_a_missing_class_token_is_cut_of_values_and_bias_too() -> None:
+    # Source: token 0 is the class token; numpy deletes it.
+    q, k, v = (torch.randn(2, 3, 10, 4) for _ in range(3))
+    bias = torch.randn(1, 3, 10, 10)
+    found = to_shared_tokens(Attention(q, k, True, (3, 3), bias, v), keep_class_token=False)
+    assert found.v_BHSh is not None and found.bias_BHSS is not None
+    np.testing.assert_array_equal(found.v_BHSh.numpy(), np.delete(v.numpy(), 0, axis=2))
+    np.testing.assert_array_equal(found.bias_BHSS.numpy(), np.delete(np.delete(bias.numpy(), 0, axis=3), 0, axis=2))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_class_row_is_row_0_of_the_map(with_bias: bool) -> None:
+    # Source: the whole map.
+    q, k = torch.randn(2, 3, 10, 4), torch.randn(2, 3, 10, 4)
+    full = Attention(q, k, True, (3, 3), torch.randn(1, 3, 10, 10) if with_bias else None)
+    row = class_row(full).map_BHSS()
+    assert row.shape == (2, 3, 1, 10)
+    torch.testing.assert_close(row, full.map_BHSS()[:, :, :1], rtol=0.0, atol=1e-7)
+
+
+@each_resize
+@each_grid
+def test_resized_rows_are_the_class_row_of_the_resized_map(source: Any, target: Any, interpolation: Any) -> None:
+    # Source: the resize of the whole map, which keeps the class row apart.
+    given = random_map(source, True, (2, 3))
+    found = resize_rows(given[..., :1, :], source, target, True, interpolation)
+    whole = resize_attention(given, source, target, True, interpolation)
+    torch.testing.assert_close(found, whole[..., :1, :], rtol=0.0, atol=1e-7)
+
+
+@each_resize
+@each_grid
+@each_class
+def test_tokens_are_resized_like_images(source: Any, target: Any, has_class: bool, interpolation: Any) -> None:
+    # Source: torch's own image resize of each channel in float64; the class token's vector is not touched.
+    given = torch.randn(2, source[0] * source[1] + has_class, 5, dtype=torch.float64)
+    found = resize_tokens(given, source, target, has_class, interpolation)
+    images = given[:, int(has_class) :].mT.reshape(2, 5, *source)
+    expected = F.interpolate(images, size=target, mode=interpolation, antialias=True).flatten(2).mT
+    torch.testing.assert_close(found[:, int(has_class) :], expected, rtol=0.0, atol=1e-9)
+    torch.testing.assert_close(found[:, : int(has_class)], given[:, : int(has_class)], rtol=0.0, atol=0.0)
+
+
+def test_scores_are_resized_on_rows_and_then_on_columns() -> None:
+    # Source: closed form. Scores q k^T of resized queries and keys, because both are linear.
+    q, k = torch.randn(2, 13, 4, dtype=torch.float64), torch.randn(2, 13, 4, dtype=torch.float64)
+    found = resize_scores(q @ k.mT, (4, 3), (3, 5), True)
+    q, k = (resize_tokens(x, (4, 3), (3, 5), True) for x in (q, k))
+    torch.testing.assert_close(found, q @ k.mT, rtol=0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("resize", [resize_rows, resize_scores, resize_tokens])
+def test_nothing_is_done_on_equal_grids(resize: Any) -> None:
+    given = random_map((3, 4), True)
+    assert resize(given, (3, 4), (3, 4), True).data_ptr() == given.data_ptr()

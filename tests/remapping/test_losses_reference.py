@@ -174,7 +174,8 @@ def test_attention_gradient_raises_what_the_student_neglects(pair: Pair) -> None
     q, k = torch.ones(1, 1, 2, 1), bias.reshape(1, 1, 2, 1)
     term = kind(same, kind.Config())
     student = Signals(torch.zeros(1, 5), None, {1: Attention(q, k, False, (1, 2))})
-    term(student, {term._item(1): torch.tensor([[[0.5, 0.5], [0.5, 0.5]]])}, Labels(CLASSES_OF_IMAGES[:1])).backward()
+    target = {term.item("map", 1): torch.tensor([[[0.5, 0.5], [0.5, 0.5]]])}
+    term(student, target, Labels(CLASSES_OF_IMAGES[:1])).backward()
     assert bias.grad is not None
     weight = float(np.exp(-15.0) / (1 + np.exp(-15.0)))
     assert bias.grad[1].item() == pytest.approx(-0.5 * weight / (weight + FLOOR), rel=1e-3)

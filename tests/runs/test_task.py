@@ -193,6 +193,69 @@ def test_a_run_teaches_with_its_own_head(run_of: Callable[..., Result], tiny: An
     assert not (tmp_path / "run" / "teacher").exists()
 
 
+@pytest.mark.parametrize("weights", ["pretrained", "none"])
+def test_a_task_at_another_size_reloads_to_the_same_logits(run_of: Callable[..., Result], weights: str) -> None:
+    """Expected: a grid of 3 x 3 patches of 8 pixels, where the folder's own is 2 x 2."""
+    result = run_of("vpt_deep", f"student.weights={weights}", "student.image_size=24")
+    network, view = load_task(result.run_dir)
+    assert network.anatomy.grid == (3, 3) and network.model.pos_embed.shape == (1, 1 + 9, 16)
+    assert network.identity == result.student.identity and network.identity.image_size == 24
+    assert network.preprocess.size == view.size == 24
+    assert torch.equal(_logits(network), _logits(result.student))
+
+
+def test_tasks_from_before_sizes_could_be_chosen_still_load(task: Path) -> None:
+    before = load_task(task)[0]
+    meta = json.loads((task / "task.json").read_text())
+    assert meta["backbone"].pop("image_size") is None
+    (task / "task.json").write_text(json.dumps(meta))
+    network, _ = load_task(task)
+    assert network.identity.image_size is None
+    assert torch.equal(_logits(network), _logits(before))
+
+
+def test_a_task_whose_size_was_edited_is_refused(task: Path) -> None:
+    """Position embeddings of another grid are another backbone."""
+    meta = json.loads((task / "task.json").read_text())
+    meta["backbone"]["image_size"] = 24
+    (task / "task.json").write_text(json.dumps(meta))
+    with pytest.raises(RunError, match="was tuned on other weights"):
+        load_task(task)
+
+
+def test_a_run_keeps_its_size_as_a_student(run_of: Callable[..., Result], tiny: Any, tmp_path: Path) -> None:
+    source = run_of("bitfit", "student.image_size=24")
+    recipe = tiny.recipe(
+        "train.epochs=1", "student.image_size=24", method="linear", losses="ce", student=str(source.run_dir)
+    )
+    student = start(recipe, tmp_path / "same").student
+    assert student.anatomy.grid == (3, 3) and student.identity.image_size == 24
+    again, _ = load_task(tmp_path / "same")
+    assert torch.equal(_logits(again), _logits(student))
+    for settings in (
+        {"student": str(source.run_dir)},
+        {"settings": (f"student.weights={source.run_dir}",)},
+        {"settings": ("student.image_size=null", "teacher.image_size=16"), "teacher": str(source.run_dir)},
+    ):
+        asked = ("student.image_size=16", *settings.pop("settings", ()))
+        with pytest.raises(BackboneError, match=r"24 x 24 pixels\n.*image_size: 16\n.*24, or null"):
+            start(tiny.recipe(*asked, **settings), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("prepare", ["probe", "full"])
+def test_a_teacher_at_its_own_size(tiny: Any, tmp_path: Path, prepare: str) -> None:
+    """Expected grids: 32 / 8 = 4 for the teacher, 16 / 8 = 2 for the student; images are read at the larger size."""
+    settings = ("train.epochs=1", f"teacher.prepare={prepare}", "teacher.allow_weak=true")
+    recipe = tiny.recipe(*settings, "teacher.image_size=32")
+    assert recipe.digest() != tiny.recipe(*settings).digest()
+    result = start(recipe, tmp_path / "run")
+    teacher, view = load_task(RunDir(result.run_dir).teacher)
+    assert (teacher.anatomy.grid, teacher.preprocess.size) == ((4, 4), 32)
+    assert (result.student.anatomy.grid, result.student.preprocess.size) == ((2, 2), 16)
+    assert view.size == 32 and load_task(result.run_dir)[1].size == 32
+
+
 def test_the_file_is_plain_safetensors(run_of: Callable[..., Result]) -> None:
     """Eight bytes of header length, a JSON header, numbers: nothing in it can run."""
     data = (RunDir(run_of("bitfit").run_dir).task / "task.safetensors").read_bytes()

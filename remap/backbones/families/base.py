@@ -2,6 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from itertools import count
+from typing import Any
 
 from timm.data import resolve_data_config
 from timm.layers import GluMlp, Mlp, SwiGLU
@@ -41,6 +43,22 @@ class Family(ABC):
             index: 0 to depth; depth means behind the last block, so that only the final norm is left.
             x: In the layout of the block's input: (B, T, D), (B, H, W, D) or (B, D, H, W).
         """
+
+    @classmethod
+    def size_arguments(cls, model: nn.Module, anatomy: Anatomy, image_size: int) -> dict[str, Any]:
+        """Arguments of ``timm.create_model`` for square images of another size.
+
+        Args:
+            model: The model at its own size; one on the meta device will do.
+            image_size: Height and width in pixels.
+
+        Raises:
+            BackboneError: The model cannot have this size.
+        """
+        height, width = anatomy.patch_size
+        rule = f"its patches are {height} x {width}, and only whole ones fit"
+        require_size(model, image_size, lambda size: size % height == 0 and size % width == 0, rule)
+        return {"img_size": image_size}
 
     @classmethod
     def admit_tokens(cls, model: nn.Module, anatomy: Anatomy, count: int) -> Undo:
@@ -85,6 +103,23 @@ def _no_sequence(anatomy: Anatomy, what: str, do: str) -> BackboneError:
         f"a backbone of the family '{anatomy.family}' cannot {what}: it has no attention over the whole image",
         allowed="families with one sequence of tokens: plain, rotary and relative-position vision transformers",
         do=do,
+    )
+
+
+def require_size(model: nn.Module, image_size: int, fits: Callable[[int], bool], rule: str) -> None:
+    """Refuse a size of images that a timm model cannot have, and name the nearest ones that it can.
+
+    Raises:
+        BackboneError: It does not fit.
+    """
+    if fits(image_size):
+        return
+    below = next((size for size in range(image_size - 1, 0, -1) if fits(size)), None)
+    above = next(size for size in count(image_size + 1) if fits(size))
+    raise BackboneError(
+        f"{model.pretrained_cfg['architecture']} takes no images of {image_size} x {image_size} pixels: {rule}",
+        given=f"image_size: {image_size}",
+        allowed=f"the nearest are {below} and {above}" if below else f"{above} and more",
     )
 
 
@@ -206,3 +241,10 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, checkpointing: bool) -> T
 def configured_image_size(model: nn.Module) -> tuple[int, int]:
     """Height and width of the images in a model's timm configuration, for models that take any size."""
     return pair(resolve_data_config({}, model=model)["input_size"][-2:])
+
+
+def size_of_convolutions(model: nn.Module, image_size: int) -> dict[str, Any]:
+    """``Family.size_arguments`` of models that take any size: none, but something must be left for the last stage."""
+    stride = model.feature_info[-1]["reduction"]
+    require_size(model, image_size, lambda size: size >= stride, f"its last stage is {stride} times smaller")
+    return {}

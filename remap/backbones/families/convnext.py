@@ -1,12 +1,21 @@
 """ConvNeXt and ConvNeXt V2."""
 
+from typing import Any
+
 from timm.layers import GlobalResponseNormMlp, Mlp
 from timm.models.convnext import ConvNeXt as TimmConvNeXt
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, ConvBlock, ConvSite
-from remap.backbones.families.base import Family, configured_image_size, exactly, mlp_projections, real
+from remap.backbones.families.base import (
+    Family,
+    configured_image_size,
+    exactly,
+    mlp_projections,
+    real,
+    size_of_convolutions,
+)
 from remap.backbones.families.swin import rest_of_stages
 
 
@@ -29,7 +38,7 @@ class ConvNeXt(Family):
         image = configured_image_size(model)
         strides = [info["reduction"] for info in model.feature_info]
         blocks = tuple(
-            _read_block(model, stage, index, (image[0] // strides[stage], image[1] // strides[stage]))
+            _read_block(model, stage, index, tuple(_positions(model, side, strides[stage]) for side in image))
             for stage in range(len(model.stages))
             for index in range(len(model.stages[stage].blocks))
         )
@@ -58,8 +67,21 @@ class ConvNeXt(Family):
         )
 
     @classmethod
+    def size_arguments(cls, model: nn.Module, anatomy: Anatomy, image_size: int) -> dict[str, Any]:
+        return size_of_convolutions(model, image_size)
+
+    @classmethod
     def rest_of_forward(cls, model: nn.Module, anatomy: Anatomy, index: int, x: Tensor) -> Tensor:
         return model.norm_pre(rest_of_stages(model.stages, index, x))
+
+
+def _positions(model: nn.Module, side: int, stride: int) -> int:
+    """Rows (or columns) behind layers that together shrink ``side`` pixels by ``stride``.
+
+    The stems of convolutions that overlap are padded and round up; whatever follows rounds down.
+    """
+    stem, overlaps = model.feature_info[0]["reduction"], model.stem[0].padding != (0, 0)
+    return (-(-side // stem) if overlaps else side // stem) // (stride // stem)
 
 
 def _read_block(model: nn.Module, stage: int, index: int, grid: tuple[int, int]) -> ConvBlock:

@@ -1,11 +1,13 @@
 """Residual networks: ResNet, ResNeXt, wide and squeeze-and-excitation variants."""
 
+from typing import Any
+
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.resnet import ResNet as TimmResNet
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, ConvBlock, ConvSite
-from remap.backbones.families.base import Family, configured_image_size, exactly, real, run_blocks
+from remap.backbones.families.base import Family, configured_image_size, exactly, real, run_blocks, size_of_convolutions
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -55,6 +57,10 @@ class ResNet(Family):
             heads_of_classifier=("fc",),
             blocks=blocks,
         )
+
+    @classmethod
+    def size_arguments(cls, model: nn.Module, anatomy: Anatomy, image_size: int) -> dict[str, Any]:
+        return size_of_convolutions(model, image_size)
 
     @classmethod
     def rest_of_forward(cls, model: nn.Module, anatomy: Anatomy, index: int, x: Tensor) -> Tensor:

@@ -1,11 +1,23 @@
 """Swin transformers: attention in windows, four stages of shrinking grids."""
 
+from typing import Any
+
 from timm.layers import Mlp
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, AttentionBlock
-from remap.backbones.families.base import Family, exactly, fused_qkv, linear, mlp_projections, pair, real, run_blocks
+from remap.backbones.families.base import (
+    Family,
+    exactly,
+    fused_qkv,
+    linear,
+    mlp_projections,
+    pair,
+    real,
+    require_size,
+    run_blocks,
+)
 
 
 class Swin(Family):
@@ -48,6 +60,21 @@ class Swin(Family):
             heads_of_classifier=("head.fc",),
             blocks=blocks,
         )
+
+    @classmethod
+    def size_arguments(cls, model: nn.Module, anatomy: Anatomy, image_size: int) -> dict[str, Any]:
+        patch, windows = max(anatomy.patch_size), [max(pair(window)) for window in model._ref_window_sizes]
+
+        def fits(size: int) -> bool:
+            # Stages halve the grid, rounding up; a grid smaller than the window is one window.
+            grids = [-(-(size // patch) // 2**stage) for stage in range(len(windows))]
+            whole = all(grid <= window or grid % window == 0 for grid, window in zip(grids, windows, strict=True))
+            return size % patch == 0 and whole
+
+        shown = ", ".join(map(str, sorted(set(windows))))
+        rule = f"its patches are {patch} wide and its windows {shown} patches, and only whole ones fit in each stage"
+        require_size(model, image_size, fits, rule)
+        return {"img_size": image_size}
 
     @classmethod
     def rest_of_forward(cls, model: nn.Module, anatomy: Anatomy, index: int, x: Tensor) -> Tensor:

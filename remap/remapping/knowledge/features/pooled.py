@@ -1,15 +1,12 @@
-"""Feature distillation. B batch, D width (student and teacher differ)."""
+"""Feature distillation behind pooling. B batch, D width (student and teacher differ)."""
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils.parametrizations import orthogonal
+from torch import Tensor
 
-from remap.errors import BackboneError
 from remap.remapping.items import POOLED, pooled_of
+from remap.remapping.knowledge.features.parts import Distance, Projector, distance, pooled, projector
 from remap.remapping.labels import Labels
 from remap.remapping.objective import LossTerm, Pair
 from remap.remapping.signals import Needs, Signals, float32_region
@@ -32,14 +29,14 @@ class PooledFeature(LossTerm):
         loss: "smooth_l1" (mean over images and channels, knee at 1) or "cosine" (1 - cosine, mean over images).
         """
 
-        projector: Literal["linear", "orthogonal", "none"] = "linear"
-        loss: Literal["smooth_l1", "cosine"] = "smooth_l1"
+        projector: Projector = "linear"
+        loss: Distance = "smooth_l1"
 
     config: Config
 
     def __init__(self, pair: Pair, config: Config) -> None:
         super().__init__(pair, config)
-        self.projector = _projector(config.projector, pair.student.width, pair.known_teacher("feature").width)
+        self.projector = projector(config.projector, pair.student.width, pair.known_teacher("feature").width)
 
     def student_needs(self) -> Needs:
         return Needs(pooled=True)
@@ -52,34 +49,6 @@ class PooledFeature(LossTerm):
         return pooled_of(teacher)
 
     def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
-        pooled_BD, wanted_BD = _pooled(student), target[POOLED].float()
-        wanted_BD = F.layer_norm(wanted_BD, wanted_BD.shape[-1:])
+        pooled_BD = pooled(student)
         with float32_region(pooled_BD):
-            projected_BD = self.projector(pooled_BD)
-            if self.config.loss == "smooth_l1":
-                return F.smooth_l1_loss(projected_BD, wanted_BD)
-            return (1.0 - F.cosine_similarity(projected_BD, wanted_BD, dim=-1)).mean()
-
-
-def _pooled(signals: Signals) -> Tensor:
-    assert signals.pooled_BD is not None, "the tap was not told to keep pooled features"
-    return signals.pooled_BD.float()
-
-
-def _projector(kind: Literal["linear", "orthogonal", "none"], student_width: int, teacher_width: int) -> nn.Module:
-    """A map from the student's width to the teacher's; drawn from the global generator of PyTorch.
-
-    Raises:
-        BackboneError: "none" for different widths.
-    """
-    if kind == "none":
-        if student_width != teacher_width:
-            raise BackboneError(
-                "projector: none needs equal widths",
-                given=f"student {student_width}, teacher {teacher_width}",
-                allowed="linear, orthogonal",
-            )
-        return nn.Identity()
-    linear = nn.Linear(student_width, teacher_width, bias=False)
-    # The Cayley map costs one linear solve; the default for oblong matrices, householder, is several times slower.
-    return linear if kind == "linear" else orthogonal(linear, orthogonal_map="cayley")
+            return distance(self.config.loss, self.projector(pooled_BD), target[POOLED].float())

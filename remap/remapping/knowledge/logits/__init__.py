@@ -2,6 +2,8 @@
 
 from remap.remapping.entry import LossEntry
 
+_ONE_CLASS = "the class with the larger share; without a label, the teacher's most likely one"
+
 ROWS = [
     LossEntry(
         name="ce",
@@ -17,10 +19,61 @@ ROWS = [
         name="kd",
         target="remap.remapping.knowledge.logits.plain:KnowledgeDistillation",
         category="logits",
-        summary="KL of softened class probabilities, times T^2",
+        summary="KL of softened class probabilities, times T^2; or on the scale of another tool",
         paper="Hinton et al. 2015, arXiv 1503.02531",
         needs="logits of both",
         signal="logits",
+    ),
+    LossEntry(
+        name="hard",
+        target="remap.remapping.knowledge.logits.plain:HardDistillation",
+        category="logits",
+        summary="cross-entropy with the teacher's most likely class",
+        paper="Touvron et al. 2021, arXiv 2012.12877",
+        needs="logits of both",
+        signal="logits",
+        mixed="the teacher's class of the mixed image",
+    ),
+    LossEntry(
+        name="dkd",
+        target="remap.remapping.knowledge.logits.decoupled:DecoupledDistillation",
+        category="logits",
+        summary="KL of the image's class against all others, and KL among the others, weighted apart",
+        paper="Zhao et al. 2022, arXiv 2203.08679",
+        needs="labels, logits of both",
+        signal="logits",
+        mixed=_ONE_CLASS,
+    ),
+    LossEntry(
+        name="nkd",
+        target="remap.remapping.knowledge.logits.decoupled:NormalizedDistillation",
+        category="logits",
+        summary="cross-entropy on the image's class and, made to sum to 1, on the others",
+        paper="Yang et al. 2023, arXiv 2303.13005",
+        needs="labels, logits of both",
+        signal="logits",
+        mixed=_ONE_CLASS,
+    ),
+    LossEntry(
+        name="mlkd",
+        target="remap.remapping.knowledge.logits.multilevel:MultiLevelDistillation",
+        category="logits",
+        summary="KL at several temperatures, with Gram matrices of images and of classes",
+        paper="Jin et al. 2023, CVPR",
+        needs="logits of both",
+        signal="logits",
+        over_batch=True,
+    ),
+    LossEntry(
+        name="logit_std",
+        target="remap.remapping.knowledge.logits.standardized:LogitStandardization",
+        category="logits",
+        summary="z-scores of the logits in front of kd, dkd, nkd, dist or mlkd",
+        paper="Sun et al. 2024, arXiv 2403.01427",
+        needs="logits of both; labels for dkd and nkd",
+        signal="logits",
+        mixed="as the loss behind it",
+        weight=9.0,
     ),
     LossEntry(
         name="dist",

@@ -1,8 +1,9 @@
-"""Losses on labels and logits. B batch, C classes; all in float32."""
+"""Losses on labels and logits as they are. B batch, C classes; all in float32."""
 
 from collections.abc import Mapping
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -41,23 +42,75 @@ class CrossEntropy(LossTerm):
         return labels.mean(losses_B)
 
 
-class KnowledgeDistillation(LossTerm):
-    """Hinton et al. 2015, arXiv 1503.02531: KL(softmax(t/T) || softmax(s/T)) * T^2, sum over classes, mean over images.
-
-    The factor T^2 keeps the size of the gradient about equal for any temperature, so that the weight of the term
-    and its temperature can be chosen apart.
-    """
-
-    class Config(Options):
-        temperature: float = Field(default=4.0, gt=0.0)
-
-    config: Config
+class LogitsTerm(LossTerm):
+    """A term that compares the answers of both networks, and keeps the teacher's logits for it."""
 
     def target(self, teacher: Signals) -> dict[str, Tensor]:
         return logits_of(teacher)
 
+
+class KnowledgeDistillation(LogitsTerm):
+    """Hinton et al. 2015, arXiv 1503.02531: KL(softmax(t/T) || softmax(s/T)) * T^2, sum over classes, mean over images.
+
+    The factor T^2 keeps the size of the gradient about equal for any temperature, so that the weight of the term
+    and its temperature can be chosen apart. Other tools scale the same divergence differently; ``scale`` gives the
+    number each of them computes, so that a weight found with one can be taken over:
+
+    ============  ===========================  =======  ==========================================================
+    scale         reduction                    times    who
+    ============  ===========================  =======  ==========================================================
+    remap         sum over C, mean over B      T^2      this project
+    timm          sum over C, mean over B      T^2      timm's distillation tasks; torchdistill's KDLoss when it
+                                                        has targets and alpha > 0 (its beta is the weight)
+    torchdistill  sum over C, mean over B      1        torchdistill's KDLoss with alpha 0 or without targets:
+                                                        neither T^2 nor beta is applied
+    deit          mean over B * C              T^2      DeiT's soft distillation: C times smaller
+    torchtune     cross-entropy with the       -        torchtune's ForwardKLLoss: the divergence plus the teacher's
+                  teacher, mean over B                  entropy (same gradient); it has no temperature, so T is 1
+    ============  ===========================  =======  ==========================================================
+    """
+
+    class Config(Options):
+        """Options: temperature, and whose scale."""
+
+        temperature: float = Field(default=4.0, gt=0.0)
+        scale: Literal["remap", "timm", "deit", "torchdistill", "torchtune"] = "remap"
+
+        @model_validator(mode="after")
+        def _torchtune_has_no_temperature(self) -> Self:
+            if self.scale == "torchtune" and self.temperature != 1.0:
+                raise ValueError(f"scale torchtune has no temperature; set it to 1 instead of {self.temperature:g}")
+            return self
+
+    config: Config
+
     def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
-        return kl_at_temperature(answer_to_teacher(student), target[LOGITS], self.config.temperature)
+        student_BC, teacher_BC = answer_to_teacher(student), target[LOGITS]
+        temperature, scale = self.config.temperature, self.config.scale
+        if scale == "torchtune":
+            return F.cross_entropy(student_BC.float(), teacher_BC.float().softmax(dim=-1))
+        loss = kl_at_temperature(student_BC, teacher_BC, temperature)
+        if scale == "deit":
+            return loss / student_BC.shape[1]
+        return loss / temperature**2 if scale == "torchdistill" else loss
+
+
+class HardDistillation(LogitsTerm):
+    """Touvron et al. 2021, DeiT, arXiv 2012.12877: cross-entropy with the teacher's most likely class.
+
+    The class is that of the image as both networks see it, so a mixed image is no special case, and no label is
+    needed. In the paper the label's cross-entropy and this one have a weight of 1/2 each, and this one no smoothing.
+    """
+
+    class Config(Options):
+        label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+    config: Config
+
+    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
+        wanted_B = target[LOGITS].argmax(dim=1)
+        smoothing = self.config.label_smoothing
+        return F.cross_entropy(answer_to_teacher(student).float(), wanted_B, label_smoothing=smoothing)
 
 
 def kl_at_temperature(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> Tensor:

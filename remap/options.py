@@ -1,4 +1,4 @@
-"""The options of a method as plain values for listings: types, defaults, limits and what their class says of them."""
+"""Options of methods and losses as plain values for listings: types, defaults, limits, and what is said of them."""
 
 import inspect
 import re
@@ -16,29 +16,35 @@ _LIMITS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multi
 
 
 def options_of(method: str) -> list[dict[str, Any]]:
-    """One row an option, in the order of the class: name (``part.name`` in a combination), type, default, allowed
-    (a list of words, or None), limits and about. Imports the methods, so torch.
+    """One row an option of a method, as ``rows_of_config``; ``part.name`` in a combination. Imports torch.
 
     Raises:
         UnknownName: The method is in no table.
     """
     parts = parts_of(method)
-    rows = []
-    for part in parts:
-        config = config_of(part)
-        about = _about(config)
-        for name, field in config.model_fields.items():
-            default = field.get_default(call_default_factory=True)
-            rows.append(
-                {
-                    "name": name if len(parts) == 1 else f"{part}.{name}",
-                    "type": _type(field.annotation),
-                    "default": None if default is PydanticUndefined else _json(default),
-                    "allowed": _allowed(field.annotation),
-                    "limits": _limits(field.metadata),
-                    "about": about.get(name, ""),
-                }
-            )
+    return [
+        {**row, "name": row["name"] if len(parts) == 1 else f"{part}.{row['name']}"}
+        for part in parts
+        for row in rows_of_config(config_of(part))
+    ]
+
+
+def rows_of_config(config: type[BaseModel]) -> list[dict[str, Any]]:
+    """One row an option, in the order of the class: name, type, default, allowed (a list of words, or None), limits
+    and about."""
+    about, rows = _about(config), []
+    for name, field in config.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        rows.append(
+            {
+                "name": name,
+                "type": _type(field.annotation),
+                "default": None if default is PydanticUndefined else _json(default),
+                "allowed": _allowed(field.annotation),
+                "limits": _limits(field.metadata),
+                "about": about.get(name, ""),
+            }
+        )
     return rows
 
 

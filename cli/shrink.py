@@ -1,0 +1,130 @@
+"""``remap shrink``: a smaller model cut from a larger one, as a folder that timm opens."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from remap_cli import options as opt
+from remap_cli import view
+from remap_cli.main import app
+
+if TYPE_CHECKING:
+    from remap.recipe.schema import ShrinkSpec
+
+_SHAPE, _CHOICE = "Shape", "How the parts that stay are chosen"
+
+
+def _size(what: str) -> Any:
+    return typer.Option(min=1, help=f"{what}.", show_default="the teacher's", rich_help_panel=_SHAPE)
+
+
+@app.command(rich_help_panel=opt.TRAIN)
+def shrink(
+    teacher: Annotated[
+        str, typer.Argument(help="Short name, timm name, local-dir:FOLDER or run directory.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option(help="Model folder to make.", show_default=False)],
+    depth: Annotated[int | None, _size("Blocks")] = None,
+    width: Annotated[int | None, _size("Channels; width / heads is the width of a head")] = None,
+    heads: Annotated[int | None, _size("Attention heads of a block")] = None,
+    mlp: Annotated[int | None, _size("Hidden units of an MLP")] = None,
+    importance: Annotated[
+        str | None,
+        typer.Option(
+            help="Of channels, heads and units: taylor or magnitude.",
+            show_default="taylor",
+            rich_help_panel=_CHOICE,
+        ),
+    ] = None,
+    blocks: Annotated[
+        str | None,
+        typer.Option(
+            help="sensitivity (the least missed go) or uniform.", show_default="sensitivity", rich_help_panel=_CHOICE
+        ),
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Images to measure on.", show_default="64", rich_help_panel=_CHOICE)
+    ] = None,
+    data: Annotated[
+        str,
+        typer.Option(help="Where they come from: a folder of class folders, a tar, or digits.", rich_help_panel=_CHOICE),
+    ] = "digits",
+    seed: Annotated[int, typer.Option(min=0, help="Decides which images.", rich_help_panel=_CHOICE)] = 0,
+    weights: Annotated[str, typer.Option(help="Of the teacher: pretrained or none.")] = "pretrained",
+    gates: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="For a run of the method skip, instead of a shape: blocks go whose gates are at or below this.",
+            show_default=False,
+        ),
+    ] = None,
+    json: opt.Json = False,
+) -> None:
+    """Cut a student from a teacher: whole blocks, heads, MLP units and channels. The result is a folder for timm.
+
+    [dim]remap shrink vit_large --depth 12 --width 512 --data FOLDER --output small[/dim]
+
+    In a run the same is [bold]--student "shrink(teacher, depth=12, width=512)"[/bold].
+    """
+    options = {
+        "depth": depth,
+        "width": width,
+        "heads": heads,
+        "mlp": mlp,
+        "importance": importance,
+        "blocks": blocks,
+        "images": images,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    if gates is not None:
+        _take_out(teacher, output, gates, list(given), json)
+        return
+    spec = _spec(given)
+    from remap.recipe.schema import DataSpec, TeacherSpec
+    from remap.shrinking import cut
+
+    with view.Reporter() as progress:
+        found = cut(TeacherSpec(model=teacher, weights=weights), spec, DataSpec(source=data), output, seed, progress)
+    if json:
+        view.emit({"output": str(output), **found.to_dict()})
+        return
+    rows = [[word, getattr(found.before, word), getattr(found.after, word)] for word in vars(found.after)]
+    rows.append(["parameters", *(view.count(number) for number in found.parameters)])
+    rows.append(["multiply-adds", *(f"{number / 1e9:.2f} G" for number in found.macs)])
+    view.table(f"{teacher} shrunk, without classifiers", ["", "before", "after"], rows, right=(1, 2))
+    if len(found.kept) < found.before.depth:
+        view.line(f"blocks that stay, from 0: {', '.join(map(str, found.kept))}")
+    view.line(f"next: remap distill --teacher {teacher} --student local-dir:{output} --data {data}")
+
+
+def _take_out(run: str, output: Path, gates: float, given: list[str], json: bool) -> None:
+    from remap.errors import RecipeError
+    from remap.shrinking import take_out_skipped
+
+    if given:
+        problems = [f"--{name}: --gates takes out whole blocks of a run, and nothing else" for name in given]
+        raise RecipeError(problems, "command line")
+    with view.Reporter():
+        kept, openness = take_out_skipped(Path(run).expanduser(), output, gates)
+    if json:
+        view.emit({"output": str(output), "kept": kept, "gates": openness})
+        return
+    rows = [[index, f"{gate:.3f}", "stays" if index in kept else "goes"] for index, gate in enumerate(openness)]
+    view.table(f"{len(kept)} of {len(openness)} blocks of {run} stay", ["block", "gate", ""], rows, right=(0, 1))
+    view.line(f"next: remap tune --student local-dir:{output}")
+
+
+def _spec(options: dict[str, Any]) -> "ShrinkSpec":
+    from pydantic import ValidationError
+
+    from remap.errors import RecipeError
+    from remap.recipe.problems import lines_of
+    from remap.recipe.schema import ShrinkSpec
+
+    try:
+        return ShrinkSpec(**options)
+    except ValidationError as error:
+        lines = [line.removeprefix("recipe: ") for line in lines_of(error, ShrinkSpec)]
+        raise RecipeError(lines, "command line") from None

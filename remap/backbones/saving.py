@@ -1,0 +1,101 @@
+"""Save a changed backbone as a model folder of timm, which timm alone can open again."""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from remap import files
+from remap.backbones.anatomy import anatomy_of
+from remap.errors import BackboneError, RunError
+
+# Stands for architectures that timm itself does not know (the embedded pair): plain arguments make it any of them.
+_PLAIN = "vit_tiny_patch16_224"
+
+
+def save_model_folder(
+    model: nn.Module, folder: Path, shape: Mapping[str, object], classes: Sequence[str] = ()
+) -> None:
+    """Write ``config.json`` and ``model.safetensors`` as timm does, for ``timm.create_model("local-dir:FOLDER")``.
+
+    The folder appears whole or not at all, and only after timm has opened it to the same function.
+
+    Args:
+        model: Made by timm and changed since; in eval, with any classifier or none.
+        shape: Arguments of timm's constructor in which it differs from what timm made.
+        classes: Names of the classifier's outputs.
+
+    Raises:
+        RunError: There is such a folder already, or it cannot be written.
+        BackboneError: What timm builds from the folder is another function.
+    """
+    require_free(folder)
+    files.make_folder(folder.parent)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        _write(model, temporary, dict(shape), list(classes))
+        _require_equal(model, temporary)
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {folder}: {error.strerror or error}", do="free some space or choose another --output"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_free(folder: Path) -> None:
+    """
+    Raises:
+        RunError: There is something of that name.
+    """
+    if folder.exists():
+        raise RunError(f"{folder} is there already", do="choose another --output, or remove it")
+
+
+def _write(model: nn.Module, folder: Path, shape: dict[str, object], classes: list[str]) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():  # safetensors wants every tensor in one piece
+            parameter.data = parameter.data.contiguous()
+    architecture = str(model.pretrained_cfg["architecture"])
+    config: dict[str, object] = {"label_names": classes} if classes else {}
+    if not timm.models.model_entrypoint(architecture).__module__.startswith("timm."):
+        config["pretrained_cfg"] = {"architecture": _PLAIN}
+        shape = {"patch_size": list(anatomy_of(model).patch_size), **shape}
+    try:
+        save_for_hf(model, folder, model_config=config, model_args=shape, safe_serialization=True)
+    except ValueError as error:  # an argument the model was built with that JSON has no word for
+        raise BackboneError(f"timm cannot describe this model in a folder: {error}") from error
+
+
+@torch.no_grad()
+def _require_equal(model: nn.Module, folder: Path) -> None:
+    try:
+        again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise _not_expressible(" ".join(str(error).split())[:300]) from error
+    anatomy = anatomy_of(model)
+    device = next(model.parameters()).device
+    images_BCHW = torch.randn(2, 3, *anatomy.image_size, generator=torch.Generator().manual_seed(0))
+    ours, theirs = _outputs(model.eval(), images_BCHW.to(device)).cpu(), _outputs(again, images_BCHW)
+    difference = float((ours - theirs).abs().max())
+    if ours.shape != theirs.shape or not difference <= 1e-5 * max(1.0, float(ours.abs().max())):
+        raise _not_expressible(f"outputs differ by {difference:.1e}")
+
+
+def _outputs(model: nn.Module, images_BCHW: Tensor) -> Tensor:
+    """Logits, or what a classifier would be given where there is none."""
+    return model.forward_head(model.forward_features(images_BCHW)).float()
+
+
+def _not_expressible(why: str) -> BackboneError:
+    return BackboneError(
+        "timm builds another function from this shape, so it cannot be saved as a model folder",
+        given=why,
+        do="ask for another shape, or take another teacher",
+    )

@@ -1,0 +1,178 @@
+"""Channels, heads and MLP units of a plain vision transformer, removed with Torch-Pruning.
+
+Torch-Pruning (Fang et al. 2023, "DepGraph", arXiv 2301.12900) finds everything that a channel of the residual stream
+or a unit of an MLP goes through, scores it and cuts it. Its groups give one index to the rows of q, k and v and run
+past the end of a norm over a head, so heads and their dimensions are scored here and cut with its functions.
+
+Letters: B images, D width and pooled features, H heads, h head width, F hidden units of an MLP.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from remap.backbones.anatomy import Anatomy, AttentionBlock, anatomy_of, module_at, set_fused_attention
+from remap.remapping.architecture.blocks import Batches, features
+
+Criterion = Literal["taylor", "magnitude"]
+Scores = Callable[[], dict[str, Tensor]]
+
+
+def prune_inside(
+    model: nn.Module, heads: int, head_dim: int, hidden: int, criterion: Criterion, batches: Batches
+) -> None:
+    """Cut every block to ``heads`` heads of ``head_dim`` dimensions and ``hidden`` MLP units; the width stays.
+
+    Each block keeps its own best. Removing what contributes nothing changes nothing: where heads get narrower, the
+    queries take up the new scale of attention.
+
+    Args:
+        batches: Normalised images (B, 3, S, S); not read for "magnitude".
+    """
+    anatomy = _opened(model)
+    graph, importance = _graph(model, anatomy), _importance(criterion)
+    units = {
+        block.block: _group(graph, module_at(model, block.fc1), range(block.mlp_hidden))
+        for block in anatomy.blocks
+        if hidden < block.mlp_hidden
+    }
+    fewer_heads = (heads, head_dim) != (anatomy.heads, anatomy.head_dim)
+
+    def scores() -> dict[str, Tensor]:
+        found = {f"units {path}": importance(group) for path, group in units.items()}
+        if fewer_heads:
+            found |= {f"heads {block.block}": _head_scores(model, block, criterion) for block in anatomy.blocks}
+        return found
+
+    found = _summed(scores, model, criterion, batches)
+    for block in anatomy.blocks:
+        if block.block in units:
+            gone = _worst(found[f"units {block.block}"], block.mlp_hidden - hidden)
+            _group(graph, module_at(model, block.fc1), gone).prune()
+    # The graph has no view of heads: it is done with before they go.
+    if fewer_heads:
+        for block in anatomy.blocks:
+            _cut_heads(model, block, found[f"heads {block.block}"], heads, head_dim)
+
+
+def prune_width(model: nn.Module, width: int, criterion: Criterion, batches: Batches) -> None:
+    """Cut the residual stream to ``width`` channels: embeddings, tokens, norms, LayerScale and every layer that reads
+    or writes it. The norms then see fewer channels, so the function changes even where those were all zero.
+
+    Args:
+        batches: As for ``prune_inside``.
+    """
+    anatomy = _opened(model)
+    graph, importance = _graph(model, anatomy), _importance(criterion)
+    writer = module_at(model, anatomy.blocks[0].proj)
+    everything = _group(graph, writer, range(anatomy.width))
+    found = _summed(lambda: {"channels": importance(everything)}, model, criterion, batches)
+    _group(graph, writer, _worst(found["channels"], anatomy.width - width)).prune()
+    model.embed_dim = model.num_features = model.head_hidden_size = width
+
+
+def _opened(model: nn.Module) -> Anatomy:
+    """Everything gets a gradient, and the attention is one that the graph can be read from."""
+    anatomy = anatomy_of(model.eval().requires_grad_(True))
+    set_fused_attention(model, anatomy, False)
+    return anatomy
+
+
+def _graph(model: nn.Module, anatomy: Anatomy) -> tp.DependencyGraph:
+    images_BCHW = torch.zeros(1, 3, *anatomy.image_size, device=next(model.parameters()).device)
+    layers = (nn.Linear, nn.Conv2d, nn.LayerNorm)
+    wrapped = {id(p) for module in model.modules() if isinstance(module, layers) for p in module.parameters()}
+    # Tokens, positions and LayerScale have the channels last.
+    loose = [(p, p.ndim - 1) for p in model.parameters() if id(p) not in wrapped]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return tp.DependencyGraph().build_dependency(model, example_inputs=images_BCHW, unwrapped_parameters=loose)
+
+
+def _group(graph: tp.DependencyGraph, layer: nn.Module, outputs: Iterable[int]) -> tp.Group:
+    """All that goes with some output features of a linear layer."""
+    return graph.get_pruning_group(layer, tp.prune_linear_out_channels, idxs=list(outputs))
+
+
+def _importance(criterion: Criterion) -> Callable[[tp.Group], Tensor]:
+    kind = tp.importance.GroupTaylorImportance if criterion == "taylor" else tp.importance.GroupMagnitudeImportance
+    return kind(group_reduction="sum", normalizer=None, bias=True)
+
+
+def _summed(scores: Scores, model: nn.Module, criterion: Criterion, batches: Batches) -> dict[str, Tensor]:
+    """The scores, for "taylor" summed over the batches."""
+    total: dict[str, Tensor] = {}
+    for _ in _gradients(model, batches) if criterion == "taylor" else (None,):
+        for name, score in scores().items():
+            total[name] = total[name] + score if name in total else score
+    model.zero_grad()
+    return total
+
+
+def _gradients(model: nn.Module, batches: Batches) -> Iterator[None]:
+    """For every batch, leave in ``.grad`` the gradient of the pooled features, summed with random signs.
+
+    The squared first-order change of the features when weights w go is |J w|^2, and the mean of (g w)^2 over random
+    signs r is just that, g = r J (Hutchinson's estimator). It needs neither labels nor a classifier. The features'
+    norm would not do: the final norm holds it nearly constant.
+    """
+    draws = torch.Generator().manual_seed(0)
+    for images_BCHW in batches():
+        model.zero_grad()
+        features_BD = features(model, model.forward_features(images_BCHW))
+        signs_BD = torch.randint(0, 2, features_BD.shape, generator=draws) * 2.0 - 1.0
+        (features_BD * signs_BD.to(features_BD.device)).sum().backward()
+        for parameter in model.parameters():
+            if parameter.grad is None:  # a classifier, which is behind the features
+                parameter.grad = torch.zeros_like(parameter)
+        yield
+
+
+def _strength(tensor: nn.Parameter, criterion: Criterion) -> Tensor:
+    """What Torch-Pruning sums up for a weight: |w dL/dw|, or w^2."""
+    weight = tensor.detach()
+    return (weight * tensor.grad).abs() if criterion == "taylor" else weight.square()
+
+
+def _head_scores(model: nn.Module, block: AttentionBlock, criterion: Criterion) -> Tensor:
+    """(2, H, h): of the pairs of query and key dimensions, and of the value dimensions with what reads them."""
+    attention = module_at(model, block.attn)
+    rows = _strength(attention.qkv.weight, criterion).sum(dim=1)
+    if attention.qkv.bias is not None:
+        rows = rows + _strength(attention.qkv.bias, criterion)
+    q_Hh, k_Hh, v_Hh = rows.view(3, block.heads, block.head_dim)
+    read_Hh = _strength(attention.proj.weight, criterion).sum(dim=0).view(block.heads, block.head_dim)
+    return torch.stack([q_Hh + k_Hh, v_Hh + read_Hh])
+
+
+def _cut_heads(model: nn.Module, block: AttentionBlock, scores_2Hh: Tensor, heads: int, head_dim: int) -> None:
+    attention = module_at(model, block.attn)
+    kept = _best(scores_2Hh.sum(dim=(0, 2)), heads)
+    # In every head that stays, its own best dimensions; those of queries and keys go in pairs.
+    qk, v = ([head * block.head_dim + d for head in kept for d in _best(score[head], head_dim)] for score in scores_2Hh)
+    size = block.heads * block.head_dim
+    gone_qk, gone_v = (sorted(set(range(size)) - set(stay)) for stay in (qk, v))
+    rows = [*gone_qk, *(size + index for index in gone_qk), *(2 * size + index for index in gone_v)]
+    tp.prune_linear_out_channels(attention.qkv, rows)
+    tp.prune_linear_in_channels(attention.proj, gone_v)
+    if isinstance(attention.norm, nn.LayerNorm):
+        tp.prune_layernorm_out_channels(attention.norm, gone_v)
+    attention.num_heads, attention.head_dim, attention.attn_dim = heads, head_dim, heads * head_dim
+    attention.scale = head_dim**-0.5
+    with torch.no_grad():  # the scale of the scores stays what it was
+        factor = (head_dim / block.head_dim) ** 0.5
+        attention.qkv.weight[: heads * head_dim] *= factor
+        if attention.qkv.bias is not None:
+            attention.qkv.bias[: heads * head_dim] *= factor
+
+
+def _best(score: Tensor, count: int) -> list[int]:
+    return sorted(score.sort(descending=True, stable=True).indices[:count].tolist())
+
+
+def _worst(score: Tensor, count: int) -> list[int]:
+    return sorted(score.sort(descending=True, stable=True).indices[len(score) - count :].tolist())

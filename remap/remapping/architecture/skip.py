@@ -1,0 +1,230 @@
+"""Learn which frozen blocks to skip, after NetTailor (Morgado and Vasconcelos 2019, arXiv 1907.00274).
+
+Letters: L gated units (blocks or branches), g gate, c relative cost.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from remap.backbones.anatomy import Anatomy, AttentionBlock, Block, ConvBlock, module_at
+from remap.backbones.saving import require_free, save_model_folder
+from remap.errors import BackboneError
+from remap.remapping.architecture.blocks import require_one_list, take_out
+from remap.tuning.attaching import Combined
+from remap.tuning.base import Attached, Method, Options, insert_module, inserted_parameters, is_inserted
+from remap.tuning.weights import registered, registered_at
+
+_NAME = "remap_skip"
+
+
+class Skip(Method):
+    """x + g * branch(x) with one gate g >= 0 a block: L parameters. The loss gets ``cost`` * sum of g_l c_l.
+
+    c_l is the block's share of the multiply-adds of all gated layers, so that ``cost`` is the price of the whole
+    network. The gate is the parameter itself, 1 at the start (the pretrained network), and one that falls below 0 is
+    set to 0 after the step: by this projection it reaches 0 exactly, where the block is gone, and can come back,
+    while a sigmoid would neither begin at 1 nor end at 0. Nothing keeps it below 1.
+    NetTailor's gates are a softmax over a block and small layers beside it, trained for the task. Here such a layer is
+    another method of a combination: ``skip+adaptformer`` keeps an adapter where a block closes, ``skip+lora`` tunes
+    what stays.
+    """
+
+    class Config(Options):
+        """``gates``: one for a block, or one for each of its branches (attention and MLP)."""
+
+        cost: float = Field(default=0.1, ge=0.0)
+        gates: Literal["block", "branch"] = "block"
+
+    config: Config
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+        gates: dict[str, _Gated] = {}
+        handles: list[RemovableHandle] = []
+        for block in anatomy.blocks:
+            branches = _branches(model, block)
+            parts = [branches] if self.config.gates == "block" else [[branch] for branch in branches]
+            for number, part in enumerate(parts):
+                like = registered(module_at(model, branches[0].layers[0]), "weight")
+                gate = Gate().to(device=like.device, dtype=like.dtype)
+                path = f"{block.block}.{_NAME}{number or ''}"
+                insert_module(model, path, gate)
+                for branch in part:
+                    handles.append(module_at(model, branch.end).register_forward_hook(partial(_scale, gate)))
+                gates[path] = _Gated(block, tuple(part), sum(_multiply_adds(model, block, branch) for branch in part))
+        names = inserted_parameters(model, gates)
+        return _Attached(
+            model,
+            anatomy,
+            gates,
+            self.config.cost,
+            mergeable=all(branch.fold for gated in gates.values() for branch in gated.branches),
+            trainable=names,
+            no_decay=names,
+            added=gates,
+            handles=handles,
+        )
+
+
+class Gate(nn.Module):
+    """g, a scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(()))
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """A residual branch: its last module, the layers inside, and the module whose weight and bias can take the gate
+    (``fold``; None where there is none)."""
+
+    end: str
+    layers: tuple[str, ...]
+    fold: str | None
+
+
+@dataclass(frozen=True)
+class _Gated:
+    """What one gate is for."""
+
+    block: Block
+    branches: tuple[_Branch, ...]
+    multiply_adds: int
+
+
+class _Attached(Attached):
+    fold_stage = 4  # the gate is behind all that other methods do with the last layer of a branch
+
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, gates: dict[str, _Gated], cost: float, **facts: object
+    ) -> None:
+        self.gates, self.cost = gates, cost
+        whole = sum(gated.multiply_adds for gated in gates.values())
+        self.shares = {path: gated.multiply_adds / whole for path, gated in gates.items()}
+        super().__init__(model, anatomy, **facts)
+
+    def _gate(self, path: str) -> nn.Parameter:
+        return module_at(self.model, path).gate
+
+    def penalty(self) -> Tensor:
+        return self.cost * sum(share * self._gate(path).float() for path, share in self.shares.items())
+
+    @torch.no_grad()
+    def after_step(self, step: int, total: int) -> None:
+        for path in self.gates:
+            self._gate(path).clamp_(min=0.0)
+
+    def openness(self) -> list[float]:
+        """For every block of the network the largest of its gates."""
+        found = dict.fromkeys((block.block for block in self.anatomy.blocks), 0.0)
+        for path, gated in self.gates.items():
+            found[gated.block.block] = max(found[gated.block.block], float(self._gate(path)))
+        return list(found.values())
+
+    def _fold(self) -> None:
+        for path, gated in self.gates.items():
+            for branch in gated.branches:
+                for tensor in (registered_at(self.model, f"{branch.fold}.{word}") for word in ("weight", "bias")):
+                    if tensor is not None:
+                        tensor.mul_(self._gate(path))
+
+
+def gates_of(attached: Attached) -> _Attached:
+    """The gates of ``skip`` or of a combination with it.
+
+    Raises:
+        BackboneError: There are none.
+    """
+    parts = attached.parts if isinstance(attached, Combined) else [attached]
+    found = [part for part in parts if isinstance(part, _Attached)]
+    if not found:
+        raise BackboneError("this network has no gates", do="tune it with --method skip, alone or combined")
+    return found[0]
+
+
+def save_remaining(
+    attached: Attached, folder: Path, threshold: float = 0.05, classes: Sequence[str] = ()
+) -> list[int]:
+    """Fold the method into the weights, take out the blocks whose gates are all at or below ``threshold``, and write
+    the rest as a model folder of timm, classifier included. The model is changed.
+
+    Where every block that goes has a gate of 0, the function stays what it was.
+
+    Args:
+        classes: Names for the classifier's outputs, for timm's configuration.
+
+    Returns:
+        The blocks that stayed.
+
+    Raises:
+        BackboneError: There are no gates, a part of a combination cannot be folded, no block would be left, or timm
+            cannot build the rest.
+        RunError: The folder cannot be written.
+    """
+    require_free(folder)
+    model, openness = attached.model, gates_of(attached).openness()
+    closed = [index for index, gate in enumerate(openness) if gate <= threshold]
+    if len(closed) == len(openness):
+        raise BackboneError(
+            "every block would be taken out",
+            given=f"threshold {threshold:g}, gates {', '.join(f'{gate:.2f}' for gate in openness)}",
+            do="lower the threshold, or tune again with a lower --set method.cost",
+        )
+    if closed:
+        require_one_list(model)
+    attached.merge()
+    take_out(model, closed)
+    shape = {"depth": len(openness) - len(closed)} if closed else {}
+    save_model_folder(model.eval(), folder, shape, classes)
+    return [index for index in range(len(openness)) if index not in closed]
+
+
+def _branches(model: nn.Module, block: Block) -> list[_Branch]:
+    if isinstance(block, AttentionBlock):
+        words = (("q", "k", "v", "o"), ("fc1", "fc1_gate", "fc2"))
+        ends = (block.attn_branch_end, block.mlp_branch_end)
+        return [
+            _Branch(end, _paths(block, names), block.projections[names[-1]].path)
+            for end, names in zip(ends, words, strict=True)
+        ]
+    assert isinstance(block, ConvBlock)
+    inside = module_at(model, block.block).named_modules()
+    layers = tuple(
+        f"{block.block}.{name}"
+        for name, module in inside
+        if isinstance(module, nn.Linear | nn.Conv2d) and not is_inserted(name)
+    )
+    return [_Branch(block.branch_end, layers, _end_of(model, block))]
+
+
+def _paths(block: Block, words: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(block.projections[word].path for word in words if word in block.projections))
+
+
+def _end_of(model: nn.Module, block: ConvBlock) -> str | None:
+    """The layer or norm whose weight and bias scale what the block adds, if one does."""
+    if "fc2" in block.projections:
+        return block.projections["fc2"].path
+    # A module without parameters behind the norm (drop-path) lets a scale through; squeeze-and-excitation does not.
+    last = module_at(model, block.branch_end)
+    norms = [path for path in block.norms if path.rpartition(".")[0] == block.block]
+    end = block.branch_end if block.branch_end in norms else None if list(last.parameters()) else norms[-1]
+    return end if end is not None and registered(module_at(model, end), "weight") is not None else None
+
+
+def _multiply_adds(model: nn.Module, block: Block, branch: _Branch) -> int:
+    """Of the layers of a branch for one image, as if all of them worked on the block's grid."""
+    return prod(block.grid) * sum(registered(module_at(model, path), "weight").numel() for path in branch.layers)
+
+
+def _scale(gate: Gate, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return output * gate.gate.to(output.dtype)

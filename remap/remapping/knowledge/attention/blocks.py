@@ -1,0 +1,138 @@
+"""What the losses on attention share. B batch, H heads, S the shared tokens {class, patches}, x leading dimensions."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from remap.backbones.anatomy import Anatomy
+from remap.errors import BackboneError
+from remap.remapping.alignment import Interpolation, pair_blocks, to_shared_tokens
+from remap.remapping.labels import Labels
+from remap.remapping.objective import LossTerm, Pair
+from remap.remapping.signals import Attention, Needs, Signals, float32_region
+from remap.tuning.base import Options
+
+# Added to every probability of both maps before the logarithm. A hard clamp at the same value would cut the gradient
+# of exactly those entries that the student must raise; adding keeps it, and keeps the divergence >= 0.
+FLOOR = 1e-6
+
+
+class BlockTerm(LossTerm):
+    """A loss on the attention of pairs of blocks, mean over the pairs.
+
+    Both networks are compared over the tokens that both have: prompts and registers are cut, and the class token too
+    if one side lacks it. What the teacher gives is brought to the student's grid.
+
+    Attributes:
+        name: The term's name in the table of losses.
+    """
+
+    class Config(Options):
+        """Options.
+
+        layers: Pairs of blocks: "last", "uniform" or [[student, teacher], ...] counted from 0.
+        resize: How what the teacher gives is carried to another patch grid.
+        """
+
+        layers: Literal["last", "uniform"] | tuple[tuple[int, int], ...] = "last"
+        resize: Interpolation = "bilinear"
+
+    config: Config
+    name: ClassVar[str]
+
+    def __init__(self, pair: Pair, config: Config) -> None:
+        super().__init__(pair, config)
+        student, teacher = pair.student, pair.known_teacher(self.name)
+        self.keep_class_token = student.has_class_token and teacher.has_class_token
+        self.blocks = pair_blocks(config.layers, student.depth, teacher.depth)
+
+    def student_needs(self) -> Needs:
+        return Needs(attention=frozenset(student for student, _ in self.blocks))
+
+    def teacher_needs(self) -> Needs:
+        return Needs(attention=frozenset(teacher for _, teacher in self.blocks))
+
+    @torch.no_grad()
+    def target(self, teacher: Signals) -> dict[str, Tensor]:
+        """What ``read`` finds in each of the teacher's blocks, on the student's grid."""
+        items: dict[str, Tensor] = {}
+        for index in sorted({teacher_block for _, teacher_block in self.blocks}):
+            found = self.read(self._shared(teacher, index), self.pair.student.grid)
+            items |= {self.item(what, index): value for what, value in found.items()}
+        return items
+
+    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
+        losses = []
+        # Blocks named in several pairs are read once.
+        for index in sorted({student_block for student_block, _ in self.blocks}):
+            attention = self._shared(student, index)
+            found = self.read(attention, attention.grid)
+            losses += [
+                self.compare(value, target[self.item(what, teacher_block)])
+                for student_block, teacher_block in self.blocks
+                if student_block == index
+                for what, value in found.items()
+            ]
+        return torch.stack(losses).mean()
+
+    @abstractmethod
+    def read(self, attention: Attention, grid: tuple[int, int]) -> dict[str, Tensor]:
+        """What is compared of one block, by a short name, in float32, carried to ``grid`` where that is another."""
+
+    @abstractmethod
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss between what ``read`` found on either side, a float32 scalar."""
+
+    def item(self, what: str, teacher_block: int) -> str:
+        """The name of what is kept of a teacher's block: all that its value depends on besides the teacher."""
+        height, width = self.pair.student.grid
+        tokens = "class+patches" if self.keep_class_token else "patches"
+        return " ".join((f"{what}{teacher_block}", f"{height}x{width}", self.config.resize, tokens, *self.details()))
+
+    def details(self) -> tuple[str, ...]:
+        """Words of the item's name for options of the term's own."""
+        return ()
+
+    def _shared(self, signals: Signals, block: int) -> Attention:
+        return to_shared_tokens(signals.attention[block], self.keep_class_token)
+
+    def require_equal_heads(self, instead: str) -> None:
+        """For losses that go head by head.
+
+        Args:
+            instead: What the option ``heads`` may be otherwise, for the message.
+
+        Raises:
+            BackboneError: The blocks of a pair have different numbers of heads.
+        """
+        for student_block, teacher_block in self.blocks:
+            student = heads_of(self.pair.student, student_block)
+            teacher = heads_of(self.pair.known_teacher(self.name), teacher_block)
+            if student != teacher:
+                raise BackboneError(
+                    "heads: each compares head by head and needs equally many heads on both sides",
+                    given=f"student {student}, teacher {teacher}",
+                    do=f"use heads: {instead}",
+                )
+
+
+def heads_of(anatomy: Anatomy, block: int) -> int:
+    """Heads of one block; 0 where it has no attention (the tap refuses those with a reason)."""
+    return getattr(anatomy.blocks[block], "heads", 0)
+
+
+def row_kl(student_xSS: Tensor, teacher_xSS: Tensor) -> Tensor:
+    """KL(teacher || student) of each row in float32, mean over all rows; ``FLOOR`` mixed into both."""
+    rows = student_xSS.numel() // student_xSS.shape[-1]
+    with float32_region(student_xSS):
+        log_student = floored(student_xSS).log()
+        return F.kl_div(log_student, floored(teacher_xSS), reduction="sum") / rows
+
+
+def floored(map_xSS: Tensor) -> Tensor:
+    """Rows that still sum to 1, with no entry below about ``FLOOR``."""
+    return (map_xSS.float() + FLOOR) / (1.0 + FLOOR * map_xSS.shape[-1])

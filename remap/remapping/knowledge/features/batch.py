@@ -1,0 +1,165 @@
+"""Relations between the images of a batch. B batch, D width (student and teacher may differ), A anchors.
+
+They have no parameters and need no equal widths. Each process sees its own part of the batch; of a single image there
+is nothing to compare, and the loss is 0.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from remap.remapping.items import POOLED, pooled_of
+from remap.remapping.knowledge.features.parts import pooled
+from remap.remapping.labels import Labels
+from remap.remapping.objective import LossTerm, Pair
+from remap.remapping.signals import Needs, Signals, float32_region
+from remap.tuning.base import Options
+
+# Squared distances below it count as none: the root has no gradient there.
+TINY = 1e-12
+# Added to similarities in [0, 1] before they become probabilities: opposite features have a similarity of 0.
+SIMILARITY_FLOOR = 1e-6
+# Numbers that one group of anchors may hold in each of its few tensors: 64 MiB in float32.
+ANCHOR_NUMBERS = 2**24
+
+
+class BatchRelation(LossTerm):
+    """A term that compares how pooled features of a batch lie to each other."""
+
+    name = ""
+
+    def __init__(self, pair: Pair, config: Options) -> None:
+        super().__init__(pair, config)
+        pair.known_teacher(self.name)
+
+    def student_needs(self) -> Needs:
+        return Needs(pooled=True)
+
+    def teacher_needs(self) -> Needs:
+        return Needs(pooled=True)
+
+    @torch.no_grad()
+    def target(self, teacher: Signals) -> dict[str, Tensor]:
+        return pooled_of(teacher)
+
+    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
+        ours_BD, theirs_BD = pooled(student), target[POOLED].float()
+        if len(ours_BD) < 2:
+            return 0.0 * ours_BD.sum()
+        with float32_region(ours_BD):
+            return self.compare(ours_BD, theirs_BD)
+
+    @abstractmethod
+    def compare(self, ours_BD: Tensor, theirs_BD: Tensor) -> Tensor: ...
+
+
+class Relational(BatchRelation):
+    """Park et al. 2019 (RKD), arXiv 1904.05068: distances between two images and angles between three.
+
+    Distances are divided by their mean over the batch; both are compared by the smooth L1 (knee at 1), mean over all
+    B^2 pairs and B^3 triples. The paper's weights are 25 and 50: the row's weight and ``angle`` / ``distance`` = 2.
+    Angles of B images are B^3 numbers. They are made for a group of anchors at a time and made again in the backward
+    pass where the groups are several, so that memory stays at about ``ANCHOR_NUMBERS`` a tensor; ``angle: 0`` spares
+    their time.
+    """
+
+    class Config(Options):
+        distance: float = Field(default=1.0, ge=0.0)
+        angle: float = Field(default=2.0, ge=0.0)
+
+    config: Config
+    name = "rkd"
+
+    def compare(self, ours_BD: Tensor, theirs_BD: Tensor) -> Tensor:
+        loss = 0.0 * ours_BD.sum()
+        if self.config.distance:
+            gap = F.smooth_l1_loss(_relative_distances(ours_BD), _relative_distances(theirs_BD))
+            loss = loss + self.config.distance * gap
+        if self.config.angle:
+            loss = loss + self.config.angle * _angle_gap(ours_BD, theirs_BD)
+        return loss
+
+
+class ProbabilisticTransfer(BatchRelation):
+    """Passalis and Tefas 2018 (PKT), arXiv 1803.10837: which images are neighbours, as a distribution.
+
+    p(j | i) is proportional to (cosine of i and j + 1) / 2; KL(teacher || student) of each image's distribution, mean
+    over images. As in the paper, an image is not its own neighbour; with ``self_similarity`` it is, as in the authors'
+    code and torchdistill, which both take the mean over B^2 entries instead, a B-th of ours.
+    """
+
+    class Config(Options):
+        self_similarity: bool = False
+
+    config: Config
+    name = "pkt"
+
+    def compare(self, ours_BD: Tensor, theirs_BD: Tensor) -> Tensor:
+        ours, theirs = (self._log_probabilities(one) for one in (ours_BD, theirs_BD))
+        return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+    def _log_probabilities(self, features_BD: Tensor) -> Tensor:
+        unit_BD = F.normalize(features_BD, dim=1)
+        similarity_BB = ((unit_BD @ unit_BD.mT + 1.0) / 2.0).clamp_min(0.0) + SIMILARITY_FLOOR
+        if not self.config.self_similarity:
+            count = len(features_BD)
+            others = ~torch.eye(count, dtype=torch.bool, device=features_BD.device)
+            similarity_BB = similarity_BB[others].reshape(count, count - 1)
+        return (similarity_BB / similarity_BB.sum(dim=1, keepdim=True)).log()
+
+
+class SimilarityPreserving(BatchRelation):
+    """Tung and Mori 2019 (SPKD), arXiv 1907.09682, Eq. 1 to 4: the Gram matrix of the batch, rows of length 1.
+
+    Squared Frobenius norm of the difference, divided by B^2; the row's weight is the paper's gamma.
+    """
+
+    name = "spkd"
+
+    def compare(self, ours_BD: Tensor, theirs_BD: Tensor) -> Tensor:
+        return F.mse_loss(*(F.normalize(one @ one.mT, dim=1) for one in (ours_BD, theirs_BD)))
+
+
+def _relative_distances(features_BD: Tensor) -> Tensor:
+    """Distances of all pairs over their mean (B, B). Pairs at one place have distance 0 and no gradient."""
+    # Distances do not change, and differences of squares lose fewer digits around the origin.
+    centred_BD = features_BD - features_BD.mean(dim=0).detach()
+    gram_BB = centred_BD @ centred_BD.mT
+    square_B = gram_BB.diagonal()
+    squared_BB = (square_B[:, None] + square_B[None, :] - 2.0 * gram_BB).clamp_min(TINY)
+    itself = torch.eye(len(features_BD), dtype=torch.bool, device=features_BD.device)
+    distance_BB = squared_BB.sqrt().masked_fill(itself, 0.0)
+    pairs = len(features_BD) * (len(features_BD) - 1)
+    return distance_BB * pairs / distance_BB.sum()
+
+
+def _angle_gap(ours_BD: Tensor, theirs_BD: Tensor) -> Tensor:
+    """Smooth L1 between the cosines of all angles, mean over (anchor, image, image) triples."""
+    count = len(ours_BD)
+    group = max(1, ANCHOR_NUMBERS // (count * max(count, ours_BD.shape[1], theirs_BD.shape[1])))
+    if group >= count:
+        return _angle_sum(ours_BD, theirs_BD, 0, count) / count**3
+    sums = [
+        checkpoint(_angle_sum, ours_BD, theirs_BD, start, start + group, use_reentrant=False, preserve_rng_state=False)
+        for start in range(0, count, group)
+    ]
+    return torch.stack(sums).sum() / count**3
+
+
+def _angle_sum(ours_BD: Tensor, theirs_BD: Tensor, start: int, stop: int) -> Tensor:
+    ours_ABB, theirs_ABB = (_angles(one, start, stop) for one in (ours_BD, theirs_BD))
+    return F.smooth_l1_loss(ours_ABB, theirs_ABB, reduction="sum")
+
+
+def _angles(features_BD: Tensor, start: int, stop: int) -> Tensor:
+    """Cosines (A, B, B) of the angles at images ``start`` to ``stop`` between all pairs; 0 where a side is a point."""
+    sides_ABD = features_BD[None] - features_BD[start:stop, None]
+    squared_AB1 = sides_ABD.square().sum(dim=2, keepdim=True)
+    short = squared_AB1 <= TINY
+    unit_ABD = sides_ABD * squared_AB1.masked_fill(short, 1.0).rsqrt().masked_fill(short, 0.0)
+    return unit_ABD @ unit_ABD.mT

@@ -1,0 +1,70 @@
+"""Contrast of student and teacher. B batch, E width of the common embedding."""
+
+from collections.abc import Mapping
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from remap.remapping.items import POOLED, pooled_of
+from remap.remapping.knowledge.features.parts import pooled
+from remap.remapping.labels import Labels
+from remap.remapping.objective import LossTerm, Pair
+from remap.remapping.signals import Needs, Signals, float32_region
+from remap.tuning.base import Options
+
+
+class ContrastiveRepresentation(LossTerm):
+    """After Tian et al. 2020 (CRD), arXiv 1910.10699: of all images, the student knows the teacher's view of this one.
+
+    Both pooled features go through a linear map of their own to ``width`` numbers of length 1; both maps are trained
+    and dropped afterwards. Cross-entropy of an image's pair against its negatives (InfoNCE) with cosines over
+    ``temperature``, once from the student's side and once from the teacher's, the two added; mean over images.
+
+    It differs from the paper in two ways. The paper draws thousands of negatives from a memory of the whole training
+    set; here they are the other images of the batch, so it wants large batches. And the paper estimates the ratio of
+    densities by a binary critic with a constant for the size of the data, which needs such a memory.
+
+    Images of the same class are no negatives where both labels are known (the paper's choice with labels); a mixed
+    image counts by its larger share. Without labels every other image is one.
+    """
+
+    class Config(Options):
+        width: int = Field(default=128, ge=1)
+        temperature: float = Field(default=0.07, gt=0.0)
+
+    config: Config
+
+    def __init__(self, pair: Pair, config: Config) -> None:
+        super().__init__(pair, config)
+        teacher = pair.known_teacher("crd")
+        self.student_map = nn.Linear(pair.student.width, config.width)
+        self.teacher_map = nn.Linear(teacher.width, config.width)
+
+    def student_needs(self) -> Needs:
+        return Needs(pooled=True)
+
+    def teacher_needs(self) -> Needs:
+        return Needs(pooled=True)
+
+    @torch.no_grad()
+    def target(self, teacher: Signals) -> dict[str, Tensor]:
+        return pooled_of(teacher)
+
+    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
+        pooled_BD = pooled(student)
+        with float32_region(pooled_BD):
+            ours_BE = F.normalize(self.student_map(pooled_BD), dim=1)
+            theirs_BE = F.normalize(self.teacher_map(target[POOLED].float()), dim=1)
+            scores_BB = ours_BE @ theirs_BE.mT / self.config.temperature
+        scores_BB = scores_BB.masked_fill(_same_class(labels), float("-inf"))
+        own = torch.arange(len(scores_BB), device=scores_BB.device)
+        return F.cross_entropy(scores_BB, own) + F.cross_entropy(scores_BB.mT, own)
+
+
+def _same_class(labels: Labels) -> Tensor:
+    """Pairs (B, B) of different images that are known to be of one class."""
+    known_BB = labels.known_B[:, None] & labels.known_B[None, :]
+    same_BB = known_BB & (labels.main_B[:, None] == labels.main_B[None, :])
+    return same_BB & ~torch.eye(len(same_BB), dtype=torch.bool, device=same_BB.device)

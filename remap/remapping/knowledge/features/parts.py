@@ -1,0 +1,132 @@
+"""What feature losses share: projectors, distances, patch tokens on the student's grid, generators.
+
+B batch, N patches of the student's grid, D width (student's and teacher's differ), h and w rows and columns.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import orthogonal
+
+from remap.backbones.anatomy import Anatomy, Block
+from remap.errors import BackboneError
+from remap.remapping.alignment import pair_blocks, resize_tokens
+from remap.remapping.items import patches_name
+from remap.remapping.objective import LossTerm, Pair
+from remap.remapping.signals import Needs, Signals
+from remap.tuning.base import Options
+
+Projector = Literal["linear", "orthogonal", "none"]
+Distance = Literal["smooth_l1", "cosine"]
+Layers = Literal["last", "uniform"] | tuple[tuple[int, int], ...]
+
+
+def projector(kind: Projector, student_width: int, teacher_width: int) -> nn.Module:
+    """A map from the student's width to the teacher's; drawn from the global generator of PyTorch.
+
+    Raises:
+        BackboneError: "none" for different widths.
+    """
+    if kind == "none":
+        if student_width != teacher_width:
+            raise BackboneError(
+                "projector: none needs equal widths",
+                given=f"student {student_width}, teacher {teacher_width}",
+                allowed="linear, orthogonal",
+            )
+        return nn.Identity()
+    linear = nn.Linear(student_width, teacher_width, bias=False)
+    # The Cayley map costs one linear solve; the default for oblong matrices, householder, is several times slower.
+    return linear if kind == "linear" else orthogonal(linear, orthogonal_map="cayley")
+
+
+def distance(kind: Distance, projected_xD: Tensor, wanted_xD: Tensor) -> Tensor:
+    """To the layer-normed target (no affine): mean over everything (smooth-L1, knee at 1), or mean of 1 - cosine."""
+    wanted_xD = F.layer_norm(wanted_xD, wanted_xD.shape[-1:])
+    if kind == "smooth_l1":
+        return F.smooth_l1_loss(projected_xD, wanted_xD)
+    return (1.0 - F.cosine_similarity(projected_xD, wanted_xD, dim=-1)).mean()
+
+
+def pooled(signals: Signals) -> Tensor:
+    """What enters the classifier (B, D), float32."""
+    assert signals.pooled_BD is not None, "the tap was not told to keep pooled features"
+    return signals.pooled_BD.float()
+
+
+def token_pairs(layers: Layers, pair: Pair, term: str) -> tuple[tuple[int, int], ...]:
+    """Whose tokens are compared, as (student, teacher) blocks; "last" means those behind the final norm of both.
+
+    Raises:
+        BackboneError: There is no teacher, or a block that one of the networks does not have.
+    """
+    student, teacher = pair.student, pair.known_teacher(term)
+    if layers == "last":
+        return ((student.depth, teacher.depth),)
+    return pair_blocks(layers, student.depth, teacher.depth)
+
+
+def block_of(anatomy: Anatomy, index: int) -> Block:
+    """The block whose width and grid tokens have; behind the final norm they are those of the last block."""
+    return anatomy.blocks[min(index, anatomy.depth - 1)]
+
+
+class TokenTerm(LossTerm):
+    """A term that compares patch tokens of pairs of blocks on the student's grid.
+
+    The teacher's patches are brought there channel by channel (antialiased bilinear); prompts and prefix tokens are
+    not among them.
+    """
+
+    def __init__(self, pair: Pair, config: Options, blocks: Sequence[tuple[int, int]]) -> None:
+        super().__init__(pair, config)
+        self.blocks = tuple(blocks)
+
+    def student_needs(self) -> Needs:
+        return Needs(tokens=frozenset(student for student, _ in self.blocks))
+
+    def teacher_needs(self) -> Needs:
+        return Needs(tokens=frozenset(teacher for _, teacher in self.blocks))
+
+    @torch.no_grad()
+    def target(self, teacher: Signals) -> dict[str, Tensor]:
+        return {self.item(s, t): self.resized(teacher, s, t) for s, t in self.blocks}
+
+    def widths(self, student_block: int, teacher_block: int) -> tuple[int, int]:
+        teacher = self.pair.teacher
+        assert teacher is not None
+        return block_of(self.pair.student, student_block).width, block_of(teacher, teacher_block).width
+
+    def grid(self, student_block: int) -> tuple[int, int]:
+        return block_of(self.pair.student, student_block).grid
+
+    def item(self, student_block: int, teacher_block: int) -> str:
+        """The name of the teacher's patches on the student's grid; on an equal grid they are the teacher's own."""
+        return patches_name(teacher_block) + self.grid_suffix(student_block, teacher_block)
+
+    def grid_suffix(self, student_block: int, teacher_block: int) -> str:
+        teacher = self.pair.teacher
+        assert teacher is not None
+        height, width = self.grid(student_block)
+        return "" if block_of(teacher, teacher_block).grid == (height, width) else f" {height}x{width}"
+
+    def resized(self, teacher: Signals, student_block: int, teacher_block: int) -> Tensor:
+        """The teacher's patches (B, N, D) on the grid of the student's block, float32."""
+        tokens = teacher.tokens[teacher_block]
+        patches_BND = tokens.patches_BND.detach().float()
+        return resize_tokens(patches_BND, tokens.grid, self.grid(student_block), has_class_token=False)
+
+
+class Generator(nn.Sequential):
+    """Two 3 x 3 convolutions with a ReLU between them, on tokens laid out on their grid, square or not."""
+
+    def __init__(self, width: int) -> None:
+        first, second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        super().__init__(first, nn.ReLU(), second)
+
+    def generate(self, tokens_BND: Tensor, grid: tuple[int, int]) -> Tensor:
+        map_BDhw = tokens_BND.mT.unflatten(2, grid)
+        return self(map_BDhw).flatten(2).mT

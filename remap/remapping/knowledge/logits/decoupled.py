@@ -1,0 +1,93 @@
+"""Distillation taken apart into the class of the image and all others. B batch, C classes; all in float32.
+
+Both losses want one class an image. Of a mixed image (mixup, CutMix) it is the class with the larger share; of an
+image without a label, the teacher's most likely one. So every image of a batch counts.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from remap.remapping.items import LOGITS
+from remap.remapping.knowledge.logits.plain import LogitsTerm, answer_to_teacher, kl_at_temperature
+from remap.remapping.labels import Labels
+from remap.remapping.signals import Signals
+from remap.tuning.base import Options
+
+
+class DecoupledDistillation(LogitsTerm):
+    """Zhao et al. 2022, arXiv 2203.08679: (``alpha`` * TCKD + ``beta`` * NCKD) * T^2, mean over images.
+
+    TCKD is the KL between the two-way distributions (the class, all others together), NCKD the KL over the other
+    classes alone, made to sum to 1. ``alpha`` = 1 and ``beta`` = the teacher's probability of all other classes would
+    be ordinary distillation; a ``beta`` of its own does not fade where the teacher is sure.
+
+    Defaults are the authors' for CIFAR-100 (temperature 4, ``beta`` 8); for ImageNet they use temperature 1 and
+    ``beta`` 0.5. Their warm-up of the term's weight over 20 epochs is left out: weights belong to the objective. With
+    two classes there is one other class, and NCKD is 0.
+    """
+
+    class Config(Options):
+        """Options: weight of the image's class, weight of the other classes, temperature."""
+
+        alpha: float = Field(default=1.0, ge=0.0)
+        beta: float = Field(default=8.0, ge=0.0)
+        temperature: float = Field(default=4.0, gt=0.0)
+
+    config: Config
+    uses_labels = True
+
+    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
+        temperature = self.config.temperature
+        student_BC, teacher_BC = answer_to_teacher(student).float(), target[LOGITS].float()
+        class_B = labels.main_or(teacher_BC.argmax(dim=1))
+        student_BO, teacher_BO = _others(student_BC, class_B), _others(teacher_BC, class_B)
+        pairs = (
+            # logsumexp of the others' logits is the one logit that stands for all of them.
+            torch.stack([_of_class(x_BC, class_B) / temperature, torch.logsumexp(x_BO / temperature, dim=1)], dim=1)
+            for x_BC, x_BO in ((student_BC, student_BO), (teacher_BC, teacher_BO))
+        )
+        of_class = kl_at_temperature(*pairs, temperature=1.0) * temperature**2
+        of_others = kl_at_temperature(student_BO, teacher_BO, temperature)
+        return self.config.alpha * of_class + self.config.beta * of_others
+
+
+class NormalizedDistillation(LogitsTerm):
+    """Yang et al. 2023, arXiv 2303.13005: -t_y log(s_y) + ``gamma`` * T^2 * CE(N(t), N(s)), mean over images.
+
+    t_y and s_y are the probabilities of the image's class at temperature 1, N(.) those of the other classes at
+    temperature T, made to sum to 1. The loss of a perfect student is not 0 but the second term's entropy. The authors
+    use ``gamma`` 1.5 for convolutional networks and 1 for ViTs, temperature 1, beside the labels' cross-entropy.
+    """
+
+    class Config(Options):
+        """Options: weight of the other classes, and their temperature."""
+
+        gamma: float = Field(default=1.0, ge=0.0)
+        temperature: float = Field(default=1.0, gt=0.0)
+
+    config: Config
+    uses_labels = True
+
+    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
+        temperature = self.config.temperature
+        student_BC, teacher_BC = answer_to_teacher(student).float(), target[LOGITS].float()
+        class_B = labels.main_or(teacher_BC.argmax(dim=1))
+        sure_B = _of_class(teacher_BC.softmax(dim=1), class_B)
+        of_class = -(sure_B * _of_class(student_BC.log_softmax(dim=1), class_B)).mean()
+        wanted_BO = (_others(teacher_BC, class_B) / temperature).softmax(dim=1)
+        of_others = F.cross_entropy(_others(student_BC, class_B) / temperature, wanted_BO)
+        return of_class + self.config.gamma * temperature**2 * of_others
+
+
+def _of_class(x_BC: Tensor, class_B: Tensor) -> Tensor:
+    return x_BC.gather(1, class_B[:, None]).squeeze(1)
+
+
+def _others(x_BC: Tensor, class_B: Tensor) -> Tensor:
+    """All columns of a row but one, (B, C - 1). By index: a boolean mask would make a GPU wait."""
+    index_O = torch.arange(x_BC.shape[1] - 1, device=x_BC.device)
+    return x_BC.gather(1, index_O + (index_O >= class_B[:, None]))

@@ -1,0 +1,55 @@
+"""Distillation on three levels: images, pairs of images, pairs of classes. B batch, C classes; all in float32."""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from remap.remapping.items import LOGITS
+from remap.remapping.knowledge.logits.plain import LogitsTerm, answer_to_teacher, kl_at_temperature
+from remap.remapping.labels import Labels
+from remap.remapping.signals import Signals, float32_region
+from remap.tuning.base import Options
+
+
+class MultiLevelDistillation(LogitsTerm):
+    """Jin et al. 2023, "Multi-Level Logit Distillation", CVPR, pages 24276-24285.
+
+    With P = softmax(logits / T) of shape (B, C), for each of several temperatures: KL times T^2 (instance),
+    ||P_t P_t' - P_s P_s'||^2 / B (batch: which images are answered alike) and ||P_t' P_t - P_s' P_s||^2 / C (class:
+    which classes are answered together); weighted, added, and averaged over the temperatures.
+
+    Different from the authors' training: they add up the five temperatures, so their weight is a fifth of ours; they
+    use a weak and a strong view of each image in one step, we the one view of the step; and for their weak view they
+    leave out images and classes that the teacher is surer of than the median of the batch, which makes the loss of an
+    image depend on its neighbours and is left out here. No label is needed; the class level takes C * C numbers.
+    """
+
+    class Config(Options):
+        """Options: temperatures, and the weights of the three levels."""
+
+        temperatures: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(
+            default=(2.0, 3.0, 4.0, 5.0, 6.0), min_length=1
+        )
+        instance: float = Field(default=1.0, ge=0.0)
+        batch: float = Field(default=1.0, ge=0.0)
+        classes: float = Field(default=1.0, ge=0.0)
+
+    config: Config
+
+    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
+        student_BC = answer_to_teacher(student).float()
+        teacher_BC = target[LOGITS].float()
+        with float32_region(student_BC):
+            losses = [self._at(student_BC, teacher_BC, temperature) for temperature in self.config.temperatures]
+        return torch.stack(losses).mean()
+
+    def _at(self, student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> Tensor:
+        batch, classes = student_BC.shape
+        s_BC, t_BC = (student_BC / temperature).softmax(dim=1), (teacher_BC / temperature).softmax(dim=1)
+        instance = kl_at_temperature(student_BC, teacher_BC, temperature)
+        of_batch = (t_BC @ t_BC.mT - s_BC @ s_BC.mT).square().sum() / batch
+        of_classes = (t_BC.mT @ t_BC - s_BC.mT @ s_BC).square().sum() / classes
+        return self.config.instance * instance + self.config.batch * of_batch + self.config.classes * of_classes

@@ -1,0 +1,83 @@
+"""Images without labels, few labels, views and mixing in a recipe: what is refused, and what goes without a teacher."""
+
+from typing import Any
+
+import pytest
+
+from remap.errors import RecipeError
+from remap.recipe import Recipe, resolve, validate
+from remap.recipe.schema import DataSpec
+from remap.remapping import LOSSES
+from remap.runs.compare import plan
+
+
+def problems(**values: Any) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        validate(values, "here")
+    return list(caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("values", "place"),
+    [
+        ({"data": {"unlabeled": "more"}}, "data.unlabeled"),
+        ({"data": {"unlabeled": "more"}, "teacher": "a", "losses": "ce"}, "data.unlabeled"),
+        ({"data": {"labels": 50, "unlabeled_only": True}, "teacher": "a", "losses": "ce"}, "data.unlabeled_only"),
+    ],
+)
+def test_images_without_labels_need_a_loss_that_reads_none(values: dict[str, Any], place: str) -> None:
+    (line,) = problems(**values)
+    assert line.startswith(f"{place}: nothing would be learned from the images without labels") and "kd" in line
+    assert validate({**values, "teacher": "a", "losses": "ce,kd"}, "here").data.model_dump().items() >= (
+        values["data"].items()
+    )
+
+
+def test_few_labels_alone_are_a_task_of_their_own() -> None:
+    """The student without a teacher that few labels are compared with."""
+    assert validate({"data": {"labels": 50}}, "here").needs_labels
+
+
+def test_only_images_without_labels_must_come_from_somewhere() -> None:
+    (line,) = problems(data={"unlabeled_only": True}, teacher="a")
+    assert line == "data.unlabeled_only: all images have labels (set data.unlabeled or data.labels)"
+
+
+@pytest.mark.parametrize(
+    "field", [{"views": 0}, {"mixup": -0.1}, {"cutmix": -1}, {"mix_probability": 1.1}, {"labels": 0}], ids=str
+)
+def test_numbers_out_of_range_are_refused(field: dict[str, Any]) -> None:
+    (name,) = field
+    assert any(line.startswith(f"data.{name}: should be") for line in problems(data=field))
+
+
+@pytest.mark.parametrize("losses", ["ce", "ce:2"])
+def test_a_recipe_knows_whether_all_its_losses_read_labels(losses: str) -> None:
+    assert Recipe.model_validate({"losses": losses}).needs_labels
+    for row in LOSSES:
+        other = Recipe.model_validate({"teacher": "a", "losses": f"{losses},{row.name}"})
+        assert other.needs_labels == (row.category == "labels")
+
+
+def test_mixing_is_on_when_either_way_is() -> None:
+    cases = [{}, {"mix_probability": 0.5}, {"mixup": 0.2}, {"cutmix": 1}, {"mixup": 0.2, "cutmix": 1}]
+    assert [DataSpec(**case).mixes for case in cases] == [False, False, True, True, True]
+
+
+def test_the_word_sets_the_folder_and_the_rest_goes_by_its_place() -> None:
+    recipe = resolve(words={"teacher": "a", "unlabeled": "more"}, settings=["data.mixup=0.2", "data.views=3"])
+    assert (recipe.data.unlabeled, recipe.data.mixup, recipe.data.views) == ("more", 0.2, 3)
+    assert recipe.data.labeled_part() == recipe.data.model_copy(update={"unlabeled": None})
+
+
+def test_a_comparison_gives_images_without_labels_to_the_teacher_alone() -> None:
+    """A saved cell is read again, so each one must be a valid recipe by itself; few labels are the same for both."""
+    recipe = resolve(
+        words={"teacher": "a", "unlabeled": "more"}, settings=["data.unlabeled_only=true", "data.labels=9"]
+    )
+    cells = plan(recipe, ["vpt_deep", "linear"], 2)
+    for cell in cells:
+        spec = cell.recipe.data
+        assert (spec.unlabeled, spec.unlabeled_only) == (("more", True) if cell.with_teacher else (None, False))
+        assert spec.labels == 9
+        validate(cell.recipe.model_dump(mode="json"), cell.name)
