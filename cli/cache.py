@@ -145,10 +145,13 @@ def cache_build(
         view.emit(found)
         return
     view.table(
-        f"{found['images']:,} images, {found['computed']:,} of them computed now, in {view.duration(found['seconds'])}",
-        ["kept", "row", "size"],
+        "Kept on disk",
+        ["output", "row", "size"],
         [[row["name"], "x".join(map(str, row["shape"])) or "1", view.size(row["bytes"])] for row in found["items"]],
         right=(1, 2),
         wrap=(0,),
     )
-    view.line(f"{view.size(found['bytes'])} in {found['folder']}")
+    view.line(
+        f"{found['images']:,} images, {found['computed']:,} of them computed now in {view.duration(found['seconds'])}; "
+        f"{view.size(found['bytes'])}\n{found['folder']}"
+    )

@@ -87,7 +87,7 @@ def _terms(found: dict[str, Any]) -> None:
         rows.append(
             [
                 term["name"],
-                f"{term['weight']:g}",
+                f"{term['weight']:.3g}",
                 f"{found['losses'][term['name']]:.4g}",
                 f"{1000 * term['seconds']:.3g} ms",
                 view.size(term["memory_bytes"]),

@@ -128,6 +128,8 @@ def _show(summary: dict[str, Any], json: bool) -> None:
     data = summary["data"]
     name = Path(data["source"]).name
     title = f"{name}: accuracy on {data['val_images']} images, trained on {data['train_images']}"
+    if data["labeled_images"] < data["train_images"]:
+        title += f" ({data['labeled_images']} with labels)"
     view.table(title, ["", "accuracy", "parameters", "trained", "to keep"], rows, right=(1, 2, 3, 4))
     if "test_accuracy" in student:
         view.line(f"accuracy on the test folder, looked at once: {student['test_accuracy']:.1%}")

@@ -12,7 +12,7 @@ from remap.backbones.build import Backbone
 from remap.bench import Bench, Views
 from remap.data import keyed
 from remap.data.batches import closed
-from remap.data.views import View
+from remap.data.views import View, ViewSource
 from remap.engine.features import FrozenFeatures
 from remap.engine.launch import accelerator, use_bf16
 from remap.inheriting import Inherited, inherit
@@ -23,7 +23,7 @@ from remap.recipe.schema import EMA, SELF
 from remap.remapping import LOSSES
 from remap.remapping.objective import LossTerm, Objective, Pair
 from remap.runs.rundir import RunDir
-from remap.runs.task import open_backbone
+from remap.shrinking import open_student
 from remap.student_teachers import keep_own
 from remap.teachers import PreparedTeacher, averaging_teacher, load_teacher, prepare_teacher
 from remap.tuning.base import Sample
@@ -41,6 +41,16 @@ class Parts:
     bf16: bool
     inherited: Inherited | None = None
 
+    @property
+    def lessons(self) -> ViewSource:
+        """The images the student learns from; without labels only where a loss listens to a teacher."""
+        return self.views.lessons if self.objective.uses_teacher else self.views.train
+
+    @property
+    def labeled_share(self) -> float:
+        """Share of ``lessons`` that have a label."""
+        return self.views.labeled_share if self.objective.uses_teacher else 1.0
+
 
 def assemble(recipe: Recipe, run_dir: RunDir | None, progress: Progress, bench: Bench) -> Parts:
     """Open the data and build all networks and the objective.
@@ -53,7 +63,7 @@ def assemble(recipe: Recipe, run_dir: RunDir | None, progress: Progress, bench: 
     classes = bench.classes(recipe.data)
     with progress.wait("building the student"):
         torch.manual_seed(recipe.seed)
-        backbone = open_backbone(recipe.student, len(classes))
+        backbone = open_student(recipe, run_dir, progress, bench)
     inherited = inherit(backbone, recipe, bench, progress)
     teachers = _teachers(recipe, classes, backbone, progress)
     student = _student(recipe, classes, backbone)
@@ -144,7 +154,7 @@ def features_in_training(parts: Parts, progress: Progress) -> dict[str, FrozenFe
     started = time.perf_counter()
     made: dict[str, FrozenFeatures] = {}
     for name, source, what in (
-        ("train", parts.views.lessons, "training images"),
+        ("train", parts.lessons, "training images"),
         ("val", parts.views.val, "evaluation images"),
     ):
         made[name] = FrozenFeatures(parts.student, source, accelerator(), bf16=parts.bf16)
@@ -164,8 +174,8 @@ def feature_bytes(parts: Parts) -> int | None:
         return None
     if any(index < seam.first_block or index == depth for index in parts.objective.student_needs().blocks):
         return None
-    each = FrozenFeatures(parts.student, parts.views.lessons, accelerator(), bf16=parts.bf16).bytes_per_image()
-    return each * (len(parts.views.lessons.split) + len(parts.views.val.split))
+    each = FrozenFeatures(parts.student, parts.lessons, accelerator(), bf16=parts.bf16).bytes_per_image()
+    return each * (len(parts.lessons.split) + len(parts.views.val.split))
 
 
 def sample_for(parts: Parts, images: int = 512, batch_size: int = 32) -> Sample:

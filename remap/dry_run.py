@@ -83,8 +83,8 @@ def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
         "data": {
             "source": parts.views.data.source,
             "classes": len(parts.views.data.classes),
-            "train_images": len(parts.views.lessons.split),
-            "labeled_images": round(len(parts.views.lessons.split) * parts.views.labeled_share),
+            "train_images": len(parts.lessons.split),
+            "labeled_images": round(len(parts.lessons.split) * parts.labeled_share),
             "val_images": len(parts.views.val.split),
             "skipped": [list(item) for item in parts.views.skipped],
         },
@@ -109,7 +109,7 @@ def _teacher(teacher: PreparedTeacher, place: Place | None) -> dict[str, Any]:
 def _terms(parts: Parts, trial: "_Trial", places: dict[int, Place]) -> list[dict[str, Any]]:
     """What each term costs by itself: seconds and bytes of one step, bytes of kept teacher outputs for all images."""
     rows, size = [], parts.recipe.train.batch_size // parts.recipe.train.accumulation
-    views = len(parts.views.lessons.split) * closed_views(parts.recipe.data)
+    views = len(parts.lessons.split) * closed_views(parts.recipe.data)
     for name, term in parts.objective.terms.items():
         cost = trial.terms[name]
         place = places.get(parts.objective.teacher_of[name]) if term.uses_teacher else None
@@ -203,12 +203,12 @@ class _Saved:
 
 def _trial(parts: Parts, teachers: dict[int, Teacher]) -> _Trial:
     device, recipe = accelerator().device, parts.recipe
-    source = parts.views.lessons
+    source = parts.lessons
     count = min(TRIAL_IMAGES, recipe.train.batch_size)
     indices = keyed.permutation(recipe.seed, 0, len(source.split))[:count]
     images, good = source.batch(indices)
     images, classes = images.to(device), torch.from_numpy(source.split.labels[good]).to(device)
-    labels = Labels(classes, labeled=parts.views.labeled_share)
+    labels = Labels(classes, labeled=parts.labeled_share)
     step = StudentStep(parts.student, parts.objective, bf16=parts.bf16).to(device)
     features = _features(parts)
     parts.student.attached.train()
@@ -323,7 +323,7 @@ def _preparing_seconds(parts: Parts, teacher: PreparedTeacher, each: float, prog
 
 
 def _estimate(parts: Parts, places: dict[int, Place], trial: _Trial, preparing: float) -> Estimate:
-    recipe, lessons, val = parts.recipe, parts.views.lessons, parts.views.val
+    recipe, lessons, val = parts.recipe, parts.lessons, parts.views.val
     spec, processes = recipe.train, accelerator().num_processes
     micro = max(1, spec.batch_size // (spec.accumulation * processes))
     trained = [*parts.student.trained.values(), *(p for p in parts.objective.parameters() if p.requires_grad)]

@@ -86,7 +86,7 @@ def place_of_outputs(parts: Parts, prepared: PreparedTeacher, teacher: Teacher) 
             )
         return Place("each step", 0, {})
     shapes = teacher.shapes(parts.views.view.size)
-    count = len(parts.views.lessons.split) * closed_views(data)
+    count = len(parts.lessons.split) * closed_views(data)
     in_memory = count * sum(4 * torch.Size(shape).numel() for shape in shapes.values())
     on_disk = bytes_for(_items(spec, shapes, bf16=parts.bf16), count)
     fits = in_memory <= data.memory_gib * 2**30
@@ -144,7 +144,7 @@ def build_caches(parts: Parts, progress: Progress) -> list[dict[str, Any]]:
 def lessons(parts: Parts) -> ClosedViews:
     """All that the student sees, where that is a closed list."""
     data = parts.recipe.data
-    return ClosedViews(parts.views.lessons, data.augment, parts.recipe.seed, closed_views(data))
+    return ClosedViews(parts.lessons, data.augment, parts.recipe.seed, closed_views(data))
 
 
 def _in_memory(

@@ -74,7 +74,8 @@ def start(
 def _require_at_hand(recipe: Recipe, bench: Bench) -> None:
     """A mistyped path or model leaves no run directory behind."""
     bench.index(recipe.data)
-    for spec in (*(teacher for teacher in recipe.teachers if not teacher.is_student), recipe.student):
+    students = () if recipe.student.shrink is not None else (recipe.student,)  # it comes from the teacher
+    for spec in (*(teacher for teacher in recipe.teachers if not teacher.is_student), *students):
         if is_run(spec.model) or is_run(spec.weights):
             require_size_of_run(spec)
         else:
@@ -178,7 +179,7 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
         student=parts.student,
         objective=parts.objective.to(device),
         teachers=teachers,
-        source=parts.views.lessons,
+        source=parts.lessons,
         accelerator=accelerator(),
         bf16=parts.bf16,
         progress=progress,
@@ -186,7 +187,7 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
         evaluate=each_epoch,
         on_epoch=run_dir.write_metrics,
         checkpoint=run_dir.checkpoint,
-        labeled=parts.views.labeled_share,
+        labeled=parts.labeled_share,
         features=features.get("train"),
         sample=sample_for(parts) if parts.student.attached.wants_sample else None,
     )
@@ -196,7 +197,7 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
         for teacher in teachers:
             teacher.close()  # other runs may share the network
     parts.student.model.eval()
-    bad = parts.views.lessons.bad_names()
+    bad = parts.lessons.bad_names()
     if bad:
         progress.say(f"skipped {len(bad)} training image(s) that cannot be read: {listed(bad)}")
     final = finals[0] if finals else check(parts.views.val, "the student")
@@ -233,7 +234,8 @@ def _summary(
         "data": {
             "source": views.data.source,
             "classes": len(views.data.classes),
-            "train_images": len(views.train.split),
+            "train_images": len(parts.lessons.split),
+            "labeled_images": round(len(parts.lessons.split) * parts.labeled_share),
             "val_images": len(views.val.split),
             "split": views.data.split_rule,
             "skipped": [list(item) for item in (*views.skipped, *views.train.bad_names())],

@@ -61,7 +61,9 @@ def _opened_from(spec: StudentSpec, folder: Path) -> StudentSpec:
 
 
 def _derive(recipe: Recipe, folder: Path, progress: Progress, bench: Bench) -> None:
-    found = cut(recipe.teacher, recipe.student.shrink, recipe.data, folder, recipe.seed, progress, bench)
+    # A run that finds its student cut already must draw the same numbers from here on.
+    with torch.random.fork_rng(devices=[]):
+        found = cut(recipe.teacher, recipe.student.shrink, recipe.data, folder, recipe.seed, progress, bench)
     progress.say(f"the student is cut from {recipe.teacher.model}: {told(found)}")
 
 

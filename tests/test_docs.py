@@ -3,9 +3,12 @@
 import runpy
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
+PAGES = runpy.run_path(str(ROOT / "tools" / "reference_pages.py"))["PAGES"]
 
 
-def test_the_page_of_methods_is_up_to_date() -> None:
-    tool = runpy.run_path(str(ROOT / "tools" / "method_tables.py"))
-    assert (ROOT / "docs" / "methods.md").read_text() == tool["text"](), "run `python tools/method_tables.py`"
+@pytest.mark.parametrize("name", PAGES)
+def test_the_page_is_up_to_date(name: str) -> None:
+    assert (ROOT / "docs" / name).read_text() == PAGES[name](), "run `python tools/reference_pages.py`"

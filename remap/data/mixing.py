@@ -37,41 +37,35 @@ def mix(
     which, how, quantile, *centre = draws_B5.T
     mixed = which < chance
     boxed = np.full_like(mixed, cutmix > 0) & ((how < 0.5) | (mixup <= 0))
-    share = np.ones(len(draws_B5))
-    images_B3VV = images_B3VV.clone()
+    share = np.ones(len(draws_B5), dtype=np.float32)
+    result = images_B3VV.clone()
+    images, others = result.numpy(), others_B3VV.numpy()
+    # One by one, in the processor's cache: several times as fast as all at once.
     blended = np.flatnonzero(mixed & ~boxed)
-    if len(blended):
-        share[blended] = _beta(mixup, quantile[blended])
-        images_B3VV[blended] = _blend(images_B3VV[blended], others_B3VV[blended], share[blended])
-    boxed = np.flatnonzero(mixed & boxed)
-    if len(boxed):
-        size = images_B3VV.shape[-1]
-        inside_BVV = _boxes(size, _beta(cutmix, quantile[boxed]), *(place[boxed] for place in centre))
-        share[boxed] = 1.0 - inside_BVV.sum((1, 2)) / size**2
-        inside = torch.from_numpy(inside_BVV)[:, None]
-        images_B3VV[boxed] = torch.where(inside, others_B3VV[boxed], images_B3VV[boxed])
-    return images_B3VV, torch.from_numpy(share.astype(np.float32))
+    for index, one in zip(blended, _beta(mixup, quantile[blended]), strict=True):
+        share[index] = one
+        own, other = images[index].astype(np.float32), others[index].astype(np.float32)
+        images[index] = np.rint(own * share[index] + other * (1 - share[index]))
+    boxed, size = np.flatnonzero(mixed & boxed), images.shape[-1]
+    places = np.stack(centre, 1)[boxed]
+    for index, one, place in zip(boxed, _beta(cutmix, quantile[boxed]), places, strict=True):
+        rows, columns = _box(size, one, place)
+        images[index, :, rows, columns] = others[index, :, rows, columns]
+        share[index] = 1.0 - (rows.stop - rows.start) * (columns.stop - columns.start) / size**2
+    return result, torch.from_numpy(share)
 
 
 def _beta(a: float, quantile_B: NDArray[np.float64]) -> NDArray[np.float64]:
     """Beta(a, a) by its quantile function, so that one number in [0, 1) decides it."""
     from scipy.special import betaincinv
 
-    return betaincinv(a, a, quantile_B)
+    return betaincinv(a, a, quantile_B) if len(quantile_B) else quantile_B
 
 
-def _blend(images_B3VV: Tensor, others_B3VV: Tensor, share_B: NDArray[np.float64]) -> Tensor:
-    share = torch.from_numpy(share_B.astype(np.float32))[:, None, None, None]
-    return (images_B3VV * share + others_B3VV * (1.0 - share)).round().clamp(0, 255).to(torch.uint8)
-
-
-def _boxes(size: int, share_B: NDArray[np.float64], *centre_2B: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which pixels come from the partner, (B, V, V): a square of V sqrt(1 - lambda) about a point drawn evenly, cut
-    off at the edges of the image."""
-    half = size * np.sqrt(1.0 - share_B) / 2
-    pixels = np.arange(size)
-    rows, columns = (
-        (pixels >= np.rint(place * size - half)[:, None]) & (pixels < np.rint(place * size + half)[:, None])
-        for place in centre_2B
-    )
-    return rows[:, :, None] & columns[:, None, :]
+def _box(size: int, share: float, centre_2: NDArray[np.float64]) -> tuple[slice, slice]:
+    """Rows and columns that come from the partner: a square of V sqrt(1 - lambda) about a point drawn evenly, cut off
+    at the edges of the image."""
+    half = size * np.sqrt(1.0 - share) / 2
+    low = np.clip(np.rint(centre_2 * size - half), 0, size).astype(int)
+    high = np.clip(np.rint(centre_2 * size + half), 0, size).astype(int)
+    return slice(low[0], high[0]), slice(low[1], high[1])

@@ -96,7 +96,8 @@ class Item:
 
     def _rounded(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         kept = value.to(dtype)
-        if bool((kept.isinf() & value.isfinite()).any()):
+        large = kept.isinf()
+        if bool(large.any()) and bool((large & value.isfinite()).any()):
             raise DataError(
                 f"the teacher's {name} do not fit {dtype}",
                 given=f"largest magnitude {value.abs().max().item():.4g}",
@@ -228,8 +229,10 @@ class RecordStore:
                 raise ValueError(f"{len(values[name])} rows of '{name}' for {len(digests_B16)} digests")
             new = first[records.find(digests_B16[first]) < 0]
             if len(new):
-                rows = torch.from_numpy(new).to(values[name].device)
-                records.append(digests_B16[new], self.items[name].encode(name, values[name][rows]))
+                value = values[name]
+                if len(new) < len(value):
+                    value = value[torch.from_numpy(new).to(value.device)]
+                records.append(digests_B16[new], self.items[name].encode(name, value))
 
     def rows(self, digests: Sequence[bytes] | NDArray[np.uint8]) -> dict[str, Tensor]:
         """Rows in the order of the batch, in the dtype they are kept in (top-k logits: float32), on the CPU.

@@ -114,8 +114,10 @@ class Records:
             self._writer = self._lock_one()
         first = self._writer.count
         try:
-            self._writer.append(digests_B16.tobytes(), records_Br.tobytes())
+            self._writer.append(digests_B16.tobytes(), records_Br)
         except OSError as error:
+            with suppress(OSError):  # what came before may still fit
+                self._writer.flush()
             raise self._refused(error) from error
         number = self._segments.index(self._writer)
         self._index.add(_joined(digests_B16), (number << _SHIFT) + first + np.arange(len(records_Br)))
@@ -276,13 +278,14 @@ class _Segment:
             if os.fstat(file).st_size > self.count * size:
                 os.ftruncate(file, self.count * size)
 
-    def append(self, digests: bytes, records: bytes) -> None:
+    def append(self, digests: bytes, records_Br: NDArray[np.uint8]) -> None:
         """Write records; their rows wait."""
-        _write(self._data_file, records, self.count * self.record_bytes)
-        whole, step, rows = memoryview(records), self.record_bytes, list[bytes]()
+        content = memoryview(np.ascontiguousarray(records_Br).reshape(-1))
+        _write(self._data_file, content, self.count * self.record_bytes)
+        rows, step = list[bytes](), self.record_bytes
         for number, at in enumerate(range(0, len(digests), DIGEST_BYTES)):
             digest = digests[at : at + DIGEST_BYTES]
-            crc = zlib.crc32(whole[number * step : (number + 1) * step], zlib.crc32(digest))
+            crc = zlib.crc32(content[number * step : (number + 1) * step], zlib.crc32(digest))
             rows.append(digest + crc.to_bytes(4, "little"))
         self._rows[1].extend(rows)
 
@@ -296,7 +299,7 @@ class _Segment:
             self._rows = (flushed + len(waiting), [])
 
 
-def _write(file: int, content: bytes, offset: int) -> None:
+def _write(file: int, content: bytes | memoryview, offset: int) -> None:
     """Write all of it; if that fails, the file ends where it ended before."""
     left = memoryview(content)
     try:

@@ -95,7 +95,7 @@ class ViewSource:
         chosen = np.asarray(indices, dtype=np.int64)
         if self._kept is not None:
             good = np.asarray([i for i in chosen if i not in self.bad], dtype=np.int64) if self.bad else chosen
-            return self._kept[torch.from_numpy(good)], good
+            return self._kept.index_select(0, torch.from_numpy(good)), good
         with ThreadPoolExecutor(self._workers) as pool:
             views = list(pool.map(self._read, chosen))
         pixels = [view for view in views if view is not None]
@@ -184,7 +184,7 @@ class JoinedSource(ViewSource):
             ]
         )
         order = np.argsort(places)
-        merged = torch.cat([first_images, images])[torch.from_numpy(order)]
+        merged = torch.cat([first_images, images]).index_select(0, torch.from_numpy(order))
         return merged, np.concatenate([first_good, good])[order]
 
     def without_bad(self) -> "JoinedSource":

@@ -208,8 +208,7 @@ class StudentSpec(ModelSpec):
             return self
         options = self.shrink.model_dump()
         if "model" in self.model_fields_set and (
-            not is_shrink_word(self.model)
-            or {**_SHRINK_DEFAULTS, **read_shrink_word(self.model)} != options
+            not is_shrink_word(self.model) or {**_SHRINK_DEFAULTS, **read_shrink_word(self.model)} != options
         ):
             raise ValueError(f"'{self.model}' and {self.shrink.word} exclude each other (leave student.model out)")
         object.__setattr__(self, "model", self.shrink.word)

@@ -192,6 +192,12 @@ def test_an_unreadable_partner_leaves_an_image_as_it_is(noise: Noise) -> None:
         assert torch.equal(holed[0][place], view[0]) and holed[3][place] == 1.0 and holed[2][place] == holed[1][place]
 
 
+def test_a_batch_without_a_readable_image_is_empty(noise: Noise) -> None:
+    (batch,) = batches(noise(4, bad=(0, 1, 2, 3), memory=0.0), replace(PLAN, images=4), 0)
+    assert batch.images_BCHW.shape == (0, 3, 8, 8) and batch.share == 1.0
+    assert len(batch.labels_B) == len(batch.other_B) == len(batch.share_B) == len(batch.indices_B) == 0
+
+
 def test_each_epoch_mixes_anew_even_when_views_are_replayed(noise: Noise) -> None:
     source, plan = noise(23), replace(PLAN, batch_size=23, views=1, cutmix=0.0)
     shares = [frozenset(whole_steps(source, plan, epoch)[0][3].tolist()) - {1.0} for epoch in range(4)]

@@ -1,24 +1,45 @@
-"""Remapping the architecture. The table of ways; listing it imports no torch."""
+"""Remapping the architecture: the student is made of the teacher, or of fewer blocks. The table; listing it imports
+no torch."""
+
+from dataclasses import dataclass
 
 from remap.registry import Entry, Registry
 
-ARCHITECTURES: Registry[Entry] = Registry(
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureEntry(Entry):
+    """One way to another architecture.
+
+    Attributes:
+        needs: What it asks of the models, in words.
+        mismatch: Which shapes can come of it, and what is refused.
+    """
+
+    needs: str
+    mismatch: str
+
+
+ARCHITECTURES: Registry[ArchitectureEntry] = Registry(
     "architecture remapping",
-    "losses",
+    "remappings",
     [
-        Entry(
+        ArchitectureEntry(
             name="shrink",
             target="remap.remapping.architecture.shrink:shrink",
-            category="student",
+            category="architecture",
             summary="the student is cut from the teacher: whole blocks, heads, MLP units and channels",
-            paper="Fang et al. 2023, arXiv 2301.12900; Molchanov et al. 2019, arXiv 1906.10771",
+            paper="Fang et al. 2023, arXiv 2301.12900",
+            needs="a plain vision transformer as teacher; of EVA, DINOv3, BEiT and attention-pooled ones depth alone",
+            mismatch="nowhere larger than the teacher; width = heads * head width, head width at most the teacher's",
         ),
-        Entry(
+        ArchitectureEntry(
             name="skip",
             target="remap.remapping.architecture.skip:Skip",
-            category="method",
-            summary="gates learn which frozen blocks to skip, under a price for each",
+            category="architecture",
+            summary="gates learn which frozen blocks to skip, under a price for each (a tuning method)",
             paper="Morgado and Vasconcelos 2019, arXiv 1907.00274",
+            needs="any backbone; taking closed blocks out, one list of equal blocks (vit, eva, beit)",
+            mismatch="whole blocks go; gates of those that stay are folded into their weights",
         ),
     ],
 )

@@ -199,8 +199,6 @@ def _size(model: nn.Module) -> tuple[int, int]:
     tokens = anatomy.num_prefix_tokens + anatomy.num_patches
     macs = anatomy.num_patches * anatomy.width * 3 * anatomy.patch_size[0] * anatomy.patch_size[1]
     for block in _attention(anatomy):
-        weights = sum(
-            (p.stop - p.start) * module_at(model, p.path).weight.shape[1] for p in block.projections.values()
-        )
+        weights = sum((p.stop - p.start) * module_at(model, p.path).weight.shape[1] for p in block.projections.values())
         macs += tokens * weights + 2 * tokens**2 * block.heads * block.head_dim
     return sum(p.numel() for p in model.parameters()), macs

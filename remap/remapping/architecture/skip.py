@@ -127,7 +127,7 @@ class _Attached(Attached):
         """For every block of the network the largest of its gates."""
         found = dict.fromkeys((block.block for block in self.anatomy.blocks), 0.0)
         for path, gated in self.gates.items():
-            found[gated.block.block] = max(found[gated.block.block], float(self._gate(path)))
+            found[gated.block.block] = max(found[gated.block.block], self._gate(path).item())
         return list(found.values())
 
     def _fold(self) -> None:
@@ -151,9 +151,7 @@ def gates_of(attached: Attached) -> _Attached:
     return found[0]
 
 
-def save_remaining(
-    attached: Attached, folder: Path, threshold: float = 0.05, classes: Sequence[str] = ()
-) -> list[int]:
+def save_remaining(attached: Attached, folder: Path, threshold: float = 0.05, classes: Sequence[str] = ()) -> list[int]:
     """Fold the method into the weights, take out the blocks whose gates are all at or below ``threshold``, and write
     the rest as a model folder of timm, classifier included. The model is changed.
 
@@ -182,7 +180,8 @@ def save_remaining(
     if closed:
         require_one_list(model)
     attached.merge()
-    take_out(model, closed)
+    if closed:
+        take_out(model, closed)
     shape = {"depth": len(openness) - len(closed)} if closed else {}
     save_model_folder(model.eval(), folder, shape, classes)
     return [index for index in range(len(openness)) if index not in closed]

@@ -188,7 +188,7 @@ class Torchdistill(TokenTerm):
             unknown = [name for name in self.options if name not in known.arguments]
             if unknown:
                 listed = ", ".join(known.arguments) or "none"
-                raise ValueError(f"{self.loss} has no option '{unknown[0]}' (allowed: {listed})")
+                raise ValueError(f"torchdistill's {self.loss} has no option '{unknown[0]}' (allowed: {listed})")
             _try_out(known, self.options, self.signal)
             return self
 
@@ -239,10 +239,11 @@ def _try_out(known: Bridged, options: Mapping[str, Scalar], signal: Signal) -> N
     shape = (3, 2, 2, 2) if signal == "tokens" else (3, 4)
     numbers = torch.arange(24, dtype=torch.float32)
     student, teacher = ((scale * numbers).sin()[: torch.Size(shape).numel()].reshape(shape) for scale in (1.0, 1.7))
+    what = f"torchdistill's {known.kind.__name__}"
     given = ", ".join(f"{name}: {value}" for name, value in options.items())
     try:
         value = run(known.build(options), student, teacher)
     except Exception as error:
-        raise ValueError(f"{known.kind.__name__} does not run with options {given}: {error}") from error
+        raise ValueError(f"{what} does not run with options {given} ({' '.join(str(error).split())})") from error
     if value.shape != () or not torch.isfinite(value):
-        raise ValueError(f"{known.kind.__name__} gives no finite number with options {given}")
+        raise ValueError(f"{what} gives no finite number with options {given}")

@@ -106,11 +106,12 @@ class ProbabilisticTransfer(BatchRelation):
     def _log_probabilities(self, features_BD: Tensor) -> Tensor:
         unit_BD = F.normalize(features_BD, dim=1)
         similarity_BB = ((unit_BD @ unit_BD.mT + 1.0) / 2.0).clamp_min(0.0) + SIMILARITY_FLOOR
-        if not self.config.self_similarity:
-            count = len(features_BD)
-            others = ~torch.eye(count, dtype=torch.bool, device=features_BD.device)
-            similarity_BB = similarity_BB[others].reshape(count, count - 1)
-        return (similarity_BB / similarity_BB.sum(dim=1, keepdim=True)).log()
+        if self.config.self_similarity:
+            return (similarity_BB / similarity_BB.sum(dim=1, keepdim=True)).log()
+        itself = torch.eye(len(features_BD), dtype=torch.bool, device=features_BD.device)
+        similarity_BB = similarity_BB.masked_fill(itself, 0.0)
+        # A logarithm of 0 on both sides takes the diagonal out of the divergence.
+        return (similarity_BB / similarity_BB.sum(dim=1, keepdim=True)).masked_fill(itself, 1.0).log()
 
 
 class SimilarityPreserving(BatchRelation):

@@ -75,10 +75,10 @@ class TokenFeature(TokenTerm):
                 projected_BND = self.projectors[index](tokens.patches_BND.float())
                 loss = distance(self.config.loss, projected_BND, target[self.item(s, t)].float())
                 if self.shared:
-                    ours, theirs = zip(*self.shared, strict=True)
-                    projected_BPD = self.prefix_projectors[index](tokens.prefix_BPD[:, list(ours)].float())
-                    wanted_BPD = target[prefix_name(t)][:, list(theirs)].float()
-                    loss = loss + distance(self.config.loss, projected_BPD, wanted_BPD)
+                    ours_BPD = torch.stack([tokens.prefix_BPD[:, ours] for ours, _ in self.shared], dim=1).float()
+                    wanted_BPD = torch.stack([target[prefix_name(t)][:, theirs] for _, theirs in self.shared], dim=1)
+                    projected_BPD = self.prefix_projectors[index](ours_BPD)
+                    loss = loss + distance(self.config.loss, projected_BPD, wanted_BPD.float())
                 losses.append(loss)
         return torch.stack(losses).mean()
 

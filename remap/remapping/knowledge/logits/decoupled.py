@@ -31,7 +31,13 @@ class DecoupledDistillation(LogitsTerm):
     """
 
     class Config(Options):
-        """Options: weight of the image's class, weight of the other classes, temperature."""
+        """Options.
+
+        Attributes:
+            alpha: Weight of the image's class against all others.
+            beta: Weight of the other classes among themselves.
+            temperature: Divides the logits of both.
+        """
 
         alpha: float = Field(default=1.0, ge=0.0)
         beta: float = Field(default=8.0, ge=0.0)
@@ -64,7 +70,12 @@ class NormalizedDistillation(LogitsTerm):
     """
 
     class Config(Options):
-        """Options: weight of the other classes, and their temperature."""
+        """Options.
+
+        Attributes:
+            gamma: Weight of the other classes.
+            temperature: Divides the other classes' logits of both.
+        """
 
         gamma: float = Field(default=1.0, ge=0.0)
         temperature: float = Field(default=1.0, gt=0.0)

@@ -21,14 +21,22 @@ class MultiLevelDistillation(LogitsTerm):
     ||P_t P_t' - P_s P_s'||^2 / B (batch: which images are answered alike) and ||P_t' P_t - P_s' P_s||^2 / C (class:
     which classes are answered together); weighted, added, and averaged over the temperatures.
 
-    Different from the authors' training: they add up the five temperatures, so their weight is a fifth of ours; they
-    use a weak and a strong view of each image in one step, we the one view of the step; and for their weak view they
-    leave out images and classes that the teacher is surer of than the median of the batch, which makes the loss of an
-    image depend on its neighbours and is left out here. No label is needed; the class level takes C * C numbers.
+    Different from the authors' training: they add up the five temperatures, so their weight is a fifth of ours, and
+    they use a weak and a strong view of each image in one step, we the one view of the step. Their masks of the images
+    and classes that the teacher is less sure of than the median are left out: in the released code they multiply a
+    loss that is averaged already, and so do no more than halve it. No label is needed; the class level takes C * C
+    numbers.
     """
 
     class Config(Options):
-        """Options: temperatures, and the weights of the three levels."""
+        """Options.
+
+        Attributes:
+            temperatures: The loss is the mean over them.
+            instance: Weight of the divergence of each image.
+            batch: Weight of the Gram matrix of the images.
+            classes: Weight of the Gram matrix of the classes.
+        """
 
         temperatures: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(
             default=(2.0, 3.0, 4.0, 5.0, 6.0), min_length=1

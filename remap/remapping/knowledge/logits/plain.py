@@ -29,6 +29,12 @@ class CrossEntropy(LossTerm):
     """Cross-entropy with the labels, mean over the labelled images; a mixed label is a mixed distribution."""
 
     class Config(Options):
+        """Options.
+
+        Attributes:
+            label_smoothing: Share of the label that is spread over all classes.
+        """
+
         label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
 
     config: Config
@@ -71,7 +77,12 @@ class KnowledgeDistillation(LogitsTerm):
     """
 
     class Config(Options):
-        """Options: temperature, and whose scale."""
+        """Options.
+
+        Attributes:
+            temperature: Divides the logits of both; the higher, the more the unlikely classes count.
+            scale: Whose number this is; the others are for weights found with another tool.
+        """
 
         temperature: float = Field(default=4.0, gt=0.0)
         scale: Literal["remap", "timm", "deit", "torchdistill", "torchtune"] = "remap"
@@ -103,6 +114,12 @@ class HardDistillation(LogitsTerm):
     """
 
     class Config(Options):
+        """Options.
+
+        Attributes:
+            label_smoothing: Share of the teacher's class that is spread over all classes.
+        """
+
         label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
 
     config: Config

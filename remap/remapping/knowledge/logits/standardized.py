@@ -27,13 +27,18 @@ class LogitStandardization(LogitsTerm):
     image. z = (x - mean) / (std + 1e-7) over the classes, with the unbiased standard deviation (C - 1) of the authors'
     code. The loss behind it has a temperature of 2 unless its options give another.
 
-    The default weight of 9 is the authors' for kd, whose value is small here: z-scores divided by 2 are all near each
-    other. They give the labels' cross-entropy 0.1 beside it. For mlkd they standardise the instance level alone; here
-    all levels read the same logits. As on their own, dist and mlkd compare the images of a batch with each other.
+    The default weight of 9 is the authors' for kd, beside the labels' cross-entropy at 1: the value is small, since
+    z-scores divided by 2 are all near each other. For mlkd they standardise the instance level alone; here all levels
+    read the same logits. As on their own, dist and mlkd compare the images of a batch with each other.
     """
 
     class Config(Options):
-        """Options: the loss behind it, and that loss's own options."""
+        """Options.
+
+        Attributes:
+            of: The loss that reads the z-scores.
+            options: That loss's own options; its temperature is 2 where none is given.
+        """
 
         of: Literal["kd", "dkd", "nkd", "dist", "mlkd"] = "kd"
         options: dict[str, Any] = Field(default_factory=dict, validate_default=True)

@@ -1,16 +1,19 @@
-"""Write docs/methods.md from the table of methods and their options: `python tools/method_tables.py`."""
+"""Write docs/methods.md and docs/remapping.md from the tables in the code: `python tools/reference_pages.py`."""
 
 from pathlib import Path
 
 from remap.backbones.families import FAMILIES
-from remap.options import options_of, shown
+from remap.options import options_of, rows_of_config, shown
+from remap.remapping import LOSSES
+from remap.remapping.architecture import ARCHITECTURES
+from remap.remapping.weights import INITS
 from remap.tuning import CATEGORIES, METHODS
 
-TARGET = Path(__file__).parents[1] / "docs" / "methods.md"
+DOCS = Path(__file__).parents[1] / "docs"
 
 HEAD = """# Tuning methods
 
-Written by `tools/method_tables.py` from the code. `remap methods` shows the same on the command line.
+Written by `tools/reference_pages.py` from the code. `remap methods` shows the same on the command line.
 
 *Trained* counts parameters besides the classifier head: as a formula, and on ViT-B/16 at 224 pixels with default
 options. L depth, D width, H MLP width, p prompts, r bottleneck or rank. *Merges*: with default options, the tuned model
@@ -32,8 +35,51 @@ A cell says yes if the family has the parts that the method asks for; every yes 
 """
 
 
-def text() -> str:
-    """The whole page."""
+REMAPPING = """# Remapping: what a student gets from its teacher
+
+Written by `tools/reference_pages.py` from the code. `remap losses`, `remap losses NAME` and `remap remappings` show the
+same on the command line; [distilling.md](distilling.md) is the guide.
+
+Category 5 of the survey: knowledge (losses), weights (how the student starts) and architecture (what the student is).
+All of it combines with every tuning method. Options of a loss are given as `--set losses.NAME.OPTION=VALUE`. *Weight*
+is the default in the objective; every term is a mean over the images of a batch in float32, and weights stand in the
+objective alone.
+"""
+
+KINDS = {
+    "labels": "Knowledge: labels",
+    "logits": "Knowledge: logits",
+    "attention": "Knowledge: attention",
+    "features": "Knowledge: features and tokens",
+}
+
+
+def remapping() -> str:
+    """The whole page of losses, initialisations and architectures."""
+    parts = [REMAPPING]
+    for category, title in KINDS.items():
+        rows = [row for row in LOSSES if row.category == category]
+        parts.append(f"\n## {title}\n")
+        parts.append("| loss | what it is | reads | where the models differ | mixed images | weight | paper |")
+        parts.append("|---|---|---|---|---|---|---|")
+        for row in rows:
+            name = f"`{row.name}`" + (" (*)" if row.over_batch else "")
+            cells = [name, row.summary, row.needs, row.mismatch, row.mixed, f"{row.weight:g}", _paper(row.paper)]
+            parts.append(_line(cells))
+        listed = (f"- `{row.name}`:{_listed(rows_of_config(row.load().Config))}" for row in rows)
+        parts.append("\n" + "\n".join(listed))
+    parts.append(
+        "\n(*) compares the images of a batch with each other; each process sees its own part of the batch only."
+    )
+    for title, table in (("Weights", INITS), ("Architecture", ARCHITECTURES)):
+        parts.append(f"\n## {title}\n")
+        parts.append("| name | what it is | needs | where the models differ | paper |\n|---|---|---|---|---|")
+        parts += [_line([f"`{row.name}`", row.summary, row.needs, row.mismatch, _paper(row.paper)]) for row in table]
+    return "\n".join(parts) + "\n"
+
+
+def methods() -> str:
+    """The whole page of methods."""
     parts = [HEAD]
     for category, title in CATEGORIES.items():
         parts.append(f"\n## {title}\n")
@@ -66,7 +112,10 @@ def _paper(paper: str) -> str:
 
 
 def _options(method: str) -> str:
-    options = options_of(method)
+    return _listed(options_of(method))
+
+
+def _listed(options: list[dict]) -> str:
     if not options:
         return " no options"
     return "".join(f"\n  - `{o['name']}={shown(o['default'])}`{_explained(o)}" for o in options)
@@ -79,6 +128,9 @@ def _explained(option: dict) -> str:
     return words + (f": {option['about']}" if option["about"] else "")
 
 
+PAGES = {"methods.md": methods, "remapping.md": remapping}
+
 if __name__ == "__main__":
-    TARGET.write_text(text(), encoding="utf-8")
-    print(f"wrote {TARGET}")
+    for name, page in PAGES.items():
+        (DOCS / name).write_text(page(), encoding="utf-8")
+        print(f"wrote {DOCS / name}")

@@ -1,0 +1,263 @@
+"""Attention copy: chosen blocks of the student attend with a teacher's maps, in training and afterwards.
+
+Letters: B batch, T all tokens of a block, S the shared tokens {class, patches} of the student's grid, D width, H heads,
+h head width.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from remap.backbones.anatomy import Anatomy, AttentionBlock, Projection, module_at
+from remap.backbones.build import Backbone, build
+from remap.backbones.preprocess import Preprocess, PreprocessSpec
+from remap.errors import BackboneError, RunError
+from remap.remapping.alignment import Interpolation, pair_blocks, resize_attention, to_shared_tokens
+from remap.remapping.signals import Needs, Tap
+from remap.tuning.base import Attached, Method, Options, insert_module
+from remap.tuning.seam import FeatureSeam
+
+_PATH = "remap_attention_copy"
+_CARRIED = "remap_copied_maps"
+
+
+class AttentionCopy(Method):
+    """Li et al. 2024, arXiv 2411.09702, "attention copy": softmax(Q K^T) of the student is replaced by the teacher's.
+
+    It trains nothing itself: ``attention_copy+full`` is the paper's, with student weights of any kind; name it last.
+    The teacher sees the same image in its own size and normalisation, and is needed for prediction too. A task keeps
+    its hash, not its weights: they are loaded again by name, and another teacher's are refused.
+
+    Maps are those over {class, patches}, brought to the student's grid as the loss ``attention`` does. Tokens the
+    teacher has no map for (prompts, registers, a class token it lacks) attend as before, and the others do not attend
+    to them in these blocks. There the student's queries and keys of shared tokens decide nothing; they get a gradient
+    of 0, and dropout of attention probabilities is left out.
+    """
+
+    class Config(Options):
+        """Options.
+
+        teacher: Short name or timm name of a vision transformer.
+        weights: "pretrained" or a .safetensors file.
+        preset: How self-supervised weights are read; None for what a short name implies.
+        layers: Pairs of blocks: "last", "uniform" or [[student, teacher], ...] counted from 0. With equal depths
+            "uniform" is every block with its own, as in the paper.
+        heads: "each" copies head by head, "mean" gives every head the teacher's average; "auto" is "each" in blocks
+            with equally many heads and "mean" in others.
+        resize: How a teacher's map is carried to another patch grid.
+        """
+
+        teacher: str = Field(default="mini_teacher", min_length=1)
+        weights: str = Field(default="pretrained", min_length=1)
+        preset: Literal["none", "mae", "moco_v3"] | None = None
+        layers: Literal["last", "uniform"] | tuple[tuple[int, int], ...] = "uniform"
+        heads: Literal["auto", "each", "mean"] = "auto"
+        resize: Interpolation = "bilinear"
+
+    config: Config
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+        if self.config.weights == "none":
+            raise BackboneError(
+                "attention_copy needs a teacher that can be built again, and random weights exist nowhere else",
+                given="weights: none",
+                allowed="pretrained, or a .safetensors file",
+            )
+        # The student's draws go on afterwards as if there were no teacher.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            teacher = build(self.config.teacher, self.config.weights, 1, preset=self.config.preset)
+        maps = CopiedMaps(TeacherMaps(teacher, PreprocessSpec.of(model), anatomy, self.config), anatomy)
+        insert_module(model, _PATH, maps)
+        handles = [module_at(model, anatomy.input_module).register_forward_pre_hook(maps.begin, prepend=True)]
+        for index, block in enumerate(anatomy.blocks):
+            assert isinstance(block, AttentionBlock)
+            module = module_at(model, block.block)
+            handles.append(module.register_forward_pre_hook(partial(maps.enter, index), prepend=True))
+            if index in maps.teacher.pairs:
+                handles += [_watch_values(model, block, maps), _replace_result(model, index, block, maps)]
+            if index + 1 < anatomy.depth:
+                handles.append(module.register_forward_hook(maps.leave))
+        seam = FeatureSeam(model, anatomy)
+        return Attached(model, anatomy, trainable=(), identity_at_init=False, added=[_PATH], handles=handles, seam=seam)
+
+
+class TeacherMaps:
+    """The frozen teacher and what is made of its attention. No part of the student: copies of that share it."""
+
+    def __init__(
+        self, teacher: Backbone, images: PreprocessSpec, student: Anatomy, config: AttentionCopy.Config
+    ) -> None:
+        self.sha256, self.config, self.grid = teacher.identity.sha256, config, student.grid
+        pairs = pair_blocks(config.layers, student.depth, teacher.anatomy.depth)
+        self.pairs = dict(pairs)
+        if len(self.pairs) < len(pairs):
+            raise BackboneError(
+                "layers must give each student block one teacher block", given=[list(pair) for pair in pairs]
+            )
+        self.has_class_token = student.has_class_token and teacher.anatomy.has_class_token
+        self.head_by_head = {s: _head_by_head(student, teacher.anatomy, s, t, config.heads) for s, t in pairs}
+        self.tap = Tap(teacher.model, teacher.anatomy, Needs(attention=frozenset(self.pairs.values())))
+        self.networks = nn.ModuleList([teacher.model, Preprocess(teacher.preprocess), _Pixels(images)])
+        self.networks.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def __call__(self, images_BCHW: Tensor) -> dict[int, Tensor]:
+        """The maps (B, H, S, S), or (B, 1, S, S) for all heads, of student blocks, from the student's images."""
+        network, preprocess, pixels = self.networks
+        if next(network.parameters()).device != images_BCHW.device:
+            self.networks.to(images_BCHW.device)
+        attention = self.tap(preprocess(pixels(images_BCHW))).attention
+        maps = {}
+        for student, block in self.pairs.items():
+            map_BHSS = to_shared_tokens(attention[block], self.has_class_token).map_BHSS()
+            if not self.head_by_head[student]:
+                map_BHSS = map_BHSS.mean(dim=1, keepdim=True)
+            source = attention[block].grid
+            maps[student] = resize_attention(map_BHSS, source, self.grid, self.has_class_token, self.config.resize)
+        return maps
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TeacherMaps":
+        return self
+
+
+class CopiedMaps(nn.Module):
+    """The hooks that bring the teacher's maps into the student's blocks.
+
+    Maps cross from block to block as an attribute of the token tensor. That ties them to one forward pass: a block
+    that gradient checkpointing runs again, after any number of other passes, gets the same input and so the same
+    maps. The hooks are partials of bound methods, which ``copy.deepcopy`` binds to the copied module.
+    """
+
+    def __init__(self, teacher: TeacherMaps, anatomy: Anatomy) -> None:
+        super().__init__()
+        self.teacher, self.patches = teacher, anatomy.num_patches
+        digest = torch.frombuffer(bytearray.fromhex(teacher.sha256), dtype=torch.uint8).clone()
+        self.register_buffer("teacher_sha256", digest)
+        self._checked = self.teacher_sha256._version
+        # Between the image and the first block, and within one block.
+        self._maps: Mapping[int, Tensor] | None = None
+        self._now: Mapping[int, Tensor] = {}
+        self._v_BTD: Tensor | None = None
+
+    def begin(self, module: nn.Module, args: tuple) -> None:
+        """Forward pre-hook of the module that takes the image."""
+        if not torch.compiler.is_compiling():
+            self._require_same_teacher()
+        self._maps = self.teacher(args[0])
+
+    def enter(self, index: int, block: nn.Module, args: tuple) -> None:
+        """Forward pre-hook of a block, in front of those of other methods."""
+        maps = getattr(args[0], _CARRIED, None)
+        if maps is None:
+            if index or self._maps is None:
+                raise BackboneError(
+                    f"the input of block {index} carries no attention maps of the teacher",
+                    given="a tensor that does not come straight from the block before",
+                    do="name attention_copy last in a combination; use non-reentrant checkpointing (timm's default)",
+                )
+            maps, self._maps = self._maps, None
+            setattr(args[0], _CARRIED, maps)
+        self._now = maps
+
+    def leave(self, block: nn.Module, args: tuple, output_BTD: Tensor) -> None:
+        """Forward hook of a block."""
+        setattr(output_BTD, _CARRIED, self._now)
+        self._now = {}
+
+    def keep_values(
+        self, v: Projection, owner: nn.Module | None, layer: nn.Module, args: tuple, output: Tensor
+    ) -> None:
+        """Forward hook of the layer that makes the values; ``owner`` has a bias that is added behind it."""
+        v_BTD = output[..., v.rows]
+        self._v_BTD = v_BTD if owner is None else v_BTD + _bias(v, owner)
+
+    def make_values(
+        self, v: Projection, layer: nn.Module, owner: nn.Module | None, attention: nn.Module, args: tuple
+    ) -> None:
+        """Forward pre-hook of attention that reads a layer's weight past the layer."""
+        self._v_BTD = F.linear(args[0], layer.weight[v.rows], None if owner is None else _bias(v, owner))
+
+    def replace(self, index: int, heads: int, module: nn.Module, args: tuple) -> tuple:
+        """Forward pre-hook of what takes the heads' results, (B, T, D), side by side."""
+        own_BTD, (v_BTD, self._v_BTD) = args[0], (self._v_BTD, None)
+        map_BHSS = self._now[index]
+        between = own_BTD.shape[1] - map_BHSS.shape[-1]
+        sizes = [map_BHSS.shape[-1] - self.patches, between, self.patches]
+        v_first, _, v_patches = v_BTD.split(sizes, dim=1)
+        own_first, own_rest, own_patches = own_BTD.split(sizes, dim=1)
+        v_BHSh = torch.cat([v_first, v_patches], dim=1).unflatten(-1, (heads, -1)).transpose(1, 2)
+        copied_BSD = (map_BHSS.to(v_BHSh.dtype) @ v_BHSh).transpose(1, 2).flatten(2).to(own_BTD.dtype)
+        if own_BTD.requires_grad:
+            # Distributed training waits for a gradient of every trained parameter, also of queries and keys.
+            copied_BSD = copied_BSD + 0.0 * torch.cat([own_first, own_patches], dim=1)
+        first, patches = copied_BSD.split([sizes[0], sizes[2]], dim=1)
+        return (torch.cat([first, own_rest, patches], dim=1), *args[1:])
+
+    def _require_same_teacher(self) -> None:
+        """A loaded task brings the hash of its teacher.
+
+        Raises:
+            RunError: It was another one.
+        """
+        if self.teacher_sha256._version == self._checked:
+            return
+        wanted = bytes(self.teacher_sha256.cpu().tolist()).hex()
+        if wanted != self.teacher.sha256:
+            raise RunError(
+                f"this student was tuned with the attention maps of other weights of {self.teacher.config.teacher}",
+                given=f"teacher {self.teacher.sha256[:16]}, task {wanted[:16]}",
+                do="bring back the teacher's weights; the method's options name them",
+            )
+        self._checked = self.teacher_sha256._version
+
+
+class _Pixels(nn.Module):
+    """From a student's normalised image back to pixels from 0 to 255."""
+
+    def __init__(self, spec: PreprocessSpec) -> None:
+        super().__init__()
+        self.register_buffer("mean", 255.0 * torch.tensor(spec.mean).view(1, 3, 1, 1))
+        self.register_buffer("std", 255.0 * torch.tensor(spec.std).view(1, 3, 1, 1))
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return images_BCHW.float() * self.std + self.mean
+
+
+def _head_by_head(student: Anatomy, teacher: Anatomy, student_block: int, teacher_block: int, heads: str) -> bool:
+    blocks = student.blocks[student_block], teacher.blocks[teacher_block]
+    counts = tuple(getattr(block, "heads", 0) for block in blocks)
+    if heads == "each" and counts[0] != counts[1]:
+        raise BackboneError(
+            "heads: each copies head by head and needs equally many heads on both sides",
+            given=f"student {counts[0]}, teacher {counts[1]}",
+            do="use heads: mean, or a teacher with as many heads",
+        )
+    return heads != "mean" and counts[0] == counts[1]
+
+
+def _watch_values(model: nn.Module, block: AttentionBlock, maps: CopiedMaps) -> RemovableHandle:
+    v = block.projections["v"]
+    layer = module_at(model, v.path)
+    apart = v.bias is not None and v.bias != f"{v.path}.bias"
+    owner = module_at(model, v.bias.rpartition(".")[0]) if apart else None
+    if not v.called:
+        attention = module_at(model, block.attn)
+        return attention.register_forward_pre_hook(partial(maps.make_values, v, layer, owner))
+    return layer.register_forward_hook(partial(maps.keep_values, v, owner))
+
+
+def _bias(v: Projection, owner: nn.Module) -> Tensor:
+    bias = getattr(owner, v.bias.rpartition(".")[2])
+    return bias[v.bias_start : v.bias_start + v.stop - v.start]
+
+
+def _replace_result(model: nn.Module, index: int, block: AttentionBlock, maps: CopiedMaps) -> RemovableHandle:
+    norm = f"{block.attn}.norm"
+    reader = module_at(model, norm if norm in block.norms else block.proj)
+    return reader.register_forward_pre_hook(partial(maps.replace, index, block.heads))

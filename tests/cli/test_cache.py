@@ -1,0 +1,149 @@
+"""``remap cache``: listing and clearing at once and without torch, building with the words of ``distill``."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import Result
+
+from remap.data.caches import CacheKey, held
+from remap.data.records import Item, RecordStore, row_digest
+from remap_cli import view
+
+HEAVY = "import sys; heavy = {'torch', 'timm', 'accelerate', 'peft', 'sklearn', 'torchdistill'} & set(sys.modules)"
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("REMAP_CACHE", str(tmp_path / "kept"))
+    return tmp_path / "kept" / "teachers"
+
+
+def fill(root: Path, teacher: str, count: int) -> str:
+    """A cache of ``count`` images; its id."""
+    key = CacheKey(teacher, "ab", {}, {"size": 32}, "bf16", {}).to_dict()
+    names = [row_digest(bytes([number])) for number in range(count)]
+    items = {"logits": Item((100,), "fp16", top_k=5), "map1 4x4 [bold]heads=mean": Item((4, 4))}
+    with RecordStore.open(root, key, items) as store:
+        store.append(names, {name: torch.ones(count, *item.shape) for name, item in items.items()})
+    return store.folder.name
+
+
+SIZE = 5 * 4 + 4 + 5 * 2 + 20 + 4 * 4 * 4 + 20
+
+
+def test_nothing_is_kept_at_first(remap: Callable[..., Result], run_json: Callable[..., Any], root: Path) -> None:
+    assert f"No teacher outputs are kept in {root}" in remap("cache", "ls").stdout.replace("\n", "")
+    assert run_json("cache", "ls") == [] and not root.exists()
+    assert "0 teacher cache(s) cleared" in remap("cache", "clear", "--all").stdout
+
+
+def test_a_listing_has_all_that_decides(
+    remap: Callable[..., Result], run_json: Callable[..., Any], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(view.out, "width", 200)
+    name = fill(root, "vit_large", 3)
+    (found,) = run_json("cache", "ls")
+    assert (found["id"], found["folder"]) == (name, str(root / name))
+    assert (found["images"], found["bytes"], found["key"]["view"]) == (3, 3 * SIZE, {"size": 32})
+    assert [item["name"] for item in found["items"]] == ["logits", "map1 4x4 [bold]heads=mean"]
+    shown = remap("cache", "ls").stdout
+    for part in (name[:8], "vit_large", "32 px, bf16", "logits (top 5 of 100 fp16)", "[bold]heads=mean (4x4 fp32)"):
+        assert part in shown
+    assert "today" in shown and view.size(3 * SIZE) in shown
+    os.utime(root / name / "key.json", (0, 0))
+    assert "d ago" in remap("cache", "ls").stdout
+
+
+@pytest.mark.parametrize("words", [["cache", "--help"], ["cache", "ls"], ["cache", "clear", "--all", "--yes"]])
+def test_looking_and_clearing_import_nothing_heavy(root: Path, words: list[str]) -> None:
+    fill(root, "vit", 1)
+    code = (
+        f"import sys; sys.argv = ['remap', *{words!r}]\n"
+        "from remap_cli.main import main\n"
+        "try:\n    main()\nexcept SystemExit as leave:\n    assert not leave.code, leave.code\n"
+        f"{HEAVY}; assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def test_clearing_asks_for_a_choice_and_a_yes(remap: Callable[..., Result], root: Path) -> None:
+    name = fill(root, "vit", 2)
+    for words, says in (
+        ([], "nothing was chosen"),
+        (["--all"], "--yes"),
+        (["zzz", "--yes"], "no teacher cache of this id"),
+        ([name, "--all", "--yes"], "either name caches or take all"),
+    ):
+        result = remap("cache", "clear", *words)
+        assert result.exit_code == 2 and says in result.message
+    assert (root / name / "key.json").exists()
+
+
+@pytest.mark.parametrize(("answer", "left"), [("n", 1), ("y", 0)])
+def test_a_person_is_asked(root: Path, answer: str, left: int) -> None:
+    """A pseudo-terminal answers."""
+    fill(root, "vit", 2)
+    keyboard, terminal = os.openpty()
+    os.write(keyboard, f"{answer}\n".encode())
+    command = [sys.executable, "-m", "remap_cli", "cache", "clear", "--all"]
+    done = subprocess.run(command, stdin=terminal, capture_output=True, text=True, check=False)
+    os.close(keyboard), os.close(terminal)
+    assert "Delete 1 teacher cache(s)?" in done.stderr and "vit, 2 images" in done.stderr
+    assert done.returncode == left and len(list(root.iterdir())) == left
+
+
+def test_clearing_by_id_and_by_age(remap: Callable[..., Result], run_json: Callable[..., Any], root: Path) -> None:
+    one, two, three = fill(root, "one", 1), fill(root, "two", 2), fill(root, "three", 3)
+    os.utime(root / three / "key.json", (1e9, 1e9))
+    found = run_json("cache", "clear", "--older-than", "30", "--yes")
+    assert [row["id"] for row in found["removed"]] == [three] and found["bytes"] == 3 * SIZE
+    assert "1 teacher cache(s) cleared" in remap("cache", "clear", one[:12], "--yes").stdout
+    assert [row["id"] for row in run_json("cache", "ls")] == [two]
+
+
+def test_a_cache_in_use_is_left_and_named(
+    remap: Callable[..., Result], root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = fill(root, "vit", 1)
+    with held(root, CacheKey("vit", "ab", {}, {"size": 32}, "bf16", {}).to_dict()):
+        result = remap("cache", "clear", "--all", "--yes")
+    assert "0 teacher cache(s) cleared" in result.stdout and (root / name).exists()
+    assert name[:8] in result.stderr and "running command" in result.stderr
+
+
+def test_build_takes_the_words_of_distill(
+    remap: Callable[..., Result],
+    run_json: Callable[..., Any],
+    root: Path,
+    pictures: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(view.out, "width", 200)
+    from remap import running
+
+    asked: list[Any] = []
+    summary = {
+        "key": "ab",
+        "folder": str(root / "ab"),
+        "items": [{"name": "logits", "shape": [2], "bytes": 672}, {"name": "scalar", "shape": [], "bytes": 576}],
+        "images": 24,
+        "computed": 20,
+        "bytes": 1248,
+        "seconds": 1.5,
+    }
+    monkeypatch.setattr(running, "build_cache", lambda recipe, progress: asked.append(recipe) or summary, raising=False)
+    words = ("cache", "build", "--data", str(pictures), "--losses", "ce,kd:0.5", "--set", "teacher.cache=disk")
+    assert run_json(*words, "--batch-size", "8") == summary
+    (recipe,) = asked
+    assert recipe.data.source == str(pictures) and recipe.train.batch_size == 8
+    assert [loss.name for loss in recipe.losses] == ["ce", "kd"]
+    shown = remap(*words).stdout
+    for part in ("24 images, 20 of them computed now in 1.5 s", "logits", "1.2 kB", str(root / "ab")):
+        assert part in shown.replace("\n", "")
