@@ -172,8 +172,7 @@ class Alone:
     def flops(self) -> tuple[int, int, int]:
         """Of the teacher's forward pass, the student's forward pass, and its forward and backward pass."""
         runner = Runner(self.engine.parts.student, bf16=self.engine.parts.bf16)
-        with torch.no_grad():
-            forward = _flops(lambda: runner(self.images))
+        forward = _flops(lambda: runner(self.images))
         runner.tap.close()
         self.engine.parts.student.attached.train()
         counts = _flops(lambda: self.engine.teacher.items(self.images)), forward, _flops(self._gradients)

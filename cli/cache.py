@@ -144,14 +144,17 @@ def cache_build(
     if json:
         view.emit(found)
         return
-    view.table(
-        "Kept on disk",
-        ["output", "row", "size"],
-        [[row["name"], "x".join(map(str, row["shape"])) or "1", view.size(row["bytes"])] for row in found["items"]],
-        right=(1, 2),
-        wrap=(0,),
-    )
-    view.line(
-        f"{found['images']:,} images, {found['computed']:,} of them computed now in {view.duration(found['seconds'])}; "
-        f"{view.size(found['bytes'])}\n{found['folder']}"
-    )
+    for one in found:
+        view.table(
+            f"Outputs of {one['teacher']}, kept on disk",
+            ["output", "row", "size"],
+            [[row["name"], "x".join(map(str, row["shape"])) or "1", view.size(row["bytes"])] for row in one["items"]],
+            right=(1, 2),
+            wrap=(0,),
+        )
+        view.line(
+            f"{one['images']:,} images, {one['computed']:,} of them computed now in "
+            f"{view.duration(one['seconds'])}; {view.size(one['bytes'])}\n{one['folder']}"
+        )
+    if not found:
+        view.line("No loss listens to the teacher: there is nothing to keep.")

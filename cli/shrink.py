@@ -48,9 +48,7 @@ def shrink(
     ] = None,
     data: Annotated[
         str,
-        typer.Option(
-            help="Their source: a folder of class folders, a tar, or digits.", rich_help_panel=_CHOICE
-        ),
+        typer.Option(help="Their source: a folder of class folders, a tar, or digits.", rich_help_panel=_CHOICE),
     ] = "digits",
     seed: Annotated[int, typer.Option(min=0, help="Decides which images.", rich_help_panel=_CHOICE)] = 0,
     weights: Annotated[str, typer.Option(help="Of the teacher: pretrained or none.")] = "pretrained",

@@ -21,11 +21,13 @@ from remap.progress import Progress
 from remap.recipe import Recipe
 from remap.recipe.schema import EMA, SELF
 from remap.remapping import LOSSES
+from remap.remapping.knowledge.attention import transfer_warning
 from remap.remapping.objective import LossTerm, Objective, Pair
 from remap.runs.rundir import RunDir
 from remap.shrinking import open_student
 from remap.student_teachers import keep_own
 from remap.teachers import PreparedTeacher, averaging_teacher, load_teacher, prepare_teacher
+from remap.tuning import parts_of
 from remap.tuning.base import Sample
 
 
@@ -70,6 +72,7 @@ def assemble(recipe: Recipe, run_dir: RunDir | None, progress: Progress, bench: 
     for teacher in teachers:
         if teacher.spec.model == SELF:
             keep_own(teacher.network, student)
+    _warn(recipe, student, teachers, progress)
     size = max(student.preprocess.size, *(teacher.network.preprocess.size for teacher in teachers), 0)
     view = View(size, student.preprocess.crop_pct, student.preprocess.interpolation)
     views = bench.open(recipe.data, view, progress)
@@ -106,6 +109,14 @@ def _student(recipe: Recipe, classes: tuple[str, ...], backbone: Backbone) -> Ne
     student.model.to(accelerator().device)
     choose_attention(student, recipe.train.fused_attention, accelerator().device)
     return student
+
+
+def _warn(recipe: Recipe, student: Network, teachers: Sequence[PreparedTeacher], progress: Progress) -> None:
+    used = [loss.name for loss in recipe.losses] + parts_of(recipe.method.name)
+    for teacher in teachers:
+        warning = transfer_warning(teacher.network.identity.model, student.identity.model, used)
+        if warning is not None and teacher.spec.model != SELF:
+            progress.say(warning)
 
 
 def _folder(first: Path, number: int) -> Path:

@@ -20,11 +20,9 @@ from remap.recipe.paths import is_run
 from remap.recipe.schema import DataSpec, ModelSpec, Recipe, ShrinkSpec, StudentSpec
 from remap.remapping.architecture.shrink import Shrunk, needs_images, shrink, target_shape
 from remap.remapping.architecture.skip import gates_of, save_remaining
-from remap.runs.rundir import RunDir
+from remap.runs.rundir import STUDENT_MODEL, RunDir
 from remap.runs.task import load_task, open_backbone
 
-# Where a run keeps the student it has cut.
-FOLDER = "student_model"
 _BATCH = 16
 
 
@@ -44,12 +42,12 @@ def open_student(recipe: Recipe, run_dir: RunDir | None, progress: Progress, ben
         return open_backbone(recipe.student, num_classes)
     if run_dir is None:
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) / FOLDER
+            folder = Path(temporary) / STUDENT_MODEL
             _derive(recipe, folder, progress, bench)
             backbone = open_backbone(_opened_from(recipe.student, folder), num_classes)
         backbone.identity = replace(backbone.identity, model=recipe.student.model)
         return backbone
-    folder = (run_dir.path / FOLDER).resolve()
+    folder = run_dir.student_model.resolve()
     if accelerator().is_main_process and not folder.is_dir():
         _derive(recipe, folder, progress, bench)
     accelerator().wait_for_everyone()

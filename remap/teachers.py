@@ -213,9 +213,7 @@ def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
 
 def needs_logits(recipe: Recipe) -> bool:
     """Whether a loss reads the teacher's logits, so that it needs a head."""
-    return any(
-        LOSSES.row(loss.name).category == "logits" or loss.options.get("signal") == "logits" for loss in recipe.losses
-    )
+    return any(loss.reads_logits for loss in recipe.losses)
 
 
 def _key(network: Network, head: str, spec: TeacherSpec, recipe: Recipe) -> str:

@@ -117,6 +117,18 @@ def other_family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     return request.param, f"local-dir:{folder}"
 
 
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Callable[..., str]:
+    """Makes a model of timm by architecture, arguments and pixels; gives local-dir:FOLDER."""
+
+    def make(architecture: str, arguments: dict[str, Any], size: int) -> str:
+        folder = tmp_path / f"model-{architecture}-{size}"
+        write_folder(folder, 6, architecture, arguments, size)
+        return f"local-dir:{folder}"
+
+    return make
+
+
 class Watch:
     """A progress reporter that calls back after each training step, with the number of steps so far."""
 

@@ -1,6 +1,7 @@
 """Students that start from the teacher's weights: in recipes, on the command line, and in whole runs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,13 @@ def test_the_cells_without_a_teacher_start_from_their_own_weights() -> None:
 
 
 @pytest.mark.parametrize("method", ["vpt_deep", "lora", "full"])
+@pytest.mark.parametrize("forced", [False, True], ids=["random", "forced"])
 def test_a_run_saves_what_it_started_from(
-    tiny: Any, tmp_path: Path, watch: type, method: str, largest_difference: Callable[..., float]
+    tiny: Any, tmp_path: Path, watch: type, method: str, forced: bool, largest_difference: Callable[..., float]
 ) -> None:
     """Loaded anew: the same tensors and logits. Nothing but the task holds this backbone."""
-    recipe = tiny.recipe(RANDOM, "train.epochs=1", "train.lr=0.001", method=method, init="weight_selection")
+    settings = ("train.epochs=1", "train.lr=0.001", "student.force_init=true" if forced else RANDOM)
+    recipe = tiny.recipe(*settings, method=method, init="weight_selection")
     said = watch(lambda step: None)
     result = start(recipe, tmp_path / "run", said)
     network, _ = load_task(tmp_path / "run")
@@ -152,3 +155,12 @@ def test_the_method_draws_as_it_would_without(tiny: Any) -> None:
         inherit(student, recipe, Bench(), Silent())
         draws.append((student.model.head.weight, torch.randn(3)))
     assert torch.equal(draws[0][0], draws[1][0]) and torch.equal(draws[0][1], draws[1][1])
+
+
+def test_pixels_are_normalised_as_for_the_teacher(tiny: Any) -> None:
+    """The patch embedding was trained on pixels normalised so."""
+    recipe = tiny.recipe(RANDOM, init="weight_selection")
+    student = open_backbone(recipe.student, 3)
+    student.preprocess = replace(student.preprocess, mean=(0.1, 0.2, 0.3))
+    inherited = inherit(student, recipe, Bench(), Silent())
+    assert student.preprocess.mean == (0.5, 0.5, 0.5) and "mean 0.5/0.5/0.5" in inherited.text

@@ -333,11 +333,11 @@ def _item(folder: Path) -> ItemFolder:
     said = json.loads((folder / ITEM_FILE).read_text(encoding="utf-8"))
     shape = tuple(int(side) for side in said["shape"])
     records = sum(_bytes(segment / ROWS_FILE) // ROW_BYTES for segment in folder.glob("seg-*"))
-    return ItemFolder(str(said["name"]), shape, str(said["dtype"]), said["top_k"], records, folder_bytes(folder))
+    return ItemFolder(str(said["name"]), shape, str(said["dtype"]), said["top_k"], records, _records_bytes(folder))
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of an item's records; 0 where there is no such folder."""
+def _records_bytes(folder: Path) -> int:
+    """Bytes of an item's records."""
     return sum(_bytes(segment / name) for segment in folder.glob("seg-*") for name in (DATA_FILE, ROWS_FILE))
 
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from remap.data.caches import ITEM_FILE, ITEMS, ROW_BYTES, cache_id, folder_bytes, held, make_once
+from remap.data.caches import ITEM_FILE, ITEMS, ROW_BYTES, cache_id, held, make_once
 from remap.data.segments import DIGEST_BYTES, Records
 from remap.errors import DataError, RunError
 
@@ -95,13 +95,14 @@ class Item:
         return records.view(np.uint8).reshape(len(records), self.record_bytes)
 
     def _rounded(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-        kept = value.to(dtype)
-        large = kept.isinf()
-        if bool(large.any()) and bool((large & value.isfinite()).any()):
+        kept, limit = value.to(dtype), torch.finfo(dtype).max
+        low, high = torch.aminmax(value) if value.numel() else (0.0, 0.0)
+        fits = bool(-limit <= low) and bool(high <= limit)  # false for what is not finite, too
+        if not fits and bool((kept.isinf() & value.isfinite()).any()):
             raise DataError(
                 f"the teacher's {name} do not fit {dtype}",
-                given=f"largest magnitude {value.abs().max().item():.4g}",
-                allowed=f"up to {torch.finfo(dtype).max:.4g}",
+                given=f"largest magnitude {value[value.isfinite()].abs().max().item():.4g}",
+                allowed=f"up to {limit:.4g}",
                 do="--set teacher.cache_dtype=bf16 or fp32",
             )
         return kept
@@ -136,14 +137,6 @@ def row_digest(image: bytes, draw: bytes = b"") -> bytes:
 def bytes_for(items: Mapping[str, Item], count: int) -> int:
     """Bytes on disk of ``count`` rows of each item."""
     return count * sum(item.record_bytes + ROW_BYTES for item in items.values())
-
-
-def bytes_to_add(root: Path, key: Mapping[str, Any], items: Mapping[str, Item], count: int) -> int:
-    """What ``bytes_for`` says, less what lies there already; an estimate, since that may be of other images."""
-    folder = root / cache_id(key)
-    whole = {name: bytes_for({name: item}, count) for name, item in items.items()}
-    there = {name: folder_bytes(_item_folder(folder, name, item)) for name, item in items.items()}
-    return sum(max(0, whole[name] - there[name]) for name in items)
 
 
 class RecordStore:

@@ -4,7 +4,7 @@ from pydantic import BaseModel, ValidationError
 
 from remap.recipe.paths import is_run
 from remap.recipe.problems import lines_of
-from remap.recipe.schema import Named, Recipe, StudentSpec, is_idle
+from remap.recipe.schema import Named, Recipe, StudentSpec
 from remap.registry import did_you_mean
 from remap.remapping import LOSSES
 from remap.remapping.weights import INITS
@@ -53,13 +53,11 @@ def _combination_problems(recipe: Recipe) -> list[str]:
         problems.append(f"losses: '{name}' is given twice")
     problems += [
         f"losses: {name} cannot teach {recipe.method.name}, which leaves what it compares as it is (leave it out)"
-        for name in dict.fromkeys(names)
-        if is_idle(name, recipe.method.name)
+        for name in dict.fromkeys(loss.name for loss in recipe.losses or () if loss.is_idle(recipe.method.name))
     ]
     needing = [name for name in dict.fromkeys(names) if name in LOSSES and LOSSES.row(name).category != "labels"]
-    teaching = ("labels", "logits")
-    if names and not any(LOSSES.row(loss.name).category in teaching for loss in recipe.losses if loss.name in LOSSES):
-        problems.append("losses: none of them trains the classifier (add ce, kd or dist)")
+    if names and not any(loss.teaches_classes for loss in recipe.losses):
+        problems.append("losses: none of them trains the classifier (add ce, or one on logits such as kd)")
     if recipe.teacher is None and needing:
         problems.append(f"losses: {', '.join(needing)} need a teacher (set teacher.model, or keep to ce)")
     problems += _teacher_problems(recipe)

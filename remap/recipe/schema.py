@@ -227,6 +227,21 @@ class LossSpec(Named):
 
     weight: float | None = Field(default=None, ge=0.0)
 
+    @property
+    def teaches_classes(self) -> bool:
+        """Whether it is about labels or logits, so that it trains the classifier; unknown names do not."""
+        return self.name in LOSSES and (LOSSES.row(self.name).category == "labels" or self.reads_logits)
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether it reads the teacher's logits, so that the teacher needs a head."""
+        known = self.name in LOSSES and LOSSES.row(self.name).category == "logits"
+        return known or self.options.get("signal") == "logits"
+
+    def is_idle(self, method: str) -> bool:
+        """Whether it is about a signal that no part of the method can change."""
+        return is_idle(self.name, method, self.options.get("signal"))
+
 
 class TrainSpec(Section):
     """The training loop. ``batch_size`` is global: all processes and accumulation steps together.
@@ -420,9 +435,13 @@ def default_losses(method: str) -> tuple[str, ...]:
     return tuple(name for name in DEFAULT_LOSSES if not is_idle(name, method))
 
 
-def is_idle(loss: str, method: str) -> bool:
-    """Whether a loss is about a signal that no part of the method can change; unknown names are not."""
+def is_idle(loss: str, method: str, signal: str | None = None) -> bool:
+    """Whether a loss is about a signal that no part of the method can change; unknown names are not.
+
+    Args:
+        signal: What the loss's own option of this name says, where it has one.
+    """
     parts = parts_of(method)
     if loss not in LOSSES or any(part not in METHODS for part in parts):
         return False
-    return all(_FOLLOWS.get(LOSSES.row(loss).signal) in METHODS.row(part).unchanged for part in parts)
+    return all(_FOLLOWS.get(signal or LOSSES.row(loss).signal) in METHODS.row(part).unchanged for part in parts)

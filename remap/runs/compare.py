@@ -10,7 +10,7 @@ from remap import files
 from remap.errors import RecipeError, RunError
 from remap.progress import Progress
 from remap.recipe.checks import method_problems
-from remap.recipe.schema import LossSpec, MethodSpec, Recipe, is_idle
+from remap.recipe.schema import LossSpec, MethodSpec, Recipe
 from remap.remapping import LOSSES
 from remap.runs.objective import without_idle_losses
 from remap.runs.rundir import RunDir
@@ -72,7 +72,7 @@ def plan(recipe: Recipe, methods: Sequence[str], seeds: int) -> list[Cell]:
         spec = recipe.method if method == recipe.method.name else MethodSpec(name=method)
         for with_teacher in (False, True):
             for seed in range(recipe.seed, recipe.seed + seeds):
-                losses = tuple(loss for loss in recipe.losses if not is_idle(loss.name, method))
+                losses = tuple(loss for loss in recipe.losses if not loss.is_idle(method))
                 update: dict[str, Any] = {"method": spec, "seed": seed, "losses": losses}
                 update |= {} if with_teacher else {"teacher": None, "losses": alone, "data": recipe.data.labeled_part()}
                 if not with_teacher:  # nor does it start from the teacher's weights
@@ -93,6 +93,12 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, output: Path, pr
     Raises:
         RunError: The folder holds another comparison.
     """
+    if recipe.student.shrink is not None:
+        raise RunError(
+            "a comparison needs a student that is there without the teacher",
+            given=recipe.student.model,
+            do="cut it once with `remap shrink`, then name its folder: --student local-dir:FOLDER",
+        )
     recipe = without_idle_losses(recipe, progress)
     cells = plan(recipe, methods, seeds)
     _claim(output, recipe)

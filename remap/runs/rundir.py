@@ -17,9 +17,23 @@ from remap.errors import RunError
 from remap.recipe import Recipe, dump, load
 from remap.runs.curves import curves
 
-PACKAGES = ("torch", "timm", "torchdistill", "accelerate", "peft", "numpy", "pillow", "safetensors", "scikit-learn")
+PACKAGES = (
+    "torch",
+    "timm",
+    "torchdistill",
+    "accelerate",
+    "peft",
+    "torch-pruning",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "scikit-learn",
+)
 # What ``create`` leaves when it is killed before recipe.yaml is there.
 _DRAFT = re.compile(r"\.?recipe\.yaml\.\d+\.tmp(\.\d+\.tmp)?")
+
+# The folder of a student that was cut from its teacher.
+STUDENT_MODEL = "student_model"
 
 
 @dataclass(frozen=True)
@@ -27,7 +41,8 @@ class RunDir:
     """Paths and records of one run.
 
     recipe.yaml (resolved), command.txt, environment.json, status.json, metrics.jsonl (one line an epoch), curves.svg,
-    summary.json, task/ (what the tuned student costs to keep), teacher/ (the prepared teacher), checkpoint/.
+    summary.json, task/ (what the tuned student costs to keep), teacher/ (the prepared teacher), checkpoint/,
+    student_model/ (a student that was cut from its teacher).
     """
 
     path: Path
@@ -42,6 +57,11 @@ class RunDir:
     @property
     def teacher(self) -> Path:
         return self.path / "teacher"
+
+    @property
+    def student_model(self) -> Path:
+        """The student, where it was cut from its teacher for this run."""
+        return self.path / STUDENT_MODEL
 
     @property
     def checkpoint(self) -> Path:

@@ -20,6 +20,7 @@ from remap.errors import BackboneError, RunError
 from remap.network import Network, choose_attention, tuned
 from remap.recipe.paths import is_run
 from remap.recipe.schema import MethodSpec, ModelSpec
+from remap.runs.rundir import STUDENT_MODEL
 
 FORMAT = 1
 
@@ -90,7 +91,8 @@ def load_task(path: Path) -> tuple[Network, View]:
     tensors = _read_tensors(folder, meta)
     spec = meta.backbone
     weights = "none" if meta.holds_backbone else spec.weights
-    source = ModelSpec(model=spec.model, weights=weights, preset=spec.preset, image_size=spec.image_size)
+    model = _beside(folder, spec.model)
+    source = ModelSpec(model=model, weights=weights, preset=spec.preset, image_size=spec.image_size)
     backbone = open_backbone(source, len(meta.classes))
     if not meta.holds_backbone and backbone.identity.sha256 != spec.sha256:
         raise RunError(
@@ -107,6 +109,12 @@ def load_task(path: Path) -> tuple[Network, View]:
     network.classes, network.preprocess = meta.classes, meta.preprocess
     choose_attention(network, "auto", torch.device("cpu"))  # the kernel it was trained with, unless it is moved
     return network, meta.view
+
+
+def _beside(folder: Path, model: str) -> str:
+    """The word for a task's backbone; a student that was cut for its run goes where the run directory goes."""
+    place = folder.resolve().parent / STUDENT_MODEL
+    return f"local-dir:{place}" if model.endswith(f"/{STUDENT_MODEL}") and place.is_dir() else model
 
 
 def put_task(network: Network, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Category 5 of the survey, remapping tuning, as a tuning method. The class is in ``remap.remapping``."""
+"""Category 5 of the survey, remapping tuning, as tuning methods. The classes are in ``remap.remapping``."""
 
 from remap.tuning.entry import MethodEntry
 
@@ -12,6 +12,18 @@ ROWS = [
         trains="L",
         vit_base=12,
         mergeable=True,
-        lr=1e-2,
+        lr=3e-2,
+    ),
+    MethodEntry(
+        name="attention_copy",
+        target="remap.remapping.knowledge.attention.copied:AttentionCopy",
+        category="remapping",
+        summary="blocks attend with a teacher's maps instead of their own, in prediction too",
+        paper="Li et al. 2024, arXiv 2411.09702",
+        trains="0",
+        vit_base=0,
+        mergeable=False,
+        lr=1e-1,
+        needs=frozenset({"sequence"}),
     ),
 ]

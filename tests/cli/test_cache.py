@@ -130,6 +130,7 @@ def test_build_takes_the_words_of_distill(
 
     asked: list[Any] = []
     summary = {
+        "teacher": "mini_teacher",
         "key": "ab",
         "folder": str(root / "ab"),
         "items": [{"name": "logits", "shape": [2], "bytes": 672}, {"name": "scalar", "shape": [], "bytes": 576}],
@@ -138,12 +139,14 @@ def test_build_takes_the_words_of_distill(
         "bytes": 1248,
         "seconds": 1.5,
     }
-    monkeypatch.setattr(running, "build_cache", lambda recipe, progress: asked.append(recipe) or summary, raising=False)
+    monkeypatch.setattr(
+        running, "build_cache", lambda recipe, progress: asked.append(recipe) or [summary], raising=False
+    )
     words = ("cache", "build", "--data", str(pictures), "--losses", "ce,kd:0.5", "--set", "teacher.cache=disk")
-    assert run_json(*words, "--batch-size", "8") == summary
+    assert run_json(*words, "--batch-size", "8") == [summary]
     (recipe,) = asked
     assert recipe.data.source == str(pictures) and recipe.train.batch_size == 8
     assert [loss.name for loss in recipe.losses] == ["ce", "kd"]
     shown = remap(*words).stdout
-    for part in ("24 images, 20 of them computed now in 1.5 s", "logits", "1.2 kB", str(root / "ab")):
+    for part in ("24 images, 20 of them computed now in 1.5 s", "mini_teacher", "logits", "1.2 kB", str(root / "ab")):
         assert part in shown.replace("\n", "")

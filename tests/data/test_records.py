@@ -21,7 +21,7 @@ from torch import Tensor
 
 from remap.data import caches, segments
 from remap.data.caches import CacheKey, cache_id, cache_root, chosen_caches, clear, held, list_caches
-from remap.data.records import Item, RecordStore, bytes_for, bytes_to_add, row_digest
+from remap.data.records import Item, RecordStore, bytes_for, row_digest
 from remap.data.segments import Records
 from remap.errors import DataError, RunError
 
@@ -365,6 +365,25 @@ def test_writers_see_each_other_after_flush_and_refresh(open_store: Callable[...
         assert store.rows(digests(6)[::-1])["logits"][:, 0].tolist() == [2, 2, 2, 1, 1, 1]
 
 
+def test_a_segment_has_one_writer(tmp_path: Path) -> None:
+    """Who comes later leaves the segment of a living writer alone, and goes on with that of one that has ended."""
+    names, size = digests(9), 50
+    one = Records(tmp_path, size)
+    one.append(as_rows(names[:2]), record_rows(names[:2], size))
+    one.flush()
+    two = Records(tmp_path, size)
+    two.append(as_rows(names[2:4]), record_rows(names[2:4], size))
+    one.append(as_rows(names[4:7]), record_rows(names[4:7], size))
+    one.close(), two.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["seg-0", "seg-1"]
+    require_all(tmp_path, names[:7], size)
+    two.refresh()
+    two.append(as_rows(names[7:]), record_rows(names[7:], size))
+    two.close()
+    require_all(tmp_path, names, size)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("name", ["data.bin", "rows.bin"])
 @pytest.mark.parametrize("cut", [1, 20, 33, 10_000])
 def test_cut_files_keep_their_whole_records(tmp_path: Path, name: str, cut: int) -> None:
@@ -403,6 +422,8 @@ def test_a_flipped_bit_costs_that_record_alone(tmp_path: Path, name: str, at: in
     records = Records(tmp_path, size)
     twice = names + names
     assert (np.flatnonzero(records.find(as_rows(twice)) < 0) % 6).tolist() == [2, 2] and records.damaged == counted
+    later = Records(tmp_path, size)
+    assert later.find(as_rows(names)).tolist().count(-1) == 1 and later.damaged == 0  # known once and for all
     records.append(as_rows(names[2:3]), record_rows(names[2:3], size))
     assert (records.read(records.find(as_rows(twice))) == record_rows(twice, size)).all()
     records.close()
@@ -454,6 +475,25 @@ def test_a_full_disk_ends_in_one_error_and_a_whole_store(
         assert torch.equal(store.rows(names)["logits"], values)
     with open_store() as store:
         assert torch.equal(store.rows(names)["logits"], values)
+
+
+def test_records_are_on_the_disk_before_their_rows_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a power cut needs; SIGKILL alone would not show it."""
+    calls: list[tuple[str, str]] = []
+    pwrite, fsync = os.pwrite, os.fsync
+
+    def name(file: int) -> str:
+        paths = (tmp_path / "seg-0").iterdir()
+        return next(path.name for path in paths if os.path.samestat(path.stat(), os.fstat(file)))
+
+    monkeypatch.setattr(os, "pwrite", lambda *all: calls.append(("write", name(all[0]))) or pwrite(*all))
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append(("sync", name(file))) or fsync(file))
+    records = Records(tmp_path, 40)
+    for some in (digests(2), digests(2, 2)):
+        records.append(as_rows(some), record_rows(some, 40))
+    assert calls == [("write", "data.bin")] * 2
+    records.close()
+    assert calls[2:] == [("sync", "data.bin"), ("write", "rows.bin"), ("sync", "rows.bin")]
 
 
 def test_a_refusal_of_the_system_is_met(tmp_path: Path) -> None:
@@ -660,13 +700,6 @@ def test_room_is_asked_for_before_the_work(
     else:
         with pytest.raises(RunError, match=r"1.0 kB needed, 1.0 kB free[\s\S]*teacher.top_k[\s\S]*teacher.cache=off"):
             caches.require_space(tmp_path / "a" / "b", 1000)
-
-
-def test_what_is_there_needs_no_room(tmp_path: Path) -> None:
-    fill(tmp_path, "one", 2)
-    key, items = replace(KEY, teacher="one").to_dict(), {"logits": Item((3,)), "pooled": Item((5,), "bf16")}
-    assert bytes_to_add(tmp_path, key, items, 7) == (7 - 2) * (12 + 20) + 7 * (10 + 20)
-    assert bytes_to_add(tmp_path, key, {"logits": Item((3,))}, 1) == 0
 
 
 def test_targets_from_a_device_are_copied(open_store: Callable[..., RecordStore]) -> None:

@@ -100,7 +100,7 @@ def test_every_other_field_changes_the_digest() -> None:
     seen = {base.digest()}
     for section in ("data", "teacher", "student", "train"):
         for name, value in getattr(base, section).model_dump().items():
-            if any(setting.startswith(f"{section}.{name}=") for setting in SILENT) or name == "init":
+            if any(setting.startswith(f"{section}.{name}=") for setting in SILENT) or name in ("init", "shrink"):
                 continue
             changed = (
                 not value
@@ -116,7 +116,9 @@ def test_every_other_field_changes_the_digest() -> None:
             assert found not in seen, f"{section}.{name}"
             seen.add(found)
     inits = ({"student": {"init": init}} for init in ("layers", "subclone", {"name": "layers", "which": "last"}))
-    for values in ({"seed": 1}, {"method": "bitfit"}, {"losses": "ce:2"}, {"losses": "ce,kd,attention:2"}, *inits):
+    shrunk = ({"student": f"shrink(teacher, {option})"} for option in ("depth=2", "width=64", "depth=2, images=8"))
+    words = ({"seed": 1}, {"method": "bitfit"}, {"losses": "ce:2"}, {"losses": "ce,kd,attention:2"})
+    for values in (*words, *inits, *shrunk):
         found = digest(**{"teacher": "a", **values})
         assert found not in seen
         seen.add(found)

@@ -46,6 +46,7 @@ CLOSED_FORMS = {
     "ssf": L * 2 * (D + 3 * D + D + D + H + D) + 2 * D + 2 * D,
     "krona": 2 * L * (32 * 24 + 24 * 32),
     "gps": 83_712 + 83_712,
+    "skip": L,
 }
 
 # Some of them as plain numbers, against a slip in a formula.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from remap.backbones.anatomy import anatomy_of, module_at, rest_of_forward
+from remap.backbones.anatomy import Anatomy, anatomy_of, module_at, rest_of_forward
 from remap.errors import BackboneError
 
 Batches = Callable[[], Iterable[Tensor]]
@@ -64,15 +64,20 @@ def take_out(model: nn.Module, indices: Sequence[int]) -> None:
         del model.blocks[index]
 
 
+def has_one_list(anatomy: Anatomy) -> bool:
+    """Whether the blocks are one list of equal ones, whose number is an argument of timm's constructor."""
+    return "sequence" in anatomy.parts
+
+
 def require_one_list(model: nn.Module) -> None:
     """
     Raises:
         BackboneError: The network's blocks are not one list of equal ones.
     """
-    family = anatomy_of(model).family
-    if family not in ("vit", "eva", "beit"):
+    anatomy = anatomy_of(model)
+    if not has_one_list(anatomy):
         raise BackboneError(
-            f"blocks of the family '{family}' cannot be taken out",
+            f"blocks of the family '{anatomy.family}' cannot be taken out",
             given=type(model).__name__,
             allowed="networks with one list of equal blocks: vit, eva, beit",
         )

@@ -4,7 +4,7 @@ Letters: L gated units (blocks or branches), g gate, c relative cost.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -18,7 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from remap.backbones.anatomy import Anatomy, AttentionBlock, Block, ConvBlock, module_at
 from remap.backbones.saving import require_free, save_model_folder
 from remap.errors import BackboneError
-from remap.remapping.architecture.blocks import require_one_list, take_out
+from remap.remapping.architecture.blocks import has_one_list, require_one_list, take_out
+from remap.remapping.architecture.shrink import Shape, constructor_arguments
 from remap.tuning.attaching import Combined
 from remap.tuning.base import Attached, Method, Options, insert_module, inserted_parameters, is_inserted
 from remap.tuning.weights import registered, registered_at
@@ -39,9 +40,10 @@ class Skip(Method):
     """
 
     class Config(Options):
-        """``gates``: one for a block, or one for each of its branches (attention and MLP)."""
+        """``cost`` is the price of all blocks together, in units of the loss. ``gates``: one for a block, or one for
+        each of its branches (attention and MLP)."""
 
-        cost: float = Field(default=0.1, ge=0.0)
+        cost: float = Field(default=1.0, ge=0.0)
         gates: Literal["block", "branch"] = "block"
 
     config: Config
@@ -182,7 +184,10 @@ def save_remaining(attached: Attached, folder: Path, threshold: float = 0.05, cl
     attached.merge()
     if closed:
         take_out(model, closed)
-    shape = {"depth": len(openness) - len(closed)} if closed else {}
+    shape: dict[str, object] = {}
+    if has_one_list(attached.anatomy):
+        left = replace(Shape.of(attached.anatomy), depth=len(openness) - len(closed))
+        shape = constructor_arguments(left, attached.anatomy)
     save_model_folder(model.eval(), folder, shape, classes)
     return [index for index in range(len(openness)) if index not in closed]
 

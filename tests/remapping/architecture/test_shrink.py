@@ -104,6 +104,31 @@ def test_heads_and_units_without_effect_go_and_nothing_changes(
     assert torch.allclose(model(images), expected, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_taylor_keeps_what_the_features_feel_whatever_the_weights_weigh(make: Make, batches: Batches) -> None:
+    """In every block 24 units and a head are read at a thousandth of what the others are, though their own rows are
+    the largest: magnitude would keep them."""
+    model = make("plain")
+    draws = torch.Generator().manual_seed(6)
+    felt = []
+    for block in model.blocks:
+        units, head = torch.randperm(64, generator=draws), int(torch.randint(4, (), generator=draws))
+        block.mlp.fc1.weight[units[:24]] *= 3.0
+        block.mlp.fc2.weight[:, units[:24]] *= 1e-3
+        columns = torch.arange(8 * head, 8 * head + 8)
+        block.attn.qkv.weight[64 + columns] *= 3.0
+        block.attn.proj.weight[:, columns] *= 1e-3
+        kept = [column for column in range(32) if column not in columns]
+        felt.append((block.mlp.fc1.weight[units[24:].sort().values].clone(), block.attn.proj.weight[:, kept].clone()))
+    other = copy.deepcopy(model)
+    with torch.enable_grad():
+        prune_inside(model, 3, 8, 40, "taylor", batches)
+        prune_inside(other, 3, 8, 40, "magnitude", batches)
+    for block, (rows, columns) in zip(model.blocks, felt, strict=True):
+        assert torch.equal(block.mlp.fc1.weight, rows) and torch.equal(block.attn.proj.weight, columns)
+    assert not torch.equal(other.blocks[0].mlp.fc1.weight, felt[0][0])
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("name", ["plain", "registers"])
 @torch.no_grad()

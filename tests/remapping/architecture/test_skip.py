@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import anatomy_of
+from remap.backbones.build import build
 from remap.errors import BackboneError, RunError
 from remap.remapping.architecture.skip import gates_of, save_remaining
 from remap.tuning.attaching import attach_method
@@ -110,6 +111,19 @@ def test_with_lora_both_are_folded_and_a_small_gate_goes_by_the_threshold(
     assert save_remaining(attached, tmp_path / "out", threshold=0.05) == [0, 2, 3]
     again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     assert torch.allclose(again(images), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_embedded_pair_is_written_as_a_model_of_timm(images: Tensor, tmp_path: Path) -> None:
+    """timm does not know its name, so every argument of the shape is written, also where no block goes."""
+    mini = build("mini_student", "pretrained", 5)
+    attached = attach_method(mini.model, mini.anatomy, "skip", {})
+    set_gates(attached, 0.5, 1.0, 0.8, 0.9)
+    expected = mini.model.eval()(images)
+    assert save_remaining(attached, tmp_path / "out") == [0, 1, 2, 3]
+    again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert torch.allclose(again(images), expected, rtol=1e-5, atol=1e-5)
+    assert again.pretrained_cfg["architecture"] == "vit_tiny_patch16_224"
 
 
 @torch.no_grad()

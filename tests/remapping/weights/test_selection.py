@@ -204,11 +204,12 @@ def test_tokens_go_by_their_name(build: Callable, initialise: Callable) -> None:
     [
         ("vit", {}, {"no_embed_class": True}),
         ("vit", {"no_embed_class": True}, {}),
-        ("vit_deit3", {}, {"init_values": None}),
-        ("vit_deit3", {"init_values": None}, {"init_values": 0.5}),
+        ("vit", {"init_values": 0.3}, {}),
+        ("vit", {}, {"init_values": 0.5}),
         ("vit", {"qkv_bias": False}, {}),
         ("eva_no_rope", {}, {"qkv_fused": False}),
         ("dinov3", {}, {"use_abs_pos_emb": True}),
+        ("beit_shared", {"use_rel_pos_bias": False}, {"use_shared_rel_pos_bias": False}),
     ],
 )
 def test_what_one_model_keeps_elsewhere(

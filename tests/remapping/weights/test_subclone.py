@@ -50,41 +50,47 @@ def test_loud_channels_heads_and_units_are_taken(
 
 
 def test_importance_is_the_mean_activation(build: Callable, images: Tensor) -> None:
-    """Second formula: the definition over recorded activations of one batch."""
+    """Second formula: the definition over recorded activations of one batch; channels over all blocks, the rest in
+    the second one. The teacher keeps no hook."""
     teacher = build("dinov3")
-    found: dict[str, Tensor] = {}
-    block = teacher.model.blocks[1]
-    block.register_forward_hook(lambda m, args, output: found.update(width=output))
-    block.attn.proj.register_forward_pre_hook(lambda m, args: found.update(heads=args[0]))
-    block.mlp.fc2.register_forward_pre_hook(lambda m, args: found.update(hidden=args[0]))
     importance = Importance(Side(teacher.model, teacher.anatomy, layout_of(teacher.model, teacher.anatomy)))
     importance.measure([images[:1], images[1:]])
+    assert not any(module._forward_hooks for module in teacher.model.modules())
+    outputs: list[Tensor] = []
+    inner: dict[str, Tensor] = {}
+    for block in teacher.model.blocks:
+        block.register_forward_hook(lambda m, args, output: outputs.append(output))
+    block = teacher.model.blocks[1]
+    block.attn.proj.register_forward_pre_hook(lambda m, args: inner.update(heads=args[0]))
+    block.mlp.fc2.register_forward_pre_hook(lambda m, args: inner.update(hidden=args[0]))
     teacher.model(images)
-    for what, count in (("width", 5), ("heads", 1), ("hidden", 7)):
-        mean_X = found[what].abs().mean((0, 1))
-        mean_X = mean_X.view(2, -1).mean(1) if what == "heads" else mean_X
-        wanted = sorted(mean_X.topk(count).indices.tolist())
-        if what == "width":
-            importance._sums = {key: total for key, total in importance._sums.items() if key[1] == 1}
-            importance.teacher.layout.depth = 2
-            importance._sums["width", 0] = torch.zeros(32, dtype=torch.float64)
-            assert list(importance.largest(what, None, count)) == wanted
-        else:
-            assert list(importance.largest(what, 1, count)) == wanted
-    assert teacher.model.blocks[1]._forward_hooks and len(teacher.model.blocks[1]._forward_hooks) == 1
+    width_D = torch.stack(outputs).abs().mean((0, 1, 2))
+    heads_H = inner["heads"].abs().mean((0, 1)).view(2, 16).mean(1)
+    hidden_M = inner["hidden"].abs().mean((0, 1))
+    for what, place, mean_X, count in (
+        ("width", None, width_D, 5),
+        ("heads", 1, heads_H, 1),
+        ("hidden", 1, hidden_M, 7),
+    ):
+        assert list(importance.largest(what, place, count)) == sorted(mean_X.topk(count).indices.tolist())
 
 
 def test_a_shared_table_keeps_one_choice_of_heads(build: Callable, initialise: Callable, images: Tensor) -> None:
-    """All blocks take the same heads, and the table its columns of them."""
+    """Heads 0 and 2 are the louder ones of the first block, 1 and 3 of all blocks together: every block takes those,
+    and the table its columns of them."""
     teacher = build("beit_shared", 0, num_heads=4, use_rel_pos_bias=False)
     with torch.no_grad():
-        for block in teacher.model.blocks:
-            block.attn.qkv.weight[64 + 8 : 64 + 16] *= 50.0
-            block.attn.qkv.weight[64 + 24 :] *= 50.0
+        for block, loud, factor in ((0, (0, 2), 5.0), (1, (1, 3), 100.0), (2, (1, 3), 100.0)):
+            for head in loud:
+                teacher.model.blocks[block].attn.qkv.weight[64 + 8 * head : 72 + 8 * head] *= factor
     student = build("beit_shared", 1, embed_dim=16, use_rel_pos_bias=False)
     initialise("subclone", teacher, student, [images])
     table = teacher.model.rel_pos_bias.relative_position_bias_table
     assert torch.equal(student.model.rel_pos_bias.relative_position_bias_table, table[:, [1, 3]])
+    columns = [*range(8, 16), *range(24, 32)]
+    for its, mine in zip(teacher.model.blocks, student.model.blocks, strict=True):
+        channels = [its.norm1.weight.tolist().index(value) for value in mine.norm1.weight.tolist()]
+        assert torch.equal(mine.attn.proj.weight, its.attn.proj.weight[channels][:, columns])
 
 
 def test_outer_blocks() -> None:

@@ -21,6 +21,7 @@ from remap.errors import BackboneError, RunError
 from remap.remapping.alignment import Interpolation, pair_blocks, resize_attention, to_shared_tokens
 from remap.remapping.signals import Needs, Tap
 from remap.tuning.base import Attached, Method, Options, insert_module
+from remap.tuning.finetuning.full import Full
 from remap.tuning.seam import FeatureSeam
 
 _PATH = "remap_attention_copy"
@@ -30,14 +31,16 @@ _CARRIED = "remap_copied_maps"
 class AttentionCopy(Method):
     """Li et al. 2024, arXiv 2411.09702, "attention copy": softmax(Q K^T) of the student is replaced by the teacher's.
 
-    It trains nothing itself: ``attention_copy+full`` is the paper's, with student weights of any kind; name it last.
+    ``trains: all`` is the paper's, which learns everything else anew. By default the backbone stays frozen, for the
+    head alone or for a combination: ``lora+attention_copy``.
     The teacher sees the same image in its own size and normalisation, and is needed for prediction too. A task keeps
     its hash, not its weights: they are loaded again by name, and another teacher's are refused.
 
     Maps are those over {class, patches}, brought to the student's grid as the loss ``attention`` does. Tokens the
     teacher has no map for (prompts, registers, a class token it lacks) attend as before, and the others do not attend
-    to them in these blocks. There the student's queries and keys of shared tokens decide nothing; they get a gradient
-    of 0, and dropout of attention probabilities is left out.
+    to them in these blocks: with all blocks copied they have no effect at all, so choose ``layers`` where prompts are
+    trained. The student's queries and keys of other tokens decide nothing in copied blocks; they get a gradient of 0.
+    Dropout of attention probabilities is left out there.
     """
 
     class Config(Options):
@@ -51,6 +54,7 @@ class AttentionCopy(Method):
         heads: "each" copies head by head, "mean" gives every head the teacher's average; "auto" is "each" in blocks
             with equally many heads and "mean" in others.
         resize: How a teacher's map is carried to another patch grid.
+        trains: "head" trains nothing of the backbone, "all" trains it whole, as full fine-tuning does.
         """
 
         teacher: str = Field(default="mini_teacher", min_length=1)
@@ -59,6 +63,7 @@ class AttentionCopy(Method):
         layers: Literal["last", "uniform"] | tuple[tuple[int, int], ...] = "uniform"
         heads: Literal["auto", "each", "mean"] = "auto"
         resize: Interpolation = "bilinear"
+        trains: Literal["head", "all"] = "head"
 
     config: Config
 
@@ -72,6 +77,11 @@ class AttentionCopy(Method):
         # The student's draws go on afterwards as if there were no teacher.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             teacher = build(self.config.teacher, self.config.weights, 1, preset=self.config.preset)
+        facts: dict[str, Any] = {"trainable": (), "seam": FeatureSeam(model, anatomy)}
+        if self.config.trains == "all":
+            full = Full().attach(model, anatomy)
+            facts = {"trainable": full.trainable, "no_decay": full.no_decay, "tuned_modules": full.tuned_modules}
+            full.detach()
         maps = CopiedMaps(TeacherMaps(teacher, PreprocessSpec.of(model), anatomy, self.config), anatomy)
         insert_module(model, _PATH, maps)
         handles = [module_at(model, anatomy.input_module).register_forward_pre_hook(maps.begin, prepend=True)]
@@ -83,8 +93,8 @@ class AttentionCopy(Method):
                 handles += [_watch_values(model, block, maps), _replace_result(model, index, block, maps)]
             if index + 1 < anatomy.depth:
                 handles.append(module.register_forward_hook(maps.leave))
-        seam = FeatureSeam(model, anatomy)
-        return Attached(model, anatomy, trainable=(), identity_at_init=False, added=[_PATH], handles=handles, seam=seam)
+                maps.late.append((module, handles[-1].id))
+        return Attached(model, anatomy, identity_at_init=False, added=[_PATH], handles=handles, **facts)
 
 
 class TeacherMaps:
@@ -140,6 +150,8 @@ class CopiedMaps(nn.Module):
         digest = torch.frombuffer(bytearray.fromhex(teacher.sha256), dtype=torch.uint8).clone()
         self.register_buffer("teacher_sha256", digest)
         self._checked = self.teacher_sha256._version
+        # Hooks that must come behind those of methods that were attached later, by module and number.
+        self.late: list[tuple[nn.Module, int]] = []
         # Between the image and the first block, and within one block.
         self._maps: Mapping[int, Tensor] | None = None
         self._now: Mapping[int, Tensor] = {}
@@ -148,6 +160,9 @@ class CopiedMaps(nn.Module):
     def begin(self, module: nn.Module, args: tuple) -> None:
         """Forward pre-hook of the module that takes the image."""
         if not torch.compiler.is_compiling():
+            for late, number in self.late:
+                late._forward_hooks.move_to_end(number)
+            self.late = []
             self._require_same_teacher()
         self._maps = self.teacher(args[0])
 
@@ -159,7 +174,7 @@ class CopiedMaps(nn.Module):
                 raise BackboneError(
                     f"the input of block {index} carries no attention maps of the teacher",
                     given="a tensor that does not come straight from the block before",
-                    do="name attention_copy last in a combination; use non-reentrant checkpointing (timm's default)",
+                    do="use non-reentrant checkpointing (timm's default), and run the whole network from its image on",
                 )
             maps, self._maps = self._maps, None
             setattr(args[0], _CARRIED, maps)
@@ -249,7 +264,9 @@ def _watch_values(model: nn.Module, block: AttentionBlock, maps: CopiedMaps) -> 
     if not v.called:
         attention = module_at(model, block.attn)
         return attention.register_forward_pre_hook(partial(maps.make_values, v, layer, owner))
-    return layer.register_forward_hook(partial(maps.keep_values, v, owner))
+    handle = layer.register_forward_hook(partial(maps.keep_values, v, owner))
+    maps.late.append((layer, handle.id))
+    return handle
 
 
 def _bias(v: Projection, owner: nn.Module) -> Tensor:
@@ -260,4 +277,4 @@ def _bias(v: Projection, owner: nn.Module) -> Tensor:
 def _replace_result(model: nn.Module, index: int, block: AttentionBlock, maps: CopiedMaps) -> RemovableHandle:
     norm = f"{block.attn}.norm"
     reader = module_at(model, norm if norm in block.norms else block.proj)
-    return reader.register_forward_pre_hook(partial(maps.replace, index, block.heads))
+    return reader.register_forward_pre_hook(partial(maps.replace, index, block.heads), prepend=True)

@@ -22,10 +22,13 @@ from remap.tuning.base import Options
 
 # Squared distances below it count as none: the root has no gradient there.
 TINY = 1e-12
+# Two images whose squared distance is this part of their squared distances to the mean are at one place: float32 knows
+# no direction between them.
+NEAR = 1e-6
 # Added to similarities in [0, 1] before they become probabilities: opposite features have a similarity of 0.
 SIMILARITY_FLOOR = 1e-6
-# Numbers that one group of anchors may hold in each of its few tensors: 64 MiB in float32.
-ANCHOR_NUMBERS = 2**24
+# Numbers that one group of anchors may hold in each of its tensors, about ten: 16 MiB each in float32.
+ANCHOR_NUMBERS = 2**22
 
 
 class BatchRelation(LossTerm):
@@ -76,12 +79,13 @@ class Relational(BatchRelation):
     name = "rkd"
 
     def compare(self, ours_BD: Tensor, theirs_BD: Tensor) -> Tensor:
+        ours_BB, theirs_BB = _gram(ours_BD), _gram(theirs_BD)
         loss = 0.0 * ours_BD.sum()
         if self.config.distance:
-            gap = F.smooth_l1_loss(_relative_distances(ours_BD), _relative_distances(theirs_BD))
+            gap = F.smooth_l1_loss(_relative_distances(ours_BB), _relative_distances(theirs_BB))
             loss = loss + self.config.distance * gap
         if self.config.angle:
-            loss = loss + self.config.angle * _angle_gap(ours_BD, theirs_BD)
+            loss = loss + self.config.angle * _angle_gap(ours_BB, theirs_BB)
         return loss
 
 
@@ -126,41 +130,58 @@ class SimilarityPreserving(BatchRelation):
         return F.mse_loss(*(F.normalize(one @ one.mT, dim=1) for one in (ours_BD, theirs_BD)))
 
 
-def _relative_distances(features_BD: Tensor) -> Tensor:
-    """Distances of all pairs over their mean (B, B). Pairs at one place have distance 0 and no gradient."""
-    # Distances do not change, and differences of squares lose fewer digits around the origin.
+def _gram(features_BD: Tensor) -> Tensor:
+    """Products of all pairs (B, B) around the mean: what follows from them loses fewer digits there."""
     centred_BD = features_BD - features_BD.mean(dim=0).detach()
-    gram_BB = centred_BD @ centred_BD.mT
+    return centred_BD @ centred_BD.mT
+
+
+def _relative_distances(gram_BB: Tensor) -> Tensor:
+    """Distances of all pairs over their mean (B, B). Pairs at one place have no gradient."""
     square_B = gram_BB.diagonal()
     squared_BB = (square_B[:, None] + square_B[None, :] - 2.0 * gram_BB).clamp_min(TINY)
-    itself = torch.eye(len(features_BD), dtype=torch.bool, device=features_BD.device)
+    itself = torch.eye(len(gram_BB), dtype=torch.bool, device=gram_BB.device)
     distance_BB = squared_BB.sqrt().masked_fill(itself, 0.0)
-    pairs = len(features_BD) * (len(features_BD) - 1)
+    pairs = len(gram_BB) * (len(gram_BB) - 1)
     return distance_BB * pairs / distance_BB.sum()
 
 
-def _angle_gap(ours_BD: Tensor, theirs_BD: Tensor) -> Tensor:
-    """Smooth L1 between the cosines of all angles, mean over (anchor, image, image) triples."""
-    count = len(ours_BD)
-    group = max(1, ANCHOR_NUMBERS // (count * max(count, ours_BD.shape[1], theirs_BD.shape[1])))
+def _inverse_distances(gram_BB: Tensor) -> Tensor:
+    """One over the distance of all pairs (B, B); 0, without a gradient, for pairs at one place."""
+    square_B = gram_BB.diagonal()
+    sum_BB = square_B[:, None] + square_B[None, :]
+    squared_BB = sum_BB - 2.0 * gram_BB
+    near_BB = squared_BB <= NEAR * sum_BB + TINY
+    return squared_BB.masked_fill(near_BB, 1.0).rsqrt().masked_fill(near_BB, 0.0)
+
+
+def _angle_gap(ours_BB: Tensor, theirs_BB: Tensor) -> Tensor:
+    """Smooth L1 between the cosines of all angles, mean over (anchor, image, image) triples; from Gram matrices."""
+    count = len(ours_BB)
+    group = max(1, ANCHOR_NUMBERS // count**2)
+    given = (ours_BB, _inverse_distances(ours_BB), theirs_BB, _inverse_distances(theirs_BB))
     if group >= count:
-        return _angle_sum(ours_BD, theirs_BD, 0, count) / count**3
+        return _angle_sum(*given, 0, count) / count**3
     sums = [
-        checkpoint(_angle_sum, ours_BD, theirs_BD, start, start + group, use_reentrant=False, preserve_rng_state=False)
+        checkpoint(_angle_sum, *given, start, start + group, use_reentrant=False, preserve_rng_state=False)
         for start in range(0, count, group)
     ]
     return torch.stack(sums).sum() / count**3
 
 
-def _angle_sum(ours_BD: Tensor, theirs_BD: Tensor, start: int, stop: int) -> Tensor:
-    ours_ABB, theirs_ABB = (_angles(one, start, stop) for one in (ours_BD, theirs_BD))
-    return F.smooth_l1_loss(ours_ABB, theirs_ABB, reduction="sum")
+def _angle_sum(
+    ours_BB: Tensor, our_inverse_BB: Tensor, theirs_BB: Tensor, their_inverse_BB: Tensor, start: int, stop: int
+) -> Tensor:
+    ours_ABB = _angles(ours_BB, our_inverse_BB, start, stop)
+    return F.smooth_l1_loss(ours_ABB, _angles(theirs_BB, their_inverse_BB, start, stop), reduction="sum")
 
 
-def _angles(features_BD: Tensor, start: int, stop: int) -> Tensor:
-    """Cosines (A, B, B) of the angles at images ``start`` to ``stop`` between all pairs; 0 where a side is a point."""
-    sides_ABD = features_BD[None] - features_BD[start:stop, None]
-    squared_AB1 = sides_ABD.square().sum(dim=2, keepdim=True)
-    short = squared_AB1 <= TINY
-    unit_ABD = sides_ABD * squared_AB1.masked_fill(short, 1.0).rsqrt().masked_fill(short, 0.0)
-    return unit_ABD @ unit_ABD.mT
+def _angles(gram_BB: Tensor, inverse_BB: Tensor, start: int, stop: int) -> Tensor:
+    """Cosines (A, B, B) of the angles at images ``start`` to ``stop`` between all pairs; 0 where a side is a point.
+
+    (x_i - x_j) . (x_k - x_j) = g_ik - g_ij - g_jk + g_jj for the anchor j: B^3 sums instead of B^3 D products.
+    """
+    row_AB, inverse_AB = gram_BB[start:stop], inverse_BB[start:stop]
+    own_A11 = gram_BB.diagonal()[start:stop, None, None]
+    product_ABB = gram_BB - row_AB[:, :, None] - row_AB[:, None, :] + own_A11
+    return product_ABB * inverse_AB[:, :, None] * inverse_AB[:, None, :]
