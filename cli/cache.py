@@ -119,6 +119,7 @@ def cache_build(
     losses: opt.Losses = None,
     data: opt.Data = None,
     val_data: opt.ValData = None,
+    unlabeled: opt.Unlabeled = None,
     weights: opt.Weights = None,
     epochs: opt.Epochs = None,
     batch_size: opt.BatchSize = None,

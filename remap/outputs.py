@@ -168,6 +168,11 @@ def _on_disk(
     store = RecordStore.open(cache_root(), _key(parts, prepared), items)
     started, size = time.perf_counter(), parts.recipe.train.batch_size
     lacking = missing_rows(store, lessons(parts), size)
+    if lacking:
+        progress.say(
+            f"keeping teacher outputs on disk: {lacking:,} of {lessons(parts).count:,} to compute, "
+            f"{_megabytes(bytes_for(items, lacking))}"
+        )
     require_space(cache_root(), bytes_for(items, lacking))
     kept = keep_on_disk(teacher, store, lessons(parts), size, accelerator(), progress)
     progress.say(

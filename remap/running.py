@@ -15,7 +15,7 @@ from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.fit import Job, fit
 from remap.engine.launch import accelerator, check_processes
 from remap.engine.memory import peak_bytes
-from remap.errors import Interrupted, RemapError
+from remap.errors import Interrupted, RecipeError, RemapError
 from remap.network import Network
 from remap.outputs import build_caches, teachers_in_training
 from remap.progress import Progress, Silent
@@ -91,6 +91,16 @@ def build_cache(recipe: Recipe, progress: Progress = Silent()) -> list[dict[str,
     check_processes(recipe.train.processes)
     bench = Bench()
     _require_at_hand(recipe, bench)
+    for spec in recipe.teachers:
+        if spec.prepare not in ("probe", "none") and not is_run(spec.model):
+            raise RecipeError(
+                [
+                    f"teacher.prepare: {spec.model} would be tuned ({spec.prepare}) for this build, and again for every"
+                    f" run (tune it once: remap tune --student {spec.model} --method {spec.prepare} --output FOLDER;"
+                    " then name it here and there: --teacher FOLDER)"
+                ],
+                "cache build",
+            )
     recipe = without_idle_losses(recipe, progress).written_out()
     with TemporaryDirectory(prefix="remap-cache-") as folder:
         run_dir = RunDir.create(Path(folder) / "run", recipe)

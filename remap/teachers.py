@@ -43,8 +43,10 @@ class PreparedTeacher:
     accuracy: float | None = None
 
     def fingerprint(self) -> str:
-        """Equal for teachers that give equal outputs: all weights and the input they take."""
-        digest = hashlib.sha256(f"{self.network.identity.sha256} {self.network.preprocess}".encode())
+        """Equal for teachers that give equal outputs: all weights, what is made of them, and the input they take."""
+        network = self.network
+        parts = (network.identity.sha256, network.preprocess, network.anatomy, network.model)
+        digest = hashlib.sha256(" ".join(map(repr, parts)).encode())
         for name, tensor in sorted(self.network.tensors.items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

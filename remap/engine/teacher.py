@@ -58,6 +58,9 @@ class Kept(Protocol):
     def rows(self, indices_B: np.ndarray, view: int) -> dict[str, Tensor]:
         """The items of some images, seen in one view, on the CPU."""
 
+    def close(self) -> None:
+        """Let go of files."""
+
 
 class Teacher:
     """Gives the objective's items of one teacher for a batch.
@@ -105,6 +108,8 @@ class Teacher:
 
     def close(self) -> None:
         self.runner.tap.close()
+        if self.kept is not None:
+            self.kept.close()
 
 
 class AverageTeacher(Teacher):
@@ -140,6 +145,9 @@ class InMemory:
         rows = torch.from_numpy(indices_B)
         return {key: value[rows] for key, value in self._views[view].items()}
 
+    def close(self) -> None:
+        """Nothing to let go of: other runs may share it."""
+
     def put(self, view: int, indices_B: np.ndarray, items: Mapping[str, Tensor], count: int) -> None:
         whole = self._views.setdefault(view, {})
         for key, value in items.items():
@@ -162,6 +170,9 @@ class OnDisk:
 
     def rows(self, indices_B: np.ndarray, view: int) -> dict[str, Tensor]:
         return self.store.rows(self.digests(indices_B, view))
+
+    def close(self) -> None:
+        self.store.close()
 
     def digests(self, indices_B: np.ndarray, view: int) -> list[bytes]:
         """Names of images as a view shows them: equal names, equal pixels."""
@@ -193,16 +204,18 @@ def keep_on_disk(
     """Let a teacher fill the gaps of a store; each process computes its share of them."""
     kept = OnDisk(store, lessons.source, lessons.augment, lessons.seed)
     mine = list(lessons.chunks(batch_size))[accelerator.process_index :: accelerator.num_processes]
-    with progress.wait("teacher outputs on disk", sum(len(indices) for _, indices in mine)) as step:
-        for view, indices in mine:
-            missing = indices[store.missing(kept.digests(indices, view))]
-            if len(missing):
-                images, good = lessons.images(view, missing)
-                if len(good):
-                    store.append(kept.digests(good, view), _items_of(teacher, images, batch_size))
-                    kept.computed += len(good)
-            step.advance(len(indices))
-    store.flush()
+    try:
+        with progress.wait("teacher outputs on disk", sum(len(indices) for _, indices in mine)) as step:
+            for view, indices in mine:
+                missing = indices[store.missing(kept.digests(indices, view))]
+                if len(missing):
+                    images, good = lessons.images(view, missing)
+                    if len(good):
+                        store.append(kept.digests(good, view), _items_of(teacher, images, batch_size))
+                        kept.computed += len(good)
+                step.advance(len(indices))
+    finally:  # an interrupted build goes on where it was
+        store.flush()
     kept.computed = _sum(kept.computed, accelerator)  # also waits for the other processes
     store.refresh()
     if any(item.top_k for item in store.items.values()):
