@@ -13,7 +13,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from remap.assembly import assemble
 from remap.bench import Bench
+from remap.data.caches import DATA_FILE, ROWS_FILE
 from remap.data.records import Item, RecordStore
 from remap.engine import fit as loop
 from remap.engine.launch import accelerator
@@ -68,6 +70,7 @@ class Setting:
     repeats: int
     precision: str
     methods: tuple[str, ...]
+    runs: tuple[str, ...]
     folder: Path
 
     @property
@@ -252,7 +255,7 @@ def cached(setting: Setting) -> None:
             engine.keep_in_memory()
             engine.keep_on_disk()
             alone = Alone(engine)
-            sides = {where: lambda where=where, engine=engine: engine.run(where) for where in engine.kept}
+            sides = {where: partial(engine.run, where) for where in engine.kept}
             times = in_turns({**sides, "teacher": alone.ask_teacher, "student": alone.train_student}, setting.repeats)
             teacher, forward, step = alone.flops()
             alone.close()
@@ -329,21 +332,24 @@ def against_timm(setting: Setting) -> None:
     del ours, theirs
     times = in_turns({"remap": lambda: engine.run("online"), "timm": task.run}, setting.repeats)
     table("what", "remap", "timm", "ratio (range, pairs)")
-    shown = ratio(times["remap"], times["timm"])[1]
-    row(f"step, batch {setting.batch}", *(milliseconds(times[side], setting.steps) for side in ("remap", "timm")), shown)
-    del engine, task, alone
+    shown = [milliseconds(seconds, setting.steps) for seconds in times.values()]
+    row(f"step, batch {setting.batch}", *shown, ratio(*times.values())[1])
     found: dict[str, list[dict]] = {"remap": [], "timm": []}
     for _ in range(max(1, setting.repeats // 2)):
         for side, peaks in found.items():
             peaks.append(in_a_process(f"peak:{side}", setting))
     for key, what in (("peak", "peak memory"), ("growth", "of it, since training began")):
         sides = {side: [one[key] for one in peaks] for side, peaks in found.items()}
-        row(what, *(_mib(statistics.median(sides[side])) for side in found), ratio(*sides.values())[1])
+        row(what, *(_size(statistics.median(sides[side])) for side in found), ratio(*sides.values())[1])
 
 
 def peak_of(side: str, setting: Setting) -> dict[str, int]:
     """Bytes at the peak of two epochs, in a process of its own."""
-    run = TimmTask(setting).run if side == "timm" else lambda engine=Engine(setting, "full", "ce,kd"): engine.run("online")
+    if side == "timm":
+        run = TimmTask(setting).run
+    else:
+        engine = Engine(setting, "full", "ce,kd")
+        run = partial(engine.run, "online")
     with peak_memory() as found:
         run()
         run()
@@ -359,14 +365,14 @@ def attention(setting: Setting) -> None:
     table("method", "precision", "teacher", "loss", "step without", "step with", "ratio (range, pairs)")
     for method in setting.methods:
         for precision in ("fp32", "bf16") if setting.precision == "auto" else (setting.precision,):
-            exact = Setting(**{**vars(setting), "precision": precision})
+            exact = replace(setting, precision=precision)
             engines = {"": Engine(exact, method, without)}
             engines |= {name: Engine(exact, method, f"{without},{name}") for name in ATTENTION}
             for where in ("memory", "online"):
                 if where == "memory":
                     for engine in engines.values():
                         engine.keep_in_memory()
-                sides = {name: lambda e=engine, where=where: e.run(where) for name, engine in engines.items()}
+                sides = {name: partial(engine.run, where) for name, engine in engines.items()}
                 times = in_turns(sides, setting.repeats)
                 for name in ATTENTION:
                     row(
@@ -390,71 +396,58 @@ RUNS = {
 }
 
 
-def run_recipe(name: str, setting: Setting) -> Recipe:
-    words, settings = RUNS[name]
-    models = {"teacher": "mini_teacher", "student": "mini_student"}
-    return resolve(words={**models, **words, "batch_size": setting.batch, "epochs": 3}, settings=settings)
-
-
 def estimates(setting: Setting) -> None:
-    """What the dry run says over what the run takes, each in a process of its own."""
-    table("run", *(f"{what} (estimate / run)" for what in ("step", "whole run", "memory", "kept outputs", "task")))
-    for name in RUNS:
-        found: dict[str, list[str]] = {}
+    """What the dry run says over what the run then takes, both in one process. Memory is measured in another one,
+    where the allocator gives freed memory back at once, which takes time."""
+    table("run", *(f"{what}, estimate / run" for what in ("step", "whole run", "memory", "kept outputs", "task")))
+    for name in setting.runs:
+        pairs: dict[str, list[tuple[float, float]]] = {}
         for _ in range(setting.repeats):
-            said, real = (in_a_process(f"{side}:{name}", setting) for side in ("dry", "real"))
-            for key, show in (
-                *((key, _seconds) for key in ("step", "whole")),
-                *((key, _mib) for key in ("memory", "kept", "task")),
-            ):
-                share = f"{said[key] / real[key]:.2f}" if real[key] else "-"
-                found.setdefault(key, []).append((share, f"{show(said[key])} / {show(real[key])}"))
-        cells = [sorted(pairs)[len(pairs) // 2] for pairs in found.values()]
-        row(f"`{name}`", *(f"{share} ({shown})" for share, shown in cells))
+            of_time = in_a_process(f"estimate:{name}", setting, tight=False)
+            of_memory = in_a_process(f"estimate:{name}", setting)
+            for key, found in (*((key, of_time) for key in ("step", "whole", "kept", "task")), ("memory", of_memory)):
+                pairs.setdefault(key, []).append(found[key])
+        row(
+            f"`{name}`",
+            *(_said_and_true(pairs[key], _seconds) for key in ("step", "whole")),
+            *(_said_and_true(pairs[key], _size) for key in ("memory", "kept", "task")),
+        )
 
 
-def dry_run(name: str, setting: Setting) -> dict[str, float]:
+def _said_and_true(pairs: list[tuple[float, float]], shown: Callable[[float], str]) -> str:
+    said, true = (statistics.median(side) for side in zip(*pairs, strict=True))
+    return f"{said / true:.2f} ({shown(said)} / {shown(true)})" if true else "-"
+
+
+def estimate_and_run(name: str, setting: Setting) -> dict[str, tuple[float, float]]:
+    """The dry run's words about a run and the run's own: times, what memory grew by, bytes kept.
+
+    The dry run has loaded what a process loads once, so that does not count as memory of the run.
+    """
+    if accelerator().device.type == "cpu" and torch.get_num_threads() == 1:
+        time.perf_counter = time.process_time  # both sides by the processor's clock, whatever else is running
     from remap.dry_run import estimate
-
-    found = estimate(run_recipe(name, setting), Silent())["estimate"]
-    kept = found["cache_bytes"] + found["disk_cache_bytes"]
-    return {
-        "step": found["step_seconds"],
-        "whole": found["seconds"],
-        "memory": found["memory_bytes"],
-        "kept": kept,
-        "task": found["task_bytes"],
-    }
-
-
-def real_run(name: str, setting: Setting) -> dict[str, float]:
-    """The run itself: its own times, what memory grew by, and the bytes that were kept."""
     from remap.running import start
 
-    recipe, bench = run_recipe(name, setting), Bench()
-    _warm_up()
+    words, settings = RUNS[name]
+    models = {"teacher": "mini_teacher", "student": "mini_student"}
+    recipe = resolve(words={**models, **words, "batch_size": setting.batch, "epochs": 2}, settings=settings)
+    bench = Bench()
     with TemporaryDirectory() as folder:
         os.environ["REMAP_CACHE"] = str(Path(folder, "cache"))
+        said = estimate(recipe, Silent())["estimate"]
         with peak_memory() as memory:
             summary = start(recipe, Path(folder, "run"), bench=bench).summary
-        in_memory = [tensor for kept in bench.targets.values() for view in kept._views.values() for tensor in view.values()]
-        files = [path for path in Path(folder, "cache").rglob("*") if path.suffix in (".data", ".rows", ".bin")]
-        kept = sum(t.nbytes for t in in_memory) + sum(path.stat().st_size for path in files)
-    steps = recipe.train.epochs * (summary["data"]["train_images"] // recipe.train.batch_size)
+        views = [view for kept in bench.targets.values() for view in kept._views.values()]
+        files = [path for path in Path(folder, "cache").rglob("*") if path.name in (DATA_FILE, ROWS_FILE)]
+        kept = sum(t.nbytes for view in views for t in view.values()) + sum(path.stat().st_size for path in files)
     return {
-        "step": summary["train_seconds"] / steps,
-        "whole": summary["seconds"],
-        "memory": memory["growth"],
-        "kept": kept,
-        "task": summary["student"]["task_bytes"],
+        "step": (said["step_seconds"], summary["train_seconds"] / said["steps"]),
+        "whole": (said["seconds"], summary["seconds"]),
+        "memory": (said["memory_bytes"], memory["growth"]),
+        "kept": (said["cache_bytes"] + said["disk_cache_bytes"], kept),
+        "task": (said["task_bytes"], summary["student"]["task_bytes"]),
     }
-
-
-def _warm_up() -> None:
-    """Load what the first training step of any process loads, so that it does not count as the run's memory."""
-    layer = torch.nn.Linear(8, 8).to(accelerator().device)
-    layer(torch.zeros(4, 8, device=accelerator().device)).sum().backward()
-    torch.optim.AdamW(layer.parameters(), fused=True).step()
 
 
 # --- memory, in processes of their own
@@ -483,17 +476,20 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 
 
-def in_a_process(task: str, setting: Setting) -> dict[str, Any]:
-    """What ``--only`` prints, in a fresh process."""
+def in_a_process(task: str, setting: Setting, *, tight: bool = True) -> dict[str, Any]:
+    """What ``--only`` prints, in a fresh process.
+
+    Args:
+        tight: Every tensor in pages of its own (glibc), which go back when it is freed: the peak is what was alive.
+    """
     words = json.dumps({**asdict(setting), "folder": str(setting.folder)})
-    # Every tensor in pages of its own (glibc), which go back when it is freed: the peak is then what was alive.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {**os.environ, **({"MALLOC_MMAP_THRESHOLD_": "65536"} if tight else {})}
     command = [sys.executable, __file__, "--only", task, "--setting", words]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _mib(size: float) -> str:
+def _size(size: float) -> str:
     return f"{size / 2**20:,.2f} MiB" if size < 2**24 else f"{size / 2**20:,.0f} MiB"
 
 
@@ -501,7 +497,7 @@ def _seconds(seconds: float) -> str:
     return f"{1000 * seconds:,.0f} ms" if seconds < 1 else f"{seconds:,.1f} s"
 
 
-ONLY = {"peak": peak_of, "dry": dry_run, "real": real_run}
+ONLY = {"peak": peak_of, "estimate": estimate_and_run}
 WHAT = {"cached": cached, "timm": against_timm, "attention": attention, "estimate": estimates}
 
 
@@ -510,6 +506,7 @@ def main() -> None:
     parser.add_argument("--what", default=",".join(WHAT), help="sections, with commas between")
     parser.add_argument("--pair", choices=PAIRS, default="mini")
     parser.add_argument("--methods", default="full,vpt_deep")
+    parser.add_argument("--runs", help=f"of the section estimate, with ; between: {'; '.join(RUNS)}")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch-size", type=int, help="by default the pair's own")
     parser.add_argument("--steps", type=int, help="of one repeat; by default the pair's own")
@@ -519,15 +516,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.only:
         name, _, rest = arguments.only.partition(":")
-        values = {**arguments.setting, "methods": (), "folder": Path(arguments.setting["folder"])}
+        values = {**arguments.setting, "folder": Path(arguments.setting["folder"])}
         print(json.dumps(ONLY[name](rest, Setting(**values))))
         return
     pair, device = PAIRS[arguments.pair], accelerator().device
     batch, steps = arguments.batch_size or pair.batch, arguments.steps or pair.steps
     with TemporaryDirectory() as folder:
-        methods = tuple(arguments.methods.split(","))
+        methods, runs = tuple(arguments.methods.split(",")), tuple((arguments.runs or ";".join(RUNS)).split(";"))
         setting = Setting(
-            arguments.pair, batch, steps, arguments.repeats, arguments.precision, methods, Path(folder)
+            arguments.pair, batch, steps, arguments.repeats, arguments.precision, methods, runs, Path(folder)
         )
         setting.draw()
         print(f"{pair.teacher} -> {pair.student}, batch {batch}, device {device}, {torch.get_num_threads()} thread(s)")

@@ -48,7 +48,7 @@ def kept(parts: Parts, features: FrozenFeatures, epochs: int) -> None:
         recipe=parts.recipe.model_copy(update={"train": train}),
         student=parts.student,
         objective=parts.objective,
-        teacher=None,
+        teachers=[],
         source=parts.views.train,
         accelerator=accelerator(),
         bf16=parts.bf16,

@@ -89,7 +89,7 @@ def engine(recipe, parts):
         recipe=recipe,
         student=parts.student,
         objective=parts.objective,
-        teacher=None,
+        teachers=[],
         source=parts.views.train,
         accelerator=accelerator(),
         bf16=False,

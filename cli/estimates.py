@@ -76,6 +76,8 @@ def _kept(found: dict[str, Any]) -> str:
         else {"each step": "none: asked in every step", "not read": "none: no loss reads them"}[one["outputs"]]
         for one in found["teachers"]
     ]
+    if len(words) > 1:
+        words = [f"teacher {number} {word}" for number, word in enumerate(words, 1)]
     return ", ".join(words) or "there is no teacher"
 
 

@@ -212,8 +212,9 @@ def _loss(row: dict[str, Any], json: bool) -> None:
     if json:
         view.emit({**row, "options": options})
         return
+    paper = "" if row["paper"] == "-" else f" ({row['paper']})"
     view.line(
-        f"{row['name']}: {row['summary']} ({row['paper']})\n"
+        f"{row['name']}: {row['summary']}{paper}\n"
         f"  reads            {row['needs']}\n"
         f"  models differ    {row['mismatch']}\n"
         f"  mixed images     {row['mixed']}\n"
@@ -253,7 +254,7 @@ def remappings(json: opt.Json = False) -> None:
         view.grouped(cells),
         wrap=(1, 2),
     )
-    view.line("Knowledge is carried over by losses: remap losses.")
+    view.line("Knowledge is carried over by losses: remap losses. Options of each: docs/remapping.md.")
 
 
 @app.command(rich_help_panel=opt.LOOK)

@@ -26,7 +26,8 @@ DIGITS = {"epochs": "12", "batch_size": "32"}
 Teacher = Annotated[
     str | None,
     typer.Option(
-        help="Short name, timm name, local-dir:FOLDER or run directory.",
+        help="Short name, timm name, local-dir:FOLDER or run directory; self or ema, made of the student; or several"
+        " with weights: vit_large,dinov2_base:0.5.",
         show_default=DEFAULTS["teacher"],
         rich_help_panel=_MODELS,
     ),
@@ -34,7 +35,9 @@ Teacher = Annotated[
 Student = Annotated[
     str | None,
     typer.Option(
-        help="The same choices as for the teacher.", show_default=DEFAULTS["student"], rich_help_panel=_MODELS
+        help='One model, as for the teacher; or one cut from it: "shrink(teacher, depth=6, width=384)".',
+        show_default=DEFAULTS["student"],
+        rich_help_panel=_MODELS,
     ),
 ]
 Init = Annotated[

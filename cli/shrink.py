@@ -81,10 +81,13 @@ def shrink(
     if gates is not None:
         _take_out(teacher, output, gates, list(given), json)
         return
+    _require_a_shape(given)
     spec = _spec(given)
     from remap.recipe.schema import DataSpec, TeacherSpec
+    from remap.runs.task import require_tuned
     from remap.shrinking import cut
 
+    require_tuned(teacher)
     with view.Reporter() as progress:
         found = cut(TeacherSpec(model=teacher, weights=weights), spec, DataSpec(source=data), output, seed, progress)
     if json:
@@ -92,7 +95,7 @@ def shrink(
         return
     rows = [[word, getattr(found.before, word), getattr(found.after, word)] for word in vars(found.after)]
     rows.append(["parameters", *(view.count(number) for number in found.parameters)])
-    rows.append(["multiply-adds", *(f"{number / 1e9:.2f} G" for number in found.macs)])
+    rows.append(["multiply-adds", *(_multiply_adds(number) for number in found.macs)])
     view.table(f"{teacher} shrunk, without classifiers", ["", "before", "after"], rows, right=(1, 2))
     if len(found.kept) < found.before.depth:
         view.line(f"blocks that stay, from 0: {', '.join(map(str, found.kept))}")
@@ -114,6 +117,20 @@ def _take_out(run: str, output: Path, gates: float, given: list[str], json: bool
     rows = [[index, f"{gate:.3f}", "stays" if index in kept else "goes"] for index, gate in enumerate(openness)]
     view.table(f"{len(kept)} of {len(openness)} blocks of {run} stay", ["block", "gate", ""], rows, right=(0, 1))
     view.line(f"next: remap tune --student local-dir:{output}")
+
+
+def _require_a_shape(given: dict[str, Any]) -> None:
+    from remap.errors import RecipeError
+
+    if not {"depth", "width", "heads", "mlp"} & set(given):
+        raise RecipeError(
+            ["nothing is to be cut (give --depth, --width, --heads or --mlp; for a run of the method skip, --gates)"],
+            "command line",
+        )
+
+
+def _multiply_adds(number: float) -> str:
+    return f"{number / 1e9:.2f} G" if number >= 1e9 else f"{number / 1e6:.1f} M"
 
 
 def _spec(options: dict[str, Any]) -> "ShrinkSpec":

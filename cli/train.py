@@ -110,12 +110,14 @@ def _show(summary: dict[str, Any], json: bool) -> None:
     if json:
         view.emit(summary)
         return
-    student, teacher = summary["student"], summary.get("teacher")
+    student, more = summary["student"], summary.get("more_teachers", [])
+    teachers = [summary["teacher"], *more] if "teacher" in summary else []
     share = student["trainable_parameters"] / student["total_parameters"]
     rows = []
-    if teacher is not None:
+    for number, teacher in enumerate(teachers, start=1):
         accuracy = "-" if teacher["accuracy"] is None else f"{teacher['accuracy']:.1%}"
-        rows.append(["teacher", accuracy, view.count(teacher["total_parameters"]), "0", "-"])
+        name = f"teacher {number}" if more else "teacher"
+        rows.append([name, accuracy, view.count(teacher["total_parameters"]), "0", "-"])
     rows.append(
         [
             f"student + {summary['method']}",
@@ -126,8 +128,7 @@ def _show(summary: dict[str, Any], json: bool) -> None:
         ]
     )
     data = summary["data"]
-    name = Path(data["source"]).name
-    title = f"{name}: accuracy on {data['val_images']} images, trained on {data['train_images']}"
+    title = f"{Path(data['source']).name}: accuracy on {data['val_images']} images, trained on {data['train_images']}"
     if data["labeled_images"] < data["train_images"]:
         title += f" ({data['labeled_images']} with labels)"
     view.table(title, ["", "accuracy", "parameters", "trained", "to keep"], rows, right=(1, 2, 3, 4))

@@ -143,7 +143,7 @@ def _show(table: dict) -> None:
         view.grouped(rows),
         right=(1, 2, 3, 4, 5, 6),
     )
-    teacher = table["teacher"]
-    accuracy = "" if teacher["accuracy"] is None else f", accuracy {teacher['accuracy']:.1%}"
-    view.line(f"teacher: {teacher['model']} (head: {teacher['head']}){accuracy}")
+    for teacher in (table["teacher"], *table["more_teachers"]):
+        accuracy = "" if teacher["accuracy"] is None else f", accuracy {teacher['accuracy']:.1%}"
+        view.line(f"teacher: {teacher['model']} (head: {teacher['head']}){accuracy}")
     view.line(f"table: {table['output']}/compare.json; every cell is a run directory beside it")

@@ -46,14 +46,11 @@ def table(
     right: tuple[int, ...] = (),
     wrap: tuple[int, ...] = (),
 ) -> None:
-    """Print a table; a row that is a string heads a group.
+    """Print a table; a row that is a string heads a group, and the title may be wider than the table.
 
     Columns in ``right`` are aligned right, those in ``wrap`` give way when the terminal is narrow.
     """
     result = Table(
-        title=escape(_plain(title)),
-        title_justify="left",
-        title_style="bold",
         header_style="bold",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -67,6 +64,7 @@ def table(
             result.add_row(f"[bold cyan]{escape(_plain(row))}[/]")
         else:
             result.add_row(*(escape(_plain(str(cell))) for cell in row))
+    out.print(f"[bold]{escape(_plain(title))}[/]")
     out.print(result)
 
 

@@ -26,7 +26,7 @@ from remap.remapping.objective import LossTerm, Objective, Pair
 from remap.runs.rundir import RunDir
 from remap.shrinking import open_student
 from remap.student_teachers import keep_own
-from remap.teachers import PreparedTeacher, averaging_teacher, load_teacher, prepare_teacher
+from remap.teachers import PreparedTeacher, averaging_teacher, load_teacher, placed, prepare_teacher
 from remap.tuning import parts_of
 from remap.tuning.base import Sample
 
@@ -72,6 +72,7 @@ def assemble(recipe: Recipe, run_dir: RunDir | None, progress: Progress, bench: 
     for teacher in teachers:
         if teacher.spec.model == SELF:
             keep_own(teacher.network, student)
+            placed(teacher, recipe, device)
     _warn(recipe, student, teachers, progress)
     size = max(student.preprocess.size, *(teacher.network.preprocess.size for teacher in teachers), 0)
     view = View(size, student.preprocess.crop_pct, student.preprocess.interpolation)
@@ -80,7 +81,9 @@ def assemble(recipe: Recipe, run_dir: RunDir | None, progress: Progress, bench: 
         progress.say(f"skipped {len(views.skipped)} file(s): {listed(views.skipped)}")
     if run_dir is not None:
         for number, teacher in enumerate(teachers):
-            folder = _folder(bench.teacher_folder or run_dir.teacher, number)
+            # "self" lives on the weights of one student, which may be random.
+            own = bench.teacher_folder is None or teacher.spec.model == SELF
+            folder = _folder(run_dir.teacher if own else bench.teacher_folder, number)
             teachers[number] = prepare_teacher(teacher, recipe, folder, views, progress, bench)
     for number, spec in enumerate(recipe.teachers):
         if spec.model == EMA:

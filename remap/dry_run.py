@@ -24,8 +24,9 @@ from remap.remapping.signals import Signals
 from remap.runs.objective import without_idle_losses
 from remap.teachers import PreparedTeacher, needs_logits, teacher_recipe
 
-# Images of the trial batch; time and activations grow with the number of images, so a full batch need not be pushed.
-TRIAL_IMAGES = 8
+# Images of the first trial batch. A second one is as much larger, up to the run's own, as about this many seconds
+# allow: fixed costs of a step weigh less in a larger one.
+TRIAL_IMAGES, TRIAL_SECONDS = 8, 4.0
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,10 @@ class Estimate:
     Attributes:
         cache_bytes, disk_cache_bytes: Kept outputs of the teachers, in memory and on disk.
         features_bytes: Kept frozen features of the student.
-        memory_bytes: Weights, gradients, optimiser state and activations of one process at the full batch.
+        memory_bytes: Weights, gradients, optimiser state and activations of one process at the full batch; where that
+            is a GPU's memory, without what is kept in that of the machine (images, outputs, features).
         disk_bytes: Task files and checkpoint; a prepared teacher's head is counted too.
-        seconds: All of it: preparing the teacher, training and evaluation.
+        seconds: All of it: building the networks and reading the images, preparing the teacher, training, evaluation.
         preparing_seconds: Of it, giving the teacher its head.
     """
 
@@ -65,7 +67,9 @@ def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     check_processes(recipe.train.processes)
     recipe = without_idle_losses(recipe, progress).written_out()
     bench = Bench()
+    started = time.perf_counter()
     parts = assemble(recipe, None, progress, bench)
+    building = time.perf_counter() - started
     device = accelerator().device
     parts.objective.to(device)
     numbers = [number for number in range(len(parts.teachers)) if parts.objective.listens_to(number)]
@@ -76,7 +80,7 @@ def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
         _preparing_seconds(parts, teacher, trial.teacher_seconds.get(number, 0.0), progress, bench)
         for number, teacher in enumerate(parts.teachers)
     )
-    found = _estimate(parts, places, trial, preparing)
+    found = _estimate(parts, places, trial, preparing, building)
     described = [_teacher(teacher, places.get(number)) for number, teacher in enumerate(parts.teachers)]
     return {
         "recipe": recipe.model_dump(mode="json"),
@@ -173,11 +177,12 @@ class _TermCost:
 
 @dataclass(frozen=True)
 class _Trial:
-    """What one image costs: seconds of each teacher, of the student's step and of its frozen part where that is kept,
-    bytes kept for the backward pass; and the bytes of the frozen features of all images."""
+    """What one image costs: seconds of each teacher, of the student's step, of its forward pass alone and of its frozen
+    part where that is kept, bytes kept for the backward pass; and the bytes of the frozen features of all images."""
 
     teacher_seconds: dict[int, float]
     student_seconds: float
+    forward_seconds: float
     stem_seconds: float
     features_bytes: int
     activation_bytes: int
@@ -202,9 +207,24 @@ class _Saved:
 
 
 def _trial(parts: Parts, teachers: dict[int, Teacher]) -> _Trial:
+    spec, images = parts.recipe.train, len(parts.lessons.split)
+    most = min(images, max(1, spec.batch_size // (spec.accumulation * accelerator().num_processes)))
+    count = min(TRIAL_IMAGES, most)
+    trial = _measured(parts, teachers, count)
+    # A batch goes twice through teachers and student.
+    each = 2 * (sum(trial.teacher_seconds.values()) + trial.stem_seconds + trial.student_seconds)
+    larger = min(most, int(TRIAL_SECONDS / each))
+    if larger < 2 * count:
+        return trial
+    try:
+        return _measured(parts, teachers, larger)
+    except torch.OutOfMemoryError:  # of a GPU
+        return trial
+
+
+def _measured(parts: Parts, teachers: dict[int, Teacher], count: int) -> _Trial:
     device, recipe = accelerator().device, parts.recipe
     source = parts.lessons
-    count = min(TRIAL_IMAGES, recipe.train.batch_size)
     indices = keyed.permutation(recipe.seed, 0, len(source.split))[:count]
     images, good = source.batch(indices)
     images, classes = images.to(device), torch.from_numpy(source.split.labels[good]).to(device)
@@ -232,7 +252,11 @@ def _trial(parts: Parts, teachers: dict[int, Teacher]) -> _Trial:
         losses = {name: value.item() for name, value in {"total": total, **parts_of_loss}.items()}
         done = time.perf_counter()
     with torch.no_grad():
+        _wait(device)
+        forward_from = time.perf_counter()
         signals = step.runner(images, kept)
+        _wait(device)
+        forward = time.perf_counter() - forward_from
     terms = _term_costs(parts.objective, signals, targets, labels)
     step.runner.tap.close()
     for parameter in (*parts.student.trained.values(), *parts.objective.parameters()):
@@ -240,6 +264,7 @@ def _trial(parts: Parts, teachers: dict[int, Teacher]) -> _Trial:
     return _Trial(
         teacher_seconds,
         (done - begun) / len(good),
+        forward / len(good),
         (begun - asked) / len(good),
         features,
         saved.nbytes // len(good),
@@ -319,10 +344,10 @@ def _preparing_seconds(parts: Parts, teacher: PreparedTeacher, each: float, prog
         return each * len(parts.views.train.split) / accelerator().num_processes
     tuning = assemble(teacher_recipe(recipe, spec).written_out(), None, progress, bench)
     tuning.objective.to(accelerator().device)
-    return _estimate(tuning, {}, _trial(tuning, {}), 0.0).seconds
+    return _estimate(tuning, {}, _trial(tuning, {}), 0.0, 0.0).seconds
 
 
-def _estimate(parts: Parts, places: dict[int, Place], trial: _Trial, preparing: float) -> Estimate:
+def _estimate(parts: Parts, places: dict[int, Place], trial: _Trial, preparing: float, building: float) -> Estimate:
     recipe, lessons, val = parts.recipe, parts.lessons, parts.views.val
     spec, processes = recipe.train, accelerator().num_processes
     micro = max(1, spec.batch_size // (spec.accumulation * processes))
@@ -335,23 +360,24 @@ def _estimate(parts: Parts, places: dict[int, Place], trial: _Trial, preparing: 
     step_seconds = (trial.student_seconds + asked) * spec.batch_size / processes
     once = sum(trial.teacher_seconds[number] for number in kept) * len(lessons.split) * closed_views(recipe.data)
     once += trial.stem_seconds * (len(lessons.split) + len(val.split))
-    # Evaluation is a forward pass, about a third of a training step.
-    passes = 1 + spec.epochs // spec.eval_every
-    checks = trial.student_seconds / 3 * len(val.split) * passes / processes
+    passes = 1 + -(-spec.epochs // spec.eval_every)  # before the first epoch, and always behind the last
+    test = parts.views.test
+    evaluated = passes * len(val.split) + (0 if test is None else len(test.split))
+    checks = trial.forward_seconds * evaluated / processes
+    if needs_logits(recipe):  # the teachers are evaluated once
+        checks += sum(trial.teacher_seconds.values()) * len(val.split) / processes
     task = sum(p.numel() * p.element_size() for p in parts.student.trained.values()) + 4096
     in_memory = sum(place.bytes for place in places.values() if place.where == "memory")
     on_disk = sum(place.bytes for place in places.values() if place.where == "disk")
     return Estimate(
         step_seconds=step_seconds,
         steps=steps,
-        seconds=preparing + step_seconds * steps + once + checks,
+        seconds=building + preparing + step_seconds * steps + once + checks,
         preparing_seconds=preparing,
         memory_bytes=weights
         + 3 * trained_bytes
         + trial.activation_bytes * micro
-        + in_memory
-        + trial.features_bytes
-        + lessons.kept_bytes,
+        + (in_memory + trial.features_bytes + lessons.kept_bytes if accelerator().device.type == "cpu" else 0),
         activation_bytes=trial.activation_bytes * micro,
         cache_bytes=in_memory,
         disk_cache_bytes=on_disk,

@@ -74,21 +74,34 @@ def _docs(config: type[BaseModel]) -> list[str]:
 
 def _summary(config: type[BaseModel]) -> str:
     """The sentences that are about no option in particular; the others stand beside their options."""
-    text = " ".join(next(iter(_docs(config)), "").partition("Attributes:")[0].split())
+    text = " ".join(_parts(next(iter(_docs(config)), ""), config)[0].split())
     sentences = re.split(r"(?<=[.])\s+", text)
     first = next((index for index, sentence in enumerate(sentences) if "``" in sentence), len(sentences))
     return " ".join(sentences[:first])
+
+
+def _parts(doc: str, config: type[BaseModel]) -> tuple[str, str]:
+    """What is said of the class, and its list of options: under "Attributes:", or plain lines "option: ..."."""
+    summary, heading, attributes = doc.partition("Attributes:")
+    if heading:
+        return summary, attributes
+    options = "|".join(config.model_fields)
+    start = re.search(rf"^(?:{options})(?:, \w+)*: ", doc, re.MULTILINE) if options else None
+    if start is None:
+        return doc, ""
+    summary = doc[: start.start()].strip()
+    return ("" if summary == "Options." else summary), doc[start.start() :]
 
 
 def _about(config: type[BaseModel]) -> dict[str, str]:
     """A line an option: from the list of attributes, else the sentences or clauses that name it."""
     found: dict[str, str] = {}
     for doc in _docs(config):
-        summary, _, attributes = doc.partition("Attributes:")
+        summary, attributes = _parts(doc, config)
         own: dict[str, str] = {}
         names: list[str] = []
         for line in attributes.splitlines():
-            start = re.match(r" {4}(\w+(?:, \w+)*): (.*)", line)
+            start = re.match(r"(?: {4})?(\w+(?:, \w+)*): (.*)", line)
             if start:
                 names = start.group(1).split(", ")
                 own |= dict.fromkeys(names, start.group(2).strip())

@@ -22,6 +22,7 @@ from remap.engine.teacher import (
 )
 from remap.errors import DataError, RemapError
 from remap.progress import Progress
+from remap.recipe.checks import what_changes
 from remap.recipe.schema import EMA, TeacherSpec
 from remap.remapping.items import LOGITS
 from remap.teachers import PreparedTeacher
@@ -77,13 +78,12 @@ def place_of_outputs(parts: Parts, prepared: PreparedTeacher, teacher: Teacher) 
         DataError: The recipe names a place where they do not fit, or where views are no closed list.
     """
     spec, data = prepared.spec, parts.recipe.data
-    if spec.model == EMA or not closed(data) or spec.cache == "off":
-        if spec.cache in ("memory", "disk"):
-            raise DataError(
-                "the teacher's outputs cannot be kept: they change in training or with every view",
-                given=f"teacher.cache={spec.cache}, teacher {spec.model}, data.augment={data.augment}",
-                do="keep views fixed (data.augment=none), or a closed list of them (data.views=4), without mixing",
-            )
+    changing = what_changes(spec, data)
+    if changing is not None and spec.cache in ("memory", "disk"):
+        raise DataError(
+            f"the outputs of the teacher {spec.model} cannot be kept: {changing}", given=f"teacher.cache={spec.cache}"
+        )
+    if changing is not None or spec.cache == "off":
         return Place("each step", 0, {})
     shapes = teacher.shapes(parts.views.view.size)
     count = len(parts.lessons.split) * closed_views(data)
@@ -129,8 +129,8 @@ def build_caches(parts: Parts, progress: Progress) -> list[dict[str, Any]]:
     """
     found = []
     for number, prepared in enumerate(parts.teachers):
-        if not parts.objective.listens_to(number):
-            continue
+        if prepared.spec.model == EMA or not parts.objective.listens_to(number):
+            continue  # a running average changes in training
         prepared.spec = prepared.spec.model_copy(update={"cache": "disk"})
         teacher = listening_teacher(parts, number)
         try:
@@ -171,13 +171,11 @@ def _on_disk(
     if lacking:
         progress.say(
             f"keeping teacher outputs on disk: {lacking:,} of {lessons(parts).count:,} to compute, "
-            f"{_megabytes(bytes_for(items, lacking))}"
+            f"{_size(bytes_for(items, lacking))}"
         )
     require_space(cache_root(), bytes_for(items, lacking))
     kept = keep_on_disk(teacher, store, lessons(parts), size, accelerator(), progress)
-    progress.say(
-        f"teacher outputs on disk: {store.folder} ({kept.computed:,} computed now, {_megabytes(store.nbytes)})"
-    )
+    progress.say(f"teacher outputs on disk: {store.folder} ({kept.computed:,} computed now, {_size(store.nbytes)})")
     if store.damaged:
         progress.say(f"{store.damaged} damaged records were computed again")
     if kept.mass is not None and kept.mass < LEAST_MASS:
@@ -212,5 +210,5 @@ def _key(parts: Parts, prepared: PreparedTeacher) -> dict[str, Any]:
     ).to_dict()
 
 
-def _megabytes(number: float) -> str:
-    return f"{number / 1e6:.1f} MB"
+def _size(number: float) -> str:
+    return f"{number / 1e6:.1f} MB" if number >= 1e5 else f"{number / 1e3:.1f} kB"

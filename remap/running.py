@@ -1,8 +1,8 @@
 """A run from start to end. Every command that trains calls ``run``."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from remap.assembly import Parts, assemble, features_in_training, listed, sample_for
 from remap.backbones.build import require_at_hand
 from remap.bench import Bench
+from remap.data.records import Item
 from remap.data.views import ViewSource
 from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.fit import Job, fit
@@ -20,10 +21,13 @@ from remap.network import Network
 from remap.outputs import build_caches, teachers_in_training
 from remap.progress import Progress, Silent
 from remap.recipe import Recipe, resolve, resolve_distill
+from remap.recipe.checks import what_changes
 from remap.recipe.paths import is_run
+from remap.recipe.schema import EMA
+from remap.remapping import LOSSES
 from remap.runs.objective import without_idle_losses
 from remap.runs.rundir import RunDir, default_path, next_path
-from remap.runs.task import load_task, require_size_of_run, save_task
+from remap.runs.task import load_task, require_size_of_run, require_tuned, save_task
 from remap.teachers import require_useful
 
 
@@ -36,24 +40,31 @@ class Result:
     student: Network
 
 
-def distill(recipe: Recipe | str | Mapping[str, Any], *, output: str | Path | None = None) -> Result:
+def distill(
+    recipe: Recipe | str | Mapping[str, Any], *, settings: Iterable[str] = (), output: str | Path | None = None
+) -> Result:
     """Distil a teacher into a tuned student.
 
     Args:
         recipe: A recipe, a shipped name or YAML file, or words: ``{"teacher": "vit_large", "method": "vpt_deep"}``.
+            The words teacher, student and data also take a whole section: ``{"data": {"source": "X", "mixup": 0.8}}``.
+        settings: As ``--set``: ``["teacher.cache=disk", "losses.tokens.layers=uniform"]``.
         output: The run directory to make; by default the next number under ``runs/``.
 
     Raises:
         RemapError: Anything a user can mend.
     """
-    return start(as_recipe(recipe), output)
+    return start(as_recipe(recipe, settings), output)
 
 
-def as_recipe(recipe: Recipe | str | Mapping[str, Any]) -> Recipe:
+def as_recipe(recipe: Recipe | str | Mapping[str, Any], settings: Iterable[str] = ()) -> Recipe:
     """A recipe from a recipe, a name or file, or words (with the embedded default unless they say otherwise)."""
+    settings = tuple(settings)
     if isinstance(recipe, Recipe):
+        if settings:
+            raise RecipeError(["settings: a recipe that is resolved already takes none"], "distill")
         return recipe
-    return resolve(recipe) if isinstance(recipe, str) else resolve_distill(None, recipe)
+    return resolve(recipe, settings=settings) if isinstance(recipe, str) else resolve_distill(None, recipe, settings)
 
 
 def start(
@@ -72,10 +83,13 @@ def start(
 
 
 def _require_at_hand(recipe: Recipe, bench: Bench) -> None:
-    """A mistyped path or model leaves no run directory behind."""
-    bench.index(recipe.data)
+    """A mistyped path or model leaves no run directory behind, nor does a number that the classes do not allow."""
+    classes = bench.classes(recipe.data)
+    for spec in recipe.teachers:
+        Item((len(classes),), top_k=spec.top_k)
     students = () if recipe.student.shrink is not None else (recipe.student,)  # it comes from the teacher
     for spec in (*(teacher for teacher in recipe.teachers if not teacher.is_student), *students):
+        require_tuned(spec.model)
         if is_run(spec.model) or is_run(spec.weights):
             require_size_of_run(spec)
         else:
@@ -92,6 +106,11 @@ def build_cache(recipe: Recipe, progress: Progress = Silent()) -> list[dict[str,
     bench = Bench()
     _require_at_hand(recipe, bench)
     for spec in recipe.teachers:
+        changing = what_changes(spec, recipe.data)
+        if spec.model == EMA and len(recipe.teachers) > 1:
+            continue  # the others are kept
+        if changing is not None:
+            raise RecipeError([f"teacher {spec.model}: nothing can be kept, since {changing}"], "cache build")
         if spec.prepare not in ("probe", "none") and not is_run(spec.model):
             raise RecipeError(
                 [
@@ -166,8 +185,10 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
     parts = assemble(recipe, run_dir, progress, bench)
 
     features = features_in_training(parts, progress)
-    if parts.student.learns_batch_statistics and max(accelerator().num_processes, recipe.train.accumulation) > 1:
-        progress.say("batch statistics are those of each process's own part of a batch, so results depend on the parts")
+    idle = [loss.name for loss in recipe.losses if LOSSES.row(loss.name).category == "labels"]
+    if idle and parts.labeled_share == 0.0:
+        progress.say(f"{', '.join(idle)} teaches nothing: the student learns from images without labels only")
+    _say_what_parts_change(parts, progress)
 
     def check(source: ViewSource, what: str) -> Evaluation:
         kept = features.get("val") if source is parts.views.val else None
@@ -207,6 +228,10 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
         for teacher in teachers:
             teacher.close()  # other runs may share the network
     parts.student.model.eval()
+    for number, prepared in enumerate(parts.teachers):
+        if prepared.spec.model == EMA:
+            average = evaluate_as(recipe, prepared.network, parts.views.val, accelerator(), progress, "the average")
+            parts.teachers[number] = replace(prepared, accuracy=average.accuracy)
     bad = parts.lessons.bad_names()
     if bad:
         progress.say(f"skipped {len(bad)} training image(s) that cannot be read: {listed(bad)}")
@@ -223,6 +248,23 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
         run_dir.write_summary(summary)
     accelerator().wait_for_everyone()
     return Result(run_dir.path, summary, parts.student)
+
+
+def _say_what_parts_change(parts: Parts, progress: Progress) -> None:
+    """Name what depends on how a batch is divided, over processes and accumulation steps."""
+    train = parts.recipe.train
+    count = accelerator().num_processes * train.accumulation
+    if count == 1:
+        return
+    if parts.student.learns_batch_statistics:
+        progress.say("batch statistics are those of each process's own part of a batch, so results depend on the parts")
+    comparing = [loss.name for loss in parts.recipe.losses if LOSSES.row(loss.name).over_batch]
+    if comparing:
+        size = min(train.batch_size, len(parts.lessons.split)) // count
+        progress.say(
+            f"{', '.join(comparing)}: images are compared within each part of a batch, of {size}, so results depend on "
+            "the parts" + ("; of one image there is nothing to compare" if size == 1 else "")
+        )
 
 
 def _summary(

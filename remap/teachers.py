@@ -70,23 +70,28 @@ def load_teacher(
     """The teacher as it comes from its source; a run directory with the same classes brings its own head.
 
     Args:
-        student: The student's backbone before a method is attached to it, for the teacher "self".
+        student: The student's backbone before a method is attached to it, for the teacher "self". That one shares its
+            tensors, so it stays where they are until the student is ``placed``: methods are attached on the CPU.
     """
     if spec.model == SELF:
         network = untuned_twin(student, classes)
-        return _placed(PreparedTeacher(network, spec, _key(network, "none", spec, recipe), "none"), recipe, device)
+        return PreparedTeacher(network, spec, _key(network, "none", spec, recipe), "none")
     if is_run(spec.model):
         require_size_of_run(spec)
         network, _ = load_task(Path(spec.model).expanduser())
         if network.classes == classes:
             key = _key(network, "its own", spec, recipe)
-            return _placed(PreparedTeacher(network, spec, key, "its own"), recipe, device)
+            return placed(PreparedTeacher(network, spec, key, "its own"), recipe, device)
     torch.manual_seed(recipe.seed)
     keep_head = spec.prepare == "none" and needs_logits(recipe)
     network = tuned(open_backbone(spec, len(classes), keep_head=keep_head), "linear", {})
     network.classes = classes
+    if not needs_logits(recipe):  # equal for every seed, so that what is kept of its features is found again
+        with torch.no_grad():
+            for parameter in network.head.values():
+                parameter.zero_()
     head = "its own" if keep_head else "none"
-    return _placed(PreparedTeacher(network, spec, _key(network, head, spec, recipe), head), recipe, device)
+    return placed(PreparedTeacher(network, spec, _key(network, head, spec, recipe), head), recipe, device)
 
 
 def averaging_teacher(spec: TeacherSpec, student: Network) -> PreparedTeacher:
@@ -124,7 +129,7 @@ def prepare_teacher(
             network = teacher.network
         else:
             network, _ = load_task(folder)
-        teacher = _placed(replace(teacher, network=network, head=spec.prepare), recipe, accelerator().device)
+        teacher = placed(replace(teacher, network=network, head=spec.prepare), recipe, accelerator().device)
     found = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, "the teacher")
     teacher = replace(teacher, accuracy=found.accuracy)
     if shared:
@@ -177,7 +182,8 @@ def _prepare(teacher: PreparedTeacher, recipe: Recipe, folder: Path, views: View
     from remap.running import run  # a tuned teacher is a run like any other
 
     network, spec = teacher.network, teacher.spec
-    progress.say(f"the teacher has no head for these {len(network.classes)} classes: preparing one ({spec.prepare})")
+    name = f"the teacher {spec.model}" if len(recipe.teachers) > 1 else "the teacher"
+    progress.say(f"{name} has no head for these {len(network.classes)} classes: preparing one ({spec.prepare})")
     if spec.prepare == "probe":
         strength = probe.fit_probe(network, views.train, accelerator(), recipe.train.batch_size, progress)
         if accelerator().is_main_process:
@@ -233,7 +239,8 @@ def _key(network: Network, head: str, spec: TeacherSpec, recipe: Recipe) -> str:
     )
 
 
-def _placed(teacher: PreparedTeacher, recipe: Recipe, device: torch.device) -> PreparedTeacher:
+def placed(teacher: PreparedTeacher, recipe: Recipe, device: torch.device) -> PreparedTeacher:
+    """The teacher on the device, with the run's kernel of attention."""
     teacher.network.model.to(device)
     choose_attention(teacher.network, recipe.train.fused_attention, device)
     return teacher

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from remap.data.caches import cache_root, list_caches
-from remap.errors import DataError, RemapError
+from remap.errors import DataError, RecipeError, RemapError
 from remap.remapping.objective import Objective
 from remap.running import build_cache, start
 
@@ -77,6 +77,19 @@ def test_what_was_built_is_used_and_completed(tiny: Any, tmp_path: Path, asked: 
     assert sum(asked) - before == 1 + 1 + 24
     (cache,) = list_caches(cache_root())
     assert {item.name for item in cache.items} == {"logits", "pooled"}
+
+
+def test_features_are_found_again_by_runs_of_other_seeds(tiny: Any, tmp_path: Path, asked: list[int]) -> None:
+    """Nobody reads the teacher's logits, so its untrained head must not tell seeds apart."""
+    for seed, computed in ((0, 24), (1, 0)):
+        asked.clear()
+        start(tiny.recipe("teacher.cache=disk", losses="ce,feature", seed=seed), tmp_path / f"seed{seed}")
+        assert sum(asked) == 1 + computed
+
+
+def test_an_average_is_left_out_of_a_build(tiny: Any) -> None:
+    built = build_cache(tiny.recipe("data.augment=none", teacher=f"{tiny.teacher},ema", losses="ce,kd"))
+    assert [one["teacher"] for one in built] == [tiny.teacher]
 
 
 def test_a_changed_image_is_computed_anew(tiny: Any, tmp_path: Path, asked: list[int]) -> None:
@@ -169,17 +182,31 @@ def test_top_k_says_how_much_it_keeps(tiny: Any, tmp_path: Path, watch: Any) -> 
     assert kept["top_k"] == 1
 
 
+def test_a_place_that_cannot_be_is_refused(tiny: Any, tmp_path: Path) -> None:
+    recipe = tiny.recipe("teacher.cache=memory", "data.memory_gib=0", losses="ce,kd")
+    with pytest.raises(DataError, match="do not fit in memory"):
+        start(recipe, tmp_path / "run")
+
+
 @pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        (["teacher.cache=disk", "data.augment=shift"], "change in training or with every view"),
-        (["teacher.cache=memory", "data.memory_gib=0"], "do not fit in memory"),
-        (["teacher.cache=disk", "data.mixup=0.5"], "change in training or with every view"),
-    ],
+    ("setting", "says"), [("data.augment=shift", "views are new"), ("data.mixup=0.5", "mixed images are new")]
 )
-def test_a_place_that_cannot_be_is_refused(tiny: Any, tmp_path: Path, settings: list[str], says: str) -> None:
+def test_what_changes_is_kept_nowhere(tiny: Any, tmp_path: Path, setting: str, says: str) -> None:
+    """By no run, by no build, and by no recipe that nobody checked; always before a teacher is prepared."""
+    recipe = tiny.recipe(setting, losses="ce,kd")
+    with pytest.raises(RecipeError, match=says):
+        tiny.recipe("teacher.cache=disk", setting, losses="ce,kd")
+    with pytest.raises(RecipeError, match=says):
+        build_cache(recipe)
+    kept = recipe.teacher.model_copy(update={"cache": "disk"})
     with pytest.raises(DataError, match=says):
-        start(tiny.recipe(*settings, losses="ce,kd"), tmp_path / "run")
+        start(recipe.model_copy(update={"teacher": kept}), tmp_path / "run")
+
+
+def test_too_many_classes_to_keep_leave_no_run_behind(tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the teacher has 3 classes[\s\S]*1 to 2"):
+        start(tiny.recipe("teacher.top_k=3", losses="ce,kd"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_full_disk_is_noticed_before_the_work(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,19 @@ import pytest
 from remap.bench import Bench
 from remap.engine.evaluate import evaluate
 from remap.engine.launch import accelerator
-from remap.errors import RunError
+from remap.errors import RecipeError, RunError
 from remap.progress import Silent
-from remap.running import distill, start
+from remap.running import as_recipe, distill, start
 from remap.runs.rundir import RunDir
 from remap.runs.task import load_task
+
+
+def test_settings_in_python_are_those_of_the_command_line(tiny: Any) -> None:
+    settings = ["data.mixup=0.8", "losses.kd.temperature=2"]
+    recipe = as_recipe(tiny.words(losses="ce,kd"), settings)
+    assert recipe.data.mixup == 0.8 and recipe.losses[1].options == {"temperature": 2}
+    with pytest.raises(RecipeError, match="settings"):
+        as_recipe(recipe, settings)
 
 
 @pytest.mark.parametrize("losses", ["ce,kd,attention", "ce,feature,dist"])

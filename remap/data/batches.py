@@ -68,6 +68,15 @@ class Plan:
     def mixes(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
 
+    def known(self, labeled: float) -> float:
+        """Share of the images, as they are seen, whose labels are known: of a mixed one, both.
+
+        Args:
+            labeled: Share of the images themselves that have a label.
+        """
+        mixed = self.mix_probability if self.mixes else 0.0
+        return labeled * (1.0 - mixed + mixed * labeled)
+
     def view(self, epoch: int) -> int:
         """Number of the view that this epoch sees; without augmentation there is one."""
         if self.augment == "none":

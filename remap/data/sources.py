@@ -45,6 +45,8 @@ def open_data(
                 given=f"{unlabeled} and {other}",
                 do="name another folder; to learn from this one with the labels of N images only, set data.labels=N",
             )
+        if other not in (None, "digits") and _holds(other, unlabeled):
+            _refuse_evaluation(data, other, unlabeled)
     more, skipped = open_unlabeled(unlabeled)
     return replace(data.with_unlabeled(more), skipped=(*data.skipped, *skipped))
 
@@ -73,6 +75,18 @@ def open_unlabeled(source: str) -> tuple[Split, list[tuple[str, str]]]:
 
 def _holds(outer: str, inner: str) -> bool:
     return Path(inner).expanduser().resolve().is_relative_to(Path(outer).expanduser().resolve())
+
+
+def _refuse_evaluation(data: ImageData, source: str, unlabeled: str) -> None:
+    """A folder inside the labelled data may be its training folder, or lie beside it, but not be evaluated on."""
+    inside = Path(unlabeled).expanduser().resolve().relative_to(Path(source).expanduser().resolve()).as_posix()
+    splits = [split for split in (data.val, data.test) if split is not None]
+    if any(name.startswith(f"{inside}/") for split in splits for name in split.names):
+        raise DataError(
+            "the folder of images without labels holds images to evaluate on",
+            given=f"{unlabeled}, inside {source}",
+            do="name another folder; to learn from few labels, set data.labels=N",
+        )
 
 
 def _open_labeled(source: str, val_source: str | None, val_fraction: float) -> ImageData:

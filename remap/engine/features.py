@@ -17,13 +17,19 @@ class FrozenFeatures:
 
     It stands in for the source in training and evaluation: ``split`` and ``batch`` are those of the source, except
     that images are left out (zero pixels) where the rest of the network does not read them.
+
+    Attributes:
+        with_images: Give them all the same: a teacher looks at each batch.
     """
+
+    with_images: bool = False
 
     def __init__(self, network: Network, source: ViewSource, accelerator: Accelerator, *, bf16: bool) -> None:
         assert network.attached.seam is not None
         self.source, self.split, self.device = source, source.split, accelerator.device
         self._seam = network.attached.seam
         self._runner = Runner(network, bf16=bf16)
+        self._runner.tap.close()  # the stem is run past its hooks
         self._kept: dict[str, Tensor] = {}
         self._good = np.zeros(len(source.split), dtype=bool)
 
@@ -51,7 +57,6 @@ class FrozenFeatures:
                         whole[torch.from_numpy(good)] = value.cpu()
                     self._good[good] = True
                 step.advance(min(batch_size, count - start))
-        self._runner.tap.close()
 
     def rows(self, indices_B: np.ndarray) -> dict[str, Tensor]:
         """The features of some images, on the device."""
@@ -62,6 +67,6 @@ class FrozenFeatures:
         """As ``ViewSource.batch``."""
         chosen = np.asarray(indices, dtype=np.int64)
         good = chosen[self._good[chosen]]
-        if self._seam.reads_images:
+        if self.with_images or self._seam.reads_images:
             return self.source.batch(good)
         return torch.zeros(len(good), 3, 0, 0, dtype=torch.uint8), good

@@ -120,6 +120,8 @@ def fit(job: Job, *, resume: bool = False) -> State:
             job.student.attached.prepare(job.sample)
     if spec.compile:
         _compile_blocks(job.student)
+    if job.features is not None:
+        job.features.with_images = any(teacher.kept is None for teacher in job.teachers)
     callable_step = _distributed(step_module, accelerator)
     try:
         with stop_flag() as flag:
@@ -217,7 +219,7 @@ def _forward(job: Job, step_module: nn.Module, batch: Batch) -> tuple[Tensor, di
         raise DataError("no image of a whole batch can be read", do="look at the skipped files the run lists")
     device = job.accelerator.device
     images = batch.images_BCHW.to(device, non_blocking=True)
-    labels = _labels(batch, job.labeled, device)
+    labels = _labels(batch, plan_of(job).known(job.labeled), device)
     targets: list[Mapping[str, Tensor]] = [{}] * (1 + max((teacher.number for teacher in job.teachers), default=0))
     for teacher in job.teachers:
         targets[teacher.number] = teacher.targets(images, batch.indices_B, batch.view)
@@ -226,11 +228,11 @@ def _forward(job: Job, step_module: nn.Module, batch: Batch) -> tuple[Tensor, di
     return step_module(images, targets, labels, kept)
 
 
-def _labels(batch: Batch, labeled: float, device: torch.device) -> Labels:
+def _labels(batch: Batch, known: float, device: torch.device) -> Labels:
     def placed(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(device, non_blocking=True)
 
-    return Labels(placed(batch.labels_B), placed(batch.other_B), placed(batch.share_B), labeled)
+    return Labels(placed(batch.labels_B), placed(batch.other_B), placed(batch.share_B), known)
 
 
 def _step(

@@ -4,7 +4,7 @@ from pydantic import BaseModel, ValidationError
 
 from remap.recipe.paths import is_run
 from remap.recipe.problems import lines_of
-from remap.recipe.schema import Named, Recipe, StudentSpec
+from remap.recipe.schema import EMA, DataSpec, Named, Recipe, StudentSpec, TeacherSpec
 from remap.registry import did_you_mean
 from remap.remapping import LOSSES
 from remap.remapping.weights import INITS
@@ -45,9 +45,10 @@ def method_problems(place: str, method: str) -> list[str]:
 def _combination_problems(recipe: Recipe) -> list[str]:
     problems = []
     names = [loss.name for loss in recipe.losses or ()]
+    known = all(name in LOSSES for name in names)  # what an unknown one would do is not known either
     if not names:
         problems.append("losses: at least one loss is needed")
-    elif all(not loss.weight for loss in recipe.losses if loss.name in LOSSES):
+    elif known and all(not loss.weight for loss in recipe.losses):
         problems.append("losses: every weight is 0, nothing would be learned")
     for name in sorted({name for name in names if names.count(name) > 1}):
         problems.append(f"losses: '{name}' is given twice")
@@ -56,20 +57,30 @@ def _combination_problems(recipe: Recipe) -> list[str]:
         for name in dict.fromkeys(loss.name for loss in recipe.losses or () if loss.is_idle(recipe.method.name))
     ]
     needing = [name for name in dict.fromkeys(names) if name in LOSSES and LOSSES.row(name).category != "labels"]
-    if names and not any(loss.teaches_classes for loss in recipe.losses):
+    counting = [loss for loss in recipe.losses or () if loss.weight]
+    if counting and known and not any(loss.teaches_classes for loss in counting):
         problems.append("losses: none of them trains the classifier (add ce, or one on logits such as kd)")
     if recipe.teacher is None and needing:
-        problems.append(f"losses: {', '.join(needing)} need a teacher (set teacher.model, or keep to ce)")
+        need = "need" if len(needing) > 1 else "needs"
+        problems.append(f"losses: {', '.join(needing)} {need} a teacher (set teacher.model, or keep to ce)")
     problems += _teacher_problems(recipe)
     problems += _init_problems(recipe)
     problems += _shrink_problems(recipe)
     data = recipe.data
+    if data.views is not None and data.augment == "none":
+        problems.append(
+            "data.views: without augmentation an image has one view only (set data.augment, or leave data.views out)"
+        )
     if data.unlabeled_only and data.unlabeled is None and data.labels is None:
         problems.append("data.unlabeled_only: all images have labels (set data.unlabeled or data.labels)")
     elif (data.unlabeled is not None or data.unlabeled_only) and names and recipe.needs_labels:
         problems.append(
             f"data.{'unlabeled_only' if data.unlabeled is None else 'unlabeled'}: nothing would be learned from the"
             f" images without labels (add a teacher and a loss that needs none, such as kd)"
+        )
+    elif data.unlabeled_only and counting and known and not any(loss.reads_logits for loss in counting):
+        problems.append(
+            "data.unlabeled_only: none of the losses trains the classifier without labels (add one on logits, say kd)"
         )
     if recipe.train.warmup_epochs is not None and recipe.train.warmup_epochs >= recipe.train.epochs:
         problems.append(
@@ -98,9 +109,23 @@ def _teacher_problems(recipe: Recipe) -> list[str]:
                 f"{place}.prepare: unknown word '{spec.prepare}'"
                 f"{did_you_mean(spec.prepare, allowed)} (allowed: {', '.join(allowed)})"
             )
+        if spec.cache in ("memory", "disk"):
+            changing = what_changes(spec, recipe.data)
+            problems += [f"{place}.cache: nothing can be kept, since {changing}"] if changing else []
         if spec.is_student and spec.weights != "pretrained":
             problems.append(f"{place}.weights: the teacher '{spec.model}' has the student's weights")
     return problems
+
+
+def what_changes(spec: TeacherSpec, data: DataSpec) -> str | None:
+    """Why a teacher's outputs are never asked for twice, and what would mend it; None where they can be kept."""
+    if spec.model == EMA:
+        return "the running average of the student changes in every step (leave it out)"
+    if data.mixes:
+        return "mixed images are new in every epoch (set data.mixup and data.cutmix to 0)"
+    if data.augment != "none" and data.views is None:
+        return "views are new in every epoch (set data.augment=none, or a closed list of them: data.views=4)"
+    return None
 
 
 def _shrink_problems(recipe: Recipe) -> list[str]:

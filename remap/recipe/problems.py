@@ -2,7 +2,7 @@
 
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -14,17 +14,19 @@ _SHAPES = {"model_type": "a mapping of keys", "dict_type": "a mapping of keys", 
 
 
 def lines_of(error: ValidationError, schema: type[BaseModel], place: str = "", also: Iterable[str] = ()) -> list[str]:
-    """One line for each finding, in the order of the recipe; ``also`` are keys allowed beside the schema's."""
+    """One line for each finding, in the order of the recipe; ``also`` are keys allowed beside the schema's.
+
+    Where several kinds of values are allowed, pydantic has a finding for each kind: they become one line.
+    """
     findings = error.errors()
-    places = [finding["loc"] for finding in findings]
-    # A list whose items are wrong also counts as too short.
-    findings = [
-        finding
-        for finding, here in zip(findings, places, strict=True)
-        if finding["type"] != "too_short"
-        or not any(len(other) > len(here) and other[: len(here)] == here for other in places)
-    ]
-    return [_line(finding, schema, place, list(also)) for finding in findings]
+    paths = [tuple(_path(finding)) for finding in findings]
+    groups: dict[tuple[Any, ...], list[Any]] = {}
+    for finding, path in zip(findings, paths, strict=True):
+        # A list whose items are wrong also counts as too short, and as none of the words that could stand for it.
+        inside = any(len(other) > len(path) and other[: len(path)] == path for other in paths)
+        if not inside or finding["type"] not in ("too_short", "literal_error"):
+            groups.setdefault(path, []).append(finding)
+    return [_line(group, schema, place, list(also)) for group in groups.values()]
 
 
 def option_places(schema: type[BaseModel]) -> list[str]:
@@ -36,38 +38,59 @@ def option_places(schema: type[BaseModel]) -> list[str]:
     return places
 
 
-def _line(finding: Any, schema: type[BaseModel], place: str, also: list[str]) -> str:
+def _path(finding: Any) -> list[Any]:
     *parents, last = finding["loc"] or ("",)
     path = [part for part in parents if not _is_union_label(part)]
     if finding["loc"] and (finding["type"] == "extra_forbidden" or not _is_union_label(last)):
         path.append(last)
+    return path
+
+
+def _line(group: list[Any], schema: type[BaseModel], place: str, also: list[str]) -> str:
+    """One line of the findings about one place; more than one where the value is none of several kinds."""
+    finding = next((one for one in group if one["type"] == "literal_error"), group[0])
+    path = _path(finding)
     where = _dotted(path, place)
     kind, given = finding["type"], finding["input"]
     if kind == "extra_forbidden":
         known = [*also, *_fields_at(schema, path[:-1])]
         return f"{where}: unknown key{did_you_mean(str(path[-1]), known)} (allowed: {', '.join(known)})"
     if kind == "missing":
+        if not isinstance(given, Mapping):  # a list that is too short, such as a pair of one number
+            return f"{where}: missing, got {_shown(given)}"
         others = [key for key in given if key not in _fields_at(schema, path[:-1])]
         meant = nearest(str(path[-1]), others)
         return f"{where}: missing" + (f"; did you write '{meant}' for it?" if meant else "")
     if kind == "literal_error":
         allowed = finding["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
         hint = did_you_mean(str(given), allowed.split(", "))
-        return f"{where}: '{given}' is not one of {allowed}{hint}"
+        other = ", and no list" if any(one["type"] == "tuple_type" for one in group) else ""
+        return f"{where}: '{given}' is not one of {allowed}{other}{hint}"
     if kind == "string_pattern_mismatch":
         return (
             f"{where}: {given!r} may hold letters, digits, '.', '_' and '-' only, 64 at most, a letter or digit first"
         )
-    message = f"should be {_SHAPES[kind]}" if kind in _SHAPES else finding["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    shown = repr(given) if len(repr(given)) <= 60 else f"{repr(given)[:57]}..."
+    messages = list(dict.fromkeys(map(_message, group)))
+    message = " or ".join([messages[0], *(message.removeprefix("should be ") for message in messages[1:])])
     hint = f"; write [{given}]" if kind == "tuple_type" and isinstance(given, str) and given else ""
-    return f"{where}: {message.replace('input should be', 'should be')}, got {shown}{hint}"
+    return f"{where}: {message}, got {_shown(given)}{hint}"
+
+
+def _message(finding: Any) -> str:
+    kind = finding["type"]
+    message = f"should be {_SHAPES[kind]}" if kind in _SHAPES else finding["msg"].removeprefix("Value error, ")
+    if not message[:2].isupper():  # a name such as ATLoss stays as it is
+        message = message[0].lower() + message[1:]
+    return message.replace("input should be", "should be")
+
+
+def _shown(given: Any) -> str:
+    return repr(given) if len(repr(given)) <= 60 else f"{repr(given)[:57]}..."
 
 
 def _is_union_label(part: Any) -> bool:
     """Pydantic adds the names of its validators and union members to the path; they mean nothing to a reader."""
-    return isinstance(part, str) and ("[" in part or part in {"int", "float", "str", "list", "tuple"})
+    return isinstance(part, str) and ("[" in part or part in {"bool", "int", "float", "str", "list", "tuple"})
 
 
 def _dotted(path: list, place: str) -> str:

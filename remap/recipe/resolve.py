@@ -22,6 +22,7 @@ from remap.recipe.schema import (
     TrainSpec,
     default_losses,
     loss_words,
+    teachers_apart,
 )
 from remap.registry import did_you_mean
 from remap.tuning import METHODS, config_of
@@ -226,9 +227,13 @@ def _words(words: Mapping[str, Any], problems: list[str], values: Mapping[str, A
     for word in words:
         if word not in known:
             problems.append(f"{word}: unknown word{did_you_mean(word, known)} (allowed: {', '.join(known)})")
-    pairs = [(WORDS[word], value) for word, value in words.items() if word in WORDS and value is not None]
+    pairs = [(_place(word, value), value) for word, value in words.items() if word in WORDS and value is not None]
+    pairs.sort(key=lambda pair: pair[0].count("."))  # sections before their fields
     teachers = _teachers(words.get("teacher"))
-    if len(teachers) > 1 or "weight" in (teachers or [{}])[0]:
+    if any(not spec["model"] for spec in teachers):
+        problems.append(f"teacher: a name is missing in '{words['teacher']}'")
+    several = isinstance(values.get("teacher"), list) or values.get("more_teachers")
+    if len(teachers) > 1 or "weight" in (teachers or [{}])[0] or (teachers and several):  # they are all of them
         pairs = [pair for pair in pairs if pair[0] != WORDS["teacher"]]
         pairs += [(f"teacher.{key}", value) for key, value in teachers[0].items()]
         pairs.append(("more_teachers", teachers[1:]))
@@ -241,6 +246,13 @@ def _words(words: Mapping[str, Any], problems: list[str], values: Mapping[str, A
         for spec in teachers[1:]:
             spec |= {} if _of_student([spec]) else {"weights": words["weights"]}
     return pairs
+
+
+def _place(word: str, value: Any) -> str:
+    """Where a word's value goes: its field, or the section around it where a whole one is given (in Python)."""
+    section, _, field = WORDS[word].partition(".")
+    whole = isinstance(value, Mapping) or (word == "teacher" and isinstance(value, (list, tuple)))
+    return section if whole and field in ("model", "source") else WORDS[word]
 
 
 def _teachers(word: Any) -> list[dict[str, Any]]:
@@ -291,7 +303,7 @@ def _assign(values: dict[str, Any], place: str, value: Any, problems: list[str])
     for index, part in enumerate(parents):
         here = _step(here, part, values if index == 0 else None)
         if here is None:
-            problems.append(f"{place}: there is no '{part}' to set a field of")
+            problems.append(f"{place}: there is no '{part}' to set a field of{_hint(parents, values)}")
             return
     if not isinstance(here, dict):
         problems.append(f"{place}: cannot be set")
@@ -299,11 +311,22 @@ def _assign(values: dict[str, Any], place: str, value: Any, problems: list[str])
     here[last] = deepcopy(value)
 
 
+def _hint(parents: list[str], values: Mapping[str, Any]) -> str:
+    """A loss that is not among those of the run: which are, and how it comes in."""
+    losses = values.get("losses")
+    if parents[0] != "losses" or len(parents) != 2 or not isinstance(losses, list):
+        return ""
+    names = ",".join(str(loss.get("name")) for loss in losses if isinstance(loss, dict))
+    return f" (the losses are {names}; name them all: --losses {names},{parents[1]})" if names else ""
+
+
 def _step(here: Any, part: str, root: dict[str, Any] | None) -> Any:
     if isinstance(here, list):
         return next((item for item in here if isinstance(item, dict) and item.get("name") == part), None)
     if not isinstance(here, dict):
         return None
+    if part == "teacher" and root is not None:
+        here.update(teachers_apart(here))
     child = here.get(part)
     if part == "losses" and root is not None:
         child = here["losses"] = _losses_as_list(child, root)

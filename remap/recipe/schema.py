@@ -285,6 +285,16 @@ def _models_only(value: Any) -> Any:
     return tuple(_model_only(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
+def teachers_apart(values: dict[str, Any]) -> dict[str, Any]:
+    """A list under ``teacher`` as the first one and ``more_teachers``."""
+    if not isinstance(values.get("teacher"), (list, tuple)):
+        return values
+    first, *others = values["teacher"] or (None,)
+    more = values.get("more_teachers") or []
+    joined = [*others, *more] if isinstance(more, (list, tuple)) else more
+    return {**values, "teacher": first, "more_teachers": joined}
+
+
 def loss_words(value: Any) -> Any:
     """ "ce,kd:0.5" or a list of names and mappings."""
     if isinstance(value, str):
@@ -328,11 +338,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _several_teachers(cls, values: Any) -> Any:
-        """The list form of ``teacher``."""
-        if not isinstance(values, dict) or not isinstance(values.get("teacher"), (list, tuple)):
-            return values
-        first, *others = values["teacher"] or (None,)
-        return {**values, "teacher": first, "more_teachers": [*others, *values.get("more_teachers", ())]}
+        return teachers_apart(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _fill_losses(self) -> "Recipe":
@@ -426,8 +432,6 @@ def _with_defaults(config: type[BaseModel], spec: "Named") -> dict[str, Any]:
 # The width that default learning rates were measured at.
 BASE_WIDTH = 128
 DEFAULT_LOSSES = ("ce", "kd", "attention")
-# Where a method leaves attention as it is, it leaves the tokens inside the network as they are, too.
-_FOLLOWS = {"attention": "attention", "tokens": "attention", "pooled": "pooled"}
 
 
 def default_losses(method: str) -> tuple[str, ...]:
@@ -444,4 +448,4 @@ def is_idle(loss: str, method: str, signal: str | None = None) -> bool:
     parts = parts_of(method)
     if loss not in LOSSES or any(part not in METHODS for part in parts):
         return False
-    return all(_FOLLOWS.get(signal or LOSSES.row(loss).signal) in METHODS.row(part).unchanged for part in parts)
+    return all((signal or LOSSES.row(loss).signal) in METHODS.row(part).unchanged for part in parts)

@@ -97,7 +97,7 @@ def resize_attention(
     if source == target:
         return map_xSS
     split = int(has_class_token)
-    resize_PQ = _resize_matrix(source, target, interpolation).to(map_xSS.device, map_xSS.dtype)
+    resize_PQ = _resize_matrix(source, target, interpolation, map_xSS.device, map_xSS.dtype)
     with float32_region(map_xSS):
         keys = _resize_keys(map_xSS, resize_PQ, split)
         patch_rows = (resize_PQ @ keys[..., split:, :]).clamp_min(0.0)
@@ -119,7 +119,7 @@ def resize_rows(
     """
     if source == target:
         return map_xRS
-    resize_PQ = _resize_matrix(source, target, interpolation).to(map_xRS.device, map_xRS.dtype)
+    resize_PQ = _resize_matrix(source, target, interpolation, map_xRS.device, map_xRS.dtype)
     with float32_region(map_xRS):
         return _resize_keys(map_xRS, resize_PQ, int(has_class_token))
 
@@ -153,7 +153,7 @@ def resize_tokens(
     if source == target:
         return tokens_xSD
     split = int(has_class_token)
-    resize_PQ = _resize_matrix(source, target, interpolation).to(tokens_xSD.device, tokens_xSD.dtype)
+    resize_PQ = _resize_matrix(source, target, interpolation, tokens_xSD.device, tokens_xSD.dtype)
     with float32_region(tokens_xSD):
         return torch.cat([tokens_xSD[..., :split, :], resize_PQ @ tokens_xSD[..., split:, :]], dim=-2)
 
@@ -169,8 +169,14 @@ def _resize_keys(map_xSS: Tensor, resize_PQ: Tensor, split: int) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _resize_matrix(source: tuple[int, int], target: tuple[int, int], interpolation: Interpolation) -> Tensor:
-    """(P, Q) weights of resizing an image from ``source`` to ``target``, float64 on the CPU; rows sum to 1.
+def _resize_matrix(
+    source: tuple[int, int],
+    target: tuple[int, int],
+    interpolation: Interpolation,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(P, Q) weights of resizing an image from ``source`` to ``target``, made in float64; rows sum to 1.
 
     Resizing is linear, so its weights are the images of the unit vectors. Applying them is one small matrix
     product on any device, much cheaper than interpolating one image a row. Antialiasing makes a shrunk map an
@@ -179,4 +185,4 @@ def _resize_matrix(source: tuple[int, int], target: tuple[int, int], interpolati
     count = source[0] * source[1]
     units = torch.eye(count, dtype=torch.float64).reshape(count, 1, *source)
     images = F.interpolate(units, size=target, mode=interpolation, align_corners=False, antialias=True)
-    return images.reshape(count, target[0] * target[1]).mT.contiguous()
+    return images.reshape(count, target[0] * target[1]).mT.contiguous().to(device, dtype)

@@ -3,7 +3,6 @@
 Two terms that want the same item share it, and so do two runs with the same teacher on the same images.
 """
 
-import torch
 from torch import Tensor
 
 from remap.remapping.signals import Signals
@@ -31,17 +30,6 @@ def prefix_name(block: int) -> str:
     return f"prefix{block}"
 
 
-def patches_of(teacher: Signals, block: int) -> dict[str, Tensor]:
-    """The teacher's patch tokens behind a block (B, N, D) on its own grid, float32."""
-    return {patches_name(block): teacher.tokens[block].patches_BND.detach().float()}
-
-
 def prefix_of(teacher: Signals, block: int) -> dict[str, Tensor]:
     """The teacher's prefix tokens behind a block (B, P, D), float32."""
     return {prefix_name(block): teacher.tokens[block].prefix_BPD.detach().float()}
-
-
-@torch.no_grad()
-def rows_bytes(items: dict[str, Tensor]) -> int:
-    """Bytes of one image's rows."""
-    return sum(value[0].numel() * value.element_size() for value in items.values())

@@ -16,7 +16,7 @@ class Labels:
         other_B: Class of the image that was mixed into it (mixup, CutMix), -1 without a label; None where nothing is
             mixed.
         share_B: How much of each image is its own, float32 in [0, 1]; None where nothing is mixed.
-        labeled: Share of the training images that have a label (not of this batch).
+        labeled: Share of all training images (not of this batch) whose label is known; of mixed ones, both labels.
     """
 
     classes_B: Tensor

@@ -2,7 +2,8 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +42,15 @@ class LossTerm(nn.Module):
     Projectors are ordinary parameters of the term: trained, kept for resuming, dropped from the task.
 
     Attributes:
+        classifier: Which classifier it trains where a student has one for the labels and one for the teacher
+            (distilled DeiT); None where it trains none.
         blocks: Which student block learns from which teacher block, as (student, teacher) counted from 0; the number
             of blocks stands for the tokens behind the final norm. Empty for terms that look into no block.
     """
 
     Config: type[Options] = Options
     uses_teacher: bool = True
-    uses_labels: bool = False
+    classifier: Literal["labels", "teacher"] | None = None
     blocks: tuple[tuple[int, int], ...] = ()
 
     def __init__(self, pair: Pair, config: Options) -> None:
@@ -87,6 +90,8 @@ class Objective(nn.Module):
         self.terms = nn.ModuleDict(terms)
         self.weights = dict(weights)
         self.teacher_of = {name: (teacher_of or {}).get(name, 0) for name in terms}
+        trained = {term.classifier for name, term in terms.items() if self.weights[name]}
+        self._both_classifiers = {"labels", "teacher"} <= trained
 
     @property
     def uses_teacher(self) -> bool:
@@ -116,9 +121,14 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The total and each term's unweighted value (detached).
 
+        Without a loss for each of two classifiers, losses read their mean, which is the student's answer: else one of
+        them would stay as it was drawn.
+
         Args:
             targets: The items of each teacher.
         """
+        if not self._both_classifiers:
+            student = replace(student, head_logits=())
         parts: dict[str, Tensor] = {}
         total = torch.zeros((), device=labels.classes_B.device)
         for name, term in self.terms.items():

@@ -74,8 +74,10 @@ def plan(recipe: Recipe, methods: Sequence[str], seeds: int) -> list[Cell]:
             for seed in range(recipe.seed, recipe.seed + seeds):
                 losses = tuple(loss for loss in recipe.losses if not loss.is_idle(method))
                 update: dict[str, Any] = {"method": spec, "seed": seed, "losses": losses}
-                update |= {} if with_teacher else {"teacher": None, "losses": alone, "data": recipe.data.labeled_part()}
-                if not with_teacher:  # nor does it start from the teacher's weights
+                if not with_teacher:
+                    update |= {"teacher": None, "more_teachers": (), "losses": alone}
+                    update["data"] = recipe.data.labeled_part()
+                    # Nor does it start from the teacher's weights.
                     update["student"] = recipe.student.model_copy(update={"init": None, "force_init": False})
                 cells.append(Cell(method, with_teacher, seed, recipe.model_copy(update=update)))
     return cells
@@ -171,7 +173,7 @@ def tabulate(recipe: Recipe, cells: Sequence[Cell], output: Path) -> dict[str, A
             row["task_bytes"] = summaries[0]["student"]["task_bytes"]
             row["learning_rate"] = summaries[0]["learning_rate"]
             if with_teacher:
-                teacher = summaries[0]["teacher"]
+                teacher, more = summaries[0]["teacher"], summaries[0].get("more_teachers", [])
         row["gain"] = row["teacher"]["mean"] - row["alone"]["mean"]
         rows.append(row)
     rows.sort(key=lambda row: list(CATEGORIES.values()).index(row["category"]))
@@ -185,6 +187,7 @@ def tabulate(recipe: Recipe, cells: Sequence[Cell], output: Path) -> dict[str, A
         "losses": {loss.name: loss.weight for loss in recipe.losses},
         "student": recipe.student.model,
         "teacher": teacher,
+        "more_teachers": more,
         "rows": rows,
     }
 

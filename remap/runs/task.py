@@ -134,6 +134,15 @@ def put_task(network: Network, path: Path) -> None:
     _put(network, _read_tensors(folder, meta), folder)
 
 
+def require_tuned(word: str) -> None:
+    """Where a word names a run directory, it must hold a student; other words pass.
+
+    Raises:
+        RunError: It holds none; with what became of its run.
+    """
+    _folder_of(Path(word).expanduser())
+
+
 def _folder_of(path: Path) -> Path:
     """The task folder of a run directory; a task folder is its own."""
     folder = path / "task" if (path / "task").is_dir() else path

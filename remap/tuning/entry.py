@@ -24,7 +24,7 @@ class MethodEntry(Entry):
         mergeable: Whether the tuned model can be saved as plain timm weights (with default options).
         lr: Default learning rate for a backbone 128 wide (AdamW, global batch 64); others scale it by 128 / width.
         needs: What it asks of a backbone; keys of ``backbones.families.PARTS``.
-        unchanged: Signals of the student it cannot change ("attention", "pooled"), so that losses on them are idle.
+        unchanged: Signals of the student it cannot change ("attention", "tokens", "pooled"): losses on them are idle.
         alone: Cannot be combined with another method (``a+b``).
         adds_tokens: Adds tokens to the sequence; one method of a combination may.
     """

@@ -24,6 +24,7 @@ ROWS = [
         vit_base=0,
         mergeable=False,
         lr=1e-1,
+        unchanged=frozenset({"attention"}),
         needs=frozenset({"sequence"}),
     ),
 ]

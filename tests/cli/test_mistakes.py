@@ -139,9 +139,10 @@ def test_the_folder_of_a_failed_run_says_so(
 ) -> None:
     words = ["tune", "--data", pictures, *tiny, "--method", "full", "--output", "r"]
     assert remap(*words, "--lr", "1e30", "--set", "train.clip_norm=null").exit_code == 2
-    for command in (["eval", "r"], ["predict", "r", pictures / "val"]):
+    as_student = ["tune", "--data", pictures, "--student", "r", "--output", "again"]
+    for command in (["eval", "r"], ["predict", "r", pictures / "val"], as_student):
         result = remap(*command)
-        assert result.exit_code == 2
+        assert result.exit_code == 2 and not (tmp_path / "again").exists()
         for part in ("its run failed", "not finite", str(Path("r") / "status.json")):
             assert part in result.message
 

@@ -102,6 +102,16 @@ def test_tables_name_what_a_reader_needs(remap: Callable[..., Result], pictures:
         assert word in result.stdout
 
 
+def test_every_teacher_has_a_row(
+    remap: Callable[..., Result], pictures: Path, tiny: list[str], weak: list[str]
+) -> None:
+    words = ["--data", pictures, *tiny, *weak, "--teacher", "mini_student,ema:0.5", "--losses", "ce,kd"]
+    result = remap("distill", *words, "--method", "linear")
+    assert result.exit_code == 0, getattr(result, "message", result.output)
+    rows = [line.split()[:2] for line in result.stdout.splitlines()]
+    assert [row for row in rows if "teacher" in row] == [["teacher", "1"], ["teacher", "2"]]
+
+
 def test_progress_goes_on_beside_json(remap: Callable[..., Result], pictures: Path, tiny: list[str]) -> None:
     result = remap("tune", "--data", pictures, "--method", "linear", *tiny, "--dry-run", "--json")
     assert json.loads(result.stdout)["student"]["model"]

@@ -51,6 +51,12 @@ def test_names_are_no_markup(printed: io.StringIO, name: str) -> None:
     assert f"{name}: title" in printed.getvalue()
 
 
+def test_a_title_may_be_wider_than_its_table(printed: io.StringIO) -> None:
+    title = "a title of several words above a narrow table"
+    view.table(title, ["c"], [["1"]])
+    assert title in printed.getvalue().splitlines()
+
+
 def test_control_characters_are_shown_not_sent(printed: io.StringIO) -> None:
     view.table("a\x1b[2Jb", ["c\x07"], ["d\x1b", ["e\r"]])
     view.line("f\x1b")

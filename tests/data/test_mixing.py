@@ -12,6 +12,8 @@ from remap.data import keyed
 from remap.data.batches import Batch, Plan, batches, closed_view
 from remap.data.mixing import DRAWS, mix
 from remap.data.views import ViewSource
+from remap.progress import Silent
+from remap.remapping.labels import Labels
 
 Noise = Callable[..., ViewSource]
 PLAN = Plan(
@@ -207,6 +209,22 @@ def test_each_epoch_mixes_anew_even_when_views_are_replayed(noise: Noise) -> Non
 def test_without_mixing_there_are_no_others(noise: Noise) -> None:
     (batch, *_) = batches(noise(23), replace(PLAN, mixup=0.0, cutmix=0.0), 0)
     assert batch.other_B is None and batch.share_B is None
+
+
+@pytest.mark.parametrize("chance", [1.0, 0.5])
+def test_the_mean_over_labelled_images_is_one_of_mixed_images_too(noise: Noise, chance: float) -> None:
+    """Source: a loss of 1 for every image has a mean of 1; here over 210 batches of 20 images, a third labelled."""
+    source = noise(60)
+    source.load(Silent(), "images")
+    source.split.labels[20:] = -1
+    plan = replace(PLAN, images=60, batch_size=20, augment="none", mix_probability=chance)
+    means = [
+        Labels(batch.labels_B, batch.other_B, batch.share_B, plan.known(20 / 60)).mean(torch.ones(20)).item()
+        for epoch in range(70)
+        for batch in batches(source, plan, epoch)
+    ]
+    assert abs(np.mean(means) - 1) < 5 * np.std(means) / len(means) ** 0.5 + 0.1
+    assert replace(plan, mixup=0.0, cutmix=0.0).known(0.25) == 0.25 and plan.known(1.0) == 1.0
 
 
 def test_a_pair_has_one_number_whichever_comes_first() -> None:

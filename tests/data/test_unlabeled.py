@@ -62,6 +62,9 @@ def test_a_folder_that_holds_the_labelled_images_is_refused(tree: Tree) -> None:
             open_data(str(root), None, 0.2, str(outer))
     with pytest.raises(DataError, match="holds the labelled ones"):
         open_data(str(root), str(other), 0.2, str(other))
+    for inner, source, val in ((root / "val", root, None), (other / "val", root, other)):
+        with pytest.raises(DataError, match="holds images to evaluate on"):
+            open_data(str(source), val and str(val), 0.2, str(inner))
     assert len(open_data(str(root), None, 0.2, str(root / "train")).unlabeled) == 8
     assert len(open_data(str(root), None, 0.2, str(other)).unlabeled) == 4
 

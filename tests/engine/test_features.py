@@ -74,6 +74,26 @@ def test_features_are_not_kept_where_they_cannot_be(
     assert any(why in text for text in progress.said) if why else True
 
 
+@pytest.mark.parametrize(
+    ("settings", "teacher"), [(["teacher.cache=off"], None), ([], "ema")], ids=["asked each step", "running average"]
+)
+def test_a_teacher_that_looks_at_each_batch_gets_the_images(
+    tiny: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    largest_difference: Callable[..., float],
+    settings: list[str],
+    teacher: str | None,
+) -> None:
+    """The student's frozen features are kept, so the student itself needs no images."""
+    recipe = tiny.recipe(*settings, method="linear", losses="ce,kd", **({"teacher": teacher} if teacher else {}))
+    kept = start(recipe, tmp_path / "kept")
+    monkeypatch.setattr(running, "features_in_training", lambda parts, progress: {})
+    whole = start(recipe, tmp_path / "whole")
+    assert largest_difference(kept.student.tensors, whole.student.tensors) < 2e-3
+    assert kept.summary["final_losses"] == pytest.approx(whole.summary["final_losses"], rel=1e-2, abs=1e-6)
+
+
 def test_resuming_with_kept_features_is_exact(
     tiny: Any, tmp_path: Path, watch: Callable[..., Any], largest_difference: Callable[..., float]
 ) -> None:

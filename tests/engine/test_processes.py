@@ -78,6 +78,29 @@ def test_two_processes_train_the_student_of_one(
     assert _names(tmp_path / "two") == _names(tmp_path / "one")
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("data.augment=shift", "data.views=2", "teacher.cache=disk", "data.labels=12"), {"also": "self"}),
+        (("data.augment=shift", "data.mixup=0.8", "data.cutmix=1.0", "train.accumulation=2"), {"also": "ema"}),
+    ],
+    ids=["closed views on disk, few labels", "mixing, an average"],
+)
+def test_two_processes_share_teachers_and_lessons(
+    tiny: Any, tmp_path: Path, start_process: Start, settings: tuple[str, ...], words: dict[str, str]
+) -> None:
+    """As above; each process computes half of what is kept on disk, and rows of both are read by both."""
+    settings = (*settings, "teacher.allow_weak=true")
+    words = {"losses": "ce,kd,feature", "teacher": f"{tiny.teacher},{words['also']}"}
+    process = start_process(*TWO, "distill", *tiny.arguments(*settings, **words), f"--output={tmp_path / 'two'}")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    start(tiny.recipe(*settings, "teacher.cache=off", **words), tmp_path / "one")
+    one, two = _tensors(tmp_path / "one"), _tensors(tmp_path / "two")
+    for name, tensor in one.items():
+        assert torch.allclose(two[name], tensor, atol=1e-5, rtol=0), name
+
+
 def test_processes_that_the_launcher_did_not_start_are_missed(tiny: Any, tmp_path: Path, start_process: Start) -> None:
     process = start_process("remap_cli", "distill", *tiny.arguments(), "--processes=2", f"--output={tmp_path / 'run'}")
     _, errors = process.communicate(timeout=60)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,21 @@ def test_unequal_micro_batches_count_by_their_images(tiny: Any, job_of: Callable
     assert float(sums["loss"]) == pytest.approx(loss.item(), rel=1e-6)
     for name, parameter in job.parameters().items():
         assert torch.allclose(found[name], parameter.grad, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "says"), [(1, None), (2, "rkd, dist: .* of 4, so"), (8, "of 1, .* nothing to")]
+)
+def test_losses_over_a_batch_say_that_they_see_parts(
+    tiny: Any, tmp_path: Path, watch: Callable[..., Any], accumulation: int, says: str | None
+) -> None:
+    progress = watch(lambda done: None)
+    recipe = tiny.recipe(
+        f"train.accumulation={accumulation}", "train.epochs=1", "train.warmup_epochs=0", losses="ce,rkd,dist"
+    )
+    start(recipe, tmp_path / "run", progress)
+    found = [line for line in progress.said if "within each part" in line]
+    assert len(found) == (says is not None) and all(re.search(says, line) for line in found)
 
 
 def test_a_step_that_cannot_be_divided_is_refused(tiny: Any, tmp_path: Path) -> None:

@@ -33,6 +33,16 @@ def test_images_without_labels_need_a_loss_that_reads_none(values: dict[str, Any
     )
 
 
+def test_the_classifier_is_trained_by_what_counts() -> None:
+    """Labels teach nothing on images without any, and a weight of 0 nothing at all."""
+    unlabeled = {"data": {"labels": 50, "unlabeled_only": True}, "teacher": "a"}
+    (line,) = problems(**unlabeled, losses="ce,feature")
+    assert line.startswith("data.unlabeled_only: none of the losses trains the classifier without labels")
+    assert validate({**unlabeled, "losses": "feature,kd"}, "here")
+    (line,) = problems(teacher="a", losses="ce:0,feature")
+    assert line.startswith("losses: none of them trains the classifier")
+
+
 def test_few_labels_alone_are_a_task_of_their_own() -> None:
     """The student without a teacher that few labels are compared with."""
     assert validate({"data": {"labels": 50}}, "here").needs_labels
@@ -41,6 +51,26 @@ def test_few_labels_alone_are_a_task_of_their_own() -> None:
 def test_only_images_without_labels_must_come_from_somewhere() -> None:
     (line,) = problems(data={"unlabeled_only": True}, teacher="a")
     assert line == "data.unlabeled_only: all images have labels (set data.unlabeled or data.labels)"
+
+
+def test_views_without_augmentation_are_one() -> None:
+    (line,) = problems(data={"views": 4})
+    assert line.startswith("data.views: without augmentation an image has one view only")
+    assert validate({"data": {"views": 4, "augment": "shift"}}, "here")
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"teacher": {"model": "ema", "cache": "disk"}}, "the running average of the student changes"),
+        ({"teacher": {"model": "a", "cache": "memory"}, "data": {"cutmix": 1.0}}, "mixed images are new"),
+        ({"teacher": {"model": "a", "cache": "disk"}, "data": {"augment": "shift"}}, "views are new in every epoch"),
+    ],
+)
+def test_outputs_that_change_are_kept_nowhere(values: dict[str, Any], why: str) -> None:
+    """Known from the recipe alone, so nobody waits for a teacher to be prepared first."""
+    (line,) = problems(**values)
+    assert line.startswith(f"teacher.cache: nothing can be kept, since {why}")
 
 
 @pytest.mark.parametrize(
@@ -65,7 +95,8 @@ def test_mixing_is_on_when_either_way_is() -> None:
 
 
 def test_the_word_sets_the_folder_and_the_rest_goes_by_its_place() -> None:
-    recipe = resolve(words={"teacher": "a", "unlabeled": "more"}, settings=["data.mixup=0.2", "data.views=3"])
+    settings = ["data.mixup=0.2", "data.augment=shift", "data.views=3"]
+    recipe = resolve(words={"teacher": "a", "unlabeled": "more"}, settings=settings)
     assert (recipe.data.unlabeled, recipe.data.mixup, recipe.data.views) == ("more", 0.2, 3)
     assert recipe.data.labeled_part() == recipe.data.model_copy(update={"unlabeled": None})
 

@@ -134,6 +134,48 @@ def test_a_list_that_is_none_is_one_line(value: str, says: str) -> None:
     assert line.startswith(says)
 
 
+@pytest.mark.parametrize(
+    ("loss", "setting", "says"),
+    [
+        ("tokens", "layers=5", "losses[1].layers: '5' is not one of last, uniform, and no list"),
+        ("tokens", "layers=lst", "losses[1].layers: 'lst' is not one of last, uniform, and no list; did you mean"),
+        ("tokens", "layers=[[0]]", "losses[1].layers[0][1]: missing, got [0]"),
+        ("tokens", "layers=[[0, a]]", "losses[1].layers[0][1]: should be a valid integer"),
+        ("torchdistill", "options={dist_factor: [1]}", "losses[1].options.dist_factor: should be a valid boolean or a"),
+        ("torchdistill", "loss=ATLoss", "losses[1]: ATLoss cannot read"),
+    ],
+)
+def test_a_value_of_several_kinds_is_one_line(loss: str, setting: str, says: str) -> None:
+    (line,) = problems(words={"teacher": "a", "losses": f"ce,{loss}"}, settings=[f"losses.{loss}.{setting}"])
+    assert line.startswith(says)
+
+
+def test_an_unknown_loss_is_blamed_for_nothing_else() -> None:
+    (line,) = problems(words={"teacher": "a", "losses": "tokenz"})
+    assert line.startswith("losses[0].name: unknown loss 'tokenz'; did you mean 'tokens'?")
+
+
+def test_a_loss_that_is_not_there_says_how_it_comes_in() -> None:
+    (line,) = problems(words={"teacher": "a"}, settings=["losses.tokens.layers=uniform"])
+    assert line.endswith("(the losses are ce,kd,attention; name them all: --losses ce,kd,attention,tokens)")
+
+
+def test_words_may_be_whole_sections() -> None:
+    """In Python; the words of single fields go into them, wherever they stand."""
+    data, student = {"source": "photos", "mixup": 0.8}, {"model": "s", "image_size": 32}
+    teachers = ["a", {"model": "b", "weight": 0.5}]
+    recipe = resolve(words={"unlabeled": "more", "data": data, "student": student, "teacher": teachers})
+    assert (recipe.data.source, recipe.data.unlabeled, recipe.data.mixup) == ("photos", "more", 0.8)
+    assert (recipe.name, recipe.student.model, recipe.student.image_size) == ("photos", "s", 32)
+    assert [(spec.model, spec.weight) for spec in recipe.teachers] == [("a", 1.0), ("b", 0.5)]
+
+
+@pytest.mark.parametrize("word", ["a,", ",a", "a,,b:0.5"])
+def test_a_teacher_without_a_name_is_refused(word: str) -> None:
+    (line,) = problems(words={"teacher": word})
+    assert line == f"teacher: a name is missing in '{word}'"
+
+
 def test_a_file_that_is_no_yaml_and_a_broken_setting_come_together(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("a: 1\na: 2")
@@ -183,6 +225,22 @@ def test_another_method_takes_none_of_the_recipes_options(tmp_path: Path) -> Non
     assert resolve(tmp_path / "a.yaml", {"method": "bitfit"}).method.options == {}
 
 
+@pytest.mark.parametrize(
+    "form", ["teacher: [a, {model: b, weight: 2}]", "teacher: a\nmore_teachers: [{model: b, weight: 2}]"]
+)
+def test_the_teachers_of_a_recipe_can_be_named_anew_and_set(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "two.yaml"
+    path.write_text(f"name: two\n{form}\n")
+
+    def found(words: dict[str, str], *settings: str) -> list[tuple[str, float, bool]]:
+        teachers = resolve(path, words, settings).teachers
+        return [(teacher.model, teacher.weight, teacher.allow_weak) for teacher in teachers]
+
+    assert found({}, "teacher.allow_weak=true") == [("a", 1.0, True), ("b", 2.0, False)]
+    assert found({"teacher": "c"}) == [("c", 1.0, False)]
+    assert found({"teacher": "c:3,ema"}, "teacher.allow_weak=true") == [("c", 3.0, True), ("ema", 1.0, False)]
+
+
 @pytest.mark.parametrize("settings", [["teacher=a", "losses.kd.weight=2"], ["losses.kd.weight=2", "teacher=a"]])
 def test_a_loss_is_reached_by_name_in_any_order(settings: list[str]) -> None:
     losses = resolve(settings=settings).losses
@@ -209,7 +267,7 @@ REFUSED = {
     "losses=[]": "losses: at least one loss is needed",
     "losses=ce:0": "losses: every weight is 0, nothing would be learned",
     "losses=ce,ce": "losses: 'ce' is given twice",
-    "losses=kd": "losses: kd need a teacher (set teacher.model, or keep to ce)",
+    "losses=kd": "losses: kd needs a teacher (set teacher.model, or keep to ce)",
     "train.warmup_epochs=30": "train.warmup_epochs: 30.0 must be less than train.epochs 30",
     "train.accumulation=7": "train.batch_size: 64 is not a multiple of accumulation 7",
     "name=a/b": "name: 'a/b' may hold letters",

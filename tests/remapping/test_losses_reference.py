@@ -16,7 +16,7 @@ from torchdistill.losses.mid_level import DISTLoss
 from remap.backbones.anatomy import Anatomy
 from remap.remapping import LOSSES
 from remap.remapping.labels import Labels
-from remap.remapping.objective import LossTerm, Pair
+from remap.remapping.objective import LossTerm, Objective, Pair
 from remap.remapping.signals import Attention, Signals
 
 Array = NDArray[np.float64]
@@ -212,3 +212,25 @@ def test_orthogonal_projector_keeps_lengths_while_training(pair: Pair) -> None:
     last = f64(term.projector.weight)
     assert np.abs(last - first).max() > 1e-3
     np.testing.assert_allclose(last.T @ last, np.eye(16), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "apart"),
+    [({"ce": 1.0}, False), ({"kd": 1.0}, False), ({"ce": 1.0, "kd": 0.0}, False), ({"ce": 1.0, "kd": 1.0}, True)],
+)
+def test_both_classifiers_of_a_distilled_student_are_trained(
+    pair: Pair, logits: tuple[Signals, Signals], weights: dict[str, float], apart: bool
+) -> None:
+    # Source: DeiT: labels and teacher have a classifier each, and the answer is their mean. Where only one of them
+    # speaks, it speaks to the answer, which has a gradient to both.
+    one_BC, other_BC = (torch.randn(6, 5, requires_grad=True) for _ in range(2))
+    answer_BC = (one_BC + other_BC) / 2
+    terms = {name: LOSSES.load(name)(pair, LOSSES.load(name).Config()) for name in weights}
+    objective = Objective(terms, weights)
+    labels = Labels(CLASSES_OF_IMAGES)
+    total, parts = objective(Signals(answer_BC, head_logits=(one_BC, other_BC)), [objective.targets(logits[1])], labels)
+    for name, found in parts.items():
+        read_BC = {"ce": one_BC, "kd": other_BC}[name] if apart else answer_BC
+        assert found.item() == pytest.approx(value(name, pair, Signals(read_BC), logits[1]), rel=1e-6)
+    total.backward()
+    assert one_BC.grad.abs().sum() > 0 and other_BC.grad.abs().sum() > 0

@@ -116,6 +116,8 @@ class LogitsBridge(LossTerm):
         loss: Built with ``OUTPUT_OF_BOTH`` as its module paths; called with (student io, teacher io, labels).
     """
 
+    classifier = "teacher"
+
     def __init__(self, pair: Pair, config: Options, loss: nn.Module) -> None:
         super().__init__(pair, config)
         self.loss = loss
@@ -137,7 +139,12 @@ class Dist(LogitsBridge):
     """
 
     class Config(Options):
-        """Options: weight across classes, weight across images, temperature."""
+        """Options.
+
+        beta: Weight of the correlation across classes, image by image.
+        gamma: Weight of the correlation across images, class by class.
+        tau: Temperature; divides the logits of both.
+        """
 
         beta: float = Field(default=1.0, ge=0.0)
         gamma: float = Field(default=1.0, ge=0.0)
@@ -198,6 +205,8 @@ class Torchdistill(TokenTerm):
         teacher = pair.known_teacher("torchdistill")
         reads_tokens = config.signal == "tokens"
         super().__init__(pair, config, ((pair.student.depth - 1, teacher.depth - 1),) if reads_tokens else ())
+        if config.signal == "logits":
+            self.classifier = "teacher"
         self.known = BRIDGED[config.loss]
         self.loss = self.known.build(config.options)
 

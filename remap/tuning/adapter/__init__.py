@@ -100,7 +100,7 @@ ROWS = [
         mergeable=False,
         lr=1e-2,
         needs=frozenset({"sequence"}),
-        unchanged=frozenset({"attention"}),
+        unchanged=frozenset({"attention", "tokens"}),
         alone=True,
     ),
 ]

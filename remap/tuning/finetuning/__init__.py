@@ -28,7 +28,7 @@ ROWS = [
         vit_base=0,
         mergeable=True,
         lr=1e-1,
-        unchanged=frozenset({"attention", "pooled"}),
+        unchanged=frozenset({"attention", "tokens", "pooled"}),
         alone=True,
     ),
     MethodEntry(
@@ -41,7 +41,7 @@ ROWS = [
         vit_base=1_184_256,
         mergeable=False,
         lr=1e-2,
-        unchanged=frozenset({"attention"}),
+        unchanged=frozenset({"attention", "tokens"}),
         alone=True,
     ),
     MethodEntry(
@@ -65,7 +65,7 @@ ROWS = [
         vit_base=2_060_329,
         mergeable=False,
         lr=1e-2,
-        unchanged=frozenset({"attention"}),
+        unchanged=frozenset({"attention", "tokens"}),
         alone=True,
     ),
 ]

@@ -78,7 +78,7 @@ ROWS = [
         mergeable=False,
         lr=3e-2,
         needs=frozenset({"sequence"}),
-        unchanged=frozenset({"attention", "pooled"}),
+        unchanged=frozenset({"attention", "tokens", "pooled"}),
         alone=True,
     ),
 ]

@@ -45,7 +45,7 @@ class ClassRow(BlockTerm):
             raise BackboneError(
                 "attention_cls compares the class tokens' rows, and needs a class token on both sides",
                 given=f"no class token: {' and '.join(without)}",
-                do="use the loss attention or relations, which compare patches",
+                do="compare patches: attention or relations between transformers, tokens or gram with any network",
             )
         if config.heads == "each":
             self.require_equal_heads("product or heads: mean")

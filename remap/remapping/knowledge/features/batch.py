@@ -72,6 +72,12 @@ class Relational(BatchRelation):
     """
 
     class Config(Options):
+        """Options.
+
+        distance: Weight of the distances between pairs.
+        angle: Weight of the angles between triples.
+        """
+
         distance: float = Field(default=1.0, ge=0.0)
         angle: float = Field(default=2.0, ge=0.0)
 
@@ -98,6 +104,11 @@ class ProbabilisticTransfer(BatchRelation):
     """
 
     class Config(Options):
+        """Options.
+
+        self_similarity: Count each image as a neighbour of itself too.
+        """
+
         self_similarity: bool = False
 
     config: Config

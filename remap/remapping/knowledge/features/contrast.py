@@ -31,6 +31,12 @@ class ContrastiveRepresentation(LossTerm):
     """
 
     class Config(Options):
+        """Options.
+
+        width: Of the space in which both features are compared.
+        temperature: Divides the cosines.
+        """
+
         width: int = Field(default=128, ge=1)
         temperature: float = Field(default=0.07, gt=0.0)
 

@@ -85,6 +85,11 @@ class MaskedGeneration(TokenTerm):
     """
 
     class Config(Options):
+        """Options.
+
+        mask: Share of the student's tokens that are masked.
+        """
+
         mask: float = Field(default=0.5, gt=0.0, lt=1.0)
 
     config: Config

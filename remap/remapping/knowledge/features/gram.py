@@ -28,6 +28,8 @@ class TokenGram(TokenTerm):
         """Options.
 
         layers: "last" (behind the final norm), "uniform" or [[student, teacher], ...] blocks counted from 0.
+        loss: "kl" (of the softmax of each row) or "mse" (of the cosines).
+        temperature: Divides the cosines in front of the softmax of "kl".
         """
 
         layers: Layers = "last"

@@ -44,7 +44,6 @@ class DecoupledDistillation(LogitsTerm):
         temperature: float = Field(default=4.0, gt=0.0)
 
     config: Config
-    uses_labels = True
 
     def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
         temperature = self.config.temperature
@@ -81,7 +80,6 @@ class NormalizedDistillation(LogitsTerm):
         temperature: float = Field(default=1.0, gt=0.0)
 
     config: Config
-    uses_labels = True
 
     def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
         temperature = self.config.temperature

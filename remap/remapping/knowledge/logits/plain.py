@@ -16,7 +16,7 @@ from remap.tuning.base import Options
 
 def answer_to_labels(student: Signals) -> Tensor:
     """The student's logits that labels are compared with: those of the class token, if a distillation token has its
-    own (Touvron et al. 2021, DeiT, arXiv 2012.12877)."""
+    own (Touvron et al. 2021, DeiT, arXiv 2012.12877) and learns from a teacher (``Objective`` sees to that)."""
     return student.head_logits[0] if student.head_logits else student.logits_BC
 
 
@@ -39,7 +39,7 @@ class CrossEntropy(LossTerm):
 
     config: Config
     uses_teacher = False
-    uses_labels = True
+    classifier = "labels"
 
     def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
         logits_BC = answer_to_labels(student).float()
@@ -50,6 +50,8 @@ class CrossEntropy(LossTerm):
 
 class LogitsTerm(LossTerm):
     """A term that compares the answers of both networks, and keeps the teacher's logits for it."""
+
+    classifier = "teacher"
 
     def target(self, teacher: Signals) -> dict[str, Tensor]:
         return logits_of(teacher)

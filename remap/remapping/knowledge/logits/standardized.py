@@ -64,7 +64,6 @@ class LogitStandardization(LogitsTerm):
         super().__init__(pair, config)
         kind: type[LossTerm] = LOSSES.load(config.of)
         self.inner = kind(pair, kind.Config(**config.options))
-        self.uses_labels = kind.uses_labels
 
     def student_needs(self) -> Needs:
         return self.inner.student_needs()
