@@ -7,17 +7,14 @@ import torch
 from torch import Tensor
 
 from remap.backbones.build import Backbone, state_hash
-from remap.backbones.preprocess import Preprocess
 from remap.bench import Bench
-from remap.data import keyed
-from remap.data.views import View, ViewSource
 from remap.engine.launch import accelerator
-from remap.errors import DataError
 from remap.progress import Progress
 from remap.recipe import Recipe
 from remap.remapping.weights import INITS
 from remap.remapping.weights.base import Report, remap_weights
 from remap.runs.task import open_backbone
+from remap.sampling import training_pixels
 
 # Training images that importance is measured on, and how many at once.
 IMAGES, BATCH = 512, 32
@@ -58,7 +55,7 @@ def inherit(student: Backbone, recipe: Recipe, bench: Bench, progress: Progress)
     with progress.wait("initialising the student from the teacher"), torch.random.fork_rng(devices=[]):
         teacher = open_backbone(recipe.teacher, len(bench.classes(recipe.data)))
         teacher.model.to(accelerator().device).requires_grad_(False)
-        sample = _pixels(teacher, recipe, bench) if row.reads_images else None
+        sample = _sample(teacher, recipe, bench) if row.reads_images else None
         report = remap_weights(cls(cls.Config(**spec.options)), teacher, student, sample)
     theirs, mine = teacher.preprocess, student.preprocess
     same = (theirs.mean, theirs.std) == (mine.mean, mine.std)
@@ -70,24 +67,9 @@ def inherit(student: Backbone, recipe: Recipe, bench: Bench, progress: Progress)
     return inherited
 
 
-def _pixels(teacher: Backbone, recipe: Recipe, bench: Bench) -> Iterator[Tensor]:
-    """Training images as the teacher takes them; those of a seed are always the same."""
-    preprocess, split = teacher.preprocess, bench.index(recipe.data).train
-    view = View(preprocess.size, preprocess.crop_pct, preprocess.interpolation)
-    source = ViewSource(split, view, memory_bytes=0.0, workers=recipe.data.workers)
-    normalise = Preprocess(preprocess).to(accelerator().device)
-    order, seen = keyed.permutation(recipe.seed, 0, len(split))[:IMAGES], 0
-    for start in range(0, len(order), BATCH):
-        images_BCHW, good = source.batch(order[start : start + BATCH])
-        seen += len(good)
-        if len(good):
-            yield normalise(images_BCHW.to(accelerator().device))
-    if not seen:
-        raise DataError(
-            f"none of the images that {recipe.student.init.name} should look at can be read",
-            given="; ".join(f"{name} ({reason})" for name, reason in source.bad_names()[:5]),
-            do="repair them, or take an initialisation that looks at no images (weight_selection)",
-        )
+def _sample(teacher: Backbone, recipe: Recipe, bench: Bench) -> Iterator[Tensor]:
+    looking = {"images": IMAGES, "batch_size": BATCH, "instead": "--init weight_selection"}
+    return training_pixels(teacher, recipe.data, recipe.seed, bench, **looking)()
 
 
 def _listed(values: tuple[float, ...]) -> str:

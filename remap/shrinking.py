@@ -1,7 +1,7 @@
 """Students cut from their teacher: inside a run, and on their own as model folders of timm."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from remap.backbones.build import Backbone
-from remap.backbones.preprocess import Preprocess
 from remap.bench import Bench
-from remap.data import keyed
-from remap.data.views import View, ViewSource
 from remap.engine.launch import accelerator
-from remap.errors import BackboneError, DataError
+from remap.errors import BackboneError
 from remap.progress import Progress, Silent
 from remap.recipe.paths import is_run
 from remap.recipe.schema import DataSpec, ModelSpec, Recipe, ShrinkSpec, StudentSpec
@@ -22,6 +19,7 @@ from remap.remapping.architecture.shrink import Shrunk, needs_images, shrink, ta
 from remap.remapping.architecture.skip import gates_of, save_remaining
 from remap.runs.rundir import STUDENT_MODEL, RunDir
 from remap.runs.task import load_task, open_backbone
+from remap.sampling import training_pixels
 
 _BATCH = 16
 
@@ -88,35 +86,16 @@ def cut(
     backbone = open_backbone(teacher, 1)
     target_shape(backbone, spec)  # before any image is read
     backbone.model.to(accelerator().device)
-    batches = _sample(backbone, spec.images, data, seed, bench or Bench()) if needs_images(spec) else _nothing
+    batches = _nothing
+    if needs_images(spec):
+        looking = {"images": spec.images, "batch_size": _BATCH, "instead": "importance=magnitude, blocks=uniform"}
+        batches = training_pixels(backbone, data, seed, bench or Bench(), **looking)
     with progress.wait("cutting the student from the teacher"):
         return shrink(backbone, spec, batches, folder)
 
 
 def _nothing() -> Iterator[Tensor]:
     return iter(())
-
-
-def _sample(backbone: Backbone, count: int, data: DataSpec, seed: int, bench: Bench) -> Callable[[], Iterator[Tensor]]:
-    """Batches of training images as the backbone takes them; those of a seed are always the same."""
-    preprocess, split = backbone.preprocess, bench.index(data).train
-    view = View(preprocess.size, preprocess.crop_pct, preprocess.interpolation)
-    source = ViewSource(split, view, memory_bytes=0.0, workers=data.workers)
-    images_BCHW, _ = source.batch(keyed.permutation(seed, 0, len(split))[:count])
-    if not len(images_BCHW):
-        raise DataError(
-            "none of the images that the student should be cut by can be read",
-            given="; ".join(f"{name} ({reason})" for name, reason in source.bad_names()[:5]),
-            do="repair them, or cut without images: importance=magnitude, blocks=uniform",
-        )
-    device = next(backbone.model.parameters()).device
-    normalise = Preprocess(preprocess).to(device)
-
-    def batches() -> Iterator[Tensor]:
-        for part_BCHW in images_BCHW.split(_BATCH):
-            yield normalise(part_BCHW.to(device))
-
-    return batches
 
 
 def told(found: Shrunk) -> str:

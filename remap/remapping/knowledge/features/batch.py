@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from remap.remapping.items import POOLED, pooled_of
-from remap.remapping.knowledge.features.parts import pooled
+from remap.remapping.items import POOLED
+from remap.remapping.knowledge.features.parts import PooledTerm, pooled
 from remap.remapping.labels import Labels
-from remap.remapping.objective import LossTerm, Pair
-from remap.remapping.signals import Needs, Signals, float32_region
+from remap.remapping.objective import Pair
+from remap.remapping.signals import Signals, float32_region
 from remap.tuning.base import Options
 
 # Squared distances below it count as none: the root has no gradient there.
@@ -31,7 +31,7 @@ SIMILARITY_FLOOR = 1e-6
 ANCHOR_NUMBERS = 2**22
 
 
-class BatchRelation(LossTerm):
+class BatchRelation(PooledTerm):
     """A term that compares how pooled features of a batch lie to each other."""
 
     name = ""
@@ -39,16 +39,6 @@ class BatchRelation(LossTerm):
     def __init__(self, pair: Pair, config: Options) -> None:
         super().__init__(pair, config)
         pair.known_teacher(self.name)
-
-    def student_needs(self) -> Needs:
-        return Needs(pooled=True)
-
-    def teacher_needs(self) -> Needs:
-        return Needs(pooled=True)
-
-    @torch.no_grad()
-    def target(self, teacher: Signals) -> dict[str, Tensor]:
-        return pooled_of(teacher)
 
     def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
         ours_BD, theirs_BD = pooled(student), target[POOLED].float()

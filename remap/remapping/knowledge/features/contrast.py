@@ -7,15 +7,15 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remap.remapping.items import POOLED, pooled_of
-from remap.remapping.knowledge.features.parts import pooled
+from remap.remapping.items import POOLED
+from remap.remapping.knowledge.features.parts import PooledTerm, pooled
 from remap.remapping.labels import Labels
-from remap.remapping.objective import LossTerm, Pair
-from remap.remapping.signals import Needs, Signals, float32_region
+from remap.remapping.objective import Pair
+from remap.remapping.signals import Signals, float32_region
 from remap.tuning.base import Options
 
 
-class ContrastiveRepresentation(LossTerm):
+class ContrastiveRepresentation(PooledTerm):
     """After Tian et al. 2020 (CRD), arXiv 1910.10699: of all images, the student knows the teacher's view of this one.
 
     Both pooled features go through a linear map of their own to ``width`` numbers of length 1; both maps are trained
@@ -47,16 +47,6 @@ class ContrastiveRepresentation(LossTerm):
         teacher = pair.known_teacher("crd")
         self.student_map = nn.Linear(pair.student.width, config.width)
         self.teacher_map = nn.Linear(teacher.width, config.width)
-
-    def student_needs(self) -> Needs:
-        return Needs(pooled=True)
-
-    def teacher_needs(self) -> Needs:
-        return Needs(pooled=True)
-
-    @torch.no_grad()
-    def target(self, teacher: Signals) -> dict[str, Tensor]:
-        return pooled_of(teacher)
 
     def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
         pooled_BD = pooled(student)

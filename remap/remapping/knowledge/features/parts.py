@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import orthogonal
 from remap.backbones.anatomy import Anatomy, Block
 from remap.errors import BackboneError
 from remap.remapping.alignment import pair_blocks, resize_tokens
-from remap.remapping.items import patches_name
+from remap.remapping.items import patches_name, pooled_of
 from remap.remapping.objective import LossTerm, Pair
 from remap.remapping.signals import Needs, Signals
 from remap.tuning.base import Options
@@ -55,6 +55,20 @@ def pooled(signals: Signals) -> Tensor:
     """What enters the classifier (B, D), float32."""
     assert signals.pooled_BD is not None, "the tap was not told to keep pooled features"
     return signals.pooled_BD.float()
+
+
+class PooledTerm(LossTerm):
+    """A term that reads nothing but the pooled features of both."""
+
+    def student_needs(self) -> Needs:
+        return Needs(pooled=True)
+
+    def teacher_needs(self) -> Needs:
+        return Needs(pooled=True)
+
+    @torch.no_grad()
+    def target(self, teacher: Signals) -> dict[str, Tensor]:
+        return pooled_of(teacher)
 
 
 def token_pairs(layers: Layers, pair: Pair, term: str) -> tuple[tuple[int, int], ...]:

@@ -2,18 +2,17 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from remap.remapping.items import POOLED, pooled_of
-from remap.remapping.knowledge.features.parts import Distance, Projector, distance, pooled, projector
+from remap.remapping.items import POOLED
+from remap.remapping.knowledge.features.parts import Distance, PooledTerm, Projector, distance, pooled, projector
 from remap.remapping.labels import Labels
-from remap.remapping.objective import LossTerm, Pair
-from remap.remapping.signals import Needs, Signals, float32_region
+from remap.remapping.objective import Pair
+from remap.remapping.signals import Signals, float32_region
 from remap.tuning.base import Options
 
 
-class PooledFeature(LossTerm):
+class PooledFeature(PooledTerm):
     """Miles et al. 2024 (VkD), arXiv 2403.06213: project the student's pooled feature onto the teacher's.
 
     The pooled feature is what enters the classifier. The teacher's is layer-normed without affine, which takes its
@@ -37,16 +36,6 @@ class PooledFeature(LossTerm):
     def __init__(self, pair: Pair, config: Config) -> None:
         super().__init__(pair, config)
         self.projector = projector(config.projector, pair.student.width, pair.known_teacher("feature").width)
-
-    def student_needs(self) -> Needs:
-        return Needs(pooled=True)
-
-    def teacher_needs(self) -> Needs:
-        return Needs(pooled=True)
-
-    @torch.no_grad()
-    def target(self, teacher: Signals) -> dict[str, Tensor]:
-        return pooled_of(teacher)
 
     def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
         pooled_BD = pooled(student)
