@@ -12,7 +12,7 @@ ROWS = [
         trains="L",
         vit_base=12,
         mergeable=True,
-        lr=3e-2,
+        lr=1e-1,
     ),
     MethodEntry(
         name="attention_copy",
