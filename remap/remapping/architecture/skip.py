@@ -28,20 +28,23 @@ _NAME = "remap_skip"
 
 
 class Skip(Method):
-    """x + g * branch(x) with one gate g >= 0 a block: L parameters. The loss gets ``cost`` * sum of g_l c_l.
+    """x + g * branch(x) with one gate g >= 0 a block: L parameters. The loss gets ``cost`` * (sum c g)^2 / sum c g^2.
 
-    c_l is the block's share of the multiply-adds of all gated layers, so that ``cost`` is the price of the whole
-    network. The gate is the parameter itself, 1 at the start (the pretrained network), and one that falls below 0 is
-    set to 0 after the step: by this projection it reaches 0 exactly, where the block is gone, and can come back,
-    while a sigmoid would neither begin at 1 nor end at 0. Nothing keeps it below 1.
+    c_l is the block's share of the multiply-adds of all gated layers. The fraction is the share of the network that is
+    effectively open: 1 for equal gates, c_l where block l alone is open (the Hoyer-square measure of Yang et al. 2020,
+    arXiv 1908.09979, with these weights). It does not see a common factor of all gates. A plain sum would be paid
+    less by making all of them small together, which the norms behind the blocks hardly notice. The gate is the
+    parameter itself, 1 at the start (the pretrained network), and one that falls below 0 is set to 0 after the step:
+    by this projection it reaches 0 exactly, where the block is gone, and can come back, while a sigmoid would neither
+    begin at 1 nor end at 0. Nothing keeps it below 1.
     NetTailor's gates are a softmax over a block and small layers beside it, trained for the task. Here such a layer is
     another method of a combination: ``skip+adaptformer`` keeps an adapter where a block closes, ``skip+lora`` tunes
     what stays.
     """
 
     class Config(Options):
-        """``cost`` is the price of all blocks together, in units of the loss. ``gates``: one for a block, or one for
-        each of its branches (attention and MLP)."""
+        """``cost`` is the price of the whole network being open, in units of the loss. ``gates``: one for a block, or
+        one for each of its branches (attention and MLP)."""
 
         cost: float = Field(default=1.0, ge=0.0)
         gates: Literal["block", "branch"] = "block"
@@ -118,7 +121,11 @@ class _Attached(Attached):
         return module_at(self.model, path).gate
 
     def penalty(self) -> Tensor:
-        return self.cost * sum(share * self._gate(path).float() for path, share in self.shares.items())
+        gates = {path: self._gate(path).float() for path in self.shares}
+        open_share = sum(share * gates[path] for path, share in self.shares.items())
+        squares = sum(share * gates[path].square() for path, share in self.shares.items())
+        # All closed, nothing is open: 0 / tiny stays 0.
+        return self.cost * open_share.square() / squares.clamp_min(torch.finfo(torch.float32).tiny)
 
     @torch.no_grad()
     def after_step(self, step: int, total: int) -> None:

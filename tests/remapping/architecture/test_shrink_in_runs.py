@@ -166,11 +166,11 @@ def test_images_decide_nothing_where_nothing_is_measured(tiny: Any, tmp_path: Pa
 
 
 def test_a_run_of_skip_gives_what_remains(tiny: Any, tmp_path: Path) -> None:
-    """A price that nothing outweighs: the gates fall. What is written computes what the run's student does."""
+    """A price that nothing outweighs: one block closes in favour of the other. What is written computes the same."""
     recipe = tiny.recipe("method.cost=100.0", "train.lr=0.3", "train.epochs=1", "train.warmup_epochs=0", method="skip")
     result = running.start(recipe, tmp_path / "run")
     gates = [p.item() for name, p in result.student.model.named_parameters() if name.endswith(".gate")]
-    assert len(gates) == 2 and max(gates) < 1.0
+    assert len(gates) == 2 and max(gates) > 2 * min(gates)
     kept, openness = take_out_skipped(result.run_dir, tmp_path / "rest", min(gates) - 1e-6 if min(gates) else -1.0)
     assert openness == pytest.approx(gates) and kept == [0, 1]
     rest = timm.create_model(f"local-dir:{tmp_path / 'rest'}", pretrained=True).eval()
