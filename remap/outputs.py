@@ -101,7 +101,7 @@ def place_of_outputs(parts: Parts, prepared: PreparedTeacher, teacher: Teacher) 
         return Place("memory", in_memory, shapes)
     if has_cache(cache_root(), _key(parts, prepared)):  # room for what it lacks is looked for once that is known
         return Place("disk", on_disk, shapes)
-    if spec.cache == "disk":
+    if spec.cache == "disk" or spec.keeps_less:
         require_space(cache_root(), on_disk)
         return Place("disk", on_disk, shapes)
     return Place("memory", in_memory, shapes) if fits else _disk_if_it_fits(on_disk, shapes)

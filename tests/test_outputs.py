@@ -176,7 +176,7 @@ def test_a_damaged_record_is_computed_again(tiny: Any, tmp_path: Path, watch: An
 def test_top_k_says_how_much_it_keeps(tiny: Any, tmp_path: Path, watch: Any) -> None:
     """Source: the kept probability cannot be more than all of it; with 1 of 3 classes it is the largest."""
     progress = watch(lambda step: None)
-    result = start(tiny.recipe("teacher.cache=disk", "teacher.top_k=1", losses="ce,kd"), tmp_path / "run", progress)
+    result = start(tiny.recipe("teacher.top_k=1", losses="ce,kd"), tmp_path / "run", progress)
     assert torch.isfinite(torch.tensor(result.summary["final_losses"]["kd"]))
     kept = json.loads(next(tmp_path.glob("cache/**/item.json")).read_text())
     assert kept["top_k"] == 1

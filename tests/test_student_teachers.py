@@ -156,6 +156,8 @@ def test_several_teachers_train_a_student(tiny: Any, tmp_path: Path) -> None:
     ("settings", "words", "says"),
     [
         (["teacher.prepare=full"], {"teacher": "self"}, "takes no 'full'"),
+        (["teacher.epochs=3"], {"teacher": "ema"}, "epochs: the teacher 'ema' takes none"),
+        (["teacher.top_k=2", "teacher.cache=memory"], {}, "are for outputs on disk"),
         (["more_teachers=[self]"], {"teacher": None}, "no first teacher"),
         ([], {"teacher": "self,vit_smal"}, "unknown"),
     ],

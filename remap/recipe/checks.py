@@ -4,7 +4,7 @@ from pydantic import BaseModel, ValidationError
 
 from remap.recipe.paths import is_run
 from remap.recipe.problems import lines_of
-from remap.recipe.schema import EMA, DataSpec, Named, Recipe, StudentSpec, TeacherSpec
+from remap.recipe.schema import EMA, OF_OTHERS, DataSpec, Named, Recipe, StudentSpec, TeacherSpec
 from remap.registry import did_you_mean
 from remap.remapping import LOSSES
 from remap.remapping.weights import INITS
@@ -100,6 +100,10 @@ def _teacher_problems(recipe: Recipe) -> list[str]:
     for number, spec in enumerate(recipe.teachers):
         place = f"more_teachers[{number - 1}]" if number else "teacher"
         allowed = ("probe", "none", *METHODS.names)
+        strange = [name for name in OF_OTHERS if spec.is_student and getattr(spec, name) is not None]
+        problems += [f"{place}.{name}: the teacher '{spec.model}' takes none (leave it out)" for name in strange]
+        if spec.keeps_less and spec.cache in ("memory", "off"):
+            problems.append(f"{place}.cache: top_k and cache_dtype are for outputs on disk, not for '{spec.cache}'")
         if spec.is_student and spec.prepare != "probe":
             problems.append(f"{place}.prepare: the teacher '{spec.model}' takes no '{spec.prepare}' (leave it out)")
         elif "+" in spec.prepare or "," in spec.prepare:

@@ -14,6 +14,7 @@ from remap.recipe.checks import method_problems, name_problems, option_problems
 from remap.recipe.problems import lines_of, option_places
 from remap.recipe.schema import (
     EMA,
+    OF_OTHERS,
     SELF,
     DataSpec,
     Recipe,
@@ -239,6 +240,7 @@ def _words(words: Mapping[str, Any], problems: list[str], values: Mapping[str, A
         pairs.append(("more_teachers", teachers[1:]))
     if _of_student(teachers):  # what a recipe says of preparing its own teacher is not meant for the student
         pairs.append(("teacher.prepare", "probe"))
+        pairs += [(f"teacher.{name}", None) for name in OF_OTHERS]
     if words.get("weights") is not None:
         pairs.append(("student.weights", words["weights"]))
         if (words.get("teacher") is not None or values.get("teacher") is not None) and not _of_student(teachers):

@@ -88,6 +88,8 @@ class ModelSpec(Section):
 
 # Teachers that are made of the student.
 SELF, EMA = "self", "ema"
+# What a teacher says of itself that one made of the student cannot.
+OF_OTHERS = ("preset", "image_size", "epochs", "lr")
 
 
 class TeacherSpec(ModelSpec):
@@ -102,8 +104,9 @@ class TeacherSpec(ModelSpec):
         allow_weak: Go on although the teacher is at chance.
         cache: Where its outputs are kept while views are fixed. "auto" goes on with what is on disk already, else
             keeps them in memory, and on disk if they do not fit there; "off" asks it in every step.
-        cache_dtype: How outputs are stored on disk; "auto" is the precision of the run (fp32, or fp16 for bf16).
-        top_k: Store that many class probabilities of an image on disk instead of all logits.
+        cache_dtype: How outputs are stored on disk (where they then are, under "auto"). "auto" is the precision of
+            the run: fp32, or fp16 for bf16.
+        top_k: Store that many class probabilities of an image on disk instead of all logits (as for cache_dtype).
         decay: Of the running average, for "ema"; it rises to this value as min(decay, (1 + step) / (10 + step)).
     """
 
@@ -117,6 +120,11 @@ class TeacherSpec(ModelSpec):
     cache_dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     top_k: int | None = Field(default=None, ge=1)
     decay: float = Field(default=0.999, gt=0.0, lt=1.0)
+
+    @property
+    def keeps_less(self) -> bool:
+        """Whether it says how outputs are stored on disk."""
+        return self.top_k is not None or self.cache_dtype != "auto"
 
     @property
     def is_student(self) -> bool:
