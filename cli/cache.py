@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from remap.files import size
 from remap_cli import options as opt
 from remap_cli import view
 from remap_cli.main import app
@@ -29,7 +30,7 @@ def cache_ls(json: opt.Json = False) -> None:
     if not found:
         view.line(f"No teacher outputs are kept in {root}.")
         return
-    total = view.size(sum(row.bytes for row in found))
+    total = size(sum(row.bytes for row in found))
     view.table(
         f"{len(found)} teacher cache(s) in {root}: {total}",
         ["id", "teacher", "view", "kept", "images", "size", "used"],
@@ -40,7 +41,7 @@ def cache_ls(json: opt.Json = False) -> None:
                 _view(row.key),
                 ", ".join(map(_item, row.items)) or "-",
                 f"{row.images:,}",
-                view.size(row.bytes),
+                size(row.bytes),
                 _ago(row.last_used),
             ]
             for row in found
@@ -94,7 +95,7 @@ def cache_clear(
             }
         )
     else:
-        view.line(f"{len(cleared.removed)} teacher cache(s) cleared, {view.size(cleared.bytes)}.")
+        view.line(f"{len(cleared.removed)} teacher cache(s) cleared, {size(cleared.bytes)}.")
     for row in cleared.in_use:
         view.note(f"left, since a running command uses it: {row.id[:8]} ({row.key.get('teacher', '-')})")
 
@@ -105,7 +106,7 @@ def _ask(chosen: "list[Cache]") -> None:
     from remap.errors import RemapError
 
     for row in chosen:
-        view.note(f"{row.id[:8]}  {row.key.get('teacher', '-')}, {row.images:,} images, {view.size(row.bytes)}")
+        view.note(f"{row.id[:8]}  {row.key.get('teacher', '-')}, {row.images:,} images, {size(row.bytes)}")
     if not sys.stdin.isatty():
         raise RemapError("clearing asks first, and there is nobody to answer", do="say it beforehand: --yes")
     typer.confirm(f"Delete {len(chosen)} teacher cache(s)?", abort=True, err=True)
@@ -149,13 +150,13 @@ def cache_build(
         view.table(
             f"Outputs of {one['teacher']}, kept on disk",
             ["output", "row", "size"],
-            [[row["name"], "x".join(map(str, row["shape"])) or "1", view.size(row["bytes"])] for row in one["items"]],
+            [[row["name"], "x".join(map(str, row["shape"])) or "1", size(row["bytes"])] for row in one["items"]],
             right=(1, 2),
             wrap=(0,),
         )
         view.line(
             f"{one['images']:,} images, {one['computed']:,} of them computed now in "
-            f"{view.duration(one['seconds'])}; {view.size(one['bytes'])}\n{one['folder']}"
+            f"{view.duration(one['seconds'])}; {size(one['bytes'])}\n{one['folder']}"
         )
     if not found:
         view.line("No loss listens to the teacher: there is nothing to keep.")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from remap.files import size
 from remap_cli import view
 
 
@@ -54,10 +55,10 @@ def show(found: dict[str, Any]) -> None:
             ["learning rate", f"{found['learning_rate']:.3g}"],
             ["time", f"{view.duration(guess['seconds'])} ({guess['steps']:,} steps of {guess['step_seconds']:.3g} s)"],
             ["preparing the teacher", f"{view.duration(guess['preparing_seconds'])} of it"],
-            ["memory", f"{view.size(guess['memory_bytes'])} (activations {view.size(guess['activation_bytes'])})"],
+            ["memory", f"{size(guess['memory_bytes'])} (activations {size(guess['activation_bytes'])})"],
             ["teacher outputs kept", _kept(found)],
-            ["frozen features kept", view.size(guess["features_bytes"])],
-            ["disk", f"{view.size(guess['disk_bytes'])} (of it to keep: {view.size(guess['task_bytes'])})"],
+            ["frozen features kept", size(guess["features_bytes"])],
+            ["disk", f"{size(guess['disk_bytes'])} (of it to keep: {size(guess['task_bytes'])})"],
         ],
         wrap=(1,),
     )
@@ -71,7 +72,7 @@ def _model(model: dict[str, Any]) -> str:
 def _kept(found: dict[str, Any]) -> str:
     """Where the outputs of each teacher are kept."""
     words = [
-        f"{view.size(one['outputs_bytes'])} {'in memory' if one['outputs'] == 'memory' else 'on disk'}"
+        f"{size(one['outputs_bytes'])} {'in memory' if one['outputs'] == 'memory' else 'on disk'}"
         if one["outputs"] in ("memory", "disk")
         else {"each step": "none: asked in every step", "not read": "none: no loss reads them"}[one["outputs"]]
         for one in found["teachers"]
@@ -92,8 +93,8 @@ def _terms(found: dict[str, Any]) -> None:
                 f"{term['weight']:.3g}",
                 f"{found['losses'][term['name']]:.4g}",
                 f"{1000 * term['seconds']:.3g} ms",
-                view.size(term["memory_bytes"]),
-                view.size(term["cache_bytes"]) if term["cache_bytes"] else "-",
+                size(term["memory_bytes"]),
+                size(term["cache_bytes"]) if term["cache_bytes"] else "-",
                 pairs or "-",
             ]
         )

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from remap.errors import RecipeError
+from remap.files import size
 from remap.recipe import Recipe, resolve, resolve_distill
 from remap.runs.objective import without_idle_losses
 from remap_cli import estimates, view
@@ -124,7 +125,7 @@ def _show(summary: dict[str, Any], json: bool) -> None:
             f"{student['accuracy']:.1%}",
             view.count(student["total_parameters"]),
             f"{view.count(student['trainable_parameters'])} ({share:.1%})",
-            view.size(student["task_bytes"]),
+            size(student["task_bytes"]),
         ]
     )
     data = summary["data"]

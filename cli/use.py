@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from remap.files import size
 from remap_cli import options as opt
 from remap_cli import view
 from remap_cli.main import app
@@ -132,7 +133,7 @@ def _show(table: dict) -> None:
             cell(row["teacher"]),
             f"{100 * row['gain']:+.1f}",
             f"{row['teacher']['seconds']:.0f}",
-            view.size(row["task_bytes"]),
+            size(row["task_bytes"]),
         ]
         rows.append((row["category"].removesuffix(" tuning"), cells))
     count = len(table["seeds"])

@@ -90,15 +90,6 @@ def count(number: int) -> str:
     return f"{number:,}" if number < 1_000_000 else f"{number / 1e6:.1f} M"
 
 
-def size(number: float) -> str:
-    """Bytes in the unit a reader would choose."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"
-
-
 def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"

@@ -4,29 +4,19 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from remap.assembly import Parts, assemble, feature_bytes
+from remap.assembly import Parts, assemble
 from remap.bench import Bench
-from remap.data import keyed
 from remap.data.batches import closed_views
-from remap.engine.fit import StudentStep
 from remap.engine.launch import accelerator, check_processes
-from remap.engine.teacher import Teacher
 from remap.network import Network
 from remap.outputs import Place, listening_teacher, place_of_outputs
 from remap.progress import Progress
 from remap.recipe.schema import EMA, Recipe
-from remap.remapping.labels import Labels
-from remap.remapping.objective import LossTerm, Objective
-from remap.remapping.signals import Signals
 from remap.runs.objective import without_idle_losses
 from remap.teachers import PreparedTeacher, needs_logits, teacher_recipe
-
-# Images of the first trial batch. A second one is as much larger, up to the run's own, as about this many seconds
-# allow: fixed costs of a step weigh less in a larger one.
-TRIAL_IMAGES, TRIAL_SECONDS = 8, 4.0
+from remap.trial import Trial, push
 
 
 @dataclass(frozen=True)
@@ -75,7 +65,7 @@ def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     numbers = [number for number in range(len(parts.teachers)) if parts.objective.listens_to(number)]
     teachers = {number: listening_teacher(parts, number) for number in numbers}
     places = {number: place_of_outputs(parts, parts.teachers[number], teacher) for number, teacher in teachers.items()}
-    trial = _trial(parts, teachers)
+    trial = push(parts, teachers)
     preparing = sum(
         _preparing_seconds(parts, teacher, trial.teacher_seconds.get(number, 0.0), progress, bench)
         for number, teacher in enumerate(parts.teachers)
@@ -110,7 +100,7 @@ def _teacher(teacher: PreparedTeacher, place: Place | None) -> dict[str, Any]:
     return {**_model(teacher.network), "source": teacher.spec.model, "weight": teacher.spec.weight, **where}
 
 
-def _terms(parts: Parts, trial: "_Trial", places: dict[int, Place]) -> list[dict[str, Any]]:
+def _terms(parts: Parts, trial: Trial, places: dict[int, Place]) -> list[dict[str, Any]]:
     """What each term costs by itself: seconds and bytes of one step, bytes of kept teacher outputs for all images."""
     rows, size = [], parts.recipe.train.batch_size // parts.recipe.train.accumulation
     views = len(parts.lessons.split) * closed_views(parts.recipe.data)
@@ -166,170 +156,6 @@ def trainable_rows(parts: Parts) -> list[dict[str, Any]]:
     ]
 
 
-@dataclass(frozen=True)
-class _TermCost:
-    """What one image costs in one term: seconds of forward and backward, bytes kept between, bytes of its items."""
-
-    seconds: float
-    memory_bytes: float
-    item_bytes: int
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """What one image costs: seconds of each teacher, of the student's step, of its forward pass alone and of its frozen
-    part where that is kept, bytes kept for the backward pass; and the bytes of the frozen features of all images."""
-
-    teacher_seconds: dict[int, float]
-    student_seconds: float
-    forward_seconds: float
-    stem_seconds: float
-    features_bytes: int
-    activation_bytes: int
-    losses: dict[str, float]
-    terms: dict[str, _TermCost]
-
-
-class _Saved:
-    """Bytes that autograd keeps for the backward pass, parameters left out, each storage once."""
-
-    def __init__(self) -> None:
-        self._sizes: dict[int, int] = {}
-
-    @property
-    def nbytes(self) -> int:
-        return sum(self._sizes.values())
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            self._sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-
-def _trial(parts: Parts, teachers: dict[int, Teacher]) -> _Trial:
-    spec, images = parts.recipe.train, len(parts.lessons.split)
-    most = min(images, max(1, spec.batch_size // (spec.accumulation * accelerator().num_processes)))
-    count = min(TRIAL_IMAGES, most)
-    trial = _measured(parts, teachers, count)
-    # A batch goes twice through teachers and student.
-    each = 2 * (sum(trial.teacher_seconds.values()) + trial.stem_seconds + trial.student_seconds)
-    larger = min(most, int(TRIAL_SECONDS / each))
-    if larger < 2 * count:
-        return trial
-    try:
-        return _measured(parts, teachers, larger)
-    except torch.OutOfMemoryError:  # of a GPU
-        return trial
-
-
-def _measured(parts: Parts, teachers: dict[int, Teacher], count: int) -> _Trial:
-    device, recipe = accelerator().device, parts.recipe
-    source = parts.lessons
-    indices = keyed.permutation(recipe.seed, 0, len(source.split))[:count]
-    images, good = source.batch(indices)
-    images, classes = images.to(device), torch.from_numpy(source.split.labels[good]).to(device)
-    labels = Labels(classes, labeled=parts.labeled_share)
-    step = StudentStep(parts.student, parts.objective, bf16=parts.bf16).to(device)
-    features = _features(parts)
-    parts.student.attached.train()
-    targets: list[dict[str, Tensor]] = [{} for _ in parts.teachers] or [{}]
-    teacher_seconds = dict.fromkeys(teachers, 0.0)
-    for _ in range(2):  # the first warms up
-        for number, teacher in teachers.items():
-            _wait(device)
-            started = time.perf_counter()
-            targets[number] = teacher.items(images)
-            _wait(device)
-            teacher_seconds[number] = (time.perf_counter() - started) / len(good)
-        saved = _Saved()
-        asked = time.perf_counter()
-        kept = step.runner.stem(images) if features else None
-        _wait(device)
-        begun = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(saved, _same):
-            total, parts_of_loss = step(images, targets, labels, kept)
-        total.backward()
-        losses = {name: value.item() for name, value in {"total": total, **parts_of_loss}.items()}
-        done = time.perf_counter()
-    with torch.no_grad():
-        _wait(device)
-        forward_from = time.perf_counter()
-        signals = step.runner(images, kept)
-        _wait(device)
-        forward = time.perf_counter() - forward_from
-    terms = _term_costs(parts.objective, signals, targets, labels)
-    step.runner.tap.close()
-    for parameter in (*parts.student.trained.values(), *parts.objective.parameters()):
-        parameter.grad = None
-    return _Trial(
-        teacher_seconds,
-        (done - begun) / len(good),
-        forward / len(good),
-        (begun - asked) / len(good),
-        features,
-        saved.nbytes // len(good),
-        losses,
-        terms,
-    )
-
-
-def _term_costs(
-    objective: Objective, signals: Signals, targets: list[dict[str, Tensor]], labels: Labels
-) -> dict[str, _TermCost]:
-    """Each term run by itself on the signals of one forward pass."""
-    found, count, device = {}, len(labels.classes_B), labels.classes_B.device
-    for name, term in objective.terms.items():
-        items = targets[objective.teacher_of[name]] if term.uses_teacher else {}
-        for _ in range(2):  # the first warms up
-            leaves, saved = signals.leaves(), _Saved()
-            _wait(device)
-            started = time.perf_counter()
-            with torch.autograd.graph.saved_tensors_hooks(saved, _same):
-                value = term(leaves, items, labels)
-            value.backward()
-            _wait(device)
-            seconds = time.perf_counter() - started
-        used = _items_read(term, leaves, items, labels)
-        size = sum(items[key][0].numel() * items[key].element_size() for key in used)
-        found[name] = _TermCost(seconds / count, saved.nbytes / count, size)
-    return found
-
-
-class _Reading(dict):
-    """Items that remember which of them were read."""
-
-    def __init__(self, items: dict[str, Tensor]) -> None:
-        super().__init__(items)
-        self.read: set[str] = set()
-
-    def __getitem__(self, key: str) -> Tensor:
-        self.read.add(key)
-        return super().__getitem__(key)
-
-
-@torch.no_grad()
-def _items_read(term: LossTerm, signals: Signals, items: dict[str, Tensor], labels: Labels) -> set[str]:
-    reading = _Reading(items)
-    term(signals, reading, labels)
-    return reading.read
-
-
-def _features(parts: Parts) -> int:
-    """Bytes of the student's frozen features, 0 where they are not kept."""
-    needed = feature_bytes(parts) or 0
-    return needed if needed <= parts.recipe.data.memory_gib * 2**30 else 0
-
-
-def _wait(device: torch.device) -> None:
-    """Work on a GPU runs behind the program; a clock must wait for it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def _preparing_seconds(parts: Parts, teacher: PreparedTeacher, each: float, progress: Progress, bench: Bench) -> float:
     """What giving a teacher a head takes: a forward pass over the labelled images for a probe, else a run of its own
     (``teacher_recipe``), which is estimated like any other.
@@ -344,10 +170,10 @@ def _preparing_seconds(parts: Parts, teacher: PreparedTeacher, each: float, prog
         return each * len(parts.views.train.split) / accelerator().num_processes
     tuning = assemble(teacher_recipe(recipe, spec).written_out(), None, progress, bench)
     tuning.objective.to(accelerator().device)
-    return _estimate(tuning, {}, _trial(tuning, {}), 0.0, 0.0).seconds
+    return _estimate(tuning, {}, push(tuning, {}), 0.0, 0.0).seconds
 
 
-def _estimate(parts: Parts, places: dict[int, Place], trial: _Trial, preparing: float, building: float) -> Estimate:
+def _estimate(parts: Parts, places: dict[int, Place], trial: Trial, preparing: float, building: float) -> Estimate:
     recipe, lessons, val = parts.recipe, parts.lessons, parts.views.val
     spec, processes = recipe.train, accelerator().num_processes
     micro = max(1, spec.batch_size // (spec.accumulation * processes))

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: write beside, flush to disk, rename."""
+"""Files that are either whole or absent: write beside, flush to disk, rename; and their sizes in words."""
 
 import contextlib
 import json
@@ -68,3 +68,12 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read {path}: {error}", do="name a run directory that `remap` wrote") from error
+
+
+def size(nbytes: float) -> str:
+    """Bytes in the unit a reader would choose."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"

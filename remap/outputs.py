@@ -21,6 +21,7 @@ from remap.engine.teacher import (
     missing_rows,
 )
 from remap.errors import DataError, RemapError
+from remap.files import size
 from remap.progress import Progress
 from remap.recipe.checks import what_changes
 from remap.recipe.schema import EMA, TeacherSpec
@@ -47,7 +48,7 @@ def listening_teacher(parts: Parts, number: int) -> Teacher:
     prepared = parts.teachers[number]
     arguments = (prepared.network, parts.objective, number, accelerator())
     if prepared.spec.model == EMA:
-        return AverageTeacher(*arguments, bf16=parts.bf16, spec=prepared.spec)
+        return AverageTeacher(*arguments, bf16=parts.bf16, decay=prepared.spec.decay)
     return Teacher(*arguments, bf16=parts.bf16)
 
 
@@ -152,7 +153,7 @@ def _in_memory(
 ) -> None:
     source, names = parts.recipe.data.model_dump_json(), tuple(place.shapes)
     seed = parts.recipe.seed if parts.recipe.data.augment != "none" else None
-    key = (prepared.fingerprint(), source, parts.views.view, names, seed, parts.bf16)
+    key = (prepared.fingerprint, source, parts.views.view, names, seed, parts.bf16)
     if key in bench.targets:
         teacher.kept = bench.targets[key]
         return
@@ -166,16 +167,16 @@ def _on_disk(
     """Fill the gaps of the store and leave it with the teacher; says what was done."""
     items = _items(prepared.spec, place.shapes, bf16=parts.bf16)
     store = RecordStore.open(cache_root(), _key(parts, prepared), items)
-    started, size = time.perf_counter(), parts.recipe.train.batch_size
-    lacking = missing_rows(store, lessons(parts), size)
+    started, batch = time.perf_counter(), parts.recipe.train.batch_size
+    lacking = missing_rows(store, lessons(parts), batch)
     if lacking:
         progress.say(
             f"keeping teacher outputs on disk: {lacking:,} of {lessons(parts).count:,} to compute, "
-            f"{_size(bytes_for(items, lacking))}"
+            f"{size(bytes_for(items, lacking))}"
         )
     require_space(cache_root(), bytes_for(items, lacking))
-    kept = keep_on_disk(teacher, store, lessons(parts), size, accelerator(), progress)
-    progress.say(f"teacher outputs on disk: {store.folder} ({kept.computed:,} computed now, {_size(store.nbytes)})")
+    kept = keep_on_disk(teacher, store, lessons(parts), batch, accelerator(), progress)
+    progress.say(f"teacher outputs on disk: {store.folder} ({kept.computed:,} computed now, {size(store.nbytes)})")
     if store.damaged:
         progress.say(f"{store.damaged} damaged records were computed again")
     if kept.mass is not None and kept.mass < LEAST_MASS:
@@ -202,13 +203,9 @@ def _key(parts: Parts, prepared: PreparedTeacher) -> dict[str, Any]:
     network, view = prepared.network, parts.views.view
     return CacheKey(
         teacher=network.identity.model,
-        state=prepared.fingerprint(),
+        state=prepared.fingerprint,
         preprocessing=network.preprocess.to_dict(),
         view={**view.to_dict(), "augment": parts.recipe.data.augment},
         precision="bf16" if parts.bf16 else "fp32",
         versions=library_versions(),
     ).to_dict()
-
-
-def _size(number: float) -> str:
-    return f"{number / 1e6:.1f} MB" if number >= 1e5 else f"{number / 1e3:.1f} kB"

@@ -1,9 +1,10 @@
 """Teachers made of the student: its backbone without the tuning, and its running average. Frozen weights are shared."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from remap.backbones.build import Backbone, fresh_head
 from remap.network import Network, tuned
@@ -45,18 +46,23 @@ def averaged_twin(student: Network) -> Network:
     return Network(model, student.anatomy, student.preprocess, student.identity, student.attached, student.classes)
 
 
-@torch.no_grad()
-def average(twin: Network, student: Network, decay: float) -> None:
-    """Move the twin's tensors towards the student's: decay * twin + (1 - decay) * student; counters are copied."""
+def pairs_of(twin: Network, student: Network) -> list[tuple[Tensor, Tensor]]:
+    """What ``average`` moves and where to: the twin's own tensors, each with the student's of the same name."""
     mine = twin.tensors
-    for name, tensor in student.tensors.items():
-        if tensor.is_floating_point():
-            mine[name].lerp_(tensor, 1.0 - decay)
+    return [(mine[name], tensor) for name, tensor in student.tensors.items()]
+
+
+@torch.no_grad()
+def average(pairs: Sequence[tuple[Tensor, Tensor]], decay: float) -> None:
+    """Move the first of each pair towards the second: decay * first + (1 - decay) * second; counters are copied."""
+    for mine, theirs in pairs:
+        if mine.is_floating_point():
+            mine.lerp_(theirs, 1.0 - decay)
         else:
-            mine[name].copy_(tensor)
+            mine.copy_(theirs)
 
 
-def _put(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
     parent, _, leaf = name.rpartition(".")
     owner = model.get_submodule(parent)
     if leaf in owner._parameters:

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from remap import probe
-from remap.backbones.build import Backbone
+from remap.backbones.build import Backbone, add_tensors
 from remap.bench import Bench, Views
 from remap.data.views import ViewSource
 from remap.engine.evaluate import Evaluation, evaluate_as
@@ -42,14 +43,13 @@ class PreparedTeacher:
     head: str
     accuracy: float | None = None
 
+    @cached_property
     def fingerprint(self) -> str:
         """Equal for teachers that give equal outputs: all weights, what is made of them, and the input they take."""
         network = self.network
         parts = (network.identity.sha256, network.preprocess, network.anatomy, network.model)
         digest = hashlib.sha256(" ".join(map(repr, parts)).encode())
-        for name, tensor in sorted(self.network.tensors.items()):
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        add_tensors(digest, network.tensors)
         return digest.hexdigest()
 
     def to_dict(self) -> dict[str, Any]:

@@ -200,7 +200,7 @@ def start_process() -> Iterator[Callable[..., subprocess.Popen]]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Teacher outputs go to a folder of this session, whatever the user has."""
+    """Teacher outputs go to a folder of this run of the tests, whatever the user has."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REMAP_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -20,7 +20,7 @@ from remap.running import resume, start
 from remap.runs.compare import compare
 from remap.runs.rundir import RunDir
 from remap.runs.task import open_backbone
-from remap.student_teachers import average, averaged_twin
+from remap.student_teachers import average, averaged_twin, pairs_of
 
 METHODS = ("vpt_deep", "adaptformer", "lora", "bitfit", "ssf", "full", "dora")
 
@@ -73,7 +73,7 @@ def test_the_running_average_by_hand(tiny: Any, tmp_path: Path, method: str) -> 
     with torch.no_grad():
         for parameter in student.trained.values():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    average(twin, student, 0.9)
+    average(pairs_of(twin, student), 0.9)
     wanted = {name: 0.9 * before[name] + 0.1 * tensor.double() for name, tensor in student.tensors.items()}
     for name, tensor in twin.tensors.items():
         torch.testing.assert_close(tensor.double(), wanted[name], rtol=1e-6, atol=1e-6)

@@ -2,13 +2,14 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from remap.backbones import mini  # noqa: F401 - registers the embedded pair with timm
 from remap.backbones.anatomy import Anatomy, anatomy_of, classifier_parameters
@@ -146,11 +147,15 @@ def require_at_hand(word: str, weights: str, image_size: int | None = None) -> N
 def state_hash(model: nn.Module, anatomy: Anatomy) -> str:
     """SHA-256 over names, shapes and bytes of all parameters and buffers, classifier left out."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not anatomy.is_head(name):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    add_tensors(digest, {name: tensor for name, tensor in model.state_dict().items() if not anatomy.is_head(name)})
     return digest.hexdigest()
+
+
+def add_tensors(digest: "hashlib._Hash", tensors: Mapping[str, Tensor]) -> None:
+    """Add names, shapes, dtypes and bytes of tensors to a hash, in the order of their names."""
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def _sized(name: str, arguments: dict[str, Any], image_size: int | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any
 
 from remap import __version__
 from remap.errors import RunError
+from remap.files import size
 from remap.runs.rundir import version_of
 
 # Changes when files of another version could be read wrongly.
@@ -380,12 +381,3 @@ def require_space(root: Path, nbytes: int) -> None:
                 ]
             ),
         )
-
-
-def size(nbytes: float) -> str:
-    """Bytes in words."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"

@@ -15,9 +15,8 @@ from remap.data.records import RecordStore, row_digest
 from remap.data.views import ViewSource
 from remap.network import Network, Runner
 from remap.progress import Progress
-from remap.recipe.schema import TeacherSpec
 from remap.remapping.objective import Objective
-from remap.student_teachers import average
+from remap.student_teachers import average, pairs_of
 
 # The mean probability of kept classes is taken over this many images.
 MASS_IMAGES = 1000
@@ -123,13 +122,16 @@ class AverageTeacher(Teacher):
         accelerator: Accelerator,
         *,
         bf16: bool,
-        spec: TeacherSpec,
+        decay: float,
     ) -> None:
         super().__init__(network, objective, number, accelerator, bf16=bf16)
-        self.decay = spec.decay
+        self.decay = decay
+        self._pairs: list[tuple[Tensor, Tensor]] = []
 
     def after_step(self, student: Network, step: int) -> None:
-        average(self.network, student, min(self.decay, (1 + step) / (10 + step)))
+        if not self._pairs:  # found by name once, when both networks are where they stay
+            self._pairs = pairs_of(self.network, student)
+        average(self._pairs, min(self.decay, (1 + step) / (10 + step)))
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"teacher{self.number}.{name}": tensor for name, tensor in self.network.tensors.items()}

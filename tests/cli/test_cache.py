@@ -13,6 +13,7 @@ from typer.testing import Result
 
 from remap.data.caches import CacheKey, held
 from remap.data.records import Item, RecordStore, row_digest
+from remap.files import size
 from remap_cli import view
 
 HEAVY = "import sys; heavy = {'torch', 'timm', 'accelerate', 'peft', 'sklearn', 'torchdistill'} & set(sys.modules)"
@@ -55,7 +56,7 @@ def test_a_listing_has_all_that_decides(
     shown = remap("cache", "ls").stdout
     for part in (name[:8], "vit_large", "32 px, bf16", "logits (top 5 of 100 fp16)", "[bold]heads=mean (4x4 fp32)"):
         assert part in shown
-    assert "today" in shown and view.size(3 * SIZE) in shown
+    assert "today" in shown and size(3 * SIZE) in shown
     os.utime(root / name / "key.json", (0, 0))
     assert "d ago" in remap("cache", "ls").stdout
 
