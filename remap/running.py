@@ -290,7 +290,7 @@ def _summary(
             "labeled_images": round(len(parts.lessons.split) * parts.labeled_share),
             "val_images": len(views.val.split),
             "split": views.data.split_rule,
-            "skipped": [list(item) for item in (*views.skipped, *views.train.bad_names())],
+            "skipped": [list(item) for item in (*views.skipped, *parts.lessons.bad_names())],
             "fingerprint": views.data.fingerprint(),
         },
         "student": {
