@@ -21,6 +21,32 @@ from torch import Tensor
 from remap.progress import Step
 from remap.recipe import Recipe, resolve
 
+# Where measured figures of the guarantees are noted, one JSON object a line; see tools/guarantees.py.
+FIGURES = "--figures"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(FIGURES, type=Path, help="append what tests of guarantees measured to this file")
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Note what a test of a guarantee measured, after its assertions.
+
+    ``figure("SIGKILLs during a save, resumable", 20, 20)`` is a count (summed over parameters of the test);
+    ``figure("largest difference of weights", 0.0)`` is a size (the largest over parameters counts).
+    """
+    path: Path | None = request.config.getoption(FIGURES)
+    test = f"{request.node.path.relative_to(Path(__file__).parents[1]).as_posix()}::{request.node.originalname}"
+
+    def note(what: str, value: float, of: int | None = None) -> None:
+        if path is not None:
+            with open(path, "a") as file:
+                file.write(json.dumps({"test": test, "what": what, "value": value, "of": of}) + "\n")
+
+    return note
+
+
 CLASSES = ("blue", "green", "red")
 SIZE = 16
 ARCHITECTURE = "vit_tiny_patch16_224"
