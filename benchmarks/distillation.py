@@ -29,7 +29,8 @@ from remap.assembly import assemble
 from remap.bench import Bench
 from remap.data.caches import DATA_FILE, ROWS_FILE
 from remap.data.records import Item, RecordStore
-from remap.engine import fit as loop
+from remap.engine.fit import fit
+from remap.engine.job import Job, StudentStep
 from remap.engine.launch import accelerator
 from remap.engine.optim import adamw
 from remap.engine.teacher import Kept, keep_in_memory, keep_on_disk
@@ -109,7 +110,7 @@ class Engine:
         self.kept: dict[str, Kept | None] = {"online": None}
 
     def keep_in_memory(self) -> None:
-        keep_in_memory(self.teacher, lessons(self.parts), self.setting.batch, Silent())
+        keep_in_memory(self.teacher, lessons(self.parts), self.setting.batch, accelerator(), Silent())
         self.kept["memory"] = self.teacher.kept
 
     def keep_on_disk(self) -> None:
@@ -122,7 +123,7 @@ class Engine:
     def run(self, where: str) -> None:
         """One epoch."""
         self.teacher.kept = self.kept[where]
-        job = loop.Job(
+        job = Job(
             recipe=self.recipe,
             student=self.parts.student,
             objective=self.parts.objective,
@@ -134,7 +135,7 @@ class Engine:
             evaluate=lambda: {},
             on_epoch=lambda history: None,
         )
-        loop.fit(job)
+        fit(job)
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """The first images, and their labels, on the device."""
@@ -151,7 +152,7 @@ class Alone:
         self.images, classes = engine.batch()
         self.labels = Labels(classes)
         self.targets = [engine.teacher.items(self.images)]
-        self.step = loop.StudentStep(parts.student, parts.objective, bf16=parts.bf16).to(engine.device)
+        self.step = StudentStep(parts.student, parts.objective, bf16=parts.bf16).to(engine.device)
         extra = [(name, p) for name, p in parts.objective.named_parameters() if p.requires_grad]
         self.parameters = [*parts.student.trained.values(), *(p for _, p in extra)]
         self.optimizer = adamw(parts.student, extra, PEAK, 0.0)

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from remap.assembly import Parts, assemble
 from remap.bench import Bench
-from remap.engine import fit as loop
 from remap.engine.features import FrozenFeatures
+from remap.engine.fit import fit
+from remap.engine.job import Job, StudentStep
 from remap.engine.launch import accelerator
 from remap.progress import Silent
 from remap.recipe import Recipe, resolve
@@ -44,7 +45,7 @@ def recipe_of(method: str, data: Path, batch_size: int) -> Recipe:
 def kept(parts: Parts, features: FrozenFeatures, epochs: int) -> None:
     """``remap.engine.fit``, without evaluation, which the other loop has not."""
     train = parts.recipe.train.model_copy(update={"epochs": epochs})
-    job = loop.Job(
+    job = Job(
         recipe=parts.recipe.model_copy(update={"train": train}),
         student=parts.student,
         objective=parts.objective,
@@ -57,7 +58,7 @@ def kept(parts: Parts, features: FrozenFeatures, epochs: int) -> None:
         on_epoch=lambda history: None,
         features=features,
     )
-    loop.fit(job)
+    fit(job)
 
 
 def naive(parts: Parts, steps: int) -> None:
@@ -88,7 +89,7 @@ def _same_loss(parts: Parts, features: FrozenFeatures) -> None:
     """Kept features give the logits of the whole network."""
     source, count = parts.views.train, 4
     pixels, indices = source.batch(range(count))
-    runner = loop.StudentStep(parts.student, parts.objective, bf16=parts.bf16).runner
+    runner = StudentStep(parts.student, parts.objective, bf16=parts.bf16).runner
     parts.student.model.eval()
     with torch.no_grad():
         whole = runner(pixels.to(accelerator().device)).logits_BC

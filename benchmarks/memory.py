@@ -81,11 +81,12 @@ def measure(side: str, data: Path, batch_size: int) -> dict[str, int]:
 def engine(recipe, parts):
     """``remap.engine.fit`` and its step module."""
     from remap.data.batches import batches
-    from remap.engine import fit as loop
+    from remap.engine.fit import Loop, fit
+    from remap.engine.job import Job
     from remap.engine.launch import accelerator
     from remap.progress import Silent
 
-    job = loop.Job(
+    job = Job(
         recipe=recipe,
         student=parts.student,
         objective=parts.objective,
@@ -99,11 +100,11 @@ def engine(recipe, parts):
     )
 
     def forward():
-        batch = next(batches(job.source, loop.plan_of(job), 0))
+        loop = Loop(job)
         parts.student.attached.train()
-        return loop._forward(job, loop.StudentStep(job.student, job.objective, bf16=False), batch)
+        return loop.forward(next(batches(job.source, loop.plan, 0)))
 
-    return lambda: loop.fit(job), forward
+    return lambda: fit(job), forward
 
 
 def bare(recipe, parts):

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from remap.assembly import Parts, assemble
 from remap.bench import Bench
-from remap.engine import fit as loop
+from remap.engine.fit import fit
+from remap.engine.job import Job
 from remap.engine.launch import accelerator
 from remap.engine.teacher import keep_in_memory
 from remap.network import Runner
@@ -61,11 +62,11 @@ class Engine(Side):
         super().__init__(recipe, folder, online=online)
         self.teacher = listening_teacher(self.parts, 0)
         if not online:
-            keep_in_memory(self.teacher, lessons(self.parts), recipe.train.batch_size, Silent())
+            keep_in_memory(self.teacher, lessons(self.parts), recipe.train.batch_size, accelerator(), Silent())
 
     def run(self, epochs: int) -> None:
         train: TrainSpec = self.recipe.train.model_copy(update={"epochs": epochs})
-        job = loop.Job(
+        job = Job(
             recipe=self.recipe.model_copy(update={"train": train}),
             student=self.parts.student,
             objective=self.parts.objective,
@@ -77,7 +78,7 @@ class Engine(Side):
             evaluate=lambda: {},
             on_epoch=lambda history: None,
         )
-        loop.fit(job)
+        fit(job)
 
 
 class Bare(Side):

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from remap.files import size
+from remap_cli import launch, view
 from remap_cli import options as opt
-from remap_cli import view
 from remap_cli.main import app
 
 if TYPE_CHECKING:
@@ -128,20 +128,21 @@ def cache_build(
     recipe: opt.RecipeWord = None,
     settings: opt.Settings = None,
     skip_bad: opt.SkipBad = False,
+    devices: opt.Devices = None,
     json: opt.Json = False,
 ) -> None:
     """Compute beforehand what `remap distill` with the same words asks the teacher; goes on where it was stopped."""
+    words = opt.words(locals())
+    launch.processes(devices)
     from remap.runs.objective import without_idle_losses
-    from remap_cli.train import _is_main as is_main
     from remap_cli.train import read_recipe
 
-    words = opt.words(locals())
-    with view.Reporter(quiet=not is_main()) as progress:
+    with view.Reporter(quiet=not launch.is_first()) as progress:
         resolved = without_idle_losses(read_recipe(words, recipe, settings or [], with_teacher=True), progress)
         with progress.wait("loading PyTorch"):
             from remap.running import build_cache
         found = build_cache(resolved, progress)
-    if not is_main():
+    if not launch.is_first():
         return
     if json:
         view.emit(found)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from remap import __version__
+from remap_cli import launch, view
 from remap_cli import options as opt
-from remap_cli import view
 
 if TYPE_CHECKING:
-    from remap.errors import Interrupted
+    from remap.errors import Interrupted, RemapError
 
 app = typer.Typer(
     name="remap",
@@ -34,14 +34,24 @@ def main() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stopped)
+    launch.begin()
     try:
         app()
-    except RemapError as error:
-        problem = _signal_behind(error) or error
-        view.error(problem)
-        _leave(problem.exit_code)
     except SystemExit as leaving:  # how Typer ends, well or not
         _leave(leaving.code)
+    except Exception as error:
+        if launch.told_of_failure():  # what comes of that is no news
+            _leave(launch.LOST)
+        problem = error if isinstance(error, RemapError) else _lost_process(error)
+        if problem is not None:
+            problem = _signal_behind(problem) or problem
+            if not launch.explained_by_parent(problem.exit_code):
+                view.error(problem)
+            _leave(problem.exit_code)
+        if "RANK" not in os.environ:
+            raise
+        sys.excepthook(type(error), error, error.__traceback__)
+        _leave(1)
 
 
 def _stopped(number: int, frame: FrameType | None) -> None:
@@ -50,6 +60,15 @@ def _stopped(number: int, frame: FrameType | None) -> None:
 
     word = "interrupted" if number == signal.SIGINT else "terminated"
     raise Interrupted(f"{word}; finished runs and checkpoints are as they were", exit_code=128 + number)
+
+
+def _lost_process(error: Exception) -> "RemapError | None":
+    """What a broken connection to another process means; None for any other error."""
+    if "remap.engine.launch" not in sys.modules:
+        return None
+    from remap.engine.launch import lost_process
+
+    return lost_process(error)
 
 
 def _signal_behind(error: BaseException | None) -> "Interrupted | None":
@@ -107,7 +126,7 @@ def distill(
     output: opt.Output = None,
     resume: opt.Resume = None,
     skip_bad: opt.SkipBad = False,
-    processes: opt.Processes = None,
+    devices: opt.Devices = None,
     dry_run: opt.DryRun = False,
     json: opt.Json = False,
 ) -> None:
@@ -136,7 +155,7 @@ def tune(
     output: opt.Output = None,
     resume: opt.Resume = None,
     skip_bad: opt.SkipBad = False,
-    processes: opt.Processes = None,
+    devices: opt.Devices = None,
     dry_run: opt.DryRun = False,
     json: opt.Json = False,
 ) -> None:
@@ -156,14 +175,17 @@ def _train(
     *,
     with_teacher: bool,
 ) -> None:
+    devices = words[opt.DEVICES]
+    launch.processes(launch.recorded(resume) if devices is None and resume is not None else devices)
     from remap_cli import train
 
-    asked = [name for name, value in words.items() if value is not None] + (["set"] if settings else [])
+    asked = [name for name, value in words.items() if value is not None and name != opt.DEVICES]
+    asked += [*(["set"] if settings else []), *(["recipe"] if recipe_word else []), *(["output"] if output else [])]
     if resume is not None:
-        train.go_on(resume, [*asked, *(["recipe"] if recipe_word else []), *(["output"] if output else [])], json)
+        train.go_on(resume, asked, json, devices)
         return
     train.from_words(words, recipe_word, settings or [], output, dry_run, json, with_teacher=with_teacher)
 
 
 # The other commands add themselves to ``app``.
-from remap_cli import cache, look, shrink, use  # noqa: E402, F401
+from remap_cli import cache, look, repeat, shrink, use  # noqa: E402, F401

@@ -133,9 +133,15 @@ Resume = Annotated[Path | None, typer.Option(help="Go on with an interrupted run
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Leave unreadable images out of evaluation too.", rich_help_panel=_TRAINING)
 ]
-Processes = Annotated[
+Devices = Annotated[
     int | None,
-    typer.Option(help="Stop unless the launcher started this many processes.", rich_help_panel=_RUN),
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="GPUs, or processes on the CPU: starts so many, unless torchrun or accelerate launch has.",
+        show_default="1",
+        rich_help_panel=_RUN,
+    ),
 ]
 DryRun = Annotated[
     bool,
@@ -163,10 +169,12 @@ _WORDS = (
     "lr",
     "seed",
     "skip_bad",
-    "processes",
 )
+# The word of recipes for --devices.
+DEVICES = "processes"
 
 
 def words(values: dict[str, Any]) -> dict[str, Any]:
     """The recipe words among a command's arguments; a flag that is off counts as not given."""
-    return {name: None if values[name] is False else values[name] for name in _WORDS if name in values}
+    found = {name: None if values[name] is False else values[name] for name in _WORDS if name in values}
+    return {**found, DEVICES: values["devices"]} if "devices" in values else found

@@ -7,7 +7,7 @@ from remap.errors import RecipeError
 from remap.files import size
 from remap.recipe import Recipe, resolve, resolve_distill
 from remap.runs.objective import without_idle_losses
-from remap_cli import estimates, view
+from remap_cli import estimates, launch, view
 
 
 def from_words(
@@ -21,7 +21,7 @@ def from_words(
     with_teacher: bool,
 ) -> None:
     """Resolve the recipe, then run it or estimate it."""
-    with view.Reporter(quiet=not _is_main()) as progress:
+    with view.Reporter(quiet=not launch.is_first()) as progress:
         recipe = read_recipe(words, recipe_word, settings, with_teacher=with_teacher)
         recipe = without_idle_losses(recipe, progress)
         _say_what(recipe, progress)
@@ -32,7 +32,7 @@ def from_words(
             found = estimate(recipe, progress)
         else:
             result = start(recipe, output, progress)
-    if not _is_main():
+    if not launch.is_first():
         return
     if dry_run:
         view.emit(found) if json else estimates.show(found)
@@ -40,17 +40,17 @@ def from_words(
         _show(dict(result.summary), json)
 
 
-def go_on(path: Path, asked: list[str], json: bool) -> None:
-    """Resume a run; its recipe is its own."""
+def go_on(path: Path, asked: list[str], json: bool, devices: int | None = None) -> None:
+    """Resume a run; its recipe is its own, but the number of processes may be another one."""
     if asked:
         raise RecipeError(
             [f"--{word.replace('_', '-')}: a resumed run keeps its own recipe" for word in asked], f"--resume {path}"
         )
     from remap.running import resume
 
-    with view.Reporter(quiet=not _is_main()) as progress:
-        result = resume(path.expanduser(), progress)
-    if _is_main():
+    with view.Reporter(quiet=not launch.is_first()) as progress:
+        result = resume(path.expanduser(), progress, devices or launch.recorded(path))
+    if launch.is_first():
         _show(dict(result.summary), json)
 
 
@@ -139,9 +139,3 @@ def _show(summary: dict[str, Any], json: bool) -> None:
         f"{view.duration(summary['seconds'])} in all. Run: {summary['run_dir']}\n"
         f"next: remap predict {summary['run_dir']} IMAGES...   remap eval {summary['run_dir']}"
     )
-
-
-def _is_main() -> bool:
-    import os
-
-    return int(os.environ.get("RANK", "0")) == 0

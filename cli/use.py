@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from remap.files import size
+from remap_cli import launch, view
 from remap_cli import options as opt
-from remap_cli import view
 from remap_cli.main import app
 
 Run = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
@@ -20,13 +20,19 @@ def evaluate(
         str | None, typer.Option(help="Other images with the same class names; by default the run's own split.")
     ] = None,
     skip_bad: opt.SkipBad = False,
+    devices: opt.Devices = None,
     json: opt.Json = False,
 ) -> None:
     """Evaluate a run's student again; gives the run's accuracy to the sample."""
+    launch.processes(devices)
+    from remap.engine.launch import check_processes
     from remap.runs.evaluation import evaluate_run
 
-    with view.Reporter() as progress:
+    with view.Reporter(quiet=not launch.is_first()) as progress:
+        check_processes(devices)
         found = evaluate_run(run, data, skip_bad, progress)
+    if not launch.is_first():
+        return
     if json:
         view.emit(found)
         return

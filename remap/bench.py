@@ -4,11 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from remap.data.contents import Contents, fingerprint
 from remap.data.sources import open_data
 from remap.data.splits import ImageData
 from remap.data.views import JoinedSource, View, ViewSource, require_readable
 from remap.errors import DataError
-from remap.progress import Progress
+from remap.progress import Progress, Silent
 from remap.recipe.schema import DataSpec
 
 
@@ -21,6 +22,7 @@ class Views:
         unlabeled: The training images without labels.
         lessons: What the student learns from: ``train`` itself, that and then ``unlabeled``, or ``unlabeled`` itself.
             Nothing is decoded or kept twice.
+        contents: What is known of the files' content, unreadable ones included, by split.
     """
 
     data: ImageData
@@ -31,16 +33,23 @@ class Views:
     skipped: tuple[tuple[str, str], ...]
     unlabeled: ViewSource | None
     lessons: ViewSource
+    contents: dict[str, Contents] = field(default_factory=dict)
+    _fingerprint: str = ""
 
     @property
     def labeled_share(self) -> float:
         """Share of ``lessons`` that have a label."""
         return float((self.lessons.split.labels >= 0).mean())
 
-    def digest(self) -> str:
-        """Which images are learned from: names, labels, order, and how many of them can be read."""
+    def fingerprint(self, progress: Progress = Silent()) -> str:
+        """Class names, file names, labels, order and content. What was decoded into memory is not read again."""
+        self._fingerprint = self._fingerprint or fingerprint(self.data, progress, known=self.contents)
+        return self._fingerprint
+
+    def digest(self, progress: Progress = Silent()) -> str:
+        """Which images are learned from: their fingerprint, and how many of them can be read."""
         more = "" if self.unlabeled is None else f"+{len(self.unlabeled.split)}"
-        return f"{self.data.fingerprint()[:16]}-{len(self.train.split)}{more}"
+        return f"{self.fingerprint(progress)[:16]}-{len(self.train.split)}{more}"
 
     def require_few_bad(self, share: float) -> None:
         """Look at what training found unreadable on the way, where views are not kept in memory."""
@@ -116,6 +125,7 @@ def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress) -> Vi
         skipped,
         unlabeled,
         _lessons(train, unlabeled, spec.unlabeled_only),
+        {name: source.contents for name, source in sources.items()},
     )
 
 

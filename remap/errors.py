@@ -72,13 +72,21 @@ class RunError(RemapError):
     """A run directory, checkpoint or task file does not fit what was asked of it."""
 
 
+class DiskFull(RunError):
+    """There is no room for a file, or will be none; files written earlier are whole."""
+
+
 class TrainingError(RemapError):
     """Training had to stop: a loss that is not finite, a teacher that knows nothing."""
 
 
 class Interrupted(RemapError):
-    """A signal asked the run to stop; what was done so far is saved."""
+    """A signal asked the run to stop.
 
-    def __init__(self, what: str, *, exit_code: int = 130, do: str | None = None) -> None:
+    Args:
+        at_once: It was the second one: nothing is saved any more.
+    """
+
+    def __init__(self, what: str, *, exit_code: int = 130, do: str | None = None, at_once: bool = False) -> None:
         super().__init__(what, do=do)
-        self.exit_code = exit_code
+        self.exit_code, self.at_once = exit_code, at_once

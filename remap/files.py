@@ -1,19 +1,29 @@
 """Files that are either whole or absent: write beside, flush to disk, rename; and their sizes in words."""
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
-from remap.errors import RunError
+from remap.errors import DiskFull, RunError
+
+# No room: on the disk, in the user's quota, or under a limit of file sizes.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ELSEWHERE = "choose another --output, or let this place be written"
+_ROOM = "free some space or choose another --output"
+# Free space asked for beyond the files themselves: folders, file system, other programs.
+_MARGIN = 1.05
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace ``path`` atomically; a crash or a full disk leaves the earlier file as it was.
+    """Replace ``path`` atomically; a crash, a power cut or a full disk leaves the earlier file as it was.
 
     Raises:
-        RunError: The disk is full or the place cannot be written.
+        DiskFull: There is no room.
+        RunError: The place cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -22,30 +32,73 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
-        raise RunError(
-            f"cannot write {path}: {error.strerror}",
-            given=f"{len(data):,} bytes to write",
-            do="free some space or choose another --output; files written earlier are untouched",
-        ) from error
+        untouched = "files written earlier are untouched"
+        if error.errno in _FULL:
+            raise DiskFull(
+                f"cannot write {path}: {error.strerror}",
+                given=f"{len(data):,} bytes needed, {_free(path.parent):,} bytes free",
+                do=f"{_ROOM}; {untouched}",
+            ) from error
+        raise RunError(f"cannot write {path}: {error.strerror}", do=f"{_ELSEWHERE}; {untouched}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a file's new name last through a power cut; some file systems refuse, and have no more to give."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def make_folder(path: Path) -> None:
     """Make a folder and those above it, if they are not there yet.
 
     Raises:
-        RunError: The disk is full or the place cannot be written.
+        DiskFull: There is no room.
+        RunError: The place cannot be written.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(
-            f"cannot make {path}: {error.strerror}", do="free some space or choose another --output"
-        ) from error
+        full = error.errno in _FULL
+        kind, do = (DiskFull, _ROOM) if full else (RunError, _ELSEWHERE)
+        raise kind(f"cannot make {path}: {error.strerror}", do=do) from error
+
+
+def require_space(folder: Path, needed: int, what: str, do: str = _ROOM) -> None:
+    """Refuse before the work when what it will write does not fit on the disk.
+
+    Args:
+        folder: Where it will be written; it need not be there yet.
+        needed: Bytes, without a margin.
+        what: The subject of the message, as in "the teacher's outputs".
+
+    Raises:
+        DiskFull: Less than 1.05 times ``needed`` is free.
+    """
+    free = _free(folder)
+    if free < _MARGIN * needed:
+        raise DiskFull(
+            f"{what} will not fit on the disk: {size(needed)} needed, {size(free)} free",
+            given=f"{folder}: {needed:,} bytes needed, {free:,} bytes free",
+            do=do,
+        )
+
+
+def _free(folder: Path) -> int:
+    """Bytes that this user may still write where ``folder`` is or will be."""
+    place = folder.absolute()
+    while not os.path.exists(place):  # nor where it cannot be looked at
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def write_text(path: Path, text: str) -> None:

@@ -157,7 +157,7 @@ def _in_memory(
     if key in bench.targets:
         teacher.kept = bench.targets[key]
         return
-    keep_in_memory(teacher, lessons(parts), parts.recipe.train.batch_size, progress)
+    keep_in_memory(teacher, lessons(parts), parts.recipe.train.batch_size, accelerator(), progress)
     bench.targets[key] = teacher.kept
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from remap.data.splits import stratified
 from remap.data.views import ViewSource
+from remap.engine.interrupt import deferred, leave_if_asked
 from remap.errors import DataError
 from remap.network import Network, Runner
 from remap.progress import Progress, Step
@@ -66,8 +67,9 @@ def pooled_features(
     network.model.eval()
     runner = Runner(network, Needs(pooled=True))
     rows, kept = [], []
-    with progress.wait("teacher features", len(source.split)) as step:
+    with progress.wait("teacher features", len(source.split)) as step, deferred():
         for start in range(0, len(source.split), batch_size):
+            leave_if_asked(accelerator, "the teacher's head was being fitted")
             images, good = source.batch(np.arange(start, min(start + batch_size, len(source.split))))
             if len(good):
                 rows.append(runner(images.to(accelerator.device)).pooled_BD.float().cpu().numpy())

@@ -7,16 +7,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from remap import files
 from remap.assembly import Parts, assemble, features_in_training, listed, sample_for
 from remap.backbones.build import require_at_hand
 from remap.bench import Bench
 from remap.data.records import Item
 from remap.data.views import ViewSource
+from remap.engine.checkpoint import State
 from remap.engine.evaluate import Evaluation, evaluate_as
-from remap.engine.fit import Job, fit
-from remap.engine.launch import accelerator, check_processes
+from remap.engine.faults import is_out_of_memory
+from remap.engine.fit import fit
+from remap.engine.interrupt import watching
+from remap.engine.job import Job
+from remap.engine.launch import accelerator, check_processes, text_of_first
+from remap.engine.machine import machine
 from remap.engine.memory import peak_bytes
-from remap.errors import Interrupted, RecipeError, RemapError
+from remap.errors import DiskFull, Interrupted, RecipeError, RemapError, TrainingError
+from remap.freezing import Frozen, trainables
 from remap.network import Network
 from remap.outputs import build_caches, teachers_in_training
 from remap.progress import Progress, Silent
@@ -77,7 +84,7 @@ def start(
     recipe = without_idle_losses(recipe, progress)
     stem = f"{recipe.name}-{recipe.method.name}"
     path = Path(output).expanduser() if output is not None else next_path(default_path(), stem)
-    accelerator().wait_for_everyone()  # all ranks choose the same name before one of them makes it
+    path = Path(text_of_first(str(path)))  # another run may have taken the name that the others have found free
     run_dir = RunDir.create(path, recipe) if accelerator().is_main_process else RunDir(path)
     return run(recipe, run_dir, progress, bench)
 
@@ -122,17 +129,25 @@ def build_cache(recipe: Recipe, progress: Progress = Silent()) -> list[dict[str,
             )
     recipe = without_idle_losses(recipe, progress).written_out()
     with TemporaryDirectory(prefix="remap-cache-") as folder:
-        run_dir = RunDir.create(Path(folder) / "run", recipe)
+        path = Path(text_of_first(folder)) / "run"
+        run_dir = RunDir.create(path, recipe) if accelerator().is_main_process else RunDir(path)
+        accelerator().wait_for_everyone()
         parts = assemble(recipe, run_dir, progress, bench)
-        return build_caches(parts, progress)
+        found = build_caches(parts, progress)
+        accelerator().wait_for_everyone()  # the folder of the first process goes with it
+        return found
 
 
-def resume(path: Path, progress: Progress = Silent()) -> Result:
-    """Go on with an interrupted run from its last checkpoint."""
+def resume(path: Path, progress: Progress = Silent(), processes: int | None = None) -> Result:
+    """Go on with an interrupted run from its last checkpoint.
+
+    Args:
+        processes: The number there must be; it need not be that of before, since the batch size is global.
+    """
     path = path.expanduser()
     run_dir = RunDir.open(path)
     recipe = run_dir.recipe()
-    check_processes(recipe.train.processes)
+    check_processes(processes)
     if run_dir.is_done:
         progress.say(f"{path} is finished already")
         student, _ = load_task(path)
@@ -151,19 +166,30 @@ def run(
     """Train in ``run_dir``; its status always says how it ended."""
     recipe = recipe.written_out()
     main = accelerator().is_main_process
+    if main:
+        run_dir.note_machine(machine(), resuming=resuming)
     if main and resuming:
         run_dir.set_status("running")
     try:
-        result = _run(recipe, run_dir, progress, bench or Bench(), resuming)
+        with watching(run_dir.stop):
+            result = _run(recipe, run_dir, progress, bench or Bench(), resuming)
     except Interrupted as error:
         _note(run_dir, "stopped", error.what)
         command = f"remap {'distill' if recipe.teacher else 'tune'} --resume {run_dir.path}"
-        raise Interrupted(error.what, exit_code=error.exit_code, do=f"go on with: {command}") from error
+        raise Interrupted(
+            error.what, exit_code=error.exit_code, do=f"go on with: {command}", at_once=error.at_once
+        ) from error
     except KeyboardInterrupt:
         _note(run_dir, "stopped", "interrupted")
         raise
     except BaseException as error:
         _note(run_dir, "failed", str(error))
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):  # training itself goes on with smaller steps
+            raise TrainingError(
+                "out of memory",
+                given=str(error).partition("\n")[0][:200],
+                do="use smaller images or models, a smaller --batch-size, or less of data.memory_gib",
+            ) from error
         raise
     if main:
         run_dir.set_status("done")
@@ -205,6 +231,12 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
         finals[:] = [check(parts.views.val, "the student")]
         return {"accuracy": finals[0].accuracy}
 
+    def each_record(history: list[dict[str, Any]]) -> None:
+        try:
+            run_dir.write_metrics(history)
+        except DiskFull as error:  # written anew after the next epoch
+            progress.say(f"the metrics of this epoch are not written yet: {error.what}")
+
     job = Job(
         recipe=recipe,
         student=parts.student,
@@ -214,13 +246,22 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
         accelerator=accelerator(),
         bf16=parts.bf16,
         progress=progress,
-        data_digest=parts.views.digest(),
+        data_digest=parts.views.digest(progress),
         evaluate=each_epoch,
-        on_epoch=run_dir.write_metrics,
+        on_epoch=each_record,
         checkpoint=run_dir.checkpoint,
+        faults=run_dir.fault,
         labeled=parts.labeled_share,
         features=features.get("train"),
         sample=sample_for(parts) if parts.student.attached.wants_sample else None,
+    )
+    frozen = Frozen.of(parts.student)
+    if accelerator().is_main_process:
+        files.require_space(run_dir.path, _bytes_of_a_run(job), "its checkpoints and the tuned student")
+        run_dir.write_trainables(trainables(parts.student))
+    progress.say(
+        f"training {len(parts.student.trained)} tensors, {parts.student.num_trainable:,} parameters "
+        f"({run_dir.trainables}); {frozen.tensors} tensors are frozen, SHA-256 {frozen.sha256[:16]}"
     )
     try:
         state = fit(job, resume=resuming)
@@ -228,6 +269,7 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
         for teacher in teachers:
             teacher.close()  # other runs may share the network
     parts.student.model.eval()
+    unchanged = frozen.require_unchanged(parts.student)
     for number, prepared in enumerate(parts.teachers):
         if prepared.spec.model == EMA:
             average = evaluate_as(recipe, prepared.network, parts.views.val, accelerator(), progress, "the average")
@@ -236,7 +278,8 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
     if bad:
         progress.say(f"skipped {len(bad)} training image(s) that cannot be read: {listed(bad)}")
     final = finals[0] if finals else check(parts.views.val, "the student")
-    summary = _summary(parts, run_dir, initial, final, state.history, state.seconds)
+    summary = _summary(parts, run_dir, initial, final, state)
+    summary["frozen"], summary["trainables"] = unchanged, list(parts.student.trained)
     if parts.views.test is not None:
         summary["student"]["test_accuracy"] = check(parts.views.test, "the test split").accuracy
     if accelerator().is_main_process:
@@ -248,6 +291,13 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
         run_dir.write_summary(summary)
     accelerator().wait_for_everyone()
     return Result(run_dir.path, summary, parts.student)
+
+
+def _bytes_of_a_run(job: Job) -> int:
+    """Three checkpoints at once (two are kept while the next is written), of weights and two moments; and the task."""
+    changing = sum(tensor.nbytes for tensor in job.tensors().values())
+    moments = 2 * sum(parameter.nbytes for parameter in job.parameters().values())
+    return 3 * (changing + moments) + changing
 
 
 def _say_what_parts_change(parts: Parts, progress: Progress) -> None:
@@ -267,9 +317,7 @@ def _say_what_parts_change(parts: Parts, progress: Progress) -> None:
         )
 
 
-def _summary(
-    parts: Parts, run_dir: RunDir, initial: Evaluation, final: Evaluation, history: list, seconds: float
-) -> dict[str, Any]:
+def _summary(parts: Parts, run_dir: RunDir, initial: Evaluation, final: Evaluation, state: State) -> dict[str, Any]:
     recipe, student, views = parts.recipe, parts.student, parts.views
     summary: dict[str, Any] = {
         "run_dir": str(run_dir.path),
@@ -291,7 +339,7 @@ def _summary(
             "val_images": len(views.val.split),
             "split": views.data.split_rule,
             "skipped": [list(item) for item in (*views.skipped, *parts.lessons.bad_names())],
-            "fingerprint": views.data.fingerprint(),
+            "fingerprint": views.fingerprint(),
         },
         "student": {
             "model": student.identity.model,
@@ -302,9 +350,14 @@ def _summary(
             "trainable_parameters": student.num_trainable,
             "total_parameters": student.num_parameters,
         },
-        "train_seconds": round(seconds, 2),
+        "train_seconds": round(state.seconds, 2),
+        "faults": {
+            "skipped_steps": state.skipped,
+            "learning_rate_factor": state.lr_factor,
+            "accumulation": state.accumulation,
+        },
         "peak_memory_bytes": peak_bytes(accelerator().device),
-        "final_losses": {k: v for k, v in history[-1].items() if k not in ("epoch", "accuracy", "seconds")},
+        "final_losses": {k: v for k, v in state.history[-1].items() if k not in ("epoch", "accuracy", "seconds")},
     }
     if parts.inherited is not None:
         summary["student"]["init"] = parts.inherited.to_dict()

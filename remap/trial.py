@@ -8,7 +8,7 @@ from torch import Tensor
 
 from remap.assembly import Parts, feature_bytes
 from remap.data import keyed
-from remap.engine.fit import StudentStep
+from remap.engine.job import StudentStep
 from remap.engine.launch import accelerator
 from remap.engine.teacher import Teacher
 from remap.remapping.labels import Labels

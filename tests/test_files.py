@@ -4,32 +4,48 @@ import errno
 import json
 import math
 import os
+import shutil
+import stat
 from pathlib import Path
 
 import pytest
 
 from remap import files
-from remap.errors import RunError
-
-
-def full_disk(_: int) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+from remap.errors import DiskFull, RunError
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
 def test_a_failing_write_leaves_the_earlier_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, number: int
 ) -> None:
+    """No room has its own class, and says how much there is; a real full disk: tests/reliability."""
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
     path = tmp_path / "metrics.json"
     files.write_text(path, "earlier")
-    monkeypatch.setattr(os, step, lambda *_: full_disk(0))
+    usage = shutil.disk_usage(tmp_path)._replace(free=1234)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage if place == tmp_path else None)
+    monkeypatch.setattr(os, step, fail)
     with pytest.raises(RunError) as caught:
         files.write_bytes(path, b"x" * 2000)
     monkeypatch.undo()
     assert path.read_text() == "earlier" and os.listdir(tmp_path) == ["metrics.json"]
-    text = str(caught.value)
-    assert str(path) in text and os.strerror(errno.ENOSPC) in text and "2,000 bytes" in text
-    assert "untouched" in text and caught.value.exit_code == 2
+    text, full = str(caught.value), number != errno.EIO
+    assert str(path) in text and os.strerror(number) in text and "untouched" in text and caught.value.exit_code == 2
+    assert isinstance(caught.value, DiskFull) is full
+    assert ("2,000 bytes needed, 1,234 bytes free" in text) is full
+
+
+def test_a_full_disk_is_told_from_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(DiskFull, match="cannot make .*No space left"):
+        files.make_folder(tmp_path / "a")
 
 
 def test_an_interrupt_during_a_write_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,12 +67,46 @@ def test_a_place_that_cannot_be_written_is_the_users_error(tmp_path: Path, place
 
 
 def test_data_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the name is, before the call returns."""
     calls: list[str] = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: calls.append("fsync") or fsync(fd))
+    kind = {True: "folder", False: "file"}
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(kind[stat.S_ISDIR(os.fstat(fd).st_mode)]) or fsync(fd))
     monkeypatch.setattr(os, "replace", lambda a, b: calls.append("replace") or replace(a, b))
     files.write_bytes(tmp_path / "a", b"\x00\xff")
-    assert calls == ["fsync", "replace"] and (tmp_path / "a").read_bytes() == b"\x00\xff"
+    assert calls == ["file", "replace", "folder"] and (tmp_path / "a").read_bytes() == b"\x00\xff"
+
+
+def test_a_file_system_that_cannot_flush_folders_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    before = len(os.listdir("/proc/self/fd"))
+    files.write_bytes(tmp_path / "a", b"x")
+    assert (tmp_path / "a").read_bytes() == b"x" and len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(("free", "fits"), [(1050, True), (1049, False)])
+def test_room_is_asked_for_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, fits: bool
+) -> None:
+    """1000 bytes need 1050 free ones where the nearest folder is that is there already."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage if place == tmp_path else None)
+    place = tmp_path / "runs" / "run"
+    if fits:
+        files.require_space(place, 1000, "this run")
+    else:
+        with pytest.raises(DiskFull, match="this run will not fit on the disk: 1.0 kB needed, 1.0 kB free") as caught:
+            files.require_space(place, 1000, "this run")
+        assert str(place) in str(caught.value) and "1,000 bytes needed, 1,049 bytes free" in str(caught.value)
+        assert "another --output" in (caught.value.do or "") and caught.value.exit_code == 2
+    assert os.listdir(tmp_path) == []
 
 
 def test_json_round_trip_in_utf8(tmp_path: Path) -> None:

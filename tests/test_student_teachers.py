@@ -101,7 +101,7 @@ def test_an_interrupted_average_goes_on(
 
     recipe = tiny.recipe("train.checkpoint_seconds=0", "data.augment=shift", teacher="ema", losses="ce,kd")
     whole = start(recipe, tmp_path / "whole")
-    keep, calls = loop._step, [0]
+    keep, calls = loop.Loop.step, [0]
 
     def die(*arguments: Any) -> float:
         calls[0] += 1
@@ -109,7 +109,7 @@ def test_an_interrupted_average_goes_on(
             raise KeyboardInterrupt
         return keep(*arguments)
 
-    monkeypatch.setattr(loop, "_step", die)
+    monkeypatch.setattr(loop.Loop, "step", die)
     with pytest.raises(KeyboardInterrupt):
         start(recipe, tmp_path / "broken")
     monkeypatch.undo()

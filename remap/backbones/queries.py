@@ -3,12 +3,18 @@
 Letters: B batch, T tokens of the sequence, p queries, D width, H heads, h head width, E = H*h.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, einsum, nn
 from torch.nn import functional as F
 
 from remap.backbones.anatomy import Anatomy, AttentionBlock, Projection, module_at
 from remap.backbones.families.eva import rotated
+
+# A block whose weights are divided among processes has a method of this name: ``BlockReader.apart``.
+APART = "_remap_apart"
 
 
 class BlockReader:
@@ -22,11 +28,33 @@ class BlockReader:
     """
 
     def __init__(self, model: nn.Module, paths: AttentionBlock) -> None:
-        self.heads = paths.heads
+        self.heads, self.whole = paths.heads, module_at(model, paths.block)
         self.attn, self.proj = module_at(model, paths.attn), module_at(model, paths.proj)
         self.norm1, self.norm2, self.mlp = (module_at(model, path) for path in (paths.norm1, paths.norm2, paths.mlp))
         self._scales = [_owner(model, path) for path in (paths.attn_scale, paths.mlp_scale)]
         self._q, self._k, self._v = (_Rows(model, paths.projections[word]) for word in "qkv")
+
+    def apart(self, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(*args)``, which reads the block's weights outside of its forward pass.
+
+        Weights that are divided among processes are together meanwhile, and again when the gradient comes.
+        """
+        return getattr(self.whole, APART, _call)(function, *args)
+
+    def leaving(self, output: Tensor, start: Tensor, *, alone: bool) -> Tensor:
+        """An output made inside the block's forward pass that leaves the block by another way than its own output.
+
+        Where the block's weights are divided among processes, they come together for its gradient.
+
+        Args:
+            start: What it was made from, with a gradient.
+            alone: Whether the block's own output has no gradient, so that the weights can part again behind ``start``.
+        """
+        if hasattr(self.whole, APART) and output.requires_grad:
+            output.register_hook(lambda gradient: self.whole.unshard())
+            if alone:
+                start.register_hook(lambda gradient: self.whole.reshard())
+        return output
 
     def keys(self, tokens_BTD: Tensor, rope: Tensor | None) -> Tensor | None:
         """(B, H, T, h) where the block turns or normalises its keys, None where ``attend`` does without them.
@@ -118,6 +146,10 @@ class _Rows:
     def tensors(self) -> tuple[Tensor, Tensor | None]:
         bias = None if self.bias is None else getattr(*self.bias)[self.bias_rows]
         return self.layer.weight[self.rows], bias
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
 
 
 def _owner(model: nn.Module, path: str | None) -> tuple[nn.Module, str] | None:

@@ -23,7 +23,7 @@ from typing import Any
 
 from remap import __version__
 from remap.errors import RunError
-from remap.files import size
+from remap.files import require_space as _require_space
 from remap.runs.rundir import version_of
 
 # Changes when files of another version could be read wrongly.
@@ -33,8 +33,6 @@ ROW_BYTES = 20
 KEY_FILE, ITEM_FILE, ITEMS, DATA_FILE, ROWS_FILE = "key.json", "item.json", "items", "data.bin", "rows.bin"
 _NAME = re.compile(r"[0-9a-f]{24}")
 _DRAFT, _DRAFT_SECONDS = ".draft-", 600.0
-# Free space beyond the records themselves: folders, file system, other programs.
-_MARGIN = 1.05
 
 
 @dataclass(frozen=True)
@@ -363,21 +361,11 @@ def require_space(root: Path, nbytes: int) -> None:
     """Refuse before the work when the records will not fit on the disk.
 
     Raises:
-        RunError: Less than 1.05 times ``nbytes`` is free where ``root`` is or will be.
+        DiskFull: It does not fit where ``root`` is or will be.
     """
-    place = root.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < _MARGIN * nbytes:
-        raise RunError(
-            f"the teacher's outputs will not fit on the disk: {size(nbytes)} needed, {size(free)} free",
-            given=root,
-            do="\n           ".join(
-                [
-                    "clear old ones (remap cache ls, remap cache clear), or name another disk in REMAP_CACHE,",
-                    "or keep less: losses that read only logits or pooled features, --set teacher.top_k=100,",
-                    "or ask the teacher in every step: --set teacher.cache=off",
-                ]
-            ),
-        )
+    advice = (
+        "clear old ones (remap cache ls, remap cache clear), or name another disk in REMAP_CACHE,",
+        "or keep less: losses that read only logits or pooled features, --set teacher.top_k=100,",
+        "or ask the teacher in every step: --set teacher.cache=off",
+    )
+    _require_space(root, nbytes, "the teacher's outputs", do="\n           ".join(advice))

@@ -69,7 +69,7 @@ class ImageData:
     unlabeled: Split | None = None
 
     def fingerprint(self) -> str:
-        """Hash of class names, file names, labels and order."""
+        """Hash of class names, file names, labels and order; ``remap.data.contents`` adds what the files hold."""
         digest = hashlib.sha256(_bytes_of(self.classes))
         for split in (self.train, self.val, self.test):
             if split is not None:

@@ -3,7 +3,6 @@
 Letters: B images, V side of the view in pixels.
 """
 
-import hashlib
 import os
 import threading
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from remap.data.contents import Contents
 from remap.data.images import BadImage, decode
 from remap.data.splits import Split
 from remap.errors import DataError
@@ -54,6 +54,7 @@ class ViewSource:
 
     Attributes:
         bad: Reason by index for images that could not be read so far.
+        contents: Digests of what was read so far.
     """
 
     def __init__(self, split: Split, view: View, *, memory_bytes: float, workers: int | None = None) -> None:
@@ -63,7 +64,7 @@ class ViewSource:
         self._kept: Tensor | None = None
         self._in_memory = self.nbytes <= memory_bytes
         self._lock = threading.Lock()
-        self._digests: dict[int, bytes] = {}
+        self.contents = Contents(split, self._workers)
 
     @property
     def nbytes(self) -> int:
@@ -111,32 +112,20 @@ class ViewSource:
         good = np.asarray([i for i in range(len(self.split)) if i not in self.bad], dtype=np.int64)
         other = ViewSource(self.split.take(good), self.view, memory_bytes=0.0, workers=self._workers)
         other._kept = None if self._kept is None else self._kept[torch.from_numpy(good)]
+        other.contents = self.contents.taken(good)
         return other
 
     def digests(self, indices: Sequence[int] | np.ndarray) -> list[bytes]:
-        """16 bytes (BLAKE2b) for the encoded content of each image; read once. What cannot be read has the digest of
-        the reason."""
-        chosen = [int(index) for index in indices]
-        missing = list(dict.fromkeys(index for index in chosen if index not in self._digests))
-        if missing:
-            with ThreadPoolExecutor(self._workers) as pool:
-                self._digests.update(zip(missing, pool.map(self._digest, missing), strict=True))
-        return [self._digests[index] for index in chosen]
+        """16 bytes for the encoded content of each image; see ``Contents``."""
+        return self.contents.of(indices)
 
     def bad_names(self) -> list[tuple[str, str]]:
         """(name, reason) of the images that could not be read so far."""
         return [(self.split.names[index], reason) for index, reason in sorted(self.bad.items())]
 
-    def _digest(self, index: int) -> bytes:
-        try:
-            content = self.split.read(index)
-        except OSError as error:
-            content = f"cannot be read: {error}".encode(errors="surrogatepass")
-        return hashlib.blake2b(content, digest_size=16).digest()
-
     def _read(self, index: int) -> np.ndarray | None:
         try:
-            return self.view.apply(decode(self.split.read(int(index))))
+            return self.view.apply(decode(self.contents.read(int(index))))
         except (BadImage, OSError) as error:
             with self._lock:
                 self.bad[int(index)] = error.reason if isinstance(error, BadImage) else str(error)

@@ -1,22 +1,24 @@
-"""Checkpoints: what is trained, the optimiser and the counters, in one safetensors file written atomically.
+"""Checkpoints: what is trained, the optimiser and the counters, of which the newest two generations are kept.
 
 There is no generator state to keep: order, augmentation and dropout are functions of (seed, epoch, image).
 """
 
-import json
-import zlib
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from remap.errors import RunError
-from remap.files import make_folder, write_bytes
+from remap.engine import generations
+from remap.engine.sharding import fill, whole
+from remap.errors import RunError, TrainingError
+
+# Bytes of tensors beyond which a file is not read: far above any real one; a stranger's must not fill the memory.
+_LIMIT_FACTOR, _LIMIT_EXTRA = 16, 2**28
+_ADAMW = {"step", "exp_avg", "exp_avg_sq"}
 
 
 @dataclass
@@ -28,6 +30,11 @@ class State:
         history: One record for each finished epoch.
         loss_sums: Sum over the steps of this epoch of each loss, as exact floats.
         seconds: Training time so far.
+        counted: Steps of this epoch that ``loss_sums`` is over: all but the skipped ones.
+        accumulation: Micro-batches to a step on each process, as memory allowed so far.
+        lr_factor: What the learning rate is multiplied by after faults.
+        recoveries, good_steps: Faulty steps that are not forgotten, and good steps since the last one.
+        skipped: Steps that were skipped, over the whole run.
     """
 
     digest: str
@@ -36,87 +43,195 @@ class State:
     seconds: float = 0.0
     loss_sums: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    counted: int = 0
+    accumulation: int = 1
+    lr_factor: float = 1.0
+    recoveries: int = 0
+    good_steps: int = 0
+    skipped: int = 0
 
 
-def save_checkpoint(
-    path: Path,
-    state: State,
-    trained: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    memory: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write what is trained (parameters and buffers), the optimiser's state by name, and ``state``.
+@torch.no_grad()
+def snapshot(
+    trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, memory: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """What a checkpoint holds besides the state: whole tensors on the CPU, by name. Every process has to call it.
+
+    On the CPU they may be the live tensors themselves: write them before the next step.
 
     Args:
+        trained: Parameters, and buffers that training changes.
         memory: What a method remembers from step to step (``Attached.memory``).
     """
+
+    def plain(value: Any) -> Tensor:
+        return whole(torch.as_tensor(value).detach()).cpu().contiguous()
+
     tensors: dict[str, Tensor] = {}
     for name, parameter in trained.items():
-        tensors[f"parameter/{name}"] = parameter.detach().cpu().contiguous()
+        tensors[f"parameter/{name}"] = plain(parameter)
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    for name, tensor in (memory or {}).items():
-        tensors[f"memory/{name}"] = tensor.detach().cpu().contiguous()
-    make_folder(path.parent)
-    for stray in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed while it wrote
-        stray.unlink(missing_ok=True)
-    text = json.dumps(asdict(state))
-    write_bytes(path, save(tensors, metadata={"state": text, "crc32": str(_crc32(text, tensors))}))
+            tensors[f"optimizer/{key}/{name}"] = plain(value)
+    return tensors | {f"memory/{name}": plain(tensor) for name, tensor in (memory or {}).items()}
 
 
-def _crc32(text: str, tensors: Mapping[str, Tensor]) -> int:
-    """A checksum over the state and all tensors: safetensors itself does not notice a flipped bit."""
-    value = zlib.crc32(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), value))
-    return value
+def save_checkpoint(folder: Path, state: State, tensors: Mapping[str, Tensor]) -> None:
+    """Write the next generation, then drop all but the newest two. Only the main process calls it.
+
+    Raises:
+        TrainingError: A number is not finite; nothing was written.
+        DiskFull: There is no room; the generations before are whole.
+        RunError: The place cannot be written.
+    """
+    broken = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    problem = f"not finite: {', '.join(broken[:4])}" if broken else _problem(asdict(state))
+    if problem:
+        raise TrainingError(
+            f"the state of training cannot be saved: {problem}",
+            do="go on from the checkpoint before (--resume), with a lower --lr or train.precision=fp32",
+        )
+    generations.write(folder, asdict(state), tensors)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a save was ever finished here, be it whole or damaged by now."""
+    return generations.any_finished(folder)
 
 
 def load_checkpoint(
-    path: Path, digest: str, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+    folder: Path,
+    digest: str,
+    trained: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    say: Callable[[str], None],
 ) -> tuple[State, dict[str, Tensor]]:
-    """Put a checkpoint back into the tensors of ``trained`` and the optimiser.
+    """Put the newest whole generation back into the tensors of ``trained`` and the optimiser.
+
+    Every process has to call it, with a folder that all of them see. Afterwards newer, damaged generations are gone.
+
+    Args:
+        say: Is told which generation is damaged, where one is.
 
     Returns:
         The state, and the method's memory as it was saved.
 
     Raises:
-        RunError: It is damaged, belongs to another recipe, or does not fit the model.
+        RunError: None is whole, it belongs to another recipe, or it does not fit the model.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        if metadata["crc32"] != str(_crc32(metadata["state"], tensors)):
-            raise ValueError("its checksum differs")
-        state = State(**json.loads(metadata["state"]))
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged: {error}", do="start the run again in another --output") from error
+    usual = sum(tensor.numel() * tensor.element_size() for tensor in trained.values())
+    reader = generations.Reader(folder, _LIMIT_EXTRA + _LIMIT_FACTOR * usual, _problem)
+    number = reader.newest()
+    device = next((tensor.device for tensor in trained.values()), torch.device("cpu"))
+    while True:  # all processes go on from the same one, whatever each of them can read
+        low, high = _over_processes(number, device)
+        if low == high:
+            break
+        number = reader.newest(low)
+    if not number:
+        raise RunError(
+            f"no checkpoint in {folder} is whole",
+            given="; ".join(reader.problems) or "no generation",
+            do="start the run again in another --output",
+        )
+    state, tensors, place = State(**reader.state), reader.tensors, generations.tensors_path(folder, number)
     if state.digest != digest:
         raise RunError(
-            f"{path} belongs to another recipe or to other images",
-            given=f"checkpoint {state.digest}, this run {digest}",
+            f"{place} belongs to another recipe or to other images",
+            given=f"checkpoint {state.digest[:100]!r}, this run {digest!r}",
             do="resume with the recipe the run was started with (its recipe.yaml)",
         )
-    wanted = {f"parameter/{name}": p.shape for name, p in trained.items()}
-    found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("parameter/")}
-    if wanted != found:
-        different = sorted(set(wanted.items()) ^ set(found.items()), key=str)[:4]
-        raise RunError(f"{path} does not fit this model", given=str(different))
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(tensors[f"parameter/{name}"])
-            if isinstance(parameter, nn.Parameter):
-                _load_optimizer_state(optimizer, name, parameter, tensors)
-    memory = {key.removeprefix("memory/"): value for key, value in tensors.items() if key.startswith("memory/")}
-    return state, memory
+    _require_fit(place, trained, tensors)
+    for problem in reader.problems:
+        say(f"{problem}; going on from {place.name}, what came after is trained again")
+    for name, parameter in trained.items():
+        fill(parameter, tensors[f"parameter/{name}"])
+        if isinstance(parameter, nn.Parameter):
+            _load_optimizer_state(optimizer, name, parameter, tensors)
+    if not _rank():
+        generations.sweep(folder, number)
+    kept = {key.removeprefix("memory/"): value.clone() for key, value in tensors.items() if key.startswith("memory/")}
+    return state, kept
+
+
+def _problem(state: object) -> str | None:
+    """What is wrong with a state as a dictionary, when it is written and when a file from anywhere is read."""
+    blank = asdict(State(""))
+    if not isinstance(state, dict) or set(state) != set(blank):
+        return "the fields of its state differ"
+    for name, usual in blank.items():
+        value = state[name]
+        if isinstance(usual, float | int):
+            lowest = usual if isinstance(usual, int) else 0.0  # counters only grow
+            if not _is_number(value, type(usual)) or value < lowest:
+                return f"{name} is no {type(usual).__name__} from {lowest}"
+        elif type(value) is not type(usual):
+            return f"{name} is no {type(usual).__name__}"
+    records = [state["loss_sums"], *state["history"]]
+    if not all(isinstance(record, dict) and all(map(_is_number, record.values())) for record in records):
+        return "loss_sums and history hold something else than finite numbers by name"
+    epochs = [record.get("epoch") for record in state["history"]]
+    if len(epochs) != state["epoch"] or epochs != list(range(1, len(epochs) + 1)):
+        return "history is not one record for each finished epoch"
+    return None
+
+
+def _is_number(value: object, kind: type = float) -> bool:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 2**53
+    return kind is float and isinstance(value, float) and math.isfinite(value)
+
+
+def _require_fit(place: Path, trained: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    wanted = {f"parameter/{name}": (tuple(p.shape), p.dtype) for name, p in trained.items()}
+    found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items() if name.startswith("parameter/")}
+    different = sorted(set(wanted.items()) ^ set(found.items()), key=str)
+    fields: dict[str, set[str]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer/"):
+            _, field_name, name = (key.split("/", 2) + [""])[:3]
+            fields.setdefault(name, set()).add(field_name)
+            shape = () if field_name == "step" or name not in trained else tuple(trained[name].shape)
+            if name not in trained or tuple(value.shape) != shape or not value.is_floating_point():
+                different.append((key, (tuple(value.shape), value.dtype)))
+    different += [(f"optimizer/*/{name}", (tuple(sorted(got)), None)) for name, got in fields.items() if got != _ADAMW]
+    if different:
+        raise RunError(
+            f"{place} does not fit this model",
+            given=str(different[:4])[:500],
+            do="resume with the recipe, the versions and the images of the run, or start it again in another --output",
+        )
 
 
 def _load_optimizer_state(
     optimizer: torch.optim.Optimizer, name: str, parameter: nn.Parameter, tensors: Mapping[str, Tensor]
 ) -> None:
-    keys = [key for key in tensors if key.startswith("optimizer/") and key.split("/", 2)[2] == name]
-    for key in keys:
-        field_name = key.split("/", 2)[1]
-        device = parameter.device if tensors[key].ndim or parameter.is_cuda else "cpu"
-        optimizer.state[parameter][field_name] = tensors[key].to(device)
+    """Moments lie where the parameter lies, shard by shard; a step count is one number everywhere."""
+    optimizer.state.pop(parameter, None)  # what is no longer good, when a run goes back
+    for field_name in sorted(_ADAMW):
+        value = tensors.get(f"optimizer/{field_name}/{name}")
+        if value is None:  # before the first step
+            continue
+        if field_name != "step":
+            placed = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+            fill(placed, value)
+        else:
+            placed = value.to(parameter.device, copy=True)
+        optimizer.state[parameter][field_name] = placed
+
+
+def _over_processes(number: int, device: torch.device) -> tuple[int, int]:
+    """The lowest and the highest over all processes."""
+    if not _many():
+        return number, number
+    ends = torch.tensor([number, -number], device=device)
+    torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MIN)
+    low, high = ends.tolist()
+    return low, -high
+
+
+def _many() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if _many() else 0

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from remap.data.views import ViewSource, require_readable
 from remap.engine.features import FrozenFeatures
+from remap.engine.interrupt import deferred, leave_if_asked
 from remap.engine.launch import use_bf16
+from remap.engine.processes import largest
 from remap.network import Network, Runner
 from remap.progress import Progress
 from remap.recipe.schema import Recipe
@@ -52,9 +53,11 @@ def evaluate(
     network.model.eval()
     runner = Runner(network, bf16=bf16)
     predictions = torch.full((len(source.split),), -1, dtype=torch.int64, device=accelerator.device)
-    starts = range(0, len(source.split), batch_size)[accelerator.process_index :: accelerator.num_processes]
-    with progress.wait(f"evaluating {what}", len(starts)) as step:
-        for start in starts:
+    rounds = range(0, len(source.split), batch_size * accelerator.num_processes)
+    with progress.wait(f"evaluating {what}", len(rounds)) as step, deferred():
+        for first in rounds:  # the same number on every process, so that they can leave together
+            leave_if_asked(accelerator, f"{what} was being evaluated")
+            start = first + batch_size * accelerator.process_index
             images, good = (features or source).batch(np.arange(start, min(start + batch_size, len(source.split))))
             require_readable(source, what, skip_bad)
             if len(good):
@@ -63,9 +66,9 @@ def evaluate(
                 predictions[torch.from_numpy(good)] = logits.argmax(dim=-1)
             step.advance()
     runner.tap.close()
-    predictions = _largest_over_ranks(predictions, accelerator).cpu().numpy()
-    seen = predictions >= 0
-    return Evaluation(int((predictions == source.split.labels)[seen].sum()), int(seen.sum()), predictions)
+    found = largest(accelerator, predictions).cpu().numpy()  # one process has each image, the others -1
+    seen = found >= 0
+    return Evaluation(int((found == source.split.labels)[seen].sum()), int(seen.sum()), found)
 
 
 def evaluate_as(
@@ -89,10 +92,3 @@ def evaluate_as(
         skip_bad=recipe.data.skip_bad,
         features=features,
     )
-
-
-def _largest_over_ranks(values: Tensor, accelerator: Accelerator) -> Tensor:
-    """Each image was predicted by one process and is -1 on the others."""
-    if accelerator.num_processes > 1:
-        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
-    return values

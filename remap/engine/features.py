@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from remap.data.views import ViewSource
+from remap.engine.interrupt import deferred, leave_if_asked
 from remap.network import Network, Runner
 from remap.progress import Progress
 
@@ -27,6 +28,7 @@ class FrozenFeatures:
     def __init__(self, network: Network, source: ViewSource, accelerator: Accelerator, *, bf16: bool) -> None:
         assert network.attached.seam is not None
         self.source, self.split, self.device = source, source.split, accelerator.device
+        self._accelerator = accelerator
         self._seam = network.attached.seam
         self._runner = Runner(network, bf16=bf16)
         self._runner.tap.close()  # the stem is run past its hooks
@@ -48,8 +50,9 @@ class FrozenFeatures:
         """Run the stem over all images, in eval mode."""
         self._runner.model.eval()
         count = len(self.split)
-        with progress.wait(f"frozen features of {what}", count) as step:
+        with progress.wait(f"frozen features of {what}", count) as step, deferred():
             for start in range(0, count, batch_size):
+                leave_if_asked(self._accelerator, "frozen features were being computed")
                 images, good = self.source.batch(np.arange(start, min(start + batch_size, count)))
                 if len(good):
                     for key, value in self._runner.stem(images.to(self.device)).items():

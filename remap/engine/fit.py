@@ -1,153 +1,56 @@
 """The one training loop: from (student, teacher, objective, images) to history."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from remap.data import keyed
 from remap.data.batches import Batch, Plan, batches
-from remap.data.views import ViewSource
-from remap.engine.checkpoint import State, load_checkpoint, save_checkpoint
-from remap.engine.features import FrozenFeatures
-from remap.engine.interrupt import StopFlag, stop_flag
-from remap.engine.optim import adamw, learning_rate, set_learning_rate
-from remap.engine.teacher import Teacher
-from remap.errors import DataError, Interrupted, TrainingError
-from remap.network import Network, Runner
-from remap.progress import Progress
-from remap.recipe.schema import Recipe
+from remap.engine.checkpoint import State, has_checkpoint, load_checkpoint, save_checkpoint, snapshot
+from remap.engine.faults import (
+    FORGET_AFTER,
+    HALVINGS,
+    RECOVERIES,
+    BrokenWeights,
+    Fault,
+    all_finite,
+    capture,
+    is_out_of_memory,
+)
+from remap.engine.interrupt import asked, deferred, watching
+from remap.engine.job import Job, StudentStep, plan_of
+from remap.engine.optim import adamw, clip_gradients, learning_rate, set_learning_rate
+from remap.engine.processes import agreed, average, from_first, total
+from remap.errors import DataError, DiskFull, Interrupted, TrainingError
+from remap.network import Network
 from remap.remapping.labels import Labels
-from remap.remapping.objective import Objective
-from remap.tuning.base import Sample
-
-
-class StudentStep(nn.Module):
-    """Student and objective in one module, so that a wrapper (DDP, compile) sees the whole differentiable step."""
-
-    def __init__(self, network: Network, objective: Objective, *, bf16: bool) -> None:
-        super().__init__()
-        self.runner = Runner(network, objective.student_needs(), bf16=bf16)
-        self.objective, self.attached = objective, network.attached
-
-    def forward(
-        self,
-        images_BCHW: Tensor,
-        targets: Sequence[Mapping[str, Tensor]],
-        labels: Labels,
-        kept: Mapping[str, Tensor] | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        total, parts = self.objective(self.runner(images_BCHW, kept), targets, labels)
-        penalty = self.attached.penalty()
-        if penalty is None:
-            return total, parts
-        return total + penalty, {**parts, "penalty": penalty.detach()}
-
-
-@dataclass
-class Job:
-    """What one training run works on.
-
-    Attributes:
-        data_digest: Which images and labels these are; a checkpoint goes on with the same ones only.
-        checkpoint: Where to keep the latest state; None keeps none.
-        evaluate: Called after each epoch, gives the metrics to record.
-        on_epoch: Called on the main process with the history so far.
-        labeled: Share of the training images that have a label.
-        features: The student's frozen features of ``source``, where they are kept.
-        sample: Training images for methods that look at them before the first step.
-    """
-
-    recipe: Recipe
-    student: Network
-    objective: Objective
-    teachers: Sequence[Teacher]
-    source: ViewSource
-    accelerator: Accelerator
-    bf16: bool
-    progress: Progress
-    evaluate: Callable[[], dict[str, float]]
-    on_epoch: Callable[[list[dict[str, Any]]], None]
-    data_digest: str = ""
-    checkpoint: Path | None = None
-    labeled: float = 1.0
-    features: FrozenFeatures | None = None
-    sample: Sample | None = None
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """All that is trained, by name: tuned parameters, head, and the objective's projectors."""
-        extra = {f"objective.{name}": p for name, p in self.objective.named_parameters() if p.requires_grad}
-        return self.student.trained | extra
-
-    @property
-    def peak_lr(self) -> float:
-        return self.recipe.learning_rate(self.student.anatomy.width)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds besides the optimiser: ``parameters``, and all else that training changes."""
-        changing = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict(keep_vars=True).items()}
-        for teacher in self.teachers:
-            changing |= teacher.tensors()
-        return self.student.tensors | changing | self.parameters()
 
 
 def fit(job: Job, *, resume: bool = False) -> State:
     """Train until the last epoch.
 
     Raises:
-        TrainingError: A loss or gradient is not finite; nothing was stepped with it.
+        TrainingError: Losses or gradients stay not finite, or memory does not suffice for a single image.
         Interrupted: A signal came; the state is saved.
     """
-    spec, accelerator = job.recipe.train, job.accelerator
-    _require_divisible(plan_of(job))
-    step_module = StudentStep(job.student, job.objective, bf16=job.bf16).to(accelerator.device)
-    parameters = job.parameters()
-    extra = [(name, p) for name, p in parameters.items() if name.startswith("objective.")]
-    optimizer = adamw(job.student, extra, job.peak_lr, spec.weight_decay)
-    state = State(f"{job.recipe.digest()}+{job.data_digest}")
-    if resume and job.checkpoint is not None and job.checkpoint.exists():
-        state = _load(job, state.digest, optimizer)
-    elif job.student.attached.wants_sample:
-        assert job.sample is not None
-        with job.progress.wait(f"{job.recipe.method.name} looks at training images"):
-            job.student.attached.prepare(job.sample)
-    if spec.compile:
-        _compile_blocks(job.student)
-    if job.features is not None:
-        job.features.with_images = any(teacher.kept is None for teacher in job.teachers)
-    callable_step = _distributed(step_module, accelerator)
+    loop = Loop(job)
     try:
-        with stop_flag() as flag:
-            while state.epoch < spec.epochs:
-                _epoch(job, state, callable_step, optimizer, list(parameters.values()), flag)
+        with watching(), deferred():
+            loop.begin(resume=resume)
+            while loop.state.epoch < job.recipe.train.epochs:
+                try:
+                    loop.epoch()
+                except BrokenWeights:
+                    loop.go_back()
     finally:
-        step_module.runner.tap.close()
+        loop.step_module.runner.tap.close()
         job.student.attached.set_sample_keys(None)
-    return state
-
-
-def _require_divisible(plan: Plan) -> None:
-    if plan.step_images < plan.processes * plan.accumulation:
-        raise TrainingError(
-            f"a step of {plan.step_images} image(s) cannot be divided",
-            given=f"{plan.processes} process(es), each with train.accumulation={plan.accumulation}",
-            do="use a larger --batch-size, fewer processes, or less accumulation",
-        )
-
-
-def _distributed(step_module: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Average gradients over processes. Every trained parameter is used, so no search for unused ones is paid for."""
-    if accelerator.num_processes == 1:
-        return step_module
-    device = accelerator.device
-    return DistributedDataParallel(step_module, device_ids=[device.index] if device.type == "cuda" else None)
+    return loop.state
 
 
 def _compile_blocks(network: Network) -> None:
@@ -159,73 +62,310 @@ def _compile_blocks(network: Network) -> None:
         network.model.get_submodule(block.block).compile()
 
 
-def _epoch(
-    job: Job,
-    state: State,
-    step_module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    parameters: list[nn.Parameter],
-    flag: StopFlag,
-) -> None:
-    """The rest of epoch ``state.epoch``, its evaluation and its record."""
-    spec, accelerator, plan = job.recipe.train, job.accelerator, plan_of(job)
-    job.student.attached.train()
-    stream = batches(job.features or job.source, plan, state.epoch, state.step)
-    started, saved = time.perf_counter(), time.perf_counter()
-    with job.progress.wait(f"epoch {state.epoch + 1}/{spec.epochs}", plan.steps) as shown:
-        shown.advance(state.step)
-        while state.step < plan.steps:
-            update = state.epoch * plan.steps + state.step
-            set_learning_rate(optimizer, learning_rate(spec, job.peak_lr, update, plan.steps))
-            torch.manual_seed(keyed.step_seed(job.recipe.seed, state.epoch, update) + accelerator.process_index)
-            sums = _accumulate(job, step_module, stream)
-            total = spec.epochs * plan.steps
-            shown.advance(loss=_step(job, state, optimizer, parameters, sums, update, total))
-            state.step += 1
-            stop = flag.agreed(accelerator)
-            now = time.perf_counter()
-            if stop or now - saved > spec.checkpoint_seconds:
-                state.seconds, started, saved = state.seconds + now - started, now, now
-                _save(job, state, optimizer)
-            if stop:
-                accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has left
-                raise Interrupted("stopped by a signal; the state is saved", exit_code=128 + stop)
-    state.seconds += time.perf_counter() - started
-    _finish_epoch(job, state, plan)
-    _save(job, state, optimizer)
+class Loop:
+    """Training of one job from ``state`` on."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.accelerator, self.spec = job, job.accelerator, job.recipe.train
+        self.state = State(f"{job.recipe.digest()}+{job.data_digest}", accumulation=self.spec.accumulation)
+        _require_divisible(self.plan)
+        self.step_module = StudentStep(job.student, job.objective, bf16=job.bf16).to(self.accelerator.device)
+        self.parameters = job.parameters()
+        extra = [(name, p) for name, p in self.parameters.items() if name.startswith("objective.")]
+        self.optimizer = adamw(job.student, extra, job.peak_lr, self.spec.weight_decay)
+        self.stream: Iterator[Batch] | None = None
+        self.unsound: list[Tensor] = []
+        self.checked = False  # that a gradient reaches everything that is trained
+        self.started = self.saved = time.perf_counter()
+
+    @property
+    def plan(self) -> Plan:
+        """How steps are cut into micro-batches, as memory allows by now."""
+        return plan_of(self.job, self.state.accumulation)
+
+    @property
+    def changing(self) -> dict[str, Tensor]:
+        """Buffers that training changes by the images each process sees; the first process's count, as in DDP."""
+        return {name: t for name, t in self.job.tensors().items() if name not in self.parameters}
+
+    def begin(self, *, resume: bool) -> None:
+        job = self.job
+        if resume and job.checkpoint is not None and has_checkpoint(job.checkpoint):
+            self._load()
+        else:
+            if job.student.attached.wants_sample:
+                assert job.sample is not None
+                with job.progress.wait(f"{job.recipe.method.name} looks at training images"):
+                    job.student.attached.prepare(job.sample)
+            from_first(self.accelerator, [t for t in job.tensors().values() if not isinstance(t, DTensor)])
+            self._save(must=True)  # finds out about the disk before any work, and is something to go back to
+        if self.spec.compile:
+            _compile_blocks(job.student)
+        if job.features is not None:
+            job.features.with_images = any(teacher.kept is None for teacher in job.teachers)
+
+    def epoch(self) -> None:
+        """The rest of epoch ``state.epoch``, its evaluation and its record."""
+        state, job = self.state, self.job
+        job.student.attached.train()
+        self.stream, self.started = None, time.perf_counter()
+        steps = self.plan.steps
+        with job.progress.wait(f"epoch {state.epoch + 1}/{self.spec.epochs}", steps) as shown:
+            shown.advance(state.step)
+            while state.step < steps:
+                loss = self.step(steps)
+                state.step += 1
+                shown.advance(**({} if loss is None else {"loss": loss}))
+                (stop,) = agreed(self.accelerator, asked(self.accelerator))
+                if stop or time.perf_counter() - self.saved > self.spec.checkpoint_seconds:
+                    self._save(must=bool(stop))
+                if stop:
+                    self.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has left
+                    raise Interrupted("stopped by a signal; the state is saved", exit_code=128 + stop)
+        self._count_time()
+        self._require_whole()
+        try:
+            self._finish_epoch(steps)
+        except Interrupted as error:  # while it evaluated; the epoch's steps are done
+            if not error.at_once:
+                self._save(must=True)
+            raise
+        self._save()
+
+    def step(self, steps: int) -> float | None:
+        """One step, from images to update; gives the loss, or None where it was skipped."""
+        state, spec, accelerator = self.state, self.spec, self.accelerator
+        update = state.epoch * steps + state.step
+        rate = learning_rate(spec, self.job.peak_lr, update, steps) * state.lr_factor
+        set_learning_rate(self.optimizer, rate)
+        from_first(accelerator, self.changing.values())
+        sums = self.accumulate(update)
+        self._require_gradients()
+        average(accelerator, [p.grad for p in self.parameters.values() if not isinstance(p.grad, DTensor)])
+        norm = clip_gradients(self.parameters.values(), spec.clip_norm)
+        unsound = torch.stack(self.unsound).sum() if self.unsound else torch.zeros((), device=norm.device)
+        values = total(accelerator, torch.stack([*sums.values(), unsound]))
+        *means, unsound_count, gradient = torch.cat([values, norm[None]]).tolist()  # one transfer for all of them
+        losses = dict(zip(sums, means, strict=True))
+        if unsound_count or not all(abs(value) < float("inf") for value in (*means, gradient)):
+            self._recover(Fault(losses, gradient, int(unsound_count), rate))
+            return None
+        self.optimizer.step()
+        self.job.student.attached.after_step(update, spec.epochs * steps)
+        for teacher in self.job.teachers:
+            teacher.after_step(self.job.student, update)
+        self.optimizer.zero_grad(set_to_none=True)
+        for name, value in losses.items():
+            state.loss_sums[name] = state.loss_sums.get(name, 0.0) + value
+        state.counted += 1
+        state.good_steps += 1
+        if state.good_steps >= FORGET_AFTER:
+            state.recoveries = 0
+        return losses["loss"]
+
+    def accumulate(self, update: int) -> dict[str, Tensor]:
+        """Forward and backward over this process's micro-batches of one step, in smaller ones if memory runs out.
+
+        Returns:
+            This process's part of each loss; over all processes they add up to the mean over the global batch.
+        """
+        while True:
+            torch.manual_seed(keyed.step_seed(self.job.recipe.seed, self.state.epoch, update) + self._rank)
+            out_of_memory = ""
+            try:
+                sums = self._forward_and_backward()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                out_of_memory = str(error)  # the error itself holds on to the tensors of the step
+            if not any(agreed(self.accelerator, bool(out_of_memory))):
+                return sums
+            self._halve(out_of_memory)
+
+    def _forward_and_backward(self) -> dict[str, Tensor]:
+        if self.stream is None:
+            self.stream = batches(self.job.features or self.job.source, self.plan, self.state.epoch, self.state.step)
+        sums: dict[str, Tensor] = {}
+        self.unsound = []
+        for _ in range(self.state.accumulation):
+            batch = next(self.stream)
+            value, parts = self.forward(batch)
+            (value * (batch.share * self.accelerator.num_processes)).backward()  # gradients are averaged
+            for name, part in {"loss": value.detach(), **parts}.items():
+                sums[name] = sums.get(name, 0.0) + part * batch.share
+        return sums
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if not len(batch.indices_B):
+            raise DataError("no image of a whole batch can be read", do="look at the skipped files the run lists")
+        job, device = self.job, self.accelerator.device
+        images = batch.images_BCHW.to(device, non_blocking=True)
+        labels = _labels(batch, self.plan.known(job.labeled), device)
+        targets: list[Mapping[str, Tensor]] = [{}] * (1 + max((teacher.number for teacher in job.teachers), default=0))
+        for teacher in job.teachers:
+            found = targets[teacher.number] = teacher.targets(images, batch.indices_B, batch.view)
+            if teacher.kept is None:  # what is kept was looked at when it was computed
+                self.unsound += [(~torch.isfinite(value)).any().float() for value in found.values()]
+        job.student.attached.set_sample_keys(batch.keys_B.to(device))
+        kept = job.features.rows(batch.indices_B) if job.features is not None else None
+        return self.step_module(images, targets, labels, kept)
+
+    def _require_gradients(self) -> None:
+        """In the first step: what the loss cannot reach would count as trained and stay as it was drawn."""
+        if self.checked:
+            return
+        self.checked = True
+        missing = [name for name, parameter in self.parameters.items() if parameter.grad is None]
+        if missing:
+            raise TrainingError(
+                f"no loss reaches {len(missing)} of {len(self.parameters)} trained parameters; nothing was stepped",
+                given=", ".join(missing[:5]) + (" ..." if len(missing) > 5 else ""),
+                do="add a loss that reads what they change (ce and kd read the classifier), or take another method",
+            )
+
+    def _halve(self, why: str) -> None:
+        """Cut micro-batches in two: twice as many, each of half the images, give the same sums."""
+        state = self.state
+        self.optimizer.zero_grad(set_to_none=True)
+        self.stream = None
+        clear_device_cache(garbage_collection=True)
+        count = self.accelerator.num_processes * state.accumulation * 2
+        if state.accumulation >= self.spec.accumulation * 2**HALVINGS or self.plan.step_images < count:
+            raise TrainingError(
+                f"out of memory, even with {state.accumulation} micro-batches to a step",
+                given=why.partition("\n")[0][:200] or "told by another process",
+                do="use smaller images or models, a smaller --batch-size, or train.precision=bf16, in a new run",
+            )
+        state.accumulation *= 2
+        self.job.progress.say(
+            f"out of memory: {state.accumulation} micro-batches to a step from now on, of up to "
+            f"{-(-self.plan.step_images * 2 // count)} images; what a step adds up to stays the same"
+        )
+
+    def _recover(self, fault: Fault) -> None:
+        """Skip the step; later ones also halve the learning rate, and the last one stops the run."""
+        state, job = self.state, self.job
+        self.optimizer.zero_grad(set_to_none=True)
+        state.recoveries, state.good_steps, state.skipped = state.recoveries + 1, 0, state.skipped + 1
+        where = f"{fault.what} is not finite in epoch {state.epoch + 1}, step {state.step + 1}"
+        if state.recoveries > RECOVERIES:
+            self._capture(fault)
+            raise TrainingError(
+                f"{where}; nothing was stepped, and {RECOVERIES} steps before this one were given up already",
+                given=str(fault),
+                do="lower --lr, or set train.precision=fp32"
+                + (f"; the images of the step are in {job.faults}" if job.faults else ""),
+            )
+        whole = self._is_whole()
+        if state.recoveries > 1 or not whole:
+            state.lr_factor /= 2
+        slower = f" and the learning rate is halved (now x {state.lr_factor:g})" if state.recoveries > 1 else ""
+        job.progress.say(f"{where} ({fault}): " + (f"the step is skipped{slower}" if whole else "weights are broken"))
+        if not whole:
+            raise BrokenWeights
+
+    def _capture(self, fault: Fault) -> None:
+        if self.job.faults is None:
+            return
+        stream = batches(self.job.source, self.plan, self.state.epoch, self.state.step)
+        told = {
+            "epoch": self.state.epoch + 1,
+            "step": self.state.step + 1,
+            "not_finite": fault.what,
+            "losses": {name: str(value) for name, value in fault.losses.items()},
+            "gradient_norm": str(fault.norm),
+            "learning_rate": fault.rate,
+        }
+        parts = [next(stream) for _ in range(self.state.accumulation)]
+        capture(self.job.faults, self._rank, parts, self.job.source.split.names, told)
+        self.accelerator.wait_for_everyone()
+
+    def go_back(self) -> None:
+        """Start again from the last checkpoint, with half the learning rate: what came after it is lost."""
+        faults = {name: getattr(self.state, name) for name in ("lr_factor", "recoveries", "good_steps", "skipped")}
+        if self.job.checkpoint is None:
+            raise TrainingError("what is trained is no longer finite", do="lower --lr, or set train.precision=fp32")
+        self._load()
+        for name, value in faults.items():
+            setattr(self.state, name, value)
+        self.job.progress.say(
+            f"back to the checkpoint of epoch {self.state.epoch + 1}, step {self.state.step}, "
+            f"with the learning rate x {self.state.lr_factor:g}"
+        )
+
+    def _require_whole(self) -> None:
+        """Before weights are evaluated or written: those of an update that went wrong must not be."""
+        if not self._is_whole():
+            self._recover(Fault({}, float("nan"), 0, self.optimizer.param_groups[0]["lr"]))
+
+    def _is_whole(self) -> bool:
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        whole = all_finite([_local(value) for value in (*self.job.tensors().values(), *moments)])
+        return not any(agreed(self.accelerator, not whole))
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self.state.seconds, self.started = self.state.seconds + now - self.started, now
+
+    def _finish_epoch(self, steps: int) -> None:
+        state, job = self.state, self.job
+        record: dict[str, Any] = {"epoch": state.epoch + 1}
+        record |= {name: value / state.counted for name, value in state.loss_sums.items()}
+        done = state.epoch + 1
+        if done % self.spec.eval_every == 0 or done == self.spec.epochs:
+            record |= job.evaluate()
+        record["seconds"] = round(state.seconds, 3)
+        state.history.append(record)
+        state.epoch, state.step, state.counted, state.loss_sums = done, 0, 0, {}
+        if self.accelerator.is_main_process:
+            job.on_epoch(state.history)
+
+    def _save(self, *, must: bool = False) -> None:
+        """Write a checkpoint. A full disk does not end a run that goes on, unless it ``must`` be written."""
+        job = self.job
+        if job.checkpoint is None:
+            return
+        self._count_time()
+        self.saved = time.perf_counter()
+        self._require_whole()
+        sharded = any(isinstance(tensor, DTensor) for tensor in self.parameters.values())
+        if not (self.accelerator.is_main_process or sharded):
+            return
+        tensors = snapshot(job.tensors(), self.optimizer, job.student.attached.memory())
+        if not self.accelerator.is_main_process:
+            return
+        try:
+            save_checkpoint(job.checkpoint, self.state, tensors)
+        except DiskFull as error:
+            if must:
+                raise
+            job.progress.say(f"no checkpoint was written, the one before is kept: {error.what}")
+
+    def _load(self) -> None:
+        job = self.job
+        self.state, memory = load_checkpoint(
+            job.checkpoint, self.state.digest, job.tensors(), self.optimizer, job.progress.say
+        )
+        job.student.attached.recall(memory)
+        _require_divisible(self.plan)
+
+    @property
+    def _rank(self) -> int:
+        return self.accelerator.process_index
 
 
-def _accumulate(job: Job, step_module: nn.Module, stream: Iterator[Batch]) -> dict[str, Tensor]:
-    """Forward and backward over this process's micro-batches of one step, each by its share of the global batch.
-
-    Returns:
-        This process's part of each loss; over all processes they add up to the mean over the global batch.
-    """
-    micro, processes = job.recipe.train.accumulation, job.accelerator.num_processes
-    sums: dict[str, Tensor] = {}
-    for index in range(micro):
-        batch = next(stream)
-        wait = index + 1 < micro and processes > 1
-        with step_module.no_sync() if wait else nullcontext():
-            total, parts = _forward(job, step_module, batch)
-            (total * (batch.share * processes)).backward()  # DDP takes the mean over processes
-        for name, value in {"loss": total.detach(), **parts}.items():
-            sums[name] = sums.get(name, 0.0) + value * batch.share
-    return sums
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _forward(job: Job, step_module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    if not len(batch.indices_B):
-        raise DataError("no image of a whole batch can be read", do="look at the skipped files the run lists")
-    device = job.accelerator.device
-    images = batch.images_BCHW.to(device, non_blocking=True)
-    labels = _labels(batch, plan_of(job).known(job.labeled), device)
-    targets: list[Mapping[str, Tensor]] = [{}] * (1 + max((teacher.number for teacher in job.teachers), default=0))
-    for teacher in job.teachers:
-        targets[teacher.number] = teacher.targets(images, batch.indices_B, batch.view)
-    job.student.attached.set_sample_keys(batch.keys_B.to(device))
-    kept = job.features.rows(batch.indices_B) if job.features is not None else None
-    return step_module(images, targets, labels, kept)
+def _require_divisible(plan: Plan) -> None:
+    if plan.step_images < plan.processes * plan.accumulation:
+        raise TrainingError(
+            f"a step of {plan.step_images} image(s) cannot be divided",
+            given=f"{plan.processes} process(es), each with {plan.accumulation} micro-batches (train.accumulation)",
+            do="use a larger --batch-size, fewer processes, or less accumulation",
+        )
 
 
 def _labels(batch: Batch, known: float, device: torch.device) -> Labels:
@@ -233,78 +373,3 @@ def _labels(batch: Batch, known: float, device: torch.device) -> Labels:
         return None if tensor is None else tensor.to(device, non_blocking=True)
 
     return Labels(placed(batch.labels_B), placed(batch.other_B), placed(batch.share_B), known)
-
-
-def _step(
-    job: Job,
-    state: State,
-    optimizer: torch.optim.Optimizer,
-    parameters: list[nn.Parameter],
-    sums: dict[str, Tensor],
-    update: int,
-    total: int,
-) -> float:
-    """Clip, look for anything that is not finite, then do update number ``update`` of ``total``; gives the loss."""
-    limit = job.recipe.train.clip_norm
-    clipped = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
-    values = torch.stack(list(sums.values()))
-    if job.accelerator.num_processes > 1:
-        torch.distributed.all_reduce(values)
-    *means, norm = torch.cat([values, clipped[None]]).tolist()  # one transfer for all of them
-    losses = dict(zip(sums, means, strict=True))
-    if not all(abs(value) < float("inf") for value in (*means, norm)):
-        named = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-        raise TrainingError(
-            f"the loss is not finite in epoch {state.epoch + 1}, step {state.step + 1}; nothing was stepped",
-            given=f"{named}, gradient norm {norm:.4g}, learning rate {optimizer.param_groups[0]['lr']:.3g}",
-            do="lower --lr, or set train.precision=fp32; the last checkpoint is whole",
-        )
-    optimizer.step()
-    job.student.attached.after_step(update, total)
-    for teacher in job.teachers:
-        teacher.after_step(job.student, update)
-    optimizer.zero_grad(set_to_none=True)
-    for name, value in losses.items():
-        state.loss_sums[name] = state.loss_sums.get(name, 0.0) + value
-    return losses["loss"]
-
-
-def _finish_epoch(job: Job, state: State, plan: Plan) -> None:
-    record: dict[str, Any] = {"epoch": state.epoch + 1}
-    record |= {name: value / plan.steps for name, value in state.loss_sums.items()}
-    done = state.epoch + 1
-    if done % job.recipe.train.eval_every == 0 or done == job.recipe.train.epochs:
-        record |= job.evaluate()
-    record["seconds"] = round(state.seconds, 3)
-    state.history.append(record)
-    state.epoch, state.step, state.loss_sums = state.epoch + 1, 0, {}
-    if job.accelerator.is_main_process:
-        job.on_epoch(state.history)
-
-
-def plan_of(job: Job) -> Plan:
-    spec, accelerator = job.recipe.train, job.accelerator
-    return Plan(
-        seed=job.recipe.seed,
-        images=len(job.source.split),
-        batch_size=spec.batch_size,
-        accumulation=spec.accumulation,
-        rank=accelerator.process_index,
-        processes=accelerator.num_processes,
-        augment=job.recipe.data.augment,
-        views=job.recipe.data.views,
-        mixup=job.recipe.data.mixup,
-        cutmix=job.recipe.data.cutmix,
-        mix_probability=job.recipe.data.mix_probability,
-    )
-
-
-def _save(job: Job, state: State, optimizer: torch.optim.Optimizer) -> None:
-    if job.checkpoint is not None and job.accelerator.is_main_process:
-        save_checkpoint(job.checkpoint, state, job.tensors(), optimizer, job.student.attached.memory())
-
-
-def _load(job: Job, digest: str, optimizer: torch.optim.Optimizer) -> State:
-    state, memory = load_checkpoint(job.checkpoint, digest, job.tensors(), optimizer)
-    job.student.attached.recall(memory)
-    return state

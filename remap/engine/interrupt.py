@@ -1,47 +1,130 @@
-"""Ctrl-C and SIGTERM become a flag that the loop reads between two steps."""
+"""Ctrl-C, SIGTERM and the file RUN/stop: a run saves its state and leaves, all its processes together.
 
+In loops over batches a signal is a flag that is read between two of them. Elsewhere (models are built, a probe is
+fitted) there is nothing to save, and it ends the run at once; so does a second signal anywhere.
+"""
+
+import contextlib
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
-import torch
 from accelerate import Accelerator
 
+from remap.engine.processes import agreed
 from remap.errors import Interrupted
 
+# Seconds between two looks for the file: on a network drive each one costs.
+LOOK_EVERY = 1.0
 
-class StopFlag:
-    """Set by a signal; a second signal leaves at once."""
 
-    def __init__(self) -> None:
-        self.signal = 0
+class _Watch:
+    """What has asked this process to stop.
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    Attributes:
+        signal: Its number, 0 for none; the file counts as SIGTERM.
+        deferring: Blocks entered in which a signal waits for the next look.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self.signal, self.deferring, self.file = 0, 0, file
+        self.looked = -LOOK_EVERY
+        self.earlier: dict[int, object] = {}
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal:
-            raise Interrupted("stopped at once; the last checkpoint is whole", exit_code=128 + number)
+            raise Interrupted("stopped at once; the last checkpoint is whole", exit_code=128 + number, at_once=True)
         self.signal = number
+        if not self.deferring:
+            earlier = self.earlier[number]
+            if callable(earlier):
+                earlier(number, frame)
+            raise Interrupted("stopped by a signal", exit_code=128 + number)
 
-    def agreed(self, accelerator: Accelerator) -> int:
-        """The signal that any process got, 0 for none, so that all leave at the same step."""
-        if accelerator.num_processes == 1:
-            return self.signal
-        value = torch.tensor([self.signal], device=accelerator.device)
-        torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
-        return int(value.item())
+    def look_for_file(self) -> None:
+        if self.file is None or self.signal or time.monotonic() - self.looked < LOOK_EVERY:
+            return
+        self.looked = time.monotonic()
+        if self.file.exists():
+            with contextlib.suppress(OSError):
+                self.file.unlink()
+            self.signal = signal.SIGTERM
+
+
+_watch: _Watch | None = None
 
 
 @contextmanager
-def stop_flag() -> Iterator[StopFlag]:
-    """Catch SIGINT and SIGTERM while the block runs (main thread only; elsewhere signals keep their meaning)."""
-    flag = StopFlag()
-    try:
-        earlier = {number: signal.signal(number, flag._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread
-        yield flag
+def watching(file: Path | None = None) -> Iterator[None]:
+    """Catch SIGINT and SIGTERM while the block runs; blocks inside one another are one.
+
+    Outside the main thread signals keep their meaning, and the file alone counts.
+
+    Args:
+        file: One that asks to stop as soon as it is there; it is removed then, and when the block begins.
+    """
+    global _watch
+    if _watch is not None:
+        yield
         return
+    watch = _watch = _Watch(file)
+    if file is not None:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:
+        watch.earlier = {number: signal.signal(number, watch.handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield flag
+        yield
     finally:
-        for number, handler in earlier.items():
+        _watch = None
+        for number, handler in watch.earlier.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """In this block a first signal waits until somebody asks for it."""
+    watch = _watch
+    if watch is None:
+        yield
+        return
+    watch.deferring += 1
+    try:
+        yield
+    finally:
+        watch.deferring -= 1
+
+
+def asked(accelerator: Accelerator) -> int:
+    """The signal this process got, 0 for none."""
+    if _watch is None:
+        return 0
+    if accelerator.is_main_process:
+        _watch.look_for_file()
+    return _watch.signal
+
+
+def leave_if_asked(accelerator: Accelerator, what: str) -> None:
+    """Leave, all processes together, if one of them got a signal. Called by all of them.
+
+    Args:
+        what: What becomes of the work so far, for the message.
+
+    Raises:
+        Interrupted: One did.
+    """
+    if _watch is None:
+        return
+    (number,) = agreed(accelerator, asked(accelerator))
+    if number:
+        accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has left
+        raise Interrupted(f"stopped by {_name(number)}; {what}", exit_code=128 + number)
+
+
+def _name(number: int) -> str:
+    return {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM or the file stop"}.get(number, f"signal {number}")

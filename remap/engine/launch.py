@@ -2,21 +2,86 @@
 
 import atexit
 import functools
+import math
 import os
+import re
+from datetime import timedelta
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 
 from remap.errors import TrainingError
+
+# Seconds that a process waits for the others at the start, when one may still read PyTorch from a slow disk.
+STARTING = 1800.0
+# And afterwards, unless the variable says otherwise.
+TIMEOUT, VARIABLE = 600.0, "REMAP_TIMEOUT"
+
+
+class ProcessLost(TrainingError):
+    """Another process of the run ended or went silent; its own message, if it had one, says why."""
+
+    exit_code = 3
 
 
 @functools.cache
 def accelerator() -> Accelerator:
-    """The process group of this run; device and ranks come from the launcher's environment."""
+    """The process group of this run; device and ranks come from the launcher's environment.
+
+    Raises:
+        TrainingError: There are fewer GPUs than processes, or the launcher asks for what is not supported.
+    """
+    limit = _timeout()
+    _require_supported()
+    _require_devices(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     # The recipe alone decides the precision, whatever a saved configuration of the launcher says.
     # Told nothing, Accelerate leaves the processes of a launcher on a machine without a GPU each to itself.
     atexit.register(_leave_group)
-    return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
+    starting = InitProcessGroupKwargs(timeout=timedelta(seconds=max(STARTING, limit)))
+    found = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=[starting])
+    if found.num_processes > 1:
+        found.wait_for_everyone()
+        _limit_waits(timedelta(seconds=limit))
+    return found
+
+
+def _timeout() -> float:
+    word = os.environ.get(VARIABLE, "")
+    try:
+        seconds = float(word) if word else TIMEOUT
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= 10 * 365 * 86400:
+        raise TrainingError(
+            f"{VARIABLE} must be a number of seconds", given=word, allowed=f"above 0; {TIMEOUT:g} unless it is set"
+        )
+    return seconds
+
+
+def _require_supported() -> None:
+    for name in ("DeepSpeed", "Megatron_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
+            raise TrainingError(
+                f"the configuration of accelerate launch asks for {name.replace('_', '-')}, which is not supported",
+                do="choose another distributed_type with `accelerate config`, or start with `remap ... --devices N`",
+            )
+
+
+def _require_devices(count: int) -> None:
+    """One GPU to a process; without any GPU, processes share the CPU."""
+    gpus = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if gpus and count > gpus:
+        raise TrainingError(
+            f"{count} processes on a machine with {gpus} GPU{'s' if gpus > 1 else ''}",
+            allowed=f"one process a GPU: --devices {gpus}",
+        )
+
+
+def _limit_waits(limit: timedelta) -> None:
+    if hasattr(torch.distributed, "set_timeout"):  # PyTorch 2.15
+        torch.distributed.set_timeout(limit)
+    else:
+        torch.distributed.distributed_c10d._set_pg_timeout(limit, None)
 
 
 def _leave_group() -> None:
@@ -39,8 +104,41 @@ def check_processes(wanted: int | None) -> None:
         raise TrainingError(
             f"this run asks for {wanted} processes and has {running}",
             given=f"WORLD_SIZE={os.environ.get('WORLD_SIZE', 'not set')}",
-            do=f"torchrun --nproc-per-node {wanted} -m remap_cli ...",
+            do=f"without a launcher: remap ... --devices {wanted}\n"
+            f"           or: torchrun --nproc-per-node {wanted} -m remap_cli ...",
         )
+
+
+def text_of_first(text: str) -> str:
+    """The first process's text, on all of them; every process has to call it."""
+    if accelerator().num_processes == 1:
+        return text
+    device = accelerator().device
+    told = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)
+    length = torch.tensor([len(told)], device=device)
+    torch.distributed.broadcast(length, src=0)
+    if not accelerator().is_main_process:
+        told = torch.empty(int(length), dtype=torch.uint8, device=device)
+    torch.distributed.broadcast(told, src=0)
+    return bytes(told.tolist()).decode()
+
+
+def lost_process(error: BaseException | None) -> ProcessLost | None:
+    """What an error of a collective call means; None for one that comes of something else."""
+    while error is not None and not _is_of_group(error):
+        error = error.__cause__ or error.__context__
+    if error is None or isinstance(error, ProcessLost):
+        return error
+    # "[.../gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:20868. This is typically ..."
+    said = re.sub(r"^\[\S+\]\s*", "", str(error)).partition("\n")[0].partition(". ")[0]
+    what = "does not answer" if "timed out" in said.lower() else "has ended"
+    return ProcessLost(f"another process of this run {what} ({said[:200]})")
+
+
+def _is_of_group(error: BaseException) -> bool:
+    distributed = getattr(torch.distributed, "DistError", ())
+    broken = type(error) is RuntimeError and "/gloo/" in str(error)  # Gloo's errors have no type of their own
+    return broken or isinstance(error, (ProcessLost, distributed))
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from remap.network import Network
 from remap.recipe.schema import TrainSpec
@@ -37,6 +37,11 @@ def learning_rate(spec: TrainSpec, peak: float, step: int, steps_per_epoch: int)
     total = spec.epochs * steps_per_epoch
     progress = (step - warmup) / max(1, total - warmup)
     return spec.min_lr + (peak - spec.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
+    """Scale all gradients so that their joint norm is at most ``limit`` (None: no limit); gives the norm before."""
+    return torch.nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

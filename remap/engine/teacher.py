@@ -13,6 +13,9 @@ from remap.data import keyed
 from remap.data.batches import closed_view
 from remap.data.records import RecordStore, row_digest
 from remap.data.views import ViewSource
+from remap.engine.interrupt import deferred, leave_if_asked
+from remap.engine.processes import total
+from remap.errors import TrainingError
 from remap.network import Network, Runner
 from remap.progress import Progress
 from remap.remapping.objective import Objective
@@ -183,14 +186,23 @@ class OnDisk:
         return [row_digest(file, draws.tobytes()) for file, draws in zip(files, draws_BK, strict=True)]
 
 
-def keep_in_memory(teacher: Teacher, lessons: ClosedViews, batch_size: int, progress: Progress) -> None:
-    """Run a teacher once over a closed list of views; afterwards it is not needed any more."""
+def keep_in_memory(
+    teacher: Teacher, lessons: ClosedViews, batch_size: int, accelerator: Accelerator, progress: Progress
+) -> None:
+    """Run a teacher once over a closed list of views; afterwards it is not needed any more.
+
+    Raises:
+        TrainingError: What it gives is not finite.
+    """
     kept = InMemory()
-    with progress.wait("teacher outputs", lessons.count) as step:
+    with progress.wait("teacher outputs", lessons.count) as step, deferred():
         for view, indices in lessons.chunks(batch_size):
+            leave_if_asked(accelerator, "teacher outputs were being computed")
             images, good = lessons.images(view, indices)
             if len(good):
-                kept.put(view, good, _items_of(teacher, images, batch_size), len(lessons.source.split))
+                items = _items_of(teacher, images, batch_size)
+                _require_finite(items, lessons, good)
+                kept.put(view, good, items, len(lessons.source.split))
             step.advance(len(indices))
     teacher.kept = kept
 
@@ -203,22 +215,32 @@ def keep_on_disk(
     accelerator: Accelerator,
     progress: Progress,
 ) -> OnDisk:
-    """Let a teacher fill the gaps of a store; each process computes its share of them."""
+    """Let a teacher fill the gaps of a store; each process computes its share of them.
+
+    Raises:
+        TrainingError: What it gives is not finite; none of that is written.
+    """
     kept = OnDisk(store, lessons.source, lessons.augment, lessons.seed)
-    mine = list(lessons.chunks(batch_size))[accelerator.process_index :: accelerator.num_processes]
+    chunks, processes = list(lessons.chunks(batch_size)), accelerator.num_processes
     try:
-        with progress.wait("teacher outputs on disk", sum(len(indices) for _, indices in mine)) as step:
-            for view, indices in mine:
+        with progress.wait("teacher outputs on disk", lessons.count) as step, deferred():
+            for first in range(0, len(chunks), processes):  # in equal rounds, so that all can leave together
+                leave_if_asked(accelerator, "the teacher outputs computed so far are kept on disk")
+                mine = chunks[first : first + processes][accelerator.process_index :][:1]
+                view, indices = mine[0] if mine else (0, np.arange(0))
                 missing = indices[store.missing(kept.digests(indices, view))]
                 if len(missing):
                     images, good = lessons.images(view, missing)
                     if len(good):
-                        store.append(kept.digests(good, view), _items_of(teacher, images, batch_size))
+                        items = _items_of(teacher, images, batch_size)
+                        _require_finite(items, lessons, good)
+                        store.append(kept.digests(good, view), items)
                         kept.computed += len(good)
-                step.advance(len(indices))
+                step.advance(sum(len(indices) for _, indices in chunks[first : first + processes]))
     finally:  # an interrupted build goes on where it was
         store.flush()
-    kept.computed = _sum(kept.computed, accelerator)  # also waits for the other processes
+    # Also waits for the other processes.
+    kept.computed = int(total(accelerator, torch.tensor(kept.computed, device=accelerator.device)))
     store.refresh()
     if any(item.top_k for item in store.items.values()):
         some = kept.digests(np.arange(min(MASS_IMAGES, len(lessons.source.split))), 0)
@@ -234,13 +256,21 @@ def missing_rows(store: RecordStore, lessons: ClosedViews, batch_size: int) -> i
     return sum(len(store.missing(kept.digests(indices, view))) for view, indices in lessons.chunks(batch_size))
 
 
-def _sum(count: int, accelerator: Accelerator) -> int:
-    """Over all processes."""
-    if accelerator.num_processes == 1:
-        return count
-    total = torch.tensor(count, device=accelerator.device)
-    torch.distributed.all_reduce(total)
-    return int(total)
+def _require_finite(items: Mapping[str, Tensor], lessons: ClosedViews, indices_B: np.ndarray) -> None:
+    """Refuse outputs that would spoil every epoch that reads them again.
+
+    Raises:
+        TrainingError: Names the output and the images.
+    """
+    for name, value in items.items():
+        sound = torch.isfinite(value).flatten(1).all(dim=1).cpu().numpy()
+        if not sound.all():
+            names = [lessons.source.split.names[index] for index in indices_B[~sound][:5]]
+            raise TrainingError(
+                f"the teacher's {name} is not finite for {int((~sound).sum())} image(s); nothing of it was kept",
+                given=", ".join(names),
+                do="set train.precision=fp32, or choose other weights for the teacher",
+            )
 
 
 def _items_of(teacher: Teacher, images_BCHW: Tensor, batch_size: int) -> dict[str, Tensor]:

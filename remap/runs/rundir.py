@@ -1,5 +1,6 @@
 """The run directory: enough to explain and repeat a run. Imports no torch."""
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -29,6 +30,9 @@ PACKAGES = (
     "safetensors",
     "scikit-learn",
 )
+# A name and the extras asked for; and the extra that a requirement belongs to (as in PEP 508).
+_REQUIREMENT = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)\s*(?:\[([^]]*)\])?")
+_EXTRA = re.compile(r"""extra\s*==\s*["']([^"']+)["']""")
 # What ``create`` leaves when it is killed before recipe.yaml is there.
 _DRAFT = re.compile(r"\.?recipe\.yaml\.\d+\.tmp(\.\d+\.tmp)?")
 
@@ -59,13 +63,28 @@ class RunDir:
         return self.path / "teacher"
 
     @property
+    def stop(self) -> Path:
+        """A file that anybody may make to let the run save its state and leave."""
+        return self.path / "stop"
+
+    @property
+    def fault(self) -> Path:
+        """What is kept of a step that stopped the run."""
+        return self.path / "fault"
+
+    @property
+    def trainables(self) -> Path:
+        return self.path / "trainables.json"
+
+    @property
     def student_model(self) -> Path:
         """The student, where it was cut from its teacher for this run."""
         return self.path / STUDENT_MODEL
 
     @property
     def checkpoint(self) -> Path:
-        return self.path / "checkpoint" / "last.safetensors"
+        """The folder of the generations; see ``remap.engine.checkpoint``."""
+        return self.path / "checkpoint"
 
     @staticmethod
     def create(path: Path, recipe: Recipe) -> "RunDir":
@@ -124,6 +143,23 @@ class RunDir:
     def recipe(self) -> Recipe:
         return load(self.path / "recipe.yaml")
 
+    def note_machine(self, machine: dict[str, Any], *, resuming: bool) -> None:
+        """Complete environment.json by what a module that imports no torch cannot know.
+
+        A run that goes on somewhere else keeps the environment it began in, and adds the other one under "resumed".
+        """
+        path, now = self.path / "environment.json", environment() | machine
+        if resuming and path.is_file():
+            first = files.read_json(path)
+            legs = [first, *first.get("resumed", [])]
+            if all(plain_environment(leg) != plain_environment(now) for leg in legs):
+                files.write_json(path, first | {"resumed": [*first.get("resumed", []), now]})
+        else:
+            files.write_json(path, now)
+
+    def environment(self) -> dict[str, Any]:
+        return files.read_json(self.path / "environment.json")
+
     def set_status(self, status: str, message: str = "") -> None:
         files.write_json(self.path / "status.json", {"status": status, "message": message, "time": _now()})
 
@@ -134,6 +170,9 @@ class RunDir:
         """Write metrics.jsonl and curves.svg anew."""
         files.write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
         files.write_text(self.path / "curves.svg", curves(history, self.path.name))
+
+    def write_trainables(self, found: list[dict[str, Any]]) -> None:
+        files.write_json(self.trainables, found)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         files.write_json(self.path / "summary.json", summary)
@@ -173,11 +212,58 @@ def environment() -> dict[str, Any]:
     return {
         "time": _now(),
         "remap": __version__,
-        "python": platform.python_version(),
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
         "system": f"{platform.system()} {platform.machine()}",
+        "libc": " ".join(platform.libc_ver()).strip(),
+        "cpu": _cpu_model(),
         "cpu_cores": os.cpu_count(),
-        "packages": {name: version_of(name) for name in PACKAGES},
+        "packages": _packages(),
     }
+
+
+def plain_environment(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of ``environment`` without its time and without later ones."""
+    return {key: value for key, value in record.items() if key not in ("time", "resumed")}
+
+
+def _cpu_model() -> str:
+    """Name and stepping of the first processor; virtual machines give many models one name."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0]
+    except OSError:
+        text = ""
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+    if "model name" not in facts:
+        return platform.processor() or "unknown"
+    numbers = ", ".join(f"{key} {facts[key]}" for key in ("cpu family", "model", "stepping") if key in facts)
+    return f"{facts['model name']} ({numbers})"
+
+
+@functools.cache
+def _packages() -> dict[str, str]:
+    return {name: version_of(name) for name in PACKAGES} | _requirements("remap", set())
+
+
+def _requirements(package: str, seen: set[tuple[str, ...]], extras: frozenset[str] = frozenset()) -> dict[str, str]:
+    """Versions of what a package requires, and what that requires, as far as it is installed."""
+    found: dict[str, str] = {}
+    try:
+        words = importlib.metadata.requires(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        return found
+    for word in words:
+        match = _REQUIREMENT.match(word)
+        asked_by = _EXTRA.search(word)
+        if match is None or (asked_by is not None and asked_by[1] not in extras):
+            continue
+        name = re.sub(r"[-_.]+", "-", match[1]).lower()
+        inner = frozenset(re.split(r"\s*,\s*", match[2])) if match[2] else frozenset()
+        version = version_of(name)
+        if version == "missing" or (name, *sorted(inner)) in seen:
+            continue
+        seen.add((name, *sorted(inner)))
+        found |= {name: version} | _requirements(name, seen, inner)
+    return dict(sorted(found.items()))
 
 
 def version_of(package: str) -> str:

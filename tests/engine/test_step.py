@@ -13,8 +13,8 @@ from torch import Tensor
 
 from remap.assembly import Parts, assemble
 from remap.bench import Bench
-from remap.data.batches import batches
 from remap.engine import fit as loop
+from remap.engine.job import Job, StudentStep
 from remap.engine.launch import accelerator
 from remap.engine.optim import adamw, learning_rate
 from remap.errors import TrainingError
@@ -26,12 +26,12 @@ from remap.runs.rundir import RunDir
 
 
 @pytest.fixture
-def job_of(tmp_path: Path) -> Callable[..., loop.Job]:
+def job_of(tmp_path: Path) -> Callable[..., Job]:
     """A job on freshly built parts, without a teacher behind it unless the recipe's losses read one."""
 
-    def make(recipe: Any) -> loop.Job:
+    def make(recipe: Any) -> Job:
         parts: Parts = assemble(recipe, RunDir.create(tmp_path / "run", recipe), Silent(), Bench())
-        return loop.Job(
+        return Job(
             recipe=recipe,
             student=parts.student,
             objective=parts.objective,
@@ -60,14 +60,13 @@ def test_accumulation_gives_the_step_of_the_whole_batch(
     assert largest_difference(whole.student.trained, _before(tiny, method)) > 1e-3, "nothing was trained"
 
 
-def test_unequal_micro_batches_count_by_their_images(tiny: Any, job_of: Callable[..., loop.Job]) -> None:
+def test_unequal_micro_batches_count_by_their_images(tiny: Any, job_of: Callable[..., Job]) -> None:
     """24 images in 5 micro-batches of 5, 5, 5, 5 and 4; expected: torch's own mean over all 24 at once."""
     recipe = tiny.recipe("train.batch_size=30", "train.accumulation=5", "train.epochs=1", losses="ce")
     job = job_of(recipe)
     job.student.model.eval()
-    module = loop.StudentStep(job.student, job.objective, bf16=False)
-    plan = loop.plan_of(job)
-    sums = loop._accumulate(job, module, batches(job.source, plan, 0))
+    module = StudentStep(job.student, job.objective, bf16=False)
+    sums = loop.Loop(job).accumulate(0)
     found = {name: p.grad.clone() for name, p in job.parameters().items()}
     job.student.model.zero_grad()
     images, labels = _everything(job)
@@ -131,7 +130,7 @@ def test_the_schedule_counts_updates_and_not_micro_batches(
 
 
 @pytest.mark.parametrize("method", ["full", "linear", "vpt_shallow", "vpt_deep", "adaptformer", "bitfit"])
-def test_prompts_biases_and_norms_are_not_decayed(tiny: Any, job_of: Callable[..., loop.Job], method: str) -> None:
+def test_prompts_biases_and_norms_are_not_decayed(tiny: Any, job_of: Callable[..., Job], method: str) -> None:
     job = job_of(tiny.recipe(method=method, losses="ce" if method == "linear" else "ce,feature"))
     extra = [(name, p) for name, p in job.parameters().items() if name.startswith("objective.")]
     optimizer = adamw(job.student, extra, 1e-3, 0.3)
@@ -145,7 +144,7 @@ def test_prompts_biases_and_norms_are_not_decayed(tiny: Any, job_of: Callable[..
 
 
 @pytest.mark.parametrize("method", ["linear", "vpt_deep", "adaptformer", "bitfit"])
-def test_frozen_parameters_hold_nothing(tiny: Any, job_of: Callable[..., loop.Job], method: str) -> None:
+def test_frozen_parameters_hold_nothing(tiny: Any, job_of: Callable[..., Job], method: str) -> None:
     job = job_of(tiny.recipe(method=method, losses="ce"))
     before = copy.deepcopy(job.student.model.state_dict())
     loop.fit(job)
@@ -178,46 +177,11 @@ def test_the_gradient_is_clipped_to_the_limit(
         assert norms == pytest.approx([limit] * 6, rel=1e-3)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_before_the_step(
-    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest_difference: Callable[..., float], bad: float
-) -> None:
-    recipe = tiny.recipe("train.checkpoint_seconds=0")
-    expected = start(recipe, tmp_path / "twin")
-    calls, weights = [0], dict[str, Tensor]()
-    forward = Objective.forward
-
-    def poisoned(self: Objective, student: Any, targets: Any, labels: Tensor) -> Any:
-        total, parts = forward(self, student, targets, labels)
-        calls[0] += 1
-        return (total * bad if calls[0] == 5 else total), parts
-
-    keep = loop._step
-
-    def watch(job: loop.Job, state: Any, *rest: Any) -> float:
-        weights.update({name: p.detach().clone() for name, p in job.parameters().items()})
-        try:
-            return keep(job, state, *rest)
-        except TrainingError:
-            assert largest_difference(job.parameters(), weights) == 0.0, "the bad step was taken"
-            raise
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Objective, "forward", poisoned)
-        patch.setattr(loop, "_step", watch)
-        with pytest.raises(TrainingError, match="not finite in epoch 2, step 2") as caught:
-            start(recipe, tmp_path / "run")
-    assert caught.value.exit_code == 2
-    assert RunDir(tmp_path / "run").status() == "failed"
-    result = resume(tmp_path / "run")
-    assert largest_difference(result.student.trained, expected.student.trained) == 0.0
-
-
 def _before(tiny: Any, method: str) -> dict[str, Tensor]:
     student = assemble(tiny.recipe(method=method, losses="ce"), None, Silent(), Bench()).student
     return student.trained
 
 
-def _everything(job: loop.Job) -> tuple[Tensor, Tensor]:
+def _everything(job: Job) -> tuple[Tensor, Tensor]:
     images, good = job.source.batch(range(len(job.source.split)))
     return images, torch.from_numpy(job.source.split.labels[good])

@@ -119,20 +119,28 @@ def test_load_refuses_other_names_and_shapes(build: Build, attach: Attach, pair:
             attached.load({**state, name: state[name][None]})
 
 
-def test_merge_gives_plain_weights_or_says_no(build: Build, attach: Attach, tools: SimpleNamespace, pair: Any) -> None:
+@pytest.mark.guarantee(11)
+def test_merge_gives_plain_weights_or_says_no(
+    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any, figure: Callable[..., None]
+) -> None:
     base, attached = build(pair.variant), attach(pair.method, build(pair.variant))
     tools.step(attached)
     tuned = attached.model(tools.images()).detach()
     if not attached.mergeable:
         with pytest.raises(BackboneError, match="cannot be folded"):
             attached.merge()
+        figure("pairs of method and model that cannot be folded and say so", 1, 1)
         return
     assert pair.row.mergeable, "the table promises less than the method keeps"
     merged = attached.merge()
     assert list(merged.state_dict()) == list(base.state_dict())
     assert _untouched(merged)
     base.load_state_dict(merged.state_dict())
-    assert (base(tools.images()) - tuned).abs().max() <= 1e-5 * max(1.0, float(tuned.abs().max()))
+    difference = float((base(tools.images()) - tuned).abs().max())
+    assert difference <= 1e-5 * max(1.0, float(tuned.abs().max()))
+    assert difference <= 1e-4
+    figure("pairs that are folded", 1, 1)
+    figure("largest difference of logits", difference)
 
 
 def test_the_row_says_what_attaching_gives(build: Build, attach: Attach, pair: Any) -> None:

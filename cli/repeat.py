@@ -1,0 +1,82 @@
+"""``remap repeat``: run a run again and compare."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from remap_cli import launch, view
+from remap_cli import options as opt
+from remap_cli.main import app
+
+# How many differing tensors and packages are listed; --json has them all.
+SHOWN = 8
+
+
+@app.command(rich_help_panel=opt.USE)
+def repeat(
+    run: Annotated[Path, typer.Argument(help="A finished run directory.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option(help="Run directory to make.", show_default="RUN-repeat-001 beside it")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Decoding threads; they change no result.", show_default="the run's own")
+    ] = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Run a finished run's recipe again and compare, bit for bit.
+
+    Starts as many processes as the run had. Exit code 0: equal. 1: it ran, and something differs. 2: it could not be
+    repeated.
+    """
+    launch.processes(_processes(run.expanduser()))
+    from remap.runs.repeat import repeat as run_again
+
+    with view.Reporter(quiet=not launch.is_first()) as progress:
+        found = run_again(run.expanduser(), output, workers, progress)
+    if not launch.is_first():
+        return
+    view.emit(found) if as_json else _show(found)
+    if not found["equal"]:
+        raise typer.Exit(1)
+
+
+def _processes(run: Path) -> int | None:
+    """How many processes made a run; what is wrong with the run, its reader says."""
+    try:
+        found = json.loads((run / "summary.json").read_text(encoding="utf-8"))["processes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def _show(found: dict[str, Any]) -> None:
+    rows = [[c["what"], c["first"], c["repeat"], "equal" if c["equal"] else "differs"] for c in found["checks"]]
+    view.table(f"{found['run']}, repeated in {found['repeat']}", ["", "first", "repeat", ""], rows, wrap=(1, 2))
+    if found["tensors"]:
+        rows = [[t["name"], _largest(t["largest_difference"])] for t in found["tensors"][:SHOWN]]
+        more = len(found["tensors"]) - len(rows)
+        title = "tensors that differ" + (f" ({more} more: --json)" if more else "")
+        view.table(title, ["tensor", "largest difference"], rows, right=(1,), wrap=(0,))
+    if found["environment"]:
+        rows = [[e["what"], e["first"], e["repeat"]] for e in found["environment"][:SHOWN]]
+        more = len(found["environment"]) - len(rows)
+        title = "environment" + (f" ({more} more: --json)" if more else "")
+        view.table(title, ["", "first", "repeat"], rows, wrap=(0, 1, 2))
+    view.line(sentence(found))
+
+
+def sentence(found: dict[str, Any]) -> str:
+    """Whether it repeated, and what may have kept it from that."""
+    where = "the environment is the same" if not found["environment"] else "the environment differs"
+    if found["equal"]:
+        return f"It repeated bit for bit; {where}."
+    wrong = ", ".join(check["what"] for check in found["checks"] if not check["equal"])
+    sizes = [t["largest_difference"] for t in found["tensors"] if t["largest_difference"] is not None]
+    by = f" (weights by at most {max(sizes):.2g})" if sizes else ""
+    return f"It did not repeat bit for bit: {wrong} differ{by}; {where}."
+
+
+def _largest(value: float | None) -> str:
+    return "other shape, or missing" if value is None else f"{value:.3g}"

@@ -1,0 +1,149 @@
+"""Generations of a checkpoint: files of which one pair is always whole, whenever the writer is killed.
+
+    FOLDER/000012.safetensors    tensors
+           000012.json           format, generation, SHA-256 and bytes of the tensors, the state, and its own SHA-256
+
+The manifest is written after the tensors, each beside its place, flushed to disk and renamed: a generation counts only
+with a manifest that fits. One process writes into a folder; all of a run may read.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from remap.files import make_folder, write_bytes
+
+# Changes when files of another version could be read wrongly.
+FORMAT = 1
+KEPT = 2
+_NAME = re.compile(r"(\.?)(\d{6,15})\.(safetensors|json)(\.\d+\.tmp)?")
+# Far above any real one: a stranger's file must not fill the memory.
+_MANIFEST_BYTES = 2**26
+_NOT_WHOLE = (OSError, SafetensorError, ValueError, KeyError, TypeError, AssertionError, RuntimeError, MemoryError)
+
+
+def write(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write the next generation, then drop all but the newest two.
+
+    Raises:
+        DiskFull: There is no room; the generations before are whole.
+        RunError: The place cannot be written.
+    """
+    make_folder(folder)
+    sweep(folder)
+    number = max(_numbers(folder), default=0) + 1
+    data = save(dict(tensors))
+    write_bytes(tensors_path(folder, number), data)
+    told = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    body = {"format": FORMAT, "generation": number, "tensors": told, "state": state}
+    text = json.dumps({**body, "sha256": _seal(body)}, indent=1, allow_nan=False)
+    write_bytes(_manifest_path(folder, number), text.encode())
+    sweep(folder)
+
+
+def any_finished(folder: Path) -> bool:
+    """Whether a generation was ever written here, be it whole or damaged by now."""
+    # A writer that was killed in its first save leaves tensors number 1 only.
+    return any(kind == "json" or (kind == "safetensors" and number > 1) for _, number, kind in _files(folder))
+
+
+def sweep(folder: Path, last: int | None = None) -> None:
+    """Delete all but the newest two generations up to ``last``, and what killed writers left."""
+    kept = sorted(number for number in _numbers(folder) if last is None or number <= last)[-KEPT:]
+    for path, number, kind in _files(folder):  # sorted: a manifest goes before its tensors
+        if kind == "draft" or number not in kept:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+class Reader:
+    """Reads generations from the newest down, and notes what is wrong with those that are not whole.
+
+    Args:
+        limit: Bytes of tensors beyond which a file is not read.
+        check: Says what is wrong with a state as a manifest has it, None if nothing is.
+
+    Attributes:
+        state, tensors: Of the generation that was read last.
+        problems: One sentence for each generation that is not whole.
+    """
+
+    def __init__(self, folder: Path, limit: int, check: Callable[[object], str | None]) -> None:
+        self.folder, self.limit, self.check = folder, limit, check
+        self.problems: list[str] = []
+        self.state: dict[str, Any] = {}
+        self.tensors: dict[str, Tensor] = {}
+
+    def newest(self, last: int | None = None) -> int:
+        """Read the newest whole generation that is not after ``last``; gives its number, 0 if there is none."""
+        for number in sorted(_numbers(self.folder), reverse=True):
+            if last is None or number <= last:
+                try:
+                    self.state, self.tensors = self._read(number)
+                    return number
+                except _NOT_WHOLE as error:
+                    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+                    self.problems.append(f"{tensors_path(self.folder, number)} is damaged: {reason}")
+        return 0
+
+    def _read(self, number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """One generation. The tensors are parsed only once their hash fits; any error means that it is not whole."""
+        path, manifest = tensors_path(self.folder, number), _manifest_path(self.folder, number)
+        _require_plain(manifest, _MANIFEST_BYTES)
+        content = json.loads(manifest.read_text(encoding="utf-8"))  # too deep a nesting is a RuntimeError
+        if not isinstance(content, dict) or content.pop("sha256", None) != _seal(content):
+            raise ValueError(f"the SHA-256 of {manifest.name} differs")
+        if content.get("format") != FORMAT or content.get("generation") != number:
+            raise ValueError(f"{manifest.name} is not of generation {number} in format {FORMAT}")
+        problem = self.check(content["state"])
+        if problem:
+            raise ValueError(f"{manifest.name} is wrong: {problem}")
+        if _require_plain(path, self.limit) != content["tensors"]["bytes"]:
+            raise ValueError("it is longer or shorter than its manifest says")
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != content["tensors"]["sha256"]:
+                raise ValueError("its SHA-256 differs from that in its manifest")
+        return content["state"], load_file(path)
+
+
+def tensors_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.safetensors"
+
+
+def _manifest_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.json"
+
+
+def _require_plain(path: Path, limit: int) -> int:
+    """Bytes of a file that is neither a link nor a device nor too large to be ours."""
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+        raise ValueError(f"{path.name} is no plain file of at most {limit:,} bytes")
+    return status.st_size
+
+
+def _seal(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body).encode()).hexdigest()
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, int, str]]:
+    """What checkpoints left in a folder: path, generation and "json", "safetensors" or, when unfinished, "draft"."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if match := _NAME.fullmatch(path.name):
+            dot, number, kind, draft = match.groups()
+            if bool(dot) == bool(draft) and f"{int(number):06d}" == number:
+                yield path, int(number), "draft" if draft else kind
+
+
+def _numbers(folder: Path) -> list[int]:
+    """The generations that have a manifest."""
+    return [number for _, number, kind in _files(folder) if kind == "json"]

@@ -1,0 +1,108 @@
+"""What one training run works on."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from remap.data.batches import Plan
+from remap.data.views import ViewSource
+from remap.engine.features import FrozenFeatures
+from remap.engine.teacher import Teacher
+from remap.network import Network, Runner
+from remap.progress import Progress
+from remap.recipe.schema import Recipe
+from remap.remapping.labels import Labels
+from remap.remapping.objective import Objective
+from remap.tuning.base import Sample
+
+
+class StudentStep(nn.Module):
+    """Student and objective in one module: the whole differentiable step."""
+
+    def __init__(self, network: Network, objective: Objective, *, bf16: bool) -> None:
+        super().__init__()
+        self.runner = Runner(network, objective.student_needs(), bf16=bf16)
+        self.objective, self.attached = objective, network.attached
+
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        targets: Sequence[Mapping[str, Tensor]],
+        labels: Labels,
+        kept: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        total, parts = self.objective(self.runner(images_BCHW, kept), targets, labels)
+        penalty = self.attached.penalty()
+        if penalty is None:
+            return total, parts
+        return total + penalty, {**parts, "penalty": penalty.detach()}
+
+
+@dataclass
+class Job:
+    """What one training run works on.
+
+    Attributes:
+        data_digest: Which images and labels these are; a checkpoint goes on with the same ones only.
+        checkpoint: Folder for the latest states; None keeps none.
+        faults: Folder for the images of a step that stopped the run.
+        evaluate: Called after each epoch, gives the metrics to record.
+        on_epoch: Called on the main process with the history so far.
+        labeled: Share of the training images that have a label.
+        features: The student's frozen features of ``source``, where they are kept.
+        sample: Training images for methods that look at them before the first step.
+    """
+
+    recipe: Recipe
+    student: Network
+    objective: Objective
+    teachers: Sequence[Teacher]
+    source: ViewSource
+    accelerator: Accelerator
+    bf16: bool
+    progress: Progress
+    evaluate: Callable[[], dict[str, float]]
+    on_epoch: Callable[[list[dict[str, Any]]], None]
+    data_digest: str = ""
+    checkpoint: Path | None = None
+    faults: Path | None = None
+    labeled: float = 1.0
+    features: FrozenFeatures | None = None
+    sample: Sample | None = None
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All that is trained, by name: tuned parameters, head, and the objective's projectors."""
+        extra = {f"objective.{name}": p for name, p in self.objective.named_parameters() if p.requires_grad}
+        return self.student.trained | extra
+
+    @property
+    def peak_lr(self) -> float:
+        return self.recipe.learning_rate(self.student.anatomy.width)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds besides the optimiser: ``parameters``, and all else that training changes."""
+        changing = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict(keep_vars=True).items()}
+        for teacher in self.teachers:
+            changing |= teacher.tensors()
+        return self.student.tensors | changing | self.parameters()
+
+
+def plan_of(job: Job, accumulation: int) -> Plan:
+    spec, accelerator = job.recipe.train, job.accelerator
+    return Plan(
+        seed=job.recipe.seed,
+        images=len(job.source.split),
+        batch_size=spec.batch_size,
+        accumulation=accumulation,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+        augment=job.recipe.data.augment,
+        views=job.recipe.data.views,
+        mixup=job.recipe.data.mixup,
+        cutmix=job.recipe.data.cutmix,
+        mix_probability=job.recipe.data.mix_probability,
+    )

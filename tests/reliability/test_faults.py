@@ -1,0 +1,272 @@
+"""Numbers that are not finite, and memory that runs out. Expected values: weights before the step, an undisturbed twin."""
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from remap.data.images import BadImage, decode
+from remap.engine import fit as loop
+from remap.engine.faults import RECOVERIES, all_finite
+from remap.engine.job import StudentStep
+from remap.engine.teacher import Teacher
+from remap.errors import TrainingError
+from remap.remapping.objective import Objective
+from remap.running import resume, start
+from remap.runs.rundir import RunDir
+
+NAN, INFINITE = float("nan"), float("inf")
+# A teacher that is asked in every step, and a checkpoint after every step.
+WATCHED = ("train.checkpoint_seconds=0", "data.augment=shift")
+WORKER = Path(__file__).parent / "workers" / "faults.py"
+
+
+class Poison:
+    """Puts a value into one place at chosen steps (counted over the run from 1)."""
+
+    def __init__(self, place: str, value: float, steps: range) -> None:
+        self.place, self.value, self.steps, self.step = place, value, steps, 0
+        self.unstepped = 0
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        forward, items, step = Objective.forward, Teacher.items, loop.Loop.step
+
+        def poisoned_loss(objective: Objective, student: Any, targets: Any, labels: Any) -> Any:
+            total, parts = forward(objective, student, targets, labels)
+            if self._now("gradient"):
+                total.register_hook(lambda gradient: gradient * self.value)
+            return (total * self.value if self._now("loss") else total), parts
+
+        def poisoned_items(teacher: Teacher, images: Tensor) -> dict[str, Tensor]:
+            found = items(teacher, images)
+            if self._now("teacher"):
+                next(iter(found.values()))[0].fill_(self.value)
+            return found
+
+        def watched(running: loop.Loop, steps: int) -> float | None:
+            self.step += 1
+            before = {name: p.detach().clone() for name, p in running.parameters.items()}
+            loss = step(running, steps)
+            if self.step in self.steps:
+                assert loss is None, "it was not noticed in the same step"
+                assert all(torch.equal(p, before[name]) for name, p in running.parameters.items()), "it was stepped"
+                self.unstepped += 1
+            return loss
+
+        patch.setattr(Objective, "forward", poisoned_loss)
+        patch.setattr(Teacher, "items", poisoned_items)
+        patch.setattr(loop.Loop, "step", watched)
+
+    def _now(self, place: str) -> bool:
+        return place == self.place and self.step in self.steps
+
+
+PLACES = [(place, value) for place in ("loss", "gradient", "teacher") for value in (NAN, INFINITE)]
+
+
+@pytest.mark.guarantee(8)
+@pytest.mark.parametrize(("place", "value"), PLACES)
+def test_a_step_that_is_not_finite_is_skipped(
+    tiny: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    watch: Callable[..., Any],
+    figure: Callable[..., None],
+    place: str,
+    value: float,
+) -> None:
+    """Two bad steps in a row: the first is skipped, the second also halves the learning rate."""
+    progress, poison = watch(lambda done: None), Poison(place, value, range(2, 4))
+    poison.install(monkeypatch)
+    result = start(tiny.recipe(*WATCHED), tmp_path / "run", progress)
+    assert poison.unstepped == 2
+    faults = [line for line in progress.said if "not finite" in line]
+    named = {"loss": "the loss", "gradient": "the gradient", "teacher": "the teacher's output"}[place]
+    assert len(faults) == 2 and all(line.startswith(named) for line in faults)
+    assert "epoch 1, step 2" in faults[0] and "halved" not in faults[0]
+    assert "epoch 1, step 3" in faults[1] and "halved" in faults[1]
+    told = result.summary["faults"]
+    assert told["skipped_steps"] == 2 and told["learning_rate_factor"] == 0.5
+    written = list(_written(tmp_path / "run"))
+    assert len(written) >= 3 and all(all_finite(load_file(path).values()) for path in written)
+    figure("bad steps noticed at once, not stepped, not written", 2, 2)
+
+
+@pytest.mark.guarantee(8)
+@pytest.mark.parametrize("place", ["loss", "gradient", "teacher"])
+def test_a_run_that_stays_bad_stops_with_the_images_in_hand(
+    tiny: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    figure: Callable[..., None],
+    largest_difference: Callable[..., float],
+    place: str,
+) -> None:
+    """Expected: after the stop, a resumed run without the poison repeats the skipped steps of a poisoned one."""
+    recipe, run = tiny.recipe(*WATCHED, "train.epochs=3"), tmp_path / "run"
+    poison = Poison(place, NAN, range(3, 100))
+    with monkeypatch.context() as patch:
+        poison.install(patch)
+        with pytest.raises(TrainingError, match="not finite in epoch 2, step 3") as caught:
+            start(recipe, run)
+    assert caught.value.exit_code == 2 and str(run / "fault") in (caught.value.do or "")
+    assert poison.step == 3 + RECOVERIES and RunDir(run).status() == "failed"
+    told = json.loads((run / "fault" / "fault.json").read_text())
+    batch = load_file(run / "fault" / "batch-0.safetensors")
+    assert (told["epoch"], told["step"], len(told["images"])) == (2, 3, 8)
+    assert batch["images"].shape == (8, 3, 16, 16) and batch["images"].dtype == torch.uint8
+    names = [name.split("/")[1] for name in told["images"]]  # the pictures' own class folders
+    assert names == [("blue", "green", "red")[label] for label in batch["labels"].tolist()]
+    assert all(all_finite(load_file(path).values()) for path in _written(run))
+    assert resume(run).summary["faults"]["skipped_steps"] == RECOVERIES
+    figure("recoveries before the run stops", RECOVERIES)
+
+
+@pytest.mark.guarantee(8)
+def test_a_pixel_that_is_no_number_makes_an_unreadable_image(tmp_path: Path, figure: Callable[..., None]) -> None:
+    for value in (NAN, INFINITE):
+        pixels = np.zeros((16, 16), dtype=np.float32)
+        pixels[3, 5] = value
+        Image.fromarray(pixels).save(tmp_path / "bad.tif")
+        with pytest.raises(BadImage, match="not finite"):
+            decode(tmp_path / "bad.tif")
+    figure("images with a pixel that is not finite, refused", 2, 2)
+
+
+def test_weights_that_broke_go_back_to_the_last_checkpoint(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Callable[..., Any]
+) -> None:
+    """An update that overflows leaves nothing to go on with; half the learning rate is tried from the checkpoint."""
+    progress, step, calls = watch(lambda done: None), torch.optim.AdamW.step, [0]
+
+    def overflow(optimizer: torch.optim.AdamW, *args: Any) -> Any:
+        found = step(optimizer, *args)
+        calls[0] += 1
+        if calls[0] == 3:
+            with torch.no_grad():
+                optimizer.param_groups[0]["params"][0].fill_(INFINITE)
+        return found
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
+    result = start(tiny.recipe("train.checkpoint_seconds=0"), tmp_path / "run", progress)
+    back = [line for line in progress.said if line.startswith("back to the checkpoint of epoch 1, step 2")]
+    assert len(back) == 1 and "x 0.5" in back[0]
+    assert result.summary["faults"]["learning_rate_factor"] == 0.5
+    assert all(all_finite(load_file(path).values()) for path in _written(tmp_path / "run"))
+
+
+def test_outputs_that_are_not_finite_are_not_kept(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in memory nor on disk, where every later run would read them."""
+    items = Teacher.items
+
+    def poisoned(teacher: Teacher, images: Tensor) -> dict[str, Tensor]:
+        found = items(teacher, images)
+        if len(images) == 8:  # not the one that asks for shapes
+            next(iter(found.values()))[2, 0] = NAN
+        return found
+
+    monkeypatch.setattr(Teacher, "items", poisoned)
+    monkeypatch.setenv("REMAP_CACHE", str(tmp_path / "cache"))
+    for place in ("memory", "disk"):
+        with pytest.raises(TrainingError, match="is not finite for 1 image") as caught:
+            start(tiny.recipe(f"teacher.cache={place}"), tmp_path / place)
+        assert "train/" in str(caught.value)
+    monkeypatch.undo()
+    monkeypatch.setenv("REMAP_CACHE", str(tmp_path / "cache"))
+    assert start(tiny.recipe("teacher.cache=disk"), tmp_path / "again").summary["student"]["accuracy"] >= 0
+
+
+@pytest.mark.guarantee(9)
+@pytest.mark.parametrize(("fits", "accumulation"), [(4, 2), (2, 4), (1, 8)])
+def test_micro_batches_are_halved_until_they_fit(
+    tiny: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    largest_difference: Callable[..., float],
+    figure: Callable[..., None],
+    fits: int,
+    accumulation: int,
+) -> None:
+    """Source: the run that had memory enough. Dropout and augmentation are on."""
+    recipe = tiny.recipe("data.augment=shift_flip", losses="ce,kd,attention")
+    twin = start(recipe, tmp_path / "twin")
+    monkeypatch.setattr(StudentStep, "forward", _limited(StudentStep.forward, fits))
+    result = start(recipe, tmp_path / "run")
+    assert result.summary["faults"] == {
+        "skipped_steps": 0,
+        "learning_rate_factor": 1.0,
+        "accumulation": accumulation,
+    }
+    difference = largest_difference(result.student.trained, twin.student.trained)
+    assert difference < 1e-6
+    figure("largest difference of weights after running out of memory", difference)
+
+
+@pytest.mark.guarantee(9)
+def test_memory_for_no_image_at_all_is_an_error(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = [0]
+
+    def refuse(*arguments: Any) -> None:
+        tries[0] += 1
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(StudentStep, "forward", refuse)
+    with pytest.raises(TrainingError, match="out of memory, even with 8 micro-batches") as caught:
+        start(tiny.recipe(), tmp_path / "run")
+    assert tries[0] == 4 and "Tried to allocate" in str(caught.value)
+
+
+@pytest.mark.guarantee(9)
+def test_two_processes_recover_together(
+    tiny: Any,
+    tmp_path: Path,
+    start_process: Callable[..., subprocess.Popen],
+    monkeypatch: pytest.MonkeyPatch,
+    figure: Callable[..., None],
+) -> None:
+    """Only the second process runs out of memory, then only it gets a number that is not finite.
+
+    Sources: one process with memory enough; one process that skips the same step.
+    """
+    arguments = [tiny.data, tiny.student, tiny.teacher, str(tmp_path)]
+    process = start_process(*("torch.distributed.run", "--standalone", "--nproc-per-node", "2"), str(WORKER), *arguments)
+    recipe = tiny.recipe(*WATCHED)
+    whole = start(recipe, tmp_path / "one")
+    Poison("loss", NAN, range(3, 4)).install(monkeypatch)
+    skipping = start(recipe, tmp_path / "one-skipping")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    told = json.loads((tmp_path / "memory" / "summary.json").read_text())["faults"]
+    assert told["accumulation"] == 2
+    told = json.loads((tmp_path / "nan" / "summary.json").read_text())["faults"]
+    assert told["skipped_steps"] == 1
+    for name, expected in (("memory", whole), ("nan", skipping)):
+        found = load_file(RunDir(tmp_path / name).task / "task.safetensors")
+        difference = max(
+            float((found[key] - tensor.detach()).abs().max()) for key, tensor in expected.student.trained.items()
+        )
+        assert difference < 1e-5, name
+        figure("largest difference of weights, two processes recovering together", difference)
+
+
+def _limited(forward: Callable[..., Any], images: int) -> Callable[..., Any]:
+    """A device that holds so many images at once."""
+
+    def limited(step: StudentStep, images_BCHW: Tensor, *rest: Any) -> Any:
+        if len(images_BCHW) > images:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(step, images_BCHW, *rest)
+
+    return limited
+
+
+def _written(run: Path) -> Iterator[Path]:
+    yield from (path for path in run.rglob("*.safetensors") if "fault" not in path.parts)
