@@ -134,8 +134,9 @@ class _Processes:
         self.files = contextlib.ExitStack()
         self.port = self.files.enter_context(_held_port())
         # The first process prints where this command does; what others write is kept, in case they fail.
-        kept = [self.files.enter_context(tempfile.TemporaryFile()) for _ in range(count - 1)]
-        self.outputs: list[IO[bytes] | None] = [None, *kept]
+        self.outputs: list[IO[bytes] | None] = [None]
+        for _ in range(count - 1):
+            self.outputs.append(self.files.enter_context(tempfile.TemporaryFile()))
         self.running: list[subprocess.Popen] = []
         # A signal that comes before Python is ready for it waits: the mask is inherited, and ``begin`` takes it off.
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)

@@ -128,7 +128,7 @@ def build_cache(recipe: Recipe, progress: Progress = Silent()) -> list[dict[str,
                 "cache build",
             )
     recipe = without_idle_losses(recipe, progress).written_out()
-    with TemporaryDirectory(prefix="remap-cache-") as folder:
+    with watching(), TemporaryDirectory(prefix="remap-cache-") as folder:
         path = Path(text_of_first(folder)) / "run"
         run_dir = RunDir.create(path, recipe) if accelerator().is_main_process else RunDir(path)
         accelerator().wait_for_everyone()

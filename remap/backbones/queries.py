@@ -13,8 +13,31 @@ from torch.nn import functional as F
 from remap.backbones.anatomy import Anatomy, AttentionBlock, Projection, module_at
 from remap.backbones.families.eva import rotated
 
-# A block whose weights are divided among processes has a method of this name: ``BlockReader.apart``.
+# A module whose weights are divided among processes (``remap.engine.sharding``) has a method of this name.
 APART = "_remap_apart"
+
+
+def apart(block: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``, which reads the weights of a block outside of its forward pass.
+
+    Weights that are divided among processes are together meanwhile, and again when the gradient comes.
+    """
+    return getattr(block, APART, _call)(function, *args)
+
+
+def leaving(block: nn.Module, output: Tensor, start: Tensor | None = None) -> Tensor:
+    """Say of a tensor that it was made inside the forward pass of a block and leaves it beside the block's output.
+
+    Weights that are divided among processes then come together for its gradient.
+
+    Args:
+        start: What it was made from, if nothing else in the block has a gradient: behind it the weights part again.
+    """
+    if hasattr(block, APART) and output.requires_grad:
+        output.register_hook(lambda gradient: block.unshard())
+        if start is not None:
+            start.register_hook(lambda gradient: block.reshard())
+    return output
 
 
 class BlockReader:
@@ -33,28 +56,6 @@ class BlockReader:
         self.norm1, self.norm2, self.mlp = (module_at(model, path) for path in (paths.norm1, paths.norm2, paths.mlp))
         self._scales = [_owner(model, path) for path in (paths.attn_scale, paths.mlp_scale)]
         self._q, self._k, self._v = (_Rows(model, paths.projections[word]) for word in "qkv")
-
-    def apart(self, function: Callable[..., Any], *args: Any) -> Any:
-        """``function(*args)``, which reads the block's weights outside of its forward pass.
-
-        Weights that are divided among processes are together meanwhile, and again when the gradient comes.
-        """
-        return getattr(self.whole, APART, _call)(function, *args)
-
-    def leaving(self, output: Tensor, start: Tensor, *, alone: bool) -> Tensor:
-        """An output made inside the block's forward pass that leaves the block by another way than its own output.
-
-        Where the block's weights are divided among processes, they come together for its gradient.
-
-        Args:
-            start: What it was made from, with a gradient.
-            alone: Whether the block's own output has no gradient, so that the weights can part again behind ``start``.
-        """
-        if hasattr(self.whole, APART) and output.requires_grad:
-            output.register_hook(lambda gradient: self.whole.unshard())
-            if alone:
-                start.register_hook(lambda gradient: self.whole.reshard())
-        return output
 
     def keys(self, tokens_BTD: Tensor, rope: Tensor | None) -> Tensor | None:
         """(B, H, T, h) where the block turns or normalises its keys, None where ``attend`` does without them.

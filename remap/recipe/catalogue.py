@@ -1,9 +1,11 @@
 """The recipes shipped with the package: the list is the folder."""
 
+import os
 from importlib.resources import files
 from pathlib import Path
 
 from remap.errors import RecipeError
+from remap.outside import expanded
 from remap.registry import did_you_mean
 
 
@@ -25,8 +27,8 @@ def find(word: str) -> Path:
         RecipeError: Neither exists.
     """
     if word.endswith((".yaml", ".yml")):
-        path = Path(word).expanduser()
-        if not path.is_file():
+        path = expanded(word)
+        if not os.path.lexists(path):  # what is there and cannot be read says why when it is read
             raise RecipeError(["no such file"], word)
         return path
     if word in names():

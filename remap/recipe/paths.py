@@ -1,12 +1,34 @@
-"""Which words of a recipe are paths, and how they become absolute."""
+"""Which words of a recipe are paths, and how they become absolute. Nothing here fails, whatever the word."""
 
-from pathlib import Path
+import os
+
+from remap.outside import LONGEST_PATH, absolute, unfit_for_a_name
 
 
 def is_run(word: str) -> bool:
     """Whether a word names a run directory (or the task folder inside one)."""
-    path = Path(word).expanduser()
-    return (path / "task" / "task.json").is_file() or (path / "task.json").is_file()
+    path = os.path.expanduser(word)
+    return any(os.path.isfile(os.path.join(path, *parts)) for parts in (("task", "task.json"), ("task.json",)))
+
+
+def require_place(word: str) -> str:
+    """A word that may be a path or the name of a model.
+
+    Raises:
+        ValueError: It is empty, longer than any path, or holds what no readable path has.
+    """
+    if not word.strip():
+        raise ValueError("should not be empty")
+    if len(word) > LONGEST_PATH:
+        raise ValueError(f"is longer than any path ({LONGEST_PATH:,} characters)")
+    unfit = unfit_for_a_name(word)
+    if unfit:
+        raise ValueError(f"holds {unfit}")
+    try:
+        os.fsencode(word)
+    except UnicodeEncodeError:
+        raise ValueError("holds characters that no file name has") from None
+    return word
 
 
 def absolute_data(word: str) -> str:
@@ -14,17 +36,13 @@ def absolute_data(word: str) -> str:
     return word if word == "digits" else absolute(word)
 
 
-def absolute(word: str) -> str:
-    return str(Path(word).expanduser().resolve())
-
-
 def absolute_model(word: str) -> str:
     """An absolute path in ``local-dir:FOLDER`` or a run directory; the name of a model stays, whatever lies here."""
     if word.startswith("local-dir:"):
-        return f"local-dir:{Path(word.removeprefix('local-dir:')).expanduser().resolve()}"
-    return str(Path(word).expanduser().resolve()) if is_run(word) else word
+        return f"local-dir:{absolute(word.removeprefix('local-dir:'))}"
+    return absolute(word) if is_run(word) else word
 
 
 def absolute_weights(word: str) -> str:
     """An absolute path of a weights file or run directory; "pretrained" and "none" stay."""
-    return str(Path(word).expanduser().resolve()) if word.endswith(".safetensors") or is_run(word) else word
+    return absolute(word) if word.endswith(".safetensors") or is_run(word) else word

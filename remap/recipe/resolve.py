@@ -1,5 +1,6 @@
 """From words, overrides and files to one checked recipe, or to one error that lists every problem."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -145,7 +146,7 @@ def resolve_distill(
 def _name_of(data: Any) -> str:
     """A recipe without a name is called after its data: photos/train.tar gives "train"."""
     source = data.get("source") if isinstance(data, dict) else None
-    stem = Path(source).expanduser().name.partition(".")[0] if isinstance(source, str) else ""
+    stem = Path(source).name.partition(".")[0] if isinstance(source, str) else ""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:64]
     return name or Recipe().name
 
@@ -261,7 +262,7 @@ def _teachers(word: Any) -> list[dict[str, Any]]:
     """ "vit_large,dinov2_base:0.5" as sections; a path that is there is one model, whatever is in its name."""
     if not isinstance(word, str):
         return []
-    if Path(word.removeprefix("local-dir:")).expanduser().exists():
+    if os.path.exists(os.path.expanduser(word.removeprefix("local-dir:"))):
         return [{"model": word}]
     found = []
     for part in (part.strip() for part in word.split(",")):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _WORD = re.compile(r"\s*shrink\s*\((?P<inside>[^()]*)\)\s*")
-_OPTION = re.compile(r"\s*(?P<key>[a-z_]+)\s*=\s*(?P<value>[0-9]+|[a-z_]+)\s*")
+_OPTION = re.compile(r"\s*(?P<key>[a-z_]+)\s*=\s*(?P<value>[0-9]{1,9}|[a-z_]+)\s*")
 EXAMPLE = "shrink(teacher, depth=6, width=384, heads=6, mlp=1536)"
 
 

@@ -1,5 +1,6 @@
 """YAML as data: safe loader, plain scalars, no repeated keys, tags or anchors, bounded. Home of the yaml package."""
 
+import errno
 import math
 import re
 from pathlib import Path
@@ -8,14 +9,19 @@ from typing import Any
 import yaml
 
 from remap.errors import RecipeError
+from remap.outside import LONGEST_PATH, plain, read_regular
 
 MAX_BYTES, MAX_DEPTH = 1_000_000, 32
+# Words, numbers, lists and mappings, keys counted too: a large recipe has two hundred. And letters of one of them.
+MAX_VALUES, MAX_WORD = 2_000, LONGEST_PATH
+# The largest whole number; sizes and seeds are far below.
+MAX_NUMBER = 2**64
 
 
 class _Loader(yaml.SafeLoader):
     """Safe loader with YAML 1.2's numbers and booleans and without aliases, anchors and tags."""
 
-    _depth = 0
+    _depth = _values = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -27,6 +33,11 @@ class _Loader(yaml.SafeLoader):
             raise _error("tags (!name) are not allowed", event)
         if self._depth == MAX_DEPTH:
             raise _error(f"more than {MAX_DEPTH} levels deep", event)
+        self._values += 1
+        if self._values > MAX_VALUES:
+            raise _error(f"more than {MAX_VALUES:,} values", event)
+        if len(getattr(event, "value", "")) > MAX_WORD:
+            raise _error(f"a word of more than {MAX_WORD:,} letters", event)
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
@@ -69,7 +80,7 @@ def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
         value = kind(loader.construct_scalar(node))
     except ValueError:  # thousands of digits
         value = math.inf
-    if isinstance(value, float) and not math.isfinite(value):
+    if not -MAX_NUMBER <= value <= MAX_NUMBER and (isinstance(value, int) or not math.isfinite(value)):
         raise _error("the number is too large", node)
     return value
 
@@ -110,9 +121,9 @@ def parse(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise RecipeError([f"{place}{error.problem}"], where) from None
+        raise RecipeError([plain(f"{place}{error.problem}")], where) from None
     except yaml.YAMLError as error:
-        raise RecipeError([f"not readable as YAML: {str(error).splitlines()[0]}"], where) from None
+        raise RecipeError([plain(f"not readable as YAML: {str(error).splitlines()[0]}")], where) from None
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -122,12 +133,13 @@ def read_mapping(path: Path) -> dict[str, Any]:
         RecipeError: It cannot be read, is too large, or is not a mapping.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_regular(path, MAX_BYTES)
     except OSError as error:
-        raise RecipeError([f"cannot be read: {error.strerror}"], str(path)) from None
-    if len(data) > MAX_BYTES:
-        raise RecipeError([f"is larger than {MAX_BYTES:,} bytes; a recipe is names and numbers"], str(path))
+        if error.errno == errno.EFBIG:
+            problem = f"is larger than {MAX_BYTES:,} bytes; a recipe is names and numbers"
+        else:
+            problem = f"cannot be read: {error.strerror}"
+        raise RecipeError([problem], str(path)) from None
     try:
         value = parse(data.decode(), str(path))
     except UnicodeDecodeError:

@@ -7,6 +7,7 @@ from remap.data.sources import open_data, read_all
 from remap.data.splits import ImageData, Split
 from remap.data.views import ViewSource
 from remap.engine.evaluate import evaluate
+from remap.engine.interrupt import watching
 from remap.engine.launch import accelerator, use_bf16
 from remap.network import choose_attention
 from remap.progress import Progress
@@ -32,16 +33,17 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
     split, source = _split(recipe.data, data, network.classes or ())
     images = ViewSource(split, view, memory_bytes=recipe.data.memory_gib * 2**30, workers=recipe.data.workers)
     images.load(progress, "evaluation images")
-    found = evaluate(
-        network,
-        images,
-        accelerator(),
-        batch_size=max(64, recipe.train.batch_size),
-        bf16=use_bf16(recipe.train.precision, device),
-        progress=progress,
-        what="held-out" if data is None else Path(data).name,
-        skip_bad=skip_bad or recipe.data.skip_bad,
-    )
+    with watching():
+        found = evaluate(
+            network,
+            images,
+            accelerator(),
+            batch_size=max(64, recipe.train.batch_size),
+            bf16=use_bf16(recipe.train.precision, device),
+            progress=progress,
+            what="held-out" if data is None else Path(data).name,
+            skip_bad=skip_bad or recipe.data.skip_bad,
+        )
     seen = found.predictions_N >= 0
     classes = []
     for label, name in enumerate(network.classes or ()):

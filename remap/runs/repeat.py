@@ -124,12 +124,11 @@ def compare(first: RunDir, second: RunDir) -> dict[str, Any]:
     tensors = differing_tensors(first.path / _TASK, second.path / _TASK)
     before, after = first.summary(), second.summary()
     checks = [_file_check("task file", first.path / _TASK, second.path / _TASK)]
-    heads = {
-        folder.name for run in (first, second) for folder in run.path.glob("teacher*") if (folder / _TASK).is_file()
-    }
-    checks += [
-        _file_check(f"{name} file", first.path / name / _TASK, second.path / name / _TASK) for name in sorted(heads)
-    ]
+    pair = (first.path, second.path)
+    for name in sorted(
+        {folder.name for path in pair for folder in path.glob("teacher*") if (folder / _TASK).is_file()}
+    ):
+        checks.append(_file_check(f"{name} file", *(path / name / _TASK for path in pair)))
     checks.append(_history_check(history(first), history(second)))
     for what, read in _FIGURES.items():
         values = read(before), read(after)

@@ -9,6 +9,7 @@ from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.anatomy import PLAIN_CLASS, Anatomy, Projection, module_at, plain_class
@@ -181,6 +182,8 @@ def _set_class(module: nn.Module) -> None:
 
 def _read(module: nn.Module, name: str) -> Tensor:
     tensor = registered(module, name)
+    if isinstance(tensor, DTensor):  # divided among processes; before it is computed with, a whole one takes its place
+        return tensor
     try:
         for function in module.__dict__[_FUNCTIONS][name]:
             tensor = function(tensor)

@@ -1,4 +1,7 @@
-"""An interrupted run that goes on ends in the very same student. The expected values are the undisturbed run's."""
+"""What methods, teachers and crashes add to resuming. The expected values are the undisturbed run's.
+
+Every step of a run with all that is random in it: tests/reliability/test_exact_resume.py.
+"""
 
 import signal
 from collections.abc import Callable
@@ -16,23 +19,17 @@ from remap_cli.main import app
 
 LAST_STEP = 6
 
-# Everything that could carry state from step to step: dropout, augmentation, accumulation, projectors, drop-path.
+# Memory from step to step of a method or a loss: projectors, batch statistics, places chosen from images before the first
+# step, ranks and prompts dropped on the way.
 RUNS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
-    "vpt_deep": ((), {"method": "vpt_deep", "losses": "ce,kd,attention"}),
-    "adaptformer": (
-        ("data.augment=shift_flip", "train.accumulation=2"),
-        {"method": "adaptformer", "losses": "ce,kd,feature"},
-    ),
     "full": (
         ("data.augment=shift", "losses=[{name: ce}, {name: feature, projector: orthogonal}]"),
         {"method": "full"},
     ),
-    # Batch statistics; places chosen from images before the first step; ranks and prompts dropped on the way.
     "mlp": (("data.augment=shift",), {"method": "mlp", "losses": "ce"}),
     "gps": ((), {"method": "gps", "losses": "ce"}),
     "adalora": ((), {"method": "adalora", "losses": "ce,kd"}),
     "e2vpt": (("method.prune_tokens=0.3", "method.prune_segments=0.2"), {"method": "e2vpt", "losses": "ce"}),
-    "several": ((), {"method": "vpt_deep+adaptformer+lora", "losses": "ce,kd"}),
 }
 
 
@@ -47,8 +44,8 @@ def undisturbed(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Res
     return start(recipe, tmp_path_factory.mktemp("undisturbed") / "run")
 
 
-@pytest.mark.parametrize("step", range(1, LAST_STEP))
-def test_a_signal_at_any_step_changes_nothing(
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_a_signal_changes_nothing(
     recipe: Recipe,
     undisturbed: Result,
     step: int,

@@ -1,6 +1,6 @@
 """Real processes and real signals: what is saved, how soon they leave, and that they go on to the same bytes.
 
-The processes are forked from this one, which has imported everything, so twenty of them cost a few seconds; each is a
+The processes are forked from this one, which has imported everything, so that twenty of them cost seconds; each is a
 process group of its own and calls the command line's ``main``. Expected values: an undisturbed twin.
 """
 
@@ -13,19 +13,18 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
 from remap.engine import interrupt
 from remap.engine.launch import accelerator
-from remap.progress import Step
-from remap.running import start
 from remap.runs.rundir import RunDir
 from remap_cli import train, view
 from remap_cli.main import main
@@ -33,22 +32,291 @@ from remap_cli.main import main
 FORK = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "soak.py"))
 fork, wait = FORK["fork"], FORK["wait"]
 STEPS, EPOCHS = 6, 3
-TRAINING, EVALUATION, LESSONS, UNTRAINED = (
-    *("epoch ", "evaluating the student", "teacher outputs"),
-    "evaluating the untrained student",
+SETTINGS = (
+    *(f"train.epochs={EPOCHS}", "train.batch_size=16", "train.checkpoint_seconds=3600"),
+    *("data.workers=2", "data.augment=shift", "data.views=2", "teacher.allow_weak=true"),
 )
-# Seconds from a signal to the exit: the promise; and for two processes.
-SOON, TOGETHER = 5.0, 10.0
+# Waits as progress names them: six steps an epoch, four batches of evaluation, twelve of teacher outputs.
+TRAINING, EVALUATION, UNTRAINED = "epoch ", "evaluating the student", "evaluating the untrained student"
+LESSONS, HEAD, READING = "teacher outputs", "fitting the teacher's head", "reading training images"
+# Seconds from a signal to the exit of a process, of two of them, and of one that is told twice.
+SOON, TOGETHER, AT_ONCE = 5.0, 10.0, 1.0
+
+
+class Telling(view.Reporter):
+    """The command line's reporter, which also tells another process of each wait and each step, and slows one down."""
+
+    pipe = -1
+    slow, pause = "", 0.0
+
+    @contextmanager
+    def wait(self, what: str, total: int | None = None) -> Iterator[Any]:
+        os.write(self.pipe, f"{what}\n".encode())
+        with super().wait(what, total) as shown:
+            yield _Slowly(shown, self.pipe, self.pause if what.startswith(self.slow) else 0.0)
+
+
+class _Slowly:
+    def __init__(self, shown: Any, pipe: int, pause: float) -> None:
+        self.shown, self.pipe, self.pause = shown, pipe, pause
+
+    def advance(self, amount: int = 1, **values: float) -> None:
+        if values:
+            os.write(self.pipe, b"step\n")
+        self.shown.advance(amount, **values)
+        time.sleep(self.pause)
 
 
 @dataclass
-class Pictures:
-    """96 + 200 pictures, so that six steps make an epoch and evaluation takes four batches."""
+class Child:
+    """A forked command; ``told`` are the lines of its ``Telling`` reporter so far."""
 
-    data: Path
-    tiny: Any
+    pid: int
+    pipe: int
+    output: Path
+    told: list[str] = field(default_factory=list)
+    rest: bytes = b""
 
-    def words(self, *settings: str) -> list[str]:
-        shared = (f"train.epochs={EPOCHS}", "train.batch_size=16", "train.checkpoint_seconds=3600", "data.workers=2")
-        shared = (*shared, "teacher.allow_weak=true", "data.memory_gib=0.000001", "losses.kd.weight=0.5")
-        return self.tiny.arguments(f"data.source={self.data}", *shared, *settings, losses="ce,kd")
+    def hear(self, wanted: str, times: int = 1, seconds: float = 60.0) -> None:
+        """Wait until a line that begins so has come this often."""
+        deadline = time.monotonic() + seconds
+        while sum(line.startswith(wanted) for line in self.told) < times:
+            assert self.read(), f"it ended before {wanted!r}: {self.output.read_text()}"
+            assert time.monotonic() < deadline
+
+    def read(self) -> bool:
+        data = os.read(self.pipe, 4096)
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        self.told += [line.decode() for line in lines]
+        return bool(data)
+
+    def leave(self) -> tuple[int | None, float]:
+        """The exit code, and seconds until then."""
+        started = time.monotonic()
+        code = wait(self.pid)
+        seconds = time.monotonic() - started
+        while self.read():
+            pass
+        os.close(self.pipe)
+        return code, seconds
+
+    @property
+    def steps(self) -> int:
+        return self.told.count("step")
+
+
+@dataclass
+class House:
+    """Where runs are made, and the twin they are compared with."""
+
+    folder: Path
+    arguments: list[str]
+    children: list[Child] = field(default_factory=list)
+
+    def call(self, *words: str, slow: str = "", pause: float = 0.0, rank: int = 0, port: int = 0) -> Child:
+        """Fork a command; with a port it is one of two processes."""
+        heard, pipe = os.pipe()
+
+        def work() -> None:
+            os.close(heard)
+            Telling.pipe, Telling.slow, Telling.pause = pipe, slow, pause
+            view.Reporter = Telling
+            sys.argv = ["remap", *words]
+            if port:
+                _be_one_of_two(rank, port)
+            main()
+
+        output = self.folder / f"output{len(self.children)}"
+        child = Child(fork(work, output), heard, output)
+        os.close(pipe)
+        self.children.append(child)
+        return child
+
+    def start(self, run: Path, **how: Any) -> Child:
+        return self.call("distill", *self.arguments, f"--output={run}", **how)
+
+    def go_on(self, run: Path) -> None:
+        child = self.call("distill", f"--resume={run}")
+        assert child.leave()[0] == 0, child.output.read_text()
+
+    def pair(self, *words: str, **how: Any) -> list[Child]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        return [self.call(*words, **how, rank=rank, port=port) for rank in range(2)]
+
+
+def _be_one_of_two(rank: int, port: int) -> None:
+    """What a launcher says to its processes; whatever this process knew as a single one is forgotten."""
+    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2)):
+        os.environ[name] = str(value)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    accelerator.cache_clear()
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture(scope="module")
+def house(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> House:
+    """96 + 200 pictures, and an undisturbed run on them."""
+    root = tmp_path_factory.mktemp("signals")
+    draws = np.random.default_rng(0)
+    for split, count in (("train", 96), ("val", 200)):
+        for index in range(count):
+            label = index % 3
+            folder = root / "data" / split / "rgb"[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = draws.integers(0, 120, (16, 16, 3))
+            pixels[..., label] += 110
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index:03d}.png")
+    arguments = tiny.arguments(*SETTINGS, data=str(root / "data"), losses="ce,kd")
+    house = House(root, arguments)
+    child = house.start(root / "twin")
+    assert child.leave()[0] == 0, child.output.read_text()
+    assert child.steps == EPOCHS * STEPS and train.__name__ == "remap_cli.train"
+    return house
+
+
+@pytest.fixture(autouse=True)
+def _nobody_stays(house: House) -> Iterator[None]:
+    yield
+    for child in house.children:
+        with suppress(OSError):
+            os.killpg(child.pid, signal.SIGKILL)
+            os.waitpid(child.pid, 0)
+
+
+# Where twenty signals land: the wait, and which of that name.
+MOMENTS = [
+    *((TRAINING, epoch) for epoch in (1, 1, 1, 2, 2, 2, 3, 3)),
+    *((EVALUATION, epoch) for epoch in (1, 1, 2, 2, 3, 3)),
+    *((LESSONS, 1), (LESSONS, 1), (UNTRAINED, 1), (UNTRAINED, 1), (HEAD, 1), (READING, 1)),
+]
+
+
+@pytest.mark.guarantee(5)
+@pytest.mark.parametrize("number", range(len(MOMENTS)))
+def test_sigterm_to_the_group_saves_wherever_it_lands(
+    house: House, tmp_path: Path, figure: Callable[..., None], number: int
+) -> None:
+    """Training, evaluation and all that comes before the first step, each at a random moment of it."""
+    what, times = MOMENTS[number]
+    child = house.start(tmp_path / "run", slow=what, pause=0.01 if what == READING else 0.06)
+    child.hear(what, times)
+    time.sleep(random.Random(number).uniform(0.0, 0.15))
+    os.killpg(child.pid, signal.SIGTERM)
+    code, seconds = child.leave()
+    said = child.output.read_text()
+    assert code == 143, said
+    assert seconds < SOON
+    assert f"remap distill --resume {tmp_path / 'run'}" in " ".join(said.split()) and "Traceback" not in said
+    assert RunDir(tmp_path / "run").status() == "stopped"
+    lost = child.steps - _saved(tmp_path / "run")
+    assert 0 <= lost <= 1
+    house.go_on(tmp_path / "run")
+    assert _task(tmp_path / "run") == _task(house.folder / "twin")
+    figure("SIGTERMs in training, evaluation and preparation: saved, resumed, equal to the undisturbed run", 1, 1)
+    figure("steps lost at most", lost)
+    figure("longest way out, seconds", round(seconds, 2))
+
+
+@pytest.mark.guarantee(5)
+@pytest.mark.parametrize("what", [TRAINING, EVALUATION, LESSONS])
+def test_ctrl_c_is_130(house: House, tmp_path: Path, figure: Callable[..., None], what: str) -> None:
+    child = house.start(tmp_path / "run", slow=what, pause=0.06)
+    child.hear(what)
+    os.killpg(child.pid, signal.SIGINT)
+    code, seconds = child.leave()
+    assert code == 130 and seconds < SOON, child.output.read_text()
+    assert child.steps - _saved(tmp_path / "run") in (0, 1)
+    house.go_on(tmp_path / "run")
+    assert _task(tmp_path / "run") == _task(house.folder / "twin")
+    figure("Ctrl-Cs: saved, resumed, equal to the undisturbed run", 1, 1)
+
+
+@pytest.mark.guarantee(5)
+def test_the_file_stop_is_a_sigterm(house: House, tmp_path: Path, figure: Callable[..., None]) -> None:
+    """For machines where no signal can be sent; looked for every second."""
+    child = house.start(tmp_path / "run", slow=TRAINING, pause=0.4)
+    child.hear("step", 2)
+    (tmp_path / "run" / "stop").touch()
+    code, seconds = child.leave()
+    assert code == 143 and seconds < SOON, child.output.read_text()
+    assert not (tmp_path / "run" / "stop").exists() and interrupt.LOOK_EVERY <= 1.0
+    assert child.steps - _saved(tmp_path / "run") in (0, 1)
+    house.go_on(tmp_path / "run")
+    assert _task(tmp_path / "run") == _task(house.folder / "twin")
+    figure("files `stop`: saved, resumed, equal to the undisturbed run", 1, 1)
+
+
+@pytest.mark.guarantee(5)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_leaves_at_once(
+    house: House, tmp_path: Path, figure: Callable[..., None], number: int, code: int
+) -> None:
+    """The first one waits for the end of a step that takes a minute; the checkpoint from before is whole."""
+    child = house.start(tmp_path / "run", slow=TRAINING, pause=60.0)
+    child.hear("step")
+    os.killpg(child.pid, number)
+    time.sleep(0.3)
+    assert os.waitpid(child.pid, os.WNOHANG) == (0, 0), "the first signal waits for the step"
+    os.killpg(child.pid, number)
+    found, seconds = child.leave()
+    assert found == code and seconds < AT_ONCE, child.output.read_text()
+    house.go_on(tmp_path / "run")
+    assert _task(tmp_path / "run") == _task(house.folder / "twin")
+    figure("second signals that left at once, with a whole checkpoint", 1, 1)
+
+
+# Where a signal to one of two lands, and which of them gets it.
+ONE_OF_TWO = [(TRAINING, 2, 0), (TRAINING, 2, 1), (EVALUATION, 1, 1), (LESSONS, 1, 1)]
+
+
+@pytest.fixture(scope="module")
+def twin_of_two(house: House) -> Path:
+    run = house.folder / "twin_of_two"
+    for child in house.pair("distill", *house.arguments, f"--output={run}"):
+        assert child.leave()[0] == 0, child.output.read_text()
+    return run
+
+
+@pytest.mark.guarantee(6)
+@pytest.mark.parametrize(("what", "times", "rank"), ONE_OF_TWO)
+def test_a_signal_to_one_of_two_stops_both(
+    house: House,
+    twin_of_two: Path,
+    tmp_path: Path,
+    figure: Callable[..., None],
+    what: str,
+    times: int,
+    rank: int,
+) -> None:
+    """Both have done the same steps, one checkpoint holds them all, and two go on from it."""
+    run = tmp_path / "run"
+    both = house.pair("distill", *house.arguments, f"--output={run}", slow=what, pause=0.06)
+    both[rank].hear(what, times)
+    os.kill(both[rank].pid, signal.SIGTERM)
+    started = time.monotonic()
+    codes = [child.leave()[0] for child in both]
+    seconds = time.monotonic() - started
+    assert codes == [143, 143], [child.output.read_text() for child in both]
+    assert seconds < TOGETHER
+    assert both[0].steps == both[1].steps and both[0].steps - _saved(run) in (0, 1)
+    for child in house.pair("distill", f"--resume={run}"):
+        assert child.leave()[0] == 0, child.output.read_text()
+    assert _task(run) == _task(twin_of_two)
+    figure("signals to one of two processes: both left, resumed, equal to the undisturbed pair", 1, 1)
+    figure("longest way out of both, seconds", round(seconds, 2))
+
+
+def _saved(run: Path) -> int:
+    """Steps in the newest checkpoint; none was taken before the first one is tried."""
+    manifests = sorted(RunDir(run).checkpoint.glob("*.json"))
+    if not manifests:
+        return 0
+    state = json.loads(manifests[-1].read_text())["state"]
+    return state["epoch"] * STEPS + state["step"]
+
+
+def _task(run: Path) -> bytes:
+    return (RunDir(run).task / "task.safetensors").read_bytes()

@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, AttentionBlock, Block, module_at, rest_of_forward
-from remap.backbones.queries import BlockReader, reads_one_row
+from remap.backbones.queries import BlockReader, apart, reads_one_row
 from remap.errors import BackboneError
 from remap.tuning.base import Attached, Method, Options, names_where
 from remap.tuning.seam import BlockSeam
@@ -101,7 +101,7 @@ class ClassRowSeam(BlockSeam):
     def rest(self, kept: Mapping[str, Tensor], images_BCHW: Tensor | None, *, whole_blocks: bool) -> Tensor:
         if whole_blocks or _drops(self.block):
             return super().rest(kept, images_BCHW, whole_blocks=whole_blocks)
-        row_B1D = self.reader.apart(self.reader.class_row, kept["input"])
+        row_B1D = apart(self.block, self.reader.class_row, kept["input"])
         return self.model.forward_head(rest_of_forward(self.model, self.anatomy, self.anatomy.depth, row_B1D))
 
 

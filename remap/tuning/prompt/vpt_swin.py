@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.anatomy import Anatomy, module_at
 from remap.backbones.families.windows import admit_window_tokens, merge_prompts, merging_before, with_window_tokens
+from remap.backbones.queries import leaving
 from remap.errors import BackboneError
 from remap.tuning.base import Attached, insert_module, inserted_parameters
 from remap.tuning.dropout import SampleDropout
@@ -100,7 +101,7 @@ class WindowPrompts(nn.Module):
             return
         middle_BpC = before_BpC + attended_BpC
         after_BpC = middle_BpC + mlp.forward(norm2.forward(middle_BpC))
-        setattr(output, CARRIED, after_BpC)
+        setattr(output, CARRIED, leaving(block, after_BpC))
 
     def merge(self, index: int, merging: nn.Module, args: tuple, output: Tensor) -> None:
         """Forward hook of the patch merging in front of block ``index``, where prompts cross it."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.anatomy import Anatomy, module_at
-from remap.backbones.queries import BlockReader
+from remap.backbones.queries import BlockReader, apart, leaving
 from remap.errors import BackboneError
 from remap.tuning.base import Attached, Method, Options, insert_module
 from remap.tuning.dropout import SampleDropout
@@ -103,16 +103,16 @@ class Queries(nn.Module):
         if keys_BHTh is not None:
             self.kept[f"keys.{index}"] = keys_BHTh
 
-    def forward(self, index: int, tokens_BTD: Tensor, keys_BHTh: Tensor | None, *, apart: bool = False) -> Tensor:
-        """(B, p*D) of length 1; inside the forward pass of block ``index``, if not ``apart`` from it."""
+    def forward(self, index: int, tokens_BTD: Tensor, keys_BHTh: Tensor | None, *, alone: bool = False) -> Tensor:
+        """(B, p*D) of length 1; inside the forward pass of block ``index``, if not ``alone``."""
         reader = self.readers[index]
         prompts_BpD = self.prompts[index].to(tokens_BTD.dtype).expand(tokens_BTD.shape[0], -1, -1)
         prompts_BpD = self.dropouts[index](prompts_BpD)
-        if apart:
-            answers_BpD = reader.apart(reader.block, prompts_BpD, tokens_BTD, keys_BHTh)
+        if alone:
+            answers_BpD = apart(reader.whole, reader.block, prompts_BpD, tokens_BTD, keys_BHTh)
         else:
             answers_BpD = reader.block(prompts_BpD, tokens_BTD, keys_BHTh)
-            answers_BpD = reader.leaving(answers_BpD, prompts_BpD, alone=not tokens_BTD.requires_grad)
+            leaving(reader.whole, answers_BpD, None if tokens_BTD.requires_grad else prompts_BpD)
         return F.normalize(answers_BpD.flatten(1), dim=-1)
 
     def normalise(self, head: nn.Module, args: tuple) -> tuple:
@@ -153,7 +153,7 @@ class QuerySeam(FeatureSeam):
 
     def rest(self, kept: Mapping[str, Tensor], images_BCHW: Tensor | None, *, whole_blocks: bool) -> Tensor:
         self.queries.answers = {
-            index: self.queries(index, kept[f"tokens.{index}"], kept.get(f"keys.{index}"), apart=True)
+            index: self.queries(index, kept[f"tokens.{index}"], kept.get(f"keys.{index}"), alone=True)
             for index in range(self.anatomy.depth)
         }
         return super().rest(kept, images_BCHW, whole_blocks=whole_blocks)
