@@ -136,7 +136,7 @@ class _Processes:
         # The first process prints where this command does; what others write is kept, in case they fail.
         self.outputs: list[IO[bytes] | None] = [None]
         for _ in range(count - 1):
-            self.outputs.append(self.files.enter_context(tempfile.TemporaryFile()))
+            self.outputs.append(self.files.enter_context(tempfile.TemporaryFile()))  # noqa: SIM115
         self.running: list[subprocess.Popen] = []
         # A signal that comes before Python is ready for it waits: the mask is inherited, and ``begin`` takes it off.
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)

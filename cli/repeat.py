@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from remap.outside import expanded
 from remap_cli import launch, view
 from remap_cli import options as opt
 from remap_cli.main import app
@@ -30,11 +31,11 @@ def repeat(
     Starts as many processes as the run had. Exit code 0: equal. 1: it ran, and something differs. 2: it could not be
     repeated.
     """
-    launch.processes(_processes(run.expanduser()))
+    launch.processes(_processes(expanded(run)))
     from remap.runs.repeat import repeat as run_again
 
     with view.Reporter(quiet=not launch.is_first()) as progress:
-        found = run_again(run.expanduser(), output, workers, progress)
+        found = run_again(run, output, workers, progress)
     if not launch.is_first():
         return
     view.emit(found) if as_json else _show(found)
@@ -72,10 +73,12 @@ def sentence(found: dict[str, Any]) -> str:
     where = "the environment is the same" if not found["environment"] else "the environment differs"
     if found["equal"]:
         return f"It repeated bit for bit; {where}."
-    wrong = ", ".join(check["what"] for check in found["checks"] if not check["equal"])
+    wrong = [check["what"] for check in found["checks"] if not check["equal"]]
     sizes = [t["largest_difference"] for t in found["tensors"] if t["largest_difference"] is not None]
     by = f" (weights by at most {max(sizes):.2g})" if sizes else ""
-    return f"It did not repeat bit for bit: {wrong} differ{by}; {where}."
+    return (
+        f"It did not repeat bit for bit: {', '.join(wrong)} {'differs' if len(wrong) == 1 else 'differ'}{by}; {where}."
+    )
 
 
 def _largest(value: float | None) -> str:

@@ -14,6 +14,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from remap.outside import plain
+
 # Piped output has no width of its own; tables then take what their cells need.
 out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
@@ -63,7 +65,7 @@ def table(
         if isinstance(row, str):
             result.add_row(f"[bold cyan]{escape(_plain(row))}[/]")
         else:
-            result.add_row(*(escape(_plain(str(cell))) for cell in row))
+            result.add_row(*(escape(plain(str(cell))) for cell in row))  # one line each
     out.print(f"[bold]{escape(_plain(title))}[/]")
     out.print(result)
 
@@ -100,7 +102,7 @@ def duration(seconds: float) -> str:
 
 def _plain(text: str) -> str:
     """Control characters of file or class names must not reach the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    return plain(text, keep="\n")
 
 
 class Reporter:

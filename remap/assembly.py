@@ -15,6 +15,8 @@ from remap.data.batches import closed
 from remap.data.views import View, ViewSource
 from remap.engine.features import FrozenFeatures
 from remap.engine.launch import accelerator, use_bf16
+from remap.engine.sharding import bytes_held, is_sharded
+from remap.files import size
 from remap.inheriting import Inherited, inherit
 from remap.network import Network, Runner, choose_attention, frozen, tuned
 from remap.progress import Progress
@@ -103,7 +105,11 @@ def _teachers(recipe: Recipe, classes: tuple[str, ...], student: Backbone, progr
     what = "building the teacher" if len(specs) == 1 else f"building {len(specs)} teachers"
     # The student's draws go on afterwards as if there were no teacher.
     with progress.wait(what), torch.random.fork_rng(devices=[]):
-        return [load_teacher(spec, recipe, classes, accelerator().device, student) for spec in specs]
+        teachers = [load_teacher(spec, recipe, classes, accelerator().device, student) for spec in specs]
+    for teacher in teachers:
+        if is_sharded(teacher.network):
+            progress.say(f"the teacher {teacher.spec.model} is sharded: {size(bytes_held(teacher.network))} a process")
+    return teachers
 
 
 def _student(recipe: Recipe, classes: tuple[str, ...], backbone: Backbone) -> Network:

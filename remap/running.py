@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -163,8 +164,18 @@ def run(
     *,
     resuming: bool = False,
 ) -> Result:
-    """Train in ``run_dir``; its status always says how it ended."""
-    recipe = recipe.written_out()
+    """Train in ``run_dir``; its status always says how it ended.
+
+    Raises:
+        RunError: Another process is working there.
+        RemapError: Anything else a user can mend.
+    """
+    with run_dir.held() if accelerator().is_main_process else nullcontext():
+        return _noted(recipe.written_out(), run_dir, progress, bench or Bench(), resuming)
+
+
+def _noted(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resuming: bool) -> Result:
+    """Run, and write down how it ended."""
     main = accelerator().is_main_process
     if main:
         run_dir.note_machine(machine(), resuming=resuming)
@@ -172,7 +183,7 @@ def run(
         run_dir.set_status("running")
     try:
         with watching(run_dir.stop):
-            result = _run(recipe, run_dir, progress, bench or Bench(), resuming)
+            result = _run(recipe, run_dir, progress, bench, resuming)
     except Interrupted as error:
         _note(run_dir, "stopped", error.what)
         command = f"remap {'distill' if recipe.teacher else 'tune'} --resume {run_dir.path}"
@@ -257,7 +268,9 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
     )
     frozen = Frozen.of(parts.student)
     if accelerator().is_main_process:
-        files.require_space(run_dir.path, _bytes_of_a_run(job), "its checkpoints and the tuned student")
+        written = sum(path.stat().st_size for path in run_dir.checkpoint.glob("*"))
+        missing = max(0, _bytes_of_a_run(job) - written)
+        files.require_space(run_dir.path, missing, "its checkpoints and the tuned student")
         run_dir.write_trainables(trainables(parts.student))
     progress.say(
         f"training {len(parts.student.trained)} tensors, {parts.student.num_trainable:,} parameters "

@@ -16,6 +16,7 @@ from remap.bench import Bench, Views
 from remap.data.views import ViewSource
 from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.launch import accelerator
+from remap.engine.sharding import is_sharded, shard, wants_sharding, whole
 from remap.errors import TrainingError
 from remap.network import Network, choose_attention, tuned
 from remap.progress import Progress
@@ -23,7 +24,7 @@ from remap.recipe.paths import is_run
 from remap.recipe.schema import EMA, SELF, LossSpec, MethodSpec, Recipe, StudentSpec, TeacherSpec
 from remap.remapping import LOSSES
 from remap.runs.rundir import RunDir
-from remap.runs.task import load_task, open_backbone, put_task, require_size_of_run, save_task
+from remap.runs.task import kept, load_task, open_backbone, put_task, require_size_of_run, save_task
 from remap.student_teachers import averaged_twin, untuned_twin
 
 
@@ -49,7 +50,7 @@ class PreparedTeacher:
         network = self.network
         parts = (network.identity.sha256, network.preprocess, network.anatomy, network.model)
         digest = hashlib.sha256(" ".join(map(repr, parts)).encode())
-        add_tensors(digest, network.tensors)
+        add_tensors(digest, {name: whole(tensor) for name, tensor in network.tensors.items()})
         return digest.hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,8 +187,9 @@ def _prepare(teacher: PreparedTeacher, recipe: Recipe, folder: Path, views: View
     progress.say(f"{name} has no head for these {len(network.classes)} classes: preparing one ({spec.prepare})")
     if spec.prepare == "probe":
         strength = probe.fit_probe(network, views.train, accelerator(), recipe.train.batch_size, progress)
+        tensors = kept(network)
         if accelerator().is_main_process:
-            save_task(folder / "task", network, views.view, "linear", {})
+            save_task(folder / "task", network, views.view, "linear", {}, tensors)
         progress.say(f"fitted by logistic regression on cached features (C = {strength})")
         return
     tuning = teacher_recipe(recipe, spec)
@@ -232,7 +234,7 @@ def _key(network: Network, head: str, spec: TeacherSpec, recipe: Recipe) -> str:
             head,
             f"{spec.model} {spec.image_size}"
             if head == "its own"
-            else spec.model_dump_json(exclude={"weight", "cache", "cache_dtype"}),
+            else spec.model_dump_json(exclude={"weight", "cache", "cache_dtype", "shard"}),
             recipe.data.model_dump_json(),
             str(recipe.seed) if spec.prepare not in ("probe", "none") else "",
         ]
@@ -240,7 +242,13 @@ def _key(network: Network, head: str, spec: TeacherSpec, recipe: Recipe) -> str:
 
 
 def placed(teacher: PreparedTeacher, recipe: Recipe, device: torch.device) -> PreparedTeacher:
-    """The teacher on the device, with the run's kernel of attention."""
-    teacher.network.model.to(device)
-    choose_attention(teacher.network, recipe.train.fused_attention, device)
+    """The teacher on the device, or sharded over those of all processes, with the run's kernel of attention."""
+    network = teacher.network
+    choose_attention(network, recipe.train.fused_attention, device)
+    if is_sharded(network):
+        return teacher
+    if not teacher.spec.is_student and wants_sharding(network, teacher.spec.shard, accelerator()):
+        shard([network], device)
+    else:
+        network.model.to(device)
     return teacher

@@ -25,8 +25,11 @@ def _hash(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+@pytest.mark.guarantee(22)
 @pytest.mark.parametrize("method", ["linear", "vpt_deep", "adaptformer", "lora", "bitfit"])
-def test_the_hash_is_that_of_the_weights_that_came(tiny: Any, tmp_path: Path, method: str) -> None:
+def test_the_hash_is_that_of_the_weights_that_came(
+    tiny: Any, tmp_path: Path, figure: Callable[..., None], method: str
+) -> None:
     """Source: the model's own file, less what the run says it trains."""
     result = start(tiny.recipe(method=method, losses="ce,kd"), tmp_path / "run")
     told = result.summary["frozen"]
@@ -37,6 +40,7 @@ def test_the_hash_is_that_of_the_weights_that_came(tiny: Any, tmp_path: Path, me
     listed = json.loads(RunDir(tmp_path / "run").trainables.read_text())
     assert [row["name"] for row in listed] == result.summary["trainables"]
     assert sum(row["parameters"] for row in listed) == result.summary["student"]["trainable_parameters"]
+    figure("frozen parts whose hash is that of the weights that came", 1, 1)
 
 
 def test_frozen_batch_statistics_count(model_folder: Callable[..., str], tiny: Any, tmp_path: Path) -> None:
@@ -47,9 +51,15 @@ def test_frozen_batch_statistics_count(model_folder: Callable[..., str], tiny: A
     assert told["unchanged"] and told["tensors"] == len(model.state_dict()) - 2
 
 
+@pytest.mark.guarantee(22)
 @pytest.mark.parametrize("what", ["weight", "statistics"])
 def test_a_change_of_what_is_frozen_is_caught(
-    tiny: Any, model_folder: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+    tiny: Any,
+    model_folder: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    figure: Callable[..., None],
+    what: str,
 ) -> None:
     student = model_folder("resnet18", {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}, 32)
     step = torch.optim.AdamW.step
@@ -75,3 +85,4 @@ def test_a_change_of_what_is_frozen_is_caught(
     with pytest.raises(TrainingError, match="changed weights that are frozen"):
         start(tiny.recipe(student=student, method="linear", losses="ce"), tmp_path / "run")
     assert not (tmp_path / "run" / "task").exists()
+    figure("changes of one frozen number, caught, nothing saved", 1, 1)

@@ -1,14 +1,20 @@
 """What the wheel will hold is what the tree holds; an editable install would hide a forgotten folder."""
 
 import ast
+import re
+import runpy
 import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import remap
 
 ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SETUP = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 FOLDERS: dict[str, str] = SETUP["package-dir"]
 SOURCES = [path for folder in FOLDERS.values() for path in (ROOT / folder).rglob("*.py")]
@@ -73,3 +79,53 @@ def test_command_points_at_a_function_that_is_there() -> None:
     top, _, rest = module.partition(".")
     tree = ast.parse((ROOT / FOLDERS[top] / f"{rest}.py").read_text())
     assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def requirements() -> dict[str, Requirement]:
+    words = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]]
+    return {canonicalize_name(one.name): one for one in map(Requirement, words)}
+
+
+@pytest.mark.parametrize(("name", "below"), [("torch", "2.9.1"), ("transformers", "5.2.9"), ("accelerate", "1.14.9")])
+def test_versions_with_known_faults_are_refused(name: str, below: str) -> None:
+    """CVE-2026-24747, CVE-2026-4372, and adapters of which FSDP2 saved a part (accelerate pull request 4206)."""
+    assert below not in requirements()[name].specifier
+
+
+def test_the_lock_has_every_requirement_hashed_and_above_its_floor() -> None:
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+    locked = {}
+    for line in lines:
+        match = re.fullmatch(r"([a-z0-9-]+)==(\S+) --hash=sha256:[0-9a-f]{64}", line)
+        assert match, f"no name, version and hash: {line}"
+        locked[match[1]] = Version(match[2])
+    assert list(locked) == sorted(locked) and len(locked) == len(lines)
+    for name, requirement in requirements().items():
+        assert name in locked, f"{name} is missing; run `python tools/lock.py`"
+        assert locked[name] in requirement.specifier, f"{name} {locked[name]} is not {requirement.specifier}"
+
+
+def test_the_lock_is_made_of_names_versions_and_hashes() -> None:
+    """A report as pip writes it (its format 1); where a file came from must not be in the lock."""
+    lines = runpy.run_path(str(ROOT / "tools" / "lock.py"))["lines"]
+
+    def entry(name: str, digest: str | None) -> dict:
+        hashes = {} if digest is None else {"hashes": {"sha256": digest}}
+        info = {"url": "https://host.invalid/file.whl", "archive_info": hashes}
+        return {"metadata": {"name": name, "version": "1.0"}, "download_info": info, "requested": False}
+
+    own = {"metadata": {"name": "remap", "version": "0"}, "requested": True}
+    own |= {"download_info": {"url": "file:///somewhere", "dir_info": {}}}
+    found = lines({"install": [entry("Z_b", "1" * 64), own, entry("a", "2" * 64)]})
+    assert found == [f"a==1.0 --hash=sha256:{'2' * 64}", f"z-b==1.0 --hash=sha256:{'1' * 64}"]
+    with pytest.raises(ValueError, match="bare 1.0 comes without"):
+        lines({"install": [entry("bare", None)]})
+
+
+def test_ci_installs_the_lock_by_its_hashes_and_nothing_else() -> None:
+    """Read from the script: the wheel itself brings no other packages along."""
+    installs = [
+        line.split("pip", 1)[1] for line in (ROOT / ".ci" / "run").read_text().splitlines() if "clean/bin/pip" in line
+    ]
+    assert "--require-hashes" in installs[0] and "requirements.lock" in installs[0]
+    assert all("--no-deps" in line for line in installs[1:] if "install" in line)

@@ -11,7 +11,7 @@ from remap.engine.evaluate import evaluate
 from remap.engine.launch import accelerator
 from remap.errors import RecipeError, RunError
 from remap.progress import Silent
-from remap.running import as_recipe, distill, start
+from remap.running import as_recipe, distill, resume, start
 from remap.runs.rundir import RunDir
 from remap.runs.task import load_task
 
@@ -108,3 +108,20 @@ def test_a_folder_that_cannot_be_written_is_named(tiny: Any, tmp_path: Path) -> 
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RunError, match="cannot make .*file/run"):
         start(tiny.recipe(), tmp_path / "file" / "run")
+
+
+def test_a_directory_that_is_being_worked_in_is_left_alone(tiny: Any, tmp_path: Path, watch: Any) -> None:
+    """Resumed a second time while it runs; the first goes on as if nothing had happened."""
+    run, refused = tmp_path / "run", []
+
+    def intrude(done: int) -> None:
+        if done == 2:
+            before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+            with pytest.raises(RunError, match="another process is working in") as caught:
+                resume(run)
+            refused.append(caught.value)
+            assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    result = start(tiny.recipe(), run, watch(intrude))
+    assert f"touch {run / 'stop'}" in str(refused[0])
+    assert result.summary["student"] == {**start(tiny.recipe(), tmp_path / "twin").summary["student"]}

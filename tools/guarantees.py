@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+SOAK = "tools/soak.py"
 PAGE, FIGURES = ROOT / "docs" / "guarantees.md", ROOT / "docs" / "guarantees.jsonl"
 
 
@@ -154,13 +155,40 @@ ROWS = (
         " network and no token. Shells get completion. Commands and flags change on purpose only.",
     ),
 )
-SOAK = Row(
-    21,
-    "Soak",
-    "Short runs of varied recipes, one after another, with SIGKILL, SIGTERM and Ctrl-C at random moments, resumes and"
-    " evaluations in between (`python tools/soak.py --runs 200 --seed 0`; a short one is part of the tests). At the end"
-    " there is no stray file, no process left, no growing memory, and every run that was interrupted equals its"
-    " undisturbed twin in every byte of its task file.",
+BESIDES = (
+    Row(
+        21,
+        "Soak",
+        "Short runs of varied recipes, one after another, with SIGKILL, SIGTERM and Ctrl-C at random moments, resumes"
+        " and evaluations in between (`python tools/soak.py --runs 200 --seed 0`; a short one is part of the tests). At"
+        " the end there is no stray file, no process left, no growing memory, and every run that was interrupted equals"
+        " its undisturbed twin in every byte of its task file.",
+    ),
+    Row(
+        22,
+        "What is frozen is proven to be untouched",
+        "A run lists what it trains at its start, and at its end the hash over all the rest, unchanged, stands in"
+        " `summary.json`. If one frozen number differs, the run fails and saves no student.",
+    ),
+    Row(
+        23,
+        "A run can be repeated",
+        "The same recipe and seed give the same bytes on one machine, whatever the number of data workers. `remap"
+        " repeat RUN` does a run again, compares everything it left, and names each difference and what of the"
+        " machine and of the images is different.",
+    ),
+    Row(
+        24,
+        "A dead process ends the others",
+        "With several processes, one that is killed, fails or falls silent ends all of them within the timeout, and"
+        " the error that is shown is its own.",
+    ),
+    Row(
+        25,
+        "Clocks, data threads and files may misbehave",
+        "A jump of the clock changes nothing. A data thread that dies ends the run, which goes on from its checkpoint."
+        " Images that vanish during a run are counted and named.",
+    ),
 )
 
 HEAD = """# What we guarantee
@@ -168,6 +196,12 @@ HEAD = """# What we guarantee
 Written by `tools/guarantees.py`: the promises stand there, the tests are those marked with a promise's number, and the
 figures are what those tests measured{where}. A promise without a test does not stand here. Run them with
 `pytest -m guarantee`; [SECURITY.md](../SECURITY.md) says what is promised about hostile files.
+"""
+
+AND_BESIDES = """
+## And besides
+
+Marked with the numbers from 21 on.
 """
 
 LIMITS = """
@@ -278,10 +312,10 @@ def page(lines: Iterable[str]) -> str:
             "",
             *_evidence(holding.get(row.number, []), figures),
         ]
-    long = [figure for figure in figures if figure["test"] == "tools/soak.py"]
-    parts += ["\n## Soak\n", SOAK.promise, ""]
-    parts += [f"- {text}" for text in shown(long)]
-    parts += _tests(holding.get(SOAK.number, []))
+    parts.append(AND_BESIDES)
+    for row in BESIDES:
+        names = [*holding.get(row.number, []), *((SOAK,) if row.title == "Soak" else ())]
+        parts += [f"\n### {row.title}\n", row.promise, "", *_evidence(names, figures)]
     return "\n".join(parts) + "\n" + LIMITS
 
 

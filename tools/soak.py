@@ -23,7 +23,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,16 @@ RECIPES: dict[str, tuple[str, tuple[str, ...], dict[str, str]]] = {
     "ranks that fall": ("tune", (), {"method": "adalora", "losses": "ce"}),
     "few labels": ("distill", ("data.labels=12",), {"method": "bitfit", "losses": "ce,kd,feature"}),
 }
-EPOCHS = 5
+EPOCHS = 4
 STOPS = ("SIGKILL", "SIGTERM", "SIGINT", "file", "SIGTERM twice")
 EXITS = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130, "file": 143, "SIGTERM twice": 143}
-INTERRUPTIONS = 4
+EARLY = {"SIGTERM": -15, "SIGINT": -2, "SIGTERM twice": -15}
+INTERRUPTIONS = 3
 PATIENCE = 60.0
 # What the memory of this process may grow by over the second half of the runs.
 GROWTH_BYTES = 16 * 2**20
+# Samples that say something about it: allocators take a few dozen runs to settle.
+ENOUGH = 20
 
 
 def fork(work: Callable[[], None], output: Path) -> int:
@@ -124,6 +127,7 @@ class Soak:
     folder: Path
     tiny: Any
     random: random.Random
+    recipes: Sequence[str]
     seconds: dict[str, float] = field(default_factory=dict)
     stops: Counter[str] = field(default_factory=Counter)
     seen: Counter[str] = field(default_factory=Counter)
@@ -142,7 +146,7 @@ class Soak:
         return self.folder / "twins" / name.replace(" ", "_")
 
     def make_twins(self) -> None:
-        for name in RECIPES:
+        for name in self.recipes:
             started = time.monotonic()
             pid = fork(command(*self.words(name), f"--output={self.twin(name)}"), self.log)
             if wait(pid) != 0:
@@ -154,8 +158,8 @@ class Soak:
         return self.folder / "log"
 
     def run(self, number: int) -> None:
-        """One run, interrupted up to four times, then left alone until it is done."""
-        name = self.random.choice(list(RECIPES))
+        """One run, interrupted up to three times, then left alone until it is done."""
+        name = self.random.choice(self.recipes)
         run = self.folder / "runs" / f"{number:04d}"
         planned = self.random.randint(0, INTERRUPTIONS)
         for attempt in range(planned + 1):
@@ -169,9 +173,10 @@ class Soak:
             moment = self.random.uniform(0.02, 1.0) * self.seconds[name]
             code = self.interrupt(pid, run, stop, moment) if stop else wait(pid)
             wanted = {0} if stop is None else {0, EXITS[stop]}
+            if not _text(self.log) and stop in EARLY:  # before the command had a handler, as in any program
+                wanted.add(EARLY[stop])
             if code not in wanted:
-                said = self.log.read_text()[-800:] if self.log.exists() else ""
-                self.problems.append(f"run {number} ({name}), {stop}: exit code {code}\n{said}")
+                self.problems.append(f"run {number} ({name}), {stop}: exit code {code}\n{_text(self.log)[-800:]}")
                 return
             if code:
                 self.stops[stop] += 1
@@ -243,7 +248,7 @@ class Soak:
     def growth(self) -> int:
         """Bytes by which this process's memory grew over the second half: a line through the samples."""
         half = self.memory[len(self.memory) // 2 :]
-        if len(half) < 3:
+        if len(half) < ENOUGH:
             return 0
         middle, mean = (len(half) - 1) / 2, sum(half) / len(half)
         slope = sum((i - middle) * (m - mean) for i, m in enumerate(half)) / sum(
@@ -269,18 +274,27 @@ def _children() -> list[str]:
 @contextlib.contextmanager
 def _places(folder: Path) -> Iterator[None]:
     """Caches and temporary files go into the folder of the soak."""
-    for name, inner in (("REMAP_CACHE", "cache"), ("TMPDIR", "tmp")):
-        (folder / inner).mkdir()
-        os.environ[name] = str(folder / inner)
+    inner = {"REMAP_CACHE": "cache", "TMPDIR": "tmp"}
+    before = {name: os.environ.get(name) for name in inner}
+    for name, place in inner.items():
+        (folder / place).mkdir()
+        os.environ[name] = str(folder / place)
     tempfile.tempdir = str(folder / "tmp")
     try:
         yield
     finally:
         tempfile.tempdir = None
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
-def soak(runs: int, seed: int, folder: Path) -> dict[str, Any]:
+def soak(runs: int, seed: int, folder: Path, recipes: Sequence[str] = tuple(RECIPES)) -> dict[str, Any]:
     """Do ``runs`` runs in an empty folder.
+
+    Args:
+        recipes: The names of those that are drawn from.
 
     Returns:
         What was counted, and under "problems" whatever must not be.
@@ -297,12 +311,12 @@ def soak(runs: int, seed: int, folder: Path) -> dict[str, Any]:
         )
         helpers["write_model"](folder / "teacher", seed=4, embed_dim=24, depth=3)
         models = [f"local-dir:{folder / name}" for name in ("student", "teacher")]
-        work = Soak(folder, helpers["Tiny"](str(folder / "data"), *models), random.Random(seed))
+        work = Soak(folder, helpers["Tiny"](str(folder / "data"), *models), random.Random(seed), recipes)
         import remap_cli.train  # noqa: F401 - all that a child would import anew, before the first fork
         from remap.engine import interrupt
 
         interrupt.LOOK_EVERY = 0.02  # for the file `stop`: a whole run takes less than a second here
-        for name in RECIPES:
+        for name in work.recipes:
             work.train_here(name, folder / "here" / name)
         threads = threading.active_count()
         work.make_twins()
@@ -311,7 +325,7 @@ def soak(runs: int, seed: int, folder: Path) -> dict[str, Any]:
         for number in range(runs):
             work.run(number)
             if number % 2:
-                work.train_here(list(RECIPES)[number // 2 % len(RECIPES)], folder / "here" / f"{number:04d}")
+                work.train_here(recipes[number // 2 % len(recipes)], folder / "here" / f"{number:04d}")
         left = {
             "in the cache": sorted(names(folder / "cache") - cached),
             "temporary files": sorted(names(folder / "tmp")),

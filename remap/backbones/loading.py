@@ -6,13 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from remap.errors import BackboneError, WeightsError
+from remap.outside import open_regular, parse_json, plain, read_regular
+
+# A model folder's config.json: names and numbers, and at most 22 thousand names of classes with their descriptions.
+MOST_CONFIG_BYTES = 16 * 2**20
+# Of a shape in a config.json, and of the blocks of a model.
+LARGEST_NUMBER, MOST_BLOCKS = 2**17, 1000
+# A model has at most so many times the bytes of its weights file: 8-bit weights in float32, and what is not stored.
+MOST_UNPACKED, FREE_PARAMETERS = 8, 2**22
+# Arguments of timm's factory that say where to read or what to download; a model folder has no need of them.
+_NOT_FOR_FOLDERS = ("pretrained", "checkpoint", "cache_dir", "scriptable", "exportable", "no_jit", "features_only")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -22,11 +33,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         WeightsError: It is missing, truncated or no safetensors file.
     """
     try:
+        open_regular(path).close()
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # of strange types and sizes, torch and the reader raise many kinds
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_lines(error)
         raise WeightsError(
-            f"cannot read {path} as safetensors: {str(error).splitlines()[0]}",
+            f"cannot read {path} as safetensors: {reason or type(error).__name__}",
             do="pickled checkpoints (.pt, .pth, .bin) are not read; convert them with safetensors.torch.save_file",
         ) from error
 
@@ -94,6 +107,8 @@ def create(name: str, weights: str, arguments: dict[str, Any]) -> tuple[nn.Modul
         The model, and the names of its tensors that the weights did not hold.
     """
     missing: list[str] = []
+    if name.startswith("local-dir:"):
+        require_model_folder(Path(name.removeprefix("local-dir:")), weights)
     if weights == "pretrained":
         cached = in_cache_or_reachable(name)
         if cached is not None:
@@ -112,6 +127,73 @@ def create(name: str, weights: str, arguments: dict[str, Any]) -> tuple[nn.Modul
     # timm would keep all the weights in the configuration of the model.
     model.pretrained_cfg.pop("state_dict", None)
     return model, missing
+
+
+def require_model_folder(folder: Path, weights: str) -> None:
+    """A model folder holds names and numbers in config.json and its weights in safetensors files, no pickles; and the
+    model is about as large as they are.
+
+    Raises:
+        WeightsError: It does not; nothing of it was built.
+    """
+    path = folder / "config.json"
+    try:
+        config = parse_json(read_regular(path, MOST_CONFIG_BYTES))
+        architecture, arguments = _described(config)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else plain(str(error))
+        raise WeightsError(f"cannot read {path}: {reason}", do="see timm's save_for_hf") from error
+    if weights != "pretrained":
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise WeightsError(
+            f"{folder} holds no weights in safetensors files",
+            given=", ".join(plain(file.name) for file in sorted(folder.iterdir())[:5]),
+            do="pickled checkpoints (.pt, .pth, .bin) are not read; convert them with safetensors.torch.save_file",
+        )
+    with torch.device("meta"):
+        try:
+            model = timm.create_model(architecture, **arguments)
+        except Exception as error:
+            raise BackboneError(f"timm cannot build '{architecture}' of {folder}: {_first_lines(error)}") from error
+    count = sum(parameter.numel() for parameter in model.parameters())
+    stored = max(file.stat().st_size for file in files)
+    if 4 * (count - FREE_PARAMETERS) > MOST_UNPACKED * stored:
+        raise WeightsError(
+            f"{path} describes a model that its weights do not fit",
+            given=f"{count:,} parameters, and {stored:,} bytes of weights",
+        )
+
+
+def _described(config: Any) -> tuple[str, dict[str, Any]]:
+    """The architecture and its arguments.
+
+    Raises:
+        ValueError: It describes none, or asks for more than a shape.
+    """
+    architecture = config.get("architecture") if isinstance(config, dict) else None
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        raise ValueError(f"'architecture' names no model of timm: {str(architecture)[:80]!r}")
+    arguments = config.get("model_args") or {}
+    if not isinstance(arguments, dict) or not isinstance(config.get("pretrained_cfg", {}), dict):
+        raise ValueError("'model_args' and 'pretrained_cfg' should be mappings")
+    for name, value in arguments.items():
+        if name.startswith(_NOT_FOR_FOLDERS) or not name.isidentifier():
+            raise ValueError(f"'model_args.{name[:80]}' is no argument of a model")
+        for number in _numbers(value):
+            limit = MOST_BLOCKS if name in ("depth", "depths", "layers") else LARGEST_NUMBER
+            if not abs(number) <= limit:
+                raise ValueError(f"'model_args.{name[:80]}' is larger than {limit:,}")
+    return architecture, arguments
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, (list, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(inner)
+    elif isinstance(value, (int, float)):
+        yield value
 
 
 @contextmanager
@@ -161,7 +243,7 @@ def _repository(name: str, config: Any) -> str:
 
 
 def _first_lines(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return plain(" ".join(str(error).split()))[:300]
 
 
 def _out_of_reach(name: str, error: Exception) -> WeightsError:

@@ -2,17 +2,25 @@
 
 import io
 import warnings
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from remap.errors import RemapError
+from remap.outside import plain, read_regular
 
 warnings.filterwarnings("ignore", message="Corrupt EXIF data", module="PIL")
 
 # What torchvision's ImageFolder reads, plus .avif; anything else in a class folder is named and left out.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".avif")
+
+# What these files hold, whatever their names say: MPO is what some cameras write as .jpg, GIF what the web calls so.
+# Pillow's other readers stay out: one for EPS starts Ghostscript, others hand work to programs or are hardly used.
+FORMATS = ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "AVIF", "GIF")
+# One encoded image; the largest that Pillow's limit of pixels lets pass is 500 MB without any compression.
+MAX_BYTES = 2**30
 
 
 class BadImage(RemapError):
@@ -40,12 +48,20 @@ def decode(source: bytes | Path | Image.Image) -> Image.Image:
     try:
         if isinstance(source, Image.Image):
             return _upright(source)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        data = source if isinstance(source, bytes) else read_regular(source, MAX_BYTES)
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             return _upright(image)
     except RemapError:  # a signal that came meanwhile
         raise
     except Exception as error:  # Pillow's decoders raise many kinds; all mean the file is no usable image
         raise BadImage(_reason(error), source) from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -85,9 +101,11 @@ def _grey_of_wide_range(image: Image.Image) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    text = str(error).split("<")[0].strip().rstrip(":") or type(error).__name__
+    text = plain(str(error)).split("<")[0].strip().rstrip(":") or type(error).__name__
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image"
     if isinstance(error, FileNotFoundError):
         return "no such file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return text[:120]

@@ -1,5 +1,6 @@
 """Images from the embedded digits, a folder of class folders, or a tar of one; those without labels from any folder."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from remap.data.images import SUFFIXES
 from remap.data.listing import Listing, list_folder, list_tar, unwrapped
 from remap.data.splits import NO_LABEL, ImageData, Split, stratified
 from remap.errors import DataError
+from remap.outside import absolute, expanded, plain, unfit_for_a_name
 
 # Folder names of the usual splits, as timm knows them.
 SPLITS = {
@@ -68,20 +70,20 @@ def open_unlabeled(source: str) -> tuple[Split, list[tuple[str, str]]]:
             given=f"{source} ({len(listing.paths)} files)",
             allowed=f"files with one of {' '.join(SUFFIXES)}, in any folders",
         )
-    skipped = [(f"{name}/{path}", _not_an_image(path)) for path in sorted({*visible} - {*paths})]
-    names = tuple(f"{name}/{path}" for path in paths)
+    skipped = [(plain(f"{name}/{path}"), _not_an_image(path)) for path in sorted({*visible} - {*paths})]
+    names = tuple(plain(f"{name}/{path}") for path in paths)
     return Split(names, np.full(len(paths), NO_LABEL, dtype=np.int64), lambda i: listing.read(paths[i])), skipped
 
 
 def _holds(outer: str, inner: str) -> bool:
-    return Path(inner).expanduser().resolve().is_relative_to(Path(outer).expanduser().resolve())
+    return Path(absolute(inner)).is_relative_to(absolute(outer))
 
 
 def _refuse_evaluation(data: ImageData, source: str, unlabeled: str) -> None:
     """A folder inside the labelled data may be its training folder, or lie beside it, but not be evaluated on."""
-    inside = Path(unlabeled).expanduser().resolve().relative_to(Path(source).expanduser().resolve()).as_posix()
+    inside = Path(absolute(unlabeled)).relative_to(absolute(source)).as_posix()
     splits = [split for split in (data.val, data.test) if split is not None]
-    if any(name.startswith(f"{inside}/") for split in splits for name in split.names):
+    if any(name.startswith(plain(f"{inside}/")) for split in splits for name in split.names):
         raise DataError(
             "the folder of images without labels holds images to evaluate on",
             given=f"{unlabeled}, inside {source}",
@@ -142,10 +144,10 @@ def _open(source: str) -> tuple[dict[str, dict[str, list]], list[tuple[str, str]
 
 
 def _listing(source: str, allowed: str) -> Listing:
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = expanded(source)
+    if os.path.isdir(path):
         return list_folder(path)
-    if path.is_file():
+    if os.path.exists(path):
         return list_tar(path)
     raise DataError(
         "no such data",
@@ -174,17 +176,26 @@ def _by_split_and_class(source: str, listing: Listing) -> tuple[dict[str, dict[s
         split = split_of.get(pieces[0]) if divided else "all"
         inner = pieces[1:] if divided else pieces
         if split is None or len(inner) < 2:
-            skipped.append((path, "lies outside the class folders"))
+            skipped.append((plain(path), "lies outside the class folders"))
         elif not path.lower().endswith(SUFFIXES):
-            skipped.append((path, _not_an_image(path)))
+            skipped.append((plain(path), _not_an_image(path)))
         else:
             parts.setdefault(split, {}).setdefault(inner[0], []).append((path, listing.read))
     _require_images(source, listing, divided, split_of, parts)
+    for name in {name for classes in parts.values() for name in classes}:
+        _require_class_name(name)
     return parts, skipped
 
 
+def _require_class_name(name: str) -> None:
+    """Class names go into task files, tables and reports, and are typed on command lines."""
+    unfit = unfit_for_a_name(name) or ("more than 255 letters" if len(name) > 255 else None)
+    if unfit:
+        raise DataError(f"a class folder's name has {unfit}", given=plain(name)[:80], do="rename the folder")
+
+
 def _not_an_image(path: str) -> str:
-    return f"{Path(path).suffix or 'no suffix'} is not an image format that is read"
+    return f"{plain(Path(path).suffix)[:20] or 'no suffix'} is not an image format that is read"
 
 
 def _is_hidden(name: str) -> bool:
@@ -207,14 +218,14 @@ def _require_images(
     known = {name for classes in parts.values() for name in classes}
     empty = sorted({pieces[0] for pieces in places if pieces and not _is_hidden(pieces[0])} - known)
     if empty:
-        raise DataError("a class folder holds no images", given=", ".join(empty), do="fill it or remove it")
+        raise DataError("a class folder holds no images", given=plain(", ".join(empty[:20])), do="fill it or remove it")
     if divided and not parts.get("train"):
         raise DataError("the train folder holds no images", given=source)
 
 
 def _split(files: dict[str, list], classes: Sequence[str]) -> Split:
     rows = [(name, read, label) for label, one in enumerate(classes) for name, read in files.get(one, [])]
-    names = tuple(name for name, _, _ in rows)
+    names = tuple(plain(name) for name, _, _ in rows)
     labels = np.asarray([label for _, _, label in rows], dtype=np.int64)
     return Split(names, labels, lambda index: rows[index][1](rows[index][0]))
 

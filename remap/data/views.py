@@ -20,7 +20,7 @@ from remap.data.splits import Split
 from remap.errors import DataError
 from remap.progress import Progress
 
-_FILTERS = {
+FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
     "nearest": Image.Resampling.NEAREST,
@@ -41,7 +41,7 @@ class View:
         side = min(image.size) * self.crop_pct
         left, top = (image.width - side) / 2, (image.height - side) / 2
         square = image.resize(
-            (self.size, self.size), _FILTERS[self.interpolation], box=(left, top, left + side, top + side)
+            (self.size, self.size), FILTERS[self.interpolation], box=(left, top, left + side, top + side)
         )
         return np.array(square, dtype=np.uint8).transpose(2, 0, 1)
 

@@ -126,7 +126,9 @@ def load_checkpoint(
         low, high = _over_processes(number, device)
         if low == high:
             break
-        number = reader.newest(low)
+        if number > low:
+            reader.problems.append(f"{generations.tensors_path(folder, number)} cannot be read by another process")
+            number = reader.newest(low)
     if not number:
         raise RunError(
             f"no checkpoint in {folder} is whole",
@@ -135,11 +137,7 @@ def load_checkpoint(
         )
     state, tensors, place = State(**reader.state), reader.tensors, generations.tensors_path(folder, number)
     if state.digest != digest:
-        raise RunError(
-            f"{place} belongs to another recipe or to other images",
-            given=f"checkpoint {state.digest[:100]!r}, this run {digest!r}",
-            do="resume with the recipe the run was started with (its recipe.yaml)",
-        )
+        raise _another(place, state.digest[:100], digest)
     _require_fit(place, trained, tensors)
     for problem in reader.problems:
         say(f"{problem}; going on from {place.name}, what came after is trained again")
@@ -151,6 +149,22 @@ def load_checkpoint(
         generations.sweep(folder, number)
     kept = {key.removeprefix("memory/"): value.clone() for key, value in tensors.items() if key.startswith("memory/")}
     return state, kept
+
+
+def _another(place: Path, theirs: str, ours: str) -> RunError:
+    """A digest is that of the recipe and, after a plus, that of the images."""
+    given = f"checkpoint {theirs!r}, this run {ours!r}"
+    if theirs.partition("+")[0] == ours.partition("+")[0]:
+        return RunError(
+            f"the images are not those that the run of {place} began with: names, labels or contents differ",
+            given=given,
+            do="bring them back as they were, or start the run again in another --output",
+        )
+    return RunError(
+        f"{place} belongs to another recipe",
+        given=given,
+        do="resume with the recipe the run was started with (its recipe.yaml)",
+    )
 
 
 def _problem(state: object) -> str | None:

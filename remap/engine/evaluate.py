@@ -11,6 +11,7 @@ from remap.engine.features import FrozenFeatures
 from remap.engine.interrupt import deferred, leave_if_asked
 from remap.engine.launch import use_bf16
 from remap.engine.processes import largest
+from remap.engine.sharding import is_sharded
 from remap.network import Network, Runner
 from remap.progress import Progress
 from remap.recipe.schema import Recipe
@@ -60,10 +61,13 @@ def evaluate(
             start = first + batch_size * accelerator.process_index
             images, good = (features or source).batch(np.arange(start, min(start + batch_size, len(source.split))))
             require_readable(source, what, skip_bad)
-            if len(good):
-                kept = features.rows(good) if features is not None else None
+            shown = good
+            if not len(good) and is_sharded(network):  # the other processes need this one in their forward pass
+                images, shown = images.new_zeros(1, *images.shape[1:]), np.zeros(1, dtype=np.int64)
+            if len(shown):
+                kept = features.rows(shown) if features is not None else None
                 logits = runner(images.to(accelerator.device), kept).logits_BC
-                predictions[torch.from_numpy(good)] = logits.argmax(dim=-1)
+                predictions[torch.from_numpy(good)] = logits.argmax(dim=-1)[: len(good)]
             step.advance()
     runner.tap.close()
     found = largest(accelerator, predictions).cpu().numpy()  # one process has each image, the others -1

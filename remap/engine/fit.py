@@ -26,7 +26,8 @@ from remap.engine.interrupt import asked, deferred, watching
 from remap.engine.job import Job, StudentStep, plan_of
 from remap.engine.optim import adamw, clip_gradients, learning_rate, set_learning_rate
 from remap.engine.processes import agreed, average, from_first, total
-from remap.errors import DataError, DiskFull, Interrupted, TrainingError
+from remap.engine.sharding import is_sharded, sharded
+from remap.errors import DataError, DiskFull, Interrupted, RunError, TrainingError
 from remap.network import Network
 from remap.remapping.labels import Labels
 
@@ -38,15 +39,45 @@ def fit(job: Job, *, resume: bool = False) -> State:
         TrainingError: Losses or gradients stay not finite, or memory does not suffice for a single image.
         Interrupted: A signal came; the state is saved.
     """
+    begun = resume and _has_begun(job)
+    with watching(), deferred():
+        if job.student.attached.wants_sample and not begun:
+            assert job.sample is not None
+            with job.progress.wait(f"{job.recipe.method.name} looks at training images"):
+                job.student.attached.prepare(job.sample)
+        if job.recipe.train.parallel == "ddp":
+            return _fit(job, resume=begun)
+        with sharded(job.made_of_student(), job.accelerator, job.progress):
+            return _fit(job, resume=begun)
+
+
+def _has_begun(job: Job) -> bool:
+    """Whether there is a checkpoint; every process has to call it.
+
+    Raises:
+        RunError: Not every process sees it.
+    """
+    if job.checkpoint is None:
+        return False
+    here = has_checkpoint(job.checkpoint)
+    somewhere, nowhere = agreed(job.accelerator, here, not here)
+    if somewhere and nowhere:
+        raise RunError(
+            f"not every process sees the checkpoints in {job.checkpoint}",
+            do="let all machines of the run share the folder of --output",
+        )
+    return bool(somewhere)
+
+
+def _fit(job: Job, *, resume: bool) -> State:
     loop = Loop(job)
     try:
-        with watching(), deferred():
-            loop.begin(resume=resume)
-            while loop.state.epoch < job.recipe.train.epochs:
-                try:
-                    loop.epoch()
-                except BrokenWeights:
-                    loop.go_back()
+        loop.begin(resume=resume)
+        while loop.state.epoch < job.recipe.train.epochs:
+            try:
+                loop.epoch()
+            except BrokenWeights:
+                loop.go_back()
     finally:
         loop.step_module.runner.tap.close()
         job.student.attached.set_sample_keys(None)
@@ -75,6 +106,7 @@ class Loop:
         self.optimizer = adamw(job.student, extra, job.peak_lr, self.spec.weight_decay)
         self.stream: Iterator[Batch] | None = None
         self.unsound: list[Tensor] = []
+        self.needs_all = any(map(is_sharded, (job.student, *(teacher.network for teacher in job.teachers))))
         self.checked = False  # that a gradient reaches everything that is trained
         self.started = self.saved = time.perf_counter()
 
@@ -90,13 +122,9 @@ class Loop:
 
     def begin(self, *, resume: bool) -> None:
         job = self.job
-        if resume and job.checkpoint is not None and has_checkpoint(job.checkpoint):
+        if resume:
             self._load()
         else:
-            if job.student.attached.wants_sample:
-                assert job.sample is not None
-                with job.progress.wait(f"{job.recipe.method.name} looks at training images"):
-                    job.student.attached.prepare(job.sample)
             from_first(self.accelerator, [t for t in job.tensors().values() if not isinstance(t, DTensor)])
             self._save(must=True)  # finds out about the disk before any work, and is something to go back to
         if self.spec.compile:
@@ -177,6 +205,12 @@ class Loop:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
+                if self.needs_all:  # the others are in the middle of a pass and wait for this one's part of a weight
+                    raise TrainingError(
+                        "out of memory, and a step with sharded weights cannot be done again in smaller parts",
+                        given=str(error).partition("\n")[0][:200],
+                        do="start again with train.accumulation doubled, or with smaller images or models",
+                    ) from error
                 out_of_memory = str(error)  # the error itself holds on to the tensors of the step
             if not any(agreed(self.accelerator, bool(out_of_memory))):
                 return sums
@@ -328,8 +362,8 @@ class Loop:
         self._count_time()
         self.saved = time.perf_counter()
         self._require_whole()
-        sharded = any(isinstance(tensor, DTensor) for tensor in self.parameters.values())
-        if not (self.accelerator.is_main_process or sharded):
+        together = any(isinstance(tensor, DTensor) for tensor in self.parameters.values())
+        if not (self.accelerator.is_main_process or together):
             return
         tensors = snapshot(job.tensors(), self.optimizer, job.student.attached.memory())
         if not self.accelerator.is_main_process:
@@ -346,7 +380,12 @@ class Loop:
         self.state, memory = load_checkpoint(
             job.checkpoint, self.state.digest, job.tensors(), self.optimizer, job.progress.say
         )
-        job.student.attached.recall(memory)
+        try:
+            job.student.attached.recall(memory)
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise RunError(
+                f"the checkpoint in {job.checkpoint} does not fit {job.recipe.method.name}", given=str(error)[:200]
+            ) from error
         _require_divisible(self.plan)
 
     @property

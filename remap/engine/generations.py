@@ -53,7 +53,7 @@ def write(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor])
 def any_finished(folder: Path) -> bool:
     """Whether a generation was ever written here, be it whole or damaged by now."""
     # A writer that was killed in its first save leaves tensors number 1 only.
-    return any(kind == "json" or (kind == "safetensors" and number > 1) for _, number, kind in _files(folder))
+    return bool(_numbers(folder)) or any(kind == "safetensors" and number > 1 for _, number, kind in _files(folder))
 
 
 def sweep(folder: Path, last: int | None = None) -> None:
@@ -146,4 +146,4 @@ def _files(folder: Path) -> Iterator[tuple[Path, int, str]]:
 
 def _numbers(folder: Path) -> list[int]:
     """The generations that have a manifest."""
-    return [number for _, number, kind in _files(folder) if kind == "json"]
+    return [number for _, number, kind in _files(folder) if kind == "json" and number]

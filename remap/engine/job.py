@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from remap.data.batches import Plan
 from remap.data.views import ViewSource
 from remap.engine.features import FrozenFeatures
-from remap.engine.teacher import Teacher
+from remap.engine.teacher import AverageTeacher, Teacher
 from remap.network import Network, Runner
 from remap.progress import Progress
 from remap.recipe.schema import Recipe
@@ -82,6 +82,16 @@ class Job:
     @property
     def peak_lr(self) -> float:
         return self.recipe.learning_rate(self.student.anatomy.width)
+
+    def made_of_student(self) -> list[Network]:
+        """The student, and the teachers that live on tensors of it or are moved towards it."""
+        own = {id(parameter) for parameter in self.student.model.parameters()}
+        found = [self.student]
+        for teacher in self.teachers:
+            shares = any(id(parameter) in own for parameter in teacher.network.model.parameters())
+            if shares or isinstance(teacher, AverageTeacher):
+                found.append(teacher.network)
+        return found
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds besides the optimiser: ``parameters``, and all else that training changes."""

@@ -5,7 +5,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from remap.engine.sharding import whole
 from remap.network import Network
 from remap.recipe.schema import TrainSpec
 
@@ -24,8 +26,19 @@ def adamw(
     decayed, plain = [], []
     for name, parameter in [*network.trained.items(), *extra]:
         (plain if name in exempt or parameter.ndim <= 1 else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
+    groups = [
+        {"params": alike, "weight_decay": decay}
+        for chosen, decay in ((decayed, weight_decay), (plain, 0.0))
+        for alike in _by_kind(chosen)
+    ]
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+def _by_kind(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Sharded ones apart from the others: one operation cannot take both."""
+    parameters = list(parameters)
+    kinds = [[p for p in parameters if isinstance(p, DTensor) is sharded] for sharded in (False, True)]
+    return [kind for kind in kinds if kind]
 
 
 def learning_rate(spec: TrainSpec, peak: float, step: int, steps_per_epoch: int) -> float:
@@ -41,7 +54,12 @@ def learning_rate(spec: TrainSpec, peak: float, step: int, steps_per_epoch: int)
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
     """Scale all gradients so that their joint norm is at most ``limit`` (None: no limit); gives the norm before."""
-    return torch.nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
+    kinds = _by_kind(p for p in parameters if p.grad is not None)
+    norms = [whole(torch.nn.utils.get_total_norm([p.grad for p in kind])) for kind in kinds]
+    norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+    for kind in kinds:
+        torch.nn.utils.clip_grads_with_norm_(kind, float("inf") if limit is None else limit, norm)
+    return norm
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -8,13 +8,15 @@ all others are left to the loop.
 
 import gc
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -22,7 +24,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from remap.backbones.anatomy import module_at
 from remap.backbones.queries import APART
+from remap.engine.processes import agreed
+from remap.files import size
 from remap.network import Network
+from remap.progress import Progress
 from remap.tuning.base import is_inserted
 
 
@@ -49,6 +54,19 @@ def is_sharded(network: Network) -> bool:
     return isinstance(network.model, FSDPModule)
 
 
+def wants_sharding(network: Network, setting: str, accelerator: Accelerator) -> bool:
+    """Whether a teacher is to be sharded, by its recipe's word: "on", "off", or "auto" for one that is large here.
+
+    Every process has to call it; all get the same answer.
+    """
+    if accelerator.num_processes == 1 or setting != "auto":
+        return accelerator.num_processes > 1 and setting == "on"
+    if accelerator.device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(accelerator.device)
+    return any(agreed(accelerator, 2 * bytes_held(network) > free))
+
+
 def bytes_held(network: Network) -> int:
     """What the network's parameters take on this process between steps."""
     parts = (p.to_local() if isinstance(p, DTensor) else p for p in network.model.parameters())
@@ -60,21 +78,14 @@ class Sharding:
     """What ``shard`` changed.
 
     Attributes:
-        roots: The sharded models.
         classes: What the modules that run as one were before.
         added: New attributes of modules, and new keys of those that are dictionaries (hooks).
         parameters: The parameters that were there before, emptied, and where they belong.
     """
 
-    roots: Sequence[FSDPModule]
     classes: Sequence[tuple[nn.Module, type]]
     added: Sequence[tuple[nn.Module, str, set | None]]
     parameters: Sequence[tuple[nn.Module, str, nn.Parameter]]
-
-    def reset(self) -> None:
-        """After an exception in a forward or backward pass."""
-        for root in self.roots:
-            root.reset_iter_state()
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -94,6 +105,24 @@ class Sharding:
         gc.collect()  # parts of tensors live on in cycles
 
 
+@contextmanager
+def sharded(networks: Iterable[Network], accelerator: Accelerator, progress: Progress) -> Iterator[None]:
+    """``shard`` some networks, of which the first is a student, and ``gather`` them after all went well."""
+    if accelerator.num_processes == 1:
+        progress.say("train.parallel=fsdp2: one process has nobody to share out weights with")
+        yield
+        return
+    networks = list(networks)
+    before = bytes_held(networks[0])
+    sharding = shard(networks, accelerator.device)
+    progress.say(
+        f"the student's blocks are shared out among {accelerator.num_processes} processes: "
+        f"each holds {size(bytes_held(networks[0]))} of {size(before)}"
+    )
+    yield
+    sharding.gather()
+
+
 def shard(networks: Iterable[Network], device: torch.device) -> Sharding:
     """Divide the blocks' tensors of some networks among all processes, in place. Every process has to call it.
 
@@ -102,7 +131,7 @@ def shard(networks: Iterable[Network], device: torch.device) -> Sharding:
     """
     # What a block returns may be a view. Backbones add to it out of place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
-    networks = list(networks)
+    networks = list({id(network.model): network for network in networks}.values())
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     modules = list(dict.fromkeys(module for network in networks for module in network.model.modules()))
     parameters = [(module, name, p) for module in modules for name, p in module._parameters.items() if p is not None]
@@ -114,7 +143,6 @@ def shard(networks: Iterable[Network], device: torch.device) -> Sharding:
     for _, _, parameter in emptied:
         parameter.data = parameter.new_empty(0)
     return Sharding(
-        [network.model for network in networks],
         [(module, cls) for module, (cls, _) in before.items() if type(module) is not cls],
         [change for module, (_, attributes) in before.items() for change in _added(module, attributes)],
         emptied,
@@ -187,4 +215,5 @@ def _attributes(module: nn.Module) -> dict[str, set | None]:
 def _added(module: nn.Module, before: dict[str, set | None]) -> list[tuple[nn.Module, str, set | None]]:
     now = _attributes(module)
     new = [(module, key, None) for key in now if key not in before]
-    return new + [(module, key, now[key] - keys) for key, keys in before.items() if keys is not None and now[key] - keys]
+    grown = [(module, key, now[key] - keys) for key, keys in before.items() if keys is not None]
+    return new + [change for change in grown if change[2]]

@@ -14,7 +14,8 @@ from remap.data.batches import closed_view
 from remap.data.records import RecordStore, row_digest
 from remap.data.views import ViewSource
 from remap.engine.interrupt import deferred, leave_if_asked
-from remap.engine.processes import total
+from remap.engine.processes import agreed, total
+from remap.engine.sharding import is_sharded
 from remap.errors import TrainingError
 from remap.network import Network, Runner
 from remap.progress import Progress
@@ -229,13 +230,14 @@ def keep_on_disk(
                 mine = chunks[first : first + processes][accelerator.process_index :][:1]
                 view, indices = mine[0] if mine else (0, np.arange(0))
                 missing = indices[store.missing(kept.digests(indices, view))]
-                if len(missing):
-                    images, good = lessons.images(view, missing)
-                    if len(good):
-                        items = _items_of(teacher, images, batch_size)
-                        _require_finite(items, lessons, good)
-                        store.append(kept.digests(good, view), items)
-                        kept.computed += len(good)
+                images, good = lessons.images(view, missing) if len(missing) else (None, missing)
+                if is_sharded(teacher.network) and any(agreed(accelerator, len(good))) and not len(good):
+                    teacher.shapes(lessons.source.view.size)  # the others need this process in their forward pass
+                if len(good):
+                    items = _items_of(teacher, images, batch_size)
+                    _require_finite(items, lessons, good)
+                    store.append(kept.digests(good, view), items)
+                    kept.computed += len(good)
                 step.advance(sum(len(indices) for _, indices in chunks[first : first + processes]))
     finally:  # an interrupted build goes on where it was
         store.flush()

@@ -1,11 +1,12 @@
 """The recipes shipped with the package: the list is the folder."""
 
+import errno
 import os
 from importlib.resources import files
 from pathlib import Path
 
 from remap.errors import RecipeError
-from remap.outside import expanded
+from remap.outside import expanded, open_regular
 from remap.registry import did_you_mean
 
 
@@ -24,12 +25,15 @@ def find(word: str) -> Path:
     """A recipe's path: a file if the word ends in .yaml, else a shipped name.
 
     Raises:
-        RecipeError: Neither exists.
+        RecipeError: Neither exists, or it is no file that can be read.
     """
     if word.endswith((".yaml", ".yml")):
         path = expanded(word)
-        if not os.path.lexists(path):  # what is there and cannot be read says why when it is read
-            raise RecipeError(["no such file"], word)
+        try:
+            open_regular(path).close()
+        except OSError as error:
+            missing = error.errno == errno.ENOENT and not os.path.islink(path)
+            raise RecipeError(["no such file" if missing else f"cannot be read: {error.strerror}"], word) from None
         return path
     if word in names():
         return folder() / f"{word}.yaml"

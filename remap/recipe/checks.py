@@ -102,6 +102,8 @@ def _teacher_problems(recipe: Recipe) -> list[str]:
         allowed = ("probe", "none", *METHODS.names)
         strange = [name for name in OF_OTHERS if spec.is_student and getattr(spec, name) is not None]
         problems += [f"{place}.{name}: the teacher '{spec.model}' takes none (leave it out)" for name in strange]
+        if spec.is_student and spec.shard != "auto":
+            problems.append(f"{place}.shard: the teacher '{spec.model}' goes with the student (set train.parallel)")
         if spec.keeps_less and spec.cache in ("memory", "off"):
             problems.append(f"{place}.cache: top_k and cache_dtype are for outputs on disk, not for '{spec.cache}'")
         if spec.is_student and spec.prepare != "probe":

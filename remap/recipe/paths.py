@@ -17,7 +17,7 @@ def require_place(word: str) -> str:
     Raises:
         ValueError: It is empty, longer than any path, or holds what no readable path has.
     """
-    if not word.strip():
+    if not word:
         raise ValueError("should not be empty")
     if len(word) > LONGEST_PATH:
         raise ValueError(f"is longer than any path ({LONGEST_PATH:,} characters)")

@@ -65,11 +65,10 @@ def _line(group: list[Any], schema: type[BaseModel], place: str, also: list[str]
         allowed = finding["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
         hint = did_you_mean(str(given), allowed.split(", "))
         other = ", and no list" if any(one["type"] == "tuple_type" for one in group) else ""
-        return f"{where}: {_shown(given)} is not one of {allowed}{other}{hint}"
+        return f"{where}: '{str(given)[:60]}' is not one of {allowed}{other}{hint}"
     if kind == "string_pattern_mismatch":
-        return (
-            f"{where}: {_shown(given)} may hold letters, digits, '.', '_' and '-' only, 64 at most, a letter or digit first"
-        )
+        rule = "letters, digits, '.', '_' and '-' only, 64 at most, a letter or digit first"
+        return f"{where}: {_shown(given)} may hold {rule}"
     messages = list(dict.fromkeys(map(_message, group)))
     message = " or ".join([messages[0], *(message.removeprefix("should be ") for message in messages[1:])])
     hint = f"; write [{given}]" if kind == "tuple_type" and isinstance(given, str) and given else ""

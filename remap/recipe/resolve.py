@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from remap.errors import RecipeError
+from remap.outside import plain
 from remap.recipe import catalogue, strict_yaml
 from remap.recipe.checks import method_problems, name_problems, option_problems
 from remap.recipe.problems import lines_of, option_places
@@ -31,6 +32,8 @@ from remap.tuning import METHODS, config_of
 
 COMMAND_LINE = "command line"
 _MARK = f" ({COMMAND_LINE})"
+# Shown at once.
+MOST_PROBLEMS = 50
 # Words of the command line and the field each one sets.
 WORDS = {
     "teacher": "teacher.model",
@@ -139,8 +142,7 @@ def resolve_distill(
     try:
         return resolve("digits" if words.get("data") in (None, "digits") else None, words, settings)
     except RecipeError as error:  # nobody named the embedded recipe, so nothing is its fault
-        plain = [problem.removesuffix(_MARK) for problem in error.problems]
-        raise RecipeError(plain, COMMAND_LINE) from None
+        raise RecipeError([problem.removesuffix(_MARK) for problem in error.problems], COMMAND_LINE) from None
 
 
 def _name_of(data: Any) -> str:
@@ -161,13 +163,20 @@ def validate(
     except ValidationError as error:
         found += _with_sections(lines_of(error, Recipe), values, check_options=check_options)
         found += _problems_of_parts(values, check_options=check_options)
-        raise RecipeError(found, where) from None
+        raise _refusal(found, where) from None
     found += name_problems(result)
     if check_options:
         found += option_problems(result)
     if found:
-        raise RecipeError(found, where)
+        raise _refusal(found, where)
     return result
+
+
+def _refusal(problems: list[str], where: str) -> RecipeError:
+    """One line each, without what a terminal would take for more than letters; a heap of them is cut."""
+    lines = [plain(problem) for problem in problems[:MOST_PROBLEMS]]
+    more = len(problems) - len(lines)
+    return RecipeError([*lines, f"and {more:,} more"] if more else lines, where)
 
 
 def _with_sections(lines: list[str], values: Mapping[str, Any], *, check_options: bool) -> list[str]:
@@ -234,6 +243,7 @@ def _words(words: Mapping[str, Any], problems: list[str], values: Mapping[str, A
     teachers = _teachers(words.get("teacher"))
     if any(not spec["model"] for spec in teachers):
         problems.append(f"teacher: a name is missing in '{words['teacher']}'")
+        teachers = [spec for spec in teachers if spec["model"]]
     several = isinstance(values.get("teacher"), list) or values.get("more_teachers")
     if len(teachers) > 1 or "weight" in (teachers or [{}])[0] or (teachers and several):  # they are all of them
         pairs = [pair for pair in pairs if pair[0] != WORDS["teacher"]]

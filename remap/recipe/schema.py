@@ -4,13 +4,25 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from remap.recipe.paths import absolute, absolute_data, absolute_model, absolute_weights
+from remap.outside import absolute
+from remap.recipe.paths import absolute_data, absolute_model, absolute_weights, require_place
 from remap.recipe.shrinking import is_shrink_word, read_shrink_word, shrink_word
 from remap.remapping import LOSSES
 from remap.remapping.weights import INITS
 from remap.tuning import METHODS, config_of, parts_of, rows_of
+
+
+def _require_place(word: str | None) -> str | None:
+    return None if word is None else require_place(word)
+
+
+# Of an image that a model sees, in pixels.
+LARGEST_SIDE = 8192
+# A path, or the name of a model.
+Place = Annotated[str, AfterValidator(_require_place)]
+PlaceOrNone = Annotated[str | None, AfterValidator(_require_place)]
 
 
 class Section(BaseModel):
@@ -43,10 +55,10 @@ class DataSpec(Section):
         workers: Decoding threads; null chooses by the machine.
     """
 
-    source: str = "digits"
-    val_source: str | None = None
+    source: Place = "digits"
+    val_source: PlaceOrNone = None
     val_fraction: float = Field(default=0.2, gt=0.0, lt=1.0)
-    unlabeled: str | None = None
+    unlabeled: PlaceOrNone = None
     unlabeled_only: bool = False
     labels: int | None = Field(default=None, ge=1)
     augment: Literal["none", "shift", "shift_flip"] = "none"
@@ -80,10 +92,10 @@ class ModelSpec(Section):
         image_size: Input size in pixels; null keeps the model's own.
     """
 
-    model: str
-    weights: str = "pretrained"
+    model: Place
+    weights: Place = "pretrained"
     preset: Literal["none", "mae", "moco_v3"] | None = None
-    image_size: int | None = Field(default=None, ge=1)
+    image_size: int | None = Field(default=None, ge=1, le=LARGEST_SIDE)
 
 
 # Teachers that are made of the student.
@@ -107,10 +119,13 @@ class TeacherSpec(ModelSpec):
         cache_dtype: How outputs are stored on disk (where they then are, under "auto"). "auto" is the precision of
             the run: fp32, or fp16 for bf16.
         top_k: Store that many class probabilities of an image on disk instead of all logits (as for cache_dtype).
+        shard: Let each of several processes hold its share of the weights inside the blocks. "auto" does so on GPUs
+            where the weights take more than half of the free memory of one of them. "self" and "ema" go with the
+            student (train.parallel).
         decay: Of the running average, for "ema"; it rises to this value as min(decay, (1 + step) / (10 + step)).
     """
 
-    model: str = "mini_teacher"
+    model: Place = "mini_teacher"
     prepare: str = "probe"
     weight: float = Field(default=1.0, gt=0.0)
     epochs: int | None = Field(default=None, ge=1)
@@ -119,6 +134,7 @@ class TeacherSpec(ModelSpec):
     cache: Literal["auto", "memory", "disk", "off"] = "auto"
     cache_dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     top_k: int | None = Field(default=None, ge=1)
+    shard: Literal["auto", "on", "off"] = "auto"
     decay: float = Field(default=0.999, gt=0.0, lt=1.0)
 
     @property
@@ -197,7 +213,7 @@ class StudentSpec(ModelSpec):
         force_init: Let ``init`` overwrite weights that are not random.
     """
 
-    model: str = "mini_student"
+    model: Place = "mini_student"
     shrink: ShrinkSpec | None = None
     init: Annotated[InitSpec | None, BeforeValidator(_name_only)] = None
     force_init: bool = False
@@ -266,6 +282,9 @@ class TrainSpec(Section):
         fused_attention: "auto" uses PyTorch's fused kernel except on the CPU, where its backward is slower.
         checkpoint_seconds: Least time between two checkpoints; one is also written at the end of each epoch.
         processes: Number of processes the run must have; null takes what the launcher gives.
+        parallel: What each of several processes holds. "ddp": the whole student. "fsdp2": its share of the weights
+            inside the student's blocks, with their gradients and optimiser states; a block is put together while it
+            runs. The student comes out the same.
     """
 
     epochs: int = Field(default=30, ge=1)
@@ -283,6 +302,7 @@ class TrainSpec(Section):
     fused_attention: Literal["auto", "on", "off"] = "auto"
     checkpoint_seconds: float = Field(default=60.0, ge=0.0)
     processes: int | None = Field(default=None, ge=1)
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
 
 
 def _model_only(value: Any) -> Any:
@@ -412,8 +432,11 @@ class Recipe(Section):
     def digest(self) -> str:
         """Hash of everything that decides the result; equal for recipes that mean the same."""
         data = self.written_out().model_dump(mode="json", exclude={"name"})
-        for name in ("checkpoint_seconds", "eval_every", "processes"):  # they change no result
+        for name in ("checkpoint_seconds", "eval_every", "processes", "parallel"):  # they change no result
             data["train"].pop(name)
+        for spec in (data["teacher"], *data["more_teachers"]):
+            if spec is not None:
+                spec.pop("shard")
         for name in ("workers", "memory_gib"):
             data["data"].pop(name)
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

@@ -11,7 +11,7 @@ import yaml
 from remap.errors import RecipeError
 from remap.outside import LONGEST_PATH, plain, read_regular
 
-MAX_BYTES, MAX_DEPTH = 1_000_000, 32
+MAX_BYTES, MAX_DEPTH = 256_000, 32
 # Words, numbers, lists and mappings, keys counted too: a large recipe has two hundred. And letters of one of them.
 MAX_VALUES, MAX_WORD = 2_000, LONGEST_PATH
 # The largest whole number; sizes and seeds are far below.

@@ -3,6 +3,8 @@
 from html import escape
 from typing import Any
 
+from remap.outside import plain
+
 WIDTH, HEIGHT, LEFT, TOP, GAP = 720, 260, 52, 34, 60
 
 
@@ -21,7 +23,7 @@ def curves(history: list[dict[str, Any]], title: str) -> str:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif"'
             ' font-size="11" fill="#333">',
             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-            f'<text x="{LEFT}" y="16" font-size="13" font-weight="bold">{escape(title)}</text>',
+            f'<text x="{LEFT}" y="16" font-size="13" font-weight="bold">{escape(plain(title))}</text>',
             *_panel(losses, 0, half, last),
             *_panel(accuracy, half + GAP, half, last),
             "</svg>\n",
@@ -58,5 +60,5 @@ def _panel(series: dict[str, list[tuple[int, float]]], x: int, width: int, last:
         lines.append(
             f'<circle cx="{place(*points[-1]).replace(",", chr(34) + " cy=" + chr(34))}" r="2.4" fill="{colour}"/>'
         )
-        lines.append(f'<text x="{left + 8 + 78 * number}" y="{top - 2}" fill="{colour}">{escape(name)}</text>')
+        lines.append(f'<text x="{left + 8 + 78 * number}" y="{top - 2}" fill="{colour}">{escape(plain(name))}</text>')
     return lines

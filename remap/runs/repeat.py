@@ -13,6 +13,7 @@ from remap.bench import Bench
 from remap.data.contents import fingerprint
 from remap.engine.launch import accelerator
 from remap.errors import DataError, Interrupted, RunError
+from remap.outside import absolute, expanded
 from remap.progress import Progress, Silent
 from remap.recipe import Recipe
 from remap.running import run as go_on
@@ -89,8 +90,8 @@ def _target(run: RunDir, recipe: Recipe, output: Path | None) -> Path:
     """Where to run; refuses the first run's own folder, and a folder of another run."""
     if output is None:
         return next_path(run.path.parent, f"{run.path.name}-repeat")
-    target = output.expanduser()
-    if target.resolve().is_relative_to(run.path.resolve()):
+    target = expanded(output)
+    if Path(absolute(target)).is_relative_to(absolute(run.path)):
         raise RunError(
             "a repeat does not go into the run that it repeats", given=str(target), do="choose another --output"
         )

@@ -1,5 +1,6 @@
 """The run directory: enough to explain and repeat a run. Imports no torch."""
 
+import fcntl
 import functools
 import importlib.metadata
 import json
@@ -9,12 +10,15 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from remap import __version__, files
 from remap.errors import RunError
+from remap.outside import expanded, plain, unfit_for_a_name
 from remap.recipe import Recipe, dump, load
 from remap.runs.curves import curves
 
@@ -52,7 +56,7 @@ class RunDir:
     path: Path
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", self.path.expanduser())
+        object.__setattr__(self, "path", expanded(self.path))
 
     @property
     def task(self) -> Path:
@@ -94,6 +98,9 @@ class RunDir:
             RunError: It holds something, or cannot be written.
         """
         run = RunDir(path)
+        unfit = unfit_for_a_name(str(path))
+        if unfit:
+            raise RunError(f"the name of a run directory holds {unfit}", given=plain(str(path)), do="name another")
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             taken = any(not _DRAFT.fullmatch(entry.name) for entry in run.path.iterdir())
@@ -104,7 +111,8 @@ class RunDir:
         if taken:
             raise run._exists_already()
         run._claim(dump(recipe.written_out()))
-        files.write_text(run.path / "command.txt", shlex.join(command()) + "\n")
+        # File names on the command line need not be UTF-8; their bytes stay what they are.
+        files.write_bytes(run.path / "command.txt", f"{shlex.join(command())}\n".encode(errors="surrogateescape"))
         files.write_json(run.path / "environment.json", environment())
         run.set_status("running")
         return run
@@ -136,9 +144,29 @@ class RunDir:
             RunError: It is none.
         """
         run = RunDir(path)
-        if not (run.path / "recipe.yaml").is_file():
-            raise RunError(f"{path} is no run directory", given="recipe.yaml is missing", do="see `ls runs`")
+        if not os.path.isfile(run.path / "recipe.yaml"):
+            name = plain(str(path))
+            raise RunError(f"{name} is no run directory", given="recipe.yaml is missing", do="see `ls runs`")
         return run
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While this process works in the directory, no other one does.
+
+        Raises:
+            RunError: One does.
+        """
+        with open(self.path / "recipe.yaml", "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(
+                    f"another process is working in {self.path}; nothing in it was touched",
+                    do=f"wait for it, or stop it: touch {self.stop}",
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+            yield
 
     def recipe(self) -> Recipe:
         return load(self.path / "recipe.yaml")

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
@@ -15,22 +18,65 @@ from remap import __version__, files
 from remap.backbones.build import Backbone, Identity, build, fresh_head, resolve_name, state_hash
 from remap.backbones.loading import read_safetensors
 from remap.backbones.preprocess import PreprocessSpec
-from remap.data.views import View
+from remap.data.views import FILTERS, View
+from remap.engine.sharding import fill, whole
 from remap.errors import BackboneError, RunError
 from remap.network import Network, choose_attention, tuned
+from remap.outside import absolute, expanded, open_regular, parse_json, plain, read_regular, unfit_for_a_name
 from remap.recipe.paths import is_run
-from remap.recipe.schema import MethodSpec, ModelSpec
+from remap.recipe.schema import LARGEST_SIDE, MethodSpec, ModelSpec, Place
 from remap.runs.rundir import STUDENT_MODEL
 
 FORMAT = 1
+# A million class names are some 20 MB.
+MOST_JSON_BYTES, MOST_CLASSES = 64 * 2**20, 1_000_000
+# Sizes that a method's options may ask for whatever the file holds; larger ones must be a size of one of its tensors.
+FREE_SIZE = 4096
+# Tasks that were tuned on a folded task, which was tuned on another.
+LONGEST_CHAIN = 16
+
+
+def _class_name(name: str) -> str:
+    unfit = unfit_for_a_name(name)
+    if unfit or not 1 <= len(name) <= 255:
+        raise ValueError(f"a class name holds {unfit}" if unfit else "a class name has 1 to 255 letters")
+    return name
+
+
+def _own_place(word: str) -> str:
+    """A task names its backbone by an absolute path, or a name that is none: not from wherever it is read."""
+    path = word.removeprefix("local-dir:")
+    if (path != word or word.endswith(".safetensors")) and (not path.startswith("/") or ".." in path.split("/")):
+        raise ValueError("should be an absolute path without '..'")
+    return word
+
+
+def _sized_view(view: View) -> View:
+    _require_view(view)
+    return view
+
+
+def _sized_preprocess(spec: PreprocessSpec) -> PreprocessSpec:
+    _require_view(spec)
+    if not all(map(isfinite, (*spec.mean, *spec.std))) or min(spec.std) <= 0:
+        raise ValueError("mean and std should be finite, and std above 0")
+    return spec
+
+
+def _require_view(view: View | PreprocessSpec) -> None:
+    if not 1 <= view.size <= LARGEST_SIDE or not 0 < view.crop_pct <= 1 or view.interpolation not in FILTERS:
+        raise ValueError(f"should have 1 to {LARGEST_SIDE} pixels, a share of them, and one of {', '.join(FILTERS)}")
+
+
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class _Source(BaseModel):
-    model: str
-    weights: str
-    sha256: str
-    preset: str
-    image_size: int | None = None
+    model: Annotated[Place, AfterValidator(_own_place)]
+    weights: Annotated[Place, AfterValidator(_own_place)]
+    sha256: _Sha256
+    preset: Literal["none", "mae", "moco_v3"]
+    image_size: int | None = Field(default=None, ge=1, le=LARGEST_SIDE)
 
 
 class _Meta(BaseModel):
@@ -39,22 +85,31 @@ class _Meta(BaseModel):
     format: Literal[FORMAT]
     backbone: _Source
     method: MethodSpec
-    classes: tuple[str, ...]
-    preprocess: PreprocessSpec
-    view: View
+    classes: Annotated[tuple[Annotated[str, AfterValidator(_class_name)], ...], Field(min_length=1)]
+    preprocess: Annotated[PreprocessSpec, AfterValidator(_sized_preprocess)]
+    view: Annotated[View, AfterValidator(_sized_view)]
     holds_backbone: bool
-    sha256: str
+    sha256: _Sha256
 
 
-def save_task(folder: Path, network: Network, view: View, method: str, options: dict[str, Any]) -> int:
+def save_task(
+    folder: Path,
+    network: Network,
+    view: View,
+    method: str,
+    options: dict[str, Any],
+    tensors: Mapping[str, Tensor] | None = None,
+) -> int:
     """Write ``task.safetensors`` and ``task.json``.
+
+    Args:
+        tensors: ``kept(network)`` where the network is sharded, which one process alone cannot ask for.
 
     Returns:
         Bytes of both files.
     """
     files.make_folder(folder)
-    kept = _kept(network)
-    tensors = {name: p.detach().cpu().contiguous() for name, p in kept.items()}
+    tensors = kept(network) if tensors is None else tensors
     data = save(tensors, metadata={"format": f"remap task {FORMAT}"})
     files.write_bytes(folder / "task.safetensors", data)
     files.write_json(
@@ -73,27 +128,33 @@ def save_task(folder: Path, network: Network, view: View, method: str, options: 
             "classes": list(network.classes or ()),
             "preprocess": network.preprocess.to_dict(),
             "view": view.to_dict(),
-            "holds_backbone": set(kept) >= {name for name, _ in network.model.named_parameters()},
+            "holds_backbone": set(tensors) >= {name for name, _ in network.model.named_parameters()},
             "sha256": hashlib.sha256(data).hexdigest(),
         },
     )
     return sum((folder / name).stat().st_size for name in ("task.safetensors", "task.json"))
 
 
-def load_task(path: Path) -> tuple[Network, View]:
+def load_task(path: Path, *, behind: tuple[str, ...] = ()) -> tuple[Network, View]:
     """The tuned network of a run directory (or of its task folder), with the same logits it was saved with.
 
+    Args:
+        behind: Task folders that this one is the backbone of.
+
     Raises:
-        RunError: The files are damaged or the backbone is another one.
+        RunError: The files are damaged, or not what ``save_task`` writes, or the backbone is another one.
     """
     folder = _folder_of(path)
+    if absolute(folder) in behind or len(behind) >= LONGEST_CHAIN:
+        raise RunError(f"{folder} is tuned on tasks without end", given=" <- ".join(behind[:4]))
     meta = _read_meta(folder)
     tensors = _read_tensors(folder, meta)
+    _require_sizes(folder, meta, tensors)
     spec = meta.backbone
     weights = "none" if meta.holds_backbone else spec.weights
     model = _beside(folder, spec.model)
     source = ModelSpec(model=model, weights=weights, preset=spec.preset, image_size=spec.image_size)
-    backbone = open_backbone(source, len(meta.classes))
+    backbone = open_backbone(source, len(meta.classes), behind=(*behind, absolute(folder)))
     if not meta.holds_backbone and backbone.identity.sha256 != spec.sha256:
         raise RunError(
             f"{folder} was tuned on other weights of {spec.model}",
@@ -140,14 +201,23 @@ def require_tuned(word: str) -> None:
     Raises:
         RunError: It holds none; with what became of its run.
     """
-    _folder_of(Path(word).expanduser())
+    _folder_of(expanded(word))
 
 
 def _folder_of(path: Path) -> Path:
     """The task folder of a run directory; a task folder is its own."""
-    folder = path / "task" if (path / "task").is_dir() else path
-    if not (folder / "task.json").is_file() and (path / "recipe.yaml").is_file():
+    folder = path / "task" if os.path.isdir(path / "task") else path
+    if os.path.isfile(folder / "task.json"):
+        return folder
+    if os.path.isfile(path / "recipe.yaml"):
         raise _unfinished(path)
+    if os.path.isfile(path / "adapter_config.json"):
+        raise RunError(
+            f"{path} is an adapter of PEFT, not a task of remap",
+            given="adapter_config.json, which does not say what backbone, classes and preprocessing it is for",
+            do="load it with PEFT, merge it (merge_and_unload) into its timm model, save that with timm's save_for_hf,"
+            " and name it: --student local-dir:FOLDER",
+        )
     return folder
 
 
@@ -164,8 +234,13 @@ def _unfinished(path: Path) -> RunError:
     )
 
 
-def open_backbone(spec: ModelSpec, num_classes: int, *, keep_head: bool = False) -> Backbone:
+def open_backbone(
+    spec: ModelSpec, num_classes: int, *, keep_head: bool = False, behind: tuple[str, ...] = ()
+) -> Backbone:
     """A backbone from any source of weights: timm, a file, or a run directory whose method can be folded in.
+
+    Args:
+        behind: Task folders that ask for it.
 
     Raises:
         BackboneError: A run's method cannot be folded into plain weights, or the words contradict each other.
@@ -179,7 +254,7 @@ def open_backbone(spec: ModelSpec, num_classes: int, *, keep_head: bool = False)
         require_size_of_run(spec)
         if keep_head:
             raise BackboneError(f"the head of {run} is for other classes", do="let teacher.prepare fit one")
-        backbone = _backbone_of_run(Path(run).expanduser().resolve(), num_classes)
+        backbone = _backbone_of_run(Path(absolute(run)), num_classes, behind)
         if not is_run(spec.model) and resolve_name(spec.model) != backbone.identity.model:
             raise BackboneError(
                 "the weights are of another model", given=f"{spec.model}, and {run} of {backbone.identity.model}"
@@ -197,7 +272,7 @@ def require_size_of_run(spec: ModelSpec) -> None:
         BackboneError: ``spec`` asks for another one.
     """
     run = spec.model if is_run(spec.model) else spec.weights
-    own = _read_meta(_folder_of(Path(run).expanduser())).preprocess.size
+    own = _read_meta(_folder_of(expanded(run))).preprocess.size
     if spec.image_size not in (None, own):
         raise BackboneError(
             f"{run} was tuned on images of {own} x {own} pixels",
@@ -207,8 +282,8 @@ def require_size_of_run(spec: ModelSpec) -> None:
         )
 
 
-def _backbone_of_run(path: Path, num_classes: int) -> Backbone:
-    network, _ = load_task(path)
+def _backbone_of_run(path: Path, num_classes: int, behind: tuple[str, ...]) -> Backbone:
+    network, _ = load_task(path, behind=behind)
     network.attached.merge()
     fresh_head(network.model, network.anatomy, num_classes)
     digest = state_hash(network.model, network.anatomy)
@@ -216,20 +291,28 @@ def _backbone_of_run(path: Path, num_classes: int) -> Backbone:
     return Backbone(network.model, network.anatomy, network.preprocess, identity, head_is_fresh=True)
 
 
-def _kept(network: Network) -> dict[str, Tensor]:
-    """What is trained; with it all the rest where the frozen weights are random, since nothing else holds those."""
+def kept(network: Network) -> dict[str, Tensor]:
+    """What a task holds, on the CPU. If the network is sharded, every process has to call it.
+
+    What is trained; with it all the rest where the frozen weights are random, since nothing else holds those.
+    """
     frozen = dict(network.model.named_parameters()) if network.identity.weights == "none" else {}
-    return frozen | network.tensors
+    return {name: whole(t.detach()).cpu().contiguous() for name, t in (frozen | network.tensors).items()}
 
 
 def _read_meta(folder: Path) -> _Meta:
-    values = files.read_json(folder / "task.json")
+    path = folder / "task.json"
+    try:
+        values = parse_json(read_regular(path, MOST_JSON_BYTES))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else plain(str(error))
+        raise RunError(f"cannot read {path}: {reason}", do="name a run directory that `remap` wrote") from error
     try:
         return _Meta.model_validate(values)
     except ValidationError as error:
-        places = [".".join(map(str, problem["loc"])) or "everything" for problem in error.errors()]
+        places = [plain(".".join(map(str, problem["loc"]))) or "everything" for problem in error.errors()]
         raise RunError(
-            f"{folder / 'task.json'} is no task of this version of remap",
+            f"{path} is no task of this version of remap",
             given=f"{json.dumps(values)[:80]} (wrong or missing: {', '.join(places[:8])})",
             allowed=f"format {FORMAT}",
         ) from error
@@ -238,7 +321,8 @@ def _read_meta(folder: Path) -> _Meta:
 def _read_tensors(folder: Path, meta: _Meta) -> dict[str, Tensor]:
     path = folder / "task.safetensors"
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        with open_regular(path) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from error
     if digest != meta.sha256:
@@ -246,7 +330,41 @@ def _read_tensors(folder: Path, meta: _Meta) -> dict[str, Tensor]:
     return read_safetensors(path)
 
 
+def _require_sizes(folder: Path, meta: _Meta, tensors: dict[str, Tensor]) -> None:
+    """The file bounds what is built: a task of a few bytes cannot ask for a million classes or a rank of a billion."""
+    sizes = {size for tensor in tensors.values() for size in tensor.shape}
+    if len(meta.classes) not in sizes or len(meta.classes) > MOST_CLASSES:
+        raise RunError(f"the classifier in {folder} does not fit its {len(meta.classes):,} class names")
+    if len(set(meta.classes)) < len(meta.classes):
+        raise RunError(f"{folder / 'task.json'} names a class twice")
+    largest = max(FREE_SIZE, *sizes)
+    strange = [number for number in _numbers(meta.method.options) if abs(number) > largest]
+    if strange:
+        raise RunError(
+            f"{folder / 'task.json'} has options that the tensors beside it do not fit", given=f"{strange[0]:.6g}"
+        )
+
+
+def _numbers(value: Any) -> list[int]:
+    if isinstance(value, (list, dict)):
+        return [
+            number for inner in (value.values() if isinstance(value, dict) else value) for number in _numbers(inner)
+        ]
+    return [value] if isinstance(value, int) else []
+
+
+def _require_numbers(network: Network, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Tensors of the types they were saved with, and finite."""
+    for name, own in (dict(network.model.named_parameters()) | network.tensors).items():
+        if name in tensors and tensors[name].dtype != own.dtype:
+            raise RunError(f"{name} in {folder} is {tensors[name].dtype}, not {own.dtype}")
+    bad = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+    if bad:
+        raise RunError(f"{len(bad)} tensors in {folder} hold numbers that are not finite", given=plain(bad[0])[:200])
+
+
 def _put(network: Network, tensors: dict[str, Tensor], folder: Path) -> None:
+    _require_numbers(network, tensors, folder)
     head = {name: tensor for name, tensor in tensors.items() if network.anatomy.is_head(name)}
     backbone = {name: p for name, p in network.model.named_parameters() if name not in network.trained}
     if network.identity.weights != "none":
@@ -260,4 +378,4 @@ def _put(network: Network, tensors: dict[str, Tensor], folder: Path) -> None:
         raise RunError(f"the classifier in {folder} does not fit the backbone")
     with torch.no_grad():
         for name, parameter in (backbone | classifier).items():
-            parameter.copy_(tensors[name])
+            fill(parameter, tensors[name])

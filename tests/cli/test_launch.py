@@ -1,4 +1,4 @@
-"""``--devices N`` without torch: small scripts start themselves, fail, are stopped and killed. Real processes, real signals.
+"""``--devices N`` without torch: small scripts start themselves, fail, are stopped and killed, by real signals.
 
 Expected values are the rules of docs/many-processes.md, section "How it ends".
 """
@@ -182,8 +182,7 @@ def test_a_traceback_of_another_process_is_shown_whole(run: Callable[..., Ended]
     assert errors.startswith("Traceback") and errors.endswith("ValueError: a bug\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(("number", "victim"), [(signal.SIGKILL, 0), (signal.SIGKILL, 1), (signal.SIGSEGV, 1)])
 def test_a_process_that_a_signal_ended_is_named(run: Callable[..., Ended], number: int, victim: int) -> None:
     body = f"if rank == {victim}: os.kill(os.getpid(), {int(number)})\n{DEAF}"
     code, _, errors = run(body)
@@ -200,8 +199,7 @@ def test_a_process_that_does_not_answer_is_named(run: Callable[..., Ended]) -> N
     assert "error: [process 1] did not answer the others in time" in errors and "SIGSTOP" in errors
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("to_group", [False, True], ids=["the command", "its process group"])
+@pytest.mark.parametrize(("number", "to_group"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_a_signal_reaches_each_process_once(
     begin: Callable[..., subprocess.Popen], tmp_path: Path, number: int, to_group: bool
 ) -> None:

@@ -28,7 +28,7 @@ WORDS = [
     (["--method", "linear", "--losses", "ce,attention"], ["attention cannot teach linear"]),
     (["--set", "rank=4", "--method", "lora"], ["command line: 1 problem", "did you mean 'method.rank'"]),
     (["--method", "vpt_deep,lora"], ["command line: 1 problem", "did you mean 'vpt_deep+lora'"]),
-    (["--processes", "2"], ["asks for 2 processes and has 1", "torchrun"]),
+    (["--devices", "2"], ["asks for 2 processes and has 1", "torchrun"]),
 ]
 THINGS = [
     (["--student", "vit_smal"], ["unknown model 'vit_smal'", "did you mean 'vit_small'"]),

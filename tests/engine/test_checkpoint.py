@@ -199,7 +199,7 @@ def test_with_all_generations_damaged_nothing_is_guessed(stopped: Path) -> None:
         ((".000001.safetensors.77.tmp", ".000001.json.77.tmp"), False),
         (("000002.safetensors",), True),  # manifests were there once
         (("000001.json",), True),
-        (("notes.json", "1.json", "0000001.json"), False),
+        (("notes.json", "1.json", "0000001.json", "000000.json"), False),
     ],
 )
 def test_a_start_without_a_checkpoint_is_told_from_a_lost_one(

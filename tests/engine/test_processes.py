@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from remap.engine import launch
+from remap.errors import TrainingError
 from remap.running import resume, start
 from remap.runs.rundir import RunDir
 
@@ -25,6 +27,7 @@ LONG = (
 TWO = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "remap_cli")
 
 
+@pytest.mark.guarantee(4)
 def test_a_killed_run_goes_on_to_the_same_bytes(tiny: Any, tmp_path: Path, start_process: Start) -> None:
     """SIGKILL in the middle of an epoch; the twin is trained without a break."""
     process = start_process("remap_cli", "distill", *tiny.arguments(*LONG), f"--output={tmp_path / 'run'}")
@@ -38,43 +41,21 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny: Any, tmp_path: Path, start
     assert _task(resumed.run_dir) == _task(twin.run_dir)
 
 
+@pytest.mark.guarantee(5)
 def test_ctrl_c_says_how_to_go_on(tiny: Any, tmp_path: Path, start_process: Start) -> None:
+    """To the command that started two processes; one goes on."""
     run = tmp_path / "run"
-    process = start_process("remap_cli", "distill", *tiny.arguments(*LONG), f"--output={run}")
+    process = start_process("remap_cli", "distill", *tiny.arguments(*LONG), "--devices=2", f"--output={run}")
     before = _wait_for_steps(run, process, epoch=1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert f"remap distill --resume {run}" in errors and "Traceback" not in errors
+    assert f"remap distill --resume {run}" in errors and "Traceback" not in errors and errors.count("error:") == 1
     assert RunDir(run).status() == "stopped"
     after = _state(run)
     assert (after["epoch"], after["step"]) >= (before["epoch"], before["step"])
     assert len((resume(run).run_dir / "metrics.jsonl").read_text().splitlines()) == EPOCHS
     assert RunDir(run).status() == "done"
-
-
-def test_two_processes_train_the_student_of_one(
-    tiny: Any, tmp_path: Path, start_process: Start, history: Callable[[Path], list[dict]]
-) -> None:
-    """The same global batch, dropout on: float sums in another order is all that may differ."""
-    settings = ("data.augment=shift_flip", "train.accumulation=2")
-    arguments = [*tiny.arguments(*settings, losses="ce,kd,attention,feature"), "--processes=2", "--json"]
-    process = start_process(*TWO, "distill", *arguments, f"--output={tmp_path / 'two'}")
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    summary = json.loads(output)  # one object: only the first process prints
-    expected = start(tiny.recipe(*settings, losses="ce,kd,attention,feature"), tmp_path / "one")
-    assert summary["processes"] == 2 and expected.summary["processes"] == 1
-    for name in ("correct", "accuracy", "initial_accuracy"):
-        assert summary["student"][name] == expected.summary["student"][name]
-    assert summary["teacher"]["accuracy"] == expected.summary["teacher"]["accuracy"]
-    one, two = _tensors(tmp_path / "one"), _tensors(tmp_path / "two")
-    assert set(one) == set(two)
-    for name, tensor in one.items():
-        assert torch.allclose(two[name], tensor, atol=1e-5, rtol=0), name
-    for ours, theirs in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
-        assert theirs == pytest.approx(ours, abs=1e-5)
-    assert _names(tmp_path / "two") == _names(tmp_path / "one")
 
 
 @pytest.mark.parametrize(
@@ -100,27 +81,104 @@ def test_two_processes_share_teachers_and_lessons(
         assert torch.allclose(two[name], tensor, atol=1e-5, rtol=0), name
 
 
-def test_processes_that_the_launcher_did_not_start_are_missed(tiny: Any, tmp_path: Path, start_process: Start) -> None:
-    process = start_process("remap_cli", "distill", *tiny.arguments(), "--processes=2", f"--output={tmp_path / 'run'}")
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "asks for 2 processes and has 1" in errors and "torchrun --nproc-per-node 2" in errors
+def test_processes_that_nobody_started_are_missed(tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="asks for 2 processes and has 1") as caught:
+        start(tiny.recipe("train.processes=2"), tmp_path / "run")
+    assert "--devices 2" in str(caught.value) and "torchrun --nproc-per-node 2" in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_with_any_number_of_processes_but_the_one_asked_for_counts(tiny: Any, tmp_path: Path) -> None:
+    """The batch size is global, so the number of before binds nobody."""
+    RunDir.create(tmp_path / "run", tiny.recipe("train.processes=2", losses="ce"))
+    with pytest.raises(TrainingError, match="asks for 3 processes and has 1"):
+        resume(tmp_path / "run", processes=3)
+    assert resume(tmp_path / "run").summary["processes"] == 1
 
 
 def test_a_launcher_that_starts_one_process_in_silence_is_caught(
     tiny: Any, tmp_path: Path, start_process: Start
 ) -> None:
-    """``accelerate launch --cpu --num_processes 2`` is known to."""
+    """``accelerate launch --cpu --num_processes 2`` is known to. Nothing else is started inside a launcher."""
     process = start_process(
         *("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
         *("--mixed_precision", "no", "--dynamo_backend", "no", "-m", "remap_cli", "distill"),
-        *(*tiny.arguments(), "--processes=2", f"--output={tmp_path / 'run'}"),
+        *(*tiny.arguments(), "--devices=2", f"--output={tmp_path / 'run'}"),
     )
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "asks for 2 processes and has 1" in errors
     assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_build_a_cache_and_evaluate(tiny: Any, tmp_path: Path, start_process: Start) -> None:
+    """The images are computed once, each process its half; what one process evaluates, two evaluate alike."""
+    arguments = tiny.arguments("teacher.cache=disk", "seed=77")
+    build = start_process("remap_cli", "cache", "build", *arguments, "--devices=2", "--json")
+    run = start(tiny.recipe(losses="ce"), tmp_path / "run")
+    output, errors = build.communicate(timeout=120)
+    assert build.returncode == 0, errors
+    (built,) = json.loads(output)
+    assert (built["images"], built["computed"]) == (24, 24)
+    evaluation = start_process("remap_cli", "eval", str(run.run_dir), "--devices=2", "--json")
+    output, errors = evaluation.communicate(timeout=120)
+    assert evaluation.returncode == 0, errors
+    found = json.loads(output)
+    assert (found["images"], found["correct"]) == (9, run.summary["student"]["correct"])
+
+
+@pytest.mark.parametrize("word", ["soon", "0", "-3", "nan", "inf", "1e30"])
+def test_a_timeout_that_is_no_number_of_seconds(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(launch.VARIABLE, word)
+    with pytest.raises(TrainingError, match=f"REMAP_TIMEOUT must be a number of seconds\n  given:   {word}"):
+        launch.accelerator.__wrapped__()
+
+
+def test_a_launcher_that_is_not_supported_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(TrainingError, match="asks for DeepSpeed, which is not supported"):
+        launch.accelerator.__wrapped__()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(TrainingError, match="3 processes on a machine with 2 GPUs"):
+        launch.accelerator.__wrapped__()
+
+
+# What Gloo says when a process was killed, and when one is halted.
+CLOSED = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:20868. This is "
+    "typically caused by a remote worker crashing."
+)
+SILENT = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError(CLOSED), "another process of this run has ended (Connection closed by peer [127.0.0.1]:20868)"),
+        (
+            RuntimeError(SILENT),
+            "another process of this run does not answer (Timed out waiting 4000ms for recv operation)",
+        ),
+        (torch.distributed.DistNetworkError("refused"), "another process of this run has ended (refused)"),
+        (RuntimeError("shape mismatch"), None),
+        (ValueError(CLOSED), None),
+        (None, None),
+    ],
+)
+def test_a_broken_connection_is_told_from_other_errors(error: Exception | None, expected: str | None) -> None:
+    found = launch.lost_process(error)
+    assert (None if found is None else found.what) == expected
+    if found is not None:
+        outer = KeyError("in the loop")
+        outer.__context__ = error
+        assert launch.lost_process(outer).what == expected
 
 
 def _wait_for_steps(run: Path, process: subprocess.Popen, epoch: int) -> dict:
@@ -150,7 +208,3 @@ def _task(run: Path) -> bytes:
 
 def _tensors(run: Path) -> dict[str, torch.Tensor]:
     return load_file(RunDir(run).task / "task.safetensors")
-
-
-def _names(run: Path) -> set[str]:
-    return {str(path.relative_to(run)) for path in run.rglob("*")}

@@ -3,6 +3,7 @@
 Every step of a run with all that is random in it: tests/reliability/test_exact_resume.py.
 """
 
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from remap.errors import Interrupted
+from remap.errors import Interrupted, RunError
 from remap.recipe import Recipe
 from remap.running import Result, resume, start
 from remap.runs.rundir import RunDir
@@ -19,8 +20,8 @@ from remap_cli.main import app
 
 LAST_STEP = 6
 
-# Memory from step to step of a method or a loss: projectors, batch statistics, places chosen from images before the first
-# step, ranks and prompts dropped on the way.
+# Memory from step to step of a method or a loss: projectors, batch statistics, places chosen from images before the
+# first step, ranks and prompts dropped on the way.
 RUNS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "full": (
         ("data.augment=shift", "losses=[{name: ce}, {name: feature, projector: orthogonal}]"),
@@ -124,6 +125,37 @@ def test_interrupting_a_teacher_in_preparation_names_the_whole_run(
     result = resume(tmp_path / "run", steps)
     assert steps.steps == (LAST_STEP - 2) + LAST_STEP
     assert largest_difference(result.student.trained, expected.student.trained) == 0.0
+
+
+def test_a_file_replaced_by_another_of_equal_name_and_size_is_noticed(
+    tiny: Any, tmp_path: Path, watch: Callable[..., Any]
+) -> None:
+    """Two images of a class change places: names, labels, sizes and even the set of contents stay."""
+    data = tmp_path / "data"
+    shutil.copytree(tiny.data, data)
+    files = [data / "train" / "red" / name for name in ("00.png", "01.png")]
+    one, other = (file.read_bytes() for file in files)
+    length = max(len(one), len(other))
+    one, other = one.ljust(length, b"\0"), other.ljust(length, b"\0")  # decoders ignore what follows an image
+    for file, content in zip(files, (one, other), strict=True):
+        file.write_bytes(content)
+
+    def stop(done: int) -> None:
+        if done == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        start(tiny.recipe(data=str(data)), tmp_path / "run", watch(stop))
+    for file, content in zip(files, (other, one), strict=True):
+        file.write_bytes(content)
+    steps = watch(lambda done: None)
+    with pytest.raises(RunError, match="the images are not those that the run"):
+        resume(tmp_path / "run", steps)
+    assert steps.steps == 0
+    for file, content in zip(files, (one, other), strict=True):
+        file.write_bytes(content)
+    resume(tmp_path / "run", steps)
+    assert steps.steps == LAST_STEP - 2
 
 
 def test_words_beside_resume_are_refused(tiny: Any, tmp_path: Path) -> None:

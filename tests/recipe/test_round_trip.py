@@ -18,6 +18,8 @@ SILENT = [
     "train.eval_every=7",
     "train.checkpoint_seconds=1",
     "train.processes=2",
+    "train.parallel=fsdp2",
+    "teacher.shard=on",
     "data.workers=3",
     "data.memory_gib=0.5",
 ]

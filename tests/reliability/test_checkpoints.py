@@ -19,11 +19,15 @@ def _work(*command: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.fixture(scope="module")
+def saves(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return _work(sys.executable, str(WORKERS / "saves.py"), str(tmp_path_factory.mktemp("saves") / "c"))
+
+
 @pytest.mark.guarantee(4)
-def test_killed_while_it_saves(tmp_path: Path, figure: Callable[..., None]) -> None:
+def test_killed_while_it_saves(saves: dict, figure: Callable[..., None]) -> None:
     """What is whole is judged by hashlib and numpy: each generation holds one number, that of its step."""
-    kills = _work(sys.executable, str(WORKERS / "saves.py"), str(tmp_path / "c"))["kills"]
-    unfinished = 0
+    kills, unfinished = saves["kills"], 0
     for kill in kills:
         assert kill["first"] <= kill["whole"] == kill["loaded"] <= kill["after"]
         pairs = {name.partition(".")[0] for name in kill["swept"]}
@@ -33,9 +37,20 @@ def test_killed_while_it_saves(tmp_path: Path, figure: Callable[..., None]) -> N
             name.startswith(".") or name.replace(".safetensors", ".json") not in kill["left"] for name in kill["left"]
         )
     assert len(kills) == 20
-    assert unfinished >= 5, "of a tight loop of saves, most of the time is within one"
+    assert unfinished >= 3, "in a tight loop, about half of the kills leave a save that is seen to be unfinished"
     figure("SIGKILLs during a save, resumable", 20, 20)
     figure("files that a killed save left, after the next start", 0)
+
+
+def test_processes_go_on_from_the_same_generation(saves: dict) -> None:
+    """The second cannot read the newest: both take the one before. Sharded weights and moments are those of whole ones,
+    also after one more step."""
+    first, second = saves["two"]
+    assert first["step"] == second["step"] == saves["last"] - 1
+    assert ["cannot be read by another process" in text for text in first["told"]] == [True]
+    assert ["is damaged" in text for text in second["told"]] == [True]
+    assert first["equal"] and second["equal"]
+    assert first["halves"] == second["halves"] == [[100, 210]] * 8
 
 
 @pytest.mark.guarantee(7)

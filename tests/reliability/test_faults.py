@@ -237,7 +237,9 @@ def test_two_processes_recover_together(
     Sources: one process with memory enough; one process that skips the same step.
     """
     arguments = [tiny.data, tiny.student, tiny.teacher, str(tmp_path)]
-    process = start_process(*("torch.distributed.run", "--standalone", "--nproc-per-node", "2"), str(WORKER), *arguments)
+    process = start_process(
+        *("torch.distributed.run", "--standalone", "--nproc-per-node", "2"), str(WORKER), *arguments
+    )
     recipe = tiny.recipe(*WATCHED)
     whole = start(recipe, tmp_path / "one")
     Poison("loss", NAN, range(3, 4)).install(monkeypatch)

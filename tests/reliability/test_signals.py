@@ -64,7 +64,7 @@ class _Slowly:
         if values:
             os.write(self.pipe, b"step\n")
         self.shown.advance(amount, **values)
-        time.sleep(self.pause)
+        time.sleep(self.pause if amount else 0.0)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from remap.runs.rundir import RunDir
 DECODED = ("data.memory_gib=0", "data.workers=2", "data.augment=shift", "train.checkpoint_seconds=0")
 
 
+@pytest.mark.guarantee(25)
 def test_a_clock_that_jumps_changes_nothing(
     tiny: Any,
     tmp_path: Path,
@@ -25,6 +26,7 @@ def test_a_clock_that_jumps_changes_nothing(
     watch: Callable[..., Any],
     history: Callable[[Path], list[dict]],
     largest_difference: Callable[..., float],
+    figure: Callable[..., None],
 ) -> None:
     """The time of day leaps a year back or ahead after every step, as a correction of the clock would."""
     recipe = tiny.recipe()
@@ -40,8 +42,10 @@ def test_a_clock_that_jumps_changes_nothing(
     assert largest_difference(result.student.tensors, twin.student.tensors) == 0.0
     assert history(tmp_path / "run") == history(tmp_path / "twin")
     assert 0 < result.summary["train_seconds"] < result.summary["seconds"] < 600
+    figure("runs under a jumping clock, equal to the undisturbed one", 1, 1)
 
 
+@pytest.mark.guarantee(25)
 def test_a_data_thread_that_dies_ends_the_run_and_it_goes_on(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest_difference: Callable[..., float]
 ) -> None:
@@ -71,6 +75,7 @@ def test_a_data_thread_that_dies_ends_the_run_and_it_goes_on(
     assert largest_difference(result.student.tensors, twin.student.tensors) == 0.0
 
 
+@pytest.mark.guarantee(25)
 def test_images_that_vanish_are_skipped_and_named(tiny: Any, tmp_path: Path, watch: Callable[..., Any]) -> None:
     """Two of twenty-four, removed in the first epoch of a run that reads them again in the second."""
     data = tmp_path / "data"

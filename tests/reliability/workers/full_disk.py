@@ -107,7 +107,7 @@ watch = Watch(full_at=4)
 tuned = start(recipe, place / "run", watch)
 said["steps"], said["warnings"] = watch.steps, [text for text in watch.said if "no checkpoint was written" in text]
 said["difference"] = max(
-    float((tuned.student.trained[name] - tensor).abs().max()) for name, tensor in twin.student.trained.items()
+    float((tuned.student.trained[name] - tensor).detach().abs().max()) for name, tensor in twin.student.trained.items()
 )
 generation = max((place / "run" / "checkpoint").glob("*.safetensors")).stat().st_size
 shutil.rmtree(place / "run")

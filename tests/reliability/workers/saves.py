@@ -3,18 +3,24 @@
 Forked from one process that has torch already: a start of Python would cost more than all of the saves.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import struct
 import sys
 import time
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from remap.engine.checkpoint import State, load_checkpoint, save_checkpoint, snapshot
 
@@ -24,18 +30,25 @@ torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 
 
-def trained(value: float) -> tuple[dict[str, torch.nn.Parameter], torch.optim.AdamW]:
-    """4 MB with the moments; one step with a gradient of 0 leaves the numbers as they are."""
-    parameters = {name: torch.nn.Parameter(torch.full((200, 210), value)) for name in NAMES}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=0.0, fused=True)
+def trained() -> tuple[dict[str, torch.nn.Parameter], torch.optim.AdamW]:
+    """4 MB with the moments."""
+    parameters = {name: torch.nn.Parameter(torch.zeros(200, 210)) for name in NAMES}
+    optimizer = torch.optim.AdamW(parameters.values(), fused=True)
     for parameter in parameters.values():
-        parameter.grad = torch.full_like(parameter, value)
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     return parameters, optimizer
 
 
+tensors = snapshot(*trained())
+
+
 def save(step: int) -> None:
-    save_checkpoint(folder, State("abc", step=step), snapshot(*trained(float(step))))
+    """All numbers of a generation are that of its step."""
+    for name, tensor in tensors.items():
+        if not name.startswith("optimizer/step"):
+            tensor.fill_(step)
+    save_checkpoint(folder, State("abc", step=step), tensors)
 
 
 def newest_by_hand() -> int:
@@ -47,12 +60,13 @@ def newest_by_hand() -> int:
     header = json.loads(data[8:begin])
     step = manifest["state"]["step"]
     for name in NAMES:
-        first, last = header[f"parameter/{name}"]["data_offsets"]
-        assert (np.frombuffer(data[begin + first : begin + last], "<f4") == step).all()
+        for kind in ("parameter", "optimizer/exp_avg", "optimizer/exp_avg_sq"):
+            first, last = header[f"{kind}/{name}"]["data_offsets"]
+            assert (np.frombuffer(data[begin + first : begin + last], "<f4") == step).all()
     return step
 
 
-def killed_writer(delay: float, step: int) -> None:
+def kill_a_writer(delay: float, step: int) -> None:
     """A process that saves steps ``step``, ``step + 1``, ...; killed ``delay`` seconds after its first save."""
     ready, tell = os.pipe()
     child = os.fork()
@@ -69,6 +83,62 @@ def killed_writer(delay: float, step: int) -> None:
     os.close(ready), os.close(tell)
 
 
+def one_of_two(rank: int, seen: Path) -> None:
+    """Half of a run of two processes: the second cannot read the newest generation, and both hold half of a weight."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(seen / "store"), 2), rank=rank, world_size=2
+    )
+    mesh = init_device_mesh("cpu", (2,))
+    told: list[str] = []
+    parameters, optimizer = trained()
+    apart = {
+        name: torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for name, p in parameters.items()
+    }
+    sharded = torch.optim.AdamW(apart.values(), fused=True)
+    state, _ = load_checkpoint(seen / f"disk{rank}", "abc", apart, sharded, told.append)
+    load_checkpoint(seen / f"disk{rank}", "abc", parameters, optimizer, print)
+    for trainer, weights in ((optimizer, parameters), (sharded, apart)):
+        for weight in weights.values():
+            weight.grad = torch.ones_like(weight)
+        trainer.step()
+    again, whole = snapshot(apart, sharded), snapshot(parameters, optimizer)
+    equal = set(again) == set(whole) and all(torch.equal(again[name], value) for name, value in whole.items())
+    halves = [tuple(sharded.state[weight]["exp_avg"].to_local().shape) for weight in apart.values()]
+    found = {"step": state.step, "told": told, "equal": equal, "halves": halves}
+    (seen / f"seen{rank}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def two_processes(seen: Path) -> list[dict]:
+    seen.mkdir()
+    for rank in range(2):
+        shutil.copytree(folder, seen / f"disk{rank}")
+    newest = max((seen / "disk1").glob("*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:-1])
+    children = []
+    for rank in range(2):
+        children.append(os.fork())
+        if not children[-1]:
+            with leaving():
+                one_of_two(rank, seen)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    return [json.loads((seen / f"seen{rank}.json").read_text()) for rank in range(2)]
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """Leave a forked process without what its parent would do at its end; an error is printed."""
+    code = 1
+    try:
+        yield
+        code = 0
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
 started = time.perf_counter()
 save(0)
 save(1)
@@ -76,19 +146,18 @@ seconds = (time.perf_counter() - started) / 2
 draws, found = random.Random(7), []
 for kill in range(KILLS):
     first = found[-1]["after"] + 1 if found else 2
-    killed_writer(draws.uniform(0.0, 2.5 * seconds), first)
+    kill_a_writer(draws.uniform(0.0, 2.5 * seconds), first)
     left = sorted(os.listdir(folder))
     whole = newest_by_hand()
     if kill % 2:  # a run that goes on: it loads first
-        parameters, optimizer = trained(0.0)
+        parameters, optimizer = trained()
         state, _ = load_checkpoint(folder, "abc", parameters, optimizer, print)
-        assert all((parameter == state.step).all() for parameter in parameters.values())
-        moment = torch.full((), float(state.step)) * (1 - 0.9)  # AdamW's first, of one step
-        assert all(torch.allclose(optimizer.state[p]["exp_avg"], moment) for p in parameters.values())
+        for parameter in parameters.values():
+            assert (parameter == state.step).all() and (optimizer.state[parameter]["exp_avg"] == state.step).all()
         loaded, after = state.step, whole
     else:  # one that saves first
         save(whole + 1)
         loaded, after = whole, newest_by_hand()
     swept = sorted(os.listdir(folder))
     found.append({"first": first, "whole": whole, "loaded": loaded, "after": after, "left": left, "swept": swept})
-print(json.dumps({"kills": found, "milliseconds": 1e3 * seconds}))
+print(json.dumps({"kills": found, "last": found[-1]["after"], "two": two_processes(folder.parent / "seen")}))

@@ -1,0 +1,68 @@
+"""Starts itself in several processes, for tests/reliability/test_many_processes.py; each writes down what it did."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from remap_cli import launch
+
+count, folder, words, settings, sizes, stop = json.loads(sys.argv[1])
+launch.begin()
+launch.processes(count)
+
+import torch  # noqa: E402
+
+from remap.assembly import assemble  # noqa: E402
+from remap.bench import Bench  # noqa: E402
+from remap.engine import fit as loop  # noqa: E402
+from remap.engine.evaluate import evaluate  # noqa: E402
+from remap.engine.launch import accelerator  # noqa: E402
+from remap.engine.teacher import Teacher  # noqa: E402
+from remap.errors import Interrupted  # noqa: E402
+from remap.progress import Silent  # noqa: E402
+from remap.recipe import resolve  # noqa: E402
+from remap.running import resume, start  # noqa: E402
+
+folder = Path(folder)
+rank = accelerator().process_index
+torch.set_num_threads(1)
+noted: dict[str, Any] = {"processes": accelerator().num_processes, "averaged": [], "used": {}}
+
+# The first images of the digits' evaluation split, in batches that do not divide.
+parts = assemble(resolve(words={**words, "data": "digits", "losses": "ce"}), None, Silent(), Bench())
+source, evaluated = parts.views.val, []
+whole = source.split
+for size in sizes:
+    source.split = whole.take(range(size))
+    found = evaluate(parts.student, source, accelerator(), batch_size=8, bf16=False, progress=Silent(), what="digits")
+    evaluated.append([found.correct, found.count, found.accuracy, found.predictions_N.tolist()])
+noted["evaluated"] = evaluated
+
+targets, average = Teacher.targets, loop.average
+used: list[list[int]] = []
+
+
+def noting(teacher: Teacher, images_BCHW: torch.Tensor, indices_B: Any, view: int) -> Any:
+    used.append(indices_B.tolist())
+    if len(used) == stop_at and rank == 1:
+        signal.raise_signal(signal.SIGTERM)
+    return targets(teacher, images_BCHW, indices_B, view)
+
+
+def counting(accelerator: Any, tensors: list[torch.Tensor]) -> None:
+    noted["averaged"].append(sum(tensor.numel() for tensor in tensors))
+    average(accelerator, tensors)
+
+
+Teacher.targets, loop.average = noting, counting
+if stop:
+    stop_at = 0
+    resume(folder / "grown")  # begun by one process
+    noted["used"]["grown"], used, stop_at = used, [], stop
+    try:
+        start(resolve(words=words, settings=settings), folder / "shrunk")
+    except Interrupted:
+        noted["used"]["shrunk"] = used  # one process goes on
+(folder / f"noted-{count}-{rank}.json").write_text(json.dumps(noted))

@@ -1,0 +1,89 @@
+"""Two processes that share out weights, for tests/reliability/test_sharding.py; each writes down what it did."""
+
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from remap import running
+from remap.engine import fit
+from remap.engine.sharding import bytes_held
+from remap.errors import Interrupted
+from remap.recipe import resolve
+
+folder = Path(sys.argv[1])
+plan = json.loads((folder / "plan.json").read_text())
+torch.set_num_threads(1)
+torch.set_default_dtype(torch.float64)
+
+# Forked from one process that has all of torch already.
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+rank = int(os.fork() == 0)
+group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+os.environ.update({key: str(value) for key, value in group.items()}, MASTER_ADDR="127.0.0.1")
+
+noted: dict[str, dict] = {}
+now: dict = {}
+
+
+def shares(job: fit.Job, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """What this process holds, counted from the tensors themselves."""
+
+    def local(tensor: torch.Tensor) -> int:
+        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel()
+
+    trained, blocks = job.student.trained, tuple(f"{block.block}." for block in job.student.anatomy.blocks)
+    inside = [(name, p) for name, p in job.student.model.named_parameters() if name.startswith(blocks)]
+    frozen = [p for name, p in inside if name not in trained]
+    tuned = [p for name, p in inside if name in trained and "remap_" not in name and p.ndim > 1]
+    moments = [optimizer.state[p]["exp_avg"] for p in tuned]
+    return {
+        **{"frozen": sum(p.numel() for p in frozen), "frozen_here": sum(map(local, frozen))},
+        **{"tuned": sum(p.numel() for p in tuned), "tuned_here": sum(map(local, tuned))},
+        **{"moments_here": sum(map(local, moments)), "bytes": bytes_held(job.student)},
+    }
+
+
+evaluate, finish = running.evaluate_as, fit.Loop._finish_epoch
+
+
+def evaluating(*arguments, **more):
+    found = evaluate(*arguments, **more)
+    now.setdefault("counts", []).append([found.correct, found.count])
+    return found
+
+
+def finishing(loop: fit.Loop, steps: int) -> None:
+    now["shares"] = shares(loop.job, loop.optimizer)
+    now["teachers"] = [bytes_held(teacher.network) for teacher in loop.job.teachers]
+    if entry.get("stop") and loop.state.epoch == 1 and rank == 1:
+        signal.raise_signal(signal.SIGTERM)
+    finish(loop, steps)
+
+
+running.evaluate_as, fit.Loop._finish_epoch = evaluating, finishing
+for entry in plan:
+    now = noted[entry["name"]] = {}
+    output = folder / entry["name"]
+    if entry.get("resume"):
+        result = running.resume(output)
+    else:
+        recipe = resolve(words=entry["words"], settings=entry["settings"])
+        try:
+            result = running.start(recipe, output)
+        except Interrupted:
+            now["interrupted"] = True
+            continue
+    # Nothing that leaves a run is sharded: one process may use it on its own.
+    now["plain"] = not any(isinstance(p, DTensor) or not p.numel() for p in result.student.model.parameters())
+    now["hooked"] = [type(m).__name__ for m in result.student.model.modules() if type(m).__name__.startswith("FSDP")]
+(folder / f"noted-{rank}.json").write_text(json.dumps(noted))
+if rank == 0:
+    os.wait()
