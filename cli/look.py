@@ -343,10 +343,11 @@ def recipes_show(
     resolved: Annotated[bool, typer.Option("--resolved", help="With every default written out.")] = False,
 ) -> None:
     """Print a recipe."""
-    from remap.recipe import catalogue, dump, resolve
+    from remap.outside import plain
+    from remap.recipe import catalogue, dump, resolve, strict_yaml
 
-    text = dump(resolve(name, check_options=False)) if resolved else catalogue.find(name).read_text(encoding="utf-8")
-    typer.echo(text, nl=False)
+    text = dump(resolve(name, check_options=False)) if resolved else strict_yaml.read_text(catalogue.find(name))
+    typer.echo(plain(text, keep="\n\t"), nl=False)
 
 
 @recipes.command("copy")
@@ -359,13 +360,13 @@ def recipes_copy(
 
     from remap.errors import RecipeError
     from remap.files import write_text
-    from remap.recipe import catalogue
+    from remap.recipe import catalogue, strict_yaml
 
     source, target = catalogue.find(name), Path(to).expanduser()
     target = target / source.name if target.is_dir() else target
     if target.exists():
         raise RecipeError(["exists already and was not touched; name another file"], str(target))
-    write_text(target, source.read_text(encoding="utf-8"))
+    write_text(target, strict_yaml.read_text(source))
     view.note(f"wrote {target}; run it with: remap distill --recipe {target}")
 
 

@@ -1,6 +1,7 @@
 """``remap repeat``: run a run again and compare."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from remap_cli.main import app
 
 # How many differing tensors and packages are listed; --json has them all.
 SHOWN = 8
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @app.command(rich_help_panel=opt.USE)
@@ -31,6 +33,8 @@ def repeat(
     Starts as many processes as the run had. Exit code 0: equal. 1: it ran, and something differs. 2: it could not be
     repeated.
     """
+    if not launch.has_launcher():
+        _take_threads_of(expanded(run))
     launch.processes(_processes(expanded(run)))
     from remap.runs.repeat import repeat as run_again
 
@@ -43,13 +47,34 @@ def repeat(
         raise typer.Exit(1)
 
 
-def _processes(run: Path) -> int | None:
-    """How many processes made a run; what is wrong with the run, its reader says."""
+def _recorded(file: Path, key: str) -> Any:
+    """One entry of a run's record; what is wrong with the run, its reader says."""
     try:
-        found = json.loads((run / "summary.json").read_text(encoding="utf-8"))["processes"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return json.loads(file.read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _processes(run: Path) -> int | None:
+    found = _recorded(run / "summary.json", "processes")
     return found if isinstance(found, int) and found > 0 else None
+
+
+def _take_threads_of(run: Path) -> None:
+    """Libraries read these variables when they are loaded, and the number of threads decides the order of sums."""
+    variables = _recorded(run / "environment.json", "variables")
+    if not isinstance(variables, dict):
+        return
+    for name in THREADS:
+        wanted = variables.get(name)
+        if wanted == os.environ.get(name):
+            continue
+        if wanted is None:
+            del os.environ[name]
+            view.note(f"{name} is left out, as in {run}")
+        elif isinstance(wanted, str) and wanted.isascii() and wanted.isdigit():
+            os.environ[name] = wanted
+            view.note(f"{name}={wanted}, as in {run}")
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from remap.engine.faults import is_out_of_memory
 from remap.engine.fit import fit
 from remap.engine.interrupt import watching
 from remap.engine.job import Job
-from remap.engine.launch import accelerator, check_processes, text_of_first
+from remap.engine.launch import accelerator, check_processes, lost_process, text_of_first
 from remap.engine.machine import machine
 from remap.engine.memory import peak_bytes
 from remap.errors import DiskFull, Interrupted, RecipeError, RemapError, TrainingError
@@ -194,7 +194,7 @@ def _noted(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, re
         _note(run_dir, "stopped", "interrupted")
         raise
     except BaseException as error:
-        _note(run_dir, "failed", str(error))
+        _note(run_dir, "failed", str(lost_process(error) or error))
         if isinstance(error, RuntimeError) and is_out_of_memory(error):  # training itself goes on with smaller steps
             raise TrainingError(
                 "out of memory",

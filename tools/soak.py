@@ -83,6 +83,8 @@ def fork(work: Callable[[], None], output: Path) -> int:
         code = 0
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except KeyboardInterrupt:  # before the command had a handler: Python's own way
+        code = 130
     except BaseException:
         traceback.print_exc()
     finally:
@@ -312,6 +314,7 @@ def soak(runs: int, seed: int, folder: Path, recipes: Sequence[str] = tuple(RECI
         helpers["write_model"](folder / "teacher", seed=4, embed_dim=24, depth=3)
         models = [f"local-dir:{folder / name}" for name in ("student", "teacher")]
         work = Soak(folder, helpers["Tiny"](str(folder / "data"), *models), random.Random(seed), recipes)
+        import remap_cli.main
         import remap_cli.train  # noqa: F401 - all that a child would import anew, before the first fork
         from remap.engine import interrupt
 

@@ -19,7 +19,7 @@ from remap.outside import open_regular, parse_json, plain, read_regular
 # A model folder's config.json: names and numbers, and at most 22 thousand names of classes with their descriptions.
 MOST_CONFIG_BYTES = 16 * 2**20
 # Of a shape in a config.json, and of the blocks of a model.
-LARGEST_NUMBER, MOST_BLOCKS = 2**17, 1000
+LARGEST_NUMBER, MOST_BLOCKS = 2**17, 200
 # A model has at most so many times the bytes of its weights file: 8-bit weights in float32, and what is not stored.
 MOST_UNPACKED, FREE_PARAMETERS = 8, 2**22
 # Arguments of timm's factory that say where to read or what to download; a model folder has no need of them.

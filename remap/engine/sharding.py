@@ -91,10 +91,11 @@ class Sharding:
     def gather(self) -> None:
         """Make the networks whole on every process, as they were before: plain modules with their own parameters, and
         the values of now. Every process has to call it."""
+        device = torch.device("cpu")
         for module, name, parameter in self.parameters:
             if not parameter.numel():  # else it is shared, and was met already
                 parameter.data = whole(module._parameters[name].detach())
-            module._parameters[name] = parameter
+            module._parameters[name], device = parameter, parameter.device
         for module, key, keys in self.added:
             if keys is None:
                 delattr(module, key)
@@ -102,7 +103,8 @@ class Sharding:
                 vars(module)[key].pop(one, None)
         for module, cls in self.classes:
             module.__class__ = cls
-        gc.collect()  # parts of tensors live on in cycles
+        if device.type != "cpu":
+            gc.collect()  # parts of tensors live on in cycles; on a GPU nothing else would notice that they are many
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from remap.errors import RecipeError
 from remap.outside import expanded, open_regular
+from remap.recipe import strict_yaml
 from remap.registry import did_you_mean
 
 
@@ -43,5 +44,5 @@ def find(word: str) -> Path:
 
 def summary(name: str) -> str:
     """The first comment line of a shipped recipe."""
-    first = find(name).read_text(encoding="utf-8").splitlines()[0]
+    first = strict_yaml.read_text(find(name)).splitlines()[0]
     return first.lstrip("# ").strip()

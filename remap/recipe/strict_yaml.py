@@ -126,24 +126,30 @@ def parse(text: str, where: str) -> Any:
         raise RecipeError([plain(f"not readable as YAML: {str(error).splitlines()[0]}")], where) from None
 
 
+def read_text(path: Path) -> str:
+    """The text of a recipe file.
+
+    Raises:
+        RecipeError: It cannot be read, is too large, or is not UTF-8.
+    """
+    try:
+        return read_regular(path, MAX_BYTES).decode()
+    except UnicodeDecodeError:
+        problem = "is not UTF-8 text"
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+        if error.errno == errno.EFBIG:
+            problem = f"is larger than {MAX_BYTES:,} bytes; a recipe is names and numbers"
+    raise RecipeError([problem], str(path))
+
+
 def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping in a recipe file.
 
     Raises:
         RecipeError: It cannot be read, is too large, or is not a mapping.
     """
-    try:
-        data = read_regular(path, MAX_BYTES)
-    except OSError as error:
-        if error.errno == errno.EFBIG:
-            problem = f"is larger than {MAX_BYTES:,} bytes; a recipe is names and numbers"
-        else:
-            problem = f"cannot be read: {error.strerror}"
-        raise RecipeError([problem], str(path)) from None
-    try:
-        value = parse(data.decode(), str(path))
-    except UnicodeDecodeError:
-        raise RecipeError(["is not UTF-8 text"], str(path)) from None
+    value = parse(read_text(path), str(path))
     if value is None:
         return {}
     if not isinstance(value, dict):

@@ -51,6 +51,7 @@ def repeat(
     target = _target(run, recipe, output)
     bench = Bench(teacher_folder=_shared_teacher(run))
     _require_same_images(run, recipe, bench, summary["data"]["fingerprint"], progress)
+    _say_other_threads(run, progress)
     with progress.wait("comparing the frozen weights with those of the run"):
         load_task(run.path)  # refuses a backbone that is not the run's
     try:
@@ -60,7 +61,9 @@ def repeat(
             go_on(recipe, RunDir.open(target), progress, bench, resuming=True)
     except Interrupted as error:
         command = f"remap repeat {run.path} --output {target}"
-        raise Interrupted(error.what, exit_code=error.exit_code, do=f"go on with: {command}") from error
+        raise Interrupted(
+            error.what, exit_code=error.exit_code, do=f"go on with: {command}", at_once=error.at_once
+        ) from error
     return compare(run, RunDir.open(target)) if accelerator().is_main_process else {}
 
 
@@ -84,6 +87,13 @@ def _require_processes(run: RunDir, wanted: int) -> None:
             given=f"{running} process(es)",
             do=f"`remap repeat {run.path}` without a launcher starts as many",
         )
+
+
+def _say_other_threads(run: RunDir, progress: Progress) -> None:
+    """Sums are split over threads, so that their number decides the last bits."""
+    own, theirs = torch.get_num_threads(), run.environment().get("threads", "?")
+    if own != theirs:
+        progress.say(f"PyTorch has {own} thread(s) here and had {theirs} in {run.path}: last bits may differ")
 
 
 def _target(run: RunDir, recipe: Recipe, output: Path | None) -> Path:

@@ -337,6 +337,9 @@ def _require_sizes(folder: Path, meta: _Meta, tensors: dict[str, Tensor]) -> Non
         raise RunError(f"the classifier in {folder} does not fit its {len(meta.classes):,} class names")
     if len(set(meta.classes)) < len(meta.classes):
         raise RunError(f"{folder / 'task.json'} names a class twice")
+    unfit = next((name for name in tensors if not name.isprintable()), None)
+    if unfit is not None:
+        raise RunError(f"{folder} holds a tensor of a name that no parameter has", given=plain(unfit)[:200])
     largest = max(FREE_SIZE, *sizes)
     strange = [number for number in _numbers(meta.method.options) if abs(number) > largest]
     if strange:

@@ -1,13 +1,14 @@
 """``remap repeat`` on the command line: its table, its sentence, its exit codes."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from typer.testing import Result
 
-from remap_cli.repeat import sentence
+from remap_cli.repeat import _take_threads_of, sentence
 
 
 @pytest.fixture
@@ -44,3 +45,19 @@ def test_the_sentence_says_by_how_much_and_where() -> None:
     found = {"equal": False, "checks": checks, "tensors": tensors, "environment": [{"what": "threads"}]}
     told = "It did not repeat bit for bit: task file differs (weights by at most 0.001); the environment differs."
     assert sentence(found) == told
+
+
+def test_thread_variables_are_those_of_the_run_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set before a library is loaded; a record from a stranger sets numbers of threads at most."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    monkeypatch.setenv("MKL_NUM_THREADS", "8")
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "8")
+    for variables in ([], "x", {"LD_PRELOAD": "x", "OMP_NUM_THREADS": "3; x", "OPENBLAS_NUM_THREADS": "2"}):
+        (tmp_path / "environment.json").write_text(json.dumps({"variables": variables}))
+        _take_threads_of(tmp_path)
+    found = [os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")]
+    assert found == ["8", None, "2"] and os.environ.get("LD_PRELOAD") != "x"
+    _take_threads_of(tmp_path / "absent")
+    (tmp_path / "environment.json").write_text("{")
+    _take_threads_of(tmp_path)
+    assert os.environ["OMP_NUM_THREADS"] == "8"

@@ -1,9 +1,5 @@
 """Evaluation counts every image once, whatever the number of images, the batch size and the number of processes."""
 
-import json
-import subprocess
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,30 +13,6 @@ from remap.engine.launch import accelerator
 from remap.errors import DataError
 from remap.network import Network
 from remap.progress import Silent
-from remap.recipe import dump
-
-COUNTS = (1, 7, 97, 101)
-
-# Each of two gloo processes evaluates the first n digits and writes down what it counted.
-RANKS = f"""
-import json, os, sys
-from pathlib import Path
-from remap.assembly import assemble
-from remap.bench import Bench
-from remap.engine.evaluate import evaluate
-from remap.engine.launch import accelerator
-from remap.progress import Silent
-from remap.recipe import load
-
-parts = assemble(load(Path(sys.argv[1])), None, Silent(), Bench())
-source, found = parts.views.val, []
-whole = source.split
-for count in {COUNTS}:
-    source.split = whole.take(range(count))
-    result = evaluate(parts.student, source, accelerator(), batch_size=8, bf16=False, progress=Silent(), what="x")
-    found.append([result.correct, result.count, result.predictions_N.tolist()])
-Path(sys.argv[2], os.environ["RANK"]).write_text(json.dumps([accelerator().num_processes, found]))
-"""
 
 
 class _Names(torch.nn.Module):
@@ -113,26 +85,3 @@ def test_an_unreadable_image_stops_or_is_left_out_of_the_count(tiny: Any) -> Non
     result = _evaluate(network, source, skip_bad=True)
     assert (result.correct, result.count) == (8, 8)
     assert result.predictions_N.tolist() == [1, 0, 1, -1, -1, 0, 1, 0, 1, 0]
-
-
-def test_two_processes_count_what_one_counts(
-    tiny: Any, tmp_path: Path, start_process: Callable[..., subprocess.Popen]
-) -> None:
-    """Expected: the predictions of this single process, image by image, also where batches do not divide."""
-    recipe = tiny.recipe(losses="ce", data="digits")
-    (tmp_path / "recipe.yaml").write_text(dump(recipe))
-    (tmp_path / "ranks.py").write_text(RANKS)
-    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    process = start_process(*launcher, str(tmp_path / "ranks.py"), str(tmp_path / "recipe.yaml"), str(tmp_path))
-    parts = assemble(recipe, None, Silent(), Bench())
-    labels = parts.views.val.split.labels
-    whole = _evaluate(parts.student, parts.views.val, batch_size=8).predictions_N
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    for rank in ("0", "1"):
-        processes, found = json.loads((tmp_path / rank).read_text())
-        assert processes == 2
-        for (correct, count, predictions), expected in zip(found, COUNTS, strict=True):
-            assert count == expected
-            assert predictions == whole[:expected].tolist()
-            assert correct == (whole == labels)[:expected].sum()

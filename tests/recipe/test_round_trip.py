@@ -19,7 +19,6 @@ SILENT = [
     "train.checkpoint_seconds=1",
     "train.processes=2",
     "train.parallel=fsdp2",
-    "teacher.shard=on",
     "data.workers=3",
     "data.memory_gib=0.5",
 ]
@@ -102,7 +101,7 @@ def test_every_other_field_changes_the_digest() -> None:
     seen = {base.digest()}
     for section in ("data", "teacher", "student", "train"):
         for name, value in getattr(base, section).model_dump().items():
-            if any(setting.startswith(f"{section}.{name}=") for setting in SILENT) or name in ("init", "shrink"):
+            if any(setting.startswith(f"{section}.{name}=") for setting in SILENT) or name in ("init", "shrink", "shard"):
                 continue
             changed = (
                 not value

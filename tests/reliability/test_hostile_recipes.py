@@ -44,7 +44,7 @@ PAYLOADS = {
     "a NUL": ("name: a\0b", "special characters are not allowed"),
     "a NUL in quotes": ('data: {source: "a\\0b"}', "data.source: holds the control character '\\x00'"),
     "escape sequences": ('name: "a\\e[2J"', "'a\\x1b[2J' may hold letters"),
-    "a line break in a name": ('losses: ["ce\\n  do: rm -rf"]', "unknown loss 'ce\\n  do: rm -rf'"),
+    "a line break in a name": ('losses: ["ce\\n  do rm -rf"]', "unknown loss 'ce\\n  do rm -rf'"),
     "turned text": ('student: "vit_\\u202Esmall"', "which turns the text around it"),
     "half a letter": ('data: {source: "\\ud800"}', "characters that no file name has"),
     "a huge number": ("seed: " + "9" * 4000, "the number is too large"),

@@ -112,7 +112,7 @@ class Queries(nn.Module):
             answers_BpD = apart(reader.whole, reader.block, prompts_BpD, tokens_BTD, keys_BHTh)
         else:
             answers_BpD = reader.block(prompts_BpD, tokens_BTD, keys_BHTh)
-            leaving(reader.whole, answers_BpD, None if tokens_BTD.requires_grad else prompts_BpD)
+            leaving(reader.whole, answers_BpD, prompts_BpD)
         return F.normalize(answers_BpD.flatten(1), dim=-1)
 
     def normalise(self, head: nn.Module, args: tuple) -> tuple:

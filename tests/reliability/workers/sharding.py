@@ -15,13 +15,16 @@ from remap.engine import fit
 from remap.engine.sharding import bytes_held
 from remap.errors import Interrupted
 from remap.recipe import resolve
+from remap.tuning import METHODS
 
 folder = Path(sys.argv[1])
 plan = json.loads((folder / "plan.json").read_text())
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
 
-# Forked from one process that has all of torch already.
+# Forked from one process that has imported everything already.
+for row in METHODS:
+    METHODS.load(row.name)
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]

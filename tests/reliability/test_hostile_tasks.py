@@ -1,0 +1,341 @@
+"""Task folders, model folders and weights files from strangers: nothing in them runs, each mistake has its message."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save, save_file
+
+from remap.backbones.loading import read_safetensors
+from remap.errors import RemapError, RunError, WeightsError
+from remap.recipe.schema import ModelSpec
+from remap.running import start
+from remap.runs.rundir import RunDir
+from remap.runs.task import load_task, open_backbone
+
+
+@pytest.fixture(scope="module")
+def source(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task folder of LoRA, trained for the whole file."""
+    recipe = tiny.recipe("train.epochs=1", method="lora", losses="ce")
+    return RunDir(start(recipe, tmp_path_factory.mktemp("runs") / "run").run_dir).task
+
+
+@pytest.fixture
+def task(source: Path, tmp_path: Path) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(source, tmp_path / "task"))
+
+
+class _Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+def rewrite(task: Path, data: bytes | None = None, **fields: Any) -> None:
+    """New weights and fields, with the checksum that belongs to them: a stranger can do that too."""
+    meta = json.loads((task / "task.json").read_text()) | fields
+    if data is not None:
+        (task / "task.safetensors").write_bytes(data)
+        meta["sha256"] = hashlib.sha256(data).hexdigest()
+    (task / "task.json").write_text(json.dumps(meta))
+
+
+def refusal(task: Path) -> str:
+    started = time.process_time()
+    with pytest.raises(RemapError) as caught:
+        load_task(task)
+    text = str(caught.value)
+    assert caught.value.exit_code == 2 and len(text) < 2000 and time.process_time() - started < 5.0
+    assert not {c for c in text if not c.isprintable()} - {"\n"}
+    return text
+
+
+def safetensors(header: dict[str, Any] | bytes, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def _one(offsets: list[int], shape: list[int], dtype: str = "F32") -> dict[str, Any]:
+    return {"head.weight": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
+
+
+FILES = {
+    "a header of 2**60 bytes": safetensors(_one([0, 4], [1]), bytes(4), 2**60),
+    "a header of 2**64 - 1 bytes": safetensors(_one([0, 4], [1]), bytes(4), 2**64 - 1),
+    "offsets beyond the end": safetensors(_one([0, 2**50], [2**48]), bytes(4)),
+    "offsets that go back": safetensors(_one([4, 0], [1]), bytes(4)),
+    "a shape that does not fit its bytes": safetensors(_one([0, 4], [2**40]), bytes(4)),
+    "a shape that overflows": safetensors(_one([0, 4], [2**32, 2**32, 2**32]), bytes(4)),
+    "overlapping tensors": safetensors(
+        {"a": _one([0, 4], [1])["head.weight"], "b": _one([2, 6], [1])["head.weight"]}, bytes(6)
+    ),
+    "an unknown type": safetensors(_one([0, 4], [1], "O"), bytes(4)),
+    "no JSON": safetensors(b"os.system('touch x')", bytes(4)),
+    "a deep header": safetensors(b'{"a":' * 50_000, bytes(4)),
+    "metadata that is no text": safetensors({"__metadata__": {"_target_": {"os.mkdir": 1}}}, b""),
+    "empty": b"",
+    "eight bytes": bytes(8),
+}
+
+
+@pytest.mark.guarantee(14)
+@pytest.mark.parametrize("data", FILES.values(), ids=list(FILES))
+def test_headers_that_lie_are_refused(data: bytes, task: Path, figure: Callable[..., None]) -> None:
+    rewrite(task, data)
+    assert "cannot read" in refusal(task)
+    with pytest.raises(WeightsError, match="cannot read .* as safetensors"):
+        read_safetensors(task / "task.safetensors")
+    figure("hostile task and weights files executed, of all tried", 0, 1)
+
+
+@pytest.mark.guarantee(14)
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_pickle_in_disguise_is_never_unpickled(
+    protocol: int, task: Path, tiny: Any, tmp_path: Path, figure: Callable[..., None]
+) -> None:
+    """As a task, as a weights file, and in a model folder; also as torch.save packs it."""
+    mark = tmp_path / "made"
+    disguised = pickle.dumps(_Payload(mark), protocol=protocol)
+    rewrite(task, disguised)
+    assert "as safetensors" in refusal(task)
+    torch.save({"head.weight": _Payload(mark)}, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match="as safetensors"):
+        open_backbone(ModelSpec(model=tiny.student, weights=str(tmp_path / "w.safetensors")), 3)
+    model = Path(shutil.copytree(tiny.student.removeprefix("local-dir:"), tmp_path / "model"))
+    (model / "model.safetensors").unlink()
+    for name in ("pytorch_model.bin", "model.pth", "weights.pt"):
+        torch.save({"head.weight": _Payload(mark)}, model / name)
+    with pytest.raises(WeightsError, match="holds no weights in safetensors files"):
+        open_backbone(ModelSpec(model=f"local-dir:{model}"), 3)
+    assert not mark.exists()
+    figure("hostile task and weights files executed, of all tried", 0, 3)
+
+
+def test_metadata_is_not_looked_at(source: Path, task: Path, tmp_path: Path) -> None:
+    """A payload in the text beside the tensors (FlexTok and NeMo instantiated theirs) changes nothing."""
+    mark = tmp_path / "made"
+    payload = {"_target_": "os.mkdir", "config": f"!!python/object/apply:os.mkdir ['{mark}']", "long": "x" * 10**6}
+    rewrite(task, save(load_file(task / "task.safetensors"), metadata=payload), _target_="os.mkdir", note="\x1b[2J")
+    network, _ = load_task(task)
+    expected = load_task(source)[0].tensors
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in network.tensors.items()) and not mark.exists()
+
+
+def _changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict], dict]:
+    return lambda tensors: {**tensors, name: change(tensors[name])}
+
+
+def _lora(tensors: dict[str, torch.Tensor]) -> str:
+    return next(name for name in tensors if not name.startswith("head"))
+
+
+TENSORS: dict[str, tuple[Callable[[dict], dict], str]] = {
+    "not a number in the head": (_changed("head.bias", lambda t: t * torch.nan), "not finite"),
+    "infinity in the method": (lambda ts: _changed(_lora(ts), lambda t: t + torch.inf)(ts), "not finite"),
+    "float64": (_changed("head.weight", torch.Tensor.double), "is torch.float64, not torch.float32"),
+    "integers": (_changed("head.weight", torch.Tensor.int), "is torch.int32, not torch.float32"),
+    "booleans": (_changed("head.bias", lambda t: t > 0), "is torch.bool, not torch.float32"),
+    "another shape": (_changed("head.weight", lambda t: t[:, :5].contiguous()), "does not fit"),
+    "turned": (_changed("head.weight", lambda t: t.T.contiguous()), "does not fit"),
+    "one missing": (lambda ts: {name: t for name, t in ts.items() if name != _lora(ts)}, ""),
+    "head missing": (lambda ts: {name: t for name, t in ts.items() if not name.startswith("head")}, "does not fit"),
+    "one more": (lambda ts: {**ts, "blocks.0.evil": torch.zeros(3)}, "evil"),
+    "a strange name": (lambda ts: {**ts, "\x1b[2J": torch.zeros(3)}, ""),
+    "nothing": (lambda ts: {}, "does not fit"),
+}
+
+
+@pytest.mark.guarantee(13)
+@pytest.mark.parametrize(("change", "says"), TENSORS.values(), ids=list(TENSORS))
+def test_tensors_that_do_not_belong_are_refused(change: Callable, says: str, task: Path) -> None:
+    rewrite(task, save(change(load_file(task / "task.safetensors"))))
+    assert says in refusal(task)
+
+
+META: dict[str, tuple[dict[str, Any], str]] = {
+    "another format": ({"format": 99}, "format"),
+    "a million classes": ({"classes": [f"c{i}" for i in range(1_000_000)]}, "does not fit its 1,000,000 class names"),
+    "no class": ({"classes": []}, "classes"),
+    "a class twice": ({"classes": ["a", "a", "b"]}, "names a class twice"),
+    "control characters": ({"classes": ["a\x1b[2J", "b", "c"]}, "classes"),
+    "line breaks": ({"classes": ["a\n  do: evil", "b", "c"]}, "classes"),
+    "turned text": ({"classes": ["a\u202eb", "b", "c"]}, "classes"),
+    "a long class": ({"classes": ["a" * 10**6, "b", "c"]}, "classes"),
+    "a dotted method": ({"method": {"name": "os.mkdir"}}, "unknown method"),
+    "a target": ({"method": {"name": "lora", "_target_": "os.mkdir"}}, "options that lora does not take"),
+    "a huge rank": ({"method": {"name": "lora", "rank": 10**9}}, "options that the tensors beside it do not fit"),
+    "a huge number of prompts": ({"method": {"name": "vpt_deep", "num_prompts": 10**9}}, "do not fit"),
+    "a negative rank": ({"method": {"name": "lora", "rank": -1}}, "options that lora does not take"),
+    "a huge view": ({"view": {"size": 10**9, "crop_pct": 1.0, "interpolation": "bicubic"}}, "view"),
+    "a strange view": ({"view": {"size": 16, "crop_pct": 1.0, "interpolation": "os.mkdir"}}, "view"),
+    "no share": ({"view": {"size": 16, "crop_pct": 0.0, "interpolation": "bicubic"}}, "view"),
+    "a checksum that is none": ({"sha256": "../../etc/passwd"}, "sha256"),
+}  # fmt: skip
+
+
+@pytest.mark.guarantee(14)
+@pytest.mark.parametrize(("fields", "says"), META.values(), ids=list(META))
+def test_descriptions_that_lie_are_refused(
+    fields: dict[str, Any], says: str, task: Path, figure: Callable[..., None]
+) -> None:
+    rewrite(task, **fields)
+    assert says in refusal(task)
+    figure("hostile task and weights files executed, of all tried", 0, 1)
+
+
+BACKBONES = {
+    "up": ({"model": "local-dir:../../../etc"}, "backbone.model"),
+    "up from the root": ({"model": "local-dir:/tmp/../etc"}, "backbone.model"),
+    "the home folder": ({"model": "local-dir:~/x"}, "backbone.model"),
+    "a device": ({"model": "local-dir:/dev"}, "config.json is missing"),
+    "a strange source": ({"model": "s3://bucket/x"}, "no such model"),
+    "a relative weights file": ({"weights": "../w.safetensors"}, "backbone.weights"),
+    "a device as weights": ({"weights": "/dev/zero"}, "unknown source of weights"),
+    "a FIFO as weights": ({"weights": "FIFO"}, "it is a FIFO"),
+    "a preset that is none": ({"preset": "evil"}, "backbone.preset"),
+    "a huge size": ({"image_size": 10**9}, "backbone.image_size"),
+    "a NUL": ({"model": "local-dir:/a\0b"}, "backbone.model"),
+    "a long path": ({"model": "local-dir:/" + "a" * 10**6}, "backbone.model"),
+}
+
+
+@pytest.mark.guarantee(14)
+@pytest.mark.parametrize(("fields", "says"), BACKBONES.values(), ids=list(BACKBONES))
+def test_a_task_does_not_lead_to_surprising_places(
+    fields: dict[str, Any], says: str, task: Path, figure: Callable[..., None]
+) -> None:
+    fifo = task / "f.safetensors"
+    os.mkfifo(fifo)
+    backbone = json.loads((task / "task.json").read_text())["backbone"]
+    rewrite(task, backbone={**backbone, **{k: str(fifo) if v == "FIFO" else v for k, v in fields.items()}})
+    assert says in refusal(task)
+    figure("hostile task and weights files executed, of all tried", 0, 1)
+
+
+def test_a_task_that_is_its_own_backbone_ends(task: Path) -> None:
+    backbone = json.loads((task / "task.json").read_text())["backbone"]
+    rewrite(task, backbone={**backbone, "weights": str(task)})
+    assert "is tuned on tasks without end" in refusal(task)
+
+
+TEXTS = {
+    "deep": "[" * 200_000,
+    "deep and closed": "[" * 900 + "]" * 900,
+    "a key twice": '{"format": 1, "format": 1}',
+    "NaN": '{"format": NaN}',
+    "a huge number": '{"format": 1e999}',
+    "thousands of digits": '{"format": ' + "9" * 10_000 + "}",
+    "latin-1": b'{"format": "\xe4"}',
+    "a NUL": "\0",
+    "nothing": "",
+    "a list": "[]",
+    "null": "null",
+}
+
+
+@pytest.mark.guarantee(14)
+@pytest.mark.parametrize("text", TEXTS.values(), ids=list(TEXTS))
+def test_json_that_is_none_is_refused(text: str | bytes, task: Path, figure: Callable[..., None]) -> None:
+    (task / "task.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert "task.json" in refusal(task)
+    figure("hostile task and weights files executed, of all tried", 0, 1)
+
+
+@pytest.mark.parametrize("name", ["task.json", "task.safetensors"])
+def test_what_is_no_file_is_refused_at_once(name: str, task: Path) -> None:
+    for make in (os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)):
+        path = task / name
+        path.rmdir() if path.is_dir() else path.unlink()
+        make(path)
+        text = refusal(task)
+        assert "cannot read" in text or "is no task" in text
+
+
+def test_a_description_of_gigabytes_is_not_read(task: Path) -> None:
+    with open(task / "task.json", "r+b") as file:
+        file.truncate(2**40)
+    assert "larger than" in refusal(task)
+
+
+@pytest.mark.guarantee(13)
+def test_a_folder_of_peft_is_named_as_such(tmp_path: Path) -> None:
+    """What PEFT 0.21 writes beside an adapter of a timm model."""
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": null}')
+    save_file({"base_model.model.head.weight": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
+    text = refusal(tmp_path)
+    assert "is an adapter of PEFT, not a task of remap" in text and "merge" in text
+
+
+CONFIGS: dict[str, tuple[Any, str]] = {
+    "no JSON": ("{", "cannot read"),
+    "a list": ([], "names no model of timm"),
+    "a dotted architecture": ({"architecture": "os.mkdir"}, "names no model of timm"),
+    "a huge width": ({"model_args": {"embed_dim": 10**9}}, "larger than"),
+    "a huge depth": ({"model_args": {"depth": 10**6}}, "larger than"),
+    "wide and deep": ({"model_args": {"embed_dim": 65536, "num_heads": 2, "depth": 40}}, "weights do not fit"),
+    "an argument that reads": ({"model_args": {"checkpoint_path": "/tmp/x.pth"}}, "is no argument of a model"),
+    "an argument that downloads": ({"model_args": {"pretrained_cfg_overlay": {"url": "http://x"}}}, "is no argument"),
+    "an argument that is none": ({"model_args": {"_target_": "os.mkdir"}}, "timm cannot build"),
+    "infinity": ('{"architecture": "vit_tiny_patch16_224", "model_args": {"mlp_ratio": Infinity}}', "cannot read"),
+    "deep": ("[" * 100_000, "cannot read"),
+}
+
+
+@pytest.mark.guarantee(14)
+@pytest.mark.parametrize(("config", "says"), CONFIGS.values(), ids=list(CONFIGS))
+def test_model_folders_that_lie_are_refused(
+    config: Any, says: str, tiny: Any, tmp_path: Path, figure: Callable[..., None]
+) -> None:
+    model = Path(shutil.copytree(tiny.student.removeprefix("local-dir:"), tmp_path / "model"))
+    good = json.loads((model / "config.json").read_text())
+    if isinstance(config, dict):
+        arguments = {**good["model_args"], **config.get("model_args", {})}
+        config = {**good, **config, "model_args": arguments}
+    (model / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    with pytest.raises(RemapError) as caught:
+        open_backbone(ModelSpec(model=f"local-dir:{model}"), 3)
+    assert says in str(caught.value)
+    figure("hostile task and weights files executed, of all tried", 0, 1)
+
+
+def test_a_model_folder_cannot_say_where_its_weights_are(tiny: Any, tmp_path: Path) -> None:
+    """pretrained_cfg of a stranger names a file and an address; the weights come from the folder all the same."""
+    model = Path(shutil.copytree(tiny.student.removeprefix("local-dir:"), tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    strange = {"file": "/etc/passwd", "url": "http://127.0.0.1:9/x.pth", "hf_hub_id": "a/b", "source": "hf-hub"}
+    config["pretrained_cfg"] |= {**strange, "custom_load": True, "state_dict": {"head.weight": [1]}}
+    (model / "config.json").write_text(json.dumps(config))
+    found = open_backbone(ModelSpec(model=f"local-dir:{model}"), 3)
+    assert found.identity.sha256 == open_backbone(ModelSpec(model=tiny.student), 3).identity.sha256
+
+
+def test_truncated_weights_of_a_model_folder(tiny: Any, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny.student.removeprefix("local-dir:"), tmp_path / "model"))
+    data = (model / "model.safetensors").read_bytes()
+    for kept in (0, 8, 1000, len(data) - 1):
+        (model / "model.safetensors").write_bytes(data[:kept])
+        with pytest.raises(WeightsError):
+            open_backbone(ModelSpec(model=f"local-dir:{model}"), 3)
+
+
+def test_a_task_folder_is_not_written_to(source: Path) -> None:
+    before = {path: path.read_bytes() for path in source.iterdir()}
+    load_task(source)
+    assert {path: path.read_bytes() for path in source.iterdir()} == before
+    with pytest.raises(RunError, match="cannot read"):
+        load_task(source.parent / "nothing-here")
