@@ -29,8 +29,12 @@ def expanded(word: str | Path) -> Path:
 
 
 def absolute(word: str | Path) -> str:
-    """An absolute path without links; a circle of links stays as it is."""
-    return os.path.realpath(os.path.expanduser(word))
+    """An absolute path without links; a circle of links, and what can be no path, stay as they are."""
+    path = os.path.expanduser(word)
+    try:
+        return os.path.realpath(path)
+    except ValueError:  # a NUL, or a character that no file name has
+        return os.path.abspath(path)
 
 
 def read_regular(path: str | Path, limit: int) -> bytes:

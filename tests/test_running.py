@@ -68,6 +68,7 @@ def test_runs_on_one_bench_equal_runs_alone(
     assert not any(module._forward_hooks for module in teacher.modules())
 
 
+@pytest.mark.guarantee(19)
 @pytest.mark.parametrize("method", ["vpt_deep", "adaptformer", "full"])
 def test_the_saved_student_repeats_the_summary(tiny: Any, tmp_path: Path, method: str) -> None:
     """Loaded anew and evaluated on the same images: the same count, to the image."""

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,11 +193,13 @@ BESIDES = (
 )
 
 HEAD = """# What we guarantee
-
-Written by `tools/guarantees.py`: the promises stand there, the tests are those marked with a promise's number, and the
-figures are what those tests measured{where}. A promise without a test does not stand here. Run them with
-`pytest -m guarantee`; [SECURITY.md](../SECURITY.md) says what is promised about hostile files.
 """
+
+FIGURES_ARE = (
+    "Written by `tools/guarantees.py`: the promises stand there, the tests are those marked with a promise's number,"
+    " and the figures are what those tests measured{where}. A promise without a test does not stand here. Run them with"
+    " `pytest -m guarantee`; [SECURITY.md](../SECURITY.md) says what is promised about hostile files."
+)
 
 AND_BESIDES = """
 ## And besides
@@ -285,7 +288,7 @@ def shown(figures: Iterable[dict[str, Any]]) -> list[str]:
         by_name[name] = _together(by_name[name], figure) if name in by_name else figure
     return [
         f"{name}: {_number(figure['value'])}" if figure["of"] is None else _count(name, figure)
-        for name, figure in by_name.items()
+        for name, figure in sorted(by_name.items(), key=lambda item: item[1]["of"] is None)  # counts first
     ]
 
 
@@ -303,19 +306,19 @@ def page(lines: Iterable[str]) -> str:
     environment = next((found for line in lines if "python" in (found := json.loads(line))), None)
     figures = added_up(lines)
     where = "" if environment is None else f" ({', '.join(f'{name} {what}' for name, what in environment.items())})"
-    parts = [HEAD.format(where=where)]
+    parts = [HEAD, _filled(FIGURES_ARE.format(where=where))]
     holding = marked()
     for row in ROWS:
         parts += [
             f"\n## {row.number}. {row.title}\n",
-            row.promise,
+            _filled(row.promise),
             "",
             *_evidence(holding.get(row.number, []), figures),
         ]
     parts.append(AND_BESIDES)
     for row in BESIDES:
         names = [*holding.get(row.number, []), *((SOAK,) if row.title == "Soak" else ())]
-        parts += [f"\n### {row.title}\n", row.promise, "", *_evidence(names, figures)]
+        parts += [f"\n### {row.title}\n", _filled(row.promise), "", *_evidence(names, figures)]
     return "\n".join(parts) + "\n" + LIMITS
 
 
@@ -326,7 +329,11 @@ def _evidence(names: list[str], figures: list[dict[str, Any]]) -> list[str]:
 
 def _tests(names: list[str]) -> list[str]:
     links = [f"[{name}](../{name.partition('::')[0]})" for name in names]
-    return ["", "Held by " + ", ".join(links) + "."] if links else []
+    return ["", _filled(f"Held by {', '.join(links)}.")] if links else []
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def environment() -> dict[str, str]:

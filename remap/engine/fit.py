@@ -118,7 +118,8 @@ class Loop:
     @property
     def changing(self) -> dict[str, Tensor]:
         """Buffers that training changes by the images each process sees; the first process's count, as in DDP."""
-        return {name: t for name, t in self.job.tensors().items() if name not in self.parameters}
+        changing = {name: t for name, t in self.job.tensors().items() if name not in self.parameters}
+        return {name: tensor for name, tensor in changing.items() if not isinstance(tensor, DTensor)}
 
     def begin(self, *, resume: bool) -> None:
         job = self.job

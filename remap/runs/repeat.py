@@ -45,7 +45,8 @@ def repeat(
     run = RunDir.open(path)
     _require_whole(run)
     recipe, summary = run.recipe(), run.summary()
-    _require_processes(run, int(summary["processes"]))
+    _require_figures(run, summary)
+    _require_processes(run, summary["processes"])
     if workers is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
     target = _target(run, recipe, output)
@@ -79,6 +80,18 @@ def _require_whole(run: RunDir) -> None:
         )
 
 
+def _require_figures(run: RunDir, summary: dict[str, Any]) -> None:
+    """What is compared in the end has to be there before hours of training."""
+    try:
+        for read in (lambda s: int(s["processes"]), lambda s: s["precision"], *_FIGURES.values()):
+            read(summary)
+        history(run)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(
+            f"{run.path} holds no figures of this version of remap", given=f"{type(error).__name__}: {error}"
+        ) from error
+
+
 def _require_processes(run: RunDir, wanted: int) -> None:
     running = accelerator().num_processes
     if running != wanted:
@@ -99,7 +112,8 @@ def _say_other_threads(run: RunDir, progress: Progress) -> None:
 def _target(run: RunDir, recipe: Recipe, output: Path | None) -> Path:
     """Where to run; refuses the first run's own folder, and a folder of another run."""
     if output is None:
-        return next_path(run.path.parent, f"{run.path.name}-repeat")
+        path = run.path if run.path.name not in ("", "..") else Path(absolute(run.path))  # `.` has no name
+        return next_path(path.parent, f"{path.name}-repeat")
     target = expanded(output)
     if Path(absolute(target)).is_relative_to(absolute(run.path)):
         raise RunError(

@@ -346,8 +346,11 @@ def test_a_killed_store_goes_on(tmp_path: Path, open_store: Callable[..., Record
 
 def test_two_processes_write_at_once(tmp_path: Path) -> None:
     names, size = digests(1200), 100
-    first, second = building(tmp_path, names[:800], size), building(tmp_path, names[400:], size)
-    assert first.stdout.readline() and second.stdout.readline()  # both are at work
+    first, second = building(tmp_path, names[:800], size, 0.02), building(tmp_path, names[400:], size, 0.02)
+    assert first.stdout.readline()
+    first.send_signal(signal.SIGSTOP)
+    assert second.stdout.readline()  # both are at work
+    first.send_signal(signal.SIGCONT)
     assert first.stdout.read() and second.stdout.read() and first.wait() == second.wait() == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["seg-0", "seg-1"]
     require_all(tmp_path, names, size)

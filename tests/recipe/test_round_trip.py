@@ -101,7 +101,11 @@ def test_every_other_field_changes_the_digest() -> None:
     seen = {base.digest()}
     for section in ("data", "teacher", "student", "train"):
         for name, value in getattr(base, section).model_dump().items():
-            if any(setting.startswith(f"{section}.{name}=") for setting in SILENT) or name in ("init", "shrink", "shard"):
+            if any(setting.startswith(f"{section}.{name}=") for setting in SILENT) or name in (
+                "init",
+                "shrink",
+                "shard",
+            ):
                 continue
             changed = (
                 not value

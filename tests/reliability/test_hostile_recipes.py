@@ -151,6 +151,19 @@ def test_names_of_recipes_of_any_look(name: str, run_command: Callable[..., str]
     assert any(word in shown for word in ("no such file", "File name too long", "no file has such a name"))
 
 
+def test_a_recipe_that_is_shown_is_letters_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """`remap recipes show` prints the file, comments and all."""
+    path = tmp_path / "x.yaml"
+    path.write_bytes(b"# \x1b[2J\x1b]0;title\x07 \xe2\x80\xae\nseed: 1\n")
+    monkeypatch.setattr(sys, "argv", ["remap", "recipes", "show", str(path)])
+    with pytest.raises(SystemExit) as caught:
+        command.main()
+    assert not caught.value.code
+    assert capsys.readouterr().out == "# \\x1b[2J\\x1b]0;title\\x07 \\u202e\nseed: 1\n"
+
+
 @pytest.mark.parametrize("word", ["${HOME}", "$HOME", "{{ HOME }}", "${oc.env:HOME}", "%HOME%", "!ENV HOME"])
 def test_environment_variables_are_words(word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a token would end up in recipe.yaml, which people share."""

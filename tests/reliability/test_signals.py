@@ -25,6 +25,7 @@ from PIL import Image
 
 from remap.engine import interrupt
 from remap.engine.launch import accelerator
+from remap.errors import Interrupted
 from remap.runs.rundir import RunDir
 from remap_cli import train, view
 from remap_cli.main import main
@@ -113,14 +114,19 @@ class House:
     arguments: list[str]
     children: list[Child] = field(default_factory=list)
 
-    def call(self, *words: str, slow: str = "", pause: float = 0.0, rank: int = 0, port: int = 0) -> Child:
-        """Fork a command; with a port it is one of two processes."""
+    def call(
+        self, *words: str, slow: str = "", pause: float = 0.0, last: float = 0.0, rank: int = 0, port: int = 0
+    ) -> Child:
+        """Fork a command; with a port it is one of two processes. ``last`` are seconds that its last words take."""
         heard, pipe = os.pipe()
+        told = view.error
 
         def work() -> None:
             os.close(heard)
             Telling.pipe, Telling.slow, Telling.pause = pipe, slow, pause
             view.Reporter = Telling
+            if last:
+                view.error = lambda problem: (os.write(pipe, b"last words\n"), time.sleep(last), told(problem))
             sys.argv = ["remap", *words]
             if port:
                 _be_one_of_two(rank, port)
@@ -266,6 +272,47 @@ def test_a_second_signal_leaves_at_once(
     house.go_on(tmp_path / "run")
     assert _task(tmp_path / "run") == _task(house.folder / "twin")
     figure("second signals that left at once, with a whole checkpoint", 1, 1)
+
+
+def test_a_signal_among_the_last_words_changes_nothing(house: House, tmp_path: Path) -> None:
+    """Impatience while the message is printed: no traceback instead of it."""
+    child = house.start(tmp_path / "run", slow=TRAINING, pause=0.06, last=0.3)
+    child.hear("step")
+    os.killpg(child.pid, signal.SIGTERM)
+    child.hear("last words")
+    os.killpg(child.pid, signal.SIGTERM)
+    code, _ = child.leave()
+    said = child.output.read_text()
+    assert code == 143 and "--resume" in said and "Traceback" not in said
+
+
+def test_a_signal_that_a_library_turns_into_its_own_error_is_still_one() -> None:
+    """As an extension module does that meets an exception where it expects a number."""
+    with pytest.raises(Interrupted) as caught, interrupt.watching():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Interrupted:
+            raise ValueError("could not determine the shape") from None
+    assert caught.value.exit_code == 143
+    with pytest.raises(ValueError, match="an error of its own"), interrupt.watching():
+        raise ValueError("an error of its own")
+
+
+def test_half_written_files_go_when_the_run_goes_on(house: House, tmp_path: Path) -> None:
+    """What SIGKILL leaves beside the files of a run, and before the command was noted; but no file of the user's."""
+    run = tmp_path / "run"
+    child = house.start(run, slow=TRAINING, pause=0.06)
+    child.hear("step", 2)
+    os.killpg(child.pid, signal.SIGKILL)
+    assert child.leave()[0] == -signal.SIGKILL
+    strays = [run / ".status.json.99.tmp", run / "teacher" / ".task.json.99.tmp", run / ".recipe.yaml.99.tmp.99.tmp"]
+    for path in (*strays, run / "mine.99.tmp"):
+        path.write_text("half")
+    (run / "command.txt").unlink()
+    house.go_on(run)
+    assert not any(path.exists() for path in strays) and (run / "mine.99.tmp").is_file()
+    assert (run / "command.txt").read_text().endswith(f"--resume={run}\n")
+    assert _task(run) == _task(house.folder / "twin")
 
 
 # Where a signal to one of two lands, and which of them gets it.

@@ -151,6 +151,9 @@ def _status(status: str, message: str = "") -> Callable[[Path], None]:
         (lambda run: (run / "summary.json").unlink(), ["no result that could be compared"]),
         (lambda run: (run / "recipe.yaml").unlink(), ["is no run directory"]),
         (lambda run: (run / "task" / "task.safetensors").write_bytes(b"x"), ["task.safetensors is damaged"]),
+        (lambda run: (run / "metrics.jsonl").unlink(), ["cannot read", "metrics.jsonl"]),
+        (lambda run: (run / "environment.json").unlink(), ["cannot read", "environment.json"]),
+        (lambda run: edit(run / "summary.json", lambda s: s.pop("student")), ["no figures of this version", "student"]),
         (lambda run: edit(run / "summary.json", lambda s: s.update(processes=2)), ["made by 2 process", "1 process"]),
     ],
 )
@@ -193,7 +196,7 @@ def test_other_images_and_other_weights_are_refused_before_training(
     assert steps.steps == 0 and [path.name for path in run.parent.iterdir()] == [run.name]
 
 
-def test_where_a_repeat_may_go(run: Path, tiny: Any, tmp_path: Path) -> None:
+def test_where_a_repeat_may_go(run: Path, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunError, match="does not go into the run"):
         repeat(run, run / "again")
     other = RunDir.create(tmp_path / "other", tiny.recipe("train.epochs=3"))
@@ -201,6 +204,8 @@ def test_where_a_repeat_may_go(run: Path, tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is a run of another recipe; nothing in it was touched"):
         repeat(run, other.path)
     assert state_of(other.path) == before and not (run / "again").exists()
+    monkeypatch.chdir(run)
+    assert Path(repeat(Path("."))["repeat"]) == run.parent / "run-repeat-001"
 
 
 def test_an_interrupted_repeat_goes_on(run: Path, tmp_path: Path, watch: Watch) -> None:
