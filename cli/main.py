@@ -32,14 +32,16 @@ def main() -> None:
     """Run the command line: a user's mistake is one message and exit code 2, Ctrl-C is 130, a bug is a traceback."""
     from remap.errors import RemapError
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stopped)
-    launch.begin()
     try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _stopped)
+        launch.begin()
         app()
     except SystemExit as leaving:  # how Typer ends, well or not
         _leave(leaving.code)
     except Exception as error:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # all that is left is to say why
         if launch.told_of_failure():  # what comes of that is no news
             _leave(launch.LOST)
         problem = error if isinstance(error, RemapError) else _lost_process(error)

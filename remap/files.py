@@ -4,12 +4,15 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from remap.errors import DiskFull, RunError
 
+# What ``write_bytes`` writes into before it renames.
+_DRAFT = re.compile(r"\..+\.\d+\.tmp")
 # No room: on the disk, in the user's quota, or under a limit of file sizes.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ELSEWHERE = "choose another --output, or let this place be written"
@@ -46,6 +49,14 @@ def write_bytes(path: Path, data: bytes) -> None:
                 do=f"{_ROOM}; {untouched}",
             ) from error
         raise RunError(f"cannot write {path}: {error.strerror}", do=f"{_ELSEWHERE}; {untouched}") from error
+
+
+def sweep(folder: Path) -> None:
+    """Delete what writers that were killed left in a folder and in those below it."""
+    for path in folder.rglob(".*.tmp"):
+        if _DRAFT.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -67,7 +67,7 @@ def pooled_features(
     network.model.eval()
     runner = Runner(network, Needs(pooled=True))
     rows, kept = [], []
-    with progress.wait("teacher features", len(source.split)) as step, deferred():
+    with deferred(), progress.wait("teacher features", len(source.split)) as step:
         for start in range(0, len(source.split), batch_size):
             leave_if_asked(accelerator, "the teacher's head was being fitted")
             images, good = source.batch(np.arange(start, min(start + batch_size, len(source.split))))

@@ -55,7 +55,7 @@ def evaluate(
     runner = Runner(network, bf16=bf16)
     predictions = torch.full((len(source.split),), -1, dtype=torch.int64, device=accelerator.device)
     rounds = range(0, len(source.split), batch_size * accelerator.num_processes)
-    with progress.wait(f"evaluating {what}", len(rounds)) as step, deferred():
+    with deferred(), progress.wait(f"evaluating {what}", len(rounds)) as step:
         for first in rounds:  # the same number on every process, so that they can leave together
             leave_if_asked(accelerator, f"{what} was being evaluated")
             start = first + batch_size * accelerator.process_index

@@ -50,7 +50,7 @@ class FrozenFeatures:
         """Run the stem over all images, in eval mode."""
         self._runner.model.eval()
         count = len(self.split)
-        with progress.wait(f"frozen features of {what}", count) as step, deferred():
+        with deferred(), progress.wait(f"frozen features of {what}", count) as step:
             for start in range(0, count, batch_size):
                 leave_if_asked(self._accelerator, "frozen features were being computed")
                 images, good = self.source.batch(np.arange(start, min(start + batch_size, count)))

@@ -28,22 +28,28 @@ class _Watch:
     Attributes:
         signal: Its number, 0 for none; the file counts as SIGTERM.
         deferring: Blocks entered in which a signal waits for the next look.
+        raised: What a signal raised where it did not wait.
     """
 
     def __init__(self, file: Path | None) -> None:
         self.signal, self.deferring, self.file = 0, 0, file
         self.looked = -LOOK_EVERY
         self.earlier: dict[int, object] = {}
+        self.raised: Interrupted | None = None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal:
-            raise Interrupted("stopped at once; the last checkpoint is whole", exit_code=128 + number, at_once=True)
+            self.raised = Interrupted(
+                "stopped at once; the last checkpoint is whole", exit_code=128 + number, at_once=True
+            )
+            raise self.raised
         self.signal = number
         if not self.deferring:
+            self.raised = Interrupted("stopped by a signal", exit_code=128 + number)
             earlier = self.earlier[number]
             if callable(earlier):
                 earlier(number, frame)
-            raise Interrupted("stopped by a signal", exit_code=128 + number)
+            raise self.raised
 
     def look_for_file(self) -> None:
         if self.file is None or self.signal or time.monotonic() - self.looked < LOOK_EVERY:
@@ -80,6 +86,11 @@ def watching(file: Path | None = None) -> Iterator[None]:
         watch.earlier = {number: signal.signal(number, watch.handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except Exception as error:
+        if watch.raised is None or isinstance(error, Interrupted):
+            raise
+        # A library that was at work when the signal came may report something else than what was raised in it.
+        raise watch.raised from error
     finally:
         _watch = None
         for number, handler in watch.earlier.items():

@@ -196,7 +196,7 @@ def keep_in_memory(
         TrainingError: What it gives is not finite.
     """
     kept = InMemory()
-    with progress.wait("teacher outputs", lessons.count) as step, deferred():
+    with deferred(), progress.wait("teacher outputs", lessons.count) as step:
         for view, indices in lessons.chunks(batch_size):
             leave_if_asked(accelerator, "teacher outputs were being computed")
             images, good = lessons.images(view, indices)
@@ -224,7 +224,7 @@ def keep_on_disk(
     kept = OnDisk(store, lessons.source, lessons.augment, lessons.seed)
     chunks, processes = list(lessons.chunks(batch_size)), accelerator.num_processes
     try:
-        with progress.wait("teacher outputs on disk", lessons.count) as step, deferred():
+        with deferred(), progress.wait("teacher outputs on disk", lessons.count) as step:
             for first in range(0, len(chunks), processes):  # in equal rounds, so that all can leave together
                 leave_if_asked(accelerator, "the teacher outputs computed so far are kept on disk")
                 mine = chunks[first : first + processes][accelerator.process_index :][:1]

@@ -123,12 +123,12 @@ class RunDir:
         files.write_text(draft, recipe)
         try:
             os.link(draft, self.path / "recipe.yaml")
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # another process has it, and swept the draft
             raise self._exists_already() from None
         except OSError:  # a file system without hard links; two runs at the same instant are not told apart there
             files.write_text(self.path / "recipe.yaml", recipe)
         finally:
-            draft.unlink()
+            draft.unlink(missing_ok=True)
 
     def _exists_already(self) -> RunError:
         return RunError(
@@ -166,7 +166,15 @@ class RunDir:
                 ) from None
             except OSError:  # a file system without locks
                 pass
+            self._sweep()
             yield
+
+    def _sweep(self) -> None:
+        """Delete what processes that were killed here left half-written."""
+        files.sweep(self.path)
+        for entry in self.path.iterdir():
+            if _DRAFT.fullmatch(entry.name):
+                entry.unlink(missing_ok=True)
 
     def recipe(self) -> Recipe:
         return load(self.path / "recipe.yaml")
@@ -176,6 +184,8 @@ class RunDir:
 
         A run that goes on somewhere else keeps the environment it began in, and adds the other one under "resumed".
         """
+        if not (self.path / "command.txt").is_file():  # killed right after it was made
+            files.write_text(self.path / "command.txt", shlex.join(command()) + "\n")
         path, now = self.path / "environment.json", environment() | machine
         if resuming and path.is_file():
             first = files.read_json(path)

@@ -20,8 +20,7 @@ from remap.engine.optim import adamw, learning_rate
 from remap.errors import TrainingError
 from remap.progress import Silent
 from remap.recipe.schema import TrainSpec
-from remap.remapping.objective import Objective
-from remap.running import resume, start
+from remap.running import start
 from remap.runs.rundir import RunDir
 
 

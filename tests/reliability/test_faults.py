@@ -1,4 +1,4 @@
-"""Numbers that are not finite, and memory that runs out. Expected values: weights before the step, an undisturbed twin."""
+"""Numbers that are not finite, and memory that runs out. Expected: weights before the step, an undisturbed twin."""
 
 import json
 import subprocess
