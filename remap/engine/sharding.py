@@ -8,6 +8,7 @@ all others are left to the loop.
 
 import gc
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,22 +137,41 @@ def shard(networks: Iterable[Network], device: torch.device) -> Sharding:
     networks = list({id(network.model): network for network in networks}.values())
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     modules = list(dict.fromkeys(module for network in networks for module in network.model.modules()))
-    parameters = [(module, name, p) for module in modules for name, p in module._parameters.items() if p is not None]
     before = {module: (type(module), _attributes(module)) for module in modules}
+    originals = _Originals(modules)
     for network in networks:
-        _shard(network, partial(fully_shard, mesh=mesh))
+        _shard(network, partial(fully_shard, mesh=mesh), originals)
         network.model.to(device)
-    emptied = [(module, name, p) for module, name, p in parameters if module._parameters[name] is not p]
-    for _, _, parameter in emptied:
-        parameter.data = parameter.new_empty(0)
     return Sharding(
         [(module, cls) for module, (cls, _) in before.items() if type(module) is not cls],
         [change for module, (_, attributes) in before.items() for change in _added(module, attributes)],
-        emptied,
+        originals.replaced,
     )
 
 
-def _shard(network: Network, fully: Callable[..., FSDPModule]) -> None:
+class _Originals:
+    """The parameters that were there before. As soon as no module has one any more, its memory is given back."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.places = Counter(parameter for _, _, parameter in _parameters(modules))
+        self.replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+
+    def settle(self, there: Iterable[tuple[nn.Module, str, nn.Parameter]]) -> None:
+        """Take note of what was replaced in a block, whose parameters were ``there``."""
+        for module, name, parameter in there:
+            if module._parameters[name] is not parameter:
+                self.replaced.append((module, name, parameter))
+                self.places[parameter] -= 1
+                if not self.places[parameter]:
+                    parameter.data = parameter.new_empty(0)
+
+
+def _parameters(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Every place of a parameter."""
+    return [(module, name, p) for module in modules for name, p in module._parameters.items() if p is not None]
+
+
+def _shard(network: Network, fully: Callable[..., FSDPModule], originals: _Originals) -> None:
     model = network.model
     stay = {p for name, p in model.named_parameters() if _stays_whole(name, p, network)}
     for path in dict.fromkeys(paths.block for paths in network.anatomy.blocks):
@@ -159,7 +179,9 @@ def _shard(network: Network, fully: Callable[..., FSDPModule]) -> None:
         kept = _AttributesOfInput()
         block.register_forward_pre_hook(kept.put_back, prepend=True)
         _named_as_before(block)
+        there = _parameters(block.modules())
         fully(block, reshard_after_forward=True, ignored_params=stay)
+        originals.settle(there)
         block.register_forward_pre_hook(kept.take, prepend=True)
         _apart(block)
     # Without tensors of its own: through it blocks share their communication, and fetch ahead.
