@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from remap import outside
 from remap.errors import DiskFull, RunError
 
 # What ``write_bytes`` writes into before it renames.
@@ -74,8 +75,11 @@ def make_folder(path: Path) -> None:
 
     Raises:
         DiskFull: There is no room.
-        RunError: The place cannot be written.
+        RunError: The place cannot be written, or no folder can have such a name.
     """
+    unfit = outside.unfit_for_a_place(path)
+    if unfit:
+        raise RunError("no folder can be made there", given=outside.plain(f"{path}: {unfit}"), do=_ELSEWHERE)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -123,14 +127,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
+    """``outside.read_json`` for the files of a run directory.
 
     Raises:
         RunError: It is missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return outside.read_json(path)
+    except ValueError as error:
         raise RunError(f"cannot read {path}: {error}", do="name a run directory that `remap` wrote") from error
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 # Linux's PATH_MAX.
 LONGEST_PATH = 4096
-# Far beyond what remap writes, far below where Python's own parser gives up.
-_JSON_DEPTH = 64
+# Far beyond what remap writes (a million class names are some 20 MB), far below what fills a memory; and levels, far
+# below where Python's own parser gives up.
+MOST_JSON_BYTES, _JSON_DEPTH = 64 * 2**20, 64
 # Characters that turn the text around them: embeddings, overrides and isolates (Unicode Annex 9, section 2).
 _TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _KINDS = (
@@ -79,6 +80,20 @@ def _require_regular(mode: int, name: str) -> None:
         raise OSError(errno.EINVAL, f"it is {kind}, no file", name)
 
 
+def read_json(path: str | Path, limit: int = MOST_JSON_BYTES) -> Any:
+    """JSON from a regular file of at most ``limit`` bytes.
+
+    Raises:
+        ValueError: It cannot be read, or is no JSON as ``parse_json`` takes it; the message says why, fit for a terminal.
+    """
+    try:
+        return parse_json(read_regular(path, limit))
+    except OSError as error:
+        raise ValueError(error.strerror or type(error).__name__) from error
+    except ValueError as error:
+        raise ValueError(plain(str(error))) from error
+
+
 def parse_json(data: bytes | str) -> Any:
     """JSON as RFC 8259 has it: no key twice, no NaN or Infinity, at most 64 levels.
 
@@ -127,6 +142,15 @@ def plain(text: str, *, keep: str = "") -> str:
     characters that turn the direction of the text become escapes, as ``repr`` writes them; those in ``keep`` stay.
     """
     return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
+def unfit_for_a_place(path: str | Path) -> str | None:
+    """What is wrong with a path, ``expanded`` before, at which something is to be made; None if nothing."""
+    text = os.fspath(path)
+    unfit = unfit_for_a_name(text)
+    if unfit:
+        return f"it holds {unfit}"
+    return f"no home folder is known for {text.split('/')[0]}" if text.startswith("~") else None
 
 
 def unfit_for_a_name(text: str) -> str | None:

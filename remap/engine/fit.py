@@ -118,8 +118,9 @@ class Loop:
     @property
     def changing(self) -> dict[str, Tensor]:
         """Buffers that training changes by the images each process sees; the first process's count, as in DDP."""
-        changing = {name: t for name, t in self.job.tensors().items() if name not in self.parameters}
-        return {name: tensor for name, tensor in changing.items() if not isinstance(tensor, DTensor)}
+        job = self.job
+        buffers = job.student.tensors | {f"objective.{name}": buffer for name, buffer in job.objective.named_buffers()}
+        return {name: t for name, t in buffers.items() if name not in self.parameters and not isinstance(t, DTensor)}
 
     def begin(self, *, resume: bool) -> None:
         job = self.job
@@ -167,7 +168,8 @@ class Loop:
         update = state.epoch * steps + state.step
         rate = learning_rate(spec, self.job.peak_lr, update, steps) * state.lr_factor
         set_learning_rate(self.optimizer, rate)
-        from_first(accelerator, self.changing.values())
+        if accelerator.num_processes > 1:
+            from_first(accelerator, self.changing.values())
         sums = self.accumulate(update)
         self._require_gradients()
         average(accelerator, [p.grad for p in self.parameters.values() if not isinstance(p.grad, DTensor)])
