@@ -356,15 +356,19 @@ def recipes_copy(
     to: Annotated[str, typer.Argument(help="File or folder to copy to.")] = ".",
 ) -> None:
     """Copy a shipped recipe to edit it."""
-    from pathlib import Path
+    import os
 
     from remap.errors import RecipeError
     from remap.files import write_text
+    from remap.outside import expanded, plain, unfit_for_a_place
     from remap.recipe import catalogue, strict_yaml
 
-    source, target = catalogue.find(name), Path(to).expanduser()
-    target = target / source.name if target.is_dir() else target
-    if target.exists():
+    source, target = catalogue.find(name), expanded(to)
+    target = target / source.name if os.path.isdir(target) else target
+    unfit = unfit_for_a_place(target)
+    if unfit:
+        raise RecipeError([plain(f"cannot be made: {unfit}")], plain(str(target)))
+    if os.path.lexists(target):
         raise RecipeError(["exists already and was not touched; name another file"], str(target))
     write_text(target, strict_yaml.read_text(source))
     view.note(f"wrote {target}; run it with: remap distill --recipe {target}")

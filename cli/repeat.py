@@ -1,13 +1,12 @@
 """``remap repeat``: run a run again and compare."""
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from remap.outside import expanded
+from remap.outside import expanded, read_json
 from remap_cli import launch, view
 from remap_cli import options as opt
 from remap_cli.main import app
@@ -50,8 +49,8 @@ def repeat(
 def _recorded(file: Path, key: str) -> Any:
     """One entry of a run's record; what is wrong with the run, its reader says."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))[key]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return read_json(file)[key]
+    except (ValueError, KeyError, TypeError):
         return None
 
 

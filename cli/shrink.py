@@ -1,17 +1,16 @@
 """``remap shrink``: a smaller model cut from a larger one, as a folder that timm opens."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from remap.outside import expanded, plain
 from remap_cli import options as opt
 from remap_cli import view
 from remap_cli.main import app
 
-if TYPE_CHECKING:
-    from remap.recipe.schema import ShrinkSpec
-
+Section = TypeVar("Section")
 _SHAPE, _CHOICE = "Shape", "How the parts that stay are chosen"
 
 
@@ -78,18 +77,21 @@ def shrink(
         "images": images,
     }
     given = {name: value for name, value in options.items() if value is not None}
+    output = expanded(output)
     if gates is not None:
         _take_out(teacher, output, gates, list(given), json)
         return
     _require_a_shape(given)
-    spec = _spec(given)
-    from remap.recipe.schema import DataSpec, TeacherSpec
+    from remap.recipe.schema import DataSpec, ShrinkSpec, TeacherSpec
+
+    spec, source = _checked(ShrinkSpec, given), _checked(DataSpec, {"source": data})
+    larger = _checked(TeacherSpec, {"model": teacher, "weights": weights})
     from remap.runs.task import require_tuned
     from remap.shrinking import cut
 
     require_tuned(teacher)
     with view.Reporter() as progress:
-        found = cut(TeacherSpec(model=teacher, weights=weights), spec, DataSpec(source=data), output, seed, progress)
+        found = cut(larger, spec, source, output, seed, progress)
     if json:
         view.emit({"output": str(output), **found.to_dict()})
         return
@@ -110,7 +112,7 @@ def _take_out(run: str, output: Path, gates: float, given: list[str], json: bool
         problems = [f"--{name}: --gates takes out whole blocks of a run, and nothing else" for name in given]
         raise RecipeError(problems, "command line")
     with view.Reporter():
-        kept, openness = take_out_skipped(Path(run).expanduser(), output, gates)
+        kept, openness = take_out_skipped(expanded(run), output, gates)
     if json:
         view.emit({"output": str(output), "kept": kept, "gates": openness})
         return
@@ -133,15 +135,14 @@ def _multiply_adds(number: float) -> str:
     return f"{number / 1e9:.2f} G" if number >= 1e9 else f"{number / 1e6:.1f} M"
 
 
-def _spec(options: dict[str, Any]) -> "ShrinkSpec":
+def _checked(kind: type[Section], values: dict[str, Any]) -> Section:
     from pydantic import ValidationError
 
     from remap.errors import RecipeError
     from remap.recipe.problems import lines_of
-    from remap.recipe.schema import ShrinkSpec
 
     try:
-        return ShrinkSpec(**options)
+        return kind(**values)
     except ValidationError as error:
-        lines = [line.removeprefix("recipe: ") for line in lines_of(error, ShrinkSpec)]
+        lines = [plain(line.removeprefix("recipe: ")) for line in lines_of(error, kind)]
         raise RecipeError(lines, "command line") from None

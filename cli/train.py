@@ -5,6 +5,7 @@ from typing import Any
 
 from remap.errors import RecipeError
 from remap.files import size
+from remap.outside import expanded
 from remap.recipe import Recipe, resolve, resolve_distill
 from remap.runs.objective import without_idle_losses
 from remap_cli import estimates, launch, view
@@ -49,7 +50,7 @@ def go_on(path: Path, asked: list[str], json: bool, devices: int | None = None) 
     from remap.running import resume
 
     with view.Reporter(quiet=not launch.is_first()) as progress:
-        result = resume(path.expanduser(), progress, devices or launch.recorded(path))
+        result = resume(expanded(path), progress, devices or launch.recorded(path))
     if launch.is_first():
         _show(dict(result.summary), json)
 

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from remap.files import size
+from remap.outside import expanded
 from remap_cli import launch, view
 from remap_cli import options as opt
 from remap_cli.main import app
@@ -116,7 +117,7 @@ def compare(
     chosen = chosen_methods(methods)
     with view.Reporter() as progress:
         resolved = read_recipe(opt.words(values), recipe, settings or [], with_teacher=True)
-        folder = (output or default_path() / f"compare-{resolved.name}").expanduser()
+        folder = expanded(output or default_path() / f"compare-{resolved.name}")
         table = run_compare(resolved, chosen, seeds, folder, progress)
     if json:
         view.emit(table)

@@ -15,6 +15,7 @@ from remap.data.images import decode
 from remap.data.views import View
 from remap.errors import RecipeError
 from remap.network import Network, Runner, choose_attention
+from remap.outside import expanded
 from remap.recipe.problems import lines_of
 from remap.runs.task import load_task
 from remap.tuning import config_of, rows_of
@@ -63,7 +64,7 @@ class Student:
         Raises:
             BadImage: It cannot be read.
         """
-        return self.view.apply(decode(Path(image).expanduser() if isinstance(image, str) else image))
+        return self.view.apply(decode(expanded(image) if isinstance(image, str) else image))
 
     @torch.no_grad()
     def logits(self, images: Sequence[Image.Image | bytes | Path | str]) -> Tensor:
@@ -91,7 +92,7 @@ def load_student(run_dir: str | Path, device: str | torch.device | None = None) 
     Raises:
         RunError: The files are damaged or the backbone is another one.
     """
-    network, view = load_task(Path(run_dir).expanduser())
+    network, view = load_task(expanded(run_dir))
     if device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     return Student(network, view, torch.device(device))

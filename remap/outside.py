@@ -1,6 +1,7 @@
 """What comes from outside: files read within bounds, paths that cannot fail, JSON that is only data, names to show."""
 
 import errno
+import hashlib
 import json
 import os
 import stat
@@ -72,6 +73,16 @@ def open_regular(path: str | Path) -> Any:
         raise
 
 
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a regular file in hex, whatever its size.
+
+    Raises:
+        OSError: As ``open_regular``.
+    """
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _require_regular(mode: int, name: str) -> None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
@@ -84,7 +95,7 @@ def read_json(path: str | Path, limit: int = MOST_JSON_BYTES) -> Any:
     """JSON from a regular file of at most ``limit`` bytes.
 
     Raises:
-        ValueError: It cannot be read, or is no JSON as ``parse_json`` takes it; the message says why, fit for a terminal.
+        ValueError: It cannot be read, or ``parse_json`` refuses it; the message is the reason, fit for a terminal.
     """
     try:
         return parse_json(read_regular(path, limit))
@@ -150,6 +161,10 @@ def unfit_for_a_place(path: str | Path) -> str | None:
     unfit = unfit_for_a_name(text)
     if unfit:
         return f"it holds {unfit}"
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return "it holds a character that no file name has"
     return f"no home folder is known for {text.split('/')[0]}" if text.startswith("~") else None
 
 

@@ -1,5 +1,6 @@
 """A run from start to end. Every command that trains calls ``run``."""
 
+import hashlib
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -10,7 +11,7 @@ from typing import Any
 
 from remap import files
 from remap.assembly import Parts, assemble, features_in_training, listed, sample_for
-from remap.backbones.build import require_at_hand
+from remap.backbones.build import add_tensors, require_at_hand
 from remap.bench import Bench
 from remap.data.records import Item
 from remap.data.views import ViewSource
@@ -23,10 +24,12 @@ from remap.engine.job import Job
 from remap.engine.launch import accelerator, check_processes, lost_process, text_of_first
 from remap.engine.machine import machine
 from remap.engine.memory import peak_bytes
-from remap.errors import DiskFull, Interrupted, RecipeError, RemapError, TrainingError
+from remap.engine.sharding import whole
+from remap.errors import Interrupted, RecipeError, RemapError, RunError, TrainingError
 from remap.freezing import Frozen, trainables
 from remap.network import Network
 from remap.outputs import build_caches, teachers_in_training
+from remap.outside import expanded
 from remap.progress import Progress, Silent
 from remap.recipe import Recipe, resolve, resolve_distill
 from remap.recipe.checks import what_changes
@@ -84,7 +87,7 @@ def start(
     _require_at_hand(recipe, bench)
     recipe = without_idle_losses(recipe, progress)
     stem = f"{recipe.name}-{recipe.method.name}"
-    path = Path(output).expanduser() if output is not None else next_path(default_path(), stem)
+    path = expanded(output) if output is not None else next_path(default_path(), stem)
     path = Path(text_of_first(str(path)))  # another run may have taken the name that the others have found free
     run_dir = RunDir.create(path, recipe) if accelerator().is_main_process else RunDir(path)
     return run(recipe, run_dir, progress, bench)
@@ -145,7 +148,7 @@ def resume(path: Path, progress: Progress = Silent(), processes: int | None = No
     Args:
         processes: The number there must be; it need not be that of before, since the batch size is global.
     """
-    path = path.expanduser()
+    path = expanded(path)
     run_dir = RunDir.open(path)
     recipe = run_dir.recipe()
     check_processes(processes)
@@ -185,16 +188,18 @@ def _noted(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, re
         with watching(run_dir.stop):
             result = _run(recipe, run_dir, progress, bench, resuming)
     except Interrupted as error:
-        _note(run_dir, "stopped", error.what)
+        if main:
+            _note(run_dir, "stopped", error.what)
         command = f"remap {'distill' if recipe.teacher else 'tune'} --resume {run_dir.path}"
         raise Interrupted(
             error.what, exit_code=error.exit_code, do=f"go on with: {command}", at_once=error.at_once
         ) from error
     except KeyboardInterrupt:
-        _note(run_dir, "stopped", "interrupted")
+        if main:
+            _note(run_dir, "stopped", "interrupted")
         raise
     except BaseException as error:
-        _note(run_dir, "failed", str(lost_process(error) or error))
+        _note_failure(run_dir, error)
         if isinstance(error, RuntimeError) and is_out_of_memory(error):  # training itself goes on with smaller steps
             raise TrainingError(
                 "out of memory",
@@ -209,11 +214,22 @@ def _noted(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, re
 
 def _note(run_dir: RunDir, status: str, message: str) -> None:
     """Record how a run ended, unless the disk that broke it refuses this too."""
-    if accelerator().is_main_process:
+    for _ in range(2):  # a second signal may come meanwhile
         try:
-            run_dir.set_status(status, message)
+            return run_dir.set_status(status, message)
+        except Interrupted:
+            continue
         except RemapError:
             return
+
+
+def _note_failure(run_dir: RunDir, error: BaseException) -> None:
+    """The process that failed says why; that others lost it is no news."""
+    lost = lost_process(error)
+    if lost is None:
+        _note(run_dir, "failed", str(error))
+    elif accelerator().is_main_process and run_dir.status() == "running":
+        _note(run_dir, "failed", str(lost))
 
 
 def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resuming: bool) -> Result:
@@ -245,7 +261,7 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
     def each_record(history: list[dict[str, Any]]) -> None:
         try:
             run_dir.write_metrics(history)
-        except DiskFull as error:  # written anew after the next epoch
+        except RunError as error:  # written anew after the next epoch, and at the end
             progress.say(f"the metrics of this epoch are not written yet: {error.what}")
 
     job = Job(
@@ -258,6 +274,7 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
         bf16=parts.bf16,
         progress=progress,
         data_digest=parts.views.digest(progress),
+        weights_digest=_weights_digest(parts),
         evaluate=each_epoch,
         on_epoch=each_record,
         checkpoint=run_dir.checkpoint,
@@ -282,6 +299,8 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
         for teacher in teachers:
             teacher.close()  # other runs may share the network
     parts.student.model.eval()
+    if accelerator().is_main_process:
+        run_dir.write_metrics(state.history)
     unchanged = frozen.require_unchanged(parts.student)
     for number, prepared in enumerate(parts.teachers):
         if prepared.spec.model == EMA:
@@ -304,6 +323,16 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
         run_dir.write_summary(summary)
     accelerator().wait_for_everyone()
     return Result(run_dir.path, summary, parts.student)
+
+
+def _weights_digest(parts: Parts) -> str:
+    """Which weights the student and its teachers came with, and those of the teachers' heads."""
+    digest = hashlib.sha256(parts.student.identity.sha256.encode())
+    for teacher in parts.teachers:
+        digest.update(teacher.network.identity.sha256.encode())
+        if teacher.spec.model != EMA:  # which changes in training
+            add_tensors(digest, {name: whole(tensor) for name, tensor in teacher.network.tensors.items()})
+    return digest.hexdigest()[:16]
 
 
 def _bytes_of_a_run(job: Job) -> int:

@@ -19,6 +19,7 @@ from remap.engine.launch import accelerator
 from remap.engine.sharding import is_sharded, shard, wants_sharding, whole
 from remap.errors import TrainingError
 from remap.network import Network, choose_attention, tuned
+from remap.outside import expanded
 from remap.progress import Progress
 from remap.recipe.paths import is_run
 from remap.recipe.schema import EMA, SELF, LossSpec, MethodSpec, Recipe, StudentSpec, TeacherSpec
@@ -79,7 +80,7 @@ def load_teacher(
         return PreparedTeacher(network, spec, _key(network, "none", spec, recipe), "none")
     if is_run(spec.model):
         require_size_of_run(spec)
-        network, _ = load_task(Path(spec.model).expanduser())
+        network, _ = load_task(expanded(spec.model))
         if network.classes == classes:
             key = _key(network, "its own", spec, recipe)
             return placed(PreparedTeacher(network, spec, key, "its own"), recipe, device)

@@ -127,13 +127,35 @@ def test_json_refuses_what_is_no_number(tmp_path: Path, value: float) -> None:
     assert json.loads(path.read_text()) == 1
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff\xfe"], ids=["missing", "empty", "cut", "not text"])
+DAMAGED = {
+    "missing": None,
+    "empty": b"",
+    "cut": b"{",
+    "not text": b"\xff\xfe",
+    "deep": b"[" * 100_000,
+    "a key twice": b'{"a": 1, "a": 2}',
+    "a terminal's": b'{"\x1b[2J": 1, "\x1b[2J": 1}',
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=list(DAMAGED))
 def test_damaged_json_is_the_users_error(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "summary.json"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(RunError, match="cannot read .*summary.json"):
+    with pytest.raises(RunError, match="cannot read .*summary.json") as caught:
         files.read_json(path)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_json_without_end_is_not_waited_for(tmp_path: Path) -> None:
+    """A pipe that nobody writes to, and a terabyte without blocks on disk."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", 2**40)
+    for name, reason in (("pipe", "it is a FIFO"), ("large", "larger than")):
+        with pytest.raises(RunError, match=reason):
+            files.read_json(tmp_path / name)
 
 
 def test_folders_are_made_or_refused_with_a_reason(tmp_path: Path) -> None:

@@ -97,14 +97,6 @@ def test_a_run_leaves_what_the_directory_promises(tiny: Any, tmp_path: Path, his
     assert before == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tiny: Any, tmp_path: Path) -> None:
-    tasks = []
-    for number, seed in enumerate((0, 0, 1)):
-        start(tiny.recipe("data.augment=shift_flip", seed=seed), tmp_path / f"run{number}")
-        tasks.append((tmp_path / f"run{number}" / "task" / "task.safetensors").read_bytes())
-    assert tasks[0] == tasks[1] != tasks[2]
-
-
 def test_a_folder_that_cannot_be_written_is_named(tiny: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RunError, match="cannot make .*file/run"):

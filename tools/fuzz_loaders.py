@@ -35,7 +35,7 @@ with atheris.instrument_imports(include=["remap", "yaml", "tarfile", "json"]):
     from remap.errors import RemapError
     from remap.outside import parse_json
     from remap.recipe import catalogue, strict_yaml, validate
-    from remap.runs.task import _read_meta
+    from remap.runs.task_file import read_meta
 
 PLACE = Path(tempfile.mkdtemp(prefix="remap-fuzz-"))
 
@@ -61,7 +61,7 @@ def _written(name: str, data: bytes) -> Path:
 
 
 def _task(data: bytes) -> None:
-    _read_meta(_written("task.json", data).parent)
+    read_meta(_written("task.json", data).parent)
 
 
 def _safetensors(data: bytes) -> None:

@@ -1,12 +1,12 @@
 """Which family a model belongs to, told from its name without building it."""
 
-import json
 from pathlib import Path
 
 import timm
 
 from remap.backbones import mini  # noqa: F401 - registers the embedded pair with timm
 from remap.backbones.build import resolve_name
+from remap.outside import expanded, read_json
 
 # The modules of timm that the families read, and the embedded pair's. A few unusual variants in them are refused when
 # they are built.
@@ -27,7 +27,7 @@ def family_of_name(word: str) -> str | None:
     """The family of a short name, a timm name or tag, or a ``local-dir:`` folder; None where the name does not tell."""
     name = resolve_name(word)
     if name.startswith("local-dir:"):
-        name = _architecture(Path(name.removeprefix("local-dir:")).expanduser())
+        name = _architecture(expanded(name.removeprefix("local-dir:")))
     elif ":" in name:
         name = name.rpartition("/")[2]  # repositories of timm are called after their model
     if not timm.is_model(name):
@@ -37,6 +37,6 @@ def family_of_name(word: str) -> str | None:
 
 def _architecture(folder: Path) -> str:
     try:
-        return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architecture", ""))
-    except (OSError, ValueError, AttributeError):
+        return str(read_json(folder / "config.json").get("architecture", ""))
+    except (ValueError, AttributeError):
         return ""  # whoever builds it says what is wrong

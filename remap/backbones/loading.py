@@ -14,7 +14,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from remap.errors import BackboneError, WeightsError
-from remap.outside import open_regular, parse_json, plain, read_regular
+from remap.outside import open_regular, plain, read_json
 
 # A model folder's config.json: names and numbers, and at most 22 thousand names of classes with their descriptions.
 MOST_CONFIG_BYTES = 16 * 2**20
@@ -138,11 +138,9 @@ def require_model_folder(folder: Path, weights: str) -> None:
     """
     path = folder / "config.json"
     try:
-        config = parse_json(read_regular(path, MOST_CONFIG_BYTES))
-        architecture, arguments = _described(config)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else plain(str(error))
-        raise WeightsError(f"cannot read {path}: {reason}", do="see timm's save_for_hf") from error
+        architecture, arguments = _described(read_json(path, MOST_CONFIG_BYTES))
+    except ValueError as error:
+        raise WeightsError(f"cannot read {path}: {plain(str(error))}", do="see timm's save_for_hf") from error
     if weights != "pretrained":
         return
     files = sorted(folder.glob("*.safetensors"))

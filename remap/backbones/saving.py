@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from remap import files
 from remap.backbones.anatomy import anatomy_of
 from remap.errors import BackboneError, RunError
+from remap.outside import plain, unfit_for_a_place
 
 # Stands for architectures that timm itself does not know (the embedded pair): plain arguments make it any of them.
 _PLAIN = "vit_tiny_patch16_224"
@@ -50,10 +51,18 @@ def save_model_folder(model: nn.Module, folder: Path, shape: Mapping[str, object
 def require_free(folder: Path) -> None:
     """
     Raises:
-        RunError: There is something of that name.
+        RunError: There is something of that name, or nothing can have it.
     """
-    if folder.exists():
-        raise RunError(f"{folder} is there already", do="choose another --output, or remove it")
+    unfit = unfit_for_a_place(folder)
+    if unfit:
+        raise RunError("no model folder can be made there", given=plain(f"{folder}: {unfit}"), do="name another")
+    try:
+        os.lstat(folder)
+    except (FileNotFoundError, NotADirectoryError):  # whoever makes it says what is wrong with those above it
+        return
+    except OSError as error:
+        raise RunError(f"cannot make {folder}: {error.strerror}", do="choose another --output") from error
+    raise RunError(f"{folder} is there already", do="choose another --output, or remove it")
 
 
 def _write(model: nn.Module, folder: Path, shape: dict[str, object], classes: list[str]) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 from remap import __version__
 from remap.errors import RunError
 from remap.files import require_space as _require_space
+from remap.outside import expanded, plain, read_json, unfit_for_a_place
 from remap.runs.rundir import version_of
 
 # Changes when files of another version could be read wrongly.
@@ -107,14 +108,25 @@ class Cleared:
 
 
 def cache_root(environment: Mapping[str, str] = os.environ) -> Path:
-    """REMAP_CACHE, else remap in XDG_CACHE_HOME (ignored unless absolute, as its specification asks) or ~/.cache."""
+    """REMAP_CACHE, else remap in XDG_CACHE_HOME (ignored unless absolute, as its specification asks) or ~/.cache.
+
+    Raises:
+        RunError: No folder can have that name, or nobody is at home.
+    """
     if environment.get("REMAP_CACHE"):
-        base = Path(environment["REMAP_CACHE"]).expanduser().absolute()
+        base = expanded(environment["REMAP_CACHE"])
     elif Path(environment.get("XDG_CACHE_HOME", "")).is_absolute():
         base = Path(environment["XDG_CACHE_HOME"]) / "remap"
     else:
-        base = Path.home() / ".cache" / "remap"
-    return base / "teachers"
+        base = expanded("~/.cache/remap")
+    unfit = unfit_for_a_place(base)
+    if unfit:
+        raise RunError(
+            "no place for the teacher cache",
+            given=plain(f"{base}: {unfit}"),
+            do="name a folder in the environment variable REMAP_CACHE",
+        )
+    return base.absolute() / "teachers"
 
 
 def library_versions() -> dict[str, str]:
@@ -329,7 +341,7 @@ def _cache(folder: Path) -> Cache | None:
 
 
 def _item(folder: Path) -> ItemFolder:
-    said = json.loads((folder / ITEM_FILE).read_text(encoding="utf-8"))
+    said = read_json(folder / ITEM_FILE)
     shape = tuple(int(side) for side in said["shape"])
     records = sum(_bytes(segment / ROWS_FILE) // ROW_BYTES for segment in folder.glob("seg-*"))
     return ItemFolder(str(said["name"]), shape, str(said["dtype"]), said["top_k"], records, _records_bytes(folder))
@@ -351,9 +363,9 @@ def _read(folder: Path) -> dict[str, Any] | None:
     if not _NAME.fullmatch(folder.name) or folder.is_symlink() or path.is_symlink():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         return content if cache_id(content["key"], content["format"]) == folder.name else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from remap.engine import generations
+from remap.engine.processes import is_first, lowest_and_highest
 from remap.engine.sharding import fill, whole
 from remap.errors import RunError, TrainingError
 
@@ -33,7 +34,8 @@ class State:
         counted: Steps of this epoch that ``loss_sums`` is over: all but the skipped ones.
         accumulation: Micro-batches to a step on each process, as memory allowed so far.
         lr_factor: What the learning rate is multiplied by after faults.
-        recoveries, good_steps: Faulty steps that are not forgotten, and good steps since the last one.
+        recoveries: Faulty steps that are not forgotten.
+        last_fault: Updates up to the last faulty step, that one included; 0 for none.
         skipped: Steps that were skipped, over the whole run.
     """
 
@@ -47,7 +49,7 @@ class State:
     accumulation: int = 1
     lr_factor: float = 1.0
     recoveries: int = 0
-    good_steps: int = 0
+    last_fault: int = 0
     skipped: int = 0
 
 
@@ -88,7 +90,7 @@ def save_checkpoint(folder: Path, state: State, tensors: Mapping[str, Tensor]) -
     if problem:
         raise TrainingError(
             f"the state of training cannot be saved: {problem}",
-            do="go on from the checkpoint before (--resume), with a lower --lr or train.precision=fp32",
+            do="start again in another --output, with a lower --lr or train.precision=fp32",
         )
     generations.write(folder, asdict(state), tensors)
 
@@ -123,7 +125,7 @@ def load_checkpoint(
     number = reader.newest()
     device = next((tensor.device for tensor in trained.values()), torch.device("cpu"))
     while True:  # all processes go on from the same one, whatever each of them can read
-        low, high = _over_processes(number, device)
+        low, high = lowest_and_highest(number, device)
         if low == high:
             break
         if number > low:
@@ -145,15 +147,21 @@ def load_checkpoint(
         fill(parameter, tensors[f"parameter/{name}"])
         if isinstance(parameter, nn.Parameter):
             _load_optimizer_state(optimizer, name, parameter, tensors)
-    if not _rank():
+    if is_first():
         generations.sweep(folder, number)
     kept = {key.removeprefix("memory/"): value.clone() for key, value in tensors.items() if key.startswith("memory/")}
     return state, kept
 
 
 def _another(place: Path, theirs: str, ours: str) -> RunError:
-    """A digest is that of the recipe and, after a plus, that of the images."""
+    """A digest is that of the recipe and, after pluses, those of the images and of the models' weights."""
     given = f"checkpoint {theirs!r}, this run {ours!r}"
+    if theirs.rpartition("+")[0] == ours.rpartition("+")[0]:
+        return RunError(
+            f"the models are not those that the run of {place} began with: their weights differ",
+            given=given,
+            do="bring the weights back as they were, or start the run again in another --output",
+        )
     if theirs.partition("+")[0] == ours.partition("+")[0]:
         return RunError(
             f"the images are not those that the run of {place} began with: names, labels or contents differ",
@@ -231,21 +239,3 @@ def _load_optimizer_state(
         else:
             placed = value.to(parameter.device, copy=True)
         optimizer.state[parameter][field_name] = placed
-
-
-def _over_processes(number: int, device: torch.device) -> tuple[int, int]:
-    """The lowest and the highest over all processes."""
-    if not _many():
-        return number, number
-    ends = torch.tensor([number, -number], device=device)
-    torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MIN)
-    low, high = ends.tolist()
-    return low, -high
-
-
-def _many() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _many() else 0

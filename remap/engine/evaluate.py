@@ -5,12 +5,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor
 
 from remap.data.views import ViewSource, require_readable
+from remap.engine.faults import is_out_of_memory
 from remap.engine.features import FrozenFeatures
 from remap.engine.interrupt import deferred, leave_if_asked
-from remap.engine.launch import use_bf16
-from remap.engine.processes import largest
+from remap.engine.launch import ProcessLost, use_bf16
+from remap.engine.processes import agreed, largest
 from remap.engine.sharding import is_sharded
 from remap.network import Network, Runner
 from remap.progress import Progress
@@ -53,26 +56,71 @@ def evaluate(
     """
     network.model.eval()
     runner = Runner(network, bf16=bf16)
-    predictions = torch.full((len(source.split),), -1, dtype=torch.int64, device=accelerator.device)
-    rounds = range(0, len(source.split), batch_size * accelerator.num_processes)
-    with deferred(), progress.wait(f"evaluating {what}", len(rounds)) as step:
-        for first in rounds:  # the same number on every process, so that they can leave together
-            leave_if_asked(accelerator, f"{what} was being evaluated")
-            start = first + batch_size * accelerator.process_index
-            images, good = (features or source).batch(np.arange(start, min(start + batch_size, len(source.split))))
-            require_readable(source, what, skip_bad)
-            shown = good
-            if not len(good) and is_sharded(network):  # the other processes need this one in their forward pass
-                images, shown = images.new_zeros(1, *images.shape[1:]), np.zeros(1, dtype=np.int64)
-            if len(shown):
-                kept = features.rows(shown) if features is not None else None
-                logits = runner(images.to(accelerator.device), kept).logits_BC
-                predictions[torch.from_numpy(good)] = logits.argmax(dim=-1)[: len(good)]
-            step.advance()
-    runner.tap.close()
+    try:
+        with deferred():
+            rounds = _Rounds(network, runner, source, features, accelerator, progress, what, skip_bad)
+            while (predictions := rounds.predictions(batch_size)) is None:
+                batch_size //= 2  # memory ran out
+                progress.say(f"out of memory: {what} is evaluated in batches of {batch_size}")
+    finally:
+        runner.tap.close()
     found = largest(accelerator, predictions).cpu().numpy()  # one process has each image, the others -1
     seen = found >= 0
     return Evaluation(int((found == source.split.labels)[seen].sum()), int(seen.sum()), found)
+
+
+@dataclass(frozen=True)
+class _Rounds:
+    """One pass over a split, each process taking every n-th batch; all do the same number of rounds, and agree in each
+    on how it went, so that none waits for one that has left."""
+
+    network: Network
+    runner: Runner
+    source: ViewSource
+    features: FrozenFeatures | None
+    accelerator: Accelerator
+    progress: Progress
+    what: str
+    skip_bad: bool
+
+    def predictions(self, batch_size: int) -> Tensor | None:
+        """The class of each image (N,), -1 for those of other processes; None where memory ran out."""
+        found = torch.full((len(self.source.split),), -1, dtype=torch.int64, device=self.accelerator.device)
+        rounds = range(0, len(found), batch_size * self.accelerator.num_processes)
+        with self.progress.wait(f"evaluating {self.what}", len(rounds)) as step:
+            for first in rounds:
+                leave_if_asked(self.accelerator, f"{self.what} was being evaluated")
+                start = first + batch_size * self.accelerator.process_index
+                indices = np.arange(start, min(start + batch_size, len(found)))
+                out_of_memory = self._run(indices, found, batch_size > 1)
+                unreadable = bool(self.source.bad) and not self.skip_bad
+                no_memory, bad = agreed(self.accelerator, out_of_memory, unreadable)
+                if bad:
+                    require_readable(self.source, self.what, self.skip_bad)
+                    raise ProcessLost(f"another process cannot read one of the {self.what} images")
+                if no_memory:
+                    clear_device_cache(garbage_collection=True)
+                    return None
+                step.advance()
+        return found
+
+    def _run(self, indices: np.ndarray, found: Tensor, may_shrink: bool) -> bool:
+        """Fill in the classes of some images; whether memory ran out instead."""
+        images, good = (self.features or self.source).batch(indices)
+        shown = good
+        if not len(good) and is_sharded(self.network):  # the other processes need this one in their forward pass
+            images, shown = images.new_zeros(1, *images.shape[1:]), np.zeros(1, dtype=np.int64)
+        if not len(shown):
+            return False
+        try:
+            kept = self.features.rows(shown) if self.features is not None else None
+            logits = self.runner(images.to(self.accelerator.device), kept).logits_BC
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or not may_shrink or is_sharded(self.network):
+                raise
+            return True
+        found[torch.from_numpy(good)] = logits.argmax(dim=-1)[: len(good)]
+        return False
 
 
 def evaluate_as(

@@ -13,10 +13,8 @@ from torch import Tensor
 from remap import files
 from remap.data.batches import Batch
 
-# Steps that may go wrong before the run stops; good ones in a row after which they are forgotten.
-RECOVERIES, FORGET_AFTER = 3, 100
-# Times that micro-batches are halved.
-HALVINGS = 3
+# What libraries say when memory runs out, besides what Accelerate knows.
+_OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
 class BrokenWeights(Exception):
@@ -32,24 +30,31 @@ class Fault:
         norm: Of the gradient.
         unsound: Outputs of teachers that hold something not finite, over all micro-batches and processes.
         rate: The learning rate it would have been stepped with.
+        step: Its number in the epoch, from 0.
+        broken: Whether the weights themselves were found not finite, after that step.
     """
 
     losses: Mapping[str, float]
     norm: float
     unsound: int
     rate: float
+    step: int
+    broken: bool = False
 
     def __str__(self) -> str:
-        named = ", ".join(f"{name} {value:.4g}" for name, value in self.losses.items())
-        return f"{named}, gradient norm {self.norm:.4g}, learning rate {self.rate:.3g}"
+        named = [f"{name} {value:.4g}" for name, value in self.losses.items()]
+        norm = [] if self.broken else [f"gradient norm {self.norm:.4g}"]
+        return ", ".join([*named, *norm, f"learning rate {self.rate:.3g}"])
 
     @property
     def what(self) -> str:
         """Where it began, as far as can be told."""
+        if self.broken:
+            return "the trained weights are"
         if self.unsound:
-            return "the teacher's output"
+            return "the teacher's output is"
         sound = all(abs(value) < float("inf") for value in self.losses.values())
-        return "the gradient" if sound else "the loss"
+        return "the gradient is" if sound else "the loss is"
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -60,7 +65,9 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Of a GPU or of the machine."""
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
+        return True
+    return any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def capture(folder: Path, rank: int, batches: Sequence[Batch], names: Sequence[str], told: Mapping[str, Any]) -> None:

@@ -5,29 +5,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from remap.data import keyed
 from remap.data.batches import Batch, Plan, batches
 from remap.engine.checkpoint import State, has_checkpoint, load_checkpoint, save_checkpoint, snapshot
-from remap.engine.faults import (
-    FORGET_AFTER,
-    HALVINGS,
-    RECOVERIES,
-    BrokenWeights,
-    Fault,
-    all_finite,
-    capture,
-    is_out_of_memory,
-)
+from remap.engine.faults import BrokenWeights, Fault, is_out_of_memory
 from remap.engine.interrupt import asked, deferred, watching
 from remap.engine.job import Job, StudentStep, plan_of
 from remap.engine.optim import adamw, clip_gradients, learning_rate, set_learning_rate
 from remap.engine.processes import agreed, average, from_first, total
+from remap.engine.recovery import Buffers, Recovery
 from remap.engine.sharding import is_sharded, sharded
-from remap.errors import DataError, DiskFull, Interrupted, RunError, TrainingError
+from remap.errors import DataError, Interrupted, RunError, TrainingError
 from remap.network import Network
 from remap.remapping.labels import Labels
 
@@ -77,7 +68,7 @@ def _fit(job: Job, *, resume: bool) -> State:
             try:
                 loop.epoch()
             except BrokenWeights:
-                loop.go_back()
+                loop.recovery.go_back()
     finally:
         loop.step_module.runner.tap.close()
         job.student.attached.set_sample_keys(None)
@@ -98,15 +89,19 @@ class Loop:
 
     def __init__(self, job: Job) -> None:
         self.job, self.accelerator, self.spec = job, job.accelerator, job.recipe.train
-        self.state = State(f"{job.recipe.digest()}+{job.data_digest}", accumulation=self.spec.accumulation)
+        digest = f"{job.recipe.digest()}+{job.data_digest}+{job.weights_digest}"
+        self.state = State(digest, accumulation=self.spec.accumulation)
         _require_divisible(self.plan)
+        self.recovery = Recovery(self)
         self.step_module = StudentStep(job.student, job.objective, bf16=job.bf16).to(self.accelerator.device)
         self.parameters = job.parameters()
         extra = [(name, p) for name, p in self.parameters.items() if name.startswith("objective.")]
         self.optimizer = adamw(job.student, extra, job.peak_lr, self.spec.weight_decay)
+        self.buffers = Buffers({})
         self.stream: Iterator[Batch] | None = None
         self.unsound: list[Tensor] = []
         self.needs_all = any(map(is_sharded, (job.student, *(teacher.network for teacher in job.teachers))))
+        self.read = 0  # images of the step, on this process
         self.checked = False  # that a gradient reaches everything that is trained
         self.started = self.saved = time.perf_counter()
 
@@ -115,19 +110,17 @@ class Loop:
         """How steps are cut into micro-batches, as memory allows by now."""
         return plan_of(self.job, self.state.accumulation)
 
-    @property
-    def changing(self) -> dict[str, Tensor]:
-        """Buffers that training changes by the images each process sees; the first process's count, as in DDP."""
-        job = self.job
-        buffers = job.student.tensors | {f"objective.{name}": buffer for name, buffer in job.objective.named_buffers()}
-        return {name: t for name, t in buffers.items() if name not in self.parameters and not isinstance(t, DTensor)}
-
     def begin(self, *, resume: bool) -> None:
         job = self.job
         if resume:
-            self._load()
+            self.load()
         else:
             from_first(self.accelerator, [t for t in job.tensors().values() if not isinstance(t, DTensor)])
+            if not self.recovery.is_whole():
+                raise TrainingError(
+                    "what is to be trained holds numbers that are not finite before the first step",
+                    do="choose other weights for the student",
+                )
             self._save(must=True)  # finds out about the disk before any work, and is something to go back to
         if self.spec.compile:
             _compile_blocks(job.student)
@@ -138,7 +131,7 @@ class Loop:
         """The rest of epoch ``state.epoch``, its evaluation and its record."""
         state, job = self.state, self.job
         job.student.attached.train()
-        self.stream, self.started = None, time.perf_counter()
+        self.stream, self.started, self.buffers = None, time.perf_counter(), Buffers(job.tensors())
         steps = self.plan.steps
         with job.progress.wait(f"epoch {state.epoch + 1}/{self.spec.epochs}", steps) as shown:
             shown.advance(state.step)
@@ -146,19 +139,22 @@ class Loop:
                 loss = self.step(steps)
                 state.step += 1
                 shown.advance(**({} if loss is None else {"loss": loss}))
-                (stop,) = agreed(self.accelerator, asked(self.accelerator))
-                if stop or time.perf_counter() - self.saved > self.spec.checkpoint_seconds:
+                due = time.perf_counter() - self.saved > self.spec.checkpoint_seconds  # each process has its own clock
+                stop, due = agreed(self.accelerator, asked(self.accelerator), due)
+                if stop or due:
                     self._save(must=bool(stop))
                 if stop:
                     self.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has left
                     raise Interrupted("stopped by a signal; the state is saved", exit_code=128 + stop)
         self._count_time()
-        self._require_whole()
+        self.recovery.require_whole()
+        from_first(self.accelerator, self.buffers.tensors)
         try:
-            self._finish_epoch(steps)
+            self._finish_epoch()
         except Interrupted as error:  # while it evaluated; the epoch's steps are done
             if not error.at_once:
                 self._save(must=True)
+                self.accelerator.wait_for_everyone()
             raise
         self._save()
 
@@ -168,8 +164,7 @@ class Loop:
         update = state.epoch * steps + state.step
         rate = learning_rate(spec, self.job.peak_lr, update, steps) * state.lr_factor
         set_learning_rate(self.optimizer, rate)
-        if accelerator.num_processes > 1:
-            from_first(accelerator, self.changing.values())
+        from_first(accelerator, self.buffers.tensors)
         sums = self.accumulate(update)
         self._require_gradients()
         average(accelerator, [p.grad for p in self.parameters.values() if not isinstance(p.grad, DTensor)])
@@ -179,7 +174,7 @@ class Loop:
         *means, unsound_count, gradient = torch.cat([values, norm[None]]).tolist()  # one transfer for all of them
         losses = dict(zip(sums, means, strict=True))
         if unsound_count or not all(abs(value) < float("inf") for value in (*means, gradient)):
-            self._recover(Fault(losses, gradient, int(unsound_count), rate))
+            self.recovery.from_fault(Fault(losses, gradient, int(unsound_count), rate, state.step))
             return None
         self.optimizer.step()
         self.job.student.attached.after_step(update, spec.epochs * steps)
@@ -189,9 +184,6 @@ class Loop:
         for name, value in losses.items():
             state.loss_sums[name] = state.loss_sums.get(name, 0.0) + value
         state.counted += 1
-        state.good_steps += 1
-        if state.good_steps >= FORGET_AFTER:
-            state.recoveries = 0
         return losses["loss"]
 
     def accumulate(self, update: int) -> dict[str, Tensor]:
@@ -202,6 +194,7 @@ class Loop:
         """
         while True:
             torch.manual_seed(keyed.step_seed(self.job.recipe.seed, self.state.epoch, update) + self._rank)
+            self.buffers.remember()
             out_of_memory = ""
             try:
                 sums = self._forward_and_backward()
@@ -215,26 +208,49 @@ class Loop:
                         do="start again with train.accumulation doubled, or with smaller images or models",
                     ) from error
                 out_of_memory = str(error)  # the error itself holds on to the tensors of the step
-            if not any(agreed(self.accelerator, bool(out_of_memory))):
+            failed, read = agreed(self.accelerator, bool(out_of_memory), self.read)
+            if failed:
+                self.buffers.restore()
+                self.recovery.from_lack_of_memory(out_of_memory)
+            elif not read:
+                self._refuse_unreadable()
+            else:
                 return sums
-            self._halve(out_of_memory)
 
     def _forward_and_backward(self) -> dict[str, Tensor]:
+        """Micro-batches of which no image can be read count nothing, as unreadable images do."""
         if self.stream is None:
             self.stream = batches(self.job.features or self.job.source, self.plan, self.state.epoch, self.state.step)
-        sums: dict[str, Tensor] = {}
-        self.unsound = []
+        names = ["loss", *self.job.objective.terms]
+        if self.job.student.attached.penalty() is not None:
+            names.append("penalty")
+        sums = dict.fromkeys(names, torch.zeros((), device=self.accelerator.device))
+        self.unsound, self.read = [], 0
         for _ in range(self.state.accumulation):
             batch = next(self.stream)
+            if not len(batch.indices_B):
+                continue
+            self.read += len(batch.indices_B)
             value, parts = self.forward(batch)
             (value * (batch.share * self.accelerator.num_processes)).backward()  # gradients are averaged
             for name, part in {"loss": value.detach(), **parts}.items():
-                sums[name] = sums.get(name, 0.0) + part * batch.share
+                sums[name] = sums[name] + part * batch.share
+        if not self.read:  # the other processes wait for gradients from this one
+            if self.needs_all:
+                self._refuse_unreadable()
+            for parameter in self.parameters.values():
+                parameter.grad = torch.zeros_like(parameter)
         return sums
 
+    def _refuse_unreadable(self) -> None:
+        bad = self.job.source.bad_names()
+        raise DataError(
+            f"no image of step {self.state.step + 1} can be read, and {len(bad)} in all so far",
+            given="; ".join(f"{name} ({reason})" for name, reason in bad[-3:]),
+            do="see that the images are still there; then go on with --resume",
+        )
+
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        if not len(batch.indices_B):
-            raise DataError("no image of a whole batch can be read", do="look at the skipped files the run lists")
         job, device = self.job, self.accelerator.device
         images = batch.images_BCHW.to(device, non_blocking=True)
         labels = _labels(batch, self.plan.known(job.labeled), device)
@@ -249,7 +265,7 @@ class Loop:
 
     def _require_gradients(self) -> None:
         """In the first step: what the loss cannot reach would count as trained and stay as it was drawn."""
-        if self.checked:
+        if self.checked or not self.read:
             return
         self.checked = True
         missing = [name for name, parameter in self.parameters.items() if parameter.grad is None]
@@ -260,91 +276,11 @@ class Loop:
                 do="add a loss that reads what they change (ce and kd read the classifier), or take another method",
             )
 
-    def _halve(self, why: str) -> None:
-        """Cut micro-batches in two: twice as many, each of half the images, give the same sums."""
-        state = self.state
-        self.optimizer.zero_grad(set_to_none=True)
-        self.stream = None
-        clear_device_cache(garbage_collection=True)
-        count = self.accelerator.num_processes * state.accumulation * 2
-        if state.accumulation >= self.spec.accumulation * 2**HALVINGS or self.plan.step_images < count:
-            raise TrainingError(
-                f"out of memory, even with {state.accumulation} micro-batches to a step",
-                given=why.partition("\n")[0][:200] or "told by another process",
-                do="use smaller images or models, a smaller --batch-size, or train.precision=bf16, in a new run",
-            )
-        state.accumulation *= 2
-        self.job.progress.say(
-            f"out of memory: {state.accumulation} micro-batches to a step from now on, of up to "
-            f"{-(-self.plan.step_images * 2 // count)} images; what a step adds up to stays the same"
-        )
-
-    def _recover(self, fault: Fault) -> None:
-        """Skip the step; later ones also halve the learning rate, and the last one stops the run."""
-        state, job = self.state, self.job
-        self.optimizer.zero_grad(set_to_none=True)
-        state.recoveries, state.good_steps, state.skipped = state.recoveries + 1, 0, state.skipped + 1
-        where = f"{fault.what} is not finite in epoch {state.epoch + 1}, step {state.step + 1}"
-        if state.recoveries > RECOVERIES:
-            self._capture(fault)
-            raise TrainingError(
-                f"{where}; nothing was stepped, and {RECOVERIES} steps before this one were given up already",
-                given=str(fault),
-                do="lower --lr, or set train.precision=fp32"
-                + (f"; the images of the step are in {job.faults}" if job.faults else ""),
-            )
-        whole = self._is_whole()
-        if state.recoveries > 1 or not whole:
-            state.lr_factor /= 2
-        slower = f" and the learning rate is halved (now x {state.lr_factor:g})" if state.recoveries > 1 else ""
-        job.progress.say(f"{where} ({fault}): " + (f"the step is skipped{slower}" if whole else "weights are broken"))
-        if not whole:
-            raise BrokenWeights
-
-    def _capture(self, fault: Fault) -> None:
-        if self.job.faults is None:
-            return
-        stream = batches(self.job.source, self.plan, self.state.epoch, self.state.step)
-        told = {
-            "epoch": self.state.epoch + 1,
-            "step": self.state.step + 1,
-            "not_finite": fault.what,
-            "losses": {name: str(value) for name, value in fault.losses.items()},
-            "gradient_norm": str(fault.norm),
-            "learning_rate": fault.rate,
-        }
-        parts = [next(stream) for _ in range(self.state.accumulation)]
-        capture(self.job.faults, self._rank, parts, self.job.source.split.names, told)
-        self.accelerator.wait_for_everyone()
-
-    def go_back(self) -> None:
-        """Start again from the last checkpoint, with half the learning rate: what came after it is lost."""
-        faults = {name: getattr(self.state, name) for name in ("lr_factor", "recoveries", "good_steps", "skipped")}
-        if self.job.checkpoint is None:
-            raise TrainingError("what is trained is no longer finite", do="lower --lr, or set train.precision=fp32")
-        self._load()
-        for name, value in faults.items():
-            setattr(self.state, name, value)
-        self.job.progress.say(
-            f"back to the checkpoint of epoch {self.state.epoch + 1}, step {self.state.step}, "
-            f"with the learning rate x {self.state.lr_factor:g}"
-        )
-
-    def _require_whole(self) -> None:
-        """Before weights are evaluated or written: those of an update that went wrong must not be."""
-        if not self._is_whole():
-            self._recover(Fault({}, float("nan"), 0, self.optimizer.param_groups[0]["lr"]))
-
-    def _is_whole(self) -> bool:
-        moments = [value for state in self.optimizer.state.values() for value in state.values()]
-        whole = all_finite([_local(value) for value in (*self.job.tensors().values(), *moments)])
-        return not any(agreed(self.accelerator, not whole))
-
     def _count_time(self) -> None:
         now = time.perf_counter()
         self.state.seconds, self.started = self.state.seconds + now - self.started, now
 
-    def _finish_epoch(self, steps: int) -> None:
+    def _finish_epoch(self) -> None:
         state, job = self.state, self.job
         record: dict[str, Any] = {"epoch": state.epoch + 1}
         record |= {name: value / state.counted for name, value in state.loss_sums.items()}
@@ -358,13 +294,13 @@ class Loop:
             job.on_epoch(state.history)
 
     def _save(self, *, must: bool = False) -> None:
-        """Write a checkpoint. A full disk does not end a run that goes on, unless it ``must`` be written."""
+        """Write a checkpoint. A disk that refuses it does not end a run that goes on, unless it ``must`` be written."""
         job = self.job
         if job.checkpoint is None:
             return
         self._count_time()
         self.saved = time.perf_counter()
-        self._require_whole()
+        self.recovery.require_whole()
         together = any(isinstance(tensor, DTensor) for tensor in self.parameters.values())
         if not (self.accelerator.is_main_process or together):
             return
@@ -373,12 +309,13 @@ class Loop:
             return
         try:
             save_checkpoint(job.checkpoint, self.state, tensors)
-        except DiskFull as error:
+        except RunError as error:
             if must:
                 raise
             job.progress.say(f"no checkpoint was written, the one before is kept: {error.what}")
 
-    def _load(self) -> None:
+    def load(self) -> None:
+        """Put the newest whole checkpoint back into the job."""
         job = self.job
         self.state, memory = load_checkpoint(
             job.checkpoint, self.state.digest, job.tensors(), self.optimizer, job.progress.say
@@ -387,18 +324,19 @@ class Loop:
             job.student.attached.recall(memory)
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise RunError(
-                f"the checkpoint in {job.checkpoint} does not fit {job.recipe.method.name}", given=str(error)[:200]
+                f"the checkpoint in {job.checkpoint} does not fit {job.recipe.method.name}",
+                given=str(error)[:200],
+                do="resume with the versions of the run (its environment.json), or start it again in another --output",
             ) from error
+        while self.plan.step_images < self.plan.processes * self.plan.accumulation > self.plan.processes:
+            if self.state.accumulation <= self.spec.accumulation:
+                break
+            self.state.accumulation //= 2  # on more processes, each needs fewer parts for the same memory
         _require_divisible(self.plan)
 
     @property
     def _rank(self) -> int:
         return self.accelerator.process_index
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that may be sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _require_divisible(plan: Plan) -> None:

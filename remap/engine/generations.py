@@ -20,14 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from remap import files
 from remap.files import make_folder, write_bytes
+from remap.outside import MOST_JSON_BYTES, read_json, sha256_of
 
 # Changes when files of another version could be read wrongly.
 FORMAT = 1
 KEPT = 2
-_NAME = re.compile(r"(\.?)(\d{6,15})\.(safetensors|json)(\.\d+\.tmp)?")
-# Far above any real one: a stranger's file must not fill the memory.
-_MANIFEST_BYTES = 2**26
+_NAME = re.compile(r"(\d{6,15})\.(safetensors|json)")
 _NOT_WHOLE = (OSError, SafetensorError, ValueError, KeyError, TypeError, AssertionError, RuntimeError, MemoryError)
 
 
@@ -59,8 +59,9 @@ def any_finished(folder: Path) -> bool:
 def sweep(folder: Path, last: int | None = None) -> None:
     """Delete all but the newest two generations up to ``last``, and what killed writers left."""
     kept = sorted(number for number in _numbers(folder) if last is None or number <= last)[-KEPT:]
-    for path, number, kind in _files(folder):  # sorted: a manifest goes before its tensors
-        if kind == "draft" or number not in kept:
+    files.sweep(folder)
+    for path, number, _ in _files(folder):  # sorted: a manifest goes before its tensors
+        if number not in kept:
             with contextlib.suppress(OSError):
                 path.unlink()
 
@@ -98,8 +99,8 @@ class Reader:
     def _read(self, number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """One generation. The tensors are parsed only once their hash fits; any error means that it is not whole."""
         path, manifest = tensors_path(self.folder, number), _manifest_path(self.folder, number)
-        _require_plain(manifest, _MANIFEST_BYTES)
-        content = json.loads(manifest.read_text(encoding="utf-8"))  # too deep a nesting is a RuntimeError
+        _require_plain(manifest, MOST_JSON_BYTES)
+        content = read_json(manifest)
         if not isinstance(content, dict) or content.pop("sha256", None) != _seal(content):
             raise ValueError(f"the SHA-256 of {manifest.name} differs")
         if content.get("format") != FORMAT or content.get("generation") != number:
@@ -109,9 +110,8 @@ class Reader:
             raise ValueError(f"{manifest.name} is wrong: {problem}")
         if _require_plain(path, self.limit) != content["tensors"]["bytes"]:
             raise ValueError("it is longer or shorter than its manifest says")
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != content["tensors"]["sha256"]:
-                raise ValueError("its SHA-256 differs from that in its manifest")
+        if sha256_of(path) != content["tensors"]["sha256"]:
+            raise ValueError("its SHA-256 differs from that in its manifest")
         return content["state"], load_file(path)
 
 
@@ -136,12 +136,12 @@ def _seal(body: Mapping[str, Any]) -> str:
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, int, str]]:
-    """What checkpoints left in a folder: path, generation and "json", "safetensors" or, when unfinished, "draft"."""
+    """What checkpoints left in a folder: path, generation and "json" or "safetensors"."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if match := _NAME.fullmatch(path.name):
-            dot, number, kind, draft = match.groups()
-            if bool(dot) == bool(draft) and f"{int(number):06d}" == number:
-                yield path, int(number), "draft" if draft else kind
+            number, kind = match.groups()
+            if f"{int(number):06d}" == number:
+                yield path, int(number), kind
 
 
 def _numbers(folder: Path) -> list[int]:

@@ -48,6 +48,7 @@ class Job:
 
     Attributes:
         data_digest: Which images and labels these are; a checkpoint goes on with the same ones only.
+        weights_digest: Which weights student and teachers came with; likewise.
         checkpoint: Folder for the latest states; None keeps none.
         faults: Folder for the images of a step that stopped the run.
         evaluate: Called after each epoch, gives the metrics to record.
@@ -68,6 +69,7 @@ class Job:
     evaluate: Callable[[], dict[str, float]]
     on_epoch: Callable[[list[dict[str, Any]]], None]
     data_digest: str = ""
+    weights_digest: str = ""
     checkpoint: Path | None = None
     faults: Path | None = None
     labeled: float = 1.0

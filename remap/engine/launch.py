@@ -99,7 +99,11 @@ def check_processes(wanted: int | None) -> None:
     running = accelerator().num_processes
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != running:
-        raise TrainingError(f"the launcher started {launched} processes, but {running} found each other")
+        raise TrainingError(
+            f"the launcher started {launched} processes, but {running} found each other",
+            given=f"WORLD_SIZE={launched}",
+            do=f"start it with torchrun or with `remap ... --devices {launched}`; or unset WORLD_SIZE for one process",
+        )
     if wanted is not None and wanted != running:
         raise TrainingError(
             f"this run asks for {wanted} processes and has {running}",
@@ -114,13 +118,13 @@ def text_of_first(text: str) -> str:
     if accelerator().num_processes == 1:
         return text
     device = accelerator().device
-    told = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)
+    told = torch.frombuffer(bytearray(os.fsencode(text)), dtype=torch.uint8).to(device)
     length = torch.tensor([len(told)], device=device)
     torch.distributed.broadcast(length, src=0)
     if not accelerator().is_main_process:
         told = torch.empty(int(length), dtype=torch.uint8, device=device)
     torch.distributed.broadcast(told, src=0)
-    return bytes(told.tolist()).decode()
+    return os.fsdecode(bytes(told.tolist()))
 
 
 def lost_process(error: BaseException | None) -> ProcessLost | None:

@@ -56,6 +56,25 @@ def from_first(accelerator: Accelerator, tensors: Iterable[Tensor]) -> None:
             _spread(flat, bucket)
 
 
+def lowest_and_highest(value: int, device: torch.device) -> tuple[int, int]:
+    """Over all processes of torch's group; unlike the others here it needs no Accelerator."""
+    if not _is_group():
+        return value, value
+    ends = torch.tensor([value, -value], device=device)
+    torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MIN)
+    low, high = ends.tolist()
+    return low, -high
+
+
+def is_first() -> bool:
+    """Whether this is the first process of torch's group, or the only one."""
+    return not _is_group() or torch.distributed.get_rank() == 0
+
+
+def _is_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _buckets(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
     """Tensors of one dtype, in their order, cut where a message is full."""
     for _, alike in groupby(sorted(tensors, key=lambda t: str(t.dtype)), key=lambda tensor: tensor.dtype):

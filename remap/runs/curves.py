@@ -13,7 +13,7 @@ def curves(history: list[dict[str, Any]], title: str) -> str:
     half = (WIDTH - GAP) // 2
     losses = {
         name: [(r["epoch"], r[name]) for r in history if name in r]
-        for name in history[0]
+        for name in dict.fromkeys(name for record in history for name in record)
         if name not in ("epoch", "seconds", "accuracy")
     }
     accuracy = {"accuracy, %": [(r["epoch"], 100 * r["accuracy"]) for r in history if "accuracy" in r]}

@@ -1,8 +1,9 @@
 """The default objective for the two models at hand."""
 
-from pathlib import Path
+import os
 
 from remap import files
+from remap.outside import expanded
 from remap.progress import Progress
 from remap.recipe.paths import is_run
 from remap.recipe.schema import ModelSpec, Recipe
@@ -41,8 +42,8 @@ def _backbone_of(word: str) -> str:
     """The model behind a run directory; other words stay as they are."""
     if not is_run(word):
         return word
-    path = Path(word).expanduser()
+    path = expanded(word)
     task = path / "task" / "task.json"
-    values = files.read_json(task if task.is_file() else path / "task.json")
+    values = files.read_json(task if os.path.isfile(task) else path / "task.json")
     source = values.get("backbone") if isinstance(values, dict) else None
     return str(source.get("model", "")) if isinstance(source, dict) else ""

@@ -1,5 +1,6 @@
 """Predict files with a tuned student."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from remap.api import Student
 from remap.data.images import SUFFIXES, BadImage
 from remap.errors import DataError
+from remap.outside import expanded
 from remap.progress import Progress
 
 
@@ -30,10 +32,10 @@ def image_files(words: Sequence[str]) -> list[Path]:
     """
     found: list[Path] = []
     for word in words:
-        path = Path(word).expanduser()
-        if path.is_dir():
+        path = expanded(word)
+        if os.path.isdir(path):
             found += sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
-        elif path.is_file():
+        elif os.path.isfile(path):
             found.append(path)
         else:
             raise DataError("no such file or folder", given=word)

@@ -1,6 +1,6 @@
 """Run a finished run again and compare: the same recipe, seed and images should give the same bits."""
 
-import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def repeat(
     with progress.wait("comparing the frozen weights with those of the run"):
         load_task(run.path)  # refuses a backbone that is not the run's
     try:
-        if not (target / "recipe.yaml").is_file():
+        if not os.path.isfile(target / "recipe.yaml"):
             start(recipe, target, progress, bench)
         elif not RunDir.open(target).is_done:
             go_on(recipe, RunDir.open(target), progress, bench, resuming=True)
@@ -71,11 +71,10 @@ def repeat(
 def _require_whole(run: RunDir) -> None:
     """Something to compare with."""
     if not run.is_done:
-        noted = files.read_json(run.path / "status.json") if (run.path / "status.json").is_file() else {}
-        ended = {"failed": "it failed", "stopped": "it was stopped"}.get(noted.get("status"), "it has not finished")
+        ended, message = run.became()
         raise RunError(
-            f"{run.path} has no result that could be compared: {ended}",
-            given=str(noted.get("message", "")).partition("\n")[0] or None,
+            f"{run.path} has no result that could be compared: it {ended}",
+            given=message,
             do=f"finish it first: remap {'distill' if run.recipe().teacher else 'tune'} --resume {run.path}",
         )
 
@@ -119,7 +118,7 @@ def _target(run: RunDir, recipe: Recipe, output: Path | None) -> Path:
         raise RunError(
             "a repeat does not go into the run that it repeats", given=str(target), do="choose another --output"
         )
-    if (target / "recipe.yaml").is_file() and RunDir.open(target).recipe().digest() != recipe.digest():
+    if os.path.isfile(target / "recipe.yaml") and RunDir.open(target).recipe().digest() != recipe.digest():
         raise RunError(f"{target} is a run of another recipe; nothing in it was touched", do="choose another --output")
     return target
 
@@ -171,11 +170,7 @@ def compare(first: RunDir, second: RunDir) -> dict[str, Any]:
 
 def history(run: RunDir) -> list[dict[str, Any]]:
     """The epochs of a run without their times."""
-    try:
-        records = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise RunError(f"cannot read {run.path / 'metrics.jsonl'}: {error}") from error
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in run.metrics()]
 
 
 # What of a summary has to be equal.

@@ -18,7 +18,7 @@ from typing import Any
 
 from remap import __version__, files
 from remap.errors import RunError
-from remap.outside import expanded, plain, unfit_for_a_name
+from remap.outside import MOST_JSON_BYTES, expanded, parse_json, plain, read_regular, unfit_for_a_place
 from remap.recipe import Recipe, dump, load
 from remap.runs.curves import curves
 
@@ -98,9 +98,9 @@ class RunDir:
             RunError: It holds something, or cannot be written.
         """
         run = RunDir(path)
-        unfit = unfit_for_a_name(str(path))
+        unfit = unfit_for_a_place(run.path)
         if unfit:
-            raise RunError(f"the name of a run directory holds {unfit}", given=plain(str(path)), do="name another")
+            raise RunError("no run directory can be made there", given=plain(f"{path}: {unfit}"), do="name another")
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             taken = any(not _DRAFT.fullmatch(entry.name) for entry in run.path.iterdir())
@@ -156,7 +156,7 @@ class RunDir:
         Raises:
             RunError: One does.
         """
-        with open(self.path / "recipe.yaml", "rb") as file:
+        with open(self.path / "recipe.yaml", "r+b") as file:  # some network drives lock only what may be written
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -202,12 +202,39 @@ class RunDir:
         files.write_json(self.path / "status.json", {"status": status, "message": message, "time": _now()})
 
     def status(self) -> str:
-        return files.read_json(self.path / "status.json")["status"]
+        return str(self._noted().get("status", ""))
+
+    def became(self) -> tuple[str, str | None]:
+        """What became of a run that is not done, as in "it was stopped", and the first line of its message."""
+        noted = self._noted() if os.path.isfile(self.path / "status.json") else {}
+        words = {"failed": "failed", "stopped": "was stopped"}
+        message = str(noted.get("message", "")).partition("\n")[0]
+        return words.get(str(noted.get("status")), "has not finished"), message or None
+
+    def _noted(self) -> dict[str, Any]:
+        found = files.read_json(self.path / "status.json")
+        return found if isinstance(found, dict) else {}
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Write metrics.jsonl and curves.svg anew."""
         files.write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
         files.write_text(self.path / "curves.svg", curves(history, self.path.name))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records that ``write_metrics`` wrote.
+
+        Raises:
+            RunError: They are missing or damaged.
+        """
+        path = self.path / "metrics.jsonl"
+        try:
+            records = [parse_json(line) for line in read_regular(path, MOST_JSON_BYTES).splitlines()]
+            if not all(isinstance(record, dict) for record in records):
+                raise ValueError("a line is no record")
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else plain(str(error))
+            raise RunError(f"cannot read {path}: {reason}") from error
+        return records
 
     def write_trainables(self, found: list[dict[str, Any]]) -> None:
         files.write_json(self.trainables, found)

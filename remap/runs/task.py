@@ -1,95 +1,31 @@
 """Task files: what one task costs to keep. Tuned parameters and head, never the frozen backbone."""
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
 from remap import __version__, files
 from remap.backbones.build import Backbone, Identity, build, fresh_head, resolve_name, state_hash
-from remap.backbones.loading import read_safetensors
-from remap.backbones.preprocess import PreprocessSpec
-from remap.data.views import FILTERS, View
+from remap.data.views import View
 from remap.engine.sharding import fill, whole
 from remap.errors import BackboneError, RunError
 from remap.network import Network, choose_attention, tuned
-from remap.outside import absolute, expanded, open_regular, parse_json, plain, read_regular, unfit_for_a_name
+from remap.outside import absolute, expanded
 from remap.recipe.paths import is_run
-from remap.recipe.schema import LARGEST_SIDE, MethodSpec, ModelSpec, Place
-from remap.runs.rundir import STUDENT_MODEL
+from remap.recipe.schema import ModelSpec
+from remap.runs.rundir import STUDENT_MODEL, RunDir
+from remap.runs.task_file import FORMAT, read_meta, read_tensors, require_numbers, require_sizes
 
-FORMAT = 1
-# A million class names are some 20 MB.
-MOST_JSON_BYTES, MOST_CLASSES = 64 * 2**20, 1_000_000
-# Sizes that a method's options may ask for whatever the file holds; larger ones must be a size of one of its tensors.
-FREE_SIZE = 4096
 # Tasks that were tuned on a folded task, which was tuned on another.
 LONGEST_CHAIN = 16
-
-
-def _class_name(name: str) -> str:
-    unfit = unfit_for_a_name(name)
-    if unfit or not 1 <= len(name) <= 255:
-        raise ValueError(f"a class name holds {unfit}" if unfit else "a class name has 1 to 255 letters")
-    return name
-
-
-def _own_place(word: str) -> str:
-    """A task names its backbone by an absolute path, or a name that is none: not from wherever it is read."""
-    path = word.removeprefix("local-dir:")
-    if (path != word or word.endswith(".safetensors")) and (not path.startswith("/") or ".." in path.split("/")):
-        raise ValueError("should be an absolute path without '..'")
-    return word
-
-
-def _sized_view(view: View) -> View:
-    _require_view(view)
-    return view
-
-
-def _sized_preprocess(spec: PreprocessSpec) -> PreprocessSpec:
-    _require_view(spec)
-    if not all(map(isfinite, (*spec.mean, *spec.std))) or min(spec.std) <= 0:
-        raise ValueError("mean and std should be finite, and std above 0")
-    return spec
-
-
-def _require_view(view: View | PreprocessSpec) -> None:
-    if not 1 <= view.size <= LARGEST_SIDE or not 0 < view.crop_pct <= 1 or view.interpolation not in FILTERS:
-        raise ValueError(f"should have 1 to {LARGEST_SIDE} pixels, a share of them, and one of {', '.join(FILTERS)}")
-
-
-_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class _Source(BaseModel):
-    model: Annotated[Place, AfterValidator(_own_place)]
-    weights: Annotated[Place, AfterValidator(_own_place)]
-    sha256: _Sha256
-    preset: Literal["none", "mae", "moco_v3"]
-    image_size: int | None = Field(default=None, ge=1, le=LARGEST_SIDE)
-
-
-class _Meta(BaseModel):
-    """What task.json says."""
-
-    format: Literal[FORMAT]
-    backbone: _Source
-    method: MethodSpec
-    classes: Annotated[tuple[Annotated[str, AfterValidator(_class_name)], ...], Field(min_length=1)]
-    preprocess: Annotated[PreprocessSpec, AfterValidator(_sized_preprocess)]
-    view: Annotated[View, AfterValidator(_sized_view)]
-    holds_backbone: bool
-    sha256: _Sha256
 
 
 def save_task(
@@ -147,9 +83,9 @@ def load_task(path: Path, *, behind: tuple[str, ...] = ()) -> tuple[Network, Vie
     folder = _folder_of(path)
     if absolute(folder) in behind or len(behind) >= LONGEST_CHAIN:
         raise RunError(f"{folder} is tuned on tasks without end", given=" <- ".join(behind[:4]))
-    meta = _read_meta(folder)
-    tensors = _read_tensors(folder, meta)
-    _require_sizes(folder, meta, tensors)
+    meta = read_meta(folder)
+    tensors = read_tensors(folder, meta)
+    require_sizes(folder, meta, tensors)
     spec = meta.backbone
     weights = "none" if meta.holds_backbone else spec.weights
     model = _beside(folder, spec.model)
@@ -185,14 +121,14 @@ def put_task(network: Network, path: Path) -> None:
         RunError: The files are damaged, or belong to another backbone.
     """
     folder = _folder_of(path)
-    meta = _read_meta(folder)
+    meta = read_meta(folder)
     if meta.backbone.sha256 != network.identity.sha256:
         raise RunError(
             f"{folder} belongs to another backbone than {network.identity.model}",
             given=f"task {meta.backbone.sha256[:16]}, backbone {network.identity.sha256[:16]}",
             do="start the run again in another --output",
         )
-    _put(network, _read_tensors(folder, meta), folder)
+    _put(network, read_tensors(folder, meta), folder)
 
 
 def require_tuned(word: str) -> None:
@@ -223,13 +159,10 @@ def _folder_of(path: Path) -> Path:
 
 def _unfinished(path: Path) -> RunError:
     """A run directory without a student, and what became of its run."""
-    noted = files.read_json(path / "status.json") if (path / "status.json").is_file() else {}
-    ended = {"failed": "its run failed", "stopped": "its run was stopped"}.get(
-        noted.get("status"), "its run has not finished"
-    )
+    ended, message = RunDir(path).became()
     return RunError(
-        f"{path} holds no tuned student: {ended}",
-        given=str(noted.get("message", "")).partition("\n")[0] or None,
+        f"{path} holds no tuned student: its run {ended}",
+        given=message,
         do=f"{path / 'status.json'} has the whole message; go on with --resume {path}, or name another run",
     )
 
@@ -272,7 +205,7 @@ def require_size_of_run(spec: ModelSpec) -> None:
         BackboneError: ``spec`` asks for another one.
     """
     run = spec.model if is_run(spec.model) else spec.weights
-    own = _read_meta(_folder_of(expanded(run))).preprocess.size
+    own = read_meta(_folder_of(expanded(run))).preprocess.size
     if spec.image_size not in (None, own):
         raise BackboneError(
             f"{run} was tuned on images of {own} x {own} pixels",
@@ -300,74 +233,8 @@ def kept(network: Network) -> dict[str, Tensor]:
     return {name: whole(t.detach()).cpu().contiguous() for name, t in (frozen | network.tensors).items()}
 
 
-def _read_meta(folder: Path) -> _Meta:
-    path = folder / "task.json"
-    try:
-        values = parse_json(read_regular(path, MOST_JSON_BYTES))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else plain(str(error))
-        raise RunError(f"cannot read {path}: {reason}", do="name a run directory that `remap` wrote") from error
-    try:
-        return _Meta.model_validate(values)
-    except ValidationError as error:
-        places = [plain(".".join(map(str, problem["loc"]))) or "everything" for problem in error.errors()]
-        raise RunError(
-            f"{path} is no task of this version of remap",
-            given=f"{json.dumps(values)[:80]} (wrong or missing: {', '.join(places[:8])})",
-            allowed=f"format {FORMAT}",
-        ) from error
-
-
-def _read_tensors(folder: Path, meta: _Meta) -> dict[str, Tensor]:
-    path = folder / "task.safetensors"
-    try:
-        with open_regular(path) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}") from error
-    if digest != meta.sha256:
-        raise RunError(f"{path} is damaged: its SHA-256 differs from task.json", do="copy the task folder again")
-    return read_safetensors(path)
-
-
-def _require_sizes(folder: Path, meta: _Meta, tensors: dict[str, Tensor]) -> None:
-    """The file bounds what is built: a task of a few bytes cannot ask for a million classes or a rank of a billion."""
-    sizes = {size for tensor in tensors.values() for size in tensor.shape}
-    if len(meta.classes) not in sizes or len(meta.classes) > MOST_CLASSES:
-        raise RunError(f"the classifier in {folder} does not fit its {len(meta.classes):,} class names")
-    if len(set(meta.classes)) < len(meta.classes):
-        raise RunError(f"{folder / 'task.json'} names a class twice")
-    unfit = next((name for name in tensors if not name.isprintable()), None)
-    if unfit is not None:
-        raise RunError(f"{folder} holds a tensor of a name that no parameter has", given=plain(unfit)[:200])
-    largest = max(FREE_SIZE, *sizes)
-    strange = [number for number in _numbers(meta.method.options) if abs(number) > largest]
-    if strange:
-        raise RunError(
-            f"{folder / 'task.json'} has options that the tensors beside it do not fit", given=f"{strange[0]:.6g}"
-        )
-
-
-def _numbers(value: Any) -> list[int]:
-    if isinstance(value, (list, dict)):
-        return [
-            number for inner in (value.values() if isinstance(value, dict) else value) for number in _numbers(inner)
-        ]
-    return [value] if isinstance(value, int) else []
-
-
-def _require_numbers(network: Network, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Tensors of the types they were saved with, and finite."""
-    for name, own in (dict(network.model.named_parameters()) | network.tensors).items():
-        if name in tensors and tensors[name].dtype != own.dtype:
-            raise RunError(f"{name} in {folder} is {tensors[name].dtype}, not {own.dtype}")
-    bad = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
-    if bad:
-        raise RunError(f"{len(bad)} tensors in {folder} hold numbers that are not finite", given=plain(bad[0])[:200])
-
-
 def _put(network: Network, tensors: dict[str, Tensor], folder: Path) -> None:
-    _require_numbers(network, tensors, folder)
+    require_numbers(network, tensors, folder)
     head = {name: tensor for name, tensor in tensors.items() if network.anatomy.is_head(name)}
     backbone = {name: p for name, p in network.model.named_parameters() if name not in network.trained}
     if network.identity.weights != "none":

@@ -44,7 +44,7 @@ def remap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Resu
     """Run the command line in an empty folder; a RemapError becomes exit code 2 as in ``main``."""
     monkeypatch.chdir(tmp_path)
     from remap.errors import RemapError
-    from remap_cli import view
+    from remap_cli import launch
     from remap_cli.main import app
 
     def call(*words: str) -> Result:
@@ -56,7 +56,7 @@ def remap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Resu
             raise result.exception
         return result
 
-    monkeypatch.setattr(view.err, "file", None)
+    monkeypatch.setattr(launch, "_command", None)  # no program that could be started again, as --devices does
     return call
 
 

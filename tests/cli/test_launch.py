@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from remap_cli import launch
+from remap_cli import group, launch
 
 # Each process runs BODY; waiting times are short, since nothing is slow here.
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
-from remap_cli import launch, view
+from remap_cli import group, launch, view
 
-launch.TELL, launch.END, launch.TELL_STOPPING, launch.END_STOPPING, launch.ORPHAN = 0.4, 1.0, 0.8, 1.6, 1.0
+group.TELL, group.END, group.TELL_STOPPING, group.END_STOPPING, launch.ORPHAN = 0.4, 1.0, 0.8, 1.6, 1.0
 folder = Path(sys.argv[1])
 
 
@@ -274,7 +274,7 @@ def test_ctrl_z_halts_all_and_they_go_on(begin: Callable[..., subprocess.Popen],
     wait_for(ready(tmp_path))
     pids = [process.pid, *(int((tmp_path / f"pid-{rank}").read_text()) for rank in (0, 1))]
     process.send_signal(signal.SIGTSTP)
-    wait_for(lambda: all(launch._is_stopped(pid) for pid in pids))
+    wait_for(lambda: all(group._is_stopped(pid) for pid in pids))
     process.send_signal(signal.SIGCONT)
     assert process.wait(timeout=20) == 0
 

@@ -19,6 +19,7 @@ WORDS = [
     (["--recipe", "absent.yaml"], ["absent.yaml", "no such file"]),
     (["--set", "teacher.prepare=prob"], ["teacher.prepare", "did you mean 'probe'"]),
     (["--resume", "absent"], ["absent is no run directory"]),
+    (["--resume", "absent", "--epochs", "9"], ["--epochs: a resumed run keeps its own recipe"]),
     (["--epochs", "1", "--set", "train.warmup_epochs=1"], ["warmup_epochs"]),
     (["--method", "lora+vpt_dep"], ["unknown method 'vpt_dep'", "did you mean 'vpt_deep'"]),
     (["--method", "lora+linear"], ["'linear' cannot be combined"]),
@@ -134,32 +135,19 @@ def test_a_bad_evaluation_image_stops_unless_left_out(
     assert '"val_images": 5' in (tmp_path / "r2" / "summary.json").read_text()
 
 
-def test_the_folder_of_a_failed_run_says_so(
+def test_a_loss_that_is_not_finite_stops_the_run_and_its_folder_says_so(
     remap: Callable[..., Result], pictures: Path, tmp_path: Path, tiny: list[str]
 ) -> None:
     words = ["tune", "--data", pictures, *tiny, "--method", "full", "--output", "r"]
-    assert remap(*words, "--lr", "1e30", "--set", "train.clip_norm=null").exit_code == 2
+    stopped = remap(*words, "--lr", "1e30", "--set", "train.clip_norm=null")
+    assert stopped.exit_code == 2 and "not finite" in stopped.message and "--lr" in stopped.message
+    assert '"failed"' in (tmp_path / "r" / "status.json").read_text()
     as_student = ["tune", "--data", pictures, "--student", "r", "--output", "again"]
     for command in (["eval", "r"], ["predict", "r", pictures / "val"], as_student):
         result = remap(*command)
         assert result.exit_code == 2 and not (tmp_path / "again").exists()
         for part in ("its run failed", "not finite", str(Path("r") / "status.json")):
             assert part in result.message
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_step(
-    remap: Callable[..., Result], pictures: Path, tmp_path: Path, tiny: list[str]
-) -> None:
-    words = ["tune", "--data", pictures, *tiny, "--method", "full", "--output", "r"]
-    result = remap(*words, "--lr", "1e30", "--set", "train.clip_norm=null")
-    assert result.exit_code == 2 and "not finite" in result.message and "--lr" in result.message
-    assert '"failed"' in (tmp_path / "r" / "status.json").read_text()
-
-
-def test_a_resumed_run_takes_no_other_words(remap: Callable[..., Result], pictures: Path, tiny: list[str]) -> None:
-    assert remap("tune", "--data", pictures, *tiny, "--method", "linear", "--output", "r").exit_code == 0
-    result = remap("tune", "--resume", "r", "--epochs", "9")
-    assert result.exit_code == 2 and "keeps its own recipe" in result.message
 
 
 def test_weak_teacher_may_be_allowed(

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from remap.errors import Interrupted, RunError
 from remap.recipe import Recipe
 from remap.running import Result, resume, start
 from remap.runs.rundir import RunDir
-from remap_cli.main import app
 
 LAST_STEP = 6
 
@@ -158,7 +157,20 @@ def test_a_file_replaced_by_another_of_equal_name_and_size_is_noticed(
     assert steps.steps == LAST_STEP - 2
 
 
-def test_words_beside_resume_are_refused(tiny: Any, tmp_path: Path) -> None:
-    start(tiny.recipe(), tmp_path / "run")
-    outcome = CliRunner().invoke(app, ["distill", "--resume", str(tmp_path / "run"), "--epochs", "3"])
-    assert "a resumed run keeps its own recipe" in str(outcome.exception)
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_other_weights_of_a_model_are_noticed(tiny: Any, tmp_path: Path, watch: Callable[..., Any], which: str) -> None:
+    """One number of a frozen matrix changes while the run is stopped; it would end in another student."""
+    folder = tmp_path / which
+    shutil.copytree(getattr(tiny, which).removeprefix("local-dir:"), folder)
+
+    def stop(done: int) -> None:
+        if done == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        start(tiny.recipe(**{which: f"local-dir:{folder}"}), tmp_path / "run", watch(stop))
+    weights = load_file(folder / "model.safetensors")
+    weights["blocks.0.attn.qkv.weight"][0, 0] += 0.5
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(RunError, match="their weights differ"):
+        resume(tmp_path / "run")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from remap.data.batches import Batch
 from remap.data.images import BadImage, decode
 from remap.engine import fit as loop
-from remap.engine.faults import RECOVERIES, all_finite
+from remap.engine import recovery
+from remap.engine.faults import all_finite
 from remap.engine.job import StudentStep
+from remap.engine.recovery import RECOVERIES
 from remap.engine.teacher import Teacher
-from remap.errors import TrainingError
+from remap.errors import DiskFull, TrainingError
+from remap.network import Runner
 from remap.remapping.objective import Objective
 from remap.running import resume, start
 from remap.runs.rundir import RunDir
@@ -163,6 +168,57 @@ def test_weights_that_broke_go_back_to_the_last_checkpoint(
     assert all(all_finite(load_file(path).values()) for path in _written(tmp_path / "run"))
 
 
+@pytest.mark.guarantee(8)
+@pytest.mark.parametrize("update", [2, 3], ids=["the last step of an epoch", "the first of the next"])
+def test_weights_that_break_again_and_again_stop_the_run(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Callable[..., Any], update: int
+) -> None:
+    """Steps that are done again after going back do not make the fault forgotten."""
+    progress, step = watch(lambda done: None), loop.Loop.step
+
+    def overflow(running: loop.Loop, steps: int) -> float | None:
+        found = step(running, steps)
+        if running.state.epoch * steps + running.state.step == update:
+            with torch.no_grad():
+                next(iter(running.parameters.values())).fill_(INFINITE)
+        return found
+
+    monkeypatch.setattr(recovery, "FORGET_AFTER", 1)
+    monkeypatch.setattr(loop.Loop, "step", overflow)
+    # Inside an epoch the loss of the next step shows it first.
+    told = {2: "the trained weights are not finite in epoch 1, step 3", 3: "the loss is not finite in epoch 2, step 2"}
+    with pytest.raises(TrainingError, match=f"{told[update]}; 3 steps shortly before"):
+        start(tiny.recipe("train.checkpoint_seconds=1000"), tmp_path / "run", progress)
+    assert len([line for line in progress.said if line.startswith("back to")]) == RECOVERIES
+    assert json.loads((tmp_path / "run" / "fault" / "fault.json").read_text())["step"] == {2: 3, 3: 2}[update]
+
+
+def test_weights_that_are_broken_before_the_first_step_are_an_error(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = loop.Loop.begin
+
+    def spoiled(running: loop.Loop, *, resume: bool) -> None:
+        with torch.no_grad():
+            next(iter(running.parameters.values())).fill_(NAN)
+        begin(running, resume=resume)
+
+    monkeypatch.setattr(loop.Loop, "begin", spoiled)
+    with pytest.raises(TrainingError, match="not finite before the first step"):
+        start(tiny.recipe(), tmp_path / "run")
+
+
+def test_a_full_disk_does_not_hide_the_fault(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise DiskFull("no room")
+
+    Poison("loss", NAN, range(1, 100)).install(monkeypatch)
+    monkeypatch.setattr(recovery, "capture", full)
+    with pytest.raises(TrainingError, match="the loss is not finite") as caught:
+        start(tiny.recipe(*WATCHED), tmp_path / "run")
+    assert "could not be kept: no room" in str(caught.value)
+
+
 def test_outputs_that_are_not_finite_are_not_kept(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither in memory nor on disk, where every later run would read them."""
     items = Teacher.items
@@ -225,38 +281,116 @@ def test_memory_for_no_image_at_all_is_an_error(tiny: Any, tmp_path: Path, monke
 
 
 @pytest.mark.guarantee(9)
+def test_batch_statistics_of_an_attempt_that_failed_do_not_count(
+    tiny: Any,
+    model_folder: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    watch: Callable[..., Any],
+    largest_difference: Callable[..., float],
+) -> None:
+    """Memory runs out in the second micro-batch, behind batch norms. Source: as many micro-batches from the start."""
+    student = model_folder("resnet18", {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}, 32)
+    words = {"student": student, "method": "full", "losses": "ce"}
+    twin = start(tiny.recipe("train.accumulation=4", **words), tmp_path / "twin")
+    forward, calls, progress = StudentStep.forward, [0], watch(lambda done: None)
+
+    def second_fails(step: StudentStep, *arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(step, *arguments)
+
+    monkeypatch.setattr(StudentStep, "forward", second_fails)
+    result = start(tiny.recipe("train.accumulation=2", **words), tmp_path / "run", progress)
+    assert largest_difference(result.student.tensors, twin.student.tensors) == 0.0
+    (told,) = [line for line in progress.said if line.startswith("out of memory")]
+    assert "4 micro-batches" in told and "up to 2 image(s); that changes batch statistics" in told
+
+
+def test_evaluation_takes_smaller_batches_when_memory_runs_out(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Callable[..., Any]
+) -> None:
+    """Source: the accuracy of the run that had memory enough."""
+    recipe, progress = tiny.recipe(), watch(lambda done: None)
+    twin = start(recipe, tmp_path / "twin")
+    forward = Runner.forward
+
+    def limited(runner: Runner, images: Tensor, *rest: Any) -> Any:
+        if not torch.is_grad_enabled() and len(images) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(runner, images, *rest)
+
+    monkeypatch.setattr(Runner, "forward", limited)
+    result = start(recipe, tmp_path / "run", progress)
+    assert any("in batches of 8" in line for line in progress.said)
+    for name in ("correct", "accuracy", "initial_accuracy"):
+        assert result.summary["student"][name] == twin.summary["student"][name]
+
+
+@pytest.mark.guarantee(9)
 def test_two_processes_recover_together(
     tiny: Any,
     tmp_path: Path,
+    model_folder: Callable[..., str],
+    watch: Callable[..., Any],
     start_process: Callable[..., subprocess.Popen],
     monkeypatch: pytest.MonkeyPatch,
     figure: Callable[..., None],
 ) -> None:
-    """Only the second process runs out of memory, then only it gets a number that is not finite.
+    """What goes wrong on the second process alone, one run after the other (see workers/faults.py).
 
-    Sources: one process with memory enough; one process that skips the same step.
+    Sources: one process with memory enough; one that skips the same step; one whose second micro-batch is empty; the
+    run that was not stopped.
     """
-    arguments = [tiny.data, tiny.student, tiny.teacher, str(tmp_path)]
+    recipe, resnet = tiny.recipe(*WATCHED), {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(StudentStep, "forward", _limited(StudentStep.forward, 1))
+        start(recipe, tmp_path / "halved", watch(_crash_at_step_4))
+    arguments = [tiny.data, tiny.student, tiny.teacher, model_folder("resnet18", resnet, 32), str(tmp_path)]
     process = start_process(
         *("torch.distributed.run", "--standalone", "--nproc-per-node", "2"), str(WORKER), *arguments
     )
-    recipe = tiny.recipe(*WATCHED)
-    whole = start(recipe, tmp_path / "one")
-    Poison("loss", NAN, range(3, 4)).install(monkeypatch)
-    skipping = start(recipe, tmp_path / "one-skipping")
-    _, errors = process.communicate(timeout=120)
+    expected = {"memory": start(recipe, tmp_path / "one")}
+    expected["halved"] = expected["clocks"] = expected["memory"]
+    with monkeypatch.context() as patch:
+        Poison("loss", NAN, range(3, 4)).install(patch)
+        expected["nan"] = start(recipe, tmp_path / "one-skipping")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "batches", _fourth_is_empty(loop.batches))
+        expected["unreadable"] = start(tiny.recipe(*WATCHED, "train.accumulation=2"), tmp_path / "one-unreadable")
+    _, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
-    told = json.loads((tmp_path / "memory" / "summary.json").read_text())["faults"]
-    assert told["accumulation"] == 2
-    told = json.loads((tmp_path / "nan" / "summary.json").read_text())["faults"]
-    assert told["skipped_steps"] == 1
-    for name, expected in (("memory", whole), ("nan", skipping)):
+    told = {name: json.loads((tmp_path / name / "summary.json").read_text())["faults"] for name in expected}
+    assert told["memory"]["accumulation"] == 2 and told["nan"]["skipped_steps"] == 1
+    assert told["halved"]["accumulation"] == 4, "two processes need half the micro-batches for the same memory"
+    for name, result in expected.items():
         found = load_file(RunDir(tmp_path / name).task / "task.safetensors")
-        difference = max(
-            float((found[key] - tensor.detach()).abs().max()) for key, tensor in expected.student.trained.items()
-        )
-        assert difference < 1e-5, name
+        difference = max(float((found[k] - t.detach()).abs().max()) for k, t in result.student.trained.items())
+        assert difference < 1e-6, name
         figure("largest difference of weights, two processes recovering together", difference)
+    again, whole = (RunDir(tmp_path / name).task / "task.safetensors" for name in ("average", "average-whole"))
+    assert again.read_bytes() == whole.read_bytes(), "an average with batch statistics did not go on where it was"
+
+
+def _without_images(batch: Batch) -> Batch:
+    rows = {"images_BCHW": batch.images_BCHW[:0], "labels_B": batch.labels_B[:0]}
+    return replace(batch, **rows, indices_B=batch.indices_B[:0], keys_B=batch.keys_B[:0])
+
+
+def _crash_at_step_4(done: int) -> None:
+    if done == 4:
+        raise RuntimeError("power cut")
+
+
+def _fourth_is_empty(batches: Callable[..., Iterator[Batch]]) -> Callable[..., Iterator[Batch]]:
+    """The second half of the second step of the first epoch, whose images cannot be read."""
+
+    def emptied(source: Any, plan: Any, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        for number, batch in enumerate(batches(source, plan, epoch, first_step)):
+            yield _without_images(batch) if epoch == 0 and number == 3 else batch
+
+    return emptied
 
 
 def _limited(forward: Callable[..., Any], images: int) -> Callable[..., Any]:

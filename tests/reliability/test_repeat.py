@@ -20,13 +20,15 @@ SETTINGS = ("data.memory_gib=0", "data.augment=shift_flip", "data.mixup=0.8", "t
 def test_any_number_of_workers_gives_the_same_bits(
     tiny: Any, tmp_path: Path, history: Callable[[Path], list[dict]], figure: Callable[..., None]
 ) -> None:
-    """Source: the run with one worker."""
+    """Source: the run with one worker; another seed gives others."""
     runs = {}
     for workers in (1, 2, 5):
         recipe = tiny.recipe(*SETTINGS, f"data.workers={workers}", method="full", losses="ce,kd,feature")
         runs[workers] = start(recipe, tmp_path / str(workers)).run_dir
     assert len({(run / "task" / "task.safetensors").read_bytes() for run in runs.values()}) == 1
     assert history(runs[1]) == history(runs[2]) == history(runs[5])
+    other = start(recipe.model_copy(update={"seed": recipe.seed + 1}), tmp_path / "other").run_dir
+    assert (other / "task" / "task.safetensors").read_bytes() != (runs[5] / "task" / "task.safetensors").read_bytes()
     figure("numbers of data workers with the same bytes", len(runs), len(runs))
 
 
@@ -44,6 +46,7 @@ def test_other_threads_are_named_before_and_after(tiny: Any, tmp_path: Path, wat
     assert all(row["largest_difference"] < 1e-5 for row in found["tensors"])
 
 
+@pytest.mark.guarantee(23)
 def test_a_run_of_two_processes_is_repeated_by_two(
     tiny: Any, tmp_path: Path, start_process: Callable[..., subprocess.Popen], figure: Callable[..., None]
 ) -> None:

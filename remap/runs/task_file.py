@@ -1,0 +1,152 @@
+"""What a task folder says and holds, read with care, since it may come from anybody.
+
+``task.json`` says what backbone it is for, the method, the classes, the preprocessing, and the SHA-256 of
+``task.safetensors``, which holds what was trained.
+"""
+
+import json
+from math import isfinite
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from torch import Tensor
+
+from remap import files
+from remap.backbones.loading import read_safetensors
+from remap.backbones.preprocess import PreprocessSpec
+from remap.data.views import FILTERS, View
+from remap.errors import RunError
+from remap.network import Network
+from remap.outside import plain, sha256_of, unfit_for_a_name
+from remap.recipe.schema import LARGEST_SIDE, MethodSpec, Place
+
+FORMAT = 1
+MOST_CLASSES = 1_000_000
+# Sizes that a method's options may ask for whatever the file holds; larger ones must be a size of one of its tensors.
+FREE_SIZE = 4096
+
+
+def _class_name(name: str) -> str:
+    unfit = unfit_for_a_name(name)
+    if unfit or not 1 <= len(name) <= 255:
+        raise ValueError(f"a class name holds {unfit}" if unfit else "a class name has 1 to 255 letters")
+    return name
+
+
+def _own_place(word: str) -> str:
+    """A task names its backbone by an absolute path, or a name that is none: not from wherever it is read."""
+    path = word.removeprefix("local-dir:")
+    if (path != word or word.endswith(".safetensors")) and (not path.startswith("/") or ".." in path.split("/")):
+        raise ValueError("should be an absolute path without '..'")
+    return word
+
+
+def _sized_view(view: View) -> View:
+    _require_view(view)
+    return view
+
+
+def _sized_preprocess(spec: PreprocessSpec) -> PreprocessSpec:
+    _require_view(spec)
+    if not all(map(isfinite, (*spec.mean, *spec.std))) or min(spec.std) <= 0:
+        raise ValueError("mean and std should be finite, and std above 0")
+    return spec
+
+
+def _require_view(view: View | PreprocessSpec) -> None:
+    if not 1 <= view.size <= LARGEST_SIDE or not 0 < view.crop_pct <= 1 or view.interpolation not in FILTERS:
+        raise ValueError(f"should have 1 to {LARGEST_SIDE} pixels, a share of them, and one of {', '.join(FILTERS)}")
+
+
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Source(BaseModel):
+    model: Annotated[Place, AfterValidator(_own_place)]
+    weights: Annotated[Place, AfterValidator(_own_place)]
+    sha256: _Sha256
+    preset: Literal["none", "mae", "moco_v3"]
+    image_size: int | None = Field(default=None, ge=1, le=LARGEST_SIDE)
+
+
+class TaskMeta(BaseModel):
+    """What task.json says."""
+
+    format: Literal[FORMAT]
+    backbone: _Source
+    method: MethodSpec
+    classes: Annotated[tuple[Annotated[str, AfterValidator(_class_name)], ...], Field(min_length=1)]
+    preprocess: Annotated[PreprocessSpec, AfterValidator(_sized_preprocess)]
+    view: Annotated[View, AfterValidator(_sized_view)]
+    holds_backbone: bool
+    sha256: _Sha256
+
+
+def read_meta(folder: Path) -> TaskMeta:
+    """
+    Raises:
+        RunError: It is missing, damaged or of another version.
+    """
+    path = folder / "task.json"
+    values = files.read_json(path)
+    try:
+        return TaskMeta.model_validate(values)
+    except ValidationError as error:
+        places = [plain(".".join(map(str, problem["loc"]))) or "everything" for problem in error.errors()]
+        raise RunError(
+            f"{path} is no task of this version of remap",
+            given=f"{json.dumps(values)[:80]} (wrong or missing: {', '.join(places[:8])})",
+            allowed=f"format {FORMAT}",
+        ) from error
+
+
+def read_tensors(folder: Path, meta: TaskMeta) -> dict[str, Tensor]:
+    """
+    Raises:
+        RunError: They are missing, or not those that task.json is about.
+    """
+    path = folder / "task.safetensors"
+    try:
+        digest = sha256_of(path)
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from error
+    if digest != meta.sha256:
+        raise RunError(f"{path} is damaged: its SHA-256 differs from task.json", do="copy the task folder again")
+    return read_safetensors(path)
+
+
+def require_sizes(folder: Path, meta: TaskMeta, tensors: dict[str, Tensor]) -> None:
+    """The file bounds what is built: a task of a few bytes cannot ask for a million classes or a rank of a billion."""
+    sizes = {size for tensor in tensors.values() for size in tensor.shape}
+    if len(meta.classes) not in sizes or len(meta.classes) > MOST_CLASSES:
+        raise RunError(f"the classifier in {folder} does not fit its {len(meta.classes):,} class names")
+    if len(set(meta.classes)) < len(meta.classes):
+        raise RunError(f"{folder / 'task.json'} names a class twice")
+    unfit = next((name for name in tensors if not name.isprintable()), None)
+    if unfit is not None:
+        raise RunError(f"{folder} holds a tensor of a name that no parameter has", given=plain(unfit)[:200])
+    largest = max(FREE_SIZE, *sizes)
+    strange = [number for number in _numbers(meta.method.options) if abs(number) > largest]
+    if strange:
+        raise RunError(
+            f"{folder / 'task.json'} has options that the tensors beside it do not fit", given=f"{strange[0]:.6g}"
+        )
+
+
+def _numbers(value: Any) -> list[int]:
+    if isinstance(value, (list, dict)):
+        return [
+            number for inner in (value.values() if isinstance(value, dict) else value) for number in _numbers(inner)
+        ]
+    return [value] if isinstance(value, int) else []
+
+
+def require_numbers(network: Network, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Tensors of the types they were saved with, and finite."""
+    for name, own in (dict(network.model.named_parameters()) | network.tensors).items():
+        if name in tensors and tensors[name].dtype != own.dtype:
+            raise RunError(f"{name} in {folder} is {tensors[name].dtype}, not {own.dtype}")
+    bad = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+    if bad:
+        raise RunError(f"{len(bad)} tensors in {folder} hold numbers that are not finite", given=plain(bad[0])[:200])
