@@ -1,5 +1,6 @@
 """``remap cache``: teacher outputs kept on disk. Listing and clearing need no torch."""
 
+import shlex
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -134,14 +135,20 @@ def cache_build(
     """Compute beforehand what `remap distill` with the same words asks the teacher; goes on where it was stopped."""
     words = opt.words(locals())
     launch.processes(devices)
+    from remap.errors import Interrupted
     from remap.runs.objective import without_idle_losses
+    from remap.runs.rundir import command
     from remap_cli.train import read_recipe
 
     with view.Reporter(quiet=not launch.is_first()) as progress:
         resolved = without_idle_losses(read_recipe(words, recipe, settings or [], with_teacher=True), progress)
         with progress.wait("loading PyTorch"):
             from remap.running import build_cache
-        found = build_cache(resolved, progress)
+        try:
+            found = build_cache(resolved, progress)
+        except Interrupted as error:
+            do = f"what was computed is kept; go on with: {shlex.join(command())}"
+            raise Interrupted(error.what, exit_code=error.exit_code, do=do, at_once=error.at_once) from error
     if not launch.is_first():
         return
     if json:

@@ -58,11 +58,17 @@ def show(found: dict[str, Any]) -> None:
             ["memory", f"{size(guess['memory_bytes'])} (activations {size(guess['activation_bytes'])})"],
             ["teacher outputs kept", _kept(found)],
             ["frozen features kept", size(guess["features_bytes"])],
-            ["disk", f"{size(guess['disk_bytes'])} (of it to keep: {size(guess['task_bytes'])})"],
+            ["disk", _disk(guess)],
         ],
         wrap=(1,),
     )
     view.line("Nothing was trained or written.")
+
+
+def _disk(guess: dict[str, Any]) -> str:
+    more = guess["disk_bytes"] - guess["run_bytes"]
+    teachers = f" + {size(more)} of teachers" if more else ""
+    return f"{size(guess['run_bytes'])} (checkpoints + task){teachers}; to keep: {size(guess['task_bytes'])}"
 
 
 def _model(model: dict[str, Any]) -> str:

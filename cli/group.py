@@ -26,6 +26,9 @@ LOST = 3
 # as the state may be on its way to a slow disk.
 TELL, END = 1.0, 4.0
 TELL_STOPPING, END_STOPPING = 4.0, 10.0
+# Variables that say how many processes there are, in other launchers' words. Where a machine has them set to 1 (srun,
+# Kubernetes), Accelerate would take a process for the only one.
+SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 STOPS = (signal.SIGINT, signal.SIGTERM)
 _STOP_CODES = tuple(128 + number for number in STOPS)
 # Of what a failed process wrote, so much is shown.
@@ -38,27 +41,28 @@ class Group:
     Attributes:
         ended: Exit codes by rank, in the order in which they came.
         asked: The first signal that this command got, 0 for none.
+        times: How many it got. With the second one, processes have as long as beside a failed one; the third ends them.
         killed: Ranks that had to be killed here, and whether they were stopped (as by Ctrl-Z) then.
     """
 
     def __init__(self, command: list[str], count: int) -> None:
         self.ended: dict[int, int] = {}
         self.killed: dict[int, bool] = {}
-        self.asked = 0
+        self.asked, self.times = 0, 0
         self.signals: list[int] = []
-        self.failed_at = float("inf")
+        self.failed_at = self.urged_at = float("inf")
         self.told = False
         self.handlers = {number: signal.signal(number, self._note) for number in (*STOPS, signal.SIGTSTP)}
         self.files = contextlib.ExitStack()
         self.port = self.files.enter_context(_held_port())
         # The first process prints where this command does; what others write is kept, in case they fail.
         self.outputs: list[IO[bytes] | None] = [None]
-        for _ in range(count - 1):
-            self.outputs.append(self.files.enter_context(tempfile.TemporaryFile()))  # noqa: SIM115
         self.running: list[subprocess.Popen] = []
         # A signal that comes before Python is ready for it waits: the mask is inherited, and ``begin`` takes it off.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         try:
+            for _ in range(count - 1):
+                self.outputs.append(self.files.enter_context(tempfile.TemporaryFile()))  # noqa: SIM115
             for rank, output in enumerate(self.outputs):
                 self.running.append(
                     subprocess.Popen(
@@ -113,6 +117,9 @@ class Group:
             self._signal(signal.SIGCONT)
             return
         self.asked = self.asked or number
+        self.times += 1
+        if self.times == 2:
+            self.urged_at = time.monotonic()
         self._signal(number)
 
     def _signal(self, number: int) -> None:
@@ -123,7 +130,7 @@ class Group:
         return [rank for rank in range(len(self.running)) if rank not in self.ended]
 
     def _end_the_others(self) -> None:
-        since = time.monotonic() - self.failed_at
+        since = time.monotonic() - min(self.failed_at, self.urged_at)
         stopping = bool(self.asked) or any(code in _STOP_CODES for code in self.ended.values())
         if since > (TELL_STOPPING if stopping else TELL) and not self.told:
             self.told = True
@@ -131,7 +138,7 @@ class Group:
                 with contextlib.suppress(OSError):
                     self.running[rank].stdin.write(b"!")
                     self.running[rank].stdin.flush()
-        if since > (END_STOPPING if stopping else END):
+        if since > (END_STOPPING if stopping else END) or self.times > 2:
             for rank in self._alive():
                 if rank not in self.killed:
                     self.killed[rank] = _is_stopped(self.running[rank].pid)
@@ -140,7 +147,17 @@ class Group:
     def first_failure(self) -> tuple[int, int] | None:
         """Rank and code of the first process that failed for a reason of its own."""
         own = {rank: code for rank, code in self.ended.items() if code not in (0, LOST) and rank not in self.killed}
-        return next(iter(own.items()), None)
+        return next(((rank, code) for rank, code in own.items() if rank not in self.aborted()), None)
+
+    def aborted(self) -> list[int]:
+        """Ranks whose end comes of something else.
+
+        Where all were asked to stop, libraries abort that a signal meets while they start. And NCCL's watchdog ends
+        those, by SIGABRT, that waited for one that had to be killed.
+        """
+        if self.asked:
+            return [rank for rank, code in self.ended.items() if code < 0 and rank not in self.killed]
+        return [rank for rank, code in self.ended.items() if code == -signal.SIGABRT] if self.killed else []
 
     def code(self) -> int:
         """0, or the code of the first failure, which is 128 + its number for a signal; 1 where none has its own."""
@@ -189,7 +206,8 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     if loopback:  # else Gloo asks for the address of the machine's name, which may lead nowhere
         defaults["GLOO_SOCKET_IFNAME"] = loopback[0]
-    return {**defaults, **os.environ, **{name: str(value) for name, value in own.items()}}
+    inherited = {name: value for name, value in os.environ.items() if name not in SIZES}
+    return {**defaults, **inherited, **{name: str(value) for name, value in own.items()}}
 
 
 def _is_stopped(pid: int) -> bool:

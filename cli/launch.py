@@ -5,6 +5,8 @@ Imports no torch.
 
 import contextlib
 import os
+import resource
+import shlex
 import signal
 import sys
 import threading
@@ -18,6 +20,8 @@ from remap_cli.group import LOST, MARK, STOPS, Group, cores
 
 # Seconds that a process whose parent is gone has for saving its state.
 ORPHAN = 60.0
+# Processes at most: more than a machine has places for.
+MOST = 1024
 _command: list[str] | None = None
 _told = threading.Event()
 
@@ -59,9 +63,10 @@ def explained_by_parent(code: int) -> bool:
 
 def has_launcher() -> bool:
     """Whether something else decides about the number of processes: torchrun, accelerate launch, mpirun, or this."""
-    names = {"RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"}
-    # The only trace of `accelerate launch --cpu`, which starts one process whatever it is asked for.
-    return bool(names & os.environ.keys()) or "ACCELERATE_DYNAMO_MODE" in os.environ
+    # Some machines say 1 to every process that nobody has multiplied.
+    several = any(os.environ.get(name, "1") not in ("", "0", "1") for name in ("WORLD_SIZE", *group.SIZES))
+    # The other name is the only trace of `accelerate launch --cpu`, which starts one process whatever it is asked for.
+    return several or bool({"RANK", "ACCELERATE_DYNAMO_MODE"} & os.environ.keys())
 
 
 def processes(count: int | None) -> None:
@@ -69,7 +74,10 @@ def processes(count: int | None) -> None:
 
     It is not for one process, nor under a launcher, which has started them; ``check_processes`` compares the numbers.
     """
-    if count is None or count == 1 or has_launcher() or _command is None:
+    if count is None or count == 1 or has_launcher():
+        return
+    _require_few(count)
+    if _command is None:
         return
     available = cores()
     if count > available:
@@ -78,6 +86,18 @@ def processes(count: int | None) -> None:
         started.wait()
         _explain(started)
     raise SystemExit(started.code())
+
+
+def _require_few(count: int) -> None:
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    # Each takes two open files here, and those of a group two for each of the others.
+    most = MOST if files == resource.RLIM_INFINITY else max(1, min(MOST, (files - 64) // 2))
+    if count > most:
+        raise RemapError(
+            "so many processes cannot be started",
+            given=f"--devices {count}",
+            allowed=f"1 to {most}" + (f", by the limit of open files (ulimit -n: {files})" if most < MOST else ""),
+        )
 
 
 def recorded(run: Path) -> int | None:
@@ -103,7 +123,13 @@ def _explain(started: Group) -> None:
         elif started.ended[0] != code:
             _show(started, rank)
     elif started.killed:
-        view.error(_silent(started.killed, started.asked))
+        for rank in started.aborted():
+            _show(started, rank)
+        view.error(_silent(started))
+    elif started.asked:
+        ended = [f"process {rank} ended by {signal.Signals(-started.ended[rank]).name}" for rank in started.aborted()]
+        what = f"interrupted ({', '.join(ended) or 'the processes lost each other'})"
+        view.error(RemapError(what, do=f"a run that had begun to train {_goes_on()}"))
     elif any(started.ended.values()):
         view.error(RemapError("the processes lost each other; all of them were ended"))
         for rank, code in started.ended.items():
@@ -124,18 +150,31 @@ def _ended_by(rank: int, number: signal.Signals) -> RemapError:
     return RemapError(
         f"[process {rank}] was ended by {number.name}; the other processes were ended too",
         given=hints.get(number),
-        do="start again; a run that had begun to train goes on with --resume RUN",
+        do=f"start again; a run that had begun to train {_goes_on()}",
     )
 
 
-def _silent(killed: dict[int, bool], asked: int) -> RemapError:
-    names = ", ".join(str(rank) for rank in killed)
-    if asked:
-        return RemapError(f"[process {names}] did not leave within {group.END_STOPPING:g} s and was killed")
-    state = "it was halted by a signal (SIGSTOP)" if any(killed.values()) else None
+def _goes_on() -> str:
+    """With the folder of the run, if this command's words say it."""
+    words = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    folders = [name for word, name in zip(words, words[1:], strict=False) if word in ("--output", "--resume")]
+    return f"goes on with --resume {shlex.quote(folders[-1]) if folders else 'RUN'}"
+
+
+def _silent(started: Group) -> RemapError:
+    names, others = (", ".join(map(str, ranks)) for ranks in (started.killed, started.aborted()))
+    if started.asked:
+        when = "before the third signal" if started.times > 2 else f"within {group.END_STOPPING:g} s"
+        return RemapError(
+            f"[process {names}] did not leave {when} and was killed",
+            do=f"a run that had begun to train {_goes_on()}",
+        )
+    state = "it was halted by a signal (SIGSTOP)" if any(started.killed.values()) else None
+    if others and state is None:
+        state = f"[process {others}] was ended by SIGABRT: by NCCL's watchdog, or by an error of its own"
     return RemapError(
         f"[process {names}] did not answer the others in time and was killed; all processes were ended",
         given=state,
         do="see what holds it up; REMAP_TIMEOUT (seconds, 600 by default) says how long the others wait."
-        " A run that had begun to train goes on with --resume RUN",
+        f" A run that had begun to train {_goes_on()}",
     )

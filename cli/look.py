@@ -343,11 +343,17 @@ def recipes_show(
     resolved: Annotated[bool, typer.Option("--resolved", help="With every default written out.")] = False,
 ) -> None:
     """Print a recipe."""
+    from remap.errors import RecipeError
     from remap.outside import plain
     from remap.recipe import catalogue, dump, resolve, strict_yaml
 
     text = dump(resolve(name, check_options=False)) if resolved else strict_yaml.read_text(catalogue.find(name))
     typer.echo(plain(text, keep="\n\t"), nl=False)
+    if name.endswith((".yaml", ".yml")) and not resolved:
+        try:
+            resolve(name)
+        except RecipeError as error:
+            view.note(f"this recipe cannot be used:\n{error}")
 
 
 @recipes.command("copy")
@@ -358,7 +364,7 @@ def recipes_copy(
     """Copy a shipped recipe to edit it."""
     import os
 
-    from remap.errors import RecipeError
+    from remap.errors import RecipeError, RunError
     from remap.files import write_text
     from remap.outside import expanded, plain, unfit_for_a_place
     from remap.recipe import catalogue, strict_yaml
@@ -370,7 +376,11 @@ def recipes_copy(
         raise RecipeError([plain(f"cannot be made: {unfit}")], plain(str(target)))
     if os.path.lexists(target):
         raise RecipeError(["exists already and was not touched; name another file"], str(target))
-    write_text(target, strict_yaml.read_text(source))
+    try:
+        write_text(target, strict_yaml.read_text(source))
+    except RunError as error:
+        elsewhere = "name a file or folder where it can be written: remap recipes copy NAME FILE"
+        raise RunError(error.what, given=error.given, do=elsewhere) from error
     view.note(f"wrote {target}; run it with: remap distill --recipe {target}")
 
 

@@ -1,11 +1,12 @@
 """The ``remap`` command. Heavy imports happen inside the commands, so that help and listings are instant."""
 
+import io
 import os
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +16,12 @@ from remap_cli import options as opt
 
 if TYPE_CHECKING:
     from remap.errors import Interrupted, RemapError
+
+# Seconds after which it is looked whether a signal was heard.
+HEARD = 0.25
+# The signal that asked this command to stop, 0 for none, and the handler that was in place then.
+_asked: int = 0
+_handler: Any = None
 
 app = typer.Typer(
     name="remap",
@@ -30,23 +37,27 @@ app.add_typer(recipes, name="recipes", rich_help_panel=opt.LOOK)
 
 def main() -> None:
     """Run the command line: a user's mistake is one message and exit code 2, Ctrl-C is 130, a bug is a traceback."""
+    global _asked
     from remap.errors import RemapError
 
     try:
+        _asked = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _stopped)
+        _watch_stdout()
         launch.begin()
         app()
     except SystemExit as leaving:  # how Typer ends, well or not
-        _leave(leaving.code)
+        _be_deaf()
+        _leave(128 + _asked if _asked else leaving.code)
     except Exception as error:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # all that is left is to say why
+        _be_deaf()  # all that is left is to say why
         if launch.told_of_failure():  # what comes of that is no news
             _leave(launch.LOST)
-        problem = error if isinstance(error, RemapError) else _lost_process(error)
+        problem = _signal_behind(error) or (error if isinstance(error, RemapError) else _lost_process(error))
+        if _asked and (problem is None or problem.exit_code != 128 + _asked):  # what comes of a signal is no news
+            problem = _interrupted(_asked)
         if problem is not None:
-            problem = _signal_behind(problem) or problem
             if not launch.explained_by_parent(problem.exit_code):
                 view.error(problem)
             _leave(problem.exit_code)
@@ -58,10 +69,57 @@ def main() -> None:
 
 def _stopped(number: int, frame: FrameType | None) -> None:
     """Ctrl-C and SIGTERM outside the training loop, which saves first. Typer would end on Ctrl-C without a word."""
+    global _asked, _handler
+    _asked, _handler = number, signal.getsignal(number)
+    signal.signal(signal.SIGALRM, _insist)
+    signal.setitimer(signal.ITIMER_REAL, HEARD)
+    raise _interrupted(number)
+
+
+def _interrupted(number: int) -> "Interrupted":
     from remap.errors import Interrupted
 
     word = "interrupted" if number == signal.SIGINT else "terminated"
-    raise Interrupted(f"{word}; finished runs and checkpoints are as they were", exit_code=128 + number)
+    return Interrupted(f"{word}; finished runs and checkpoints are as they were", exit_code=128 + number)
+
+
+def _insist(number: int, frame: FrameType | None) -> None:
+    """Ask again where what ``_stopped`` raised was swallowed, as by imports that try what a machine has."""
+    handler = signal.getsignal(_asked)
+    if _signal_behind(sys.exception()) is not None:  # it is on its way
+        signal.setitimer(signal.ITIMER_REAL, HEARD)
+    elif handler is _stopped or handler is not _handler:
+        handler(_asked, frame)
+    # else a run has noted it, and leaves after this batch
+
+
+def _be_deaf() -> None:
+    for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _watch_stdout() -> None:
+    """Results that cannot be written are an error, one message long; a reader that has left, as `head -1`, is none."""
+    if sys.stdout is not None and sys.stdout is sys.__stdout__:
+        told = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors, "line_buffering": sys.stdout.isatty()}
+        sys.stdout.flush()
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(_Stdout(sys.stdout.fileno(), "wb", closefd=False)), **told)
+
+
+class _Stdout(io.FileIO):
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # nobody gets the rest
+            if isinstance(error, BrokenPipeError):
+                raise SystemExit(128 + signal.SIGPIPE) from None
+            from remap.errors import RemapError
+
+            raise RemapError(
+                f"cannot write to stdout: {error.strerror}",
+                do="free some space, or send the output elsewhere; what a run wrote into its folder is there",
+            ) from error
 
 
 def _lost_process(error: Exception) -> "RemapError | None":
@@ -84,11 +142,16 @@ def _signal_behind(error: BaseException | None) -> "Interrupted | None":
 
 def _leave(code: str | int | None) -> None:
     """Exit without waiting for other ranks that may be stuck in a collective call."""
+    from remap.errors import RemapError
+
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    except BrokenPipeError:  # `remap methods | head -1`: nobody reads the rest
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit as leaving:
+        code = code or leaving.code
+    except RemapError as error:
+        view.error(error)
+        code = code or error.exit_code
     if "RANK" in os.environ and isinstance(code, int) and code:
         os._exit(code)
     sys.exit(code)

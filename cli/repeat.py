@@ -13,7 +13,11 @@ from remap_cli.main import app
 
 # How many differing tensors and packages are listed; --json has them all.
 SHOWN = 8
+# The exit code of a repeat that ran and is not equal; 1 is a bug's, 2 a mistake's, 3 that of a lost process.
+DIFFERS = 4
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# Checks that say why others may differ.
+MEMORY, SKIPPED = "accumulation", ("skipped steps", "learning-rate factor")
 
 
 @app.command(rich_help_panel=opt.USE)
@@ -29,7 +33,7 @@ def repeat(
 ) -> None:
     """Run a finished run's recipe again and compare, bit for bit.
 
-    Starts as many processes as the run had. Exit code 0: equal. 1: it ran, and something differs. 2: it could not be
+    Starts as many processes as the run had. Exit code 0: equal. 4: it ran, and something differs. 2: it could not be
     repeated.
     """
     if not launch.has_launcher():
@@ -43,7 +47,7 @@ def repeat(
         return
     view.emit(found) if as_json else _show(found)
     if not found["equal"]:
-        raise typer.Exit(1)
+        raise typer.Exit(DIFFERS)
 
 
 def _recorded(file: Path, key: str) -> Any:
@@ -100,8 +104,14 @@ def sentence(found: dict[str, Any]) -> str:
     wrong = [check["what"] for check in found["checks"] if not check["equal"]]
     sizes = [t["largest_difference"] for t in found["tensors"] if t["largest_difference"] is not None]
     by = f" (weights by at most {max(sizes):.2g})" if sizes else ""
+    why = ["memory ran out, and one of the runs took its steps in more parts"] if MEMORY in wrong else []
+    why += ["numbers that were not finite made them skip other steps"] if any(n in wrong for n in SKIPPED) else []
+    for which, name in (("first", "the first run"), ("repeat", "the repeat")):
+        changed = found["changed_on_the_way"][which]
+        why += [f"{name} was resumed with {' and '.join(changed)}, which decides last bits"] if changed else []
     return (
-        f"It did not repeat bit for bit: {', '.join(wrong)} {'differs' if len(wrong) == 1 else 'differ'}{by}; {where}."
+        f"It did not repeat bit for bit: {', '.join(wrong)} {'differs' if len(wrong) == 1 else 'differ'}{by}; "
+        f"{'; '.join([*why, where])}."
     )
 
 

@@ -1,5 +1,6 @@
 """What ``remap distill`` and ``remap tune`` do once their words are read."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from remap.files import size
 from remap.outside import expanded
 from remap.recipe import Recipe, resolve, resolve_distill
 from remap.runs.objective import without_idle_losses
+from remap.runs.rundir import RunDir
 from remap_cli import estimates, launch, view
 
 
@@ -24,6 +26,8 @@ def from_words(
     """Resolve the recipe, then run it or estimate it."""
     with view.Reporter(quiet=not launch.is_first()) as progress:
         recipe = read_recipe(words, recipe_word, settings, with_teacher=with_teacher)
+        if output is not None and not dry_run and launch.is_first():
+            RunDir(output).require_free()
         recipe = without_idle_losses(recipe, progress)
         _say_what(recipe, progress)
         with progress.wait("loading PyTorch"):
@@ -44,8 +48,13 @@ def from_words(
 def go_on(path: Path, asked: list[str], json: bool, devices: int | None = None) -> None:
     """Resume a run; its recipe is its own, but the number of processes may be another one."""
     if asked:
+        RunDir.open(expanded(path))
+        kept = {"output": "a resumed run stays in its own folder"}
         raise RecipeError(
-            [f"--{word.replace('_', '-')}: a resumed run keeps its own recipe" for word in asked], f"--resume {path}"
+            [f"--{word.replace('_', '-')}: {kept.get(word, 'a resumed run keeps its own recipe')}" for word in asked],
+            f"--resume {path}",
+            do="go on without these words; or start a new run with the words that you want to change, in another"
+            f" folder: remap {_again(path)} WORDS --output FOLDER",
         )
     from remap.running import resume
 
@@ -53,6 +62,12 @@ def go_on(path: Path, asked: list[str], json: bool, devices: int | None = None) 
         result = resume(expanded(path), progress, devices or launch.recorded(path))
     if launch.is_first():
         _show(dict(result.summary), json)
+
+
+def _again(run: Path) -> str:
+    """The words for a new run by the recipe of another one."""
+    command = "distill" if RunDir(run).recipe().teacher else "tune"
+    return f"{command} --recipe {shlex.quote(str(run / 'recipe.yaml'))}"
 
 
 def read_recipe(words: dict[str, Any], recipe_word: str | None, settings: list[str], *, with_teacher: bool) -> Recipe:

@@ -12,7 +12,7 @@ from remap.backbones.build import Backbone
 from remap.bench import Bench, Views
 from remap.data import keyed
 from remap.data.batches import closed
-from remap.data.views import View, ViewSource
+from remap.data.views import View, ViewSource, listed
 from remap.engine.features import FrozenFeatures
 from remap.engine.launch import accelerator, use_bf16
 from remap.engine.sharding import bytes_held, is_sharded
@@ -131,12 +131,6 @@ def _warn(recipe: Recipe, student: Network, teachers: Sequence[PreparedTeacher],
 def _folder(first: Path, number: int) -> Path:
     """teacher, teacher-2, teacher-3 ..."""
     return first if number == 0 else first.with_name(f"{first.name}-{number + 1}")
-
-
-def listed(files: Sequence[tuple[str, str]]) -> str:
-    """Names with reasons; the first five of many."""
-    shown = ", ".join(f"{name} ({reason})" for name, reason in files[:5])
-    return shown + (f" and {len(files) - 5} more" if len(files) > 5 else "")
 
 
 def build_objective(recipe: Recipe, student: Network, teachers: Sequence[Network]) -> Objective:

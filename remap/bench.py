@@ -1,13 +1,14 @@
 """What several runs can share: open data, decoded views, a prepared teacher and its outputs."""
 
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from remap.data.contents import Contents, fingerprint
 from remap.data.sources import open_data
 from remap.data.splits import ImageData
-from remap.data.views import JoinedSource, View, ViewSource, require_readable
+from remap.data.views import JoinedSource, View, ViewSource, listed, require_readable
 from remap.errors import DataError
 from remap.progress import Progress, Silent
 from remap.recipe.schema import DataSpec
@@ -144,8 +145,11 @@ def _lessons(train: ViewSource, unlabeled: ViewSource | None, unlabeled_only: bo
 def _require_few_bad(train: ViewSource, unlabeled: ViewSource | None, share: float) -> None:
     for source, called in ((train, _CALLED["train"]), (unlabeled, _CALLED["unlabeled"])):
         if source is not None and len(source.bad) > share * len(source.split):
+            enough = min(0.99, ceil(100 * len(source.bad) / len(source.split)) / 100)
             raise DataError(
                 f"{len(source.bad)} of {len(source.split)} {called} cannot be read",
-                given="; ".join(f"{name} ({reason})" for name, reason in source.bad_names()[:5]),
-                do="repair them, or allow more with --set data.max_bad=0.5",
+                given=listed(source.bad_names()),
+                allowed=f"{share:.0%} of them (data.max_bad={share:g})",
+                do="repair or remove them, or allow more in a new run, with another --output:"
+                f" --set data.max_bad={enough:g}",
             )

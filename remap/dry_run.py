@@ -9,14 +9,19 @@ from torch import Tensor
 from remap.assembly import Parts, assemble
 from remap.bench import Bench
 from remap.data.batches import closed_views
+from remap.engine.job import bytes_of_a_run
 from remap.engine.launch import accelerator, check_processes
+from remap.engine.teacher import Teacher
 from remap.network import Network
 from remap.outputs import Place, listening_teacher, place_of_outputs
 from remap.progress import Progress
-from remap.recipe.schema import EMA, Recipe
+from remap.recipe.schema import Recipe
 from remap.runs.objective import without_idle_losses
 from remap.teachers import PreparedTeacher, needs_logits, teacher_recipe
 from remap.trial import Trial, push
+
+# Bytes of task.json, about.
+TASK_RECORD = 4096
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class Estimate:
         features_bytes: Kept frozen features of the student.
         memory_bytes: Weights, gradients, optimiser state and activations of one process at the full batch; where that
             is a GPU's memory, without what is kept in that of the machine (images, outputs, features).
-        disk_bytes: Task files and checkpoint; a prepared teacher's head is counted too.
+        run_bytes: Checkpoints and task: the free space that the run asks for before it trains.
+        disk_bytes: That, a prepared teacher and what is kept on disk of the teachers' outputs.
         seconds: All of it: building the networks and reading the images, preparing the teacher, training, evaluation.
         preparing_seconds: Of it, giving the teacher its head.
     """
@@ -43,6 +49,7 @@ class Estimate:
     disk_cache_bytes: int
     features_bytes: int
     task_bytes: int
+    run_bytes: int
     disk_bytes: int
 
 
@@ -66,11 +73,12 @@ def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     teachers = {number: listening_teacher(parts, number) for number in numbers}
     places = {number: place_of_outputs(parts, parts.teachers[number], teacher) for number, teacher in teachers.items()}
     trial = push(parts, teachers)
-    preparing = sum(
-        _preparing_seconds(parts, teacher, trial.teacher_seconds.get(number, 0.0), progress, bench)
+    made = [
+        _preparing(parts, teacher, trial.teacher_seconds.get(number, 0.0), progress, bench)
         for number, teacher in enumerate(parts.teachers)
-    )
-    found = _estimate(parts, places, trial, preparing, building)
+    ]
+    preparing, prepared = sum(seconds for seconds, _ in made), sum(nbytes for _, nbytes in made)
+    found = _estimate(parts, teachers, places, trial, building, preparing, prepared)
     described = [_teacher(teacher, places.get(number)) for number, teacher in enumerate(parts.teachers)]
     return {
         "recipe": recipe.model_dump(mode="json"),
@@ -156,24 +164,36 @@ def trainable_rows(parts: Parts) -> list[dict[str, Any]]:
     ]
 
 
-def _preparing_seconds(parts: Parts, teacher: PreparedTeacher, each: float, progress: Progress, bench: Bench) -> float:
-    """What giving a teacher a head takes: a forward pass over the labelled images for a probe, else a run of its own
-    (``teacher_recipe``), which is estimated like any other.
+def _preparing(
+    parts: Parts, teacher: PreparedTeacher, each: float, progress: Progress, bench: Bench
+) -> tuple[float, int]:
+    """Seconds and bytes on disk of giving a teacher a head: a forward pass over the labelled images for a probe, else a
+    run of its own (``teacher_recipe``), which is estimated like any other.
 
     Args:
         each: Seconds of the teacher's forward pass for one image.
     """
     recipe, spec = parts.recipe, teacher.spec
     if not needs_logits(recipe) or teacher.head != "none":
-        return 0.0
+        return 0.0, 0
     if spec.prepare == "probe":
-        return each * len(parts.views.train.split) / accelerator().num_processes
+        head = sum(p.nbytes for p in teacher.network.head.values())
+        return each * len(parts.views.train.split) / accelerator().num_processes, head + TASK_RECORD
     tuning = assemble(teacher_recipe(recipe, spec).written_out(), None, progress, bench)
     tuning.objective.to(accelerator().device)
-    return _estimate(tuning, {}, push(tuning, {}), 0.0, 0.0).seconds
+    found = _estimate(tuning, {}, {}, push(tuning, {}))
+    return found.seconds, found.disk_bytes
 
 
-def _estimate(parts: Parts, places: dict[int, Place], trial: Trial, preparing: float, building: float) -> Estimate:
+def _estimate(
+    parts: Parts,
+    teachers: dict[int, Teacher],
+    places: dict[int, Place],
+    trial: Trial,
+    building: float = 0.0,
+    preparing: float = 0.0,
+    prepared_bytes: int = 0,
+) -> Estimate:
     recipe, lessons, val = parts.recipe, parts.lessons, parts.views.val
     spec, processes = recipe.train, accelerator().num_processes
     micro = max(1, spec.batch_size // (spec.accumulation * processes))
@@ -192,7 +212,8 @@ def _estimate(parts: Parts, places: dict[int, Place], trial: Trial, preparing: f
     checks = trial.forward_seconds * evaluated / processes
     if needs_logits(recipe):  # the teachers are evaluated once
         checks += sum(trial.teacher_seconds.values()) * len(val.split) / processes
-    task = sum(p.numel() * p.element_size() for p in parts.student.trained.values()) + 4096
+    task = sum(p.numel() * p.element_size() for p in parts.student.trained.values()) + TASK_RECORD
+    of_run = bytes_of_a_run(parts.student, parts.objective, list(teachers.values()))
     in_memory = sum(place.bytes for place in places.values() if place.where == "memory")
     on_disk = sum(place.bytes for place in places.values() if place.where == "disk")
     return Estimate(
@@ -209,17 +230,9 @@ def _estimate(parts: Parts, places: dict[int, Place], trial: Trial, preparing: f
         disk_cache_bytes=on_disk,
         features_bytes=trial.features_bytes,
         task_bytes=task,
-        disk_bytes=task + 3 * trained_bytes + on_disk + sum(_prepared_bytes(teacher) for teacher in parts.teachers),
+        run_bytes=of_run,
+        disk_bytes=of_run + prepared_bytes + on_disk,
     )
-
-
-def _prepared_bytes(teacher: PreparedTeacher) -> int:
-    """What a prepared teacher takes on disk: its head, or a checkpoint and all weights when it is tuned whole."""
-    if teacher.head != "none" or teacher.spec.prepare == "none" or teacher.spec.model == EMA:
-        return 0
-    if teacher.spec.prepare == "full":
-        return 4 * _weight_bytes([teacher.network])
-    return 4 * sum(p.numel() * 4 for p in teacher.network.head.values()) + 4096
 
 
 def _weight_bytes(networks: list[Network]) -> int:

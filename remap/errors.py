@@ -48,12 +48,14 @@ class RecipeError(RemapError):
     Args:
         problems: One line each, "place: problem".
         where: The file or command line the recipe came from.
+        do: The next step.
     """
 
-    def __init__(self, problems: Sequence[str], where: str) -> None:
+    def __init__(self, problems: Sequence[str], where: str, do: str | None = None) -> None:
         self.problems, self.where = tuple(problems), where
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        RemapError.__init__(self, "\n".join([f"{where}: {count}", *(f"  - {problem}" for problem in self.problems)]))
+        what = "\n".join([f"{where}: {count}", *(f"  - {problem}" for problem in self.problems)])
+        RemapError.__init__(self, what, do=do)
 
 
 class BackboneError(RemapError):
@@ -66,6 +68,10 @@ class WeightsError(RemapError):
 
 class DataError(RemapError):
     """Images, classes or splits cannot be used as they are."""
+
+
+class MissingData(DataError):
+    """There are no images where they were said to be."""
 
 
 class RunError(RemapError):
@@ -90,3 +96,7 @@ class Interrupted(RemapError):
     def __init__(self, what: str, *, exit_code: int = 130, do: str | None = None, at_once: bool = False) -> None:
         super().__init__(what, do=do)
         self.exit_code, self.at_once = exit_code, at_once
+
+    def add(self, what: str) -> None:
+        """Say more in the same sentence."""
+        self.what = f"{self.what}; {what}"

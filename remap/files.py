@@ -6,14 +6,19 @@ import json
 import os
 import re
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from remap import outside
 from remap.errors import DiskFull, RunError
 
 # What ``write_bytes`` writes into before it renames.
 _DRAFT = re.compile(r"\..+\.\d+\.tmp")
+# Seconds between two tries to write to a full disk.
+RETRY_EVERY = 5.0
+T = TypeVar("T")
 # No room: on the disk, in the user's quota, or under a limit of file sizes.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ELSEWHERE = "choose another --output, or let this place be written"
@@ -114,6 +119,29 @@ def _free(folder: Path) -> int:
     while not os.path.exists(place):  # nor where it cannot be looked at
         place = place.parent
     return shutil.disk_usage(place).free
+
+
+def once_there_is_room(write: Callable[[], T], seconds: float, say: Callable[[str], None]) -> T:
+    """Call ``write`` until the disk takes it: what took days to compute must not be lost to a disk that is full now.
+
+    Args:
+        seconds: How long to try; it is tried every ``RETRY_EVERY``.
+        say: Is told once what is waited for.
+
+    Raises:
+        DiskFull: There is no room after that time either.
+    """
+    until, told = time.monotonic() + seconds, False
+    while True:
+        try:
+            return write()
+        except DiskFull as error:
+            if time.monotonic() >= until:
+                raise
+            if not told:
+                say(f"{error.what} ({error.given}); trying again for {seconds / 60:.0f} min: free some space there")
+            told = True
+            time.sleep(RETRY_EVERY)
 
 
 def write_text(path: Path, text: str) -> None:

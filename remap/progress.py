@@ -37,3 +37,18 @@ class Silent:
     @contextmanager
     def wait(self, what: str, total: int | None = None) -> Iterator[Step]:
         yield _SilentStep()
+
+
+class Within:
+    """The progress of a part: all that it says begins with the part's name."""
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self._progress, self._name = progress, name
+
+    def say(self, text: str) -> None:
+        self._progress.say(f"{self._name}: {text}")
+
+    @contextmanager
+    def wait(self, what: str, total: int | None = None) -> Iterator[Step]:
+        with self._progress.wait(f"{self._name}: {what}", total) as step:
+            yield step

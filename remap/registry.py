@@ -71,7 +71,7 @@ class Registry(Generic[Row]):
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
     """The candidate a reader most likely meant, or None."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
-    matches = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.55)
     return by_lower[matches[0]] if matches else None
 
 

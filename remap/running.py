@@ -4,7 +4,8 @@ import hashlib
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,17 +16,17 @@ from remap.backbones.build import add_tensors, require_at_hand
 from remap.bench import Bench
 from remap.data.records import Item
 from remap.data.views import ViewSource
-from remap.engine.checkpoint import State
+from remap.engine.checkpoint import State, has_checkpoint
 from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.faults import is_out_of_memory
 from remap.engine.fit import fit
 from remap.engine.interrupt import watching
-from remap.engine.job import Job
+from remap.engine.job import Job, bytes_of_a_run, require_divisible
 from remap.engine.launch import accelerator, check_processes, lost_process, text_of_first
 from remap.engine.machine import machine
 from remap.engine.memory import peak_bytes
 from remap.engine.sharding import whole
-from remap.errors import Interrupted, RecipeError, RemapError, RunError, TrainingError
+from remap.errors import DiskFull, Interrupted, RecipeError, RemapError, RunError, TrainingError
 from remap.freezing import Frozen, trainables
 from remap.network import Network
 from remap.outputs import build_caches, teachers_in_training
@@ -36,6 +37,7 @@ from remap.recipe.checks import what_changes
 from remap.recipe.paths import is_run
 from remap.recipe.schema import EMA
 from remap.remapping import LOSSES
+from remap.runs.compare import shared_teacher
 from remap.runs.objective import without_idle_losses
 from remap.runs.rundir import RunDir, default_path, next_path
 from remap.runs.task import load_task, require_size_of_run, require_tuned, save_task
@@ -83,6 +85,7 @@ def start(
 ) -> Result:
     """Make a run directory and run."""
     check_processes(recipe.train.processes)
+    require_divisible(recipe.train.batch_size, accelerator().num_processes, recipe.train.accumulation)
     bench = bench or Bench()
     _require_at_hand(recipe, bench)
     recipe = without_idle_losses(recipe, progress)
@@ -152,11 +155,15 @@ def resume(path: Path, progress: Progress = Silent(), processes: int | None = No
     run_dir = RunDir.open(path)
     recipe = run_dir.recipe()
     check_processes(processes)
-    if run_dir.is_done:
+    damage = run_dir.damage() if run_dir.is_done else None
+    if damage is not None:
+        progress.say(f"{path} is finished, but {damage}; it is written again from the last checkpoint")
+    elif run_dir.is_done:
         progress.say(f"{path} is finished already")
         student, _ = load_task(path)
         return Result(path, run_dir.summary(), student)
-    return run(recipe, run_dir, progress, resuming=True)
+    with run_dir.images():
+        return run(recipe, run_dir, progress, Bench(teacher_folder=shared_teacher(run_dir)), resuming=True)
 
 
 def run(
@@ -177,29 +184,50 @@ def run(
         return _noted(recipe.written_out(), run_dir, progress, bench or Bench(), resuming)
 
 
+@dataclass
+class _Clock:
+    """For how long a run has worked: the parts before it was resumed, and this one."""
+
+    before: float
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def here(self) -> float:
+        return time.perf_counter() - self.started
+
+    @property
+    def seconds(self) -> float:
+        return self.before + self.here
+
+
 def _noted(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resuming: bool) -> Result:
     """Run, and write down how it ended."""
     main = accelerator().is_main_process
+    clock = _Clock(run_dir.seconds() if resuming else 0.0)
     if main:
         run_dir.note_machine(machine(), resuming=resuming)
     if main and resuming:
-        run_dir.set_status("running")
+        run_dir.set_status("running", seconds=clock.before)
     try:
         with watching(run_dir.stop):
-            result = _run(recipe, run_dir, progress, bench, resuming)
+            result = _run(recipe, run_dir, progress, bench, resuming, clock)
     except Interrupted as error:
         if main:
-            _note(run_dir, "stopped", error.what)
+            _note(run_dir, "stopped", error.what, clock)
         command = f"remap {'distill' if recipe.teacher else 'tune'} --resume {run_dir.path}"
         raise Interrupted(
             error.what, exit_code=error.exit_code, do=f"go on with: {command}", at_once=error.at_once
         ) from error
+    except DiskFull as error:
+        _note_failure(run_dir, error, clock)
+        command = f"remap {'distill' if recipe.teacher else 'tune'} --resume {run_dir.path}"
+        raise DiskFull(error.what, given=error.given, do=f"free some space; then go on with: {command}") from error
     except KeyboardInterrupt:
         if main:
-            _note(run_dir, "stopped", "interrupted")
+            _note(run_dir, "stopped", "interrupted", clock)
         raise
     except BaseException as error:
-        _note_failure(run_dir, error)
+        _note_failure(run_dir, error, clock)
         if isinstance(error, RuntimeError) and is_out_of_memory(error):  # training itself goes on with smaller steps
             raise TrainingError(
                 "out of memory",
@@ -208,32 +236,36 @@ def _noted(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, re
             ) from error
         raise
     if main:
-        run_dir.set_status("done")
+        run_dir.set_status("done", seconds=result.summary["seconds"])
     return result
 
 
-def _note(run_dir: RunDir, status: str, message: str) -> None:
+def _note(run_dir: RunDir, status: str, message: str, clock: _Clock) -> None:
     """Record how a run ended, unless the disk that broke it refuses this too."""
     for _ in range(2):  # a second signal may come meanwhile
         try:
-            return run_dir.set_status(status, message)
+            return run_dir.set_status(status, message, clock.seconds)
         except Interrupted:
             continue
         except RemapError:
             return
 
 
-def _note_failure(run_dir: RunDir, error: BaseException) -> None:
+def _note_failure(run_dir: RunDir, error: BaseException, clock: _Clock) -> None:
     """The process that failed says why; that others lost it is no news."""
     lost = lost_process(error)
     if lost is None:
-        _note(run_dir, "failed", str(error))
+        _note(run_dir, "failed", str(error), clock)
     elif accelerator().is_main_process and run_dir.status() == "running":
-        _note(run_dir, "failed", str(lost))
+        _note(run_dir, "failed", str(lost), clock)
 
 
-def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resuming: bool) -> Result:
-    started = time.perf_counter()
+def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resuming: bool, clock: _Clock) -> Result:
+    if resuming and (run_dir.path / "metrics.jsonl").is_file() and not has_checkpoint(run_dir.checkpoint):
+        raise RunError(
+            f"the checkpoints of {run_dir.path} are gone; it had been trained for {len(run_dir.metrics())} epochs",
+            do=f"bring {run_dir.checkpoint} back, or start the run again in another --output",
+        )
     device = accelerator().device
     parts = assemble(recipe, run_dir, progress, bench)
 
@@ -261,6 +293,7 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
     def each_record(history: list[dict[str, Any]]) -> None:
         try:
             run_dir.write_metrics(history)
+            run_dir.set_status("running", seconds=clock.seconds)
         except RunError as error:  # written anew after the next epoch, and at the end
             progress.say(f"the metrics of this epoch are not written yet: {error.what}")
 
@@ -286,21 +319,21 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
     frozen = Frozen.of(parts.student)
     if accelerator().is_main_process:
         written = sum(path.stat().st_size for path in run_dir.checkpoint.glob("*"))
-        missing = max(0, _bytes_of_a_run(job) - written)
+        missing = max(0, bytes_of_a_run(job.student, job.objective, job.teachers) - written)
         files.require_space(run_dir.path, missing, "its checkpoints and the tuned student")
         run_dir.write_trainables(trainables(parts.student))
     progress.say(
         f"training {len(parts.student.trained)} tensors, {parts.student.num_trainable:,} parameters "
         f"({run_dir.trainables}); {frozen.tensors} tensors are frozen, SHA-256 {frozen.sha256[:16]}"
     )
+    begun = clock.here
     try:
         state = fit(job, resume=resuming)
     finally:
         for teacher in teachers:
             teacher.close()  # other runs may share the network
+    fitting = clock.here - begun
     parts.student.model.eval()
-    if accelerator().is_main_process:
-        run_dir.write_metrics(state.history)
     unchanged = frozen.require_unchanged(parts.student)
     for number, prepared in enumerate(parts.teachers):
         if prepared.spec.model == EMA:
@@ -316,11 +349,15 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
         summary["student"]["test_accuracy"] = check(parts.views.test, "the test split").accuracy
     if accelerator().is_main_process:
         options = recipe.method.options
-        summary["student"]["task_bytes"] = save_task(
-            run_dir.task, parts.student, parts.views.view, recipe.method.name, options
+        patience = 3600.0 if accelerator().num_processes == 1 else 300.0  # the others wait
+        keep = partial(files.once_there_is_room, seconds=patience, say=progress.say)
+        keep(lambda: run_dir.write_metrics(state.history))
+        summary["student"]["task_bytes"] = keep(
+            lambda: save_task(run_dir.task, parts.student, parts.views.view, recipe.method.name, options)
         )
-        summary["seconds"] = round(time.perf_counter() - started, 2)
-        run_dir.write_summary(summary)
+        known = clock.here - fitting + state.seconds  # a part that was killed noted less than its checkpoint knows
+        summary["seconds"] = round(max(clock.seconds, known), 2)
+        keep(lambda: run_dir.write_summary(summary))
     accelerator().wait_for_everyone()
     return Result(run_dir.path, summary, parts.student)
 
@@ -333,13 +370,6 @@ def _weights_digest(parts: Parts) -> str:
         if teacher.spec.model != EMA:  # which changes in training
             add_tensors(digest, {name: whole(tensor) for name, tensor in teacher.network.tensors.items()})
     return digest.hexdigest()[:16]
-
-
-def _bytes_of_a_run(job: Job) -> int:
-    """Three checkpoints at once (two are kept while the next is written), of weights and two moments; and the task."""
-    changing = sum(tensor.nbytes for tensor in job.tensors().values())
-    moments = 2 * sum(parameter.nbytes for parameter in job.parameters().values())
-    return 3 * (changing + moments) + changing
 
 
 def _say_what_parts_change(parts: Parts, progress: Progress) -> None:

@@ -20,7 +20,7 @@ from remap.engine.sharding import is_sharded, shard, wants_sharding, whole
 from remap.errors import TrainingError
 from remap.network import Network, choose_attention, tuned
 from remap.outside import expanded
-from remap.progress import Progress
+from remap.progress import Progress, Within
 from remap.recipe.paths import is_run
 from remap.recipe.schema import EMA, SELF, LossSpec, MethodSpec, Recipe, StudentSpec, TeacherSpec
 from remap.remapping import LOSSES
@@ -165,7 +165,12 @@ def require_useful(teacher: PreparedTeacher, untrained: Evaluation, source: View
     raise TrainingError(
         f"the teacher's accuracy on the evaluation images is {teacher.accuracy:.1%}: {why}",
         given=f"{teacher.network.identity.model}, head: {teacher.head}",
-        do="\n           ".join([_remedy(teacher), "or go on all the same: --set teacher.allow_weak=true"]),
+        do="\n           ".join(
+            [
+                f"in a new run, with another --output: {_remedy(teacher)}",
+                "or let it teach all the same: --set teacher.allow_weak=true",
+            ]
+        ),
     )
 
 
@@ -197,7 +202,7 @@ def _prepare(teacher: PreparedTeacher, recipe: Recipe, folder: Path, views: View
     if accelerator().is_main_process and not (folder / "recipe.yaml").exists():
         RunDir.create(folder, tuning)
     accelerator().wait_for_everyone()
-    run(tuning, RunDir(folder), progress, Bench(), resuming=True)
+    run(tuning, RunDir(folder), Within(progress, name), Bench(), resuming=True)
 
 
 def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:

@@ -166,7 +166,7 @@ class Watch:
 
     @contextmanager
     def wait(self, what: str, total: int | None = None) -> Iterator[Step]:
-        yield _Watched(self) if what.startswith("epoch ") else _Watched(None)
+        yield _Watched(self) if "epoch " in what else _Watched(None)
 
 
 class _Watched:
@@ -174,7 +174,7 @@ class _Watched:
         self.watch = watch
 
     def advance(self, amount: int = 1, **values: float) -> None:
-        if self.watch is not None and values:
+        if self.watch is not None and values and amount:
             self.watch.steps += 1
             self.watch.after_step(self.watch.steps)
 

@@ -36,7 +36,14 @@ def test_unknown_name_says_the_nearest_all_names_and_the_command() -> None:
 
 @pytest.mark.parametrize(
     ("word", "expected"),
-    [("vpt_shalow", "vpt_shallow"), ("VPT_DEEP", "vpt_deep"), ("Bitfit", "bitfit"), ("KD", None), ("zzzz", None)],
+    [
+        ("vpt_shalow", "vpt_shallow"),
+        ("VPT_DEEP", "vpt_deep"),
+        ("Bitfit", "bitfit"),
+        ("KD", None),
+        ("foo", None),
+        ("zzzz", None),
+    ],
 )
 def test_nearest_is_blind_to_case_and_silent_about_strangers(word: str, expected: str | None) -> None:
     assert nearest(word, METHODS.names) == expected

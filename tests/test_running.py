@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
+from remap import files
 from remap.bench import Bench
+from remap.dry_run import estimate
 from remap.engine.evaluate import evaluate
 from remap.engine.launch import accelerator
 from remap.errors import RecipeError, RunError
@@ -95,6 +98,24 @@ def test_a_run_leaves_what_the_directory_promises(tiny: Any, tmp_path: Path, his
     with pytest.raises(RunError, match="exists already; nothing in it was touched"):
         distill(tiny.recipe(), output=tmp_path / "run")
     assert before == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("words", [{"method": "full", "losses": "ce,kd,feature"}, {"teacher": "ema"}])
+def test_the_dry_run_counts_the_disk_that_the_run_asks_for(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: dict[str, str]
+) -> None:
+    """Source: the tensors of a checkpoint as safetensors reads them; the step counts of AdamW left out."""
+    recipe, asked = tiny.recipe(**words), list[int]()
+    monkeypatch.setattr(files, "require_space", lambda place, needed, what: asked.append(needed))
+    said = estimate(recipe, Silent())["estimate"]
+    run = start(recipe, tmp_path / "run").run_dir
+    sizes = {"parameter": 0, "optimizer": 0}
+    for name, tensor in load_file(max((run / "checkpoint").glob("*.safetensors"))).items():
+        if not name.startswith("optimizer/step/") and name.partition("/")[0] in sizes:
+            sizes[name.partition("/")[0]] += tensor.nbytes
+    expected = 3 * sum(sizes.values()) + sizes["parameter"]
+    assert asked == [said["run_bytes"]] == [expected]
+    assert said["disk_bytes"] >= expected > said["task_bytes"]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tiny: Any, tmp_path: Path) -> None:

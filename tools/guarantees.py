@@ -74,8 +74,10 @@ ROWS = (
     Row(
         7,
         "A full disk destroys nothing",
-        "Free space is looked at before training. A disk that fills up later stops the run with a message that names"
-        " the file, what it needs and what is free; the earlier checkpoint is as it was.",
+        "Free space is looked at before training. On a disk that fills up later the earlier checkpoint is as it was. A"
+        " save in the course of training is left out and said so, and the run goes on; the tuned student waits for"
+        " room; a save that has to be, as at the start or before leaving, ends the run with a message that names the"
+        " file, what it needs and what is free.",
     ),
     Row(
         8,
@@ -147,7 +149,7 @@ ROWS = (
         19,
         "Evaluation counts every image once",
         "On one, two and three processes, for any number of images, counts are exact and metrics equal; `remap eval`"
-        " repeats the figure that training ended with.",
+        " repeats the figure that training ended with. An export to ONNX does not exist yet and is not compared.",
     ),
     Row(
         20,

@@ -54,7 +54,7 @@ def decode(source: bytes | Path | Image.Image) -> Image.Image:
     except RemapError:  # a signal that came meanwhile
         raise
     except Exception as error:  # Pillow's decoders raise many kinds; all mean the file is no usable image
-        raise BadImage(_reason(error), source) from error
+        raise BadImage(reason_of(error), source) from error
 
 
 @cache
@@ -100,7 +100,8 @@ def _grey_of_wide_range(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Why an image cannot be had, in a few words that show no path."""
     text = plain(str(error)).split("<")[0].strip().rstrip(":") or type(error).__name__
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image"

@@ -11,7 +11,7 @@ from remap.data.digits import digits
 from remap.data.images import SUFFIXES
 from remap.data.listing import Listing, list_folder, list_tar, unwrapped
 from remap.data.splits import NO_LABEL, ImageData, Split, stratified
-from remap.errors import DataError
+from remap.errors import DataError, MissingData
 from remap.outside import absolute, expanded, plain, unfit_for_a_name
 
 # Folder names of the usual splits, as timm knows them.
@@ -149,12 +149,8 @@ def _listing(source: str, allowed: str) -> Listing:
         return list_folder(path)
     if os.path.exists(path):
         return list_tar(path)
-    raise DataError(
-        "no such data",
-        given=source,
-        allowed=allowed,
-        do="check the path; relative paths start at the current folder",
-    )
+    from_here = "" if path.is_absolute() else "; relative paths start at the current folder"
+    raise MissingData("no such data", given=source, allowed=allowed, do=f"check the path{from_here}")
 
 
 def _by_split_and_class(source: str, listing: Listing) -> tuple[dict[str, dict[str, list]], list[tuple[str, str]]]:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from remap.data.contents import Contents
-from remap.data.images import BadImage, decode
+from remap.data.images import BadImage, decode, reason_of
 from remap.data.splits import Split
 from remap.errors import DataError
 from remap.progress import Progress
@@ -128,7 +128,7 @@ class ViewSource:
             return self.view.apply(decode(self.contents.read(int(index))))
         except (BadImage, OSError) as error:
             with self._lock:
-                self.bad[int(index)] = error.reason if isinstance(error, BadImage) else str(error)
+                self.bad[int(index)] = error.reason if isinstance(error, BadImage) else reason_of(error)
             return None
 
 
@@ -187,6 +187,12 @@ class JoinedSource(ViewSource):
         return [next(first) if index < count else next(second) for index in chosen]
 
 
+def listed(files: Sequence[tuple[str, str]]) -> str:
+    """Names with reasons; the first five of many."""
+    shown = ", ".join(f"{name} ({reason})" for name, reason in files[:5])
+    return shown + (f" and {len(files) - 5} more" if len(files) > 5 else "")
+
+
 def require_readable(source: ViewSource, what: str, skip: bool) -> None:
     """Evaluation counts every image, unless the user left bad ones out on purpose.
 
@@ -194,9 +200,8 @@ def require_readable(source: ViewSource, what: str, skip: bool) -> None:
         DataError: An image of an evaluation split cannot be read.
     """
     if source.bad and not skip:
-        shown = "; ".join(f"{name} ({reason})" for name, reason in source.bad_names()[:5])
         raise DataError(
             f"{len(source.bad)} of {len(source.split)} {what} images cannot be read",
-            given=shown,
+            given=listed(source.bad_names()),
             do="repair or remove them, or leave them out with --skip-bad",
         )

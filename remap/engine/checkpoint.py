@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from remap.engine import generations
+from remap.engine.launch import ProcessLost
 from remap.engine.processes import is_first, lowest_and_highest
 from remap.engine.sharding import fill, whole
 from remap.errors import RunError, TrainingError
@@ -118,7 +119,7 @@ def load_checkpoint(
         The state, and the method's memory as it was saved.
 
     Raises:
-        RunError: None is whole, it belongs to another recipe, or it does not fit the model.
+        RunError: None is whole, one cannot be read, it belongs to another recipe, or it does not fit the model.
     """
     usual = sum(tensor.numel() * tensor.element_size() for tensor in trained.values())
     reader = generations.Reader(folder, _LIMIT_EXTRA + _LIMIT_FACTOR * usual, _problem)
@@ -126,6 +127,8 @@ def load_checkpoint(
     device = next((tensor.device for tensor in trained.values()), torch.device("cpu"))
     while True:  # all processes go on from the same one, whatever each of them can read
         low, high = lowest_and_highest(number, device)
+        if low == generations.UNREADABLE:
+            raise reader.refusal or ProcessLost(f"another process cannot read the checkpoints in {folder}")
         if low == high:
             break
         if number > low:

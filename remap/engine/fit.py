@@ -12,8 +12,8 @@ from remap.data import keyed
 from remap.data.batches import Batch, Plan, batches
 from remap.engine.checkpoint import State, has_checkpoint, load_checkpoint, save_checkpoint, snapshot
 from remap.engine.faults import BrokenWeights, Fault, is_out_of_memory
-from remap.engine.interrupt import asked, deferred, watching
-from remap.engine.job import Job, StudentStep, plan_of
+from remap.engine.interrupt import asked, code_of, deferred, name_of, watching
+from remap.engine.job import Job, StudentStep, plan_of, require_divisible
 from remap.engine.optim import adamw, clip_gradients, learning_rate, set_learning_rate
 from remap.engine.processes import agreed, average, from_first, total
 from remap.engine.recovery import Buffers, Recovery
@@ -91,7 +91,7 @@ class Loop:
         self.job, self.accelerator, self.spec = job, job.accelerator, job.recipe.train
         digest = f"{job.recipe.digest()}+{job.data_digest}+{job.weights_digest}"
         self.state = State(digest, accumulation=self.spec.accumulation)
-        _require_divisible(self.plan)
+        self._require_divisible()
         self.recovery = Recovery(self)
         self.step_module = StudentStep(job.student, job.objective, bf16=job.bf16).to(self.accelerator.device)
         self.parameters = job.parameters()
@@ -145,7 +145,9 @@ class Loop:
                     self._save(must=bool(stop))
                 if stop:
                     self.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has left
-                    raise Interrupted("stopped by a signal; the state is saved", exit_code=128 + stop)
+                    raise Interrupted(f"stopped by {name_of(stop)}; the state is saved", exit_code=code_of(stop))
+            if state.counted:
+                shown.advance(0, loss=state.loss_sums["loss"] / state.counted)  # as the metrics have it
         self._count_time()
         self.recovery.require_whole()
         from_first(self.accelerator, self.buffers.tensors)
@@ -155,6 +157,7 @@ class Loop:
             if not error.at_once:
                 self._save(must=True)
                 self.accelerator.wait_for_everyone()
+                error.add("the state is saved")
             raise
         self._save()
 
@@ -312,7 +315,7 @@ class Loop:
         except RunError as error:
             if must:
                 raise
-            job.progress.say(f"no checkpoint was written, the one before is kept: {error.what}")
+            job.progress.say(f"no checkpoint was written, the one before is kept: {error.what} ({error.given})")
 
     def load(self) -> None:
         """Put the newest whole checkpoint back into the job."""
@@ -332,20 +335,15 @@ class Loop:
             if self.state.accumulation <= self.spec.accumulation:
                 break
             self.state.accumulation //= 2  # on more processes, each needs fewer parts for the same memory
-        _require_divisible(self.plan)
+        self._require_divisible()
+
+    def _require_divisible(self) -> None:
+        plan = self.plan
+        require_divisible(plan.step_images, plan.processes, plan.accumulation)
 
     @property
     def _rank(self) -> int:
         return self.accelerator.process_index
-
-
-def _require_divisible(plan: Plan) -> None:
-    if plan.step_images < plan.processes * plan.accumulation:
-        raise TrainingError(
-            f"a step of {plan.step_images} image(s) cannot be divided",
-            given=f"{plan.processes} process(es), each with {plan.accumulation} micro-batches (train.accumulation)",
-            do="use a larger --batch-size, fewer processes, or less accumulation",
-        )
 
 
 def _labels(batch: Batch, known: float, device: torch.device) -> Labels:

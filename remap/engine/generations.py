@@ -12,23 +12,32 @@ import hashlib
 import json
 import re
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from remap import files
+from remap.errors import RunError
 from remap.files import make_folder, write_bytes
-from remap.outside import MOST_JSON_BYTES, read_json, sha256_of
+from remap.outside import MOST_JSON_BYTES, parse_json, plain, read_regular, sha256_of
 
 # Changes when files of another version could be read wrongly.
 FORMAT = 1
 KEPT = 2
 _NAME = re.compile(r"(\d{6,15})\.(safetensors|json)")
-_NOT_WHOLE = (OSError, SafetensorError, ValueError, KeyError, TypeError, AssertionError, RuntimeError, MemoryError)
+# What reading raises where a file is not as it was written, or gone; any other OSError says nothing about it.
+_GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_NOT_WHOLE = (*_GONE, SafetensorError, ValueError, KeyError, TypeError, AssertionError, RuntimeError)
+# Network drives refuse reads for a moment (ESTALE, EIO): how often a read is tried, and seconds in between.
+TRIES, PAUSE = 4, 0.5
+# Instead of a generation's number: one could not be read, be it whole or not.
+UNREADABLE = -1
+_T = TypeVar("_T")
 
 
 def write(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -76,31 +85,43 @@ class Reader:
     Attributes:
         state, tensors: Of the generation that was read last.
         problems: One sentence for each generation that is not whole.
+        refusal: Why a file could not be read at all.
     """
 
     def __init__(self, folder: Path, limit: int, check: Callable[[object], str | None]) -> None:
         self.folder, self.limit, self.check = folder, limit, check
         self.problems: list[str] = []
+        self.refusal: RunError | None = None
         self.state: dict[str, Any] = {}
         self.tensors: dict[str, Tensor] = {}
 
     def newest(self, last: int | None = None) -> int:
-        """Read the newest whole generation that is not after ``last``; gives its number, 0 if there is none."""
-        for number in sorted(_numbers(self.folder), reverse=True):
-            if last is None or number <= last:
-                try:
-                    self.state, self.tensors = self._read(number)
-                    return number
-                except _NOT_WHOLE as error:
-                    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-                    self.problems.append(f"{tensors_path(self.folder, number)} is damaged: {reason}")
+        """Read the newest whole generation that is not after ``last``.
+
+        Returns:
+            Its number, 0 if there is none. ``UNREADABLE`` if a file refused to be read, see ``refusal``: what it holds
+            is not known, and going on from an older one would throw it away.
+        """
+        try:
+            for number in sorted(_numbers(self.folder), reverse=True):
+                if last is None or number <= last:
+                    path = tensors_path(self.folder, number)
+                    try:
+                        self.state, self.tensors = _patiently(path, lambda number=number: self._read(number))
+                        return number
+                    except _NOT_WHOLE as error:
+                        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+                        self.problems.append(f"{path} is damaged: {plain(str(reason))}")
+        except RunError as refusal:
+            self.refusal = refusal
+            return UNREADABLE
         return 0
 
     def _read(self, number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """One generation. The tensors are parsed only once their hash fits; any error means that it is not whole."""
         path, manifest = tensors_path(self.folder, number), _manifest_path(self.folder, number)
         _require_plain(manifest, MOST_JSON_BYTES)
-        content = read_json(manifest)
+        content = parse_json(read_regular(manifest, MOST_JSON_BYTES))
         if not isinstance(content, dict) or content.pop("sha256", None) != _seal(content):
             raise ValueError(f"the SHA-256 of {manifest.name} differs")
         if content.get("format") != FORMAT or content.get("generation") != number:
@@ -113,6 +134,27 @@ class Reader:
         if sha256_of(path) != content["tensors"]["sha256"]:
             raise ValueError("its SHA-256 differs from that in its manifest")
         return content["state"], load_file(path)
+
+
+def _patiently(path: Path, read: Callable[[], _T], tries: int = TRIES) -> _T:
+    """Read again where the system refuses for reasons of its own.
+
+    Raises:
+        RunError: It goes on refusing.
+    """
+    try:
+        return read()
+    except _GONE:
+        raise
+    except (OSError, MemoryError) as error:
+        if tries == 1:
+            reason = error.strerror if isinstance(error, OSError) else "not enough memory"
+            raise RunError(
+                f"{path} cannot be read: {reason}; nothing in its folder was touched",
+                do="see to the disk or the memory of this machine, then go on with --resume",
+            ) from error
+    time.sleep(PAUSE)
+    return _patiently(path, read, tries - 1)
 
 
 def tensors_path(folder: Path, number: int) -> Path:
@@ -137,7 +179,7 @@ def _seal(body: Mapping[str, Any]) -> str:
 
 def _files(folder: Path) -> Iterator[tuple[Path, int, str]]:
     """What checkpoints left in a folder: path, generation and "json" or "safetensors"."""
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+    for path in _patiently(folder, lambda: sorted(folder.iterdir()) if folder.is_dir() else []):
         if match := _NAME.fullmatch(path.name):
             number, kind = match.groups()
             if f"{int(number):06d}" == number:

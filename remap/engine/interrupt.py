@@ -18,6 +18,8 @@ from accelerate import Accelerator
 from remap.engine.processes import agreed
 from remap.errors import Interrupted
 
+# The file in place of a signal's number; it ends a run as SIGTERM does.
+_FILE = 1000
 # Seconds between two looks for the file: on a network drive each one costs.
 LOOK_EVERY = 1.0
 
@@ -26,7 +28,7 @@ class _Watch:
     """What has asked this process to stop.
 
     Attributes:
-        signal: Its number, 0 for none; the file counts as SIGTERM.
+        signal: Its number, 0 for none.
         deferring: Blocks entered in which a signal waits for the next look.
         raised: What a signal raised where it did not wait.
     """
@@ -39,13 +41,12 @@ class _Watch:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal:
-            self.raised = Interrupted(
-                "stopped at once; the last checkpoint is whole", exit_code=128 + number, at_once=True
-            )
+            what = "stopped at once; nothing more was saved"
+            self.raised = Interrupted(what, exit_code=code_of(number), at_once=True)
             raise self.raised
         self.signal = number
         if not self.deferring:
-            self.raised = Interrupted("stopped by a signal", exit_code=128 + number)
+            self.raised = Interrupted(f"stopped by {name_of(number)}", exit_code=code_of(number))
             earlier = self.earlier[number]
             if callable(earlier):
                 earlier(number, frame)
@@ -58,7 +59,7 @@ class _Watch:
         if self.file.exists():
             with contextlib.suppress(OSError):
                 self.file.unlink()
-            self.signal = signal.SIGTERM
+            self.signal = _FILE
 
 
 _watch: _Watch | None = None
@@ -112,7 +113,7 @@ def deferred() -> Iterator[None]:
 
 
 def asked(accelerator: Accelerator) -> int:
-    """The signal this process got, 0 for none."""
+    """What this process got, for ``name_of`` and ``code_of``; 0 for nothing."""
     if _watch is None:
         return 0
     if accelerator.is_main_process:
@@ -124,7 +125,7 @@ def leave_if_asked(accelerator: Accelerator, what: str) -> None:
     """Leave, all processes together, if one of them got a signal. Called by all of them.
 
     Args:
-        what: What becomes of the work so far, for the message.
+        what: What was going on, for the message.
 
     Raises:
         Interrupted: One did.
@@ -134,8 +135,14 @@ def leave_if_asked(accelerator: Accelerator, what: str) -> None:
     (number,) = agreed(accelerator, asked(accelerator))
     if number:
         accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has left
-        raise Interrupted(f"stopped by {_name(number)}; {what}", exit_code=128 + number)
+        raise Interrupted(f"stopped by {name_of(number)} while {what}", exit_code=code_of(number))
 
 
-def _name(number: int) -> str:
-    return {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM or the file stop"}.get(number, f"signal {number}")
+def name_of(number: int) -> str:
+    """What stopped a run, in words."""
+    return {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", _FILE: "the file `stop`"}[number]
+
+
+def code_of(number: int) -> int:
+    """The exit code that stands for it."""
+    return 128 + (signal.SIGTERM if number == _FILE else number)

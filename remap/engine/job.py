@@ -12,6 +12,7 @@ from remap.data.batches import Plan
 from remap.data.views import ViewSource
 from remap.engine.features import FrozenFeatures
 from remap.engine.teacher import AverageTeacher, Teacher
+from remap.errors import TrainingError
 from remap.network import Network, Runner
 from remap.progress import Progress
 from remap.recipe.schema import Recipe
@@ -78,8 +79,7 @@ class Job:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All that is trained, by name: tuned parameters, head, and the objective's projectors."""
-        extra = {f"objective.{name}": p for name, p in self.objective.named_parameters() if p.requires_grad}
-        return self.student.trained | extra
+        return parameters_of(self.student, self.objective)
 
     @property
     def peak_lr(self) -> float:
@@ -97,10 +97,27 @@ class Job:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds besides the optimiser: ``parameters``, and all else that training changes."""
-        changing = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict(keep_vars=True).items()}
-        for teacher in self.teachers:
-            changing |= teacher.tensors()
-        return self.student.tensors | changing | self.parameters()
+        return tensors_of(self.student, self.objective, self.teachers)
+
+
+def parameters_of(student: Network, objective: Objective) -> dict[str, nn.Parameter]:
+    """As ``Job.parameters``."""
+    return student.trained | {f"objective.{name}": p for name, p in objective.named_parameters() if p.requires_grad}
+
+
+def tensors_of(student: Network, objective: Objective, teachers: Sequence[Teacher]) -> dict[str, Tensor]:
+    """As ``Job.tensors``."""
+    changing = {f"objective.{name}": tensor for name, tensor in objective.state_dict(keep_vars=True).items()}
+    for teacher in teachers:
+        changing |= teacher.tensors()
+    return student.tensors | changing | parameters_of(student, objective)
+
+
+def bytes_of_a_run(student: Network, objective: Objective, teachers: Sequence[Teacher]) -> int:
+    """Three checkpoints at once (two are kept while the next is written), of weights and two moments; and the task."""
+    changing = sum(tensor.nbytes for tensor in tensors_of(student, objective, teachers).values())
+    moments = 2 * sum(parameter.nbytes for parameter in parameters_of(student, objective).values())
+    return 3 * (changing + moments) + changing
 
 
 def plan_of(job: Job, accumulation: int) -> Plan:
@@ -118,3 +135,20 @@ def plan_of(job: Job, accumulation: int) -> Plan:
         cutmix=job.recipe.data.cutmix,
         mix_probability=job.recipe.data.mix_probability,
     )
+
+
+def require_divisible(images: int, processes: int, accumulation: int) -> None:
+    """Each micro-batch needs an image.
+
+    Args:
+        images: Of one step, all processes together.
+
+    Raises:
+        TrainingError: There are too few.
+    """
+    if images < processes * accumulation:
+        raise TrainingError(
+            f"a step of {images} image(s) cannot be divided",
+            given=f"{processes} process(es), each with {accumulation} micro-batches (train.accumulation)",
+            do="use a larger --batch-size, fewer processes, or less accumulation",
+        )

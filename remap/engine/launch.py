@@ -16,6 +16,7 @@ from remap.errors import TrainingError
 STARTING = 1800.0
 # And afterwards, unless the variable says otherwise.
 TIMEOUT, VARIABLE = 600.0, "REMAP_TIMEOUT"
+LONGEST = 10 * 365 * 86400
 
 
 class ProcessLost(TrainingError):
@@ -51,9 +52,11 @@ def _timeout() -> float:
         seconds = float(word) if word else TIMEOUT
     except ValueError:
         seconds = math.nan
-    if not 0 < seconds <= 10 * 365 * 86400:
+    if not 0 < seconds <= LONGEST:
         raise TrainingError(
-            f"{VARIABLE} must be a number of seconds", given=word, allowed=f"above 0; {TIMEOUT:g} unless it is set"
+            f"{VARIABLE} must be a number of seconds",
+            given=word,
+            allowed=f"above 0, at most {LONGEST} (ten years); {TIMEOUT:g} unless it is set",
         )
     return seconds
 
@@ -105,10 +108,12 @@ def check_processes(wanted: int | None) -> None:
             do=f"start it with torchrun or with `remap ... --devices {launched}`; or unset WORLD_SIZE for one process",
         )
     if wanted is not None and wanted != running:
+        launched = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]  # there, --devices starts nothing
+        leave_out = f"env {' '.join(f'-u {name}' for name in launched)} " if launched else ""
         raise TrainingError(
             f"this run asks for {wanted} processes and has {running}",
-            given=f"WORLD_SIZE={os.environ.get('WORLD_SIZE', 'not set')}",
-            do=f"without a launcher: remap ... --devices {wanted}\n"
+            given=", ".join(f"{name}={os.environ[name]}" for name in launched) or "no launcher (WORLD_SIZE is not set)",
+            do=f"without a launcher: {leave_out}remap ... --devices {wanted}\n"
             f"           or: torchrun --nproc-per-node {wanted} -m remap_cli ...",
         )
 

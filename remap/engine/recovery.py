@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 RECOVERIES, FORGET_AFTER = 3, 100
 # Times that micro-batches are halved.
 HALVINGS = 3
-SLOWER = "lower --lr, or set train.precision=fp32"
 
 
 class Recovery:
@@ -49,7 +48,7 @@ class Recovery:
         if state.recoveries > RECOVERIES:
             kept = self._capture(fault)
             earlier = f"{RECOVERIES} steps shortly before it were given up already"
-            raise TrainingError(f"{where}; {earlier}", given=str(fault), do=SLOWER + kept)
+            raise TrainingError(f"{where}; {earlier}", given=str(fault), do=self._slower() + kept)
         broken = fault.broken or not self.is_whole()
         if state.recoveries > 1 or broken:
             state.lr_factor /= 2
@@ -77,6 +76,9 @@ class Recovery:
         moments = [value for state in loop.optimizer.state.values() for value in state.values()]
         whole = all_finite([_local(value) for value in (*loop.job.tensors().values(), *moments)])
         return not any(agreed(loop.accelerator, not whole))
+
+    def _slower(self) -> str:
+        return "in a new run, lower --lr" + (" or set train.precision=fp32" if self.loop.job.bf16 else "")
 
     def _capture(self, fault: Fault) -> str:
         """Keep the images of the step; gives what to tell of them."""
@@ -140,7 +142,7 @@ class Recovery:
         kept = ("lr_factor", "recoveries", "last_fault", "skipped", "accumulation")
         now = {name: getattr(loop.state, name) for name in kept}
         if loop.job.checkpoint is None:
-            raise TrainingError("the trained weights hold numbers that are not finite", do=SLOWER)
+            raise TrainingError("the trained weights hold numbers that are not finite", do=self._slower())
         loop.load()
         for name, value in now.items():
             setattr(loop.state, name, value)

@@ -226,7 +226,7 @@ def keep_on_disk(
     try:
         with deferred(), progress.wait("teacher outputs on disk", lessons.count) as step:
             for first in range(0, len(chunks), processes):  # in equal rounds, so that all can leave together
-                leave_if_asked(accelerator, "the teacher outputs computed so far are kept on disk")
+                leave_if_asked(accelerator, "teacher outputs were being computed; those so far are kept on disk")
                 mine = chunks[first : first + processes][accelerator.process_index :][:1]
                 view, indices = mine[0] if mine else (0, np.arange(0))
                 missing = indices[store.missing(kept.digests(indices, view))]

@@ -51,7 +51,8 @@ class DataSpec(Section):
         mix_probability: Share of the pairs that are mixed.
         max_bad: Largest share of training images that may be unreadable.
         skip_bad: Leave unreadable images out of evaluation too, instead of stopping.
-        memory_gib: Views are kept in memory up to this size, else decoded again each epoch.
+        memory_gib: Views are kept in memory up to this size, else decoded again each epoch. So are, each up to this
+            size by itself, the student's frozen features and the outputs of each teacher; in every process.
         workers: Decoding threads; null chooses by the machine.
     """
 

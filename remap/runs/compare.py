@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from remap import files
-from remap.errors import RecipeError, RunError
+from remap.errors import Interrupted, RecipeError, RunError
+from remap.outside import absolute
 from remap.progress import Progress
 from remap.recipe.checks import method_problems
 from remap.recipe.schema import LossSpec, MethodSpec, Recipe
@@ -18,6 +19,8 @@ from remap.tuning import CATEGORIES, METHODS, category_of, parts_of, rows_of
 
 # One or two well-known methods of each category.
 DEFAULT_METHODS = ("full", "linear", "vpt_shallow", "vpt_deep", "adaptformer", "bitfit", "lora")
+# In the folder of a comparison: which recipe it is of, and the teacher that its runs learn from.
+_MARKER, _TEACHER = "compare-of.txt", "teacher"
 
 
 def chosen_methods(words: str | None) -> list[str]:
@@ -124,19 +127,35 @@ def _run(missing: list[Cell], output: Path, progress: Progress) -> None:
             given=f"{accelerator().num_processes} processes",
             do="call remap compare without a launcher; the cells of several folders may run side by side",
         )
-    bench = Bench(teacher_folder=output / "teacher")
-    for number, cell in enumerate(missing, 1):
-        path = output / cell.name
-        progress.say(f"[{number}/{len(missing)}] {cell.name}")
-        resuming = (path / "recipe.yaml").is_file()
-        run_dir = RunDir.open(path) if resuming else RunDir.create(path, cell.recipe)
-        run(cell.recipe, run_dir, progress, bench, resuming=resuming)
+    bench = Bench(teacher_folder=output / _TEACHER)
+    try:
+        for number, cell in enumerate(missing, 1):
+            path = output / cell.name
+            progress.say(f"[{number}/{len(missing)}] {cell.name}")
+            resuming = (path / "recipe.yaml").is_file()
+            run_dir = RunDir.open(path) if resuming else RunDir.create(path, cell.recipe)
+            run(cell.recipe, run_dir, progress, bench, resuming=resuming)
+    except Interrupted as error:
+        command = f"remap compare ... --output {output}"
+        do = f"go on with the words it was started with: {command}; what is finished is kept"
+        raise Interrupted(error.what, exit_code=error.exit_code, do=do, at_once=error.at_once) from error
+
+
+def shared_teacher(run: RunDir) -> Path | None:
+    """Where the teacher of a run's comparison is kept, or will be; None for a run that is not part of one.
+
+    Repeats beside the runs of a comparison have their names and a suffix, and learn from the same teacher.
+    """
+    recipe, place = run.recipe(), Path(absolute(run.path))
+    name = Cell(recipe.method.name, True, recipe.seed, recipe).name
+    is_part = place.name.startswith(name) and (place.parent / _MARKER).is_file()
+    return place.parent / _TEACHER if is_part else None
 
 
 def _claim(output: Path, recipe: Recipe) -> None:
     """The folder belongs to one recipe (apart from method and number of seeds), once a cell of it is finished."""
     files.make_folder(output)
-    marker = output / "compare-of.txt"
+    marker = output / _MARKER
     digest = recipe.model_copy(update={"method": MethodSpec(name="linear")}).digest()
     begun = any(output.glob("*/summary.json"))
     if begun and marker.exists() and marker.read_text().strip() != digest:

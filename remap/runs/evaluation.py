@@ -1,5 +1,6 @@
 """Evaluate a finished run again, on its own evaluation split or on other data."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
     device = accelerator().device
     network.model.to(device)
     choose_attention(network, recipe.train.fused_attention, device)
-    split, source = _split(recipe.data, data, network.classes or ())
+    with run.images(instead=", or name others with --data") if data is None else nullcontext():
+        split, source = _split(recipe.data, data, network.classes or ())
     images = ViewSource(split, view, memory_bytes=recipe.data.memory_gib * 2**30, workers=recipe.data.workers)
     images.load(progress, "evaluation images")
     with watching():

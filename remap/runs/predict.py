@@ -25,20 +25,20 @@ class Prediction:
 
 
 def image_files(words: Sequence[str]) -> list[Path]:
-    """Files as they are; folders give all images below them.
+    """Files as they are, even where there are none, which ``predict`` says; folders give all images below them.
 
     Raises:
-        DataError: A word names nothing, or there is no image.
+        DataError: No word names anything, or there is no image.
     """
     found: list[Path] = []
     for word in words:
         path = expanded(word)
         if os.path.isdir(path):
-            found += sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
-        elif os.path.isfile(path):
-            found.append(path)
+            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
         else:
-            raise DataError("no such file or folder", given=word)
+            found.append(path)
+    if found and not any(map(os.path.lexists, found)):
+        raise DataError("no such file or folder", given=", ".join(words))
     if not found:
         raise DataError("no images there", given=", ".join(words), allowed=" ".join(SUFFIXES))
     return found

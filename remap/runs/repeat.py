@@ -18,10 +18,18 @@ from remap.progress import Progress, Silent
 from remap.recipe import Recipe
 from remap.running import run as go_on
 from remap.running import start
+from remap.runs.compare import shared_teacher
 from remap.runs.rundir import RunDir, next_path, plain_environment
 from remap.runs.task import load_task
 
 _TASK = Path("task") / "task.safetensors"
+# What of an environment decides the last bits of sums.
+_DECIDING = {
+    "processes": "another number of processes",
+    "threads": "another number of threads",
+    "device": "another device",
+    "cpu_capability": "another instruction set",
+}
 
 
 def repeat(
@@ -35,8 +43,9 @@ def repeat(
         workers: Decoding threads; they change no result.
 
     Returns:
-        run, repeat, equal, checks (what, first, repeat, equal), tensors that differ (name, largest_difference), and
-        what differs in the environment (what, first, repeat). Empty on processes that are not the main one.
+        run, repeat, equal, checks (what, first, repeat, equal), tensors that differ (name, largest_difference), what
+        differs in the environment (what, first, repeat), and changed_on_the_way (first, repeat): what decides the last
+        bits and was not the same in all parts of a resumed run. Empty on processes that are not the main one.
 
     Raises:
         RunError: It is unfinished, damaged or was made by another number of processes.
@@ -47,12 +56,16 @@ def repeat(
     recipe, summary = run.recipe(), run.summary()
     _require_figures(run, summary)
     _require_processes(run, summary["processes"])
+    if recipe.train.processes is not None:  # it may have been resumed with another number
+        recipe = recipe.model_copy(
+            update={"train": recipe.train.model_copy(update={"processes": summary["processes"]})}
+        )
     if workers is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
     target = _target(run, recipe, output)
-    bench = Bench(teacher_folder=_shared_teacher(run))
+    bench = Bench(teacher_folder=_prepared_teacher(run))
     _require_same_images(run, recipe, bench, summary["data"]["fingerprint"], progress)
-    _say_other_threads(run, progress)
+    _say_what_decides(run, progress)
     with progress.wait("comparing the frozen weights with those of the run"):
         load_task(run.path)  # refuses a backbone that is not the run's
     try:
@@ -82,12 +95,18 @@ def _require_whole(run: RunDir) -> None:
 def _require_figures(run: RunDir, summary: dict[str, Any]) -> None:
     """What is compared in the end has to be there before hours of training."""
     try:
+        counts = summary["data"]
         for read in (lambda s: int(s["processes"]), lambda s: s["precision"], *_FIGURES.values()):
             read(summary)
+        _ = counts["labeled_images"], counts["val_images"]
         history(run)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
+        lacking = isinstance(error, KeyError)
+        command = "distill" if run.recipe().teacher else "tune"
         raise RunError(
-            f"{run.path} holds no figures of this version of remap", given=f"{type(error).__name__}: {error}"
+            f"{run.path} holds no figures of this version of remap",
+            given=f"summary.json has no {error}" if lacking else "summary.json holds something else where figures are",
+            do=f"run it anew, then repeat that: remap {command} --recipe {run.path / 'recipe.yaml'}",
         ) from error
 
 
@@ -101,8 +120,22 @@ def _require_processes(run: RunDir, wanted: int) -> None:
         )
 
 
-def _say_other_threads(run: RunDir, progress: Progress) -> None:
-    """Sums are split over threads, so that their number decides the last bits."""
+def changed_on_the_way(run: RunDir) -> list[str]:
+    """What decides the last bits and was not the same in all parts of a resumed run, in words."""
+    record = run.environment()
+    parts = [record, *record.get("resumed", [])]
+    found = {name: list(dict.fromkeys(str(part[name]) for part in parts if name in part)) for name in _DECIDING}
+    return [f"{_DECIDING[name]} ({', then '.join(values)})" for name, values in found.items() if len(values) > 1]
+
+
+def _say_what_decides(run: RunDir, progress: Progress) -> None:
+    """Sums are split over threads and processes, so that their numbers decide the last bits."""
+    changed = changed_on_the_way(run)
+    if changed:
+        progress.say(
+            f"{run.path} was resumed with {' and '.join(changed)}, which decides the last bits of sums: a repeat, made"
+            " with one of them all along, cannot be expected to be equal bit for bit"
+        )
     own, theirs = torch.get_num_threads(), run.environment().get("threads", "?")
     if own != theirs:
         progress.say(f"PyTorch has {own} thread(s) here and had {theirs} in {run.path}: last bits may differ")
@@ -123,14 +156,15 @@ def _target(run: RunDir, recipe: Recipe, output: Path | None) -> Path:
     return target
 
 
-def _shared_teacher(run: RunDir) -> Path | None:
-    """In a comparison, all runs learn from one prepared teacher, which lies beside them."""
-    folder = run.path.parent / "teacher"
-    return folder if not run.teacher.exists() and (folder / "task" / "task.json").is_file() else None
+def _prepared_teacher(run: RunDir) -> Path | None:
+    """That of the run's comparison, if it is there: a repeat makes nothing in the comparison."""
+    folder = shared_teacher(run)
+    return folder if folder is not None and any(folder.parent.glob(f"{folder.name}*/task/task.json")) else None
 
 
 def _require_same_images(run: RunDir, recipe: Recipe, bench: Bench, wanted: str, progress: Progress) -> None:
-    data = bench.index(recipe.data)
+    with run.images():
+        data = bench.index(recipe.data)
     found = fingerprint(data, progress, recipe.data.workers)
     if found == wanted:
         return
@@ -165,6 +199,7 @@ def compare(first: RunDir, second: RunDir) -> dict[str, Any]:
         "checks": checks,
         "tensors": tensors,
         "environment": differing(_surroundings(first), _surroundings(second)),
+        "changed_on_the_way": {"first": changed_on_the_way(first), "repeat": changed_on_the_way(second)},
     }
 
 
@@ -182,6 +217,10 @@ _FIGURES = {
     "frozen weights": lambda s: s.get("frozen"),
     "teacher": lambda s: s.get("teacher"),
     "more teachers": lambda s: s.get("more_teachers"),
+    # What a run met on the way: memory that ran out, numbers that were not finite.
+    "accumulation": lambda s: s["faults"]["accumulation"],
+    "skipped steps": lambda s: s["faults"]["skipped_steps"],
+    "learning-rate factor": lambda s: f"{s['faults']['learning_rate_factor']:g}",
 }
 
 
@@ -233,9 +272,14 @@ def differing_tensors(first: Path, second: Path) -> list[dict[str, Any]]:
 
 
 def _surroundings(run: RunDir) -> dict[str, Any]:
+    """The environment that a run began in, and what was another one where it went on."""
     summary, record = run.summary(), run.environment()
-    legs = {f"resumed {number}": plain_environment(leg) for number, leg in enumerate(record.get("resumed", []), 1)}
-    return plain_environment(record) | legs | {"precision": summary["precision"]}
+    first = plain_environment(record)
+    legs = {
+        f"resumed {number}": {row["what"]: row["repeat"] for row in differing(first, plain_environment(leg))}
+        for number, leg in enumerate(record.get("resumed", []), 1)
+    }
+    return first | legs | {"precision": summary["precision"]}
 
 
 def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -1,5 +1,6 @@
 """The run directory: enough to explain and repeat a run. Imports no torch."""
 
+import contextlib
 import fcntl
 import functools
 import importlib.metadata
@@ -14,11 +15,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from remap import __version__, files
-from remap.errors import RunError
-from remap.outside import MOST_JSON_BYTES, expanded, parse_json, plain, read_regular, unfit_for_a_place
+from remap.errors import MissingData, RunError
+from remap.outside import (
+    MOST_JSON_BYTES,
+    expanded,
+    parse_json,
+    plain,
+    read_json,
+    read_regular,
+    sha256_of,
+    unfit_for_a_place,
+)
 from remap.recipe import Recipe, dump, load
 from remap.runs.curves import curves
 
@@ -42,6 +52,8 @@ _DRAFT = re.compile(r"\.?recipe\.yaml\.\d+\.tmp(\.\d+\.tmp)?")
 
 # The folder of a student that was cut from its teacher.
 STUDENT_MODEL = "student_model"
+# What to do about a record that cannot be one of a run.
+_OWN = "name a run directory that `remap` wrote"
 
 
 @dataclass(frozen=True)
@@ -49,8 +61,12 @@ class RunDir:
     """Paths and records of one run.
 
     recipe.yaml (resolved), command.txt, environment.json, status.json, metrics.jsonl (one line an epoch), curves.svg,
-    summary.json, task/ (what the tuned student costs to keep), teacher/ (the prepared teacher), checkpoint/,
-    student_model/ (a student that was cut from its teacher).
+    summary.json, trainables.json (what is trained), task/ (what the tuned student costs to keep), teacher/ (the
+    prepared teacher), checkpoint/, student_model/ (a student that was cut from its teacher), fault/ (the batch that
+    broke training), stop (a file that asks the run to save and leave; removed when it is seen).
+
+    ``seconds`` in status.json and summary.json is the time of all parts of a run that was stopped and resumed; a part
+    that was killed counts up to its last epoch.
     """
 
     path: Path
@@ -117,6 +133,15 @@ class RunDir:
         run.set_status("running")
         return run
 
+    def require_free(self) -> None:
+        """
+        Raises:
+            RunError: Something is there already.
+        """
+        with contextlib.suppress(OSError):  # which ``create`` explains
+            if self.path.is_dir() and any(not _DRAFT.fullmatch(entry.name) for entry in self.path.iterdir()):
+                raise self._exists_already()
+
     def _claim(self, recipe: str) -> None:
         """Write recipe.yaml, which makes a folder a run: whole, and by one process only."""
         draft = self.path / f"recipe.yaml.{os.getpid()}.tmp"
@@ -131,10 +156,14 @@ class RunDir:
             draft.unlink(missing_ok=True)
 
     def _exists_already(self) -> RunError:
-        return RunError(
-            f"{self.path} exists already; nothing in it was touched",
-            do=f"name another --output, or go on with that run: --resume {self.path}",
-        )
+        what = f"{self.path} exists already; nothing in it was touched"
+        if not os.path.isfile(self.path / "recipe.yaml"):
+            return RunError(what, given="it is no run directory, and not empty", do="name another --output")
+        if self.became()[0] == "failed" and not any(self.checkpoint.glob("*.json")):
+            return RunError(
+                what, given="a run that failed before it trained", do="name another --output, or remove that folder"
+            )
+        return RunError(what, do=f"name another --output, or go on with that run: --resume {self.path}")
 
     @staticmethod
     def open(path: Path) -> "RunDir":
@@ -146,6 +175,8 @@ class RunDir:
         run = RunDir(path)
         if not os.path.isfile(run.path / "recipe.yaml"):
             name = plain(str(path))
+            if not os.path.lexists(run.path):
+                raise RunError(f"there is no run directory {name}", given="no such folder", do="see `ls runs`")
             raise RunError(f"{name} is no run directory", given="recipe.yaml is missing", do="see `ls runs`")
         return run
 
@@ -156,7 +187,7 @@ class RunDir:
         Raises:
             RunError: One does.
         """
-        with open(self.path / "recipe.yaml", "r+b") as file:  # some network drives lock only what may be written
+        with self._to_lock() as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -168,6 +199,14 @@ class RunDir:
                 pass
             self._sweep()
             yield
+
+    def _to_lock(self) -> IO[bytes]:
+        try:
+            return open(self.path / "recipe.yaml", "r+b")  # some network drives lock only what may be written
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self.path}: {error.strerror}", do="let this place be written, or name another --output"
+            ) from error
 
     def _sweep(self) -> None:
         """Delete what processes that were killed here left half-written."""
@@ -188,7 +227,7 @@ class RunDir:
             files.write_text(self.path / "command.txt", shlex.join(command()) + "\n")
         path, now = self.path / "environment.json", environment() | machine
         if resuming and path.is_file():
-            first = files.read_json(path)
+            first = self.environment()
             legs = [first, *first.get("resumed", [])]
             if all(plain_environment(leg) != plain_environment(now) for leg in legs):
                 files.write_json(path, first | {"resumed": [*first.get("resumed", []), now]})
@@ -196,17 +235,41 @@ class RunDir:
             files.write_json(path, now)
 
     def environment(self) -> dict[str, Any]:
-        return files.read_json(self.path / "environment.json")
+        found = self._record("environment.json")
+        legs = found.get("resumed", [])
+        if not isinstance(legs, list) or not all(isinstance(leg, dict) for leg in legs):
+            raise RunError(f"cannot read {self.path / 'environment.json'}: resumed is no list of records", do=_OWN)
+        return found
 
-    def set_status(self, status: str, message: str = "") -> None:
-        files.write_json(self.path / "status.json", {"status": status, "message": message, "time": _now()})
+    def _record(self, name: str) -> dict[str, Any]:
+        found = files.read_json(self.path / name)
+        if not isinstance(found, dict):
+            raise RunError(f"cannot read {self.path / name}: it is no record", do=_OWN)
+        return found
+
+    def set_status(self, status: str, message: str = "", seconds: float = 0.0) -> None:
+        """Note where the run stands.
+
+        Args:
+            seconds: It has worked so far, all its parts together.
+        """
+        record = {"status": status, "message": message, "time": _now(), "seconds": round(seconds, 2)}
+        files.write_json(self.path / "status.json", record)
+
+    def seconds(self) -> float:
+        """For how long it has worked so far, as ``set_status`` noted it."""
+        noted = self._noted().get("seconds") if os.path.isfile(self.path / "status.json") else None
+        return float(noted) if isinstance(noted, int | float) and noted > 0 else 0.0
 
     def status(self) -> str:
         return str(self._noted().get("status", ""))
 
     def became(self) -> tuple[str, str | None]:
         """What became of a run that is not done, as in "it was stopped", and the first line of its message."""
-        noted = self._noted() if os.path.isfile(self.path / "status.json") else {}
+        try:
+            noted = self._noted() if os.path.isfile(self.path / "status.json") else {}
+        except RunError:  # a damaged record
+            noted = {}
         words = {"failed": "failed", "stopped": "was stopped"}
         message = str(noted.get("message", "")).partition("\n")[0]
         return words.get(str(noted.get("status")), "has not finished"), message or None
@@ -243,11 +306,38 @@ class RunDir:
         files.write_json(self.path / "summary.json", summary)
 
     def summary(self) -> dict[str, Any]:
-        return files.read_json(self.path / "summary.json")
+        return self._record("summary.json")
+
+    @contextmanager
+    def images(self, instead: str = "") -> Iterator[None]:
+        """While the images of its recipe are looked for: where they are gone, say what to bring back.
+
+        Args:
+            instead: What else can be done, as in ", or name others".
+        """
+        try:
+            yield
+        except MissingData as error:
+            do = f"bring the images back that the run was made with; {self.path / 'recipe.yaml'} names their place"
+            raise MissingData(error.what, given=error.given, allowed=error.allowed, do=do + instead) from error
 
     @property
     def is_done(self) -> bool:
         return (self.path / "summary.json").is_file() and self.status() == "done"
+
+    def damage(self) -> str | None:
+        """What is wrong with the files that a run that is done leaves; None if nothing."""
+        path = self.path / "summary.json"
+        try:
+            read_json(path)
+            path = self.task / "task.json"
+            meta = read_json(path)
+            path = self.task / "task.safetensors"
+            differs = not isinstance(meta, dict) or sha256_of(path) != meta.get("sha256")
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            return f"{path} cannot be read: {reason}"
+        return f"{path} is not the one that task.json is about" if differs else None
 
 
 def default_path() -> Path:

@@ -159,7 +159,13 @@ def _folder_of(path: Path) -> Path:
 
 def _unfinished(path: Path) -> RunError:
     """A run directory without a student, and what became of its run."""
-    ended, message = RunDir(path).became()
+    run = RunDir(path)
+    if os.path.isfile(path / "status.json") and run.is_done:
+        return RunError(
+            f"{run.task / 'task.json'} is missing; the run itself is finished",
+            do=f"copy the task folder again, or write it from the last checkpoint: remap tune --resume {path}",
+        )
+    ended, message = run.became()
     return RunError(
         f"{path} holds no tuned student: its run {ended}",
         given=message,

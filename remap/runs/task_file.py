@@ -89,7 +89,10 @@ def read_meta(folder: Path) -> TaskMeta:
         RunError: It is missing, damaged or of another version.
     """
     path = folder / "task.json"
-    values = files.read_json(path)
+    try:
+        values = files.read_json(path)
+    except RunError as error:
+        raise RunError(error.what, do=_again(folder)) from error
     try:
         return TaskMeta.model_validate(values)
     except ValidationError as error:
@@ -110,10 +113,19 @@ def read_tensors(folder: Path, meta: TaskMeta) -> dict[str, Tensor]:
     try:
         digest = sha256_of(path)
     except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}") from error
+        raise RunError(f"cannot read {path}: {error.strerror}", do=_again(folder)) from error
     if digest != meta.sha256:
-        raise RunError(f"{path} is damaged: its SHA-256 differs from task.json", do="copy the task folder again")
+        raise RunError(f"{path} is damaged: its SHA-256 differs from task.json", do=_again(folder))
     return read_safetensors(path)
+
+
+def _again(folder: Path) -> str:
+    """How to get a damaged task back."""
+    run = folder.parent
+    whole = "copy the task folder again"
+    if folder.name != "task" or not (run / "checkpoint").is_dir():
+        return whole
+    return f"{whole}, or write it from the last checkpoint of its run: remap tune --resume {run}"
 
 
 def require_sizes(folder: Path, meta: TaskMeta, tensors: dict[str, Tensor]) -> None:

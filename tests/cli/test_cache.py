@@ -1,6 +1,7 @@
 """``remap cache``: listing and clearing at once and without torch, building with the words of ``distill``."""
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typer.testing import Result
 
 from remap.data.caches import CacheKey, held
 from remap.data.records import Item, RecordStore, row_digest
+from remap.errors import Interrupted
 from remap.files import size
 from remap_cli import view
 
@@ -148,6 +150,22 @@ def test_build_takes_the_words_of_distill(
     (recipe,) = asked
     assert recipe.data.source == str(pictures) and recipe.train.batch_size == 8
     assert [loss.name for loss in recipe.losses] == ["ce", "kd"]
+
+
+def test_an_interrupted_build_says_how_to_go_on(
+    remap: Callable[..., Result], root: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from remap import running
+
+    def stopped(*_: Any) -> None:
+        raise Interrupted("stopped by SIGTERM", exit_code=143)
+
+    words = ["cache", "build", "--data", str(pictures), "--set", "teacher.cache=disk"]
+    monkeypatch.setattr(running, "build_cache", stopped)
+    monkeypatch.setattr(sys, "argv", ["remap", *words])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    result = remap(*words)
+    assert result.exit_code == 143 and result.message.endswith(f"go on with: {shlex.join(['remap', *words])}")
     shown = remap(*words).stdout
     for part in ("24 images, 20 of them computed now in 1.5 s", "mini_teacher", "logits", "1.2 kB", str(root / "ab")):
         assert part in shown.replace("\n", "")

@@ -47,7 +47,7 @@ for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, stopped)
 launch.begin()
 launch.processes(int(sys.argv[2]))
-rank = int(os.environ["RANK"])
+rank = int(os.environ.get("RANK", "0"))
 BODY
 """
 Ended = tuple[int, str, str]
@@ -135,10 +135,33 @@ def test_more_processes_than_cores_are_said(run: Callable[..., Ended]) -> None:
 
 
 @pytest.mark.parametrize(
-    "variables", [{"RANK": "0", "WORLD_SIZE": "1"}, {"ACCELERATE_DYNAMO_MODE": "default", "RANK": "0"}]
+    "variables",
+    [{"RANK": "0", "WORLD_SIZE": "1"}, {"ACCELERATE_DYNAMO_MODE": "default", "RANK": "0"}, {"WORLD_SIZE": "2"}],
 )
 def test_under_a_launcher_nothing_is_started(run: Callable[..., Ended], variables: dict[str, str]) -> None:
     assert run("print(launch.MARK in os.environ)", **variables) == (0, "False\n", "")
+
+
+ALONE = {"PMI_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "1", "MV2_COMM_WORLD_SIZE": "1", "WORLD_SIZE": "1"}
+
+
+def test_a_machine_that_says_one_is_no_launcher(run: Callable[..., Ended], tmp_path: Path) -> None:
+    """As srun and Kubernetes do. What is inherited must not make a process the only one in Accelerate's eyes."""
+    from accelerate.utils import get_cpu_distributed_information
+
+    code, _, errors = run("import json\n(folder / f'env-{rank}').write_text(json.dumps(dict(os.environ)))", **ALONE)
+    assert (code, errors) == (0, "")
+    for rank in (0, 1):
+        environment = json.loads((tmp_path / f"env-{rank}").read_text())
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ALONE:
+                patch.delenv(name, raising=False)
+            for name in (*ALONE, "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+                if name in environment:
+                    patch.setenv(name, environment[name])
+            found = get_cpu_distributed_information()
+        assert (found.rank, found.world_size, found.local_rank, found.local_world_size) == (rank, 2, rank, 2)
+        assert not set(environment) & set(ALONE) - {"WORLD_SIZE"}
 
 
 def test_an_error_of_all_is_said_once(run: Callable[..., Ended]) -> None:
@@ -199,6 +222,45 @@ def test_a_process_that_does_not_answer_is_named(run: Callable[..., Ended]) -> N
     assert "error: [process 1] did not answer the others in time" in errors and "SIGSTOP" in errors
 
 
+@pytest.mark.parametrize("halted", [True, False])
+def test_one_that_was_aborted_while_it_waited_is_not_the_cause(run: Callable[..., Ended], halted: bool) -> None:
+    """NCCL's watchdog ends its own process, which waited for another one; that one had to be killed."""
+    silent = "os.kill(os.getpid(), signal.SIGSTOP)" if halted else DEAF
+    code, _, errors = run(f"if rank == 1:\n    {silent}\ntime.sleep(0.3)\nos.abort()")
+    assert code == 1
+    assert "error: [process 1] did not answer the others in time" in errors
+    assert errors.count("error:") == 1 and ("SIGSTOP" in errors) == halted
+    assert ("[process 0] was ended by SIGABRT" in errors) != halted
+
+
+@pytest.mark.parametrize(("times", "seconds"), [(2, (1.2, 4.0)), (3, (0.0, 1.0))])
+def test_impatience_ends_processes_that_hear_nothing(
+    begin: Callable[..., subprocess.Popen], tmp_path: Path, times: int, seconds: tuple[float, float]
+) -> None:
+    """Two signals give them the time to leave, 1.6 s here; the third one gives none."""
+    process = begin(f"ready()\n{DEAF}")
+    wait_for(ready(tmp_path))
+    for _ in range(times):
+        time.sleep(0.2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert seconds[0] < time.monotonic() - started < seconds[1]
+    assert "error: [process 0, 1] did not leave" in errors and "--resume" in errors
+
+
+def test_one_signal_waits_for_as_long_as_it_takes(begin: Callable[..., subprocess.Popen], tmp_path: Path) -> None:
+    """A save may take its time: nothing counts before one process has failed."""
+    body = "signal.signal(signal.SIGINT, lambda *_: (time.sleep(2.2), leave(130)))\nready()\ntime.sleep(60)"
+    process = begin(body)
+    wait_for(ready(tmp_path))
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "")
+
+
 @pytest.mark.parametrize(("number", "to_group"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_a_signal_reaches_each_process_once(
     begin: Callable[..., subprocess.Popen], tmp_path: Path, number: int, to_group: bool
@@ -223,6 +285,40 @@ leave(128 + received)
     (os.killpg if to_group else os.kill)(process.pid, number)
     assert process.wait(timeout=20) == 128 + number
     assert [signals(tmp_path, rank) for rank in (0, 1)] == [[number], [number]]
+
+
+@pytest.mark.parametrize("victims", ["rank == 1", "rank == 0", "True"])
+def test_what_dies_of_being_asked_to_stop_was_stopped(
+    begin: Callable[..., subprocess.Popen], tmp_path: Path, victims: str
+) -> None:
+    """A library that is just being loaded may abort where a signal meets it."""
+    body = f"if {victims}: signal.signal(signal.SIGINT, lambda *_: os.abort())\nready()\ntime.sleep(60)"
+    process = begin(body)
+    wait_for(ready(tmp_path))
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert errors.count("error:") == (victims == "True")
+
+
+def test_more_processes_than_the_system_can_hold_are_refused(run: Callable[..., Ended]) -> None:
+    code, _, errors = run("", 100_000)
+    assert "RemapError: so many processes cannot be started" in errors and "--devices 100000" in errors
+    assert "allowed: 1 to " in errors and code == 1  # a script without ``main``, which would say 2
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["distill"], "--resume RUN"),
+        (["distill", "--output", "runs/my run"], "--resume 'runs/my run'"),
+        (["tune", "--output=x", "--set", "data.workers=1"], "--resume x"),
+        (["tune", "--resume", "y"], "--resume y"),
+    ],
+)
+def test_the_way_to_go_on_names_the_folder(monkeypatch: pytest.MonkeyPatch, words: list[str], expected: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["remap", *words])
+    assert launch._goes_on() == f"goes on with {expected}"
 
 
 def test_ctrl_c_in_a_terminal(tmp_path: Path) -> None:

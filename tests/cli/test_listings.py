@@ -138,6 +138,18 @@ def test_copy_then_validate(remap: Callable[..., Result], tmp_path: Path) -> Non
         assert part in broken.message
 
 
+def test_copy_to_a_place_that_cannot_be_written_advises_what_copy_has(remap: Callable[..., Result]) -> None:
+    result = remap("recipes", "copy", "digits", "/proc/version.yaml")
+    assert result.exit_code == 2 and "recipes copy NAME FILE" in result.message and "--output" not in result.message
+
+
+def test_show_says_what_validate_would(remap: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "wrong.yaml").write_text("train:\n  epoch: 3\n")
+    result = remap("recipes", "show", "wrong.yaml")
+    assert result.exit_code == 0 and result.stdout == "train:\n  epoch: 3\n"
+    assert "cannot be used" in result.stderr and "did you mean 'epochs'" in result.stderr
+
+
 def test_validate_reports_every_broken_file(remap: Callable[..., Result], tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("method: vpt_dep\n")
     (tmp_path / "c.yaml").write_text("train: {epochs: 0}\n")

@@ -18,8 +18,8 @@ WORDS = [
     (["--recipe", "digit"], ["no shipped recipe", "did you mean 'digits'"]),
     (["--recipe", "absent.yaml"], ["absent.yaml", "no such file"]),
     (["--set", "teacher.prepare=prob"], ["teacher.prepare", "did you mean 'probe'"]),
-    (["--resume", "absent"], ["absent is no run directory"]),
-    (["--resume", "absent", "--epochs", "9"], ["--epochs: a resumed run keeps its own recipe"]),
+    (["--resume", "absent"], ["there is no run directory absent"]),
+    (["--resume", "absent", "--epochs", "9"], ["there is no run directory absent"]),
     (["--epochs", "1", "--set", "train.warmup_epochs=1"], ["warmup_epochs"]),
     (["--method", "lora+vpt_dep"], ["unknown method 'vpt_dep'", "did you mean 'vpt_deep'"]),
     (["--method", "lora+linear"], ["'linear' cannot be combined"]),
@@ -74,7 +74,8 @@ def test_a_run_directory_that_exists_is_left_alone(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("keep")
     result = remap("tune", "--data", pictures, *tiny, "--output", "mine")
-    assert result.exit_code == 2 and "exists already" in result.message
+    assert result.exit_code == 2 and "exists already" in result.message and "--resume" not in result.message
+    assert result.stderr == "", "nothing is announced before"
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
@@ -135,6 +136,25 @@ def test_a_bad_evaluation_image_stops_unless_left_out(
     assert '"val_images": 5' in (tmp_path / "r2" / "summary.json").read_text()
 
 
+def test_advice_can_be_typed(remap: Callable[..., Result], tmp_path: Path, tiny: list[str]) -> None:
+    """Too many bad images; the run that failed cannot be gone on with, and its recipe serves a new one."""
+    data = _folder(tmp_path / "data", {"train/a": 8, "train/b": 8, "val/a": 3, "val/b": 3})
+    for index in range(2):
+        (data / "train" / "a" / f"{index}.png").write_bytes(b"\x89PNG broken")
+    words = ["tune", "--data", data, *tiny, "--method", "linear", "--output", "r"]
+    refused = remap(*words)
+    assert refused.exit_code == 2 and "10% of them (data.max_bad=0.1)" in refused.message
+    taken = remap(*words, "--set", "data.max_bad=0.13")
+    assert "failed before it trained" in taken.message and "--resume" not in taken.message
+    kept = remap("tune", "--resume", "r", "--set", "data.max_bad=0.13", "--output", "s")
+    assert "--set: a resumed run keeps its own recipe" in kept.message
+    assert "--output: a resumed run stays in its own folder" in kept.message
+    advice = kept.message.split("remap ")[-1]
+    assert advice == "tune --recipe r/recipe.yaml WORDS --output FOLDER"
+    typed = advice.replace("WORDS", "--set data.max_bad=0.13").replace("FOLDER", "s").split()
+    assert remap(*typed).exit_code == 0 and (tmp_path / "s" / "task" / "task.json").is_file()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_its_folder_says_so(
     remap: Callable[..., Result], pictures: Path, tmp_path: Path, tiny: list[str]
 ) -> None:
@@ -142,6 +162,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_its_folder_says_so(
     stopped = remap(*words, "--lr", "1e30", "--set", "train.clip_norm=null")
     assert stopped.exit_code == 2 and "not finite" in stopped.message and "--lr" in stopped.message
     assert '"failed"' in (tmp_path / "r" / "status.json").read_text()
+    again = remap(*words)
+    assert again.exit_code == 2 and "go on with that run: --resume r" in again.message  # it has checkpoints
     as_student = ["tune", "--data", pictures, "--student", "r", "--output", "again"]
     for command in (["eval", "r"], ["predict", "r", pictures / "val"], as_student):
         result = remap(*command)

@@ -10,6 +10,8 @@ from typer.testing import Result
 
 from remap_cli.repeat import _take_threads_of, sentence
 
+NOTHING: dict[str, list[str]] = {"first": [], "repeat": []}
+
 
 @pytest.fixture
 def run(remap: Callable[..., Result], tiny: list[str], pictures: Path) -> str:
@@ -17,7 +19,7 @@ def run(remap: Callable[..., Result], tiny: list[str], pictures: Path) -> str:
     return "runs/first"
 
 
-def test_equal_is_0_different_is_1_and_a_mistake_is_2(
+def test_equal_is_0_different_is_4_and_a_mistake_is_2(
     remap: Callable[..., Result], run_json: Callable[..., dict], run: str, tmp_path: Path
 ) -> None:
     found = remap("repeat", run)
@@ -31,12 +33,22 @@ def test_equal_is_0_different_is_1_and_a_mistake_is_2(
     records[0]["loss"] += 1.0
     metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
     found = remap("repeat", run, "--output", "runs/first-repeat-001")
-    assert found.exit_code == 1 and "It did not repeat bit for bit: history differs;" in found.stdout
+    assert found.exit_code == 4 and "It did not repeat bit for bit: history differs;" in found.stdout
     told = remap("repeat", run, "--output", "runs/first-repeat-001", "--json")
-    assert told.exit_code == 1 and not json.loads(told.stdout)["equal"]
+    assert told.exit_code == 4 and not json.loads(told.stdout)["equal"]
 
     found = remap("repeat", "absent")
     assert found.exit_code == 2 and "absent is no run directory" in found.message
+
+
+def test_the_sentence_says_what_a_run_met_on_the_way() -> None:
+    """After memory ran out, "the environment is the same" alone would leave the reader without a reason."""
+    names = ("history", "accumulation", "skipped steps", "accuracy")
+    checks = [{"what": name, "equal": name == "accuracy"} for name in names]
+    found = {"equal": False, "checks": checks, "tensors": [], "environment": [], "changed_on_the_way": NOTHING}
+    told = sentence(found)
+    assert "history, accumulation, skipped steps differ;" in told
+    assert "memory ran out" in told and "not finite" in told and told.endswith("; the environment is the same.")
 
 
 def test_the_sentence_says_by_how_much_and_where() -> None:
@@ -44,7 +56,10 @@ def test_the_sentence_says_by_how_much_and_where() -> None:
     tensors = [{"name": "a", "largest_difference": 1e-3}, {"name": "b", "largest_difference": None}]
     found = {"equal": False, "checks": checks, "tensors": tensors, "environment": [{"what": "threads"}]}
     told = "It did not repeat bit for bit: task file differs (weights by at most 0.001); the environment differs."
-    assert sentence(found) == told
+    assert sentence(found | {"changed_on_the_way": NOTHING}) == told
+    changed = {"first": ["another number of processes (2, then 1)"], "repeat": []}
+    words = "; the first run was resumed with another number of processes (2, then 1), which decides last bits; the env"
+    assert words in sentence(found | {"changed_on_the_way": changed})
 
 
 def test_thread_variables_are_those_of_the_run_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typer.testing import Result
 
 from remap.api import load_student
 from remap.errors import RemapError
+from remap_cli.estimates import _disk
 
 WANTED = {
     "run_dir",
@@ -95,6 +96,22 @@ def test_predict_reports_an_unreadable_file_and_goes_on(
     assert rows[0]["error"] == "not an image" and len(rows) == 7 and all(row["top"] for row in rows[1:])
 
 
+def test_predict_reports_a_file_that_is_not_there_and_goes_on(
+    run: dict, remap: Callable[..., Result], pictures: Path, tmp_path: Path
+) -> None:
+    good, link = pictures / "val" / "red" / "0.png", tmp_path / "folder" / "link.png"
+    link.parent.mkdir()
+    link.symlink_to("nowhere")
+    result = remap("predict", run["run_dir"], good, link, "absent.png", link.parent, "--json")
+    assert result.exit_code == 2
+    assert [(row["error"], len(row["top"])) for row in json.loads(result.stdout)] == [
+        (None, 1),
+        *[("no such file", 0)] * 3,
+    ]
+    nothing = remap("predict", run["run_dir"], "absent.png")
+    assert nothing.exit_code == 2 and nothing.message.startswith("no such file or folder")
+
+
 def test_tables_name_what_a_reader_needs(remap: Callable[..., Result], pictures: Path, tiny: list[str]) -> None:
     result = remap("tune", "--data", pictures, "--method", "linear", *tiny)
     assert result.exit_code == 0, getattr(result, "message", result.output)
@@ -154,6 +171,12 @@ def test_the_dry_run_writes_nothing(
     # vpt_deep: depth 4 x 10 prompts x width 128; head: 128 x 2 weights and 2 biases.
     assert parts == {"vpt_deep": 4 * 10 * 128, "head": 128 * 2 + 2}
     assert found["estimate"]["seconds"] > 0 and found["estimate"]["memory_bytes"] > 0
+
+
+def test_the_dry_run_says_what_lies_on_the_disk() -> None:
+    guess = {"run_bytes": 27_100_000, "disk_bytes": 27_100_000, "task_bytes": 2_700_000}
+    assert _disk(guess) == "27.1 MB (checkpoints + task); to keep: 2.7 MB"
+    assert _disk(guess | {"disk_bytes": 28_100_000}).startswith("27.1 MB (checkpoints + task) + 1.0 MB of teachers;")
 
 
 def test_the_dry_run_of_the_issue_prints_timms_counts(run_json: Callable[..., dict]) -> None:

@@ -1,14 +1,17 @@
 """What is printed: names as they are, progress now and then, and a clean end by signal or closed pipe."""
 
+import contextlib
 import io
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from rich.console import Console
 
+from remap.engine import interrupt
 from remap.errors import Interrupted, WeightsError
 from remap_cli import main, view
 
@@ -99,7 +102,55 @@ def test_a_signal_ends_with_a_word_and_its_code(number: signal.Signals, word: st
     assert word in errors and "Traceback" not in errors
 
 
-def test_a_signal_that_a_library_caught_is_still_the_reason() -> None:
+SWALLOWS = """
+import os, time
+from remap_cli.main import app, main
+
+@app.command("wait")
+def wait() -> None:
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    except BaseException:
+        pass
+    ANSWER
+
+main()
+"""
+
+
+@pytest.mark.parametrize("answer", ["time.sleep(60)", "pass", "os.path.no_such_name"])
+def test_a_signal_that_is_swallowed_ends_the_command_all_the_same(answer: str) -> None:
+    """Whatever comes of it: work that would go on, an end, an error."""
+    words = [sys.executable, "-c", SWALLOWS.replace("ANSWER", answer), "wait"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 143 and "Traceback" not in errors
+
+
+def test_a_run_that_began_meanwhile_is_told_of_a_signal_that_was_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own handler came too late; in training a signal is noted, and the state is saved after the step."""
+    monkeypatch.setattr(main, "_asked", 0)
+    earlier = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)}
+    signal.signal(signal.SIGTERM, main._stopped)
+    try:
+        with contextlib.suppress(Interrupted):
+            signal.raise_signal(signal.SIGTERM)
+        with interrupt.watching(), interrupt.deferred():
+            assert interrupt._watch.signal == 0
+            time.sleep(2 * main.HEARD)
+            assert interrupt._watch.signal == signal.SIGTERM
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def test_a_signal_that_a_library_caught_is_still_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "_asked", 0)
+    monkeypatch.setattr(main, "HEARD", 0.0)  # never
     try:
         try:
             main._stopped(signal.SIGINT, None)
@@ -122,4 +173,15 @@ def test_a_closed_pipe_is_no_traceback(words: list[str]) -> None:
         )
     finally:
         os.close(write)
-    assert done.stderr == ""
+    assert done.stderr == "" and done.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("words", [["methods"], ["methods", "--json"], ["--help"]])
+def test_results_that_cannot_be_written_are_an_error(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "remap_cli", *words], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cannot write to stdout: No space left on device\n")
+    assert "Traceback" not in done.stderr

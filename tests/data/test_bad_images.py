@@ -1,5 +1,6 @@
 """Unreadable images: left out of training and counted, an error in evaluation, never replaced by another image."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,7 +49,23 @@ def test_the_limit_is_a_share_of_the_training_images(tree: Tree, bad: int, allow
         opened(root, max_bad=allowed)
     text = str(caught.value)
     assert f"{bad} of 20 training images cannot be read" in text
-    assert "train/a/0.png (not an image)" in text and "data.max_bad=" in text
+    assert "train/a/0.png (not an image)" in text and f"(data.max_bad={allowed:g})" in text
+    assert f"--set data.max_bad={bad / 20:g}" in text and "another --output" in text
+
+
+def test_all_bad_images_are_counted_and_each_reason_is_in_plain_words(tree: Tree) -> None:
+    """Seven of twenty: five by name, the others by number."""
+    root, bench = tree(GOOD | {f"train/a/{i}.png": b"x" for i in range(5)}), Bench()
+    bench.index(DataSpec(source=str(root)))
+    (root / "train/a/7.png").unlink()
+    (root / "train/a/0.png").unlink()
+    os.mkfifo(root / "train/a/0.png")
+    (root / "train/a/1.png").unlink()
+    with pytest.raises(DataError) as caught:
+        opened(root, bench)
+    given = str(caught.value).splitlines()[1]
+    assert given.startswith("  given:   train/a/0.png (it is a FIFO, no file), train/a/1.png (no such file), ")
+    assert given.endswith("train/a/4.png (not an image) and 1 more") and str(root) not in given
 
 
 def test_another_limit_is_another_answer(tree: Tree) -> None:
@@ -95,4 +112,4 @@ def test_a_file_that_vanishes_is_unreadable_not_a_crash(tree: Tree) -> None:
     (root / "train/a/0.png").unlink()
     views = opened(root, bench)
     (name, reason), *rest = views.skipped
-    assert name == "train/a/0.png" and "No such file" in reason and not rest
+    assert name == "train/a/0.png" and reason == "no such file" and not rest

@@ -178,6 +178,8 @@ def test_refusals(tree: Tree, files: dict[str, int | bytes | None], expected: st
 def test_no_such_place(tmp_path: Path) -> None:
     text = refusal(tmp_path / "nowhere")
     assert "no such data" in text and "'digits', a folder of class folders, or a tar of one" in text
+    hint = "relative paths start at the current folder"
+    assert hint not in text and hint in refusal(Path("nowhere-at-all"))
 
 
 def test_links_are_followed_once_and_never_round(tree: Tree) -> None:

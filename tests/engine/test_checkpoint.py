@@ -3,6 +3,7 @@
 Files are damaged, forged and read by hand: SHA-256 by hashlib, headers by struct and json.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from remap import files
+from remap.engine import generations
 from remap.engine.checkpoint import State, has_checkpoint, load_checkpoint, save_checkpoint, snapshot
 from remap.errors import RunError, TrainingError
 from remap.recipe import dump
@@ -148,6 +150,54 @@ def test_the_generation_before_stands_in_for_a_damaged_one(two: Path, name: str,
     _save(two, State("abc", step=2), parameters, optimizer)
     assert sorted(os.listdir(two)) == TWO
     assert load_checkpoint(two, "abc", parameters, optimizer, said.append)[0] == State("abc", step=2)
+
+
+def _refuse(patch: pytest.MonkeyPatch, name: str, number: int, times: float) -> list[str]:
+    """Let the system refuse to open a file so many times; gives the list of those refusals."""
+    refused: list[str] = []
+    opened = os.open
+
+    def open_(path: Any, *arguments: Any, **words: Any) -> int:
+        if str(path).endswith(name) and len(refused) < times:
+            refused.append(str(path))
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, *arguments, **words)
+
+    patch.setattr(generations, "PAUSE", 0.001)
+    patch.setattr(os, "open", open_)
+    return refused
+
+
+@pytest.mark.parametrize("name", ["000002.safetensors", "000002.json"])
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_a_file_that_cannot_be_read_for_now_is_not_damaged(
+    two: Path, name: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried again; if that does not help, nothing is deleted, and later the newest is there."""
+    said: list[str] = []
+    refused = _refuse(monkeypatch, name, number, times=2)
+    state, _ = load_checkpoint(two, "abc", *_trained(seed=0), said.append)
+    assert state.step == 2 and not said and len(refused) == 2
+    before = {path.name: path.read_bytes() for path in two.iterdir()}
+    monkeypatch.undo()
+    refused = _refuse(monkeypatch, name, number, times=float("inf"))
+    with pytest.raises(RunError, match="000002.safetensors cannot be read") as caught:
+        load_checkpoint(two, "abc", *_trained(seed=0), said.append)
+    assert os.strerror(number) in str(caught.value) and "--resume" in str(caught.value)
+    assert 2 <= len(refused) <= 10 and not said
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in two.iterdir()} == before
+    assert load_checkpoint(two, "abc", *_trained(seed=0), said.append)[0].step == 2
+
+
+def test_a_folder_that_cannot_be_listed_is_no_new_start(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(generations, "PAUSE", 0.001)
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(RunError, match="cannot be read: Input/output error"):
+        has_checkpoint(two)
 
 
 def test_no_flipped_bit_of_a_manifest_passes(two: Path) -> None:

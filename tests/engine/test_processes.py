@@ -81,10 +81,15 @@ def test_two_processes_share_teachers_and_lessons(
         assert torch.allclose(two[name], tensor, atol=1e-5, rtol=0), name
 
 
-def test_processes_that_nobody_started_are_missed(tiny: Any, tmp_path: Path) -> None:
+def test_processes_that_nobody_started_are_missed(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TrainingError, match="asks for 2 processes and has 1") as caught:
         start(tiny.recipe("train.processes=2"), tmp_path / "run")
     assert "--devices 2" in str(caught.value) and "torchrun --nproc-per-node 2" in str(caught.value)
+    assert "env -u" not in str(caught.value)
+    monkeypatch.setenv("RANK", "0")  # as Kubernetes may: there, --devices starts nothing
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(TrainingError, match="without a launcher: env -u RANK -u WORLD_SIZE remap ... --devices 2"):
+        start(tiny.recipe("train.processes=2"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -130,7 +135,9 @@ def test_two_processes_build_a_cache_and_evaluate(tiny: Any, tmp_path: Path, sta
 @pytest.mark.parametrize("word", ["soon", "0", "-3", "nan", "inf", "1e30"])
 def test_a_timeout_that_is_no_number_of_seconds(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(launch.VARIABLE, word)
-    with pytest.raises(TrainingError, match=f"REMAP_TIMEOUT must be a number of seconds\n  given:   {word}"):
+    with pytest.raises(
+        TrainingError, match=f"REMAP_TIMEOUT must be a number of seconds\n  given:   {word}\n.* at most "
+    ):
         launch.accelerator.__wrapped__()
 
 

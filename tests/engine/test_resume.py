@@ -3,8 +3,10 @@
 Every step of a run with all that is random in it: tests/reliability/test_exact_resume.py.
 """
 
+import json
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from remap.errors import Interrupted, RunError
+from remap.errors import Interrupted, MissingData, RunError
 from remap.recipe import Recipe
 from remap.running import Result, resume, start
 from remap.runs.rundir import RunDir
@@ -98,6 +100,29 @@ def test_a_crash_goes_on_from_the_last_checkpoint(
     assert largest_difference(result.student.trained, expected.student.trained) == 0.0
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_time_of_a_run_is_that_of_all_its_parts(
+    tiny: Any, tmp_path: Path, watch: Callable[..., Any], killed: bool
+) -> None:
+    """Sources: a sleep in training, which the checkpoint counts, and a figure written into the record by hand."""
+
+    def stop(done: int) -> None:
+        if done == 2:
+            time.sleep(1.5)
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        start(tiny.recipe(), tmp_path / "run", watch(stop))
+    path = tmp_path / "run" / "status.json"
+    noted = json.loads(path.read_text())
+    assert 1.5 < noted["seconds"] < 600
+    path.write_text(json.dumps(noted | {"seconds": 0.0 if killed else 5000.0}))
+    summary = resume(tmp_path / "run").summary
+    assert 1.5 < summary["train_seconds"] <= summary["seconds"]
+    assert (summary["seconds"] > 5000) != killed and summary["seconds"] < 5600
+    assert json.loads(path.read_text())["seconds"] == summary["seconds"]
+
+
 def test_a_finished_run_is_not_trained_again(tiny: Any, tmp_path: Path, watch: Callable[..., Any]) -> None:
     first = start(tiny.recipe(), tmp_path / "run")
     steps = watch(lambda done: None)
@@ -153,6 +178,10 @@ def test_a_file_replaced_by_another_of_equal_name_and_size_is_noticed(
     assert steps.steps == 0
     for file, content in zip(files, (one, other), strict=True):
         file.write_bytes(content)
+    data.rename(tmp_path / "elsewhere")
+    with pytest.raises(MissingData, match="recipe.yaml names their place"):
+        resume(tmp_path / "run", steps)
+    (tmp_path / "elsewhere").rename(data)
     resume(tmp_path / "run", steps)
     assert steps.steps == LAST_STEP - 2
 
@@ -172,5 +201,5 @@ def test_other_weights_of_a_model_are_noticed(tiny: Any, tmp_path: Path, watch: 
     weights = load_file(folder / "model.safetensors")
     weights["blocks.0.attn.qkv.weight"][0, 0] += 0.5
     save_file(weights, folder / "model.safetensors")
-    with pytest.raises(RunError, match="their weights differ"):
+    with pytest.raises(RunError, match="their weights differ|belongs to another backbone"):
         resume(tmp_path / "run")

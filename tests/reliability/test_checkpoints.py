@@ -53,6 +53,14 @@ def test_processes_go_on_from_the_same_generation(saves: dict) -> None:
     assert first["halves"] == second["halves"] == [[100, 210]] * 8
 
 
+def test_what_one_process_cannot_read_stops_all_and_deletes_nothing(saves: dict) -> None:
+    """A network drive that refuses the second one: nobody waits for ever, and nobody goes on from an older state."""
+    first, second = saves["two"]
+    assert first["refused"][0] == "ProcessLost" and "another process cannot read" in first["refused"][1]
+    assert second["refused"][0] == "RunError" and "cannot be read: Stale file handle" in second["refused"][1]
+    assert first["untouched"] and second["untouched"]
+
+
 @pytest.mark.guarantee(7)
 def test_a_full_disk(tiny: Any, tmp_path: Path, figure: Callable[..., None]) -> None:
     """A file system of 2 MB in memory, mounted in a namespace of its own, so that it takes no rights."""

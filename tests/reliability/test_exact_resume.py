@@ -54,7 +54,7 @@ class _Steps:
         self.losses, self.training = losses, training
 
     def advance(self, amount: int = 1, **values: float) -> None:
-        if self.training and "loss" in values:
+        if self.training and values and amount:
             self.losses.values.append(values["loss"])
             self.losses.after_step(len(self.losses.values))
 

@@ -62,7 +62,7 @@ class _Slowly:
         self.shown, self.pipe, self.pause = shown, pipe, pause
 
     def advance(self, amount: int = 1, **values: float) -> None:
-        if values:
+        if values and amount:
             os.write(self.pipe, b"step\n")
         self.shown.advance(amount, **values)
         time.sleep(self.pause if amount else 0.0)
@@ -123,6 +123,7 @@ class House:
 
         def work() -> None:
             os.close(heard)
+            os.environ["REMAP_CACHE"] = f"{output}-cache"  # teacher outputs on disk are its own
             Telling.pipe, Telling.slow, Telling.pause = pipe, slow, pause
             view.Reporter = Telling
             if last:
@@ -138,8 +139,8 @@ class House:
         self.children.append(child)
         return child
 
-    def start(self, run: Path, **how: Any) -> Child:
-        return self.call("distill", *self.arguments, f"--output={run}", **how)
+    def start(self, run: Path, *words: str, **how: Any) -> Child:
+        return self.call("distill", *self.arguments, *words, f"--output={run}", **how)
 
     def go_on(self, run: Path) -> None:
         child = self.call("distill", f"--resume={run}")
@@ -205,9 +206,11 @@ MOMENTS = [
 def test_sigterm_to_the_group_saves_wherever_it_lands(
     house: House, tmp_path: Path, figure: Callable[..., None], number: int
 ) -> None:
-    """Training, evaluation and all that comes before the first step, each at a random moment of it."""
+    """Training, evaluation and all that comes before the first step, each at a random moment of it. In every other run
+    two data workers decode every batch anew, and teacher outputs are kept on disk: it changes no bit."""
     what, times = MOMENTS[number]
-    child = house.start(tmp_path / "run", slow=what, pause=0.01 if what == READING else 0.06)
+    anew = ("--set=data.memory_gib=0",) if number % 2 and what in (TRAINING, EVALUATION, UNTRAINED) else ()
+    child = house.start(tmp_path / "run", *anew, slow=what, pause=0.01 if what == READING else 0.06)
     child.hear(what, times)
     time.sleep(random.Random(number).uniform(0.0, 0.15))
     os.killpg(child.pid, signal.SIGTERM)
@@ -354,6 +357,24 @@ def test_a_signal_to_one_of_two_stops_both(
     assert _task(run) == _task(twin_of_two)
     figure("signals to one of two processes: both left, resumed, equal to the undisturbed pair", 1, 1)
     figure("longest way out of both, seconds", round(seconds, 2))
+
+
+@pytest.mark.guarantee(6)
+def test_under_a_launcher_nobody_leaves_before_the_state_is_saved(
+    house: House, twin_of_two: Path, tmp_path: Path, start_process: Callable[..., Any], figure: Callable[..., None]
+) -> None:
+    """torchrun sends SIGTERM to all that are left as soon as one has left, which for a process that had one already
+    means: at once. The save of an evaluation that is stopped takes 2 s here."""
+    run, worker = tmp_path / "run", Path(__file__).parent / "workers" / "slow_save.py"
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker))
+    process = start_process(*torchrun, "distill", *house.arguments, f"--output={run}")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and f"remap distill --resume {run}" in " ".join(errors.split()), errors
+    assert RunDir(run).status() == "stopped" and _saved(run) == STEPS
+    for child in house.pair("distill", f"--resume={run}"):
+        assert child.leave()[0] == 0, child.output.read_text()
+    assert _task(run) == _task(twin_of_two)
+    figure("SIGTERMs under torchrun in an evaluation: saved, resumed, equal to the undisturbed pair", 1, 1)
 
 
 def _saved(run: Path) -> int:

@@ -16,8 +16,10 @@ from remap.data.contents import fingerprint
 from remap.data.sources import open_data
 from remap.errors import DataError, Interrupted, RunError
 from remap.progress import Silent
+from remap.recipe import dump
 from remap.running import start
 from remap.runs.compare import compare as compare_methods
+from remap.runs.evaluation import evaluate_run
 from remap.runs.repeat import compare, differing, differing_tensors, repeat
 from remap.runs.rundir import RunDir
 
@@ -64,6 +66,7 @@ def test_a_repeat_is_equal_and_leaves_the_run_alone(run: Path) -> None:
     assert Path(found["repeat"]) == run.parent / "run-repeat-001"
     assert RunDir.open(Path(found["repeat"])).recipe().data.workers == 3
     names = {"task file", "teacher file", "history", "accuracy", "images", "backbone", "frozen weights", "teacher"}
+    names |= {"accumulation", "skipped steps", "learning-rate factor"}
     assert {check["what"] for check in found["checks"]} == names
     second = repeat(run)  # the next free number
     assert second["repeat"].endswith("run-repeat-002") and second["equal"]
@@ -86,6 +89,8 @@ def test_each_difference_is_found(run: Path, tmp_path: Path) -> None:
     edit(other.path / "summary.json", lambda s: s["teacher"].update(accuracy=0.5))
     edit(other.path / "summary.json", lambda s: s["frozen"].update(sha256="1" * 64))
     edit(other.path / "summary.json", lambda s: s["student"].update(backbone_sha256="2" * 64))
+    faults = {"accumulation": 2, "skipped_steps": 1, "learning_rate_factor": 0.5}
+    edit(other.path / "summary.json", lambda s: s.update(faults=faults))
     edit(other.path / "environment.json", lambda e: e["packages"].update(torch="2.10.0"))
     edit(other.path / "environment.json", lambda e: e.update(threads=7))
     records = (other.path / "metrics.jsonl").read_text().splitlines()
@@ -153,6 +158,10 @@ def _status(status: str, message: str = "") -> Callable[[Path], None]:
         (lambda run: (run / "task" / "task.safetensors").write_bytes(b"x"), ["task.safetensors is damaged"]),
         (lambda run: (run / "metrics.jsonl").unlink(), ["cannot read", "metrics.jsonl"]),
         (lambda run: (run / "environment.json").unlink(), ["cannot read", "environment.json"]),
+        (lambda run: (run / "environment.json").write_text("[]"), ["environment.json: it is no record", "do:"]),
+        (lambda run: edit(run / "environment.json", lambda e: e.update(resumed=[1])), ["resumed is no list", "do:"]),
+        (lambda run: (run / "summary.json").write_text("[]"), ["summary.json: it is no record", "do:"]),
+        (lambda run: edit(run / "summary.json", lambda s: s.update(data=[])), ["something else where", "--recipe"]),
         (lambda run: edit(run / "summary.json", lambda s: s.pop("student")), ["no figures of this version", "student"]),
         (lambda run: edit(run / "summary.json", lambda s: s.update(processes=2)), ["made by 2 process", "1 process"]),
     ],
@@ -184,8 +193,15 @@ def test_other_images_and_other_weights_are_refused_before_training(
         repeat(run, progress=steps)
     more.unlink()
     (root / "data").rename(root / "elsewhere")
-    with pytest.raises(DataError, match="no such data"):
-        repeat(run, progress=steps)
+    again = (
+        lambda: repeat(run, progress=steps),
+        lambda: evaluate_run(run, None, False, steps),
+    )
+    for ask in again:
+        with pytest.raises(DataError, match="no such data") as caught:
+            ask()
+        assert f"{run / 'recipe.yaml'} names their place" in (caught.value.do or "")
+        assert "current folder" not in (caught.value.do or ""), "the path is absolute"
     (root / "elsewhere").rename(root / "data")
     weights = root / "student" / "model.safetensors"
     kept = weights.read_bytes()
@@ -194,6 +210,23 @@ def test_other_images_and_other_weights_are_refused_before_training(
         repeat(run, progress=steps)
     weights.write_bytes(kept)
     assert steps.steps == 0 and [path.name for path in run.parent.iterdir()] == [run.name]
+
+
+def test_a_run_that_was_resumed_elsewhere_is_said_to_have_other_bits(run: Path, watch: Watch) -> None:
+    """Before it trains and in the result; of the second environment only what is another one is listed."""
+    edit(run / "environment.json", lambda e: e.update(resumed=[dict(e)], processes=2))
+    recipe = RunDir(run).recipe()  # as --devices 2 writes it
+    asked = recipe.model_copy(update={"train": recipe.train.model_copy(update={"processes": 2})})
+    (run / "recipe.yaml").write_text(dump(asked.written_out()))
+    words, early = "another number of processes (2, then 1)", list[str]()
+    steps = watch(lambda done: early.extend(steps.said) if done == 1 else None)
+    found = repeat(run, progress=steps)
+    assert sum(f"was resumed with {words}" in line for line in early) == 1
+    assert found["changed_on_the_way"] == {"first": [words], "repeat": []}
+    assert found["environment"] == [
+        {"what": "processes", "first": "2", "repeat": "1"},
+        {"what": "resumed 1.processes", "first": "1", "repeat": "-"},
+    ]
 
 
 def test_where_a_repeat_may_go(run: Path, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

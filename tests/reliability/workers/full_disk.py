@@ -45,10 +45,11 @@ class Watch:
         yield self
 
     def advance(self, amount: int = 1, **values: float) -> None:
-        self.steps += "loss" in values
-        if "loss" in values and self.steps == self.full_at:
+        stepped = bool(values and amount)
+        self.steps += stepped
+        if stepped and self.steps == self.full_at:
             self.filled.enter_context(full(leave=0))
-        elif "loss" in values:
+        elif stepped:
             self.filled.close()
 
 

@@ -4,6 +4,7 @@ Forked from one process that has torch already: a start of Python would cost mor
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -22,9 +23,12 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from remap.engine import generations
 from remap.engine.checkpoint import State, load_checkpoint, save_checkpoint, snapshot
+from remap.errors import RemapError
 
 KILLS = 20
+_open = os.open
 NAMES = [f"weight{index}" for index in range(8)]
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
@@ -104,10 +108,23 @@ def one_of_two(rank: int, seen: Path) -> None:
     again, whole = snapshot(apart, sharded), snapshot(parameters, optimizer)
     equal = set(again) == set(whole) and all(torch.equal(again[name], value) for name, value in whole.items())
     halves = [tuple(sharded.state[weight]["exp_avg"].to_local().shape) for weight in apart.values()]
-    found = {"step": state.step, "told": told, "equal": equal, "halves": halves}
+    found = {"step": state.step, "told": told, "equal": equal, "halves": halves, "refused": ["", ""]}
+    before = sorted(os.listdir(seen / f"disk{rank}"))
+    if rank:
+        generations.PAUSE, os.open = 0.001, _refuse
+    try:
+        load_checkpoint(seen / f"disk{rank}", "abc", parameters, optimizer, print)
+    except RemapError as error:
+        found["refused"] = [type(error).__name__, error.what]
+    found["untouched"] = sorted(os.listdir(seen / f"disk{rank}")) == before
+    os.open = _open
     (seen / f"seen{rank}.json").write_text(json.dumps(found))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def _refuse(path: str, *_: object) -> int:
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
 
 
 def two_processes(seen: Path) -> list[dict]:

@@ -63,12 +63,12 @@ def evaluating(*arguments, **more):
     return found
 
 
-def finishing(loop: fit.Loop, steps: int) -> None:
+def finishing(loop: fit.Loop) -> None:
     now["shares"] = shares(loop.job, loop.optimizer)
     now["teachers"] = [bytes_held(teacher.network) for teacher in loop.job.teachers]
     if entry.get("stop") and loop.state.epoch == 1 and rank == 1:
         signal.raise_signal(signal.SIGTERM)
-    finish(loop, steps)
+    finish(loop)
 
 
 running.evaluate_as, fit.Loop._finish_epoch = evaluating, finishing
