@@ -1,10 +1,9 @@
 """A run from start to end. Every command that trains calls ``run``."""
 
 import hashlib
-import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,17 +17,16 @@ from remap.data.records import Item
 from remap.data.views import ViewSource
 from remap.engine.checkpoint import State, has_checkpoint
 from remap.engine.evaluate import Evaluation, evaluate_as
-from remap.engine.faults import is_out_of_memory
 from remap.engine.fit import fit
 from remap.engine.interrupt import watching
 from remap.engine.job import Job, bytes_of_a_run, require_divisible
-from remap.engine.launch import accelerator, check_processes, lost_process, text_of_first
-from remap.engine.machine import machine
+from remap.engine.launch import accelerator, check_processes, text_of_first
 from remap.engine.memory import peak_bytes
 from remap.engine.sharding import whole
-from remap.errors import DiskFull, Interrupted, RecipeError, RemapError, RunError, TrainingError
+from remap.errors import RecipeError, RunError
 from remap.freezing import Frozen, trainables
 from remap.network import Network
+from remap.noting import Clock, noted
 from remap.outputs import build_caches, teachers_in_training
 from remap.outside import expanded
 from remap.progress import Progress, Silent
@@ -180,87 +178,12 @@ def run(
         RunError: Another process is working there.
         RemapError: Anything else a user can mend.
     """
-    with run_dir.held() if accelerator().is_main_process else nullcontext():
-        return _noted(recipe.written_out(), run_dir, progress, bench or Bench(), resuming)
+    recipe = recipe.written_out()
+    with run_dir.held() if accelerator().is_main_process else nullcontext(), noted(recipe, run_dir, resuming) as clock:
+        return _run(recipe, run_dir, progress, bench or Bench(), resuming, clock)
 
 
-@dataclass
-class _Clock:
-    """For how long a run has worked: the parts before it was resumed, and this one."""
-
-    before: float
-    started: float = field(default_factory=time.perf_counter)
-
-    @property
-    def here(self) -> float:
-        return time.perf_counter() - self.started
-
-    @property
-    def seconds(self) -> float:
-        return self.before + self.here
-
-
-def _noted(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resuming: bool) -> Result:
-    """Run, and write down how it ended."""
-    main = accelerator().is_main_process
-    clock = _Clock(run_dir.seconds() if resuming else 0.0)
-    if main:
-        run_dir.note_machine(machine(), resuming=resuming)
-    if main and resuming:
-        run_dir.set_status("running", seconds=clock.before)
-    try:
-        with watching(run_dir.stop):
-            result = _run(recipe, run_dir, progress, bench, resuming, clock)
-    except Interrupted as error:
-        if main:
-            _note(run_dir, "stopped", error.what, clock)
-        command = f"remap {'distill' if recipe.teacher else 'tune'} --resume {run_dir.path}"
-        raise Interrupted(
-            error.what, exit_code=error.exit_code, do=f"go on with: {command}", at_once=error.at_once
-        ) from error
-    except DiskFull as error:
-        _note_failure(run_dir, error, clock)
-        command = f"remap {'distill' if recipe.teacher else 'tune'} --resume {run_dir.path}"
-        raise DiskFull(error.what, given=error.given, do=f"free some space; then go on with: {command}") from error
-    except KeyboardInterrupt:
-        if main:
-            _note(run_dir, "stopped", "interrupted", clock)
-        raise
-    except BaseException as error:
-        _note_failure(run_dir, error, clock)
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):  # training itself goes on with smaller steps
-            raise TrainingError(
-                "out of memory",
-                given=str(error).partition("\n")[0][:200],
-                do="use smaller images or models, a smaller --batch-size, or less of data.memory_gib",
-            ) from error
-        raise
-    if main:
-        run_dir.set_status("done", seconds=result.summary["seconds"])
-    return result
-
-
-def _note(run_dir: RunDir, status: str, message: str, clock: _Clock) -> None:
-    """Record how a run ended, unless the disk that broke it refuses this too."""
-    for _ in range(2):  # a second signal may come meanwhile
-        try:
-            return run_dir.set_status(status, message, clock.seconds)
-        except Interrupted:
-            continue
-        except RemapError:
-            return
-
-
-def _note_failure(run_dir: RunDir, error: BaseException, clock: _Clock) -> None:
-    """The process that failed says why; that others lost it is no news."""
-    lost = lost_process(error)
-    if lost is None:
-        _note(run_dir, "failed", str(error), clock)
-    elif accelerator().is_main_process and run_dir.status() == "running":
-        _note(run_dir, "failed", str(lost), clock)
-
-
-def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resuming: bool, clock: _Clock) -> Result:
+def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resuming: bool, clock: Clock) -> Result:
     if resuming and (run_dir.path / "metrics.jsonl").is_file() and not has_checkpoint(run_dir.checkpoint):
         raise RunError(
             f"the checkpoints of {run_dir.path} are gone; it had been trained for {len(run_dir.metrics())} epochs",
@@ -356,7 +279,7 @@ def _run(recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, resu
             lambda: save_task(run_dir.task, parts.student, parts.views.view, recipe.method.name, options)
         )
         known = clock.here - fitting + state.seconds  # a part that was killed noted less than its checkpoint knows
-        summary["seconds"] = round(max(clock.seconds, known), 2)
+        summary["seconds"] = clock.told = round(max(clock.seconds, known), 2)
         keep(lambda: run_dir.write_summary(summary))
     accelerator().wait_for_everyone()
     return Result(run_dir.path, summary, parts.student)

@@ -150,6 +150,9 @@ def test_build_takes_the_words_of_distill(
     (recipe,) = asked
     assert recipe.data.source == str(pictures) and recipe.train.batch_size == 8
     assert [loss.name for loss in recipe.losses] == ["ce", "kd"]
+    shown = remap(*words).stdout
+    for part in ("24 images, 20 of them computed now in 1.5 s", "mini_teacher", "logits", "1.2 kB", str(root / "ab")):
+        assert part in shown.replace("\n", "")
 
 
 def test_an_interrupted_build_says_how_to_go_on(
@@ -166,6 +169,3 @@ def test_an_interrupted_build_says_how_to_go_on(
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     result = remap(*words)
     assert result.exit_code == 143 and result.message.endswith(f"go on with: {shlex.join(['remap', *words])}")
-    shown = remap(*words).stdout
-    for part in ("24 images, 20 of them computed now in 1.5 s", "mini_teacher", "logits", "1.2 kB", str(root / "ab")):
-        assert part in shown.replace("\n", "")
