@@ -255,7 +255,7 @@ def test_a_folder_of_traps_does_not_hang(tmp_path: Path, figure: Callable[..., N
     )
     reasons = {name.split("/")[-1]: reason for name, reason in views.skipped}
     assert "it is a FIFO" in reasons["fifo.png"] and "it is a device" in reasons["zero.png"]
-    assert "No such file" in reasons["broken.png"] and "levels of symbolic links" in reasons["round.png"]
+    assert reasons["broken.png"] == "no such file" and "levels of symbolic links" in reasons["round.png"]
     assert "larger than" in reasons["holes.png"] and reasons["\\udcff\\x1b[2J.png"] == "not an image"
     assert (
         len(reasons) == 6 and len(views.train.split) + len(views.val.split) == 8 == len(data.train) + len(data.val) - 6
