@@ -136,8 +136,8 @@ def cache_build(
     words = opt.words(locals())
     launch.processes(devices)
     from remap.errors import Interrupted
+    from remap.runs.environment import command
     from remap.runs.objective import without_idle_losses
-    from remap.runs.rundir import command
     from remap_cli.train import read_recipe
 
     with view.Reporter(quiet=not launch.is_first()) as progress:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from remap import __version__
-from remap.runs.rundir import PACKAGES, version_of
+from remap.runs.environment import PACKAGES, version_of
 
 
 def examine() -> dict[str, Any]:

@@ -25,7 +25,7 @@ from remap import __version__
 from remap.errors import RunError
 from remap.files import require_space as _require_space
 from remap.outside import expanded, plain, read_json, unfit_for_a_place
-from remap.runs.rundir import version_of
+from remap.runs.environment import version_of
 
 # Changes when files of another version could be read wrongly.
 FORMAT = 1

@@ -25,7 +25,7 @@ VARIABLES = (
 
 
 def machine() -> dict[str, Any]:
-    """Beside ``remap.runs.rundir.environment``: processes, device, threads, instruction set, PyTorch's build, GPUs and
+    """Beside ``remap.runs.environment``: processes, device, threads, instruction set, PyTorch's build, GPUs and
     the settings that decide which kernels run."""
     found: dict[str, Any] = {
         "processes": accelerator().num_processes,

@@ -19,7 +19,8 @@ from remap.recipe import Recipe
 from remap.running import run as go_on
 from remap.running import start
 from remap.runs.compare import shared_teacher
-from remap.runs.rundir import RunDir, next_path, plain_environment
+from remap.runs.environment import plain_environment
+from remap.runs.rundir import RunDir, next_path
 from remap.runs.task import load_task
 
 _TASK = Path("task") / "task.safetensors"

@@ -2,22 +2,17 @@
 
 import contextlib
 import fcntl
-import functools
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shlex
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from remap import __version__, files
+from remap import files
 from remap.errors import MissingData, RunError
 from remap.outside import (
     MOST_JSON_BYTES,
@@ -31,22 +26,8 @@ from remap.outside import (
 )
 from remap.recipe import Recipe, dump, load
 from remap.runs.curves import curves
+from remap.runs.environment import command, environment, now, plain_environment
 
-PACKAGES = (
-    "torch",
-    "timm",
-    "torchdistill",
-    "accelerate",
-    "peft",
-    "torch-pruning",
-    "numpy",
-    "pillow",
-    "safetensors",
-    "scikit-learn",
-)
-# A name and the extras asked for; and the extra that a requirement belongs to (as in PEP 508).
-_REQUIREMENT = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)\s*(?:\[([^]]*)\])?")
-_EXTRA = re.compile(r"""extra\s*==\s*["']([^"']+)["']""")
 # What ``create`` leaves when it is killed before recipe.yaml is there.
 _DRAFT = re.compile(r"\.?recipe\.yaml\.\d+\.tmp(\.\d+\.tmp)?")
 
@@ -225,14 +206,14 @@ class RunDir:
         """
         if not (self.path / "command.txt").is_file():  # killed right after it was made
             files.write_text(self.path / "command.txt", shlex.join(command()) + "\n")
-        path, now = self.path / "environment.json", environment() | machine
+        path, current = self.path / "environment.json", environment() | machine
         if resuming and path.is_file():
             first = self.environment()
             legs = [first, *first.get("resumed", [])]
-            if all(plain_environment(leg) != plain_environment(now) for leg in legs):
-                files.write_json(path, first | {"resumed": [*first.get("resumed", []), now]})
+            if all(plain_environment(leg) != plain_environment(current) for leg in legs):
+                files.write_json(path, first | {"resumed": [*first.get("resumed", []), current]})
         else:
-            files.write_json(path, now)
+            files.write_json(path, current)
 
     def environment(self) -> dict[str, Any]:
         found = self._record("environment.json")
@@ -253,7 +234,7 @@ class RunDir:
         Args:
             seconds: It has worked so far, all its parts together.
         """
-        record = {"status": status, "message": message, "time": _now(), "seconds": round(seconds, 2)}
+        record = {"status": status, "message": message, "time": now(), "seconds": round(seconds, 2)}
         files.write_json(self.path / "status.json", record)
 
     def seconds(self) -> float:
@@ -350,83 +331,3 @@ def next_path(root: Path, stem: str) -> Path:
     taken = {entry.name for entry in root.iterdir()} if root.is_dir() else set()
     number = next(n for n in range(1, len(taken) + 2) if f"{stem}-{n:03d}" not in taken)
     return root / f"{stem}-{number:03d}"
-
-
-def command() -> list[str]:
-    """This process's command line as it can be typed again."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is not None:
-        return ["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
-    if Path(sys.argv[0]).stem == "remap":
-        return ["remap", *sys.argv[1:]]
-    return ["python", *sys.argv]
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, without anything private."""
-    return {
-        "time": _now(),
-        "remap": __version__,
-        "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "system": f"{platform.system()} {platform.machine()}",
-        "libc": " ".join(platform.libc_ver()).strip(),
-        "cpu": _cpu_model(),
-        "cpu_cores": os.cpu_count(),
-        "packages": _packages(),
-    }
-
-
-def plain_environment(record: dict[str, Any]) -> dict[str, Any]:
-    """A record of ``environment`` without its time and without later ones."""
-    return {key: value for key, value in record.items() if key not in ("time", "resumed")}
-
-
-def _cpu_model() -> str:
-    """Name and stepping of the first processor; virtual machines give many models one name."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0]
-    except OSError:
-        text = ""
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
-    if "model name" not in facts:
-        return platform.processor() or "unknown"
-    numbers = ", ".join(f"{key} {facts[key]}" for key in ("cpu family", "model", "stepping") if key in facts)
-    return f"{facts['model name']} ({numbers})"
-
-
-@functools.cache
-def _packages() -> dict[str, str]:
-    return {name: version_of(name) for name in PACKAGES} | _requirements("remap", set())
-
-
-def _requirements(package: str, seen: set[tuple[str, ...]], extras: frozenset[str] = frozenset()) -> dict[str, str]:
-    """Versions of what a package requires, and what that requires, as far as it is installed."""
-    found: dict[str, str] = {}
-    try:
-        words = importlib.metadata.requires(package) or []
-    except importlib.metadata.PackageNotFoundError:
-        return found
-    for word in words:
-        match = _REQUIREMENT.match(word)
-        asked_by = _EXTRA.search(word)
-        if match is None or (asked_by is not None and asked_by[1] not in extras):
-            continue
-        name = re.sub(r"[-_.]+", "-", match[1]).lower()
-        inner = frozenset(re.split(r"\s*,\s*", match[2])) if match[2] else frozenset()
-        version = version_of(name)
-        if version == "missing" or (name, *sorted(inner)) in seen:
-            continue
-        seen.add((name, *sorted(inner)))
-        found |= {name: version} | _requirements(name, seen, inner)
-    return dict(sorted(found.items()))
-
-
-def version_of(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -10,7 +10,7 @@ import remap
 from remap import doctor
 from remap.errors import RunError
 from remap.recipe import resolve
-from remap.runs import rundir
+from remap.runs import environment
 from remap.runs.rundir import RunDir
 
 RECIPE = resolve(words={"method": "linear"})
@@ -71,8 +71,8 @@ def test_the_command_can_be_typed_again(
 
 def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
-        raise rundir.importlib.metadata.PackageNotFoundError(name)
+        raise environment.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(rundir.importlib.metadata, "version", missing)
-    assert rundir.environment()["remap"] == remap.__version__
+    monkeypatch.setattr(environment.importlib.metadata, "version", missing)
+    assert environment.environment()["remap"] == remap.__version__
     assert doctor.examine()["checks"][1] == {"state": "ok", "what": "remap", "found": remap.__version__}
