@@ -38,7 +38,7 @@ def test_equal_is_0_different_is_4_and_a_mistake_is_2(
     assert told.exit_code == 4 and not json.loads(told.stdout)["equal"]
 
     found = remap("repeat", "absent")
-    assert found.exit_code == 2 and "absent is no run directory" in found.message
+    assert found.exit_code == 2 and "there is no run directory absent" in found.message
 
 
 def test_the_sentence_says_what_a_run_met_on_the_way() -> None:

@@ -117,7 +117,7 @@ def test_a_resumed_run_finds_its_student(
     recipe, result = finished
     again = running.start(recipe, tmp_path / "again")
     before = (tmp_path / "again" / "student_model" / "model.safetensors").stat().st_mtime_ns
-    for name in ("status.json", "summary.json", "task", "checkpoint"):
+    for name in ("status.json", "summary.json", "metrics.jsonl", "task", "checkpoint"):
         path = tmp_path / "again" / name
         for file in [*path.glob("**/*"), path] if path.is_dir() else [path]:
             if file.is_file():
