@@ -33,7 +33,16 @@ def test_every_promise_is_held_and_measured(row: object) -> None:
     figures = [json.loads(line) for line in (ROOT / "docs" / "guarantees.jsonl").read_text().splitlines()]
     own = [figure for figure in figures if figure.get("test") in held]
     assert own, f"no figure of {held}"
-    assert all(figure["of"] is None or figure["value"] == figure["of"] for figure in own), "a promise was not kept"
+    counts = [figure for figure in own if figure["of"] is not None]
+    assert [figure for figure in counts if not _kept(figure)] == []
+
+
+def _kept(figure: dict) -> bool:
+    """All of them, or none of what must never happen; of suggestions, 95 % (the criterion of promise 15)."""
+    if "named" in figure["what"]:
+        return figure["value"] >= 0.95 * figure["of"]
+    never = any(word in figure["what"] for word in ("tracebacks", "executed", "wrote", "hung", "unescaped"))
+    return figure["value"] == (0 if never else figure["of"])
 
 
 def test_marks_are_those_of_the_page() -> None:

@@ -162,9 +162,12 @@ TENSORS: dict[str, tuple[Callable[[dict], dict], str]] = {
 
 @pytest.mark.guarantee(13)
 @pytest.mark.parametrize(("change", "says"), TENSORS.values(), ids=list(TENSORS))
-def test_tensors_that_do_not_belong_are_refused(change: Callable, says: str, task: Path) -> None:
+def test_tensors_that_do_not_belong_are_refused(
+    change: Callable, says: str, task: Path, figure: Callable[..., None]
+) -> None:
     rewrite(task, save(change(load_file(task / "task.safetensors"))))
     assert says in refusal(task)
+    figure("files that do not belong, refused by name", 1, 1)
 
 
 META: dict[str, tuple[dict[str, Any], str]] = {
@@ -273,12 +276,13 @@ def test_a_description_of_gigabytes_is_not_read(task: Path) -> None:
 
 
 @pytest.mark.guarantee(13)
-def test_a_folder_of_peft_is_named_as_such(tmp_path: Path) -> None:
+def test_a_folder_of_peft_is_named_as_such(tmp_path: Path, figure: Callable[..., None]) -> None:
     """What PEFT 0.21 writes beside an adapter of a timm model."""
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": null}')
     save_file({"base_model.model.head.weight": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
     text = refusal(tmp_path)
     assert "is an adapter of PEFT, not a task of remap" in text and "merge" in text
+    figure("files that do not belong, refused by name", 1, 1)
 
 
 CONFIGS: dict[str, tuple[Any, str]] = {

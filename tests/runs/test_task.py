@@ -81,21 +81,25 @@ def test_saving_a_loaded_task_gives_the_same_bytes(run_of: Callable[..., Result]
         assert (tmp_path / name).read_bytes() == (RunDir(result.run_dir).task / name).read_bytes()
 
 
+@pytest.mark.guarantee(13)
 @pytest.mark.parametrize("place", ["numbers", "header"])
-def test_a_flipped_bit_is_refused(task: Path, place: str) -> None:
+def test_a_flipped_bit_is_refused(task: Path, place: str, figure: Callable[..., None]) -> None:
     data = bytearray((task / "task.safetensors").read_bytes())
     data[-7 if place == "numbers" else 20] ^= 4
     (task / "task.safetensors").write_bytes(data)
     with pytest.raises(RunError, match="is damaged: its SHA-256 differs"):
         load_task(task)
+    figure("files that do not belong, refused by name", 1, 1)
 
 
+@pytest.mark.guarantee(13)
 @pytest.mark.parametrize("kept", [0, 5, 100, -1])
-def test_a_truncated_file_is_refused(task: Path, kept: int) -> None:
+def test_a_truncated_file_is_refused(task: Path, kept: int, figure: Callable[..., None]) -> None:
     path = task / "task.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(RunError, match="is damaged"):
         load_task(task)
+    figure("files that do not belong, refused by name", 1, 1)
 
 
 def test_a_missing_file_is_named(task: Path) -> None:
@@ -140,7 +144,8 @@ def test_a_task_that_was_edited_by_hand_is_refused(task: Path, field: str, value
     assert caught.value.exit_code == 2
 
 
-def test_another_backbone_is_refused(run_of: Callable[..., Result], tiny: Any) -> None:
+@pytest.mark.guarantee(13)
+def test_another_backbone_is_refused(run_of: Callable[..., Result], tiny: Any, figure: Callable[..., None]) -> None:
     """One frozen weight of the model folder changes by one bit after the run."""
     result = run_of("vpt_deep")
     path = Path(tiny.student.removeprefix("local-dir:")) / "model.safetensors"
@@ -155,6 +160,7 @@ def test_another_backbone_is_refused(run_of: Callable[..., Result], tiny: Any) -
         path.write_bytes(before)
     assert result.summary["student"]["backbone_sha256"][:16] in str(caught.value)
     load_task(result.run_dir)
+    figure("files that do not belong, refused by name", 1, 1)
 
 
 @pytest.mark.parametrize("method", MERGEABLE)
