@@ -143,8 +143,8 @@ ROWS = (
         18,
         "Sharded training is the same training",
         "With FSDP2, every method's losses over three steps equal those of one process within 1e-6; task files and"
-        " checkpoints are complete, and evaluation counts the same images. Measured in float64: in float32 AdamW makes"
-        " whole steps of the rounding of gradients that are zero by nature (biases of keys), so weights may differ more.",
+        " checkpoints are complete, and evaluation counts the same images. Measured in float64: in float32 AdamW turns"
+        " the rounding of gradients that are zero by nature (biases of keys) into steps, and weights may differ more.",
     ),
     Row(
         19,
