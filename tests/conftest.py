@@ -207,9 +207,19 @@ def history() -> Callable[[Path], list[dict]]:
 
 
 @pytest.fixture
-def start_process() -> Iterator[Callable[..., subprocess.Popen]]:
-    """Start ``python -m ...`` on one thread; what still runs at the end of the test is killed."""
-    started: list[subprocess.Popen] = []
+def started() -> Iterator[list[subprocess.Popen]]:
+    """Processes that a test started; what still runs at its end is killed."""
+    processes: list[subprocess.Popen] = []
+    yield processes
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def start_process(started: list[subprocess.Popen]) -> Callable[..., subprocess.Popen]:
+    """Start ``python -m ...`` on one thread."""
 
     def start(*arguments: str) -> subprocess.Popen:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
@@ -217,11 +227,7 @@ def start_process() -> Iterator[Callable[..., subprocess.Popen]]:
         started.append(subprocess.Popen([sys.executable, "-m", *arguments], env=environment, **pipes))
         return started[-1]
 
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
+    return start
 
 
 @pytest.fixture(scope="session", autouse=True)

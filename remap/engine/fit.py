@@ -224,10 +224,7 @@ class Loop:
         """Micro-batches of which no image can be read count nothing, as unreadable images do."""
         if self.stream is None:
             self.stream = batches(self.job.features or self.job.source, self.plan, self.state.epoch, self.state.step)
-        names = ["loss", *self.job.objective.terms]
-        if self.job.student.attached.penalty() is not None:
-            names.append("penalty")
-        sums = dict.fromkeys(names, torch.zeros((), device=self.accelerator.device))
+        sums: dict[str, Tensor] = {}
         self.unsound, self.read = [], 0
         for _ in range(self.state.accumulation):
             batch = next(self.stream)
@@ -237,13 +234,18 @@ class Loop:
             value, parts = self.forward(batch)
             (value * (batch.share * self.accelerator.num_processes)).backward()  # gradients are averaged
             for name, part in {"loss": value.detach(), **parts}.items():
-                sums[name] = sums[name] + part * batch.share
-        if not self.read:  # the other processes wait for gradients from this one
-            if self.needs_all:
-                self._refuse_unreadable()
-            for parameter in self.parameters.values():
-                parameter.grad = torch.zeros_like(parameter)
-        return sums
+                sums[name] = sums.get(name, 0.0) + part * batch.share
+        return sums if self.read else self._nothing()
+
+    def _nothing(self) -> dict[str, Tensor]:
+        """A part in the step for a process that can read none of its images: the others wait for one."""
+        if self.needs_all:
+            self._refuse_unreadable()
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        penalized = self.job.student.attached.penalty() is not None
+        names = ("loss", *self.job.objective.terms, *(("penalty",) if penalized else ()))
+        return dict.fromkeys(names, torch.zeros((), device=self.accelerator.device))
 
     def _refuse_unreadable(self) -> None:
         bad = self.job.source.bad_names()

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,9 +54,7 @@ Ended = tuple[int, str, str]
 
 
 @pytest.fixture
-def begin(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
-    started: list[subprocess.Popen] = []
-
+def begin(tmp_path: Path, started: list[subprocess.Popen]) -> Callable[..., subprocess.Popen]:
     def start(body: str, count: int = 2, **environment: str) -> subprocess.Popen:
         (tmp_path / "script.py").write_text(SCRIPT.replace("BODY", body))
         words = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), str(count)]
@@ -65,11 +63,7 @@ def begin(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
         started.append(subprocess.Popen(words, env={**clean, **environment}, start_new_session=True, **pipes))
         return started[-1]
 
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
+    return start
 
 
 @pytest.fixture
