@@ -1,6 +1,5 @@
 """The ``remap`` command. Heavy imports happen inside the commands, so that help and listings are instant."""
 
-import io
 import os
 import signal
 import sys
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from remap import __version__
-from remap_cli import launch, view
+from remap_cli import launch, streams, view
 from remap_cli import options as opt
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def main() -> None:
         _asked = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _stopped)
-        _watch_stdout()
+        streams.watch_stdout()
         launch.begin()
         app()
     except SystemExit as leaving:  # how Typer ends, well or not
@@ -96,30 +95,6 @@ def _insist(number: int, frame: FrameType | None) -> None:
 def _be_deaf() -> None:
     for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-
-
-def _watch_stdout() -> None:
-    """Results that cannot be written are an error, one message long; a reader that has left, as `head -1`, is none."""
-    if sys.stdout is not None and sys.stdout is sys.__stdout__:
-        told = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors, "line_buffering": sys.stdout.isatty()}
-        sys.stdout.flush()
-        sys.stdout = io.TextIOWrapper(io.BufferedWriter(_Stdout(sys.stdout.fileno(), "wb", closefd=False)), **told)
-
-
-class _Stdout(io.FileIO):
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # nobody gets the rest
-            if isinstance(error, BrokenPipeError):
-                raise SystemExit(128 + signal.SIGPIPE) from None
-            from remap.errors import RemapError
-
-            raise RemapError(
-                f"cannot write to stdout: {error.strerror}",
-                do="free some space, or send the output elsewhere; what a run wrote into its folder is there",
-            ) from error
 
 
 def _lost_process(error: Exception) -> "RemapError | None":

@@ -1,8 +1,7 @@
-"""What is printed: names as they are, progress now and then, and a clean end by signal or closed pipe."""
+"""What is printed: names as they are, progress now and then, and a clean end by signal."""
 
 import contextlib
 import io
-import os
 import signal
 import subprocess
 import sys
@@ -160,28 +159,3 @@ def test_a_signal_that_a_library_caught_is_still_the_reason(monkeypatch: pytest.
         found = main._signal_behind(error)
     assert isinstance(found, Interrupted) and found.exit_code == 130
     assert main._signal_behind(WeightsError("no weights")) is None
-
-
-@pytest.mark.parametrize("words", [["methods"], ["methods", "--json"], ["recipes", "show", "digits"]])
-def test_a_closed_pipe_is_no_traceback(words: list[str]) -> None:
-    """What `remap methods | head -1` leads to, once head has left."""
-    read, write = os.pipe()
-    os.close(read)
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "remap_cli", *words], stdout=write, stderr=subprocess.PIPE, text=True, check=False
-        )
-    finally:
-        os.close(write)
-    assert done.stderr == "" and done.returncode == 128 + signal.SIGPIPE
-
-
-@pytest.mark.parametrize("words", [["methods"], ["methods", "--json"], ["--help"]])
-def test_results_that_cannot_be_written_are_an_error(words: list[str]) -> None:
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "remap_cli", *words], stdout=full, stderr=subprocess.PIPE, text=True, check=False
-        )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: cannot write to stdout: No space left on device\n")
-    assert "Traceback" not in done.stderr
