@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from remap import probe, running
+from remap import probe, running, training
 from remap.assembly import assemble
 from remap.bench import Bench
 from remap.data.splits import Split, stratified
@@ -35,7 +35,7 @@ def test_the_teacher_is_the_same_to_the_last_bit_after_training(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Callable[..., Any], cache: str, prepare: str
 ) -> None:
     kept: list[tuple[Network, dict]] = []
-    keep = running.require_useful
+    keep = training.require_useful
 
     def note(teacher: PreparedTeacher, *rest: Any) -> None:
         kept.append((teacher.network, copy.deepcopy(teacher.network.model.state_dict())))
@@ -47,7 +47,7 @@ def test_the_teacher_is_the_same_to_the_last_bit_after_training(
         if kept:
             modes.append(any(module.training for module in kept[0][0].model.modules()))
 
-    monkeypatch.setattr(running, "require_useful", note)
+    monkeypatch.setattr(training, "require_useful", note)
     settings = (f"teacher.cache={cache}", f"teacher.prepare={prepare}", "teacher.lr=0.01", "data.augment=shift")
     start(tiny.recipe(*settings, method="full", losses="ce,kd,attention,feature"), tmp_path / "run", watch(look))
     teacher, before = kept[0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from remap import assembly, running
+from remap import assembly, running, training
 from remap.engine.features import FrozenFeatures
 from remap.running import start
 
@@ -47,7 +47,7 @@ def test_kept_features_give_the_student_of_the_whole_forward(
 ) -> None:
     recipe = tiny.recipe(method=method)
     kept = start(recipe, tmp_path / "kept")
-    monkeypatch.setattr(running, "features_in_training", lambda parts, progress: {})
+    monkeypatch.setattr(training, "features_in_training", lambda parts, progress: {})
     whole = start(recipe, tmp_path / "whole")
     # AdamW's first steps have the size of the learning rate whatever the gradient's, so rounding shows.
     assert largest_difference(kept.student.tensors, whole.student.tensors) < 2e-3
@@ -88,7 +88,7 @@ def test_a_teacher_that_looks_at_each_batch_gets_the_images(
     """The student's frozen features are kept, so the student itself needs no images."""
     recipe = tiny.recipe(*settings, method="linear", losses="ce,kd", **({"teacher": teacher} if teacher else {}))
     kept = start(recipe, tmp_path / "kept")
-    monkeypatch.setattr(running, "features_in_training", lambda parts, progress: {})
+    monkeypatch.setattr(training, "features_in_training", lambda parts, progress: {})
     whole = start(recipe, tmp_path / "whole")
     assert largest_difference(kept.student.tensors, whole.student.tensors) < 2e-3
     assert kept.summary["final_losses"] == pytest.approx(whole.summary["final_losses"], rel=1e-2, abs=1e-6)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from remap import running
+from remap import running, training
 from remap.backbones.families import FAMILIES
 from remap.errors import Interrupted
 from remap.recipe import resolve
@@ -152,7 +152,7 @@ def pair(cases: list[Case], tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def stopped_in_second_epoch(recipe: Recipe, run: Path) -> None:
-    evaluate, count = running.evaluate_as, 0
+    evaluate, count = training.evaluate_as, 0
 
     def stopping(*arguments: Any, **more: Any) -> Any:
         nonlocal count
@@ -162,14 +162,14 @@ def stopped_in_second_epoch(recipe: Recipe, run: Path) -> None:
         return evaluate(*arguments, **more)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(running, "evaluate_as", stopping)
+        patch.setattr(training, "evaluate_as", stopping)
         running.start(recipe, run)
 
 
 @pytest.fixture
 def one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Case], tuple[Path, list[list[int]]]]:
     """Does a case in this process; gives its run directory, and (correct, count) of each evaluation."""
-    evaluate = running.evaluate_as
+    evaluate = training.evaluate_as
 
     def run(case: Case) -> tuple[Path, list[list[int]]]:
         counts: list[list[int]] = []
@@ -179,7 +179,7 @@ def one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Case], tup
             counts.append([found.correct, found.count])
             return found
 
-        monkeypatch.setattr(running, "evaluate_as", counting)
+        monkeypatch.setattr(training, "evaluate_as", counting)
         return running.start(case.recipe(), tmp_path / "one").run_dir, counts
 
     return run

@@ -13,5 +13,5 @@ if os.environ.get("RANK") == "1":
         accelerator()
         raise DataError("the disk of this machine is gone", given="/data")
 
-    running._run = fail
+    running.carry_out = fail
 main()

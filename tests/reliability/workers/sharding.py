@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from remap import running
+from remap import running, training
 from remap.engine import fit
 from remap.engine.sharding import bytes_held
 from remap.errors import Interrupted
@@ -54,7 +54,7 @@ def shares(job: fit.Job, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     }
 
 
-evaluate, finish = running.evaluate_as, fit.Loop._finish_epoch
+evaluate, finish = training.evaluate_as, fit.Loop._finish_epoch
 
 
 def evaluating(*arguments, **more):
@@ -71,7 +71,7 @@ def finishing(loop: fit.Loop) -> None:
     finish(loop)
 
 
-running.evaluate_as, fit.Loop._finish_epoch = evaluating, finishing
+training.evaluate_as, fit.Loop._finish_epoch = evaluating, finishing
 for entry in plan:
     now = noted[entry["name"]] = {}
     output = folder / entry["name"]

@@ -1,0 +1,194 @@
+"""The work of one run: train the assembled student, watch over what must hold, write what is kept."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from remap import files
+from remap.assembly import Parts, assemble, features_in_training, listed, sample_for
+from remap.backbones.build import add_tensors
+from remap.bench import Bench
+from remap.data.views import ViewSource
+from remap.engine.checkpoint import State, has_checkpoint
+from remap.engine.evaluate import Evaluation, evaluate_as
+from remap.engine.fit import fit
+from remap.engine.job import Job, bytes_of_a_run
+from remap.engine.launch import accelerator
+from remap.engine.sharding import whole
+from remap.errors import RunError
+from remap.freezing import Frozen, trainables
+from remap.network import Network
+from remap.noting import Clock
+from remap.outputs import teachers_in_training
+from remap.progress import Progress
+from remap.recipe import Recipe
+from remap.recipe.schema import EMA
+from remap.remapping import LOSSES
+from remap.runs.rundir import RunDir
+from remap.runs.summary import summarize
+from remap.runs.task import save_task
+from remap.teachers import require_useful
+
+
+def carry_out(
+    recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, clock: Clock, *, resuming: bool
+) -> tuple[dict[str, Any], Network]:
+    """Train and write everything that a run leaves.
+
+    Returns:
+        What summary.json says, and the tuned student.
+    """
+    if resuming and (run_dir.path / "metrics.jsonl").is_file() and not has_checkpoint(run_dir.checkpoint):
+        raise RunError(
+            f"the checkpoints of {run_dir.path} are gone; it had been trained for {len(run_dir.metrics())} epochs",
+            do=f"bring {run_dir.checkpoint} back, or start the run again in another --output",
+        )
+    work = _Work(assemble(recipe, run_dir, progress, bench), run_dir, progress, clock)
+    work.say_what_to_expect()
+    initial = work.evaluate(work.parts.views.val, "the untrained student")
+    for teacher in work.parts.teachers:
+        require_useful(teacher, initial, work.parts.views.val)
+    state, fitting, frozen = work.train(bench, resuming)
+    summary = work.summarize(initial, state, frozen)
+    if accelerator().is_main_process:
+        work.write(summary, state, fitting)
+    accelerator().wait_for_everyone()
+    return summary, work.parts.student
+
+
+class _Work:
+    """What the steps of ``carry_out`` share."""
+
+    def __init__(self, parts: Parts, run_dir: RunDir, progress: Progress, clock: Clock) -> None:
+        self.parts, self.recipe, self.student = parts, parts.recipe, parts.student
+        self.run_dir, self.progress, self.clock = run_dir, progress, clock
+        self.features = features_in_training(parts, progress)
+        self.last: Evaluation | None = None  # of the student, after an epoch
+
+    def say_what_to_expect(self) -> None:
+        parts, train = self.parts, self.recipe.train
+        idle = [loss.name for loss in self.recipe.losses if LOSSES.row(loss.name).category == "labels"]
+        if idle and parts.labeled_share == 0.0:
+            self.progress.say(f"{', '.join(idle)} teaches nothing: the student learns from images without labels only")
+        count = accelerator().num_processes * train.accumulation
+        if count == 1:
+            return
+        if self.student.learns_batch_statistics:
+            self.progress.say(
+                "batch statistics are those of each process's own part of a batch, so results depend on the parts"
+            )
+        comparing = [loss.name for loss in self.recipe.losses if LOSSES.row(loss.name).over_batch]
+        if comparing:
+            size = min(train.batch_size, len(parts.lessons.split)) // count
+            self.progress.say(
+                f"{', '.join(comparing)}: images are compared within each part of a batch, of {size}, so results "
+                "depend on the parts" + ("; of one image there is nothing to compare" if size == 1 else "")
+            )
+
+    def evaluate(self, source: ViewSource, what: str) -> Evaluation:
+        kept = self.features.get("val") if source is self.parts.views.val else None
+        return evaluate_as(self.recipe, self.student, source, accelerator(), self.progress, what, kept)
+
+    def train(self, bench: Bench, resuming: bool) -> tuple[State, float, dict[str, Any]]:
+        """Fit the student.
+
+        Returns:
+            Where training ended, the seconds that took here, and the proof that nothing frozen has changed.
+        """
+        job = self._job(bench)
+        frozen = Frozen.of(self.student)
+        if accelerator().is_main_process:
+            written = sum(path.stat().st_size for path in self.run_dir.checkpoint.glob("*"))
+            missing = max(0, bytes_of_a_run(job.student, job.objective, job.teachers) - written)
+            files.require_space(self.run_dir.path, missing, "its checkpoints and the tuned student")
+            self.run_dir.write_trainables(trainables(self.student))
+        self.progress.say(
+            f"training {len(self.student.trained)} tensors, {self.student.num_trainable:,} parameters "
+            f"({self.run_dir.trainables}); {frozen.tensors} tensors are frozen, SHA-256 {frozen.sha256[:16]}"
+        )
+        begun = self.clock.here
+        try:
+            state = fit(job, resume=resuming)
+        finally:
+            for teacher in job.teachers:
+                teacher.close()  # other runs may share the network
+        fitting = self.clock.here - begun
+        self.student.model.eval()
+        return state, fitting, frozen.require_unchanged(self.student)
+
+    def _job(self, bench: Bench) -> Job:
+        parts = self.parts
+        return Job(
+            recipe=self.recipe,
+            student=self.student,
+            objective=parts.objective.to(accelerator().device),
+            teachers=teachers_in_training(parts, bench, self.progress),
+            source=parts.lessons,
+            accelerator=accelerator(),
+            bf16=parts.bf16,
+            progress=self.progress,
+            data_digest=parts.views.digest(self.progress),
+            weights_digest=_weights_digest(parts),
+            evaluate=self._after_epoch,
+            on_epoch=self._record,
+            checkpoint=self.run_dir.checkpoint,
+            faults=self.run_dir.fault,
+            labeled=parts.labeled_share,
+            features=self.features.get("train"),
+            sample=sample_for(parts) if self.student.attached.wants_sample else None,
+        )
+
+    def _after_epoch(self) -> dict[str, float]:
+        self.parts.views.require_few_bad(self.recipe.data.max_bad)
+        self.last = self.evaluate(self.parts.views.val, "the student")
+        return {"accuracy": self.last.accuracy}
+
+    def _record(self, history: Sequence[dict[str, Any]]) -> None:
+        try:
+            self.run_dir.write_metrics(history)
+            self.run_dir.set_status("running", seconds=self.clock.seconds)
+        except RunError as error:  # written anew after the next epoch, and at the end
+            self.progress.say(f"the metrics of this epoch are not written yet: {error.what}")
+
+    def summarize(self, initial: Evaluation, state: State, frozen: dict[str, Any]) -> dict[str, Any]:
+        parts = self.parts
+        for number, prepared in enumerate(parts.teachers):
+            if prepared.spec.model == EMA:
+                average = evaluate_as(
+                    self.recipe, prepared.network, parts.views.val, accelerator(), self.progress, "the average"
+                )
+                parts.teachers[number] = replace(prepared, accuracy=average.accuracy)
+        bad = parts.lessons.bad_names()
+        if bad:
+            self.progress.say(f"skipped {len(bad)} training image(s) that cannot be read: {listed(bad)}")
+        final = self.last or self.evaluate(parts.views.val, "the student")  # there was no epoch left to train
+        summary = summarize(parts, self.run_dir, initial, final, state)
+        summary["frozen"], summary["trainables"] = frozen, list(self.student.trained)
+        if parts.views.test is not None:
+            summary["student"]["test_accuracy"] = self.evaluate(parts.views.test, "the test split").accuracy
+        return summary
+
+    def write(self, summary: dict[str, Any], state: State, fitting: float) -> None:
+        """The metrics, the task and the summary, whose last entries are made here."""
+        method, run_dir = self.recipe.method, self.run_dir
+        patience = 3600.0 if accelerator().num_processes == 1 else 300.0  # the others wait
+        keep = partial(files.once_there_is_room, seconds=patience, say=self.progress.say)
+        keep(lambda: run_dir.write_metrics(state.history))
+        summary["student"]["task_bytes"] = keep(
+            lambda: save_task(run_dir.task, self.student, self.parts.views.view, method.name, method.options)
+        )
+        known = self.clock.here - fitting + state.seconds  # a part that was killed noted less than its checkpoint knows
+        summary["seconds"] = self.clock.told = round(max(self.clock.seconds, known), 2)
+        keep(lambda: run_dir.write_summary(summary))
+
+
+def _weights_digest(parts: Parts) -> str:
+    """Which weights the student and its teachers came with, and those of the teachers' heads."""
+    digest = hashlib.sha256(parts.student.identity.sha256.encode())
+    for teacher in parts.teachers:
+        digest.update(teacher.network.identity.sha256.encode())
+        if teacher.spec.model != EMA:  # which changes in training
+            add_tensors(digest, {name: whole(tensor) for name, tensor in teacher.network.tensors.items()})
+    return digest.hexdigest()[:16]
