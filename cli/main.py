@@ -30,8 +30,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-recipes = typer.Typer(help="Look at, copy and check recipes.", no_args_is_help=True)
-app.add_typer(recipes, name="recipes", rich_help_panel=opt.LOOK)
 
 
 def main() -> None:
@@ -228,4 +226,4 @@ def _train(
 
 
 # The other commands add themselves to ``app``.
-from remap_cli import cache, look, repeat, shrink, use  # noqa: E402, F401
+from remap_cli import cache, look, recipes, repeat, shrink, use  # noqa: E402, F401
