@@ -31,9 +31,10 @@ from remap.data.caches import DATA_FILE, ROWS_FILE
 from remap.data.records import Item, RecordStore
 from remap.engine.fit import fit
 from remap.engine.job import Job, StudentStep
+from remap.engine.keeping import keep_in_memory, keep_on_disk
 from remap.engine.launch import accelerator
 from remap.engine.optim import adamw
-from remap.engine.teacher import Kept, keep_in_memory, keep_on_disk
+from remap.engine.teacher import Kept
 from remap.network import Runner
 from remap.outputs import lessons, listening_teacher
 from remap.progress import Silent

@@ -19,8 +19,8 @@ from remap.assembly import Parts, assemble
 from remap.bench import Bench
 from remap.engine.fit import fit
 from remap.engine.job import Job
+from remap.engine.keeping import keep_in_memory
 from remap.engine.launch import accelerator
-from remap.engine.teacher import keep_in_memory
 from remap.network import Runner
 from remap.outputs import lessons, listening_teacher
 from remap.progress import Silent

@@ -11,15 +11,9 @@ from remap.bench import Bench
 from remap.data.batches import closed, closed_views
 from remap.data.caches import CacheKey, cache_root, has_cache, library_versions, require_space
 from remap.data.records import LEAST_MASS, Item, RecordStore, bytes_for
+from remap.engine.keeping import ClosedViews, keep_in_memory, keep_on_disk, missing_rows
 from remap.engine.launch import accelerator
-from remap.engine.teacher import (
-    AverageTeacher,
-    ClosedViews,
-    Teacher,
-    keep_in_memory,
-    keep_on_disk,
-    missing_rows,
-)
+from remap.engine.teacher import AverageTeacher, Teacher
 from remap.errors import DataError, RemapError
 from remap.files import size
 from remap.progress import Progress
@@ -148,6 +142,13 @@ def lessons(parts: Parts) -> ClosedViews:
     return ClosedViews(parts.lessons, data.augment, parts.recipe.seed, closed_views(data))
 
 
+def images_at_once(parts: Parts) -> int:
+    """How many images a network sees in a training step, on one process."""
+    train = parts.recipe.train
+    step = min(train.batch_size, len(parts.lessons.split))
+    return max(1, step // (accelerator().num_processes * train.accumulation))
+
+
 def _in_memory(
     parts: Parts, teacher: Teacher, prepared: PreparedTeacher, place: Place, bench: Bench, progress: Progress
 ) -> None:
@@ -157,7 +158,7 @@ def _in_memory(
     if key in bench.targets:
         teacher.kept = bench.targets[key]
         return
-    keep_in_memory(teacher, lessons(parts), parts.recipe.train.batch_size, accelerator(), progress)
+    keep_in_memory(teacher, lessons(parts), images_at_once(parts), accelerator(), progress)
     bench.targets[key] = teacher.kept
 
 
@@ -167,7 +168,7 @@ def _on_disk(
     """Fill the gaps of the store and leave it with the teacher; says what was done."""
     items = _items(prepared.spec, place.shapes, bf16=parts.bf16)
     store = RecordStore.open(cache_root(), _key(parts, prepared), items)
-    started, batch = time.perf_counter(), parts.recipe.train.batch_size
+    started, batch = time.perf_counter(), images_at_once(parts)
     lacking = missing_rows(store, lessons(parts), batch)
     if lacking:
         progress.say(

@@ -16,6 +16,7 @@ from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.fit import fit
 from remap.engine.job import Job, bytes_of_a_run
 from remap.engine.launch import accelerator
+from remap.engine.processes import everyones
 from remap.engine.sharding import whole
 from remap.errors import RunError
 from remap.freezing import Frozen, trainables
@@ -141,9 +142,17 @@ class _Work:
         )
 
     def _after_epoch(self) -> dict[str, float]:
+        self._share_bad()
         self.parts.views.require_few_bad(self.recipe.data.max_bad)
         self.last = self.evaluate(self.parts.views.val, "the student")
         return {"accuracy": self.last.accuracy}
+
+    def _share_bad(self) -> None:
+        """Each process has found the unreadable images of its own share."""
+        for source in (self.parts.views.train, self.parts.views.unlabeled):
+            if source is not None:
+                for found in everyones(accelerator(), source.bad):
+                    source.note_bad(found)
 
     def _record(self, history: Sequence[dict[str, Any]]) -> None:
         try:

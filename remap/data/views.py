@@ -5,7 +5,7 @@ Letters: B images, V side of the view in pixels.
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
@@ -118,6 +118,11 @@ class ViewSource:
     def digests(self, indices: Sequence[int] | np.ndarray) -> list[bytes]:
         """16 bytes for the encoded content of each image; see ``Contents``."""
         return self.contents.of(indices)
+
+    def note_bad(self, found: Mapping[int, str]) -> None:
+        """What another process could not read."""
+        with self._lock:
+            self.bad.update(found)
 
     def bad_names(self) -> list[tuple[str, str]]:
         """(name, reason) of the images that could not be read so far."""

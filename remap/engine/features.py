@@ -9,6 +9,7 @@ from torch import Tensor
 
 from remap.data.views import ViewSource
 from remap.engine.interrupt import deferred, leave_if_asked
+from remap.engine.processes import computed_together
 from remap.network import Network, Runner
 from remap.progress import Progress
 
@@ -47,19 +48,25 @@ class FrozenFeatures:
         return sum(value.numel() * value.element_size() for value in self._kept.values())
 
     def compute(self, batch_size: int, progress: Progress, what: str) -> None:
-        """Run the stem over all images, in eval mode."""
+        """Run the stem over all images, in eval mode, each process over its share; then all hold all of them."""
         self._runner.model.eval()
         count = len(self.split)
+
+        def compute(indices: np.ndarray | None) -> tuple[np.ndarray, dict[str, Tensor]]:
+            images, good = self.source.batch(np.arange(0) if indices is None else indices)
+            if not len(good):
+                images = images.new_zeros(1, *images.shape[1:])
+            return good, self._runner.stem(images.to(self.device))
+
         with deferred(), progress.wait(f"frozen features of {what}", count) as step:
-            for start in range(0, count, batch_size):
+            chunks = [np.arange(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+            for indices, good, found in computed_together(self._accelerator, chunks, compute):
                 leave_if_asked(self._accelerator, "frozen features were being computed")
-                images, good = self.source.batch(np.arange(start, min(start + batch_size, count)))
-                if len(good):
-                    for key, value in self._runner.stem(images.to(self.device)).items():
-                        whole = self._kept.setdefault(key, torch.zeros(count, *value.shape[1:], dtype=value.dtype))
-                        whole[torch.from_numpy(good)] = value.cpu()
-                    self._good[good] = True
-                step.advance(min(batch_size, count - start))
+                for key, value in found.items():
+                    whole = self._kept.setdefault(key, torch.zeros(count, *value.shape[1:], dtype=value.dtype))
+                    whole[torch.from_numpy(good)] = value.cpu()
+                self._good[good] = True
+                step.advance(len(indices))
 
     def rows(self, indices_B: np.ndarray) -> dict[str, Tensor]:
         """The features of some images, on the device."""

@@ -4,13 +4,16 @@ Gradients are averaged here rather than by torch's DistributedDataParallel, whic
 process that ran out of memory there would leave the others waiting for ever.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+Chunk = TypeVar("Chunk")
 # Gradients travel together, in messages of at most this many bytes.
 BUCKET_BYTES = 64 * 2**20
 
@@ -54,6 +57,46 @@ def from_first(accelerator: Accelerator, tensors: Iterable[Tensor]) -> None:
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
             torch.distributed.broadcast(flat, src=0)
             _spread(flat, bucket)
+
+
+def everyones(accelerator: Accelerator, value: Any) -> list[Any]:
+    """The values of all processes, in their order."""
+    if accelerator.num_processes == 1:
+        return [value]
+    values = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def computed_together(
+    accelerator: Accelerator,
+    chunks: Sequence[Chunk],
+    compute: Callable[[Chunk | None], tuple[np.ndarray, Mapping[str, Tensor]]],
+) -> Iterator[tuple[Chunk, np.ndarray, dict[str, Tensor]]]:
+    """Each process computes its share of the chunks, and all get every chunk's rows, in order.
+
+    Args:
+        compute: Gives which images of a chunk could be read (B,), and the rows of these, each (B, ...). For None, and
+            where none could be read, it gives rows of some image all the same: the others need their shapes.
+
+    Yields:
+        Each chunk, which of its images could be read (B,), and their rows, on the device.
+    """
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    for first in range(0, len(chunks), processes):
+        taken = chunks[first : first + processes]
+        good, rows = compute(taken[rank] if rank < len(taken) else None)
+        for source, (chunk, found) in enumerate(zip(taken, everyones(accelerator, good), strict=False)):
+            yield chunk, found, {name: _sent(accelerator, own, source, len(found)) for name, own in rows.items()}
+
+
+def _sent(accelerator: Accelerator, own: Tensor, source: int, count: int) -> Tensor:
+    """The first ``count`` rows of one process, on all; ``own`` has the shape of a row and its type everywhere."""
+    mine = source == accelerator.process_index
+    rows = own[:count].contiguous() if mine else own.new_empty(count, *own.shape[1:])
+    if accelerator.num_processes > 1 and rows.numel():
+        torch.distributed.broadcast(rows.view(-1).view(torch.uint8), src=source)  # as bytes: of any type
+    return rows
 
 
 def lowest_and_highest(value: int, device: torch.device) -> tuple[int, int]:

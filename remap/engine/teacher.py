@@ -1,7 +1,5 @@
-"""Teachers in training: frozen, in eval, never wrapped; asked each step, or once where views are a closed list."""
+"""Teachers in training: frozen, in eval, never wrapped; asked each step, or once (``remap.engine.keeping``)."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -9,50 +7,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from remap.data import keyed
-from remap.data.batches import closed_view
-from remap.data.records import RecordStore, row_digest
-from remap.data.views import ViewSource
-from remap.engine.interrupt import deferred, leave_if_asked
-from remap.engine.processes import agreed, total
-from remap.engine.sharding import is_sharded
-from remap.errors import TrainingError
 from remap.network import Network, Runner
-from remap.progress import Progress
 from remap.remapping.objective import Objective
 from remap.student_teachers import average, pairs_of
-
-# The mean probability of kept classes is taken over this many images.
-MASS_IMAGES = 1000
-
-
-@dataclass(frozen=True)
-class ClosedViews:
-    """All images of a source in a closed list of views, numbered from 0."""
-
-    source: ViewSource
-    augment: str
-    seed: int
-    views: int
-
-    @property
-    def count(self) -> int:
-        return len(self.source.split) * self.views
-
-    def chunks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(view, indices) over everything."""
-        for view in range(self.views):
-            for start in range(0, len(self.source.split), size):
-                yield view, np.arange(start, min(start + size, len(self.source.split)))
-
-    def images(self, view: int, indices: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """What training sees in that view, and which images could be read."""
-        return closed_view(self.source, self.augment, self.seed, view, indices)
-
-
-def view_draws(augment: str, seed: int, view: int, indices_B: np.ndarray) -> np.ndarray:
-    """The random numbers behind a view, (B, K); none where views are fixed."""
-    return np.zeros((len(indices_B), 0)) if augment == "none" else keyed.uniform(seed, view, indices_B, 3)
 
 
 class Kept(Protocol):
@@ -74,6 +31,7 @@ class Teacher:
 
     Attributes:
         kept: Its outputs for all training images, where they are kept.
+        at_once: The most images whose outputs there was memory for, once it ran out; 0 before.
     """
 
     def __init__(
@@ -83,6 +41,7 @@ class Teacher:
         self.runner = Runner(network, objective.teacher_needs(number), bf16=bf16)
         self.objective, self.device = objective, accelerator.device
         self.kept: Kept | None = None
+        self.at_once = 0
 
     @torch.no_grad()
     def targets(self, images_BCHW: Tensor, indices_B: np.ndarray, view: int) -> dict[str, Tensor]:
@@ -139,147 +98,3 @@ class AverageTeacher(Teacher):
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"teacher{self.number}.{name}": tensor for name, tensor in self.network.tensors.items()}
-
-
-class InMemory:
-    """Items of all images and views in memory, as they were computed."""
-
-    def __init__(self) -> None:
-        self._views: dict[int, dict[str, Tensor]] = {}
-
-    def rows(self, indices_B: np.ndarray, view: int) -> dict[str, Tensor]:
-        rows = torch.from_numpy(indices_B)
-        return {key: value[rows] for key, value in self._views[view].items()}
-
-    def close(self) -> None:
-        """Nothing to let go of: other runs may share it."""
-
-    def put(self, view: int, indices_B: np.ndarray, items: Mapping[str, Tensor], count: int) -> None:
-        whole = self._views.setdefault(view, {})
-        for key, value in items.items():
-            if key not in whole:
-                whole[key] = torch.zeros(count, *value.shape[1:], dtype=value.dtype)
-            whole[key][torch.from_numpy(indices_B)] = value.cpu()
-
-
-class OnDisk:
-    """Items in a record store; an image in a view is found by the digest of its file and of the view's draws.
-
-    Attributes:
-        computed: Rows that had to be computed now, over all processes.
-        mass: Mean probability of the classes kept of the logits; None where all are.
-    """
-
-    def __init__(self, store: RecordStore, source: ViewSource, augment: str, seed: int) -> None:
-        self.store, self.source, self.augment, self.seed = store, source, augment, seed
-        self.computed, self.mass = 0, None
-
-    def rows(self, indices_B: np.ndarray, view: int) -> dict[str, Tensor]:
-        return self.store.rows(self.digests(indices_B, view))
-
-    def close(self) -> None:
-        self.store.close()
-
-    def digests(self, indices_B: np.ndarray, view: int) -> list[bytes]:
-        """Names of images as a view shows them: equal names, equal pixels."""
-        draws_BK = view_draws(self.augment, self.seed, view, indices_B)
-        files = self.source.digests(indices_B)
-        return [row_digest(file, draws.tobytes()) for file, draws in zip(files, draws_BK, strict=True)]
-
-
-def keep_in_memory(
-    teacher: Teacher, lessons: ClosedViews, batch_size: int, accelerator: Accelerator, progress: Progress
-) -> None:
-    """Run a teacher once over a closed list of views; afterwards it is not needed any more.
-
-    Raises:
-        TrainingError: What it gives is not finite.
-    """
-    kept = InMemory()
-    with deferred(), progress.wait("teacher outputs", lessons.count) as step:
-        for view, indices in lessons.chunks(batch_size):
-            leave_if_asked(accelerator, "teacher outputs were being computed")
-            images, good = lessons.images(view, indices)
-            if len(good):
-                items = _items_of(teacher, images, batch_size)
-                _require_finite(items, lessons, good)
-                kept.put(view, good, items, len(lessons.source.split))
-            step.advance(len(indices))
-    teacher.kept = kept
-
-
-def keep_on_disk(
-    teacher: Teacher,
-    store: RecordStore,
-    lessons: ClosedViews,
-    batch_size: int,
-    accelerator: Accelerator,
-    progress: Progress,
-) -> OnDisk:
-    """Let a teacher fill the gaps of a store; each process computes its share of them.
-
-    Raises:
-        TrainingError: What it gives is not finite; none of that is written.
-    """
-    kept = OnDisk(store, lessons.source, lessons.augment, lessons.seed)
-    chunks, processes = list(lessons.chunks(batch_size)), accelerator.num_processes
-    try:
-        with deferred(), progress.wait("teacher outputs on disk", lessons.count) as step:
-            for first in range(0, len(chunks), processes):  # in equal rounds, so that all can leave together
-                leave_if_asked(accelerator, "teacher outputs were being computed; those so far are kept on disk")
-                mine = chunks[first : first + processes][accelerator.process_index :][:1]
-                view, indices = mine[0] if mine else (0, np.arange(0))
-                missing = indices[store.missing(kept.digests(indices, view))]
-                images, good = lessons.images(view, missing) if len(missing) else (None, missing)
-                if is_sharded(teacher.network) and any(agreed(accelerator, len(good))) and not len(good):
-                    teacher.shapes(lessons.source.view.size)  # the others need this process in their forward pass
-                if len(good):
-                    items = _items_of(teacher, images, batch_size)
-                    _require_finite(items, lessons, good)
-                    store.append(kept.digests(good, view), items)
-                    kept.computed += len(good)
-                step.advance(sum(len(indices) for _, indices in chunks[first : first + processes]))
-    finally:  # an interrupted build goes on where it was
-        store.flush()
-    # Also waits for the other processes.
-    kept.computed = int(total(accelerator, torch.tensor(kept.computed, device=accelerator.device)))
-    store.refresh()
-    if any(item.top_k for item in store.items.values()):
-        some = kept.digests(np.arange(min(MASS_IMAGES, len(lessons.source.split))), 0)
-        lacking = set(store.missing(some).tolist())
-        kept.mass = store.mass([digest for place, digest in enumerate(some) if place not in lacking])
-    teacher.kept = kept
-    return kept
-
-
-def missing_rows(store: RecordStore, lessons: ClosedViews, batch_size: int) -> int:
-    """How many rows of a closed list of views a store lacks."""
-    kept = OnDisk(store, lessons.source, lessons.augment, lessons.seed)
-    return sum(len(store.missing(kept.digests(indices, view))) for view, indices in lessons.chunks(batch_size))
-
-
-def _require_finite(items: Mapping[str, Tensor], lessons: ClosedViews, indices_B: np.ndarray) -> None:
-    """Refuse outputs that would spoil every epoch that reads them again.
-
-    Raises:
-        TrainingError: Names the output and the images.
-    """
-    for name, value in items.items():
-        sound = torch.isfinite(value).flatten(1).all(dim=1).cpu().numpy()
-        if not sound.all():
-            names = [lessons.source.split.names[index] for index in indices_B[~sound][:5]]
-            raise TrainingError(
-                f"the teacher's {name} is not finite for {int((~sound).sum())} image(s); nothing of it was kept",
-                given=", ".join(names),
-                do="set train.precision=fp32, or choose other weights for the teacher",
-            )
-
-
-def _items_of(teacher: Teacher, images_BCHW: Tensor, batch_size: int) -> dict[str, Tensor]:
-    """Items of up to ``batch_size`` images, computed in a batch of exactly that size.
-
-    The last bits of a matrix product may depend on its shape: so they are those of a training step.
-    """
-    count = len(images_BCHW)
-    whole = images_BCHW.repeat(-(-batch_size // count), 1, 1, 1)[:batch_size] if count < batch_size else images_BCHW
-    return {key: value[:count] for key, value in teacher.items(whole).items()}
