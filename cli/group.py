@@ -169,13 +169,13 @@ class Group:
         return failure[1] if failure[1] > 0 else 128 - failure[1]
 
     def written_by(self, rank: int) -> str:
-        """The end of what a process other than the first has written; of several things, its error."""
+        """The end of what a process other than the first has written; of several things, its last words."""
         output = self.outputs[rank]
         if output is None:
             return ""
         output.seek(max(0, output.seek(0, os.SEEK_END) - _TAIL))
-        _, mark, error = output.read().decode(errors="replace").rpartition(f"error: [process {rank}]")
-        return mark + error
+        lines = output.read().decode(errors="replace").splitlines(keepends=True)
+        return "".join(lines[max((n for n, line in enumerate(lines) if f"[process {rank}]" in line), default=0) :])
 
 
 def cores() -> int:

@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+from remap.engine import variables
 from remap.errors import RemapError
 from remap.outside import expanded
 from remap_cli import group, view
@@ -53,7 +54,7 @@ def told_of_failure() -> bool:
 
 def is_first() -> bool:
     """Whether this is the only process, or the first of a launcher's: the one that prints."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return variables.number("RANK", 0) == 0
 
 
 def explained_by_parent(code: int) -> bool:

@@ -41,7 +41,7 @@ def main() -> None:
         _asked = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _stopped)
-        streams.watch_stdout()
+        streams.watch()
         launch.begin()
         app()
     except SystemExit as leaving:  # how Typer ends, well or not
@@ -77,7 +77,7 @@ def _interrupted(number: int) -> "Interrupted":
     from remap.errors import Interrupted
 
     word = "interrupted" if number == signal.SIGINT else "terminated"
-    return Interrupted(f"{word}; finished runs and checkpoints are as they were", exit_code=128 + number)
+    return Interrupted(f"{word}; there was nothing to save, and what was saved before is kept", exit_code=128 + number)
 
 
 def _insist(number: int, frame: FrameType | None) -> None:
@@ -114,7 +114,7 @@ def _signal_behind(error: BaseException | None) -> "Interrupted | None":
 
 
 def _leave(code: str | int | None) -> None:
-    """Exit without waiting for other ranks that may be stuck in a collective call."""
+    """Exit without waiting for other ranks that may be stuck in a collective call, or for reads of a slow disk."""
     from remap.errors import RemapError
 
     try:
@@ -125,7 +125,7 @@ def _leave(code: str | int | None) -> None:
     except RemapError as error:
         view.error(error)
         code = code or error.exit_code
-    if "RANK" in os.environ and isinstance(code, int) and code:
+    if isinstance(code, int) and (code > 128 or ("RANK" in os.environ and code)):  # above 128: who sent a signal waits
         os._exit(code)
     sys.exit(code)
 

@@ -64,7 +64,7 @@ Losses = Annotated[
     str | None,
     typer.Option(
         help="Comma-separated, with weights after a colon: ce,kd:0.5. See `remap losses`.",
-        show_default=f"{DEFAULTS['losses']}; without a teacher ce",
+        show_default=f"{DEFAULTS['losses']}, of these what the method can follow; without a teacher ce",
         rich_help_panel=_MODELS,
     ),
 ]

@@ -1,5 +1,6 @@
 """``remap shrink``: a smaller model cut from a larger one, as a folder that timm opens."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -89,6 +90,7 @@ def shrink(
     from remap.runs.task import require_tuned
     from remap.shrinking import cut
 
+    _require_one_process()
     require_tuned(teacher)
     with view.Reporter() as progress:
         found = cut(larger, spec, source, output, seed, progress)
@@ -101,7 +103,8 @@ def shrink(
     view.table(f"{teacher} shrunk, without classifiers", ["", "before", "after"], rows, right=(1, 2))
     if len(found.kept) < found.before.depth:
         view.line(f"blocks that stay, from 0: {', '.join(map(str, found.kept))}")
-    view.line(f"next: remap distill --teacher {teacher} --student local-dir:{output} --data {data}")
+    words = ["remap", "distill", "--teacher", teacher, "--student", f"local-dir:{output}", "--data", data]
+    view.line(f"next: {shlex.join(words)}")
 
 
 def _take_out(run: str, output: Path, gates: float, given: list[str], json: bool) -> None:
@@ -111,6 +114,7 @@ def _take_out(run: str, output: Path, gates: float, given: list[str], json: bool
     if given:
         problems = [f"--{name}: --gates takes out whole blocks of a run, and nothing else" for name in given]
         raise RecipeError(problems, "command line")
+    _require_one_process()
     with view.Reporter():
         kept, openness = take_out_skipped(expanded(run), output, gates)
     if json:
@@ -118,7 +122,19 @@ def _take_out(run: str, output: Path, gates: float, given: list[str], json: bool
         return
     rows = [[index, f"{gate:.3f}", "stays" if index in kept else "goes"] for index, gate in enumerate(openness)]
     view.table(f"{len(kept)} of {len(openness)} blocks of {run} stay", ["block", "gate", ""], rows, right=(0, 1))
-    view.line(f"next: remap tune --student local-dir:{output}")
+    view.line(f"next: remap tune --student {shlex.quote(f'local-dir:{output}')}")
+
+
+def _require_one_process() -> None:
+    from remap.engine.launch import accelerator
+    from remap.errors import RunError
+
+    if accelerator().num_processes > 1:
+        raise RunError(
+            "a model is cut in one process",
+            given=f"{accelerator().num_processes} processes",
+            do="call remap shrink without a launcher",
+        )
 
 
 def _require_a_shape(given: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
-"""The three standard streams: one that the caller closed, and a stdout that can no longer be written to."""
+"""The three standard streams: one that the caller closed, and one that can no longer be written to."""
 
+import contextlib
 import io
 import os
+import select
 import signal
 import sys
 from typing import Any
@@ -18,15 +20,37 @@ def open_closed() -> None:
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
-def watch_stdout() -> None:
-    """Results that cannot be written are an error, one message long; a reader that has left, as `head -1`, is none."""
-    if sys.stdout is sys.__stdout__:
-        told = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors, "line_buffering": sys.stdout.isatty()}
-        sys.stdout.flush()
-        sys.stdout = io.TextIOWrapper(io.BufferedWriter(_Stdout(sys.stdout.fileno(), "wb", closefd=False)), **told)
+def watch() -> None:
+    """Results that cannot be written are an error, one message long; a reader that has left, as `head -1`, is none.
+
+    Messages that cannot be written are lost, and nothing else is: a run outlives its log.
+    """
+    for name, kind in (("stdout", _Stdout), ("stderr", _Stderr)):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__"):
+            with contextlib.suppress(OSError):
+                stream.flush()
+            told = {"encoding": stream.encoding, "errors": stream.errors, "line_buffering": stream.line_buffering}
+            raw = kind(stream.fileno(), "wb", closefd=False)
+            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), **told))
 
 
-class _Stdout(io.FileIO):
+class _Stream(io.FileIO):
+    def write(self, data: Any) -> int:
+        while (written := super().write(data)) is None:  # the caller made it non-blocking, and its reader is behind
+            select.select((), (self,), ())
+        return written
+
+
+class _Stderr(_Stream):
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:  # the next message may get through, as when a disk has room again
+            return len(data)
+
+
+class _Stdout(_Stream):
     def write(self, data: Any) -> int:
         try:
             return super().write(data)

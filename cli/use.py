@@ -55,6 +55,8 @@ def predict(
     json: opt.Json = False,
 ) -> None:
     """Name the class of images. An unreadable one is reported and ends in exit code 2, the others are predicted."""
+    if not launch.is_first():  # nothing here is shared out
+        return
     from remap.api import load_student
     from remap.runs.predict import image_files
     from remap.runs.predict import predict as predictions

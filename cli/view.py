@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from remap.errors import Interrupted
 from remap.outside import plain
 
 # Piped output has no width of its own; tables then take what their cells need.
@@ -25,11 +26,12 @@ EVERY, WORTH = 30.0, 2.0
 
 
 def error(problem: Exception) -> None:
-    """One message in red; nothing of it is read as markup."""
+    """One message; nothing of it is read as markup. To have been stopped is no error."""
     rank = os.environ.get("RANK", "0")
     text = str(problem) if rank == "0" else f"[process {rank}] {problem}"
     first, _, rest = text.partition("\n")
-    err.print(f"[bold red]error:[/] {escape(_plain(first))}" + (f"\n{escape(_plain(rest))}" if rest else ""))
+    head = "" if isinstance(problem, Interrupted) else "[bold red]error:[/] "
+    err.print(f"{head}{escape(_plain(first))}" + (f"\n{escape(_plain(rest))}" if rest else ""))
 
 
 def line(text: str) -> None:

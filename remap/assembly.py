@@ -13,6 +13,7 @@ from remap.bench import Bench, Views
 from remap.data import keyed
 from remap.data.batches import closed
 from remap.data.views import View, ViewSource, listed
+from remap.engine.evaluate import batch_size_of_evaluation
 from remap.engine.features import FrozenFeatures
 from remap.engine.launch import accelerator, use_bf16
 from remap.engine.sharding import bytes_held, is_sharded
@@ -79,8 +80,10 @@ def assemble(recipe: Recipe, run_dir: RunDir | None, progress: Progress, bench: 
     size = max(student.preprocess.size, *(teacher.network.preprocess.size for teacher in teachers), 0)
     view = View(size, student.preprocess.crop_pct, student.preprocess.interpolation)
     views = bench.open(recipe.data, view, progress)
-    if views.skipped:
-        progress.say(f"skipped {len(views.skipped)} file(s): {listed(views.skipped)}")
+    if views.unreadable:
+        progress.say(f"left out {len(views.unreadable)} image(s) that cannot be read: {listed(views.unreadable)}")
+    if views.data.skipped:
+        progress.say(f"not used, {len(views.data.skipped)} other file(s): {listed(views.data.skipped)}")
     if run_dir is not None:
         for number, teacher in enumerate(teachers):
             # "self" lives on the weights of one student, which may be random.
@@ -153,6 +156,13 @@ def build_objective(recipe: Recipe, student: Network, teachers: Sequence[Network
     return Objective(terms, weights, teacher_of)
 
 
+def images_at_once(parts: Parts) -> int:
+    """How many images a network sees in a training step, on one process."""
+    train = parts.recipe.train
+    step = min(train.batch_size, len(parts.lessons.split))
+    return max(1, step // (accelerator().num_processes * train.accumulation))
+
+
 def features_in_training(parts: Parts, progress: Progress) -> dict[str, FrozenFeatures]:
     """The student's frozen features of the training and evaluation images, by "train" and "val", where they are kept.
 
@@ -167,12 +177,10 @@ def features_in_training(parts: Parts, progress: Progress) -> dict[str, FrozenFe
         return {}
     started = time.perf_counter()
     made: dict[str, FrozenFeatures] = {}
-    for name, source, what in (
-        ("train", parts.lessons, "training images"),
-        ("val", parts.views.val, "evaluation images"),
-    ):
+    for name, source in (("train", parts.lessons), ("val", parts.views.val)):
         made[name] = FrozenFeatures(parts.student, source, accelerator(), bf16=parts.bf16)
-        made[name].compute(max(64, parts.recipe.train.batch_size), progress, what)
+    made["train"].compute(images_at_once(parts), progress, "training images", whole=True)
+    made["val"].compute(batch_size_of_evaluation(parts.recipe), progress, "evaluation images")
     count = sum(len(features.split) for features in made.values())
     progress.say(
         f"frozen features of {count} images kept: {needed / 2**20:.1f} MiB, computed once in "

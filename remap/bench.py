@@ -23,6 +23,7 @@ class Views:
         unlabeled: The training images without labels.
         lessons: What the student learns from: ``train`` itself, that and then ``unlabeled``, or ``unlabeled`` itself.
             Nothing is decoded or kept twice.
+        unreadable: Images of all splits that were left out, with the reason.
         contents: What is known of the files' content, unreadable ones included, by split.
     """
 
@@ -31,11 +32,16 @@ class Views:
     train: ViewSource
     val: ViewSource
     test: ViewSource | None
-    skipped: tuple[tuple[str, str], ...]
+    unreadable: tuple[tuple[str, str], ...]
     unlabeled: ViewSource | None
     lessons: ViewSource
     contents: dict[str, Contents] = field(default_factory=dict)
     _fingerprint: str = ""
+
+    @property
+    def skipped(self) -> tuple[tuple[str, str], ...]:
+        """All files that are not used, with the reason."""
+        return (*self.data.skipped, *self.unreadable)
 
     @property
     def labeled_share(self) -> float:
@@ -110,11 +116,11 @@ def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress) -> Vi
         source.load(progress, _CALLED[name])
     train, unlabeled = sources["train"], sources.get("unlabeled")
     _require_few_bad(train, unlabeled, spec.max_bad)
-    skipped = (*data.skipped, *train.bad_names(), *(unlabeled.bad_names() if unlabeled else ()))
+    unreadable = (*train.bad_names(), *(unlabeled.bad_names() if unlabeled else ()))
     for name in ("val", "test"):
         if name in sources:
             require_readable(sources[name], name, spec.skip_bad)
-            skipped += tuple(sources[name].bad_names())
+            unreadable += tuple(sources[name].bad_names())
     good = {name: source.without_bad() for name, source in sources.items()}
     train, unlabeled = good["train"], good.get("unlabeled")
     return Views(
@@ -123,7 +129,7 @@ def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress) -> Vi
         train,
         good["val"],
         good.get("test"),
-        skipped,
+        unreadable,
         unlabeled,
         _lessons(train, unlabeled, spec.unlabeled_only),
         {name: source.contents for name, source in sources.items()},

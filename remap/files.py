@@ -65,6 +65,33 @@ def sweep(folder: Path) -> None:
                 path.unlink()
 
 
+def require_no_links(folder: Path, *, named: bool = True) -> None:
+    """Refuse a folder that came with links inside: what is written or deleted below them would lie elsewhere.
+
+    Args:
+        named: The folder itself may be a link, since the user named it.
+
+    Raises:
+        RunError: There is one, at any depth; nothing was touched.
+    """
+    below = [] if folder.is_symlink() and not named else [folder]
+    link = None if below else folder
+    while below and link is None:
+        with contextlib.suppress(OSError), os.scandir(below.pop()) as entries:  # what is gone, or cannot be looked into
+            for entry in entries:
+                if entry.is_symlink():
+                    link = Path(entry.path)
+                elif entry.is_dir():
+                    below.append(Path(entry.path))
+    if link is not None:
+        raise RunError(
+            f"{outside.plain(str(link))} is a link, and remap writes to no place that a link in a run leads to;"
+            " nothing was touched",
+            given=f"it leads to {outside.plain(os.readlink(link))}",
+            do="if you made it, put in its place what it leads to; else do not go on with what a stranger gave you",
+        )
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a file's new name last through a power cut; some file systems refuse, and have no more to give."""
     with contextlib.suppress(OSError):

@@ -1,8 +1,11 @@
 """Proof that a run left alone what it said it would: the list of what is trained, and a hash over all the rest."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch.nn import Parameter
 
 from remap.backbones.build import add_tensors
 from remap.engine.sharding import whole
@@ -21,6 +24,10 @@ class Frozen:
     tensors: int
     numbers: int
     sha256: str
+
+    def __str__(self) -> str:
+        """In a few words."""
+        return f"{self.tensors} tensors are frozen, SHA-256 {self.sha256[:16]}" if self.tensors else "nothing is frozen"
 
     @classmethod
     def of(cls, network: Network) -> "Frozen":
@@ -48,9 +55,9 @@ class Frozen:
         return {"tensors": self.tensors, "parameters": self.numbers, "sha256": self.sha256, "unchanged": True}
 
 
-def trainables(network: Network) -> list[dict[str, Any]]:
+def trainables(trained: Mapping[str, Parameter]) -> list[dict[str, Any]]:
     """Name, shape and number of everything that is trained, as trainables.json lists it."""
     return [
         {"name": name, "shape": list(parameter.shape), "parameters": parameter.numel()}
-        for name, parameter in network.trained.items()
+        for name, parameter in trained.items()
     ]

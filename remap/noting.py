@@ -1,5 +1,6 @@
 """A run's directory says at any time how the run stands, and in the end how it ended."""
 
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,11 +45,11 @@ def noted(recipe: Recipe, run_dir: RunDir, resuming: bool) -> Iterator[Clock]:
     """
     main = accelerator().is_main_process
     clock = Clock(run_dir.seconds() if resuming else 0.0)
-    if main:
-        run_dir.note_machine(machine(), resuming=resuming)
     if main and resuming:
         run_dir.set_status("running", seconds=clock.before)
-    go_on = f"remap {'distill' if recipe.teacher else 'tune'} --resume {run_dir.path}"
+    elif main:
+        run_dir.note_machine(machine(), resuming=False)  # one that goes on does so once it may
+    go_on = f"remap {'distill' if recipe.teacher else 'tune'} --resume {shlex.quote(str(run_dir.path))}"
     try:
         with watching(run_dir.stop):
             yield clock
@@ -63,16 +64,11 @@ def noted(recipe: Recipe, run_dir: RunDir, resuming: bool) -> Iterator[Clock]:
             _note(run_dir, "stopped", "interrupted", clock)
         raise
     except BaseException as error:
-        _note_failure(run_dir, error, clock)
-        if isinstance(error, DiskFull):
-            raise DiskFull(error.what, given=error.given, do=f"free some space; then go on with: {go_on}") from error
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):  # training itself goes on with smaller steps
-            raise TrainingError(
-                "out of memory",
-                given=str(error).partition("\n")[0][:200],
-                do="use smaller images or models, a smaller --batch-size, or less of data.memory_gib",
-            ) from error
-        raise
+        mended = _mendable(error, go_on)
+        _note_failure(run_dir, error, str(mended or error), clock)
+        if mended is None:
+            raise
+        raise mended from error
     if main:
         run_dir.set_status("done", seconds=clock.told)
 
@@ -88,10 +84,23 @@ def _note(run_dir: RunDir, status: str, message: str, clock: Clock) -> None:
             return
 
 
-def _note_failure(run_dir: RunDir, error: BaseException, clock: Clock) -> None:
+def _mendable(error: BaseException, go_on: str) -> RemapError | None:
+    """The error of a whole run, with what to do about it, for one that says less; None for any other."""
+    if isinstance(error, DiskFull):
+        return DiskFull(error.what, given=error.given, do=f"free some space; then go on with: {go_on}")
+    if isinstance(error, RuntimeError) and is_out_of_memory(error):  # training itself goes on with smaller steps
+        return TrainingError(
+            "out of memory",
+            given=str(error).partition("\n")[0][:200],
+            do="use smaller images or models, a smaller --batch-size, or less of data.memory_gib",
+        )
+    return None
+
+
+def _note_failure(run_dir: RunDir, error: BaseException, message: str, clock: Clock) -> None:
     """The process that failed says why; that others lost it is no news."""
     lost = lost_process(error)
     if lost is None:
-        _note(run_dir, "failed", str(error), clock)
+        _note(run_dir, "failed", message, clock)
     elif accelerator().is_main_process and run_dir.status() == "running":
         _note(run_dir, "failed", str(lost), clock)

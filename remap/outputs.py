@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from remap.assembly import Parts
+from remap.assembly import Parts, images_at_once
 from remap.bench import Bench
 from remap.data.batches import closed, closed_views
 from remap.data.caches import CacheKey, cache_root, has_cache, library_versions, require_space
@@ -55,10 +55,12 @@ def teachers_in_training(parts: Parts, bench: Bench, progress: Progress) -> list
         teacher = listening_teacher(parts, number)
         found.append(teacher)
         place = place_of_outputs(parts, prepared, teacher)
+        count = lessons(parts).count if place.where != "each step" else 0
+        prepared.outputs = {"where": place.where, "images": count, "computed": count}
         if place.where == "memory":
             _in_memory(parts, teacher, prepared, place, bench, progress)
         elif place.where == "disk":
-            _on_disk(parts, teacher, prepared, place, progress)
+            prepared.outputs["computed"] = _on_disk(parts, teacher, prepared, place, progress)["computed"]
         elif closed(parts.recipe.data) and prepared.spec.cache == "auto" and prepared.spec.model != EMA:
             progress.say(
                 "the teacher is asked in every step: its outputs fit neither in data.memory_gib nor on the disk"
@@ -142,17 +144,10 @@ def lessons(parts: Parts) -> ClosedViews:
     return ClosedViews(parts.lessons, data.augment, parts.recipe.seed, closed_views(data))
 
 
-def images_at_once(parts: Parts) -> int:
-    """How many images a network sees in a training step, on one process."""
-    train = parts.recipe.train
-    step = min(train.batch_size, len(parts.lessons.split))
-    return max(1, step // (accelerator().num_processes * train.accumulation))
-
-
 def _in_memory(
     parts: Parts, teacher: Teacher, prepared: PreparedTeacher, place: Place, bench: Bench, progress: Progress
 ) -> None:
-    source, names = parts.recipe.data.model_dump_json(), tuple(place.shapes)
+    source, names = str(parts.recipe.data.model_dump(mode="json")), tuple(place.shapes)
     seed = parts.recipe.seed if parts.recipe.data.augment != "none" else None
     key = (prepared.fingerprint, source, parts.views.view, names, seed, parts.bf16)
     if key in bench.targets:

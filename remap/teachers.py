@@ -18,6 +18,7 @@ from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.launch import accelerator
 from remap.engine.sharding import is_sharded, shard, wants_sharding, whole
 from remap.errors import TrainingError
+from remap.files import require_no_links
 from remap.network import Network, choose_attention, tuned
 from remap.outside import expanded
 from remap.progress import Progress, Within
@@ -37,6 +38,7 @@ class PreparedTeacher:
         key: Equal for teachers that are prepared in the same way.
         head: How its classifier came about: "its own", "probe", a method's name, or "none".
         accuracy: On the evaluation split; None when no loss reads its logits.
+        outputs: Where they were kept in training: where, images, and how many of these the run has computed itself.
     """
 
     network: Network
@@ -44,6 +46,7 @@ class PreparedTeacher:
     key: str
     head: str
     accuracy: float | None = None
+    outputs: dict[str, Any] | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -63,6 +66,7 @@ class PreparedTeacher:
             "head": self.head,
             "accuracy": self.accuracy,
             "total_parameters": self.network.num_parameters,
+            "outputs": self.outputs,
         }
 
 
@@ -118,7 +122,7 @@ def prepare_teacher(
     if not needs_logits(recipe) or spec.model == EMA:
         return teacher
     if bench.teacher_folder is not None:  # one teacher for all runs, whatever their seeds
-        teacher = replace(teacher, key=f"shared {spec.model_dump_json()}")
+        teacher = replace(teacher, key=f"shared {spec.model_dump(mode='json')}")
     shared = spec.model != SELF  # it lives on the tensors of one student
     if shared and teacher.key in bench.teachers:
         return bench.teachers[teacher.key]
@@ -167,7 +171,7 @@ def require_useful(teacher: PreparedTeacher, untrained: Evaluation, source: View
         given=f"{teacher.network.identity.model}, head: {teacher.head}",
         do="\n           ".join(
             [
-                f"in a new run, with another --output: {_remedy(teacher)}",
+                f"start a new run: {_remedy(teacher)}",
                 "or let it teach all the same: --set teacher.allow_weak=true",
             ]
         ),
@@ -190,6 +194,7 @@ def _prepare(teacher: PreparedTeacher, recipe: Recipe, folder: Path, views: View
 
     network, spec = teacher.network, teacher.spec
     name = f"the teacher {spec.model}" if len(recipe.teachers) > 1 else "the teacher"
+    require_no_links(folder, named=False)  # that of a comparison lies beside its runs
     progress.say(f"{name} has no head for these {len(network.classes)} classes: preparing one ({spec.prepare})")
     if spec.prepare == "probe":
         strength = probe.fit_probe(network, views.train, accelerator(), recipe.train.batch_size, progress)
@@ -240,8 +245,8 @@ def _key(network: Network, head: str, spec: TeacherSpec, recipe: Recipe) -> str:
             head,
             f"{spec.model} {spec.image_size}"
             if head == "its own"
-            else spec.model_dump_json(exclude={"weight", "cache", "cache_dtype", "shard"}),
-            recipe.data.model_dump_json(),
+            else str(spec.model_dump(mode="json", exclude={"weight", "cache", "cache_dtype", "shard"})),
+            str(recipe.data.model_dump(mode="json")),
             str(recipe.seed) if spec.prepare not in ("probe", "none") else "",
         ]
     )

@@ -6,6 +6,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from torch.nn import Parameter
+
 from remap import files
 from remap.assembly import Parts, assemble, features_in_training, listed, sample_for
 from remap.backbones.build import add_tensors
@@ -14,8 +16,9 @@ from remap.data.views import ViewSource
 from remap.engine.checkpoint import State, has_checkpoint
 from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.fit import fit
-from remap.engine.job import Job, bytes_of_a_run
+from remap.engine.job import Job, bytes_of_a_run, parameters_of
 from remap.engine.launch import accelerator
+from remap.engine.machine import machine
 from remap.engine.processes import everyones
 from remap.engine.sharding import whole
 from remap.errors import RunError
@@ -47,6 +50,8 @@ def carry_out(
             do=f"bring {run_dir.checkpoint} back, or start the run again in another --output",
         )
     work = _Work(assemble(recipe, run_dir, progress, bench), run_dir, progress, clock)
+    if resuming and not has_checkpoint(run_dir.checkpoint):
+        work.note_machine()  # which may have prepared a teacher
     work.say_what_to_expect()
     initial = work.evaluate(work.parts.views.val, "the untrained student")
     for teacher in work.parts.teachers:
@@ -67,6 +72,16 @@ class _Work:
         self.run_dir, self.progress, self.clock = run_dir, progress, clock
         self.features = features_in_training(parts, progress)
         self.last: Evaluation | None = None  # of the student, after an epoch
+
+    @property
+    def trained(self) -> dict[str, Parameter]:
+        """Of the student and of the losses."""
+        return parameters_of(self.student, self.parts.objective)
+
+    def note_machine(self) -> None:
+        """Where a run goes on, once something of it is made here."""
+        if accelerator().is_main_process:
+            self.run_dir.note_machine(machine(), resuming=True)
 
     def say_what_to_expect(self) -> None:
         parts, train = self.parts, self.recipe.train
@@ -104,10 +119,13 @@ class _Work:
             written = sum(path.stat().st_size for path in self.run_dir.checkpoint.glob("*"))
             missing = max(0, bytes_of_a_run(job.student, job.objective, job.teachers) - written)
             files.require_space(self.run_dir.path, missing, "its checkpoints and the tuned student")
-            self.run_dir.write_trainables(trainables(self.student))
+            self.run_dir.write_trainables(trainables(self.trained))
+        count = sum(parameter.numel() for parameter in self.trained.values())
+        own = count - self.student.num_trainable
         self.progress.say(
-            f"training {len(self.student.trained)} tensors, {self.student.num_trainable:,} parameters "
-            f"({self.run_dir.trainables}); {frozen.tensors} tensors are frozen, SHA-256 {frozen.sha256[:16]}"
+            f"training {len(self.trained)} tensors, {count:,} parameters"
+            + (f", {own:,} of them in the losses" if own else "")
+            + f" ({self.run_dir.trainables}); {frozen}"
         )
         begun = self.clock.here
         try:
@@ -134,11 +152,20 @@ class _Work:
             weights_digest=_weights_digest(parts),
             evaluate=self._after_epoch,
             on_epoch=self._record,
+            on_resume=self._go_on,
             checkpoint=self.run_dir.checkpoint,
             faults=self.run_dir.fault,
             labeled=parts.labeled_share,
             features=self.features.get("train"),
             sample=sample_for(parts) if self.student.attached.wants_sample else None,
+        )
+
+    def _go_on(self, state: State, steps: int) -> None:
+        self.note_machine()
+        epochs = self.recipe.train.epochs
+        self.progress.say(
+            f"going on after step {state.epoch * steps + state.step} of {epochs * steps}"
+            f" ({state.epoch} of {epochs} epochs are done)"
         )
 
     def _after_epoch(self) -> dict[str, float]:
@@ -174,7 +201,7 @@ class _Work:
             self.progress.say(f"skipped {len(bad)} training image(s) that cannot be read: {listed(bad)}")
         final = self.last or self.evaluate(parts.views.val, "the student")  # there was no epoch left to train
         summary = summarize(parts, self.run_dir, initial, final, state)
-        summary["frozen"], summary["trainables"] = frozen, list(self.student.trained)
+        summary["frozen"], summary["trainables"] = frozen, list(self.trained)
         if parts.views.test is not None:
             summary["student"]["test_accuracy"] = self.evaluate(parts.views.test, "the test split").accuracy
         return summary

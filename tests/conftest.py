@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -231,11 +232,18 @@ def start_process(started: list[subprocess.Popen]) -> Callable[..., subprocess.P
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Teacher outputs go to a folder of this run of the tests, whatever the user has."""
+def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[str]]:
+    """Teacher outputs go to folders of this run of the tests, whatever the user has; fixtures of modules share one."""
+    root = tmp_path_factory.mktemp("caches")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REMAP_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+        patch.setenv("REMAP_CACHE", str(root / "shared"))
+        yield (str(root / f"{number}") for number in count())
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(_caches: Iterator[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads what another one has left."""
+    monkeypatch.setenv("REMAP_CACHE", next(_caches))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -43,6 +43,33 @@ def test_the_hash_is_that_of_the_weights_that_came(
     figure("frozen parts whose hash is that of the weights that came", 1, 1)
 
 
+def test_what_losses_train_is_listed_too(tiny: Any, tmp_path: Path, watch: Callable[..., Any]) -> None:
+    """Source: the names of the optimiser's moments in a checkpoint of the run."""
+    progress = watch(lambda done: None)
+    result = start(tiny.recipe(method="lora", losses="ce,mgd"), tmp_path / "run", progress)
+    run = RunDir(tmp_path / "run")
+    prefix = "optimizer/exp_avg/"
+    stepped = {
+        name.removeprefix(prefix): tensor.numel()
+        for name, tensor in load_file(max(run.checkpoint.glob("*.safetensors"))).items()
+        if name.startswith(prefix)
+    }
+    listed = {row["name"]: row["parameters"] for row in json.loads(run.trainables.read_text())}
+    assert listed == stepped and list(listed) == result.summary["trainables"]
+    own = sum(count for name, count in listed.items() if name.startswith("objective."))
+    assert own == sum(listed.values()) - result.summary["student"]["trainable_parameters"] > 0
+    words = f"training {len(listed)} tensors, {sum(listed.values()):,} parameters, {own:,} of them in the losses"
+    assert any(line.startswith(words) for line in progress.said)
+
+
+def test_a_run_that_trains_all_says_that_nothing_is_frozen(
+    tiny: Any, tmp_path: Path, watch: Callable[..., Any]
+) -> None:
+    progress = watch(lambda done: None)
+    start(tiny.recipe(method="full", losses="ce"), tmp_path / "run", progress)
+    assert [line for line in progress.said if "frozen" in line][0].endswith("; nothing is frozen")
+
+
 def test_frozen_batch_statistics_count(model_folder: Callable[..., str], tiny: Any, tmp_path: Path) -> None:
     """A network with batch norms under ``linear``: running means are frozen too."""
     student = model_folder("resnet18", {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}, 32)

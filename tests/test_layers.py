@@ -30,7 +30,7 @@ LAYERS = [
         *(f"remap.remapping.knowledge.{kind}.__init__" for kind in ("logits", "attention", "features")),
         "remap.backbones.families.__init__",
     },
-    {"remap.recipe", "remap.runs.rundir", "remap.runs.curves", "remap.runs.environment"},
+    {"remap.recipe", "remap.runs.rundir", "remap.runs.curves", "remap.runs.environment", "remap.runs.records"},
     {"remap.backbones", "remap.data"},
     {"remap.tuning", "remap.remapping"},
     {"remap.network", "remap.student_teachers"},

@@ -11,6 +11,7 @@ import pytest
 import typer
 from PIL import Image
 
+from remap.data.images import SUFFIXES
 from remap.remapping import LOSSES
 from remap.remapping.architecture import ARCHITECTURES
 from remap.remapping.weights import INITS
@@ -47,6 +48,11 @@ def test_the_two_commands_come_first() -> None:
         "pip install -e . && remap distill",
         'pip install -e ".[test]" && pytest',
     ]
+
+
+def test_the_endings_of_images_are_named() -> None:
+    (sentence,) = re.findall(r"Images are files that end in (.*?);", README)
+    assert sorted(re.findall(r"\.\w+", sentence)) == sorted(SUFFIXES)
 
 
 def test_the_ci_script_calls_the_readmes_test_command() -> None:

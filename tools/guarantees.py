@@ -62,9 +62,10 @@ ROWS = (
     Row(
         5,
         "SIGTERM, Ctrl-C and the file `stop` save first",
-        "In training, in evaluation and while teachers are prepared, a signal to the whole process group leaves a"
-        " checkpoint at most one step old and the command to go on with. The exit code is 143 (SIGTERM, the file"
-        " `stop` in the run directory) or 130 (Ctrl-C). A second signal leaves at once.",
+        "In training and in evaluation, a signal to the whole process group leaves a checkpoint at most one step old"
+        " and the command to go on with. Before the first step, as while a teacher's head is fitted, there is nothing"
+        " to save; the command starts that part again. The exit code is 143 (SIGTERM, the file `stop` in the run"
+        " directory) or 130 (Ctrl-C). A second signal leaves at once.",
     ),
     Row(
         6,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from remap.backbones import mini  # noqa: F401 - registers the embedded pair with timm
 from remap.backbones.anatomy import Anatomy, anatomy_of, classifier_parameters
 from remap.backbones.families import FAMILIES
-from remap.backbones.loading import create, in_cache_or_reachable, weight_arguments
+from remap.backbones.loading import create, in_cache_or_reachable, require_fit, weight_arguments
 from remap.backbones.names import PRESETS, SHORT_NAMES
 from remap.backbones.preprocess import PreprocessSpec
 from remap.errors import BackboneError, UnknownName, WeightsError
@@ -142,6 +142,19 @@ def require_at_hand(word: str, weights: str, image_size: int | None = None) -> N
     else:
         weight_arguments(name, weights)
     _sized(name, {}, image_size)
+
+
+def require_stored(word: str, stored: int, *, preset: str | None = None, image_size: int | None = None) -> None:
+    """A model whose tensors are all in one file of ``stored`` bytes is about as large as that; nothing is built.
+
+    Raises:
+        UnknownName: timm has no such model.
+        WeightsError: It is far larger than the file.
+        BackboneError: The model cannot have this size.
+    """
+    name, preset = resolve_name(word), preset_of(word, preset)
+    _require_known(word, name)
+    require_fit(name, _sized(name, weight_arguments(name, "none", preset), image_size), stored)
 
 
 def state_hash(model: nn.Module, anatomy: Anatomy) -> str:

@@ -13,17 +13,13 @@ from safetensors import safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from remap.backbones.model_folder import require_model_folder
 from remap.errors import BackboneError, WeightsError
-from remap.outside import open_regular, plain, read_json
+from remap.outside import open_regular, plain
 
-# A model folder's config.json: names and numbers, and at most 22 thousand names of classes with their descriptions.
-MOST_CONFIG_BYTES = 16 * 2**20
-# Of a shape in a config.json, and of the blocks of a model.
-LARGEST_NUMBER, MOST_BLOCKS = 2**17, 200
-# A model has at most so many times the bytes of its weights file: 8-bit weights in float32, and what is not stored.
-MOST_UNPACKED, FREE_PARAMETERS = 8, 2**22
-# Arguments of timm's factory that say where to read or what to download; a model folder has no need of them.
-_NOT_FOR_FOLDERS = ("pretrained", "checkpoint", "cache_dir", "scriptable", "exportable", "no_jit", "features_only")
+# A model has at most so many times the bytes of its weights file: 8-bit weights in float32, and what is not stored,
+# such as the tables of relative positions in windows. And so many bytes whatever the file.
+MOST_UNPACKED, FREE_BYTES = 8, 2**24
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -107,20 +103,24 @@ def create(name: str, weights: str, arguments: dict[str, Any]) -> tuple[nn.Modul
         The model, and the names of its tensors that the weights did not hold.
     """
     missing: list[str] = []
+    file = None if weights in ("none", "pretrained") else weights
     if name.startswith("local-dir:"):
-        require_model_folder(Path(name.removeprefix("local-dir:")), weights)
+        file = require_model_folder(Path(name.removeprefix("local-dir:")), weights) or file
     if weights == "pretrained":
         cached = in_cache_or_reachable(name)
         if cached is not None:
             # Named as a file, timm loads it without asking the hub, which takes long where there is no network.
             overlay = {**arguments.get("pretrained_cfg_overlay", {}), "file": cached, "custom_load": False}
             arguments = {**arguments, "pretrained_cfg_overlay": overlay}
+            file = cached
+    if file is not None:
+        require_fit(name, arguments, Path(file).stat().st_size)
     try:
         with _noting_missing(missing):
             model = timm.create_model(name, **arguments)
     except Exception as error:  # timm, the hub client and torch raise many kinds here
         if not arguments["pretrained"]:
-            raise BackboneError(f"timm cannot build '{name}': {error}") from error
+            raise BackboneError(f"timm cannot build '{name}': {_first_lines(error)}") from error
         if weights != "pretrained":
             raise WeightsError(f"{weights} does not fit '{name}': {_first_lines(error)}") from error
         raise _out_of_reach(name, error) from error
@@ -129,69 +129,25 @@ def create(name: str, weights: str, arguments: dict[str, Any]) -> tuple[nn.Modul
     return model, missing
 
 
-def require_model_folder(folder: Path, weights: str) -> None:
-    """A model folder holds names and numbers in config.json and its weights in safetensors files, no pickles; and the
-    model is about as large as they are.
+def require_fit(name: str, arguments: dict[str, Any], stored: int) -> None:
+    """A model is about as large as what it is read from; asked before any memory is taken for it.
+
+    Args:
+        arguments: Of ``timm.create_model``.
+        stored: Bytes of the file that holds its weights.
 
     Raises:
-        WeightsError: It does not; nothing of it was built.
+        BackboneError: timm cannot build it.
+        WeightsError: It is far larger.
     """
-    path = folder / "config.json"
-    try:
-        architecture, arguments = _described(read_json(path, MOST_CONFIG_BYTES))
-    except ValueError as error:
-        raise WeightsError(f"cannot read {path}: {plain(str(error))}", do="see timm's save_for_hf") from error
-    if weights != "pretrained":
-        return
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise WeightsError(
-            f"{folder} holds no weights in safetensors files",
-            given=", ".join(plain(file.name) for file in sorted(folder.iterdir())[:5]),
-            do="pickled checkpoints (.pt, .pth, .bin) are not read; convert them with safetensors.torch.save_file",
-        )
     with torch.device("meta"):
-        try:
-            model = timm.create_model(architecture, **arguments)
-        except Exception as error:
-            raise BackboneError(f"timm cannot build '{architecture}' of {folder}: {_first_lines(error)}") from error
-    count = sum(parameter.numel() for parameter in model.parameters())
-    stored = max(file.stat().st_size for file in files)
-    if 4 * (count - FREE_PARAMETERS) > MOST_UNPACKED * stored:
+        model, _ = create(name, "none", {**arguments, "pretrained": False})
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    if size > MOST_UNPACKED * stored + FREE_BYTES:
         raise WeightsError(
-            f"{path} describes a model that its weights do not fit",
-            given=f"{count:,} parameters, and {stored:,} bytes of weights",
+            f"'{name}' describes a model that its weights do not fit",
+            given=f"{size:,} bytes in memory, and {stored:,} bytes of weights",
         )
-
-
-def _described(config: Any) -> tuple[str, dict[str, Any]]:
-    """The architecture and its arguments.
-
-    Raises:
-        ValueError: It describes none, or asks for more than a shape.
-    """
-    architecture = config.get("architecture") if isinstance(config, dict) else None
-    if not isinstance(architecture, str) or not timm.is_model(architecture):
-        raise ValueError(f"'architecture' names no model of timm: {str(architecture)[:80]!r}")
-    arguments = config.get("model_args") or {}
-    if not isinstance(arguments, dict) or not isinstance(config.get("pretrained_cfg", {}), dict):
-        raise ValueError("'model_args' and 'pretrained_cfg' should be mappings")
-    for name, value in arguments.items():
-        if name.startswith(_NOT_FOR_FOLDERS) or not name.isidentifier():
-            raise ValueError(f"'model_args.{name[:80]}' is no argument of a model")
-        for number in _numbers(value):
-            limit = MOST_BLOCKS if name in ("depth", "depths", "layers") else LARGEST_NUMBER
-            if not abs(number) <= limit:
-                raise ValueError(f"'model_args.{name[:80]}' is larger than {limit:,}")
-    return architecture, arguments
-
-
-def _numbers(value: Any) -> Iterator[float]:
-    if isinstance(value, (list, dict)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _numbers(inner)
-    elif isinstance(value, (int, float)):
-        yield value
 
 
 @contextmanager

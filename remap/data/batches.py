@@ -4,7 +4,6 @@ Two images are mixed as raw pixels, rounded back to uint8, so teacher and studen
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from remap.data import keyed, mixing
+from remap.data.pool import threads
 from remap.data.views import ViewSource
 from remap.recipe.schema import DataSpec
 
@@ -116,7 +116,7 @@ class Plan:
 
 def batches(source: ViewSource, plan: Plan, epoch: int, first_step: int = 0) -> Iterator[Batch]:
     """Micro-batches of an epoch; the next one is made while the current one trains."""
-    with ThreadPoolExecutor(1) as ahead:
+    with threads(1) as ahead:
         pending = None
         for indices, partners in plan.paired(epoch, first_step):
             following = ahead.submit(_make, source, plan, epoch, indices, partners)
@@ -148,6 +148,15 @@ def closed_view(
     """
     images, good = source.batch(indices)
     return augmented(images, augment, keyed.uniform(seed, view, good, 3)), good
+
+
+def filled_up(images_BCHW: Tensor, count: int) -> Tensor:
+    """The images, again and again up to ``count`` of them: (count, C, H, W).
+
+    The last bits of a matrix product may depend on its shape: what is computed before training is computed in batches
+    of the shape of a training step, and has the bits that it would have there.
+    """
+    return images_BCHW.repeat(-(-count // len(images_BCHW)), 1, 1, 1)[:count]
 
 
 def _make(source: ViewSource, plan: Plan, epoch: int, indices: np.ndarray, partners: np.ndarray) -> Batch:

@@ -1,19 +1,23 @@
 """What the files of a data source hold, in digests: whether images are the very ones of an earlier day."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
+from remap.data.pool import threads
 from remap.data.splits import ImageData, Split
+from remap.errors import DataError
 from remap.progress import Progress
 
 DIGEST_BYTES = 16
 # Files that are read at once between two reports of progress.
 CHUNK = 256
+# What is lacking is the system's: the image itself may be sound.
+_LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Contents:
@@ -33,10 +37,17 @@ class Contents:
 
         Raises:
             OSError: It cannot be read.
+            DataError: Nothing can be read now; the image itself may be sound.
         """
         try:
             content = self.split.read(index)
         except OSError as error:
+            if error.errno in _LACKING:
+                raise DataError(
+                    f"images cannot be read: {error.strerror}",
+                    given=self.split.names[index],
+                    do="allow more open files (ulimit -n) or set data.workers lower; then go on with --resume",
+                ) from error
             reason = f"{self.split.names[index]} cannot be read: {error.strerror or type(error).__name__}"
             self._note(index, reason.encode(errors="surrogatepass"))
             raise
@@ -48,7 +59,7 @@ class Contents:
         chosen = np.asarray(indices, dtype=np.int64)
         missing = np.unique(chosen[~self._known_N[chosen]])
         if len(missing):
-            with ThreadPoolExecutor(self._workers) as pool:
+            with threads(self._workers) as pool:
                 list(pool.map(self._look, missing.tolist()))
         return [row.tobytes() for row in self._digests_N16[chosen]]
 

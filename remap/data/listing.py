@@ -23,6 +23,8 @@ HELD_BYTES = 2 * 2**30
 MOST_GROWTH, FREE_GROWTH, MOST_DECOMPRESSED = 200, 64 * 2**20, 16 * 2**30
 # Files and folders of one source; the largest public sets of images have 15 million.
 MOST_ENTRIES = 20_000_000
+# And levels of folders in it, far below where Python gives up.
+MOST_LEVELS = 128
 # How often links may lead to the same folder; links that go round lead there without end.
 MOST_VISITS = 16
 # A header of an archive; the names in it are at most 4 kB.
@@ -60,7 +62,7 @@ def list_folder(root: Path) -> Listing:
     """All files below a folder, links followed. What is no file, such as a FIFO, is an error when it is read.
 
     Raises:
-        DataError: A folder cannot be read, or links go round.
+        DataError: A folder cannot be read, lies too deep, or links go round.
     """
     paths: list[str] = []
     folders: list[str] = []
@@ -78,6 +80,11 @@ def list_folder(root: Path) -> Listing:
                 )
         prefix = os.path.relpath(folder, root).replace(os.sep, "/") + "/"
         prefix = "" if prefix == "./" else prefix
+        if prefix.count("/") > MOST_LEVELS:
+            raise DataError(
+                f"{root} holds folders that are more than {MOST_LEVELS} levels deep",
+                do="name the folder that the images are in",
+            )
         paths += [prefix + name for name in names]
         folders += [prefix + name for name in below]
         _require_few(len(paths) + len(folders), root)

@@ -191,7 +191,8 @@ def _require_class_name(name: str) -> None:
 
 
 def _not_an_image(path: str) -> str:
-    return f"{plain(Path(path).suffix)[:20] or 'no suffix'} is not an image format that is read"
+    suffix = plain(Path(path).suffix)[:20]
+    return f"{suffix} files are not taken from folders of images" if suffix else "it has no suffix"
 
 
 def _is_hidden(name: str) -> bool:

@@ -6,7 +6,6 @@ Letters: B images, V side of the view in pixels.
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from remap.data.contents import Contents
 from remap.data.images import BadImage, decode, reason_of
+from remap.data.pool import threads
 from remap.data.splits import Split
 from remap.errors import DataError
 from remap.progress import Progress
@@ -80,15 +80,11 @@ class ViewSource:
         if not self._in_memory or self._kept is not None:
             return
         kept = torch.zeros(len(self.split), 3, self.view.size, self.view.size, dtype=torch.uint8)
-        with progress.wait(f"reading {what}", len(self.split)) as step, ThreadPoolExecutor(self._workers) as pool:
-            try:
-                for index, pixels in enumerate(pool.map(self._read, range(len(self.split)))):
-                    if pixels is not None:
-                        kept[index] = torch.from_numpy(pixels)
-                    step.advance()
-            except BaseException:  # Ctrl-C must not wait for all the other images
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        with progress.wait(f"reading {what}", len(self.split)) as step, threads(self._workers) as pool:
+            for index, pixels in enumerate(pool.map(self._read, range(len(self.split)))):
+                if pixels is not None:
+                    kept[index] = torch.from_numpy(pixels)
+                step.advance()
         self._kept = kept
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, np.ndarray]:
@@ -97,7 +93,7 @@ class ViewSource:
         if self._kept is not None:
             good = np.asarray([i for i in chosen if i not in self.bad], dtype=np.int64) if self.bad else chosen
             return self._kept.index_select(0, torch.from_numpy(good)), good
-        with ThreadPoolExecutor(self._workers) as pool:
+        with threads(self._workers) as pool:
             views = list(pool.map(self._read, chosen))
         pixels = [view for view in views if view is not None]
         good = np.asarray([i for i, view in zip(chosen, views, strict=True) if view is not None], dtype=np.int64)

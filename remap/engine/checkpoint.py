@@ -17,6 +17,8 @@ from remap.engine.launch import ProcessLost
 from remap.engine.processes import is_first, lowest_and_highest
 from remap.engine.sharding import fill, whole
 from remap.errors import RunError, TrainingError
+from remap.outside import plain
+from remap.recipe.schema import Recipe
 
 # Bytes of tensors beyond which a file is not read: far above any real one; a stranger's must not fill the memory.
 _LIMIT_FACTOR, _LIMIT_EXTRA = 16, 2**28
@@ -28,7 +30,7 @@ class State:
     """Where training stands. ``step`` counts steps done in ``epoch``; sums are over those steps.
 
     Attributes:
-        digest: The recipe this belongs to.
+        digest: What this belongs to, see ``digest_of``.
         history: One record for each finished epoch.
         loss_sums: Sum over the steps of this epoch of each loss, as exact floats.
         seconds: Training time so far.
@@ -52,6 +54,17 @@ class State:
     recoveries: int = 0
     last_fault: int = 0
     skipped: int = 0
+
+
+def digest_of(recipe: Recipe, images: str, weights: str) -> str:
+    """What a checkpoint belongs to: a recipe and, after pluses, digests of the images and of the models' weights."""
+    return f"{without_places(recipe).digest()}+{images}+{weights}"
+
+
+def without_places(recipe: Recipe) -> Recipe:
+    """A recipe that does not say where its images lie: what they hold decides, and they may be moved."""
+    nowhere = recipe.data.model_copy(update={"source": "digits", "val_source": None, "unlabeled": None})
+    return recipe.model_copy(update={"data": nowhere})
 
 
 @torch.no_grad()
@@ -142,7 +155,7 @@ def load_checkpoint(
         )
     state, tensors, place = State(**reader.state), reader.tensors, generations.tensors_path(folder, number)
     if state.digest != digest:
-        raise _another(place, state.digest[:100], digest)
+        raise _another(place, plain(state.digest[:100]), digest)
     _require_fit(place, trained, tensors)
     for problem in reader.problems:
         say(f"{problem}; going on from {place.name}, what came after is trained again")
@@ -156,26 +169,54 @@ def load_checkpoint(
     return state, kept
 
 
-def _another(place: Path, theirs: str, ours: str) -> RunError:
-    """A digest is that of the recipe and, after pluses, those of the images and of the models' weights."""
-    given = f"checkpoint {theirs!r}, this run {ours!r}"
-    if theirs.rpartition("+")[0] == ours.rpartition("+")[0]:
-        return RunError(
-            f"the models are not those that the run of {place} began with: their weights differ",
-            given=given,
-            do="bring the weights back as they were, or start the run again in another --output",
+def require_planned(folder: Path, state: State, epochs: int, steps: int) -> None:
+    """What a run never writes, but a stranger may: such a state would end the training before it is done, or ruin it.
+
+    Args:
+        epochs, steps: Of the whole run, and of each epoch.
+
+    Raises:
+        RunError: The state in ``folder`` is none of this run.
+    """
+    left = steps if state.epoch < epochs else 0
+    if state.epoch > epochs or state.step > left or state.counted > state.step or not 0.0 < state.lr_factor <= 1.0:
+        raise RunError(
+            f"the newest checkpoint in {folder} is none of this run",
+            given=f"epoch {state.epoch}, step {state.step} ({state.counted} counted), rate x {state.lr_factor:g}",
+            allowed=f"up to epoch {epochs}, step {left} (as many counted), rate x 1 or less",
+            do="start the run again in another --output",
         )
-    if theirs.partition("+")[0] == ours.partition("+")[0]:
+
+
+def _another(place: Path, theirs: str, ours: str) -> RunError:
+    """Of two results of ``digest_of``: what differs, and what to do about it."""
+    (recipe, _, rest), (our_recipe, _, our_rest) = theirs.partition("+"), ours.partition("+")
+    (images, _, weights), (our_images, _, our_weights) = rest.rpartition("+"), our_rest.rpartition("+")
+    if recipe != our_recipe:
+        return RunError(
+            f"{place} belongs to another recipe",
+            given=f"digest {recipe!r} then, {our_recipe!r} now",
+            do="resume with the recipe and the version of remap that the run was started with (its recipe.yaml and"
+            " environment.json)",
+        )
+    if images != our_images:
+        told, now = (part.partition("-") for part in (images, our_images))
         return RunError(
             f"the images are not those that the run of {place} began with: names, labels or contents differ",
-            given=given,
+            given=f"{_counted(told[2])} then, {_counted(now[2])} now; fingerprint {told[0]!r} then, {now[0]!r} now",
             do="bring them back as they were, or start the run again in another --output",
         )
     return RunError(
-        f"{place} belongs to another recipe",
-        given=given,
-        do="resume with the recipe the run was started with (its recipe.yaml)",
+        f"the models are not those that the run of {place} began with: their weights differ",
+        given=f"digest {weights!r} then, {our_weights!r} now",
+        do="bring the weights back as they were, or start the run again in another --output",
     )
+
+
+def _counted(numbers: str) -> str:
+    """In words: images with a label that can be read and, after a plus, those without."""
+    labeled, _, unlabeled = numbers.partition("+")
+    return f"{labeled} training images" + (f" and {unlabeled} without labels" if unlabeled else "")
 
 
 def _problem(state: object) -> str | None:

@@ -115,12 +115,17 @@ class _Rounds:
         try:
             kept = self.features.rows(shown) if self.features is not None else None
             logits = self.runner(images.to(self.accelerator.device), kept).logits_BC
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or not may_shrink or is_sharded(self.network):
                 raise
             return True
         found[torch.from_numpy(good)] = logits.argmax(dim=-1)[: len(good)]
         return False
+
+
+def batch_size_of_evaluation(recipe: Recipe) -> int:
+    """Without gradients there is room for more images."""
+    return max(64, recipe.train.batch_size)
 
 
 def evaluate_as(
@@ -137,7 +142,7 @@ def evaluate_as(
         network,
         source,
         accelerator,
-        batch_size=max(64, recipe.train.batch_size),
+        batch_size=batch_size_of_evaluation(recipe),
         bf16=use_bf16(recipe.train.precision, accelerator.device),
         progress=progress,
         what=what,

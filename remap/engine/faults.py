@@ -63,9 +63,9 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return not sound or bool(torch.stack([flag.to(sound[0].device) for flag in sound]).all())
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Of a GPU or of the machine."""
-    if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(error):
         return True
     return any(words in str(error) for words in _OUT_OF_MEMORY)
 

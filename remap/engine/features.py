@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from remap.data.batches import filled_up
 from remap.data.views import ViewSource
 from remap.engine.interrupt import deferred, leave_if_asked
 from remap.engine.processes import computed_together
@@ -47,8 +48,13 @@ class FrozenFeatures:
     def nbytes(self) -> int:
         return sum(value.numel() * value.element_size() for value in self._kept.values())
 
-    def compute(self, batch_size: int, progress: Progress, what: str) -> None:
-        """Run the stem over all images, in eval mode, each process over its share; then all hold all of them."""
+    def compute(self, batch_size: int, progress: Progress, what: str, *, whole: bool = False) -> None:
+        """Run the stem over all images, in eval mode, each process over its share; then all hold all of them.
+
+        Args:
+            batch_size: Of one pass.
+            whole: Every pass has that many images, as ``filled_up`` says.
+        """
         self._runner.model.eval()
         count = len(self.split)
 
@@ -56,6 +62,8 @@ class FrozenFeatures:
             images, good = self.source.batch(np.arange(0) if indices is None else indices)
             if not len(good):
                 images = images.new_zeros(1, *images.shape[1:])
+            if whole:
+                images = filled_up(images, batch_size)
             return good, self._runner.stem(images.to(self.device))
 
         with deferred(), progress.wait(f"frozen features of {what}", count) as step:
@@ -63,8 +71,8 @@ class FrozenFeatures:
             for indices, good, found in computed_together(self._accelerator, chunks, compute):
                 leave_if_asked(self._accelerator, "frozen features were being computed")
                 for key, value in found.items():
-                    whole = self._kept.setdefault(key, torch.zeros(count, *value.shape[1:], dtype=value.dtype))
-                    whole[torch.from_numpy(good)] = value.cpu()
+                    all_rows = self._kept.setdefault(key, torch.zeros(count, *value.shape[1:], dtype=value.dtype))
+                    all_rows[torch.from_numpy(good)] = value.cpu()
                 self._good[good] = True
                 step.advance(len(indices))
 

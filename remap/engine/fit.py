@@ -10,7 +10,15 @@ from torch.distributed.tensor import DTensor
 
 from remap.data import keyed
 from remap.data.batches import Batch, Plan, batches
-from remap.engine.checkpoint import State, has_checkpoint, load_checkpoint, save_checkpoint, snapshot
+from remap.engine.checkpoint import (
+    State,
+    digest_of,
+    has_checkpoint,
+    load_checkpoint,
+    require_planned,
+    save_checkpoint,
+    snapshot,
+)
 from remap.engine.faults import BrokenWeights, Fault, is_out_of_memory
 from remap.engine.interrupt import asked, code_of, deferred, name_of, watching
 from remap.engine.job import Job, StudentStep, plan_of, require_divisible
@@ -89,7 +97,7 @@ class Loop:
 
     def __init__(self, job: Job) -> None:
         self.job, self.accelerator, self.spec = job, job.accelerator, job.recipe.train
-        digest = f"{job.recipe.digest()}+{job.data_digest}+{job.weights_digest}"
+        digest = digest_of(job.recipe, job.data_digest, job.weights_digest)
         self.state = State(digest, accumulation=self.spec.accumulation)
         self._require_divisible()
         self.recovery = Recovery(self)
@@ -114,6 +122,7 @@ class Loop:
         job = self.job
         if resume:
             self.load()
+            job.on_resume(self.state, self.plan.steps)
         else:
             from_first(self.accelerator, [t for t in job.tensors().values() if not isinstance(t, DTensor)])
             if not self.recovery.is_whole():
@@ -177,6 +186,7 @@ class Loop:
         *means, unsound_count, gradient = torch.cat([values, norm[None]]).tolist()  # one transfer for all of them
         losses = dict(zip(sums, means, strict=True))
         if unsound_count or not all(abs(value) < float("inf") for value in (*means, gradient)):
+            self.buffers.restore()  # batch statistics saw the step already
             self.recovery.from_fault(Fault(losses, gradient, int(unsound_count), rate, state.step))
             return None
         self.optimizer.step()
@@ -201,7 +211,7 @@ class Loop:
             out_of_memory = ""
             try:
                 sums = self._forward_and_backward()
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 if self.needs_all:  # the others are in the middle of a pass and wait for this one's part of a weight
@@ -338,6 +348,7 @@ class Loop:
                 break
             self.state.accumulation //= 2  # on more processes, each needs fewer parts for the same memory
         self._require_divisible()
+        require_planned(job.checkpoint, self.state, self.spec.epochs, self.plan.steps)
 
     def _require_divisible(self) -> None:
         plan = self.plan

@@ -30,9 +30,9 @@ from remap.outside import MOST_JSON_BYTES, parse_json, plain, read_regular, sha2
 FORMAT = 1
 KEPT = 2
 _NAME = re.compile(r"(\d{6,15})\.(safetensors|json)")
-# What reading raises where a file is not as it was written, or gone; any other OSError says nothing about it.
-_GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-_NOT_WHOLE = (*_GONE, SafetensorError, ValueError, KeyError, TypeError, AssertionError, RuntimeError)
+# What reading raises where a file is gone, or not as it was written; any other OSError says nothing about it.
+_GONE = (FileNotFoundError, NotADirectoryError)
+_DAMAGED = (IsADirectoryError, SafetensorError, ValueError, KeyError, TypeError, AssertionError, RuntimeError)
 # Network drives refuse reads for a moment (ESTALE, EIO): how often a read is tried, and seconds in between.
 TRIES, PAUSE = 4, 0.5
 # Instead of a generation's number: one could not be read, be it whole or not.
@@ -45,8 +45,14 @@ def write(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor])
 
     Raises:
         DiskFull: There is no room; the generations before are whole.
-        RunError: The place cannot be written.
+        RunError: The place cannot be written, or the folder above is gone.
     """
+    if not folder.parent.is_dir():  # to make it again would divide a run that was moved in two
+        raise RunError(
+            f"{folder.parent} has been moved or removed",
+            given="no such folder",
+            do="give it its name back, then go on with --resume",
+        )
     make_folder(folder)
     sweep(folder)
     number = max(_numbers(folder), default=0) + 1
@@ -109,31 +115,53 @@ class Reader:
                     try:
                         self.state, self.tensors = _patiently(path, lambda number=number: self._read(number))
                         return number
-                    except _NOT_WHOLE as error:
-                        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-                        self.problems.append(f"{path} is damaged: {plain(str(reason))}")
+                    except _NotWhole as problem:
+                        self.problems.append(str(problem))
         except RunError as refusal:
             self.refusal = refusal
             return UNREADABLE
         return 0
 
     def _read(self, number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """One generation. The tensors are parsed only once their hash fits; any error means that it is not whole."""
+        """One generation. The tensors are parsed only once their hash fits.
+
+        Raises:
+            _NotWhole: Which of the two files is missing or damaged.
+        """
         path, manifest = tensors_path(self.folder, number), _manifest_path(self.folder, number)
-        _require_plain(manifest, MOST_JSON_BYTES)
-        content = parse_json(read_regular(manifest, MOST_JSON_BYTES))
-        if not isinstance(content, dict) or content.pop("sha256", None) != _seal(content):
-            raise ValueError(f"the SHA-256 of {manifest.name} differs")
-        if content.get("format") != FORMAT or content.get("generation") != number:
-            raise ValueError(f"{manifest.name} is not of generation {number} in format {FORMAT}")
-        problem = self.check(content["state"])
-        if problem:
-            raise ValueError(f"{manifest.name} is wrong: {problem}")
-        if _require_plain(path, self.limit) != content["tensors"]["bytes"]:
-            raise ValueError("it is longer or shorter than its manifest says")
-        if sha256_of(path) != content["tensors"]["sha256"]:
-            raise ValueError("its SHA-256 differs from that in its manifest")
-        return content["state"], load_file(path)
+        with _judging(manifest):
+            _require_plain(manifest, MOST_JSON_BYTES)
+            content = parse_json(read_regular(manifest, MOST_JSON_BYTES))
+            if not isinstance(content, dict) or content.pop("sha256", None) != _seal(content):
+                raise ValueError("its own SHA-256 differs")
+            if content.get("format") != FORMAT or content.get("generation") != number:
+                raise ValueError(f"it is not of generation {number} in format {FORMAT}")
+            problem = self.check(content["state"])
+            if problem:
+                raise ValueError(problem)
+            wanted = content["tensors"]["bytes"], content["tensors"]["sha256"]
+        with _judging(path):
+            if _require_plain(path, self.limit) != wanted[0]:
+                raise ValueError("it is longer or shorter than its manifest says")
+            if sha256_of(path) != wanted[1]:
+                raise ValueError("its SHA-256 differs from that in its manifest")
+            return content["state"], load_file(path)
+
+
+class _NotWhole(Exception):
+    """A file of a generation is missing or damaged; says which one, and why."""
+
+
+@contextlib.contextmanager
+def _judging(path: Path) -> Iterator[None]:
+    """What goes wrong inside is the fault of this file."""
+    try:
+        yield
+    except _GONE as error:
+        raise _NotWhole(f"{path} is missing") from error
+    except _DAMAGED as error:
+        told = "it is not JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)
+        raise _NotWhole(f"{path} is damaged: {plain(told)}") from error
 
 
 def _patiently(path: Path, read: Callable[[], _T], tries: int = TRIES) -> _T:
@@ -149,8 +177,9 @@ def _patiently(path: Path, read: Callable[[], _T], tries: int = TRIES) -> _T:
     except (OSError, MemoryError) as error:
         if tries == 1:
             reason = error.strerror if isinstance(error, OSError) else "not enough memory"
+            place = getattr(error, "filename", None) or path
             raise RunError(
-                f"{path} cannot be read: {reason}; nothing in its folder was touched",
+                f"{place} cannot be read: {reason}; nothing in its folder was touched",
                 do="see to the disk or the memory of this machine, then go on with --resume",
             ) from error
     time.sleep(PAUSE)
@@ -169,7 +198,7 @@ def _require_plain(path: Path, limit: int) -> int:
     """Bytes of a file that is neither a link nor a device nor too large to be ours."""
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
-        raise ValueError(f"{path.name} is no plain file of at most {limit:,} bytes")
+        raise ValueError(f"it is no plain file of at most {limit:,} bytes")
     return status.st_size
 
 

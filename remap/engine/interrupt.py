@@ -56,7 +56,7 @@ class _Watch:
         if self.file is None or self.signal or time.monotonic() - self.looked < LOOK_EVERY:
             return
         self.looked = time.monotonic()
-        if self.file.exists():
+        if self.file.is_file():
             with contextlib.suppress(OSError):
                 self.file.unlink()
             self.signal = _FILE

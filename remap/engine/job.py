@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from remap.data.batches import Plan
 from remap.data.views import ViewSource
+from remap.engine.checkpoint import State
 from remap.engine.features import FrozenFeatures
 from remap.engine.teacher import AverageTeacher, Teacher
 from remap.errors import TrainingError
@@ -54,6 +55,7 @@ class Job:
         faults: Folder for the images of a step that stopped the run.
         evaluate: Called after each epoch, gives the metrics to record.
         on_epoch: Called on the main process with the history so far.
+        on_resume: Called with the state that a checkpoint gave back and the steps of an epoch, before it goes on.
         labeled: Share of the training images that have a label.
         features: The student's frozen features of ``source``, where they are kept.
         sample: Training images for methods that look at them before the first step.
@@ -71,6 +73,7 @@ class Job:
     on_epoch: Callable[[list[dict[str, Any]]], None]
     data_digest: str = ""
     weights_digest: str = ""
+    on_resume: Callable[[State, int], None] = lambda state, steps: None
     checkpoint: Path | None = None
     faults: Path | None = None
     labeled: float = 1.0

@@ -10,7 +10,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from remap.data import keyed
-from remap.data.batches import closed_view
+from remap.data.batches import closed_view, filled_up
 from remap.data.records import RecordStore, row_digest
 from remap.data.views import ViewSource
 from remap.engine.faults import is_out_of_memory
@@ -18,7 +18,7 @@ from remap.engine.interrupt import deferred, leave_if_asked
 from remap.engine.processes import agreed, computed_together, total
 from remap.engine.sharding import is_sharded
 from remap.engine.teacher import Teacher
-from remap.errors import TrainingError
+from remap.errors import DataError, TrainingError
 from remap.progress import Progress
 
 # The mean probability of kept classes is taken over this many images.
@@ -59,8 +59,19 @@ class InMemory:
 
     def __init__(self) -> None:
         self._views: dict[int, dict[str, Tensor]] = {}
+        self._filled: dict[int, np.ndarray] = {}
 
     def rows(self, indices_B: np.ndarray, view: int) -> dict[str, Tensor]:
+        """
+        Raises:
+            DataError: An image could not be read when the outputs were computed.
+        """
+        lacking = int((~self._filled[view][indices_B]).sum()) if view in self._filled else len(indices_B)
+        if lacking:
+            raise DataError(
+                f"there are no teacher outputs for {lacking} image(s), which could not be read when they were computed",
+                do="see that the images stay readable; then go on with --resume",
+            )
         rows = torch.from_numpy(indices_B)
         return {key: value[rows] for key, value in self._views[view].items()}
 
@@ -69,6 +80,7 @@ class InMemory:
 
     def put(self, view: int, indices_B: np.ndarray, items: Mapping[str, Tensor], count: int) -> None:
         whole = self._views.setdefault(view, {})
+        self._filled.setdefault(view, np.zeros(count, dtype=bool))[indices_B] = True
         for key, value in items.items():
             if key not in whole:
                 whole[key] = torch.zeros(count, *value.shape[1:], dtype=value.dtype)
@@ -202,18 +214,16 @@ def _require_finite(items: Mapping[str, Tensor], lessons: ClosedViews, indices_B
 
 
 def _items_of(teacher: Teacher, images_BCHW: Tensor, batch_size: int) -> dict[str, Tensor]:
-    """Items of up to ``batch_size`` images, computed in a batch of exactly that size.
+    """Items of up to ``batch_size`` images, computed in a batch of exactly that size (``filled_up``).
 
-    The last bits of a matrix product may depend on its shape: so they are those of a training step. Where memory does
-    not suffice for that many, they are computed in parts.
+    Where memory does not suffice for that many, they are computed in parts.
     """
-    count = len(images_BCHW)
-    whole = images_BCHW.repeat(-(-batch_size // count), 1, 1, 1)[:batch_size] if count < batch_size else images_BCHW
+    count, whole = len(images_BCHW), filled_up(images_BCHW, batch_size)
     while True:
         size = min(teacher.at_once or batch_size, batch_size)
         try:
             found = [teacher.items(part) for part in whole.split(size)]
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or size == 1 or is_sharded(teacher.network):
                 raise
         else:

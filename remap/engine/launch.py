@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
+from remap.engine import variables
 from remap.errors import TrainingError
 
 # Seconds that a process waits for the others at the start, when one may still read PyTorch from a slow disk.
@@ -30,16 +31,28 @@ def accelerator() -> Accelerator:
     """The process group of this run; device and ranks come from the launcher's environment.
 
     Raises:
-        TrainingError: There are fewer GPUs than processes, or the launcher asks for what is not supported.
+        TrainingError: There are fewer GPUs than processes, or the launcher asks for what is not supported, or says
+            what cannot be.
     """
     limit = _timeout()
     _require_supported()
-    _require_devices(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    variables.require_complete()
+    _require_devices(variables.number("LOCAL_WORLD_SIZE", 1))
+    if variables.number("WORLD_SIZE", 1) > 1 and not torch.accelerator.is_available():
+        variables.require_interface()
     # The recipe alone decides the precision, whatever a saved configuration of the launcher says.
     # Told nothing, Accelerate leaves the processes of a launcher on a machine without a GPU each to itself.
     atexit.register(_leave_group)
     starting = InitProcessGroupKwargs(timeout=timedelta(seconds=max(STARTING, limit)))
-    found = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=[starting])
+    on_cpu = not torch.accelerator.is_available()
+    try:
+        found = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[starting])
+    except ValueError as error:  # about other variables of the launcher, such as MASTER_PORT
+        raise TrainingError(
+            "the launcher's processes cannot be brought together",
+            given=str(error)[:200],
+            do="start them with torchrun or with `remap ... --devices N`",
+        ) from error
     if found.num_processes > 1:
         found.wait_for_everyone()
         _limit_waits(timedelta(seconds=limit))
@@ -110,9 +123,12 @@ def check_processes(wanted: int | None) -> None:
     if wanted is not None and wanted != running:
         launched = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]  # there, --devices starts nothing
         leave_out = f"env {' '.join(f'-u {name}' for name in launched)} " if launched else ""
+        none = "no launcher (WORLD_SIZE is not set)"
+        if "ACCELERATE_DYNAMO_MODE" in os.environ:
+            none = "accelerate launch, which started one process; with --cpu it starts no more"
         raise TrainingError(
             f"this run asks for {wanted} processes and has {running}",
-            given=", ".join(f"{name}={os.environ[name]}" for name in launched) or "no launcher (WORLD_SIZE is not set)",
+            given=", ".join(f"{name}={os.environ[name]}" for name in launched) or none,
             do=f"without a launcher: {leave_out}remap ... --devices {wanted}\n"
             f"           or: torchrun --nproc-per-node {wanted} -m remap_cli ...",
         )

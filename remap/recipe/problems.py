@@ -72,7 +72,8 @@ def _line(group: list[Any], schema: type[BaseModel], place: str, also: list[str]
     messages = list(dict.fromkeys(map(_message, group)))
     message = " or ".join([messages[0], *(message.removeprefix("should be ") for message in messages[1:])])
     hint = f"; write [{given}]" if kind == "tuple_type" and isinstance(given, str) and given else ""
-    return f"{where}: {message}, got {_shown(given)}{hint}"
+    got = "" if ", got " in message else f", got {_shown(given)}"
+    return f"{where}: {message}{got}{hint}"
 
 
 def _message(finding: Any) -> str:
@@ -84,6 +85,8 @@ def _message(finding: Any) -> str:
 
 
 def _shown(given: Any) -> str:
+    if given is None:
+        return "nothing"
     return repr(given) if len(repr(given)) <= 60 else f"{repr(given)[:57]}..."
 
 

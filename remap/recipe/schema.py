@@ -340,7 +340,7 @@ def _loss_word(word: str) -> dict[str, Any]:
     try:
         return {"name": name, "weight": float(weight)}
     except ValueError:
-        raise ValueError(f"'{word}': the weight after the colon must be a number") from None
+        raise ValueError(f"'{word}': the weight after the colon must be a number, got '{weight}'") from None
 
 
 class Recipe(Section):

@@ -122,7 +122,7 @@ def parse(text: str, where: str) -> Any:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise RecipeError([plain(f"{place}{error.problem}")], where) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # of escapes and versions beyond all numbers
         raise RecipeError([plain(f"not readable as YAML: {str(error).splitlines()[0]}")], where) from None
 
 

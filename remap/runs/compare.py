@@ -1,5 +1,7 @@
 """Methods side by side: the same data, teacher, budget and seeds; every cell is a run directory like any other."""
 
+import os
+import shlex
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,12 +10,13 @@ from typing import Any
 
 from remap import files
 from remap.errors import Interrupted, RecipeError, RunError
-from remap.outside import absolute
+from remap.outside import absolute, read_regular
 from remap.progress import Progress
 from remap.recipe.checks import method_problems
 from remap.recipe.schema import LossSpec, MethodSpec, Recipe
 from remap.remapping import LOSSES
 from remap.runs.objective import without_idle_losses
+from remap.runs.records import summary_problem
 from remap.runs.rundir import RunDir
 from remap.tuning import CATEGORIES, METHODS, category_of, parts_of, rows_of
 
@@ -21,6 +24,7 @@ from remap.tuning import CATEGORIES, METHODS, category_of, parts_of, rows_of
 DEFAULT_METHODS = ("full", "linear", "vpt_shallow", "vpt_deep", "adaptformer", "bitfit", "lora")
 # In the folder of a comparison: which recipe it is of, and the teacher that its runs learn from.
 _MARKER, _TEACHER = "compare-of.txt", "teacher"
+MOST_MARKER_BYTES = 1000
 
 
 def chosen_methods(words: str | None) -> list[str]:
@@ -132,11 +136,12 @@ def _run(missing: list[Cell], output: Path, progress: Progress) -> None:
         for number, cell in enumerate(missing, 1):
             path = output / cell.name
             progress.say(f"[{number}/{len(missing)}] {cell.name}")
+            files.require_no_links(path, named=False)
             resuming = (path / "recipe.yaml").is_file()
             run_dir = RunDir.open(path) if resuming else RunDir.create(path, cell.recipe)
             run(cell.recipe, run_dir, progress, bench, resuming=resuming)
     except Interrupted as error:
-        command = f"remap compare ... --output {output}"
+        command = f"remap compare ... --output {shlex.quote(str(output))}"
         do = f"go on with the words it was started with: {command}; what is finished is kept"
         raise Interrupted(error.what, exit_code=error.exit_code, do=do, at_once=error.at_once) from error
 
@@ -158,12 +163,20 @@ def _claim(output: Path, recipe: Recipe) -> None:
     marker = output / _MARKER
     digest = recipe.model_copy(update={"method": MethodSpec(name="linear")}).digest()
     begun = any(output.glob("*/summary.json"))
-    if begun and marker.exists() and marker.read_text().strip() != digest:
+    if begun and os.path.lexists(marker) and _recipe_in(marker) != digest:
         raise RunError(
             f"{output} holds a comparison of another recipe; nothing in it was touched",
             do="name another --output, or repeat the words it was started with",
         )
     files.write_text(marker, digest + "\n")
+
+
+def _recipe_in(marker: Path) -> str:
+    """The recipe that a marker names; of what is no marker, none."""
+    try:
+        return read_regular(marker, MOST_MARKER_BYTES).decode().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _is_done(path: Path, cell: Cell) -> bool:
@@ -175,7 +188,7 @@ def _is_done(path: Path, cell: Cell) -> bool:
             f"{path} was made with other settings; nothing in it was touched",
             do="name another --output, or remove that folder",
         )
-    return run_dir.is_done
+    return run_dir.is_done and summary_problem(run_dir.summary()) is None
 
 
 def tabulate(recipe: Recipe, cells: Sequence[Cell], output: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The metrics of a run as one small SVG, written without a plotting library."""
 
 from html import escape
+from math import inf
 from typing import Any
 
 from remap.outside import plain
@@ -9,7 +10,7 @@ WIDTH, HEIGHT, LEFT, TOP, GAP = 720, 260, 52, 34, 60
 
 
 def curves(history: list[dict[str, Any]], title: str) -> str:
-    """Two panels over the epochs: each loss (unweighted; "loss" is their weighted sum), and accuracy in %."""
+    """Two panels over the epochs: each loss (unweighted; "loss" is their weighted sum) from 0, and accuracy in %."""
     half = (WIDTH - GAP) // 2
     losses = {
         name: [(r["epoch"], r[name]) for r in history if name in r]
@@ -24,7 +25,7 @@ def curves(history: list[dict[str, Any]], title: str) -> str:
             ' font-size="11" fill="#333">',
             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
             f'<text x="{LEFT}" y="16" font-size="13" font-weight="bold">{escape(plain(title))}</text>',
-            *_panel(losses, 0, half, last),
+            *_panel(losses, 0, half, last, lowest=0.0),
             *_panel(accuracy, half + GAP, half, last),
             "</svg>\n",
         ]
@@ -34,11 +35,15 @@ def curves(history: list[dict[str, Any]], title: str) -> str:
 _COLOURS = ("#1b6ca8", "#d1495b", "#3a7d44", "#b8860b", "#6a4c93", "#555555")
 
 
-def _panel(series: dict[str, list[tuple[int, float]]], x: int, width: int, last: int) -> list[str]:
+def _panel(series: dict[str, list[tuple[int, float]]], x: int, width: int, last: int, lowest: float = inf) -> list[str]:
+    """
+    Args:
+        lowest: Where the axis begins at the latest.
+    """
     values = [value for points in series.values() for _, value in points]
     if not values:  # no epoch was evaluated yet
         return []
-    low, high = min(values), max(values)
+    low, high = min(lowest, *values), max(values)
     high = high if high > low else low + 1.0
     left, right, top, bottom = x + LEFT, x + width - 14, TOP + 14, HEIGHT - 30
 

@@ -1,17 +1,20 @@
 """Evaluate a finished run again, on its own evaluation split or on other data."""
 
+import hashlib
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from remap.data.contents import Contents
 from remap.data.sources import open_data, read_all
 from remap.data.splits import ImageData, Split
 from remap.data.views import ViewSource
-from remap.engine.evaluate import evaluate
+from remap.engine.evaluate import batch_size_of_evaluation, evaluate
 from remap.engine.interrupt import watching
 from remap.engine.launch import accelerator, use_bf16
+from remap.errors import RunError
 from remap.network import choose_attention
-from remap.progress import Progress
+from remap.progress import Progress, Silent
 from remap.runs.rundir import RunDir
 from remap.runs.task import load_task
 
@@ -40,12 +43,14 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
             network,
             images,
             accelerator(),
-            batch_size=max(64, recipe.train.batch_size),
+            batch_size=batch_size_of_evaluation(recipe),
             bf16=use_bf16(recipe.train.precision, device),
             progress=progress,
             what="held-out" if data is None else Path(data).name,
             skip_bad=skip_bad or recipe.data.skip_bad,
         )
+    if data is None and accelerator().is_main_process:
+        _say_if_others(run, images.contents, found.count, progress)
     seen = found.predictions_N >= 0
     classes = []
     for label, name in enumerate(network.classes or ()):
@@ -62,6 +67,25 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
         "skipped": [list(item) for item in images.bad_names()],
         "classes": classes,
     }
+
+
+def fingerprint_of(contents: Contents, progress: Progress = Silent()) -> str:
+    """64 hex digits for the names, labels, order and content of one split's images."""
+    split = contents.split
+    digest = hashlib.sha256("\0".join(split.names).encode(errors="surrogatepass") + split.labels.tobytes())
+    digest.update(contents.complete(progress, "evaluation images").tobytes())
+    return digest.hexdigest()
+
+
+def _say_if_others(run: RunDir, contents: Contents, count: int, progress: Progress) -> None:
+    """An accuracy on other images is not to be compared with that of the run."""
+    try:
+        then, wanted = run.summary()["data"]["val_images"], run.summary()["data"]["val_fingerprint"]
+    except (RunError, KeyError, TypeError):  # evaluation needs no summary
+        return
+    if fingerprint_of(contents, progress) != wanted:
+        counts = f"{count} now, {then} then"
+        progress.say(f"the evaluation images are not those of the run ({counts}): names, labels or contents differ")
 
 
 def _split(spec: Any, data: str | None, classes: tuple[str, ...]) -> tuple[Split, str]:

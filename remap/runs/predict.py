@@ -10,6 +10,7 @@ import torch
 
 from remap.api import Student
 from remap.data.images import SUFFIXES, BadImage
+from remap.data.listing import list_folder
 from remap.errors import DataError
 from remap.outside import expanded
 from remap.progress import Progress
@@ -28,13 +29,14 @@ def image_files(words: Sequence[str]) -> list[Path]:
     """Files as they are, even where there are none, which ``predict`` says; folders give all images below them.
 
     Raises:
-        DataError: No word names anything, or there is no image.
+        DataError: No word names anything, there is no image, or a folder cannot be listed.
     """
     found: list[Path] = []
     for word in words:
         path = expanded(word)
         if os.path.isdir(path):
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
+            below = map(path.joinpath, list_folder(path).paths)
+            found += sorted(file for file in below if file.suffix.lower() in SUFFIXES)
         else:
             found.append(path)
     if found and not any(map(os.path.lexists, found)):

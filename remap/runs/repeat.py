@@ -1,16 +1,15 @@
 """Run a finished run again and compare: the same recipe, seed and images should give the same bits."""
 
 import os
-from collections.abc import Iterator, Mapping
+import shlex
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load
 
-from remap import files
 from remap.bench import Bench
 from remap.data.contents import fingerprint
+from remap.engine.checkpoint import without_places
 from remap.engine.launch import accelerator
 from remap.errors import DataError, Interrupted, RunError
 from remap.outside import absolute, expanded
@@ -19,18 +18,10 @@ from remap.recipe import Recipe
 from remap.running import run as go_on
 from remap.running import start
 from remap.runs.compare import shared_teacher
-from remap.runs.environment import plain_environment
+from remap.runs.differences import FIGURES, changed_on_the_way, compare, history, outputs_of_others
+from remap.runs.records import is_count
 from remap.runs.rundir import RunDir, next_path
 from remap.runs.task import load_task
-
-_TASK = Path("task") / "task.safetensors"
-# What of an environment decides the last bits of sums.
-_DECIDING = {
-    "processes": "another number of processes",
-    "threads": "another number of threads",
-    "device": "another device",
-    "cpu_capability": "another instruction set",
-}
 
 
 def repeat(
@@ -45,8 +36,10 @@ def repeat(
 
     Returns:
         run, repeat, equal, checks (what, first, repeat, equal), tensors that differ (name, largest_difference), what
-        differs in the environment (what, first, repeat), and changed_on_the_way (first, repeat): what decides the last
-        bits and was not the same in all parts of a resumed run. Empty on processes that are not the main one.
+        differs in the environment (what, first, repeat), and two that may be why, in words (first, repeat):
+        changed_on_the_way, what decides the last bits and was not the same in all parts of a resumed run; and
+        outputs_of_others, teacher outputs on disk that another run had computed. Empty on processes that are not the
+        main one.
 
     Raises:
         RunError: It is unfinished, damaged or was made by another number of processes.
@@ -75,7 +68,7 @@ def repeat(
         elif not RunDir.open(target).is_done:
             go_on(recipe, RunDir.open(target), progress, bench, resuming=True)
     except Interrupted as error:
-        command = f"remap repeat {run.path} --output {target}"
+        command = shlex.join(["remap", "repeat", str(run.path), "--output", str(target)])
         raise Interrupted(
             error.what, exit_code=error.exit_code, do=f"go on with: {command}", at_once=error.at_once
         ) from error
@@ -86,10 +79,11 @@ def _require_whole(run: RunDir) -> None:
     """Something to compare with."""
     if not run.is_done:
         ended, message = run.became()
+        command = "distill" if run.recipe().teacher else "tune"
         raise RunError(
             f"{run.path} has no result that could be compared: it {ended}",
             given=message,
-            do=f"finish it first: remap {'distill' if run.recipe().teacher else 'tune'} --resume {run.path}",
+            do=f"finish it first: remap {command} --resume {shlex.quote(str(run.path))}",
         )
 
 
@@ -97,17 +91,20 @@ def _require_figures(run: RunDir, summary: dict[str, Any]) -> None:
     """What is compared in the end has to be there before hours of training."""
     try:
         counts = summary["data"]
-        for read in (lambda s: int(s["processes"]), lambda s: s["precision"], *_FIGURES.values()):
+        for read in (lambda s: s["precision"], outputs_of_others, *FIGURES.values()):
             read(summary)
         _ = counts["labeled_images"], counts["val_images"]
-        history(run)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if not (is_count(summary["processes"]) and isinstance(counts["fingerprint"], str)):
+            raise TypeError
+        if not history(run):
+            raise RunError(f"{run.path / 'metrics.jsonl'} is empty", do="name a run directory that `remap` wrote")
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         lacking = isinstance(error, KeyError)
         command = "distill" if run.recipe().teacher else "tune"
         raise RunError(
             f"{run.path} holds no figures of this version of remap",
             given=f"summary.json has no {error}" if lacking else "summary.json holds something else where figures are",
-            do=f"run it anew, then repeat that: remap {command} --recipe {run.path / 'recipe.yaml'}",
+            do=f"run it anew, then repeat that: remap {command} --recipe {shlex.quote(str(run.path / 'recipe.yaml'))}",
         ) from error
 
 
@@ -117,16 +114,8 @@ def _require_processes(run: RunDir, wanted: int) -> None:
         raise RunError(
             f"{run.path} was made by {wanted} process(es), and a repeat needs as many",
             given=f"{running} process(es)",
-            do=f"`remap repeat {run.path}` without a launcher starts as many",
+            do=f"`remap repeat {shlex.quote(str(run.path))}` without a launcher starts as many",
         )
-
-
-def changed_on_the_way(run: RunDir) -> list[str]:
-    """What decides the last bits and was not the same in all parts of a resumed run, in words."""
-    record = run.environment()
-    parts = [record, *record.get("resumed", [])]
-    found = {name: list(dict.fromkeys(str(part[name]) for part in parts if name in part)) for name in _DECIDING}
-    return [f"{_DECIDING[name]} ({', then '.join(values)})" for name, values in found.items() if len(values) > 1]
 
 
 def _say_what_decides(run: RunDir, progress: Progress) -> None:
@@ -152,8 +141,12 @@ def _target(run: RunDir, recipe: Recipe, output: Path | None) -> Path:
         raise RunError(
             "a repeat does not go into the run that it repeats", given=str(target), do="choose another --output"
         )
-    if os.path.isfile(target / "recipe.yaml") and RunDir.open(target).recipe().digest() != recipe.digest():
-        raise RunError(f"{target} is a run of another recipe; nothing in it was touched", do="choose another --output")
+    if os.path.isfile(target / "recipe.yaml"):
+        found, wanted = (without_places(one).digest() for one in (RunDir.open(target).recipe(), recipe))
+        if found != wanted:
+            raise RunError(
+                f"{target} is a run of another recipe; nothing in it was touched", do="choose another --output"
+            )
     return target
 
 
@@ -174,126 +167,5 @@ def _require_same_images(run: RunDir, recipe: Recipe, bench: Bench, wanted: str,
         f"the images are not those of {run.path}: names, labels or the content of files have changed",
         given=f"fingerprint {found[:16]}, {len(data.train)} training and {len(data.val)} evaluation images",
         allowed=f"{wanted[:16]}, {counts['labeled_images']} training and {counts['val_images']} evaluation images used",
-        do="bring the images back that the run was made with; its recipe.yaml names their place",
+        do=f"bring the images back that the run was made with; {run.path / 'recipe.yaml'} names their place",
     )
-
-
-def compare(first: RunDir, second: RunDir) -> dict[str, Any]:
-    """What is equal in two finished runs, and what is not; see ``repeat``."""
-    tensors = differing_tensors(first.path / _TASK, second.path / _TASK)
-    before, after = first.summary(), second.summary()
-    checks = [_file_check("task file", first.path / _TASK, second.path / _TASK)]
-    pair = (first.path, second.path)
-    for name in sorted(
-        {folder.name for path in pair for folder in path.glob("teacher*") if (folder / _TASK).is_file()}
-    ):
-        checks.append(_file_check(f"{name} file", *(path / name / _TASK for path in pair)))
-    checks.append(_history_check(history(first), history(second)))
-    for what, read in _FIGURES.items():
-        values = read(before), read(after)
-        if values != (None, None):
-            checks.append(_check(what, *map(_words, values), equal=values[0] == values[1]))
-    return {
-        "run": str(first.path),
-        "repeat": str(second.path),
-        "equal": all(check["equal"] for check in checks),
-        "checks": checks,
-        "tensors": tensors,
-        "environment": differing(_surroundings(first), _surroundings(second)),
-        "changed_on_the_way": {"first": changed_on_the_way(first), "repeat": changed_on_the_way(second)},
-    }
-
-
-def history(run: RunDir) -> list[dict[str, Any]]:
-    """The epochs of a run without their times."""
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in run.metrics()]
-
-
-# What of a summary has to be equal.
-_FIGURES = {
-    "accuracy": lambda s: f"{s['student']['accuracy']:.2%} ({s['student']['correct']} correct)",
-    "accuracy on the test folder": lambda s: s["student"].get("test_accuracy"),
-    "images": lambda s: s["data"]["fingerprint"],
-    "backbone": lambda s: s["student"]["backbone_sha256"],
-    "frozen weights": lambda s: s.get("frozen"),
-    "teacher": lambda s: s.get("teacher"),
-    "more teachers": lambda s: s.get("more_teachers"),
-    # What a run met on the way: memory that ran out, numbers that were not finite.
-    "accumulation": lambda s: s["faults"]["accumulation"],
-    "skipped steps": lambda s: s["faults"]["skipped_steps"],
-    "learning-rate factor": lambda s: f"{s['faults']['learning_rate_factor']:g}",
-}
-
-
-def _check(what: str, first: str, second: str, *, equal: bool) -> dict[str, Any]:
-    return {"what": what, "first": first, "repeat": second, "equal": equal}
-
-
-def _words(value: Any) -> str:
-    """A figure in a few words: hashes by their beginning, records by what names them."""
-    if isinstance(value, dict):
-        known = [value.get(key) for key in ("sha256", "backbone_sha256", "accuracy")]
-        return ", ".join(_words(one) for one in known if one is not None)
-    if isinstance(value, list):
-        return "; ".join(map(_words, value))
-    if isinstance(value, float):
-        return f"{value:.2%}"
-    return "-" if value is None else value[:16] if isinstance(value, str) and len(value) == 64 else str(value)
-
-
-def _file_check(what: str, first: Path, second: Path) -> dict[str, Any]:
-    contents = [path.read_bytes() if path.is_file() else b"" for path in (first, second)]
-    sizes = [files.size(len(content)) if content else "-" for content in contents]
-    return _check(what, *sizes, equal=contents[0] == contents[1])
-
-
-def _history_check(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last epoch, or the first one that differs."""
-    pairs = list(zip(first, second, strict=False))
-    number = next((n for n, (one, other) in enumerate(pairs) if one != other), len(pairs) - 1)
-    told = [
-        f"epoch {number + 1} of {len(rows)}: loss {rows[number].get('loss', float('nan')):.9g}"
-        for rows in (first, second)
-    ]
-    return _check("history", *told, equal=first == second)
-
-
-def differing_tensors(first: Path, second: Path) -> list[dict[str, Any]]:
-    """Tensors of two safetensors files that are not equal, by how much; None where one lacks it or shapes differ."""
-    one, other = load(first.read_bytes()), load(second.read_bytes())
-    found = []
-    for name in sorted(one.keys() | other.keys()):
-        if name in one and name in other and one[name].shape == other[name].shape:
-            if not torch.equal(one[name], other[name]):
-                largest = float((one[name].double() - other[name].double()).abs().max())
-                found.append({"name": name, "largest_difference": largest})
-        else:
-            found.append({"name": name, "largest_difference": None})
-    return found
-
-
-def _surroundings(run: RunDir) -> dict[str, Any]:
-    """The environment that a run began in, and what was another one where it went on."""
-    summary, record = run.summary(), run.environment()
-    first = plain_environment(record)
-    legs = {
-        f"resumed {number}": {row["what"]: row["repeat"] for row in differing(first, plain_environment(leg))}
-        for number, leg in enumerate(record.get("resumed", []), 1)
-    }
-    return first | legs | {"precision": summary["precision"]}
-
-
-def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Entries of two nested records that are not equal, as (what, first, repeat); "-" where there is none."""
-    one, other = dict(_flat(first)), dict(_flat(second))
-    names = [*one, *(name for name in other if name not in one)]
-    pairs = ((name, one.get(name, "-"), other.get(name, "-")) for name in names)
-    return [{"what": name, "first": a, "repeat": b} for name, a, b in pairs if a != b]
-
-
-def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", str(value)

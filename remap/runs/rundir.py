@@ -27,6 +27,7 @@ from remap.outside import (
 from remap.recipe import Recipe, dump, load
 from remap.runs.curves import curves
 from remap.runs.environment import command, environment, now, plain_environment
+from remap.runs.records import is_number, summary_problem
 
 # What ``create`` leaves when it is killed before recipe.yaml is there.
 _DRAFT = re.compile(r"\.?recipe\.yaml\.\d+\.tmp(\.\d+\.tmp)?")
@@ -95,7 +96,7 @@ class RunDir:
             RunError: It holds something, or cannot be written.
         """
         run = RunDir(path)
-        unfit = unfit_for_a_place(run.path)
+        unfit = unfit_for_a_place(run.path) or _unfit_for_tensors(run.path)
         if unfit:
             raise RunError("no run directory can be made there", given=plain(f"{path}: {unfit}"), do="name another")
         try:
@@ -138,13 +139,17 @@ class RunDir:
 
     def _exists_already(self) -> RunError:
         what = f"{self.path} exists already; nothing in it was touched"
+        if not os.path.isdir(self.path):
+            return RunError(what, given="it is a file, and no folder", do="name another --output")
         if not os.path.isfile(self.path / "recipe.yaml"):
             return RunError(what, given="it is no run directory, and not empty", do="name another --output")
         if self.became()[0] == "failed" and not any(self.checkpoint.glob("*.json")):
             return RunError(
                 what, given="a run that failed before it trained", do="name another --output, or remove that folder"
             )
-        return RunError(what, do=f"name another --output, or go on with that run: --resume {self.path}")
+        return RunError(
+            what, do=f"name another --output, or go on with that run: --resume {shlex.quote(str(self.path))}"
+        )
 
     @staticmethod
     def open(path: Path) -> "RunDir":
@@ -166,7 +171,7 @@ class RunDir:
         """While this process works in the directory, no other one does.
 
         Raises:
-            RunError: One does.
+            RunError: One does, or a link in the directory leads elsewhere.
         """
         with self._to_lock() as file:
             try:
@@ -174,10 +179,11 @@ class RunDir:
             except BlockingIOError:
                 raise RunError(
                     f"another process is working in {self.path}; nothing in it was touched",
-                    do=f"wait for it, or stop it: touch {self.stop}",
+                    do=f"wait for it, or stop it: touch {shlex.quote(str(self.stop))}",
                 ) from None
             except OSError:  # a file system without locks
                 pass
+            files.require_no_links(self.path)
             self._sweep()
             yield
 
@@ -240,7 +246,7 @@ class RunDir:
     def seconds(self) -> float:
         """For how long it has worked so far, as ``set_status`` noted it."""
         noted = self._noted().get("seconds") if os.path.isfile(self.path / "status.json") else None
-        return float(noted) if isinstance(noted, int | float) and noted > 0 else 0.0
+        return float(noted) if is_number(noted) and noted > 0 else 0.0
 
     def status(self) -> str:
         return str(self._noted().get("status", ""))
@@ -273,11 +279,11 @@ class RunDir:
         path = self.path / "metrics.jsonl"
         try:
             records = [parse_json(line) for line in read_regular(path, MOST_JSON_BYTES).splitlines()]
-            if not all(isinstance(record, dict) for record in records):
-                raise ValueError("a line is no record")
+            if not all(isinstance(record, dict) and all(map(is_number, record.values())) for record in records):
+                raise ValueError("a line is no record of numbers")
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else plain(str(error))
-            raise RunError(f"cannot read {path}: {reason}") from error
+            raise RunError(f"cannot read {path}: {reason}", do=_OWN) from error
         return records
 
     def write_trainables(self, found: list[dict[str, Any]]) -> None:
@@ -291,7 +297,7 @@ class RunDir:
 
     @contextmanager
     def images(self, instead: str = "") -> Iterator[None]:
-        """While the images of its recipe are looked for: where they are gone, say what to bring back.
+        """While the images of its recipe are looked for: where they are gone, say how to go on without the old place.
 
         Args:
             instead: What else can be done, as in ", or name others".
@@ -299,8 +305,11 @@ class RunDir:
         try:
             yield
         except MissingData as error:
-            do = f"bring the images back that the run was made with; {self.path / 'recipe.yaml'} names their place"
-            raise MissingData(error.what, given=error.given, allowed=error.allowed, do=do + instead) from error
+            do = (
+                f"bring the images back that the run was made with; {self.path / 'recipe.yaml'} names their place."
+                " If they have moved, write the new place there (source, val_source and unlabeled, under data)"
+            )
+            raise MissingData(error.what, given=error.given, do=do + instead) from error
 
     @property
     def is_done(self) -> bool:
@@ -310,7 +319,9 @@ class RunDir:
         """What is wrong with the files that a run that is done leaves; None if nothing."""
         path = self.path / "summary.json"
         try:
-            read_json(path)
+            problem = summary_problem(read_json(path))
+            if problem is not None:
+                return f"{path} is no summary of a finished run: {problem}"
             path = self.task / "task.json"
             meta = read_json(path)
             path = self.task / "task.safetensors"
@@ -319,6 +330,15 @@ class RunDir:
             reason = error.strerror if isinstance(error, OSError) else error
             return f"{path} cannot be read: {reason}"
         return f"{path} is not the one that task.json is about" if differs else None
+
+
+def _unfit_for_tensors(path: Path) -> str | None:
+    """Safetensors opens no other names, so that a run could be neither resumed nor used."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return "it holds a byte that is no UTF-8"
+    return None
 
 
 def default_path() -> Path:

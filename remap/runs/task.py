@@ -1,7 +1,6 @@
 """Task files: what one task costs to keep. Tuned parameters and head, never the frozen backbone."""
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from remap import __version__, files
-from remap.backbones.build import Backbone, Identity, build, fresh_head, resolve_name, state_hash
+from remap.backbones.build import (
+    Backbone,
+    Identity,
+    build,
+    fresh_head,
+    require_stored,
+    resolve_name,
+    state_hash,
+)
 from remap.data.views import View
 from remap.engine.sharding import fill, whole
 from remap.errors import BackboneError, RunError
@@ -21,8 +28,16 @@ from remap.network import Network, choose_attention, tuned
 from remap.outside import absolute, expanded
 from remap.recipe.paths import is_run
 from remap.recipe.schema import ModelSpec
-from remap.runs.rundir import STUDENT_MODEL, RunDir
-from remap.runs.task_file import FORMAT, read_meta, read_tensors, require_numbers, require_sizes
+from remap.runs.rundir import STUDENT_MODEL
+from remap.runs.task_file import (
+    FORMAT,
+    TaskMeta,
+    folder_of,
+    read_meta,
+    read_tensors,
+    require_numbers,
+    require_sizes,
+)
 
 # Tasks that were tuned on a folded task, which was tuned on another.
 LONGEST_CHAIN = 16
@@ -80,7 +95,7 @@ def load_task(path: Path, *, behind: tuple[str, ...] = ()) -> tuple[Network, Vie
     Raises:
         RunError: The files are damaged, or not what ``save_task`` writes, or the backbone is another one.
     """
-    folder = _folder_of(path)
+    folder = folder_of(path)
     if absolute(folder) in behind or len(behind) >= LONGEST_CHAIN:
         raise RunError(f"{folder} is tuned on tasks without end", given=" <- ".join(behind[:4]))
     meta = read_meta(folder)
@@ -90,6 +105,8 @@ def load_task(path: Path, *, behind: tuple[str, ...] = ()) -> tuple[Network, Vie
     weights = "none" if meta.holds_backbone else spec.weights
     model = _beside(folder, spec.model)
     source = ModelSpec(model=model, weights=weights, preset=spec.preset, image_size=spec.image_size)
+    if weights == "none":
+        _require_held(folder, meta, source)
     backbone = open_backbone(source, len(meta.classes), behind=(*behind, absolute(folder)))
     if not meta.holds_backbone and backbone.identity.sha256 != spec.sha256:
         raise RunError(
@@ -102,10 +119,21 @@ def load_task(path: Path, *, behind: tuple[str, ...] = ()) -> tuple[Network, Vie
     except ValidationError as error:
         raise RunError(f"{folder / 'task.json'} has options that {meta.method.name} does not take") from error
     network.identity = Identity(spec.model, spec.weights, spec.sha256, spec.preset, spec.image_size)
+    if meta.holds_backbone and not tensors.keys() >= dict(network.model.named_parameters()).keys():
+        raise RunError(f"{folder} does not hold the backbone that its task.json says it holds")
     _put(network, tensors, folder)
     network.classes, network.preprocess = meta.classes, meta.preprocess
     choose_attention(network, "auto", torch.device("cpu"))  # the kernel it was trained with, unless it is moved
     return network, meta.view
+
+
+def _require_held(folder: Path, meta: TaskMeta, source: ModelSpec) -> None:
+    """A backbone without weights of its own is in the task; said before a model is built that the file cannot fill."""
+    if not meta.holds_backbone:
+        raise RunError(f"{folder} neither holds its backbone nor says where the weights are")
+    if not is_run(source.model):  # which has weights of its own, as is said later
+        stored = (folder / "task.safetensors").stat().st_size
+        require_stored(source.model, stored, preset=source.preset, image_size=source.image_size)
 
 
 def _beside(folder: Path, model: str) -> str:
@@ -120,7 +148,7 @@ def put_task(network: Network, path: Path) -> None:
     Raises:
         RunError: The files are damaged, or belong to another backbone.
     """
-    folder = _folder_of(path)
+    folder = folder_of(path)
     meta = read_meta(folder)
     if meta.backbone.sha256 != network.identity.sha256:
         raise RunError(
@@ -137,40 +165,7 @@ def require_tuned(word: str) -> None:
     Raises:
         RunError: It holds none; with what became of its run.
     """
-    _folder_of(expanded(word))
-
-
-def _folder_of(path: Path) -> Path:
-    """The task folder of a run directory; a task folder is its own."""
-    folder = path / "task" if os.path.isdir(path / "task") else path
-    if os.path.isfile(folder / "task.json"):
-        return folder
-    if os.path.isfile(path / "recipe.yaml"):
-        raise _unfinished(path)
-    if os.path.isfile(path / "adapter_config.json"):
-        raise RunError(
-            f"{path} is an adapter of PEFT, not a task of remap",
-            given="adapter_config.json, which does not say what backbone, classes and preprocessing it is for",
-            do="load it with PEFT, merge it (merge_and_unload) into its timm model, save that with timm's save_for_hf,"
-            " and name it: --student local-dir:FOLDER",
-        )
-    return folder
-
-
-def _unfinished(path: Path) -> RunError:
-    """A run directory without a student, and what became of its run."""
-    run = RunDir(path)
-    if os.path.isfile(path / "status.json") and run.is_done:
-        return RunError(
-            f"{run.task / 'task.json'} is missing; the run itself is finished",
-            do=f"copy the task folder again, or write it from the last checkpoint: remap tune --resume {path}",
-        )
-    ended, message = run.became()
-    return RunError(
-        f"{path} holds no tuned student: its run {ended}",
-        given=message,
-        do=f"{path / 'status.json'} has the whole message; go on with --resume {path}, or name another run",
-    )
+    folder_of(expanded(word))
 
 
 def open_backbone(
@@ -211,7 +206,7 @@ def require_size_of_run(spec: ModelSpec) -> None:
         BackboneError: ``spec`` asks for another one.
     """
     run = spec.model if is_run(spec.model) else spec.weights
-    own = read_meta(_folder_of(expanded(run))).preprocess.size
+    own = read_meta(folder_of(expanded(run))).preprocess.size
     if spec.image_size not in (None, own):
         raise BackboneError(
             f"{run} was tuned on images of {own} x {own} pixels",

@@ -5,6 +5,9 @@
 """
 
 import json
+import os
+import shlex
+from decimal import Decimal
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +22,9 @@ from remap.data.views import FILTERS, View
 from remap.errors import RunError
 from remap.network import Network
 from remap.outside import plain, sha256_of, unfit_for_a_name
+from remap.recipe.paths import is_run
 from remap.recipe.schema import LARGEST_SIDE, MethodSpec, Place
+from remap.runs.rundir import RunDir
 
 FORMAT = 1
 MOST_CLASSES = 1_000_000
@@ -37,7 +42,8 @@ def _class_name(name: str) -> str:
 def _own_place(word: str) -> str:
     """A task names its backbone by an absolute path, or a name that is none: not from wherever it is read."""
     path = word.removeprefix("local-dir:")
-    if (path != word or word.endswith(".safetensors")) and (not path.startswith("/") or ".." in path.split("/")):
+    is_path = path != word or word.endswith(".safetensors") or is_run(word)
+    if is_path and (not path.startswith("/") or ".." in path.split("/")):
         raise ValueError("should be an absolute path without '..'")
     return word
 
@@ -83,6 +89,43 @@ class TaskMeta(BaseModel):
     sha256: _Sha256
 
 
+def folder_of(path: Path) -> Path:
+    """The task folder of a run directory; a task folder is its own.
+
+    Raises:
+        RunError: It is a run directory without a student, or an adapter of PEFT.
+    """
+    folder = path / "task" if os.path.isdir(path / "task") else path
+    if os.path.isfile(folder / "task.json"):
+        return folder
+    if os.path.isfile(path / "recipe.yaml"):
+        raise _unfinished(path)
+    if os.path.isfile(path / "adapter_config.json"):
+        raise RunError(
+            f"{path} is an adapter of PEFT, not a task of remap",
+            given="adapter_config.json, which does not say what backbone, classes and preprocessing it is for",
+            do="load it with PEFT, merge it (merge_and_unload) into its timm model, save that with timm's save_for_hf,"
+            " and name it: --student local-dir:FOLDER",
+        )
+    return folder
+
+
+def _unfinished(path: Path) -> RunError:
+    """A run directory without a student, and what became of its run."""
+    run = RunDir(path)
+    if os.path.isfile(path / "status.json") and run.is_done:
+        return RunError(
+            f"{run.task / 'task.json'} is missing; the run itself is finished",
+            do=f"copy the task folder again, or write it from the last checkpoint: {_resume(path)}",
+        )
+    ended, message = run.became()
+    return RunError(
+        f"{path} holds no tuned student: its run {ended}",
+        given=message,
+        do=f"{path / 'status.json'} has the whole message; go on with {_resume(path)}, or name another run",
+    )
+
+
 def read_meta(folder: Path) -> TaskMeta:
     """
     Raises:
@@ -125,7 +168,11 @@ def _again(folder: Path) -> str:
     whole = "copy the task folder again"
     if folder.name != "task" or not (run / "checkpoint").is_dir():
         return whole
-    return f"{whole}, or write it from the last checkpoint of its run: remap tune --resume {run}"
+    return f"{whole}, or write it from the last checkpoint of its run: {_resume(run)}"
+
+
+def _resume(run: Path) -> str:
+    return f"remap tune --resume {shlex.quote(str(run))}"
 
 
 def require_sizes(folder: Path, meta: TaskMeta, tensors: dict[str, Tensor]) -> None:
@@ -142,7 +189,8 @@ def require_sizes(folder: Path, meta: TaskMeta, tensors: dict[str, Tensor]) -> N
     strange = [number for number in _numbers(meta.method.options) if abs(number) > largest]
     if strange:
         raise RunError(
-            f"{folder / 'task.json'} has options that the tensors beside it do not fit", given=f"{strange[0]:.6g}"
+            f"{folder / 'task.json'} has options that the tensors beside it do not fit",
+            given=f"{Decimal(strange[0]):.6g}",
         )
 
 
@@ -155,10 +203,12 @@ def _numbers(value: Any) -> list[int]:
 
 
 def require_numbers(network: Network, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Tensors of the types they were saved with, and finite."""
-    for name, own in (dict(network.model.named_parameters()) | network.tensors).items():
-        if name in tensors and tensors[name].dtype != own.dtype:
-            raise RunError(f"{name} in {folder} is {tensors[name].dtype}, not {own.dtype}")
-    bad = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+    """Tensors of the types they were saved with, and finite. Those that do not belong there are refused later."""
+    own = dict(network.model.named_parameters()) | network.tensors
+    known = {name: tensor for name, tensor in tensors.items() if name in own}
+    for name, tensor in known.items():
+        if tensor.dtype != own[name].dtype:
+            raise RunError(f"{name} in {folder} is {tensor.dtype}, not {own[name].dtype}")
+    bad = [name for name, t in known.items() if t.is_floating_point() and not bool(t.isfinite().all())]
     if bad:
         raise RunError(f"{len(bad)} tensors in {folder} hold numbers that are not finite", given=plain(bad[0])[:200])

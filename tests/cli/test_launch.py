@@ -181,6 +181,18 @@ if rank == 1:
     assert time.monotonic() - started < 10
 
 
+def test_one_that_was_stopped_alone_is_named(run: Callable[..., Ended]) -> None:
+    """Its message has no `error:` in front."""
+    body = """
+if rank == 1:
+    sys.stderr.write("a warning\\n[process 1] stopped by SIGTERM\\n")
+    leave(143)
+time.sleep(0.3)
+leave(launch.LOST)
+"""
+    assert run(body) == (143, "", "[process 1] stopped by SIGTERM\n")
+
+
 def test_what_comes_of_an_error_elsewhere_is_not_said(run: Callable[..., Ended]) -> None:
     """Code 3 means: another process ended. The first one to end is then not the cause."""
     body = """

@@ -178,6 +178,15 @@ def test_the_help_shows_the_defaults_of_the_recipes() -> None:
         assert found == wanted
 
 
+def test_the_help_says_that_the_method_decides_about_the_default_losses(
+    remap: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`linear` leaves attention as it is, and is not asked to follow it."""
+    monkeypatch.setenv("COLUMNS", "300")
+    assert ",".join(loss.name for loss in resolve_distill(None, {"method": "linear"}).losses) != DEFAULTS["losses"]
+    assert f"{DEFAULTS['losses']}, of these what the method can follow" in remap("distill", "--help").stdout
+
+
 def test_doctor_runs_without_network(remap: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     result = remap("doctor", "--json")

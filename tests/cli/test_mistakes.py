@@ -5,8 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import Result
+
+from remap.errors import DiskFull
 
 WORDS = [
     (["--method", "vpt_dep"], ["unknown method 'vpt_dep'", "did you mean 'vpt_deep'"]),
@@ -47,6 +50,32 @@ def test_a_wrong_word_is_named_and_leaves_nothing(
     assert result.exit_code == 2
     assert [part for part in parts if part not in result.message] == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--losses", "ce,kd:x"], "losses: 'kd:x': the weight after the colon must be a number, got 'x'"),
+        (["--set", "train.epochs="], "train.epochs: should be a valid integer, got nothing"),
+    ],
+)
+def test_what_was_given_is_said_once_and_as_it_was_typed(
+    remap: Callable[..., Result], words: list[str], problem: str
+) -> None:
+    assert remap("distill", *words).message == f"command line: 1 problem\n  - {problem}"
+
+
+@pytest.mark.parametrize(
+    ("variables", "launcher"),
+    [({}, "no launcher"), ({"ACCELERATE_DYNAMO_MODE": "default"}, "accelerate launch, which started one process")],
+)
+def test_the_launcher_that_started_one_process_is_named(
+    remap: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], launcher: str
+) -> None:
+    """The variable is the only trace of `accelerate launch --cpu`."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert f"given:   {launcher}" in remap("distill", "--devices", "2").message
 
 
 @pytest.mark.parametrize(("words", "parts"), THINGS)
@@ -108,6 +137,16 @@ def _folder(root: Path, layout: dict[str, int]) -> Path:
     return root
 
 
+def test_a_teacher_at_chance_asks_for_a_new_run_and_for_no_word_that_was_not_given(
+    remap: Callable[..., Result], tmp_path: Path, tiny: list[str]
+) -> None:
+    """Both classes hold the same images, so half of the answers are right."""
+    data = _folder(tmp_path / "data", {"train/a": 8, "train/b": 8, "val/a": 3, "val/b": 3})
+    stopped = remap("distill", "--data", data, *tiny)
+    assert stopped.exit_code == 2 and "  do:      start a new run: tune all of it" in stopped.message
+    assert "--output" not in stopped.message
+
+
 @pytest.mark.parametrize(
     ("layout", "part"),
     [
@@ -153,6 +192,25 @@ def test_advice_can_be_typed(remap: Callable[..., Result], tmp_path: Path, tiny:
     assert advice == "tune --recipe r/recipe.yaml WORDS --output FOLDER"
     typed = advice.replace("WORDS", "--set data.max_bad=0.13").replace("FOLDER", "s").split()
     assert remap(*typed).exit_code == 0 and (tmp_path / "s" / "task" / "task.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (DiskFull("r will not fit on the disk", do="choose another --output"), "then go on with: remap tune --resume"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "a smaller --batch-size"),
+    ],
+)
+def test_the_folder_of_a_run_gives_the_advice_of_the_terminal(
+    remap: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, advice: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("remap.running.carry_out", fail)
+    stopped = remap("tune", "--method", "linear", "--output", "r")
+    assert stopped.exit_code == 2 and advice in stopped.message
+    assert json.loads((tmp_path / "r" / "status.json").read_text())["message"] == stopped.message
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_its_folder_says_so(

@@ -11,6 +11,7 @@ from typer.testing import Result
 from remap_cli.repeat import _take_threads_of, sentence
 
 NOTHING: dict[str, list[str]] = {"first": [], "repeat": []}
+REASONS = {"changed_on_the_way": NOTHING, "outputs_of_others": NOTHING}
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_the_sentence_says_what_a_run_met_on_the_way() -> None:
     """After memory ran out, "the environment is the same" alone would leave the reader without a reason."""
     names = ("history", "accumulation", "skipped steps", "accuracy")
     checks = [{"what": name, "equal": name == "accuracy"} for name in names]
-    found = {"equal": False, "checks": checks, "tensors": [], "environment": [], "changed_on_the_way": NOTHING}
+    found = {"equal": False, "checks": checks, "tensors": [], "environment": [], **REASONS}
     told = sentence(found)
     assert "history, accumulation, skipped steps differ;" in told
     assert "memory ran out" in told and "not finite" in told and told.endswith("; the environment is the same.")
@@ -54,12 +55,17 @@ def test_the_sentence_says_what_a_run_met_on_the_way() -> None:
 def test_the_sentence_says_by_how_much_and_where() -> None:
     checks = [{"what": "task file", "equal": False}, {"what": "history", "equal": True}]
     tensors = [{"name": "a", "largest_difference": 1e-3}, {"name": "b", "largest_difference": None}]
-    found = {"equal": False, "checks": checks, "tensors": tensors, "environment": [{"what": "threads"}]}
+    found = {"equal": False, "checks": checks, "tensors": tensors, "environment": [{"what": "threads"}], **REASONS}
     told = "It did not repeat bit for bit: task file differs (weights by at most 0.001); the environment differs."
-    assert sentence(found | {"changed_on_the_way": NOTHING}) == told
+    assert sentence(found) == told
     changed = {"first": ["another number of processes (2, then 1)"], "repeat": []}
     words = "; the first run was resumed with another number of processes (2, then 1), which decides last bits; the env"
     assert words in sentence(found | {"changed_on_the_way": changed})
+    read = {"first": [], "repeat": ["9 of 24 outputs of vit_x"]}
+    words = (
+        "; the repeat read 9 of 24 outputs of vit_x on disk that another run had computed, with the last bits of its "
+    )
+    assert words in sentence(found | {"outputs_of_others": read})
 
 
 def test_thread_variables_are_those_of_the_run_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

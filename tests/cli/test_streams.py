@@ -1,11 +1,50 @@
 """Standard streams that are closed, full, or no longer read."""
 
+import io
+import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from remap_cli import streams
+
+# Lines, bars where there is a terminal, and an end: well, by a mistake of the user's, by a bug.
+WORKS = """
+import os, time
+from remap.errors import RemapError
+from remap_cli import view
+from remap_cli.main import app, main
+
+@app.command("work")
+def work() -> None:
+    with view.Reporter() as progress, progress.wait("work", 20) as step:
+        os.write(1, b"ready\\n")  # past the bars
+        for _ in range(20):
+            time.sleep(0.02)
+            progress.say("a line")
+            step.advance()
+    END
+
+main()
+"""
+ENDS = {"print('done')": 0, "raise RemapError('a mistake')": 2, "raise ValueError('a bug')": 1}
+CRAMPED = """
+import os, sys
+from remap_cli.main import app, main
+
+@app.command("much")
+def much() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        os.set_blocking(stream.fileno(), False)
+        stream.write("x" * 1_000_000)
+
+main()
+"""
 
 
 @pytest.mark.parametrize("words", [["methods"], ["methods", "--json"], ["recipes", "show", "digits"]])
@@ -50,3 +89,56 @@ def test_no_file_gets_the_number_of_a_closed_stream() -> None:
         f'{sys.executable} -c "{code}" 9>&1 <&- >&- 2>&-', shell=True, capture_output=True, text=True, check=False
     )
     assert done.stdout == "True\n"
+
+
+@pytest.mark.parametrize("log", ["full", "pipe", "terminal"])
+@pytest.mark.parametrize(("end", "code"), ENDS.items())
+def test_a_log_that_cannot_be_written_changes_nothing(log: str, end: str, code: int) -> None:
+    """A full disk, a reader that leaves (`2>&1 | head`), a terminal that is closed while bars are drawn."""
+    opened = {"full": lambda: (None, os.open("/dev/full", os.O_WRONLY)), "pipe": os.pipe, "terminal": pty.openpty}
+    reader, writer = opened[log]()
+    words = [sys.executable, "-c", WORKS.replace("END", end), "work"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=writer, text=True)
+    os.close(writer)
+    assert process.stdout.readline() == "ready\n"
+    if reader is not None:
+        os.close(reader)
+    output, _ = process.communicate(timeout=30)
+    assert (process.returncode, output) == (code, "done\n" if code == 0 else "")
+
+
+@pytest.mark.parametrize("words", [["nothing"], ["distill", "--method", "vpt_dep"]])
+def test_a_mistake_that_cannot_be_told_keeps_its_exit_code(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "remap_cli", *words], stderr=full, check=False)
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize("devices", ["1", "2"])
+def test_a_run_outlives_its_log(pictures: Path, tiny: list[str], tmp_path: Path, devices: str) -> None:
+    words = ["tune", "--data", str(pictures), *tiny, "--method", "linear", "--output", str(tmp_path / "r")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "remap_cli", *words, "--devices", devices, "--json"],
+            stdout=subprocess.PIPE,
+            stderr=full,
+            check=False,
+        )
+    assert done.returncode == 0 and json.loads(done.stdout)["processes"] == int(devices)
+    assert json.loads((tmp_path / "r" / "status.json").read_text())["status"] == "done"
+
+
+def test_a_log_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
+    number = os.open("/dev/full", os.O_WRONLY)
+    with io.TextIOWrapper(io.BufferedWriter(streams._Stderr(number, "wb")), line_buffering=True) as log:
+        print("lost", file=log)
+        with open(tmp_path / "log", "wb") as room:
+            os.dup2(room.fileno(), number)
+        print("kept", file=log)
+    assert (tmp_path / "log").read_text() == "kept\n"
+
+
+def test_a_pipe_that_does_not_block_gets_everything() -> None:
+    """As some parents leave it, which share the stream; a pipe holds 64 KiB (pipe(7))."""
+    done = subprocess.run([sys.executable, "-c", CRAMPED, "much"], capture_output=True, check=False)
+    assert (done.returncode, len(done.stdout), len(done.stderr)) == (0, 1_000_000, 1_000_000)

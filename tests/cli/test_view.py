@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from remap.engine import interrupt
-from remap.errors import Interrupted, WeightsError
+from remap.errors import Interrupted, RemapError, WeightsError
 from remap_cli import main, view
 
 WAITS = """
@@ -88,6 +88,16 @@ def test_a_short_wait_says_nothing_and_a_quiet_reporter_neither(printed: io.Stri
     assert printed.getvalue() == ""
 
 
+def test_to_have_been_stopped_is_no_error(printed: io.StringIO) -> None:
+    view.error(Interrupted("stopped by Ctrl-C; the state is saved", do="go on with: remap tune --resume r"))
+    view.error(RemapError("no such image"))
+    assert printed.getvalue().splitlines() == [
+        "stopped by Ctrl-C; the state is saved",
+        "  do:      go on with: remap tune --resume r",
+        "error: no such image",
+    ]
+
+
 @pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
 def test_a_signal_ends_with_a_word_and_its_code(number: signal.Signals, word: str) -> None:
     """Exit code 128 + n, as shells report it (POSIX)."""
@@ -98,7 +108,7 @@ def test_a_signal_ends_with_a_word_and_its_code(number: signal.Signals, word: st
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + number
-    assert word in errors and "Traceback" not in errors
+    assert errors == f"{word}; there was nothing to save, and what was saved before is kept\n"
 
 
 SWALLOWS = """
@@ -127,6 +137,29 @@ def test_a_signal_that_is_swallowed_ends_the_command_all_the_same(answer: str) -
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=10)
     assert process.returncode == 143 and "Traceback" not in errors
+
+
+READS = """
+import time
+from concurrent.futures import ThreadPoolExecutor
+from remap.errors import Interrupted
+from remap_cli.main import app, main
+
+@app.command("read")
+def read() -> None:
+    ThreadPoolExecutor().submit(time.sleep, 60)
+    raise Interrupted("stopped by SIGTERM", exit_code=143, at_once=AT_ONCE)
+
+main()
+"""
+
+
+@pytest.mark.parametrize("at_once", ["True", "False"])
+def test_who_was_stopped_waits_for_no_thread(at_once: str) -> None:
+    """As one that reads images ahead from a disk that does not answer; Python waits for it at its exit."""
+    words = [sys.executable, "-c", READS.replace("AT_ONCE", at_once), "read"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=20)
+    assert (done.returncode, done.stderr) == (143, "stopped by SIGTERM\n")
 
 
 def test_a_run_that_began_meanwhile_is_told_of_a_signal_that_was_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:

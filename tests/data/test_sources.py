@@ -134,8 +134,8 @@ def test_what_is_left_out_is_named_with_its_reason_and_hidden_files_are_not(tree
         "extra/a/1.png": "lies outside the class folders",
         "extra/info/x.txt": "lies outside the class folders",
         "train/loose.png": "lies outside the class folders",
-        "train/a/notes.txt": ".txt is not an image format that is read",
-        "train/b/plain": "no suffix is not an image format that is read",
+        "train/a/notes.txt": ".txt files are not taken from folders of images",
+        "train/b/plain": "it has no suffix",
     }
 
 

@@ -43,7 +43,7 @@ def test_any_folders_are_walked_and_mean_nothing(tree: Tree, tar: Tree, kind: st
     assert split.labels.tolist() == [-1] * 4 and split.labels.dtype == np.int64
     for name, index in zip(split.names, range(4), strict=True):
         assert decode(split.read(index)).getpixel((0, 0))[0] == LOOSE[name.removeprefix(f"{root.name}/")]
-    assert skipped == [(f"{root.name}/notes.txt", ".txt is not an image format that is read")]
+    assert skipped == [(f"{root.name}/notes.txt", ".txt files are not taken from folders of images")]
 
 
 def test_no_images_and_no_place_are_refused(tree: Tree, tmp_path: Path) -> None:

@@ -103,6 +103,48 @@ def test_a_checkpoint_of_another_recipe_is_refused(stopped: Path, tiny: Any) -> 
     assert sorted(os.listdir(RunDir(stopped).checkpoint)) == before
 
 
+@pytest.mark.parametrize(
+    ("now", "words"),
+    [
+        (
+            "r1+f2-143+30+w1",
+            ("144 training images and 30 without labels then, 143 training", "fingerprint 'f1' then, 'f2'"),
+        ),
+        ("r1+f1-143+30+w1", ("144 training images and 30 without labels then, 143 training images and 30",)),
+        ("r1+f1-144+30+w2", ("their weights differ", "digest 'w1' then, 'w2' now")),
+        ("r2+f1-144+30+w1", ("belongs to another recipe", "digest 'r1' then, 'r2' now")),
+    ],
+)
+def test_what_differs_from_the_run_is_said_in_words(tmp_path: Path, now: str, words: tuple[str, ...]) -> None:
+    """A digest of letters: recipe, images (fingerprint, with labels, without), weights."""
+    _save(tmp_path / "c", State("r1+f1-144+30+w1"), *_trained(seed=0))
+    with pytest.raises(RunError) as caught:
+        load_checkpoint(tmp_path / "c", now, *_trained(seed=0), _silent)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_a_manifest_that_is_no_json_is_blamed_itself(two: Path) -> None:
+    """In words, and not in those of a parser."""
+    (two / "000002.json").write_text('{"a":\n')
+    said: list[str] = []
+    load_checkpoint(two, "abc", *_trained(seed=0), said.append)
+    assert said[0].startswith(f"{two / '000002.json'} is damaged: it is not JSON;")
+
+
+def test_a_folder_that_was_moved_is_not_made_again(tmp_path: Path) -> None:
+    """A run directory that got another name while the run is going: the checkpoints must not be in two places."""
+    run = tmp_path / "run"
+    run.mkdir()
+    _save(run / "checkpoint", State("abc", step=1), *_trained(seed=1))
+    run.rename(tmp_path / "moved")
+    with pytest.raises(RunError, match=f"{run} has been moved or removed"):
+        _save(run / "checkpoint", State("abc", step=2), *_trained(seed=2))
+    assert sorted(os.listdir(tmp_path)) == ["moved"] and sorted(os.listdir(tmp_path / "moved" / "checkpoint")) == ONE
+    (tmp_path / "moved").rename(run)
+    _save(run / "checkpoint", State("abc", step=2), *_trained(seed=2))
+    assert sorted(os.listdir(run / "checkpoint")) == TWO
+
+
 def test_a_checkpoint_of_another_shape_is_refused(two: Path) -> None:
     parameters, _ = _trained(seed=0)
     wider = {"weight": torch.nn.Parameter(torch.zeros(3, 5)), "bias": parameters["bias"]}
@@ -144,7 +186,8 @@ def test_the_generation_before_stands_in_for_a_damaged_one(two: Path, name: str,
     if (name, damage) == ("000002.json", "gone"):
         assert not said, "as a writer that was killed before its manifest leaves it"
     else:
-        assert len(said) == 1 and "000002.safetensors is damaged" in said[0] and "going on from 000001" in said[0]
+        words = "is missing" if damage == "gone" else "is damaged: "
+        assert len(said) == 1 and f"{path} {words}" in said[0] and "going on from 000001" in said[0]
     if path.is_dir():
         path.rmdir()
     _save(two, State("abc", step=2), parameters, optimizer)
@@ -181,7 +224,7 @@ def test_a_file_that_cannot_be_read_for_now_is_not_damaged(
     before = {path.name: path.read_bytes() for path in two.iterdir()}
     monkeypatch.undo()
     refused = _refuse(monkeypatch, name, number, times=float("inf"))
-    with pytest.raises(RunError, match="000002.safetensors cannot be read") as caught:
+    with pytest.raises(RunError, match=f"{name} cannot be read") as caught:
         load_checkpoint(two, "abc", *_trained(seed=0), said.append)
     assert os.strerror(number) in str(caught.value) and "--resume" in str(caught.value)
     assert 2 <= len(refused) <= 10 and not said

@@ -1,11 +1,13 @@
 """Teacher outputs and frozen features that processes compute together. Source: one process with two micro-batches."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from remap import training
+from remap.data import batches
+from remap.data.contents import Contents
+from remap.data.splits import Split
 from remap.engine import keeping
 from remap.engine.teacher import Teacher
-from remap.running import start
+from remap.errors import DataError
+from remap.running import resume, start
 
 WORKER = Path(__file__).parent / "workers" / "keeping.py"
 IMAGES = 24
@@ -81,6 +88,69 @@ def test_outputs_are_computed_in_parts_where_memory_runs_out(
     monkeypatch.setattr(Teacher, "items", short)
     with pytest.raises(Exception, match="out of memory"):
         start(tiny.recipe(), tmp_path / "sharded")
+
+
+def test_an_image_that_had_no_outputs_is_no_lesson_without_them(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest_difference: Callable[..., float]
+) -> None:
+    """One that could not be read for a moment. Expected after the resume: the run of a sound disk."""
+    recipe = tiny.recipe(SHORT_OF_MEMORY, "data.max_bad=0.2", "teacher.cache=memory")
+    kept, read = training.teachers_in_training, Contents.read
+
+    def missed(contents: Contents, index: int) -> bytes:
+        if contents.split.names[index].endswith("train/green/03.png"):
+            raise FileNotFoundError(2, "No such file or directory")
+        return read(contents, index)
+
+    def keeping_with_one_missed(*arguments: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(Contents, "read", missed)
+            return kept(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "teachers_in_training", keeping_with_one_missed)
+        with pytest.raises(DataError, match="no teacher outputs for 1 image.*\n.*--resume"):
+            start(recipe, tmp_path / "run")
+    found, sound = resume(tmp_path / "run"), start(recipe, tmp_path / "sound")
+    assert largest_difference(found.student.tensors, sound.student.tensors) == 0
+
+
+@pytest.mark.parametrize("place", ["bytes", "batch"])
+def test_what_the_machine_lacks_is_no_fault_of_an_image(
+    tiny: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    watch: Callable[..., Any],
+    largest_difference: Callable[..., float],
+    place: str,
+) -> None:
+    """No more open files: the run says so. No more memory for a batch: smaller ones, and the student is the same."""
+    recipe, progress = tiny.recipe(SHORT_OF_MEMORY, "data.augment=shift"), watch(lambda done: None)
+    sound = start(recipe, tmp_path / "sound")
+    opened, made = Contents.__init__, batches._make
+
+    def short_of_files(contents: Contents, split: Split, workers: int | None = None) -> None:
+        def read(index: int) -> bytes:
+            if progress.steps >= 2:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return split.read(index)
+
+        opened(contents, replace(split, read=read), workers)
+
+    def short_of_memory(source: Any, plan: Any, epoch: int, indices: Any, partners: Any) -> Any:
+        if len(indices) > 4:
+            raise MemoryError("Unable to allocate 3.00 MiB for an array")
+        return made(source, plan, epoch, indices, partners)
+
+    if place == "bytes":
+        monkeypatch.setattr(Contents, "__init__", short_of_files)
+        with pytest.raises(DataError, match="images cannot be read: Too many open files\n(.*\n)+.*ulimit -n"):
+            start(recipe, tmp_path / "run", progress)
+        return
+    monkeypatch.setattr(batches, "_make", short_of_memory)
+    run = start(recipe, tmp_path / "run", progress)
+    assert run.summary["faults"]["accumulation"] == 2 and any("out of memory" in line for line in progress.said)
+    assert largest_difference(run.student.tensors, sound.student.tensors) < 1e-4
 
 
 def _noted(run: Path, count: int, rank: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

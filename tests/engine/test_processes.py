@@ -50,7 +50,7 @@ def test_ctrl_c_says_how_to_go_on(tiny: Any, tmp_path: Path, start_process: Star
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert f"remap distill --resume {run}" in errors and "Traceback" not in errors and errors.count("error:") == 1
+    assert f"remap distill --resume {run}" in errors and "Traceback" not in errors and errors.count("stopped by") == 1
     assert RunDir(run).status() == "stopped"
     after = _state(run)
     assert (after["epoch"], after["step"]) >= (before["epoch"], before["step"])

@@ -106,6 +106,31 @@ def test_a_step_that_is_not_finite_is_skipped(
 
 
 @pytest.mark.guarantee(8)
+def test_a_skipped_step_leaves_no_batch_statistics(
+    tiny: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model_folder: Callable[..., str],
+    figure: Callable[..., None],
+) -> None:
+    """Two epochs of three steps, one with infinite activations: five steps are counted, all statistics are finite."""
+    student = model_folder("resnet18", {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}, 32)
+    poison, forward = Poison("activation", INFINITE, range(3, 4)), torch.nn.BatchNorm2d.forward
+
+    def poisoned(norm: torch.nn.BatchNorm2d, images: Tensor) -> Tensor:
+        return forward(norm, images * INFINITE if norm.training and poison._now("activation") else images)
+
+    poison.install(monkeypatch)
+    monkeypatch.setattr(torch.nn.BatchNorm2d, "forward", poisoned)
+    result = start(tiny.recipe(student=student, method="full", losses="ce", teacher=None), tmp_path / "run")
+    assert poison.unstepped == 1 and result.summary["faults"]["learning_rate_factor"] == 1.0
+    norms = [module for module in result.student.model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert norms and all(int(norm.num_batches_tracked) == 5 for norm in norms)
+    assert all(all_finite([norm.running_mean, norm.running_var]) for norm in norms)
+    figure("statistics of a skipped step that are kept", 0, len(norms))
+
+
+@pytest.mark.guarantee(8)
 @pytest.mark.parametrize("place", ["loss", "gradient", "teacher"])
 def test_a_run_that_stays_bad_stops_with_the_images_in_hand(
     tiny: Any,

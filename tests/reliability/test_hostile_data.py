@@ -30,6 +30,7 @@ from remap.progress import Silent
 from remap.recipe import Recipe
 from remap.recipe.schema import DataSpec
 from remap.runs.curves import curves
+from remap.runs.predict import image_files
 from remap.runs.rundir import RunDir
 from remap_cli import view as screen
 
@@ -271,6 +272,20 @@ def test_links_that_cross_are_refused(tmp_path: Path) -> None:
             (root / one / f"to{i}").symlink_to(root / other)
     with pytest.raises(DataError, match="go round"):
         open_data(str(root), None, 0.5)
+
+
+def test_folders_of_more_levels_than_python_has_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder(tmp_path / "data")
+    monkeypatch.chdir(root / "a")
+    for _ in range(1200):
+        os.mkdir("d")
+        os.chdir("d")
+    monkeypatch.chdir(tmp_path)
+    for read in (lambda: open_data(str(root), None, 0.5), lambda: image_files([str(root)])):
+        with pytest.raises(DataError, match="more than 128 levels deep"):
+            read()
+    assert image_files([str(root / "b")]) == [root / "b" / f"{i}.png" for i in range(4)]
+    subprocess.run(["rm", "-r", str(root)], check=True)  # else Python cannot remove it either
 
 
 def test_a_folder_that_cannot_be_read_is_no_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

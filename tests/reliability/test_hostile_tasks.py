@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save, save_file
 
@@ -155,6 +156,10 @@ TENSORS: dict[str, tuple[Callable[[dict], dict], str]] = {
     "one missing": (lambda ts: {name: t for name, t in ts.items() if name != _lora(ts)}, ""),
     "head missing": (lambda ts: {name: t for name, t in ts.items() if not name.startswith("head")}, "does not fit"),
     "one more": (lambda ts: {**ts, "blocks.0.evil": torch.zeros(3)}, "evil"),
+    "four bits each": (
+        lambda ts: {**ts, "blocks.0.evil": torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)},
+        "evil",
+    ),
     "a strange name": (lambda ts: {**ts, "\x1b[2J": torch.zeros(3)}, ""),
     "nothing": (lambda ts: {}, "does not fit"),
 }
@@ -182,12 +187,14 @@ META: dict[str, tuple[dict[str, Any], str]] = {
     "a dotted method": ({"method": {"name": "os.mkdir"}}, "unknown method"),
     "a target": ({"method": {"name": "lora", "_target_": "os.mkdir"}}, "options that lora does not take"),
     "a huge rank": ({"method": {"name": "lora", "rank": 10**9}}, "options that the tensors beside it do not fit"),
+    "an endless rank": ({"method": {"name": "lora", "rank": 10**400}}, "options that the tensors beside it do not fit"),
     "a huge number of prompts": ({"method": {"name": "vpt_deep", "num_prompts": 10**9}}, "do not fit"),
     "a negative rank": ({"method": {"name": "lora", "rank": -1}}, "options that lora does not take"),
     "a huge view": ({"view": {"size": 10**9, "crop_pct": 1.0, "interpolation": "bicubic"}}, "view"),
     "a strange view": ({"view": {"size": 16, "crop_pct": 1.0, "interpolation": "os.mkdir"}}, "view"),
     "no share": ({"view": {"size": 16, "crop_pct": 0.0, "interpolation": "bicubic"}}, "view"),
     "a checksum that is none": ({"sha256": "../../etc/passwd"}, "sha256"),
+    "a backbone that it does not hold": ({"holds_backbone": True}, "does not hold the backbone"),
 }  # fmt: skip
 
 
@@ -210,6 +217,7 @@ BACKBONES = {
     "a relative weights file": ({"weights": "../w.safetensors"}, "backbone.weights"),
     "a device as weights": ({"weights": "/dev/zero"}, "unknown source of weights"),
     "a FIFO as weights": ({"weights": "FIFO"}, "it is a FIFO"),
+    "no weights anywhere": ({"weights": "none"}, "neither holds its backbone nor says where the weights are"),
     "a preset that is none": ({"preset": "evil"}, "backbone.preset"),
     "a huge size": ({"image_size": 10**9}, "backbone.image_size"),
     "a NUL": ({"model": "local-dir:/a\0b"}, "backbone.model"),
@@ -228,6 +236,23 @@ def test_a_task_does_not_lead_to_surprising_places(
     rewrite(task, backbone={**backbone, **{k: str(fifo) if v == "FIFO" else v for k, v in fields.items()}})
     assert says in refusal(task)
     figure("hostile task and weights files executed, of all tried", 0, 1)
+
+
+@pytest.mark.parametrize("word", ["near", "./near", "../work/near", "~/near"])
+@pytest.mark.parametrize("key", ["model", "weights"])
+def test_a_task_does_not_open_the_runs_around_it(
+    key: str, word: str, source: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused for its words, before the run is read; an absolute path of the same run is followed."""
+    work = tmp_path / "work"
+    shutil.copytree(source, work / "near" / "task")
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("HOME", str(work))
+    backbone = json.loads((task / "task.json").read_text())["backbone"]
+    rewrite(task, backbone={**backbone, key: word})
+    assert f"backbone.{key}" in refusal(task)
+    rewrite(task, backbone={**backbone, key: str(work / "near")})
+    assert "was tuned on other weights" in refusal(task)  # those of the run, with its method folded in
 
 
 def test_a_task_that_is_its_own_backbone_ends(task: Path) -> None:
@@ -314,6 +339,59 @@ def test_model_folders_that_lie_are_refused(
     with pytest.raises(RemapError) as caught:
         open_backbone(ModelSpec(model=f"local-dir:{model}"), 3)
     assert says in str(caught.value)
+    figure("hostile task and weights files executed, of all tried", 0, 1)
+
+
+def _described(architecture: str, classes: int = 3, **arguments: Any) -> dict[str, Any]:
+    pixels = {"input_size": [3, arguments.get("img_size", 224), arguments.get("img_size", 224)]}
+    return {"architecture": architecture, "num_classes": classes, "model_args": arguments, "pretrained_cfg": pixels}
+
+
+LARGE = {
+    "windows": _described(
+        "swin_tiny_patch4_window7_224", img_size=512, window_size=64, embed_dim=16, depths=[2, 2], num_heads=[1, 2]
+    ),
+    "positions": _described("beit_base_patch16_224", img_size=512, patch_size=8, embed_dim=16, depth=2, num_heads=2),
+    "classes": _described("vit_tiny_patch16_224", 10**7, img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2),
+    "weights elsewhere": "vit_large_patch16_224",
+    "a task that holds it": "vit_large_patch16_224",
+}
+
+
+@pytest.fixture
+def only_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is built with memory of its own fails the test."""
+    real = timm.create_model
+
+    def create_model(name: str, **arguments: Any) -> Any:
+        assert torch.empty(0).device.type == "meta", f"{name} is built"
+        return real(name, **arguments)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+
+
+@pytest.mark.guarantee(14)
+@pytest.mark.parametrize(("where", "model"), LARGE.items(), ids=list(LARGE))
+def test_models_far_larger_than_their_files_are_not_built(
+    where: str, model: Any, task: Path, tmp_path: Path, only_described: None, figure: Callable[..., None]
+) -> None:
+    """A few hundred bytes ask for 0.3 to 1.2 GB: of parameters, of tables that are no parameters, of a classifier."""
+    file = tmp_path / "model.safetensors"
+    save_file({"head.weight": torch.zeros(3, 3)}, file)
+    if where == "a task that holds it":
+        backbone = json.loads((task / "task.json").read_text())["backbone"]
+        rewrite(task, backbone={**backbone, "model": model, "weights": "none"}, holds_backbone=True)
+        text = refusal(task)
+    else:
+        spec = ModelSpec(model=f"local-dir:{tmp_path}")
+        if isinstance(model, dict):
+            (tmp_path / "config.json").write_text(json.dumps(model))
+        else:
+            spec = ModelSpec(model=model, weights=str(file))
+        with pytest.raises(WeightsError) as caught:
+            open_backbone(spec, model["num_classes"] if where == "classes" else 3, keep_head=where == "classes")
+        text = str(caught.value)
+    assert "describes a model that its weights do not fit" in text
     figure("hostile task and weights files executed, of all tried", 0, 1)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import signal
 from collections.abc import Callable
@@ -19,8 +20,9 @@ from remap.progress import Silent
 from remap.recipe import dump
 from remap.running import start
 from remap.runs.compare import compare as compare_methods
+from remap.runs.differences import compare, differing, differing_tensors
 from remap.runs.evaluation import evaluate_run
-from remap.runs.repeat import compare, differing, differing_tensors, repeat
+from remap.runs.repeat import repeat
 from remap.runs.rundir import RunDir
 
 Watch = Callable[..., Any]
@@ -103,6 +105,43 @@ def test_each_difference_is_found(run: Path, tmp_path: Path) -> None:
     assert {row["what"]: row["repeat"] for row in found["environment"]} == {"packages.torch": "2.10.0", "threads": "7"}
     (told,) = [check for check in found["checks"] if check["what"] == "history"]
     assert told["first"].startswith("epoch 2 of 2") and told["first"] != told["repeat"]
+
+
+def test_the_history_shows_the_number_that_differs(run: Path, tmp_path: Path) -> None:
+    """One bit of one loss, which the weighted sum above it need not show; then an epoch less, then none."""
+    other = RunDir(shutil.copytree(run, tmp_path / "other"))
+
+    def told() -> tuple[str, str]:
+        (check,) = [one for one in compare(RunDir(run), other)["checks"] if one["what"] == "history"]
+        assert not check["equal"]
+        return check["first"], check["repeat"]
+
+    first, last = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    moved = math.nextafter(first["ce"], 1e9)
+    path = other.path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in (first | {"ce": moved}, last)))
+    assert told() == (f"epoch 1 of 2: ce {first['ce']!r}", f"epoch 1 of 2: ce {moved!r}") and first["ce"] != moved
+    path.write_text(json.dumps(first) + "\n")
+    assert told() == (f"epoch 1 of 2: loss {first['loss']!r}", f"epoch 1 of 1: loss {first['loss']!r}")
+    path.write_text("")
+    assert told()[1] == "no epoch"
+
+
+def test_outputs_that_another_run_computed_are_named_and_make_no_teacher_another_one(run: Path, tmp_path: Path) -> None:
+    """Numbers written by hand: 24 rows, of which the repeat has computed 10. In memory a run computes all it has."""
+    other = RunDir(shutil.copytree(run, tmp_path / "other"))
+    assert compare(RunDir(run), other)["outputs_of_others"] == {"first": [], "repeat": []}
+    for place, kept in (
+        (run, {"where": "disk", "images": 24, "computed": 24}),
+        (other.path, {"where": "disk", "images": 24, "computed": 10}),
+    ):
+        edit(place / "summary.json", lambda s, kept=kept: s["teacher"].update(outputs=kept, model="vit_x"))
+    found = compare(RunDir(run), other)
+    assert found["equal"] and found["outputs_of_others"] == {"first": [], "repeat": ["14 of 24 outputs of vit_x"]}
+    edit(run / "summary.json", lambda s: s["teacher"].update(outputs=None))
+    edit(other.path / "summary.json", lambda s: s["teacher"]["outputs"].update(where="each step", images=0, computed=0))
+    found = compare(RunDir(run), other)
+    assert found["equal"] and found["outputs_of_others"] == {"first": [], "repeat": []}
 
 
 def test_times_do_not_count(run: Path, tmp_path: Path) -> None:
@@ -201,6 +240,7 @@ def test_other_images_and_other_weights_are_refused_before_training(
         with pytest.raises(DataError, match="no such data") as caught:
             ask()
         assert f"{run / 'recipe.yaml'} names their place" in (caught.value.do or "")
+        assert "allowed:" not in str(caught.value), "that is for who chooses images"
         assert "current folder" not in (caught.value.do or ""), "the path is absolute"
     (root / "elsewhere").rename(root / "data")
     weights = root / "student" / "model.safetensors"

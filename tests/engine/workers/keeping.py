@@ -33,7 +33,7 @@ def counting(teacher: Any, images_BCHW: torch.Tensor, batch_size: int) -> dict[s
 
 
 def noting(job: Any, **words: Any) -> Any:
-    everything = np.arange(len(job.source.split))
+    _, everything = job.source.batch(np.arange(len(job.source.split)))
     for view in range(job.recipe.data.views or 1):
         tensors.update({f"{name}.{view}": rows for name, rows in job.teachers[0].kept.rows(everything, view).items()})
     if job.features is not None:
