@@ -151,7 +151,8 @@ def _show(summary: dict[str, Any], json: bool) -> None:
     view.table(title, ["", "accuracy", "parameters", "trained", "to keep"], rows, right=(1, 2, 3, 4))
     if "test_accuracy" in student:
         view.line(f"accuracy on the test folder, looked at once: {student['test_accuracy']:.1%}")
+    run = shlex.quote(summary["run_dir"])
     view.line(
         f"{view.duration(summary['seconds'])} in all. Run: {summary['run_dir']}\n"
-        f"next: remap predict {summary['run_dir']} IMAGES...   remap eval {summary['run_dir']}"
+        f"next: remap predict {run} IMAGES...   remap eval {run}"
     )

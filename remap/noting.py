@@ -88,7 +88,9 @@ def _mendable(error: BaseException, go_on: str) -> RemapError | None:
     """The error of a whole run, with what to do about it, for one that says less; None for any other."""
     if isinstance(error, DiskFull):
         return DiskFull(error.what, given=error.given, do=f"free some space; then go on with: {go_on}")
-    if isinstance(error, RuntimeError) and is_out_of_memory(error):  # training itself goes on with smaller steps
+    if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(
+        error
+    ):  # training itself goes on with smaller steps
         return TrainingError(
             "out of memory",
             given=str(error).partition("\n")[0][:200],
