@@ -85,12 +85,13 @@ def _note(run_dir: RunDir, status: str, message: str, clock: Clock) -> None:
 
 
 def _mendable(error: BaseException, go_on: str) -> RemapError | None:
-    """The error of a whole run, with what to do about it, for one that says less; None for any other."""
+    """The error of a whole run, with what to do about it, for one that says less; None for any other.
+
+    Out of memory comes from before or after training, which itself goes on with smaller steps.
+    """
     if isinstance(error, DiskFull):
         return DiskFull(error.what, given=error.given, do=f"free some space; then go on with: {go_on}")
-    if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(
-        error
-    ):  # training itself goes on with smaller steps
+    if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
         return TrainingError(
             "out of memory",
             given=str(error).partition("\n")[0][:200],
