@@ -111,7 +111,8 @@ class Engine:
         self.kept: dict[str, Kept | None] = {"online": None}
 
     def keep_in_memory(self) -> None:
-        keep_in_memory(self.teacher, lessons(self.parts), self.setting.batch, accelerator(), Silent())
+        size = self.setting.batch
+        keep_in_memory(self.teacher, lessons(self.parts), size, size, accelerator(), Silent())
         self.kept["memory"] = self.teacher.kept
 
     def keep_on_disk(self) -> None:
@@ -119,7 +120,8 @@ class Engine:
         key = {"benchmark": [self.recipe.digest(), self.setting.pair]}
         store = RecordStore.open(self.setting.folder / "cache", key, items)
         views = lessons(self.parts)
-        self.kept["disk"] = keep_on_disk(self.teacher, store, views, self.setting.batch, accelerator(), Silent())
+        size = self.setting.batch
+        self.kept["disk"] = keep_on_disk(self.teacher, store, views, size, size, accelerator(), Silent())
 
     def run(self, where: str) -> None:
         """One epoch."""

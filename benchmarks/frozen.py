@@ -116,7 +116,7 @@ def measure(method: str, data: Path, arguments: argparse.Namespace) -> None:
     source, size = parts.views.train, arguments.batch_size
     features = FrozenFeatures(parts.student, source, accelerator(), bf16=parts.bf16)
     each = features.bytes_per_image()
-    fill = _timed(lambda: features.compute(max(64, size), Silent(), "training images"))
+    fill = _timed(lambda: features.compute(max(64, size), size, Silent(), "training images"))
     _same_loss(parts, features)
     steps = len(source.split) // size
     ours, theirs = [], []

@@ -62,7 +62,8 @@ class Engine(Side):
         super().__init__(recipe, folder, online=online)
         self.teacher = listening_teacher(self.parts, 0)
         if not online:
-            keep_in_memory(self.teacher, lessons(self.parts), recipe.train.batch_size, accelerator(), Silent())
+            size = recipe.train.batch_size
+            keep_in_memory(self.teacher, lessons(self.parts), size, size, accelerator(), Silent())
 
     def run(self, epochs: int) -> None:
         train: TrainSpec = self.recipe.train.model_copy(update={"epochs": epochs})

@@ -65,7 +65,8 @@ def explained_by_parent(code: int) -> bool:
 def has_launcher() -> bool:
     """Whether something else decides about the number of processes: torchrun, accelerate launch, mpirun, or this."""
     # Some machines say 1 to every process that nobody has multiplied.
-    several = any(os.environ.get(name, "1") not in ("", "0", "1") for name in ("WORLD_SIZE", *group.SIZES))
+    by_mpi = any(os.environ.get(name, "1") not in ("", "0", "1") for name in group.SIZES)
+    several = by_mpi or variables.number("WORLD_SIZE", 1) > 1
     # The other name is the only trace of `accelerate launch --cpu`, which starts one process whatever it is asked for.
     return several or bool({"RANK", "ACCELERATE_DYNAMO_MODE"} & os.environ.keys())
 

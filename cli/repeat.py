@@ -109,9 +109,9 @@ def sentence(found: dict[str, Any]) -> str:
     for which, name in (("first", "the first run"), ("repeat", "the repeat")):
         changed = found["changed_on_the_way"][which]
         why += [f"{name} was resumed with {' and '.join(changed)}, which decides last bits"] if changed else []
-        read = found["outputs_of_others"][which]
-        last = "on disk that another run had computed, with the last bits of its batches, threads and device"
-        why += [f"{name} read {' and '.join(read)} {last}"] if read else []
+        read = found["outputs_on_disk"][which]
+        last = "on disk, with the last bits of whoever computed them"
+        why += [f"{name} read outputs of {' and '.join(read)} {last}"] if read else []
     return (
         f"It did not repeat bit for bit: {', '.join(wrong)} {'differs' if len(wrong) == 1 else 'differ'}{by}; "
         f"{'; '.join([*why, where])}."

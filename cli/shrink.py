@@ -90,7 +90,6 @@ def shrink(
     from remap.runs.task import require_tuned
     from remap.shrinking import cut
 
-    _require_one_process()
     require_tuned(teacher)
     with view.Reporter() as progress:
         found = cut(larger, spec, source, output, seed, progress)
@@ -114,7 +113,6 @@ def _take_out(run: str, output: Path, gates: float, given: list[str], json: bool
     if given:
         problems = [f"--{name}: --gates takes out whole blocks of a run, and nothing else" for name in given]
         raise RecipeError(problems, "command line")
-    _require_one_process()
     with view.Reporter():
         kept, openness = take_out_skipped(expanded(run), output, gates)
     if json:
@@ -123,18 +121,6 @@ def _take_out(run: str, output: Path, gates: float, given: list[str], json: bool
     rows = [[index, f"{gate:.3f}", "stays" if index in kept else "goes"] for index, gate in enumerate(openness)]
     view.table(f"{len(kept)} of {len(openness)} blocks of {run} stay", ["block", "gate", ""], rows, right=(0, 1))
     view.line(f"next: remap tune --student {shlex.quote(f'local-dir:{output}')}")
-
-
-def _require_one_process() -> None:
-    from remap.engine.launch import accelerator
-    from remap.errors import RunError
-
-    if accelerator().num_processes > 1:
-        raise RunError(
-            "a model is cut in one process",
-            given=f"{accelerator().num_processes} processes",
-            do="call remap shrink without a launcher",
-        )
 
 
 def _require_a_shape(given: dict[str, Any]) -> None:

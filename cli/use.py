@@ -110,7 +110,7 @@ def compare(
     json: opt.Json = False,
 ) -> None:
     """Compare methods, each with and without the teacher, on the same data, budget and seeds."""
-    from remap.runs.compare import chosen_methods
+    from remap.runs.cells import chosen_methods
     from remap.runs.compare import compare as run_compare
     from remap.runs.rundir import default_path
     from remap_cli.train import read_recipe

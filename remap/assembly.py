@@ -156,11 +156,14 @@ def build_objective(recipe: Recipe, student: Network, teachers: Sequence[Network
     return Objective(terms, weights, teacher_of)
 
 
+def images_of_process(parts: Parts) -> int:
+    """One process's share of the images of a training step."""
+    return max(1, min(parts.recipe.train.batch_size, len(parts.lessons.split)) // accelerator().num_processes)
+
+
 def images_at_once(parts: Parts) -> int:
-    """How many images a network sees in a training step, on one process."""
-    train = parts.recipe.train
-    step = min(train.batch_size, len(parts.lessons.split))
-    return max(1, step // (accelerator().num_processes * train.accumulation))
+    """How many of these a network sees at once in training."""
+    return max(1, images_of_process(parts) // parts.recipe.train.accumulation)
 
 
 def features_in_training(parts: Parts, progress: Progress) -> dict[str, FrozenFeatures]:
@@ -179,8 +182,8 @@ def features_in_training(parts: Parts, progress: Progress) -> dict[str, FrozenFe
     made: dict[str, FrozenFeatures] = {}
     for name, source in (("train", parts.lessons), ("val", parts.views.val)):
         made[name] = FrozenFeatures(parts.student, source, accelerator(), bf16=parts.bf16)
-    made["train"].compute(images_at_once(parts), progress, "training images", whole=True)
-    made["val"].compute(batch_size_of_evaluation(parts.recipe), progress, "evaluation images")
+    made["train"].compute(images_of_process(parts), images_at_once(parts), progress, "training images")
+    made["val"].compute(batch_size_of_evaluation(parts.recipe), 0, progress, "evaluation images")
     count = sum(len(features.split) for features in made.values())
     progress.say(
         f"frozen features of {count} images kept: {needed / 2**20:.1f} MiB, computed once in "

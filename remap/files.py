@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,37 +59,43 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def sweep(folder: Path) -> None:
     """Delete what writers that were killed left in a folder and in those below it."""
-    for path in folder.rglob(".*.tmp"):
+    for path in _below(folder):
         if _DRAFT.fullmatch(path.name):
             with contextlib.suppress(OSError):
                 path.unlink()
 
 
-def require_no_links(folder: Path, *, named: bool = True) -> None:
+def require_no_links(folder: Path) -> None:
     """Refuse a folder that came with links inside: what is written or deleted below them would lie elsewhere.
 
-    Args:
-        named: The folder itself may be a link, since the user named it.
+    The folder itself may be a link; see ``require_no_link``.
 
     Raises:
         RunError: There is one, at any depth; nothing was touched.
     """
-    below = [] if folder.is_symlink() and not named else [folder]
-    link = None if below else folder
-    while below and link is None:
-        with contextlib.suppress(OSError), os.scandir(below.pop()) as entries:  # what is gone, or cannot be looked into
-            for entry in entries:
-                if entry.is_symlink():
-                    link = Path(entry.path)
-                elif entry.is_dir():
-                    below.append(Path(entry.path))
-    if link is not None:
+    for path in _below(folder):
+        require_no_link(path)
+
+
+def require_no_link(path: Path) -> None:
+    """Refuse a link that the user did not name.
+
+    Raises:
+        RunError: It is one; nothing was touched.
+    """
+    if path.is_symlink():
         raise RunError(
-            f"{outside.plain(str(link))} is a link, and remap writes to no place that a link in a run leads to;"
+            f"{outside.plain(str(path))} is a link, and remap writes to no place that a link in a run leads to;"
             " nothing was touched",
-            given=f"it leads to {outside.plain(os.readlink(link))}",
+            given=f"it leads to {outside.plain(os.readlink(path))}",
             do="if you made it, put in its place what it leads to; else do not go on with what a stranger gave you",
         )
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """All that lies in a folder and in those below it, but not where links lead; what cannot be listed is left out."""
+    for place, folders, names in os.walk(folder):
+        yield from (Path(place, name) for name in (*folders, *names))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,12 +1,12 @@
 """Where a teacher's outputs are kept: computed in every step, once in memory, or once on disk for later runs too."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
-from remap.assembly import Parts, images_at_once
+from remap.assembly import Parts, images_at_once, images_of_process
 from remap.bench import Bench
 from remap.data.batches import closed, closed_views
 from remap.data.caches import CacheKey, cache_root, has_cache, library_versions, require_space
@@ -55,16 +55,15 @@ def teachers_in_training(parts: Parts, bench: Bench, progress: Progress) -> list
         teacher = listening_teacher(parts, number)
         found.append(teacher)
         place = place_of_outputs(parts, prepared, teacher)
-        count = lessons(parts).count if place.where != "each step" else 0
-        prepared.outputs = {"where": place.where, "images": count, "computed": count}
         if place.where == "memory":
             _in_memory(parts, teacher, prepared, place, bench, progress)
         elif place.where == "disk":
-            prepared.outputs["computed"] = _on_disk(parts, teacher, prepared, place, progress)["computed"]
+            _on_disk(parts, teacher, prepared, place, progress)
         elif closed(parts.recipe.data) and prepared.spec.cache == "auto" and prepared.spec.model != EMA:
             progress.say(
                 "the teacher is asked in every step: its outputs fit neither in data.memory_gib nor on the disk"
             )
+        parts.teachers[number] = replace(prepared, outputs=place.where)
     return found
 
 
@@ -149,11 +148,12 @@ def _in_memory(
 ) -> None:
     source, names = str(parts.recipe.data.model_dump(mode="json")), tuple(place.shapes)
     seed = parts.recipe.seed if parts.recipe.data.augment != "none" else None
-    key = (prepared.fingerprint, source, parts.views.view, names, seed, parts.bf16)
+    key = (prepared.fingerprint, source, parts.views.view, names, seed, parts.bf16, images_at_once(parts))
     if key in bench.targets:
         teacher.kept = bench.targets[key]
         return
-    keep_in_memory(teacher, lessons(parts), images_at_once(parts), accelerator(), progress)
+    batch = images_of_process(parts)
+    keep_in_memory(teacher, lessons(parts), batch, images_at_once(parts), accelerator(), progress)
     bench.targets[key] = teacher.kept
 
 
@@ -163,7 +163,7 @@ def _on_disk(
     """Fill the gaps of the store and leave it with the teacher; says what was done."""
     items = _items(prepared.spec, place.shapes, bf16=parts.bf16)
     store = RecordStore.open(cache_root(), _key(parts, prepared), items)
-    started, batch = time.perf_counter(), images_at_once(parts)
+    started, batch = time.perf_counter(), images_of_process(parts)
     lacking = missing_rows(store, lessons(parts), batch)
     if lacking:
         progress.say(
@@ -171,7 +171,7 @@ def _on_disk(
             f"{size(bytes_for(items, lacking))}"
         )
     require_space(cache_root(), bytes_for(items, lacking))
-    kept = keep_on_disk(teacher, store, lessons(parts), batch, accelerator(), progress)
+    kept = keep_on_disk(teacher, store, lessons(parts), batch, images_at_once(parts), accelerator(), progress)
     progress.say(f"teacher outputs on disk: {store.folder} ({kept.computed:,} computed now, {size(store.nbytes)})")
     if store.damaged:
         progress.say(f"{store.damaged} damaged records were computed again")

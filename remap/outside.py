@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import stat
 import unicodedata
@@ -146,6 +147,16 @@ def _finite(text: str) -> float:
     if number in (float("inf"), float("-inf")):
         raise ValueError("a number is too large")
     return number
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number; a whole one is no larger than every reader of JSON keeps."""
+    return math.isfinite(value) if isinstance(value, float) else type(value) is int and abs(value) < 2**53
+
+
+def is_count(value: object) -> bool:
+    """Whether it is such a whole number from 0."""
+    return type(value) is int and is_number(value) and value >= 0
 
 
 def plain(text: str, *, keep: str = "") -> str:

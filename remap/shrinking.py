@@ -10,7 +10,7 @@ from torch import Tensor
 
 from remap.backbones.build import Backbone
 from remap.bench import Bench
-from remap.engine.launch import accelerator
+from remap.engine.launch import accelerator, require_one_process
 from remap.errors import BackboneError
 from remap.progress import Progress, Silent
 from remap.recipe.paths import is_run
@@ -59,7 +59,7 @@ def _opened_from(spec: StudentSpec, folder: Path) -> StudentSpec:
 def _derive(recipe: Recipe, folder: Path, progress: Progress, bench: Bench) -> None:
     # A run that finds its student cut already must draw the same numbers from here on.
     with torch.random.fork_rng(devices=[]):
-        found = cut(recipe.teacher, recipe.student.shrink, recipe.data, folder, recipe.seed, progress, bench)
+        found = _cut(recipe.teacher, recipe.student.shrink, recipe.data, folder, recipe.seed, progress, bench)
     progress.say(f"the student is cut from {recipe.teacher.model}: {told(found)}")
 
 
@@ -70,7 +70,6 @@ def cut(
     folder: Path,
     seed: int = 0,
     progress: Progress = Silent(),
-    bench: Bench | None = None,
 ) -> Shrunk:
     """Cut a student from a teacher and write it as a model folder of timm.
 
@@ -81,17 +80,28 @@ def cut(
         seed: Decides which of the images.
 
     Raises:
-        RemapError: A mistake in the names or the shape, no readable images, or no place to write.
+        RemapError: A mistake in the names or the shape, no readable images, no place to write, or several processes.
     """
+    _require_one_process()
+    return _cut(teacher, spec, data, folder, seed, progress, Bench())
+
+
+def _cut(
+    teacher: ModelSpec, spec: ShrinkSpec, data: DataSpec, folder: Path, seed: int, progress: Progress, bench: Bench
+) -> Shrunk:
     backbone = open_backbone(teacher, 1)
     target_shape(backbone, spec)  # before any image is read
     backbone.model.to(accelerator().device)
     batches = _nothing
     if needs_images(spec):
         looking = {"images": spec.images, "batch_size": _BATCH, "instead": "importance=magnitude, blocks=uniform"}
-        batches = training_pixels(backbone, data, seed, bench or Bench(), **looking)
+        batches = training_pixels(backbone, data, seed, bench, **looking)
     with progress.wait("cutting the student from the teacher"):
         return shrink(backbone, spec, batches, folder)
+
+
+def _require_one_process() -> None:
+    require_one_process("a model is cut in one process", "call remap shrink without a launcher")
 
 
 def _nothing() -> Iterator[Tensor]:
@@ -119,8 +129,9 @@ def take_out_skipped(run: Path, folder: Path, threshold: float) -> tuple[list[in
         The blocks that stay, and the gate of every block.
 
     Raises:
-        RemapError: It is no run of ``skip``, or what is left cannot be written.
+        RemapError: It is no run of ``skip``, what is left cannot be written, or there are several processes.
     """
+    _require_one_process()
     if not is_run(str(run)):
         raise BackboneError(f"{run} is no finished run", do="name a run directory of --method skip")
     network, _ = load_task(run)

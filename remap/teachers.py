@@ -18,7 +18,7 @@ from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.launch import accelerator
 from remap.engine.sharding import is_sharded, shard, wants_sharding, whole
 from remap.errors import TrainingError
-from remap.files import require_no_links
+from remap.files import require_no_link, require_no_links
 from remap.network import Network, choose_attention, tuned
 from remap.outside import expanded
 from remap.progress import Progress, Within
@@ -38,7 +38,7 @@ class PreparedTeacher:
         key: Equal for teachers that are prepared in the same way.
         head: How its classifier came about: "its own", "probe", a method's name, or "none".
         accuracy: On the evaluation split; None when no loss reads its logits.
-        outputs: Where they were kept in training: where, images, and how many of these the run has computed itself.
+        outputs: Where they were in training: "each step", "memory" or "disk".
     """
 
     network: Network
@@ -46,7 +46,7 @@ class PreparedTeacher:
     key: str
     head: str
     accuracy: float | None = None
-    outputs: dict[str, Any] | None = None
+    outputs: str | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -194,7 +194,8 @@ def _prepare(teacher: PreparedTeacher, recipe: Recipe, folder: Path, views: View
 
     network, spec = teacher.network, teacher.spec
     name = f"the teacher {spec.model}" if len(recipe.teachers) > 1 else "the teacher"
-    require_no_links(folder, named=False)  # that of a comparison lies beside its runs
+    require_no_link(folder)  # that of a comparison lies beside its runs
+    require_no_links(folder)
     progress.say(f"{name} has no head for these {len(network.classes)} classes: preparing one ({spec.prepare})")
     if spec.prepare == "probe":
         strength = probe.fit_probe(network, views.train, accelerator(), recipe.train.batch_size, progress)

@@ -3,18 +3,19 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch.nn import Parameter
 
 from remap import files
-from remap.assembly import Parts, assemble, features_in_training, listed, sample_for
+from remap.assembly import Parts, assemble, features_in_training, images_at_once, listed, sample_for
 from remap.backbones.build import add_tensors
 from remap.bench import Bench
 from remap.data.views import ViewSource
 from remap.engine.checkpoint import State, has_checkpoint
 from remap.engine.evaluate import Evaluation, evaluate_as
+from remap.engine.features import FrozenFeatures
 from remap.engine.fit import fit
 from remap.engine.job import Job, bytes_of_a_run, parameters_of
 from remap.engine.launch import accelerator
@@ -53,6 +54,7 @@ def carry_out(
     if resuming and not has_checkpoint(run_dir.checkpoint):
         work.note_machine()  # which may have prepared a teacher
     work.say_what_to_expect()
+    work.features = features_in_training(work.parts, progress)
     initial = work.evaluate(work.parts.views.val, "the untrained student")
     for teacher in work.parts.teachers:
         require_useful(teacher, initial, work.parts.views.val)
@@ -70,10 +72,10 @@ class _Work:
     def __init__(self, parts: Parts, run_dir: RunDir, progress: Progress, clock: Clock) -> None:
         self.parts, self.recipe, self.student = parts, parts.recipe, parts.student
         self.run_dir, self.progress, self.clock = run_dir, progress, clock
-        self.features = features_in_training(parts, progress)
+        self.features: dict[str, FrozenFeatures] = {}
         self.last: Evaluation | None = None  # of the student, after an epoch
 
-    @property
+    @cached_property
     def trained(self) -> dict[str, Parameter]:
         """Of the student and of the losses."""
         return parameters_of(self.student, self.parts.objective)
@@ -84,11 +86,11 @@ class _Work:
             self.run_dir.note_machine(machine(), resuming=True)
 
     def say_what_to_expect(self) -> None:
-        parts, train = self.parts, self.recipe.train
+        parts = self.parts
         idle = [loss.name for loss in self.recipe.losses if LOSSES.row(loss.name).category == "labels"]
         if idle and parts.labeled_share == 0.0:
             self.progress.say(f"{', '.join(idle)} teaches nothing: the student learns from images without labels only")
-        count = accelerator().num_processes * train.accumulation
+        count = accelerator().num_processes * self.recipe.train.accumulation
         if count == 1:
             return
         if self.student.learns_batch_statistics:
@@ -97,7 +99,7 @@ class _Work:
             )
         comparing = [loss.name for loss in self.recipe.losses if LOSSES.row(loss.name).over_batch]
         if comparing:
-            size = min(train.batch_size, len(parts.lessons.split)) // count
+            size = images_at_once(parts)
             self.progress.say(
                 f"{', '.join(comparing)}: images are compared within each part of a batch, of {size}, so results "
                 "depend on the parts" + ("; of one image there is nothing to compare" if size == 1 else "")
@@ -178,7 +180,7 @@ class _Work:
         """Each process has found the unreadable images of its own share."""
         for source in (self.parts.views.train, self.parts.views.unlabeled):
             if source is not None:
-                for found in everyones(accelerator(), source.bad):
+                for found in everyones(accelerator(), dict(source.bad)):
                     source.note_bad(found)
 
     def _record(self, history: Sequence[dict[str, Any]]) -> None:

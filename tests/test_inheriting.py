@@ -14,7 +14,7 @@ from remap.inheriting import inherit
 from remap.progress import Silent
 from remap.recipe import Recipe, dump, load, resolve
 from remap.running import start
-from remap.runs.compare import plan
+from remap.runs.cells import plan
 from remap.runs.task import load_task, open_backbone
 
 RANDOM = "student.weights=none"

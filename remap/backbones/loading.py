@@ -17,9 +17,10 @@ from remap.backbones.model_folder import require_model_folder
 from remap.errors import BackboneError, WeightsError
 from remap.outside import open_regular, plain
 
-# A model has at most so many times the bytes of its weights file: 8-bit weights in float32, and what is not stored,
-# such as the tables of relative positions in windows. And so many bytes whatever the file.
-MOST_UNPACKED, FREE_BYTES = 8, 2**24
+# The parameters of a model have at most so many times the bytes of its weights file: 8-bit weights in float32 and more.
+# Its buffers are not all stored: BEiT's tables of relative positions grow with the fourth power of the image's side,
+# and at 1536 x 1536 pixels take 47 times a file in float16. And so many bytes whatever the file.
+MOST_UNPACKED, MOST_TABLES, FREE_BYTES = 8, 64, 2**24
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -130,7 +131,7 @@ def create(name: str, weights: str, arguments: dict[str, Any]) -> tuple[nn.Modul
 
 
 def require_fit(name: str, arguments: dict[str, Any], stored: int) -> None:
-    """A model is about as large as what it is read from; asked before any memory is taken for it.
+    """A model is not far larger than what it is read from; asked before any memory is taken for it.
 
     Args:
         arguments: Of ``timm.create_model``.
@@ -140,13 +141,16 @@ def require_fit(name: str, arguments: dict[str, Any], stored: int) -> None:
         BackboneError: timm cannot build it.
         WeightsError: It is far larger.
     """
+    # timm copies the overlay with all that is in it, such as the weights that a preset has read.
+    overlay = {key: value for key, value in arguments.get("pretrained_cfg_overlay", {}).items() if key != "state_dict"}
     with torch.device("meta"):
-        model, _ = create(name, "none", {**arguments, "pretrained": False})
-    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    if size > MOST_UNPACKED * stored + FREE_BYTES:
+        model, _ = create(name, "none", {**arguments, "pretrained": False, "pretrained_cfg_overlay": overlay})
+    parameters, tables = (sum(t.nbytes for t in tensors) for tensors in (model.parameters(), model.buffers()))
+    if parameters > MOST_UNPACKED * stored + FREE_BYTES or tables > MOST_TABLES * stored + FREE_BYTES:
         raise WeightsError(
             f"'{name}' describes a model that its weights do not fit",
-            given=f"{size:,} bytes in memory, and {stored:,} bytes of weights",
+            given=f"{parameters + tables:,} bytes in memory, {tables:,} of them tables; {stored:,} bytes of weights",
+            do="name the model that these weights belong to; where image_size was chosen, a smaller one",
         )
 
 

@@ -156,6 +156,8 @@ def filled_up(images_BCHW: Tensor, count: int) -> Tensor:
     The last bits of a matrix product may depend on its shape: what is computed before training is computed in batches
     of the shape of a training step, and has the bits that it would have there.
     """
+    if len(images_BCHW) == count:
+        return images_BCHW
     return images_BCHW.repeat(-(-count // len(images_BCHW)), 1, 1, 1)[:count]
 
 

@@ -46,7 +46,8 @@ class Contents:
                 raise DataError(
                     f"images cannot be read: {error.strerror}",
                     given=self.split.names[index],
-                    do="allow more open files (ulimit -n) or set data.workers lower; then go on with --resume",
+                    do="allow more open files (ulimit -n) or set data.workers lower; then start again, a run with"
+                    " --resume",
                 ) from error
             reason = f"{self.split.names[index]} cannot be read: {error.strerror or type(error).__name__}"
             self._note(index, reason.encode(errors="surrogatepass"))
@@ -73,6 +74,18 @@ class Contents:
                     self.of(chunk)
                     step.advance(len(chunk))
         return self._digests_N16
+
+    def fingerprint(self, progress: Progress, what: str) -> str:
+        """64 hex digits for the names, labels, order and content of all images."""
+        return hashlib.sha256(self.split.described() + self.complete(progress, what).tobytes()).hexdigest()
+
+    def known(self) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """The images whose digests are known so far (K,), and these (K, 16)."""
+        return np.flatnonzero(self._known_N), self._digests_N16[self._known_N]
+
+    def learn(self, indices_K: NDArray[np.int64], digests_K16: NDArray[np.uint8]) -> None:
+        """What is ``known`` of the same images elsewhere."""
+        self._digests_N16[indices_K], self._known_N[indices_K] = digests_K16, True
 
     def taken(self, indices: NDArray[np.int64]) -> "Contents":
         """What is known of some of the images, for ``split.take(indices)``."""

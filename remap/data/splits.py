@@ -28,6 +28,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.names)
 
+    def described(self) -> bytes:
+        """Names and labels in their order, for digests."""
+        return _bytes_of(self.names) + self.labels.tobytes()
+
     def take(self, indices: Sequence[int] | NDArray[np.int64]) -> "Split":
         """The split of some of its images."""
         chosen = np.asarray(indices, dtype=np.int64)
@@ -73,7 +77,7 @@ class ImageData:
         digest = hashlib.sha256(_bytes_of(self.classes))
         for split in (self.train, self.val, self.test):
             if split is not None:
-                digest.update(_bytes_of(split.names) + split.labels.tobytes())
+                digest.update(split.described())
         if self.unlabeled is not None:
             digest.update(b"without labels" + _bytes_of(self.unlabeled.names))
         return digest.hexdigest()

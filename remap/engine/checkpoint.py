@@ -3,7 +3,6 @@
 There is no generator state to keep: order, augmentation and dropout are functions of (seed, epoch, image).
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from remap.engine.launch import ProcessLost
 from remap.engine.processes import is_first, lowest_and_highest
 from remap.engine.sharding import fill, whole
 from remap.errors import RunError, TrainingError
-from remap.outside import plain
+from remap.outside import is_count, is_number, plain
 from remap.recipe.schema import Recipe
 
 # Bytes of tensors beyond which a file is not read: far above any real one; a stranger's must not fill the memory.
@@ -58,13 +57,7 @@ class State:
 
 def digest_of(recipe: Recipe, images: str, weights: str) -> str:
     """What a checkpoint belongs to: a recipe and, after pluses, digests of the images and of the models' weights."""
-    return f"{without_places(recipe).digest()}+{images}+{weights}"
-
-
-def without_places(recipe: Recipe) -> Recipe:
-    """A recipe that does not say where its images lie: what they hold decides, and they may be moved."""
-    nowhere = recipe.data.model_copy(update={"source": "digits", "val_source": None, "unlabeled": None})
-    return recipe.model_copy(update={"data": nowhere})
+    return f"{recipe.digest(places=False)}+{images}+{weights}"
 
 
 @torch.no_grad()
@@ -228,23 +221,18 @@ def _problem(state: object) -> str | None:
         value = state[name]
         if isinstance(usual, float | int):
             lowest = usual if isinstance(usual, int) else 0.0  # counters only grow
-            if not _is_number(value, type(usual)) or value < lowest:
+            fits = is_count if isinstance(usual, int) else is_number
+            if not fits(value) or value < lowest:
                 return f"{name} is no {type(usual).__name__} from {lowest}"
         elif type(value) is not type(usual):
             return f"{name} is no {type(usual).__name__}"
     records = [state["loss_sums"], *state["history"]]
-    if not all(isinstance(record, dict) and all(map(_is_number, record.values())) for record in records):
+    if not all(isinstance(record, dict) and all(map(is_number, record.values())) for record in records):
         return "loss_sums and history hold something else than finite numbers by name"
     epochs = [record.get("epoch") for record in state["history"]]
     if len(epochs) != state["epoch"] or epochs != list(range(1, len(epochs) + 1)):
         return "history is not one record for each finished epoch"
     return None
-
-
-def _is_number(value: object, kind: type = float) -> bool:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return abs(value) < 2**53
-    return kind is float and isinstance(value, float) and math.isfinite(value)
 
 
 def _require_fit(place: Path, trained: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:

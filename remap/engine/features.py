@@ -48,12 +48,12 @@ class FrozenFeatures:
     def nbytes(self) -> int:
         return sum(value.numel() * value.element_size() for value in self._kept.values())
 
-    def compute(self, batch_size: int, progress: Progress, what: str, *, whole: bool = False) -> None:
+    def compute(self, batch_size: int, at_once: int, progress: Progress, what: str) -> None:
         """Run the stem over all images, in eval mode, each process over its share; then all hold all of them.
 
         Args:
-            batch_size: Of one pass.
-            whole: Every pass has that many images, as ``filled_up`` says.
+            batch_size: Images that are read, and sent to the other processes, together.
+            at_once: Images of one pass, of exactly so many (``filled_up``); 0 for all that are read together.
         """
         self._runner.model.eval()
         count = len(self.split)
@@ -62,17 +62,20 @@ class FrozenFeatures:
             images, good = self.source.batch(np.arange(0) if indices is None else indices)
             if not len(good):
                 images = images.new_zeros(1, *images.shape[1:])
-            if whole:
-                images = filled_up(images, batch_size)
-            return good, self._runner.stem(images.to(self.device))
+            size = at_once or len(images)
+            whole = filled_up(images, -(-len(images) // size) * size)
+            found = [self._runner.stem(part.to(self.device)) for part in whole.split(size)]
+            return good, {key: torch.cat([part[key] for part in found]) for key in found[0]}
+
+        def look() -> None:
+            leave_if_asked(self._accelerator, "frozen features were being computed")
 
         with deferred(), progress.wait(f"frozen features of {what}", count) as step:
             chunks = [np.arange(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-            for indices, good, found in computed_together(self._accelerator, chunks, compute):
-                leave_if_asked(self._accelerator, "frozen features were being computed")
+            for indices, good, found in computed_together(self._accelerator, chunks, compute, look):
                 for key, value in found.items():
-                    all_rows = self._kept.setdefault(key, torch.zeros(count, *value.shape[1:], dtype=value.dtype))
-                    all_rows[torch.from_numpy(good)] = value.cpu()
+                    rows = self._kept.setdefault(key, torch.zeros(count, *value.shape[1:], dtype=value.dtype))
+                    rows[torch.from_numpy(good)] = value.cpu()
                 self._good[good] = True
                 step.advance(len(indices))
 

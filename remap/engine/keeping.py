@@ -15,7 +15,7 @@ from remap.data.records import RecordStore, row_digest
 from remap.data.views import ViewSource
 from remap.engine.faults import is_out_of_memory
 from remap.engine.interrupt import deferred, leave_if_asked
-from remap.engine.processes import agreed, computed_together, total
+from remap.engine.processes import agreed, computed_together, rounds, total
 from remap.engine.sharding import is_sharded
 from remap.engine.teacher import Teacher
 from remap.errors import DataError, TrainingError
@@ -113,12 +113,13 @@ class OnDisk:
 
 
 def keep_in_memory(
-    teacher: Teacher, lessons: ClosedViews, batch_size: int, accelerator: Accelerator, progress: Progress
+    teacher: Teacher, lessons: ClosedViews, batch_size: int, at_once: int, accelerator: Accelerator, progress: Progress
 ) -> None:
     """Run a teacher once over a closed list of views, each process over its share; then all hold all of it.
 
     Args:
-        batch_size: Images that the teacher sees at once.
+        batch_size: Images that are read, and sent to the other processes, together.
+        at_once: Images that the teacher sees at once.
 
     Raises:
         TrainingError: What it gives is not finite.
@@ -129,12 +130,14 @@ def keep_in_memory(
         images, good = lessons.images(*chunk) if chunk is not None else _no_images(lessons)
         if not len(good):
             images = images.new_zeros(1, *images.shape[1:])
-        return good, _items_of(teacher, images, batch_size)
+        return good, _items_of(teacher, images, batch_size, at_once)
+
+    def look() -> None:
+        leave_if_asked(accelerator, "teacher outputs were being computed")
 
     with deferred(), progress.wait("teacher outputs", lessons.count) as step:
         chunks = list(lessons.chunks(batch_size))
-        for (view, indices), good, items in computed_together(accelerator, chunks, compute):
-            leave_if_asked(accelerator, "teacher outputs were being computed")
+        for (view, indices), good, items in computed_together(accelerator, chunks, compute, look):
             _require_finite(items, lessons, good)
             kept.put(view, good, items, len(lessons.source.split))
             step.advance(len(indices))
@@ -151,32 +154,37 @@ def keep_on_disk(
     store: RecordStore,
     lessons: ClosedViews,
     batch_size: int,
+    at_once: int,
     accelerator: Accelerator,
     progress: Progress,
 ) -> OnDisk:
     """Let a teacher fill the gaps of a store; each process computes its share of them.
 
+    Args:
+        batch_size: Images that are read and written together.
+        at_once: Images that the teacher sees at once.
+
     Raises:
         TrainingError: What it gives is not finite; none of that is written.
     """
     kept = OnDisk(store, lessons.source, lessons.augment, lessons.seed)
-    chunks, processes = list(lessons.chunks(batch_size)), accelerator.num_processes
+    chunks = list(lessons.chunks(batch_size))
     try:
         with deferred(), progress.wait("teacher outputs on disk", lessons.count) as step:
-            for first in range(0, len(chunks), processes):  # in equal rounds, so that all can leave together
+            for taken, mine in rounds(accelerator, chunks):
                 leave_if_asked(accelerator, "teacher outputs were being computed; those so far are kept on disk")
-                mine = chunks[first : first + processes][accelerator.process_index :][:1]
-                view, indices = mine[0] if mine else (0, np.arange(0))
+                view, indices = mine if mine is not None else (0, np.arange(0))
                 missing = indices[store.missing(kept.digests(indices, view))]
                 images, good = lessons.images(view, missing) if len(missing) else _no_images(lessons)
                 if is_sharded(teacher.network) and any(agreed(accelerator, len(good))) and not len(good):
-                    teacher.shapes(lessons.source.view.size)  # the others need this process in their forward pass
+                    # The others need this process in their forward passes.
+                    _items_of(teacher, images.new_zeros(1, *images.shape[1:]), batch_size, at_once)
                 if len(good):
-                    items = _items_of(teacher, images, batch_size)
+                    items = _items_of(teacher, images, batch_size, at_once)
                     _require_finite(items, lessons, good)
                     store.append(kept.digests(good, view), items)
                     kept.computed += len(good)
-                step.advance(sum(len(indices) for _, indices in chunks[first : first + processes]))
+                step.advance(sum(len(indices) for _, indices in taken))
     finally:  # an interrupted build goes on where it was
         store.flush()
     # Also waits for the other processes.
@@ -213,16 +221,18 @@ def _require_finite(items: Mapping[str, Tensor], lessons: ClosedViews, indices_B
             )
 
 
-def _items_of(teacher: Teacher, images_BCHW: Tensor, batch_size: int) -> dict[str, Tensor]:
-    """Items of up to ``batch_size`` images, computed in a batch of exactly that size (``filled_up``).
+def _items_of(teacher: Teacher, images_BCHW: Tensor, batch_size: int, at_once: int) -> dict[str, Tensor]:
+    """Items of up to ``batch_size`` images, computed in passes of exactly ``at_once`` (``filled_up``).
 
-    Where memory does not suffice for that many, they are computed in parts.
+    Where memory does not suffice for that many, passes become smaller. A sharded teacher makes as many for one image
+    as for all, since other processes take part in each.
     """
-    count, whole = len(images_BCHW), filled_up(images_BCHW, batch_size)
+    count = len(images_BCHW)
     while True:
-        size = min(teacher.at_once or batch_size, batch_size)
+        size = min(teacher.at_once or at_once, at_once)
+        passes = -(-(batch_size if is_sharded(teacher.network) else count) // size)
         try:
-            found = [teacher.items(part) for part in whole.split(size)]
+            found = [teacher.items(part) for part in filled_up(images_BCHW, passes * size).split(size)]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or size == 1 or is_sharded(teacher.network):
                 raise

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from remap.engine import variables
-from remap.errors import TrainingError
+from remap.errors import RunError, TrainingError
 
 # Seconds that a process waits for the others at the start, when one may still read PyTorch from a slow disk.
 STARTING = 1800.0
@@ -40,19 +40,19 @@ def accelerator() -> Accelerator:
     _require_devices(variables.number("LOCAL_WORLD_SIZE", 1))
     if variables.number("WORLD_SIZE", 1) > 1 and not torch.accelerator.is_available():
         variables.require_interface()
-    # The recipe alone decides the precision, whatever a saved configuration of the launcher says.
-    # Told nothing, Accelerate leaves the processes of a launcher on a machine without a GPU each to itself.
     atexit.register(_leave_group)
     starting = InitProcessGroupKwargs(timeout=timedelta(seconds=max(STARTING, limit)))
+    # Told nothing, Accelerate leaves the processes of a launcher on a machine without a GPU each to itself.
     on_cpu = not torch.accelerator.is_available()
     try:
+        # The recipe alone decides the precision, whatever a saved configuration of the launcher says.
         found = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[starting])
-    except ValueError as error:  # about other variables of the launcher, such as MASTER_PORT
-        raise TrainingError(
-            "the launcher's processes cannot be brought together",
-            given=str(error)[:200],
-            do="start them with torchrun or with `remap ... --devices N`",
-        ) from error
+    except ValueError as error:  # about other variables, such as MASTER_PORT
+        what, do = "Accelerate cannot start", "look at the environment variables ACCELERATE_* and MASTER_*"
+        if variables.number("WORLD_SIZE", 1) > 1:
+            what = "the launcher's processes cannot be brought together"
+            do = "start them with torchrun or with `remap ... --devices N`"
+        raise TrainingError(what, given=str(error)[:200], do=do) from error
     if found.num_processes > 1:
         found.wait_for_everyone()
         _limit_waits(timedelta(seconds=limit))
@@ -113,7 +113,7 @@ def check_processes(wanted: int | None) -> None:
         TrainingError: They differ; some launchers start fewer processes than asked for without a word.
     """
     running = accelerator().num_processes
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = variables.number("WORLD_SIZE", 1)
     if launched != running:
         raise TrainingError(
             f"the launcher started {launched} processes, but {running} found each other",
@@ -132,6 +132,20 @@ def check_processes(wanted: int | None) -> None:
             do=f"without a launcher: {leave_out}remap ... --devices {wanted}\n"
             f"           or: torchrun --nproc-per-node {wanted} -m remap_cli ...",
         )
+
+
+def require_one_process(what: str, do: str) -> None:
+    """What several processes would each do again.
+
+    Args:
+        what: Says so, as the first line of the message.
+
+    Raises:
+        RunError: There are several.
+    """
+    running = accelerator().num_processes
+    if running > 1:
+        raise RunError(what, given=f"{running} processes", do=do)
 
 
 def text_of_first(text: str) -> str:

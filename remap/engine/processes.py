@@ -68,24 +68,36 @@ def everyones(accelerator: Accelerator, value: Any) -> list[Any]:
     return values
 
 
+def rounds(accelerator: Accelerator, chunks: Sequence[Chunk]) -> Iterator[tuple[Sequence[Chunk], Chunk | None]]:
+    """As many chunks at a time as there are processes, and the one of them that is this process's; None if it has none.
+
+    All do the same number of rounds.
+    """
+    for first in range(0, len(chunks), accelerator.num_processes):
+        taken = chunks[first : first + accelerator.num_processes]
+        rank = accelerator.process_index
+        yield taken, taken[rank] if rank < len(taken) else None
+
+
 def computed_together(
     accelerator: Accelerator,
     chunks: Sequence[Chunk],
     compute: Callable[[Chunk | None], tuple[np.ndarray, Mapping[str, Tensor]]],
+    look: Callable[[], None],
 ) -> Iterator[tuple[Chunk, np.ndarray, dict[str, Tensor]]]:
     """Each process computes its share of the chunks, and all get every chunk's rows, in order.
 
     Args:
         compute: Gives which images of a chunk could be read (B,), and the rows of these, each (B, ...). For None, and
             where none could be read, it gives rows of some image all the same: the others need their shapes.
+        look: Called by all before each round.
 
     Yields:
         Each chunk, which of its images could be read (B,), and their rows, on the device.
     """
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    for first in range(0, len(chunks), processes):
-        taken = chunks[first : first + processes]
-        good, rows = compute(taken[rank] if rank < len(taken) else None)
+    for taken, mine in rounds(accelerator, chunks):
+        look()
+        good, rows = compute(mine)
         for source, (chunk, found) in enumerate(zip(taken, everyones(accelerator, good), strict=False)):
             yield chunk, found, {name: _sent(accelerator, own, source, len(found)) for name, own in rows.items()}
 

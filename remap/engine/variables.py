@@ -8,7 +8,7 @@ from remap.errors import TrainingError
 # The rank under launchers of MPI, which are known by variables of their own.
 _MPI = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 # Whole numbers from these on; -1 is an old way to say that there is no launcher.
-_LEAST = {"RANK": 0, "LOCAL_RANK": -1, "WORLD_SIZE": 0, "LOCAL_WORLD_SIZE": 0}
+_LEAST = {"RANK": 0, "LOCAL_RANK": -1, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
@@ -36,7 +36,8 @@ def number(name: str, default: int) -> int:
 
 
 def require_complete() -> None:
-    """
+    """The variables of a launcher are numbers that fit together, and none is missing.
+
     Raises:
         TrainingError: A variable is no number, one is missing, or they contradict each other.
     """
@@ -48,7 +49,7 @@ def require_complete() -> None:
     several = found["WORLD_SIZE"] > 1
     missing = [name for name in ("RANK", "MASTER_ADDR") if several and not os.environ.get(name)]
     problem = f"{' and '.join(missing)} not set" if missing else None
-    if problem is None and found["RANK"] >= max(1, found["WORLD_SIZE"]):
+    if problem is None and found["RANK"] >= found["WORLD_SIZE"]:
         problem = "the rank is not below the number of processes"
     if problem is not None:
         given = {name: os.environ[name] for name in found if name in os.environ}
@@ -60,7 +61,8 @@ def require_complete() -> None:
 
 
 def require_interface() -> None:
-    """
+    """The network interface that the processes are to meet at, where one is named, is there.
+
     Raises:
         TrainingError: The processes are to meet at a network interface that this machine does not have.
     """

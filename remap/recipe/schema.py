@@ -430,15 +430,19 @@ class Recipe(Section):
         train = self.train.model_copy(update={"base_lr": None if self.train.lr is not None else self._base_lr()})
         return self.model_copy(update={"data": data, **models, "method": method, "losses": losses, "train": train})
 
-    def digest(self) -> str:
-        """Hash of everything that decides the result; equal for recipes that mean the same."""
+    def digest(self, *, places: bool = True) -> str:
+        """Hash of everything that decides the result; equal for recipes that mean the same.
+
+        Args:
+            places: Whether where the images lie counts; what they hold decides, and they may be moved.
+        """
         data = self.written_out().model_dump(mode="json", exclude={"name"})
         for name in ("checkpoint_seconds", "eval_every", "processes", "parallel"):  # they change no result
             data["train"].pop(name)
         for spec in (data["teacher"], *data["more_teachers"]):
             if spec is not None:
                 spec.pop("shard")
-        for name in ("workers", "memory_gib"):
+        for name in ("workers", "memory_gib", *(() if places else ("source", "val_source", "unlabeled"))):
             data["data"].pop(name)
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 

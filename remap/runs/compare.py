@@ -3,91 +3,25 @@
 import os
 import shlex
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from remap import files
-from remap.errors import Interrupted, RecipeError, RunError
+from remap.data.contents import fingerprint
+from remap.errors import Interrupted, RunError
 from remap.outside import absolute, read_regular
 from remap.progress import Progress
-from remap.recipe.checks import method_problems
-from remap.recipe.schema import LossSpec, MethodSpec, Recipe
-from remap.remapping import LOSSES
+from remap.recipe.schema import DataSpec, MethodSpec, Recipe
+from remap.runs.cells import Cell, plan
 from remap.runs.objective import without_idle_losses
-from remap.runs.records import summary_problem
 from remap.runs.rundir import RunDir
-from remap.tuning import CATEGORIES, METHODS, category_of, parts_of, rows_of
+from remap.tuning import CATEGORIES, category_of
 
-# One or two well-known methods of each category.
-DEFAULT_METHODS = ("full", "linear", "vpt_shallow", "vpt_deep", "adaptformer", "bitfit", "lora")
 # In the folder of a comparison: which recipe it is of, and the teacher that its runs learn from.
 _MARKER, _TEACHER = "compare-of.txt", "teacher"
 MOST_MARKER_BYTES = 1000
-
-
-def chosen_methods(words: str | None) -> list[str]:
-    """Methods by name or combination, by category ("prompt"), "all", or the default set for None.
-
-    Raises:
-        UnknownName: A word is none of these.
-        RecipeError: A method is named twice, or a combination cannot be made.
-    """
-    found: list[str] = []
-    for word in [word.strip() for word in words.split(",") if word.strip()] if words else DEFAULT_METHODS:
-        if word == "all":
-            found += METHODS.names
-        elif word in CATEGORIES:
-            found += [row.name for row in METHODS if row.category == word]
-        else:
-            if all(parts_of(word)):
-                rows_of(word)
-            found.append(word)
-    problems = [line for name in found for line in method_problems("--methods", name)]
-    if len(set(found)) < len(found):
-        problems.append("--methods: a method is named twice")
-    if problems:
-        raise RecipeError(problems, "command line")
-    return found
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of the comparison."""
-
-    method: str
-    with_teacher: bool
-    seed: int
-    recipe: Recipe
-
-    @property
-    def name(self) -> str:
-        return f"{self.method}-{'teacher' if self.with_teacher else 'alone'}-s{self.seed}"
-
-
-def plan(recipe: Recipe, methods: Sequence[str], seeds: int) -> list[Cell]:
-    """Every method with and without the teacher, for ``seeds`` seeds from the recipe's own upwards.
-
-    The cells differ from each other in method, its learning rate, losses and seed, and in nothing else; a loss on
-    something that a method cannot change is left out for it, and images without labels are for the teacher alone.
-    """
-    cells = []
-    default = LossSpec(name="ce", weight=LOSSES.row("ce").weight)
-    alone = tuple(loss for loss in recipe.losses if LOSSES.row(loss.name).category == "labels") or (default,)
-    for method in methods:
-        spec = recipe.method if method == recipe.method.name else MethodSpec(name=method)
-        for with_teacher in (False, True):
-            for seed in range(recipe.seed, recipe.seed + seeds):
-                losses = tuple(loss for loss in recipe.losses if not loss.is_idle(method))
-                update: dict[str, Any] = {"method": spec, "seed": seed, "losses": losses}
-                if not with_teacher:
-                    update |= {"teacher": None, "more_teachers": (), "losses": alone}
-                    update["data"] = recipe.data.labeled_part()
-                    # Nor does it start from the teacher's weights.
-                    update["student"] = recipe.student.model_copy(update={"init": None, "force_init": False})
-                cells.append(Cell(method, with_teacher, seed, recipe.model_copy(update=update)))
-    return cells
 
 
 def compare(recipe: Recipe, methods: Sequence[str], seeds: int, output: Path, progress: Progress) -> dict[str, Any]:
@@ -111,7 +45,8 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, output: Path, pr
     recipe = without_idle_losses(recipe, progress)
     cells = plan(recipe, methods, seeds)
     _claim(output, recipe)
-    missing = [cell for cell in cells if not _is_done(output / cell.name, cell)]
+    held_by = cache(partial(_fingerprint, progress=progress))
+    missing = [cell for cell in cells if not _is_done(output / cell.name, cell, held_by)]
     if missing:
         _run(missing, output, progress)
     table = tabulate(recipe, cells, output)
@@ -122,21 +57,19 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, output: Path, pr
 def _run(missing: list[Cell], output: Path, progress: Progress) -> None:
     # Only here, so that a finished comparison is shown in a moment.
     from remap.bench import Bench
-    from remap.engine.launch import accelerator
+    from remap.engine.launch import require_one_process
     from remap.running import run
 
-    if accelerator().num_processes > 1:
-        raise RunError(
-            "a comparison runs its cells one after the other in one process",
-            given=f"{accelerator().num_processes} processes",
-            do="call remap compare without a launcher; the cells of several folders may run side by side",
-        )
+    require_one_process(
+        "a comparison runs its cells one after the other in one process",
+        "call remap compare without a launcher; the cells of several folders may run side by side",
+    )
     bench = Bench(teacher_folder=output / _TEACHER)
     try:
         for number, cell in enumerate(missing, 1):
             path = output / cell.name
             progress.say(f"[{number}/{len(missing)}] {cell.name}")
-            files.require_no_links(path, named=False)
+            files.require_no_link(path)
             resuming = (path / "recipe.yaml").is_file()
             run_dir = RunDir.open(path) if resuming else RunDir.create(path, cell.recipe)
             run(cell.recipe, run_dir, progress, bench, resuming=resuming)
@@ -161,7 +94,7 @@ def _claim(output: Path, recipe: Recipe) -> None:
     """The folder belongs to one recipe (apart from method and number of seeds), once a cell of it is finished."""
     files.make_folder(output)
     marker = output / _MARKER
-    digest = recipe.model_copy(update={"method": MethodSpec(name="linear")}).digest()
+    digest = recipe.model_copy(update={"method": MethodSpec(name="linear")}).digest(places=False)
     begun = any(output.glob("*/summary.json"))
     if begun and os.path.lexists(marker) and _recipe_in(marker) != digest:
         raise RunError(
@@ -179,16 +112,50 @@ def _recipe_in(marker: Path) -> str:
         return ""
 
 
-def _is_done(path: Path, cell: Cell) -> bool:
+def _is_done(path: Path, cell: Cell, held_by: Callable[[DataSpec], str]) -> bool:
+    """Whether a cell has its result; where its images have moved, they have to be the same ones.
+
+    Args:
+        held_by: The fingerprint of the images at the places that a recipe names.
+    """
     if not (path / "recipe.yaml").is_file():
         return False
     run_dir = RunDir.open(path)
-    if run_dir.recipe().digest() != cell.recipe.digest():
+    made = run_dir.recipe()
+    if made.digest(places=False) != cell.recipe.digest(places=False):
         raise RunError(
             f"{path} was made with other settings; nothing in it was touched",
             do="name another --output, or remove that folder",
         )
-    return run_dir.is_done and summary_problem(run_dir.summary()) is None
+    if not run_dir.is_whole:
+        if made.digest() != cell.recipe.digest():
+            raise RunError(
+                f"{path} was begun with images at another place; nothing in it was touched",
+                given=f"{_places(cell.recipe)} now, {_places(made)} then",
+                do=f"if they have moved, write the new place into {path / 'recipe.yaml'} (source, val_source and"
+                " unlabeled, under data); else name another --output",
+            )
+        return False
+    summary = run_dir.summary()
+    moved = summary.get("digest") != cell.recipe.digest()
+    if moved and summary["data"].get("fingerprint") != held_by(cell.recipe.data):
+        raise RunError(
+            f"{path} was made with other images; nothing in it was touched",
+            given=f"{_places(cell.recipe)} now, {_places(made)} then",
+            do="name another --output, or the images that it was made with",
+        )
+    return True
+
+
+def _places(recipe: Recipe) -> str:
+    data = recipe.written_out().data
+    return " and ".join(place for place in (data.source, data.val_source, data.unlabeled) if place is not None)
+
+
+def _fingerprint(data: DataSpec, progress: Progress) -> str:
+    from remap.bench import Bench
+
+    return fingerprint(Bench().index(data), progress, data.workers)
 
 
 def tabulate(recipe: Recipe, cells: Sequence[Cell], output: Path) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def compare(first: RunDir, second: RunDir) -> dict[str, Any]:
         "tensors": tensors,
         "environment": differing(_surroundings(first), _surroundings(second)),
         "changed_on_the_way": {"first": changed_on_the_way(first), "repeat": changed_on_the_way(second)},
-        "outputs_of_others": {"first": outputs_of_others(before), "repeat": outputs_of_others(after)},
+        "outputs_on_disk": {"first": outputs_on_disk(before), "repeat": outputs_on_disk(after)},
     }
 
 
@@ -158,17 +158,12 @@ def changed_on_the_way(run: RunDir) -> list[str]:
     return [f"{_DECIDING[name]} ({', then '.join(values)})" for name, values in found.items() if len(values) > 1]
 
 
-def outputs_of_others(summary: dict[str, Any]) -> list[str]:
-    """Which teacher outputs a run read on disk that it had not computed itself, in words: their last bits are those of
-    the batches, threads and device that they were computed with.
+def outputs_on_disk(summary: dict[str, Any]) -> list[str]:
+    """Teachers whose outputs a run read on disk: their last bits are those of the batches, threads and device that
+    they were computed with, by this run or an earlier one.
     """
-    found = []
-    for teacher in (summary.get("teacher"), *summary.get("more_teachers", [])):
-        kept = (teacher or {}).get("outputs") or {}
-        count, own = kept.get("images", 0), kept.get("computed", 0)
-        if kept.get("where") == "disk" and own < count:
-            found.append(f"{count - own:,} of {count:,} outputs of {teacher.get('model', 'the teacher')}")
-    return found
+    teachers = [teacher or {} for teacher in (summary.get("teacher"), *summary.get("more_teachers", []))]
+    return [str(teacher.get("model")) for teacher in teachers if teacher.get("outputs") == "disk"]
 
 
 def _without_outputs(teacher: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -1,6 +1,5 @@
 """Evaluate a finished run again, on its own evaluation split or on other data."""
 
-import hashlib
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from remap.data.views import ViewSource
 from remap.engine.evaluate import batch_size_of_evaluation, evaluate
 from remap.engine.interrupt import watching
 from remap.engine.launch import accelerator, use_bf16
+from remap.engine.processes import everyones
 from remap.errors import RunError
 from remap.network import choose_attention
-from remap.progress import Progress, Silent
+from remap.progress import Progress
 from remap.runs.rundir import RunDir
 from remap.runs.task import load_task
 
@@ -49,6 +49,9 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
             what="held-out" if data is None else Path(data).name,
             skip_bad=skip_bad or recipe.data.skip_bad,
         )
+    for bad, known in everyones(accelerator(), (dict(images.bad), images.contents.known())):  # of its own share
+        images.note_bad(bad)
+        images.contents.learn(*known)
     if data is None and accelerator().is_main_process:
         _say_if_others(run, images.contents, found.count, progress)
     seen = found.predictions_N >= 0
@@ -69,21 +72,14 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
     }
 
 
-def fingerprint_of(contents: Contents, progress: Progress = Silent()) -> str:
-    """64 hex digits for the names, labels, order and content of one split's images."""
-    split = contents.split
-    digest = hashlib.sha256("\0".join(split.names).encode(errors="surrogatepass") + split.labels.tobytes())
-    digest.update(contents.complete(progress, "evaluation images").tobytes())
-    return digest.hexdigest()
-
-
 def _say_if_others(run: RunDir, contents: Contents, count: int, progress: Progress) -> None:
     """An accuracy on other images is not to be compared with that of the run."""
     try:
-        then, wanted = run.summary()["data"]["val_images"], run.summary()["data"]["val_fingerprint"]
+        noted = run.summary()["data"]
+        then, wanted = noted["val_images"], noted["val_fingerprint"]
     except (RunError, KeyError, TypeError):  # evaluation needs no summary
         return
-    if fingerprint_of(contents, progress) != wanted:
+    if contents.fingerprint(progress, "evaluation images") != wanted:
         counts = f"{count} now, {then} then"
         progress.say(f"the evaluation images are not those of the run ({counts}): names, labels or contents differ")
 

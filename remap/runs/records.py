@@ -3,19 +3,10 @@
 Imports no torch.
 """
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-
-def is_number(value: object) -> bool:
-    """Whether it is a number, and one that a float can hold."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # which is false for not-a-number
-
-
-def is_count(value: object) -> bool:
-    """Whether it is a whole number from 0 that every reader of JSON keeps."""
-    return type(value) is int and 0 <= value < 2**53
+from remap.outside import is_count, is_number
 
 
 def _is_word(value: object) -> bool:

@@ -9,17 +9,15 @@ import torch
 
 from remap.bench import Bench
 from remap.data.contents import fingerprint
-from remap.engine.checkpoint import without_places
 from remap.engine.launch import accelerator
 from remap.errors import DataError, Interrupted, RunError
-from remap.outside import absolute, expanded
+from remap.outside import absolute, expanded, is_count
 from remap.progress import Progress, Silent
 from remap.recipe import Recipe
 from remap.running import run as go_on
 from remap.running import start
 from remap.runs.compare import shared_teacher
-from remap.runs.differences import FIGURES, changed_on_the_way, compare, history, outputs_of_others
-from remap.runs.records import is_count
+from remap.runs.differences import FIGURES, changed_on_the_way, compare, history, outputs_on_disk
 from remap.runs.rundir import RunDir, next_path
 from remap.runs.task import load_task
 
@@ -38,8 +36,7 @@ def repeat(
         run, repeat, equal, checks (what, first, repeat, equal), tensors that differ (name, largest_difference), what
         differs in the environment (what, first, repeat), and two that may be why, in words (first, repeat):
         changed_on_the_way, what decides the last bits and was not the same in all parts of a resumed run; and
-        outputs_of_others, teacher outputs on disk that another run had computed. Empty on processes that are not the
-        main one.
+        outputs_on_disk, the teachers whose outputs were read on disk. Empty on processes that are not the main one.
 
     Raises:
         RunError: It is unfinished, damaged or was made by another number of processes.
@@ -48,7 +45,8 @@ def repeat(
     run = RunDir.open(path)
     _require_whole(run)
     recipe, summary = run.recipe(), run.summary()
-    _require_figures(run, summary)
+    anew = f"remap {_command(recipe)} --recipe {shlex.quote(str(run.path / 'recipe.yaml'))}"
+    _require_figures(run, do=f"run it anew, then repeat that: {anew}")
     _require_processes(run, summary["processes"])
     if recipe.train.processes is not None:  # it may have been resumed with another number
         recipe = recipe.model_copy(
@@ -65,47 +63,56 @@ def repeat(
     try:
         if not os.path.isfile(target / "recipe.yaml"):
             start(recipe, target, progress, bench)
-        elif not RunDir.open(target).is_done:
+        elif not RunDir.open(target).is_whole:
             go_on(recipe, RunDir.open(target), progress, bench, resuming=True)
     except Interrupted as error:
         command = shlex.join(["remap", "repeat", str(run.path), "--output", str(target)])
         raise Interrupted(
             error.what, exit_code=error.exit_code, do=f"go on with: {command}", at_once=error.at_once
         ) from error
-    return compare(run, RunDir.open(target)) if accelerator().is_main_process else {}
+    if not accelerator().is_main_process:
+        return {}
+    _require_figures(RunDir.open(target), do="remove that folder, or choose another --output")
+    return compare(run, RunDir.open(target))
 
 
 def _require_whole(run: RunDir) -> None:
     """Something to compare with."""
     if not run.is_done:
         ended, message = run.became()
-        command = "distill" if run.recipe().teacher else "tune"
         raise RunError(
             f"{run.path} has no result that could be compared: it {ended}",
             given=message,
-            do=f"finish it first: remap {command} --resume {shlex.quote(str(run.path))}",
+            do=f"finish it first: remap {_command(run.recipe())} --resume {shlex.quote(str(run.path))}",
         )
 
 
-def _require_figures(run: RunDir, summary: dict[str, Any]) -> None:
+def _command(recipe: Recipe) -> str:
+    return "distill" if recipe.teacher else "tune"
+
+
+def _require_figures(run: RunDir, do: str) -> None:
     """What is compared in the end has to be there before hours of training."""
+    problem = _problem(run.summary())
+    if problem is None and not history(run):
+        problem = "metrics.jsonl is empty"
+    if problem is not None:
+        raise RunError(f"{run.path} holds no figures of this version of remap", given=problem, do=do)
+
+
+def _problem(summary: dict[str, Any]) -> str | None:
+    """What is wrong with the figures of a summary; None if they can be compared."""
     try:
-        counts = summary["data"]
-        for read in (lambda s: s["precision"], outputs_of_others, *FIGURES.values()):
+        for read in (lambda s: s["precision"], outputs_on_disk, *FIGURES.values()):
             read(summary)
+        counts = summary["data"]
         _ = counts["labeled_images"], counts["val_images"]
-        if not (is_count(summary["processes"]) and isinstance(counts["fingerprint"], str)):
-            raise TypeError
-        if not history(run):
-            raise RunError(f"{run.path / 'metrics.jsonl'} is empty", do="name a run directory that `remap` wrote")
-    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        lacking = isinstance(error, KeyError)
-        command = "distill" if run.recipe().teacher else "tune"
-        raise RunError(
-            f"{run.path} holds no figures of this version of remap",
-            given=f"summary.json has no {error}" if lacking else "summary.json holds something else where figures are",
-            do=f"run it anew, then repeat that: remap {command} --recipe {shlex.quote(str(run.path / 'recipe.yaml'))}",
-        ) from error
+        fits = is_count(summary["processes"]) and isinstance(counts["fingerprint"], str)
+    except KeyError as error:
+        return f"summary.json has no {error}"
+    except (TypeError, ValueError, ArithmeticError, AttributeError):
+        fits = False
+    return None if fits else "summary.json holds something else where figures are"
 
 
 def _require_processes(run: RunDir, wanted: int) -> None:
@@ -142,7 +149,7 @@ def _target(run: RunDir, recipe: Recipe, output: Path | None) -> Path:
             "a repeat does not go into the run that it repeats", given=str(target), do="choose another --output"
         )
     if os.path.isfile(target / "recipe.yaml"):
-        found, wanted = (without_places(one).digest() for one in (RunDir.open(target).recipe(), recipe))
+        found, wanted = (one.digest(places=False) for one in (RunDir.open(target).recipe(), recipe))
         if found != wanted:
             raise RunError(
                 f"{target} is a run of another recipe; nothing in it was touched", do="choose another --output"

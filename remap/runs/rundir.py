@@ -17,6 +17,7 @@ from remap.errors import MissingData, RunError
 from remap.outside import (
     MOST_JSON_BYTES,
     expanded,
+    is_number,
     parse_json,
     plain,
     read_json,
@@ -27,7 +28,7 @@ from remap.outside import (
 from remap.recipe import Recipe, dump, load
 from remap.runs.curves import curves
 from remap.runs.environment import command, environment, now, plain_environment
-from remap.runs.records import is_number, summary_problem
+from remap.runs.records import summary_problem
 
 # What ``create`` leaves when it is killed before recipe.yaml is there.
 _DRAFT = re.compile(r"\.?recipe\.yaml\.\d+\.tmp(\.\d+\.tmp)?")
@@ -116,7 +117,8 @@ class RunDir:
         return run
 
     def require_free(self) -> None:
-        """
+        """Refuse a place that ``create`` would refuse, before anything is done for it.
+
         Raises:
             RunError: Something is there already.
         """
@@ -140,7 +142,7 @@ class RunDir:
     def _exists_already(self) -> RunError:
         what = f"{self.path} exists already; nothing in it was touched"
         if not os.path.isdir(self.path):
-            return RunError(what, given="it is a file, and no folder", do="name another --output")
+            return RunError(what, given="it is no folder", do="name another --output")
         if not os.path.isfile(self.path / "recipe.yaml"):
             return RunError(what, given="it is no run directory, and not empty", do="name another --output")
         if self.became()[0] == "failed" and not any(self.checkpoint.glob("*.json")):
@@ -213,8 +215,8 @@ class RunDir:
         if not (self.path / "command.txt").is_file():  # killed right after it was made
             files.write_text(self.path / "command.txt", shlex.join(command()) + "\n")
         path, current = self.path / "environment.json", environment() | machine
-        if resuming and path.is_file():
-            first = self.environment()
+        first = self.environment() if resuming and path.is_file() else {}
+        if not machine.keys().isdisjoint(first):  # else it was killed before anything was made
             legs = [first, *first.get("resumed", [])]
             if all(plain_environment(leg) != plain_environment(current) for leg in legs):
                 files.write_json(path, first | {"resumed": [*first.get("resumed", []), current]})
@@ -314,6 +316,11 @@ class RunDir:
     @property
     def is_done(self) -> bool:
         return (self.path / "summary.json").is_file() and self.status() == "done"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is done, and nothing is wrong with what that leaves."""
+        return self.is_done and self.damage() is None
 
     def damage(self) -> str | None:
         """What is wrong with the files that a run that is done leaves; None if nothing."""

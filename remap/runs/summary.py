@@ -7,7 +7,7 @@ from remap.engine.checkpoint import State
 from remap.engine.evaluate import Evaluation
 from remap.engine.launch import accelerator
 from remap.engine.memory import peak_bytes
-from remap.runs.evaluation import fingerprint_of
+from remap.progress import Silent
 from remap.runs.rundir import RunDir
 
 
@@ -39,7 +39,7 @@ def summarize(parts: Parts, run_dir: RunDir, initial: Evaluation, final: Evaluat
             "split": views.data.split_rule,
             "skipped": [list(item) for item in (*views.skipped, *parts.lessons.bad_names())],
             "fingerprint": views.fingerprint(),
-            "val_fingerprint": fingerprint_of(views.contents["val"]),
+            "val_fingerprint": views.contents["val"].fingerprint(Silent(), "evaluation images"),
         },
         "student": {
             "model": student.identity.model,

@@ -131,7 +131,7 @@ def _require_held(folder: Path, meta: TaskMeta, source: ModelSpec) -> None:
     """A backbone without weights of its own is in the task; said before a model is built that the file cannot fill."""
     if not meta.holds_backbone:
         raise RunError(f"{folder} neither holds its backbone nor says where the weights are")
-    if not is_run(source.model):  # which has weights of its own, as is said later
+    if _run_named(source, by_task=True) is None:  # which has weights of its own, as is said later
         stored = (folder / "task.safetensors").stat().st_size
         require_stored(source.model, stored, preset=source.preset, image_size=source.image_size)
 
@@ -179,17 +179,15 @@ def open_backbone(
     Raises:
         BackboneError: A run's method cannot be folded into plain weights, or the words contradict each other.
     """
-    if is_run(spec.model) and spec.weights != "pretrained":
-        raise BackboneError(
-            f"{spec.model} is a run directory and brings its own weights", given=f"weights: {spec.weights}"
-        )
-    run = spec.model if is_run(spec.model) else spec.weights
-    if is_run(run):
-        require_size_of_run(spec)
+    run = _run_named(spec, by_task=bool(behind))
+    if run == spec.model and spec.weights != "pretrained":
+        raise BackboneError(f"{run} is a run directory and brings its own weights", given=f"weights: {spec.weights}")
+    if run is not None:
+        require_size_of_run(spec, by_task=bool(behind))
         if keep_head:
             raise BackboneError(f"the head of {run} is for other classes", do="let teacher.prepare fit one")
         backbone = _backbone_of_run(Path(absolute(run)), num_classes, behind)
-        if not is_run(spec.model) and resolve_name(spec.model) != backbone.identity.model:
+        if run != spec.model and resolve_name(spec.model) != backbone.identity.model:
             raise BackboneError(
                 "the weights are of another model", given=f"{spec.model}, and {run} of {backbone.identity.model}"
             )
@@ -199,13 +197,24 @@ def open_backbone(
     )
 
 
-def require_size_of_run(spec: ModelSpec) -> None:
-    """A run directory's weights keep the image size they were tuned at.
+def _run_named(spec: ModelSpec, *, by_task: bool) -> str | None:
+    """The run directory whose weights are asked for; a task names one by its absolute path, whatever lies around."""
+    words = [word for word in (spec.model, spec.weights) if word.startswith("/") or not by_task]
+    return next(filter(is_run, words), None)
+
+
+def require_size_of_run(spec: ModelSpec, *, by_task: bool = False) -> None:
+    """A run directory's weights keep the image size they were tuned at; other weights pass.
+
+    Args:
+        by_task: The words are a task's, not the user's.
 
     Raises:
         BackboneError: ``spec`` asks for another one.
     """
-    run = spec.model if is_run(spec.model) else spec.weights
+    run = _run_named(spec, by_task=by_task)
+    if run is None:
+        return
     own = read_meta(folder_of(expanded(run))).preprocess.size
     if spec.image_size not in (None, own):
         raise BackboneError(

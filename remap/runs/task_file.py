@@ -22,7 +22,6 @@ from remap.data.views import FILTERS, View
 from remap.errors import RunError
 from remap.network import Network
 from remap.outside import plain, sha256_of, unfit_for_a_name
-from remap.recipe.paths import is_run
 from remap.recipe.schema import LARGEST_SIDE, MethodSpec, Place
 from remap.runs.rundir import RunDir
 
@@ -42,7 +41,7 @@ def _class_name(name: str) -> str:
 def _own_place(word: str) -> str:
     """A task names its backbone by an absolute path, or a name that is none: not from wherever it is read."""
     path = word.removeprefix("local-dir:")
-    is_path = path != word or word.endswith(".safetensors") or is_run(word)
+    is_path = path != word or word.startswith((".", "~", "/")) or word.endswith(".safetensors")
     if is_path and (not path.startswith("/") or ".." in path.split("/")):
         raise ValueError("should be an absolute path without '..'")
     return word
@@ -127,7 +126,8 @@ def _unfinished(path: Path) -> RunError:
 
 
 def read_meta(folder: Path) -> TaskMeta:
-    """
+    """What the task.json of a folder says.
+
     Raises:
         RunError: It is missing, damaged or of another version.
     """
@@ -148,7 +148,8 @@ def read_meta(folder: Path) -> TaskMeta:
 
 
 def read_tensors(folder: Path, meta: TaskMeta) -> dict[str, Tensor]:
-    """
+    """The tensors of task.safetensors.
+
     Raises:
         RunError: They are missing, or not those that task.json is about.
     """

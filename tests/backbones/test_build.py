@@ -15,7 +15,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from remap.backbones.anatomy import anatomy_of, module_at
-from remap.backbones.build import build, require_at_hand, state_hash
+from remap.backbones.build import build, require_at_hand, require_stored, state_hash
 from remap.backbones.families import FAMILIES
 from remap.backbones.names import ABOUT, PRESETS, SHORT_NAMES
 from remap.errors import BackboneError, UnknownName, WeightsError
@@ -284,6 +284,19 @@ def test_a_size_that_does_not_fit_is_refused(word: str, size: int, part: str) ->
     assert word in str(caught.value)
     with pytest.raises(BackboneError, match=part):
         build(word, "none", 3, image_size=size)
+
+
+@pytest.mark.parametrize("each", [2, 4])
+def test_tables_of_positions_may_be_larger_than_the_weights(each: int) -> None:
+    """Source: the 86.53 million parameters that timm lists for BEiT, stored in ``each`` bytes; nothing is built.
+
+    For n patches and a class token, its 12 blocks have tables of (n + 1)^2 indices of 8 bytes: 2.6 GB at 1152 pixels,
+    7.5 and 15 times the file, and 26 GB at 2048.
+    """
+    for size in (224, 1024, 1152, 1536):
+        require_stored("beit_base_patch16_224", 86_530_000 * each, image_size=size)
+    with pytest.raises(WeightsError, match="its weights do not fit\n.* 25,77[0-9],[0-9]{3},[0-9]{3} of them tables"):
+        require_stored("beit_base_patch16_224", 86_530_000 * each, image_size=2048)
 
 
 @pytest.mark.parametrize("size", [56, 112, 448])

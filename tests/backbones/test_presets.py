@@ -1,6 +1,7 @@
 """Self-supervised weights, in files laid out by hand as the official checkpoints are."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -49,6 +50,21 @@ def _moco(encoder: nn.Module, prefix: str) -> dict[str, Tensor]:
     projector = {f"{prefix}head.0.weight": torch.zeros(16, 128), f"{prefix}head.1.running_mean": torch.zeros(16)}
     predictor = {"module.predictor.0.weight": torch.zeros(16, 16)}
     return {**{prefix + key: tensor for key, tensor in encoder.state_dict().items()}, **projector, **predictor}
+
+
+def test_weights_are_not_copied_to_ask_for_the_size_of_a_model(
+    encoder: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """timm copies the configuration with all that is in it, for each model that it builds."""
+    real, given = timm.create_model, []
+
+    def create_model(name: str, **arguments: Any) -> nn.Module:
+        given.append(("state_dict" in arguments["pretrained_cfg_overlay"], torch.empty(0).device.type))
+        return real(name, **arguments)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    build(NAME, _file(tmp_path / "mae.safetensors", _mae(encoder)), 7, preset="mae")
+    assert given == [(False, "meta"), (True, "cpu")]
 
 
 @pytest.mark.parametrize("decoder", [False, True])

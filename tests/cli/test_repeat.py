@@ -11,7 +11,7 @@ from typer.testing import Result
 from remap_cli.repeat import _take_threads_of, sentence
 
 NOTHING: dict[str, list[str]] = {"first": [], "repeat": []}
-REASONS = {"changed_on_the_way": NOTHING, "outputs_of_others": NOTHING}
+REASONS = {"changed_on_the_way": NOTHING, "outputs_on_disk": NOTHING}
 
 
 @pytest.fixture
@@ -61,11 +61,9 @@ def test_the_sentence_says_by_how_much_and_where() -> None:
     changed = {"first": ["another number of processes (2, then 1)"], "repeat": []}
     words = "; the first run was resumed with another number of processes (2, then 1), which decides last bits; the env"
     assert words in sentence(found | {"changed_on_the_way": changed})
-    read = {"first": [], "repeat": ["9 of 24 outputs of vit_x"]}
-    words = (
-        "; the repeat read 9 of 24 outputs of vit_x on disk that another run had computed, with the last bits of its "
-    )
-    assert words in sentence(found | {"outputs_of_others": read})
+    read = {"first": [], "repeat": ["vit_x"]}
+    words = "; the repeat read outputs of vit_x on disk, with the last bits of whoever computed them; the env"
+    assert words in sentence(found | {"outputs_on_disk": read})
 
 
 def test_thread_variables_are_those_of_the_run_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,8 @@ WRONG = [
     ({"RANK": ""}, "RANK must be a whole number", "env -u RANK remap"),
     ({"RANK": "9" * 5000}, "RANK must be a whole number", "from 0"),
     ({"RANK": "0", "WORLD_SIZE": "x"}, "WORLD_SIZE must be a whole number", "'x'"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be a whole number", "from 1"),
+    ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE must be a whole number", "from 1"),
     ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE must be a whole number", "'x'"),
     ({"LOCAL_RANK": "1.5"}, "LOCAL_RANK must be a whole number", "'1.5'"),
 ]
@@ -50,6 +52,23 @@ def test_what_cannot_be_is_one_message(say: Callable, found: dict[str, str], wha
     with pytest.raises(TrainingError, match=what) as caught:
         launch.accelerator.__wrapped__()
     assert more in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_without_a_launcher_none_is_blamed(say: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate reads variables of its own; here the name of a compiler that it does not know."""
+    say({})
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "nonsense")
+    with pytest.raises(TrainingError, match="Accelerate cannot start") as caught:
+        launch.accelerator.__wrapped__()
+    assert "NONSENSE" in str(caught.value) and "ACCELERATE_*" in str(caught.value)
+    assert "launcher" not in str(caught.value) and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("word", ["0", "-1", "", "two"])
+def test_a_number_of_processes_that_is_none_is_refused_before_more_are_started(say: Callable, word: str) -> None:
+    say({"WORLD_SIZE": word})
+    with pytest.raises(TrainingError, match="WORLD_SIZE must be a whole number"):
+        command_line.has_launcher()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from remap.errors import RecipeError
 from remap.recipe import Recipe, resolve, validate
 from remap.recipe.schema import DataSpec
 from remap.remapping import LOSSES
-from remap.runs.compare import plan
+from remap.runs.cells import plan
 
 
 def problems(**values: Any) -> list[str]:

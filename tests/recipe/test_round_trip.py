@@ -95,6 +95,12 @@ def test_fields_that_decide_nothing_leave_the_digest(setting: str) -> None:
     assert resolve(settings=[setting]).digest() == Recipe().digest()
 
 
+def test_the_places_of_images_count_only_where_they_are_asked_for() -> None:
+    there = resolve(settings=["data.source=/there", "data.val_source=/val"])
+    assert there.digest() != Recipe().digest() and there.digest(places=False) == Recipe().digest(places=False)
+    assert resolve(settings=["seed=1"]).digest(places=False) != Recipe().digest(places=False)
+
+
 def test_every_other_field_changes_the_digest() -> None:
     base = Recipe.model_validate({"teacher": "a"})
     other: dict[type, Any] = {str: "other", int: 77, float: 0.77}

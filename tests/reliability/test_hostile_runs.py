@@ -128,6 +128,7 @@ def test_a_summary_of_a_run_can_be_shown(made: Path, tiny: Any, tmp_path: Path) 
         (lambda s: s.clear(), "it has no run_dir"),
         (lambda s: s.update(run_dir=5), "run_dir is something else"),
         (lambda s: s.update(seconds=HUGE), "seconds is something else"),
+        (lambda s: s.update(seconds=2**60), "seconds is something else"),
         (lambda s: s.update(data=[]), "it has no data.source"),
         (lambda s: s["data"].update(train_images=-1), "data.train_images is something else"),
         (lambda s: s["student"].update(accuracy="x"), "student.accuracy is something else"),
@@ -151,13 +152,15 @@ def test_a_summary_that_cannot_be_shown_is_written_again(
     assert now["student"] == before["student"] and now["teacher"] == before["teacher"]
 
 
-def test_a_comparison_runs_what_has_no_summary_again(tiny: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["summary.json", "task/task.safetensors"])
+@pytest.mark.parametrize("content", ["{}", '{"student": {"acc'])
+def test_a_comparison_runs_what_is_damaged_again(tiny: Any, tmp_path: Path, name: str, content: str) -> None:
     recipe = tiny.recipe("train.epochs=1", "train.warmup_epochs=0", losses="kd")
     first = compare(recipe, ["linear"], 1, tmp_path / "cmp", Silent())
-    (tmp_path / "cmp" / "linear-alone-s0" / "summary.json").write_text("{}")
+    (tmp_path / "cmp" / "linear-alone-s0" / name).write_text(content)
     again = compare(recipe, ["linear"], 1, tmp_path / "cmp", Silent())
     assert again["rows"][0]["alone"]["accuracies"] == first["rows"][0]["alone"]["accuracies"]
-    assert summary_problem(RunDir(tmp_path / "cmp" / "linear-alone-s0").summary()) is None
+    assert RunDir(tmp_path / "cmp" / "linear-alone-s0").damage() is None
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,11 @@ from typer.testing import CliRunner
 from remap.engine import launch
 from remap.errors import Interrupted, RunError
 from remap.progress import Silent
+from remap.recipe.schema import DataSpec, ModelSpec, ShrinkSpec
 from remap.running import start
 from remap.runs.compare import compare
 from remap.runs.task import load_task
+from remap.shrinking import cut, take_out_skipped
 from remap_cli.main import app
 
 # Of Python's own library and of others; all are imported by every command, or by those that train.
@@ -100,3 +102,15 @@ def test_several_processes_do_not_cut_one_model(
     found = CliRunner().invoke(app, ["shrink", tiny.teacher, *what, "--output", str(tmp_path / "small")])
     assert isinstance(found.exception, RunError) and "a model is cut in one process" in str(found.exception)
     assert not (tmp_path / "small").exists()
+
+
+def test_libraries_that_cut_in_several_processes_are_told_so(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "accelerator", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(RunError, match="a model is cut in one process"):
+        cut(ModelSpec(model=tiny.teacher), ShrinkSpec(depth=1), DataSpec(), tmp_path / "small")
+    with pytest.raises(RunError, match="a model is cut in one process"):
+        take_out_skipped(tmp_path / "run", tmp_path / "small", 0.0)
+    with pytest.raises(RunError, match="one after the other in one process\n  given:   2 processes"):
+        compare(tiny.recipe(losses="ce,kd"), ["linear"], 1, tmp_path / "table", Silent())

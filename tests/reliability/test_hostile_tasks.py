@@ -238,10 +238,18 @@ def test_a_task_does_not_lead_to_surprising_places(
     figure("hostile task and weights files executed, of all tried", 0, 1)
 
 
-@pytest.mark.parametrize("word", ["near", "./near", "../work/near", "~/near"])
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("near", {"model": "unknown model 'near'", "weights": "unknown source of weights"}),
+        ("./near", {"model": "backbone.model", "weights": "backbone.weights"}),
+        ("../work/near", {"model": "backbone.model", "weights": "backbone.weights"}),
+        ("~/near", {"model": "backbone.model", "weights": "backbone.weights"}),
+    ],
+)
 @pytest.mark.parametrize("key", ["model", "weights"])
 def test_a_task_does_not_open_the_runs_around_it(
-    key: str, word: str, source: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    key: str, word: str, says: dict[str, str], source: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refused for its words, before the run is read; an absolute path of the same run is followed."""
     work = tmp_path / "work"
@@ -250,9 +258,22 @@ def test_a_task_does_not_open_the_runs_around_it(
     monkeypatch.setenv("HOME", str(work))
     backbone = json.loads((task / "task.json").read_text())["backbone"]
     rewrite(task, backbone={**backbone, key: word})
-    assert f"backbone.{key}" in refusal(task)
+    assert says[key] in refusal(task)
     rewrite(task, backbone={**backbone, key: str(work / "near")})
     assert "was tuned on other weights" in refusal(task)  # those of the run, with its method folded in
+
+
+@pytest.mark.parametrize("weights", ["pretrained", "none"])  # elsewhere, and in the task itself
+def test_a_task_is_read_alike_wherever_it_is_read_from(
+    weights: str, tiny: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that lies in the working directory under the name of the task's model changes nothing."""
+    words = {"student": "mini_student", "method": "linear", "losses": "ce"}
+    run = start(tiny.recipe("train.epochs=1", f"student.weights={weights}", **words), tmp_path / "run").run_dir
+    identity = load_task(run)[0].identity
+    shutil.copytree(source, tmp_path / "work" / identity.model)
+    monkeypatch.chdir(tmp_path / "work")
+    assert load_task(run)[0].identity == identity
 
 
 def test_a_task_that_is_its_own_backbone_ends(task: Path) -> None:

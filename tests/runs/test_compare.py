@@ -1,5 +1,6 @@
 """A comparison that is stopped: how it goes on, and that every run of it learns from the teacher they share."""
 
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from remap.errors import Interrupted
+from remap.errors import Interrupted, RunError
 from remap.progress import Silent
 from remap.recipe import Recipe
 from remap.running import resume, start
@@ -67,3 +68,35 @@ def test_what_is_no_part_of_a_comparison_has_its_own_teacher(twin: Path, tiny: A
     run = start(tiny.recipe("train.epochs=1", "train.warmup_epochs=0", losses="ce"), twin / "mine").run_dir
     assert shared_teacher(RunDir(run)) is None
     assert shared_teacher(RunDir(twin / FIRST)) == twin / "teacher"
+
+
+def test_images_that_were_moved_are_the_same_images(tiny: Any, tmp_path: Path, watch: Callable[..., Any]) -> None:
+    """Finished cells stay as they are; one that had begun asks for the new place in its recipe. A folder with one
+    other image is refused.
+    """
+    shutil.copytree(tiny.data, tmp_path / "data")
+    folder, done, begun = tmp_path / "compare", "linear-alone-s0", "linear-teacher-s0"
+
+    def compared(name: str) -> int:
+        progress = watch(lambda step: None)
+        recipe = tiny.recipe("train.epochs=1", data=str(tmp_path / name), losses="ce,feature")
+        compare(recipe, ["linear"], 1, folder, progress)
+        return progress.steps
+
+    assert compared("data") == 2 * 3
+    (tmp_path / "data").rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", tmp_path / "other")
+    (tmp_path / "other" / "val" / "red" / "00.png").write_bytes((tmp_path / "other/val/red/01.png").read_bytes())
+    before = _tasks(folder)
+    assert compared("data") == 0, "the finished comparison is shown without its images"
+    assert compared("moved") == 0
+    with pytest.raises(RunError, match=f"{done} was made with other images; nothing in it was touched"):
+        compared("other")
+    (folder / begun / "summary.json").unlink()
+    with pytest.raises(RunError, match=f"{begun} was begun with images at another place") as caught:
+        compared("moved")
+    recipe = folder / begun / "recipe.yaml"
+    assert f"write the new place into {recipe}" in (caught.value.do or "")
+    recipe.write_text(recipe.read_text().replace(str(tmp_path / "data"), str(tmp_path / "moved")))
+    assert compared("moved") == 0 and _tasks(folder) == before, "from its last checkpoint"
+    assert (folder / begun / "summary.json").is_file()

@@ -62,6 +62,14 @@ def test_a_run_without_a_checkpoint_records_where_it_goes_on(tiny: Any, tmp_path
     assert [leg["threads"] for leg in run.environment()["resumed"]] == [torch.get_num_threads()]
 
 
+def test_a_run_that_was_killed_before_it_began_did_not_go_on(tiny: Any, tmp_path: Path) -> None:
+    """Nothing of it was made where it was created; nor does the run that tunes a teacher go on where it was made."""
+    run = RunDir.create(tmp_path / "run", tiny.recipe("teacher.prepare=full", "teacher.allow_weak=true"))
+    resume(run.path)
+    for record in (run.environment(), RunDir(run.teacher).environment()):
+        assert record["threads"] == torch.get_num_threads() and "resumed" not in record
+
+
 def test_it_says_where_it_goes_on(stopped: RunDir, watch: Watch) -> None:
     progress = watch(lambda done: None)
     resume(stopped.path, progress)
@@ -98,10 +106,11 @@ def test_images_that_were_moved_are_found_at_their_new_place(
     assert steps.steps == 6 - 4 and stopped.is_done
 
 
-def test_a_file_where_a_run_is_to_be_is_called_a_file(tiny: Any, tmp_path: Path) -> None:
-    (tmp_path / "empty").write_bytes(b"")
-    with pytest.raises(RunError, match="it is a file"):
-        RunDir.create(tmp_path / "empty", tiny.recipe())
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("nowhere")], ids=["file", "dangling link"])
+def test_what_is_no_folder_is_not_called_a_run(tiny: Any, tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "there")
+    with pytest.raises(RunError, match="given:   it is no folder\n"):
+        RunDir.create(tmp_path / "there", tiny.recipe())
 
 
 def test_the_readme_lists_what_a_run_leaves(tiny: Any, tmp_path: Path) -> None:

@@ -127,21 +127,14 @@ def test_the_history_shows_the_number_that_differs(run: Path, tmp_path: Path) ->
     assert told()[1] == "no epoch"
 
 
-def test_outputs_that_another_run_computed_are_named_and_make_no_teacher_another_one(run: Path, tmp_path: Path) -> None:
-    """Numbers written by hand: 24 rows, of which the repeat has computed 10. In memory a run computes all it has."""
+def test_outputs_on_disk_are_named_and_make_no_teacher_another_one(run: Path, tmp_path: Path) -> None:
+    """They may be of another run, in whose batches they were computed."""
     other = RunDir(shutil.copytree(run, tmp_path / "other"))
-    assert compare(RunDir(run), other)["outputs_of_others"] == {"first": [], "repeat": []}
-    for place, kept in (
-        (run, {"where": "disk", "images": 24, "computed": 24}),
-        (other.path, {"where": "disk", "images": 24, "computed": 10}),
-    ):
-        edit(place / "summary.json", lambda s, kept=kept: s["teacher"].update(outputs=kept, model="vit_x"))
+    assert compare(RunDir(run), other)["outputs_on_disk"] == {"first": [], "repeat": []}
+    edit(other.path / "summary.json", lambda s: s["teacher"].update(outputs="disk", model="vit_x"))
+    edit(run / "summary.json", lambda s: s["teacher"].update(outputs="each step", model="vit_x"))
     found = compare(RunDir(run), other)
-    assert found["equal"] and found["outputs_of_others"] == {"first": [], "repeat": ["14 of 24 outputs of vit_x"]}
-    edit(run / "summary.json", lambda s: s["teacher"].update(outputs=None))
-    edit(other.path / "summary.json", lambda s: s["teacher"]["outputs"].update(where="each step", images=0, computed=0))
-    found = compare(RunDir(run), other)
-    assert found["equal"] and found["outputs_of_others"] == {"first": [], "repeat": []}
+    assert found["equal"] and found["outputs_on_disk"] == {"first": [], "repeat": ["vit_x"]}
 
 
 def test_times_do_not_count(run: Path, tmp_path: Path) -> None:
@@ -293,6 +286,17 @@ def test_an_interrupted_repeat_goes_on(run: Path, tmp_path: Path, watch: Watch) 
     steps = watch(lambda done: None)
     assert repeat(run, target, progress=steps)["equal"] and steps.steps == 6 - 2
     assert repeat(run, target, progress=steps)["equal"] and steps.steps == 6 - 2, "a finished one is compared only"
+
+
+def test_a_damaged_repeat_is_made_whole_or_refused(run: Path, tmp_path: Path, watch: Watch) -> None:
+    """A summary that breaks off is written again from the last checkpoint; one without figures is not compared."""
+    target, steps = tmp_path / "again", watch(lambda done: None)
+    repeat(run, target, progress=steps)
+    (target / "summary.json").write_text('{"student": {"acc')
+    assert repeat(run, target, progress=steps)["equal"] and steps.steps == 6
+    edit(target / "summary.json", lambda s: s.pop("faults"))
+    with pytest.raises(RunError, match="holds no figures .*\n.*summary.json has no 'faults'\n.*remove that folder"):
+        repeat(run, target, progress=steps)
 
 
 def test_a_run_of_a_comparison_learns_from_its_shared_teacher(tiny: Any, tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ items_of, fit = keeping._items_of, training.fit
 tensors: dict[str, torch.Tensor] = {}
 
 
-def counting(teacher: Any, images_BCHW: torch.Tensor, batch_size: int) -> dict[str, torch.Tensor]:
+def counting(teacher: Any, images_BCHW: torch.Tensor, *sizes: int) -> dict[str, torch.Tensor]:
     noted["asked"] += int((images_BCHW != 0).flatten(1).any(dim=1).sum())
-    return items_of(teacher, images_BCHW, batch_size)
+    return items_of(teacher, images_BCHW, *sizes)
 
 
 def noting(job: Any, **words: Any) -> Any:

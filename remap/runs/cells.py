@@ -1,0 +1,77 @@
+"""The runs that make a comparison: methods by name, each with and without the teacher, for every seed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from remap.errors import RecipeError
+from remap.recipe.checks import method_problems
+from remap.recipe.schema import LossSpec, MethodSpec, Recipe
+from remap.remapping import LOSSES
+from remap.tuning import CATEGORIES, METHODS, parts_of, rows_of
+
+# One or two well-known methods of each category.
+DEFAULT_METHODS = ("full", "linear", "vpt_shallow", "vpt_deep", "adaptformer", "bitfit", "lora")
+
+
+def chosen_methods(words: str | None) -> list[str]:
+    """Methods by name or combination, by category ("prompt"), "all", or the default set for None.
+
+    Raises:
+        UnknownName: A word is none of these.
+        RecipeError: A method is named twice, or a combination cannot be made.
+    """
+    found: list[str] = []
+    for word in [word.strip() for word in words.split(",") if word.strip()] if words else DEFAULT_METHODS:
+        if word == "all":
+            found += METHODS.names
+        elif word in CATEGORIES:
+            found += [row.name for row in METHODS if row.category == word]
+        else:
+            if all(parts_of(word)):
+                rows_of(word)
+            found.append(word)
+    problems = [line for name in found for line in method_problems("--methods", name)]
+    if len(set(found)) < len(found):
+        problems.append("--methods: a method is named twice")
+    if problems:
+        raise RecipeError(problems, "command line")
+    return found
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the comparison."""
+
+    method: str
+    with_teacher: bool
+    seed: int
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{'teacher' if self.with_teacher else 'alone'}-s{self.seed}"
+
+
+def plan(recipe: Recipe, methods: Sequence[str], seeds: int) -> list[Cell]:
+    """Every method with and without the teacher, for ``seeds`` seeds from the recipe's own upwards.
+
+    The cells differ from each other in method, its learning rate, losses and seed, and in nothing else; a loss on
+    something that a method cannot change is left out for it, and images without labels are for the teacher alone.
+    """
+    cells = []
+    default = LossSpec(name="ce", weight=LOSSES.row("ce").weight)
+    alone = tuple(loss for loss in recipe.losses if LOSSES.row(loss.name).category == "labels") or (default,)
+    for method in methods:
+        spec = recipe.method if method == recipe.method.name else MethodSpec(name=method)
+        for with_teacher in (False, True):
+            for seed in range(recipe.seed, recipe.seed + seeds):
+                losses = tuple(loss for loss in recipe.losses if not loss.is_idle(method))
+                update: dict[str, Any] = {"method": spec, "seed": seed, "losses": losses}
+                if not with_teacher:
+                    update |= {"teacher": None, "more_teachers": (), "losses": alone}
+                    update["data"] = recipe.data.labeled_part()
+                    # Nor does it start from the teacher's weights.
+                    update["student"] = recipe.student.model_copy(update={"init": None, "force_init": False})
+                cells.append(Cell(method, with_teacher, seed, recipe.model_copy(update=update)))
+    return cells
