@@ -94,8 +94,13 @@ def require_no_link(path: Path) -> None:
 
 def _below(folder: Path) -> Iterator[Path]:
     """All that lies in a folder and in those below it, but not where links lead; what cannot be listed is left out."""
-    for place, folders, names in os.walk(folder):
-        yield from (Path(place, name) for name in (*folders, *names))
+    waiting = [str(folder)]
+    while waiting:
+        with contextlib.suppress(OSError), os.scandir(waiting.pop()) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                yield Path(entry.path)
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
 
 
 def _sync_folder(folder: Path) -> None:

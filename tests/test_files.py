@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,22 @@ def test_folders_are_made_or_refused_with_a_reason(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot make"):
         files.make_folder(tmp_path / "file" / "c")
+
+
+def test_folders_of_more_levels_than_python_has_are_looked_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1,200 levels; the link is at the bottom."""
+    monkeypatch.chdir(tmp_path)
+    try:
+        for _ in range(1200):
+            os.mkdir("d")
+            os.chdir("d")
+        files.require_no_links(tmp_path)
+        os.symlink("/", "link")
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(RunError, match="is a link"):
+            files.require_no_links(tmp_path)
+    finally:
+        os.chdir(tmp_path)
+        subprocess.run(["rm", "-rf", "d"], check=True)  # Python's own way has as many levels as Python
