@@ -20,7 +20,7 @@ from remap.engine.fit import fit
 from remap.engine.job import Job, bytes_of_a_run, parameters_of
 from remap.engine.launch import accelerator
 from remap.engine.machine import machine
-from remap.engine.processes import everyones
+from remap.engine.processes import share_bad
 from remap.engine.sharding import whole
 from remap.errors import RunError
 from remap.freezing import Frozen, trainables
@@ -180,8 +180,7 @@ class _Work:
         """Each process has found the unreadable images of its own share."""
         for source in (self.parts.views.train, self.parts.views.unlabeled):
             if source is not None:
-                for found in everyones(accelerator(), dict(source.bad)):
-                    source.note_bad(found)
+                share_bad(accelerator(), source)
 
     def _record(self, history: Sequence[dict[str, Any]]) -> None:
         try:

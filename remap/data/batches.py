@@ -3,7 +3,7 @@
 Two images are mixed as raw pixels, rounded back to uint8, so teacher and student see the very same picture.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,15 +150,30 @@ def closed_view(
     return augmented(images, augment, keyed.uniform(seed, view, good, 3)), good
 
 
-def filled_up(images_BCHW: Tensor, count: int) -> Tensor:
-    """The images, again and again up to ``count`` of them: (count, C, H, W).
+def in_passes(
+    run: Callable[[Tensor], Mapping[str, Tensor]], images_BCHW: Tensor, size: int, passes: int = 1
+) -> dict[str, Tensor]:
+    """What ``run`` makes of images, in passes of exactly ``size``: the last one is filled up with images again.
 
     The last bits of a matrix product may depend on its shape: what is computed before training is computed in batches
     of the shape of a training step, and has the bits that it would have there.
+
+    Args:
+        passes: The least number of them; of black images, where there is none.
+
+    Returns:
+        Rows of the images, each (B, ...).
     """
-    if len(images_BCHW) == count:
-        return images_BCHW
-    return images_BCHW.repeat(-(-count // len(images_BCHW)), 1, 1, 1)[:count]
+    count = len(images_BCHW)
+    whole = max(passes, -(-count // size)) * size
+    if not count:
+        images_BCHW = images_BCHW.new_zeros(whole, *images_BCHW.shape[1:])
+    elif count < whole:
+        images_BCHW = images_BCHW.repeat(-(-whole // count), 1, 1, 1)[:whole]
+    found = [run(part) for part in images_BCHW.split(size)]
+    if len(found) == 1:
+        return {name: rows[:count] for name, rows in found[0].items()}
+    return {name: torch.cat([part[name] for part in found])[:count] for name in found[0]}
 
 
 def _make(source: ViewSource, plan: Plan, epoch: int, indices: np.ndarray, partners: np.ndarray) -> Batch:

@@ -13,7 +13,7 @@ from remap.engine.faults import is_out_of_memory
 from remap.engine.features import FrozenFeatures
 from remap.engine.interrupt import deferred, leave_if_asked
 from remap.engine.launch import ProcessLost, use_bf16
-from remap.engine.processes import agreed, largest
+from remap.engine.processes import agreed, chunks_of, largest, rounds
 from remap.engine.sharding import is_sharded
 from remap.network import Network, Runner
 from remap.progress import Progress
@@ -86,12 +86,11 @@ class _Rounds:
     def predictions(self, batch_size: int) -> Tensor | None:
         """The class of each image (N,), -1 for those of other processes; None where memory ran out."""
         found = torch.full((len(self.source.split),), -1, dtype=torch.int64, device=self.accelerator.device)
-        rounds = range(0, len(found), batch_size * self.accelerator.num_processes)
-        with self.progress.wait(f"evaluating {self.what}", len(rounds)) as step:
-            for first in rounds:
+        chunks = chunks_of(len(found), batch_size)
+        with self.progress.wait(f"evaluating {self.what}", -(-len(chunks) // self.accelerator.num_processes)) as step:
+            for _, mine in rounds(self.accelerator, chunks):
                 leave_if_asked(self.accelerator, f"{self.what} was being evaluated")
-                start = first + batch_size * self.accelerator.process_index
-                indices = np.arange(start, min(start + batch_size, len(found)))
+                indices = np.arange(0) if mine is None else mine
                 out_of_memory = self._run(indices, found, batch_size > 1)
                 unreadable = bool(self.source.bad) and not self.skip_bad
                 no_memory, bad = agreed(self.accelerator, out_of_memory, unreadable)

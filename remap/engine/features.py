@@ -1,16 +1,16 @@
 """Frozen features of the student: what its frozen beginning makes of images whose view never changes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from remap.data.batches import filled_up
+from remap.data.batches import in_passes
 from remap.data.views import ViewSource
 from remap.engine.interrupt import deferred, leave_if_asked
-from remap.engine.processes import computed_together
+from remap.engine.processes import chunks_of, computed_together
 from remap.network import Network, Runner
 from remap.progress import Progress
 
@@ -53,25 +53,23 @@ class FrozenFeatures:
 
         Args:
             batch_size: Images that are read, and sent to the other processes, together.
-            at_once: Images of one pass, of exactly so many (``filled_up``); 0 for all that are read together.
+            at_once: Images of one pass, of exactly so many (``in_passes``); 0 for all that are read together.
         """
         self._runner.model.eval()
         count = len(self.split)
 
+        def stem(images: Tensor) -> Mapping[str, Tensor]:
+            return self._runner.stem(images.to(self.device))
+
         def compute(indices: np.ndarray | None) -> tuple[np.ndarray, dict[str, Tensor]]:
             images, good = self.source.batch(np.arange(0) if indices is None else indices)
-            if not len(good):
-                images = images.new_zeros(1, *images.shape[1:])
-            size = at_once or len(images)
-            whole = filled_up(images, -(-len(images) // size) * size)
-            found = [self._runner.stem(part.to(self.device)) for part in whole.split(size)]
-            return good, {key: torch.cat([part[key] for part in found]) for key in found[0]}
+            return good, in_passes(stem, images, at_once or len(good) or 1)
 
         def look() -> None:
             leave_if_asked(self._accelerator, "frozen features were being computed")
 
         with deferred(), progress.wait(f"frozen features of {what}", count) as step:
-            chunks = [np.arange(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+            chunks = chunks_of(count, batch_size)
             for indices, good, found in computed_together(self._accelerator, chunks, compute, look):
                 for key, value in found.items():
                     rows = self._kept.setdefault(key, torch.zeros(count, *value.shape[1:], dtype=value.dtype))

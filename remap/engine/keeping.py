@@ -10,12 +10,12 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from remap.data import keyed
-from remap.data.batches import closed_view, filled_up
+from remap.data.batches import closed_view, in_passes
 from remap.data.records import RecordStore, row_digest
 from remap.data.views import ViewSource
 from remap.engine.faults import is_out_of_memory
 from remap.engine.interrupt import deferred, leave_if_asked
-from remap.engine.processes import agreed, computed_together, rounds, total
+from remap.engine.processes import agreed, chunks_of, computed_together, rounds, total
 from remap.engine.sharding import is_sharded
 from remap.engine.teacher import Teacher
 from remap.errors import DataError, TrainingError
@@ -23,6 +23,8 @@ from remap.progress import Progress
 
 # The mean probability of kept classes is taken over this many images.
 MASS_IMAGES = 1000
+# The chunk of a process for which there is none: a view, and the indices of no image.
+NOTHING = (0, np.arange(0))
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class ClosedViews:
     def chunks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
         """(view, indices) over everything."""
         for view in range(self.views):
-            for start in range(0, len(self.source.split), size):
-                yield view, np.arange(start, min(start + size, len(self.source.split)))
+            for indices in chunks_of(len(self.source.split), size):
+                yield view, indices
 
     def images(self, view: int, indices: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """What training sees in that view, and which images could be read."""
@@ -62,7 +64,8 @@ class InMemory:
         self._filled: dict[int, np.ndarray] = {}
 
     def rows(self, indices_B: np.ndarray, view: int) -> dict[str, Tensor]:
-        """
+        """As ``Kept.rows``.
+
         Raises:
             DataError: An image could not be read when the outputs were computed.
         """
@@ -127,9 +130,7 @@ def keep_in_memory(
     kept = InMemory()
 
     def compute(chunk: tuple[int, np.ndarray] | None) -> tuple[np.ndarray, dict[str, Tensor]]:
-        images, good = lessons.images(*chunk) if chunk is not None else _no_images(lessons)
-        if not len(good):
-            images = images.new_zeros(1, *images.shape[1:])
+        images, good = lessons.images(*(chunk or NOTHING))
         return good, _items_of(teacher, images, batch_size, at_once)
 
     def look() -> None:
@@ -142,11 +143,6 @@ def keep_in_memory(
             kept.put(view, good, items, len(lessons.source.split))
             step.advance(len(indices))
     teacher.kept = kept
-
-
-def _no_images(lessons: ClosedViews) -> tuple[Tensor, np.ndarray]:
-    size = lessons.source.view.size
-    return torch.zeros(0, 3, size, size, dtype=torch.uint8), np.arange(0)
 
 
 def keep_on_disk(
@@ -173,14 +169,12 @@ def keep_on_disk(
         with deferred(), progress.wait("teacher outputs on disk", lessons.count) as step:
             for taken, mine in rounds(accelerator, chunks):
                 leave_if_asked(accelerator, "teacher outputs were being computed; those so far are kept on disk")
-                view, indices = mine if mine is not None else (0, np.arange(0))
+                view, indices = mine or NOTHING
                 missing = indices[store.missing(kept.digests(indices, view))]
-                images, good = lessons.images(view, missing) if len(missing) else _no_images(lessons)
-                if is_sharded(teacher.network) and any(agreed(accelerator, len(good))) and not len(good):
-                    # The others need this process in their forward passes.
-                    _items_of(teacher, images.new_zeros(1, *images.shape[1:]), batch_size, at_once)
+                images, good = lessons.images(view, missing)
+                needed = is_sharded(teacher.network) and any(agreed(accelerator, len(good)))  # by other processes
+                items = _items_of(teacher, images, batch_size, at_once) if len(good) or needed else {}
                 if len(good):
-                    items = _items_of(teacher, images, batch_size, at_once)
                     _require_finite(items, lessons, good)
                     store.append(kept.digests(good, view), items)
                     kept.computed += len(good)
@@ -222,21 +216,18 @@ def _require_finite(items: Mapping[str, Tensor], lessons: ClosedViews, indices_B
 
 
 def _items_of(teacher: Teacher, images_BCHW: Tensor, batch_size: int, at_once: int) -> dict[str, Tensor]:
-    """Items of up to ``batch_size`` images, computed in passes of exactly ``at_once`` (``filled_up``).
+    """Items of up to ``batch_size`` images, computed ``in_passes`` of ``at_once``.
 
-    Where memory does not suffice for that many, passes become smaller. A sharded teacher makes as many for one image
-    as for all, since other processes take part in each.
+    Where memory does not suffice for that many, passes become smaller. A sharded teacher makes as many for no image as
+    for all, since other processes take part in each.
     """
-    count = len(images_BCHW)
     while True:
         size = min(teacher.at_once or at_once, at_once)
-        passes = -(-(batch_size if is_sharded(teacher.network) else count) // size)
+        passes = -(-batch_size // size) if is_sharded(teacher.network) else 1
         try:
-            found = [teacher.items(part) for part in filled_up(images_BCHW, passes * size).split(size)]
+            return in_passes(teacher.items, images_BCHW, size, passes)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or size == 1 or is_sharded(teacher.network):
                 raise
-        else:
-            return {key: torch.cat([part[key] for part in found])[:count] for key in found[0]}
         teacher.at_once = size // 2
         clear_device_cache(garbage_collection=True)

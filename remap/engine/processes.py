@@ -13,6 +13,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from remap.data.views import ViewSource
+
 Chunk = TypeVar("Chunk")
 # Gradients travel together, in messages of at most this many bytes.
 BUCKET_BYTES = 64 * 2**20
@@ -68,6 +70,11 @@ def everyones(accelerator: Accelerator, value: Any) -> list[Any]:
     return values
 
 
+def chunks_of(count: int, size: int) -> list[np.ndarray]:
+    """The numbers below ``count``, ``size`` at a time."""
+    return [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 def rounds(accelerator: Accelerator, chunks: Sequence[Chunk]) -> Iterator[tuple[Sequence[Chunk], Chunk | None]]:
     """As many chunks at a time as there are processes, and the one of them that is this process's; None if it has none.
 
@@ -77,6 +84,12 @@ def rounds(accelerator: Accelerator, chunks: Sequence[Chunk]) -> Iterator[tuple[
         taken = chunks[first : first + accelerator.num_processes]
         rank = accelerator.process_index
         yield taken, taken[rank] if rank < len(taken) else None
+
+
+def share_bad(accelerator: Accelerator, source: ViewSource) -> None:
+    """Each process has found the unreadable images of its own share; then all know of all."""
+    for bad in everyones(accelerator, dict(source.bad)):
+        source.note_bad(bad)
 
 
 def computed_together(
@@ -89,7 +102,7 @@ def computed_together(
 
     Args:
         compute: Gives which images of a chunk could be read (B,), and the rows of these, each (B, ...). For None, and
-            where none could be read, it gives rows of some image all the same: the others need their shapes.
+            where none could be read, it gives no rows, but of the same shapes and types: those of others go there.
         look: Called by all before each round.
 
     Yields:

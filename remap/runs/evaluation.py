@@ -11,7 +11,7 @@ from remap.data.views import ViewSource
 from remap.engine.evaluate import batch_size_of_evaluation, evaluate
 from remap.engine.interrupt import watching
 from remap.engine.launch import accelerator, use_bf16
-from remap.engine.processes import everyones
+from remap.engine.processes import everyones, share_bad
 from remap.errors import RunError
 from remap.network import choose_attention
 from remap.progress import Progress
@@ -49,11 +49,12 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
             what="held-out" if data is None else Path(data).name,
             skip_bad=skip_bad or recipe.data.skip_bad,
         )
-    for bad, known in everyones(accelerator(), (dict(images.bad), images.contents.known())):  # of its own share
-        images.note_bad(bad)
-        images.contents.learn(*known)
-    if data is None and accelerator().is_main_process:
-        _say_if_others(run, images.contents, found.count, progress)
+    share_bad(accelerator(), images)
+    if data is None:
+        for known in everyones(accelerator(), images.contents.known()):  # of its own share
+            images.contents.learn(*known)
+        if accelerator().is_main_process:
+            _say_if_others(run, images.contents, found.count, progress)
     seen = found.predictions_N >= 0
     classes = []
     for label, name in enumerate(network.classes or ()):

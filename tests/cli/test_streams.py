@@ -75,9 +75,7 @@ def test_results_that_cannot_be_written_are_an_error(words: list[str]) -> None:
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
 @pytest.mark.parametrize(("word", "code"), [("methods", 0), ("nothing", 2)])
 def test_a_stream_that_the_caller_closed_is_missed_by_nobody(word: str, code: int, closed: str) -> None:
-    done = subprocess.run(
-        f"{sys.executable} -m remap_cli {word} {closed}", shell=True, capture_output=True, text=True, check=False
-    )
+    done = _under_shell(closed, "-m", "remap_cli", word)
     assert done.returncode == code and "Traceback" not in done.stderr
     assert bool(done.stdout) == (code == 0 and ">&-" not in closed.replace("2>&-", ""))
 
@@ -85,10 +83,13 @@ def test_a_stream_that_the_caller_closed_is_missed_by_nobody(word: str, code: in
 def test_no_file_gets_the_number_of_a_closed_stream() -> None:
     """What a library prints would go into it: here, into a checkpoint."""
     code = "import remap_cli, os; print(os.open('/dev/zero', os.O_RDONLY) > 2, file=open('/dev/fd/9', 'w'))"
-    done = subprocess.run(
-        f'{sys.executable} -c "{code}" 9>&1 <&- >&- 2>&-', shell=True, capture_output=True, text=True, check=False
-    )
-    assert done.stdout == "True\n"
+    assert _under_shell("9>&1 <&- >&- 2>&-", "-c", code).stdout == "True\n"
+
+
+def _under_shell(closed: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Python with these words as they are; the shell reads only the redirections, which stand in this file."""
+    command = ["sh", "-c", f'exec "$0" "$@" {closed}', sys.executable, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("log", ["full", "pipe", "terminal"])

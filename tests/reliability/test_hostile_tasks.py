@@ -243,7 +243,7 @@ def test_a_task_does_not_lead_to_surprising_places(
     [
         ("near", {"model": "unknown model 'near'", "weights": "unknown source of weights"}),
         ("./near", {"model": "backbone.model", "weights": "backbone.weights"}),
-        ("../work/near", {"model": "backbone.model", "weights": "backbone.weights"}),
+        ("../here/near", {"model": "backbone.model", "weights": "backbone.weights"}),
         ("~/near", {"model": "backbone.model", "weights": "backbone.weights"}),
     ],
 )
@@ -252,7 +252,7 @@ def test_a_task_does_not_open_the_runs_around_it(
     key: str, word: str, says: dict[str, str], source: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refused for its words, before the run is read; an absolute path of the same run is followed."""
-    work = tmp_path / "work"
+    work = tmp_path / "here"
     shutil.copytree(source, work / "near" / "task")
     monkeypatch.chdir(work)
     monkeypatch.setenv("HOME", str(work))
