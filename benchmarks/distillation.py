@@ -25,18 +25,18 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from remap.assembly import assemble
-from remap.bench import Bench
-from remap.data.caches import DATA_FILE, ROWS_FILE
-from remap.data.records import Item, RecordStore
-from remap.engine.fit import fit
+from remap.cache.folders import DATA_FILE, ROWS_FILE
+from remap.cache.records import Item, RecordStore
+from remap.cache.teacher_cache import keep_in_memory, keep_on_disk
+from remap.distributed.launch import accelerator
 from remap.engine.job import Job, StudentStep
-from remap.engine.keeping import keep_in_memory, keep_on_disk
-from remap.engine.launch import accelerator
+from remap.engine.loop import fit
 from remap.engine.optim import adamw
 from remap.engine.teacher import Kept
 from remap.network import Runner
-from remap.outputs import lessons, listening_teacher
+from remap.pipeline.assemble import assemble
+from remap.pipeline.shared import Bench
+from remap.pipeline.teacher_outputs import lessons, listening_teacher
 from remap.progress import Silent
 from remap.recipe import Recipe, resolve
 from remap.remapping.labels import Labels
@@ -100,7 +100,7 @@ class Setting:
 
 
 class Engine:
-    """``remap.engine.fit`` with a teacher whose outputs may be kept; there is no evaluation and no checkpoint."""
+    """``remap.engine.loop`` with a teacher whose outputs may be kept; there is no evaluation and no checkpoint."""
 
     def __init__(self, setting: Setting, method: str, losses: str) -> None:
         self.recipe, self.setting = setting.recipe(method, losses), setting
@@ -430,8 +430,8 @@ def estimate_and_run(name: str, setting: Setting) -> dict[str, tuple[float, floa
     """
     if accelerator().device.type == "cpu" and torch.get_num_threads() == 1:
         time.perf_counter = time.process_time  # both sides by the processor's clock, whatever else is running
-    from remap.dry_run import estimate
-    from remap.running import start
+    from remap.pipeline.dry_run import estimate
+    from remap.pipeline.run import start
 
     words, settings = RUNS[name]
     models = {"teacher": "mini_teacher", "student": "mini_student"}

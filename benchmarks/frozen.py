@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from remap.assembly import Parts, assemble
-from remap.bench import Bench
-from remap.engine.features import FrozenFeatures
-from remap.engine.fit import fit
+from remap.cache.frozen_features import FrozenFeatures
+from remap.distributed.launch import accelerator
 from remap.engine.job import Job, StudentStep
-from remap.engine.launch import accelerator
+from remap.engine.loop import fit
+from remap.pipeline.assemble import Parts, assemble
+from remap.pipeline.shared import Bench
 from remap.progress import Silent
 from remap.recipe import Recipe, resolve
 
@@ -43,7 +43,7 @@ def recipe_of(method: str, data: Path, batch_size: int) -> Recipe:
 
 
 def kept(parts: Parts, features: FrozenFeatures, epochs: int) -> None:
-    """``remap.engine.fit``, without evaluation, which the other loop has not."""
+    """``remap.engine.loop``, without evaluation, which the other loop has not."""
     train = parts.recipe.train.model_copy(update={"epochs": epochs})
     job = Job(
         recipe=parts.recipe.model_copy(update={"train": train}),

@@ -64,8 +64,8 @@ def draw(folder: Path, batch_size: int) -> None:
 
 def measure(side: str, data: Path, batch_size: int) -> dict[str, int]:
     """Bytes: the peak over ``STEPS`` steps, and what one forward pass keeps for its backward pass."""
-    from remap.assembly import assemble
-    from remap.bench import Bench
+    from remap.pipeline.assemble import assemble
+    from remap.pipeline.shared import Bench
     from remap.progress import Silent
     from remap.recipe import resolve
 
@@ -79,11 +79,11 @@ def measure(side: str, data: Path, batch_size: int) -> dict[str, int]:
 
 
 def engine(recipe, parts):
-    """``remap.engine.fit`` and its step module."""
+    """``remap.engine.loop`` and its step module."""
     from remap.data.batches import batches
-    from remap.engine.fit import Loop, fit
+    from remap.distributed.launch import accelerator
     from remap.engine.job import Job
-    from remap.engine.launch import accelerator
+    from remap.engine.loop import Loop, fit
     from remap.progress import Silent
 
     job = Job(

@@ -60,8 +60,8 @@ def measure(parallel: str, model: str, method: str) -> list[int]:
     from torch.distributed.tensor import DTensor
 
     from remap.backbones.build import build
+    from remap.distributed.sharding import bytes_held, shard
     from remap.engine.optim import adamw
-    from remap.engine.sharding import bytes_held, shard
     from remap.network import tuned
 
     if not torch.distributed.is_initialized():

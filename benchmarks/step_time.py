@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from remap.assembly import Parts, assemble
-from remap.bench import Bench
-from remap.engine.fit import fit
+from remap.cache.teacher_cache import keep_in_memory
+from remap.distributed.launch import accelerator
 from remap.engine.job import Job
-from remap.engine.keeping import keep_in_memory
-from remap.engine.launch import accelerator
+from remap.engine.loop import fit
 from remap.network import Runner
-from remap.outputs import lessons, listening_teacher
+from remap.pipeline.assemble import Parts, assemble
+from remap.pipeline.shared import Bench
+from remap.pipeline.teacher_outputs import lessons, listening_teacher
 from remap.progress import Silent
 from remap.recipe import Recipe, resolve
 from remap.recipe.schema import TrainSpec
-from remap.runs.rundir import RunDir
+from remap.runs.run_dir import RunDir
 
 TEMPERATURE, FLOOR, PEAK, CLIP = 4.0, 1e-6, 1e-3, 1.0
 
@@ -56,7 +56,7 @@ class Side:
 
 
 class Engine(Side):
-    """``remap.engine.fit`` itself; evaluation is switched off, since the bare loop has none."""
+    """``remap.engine.loop`` itself; evaluation is switched off, since the bare loop has none."""
 
     def __init__(self, recipe: Recipe, folder: Path, *, online: bool) -> None:
         super().__init__(recipe, folder, online=online)

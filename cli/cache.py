@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from remap.files import size
+from remap.io.atomic_write import size
 from remap_cli import launch, view
 from remap_cli import options as opt
 from remap_cli.main import app
 
 if TYPE_CHECKING:
-    from remap.data.caches import Cache, ItemFolder
+    from remap.cache.folders import Cache, ItemFolder
 
 cache = typer.Typer(help="Look at, build and clear kept teacher outputs.", no_args_is_help=True)
 app.add_typer(cache, name="cache", rich_help_panel=opt.LOOK)
@@ -21,7 +21,7 @@ app.add_typer(cache, name="cache", rich_help_panel=opt.LOOK)
 @cache.command("ls")
 def cache_ls(json: opt.Json = False) -> None:
     """List what is kept: of which teacher and view, what for how many images, and when it was last used."""
-    from remap.data.caches import cache_root, list_caches
+    from remap.cache.folders import cache_root, list_caches
 
     root = cache_root()
     found = list_caches(root)
@@ -80,7 +80,7 @@ def cache_clear(
     json: opt.Json = False,
 ) -> None:
     """Delete kept outputs. Those that a running command uses are left."""
-    from remap.data.caches import cache_root, chosen_caches, clear
+    from remap.cache.folders import cache_root, chosen_caches, clear
 
     root = cache_root()
     chosen = chosen_caches(root, keys or (), everything=everything, older_than_days=older_than)
@@ -136,14 +136,14 @@ def cache_build(
     words = opt.words(locals())
     launch.processes(devices)
     from remap.errors import Interrupted
+    from remap.pipeline.idle_losses import without_idle_losses
     from remap.runs.environment import command
-    from remap.runs.objective import without_idle_losses
     from remap_cli.train import read_recipe
 
     with view.Reporter(quiet=not launch.is_first()) as progress:
         resolved = without_idle_losses(read_recipe(words, recipe, settings or [], with_teacher=True), progress)
         with progress.wait("loading PyTorch"):
-            from remap.running import build_cache
+            from remap.pipeline.run import build_cache
         try:
             found = build_cache(resolved, progress)
         except Interrupted as error:

@@ -19,7 +19,7 @@ from remap.errors import RemapError
 
 # Tells a process that it was started here.
 MARK = "REMAP_LAUNCHED"
-# Exit code of a process that ended because another one had, as in ``remap.engine.launch.ProcessLost``.
+# Exit code of a process that ended because another one had, as in ``remap.distributed.launch.ProcessLost``.
 LOST = 3
 # Seconds after the first process has failed: others may find out by themselves, then they are told, then they are
 # ended, since one that waits for a dead one in a collective call hears no signal. Longer where all were asked to stop,

@@ -13,9 +13,9 @@ import threading
 import time
 from pathlib import Path
 
-from remap.engine import variables
+from remap.distributed import launcher_env
 from remap.errors import RemapError
-from remap.outside import expanded
+from remap.io.checked_read import expanded
 from remap_cli import group, view
 from remap_cli.group import LOST, MARK, STOPS, Group, cores
 
@@ -54,7 +54,7 @@ def told_of_failure() -> bool:
 
 def is_first() -> bool:
     """Whether this is the only process, or the first of a launcher's: the one that prints."""
-    return variables.number("RANK", 0) == 0
+    return launcher_env.number("RANK", 0) == 0
 
 
 def explained_by_parent(code: int) -> bool:
@@ -66,7 +66,7 @@ def has_launcher() -> bool:
     """Whether something else decides about the number of processes: torchrun, accelerate launch, mpirun, or this."""
     # Some machines say 1 to every process that nobody has multiplied.
     by_mpi = any(os.environ.get(name, "1") not in ("", "0", "1") for name in group.SIZES)
-    several = by_mpi or variables.number("WORLD_SIZE", 1) > 1
+    several = by_mpi or launcher_env.number("WORLD_SIZE", 1) > 1
     # The other name is the only trace of `accelerate launch --cpu`, which starts one process whatever it is asked for.
     return several or bool({"RANK", "ACCELERATE_DYNAMO_MODE"} & os.environ.keys())
 

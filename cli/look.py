@@ -100,7 +100,7 @@ def _method(name: str, json: bool) -> None:
     problems = method_problems("methods", name)
     if problems:
         raise RecipeError(problems, "command line")
-    from remap.options import notes_of, options_of, shown
+    from remap.recipe.option_listing import notes_of, options_of, shown
 
     rows, options, notes = rows_of(name), options_of(name), notes_of(name)
     if json:
@@ -205,7 +205,7 @@ def losses(
 
 def _loss(row: dict[str, Any], json: bool) -> None:
     """One loss with every option."""
-    from remap.options import rows_of_config, shown
+    from remap.recipe.option_listing import rows_of_config, shown
     from remap.remapping import LOSSES
 
     options = rows_of_config(LOSSES.load(row["name"]).Config)
@@ -309,7 +309,7 @@ def models(
 @app.command(rich_help_panel=opt.LOOK)
 def doctor(json: opt.Json = False) -> None:
     """Check this machine: versions, devices, precision, caches and disk."""
-    from remap.doctor import examine
+    from remap.pipeline.doctor import examine
 
     found = examine()
     if json:

@@ -97,9 +97,9 @@ def _be_deaf() -> None:
 
 def _lost_process(error: Exception) -> "RemapError | None":
     """What a broken connection to another process means; None for any other error."""
-    if "remap.engine.launch" not in sys.modules:
+    if "remap.distributed.launch" not in sys.modules:
         return None
-    from remap.engine.launch import lost_process
+    from remap.distributed.launch import lost_process
 
     return lost_process(error)
 

@@ -31,7 +31,7 @@ def recipes_show(
 ) -> None:
     """Print a recipe."""
     from remap.errors import RecipeError
-    from remap.outside import plain
+    from remap.io.checked_read import plain
     from remap.recipe import catalogue, dump, resolve, strict_yaml
 
     text = dump(resolve(name, check_options=False)) if resolved else strict_yaml.read_text(catalogue.find(name))
@@ -52,8 +52,8 @@ def recipes_copy(
     import os
 
     from remap.errors import RecipeError, RunError
-    from remap.files import write_text
-    from remap.outside import expanded, plain, unfit_for_a_place
+    from remap.io.atomic_write import write_text
+    from remap.io.checked_read import expanded, plain, unfit_for_a_place
     from remap.recipe import catalogue, strict_yaml
 
     source, target = catalogue.find(name), expanded(to)

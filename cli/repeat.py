@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from remap.outside import expanded, read_json
+from remap.io.checked_read import expanded, read_json
 from remap_cli import launch, view
 from remap_cli import options as opt
 from remap_cli.main import app
@@ -39,7 +39,7 @@ def repeat(
     if not launch.has_launcher():
         _take_threads_of(expanded(run))
     launch.processes(_processes(expanded(run)))
-    from remap.runs.repeat import repeat as run_again
+    from remap.pipeline.repeat import repeat as run_again
 
     with view.Reporter(quiet=not launch.is_first()) as progress:
         found = run_again(run, output, workers, progress)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from remap.outside import expanded, plain
+from remap.io.checked_read import expanded, plain
 from remap_cli import options as opt
 from remap_cli import view
 from remap_cli.main import app
@@ -87,8 +87,8 @@ def shrink(
 
     spec, source = _checked(ShrinkSpec, given), _checked(DataSpec, {"source": data})
     larger = _checked(TeacherSpec, {"model": teacher, "weights": weights})
+    from remap.pipeline.shrink_student import cut
     from remap.runs.task import require_tuned
-    from remap.shrinking import cut
 
     require_tuned(teacher)
     with view.Reporter() as progress:
@@ -108,7 +108,7 @@ def shrink(
 
 def _take_out(run: str, output: Path, gates: float, given: list[str], json: bool) -> None:
     from remap.errors import RecipeError
-    from remap.shrinking import take_out_skipped
+    from remap.pipeline.shrink_student import take_out_skipped
 
     if given:
         problems = [f"--{name}: --gates takes out whole blocks of a run, and nothing else" for name in given]

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from remap.errors import RecipeError
-from remap.files import size
-from remap.outside import expanded
+from remap.io.atomic_write import size
+from remap.io.checked_read import expanded
+from remap.pipeline.idle_losses import without_idle_losses
 from remap.recipe import Recipe, resolve, resolve_distill
-from remap.runs.objective import without_idle_losses
-from remap.runs.rundir import RunDir
+from remap.runs.run_dir import RunDir
 from remap_cli import estimates, launch, view
 
 
@@ -31,8 +31,8 @@ def from_words(
         recipe = without_idle_losses(recipe, progress)
         _say_what(recipe, progress)
         with progress.wait("loading PyTorch"):
-            from remap.dry_run import estimate
-            from remap.running import start
+            from remap.pipeline.dry_run import estimate
+            from remap.pipeline.run import start
         if dry_run:
             found = estimate(recipe, progress)
         else:
@@ -56,7 +56,7 @@ def go_on(path: Path, asked: list[str], json: bool, devices: int | None = None) 
             do="go on without these words; or start a new run with the words that you want to change, in another"
             f" folder: remap {_again(path)} WORDS --output FOLDER",
         )
-    from remap.running import resume
+    from remap.pipeline.run import resume
 
     with view.Reporter(quiet=not launch.is_first()) as progress:
         result = resume(expanded(path), progress, devices or launch.recorded(path))

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from remap.files import size
-from remap.outside import expanded
+from remap.io.atomic_write import size
+from remap.io.checked_read import expanded
 from remap_cli import launch, view
 from remap_cli import options as opt
 from remap_cli.main import app
@@ -26,8 +26,8 @@ def evaluate(
 ) -> None:
     """Evaluate a run's student again; gives the run's accuracy to the sample."""
     launch.processes(devices)
-    from remap.engine.launch import check_processes
-    from remap.runs.evaluation import evaluate_run
+    from remap.distributed.launch import check_processes
+    from remap.pipeline.evaluation import evaluate_run
 
     with view.Reporter(quiet=not launch.is_first()) as progress:
         check_processes(devices)
@@ -57,9 +57,9 @@ def predict(
     """Name the class of images. An unreadable one is reported and ends in exit code 2, the others are predicted."""
     if not launch.is_first():  # nothing here is shared out
         return
-    from remap.api import load_student
-    from remap.runs.predict import image_files
-    from remap.runs.predict import predict as predictions
+    from remap.pipeline.predict import image_files
+    from remap.pipeline.predict import predict as predictions
+    from remap.pipeline.student_api import load_student
 
     with view.Reporter() as progress:
         paths = image_files(images)
@@ -110,9 +110,9 @@ def compare(
     json: opt.Json = False,
 ) -> None:
     """Compare methods, each with and without the teacher, on the same data, budget and seeds."""
-    from remap.runs.cells import chosen_methods
-    from remap.runs.compare import compare as run_compare
-    from remap.runs.rundir import default_path
+    from remap.pipeline.compare import compare as run_compare
+    from remap.pipeline.comparison_cells import chosen_methods
+    from remap.runs.run_dir import default_path
     from remap_cli.train import read_recipe
 
     values = locals()

@@ -4,30 +4,35 @@
     attached = remap.attach(model, "vpt_deep", num_prompts=10)
     student = remap.load_student("runs/digits-vpt_deep-001")
 
-The function ``remap.distill`` lives in ``remap.running`` (a module of its name would hide it).
+The function ``remap.distill`` lives in ``remap.pipeline.run`` (a module of its name would hide it).
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+# MKL may choose a kernel by the address of a matrix, so that equal rows differ in their last bits by their position in
+# a batch. Its reproducible mode makes them equal, at no cost that was measurable. MKL reads this at its first call.
+os.environ.setdefault("MKL_CBWR", "AUTO")
+
 if TYPE_CHECKING:
-    from remap.api import Student as Student
-    from remap.api import attach as attach
-    from remap.api import load_student as load_student
     from remap.errors import RemapError as RemapError
-    from remap.running import Result as Result
-    from remap.running import distill as distill
+    from remap.pipeline.run import Result as Result
+    from remap.pipeline.run import distill as distill
+    from remap.pipeline.student_api import Student as Student
+    from remap.pipeline.student_api import attach as attach
+    from remap.pipeline.student_api import load_student as load_student
 
 # Public name -> module. Importing remap imports none of them, and so no torch.
 _PUBLIC = {
     "RemapError": "remap.errors",
-    "Result": "remap.running",
-    "Student": "remap.api",
-    "attach": "remap.api",
-    "distill": "remap.running",
-    "load_student": "remap.api",
+    "Result": "remap.pipeline.run",
+    "Student": "remap.pipeline.student_api",
+    "attach": "remap.pipeline.student_api",
+    "distill": "remap.pipeline.run",
+    "load_student": "remap.pipeline.student_api",
 }
 
 __all__ = ["__version__", *_PUBLIC]

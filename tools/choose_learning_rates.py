@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from remap.bench import Bench
 from remap.data.digits import digits
+from remap.pipeline.run import start
+from remap.pipeline.shared import Bench
 from remap.progress import Silent
 from remap.recipe import Recipe, resolve
-from remap.running import start
 from remap.tuning import METHODS
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)

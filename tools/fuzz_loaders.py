@@ -29,11 +29,11 @@ with atheris.instrument_imports(include=["remap", "yaml", "tarfile", "json"]):
     from safetensors.torch import save
 
     from remap.backbones.loading import read_safetensors
+    from remap.data.file_listing import list_tar
     from remap.data.images import SUFFIXES, decode
-    from remap.data.listing import list_tar
     from remap.engine.checkpoint import State, load_checkpoint, save_checkpoint, snapshot
     from remap.errors import RemapError
-    from remap.outside import parse_json
+    from remap.io.checked_read import parse_json
     from remap.recipe import catalogue, strict_yaml, validate
     from remap.runs.task_file import read_meta
 

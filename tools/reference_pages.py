@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from remap.backbones.families import FAMILIES
-from remap.options import options_of, rows_of_config, shown
+from remap.recipe.option_listing import options_of, rows_of_config, shown
 from remap.remapping import LOSSES
 from remap.remapping.architecture import ARCHITECTURES
 from remap.remapping.weights import INITS

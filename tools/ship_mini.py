@@ -20,7 +20,7 @@ from remap.data.views import View, ViewSource
 from remap.progress import Silent
 from remap.recipe import Recipe
 from remap.recipe.paths import is_run
-from remap.runs.rundir import RunDir
+from remap.runs.run_dir import RunDir
 from remap.runs.task import load_task
 
 NAMES = {"student": "vit_mini_student_patch4_32", "teacher": "vit_mini_teacher_patch4_32"}

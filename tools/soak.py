@@ -226,15 +226,15 @@ class Soak:
         self.seen["evaluations that repeat the run's"] += 1
 
     def evaluate(self, run: Path) -> tuple[int, int]:
+        from remap.pipeline.evaluation import evaluate_run
         from remap.progress import Silent
-        from remap.runs.evaluation import evaluate_run
 
         found = evaluate_run(run, None, False, Silent())
         return found["correct"], found["images"]
 
     def train_here(self, name: str, folder: Path) -> None:
         """An undisturbed run in this process, whose memory is looked at."""
-        from remap.running import distill
+        from remap.pipeline.run import distill
 
         distill(self.recipe(name), output=folder)
         gc.collect()
@@ -320,9 +320,9 @@ def soak(runs: int, seed: int, folder: Path, recipes: Sequence[str] = tuple(RECI
         work = Soak(folder, helpers["Tiny"](str(folder / "data"), *models), random.Random(seed), recipes)
         import remap_cli.main
         import remap_cli.train  # noqa: F401 - all that a child would import anew, before the first fork
-        from remap.engine import interrupt
+        from remap.distributed import interrupts
 
-        interrupt.LOOK_EVERY = 0.02  # for the file `stop`: a whole run takes less than a second here
+        interrupts.LOOK_EVERY = 0.02  # for the file `stop`: a whole run takes less than a second here
         for name in work.recipes:
             work.train_here(name, folder / "here" / name)
         threads = threading.active_count()

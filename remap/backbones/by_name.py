@@ -6,7 +6,7 @@ import timm
 
 from remap.backbones import mini  # noqa: F401 - registers the embedded pair with timm
 from remap.backbones.build import resolve_name
-from remap.outside import expanded, read_json
+from remap.io.checked_read import expanded, read_json
 
 # The modules of timm that the families read, and the embedded pair's. A few unusual variants in them are refused when
 # they are built.

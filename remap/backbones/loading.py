@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from remap.backbones.model_folder import require_model_folder
 from remap.errors import BackboneError, WeightsError
-from remap.outside import open_regular, plain
+from remap.io.checked_read import open_regular, plain
 
 # The parameters of a model have at most so many times the bytes of its weights file: 8-bit weights in float32 and more.
 # Its buffers are not all stored: BEiT's tables of relative positions grow with the fourth power of the image's side,

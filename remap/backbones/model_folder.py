@@ -7,7 +7,7 @@ from typing import Any
 import timm
 
 from remap.errors import WeightsError
-from remap.outside import plain, read_json
+from remap.io.checked_read import plain, read_json
 
 # A model folder's config.json: names and numbers, and at most 22 thousand names of classes with their descriptions.
 MOST_CONFIG_BYTES = 16 * 2**20

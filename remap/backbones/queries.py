@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from remap.backbones.anatomy import Anatomy, AttentionBlock, Projection, module_at
 from remap.backbones.families.eva import rotated
 
-# A module whose weights are divided among processes (``remap.engine.sharding``) has a method of this name.
+# A module whose weights are divided among processes (``remap.distributed.sharding``) has a method of this name.
 APART = "_remap_apart"
 
 

@@ -10,10 +10,10 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from remap import files
 from remap.backbones.anatomy import anatomy_of
 from remap.errors import BackboneError, RunError
-from remap.outside import plain, unfit_for_a_place
+from remap.io import atomic_write
+from remap.io.checked_read import plain, unfit_for_a_place
 
 # Stands for architectures that timm itself does not know (the embedded pair): plain arguments make it any of them.
 _PLAIN = "vit_tiny_patch16_224"
@@ -34,7 +34,7 @@ def save_model_folder(model: nn.Module, folder: Path, shape: Mapping[str, object
         BackboneError: What timm builds from the folder is another function.
     """
     require_free(folder)
-    files.make_folder(folder.parent)
+    atomic_write.make_folder(folder.parent)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         _write(model, temporary, dict(shape), list(classes))

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remap.data import keyed, mixing
-from remap.data.pool import threads
+from remap.data import keyed_random, mixing
+from remap.data.thread_pool import threads
 from remap.data.views import ViewSource
-from remap.recipe.schema import DataSpec
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class Plan:
         Neighbours in the order of the global batch are partners (0 and 1, 2 and 3, ...), wherever they are computed;
         the last of an odd number is its own.
         """
-        order = keyed.permutation(self.seed, epoch, self.images)
+        order = keyed_random.permutation(self.seed, epoch, self.images)
         size = self.step_images
         shares = self.processes * self.accumulation
         places = np.array_split(np.arange(size), shares)[self.rank * self.accumulation :][: self.accumulation]
@@ -127,18 +126,6 @@ def batches(source: ViewSource, plan: Plan, epoch: int, first_step: int = 0) -> 
             yield pending.result()
 
 
-def closed_views(spec: DataSpec) -> int:
-    """How many views each image is seen in, over all epochs; 0 where there is no end of them."""
-    if spec.mixup > 0 or spec.cutmix > 0:
-        return 0
-    return 1 if spec.augment == "none" else spec.views or 0
-
-
-def closed(spec: DataSpec) -> bool:
-    """Whether each image is seen in a fixed number of views, so that what a teacher makes of them can be kept."""
-    return closed_views(spec) > 0
-
-
 def closed_view(
     source: ViewSource, augment: str, seed: int, view: int, indices: Sequence[int] | np.ndarray
 ) -> tuple[Tensor, np.ndarray]:
@@ -147,7 +134,7 @@ def closed_view(
     Shapes as ``ViewSource.batch``.
     """
     images, good = source.batch(indices)
-    return augmented(images, augment, keyed.uniform(seed, view, good, 3)), good
+    return augmented(images, augment, keyed_random.uniform(seed, view, good, 3)), good
 
 
 def in_passes(
@@ -186,7 +173,7 @@ def _make(source: ViewSource, plan: Plan, epoch: int, indices: np.ndarray, partn
         partner_of = dict(zip(indices.tolist(), partners.tolist(), strict=True))
         images, good, other, share = _mixed(source, plan, epoch, images, good, partner_of)
     labels = torch.from_numpy(source.split.labels[good])
-    keys = torch.from_numpy(keyed.keys(plan.seed, epoch, good, keyed.DROPOUT).view(np.int64))
+    keys = torch.from_numpy(keyed_random.keys(plan.seed, epoch, good, keyed_random.DROPOUT).view(np.int64))
     return Batch(images, labels, good, keys, len(indices) / plan.step_images, other, share, view)
 
 
@@ -202,7 +189,7 @@ def _mixed(
     indices = good[own]
     beside = np.asarray([row.get(partner_of[index], row[index]) for index in indices.tolist()], dtype=np.int64)
     others = good[beside]
-    draws = keyed.uniform(plan.seed, epoch, keyed.pairs(indices, others), mixing.DRAWS, keyed.MIX)
+    draws = keyed_random.uniform(plan.seed, epoch, keyed_random.pairs(indices, others), mixing.DRAWS, keyed_random.MIX)
     draws[indices == others, 0] = 1.0  # above any chance
     images, share = mixing.mix(
         images.index_select(0, torch.from_numpy(own)),

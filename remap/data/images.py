@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from remap.errors import RemapError
-from remap.outside import plain, read_regular
+from remap.io.checked_read import plain, read_regular
 
 warnings.filterwarnings("ignore", message="Corrupt EXIF data", module="PIL")
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from remap.data.digits import digits
+from remap.data.file_listing import Listing, list_folder, list_tar, unwrapped
 from remap.data.images import SUFFIXES
-from remap.data.listing import Listing, list_folder, list_tar, unwrapped
 from remap.data.splits import NO_LABEL, ImageData, Split, stratified
 from remap.errors import DataError, MissingData
-from remap.outside import absolute, expanded, plain, unfit_for_a_name
+from remap.io.checked_read import absolute, expanded, plain, unfit_for_a_name
 
 # Folder names of the usual splits, as timm knows them.
 SPLITS = {

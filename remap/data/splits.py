@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from remap.data import keyed
+from remap.data import keyed_random
 from remap.errors import DataError
 
 # The label of an image without one.
@@ -73,7 +73,7 @@ class ImageData:
     unlabeled: Split | None = None
 
     def fingerprint(self) -> str:
-        """Hash of class names, file names, labels and order; ``remap.data.contents`` adds what the files hold."""
+        """Hash of class names, file names, labels and order; ``remap.data.fingerprint`` adds what the files hold."""
         digest = hashlib.sha256(_bytes_of(self.classes))
         for split in (self.train, self.val, self.test):
             if split is not None:
@@ -128,6 +128,6 @@ def stratified(labels: NDArray[np.int64], first: int) -> tuple[NDArray[np.int64]
     while (step := int(np.sign(first - share.sum()))) != 0:
         room = share < high if step > 0 else share > low
         share[np.argmax(np.where(room, (exact - share) * step, -np.inf))] += step
-    order = np.argsort(keyed.keys(0, 0, np.arange(len(labels)), keyed.SPLIT), kind="stable")
+    order = np.argsort(keyed_random.keys(0, 0, np.arange(len(labels)), keyed_random.SPLIT), kind="stable")
     chosen = np.concatenate([order[labels[order] == label][: share[label]] for label in range(len(counts))])
     return np.sort(chosen), np.setdiff1d(np.arange(len(labels)), chosen)

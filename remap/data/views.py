@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from remap.data.contents import Contents
+from remap.data.fingerprint import Contents
 from remap.data.images import BadImage, decode, reason_of
-from remap.data.pool import threads
 from remap.data.splits import Split
+from remap.data.thread_pool import threads
 from remap.errors import DataError
 from remap.progress import Progress
 

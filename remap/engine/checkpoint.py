@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remap.engine import generations
-from remap.engine.launch import ProcessLost
-from remap.engine.processes import is_first, lowest_and_highest
-from remap.engine.sharding import fill, whole
+from remap.distributed.collectives import is_first, lowest_and_highest
+from remap.distributed.launch import ProcessLost
+from remap.distributed.sharding import fill, whole
+from remap.engine import checkpoint_files
 from remap.errors import RunError, TrainingError
-from remap.outside import is_count, is_number, plain
+from remap.io.checked_read import is_count, is_number, plain
 from remap.recipe.schema import Recipe
 
 # Bytes of tensors beyond which a file is not read: far above any real one; a stranger's must not fill the memory.
@@ -99,12 +99,12 @@ def save_checkpoint(folder: Path, state: State, tensors: Mapping[str, Tensor]) -
             f"the state of training cannot be saved: {problem}",
             do="start again in another --output, with a lower --lr or train.precision=fp32",
         )
-    generations.write(folder, asdict(state), tensors)
+    checkpoint_files.write(folder, asdict(state), tensors)
 
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether a save was ever finished here, be it whole or damaged by now."""
-    return generations.any_finished(folder)
+    return checkpoint_files.any_finished(folder)
 
 
 def load_checkpoint(
@@ -128,17 +128,17 @@ def load_checkpoint(
         RunError: None is whole, one cannot be read, it belongs to another recipe, or it does not fit the model.
     """
     usual = sum(tensor.numel() * tensor.element_size() for tensor in trained.values())
-    reader = generations.Reader(folder, _LIMIT_EXTRA + _LIMIT_FACTOR * usual, _problem)
+    reader = checkpoint_files.Reader(folder, _LIMIT_EXTRA + _LIMIT_FACTOR * usual, _problem)
     number = reader.newest()
     device = next((tensor.device for tensor in trained.values()), torch.device("cpu"))
     while True:  # all processes go on from the same one, whatever each of them can read
         low, high = lowest_and_highest(number, device)
-        if low == generations.UNREADABLE:
+        if low == checkpoint_files.UNREADABLE:
             raise reader.refusal or ProcessLost(f"another process cannot read the checkpoints in {folder}")
         if low == high:
             break
         if number > low:
-            reader.problems.append(f"{generations.tensors_path(folder, number)} cannot be read by another process")
+            reader.problems.append(f"{checkpoint_files.tensors_path(folder, number)} cannot be read by another process")
             number = reader.newest(low)
     if not number:
         raise RunError(
@@ -146,7 +146,7 @@ def load_checkpoint(
             given="; ".join(reader.problems) or "no generation",
             do="start the run again in another --output",
         )
-    state, tensors, place = State(**reader.state), reader.tensors, generations.tensors_path(folder, number)
+    state, tensors, place = State(**reader.state), reader.tensors, checkpoint_files.tensors_path(folder, number)
     if state.digest != digest:
         raise _another(place, plain(state.digest[:100]), digest)
     _require_fit(place, trained, tensors)
@@ -157,7 +157,7 @@ def load_checkpoint(
         if isinstance(parameter, nn.Parameter):
             _load_optimizer_state(optimizer, name, parameter, tensors)
     if is_first():
-        generations.sweep(folder, number)
+        checkpoint_files.sweep(folder, number)
     kept = {key.removeprefix("memory/"): value.clone() for key, value in tensors.items() if key.startswith("memory/")}
     return state, kept
 

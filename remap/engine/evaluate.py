@@ -8,13 +8,13 @@ from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
+from remap.cache.frozen_features import FrozenFeatures
 from remap.data.views import ViewSource, require_readable
-from remap.engine.faults import is_out_of_memory
-from remap.engine.features import FrozenFeatures
-from remap.engine.interrupt import deferred, leave_if_asked
-from remap.engine.launch import ProcessLost, use_bf16
-from remap.engine.processes import agreed, chunks_of, largest, rounds
-from remap.engine.sharding import is_sharded
+from remap.distributed.collectives import agreed, chunks_of, largest, rounds
+from remap.distributed.device_memory import is_out_of_memory
+from remap.distributed.interrupts import deferred, leave_if_asked
+from remap.distributed.launch import ProcessLost, use_bf16
+from remap.distributed.sharding import is_sharded
 from remap.network import Network, Runner
 from remap.progress import Progress
 from remap.recipe.schema import Recipe

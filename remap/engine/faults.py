@@ -6,15 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from safetensors.torch import save
 from torch import Tensor
 
-from remap import files
 from remap.data.batches import Batch
-
-# What libraries say when memory runs out, besides what Accelerate knows.
-_OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+from remap.io import atomic_write
 
 
 class BrokenWeights(Exception):
@@ -63,13 +59,6 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return not sound or bool(torch.stack([flag.to(sound[0].device) for flag in sound]).all())
 
 
-def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Of a GPU or of the machine."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(error):
-        return True
-    return any(words in str(error) for words in _OUT_OF_MEMORY)
-
-
 def capture(folder: Path, rank: int, batches: Sequence[Batch], names: Sequence[str], told: Mapping[str, Any]) -> None:
     """Keep the images of a step that went wrong, for a look at them: ``batch-RANK.safetensors`` and ``fault.json``.
 
@@ -84,7 +73,9 @@ def capture(folder: Path, rank: int, batches: Sequence[Batch], names: Sequence[s
         "labels": torch.cat([batch.labels_B for batch in batches]),
         "indices": indices,
     }
-    files.make_folder(folder)
-    files.write_bytes(folder / f"batch-{rank}.safetensors", save({k: v.contiguous() for k, v in tensors.items()}))
+    atomic_write.make_folder(folder)
+    atomic_write.write_bytes(
+        folder / f"batch-{rank}.safetensors", save({k: v.contiguous() for k, v in tensors.items()})
+    )
     if rank == 0:
-        files.write_json(folder / "fault.json", {**told, "images": [names[index] for index in indices.tolist()]})
+        atomic_write.write_json(folder / "fault.json", {**told, "images": [names[index] for index in indices.tolist()]})

@@ -8,10 +8,10 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from remap.cache.frozen_features import FrozenFeatures
 from remap.data.batches import Plan
 from remap.data.views import ViewSource
 from remap.engine.checkpoint import State
-from remap.engine.features import FrozenFeatures
 from remap.engine.teacher import AverageTeacher, Teacher
 from remap.errors import TrainingError
 from remap.network import Network, Runner

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from remap.engine.sharding import whole
+from remap.distributed.sharding import whole
 from remap.network import Network
 from remap.recipe.schema import TrainSpec
 

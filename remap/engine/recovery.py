@@ -8,13 +8,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from remap.data.batches import batches
+from remap.distributed.collectives import agreed
 from remap.engine.faults import BrokenWeights, Fault, all_finite, capture
-from remap.engine.processes import agreed
 from remap.errors import RunError, TrainingError
 from remap.remapping import LOSSES
 
 if TYPE_CHECKING:
-    from remap.engine.fit import Loop
+    from remap.engine.loop import Loop
 
 # Faulty steps before the run stops, and updates without one after which those before are forgotten.
 RECOVERIES, FORGET_AFTER = 3, 100

@@ -1,4 +1,4 @@
-"""Teachers in training: frozen, in eval, never wrapped; asked each step, or once (``remap.engine.keeping``)."""
+"""Teachers in training: frozen, in eval, never wrapped; asked each step, or once (``remap.cache.teacher_cache``)."""
 
 from typing import Protocol
 
@@ -7,9 +7,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from remap.engine.self_teachers import average, pairs_of
 from remap.network import Network, Runner
 from remap.remapping.objective import Objective
-from remap.student_teachers import average, pairs_of
 
 
 class Kept(Protocol):

@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from remap.errors import RecipeError
-from remap.outside import expanded, open_regular
+from remap.io.checked_read import expanded, open_regular
 from remap.recipe import strict_yaml
 from remap.registry import did_you_mean
 

@@ -2,7 +2,7 @@
 
 import os
 
-from remap.outside import LONGEST_PATH, absolute, unfit_for_a_name
+from remap.io.checked_read import LONGEST_PATH, absolute, unfit_for_a_name
 
 
 def is_run(word: str) -> bool:

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from remap.outside import absolute
+from remap.io.checked_read import absolute
 from remap.recipe.paths import absolute_data, absolute_model, absolute_weights, require_place
-from remap.recipe.shrinking import is_shrink_word, read_shrink_word, shrink_word
 from remap.remapping import LOSSES
+from remap.remapping.architecture.shrink_options import ShrinkSpec, is_shrink_word, read_shrink_word
 from remap.remapping.weights import INITS
 from remap.tuning import METHODS, config_of, parts_of, rows_of
 
@@ -76,6 +76,13 @@ class DataSpec(Section):
     def mixes(self) -> bool:
         """Whether images are mixed with each other."""
         return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def finite_views(self) -> int:
+        """Number of views each image is seen in over all epochs; 0 where every epoch makes new ones."""
+        if self.mixes:
+            return 0
+        return 1 if self.augment == "none" else self.views or 0
 
     def labeled_part(self) -> "DataSpec":
         """The same data without the images that come without labels."""
@@ -147,38 +154,6 @@ class TeacherSpec(ModelSpec):
     def is_student(self) -> bool:
         """Whether it is made of the student's own weights."""
         return self.model in (SELF, EMA)
-
-
-class ShrinkSpec(Section):
-    """A student cut from the (first) teacher's backbone; null keeps what the teacher has.
-
-    Attributes:
-        depth, width, heads, mlp: Blocks, channels, heads a block and hidden units of an MLP. The head dimension is
-            width / heads; width or heads alone keep the teacher's.
-        importance: Of channels, heads and units: "taylor" (change of the pooled features, to first order, on images)
-            or "magnitude" of the weights.
-        blocks: Which go: "sensitivity" (one by one, the least missed on images) or "uniform" (even distances).
-        images: Training images to measure on.
-    """
-
-    depth: int | None = Field(default=None, ge=1)
-    width: int | None = Field(default=None, ge=1)
-    heads: int | None = Field(default=None, ge=1)
-    mlp: int | None = Field(default=None, ge=1)
-    importance: Literal["taylor", "magnitude"] = "taylor"
-    blocks: Literal["sensitivity", "uniform"] = "sensitivity"
-    images: int = Field(default=64, ge=1)
-
-    @model_validator(mode="after")
-    def _cuts_something(self) -> "ShrinkSpec":
-        if all(size is None for size in (self.depth, self.width, self.heads, self.mlp)):
-            raise ValueError("nothing is to be cut (give at least one of depth, width, heads, mlp)")
-        return self
-
-    @property
-    def word(self) -> str:
-        """``shrink(teacher, depth=6)``, with what is not the default."""
-        return shrink_word(self.model_dump(exclude_defaults=True))
 
 
 _SHRINK_DEFAULTS = {name: field.default for name, field in ShrinkSpec.model_fields.items()}

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from remap.errors import RecipeError
-from remap.outside import LONGEST_PATH, plain, read_regular
+from remap.io.checked_read import LONGEST_PATH, plain, read_regular
 
 MAX_BYTES, MAX_DEPTH = 256_000, 32
 # Words, numbers, lists and mappings, keys counted too: a large recipe has two hundred. And letters of one of them.

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
-from remap import __version__, files
+from remap import __version__
 from remap.backbones.build import (
     Backbone,
     Identity,
@@ -22,13 +22,14 @@ from remap.backbones.build import (
     state_hash,
 )
 from remap.data.views import View
-from remap.engine.sharding import fill, whole
+from remap.distributed.sharding import fill, whole
 from remap.errors import BackboneError, RunError
+from remap.io import atomic_write
+from remap.io.checked_read import absolute, expanded
 from remap.network import Network, choose_attention, tuned
-from remap.outside import absolute, expanded
 from remap.recipe.paths import is_run
 from remap.recipe.schema import ModelSpec
-from remap.runs.rundir import STUDENT_MODEL
+from remap.runs.run_dir import STUDENT_MODEL
 from remap.runs.task_file import (
     FORMAT,
     TaskMeta,
@@ -59,11 +60,11 @@ def save_task(
     Returns:
         Bytes of both files.
     """
-    files.make_folder(folder)
+    atomic_write.make_folder(folder)
     tensors = kept(network) if tensors is None else tensors
     data = save(tensors, metadata={"format": f"remap task {FORMAT}"})
-    files.write_bytes(folder / "task.safetensors", data)
-    files.write_json(
+    atomic_write.write_bytes(folder / "task.safetensors", data)
+    atomic_write.write_json(
         folder / "task.json",
         {
             "format": FORMAT,

@@ -15,15 +15,15 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from torch import Tensor
 
-from remap import files
 from remap.backbones.loading import read_safetensors
 from remap.backbones.preprocess import PreprocessSpec
 from remap.data.views import FILTERS, View
 from remap.errors import RunError
+from remap.io import atomic_write
+from remap.io.checked_read import plain, sha256_of, unfit_for_a_name
 from remap.network import Network
-from remap.outside import plain, sha256_of, unfit_for_a_name
 from remap.recipe.schema import LARGEST_SIDE, MethodSpec, Place
-from remap.runs.rundir import RunDir
+from remap.runs.run_dir import RunDir
 
 FORMAT = 1
 MOST_CLASSES = 1_000_000
@@ -133,7 +133,7 @@ def read_meta(folder: Path) -> TaskMeta:
     """
     path = folder / "task.json"
     try:
-        values = files.read_json(path)
+        values = atomic_write.read_json(path)
     except RunError as error:
         raise RunError(error.what, do=_again(folder)) from error
     try:

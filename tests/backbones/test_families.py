@@ -26,7 +26,7 @@ from remap.backbones.anatomy import (
 from remap.backbones.build import fresh_head
 from remap.backbones.families import FAMILIES, PARTS
 from remap.errors import BackboneError
-from remap.probe import _write_head
+from remap.pipeline.probe import _write_head
 from remap.tuning.attaching import attach_method
 
 Build = Callable[..., nn.Module]

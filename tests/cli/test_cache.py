@@ -12,10 +12,10 @@ import pytest
 import torch
 from typer.testing import Result
 
-from remap.data.caches import CacheKey, held
-from remap.data.records import Item, RecordStore, row_digest
+from remap.cache.folders import CacheKey, held
+from remap.cache.records import Item, RecordStore, row_digest
 from remap.errors import Interrupted
-from remap.files import size
+from remap.io.atomic_write import size
 from remap_cli import view
 
 HEAVY = "import sys; heavy = {'torch', 'timm', 'accelerate', 'peft', 'sklearn', 'torchdistill'} & set(sys.modules)"
@@ -129,7 +129,7 @@ def test_build_takes_the_words_of_distill(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(view.out, "width", 200)
-    from remap import running
+    from remap.pipeline import run
 
     asked: list[Any] = []
     summary = {
@@ -142,9 +142,7 @@ def test_build_takes_the_words_of_distill(
         "bytes": 1248,
         "seconds": 1.5,
     }
-    monkeypatch.setattr(
-        running, "build_cache", lambda recipe, progress: asked.append(recipe) or [summary], raising=False
-    )
+    monkeypatch.setattr(run, "build_cache", lambda recipe, progress: asked.append(recipe) or [summary], raising=False)
     words = ("cache", "build", "--data", str(pictures), "--losses", "ce,kd:0.5", "--set", "teacher.cache=disk")
     assert run_json(*words, "--batch-size", "8") == [summary]
     (recipe,) = asked
@@ -158,13 +156,13 @@ def test_build_takes_the_words_of_distill(
 def test_an_interrupted_build_says_how_to_go_on(
     remap: Callable[..., Result], root: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from remap import running
+    from remap.pipeline import run
 
     def stopped(*_: Any) -> None:
         raise Interrupted("stopped by SIGTERM", exit_code=143)
 
     words = ["cache", "build", "--data", str(pictures), "--set", "teacher.cache=disk"]
-    monkeypatch.setattr(running, "build_cache", stopped)
+    monkeypatch.setattr(run, "build_cache", stopped)
     monkeypatch.setattr(sys, "argv", ["remap", *words])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     result = remap(*words)

@@ -382,7 +382,7 @@ def test_ctrl_z_halts_all_and_they_go_on(begin: Callable[..., subprocess.Popen],
 
 
 def test_the_code_of_a_lost_process_is_that_of_the_engine() -> None:
-    from remap.engine.launch import ProcessLost
+    from remap.distributed.launch import ProcessLost
 
     assert ProcessLost("x").exit_code == launch.LOST
 

@@ -207,7 +207,7 @@ def test_the_folder_of_a_run_gives_the_advice_of_the_terminal(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("remap.running.carry_out", fail)
+    monkeypatch.setattr("remap.pipeline.run.carry_out", fail)
     stopped = remap("tune", "--method", "linear", "--output", "r")
     assert stopped.exit_code == 2 and advice in stopped.message
     assert json.loads((tmp_path / "r" / "status.json").read_text())["message"] == stopped.message

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from remap.api import load_student
-from remap.data.caches import cache_root
+from remap.cache.folders import cache_root
 from remap.errors import RemapError, RunError
+from remap.pipeline.student_api import load_student
 
 # A user who is not there, a name longer than any file system takes, and one that no argument of a process can hold.
 PLACES = {"nobody": "~nobody-of-this-name/x", "long": "x" * 5000, "NUL": "a\0b"}

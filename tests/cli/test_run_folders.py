@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import remap
-from remap import doctor
 from remap.errors import RunError
+from remap.pipeline import doctor
 from remap.recipe import resolve
 from remap.runs import environment
-from remap.runs.rundir import RunDir
+from remap.runs.run_dir import RunDir
 
 RECIPE = resolve(words={"method": "linear"})
 

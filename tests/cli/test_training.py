@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from typer.testing import Result
 
-from remap.api import load_student
 from remap.errors import RemapError
+from remap.pipeline.student_api import load_student
 from remap_cli.estimates import _disk
 
 WANTED = {

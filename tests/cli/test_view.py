@@ -10,7 +10,7 @@ import time
 import pytest
 from rich.console import Console
 
-from remap.engine import interrupt
+from remap.distributed import interrupts
 from remap.errors import Interrupted, RemapError, WeightsError
 from remap_cli import main, view
 
@@ -170,10 +170,10 @@ def test_a_run_that_began_meanwhile_is_told_of_a_signal_that_was_swallowed(monke
     try:
         with contextlib.suppress(Interrupted):
             signal.raise_signal(signal.SIGTERM)
-        with interrupt.watching(), interrupt.deferred():
-            assert interrupt._watch.signal == 0
+        with interrupts.watching(), interrupts.deferred():
+            assert interrupts._watch.signal == 0
             time.sleep(2 * main.HEARD)
-            assert interrupt._watch.signal == signal.SIGTERM
+            assert interrupts._watch.signal == signal.SIGTERM
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in earlier.items():

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from remap.bench import Bench, Views
 from remap.data.views import View, require_readable
 from remap.errors import DataError
+from remap.pipeline.shared import Bench, Views
 from remap.progress import Silent
 from remap.recipe.schema import DataSpec
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from remap.data import keyed
-from remap.data.batches import Batch, Plan, augmented, batches, closed, closed_view, closed_views
+from remap.data import keyed_random
+from remap.data.batches import Batch, Plan, augmented, batches, closed_view
 from remap.data.views import ViewSource
 from remap.progress import Silent
 from remap.recipe.schema import DataSpec
@@ -144,7 +144,7 @@ def by_hand(image_CHW: np.ndarray, kind: str, draws: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("size", [7, 8, 17])
 def test_augmentation_pixel_by_pixel(kind: str, size: int) -> None:
     images = torch.randint(0, 256, (12, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    draws = keyed.uniform(1, 0, np.arange(12), 3)
+    draws = keyed_random.uniform(1, 0, np.arange(12), 3)
     draws[0], draws[1] = (0.0, 0.0, 0.0), (1 - 2**-53, 1 - 2**-53, 0.5)
     found = augmented(images, kind, draws)
     expected = [
@@ -155,7 +155,7 @@ def test_augmentation_pixel_by_pixel(kind: str, size: int) -> None:
 
 def test_shifts_reach_both_ends_and_half_the_pictures_are_mirrored(noise: Noise) -> None:
     """An eighth of 16 is 2, so five places each way: of 4000 draws 800 each (deviation 25), 2000 mirrored (32)."""
-    draws = keyed.uniform(0, 0, np.arange(4000), 3)
+    draws = keyed_random.uniform(0, 0, np.arange(4000), 3)
     for column in draws.T[:2]:
         assert np.abs(np.bincount((column * 5).astype(int)) - 800).max() < 5 * 25.3
     assert abs((draws[:, 2] < 0.5).sum() - 2000) < 5 * 31.7
@@ -210,4 +210,4 @@ def test_a_closed_view_names_what_could_be_read(noise: Noise) -> None:
 )
 def test_which_data_have_a_closed_list_of_views(options: dict[str, object], expected: int) -> None:
     spec = DataSpec(**options)
-    assert closed_views(spec) == expected and closed(spec) == (expected > 0)
+    assert spec.finite_views == expected

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from remap.data import keyed
+from remap.data import keyed_random
 from remap.data.batches import Batch, Plan, batches, closed_view
 from remap.data.mixing import DRAWS, mix
 from remap.data.views import ViewSource
@@ -160,7 +160,7 @@ def test_any_number_of_processes_mixes_the_same_images(
 def test_neighbours_of_the_global_batch_are_mixed_with_each_other(noise: Noise, ways: dict[str, Any]) -> None:
     """Partners are read from the order itself (place j with j xor 1), pixels are mixed again in NumPy."""
     source, plan = noise(23), replace(PLAN, **ways)
-    order = keyed.permutation(plan.seed, 2, 23)
+    order = keyed_random.permutation(plan.seed, 2, 23)
     for step, (images, labels, others, shares, indices) in enumerate(whole_steps(source, plan, 2)):
         chosen = order[step * 7 : step * 7 + 7]
         assert indices.tolist() == chosen.tolist() and labels.tolist() == (chosen % 3).tolist()
@@ -182,7 +182,7 @@ def test_neighbours_of_the_global_batch_are_mixed_with_each_other(noise: Noise, 
 def test_an_unreadable_partner_leaves_an_image_as_it_is(noise: Noise) -> None:
     plan = replace(PLAN, batch_size=23, cutmix=0.0)
     (full,), (holed,) = whole_steps(noise(23), plan, 0), whole_steps(noise(23, bad=(4, 11)), plan, 0)
-    order = keyed.permutation(plan.seed, 0, 23).tolist()
+    order = keyed_random.permutation(plan.seed, 0, 23).tolist()
     kept = [j for j, index in enumerate(order) if index not in (4, 11)]
     alone = [j for j in kept if (j ^ 1) < 23 and order[j ^ 1] in (4, 11)]
     assert alone and holed[4].tolist() == [order[j] for j in kept]
@@ -229,7 +229,7 @@ def test_the_mean_over_labelled_images_is_one_of_mixed_images_too(noise: Noise, 
 
 def test_a_pair_has_one_number_whichever_comes_first() -> None:
     one, other = np.meshgrid(np.asarray([0, 1, 2, 999, 2**31 - 1]), np.asarray([0, 1, 3, 2**31 - 1]))
-    found = keyed.pairs(one.ravel(), other.ravel())
-    assert (found == keyed.pairs(other.ravel(), one.ravel())).all()
+    found = keyed_random.pairs(one.ravel(), other.ravel())
+    assert (found == keyed_random.pairs(other.ravel(), one.ravel())).all()
     sets = [frozenset(pair) for pair in zip(one.ravel().tolist(), other.ravel().tolist(), strict=True)]
     assert len(set(found.tolist())) == len(set(sets)) and found.dtype == np.int64 and (found >= 0).all()

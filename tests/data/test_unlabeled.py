@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from remap.bench import Bench, Views
 from remap.data import views as views_module
 from remap.data.digits import digits
 from remap.data.images import decode
@@ -16,6 +15,7 @@ from remap.data.sources import open_data, open_unlabeled
 from remap.data.splits import Split, stratified
 from remap.data.views import JoinedSource, View, ViewSource
 from remap.errors import DataError
+from remap.pipeline.shared import Bench, Views
 from remap.progress import Silent
 from remap.recipe.schema import DataSpec
 

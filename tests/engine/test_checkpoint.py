@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from remap import files
-from remap.engine import generations
+from remap.engine import checkpoint_files
 from remap.engine.checkpoint import State, has_checkpoint, load_checkpoint, save_checkpoint, snapshot
 from remap.errors import RunError, TrainingError
+from remap.io import atomic_write
+from remap.pipeline.run import resume, start
 from remap.recipe import dump
-from remap.running import resume, start
-from remap.runs.rundir import RunDir
+from remap.runs.run_dir import RunDir
 
 ONE = ["000001.json", "000001.safetensors"]
 TWO = [*ONE, "000002.json", "000002.safetensors"]
@@ -206,7 +206,7 @@ def _refuse(patch: pytest.MonkeyPatch, name: str, number: int, times: float) -> 
             raise OSError(number, os.strerror(number), str(path))
         return opened(path, *arguments, **words)
 
-    patch.setattr(generations, "PAUSE", 0.001)
+    patch.setattr(checkpoint_files, "PAUSE", 0.001)
     patch.setattr(os, "open", open_)
     return refused
 
@@ -237,7 +237,7 @@ def test_a_folder_that_cannot_be_listed_is_no_new_start(two: Path, monkeypatch: 
     def refuse(path: Path) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
-    monkeypatch.setattr(generations, "PAUSE", 0.001)
+    monkeypatch.setattr(checkpoint_files, "PAUSE", 0.001)
     monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(RunError, match="cannot be read: Input/output error"):
         has_checkpoint(two)
@@ -472,8 +472,8 @@ def test_a_disk_that_refuses_everything_still_gives_the_first_message(
         raise RunError(f"cannot write {path}: Input/output error")
 
     def fill(done: int) -> None:
-        monkeypatch.setattr(files, "write_bytes", refuse)
-        monkeypatch.setattr("remap.engine.generations.write_bytes", refuse)
+        monkeypatch.setattr(atomic_write, "write_bytes", refuse)
+        monkeypatch.setattr("remap.engine.checkpoint_files.write_bytes", refuse)
 
     with pytest.raises(RunError, match=r"cannot write .*metrics.jsonl"):  # the first thing that must be written
         start(tiny.recipe("train.checkpoint_seconds=0"), tmp_path / "run", watch(fill))

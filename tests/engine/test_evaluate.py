@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from remap.assembly import assemble
-from remap.bench import Bench
+from remap.distributed.launch import accelerator
 from remap.engine.evaluate import Evaluation, evaluate
-from remap.engine.launch import accelerator
 from remap.errors import DataError
 from remap.network import Network
+from remap.pipeline.assemble import assemble
+from remap.pipeline.shared import Bench
 from remap.progress import Silent
 
 

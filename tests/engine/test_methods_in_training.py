@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from remap.network import Runner
-from remap.running import start
+from remap.pipeline.run import start
 from remap.runs.task import load_task
 from remap.tuning import METHODS
 

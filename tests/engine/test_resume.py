@@ -15,9 +15,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from remap.errors import Interrupted, MissingData, RunError
+from remap.pipeline.run import Result, resume, start
 from remap.recipe import Recipe
-from remap.running import Result, resume, start
-from remap.runs.rundir import RunDir
+from remap.runs.run_dir import RunDir
 
 LAST_STEP = 6
 

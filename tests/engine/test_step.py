@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from remap.assembly import Parts, assemble
-from remap.bench import Bench
-from remap.engine import fit as loop
+from remap.distributed.launch import accelerator
+from remap.engine import loop as loop
 from remap.engine.job import Job, StudentStep
-from remap.engine.launch import accelerator
 from remap.engine.optim import adamw, learning_rate
 from remap.errors import TrainingError
+from remap.pipeline.assemble import Parts, assemble
+from remap.pipeline.run import start
+from remap.pipeline.shared import Bench
 from remap.progress import Silent
 from remap.recipe.schema import TrainSpec
-from remap.running import start
-from remap.runs.rundir import RunDir
+from remap.runs.run_dir import RunDir
 
 
 @pytest.fixture

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from remap.data.images import BadImage, decode
 from remap.data.sources import open_data, open_unlabeled
 from remap.errors import RecipeError, RemapError
-from remap.outside import parse_json, plain
+from remap.io.checked_read import parse_json, plain
+from remap.pipeline.run import start
 from remap.recipe import Recipe, dump, resolve, strict_yaml
 from remap.recipe.paths import absolute, absolute_data, absolute_model, absolute_weights, is_run
 from remap.recipe.resolve import WORDS
 from remap.recipe.schema import DataSpec, StudentSpec, TeacherSpec, TrainSpec
 from remap.remapping import LOSSES
-from remap.running import start
-from remap.runs.rundir import RunDir
+from remap.runs.run_dir import RunDir
 from remap.runs.task import load_task
 from remap.tuning import METHODS
 

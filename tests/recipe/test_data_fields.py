@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from remap.errors import RecipeError
+from remap.pipeline.comparison_cells import plan
 from remap.recipe import Recipe, resolve, validate
 from remap.recipe.schema import DataSpec
 from remap.remapping import LOSSES
-from remap.runs.cells import plan
 
 
 def problems(**values: Any) -> list[str]:

@@ -13,9 +13,9 @@ import pytest
 
 from remap.engine.teacher import Teacher
 from remap.errors import Interrupted
+from remap.pipeline.run import Result, resume, start
 from remap.progress import Step
 from remap.recipe import Recipe
-from remap.running import Result, resume, start
 
 WORKER = Path(__file__).parent / "workers" / "resumed.py"
 IMAGES, EPOCHS, STEPS = 24, 3, 4

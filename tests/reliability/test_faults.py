@@ -16,7 +16,7 @@ from torch import Tensor
 
 from remap.data.batches import Batch
 from remap.data.images import BadImage, decode
-from remap.engine import fit as loop
+from remap.engine import loop as loop
 from remap.engine import recovery
 from remap.engine.faults import all_finite
 from remap.engine.job import StudentStep
@@ -24,9 +24,9 @@ from remap.engine.recovery import RECOVERIES
 from remap.engine.teacher import Teacher
 from remap.errors import DiskFull, TrainingError
 from remap.network import Runner
+from remap.pipeline.run import resume, start
 from remap.remapping.objective import Objective
-from remap.running import resume, start
-from remap.runs.rundir import RunDir
+from remap.runs.run_dir import RunDir
 
 NAN, INFINITE = float("nan"), float("inf")
 # A teacher that is asked in every step, and a checkpoint after every step.

@@ -19,19 +19,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from remap.bench import Bench
-from remap.data import images, listing
+from remap.data import file_listing, images
 from remap.data.images import BadImage, decode
 from remap.data.sources import open_data, open_unlabeled
 from remap.data.views import View
 from remap.errors import DataError, RemapError, RunError
-from remap.outside import plain, unfit_for_a_name
+from remap.io.checked_read import plain, unfit_for_a_name
+from remap.pipeline.predict import image_files
+from remap.pipeline.shared import Bench
 from remap.progress import Silent
 from remap.recipe import Recipe
 from remap.recipe.schema import DataSpec
 from remap.runs.curves import curves
-from remap.runs.predict import image_files
-from remap.runs.rundir import RunDir
+from remap.runs.run_dir import RunDir
 from remap_cli import view as screen
 
 
@@ -176,7 +176,7 @@ def test_bombs_are_refused_before_they_are_held(
     """Limits made small: 16 MB of zeros are about 16 kB of gzip, a thousandth (RFC 1951's limit is 1032 to 1)."""
     path = tmp_path / "x.tar"
     path.write_bytes(compress(bomb(16_000_000)))
-    monkeypatch.setattr(listing, "FREE_GROWTH", 2**20)
+    monkeypatch.setattr(file_listing, "FREE_GROWTH", 2**20)
     tracemalloc.start()
     try:
         with pytest.raises(DataError, match="grows out of bounds when it is decompressed"):
@@ -188,8 +188,8 @@ def test_bombs_are_refused_before_they_are_held(
 
 def test_a_bomb_that_claims_no_size_is_stopped_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind the last header, where nothing asks for it, and in front of the first, as a heap of empty blocks."""
-    monkeypatch.setattr(listing, "FREE_GROWTH", 2**20)
-    monkeypatch.setattr(listing, "MOST_GROWTH", 1)
+    monkeypatch.setattr(file_listing, "FREE_GROWTH", 2**20)
+    monkeypatch.setattr(file_listing, "MOST_GROWTH", 1)
     path = tmp_path / "x.tar"
     path.write_bytes(gzip.compress(packed([member(f"{i}.txt") for i in range(5000)])))
     with pytest.raises(DataError, match="grows out of bounds"):
@@ -199,7 +199,7 @@ def test_a_bomb_that_claims_no_size_is_stopped_too(tmp_path: Path, monkeypatch: 
 def test_a_million_members_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(packed([member(f"a/{i}.png") for i in range(30)]))
-    monkeypatch.setattr(listing, "MOST_ENTRIES", 20)
+    monkeypatch.setattr(file_listing, "MOST_ENTRIES", 20)
     with pytest.raises(DataError, match="more than 20 files"):
         open_data(str(path), None, 0.5)
 
@@ -210,7 +210,7 @@ def test_seen_members_are_let_go(tmp_path: Path) -> None:
     path.write_bytes(packed([*GOOD, *(member(f"a/{i}.txt") for i in range(6000))]))
     tracemalloc.start()
     try:
-        listing.list_tar(path)
+        file_listing.list_tar(path)
         assert tracemalloc.get_traced_memory()[1] < 3 * 2**20
     finally:
         tracemalloc.stop()

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from remap.errors import RunError
+from remap.pipeline.compare import compare
+from remap.pipeline.repeat import repeat
+from remap.pipeline.run import resume, start
 from remap.progress import Silent
-from remap.running import resume, start
-from remap.runs.compare import compare
-from remap.runs.records import summary_problem
-from remap.runs.repeat import repeat
-from remap.runs.rundir import RunDir
+from remap.runs.run_dir import RunDir
+from remap.runs.summary_schema import summary_problem
 
 HUGE = 10**400
 Change = Callable[[dict], object]

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from remap.engine import launch
+from remap.distributed import launch
 from remap.errors import Interrupted, RunError
+from remap.pipeline.compare import compare
+from remap.pipeline.run import start
+from remap.pipeline.shrink_student import cut, take_out_skipped
 from remap.progress import Silent
 from remap.recipe.schema import DataSpec, ModelSpec, ShrinkSpec
-from remap.running import start
-from remap.runs.compare import compare
 from remap.runs.task import load_task
-from remap.shrinking import cut, take_out_skipped
 from remap_cli.main import app
 
 # Of Python's own library and of others; all are imported by every command, or by those that train.
@@ -57,7 +57,7 @@ def test_advice_can_be_pasted(tiny: Any, tmp_path: Path, monkeypatch: pytest.Mon
         raise Interrupted("stopped", exit_code=143)
 
     folder = tmp_path / "a; touch made"
-    monkeypatch.setattr("remap.running.run", stopped)
+    monkeypatch.setattr("remap.pipeline.run.run", stopped)
     with pytest.raises(Interrupted) as caught:
         compare(tiny.recipe(method="bitfit", losses="ce,kd"), ["bitfit"], 1, folder, Silent())
     assert f"remap compare ... --output {shlex.quote(str(folder))};" in (caught.value.do or "")

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save, save_file
 
 from remap.backbones.loading import read_safetensors
 from remap.errors import RemapError, RunError, WeightsError
+from remap.pipeline.run import start
 from remap.recipe.schema import ModelSpec
-from remap.running import start
-from remap.runs.rundir import RunDir
+from remap.runs.run_dir import RunDir
 from remap.runs.task import load_task, open_backbone
 
 

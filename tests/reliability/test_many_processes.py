@@ -17,15 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from remap.assembly import assemble
-from remap.bench import Bench
+from remap.distributed.launch import accelerator
 from remap.engine.evaluate import evaluate
-from remap.engine.launch import accelerator
 from remap.engine.teacher import Teacher
 from remap.errors import Interrupted
+from remap.pipeline.assemble import assemble
+from remap.pipeline.run import Result, resume, start
+from remap.pipeline.shared import Bench
 from remap.progress import Silent
-from remap.running import Result, resume, start
-from remap.runs.rundir import RunDir
+from remap.runs.run_dir import RunDir
 
 Start = Callable[..., subprocess.Popen]
 History = Callable[[Path], list[dict]]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from remap.running import start
-from remap.runs.repeat import repeat
+from remap.pipeline.repeat import repeat
+from remap.pipeline.run import start
 
 # Decoded anew for every batch, so that workers have something to do in every step; mixed with other images.
 SETTINGS = ("data.memory_gib=0", "data.augment=shift_flip", "data.mixup=0.8", "train.accumulation=2")

@@ -23,10 +23,10 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
-from remap.engine import interrupt
-from remap.engine.launch import accelerator
+from remap.distributed import interrupts
+from remap.distributed.launch import accelerator
 from remap.errors import Interrupted
-from remap.runs.rundir import RunDir
+from remap.runs.run_dir import RunDir
 from remap_cli import train, view
 from remap_cli.main import main
 
@@ -251,7 +251,7 @@ def test_the_file_stop_is_a_sigterm(house: House, tmp_path: Path, figure: Callab
     (tmp_path / "run" / "stop").touch()
     code, seconds = child.leave()
     assert code == 143 and seconds < SOON, child.output.read_text()
-    assert not (tmp_path / "run" / "stop").exists() and interrupt.LOOK_EVERY <= 1.0
+    assert not (tmp_path / "run" / "stop").exists() and interrupts.LOOK_EVERY <= 1.0
     assert child.steps - _saved(tmp_path / "run") in (0, 1)
     house.go_on(tmp_path / "run")
     assert _task(tmp_path / "run") == _task(house.folder / "twin")
@@ -291,13 +291,13 @@ def test_a_signal_among_the_last_words_changes_nothing(house: House, tmp_path: P
 
 def test_a_signal_that_a_library_turns_into_its_own_error_is_still_one() -> None:
     """As an extension module does that meets an exception where it expects a number."""
-    with pytest.raises(Interrupted) as caught, interrupt.watching():
+    with pytest.raises(Interrupted) as caught, interrupts.watching():
         try:
             signal.raise_signal(signal.SIGTERM)
         except Interrupted:
             raise ValueError("could not determine the shape") from None
     assert caught.value.exit_code == 143
-    with pytest.raises(ValueError, match="an error of its own"), interrupt.watching():
+    with pytest.raises(ValueError, match="an error of its own"), interrupts.watching():
         raise ValueError("an error of its own")
 
 

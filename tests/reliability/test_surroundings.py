@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from remap.data.views import ViewSource
-from remap.engine import fit as loop
-from remap.running import resume, start
-from remap.runs.rundir import RunDir
+from remap.engine import loop as loop
+from remap.pipeline.run import resume, start
+from remap.runs.run_dir import RunDir
 
 # Views are decoded again in every epoch, by two threads.
 DECODED = ("data.memory_gib=0", "data.workers=2", "data.augment=shift", "train.checkpoint_seconds=0")

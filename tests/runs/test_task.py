@@ -14,8 +14,8 @@ from torch import Tensor
 from remap.backbones.families import FAMILIES
 from remap.errors import BackboneError, RemapError, RunError
 from remap.network import Network, Runner
-from remap.running import Result, start
-from remap.runs.rundir import RunDir
+from remap.pipeline.run import Result, start
+from remap.runs.run_dir import RunDir
 from remap.runs.task import load_task, save_task
 from remap.tuning import METHODS
 

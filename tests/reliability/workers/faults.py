@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from remap.engine import fit as loop
+from remap.distributed.launch import accelerator
+from remap.engine import loop as loop
 from remap.engine.job import StudentStep
-from remap.engine.launch import accelerator
+from remap.pipeline.run import resume, start
 from remap.recipe import Recipe, resolve
 from remap.remapping.objective import Objective
-from remap.running import resume, start
-from remap.runs.rundir import RunDir
+from remap.runs.run_dir import RunDir
 
 data, student, teacher, resnet, folder = sys.argv[1:]
 SETTINGS = ("data.workers=1", "train.epochs=2", "train.batch_size=8", "train.warmup_epochs=0.5", "train.lr=0.01")

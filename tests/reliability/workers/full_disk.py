@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from remap import files
 from remap.engine.checkpoint import State, load_checkpoint, save_checkpoint, snapshot
 from remap.errors import RunError
+from remap.io import atomic_write
+from remap.pipeline.run import resume, start
 from remap.recipe import resolve
-from remap.running import resume, start
 
 mounts, place, data, student, teacher = sys.argv[1] == "mount", Path(sys.argv[2]), *sys.argv[3:]
 DIGEST = "abc"
@@ -119,7 +119,9 @@ if mounts:
     with full(leave=2 * generation):
         said["preflight"] = error_of(recipe, place / "run", watch)
 else:
-    said["preflight"] = error_of(place / "run", 2 * shutil.disk_usage(place).free, "the run", call=files.require_space)
+    said["preflight"] = error_of(
+        place / "run", 2 * shutil.disk_usage(place).free, "the run", call=atomic_write.require_space
+    )
 said["preflight_steps"] = watch.steps
 
 # A place that cannot be written is refused before a model is built.

@@ -14,16 +14,16 @@ launch.processes(count)
 
 import torch  # noqa: E402
 
-from remap.assembly import assemble  # noqa: E402
-from remap.bench import Bench  # noqa: E402
+from remap.distributed.launch import accelerator  # noqa: E402
 from remap.engine import fit as loop  # noqa: E402
 from remap.engine.evaluate import evaluate  # noqa: E402
-from remap.engine.launch import accelerator  # noqa: E402
 from remap.engine.teacher import Teacher  # noqa: E402
 from remap.errors import Interrupted  # noqa: E402
+from remap.pipeline.assemble import assemble  # noqa: E402
+from remap.pipeline.run import resume, start  # noqa: E402
+from remap.pipeline.shared import Bench  # noqa: E402
 from remap.progress import Silent  # noqa: E402
 from remap.recipe import resolve  # noqa: E402
-from remap.running import resume, start  # noqa: E402
 
 folder = Path(folder)
 rank = accelerator().process_index

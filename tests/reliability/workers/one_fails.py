@@ -5,13 +5,13 @@ import os
 from remap_cli.main import main
 
 if os.environ.get("RANK") == "1":
-    from remap import running
-    from remap.engine.launch import accelerator
+    from remap.distributed.launch import accelerator
     from remap.errors import DataError
+    from remap.pipeline import run
 
     def fail(*arguments: object, **words: object) -> None:
         accelerator()
         raise DataError("the disk of this machine is gone", given="/data")
 
-    running.carry_out = fail
+    run.carry_out = fail
 main()

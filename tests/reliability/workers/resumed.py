@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from remap.engine.launch import accelerator
+from remap.distributed.launch import accelerator
 from remap.engine.teacher import Teacher
 from remap.errors import Interrupted
+from remap.pipeline.run import resume, start
 from remap.recipe import resolve
-from remap.running import resume, start
 
 words, settings, stops, folder = json.loads(sys.argv[1])
 rank = accelerator().process_index

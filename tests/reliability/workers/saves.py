@@ -23,7 +23,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from remap.engine import generations
+from remap.engine import checkpoint_files
 from remap.engine.checkpoint import State, load_checkpoint, save_checkpoint, snapshot
 from remap.errors import RemapError
 
@@ -111,7 +111,7 @@ def one_of_two(rank: int, seen: Path) -> None:
     found = {"step": state.step, "told": told, "equal": equal, "halves": halves, "refused": ["", ""]}
     before = sorted(os.listdir(seen / f"disk{rank}"))
     if rank:
-        generations.PAUSE, os.open = 0.001, _refuse
+        checkpoint_files.PAUSE, os.open = 0.001, _refuse
     try:
         load_checkpoint(seen / f"disk{rank}", "abc", parameters, optimizer, print)
     except RemapError as error:

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from remap import running, training
-from remap.engine import fit
-from remap.engine.sharding import bytes_held
+from remap.distributed.sharding import bytes_held
+from remap.engine import loop
 from remap.errors import Interrupted
+from remap.pipeline import run, train
 from remap.recipe import resolve
 from remap.tuning import METHODS
 
@@ -36,7 +36,7 @@ noted: dict[str, dict] = {}
 now: dict = {}
 
 
-def shares(job: fit.Job, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+def shares(job: loop.Job, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """What this process holds, counted from the tensors themselves."""
 
     def local(tensor: torch.Tensor) -> int:
@@ -54,7 +54,7 @@ def shares(job: fit.Job, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     }
 
 
-evaluate, finish = training.evaluate_as, fit.Loop._finish_epoch
+evaluate, finish = train.evaluate_as, loop.Loop._finish_epoch
 
 
 def evaluating(*arguments, **more):
@@ -63,7 +63,7 @@ def evaluating(*arguments, **more):
     return found
 
 
-def finishing(loop: fit.Loop) -> None:
+def finishing(loop: loop.Loop) -> None:
     now["shares"] = shares(loop.job, loop.optimizer)
     now["teachers"] = [bytes_held(teacher.network) for teacher in loop.job.teachers]
     if entry.get("stop") and loop.state.epoch == 1 and rank == 1:
@@ -71,16 +71,16 @@ def finishing(loop: fit.Loop) -> None:
     finish(loop)
 
 
-training.evaluate_as, fit.Loop._finish_epoch = evaluating, finishing
+train.evaluate_as, loop.Loop._finish_epoch = evaluating, finishing
 for entry in plan:
     now = noted[entry["name"]] = {}
     output = folder / entry["name"]
     if entry.get("resume"):
-        result = running.resume(output)
+        result = run.resume(output)
     else:
         recipe = resolve(words=entry["words"], settings=entry["settings"])
         try:
-            result = running.start(recipe, output)
+            result = run.start(recipe, output)
         except Interrupted:
             now["interrupted"] = True
             continue

@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from remap import dry_run, running
 from remap.errors import RecipeError, RemapError, RunError
+from remap.pipeline import dry_run, run
+from remap.pipeline.compare import compare
+from remap.pipeline.shrink_student import cut, take_out_skipped
 from remap.progress import Silent
 from remap.recipe import Recipe, resolve
 from remap.recipe.resolve import dump, validate
 from remap.recipe.strict_yaml import parse
-from remap.runs.compare import compare
 from remap.runs.task import load_task
-from remap.shrinking import cut, take_out_skipped
 from remap_cli.main import app
 
 WORD = "shrink(teacher, depth=2, width=12, mlp=20)"
@@ -69,12 +69,12 @@ def test_model_and_shrink_exclude_each_other() -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, running.Result]:
+def finished(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, run.Result]:
     recipe = tiny.recipe("train.epochs=1", student=WORD, method="lora")
-    return recipe, running.start(recipe, tmp_path_factory.mktemp("runs") / "run")
+    return recipe, run.start(recipe, tmp_path_factory.mktemp("runs") / "run")
 
 
-def test_a_run_trains_the_student_it_has_cut(finished: tuple[Recipe, running.Result]) -> None:
+def test_a_run_trains_the_student_it_has_cut(finished: tuple[Recipe, run.Result]) -> None:
     """The tiny teacher is 24 wide with 2 heads and 3 blocks; its head dimension of 12 leaves one head."""
     recipe, result = finished
     folder = result.run_dir / "student_model"
@@ -89,7 +89,7 @@ def test_a_run_trains_the_student_it_has_cut(finished: tuple[Recipe, running.Res
 
 
 def test_a_run_that_was_moved_takes_its_student_along(
-    finished: tuple[Recipe, running.Result], largest_difference: Callable[..., float], tmp_path: Path
+    finished: tuple[Recipe, run.Result], largest_difference: Callable[..., float], tmp_path: Path
 ) -> None:
     shutil.copytree(finished[1].run_dir, tmp_path / "copy")
     with hidden(finished[1].run_dir):
@@ -111,11 +111,11 @@ def test_a_comparison_asks_for_a_student_of_its_own(tiny: Any, tmp_path: Path) -
 
 
 def test_a_resumed_run_finds_its_student(
-    finished: tuple[Recipe, running.Result], largest_difference: Callable[..., float], tmp_path: Path
+    finished: tuple[Recipe, run.Result], largest_difference: Callable[..., float], tmp_path: Path
 ) -> None:
     """It goes on with the folder that is there, to the same bits as the run that had to make it."""
     recipe, result = finished
-    again = running.start(recipe, tmp_path / "again")
+    again = run.start(recipe, tmp_path / "again")
     before = (tmp_path / "again" / "student_model" / "model.safetensors").stat().st_mtime_ns
     for name in ("status.json", "summary.json", "metrics.jsonl", "task", "checkpoint"):
         path = tmp_path / "again" / name
@@ -123,7 +123,7 @@ def test_a_resumed_run_finds_its_student(
             if file.is_file():
                 file.unlink()
     (tmp_path / "again" / "status.json").write_text('{"status": "stopped", "message": "", "time": ""}')
-    resumed = running.resume(tmp_path / "again")
+    resumed = run.resume(tmp_path / "again")
     assert (tmp_path / "again" / "student_model" / "model.safetensors").stat().st_mtime_ns == before
     states = [dict(r.student.model.state_dict()) for r in (result, again, resumed)]
     assert largest_difference(states[0], states[1]) == largest_difference(states[0], states[2]) == 0.0
@@ -137,7 +137,7 @@ def test_a_dry_run_leaves_nothing(tiny: Any, tmp_path: Path, monkeypatch: pytest
 
 def test_a_larger_student_than_the_teacher_is_said_by_the_run(tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(RemapError, match="cannot have more than its teacher"):
-        running.start(tiny.recipe(student="shrink(teacher, depth=9)"), tmp_path / "run")
+        run.start(tiny.recipe(student="shrink(teacher, depth=9)"), tmp_path / "run")
     assert not (tmp_path / "run" / "student_model").exists()
 
 
@@ -148,7 +148,7 @@ def test_the_command_writes_a_student_for_the_next_one(tiny: Any, tmp_path: Path
     )
     found = json.loads(done.stdout)
     assert (found["after"]["depth"], found["after"]["width"], len(found["kept"])) == (2, 12, 2)
-    result = running.start(tiny.recipe("train.epochs=1", student=f"local-dir:{output}"), tmp_path / "run")
+    result = run.start(tiny.recipe("train.epochs=1", student=f"local-dir:{output}"), tmp_path / "run")
     assert result.summary["student"]["model"] == f"local-dir:{output}"
 
 
@@ -168,7 +168,7 @@ def test_images_decide_nothing_where_nothing_is_measured(tiny: Any, tmp_path: Pa
 def test_a_run_of_skip_gives_what_remains(tiny: Any, tmp_path: Path) -> None:
     """A price that nothing outweighs: one block closes in favour of the other. What is written computes the same."""
     recipe = tiny.recipe("method.cost=100.0", "train.lr=0.3", "train.epochs=1", "train.warmup_epochs=0", method="skip")
-    result = running.start(recipe, tmp_path / "run")
+    result = run.start(recipe, tmp_path / "run")
     gates = [p.item() for name, p in result.student.model.named_parameters() if name.endswith(".gate")]
     assert len(gates) == 2 and max(gates) > 2 * min(gates)
     kept, openness = take_out_skipped(result.run_dir, tmp_path / "rest", min(gates) - 1e-6 if min(gates) else -1.0)

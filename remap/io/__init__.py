@@ -1,0 +1,1 @@
+"""Reads of files from anywhere, and writes that are whole or absent."""

@@ -1,0 +1,1 @@
+"""What the commands do: one run, comparisons, repeats, shrinking."""

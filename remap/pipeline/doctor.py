@@ -1,0 +1,87 @@
+"""What of this machine matters to a run."""
+
+import os
+import platform
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from remap import __version__
+from remap.io.versions import PACKAGES, version_of
+
+
+def examine() -> dict[str, Any]:
+    """Checks with a state ("ok", "note", "bad"); ``ok`` is False when one is bad. Never fails, needs no network."""
+    checks = [_python(), *_packages(), *_devices(), _precision(), _hub(), _token(), _disk(), _writable(), _mini()]
+    return {"ok": all(check["state"] != "bad" for check in checks), "checks": checks}
+
+
+def _row(state: str, what: str, found: str) -> dict[str, str]:
+    return {"state": state, "what": what, "found": found}
+
+
+def _python() -> dict[str, str]:
+    return _row("ok", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+
+
+def _packages() -> list[dict[str, str]]:
+    rows = [_row("ok", "remap", __version__)]
+    for name in PACKAGES:
+        version = version_of(name)
+        rows.append(_row("bad" if version == "missing" else "ok", name, version))
+    return rows
+
+
+def _devices() -> list[dict[str, str]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return [_row("note", "GPU", f"none; {os.cpu_count()} CPU cores, {torch.get_num_threads()} thread(s)")]
+    return [
+        _row("ok", f"GPU {i}", f"{p.name}, {p.total_memory / 1e9:.1f} GB")
+        for i, p in enumerate(map(torch.cuda.get_device_properties, range(torch.cuda.device_count())))
+    ]
+
+
+def _precision() -> dict[str, str]:
+    import torch
+
+    from remap.distributed.launch import use_bf16
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return _row("ok", "precision 'auto'", "bf16" if use_bf16("auto", device) else "fp32")
+
+
+def _hub() -> dict[str, str]:
+    from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
+
+    folder = Path(HF_HUB_CACHE)
+    count = len(list(folder.glob("models--*"))) if folder.is_dir() else 0
+    return _row("ok", "hub cache", f"{folder}: {count} model(s){', offline by setting' if HF_HUB_OFFLINE else ''}")
+
+
+def _token() -> dict[str, str]:
+    from huggingface_hub import get_token
+
+    return _row("ok", "hub token", "present" if get_token() else "none (needed for gated models only)")
+
+
+def _disk() -> dict[str, str]:
+    free = shutil.disk_usage(".").free
+    return _row("ok" if free > 2e9 else "note", "disk here", f"{free / 1e9:.1f} GB free")
+
+
+def _writable() -> dict[str, str]:
+    try:
+        with tempfile.TemporaryFile(dir="."):
+            return _row("ok", "this folder", "can be written")
+    except OSError as error:
+        return _row("note", "this folder", f"cannot be written ({error.strerror}); use --output")
+
+
+def _mini() -> dict[str, str]:
+    from remap.backbones.mini import default_cfgs
+
+    missing = [name for name, configs in default_cfgs.items() if not Path(configs.default.file).is_file()]
+    return _row("bad" if missing else "ok", "embedded weights", f"missing: {', '.join(missing)}" if missing else "both")

@@ -1,0 +1,92 @@
+"""Evaluate a finished run again, on its own evaluation split or on other data."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from remap.data.fingerprint import Contents
+from remap.data.sources import open_data, read_all
+from remap.data.splits import ImageData, Split
+from remap.data.views import ViewSource
+from remap.distributed.collectives import everyones, share_bad
+from remap.distributed.interrupts import watching
+from remap.distributed.launch import accelerator, use_bf16
+from remap.engine.evaluate import batch_size_of_evaluation, evaluate
+from remap.errors import RunError
+from remap.network import choose_attention
+from remap.progress import Progress
+from remap.runs.run_dir import RunDir
+from remap.runs.task import load_task
+
+
+def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progress) -> dict[str, Any]:
+    """Accuracy of a run's student.
+
+    Args:
+        data: Another folder or tar with the same class names, all of it; None takes the run's evaluation split.
+
+    Returns:
+        accuracy, correct, images, and per class: name, images, accuracy.
+    """
+    run = RunDir.open(path)
+    recipe = run.recipe()
+    network, view = load_task(run.path)
+    device = accelerator().device
+    network.model.to(device)
+    choose_attention(network, recipe.train.fused_attention, device)
+    with run.images(instead=", or name others with --data") if data is None else nullcontext():
+        split, source = _split(recipe.data, data, network.classes or ())
+    images = ViewSource(split, view, memory_bytes=recipe.data.memory_gib * 2**30, workers=recipe.data.workers)
+    images.load(progress, "evaluation images")
+    with watching():
+        found = evaluate(
+            network,
+            images,
+            accelerator(),
+            batch_size=batch_size_of_evaluation(recipe),
+            bf16=use_bf16(recipe.train.precision, device),
+            progress=progress,
+            what="held-out" if data is None else Path(data).name,
+            skip_bad=skip_bad or recipe.data.skip_bad,
+        )
+    share_bad(accelerator(), images)
+    if data is None:
+        for known in everyones(accelerator(), images.contents.known()):  # of its own share
+            images.contents.learn(*known)
+        if accelerator().is_main_process:
+            _say_if_others(run, images.contents, found.count, progress)
+    seen = found.predictions_N >= 0
+    classes = []
+    for label, name in enumerate(network.classes or ()):
+        chosen = seen & (split.labels == label)
+        right = int((found.predictions_N[chosen] == label).sum())
+        count = int(chosen.sum())
+        classes.append({"class": name, "images": count, "accuracy": right / count if count else None})
+    return {
+        "run_dir": str(run.path),
+        "data": source,
+        "accuracy": found.accuracy,
+        "correct": found.correct,
+        "images": found.count,
+        "skipped": [list(item) for item in images.bad_names()],
+        "classes": classes,
+    }
+
+
+def _say_if_others(run: RunDir, contents: Contents, count: int, progress: Progress) -> None:
+    """An accuracy on other images is not to be compared with that of the run."""
+    try:
+        noted = run.summary()["data"]
+        then, wanted = noted["val_images"], noted["val_fingerprint"]
+    except (RunError, KeyError, TypeError):  # evaluation needs no summary
+        return
+    if contents.fingerprint(progress, "evaluation images") != wanted:
+        counts = f"{count} now, {then} then"
+        progress.say(f"the evaluation images are not those of the run ({counts}): names, labels or contents differ")
+
+
+def _split(spec: Any, data: str | None, classes: tuple[str, ...]) -> tuple[Split, str]:
+    if data is None:
+        opened: ImageData = open_data(spec.source, spec.val_source, spec.val_fraction)
+        return opened.val, opened.source
+    return read_all(data, classes), data

@@ -1,0 +1,76 @@
+"""A student whose backbone starts from the teacher's weights, inside a run."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from remap.backbones.build import Backbone, state_hash
+from remap.distributed.launch import accelerator
+from remap.pipeline.samples import training_pixels
+from remap.pipeline.shared import Bench
+from remap.progress import Progress
+from remap.recipe import Recipe
+from remap.remapping.weights import INITS
+from remap.remapping.weights.base import Report, remap_weights
+from remap.runs.task import open_backbone
+
+# Training images that importance is measured on, and how many at once.
+IMAGES, BATCH = 512, 32
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """What a student has from its teacher: which weights, and how pixels are normalised for them."""
+
+    teacher: str
+    report: Report
+    normalisation: str | None
+
+    @property
+    def text(self) -> str:
+        more = f"\npixels are normalised as for the teacher: {self.normalisation}" if self.normalisation else ""
+        return self.report.text + more
+
+    def to_dict(self) -> dict:
+        return {**self.report.to_dict(), "teacher": self.teacher, "normalisation": self.normalisation}
+
+
+def inherit(student: Backbone, recipe: Recipe, bench: Bench, progress: Progress) -> Inherited | None:
+    """Initialise the recipe's student from its first teacher, if it asks for that; a method is not yet attached.
+
+    The teacher's backbone is taken as its weights come (a run's with its method folded in), and not as it may be
+    tuned for the task. A student initialised so can be built from nothing else, so it counts as one with random
+    weights: its task holds the whole backbone.
+
+    Raises:
+        RemapError: The two models do not fit, or no training image can be read.
+    """
+    spec = recipe.student.init
+    if spec is None:
+        return None
+    row, cls = INITS.row(spec.name), INITS.load(spec.name)
+    # The method's draws are the same as without.
+    with progress.wait("initialising the student from the teacher"), torch.random.fork_rng(devices=[]):
+        teacher = open_backbone(recipe.teacher, len(bench.classes(recipe.data)))
+        teacher.model.to(accelerator().device).requires_grad_(False)
+        sample = _sample(teacher, recipe, bench) if row.reads_images else None
+        report = remap_weights(cls(cls.Config(**spec.options)), teacher, student, sample)
+    theirs, mine = teacher.preprocess, student.preprocess
+    same = (theirs.mean, theirs.std) == (mine.mean, mine.std)
+    student.preprocess = replace(mine, mean=theirs.mean, std=theirs.std)
+    student.identity = replace(student.identity, weights="none", sha256=state_hash(student.model, student.anatomy))
+    words = None if same else f"mean {_listed(theirs.mean)}, standard deviation {_listed(theirs.std)}"
+    inherited = Inherited(teacher.identity.model, report, words)
+    progress.say(inherited.text)
+    return inherited
+
+
+def _sample(teacher: Backbone, recipe: Recipe, bench: Bench) -> Iterator[Tensor]:
+    looking = {"images": IMAGES, "batch_size": BATCH, "instead": "--init weight_selection"}
+    return training_pixels(teacher, recipe.data, recipe.seed, bench, **looking)()
+
+
+def _listed(values: tuple[float, ...]) -> str:
+    return "/".join(f"{value:.3g}" for value in values)

@@ -1,0 +1,80 @@
+"""Predict files with a tuned student."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from remap.data.file_listing import list_folder
+from remap.data.images import SUFFIXES, BadImage
+from remap.errors import DataError
+from remap.io.checked_read import expanded
+from remap.pipeline.student_api import Student
+from remap.progress import Progress
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of one file with their probabilities; ``error`` says why there are none."""
+
+    path: str
+    top: tuple[tuple[str, float], ...] = ()
+    error: str = ""
+
+
+def image_files(words: Sequence[str]) -> list[Path]:
+    """Files as they are, even where there are none, which ``predict`` says; folders give all images below them.
+
+    Raises:
+        DataError: No word names anything, there is no image, or a folder cannot be listed.
+    """
+    found: list[Path] = []
+    for word in words:
+        path = expanded(word)
+        if os.path.isdir(path):
+            below = map(path.joinpath, list_folder(path).paths)
+            found += sorted(file for file in below if file.suffix.lower() in SUFFIXES)
+        else:
+            found.append(path)
+    if found and not any(map(os.path.lexists, found)):
+        raise DataError("no such file or folder", given=", ".join(words))
+    if not found:
+        raise DataError("no images there", given=", ".join(words), allowed=" ".join(SUFFIXES))
+    return found
+
+
+def predict(
+    student: Student, paths: Sequence[Path], *, top: int, batch_size: int, progress: Progress
+) -> Iterator[Prediction]:
+    """Predictions in the order of ``paths``; an unreadable file gets its reason instead."""
+    top = min(top, len(student.classes))
+    with progress.wait("predicting", len(paths)) as step:
+        for start in range(0, len(paths), batch_size):
+            yield from _batch(student, paths[start : start + batch_size], top)
+            step.advance(min(batch_size, len(paths) - start))
+
+
+def _batch(student: Student, paths: Sequence[Path], top: int) -> list[Prediction]:
+    views: list[np.ndarray] = []
+    errors: dict[Path, str] = {}
+    for path in paths:
+        try:
+            views.append(student.pixels(path))
+        except BadImage as error:
+            errors[path] = error.reason
+    best = iter(())
+    if views:
+        logits = student.logits_of_views(torch.from_numpy(np.stack(views)))
+        best = iter(zip(*logits.softmax(dim=-1).topk(top, dim=-1), strict=True))
+    rows = []
+    for path in paths:
+        if path in errors:
+            rows.append(Prediction(str(path), error=errors[path]))
+            continue
+        probabilities, indices = next(best)
+        pairs = zip(indices.tolist(), probabilities.tolist(), strict=True)
+        rows.append(Prediction(str(path), tuple((student.classes[i], p) for i, p in pairs)))
+    return rows

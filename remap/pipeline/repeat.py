@@ -1,0 +1,178 @@
+"""Run a finished run again and compare: the same recipe, seed and images should give the same bits."""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remap.data.fingerprint import fingerprint
+from remap.distributed.launch import accelerator
+from remap.errors import DataError, Interrupted, RunError
+from remap.io.checked_read import absolute, expanded, is_count
+from remap.pipeline.compare import shared_teacher
+from remap.pipeline.run import run as go_on
+from remap.pipeline.run import start
+from remap.pipeline.run_differences import FIGURES, changed_on_the_way, compare, history, outputs_on_disk
+from remap.pipeline.shared import Bench
+from remap.progress import Progress, Silent
+from remap.recipe import Recipe
+from remap.runs.run_dir import RunDir, next_path
+from remap.runs.task import load_task
+
+
+def repeat(
+    path: Path, output: Path | None = None, workers: int | None = None, progress: Progress = Silent()
+) -> dict[str, Any]:
+    """Run a finished run's recipe again, in a new run directory; the first one is only read.
+
+    Args:
+        output: The run directory to make, by default the next number beside the first; a repeat that was interrupted
+            goes on.
+        workers: Decoding threads; they change no result.
+
+    Returns:
+        run, repeat, equal, checks (what, first, repeat, equal), tensors that differ (name, largest_difference), what
+        differs in the environment (what, first, repeat), and two that may be why, in words (first, repeat):
+        changed_on_the_way, what decides the last bits and was not the same in all parts of a resumed run; and
+        outputs_on_disk, the teachers whose outputs were read on disk. Empty on processes that are not the main one.
+
+    Raises:
+        RunError: It is unfinished, damaged or was made by another number of processes.
+        DataError: Its images are gone or have changed.
+    """
+    run = RunDir.open(path)
+    _require_whole(run)
+    recipe, summary = run.recipe(), run.summary()
+    anew = f"remap {_command(recipe)} --recipe {shlex.quote(str(run.path / 'recipe.yaml'))}"
+    _require_figures(run, do=f"run it anew, then repeat that: {anew}")
+    _require_processes(run, summary["processes"])
+    if recipe.train.processes is not None:  # it may have been resumed with another number
+        recipe = recipe.model_copy(
+            update={"train": recipe.train.model_copy(update={"processes": summary["processes"]})}
+        )
+    if workers is not None:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
+    target = _target(run, recipe, output)
+    bench = Bench(teacher_folder=_prepared_teacher(run))
+    _require_same_images(run, recipe, bench, summary["data"]["fingerprint"], progress)
+    _say_what_decides(run, progress)
+    with progress.wait("comparing the frozen weights with those of the run"):
+        load_task(run.path)  # refuses a backbone that is not the run's
+    try:
+        if not os.path.isfile(target / "recipe.yaml"):
+            start(recipe, target, progress, bench)
+        elif not RunDir.open(target).is_whole:
+            go_on(recipe, RunDir.open(target), progress, bench, resuming=True)
+    except Interrupted as error:
+        command = shlex.join(["remap", "repeat", str(run.path), "--output", str(target)])
+        raise Interrupted(
+            error.what, exit_code=error.exit_code, do=f"go on with: {command}", at_once=error.at_once
+        ) from error
+    if not accelerator().is_main_process:
+        return {}
+    _require_figures(RunDir.open(target), do="remove that folder, or choose another --output")
+    return compare(run, RunDir.open(target))
+
+
+def _require_whole(run: RunDir) -> None:
+    """Something to compare with."""
+    if not run.is_done:
+        ended, message = run.became()
+        raise RunError(
+            f"{run.path} has no result that could be compared: it {ended}",
+            given=message,
+            do=f"finish it first: remap {_command(run.recipe())} --resume {shlex.quote(str(run.path))}",
+        )
+
+
+def _command(recipe: Recipe) -> str:
+    return "distill" if recipe.teacher else "tune"
+
+
+def _require_figures(run: RunDir, do: str) -> None:
+    """What is compared in the end has to be there before hours of training."""
+    problem = _problem(run.summary())
+    if problem is None and not history(run):
+        problem = "metrics.jsonl is empty"
+    if problem is not None:
+        raise RunError(f"{run.path} holds no figures of this version of remap", given=problem, do=do)
+
+
+def _problem(summary: dict[str, Any]) -> str | None:
+    """What is wrong with the figures of a summary; None if they can be compared."""
+    try:
+        for read in (lambda s: s["precision"], outputs_on_disk, *FIGURES.values()):
+            read(summary)
+        counts = summary["data"]
+        _ = counts["labeled_images"], counts["val_images"]
+        fits = is_count(summary["processes"]) and isinstance(counts["fingerprint"], str)
+    except KeyError as error:
+        return f"summary.json has no {error}"
+    except (TypeError, ValueError, ArithmeticError, AttributeError):
+        fits = False
+    return None if fits else "summary.json holds something else where figures are"
+
+
+def _require_processes(run: RunDir, wanted: int) -> None:
+    running = accelerator().num_processes
+    if running != wanted:
+        raise RunError(
+            f"{run.path} was made by {wanted} process(es), and a repeat needs as many",
+            given=f"{running} process(es)",
+            do=f"`remap repeat {shlex.quote(str(run.path))}` without a launcher starts as many",
+        )
+
+
+def _say_what_decides(run: RunDir, progress: Progress) -> None:
+    """Sums are split over threads and processes, so that their numbers decide the last bits."""
+    changed = changed_on_the_way(run)
+    if changed:
+        progress.say(
+            f"{run.path} was resumed with {' and '.join(changed)}, which decides the last bits of sums: a repeat, made"
+            " with one of them all along, cannot be expected to be equal bit for bit"
+        )
+    own, theirs = torch.get_num_threads(), run.environment().get("threads", "?")
+    if own != theirs:
+        progress.say(f"PyTorch has {own} thread(s) here and had {theirs} in {run.path}: last bits may differ")
+
+
+def _target(run: RunDir, recipe: Recipe, output: Path | None) -> Path:
+    """Where to run; refuses the first run's own folder, and a folder of another run."""
+    if output is None:
+        path = run.path if run.path.name not in ("", "..") else Path(absolute(run.path))  # `.` has no name
+        return next_path(path.parent, f"{path.name}-repeat")
+    target = expanded(output)
+    if Path(absolute(target)).is_relative_to(absolute(run.path)):
+        raise RunError(
+            "a repeat does not go into the run that it repeats", given=str(target), do="choose another --output"
+        )
+    if os.path.isfile(target / "recipe.yaml"):
+        found, wanted = (one.digest(places=False) for one in (RunDir.open(target).recipe(), recipe))
+        if found != wanted:
+            raise RunError(
+                f"{target} is a run of another recipe; nothing in it was touched", do="choose another --output"
+            )
+    return target
+
+
+def _prepared_teacher(run: RunDir) -> Path | None:
+    """That of the run's comparison, if it is there: a repeat makes nothing in the comparison."""
+    folder = shared_teacher(run)
+    return folder if folder is not None and any(folder.parent.glob(f"{folder.name}*/task/task.json")) else None
+
+
+def _require_same_images(run: RunDir, recipe: Recipe, bench: Bench, wanted: str, progress: Progress) -> None:
+    with run.images():
+        data = bench.index(recipe.data)
+    found = fingerprint(data, progress, recipe.data.workers)
+    if found == wanted:
+        return
+    counts = run.summary()["data"]
+    raise DataError(
+        f"the images are not those of {run.path}: names, labels or the content of files have changed",
+        given=f"fingerprint {found[:16]}, {len(data.train)} training and {len(data.val)} evaluation images",
+        allowed=f"{wanted[:16]}, {counts['labeled_images']} training and {counts['val_images']} evaluation images used",
+        do=f"bring the images back that the run was made with; {run.path / 'recipe.yaml'} names their place",
+    )

@@ -1,0 +1,161 @@
+"""What several runs can share: open data, decoded views, a prepared teacher and its outputs."""
+
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from remap.data.fingerprint import Contents, fingerprint
+from remap.data.sources import open_data
+from remap.data.splits import ImageData
+from remap.data.views import JoinedSource, View, ViewSource, listed, require_readable
+from remap.errors import DataError
+from remap.progress import Progress, Silent
+from remap.recipe.schema import DataSpec
+
+
+@dataclass
+class Views:
+    """A data source seen through one view; unreadable training images are already left out and named.
+
+    Attributes:
+        train: The labelled training images.
+        unlabeled: The training images without labels.
+        lessons: What the student learns from: ``train`` itself, that and then ``unlabeled``, or ``unlabeled`` itself.
+            Nothing is decoded or kept twice.
+        unreadable: Images of all splits that were left out, with the reason.
+        contents: What is known of the files' content, unreadable ones included, by split.
+    """
+
+    data: ImageData
+    view: View
+    train: ViewSource
+    val: ViewSource
+    test: ViewSource | None
+    unreadable: tuple[tuple[str, str], ...]
+    unlabeled: ViewSource | None
+    lessons: ViewSource
+    contents: dict[str, Contents] = field(default_factory=dict)
+    _fingerprint: str = ""
+
+    @property
+    def skipped(self) -> tuple[tuple[str, str], ...]:
+        """All files that are not used, with the reason."""
+        return (*self.data.skipped, *self.unreadable)
+
+    @property
+    def labeled_share(self) -> float:
+        """Share of ``lessons`` that have a label."""
+        return float((self.lessons.split.labels >= 0).mean())
+
+    def fingerprint(self, progress: Progress = Silent()) -> str:
+        """Class names, file names, labels, order and content. What was decoded into memory is not read again."""
+        self._fingerprint = self._fingerprint or fingerprint(self.data, progress, known=self.contents)
+        return self._fingerprint
+
+    def digest(self, progress: Progress = Silent()) -> str:
+        """Which images are learned from: their fingerprint, and how many of them can be read."""
+        more = "" if self.unlabeled is None else f"+{len(self.unlabeled.split)}"
+        return f"{self.fingerprint(progress)[:16]}-{len(self.train.split)}{more}"
+
+    def require_few_bad(self, share: float) -> None:
+        """Look at what training found unreadable on the way, where views are not kept in memory."""
+        _require_few_bad(self.train, self.unlabeled, share)
+
+
+@dataclass
+class Bench:
+    """Keeps what was opened or computed, by the values that decide it. One run makes a fresh one.
+
+    Attributes:
+        teacher_folder: Where a prepared teacher is kept for all runs; None keeps it with the run.
+    """
+
+    data: dict[tuple, ImageData] = field(default_factory=dict)
+    views: dict[tuple, Views] = field(default_factory=dict)
+    teachers: dict[str, Any] = field(default_factory=dict)
+    targets: dict[tuple, Any] = field(default_factory=dict)
+    teacher_folder: Path | None = None
+
+    def index(self, spec: DataSpec) -> ImageData:
+        """List a data source, once; no image is decoded."""
+        key = (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled, spec.labels)
+        if key not in self.data:
+            self.data[key] = open_data(*key)
+        return self.data[key]
+
+    def classes(self, spec: DataSpec) -> tuple[str, ...]:
+        return self.index(spec).classes
+
+    def open(self, spec: DataSpec, view: View, progress: Progress) -> Views:
+        """Open, decode and check a data source, once."""
+        listed = (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled, spec.labels)
+        key = (*listed, spec.unlabeled_only, spec.skip_bad, spec.max_bad, view)
+        if key not in self.views:
+            self.views[key] = _open(self.index(spec), spec, view, progress)
+        return self.views[key]
+
+
+_CALLED = {
+    "train": "training images",
+    "unlabeled": "images without labels",
+    "val": "evaluation images",
+    "test": "test images",
+}
+
+
+def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress) -> Views:
+    budget = spec.memory_gib * 2**30
+    sources: dict[str, ViewSource] = {}
+    for name in _CALLED:
+        split = getattr(data, name)
+        if split is not None:
+            sources[name] = ViewSource(split, view, memory_bytes=budget, workers=spec.workers)
+            budget -= sources[name].kept_bytes
+    for name, source in sources.items():
+        source.load(progress, _CALLED[name])
+    train, unlabeled = sources["train"], sources.get("unlabeled")
+    _require_few_bad(train, unlabeled, spec.max_bad)
+    unreadable = (*train.bad_names(), *(unlabeled.bad_names() if unlabeled else ()))
+    for name in ("val", "test"):
+        if name in sources:
+            require_readable(sources[name], name, spec.skip_bad)
+            unreadable += tuple(sources[name].bad_names())
+    good = {name: source.without_bad() for name, source in sources.items()}
+    train, unlabeled = good["train"], good.get("unlabeled")
+    return Views(
+        data,
+        view,
+        train,
+        good["val"],
+        good.get("test"),
+        unreadable,
+        unlabeled,
+        _lessons(train, unlabeled, spec.unlabeled_only),
+        {name: source.contents for name, source in sources.items()},
+    )
+
+
+def _lessons(train: ViewSource, unlabeled: ViewSource | None, unlabeled_only: bool) -> ViewSource:
+    if not unlabeled_only:
+        return train if unlabeled is None else JoinedSource(train, unlabeled)
+    if unlabeled is None or not len(unlabeled.split):
+        raise DataError(
+            "there is no image without a label to learn from",
+            given="data.unlabeled_only",
+            do="name some with --unlabeled, or keep fewer labels (data.labels)",
+        )
+    return unlabeled
+
+
+def _require_few_bad(train: ViewSource, unlabeled: ViewSource | None, share: float) -> None:
+    for source, called in ((train, _CALLED["train"]), (unlabeled, _CALLED["unlabeled"])):
+        if source is not None and len(source.bad) > share * len(source.split):
+            enough = min(0.99, ceil(100 * len(source.bad) / len(source.split)) / 100)
+            raise DataError(
+                f"{len(source.bad)} of {len(source.split)} {called} cannot be read",
+                given=listed(source.bad_names()),
+                allowed=f"{share:.0%} of them (data.max_bad={share:g})",
+                do="repair or remove them, or allow more in a new run, with another --output:"
+                f" --set data.max_bad={enough:g}",
+            )

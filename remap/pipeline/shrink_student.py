@@ -1,0 +1,141 @@
+"""Students cut from their teacher: inside a run, and on their own as model folders of timm."""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from remap.backbones.build import Backbone
+from remap.distributed.launch import accelerator, require_one_process
+from remap.errors import BackboneError
+from remap.pipeline.samples import training_pixels
+from remap.pipeline.shared import Bench
+from remap.progress import Progress, Silent
+from remap.recipe.paths import is_run
+from remap.recipe.schema import DataSpec, ModelSpec, Recipe, ShrinkSpec, StudentSpec
+from remap.remapping.architecture.shrink import Shrunk, needs_images, shrink, target_shape
+from remap.remapping.architecture.skip import gates_of, save_remaining
+from remap.runs.run_dir import STUDENT_MODEL, RunDir
+from remap.runs.task import load_task, open_backbone
+
+_BATCH = 16
+
+
+def open_student(recipe: Recipe, run_dir: RunDir | None, progress: Progress, bench: Bench) -> Backbone:
+    """The recipe's student; one that is to be shrunk is cut from the first teacher before.
+
+    It is then ``RUN_DIR/student_model``, which a resumed run finds again.
+
+    Args:
+        run_dir: None (dry run) cuts it into a temporary folder.
+
+    Raises:
+        RemapError: The student cannot be cut, or cannot be opened.
+    """
+    num_classes = len(bench.classes(recipe.data))
+    if recipe.student.shrink is None:
+        return open_backbone(recipe.student, num_classes)
+    if run_dir is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / STUDENT_MODEL
+            _derive(recipe, folder, progress, bench)
+            backbone = open_backbone(_opened_from(recipe.student, folder), num_classes)
+        backbone.identity = replace(backbone.identity, model=recipe.student.model)
+        return backbone
+    folder = run_dir.student_model.resolve()
+    if accelerator().is_main_process and not folder.is_dir():
+        _derive(recipe, folder, progress, bench)
+    accelerator().wait_for_everyone()
+    return open_backbone(_opened_from(recipe.student, folder), num_classes)
+
+
+def _opened_from(spec: StudentSpec, folder: Path) -> StudentSpec:
+    return spec.model_copy(update={"model": f"local-dir:{folder}", "shrink": None})
+
+
+def _derive(recipe: Recipe, folder: Path, progress: Progress, bench: Bench) -> None:
+    # A run that finds its student cut already must draw the same numbers from here on.
+    with torch.random.fork_rng(devices=[]):
+        found = _cut(recipe.teacher, recipe.student.shrink, recipe.data, folder, recipe.seed, progress, bench)
+    progress.say(f"the student is cut from {recipe.teacher.model}: {told(found)}")
+
+
+def cut(
+    teacher: ModelSpec,
+    spec: ShrinkSpec,
+    data: DataSpec,
+    folder: Path,
+    seed: int = 0,
+    progress: Progress = Silent(),
+) -> Shrunk:
+    """Cut a student from a teacher and write it as a model folder of timm.
+
+    Args:
+        teacher: Any model or run whose weights can be plain; its classifier is not used.
+        data: Whose training images are looked at, without their labels, where the spec measures anything.
+        folder: Must not be there yet.
+        seed: Decides which of the images.
+
+    Raises:
+        RemapError: A mistake in the names or the shape, no readable images, no place to write, or several processes.
+    """
+    _require_one_process()
+    return _cut(teacher, spec, data, folder, seed, progress, Bench())
+
+
+def _cut(
+    teacher: ModelSpec, spec: ShrinkSpec, data: DataSpec, folder: Path, seed: int, progress: Progress, bench: Bench
+) -> Shrunk:
+    backbone = open_backbone(teacher, 1)
+    target_shape(backbone, spec)  # before any image is read
+    backbone.model.to(accelerator().device)
+    batches = _nothing
+    if needs_images(spec):
+        looking = {"images": spec.images, "batch_size": _BATCH, "instead": "importance=magnitude, blocks=uniform"}
+        batches = training_pixels(backbone, data, seed, bench, **looking)
+    with progress.wait("cutting the student from the teacher"):
+        return shrink(backbone, spec, batches, folder)
+
+
+def _require_one_process() -> None:
+    require_one_process("a model is cut in one process", "call remap shrink without a launcher")
+
+
+def _nothing() -> Iterator[Tensor]:
+    return iter(())
+
+
+def told(found: Shrunk) -> str:
+    """One line on what was cut."""
+    pairs = zip(vars(found.before).items(), vars(found.after).values(), strict=True)
+    shape = ", ".join(f"{word} {one} -> {other}" if one != other else f"{word} {one}" for (word, one), other in pairs)
+    before, after = (f"{number / 1e6:.2f} M" for number in found.parameters)
+    blocks = ""
+    if len(found.kept) < found.before.depth:
+        blocks = f"; blocks {', '.join(map(str, found.kept))} stay"
+    return f"{shape}; {before} -> {after} parameters{blocks}"
+
+
+def take_out_skipped(run: Path, folder: Path, threshold: float) -> tuple[list[int], list[float]]:
+    """Take the blocks that a run of ``skip`` closed out of its student, and write the rest as a model folder of timm.
+
+    Args:
+        threshold: Blocks go whose gates are at or below it.
+
+    Returns:
+        The blocks that stay, and the gate of every block.
+
+    Raises:
+        RemapError: It is no run of ``skip``, what is left cannot be written, or there are several processes.
+    """
+    _require_one_process()
+    if not is_run(str(run)):
+        raise BackboneError(f"{run} is no finished run", do="name a run directory of --method skip")
+    network, _ = load_task(run)
+    openness = gates_of(network.attached).openness()
+    with torch.no_grad():
+        kept = save_remaining(network.attached, folder, threshold, network.classes or ())
+    return kept, openness

@@ -1,0 +1,98 @@
+"""The Python API besides ``remap.distill``: attach a method to a model of yours, load a tuned student."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from remap.backbones.anatomy import anatomy_of
+from remap.data.images import decode
+from remap.data.views import View
+from remap.errors import RecipeError
+from remap.io.checked_read import expanded
+from remap.network import Network, Runner, choose_attention
+from remap.recipe.problems import lines_of
+from remap.runs.task import load_task
+from remap.tuning import config_of, rows_of
+from remap.tuning.attaching import attach_method
+from remap.tuning.base import Attached
+
+
+def attach(model: nn.Module, method: str, **options: Any) -> Attached:
+    """Attach a tuning method to a timm model, in place.
+
+    Everything but the method's own parameters is frozen, the classifier included; turn its ``requires_grad`` on if
+    it is new.
+
+    Args:
+        method: A name from ``remap methods``, or several: "vpt_deep+lora".
+        options: The method's options, e.g. ``num_prompts=10``; of several methods ``vpt_deep={"num_prompts": 10}``.
+
+    Raises:
+        RemapError: Unknown method or option, or a backbone the method does not fit.
+    """
+    rows_of(method)  # an unknown name says what is meant
+    config = config_of(method)
+    try:
+        return attach_method(model, anatomy_of(model), method, options)
+    except ValidationError as error:
+        raise RecipeError(lines_of(error, config), f"options of {method}") from None
+
+
+class Student:
+    """A tuned student, ready for images.
+
+    Attributes:
+        model: The timm model with its method attached; takes preprocessed pixels.
+        classes: Class names in the order of the logits.
+    """
+
+    def __init__(self, network: Network, view: View, device: torch.device) -> None:
+        self.network, self.view, self.device = network, view, device
+        self.model, self.classes = network.model.eval().to(device), network.classes
+        choose_attention(network, "auto", device)
+        self._runner = Runner(network).to(device)
+
+    def pixels(self, image: Image.Image | bytes | Path | str) -> np.ndarray:
+        """The raw view of one image, uint8 (3, V, V).
+
+        Raises:
+            BadImage: It cannot be read.
+        """
+        return self.view.apply(decode(expanded(image) if isinstance(image, str) else image))
+
+    @torch.no_grad()
+    def logits(self, images: Sequence[Image.Image | bytes | Path | str]) -> Tensor:
+        """Logits (B, C), float32, on the CPU."""
+        return self.logits_of_views(torch.from_numpy(np.stack([self.pixels(image) for image in images])))
+
+    @torch.no_grad()
+    def logits_of_views(self, images_BCHW: Tensor) -> Tensor:
+        """Logits (B, C) of views already made (uint8)."""
+        return self._runner(images_BCHW.to(self.device)).logits_BC.float().cpu()
+
+    def predict(self, images: Sequence[Image.Image | bytes | Path | str]) -> list[tuple[str, float]]:
+        """The likeliest class of each image and its probability."""
+        best = self.logits(images).softmax(dim=-1).max(dim=-1)
+        return [(self.classes[i], float(p)) for p, i in zip(best.values, best.indices, strict=True)]
+
+
+def load_student(run_dir: str | Path, device: str | torch.device | None = None) -> Student:
+    """Load the tuned student of a run directory (or of a copy of its task folder).
+
+    Args:
+        run_dir: The run directory or task folder.
+        device: Where it computes; None is the accelerator if there is one, else the CPU.
+
+    Raises:
+        RunError: The files are damaged or the backbone is another one.
+    """
+    network, view = load_task(expanded(run_dir))
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    return Student(network, view, torch.device(device))

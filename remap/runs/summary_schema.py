@@ -1,0 +1,55 @@
+"""What the records of a run directory have to hold for those who read them: they may come from anywhere.
+
+Imports no torch.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from remap.io.checked_read import is_count, is_number
+
+
+def _is_word(value: object) -> bool:
+    return isinstance(value, str)
+
+
+# What commands show of a summary: each entry, and what it has to be. Dots lead into records.
+_SUMMARY: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("run_dir", "method", "data.source"), _is_word),
+    **dict.fromkeys(("seconds", "train_seconds", "learning_rate", "student.accuracy"), is_number),
+    **dict.fromkeys(("data.train_images", "data.labeled_images", "data.val_images"), is_count),
+    **dict.fromkeys(("student.trainable_parameters", "student.task_bytes"), is_count),
+    "student.total_parameters": lambda value: is_count(value) and value != 0,
+}
+_TEACHER: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("model", "head"), _is_word),
+    "total_parameters": is_count,
+    "accuracy": lambda value: value is None or is_number(value),
+}
+
+
+def summary_problem(summary: object) -> str | None:
+    """What is wrong with what stands in summary.json; None if it can be shown."""
+    if not isinstance(summary, dict):
+        return "it is no record"
+    problem = _problem(summary, _SUMMARY, "")
+    if problem is None and not is_number(summary["student"].get("test_accuracy", 0)):
+        problem = "student.test_accuracy is no number"
+    more = summary.get("more_teachers", [])
+    teachers = [("teacher", summary["teacher"])] if "teacher" in summary else []
+    if not isinstance(more, list) or (more and not teachers):
+        return "more_teachers is no list of further teachers"
+    teachers += [(f"more_teachers.{number}", teacher) for number, teacher in enumerate(more)]
+    return next(filter(None, [problem, *(_problem(teacher, _TEACHER, f"{name}.") for name, teacher in teachers)]), None)
+
+
+def _problem(record: object, kinds: Mapping[str, Callable[[object], bool]], prefix: str) -> str | None:
+    for name, fits in kinds.items():
+        value: Any = record
+        for key in name.split("."):
+            if not isinstance(value, dict) or key not in value:
+                return f"it has no {prefix}{name}"
+            value = value[key]
+        if not fits(value):
+            return f"{prefix}{name} is something else than in the summary of a run"
+    return None

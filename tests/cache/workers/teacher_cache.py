@@ -1,0 +1,51 @@
+"""A run in several processes, for tests/cache/test_teacher_cache.py; each notes what it computed and what it holds."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from remap_cli import launch
+
+count, output, words, settings = json.loads(sys.argv[1])
+launch.begin()
+launch.processes(count)
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+from remap import training  # noqa: E402
+from remap.distributed.launch import accelerator  # noqa: E402
+from remap.engine import keeping  # noqa: E402
+from remap.pipeline.run import start  # noqa: E402
+from remap.recipe import resolve  # noqa: E402
+
+torch.set_num_threads(1)
+noted: dict[str, Any] = {"asked": 0}
+items_of, fit = keeping._items_of, training.fit
+tensors: dict[str, torch.Tensor] = {}
+
+
+def counting(teacher: Any, images_BCHW: torch.Tensor, *sizes: int) -> dict[str, torch.Tensor]:
+    noted["asked"] += int((images_BCHW != 0).flatten(1).any(dim=1).sum())
+    return items_of(teacher, images_BCHW, *sizes)
+
+
+def noting(job: Any, **words: Any) -> Any:
+    _, everything = job.source.batch(np.arange(len(job.source.split)))
+    for view in range(job.recipe.data.views or 1):
+        tensors.update({f"{name}.{view}": rows for name, rows in job.teachers[0].kept.rows(everything, view).items()})
+    if job.features is not None:
+        tensors.update({f"feature.{name}": rows for name, rows in job.features.rows(everything).items()})
+    state = fit(job, **words)
+    noted["bad"] = sorted(job.source.bad)
+    return state
+
+
+keeping._items_of, training.fit = counting, noting
+result = start(resolve(words=words, settings=settings), output)
+noted["summary"] = [name for name, _ in result.summary["data"]["skipped"]]
+rank = accelerator().process_index
+save_file(tensors, f"{output}-{count}-{rank}.safetensors")
+Path(f"{output}-{count}-{rank}.json").write_text(json.dumps(noted))

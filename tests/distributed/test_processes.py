@@ -1,0 +1,217 @@
+"""Real processes: killed, interrupted, and two in place of one. Expected values: an undisturbed single process."""
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from remap.distributed import launch
+from remap.errors import TrainingError
+from remap.pipeline.run import resume, start
+from remap.runs.run_dir import RunDir
+
+Start = Callable[..., subprocess.Popen]
+# Long enough to be caught in the middle; a checkpoint after every step.
+EPOCHS = 40
+LONG = (
+    *(f"train.epochs={EPOCHS}", f"train.eval_every={EPOCHS}"),
+    *("train.checkpoint_seconds=0", "data.augment=shift_flip"),
+)
+TWO = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "remap_cli")
+
+
+@pytest.mark.guarantee(4)
+def test_a_killed_run_goes_on_to_the_same_bytes(tiny: Any, tmp_path: Path, start_process: Start) -> None:
+    """SIGKILL in the middle of an epoch; the twin is trained without a break."""
+    process = start_process("remap_cli", "distill", *tiny.arguments(*LONG), f"--output={tmp_path / 'run'}")
+    state = _wait_for_steps(tmp_path / "run", process, epoch=2)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert state["step"] and RunDir(tmp_path / "run").status() == "running"
+    resumed = resume(tmp_path / "run")
+    twin = start(tiny.recipe(*LONG), tmp_path / "twin")
+    assert _task(resumed.run_dir) == _task(twin.run_dir)
+
+
+@pytest.mark.guarantee(5)
+def test_ctrl_c_says_how_to_go_on(tiny: Any, tmp_path: Path, start_process: Start) -> None:
+    """To the command that started two processes; one goes on."""
+    run = tmp_path / "run"
+    process = start_process("remap_cli", "distill", *tiny.arguments(*LONG), "--devices=2", f"--output={run}")
+    before = _wait_for_steps(run, process, epoch=1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert f"remap distill --resume {run}" in errors and "Traceback" not in errors and errors.count("stopped by") == 1
+    assert RunDir(run).status() == "stopped"
+    after = _state(run)
+    assert (after["epoch"], after["step"]) >= (before["epoch"], before["step"])
+    assert len((resume(run).run_dir / "metrics.jsonl").read_text().splitlines()) == EPOCHS
+    assert RunDir(run).status() == "done"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("data.augment=shift", "data.views=2", "teacher.cache=disk", "data.labels=12"), {"also": "self"}),
+        (("data.augment=shift", "data.mixup=0.8", "data.cutmix=1.0", "train.accumulation=2"), {"also": "ema"}),
+    ],
+    ids=["closed views on disk, few labels", "mixing, an average"],
+)
+def test_two_processes_share_teachers_and_lessons(
+    tiny: Any, tmp_path: Path, start_process: Start, settings: tuple[str, ...], words: dict[str, str]
+) -> None:
+    """As above; each process computes half of what is kept on disk, and rows of both are read by both."""
+    settings = (*settings, "teacher.allow_weak=true")
+    words = {"losses": "ce,kd,feature", "teacher": f"{tiny.teacher},{words['also']}"}
+    process = start_process(*TWO, "distill", *tiny.arguments(*settings, **words), f"--output={tmp_path / 'two'}")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    start(tiny.recipe(*settings, "teacher.cache=off", **words), tmp_path / "one")
+    one, two = _tensors(tmp_path / "one"), _tensors(tmp_path / "two")
+    for name, tensor in one.items():
+        assert torch.allclose(two[name], tensor, atol=1e-5, rtol=0), name
+
+
+def test_processes_that_nobody_started_are_missed(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TrainingError, match="asks for 2 processes and has 1") as caught:
+        start(tiny.recipe("train.processes=2"), tmp_path / "run")
+    assert "--devices 2" in str(caught.value) and "torchrun --nproc-per-node 2" in str(caught.value)
+    assert "env -u" not in str(caught.value)
+    monkeypatch.setenv("RANK", "0")  # as Kubernetes may: there, --devices starts nothing
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(TrainingError, match="without a launcher: env -u RANK -u WORLD_SIZE remap ... --devices 2"):
+        start(tiny.recipe("train.processes=2"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_with_any_number_of_processes_but_the_one_asked_for_counts(tiny: Any, tmp_path: Path) -> None:
+    """The batch size is global, so the number of before binds nobody."""
+    RunDir.create(tmp_path / "run", tiny.recipe("train.processes=2", losses="ce"))
+    with pytest.raises(TrainingError, match="asks for 3 processes and has 1"):
+        resume(tmp_path / "run", processes=3)
+    assert resume(tmp_path / "run").summary["processes"] == 1
+
+
+def test_a_launcher_that_starts_one_process_in_silence_is_caught(
+    tiny: Any, tmp_path: Path, start_process: Start
+) -> None:
+    """``accelerate launch --cpu --num_processes 2`` is known to. Nothing else is started inside a launcher."""
+    process = start_process(
+        *("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "-m", "remap_cli", "distill"),
+        *(*tiny.arguments(), "--devices=2", f"--output={tmp_path / 'run'}"),
+    )
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "asks for 2 processes and has 1" in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_build_a_cache_and_evaluate(tiny: Any, tmp_path: Path, start_process: Start) -> None:
+    """The images are computed once, each process its half; what one process evaluates, two evaluate alike."""
+    arguments = tiny.arguments("teacher.cache=disk", "seed=77")
+    build = start_process("remap_cli", "cache", "build", *arguments, "--devices=2", "--json")
+    run = start(tiny.recipe(losses="ce"), tmp_path / "run")
+    output, errors = build.communicate(timeout=120)
+    assert build.returncode == 0, errors
+    (built,) = json.loads(output)
+    assert (built["images"], built["computed"]) == (24, 24)
+    evaluation = start_process("remap_cli", "eval", str(run.run_dir), "--devices=2", "--json")
+    output, errors = evaluation.communicate(timeout=120)
+    assert evaluation.returncode == 0, errors
+    found = json.loads(output)
+    assert (found["images"], found["correct"]) == (9, run.summary["student"]["correct"])
+
+
+@pytest.mark.parametrize("word", ["soon", "0", "-3", "nan", "inf", "1e30"])
+def test_a_timeout_that_is_no_number_of_seconds(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(launch.VARIABLE, word)
+    with pytest.raises(
+        TrainingError, match=f"REMAP_TIMEOUT must be a number of seconds\n  given:   {word}\n.* at most "
+    ):
+        launch.accelerator.__wrapped__()
+
+
+def test_a_launcher_that_is_not_supported_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(TrainingError, match="asks for DeepSpeed, which is not supported"):
+        launch.accelerator.__wrapped__()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(TrainingError, match="3 processes on a machine with 2 GPUs"):
+        launch.accelerator.__wrapped__()
+
+
+# What Gloo says when a process was killed, and when one is halted.
+CLOSED = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:20868. This is "
+    "typically caused by a remote worker crashing."
+)
+SILENT = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError(CLOSED), "another process of this run has ended (Connection closed by peer [127.0.0.1]:20868)"),
+        (
+            RuntimeError(SILENT),
+            "another process of this run does not answer (Timed out waiting 4000ms for recv operation)",
+        ),
+        (torch.distributed.DistNetworkError("refused"), "another process of this run has ended (refused)"),
+        (RuntimeError("shape mismatch"), None),
+        (ValueError(CLOSED), None),
+        (None, None),
+    ],
+)
+def test_a_broken_connection_is_told_from_other_errors(error: Exception | None, expected: str | None) -> None:
+    found = launch.lost_process(error)
+    assert (None if found is None else found.what) == expected
+    if found is not None:
+        outer = KeyError("in the loop")
+        outer.__context__ = error
+        assert launch.lost_process(outer).what == expected
+
+
+def _wait_for_steps(run: Path, process: subprocess.Popen, epoch: int) -> dict:
+    """The state of the first checkpoint that lies inside epoch ``epoch`` or later."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        state = _state(run)
+        if state["epoch"] >= epoch and state["step"]:
+            return state
+        time.sleep(0.01)
+    raise AssertionError("no checkpoint within a minute")
+
+
+def _state(run: Path) -> dict:
+    """In the newest manifest; where there is none yet, or it was replaced this instant, the start of a run."""
+    try:
+        newest = max(RunDir(run).checkpoint.glob("[0-9]*.json"))
+        return json.loads(newest.read_text())["state"]
+    except (ValueError, FileNotFoundError):
+        return {"epoch": 0, "step": 0}
+
+
+def _task(run: Path) -> bytes:
+    return (RunDir(run).task / "task.safetensors").read_bytes()
+
+
+def _tensors(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(RunDir(run).task / "task.safetensors")

@@ -1,0 +1,95 @@
+"""A run evaluated again: what it says when the images are not those of the run."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from remap.data.fingerprint import Contents
+from remap.data.splits import Split
+from remap.pipeline.evaluation import evaluate_run
+from remap.pipeline.run import start
+from remap.progress import Silent
+
+Watch = Callable[..., Any]
+
+
+@pytest.mark.parametrize("memory", [0, 4])
+def test_other_evaluation_images_are_said(tiny: Any, tmp_path: Path, watch: Watch, memory: int) -> None:
+    """The 9 images of the fixture: one less, then another one in its place. A training image changes nothing."""
+    shutil.copytree(tiny.data, tmp_path / "data")
+    image, training = (tmp_path / "data" / split / "red" / "00.png" for split in ("val", "train"))
+    settings = (f"data.memory_gib={memory}", "teacher.cache=off", "train.epochs=1", "train.warmup_epochs=0")
+    run = start(tiny.recipe(*settings, data=str(tmp_path / "data")), tmp_path / "run").run_dir
+
+    def said(data: str | None = None) -> list[str]:
+        progress = watch(lambda done: None)
+        evaluate_run(run, data, False, progress)
+        return [line for line in progress.said if "not those of the run" in line]
+
+    training.unlink()
+    assert said() == []
+    content = image.read_bytes()
+    image.unlink()
+    (line,) = said()
+    assert "(8 now, 9 then)" in line and said(str(tmp_path / "data" / "val")) == [], "others were asked for"
+    image.write_bytes((image.with_name("01.png")).read_bytes())
+    (line,) = said()
+    assert "(9 now, 9 then)" in line
+    image.write_bytes(content)
+    assert said() == []
+    (run / "summary.json").unlink()
+    assert said() == []
+
+
+# One of two processes, in batches of two images; notes which it has read, and which are said to be skipped.
+READER = """
+import json, os, sys
+from pathlib import Path
+from remap.data.fingerprint import Contents
+from remap.progress import Silent
+from remap.pipeline import evaluation
+
+run, read, look = Path(sys.argv[1]), [], Contents.read
+Contents.read = lambda contents, index: read.append(index) or look(contents, index)
+evaluation.batch_size_of_evaluation = lambda recipe: 2
+found = evaluation.evaluate_run(run, None, True, Silent())
+(run / f"read-{os.environ['RANK']}").write_text(json.dumps([sorted(read), found["skipped"]]))
+"""
+
+
+def test_no_process_reads_the_images_of_the_others_again(
+    tiny: Any, tmp_path: Path, start_process: Callable[..., subprocess.Popen]
+) -> None:
+    """Where they do not fit in memory: each of the 9 of the fixture is read once. The seventh is the second process's,
+    and no image any more; all say so.
+    """
+    shutil.copytree(tiny.data, tmp_path / "data")
+    settings = ("data.memory_gib=0", "train.epochs=1", "teacher.cache=off")
+    run = start(tiny.recipe(*settings, data=str(tmp_path / "data")), tmp_path / "run").run_dir
+    (tmp_path / "data" / "val" / "red" / "00.png").write_bytes(b"no image")
+    (tmp_path / "reader.py").write_text(READER)
+    process = start_process("torch.distributed.run", "--nproc-per-node=2", str(tmp_path / "reader.py"), str(run))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    (first, skipped), (second, told) = (json.loads((run / f"read-{rank}").read_text()) for rank in range(2))
+    assert (first, second) == ([0, 1, 4, 5, 8], [2, 3, 6, 7])
+    assert skipped == told and [Path(name).name for name, _ in skipped] == ["00.png"]
+
+
+def test_what_is_learnt_of_other_processes_is_not_read() -> None:
+    """Four images, two read by each of two: then no more reads, and the fingerprint of one that read them all."""
+    read: list[int] = []
+    split = Split(tuple("abcd"), np.array([0, 1, 0, 1]), lambda index: read.append(index) or bytes([index]))
+    one, other, whole = Contents(split), Contents(split), Contents(split)
+    one.of([0, 2])
+    other.of([3, 1])
+    one.learn(*other.known())
+    read.clear()
+    found = one.fingerprint(Silent(), "images")
+    assert read == [] and found == whole.fingerprint(Silent(), "images")

@@ -1,0 +1,48 @@
+"""Every loss trains a student of each kind of method beside the labels; very different models meet in one command."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from remap.pipeline.run import start
+from remap.pipeline.shared import Bench
+from remap.remapping import LOSSES
+
+TEACHING = [row.name for row in LOSSES if row.category != "labels"]
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    """One teacher for all these runs."""
+    return Bench()
+
+
+@pytest.mark.parametrize("method", ["vpt_deep", "lora", "full"])
+@pytest.mark.parametrize("loss", TEACHING)
+def test_a_loss_and_a_method(tiny: Any, tmp_path: Path, bench: Bench, loss: str, method: str) -> None:
+    recipe = tiny.recipe("train.epochs=1", "train.lr=0.001", method=method, losses=f"ce,{loss}")
+    result = start(recipe, tmp_path / "run", bench=bench)
+    losses = result.summary["final_losses"]
+    assert set(losses) == {"loss", "ce", loss}
+    assert all(math.isfinite(value) for value in losses.values())
+    by_hand = losses["ce"] + LOSSES.row(loss).weight * losses[loss]
+    assert losses["loss"] == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_patch_14_with_registers_and_rotation_teaches_patch_16_with_prompts(
+    tiny: Any, tmp_path: Path, model_folder: Callable[..., str]
+) -> None:
+    rotary = {"img_size": 70, "patch_size": 14, "embed_dim": 48, "depth": 3, "num_heads": 3}
+    plain = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    words = {
+        "teacher": model_folder("vit_small_patch16_dinov3", rotary, 70),
+        "student": model_folder("vit_tiny_patch16_224", plain, 64),
+        "method": "vpt_deep",
+        "losses": "ce,kd,attention,attention_cls,relations,tokens,gram,feature",
+    }
+    result = start(tiny.recipe("train.epochs=1", "teacher.allow_weak=true", **words), tmp_path / "run")
+    assert all(math.isfinite(value) for value in result.summary["final_losses"].values())
+    assert result.summary["final_losses"]["attention"] > 0 < result.summary["final_losses"]["tokens"]

@@ -1,0 +1,121 @@
+"""A run that goes on: with which images, where it says to be, and what is recorded of the machine it goes on with."""
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from remap.errors import Interrupted, RunError
+from remap.pipeline.run import resume, start
+from remap.pipeline.run_differences import changed_on_the_way
+from remap.recipe import dump, load
+from remap.runs.run_dir import RunDir
+
+Watch = Callable[..., Any]
+
+
+@pytest.fixture
+def stopped(tiny: Any, tmp_path: Path, watch: Watch) -> RunDir:
+    """A run of two epochs of three steps on images of its own, stopped after step 4."""
+
+    def stop(done: int) -> None:
+        if done == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    shutil.copytree(tiny.data, tmp_path / "data")
+    with pytest.raises(Interrupted):
+        start(tiny.recipe(data=str(tmp_path / "data")), tmp_path / "run", watch(stop))
+    return RunDir(tmp_path / "run")
+
+
+def test_a_resume_that_is_refused_leaves_no_record_of_its_machine(stopped: RunDir, tmp_path: Path) -> None:
+    """An image is gone, then the checkpoints are; with other threads each time, of which no step was made."""
+    image, threads = tmp_path / "data" / "train" / "red" / "00.png", torch.get_num_threads()
+    content = image.read_bytes()
+    try:
+        torch.set_num_threads(threads + 1)
+        image.unlink()
+        with pytest.raises(RunError, match="the images are not those"):
+            resume(stopped.path)
+        image.write_bytes(content)
+        stopped.checkpoint.rename(tmp_path / "aside")
+        with pytest.raises(RunError, match="are gone"):
+            resume(stopped.path)
+        (tmp_path / "aside").rename(stopped.checkpoint)
+        assert "resumed" not in stopped.environment()
+        resume(stopped.path)
+    finally:
+        torch.set_num_threads(threads)
+    assert [leg["threads"] for leg in stopped.environment()["resumed"]] == [threads + 1], "this one was accepted"
+    assert changed_on_the_way(stopped) == [f"another number of threads ({threads}, then {threads + 1})"]
+
+
+def test_a_run_without_a_checkpoint_records_where_it_goes_on(tiny: Any, tmp_path: Path) -> None:
+    """Killed before its first step: what it then makes is made here."""
+    run = RunDir.create(tmp_path / "run", tiny.recipe())
+    run.note_machine({"threads": 77}, resuming=False)
+    resume(run.path)
+    assert [leg["threads"] for leg in run.environment()["resumed"]] == [torch.get_num_threads()]
+
+
+def test_a_run_that_was_killed_before_it_began_did_not_go_on(tiny: Any, tmp_path: Path) -> None:
+    """Nothing of it was made where it was created; nor does the run that tunes a teacher go on where it was made."""
+    run = RunDir.create(tmp_path / "run", tiny.recipe("teacher.prepare=full", "teacher.allow_weak=true"))
+    resume(run.path)
+    for record in (run.environment(), RunDir(run.teacher).environment()):
+        assert record["threads"] == torch.get_num_threads() and "resumed" not in record
+
+
+def test_it_says_where_it_goes_on(stopped: RunDir, watch: Watch) -> None:
+    progress = watch(lambda done: None)
+    resume(stopped.path, progress)
+    assert "going on after step 4 of 6 (1 of 2 epochs are done)" in progress.said
+
+
+@pytest.mark.parametrize("by", ["recipe", "link"])
+def test_images_that_were_moved_are_found_at_their_new_place(
+    stopped: RunDir, tmp_path: Path, by: str, watch: Watch
+) -> None:
+    """As the message says, or by a link. Other images at a new place are still refused."""
+    moved = (tmp_path / "data").rename(tmp_path / "moved")
+    with pytest.raises(Exception, match="If they have moved, write the new place there") as caught:
+        resume(stopped.path)
+    assert "allowed:" not in str(caught.value)
+
+    def go_to(place: Path) -> None:
+        if by == "recipe":
+            recipe = load(stopped.path / "recipe.yaml")
+            data = recipe.data.model_copy(update={"source": str(place)})
+            (stopped.path / "recipe.yaml").write_text(dump(recipe.model_copy(update={"data": data})))
+        else:
+            (tmp_path / "data").unlink(missing_ok=True)
+            (tmp_path / "data").symlink_to(place)
+
+    other = shutil.copytree(moved, tmp_path / "other")
+    (other / "train" / "red" / "00.png").write_bytes((other / "train" / "red" / "01.png").read_bytes())
+    go_to(other)
+    with pytest.raises(RunError, match="the images are not those that the run"):
+        resume(stopped.path)
+    go_to(moved)
+    steps = watch(lambda done: None)
+    resume(stopped.path, steps)
+    assert steps.steps == 6 - 4 and stopped.is_done
+
+
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("nowhere")], ids=["file", "dangling link"])
+def test_what_is_no_folder_is_not_called_a_run(tiny: Any, tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "there")
+    with pytest.raises(RunError, match="given:   it is no folder\n"):
+        RunDir.create(tmp_path / "there", tiny.recipe())
+
+
+def test_the_readme_lists_what_a_run_leaves(tiny: Any, tmp_path: Path) -> None:
+    """Every name in a finished run's directory stands in the README's picture of one."""
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    picture = text.partition("## What a run leaves")[2].partition("```text")[2].partition("```")[0]
+    left = {path.name for path in start(tiny.recipe(), tmp_path / "run").run_dir.iterdir()}
+    assert "summary.json" in left and [name for name in sorted(left) if name not in picture] == []

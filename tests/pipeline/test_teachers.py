@@ -1,0 +1,264 @@
+"""A teacher is frozen for good, gets a head that an independent solver agrees with, and must know something."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from remap.data.splits import Split, stratified
+from remap.data.views import View, ViewSource
+from remap.distributed.launch import accelerator
+from remap.engine.evaluate import Evaluation
+from remap.errors import DataError, TrainingError
+from remap.network import Network, Runner
+from remap.pipeline import probe, run, train
+from remap.pipeline.assemble import assemble
+from remap.pipeline.dry_run import estimate
+from remap.pipeline.run import Result, start
+from remap.pipeline.shared import Bench
+from remap.pipeline.teachers import PreparedTeacher, require_useful, teacher_recipe
+from remap.progress import Silent
+from remap.recipe.schema import TeacherSpec
+from remap.runs.run_dir import RunDir
+from remap.runs.task import load_task
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+@pytest.mark.parametrize("prepare", ["probe", "full"])
+def test_the_teacher_is_the_same_to_the_last_bit_after_training(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Callable[..., Any], cache: str, prepare: str
+) -> None:
+    kept: list[tuple[Network, dict]] = []
+    keep = train.require_useful
+
+    def note(teacher: PreparedTeacher, *rest: Any) -> None:
+        kept.append((teacher.network, copy.deepcopy(teacher.network.model.state_dict())))
+        keep(teacher, *rest)
+
+    modes: list[bool] = []
+
+    def look(done: int) -> None:
+        if kept:
+            modes.append(any(module.training for module in kept[0][0].model.modules()))
+
+    monkeypatch.setattr(train, "require_useful", note)
+    settings = (f"teacher.cache={cache}", f"teacher.prepare={prepare}", "teacher.lr=0.01", "data.augment=shift")
+    start(tiny.recipe(*settings, method="full", losses="ce,kd,attention,feature"), tmp_path / "run", watch(look))
+    teacher, before = kept[0]
+    after = teacher.model.state_dict()
+    assert set(after) == set(before) and all(torch.equal(after[name], before[name]) for name in before)
+    assert len(modes) == 6 and not any(modes), "the teacher was in training mode during a step"
+    assert all(not p.requires_grad and p.grad is None for p in teacher.model.parameters())
+    teacher.model.train()
+    assert not any(module.training for module in teacher.model.modules())
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_the_probe_equals_scikit_learn_on_standardised_features(tiny: Any, classes: int) -> None:
+    """Expected: the same penalised problem solved by Newton's method, with features standardised by hand."""
+    network, source = _network(tiny, classes), _Noise(30, classes)
+    strength = probe.fit_probe(network, source, accelerator(), 7, Silent())
+    assert strength in probe.STRENGTHS
+    features, labels = _features(network, source), source.split.labels
+    mean, std = features.mean(0), features.std(0)
+    solver = LogisticRegression(C=strength, solver="newton-cholesky", tol=1e-10, max_iter=10_000)
+    expected = solver.fit((features - mean) / std, labels)
+    with torch.no_grad():
+        logits = network.model.head(torch.from_numpy(features).float()).double().softmax(-1).numpy()
+    # L-BFGS stops at a gradient of 1e-4.
+    assert np.abs(logits - expected.predict_proba((features - mean) / std)).max() < 2e-3
+
+
+def test_the_penalty_is_chosen_without_the_evaluation_images(tiny: Any) -> None:
+    """Expected: the best score on the held-out fifth, by hand, first one of equals."""
+    network, source = _network(tiny, 3), _Noise(60, 3)
+    found = probe.fit_probe(network, source, accelerator(), 16, Silent())
+    features, labels = _features(network, source), source.split.labels
+    standard = (features - features.mean(0)) / features.std(0)
+    fit, check = stratified(labels, 48)
+    assert not set(fit) & set(check)
+    models = [LogisticRegression(C=c, max_iter=2000).fit(standard[fit], labels[fit]) for c in probe.STRENGTHS]
+    scores = [model.score(standard[check], labels[check]) for model in models]
+    assert found == probe.STRENGTHS[int(np.argmax(scores))]
+
+
+def test_a_class_without_readable_images_never_wins(tiny: Any) -> None:
+    network, source = _network(tiny, 3), _Noise(30, 3, missing=1)
+    probe.fit_probe(network, source, accelerator(), 8, Silent())
+    images, good = source.batch(range(30))
+    with torch.no_grad():
+        said = Runner(network)(images).logits_BC.argmax(-1)
+    assert set(said.tolist()) <= {0, 2}
+    assert (said.numpy() == source.split.labels[good]).mean() > 0.9
+
+
+def test_very_few_images_still_give_a_head(tiny: Any) -> None:
+    """One image a class: the held-out fifth is empty or holds no class that was fitted."""
+    for classes in (2, 3):
+        network, source = _network(tiny, classes), _Noise(classes, classes)
+        probe.fit_probe(network, source, accelerator(), 8, Silent())
+        images, _ = source.batch(range(classes))
+        with torch.no_grad():
+            assert Runner(network)(images).logits_BC.argmax(-1).tolist() == list(range(classes))
+
+
+def test_one_readable_class_is_too_few(tiny: Any) -> None:
+    with pytest.raises(DataError, match="two classes at least"):
+        probe.fit_probe(_network(tiny, 2), _Noise(10, 2, missing=1), accelerator(), 8, Silent())
+
+
+def test_the_prepared_teacher_is_kept_and_found_again(tiny: Any, tmp_path: Path, watch: Callable[..., Any]) -> None:
+    result = start(tiny.recipe(), tmp_path / "run")
+    network, _ = load_task(RunDir(tmp_path / "run").teacher)
+    assert network.classes == ("blue", "green", "red")
+    assert result.summary["teacher"]["head"] == "probe"
+    assert result.summary["teacher"]["accuracy"] == 1.0, "colours are linear in the pixels"
+    (tmp_path / "run" / "summary.json").unlink()
+    remarks = watch(lambda done: None)
+    again = run.resume(tmp_path / "run", remarks)
+    assert not any("preparing" in line for line in remarks.said)
+    assert again.summary["teacher"] == result.summary["teacher"]
+
+
+def test_a_teacher_on_random_weights_reloads(tiny: Any, tmp_path: Path) -> None:
+    """Its frozen weights exist nowhere else, so the prepared teacher must hold them."""
+    recipe = tiny.recipe("teacher.weights=none", "student.weights=none", "teacher.allow_weak=true")
+    assert start(recipe, tmp_path / "run").summary["teacher"]["head"] == "probe"
+
+
+def test_a_teacher_at_chance_is_stopped_and_explained(tiny: Any, tmp_path: Path) -> None:
+    recipe = tiny.recipe("teacher.prepare=full", "teacher.lr=1e-9", "teacher.epochs=1")
+    with pytest.raises(TrainingError, match="not clearly above chance") as caught:
+        start(recipe, tmp_path / "run")
+    assert "33.3%" in caught.value.what and "teacher.allow_weak=true" in (caught.value.do or "")
+    assert RunDir(tmp_path / "run").status() == "failed"
+    assert not RunDir(tmp_path / "run").checkpoint.exists(), "the student was trained all the same"
+
+
+def test_allow_weak_goes_on(tiny: Any, tmp_path: Path) -> None:
+    settings = ("teacher.prepare=full", "teacher.lr=1e-9", "teacher.epochs=1", "teacher.allow_weak=true")
+    result: Result = start(tiny.recipe(*settings), tmp_path / "run")
+    assert result.summary["teacher"]["accuracy"] < 0.7
+    assert RunDir(tmp_path / "run").status() == "done"
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "untrained", "says"),
+    [
+        (0.64, 0.2, "not clearly above chance"),  # 60 of 100: 0.6 + 2 * 0.049
+        (0.59, 0.2, "not clearly above chance"),  # 50 of 100: 0.5 + 2 * 0.05
+        (0.90, 0.95, "below the untrained student's 95.0%"),
+        (0.90, 0.90, None),
+        (0.61, 0.2, None),
+        (1.00, 0.2, None),
+    ],
+)
+def test_the_bound_is_two_standard_errors_above_chance(
+    tiny: Any, accuracy: float, untrained: float, says: str | None
+) -> None:
+    """By hand: 50 (or, for 0.64, 60) of 100 images in the largest class; bound p + 2 sqrt(p (1 - p) / 100)."""
+    largest = 60 if accuracy == 0.64 else 50
+    labels = np.asarray([0] * largest + [1] * (100 - largest))
+    source = ViewSource(Split(("",) * 100, labels, lambda index: b""), View(16, 1.0, "bicubic"), memory_bytes=0)
+    teacher = PreparedTeacher(_network(tiny, 2), TeacherSpec(), "key", "probe", accuracy)
+    student = Evaluation(round(untrained * 100), 100, np.zeros(100))
+    if says is None:
+        require_useful(teacher, student, source)
+        return
+    with pytest.raises(TrainingError, match=says):
+        require_useful(teacher, student, source)
+    require_useful(replace(teacher, spec=TeacherSpec(allow_weak=True)), student, source)
+
+
+@pytest.mark.parametrize("labels", [[0], [0, 1], [0, 0, 1], [0, 0, 0, 0, 1], [0, 0, 0]])
+def test_a_teacher_that_is_right_on_few_images_may_teach(tiny: Any, labels: list[int]) -> None:
+    """Two standard errors above 2 of 3 are 121 %: nobody gets there. One mistake is too many then."""
+    count = len(labels)
+    source = ViewSource(
+        Split(("",) * count, np.asarray(labels), lambda i: b""), View(16, 1.0, "bicubic"), memory_bytes=0
+    )
+    student, network = Evaluation(0, count, np.zeros(count)), _network(tiny, 2)
+    require_useful(PreparedTeacher(network, TeacherSpec(), "key", "probe", 1.0), student, source)
+    with pytest.raises(TrainingError, match="not clearly above chance"):
+        require_useful(PreparedTeacher(network, TeacherSpec(), "key", "probe", (count - 1) / count), student, source)
+
+
+@pytest.mark.parametrize(
+    ("head", "advice", "done"),
+    [
+        ("probe", "teacher.prepare=full", "probe"),
+        ("full", "teacher.epochs", "prepare"),
+        ("lora", "teacher.epochs", "prepare"),
+        ("its own", "teacher.prepare=probe", "teacher.epochs"),
+    ],
+)
+def test_the_advice_is_nothing_that_was_done(tiny: Any, head: str, advice: str, done: str) -> None:
+    source = ViewSource(Split(("",) * 2, np.asarray([0, 1]), lambda i: b""), View(16, 1.0, "bicubic"), memory_bytes=0)
+    with pytest.raises(TrainingError) as caught:
+        student = Evaluation(0, 2, np.zeros(2))
+        require_useful(PreparedTeacher(_network(tiny, 2), TeacherSpec(), "key", head, 0.5), student, source)
+    assert advice in caught.value.do and done not in caught.value.do.replace(advice, "")
+
+
+def test_a_teacher_is_tuned_with_its_own_readout(tiny: Any) -> None:
+    recipe = tiny.recipe("teacher.preset=mae", "teacher.prepare=full", "teacher.weights=none")
+    student = teacher_recipe(recipe, recipe.teacher).student
+    assert (student.model, student.weights, student.preset) == (recipe.teacher.model, "none", "mae")
+
+
+def test_a_combination_prepares_a_teacher_and_the_dry_run_counts_it(tiny: Any, tmp_path: Path) -> None:
+    recipe = tiny.recipe("teacher.prepare=lora+bitfit", "teacher.allow_weak=true", "train.epochs=1")
+    preparing = {"lora+bitfit": estimate(recipe, Silent())["estimate"]}
+    assert start(recipe, tmp_path / "run").summary["teacher"]["head"] == "lora+bitfit"
+    for prepare in ("probe", "none"):
+        settings = (f"teacher.prepare={prepare}", "train.epochs=1")
+        words = {"teacher": str(tmp_path / "run")} if prepare == "none" else {}
+        preparing[prepare] = estimate(tiny.recipe(*settings, **words), Silent())["estimate"]
+    seconds = {prepare: found["preparing_seconds"] for prepare, found in preparing.items()}
+    assert seconds["lora+bitfit"] > 0.0 and seconds["probe"] > 0.0 and seconds["none"] == 0.0
+    assert all(found["seconds"] > found["preparing_seconds"] for found in preparing.values())
+
+
+def test_a_teacher_whose_logits_nobody_reads_gets_no_head(tiny: Any, tmp_path: Path) -> None:
+    summary = start(tiny.recipe(losses="ce,attention,feature"), tmp_path / "run").summary
+    assert summary["teacher"]["head"] == "none" and summary["teacher"]["accuracy"] is None
+    assert not (tmp_path / "run" / "teacher").exists()
+
+
+class _Noise:
+    """Images of noise around a colour of their class; class ``missing`` cannot be read."""
+
+    def __init__(self, count: int, classes: int, missing: int | None = None) -> None:
+        draws = np.random.default_rng(0)
+        labels = np.arange(count) % classes
+        colours = draws.integers(60, 196, (classes, 3, 1, 1))
+        pixels = colours[labels] + draws.integers(-60, 60, (count, 3, 16, 16))
+        self.images = torch.from_numpy(pixels.astype(np.uint8))
+        self.split = Split(("",) * count, labels, lambda index: b"")
+        self.bad = {int(i): "gone" for i in np.flatnonzero(labels == missing)} if missing is not None else {}
+
+    def batch(self, indices: Any) -> tuple[torch.Tensor, np.ndarray]:
+        good = np.asarray([i for i in indices if i not in self.bad], dtype=np.int64)
+        return self.images[torch.from_numpy(good)], good
+
+
+def _network(tiny: Any, classes: int) -> Network:
+    network = assemble(tiny.recipe(method="linear", losses="ce"), None, Silent(), Bench()).student
+    network.model.reset_classifier(classes)
+    network.classes = tuple("abcdef"[:classes])
+    network.model.eval()
+    return network
+
+
+def _features(network: Network, source: _Noise) -> np.ndarray:
+    """What enters the head, through timm's own calls."""
+    pixels = (source.images.float() / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        tokens = network.model.forward_features(pixels)
+        return network.model.forward_head(tokens, pre_logits=True).double().numpy()

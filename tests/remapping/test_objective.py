@@ -1,0 +1,107 @@
+"""The default objective leaves attention out where a model has none over the whole image; a chosen one stays."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+
+from remap.backbones.anatomy import anatomy_of
+from remap.backbones.by_name import family_of_name
+from remap.backbones.families import FAMILIES
+from remap.backbones.names import SHORT_NAMES
+from remap.errors import BackboneError
+from remap.pipeline import dry_run, run
+from remap.pipeline.compare import compare
+from remap.pipeline.idle_losses import without_idle_losses
+from remap.pipeline.run import start
+from remap.progress import Silent
+from remap.recipe import load, resolve
+from remap.runs.run_dir import RunDir
+
+SEQUENCES = {row.name for row in FAMILIES if "sequence" in row.parts}
+
+
+def names(recipe: Any) -> list[str]:
+    return [loss.name for loss in recipe.losses]
+
+
+def test_the_name_tells_the_family_that_building_finds(other_family: tuple[str, str]) -> None:
+    family, model = other_family
+    assert family_of_name(model) == family == anatomy_of(timm.create_model(model, pretrained=False)).family
+
+
+def test_every_short_name_tells_its_family_and_a_stranger_none(tmp_path: Path) -> None:
+    assert all(family_of_name(name) == family_of_name(tag) != None for name, tag in SHORT_NAMES.items())  # noqa: E711
+    found = {name: family_of_name(name) for name in ("vit_small", "dinov3_small", "swin_tiny", "hf-hub:timm/resnet50")}
+    assert list(found.values()) == ["vit", "eva", "swin", "resnet"]
+    for word in ("mobilenetv3_small_050", "swinv2_tiny_window8_256", "no_such", f"local-dir:{tmp_path}", "hf-hub:a/b"):
+        assert family_of_name(word) is None
+
+
+def test_attention_leaves_the_default_objective_alone(
+    tiny: Any, other_family: tuple[str, str], watch: Callable[..., Any]
+) -> None:
+    family, model = other_family
+    for role in ("student", "teacher"):
+        remarks = watch(lambda done: None)
+        found = without_idle_losses(tiny.recipe(method="linear", **{role: model}), remarks)
+        assert names(found) == ["ce", "kd"] and not remarks.said, "linear cannot follow attention anyway"
+        found = without_idle_losses(tiny.recipe(method="full", **{role: model}), remarks)
+        assert names(found) == (["ce", "kd", "attention"] if family in SEQUENCES else ["ce", "kd"])
+        assert [role in line and model in line for line in remarks.said] == [True] * (family not in SEQUENCES)
+
+
+@pytest.fixture
+def swin(other_family: tuple[str, str]) -> str:
+    return other_family[1]
+
+
+# One family is enough for whole runs.
+only_swin = pytest.mark.parametrize("other_family", ["swin"], indirect=True)
+
+
+@only_swin
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ((), {"losses": "ce,kd,attention"}),
+        (("losses=[ce, kd, attention]",), {}),
+        (("losses.attention.weight=2",), {}),
+    ],
+)
+def test_a_chosen_attention_is_refused(tiny: Any, tmp_path: Path, swin: str, settings: tuple, words: dict) -> None:
+    with pytest.raises(BackboneError, match="no attention over the whole image"):
+        start(tiny.recipe(*settings, student=swin, method="full", **words), tmp_path / "run")
+
+
+@only_swin
+def test_a_run_lists_its_losses_and_goes_on_with_them(tiny: Any, tmp_path: Path, swin: str) -> None:
+    recipe = tiny.recipe("losses.kd.weight=2", "train.epochs=1", student=swin, method="full")
+    result = start(recipe, tmp_path / "run")
+    assert result.summary["losses"] == {"ce": 1.0, "kd": 2.0}
+    assert names(load(tmp_path / "run" / "recipe.yaml")) == ["ce", "kd"]
+    (tmp_path / "run" / "summary.json").unlink()
+    assert run.resume(tmp_path / "run").summary["losses"] == result.summary["losses"]
+    again = tiny.recipe("train.epochs=1", student=str(tmp_path / "run"), method="full")
+    assert names(without_idle_losses(again, Silent())) == ["ce", "kd"], "the run's backbone is a swin"
+    found = dry_run.estimate(again, Silent())
+    assert [loss["name"] for loss in found["recipe"]["losses"]] == ["ce", "kd"]
+
+
+@only_swin
+def test_a_comparison_of_such_students_works(tiny: Any, tmp_path: Path, swin: str) -> None:
+    recipe = tiny.recipe("train.epochs=1", student=swin, method="full")
+    table = compare(recipe, ["linear", "full"], 1, tmp_path / "cmp", Silent())
+    assert table["losses"] == {"ce": 1.0, "kd": 1.0}
+    assert compare(recipe, ["linear", "full"], 1, tmp_path / "cmp", Silent()) == table
+
+
+def test_who_chose_the_losses_survives_no_file(tmp_path: Path) -> None:
+    recipe = resolve(words={"teacher": "a"})
+    assert recipe.has_default_losses and resolve(words={"teacher": "a"}, settings=["losses=null"]).has_default_losses
+    assert not recipe.written_out().has_default_losses
+    run = RunDir.create(tmp_path / "r", recipe)
+    assert not run.recipe().has_default_losses and json.loads((run.path / "status.json").read_text())
