@@ -35,8 +35,8 @@ from remap.engine.optim import adamw
 from remap.engine.teacher import Kept
 from remap.network import Runner
 from remap.pipeline.assemble import assemble
-from remap.pipeline.shared import Bench
-from remap.pipeline.teacher_outputs import lessons, listening_teacher
+from remap.pipeline.shared import SharedResources
+from remap.pipeline.teacher_outputs import finite_views, make_teacher
 from remap.progress import Silent
 from remap.recipe import Recipe, resolve
 from remap.remapping.labels import Labels
@@ -104,22 +104,22 @@ class Engine:
 
     def __init__(self, setting: Setting, method: str, losses: str) -> None:
         self.recipe, self.setting = setting.recipe(method, losses), setting
-        self.parts = assemble(self.recipe, None, Silent(), Bench())
+        self.parts = assemble(self.recipe, None, Silent(), SharedResources())
         self.device = accelerator().device
         self.parts.objective.to(self.device)
-        self.teacher = listening_teacher(self.parts, 0)
+        self.teacher = make_teacher(self.parts, 0)
         self.kept: dict[str, Kept | None] = {"online": None}
 
     def keep_in_memory(self) -> None:
         size = self.setting.batch
-        keep_in_memory(self.teacher, lessons(self.parts), size, size, accelerator(), Silent())
+        keep_in_memory(self.teacher, finite_views(self.parts), size, size, accelerator(), Silent())
         self.kept["memory"] = self.teacher.kept
 
     def keep_on_disk(self) -> None:
         items = {name: Item(shape) for name, shape in self.teacher.shapes(self.parts.views.view.size).items()}
         key = {"benchmark": [self.recipe.digest(), self.setting.pair]}
         store = RecordStore.open(self.setting.folder / "cache", key, items)
-        views = lessons(self.parts)
+        views = finite_views(self.parts)
         size = self.setting.batch
         self.kept["disk"] = keep_on_disk(self.teacher, store, views, size, size, accelerator(), Silent())
 
@@ -287,7 +287,7 @@ class TimmTask:
 
         self.setting = setting
         # The same recipe, so the same weights; remap only builds the networks and decodes the images here.
-        self.parts = assemble(setting.recipe("full", "ce,kd"), None, Silent(), Bench())
+        self.parts = assemble(setting.recipe("full", "ce,kd"), None, Silent(), SharedResources())
         student, teacher, self.device = self.parts.student, self.parts.teachers[0].network, accelerator().device
         self.preprocess = Runner(student).preprocess
         self.task = LogitDistillationTask(
@@ -436,7 +436,7 @@ def estimate_and_run(name: str, setting: Setting) -> dict[str, tuple[float, floa
     words, settings = RUNS[name]
     models = {"teacher": "mini_teacher", "student": "mini_student"}
     recipe = resolve(words={**models, **words, "batch_size": setting.batch, "epochs": 2}, settings=settings)
-    bench = Bench()
+    bench = SharedResources()
     with TemporaryDirectory() as folder:
         os.environ["REMAP_CACHE"] = str(Path(folder, "cache"))
         said = estimate(recipe, Silent())["estimate"]

@@ -18,8 +18,8 @@ from remap.cache.frozen_features import FrozenFeatures
 from remap.distributed.launch import accelerator
 from remap.engine.job import Job, StudentStep
 from remap.engine.loop import fit
-from remap.pipeline.assemble import Parts, assemble
-from remap.pipeline.shared import Bench
+from remap.pipeline.assemble import RunComponents, assemble
+from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
 from remap.recipe import Recipe, resolve
 
@@ -42,7 +42,7 @@ def recipe_of(method: str, data: Path, batch_size: int) -> Recipe:
     return resolve(words={**words, "batch_size": batch_size, "epochs": 1}, settings=settings)
 
 
-def kept(parts: Parts, features: FrozenFeatures, epochs: int) -> None:
+def kept(parts: RunComponents, features: FrozenFeatures, epochs: int) -> None:
     """``remap.engine.loop``, without evaluation, which the other loop has not."""
     train = parts.recipe.train.model_copy(update={"epochs": epochs})
     job = Job(
@@ -61,7 +61,7 @@ def kept(parts: Parts, features: FrozenFeatures, epochs: int) -> None:
     fit(job)
 
 
-def naive(parts: Parts, steps: int) -> None:
+def naive(parts: RunComponents, steps: int) -> None:
     """A script: pixels, the whole network under autograd, cross-entropy, clipping, AdamW over what trains."""
     student, source, size = parts.student, parts.views.train, parts.recipe.train.batch_size
     device, trained = accelerator().device, list(parts.student.trained.values())
@@ -85,7 +85,7 @@ def naive(parts: Parts, steps: int) -> None:
         loss.item()
 
 
-def _same_loss(parts: Parts, features: FrozenFeatures) -> None:
+def _same_loss(parts: RunComponents, features: FrozenFeatures) -> None:
     """Kept features give the logits of the whole network."""
     source, count = parts.views.train, 4
     pixels, indices = source.batch(range(count))
@@ -112,7 +112,7 @@ def _timed(work) -> float:
 
 def measure(method: str, data: Path, arguments: argparse.Namespace) -> None:
     recipe = recipe_of(method, data, arguments.batch_size)
-    parts = assemble(recipe, None, Silent(), Bench())
+    parts = assemble(recipe, None, Silent(), SharedResources())
     source, size = parts.views.train, arguments.batch_size
     features = FrozenFeatures(parts.student, source, accelerator(), bf16=parts.bf16)
     each = features.bytes_per_image()

@@ -20,9 +20,9 @@ from remap.distributed.launch import accelerator
 from remap.engine.job import Job
 from remap.engine.loop import fit
 from remap.network import Runner
-from remap.pipeline.assemble import Parts, assemble
-from remap.pipeline.shared import Bench
-from remap.pipeline.teacher_outputs import lessons, listening_teacher
+from remap.pipeline.assemble import RunComponents, assemble
+from remap.pipeline.shared import SharedResources
+from remap.pipeline.teacher_outputs import finite_views, make_teacher
 from remap.progress import Silent
 from remap.recipe import Recipe, resolve
 from remap.recipe.schema import TrainSpec
@@ -47,7 +47,7 @@ class Side:
 
     def __init__(self, recipe: Recipe, folder: Path, *, online: bool) -> None:
         self.recipe, self.online = recipe, online
-        self.parts: Parts = assemble(recipe, RunDir.create(folder, recipe), Silent(), Bench())
+        self.parts: RunComponents = assemble(recipe, RunDir.create(folder, recipe), Silent(), SharedResources())
         self.parts.objective.to(accelerator().device)
         self.images = len(self.parts.views.train.split)
 
@@ -60,10 +60,10 @@ class Engine(Side):
 
     def __init__(self, recipe: Recipe, folder: Path, *, online: bool) -> None:
         super().__init__(recipe, folder, online=online)
-        self.teacher = listening_teacher(self.parts, 0)
+        self.teacher = make_teacher(self.parts, 0)
         if not online:
             size = recipe.train.batch_size
-            keep_in_memory(self.teacher, lessons(self.parts), size, size, accelerator(), Silent())
+            keep_in_memory(self.teacher, finite_views(self.parts), size, size, accelerator(), Silent())
 
     def run(self, epochs: int) -> None:
         train: TrainSpec = self.recipe.train.model_copy(update={"epochs": epochs})

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from remap.data.digits import digits
+from remap.data.digits import open_digits
 from remap.pipeline.run import start
-from remap.pipeline.shared import Bench
+from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
 from remap.recipe import Recipe, resolve
 from remap.tuning import METHODS
@@ -29,7 +29,7 @@ GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 def training_digits(folder: Path) -> None:
     """The embedded training split as a folder of class folders."""
-    split = digits().train
+    split = open_digits().train
     for index, label in enumerate(split.labels):
         target = folder / str(label)
         target.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     arguments = parser.parse_args()
     results: dict[str, dict[str, float]] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    bench = Bench()
+    bench = SharedResources()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "digits"
         training_digits(folder)

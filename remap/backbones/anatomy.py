@@ -151,7 +151,7 @@ class Anatomy:
     block_input_norm: str | None
     embedding_norms: tuple[str, ...]
     final_norm: str | None
-    heads_of_classifier: tuple[str, ...]
+    classifier_heads: tuple[str, ...]
     blocks: tuple[Block, ...]
 
     @property
@@ -165,7 +165,7 @@ class Anatomy:
 
     def is_head(self, parameter: str) -> bool:
         """Whether a parameter belongs to the classifier."""
-        return parameter.startswith(tuple(f"{path}." for path in self.heads_of_classifier))
+        return parameter.startswith(tuple(f"{path}." for path in self.classifier_heads))
 
 
 def anatomy_of(model: nn.Module) -> Anatomy:

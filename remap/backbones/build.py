@@ -243,7 +243,7 @@ def _require_classes(name: str, model: nn.Module, num_classes: int) -> None:
 def fresh_head(model: nn.Module, anatomy: Anatomy, num_classes: int) -> None:
     """A new classifier in every family: weights N(0, 0.02^2), timm's choice for transformers, and biases zero."""
     model.reset_classifier(num_classes)
-    for path in anatomy.heads_of_classifier:
+    for path in anatomy.classifier_heads:
         head = model.get_submodule(path)
         nn.init.trunc_normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)

@@ -10,7 +10,7 @@ from torch import Tensor
 from remap.data.batches import in_passes
 from remap.data.views import ViewSource
 from remap.distributed.collectives import chunks_of, computed_together
-from remap.distributed.interrupts import deferred, leave_if_asked
+from remap.distributed.interrupts import defer_signals, raise_if_interrupted
 from remap.network import Network, Runner
 from remap.progress import Progress
 
@@ -66,9 +66,9 @@ class FrozenFeatures:
             return good, in_passes(stem, images, at_once or len(good) or 1)
 
         def look() -> None:
-            leave_if_asked(self._accelerator, "frozen features were being computed")
+            raise_if_interrupted(self._accelerator, "frozen features were being computed")
 
-        with deferred(), progress.wait(f"frozen features of {what}", count) as step:
+        with defer_signals(), progress.wait(f"frozen features of {what}", count) as step:
             chunks = chunks_of(count, batch_size)
             for indices, good, found in computed_together(self._accelerator, chunks, compute, look):
                 for key, value in found.items():

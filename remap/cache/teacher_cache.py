@@ -12,11 +12,11 @@ from torch import Tensor
 
 from remap.cache.records import RecordStore, row_digest
 from remap.data import keyed_random
-from remap.data.batches import closed_view, in_passes
+from remap.data.batches import augmented_view, in_passes
 from remap.data.views import ViewSource
-from remap.distributed.collectives import agreed, chunks_of, computed_together, rounds, total
+from remap.distributed.collectives import all_reduce_max, all_reduce_sum, chunks_of, computed_together, rounds
 from remap.distributed.device_memory import is_out_of_memory
-from remap.distributed.interrupts import deferred, leave_if_asked
+from remap.distributed.interrupts import defer_signals, raise_if_interrupted
 from remap.distributed.sharding import is_sharded
 from remap.errors import DataError, TrainingError
 from remap.network import Network
@@ -43,7 +43,7 @@ class OutputSource(Protocol):
 
 
 @dataclass(frozen=True)
-class ClosedViews:
+class FiniteViews:
     """All images of a source in a closed list of views, numbered from 0."""
 
     source: ViewSource
@@ -63,7 +63,7 @@ class ClosedViews:
 
     def images(self, view: int, indices: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """What training sees in that view, and which images could be read."""
-        return closed_view(self.source, self.augment, self.seed, view, indices)
+        return augmented_view(self.source, self.augment, self.seed, view, indices)
 
 
 def view_draws(augment: str, seed: int, view: int, indices_B: np.ndarray) -> np.ndarray:
@@ -132,7 +132,7 @@ class OnDisk:
 
 def keep_in_memory(
     teacher: OutputSource,
-    lessons: ClosedViews,
+    lessons: FiniteViews,
     batch_size: int,
     at_once: int,
     accelerator: Accelerator,
@@ -154,9 +154,9 @@ def keep_in_memory(
         return good, _items_of(teacher, images, batch_size, at_once)
 
     def look() -> None:
-        leave_if_asked(accelerator, "teacher outputs were being computed")
+        raise_if_interrupted(accelerator, "teacher outputs were being computed")
 
-    with deferred(), progress.wait("teacher outputs", lessons.count) as step:
+    with defer_signals(), progress.wait("teacher outputs", lessons.count) as step:
         chunks = list(lessons.chunks(batch_size))
         for (view, indices), good, items in computed_together(accelerator, chunks, compute, look):
             _require_finite(items, lessons, good)
@@ -168,7 +168,7 @@ def keep_in_memory(
 def keep_on_disk(
     teacher: OutputSource,
     store: RecordStore,
-    lessons: ClosedViews,
+    lessons: FiniteViews,
     batch_size: int,
     at_once: int,
     accelerator: Accelerator,
@@ -186,13 +186,15 @@ def keep_on_disk(
     kept = OnDisk(store, lessons.source, lessons.augment, lessons.seed)
     chunks = list(lessons.chunks(batch_size))
     try:
-        with deferred(), progress.wait("teacher outputs on disk", lessons.count) as step:
+        with defer_signals(), progress.wait("teacher outputs on disk", lessons.count) as step:
             for taken, mine in rounds(accelerator, chunks):
-                leave_if_asked(accelerator, "teacher outputs were being computed; those so far are kept on disk")
+                raise_if_interrupted(accelerator, "teacher outputs were being computed; those so far are kept on disk")
                 view, indices = mine or NOTHING
                 missing = indices[store.missing(kept.digests(indices, view))]
                 images, good = lessons.images(view, missing)
-                needed = is_sharded(teacher.network) and any(agreed(accelerator, len(good)))  # by other processes
+                needed = is_sharded(teacher.network) and any(
+                    all_reduce_max(accelerator, len(good))
+                )  # by other processes
                 items = _items_of(teacher, images, batch_size, at_once) if len(good) or needed else {}
                 if len(good):
                     _require_finite(items, lessons, good)
@@ -202,7 +204,7 @@ def keep_on_disk(
     finally:  # an interrupted build goes on where it was
         store.flush()
     # Also waits for the other processes.
-    kept.computed = int(total(accelerator, torch.tensor(kept.computed, device=accelerator.device)))
+    kept.computed = int(all_reduce_sum(accelerator, torch.tensor(kept.computed, device=accelerator.device)))
     store.refresh()
     if any(item.top_k for item in store.items.values()):
         some = kept.digests(np.arange(min(MASS_IMAGES, len(lessons.source.split))), 0)
@@ -211,13 +213,13 @@ def keep_on_disk(
     return kept
 
 
-def missing_rows(store: RecordStore, lessons: ClosedViews, batch_size: int) -> int:
+def missing_rows(store: RecordStore, lessons: FiniteViews, batch_size: int) -> int:
     """How many rows of a closed list of views a store lacks."""
     kept = OnDisk(store, lessons.source, lessons.augment, lessons.seed)
     return sum(len(store.missing(kept.digests(indices, view))) for view, indices in lessons.chunks(batch_size))
 
 
-def _require_finite(items: Mapping[str, Tensor], lessons: ClosedViews, indices_B: np.ndarray) -> None:
+def _require_finite(items: Mapping[str, Tensor], lessons: FiniteViews, indices_B: np.ndarray) -> None:
     """Refuse outputs that would spoil every epoch that reads them again.
 
     Raises:

@@ -27,7 +27,7 @@ class Batch:
         share: The part of the step's global batch that this micro-batch stands for.
         other_B: Label of the image that was mixed into each one (its own where none was); None where nothing is mixed.
         share_B: How much of each image is its own, float32; None where nothing is mixed.
-        view: Number of the view that the images are seen in, for ``closed_view``.
+        view: Number of the view that the images are seen in, for ``augmented_view``.
     """
 
     images_BCHW: Tensor
@@ -41,7 +41,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EpochPlan:
     """How an epoch is cut: ``batch_size`` is global; each step has ``accumulation`` micro-batches on each process.
 
     An epoch has floor(images / batch_size) steps, so every step has the full batch; what is left over differs from
@@ -113,7 +113,7 @@ class Plan:
                 yield batch[own], batch[partner]
 
 
-def batches(source: ViewSource, plan: Plan, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+def batches(source: ViewSource, plan: EpochPlan, epoch: int, first_step: int = 0) -> Iterator[Batch]:
     """Micro-batches of an epoch; the next one is made while the current one trains."""
     with threads(1) as ahead:
         pending = None
@@ -126,7 +126,7 @@ def batches(source: ViewSource, plan: Plan, epoch: int, first_step: int = 0) -> 
             yield pending.result()
 
 
-def closed_view(
+def augmented_view(
     source: ViewSource, augment: str, seed: int, view: int, indices: Sequence[int] | np.ndarray
 ) -> tuple[Tensor, np.ndarray]:
     """The very images that training sees in view number ``view``, and the indices that could be read.
@@ -163,11 +163,11 @@ def in_passes(
     return {name: torch.cat([part[name] for part in found])[:count] for name in found[0]}
 
 
-def _make(source: ViewSource, plan: Plan, epoch: int, indices: np.ndarray, partners: np.ndarray) -> Batch:
+def _make(source: ViewSource, plan: EpochPlan, epoch: int, indices: np.ndarray, partners: np.ndarray) -> Batch:
     view = plan.view(epoch)
     # Most partners are in the same part of the batch; the others are loaded behind it.
     extra = np.setdiff1d(partners, indices) if plan.mixes else indices[:0]
-    images, good = closed_view(source, plan.augment, plan.seed, view, np.concatenate([indices, extra]))
+    images, good = augmented_view(source, plan.augment, plan.seed, view, np.concatenate([indices, extra]))
     other = share = None
     if plan.mixes:
         partner_of = dict(zip(indices.tolist(), partners.tolist(), strict=True))
@@ -178,7 +178,7 @@ def _make(source: ViewSource, plan: Plan, epoch: int, indices: np.ndarray, partn
 
 
 def _mixed(
-    source: ViewSource, plan: Plan, epoch: int, images: Tensor, good: np.ndarray, partner_of: dict[int, int]
+    source: ViewSource, plan: EpochPlan, epoch: int, images: Tensor, good: np.ndarray, partner_of: dict[int, int]
 ) -> tuple[Tensor, np.ndarray, Tensor, Tensor]:
     """The images that have a partner, mixed with it: pixels, indices, the partners' labels and the images' shares.
 

@@ -8,7 +8,7 @@ from PIL import Image
 from remap.data.splits import ImageData, Split, stratified
 
 
-def digits() -> ImageData:
+def open_digits() -> ImageData:
     """The 1,797 scanned digits of scikit-learn (UCI optdigits test set), 8x8 greys; 1,000 train, 797 to test on."""
     from sklearn.datasets import load_digits
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from remap.data.digits import digits
+from remap.data.digits import open_digits
 from remap.data.file_listing import Listing, list_folder, list_tar, unwrapped
 from remap.data.images import SUFFIXES
 from remap.data.splits import NO_LABEL, ImageData, Split, stratified
@@ -95,7 +95,7 @@ def _open_labeled(source: str, val_source: str | None, val_fraction: float) -> I
     if source == "digits":
         if val_source is not None:
             raise DataError("the embedded digits bring their own test split", given=f"data.val_source={val_source}")
-        return digits()
+        return open_digits()
     parts, skipped = _open(source)
     if val_source is not None:
         other, more = _open(val_source)
@@ -120,7 +120,7 @@ def read_all(source: str, classes: Sequence[str]) -> Split:
         DataError: It has classes the task does not know.
     """
     if source == "digits":
-        opened = digits()
+        opened = open_digits()
         if tuple(classes) != opened.classes:
             raise DataError("classes the task does not know", given="digits", allowed=", ".join(classes[:20]))
         return opened.train.joined(opened.val)

@@ -20,7 +20,7 @@ Chunk = TypeVar("Chunk")
 BUCKET_BYTES = 64 * 2**20
 
 
-def agreed(accelerator: Accelerator, *values: int) -> tuple[int, ...]:
+def all_reduce_max(accelerator: Accelerator, *values: int) -> tuple[int, ...]:
     """The largest of each value over all processes."""
     if accelerator.num_processes == 1:
         return values
@@ -29,21 +29,21 @@ def agreed(accelerator: Accelerator, *values: int) -> tuple[int, ...]:
     return tuple(together.tolist())
 
 
-def total(accelerator: Accelerator, values: Tensor) -> Tensor:
+def all_reduce_sum(accelerator: Accelerator, values: Tensor) -> Tensor:
     """The sum over all processes, in place."""
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(values)
     return values
 
 
-def largest(accelerator: Accelerator, values: Tensor) -> Tensor:
+def all_reduce_max_(accelerator: Accelerator, values: Tensor) -> Tensor:
     """The largest over all processes, in place."""
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
     return values
 
 
-def average(accelerator: Accelerator, tensors: Iterable[Tensor]) -> None:
+def all_reduce_mean_(accelerator: Accelerator, tensors: Iterable[Tensor]) -> None:
     """The mean over all processes, in place."""
     if accelerator.num_processes > 1:
         for bucket in _buckets(tensors):
@@ -52,7 +52,7 @@ def average(accelerator: Accelerator, tensors: Iterable[Tensor]) -> None:
             _spread(flat.div_(accelerator.num_processes), bucket)
 
 
-def from_first(accelerator: Accelerator, tensors: Iterable[Tensor]) -> None:
+def broadcast_(accelerator: Accelerator, tensors: Iterable[Tensor]) -> None:
     """The first process's values, in place."""
     if accelerator.num_processes > 1:
         for bucket in _buckets(tensors):
@@ -61,7 +61,7 @@ def from_first(accelerator: Accelerator, tensors: Iterable[Tensor]) -> None:
             _spread(flat, bucket)
 
 
-def everyones(accelerator: Accelerator, value: Any) -> list[Any]:
+def all_gather_object(accelerator: Accelerator, value: Any) -> list[Any]:
     """The values of all processes, in their order."""
     if accelerator.num_processes == 1:
         return [value]
@@ -86,9 +86,9 @@ def rounds(accelerator: Accelerator, chunks: Sequence[Chunk]) -> Iterator[tuple[
         yield taken, taken[rank] if rank < len(taken) else None
 
 
-def share_bad(accelerator: Accelerator, source: ViewSource) -> None:
+def share_unreadable(accelerator: Accelerator, source: ViewSource) -> None:
     """Each process has found the unreadable images of its own share; then all know of all."""
-    for bad in everyones(accelerator, dict(source.bad)):
+    for bad in all_gather_object(accelerator, dict(source.bad)):
         source.note_bad(bad)
 
 
@@ -111,7 +111,7 @@ def computed_together(
     for taken, mine in rounds(accelerator, chunks):
         look()
         good, rows = compute(mine)
-        for source, (chunk, found) in enumerate(zip(taken, everyones(accelerator, good), strict=False)):
+        for source, (chunk, found) in enumerate(zip(taken, all_gather_object(accelerator, good), strict=False)):
             yield chunk, found, {name: _sent(accelerator, own, source, len(found)) for name, own in rows.items()}
 
 
@@ -124,7 +124,7 @@ def _sent(accelerator: Accelerator, own: Tensor, source: int, count: int) -> Ten
     return rows
 
 
-def lowest_and_highest(value: int, device: torch.device) -> tuple[int, int]:
+def all_reduce_min_max(value: int, device: torch.device) -> tuple[int, int]:
     """Over all processes of torch's group; unlike the others here it needs no Accelerator."""
     if not _is_group():
         return value, value
@@ -134,7 +134,7 @@ def lowest_and_highest(value: int, device: torch.device) -> tuple[int, int]:
     return low, -high
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this is the first process of torch's group, or the only one."""
     return not _is_group() or torch.distributed.get_rank() == 0
 

@@ -15,7 +15,7 @@ from types import FrameType
 
 from accelerate import Accelerator
 
-from remap.distributed.collectives import agreed
+from remap.distributed.collectives import all_reduce_max
 from remap.errors import Interrupted
 
 # The file in place of a signal's number; it ends a run as SIGTERM does.
@@ -42,11 +42,11 @@ class _Watch:
     def handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal:
             what = "stopped at once; nothing more was saved"
-            self.raised = Interrupted(what, exit_code=code_of(number), at_once=True)
+            self.raised = Interrupted(what, exit_code=signal_exit_code(number), at_once=True)
             raise self.raised
         self.signal = number
         if not self.deferring:
-            self.raised = Interrupted(f"stopped by {name_of(number)}", exit_code=code_of(number))
+            self.raised = Interrupted(f"stopped by {signal_name(number)}", exit_code=signal_exit_code(number))
             earlier = self.earlier[number]
             if callable(earlier):
                 earlier(number, frame)
@@ -66,7 +66,7 @@ _watch: _Watch | None = None
 
 
 @contextmanager
-def watching(file: Path | None = None) -> Iterator[None]:
+def watch_signals(file: Path | None = None) -> Iterator[None]:
     """Catch SIGINT and SIGTERM while the block runs; blocks inside one another are one.
 
     Outside the main thread signals keep their meaning, and the file alone counts.
@@ -99,7 +99,7 @@ def watching(file: Path | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """In this block a first signal waits until somebody asks for it."""
     watch = _watch
     if watch is None:
@@ -112,8 +112,8 @@ def deferred() -> Iterator[None]:
         watch.deferring -= 1
 
 
-def asked(accelerator: Accelerator) -> int:
-    """What this process got, for ``name_of`` and ``code_of``; 0 for nothing."""
+def requested_signal(accelerator: Accelerator) -> int:
+    """What this process got, for ``signal_name`` and ``signal_exit_code``; 0 for nothing."""
     if _watch is None:
         return 0
     if accelerator.is_main_process:
@@ -121,7 +121,7 @@ def asked(accelerator: Accelerator) -> int:
     return _watch.signal
 
 
-def leave_if_asked(accelerator: Accelerator, what: str) -> None:
+def raise_if_interrupted(accelerator: Accelerator, what: str) -> None:
     """Leave, all processes together, if one of them got a signal. Called by all of them.
 
     Args:
@@ -132,17 +132,17 @@ def leave_if_asked(accelerator: Accelerator, what: str) -> None:
     """
     if _watch is None:
         return
-    (number,) = agreed(accelerator, asked(accelerator))
+    (number,) = all_reduce_max(accelerator, requested_signal(accelerator))
     if number:
         accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has left
-        raise Interrupted(f"stopped by {name_of(number)} while {what}", exit_code=code_of(number))
+        raise Interrupted(f"stopped by {signal_name(number)} while {what}", exit_code=signal_exit_code(number))
 
 
-def name_of(number: int) -> str:
+def signal_name(number: int) -> str:
     """What stopped a run, in words."""
     return {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", _FILE: "the file `stop`"}[number]
 
 
-def code_of(number: int) -> int:
+def signal_exit_code(number: int) -> int:
     """The exit code that stands for it."""
     return 128 + (signal.SIGTERM if number == _FILE else number)

@@ -148,7 +148,7 @@ def require_one_process(what: str, do: str) -> None:
         raise RunError(what, given=f"{running} processes", do=do)
 
 
-def text_of_first(text: str) -> str:
+def broadcast_str(text: str) -> str:
     """The first process's text, on all of them; every process has to call it."""
     if accelerator().num_processes == 1:
         return text

@@ -25,19 +25,19 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from remap.backbones.anatomy import module_at
 from remap.backbones.queries import APART
-from remap.distributed.collectives import agreed
+from remap.distributed.collectives import all_reduce_max
 from remap.io.atomic_write import size
 from remap.network import Network
 from remap.progress import Progress
 from remap.tuning.base import is_inserted
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_full(tensor: Tensor) -> Tensor:
     """All of a tensor, on every process; one that is not sharded is itself. Every process has to call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(value: Tensor, tensor: Tensor) -> Tensor:
+def shard_like(value: Tensor, tensor: Tensor) -> Tensor:
     """A whole tensor, divided as another one of its shape is; every process brings the same one."""
     if not isinstance(tensor, DTensor):
         return value
@@ -45,9 +45,9 @@ def like(value: Tensor, tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fill(tensor: Tensor, value: Tensor) -> None:
+def copy_full_(tensor: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into one that may be sharded; every process brings the same one."""
-    tensor.copy_(like(value, tensor))
+    tensor.copy_(shard_like(value, tensor))
 
 
 def is_sharded(network: Network) -> bool:
@@ -65,7 +65,7 @@ def wants_sharding(network: Network, setting: str, accelerator: Accelerator) -> 
     if accelerator.device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(accelerator.device)
-    return any(agreed(accelerator, 2 * bytes_held(network) > free))
+    return any(all_reduce_max(accelerator, 2 * bytes_held(network) > free))
 
 
 def bytes_held(network: Network) -> int:
@@ -95,7 +95,7 @@ class Sharding:
         device = torch.device("cpu")
         for module, name, parameter in self.parameters:
             if not parameter.numel():  # else it is shared, and was met already
-                parameter.data = whole(module._parameters[name].detach())
+                parameter.data = gather_full(module._parameters[name].detach())
             module._parameters[name], device = parameter, parameter.device
         for module, key, keys in self.added:
             if keys is None:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remap.distributed.collectives import is_first, lowest_and_highest
+from remap.distributed.collectives import all_reduce_min_max, is_main_process
 from remap.distributed.launch import ProcessLost
-from remap.distributed.sharding import fill, whole
+from remap.distributed.sharding import copy_full_, gather_full
 from remap.engine import checkpoint_files
 from remap.errors import RunError, TrainingError
 from remap.io.checked_read import is_count, is_number, plain
@@ -74,7 +74,7 @@ def snapshot(
     """
 
     def plain(value: Any) -> Tensor:
-        return whole(torch.as_tensor(value).detach()).cpu().contiguous()
+        return gather_full(torch.as_tensor(value).detach()).cpu().contiguous()
 
     tensors: dict[str, Tensor] = {}
     for name, parameter in trained.items():
@@ -132,7 +132,7 @@ def load_checkpoint(
     number = reader.newest()
     device = next((tensor.device for tensor in trained.values()), torch.device("cpu"))
     while True:  # all processes go on from the same one, whatever each of them can read
-        low, high = lowest_and_highest(number, device)
+        low, high = all_reduce_min_max(number, device)
         if low == checkpoint_files.UNREADABLE:
             raise reader.refusal or ProcessLost(f"another process cannot read the checkpoints in {folder}")
         if low == high:
@@ -153,10 +153,10 @@ def load_checkpoint(
     for problem in reader.problems:
         say(f"{problem}; going on from {place.name}, what came after is trained again")
     for name, parameter in trained.items():
-        fill(parameter, tensors[f"parameter/{name}"])
+        copy_full_(parameter, tensors[f"parameter/{name}"])
         if isinstance(parameter, nn.Parameter):
             _load_optimizer_state(optimizer, name, parameter, tensors)
-    if is_first():
+    if is_main_process():
         checkpoint_files.sweep(folder, number)
     kept = {key.removeprefix("memory/"): value.clone() for key, value in tensors.items() if key.startswith("memory/")}
     return state, kept
@@ -267,7 +267,7 @@ def _load_optimizer_state(
             continue
         if field_name != "step":
             placed = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
-            fill(placed, value)
+            copy_full_(placed, value)
         else:
             placed = value.to(parameter.device, copy=True)
         optimizer.state[parameter][field_name] = placed

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from remap.cache.frozen_features import FrozenFeatures
 from remap.data.views import ViewSource, require_readable
-from remap.distributed.collectives import agreed, chunks_of, largest, rounds
+from remap.distributed.collectives import all_reduce_max, all_reduce_max_, chunks_of, rounds
 from remap.distributed.device_memory import is_out_of_memory
-from remap.distributed.interrupts import deferred, leave_if_asked
+from remap.distributed.interrupts import defer_signals, raise_if_interrupted
 from remap.distributed.launch import ProcessLost, use_bf16
 from remap.distributed.sharding import is_sharded
 from remap.network import Network, Runner
@@ -57,14 +57,14 @@ def evaluate(
     network.model.eval()
     runner = Runner(network, bf16=bf16)
     try:
-        with deferred():
+        with defer_signals():
             rounds = _Rounds(network, runner, source, features, accelerator, progress, what, skip_bad)
             while (predictions := rounds.predictions(batch_size)) is None:
                 batch_size //= 2  # memory ran out
                 progress.say(f"out of memory: {what} is evaluated in batches of {batch_size}")
     finally:
         runner.tap.close()
-    found = largest(accelerator, predictions).cpu().numpy()  # one process has each image, the others -1
+    found = all_reduce_max_(accelerator, predictions).cpu().numpy()  # one process has each image, the others -1
     seen = found >= 0
     return Evaluation(int((found == source.split.labels)[seen].sum()), int(seen.sum()), found)
 
@@ -89,11 +89,11 @@ class _Rounds:
         chunks = chunks_of(len(found), batch_size)
         with self.progress.wait(f"evaluating {self.what}", -(-len(chunks) // self.accelerator.num_processes)) as step:
             for _, mine in rounds(self.accelerator, chunks):
-                leave_if_asked(self.accelerator, f"{self.what} was being evaluated")
+                raise_if_interrupted(self.accelerator, f"{self.what} was being evaluated")
                 indices = np.arange(0) if mine is None else mine
                 out_of_memory = self._run(indices, found, batch_size > 1)
                 unreadable = bool(self.source.bad) and not self.skip_bad
-                no_memory, bad = agreed(self.accelerator, out_of_memory, unreadable)
+                no_memory, bad = all_reduce_max(self.accelerator, out_of_memory, unreadable)
                 if bad:
                     require_readable(self.source, self.what, self.skip_bad)
                     raise ProcessLost(f"another process cannot read one of the {self.what} images")

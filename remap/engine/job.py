@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from remap.cache.frozen_features import FrozenFeatures
-from remap.data.batches import Plan
+from remap.data.batches import EpochPlan
 from remap.data.views import ViewSource
 from remap.engine.checkpoint import State
 from remap.engine.teacher import AverageTeacher, Teacher
@@ -123,9 +123,9 @@ def bytes_of_a_run(student: Network, objective: Objective, teachers: Sequence[Te
     return 3 * (changing + moments) + changing
 
 
-def plan_of(job: Job, accumulation: int) -> Plan:
+def epoch_plan(job: Job, accumulation: int) -> EpochPlan:
     spec, accelerator = job.recipe.train, job.accelerator
-    return Plan(
+    return EpochPlan(
         seed=job.recipe.seed,
         images=len(job.source.split),
         batch_size=spec.batch_size,

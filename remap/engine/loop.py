@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from remap.data import keyed_random
-from remap.data.batches import Batch, Plan, batches
-from remap.distributed.collectives import agreed, average, from_first, total
+from remap.data.batches import Batch, EpochPlan, batches
+from remap.distributed.collectives import all_reduce_max, all_reduce_mean_, all_reduce_sum, broadcast_
 from remap.distributed.device_memory import is_out_of_memory
-from remap.distributed.interrupts import asked, code_of, deferred, name_of, watching
+from remap.distributed.interrupts import defer_signals, requested_signal, signal_exit_code, signal_name, watch_signals
 from remap.distributed.sharding import is_sharded, sharded
 from remap.engine.checkpoint import (
     State,
@@ -24,7 +24,7 @@ from remap.engine.checkpoint import (
     snapshot,
 )
 from remap.engine.faults import BrokenWeights, Fault
-from remap.engine.job import Job, StudentStep, plan_of, require_divisible
+from remap.engine.job import Job, StudentStep, epoch_plan, require_divisible
 from remap.engine.optim import adamw, clip_gradients, learning_rate, set_learning_rate
 from remap.engine.recovery import Buffers, Recovery
 from remap.errors import DataError, Interrupted, RunError, TrainingError
@@ -40,7 +40,7 @@ def fit(job: Job, *, resume: bool = False) -> State:
         Interrupted: A signal came; the state is saved.
     """
     begun = resume and _has_begun(job)
-    with watching(), deferred():
+    with watch_signals(), defer_signals():
         if job.student.attached.wants_sample and not begun:
             assert job.sample is not None
             with job.progress.wait(f"{job.recipe.method.name} looks at training images"):
@@ -60,7 +60,7 @@ def _has_begun(job: Job) -> bool:
     if job.checkpoint is None:
         return False
     here = has_checkpoint(job.checkpoint)
-    somewhere, nowhere = agreed(job.accelerator, here, not here)
+    somewhere, nowhere = all_reduce_max(job.accelerator, here, not here)
     if somewhere and nowhere:
         raise RunError(
             f"not every process sees the checkpoints in {job.checkpoint}",
@@ -115,9 +115,9 @@ class Loop:
         self.started = self.saved = time.perf_counter()
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> EpochPlan:
         """How steps are cut into micro-batches, as memory allows by now."""
-        return plan_of(self.job, self.state.accumulation)
+        return epoch_plan(self.job, self.state.accumulation)
 
     def begin(self, *, resume: bool) -> None:
         job = self.job
@@ -125,7 +125,7 @@ class Loop:
             self.load()
             job.on_resume(self.state, self.plan.steps)
         else:
-            from_first(self.accelerator, [t for t in job.tensors().values() if not isinstance(t, DTensor)])
+            broadcast_(self.accelerator, [t for t in job.tensors().values() if not isinstance(t, DTensor)])
             if not self.recovery.is_whole():
                 raise TrainingError(
                     "what is to be trained holds numbers that are not finite before the first step",
@@ -150,17 +150,19 @@ class Loop:
                 state.step += 1
                 shown.advance(**({} if loss is None else {"loss": loss}))
                 due = time.perf_counter() - self.saved > self.spec.checkpoint_seconds  # each process has its own clock
-                stop, due = agreed(self.accelerator, asked(self.accelerator), due)
+                stop, due = all_reduce_max(self.accelerator, requested_signal(self.accelerator), due)
                 if stop or due:
                     self._save(must=bool(stop))
                 if stop:
                     self.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has left
-                    raise Interrupted(f"stopped by {name_of(stop)}; the state is saved", exit_code=code_of(stop))
+                    raise Interrupted(
+                        f"stopped by {signal_name(stop)}; the state is saved", exit_code=signal_exit_code(stop)
+                    )
             if state.counted:
                 shown.advance(0, loss=state.loss_sums["loss"] / state.counted)  # as the metrics have it
         self._count_time()
         self.recovery.require_whole()
-        from_first(self.accelerator, self.buffers.tensors)
+        broadcast_(self.accelerator, self.buffers.tensors)
         try:
             self._finish_epoch()
         except Interrupted as error:  # while it evaluated; the epoch's steps are done
@@ -177,13 +179,13 @@ class Loop:
         update = state.epoch * steps + state.step
         rate = learning_rate(spec, self.job.peak_lr, update, steps) * state.lr_factor
         set_learning_rate(self.optimizer, rate)
-        from_first(accelerator, self.buffers.tensors)
+        broadcast_(accelerator, self.buffers.tensors)
         sums = self.accumulate(update)
         self._require_gradients()
-        average(accelerator, [p.grad for p in self.parameters.values() if not isinstance(p.grad, DTensor)])
+        all_reduce_mean_(accelerator, [p.grad for p in self.parameters.values() if not isinstance(p.grad, DTensor)])
         norm = clip_gradients(self.parameters.values(), spec.clip_norm)
         unsound = torch.stack(self.unsound).sum() if self.unsound else torch.zeros((), device=norm.device)
-        values = total(accelerator, torch.stack([*sums.values(), unsound]))
+        values = all_reduce_sum(accelerator, torch.stack([*sums.values(), unsound]))
         *means, unsound_count, gradient = torch.cat([values, norm[None]]).tolist()  # one transfer for all of them
         losses = dict(zip(sums, means, strict=True))
         if unsound_count or not all(abs(value) < float("inf") for value in (*means, gradient)):
@@ -222,7 +224,7 @@ class Loop:
                         do="start again with train.accumulation doubled, or with smaller images or models",
                     ) from error
                 out_of_memory = str(error)  # the error itself holds on to the tensors of the step
-            failed, read = agreed(self.accelerator, bool(out_of_memory), self.read)
+            failed, read = all_reduce_max(self.accelerator, bool(out_of_memory), self.read)
             if failed:
                 self.buffers.restore()
                 self.recovery.from_lack_of_memory(out_of_memory)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from remap.distributed.sharding import whole
+from remap.distributed.sharding import gather_full
 from remap.network import Network
 from remap.recipe.schema import TrainSpec
 
@@ -55,7 +55,7 @@ def learning_rate(spec: TrainSpec, peak: float, step: int, steps_per_epoch: int)
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
     """Scale all gradients so that their joint norm is at most ``limit`` (None: no limit); gives the norm before."""
     kinds = _by_kind(p for p in parameters if p.grad is not None)
-    norms = [whole(torch.nn.utils.get_total_norm([p.grad for p in kind])) for kind in kinds]
+    norms = [gather_full(torch.nn.utils.get_total_norm([p.grad for p in kind])) for kind in kinds]
     norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
     for kind in kinds:
         torch.nn.utils.clip_grads_with_norm_(kind, float("inf") if limit is None else limit, norm)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from remap.data.batches import batches
-from remap.distributed.collectives import agreed
+from remap.distributed.collectives import all_reduce_max
 from remap.engine.faults import BrokenWeights, Fault, all_finite, capture
 from remap.errors import RunError, TrainingError
 from remap.remapping import LOSSES
@@ -75,7 +75,7 @@ class Recovery:
         loop = self.loop
         moments = [value for state in loop.optimizer.state.values() for value in state.values()]
         whole = all_finite([_local(value) for value in (*loop.job.tensors().values(), *moments)])
-        return not any(agreed(loop.accelerator, not whole))
+        return not any(all_reduce_max(loop.accelerator, not whole))
 
     def _slower(self) -> str:
         return "in a new run, lower --lr" + (" or set train.precision=fp32" if self.loop.job.bf16 else "")

@@ -10,15 +10,15 @@ from remap.backbones.build import Backbone, fresh_head
 from remap.network import Network, tuned
 
 
-def untuned_twin(backbone: Backbone, classes: tuple[str, ...]) -> Network:
+def untuned_copy(backbone: Backbone, classes: tuple[str, ...]) -> Network:
     """A network on the very tensors of a backbone that no method is attached to yet, with a classifier of its own.
 
-    After the method is attached, ``keep_own`` gives it copies of what will be trained.
+    After the method is attached, ``copy_trained_tensors`` gives it copies of what will be trained.
     """
     memo = {id(tensor): tensor for tensor in backbone.model.parameters()}
     memo |= {id(tensor): tensor for tensor in backbone.model.buffers()}
     model = copy.deepcopy(backbone.model, memo)
-    for path in backbone.anatomy.heads_of_classifier:
+    for path in backbone.anatomy.classifier_heads:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, copy.deepcopy(backbone.model.get_submodule(path)))
     fresh_head(model, backbone.anatomy, len(classes))
@@ -28,7 +28,7 @@ def untuned_twin(backbone: Backbone, classes: tuple[str, ...]) -> Network:
     return network
 
 
-def keep_own(twin: Network, student: Network) -> None:
+def copy_trained_tensors(twin: Network, student: Network) -> None:
     """Give the twin its own copies of the backbone tensors that the student is going to change."""
     own = set(dict(twin.model.named_parameters())) | set(dict(twin.model.named_buffers()))
     with torch.no_grad():
@@ -37,7 +37,7 @@ def keep_own(twin: Network, student: Network) -> None:
                 _put(twin.model, name, tensor.detach().clone())
 
 
-def averaged_twin(student: Network) -> Network:
+def averaged_copy(student: Network) -> Network:
     """A copy of the tuned student that shares its frozen tensors, to hold a running average of the others."""
     changing = {id(tensor) for tensor in student.tensors.values()}
     everything = (*student.model.parameters(), *student.model.buffers())
@@ -47,13 +47,13 @@ def averaged_twin(student: Network) -> Network:
 
 
 def pairs_of(twin: Network, student: Network) -> list[tuple[Tensor, Tensor]]:
-    """What ``average`` moves and where to: the twin's own tensors, each with the student's of the same name."""
+    """What ``move_average`` moves and where to: the twin's own tensors, each with the student's of the same name."""
     mine = twin.tensors
     return [(mine[name], tensor) for name, tensor in student.tensors.items()]
 
 
 @torch.no_grad()
-def average(pairs: Sequence[tuple[Tensor, Tensor]], decay: float) -> None:
+def move_average(pairs: Sequence[tuple[Tensor, Tensor]], decay: float) -> None:
     """Move the first of each pair towards the second: decay * first + (1 - decay) * second; counters are copied."""
     for mine, theirs in pairs:
         if mine.is_floating_point():

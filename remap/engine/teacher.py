@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from remap.engine.self_teachers import average, pairs_of
+from remap.engine.self_teachers import move_average, pairs_of
 from remap.network import Network, Runner
 from remap.remapping.objective import Objective
 
@@ -94,7 +94,7 @@ class AverageTeacher(Teacher):
     def after_step(self, student: Network, step: int) -> None:
         if not self._pairs:  # found by name once, when both networks are where they stay
             self._pairs = pairs_of(self.network, student)
-        average(self._pairs, min(self.decay, (1 + step) / (10 + step)))
+        move_average(self._pairs, min(self.decay, (1 + step) / (10 + step)))
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"teacher{self.number}.{name}": tensor for name, tensor in self.network.tensors.items()}

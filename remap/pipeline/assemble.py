@@ -15,11 +15,11 @@ from remap.data.views import View, ViewSource, listed
 from remap.distributed.launch import accelerator, use_bf16
 from remap.distributed.sharding import bytes_held, is_sharded
 from remap.engine.evaluate import batch_size_of_evaluation
-from remap.engine.self_teachers import keep_own
+from remap.engine.self_teachers import copy_trained_tensors
 from remap.io.atomic_write import size
 from remap.network import Network, Runner, choose_attention, frozen, tuned
-from remap.pipeline.init_student import Inherited, inherit
-from remap.pipeline.shared import Bench, Views
+from remap.pipeline.init_student import InitReport, init_from_teacher
+from remap.pipeline.shared import DataViews, SharedResources
 from remap.pipeline.shrink_student import open_student
 from remap.pipeline.teachers import PreparedTeacher, averaging_teacher, load_teacher, placed, prepare_teacher
 from remap.progress import Progress
@@ -34,16 +34,16 @@ from remap.tuning.base import Sample
 
 
 @dataclass
-class Parts:
+class RunComponents:
     """Everything built for a run, before the first step."""
 
     recipe: Recipe
-    views: Views
+    views: DataViews
     student: Network
     teachers: list[PreparedTeacher]
     objective: Objective
     bf16: bool
-    inherited: Inherited | None = None
+    inherited: InitReport | None = None
 
     @property
     def lessons(self) -> ViewSource:
@@ -56,7 +56,7 @@ class Parts:
         return self.views.labeled_share if self.objective.uses_teacher else 1.0
 
 
-def assemble(recipe: Recipe, run_dir: RunDir | None, progress: Progress, bench: Bench) -> Parts:
+def assemble(recipe: Recipe, run_dir: RunDir | None, progress: Progress, bench: SharedResources) -> RunComponents:
     """Open the data and build all networks and the objective.
 
     Args:
@@ -68,12 +68,12 @@ def assemble(recipe: Recipe, run_dir: RunDir | None, progress: Progress, bench: 
     with progress.wait("building the student"):
         torch.manual_seed(recipe.seed)
         backbone = open_student(recipe, run_dir, progress, bench)
-    inherited = inherit(backbone, recipe, bench, progress)
+    inherited = init_from_teacher(backbone, recipe, bench, progress)
     teachers = _teachers(recipe, classes, backbone, progress)
     student = _student(recipe, classes, backbone)
     for teacher in teachers:
         if teacher.spec.model == SELF:
-            keep_own(teacher.network, student)
+            copy_trained_tensors(teacher.network, student)
             placed(teacher, recipe, device)
     _warn(recipe, student, teachers, progress)
     size = max(student.preprocess.size, *(teacher.network.preprocess.size for teacher in teachers), 0)
@@ -96,7 +96,7 @@ def assemble(recipe: Recipe, run_dir: RunDir | None, progress: Progress, bench: 
         frozen(teacher.network)
     torch.manual_seed(recipe.seed)
     objective = build_objective(recipe, student, [teacher.network for teacher in teachers])
-    return Parts(recipe, views, student, teachers, objective, bf16, inherited)
+    return RunComponents(recipe, views, student, teachers, objective, bf16, inherited)
 
 
 def _teachers(recipe: Recipe, classes: tuple[str, ...], student: Backbone, progress: Progress) -> list[PreparedTeacher]:
@@ -155,17 +155,17 @@ def build_objective(recipe: Recipe, student: Network, teachers: Sequence[Network
     return Objective(terms, weights, teacher_of)
 
 
-def images_of_process(parts: Parts) -> int:
+def images_of_process(parts: RunComponents) -> int:
     """One process's share of the images of a training step."""
     return max(1, min(parts.recipe.train.batch_size, len(parts.lessons.split)) // accelerator().num_processes)
 
 
-def images_at_once(parts: Parts) -> int:
+def images_at_once(parts: RunComponents) -> int:
     """How many of these a network sees at once in training."""
     return max(1, images_of_process(parts) // parts.recipe.train.accumulation)
 
 
-def features_in_training(parts: Parts, progress: Progress) -> dict[str, FrozenFeatures]:
+def features_in_training(parts: RunComponents, progress: Progress) -> dict[str, FrozenFeatures]:
     """The student's frozen features of the training and evaluation images, by "train" and "val", where they are kept.
 
     Empty where the method changes the network from its first layer on, where views change, where a loss reads
@@ -191,7 +191,7 @@ def features_in_training(parts: Parts, progress: Progress) -> dict[str, FrozenFe
     return made
 
 
-def feature_bytes(parts: Parts) -> int | None:
+def feature_bytes(parts: RunComponents) -> int | None:
     """What keeping the frozen features of all images takes; None where they cannot be kept."""
     seam, data, depth = parts.student.attached.seam, parts.recipe.data, parts.student.anatomy.depth
     if seam is None or data.augment != "none" or not data.finite_views:
@@ -202,7 +202,7 @@ def feature_bytes(parts: Parts) -> int | None:
     return each * (len(parts.lessons.split) + len(parts.views.val.split))
 
 
-def sample_for(parts: Parts, images: int = 512, batch_size: int = 32) -> Sample:
+def sample_for(parts: RunComponents, images: int = 512, batch_size: int = 32) -> Sample:
     """Training images for methods that look at some before the first step: the same ones for a seed."""
     source, preprocess = parts.views.train, Runner(parts.student).preprocess
     order = keyed_random.permutation(parts.recipe.seed, 0, len(source.split))[:images]

@@ -58,13 +58,13 @@ def _run(missing: list[Cell], output: Path, progress: Progress) -> None:
     # Only here, so that a finished comparison is shown in a moment.
     from remap.distributed.launch import require_one_process
     from remap.pipeline.run import run
-    from remap.pipeline.shared import Bench
+    from remap.pipeline.shared import SharedResources
 
     require_one_process(
         "a comparison runs its cells one after the other in one process",
         "call remap compare without a launcher; the cells of several folders may run side by side",
     )
-    bench = Bench(teacher_folder=output / _TEACHER)
+    bench = SharedResources(teacher_folder=output / _TEACHER)
     try:
         for number, cell in enumerate(missing, 1):
             path = output / cell.name
@@ -153,9 +153,9 @@ def _places(recipe: Recipe) -> str:
 
 
 def _fingerprint(data: DataSpec, progress: Progress) -> str:
-    from remap.pipeline.shared import Bench
+    from remap.pipeline.shared import SharedResources
 
-    return fingerprint(Bench().index(data), progress, data.workers)
+    return fingerprint(SharedResources().index(data), progress, data.workers)
 
 
 def tabulate(recipe: Recipe, cells: Sequence[Cell], output: Path) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from remap.distributed.launch import accelerator, check_processes
 from remap.engine.job import bytes_of_a_run
 from remap.engine.teacher import Teacher
 from remap.network import Network
-from remap.pipeline.assemble import Parts, assemble
+from remap.pipeline.assemble import RunComponents, assemble
 from remap.pipeline.idle_losses import without_idle_losses
-from remap.pipeline.profile_step import Trial, push
-from remap.pipeline.shared import Bench
-from remap.pipeline.teacher_outputs import Place, listening_teacher, place_of_outputs
+from remap.pipeline.profile_step import StepProfile, profile_step
+from remap.pipeline.shared import SharedResources
+from remap.pipeline.teacher_outputs import OutputStorage, choose_storage, make_teacher
 from remap.pipeline.teachers import PreparedTeacher, needs_logits, teacher_recipe
 from remap.progress import Progress
 from remap.recipe.schema import Recipe
@@ -62,16 +62,16 @@ def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """
     check_processes(recipe.train.processes)
     recipe = without_idle_losses(recipe, progress).written_out()
-    bench = Bench()
+    bench = SharedResources()
     started = time.perf_counter()
     parts = assemble(recipe, None, progress, bench)
     building = time.perf_counter() - started
     device = accelerator().device
     parts.objective.to(device)
-    numbers = [number for number in range(len(parts.teachers)) if parts.objective.listens_to(number)]
-    teachers = {number: listening_teacher(parts, number) for number in numbers}
-    places = {number: place_of_outputs(parts, parts.teachers[number], teacher) for number, teacher in teachers.items()}
-    trial = push(parts, teachers)
+    numbers = [number for number in range(len(parts.teachers)) if parts.objective.reads_teacher(number)]
+    teachers = {number: make_teacher(parts, number) for number in numbers}
+    places = {number: choose_storage(parts, parts.teachers[number], teacher) for number, teacher in teachers.items()}
+    trial = profile_step(parts, teachers)
     made = [
         _preparing(parts, teacher, trial.teacher_seconds.get(number, 0.0), progress, bench)
         for number, teacher in enumerate(parts.teachers)
@@ -102,12 +102,12 @@ def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _teacher(teacher: PreparedTeacher, place: Place | None) -> dict[str, Any]:
+def _teacher(teacher: PreparedTeacher, place: OutputStorage | None) -> dict[str, Any]:
     where = {"outputs": place.where, "outputs_bytes": place.bytes} if place else {"outputs": "not read"}
     return {**_model(teacher.network), "source": teacher.spec.model, "weight": teacher.spec.weight, **where}
 
 
-def _terms(parts: Parts, trial: Trial, places: dict[int, Place]) -> list[dict[str, Any]]:
+def _terms(parts: RunComponents, trial: StepProfile, places: dict[int, OutputStorage]) -> list[dict[str, Any]]:
     """What each term costs by itself: seconds and bytes of one step, bytes of kept teacher outputs for all images."""
     rows, size = [], parts.recipe.train.batch_size // parts.recipe.train.accumulation
     views = len(parts.lessons.split) * parts.recipe.data.finite_views
@@ -143,7 +143,7 @@ def _model(network: Network) -> dict[str, Any]:
     }
 
 
-def trainable_rows(parts: Parts) -> list[dict[str, Any]]:
+def trainable_rows(parts: RunComponents) -> list[dict[str, Any]]:
     """One row a part that is trained: method, head and, for each loss, its projectors."""
     groups: dict[str, list[Tensor]] = {parts.recipe.method.name: [], "head": []}
     for name, parameter in parts.student.trained.items():
@@ -164,7 +164,7 @@ def trainable_rows(parts: Parts) -> list[dict[str, Any]]:
 
 
 def _preparing(
-    parts: Parts, teacher: PreparedTeacher, each: float, progress: Progress, bench: Bench
+    parts: RunComponents, teacher: PreparedTeacher, each: float, progress: Progress, bench: SharedResources
 ) -> tuple[float, int]:
     """Seconds and bytes on disk of giving a teacher a head: a forward pass over the labelled images for a probe, else a
     run of its own (``teacher_recipe``), which is estimated like any other.
@@ -180,15 +180,15 @@ def _preparing(
         return each * len(parts.views.train.split) / accelerator().num_processes, head + TASK_RECORD
     tuning = assemble(teacher_recipe(recipe, spec).written_out(), None, progress, bench)
     tuning.objective.to(accelerator().device)
-    found = _estimate(tuning, {}, {}, push(tuning, {}))
+    found = _estimate(tuning, {}, {}, profile_step(tuning, {}))
     return found.seconds, found.disk_bytes
 
 
 def _estimate(
-    parts: Parts,
+    parts: RunComponents,
     teachers: dict[int, Teacher],
-    places: dict[int, Place],
-    trial: Trial,
+    places: dict[int, OutputStorage],
+    trial: StepProfile,
     building: float = 0.0,
     preparing: float = 0.0,
     prepared_bytes: int = 0,

@@ -8,8 +8,8 @@ from remap.data.fingerprint import Contents
 from remap.data.sources import open_data, read_all
 from remap.data.splits import ImageData, Split
 from remap.data.views import ViewSource
-from remap.distributed.collectives import everyones, share_bad
-from remap.distributed.interrupts import watching
+from remap.distributed.collectives import all_gather_object, share_unreadable
+from remap.distributed.interrupts import watch_signals
 from remap.distributed.launch import accelerator, use_bf16
 from remap.engine.evaluate import batch_size_of_evaluation, evaluate
 from remap.errors import RunError
@@ -38,7 +38,7 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
         split, source = _split(recipe.data, data, network.classes or ())
     images = ViewSource(split, view, memory_bytes=recipe.data.memory_gib * 2**30, workers=recipe.data.workers)
     images.load(progress, "evaluation images")
-    with watching():
+    with watch_signals():
         found = evaluate(
             network,
             images,
@@ -49,9 +49,9 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
             what="held-out" if data is None else Path(data).name,
             skip_bad=skip_bad or recipe.data.skip_bad,
         )
-    share_bad(accelerator(), images)
+    share_unreadable(accelerator(), images)
     if data is None:
-        for known in everyones(accelerator(), images.contents.known()):  # of its own share
+        for known in all_gather_object(accelerator(), images.contents.known()):  # of its own share
             images.contents.learn(*known)
         if accelerator().is_main_process:
             _say_if_others(run, images.contents, found.count, progress)

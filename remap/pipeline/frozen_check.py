@@ -8,7 +8,7 @@ from typing import Any
 from torch.nn import Parameter
 
 from remap.backbones.build import add_tensors
-from remap.distributed.sharding import whole
+from remap.distributed.sharding import gather_full
 from remap.errors import TrainingError
 from remap.network import Network
 
@@ -36,7 +36,7 @@ class Frozen:
         rest = {name: tensor for name, tensor in network.model.state_dict().items() if name not in changing}
         digest = hashlib.sha256()
         for name, tensor in sorted(rest.items()):  # one at a time: a sharded one is put together for it
-            add_tensors(digest, {name: whole(tensor)})
+            add_tensors(digest, {name: gather_full(tensor)})
         return cls(len(rest), sum(tensor.numel() for tensor in rest.values()), digest.hexdigest())
 
     def require_unchanged(self, network: Network) -> dict[str, Any]:

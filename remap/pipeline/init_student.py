@@ -9,7 +9,7 @@ from torch import Tensor
 from remap.backbones.build import Backbone, state_hash
 from remap.distributed.launch import accelerator
 from remap.pipeline.samples import training_pixels
-from remap.pipeline.shared import Bench
+from remap.pipeline.shared import SharedResources
 from remap.progress import Progress
 from remap.recipe import Recipe
 from remap.remapping.weights import INITS
@@ -21,7 +21,7 @@ IMAGES, BATCH = 512, 32
 
 
 @dataclass(frozen=True)
-class Inherited:
+class InitReport:
     """What a student has from its teacher: which weights, and how pixels are normalised for them."""
 
     teacher: str
@@ -37,7 +37,9 @@ class Inherited:
         return {**self.report.to_dict(), "teacher": self.teacher, "normalisation": self.normalisation}
 
 
-def inherit(student: Backbone, recipe: Recipe, bench: Bench, progress: Progress) -> Inherited | None:
+def init_from_teacher(
+    student: Backbone, recipe: Recipe, bench: SharedResources, progress: Progress
+) -> InitReport | None:
     """Initialise the recipe's student from its first teacher, if it asks for that; a method is not yet attached.
 
     The teacher's backbone is taken as its weights come (a run's with its method folded in), and not as it may be
@@ -62,12 +64,12 @@ def inherit(student: Backbone, recipe: Recipe, bench: Bench, progress: Progress)
     student.preprocess = replace(mine, mean=theirs.mean, std=theirs.std)
     student.identity = replace(student.identity, weights="none", sha256=state_hash(student.model, student.anatomy))
     words = None if same else f"mean {_listed(theirs.mean)}, standard deviation {_listed(theirs.std)}"
-    inherited = Inherited(teacher.identity.model, report, words)
+    inherited = InitReport(teacher.identity.model, report, words)
     progress.say(inherited.text)
     return inherited
 
 
-def _sample(teacher: Backbone, recipe: Recipe, bench: Bench) -> Iterator[Tensor]:
+def _sample(teacher: Backbone, recipe: Recipe, bench: SharedResources) -> Iterator[Tensor]:
     looking = {"images": IMAGES, "batch_size": BATCH, "instead": "--init weight_selection"}
     return training_pixels(teacher, recipe.data, recipe.seed, bench, **looking)()
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from remap.data.splits import stratified
 from remap.data.views import ViewSource
-from remap.distributed.interrupts import deferred, leave_if_asked
+from remap.distributed.interrupts import defer_signals, raise_if_interrupted
 from remap.errors import DataError
 from remap.network import Network, Runner
 from remap.progress import Progress, Step
@@ -67,9 +67,9 @@ def pooled_features(
     network.model.eval()
     runner = Runner(network, Needs(pooled=True))
     rows, kept = [], []
-    with deferred(), progress.wait("teacher features", len(source.split)) as step:
+    with defer_signals(), progress.wait("teacher features", len(source.split)) as step:
         for start in range(0, len(source.split), batch_size):
-            leave_if_asked(accelerator, "the teacher's head was being fitted")
+            raise_if_interrupted(accelerator, "the teacher's head was being fitted")
             images, good = source.batch(np.arange(start, min(start + batch_size, len(source.split))))
             if len(good):
                 rows.append(runner(images.to(accelerator.device)).pooled_BD.float().cpu().numpy())
@@ -113,7 +113,7 @@ def _all_classes(model, network: Network, mean: np.ndarray, std: np.ndarray) -> 
 
 def _write_head(network: Network, weight_CD: np.ndarray, bias_C: np.ndarray) -> None:
     with torch.no_grad():
-        for path in network.anatomy.heads_of_classifier:
+        for path in network.anatomy.classifier_heads:
             head: nn.Linear = network.model.get_submodule(path)
             head.weight.copy_(torch.from_numpy(weight_CD))
             head.bias.copy_(torch.from_numpy(bias_C))

@@ -10,7 +10,7 @@ from remap.data import keyed_random
 from remap.distributed.launch import accelerator
 from remap.engine.job import StudentStep
 from remap.engine.teacher import Teacher
-from remap.pipeline.assemble import Parts, feature_bytes
+from remap.pipeline.assemble import RunComponents, feature_bytes
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Objective
 from remap.remapping.signals import Signals
@@ -30,7 +30,7 @@ class TermCost:
 
 
 @dataclass(frozen=True)
-class Trial:
+class StepProfile:
     """What one image costs: seconds of each teacher, of the student's step, of its forward pass alone and of its frozen
     part where that is kept, bytes kept for the backward pass; and the bytes of the frozen features of all images."""
 
@@ -60,7 +60,7 @@ class _Saved:
         return tensor
 
 
-def push(parts: Parts, teachers: dict[int, Teacher]) -> Trial:
+def profile_step(parts: RunComponents, teachers: dict[int, Teacher]) -> StepProfile:
     """Push a small batch, and a larger one where time allows.
 
     Args:
@@ -81,7 +81,7 @@ def push(parts: Parts, teachers: dict[int, Teacher]) -> Trial:
         return trial
 
 
-def _measured(parts: Parts, teachers: dict[int, Teacher], count: int) -> Trial:
+def _measured(parts: RunComponents, teachers: dict[int, Teacher], count: int) -> StepProfile:
     device, recipe = accelerator().device, parts.recipe
     source = parts.lessons
     indices = keyed_random.permutation(recipe.seed, 0, len(source.split))[:count]
@@ -120,7 +120,7 @@ def _measured(parts: Parts, teachers: dict[int, Teacher], count: int) -> Trial:
     step.runner.tap.close()
     for parameter in (*parts.student.trained.values(), *parts.objective.parameters()):
         parameter.grad = None
-    return Trial(
+    return StepProfile(
         teacher_seconds,
         (done - begun) / len(good),
         forward / len(good),
@@ -165,7 +165,7 @@ class _Reading(dict):
         return super().__getitem__(key)
 
 
-def _features(parts: Parts) -> int:
+def _features(parts: RunComponents) -> int:
     """Bytes of the student's frozen features, 0 where they are not kept."""
     needed = feature_bytes(parts) or 0
     return needed if needed <= parts.recipe.data.memory_gib * 2**30 else 0

@@ -15,7 +15,7 @@ from remap.pipeline.compare import shared_teacher
 from remap.pipeline.run import run as go_on
 from remap.pipeline.run import start
 from remap.pipeline.run_differences import FIGURES, changed_on_the_way, compare, history, outputs_on_disk
-from remap.pipeline.shared import Bench
+from remap.pipeline.shared import SharedResources
 from remap.progress import Progress, Silent
 from remap.recipe import Recipe
 from remap.runs.run_dir import RunDir, next_path
@@ -55,7 +55,7 @@ def repeat(
     if workers is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
     target = _target(run, recipe, output)
-    bench = Bench(teacher_folder=_prepared_teacher(run))
+    bench = SharedResources(teacher_folder=_prepared_teacher(run))
     _require_same_images(run, recipe, bench, summary["data"]["fingerprint"], progress)
     _say_what_decides(run, progress)
     with progress.wait("comparing the frozen weights with those of the run"):
@@ -163,7 +163,7 @@ def _prepared_teacher(run: RunDir) -> Path | None:
     return folder if folder is not None and any(folder.parent.glob(f"{folder.name}*/task/task.json")) else None
 
 
-def _require_same_images(run: RunDir, recipe: Recipe, bench: Bench, wanted: str, progress: Progress) -> None:
+def _require_same_images(run: RunDir, recipe: Recipe, bench: SharedResources, wanted: str, progress: Progress) -> None:
     with run.images():
         data = bench.index(recipe.data)
     found = fingerprint(data, progress, recipe.data.workers)

@@ -9,8 +9,8 @@ from typing import Any
 
 from remap.backbones.build import require_at_hand
 from remap.cache.records import Item
-from remap.distributed.interrupts import watching
-from remap.distributed.launch import accelerator, check_processes, text_of_first
+from remap.distributed.interrupts import watch_signals
+from remap.distributed.launch import accelerator, broadcast_str, check_processes
 from remap.engine.job import require_divisible
 from remap.errors import RecipeError
 from remap.io.checked_read import expanded
@@ -18,8 +18,8 @@ from remap.network import Network
 from remap.pipeline.assemble import assemble
 from remap.pipeline.compare import shared_teacher
 from remap.pipeline.idle_losses import without_idle_losses
-from remap.pipeline.run_status import noted
-from remap.pipeline.shared import Bench
+from remap.pipeline.run_status import track_status
+from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_outputs import build_caches
 from remap.pipeline.train import carry_out
 from remap.progress import Progress, Silent
@@ -68,22 +68,25 @@ def as_recipe(recipe: Recipe | str | Mapping[str, Any], settings: Iterable[str] 
 
 
 def start(
-    recipe: Recipe, output: str | Path | None = None, progress: Progress = Silent(), bench: Bench | None = None
+    recipe: Recipe,
+    output: str | Path | None = None,
+    progress: Progress = Silent(),
+    bench: SharedResources | None = None,
 ) -> Result:
     """Make a run directory and run."""
     check_processes(recipe.train.processes)
     require_divisible(recipe.train.batch_size, accelerator().num_processes, recipe.train.accumulation)
-    bench = bench or Bench()
+    bench = bench or SharedResources()
     _require_at_hand(recipe, bench)
     recipe = without_idle_losses(recipe, progress)
     stem = f"{recipe.name}-{recipe.method.name}"
     path = expanded(output) if output is not None else next_path(default_path(), stem)
-    path = Path(text_of_first(str(path)))  # another run may have taken the name that the others have found free
+    path = Path(broadcast_str(str(path)))  # another run may have taken the name that the others have found free
     run_dir = RunDir.create(path, recipe) if accelerator().is_main_process else RunDir(path)
     return run(recipe, run_dir, progress, bench)
 
 
-def _require_at_hand(recipe: Recipe, bench: Bench) -> None:
+def _require_at_hand(recipe: Recipe, bench: SharedResources) -> None:
     """A mistyped path or model leaves no run directory behind, nor does a number that the classes do not allow."""
     classes = bench.classes(recipe.data)
     for spec in recipe.teachers:
@@ -104,7 +107,7 @@ def build_cache(recipe: Recipe, progress: Progress = Silent()) -> list[dict[str,
         One entry a teacher: teacher, key, folder, items, images, computed, bytes, seconds.
     """
     check_processes(recipe.train.processes)
-    bench = Bench()
+    bench = SharedResources()
     _require_at_hand(recipe, bench)
     for spec in recipe.teachers:
         changing = what_changes(spec, recipe.data)
@@ -122,8 +125,8 @@ def build_cache(recipe: Recipe, progress: Progress = Silent()) -> list[dict[str,
                 "cache build",
             )
     recipe = without_idle_losses(recipe, progress).written_out()
-    with watching(), TemporaryDirectory(prefix="remap-cache-") as folder:
-        path = Path(text_of_first(folder)) / "run"
+    with watch_signals(), TemporaryDirectory(prefix="remap-cache-") as folder:
+        path = Path(broadcast_str(folder)) / "run"
         run_dir = RunDir.create(path, recipe) if accelerator().is_main_process else RunDir(path)
         accelerator().wait_for_everyone()
         parts = assemble(recipe, run_dir, progress, bench)
@@ -150,14 +153,14 @@ def resume(path: Path, progress: Progress = Silent(), processes: int | None = No
         student, _ = load_task(path)
         return Result(path, run_dir.summary(), student)
     with run_dir.images():
-        return run(recipe, run_dir, progress, Bench(teacher_folder=shared_teacher(run_dir)), resuming=True)
+        return run(recipe, run_dir, progress, SharedResources(teacher_folder=shared_teacher(run_dir)), resuming=True)
 
 
 def run(
     recipe: Recipe,
     run_dir: RunDir,
     progress: Progress = Silent(),
-    bench: Bench | None = None,
+    bench: SharedResources | None = None,
     *,
     resuming: bool = False,
 ) -> Result:
@@ -168,6 +171,9 @@ def run(
         RemapError: Anything else a user can mend.
     """
     recipe = recipe.written_out()
-    with run_dir.held() if accelerator().is_main_process else nullcontext(), noted(recipe, run_dir, resuming) as clock:
-        summary, student = carry_out(recipe, run_dir, progress, bench or Bench(), clock, resuming=resuming)
+    with (
+        run_dir.held() if accelerator().is_main_process else nullcontext(),
+        track_status(recipe, run_dir, resuming) as clock,
+    ):
+        summary, student = carry_out(recipe, run_dir, progress, bench or SharedResources(), clock, resuming=resuming)
     return Result(run_dir.path, summary, student)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from remap.distributed.device_memory import is_out_of_memory
-from remap.distributed.interrupts import watching
+from remap.distributed.interrupts import watch_signals
 from remap.distributed.launch import accelerator, lost_process
 from remap.errors import DiskFull, Interrupted, RemapError, TrainingError
 from remap.recipe import Recipe
@@ -16,7 +16,7 @@ from remap.runs.run_dir import RunDir
 
 
 @dataclass
-class Clock:
+class RunClock:
     """For how long a run has worked: the parts before it was resumed, and this one.
 
     Attributes:
@@ -37,21 +37,21 @@ class Clock:
 
 
 @contextmanager
-def noted(recipe: Recipe, run_dir: RunDir, resuming: bool) -> Iterator[Clock]:
+def track_status(recipe: Recipe, run_dir: RunDir, resuming: bool) -> Iterator[RunClock]:
     """While the block runs, signals are watched for; afterwards status.json says how it ended.
 
     Raises:
         RemapError: What the block raised, with how to go on.
     """
     main = accelerator().is_main_process
-    clock = Clock(run_dir.seconds() if resuming else 0.0)
+    clock = RunClock(run_dir.seconds() if resuming else 0.0)
     if main and resuming:
         run_dir.set_status("running", seconds=clock.before)
     elif main:
         run_dir.note_machine(machine(), resuming=False)  # one that goes on does so once it may
     go_on = f"remap {'distill' if recipe.teacher else 'tune'} --resume {shlex.quote(str(run_dir.path))}"
     try:
-        with watching(run_dir.stop):
+        with watch_signals(run_dir.stop):
             yield clock
     except Interrupted as error:
         if main:
@@ -73,7 +73,7 @@ def noted(recipe: Recipe, run_dir: RunDir, resuming: bool) -> Iterator[Clock]:
         run_dir.set_status("done", seconds=clock.told)
 
 
-def _note(run_dir: RunDir, status: str, message: str, clock: Clock) -> None:
+def _note(run_dir: RunDir, status: str, message: str, clock: RunClock) -> None:
     """Record how a run ended, unless the disk that broke it refuses this too."""
     for _ in range(2):  # a second signal may come meanwhile
         try:
@@ -100,7 +100,7 @@ def _mendable(error: BaseException, go_on: str) -> RemapError | None:
     return None
 
 
-def _note_failure(run_dir: RunDir, error: BaseException, message: str, clock: Clock) -> None:
+def _note_failure(run_dir: RunDir, error: BaseException, message: str, clock: RunClock) -> None:
     """The process that failed says why; that others lost it is no news."""
     lost = lost_process(error)
     if lost is None:

@@ -10,12 +10,12 @@ from remap.data import keyed_random
 from remap.data.views import View, ViewSource
 from remap.distributed.launch import accelerator
 from remap.errors import DataError
-from remap.pipeline.shared import Bench
+from remap.pipeline.shared import SharedResources
 from remap.recipe.schema import DataSpec
 
 
 def training_pixels(
-    backbone: Backbone, data: DataSpec, seed: int, bench: Bench, *, images: int, batch_size: int, instead: str
+    backbone: Backbone, data: DataSpec, seed: int, bench: SharedResources, *, images: int, batch_size: int, instead: str
 ) -> Callable[[], Iterator[Tensor]]:
     """Batches (B, 3, S, S) of labelled training images as a backbone takes them; those of a seed are always the same.
 

@@ -15,7 +15,7 @@ from remap.recipe.schema import DataSpec
 
 
 @dataclass
-class Views:
+class DataViews:
     """A data source seen through one view; unreadable training images are already left out and named.
 
     Attributes:
@@ -64,7 +64,7 @@ class Views:
 
 
 @dataclass
-class Bench:
+class SharedResources:
     """Keeps what was opened or computed, by the values that decide it. One run makes a fresh one.
 
     Attributes:
@@ -72,7 +72,7 @@ class Bench:
     """
 
     data: dict[tuple, ImageData] = field(default_factory=dict)
-    views: dict[tuple, Views] = field(default_factory=dict)
+    views: dict[tuple, DataViews] = field(default_factory=dict)
     teachers: dict[str, Any] = field(default_factory=dict)
     targets: dict[tuple, Any] = field(default_factory=dict)
     teacher_folder: Path | None = None
@@ -87,7 +87,7 @@ class Bench:
     def classes(self, spec: DataSpec) -> tuple[str, ...]:
         return self.index(spec).classes
 
-    def open(self, spec: DataSpec, view: View, progress: Progress) -> Views:
+    def open(self, spec: DataSpec, view: View, progress: Progress) -> DataViews:
         """Open, decode and check a data source, once."""
         listed = (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled, spec.labels)
         key = (*listed, spec.unlabeled_only, spec.skip_bad, spec.max_bad, view)
@@ -104,7 +104,7 @@ _CALLED = {
 }
 
 
-def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress) -> Views:
+def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress) -> DataViews:
     budget = spec.memory_gib * 2**30
     sources: dict[str, ViewSource] = {}
     for name in _CALLED:
@@ -123,7 +123,7 @@ def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress) -> Vi
             unreadable += tuple(sources[name].bad_names())
     good = {name: source.without_bad() for name, source in sources.items()}
     train, unlabeled = good["train"], good.get("unlabeled")
-    return Views(
+    return DataViews(
         data,
         view,
         train,

@@ -12,7 +12,7 @@ from remap.backbones.build import Backbone
 from remap.distributed.launch import accelerator, require_one_process
 from remap.errors import BackboneError
 from remap.pipeline.samples import training_pixels
-from remap.pipeline.shared import Bench
+from remap.pipeline.shared import SharedResources
 from remap.progress import Progress, Silent
 from remap.recipe.paths import is_run
 from remap.recipe.schema import DataSpec, ModelSpec, Recipe, ShrinkSpec, StudentSpec
@@ -24,7 +24,7 @@ from remap.runs.task import load_task, open_backbone
 _BATCH = 16
 
 
-def open_student(recipe: Recipe, run_dir: RunDir | None, progress: Progress, bench: Bench) -> Backbone:
+def open_student(recipe: Recipe, run_dir: RunDir | None, progress: Progress, bench: SharedResources) -> Backbone:
     """The recipe's student; one that is to be shrunk is cut from the first teacher before.
 
     It is then ``RUN_DIR/student_model``, which a resumed run finds again.
@@ -56,7 +56,7 @@ def _opened_from(spec: StudentSpec, folder: Path) -> StudentSpec:
     return spec.model_copy(update={"model": f"local-dir:{folder}", "shrink": None})
 
 
-def _derive(recipe: Recipe, folder: Path, progress: Progress, bench: Bench) -> None:
+def _derive(recipe: Recipe, folder: Path, progress: Progress, bench: SharedResources) -> None:
     # A run that finds its student cut already must draw the same numbers from here on.
     with torch.random.fork_rng(devices=[]):
         found = _cut(recipe.teacher, recipe.student.shrink, recipe.data, folder, recipe.seed, progress, bench)
@@ -83,11 +83,17 @@ def cut(
         RemapError: A mistake in the names or the shape, no readable images, no place to write, or several processes.
     """
     _require_one_process()
-    return _cut(teacher, spec, data, folder, seed, progress, Bench())
+    return _cut(teacher, spec, data, folder, seed, progress, SharedResources())
 
 
 def _cut(
-    teacher: ModelSpec, spec: ShrinkSpec, data: DataSpec, folder: Path, seed: int, progress: Progress, bench: Bench
+    teacher: ModelSpec,
+    spec: ShrinkSpec,
+    data: DataSpec,
+    folder: Path,
+    seed: int,
+    progress: Progress,
+    bench: SharedResources,
 ) -> Shrunk:
     backbone = open_backbone(teacher, 1)
     target_shape(backbone, spec)  # before any image is read

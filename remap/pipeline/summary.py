@@ -6,12 +6,14 @@ from remap.distributed.device_memory import peak_bytes
 from remap.distributed.launch import accelerator
 from remap.engine.checkpoint import State
 from remap.engine.evaluate import Evaluation
-from remap.pipeline.assemble import Parts
+from remap.pipeline.assemble import RunComponents
 from remap.progress import Silent
 from remap.runs.run_dir import RunDir
 
 
-def summarize(parts: Parts, run_dir: RunDir, initial: Evaluation, final: Evaluation, state: State) -> dict[str, Any]:
+def summarize(
+    parts: RunComponents, run_dir: RunDir, initial: Evaluation, final: Evaluation, state: State
+) -> dict[str, Any]:
     """All that is known once training has ended.
 
     Args:

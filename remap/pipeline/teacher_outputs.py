@@ -8,13 +8,13 @@ import torch
 
 from remap.cache.folders import CacheKey, cache_root, has_cache, library_versions, require_space
 from remap.cache.records import LEAST_MASS, Item, RecordStore, bytes_for
-from remap.cache.teacher_cache import ClosedViews, keep_in_memory, keep_on_disk, missing_rows
+from remap.cache.teacher_cache import FiniteViews, keep_in_memory, keep_on_disk, missing_rows
 from remap.distributed.launch import accelerator
 from remap.engine.teacher import AverageTeacher, Teacher
 from remap.errors import DataError, RemapError
 from remap.io.atomic_write import size
-from remap.pipeline.assemble import Parts, images_at_once, images_of_process
-from remap.pipeline.shared import Bench
+from remap.pipeline.assemble import RunComponents, images_at_once, images_of_process
+from remap.pipeline.shared import SharedResources
 from remap.pipeline.teachers import PreparedTeacher
 from remap.progress import Progress
 from remap.recipe.checks import what_changes
@@ -23,7 +23,7 @@ from remap.remapping.items import LOGITS
 
 
 @dataclass(frozen=True)
-class Place:
+class OutputStorage:
     """Where the outputs of one teacher are kept, and what that takes.
 
     Attributes:
@@ -36,7 +36,7 @@ class Place:
     shapes: dict[str, tuple[int, ...]]
 
 
-def listening_teacher(parts: Parts, number: int) -> Teacher:
+def make_teacher(parts: RunComponents, number: int) -> Teacher:
     """A teacher as the objective asks it, without any kept outputs."""
     prepared = parts.teachers[number]
     arguments = (prepared.network, parts.objective, number, accelerator())
@@ -45,15 +45,15 @@ def listening_teacher(parts: Parts, number: int) -> Teacher:
     return Teacher(*arguments, bf16=parts.bf16)
 
 
-def teachers_in_training(parts: Parts, bench: Bench, progress: Progress) -> list[Teacher]:
+def teachers_in_training(parts: RunComponents, bench: SharedResources, progress: Progress) -> list[Teacher]:
     """The teachers behind the objective; where views are a closed list their outputs are computed once and kept."""
     found = []
     for number, prepared in enumerate(parts.teachers):
-        if not parts.objective.listens_to(number):
+        if not parts.objective.reads_teacher(number):
             continue
-        teacher = listening_teacher(parts, number)
+        teacher = make_teacher(parts, number)
         found.append(teacher)
-        place = place_of_outputs(parts, prepared, teacher)
+        place = choose_storage(parts, prepared, teacher)
         if place.where == "memory":
             _in_memory(parts, teacher, prepared, place, bench, progress)
         elif place.where == "disk":
@@ -66,7 +66,7 @@ def teachers_in_training(parts: Parts, bench: Bench, progress: Progress) -> list
     return found
 
 
-def place_of_outputs(parts: Parts, prepared: PreparedTeacher, teacher: Teacher) -> Place:
+def choose_storage(parts: RunComponents, prepared: PreparedTeacher, teacher: Teacher) -> OutputStorage:
     """Decide by the recipe, by what there is on disk, and by room.
 
     Raises:
@@ -79,7 +79,7 @@ def place_of_outputs(parts: Parts, prepared: PreparedTeacher, teacher: Teacher) 
             f"the outputs of the teacher {spec.model} cannot be kept: {changing}", given=f"teacher.cache={spec.cache}"
         )
     if changing is not None or spec.cache == "off":
-        return Place("each step", 0, {})
+        return OutputStorage("each step", 0, {})
     shapes = teacher.shapes(parts.views.view.size)
     count = len(parts.lessons.split) * data.finite_views
     in_memory = count * sum(4 * torch.Size(shape).numel() for shape in shapes.values())
@@ -93,21 +93,21 @@ def place_of_outputs(parts: Parts, prepared: PreparedTeacher, teacher: Teacher) 
             do="allow more (--set data.memory_gib=...), or keep them on disk (--set teacher.cache=disk)",
         )
     if spec.cache == "memory":
-        return Place("memory", in_memory, shapes)
+        return OutputStorage("memory", in_memory, shapes)
     if has_cache(cache_root(), _key(parts, prepared)):  # room for what it lacks is looked for once that is known
-        return Place("disk", on_disk, shapes)
+        return OutputStorage("disk", on_disk, shapes)
     if spec.cache == "disk" or spec.keeps_less:
         require_space(cache_root(), on_disk)
-        return Place("disk", on_disk, shapes)
-    return Place("memory", in_memory, shapes) if fits else _disk_if_it_fits(on_disk, shapes)
+        return OutputStorage("disk", on_disk, shapes)
+    return OutputStorage("memory", in_memory, shapes) if fits else _disk_if_it_fits(on_disk, shapes)
 
 
-def _disk_if_it_fits(needed: int, shapes: dict[str, tuple[int, ...]]) -> Place:
+def _disk_if_it_fits(needed: int, shapes: dict[str, tuple[int, ...]]) -> OutputStorage:
     try:
         require_space(cache_root(), needed)
     except RemapError:
-        return Place("each step", 0, shapes)
-    return Place("disk", needed, shapes)
+        return OutputStorage("each step", 0, shapes)
+    return OutputStorage("disk", needed, shapes)
 
 
 def _items(spec: TeacherSpec, shapes: dict[str, tuple[int, ...]], *, bf16: bool) -> dict[str, Item]:
@@ -116,7 +116,7 @@ def _items(spec: TeacherSpec, shapes: dict[str, tuple[int, ...]], *, bf16: bool)
     return {name: Item(shape, dtype, spec.top_k if name == LOGITS else None) for name, shape in shapes.items()}
 
 
-def build_caches(parts: Parts, progress: Progress) -> list[dict[str, Any]]:
+def build_caches(parts: RunComponents, progress: Progress) -> list[dict[str, Any]]:
     """Keep the outputs of every teacher of a run on disk, without training.
 
     Raises:
@@ -124,26 +124,31 @@ def build_caches(parts: Parts, progress: Progress) -> list[dict[str, Any]]:
     """
     found = []
     for number, prepared in enumerate(parts.teachers):
-        if prepared.spec.model == EMA or not parts.objective.listens_to(number):
+        if prepared.spec.model == EMA or not parts.objective.reads_teacher(number):
             continue  # a running average changes in training
         prepared.spec = prepared.spec.model_copy(update={"cache": "disk"})
-        teacher = listening_teacher(parts, number)
+        teacher = make_teacher(parts, number)
         try:
-            place = place_of_outputs(parts, prepared, teacher)
+            place = choose_storage(parts, prepared, teacher)
             found.append({"teacher": prepared.spec.model, **_on_disk(parts, teacher, prepared, place, progress)})
         finally:
             teacher.close()
     return found
 
 
-def lessons(parts: Parts) -> ClosedViews:
+def finite_views(parts: RunComponents) -> FiniteViews:
     """All that the student sees, where that is a closed list."""
     data = parts.recipe.data
-    return ClosedViews(parts.lessons, data.augment, parts.recipe.seed, data.finite_views)
+    return FiniteViews(parts.lessons, data.augment, parts.recipe.seed, data.finite_views)
 
 
 def _in_memory(
-    parts: Parts, teacher: Teacher, prepared: PreparedTeacher, place: Place, bench: Bench, progress: Progress
+    parts: RunComponents,
+    teacher: Teacher,
+    prepared: PreparedTeacher,
+    place: OutputStorage,
+    bench: SharedResources,
+    progress: Progress,
 ) -> None:
     source, names = str(parts.recipe.data.model_dump(mode="json")), tuple(place.shapes)
     seed = parts.recipe.seed if parts.recipe.data.augment != "none" else None
@@ -152,26 +157,26 @@ def _in_memory(
         teacher.kept = bench.targets[key]
         return
     batch = images_of_process(parts)
-    teacher.kept = keep_in_memory(teacher, lessons(parts), batch, images_at_once(parts), accelerator(), progress)
+    teacher.kept = keep_in_memory(teacher, finite_views(parts), batch, images_at_once(parts), accelerator(), progress)
     bench.targets[key] = teacher.kept
 
 
 def _on_disk(
-    parts: Parts, teacher: Teacher, prepared: PreparedTeacher, place: Place, progress: Progress
+    parts: RunComponents, teacher: Teacher, prepared: PreparedTeacher, place: OutputStorage, progress: Progress
 ) -> dict[str, Any]:
     """Fill the gaps of the store and leave it with the teacher; says what was done."""
     items = _items(prepared.spec, place.shapes, bf16=parts.bf16)
     store = RecordStore.open(cache_root(), _key(parts, prepared), items)
     started, batch = time.perf_counter(), images_of_process(parts)
-    lacking = missing_rows(store, lessons(parts), batch)
+    lacking = missing_rows(store, finite_views(parts), batch)
     if lacking:
         progress.say(
-            f"keeping teacher outputs on disk: {lacking:,} of {lessons(parts).count:,} to compute, "
+            f"keeping teacher outputs on disk: {lacking:,} of {finite_views(parts).count:,} to compute, "
             f"{size(bytes_for(items, lacking))}"
         )
     require_space(cache_root(), bytes_for(items, lacking))
     kept = teacher.kept = keep_on_disk(
-        teacher, store, lessons(parts), batch, images_at_once(parts), accelerator(), progress
+        teacher, store, finite_views(parts), batch, images_at_once(parts), accelerator(), progress
     )
     progress.say(f"teacher outputs on disk: {store.folder} ({kept.computed:,} computed now, {size(store.nbytes)})")
     if store.damaged:
@@ -185,17 +190,17 @@ def _on_disk(
         "key": store.folder.name,
         "folder": str(store.folder),
         "items": [
-            {"name": name, "shape": list(item.shape), "bytes": bytes_for({name: item}, lessons(parts).count)}
+            {"name": name, "shape": list(item.shape), "bytes": bytes_for({name: item}, finite_views(parts).count)}
             for name, item in items.items()
         ],
-        "images": lessons(parts).count,
+        "images": finite_views(parts).count,
         "computed": kept.computed,
         "bytes": store.nbytes,
         "seconds": round(time.perf_counter() - started, 2),
     }
 
 
-def _key(parts: Parts, prepared: PreparedTeacher) -> dict[str, Any]:
+def _key(parts: RunComponents, prepared: PreparedTeacher) -> dict[str, Any]:
     """Everything besides the image and its draw that decides what is stored."""
     network, view = prepared.network, parts.views.view
     return CacheKey(

@@ -13,21 +13,21 @@ import torch
 from remap.backbones.build import Backbone, add_tensors
 from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
-from remap.distributed.sharding import is_sharded, shard, wants_sharding, whole
+from remap.distributed.sharding import gather_full, is_sharded, shard, wants_sharding
 from remap.engine.evaluate import Evaluation, evaluate_as
-from remap.engine.self_teachers import averaged_twin, untuned_twin
+from remap.engine.self_teachers import averaged_copy, untuned_copy
 from remap.errors import TrainingError
 from remap.io.atomic_write import require_no_link, require_no_links
 from remap.io.checked_read import expanded
 from remap.network import Network, choose_attention, tuned
 from remap.pipeline import probe
-from remap.pipeline.shared import Bench, Views
+from remap.pipeline.shared import DataViews, SharedResources
 from remap.progress import Progress, Within
 from remap.recipe.paths import is_run
 from remap.recipe.schema import EMA, SELF, LossSpec, MethodSpec, Recipe, StudentSpec, TeacherSpec
 from remap.remapping import LOSSES
 from remap.runs.run_dir import RunDir
-from remap.runs.task import kept, load_task, open_backbone, put_task, require_size_of_run, save_task
+from remap.runs.task import load_task, open_backbone, put_task, require_size_of_run, save_task, task_tensors
 
 
 @dataclass
@@ -54,7 +54,7 @@ class PreparedTeacher:
         network = self.network
         parts = (network.identity.sha256, network.preprocess, network.anatomy, network.model)
         digest = hashlib.sha256(" ".join(map(repr, parts)).encode())
-        add_tensors(digest, {name: whole(tensor) for name, tensor in network.tensors.items()})
+        add_tensors(digest, {name: gather_full(tensor) for name, tensor in network.tensors.items()})
         return digest.hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def load_teacher(
             tensors, so it stays where they are until the student is ``placed``: methods are attached on the CPU.
     """
     if spec.model == SELF:
-        network = untuned_twin(student, classes)
+        network = untuned_copy(student, classes)
         return PreparedTeacher(network, spec, _key(network, "none", spec, recipe), "none")
     if is_run(spec.model):
         require_size_of_run(spec)
@@ -102,16 +102,16 @@ def load_teacher(
 
 def averaging_teacher(spec: TeacherSpec, student: Network) -> PreparedTeacher:
     """The running average of the student, at its start."""
-    return PreparedTeacher(averaged_twin(student), spec, EMA, "the student's")
+    return PreparedTeacher(averaged_copy(student), spec, EMA, "the student's")
 
 
 def prepare_teacher(
     teacher: PreparedTeacher,
     recipe: Recipe,
     folder: Path,
-    views: Views,
+    views: DataViews,
     progress: Progress,
-    bench: Bench,
+    bench: SharedResources,
 ) -> PreparedTeacher:
     """Fit a head (or tune the whole teacher) if a loss reads its logits and it has none; then evaluate it.
 
@@ -189,7 +189,7 @@ def _remedy(teacher: PreparedTeacher) -> str:
     return "let its head be fitted (--set teacher.prepare=probe, or full), choose another teacher or other weights,"
 
 
-def _prepare(teacher: PreparedTeacher, recipe: Recipe, folder: Path, views: Views, progress: Progress) -> None:
+def _prepare(teacher: PreparedTeacher, recipe: Recipe, folder: Path, views: DataViews, progress: Progress) -> None:
     from remap.pipeline.run import run  # a tuned teacher is a run like any other
 
     network, spec = teacher.network, teacher.spec
@@ -199,7 +199,7 @@ def _prepare(teacher: PreparedTeacher, recipe: Recipe, folder: Path, views: View
     progress.say(f"{name} has no head for these {len(network.classes)} classes: preparing one ({spec.prepare})")
     if spec.prepare == "probe":
         strength = probe.fit_probe(network, views.train, accelerator(), recipe.train.batch_size, progress)
-        tensors = kept(network)
+        tensors = task_tensors(network)
         if accelerator().is_main_process:
             save_task(folder / "task", network, views.view, "linear", {}, tensors)
         progress.say(f"fitted by logistic regression on cached features (C = {strength})")
@@ -208,7 +208,7 @@ def _prepare(teacher: PreparedTeacher, recipe: Recipe, folder: Path, views: View
     if accelerator().is_main_process and not (folder / "recipe.yaml").exists():
         RunDir.create(folder, tuning)
     accelerator().wait_for_everyone()
-    run(tuning, RunDir(folder), Within(progress, name), Bench(), resuming=True)
+    run(tuning, RunDir(folder), Within(progress, name), SharedResources(), resuming=True)
 
 
 def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:

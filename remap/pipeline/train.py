@@ -11,9 +11,9 @@ from torch.nn import Parameter
 from remap.backbones.build import add_tensors
 from remap.cache.frozen_features import FrozenFeatures
 from remap.data.views import ViewSource
-from remap.distributed.collectives import share_bad
+from remap.distributed.collectives import share_unreadable
 from remap.distributed.launch import accelerator
-from remap.distributed.sharding import whole
+from remap.distributed.sharding import gather_full
 from remap.engine.checkpoint import State, has_checkpoint
 from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.job import Job, bytes_of_a_run, parameters_of
@@ -21,10 +21,10 @@ from remap.engine.loop import fit
 from remap.errors import RunError
 from remap.io import atomic_write
 from remap.network import Network
-from remap.pipeline.assemble import Parts, assemble, features_in_training, images_at_once, listed, sample_for
+from remap.pipeline.assemble import RunComponents, assemble, features_in_training, images_at_once, listed, sample_for
 from remap.pipeline.frozen_check import Frozen, trainables
-from remap.pipeline.run_status import Clock
-from remap.pipeline.shared import Bench
+from remap.pipeline.run_status import RunClock
+from remap.pipeline.shared import SharedResources
 from remap.pipeline.summary import summarize
 from remap.pipeline.teacher_outputs import teachers_in_training
 from remap.pipeline.teachers import require_useful
@@ -38,7 +38,7 @@ from remap.runs.task import save_task
 
 
 def carry_out(
-    recipe: Recipe, run_dir: RunDir, progress: Progress, bench: Bench, clock: Clock, *, resuming: bool
+    recipe: Recipe, run_dir: RunDir, progress: Progress, bench: SharedResources, clock: RunClock, *, resuming: bool
 ) -> tuple[dict[str, Any], Network]:
     """Train and write everything that a run leaves.
 
@@ -69,7 +69,7 @@ def carry_out(
 class _Work:
     """What the steps of ``carry_out`` share."""
 
-    def __init__(self, parts: Parts, run_dir: RunDir, progress: Progress, clock: Clock) -> None:
+    def __init__(self, parts: RunComponents, run_dir: RunDir, progress: Progress, clock: RunClock) -> None:
         self.parts, self.recipe, self.student = parts, parts.recipe, parts.student
         self.run_dir, self.progress, self.clock = run_dir, progress, clock
         self.features: dict[str, FrozenFeatures] = {}
@@ -109,7 +109,7 @@ class _Work:
         kept = self.features.get("val") if source is self.parts.views.val else None
         return evaluate_as(self.recipe, self.student, source, accelerator(), self.progress, what, kept)
 
-    def train(self, bench: Bench, resuming: bool) -> tuple[State, float, dict[str, Any]]:
+    def train(self, bench: SharedResources, resuming: bool) -> tuple[State, float, dict[str, Any]]:
         """Fit the student.
 
         Returns:
@@ -139,7 +139,7 @@ class _Work:
         self.student.model.eval()
         return state, fitting, frozen.require_unchanged(self.student)
 
-    def _job(self, bench: Bench) -> Job:
+    def _job(self, bench: SharedResources) -> Job:
         parts = self.parts
         return Job(
             recipe=self.recipe,
@@ -180,7 +180,7 @@ class _Work:
         """Each process has found the unreadable images of its own share."""
         for source in (self.parts.views.train, self.parts.views.unlabeled):
             if source is not None:
-                share_bad(accelerator(), source)
+                share_unreadable(accelerator(), source)
 
     def _record(self, history: Sequence[dict[str, Any]]) -> None:
         try:
@@ -221,11 +221,11 @@ class _Work:
         keep(lambda: run_dir.write_summary(summary))
 
 
-def _weights_digest(parts: Parts) -> str:
+def _weights_digest(parts: RunComponents) -> str:
     """Which weights the student and its teachers came with, and those of the teachers' heads."""
     digest = hashlib.sha256(parts.student.identity.sha256.encode())
     for teacher in parts.teachers:
         digest.update(teacher.network.identity.sha256.encode())
         if teacher.spec.model != EMA:  # which changes in training
-            add_tensors(digest, {name: whole(tensor) for name, tensor in teacher.network.tensors.items()})
+            add_tensors(digest, {name: gather_full(tensor) for name, tensor in teacher.network.tensors.items()})
     return digest.hexdigest()[:16]

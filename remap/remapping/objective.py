@@ -97,7 +97,7 @@ class Objective(nn.Module):
     def uses_teacher(self) -> bool:
         return any(term.uses_teacher for term in self.terms.values())
 
-    def listens_to(self, teacher: int) -> bool:
+    def reads_teacher(self, teacher: int) -> bool:
         """Whether any term reads what this teacher says."""
         return bool(self._listeners(teacher))
 

@@ -163,10 +163,10 @@ class Tap:
             module_at(model, anatomy.blocks[index].block).register_forward_hook(self._token_keeper(index))
             for index in sorted(needs.tokens - {anatomy.depth})
         ]
-        if needs.pooled or len(anatomy.heads_of_classifier) > 1:
+        if needs.pooled or len(anatomy.classifier_heads) > 1:
             self._handles += [
                 module_at(model, path).register_forward_hook(self._head_keeper(path))
-                for path in anatomy.heads_of_classifier
+                for path in anatomy.classifier_heads
             ]
 
     def _keeper(self, index: int) -> Callable[[AttentionScores], None]:
@@ -211,7 +211,7 @@ class Tap:
                 self._mean_pooled() if self.needs.pooled else None,
                 {index: self._attention(index) for index in sorted(self.needs.attention | self.needs.values)},
                 {index: self._tokens_at(index) for index in sorted(self.needs.tokens)},
-                tuple(self._logits[path] for path in self.anatomy.heads_of_classifier if path in self._logits),
+                tuple(self._logits[path] for path in self.anatomy.classifier_heads if path in self._logits),
             )
         finally:
             self._running = False
@@ -220,7 +220,7 @@ class Tap:
 
     def _mean_pooled(self) -> Tensor:
         """What the classifier is given; with two heads (distilled DeiT), the mean of both."""
-        inputs = [self._pooled[path] for path in self.anatomy.heads_of_classifier]
+        inputs = [self._pooled[path] for path in self.anatomy.classifier_heads]
         return inputs[0] if len(inputs) == 1 else torch.stack(inputs).mean(dim=0)
 
     def _attention(self, index: int) -> Attention:

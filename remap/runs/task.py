@@ -22,7 +22,7 @@ from remap.backbones.build import (
     state_hash,
 )
 from remap.data.views import View
-from remap.distributed.sharding import fill, whole
+from remap.distributed.sharding import copy_full_, gather_full
 from remap.errors import BackboneError, RunError
 from remap.io import atomic_write
 from remap.io.checked_read import absolute, expanded
@@ -61,7 +61,7 @@ def save_task(
         Bytes of both files.
     """
     atomic_write.make_folder(folder)
-    tensors = kept(network) if tensors is None else tensors
+    tensors = task_tensors(network) if tensors is None else tensors
     data = save(tensors, metadata={"format": f"remap task {FORMAT}"})
     atomic_write.write_bytes(folder / "task.safetensors", data)
     atomic_write.write_json(
@@ -235,13 +235,13 @@ def _backbone_of_run(path: Path, num_classes: int, behind: tuple[str, ...]) -> B
     return Backbone(network.model, network.anatomy, network.preprocess, identity, head_is_fresh=True)
 
 
-def kept(network: Network) -> dict[str, Tensor]:
+def task_tensors(network: Network) -> dict[str, Tensor]:
     """What a task holds, on the CPU. If the network is sharded, every process has to call it.
 
     What is trained; with it all the rest where the frozen weights are random, since nothing else holds those.
     """
     frozen = dict(network.model.named_parameters()) if network.identity.weights == "none" else {}
-    return {name: whole(t.detach()).cpu().contiguous() for name, t in (frozen | network.tensors).items()}
+    return {name: gather_full(t.detach()).cpu().contiguous() for name, t in (frozen | network.tensors).items()}
 
 
 def _put(network: Network, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -259,4 +259,4 @@ def _put(network: Network, tensors: dict[str, Tensor], folder: Path) -> None:
         raise RunError(f"the classifier in {folder} does not fit the backbone")
     with torch.no_grad():
         for name, parameter in (backbone | classifier).items():
-            fill(parameter, tensors[name])
+            copy_full_(parameter, tensors[name])

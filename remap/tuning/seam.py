@@ -49,7 +49,7 @@ class FeatureSeam(Seam):
     @torch.no_grad()
     def stem(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         kept: dict[str, Tensor] = {}
-        heads = {path: module_at(self.model, path) for path in self.anatomy.heads_of_classifier}
+        heads = {path: module_at(self.model, path) for path in self.anatomy.classifier_heads}
         # The first of two heads is called before the second one's input is known: what a method hooked there must not
         # run, least of all change its running statistics.
         own = [(head, head._forward_pre_hooks, head._forward_hooks) for head in heads.values()]
@@ -73,7 +73,7 @@ class FeatureSeam(Seam):
 
     def rest(self, kept: Mapping[str, Tensor], images_BCHW: Tensor | None, *, whole_blocks: bool) -> Tensor:
         # timm's distilled models average their two classifiers outside distilled training.
-        logits = [module_at(self.model, path)(kept[path]) for path in self.anatomy.heads_of_classifier]
+        logits = [module_at(self.model, path)(kept[path]) for path in self.anatomy.classifier_heads]
         return torch.stack(logits).mean(0) if len(logits) > 1 else logits[0]
 
 

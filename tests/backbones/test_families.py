@@ -286,7 +286,7 @@ def test_called_says_whether_a_hook_would_run(attention_name: str, tiny_model: B
     for block in anatomy.blocks:
         for word, projection in block.projections.items():
             assert projection.called == (projection.path in ran), word
-    assert set(anatomy.heads_of_classifier) <= ran
+    assert set(anatomy.classifier_heads) <= ran
 
 
 def test_fused_attention_is_a_choice_of_kernel_only(attention_name: str, tiny_model: Build) -> None:
@@ -539,11 +539,11 @@ def test_a_fresh_head_is_the_whole_classifier(tiny_name: str, tiny_model: Build)
     after = model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
     assert {key for key in after if key not in before} == {
-        f"{path}.{part}" for path in anatomy.heads_of_classifier for part in ("weight", "bias")
+        f"{path}.{part}" for path in anatomy.classifier_heads for part in ("weight", "bias")
     }
     assert model(images).shape == (2, 7)
     with torch.no_grad():
-        for path in anatomy.heads_of_classifier:
+        for path in anatomy.classifier_heads:
             head = module_at(model, path)
             assert head.weight.shape == (7, anatomy.width) and not head.bias.any()
             head.weight.zero_()

@@ -8,7 +8,7 @@ import pytest
 
 from remap.data.views import View, require_readable
 from remap.errors import DataError
-from remap.pipeline.shared import Bench, Views
+from remap.pipeline.shared import DataViews, SharedResources
 from remap.progress import Silent
 from remap.recipe.schema import DataSpec
 
@@ -18,9 +18,9 @@ GOOD: dict[str, int | bytes] = {
 }
 
 
-def opened(root: Path, bench: Bench | None = None, **options: object) -> Views:
+def opened(root: Path, bench: SharedResources | None = None, **options: object) -> DataViews:
     spec = DataSpec(source=str(root), workers=2, **options)
-    return (bench or Bench()).open(spec, View(4, 1.0, "bicubic"), Silent())
+    return (bench or SharedResources()).open(spec, View(4, 1.0, "bicubic"), Silent())
 
 
 def test_training_images_are_left_out_counted_and_named(tree: Tree) -> None:
@@ -55,7 +55,7 @@ def test_the_limit_is_a_share_of_the_training_images(tree: Tree, bad: int, allow
 
 def test_all_bad_images_are_counted_and_each_reason_is_in_plain_words(tree: Tree) -> None:
     """Seven of twenty: five by name, the others by number."""
-    root, bench = tree(GOOD | {f"train/a/{i}.png": b"x" for i in range(5)}), Bench()
+    root, bench = tree(GOOD | {f"train/a/{i}.png": b"x" for i in range(5)}), SharedResources()
     bench.index(DataSpec(source=str(root)))
     (root / "train/a/7.png").unlink()
     (root / "train/a/0.png").unlink()
@@ -69,7 +69,7 @@ def test_all_bad_images_are_counted_and_each_reason_is_in_plain_words(tree: Tree
 
 
 def test_another_limit_is_another_answer(tree: Tree) -> None:
-    root, bench = tree(GOOD | {"train/a/0.png": b"x"}), Bench()
+    root, bench = tree(GOOD | {"train/a/0.png": b"x"}), SharedResources()
     assert opened(root, bench) is opened(root, bench)
     with pytest.raises(DataError, match="1 of 20 training images"):
         opened(root, bench, max_bad=0.0)
@@ -107,7 +107,7 @@ def test_memory_is_one_budget_for_all_splits(tree: Tree) -> None:
 
 
 def test_a_file_that_vanishes_is_unreadable_not_a_crash(tree: Tree) -> None:
-    root, bench = tree(GOOD), Bench()
+    root, bench = tree(GOOD), SharedResources()
     bench.index(DataSpec(source=str(root)))
     (root / "train/a/0.png").unlink()
     views = opened(root, bench)

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from remap.data import keyed_random
-from remap.data.batches import Batch, Plan, augmented, batches, closed_view
+from remap.data.batches import Batch, EpochPlan, augmented, augmented_view, batches
 from remap.data.views import ViewSource
 from remap.progress import Silent
 from remap.recipe.schema import DataSpec
 
-PLAN = Plan(seed=3, images=23, batch_size=6, accumulation=1, rank=0, processes=1, augment="shift_flip")
+PLAN = EpochPlan(seed=3, images=23, batch_size=6, accumulation=1, rank=0, processes=1, augment="shift_flip")
 Noise = Callable[..., ViewSource]
 
 
-def steps(plan: Plan, epoch: int, first: int = 0) -> list[list[int]]:
+def steps(plan: EpochPlan, epoch: int, first: int = 0) -> list[list[int]]:
     """Indices of each step of one process, its micro-batches joined."""
     micro = [part.tolist() for part in plan.micro_batches(epoch, first)]
     size = plan.accumulation
@@ -60,7 +60,7 @@ def test_the_shares_of_a_step_add_up_to_one(noise: Noise) -> None:
     assert np.allclose(np.sum(shares, axis=0), 1.0) and shares[0][0] == 3 / 8 and shares[2][0] == 2 / 8
 
 
-def collect(source: ViewSource, plan: Plan, epoch: int, first: int = 0) -> list[Batch]:
+def collect(source: ViewSource, plan: EpochPlan, epoch: int, first: int = 0) -> list[Batch]:
     return list(batches(source, plan, epoch, first))
 
 
@@ -175,7 +175,7 @@ def test_a_closed_list_of_views_is_replayed(noise: Noise) -> None:
     for epoch, found in enumerate(epochs):
         images, first = by_index(found), by_index(epochs[epoch % 3])
         assert all(torch.equal(images[i], first[i]) for i in range(23))
-        again, good = closed_view(source, "shift_flip", plan.seed, epoch % 3, range(23))
+        again, good = augmented_view(source, "shift_flip", plan.seed, epoch % 3, range(23))
         assert good.tolist() == list(range(23)) and all(torch.equal(images[i], again[i]) for i in range(23))
     zero, one, two = (by_index(epochs[view]) for view in range(3))
     assert any(not torch.equal(zero[i], one[i]) for i in range(23)) and any((one[i] != two[i]).any() for i in range(23))
@@ -192,8 +192,8 @@ def test_without_augmentation_there_is_one_view(noise: Noise) -> None:
 
 
 def test_a_closed_view_names_what_could_be_read(noise: Noise) -> None:
-    whole, _ = closed_view(noise(9), "shift", 3, 1, [8, 4, 0])
-    images, good = closed_view(noise(9, bad=(4,), memory=0.0), "shift", 3, 1, [8, 4, 0])
+    whole, _ = augmented_view(noise(9), "shift", 3, 1, [8, 4, 0])
+    images, good = augmented_view(noise(9, bad=(4,), memory=0.0), "shift", 3, 1, [8, 4, 0])
     assert good.tolist() == [8, 0] and torch.equal(images, whole[[0, 2]])
 
 

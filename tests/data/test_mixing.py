@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from remap.data import keyed_random
-from remap.data.batches import Batch, Plan, batches, closed_view
+from remap.data.batches import Batch, EpochPlan, augmented_view, batches
 from remap.data.mixing import DRAWS, mix
 from remap.data.views import ViewSource
 from remap.progress import Silent
 from remap.remapping.labels import Labels
 
 Noise = Callable[..., ViewSource]
-PLAN = Plan(
+PLAN = EpochPlan(
     seed=3, images=23, batch_size=7, accumulation=1, rank=0, processes=1, augment="shift_flip", mixup=0.8, cutmix=1.0
 )
 
@@ -128,7 +128,7 @@ def test_pairs_draw_whether_and_how_they_are_mixed() -> None:
     assert abs(int((share < 1.0).sum()) - 0.7 * count) < 5 * (count * 0.21) ** 0.5
 
 
-def whole_steps(source: ViewSource, plan: Plan, epoch: int) -> list[list[torch.Tensor]]:
+def whole_steps(source: ViewSource, plan: EpochPlan, epoch: int) -> list[list[torch.Tensor]]:
     """Each step's global batch: images, labels, others, shares, indices; put together from all processes."""
     found = [list(batches(source, replace(plan, rank=rank), epoch)) for rank in range(plan.processes)]
     steps = []
@@ -164,7 +164,7 @@ def test_neighbours_of_the_global_batch_are_mixed_with_each_other(noise: Noise, 
     for step, (images, labels, others, shares, indices) in enumerate(whole_steps(source, plan, 2)):
         chosen = order[step * 7 : step * 7 + 7]
         assert indices.tolist() == chosen.tolist() and labels.tolist() == (chosen % 3).tolist()
-        seen = closed_view(source, plan.augment, plan.seed, 2, chosen)[0].numpy()
+        seen = augmented_view(source, plan.augment, plan.seed, 2, chosen)[0].numpy()
         assert shares[6] == 1.0 and others[6] == labels[6] and (images[6].numpy() == seen[6]).all()
         for j in range(6):
             own, other, share = seen[j], seen[j ^ 1], shares[j].numpy()
@@ -190,7 +190,7 @@ def test_an_unreadable_partner_leaves_an_image_as_it_is(noise: Noise) -> None:
         if j not in alone:
             assert all(torch.equal(one[place], other[j]) for one, other in zip(holed, full, strict=True))
             continue
-        view, _ = closed_view(noise(23), "shift_flip", plan.seed, 0, [order[j]])
+        view, _ = augmented_view(noise(23), "shift_flip", plan.seed, 0, [order[j]])
         assert torch.equal(holed[0][place], view[0]) and holed[3][place] == 1.0 and holed[2][place] == holed[1][place]
 
 

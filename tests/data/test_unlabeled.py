@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from remap.data import views as views_module
-from remap.data.digits import digits
+from remap.data.digits import open_digits
 from remap.data.images import decode
 from remap.data.sources import open_data, open_unlabeled
 from remap.data.splits import Split, stratified
 from remap.data.views import JoinedSource, View, ViewSource
 from remap.errors import DataError
-from remap.pipeline.shared import Bench, Views
+from remap.pipeline.shared import DataViews, SharedResources
 from remap.progress import Silent
 from remap.recipe.schema import DataSpec
 
@@ -25,9 +25,9 @@ LABELED: dict[str, int | bytes] = {f"{s}/{c}/{i}.png": 10 * i for s in ("train",
 LOOSE: dict[str, int | bytes] = {"z.png": 101, "a/1.png": 102, "train/deep/er/2.PNG": 103, "val/b/3.png": 104}
 
 
-def opened(root: Path, bench: Bench | None = None, **options: object) -> Views:
+def opened(root: Path, bench: SharedResources | None = None, **options: object) -> DataViews:
     spec = DataSpec(source=str(root), workers=2, **options)
-    return (bench or Bench()).open(spec, VIEW, Silent())
+    return (bench or SharedResources()).open(spec, VIEW, Silent())
 
 
 def greys(source: ViewSource) -> list[int]:
@@ -100,7 +100,7 @@ def test_every_class_keeps_a_label_whatever_the_counts() -> None:
 
 def test_few_labels_of_the_digits() -> None:
     """The other training images stay, without labels; evaluation is the same; any seed keeps the same labels."""
-    whole, few = digits(), open_data("digits", None, 0.2, labels=100)
+    whole, few = open_digits(), open_data("digits", None, 0.2, labels=100)
     assert (len(few.train), len(few.unlabeled), few.val.names) == (100, 900, whole.val.names)
     assert sorted(few.train.names + few.unlabeled.names) == sorted(whole.train.names)
     label_of = dict(zip(whole.train.names, whole.train.labels.tolist(), strict=True))
@@ -162,7 +162,7 @@ def test_only_images_without_labels_need_some(tree: Tree) -> None:
 
 
 def test_each_choice_is_its_own_answer(tree: Tree) -> None:
-    root, bench, loose = tree(LABELED), Bench(), str(tree(LOOSE, "loose"))
+    root, bench, loose = tree(LABELED), SharedResources(), str(tree(LOOSE, "loose"))
     kinds = [{}, {"labels": 2}, {"labels": 3}, {"unlabeled": loose}, {"unlabeled": loose, "unlabeled_only": True}]
     found = [opened(root, bench, **kind) for kind in kinds]
     assert len({id(views) for views in found}) == 5

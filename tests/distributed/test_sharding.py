@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from remap.distributed import sharding
-from remap.distributed.sharding import bytes_held, fill, is_sharded, like, wants_sharding, whole
+from remap.distributed.sharding import bytes_held, copy_full_, gather_full, is_sharded, shard_like, wants_sharding
 from remap.engine import loop
 from remap.errors import RecipeError, TrainingError
 from remap.pipeline.run import start
@@ -95,6 +95,6 @@ def test_out_of_memory_with_sharded_weights_ends_the_run(
 
 def test_what_is_not_sharded_is_left_as_it_is() -> None:
     tensor, value = torch.zeros(3), torch.arange(3.0)
-    assert whole(tensor) is tensor and like(value, tensor) is value
-    fill(tensor, value)
+    assert gather_full(tensor) is tensor and shard_like(value, tensor) is value
+    copy_full_(tensor, value)
     assert torch.equal(tensor, value)

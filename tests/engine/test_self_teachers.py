@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from remap.backbones.anatomy import set_fused_attention
-from remap.engine.self_teachers import average, averaged_twin, pairs_of
+from remap.engine.self_teachers import averaged_copy, move_average, pairs_of
 from remap.errors import RecipeError
 from remap.network import Runner
 from remap.pipeline.assemble import assemble, build_objective
 from remap.pipeline.compare import compare
 from remap.pipeline.run import resume, start
-from remap.pipeline.shared import Bench
+from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
 from remap.recipe.schema import TeacherSpec
 from remap.remapping.labels import Labels
@@ -27,7 +27,7 @@ METHODS = ("vpt_deep", "adaptformer", "lora", "bitfit", "ssf", "full", "dora")
 
 def parts_of(tiny: Any, folder: Path, *settings: str, **words: object) -> Any:
     recipe = tiny.recipe("teacher.allow_weak=true", *settings, **words)
-    return assemble(recipe, RunDir.create(folder, recipe), Silent(), Bench())
+    return assemble(recipe, RunDir.create(folder, recipe), Silent(), SharedResources())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -68,12 +68,12 @@ def test_the_running_average_by_hand(tiny: Any, tmp_path: Path, method: str) -> 
     """Source: d * a + (1 - d) * b in float64; the twin's answer is that of a student with those weights."""
     parts = parts_of(tiny, tmp_path / "run", teacher=None, method=method, losses="ce")
     student = parts.student
-    twin = averaged_twin(student)
+    twin = averaged_copy(student)
     before = {name: tensor.detach().clone().double() for name, tensor in student.tensors.items()}
     with torch.no_grad():
         for parameter in student.trained.values():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    average(pairs_of(twin, student), 0.9)
+    move_average(pairs_of(twin, student), 0.9)
     wanted = {name: 0.9 * before[name] + 0.1 * tensor.double() for name, tensor in student.tensors.items()}
     for name, tensor in twin.tensors.items():
         torch.testing.assert_close(tensor.double(), wanted[name], rtol=1e-6, atol=1e-6)

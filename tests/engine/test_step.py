@@ -16,9 +16,9 @@ from remap.engine import loop as loop
 from remap.engine.job import Job, StudentStep
 from remap.engine.optim import adamw, learning_rate
 from remap.errors import TrainingError
-from remap.pipeline.assemble import Parts, assemble
+from remap.pipeline.assemble import RunComponents, assemble
 from remap.pipeline.run import start
-from remap.pipeline.shared import Bench
+from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
 from remap.recipe.schema import TrainSpec
 from remap.runs.run_dir import RunDir
@@ -29,7 +29,7 @@ def job_of(tmp_path: Path) -> Callable[..., Job]:
     """A job on freshly built parts, without a teacher behind it unless the recipe's losses read one."""
 
     def make(recipe: Any) -> Job:
-        parts: Parts = assemble(recipe, RunDir.create(tmp_path / "run", recipe), Silent(), Bench())
+        parts: RunComponents = assemble(recipe, RunDir.create(tmp_path / "run", recipe), Silent(), SharedResources())
         return Job(
             recipe=recipe,
             student=parts.student,
@@ -177,7 +177,7 @@ def test_the_gradient_is_clipped_to_the_limit(
 
 
 def _before(tiny: Any, method: str) -> dict[str, Tensor]:
-    student = assemble(tiny.recipe(method=method, losses="ce"), None, Silent(), Bench()).student
+    student = assemble(tiny.recipe(method=method, losses="ce"), None, Silent(), SharedResources()).student
     return student.trained
 
 

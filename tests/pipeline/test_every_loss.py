@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 
 from remap.pipeline.run import start
-from remap.pipeline.shared import Bench
+from remap.pipeline.shared import SharedResources
 from remap.remapping import LOSSES
 
 TEACHING = [row.name for row in LOSSES if row.category != "labels"]
 
 
 @pytest.fixture(scope="module")
-def bench() -> Bench:
+def bench() -> SharedResources:
     """One teacher for all these runs."""
-    return Bench()
+    return SharedResources()
 
 
 @pytest.mark.parametrize("method", ["vpt_deep", "lora", "full"])
 @pytest.mark.parametrize("loss", TEACHING)
-def test_a_loss_and_a_method(tiny: Any, tmp_path: Path, bench: Bench, loss: str, method: str) -> None:
+def test_a_loss_and_a_method(tiny: Any, tmp_path: Path, bench: SharedResources, loss: str, method: str) -> None:
     recipe = tiny.recipe("train.epochs=1", "train.lr=0.001", method=method, losses=f"ce,{loss}")
     result = start(recipe, tmp_path / "run", bench=bench)
     losses = result.summary["final_losses"]

@@ -10,9 +10,9 @@ import torch
 
 from remap.errors import BackboneError, RecipeError
 from remap.pipeline.comparison_cells import plan
-from remap.pipeline.init_student import inherit
+from remap.pipeline.init_student import init_from_teacher
 from remap.pipeline.run import start
-from remap.pipeline.shared import Bench
+from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
 from remap.recipe import Recipe, dump, load, resolve
 from remap.runs.task import load_task, open_backbone
@@ -100,7 +100,7 @@ def test_the_backbone_starts_from_the_teacher(tiny: Any, init: str, blocks: list
         recipe = tiny.recipe(RANDOM, init=init)
         student, teacher = open_backbone(recipe.student, 3), open_backbone(recipe.teacher, 3)
         head = student.model.head.weight.detach().clone()
-        inherited = inherit(student, recipe, Bench(), Silent())
+        inherited = init_from_teacher(student, recipe, SharedResources(), Silent())
         assert list(inherited.report.blocks) == blocks
         assert torch.equal(student.model.head.weight, head)
         mine, its = (side.model.norm.weight.tolist() for side in (student, teacher))
@@ -121,7 +121,7 @@ def test_a_run_teaches_with_its_method_folded_in(tiny: Any, tmp_path: Path) -> N
         settings=[RANDOM],
     )
     student = open_backbone(recipe.student, 3)
-    inherit(student, recipe, Bench(), Silent())
+    init_from_teacher(student, recipe, SharedResources(), Silent())
     teacher.student.attached.merge()
     wanted = dict(teacher.student.model.named_parameters())
     for name, parameter in student.model.named_parameters():
@@ -136,7 +136,7 @@ def test_prompts_cannot_be_inherited(tiny: Any, tmp_path: Path) -> None:
         settings=[RANDOM],
     )
     with pytest.raises(BackboneError, match="cannot be folded into the backbone.s weights"):
-        inherit(open_backbone(recipe.student, 3), recipe, Bench(), Silent())
+        init_from_teacher(open_backbone(recipe.student, 3), recipe, SharedResources(), Silent())
 
 
 def resolve_alone(tiny: Any, method: str) -> Recipe:
@@ -152,7 +152,7 @@ def test_the_method_draws_as_it_would_without(tiny: Any) -> None:
         recipe = tiny.recipe(RANDOM, init=init)
         torch.manual_seed(0)
         student = open_backbone(recipe.student, 3)
-        inherit(student, recipe, Bench(), Silent())
+        init_from_teacher(student, recipe, SharedResources(), Silent())
         draws.append((student.model.head.weight, torch.randn(3)))
     assert torch.equal(draws[0][0], draws[1][0]) and torch.equal(draws[0][1], draws[1][1])
 
@@ -162,5 +162,5 @@ def test_pixels_are_normalised_as_for_the_teacher(tiny: Any) -> None:
     recipe = tiny.recipe(RANDOM, init="weight_selection")
     student = open_backbone(recipe.student, 3)
     student.preprocess = replace(student.preprocess, mean=(0.1, 0.2, 0.3))
-    inherited = inherit(student, recipe, Bench(), Silent())
+    inherited = init_from_teacher(student, recipe, SharedResources(), Silent())
     assert student.preprocess.mean == (0.5, 0.5, 0.5) and "mean 0.5/0.5/0.5" in inherited.text

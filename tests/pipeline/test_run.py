@@ -13,7 +13,7 @@ from remap.errors import RecipeError, RunError
 from remap.io import atomic_write
 from remap.pipeline.dry_run import estimate
 from remap.pipeline.run import as_recipe, distill, resume, start
-from remap.pipeline.shared import Bench
+from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
 from remap.runs.run_dir import RunDir
 from remap.runs.task import load_task
@@ -61,7 +61,7 @@ def test_runs_on_one_bench_equal_runs_alone(
     tiny: Any, tmp_path: Path, largest_difference: Callable[..., float]
 ) -> None:
     """A shared teacher carries nothing from one run to the next, and no hook stays on it."""
-    bench = Bench()
+    bench = SharedResources()
     for number, method in enumerate(("vpt_deep", "adaptformer", "vpt_deep")):
         recipe = tiny.recipe(method=method)
         together = start(recipe, tmp_path / f"together{number}", bench=bench)
@@ -75,7 +75,7 @@ def test_runs_on_one_bench_equal_runs_alone(
 @pytest.mark.parametrize("method", ["vpt_deep", "adaptformer", "full"])
 def test_the_saved_student_repeats_the_summary(tiny: Any, tmp_path: Path, method: str) -> None:
     """Loaded anew and evaluated on the same images: the same count, to the image."""
-    bench = Bench()
+    bench = SharedResources()
     recipe = tiny.recipe("train.lr=0.001", method=method)
     result = start(recipe, tmp_path / "run", bench=bench)
     network, view = load_task(tmp_path / "run")

@@ -21,7 +21,7 @@ from remap.pipeline import probe, run, train
 from remap.pipeline.assemble import assemble
 from remap.pipeline.dry_run import estimate
 from remap.pipeline.run import Result, start
-from remap.pipeline.shared import Bench
+from remap.pipeline.shared import SharedResources
 from remap.pipeline.teachers import PreparedTeacher, require_useful, teacher_recipe
 from remap.progress import Silent
 from remap.recipe.schema import TeacherSpec
@@ -249,7 +249,7 @@ class _Noise:
 
 
 def _network(tiny: Any, classes: int) -> Network:
-    network = assemble(tiny.recipe(method="linear", losses="ce"), None, Silent(), Bench()).student
+    network = assemble(tiny.recipe(method="linear", losses="ce"), None, Silent(), SharedResources()).student
     network.model.reset_classifier(classes)
     network.classes = tuple("abcdef"[:classes])
     network.model.eval()

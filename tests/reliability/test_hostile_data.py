@@ -26,7 +26,7 @@ from remap.data.views import View
 from remap.errors import DataError, RemapError, RunError
 from remap.io.checked_read import plain, unfit_for_a_name
 from remap.pipeline.predict import image_files
-from remap.pipeline.shared import Bench
+from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
 from remap.recipe import Recipe
 from remap.recipe.schema import DataSpec
@@ -251,7 +251,7 @@ def test_a_folder_of_traps_does_not_hang(tmp_path: Path, figure: Callable[..., N
     with open(os.fsencode(root / "b") + b"/\xff\x1b[2J.png", "wb") as file:
         file.write(b"no image")
     data = open_data(str(root), None, 0.5)
-    views = Bench().open(
+    views = SharedResources().open(
         DataSpec(source=str(root), workers=2, skip_bad=True, max_bad=0.9), View(4, 1.0, "nearest"), Silent()
     )
     reasons = {name.split("/")[-1]: reason for name, reason in views.skipped}
@@ -363,7 +363,7 @@ def test_bad_images_are_counted_and_left_out_and_the_others_keep_their_classes(
     for i, data in enumerate(GOOD_IMAGES.values()):
         (root / "train" / "b" / f"odd{i}.jpg").write_bytes(data)
     view = View(4, 1.0, "bicubic")
-    views = Bench().open(DataSpec(source=str(root), workers=2, max_bad=0.5), view, Silent())
+    views = SharedResources().open(DataSpec(source=str(root), workers=2, max_bad=0.5), view, Silent())
     left_out = [name for name, _ in views.skipped]
     assert sorted(left_out) == sorted(f"train/a/bad{i}.jpg" for i in range(len(BAD_IMAGES)))
     assert np.bincount(views.train.split.labels).tolist() == [10, 10 + len(GOOD_IMAGES)]
@@ -372,9 +372,9 @@ def test_bad_images_are_counted_and_left_out_and_the_others_keep_their_classes(
     for i, data in enumerate(BAD_IMAGES.values()):
         (root / "val" / "a" / f"bad{i}.jpg").write_bytes(data)
     with pytest.raises(DataError, match=f"{len(BAD_IMAGES)} of {20 + len(BAD_IMAGES)} val images cannot be read"):
-        Bench().open(DataSpec(source=str(root), workers=2, max_bad=0.5), view, Silent())
+        SharedResources().open(DataSpec(source=str(root), workers=2, max_bad=0.5), view, Silent())
     spec = DataSpec(source=str(root), workers=2, max_bad=0.5, skip_bad=True)
-    assert np.bincount(Bench().open(spec, view, Silent()).val.split.labels).tolist() == [10, 10]
+    assert np.bincount(SharedResources().open(spec, view, Silent()).val.split.labels).tolist() == [10, 10]
 
 
 def test_a_rotated_image_is_upright_and_the_rest_are_themselves() -> None:

@@ -23,7 +23,7 @@ from remap.engine.teacher import Teacher
 from remap.errors import Interrupted
 from remap.pipeline.assemble import assemble
 from remap.pipeline.run import Result, resume, start
-from remap.pipeline.shared import Bench
+from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
 from remap.runs.run_dir import RunDir
 
@@ -167,7 +167,7 @@ def test_evaluation_counts_each_image_once(
 ) -> None:
     """Expected: the predictions of this single process, image by image."""
     ranks = request.getfixturevalue("two") if count == 2 else Ranks(tmp_path, count, tiny.words(), ())
-    parts = assemble(tiny.recipe(data="digits", losses="ce"), None, Silent(), Bench())
+    parts = assemble(tiny.recipe(data="digits", losses="ce"), None, Silent(), SharedResources())
     single = {"batch_size": 8, "bf16": False, "progress": Silent(), "what": "digits"}
     whole = evaluate(parts.student, parts.views.val, accelerator(), **single).predictions_N
     right = whole == parts.views.val.split.labels

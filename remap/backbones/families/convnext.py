@@ -62,7 +62,7 @@ class ConvNeXt(Family):
             block_input_norm=None,
             embedding_norms=real(model, (stem_norm, *downsamples)),
             final_norm=final_norm,
-            heads_of_classifier=("head.fc",),
+            classifier_heads=("head.fc",),
             blocks=blocks,
         )
 

@@ -54,7 +54,7 @@ class ResNet(Family):
             block_input_norm=None,
             embedding_norms=tuple(stem_norms),
             final_norm=None,
-            heads_of_classifier=("fc",),
+            classifier_heads=("fc",),
             blocks=blocks,
         )
 

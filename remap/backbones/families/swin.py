@@ -57,7 +57,7 @@ class Swin(Family):
             block_input_norm=None,
             embedding_norms=real(model, ("patch_embed.norm", *downsamples)),
             final_norm=next(iter(real(model, ("norm",))), None),
-            heads_of_classifier=("head.fc",),
+            classifier_heads=("head.fc",),
             blocks=blocks,
         )
 

@@ -52,7 +52,7 @@ class PlainViT(Family):
             # The ratio, because the hybrid stems have a patch size of 1 behind a strided network.
             patch_size=pair(model.patch_embed.feat_ratio(as_scalar=False)),
             class_token_pooled=class_token_pooled(model) and not distilled,
-            heads_of_classifier=("head", "head_dist") if distilled else ("head",),
+            classifier_heads=("head", "head_dist") if distilled else ("head",),
         )
 
     @classmethod

@@ -61,8 +61,8 @@ class LadderSideTuning(Method):
         blocks = [module_at(model, paths.block) for paths in anatomy.blocks]
         handles = [blocks[0].register_forward_pre_hook(ladder.start)]
         handles += [block.register_forward_hook(partial(ladder.step, i)) for i, block in enumerate(blocks, start=1)]
-        for number, path in enumerate(anatomy.heads_of_classifier):
-            last = path == anatomy.heads_of_classifier[-1]
+        for number, path in enumerate(anatomy.classifier_heads):
+            last = path == anatomy.classifier_heads[-1]
             handles.append(module_at(model, path).register_forward_pre_hook(partial(ladder.replace, number, last)))
         seam = LadderSeam(model, anatomy, ladder)
         return attached_modules(model, anatomy, [_PATH], handles, identity_at_init=False, seam=seam)
@@ -80,7 +80,7 @@ class Ladder(nn.Module):
         width, side = anatomy.width, anatomy.width // config.reduction
         heads = num_heads(side, anatomy.head_dim)
         self.prefix, self.class_token = anatomy.num_prefix_tokens, anatomy.class_token_pooled
-        self.by_token = len(anatomy.heads_of_classifier) > 1
+        self.by_token = len(anatomy.classifier_heads) > 1
         self.downs = nn.ModuleList(nn.Linear(width, side) for _ in range(anatomy.depth + 1))
         self.blocks = nn.ModuleList(SideBlock(side, heads) for _ in range(anatomy.depth))
         self.up = nn.Linear(side, width)
@@ -180,4 +180,4 @@ class LadderSeam(FeatureSeam):
         self.ladder.rungs = {index: down(kept[f"tokens.{index}"]) for index, down in enumerate(downs)}
         # The ladder replaces whatever the classifier is given.
         ignored = kept["tokens.0"][:, 0]
-        return super().rest(dict.fromkeys(self.anatomy.heads_of_classifier, ignored), images_BCHW, whole_blocks=False)
+        return super().rest(dict.fromkeys(self.anatomy.classifier_heads, ignored), images_BCHW, whole_blocks=False)

@@ -31,7 +31,7 @@ class MLP(Method):
     config: Config
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
-        heads = [module_at(model, path) for path in anatomy.heads_of_classifier]
+        heads = [module_at(model, path) for path in anatomy.classifier_heads]
         like = heads[0].weight if isinstance(heads[0], nn.Linear) else next(model.parameters())
         hidden = HiddenLayers(anatomy.width, self.config).to(device=like.device, dtype=like.dtype)
         insert_module(model, _PATH, hidden)

@@ -42,8 +42,8 @@ class SideTune(Method):
         side = SideNetwork(network, width, anatomy.width).to(device=like.device, dtype=like.dtype)
         insert_module(model, _PATH, side)
         handles = [module_at(model, anatomy.input_module).register_forward_pre_hook(side.keep_image)]
-        for path in anatomy.heads_of_classifier:
-            last = path == anatomy.heads_of_classifier[-1]
+        for path in anatomy.classifier_heads:
+            last = path == anatomy.classifier_heads[-1]
             handles.append(module_at(model, path).register_forward_pre_hook(partial(side.blend, last)))
         seam = SideSeam(model, anatomy, side)
         return attached_modules(model, anatomy, [_PATH], handles, identity_at_init=False, seam=seam)

@@ -156,7 +156,7 @@ class _Attached(Attached):
     def _features(self, pixels_BCHW: Tensor) -> Tensor:
         """(B, F): what the classifier's linear layers take, side by side where a model has two."""
         kept: list[Tensor] = []
-        heads = [module_at(self.model, path) for path in self.anatomy.heads_of_classifier]
+        heads = [module_at(self.model, path) for path in self.anatomy.classifier_heads]
         handles = [head.register_forward_pre_hook(lambda module, args: kept.append(args[0])) for head in heads]
         try:
             with torch.autocast(pixels_BCHW.device.type, enabled=False):

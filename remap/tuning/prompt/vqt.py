@@ -54,7 +54,7 @@ class VQT(Method):
         for index, paths in enumerate(anatomy.blocks):
             hook = partial(queries.ask, index)
             handles.append(module_at(model, paths.attn).register_forward_pre_hook(hook, with_kwargs=True))
-        for path in anatomy.heads_of_classifier:
+        for path in anatomy.classifier_heads:
             head = module_at(model, path)
             if not isinstance(head, nn.Linear):  # a model without classifier
                 continue
@@ -62,7 +62,7 @@ class VQT(Method):
             nn.init.trunc_normal_(columns.weight, std=0.02)
             insert_module(model, f"{path}.{_PATH}", columns.to(device=head.weight.device, dtype=head.weight.dtype))
             added.append(f"{path}.{_PATH}")
-            last = path == anatomy.heads_of_classifier[-1]
+            last = path == anatomy.classifier_heads[-1]
             handles.append(head.register_forward_pre_hook(queries.normalise))
             handles.append(head.register_forward_hook(partial(queries.add_logits, last)))
         name = f"{_PATH}.prompts"
