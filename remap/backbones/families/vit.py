@@ -113,7 +113,7 @@ def sequence_anatomy(
         "patch_size": pair(model.patch_embed.patch_size),
         "num_prefix_tokens": getattr(model, "num_prefix_tokens", None),
         "class_token_pooled": class_token_pooled(model),
-        "heads_of_classifier": ("head",),
+        "classifier_heads": ("head",),
     }
     return Anatomy(
         family=family,
