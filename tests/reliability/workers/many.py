@@ -15,7 +15,7 @@ launch.processes(count)
 import torch  # noqa: E402
 
 from remap.distributed.launch import accelerator  # noqa: E402
-from remap.engine import fit as loop  # noqa: E402
+from remap.engine import loop  # noqa: E402
 from remap.engine.evaluate import evaluate  # noqa: E402
 from remap.engine.teacher import Teacher  # noqa: E402
 from remap.errors import Interrupted  # noqa: E402
@@ -40,7 +40,7 @@ for size in sizes:
     evaluated.append([found.correct, found.count, found.accuracy, found.predictions_N.tolist()])
 noted["evaluated"] = evaluated
 
-targets, average = Teacher.targets, loop.average
+targets, average = Teacher.targets, loop.all_reduce_mean_
 used: list[list[int]] = []
 
 
@@ -56,7 +56,7 @@ def counting(accelerator: Any, tensors: list[torch.Tensor]) -> None:
     average(accelerator, tensors)
 
 
-Teacher.targets, loop.average = noting, counting
+Teacher.targets, loop.all_reduce_mean_ = noting, counting
 if stop:
     stop_at = 0
     resume(folder / "grown")  # begun by one process
