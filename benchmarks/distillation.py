@@ -34,7 +34,7 @@ from remap.engine.loop import fit
 from remap.engine.optim import adamw
 from remap.engine.teacher import Kept
 from remap.network import Runner
-from remap.pipeline.assemble import assemble
+from remap.pipeline.components import build_components
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_outputs import finite_views, make_teacher
 from remap.progress import Silent
@@ -104,7 +104,7 @@ class Engine:
 
     def __init__(self, setting: Setting, method: str, losses: str) -> None:
         self.recipe, self.setting = setting.recipe(method, losses), setting
-        self.parts = assemble(self.recipe, None, Silent(), SharedResources())
+        self.parts = build_components(self.recipe, None, Silent(), SharedResources())
         self.device = accelerator().device
         self.parts.objective.to(self.device)
         self.teacher = make_teacher(self.parts, 0)
@@ -287,7 +287,7 @@ class TimmTask:
 
         self.setting = setting
         # The same recipe, so the same weights; remap only builds the networks and decodes the images here.
-        self.parts = assemble(setting.recipe("full", "ce,kd"), None, Silent(), SharedResources())
+        self.parts = build_components(setting.recipe("full", "ce,kd"), None, Silent(), SharedResources())
         student, teacher, self.device = self.parts.student, self.parts.teachers[0].network, accelerator().device
         self.preprocess = Runner(student).preprocess
         self.task = LogitDistillationTask(
@@ -441,7 +441,7 @@ def estimate_and_run(name: str, setting: Setting) -> dict[str, tuple[float, floa
         os.environ["REMAP_CACHE"] = str(Path(folder, "cache"))
         said = estimate(recipe, Silent())["estimate"]
         with peak_memory() as memory:
-            summary = start(recipe, Path(folder, "run"), bench=bench).summary
+            summary = start(recipe, Path(folder, "run"), shared=bench).summary
         views = [view for kept in bench.targets.values() for view in kept._views.values()]
         files = [path for path in Path(folder, "cache").rglob("*") if path.name in (DATA_FILE, ROWS_FILE)]
         kept = sum(t.nbytes for view in views for t in view.values()) + sum(path.stat().st_size for path in files)

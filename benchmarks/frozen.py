@@ -18,7 +18,7 @@ from remap.cache.frozen_features import FrozenFeatures
 from remap.distributed.launch import accelerator
 from remap.engine.job import Job, StudentStep
 from remap.engine.loop import fit
-from remap.pipeline.assemble import RunComponents, assemble
+from remap.pipeline.components import RunComponents, build_components
 from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
 from remap.recipe import Recipe, resolve
@@ -112,7 +112,7 @@ def _timed(work) -> float:
 
 def measure(method: str, data: Path, arguments: argparse.Namespace) -> None:
     recipe = recipe_of(method, data, arguments.batch_size)
-    parts = assemble(recipe, None, Silent(), SharedResources())
+    parts = build_components(recipe, None, Silent(), SharedResources())
     source, size = parts.views.train, arguments.batch_size
     features = FrozenFeatures(parts.student, source, accelerator(), bf16=parts.bf16)
     each = features.bytes_per_image()

@@ -64,14 +64,14 @@ def draw(folder: Path, batch_size: int) -> None:
 
 def measure(side: str, data: Path, batch_size: int) -> dict[str, int]:
     """Bytes: the peak over ``STEPS`` steps, and what one forward pass keeps for its backward pass."""
-    from remap.pipeline.assemble import assemble
+    from remap.pipeline.components import build_components
     from remap.pipeline.shared import SharedResources
     from remap.progress import Silent
     from remap.recipe import resolve
 
     words = {"student": MODEL, "weights": "none", "data": str(data), "batch_size": batch_size, "epochs": STEPS}
     recipe = resolve(words={**words, "method": "vpt_deep", "losses": "ce"}, settings=["train.warmup_epochs=0"])
-    parts = assemble(recipe, None, Silent(), SharedResources())
+    parts = build_components(recipe, None, Silent(), SharedResources())
     run, forward = (engine if side == "engine" else bare)(recipe, parts)
     run()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -20,7 +20,7 @@ from remap.distributed.launch import accelerator
 from remap.engine.job import Job
 from remap.engine.loop import fit
 from remap.network import Runner
-from remap.pipeline.assemble import RunComponents, assemble
+from remap.pipeline.components import RunComponents, build_components
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_outputs import finite_views, make_teacher
 from remap.progress import Silent
@@ -47,7 +47,7 @@ class Side:
 
     def __init__(self, recipe: Recipe, folder: Path, *, online: bool) -> None:
         self.recipe, self.online = recipe, online
-        self.parts: RunComponents = assemble(recipe, RunDir.create(folder, recipe), Silent(), SharedResources())
+        self.parts: RunComponents = build_components(recipe, RunDir.create(folder, recipe), Silent(), SharedResources())
         self.parts.objective.to(accelerator().device)
         self.images = len(self.parts.views.train.split)
 

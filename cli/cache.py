@@ -136,14 +136,14 @@ def cache_build(
     words = opt.words(locals())
     launch.processes(devices)
     from remap.errors import Interrupted
-    from remap.pipeline.idle_losses import without_idle_losses
+    from remap.pipeline.objective import without_idle_losses
     from remap.runs.environment import command
     from remap_cli.train import read_recipe
 
     with view.Reporter(quiet=not launch.is_first()) as progress:
         resolved = without_idle_losses(read_recipe(words, recipe, settings or [], with_teacher=True), progress)
         with progress.wait("loading PyTorch"):
-            from remap.pipeline.run import build_cache
+            from remap.pipeline.build_cache import build_cache
         try:
             found = build_cache(resolved, progress)
         except Interrupted as error:

@@ -7,7 +7,7 @@ from typing import Any
 from remap.errors import RecipeError
 from remap.io.atomic_write import size
 from remap.io.checked_read import expanded
-from remap.pipeline.idle_losses import without_idle_losses
+from remap.pipeline.objective import without_idle_losses
 from remap.recipe import Recipe, resolve, resolve_distill
 from remap.runs.run_dir import RunDir
 from remap_cli import estimates, launch, view

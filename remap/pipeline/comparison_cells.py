@@ -1,4 +1,4 @@
-"""The runs that make a comparison: methods by name, each with and without the teacher, for every seed."""
+"""The runs of a comparison: each method with and without the teacher, for every seed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ DEFAULT_METHODS = ("full", "linear", "vpt_shallow", "vpt_deep", "adaptformer", "
 
 
 def chosen_methods(words: str | None) -> list[str]:
-    """Methods by name or combination, by category ("prompt"), "all", or the default set for None.
+    """Return methods by name or combination, by category ("prompt"), "all", or the default set for None.
 
     Raises:
         UnknownName: A word is none of these.
@@ -53,11 +53,11 @@ class Cell:
         return f"{self.method}-{'teacher' if self.with_teacher else 'alone'}-s{self.seed}"
 
 
-def plan(recipe: Recipe, methods: Sequence[str], seeds: int) -> list[Cell]:
-    """Every method with and without the teacher, for ``seeds`` seeds from the recipe's own upwards.
+def comparison_cells(recipe: Recipe, methods: Sequence[str], seeds: int) -> list[Cell]:
+    """Return every method with and without the teacher, for ``seeds`` seeds from the recipe's seed upwards.
 
-    The cells differ from each other in method, its learning rate, losses and seed, and in nothing else; a loss on
-    something that a method cannot change is left out for it, and images without labels are for the teacher alone.
+    The cells differ only in method, its learning rate, losses and seed. A loss on a signal that a method cannot change
+    is left out for it; images without labels are used only with the teacher.
     """
     cells = []
     default = LossSpec(name="ce", weight=LOSSES.row("ce").weight)
@@ -71,7 +71,7 @@ def plan(recipe: Recipe, methods: Sequence[str], seeds: int) -> list[Cell]:
                 if not with_teacher:
                     update |= {"teacher": None, "more_teachers": (), "losses": alone}
                     update["data"] = recipe.data.labeled_part()
-                    # Nor does it start from the teacher's weights.
+                    # Without a teacher the student does not start from its weights either.
                     update["student"] = recipe.student.model_copy(update={"init": None, "force_init": False})
                 cells.append(Cell(method, with_teacher, seed, recipe.model_copy(update=update)))
     return cells

@@ -1,4 +1,4 @@
-"""What of this machine matters to a run."""
+"""Check what matters to a run on this machine."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ from remap.io.versions import PACKAGES, version_of
 
 
 def examine() -> dict[str, Any]:
-    """Checks with a state ("ok", "note", "bad"); ``ok`` is False when one is bad. Never fails, needs no network."""
+    """Return checks with a state ("ok", "note", "bad"); ``ok`` is False when one is bad. Needs no network."""
     checks = [_python(), *_packages(), *_devices(), _precision(), _hub(), _token(), _disk(), _writable(), _mini()]
     return {"ok": all(check["state"] != "bad" for check in checks), "checks": checks}
 

@@ -1,17 +1,17 @@
-"""Build everything, push one batch, and say what the run would cost; nothing is trained or written."""
+"""Build everything, profile one training step, and estimate what the run would cost; nothing is trained or written."""
 
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import nn
 
 from remap.distributed.launch import accelerator, check_processes
 from remap.engine.job import bytes_of_a_run
 from remap.engine.teacher import Teacher
 from remap.network import Network
-from remap.pipeline.assemble import RunComponents, assemble
-from remap.pipeline.idle_losses import without_idle_losses
+from remap.pipeline.components import RunComponents, build_components
+from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.profile_step import StepProfile, profile_step
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_outputs import OutputStorage, choose_storage, make_teacher
@@ -28,14 +28,14 @@ class Estimate:
     """What a run would cost on this machine.
 
     Attributes:
-        cache_bytes, disk_cache_bytes: Kept outputs of the teachers, in memory and on disk.
-        features_bytes: Kept frozen features of the student.
-        memory_bytes: Weights, gradients, optimiser state and activations of one process at the full batch; where that
-            is a GPU's memory, without what is kept in that of the machine (images, outputs, features).
-        run_bytes: Checkpoints and task: the free space that the run asks for before it trains.
-        disk_bytes: That, a prepared teacher and what is kept on disk of the teachers' outputs.
-        seconds: All of it: building the networks and reading the images, preparing the teacher, training, evaluation.
-        preparing_seconds: Of it, giving the teacher its head.
+        cache_bytes, disk_cache_bytes: Cached outputs of the teachers, in memory and on disk.
+        features_bytes: Cached frozen features of the student.
+        memory_bytes: Weights, gradients, optimiser state and activations of one process at the full batch; on a CPU
+            also what is held in memory of images, outputs and features.
+        run_bytes: Checkpoints and task: the free space that the run requires before it trains.
+        disk_bytes: ``run_bytes``, a prepared teacher and teacher outputs that are cached on disk.
+        seconds: Of the whole run: building networks, reading images, preparing the teacher, training, evaluation.
+        preparing_seconds: Part of ``seconds``: giving the teacher its head.
     """
 
     step_seconds: float
@@ -53,7 +53,7 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
-    """Resolve, build, push one batch, estimate.
+    """Build everything, profile one training step, and estimate.
 
     Returns:
         ``recipe``, ``data``, ``teacher`` (the first), ``teachers``, ``student``, ``trainable`` (rows of part, tensors,
@@ -62,66 +62,68 @@ def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """
     check_processes(recipe.train.processes)
     recipe = without_idle_losses(recipe, progress).written_out()
-    bench = SharedResources()
+    shared = SharedResources()
     started = time.perf_counter()
-    parts = assemble(recipe, None, progress, bench)
+    components = build_components(recipe, None, progress, shared)
     building = time.perf_counter() - started
     device = accelerator().device
-    parts.objective.to(device)
-    numbers = [number for number in range(len(parts.teachers)) if parts.objective.reads_teacher(number)]
-    teachers = {number: make_teacher(parts, number) for number in numbers}
-    places = {number: choose_storage(parts, parts.teachers[number], teacher) for number, teacher in teachers.items()}
-    trial = profile_step(parts, teachers)
-    made = [
-        _preparing(parts, teacher, trial.teacher_seconds.get(number, 0.0), progress, bench)
-        for number, teacher in enumerate(parts.teachers)
+    components.objective.to(device)
+    read = [number for number in range(len(components.teachers)) if components.objective.reads_teacher(number)]
+    teachers = {number: make_teacher(components, number) for number in read}
+    storages = {
+        number: choose_storage(components, components.teachers[number], teacher) for number, teacher in teachers.items()
+    }
+    profile = profile_step(components, teachers)
+    costs = [
+        _preparing(components, teacher, profile.teacher_seconds.get(number, 0.0), progress, shared)
+        for number, teacher in enumerate(components.teachers)
     ]
-    preparing, prepared = sum(seconds for seconds, _ in made), sum(nbytes for _, nbytes in made)
-    found = _estimate(parts, teachers, places, trial, building, preparing, prepared)
-    described = [_teacher(teacher, places.get(number)) for number, teacher in enumerate(parts.teachers)]
+    preparing, prepared = sum(seconds for seconds, _ in costs), sum(nbytes for _, nbytes in costs)
+    cost = _estimate(components, teachers, storages, profile, building, preparing, prepared)
+    described = [_teacher(teacher, storages.get(number)) for number, teacher in enumerate(components.teachers)]
     return {
         "recipe": recipe.model_dump(mode="json"),
         "data": {
-            "source": parts.views.data.source,
-            "classes": len(parts.views.data.classes),
-            "train_images": len(parts.lessons.split),
-            "labeled_images": round(len(parts.lessons.split) * parts.labeled_share),
-            "val_images": len(parts.views.val.split),
-            "skipped": [list(item) for item in parts.views.skipped],
+            "source": components.views.data.source,
+            "classes": len(components.views.data.classes),
+            "train_images": len(components.training_source.split),
+            "labeled_images": round(len(components.training_source.split) * components.labeled_share),
+            "val_images": len(components.views.val.split),
+            "skipped": [list(item) for item in components.views.skipped],
         },
         "teacher": described[0] if described else None,
         "teachers": described,
-        "student": _model(parts.student),
-        "trainable": trainable_rows(parts),
-        "learning_rate": recipe.learning_rate(parts.student.anatomy.width),
-        "losses": trial.losses,
-        "terms": _terms(parts, trial, places),
+        "student": _model(components.student),
+        "trainable": trainable_rows(components),
+        "learning_rate": recipe.learning_rate(components.student.anatomy.width),
+        "losses": profile.losses,
+        "terms": _terms(components, profile, storages),
         "device": str(device),
-        "precision": "bf16" if parts.bf16 else "fp32",
-        "estimate": asdict(found),
+        "precision": "bf16" if components.bf16 else "fp32",
+        "estimate": asdict(cost),
     }
 
 
-def _teacher(teacher: PreparedTeacher, place: OutputStorage | None) -> dict[str, Any]:
-    where = {"outputs": place.where, "outputs_bytes": place.bytes} if place else {"outputs": "not read"}
+def _teacher(teacher: PreparedTeacher, storage: OutputStorage | None) -> dict[str, Any]:
+    where = {"outputs": storage.where, "outputs_bytes": storage.bytes} if storage else {"outputs": "not read"}
     return {**_model(teacher.network), "source": teacher.spec.model, "weight": teacher.spec.weight, **where}
 
 
-def _terms(parts: RunComponents, trial: StepProfile, places: dict[int, OutputStorage]) -> list[dict[str, Any]]:
-    """What each term costs by itself: seconds and bytes of one step, bytes of kept teacher outputs for all images."""
-    rows, size = [], parts.recipe.train.batch_size // parts.recipe.train.accumulation
-    views = len(parts.lessons.split) * parts.recipe.data.finite_views
-    for name, term in parts.objective.terms.items():
-        cost = trial.terms[name]
-        place = places.get(parts.objective.teacher_of[name]) if term.uses_teacher else None
-        kept = place is not None and place.where != "each step"
+def _terms(components: RunComponents, profile: StepProfile, storages: dict[int, OutputStorage]) -> list[dict[str, Any]]:
+    """Return what each term costs by itself: seconds and bytes of a step, bytes of its cached outputs."""
+    rows, size = [], components.recipe.train.batch_size // components.recipe.train.accumulation
+    views = len(components.training_source.split) * components.recipe.data.finite_views
+    for name, term in components.objective.terms.items():
+        cost = profile.terms[name]
+        storage = storages.get(components.objective.teacher_of[name]) if term.uses_teacher else None
+        cached = storage is not None and storage.where != "each step"
         rows.append(
             {
                 "name": name,
-                "weight": parts.objective.weights[name],
+                "weight": components.objective.weights[name],
                 "seconds": cost.seconds * size,
                 "memory_bytes": cost.memory_bytes * size,
-                "cache_bytes": cost.item_bytes * views if kept else 0,
+                "cache_bytes": cost.item_bytes * views if cached else 0,
                 "blocks": [list(pair) for pair in term.blocks],
             }
         )
@@ -143,15 +145,15 @@ def _model(network: Network) -> dict[str, Any]:
     }
 
 
-def trainable_rows(parts: RunComponents) -> list[dict[str, Any]]:
-    """One row a part that is trained: method, head and, for each loss, its projectors."""
-    groups: dict[str, list[Tensor]] = {parts.recipe.method.name: [], "head": []}
-    for name, parameter in parts.student.trained.items():
-        groups["head" if parts.student.anatomy.is_head(name) else parts.recipe.method.name].append(parameter)
-    for name, term in parts.objective.terms.items():
+def trainable_rows(components: RunComponents) -> list[dict[str, Any]]:
+    """Return one row per part that is trained: method, head and, for each loss, its projectors."""
+    groups: dict[str, list[nn.Parameter]] = {components.recipe.method.name: [], "head": []}
+    for name, parameter in components.student.trained.items():
+        groups["head" if components.student.anatomy.is_head(name) else components.recipe.method.name].append(parameter)
+    for name, term in components.objective.terms.items():
         projectors = [p for p in term.parameters() if p.requires_grad]
         if projectors:
-            groups[f"projector of {name} (not kept)"] = projectors
+            groups[f"projector of {name} (training only)"] = projectors
     return [
         {
             "part": part,
@@ -164,57 +166,61 @@ def trainable_rows(parts: RunComponents) -> list[dict[str, Any]]:
 
 
 def _preparing(
-    parts: RunComponents, teacher: PreparedTeacher, each: float, progress: Progress, bench: SharedResources
+    components: RunComponents, teacher: PreparedTeacher, each: float, progress: Progress, shared: SharedResources
 ) -> tuple[float, int]:
-    """Seconds and bytes on disk of giving a teacher a head: a forward pass over the labelled images for a probe, else a
-    run of its own (``teacher_recipe``), which is estimated like any other.
+    """Return seconds and bytes on disk of giving a teacher a head: a forward pass over the labelled images for a probe,
+    else a run (``teacher_recipe``), which is estimated like any other.
 
     Args:
         each: Seconds of the teacher's forward pass for one image.
     """
-    recipe, spec = parts.recipe, teacher.spec
+    recipe, spec = components.recipe, teacher.spec
     if not needs_logits(recipe) or teacher.head != "none":
         return 0.0, 0
     if spec.prepare == "probe":
         head = sum(p.nbytes for p in teacher.network.head.values())
-        return each * len(parts.views.train.split) / accelerator().num_processes, head + TASK_RECORD
-    tuning = assemble(teacher_recipe(recipe, spec).written_out(), None, progress, bench)
+        return each * len(components.views.train.split) / accelerator().num_processes, head + TASK_RECORD
+    tuning = build_components(teacher_recipe(recipe, spec).written_out(), None, progress, shared)
     tuning.objective.to(accelerator().device)
-    found = _estimate(tuning, {}, {}, profile_step(tuning, {}))
-    return found.seconds, found.disk_bytes
+    cost = _estimate(tuning, {}, {}, profile_step(tuning, {}))
+    return cost.seconds, cost.disk_bytes
 
 
 def _estimate(
-    parts: RunComponents,
+    components: RunComponents,
     teachers: dict[int, Teacher],
-    places: dict[int, OutputStorage],
-    trial: StepProfile,
+    storages: dict[int, OutputStorage],
+    profile: StepProfile,
     building: float = 0.0,
     preparing: float = 0.0,
     prepared_bytes: int = 0,
 ) -> Estimate:
-    recipe, lessons, val = parts.recipe, parts.lessons, parts.views.val
+    recipe, training_source, val = components.recipe, components.training_source, components.views.val
     spec, processes = recipe.train, accelerator().num_processes
     micro = max(1, spec.batch_size // (spec.accumulation * processes))
-    trained = [*parts.student.trained.values(), *(p for p in parts.objective.parameters() if p.requires_grad)]
+    trained = [*components.student.trained.values(), *(p for p in components.objective.parameters() if p.requires_grad)]
     trained_bytes = sum(p.numel() * p.element_size() for p in trained)
-    weights = _weight_bytes([parts.student, *(teacher.network for teacher in parts.teachers)])
-    kept = {number for number, place in places.items() if place.where != "each step"}
-    steps = max(1, len(lessons.split) // spec.batch_size) * spec.epochs
-    asked = sum(seconds for number, seconds in trial.teacher_seconds.items() if number not in kept)
-    step_seconds = (trial.student_seconds + asked) * spec.batch_size / processes
-    once = sum(trial.teacher_seconds[number] for number in kept) * len(lessons.split) * recipe.data.finite_views
-    once += trial.stem_seconds * (len(lessons.split) + len(val.split))
-    passes = 1 + -(-spec.epochs // spec.eval_every)  # before the first epoch, and always behind the last
-    test = parts.views.test
+    weights = _weight_bytes([components.student, *(teacher.network for teacher in components.teachers)])
+    cached = {number for number, storage in storages.items() if storage.where != "each step"}
+    steps = max(1, len(training_source.split) // spec.batch_size) * spec.epochs
+    online = sum(seconds for number, seconds in profile.teacher_seconds.items() if number not in cached)
+    step_seconds = (profile.student_seconds + online) * spec.batch_size / processes
+    once = (
+        sum(profile.teacher_seconds[number] for number in cached)
+        * len(training_source.split)
+        * recipe.data.finite_views
+    )
+    once += profile.stem_seconds * (len(training_source.split) + len(val.split))
+    passes = 1 + -(-spec.epochs // spec.eval_every)  # before the first epoch, and always after the last
+    test = components.views.test
     evaluated = passes * len(val.split) + (0 if test is None else len(test.split))
-    checks = trial.forward_seconds * evaluated / processes
+    checks = profile.forward_seconds * evaluated / processes
     if needs_logits(recipe):  # the teachers are evaluated once
-        checks += sum(trial.teacher_seconds.values()) * len(val.split) / processes
-    task = sum(p.numel() * p.element_size() for p in parts.student.trained.values()) + TASK_RECORD
-    of_run = bytes_of_a_run(parts.student, parts.objective, list(teachers.values()))
-    in_memory = sum(place.bytes for place in places.values() if place.where == "memory")
-    on_disk = sum(place.bytes for place in places.values() if place.where == "disk")
+        checks += sum(profile.teacher_seconds.values()) * len(val.split) / processes
+    task = sum(p.numel() * p.element_size() for p in components.student.trained.values()) + TASK_RECORD
+    of_run = bytes_of_a_run(components.student, components.objective, list(teachers.values()))
+    in_memory = sum(storage.bytes for storage in storages.values() if storage.where == "memory")
+    on_disk = sum(storage.bytes for storage in storages.values() if storage.where == "disk")
     return Estimate(
         step_seconds=step_seconds,
         steps=steps,
@@ -222,12 +228,14 @@ def _estimate(
         preparing_seconds=preparing,
         memory_bytes=weights
         + 3 * trained_bytes
-        + trial.activation_bytes * micro
-        + (in_memory + trial.features_bytes + lessons.kept_bytes if accelerator().device.type == "cpu" else 0),
-        activation_bytes=trial.activation_bytes * micro,
+        + profile.activation_bytes * micro
+        + (
+            in_memory + profile.features_bytes + training_source.kept_bytes if accelerator().device.type == "cpu" else 0
+        ),
+        activation_bytes=profile.activation_bytes * micro,
         cache_bytes=in_memory,
         disk_cache_bytes=on_disk,
-        features_bytes=trial.features_bytes,
+        features_bytes=profile.features_bytes,
         task_bytes=task,
         run_bytes=of_run,
         disk_bytes=of_run + prepared_bytes + on_disk,
@@ -235,6 +243,6 @@ def _estimate(
 
 
 def _weight_bytes(networks: list[Network]) -> int:
-    """Bytes of all parameters, those that networks share counted once."""
+    """Return the bytes of all parameters; those that networks share count once."""
     parameters = {id(p): p for network in networks for p in network.model.parameters()}
     return sum(p.numel() * p.element_size() for p in parameters.values())

@@ -1,4 +1,4 @@
-"""Evaluate a finished run again, on its own evaluation split or on other data."""
+"""Evaluate a finished run again, on its evaluation split or on other data."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +20,7 @@ from remap.runs.task import load_task
 
 
 def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progress) -> dict[str, Any]:
-    """Accuracy of a run's student.
+    """Return the accuracy of a run's student.
 
     Args:
         data: Another folder or tar with the same class names, all of it; None takes the run's evaluation split.
@@ -74,7 +74,7 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
 
 
 def _say_if_others(run: RunDir, contents: Contents, count: int, progress: Progress) -> None:
-    """An accuracy on other images is not to be compared with that of the run."""
+    """Say where the images differ from those of the run, whose accuracy then does not compare."""
     try:
         noted = run.summary()["data"]
         then, wanted = noted["val_images"], noted["val_fingerprint"]

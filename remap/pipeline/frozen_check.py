@@ -1,4 +1,4 @@
-"""Proof that a run left alone what it said it would: the list of what is trained, and a hash over all the rest."""
+"""Proof that training changed nothing that is frozen: a hash over it, before and after."""
 
 import hashlib
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from remap.network import Network
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenWeights:
     """What training must not change: all tensors of a student's state that are not trained.
 
     Attributes:
@@ -25,12 +25,8 @@ class Frozen:
     numbers: int
     sha256: str
 
-    def __str__(self) -> str:
-        """In a few words."""
-        return f"{self.tensors} tensors are frozen, SHA-256 {self.sha256[:16]}" if self.tensors else "nothing is frozen"
-
     @classmethod
-    def of(cls, network: Network) -> "Frozen":
+    def of(cls, network: Network) -> "FrozenWeights":
         """Of a student as it is now; every process has to call it."""
         changing = network.tensors
         rest = {name: tensor for name, tensor in network.model.state_dict().items() if name not in changing}
@@ -45,7 +41,7 @@ class Frozen:
         Raises:
             TrainingError: Something frozen was changed.
         """
-        now = Frozen.of(network)
+        now = FrozenWeights.of(network)
         if now != self:
             raise TrainingError(
                 "training changed weights that are frozen; nothing of this student was kept",
@@ -55,9 +51,10 @@ class Frozen:
         return {"tensors": self.tensors, "parameters": self.numbers, "sha256": self.sha256, "unchanged": True}
 
 
-def trainables(trained: Mapping[str, Parameter]) -> list[dict[str, Any]]:
-    """Name, shape and number of everything that is trained, as trainables.json lists it."""
-    return [
-        {"name": name, "shape": list(parameter.shape), "parameters": parameter.numel()}
-        for name, parameter in trained.items()
-    ]
+def trained_text(trained: Mapping[str, Parameter], student: Network) -> str:
+    """Return in a line how much is trained, of the student and in the losses."""
+    count = sum(parameter.numel() for parameter in trained.values())
+    in_losses = count - student.num_trainable
+    total = student.num_parameters + in_losses
+    more = f", {in_losses:,} of them in the losses" if in_losses else ""
+    return f"training {count:,} of {total:,} parameters ({count / total:.1%}){more}"

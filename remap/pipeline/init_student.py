@@ -1,4 +1,4 @@
-"""A student whose backbone starts from the teacher's weights, inside a run."""
+"""Start the student's backbone from the teacher's weights, inside a run."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ IMAGES, BATCH = 512, 32
 
 @dataclass(frozen=True)
 class InitReport:
-    """What a student has from its teacher: which weights, and how pixels are normalised for them."""
+    """What a student took from its teacher: which weights, and how pixels are normalised for them."""
 
     teacher: str
     report: Report
@@ -38,13 +38,13 @@ class InitReport:
 
 
 def init_from_teacher(
-    student: Backbone, recipe: Recipe, bench: SharedResources, progress: Progress
+    student: Backbone, recipe: Recipe, shared: SharedResources, progress: Progress
 ) -> InitReport | None:
-    """Initialise the recipe's student from its first teacher, if it asks for that; a method is not yet attached.
+    """Initialise the recipe's student from its first teacher, if the recipe says so, before a method is attached.
 
-    The teacher's backbone is taken as its weights come (a run's with its method folded in), and not as it may be
-    tuned for the task. A student initialised so can be built from nothing else, so it counts as one with random
-    weights: its task holds the whole backbone.
+    The teacher's backbone is used with the weights it comes with (of a run, with its method merged), not as it may be
+    tuned for the task. No other source gives such a student, so it counts as one with random weights: its task file
+    holds the complete backbone.
 
     Raises:
         RemapError: The two models do not fit, or no training image can be read.
@@ -53,11 +53,11 @@ def init_from_teacher(
     if spec is None:
         return None
     row, cls = INITS.row(spec.name), INITS.load(spec.name)
-    # The method's draws are the same as without.
+    # Forked, so that the method draws the same numbers as without an initialisation.
     with progress.wait("initialising the student from the teacher"), torch.random.fork_rng(devices=[]):
-        teacher = open_backbone(recipe.teacher, len(bench.classes(recipe.data)))
+        teacher = open_backbone(recipe.teacher, len(shared.classes(recipe.data)))
         teacher.model.to(accelerator().device).requires_grad_(False)
-        sample = _sample(teacher, recipe, bench) if row.reads_images else None
+        sample = _sample(teacher, recipe, shared) if row.reads_images else None
         report = remap_weights(cls(cls.Config(**spec.options)), teacher, student, sample)
     theirs, mine = teacher.preprocess, student.preprocess
     same = (theirs.mean, theirs.std) == (mine.mean, mine.std)
@@ -69,9 +69,11 @@ def init_from_teacher(
     return inherited
 
 
-def _sample(teacher: Backbone, recipe: Recipe, bench: SharedResources) -> Iterator[Tensor]:
-    looking = {"images": IMAGES, "batch_size": BATCH, "instead": "--init weight_selection"}
-    return training_pixels(teacher, recipe.data, recipe.seed, bench, **looking)()
+def _sample(teacher: Backbone, recipe: Recipe, shared: SharedResources) -> Iterator[Tensor]:
+    without_images = "--init weight_selection"
+    return training_pixels(
+        teacher, recipe.data, recipe.seed, shared, images=IMAGES, batch_size=BATCH, without_images=without_images
+    )()
 
 
 def _listed(values: tuple[float, ...]) -> str:

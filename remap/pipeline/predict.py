@@ -49,7 +49,7 @@ def image_files(words: Sequence[str]) -> list[Path]:
 def predict(
     student: Student, paths: Sequence[Path], *, top: int, batch_size: int, progress: Progress
 ) -> Iterator[Prediction]:
-    """Predictions in the order of ``paths``; an unreadable file gets its reason instead."""
+    """Yield predictions in the order of ``paths``; for an unreadable file the reason instead."""
     top = min(top, len(student.classes))
     with progress.wait("predicting", len(paths)) as step:
         for start in range(0, len(paths), batch_size):

@@ -1,6 +1,7 @@
 """A linear head fitted on cached features: the quickest way to give a teacher these classes."""
 
 import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from remap.errors import DataError
 from remap.network import Network, Runner
 from remap.progress import Progress, Step
 from remap.remapping.signals import Needs
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
 
 # Inverse strengths of the L2 penalty that are tried on a fifth of the training images.
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
@@ -39,7 +43,7 @@ def fit_probe(
         raise DataError("a head needs readable training images of two classes at least", do="repair the images")
     with progress.wait("fitting the teacher's head", len(STRENGTHS) + 1) as step:
         best = _choose(standard, labels_N, step)
-        model = _regression(best).fit(standard, labels_N)
+        model = _fit(best, standard, labels_N)
         step.advance()
     weight, bias = _all_classes(model, network, mean, std)
     _write_head(network, weight, bias)
@@ -47,13 +51,13 @@ def fit_probe(
 
 
 def _choose(standard_ND: np.ndarray, labels_N: np.ndarray, step: Step) -> float:
-    """The inverse strength that does best on a fifth of the images; 1 where a class has no image to spare."""
+    """Return the inverse strength that does best on a fifth of the images; 1 where a class has a single image."""
     if np.unique(labels_N, return_counts=True)[1].min() < 2:
         return 1.0
     fit, check = stratified(labels_N, round(0.8 * len(labels_N)))
     scores = []
     for strength in STRENGTHS:
-        model = _regression(strength).fit(standard_ND[fit], labels_N[fit])
+        model = _fit(strength, standard_ND[fit], labels_N[fit])
         scores.append(model.score(standard_ND[check], labels_N[check]))
         step.advance()
     return STRENGTHS[int(np.argmax(scores))]
@@ -63,41 +67,33 @@ def _choose(standard_ND: np.ndarray, labels_N: np.ndarray, step: Step) -> float:
 def pooled_features(
     network: Network, source: ViewSource, accelerator: Accelerator, batch_size: int, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features that enter the classifier, float64 (N, D), and labels (N,), of all readable images."""
+    """Return the features that enter the classifier, float64 (N, D), and labels (N,), of all readable images."""
     network.model.eval()
     runner = Runner(network, Needs(pooled=True))
-    rows, kept = [], []
+    rows, readable = [], []
     with defer_signals(), progress.wait("teacher features", len(source.split)) as step:
         for start in range(0, len(source.split), batch_size):
             raise_if_interrupted(accelerator, "the teacher's head was being fitted")
             images, good = source.batch(np.arange(start, min(start + batch_size, len(source.split))))
             if len(good):
                 rows.append(runner(images.to(accelerator.device)).pooled_BD.float().cpu().numpy())
-                kept.append(good)
+                readable.append(good)
             step.advance(len(images))
     runner.tap.close()
-    return np.concatenate(rows).astype(np.float64), source.split.labels[np.concatenate(kept)]
+    return np.concatenate(rows).astype(np.float64), source.split.labels[np.concatenate(readable)]
 
 
-def _regression(strength: float):
+def _fit(strength: float, x_ND: np.ndarray, labels_N: np.ndarray) -> "LogisticRegression":
     from sklearn.linear_model import LogisticRegression
 
-    return _Quiet(LogisticRegression(C=strength, max_iter=500))
+    with warnings.catch_warnings():  # stopping before full convergence is fine for a probe
+        warnings.simplefilter("ignore")
+        return LogisticRegression(C=strength, max_iter=500).fit(x_ND, labels_N)
 
 
-class _Quiet:
-    """Stopping before full convergence is fine for a probe; its warning would only puzzle."""
-
-    def __init__(self, model) -> None:
-        self.model = model
-
-    def fit(self, x: np.ndarray, y: np.ndarray):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return self.model.fit(x, y)
-
-
-def _all_classes(model, network: Network, mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _all_classes(
+    model: "LogisticRegression", network: Network, mean: np.ndarray, std: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Weights on raw features for every class; two-class models have one row, worth -z/2 and +z/2."""
     coefficients, intercept = model.coef_, model.intercept_
     if len(coefficients) == 1:
@@ -114,6 +110,7 @@ def _all_classes(model, network: Network, mean: np.ndarray, std: np.ndarray) -> 
 def _write_head(network: Network, weight_CD: np.ndarray, bias_C: np.ndarray) -> None:
     with torch.no_grad():
         for path in network.anatomy.classifier_heads:
-            head: nn.Linear = network.model.get_submodule(path)
+            head = network.model.get_submodule(path)
+            assert isinstance(head, nn.Linear)
             head.weight.copy_(torch.from_numpy(weight_CD))
             head.bias.copy_(torch.from_numpy(bias_C))

@@ -1,4 +1,4 @@
-"""One batch pushed through everything a run is made of: what an image costs in time and memory."""
+"""Profile one training step: time and memory per image."""
 
 import time
 from dataclasses import dataclass
@@ -10,19 +10,20 @@ from remap.data import keyed_random
 from remap.distributed.launch import accelerator
 from remap.engine.job import StudentStep
 from remap.engine.teacher import Teacher
-from remap.pipeline.assemble import RunComponents, feature_bytes
+from remap.pipeline.components import RunComponents
+from remap.pipeline.student_features import feature_bytes
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Objective
 from remap.remapping.signals import Signals
 
-# Images of the first trial batch. A second one is as much larger, up to the run's own, as about this many seconds
-# allow: fixed costs of a step weigh less in a larger one.
-TRIAL_IMAGES, TRIAL_SECONDS = 8, 4.0
+# A first batch of this many images tells how large a second one, up to the run's, takes about this many seconds: the
+# fixed costs of a step weigh less in a larger batch.
+FIRST_IMAGES, SECOND_SECONDS = 8, 4.0
 
 
 @dataclass(frozen=True)
 class TermCost:
-    """What one image costs in one term: seconds of forward and backward, bytes kept between, bytes of its items."""
+    """What one image costs in one term: seconds of both passes, bytes saved between them, bytes of its items."""
 
     seconds: float
     memory_bytes: float
@@ -31,8 +32,16 @@ class TermCost:
 
 @dataclass(frozen=True)
 class StepProfile:
-    """What one image costs: seconds of each teacher, of the student's step, of its forward pass alone and of its frozen
-    part where that is kept, bytes kept for the backward pass; and the bytes of the frozen features of all images."""
+    """What one image costs.
+
+    Attributes:
+        teacher_seconds: Of each teacher's forward pass, by its number.
+        student_seconds: Of the student's forward and backward pass and the losses.
+        forward_seconds: Of the student's forward pass in evaluation.
+        stem_seconds: Of the student's frozen part, where its features are cached; else 0.
+        features_bytes: Of the cached frozen features of all images; 0 where they are not cached.
+        activation_bytes: Saved for the backward pass.
+    """
 
     teacher_seconds: dict[int, float]
     student_seconds: float
@@ -45,7 +54,7 @@ class StepProfile:
 
 
 class _Saved:
-    """Bytes that autograd keeps for the backward pass, parameters left out, each storage once."""
+    """Counts the bytes that autograd saves for the backward pass: without parameters, each storage once."""
 
     def __init__(self) -> None:
         self._sizes: dict[int, int] = {}
@@ -60,38 +69,38 @@ class _Saved:
         return tensor
 
 
-def profile_step(parts: RunComponents, teachers: dict[int, Teacher]) -> StepProfile:
-    """Push a small batch, and a larger one where time allows.
+def profile_step(components: RunComponents, teachers: dict[int, Teacher]) -> StepProfile:
+    """Profile a small batch, and a larger one where time allows.
 
     Args:
-        teachers: Those that the objective listens to, by number, without kept outputs.
+        teachers: Those that the objective reads, by number, without cached outputs.
     """
-    spec, images = parts.recipe.train, len(parts.lessons.split)
+    spec, images = components.recipe.train, len(components.training_source.split)
     most = min(images, max(1, spec.batch_size // (spec.accumulation * accelerator().num_processes)))
-    count = min(TRIAL_IMAGES, most)
-    trial = _measured(parts, teachers, count)
+    count = min(FIRST_IMAGES, most)
+    profile = _measure(components, teachers, count)
     # A batch goes twice through teachers and student.
-    each = 2 * (sum(trial.teacher_seconds.values()) + trial.stem_seconds + trial.student_seconds)
-    larger = min(most, int(TRIAL_SECONDS / each))
+    each = 2 * (sum(profile.teacher_seconds.values()) + profile.stem_seconds + profile.student_seconds)
+    larger = min(most, int(SECOND_SECONDS / each))
     if larger < 2 * count:
-        return trial
+        return profile
     try:
-        return _measured(parts, teachers, larger)
+        return _measure(components, teachers, larger)
     except torch.OutOfMemoryError:  # of a GPU
-        return trial
+        return profile
 
 
-def _measured(parts: RunComponents, teachers: dict[int, Teacher], count: int) -> StepProfile:
-    device, recipe = accelerator().device, parts.recipe
-    source = parts.lessons
+def _measure(components: RunComponents, teachers: dict[int, Teacher], count: int) -> StepProfile:
+    device, recipe = accelerator().device, components.recipe
+    source = components.training_source
     indices = keyed_random.permutation(recipe.seed, 0, len(source.split))[:count]
     images, good = source.batch(indices)
     images, classes = images.to(device), torch.from_numpy(source.split.labels[good]).to(device)
-    labels = Labels(classes, labeled=parts.labeled_share)
-    step = StudentStep(parts.student, parts.objective, bf16=parts.bf16).to(device)
-    features = _features(parts)
-    parts.student.attached.train()
-    targets: list[dict[str, Tensor]] = [{} for _ in parts.teachers] or [{}]
+    labels = Labels(classes, labeled=components.labeled_share)
+    step = StudentStep(components.student, components.objective, bf16=components.bf16).to(device)
+    features = _features(components)
+    components.student.attached.train()
+    targets: list[dict[str, Tensor]] = [{} for _ in components.teachers] or [{}]
     teacher_seconds = dict.fromkeys(teachers, 0.0)
     for _ in range(2):  # the first warms up
         for number, teacher in teachers.items():
@@ -101,30 +110,30 @@ def _measured(parts: RunComponents, teachers: dict[int, Teacher], count: int) ->
             _wait(device)
             teacher_seconds[number] = (time.perf_counter() - started) / len(good)
         saved = _Saved()
-        asked = time.perf_counter()
-        kept = step.runner.stem(images) if features else None
+        stem_from = time.perf_counter()
+        stem = step.runner.stem(images) if features else None
         _wait(device)
         begun = time.perf_counter()
         with torch.autograd.graph.saved_tensors_hooks(saved, _same):
-            total, parts_of_loss = step(images, targets, labels, kept)
+            total, loss_values = step(images, targets, labels, stem)
         total.backward()
-        losses = {name: value.item() for name, value in {"total": total, **parts_of_loss}.items()}
+        losses = {name: value.item() for name, value in {"total": total, **loss_values}.items()}
         done = time.perf_counter()
     with torch.no_grad():
         _wait(device)
         forward_from = time.perf_counter()
-        signals = step.runner(images, kept)
+        signals = step.runner(images, stem)
         _wait(device)
         forward = time.perf_counter() - forward_from
-    terms = _term_costs(parts.objective, signals, targets, labels)
+    terms = _term_costs(components.objective, signals, targets, labels)
     step.runner.tap.close()
-    for parameter in (*parts.student.trained.values(), *parts.objective.parameters()):
+    for parameter in (*components.student.trained.values(), *components.objective.parameters()):
         parameter.grad = None
     return StepProfile(
         teacher_seconds,
         (done - begun) / len(good),
         forward / len(good),
-        (begun - asked) / len(good),
+        (begun - stem_from) / len(good),
         features,
         saved.nbytes // len(good),
         losses,
@@ -135,8 +144,8 @@ def _measured(parts: RunComponents, teachers: dict[int, Teacher], count: int) ->
 def _term_costs(
     objective: Objective, signals: Signals, targets: list[dict[str, Tensor]], labels: Labels
 ) -> dict[str, TermCost]:
-    """Each term run by itself on the signals of one forward pass."""
-    found, count, device = {}, len(labels.classes_B), labels.classes_B.device
+    """Run each term by itself on the signals of one forward pass."""
+    costs, count, device = {}, len(labels.classes_B), labels.classes_B.device
     for name, term in objective.terms.items():
         items = targets[objective.teacher_of[name]] if term.uses_teacher else {}
         for _ in range(2):  # the first warms up
@@ -149,12 +158,12 @@ def _term_costs(
             _wait(device)
             seconds = time.perf_counter() - started
         size = sum(items[key][0].numel() * items[key].element_size() for key in reading.read)
-        found[name] = TermCost(seconds / count, saved.nbytes / count, size)
-    return found
+        costs[name] = TermCost(seconds / count, saved.nbytes / count, size)
+    return costs
 
 
 class _Reading(dict):
-    """Items that remember which of them were read."""
+    """Items that record which of them were read."""
 
     def __init__(self, items: dict[str, Tensor]) -> None:
         super().__init__(items)
@@ -165,14 +174,14 @@ class _Reading(dict):
         return super().__getitem__(key)
 
 
-def _features(parts: RunComponents) -> int:
-    """Bytes of the student's frozen features, 0 where they are not kept."""
-    needed = feature_bytes(parts) or 0
-    return needed if needed <= parts.recipe.data.memory_gib * 2**30 else 0
+def _features(components: RunComponents) -> int:
+    """Return the bytes of the student's frozen features, 0 where they are not cached."""
+    needed = feature_bytes(components) or 0
+    return needed if needed <= components.recipe.data.memory_gib * 2**30 else 0
 
 
 def _wait(device: torch.device) -> None:
-    """Work on a GPU runs behind the program; a clock must wait for it."""
+    """Wait for the GPU, which runs behind the program, before the clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -11,8 +11,8 @@ from remap.data.fingerprint import fingerprint
 from remap.distributed.launch import accelerator
 from remap.errors import DataError, Interrupted, RunError
 from remap.io.checked_read import absolute, expanded, is_count
-from remap.pipeline.compare import shared_teacher
-from remap.pipeline.run import run as go_on
+from remap.pipeline.comparison_folder import shared_teacher
+from remap.pipeline.run import run as run_in
 from remap.pipeline.run import start
 from remap.pipeline.run_differences import FIGURES, changed_on_the_way, compare, history, outputs_on_disk
 from remap.pipeline.shared import SharedResources
@@ -28,8 +28,8 @@ def repeat(
     """Run a finished run's recipe again, in a new run directory; the first one is only read.
 
     Args:
-        output: The run directory to make, by default the next number beside the first; a repeat that was interrupted
-            goes on.
+        output: The run directory to make, by default the next number next to the first; a repeat that was interrupted
+            is resumed.
         workers: Decoding threads; they change no result.
 
     Returns:
@@ -55,20 +55,20 @@ def repeat(
     if workers is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
     target = _target(run, recipe, output)
-    bench = SharedResources(teacher_folder=_prepared_teacher(run))
-    _require_same_images(run, recipe, bench, summary["data"]["fingerprint"], progress)
+    shared = SharedResources(teacher_folder=_prepared_teacher(run))
+    _require_same_images(run, recipe, shared, summary["data"]["fingerprint"], progress)
     _say_what_decides(run, progress)
     with progress.wait("comparing the frozen weights with those of the run"):
         load_task(run.path)  # refuses a backbone that is not the run's
     try:
         if not os.path.isfile(target / "recipe.yaml"):
-            start(recipe, target, progress, bench)
+            start(recipe, target, progress, shared)
         elif not RunDir.open(target).is_whole:
-            go_on(recipe, RunDir.open(target), progress, bench, resuming=True)
+            run_in(recipe, RunDir.open(target), progress, shared, resuming=True)
     except Interrupted as error:
         command = shlex.join(["remap", "repeat", str(run.path), "--output", str(target)])
         raise Interrupted(
-            error.what, exit_code=error.exit_code, do=f"go on with: {command}", at_once=error.at_once
+            error.what, exit_code=error.exit_code, do=f"resume with: {command}", at_once=error.at_once
         ) from error
     if not accelerator().is_main_process:
         return {}
@@ -77,7 +77,7 @@ def repeat(
 
 
 def _require_whole(run: RunDir) -> None:
-    """Something to compare with."""
+    """Refuse a run without a result to compare with."""
     if not run.is_done:
         ended, message = run.became()
         raise RunError(
@@ -92,7 +92,7 @@ def _command(recipe: Recipe) -> str:
 
 
 def _require_figures(run: RunDir, do: str) -> None:
-    """What is compared in the end has to be there before hours of training."""
+    """Check before hours of training that the figures to compare are there."""
     problem = _problem(run.summary())
     if problem is None and not history(run):
         problem = "metrics.jsonl is empty"
@@ -101,7 +101,7 @@ def _require_figures(run: RunDir, do: str) -> None:
 
 
 def _problem(summary: dict[str, Any]) -> str | None:
-    """What is wrong with the figures of a summary; None if they can be compared."""
+    """Return what is wrong with the figures of a summary; None if they can be compared."""
     try:
         for read in (lambda s: s["precision"], outputs_on_disk, *FIGURES.values()):
             read(summary)
@@ -112,7 +112,7 @@ def _problem(summary: dict[str, Any]) -> str | None:
         return f"summary.json has no {error}"
     except (TypeError, ValueError, ArithmeticError, AttributeError):
         fits = False
-    return None if fits else "summary.json holds something else where figures are"
+    return None if fits else "entries of summary.json are not figures"
 
 
 def _require_processes(run: RunDir, wanted: int) -> None:
@@ -126,12 +126,12 @@ def _require_processes(run: RunDir, wanted: int) -> None:
 
 
 def _say_what_decides(run: RunDir, progress: Progress) -> None:
-    """Sums are split over threads and processes, so that their numbers decide the last bits."""
+    """Say where threads or processes differ: sums are split over them, so they decide the last bits."""
     changed = changed_on_the_way(run)
     if changed:
         progress.say(
-            f"{run.path} was resumed with {' and '.join(changed)}, which decides the last bits of sums: a repeat, made"
-            " with one of them all along, cannot be expected to be equal bit for bit"
+            f"{run.path} was resumed with {' and '.join(changed)}, which decides the last bits of sums: a repeat"
+            " with one of them throughout may differ in its last bits"
         )
     own, theirs = torch.get_num_threads(), run.environment().get("threads", "?")
     if own != theirs:
@@ -139,14 +139,14 @@ def _say_what_decides(run: RunDir, progress: Progress) -> None:
 
 
 def _target(run: RunDir, recipe: Recipe, output: Path | None) -> Path:
-    """Where to run; refuses the first run's own folder, and a folder of another run."""
+    """Return where to run; refuse the first run's folder, and a folder of another run."""
     if output is None:
         path = run.path if run.path.name not in ("", "..") else Path(absolute(run.path))  # `.` has no name
         return next_path(path.parent, f"{path.name}-repeat")
     target = expanded(output)
     if Path(absolute(target)).is_relative_to(absolute(run.path)):
         raise RunError(
-            "a repeat does not go into the run that it repeats", given=str(target), do="choose another --output"
+            "a repeat cannot be stored in the run that it repeats", given=str(target), do="choose another --output"
         )
     if os.path.isfile(target / "recipe.yaml"):
         found, wanted = (one.digest(places=False) for one in (RunDir.open(target).recipe(), recipe))
@@ -158,14 +158,14 @@ def _target(run: RunDir, recipe: Recipe, output: Path | None) -> Path:
 
 
 def _prepared_teacher(run: RunDir) -> Path | None:
-    """That of the run's comparison, if it is there: a repeat makes nothing in the comparison."""
+    """Return the teacher of the run's comparison, if it is there: a repeat makes nothing in the comparison."""
     folder = shared_teacher(run)
     return folder if folder is not None and any(folder.parent.glob(f"{folder.name}*/task/task.json")) else None
 
 
-def _require_same_images(run: RunDir, recipe: Recipe, bench: SharedResources, wanted: str, progress: Progress) -> None:
+def _require_same_images(run: RunDir, recipe: Recipe, shared: SharedResources, wanted: str, progress: Progress) -> None:
     with run.images():
-        data = bench.index(recipe.data)
+        data = shared.index(recipe.data)
     found = fingerprint(data, progress, recipe.data.workers)
     if found == wanted:
         return

@@ -4,29 +4,32 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from remap.backbones.build import require_at_hand
 from remap.cache.records import Item
-from remap.distributed.interrupts import watch_signals
 from remap.distributed.launch import accelerator, broadcast_str, check_processes
+from remap.engine.checkpoint import has_checkpoint
 from remap.engine.job import require_divisible
-from remap.errors import RecipeError
+from remap.engine.loop import fit as train
+from remap.errors import RecipeError, RunError
 from remap.io.checked_read import expanded
 from remap.network import Network
-from remap.pipeline.assemble import assemble
-from remap.pipeline.compare import shared_teacher
-from remap.pipeline.idle_losses import without_idle_losses
+from remap.pipeline.comparison_folder import shared_teacher
+from remap.pipeline.components import build_components
+from remap.pipeline.frozen_check import FrozenWeights, trained_text
+from remap.pipeline.objective import without_idle_losses
+from remap.pipeline.results import require_space, write_results
 from remap.pipeline.run_status import track_status
 from remap.pipeline.shared import SharedResources
-from remap.pipeline.teacher_outputs import build_caches
-from remap.pipeline.train import carry_out
-from remap.progress import Progress, Silent
+from remap.pipeline.student_features import cache_features
+from remap.pipeline.summary import evaluate_at_end, summarize
+from remap.pipeline.teacher_check import require_useful
+from remap.pipeline.teachers import teachers_to_tune
+from remap.pipeline.training_job import RunRecorder, training_job, warn_before_training
+from remap.progress import Progress, Silent, Within
 from remap.recipe import Recipe, resolve, resolve_distill
-from remap.recipe.checks import what_changes
 from remap.recipe.paths import is_run
-from remap.recipe.schema import EMA
 from remap.runs.run_dir import RunDir, default_path, next_path
 from remap.runs.task import load_task, require_size_of_run, require_tuned
 
@@ -40,106 +43,93 @@ class Result:
     student: Network
 
 
-def distill(
-    recipe: Recipe | str | Mapping[str, Any], *, settings: Iterable[str] = (), output: str | Path | None = None
+def run(
+    recipe: Recipe,
+    run_dir: RunDir,
+    progress: Progress = Silent(),
+    shared: SharedResources | None = None,
+    *,
+    resuming: bool = False,
 ) -> Result:
-    """Distil a teacher into a tuned student.
-
-    Args:
-        recipe: A recipe, a shipped name or YAML file, or words: ``{"teacher": "vit_large", "method": "vpt_deep"}``.
-            The words teacher, student and data also take a whole section: ``{"data": {"source": "X", "mixup": 0.8}}``.
-        settings: As ``--set``: ``["teacher.cache=disk", "losses.tokens.layers=uniform"]``.
-        output: The run directory to make; by default the next number under ``runs/``.
+    """Train in ``run_dir``; its status always says how it ended.
 
     Raises:
-        RemapError: Anything a user can mend.
+        RunError: Another process is working there.
+        RemapError: Anything else a user can mend.
     """
-    return start(as_recipe(recipe, settings), output)
+    recipe, shared = recipe.written_out(), shared or SharedResources()
+    main = accelerator().is_main_process
+    with run_dir.held() if main else nullcontext(), track_status(recipe, run_dir, resuming) as clock:
+        _require_checkpoints(run_dir, resuming)
 
+        # Tune teachers: each is a run by itself, finished before anything of this one is built.
+        for title, teacher_dir, tuning in teachers_to_tune(recipe, run_dir, progress, shared):
+            run(tuning, teacher_dir, Within(progress, title), resuming=True)
 
-def as_recipe(recipe: Recipe | str | Mapping[str, Any], settings: Iterable[str] = ()) -> Recipe:
-    """A recipe from a recipe, a name or file, or words (with the embedded default unless they say otherwise)."""
-    settings = tuple(settings)
-    if isinstance(recipe, Recipe):
-        if settings:
-            raise RecipeError(["settings: a recipe that is resolved already takes none"], "distill")
-        return recipe
-    return resolve(recipe, settings=settings) if isinstance(recipe, str) else resolve_distill(None, recipe, settings)
+        # Open the data, build teachers and student as they see it, and the objective.
+        components = build_components(recipe, run_dir, progress, shared)
+        student, views = components.student, components.views
+        features = cache_features(components, progress)
+        recorder = RunRecorder(components, features.get("val"), run_dir, clock, progress)
+        if resuming and not has_checkpoint(run_dir.checkpoint):
+            recorder.record_machine()  # here, and not where the checkpoint is loaded
+        warn_before_training(components, progress)
+
+        # A teacher that knows nothing must not teach.
+        untrained = recorder.evaluate("the untrained student")
+        for prepared in components.teachers:
+            require_useful(prepared, untrained, views.val)
+
+        # Train, and prove that what is frozen did not change.
+        job = training_job(components, recorder, features.get("train"), shared, progress)
+        frozen = FrozenWeights.of(student)
+        if main:
+            require_space(run_dir, job)
+            run_dir.write_trainables(job.parameters())
+        progress.say(trained_text(job.parameters(), student))
+        begun = clock.here
+        try:
+            state = train(job, resume=resuming)
+        finally:
+            for teacher_outputs in job.teachers:
+                teacher_outputs.close()  # other runs may share the network
+        fitting = clock.here - begun
+        student.model.eval()
+        unchanged = frozen.require_unchanged(student)
+
+        # Evaluate, and write the tuned student before the summary that says it is there.
+        evaluations = evaluate_at_end(components, recorder, progress)
+        summary = summarize(components, run_dir, untrained, evaluations, state)
+        summary |= {"frozen": unchanged, "trainables": list(job.parameters())}
+        if main:
+            write_results(components, run_dir, summary, state, clock, fitting, progress)
+        accelerator().wait_for_everyone()
+    return Result(run_dir.path, summary, student)
 
 
 def start(
     recipe: Recipe,
     output: str | Path | None = None,
     progress: Progress = Silent(),
-    bench: SharedResources | None = None,
+    shared: SharedResources | None = None,
 ) -> Result:
     """Make a run directory and run."""
     check_processes(recipe.train.processes)
     require_divisible(recipe.train.batch_size, accelerator().num_processes, recipe.train.accumulation)
-    bench = bench or SharedResources()
-    _require_at_hand(recipe, bench)
+    shared = shared or SharedResources()
+    validate_inputs(recipe, shared)
     recipe = without_idle_losses(recipe, progress)
-    stem = f"{recipe.name}-{recipe.method.name}"
-    path = expanded(output) if output is not None else next_path(default_path(), stem)
-    path = Path(broadcast_str(str(path)))  # another run may have taken the name that the others have found free
+    path = expanded(output) if output is not None else next_path(default_path(), f"{recipe.name}-{recipe.method.name}")
+    path = Path(broadcast_str(str(path)))  # another run may have taken the name that the other processes saw free
     run_dir = RunDir.create(path, recipe) if accelerator().is_main_process else RunDir(path)
-    return run(recipe, run_dir, progress, bench)
-
-
-def _require_at_hand(recipe: Recipe, bench: SharedResources) -> None:
-    """A mistyped path or model leaves no run directory behind, nor does a number that the classes do not allow."""
-    classes = bench.classes(recipe.data)
-    for spec in recipe.teachers:
-        Item((len(classes),), top_k=spec.top_k)
-    students = () if recipe.student.shrink is not None else (recipe.student,)  # it comes from the teacher
-    for spec in (*(teacher for teacher in recipe.teachers if not teacher.is_student), *students):
-        require_tuned(spec.model)
-        if is_run(spec.model) or is_run(spec.weights):
-            require_size_of_run(spec)
-        else:
-            require_at_hand(spec.model, spec.weights, spec.image_size)
-
-
-def build_cache(recipe: Recipe, progress: Progress = Silent()) -> list[dict[str, Any]]:
-    """Prepare a recipe's teachers as a run would, and keep their outputs on disk; a run of the same words reads them.
-
-    Returns:
-        One entry a teacher: teacher, key, folder, items, images, computed, bytes, seconds.
-    """
-    check_processes(recipe.train.processes)
-    bench = SharedResources()
-    _require_at_hand(recipe, bench)
-    for spec in recipe.teachers:
-        changing = what_changes(spec, recipe.data)
-        if spec.model == EMA and len(recipe.teachers) > 1:
-            continue  # the others are kept
-        if changing is not None:
-            raise RecipeError([f"teacher {spec.model}: nothing can be kept, since {changing}"], "cache build")
-        if spec.prepare not in ("probe", "none") and not is_run(spec.model):
-            raise RecipeError(
-                [
-                    f"teacher.prepare: {spec.model} would be tuned ({spec.prepare}) for this build, and again for every"
-                    f" run (tune it once: remap tune --student {spec.model} --method {spec.prepare} --output FOLDER;"
-                    " then name it here and there: --teacher FOLDER)"
-                ],
-                "cache build",
-            )
-    recipe = without_idle_losses(recipe, progress).written_out()
-    with watch_signals(), TemporaryDirectory(prefix="remap-cache-") as folder:
-        path = Path(broadcast_str(folder)) / "run"
-        run_dir = RunDir.create(path, recipe) if accelerator().is_main_process else RunDir(path)
-        accelerator().wait_for_everyone()
-        parts = assemble(recipe, run_dir, progress, bench)
-        found = build_caches(parts, progress)
-        accelerator().wait_for_everyone()  # the folder of the first process goes with it
-        return found
+    return run(recipe, run_dir, progress, shared)
 
 
 def resume(path: Path, progress: Progress = Silent(), processes: int | None = None) -> Result:
-    """Go on with an interrupted run from its last checkpoint.
+    """Resume an interrupted run from its last checkpoint.
 
     Args:
-        processes: The number there must be; it need not be that of before, since the batch size is global.
+        processes: The number there must be; it may differ from that of before, since the batch size is global.
     """
     path = expanded(path)
     run_dir = RunDir.open(path)
@@ -156,24 +146,56 @@ def resume(path: Path, progress: Progress = Silent(), processes: int | None = No
         return run(recipe, run_dir, progress, SharedResources(teacher_folder=shared_teacher(run_dir)), resuming=True)
 
 
-def run(
-    recipe: Recipe,
-    run_dir: RunDir,
-    progress: Progress = Silent(),
-    bench: SharedResources | None = None,
-    *,
-    resuming: bool = False,
+def distill(
+    recipe: Recipe | str | Mapping[str, Any], *, settings: Iterable[str] = (), output: str | Path | None = None
 ) -> Result:
-    """Train in ``run_dir``; its status always says how it ended.
+    """Distil a teacher into a tuned student.
+
+    Args:
+        recipe: A recipe, a shipped name or YAML file, or options: ``{"teacher": "vit_large", "method": "vpt_deep"}``.
+            The options teacher, student and data also take a whole section:
+            ``{"data": {"source": "X", "mixup": 0.8}}``.
+        settings: As ``--set``: ``["teacher.cache=disk", "losses.tokens.layers=uniform"]``.
+        output: The run directory to make; by default the next number under ``runs/``.
 
     Raises:
-        RunError: Another process is working there.
-        RemapError: Anything else a user can mend.
+        RemapError: Anything a user can mend.
     """
-    recipe = recipe.written_out()
-    with (
-        run_dir.held() if accelerator().is_main_process else nullcontext(),
-        track_status(recipe, run_dir, resuming) as clock,
-    ):
-        summary, student = carry_out(recipe, run_dir, progress, bench or SharedResources(), clock, resuming=resuming)
-    return Result(run_dir.path, summary, student)
+    return start(as_recipe(recipe, settings), output)
+
+
+def as_recipe(recipe: Recipe | str | Mapping[str, Any], settings: Iterable[str] = ()) -> Recipe:
+    """Return a recipe from a recipe, a name or file, or options (with the embedded default for what they leave out)."""
+    settings = tuple(settings)
+    if isinstance(recipe, Recipe):
+        if settings:
+            raise RecipeError(["settings: a recipe that is resolved already takes none"], "distill")
+        return recipe
+    return resolve(recipe, settings=settings) if isinstance(recipe, str) else resolve_distill(None, recipe, settings)
+
+
+def validate_inputs(recipe: Recipe, shared: SharedResources) -> None:
+    """Check paths, models and top_k before a run directory is made, so that a mistake leaves none.
+
+    Raises:
+        RemapError: Data or a model is missing, or a number does not fit the classes.
+    """
+    classes = shared.classes(recipe.data)
+    for spec in recipe.teachers:
+        Item((len(classes),), top_k=spec.top_k)
+    students = () if recipe.student.shrink is not None else (recipe.student,)  # else it comes from the teacher
+    for spec in (*(teacher for teacher in recipe.teachers if not teacher.is_student), *students):
+        require_tuned(spec.model)
+        if is_run(spec.model) or is_run(spec.weights):
+            require_size_of_run(spec)
+        else:
+            require_at_hand(spec.model, spec.weights, spec.image_size)
+
+
+def _require_checkpoints(run_dir: RunDir, resuming: bool) -> None:
+    """A run that was trained before must not start from its beginning without a word."""
+    if resuming and (run_dir.path / "metrics.jsonl").is_file() and not has_checkpoint(run_dir.checkpoint):
+        raise RunError(
+            f"the checkpoints of {run_dir.path} are gone; it had been trained for {len(run_dir.metrics())} epochs",
+            do=f"bring {run_dir.checkpoint} back, or start the run again in another --output",
+        )

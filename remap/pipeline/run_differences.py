@@ -1,4 +1,4 @@
-"""What is equal in two finished runs and what is not, bit for bit, and what may be why."""
+"""What is equal in two finished runs and what differs, bit for bit, and possible reasons."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,17 +12,17 @@ from remap.runs.environment import plain_environment
 from remap.runs.run_dir import RunDir
 
 _TASK = Path("task") / "task.safetensors"
-# What of an environment decides the last bits of sums.
+# Entries of an environment that decide the last bits of sums.
 _DECIDING = {
-    "processes": "another number of processes",
-    "threads": "another number of threads",
-    "device": "another device",
-    "cpu_capability": "another instruction set",
+    "processes": "a different number of processes",
+    "threads": "a different number of threads",
+    "device": "a different device",
+    "cpu_capability": "a different instruction set",
 }
 
 
 def compare(first: RunDir, second: RunDir) -> dict[str, Any]:
-    """What is equal in two finished runs, and what is not; see ``repeat``."""
+    """Return what is equal in two finished runs and what differs; see ``repeat``."""
     tensors = differing_tensors(first.path / _TASK, second.path / _TASK)
     before, after = first.summary(), second.summary()
     checks = [_file_check("task file", first.path / _TASK, second.path / _TASK)]
@@ -49,11 +49,11 @@ def compare(first: RunDir, second: RunDir) -> dict[str, Any]:
 
 
 def history(run: RunDir) -> list[dict[str, Any]]:
-    """The epochs of a run without their times."""
+    """Return the epochs of a run without their times."""
     return [{key: value for key, value in record.items() if key != "seconds"} for record in run.metrics()]
 
 
-# What of a summary has to be equal.
+# Entries of a summary that have to be equal.
 FIGURES = {
     "accuracy": lambda s: f"{s['student']['accuracy']:.2%} ({s['student']['correct']} correct)",
     "accuracy on the test folder": lambda s: s["student"].get("test_accuracy"),
@@ -62,7 +62,7 @@ FIGURES = {
     "frozen weights": lambda s: s.get("frozen"),
     "teacher": lambda s: _without_outputs(s.get("teacher")),
     "more teachers": lambda s: s.get("more_teachers") and [*map(_without_outputs, s["more_teachers"])],
-    # What a run met on the way: memory that ran out, numbers that were not finite.
+    # Faults during training: memory that ran out, numbers that were not finite.
     "accumulation": lambda s: s["faults"]["accumulation"],
     "skipped steps": lambda s: s["faults"]["skipped_steps"],
     "learning-rate factor": lambda s: f"{s['faults']['learning_rate_factor']:g}",
@@ -74,7 +74,7 @@ def _check(what: str, first: str, second: str, *, equal: bool) -> dict[str, Any]
 
 
 def _words(value: Any) -> str:
-    """A figure in a few words: hashes by their beginning, records by what names them."""
+    """Return a figure as short text: hashes by their beginning, records by what names them."""
     if isinstance(value, dict):
         known = [value.get(key) for key in ("sha256", "backbone_sha256", "accuracy")]
         return ", ".join(_words(one) for one in known if one is not None)
@@ -92,7 +92,7 @@ def _file_check(what: str, first: Path, second: Path) -> dict[str, Any]:
 
 
 def _history_check(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[str, Any]:
-    """The loss of the last epoch, or the first number that differs."""
+    """Compare histories; show the loss of the last epoch, or the first number that differs."""
     number, key = next(_differing_numbers(first, second), (min(len(first), len(second)) - 1, "loss"))
     told = [
         f"epoch {number + 1} of {len(rows)}: {key} {rows[number].get(key, '-')}" if rows else "no epoch"
@@ -102,7 +102,7 @@ def _history_check(first: list[dict[str, Any]], second: list[dict[str, Any]]) ->
 
 
 def _differing_numbers(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> Iterator[tuple[int, str]]:
-    """Epochs, from 0, and names of what is not equal in two histories, as far as both go."""
+    """Yield epochs, from 0, and names of numbers that differ, over the epochs that both histories have."""
     for number, (one, other) in enumerate(zip(first, second, strict=False)):
         for key in {**one, **other}:
             if (key in one, one.get(key)) != (key in other, other.get(key)):
@@ -110,7 +110,7 @@ def _differing_numbers(first: list[dict[str, Any]], second: list[dict[str, Any]]
 
 
 def differing_tensors(first: Path, second: Path) -> list[dict[str, Any]]:
-    """Tensors of two safetensors files that are not equal, by how much; None where one lacks it or shapes differ."""
+    """Return tensors of two files that differ, and by how much; None where one is missing or shapes differ."""
     one, other = load(first.read_bytes()), load(second.read_bytes())
     found = []
     for name in sorted(one.keys() | other.keys()):
@@ -124,7 +124,7 @@ def differing_tensors(first: Path, second: Path) -> list[dict[str, Any]]:
 
 
 def _surroundings(run: RunDir) -> dict[str, Any]:
-    """The environment that a run began in, and what was another one where it went on."""
+    """Return the environment in which a run began, and what differed where it was resumed."""
     summary, record = run.summary(), run.environment()
     first = plain_environment(record)
     legs = {
@@ -135,7 +135,7 @@ def _surroundings(run: RunDir) -> dict[str, Any]:
 
 
 def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Entries of two nested records that are not equal, as (what, first, repeat); "-" where there is none."""
+    """Return entries of two nested records that differ, as (what, first, repeat); "-" for a missing one."""
     one, other = dict(_flat(first)), dict(_flat(second))
     names = [*one, *(name for name in other if name not in one)]
     pairs = ((name, one.get(name, "-"), other.get(name, "-")) for name in names)
@@ -151,7 +151,7 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 
 
 def changed_on_the_way(run: RunDir) -> list[str]:
-    """What decides the last bits and was not the same in all parts of a resumed run, in words."""
+    """Return as text what decides the last bits and differed between the parts of a resumed run."""
     record = run.environment()
     parts = [record, *record.get("resumed", [])]
     found = {name: list(dict.fromkeys(str(part[name]) for part in parts if name in part)) for name in _DECIDING}
@@ -159,8 +159,9 @@ def changed_on_the_way(run: RunDir) -> list[str]:
 
 
 def outputs_on_disk(summary: dict[str, Any]) -> list[str]:
-    """Teachers whose outputs a run read on disk: their last bits are those of the batches, threads and device that
-    they were computed with, by this run or an earlier one.
+    """Return teachers whose outputs a run read from disk.
+
+    Their last bits are those of the batches, threads and device that computed them, in this run or an earlier one.
     """
     teachers = [teacher or {} for teacher in (summary.get("teacher"), *summary.get("more_teachers", []))]
     return [str(teacher.get("model")) for teacher in teachers if teacher.get("outputs") == "disk"]

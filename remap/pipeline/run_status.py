@@ -1,4 +1,4 @@
-"""A run's directory says at any time how the run stands, and in the end how it ended."""
+"""Write run status (running, done, failed, stopped) to status.json."""
 
 import shlex
 import time
@@ -17,65 +17,68 @@ from remap.runs.run_dir import RunDir
 
 @dataclass
 class RunClock:
-    """For how long a run has worked: the parts before it was resumed, and this one.
+    """Working time of a run over all its parts.
 
     Attributes:
-        told: What its summary says, once there is one.
+        earlier: Seconds of the parts before this one.
+        reported: Seconds as its summary reports them, once there is one.
     """
 
-    before: float
+    earlier: float
     started: float = field(default_factory=time.perf_counter)
-    told: float | None = None
+    reported: float | None = None
 
     @property
     def here(self) -> float:
+        """Seconds of this part."""
         return time.perf_counter() - self.started
 
     @property
     def seconds(self) -> float:
-        return self.before + self.here
+        """Seconds of all parts."""
+        return self.earlier + self.here
 
 
 @contextmanager
 def track_status(recipe: Recipe, run_dir: RunDir, resuming: bool) -> Iterator[RunClock]:
-    """While the block runs, signals are watched for; afterwards status.json says how it ended.
+    """Watch for signals while the block runs, and record in status.json how it ended.
 
     Raises:
-        RemapError: What the block raised, with how to go on.
+        RemapError: What the block raised, with the command that resumes the run.
     """
     main = accelerator().is_main_process
     clock = RunClock(run_dir.seconds() if resuming else 0.0)
     if main and resuming:
-        run_dir.set_status("running", seconds=clock.before)
+        run_dir.set_status("running", seconds=clock.earlier)
     elif main:
-        run_dir.note_machine(machine(), resuming=False)  # one that goes on does so once it may
-    go_on = f"remap {'distill' if recipe.teacher else 'tune'} --resume {shlex.quote(str(run_dir.path))}"
+        # A resumed run adds its machine later: only once its checkpoint turned out to be usable.
+        run_dir.note_machine(machine(), resuming=False)
+    resume = f"remap {'distill' if recipe.teacher else 'tune'} --resume {shlex.quote(str(run_dir.path))}"
     try:
         with watch_signals(run_dir.stop):
             yield clock
     except Interrupted as error:
         if main:
-            _note(run_dir, "stopped", error.what, clock)
-        raise Interrupted(
-            error.what, exit_code=error.exit_code, do=f"go on with: {go_on}", at_once=error.at_once
-        ) from error
+            _record(run_dir, "stopped", error.what, clock)
+        do = f"resume with: {resume}"
+        raise Interrupted(error.what, exit_code=error.exit_code, do=do, at_once=error.at_once) from error
     except KeyboardInterrupt:
         if main:
-            _note(run_dir, "stopped", "interrupted", clock)
+            _record(run_dir, "stopped", "interrupted", clock)
         raise
     except BaseException as error:
-        mended = _mendable(error, go_on)
-        _note_failure(run_dir, error, str(mended or error), clock)
-        if mended is None:
+        explained = _explained(error, resume)
+        _record_failure(run_dir, error, str(explained or error), clock)
+        if explained is None:
             raise
-        raise mended from error
+        raise explained from error
     if main:
-        run_dir.set_status("done", seconds=clock.told)
+        run_dir.set_status("done", seconds=clock.reported or 0.0)
 
 
-def _note(run_dir: RunDir, status: str, message: str, clock: RunClock) -> None:
+def _record(run_dir: RunDir, status: str, message: str, clock: RunClock) -> None:
     """Record how a run ended, unless the disk that broke it refuses this too."""
-    for _ in range(2):  # a second signal may come meanwhile
+    for _ in range(2):  # a second signal may arrive while the file is written
         try:
             return run_dir.set_status(status, message, clock.seconds)
         except Interrupted:
@@ -84,26 +87,26 @@ def _note(run_dir: RunDir, status: str, message: str, clock: RunClock) -> None:
             return
 
 
-def _mendable(error: BaseException, go_on: str) -> RemapError | None:
-    """The error of a whole run, with what to do about it, for one that says less; None for any other.
+def _explained(error: BaseException, resume: str) -> RemapError | None:
+    """Return the error with what to do about it where it does not say so itself; None for any other error.
 
-    Out of memory comes from before or after training, which itself goes on with smaller steps.
+    Out of memory comes from before or after training, which itself continues with smaller steps.
     """
     if isinstance(error, DiskFull):
-        return DiskFull(error.what, given=error.given, do=f"free some space; then go on with: {go_on}")
+        return DiskFull(error.what, given=error.given, do=f"free some space; then resume with: {resume}")
     if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
         return TrainingError(
             "out of memory",
-            given=str(error).partition("\n")[0][:200],
+            given=str(error).partition("\n")[0][:200] or type(error).__name__,
             do="use smaller images or models, a smaller --batch-size, or less of data.memory_gib",
         )
     return None
 
 
-def _note_failure(run_dir: RunDir, error: BaseException, message: str, clock: RunClock) -> None:
-    """The process that failed says why; that others lost it is no news."""
+def _record_failure(run_dir: RunDir, error: BaseException, message: str, clock: RunClock) -> None:
+    """Record why the run failed: by the process that failed. That the others lost it is only a consequence."""
     lost = lost_process(error)
     if lost is None:
-        _note(run_dir, "failed", message, clock)
+        _record(run_dir, "failed", message, clock)
     elif accelerator().is_main_process and run_dir.status() == "running":
-        _note(run_dir, "failed", str(lost), clock)
+        _record(run_dir, "failed", str(lost), clock)

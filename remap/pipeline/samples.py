@@ -1,7 +1,8 @@
-"""Training images for whatever looks at some before there is a student."""
+"""Training images for what looks at some before training: methods, weight initialisation, pruning."""
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 
 from remap.backbones.build import Backbone
@@ -10,31 +11,58 @@ from remap.data import keyed_random
 from remap.data.views import View, ViewSource
 from remap.distributed.launch import accelerator
 from remap.errors import DataError
-from remap.pipeline.shared import SharedResources
+from remap.network import Network, Runner
+from remap.pipeline.shared import DataViews, SharedResources
 from remap.recipe.schema import DataSpec
+from remap.tuning.base import Sample
+
+# What a method looks at before its first step (``Attached.prepare``), and how many images at once.
+METHOD_IMAGES, METHOD_BATCH = 512, 32
+
+
+def method_sample(student: Network, views: DataViews, seed: int) -> Sample:
+    """Return labelled training images for a method that looks at some; the same ones for a seed."""
+    source, preprocess = views.train, Runner(student).preprocess
+    order = keyed_random.permutation(seed, 0, len(source.split))[:METHOD_IMAGES]
+    device = accelerator().device
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(order), METHOD_BATCH):
+            pixels, good = source.batch(order[start : start + METHOD_BATCH])
+            if len(good):
+                yield preprocess(pixels.to(device)), torch.from_numpy(source.split.labels[good]).to(device)
+
+    return Sample(batches, len(views.data.classes))
 
 
 def training_pixels(
-    backbone: Backbone, data: DataSpec, seed: int, bench: SharedResources, *, images: int, batch_size: int, instead: str
+    backbone: Backbone,
+    data: DataSpec,
+    seed: int,
+    shared: SharedResources,
+    *,
+    images: int,
+    batch_size: int,
+    without_images: str,
 ) -> Callable[[], Iterator[Tensor]]:
-    """Batches (B, 3, S, S) of labelled training images as a backbone takes them; those of a seed are always the same.
+    """Return batches (B, 3, S, S) of labelled training images as a backbone takes them; the same ones for a seed.
 
     Args:
-        images: How many at the most.
-        instead: What would need no images.
+        images: How many at most.
+        without_images: The option that needs no images, for the error message.
 
     Raises:
         DataError: None of them can be read.
     """
-    preprocess, split = backbone.preprocess, bench.index(data).train
+    preprocess, split = backbone.preprocess, shared.index(data).train
     view = View(preprocess.size, preprocess.crop_pct, preprocess.interpolation)
     source = ViewSource(split, view, memory_bytes=0.0, workers=data.workers)
     images_BCHW, _ = source.batch(keyed_random.permutation(seed, 0, len(split))[:images])
     if not len(images_BCHW):
         raise DataError(
-            "none of the training images to be looked at can be read",
+            f"none of the first {images} training images can be read",
             given="; ".join(f"{name} ({reason})" for name, reason in source.bad_names()[:5]),
-            do=f"repair them, or do without images: {instead}",
+            do=f"repair them, or use an option that reads no images: {without_images}",
         )
     normalise = Preprocess(preprocess).to(accelerator().device)
 

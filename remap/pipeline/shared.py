@@ -1,4 +1,4 @@
-"""What several runs can share: open data, decoded views, a prepared teacher and its outputs."""
+"""What several runs can share: listed data, decoded views, prepared teachers and their outputs."""
 
 from dataclasses import dataclass, field
 from math import ceil
@@ -21,8 +21,8 @@ class DataViews:
     Attributes:
         train: The labelled training images.
         unlabeled: The training images without labels.
-        lessons: What the student learns from: ``train`` itself, that and then ``unlabeled``, or ``unlabeled`` itself.
-            Nothing is decoded or kept twice.
+        training_source: What the student learns from: ``train`` itself, that and then ``unlabeled``, or ``unlabeled``
+            itself. Nothing is decoded or held in memory twice.
         unreadable: Images of all splits that were left out, with the reason.
         contents: What is known of the files' content, unreadable ones included, by split.
     """
@@ -34,7 +34,7 @@ class DataViews:
     test: ViewSource | None
     unreadable: tuple[tuple[str, str], ...]
     unlabeled: ViewSource | None
-    lessons: ViewSource
+    training_source: ViewSource
     contents: dict[str, Contents] = field(default_factory=dict)
     _fingerprint: str = ""
 
@@ -45,8 +45,8 @@ class DataViews:
 
     @property
     def labeled_share(self) -> float:
-        """Share of ``lessons`` that have a label."""
-        return float((self.lessons.split.labels >= 0).mean())
+        """Share of ``training_source`` that have a label."""
+        return float((self.training_source.split.labels >= 0).mean())
 
     def fingerprint(self, progress: Progress = Silent()) -> str:
         """Class names, file names, labels, order and content. What was decoded into memory is not read again."""
@@ -59,22 +59,24 @@ class DataViews:
         return f"{self.fingerprint(progress)[:16]}-{len(self.train.split)}{more}"
 
     def require_few_bad(self, share: float) -> None:
-        """Look at what training found unreadable on the way, where views are not kept in memory."""
+        """Look at what training found unreadable on the way, where views are not held in memory."""
         _require_few_bad(self.train, self.unlabeled, share)
 
 
 @dataclass
 class SharedResources:
-    """Keeps what was opened or computed, by the values that decide it. One run makes a fresh one.
+    """Memoised datasets, teachers and their outputs, shared by the runs of a comparison; a single run makes its own.
 
     Attributes:
-        teacher_folder: Where a prepared teacher is kept for all runs; None keeps it with the run.
+        teacher_folder: Where a prepared teacher is stored for all runs; None stores it with the run.
+        tuned_teachers: Folder of each teacher that was tuned, by the digest of its recipe.
     """
 
     data: dict[tuple, ImageData] = field(default_factory=dict)
     views: dict[tuple, DataViews] = field(default_factory=dict)
     teachers: dict[str, Any] = field(default_factory=dict)
     targets: dict[tuple, Any] = field(default_factory=dict)
+    tuned_teachers: dict[str, Path] = field(default_factory=dict)
     teacher_folder: Path | None = None
 
     def index(self, spec: DataSpec) -> ImageData:
@@ -96,7 +98,7 @@ class SharedResources:
         return self.views[key]
 
 
-_CALLED = {
+_TITLES = {
     "train": "training images",
     "unlabeled": "images without labels",
     "val": "evaluation images",
@@ -107,13 +109,13 @@ _CALLED = {
 def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress) -> DataViews:
     budget = spec.memory_gib * 2**30
     sources: dict[str, ViewSource] = {}
-    for name in _CALLED:
+    for name in _TITLES:
         split = getattr(data, name)
         if split is not None:
             sources[name] = ViewSource(split, view, memory_bytes=budget, workers=spec.workers)
             budget -= sources[name].kept_bytes
     for name, source in sources.items():
-        source.load(progress, _CALLED[name])
+        source.load(progress, _TITLES[name])
     train, unlabeled = sources["train"], sources.get("unlabeled")
     _require_few_bad(train, unlabeled, spec.max_bad)
     unreadable = (*train.bad_names(), *(unlabeled.bad_names() if unlabeled else ()))
@@ -131,12 +133,12 @@ def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress) -> Da
         good.get("test"),
         unreadable,
         unlabeled,
-        _lessons(train, unlabeled, spec.unlabeled_only),
+        _training_source(train, unlabeled, spec.unlabeled_only),
         {name: source.contents for name, source in sources.items()},
     )
 
 
-def _lessons(train: ViewSource, unlabeled: ViewSource | None, unlabeled_only: bool) -> ViewSource:
+def _training_source(train: ViewSource, unlabeled: ViewSource | None, unlabeled_only: bool) -> ViewSource:
     if not unlabeled_only:
         return train if unlabeled is None else JoinedSource(train, unlabeled)
     if unlabeled is None or not len(unlabeled.split):
@@ -149,7 +151,7 @@ def _lessons(train: ViewSource, unlabeled: ViewSource | None, unlabeled_only: bo
 
 
 def _require_few_bad(train: ViewSource, unlabeled: ViewSource | None, share: float) -> None:
-    for source, called in ((train, _CALLED["train"]), (unlabeled, _CALLED["unlabeled"])):
+    for source, called in ((train, _TITLES["train"]), (unlabeled, _TITLES["unlabeled"])):
         if source is not None and len(source.bad) > share * len(source.split):
             enough = min(0.99, ceil(100 * len(source.bad) / len(source.split)) / 100)
             raise DataError(

@@ -1,7 +1,7 @@
 """Students cut from their teacher: inside a run, and on their own as model folders of timm."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from remap.runs.task import load_task, open_backbone
 _BATCH = 16
 
 
-def open_student(recipe: Recipe, run_dir: RunDir | None, progress: Progress, bench: SharedResources) -> Backbone:
+def open_student(recipe: Recipe, run_dir: RunDir | None, progress: Progress, shared: SharedResources) -> Backbone:
     """The recipe's student; one that is to be shrunk is cut from the first teacher before.
 
     It is then ``RUN_DIR/student_model``, which a resumed run finds again.
@@ -35,19 +35,19 @@ def open_student(recipe: Recipe, run_dir: RunDir | None, progress: Progress, ben
     Raises:
         RemapError: The student cannot be cut, or cannot be opened.
     """
-    num_classes = len(bench.classes(recipe.data))
+    num_classes = len(shared.classes(recipe.data))
     if recipe.student.shrink is None:
         return open_backbone(recipe.student, num_classes)
     if run_dir is None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / STUDENT_MODEL
-            _derive(recipe, folder, progress, bench)
+            _derive(recipe, folder, progress, shared)
             backbone = open_backbone(_opened_from(recipe.student, folder), num_classes)
         backbone.identity = replace(backbone.identity, model=recipe.student.model)
         return backbone
     folder = run_dir.student_model.resolve()
     if accelerator().is_main_process and not folder.is_dir():
-        _derive(recipe, folder, progress, bench)
+        _derive(recipe, folder, progress, shared)
     accelerator().wait_for_everyone()
     return open_backbone(_opened_from(recipe.student, folder), num_classes)
 
@@ -56,11 +56,13 @@ def _opened_from(spec: StudentSpec, folder: Path) -> StudentSpec:
     return spec.model_copy(update={"model": f"local-dir:{folder}", "shrink": None})
 
 
-def _derive(recipe: Recipe, folder: Path, progress: Progress, bench: SharedResources) -> None:
-    # A run that finds its student cut already must draw the same numbers from here on.
+def _derive(recipe: Recipe, folder: Path, progress: Progress, shared: SharedResources) -> None:
+    teacher, spec = recipe.teacher, recipe.student.shrink
+    assert teacher is not None and spec is not None
+    # A resumed run, which finds its student already cut, must draw the same numbers from here on.
     with torch.random.fork_rng(devices=[]):
-        found = _cut(recipe.teacher, recipe.student.shrink, recipe.data, folder, recipe.seed, progress, bench)
-    progress.say(f"the student is cut from {recipe.teacher.model}: {told(found)}")
+        shrunk = _cut(teacher, spec, recipe.data, folder, recipe.seed, progress, shared)
+    progress.say(f"the student is cut from {teacher.model}: {shrunk_text(shrunk)}")
 
 
 def cut(
@@ -93,15 +95,17 @@ def _cut(
     folder: Path,
     seed: int,
     progress: Progress,
-    bench: SharedResources,
+    shared: SharedResources,
 ) -> Shrunk:
     backbone = open_backbone(teacher, 1)
     target_shape(backbone, spec)  # before any image is read
     backbone.model.to(accelerator().device)
-    batches = _nothing
+    batches: Callable[[], Iterator[Tensor]] = _no_images
     if needs_images(spec):
-        looking = {"images": spec.images, "batch_size": _BATCH, "instead": "importance=magnitude, blocks=uniform"}
-        batches = training_pixels(backbone, data, seed, bench, **looking)
+        without_images = "importance=magnitude, blocks=uniform"
+        batches = training_pixels(
+            backbone, data, seed, shared, images=spec.images, batch_size=_BATCH, without_images=without_images
+        )
     with progress.wait("cutting the student from the teacher"):
         return shrink(backbone, spec, batches, folder)
 
@@ -110,18 +114,18 @@ def _require_one_process() -> None:
     require_one_process("a model is cut in one process", "call remap shrink without a launcher")
 
 
-def _nothing() -> Iterator[Tensor]:
+def _no_images() -> Iterator[Tensor]:
     return iter(())
 
 
-def told(found: Shrunk) -> str:
-    """One line on what was cut."""
-    pairs = zip(vars(found.before).items(), vars(found.after).values(), strict=True)
-    shape = ", ".join(f"{word} {one} -> {other}" if one != other else f"{word} {one}" for (word, one), other in pairs)
-    before, after = (f"{number / 1e6:.2f} M" for number in found.parameters)
+def shrunk_text(shrunk: Shrunk) -> str:
+    """Return in one line what was cut."""
+    pairs = zip(vars(shrunk.before).items(), vars(shrunk.after).values(), strict=True)
+    shape = ", ".join(f"{name} {one} -> {other}" if one != other else f"{name} {one}" for (name, one), other in pairs)
+    before, after = (f"{number / 1e6:.2f} M" for number in shrunk.parameters)
     blocks = ""
-    if len(found.kept) < found.before.depth:
-        blocks = f"; blocks {', '.join(map(str, found.kept))} stay"
+    if len(shrunk.kept) < shrunk.before.depth:
+        blocks = f"; blocks {', '.join(map(str, shrunk.kept))} stay"
     return f"{shape}; {before} -> {after} parameters{blocks}"
 
 
@@ -139,7 +143,7 @@ def take_out_skipped(run: Path, folder: Path, threshold: float) -> tuple[list[in
     """
     _require_one_process()
     if not is_run(str(run)):
-        raise BackboneError(f"{run} is no finished run", do="name a run directory of --method skip")
+        raise BackboneError(f"{run} is not a finished run", do="name a run directory of --method skip")
     network, _ = load_task(run)
     openness = gates_of(network.attached).openness()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The Python API besides ``remap.distill``: attach a method to a model of yours, load a tuned student."""
+"""The Python API besides ``remap.distill``: attach a method to a model, load a tuned student."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,25 +59,25 @@ class Student:
         self._runner = Runner(network).to(device)
 
     def pixels(self, image: Image.Image | bytes | Path | str) -> np.ndarray:
-        """The raw view of one image, uint8 (3, V, V).
+        """Return the raw view of one image, uint8 (3, V, V).
 
         Raises:
-            BadImage: It cannot be read.
+            BadImage: The image cannot be read.
         """
         return self.view.apply(decode(expanded(image) if isinstance(image, str) else image))
 
     @torch.no_grad()
     def logits(self, images: Sequence[Image.Image | bytes | Path | str]) -> Tensor:
-        """Logits (B, C), float32, on the CPU."""
+        """Return logits (B, C), float32, on the CPU."""
         return self.logits_of_views(torch.from_numpy(np.stack([self.pixels(image) for image in images])))
 
     @torch.no_grad()
     def logits_of_views(self, images_BCHW: Tensor) -> Tensor:
-        """Logits (B, C) of views already made (uint8)."""
+        """Return logits (B, C) of views already made (uint8)."""
         return self._runner(images_BCHW.to(self.device)).logits_BC.float().cpu()
 
     def predict(self, images: Sequence[Image.Image | bytes | Path | str]) -> list[tuple[str, float]]:
-        """The likeliest class of each image and its probability."""
+        """Return the likeliest class of each image and its probability."""
         best = self.logits(images).softmax(dim=-1).max(dim=-1)
         return [(self.classes[i], float(p)) for p, i in zip(best.values, best.indices, strict=True)]
 

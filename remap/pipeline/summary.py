@@ -1,25 +1,50 @@
-"""What summary.json says of a run."""
+"""The last evaluations of a run, and what summary.json says of it."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
+from remap.data.views import listed
 from remap.distributed.device_memory import peak_bytes
 from remap.distributed.launch import accelerator
 from remap.engine.checkpoint import State
-from remap.engine.evaluate import Evaluation
-from remap.pipeline.assemble import RunComponents
-from remap.progress import Silent
+from remap.engine.evaluate import Evaluation, evaluate_as
+from remap.pipeline.components import RunComponents
+from remap.pipeline.training_job import RunRecorder
+from remap.progress import Progress, Silent
+from remap.recipe.schema import EMA
 from remap.runs.run_dir import RunDir
 
 
-def summarize(
-    parts: RunComponents, run_dir: RunDir, initial: Evaluation, final: Evaluation, state: State
-) -> dict[str, Any]:
-    """All that is known once training has ended.
+@dataclass(frozen=True)
+class FinalEvaluations:
+    """Of the tuned student on the evaluation images, and on the test images where there are any."""
 
-    Args:
-        initial, final: Of the student on the evaluation split, before and after training.
-    """
-    recipe, student, views = parts.recipe, parts.student, parts.views
+    val: Evaluation
+    test: Evaluation | None
+
+
+def evaluate_at_end(components: RunComponents, recorder: RunRecorder, progress: Progress) -> FinalEvaluations:
+    """Evaluate what has not been evaluated yet: a moving average as teacher, and the test images, once."""
+    recipe, views = components.recipe, components.views
+    for number, teacher in enumerate(components.teachers):
+        if teacher.spec.model == EMA:
+            average = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, "the average")
+            components.teachers[number] = replace(teacher, accuracy=average.accuracy)
+    bad = components.training_source.bad_names()
+    if bad:
+        progress.say(f"skipped {len(bad)} training image(s) that cannot be read: {listed(bad)}")
+    val = recorder.last or recorder.evaluate()  # a resumed run may have had no epoch left to train
+    test = None
+    if views.test is not None:
+        test = evaluate_as(recipe, components.student, views.test, accelerator(), progress, "the test split")
+    return FinalEvaluations(val, test)
+
+
+def summarize(
+    components: RunComponents, run_dir: RunDir, untrained: Evaluation, final: FinalEvaluations, state: State
+) -> dict[str, Any]:
+    """Return all that is known once training has ended."""
+    recipe, student, views = components.recipe, components.student, components.views
     summary: dict[str, Any] = {
         "run_dir": str(run_dir.path),
         "recipe": recipe.name,
@@ -31,24 +56,24 @@ def summarize(
         "epochs": recipe.train.epochs,
         "processes": accelerator().num_processes,
         "device": str(accelerator().device),
-        "precision": "bf16" if parts.bf16 else "fp32",
+        "precision": "bf16" if components.bf16 else "fp32",
         "data": {
             "source": views.data.source,
             "classes": len(views.data.classes),
-            "train_images": len(parts.lessons.split),
-            "labeled_images": round(len(parts.lessons.split) * parts.labeled_share),
+            "train_images": len(components.training_source.split),
+            "labeled_images": round(len(components.training_source.split) * components.labeled_share),
             "val_images": len(views.val.split),
             "split": views.data.split_rule,
-            "skipped": [list(item) for item in (*views.skipped, *parts.lessons.bad_names())],
+            "skipped": [list(item) for item in (*views.skipped, *components.training_source.bad_names())],
             "fingerprint": views.fingerprint(),
             "val_fingerprint": views.contents["val"].fingerprint(Silent(), "evaluation images"),
         },
         "student": {
             "model": student.identity.model,
             "backbone_sha256": student.identity.sha256,
-            "accuracy": final.accuracy,
-            "correct": final.correct,
-            "initial_accuracy": initial.accuracy,
+            "accuracy": final.val.accuracy,
+            "correct": final.val.correct,
+            "initial_accuracy": untrained.accuracy,
             "trainable_parameters": student.num_trainable,
             "total_parameters": student.num_parameters,
         },
@@ -61,10 +86,12 @@ def summarize(
         "peak_memory_bytes": peak_bytes(accelerator().device),
         "final_losses": {k: v for k, v in state.history[-1].items() if k not in ("epoch", "accuracy", "seconds")},
     }
-    if parts.inherited is not None:
-        summary["student"]["init"] = parts.inherited.to_dict()
-    if parts.teachers:
-        summary["teacher"] = parts.teachers[0].to_dict()
-    if len(parts.teachers) > 1:
-        summary["more_teachers"] = [teacher.to_dict() for teacher in parts.teachers[1:]]
+    if final.test is not None:
+        summary["student"]["test_accuracy"] = final.test.accuracy
+    if components.init is not None:
+        summary["student"]["init"] = components.init.to_dict()
+    if components.teachers:
+        summary["teacher"] = components.teachers[0].to_dict()
+    if len(components.teachers) > 1:
+        summary["more_teachers"] = [teacher.to_dict() for teacher in components.teachers[1:]]
     return summary

@@ -1,4 +1,4 @@
-"""Where a teacher's outputs are kept: computed in every step, once in memory, or once on disk for later runs too."""
+"""Where a teacher's outputs come from in training: computed in every step, or cached in memory or on disk."""
 
 import time
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from remap.distributed.launch import accelerator
 from remap.engine.teacher import AverageTeacher, Teacher
 from remap.errors import DataError, RemapError
 from remap.io.atomic_write import size
-from remap.pipeline.assemble import RunComponents, images_at_once, images_of_process
+from remap.pipeline.components import RunComponents
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teachers import PreparedTeacher
 from remap.progress import Progress
@@ -24,11 +24,11 @@ from remap.remapping.items import LOGITS
 
 @dataclass(frozen=True)
 class OutputStorage:
-    """Where the outputs of one teacher are kept, and what that takes.
+    """Where the outputs of one teacher are cached, and what that takes.
 
     Attributes:
         bytes: In memory or on disk, for all images and views; 0 where they are computed in every step.
-        shapes: Shape of one image's row of each item; empty where none are kept.
+        shapes: Shape of one image's row of each output; empty where none are cached.
     """
 
     where: Literal["each step", "memory", "disk"]
@@ -36,65 +36,65 @@ class OutputStorage:
     shapes: dict[str, tuple[int, ...]]
 
 
-def make_teacher(parts: RunComponents, number: int) -> Teacher:
-    """A teacher as the objective asks it, without any kept outputs."""
-    prepared = parts.teachers[number]
-    arguments = (prepared.network, parts.objective, number, accelerator())
+def make_teacher(components: RunComponents, number: int) -> Teacher:
+    """Return a teacher that gives what the objective reads, without any cached outputs."""
+    prepared = components.teachers[number]
+    network, objective, bf16 = prepared.network, components.objective, components.bf16
     if prepared.spec.model == EMA:
-        return AverageTeacher(*arguments, bf16=parts.bf16, decay=prepared.spec.decay)
-    return Teacher(*arguments, bf16=parts.bf16)
+        return AverageTeacher(network, objective, number, accelerator(), bf16=bf16, decay=prepared.spec.decay)
+    return Teacher(network, objective, number, accelerator(), bf16=bf16)
 
 
-def teachers_in_training(parts: RunComponents, bench: SharedResources, progress: Progress) -> list[Teacher]:
-    """The teachers behind the objective; where views are a closed list their outputs are computed once and kept."""
-    found = []
-    for number, prepared in enumerate(parts.teachers):
-        if not parts.objective.reads_teacher(number):
+def teachers_in_training(components: RunComponents, shared: SharedResources, progress: Progress) -> list[Teacher]:
+    """Return the teachers that the objective reads; where views are finite, with their outputs cached."""
+    teachers = []
+    for number, prepared in enumerate(components.teachers):
+        if not components.objective.reads_teacher(number):
             continue
-        teacher = make_teacher(parts, number)
-        found.append(teacher)
-        place = choose_storage(parts, prepared, teacher)
-        if place.where == "memory":
-            _in_memory(parts, teacher, prepared, place, bench, progress)
-        elif place.where == "disk":
-            _on_disk(parts, teacher, prepared, place, progress)
-        elif parts.recipe.data.finite_views and prepared.spec.cache == "auto" and prepared.spec.model != EMA:
+        teacher = make_teacher(components, number)
+        teachers.append(teacher)
+        storage = choose_storage(components, prepared, teacher)
+        if storage.where == "memory":
+            _cache_in_memory(components, teacher, prepared, storage, shared, progress)
+        elif storage.where == "disk":
+            _cache_on_disk(components, teacher, prepared, storage, progress)
+        elif components.recipe.data.finite_views and prepared.spec.cache == "auto" and prepared.spec.model != EMA:
             progress.say(
-                "the teacher is asked in every step: its outputs fit neither in data.memory_gib nor on the disk"
+                "the teacher runs in every step: its outputs fit neither in memory (data.memory_gib) nor on the disk"
             )
-        parts.teachers[number] = replace(prepared, outputs=place.where)
-    return found
+        components.teachers[number] = replace(prepared, outputs=storage.where)
+    return teachers
 
 
-def choose_storage(parts: RunComponents, prepared: PreparedTeacher, teacher: Teacher) -> OutputStorage:
-    """Decide by the recipe, by what there is on disk, and by room.
+def choose_storage(components: RunComponents, prepared: PreparedTeacher, teacher: Teacher) -> OutputStorage:
+    """Choose by the recipe, by what is cached on disk already, and by room.
 
     Raises:
-        DataError: The recipe names a place where they do not fit, or where views are no closed list.
+        DataError: The recipe wants them cached where they do not fit, or where views are not finite.
     """
-    spec, data = prepared.spec, parts.recipe.data
+    spec, data = prepared.spec, components.recipe.data
     changing = what_changes(spec, data)
     if changing is not None and spec.cache in ("memory", "disk"):
         raise DataError(
-            f"the outputs of the teacher {spec.model} cannot be kept: {changing}", given=f"teacher.cache={spec.cache}"
+            f"the outputs of the teacher {spec.model} cannot be cached: {changing}", given=f"teacher.cache={spec.cache}"
         )
     if changing is not None or spec.cache == "off":
         return OutputStorage("each step", 0, {})
-    shapes = teacher.shapes(parts.views.view.size)
-    count = len(parts.lessons.split) * data.finite_views
+    shapes = teacher.shapes(components.views.view.size)
+    count = len(components.training_source.split) * data.finite_views
     in_memory = count * sum(4 * torch.Size(shape).numel() for shape in shapes.values())
-    on_disk = bytes_for(_items(spec, shapes, bf16=parts.bf16), count)
+    on_disk = bytes_for(_items(spec, shapes, bf16=components.bf16), count)
     fits = in_memory <= data.memory_gib * 2**30
     if spec.cache == "memory" and not fits:
         raise DataError(
             "the teacher's outputs do not fit in memory",
             given=f"{in_memory / 2**30:.1f} GiB for {count} views of images",
             allowed=f"data.memory_gib={data.memory_gib:g}",
-            do="allow more (--set data.memory_gib=...), or keep them on disk (--set teacher.cache=disk)",
+            do="allow more (--set data.memory_gib=...), or cache them on disk (--set teacher.cache=disk)",
         )
     if spec.cache == "memory":
         return OutputStorage("memory", in_memory, shapes)
-    if has_cache(cache_root(), _key(parts, prepared)):  # room for what it lacks is looked for once that is known
+    if has_cache(cache_root(), _key(components, prepared)):  # room for missing rows is checked once they are known
         return OutputStorage("disk", on_disk, shapes)
     if spec.cache == "disk" or spec.keeps_less:
         require_space(cache_root(), on_disk)
@@ -111,103 +111,104 @@ def _disk_if_it_fits(needed: int, shapes: dict[str, tuple[int, ...]]) -> OutputS
 
 
 def _items(spec: TeacherSpec, shapes: dict[str, tuple[int, ...]], *, bf16: bool) -> dict[str, Item]:
-    """How each item is kept on disk."""
+    """Return how each output is stored on disk."""
     dtype = ("fp16" if bf16 else "fp32") if spec.cache_dtype == "auto" else spec.cache_dtype
     return {name: Item(shape, dtype, spec.top_k if name == LOGITS else None) for name, shape in shapes.items()}
 
 
-def build_caches(parts: RunComponents, progress: Progress) -> list[dict[str, Any]]:
-    """Keep the outputs of every teacher of a run on disk, without training.
+def store_outputs(components: RunComponents, progress: Progress) -> list[dict[str, Any]]:
+    """Store the outputs of every teacher of a run on disk, without training.
 
     Raises:
-        DataError: A teacher's outputs cannot be kept.
+        DataError: A teacher's outputs cannot be cached.
     """
-    found = []
-    for number, prepared in enumerate(parts.teachers):
-        if prepared.spec.model == EMA or not parts.objective.reads_teacher(number):
+    stored = []
+    for number, prepared in enumerate(components.teachers):
+        if prepared.spec.model == EMA or not components.objective.reads_teacher(number):
             continue  # a running average changes in training
         prepared.spec = prepared.spec.model_copy(update={"cache": "disk"})
-        teacher = make_teacher(parts, number)
+        teacher = make_teacher(components, number)
         try:
-            place = choose_storage(parts, prepared, teacher)
-            found.append({"teacher": prepared.spec.model, **_on_disk(parts, teacher, prepared, place, progress)})
+            storage = choose_storage(components, prepared, teacher)
+            report = _cache_on_disk(components, teacher, prepared, storage, progress)
+            stored.append({"teacher": prepared.spec.model, **report})
         finally:
             teacher.close()
-    return found
+    return stored
 
 
-def finite_views(parts: RunComponents) -> FiniteViews:
-    """All that the student sees, where that is a closed list."""
-    data = parts.recipe.data
-    return FiniteViews(parts.lessons, data.augment, parts.recipe.seed, data.finite_views)
+def finite_views(components: RunComponents) -> FiniteViews:
+    """Return all views of all training images, where they are finite."""
+    data = components.recipe.data
+    return FiniteViews(components.training_source, data.augment, components.recipe.seed, data.finite_views)
 
 
-def _in_memory(
-    parts: RunComponents,
+def _cache_in_memory(
+    components: RunComponents,
     teacher: Teacher,
     prepared: PreparedTeacher,
-    place: OutputStorage,
-    bench: SharedResources,
+    storage: OutputStorage,
+    shared: SharedResources,
     progress: Progress,
 ) -> None:
-    source, names = str(parts.recipe.data.model_dump(mode="json")), tuple(place.shapes)
-    seed = parts.recipe.seed if parts.recipe.data.augment != "none" else None
-    key = (prepared.fingerprint, source, parts.views.view, names, seed, parts.bf16, images_at_once(parts))
-    if key in bench.targets:
-        teacher.kept = bench.targets[key]
-        return
-    batch = images_of_process(parts)
-    teacher.kept = keep_in_memory(teacher, finite_views(parts), batch, images_at_once(parts), accelerator(), progress)
-    bench.targets[key] = teacher.kept
+    recipe, views = components.recipe, finite_views(components)
+    source, names = str(recipe.data.model_dump(mode="json")), tuple(storage.shapes)
+    seed = recipe.seed if recipe.data.augment != "none" else None  # fixed views are the same for every seed
+    batch, in_pass = components.process_images, components.pass_images
+    # The size of a pass is part of the key: it may decide the last bits.
+    key = (prepared.fingerprint, source, components.views.view, names, seed, components.bf16, in_pass)
+    if key not in shared.targets:
+        shared.targets[key] = keep_in_memory(teacher, views, batch, in_pass, accelerator(), progress)
+    teacher.kept = shared.targets[key]
 
 
-def _on_disk(
-    parts: RunComponents, teacher: Teacher, prepared: PreparedTeacher, place: OutputStorage, progress: Progress
+def _cache_on_disk(
+    components: RunComponents, teacher: Teacher, prepared: PreparedTeacher, storage: OutputStorage, progress: Progress
 ) -> dict[str, Any]:
-    """Fill the gaps of the store and leave it with the teacher; says what was done."""
-    items = _items(prepared.spec, place.shapes, bf16=parts.bf16)
-    store = RecordStore.open(cache_root(), _key(parts, prepared), items)
-    started, batch = time.perf_counter(), images_of_process(parts)
-    lacking = missing_rows(store, finite_views(parts), batch)
-    if lacking:
+    """Compute the rows that the store lacks, give the store to the teacher, and return what was done."""
+    views, batch = finite_views(components), components.process_images
+    items = _items(prepared.spec, storage.shapes, bf16=components.bf16)
+    store = RecordStore.open(cache_root(), _key(components, prepared), items)
+    started, missing = time.perf_counter(), missing_rows(store, views, batch)
+    if missing:
         progress.say(
-            f"keeping teacher outputs on disk: {lacking:,} of {finite_views(parts).count:,} to compute, "
-            f"{size(bytes_for(items, lacking))}"
+            f"caching teacher outputs on disk: {missing:,} of {views.count:,} to compute, "
+            f"{size(bytes_for(items, missing))}"
         )
-    require_space(cache_root(), bytes_for(items, lacking))
-    kept = teacher.kept = keep_on_disk(
-        teacher, store, finite_views(parts), batch, images_at_once(parts), accelerator(), progress
-    )
-    progress.say(f"teacher outputs on disk: {store.folder} ({kept.computed:,} computed now, {size(store.nbytes)})")
+    require_space(cache_root(), bytes_for(items, missing))
+    cached = keep_on_disk(teacher, store, views, batch, components.pass_images, accelerator(), progress)
+    teacher.kept = cached
+    progress.say(f"teacher outputs on disk: {store.folder} ({cached.computed:,} computed now, {size(store.nbytes)})")
     if store.damaged:
         progress.say(f"{store.damaged} damaged records were computed again")
-    if kept.mass is not None and kept.mass < LEAST_MASS:
+    if cached.mass is not None and cached.mass < LEAST_MASS:
         progress.say(
-            f"the {prepared.spec.top_k} classes kept have {kept.mass:.0%} of the teacher's probability on average; "
-            "what is left out is spread evenly (raise teacher.top_k, or leave it out)"
+            f"the {prepared.spec.top_k} stored classes have {cached.mass:.0%} of the teacher's probability on average; "
+            "the rest is spread evenly over the others (raise teacher.top_k, or leave it out)"
         )
+    rows = [
+        {"name": name, "shape": list(item.shape), "bytes": bytes_for({name: item}, views.count)}
+        for name, item in items.items()
+    ]
     return {
         "key": store.folder.name,
         "folder": str(store.folder),
-        "items": [
-            {"name": name, "shape": list(item.shape), "bytes": bytes_for({name: item}, finite_views(parts).count)}
-            for name, item in items.items()
-        ],
-        "images": finite_views(parts).count,
-        "computed": kept.computed,
+        "items": rows,
+        "images": views.count,
+        "computed": cached.computed,
         "bytes": store.nbytes,
         "seconds": round(time.perf_counter() - started, 2),
     }
 
 
-def _key(parts: RunComponents, prepared: PreparedTeacher) -> dict[str, Any]:
-    """Everything besides the image and its draw that decides what is stored."""
-    network, view = prepared.network, parts.views.view
+def _key(components: RunComponents, prepared: PreparedTeacher) -> dict[str, Any]:
+    """Return everything besides the image and its draw that decides what is stored."""
+    network, view = prepared.network, components.views.view
     return CacheKey(
         teacher=network.identity.model,
         state=prepared.fingerprint,
         preprocessing=network.preprocess.to_dict(),
-        view={**view.to_dict(), "augment": parts.recipe.data.augment},
-        precision="bf16" if parts.bf16 else "fp32",
+        view={**view.to_dict(), "augment": components.recipe.data.augment},
+        precision="bf16" if components.bf16 else "fp32",
         versions=library_versions(),
     ).to_dict()

@@ -1,44 +1,42 @@
-"""A teacher is loaded, given a head for these classes if it has none, and checked before it may teach."""
+"""Teachers: load them, and give those a head for these classes that have none, by a linear probe or by tuning."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from remap.backbones.build import Backbone, add_tensors
-from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
 from remap.distributed.sharding import gather_full, is_sharded, shard, wants_sharding
-from remap.engine.evaluate import Evaluation, evaluate_as
+from remap.engine.evaluate import evaluate_as
 from remap.engine.self_teachers import averaged_copy, untuned_copy
-from remap.errors import TrainingError
 from remap.io.atomic_write import require_no_link, require_no_links
 from remap.io.checked_read import expanded
 from remap.network import Network, choose_attention, tuned
 from remap.pipeline import probe
 from remap.pipeline.shared import DataViews, SharedResources
-from remap.progress import Progress, Within
+from remap.progress import Progress
 from remap.recipe.paths import is_run
 from remap.recipe.schema import EMA, SELF, LossSpec, MethodSpec, Recipe, StudentSpec, TeacherSpec
 from remap.remapping import LOSSES
 from remap.runs.run_dir import RunDir
 from remap.runs.task import load_task, open_backbone, put_task, require_size_of_run, save_task, task_tensors
+from remap.runs.task_file import folder_of, read_meta
 
 
 @dataclass
 class PreparedTeacher:
-    """A teacher with what is known of it.
+    """A teacher and what is known of it.
 
     Attributes:
         key: Equal for teachers that are prepared in the same way.
-        head: How its classifier came about: "its own", "probe", a method's name, or "none".
+        head: Where its classifier comes from: "its own", "probe", a method's name, or "none".
         accuracy: On the evaluation split; None when no loss reads its logits.
-        outputs: Where they were in training: "each step", "memory" or "disk".
+        outputs: Where they came from in training: "each step", "memory" or "disk".
     """
 
     network: Network
@@ -50,7 +48,7 @@ class PreparedTeacher:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Equal for teachers that give equal outputs: all weights, what is made of them, and the input they take."""
+        """Return a hash that is equal for teachers with equal outputs: of weights, structure and input."""
         network = self.network
         parts = (network.identity.sha256, network.preprocess, network.anatomy, network.model)
         digest = hashlib.sha256(" ".join(map(repr, parts)).encode())
@@ -73,11 +71,11 @@ class PreparedTeacher:
 def load_teacher(
     spec: TeacherSpec, recipe: Recipe, classes: tuple[str, ...], device: torch.device, student: Backbone
 ) -> PreparedTeacher:
-    """The teacher as it comes from its source; a run directory with the same classes brings its own head.
+    """Load a teacher from its source; a run directory with the same classes brings its head.
 
     Args:
-        student: The student's backbone before a method is attached to it, for the teacher "self". That one shares its
-            tensors, so it stays where they are until the student is ``placed``: methods are attached on the CPU.
+        student: The student's backbone before a method is attached to it, for the teacher "self". 'self' shares the
+            student's tensors and is moved to the device together with it.
     """
     if spec.model == SELF:
         network = untuned_copy(student, classes)
@@ -92,7 +90,7 @@ def load_teacher(
     keep_head = spec.prepare == "none" and needs_logits(recipe)
     network = tuned(open_backbone(spec, len(classes), keep_head=keep_head), "linear", {})
     network.classes = classes
-    if not needs_logits(recipe):  # equal for every seed, so that what is kept of its features is found again
+    if not needs_logits(recipe):  # an unread head: zero for every seed, so that cached outputs are found again
         with torch.no_grad():
             for parameter in network.head.values():
                 parameter.zero_()
@@ -101,7 +99,7 @@ def load_teacher(
 
 
 def averaging_teacher(spec: TeacherSpec, student: Network) -> PreparedTeacher:
-    """The running average of the student, at its start."""
+    """Return the moving average of the student, at its start."""
     return PreparedTeacher(averaged_copy(student), spec, EMA, "the student's")
 
 
@@ -111,108 +109,104 @@ def prepare_teacher(
     folder: Path,
     views: DataViews,
     progress: Progress,
-    bench: SharedResources,
+    shared: SharedResources,
 ) -> PreparedTeacher:
-    """Fit a head (or tune the whole teacher) if a loss reads its logits and it has none; then evaluate it.
+    """Give a teacher whose logits a loss reads a head for these classes, if it has none; then evaluate it.
 
     Args:
-        folder: Where the prepared teacher is kept as a task, so that a resumed run finds it.
+        folder: Where the fitted head is stored as a task, so that a resumed run finds it.
     """
     spec = teacher.spec
     if not needs_logits(recipe) or spec.model == EMA:
         return teacher
-    if bench.teacher_folder is not None:  # one teacher for all runs, whatever their seeds
+    if shared.teacher_folder is not None:  # one teacher for all runs of a comparison, for every seed
         teacher = replace(teacher, key=f"shared {spec.model_dump(mode='json')}")
-    shared = spec.model != SELF  # it lives on the tensors of one student
-    if shared and teacher.key in bench.teachers:
-        return bench.teachers[teacher.key]
+    reusable = spec.model != SELF  # which shares the tensors of one student
+    if reusable and teacher.key in shared.teachers:
+        return shared.teachers[teacher.key]
     if teacher.head == "none":
-        if not (folder / "task" / "task.json").is_file():
-            _prepare(teacher, recipe, folder, views, progress)
-        accelerator().wait_for_everyone()
         if spec.prepare == "probe":
+            if not _is_prepared(folder):
+                _fit_head(teacher, recipe, folder, views, progress)
+            accelerator().wait_for_everyone()
             put_task(teacher.network, folder)
             network = teacher.network
         else:
-            network, _ = load_task(folder)
+            network, _ = load_task(shared.tuned_teachers[teacher_recipe(recipe, spec).digest()])
         teacher = placed(replace(teacher, network=network, head=spec.prepare), recipe, accelerator().device)
-    found = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, "the teacher")
-    teacher = replace(teacher, accuracy=found.accuracy)
-    if shared:
-        bench.teachers[teacher.key] = teacher
+    accuracy = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, "the teacher").accuracy
+    teacher = replace(teacher, accuracy=accuracy)
+    if reusable:
+        shared.teachers[teacher.key] = teacher
     return teacher
 
 
-def require_useful(teacher: PreparedTeacher, untrained: Evaluation, source: ViewSource) -> None:
-    """Stop before a teacher that knows nothing teaches it.
+def _fit_head(teacher: PreparedTeacher, recipe: Recipe, folder: Path, views: DataViews, progress: Progress) -> None:
+    """Fit a linear head on the teacher's features, and store it as a task."""
+    network = teacher.network
+    _require_no_links(folder)
+    progress.say(f"{_title(teacher.spec, recipe)} has no head for these {len(views.data.classes)} classes: fitting one")
+    strength = probe.fit_probe(network, views.train, accelerator(), recipe.train.batch_size, progress)
+    tensors = task_tensors(network)
+    if accelerator().is_main_process:
+        save_task(folder / "task", network, views.view, "linear", {}, tensors)
+    progress.say(f"fitted by logistic regression on the teacher's features (C = {strength})")
 
-    Always naming the most frequent class gives the accuracy p on n images. A teacher must do better than that by two
-    standard errors, sqrt(p (1 - p) / n); where images are so few that this bound lies at 1 or above, it must be right
-    on all of them.
 
-    Raises:
-        TrainingError: It does not, or its accuracy is below the untrained student's.
+def teachers_to_tune(
+    recipe: Recipe, run_dir: RunDir, progress: Progress, shared: SharedResources
+) -> Iterator[tuple[str, RunDir, Recipe]]:
+    """Yield the teachers that have to be tuned before this run: title, run directory and recipe of each.
+
+    The caller runs each recipe before it asks for the next one.
     """
-    if teacher.accuracy is None or teacher.spec.allow_weak:
-        return
-    count = len(source.split)
-    chance = np.bincount(source.split.labels).max() / count
-    bound = min(chance + 2 * sqrt(chance * (1 - chance) / count), 1 - 0.5 / count)
-    if teacher.accuracy > bound and teacher.accuracy >= untrained.accuracy:
-        return
-    why = (
-        f"below the untrained student's {untrained.accuracy:.1%}"
-        if teacher.accuracy > bound
-        else f"not clearly above chance (always naming the most frequent class gives {chance:.1%}; "
-        f"on {'one image' if count == 1 else f'{count} images'}, luck may reach {bound:.1%})"
-    )
-    raise TrainingError(
-        f"the teacher's accuracy on the evaluation images is {teacher.accuracy:.1%}: {why}",
-        given=f"{teacher.network.identity.model}, head: {teacher.head}",
-        do="\n           ".join(
-            [
-                f"start a new run: {_remedy(teacher)}",
-                "or let it teach all the same: --set teacher.allow_weak=true",
-            ]
-        ),
-    )
+    for number, spec in enumerate(spec for spec in recipe.teachers if spec.model != EMA):
+        if spec.prepare in ("probe", "none") or not needs_logits(recipe) or _brings_head(spec, recipe, shared):
+            continue
+        tuning, folder = teacher_recipe(recipe, spec), teacher_folder(spec, number, run_dir, shared)
+        key = tuning.digest()
+        if key not in shared.tuned_teachers and not _is_prepared(folder):
+            _require_no_links(folder)
+            classes = len(shared.classes(recipe.data))
+            progress.say(f"{_title(spec, recipe)} has no head for these {classes} classes: tuning it ({spec.prepare})")
+            if accelerator().is_main_process and not (folder / "recipe.yaml").exists():
+                RunDir.create(folder, tuning)
+            accelerator().wait_for_everyone()
+            yield _title(spec, recipe), RunDir(folder), tuning
+        shared.tuned_teachers.setdefault(key, folder)
 
 
-def _remedy(teacher: PreparedTeacher) -> str:
-    """What has not been tried yet."""
-    if teacher.head == "probe":
-        return "tune all of it (--set teacher.prepare=full), choose another teacher or other weights,"
-    if teacher.head != "its own":
-        return "tune it for longer or at another rate (teacher.epochs, teacher.lr), choose another teacher or weights,"
-    if is_run(teacher.spec.model):
-        return "choose a better run,"
-    return "let its head be fitted (--set teacher.prepare=probe, or full), choose another teacher or other weights,"
+def _brings_head(spec: TeacherSpec, recipe: Recipe, shared: SharedResources) -> bool:
+    """Whether it is a run on the same classes, whose head serves."""
+    return is_run(spec.model) and read_meta(folder_of(expanded(spec.model))).classes == shared.classes(recipe.data)
 
 
-def _prepare(teacher: PreparedTeacher, recipe: Recipe, folder: Path, views: DataViews, progress: Progress) -> None:
-    from remap.pipeline.run import run  # a tuned teacher is a run like any other
+def _is_prepared(folder: Path) -> bool:
+    return (folder / "task" / "task.json").is_file()
 
-    network, spec = teacher.network, teacher.spec
-    name = f"the teacher {spec.model}" if len(recipe.teachers) > 1 else "the teacher"
-    require_no_link(folder)  # that of a comparison lies beside its runs
+
+def teacher_folder(spec: TeacherSpec, number: int, run_dir: RunDir, shared: SharedResources) -> Path:
+    """Return where a prepared teacher is stored: teacher, teacher-2, ... of the run, or of its comparison.
+
+    "self" always belongs to the run: it shares the weights of one student, which may be random.
+    """
+    in_run = shared.teacher_folder is None or spec.model == SELF
+    first = run_dir.teacher if in_run else shared.teacher_folder
+    assert first is not None
+    return first if number == 0 else first.with_name(f"{first.name}-{number + 1}")
+
+
+def _require_no_links(folder: Path) -> None:
+    require_no_link(folder)  # the folder of a comparison lies outside of the run that was checked already
     require_no_links(folder)
-    progress.say(f"{name} has no head for these {len(network.classes)} classes: preparing one ({spec.prepare})")
-    if spec.prepare == "probe":
-        strength = probe.fit_probe(network, views.train, accelerator(), recipe.train.batch_size, progress)
-        tensors = task_tensors(network)
-        if accelerator().is_main_process:
-            save_task(folder / "task", network, views.view, "linear", {}, tensors)
-        progress.say(f"fitted by logistic regression on cached features (C = {strength})")
-        return
-    tuning = teacher_recipe(recipe, spec)
-    if accelerator().is_main_process and not (folder / "recipe.yaml").exists():
-        RunDir.create(folder, tuning)
-    accelerator().wait_for_everyone()
-    run(tuning, RunDir(folder), Within(progress, name), SharedResources(), resuming=True)
+
+
+def _title(spec: TeacherSpec, recipe: Recipe) -> str:
+    return f"the teacher {spec.model}" if len(recipe.teachers) > 1 else "the teacher"
 
 
 def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
-    """The recipe that tunes the teacher: the labelled images and the loop of the run, its own method, cross-entropy."""
+    """Return the recipe that tunes a teacher: the run's labelled images and loop, its method, cross-entropy."""
     train = recipe.train.model_copy(
         update={"epochs": spec.epochs or recipe.train.epochs, "lr": spec.lr, "base_lr": None, "warmup_epochs": None}
     )
@@ -234,12 +228,12 @@ def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
 
 
 def needs_logits(recipe: Recipe) -> bool:
-    """Whether a loss reads the teacher's logits, so that it needs a head."""
+    """Return whether a loss reads the teacher's logits, so that it needs a head."""
     return any(loss.reads_logits for loss in recipe.losses)
 
 
 def _key(network: Network, head: str, spec: TeacherSpec, recipe: Recipe) -> str:
-    """Backbone, where the head comes from, and all that decides how it is fitted."""
+    """Return backbone, origin of the head, and all that decides how it is fitted."""
     return "|".join(
         [
             network.identity.sha256,
@@ -254,7 +248,7 @@ def _key(network: Network, head: str, spec: TeacherSpec, recipe: Recipe) -> str:
 
 
 def placed(teacher: PreparedTeacher, recipe: Recipe, device: torch.device) -> PreparedTeacher:
-    """The teacher on the device, or sharded over those of all processes, with the run's kernel of attention."""
+    """Move a teacher to the device, or shard it over those of all processes; choose the run's attention kernel."""
     network = teacher.network
     choose_attention(network, recipe.train.fused_attention, device)
     if is_sharded(network):

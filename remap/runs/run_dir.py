@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,8 +249,8 @@ class RunDir:
 
     def seconds(self) -> float:
         """For how long it has worked so far, as ``set_status`` noted it."""
-        noted = self._noted().get("seconds") if os.path.isfile(self.path / "status.json") else None
-        return float(noted) if is_number(noted) and noted > 0 else 0.0
+        recorded = self._noted().get("seconds") if os.path.isfile(self.path / "status.json") else None
+        return max(0.0, float(recorded)) if isinstance(recorded, int | float) and is_number(recorded) else 0.0
 
     def status(self) -> str:
         return str(self._noted().get("status", ""))
@@ -290,8 +290,13 @@ class RunDir:
             raise RunError(f"cannot read {path}: {reason}", do=_OWN) from error
         return records
 
-    def write_trainables(self, found: list[dict[str, Any]]) -> None:
-        atomic_write.write_json(self.trainables, found)
+    def write_trainables(self, trained: Mapping[str, Any]) -> None:
+        """Write name, shape and size of every trained parameter."""
+        rows = [
+            {"name": name, "shape": list(parameter.shape), "parameters": parameter.numel()}
+            for name, parameter in trained.items()
+        ]
+        atomic_write.write_json(self.trainables, rows)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         atomic_write.write_json(self.path / "summary.json", summary)

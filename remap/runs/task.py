@@ -62,7 +62,7 @@ def save_task(
     """
     atomic_write.make_folder(folder)
     tensors = task_tensors(network) if tensors is None else tensors
-    data = save(tensors, metadata={"format": f"remap task {FORMAT}"})
+    data = save(dict(tensors), metadata={"format": f"remap task {FORMAT}"})
     atomic_write.write_bytes(folder / "task.safetensors", data)
     atomic_write.write_json(
         folder / "task.json",

@@ -78,7 +78,7 @@ class _Source(BaseModel):
 class TaskMeta(BaseModel):
     """What task.json says."""
 
-    format: Literal[FORMAT]
+    format: Literal[1]  # FORMAT
     backbone: _Source
     method: MethodSpec
     classes: Annotated[tuple[Annotated[str, AfterValidator(_class_name)], ...], Field(min_length=1)]

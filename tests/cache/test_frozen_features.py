@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from remap.cache.frozen_features import FrozenFeatures
-from remap.pipeline import assemble, run, train
+from remap.pipeline import components, run
 from remap.pipeline.run import start
 
 CONFTEST = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))
@@ -28,7 +28,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
 def forwards(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How many images went through the student's first layer, and how many features were kept."""
     counts = {"images": 0, "kept": 0}
-    tuned, compute = assemble.tuned, FrozenFeatures.compute
+    tuned, compute = components.tuned, FrozenFeatures.compute
 
     def watched(*args: Any) -> Any:
         network = tuned(*args)
@@ -43,7 +43,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         compute(self, *args, **words)
         counts["kept"] += len(self.split)
 
-    monkeypatch.setattr(assemble, "tuned", watched)
+    monkeypatch.setattr(components, "tuned", watched)
     monkeypatch.setattr(FrozenFeatures, "compute", counted)
     return counts
 
@@ -62,7 +62,7 @@ def test_kept_features_give_the_student_of_the_whole_forward(
     """To the last bit: they are computed in batches of the shape of a training step."""
     recipe = tiny.recipe(f"train.batch_size={batch_size}", method=method, student=wide)
     kept = start(recipe, tmp_path / "kept")
-    monkeypatch.setattr(train, "features_in_training", lambda parts, progress: {})
+    monkeypatch.setattr(run, "cache_features", lambda parts, progress: {})
     whole = start(recipe, tmp_path / "whole")
     assert largest_difference(kept.student.tensors, whole.student.tensors) == 0
     assert kept.summary["final_losses"] == whole.summary["final_losses"]
@@ -101,7 +101,7 @@ def test_a_teacher_that_looks_at_each_batch_gets_the_images(
     """The student's frozen features are kept, so the student itself needs no images."""
     recipe = tiny.recipe(*settings, method="linear", losses="ce,kd", **({"teacher": teacher} if teacher else {}))
     kept = start(recipe, tmp_path / "kept")
-    monkeypatch.setattr(train, "features_in_training", lambda parts, progress: {})
+    monkeypatch.setattr(run, "cache_features", lambda parts, progress: {})
     whole = start(recipe, tmp_path / "whole")
     assert largest_difference(kept.student.tensors, whole.student.tensors) < 2e-3
     assert kept.summary["final_losses"] == pytest.approx(whole.summary["final_losses"], rel=1e-2, abs=1e-6)

@@ -21,7 +21,7 @@ from remap.data.fingerprint import Contents
 from remap.data.splits import Split
 from remap.engine.teacher import Teacher
 from remap.errors import DataError
-from remap.pipeline import train
+from remap.pipeline import training_job
 from remap.pipeline.run import resume, start
 
 WORKER = Path(__file__).parent / "workers" / "teacher_cache.py"
@@ -95,7 +95,7 @@ def test_an_image_that_had_no_outputs_is_no_lesson_without_them(
 ) -> None:
     """One that could not be read for a moment. Expected after the resume: the run of a sound disk."""
     recipe = tiny.recipe(SHORT_OF_MEMORY, "data.max_bad=0.2", "teacher.cache=memory")
-    kept, read = train.teachers_in_training, Contents.read
+    kept, read = training_job.teachers_in_training, Contents.read
 
     def missed(contents: Contents, index: int) -> bytes:
         if contents.split.names[index].endswith("train/green/03.png"):
@@ -108,7 +108,7 @@ def test_an_image_that_had_no_outputs_is_no_lesson_without_them(
             return kept(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "teachers_in_training", keeping_with_one_missed)
+        patch.setattr(training_job, "teachers_in_training", keeping_with_one_missed)
         with pytest.raises(DataError, match="no teacher outputs for 1 image.*\n.*--resume"):
             start(recipe, tmp_path / "run")
     found, sound = resume(tmp_path / "run"), start(recipe, tmp_path / "sound")

@@ -129,7 +129,7 @@ def test_build_takes_the_words_of_distill(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(view.out, "width", 200)
-    from remap.pipeline import run
+    from remap.pipeline import build_cache
 
     asked: list[Any] = []
     summary = {
@@ -142,7 +142,7 @@ def test_build_takes_the_words_of_distill(
         "bytes": 1248,
         "seconds": 1.5,
     }
-    monkeypatch.setattr(run, "build_cache", lambda recipe, progress: asked.append(recipe) or [summary], raising=False)
+    monkeypatch.setattr(build_cache, "build_cache", lambda recipe, progress: asked.append(recipe) or [summary])
     words = ("cache", "build", "--data", str(pictures), "--losses", "ce,kd:0.5", "--set", "teacher.cache=disk")
     assert run_json(*words, "--batch-size", "8") == [summary]
     (recipe,) = asked
@@ -156,13 +156,13 @@ def test_build_takes_the_words_of_distill(
 def test_an_interrupted_build_says_how_to_go_on(
     remap: Callable[..., Result], root: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from remap.pipeline import run
+    from remap.pipeline import build_cache
 
     def stopped(*_: Any) -> None:
         raise Interrupted("stopped by SIGTERM", exit_code=143)
 
     words = ["cache", "build", "--data", str(pictures), "--set", "teacher.cache=disk"]
-    monkeypatch.setattr(run, "build_cache", stopped)
+    monkeypatch.setattr(build_cache, "build_cache", stopped)
     monkeypatch.setattr(sys, "argv", ["remap", *words])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     result = remap(*words)

@@ -197,7 +197,7 @@ def test_advice_can_be_typed(remap: Callable[..., Result], tmp_path: Path, tiny:
 @pytest.mark.parametrize(
     ("error", "advice"),
     [
-        (DiskFull("r will not fit on the disk", do="choose another --output"), "then go on with: remap tune --resume"),
+        (DiskFull("r will not fit on the disk", do="choose another --output"), "then resume with: remap tune --resume"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "a smaller --batch-size"),
     ],
 )
@@ -207,7 +207,7 @@ def test_the_folder_of_a_run_gives_the_advice_of_the_terminal(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("remap.pipeline.run.carry_out", fail)
+    monkeypatch.setattr("remap.pipeline.run.build_components", fail)
     stopped = remap("tune", "--method", "linear", "--output", "r")
     assert stopped.exit_code == 2 and advice in stopped.message
     assert json.loads((tmp_path / "r" / "status.json").read_text())["message"] == stopped.message

@@ -58,8 +58,10 @@ def test_the_sentence_says_by_how_much_and_where() -> None:
     found = {"equal": False, "checks": checks, "tensors": tensors, "environment": [{"what": "threads"}], **REASONS}
     told = "It did not repeat bit for bit: task file differs (weights by at most 0.001); the environment differs."
     assert sentence(found) == told
-    changed = {"first": ["another number of processes (2, then 1)"], "repeat": []}
-    words = "; the first run was resumed with another number of processes (2, then 1), which decides last bits; the env"
+    changed = {"first": ["a different number of processes (2, then 1)"], "repeat": []}
+    words = (
+        "; the first run was resumed with a different number of processes (2, then 1), which decides last bits; the env"
+    )
     assert words in sentence(found | {"changed_on_the_way": changed})
     read = {"first": [], "repeat": ["vit_x"]}
     words = "; the repeat read outputs of vit_x on disk, with the last bits of whoever computed them; the env"

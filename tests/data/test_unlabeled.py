@@ -133,27 +133,31 @@ def test_the_fingerprint_knows_the_images_without_labels(tree: Tree) -> None:
 
 def test_without_anything_else_the_lessons_are_the_labelled_images(tree: Tree) -> None:
     views = opened(tree(LABELED))
-    assert views.lessons is views.train and views.unlabeled is None and views.labeled_share == 1.0
+    assert views.training_source is views.train and views.unlabeled is None and views.labeled_share == 1.0
 
 
 @pytest.mark.parametrize("memory_gib", [1.0, 0.0])
 def test_lessons_are_the_labelled_images_and_then_the_others(tree: Tree, memory_gib: float) -> None:
     root, loose = tree(LABELED), tree(LOOSE, "loose")
     views = opened(root, unlabeled=str(loose), memory_gib=memory_gib)
-    assert views.lessons.split.labels.tolist() == [0] * 4 + [1] * 4 + [-1] * 4
-    assert greys(views.lessons) == [0, 10, 20, 30, 0, 10, 20, 30, 102, 103, 104, 101]
-    assert views.labeled_share == 8 / 12 and greys(views.train) == greys(views.lessons)[:8]
+    assert views.training_source.split.labels.tolist() == [0] * 4 + [1] * 4 + [-1] * 4
+    assert greys(views.training_source) == [0, 10, 20, 30, 0, 10, 20, 30, 102, 103, 104, 101]
+    assert views.labeled_share == 8 / 12 and greys(views.train) == greys(views.training_source)[:8]
     assert views.digest() != opened(root).digest()
     only = opened(root, unlabeled=str(loose), unlabeled_only=True, memory_gib=memory_gib)
-    assert only.lessons is only.unlabeled and only.labeled_share == 0.0 and greys(only.lessons) == [102, 103, 104, 101]
+    assert (
+        only.training_source is only.unlabeled
+        and only.labeled_share == 0.0
+        and greys(only.training_source) == [102, 103, 104, 101]
+    )
     assert greys(only.train) == greys(views.train), "a teacher's head is still fitted on the labelled ones"
 
 
 def test_few_labels_and_a_folder_go_together(tree: Tree) -> None:
     views = opened(tree(LABELED), labels=3, unlabeled=str(tree(LOOSE, "loose")))
-    assert (len(views.train.split), len(views.unlabeled.split), len(views.lessons.split)) == (3, 9, 12)
+    assert (len(views.train.split), len(views.unlabeled.split), len(views.training_source.split)) == (3, 9, 12)
     assert views.labeled_share == 3 / 12
-    assert sorted(greys(views.lessons)) == sorted([0, 10, 20, 30] * 2 + [101, 102, 103, 104])
+    assert sorted(greys(views.training_source)) == sorted([0, 10, 20, 30] * 2 + [101, 102, 103, 104])
 
 
 def test_only_images_without_labels_need_some(tree: Tree) -> None:
@@ -175,9 +179,9 @@ def test_nothing_is_decoded_twice(tree: Tree, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(views_module, "decode", lambda content: calls.append(1) or decode(content))
     views = opened(tree(LABELED), unlabeled=str(tree(LOOSE, "loose")))
     assert len(calls) == 20
-    for source in (views.train, views.lessons, views.unlabeled):
+    for source in (views.train, views.training_source, views.unlabeled):
         greys(source)
-    assert len(calls) == 20 and views.lessons.kept_bytes == 12 * 3 * 16
+    assert len(calls) == 20 and views.training_source.kept_bytes == 12 * 3 * 16
 
 
 def test_the_memory_budget_serves_the_labelled_images_first(tree: Tree) -> None:
@@ -186,21 +190,21 @@ def test_the_memory_budget_serves_the_labelled_images_first(tree: Tree) -> None:
     for room, expected in ((8 * 48, (384, 0, 0)), (12 * 48, (384, 192, 0)), (20 * 48, (384, 192, 384))):
         views = opened(root, unlabeled=loose, memory_gib=room / 2**30)
         assert (views.train.kept_bytes, views.unlabeled.kept_bytes, views.val.kept_bytes) == expected
-        assert views.lessons.kept_bytes == sum(expected[:2])
-        assert greys(views.lessons)[8:] == [102, 103, 104, 101]
+        assert views.training_source.kept_bytes == sum(expected[:2])
+        assert greys(views.training_source)[8:] == [102, 103, 104, 101]
 
 
 def test_unreadable_ones_are_counted_named_and_left_out(tree: Tree) -> None:
     root, loose = tree(LABELED), tree(LOOSE | {"bad.png": b"x"}, "loose")
     views = opened(root, unlabeled=str(loose), max_bad=0.2)
-    assert views.skipped == (("loose/bad.png", "not an image"),) and len(views.lessons.split) == 12
+    assert views.skipped == (("loose/bad.png", "not an image"),) and len(views.training_source.split) == 12
     with pytest.raises(DataError, match="1 of 5 images without labels cannot be read"):
         opened(root, unlabeled=str(loose), max_bad=0.19)
     late = opened(root, unlabeled=str(loose), max_bad=0.19, memory_gib=0.0)
     late.require_few_bad(0.19)
     assert late.digest() != views.digest()
-    _, good = late.lessons.batch(range(13))
-    assert len(good) == 12 and late.lessons.bad_names() == [("loose/bad.png", "not an image")]
+    _, good = late.training_source.batch(range(13))
+    assert len(good) == 12 and late.training_source.bad_names() == [("loose/bad.png", "not an image")]
     with pytest.raises(DataError, match="1 of 5 images without labels cannot be read"):
         late.require_few_bad(0.19)
 
@@ -208,7 +212,7 @@ def test_unreadable_ones_are_counted_named_and_left_out(tree: Tree) -> None:
 def test_what_lessons_find_unreadable_counts_for_the_labelled_ones(tree: Tree) -> None:
     root = tree(LABELED | {"train/a/1.png": b"x"})
     views = opened(root, unlabeled=str(tree(LOOSE, "loose")), memory_gib=0.0)
-    views.lessons.batch(range(12))
+    views.training_source.batch(range(12))
     with pytest.raises(DataError, match="1 of 8 training images cannot be read"):
         views.require_few_bad(0.1)
 

@@ -10,7 +10,7 @@ from remap.distributed.launch import accelerator
 from remap.engine.evaluate import Evaluation, evaluate
 from remap.errors import DataError
 from remap.network import Network
-from remap.pipeline.assemble import assemble
+from remap.pipeline.components import build_components
 from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
 
@@ -54,7 +54,7 @@ class _Split:
 
 
 def _network(tiny: Any) -> Network:
-    network = assemble(tiny.recipe(losses="ce"), None, Silent(), SharedResources()).student
+    network = build_components(tiny.recipe(losses="ce"), None, Silent(), SharedResources()).student
     network.model = _Names(network.model)
     network.preprocess = type(network.preprocess)(4, 1.0, "bilinear", (0.5,) * 3, (0.5,) * 3)
     return network

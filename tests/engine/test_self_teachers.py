@@ -12,8 +12,8 @@ from remap.backbones.anatomy import set_fused_attention
 from remap.engine.self_teachers import averaged_copy, move_average, pairs_of
 from remap.errors import RecipeError
 from remap.network import Runner
-from remap.pipeline.assemble import assemble, build_objective
 from remap.pipeline.compare import compare
+from remap.pipeline.components import build_components, build_objective
 from remap.pipeline.run import resume, start
 from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
@@ -27,7 +27,7 @@ METHODS = ("vpt_deep", "adaptformer", "lora", "bitfit", "ssf", "full", "dora")
 
 def parts_of(tiny: Any, folder: Path, *settings: str, **words: object) -> Any:
     recipe = tiny.recipe("teacher.allow_weak=true", *settings, **words)
-    return assemble(recipe, RunDir.create(folder, recipe), Silent(), SharedResources())
+    return build_components(recipe, RunDir.create(folder, recipe), Silent(), SharedResources())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -16,7 +16,7 @@ from remap.engine import loop as loop
 from remap.engine.job import Job, StudentStep
 from remap.engine.optim import adamw, learning_rate
 from remap.errors import TrainingError
-from remap.pipeline.assemble import RunComponents, assemble
+from remap.pipeline.components import RunComponents, build_components
 from remap.pipeline.run import start
 from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
@@ -29,7 +29,9 @@ def job_of(tmp_path: Path) -> Callable[..., Job]:
     """A job on freshly built parts, without a teacher behind it unless the recipe's losses read one."""
 
     def make(recipe: Any) -> Job:
-        parts: RunComponents = assemble(recipe, RunDir.create(tmp_path / "run", recipe), Silent(), SharedResources())
+        parts: RunComponents = build_components(
+            recipe, RunDir.create(tmp_path / "run", recipe), Silent(), SharedResources()
+        )
         return Job(
             recipe=recipe,
             student=parts.student,
@@ -177,7 +179,7 @@ def test_the_gradient_is_clipped_to_the_limit(
 
 
 def _before(tiny: Any, method: str) -> dict[str, Tensor]:
-    student = assemble(tiny.recipe(method=method, losses="ce"), None, Silent(), SharedResources()).student
+    student = build_components(tiny.recipe(method=method, losses="ce"), None, Silent(), SharedResources()).student
     return student.trained
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from remap.errors import Interrupted, RunError
-from remap.pipeline.compare import compare, shared_teacher
+from remap.pipeline.compare import compare
+from remap.pipeline.comparison_folder import shared_teacher
 from remap.pipeline.run import resume, start
 from remap.progress import Silent
 from remap.recipe import Recipe

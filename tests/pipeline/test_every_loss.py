@@ -24,7 +24,7 @@ def bench() -> SharedResources:
 @pytest.mark.parametrize("loss", TEACHING)
 def test_a_loss_and_a_method(tiny: Any, tmp_path: Path, bench: SharedResources, loss: str, method: str) -> None:
     recipe = tiny.recipe("train.epochs=1", "train.lr=0.001", method=method, losses=f"ce,{loss}")
-    result = start(recipe, tmp_path / "run", bench=bench)
+    result = start(recipe, tmp_path / "run", shared=bench)
     losses = result.summary["final_losses"]
     assert set(losses) == {"loss", "ce", loss}
     assert all(math.isfinite(value) for value in losses.values())

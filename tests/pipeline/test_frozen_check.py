@@ -98,16 +98,16 @@ def test_a_change_of_what_is_frozen_is_caught(
         return found
 
     victim: list[Tensor] = []
-    from remap.pipeline import train
+    from remap.pipeline import run
 
-    fit = train.fit
+    train = run.train
 
     def spoiled(job: Any, **words: Any) -> Any:
         model = job.student.model
         victim.append(model.conv1.weight if what == "weight" else model.bn1.running_mean)
-        return fit(job, **words)
+        return train(job, **words)
 
-    monkeypatch.setattr(train, "fit", spoiled)
+    monkeypatch.setattr(run, "train", spoiled)
     monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
     with pytest.raises(TrainingError, match="changed weights that are frozen"):
         start(tiny.recipe(student=student, method="linear", losses="ce"), tmp_path / "run")

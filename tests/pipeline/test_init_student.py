@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from remap.errors import BackboneError, RecipeError
-from remap.pipeline.comparison_cells import plan
+from remap.pipeline.comparison_cells import comparison_cells
 from remap.pipeline.init_student import init_from_teacher
 from remap.pipeline.run import start
 from remap.pipeline.shared import SharedResources
@@ -66,7 +66,7 @@ def test_mistakes_in_a_recipe() -> None:
 
 def test_the_cells_without_a_teacher_start_from_their_own_weights() -> None:
     recipe = resolve(words={"teacher": "mini_teacher", "init": "subclone"}, settings=[RANDOM])
-    inits = {cell.with_teacher: cell.recipe.student.init for cell in plan(recipe, ["bitfit"], 1)}
+    inits = {cell.with_teacher: cell.recipe.student.init for cell in comparison_cells(recipe, ["bitfit"], 1)}
     assert inits[False] is None and inits[True].name == "subclone"
 
 

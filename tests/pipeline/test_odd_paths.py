@@ -69,7 +69,7 @@ def test_advice_is_fit_for_a_shell(tiny: Any, tmp_path: Path, watch: Callable[..
 
     with pytest.raises(Interrupted) as interrupted:
         start(recipe, run, watch(stop))
-    assert words_after(str(interrupted.value), "go on with: ") == ["remap", "tune", "--resume", str(run)]
+    assert words_after(str(interrupted.value), "resume with: ") == ["remap", "tune", "--resume", str(run)]
     with pytest.raises(RunError, match="exists already") as taken:
         RunDir.create(run, recipe)
     with pytest.raises(RunError, match="no result") as unfinished:
@@ -94,7 +94,7 @@ def test_advice_of_a_repeat_is_fit_for_a_shell(tiny: Any, tmp_path: Path, watch:
     with pytest.raises(Interrupted) as interrupted:
         repeat(run, again, progress=watch(stop))
     expected = ["remap", "repeat", str(run), "--output", str(again)]
-    assert words_after(str(interrupted.value), "go on with: ") == expected
+    assert words_after(str(interrupted.value), "resume with: ") == expected
     (run / "summary.json").write_text("{}")
     with pytest.raises(RunError, match="no figures of this version") as lacking:
         repeat(run)

@@ -251,7 +251,7 @@ def test_a_run_that_was_resumed_elsewhere_is_said_to_have_other_bits(run: Path, 
     recipe = RunDir(run).recipe()  # as --devices 2 writes it
     asked = recipe.model_copy(update={"train": recipe.train.model_copy(update={"processes": 2})})
     (run / "recipe.yaml").write_text(dump(asked.written_out()))
-    words, early = "another number of processes (2, then 1)", list[str]()
+    words, early = "a different number of processes (2, then 1)", list[str]()
     steps = watch(lambda done: early.extend(steps.said) if done == 1 else None)
     found = repeat(run, progress=steps)
     assert sum(f"was resumed with {words}" in line for line in early) == 1

@@ -51,7 +51,7 @@ def test_a_resume_that_is_refused_leaves_no_record_of_its_machine(stopped: RunDi
     finally:
         torch.set_num_threads(threads)
     assert [leg["threads"] for leg in stopped.environment()["resumed"]] == [threads + 1], "this one was accepted"
-    assert changed_on_the_way(stopped) == [f"another number of threads ({threads}, then {threads + 1})"]
+    assert changed_on_the_way(stopped) == [f"a different number of threads ({threads}, then {threads + 1})"]
 
 
 def test_a_run_without_a_checkpoint_records_where_it_goes_on(tiny: Any, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_run_that_was_killed_before_it_began_did_not_go_on(tiny: Any, tmp_path
 def test_it_says_where_it_goes_on(stopped: RunDir, watch: Watch) -> None:
     progress = watch(lambda done: None)
     resume(stopped.path, progress)
-    assert "going on after step 4 of 6 (1 of 2 epochs are done)" in progress.said
+    assert "resuming after step 4 of 6 (1 of 2 epochs are done)" in progress.said
 
 
 @pytest.mark.parametrize("by", ["recipe", "link"])

@@ -64,7 +64,7 @@ def test_runs_on_one_bench_equal_runs_alone(
     bench = SharedResources()
     for number, method in enumerate(("vpt_deep", "adaptformer", "vpt_deep")):
         recipe = tiny.recipe(method=method)
-        together = start(recipe, tmp_path / f"together{number}", bench=bench)
+        together = start(recipe, tmp_path / f"together{number}", shared=bench)
         alone = start(recipe, tmp_path / f"alone{number}")
         assert largest_difference(together.student.trained, alone.student.trained) == 0.0
     teacher = next(iter(bench.teachers.values())).network.model
@@ -77,7 +77,7 @@ def test_the_saved_student_repeats_the_summary(tiny: Any, tmp_path: Path, method
     """Loaded anew and evaluated on the same images: the same count, to the image."""
     bench = SharedResources()
     recipe = tiny.recipe("train.lr=0.001", method=method)
-    result = start(recipe, tmp_path / "run", bench=bench)
+    result = start(recipe, tmp_path / "run", shared=bench)
     network, view = load_task(tmp_path / "run")
     source = bench.open(recipe.data, view, Silent()).val
     found = evaluate(network, source, accelerator(), batch_size=64, bf16=False, progress=Silent(), what="x")

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from remap.cache.folders import cache_root, list_caches
 from remap.errors import DataError, RecipeError, RemapError
-from remap.pipeline.run import build_cache, start
+from remap.pipeline.build_cache import build_cache
+from remap.pipeline.run import start
 from remap.remapping.objective import Objective
 
 LOSSES = "ce,kd,attention,feature"

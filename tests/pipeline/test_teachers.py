@@ -17,12 +17,13 @@ from remap.distributed.launch import accelerator
 from remap.engine.evaluate import Evaluation
 from remap.errors import DataError, TrainingError
 from remap.network import Network, Runner
-from remap.pipeline import probe, run, train
-from remap.pipeline.assemble import assemble
+from remap.pipeline import probe, run
+from remap.pipeline.components import build_components
 from remap.pipeline.dry_run import estimate
 from remap.pipeline.run import Result, start
 from remap.pipeline.shared import SharedResources
-from remap.pipeline.teachers import PreparedTeacher, require_useful, teacher_recipe
+from remap.pipeline.teacher_check import require_useful
+from remap.pipeline.teachers import PreparedTeacher, teacher_recipe
 from remap.progress import Silent
 from remap.recipe.schema import TeacherSpec
 from remap.runs.run_dir import RunDir
@@ -35,7 +36,7 @@ def test_the_teacher_is_the_same_to_the_last_bit_after_training(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Callable[..., Any], cache: str, prepare: str
 ) -> None:
     kept: list[tuple[Network, dict]] = []
-    keep = train.require_useful
+    keep = run.require_useful
 
     def note(teacher: PreparedTeacher, *rest: Any) -> None:
         kept.append((teacher.network, copy.deepcopy(teacher.network.model.state_dict())))
@@ -47,7 +48,7 @@ def test_the_teacher_is_the_same_to_the_last_bit_after_training(
         if kept:
             modes.append(any(module.training for module in kept[0][0].model.modules()))
 
-    monkeypatch.setattr(train, "require_useful", note)
+    monkeypatch.setattr(run, "require_useful", note)
     settings = (f"teacher.cache={cache}", f"teacher.prepare={prepare}", "teacher.lr=0.01", "data.augment=shift")
     start(tiny.recipe(*settings, method="full", losses="ce,kd,attention,feature"), tmp_path / "run", watch(look))
     teacher, before = kept[0]
@@ -249,7 +250,7 @@ class _Noise:
 
 
 def _network(tiny: Any, classes: int) -> Network:
-    network = assemble(tiny.recipe(method="linear", losses="ce"), None, Silent(), SharedResources()).student
+    network = build_components(tiny.recipe(method="linear", losses="ce"), None, Silent(), SharedResources()).student
     network.model.reset_classifier(classes)
     network.classes = tuple("abcdef"[:classes])
     network.model.eval()

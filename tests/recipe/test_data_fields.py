@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from remap.errors import RecipeError
-from remap.pipeline.comparison_cells import plan
+from remap.pipeline.comparison_cells import comparison_cells
 from remap.recipe import Recipe, resolve, validate
 from remap.recipe.schema import DataSpec
 from remap.remapping import LOSSES
@@ -106,7 +106,7 @@ def test_a_comparison_gives_images_without_labels_to_the_teacher_alone() -> None
     recipe = resolve(
         words={"teacher": "a", "unlabeled": "more"}, settings=["data.unlabeled_only=true", "data.labels=9"]
     )
-    cells = plan(recipe, ["vpt_deep", "linear"], 2)
+    cells = comparison_cells(recipe, ["vpt_deep", "linear"], 2)
     for cell in cells:
         spec = cell.recipe.data
         assert (spec.unlabeled, spec.unlabeled_only) == (("more", True) if cell.with_teacher else (None, False))

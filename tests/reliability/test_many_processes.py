@@ -21,7 +21,7 @@ from remap.distributed.launch import accelerator
 from remap.engine.evaluate import evaluate
 from remap.engine.teacher import Teacher
 from remap.errors import Interrupted
-from remap.pipeline.assemble import assemble
+from remap.pipeline.components import build_components
 from remap.pipeline.run import Result, resume, start
 from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
@@ -167,7 +167,7 @@ def test_evaluation_counts_each_image_once(
 ) -> None:
     """Expected: the predictions of this single process, image by image."""
     ranks = request.getfixturevalue("two") if count == 2 else Ranks(tmp_path, count, tiny.words(), ())
-    parts = assemble(tiny.recipe(data="digits", losses="ce"), None, Silent(), SharedResources())
+    parts = build_components(tiny.recipe(data="digits", losses="ce"), None, Silent(), SharedResources())
     single = {"batch_size": 8, "bf16": False, "progress": Silent(), "what": "digits"}
     whole = evaluate(parts.student, parts.views.val, accelerator(), **single).predictions_N
     right = whole == parts.views.val.split.labels

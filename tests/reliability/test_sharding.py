@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 from remap.backbones.families import FAMILIES
 from remap.errors import Interrupted
-from remap.pipeline import run, train
+from remap.pipeline import training_job
+from remap.pipeline.run import resume, start
 from remap.recipe import resolve
 from remap.recipe.schema import Recipe
 from remap.runs.task import load_task
@@ -152,7 +153,7 @@ def pair(cases: list[Case], tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def stopped_in_second_epoch(recipe: Recipe, run: Path) -> None:
-    evaluate, count = train.evaluate_as, 0
+    evaluate, count = training_job.evaluate_as, 0
 
     def stopping(*arguments: Any, **more: Any) -> Any:
         nonlocal count
@@ -162,14 +163,14 @@ def stopped_in_second_epoch(recipe: Recipe, run: Path) -> None:
         return evaluate(*arguments, **more)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(train, "evaluate_as", stopping)
-        run.start(recipe, run)
+        patch.setattr(training_job, "evaluate_as", stopping)
+        start(recipe, run)
 
 
 @pytest.fixture
 def one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Case], tuple[Path, list[list[int]]]]:
     """Does a case in this process; gives its run directory, and (correct, count) of each evaluation."""
-    evaluate = train.evaluate_as
+    evaluate = training_job.evaluate_as
 
     def run(case: Case) -> tuple[Path, list[list[int]]]:
         counts: list[list[int]] = []
@@ -179,8 +180,8 @@ def one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Case], tup
             counts.append([found.correct, found.count])
             return found
 
-        monkeypatch.setattr(train, "evaluate_as", counting)
-        return run.start(case.recipe(), tmp_path / "one").run_dir, counts
+        monkeypatch.setattr(training_job, "evaluate_as", counting)
+        return start(case.recipe(), tmp_path / "one").run_dir, counts
 
     return run
 
@@ -237,7 +238,7 @@ def test_a_run_goes_on_on_another_number_of_processes(name: str, pair: Pair, one
     notes = pair.noted(name)
     if case.stop:
         assert all(noted["interrupted"] for noted in notes)
-        run.resume(pair.folder / name)
+        resume(pair.folder / name)
     mine, theirs = load_file(alone / TASK), load_file(pair.folder / name / TASK)
     assert max(float((mine[key] - theirs[key]).abs().max()) for key in mine) <= TOLERANCE
 

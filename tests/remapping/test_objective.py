@@ -15,7 +15,7 @@ from remap.backbones.names import SHORT_NAMES
 from remap.errors import BackboneError
 from remap.pipeline import dry_run, run
 from remap.pipeline.compare import compare
-from remap.pipeline.idle_losses import without_idle_losses
+from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.run import start
 from remap.progress import Silent
 from remap.recipe import load, resolve

@@ -19,7 +19,7 @@ from remap.engine import loop  # noqa: E402
 from remap.engine.evaluate import evaluate  # noqa: E402
 from remap.engine.teacher import Teacher  # noqa: E402
 from remap.errors import Interrupted  # noqa: E402
-from remap.pipeline.assemble import assemble  # noqa: E402
+from remap.pipeline.components import build_components  # noqa: E402
 from remap.pipeline.run import resume, start  # noqa: E402
 from remap.pipeline.shared import SharedResources  # noqa: E402
 from remap.progress import Silent  # noqa: E402
@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 noted: dict[str, Any] = {"processes": accelerator().num_processes, "averaged": [], "used": {}}
 
 # The first images of the digits' evaluation split, in batches that do not divide.
-parts = assemble(resolve(words={**words, "data": "digits", "losses": "ce"}), None, Silent(), SharedResources())
+parts = build_components(resolve(words={**words, "data": "digits", "losses": "ce"}), None, Silent(), SharedResources())
 source, evaluated = parts.views.val, []
 whole = source.split
 for size in sizes:

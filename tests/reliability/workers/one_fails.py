@@ -13,5 +13,5 @@ if os.environ.get("RANK") == "1":
         accelerator()
         raise DataError("the disk of this machine is gone", given="/data")
 
-    run.carry_out = fail
+    run.build_components = fail
 main()

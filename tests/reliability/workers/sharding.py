@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from remap.distributed.sharding import bytes_held
 from remap.engine import loop
 from remap.errors import Interrupted
-from remap.pipeline import run, train
+from remap.pipeline import run, training_job
 from remap.recipe import resolve
 from remap.tuning import METHODS
 
@@ -54,7 +54,7 @@ def shares(job: loop.Job, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     }
 
 
-evaluate, finish = train.evaluate_as, loop.Loop._finish_epoch
+evaluate, finish = training_job.evaluate_as, loop.Loop._finish_epoch
 
 
 def evaluating(*arguments, **more):
@@ -71,7 +71,7 @@ def finishing(loop: loop.Loop) -> None:
     finish(loop)
 
 
-train.evaluate_as, loop.Loop._finish_epoch = evaluating, finishing
+training_job.evaluate_as, loop.Loop._finish_epoch = evaluating, finishing
 for entry in plan:
     now = noted[entry["name"]] = {}
     output = folder / entry["name"]

@@ -1,21 +1,24 @@
-"""The default objective for the two models at hand."""
+"""The objective of a run: which losses are left out for these models, and the terms built from a recipe."""
 
 import os
+from collections.abc import Sequence
 
 from remap.io import atomic_write
 from remap.io.checked_read import expanded
+from remap.network import Network
 from remap.progress import Progress
 from remap.recipe.paths import is_run
 from remap.recipe.schema import ModelSpec, Recipe
 from remap.remapping import LOSSES
+from remap.remapping.objective import LossTerm, Objective, Pair
 
 
 def without_idle_losses(recipe: Recipe, progress: Progress) -> Recipe:
     """Leave attention out of the default objective where one of the models has none over the whole image, and say so.
 
-    Losses that somebody chose stay as they are, and an impossible one is an error when it is built. Every command
+    Losses that the user chose stay as they are, and an impossible one is an error when it is built. Every command
     calls this before it makes a run directory, so that recipe.yaml lists the losses of the run. The family is read
-    from the model's name: the recipe is settled before anything is built, and a model that the name does not tell
+    from the model's name, since the recipe is settled before anything is built; a model whose name does not tell
     keeps the default.
     """
     chosen = [loss for loss in recipe.losses if LOSSES.row(loss.name).category != "attention"]
@@ -39,7 +42,7 @@ def _lacks_attention(spec: ModelSpec) -> bool:
 
 
 def _backbone_of(word: str) -> str:
-    """The model behind a run directory; other words stay as they are."""
+    """Return the model behind a run directory; other names stay as they are."""
     if not is_run(word):
         return word
     path = expanded(word)
@@ -47,3 +50,27 @@ def _backbone_of(word: str) -> str:
     values = atomic_write.read_json(task if os.path.isfile(task) else path / "task.json")
     source = values.get("backbone") if isinstance(values, dict) else None
     return str(source.get("model", "")) if isinstance(source, dict) else ""
+
+
+def build_objective(recipe: Recipe, student: Network, teachers: Sequence[Network]) -> Objective:
+    """Build the recipe's loss terms.
+
+    With several teachers a term is their weighted mean: one copy per teacher ("kd@1", "kd@2") with projectors of its
+    own, and the loss's weight divided among them.
+    """
+    terms: dict[str, LossTerm] = {}
+    weights: dict[str, float] = {}
+    teacher_of: dict[str, int] = {}
+    total = sum(spec.weight for spec in recipe.teachers)
+    for loss in recipe.losses:
+        cls = LOSSES.load(loss.name)
+        config = cls.Config(**loss.options)
+        if len(teachers) < 2 or not cls.uses_teacher:
+            pair = Pair(student.anatomy, teachers[0].anatomy if teachers else None, len(student.classes or ()))
+            terms[loss.name], weights[loss.name] = cls(pair, config), loss.weight
+            continue
+        for number, (teacher, spec) in enumerate(zip(teachers, recipe.teachers, strict=True)):
+            name = f"{loss.name}@{number + 1}"
+            terms[name] = cls(Pair(student.anatomy, teacher.anatomy, len(student.classes or ())), config)
+            weights[name], teacher_of[name] = loss.weight * spec.weight / total, number
+    return Objective(terms, weights, teacher_of)

@@ -1,0 +1,62 @@
+"""Compute and store teacher outputs before any training: ``remap cache build``."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from remap.distributed.interrupts import watch_signals
+from remap.distributed.launch import accelerator, broadcast_str, check_processes
+from remap.errors import RecipeError
+from remap.pipeline.components import build_components
+from remap.pipeline.objective import without_idle_losses
+from remap.pipeline.run import run, validate_inputs
+from remap.pipeline.shared import SharedResources
+from remap.pipeline.teacher_outputs import store_outputs
+from remap.pipeline.teachers import teachers_to_tune
+from remap.progress import Progress, Silent, Within
+from remap.recipe import Recipe
+from remap.recipe.checks import what_changes
+from remap.recipe.paths import is_run
+from remap.recipe.schema import EMA
+from remap.runs.run_dir import RunDir
+
+
+def build_cache(recipe: Recipe, progress: Progress = Silent()) -> list[dict[str, Any]]:
+    """Prepare a recipe's teachers as a run would, and store their outputs on disk, where a run finds them.
+
+    Returns:
+        One entry per teacher: teacher, key, folder, items, images, computed, bytes, seconds.
+    """
+    check_processes(recipe.train.processes)
+    shared = SharedResources()
+    validate_inputs(recipe, shared)
+    _require_cacheable(recipe)
+    recipe = without_idle_losses(recipe, progress).written_out()
+    # Prepared teachers go to a temporary run directory of the main process.
+    with watch_signals(), TemporaryDirectory(prefix="remap-cache-") as folder:
+        path = Path(broadcast_str(folder)) / "run"
+        run_dir = RunDir.create(path, recipe) if accelerator().is_main_process else RunDir(path)
+        accelerator().wait_for_everyone()
+        for title, teacher_dir, tuning in teachers_to_tune(recipe, run_dir, progress, shared):
+            run(tuning, teacher_dir, Within(progress, title), resuming=True)
+        stored = store_outputs(build_components(recipe, run_dir, progress, shared), progress)
+        accelerator().wait_for_everyone()  # the folder is removed with the main process
+        return stored
+
+
+def _require_cacheable(recipe: Recipe) -> None:
+    for spec in recipe.teachers:
+        changing = what_changes(spec, recipe.data)
+        if spec.model == EMA and len(recipe.teachers) > 1:
+            continue  # the outputs of the others are stored
+        if changing is not None:
+            raise RecipeError([f"teacher {spec.model}: nothing can be cached, since {changing}"], "cache build")
+        if spec.prepare not in ("probe", "none") and not is_run(spec.model):
+            raise RecipeError(
+                [
+                    f"teacher.prepare: {spec.model} would be tuned ({spec.prepare}) for this build, and again for every"
+                    f" run (tune it once: remap tune --student {spec.model} --method {spec.prepare} --output FOLDER;"
+                    " then name it here and there: --teacher FOLDER)"
+                ],
+                "cache build",
+            )

@@ -1,0 +1,97 @@
+"""The folder of a comparison: which recipe it is of, which of its runs are done, and the teacher they share."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from remap.data.fingerprint import fingerprint
+from remap.errors import RunError
+from remap.io import atomic_write
+from remap.io.checked_read import absolute, read_regular
+from remap.pipeline.comparison_cells import Cell
+from remap.progress import Progress
+from remap.recipe.schema import DataSpec, MethodSpec, Recipe
+from remap.runs.run_dir import RunDir
+
+# The file that names the recipe of a comparison, and the folder of the teacher that its runs share.
+MARKER, TEACHER = "compare-of.txt", "teacher"
+MOST_MARKER_BYTES = 1000
+
+
+def shared_teacher(run: RunDir) -> Path | None:
+    """Return where the teacher of a run's comparison is stored, or will be; None for a run that is not part of one.
+
+    Repeats next to the runs of a comparison have their names and a suffix, and learn from the same teacher.
+    """
+    recipe, place = run.recipe(), Path(absolute(run.path))
+    name = Cell(recipe.method.name, True, recipe.seed, recipe).name
+    is_part = place.name.startswith(name) and (place.parent / MARKER).is_file()
+    return place.parent / TEACHER if is_part else None
+
+
+def claim(output: Path, recipe: Recipe) -> None:
+    """Claim the folder for one recipe, apart from method and number of seeds, once one of its runs is finished."""
+    atomic_write.make_folder(output)
+    marker = output / MARKER
+    digest = recipe.model_copy(update={"method": MethodSpec(name="linear")}).digest(places=False)
+    begun = any(output.glob("*/summary.json"))
+    if begun and os.path.lexists(marker) and _recipe_in(marker) != digest:
+        raise RunError(
+            f"{output} holds a comparison of another recipe; nothing in it was touched",
+            do="name another --output, or repeat the options it was started with",
+        )
+    atomic_write.write_text(marker, digest + "\n")
+
+
+def _recipe_in(marker: Path) -> str:
+    """Return the recipe digest in a marker; empty for what is not a marker."""
+    try:
+        return read_regular(marker, MOST_MARKER_BYTES).decode().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def is_done(path: Path, cell: Cell, held_by: Callable[[DataSpec], str]) -> bool:
+    """Return whether a cell has its result; where its images have moved, they have to be the same ones.
+
+    Args:
+        held_by: Returns the fingerprint of the images at the paths that a recipe names.
+    """
+    if not (path / "recipe.yaml").is_file():
+        return False
+    run_dir = RunDir.open(path)
+    made = run_dir.recipe()
+    if made.digest(places=False) != cell.recipe.digest(places=False):
+        raise RunError(
+            f"{path} was made with other settings; nothing in it was touched",
+            do="name another --output, or remove that folder",
+        )
+    if not run_dir.is_whole:
+        if made.digest() != cell.recipe.digest():
+            raise RunError(
+                f"{path} was begun with images at another path; nothing in it was touched",
+                given=f"{_places(cell.recipe)} now, {_places(made)} then",
+                do=f"if they have moved, write the new place into {path / 'recipe.yaml'} (source, val_source and"
+                " unlabeled, under data); else name another --output",
+            )
+        return False
+    summary = run_dir.summary()
+    moved = summary.get("digest") != cell.recipe.digest()
+    if moved and summary["data"].get("fingerprint") != held_by(cell.recipe.data):
+        raise RunError(
+            f"{path} was made with other images; nothing in it was touched",
+            given=f"{_places(cell.recipe)} now, {_places(made)} then",
+            do="name another --output, or the images that it was made with",
+        )
+    return True
+
+
+def _places(recipe: Recipe) -> str:
+    data = recipe.written_out().data
+    return " and ".join(place for place in (data.source, data.val_source, data.unlabeled) if place is not None)
+
+
+def fingerprint_of(data: DataSpec, progress: Progress) -> str:
+    from remap.pipeline.shared import SharedResources
+
+    return fingerprint(SharedResources().index(data), progress, data.workers)

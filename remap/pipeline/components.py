@@ -1,0 +1,156 @@
+"""Everything a run is made of, before its first step: the networks, the data as they see it, and the objective."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from remap.backbones.build import Backbone
+from remap.data.views import View, ViewSource, listed
+from remap.distributed.launch import accelerator, use_bf16
+from remap.distributed.sharding import bytes_held, is_sharded
+from remap.engine.self_teachers import copy_trained_tensors
+from remap.io.atomic_write import size
+from remap.network import Network, choose_attention, frozen, tuned
+from remap.pipeline.init_student import InitReport, init_from_teacher
+from remap.pipeline.objective import build_objective
+from remap.pipeline.shared import DataViews, SharedResources
+from remap.pipeline.shrink_student import open_student
+from remap.pipeline.teachers import (
+    PreparedTeacher,
+    averaging_teacher,
+    load_teacher,
+    placed,
+    prepare_teacher,
+    teacher_folder,
+)
+from remap.progress import Progress
+from remap.recipe import Recipe
+from remap.recipe.schema import EMA, SELF
+from remap.remapping.knowledge.attention import transfer_warning
+from remap.remapping.objective import Objective
+from remap.runs.run_dir import RunDir
+from remap.tuning import parts_of
+
+
+@dataclass
+class RunComponents:
+    """Everything built for a run.
+
+    Attributes:
+        views: The data, seen through the one view that all networks start from.
+        bf16: Whether the networks run under bfloat16 autocast.
+        init: What the student's backbone took from its teacher; None where it starts from its own weights.
+    """
+
+    recipe: Recipe
+    views: DataViews
+    student: Network
+    teachers: list[PreparedTeacher]
+    objective: Objective
+    bf16: bool
+    init: InitReport | None = None
+
+    @property
+    def training_source(self) -> ViewSource:
+        """The images the student learns from; without labels only where a loss reads a teacher."""
+        return self.views.training_source if self.objective.uses_teacher else self.views.train
+
+    @property
+    def labeled_share(self) -> float:
+        """Share of ``training_source`` that has a label."""
+        return self.views.labeled_share if self.objective.uses_teacher else 1.0
+
+    @property
+    def process_images(self) -> int:
+        """One process's share of the images of a training step."""
+        images = min(self.recipe.train.batch_size, len(self.training_source.split))
+        return max(1, images // accelerator().num_processes)
+
+    @property
+    def pass_images(self) -> int:
+        """How many images a network sees at once in training."""
+        return max(1, self.process_images // self.recipe.train.accumulation)
+
+
+def build_components(
+    recipe: Recipe, run_dir: RunDir | None, progress: Progress, shared: SharedResources
+) -> RunComponents:
+    """Open the data and build all networks and the objective.
+
+    Args:
+        run_dir: Where prepared teachers are stored; None (dry run, benchmarks) prepares none.
+    """
+    device = accelerator().device
+    classes = shared.classes(recipe.data)
+
+    # The student's draws are the same with and without teachers: these fork the generator, and methods attach last.
+    with progress.wait("building the student"):
+        torch.manual_seed(recipe.seed)
+        backbone = open_student(recipe, run_dir, progress, shared)
+    init = init_from_teacher(backbone, recipe, shared, progress)
+    teachers = _load_teachers(recipe, classes, backbone, progress)
+    student = _tune(recipe, classes, backbone)
+    for teacher in teachers:
+        if teacher.spec.model == SELF:
+            copy_trained_tensors(teacher.network, student)
+            placed(teacher, recipe, device)
+    _warn_of_transfers(recipe, student, teachers, progress)
+
+    # One view serves everyone: the largest input size, cropped as the student is.
+    sizes = [network.preprocess.size for network in (student, *(teacher.network for teacher in teachers))]
+    view = View(max(sizes), student.preprocess.crop_pct, student.preprocess.interpolation)
+    views = shared.open(recipe.data, view, progress)
+    if views.unreadable:
+        progress.say(f"left out {len(views.unreadable)} image(s) that cannot be read: {listed(views.unreadable)}")
+    if views.data.skipped:
+        progress.say(f"skipped {len(views.data.skipped)} other file(s): {listed(views.data.skipped)}")
+
+    if run_dir is not None:
+        for number, teacher in enumerate(teachers):
+            folder = teacher_folder(teacher.spec, number, run_dir, shared)
+            teachers[number] = prepare_teacher(teacher, recipe, folder, views, progress, shared)
+    for number, spec in enumerate(recipe.teachers):
+        if spec.model == EMA:  # it starts from the student, so it comes last and takes its place in the list
+            teachers.insert(number, averaging_teacher(spec, student))
+    for teacher in teachers:
+        frozen(teacher.network)
+    torch.manual_seed(recipe.seed)  # projectors of losses do not depend on what was prepared before
+    objective = build_objective(recipe, student, [teacher.network for teacher in teachers])
+    bf16 = use_bf16(recipe.train.precision, device)
+    return RunComponents(recipe, views, student, teachers, objective, bf16, init)
+
+
+def _load_teachers(
+    recipe: Recipe, classes: tuple[str, ...], student: Backbone, progress: Progress
+) -> list[PreparedTeacher]:
+    """Load all teachers but a running average, which starts from the tuned student."""
+    specs = [spec for spec in recipe.teachers if spec.model != EMA]
+    if not specs:
+        return []
+    what = "building the teacher" if len(specs) == 1 else f"building {len(specs)} teachers"
+    with progress.wait(what), torch.random.fork_rng(devices=[]):
+        teachers = [load_teacher(spec, recipe, classes, accelerator().device, student) for spec in specs]
+    for teacher in teachers:
+        if is_sharded(teacher.network):
+            held = size(bytes_held(teacher.network))
+            progress.say(f"the teacher {teacher.spec.model} is sharded: {held} per process")
+    return teachers
+
+
+def _tune(recipe: Recipe, classes: tuple[str, ...], backbone: Backbone) -> Network:
+    student = tuned(backbone, recipe.method.name, recipe.method.options)
+    student.classes = classes
+    student.model.to(accelerator().device)
+    choose_attention(student, recipe.train.fused_attention, accelerator().device)
+    return student
+
+
+def _warn_of_transfers(
+    recipe: Recipe, student: Network, teachers: Sequence[PreparedTeacher], progress: Progress
+) -> None:
+    used = [loss.name for loss in recipe.losses] + parts_of(recipe.method.name)
+    for teacher in teachers:
+        warning = transfer_warning(teacher.network.identity.model, student.identity.model, used)
+        if warning is not None and teacher.spec.model != SELF:
+            progress.say(warning)

@@ -1,0 +1,50 @@
+"""Cached features of the student's frozen beginning: when they can be cached, what that takes, and computing them."""
+
+import time
+
+from remap.cache.frozen_features import FrozenFeatures
+from remap.data.views import ViewSource
+from remap.distributed.launch import accelerator
+from remap.engine.evaluate import batch_size_of_evaluation
+from remap.pipeline.components import RunComponents
+from remap.progress import Progress
+
+
+def cache_features(components: RunComponents, progress: Progress) -> dict[str, FrozenFeatures]:
+    """Compute the student's frozen features of the training and evaluation images, by "train" and "val".
+
+    Empty where the method changes the network from its first layer on, where views change, where a loss reads
+    attention inside the frozen part, or where memory does not suffice.
+    """
+    needed = feature_bytes(components)
+    if needed is None:
+        return {}
+    if needed > components.recipe.data.memory_gib * 2**30:
+        progress.say(f"frozen features are not cached: they would take {needed / 2**30:.1f} GiB (data.memory_gib)")
+        return {}
+    started = time.perf_counter()
+    train, val = _features(components, components.training_source), _features(components, components.views.val)
+    # In the shapes of training and of evaluation: the last bits of a matrix product may depend on its shape.
+    train.compute(components.process_images, components.pass_images, progress, "training images")
+    val.compute(batch_size_of_evaluation(components.recipe), 0, progress, "evaluation images")
+    progress.say(
+        f"cached frozen features of {len(train.split) + len(val.split)} images: {needed / 2**20:.1f} MiB in "
+        f"{time.perf_counter() - started:.1f} s"
+    )
+    return {"train": train, "val": val}
+
+
+def feature_bytes(components: RunComponents) -> int | None:
+    """Return what caching the frozen features of all images takes; None where they cannot be cached."""
+    seam, data, depth = components.student.attached.seam, components.recipe.data, components.student.anatomy.depth
+    if seam is None or data.augment != "none" or not data.finite_views:
+        return None
+    # Signals inside the frozen part come from its forward pass, and the last block's from the whole network.
+    if any(index < seam.first_block or index == depth for index in components.objective.student_needs().blocks):
+        return None
+    each = _features(components, components.training_source).bytes_per_image()
+    return each * (len(components.training_source.split) + len(components.views.val.split))
+
+
+def _features(components: RunComponents, source: ViewSource) -> FrozenFeatures:
+    return FrozenFeatures(components.student, source, accelerator(), bf16=components.bf16)
