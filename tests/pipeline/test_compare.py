@@ -94,7 +94,7 @@ def test_images_that_were_moved_are_the_same_images(tiny: Any, tmp_path: Path, w
     with pytest.raises(RunError, match=f"{done} was made with other images; nothing in it was touched"):
         compared("other")
     (folder / begun / "summary.json").unlink()
-    with pytest.raises(RunError, match=f"{begun} was begun with images at another place") as caught:
+    with pytest.raises(RunError, match=f"{begun} was begun with images at another path") as caught:
         compared("moved")
     recipe = folder / begun / "recipe.yaml"
     assert f"write the new place into {recipe}" in (caught.value.do or "")
