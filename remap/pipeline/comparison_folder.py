@@ -66,7 +66,7 @@ def is_done(path: Path, cell: Cell, held_by: Callable[[DataSpec], str]) -> bool:
             f"{path} was made with other settings; nothing in it was touched",
             do="name another --output, or remove that folder",
         )
-    if not run_dir.is_whole:
+    if not run_dir.is_complete:
         if made.digest() != cell.recipe.digest():
             raise RunError(
                 f"{path} was begun with images at another path; nothing in it was touched",

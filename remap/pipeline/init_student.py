@@ -50,7 +50,7 @@ def init_from_teacher(
         RemapError: The two models do not fit, or no training image can be read.
     """
     spec = recipe.student.init
-    if spec is None:
+    if spec is None or recipe.teacher is None:  # a recipe with an init has a teacher
         return None
     row, cls = INITS.row(spec.name), INITS.load(spec.name)
     # Forked, so that the method draws the same numbers as without an initialisation.

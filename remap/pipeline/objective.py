@@ -64,13 +64,14 @@ def build_objective(recipe: Recipe, student: Network, teachers: Sequence[Network
     total = sum(spec.weight for spec in recipe.teachers)
     for loss in recipe.losses:
         cls = LOSSES.load(loss.name)
-        config = cls.Config(**loss.options)
+        config, weight = cls.Config(**loss.options), loss.weight
+        assert weight is not None  # filled in when the recipe was validated
         if len(teachers) < 2 or not cls.uses_teacher:
             pair = Pair(student.anatomy, teachers[0].anatomy if teachers else None, len(student.classes or ()))
-            terms[loss.name], weights[loss.name] = cls(pair, config), loss.weight
+            terms[loss.name], weights[loss.name] = cls(pair, config), weight
             continue
         for number, (teacher, spec) in enumerate(zip(teachers, recipe.teachers, strict=True)):
             name = f"{loss.name}@{number + 1}"
             terms[name] = cls(Pair(student.anatomy, teacher.anatomy, len(student.classes or ())), config)
-            weights[name], teacher_of[name] = loss.weight * spec.weight / total, number
+            weights[name], teacher_of[name] = weight * spec.weight / total, number
     return Objective(terms, weights, teacher_of)

@@ -65,16 +65,17 @@ def _batch(student: Student, paths: Sequence[Path], top: int) -> list[Prediction
             views.append(student.pixels(path))
         except BadImage as error:
             errors[path] = error.reason
-    best = iter(())
+    best: Iterator[tuple[list[float], list[int]]] = iter(())
     if views:
         logits = student.logits_of_views(torch.from_numpy(np.stack(views)))
-        best = iter(zip(*logits.softmax(dim=-1).topk(top, dim=-1), strict=True))
+        probabilities_BK, indices_BK = logits.softmax(dim=-1).topk(top, dim=-1)
+        best = iter(zip(probabilities_BK.tolist(), indices_BK.tolist(), strict=True))
     rows = []
     for path in paths:
         if path in errors:
             rows.append(Prediction(str(path), error=errors[path]))
             continue
         probabilities, indices = next(best)
-        pairs = zip(indices.tolist(), probabilities.tolist(), strict=True)
+        pairs = zip(indices, probabilities, strict=True)
         rows.append(Prediction(str(path), tuple((student.classes[i], p) for i, p in pairs)))
     return rows

@@ -63,7 +63,7 @@ def repeat(
     try:
         if not os.path.isfile(target / "recipe.yaml"):
             start(recipe, target, progress, shared)
-        elif not RunDir.open(target).is_whole:
+        elif not RunDir.open(target).is_complete:
             run_in(recipe, RunDir.open(target), progress, shared, resuming=True)
     except Interrupted as error:
         command = shlex.join(["remap", "repeat", str(run.path), "--output", str(target)])
@@ -79,7 +79,7 @@ def repeat(
 def _require_whole(run: RunDir) -> None:
     """Refuse a run without a result to compare with."""
     if not run.is_done:
-        ended, message = run.became()
+        ended, message = run.outcome()
         raise RunError(
             f"{run.path} has no result that could be compared: it {ended}",
             given=message,

@@ -18,7 +18,8 @@ from remap.recipe.paths import is_run
 from remap.recipe.schema import DataSpec, ModelSpec, Recipe, ShrinkSpec, StudentSpec
 from remap.remapping.architecture.shrink import Shrunk, needs_images, shrink, target_shape
 from remap.remapping.architecture.skip import gates_of, save_remaining
-from remap.runs.run_dir import STUDENT_MODEL, RunDir
+from remap.runs.run_dir import RunDir
+from remap.runs.run_records import STUDENT_MODEL
 from remap.runs.task import load_task, open_backbone
 
 _BATCH = 16

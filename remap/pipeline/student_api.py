@@ -54,7 +54,7 @@ class Student:
 
     def __init__(self, network: Network, view: View, device: torch.device) -> None:
         self.network, self.view, self.device = network, view, device
-        self.model, self.classes = network.model.eval().to(device), network.classes
+        self.model, self.classes = network.model.eval().to(device), network.classes or ()
         choose_attention(network, "auto", device)
         self._runner = Runner(network).to(device)
 

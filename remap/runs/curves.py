@@ -10,7 +10,7 @@ WIDTH, HEIGHT, LEFT, TOP, GAP = 720, 260, 52, 34, 60
 
 
 def curves(history: list[dict[str, Any]], title: str) -> str:
-    """Two panels over the epochs: each loss (unweighted; "loss" is their weighted sum) from 0, and accuracy in %."""
+    """Draw two panels over the epochs: each loss (unweighted; "loss" is their weighted sum), and accuracy in %."""
     half = (WIDTH - GAP) // 2
     losses = {
         name: [(r["epoch"], r[name]) for r in history if name in r]
@@ -36,10 +36,7 @@ _COLOURS = ("#1b6ca8", "#d1495b", "#3a7d44", "#b8860b", "#6a4c93", "#555555")
 
 
 def _panel(series: dict[str, list[tuple[int, float]]], x: int, width: int, last: int, lowest: float = inf) -> list[str]:
-    """
-    Args:
-        lowest: Where the axis begins at the latest.
-    """
+    """Draw one panel; its axis begins at ``lowest`` or below."""
     values = [value for points in series.values() for _, value in points]
     if not values:  # no epoch was evaluated yet
         return []

@@ -12,7 +12,7 @@ from remap.io.versions import package_versions
 
 
 def command() -> list[str]:
-    """This process's command line as it can be typed again."""
+    """Return this process's command line as it can be typed again."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None:
         return ["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
@@ -22,7 +22,7 @@ def command() -> list[str]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, without anything private."""
+    """Return versions and machine, without anything private."""
     return {
         "time": now(),
         "remap": __version__,
@@ -36,12 +36,12 @@ def environment() -> dict[str, Any]:
 
 
 def plain_environment(record: dict[str, Any]) -> dict[str, Any]:
-    """A record of ``environment`` without its time and without later ones."""
+    """Return a record of ``environment`` without its time and without those of resumed parts."""
     return {key: value for key, value in record.items() if key not in ("time", "resumed")}
 
 
 def _cpu_model() -> str:
-    """Name and stepping of the first processor; virtual machines give many models one name."""
+    """Return name and stepping of the first processor; virtual machines give many models one name."""
     try:
         text = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0]
     except OSError:
@@ -54,5 +54,5 @@ def _cpu_model() -> str:
 
 
 def now() -> str:
-    """The time of day, UTC."""
+    """Return the time, UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

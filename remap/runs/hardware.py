@@ -1,4 +1,4 @@
-"""What of PyTorch and of the machine decides the last bits of a sum; nothing private."""
+"""What of PyTorch and the hardware decides the last bits of a sum, for environment.json; nothing private."""
 
 import os
 import re
@@ -25,8 +25,7 @@ VARIABLES = (
 
 
 def machine() -> dict[str, Any]:
-    """Beside ``remap.runs.environment``: processes, device, threads, instruction set, PyTorch's build, GPUs and
-    the settings that decide which kernels run."""
+    """Return processes, device, threads, instruction set, PyTorch's build, GPUs and what else chooses kernels."""
     found: dict[str, Any] = {
         "processes": accelerator().num_processes,
         "device": accelerator().device.type,
@@ -49,7 +48,7 @@ def machine() -> dict[str, Any]:
 
 
 def _build() -> dict[str, str]:
-    """Versions of what PyTorch was built with; the version itself may have a suffix that pip does not know."""
+    """Return the versions PyTorch was built with; its version may have a suffix that pip does not know."""
     text = torch.__config__.show()
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip}
     if torch.backends.cudnn.is_available():
@@ -61,7 +60,7 @@ def _build() -> dict[str, str]:
 
 
 def _driver() -> str:
-    """The kernel module's version, as the driver itself tells it."""
+    """Return the version of the GPU's kernel module."""
     try:
         match = re.search(r"\d+\.\d+(\.\d+)?", Path("/proc/driver/nvidia/version").read_text())
     except OSError:

@@ -1,4 +1,4 @@
-"""What the records of a run directory have to hold for those who read them: they may come from anywhere.
+"""The fields of summary.json that readers need, and a check of a summary from anywhere.
 
 Imports no torch.
 """
@@ -13,7 +13,7 @@ def _is_word(value: object) -> bool:
     return isinstance(value, str)
 
 
-# What commands show of a summary: each entry, and what it has to be. Dots lead into records.
+# What commands show of a summary: each entry and its check. Dots lead into nested objects.
 _SUMMARY: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("run_dir", "method", "data.source"), _is_word),
     **dict.fromkeys(("seconds", "train_seconds", "learning_rate", "student.accuracy"), is_number),
@@ -29,16 +29,16 @@ _TEACHER: dict[str, Callable[[object], bool]] = {
 
 
 def summary_problem(summary: object) -> str | None:
-    """What is wrong with what stands in summary.json; None if it can be shown."""
+    """Return what is wrong with a summary; None if it can be shown."""
     if not isinstance(summary, dict):
-        return "it is no record"
+        return "it is not a JSON object"
     problem = _problem(summary, _SUMMARY, "")
     if problem is None and not is_number(summary["student"].get("test_accuracy", 0)):
-        problem = "student.test_accuracy is no number"
+        problem = "student.test_accuracy is not a number"
     more = summary.get("more_teachers", [])
     teachers = [("teacher", summary["teacher"])] if "teacher" in summary else []
     if not isinstance(more, list) or (more and not teachers):
-        return "more_teachers is no list of further teachers"
+        return "more_teachers is not a list of further teachers"
     teachers += [(f"more_teachers.{number}", teacher) for number, teacher in enumerate(more)]
     return next(filter(None, [problem, *(_problem(teacher, _TEACHER, f"{name}.") for name, teacher in teachers)]), None)
 
@@ -51,5 +51,5 @@ def _problem(record: object, kinds: Mapping[str, Callable[[object], bool]], pref
                 return f"it has no {prefix}{name}"
             value = value[key]
         if not fits(value):
-            return f"{prefix}{name} is something else than in the summary of a run"
+            return f"{prefix}{name} is not what the summary of a run has there"
     return None

@@ -1,4 +1,4 @@
-"""Task files: what one task costs to keep. Tuned parameters and head, never the frozen backbone."""
+"""Save and load task files: tuned parameters and head, never the frozen backbone."""
 
 import hashlib
 from collections.abc import Mapping
@@ -29,18 +29,18 @@ from remap.io.checked_read import absolute, expanded
 from remap.network import Network, choose_attention, tuned
 from remap.recipe.paths import is_run
 from remap.recipe.schema import ModelSpec
-from remap.runs.run_dir import STUDENT_MODEL
+from remap.runs.run_records import STUDENT_MODEL
 from remap.runs.task_file import (
     FORMAT,
     TaskMeta,
     folder_of,
     read_meta,
     read_tensors,
-    require_numbers,
+    require_finite,
     require_sizes,
 )
 
-# Tasks that were tuned on a folded task, which was tuned on another.
+# Tasks that were tuned on a merged task, which was tuned on another.
 LONGEST_CHAIN = 16
 
 
@@ -55,7 +55,7 @@ def save_task(
     """Write ``task.safetensors`` and ``task.json``.
 
     Args:
-        tensors: ``kept(network)`` where the network is sharded, which one process alone cannot ask for.
+        tensors: ``task_tensors(network)`` where the network is sharded, which needs all processes.
 
     Returns:
         Bytes of both files.
@@ -88,17 +88,17 @@ def save_task(
 
 
 def load_task(path: Path, *, behind: tuple[str, ...] = ()) -> tuple[Network, View]:
-    """The tuned network of a run directory (or of its task folder), with the same logits it was saved with.
+    """Load the tuned network of a run directory (or of its task folder); its logits are those it was saved with.
 
     Args:
-        behind: Task folders that this one is the backbone of.
+        behind: Task folders whose backbone this one is.
 
     Raises:
         RunError: The files are damaged, or not what ``save_task`` writes, or the backbone is another one.
     """
     folder = folder_of(path)
     if absolute(folder) in behind or len(behind) >= LONGEST_CHAIN:
-        raise RunError(f"{folder} is tuned on tasks without end", given=" <- ".join(behind[:4]))
+        raise RunError(f"{folder} is tuned on an endless chain of tasks", given=" <- ".join(behind[:4]))
     meta = read_meta(folder)
     tensors = read_tensors(folder, meta)
     require_sizes(folder, meta, tensors)
@@ -129,7 +129,7 @@ def load_task(path: Path, *, behind: tuple[str, ...] = ()) -> tuple[Network, Vie
 
 
 def _require_held(folder: Path, meta: TaskMeta, source: ModelSpec) -> None:
-    """A backbone without weights of its own is in the task; said before a model is built that the file cannot fill."""
+    """Require a backbone without a weights source to be in the task, before a model is built that it cannot fill."""
     if not meta.holds_backbone:
         raise RunError(f"{folder} neither holds its backbone nor says where the weights are")
     if _run_named(source, by_task=True) is None:  # which has weights of its own, as is said later
@@ -138,13 +138,13 @@ def _require_held(folder: Path, meta: TaskMeta, source: ModelSpec) -> None:
 
 
 def _beside(folder: Path, model: str) -> str:
-    """The word for a task's backbone; a student that was cut for its run goes where the run directory goes."""
+    """Return a task's backbone; a student that was cut for its run moves with the run directory."""
     place = folder.resolve().parent / STUDENT_MODEL
     return f"local-dir:{place}" if model.endswith(f"/{STUDENT_MODEL}") and place.is_dir() else model
 
 
 def put_task(network: Network, path: Path) -> None:
-    """Put the tuned parameters and head of a saved task into the network it was saved from, built anew.
+    """Load the tuned parameters and head of a saved task into the network it was saved from, rebuilt.
 
     Raises:
         RunError: The files are damaged, or belong to another backbone.
@@ -161,10 +161,10 @@ def put_task(network: Network, path: Path) -> None:
 
 
 def require_tuned(word: str) -> None:
-    """Where a word names a run directory, it must hold a student; other words pass.
+    """Require a run directory to hold a student; other names pass.
 
     Raises:
-        RunError: It holds none; with what became of its run.
+        RunError: It holds no student; says how its run ended.
     """
     folder_of(expanded(word))
 
@@ -172,17 +172,17 @@ def require_tuned(word: str) -> None:
 def open_backbone(
     spec: ModelSpec, num_classes: int, *, keep_head: bool = False, behind: tuple[str, ...] = ()
 ) -> Backbone:
-    """A backbone from any source of weights: timm, a file, or a run directory whose method can be folded in.
+    """Open a backbone from any source of weights: timm, a file, or a run directory whose method can be merged.
 
     Args:
-        behind: Task folders that ask for it.
+        behind: Task folders whose backbone it is.
 
     Raises:
-        BackboneError: A run's method cannot be folded into plain weights, or the words contradict each other.
+        BackboneError: A run's method cannot be merged into plain weights, or model and weights contradict.
     """
     run = _run_named(spec, by_task=bool(behind))
     if run == spec.model and spec.weights != "pretrained":
-        raise BackboneError(f"{run} is a run directory and brings its own weights", given=f"weights: {spec.weights}")
+        raise BackboneError(f"{run} is a run directory, which already has weights", given=f"weights: {spec.weights}")
     if run is not None:
         require_size_of_run(spec, by_task=bool(behind))
         if keep_head:
@@ -199,16 +199,16 @@ def open_backbone(
 
 
 def _run_named(spec: ModelSpec, *, by_task: bool) -> str | None:
-    """The run directory whose weights are asked for; a task names one by its absolute path, whatever lies around."""
+    """Return the run directory whose weights are named; a task names one by its absolute path only."""
     words = [word for word in (spec.model, spec.weights) if word.startswith("/") or not by_task]
     return next(filter(is_run, words), None)
 
 
 def require_size_of_run(spec: ModelSpec, *, by_task: bool = False) -> None:
-    """A run directory's weights keep the image size they were tuned at; other weights pass.
+    """Require the image size that a run directory's weights were tuned at; other weights pass.
 
     Args:
-        by_task: The words are a task's, not the user's.
+        by_task: Whether ``spec`` comes from a task, not from the user.
 
     Raises:
         BackboneError: ``spec`` asks for another one.
@@ -236,16 +236,16 @@ def _backbone_of_run(path: Path, num_classes: int, behind: tuple[str, ...]) -> B
 
 
 def task_tensors(network: Network) -> dict[str, Tensor]:
-    """What a task holds, on the CPU. If the network is sharded, every process has to call it.
+    """Return what a task holds, on the CPU; if the network is sharded, every process has to call it.
 
-    What is trained; with it all the rest where the frozen weights are random, since nothing else holds those.
+    That is what is trained, and also the frozen weights where they are random, since no other file holds those.
     """
     frozen = dict(network.model.named_parameters()) if network.identity.weights == "none" else {}
     return {name: gather_full(t.detach()).cpu().contiguous() for name, t in (frozen | network.tensors).items()}
 
 
 def _put(network: Network, tensors: dict[str, Tensor], folder: Path) -> None:
-    require_numbers(network, tensors, folder)
+    require_finite(network, tensors, folder)
     head = {name: tensor for name, tensor in tensors.items() if network.anatomy.is_head(name)}
     backbone = {name: p for name, p in network.model.named_parameters() if name not in network.trained}
     if network.identity.weights != "none":

@@ -1,7 +1,7 @@
-"""What a task folder says and holds, read with care, since it may come from anybody.
+"""The format of a task folder, and its checks, since a task may come from a stranger.
 
-``task.json`` says what backbone it is for, the method, the classes, the preprocessing, and the SHA-256 of
-``task.safetensors``, which holds what was trained.
+``task.json`` names the backbone, the method, the classes, the preprocessing, and the SHA-256 of ``task.safetensors``,
+which holds what was trained.
 """
 
 import json
@@ -38,8 +38,8 @@ def _class_name(name: str) -> str:
     return name
 
 
-def _own_place(word: str) -> str:
-    """A task names its backbone by an absolute path, or a name that is none: not from wherever it is read."""
+def _require_absolute(word: str) -> str:
+    """Require an absolute path or a model's name: a relative path would depend on where the task is read."""
     path = word.removeprefix("local-dir:")
     is_path = path != word or word.startswith((".", "~", "/")) or word.endswith(".safetensors")
     if is_path and (not path.startswith("/") or ".." in path.split("/")):
@@ -68,15 +68,15 @@ _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class _Source(BaseModel):
-    model: Annotated[Place, AfterValidator(_own_place)]
-    weights: Annotated[Place, AfterValidator(_own_place)]
+    model: Annotated[Place, AfterValidator(_require_absolute)]
+    weights: Annotated[Place, AfterValidator(_require_absolute)]
     sha256: _Sha256
     preset: Literal["none", "mae", "moco_v3"]
     image_size: int | None = Field(default=None, ge=1, le=LARGEST_SIDE)
 
 
 class TaskMeta(BaseModel):
-    """What task.json says."""
+    """The content of task.json."""
 
     format: Literal[1]  # FORMAT
     backbone: _Source
@@ -89,7 +89,7 @@ class TaskMeta(BaseModel):
 
 
 def folder_of(path: Path) -> Path:
-    """The task folder of a run directory; a task folder is its own.
+    """Return the task folder of a run directory; a task folder itself is returned as it is.
 
     Raises:
         RunError: It is a run directory without a student, or an adapter of PEFT.
@@ -110,26 +110,26 @@ def folder_of(path: Path) -> Path:
 
 
 def _unfinished(path: Path) -> RunError:
-    """A run directory without a student, and what became of its run."""
+    """Return the error for a run directory without a student, with how its run ended."""
     run = RunDir(path)
     if os.path.isfile(path / "status.json") and run.is_done:
         return RunError(
             f"{run.task / 'task.json'} is missing; the run itself is finished",
             do=f"copy the task folder again, or write it from the last checkpoint: {_resume(path)}",
         )
-    ended, message = run.became()
+    ended, message = run.outcome()
     return RunError(
         f"{path} holds no tuned student: its run {ended}",
         given=message,
-        do=f"{path / 'status.json'} has the whole message; go on with {_resume(path)}, or name another run",
+        do=f"{path / 'status.json'} has the complete message; resume with: {_resume(path)}, or name another run",
     )
 
 
 def read_meta(folder: Path) -> TaskMeta:
-    """What the task.json of a folder says.
+    """Read the task.json of a folder.
 
     Raises:
-        RunError: It is missing, damaged or of another version.
+        RunError: task.json is missing, damaged or of another version.
     """
     path = folder / "task.json"
     try:
@@ -141,17 +141,17 @@ def read_meta(folder: Path) -> TaskMeta:
     except ValidationError as error:
         places = [plain(".".join(map(str, problem["loc"]))) or "everything" for problem in error.errors()]
         raise RunError(
-            f"{path} is no task of this version of remap",
+            f"{path} is not a task of this version of remap",
             given=f"{json.dumps(values)[:80]} (wrong or missing: {', '.join(places[:8])})",
             allowed=f"format {FORMAT}",
         ) from error
 
 
 def read_tensors(folder: Path, meta: TaskMeta) -> dict[str, Tensor]:
-    """The tensors of task.safetensors.
+    """Read the tensors of task.safetensors.
 
     Raises:
-        RunError: They are missing, or not those that task.json is about.
+        RunError: The file is missing, or does not match its SHA-256 in task.json.
     """
     path = folder / "task.safetensors"
     try:
@@ -164,12 +164,12 @@ def read_tensors(folder: Path, meta: TaskMeta) -> dict[str, Tensor]:
 
 
 def _again(folder: Path) -> str:
-    """How to get a damaged task back."""
+    """Return how to get a damaged task back."""
     run = folder.parent
-    whole = "copy the task folder again"
+    copy = "copy the task folder again"
     if folder.name != "task" or not (run / "checkpoint").is_dir():
-        return whole
-    return f"{whole}, or write it from the last checkpoint of its run: {_resume(run)}"
+        return copy
+    return f"{copy}, or write it from the last checkpoint of its run: {_resume(run)}"
 
 
 def _resume(run: Path) -> str:
@@ -177,7 +177,7 @@ def _resume(run: Path) -> str:
 
 
 def require_sizes(folder: Path, meta: TaskMeta, tensors: dict[str, Tensor]) -> None:
-    """The file bounds what is built: a task of a few bytes cannot ask for a million classes or a rank of a billion."""
+    """Bound what is built by the file's tensors: a few bytes cannot ask for a million classes or a huge rank."""
     sizes = {size for tensor in tensors.values() for size in tensor.shape}
     if len(meta.classes) not in sizes or len(meta.classes) > MOST_CLASSES:
         raise RunError(f"the classifier in {folder} does not fit its {len(meta.classes):,} class names")
@@ -185,7 +185,7 @@ def require_sizes(folder: Path, meta: TaskMeta, tensors: dict[str, Tensor]) -> N
         raise RunError(f"{folder / 'task.json'} names a class twice")
     unfit = next((name for name in tensors if not name.isprintable()), None)
     if unfit is not None:
-        raise RunError(f"{folder} holds a tensor of a name that no parameter has", given=plain(unfit)[:200])
+        raise RunError(f"{folder} holds a tensor whose name cannot be a parameter's", given=plain(unfit)[:200])
     largest = max(FREE_SIZE, *sizes)
     strange = [number for number in _numbers(meta.method.options) if abs(number) > largest]
     if strange:
@@ -203,8 +203,8 @@ def _numbers(value: Any) -> list[int]:
     return [value] if isinstance(value, int) else []
 
 
-def require_numbers(network: Network, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Tensors of the types they were saved with, and finite. Those that do not belong there are refused later."""
+def require_finite(network: Network, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Require finite tensors of the dtypes they were saved with. Unknown tensors are refused later."""
     own = dict(network.model.named_parameters()) | network.tensors
     known = {name: tensor for name, tensor in tensors.items() if name in own}
     for name, tensor in known.items():
