@@ -54,6 +54,7 @@ def _run(missing: list[Cell], output: Path, progress: Progress) -> None:
     from remap.pipeline.run import run
     from remap.pipeline.shared import SharedResources
 
+    # Cells share data and teacher in one process; several would each prepare them.
     require_one_process(
         "a comparison runs its cells one after the other in one process",
         "call remap compare without a launcher; the cells of several folders may run side by side",
@@ -64,6 +65,7 @@ def _run(missing: list[Cell], output: Path, progress: Progress) -> None:
             path = output / cell.name
             progress.say(f"[{number}/{len(missing)}] {cell.name}")
             atomic_write.require_no_link(path)
+            # An interrupted cell continues from its checkpoint.
             resuming = (path / "recipe.yaml").is_file()
             run_dir = RunDir.open(path) if resuming else RunDir.create(path, cell.recipe)
             run(cell.recipe, run_dir, progress, shared, resuming=resuming)
@@ -90,6 +92,7 @@ def tabulate(recipe: Recipe, cells: Sequence[Cell], output: Path) -> dict[str, A
                 teacher, more = summaries[0]["teacher"], summaries[0].get("more_teachers", [])
         row["gain"] = row["teacher"]["mean"] - row["alone"]["mean"]
         rows.append(row)
+    # In the order of the survey's categories.
     rows.sort(key=lambda row: list(CATEGORIES.values()).index(row["category"]))
     return {
         "recipe": recipe.name,

@@ -23,6 +23,7 @@ def chosen_methods(words: str | None) -> list[str]:
     """
     found: list[str] = []
     for word in [word.strip() for word in words.split(",") if word.strip()] if words else DEFAULT_METHODS:
+        # Duplicates from "all" and a name are reported below, not dropped.
         if word == "all":
             found += METHODS.names
         elif word in CATEGORIES:
@@ -66,6 +67,7 @@ def comparison_cells(recipe: Recipe, methods: Sequence[str], seeds: int) -> list
         spec = recipe.method if method == recipe.method.name else MethodSpec(name=method)
         for with_teacher in (False, True):
             for seed in range(recipe.seed, recipe.seed + seeds):
+                # An idle loss would only add a constant.
                 losses = tuple(loss for loss in recipe.losses if not loss.is_idle(method))
                 update: dict[str, Any] = {"method": spec, "seed": seed, "losses": losses}
                 if not with_teacher:

@@ -34,6 +34,7 @@ def claim(output: Path, recipe: Recipe) -> None:
     atomic_write.make_folder(output)
     marker = output / MARKER
     digest = recipe.model_copy(update={"method": MethodSpec(name="linear")}).digest(places=False)
+    # A folder whose first run failed may be claimed anew.
     begun = any(output.glob("*/summary.json"))
     if begun and os.path.lexists(marker) and _recipe_in(marker) != digest:
         raise RunError(
@@ -61,6 +62,7 @@ def is_done(path: Path, cell: Cell, held_by: Callable[[DataSpec], str]) -> bool:
         return False
     run_dir = RunDir.open(path)
     made = run_dir.recipe()
+    # Without paths: images may have been moved since.
     if made.digest(places=False) != cell.recipe.digest(places=False):
         raise RunError(
             f"{path} was made with other settings; nothing in it was touched",
@@ -76,6 +78,7 @@ def is_done(path: Path, cell: Cell, held_by: Callable[[DataSpec], str]) -> bool:
             )
         return False
     summary = run_dir.summary()
+    # The digest with paths differs where images moved; then their content decides.
     moved = summary.get("digest") != cell.recipe.digest()
     if moved and summary["data"].get("fingerprint") != held_by(cell.recipe.data):
         raise RunError(

@@ -82,6 +82,7 @@ def build_components(
         run_dir: Where prepared teachers are stored; None (dry run, benchmarks) prepares none.
     """
     device = accelerator().device
+    # Only names and labels are listed here; images are decoded once the size of a view is known.
     classes = shared.classes(recipe.data)
 
     # The student's draws are the same with and without teachers: these fork the generator, and methods attach last.
@@ -92,6 +93,7 @@ def build_components(
     teachers = _load_teachers(recipe, classes, backbone, progress)
     student = _tune(recipe, classes, backbone)
     for teacher in teachers:
+        # Frozen tensors stay shared with the student; what it will train is copied before the first step.
         if teacher.spec.model == SELF:
             copy_trained_tensors(teacher.network, student)
             placed(teacher, recipe, device)
@@ -106,6 +108,7 @@ def build_components(
     if views.data.skipped:
         progress.say(f"skipped {len(views.data.skipped)} other file(s): {listed(views.data.skipped)}")
 
+    # A dry run builds the same networks, but fits and tunes nothing.
     if run_dir is not None:
         for number, teacher in enumerate(teachers):
             folder = teacher_folder(teacher.spec, number, run_dir, shared)
@@ -141,6 +144,7 @@ def _load_teachers(
 def _tune(recipe: Recipe, classes: tuple[str, ...], backbone: Backbone) -> Network:
     student = tuned(backbone, recipe.method.name, recipe.method.options)
     student.classes = classes
+    # Attached on the CPU first, so that draws do not depend on the device.
     student.model.to(accelerator().device)
     choose_attention(student, recipe.train.fused_attention, accelerator().device)
     return student

@@ -27,6 +27,7 @@ def _python() -> dict[str, str]:
 
 def _packages() -> list[dict[str, str]]:
     rows = [_row("ok", "remap", __version__)]
+    # A missing package is reported here, not by an import error in the middle of a run.
     for name in PACKAGES:
         version = version_of(name)
         rows.append(_row("bad" if version == "missing" else "ok", name, version))
@@ -57,6 +58,7 @@ def _hub() -> dict[str, str]:
     from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
     folder = Path(HF_HUB_CACHE)
+    # Only counted: nothing is downloaded to find out.
     count = len(list(folder.glob("models--*"))) if folder.is_dir() else 0
     return _row("ok", "hub cache", f"{folder}: {count} model(s){', offline by setting' if HF_HUB_OFFLINE else ''}")
 

@@ -65,6 +65,7 @@ def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     shared = SharedResources()
     started = time.perf_counter()
     components = build_components(recipe, None, progress, shared)
+    # Building networks and decoding images is part of the cost of the run.
     building = time.perf_counter() - started
     device = accelerator().device
     components.objective.to(device)
@@ -147,6 +148,7 @@ def _model(network: Network) -> dict[str, Any]:
 
 def trainable_rows(components: RunComponents) -> list[dict[str, Any]]:
     """Return one row per part that is trained: method, head and, for each loss, its projectors."""
+    # Method and head first, in the order of the table.
     groups: dict[str, list[nn.Parameter]] = {components.recipe.method.name: [], "head": []}
     for name, parameter in components.student.trained.items():
         groups["head" if components.student.anatomy.is_head(name) else components.recipe.method.name].append(parameter)
@@ -180,6 +182,7 @@ def _preparing(
     if spec.prepare == "probe":
         head = sum(p.nbytes for p in teacher.network.head.values())
         return each * len(components.views.train.split) / accelerator().num_processes, head + TASK_RECORD
+    # A tuned teacher costs a whole run by itself.
     tuning = build_components(teacher_recipe(recipe, spec).written_out(), None, progress, shared)
     tuning.objective.to(accelerator().device)
     cost = _estimate(tuning, {}, {}, profile_step(tuning, {}))
@@ -197,8 +200,10 @@ def _estimate(
 ) -> Estimate:
     recipe, training_source, val = components.recipe, components.training_source, components.views.val
     spec, processes = recipe.train, accelerator().num_processes
+    # Activations of one pass are held at a time, whatever the batch.
     micro = max(1, spec.batch_size // (spec.accumulation * processes))
     trained = [*components.student.trained.values(), *(p for p in components.objective.parameters() if p.requires_grad)]
+    # Times three below: gradients and the two moments of AdamW.
     trained_bytes = sum(p.numel() * p.element_size() for p in trained)
     weights = _weight_bytes([components.student, *(teacher.network for teacher in components.teachers)])
     cached = {number for number, storage in storages.items() if storage.where != "each step"}
@@ -214,6 +219,7 @@ def _estimate(
     passes = 1 + -(-spec.epochs // spec.eval_every)  # before the first epoch, and always after the last
     test = components.views.test
     evaluated = passes * len(val.split) + (0 if test is None else len(test.split))
+    # Evaluation divides images among processes, too.
     checks = profile.forward_seconds * evaluated / processes
     if needs_logits(recipe):  # the teachers are evaluated once
         checks += sum(profile.teacher_seconds.values()) * len(val.split) / processes
@@ -230,6 +236,7 @@ def _estimate(
         + 3 * trained_bytes
         + profile.activation_bytes * micro
         + (
+            # On a GPU these are in the memory of the machine.
             in_memory + profile.features_bytes + training_source.kept_bytes if accelerator().device.type == "cpu" else 0
         ),
         activation_bytes=profile.activation_bytes * micro,

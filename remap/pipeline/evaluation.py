@@ -49,6 +49,7 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
             what="held-out" if data is None else Path(data).name,
             skip_bad=skip_bad or recipe.data.skip_bad,
         )
+    # Each process read its share; the report lists all bad files.
     share_unreadable(accelerator(), images)
     if data is None:
         for known in all_gather_object(accelerator(), images.contents.known()):  # of its own share
@@ -59,6 +60,7 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
     classes = []
     for label, name in enumerate(network.classes or ()):
         chosen = seen & (split.labels == label)
+        # Per class over readable images, as the overall accuracy.
         right = int((found.predictions_N[chosen] == label).sum())
         count = int(chosen.sum())
         classes.append({"class": name, "images": count, "accuracy": right / count if count else None})

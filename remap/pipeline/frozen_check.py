@@ -28,6 +28,7 @@ class FrozenWeights:
     @classmethod
     def of(cls, network: Network) -> "FrozenWeights":
         """Of a student as it is now; every process has to call it."""
+        # Heads and buffers that training updates are not frozen.
         changing = network.tensors
         rest = {name: tensor for name, tensor in network.model.state_dict().items() if name not in changing}
         digest = hashlib.sha256()

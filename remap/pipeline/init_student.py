@@ -56,11 +56,13 @@ def init_from_teacher(
     # Forked, so that the method draws the same numbers as without an initialisation.
     with progress.wait("initialising the student from the teacher"), torch.random.fork_rng(devices=[]):
         teacher = open_backbone(recipe.teacher, len(shared.classes(recipe.data)))
+        # Importance is measured by forward passes.
         teacher.model.to(accelerator().device).requires_grad_(False)
         sample = _sample(teacher, recipe, shared) if row.reads_images else None
         report = remap_weights(cls(cls.Config(**spec.options)), teacher, student, sample)
     theirs, mine = teacher.preprocess, student.preprocess
     same = (theirs.mean, theirs.std) == (mine.mean, mine.std)
+    # Inherited weights expect the pixels that the teacher was trained on.
     student.preprocess = replace(mine, mean=theirs.mean, std=theirs.std)
     student.identity = replace(student.identity, weights="none", sha256=state_hash(student.model, student.anatomy))
     words = None if same else f"mean {_listed(theirs.mean)}, standard deviation {_listed(theirs.std)}"

@@ -25,6 +25,7 @@ def without_idle_losses(recipe: Recipe, progress: Progress) -> Recipe:
     if not recipe.has_default_losses or recipe.teacher is None or len(chosen) == len(recipe.losses):
         return recipe
     specs = [("student", recipe.student), *(("teacher", spec) for spec in recipe.teachers if not spec.is_student)]
+    # A model whose family the name does not tell counts as having attention; building it decides.
     without = [f"the {role} {spec.model}" for role, spec in specs if _lacks_attention(spec)]
     if not without:
         return recipe
@@ -61,6 +62,7 @@ def build_objective(recipe: Recipe, student: Network, teachers: Sequence[Network
     terms: dict[str, LossTerm] = {}
     weights: dict[str, float] = {}
     teacher_of: dict[str, int] = {}
+    # Weights are relative: the loss's weight stays what the recipe says.
     total = sum(spec.weight for spec in recipe.teachers)
     for loss in recipe.losses:
         cls = LOSSES.load(loss.name)

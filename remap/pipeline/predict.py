@@ -50,6 +50,7 @@ def predict(
     student: Student, paths: Sequence[Path], *, top: int, batch_size: int, progress: Progress
 ) -> Iterator[Prediction]:
     """Yield predictions in the order of ``paths``; for an unreadable file the reason instead."""
+    # Asking for more classes than there are is not an error worth stopping for.
     top = min(top, len(student.classes))
     with progress.wait("predicting", len(paths)) as step:
         for start in range(0, len(paths), batch_size):
@@ -64,6 +65,7 @@ def _batch(student: Student, paths: Sequence[Path], top: int) -> list[Prediction
         try:
             views.append(student.pixels(path))
         except BadImage as error:
+            # One bad file must not end the prediction of the others.
             errors[path] = error.reason
     best: Iterator[tuple[list[float], list[int]]] = iter(())
     if views:

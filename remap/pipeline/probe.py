@@ -38,6 +38,7 @@ def fit_probe(
     """
     features_ND, labels_N = pooled_features(network, source, accelerator, batch_size, progress)
     mean, std = features_ND.mean(0), features_ND.std(0) + 1e-6
+    # L2 penalties compare weights, so features need one scale.
     standard = (features_ND - mean) / std
     if len(np.unique(labels_N)) < 2:
         raise DataError("a head needs readable training images of two classes at least", do="repair the images")
@@ -100,7 +101,7 @@ def _all_classes(
         coefficients = np.concatenate([-coefficients, coefficients]) / 2
         intercept = np.concatenate([-intercept, intercept]) / 2
     classes = len(network.classes or ())
-    # A class without readable training images keeps a logit that never wins.
+    # Back on raw features. A class without readable training images gets a logit that never wins.
     weight, bias = np.zeros((classes, len(mean))), np.full(classes, intercept.min() - 20.0)
     weight[model.classes_] = coefficients / std
     bias[model.classes_] = intercept - (coefficients / std) @ mean

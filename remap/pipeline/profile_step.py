@@ -79,9 +79,10 @@ def profile_step(components: RunComponents, teachers: dict[int, Teacher]) -> Ste
     most = min(images, max(1, spec.batch_size // (spec.accumulation * accelerator().num_processes)))
     count = min(FIRST_IMAGES, most)
     profile = _measure(components, teachers, count)
-    # A batch goes twice through teachers and student.
+    # Each batch runs twice: once to warm up.
     each = 2 * (sum(profile.teacher_seconds.values()) + profile.stem_seconds + profile.student_seconds)
     larger = min(most, int(SECOND_SECONDS / each))
+    # A batch that is hardly larger would tell nothing new.
     if larger < 2 * count:
         return profile
     try:
@@ -93,12 +94,14 @@ def profile_step(components: RunComponents, teachers: dict[int, Teacher]) -> Ste
 def _measure(components: RunComponents, teachers: dict[int, Teacher], count: int) -> StepProfile:
     device, recipe = accelerator().device, components.recipe
     source = components.training_source
+    # The first images of the first epoch, so that unusual ones count as they will in training.
     indices = keyed_random.permutation(recipe.seed, 0, len(source.split))[:count]
     images, good = source.batch(indices)
     images, classes = images.to(device), torch.from_numpy(source.split.labels[good]).to(device)
     labels = Labels(classes, labeled=components.labeled_share)
     step = StudentStep(components.student, components.objective, bf16=components.bf16).to(device)
     features = _features(components)
+    # Dropout and batch statistics as in training.
     components.student.attached.train()
     targets: list[dict[str, Tensor]] = [{} for _ in components.teachers] or [{}]
     teacher_seconds = dict.fromkeys(teachers, 0.0)
@@ -128,6 +131,7 @@ def _measure(components: RunComponents, teachers: dict[int, Teacher], count: int
     terms = _term_costs(components.objective, signals, targets, labels)
     step.runner.tap.close()
     for parameter in (*components.student.trained.values(), *components.objective.parameters()):
+        # The networks may be trained afterwards.
         parameter.grad = None
     return StepProfile(
         teacher_seconds,
@@ -149,6 +153,7 @@ def _term_costs(
     for name, term in objective.terms.items():
         items = targets[objective.teacher_of[name]] if term.uses_teacher else {}
         for _ in range(2):  # the first warms up
+            # Leaves: the backward pass ends at the signals, and costs of terms do not mix.
             leaves, saved, reading = signals.leaves(), _Saved(), _Reading(items)
             _wait(device)
             started = time.perf_counter()

@@ -48,13 +48,15 @@ def repeat(
     anew = f"remap {_command(recipe)} --recipe {shlex.quote(str(run.path / 'recipe.yaml'))}"
     _require_figures(run, do=f"run it anew, then repeat that: {anew}")
     _require_processes(run, summary["processes"])
-    if recipe.train.processes is not None:  # it may have been resumed with another number
+    # A run may have been resumed with a different number; the summary has the last one.
+    if recipe.train.processes is not None:
         recipe = recipe.model_copy(
             update={"train": recipe.train.model_copy(update={"processes": summary["processes"]})}
         )
     if workers is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
     target = _target(run, recipe, output)
+    # A comparison prepared its teacher for the first seed; a new one would differ.
     shared = SharedResources(teacher_folder=_prepared_teacher(run))
     _require_same_images(run, recipe, shared, summary["data"]["fingerprint"], progress)
     _say_what_decides(run, progress)
@@ -70,6 +72,7 @@ def repeat(
         raise Interrupted(
             error.what, exit_code=error.exit_code, do=f"resume with: {command}", at_once=error.at_once
         ) from error
+    # One process compares the files.
     if not accelerator().is_main_process:
         return {}
     _require_figures(RunDir.open(target), do="remove that folder, or choose another --output")
@@ -127,6 +130,7 @@ def _require_processes(run: RunDir, wanted: int) -> None:
 
 def _say_what_decides(run: RunDir, progress: Progress) -> None:
     """Say where threads or processes differ: sums are split over them, so they decide the last bits."""
+    # Said before the work: an unequal result would otherwise look like a fault.
     changed = changed_on_the_way(run)
     if changed:
         progress.say(

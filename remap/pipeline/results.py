@@ -24,6 +24,7 @@ def require_space(run_dir: RunDir, job: Job) -> None:
     Raises:
         DiskFull: There is too little room; nothing was trained.
     """
+    # A resumed run already has most of what it needs.
     written = sum(path.stat().st_size for path in run_dir.checkpoint.glob("*"))
     missing = max(0, bytes_of_a_run(job.student, job.objective, job.teachers) - written)
     atomic_write.require_space(run_dir.path, missing, "its checkpoints and the tuned student")
@@ -57,4 +58,5 @@ def write_results(
     # A part that was killed recorded less time than its checkpoint knows.
     known = clock.here - fitting + state.seconds
     summary["seconds"] = clock.reported = round(max(clock.seconds, known), 2)
+    # Last: a summary means that everything else is there.
     write(lambda: run_dir.write_summary(summary))

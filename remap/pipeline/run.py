@@ -57,6 +57,7 @@ def run(
         RunError: Another process is working there.
         RemapError: Anything else a user can mend.
     """
+    # Written out: later changes of defaults must not change a run that is resumed.
     recipe, shared = recipe.written_out(), shared or SharedResources()
     main = accelerator().is_main_process
     with run_dir.held() if main else nullcontext(), track_status(recipe, run_dir, resuming) as clock:
@@ -115,6 +116,7 @@ def start(
 ) -> Result:
     """Make a run directory and run."""
     check_processes(recipe.train.processes)
+    # Before the run directory exists, so that a mistake leaves nothing behind.
     require_divisible(recipe.train.batch_size, accelerator().num_processes, recipe.train.accumulation)
     shared = shared or SharedResources()
     validate_inputs(recipe, shared)
@@ -135,6 +137,7 @@ def resume(path: Path, progress: Progress = Silent(), processes: int | None = No
     run_dir = RunDir.open(path)
     recipe = run_dir.recipe()
     check_processes(processes)
+    # A finished run whose files were damaged later is written again from its checkpoint.
     damage = run_dir.damage() if run_dir.is_done else None
     if damage is not None:
         progress.say(f"{path} is finished, but {damage}; it is written again from the last checkpoint")

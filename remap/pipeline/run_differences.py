@@ -23,6 +23,7 @@ _DECIDING = {
 
 def compare(first: RunDir, second: RunDir) -> dict[str, Any]:
     """Return what is equal in two finished runs and what differs; see ``repeat``."""
+    # Files may differ in metadata alone; tensors say by how much results differ.
     tensors = differing_tensors(first.path / _TASK, second.path / _TASK)
     before, after = first.summary(), second.summary()
     checks = [_file_check("task file", first.path / _TASK, second.path / _TASK)]
@@ -34,6 +35,7 @@ def compare(first: RunDir, second: RunDir) -> dict[str, Any]:
     checks.append(_history_check(history(first), history(second)))
     for what, read in FIGURES.items():
         values = read(before), read(after)
+        # Not every run has every figure: no test folder, no teacher.
         if values != (None, None):
             checks.append(_check(what, *map(_words, values), equal=values[0] == values[1]))
     return {
@@ -116,6 +118,7 @@ def differing_tensors(first: Path, second: Path) -> list[dict[str, Any]]:
     for name in sorted(one.keys() | other.keys()):
         if name in one and name in other and one[name].shape == other[name].shape:
             if not torch.equal(one[name], other[name]):
+                # In float64, so that the difference itself is not rounded.
                 largest = float((one[name].double() - other[name].double()).abs().max())
                 found.append({"name": name, "largest_difference": largest})
         else:

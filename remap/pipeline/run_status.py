@@ -47,6 +47,7 @@ def track_status(recipe: Recipe, run_dir: RunDir, resuming: bool) -> Iterator[Ru
         RemapError: What the block raised, with the command that resumes the run.
     """
     main = accelerator().is_main_process
+    # Time of earlier parts counts: the summary reports the whole run.
     clock = RunClock(run_dir.seconds() if resuming else 0.0)
     if main and resuming:
         run_dir.set_status("running", seconds=clock.earlier)
@@ -106,6 +107,7 @@ def _explained(error: BaseException, resume: str) -> RemapError | None:
 def _record_failure(run_dir: RunDir, error: BaseException, message: str, clock: RunClock) -> None:
     """Record why the run failed: by the process that failed. That the others lost it is only a consequence."""
     lost = lost_process(error)
+    # Only one process knows the cause; the others see a broken connection.
     if lost is None:
         _record(run_dir, "failed", message, clock)
     elif accelerator().is_main_process and run_dir.status() == "running":

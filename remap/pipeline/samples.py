@@ -23,6 +23,7 @@ METHOD_IMAGES, METHOD_BATCH = 512, 32
 def method_sample(student: Network, views: DataViews, seed: int) -> Sample:
     """Return labelled training images for a method that looks at some; the same ones for a seed."""
     source, preprocess = views.train, Runner(student).preprocess
+    # Keyed by the seed, so that a resumed run and other processes see the same ones.
     order = keyed_random.permutation(seed, 0, len(source.split))[:METHOD_IMAGES]
     device = accelerator().device
 
@@ -56,6 +57,7 @@ def training_pixels(
     """
     preprocess, split = backbone.preprocess, shared.index(data).train
     view = View(preprocess.size, preprocess.crop_pct, preprocess.interpolation)
+    # Nothing is held: a few hundred images are read once.
     source = ViewSource(split, view, memory_bytes=0.0, workers=data.workers)
     images_BCHW, _ = source.batch(keyed_random.permutation(seed, 0, len(split))[:images])
     if not len(images_BCHW):

@@ -92,6 +92,7 @@ class SharedResources:
     def open(self, spec: DataSpec, view: View, progress: Progress) -> DataViews:
         """Open, decode and check a data source, once."""
         listed = (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled, spec.labels)
+        # Only what changes the views is part of the key; cells of a comparison differ elsewhere.
         key = (*listed, spec.unlabeled_only, spec.skip_bad, spec.max_bad, view)
         if key not in self.views:
             self.views[key] = _open(self.index(spec), spec, view, progress)
@@ -107,6 +108,7 @@ _TITLES = {
 
 
 def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress) -> DataViews:
+    # One budget for all splits, in the order in which training reads them most often.
     budget = spec.memory_gib * 2**30
     sources: dict[str, ViewSource] = {}
     for name in _TITLES:
@@ -115,14 +117,18 @@ def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress) -> Da
             sources[name] = ViewSource(split, view, memory_bytes=budget, workers=spec.workers)
             budget -= sources[name].kept_bytes
     for name, source in sources.items():
+        # Decoding everything once finds unreadable images before training, where memory suffices.
         source.load(progress, _TITLES[name])
     train, unlabeled = sources["train"], sources.get("unlabeled")
+    # A few bad files are normal in a large folder; many mean a wrong path or a damaged disk.
     _require_few_bad(train, unlabeled, spec.max_bad)
     unreadable = (*train.bad_names(), *(unlabeled.bad_names() if unlabeled else ()))
+    # An accuracy over fewer images than there are would be a different number: refused unless skip_bad says so.
     for name in ("val", "test"):
         if name in sources:
             require_readable(sources[name], name, spec.skip_bad)
             unreadable += tuple(sources[name].bad_names())
+    # Indices must be stable during training, so bad images leave before the first step.
     good = {name: source.without_bad() for name, source in sources.items()}
     train, unlabeled = good["train"], good.get("unlabeled")
     return DataViews(
@@ -140,6 +146,7 @@ def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress) -> Da
 
 def _training_source(train: ViewSource, unlabeled: ViewSource | None, unlabeled_only: bool) -> ViewSource:
     if not unlabeled_only:
+        # Labelled images come first: their indices are the same with and without unlabelled ones.
         return train if unlabeled is None else JoinedSource(train, unlabeled)
     if unlabeled is None or not len(unlabeled.split):
         raise DataError(
@@ -153,6 +160,7 @@ def _training_source(train: ViewSource, unlabeled: ViewSource | None, unlabeled_
 def _require_few_bad(train: ViewSource, unlabeled: ViewSource | None, share: float) -> None:
     for source, called in ((train, _TITLES["train"]), (unlabeled, _TITLES["unlabeled"])):
         if source is not None and len(source.bad) > share * len(source.split):
+            # Rounded up, so that the suggested value really suffices.
             enough = min(0.99, ceil(100 * len(source.bad) / len(source.split)) / 100)
             raise DataError(
                 f"{len(source.bad)} of {len(source.split)} {called} cannot be read",

@@ -44,9 +44,11 @@ def open_student(recipe: Recipe, run_dir: RunDir | None, progress: Progress, sha
             folder = Path(temporary) / STUDENT_MODEL
             _derive(recipe, folder, progress, shared)
             backbone = open_backbone(_opened_from(recipe.student, folder), num_classes)
+        # The temporary folder is gone by the time anyone reads the name.
         backbone.identity = replace(backbone.identity, model=recipe.student.model)
         return backbone
     folder = run_dir.student_model.resolve()
+    # One process cuts; a resumed run finds the folder and must not cut again.
     if accelerator().is_main_process and not folder.is_dir():
         _derive(recipe, folder, progress, shared)
     accelerator().wait_for_everyone()
@@ -99,7 +101,8 @@ def _cut(
     shared: SharedResources,
 ) -> Shrunk:
     backbone = open_backbone(teacher, 1)
-    target_shape(backbone, spec)  # before any image is read
+    # A shape that cannot be is refused before any image is read.
+    target_shape(backbone, spec)
     backbone.model.to(accelerator().device)
     batches: Callable[[], Iterator[Tensor]] = _no_images
     if needs_images(spec):

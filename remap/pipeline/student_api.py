@@ -36,7 +36,8 @@ def attach(model: nn.Module, method: str, **options: Any) -> Attached:
     Raises:
         RemapError: Unknown method or option, or a backbone the method does not fit.
     """
-    rows_of(method)  # an unknown name says what is meant
+    # The table's error lists near names; pydantic's would not.
+    rows_of(method)
     config = config_of(method)
     try:
         return attach_method(model, anatomy_of(model), method, options)
@@ -55,6 +56,7 @@ class Student:
     def __init__(self, network: Network, view: View, device: torch.device) -> None:
         self.network, self.view, self.device = network, view, device
         self.model, self.classes = network.model.eval().to(device), network.classes or ()
+        # Inference has no backward pass, but the device decides as in training.
         choose_attention(network, "auto", device)
         self._runner = Runner(network).to(device)
 

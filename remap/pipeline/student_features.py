@@ -37,6 +37,7 @@ def cache_features(components: RunComponents, progress: Progress) -> dict[str, F
 def feature_bytes(components: RunComponents) -> int | None:
     """Return what caching the frozen features of all images takes; None where they cannot be cached."""
     seam, data, depth = components.student.attached.seam, components.recipe.data, components.student.anatomy.depth
+    # Augmented images change in every epoch, and with them their features.
     if seam is None or data.augment != "none" or not data.finite_views:
         return None
     # Signals inside the frozen part come from its forward pass, and the last block's from the whole network.

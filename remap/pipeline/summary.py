@@ -30,12 +30,14 @@ def evaluate_at_end(components: RunComponents, recorder: RunRecorder, progress: 
         if teacher.spec.model == EMA:
             average = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, "the average")
             components.teachers[number] = replace(teacher, accuracy=average.accuracy)
+    # Where images are not held in memory, unreadable ones are found during training.
     bad = components.training_source.bad_names()
     if bad:
         progress.say(f"skipped {len(bad)} training image(s) that cannot be read: {listed(bad)}")
     val = recorder.last or recorder.evaluate()  # a resumed run may have had no epoch left to train
     test = None
     if views.test is not None:
+        # The test images are looked at once, after everything else is decided.
         test = evaluate_as(recipe, components.student, views.test, accelerator(), progress, "the test split")
     return FinalEvaluations(val, test)
 
@@ -48,6 +50,7 @@ def summarize(
     summary: dict[str, Any] = {
         "run_dir": str(run_dir.path),
         "recipe": recipe.name,
+        # Comparisons and repeats find a run by it.
         "digest": recipe.digest(),
         "seed": recipe.seed,
         "method": recipe.method.name,
@@ -66,6 +69,7 @@ def summarize(
             "split": views.data.split_rule,
             "skipped": [list(item) for item in (*views.skipped, *components.training_source.bad_names())],
             "fingerprint": views.fingerprint(),
+            # `remap eval` says by it whether it evaluates the same images.
             "val_fingerprint": views.contents["val"].fingerprint(Silent(), "evaluation images"),
         },
         "student": {

@@ -20,9 +20,11 @@ def require_useful(teacher: PreparedTeacher, untrained: Evaluation, source: View
     Raises:
         TrainingError: It does not, or its accuracy is below the untrained student's.
     """
+    # A teacher without a head gives features only; there is nothing to compare.
     if teacher.accuracy is None or teacher.spec.allow_weak:
         return
     count = len(source.split)
+    # The most frequent class, not 1/C: classes may be imbalanced.
     chance = np.bincount(source.split.labels).max() / count
     bound = min(chance + 2 * sqrt(chance * (1 - chance) / count), 1 - 0.5 / count)
     if teacher.accuracy > bound and teacher.accuracy >= untrained.accuracy:

@@ -73,6 +73,7 @@ def choose_storage(components: RunComponents, prepared: PreparedTeacher, teacher
         DataError: The recipe wants them cached where they do not fit, or where views are not finite.
     """
     spec, data = prepared.spec, components.recipe.data
+    # Cached outputs are only right while an image always looks the same.
     changing = what_changes(spec, data)
     if changing is not None and spec.cache in ("memory", "disk"):
         raise DataError(
@@ -82,6 +83,7 @@ def choose_storage(components: RunComponents, prepared: PreparedTeacher, teacher
         return OutputStorage("each step", 0, {})
     shapes = teacher.shapes(components.views.view.size)
     count = len(components.training_source.split) * data.finite_views
+    # Items are float32 in memory, in the dtype of the recipe on disk.
     in_memory = count * sum(4 * torch.Size(shape).numel() for shape in shapes.values())
     on_disk = bytes_for(_items(spec, shapes, bf16=components.bf16), count)
     fits = in_memory <= data.memory_gib * 2**30
@@ -92,10 +94,12 @@ def choose_storage(components: RunComponents, prepared: PreparedTeacher, teacher
             allowed=f"data.memory_gib={data.memory_gib:g}",
             do="allow more (--set data.memory_gib=...), or cache them on disk (--set teacher.cache=disk)",
         )
+    # What the user chose is obeyed or refused, never replaced.
     if spec.cache == "memory":
         return OutputStorage("memory", in_memory, shapes)
     if has_cache(cache_root(), _key(components, prepared)):  # room for missing rows is checked once they are known
         return OutputStorage("disk", on_disk, shapes)
+    # top_k and cache_dtype only have a meaning on disk.
     if spec.cache == "disk" or spec.keeps_less:
         require_space(cache_root(), on_disk)
         return OutputStorage("disk", on_disk, shapes)
@@ -126,6 +130,7 @@ def store_outputs(components: RunComponents, progress: Progress) -> list[dict[st
     for number, prepared in enumerate(components.teachers):
         if prepared.spec.model == EMA or not components.objective.reads_teacher(number):
             continue  # a running average changes in training
+        # The command says disk, whatever the recipe prefers for training.
         prepared.spec = prepared.spec.model_copy(update={"cache": "disk"})
         teacher = make_teacher(components, number)
         try:
@@ -175,12 +180,14 @@ def _cache_on_disk(
             f"caching teacher outputs on disk: {missing:,} of {views.count:,} to compute, "
             f"{size(bytes_for(items, missing))}"
         )
+    # Only what is missing has to fit.
     require_space(cache_root(), bytes_for(items, missing))
     cached = keep_on_disk(teacher, store, views, batch, components.pass_images, accelerator(), progress)
     teacher.kept = cached
     progress.say(f"teacher outputs on disk: {store.folder} ({cached.computed:,} computed now, {size(store.nbytes)})")
     if store.damaged:
         progress.say(f"{store.damaged} damaged records were computed again")
+    # Too few classes change what the student learns; say so instead of failing.
     if cached.mass is not None and cached.mass < LEAST_MASS:
         progress.say(
             f"the {prepared.spec.top_k} stored classes have {cached.mass:.0%} of the teacher's probability on average; "

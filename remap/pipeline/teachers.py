@@ -51,6 +51,7 @@ class PreparedTeacher:
         """Return a hash that is equal for teachers with equal outputs: of weights, structure and input."""
         network = self.network
         parts = (network.identity.sha256, network.preprocess, network.anatomy, network.model)
+        # The repr of a module shows its structure: heads and patch size do not show in the weights.
         digest = hashlib.sha256(" ".join(map(repr, parts)).encode())
         add_tensors(digest, {name: gather_full(tensor) for name, tensor in network.tensors.items()})
         return digest.hexdigest()
@@ -86,7 +87,9 @@ def load_teacher(
         if network.classes == classes:
             key = _key(network, "its own", spec, recipe)
             return placed(PreparedTeacher(network, spec, key, "its own"), recipe, device)
+    # A fresh head is drawn here; the generator is forked by the caller.
     torch.manual_seed(recipe.seed)
+    # With prepare=none the user vouches for the model's head.
     keep_head = spec.prepare == "none" and needs_logits(recipe)
     network = tuned(open_backbone(spec, len(classes), keep_head=keep_head), "linear", {})
     network.classes = classes
@@ -128,12 +131,15 @@ def prepare_teacher(
         if spec.prepare == "probe":
             if not _is_prepared(folder):
                 _fit_head(teacher, recipe, folder, views, progress)
+            # The main process makes the folder; the others must not look for it earlier.
             accelerator().wait_for_everyone()
+            # Read back from the file by every process, also by the one that fitted it: all have the same bits.
             put_task(teacher.network, folder)
             network = teacher.network
         else:
             network, _ = load_task(shared.tuned_teachers[teacher_recipe(recipe, spec).digest()])
         teacher = placed(replace(teacher, network=network, head=spec.prepare), recipe, accelerator().device)
+    # Judged once; the check against chance and the summary both use it.
     accuracy = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, "the teacher").accuracy
     teacher = replace(teacher, accuracy=accuracy)
     if reusable:
@@ -160,6 +166,7 @@ def teachers_to_tune(
 
     The caller runs each recipe before it asks for the next one.
     """
+    # Numbers count without a running average, which is never stored.
     for number, spec in enumerate(spec for spec in recipe.teachers if spec.model != EMA):
         if spec.prepare in ("probe", "none") or not needs_logits(recipe) or _brings_head(spec, recipe, shared):
             continue
@@ -207,6 +214,7 @@ def _title(spec: TeacherSpec, recipe: Recipe) -> str:
 
 def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
     """Return the recipe that tunes a teacher: the run's labelled images and loop, its method, cross-entropy."""
+    # The teacher's rate and warm-up belong to its method, not to the student's.
     train = recipe.train.model_copy(
         update={"epochs": spec.epochs or recipe.train.epochs, "lr": spec.lr, "base_lr": None, "warmup_epochs": None}
     )
@@ -214,6 +222,7 @@ def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
     return recipe.model_copy(
         update={
             "name": f"{recipe.name[:56]}-teacher",
+            # It is tuned on labelled images as they are: mixed or unlabelled ones are for the student.
             "data": recipe.data.model_copy(
                 update={"views": None, "mixup": 0.0, "cutmix": 0.0, "unlabeled": None, "unlabeled_only": False}
             ),
@@ -250,6 +259,7 @@ def _key(network: Network, head: str, spec: TeacherSpec, recipe: Recipe) -> str:
 def placed(teacher: PreparedTeacher, recipe: Recipe, device: torch.device) -> PreparedTeacher:
     """Move a teacher to the device, or shard it over those of all processes; choose the run's attention kernel."""
     network = teacher.network
+    # Before sharding: the setting is an attribute of modules that FSDP wraps.
     choose_attention(network, recipe.train.fused_attention, device)
     if is_sharded(network):
         return teacher

@@ -65,6 +65,7 @@ class RunRecorder:
         """Write the metrics so far. A full disk does not end a run: they are written anew after the next epoch."""
         try:
             self.run_dir.write_metrics(list(history))
+            # Status carries the time so far: a run that is killed later resumes from it.
             self.run_dir.set_status("running", seconds=self.clock.seconds)
         except RunError as error:
             self.progress.say(f"the metrics of this epoch are not written yet: {error.what}")
@@ -111,9 +112,11 @@ def training_job(
         evaluate=recorder.after_epoch,
         on_epoch=recorder.record_epoch,
         on_resume=recorder.record_resume,
+        # Both folders belong to the run directory, so that moving it moves them.
         checkpoint=run_dir.checkpoint,
         faults=run_dir.fault,
         labeled=components.labeled_share,
+        # None where the whole network has to run.
         features=features,
         sample=method_sample(student, components.views, recipe.seed) if student.attached.wants_sample else None,
     )
@@ -135,6 +138,7 @@ def warn_before_training(components: RunComponents, progress: Progress) -> None:
     on_labels = [name for name, row in losses if row.category == "labels"]
     if on_labels and components.labeled_share == 0.0:
         progress.say(f"{', '.join(on_labels)} teaches nothing: the student learns only from images without labels")
+    # A batch that is not divided has no parts to depend on.
     if accelerator().num_processes * components.recipe.train.accumulation == 1:
         return
     if components.student.learns_batch_statistics:
