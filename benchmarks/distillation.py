@@ -30,9 +30,9 @@ from remap.cache.records import Item, RecordStore
 from remap.cache.teacher_cache import keep_in_memory, keep_on_disk
 from remap.distributed.launch import accelerator
 from remap.engine.job import Job, StudentStep
-from remap.engine.loop import fit
+from remap.engine.loop import train
 from remap.engine.optim import adamw
-from remap.engine.teacher import Kept
+from remap.engine.teacher import CachedOutputs
 from remap.network import Runner
 from remap.pipeline.components import build_components
 from remap.pipeline.shared import SharedResources
@@ -108,12 +108,12 @@ class Engine:
         self.device = accelerator().device
         self.parts.objective.to(self.device)
         self.teacher = make_teacher(self.parts, 0)
-        self.kept: dict[str, Kept | None] = {"online": None}
+        self.kept: dict[str, CachedOutputs | None] = {"online": None}
 
     def keep_in_memory(self) -> None:
         size = self.setting.batch
         keep_in_memory(self.teacher, finite_views(self.parts), size, size, accelerator(), Silent())
-        self.kept["memory"] = self.teacher.kept
+        self.kept["memory"] = self.teacher.cached
 
     def keep_on_disk(self) -> None:
         items = {name: Item(shape) for name, shape in self.teacher.shapes(self.parts.views.view.size).items()}
@@ -125,7 +125,7 @@ class Engine:
 
     def run(self, where: str) -> None:
         """One epoch."""
-        self.teacher.kept = self.kept[where]
+        self.teacher.cached = self.kept[where]
         job = Job(
             recipe=self.recipe,
             student=self.parts.student,
@@ -138,7 +138,7 @@ class Engine:
             evaluate=lambda: {},
             on_epoch=lambda history: None,
         )
-        fit(job)
+        train(job)
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """The first images, and their labels, on the device."""
@@ -151,7 +151,7 @@ class Alone:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, parts = engine, engine.parts
-        engine.teacher.kept = None
+        engine.teacher.cached = None
         self.images, classes = engine.batch()
         self.labels = Labels(classes)
         self.targets = [engine.teacher.items(self.images)]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from remap.cache.frozen_features import FrozenFeatures
 from remap.distributed.launch import accelerator
 from remap.engine.job import Job, StudentStep
-from remap.engine.loop import fit
+from remap.engine.loop import train as train_job
 from remap.pipeline.components import RunComponents, build_components
 from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
@@ -58,7 +58,7 @@ def kept(parts: RunComponents, features: FrozenFeatures, epochs: int) -> None:
         on_epoch=lambda history: None,
         features=features,
     )
-    fit(job)
+    train_job(job)
 
 
 def naive(parts: RunComponents, steps: int) -> None:

@@ -83,7 +83,9 @@ def engine(recipe, parts):
     from remap.data.batches import batches
     from remap.distributed.launch import accelerator
     from remap.engine.job import Job
-    from remap.engine.loop import Loop, fit
+    from remap.engine.loop import train
+    from remap.engine.step import forward as forward_step
+    from remap.engine.training import Training
     from remap.progress import Silent
 
     job = Job(
@@ -100,11 +102,11 @@ def engine(recipe, parts):
     )
 
     def forward():
-        loop = Loop(job)
+        training = Training(job)
         parts.student.attached.train()
-        return loop.forward(next(batches(job.source, loop.plan, 0)))
+        return forward_step(training, next(batches(job.source, training.plan, 0)), [])
 
-    return lambda: fit(job), forward
+    return lambda: train(job), forward
 
 
 def bare(recipe, parts):

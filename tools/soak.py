@@ -322,7 +322,7 @@ def soak(runs: int, seed: int, folder: Path, recipes: Sequence[str] = tuple(RECI
         import remap_cli.train  # noqa: F401 - all that a child would import anew, before the first fork
         from remap.distributed import interrupts
 
-        interrupts.LOOK_EVERY = 0.02  # for the file `stop`: a whole run takes less than a second here
+        interrupts.CHECK_EVERY = 0.02  # for the file `stop`: a whole run takes less than a second here
         for name in work.recipes:
             work.train_here(name, folder / "here" / name)
         threads = threading.active_count()

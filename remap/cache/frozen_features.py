@@ -9,7 +9,7 @@ from torch import Tensor
 
 from remap.data.batches import in_passes
 from remap.data.views import ViewSource
-from remap.distributed.collectives import chunks_of, computed_together
+from remap.distributed.collectives import compute_and_gather, index_chunks
 from remap.distributed.interrupts import defer_signals, raise_if_interrupted
 from remap.network import Network, Runner
 from remap.progress import Progress
@@ -69,8 +69,8 @@ class FrozenFeatures:
             raise_if_interrupted(self._accelerator, "frozen features were being computed")
 
         with defer_signals(), progress.wait(f"frozen features of {what}", count) as step:
-            chunks = chunks_of(count, batch_size)
-            for indices, good, found in computed_together(self._accelerator, chunks, compute, look):
+            chunks = index_chunks(count, batch_size)
+            for indices, good, found in compute_and_gather(self._accelerator, chunks, compute, look):
                 for key, value in found.items():
                     rows = self._kept.setdefault(key, torch.zeros(count, *value.shape[1:], dtype=value.dtype))
                     rows[torch.from_numpy(good)] = value.cpu()

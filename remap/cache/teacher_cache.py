@@ -14,7 +14,13 @@ from remap.cache.records import RecordStore, row_digest
 from remap.data import keyed_random
 from remap.data.batches import augmented_view, in_passes
 from remap.data.views import ViewSource
-from remap.distributed.collectives import all_reduce_max, all_reduce_sum, chunks_of, computed_together, rounds
+from remap.distributed.collectives import (
+    all_reduce_max,
+    all_reduce_sum,
+    compute_and_gather,
+    index_chunks,
+    rounds_of_chunks,
+)
 from remap.distributed.device_memory import is_out_of_memory
 from remap.distributed.interrupts import defer_signals, raise_if_interrupted
 from remap.distributed.sharding import is_sharded
@@ -58,7 +64,7 @@ class FiniteViews:
     def chunks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
         """(view, indices) over everything."""
         for view in range(self.views):
-            for indices in chunks_of(len(self.source.split), size):
+            for indices in index_chunks(len(self.source.split), size):
                 yield view, indices
 
     def images(self, view: int, indices: np.ndarray) -> tuple[Tensor, np.ndarray]:
@@ -79,7 +85,7 @@ class InMemory:
         self._filled: dict[int, np.ndarray] = {}
 
     def rows(self, indices_B: np.ndarray, view: int) -> dict[str, Tensor]:
-        """As ``Kept.rows``.
+        """As ``CachedOutputs.rows``.
 
         Raises:
             DataError: An image could not be read when the outputs were computed.
@@ -158,7 +164,7 @@ def keep_in_memory(
 
     with defer_signals(), progress.wait("teacher outputs", lessons.count) as step:
         chunks = list(lessons.chunks(batch_size))
-        for (view, indices), good, items in computed_together(accelerator, chunks, compute, look):
+        for (view, indices), good, items in compute_and_gather(accelerator, chunks, compute, look):
             _require_finite(items, lessons, good)
             kept.put(view, good, items, len(lessons.source.split))
             step.advance(len(indices))
@@ -187,7 +193,7 @@ def keep_on_disk(
     chunks = list(lessons.chunks(batch_size))
     try:
         with defer_signals(), progress.wait("teacher outputs on disk", lessons.count) as step:
-            for taken, mine in rounds(accelerator, chunks):
+            for taken, mine in rounds_of_chunks(accelerator, chunks):
                 raise_if_interrupted(accelerator, "teacher outputs were being computed; those so far are kept on disk")
                 view, indices = mine or NOTHING
                 missing = indices[store.missing(kept.digests(indices, view))]

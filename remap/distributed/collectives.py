@@ -1,9 +1,10 @@
-"""What the processes of a run do together. Each function here is called by all of them; alone, they cost nothing.
+"""Collective operations: every process of the run has to call them at the same point. With one process they are free.
 
 Gradients are averaged here rather than by torch's DistributedDataParallel, which does it inside the backward pass: a
 process that ran out of memory there would leave the others waiting for ever.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, TypeVar
@@ -16,69 +17,89 @@ from torch import Tensor
 from remap.data.views import ViewSource
 
 Chunk = TypeVar("Chunk")
-# Gradients travel together, in messages of at most this many bytes.
+# Gradients are sent together, in messages of at most this many bytes: few messages, and no second copy of all of them.
 BUCKET_BYTES = 64 * 2**20
 
 
 def all_reduce_max(accelerator: Accelerator, *values: int) -> tuple[int, ...]:
-    """The largest of each value over all processes."""
+    """Return the largest of each value over all processes."""
     if accelerator.num_processes == 1:
         return values
-    together = torch.tensor(values, device=accelerator.device)
-    torch.distributed.all_reduce(together, op=torch.distributed.ReduceOp.MAX)
-    return tuple(together.tolist())
+    return tuple(all_reduce_max_(accelerator, torch.tensor(values, device=accelerator.device)).tolist())
 
 
 def all_reduce_sum(accelerator: Accelerator, values: Tensor) -> Tensor:
-    """The sum over all processes, in place."""
+    """Replace values by their sum over all processes, in place."""
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(values)
     return values
 
 
 def all_reduce_max_(accelerator: Accelerator, values: Tensor) -> Tensor:
-    """The largest over all processes, in place."""
+    """Replace values by the largest over all processes, in place."""
     if accelerator.num_processes > 1:
         torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
     return values
 
 
 def all_reduce_mean_(accelerator: Accelerator, tensors: Iterable[Tensor]) -> None:
-    """The mean over all processes, in place."""
+    """Replace tensors by their mean over all processes, in place."""
     if accelerator.num_processes > 1:
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
             torch.distributed.all_reduce(flat)
-            _spread(flat.div_(accelerator.num_processes), bucket)
+            _copy_back(flat.div_(accelerator.num_processes), bucket)
 
 
 def broadcast_(accelerator: Accelerator, tensors: Iterable[Tensor]) -> None:
-    """The first process's values, in place."""
+    """Replace tensors by those of the first process, in place."""
     if accelerator.num_processes > 1:
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
             torch.distributed.broadcast(flat, src=0)
-            _spread(flat, bucket)
+            _copy_back(flat, bucket)
 
 
-def all_gather_object(accelerator: Accelerator, value: Any) -> list[Any]:
-    """The values of all processes, in their order."""
+def all_gather_rows(accelerator: Accelerator, rows: np.ndarray) -> list[np.ndarray]:
+    """Return the rows (n, ...) of all processes, in their order; their number n may differ, dtype and width do not."""
     if accelerator.num_processes == 1:
-        return [value]
-    values = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(values, value)
-    return values
+        return [rows]
+    counts = [int(count) for count in _gather(accelerator, torch.tensor([len(rows)]))]
+    # Messages of one collective call have one size: all are padded to the longest, and sent as bytes of any dtype.
+    padded = np.zeros((max(counts), *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
+    messages = _gather(accelerator, torch.from_numpy(padded.reshape(-1).view(np.uint8))) if padded.size else []
+    arrays = [message.numpy().view(rows.dtype).reshape(padded.shape) for message in messages]
+    return [array[:count] for array, count in zip(arrays, counts, strict=True)] if arrays else [rows for _ in counts]
 
 
-def chunks_of(count: int, size: int) -> list[np.ndarray]:
-    """The numbers below ``count``, ``size`` at a time."""
+def all_gather_json(accelerator: Accelerator, value: Any) -> list[Any]:
+    """Return the values of all processes, in their order, as JSON gives them back (tuples become lists).
+
+    Not ``torch.distributed.all_gather_object``, which unpickles what comes over the network.
+    """
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    return [json.loads(bytes(array)) for array in all_gather_rows(accelerator, text)]
+
+
+def _gather(accelerator: Accelerator, tensor: Tensor) -> list[Tensor]:
+    own = tensor.to(accelerator.device)
+    gathered = [torch.empty_like(own) for _ in range(accelerator.num_processes)]
+    torch.distributed.all_gather(gathered, own)
+    return [one.cpu() for one in gathered]
+
+
+def index_chunks(count: int, size: int) -> list[np.ndarray]:
+    """Cut the numbers from 0 to ``count`` - 1 into arrays of ``size``; the last may be shorter."""
     return [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def rounds(accelerator: Accelerator, chunks: Sequence[Chunk]) -> Iterator[tuple[Sequence[Chunk], Chunk | None]]:
-    """As many chunks at a time as there are processes, and the one of them that is this process's; None if it has none.
+def rounds_of_chunks(
+    accelerator: Accelerator, chunks: Sequence[Chunk]
+) -> Iterator[tuple[Sequence[Chunk], Chunk | None]]:
+    """Yield the chunks of each round, one for each process, and the one of this process; None if it has none.
 
-    All do the same number of rounds.
+    All do the same number of rounds, so a collective call in each of them is safe.
     """
     for first in range(0, len(chunks), accelerator.num_processes):
         taken = chunks[first : first + accelerator.num_processes]
@@ -87,48 +108,49 @@ def rounds(accelerator: Accelerator, chunks: Sequence[Chunk]) -> Iterator[tuple[
 
 
 def share_unreadable(accelerator: Accelerator, source: ViewSource) -> None:
-    """Each process has found the unreadable images of its own share; then all know of all."""
-    for bad in all_gather_object(accelerator, dict(source.bad)):
-        source.note_bad(bad)
+    """Tell all processes which images each has found unreadable in its share."""
+    for bad in all_gather_json(accelerator, list(source.bad.items())):
+        source.note_bad(dict(bad))
 
 
-def computed_together(
+def compute_and_gather(
     accelerator: Accelerator,
     chunks: Sequence[Chunk],
     compute: Callable[[Chunk | None], tuple[np.ndarray, Mapping[str, Tensor]]],
-    look: Callable[[], None],
+    before_round: Callable[[], None],
 ) -> Iterator[tuple[Chunk, np.ndarray, dict[str, Tensor]]]:
-    """Each process computes its share of the chunks, and all get every chunk's rows, in order.
+    """Compute a share of the chunks on each process, and yield every chunk's rows on all of them, in order.
 
     Args:
-        compute: Gives which images of a chunk could be read (B,), and the rows of these, each (B, ...). For None, and
-            where none could be read, it gives no rows, but of the same shapes and types: those of others go there.
-        look: Called by all before each round.
+        compute: Returns which images of a chunk could be read (B,), and the rows of these, each (B, ...). For None, and
+            where none could be read, it returns no rows, but of the same shapes and types: those of others go there.
+        before_round: Called by all before each round.
 
     Yields:
         Each chunk, which of its images could be read (B,), and their rows, on the device.
     """
-    for taken, mine in rounds(accelerator, chunks):
-        look()
-        good, rows = compute(mine)
-        for source, (chunk, found) in enumerate(zip(taken, all_gather_object(accelerator, good), strict=False)):
-            yield chunk, found, {name: _sent(accelerator, own, source, len(found)) for name, own in rows.items()}
+    for taken, mine in rounds_of_chunks(accelerator, chunks):
+        before_round()
+        readable, rows = compute(mine)
+        gathered = all_gather_rows(accelerator, readable)
+        for rank, (chunk, indices) in enumerate(zip(taken, gathered, strict=False)):  # the last round may be short
+            yield chunk, indices, {k: _broadcast_rows(accelerator, own, rank, len(indices)) for k, own in rows.items()}
 
 
-def _sent(accelerator: Accelerator, own: Tensor, source: int, count: int) -> Tensor:
-    """The first ``count`` rows of one process, on all; ``own`` has the shape of a row and its type everywhere."""
-    mine = source == accelerator.process_index
+def _broadcast_rows(accelerator: Accelerator, own: Tensor, rank: int, count: int) -> Tensor:
+    """Return the ``count`` rows of one process on all; ``own`` has the shape of a row and its type everywhere."""
+    mine = rank == accelerator.process_index
     rows = own[:count].contiguous() if mine else own.new_empty(count, *own.shape[1:])
     if accelerator.num_processes > 1 and rows.numel():
-        torch.distributed.broadcast(rows.view(-1).view(torch.uint8), src=source)  # as bytes: of any type
+        torch.distributed.broadcast(rows.view(-1).view(torch.uint8), src=rank)  # as bytes: of any type
     return rows
 
 
 def all_reduce_min_max(value: int, device: torch.device) -> tuple[int, int]:
-    """Over all processes of torch's group; unlike the others here it needs no Accelerator."""
+    """Return the smallest and the largest value over torch's group; unlike the others here without an Accelerator."""
     if not _is_group():
         return value, value
-    ends = torch.tensor([value, -value], device=device)
+    ends = torch.tensor([value, -value], device=device)  # one message: the largest is minus the smallest negative
     torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MIN)
     low, high = ends.tolist()
     return low, -high
@@ -144,7 +166,7 @@ def _is_group() -> bool:
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-    """Tensors of one dtype, in their order, cut where a message is full."""
+    """Yield tensors of one dtype, in their order, cut where a message is full."""
     for _, alike in groupby(sorted(tensors, key=lambda t: str(t.dtype)), key=lambda tensor: tensor.dtype):
         bucket: list[Tensor] = []
         for tensor in alike:
@@ -156,6 +178,6 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
 
 
 @torch.no_grad()
-def _spread(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+def _copy_back(flat: Tensor, tensors: Sequence[Tensor]) -> None:
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))

@@ -5,22 +5,22 @@ import sys
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-# What libraries say when memory runs out, besides what Accelerate knows.
+# Messages of libraries when memory runs out, besides those that Accelerate knows.
 _OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak bytes allocated on a GPU, or the peak resident size of the process on the CPU."""
+    """Return the peak bytes allocated on a GPU, or the peak resident size of the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # not on Windows
 
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Of a GPU or of the machine."""
+    """Whether an error means that the memory of a GPU or of the machine ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(error):
         return True
     return any(words in str(error) for words in _OUT_OF_MEMORY)

@@ -1,6 +1,6 @@
-"""Ctrl-C, SIGTERM and the file RUN/stop: a run saves its state and leaves, all its processes together.
+"""Ctrl-C, SIGTERM and the file RUN/stop: a run saves its state and ends, all its processes together.
 
-In loops over batches a signal is a flag that is read between two of them. Elsewhere (models are built, a probe is
+In loops over batches a signal sets a flag that is read between two of them. Elsewhere (models are built, a probe is
 fitted) there is nothing to save, and it ends the run at once; so does a second signal anywhere.
 """
 
@@ -8,35 +8,39 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from accelerate import Accelerator
 
 from remap.distributed.collectives import all_reduce_max
 from remap.errors import Interrupted
 
-# The file in place of a signal's number; it ends a run as SIGTERM does.
+# Stands for the file where a signal has its number; it ends a run as SIGTERM does.
 _FILE = 1000
-# Seconds between two looks for the file: on a network drive each one costs.
-LOOK_EVERY = 1.0
+# Seconds between two checks for the file: on a network drive each one costs a round trip.
+CHECK_EVERY = 1.0
+
+
+Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 
 
 class _Watch:
-    """What has asked this process to stop.
+    """Requests to stop that this process has received.
 
     Attributes:
-        signal: Its number, 0 for none.
-        deferring: Blocks entered in which a signal waits for the next look.
-        raised: What a signal raised where it did not wait.
+        signal: Number of the first signal, 0 for none.
+        deferring: How many ``defer_signals`` blocks are open.
+        raised: What a signal raised outside of such blocks.
     """
 
     def __init__(self, file: Path | None) -> None:
         self.signal, self.deferring, self.file = 0, 0, file
-        self.looked = -LOOK_EVERY
-        self.earlier: dict[int, object] = {}
+        self.checked_at = -CHECK_EVERY
+        self.earlier: dict[int, Handler] = {}
         self.raised: Interrupted | None = None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
@@ -48,14 +52,14 @@ class _Watch:
         if not self.deferring:
             self.raised = Interrupted(f"stopped by {signal_name(number)}", exit_code=signal_exit_code(number))
             earlier = self.earlier[number]
-            if callable(earlier):
+            if callable(earlier):  # the command line notes the signal, Python itself raises KeyboardInterrupt
                 earlier(number, frame)
             raise self.raised
 
-    def look_for_file(self) -> None:
-        if self.file is None or self.signal or time.monotonic() - self.looked < LOOK_EVERY:
+    def check_file(self) -> None:
+        if self.file is None or self.signal or time.monotonic() - self.checked_at < CHECK_EVERY:
             return
-        self.looked = time.monotonic()
+        self.checked_at = time.monotonic()
         if self.file.is_file():
             with contextlib.suppress(OSError):
                 self.file.unlink()
@@ -67,12 +71,12 @@ _watch: _Watch | None = None
 
 @contextmanager
 def watch_signals(file: Path | None = None) -> Iterator[None]:
-    """Catch SIGINT and SIGTERM while the block runs; blocks inside one another are one.
+    """Catch SIGINT and SIGTERM while the block runs; inner blocks have no effect.
 
-    Outside the main thread signals keep their meaning, and the file alone counts.
+    Outside the main thread signals keep their meaning (Python allows handlers only there), and only the file counts.
 
     Args:
-        file: One that asks to stop as soon as it is there; it is removed then, and when the block begins.
+        file: Requests a stop when it appears; it is removed then, and when the block begins.
     """
     global _watch
     if _watch is not None:
@@ -90,7 +94,7 @@ def watch_signals(file: Path | None = None) -> Iterator[None]:
     except Exception as error:
         if watch.raised is None or isinstance(error, Interrupted):
             raise
-        # A library that was at work when the signal came may report something else than what was raised in it.
+        # A library in which a handler raises may turn that into an error of another type.
         raise watch.raised from error
     finally:
         _watch = None
@@ -100,7 +104,7 @@ def watch_signals(file: Path | None = None) -> Iterator[None]:
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """In this block a first signal waits until somebody asks for it."""
+    """Defer the first signal until it is polled with ``requested_signal``."""
     watch = _watch
     if watch is None:
         yield
@@ -113,19 +117,19 @@ def defer_signals() -> Iterator[None]:
 
 
 def requested_signal(accelerator: Accelerator) -> int:
-    """What this process got, for ``signal_name`` and ``signal_exit_code``; 0 for nothing."""
+    """Return the signal that this process received, for ``signal_name`` and ``signal_exit_code``; 0 for none."""
     if _watch is None:
         return 0
-    if accelerator.is_main_process:
-        _watch.look_for_file()
+    if accelerator.is_main_process:  # all processes of a run may see the same file
+        _watch.check_file()
     return _watch.signal
 
 
 def raise_if_interrupted(accelerator: Accelerator, what: str) -> None:
-    """Leave, all processes together, if one of them got a signal. Called by all of them.
+    """Raise on all processes if one of them received a signal. Every process has to call it.
 
     Args:
-        what: What was going on, for the message.
+        what: What was being done, for the message.
 
     Raises:
         Interrupted: One did.
@@ -139,10 +143,10 @@ def raise_if_interrupted(accelerator: Accelerator, what: str) -> None:
 
 
 def signal_name(number: int) -> str:
-    """What stopped a run, in words."""
+    """Return what stopped a run, for messages."""
     return {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", _FILE: "the file `stop`"}[number]
 
 
 def signal_exit_code(number: int) -> int:
-    """The exit code that stands for it."""
+    """Return the exit code of a run that was stopped by it: 128 and the number, as shells have it."""
     return 128 + (signal.SIGTERM if number == _FILE else number)

@@ -1,14 +1,15 @@
-"""Checkpoints: what is trained, the optimiser and the counters, of which the newest two generations are kept.
+"""Checkpoints: what is trained, the optimiser's moments and the counters.
 
-There is no generator state to keep: order, augmentation and dropout are functions of (seed, epoch, image).
+There is no generator state to store: order, augmentation and dropout are functions of (seed, epoch, image).
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from remap.distributed.collectives import all_reduce_min_max, is_main_process
@@ -16,47 +17,60 @@ from remap.distributed.launch import ProcessLost
 from remap.distributed.sharding import copy_full_, gather_full
 from remap.engine import checkpoint_files
 from remap.errors import RunError, TrainingError
-from remap.io.checked_read import is_count, is_number, plain
+from remap.io.checked_read import plain
 from remap.recipe.schema import Recipe
 
-# Bytes of tensors beyond which a file is not read: far above any real one; a stranger's must not fill the memory.
+# Bytes of tensors above which a file is not read: far above any real one; a stranger's must not fill the memory.
 _LIMIT_FACTOR, _LIMIT_EXTRA = 16, 2**28
-_ADAMW = {"step", "exp_avg", "exp_avg_sq"}
+# Strict: "1" and True are not numbers. Above 2**53 not every reader of JSON reads a counter exactly.
+Count = Annotated[int, Strict(), Field(ge=0, lt=2**53)]
+Number = Annotated[float, Strict()]
 
 
 @dataclass
 class State:
-    """Where training stands. ``step`` counts steps done in ``epoch``; sums are over those steps.
+    """How far training has come. ``step`` counts steps done in ``epoch``; sums are over those steps.
 
     Attributes:
         digest: What this belongs to, see ``digest_of``.
         history: One record for each finished epoch.
-        loss_sums: Sum over the steps of this epoch of each loss, as exact floats.
+        loss_sums: Sum of each loss over the steps of this epoch, as exact floats.
         seconds: Training time so far.
-        counted: Steps of this epoch that ``loss_sums`` is over: all but the skipped ones.
-        accumulation: Micro-batches to a step on each process, as memory allowed so far.
-        lr_factor: What the learning rate is multiplied by after faults.
-        recoveries: Faulty steps that are not forgotten.
-        last_fault: Updates up to the last faulty step, that one included; 0 for none.
-        skipped: Steps that were skipped, over the whole run.
+        counted: Steps of this epoch in ``loss_sums``: all but the skipped ones.
+        accumulation: Micro-batches per step on each process, as many as memory has needed so far.
+        lr_factor: What the learning rate is multiplied by after non-finite steps.
+        recoveries: Non-finite steps that are not forgotten.
+        last_fault: Updates up to the last non-finite step, that one included; 0 for none.
+        skipped: Non-finite steps over the whole run.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
     digest: str
-    epoch: int = 0
-    step: int = 0
-    seconds: float = 0.0
-    loss_sums: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    counted: int = 0
-    accumulation: int = 1
-    lr_factor: float = 1.0
-    recoveries: int = 0
-    last_fault: int = 0
-    skipped: int = 0
+    epoch: Count = 0
+    step: Count = 0
+    seconds: Annotated[Number, Field(ge=0)] = 0.0
+    loss_sums: dict[str, Number] = field(default_factory=dict)
+    history: list[dict[str, Count | Number]] = field(default_factory=list)
+    counted: Count = 0
+    accumulation: Annotated[Count, Field(ge=1)] = 1
+    lr_factor: Annotated[Number, Field(ge=0)] = 1.0
+    recoveries: Count = 0
+    last_fault: Count = 0
+    skipped: Count = 0
+
+    def count(self, losses: Mapping[str, float]) -> None:
+        """Add the losses of one step to those of the epoch."""
+        for name, value in losses.items():
+            self.loss_sums[name] = self.loss_sums.get(name, 0.0) + value
+        self.counted += 1
+
+
+_STATE = TypeAdapter(State)
 
 
 def digest_of(recipe: Recipe, images: str, weights: str) -> str:
-    """What a checkpoint belongs to: a recipe and, after pluses, digests of the images and of the models' weights."""
+    """Return what a checkpoint belongs to: digests of recipe, images and the models' weights, joined by pluses."""
     return f"{recipe.digest(places=False)}+{images}+{weights}"
 
 
@@ -64,7 +78,7 @@ def digest_of(recipe: Recipe, images: str, weights: str) -> str:
 def snapshot(
     trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, memory: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """What a checkpoint holds besides the state: whole tensors on the CPU, by name. Every process has to call it.
+    """Return the tensors of a checkpoint by name, complete and on the CPU. Every process has to call it.
 
     On the CPU they may be the live tensors themselves: write them before the next step.
 
@@ -73,15 +87,15 @@ def snapshot(
         memory: What a method remembers from step to step (``Attached.memory``).
     """
 
-    def plain(value: Any) -> Tensor:
+    def gathered(value: Any) -> Tensor:
         return gather_full(torch.as_tensor(value).detach()).cpu().contiguous()
 
     tensors: dict[str, Tensor] = {}
     for name, parameter in trained.items():
-        tensors[f"parameter/{name}"] = plain(parameter)
+        tensors[f"parameter/{name}"] = gathered(parameter)
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer/{key}/{name}"] = plain(value)
-    return tensors | {f"memory/{name}": plain(tensor) for name, tensor in (memory or {}).items()}
+            tensors[f"optimizer/{key}/{name}"] = gathered(value)
+    return tensors | {f"memory/{name}": gathered(tensor) for name, tensor in (memory or {}).items()}
 
 
 def save_checkpoint(folder: Path, state: State, tensors: Mapping[str, Tensor]) -> None:
@@ -89,21 +103,25 @@ def save_checkpoint(folder: Path, state: State, tensors: Mapping[str, Tensor]) -
 
     Raises:
         TrainingError: A number is not finite; nothing was written.
-        DiskFull: There is no room; the generations before are whole.
-        RunError: The place cannot be written.
+        DiskFull: There is no room; the earlier generations are complete.
+        RunError: The folder cannot be written.
     """
-    broken = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
-    problem = f"not finite: {', '.join(broken[:4])}" if broken else _problem(asdict(state))
-    if problem:
+    content = asdict(state)
+    bad = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    try:
+        if bad:
+            raise ValueError(f"not finite: {', '.join(bad[:4])}")
+        _parsed(content)  # what could not be read again is not written either
+    except ValueError as error:
         raise TrainingError(
-            f"the state of training cannot be saved: {problem}",
+            f"the state of training cannot be saved: {error}",
             do="start again in another --output, with a lower --lr or train.precision=fp32",
-        )
-    checkpoint_files.write(folder, asdict(state), tensors)
+        ) from error
+    checkpoint_files.write(folder, content, tensors)
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a save was ever finished here, be it whole or damaged by now."""
+    """Whether a checkpoint was ever completed here, even if it is damaged by now."""
     return checkpoint_files.any_finished(folder)
 
 
@@ -114,24 +132,25 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     say: Callable[[str], None],
 ) -> tuple[State, dict[str, Tensor]]:
-    """Put the newest whole generation back into the tensors of ``trained`` and the optimiser.
+    """Put the newest complete generation back into the tensors of ``trained`` and the optimiser.
 
-    Every process has to call it, with a folder that all of them see. Afterwards newer, damaged generations are gone.
+    Every process has to call it, with a folder that all of them see. Newer, damaged generations are deleted.
 
     Args:
-        say: Is told which generation is damaged, where one is.
+        say: Called with a sentence for each damaged generation.
 
     Returns:
         The state, and the method's memory as it was saved.
 
     Raises:
-        RunError: None is whole, one cannot be read, it belongs to another recipe, or it does not fit the model.
+        RunError: None is complete, one cannot be read, it belongs to another recipe, or it does not fit the model.
     """
     usual = sum(tensor.numel() * tensor.element_size() for tensor in trained.values())
-    reader = checkpoint_files.Reader(folder, _LIMIT_EXTRA + _LIMIT_FACTOR * usual, _problem)
+    reader = checkpoint_files.Reader(folder, _LIMIT_EXTRA + _LIMIT_FACTOR * usual, _parsed)
     number = reader.newest()
     device = next((tensor.device for tensor in trained.values()), torch.device("cpu"))
-    while True:  # all processes go on from the same one, whatever each of them can read
+    # All processes have to continue from the same generation, so from the newest that each of them can read.
+    while True:
         low, high = all_reduce_min_max(number, device)
         if low == checkpoint_files.UNREADABLE:
             raise reader.refusal or ProcessLost(f"another process cannot read the checkpoints in {folder}")
@@ -140,118 +159,104 @@ def load_checkpoint(
         if number > low:
             reader.problems.append(f"{checkpoint_files.tensors_path(folder, number)} cannot be read by another process")
             number = reader.newest(low)
-    if not number:
+    if reader.found is None:
         raise RunError(
-            f"no checkpoint in {folder} is whole",
+            f"no checkpoint in {folder} is complete",
             given="; ".join(reader.problems) or "no generation",
             do="start the run again in another --output",
         )
-    state, tensors, place = State(**reader.state), reader.tensors, checkpoint_files.tensors_path(folder, number)
+    (state, tensors), path = reader.found, checkpoint_files.tensors_path(folder, number)
     if state.digest != digest:
-        raise _another(place, plain(state.digest[:100]), digest)
-    _require_fit(place, trained, tensors)
+        raise _belongs_elsewhere(path, plain(state.digest[:100]), digest)
+    _require_fit(path, trained, tensors)
     for problem in reader.problems:
-        say(f"{problem}; going on from {place.name}, what came after is trained again")
+        say(f"{problem}; continuing from {path.name}, what came after is trained again")
     for name, parameter in trained.items():
         copy_full_(parameter, tensors[f"parameter/{name}"])
         if isinstance(parameter, nn.Parameter):
             _load_optimizer_state(optimizer, name, parameter, tensors)
     if is_main_process():
         checkpoint_files.sweep(folder, number)
-    kept = {key.removeprefix("memory/"): value.clone() for key, value in tensors.items() if key.startswith("memory/")}
-    return state, kept
+    memory = {key.removeprefix("memory/"): value.clone() for key, value in tensors.items() if key.startswith("memory/")}
+    return state, memory
 
 
-def require_planned(folder: Path, state: State, epochs: int, steps: int) -> None:
-    """What a run never writes, but a stranger may: such a state would end the training before it is done, or ruin it.
-
-    Args:
-        epochs, steps: Of the whole run, and of each epoch.
+def require_within_plan(folder: Path, state: State, epochs: int, steps: int) -> None:
+    """Check that a run of so many epochs and steps per epoch can have written a state.
 
     Raises:
-        RunError: The state in ``folder`` is none of this run.
+        RunError: It cannot: such a state would end the training before it is done, or never.
     """
-    left = steps if state.epoch < epochs else 0
-    if state.epoch > epochs or state.step > left or state.counted > state.step or not 0.0 < state.lr_factor <= 1.0:
+    done = state.epoch * steps + state.step
+    if done > epochs * steps or not state.counted <= state.step <= steps or not 0 < state.lr_factor <= 1:
         raise RunError(
-            f"the newest checkpoint in {folder} is none of this run",
+            f"the newest checkpoint in {folder} does not belong to this run",
             given=f"epoch {state.epoch}, step {state.step} ({state.counted} counted), rate x {state.lr_factor:g}",
-            allowed=f"up to epoch {epochs}, step {left} (as many counted), rate x 1 or less",
+            allowed=f"up to {epochs} epochs of {steps} steps, rate x 1 or less",
             do="start the run again in another --output",
         )
 
 
-def _another(place: Path, theirs: str, ours: str) -> RunError:
-    """Of two results of ``digest_of``: what differs, and what to do about it."""
+def _parsed(content: object) -> State:
+    """Return a state of a file from anywhere, checked.
+
+    Raises:
+        ValueError: What is wrong with it.
+    """
+    try:
+        state = _STATE.validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"state {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    epochs = [record.get("epoch") for record in state.history]
+    if len(epochs) != state.epoch or epochs != list(range(1, len(epochs) + 1)):
+        raise ValueError("history is not one record for each finished epoch")
+    return state
+
+
+def _belongs_elsewhere(path: Path, theirs: str, ours: str) -> RunError:
+    """Return the error for two different results of ``digest_of``: what differs, and what to do about it."""
     (recipe, _, rest), (our_recipe, _, our_rest) = theirs.partition("+"), ours.partition("+")
     (images, _, weights), (our_images, _, our_weights) = rest.rpartition("+"), our_rest.rpartition("+")
     if recipe != our_recipe:
         return RunError(
-            f"{place} belongs to another recipe",
+            f"{path} belongs to another recipe",
             given=f"digest {recipe!r} then, {our_recipe!r} now",
             do="resume with the recipe and the version of remap that the run was started with (its recipe.yaml and"
             " environment.json)",
         )
     if images != our_images:
-        told, now = (part.partition("-") for part in (images, our_images))
+        then, now = (part.partition("-") for part in (images, our_images))
         return RunError(
-            f"the images are not those that the run of {place} began with: names, labels or contents differ",
-            given=f"{_counted(told[2])} then, {_counted(now[2])} now; fingerprint {told[0]!r} then, {now[0]!r} now",
-            do="bring them back as they were, or start the run again in another --output",
+            f"the images are not those that the run of {path} began with: names, labels or contents differ",
+            given=f"{_counts(then[2])} then, {_counts(now[2])} now; fingerprint {then[0]!r} then, {now[0]!r} now",
+            do="restore the images, or start the run again in another --output",
         )
     return RunError(
-        f"the models are not those that the run of {place} began with: their weights differ",
+        f"the models are not those that the run of {path} began with: their weights differ",
         given=f"digest {weights!r} then, {our_weights!r} now",
-        do="bring the weights back as they were, or start the run again in another --output",
+        do="restore the weights, or start the run again in another --output",
     )
 
 
-def _counted(numbers: str) -> str:
-    """In words: images with a label that can be read and, after a plus, those without."""
+def _counts(numbers: str) -> str:
+    """Put the numbers of readable images into words: those with a label and, after a plus, those without."""
     labeled, _, unlabeled = numbers.partition("+")
     return f"{labeled} training images" + (f" and {unlabeled} without labels" if unlabeled else "")
 
 
-def _problem(state: object) -> str | None:
-    """What is wrong with a state as a dictionary, when it is written and when a file from anywhere is read."""
-    blank = asdict(State(""))
-    if not isinstance(state, dict) or set(state) != set(blank):
-        return "the fields of its state differ"
-    for name, usual in blank.items():
-        value = state[name]
-        if isinstance(usual, float | int):
-            lowest = usual if isinstance(usual, int) else 0.0  # counters only grow
-            fits = is_count if isinstance(usual, int) else is_number
-            if not fits(value) or value < lowest:
-                return f"{name} is no {type(usual).__name__} from {lowest}"
-        elif type(value) is not type(usual):
-            return f"{name} is no {type(usual).__name__}"
-    records = [state["loss_sums"], *state["history"]]
-    if not all(isinstance(record, dict) and all(map(is_number, record.values())) for record in records):
-        return "loss_sums and history hold something else than finite numbers by name"
-    epochs = [record.get("epoch") for record in state["history"]]
-    if len(epochs) != state["epoch"] or epochs != list(range(1, len(epochs) + 1)):
-        return "history is not one record for each finished epoch"
-    return None
-
-
-def _require_fit(place: Path, trained: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    wanted = {f"parameter/{name}": (tuple(p.shape), p.dtype) for name, p in trained.items()}
-    found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items() if name.startswith("parameter/")}
-    different = sorted(set(wanted.items()) ^ set(found.items()), key=str)
-    fields: dict[str, set[str]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer/"):
-            _, field_name, name = (key.split("/", 2) + [""])[:3]
-            fields.setdefault(name, set()).add(field_name)
-            shape = () if field_name == "step" or name not in trained else tuple(trained[name].shape)
-            if name not in trained or tuple(value.shape) != shape or not value.is_floating_point():
-                different.append((key, (tuple(value.shape), value.dtype)))
-    different += [(f"optimizer/*/{name}", (tuple(sorted(got)), None)) for name, got in fields.items() if got != _ADAMW]
-    if different:
+def _require_fit(path: Path, trained: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Check that a file holds the tensors of this model, and for each all of AdamW's state or (before a step) none."""
+    given = {key: (tuple(t.shape), t.dtype) for key, t in tensors.items() if not key.startswith("memory/")}
+    expected = {f"parameter/{name}": (tuple(t.shape), t.dtype) for name, t in trained.items()}
+    for name in [name for name in trained if f"optimizer/step/{name}" in given]:
+        shape, dtype = expected[f"parameter/{name}"]
+        expected |= {f"optimizer/{moment}/{name}": (shape, dtype) for moment in ("exp_avg", "exp_avg_sq")}
+        expected[f"optimizer/step/{name}"] = ((), torch.float32)
+    if given != expected:
         raise RunError(
-            f"{place} does not fit this model",
-            given=str(different[:4])[:500],
+            f"{path} does not fit this model",
+            given=str(sorted(given.items() ^ expected.items(), key=str)[:4])[:500],
             do="resume with the recipe, the versions and the images of the run, or start it again in another --output",
         )
 
@@ -259,15 +264,12 @@ def _require_fit(place: Path, trained: Mapping[str, Tensor], tensors: Mapping[st
 def _load_optimizer_state(
     optimizer: torch.optim.Optimizer, name: str, parameter: nn.Parameter, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Moments lie where the parameter lies, shard by shard; a step count is one number everywhere."""
-    optimizer.state.pop(parameter, None)  # what is no longer good, when a run goes back
-    for field_name in sorted(_ADAMW):
-        value = tensors.get(f"optimizer/{field_name}/{name}")
-        if value is None:  # before the first step
-            continue
-        if field_name != "step":
-            placed = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
-            copy_full_(placed, value)
-        else:
-            placed = value.to(parameter.device, copy=True)
-        optimizer.state[parameter][field_name] = placed
+    optimizer.state.pop(parameter, None)  # a run that goes back to its beginning had no moments there
+    if f"optimizer/step/{name}" not in tensors:
+        return
+    for moment in ("exp_avg", "exp_avg_sq"):
+        value = tensors[f"optimizer/{moment}/{name}"]
+        # Moments lie where the parameter lies, shard by shard.
+        optimizer.state[parameter][moment] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+        copy_full_(optimizer.state[parameter][moment], value)
+    optimizer.state[parameter]["step"] = tensors[f"optimizer/step/{name}"].to(parameter.device, copy=True)

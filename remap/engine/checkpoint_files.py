@@ -1,10 +1,10 @@
-"""Generations of a checkpoint: files of which one pair is always whole, whenever the writer is killed.
+"""Generations of a checkpoint: files of which one pair is always complete, whenever the writer is killed.
 
     FOLDER/000012.safetensors    tensors
            000012.json           format, generation, SHA-256 and bytes of the tensors, the state, and its own SHA-256
 
-The manifest is written after the tensors, each beside its place, flushed to disk and renamed: a generation counts only
-with a manifest that fits. One process writes into a folder; all of a run may read.
+The manifest is written after the tensors, each to a temporary file, flushed to disk and renamed: a generation counts
+only with a manifest that fits. One process writes into a folder; all of a run may read.
 """
 
 import contextlib
@@ -14,8 +14,9 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -28,105 +29,104 @@ from remap.io.checked_read import MOST_JSON_BYTES, parse_json, plain, read_regul
 
 # Changes when files of another version could be read wrongly.
 FORMAT = 1
-KEPT = 2
+GENERATIONS = 2
 _NAME = re.compile(r"(\d{6,15})\.(safetensors|json)")
-# What reading raises where a file is gone, or not as it was written; any other OSError says nothing about it.
+# What reading raises where a file is gone, or not as it was written; any other OSError says nothing about its content.
 _GONE = (FileNotFoundError, NotADirectoryError)
 _DAMAGED = (IsADirectoryError, SafetensorError, ValueError, KeyError, TypeError, AssertionError, RuntimeError)
 # Network drives refuse reads for a moment (ESTALE, EIO): how often a read is tried, and seconds in between.
 TRIES, PAUSE = 4, 0.5
-# Instead of a generation's number: one could not be read, be it whole or not.
+# Instead of a generation's number: one could not be read, so it is not known whether it is complete.
 UNREADABLE = -1
-_T = TypeVar("_T")
+S = TypeVar("S")
 
 
 def write(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write the next generation, then drop all but the newest two.
 
     Raises:
-        DiskFull: There is no room; the generations before are whole.
-        RunError: The place cannot be written, or the folder above is gone.
+        DiskFull: There is no room; the earlier generations are complete.
+        RunError: The folder cannot be written, or the one above is gone.
     """
-    if not folder.parent.is_dir():  # to make it again would divide a run that was moved in two
+    if not folder.parent.is_dir():  # making it again would split a run that was moved in two
         raise RunError(
             f"{folder.parent} has been moved or removed",
             given="no such folder",
-            do="give it its name back, then go on with --resume",
+            do="rename it back, then continue with --resume",
         )
     make_folder(folder)
     sweep(folder)
     number = max(_numbers(folder), default=0) + 1
     data = save(dict(tensors))
     write_bytes(tensors_path(folder, number), data)
-    told = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    body = {"format": FORMAT, "generation": number, "tensors": told, "state": state}
+    digest = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    body = {"format": FORMAT, "generation": number, "tensors": digest, "state": state}
     text = json.dumps({**body, "sha256": _seal(body)}, indent=1, allow_nan=False)
     write_bytes(_manifest_path(folder, number), text.encode())
     sweep(folder)
 
 
 def any_finished(folder: Path) -> bool:
-    """Whether a generation was ever written here, be it whole or damaged by now."""
+    """Whether a generation was ever written here, even if it is damaged by now."""
     # A writer that was killed in its first save leaves tensors number 1 only.
     return bool(_numbers(folder)) or any(kind == "safetensors" and number > 1 for _, number, kind in _files(folder))
 
 
 def sweep(folder: Path, last: int | None = None) -> None:
     """Delete all but the newest two generations up to ``last``, and what killed writers left."""
-    kept = sorted(number for number in _numbers(folder) if last is None or number <= last)[-KEPT:]
+    newest = sorted(number for number in _numbers(folder) if last is None or number <= last)[-GENERATIONS:]
     atomic_write.sweep(folder)
     for path, number, _ in _files(folder):  # sorted: a manifest goes before its tensors
-        if number not in kept:
+        if number not in newest:
             with contextlib.suppress(OSError):
                 path.unlink()
 
 
-class Reader:
-    """Reads generations from the newest down, and notes what is wrong with those that are not whole.
+class Reader(Generic[S]):
+    """Reads generations from the newest down, and collects what is wrong with those that are damaged.
 
     Args:
-        limit: Bytes of tensors beyond which a file is not read.
-        check: Says what is wrong with a state as a manifest has it, None if nothing is.
+        limit: Bytes of tensors above which a file is not read.
+        parse: Checks the state of a manifest; raises a ValueError where something is wrong with it.
 
     Attributes:
-        state, tensors: Of the generation that was read last.
-        problems: One sentence for each generation that is not whole.
+        found: State and tensors of the generation that was read last.
+        problems: One sentence for each damaged generation.
         refusal: Why a file could not be read at all.
     """
 
-    def __init__(self, folder: Path, limit: int, check: Callable[[object], str | None]) -> None:
-        self.folder, self.limit, self.check = folder, limit, check
+    def __init__(self, folder: Path, limit: int, parse: Callable[[object], S]) -> None:
+        self.folder, self.limit, self.parse = folder, limit, parse
         self.problems: list[str] = []
         self.refusal: RunError | None = None
-        self.state: dict[str, Any] = {}
-        self.tensors: dict[str, Tensor] = {}
+        self.found: tuple[S, dict[str, Tensor]] | None = None
 
     def newest(self, last: int | None = None) -> int:
-        """Read the newest whole generation that is not after ``last``.
+        """Read the newest complete generation that is not after ``last``.
 
         Returns:
-            Its number, 0 if there is none. ``UNREADABLE`` if a file refused to be read, see ``refusal``: what it holds
-            is not known, and going on from an older one would throw it away.
+            Its number, 0 if there is none. ``UNREADABLE`` if a file could not be read, see ``refusal``: its content
+            is not known, and continuing from an older one would throw it away.
         """
+        self.found = None
         try:
             for number in sorted(_numbers(self.folder), reverse=True):
                 if last is None or number <= last:
-                    path = tensors_path(self.folder, number)
                     try:
-                        self.state, self.tensors = _patiently(path, lambda number=number: self._read(number))
+                        self.found = _retry(tensors_path(self.folder, number), partial(self._read, number))
                         return number
-                    except _NotWhole as problem:
+                    except _Damaged as problem:
                         self.problems.append(str(problem))
         except RunError as refusal:
             self.refusal = refusal
             return UNREADABLE
         return 0
 
-    def _read(self, number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """One generation. The tensors are parsed only once their hash fits.
+    def _read(self, number: int) -> tuple[S, dict[str, Tensor]]:
+        """Read one generation. The tensors are parsed only once their hash fits.
 
         Raises:
-            _NotWhole: Which of the two files is missing or damaged.
+            _Damaged: One of the two files is missing or damaged.
         """
         path, manifest = tensors_path(self.folder, number), _manifest_path(self.folder, number)
         with _judging(manifest):
@@ -136,57 +136,57 @@ class Reader:
                 raise ValueError("its own SHA-256 differs")
             if content.get("format") != FORMAT or content.get("generation") != number:
                 raise ValueError(f"it is not of generation {number} in format {FORMAT}")
-            problem = self.check(content["state"])
-            if problem:
-                raise ValueError(problem)
-            wanted = content["tensors"]["bytes"], content["tensors"]["sha256"]
+            state = self.parse(content["state"])
+            expected = content["tensors"]["bytes"], content["tensors"]["sha256"]
         with _judging(path):
-            if _require_plain(path, self.limit) != wanted[0]:
+            if _require_plain(path, self.limit) != expected[0]:
                 raise ValueError("it is longer or shorter than its manifest says")
-            if sha256_of(path) != wanted[1]:
+            if sha256_of(path) != expected[1]:
                 raise ValueError("its SHA-256 differs from that in its manifest")
-            return content["state"], load_file(path)
+            return state, load_file(path)
 
 
-class _NotWhole(Exception):
+class _Damaged(Exception):
     """A file of a generation is missing or damaged; says which one, and why."""
 
 
 @contextlib.contextmanager
 def _judging(path: Path) -> Iterator[None]:
-    """What goes wrong inside is the fault of this file."""
+    """Turn what goes wrong inside into ``_Damaged`` for this file."""
     try:
         yield
     except _GONE as error:
-        raise _NotWhole(f"{path} is missing") from error
+        raise _Damaged(f"{path} is missing") from error
     except _DAMAGED as error:
-        told = "it is not JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)
-        raise _NotWhole(f"{path} is damaged: {plain(told)}") from error
+        reason = "it is not JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)
+        raise _Damaged(f"{path} is damaged: {plain(reason)}") from error
 
 
-def _patiently(path: Path, read: Callable[[], _T], tries: int = TRIES) -> _T:
-    """Read again where the system refuses for reasons of its own.
+def _retry(path: Path, read: Callable[[], S]) -> S:
+    """Read again where the system refuses for a moment.
 
     Raises:
-        RunError: It goes on refusing.
+        RunError: It still refuses in the end.
     """
-    try:
-        return read()
-    except _GONE:
-        raise
-    except (OSError, MemoryError) as error:
-        if tries == 1:
-            reason = error.strerror if isinstance(error, OSError) else "not enough memory"
-            place = getattr(error, "filename", None) or path
-            raise RunError(
-                f"{place} cannot be read: {reason}; nothing in its folder was touched",
-                do="see to the disk or the memory of this machine, then go on with --resume",
-            ) from error
-    time.sleep(PAUSE)
-    return _patiently(path, read, tries - 1)
+    for attempt in range(1, TRIES + 1):
+        try:
+            return read()
+        except _GONE:
+            raise
+        except (OSError, MemoryError) as error:
+            if attempt == TRIES:
+                reason = error.strerror if isinstance(error, OSError) else "not enough memory"
+                raise RunError(
+                    f"{getattr(error, 'filename', None) or path} cannot be read: {reason}; nothing in its folder was"
+                    " changed",
+                    do="check disk and memory of this machine, then continue with --resume",
+                ) from error
+        time.sleep(PAUSE)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def tensors_path(folder: Path, number: int) -> Path:
+    """Return where the tensors of a generation are."""
     return folder / f"{number:06d}.safetensors"
 
 
@@ -195,10 +195,10 @@ def _manifest_path(folder: Path, number: int) -> Path:
 
 
 def _require_plain(path: Path, limit: int) -> int:
-    """Bytes of a file that is neither a link nor a device nor too large to be ours."""
+    """Return the bytes of a file that is neither a link nor a device nor too large to be ours."""
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
-        raise ValueError(f"it is no plain file of at most {limit:,} bytes")
+        raise ValueError(f"it is not a plain file of at most {limit:,} bytes")
     return status.st_size
 
 
@@ -207,8 +207,8 @@ def _seal(body: Mapping[str, Any]) -> str:
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, int, str]]:
-    """What checkpoints left in a folder: path, generation and "json" or "safetensors"."""
-    for path in _patiently(folder, lambda: sorted(folder.iterdir()) if folder.is_dir() else []):
+    """Yield what checkpoints left in a folder: path, generation and "json" or "safetensors"."""
+    for path in _retry(folder, lambda: sorted(folder.iterdir()) if folder.is_dir() else []):
         if match := _NAME.fullmatch(path.name):
             number, kind = match.groups()
             if f"{int(number):06d}" == number:
@@ -216,5 +216,5 @@ def _files(folder: Path) -> Iterator[tuple[Path, int, str]]:
 
 
 def _numbers(folder: Path) -> list[int]:
-    """The generations that have a manifest."""
+    """Return the generations that have a manifest."""
     return [number for _, number, kind in _files(folder) if kind == "json" and number]

@@ -1,4 +1,4 @@
-"""What one training run works on."""
+"""What one training run works on: recipe, student, objective, teachers, images."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,9 +35,16 @@ class StudentStep(nn.Module):
         images_BCHW: Tensor,
         targets: Sequence[Mapping[str, Tensor]],
         labels: Labels,
-        kept: Mapping[str, Tensor] | None = None,
+        features: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        total, parts = self.objective(self.runner(images_BCHW, kept), targets, labels)
+        """Return the mean loss over a micro-batch and its terms, detached.
+
+        Args:
+            images_BCHW: Raw pixels (B, 3, V, V), uint8.
+            targets: Items of each teacher, by its number.
+            features: The student's frozen features of these images, where they are cached.
+        """
+        total, parts = self.objective(self.runner(images_BCHW, features), targets, labels)
         penalty = self.attached.penalty()
         if penalty is None:
             return total, parts
@@ -49,15 +56,15 @@ class Job:
     """What one training run works on.
 
     Attributes:
-        data_digest: Which images and labels these are; a checkpoint goes on with the same ones only.
+        data_digest: Which images and labels these are; a checkpoint is continued with the same ones only.
         weights_digest: Which weights student and teachers came with; likewise.
-        checkpoint: Folder for the latest states; None keeps none.
+        checkpoint: Folder for the newest checkpoints; None writes none.
         faults: Folder for the images of a step that stopped the run.
-        evaluate: Called after each epoch, gives the metrics to record.
+        evaluate: Called after each epoch; returns the metrics to record.
         on_epoch: Called on the main process with the history so far.
-        on_resume: Called with the state that a checkpoint gave back and the steps of an epoch, before it goes on.
+        on_resume: Called with the state of the checkpoint and the steps of an epoch, before training continues.
         labeled: Share of the training images that have a label.
-        features: The student's frozen features of ``source``, where they are kept.
+        features: The student's frozen features of ``source``, where they are cached.
         sample: Training images for methods that look at them before the first step.
     """
 
@@ -73,7 +80,7 @@ class Job:
     on_epoch: Callable[[list[dict[str, Any]]], None]
     data_digest: str = ""
     weights_digest: str = ""
-    on_resume: Callable[[State, int], None] = lambda state, steps: None
+    on_resume: Callable[[State, int], None] = lambda _state, _steps: None
     checkpoint: Path | None = None
     faults: Path | None = None
     labeled: float = 1.0
@@ -81,35 +88,36 @@ class Job:
     sample: Sample | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """All that is trained, by name: tuned parameters, head, and the objective's projectors."""
+        """Return all that is trained, by name: tuned parameters, head, and the objective's projectors."""
         return parameters_of(self.student, self.objective)
 
     @property
     def peak_lr(self) -> float:
+        """The learning rate at the end of the warm-up."""
         return self.recipe.learning_rate(self.student.anatomy.width)
 
     def made_of_student(self) -> list[Network]:
-        """The student, and the teachers that live on tensors of it or are moved towards it."""
-        own = {id(parameter) for parameter in self.student.model.parameters()}
-        found = [self.student]
+        """Return the student, and the teachers that share tensors with it or follow it."""
+        students = {id(parameter) for parameter in self.student.model.parameters()}
+        networks = [self.student]
         for teacher in self.teachers:
-            shares = any(id(parameter) in own for parameter in teacher.network.model.parameters())
+            shares = any(id(parameter) in students for parameter in teacher.network.model.parameters())
             if shares or isinstance(teacher, AverageTeacher):
-                found.append(teacher.network)
-        return found
+                networks.append(teacher.network)
+        return networks
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds besides the optimiser: ``parameters``, and all else that training changes."""
+        """Return what a checkpoint holds besides the optimiser: ``parameters``, and all else that training changes."""
         return tensors_of(self.student, self.objective, self.teachers)
 
 
 def parameters_of(student: Network, objective: Objective) -> dict[str, nn.Parameter]:
-    """As ``Job.parameters``."""
+    """Return ``Job.parameters`` where there is no job yet."""
     return student.trained | {f"objective.{name}": p for name, p in objective.named_parameters() if p.requires_grad}
 
 
 def tensors_of(student: Network, objective: Objective, teachers: Sequence[Teacher]) -> dict[str, Tensor]:
-    """As ``Job.tensors``."""
+    """Return ``Job.tensors`` where there is no job yet."""
     changing = {f"objective.{name}": tensor for name, tensor in objective.state_dict(keep_vars=True).items()}
     for teacher in teachers:
         changing |= teacher.tensors()
@@ -117,13 +125,15 @@ def tensors_of(student: Network, objective: Objective, teachers: Sequence[Teache
 
 
 def bytes_of_a_run(student: Network, objective: Objective, teachers: Sequence[Teacher]) -> int:
-    """Three checkpoints at once (two are kept while the next is written), of weights and two moments; and the task."""
+    """Return the bytes on disk of three checkpoints (two stay while the next is written) and the task."""
     changing = sum(tensor.nbytes for tensor in tensors_of(student, objective, teachers).values())
+    # AdamW's two moments; its step counts are too small to matter.
     moments = 2 * sum(parameter.nbytes for parameter in parameters_of(student, objective).values())
     return 3 * (changing + moments) + changing
 
 
 def epoch_plan(job: Job, accumulation: int) -> EpochPlan:
+    """Return how this process cuts epochs, with so many micro-batches per step."""
     spec, accelerator = job.recipe.train, job.accelerator
     return EpochPlan(
         seed=job.recipe.seed,
@@ -141,7 +151,7 @@ def epoch_plan(job: Job, accumulation: int) -> EpochPlan:
 
 
 def require_divisible(images: int, processes: int, accumulation: int) -> None:
-    """Each micro-batch needs an image.
+    """Check that each micro-batch gets an image.
 
     Args:
         images: Of one step, all processes together.

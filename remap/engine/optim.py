@@ -15,36 +15,44 @@ from remap.recipe.schema import TrainSpec
 def adamw(
     network: Network, extra: Iterable[tuple[str, nn.Parameter]], lr: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW over what is trained: frozen parameters hold no gradient and no optimiser state.
+    """Return AdamW over what is trained: frozen parameters hold no gradient and no optimiser state.
 
-    No weight decay on biases, norms, scales and whatever the method exempts (prompts, gates).
+    No weight decay on biases, norms, scales and what the method exempts (prompts, gates).
 
     Args:
         extra: Parameters of the objective (projectors), by name.
     """
     exempt = set(network.attached.no_decay)
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
     for name, parameter in [*network.trained.items(), *extra]:
-        (plain if name in exempt or parameter.ndim <= 1 else decayed).append(parameter)
+        (undecayed if name in exempt or parameter.ndim <= 1 else decayed).append(parameter)
     groups = [
-        {"params": alike, "weight_decay": decay}
-        for chosen, decay in ((decayed, weight_decay), (plain, 0.0))
-        for alike in _by_kind(chosen)
+        {"params": kind, "weight_decay": decay}
+        for chosen, decay in ((decayed, weight_decay), (undecayed, 0.0))
+        for kind in _by_kind(chosen)
     ]
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
 def _by_kind(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Sharded ones apart from the others: one operation cannot take both."""
+    """Separate sharded parameters from the others: one fused operation cannot take both."""
     parameters = list(parameters)
     kinds = [[p for p in parameters if isinstance(p, DTensor) is sharded] for sharded in (False, True)]
     return [kind for kind in kinds if kind]
 
 
 def learning_rate(spec: TrainSpec, peak: float, step: int, steps_per_epoch: int) -> float:
-    """Linear warm-up from peak/warm-up steps, then a cosine to ``min_lr``; ``step`` counts updates from 0."""
+    """Return the rate of an update: linear warm-up to ``peak``, then a cosine to ``spec.min_lr``.
+
+    The cosine is that of Loshchilov and Hutter 2017, arXiv 1608.03983, without restarts.
+
+    Args:
+        step: Number of the update over the whole run, from 0.
+    """
     epochs = spec.epochs / 10 if spec.warmup_epochs is None else spec.warmup_epochs
     warmup = round(epochs * steps_per_epoch)
+    # (step + 1): the first update would otherwise have a rate of 0.
     if step < warmup:
         return peak * (step + 1) / warmup
     total = spec.epochs * steps_per_epoch
@@ -53,15 +61,18 @@ def learning_rate(spec: TrainSpec, peak: float, step: int, steps_per_epoch: int)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
-    """Scale all gradients so that their joint norm is at most ``limit`` (None: no limit); gives the norm before."""
+    """Scale all gradients so that their joint norm is at most ``limit`` (None: no limit); return the norm before."""
     kinds = _by_kind(p for p in parameters if p.grad is not None)
-    norms = [gather_full(torch.nn.utils.get_total_norm([p.grad for p in kind])) for kind in kinds]
+    gradients = [[p.grad for p in kind if p.grad is not None] for kind in kinds]
+    norms = [gather_full(torch.nn.utils.get_total_norm(kind)) for kind in gradients]
     norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+    # Without a limit the factor is 1, and the same operations run.
     for kind in kinds:
         torch.nn.utils.clip_grads_with_norm_(kind, float("inf") if limit is None else limit, norm)
     return norm
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr

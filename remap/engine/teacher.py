@@ -1,5 +1,6 @@
-"""Teachers in training: frozen, in eval, never wrapped; asked each step, or once (``remap.cache.teacher_cache``)."""
+"""Teachers in training: frozen, in eval mode, never wrapped. They run in each step, or their outputs are cached."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -7,19 +8,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from remap.engine.self_teachers import move_average, pairs_of
 from remap.network import Network, Runner
 from remap.remapping.objective import Objective
 
 
-class Kept(Protocol):
-    """Outputs of a teacher that need not be computed again."""
+class CachedOutputs(Protocol):
+    """Outputs of a teacher that need not be computed again (``remap.cache.teacher_cache``)."""
 
     def rows(self, indices_B: np.ndarray, view: int) -> dict[str, Tensor]:
-        """The items of some images, seen in one view, on the CPU."""
+        """Return the items of some images, seen in one view, on the CPU."""
 
     def close(self) -> None:
-        """Let go of files."""
+        """Close files."""
 
 
 class Teacher:
@@ -30,7 +30,7 @@ class Teacher:
         number: Which of the objective's teachers it is.
 
     Attributes:
-        kept: Its outputs for all training images, where they are kept.
+        cached: Its outputs for all training images; None where they are computed in each step.
         at_once: The most images whose outputs there was memory for, once it ran out; 0 before.
     """
 
@@ -40,42 +40,48 @@ class Teacher:
         self.network, self.number = network, number
         self.runner = Runner(network, objective.teacher_needs(number), bf16=bf16)
         self.objective, self.device = objective, accelerator.device
-        self.kept: Kept | None = None
+        self.cached: CachedOutputs | None = None
         self.at_once = 0
 
     @torch.no_grad()
     def targets(self, images_BCHW: Tensor, indices_B: np.ndarray, view: int) -> dict[str, Tensor]:
-        """Items of one batch, on the device."""
-        if self.kept is not None:
-            found = self.kept.rows(indices_B, view)
-            return {key: value.to(self.device, non_blocking=True) for key, value in found.items()}
-        return self.items(images_BCHW)
+        """Return the items of one batch, on the device, cached or computed now."""
+        if self.cached is None:
+            return self.items(images_BCHW)
+        rows = self.cached.rows(indices_B, view)
+        return {key: value.to(self.device, non_blocking=True) for key, value in rows.items()}
 
     @torch.no_grad()
     def items(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        """Items of raw pixels (B, 3, V, V), computed now."""
+        """Compute the items of raw pixels (B, 3, V, V), uint8."""
         return self.objective.targets(self.runner(images_BCHW.to(self.device)), self.number)
 
     def shapes(self, view_size: int) -> dict[str, tuple[int, ...]]:
-        """Shape of one image's row of each item."""
+        """Return the shape of one image's row of each item, for views of V = ``view_size`` pixels."""
         images = torch.zeros(1, 3, view_size, view_size, dtype=torch.uint8)
         return {key: tuple(value.shape[1:]) for key, value in self.items(images).items()}
 
-    def after_step(self, student: Network, step: int) -> None:
-        """Called after update number ``step``."""
+    def after_step(self, student: Network, update: int) -> None:
+        """Follow the student; called after update number ``update`` (from 0 over the whole run)."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What changes in training and has to be in a checkpoint."""
+        """Return what changes in training and has to be in a checkpoint."""
         return {}
 
     def close(self) -> None:
+        """Take the hooks off the network and close the cache."""
         self.runner.tap.close()
-        if self.kept is not None:
-            self.kept.close()
+        if self.cached is not None:
+            self.cached.close()
 
 
 class AverageTeacher(Teacher):
-    """The running average of the student ("mean teacher", Tarvainen and Valpola 2017, arXiv 1703.01780)."""
+    """The moving average of the student ("mean teacher", Tarvainen and Valpola 2017, arXiv 1703.01780).
+
+    Args:
+        network: ``averaged_copy`` of the student.
+        decay: Share of the average that stays in each step, once there were enough steps.
+    """
 
     def __init__(
         self,
@@ -91,10 +97,27 @@ class AverageTeacher(Teacher):
         self.decay = decay
         self._pairs: list[tuple[Tensor, Tensor]] = []
 
-    def after_step(self, student: Network, step: int) -> None:
-        if not self._pairs:  # found by name once, when both networks are where they stay
-            self._pairs = pairs_of(self.network, student)
-        move_average(self._pairs, min(self.decay, (1 + step) / (10 + step)))
+    def after_step(self, student: Network, update: int) -> None:
+        if not self._pairs:  # once, in the first step: before, both networks may be moved or sharded
+            self._pairs = average_pairs(self.network, student)
+        # The first weights count less and less: with a decay of 0.999 they would stay for thousands of steps.
+        move_average(self._pairs, min(self.decay, (1 + update) / (10 + update)))
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"teacher{self.number}.{name}": tensor for name, tensor in self.network.tensors.items()}
+
+
+def average_pairs(average: Network, student: Network) -> list[tuple[Tensor, Tensor]]:
+    """Return each tensor of the average that is not shared, with the student's of the same name."""
+    tensors = average.tensors
+    return [(tensors[name], tensor) for name, tensor in student.tensors.items()]
+
+
+@torch.no_grad()
+def move_average(pairs: Sequence[tuple[Tensor, Tensor]], decay: float) -> None:
+    """Set the first of each pair to decay * first + (1 - decay) * second, in place; counters are copied."""
+    for average, current in pairs:
+        if average.is_floating_point():
+            average.lerp_(current, 1.0 - decay)
+        else:
+            average.copy_(current)

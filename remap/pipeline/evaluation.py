@@ -8,7 +8,7 @@ from remap.data.fingerprint import Contents
 from remap.data.sources import open_data, read_all
 from remap.data.splits import ImageData, Split
 from remap.data.views import ViewSource
-from remap.distributed.collectives import all_gather_object, share_unreadable
+from remap.distributed.collectives import all_gather_rows, share_unreadable
 from remap.distributed.interrupts import watch_signals
 from remap.distributed.launch import accelerator, use_bf16
 from remap.engine.evaluate import batch_size_of_evaluation, evaluate
@@ -52,7 +52,8 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
     # Each process read its share; the report lists all bad files.
     share_unreadable(accelerator(), images)
     if data is None:
-        for known in all_gather_object(accelerator(), images.contents.known()):  # of its own share
+        indices, digests = (all_gather_rows(accelerator(), rows) for rows in images.contents.known())
+        for known in zip(indices, digests, strict=True):  # each process has read its own share
             images.contents.learn(*known)
         if accelerator().is_main_process:
             _say_if_others(run, images.contents, found.count, progress)

@@ -11,7 +11,7 @@ from remap.cache.records import Item
 from remap.distributed.launch import accelerator, broadcast_str, check_processes
 from remap.engine.checkpoint import has_checkpoint
 from remap.engine.job import require_divisible
-from remap.engine.loop import fit as train
+from remap.engine.loop import train
 from remap.errors import RecipeError, RunError
 from remap.io.checked_read import expanded
 from remap.network import Network

@@ -164,7 +164,7 @@ def _cache_in_memory(
     key = (prepared.fingerprint, source, components.views.view, names, seed, components.bf16, in_pass)
     if key not in shared.targets:
         shared.targets[key] = keep_in_memory(teacher, views, batch, in_pass, accelerator(), progress)
-    teacher.kept = shared.targets[key]
+    teacher.cached = shared.targets[key]
 
 
 def _cache_on_disk(
@@ -183,7 +183,7 @@ def _cache_on_disk(
     # Only what is missing has to fit.
     require_space(cache_root(), bytes_for(items, missing))
     cached = keep_on_disk(teacher, store, views, batch, components.pass_images, accelerator(), progress)
-    teacher.kept = cached
+    teacher.cached = cached
     progress.say(f"teacher outputs on disk: {store.folder} ({cached.computed:,} computed now, {size(store.nbytes)})")
     if store.damaged:
         progress.say(f"{store.damaged} damaged records were computed again")

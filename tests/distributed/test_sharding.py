@@ -9,7 +9,7 @@ import torch
 
 from remap.distributed import sharding
 from remap.distributed.sharding import bytes_held, copy_full_, gather_full, is_sharded, shard_like, wants_sharding
-from remap.engine import loop
+from remap.engine import step, training
 from remap.errors import RecipeError, TrainingError
 from remap.pipeline.run import start
 from remap.recipe.schema import Recipe
@@ -21,7 +21,7 @@ def test_one_process_has_nothing_to_share(tiny: Any, tmp_path: Path, watch: Any)
     reporter = watch(lambda steps: None)
     shared = start(tiny.recipe("train.parallel=fsdp2", "teacher.shard=on"), tmp_path / "shared", reporter)
     start(tiny.recipe(), tmp_path / "plain")
-    assert [said for said in reporter.said if "one process has nobody to share out weights with" in said]
+    assert [said for said in reporter.said if "train.parallel=fsdp2 has no effect with one process" in said]
     tasks = [(tmp_path / name / "task" / "task.safetensors").read_bytes() for name in ("shared", "plain")]
     assert tasks[0] == tasks[1]
     assert not is_sharded(shared.student)
@@ -73,7 +73,7 @@ def test_a_large_teacher_is_sharded_by_itself(
     nbytes = sum(4 * parameter.numel() for parameter in teacher.model.parameters())
     assert bytes_held(teacher) == nbytes
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * nbytes), 0))
-    monkeypatch.setattr(sharding, "agreed", lambda accelerator, *values: values)
+    monkeypatch.setattr(sharding, "all_reduce_max", lambda accelerator, *values: values)
     accelerator = SimpleNamespace(num_processes=processes, device=torch.device(device))
     assert wants_sharding(teacher, setting, accelerator) is expected
 
@@ -83,11 +83,11 @@ def test_out_of_memory_with_sharded_weights_ends_the_run(
 ) -> None:
     """The other processes are in the middle of a pass: nothing can be agreed with them."""
 
-    def full(self: Any, batch: Any) -> None:
+    def full(*arguments: Any) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(loop, "is_sharded", lambda network: True)
-    monkeypatch.setattr(loop.Loop, "forward", full)
+    monkeypatch.setattr(training, "is_sharded", lambda network: True)
+    monkeypatch.setattr(step, "forward", full)
     with pytest.raises(TrainingError, match="cannot be done again in smaller parts") as caught:
         start(tiny.recipe(), tmp_path / "run")
     assert "no room" in str(caught.value) and "train.accumulation" in str(caught.value)

@@ -187,7 +187,7 @@ def test_the_generation_before_stands_in_for_a_damaged_one(two: Path, name: str,
         assert not said, "as a writer that was killed before its manifest leaves it"
     else:
         words = "is missing" if damage == "gone" else "is damaged: "
-        assert len(said) == 1 and f"{path} {words}" in said[0] and "going on from 000001" in said[0]
+        assert len(said) == 1 and f"{path} {words}" in said[0] and "continuing from 000001" in said[0]
     if path.is_dir():
         path.rmdir()
     _save(two, State("abc", step=2), parameters, optimizer)
@@ -276,7 +276,7 @@ def test_with_all_generations_damaged_nothing_is_guessed(stopped: Path) -> None:
     places = sorted(RunDir(stopped).checkpoint.glob("*.safetensors"))
     for place in places:
         place.write_bytes(place.read_bytes()[:-1])
-    with pytest.raises(RunError, match="no checkpoint in .* is whole") as caught:
+    with pytest.raises(RunError, match="no checkpoint in .* is complete") as caught:
         resume(stopped)
     assert len(places) == 2 and all(f"{place} is damaged" in str(caught.value) for place in places)
     assert "start the run again" in (caught.value.do or "")
@@ -302,7 +302,7 @@ def test_a_start_without_a_checkpoint_is_told_from_a_lost_one(
     assert has_checkpoint(tmp_path) is finished
     assert has_checkpoint(tmp_path / "missing") is False
     if finished:
-        with pytest.raises(RunError, match="no checkpoint in .* is whole"):
+        with pytest.raises(RunError, match="no checkpoint in .* is complete"):
             load_checkpoint(tmp_path, "abc", *_trained(seed=0), _silent)
 
 
@@ -453,7 +453,7 @@ def test_a_file_that_is_no_tensors_is_refused(tmp_path: Path, data: bytes) -> No
 
 
 def _refused(folder: Path) -> None:
-    with pytest.raises(RunError, match="no checkpoint in .* is whole[\\s\\S]*is damaged"):
+    with pytest.raises(RunError, match="no checkpoint in .* is complete[\\s\\S]*is damaged"):
         load_checkpoint(folder, "abc", *_trained(seed=1), _silent)
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from remap.backbones.anatomy import set_fused_attention
-from remap.engine.self_teachers import averaged_copy, move_average, pairs_of
+from remap.engine.self_teachers import averaged_copy
+from remap.engine.teacher import average_pairs, move_average
 from remap.errors import RecipeError
 from remap.network import Runner
 from remap.pipeline.compare import compare
@@ -73,7 +74,7 @@ def test_the_running_average_by_hand(tiny: Any, tmp_path: Path, method: str) -> 
     with torch.no_grad():
         for parameter in student.trained.values():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    move_average(pairs_of(twin, student), 0.9)
+    move_average(average_pairs(twin, student), 0.9)
     wanted = {name: 0.9 * before[name] + 0.1 * tensor.double() for name, tensor in student.tensors.items()}
     for name, tensor in twin.tensors.items():
         torch.testing.assert_close(tensor.double(), wanted[name], rtol=1e-6, atol=1e-6)
@@ -94,25 +95,18 @@ def test_the_running_average_follows_training(tiny: Any, tmp_path: Path) -> None
 
 
 def test_an_interrupted_average_goes_on(
-    tiny: Any, tmp_path: Path, largest_difference: Callable[..., float], monkeypatch: pytest.MonkeyPatch
+    tiny: Any, tmp_path: Path, largest_difference: Callable[..., float], watch: Callable[..., Any]
 ) -> None:
     """Source: the run that was not interrupted. The average is in the checkpoint."""
-    import remap.engine.loop as loop
+
+    def crash(done: int) -> None:
+        if done == 5:
+            raise RuntimeError("power cut")
 
     recipe = tiny.recipe("train.checkpoint_seconds=0", "data.augment=shift", teacher="ema", losses="ce,kd")
     whole = start(recipe, tmp_path / "whole")
-    keep, calls = loop.Loop.step, [0]
-
-    def die(*arguments: Any) -> float:
-        calls[0] += 1
-        if calls[0] == 5:
-            raise KeyboardInterrupt
-        return keep(*arguments)
-
-    monkeypatch.setattr(loop.Loop, "step", die)
-    with pytest.raises(KeyboardInterrupt):
-        start(recipe, tmp_path / "broken")
-    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="power cut"):
+        start(recipe, tmp_path / "broken", watch(crash))
     again = resume(tmp_path / "broken")
     assert largest_difference(whole.student.trained, again.student.trained) == 0.0
 

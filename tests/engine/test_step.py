@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from remap.distributed.launch import accelerator
-from remap.engine import loop as loop
+from remap.engine import loop
 from remap.engine.job import Job, StudentStep
 from remap.engine.optim import adamw, learning_rate
+from remap.engine.step import forward_backward
+from remap.engine.training import Training
 from remap.errors import TrainingError
 from remap.pipeline.components import RunComponents, build_components
 from remap.pipeline.run import start
@@ -67,13 +69,13 @@ def test_unequal_micro_batches_count_by_their_images(tiny: Any, job_of: Callable
     job = job_of(recipe)
     job.student.model.eval()
     module = StudentStep(job.student, job.objective, bf16=False)
-    sums = loop.Loop(job).accumulate(0)
+    losses = forward_backward(Training(job), update=0).losses
     found = {name: p.grad.clone() for name, p in job.parameters().items()}
     job.student.model.zero_grad()
     images, labels = _everything(job)
     loss = torch.nn.functional.cross_entropy(module.runner(images).logits_BC, labels)
     loss.backward()
-    assert float(sums["loss"]) == pytest.approx(loss.item(), rel=1e-6)
+    assert float(losses["loss"]) == pytest.approx(loss.item(), rel=1e-6)
     for name, parameter in job.parameters().items():
         assert torch.allclose(found[name], parameter.grad, atol=1e-6), name
 
@@ -148,7 +150,7 @@ def test_prompts_biases_and_norms_are_not_decayed(tiny: Any, job_of: Callable[..
 def test_frozen_parameters_hold_nothing(tiny: Any, job_of: Callable[..., Job], method: str) -> None:
     job = job_of(tiny.recipe(method=method, losses="ce"))
     before = copy.deepcopy(job.student.model.state_dict())
-    loop.fit(job)
+    loop.train(job)
     trained = set(job.student.trained)
     for name, parameter in job.student.model.named_parameters():
         assert parameter.requires_grad == (name in trained), name

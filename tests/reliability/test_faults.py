@@ -16,17 +16,18 @@ from torch import Tensor
 
 from remap.data.batches import Batch
 from remap.data.images import BadImage, decode
-from remap.engine import loop as loop
-from remap.engine import recovery
-from remap.engine.faults import all_finite
-from remap.engine.job import StudentStep
-from remap.engine.recovery import RECOVERIES
+from remap.engine import loop, non_finite, step
+from remap.engine.job import Job, StudentStep
+from remap.engine.non_finite import MAX_RECOVERIES, all_finite
+from remap.engine.step import Sums
 from remap.engine.teacher import Teacher
+from remap.engine.training import Training
 from remap.errors import DiskFull, TrainingError
 from remap.network import Runner
 from remap.pipeline.run import resume, start
 from remap.remapping.objective import Objective
 from remap.runs.run_dir import RunDir
+from remap.tuning.base import Attached
 
 NAN, INFINITE = float("nan"), float("inf")
 # A teacher that is asked in every step, and a checkpoint after every step.
@@ -39,10 +40,11 @@ class Poison:
 
     def __init__(self, place: str, value: float, steps: range) -> None:
         self.place, self.value, self.steps, self.step = place, value, steps, 0
-        self.unstepped = 0
+        self.attempts = 0  # of the chosen steps
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        forward, items, step = Objective.forward, Teacher.items, loop.Loop.step
+        forward, items, attempt = Objective.forward, Teacher.items, loop.forward_backward
+        update = torch.optim.AdamW.step
 
         def poisoned_loss(objective: Objective, student: Any, targets: Any, labels: Any) -> Any:
             total, parts = forward(objective, student, targets, labels)
@@ -56,19 +58,19 @@ class Poison:
                 next(iter(found.values()))[0].fill_(self.value)
             return found
 
-        def watched(running: loop.Loop, steps: int) -> float | None:
+        def counted(training: Training, number: int) -> Sums:
             self.step += 1
-            before = {name: p.detach().clone() for name, p in running.parameters.items()}
-            loss = step(running, steps)
-            if self.step in self.steps:
-                assert loss is None, "it was not noticed in the same step"
-                assert all(torch.equal(p, before[name]) for name, p in running.parameters.items()), "it was stepped"
-                self.unstepped += 1
-            return loss
+            self.attempts += self.step in self.steps
+            return attempt(training, number)
+
+        def watched(optimizer: torch.optim.AdamW, *arguments: Any) -> Any:
+            assert self.step not in self.steps, "it was not noticed in the same step: it was stepped"
+            return update(optimizer, *arguments)
 
         patch.setattr(Objective, "forward", poisoned_loss)
         patch.setattr(Teacher, "items", poisoned_items)
-        patch.setattr(loop.Loop, "step", watched)
+        patch.setattr(loop, "forward_backward", counted)
+        patch.setattr(torch.optim.AdamW, "step", watched)
 
     def _now(self, place: str) -> bool:
         return place == self.place and self.step in self.steps
@@ -92,7 +94,7 @@ def test_a_step_that_is_not_finite_is_skipped(
     progress, poison = watch(lambda done: None), Poison(place, value, range(2, 4))
     poison.install(monkeypatch)
     result = start(tiny.recipe(*WATCHED), tmp_path / "run", progress)
-    assert poison.unstepped == 2
+    assert poison.attempts == 2
     faults = [line for line in progress.said if "not finite" in line]
     named = {"loss": "the loss", "gradient": "the gradient", "teacher": "the teacher's output"}[place]
     assert len(faults) == 2 and all(line.startswith(named) for line in faults)
@@ -123,7 +125,7 @@ def test_a_skipped_step_leaves_no_batch_statistics(
     poison.install(monkeypatch)
     monkeypatch.setattr(torch.nn.BatchNorm2d, "forward", poisoned)
     result = start(tiny.recipe(student=student, method="full", losses="ce", teacher=None), tmp_path / "run")
-    assert poison.unstepped == 1 and result.summary["faults"]["learning_rate_factor"] == 1.0
+    assert poison.attempts == 1 and result.summary["faults"]["learning_rate_factor"] == 1.0
     norms = [module for module in result.student.model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert norms and all(int(norm.num_batches_tracked) == 5 for norm in norms)
     assert all(all_finite([norm.running_mean, norm.running_var]) for norm in norms)
@@ -148,7 +150,7 @@ def test_a_run_that_stays_bad_stops_with_the_images_in_hand(
         with pytest.raises(TrainingError, match="not finite in epoch 2, step 3") as caught:
             start(recipe, run)
     assert caught.value.exit_code == 2 and str(run / "fault") in (caught.value.do or "")
-    assert poison.step == 3 + RECOVERIES and RunDir(run).status() == "failed"
+    assert poison.step == 3 + MAX_RECOVERIES and RunDir(run).status() == "failed"
     told = json.loads((run / "fault" / "fault.json").read_text())
     batch = load_file(run / "fault" / "batch-0.safetensors")
     assert (told["epoch"], told["step"], len(told["images"])) == (2, 3, 8)
@@ -156,8 +158,8 @@ def test_a_run_that_stays_bad_stops_with_the_images_in_hand(
     names = [name.split("/")[1] for name in told["images"]]  # the pictures' own class folders
     assert names == [("blue", "green", "red")[label] for label in batch["labels"].tolist()]
     assert all(all_finite(load_file(path).values()) for path in _written(run))
-    assert resume(run).summary["faults"]["skipped_steps"] == RECOVERIES
-    figure("recoveries before the run stops", RECOVERIES)
+    assert resume(run).summary["faults"]["skipped_steps"] == MAX_RECOVERIES
+    figure("recoveries before the run stops", MAX_RECOVERIES)
 
 
 @pytest.mark.guarantee(8)
@@ -199,36 +201,35 @@ def test_weights_that_break_again_and_again_stop_the_run(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Callable[..., Any], update: int
 ) -> None:
     """Steps that are done again after going back do not make the fault forgotten."""
-    progress, step = watch(lambda done: None), loop.Loop.step
+    progress, after_step = watch(lambda done: None), Attached.after_step
 
-    def overflow(running: loop.Loop, steps: int) -> float | None:
-        found = step(running, steps)
-        if running.state.epoch * steps + running.state.step == update:
+    def overflow(attached: Attached, number: int, total: int) -> None:
+        after_step(attached, number, total)
+        if number == update:
             with torch.no_grad():
-                next(iter(running.parameters.values())).fill_(INFINITE)
-        return found
+                attached.model.get_parameter(next(iter(attached.trainable))).fill_(INFINITE)
 
-    monkeypatch.setattr(recovery, "FORGET_AFTER", 1)
-    monkeypatch.setattr(loop.Loop, "step", overflow)
+    monkeypatch.setattr(non_finite, "FORGET_AFTER", 1)
+    monkeypatch.setattr(Attached, "after_step", overflow)
     # Inside an epoch the loss of the next step shows it first.
     told = {2: "the trained weights are not finite in epoch 1, step 3", 3: "the loss is not finite in epoch 2, step 2"}
     with pytest.raises(TrainingError, match=f"{told[update]}; 3 steps shortly before"):
         start(tiny.recipe("train.checkpoint_seconds=1000"), tmp_path / "run", progress)
-    assert len([line for line in progress.said if line.startswith("back to")]) == RECOVERIES
+    assert len([line for line in progress.said if line.startswith("back to")]) == MAX_RECOVERIES
     assert json.loads((tmp_path / "run" / "fault" / "fault.json").read_text())["step"] == {2: 3, 3: 2}[update]
 
 
 def test_weights_that_are_broken_before_the_first_step_are_an_error(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = loop.Loop.begin
+    create = Training.__init__
 
-    def spoiled(running: loop.Loop, *, resume: bool) -> None:
+    def spoiled(training: Training, job: Job) -> None:
+        create(training, job)
         with torch.no_grad():
-            next(iter(running.parameters.values())).fill_(NAN)
-        begin(running, resume=resume)
+            next(iter(training.parameters.values())).fill_(NAN)
 
-    monkeypatch.setattr(loop.Loop, "begin", spoiled)
+    monkeypatch.setattr(Training, "__init__", spoiled)
     with pytest.raises(TrainingError, match="not finite before the first step"):
         start(tiny.recipe(), tmp_path / "run")
 
@@ -238,10 +239,10 @@ def test_a_full_disk_does_not_hide_the_fault(tiny: Any, tmp_path: Path, monkeypa
         raise DiskFull("no room")
 
     Poison("loss", NAN, range(1, 100)).install(monkeypatch)
-    monkeypatch.setattr(recovery, "capture", full)
+    monkeypatch.setattr(non_finite, "write_capture", full)
     with pytest.raises(TrainingError, match="the loss is not finite") as caught:
         start(tiny.recipe(*WATCHED), tmp_path / "run")
-    assert "could not be kept: no room" in str(caught.value)
+    assert "could not be saved: no room" in str(caught.value)
 
 
 def test_outputs_that_are_not_finite_are_not_kept(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,7 +383,7 @@ def test_two_processes_recover_together(
         Poison("loss", NAN, range(3, 4)).install(patch)
         expected["nan"] = start(recipe, tmp_path / "one-skipping")
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "batches", _fourth_is_empty(loop.batches))
+        patch.setattr(step, "batches", _fourth_is_empty(step.batches))
         expected["unreadable"] = start(tiny.recipe(*WATCHED, "train.accumulation=2"), tmp_path / "one-unreadable")
     _, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors

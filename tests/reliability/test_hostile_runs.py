@@ -239,6 +239,6 @@ def test_a_state_that_no_run_has_is_refused(
     body["state"] |= state
     manifest.write_text(json.dumps({**body, "sha256": hashlib.sha256(json.dumps(body).encode()).hexdigest()}))
     progress = watch(lambda step: None)
-    with pytest.raises(RunError, match="is none of this run"):
+    with pytest.raises(RunError, match="does not belong to this run"):
         resume(tmp_path / "run", progress)
     assert progress.steps == 0 and RunDir(tmp_path / "run").status() == "failed"

@@ -251,7 +251,7 @@ def test_the_file_stop_is_a_sigterm(house: House, tmp_path: Path, figure: Callab
     (tmp_path / "run" / "stop").touch()
     code, seconds = child.leave()
     assert code == 143 and seconds < SOON, child.output.read_text()
-    assert not (tmp_path / "run" / "stop").exists() and interrupts.LOOK_EVERY <= 1.0
+    assert not (tmp_path / "run" / "stop").exists() and interrupts.CHECK_EVERY <= 1.0
     assert child.steps - _saved(tmp_path / "run") in (0, 1)
     house.go_on(tmp_path / "run")
     assert _task(tmp_path / "run") == _task(house.folder / "twin")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from remap.data.views import ViewSource
-from remap.engine import loop as loop
+from remap.engine.training import Training
 from remap.pipeline.run import resume, start
 from remap.runs.run_dir import RunDir
 
@@ -53,11 +53,11 @@ def test_a_data_thread_that_dies_ends_the_run_and_it_goes_on(
     recipe = tiny.recipe(*DECODED)
     twin = start(recipe, tmp_path / "twin")
     read, training, dead = ViewSource._read, [False], [False]
-    epoch = loop.Loop.epoch
+    start_epoch = Training.start_epoch
 
-    def begin(running: loop.Loop) -> None:
+    def begin(running: Training) -> None:
         training[0] = running.state.epoch == 1
-        epoch(running)
+        start_epoch(running)
 
     def die(source: ViewSource, index: int) -> Any:
         if training[0] and not dead[0] and threading.current_thread() is not threading.main_thread():
@@ -67,7 +67,7 @@ def test_a_data_thread_that_dies_ends_the_run_and_it_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(ViewSource, "_read", die)
-        patch.setattr(loop.Loop, "epoch", begin)
+        patch.setattr(Training, "start_epoch", begin)
         with pytest.raises(LookupError, match="a decoder has died"):
             start(recipe, tmp_path / "run")
     assert RunDir(tmp_path / "run").status() == "failed"

@@ -35,7 +35,7 @@ def counting(teacher: Any, images_BCHW: torch.Tensor, *sizes: int) -> dict[str, 
 def noting(job: Any, **words: Any) -> Any:
     _, everything = job.source.batch(np.arange(len(job.source.split)))
     for view in range(job.recipe.data.views or 1):
-        tensors.update({f"{name}.{view}": rows for name, rows in job.teachers[0].kept.rows(everything, view).items()})
+        tensors.update({f"{name}.{view}": rows for name, rows in job.teachers[0].cached.rows(everything, view).items()})
     if job.features is not None:
         tensors.update({f"feature.{name}": rows for name, rows in job.features.rows(everything).items()})
     state = fit(job, **words)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from remap.distributed.launch import accelerator
-from remap.engine import loop as loop
+from remap.engine import loop, step, training
 from remap.engine.job import StudentStep
 from remap.pipeline.run import resume, start
 from remap.recipe import Recipe, resolve
@@ -34,10 +34,10 @@ often = recipe("train.checkpoint_seconds=0")
 forward = StudentStep.forward
 
 
-def limited(step: StudentStep, images_BCHW: torch.Tensor, *rest: Any) -> Any:
+def limited(module: StudentStep, images_BCHW: torch.Tensor, *rest: Any) -> Any:
     if second and len(images_BCHW) > 2:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    return forward(step, images_BCHW, *rest)
+    return forward(module, images_BCHW, *rest)
 
 
 StudentStep.forward = limited
@@ -45,14 +45,14 @@ start(often, root / "memory")
 StudentStep.forward = forward
 
 # A number is not finite in the third step.
-objective_forward, loop_step, calls = Objective.forward, loop.Loop.step, [0]
+objective_forward, forward_backward, calls = Objective.forward, loop.forward_backward, [0]
 
 
-def counted(running: loop.Loop, steps: int) -> float | None:
+def counted(running: training.Training, update: int) -> step.Sums:
     calls[0] += 1
     if calls[0] == fails_at:
         raise RuntimeError("power cut")
-    return loop_step(running, steps)
+    return forward_backward(running, update)
 
 
 def poisoned(objective: Objective, *arguments: Any) -> Any:
@@ -61,7 +61,7 @@ def poisoned(objective: Objective, *arguments: Any) -> Any:
 
 
 fails_at = 0
-loop.Loop.step, Objective.forward = counted, poisoned
+loop.forward_backward, Objective.forward = counted, poisoned
 start(often, root / "nan")
 Objective.forward = objective_forward
 
@@ -69,7 +69,7 @@ Objective.forward = objective_forward
 resume(root / "halved")
 
 # No image of one micro-batch can be read.
-make = loop.batches
+make = step.batches
 
 
 def emptied(source: Any, plan: Any, epoch: int, first_step: int = 0) -> Iterator[Any]:
@@ -80,12 +80,12 @@ def emptied(source: Any, plan: Any, epoch: int, first_step: int = 0) -> Iterator
         yield batch
 
 
-loop.batches = emptied
+step.batches = emptied
 start(often, root / "unreadable")
-loop.batches = make
+step.batches = make
 
 # The first process is slow to write, so that a checkpoint is due at other times on each.
-write_metrics, save = RunDir.write_metrics, loop.save_checkpoint
+write_metrics, save = RunDir.write_metrics, training.save_checkpoint
 
 
 def slowly(run: RunDir, history: list[dict[str, Any]]) -> None:
@@ -98,9 +98,9 @@ def slow_save(*arguments: Any) -> None:
     save(*arguments)
 
 
-RunDir.write_metrics, loop.save_checkpoint = slowly, slow_save
+RunDir.write_metrics, training.save_checkpoint = slowly, slow_save
 start(recipe("train.checkpoint_seconds=0.1"), root / "clocks")
-RunDir.write_metrics, loop.save_checkpoint = write_metrics, save
+RunDir.write_metrics, training.save_checkpoint = write_metrics, save
 
 # Batch statistics of the student and of its average, across a break.
 averaging = recipe(

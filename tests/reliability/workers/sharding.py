@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from remap.distributed.sharding import bytes_held
 from remap.engine import loop
+from remap.engine.job import Job
+from remap.engine.training import Training
 from remap.errors import Interrupted
 from remap.pipeline import run, training_job
 from remap.recipe import resolve
@@ -36,7 +38,7 @@ noted: dict[str, dict] = {}
 now: dict = {}
 
 
-def shares(job: loop.Job, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+def shares(job: Job, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """What this process holds, counted from the tensors themselves."""
 
     def local(tensor: torch.Tensor) -> int:
@@ -54,7 +56,7 @@ def shares(job: loop.Job, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     }
 
 
-evaluate, finish = training_job.evaluate_as, loop.Loop._finish_epoch
+evaluate, finish = training_job.evaluate_as, loop._finish_epoch
 
 
 def evaluating(*arguments, **more):
@@ -63,15 +65,15 @@ def evaluating(*arguments, **more):
     return found
 
 
-def finishing(loop: loop.Loop) -> None:
-    now["shares"] = shares(loop.job, loop.optimizer)
-    now["teachers"] = [bytes_held(teacher.network) for teacher in loop.job.teachers]
-    if entry.get("stop") and loop.state.epoch == 1 and rank == 1:
+def finishing(training: Training) -> None:
+    now["shares"] = shares(training.job, training.optimizer)
+    now["teachers"] = [bytes_held(teacher.network) for teacher in training.job.teachers]
+    if entry.get("stop") and training.state.epoch == 1 and rank == 1:
         signal.raise_signal(signal.SIGTERM)
-    finish(loop)
+    finish(training)
 
 
-training_job.evaluate_as, loop.Loop._finish_epoch = evaluating, finishing
+training_job.evaluate_as, loop._finish_epoch = evaluating, finishing
 for entry in plan:
     now = noted[entry["name"]] = {}
     output = folder / entry["name"]

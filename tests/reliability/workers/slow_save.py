@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from remap.engine import loop
+from remap.engine import training
 from remap.engine.checkpoint import State
 from remap_cli import view
 from remap_cli.main import main
 
 SECONDS = 2.0
-save, wait = loop.save_checkpoint, view.Reporter.wait
+save, wait = training.save_checkpoint, view.Reporter.wait
 
 
 def slow_save(folder: Path, state: State, tensors: Mapping[str, Tensor]) -> None:
@@ -30,6 +30,6 @@ def stopped_wait(self: view.Reporter, what: str, total: int | None = None) -> Ab
     return wait(self, what, total)
 
 
-loop.save_checkpoint = slow_save
+training.save_checkpoint = slow_save
 view.Reporter.wait = stopped_wait
 main()

@@ -1,0 +1,55 @@
+"""The rule when a step runs out of memory: do it again in twice as many micro-batches of half the size."""
+
+from accelerate.utils.memory import clear_device_cache
+
+from remap.engine.training import Training
+from remap.errors import TrainingError
+from remap.remapping import LOSSES
+
+MAX_HALVINGS = 3
+
+
+def halve_micro_batches(training: Training, error: str) -> None:
+    """Halve the micro-batches from now on: their sums stay the same. Every process calls it at the same step.
+
+    Args:
+        error: The message on this process; empty where another one ran out of memory.
+
+    Raises:
+        TrainingError: They cannot become smaller.
+    """
+    state, plan = training.state, training.plan
+    training.optimizer.zero_grad(set_to_none=True)  # part of the step was done already
+    training.stream = None  # it is cut in the old size
+    clear_device_cache(garbage_collection=True)
+    count = plan.processes * state.accumulation * 2
+    if state.accumulation >= training.spec.accumulation * 2**MAX_HALVINGS or plan.step_images < count:
+        raise TrainingError(
+            f"out of memory, even with {state.accumulation} micro-batches per step",
+            given=error.partition("\n")[0][:200] or "reported by another process",
+            do="use smaller images or models, a smaller --batch-size, or train.precision=bf16, in a new run",
+        )
+    state.accumulation *= 2
+    training.job.progress.say(
+        f"out of memory: from now on {state.accumulation} micro-batches per step, of up to "
+        f"{-(-plan.step_images // count)} image(s); {_what_changes(training)}"
+    )
+
+
+def refuse_sharded(error: Exception) -> TrainingError:
+    """Return the error for a step with sharded weights, which cannot be done again.
+
+    The other processes are in the middle of a pass and wait for this one's part of a weight.
+    """
+    return TrainingError(
+        "out of memory, and a step with sharded weights cannot be done again in smaller parts",
+        given=str(error).partition("\n")[0][:200],
+        do="start again with train.accumulation doubled, or with smaller images or models",
+    )
+
+
+def _what_changes(training: Training) -> str:
+    job = training.job
+    names = ["batch statistics"] if job.student.learns_batch_statistics else []
+    names += [loss.name for loss in job.recipe.losses or () if LOSSES.row(loss.name).over_batch]
+    return f"that changes {', '.join(names)}" if names else "the sum over a step stays the same"

@@ -1,0 +1,187 @@
+"""Forward and backward of one step: micro-batches, teachers, losses and gradients."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from remap.data import keyed_random
+from remap.data.batches import Batch, batches
+from remap.distributed.collectives import all_reduce_max, all_reduce_sum
+from remap.distributed.device_memory import is_out_of_memory
+from remap.engine.out_of_memory import halve_micro_batches, refuse_sharded
+from remap.engine.training import Training
+from remap.errors import DataError, TrainingError
+from remap.remapping.labels import Labels
+
+
+@dataclass
+class Sums:
+    """What one process adds up over the micro-batches of one step.
+
+    Attributes:
+        losses: This process's part of each loss; over all processes they add up to the mean over the global batch.
+        bad_targets: For each output of a teacher whether it holds a number that is not finite (0 or 1).
+        images: How many images were read.
+    """
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    bad_targets: list[Tensor] = field(default_factory=list)
+    images: int = 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The numbers of one step, over the global batch.
+
+    Attributes:
+        losses: Each loss and their weighted sum.
+        gradient_norm: Before clipping.
+        bad_targets: Outputs of teachers that are not finite, over all micro-batches and processes.
+        learning_rate: Of this step.
+        step: Its number in the epoch, from 0.
+        broken_weights: Whether the weights themselves were found not finite, after that step.
+    """
+
+    losses: Mapping[str, float]
+    gradient_norm: float
+    bad_targets: int
+    learning_rate: float
+    step: int
+    broken_weights: bool = False
+
+    @property
+    def finite(self) -> bool:
+        """Whether the optimiser may use the gradients."""
+        numbers = (*self.losses.values(), self.gradient_norm)
+        return not self.bad_targets and all(abs(number) < float("inf") for number in numbers)
+
+
+def forward_backward(training: Training, update: int) -> Sums:
+    """Accumulate the gradients of one step over this process's micro-batches, in smaller ones if memory runs out.
+
+    Every process calls it at the same step.
+
+    Args:
+        update: Number of the step over the whole run, from 0.
+
+    Raises:
+        DataError: No image of the step can be read.
+        TrainingError: Memory does not suffice for one image, or no gradient reaches a trained parameter.
+    """
+    seed = keyed_random.step_seed(training.job.recipe.seed, training.state.epoch, update)
+    while True:
+        # Keyed by the step, so that a step that is done again, here or after a resume, draws the same numbers.
+        torch.manual_seed(seed + training.accelerator.process_index)
+        training.buffers.remember()
+        sums, out_of_memory = Sums(), ""
+        try:
+            _accumulate(training, sums)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if training.sharded:
+                raise refuse_sharded(error) from error
+            out_of_memory = str(error)  # only the text: the error itself keeps the tensors of the step alive
+        failed, images = all_reduce_max(training.accelerator, bool(out_of_memory), sums.images)
+        if failed:
+            training.buffers.restore()
+            halve_micro_batches(training, out_of_memory)
+        elif not images:
+            _refuse_unreadable(training)
+        else:
+            _require_gradients(training, sums)
+            return sums
+
+
+def gather_result(training: Training, sums: Sums, gradient_norm: Tensor, learning_rate: float) -> StepResult:
+    """Add up the losses of all processes; every process calls it and gets the same result."""
+    device = gradient_norm.device
+    bad_targets = torch.stack(sums.bad_targets).sum() if sums.bad_targets else torch.zeros((), device=device)
+    values = all_reduce_sum(training.accelerator, torch.stack([*sums.losses.values(), bad_targets]))
+    # One transfer from the device for all of them: each one would wait for the step's kernels.
+    *losses, bad, norm = torch.cat([values, gradient_norm[None]]).tolist()
+    named = dict(zip(sums.losses, losses, strict=True))
+    return StepResult(named, norm, int(bad), learning_rate, training.state.step)
+
+
+def _accumulate(training: Training, sums: Sums) -> None:
+    """Run the micro-batches of a step. One without a readable image counts nothing, as unreadable images do."""
+    job, state = training.job, training.state
+    if training.stream is None:
+        training.stream = batches(job.features or job.source, training.plan, state.epoch, state.step)
+    for _ in range(state.accumulation):
+        batch = next(training.stream)
+        if not len(batch.indices_B):
+            continue
+        sums.images += len(batch.indices_B)
+        loss, parts = forward(training, batch, sums.bad_targets)
+        # Gradients are averaged over processes afterwards; shares are those of the global batch.
+        (loss * (batch.share * training.accelerator.num_processes)).backward()
+        for name, part in {"loss": loss.detach(), **parts}.items():
+            sums.losses[name] = sums.losses.get(name, 0.0) + part * batch.share
+    if not sums.images:
+        _contribute_nothing(training, sums)
+
+
+def forward(training: Training, batch: Batch, bad_targets: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run teachers and student on one micro-batch.
+
+    Args:
+        bad_targets: Gets one number for each output that a teacher computes now, see ``Sums``.
+
+    Returns:
+        The mean loss over the micro-batch, and each of its terms.
+    """
+    job, device = training.job, training.accelerator.device
+    images = batch.images_BCHW.to(device, non_blocking=True)
+    labels = _labels(batch, training.plan.known(job.labeled), device)
+    targets: list[Mapping[str, Tensor]] = [{}] * (1 + max((teacher.number for teacher in job.teachers), default=0))
+    for teacher in job.teachers:
+        items = targets[teacher.number] = teacher.targets(images, batch.indices_B, batch.view)
+        if teacher.cached is None:  # cached outputs were checked when they were computed
+            bad_targets += [(~torch.isfinite(value)).any().float() for value in items.values()]
+    job.student.attached.set_sample_keys(batch.keys_B.to(device))  # dropout is a function of the image
+    features = job.features.rows(batch.indices_B) if job.features is not None else None
+    return training.module(images, targets, labels, features)
+
+
+def _contribute_nothing(training: Training, sums: Sums) -> None:
+    """Take part in a step of which this process can read no image: the others wait for its gradients."""
+    if training.sharded:  # the others need this process in their forward pass, which it cannot run
+        _refuse_unreadable(training)
+    for parameter in training.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    penalized = training.job.student.attached.penalty() is not None
+    names = ("loss", *training.job.objective.terms, *(("penalty",) if penalized else ()))
+    sums.losses = dict.fromkeys(names, torch.zeros((), device=training.accelerator.device))
+
+
+def _refuse_unreadable(training: Training) -> None:
+    bad = training.job.source.bad_names()
+    raise DataError(
+        f"no image of step {training.state.step + 1} can be read; {len(bad)} could not be read so far",
+        given="; ".join(f"{name} ({reason})" for name, reason in bad[-3:]),
+        do="check that the images are still there, then continue with --resume",
+    )
+
+
+def _require_gradients(training: Training, sums: Sums) -> None:
+    """Check in the first step that the loss reaches all that is trained: the rest would stay as it was drawn."""
+    if training.gradients_checked or not sums.images:
+        return
+    training.gradients_checked = True
+    missing = [name for name, parameter in training.parameters.items() if parameter.grad is None]
+    if missing:
+        raise TrainingError(
+            f"no loss reaches {len(missing)} of {len(training.parameters)} trained parameters; nothing was stepped",
+            given=", ".join(missing[:5]) + (" ..." if len(missing) > 5 else ""),
+            do="add a loss that reads what they change (ce and kd read the classifier), or take another method",
+        )
+
+
+def _labels(batch: Batch, known: float, device: torch.device) -> Labels:
+    mixed = (batch.other_B, batch.share_B)
+    other_B, share_B = (None if tensor is None else tensor.to(device, non_blocking=True) for tensor in mixed)
+    return Labels(batch.labels_B.to(device, non_blocking=True), other_B, share_B, known)
