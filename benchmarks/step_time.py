@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from remap.cache.teacher_cache import keep_in_memory
 from remap.distributed.launch import accelerator
+from remap.engine import loop
 from remap.engine.job import Job
-from remap.engine.loop import train
 from remap.network import Runner
 from remap.pipeline.components import RunComponents, build_components
 from remap.pipeline.shared import SharedResources
@@ -79,7 +79,7 @@ class Engine(Side):
             evaluate=lambda: {},
             on_epoch=lambda history: None,
         )
-        train(job)
+        loop.train(job)
 
 
 class Bare(Side):

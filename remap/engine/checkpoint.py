@@ -4,74 +4,23 @@ There is no generator state to store: order, augmentation and dropout are functi
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from remap.distributed.collectives import all_reduce_min_max, is_main_process
 from remap.distributed.launch import ProcessLost
 from remap.distributed.sharding import copy_full_, gather_full
 from remap.engine import checkpoint_files
+from remap.engine.state import State, parse_state
 from remap.errors import RunError, TrainingError
 from remap.io.checked_read import plain
-from remap.recipe.schema import Recipe
 
 # Bytes of tensors above which a file is not read: far above any real one; a stranger's must not fill the memory.
 _LIMIT_FACTOR, _LIMIT_EXTRA = 16, 2**28
-# Strict: "1" and True are not numbers. Above 2**53 not every reader of JSON reads a counter exactly.
-Count = Annotated[int, Strict(), Field(ge=0, lt=2**53)]
-Number = Annotated[float, Strict()]
-
-
-@dataclass
-class State:
-    """How far training has come. ``step`` counts steps done in ``epoch``; sums are over those steps.
-
-    Attributes:
-        digest: What this belongs to, see ``digest_of``.
-        history: One record for each finished epoch.
-        loss_sums: Sum of each loss over the steps of this epoch, as exact floats.
-        seconds: Training time so far.
-        counted: Steps of this epoch in ``loss_sums``: all but the skipped ones.
-        accumulation: Micro-batches per step on each process, as many as memory has needed so far.
-        lr_factor: What the learning rate is multiplied by after non-finite steps.
-        recoveries: Non-finite steps that are not forgotten.
-        last_fault: Updates up to the last non-finite step, that one included; 0 for none.
-        skipped: Non-finite steps over the whole run.
-    """
-
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    digest: str
-    epoch: Count = 0
-    step: Count = 0
-    seconds: Annotated[Number, Field(ge=0)] = 0.0
-    loss_sums: dict[str, Number] = field(default_factory=dict)
-    history: list[dict[str, Count | Number]] = field(default_factory=list)
-    counted: Count = 0
-    accumulation: Annotated[Count, Field(ge=1)] = 1
-    lr_factor: Annotated[Number, Field(ge=0)] = 1.0
-    recoveries: Count = 0
-    last_fault: Count = 0
-    skipped: Count = 0
-
-    def count(self, losses: Mapping[str, float]) -> None:
-        """Add the losses of one step to those of the epoch."""
-        for name, value in losses.items():
-            self.loss_sums[name] = self.loss_sums.get(name, 0.0) + value
-        self.counted += 1
-
-
-_STATE = TypeAdapter(State)
-
-
-def digest_of(recipe: Recipe, images: str, weights: str) -> str:
-    """Return what a checkpoint belongs to: digests of recipe, images and the models' weights, joined by pluses."""
-    return f"{recipe.digest(places=False)}+{images}+{weights}"
 
 
 @torch.no_grad()
@@ -111,7 +60,7 @@ def save_checkpoint(folder: Path, state: State, tensors: Mapping[str, Tensor]) -
     try:
         if bad:
             raise ValueError(f"not finite: {', '.join(bad[:4])}")
-        _parsed(content)  # what could not be read again is not written either
+        parse_state(content)  # what could not be read again is not written either
     except ValueError as error:
         raise TrainingError(
             f"the state of training cannot be saved: {error}",
@@ -146,7 +95,7 @@ def load_checkpoint(
         RunError: None is complete, one cannot be read, it belongs to another recipe, or it does not fit the model.
     """
     usual = sum(tensor.numel() * tensor.element_size() for tensor in trained.values())
-    reader = checkpoint_files.Reader(folder, _LIMIT_EXTRA + _LIMIT_FACTOR * usual, _parsed)
+    reader = checkpoint_files.Reader(folder, _LIMIT_EXTRA + _LIMIT_FACTOR * usual, parse_state)
     number = reader.newest()
     device = next((tensor.device for tensor in trained.values()), torch.device("cpu"))
     # All processes have to continue from the same generation, so from the newest that each of them can read.
@@ -181,68 +130,35 @@ def load_checkpoint(
     return state, memory
 
 
-def require_within_plan(folder: Path, state: State, epochs: int, steps: int) -> None:
-    """Check that a run of so many epochs and steps per epoch can have written a state.
-
-    Raises:
-        RunError: It cannot: such a state would end the training before it is done, or never.
-    """
-    done = state.epoch * steps + state.step
-    if done > epochs * steps or not state.counted <= state.step <= steps or not 0 < state.lr_factor <= 1:
-        raise RunError(
-            f"the newest checkpoint in {folder} does not belong to this run",
-            given=f"epoch {state.epoch}, step {state.step} ({state.counted} counted), rate x {state.lr_factor:g}",
-            allowed=f"up to {epochs} epochs of {steps} steps, rate x 1 or less",
-            do="start the run again in another --output",
-        )
-
-
-def _parsed(content: object) -> State:
-    """Return a state of a file from anywhere, checked.
-
-    Raises:
-        ValueError: What is wrong with it.
-    """
-    try:
-        state = _STATE.validate_python(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"state {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    epochs = [record.get("epoch") for record in state.history]
-    if len(epochs) != state.epoch or epochs != list(range(1, len(epochs) + 1)):
-        raise ValueError("history is not one record for each finished epoch")
-    return state
-
-
 def _belongs_elsewhere(path: Path, theirs: str, ours: str) -> RunError:
     """Return the error for two different results of ``digest_of``: what differs, and what to do about it."""
-    (recipe, _, rest), (our_recipe, _, our_rest) = theirs.partition("+"), ours.partition("+")
-    (images, _, weights), (our_images, _, our_weights) = rest.rpartition("+"), our_rest.rpartition("+")
+    (recipe, images, weights), (our_recipe, our_images, our_weights) = _parts(theirs), _parts(ours)
     if recipe != our_recipe:
-        return RunError(
-            f"{path} belongs to another recipe",
-            given=f"digest {recipe!r} then, {our_recipe!r} now",
-            do="resume with the recipe and the version of remap that the run was started with (its recipe.yaml and"
-            " environment.json)",
-        )
-    if images != our_images:
-        then, now = (part.partition("-") for part in (images, our_images))
-        return RunError(
-            f"the images are not those that the run of {path} began with: names, labels or contents differ",
-            given=f"{_counts(then[2])} then, {_counts(now[2])} now; fingerprint {then[0]!r} then, {now[0]!r} now",
-            do="restore the images, or start the run again in another --output",
-        )
-    return RunError(
-        f"the models are not those that the run of {path} began with: their weights differ",
-        given=f"digest {weights!r} then, {our_weights!r} now",
-        do="restore the weights, or start the run again in another --output",
-    )
+        what, then, now = f"{path} belongs to another recipe", f"digest {recipe!r}", repr(our_recipe)
+        do = "resume with the recipe and version of remap that the run was started with (recipe.yaml, environment.json)"
+    elif images != our_images:
+        what = f"the images are not those that the run of {path} began with: names, labels or contents differ"
+        then, now = _images(images), _images(our_images)
+        do = "restore the images, or start the run again in another --output"
+    else:
+        what = f"the models are not those that the run of {path} began with: their weights differ"
+        then, now = f"digest {weights!r}", repr(our_weights)
+        do = "restore the weights, or start the run again in another --output"
+    return RunError(what, given=f"{then} then, {now} now", do=do)
 
 
-def _counts(numbers: str) -> str:
-    """Put the numbers of readable images into words: those with a label and, after a plus, those without."""
-    labeled, _, unlabeled = numbers.partition("+")
-    return f"{labeled} training images" + (f" and {unlabeled} without labels" if unlabeled else "")
+def _parts(digest: str) -> tuple[str, str, str]:
+    recipe, _, rest = digest.partition("+")
+    images, _, weights = rest.rpartition("+")  # which may hold a plus
+    return recipe, images, weights
+
+
+def _images(digest: str) -> str:
+    """Put the digest of images into words: a fingerprint, and how many have a label and, after a plus, have none."""
+    fingerprint, _, counts = digest.partition("-")
+    labeled, _, unlabeled = counts.partition("+")
+    more = f" and {unlabeled} without labels" if unlabeled else ""
+    return f"{labeled} training images{more}, fingerprint {fingerprint!r},"
 
 
 def _require_fit(path: Path, trained: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from remap.cache.frozen_features import FrozenFeatures
 from remap.data.batches import EpochPlan
 from remap.data.views import ViewSource
-from remap.engine.checkpoint import State
+from remap.engine.state import State
 from remap.engine.teacher import AverageTeacher, Teacher
 from remap.errors import TrainingError
 from remap.network import Network, Runner

@@ -11,10 +11,11 @@ from torch.distributed.tensor import DTensor
 from remap.distributed.collectives import all_reduce_max, all_reduce_mean_, broadcast_
 from remap.distributed.interrupts import defer_signals, requested_signal, signal_exit_code, signal_name, watch_signals
 from remap.distributed.sharding import sharded
-from remap.engine.checkpoint import State, has_checkpoint
+from remap.engine.checkpoint import has_checkpoint
 from remap.engine.job import Job
 from remap.engine.non_finite import BrokenWeights, go_back, require_finite_weights, skip_step, weights_are_finite
 from remap.engine.optim import clip_gradients, learning_rate, set_learning_rate
+from remap.engine.state import State
 from remap.engine.step import forward_backward, gather_result
 from remap.engine.training import Training
 from remap.errors import Interrupted, RunError, TrainingError
@@ -181,29 +182,24 @@ def _finish_epoch(training: Training) -> None:
         BrokenWeights, TrainingError: The weights are not finite.
         Interrupted: A signal came while it evaluated; the steps of the epoch are saved.
     """
+    state, job, done = training.state, training.job, training.state.epoch + 1
     training.count_time()
     require_finite_weights(training)
     broadcast_(training.accelerator, training.buffers.tensors)  # all evaluate the same student
-    try:
-        _evaluate_and_record(training)
-    except Interrupted as error:
-        if not error.at_once:
-            _save(training, must=True)
-            training.accelerator.wait_for_everyone()
-            error.add("the state is saved")
-        raise
-    _save(training)
-
-
-def _evaluate_and_record(training: Training) -> None:
-    state, job, spec = training.state, training.job, training.spec
-    done = state.epoch + 1
     record: dict[str, Any] = {"epoch": done}
     record |= {name: value / state.counted for name, value in state.loss_sums.items()}
-    if done % spec.eval_every == 0 or done == spec.epochs:
-        record |= job.evaluate()
+    if done % training.spec.eval_every == 0 or done == training.spec.epochs:
+        try:
+            record |= job.evaluate()
+        except Interrupted as error:
+            if not error.at_once:
+                _save(training, must=True)
+                training.accelerator.wait_for_everyone()
+                error.add("the state is saved")
+            raise
     record["seconds"] = round(state.seconds, 3)
     state.history.append(record)
     state.epoch, state.step, state.counted, state.loss_sums = done, 0, 0, {}
     if training.accelerator.is_main_process:
         job.on_epoch(state.history)
+    _save(training)

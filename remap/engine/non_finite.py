@@ -3,16 +3,14 @@
 Where the weights themselves are not finite any more, training goes back to the last checkpoint.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from remap.data.batches import Batch, batches
+from remap.data.batches import batches
 from remap.distributed.collectives import all_reduce_max
 from remap.engine.step import StepResult
 from remap.engine.training import Training
@@ -129,46 +127,37 @@ def _lower_rate(training: Training) -> str:
 
 
 def _capture(training: Training, result: StepResult) -> str:
-    """Save the images of the step; return where they are, to end a sentence with."""
+    """Write the images of the step for inspection; return where they are, to end a sentence with.
+
+    Each process writes its own part, ``batch-RANK.safetensors``, and the first one ``fault.json``.
+    """
     folder, state, source = training.job.faults, training.state, training.job.source
     if folder is None:
         return ""
-    stream = batches(source, training.plan, state.epoch, result.step)
-    known = {
-        "epoch": state.epoch + 1,
-        "step": result.step + 1,
-        "not_finite": _what_is_not_finite(result),
-        "losses": {name: str(value) for name, value in result.losses.items()},
-        "gradient_norm": str(result.gradient_norm),
-        "learning_rate": result.learning_rate,
-    }
+    rank, stream = training.accelerator.process_index, batches(source, training.plan, state.epoch, result.step)
     try:
         micro_batches = [next(stream) for _ in range(state.accumulation)]
-        write_capture(folder, training.accelerator.process_index, micro_batches, source.split.names, known)
+        indices = torch.cat([torch.from_numpy(batch.indices_B) for batch in micro_batches])
+        tensors = {
+            "images": torch.cat([batch.images_BCHW for batch in micro_batches]).contiguous(),
+            "labels": torch.cat([batch.labels_B for batch in micro_batches]),
+            "indices": indices,
+        }
+        atomic_write.make_folder(folder)
+        atomic_write.write_bytes(folder / f"batch-{rank}.safetensors", save(tensors))
+        if rank == 0:
+            fault = {
+                "epoch": state.epoch + 1,
+                "step": result.step + 1,
+                "not_finite": _what_is_not_finite(result),
+                "losses": {name: str(value) for name, value in result.losses.items()},  # JSON has no NaN
+                "gradient_norm": str(result.gradient_norm),
+                "learning_rate": result.learning_rate,
+                "images": [source.split.names[index] for index in indices.tolist()],
+            }
+            atomic_write.write_json(folder / "fault.json", fault)
         where = f"; the images of the step are in {folder}"
     except RunError as error:  # a full disk must not hide the error that stops the run
         where = f"; the images of the step could not be saved: {error.what}"
     training.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has left
     return where
-
-
-def write_capture(
-    folder: Path, rank: int, micro_batches: Sequence[Batch], names: Sequence[str], known: Mapping[str, Any]
-) -> None:
-    """Write the images of a step for inspection: ``batch-RANK.safetensors`` and, by the first process, ``fault.json``.
-
-    Args:
-        rank: Each process writes its own part of the batch.
-        names: Of all images of the split.
-        known: What else fault.json says about the step.
-    """
-    indices = torch.cat([torch.from_numpy(batch.indices_B) for batch in micro_batches])
-    tensors = {
-        "images": torch.cat([batch.images_BCHW for batch in micro_batches]).contiguous(),
-        "labels": torch.cat([batch.labels_B for batch in micro_batches]),
-        "indices": indices,
-    }
-    atomic_write.make_folder(folder)
-    atomic_write.write_bytes(folder / f"batch-{rank}.safetensors", save(tensors))
-    if rank == 0:
-        atomic_write.write_json(folder / "fault.json", {**known, "images": [names[i] for i in indices.tolist()]})

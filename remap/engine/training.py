@@ -9,16 +9,10 @@ from torch.distributed.tensor import DTensor
 
 from remap.data.batches import Batch, EpochPlan
 from remap.distributed.sharding import is_sharded
-from remap.engine.checkpoint import (
-    State,
-    digest_of,
-    load_checkpoint,
-    require_within_plan,
-    save_checkpoint,
-    snapshot,
-)
+from remap.engine.checkpoint import load_checkpoint, save_checkpoint, snapshot
 from remap.engine.job import Job, StudentStep, epoch_plan, require_divisible
 from remap.engine.optim import adamw
+from remap.engine.state import State, digest_of, require_within_plan
 from remap.errors import RunError
 
 

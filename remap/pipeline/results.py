@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from remap.distributed.launch import accelerator
-from remap.engine.checkpoint import State
 from remap.engine.job import Job, bytes_of_a_run
+from remap.engine.state import State
 from remap.io import atomic_write
 from remap.pipeline.components import RunComponents
 from remap.pipeline.run_status import RunClock

@@ -6,8 +6,8 @@ from typing import Any
 from remap.data.views import listed
 from remap.distributed.device_memory import peak_bytes
 from remap.distributed.launch import accelerator
-from remap.engine.checkpoint import State
 from remap.engine.evaluate import Evaluation, evaluate_as
+from remap.engine.state import State
 from remap.pipeline.components import RunComponents
 from remap.pipeline.training_job import RunRecorder
 from remap.progress import Progress, Silent

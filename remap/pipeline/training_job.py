@@ -9,9 +9,9 @@ from remap.cache.frozen_features import FrozenFeatures
 from remap.distributed.collectives import share_unreadable
 from remap.distributed.launch import accelerator
 from remap.distributed.sharding import gather_full
-from remap.engine.checkpoint import State
 from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.job import Job
+from remap.engine.state import State
 from remap.errors import RunError
 from remap.pipeline.components import RunComponents
 from remap.pipeline.run_status import RunClock

@@ -1,10 +1,16 @@
-"""How gradients travel: what is sent together, and that everything comes back where it was."""
+"""What processes send each other, and that everything comes back where it was."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from remap.distributed import collectives
+
+WORKER = Path(__file__).parent / "workers" / "collectives.py"
 
 
 def _tensors() -> list[Tensor]:
@@ -28,9 +34,16 @@ def test_messages_hold_one_dtype_and_everything_once(monkeypatch: pytest.MonkeyP
 def test_a_message_is_spread_over_its_tensors() -> None:
     tensors = [t for t in _tensors() if t.dtype == torch.float32]
     flat = torch.arange(sum(t.numel() for t in tensors), dtype=torch.float32)
-    collectives._spread(flat, tensors)
+    collectives._copy_back(flat, tensors)
     assert torch.equal(torch.cat([t.reshape(-1) for t in tensors]), flat)
 
 
 def test_nothing_to_send_sends_nothing() -> None:
     assert list(collectives._buckets([])) == []
+
+
+def test_two_processes_exchange_rows_and_json_without_pickle(start_process: Callable[..., subprocess.Popen]) -> None:
+    """Expected values stand in the worker; torch's pickling of objects raises there."""
+    process = start_process("torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from remap.engine import checkpoint_files
-from remap.engine.checkpoint import State, has_checkpoint, load_checkpoint, save_checkpoint, snapshot
+from remap.engine.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint, snapshot
+from remap.engine.state import State
 from remap.errors import RunError, TrainingError
 from remap.io import atomic_write
 from remap.pipeline.run import resume, start
@@ -108,9 +109,12 @@ def test_a_checkpoint_of_another_recipe_is_refused(stopped: Path, tiny: Any) -> 
     [
         (
             "r1+f2-143+30+w1",
-            ("144 training images and 30 without labels then, 143 training", "fingerprint 'f1' then, 'f2'"),
+            (
+                "144 training images and 30 without labels, fingerprint 'f1', then",
+                "143 training images and 30 without labels, fingerprint 'f2', now",
+            ),
         ),
-        ("r1+f1-143+30+w1", ("144 training images and 30 without labels then, 143 training images and 30",)),
+        ("r1+f1-143+30+w1", ("144 training images and 30 without", "143 training images and 30 without")),
         ("r1+f1-144+30+w2", ("their weights differ", "digest 'w1' then, 'w2' now")),
         ("r2+f1-144+30+w1", ("belongs to another recipe", "digest 'r1' then, 'r2' now")),
     ],

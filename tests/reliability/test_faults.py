@@ -239,7 +239,7 @@ def test_a_full_disk_does_not_hide_the_fault(tiny: Any, tmp_path: Path, monkeypa
         raise DiskFull("no room")
 
     Poison("loss", NAN, range(1, 100)).install(monkeypatch)
-    monkeypatch.setattr(non_finite, "write_capture", full)
+    monkeypatch.setattr(non_finite, "save", full)
     with pytest.raises(TrainingError, match="the loss is not finite") as caught:
         start(tiny.recipe(*WATCHED), tmp_path / "run")
     assert "could not be saved: no room" in str(caught.value)

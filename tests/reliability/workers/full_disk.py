@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from remap.engine.checkpoint import State, load_checkpoint, save_checkpoint, snapshot
+from remap.engine.checkpoint import load_checkpoint, save_checkpoint, snapshot
+from remap.engine.state import State
 from remap.errors import RunError
 from remap.io import atomic_write
 from remap.pipeline.run import resume, start

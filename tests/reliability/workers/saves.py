@@ -24,7 +24,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from remap.engine import checkpoint_files
-from remap.engine.checkpoint import State, load_checkpoint, save_checkpoint, snapshot
+from remap.engine.checkpoint import load_checkpoint, save_checkpoint, snapshot
+from remap.engine.state import State
 from remap.errors import RemapError
 
 KILLS = 20

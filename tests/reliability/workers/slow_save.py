@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from remap.engine import training
-from remap.engine.checkpoint import State
+from remap.engine.state import State
 from remap_cli import view
 from remap_cli.main import main
 
