@@ -106,7 +106,7 @@ def load_checkpoint(
         if low == high:
             break
         if number > low:
-            reader.problems.append(f"{checkpoint_files.tensors_path(folder, number)} cannot be read by another process")
+            reader.problems.append(f"{checkpoint_files.path_of(folder, number)} cannot be read by another process")
             number = reader.newest(low)
     if reader.found is None:
         raise RunError(
@@ -114,7 +114,7 @@ def load_checkpoint(
             given="; ".join(reader.problems) or "no generation",
             do="start the run again in another --output",
         )
-    (state, tensors), path = reader.found, checkpoint_files.tensors_path(folder, number)
+    (state, tensors), path = reader.found, checkpoint_files.path_of(folder, number)
     if state.digest != digest:
         raise _belongs_elsewhere(path, plain(state.digest[:100]), digest)
     _require_fit(path, trained, tensors)

@@ -55,14 +55,14 @@ def write(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor])
             do="rename it back, then continue with --resume",
         )
     make_folder(folder)
-    sweep(folder)
+    sweep(folder)  # first, so that there is room
     number = max(_numbers(folder), default=0) + 1
     data = save(dict(tensors))
-    write_bytes(tensors_path(folder, number), data)
+    write_bytes(path_of(folder, number), data)
     digest = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     body = {"format": FORMAT, "generation": number, "tensors": digest, "state": state}
     text = json.dumps({**body, "sha256": _seal(body)}, indent=1, allow_nan=False)
-    write_bytes(_manifest_path(folder, number), text.encode())
+    write_bytes(path_of(folder, number, "json"), text.encode())
     sweep(folder)
 
 
@@ -113,7 +113,7 @@ class Reader(Generic[S]):
             for number in sorted(_numbers(self.folder), reverse=True):
                 if last is None or number <= last:
                     try:
-                        self.found = _retry(tensors_path(self.folder, number), partial(self._read, number))
+                        self.found = _retry(path_of(self.folder, number), partial(self._read, number))
                         return number
                     except _Damaged as problem:
                         self.problems.append(str(problem))
@@ -128,7 +128,7 @@ class Reader(Generic[S]):
         Raises:
             _Damaged: One of the two files is missing or damaged.
         """
-        path, manifest = tensors_path(self.folder, number), _manifest_path(self.folder, number)
+        path, manifest = path_of(self.folder, number), path_of(self.folder, number, "json")
         with _judging(manifest):
             _require_plain(manifest, MOST_JSON_BYTES)
             content = parse_json(read_regular(manifest, MOST_JSON_BYTES))
@@ -171,7 +171,7 @@ def _retry(path: Path, read: Callable[[], S]) -> S:
     for attempt in range(1, TRIES + 1):
         try:
             return read()
-        except _GONE:
+        except _GONE:  # waiting does not bring a file back
             raise
         except (OSError, MemoryError) as error:
             if attempt == TRIES:
@@ -185,13 +185,9 @@ def _retry(path: Path, read: Callable[[], S]) -> S:
     raise AssertionError("the last attempt returns or raises")
 
 
-def tensors_path(folder: Path, number: int) -> Path:
-    """Return where the tensors of a generation are."""
-    return folder / f"{number:06d}.safetensors"
-
-
-def _manifest_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:06d}.json"
+def path_of(folder: Path, number: int, kind: str = "safetensors") -> Path:
+    """Return where the tensors of a generation are, or its manifest ("json")."""
+    return folder / f"{number:06d}.{kind}"
 
 
 def _require_plain(path: Path, limit: int) -> int:

@@ -45,7 +45,7 @@ def train(job: Job, *, resume: bool = False) -> State:
                         set_learning_rate(optimizer, rate)
 
                         # Micro-batches, teachers, losses and backward; then the mean gradient over all processes.
-                        broadcast_(accelerator, training.buffers.tensors)
+                        broadcast_(accelerator, training.buffers)
                         sums = forward_backward(training, update)
                         all_reduce_mean_(accelerator, training.replicated_gradients())
                         norm = clip_gradients(training.parameters.values(), spec.clip_norm)
@@ -98,11 +98,7 @@ def _opened(job: Job, *, resume: bool) -> Iterator[Training]:
 
 
 def _has_checkpoint(job: Job) -> bool:
-    """Whether there is a checkpoint; every process has to call it.
-
-    Raises:
-        RunError: Not every process sees it.
-    """
+    """Whether there is a checkpoint, which all processes have to see."""
     if job.checkpoint is None:
         return False
     here = has_checkpoint(job.checkpoint)
@@ -145,25 +141,16 @@ def _compile_blocks(network: Network) -> None:
 
 
 def _save(training: Training, *, must: bool = False) -> None:
-    """Write a checkpoint, if the run has a folder for them and its weights are finite.
-
-    Raises:
-        BrokenWeights, TrainingError: The weights are not finite.
-        RunError: It cannot be written, and it ``must``.
-    """
+    """Write a checkpoint, if the run has a folder for them; raise where it ``must`` be written and cannot be."""
     if training.job.checkpoint is not None:
         training.count_time()
         training.saved_at = time.perf_counter()
-        require_finite_weights(training)
+        require_finite_weights(training)  # a checkpoint is what a run with broken weights goes back to
         training.write_checkpoint(must=must)
 
 
 def _save_if_due(training: Training) -> None:
-    """Write a checkpoint if enough time has passed or a signal came, and then leave.
-
-    Raises:
-        Interrupted: A signal came to one of the processes.
-    """
+    """Write a checkpoint if enough time has passed; also if a signal came, and raise ``Interrupted`` then."""
     accelerator = training.accelerator
     due = time.perf_counter() - training.saved_at > training.spec.checkpoint_seconds
     # Each process has its own clock and its own signals, and all have to do the same.
@@ -176,22 +163,17 @@ def _save_if_due(training: Training) -> None:
 
 
 def _finish_epoch(training: Training) -> None:
-    """Evaluate, record and save after the last step of an epoch.
-
-    Raises:
-        BrokenWeights, TrainingError: The weights are not finite.
-        Interrupted: A signal came while it evaluated; the steps of the epoch are saved.
-    """
+    """Evaluate, record and save after the last step of an epoch."""
     state, job, done = training.state, training.job, training.state.epoch + 1
     training.count_time()
     require_finite_weights(training)
-    broadcast_(training.accelerator, training.buffers.tensors)  # all evaluate the same student
+    broadcast_(training.accelerator, training.buffers)  # all evaluate the same student
     record: dict[str, Any] = {"epoch": done}
     record |= {name: value / state.counted for name, value in state.loss_sums.items()}
     if done % training.spec.eval_every == 0 or done == training.spec.epochs:
         try:
             record |= job.evaluate()
-        except Interrupted as error:
+        except Interrupted as error:  # the steps of the epoch are done; a resumed run begins with the evaluation
             if not error.at_once:
                 _save(training, must=True)
                 training.accelerator.wait_for_everyone()

@@ -34,7 +34,7 @@ def skip_step(training: Training, result: StepResult) -> None:
         BrokenWeights: What is trained is no longer finite.
         TrainingError: There were too many such steps.
     """
-    training.buffers.restore()  # the forward pass has updated the batch statistics already
+    training.restore_buffers()
     _recover(training, result)
 
 

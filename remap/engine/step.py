@@ -74,7 +74,7 @@ def forward_backward(training: Training, update: int) -> Sums:
     while True:
         # Keyed by the step, so that a step that is done again, here or after a resume, draws the same numbers.
         torch.manual_seed(seed + training.accelerator.process_index)
-        training.buffers.remember()
+        training.remember_buffers()
         sums, out_of_memory = Sums(), ""
         try:
             _accumulate(training, sums)
@@ -86,7 +86,7 @@ def forward_backward(training: Training, update: int) -> Sums:
             out_of_memory = str(error)  # only the text: the error itself keeps the tensors of the step alive
         failed, images = all_reduce_max(training.accelerator, bool(out_of_memory), sums.images)
         if failed:
-            training.buffers.restore()
+            training.restore_buffers()
             halve_micro_batches(training, out_of_memory)
         elif not images:
             _refuse_unreadable(training)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from remap.data.batches import Batch, EpochPlan
@@ -22,7 +22,8 @@ class Training:
     Attributes:
         state: Counters, as a checkpoint stores them. ``load`` puts another one in its place.
         parameters: All that is trained, by name.
-        buffers: What training changes besides parameters.
+        buffers: What training changes besides parameters by the images a process sees: batch statistics, states of
+            losses and of averages. As in torch's DistributedDataParallel, all processes use those of the first one.
         stream: Micro-batches from ``state.step`` on; None where they have to be opened (again).
         sharded: Whether each forward pass needs all processes.
         gradients_checked: Whether it is known that a gradient reaches everything that is trained.
@@ -38,7 +39,8 @@ class Training:
         self.parameters = job.parameters()
         extra = [(name, p) for name, p in self.parameters.items() if name.startswith("objective.")]
         self.optimizer = adamw(job.student, extra, job.peak_lr, self.spec.weight_decay)
-        self.buffers = Buffers({})
+        self.buffers: list[Tensor] = []
+        self._buffers_before: list[Tensor] = []
         self.stream: Iterator[Batch] | None = None
         self.sharded = any(map(is_sharded, (job.student, *(teacher.network for teacher in job.teachers))))
         self.gradients_checked = False
@@ -52,8 +54,20 @@ class Training:
     def start_epoch(self) -> None:
         """Prepare for the remaining steps of epoch ``state.epoch``."""
         self.job.student.attached.train()  # the evaluation before left the model in eval mode
-        self.stream, self.buffers = None, Buffers(self.job.tensors())
+        self.stream, tensors = None, self.job.tensors().values()
+        self.buffers = [t for t in tensors if not isinstance(t, (nn.Parameter, DTensor))]
         self._counted_at = time.perf_counter()  # evaluation is not training time
+
+    @torch.no_grad()
+    def remember_buffers(self) -> None:
+        """Copy the buffers before a step, which may have to be skipped or done again."""
+        self._buffers_before = [tensor.clone() for tensor in self.buffers]
+
+    @torch.no_grad()
+    def restore_buffers(self) -> None:
+        """Put the copied values back: the forward pass has changed them already."""
+        for tensor, before in zip(self.buffers, self._buffers_before, strict=True):
+            tensor.copy_(before)
 
     def replicated_gradients(self) -> list[Tensor]:
         """Return the gradients that the backward pass has not averaged over processes already (FSDP2's)."""
@@ -119,25 +133,3 @@ class Training:
 
     def _require_divisible(self) -> None:
         require_divisible(self.plan.step_images, self.plan.processes, self.plan.accumulation)
-
-
-class Buffers:
-    """Buffers that training changes by the images a process sees (batch statistics, states of losses, of averages).
-
-    Every process uses those of the first one, as in torch's DistributedDataParallel.
-    """
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = [t for t in tensors.values() if not isinstance(t, (torch.nn.Parameter, DTensor))]
-        self._before: list[Tensor] = []
-
-    @torch.no_grad()
-    def remember(self) -> None:
-        """Copy them, before a step that may have to be done again."""
-        self._before = [tensor.clone() for tensor in self.tensors]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the remembered values back."""
-        for tensor, before in zip(self.tensors, self._before, strict=True):
-            tensor.copy_(before)
