@@ -94,6 +94,7 @@ def load_checkpoint(
     Raises:
         RunError: None is complete, one cannot be read, it belongs to another recipe, or it does not fit the model.
     """
+    # The optimiser's moments are twice the parameters, a method's memory may be more.
     usual = sum(tensor.numel() * tensor.element_size() for tensor in trained.values())
     reader = checkpoint_files.Reader(folder, _LIMIT_EXTRA + _LIMIT_FACTOR * usual, parse_state)
     number = reader.newest()
@@ -118,6 +119,7 @@ def load_checkpoint(
     if state.digest != digest:
         raise _belongs_elsewhere(path, plain(state.digest[:100]), digest)
     _require_fit(path, trained, tensors)
+    # Nothing in the job has changed so far: what is refused above leaves it as it was.
     for problem in reader.problems:
         say(f"{problem}; continuing from {path.name}, what came after is trained again")
     for name, parameter in trained.items():

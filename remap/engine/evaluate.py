@@ -66,7 +66,7 @@ def evaluate(
         with defer_signals():
             one_pass = _Pass(network, runner, source, features, accelerator, progress, what, skip_bad)
             while (predictions := one_pass.run(batch_size)) is None:
-                batch_size //= 2
+                batch_size //= 2  # from the start: the counts of the failed pass are thrown away
                 progress.say(f"out of memory: {what} is evaluated in batches of {batch_size}")
     finally:
         runner.tap.close()
@@ -103,7 +103,7 @@ class _Pass:
                 out_of_memory = self._classify(indices, classes, batch_size > 1)
                 unreadable = bool(self.source.bad) and not self.skip_bad
                 any_out_of_memory, any_unreadable = all_reduce_max(self.accelerator, out_of_memory, unreadable)
-                if any_unreadable:
+                if any_unreadable:  # on all processes at once, or the others would wait for the one that raises
                     require_readable(self.source, self.what, self.skip_bad)
                     raise ProcessLost(f"another process cannot read one of the {self.what} images")
                 if any_out_of_memory:

@@ -98,6 +98,7 @@ class Job:
 
     def made_of_student(self) -> list[Network]:
         """Return the student, and the teachers that share tensors with it or follow it."""
+        # These have to be sharded together with it: a tensor cannot be sharded in one network and full in another.
         students = {id(parameter) for parameter in self.student.model.parameters()}
         networks = [self.student]
         for teacher in self.teachers:
@@ -113,11 +114,13 @@ class Job:
 
 def parameters_of(student: Network, objective: Objective) -> dict[str, nn.Parameter]:
     """Return ``Job.parameters`` where there is no job yet."""
+    # The prefix keeps projectors apart from the student's names, in checkpoints and in the optimiser's groups.
     return student.trained | {f"objective.{name}": p for name, p in objective.named_parameters() if p.requires_grad}
 
 
 def tensors_of(student: Network, objective: Objective, teachers: Sequence[Teacher]) -> dict[str, Tensor]:
     """Return ``Job.tensors`` where there is no job yet."""
+    # keep_vars: the parameters themselves, by which the optimiser's moments are found.
     changing = {f"objective.{name}": tensor for name, tensor in objective.state_dict(keep_vars=True).items()}
     for teacher in teachers:
         changing |= teacher.tensors()

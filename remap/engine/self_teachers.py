@@ -17,6 +17,7 @@ def untuned_copy(backbone: Backbone, classes: tuple[str, ...]) -> Network:
 
     After the method is attached, ``copy_trained_tensors`` gives it copies of what will be trained.
     """
+    # deepcopy takes what is in its memo as copied already, so these tensors are shared.
     memo: dict[int, Tensor] = {id(tensor): tensor for tensor in backbone.model.parameters()}
     memo |= {id(tensor): tensor for tensor in backbone.model.buffers()}
     model = copy.deepcopy(backbone.model, memo)

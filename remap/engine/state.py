@@ -71,8 +71,9 @@ def parse_state(content: object) -> State:
     try:
         state = _STATE.validate_python(content)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors()[0]  # one is enough to know that the file is damaged
         raise ValueError(f"state {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    # The epoch decides where training continues, the history is what the run reports: they have to agree.
     epochs = [record.get("epoch") for record in state.history]
     if len(epochs) != state.epoch or epochs != list(range(1, len(epochs) + 1)):
         raise ValueError("history is not one record for each finished epoch")

@@ -37,6 +37,7 @@ class Training:
         self._require_divisible()
         self.module = StudentStep(job.student, job.objective, bf16=job.bf16).to(self.accelerator.device)
         self.parameters = job.parameters()
+        # Projectors of the objective are trained with the student's parameters.
         extra = [(name, p) for name, p in self.parameters.items() if name.startswith("objective.")]
         self.optimizer = adamw(job.student, extra, job.peak_lr, self.spec.weight_decay)
         self.buffers: list[Tensor] = []
