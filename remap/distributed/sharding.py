@@ -91,10 +91,7 @@ class Sharding:
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Turn the networks back into plain modules with full parameters, which keep their current values.
-
-        Every process has to call it.
-        """
+        """Turn the networks back into plain modules with the current values; every process has to call it."""
         device = torch.device("cpu")
         for module, name, parameter in self.parameters:
             if not parameter.numel():  # else it is shared with another module, and was filled there

@@ -109,13 +109,13 @@ def load_checkpoint(
         if number > low:
             reader.problems.append(f"{checkpoint_files.path_of(folder, number)} cannot be read by another process")
             number = reader.newest(low)
-    if reader.found is None:
+    if reader.loaded is None:
         raise RunError(
             f"no checkpoint in {folder} is complete",
             given="; ".join(reader.problems) or "no generation",
             do="start the run again in another --output",
         )
-    (state, tensors), path = reader.found, checkpoint_files.path_of(folder, number)
+    (state, tensors), path = reader.loaded, checkpoint_files.path_of(folder, number)
     if state.digest != digest:
         raise _belongs_elsewhere(path, plain(state.digest[:100]), digest)
     _require_fit(path, trained, tensors)

@@ -90,7 +90,7 @@ class Reader(Generic[S]):
         parse: Checks the state of a manifest; raises a ValueError where something is wrong with it.
 
     Attributes:
-        found: State and tensors of the generation that was read last.
+        loaded: State and tensors of the generation that was read last.
         problems: One sentence for each damaged generation.
         refusal: Why a file could not be read at all.
     """
@@ -99,7 +99,7 @@ class Reader(Generic[S]):
         self.folder, self.limit, self.parse = folder, limit, parse
         self.problems: list[str] = []
         self.refusal: RunError | None = None
-        self.found: tuple[S, dict[str, Tensor]] | None = None
+        self.loaded: tuple[S, dict[str, Tensor]] | None = None
 
     def newest(self, last: int | None = None) -> int:
         """Read the newest complete generation that is not after ``last``.
@@ -108,12 +108,12 @@ class Reader(Generic[S]):
             Its number, 0 if there is none. ``UNREADABLE`` if a file could not be read, see ``refusal``: its content
             is not known, and continuing from an older one would throw it away.
         """
-        self.found = None
+        self.loaded = None
         try:
             for number in sorted(_numbers(self.folder), reverse=True):
                 if last is None or number <= last:
                     try:
-                        self.found = _retry(path_of(self.folder, number), partial(self._read, number))
+                        self.loaded = _retry(path_of(self.folder, number), partial(self._read, number))
                         return number
                     except _Damaged as problem:
                         self.problems.append(str(problem))
