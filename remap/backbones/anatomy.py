@@ -159,6 +159,23 @@ class Anatomy:
         return self.grid[0] * self.grid[1]
 
     @property
+    def attention_blocks(self) -> tuple[AttentionBlock, ...]:
+        """All blocks, as blocks of attention and MLP.
+
+        Raises:
+            BackboneError: Some block is another one.
+        """
+        blocks = tuple(block for block in self.blocks if isinstance(block, AttentionBlock))
+        if len(blocks) != self.depth:
+            raise BackboneError(
+                f"{self.depth - len(blocks)} of {self.depth} blocks of this backbone have no attention",
+                given=f"family {self.family}",
+                allowed="families whose blocks have attention and an MLP, such as vit and swin",
+                do="choose a transformer, or a method for convolutional networks",
+            )
+        return blocks
+
+    @property
     def parts(self) -> frozenset[str]:
         """What a method can count on here; the words are those of ``families.PARTS``."""
         return FAMILIES.row(self.family).parts
