@@ -182,7 +182,7 @@ def _sized(name: str, arguments: dict[str, Any], image_size: int | None) -> dict
     with torch.device("meta"):
         model, _ = create(name, "none", {"pretrained": False})
     anatomy = anatomy_of(model)
-    sizes = FAMILIES.load(anatomy.family).size_arguments(model, anatomy, image_size)
+    sizes = FAMILIES.load(anatomy.family)().size_arguments(model, anatomy, image_size)
     # Where preprocessing, and networks that take any size, read it.
     overlay = {**arguments.get("pretrained_cfg_overlay", {}), "input_size": (3, image_size, image_size)}
     return {**arguments, **sizes, "pretrained_cfg_overlay": overlay}

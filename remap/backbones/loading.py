@@ -156,7 +156,7 @@ def require_fit(name: str, arguments: dict[str, Any], stored: int) -> None:
 
 @contextmanager
 def _noting_missing(missing: list[str]) -> Iterator[None]:
-    """timm loads with ``strict=False`` when the number of classes differs, and then says nothing of what is missing."""
+    """Timm loads with ``strict=False`` when the number of classes differs, and then says nothing of what is missing."""
     original = nn.Module.load_state_dict
 
     def load_state_dict(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -49,9 +49,8 @@ def save_model_folder(model: nn.Module, folder: Path, shape: Mapping[str, object
 
 
 def require_free(folder: Path) -> None:
-    """
-    Raises:
-        RunError: There is something of that name, or nothing can have it.
+    """Raises:
+    RunError: There is something of that name, or nothing can have it.
     """
     unfit = unfit_for_a_place(folder)
     if unfit:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 from timm.layers import (
+    AttentionPoolLatent,
     RotaryEmbeddingMixed,
     RotaryEmbeddingMRope,
     resample_abs_pos_embed,
@@ -13,7 +14,8 @@ from timm.layers import (
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, Projection, tensor_at
-from remap.backbones.families.base import linear, mlp_projections
+from remap.backbones.families.reading import linear, mlp_projections, tensor_path
+from remap.backbones.typed import submodule
 from remap.errors import BackboneError
 
 # Where a tensor belongs: a block by number, the attention pool behind the last block, or none of them.
@@ -110,18 +112,19 @@ def layout_of(model: nn.Module, anatomy: Anatomy) -> Layout:
             allowed="families with one sequence of tokens: plain, rotary and relative-position vision transformers",
             do="leave student.init out, or choose two models of one of these families",
         )
-    units: dict[Place, Unit] = {i: Unit(b.heads, b.head_dim, b.mlp_hidden) for i, b in enumerate(anatomy.blocks)}
-    gated = "fc1_gate" in anatomy.blocks[0].projections
+    blocks = anatomy.attention_blocks
+    units: dict[Place, Unit] = {i: Unit(b.heads, b.head_dim, b.mlp_hidden) for i, b in enumerate(blocks)}
+    gated = "fc1_gate" in blocks[0].projections
     layout = Layout(anatomy.width, anatomy.depth, _rotary(model), gated, units)
-    for index, block in enumerate(anatomy.blocks):
+    for index, block in enumerate(blocks):
         _add_projections(layout, model, index, block.projections)
         for norm in block.norms:
             _add_norm(layout, model, index, norm.removeprefix(f"{block.block}."), norm)
         for word, path in (("attn_scale", block.attn_scale), ("mlp_scale", block.mlp_scale)):
             if path is not None:
                 layout.pieces[index, word] = Piece(path, (WIDTH,), absent=1.0)
-        table = f"{block.attn}.relative_position_bias_table"
-        if getattr(model.get_submodule(block.attn), "relative_position_bias_table", None) is not None:
+        table = tensor_path(model, f"{block.attn}.relative_position_bias_table")
+        if table is not None:
             layout.pieces[index, "table"] = _table(table, anatomy)
     _add_outside(layout, model, anatomy)
     if getattr(model, "attn_pool", None) is not None:
@@ -132,11 +135,6 @@ def layout_of(model: nn.Module, anatomy: Anatomy) -> Layout:
         if name not in claimed and not anatomy.is_head(name):
             layout.pieces[OUTSIDE, name] = Piece(name, (FIXED,) * parameter.ndim)
     return layout
-
-
-def pooled_features(model: nn.Module, images: Tensor) -> Tensor:
-    """What enters the classifier, (B, D)."""
-    return model.forward_head(model.forward_features(images), pre_logits=True)
 
 
 def resized(piece: Piece, tensor: Tensor, target: Piece, shape: torch.Size) -> Tensor:
@@ -158,7 +156,8 @@ def _rotary(model: nn.Module) -> Rotary | None:
     if rope is None:
         return None
     by_axis = {RotaryEmbeddingMixed: False, RotaryEmbeddingMRope: None}.get(type(rope), True)
-    return Rotary(type(rope).__name__, bool(getattr(model.blocks[0].attn, "rotate_half", False)), by_axis)
+    half = getattr(model.get_submodule("blocks.0.attn"), "rotate_half", False)
+    return Rotary(type(rope).__name__, bool(half), by_axis)
 
 
 _ROWS = {"q": HEADS, "k": HEADS, "v": HEADS, "o": WIDTH, "fc1": HIDDEN, "fc1_gate": HIDDEN, "fc2": WIDTH}
@@ -190,8 +189,9 @@ def _add_outside(layout: Layout, model: nn.Module, anatomy: Anatomy) -> None:
     pieces, grid = layout.pieces, anatomy.grid
     kernel = (WIDTH, FIXED, FIXED, FIXED)
     pieces[OUTSIDE, "patch.weight"] = Piece("patch_embed.proj.weight", kernel, resize="patch", grid=grid)
-    if model.patch_embed.proj.bias is not None:
-        pieces[OUTSIDE, "patch.bias"] = Piece("patch_embed.proj.bias", (WIDTH,), absent=0.0)
+    patch_bias = tensor_path(model, "patch_embed.proj.bias")
+    if patch_bias is not None:
+        pieces[OUTSIDE, "patch.bias"] = Piece(patch_bias, (WIDTH,), absent=0.0)
     for norm in anatomy.embedding_norms:
         if not norm.startswith("attn_pool."):
             _add_norm(layout, model, OUTSIDE, norm, norm, WIDTH)
@@ -226,7 +226,7 @@ def _table(path: str, anatomy: Anatomy) -> Piece:
 
 
 def _add_pool(layout: Layout, model: nn.Module) -> None:
-    pool = model.attn_pool
+    pool = submodule(model, "attn_pool", AttentionPoolLatent)
     width = pool.kv.weight.shape[0] // 2
     words = {
         "k": linear(model, "attn_pool.kv", slice(0, width)),

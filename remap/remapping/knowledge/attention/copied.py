@@ -276,5 +276,5 @@ def _bias(v: Projection, owner: nn.Module) -> Tensor:
 
 def _replace_result(model: nn.Module, index: int, block: AttentionBlock, maps: CopiedMaps) -> RemovableHandle:
     norm = f"{block.attn}.norm"
-    reader = module_at(model, norm if norm in block.norms else block.proj)
+    reader = module_at(model, norm if norm in block.norms else block.projections["o"].path)
     return reader.register_forward_pre_hook(partial(maps.replace, index, block.heads), prepend=True)
