@@ -123,7 +123,7 @@ class ConvBlock(Block):
     branch_end: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Anatomy:
     """Shape and parts of one backbone.
 
@@ -140,21 +140,21 @@ class Anatomy:
     family: str
     width: int
     depth: int
-    heads: int
-    head_dim: int
-    mlp_hidden: int
     image_size: tuple[int, int]
     patch_size: tuple[int, int]
     grid: tuple[int, int]
-    num_prefix_tokens: int
-    has_class_token: bool
-    class_token_pooled: bool
     input_module: str
-    block_input_norm: str | None
     embedding_norms: tuple[str, ...]
     final_norm: str | None
     classifier_heads: tuple[str, ...]
     blocks: tuple[Block, ...]
+    heads: int = 0
+    head_dim: int = 0
+    mlp_hidden: int = 0
+    num_prefix_tokens: int = 0
+    has_class_token: bool = False
+    class_token_pooled: bool = False
+    block_input_norm: str | None = None
 
     @property
     def num_patches(self) -> int:
@@ -229,7 +229,7 @@ def set_fused_attention(model: nn.Module, anatomy: Anatomy, enabled: bool) -> No
 
 def rest_of_forward(model: nn.Module, anatomy: Anatomy, index: int, x: Tensor) -> Tensor:
     """Run a model from the input of block ``index`` on, see ``Family.rest_of_forward``."""
-    return FAMILIES.load(anatomy.family)().rest_of_forward(model, anatomy, index, x)
+    return FAMILIES.load(anatomy.family)().rest_of_forward(model, index, x)
 
 
 def admit_tokens(model: nn.Module, anatomy: Anatomy, count: int, first: int = 0) -> Callable[[], None]:
@@ -237,11 +237,11 @@ def admit_tokens(model: nn.Module, anatomy: Anatomy, count: int, first: int = 0)
 
     Rotary models leave them without a rotation, relative position biases are 0 for them. See ``Family.admit_tokens``.
     """
-    return FAMILIES.load(anatomy.family)().admit_tokens(model, anatomy, count, first)
+    return FAMILIES.load(anatomy.family)().admit_tokens(model, count, first)
 
 
 def watch_attention(
     model: nn.Module, anatomy: Anatomy, index: int, keep: Callable[[AttentionScores], None], *, values: bool = False
 ) -> list[RemovableHandle]:
     """Call ``keep`` with the scores of block ``index`` in every forward, see ``Family.watch_attention``."""
-    return FAMILIES.load(anatomy.family)().watch_attention(model, anatomy, index, keep, values=values)
+    return FAMILIES.load(anatomy.family)().watch_attention(model, index, keep, values=values)

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Any, Generic
+from typing import Any, ClassVar, Generic
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -13,13 +13,19 @@ from remap.backbones.typed import M, as_timm
 from remap.errors import BackboneError
 
 Undo = Callable[[], None]
+KeepScores = Callable[[AttentionScores], None]
 
 
 class Family(ABC, Generic[M]):
     """One family of timm models, of the class ``M``. It has no state: a model is passed to every function.
 
     The families are the only place that spells timm's attribute names.
+
+    Attributes:
+        name: Of its row in the table.
     """
+
+    name: ClassVar[str]
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
@@ -30,7 +36,7 @@ class Family(ABC, Generic[M]):
         """Return the anatomy of a model that matches. Changes nothing."""
 
     @abstractmethod
-    def rest_of_forward(self, model: M, anatomy: Anatomy, index: int, x: Tensor) -> Tensor:
+    def rest_of_forward(self, model: M, index: int, x: Tensor) -> Tensor:
         """Run a model from the input of block ``index`` to what ``forward_features`` returns.
 
         Args:
@@ -57,21 +63,21 @@ class Family(ABC, Generic[M]):
         """Return the arguments of timm's constructor that make a smaller shape; the rest is the architecture's."""
         return {"depth": depth}
 
-    def remove_blocks(self, model: M, anatomy: Anatomy, indices: Sequence[int]) -> None:
+    def remove_blocks(self, model: M, indices: Sequence[int]) -> None:
         """Take blocks out of a model, in place; with no indices only check that it can be done.
 
         Raises:
             BackboneError: The blocks are not one list of equal, independent ones.
         """
         raise BackboneError(
-            f"blocks of the family '{anatomy.family}' cannot be taken out",
+            f"blocks of the family '{self.name}' cannot be taken out",
             given=type(model).__name__,
             allowed="networks with one list of equal blocks: vit, eva, beit",
         )
 
-    def unprunable(self, model: M, anatomy: Anatomy) -> str | None:
+    def unprunable(self, model: M) -> str | None:
         """Return why heads, MLP units and channels of a model cannot be cut, or None."""
-        return f"its family is '{anatomy.family}'"
+        return f"its family is '{self.name}'"
 
     def set_heads(self, model: M, block: AttentionBlock, heads: int, head_dim: int) -> None:
         """Tell the attention of a block, whose layers were cut, its new numbers of heads and dimensions."""
@@ -81,7 +87,7 @@ class Family(ABC, Generic[M]):
         """Tell a model, whose layers were cut, its new number of channels."""
         raise NotImplementedError(f"{type(self).__name__} is not prunable")
 
-    def admit_tokens(self, model: M, anatomy: Anatomy, count: int, first: int = 0) -> Undo:
+    def admit_tokens(self, model: M, count: int, first: int = 0) -> Undo:
         """Make blocks accept ``count`` tokens between the prefix and the patches; the caller inserts them.
 
         The change is part of the model's state without being in its state dict: a deep copy has it too. Calls add
@@ -93,11 +99,9 @@ class Family(ABC, Generic[M]):
         Raises:
             BackboneError: The blocks have no single sequence of tokens, or can only take more tokens together.
         """
-        raise _no_sequence(anatomy, "take more tokens", "use a method without prompt tokens")
+        raise self._no_sequence("take more tokens", "use a method without prompt tokens")
 
-    def watch_attention(
-        cls, model: M, anatomy: Anatomy, index: int, keep: Callable[[AttentionScores], None], *, values: bool = False
-    ) -> list[RemovableHandle]:
+    def watch_attention(self, model: M, index: int, keep: KeepScores, *, values: bool = False) -> list[RemovableHandle]:
         """Call ``keep`` with the scores of block ``index`` in every forward, whichever attention kernel runs.
 
         Args:
@@ -109,17 +113,16 @@ class Family(ABC, Generic[M]):
         Raises:
             BackboneError: There is no attention over the whole image.
         """
-        raise _no_sequence(
-            anatomy, "show attention", "leave attention out: use losses such as ce, kd or feature (--losses ce,kd)"
+        raise self._no_sequence(
+            "show attention", "leave attention out: use losses such as ce, kd or feature (--losses ce,kd)"
         )
 
-
-def _no_sequence(anatomy: Anatomy, what: str, do: str) -> BackboneError:
-    return BackboneError(
-        f"a backbone of the family '{anatomy.family}' cannot {what}: it has no attention over the whole image",
-        allowed="families with one sequence of tokens: plain, rotary and relative-position vision transformers",
-        do=do,
-    )
+    def _no_sequence(self, what: str, do: str) -> BackboneError:
+        return BackboneError(
+            f"a backbone of the family '{self.name}' cannot {what}: it has no attention over the whole image",
+            allowed="families with one sequence of tokens: plain, rotary and relative-position vision transformers",
+            do=do,
+        )
 
 
 def require_size(model: nn.Module, image_size: int, fits: Callable[[int], bool], rule: str) -> None:

@@ -1,6 +1,5 @@
 """BEiT and BEiT v2: vision transformers whose attention has a relative position bias."""
 
-from collections.abc import Callable
 from typing import Any
 
 from timm.models import checkpoint
@@ -11,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.anatomy import Anatomy, AttentionBlock, AttentionScores
-from remap.backbones.families.base import Undo
+from remap.backbones.families.base import KeepScores, Undo
 from remap.backbones.families.reading import MLPS, admit_into_bias, admitted_tokens, attention_block, exactly
 from remap.backbones.families.sequence import SequenceFamily, attention_of, sequence_anatomy, watch_values
 from remap.errors import BackboneError
@@ -21,6 +20,8 @@ PREFIX = 1  # the class token
 
 class Beit(SequenceFamily[TimmBeit]):
     """timm's ``Beit``."""
+
+    name = "beit"
 
     def matches(self, model: nn.Module) -> bool:
         return (
@@ -36,9 +37,9 @@ class Beit(SequenceFamily[TimmBeit]):
         def read_block(path: str, grid: tuple[int, int]) -> AttentionBlock:
             return attention_block(model, path, width=model.embed_dim, grid=grid)
 
-        return sequence_anatomy(model, "beit", read_block, num_prefix_tokens=PREFIX)
+        return sequence_anatomy(model, self.name, read_block, num_prefix_tokens=PREFIX)
 
-    def rest_of_forward(self, model: TimmBeit, anatomy: Anatomy, index: int, x: Tensor) -> Tensor:
+    def rest_of_forward(self, model: TimmBeit, index: int, x: Tensor) -> Tensor:
         shared = model.rel_pos_bias() if model.rel_pos_bias is not None else None
         for block in model.blocks[index:]:
             if model.grad_checkpointing:
@@ -47,7 +48,7 @@ class Beit(SequenceFamily[TimmBeit]):
                 x = block(x, shared_rel_pos_bias=shared)
         return model.norm(x)
 
-    def admit_tokens(self, model: TimmBeit, anatomy: Anatomy, count: int, first: int = 0) -> Undo:
+    def admit_tokens(self, model: TimmBeit, count: int, first: int = 0) -> Undo:
         shared = model.rel_pos_bias
         if first and shared is not None:
             raise BackboneError(
@@ -55,7 +56,7 @@ class Beit(SequenceFamily[TimmBeit]):
                 given=f"more tokens from block {first} on",
                 do="let them enter at the first block",
             )
-        attentions = [attention_of(model, index, Attention) for index in range(first, anatomy.depth)]
+        attentions = [attention_of(model, index, Attention) for index in range(first, len(model.blocks))]
         own = [attention for attention in attentions if attention.relative_position_bias_table is not None]
         undo = admit_into_bias(own, "_get_rel_pos_bias", _block_bias, count)
         undo_shared = admit_into_bias([] if shared is None else [shared], "forward", _shared_bias, count)
@@ -67,13 +68,7 @@ class Beit(SequenceFamily[TimmBeit]):
         return undo_both
 
     def watch_attention(
-        self,
-        model: TimmBeit,
-        anatomy: Anatomy,
-        index: int,
-        keep: Callable[[AttentionScores], None],
-        *,
-        values: bool = False,
+        self, model: TimmBeit, index: int, keep: KeepScores, *, values: bool = False
     ) -> list[RemovableHandle]:
         attention, this_pass = attention_of(model, index, Attention), dict[str, Any]()
 

@@ -26,6 +26,8 @@ class ConvNeXt(Family[TimmConvNeXt]):
     The linear layers of the MLP may be 1x1 convolutions.
     """
 
+    name = "convnext"
+
     def matches(self, model: nn.Module) -> bool:
         return exactly(model, TimmConvNeXt) and all(
             exactly(block, ConvNeXtBlock)
@@ -52,20 +54,14 @@ class ConvNeXt(Family[TimmConvNeXt]):
         final_norm = next(iter(real(model, ("norm_pre", "head.norm"))), None)
         downsamples = (f"stages.{stage}.downsample.0" for stage in range(len(strides)))
         return Anatomy(
-            family="convnext",
+            family=self.name,
             width=model.head_hidden_size,
             depth=len(blocks),
-            heads=0,
-            head_dim=0,
             mlp_hidden=blocks[-1].projections["fc1"].stop,
             image_size=image,
             patch_size=(strides[0], strides[0]),
             grid=blocks[-1].grid,
-            num_prefix_tokens=0,
-            has_class_token=False,
-            class_token_pooled=False,
             input_module="stem",
-            block_input_norm=None,
             embedding_norms=real(model, (stem_norm, *downsamples)),
             final_norm=final_norm,
             classifier_heads=("head.fc",),
@@ -75,7 +71,7 @@ class ConvNeXt(Family[TimmConvNeXt]):
     def size_arguments(self, model: TimmConvNeXt, anatomy: Anatomy, image_size: int) -> dict[str, Any]:
         return size_of_convolutions(model, image_size)
 
-    def rest_of_forward(self, model: TimmConvNeXt, anatomy: Anatomy, index: int, x: Tensor) -> Tensor:
+    def rest_of_forward(self, model: TimmConvNeXt, index: int, x: Tensor) -> Tensor:
         return model.norm_pre(rest_of_stages(_stages(model), index, x))
 
 

@@ -1,6 +1,6 @@
 """Transformers of timm's Eva class, most of them rotary: EVA, EVA-02, DINOv3, Perception Encoder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, cat, nn
 from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.anatomy import Anatomy, AttentionScores
-from remap.backbones.families.base import Undo
+from remap.backbones.families.base import KeepScores, Undo
 from remap.backbones.families.reading import MLPS, attention_block, exactly
 from remap.backbones.families.sequence import SequenceFamily, sequence_anatomy, watch_queries_and_keys
 from remap.errors import BackboneError
@@ -22,6 +22,8 @@ RotaryAttention = EvaAttention | AttentionRope
 
 class Eva(SequenceFamily[TimmEva]):
     """timm's ``Eva`` with its pre-norm block, as many key heads as query heads and no gate."""
+
+    name = "eva"
 
     def matches(self, model: nn.Module) -> bool:
         return (
@@ -33,10 +35,10 @@ class Eva(SequenceFamily[TimmEva]):
     def read(self, model: TimmEva) -> Anatomy:
         read_block = partial(attention_block, model, width=model.embed_dim)
         return sequence_anatomy(
-            model, "eva", lambda path, grid: read_block(path, grid=grid), num_prefix_tokens=model.num_prefix_tokens
+            model, self.name, lambda path, grid: read_block(path, grid=grid), num_prefix_tokens=model.num_prefix_tokens
         )
 
-    def rest_of_forward(self, model: TimmEva, anatomy: Anatomy, index: int, x: Tensor) -> Tensor:
+    def rest_of_forward(self, model: TimmEva, index: int, x: Tensor) -> Tensor:
         rope = _rope(model)
         for number, block in enumerate(model.blocks[index:], start=index):
             # A mixed embedding has one row of angles a block.
@@ -44,17 +46,17 @@ class Eva(SequenceFamily[TimmEva]):
             x = checkpoint(block, x, rope=angles) if model.grad_checkpointing else block(x, rope=angles)
         return model.norm(x)
 
-    def remove_blocks(self, model: TimmEva, anatomy: Anatomy, indices: Sequence[int]) -> None:
+    def remove_blocks(self, model: TimmEva, indices: Sequence[int]) -> None:
         if model.rope_mixed:
             raise BackboneError(
                 "blocks with rotations of their own cannot be taken out",
                 given=f"{type(model).__name__} with a mixed rotary embedding",
                 allowed="networks whose blocks share their positions",
             )
-        super().remove_blocks(model, anatomy, indices)
+        super().remove_blocks(model, indices)
 
-    def admit_tokens(self, model: TimmEva, anatomy: Anatomy, count: int, first: int = 0) -> Undo:
-        attentions = [_attention(model, index) for index in range(first, anatomy.depth)]
+    def admit_tokens(self, model: TimmEva, count: int, first: int = 0) -> Undo:
+        attentions = [_attention(model, index) for index in range(first, len(model.blocks))]
 
         def admit(count: int) -> None:
             # Tokens of the prefix keep their queries and keys unrotated.
@@ -65,13 +67,7 @@ class Eva(SequenceFamily[TimmEva]):
         return lambda: admit(-count)
 
     def watch_attention(
-        self,
-        model: TimmEva,
-        anatomy: Anatomy,
-        index: int,
-        keep: Callable[[AttentionScores], None],
-        *,
-        values: bool = False,
+        self, model: TimmEva, index: int, keep: KeepScores, *, values: bool = False
     ) -> list[RemovableHandle]:
         attention, ropes = _attention(model, index), list[Tensor | None]()
 

@@ -57,13 +57,11 @@ def extend_attention(attention: nn.Module, more: MoreKeysAndValues) -> Undo:
 
 
 def _plain_forward(attention: Attention, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    q, k, v = _heads(attention, x)
-    q, k = attention.q_norm(q), attention.k_norm(k)
-    return _output(attention, _attend(attention, q, k, v, resolve_self_attn_mask(x.shape[1], q, attn_mask, is_causal)))
+    return _rotary_forward(attention, x, None, attn_mask, is_causal)
 
 
 def _rotary_forward(
-    attention: RotaryAttention,
+    attention: Attention | RotaryAttention,
     x: Tensor,
     rope: Tensor | None = None,
     attn_mask: Tensor | None = None,
@@ -71,7 +69,8 @@ def _rotary_forward(
 ) -> Tensor:
     q, k, v = _heads(attention, x)
     q, k = attention.q_norm(q), attention.k_norm(k)
-    q, k = rotated(attention, q, rope), rotated(attention, k, rope)
+    if not isinstance(attention, Attention):
+        q, k = rotated(attention, q, rope), rotated(attention, k, rope)
     return _output(attention, _attend(attention, q, k, v, resolve_self_attn_mask(x.shape[1], q, attn_mask, is_causal)))
 
 

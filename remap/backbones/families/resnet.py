@@ -17,6 +17,8 @@ STAGES = ("layer1", "layer2", "layer3", "layer4")
 class ResNet(Family[TimmResNet]):
     """timm's ``ResNet`` with basic or bottleneck blocks. Blocks take and give (B, D, H, W)."""
 
+    name = "resnet"
+
     def matches(self, model: nn.Module) -> bool:
         return exactly(model, TimmResNet) and all(
             exactly(block, BasicBlock, Bottleneck) for stage in STAGES for block in getattr(model, stage)
@@ -38,20 +40,13 @@ class ResNet(Family[TimmResNet]):
             if (path == stem or path.startswith(f"{stem}.")) and is_norm(module)
         ]
         return Anatomy(
-            family="resnet",
+            family=self.name,
             width=model.head_hidden_size,
             depth=len(blocks),
-            heads=0,
-            head_dim=0,
-            mlp_hidden=0,
             image_size=image,
             patch_size=(strides["layer1"], strides["layer1"]),
             grid=blocks[-1].grid,
-            num_prefix_tokens=0,
-            has_class_token=False,
-            class_token_pooled=False,
             input_module="conv1",
-            block_input_norm=None,
             embedding_norms=tuple(stem_norms),
             final_norm=None,
             classifier_heads=("fc",),
@@ -61,7 +56,7 @@ class ResNet(Family[TimmResNet]):
     def size_arguments(self, model: TimmResNet, anatomy: Anatomy, image_size: int) -> dict[str, Any]:
         return size_of_convolutions(model, image_size)
 
-    def rest_of_forward(self, model: TimmResNet, anatomy: Anatomy, index: int, x: Tensor) -> Tensor:
+    def rest_of_forward(self, model: TimmResNet, index: int, x: Tensor) -> Tensor:
         blocks = [block for stage in STAGES for block in getattr(model, stage)]
         return run_blocks(blocks[index:], x, model.grad_checkpointing)
 

@@ -27,7 +27,7 @@ SelfAttention = Attention | EvaAttention | AttentionRope | BeitAttention
 class SequenceFamily(Family[M]):
     """A family whose blocks are one list in ``model.blocks``."""
 
-    def remove_blocks(self, model: M, anatomy: Anatomy, indices: Sequence[int]) -> None:
+    def remove_blocks(self, model: M, indices: Sequence[int]) -> None:
         blocks = model.get_submodule("blocks")
         assert isinstance(blocks, nn.Sequential | nn.ModuleList)
         for index in sorted(indices, reverse=True):

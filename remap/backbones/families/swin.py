@@ -35,6 +35,8 @@ from remap.backbones.typed import submodule
 class Swin(Family[SwinTransformer]):
     """timm's ``SwinTransformer`` (version 1). A block takes (B, H, W, D); its norm2 and MLP see (B, H*W, D)."""
 
+    name = "swin"
+
     def matches(self, model: nn.Module) -> bool:
         return exactly(model, SwinTransformer) and all(
             exactly(block, SwinTransformerBlock) and exactly(block.attn, WindowAttention) and exactly(block.mlp, Mlp)
@@ -57,7 +59,7 @@ class Swin(Family[SwinTransformer]):
         last, embedding = blocks[-1], submodule(model, "patch_embed", PatchEmbed)
         downsamples = (f"layers.{stage}.downsample.norm" for stage in range(len(model.layers)))
         return Anatomy(
-            family="swin",
+            family=self.name,
             width=model.head_hidden_size,
             depth=len(blocks),
             heads=last.heads,
@@ -66,11 +68,7 @@ class Swin(Family[SwinTransformer]):
             image_size=pair(embedding.img_size),
             patch_size=pair(embedding.patch_size),
             grid=last.grid,
-            num_prefix_tokens=0,
-            has_class_token=False,
-            class_token_pooled=False,
             input_module="patch_embed",
-            block_input_norm=None,
             embedding_norms=real(model, ("patch_embed.norm", *downsamples)),
             final_norm=next(iter(real(model, ("norm",))), None),
             classifier_heads=("head.fc",),
@@ -91,7 +89,7 @@ class Swin(Family[SwinTransformer]):
         require_size(model, image_size, fits, rule)
         return {"img_size": image_size}
 
-    def rest_of_forward(self, model: SwinTransformer, anatomy: Anatomy, index: int, x: Tensor) -> Tensor:
+    def rest_of_forward(self, model: SwinTransformer, index: int, x: Tensor) -> Tensor:
         return model.norm(rest_of_stages(_stages(model), index, x))
 
 

@@ -1,6 +1,5 @@
 """Plain vision transformers: ViT, DeiT, DeiT-III, DINOv2, CLIP and SigLIP towers."""
 
-from collections.abc import Callable
 from typing import Any
 
 from timm.layers import Attention
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.anatomy import Anatomy, AttentionBlock, AttentionScores
-from remap.backbones.families.base import Undo
+from remap.backbones.families.base import KeepScores, Undo
 from remap.backbones.families.reading import MLPS, attention_block, exactly, pair, run_blocks
 from remap.backbones.families.sequence import SequenceFamily, attention_of, sequence_anatomy, watch_queries_and_keys
 from remap.backbones.typed import submodule
@@ -17,6 +16,8 @@ from remap.backbones.typed import submodule
 
 class PlainViT(SequenceFamily[VisionTransformer]):
     """timm's ``VisionTransformer`` with its standard block."""
+
+    name = "vit"
 
     def matches(self, model: nn.Module) -> bool:
         return (
@@ -39,7 +40,7 @@ class PlainViT(SequenceFamily[VisionTransformer]):
         embedding: Any = model.patch_embed
         return sequence_anatomy(
             model,
-            "vit",
+            self.name,
             read_block,
             num_prefix_tokens=model.num_prefix_tokens,
             # The ratio, because the hybrid stems have a patch size of 1 behind a strided network.
@@ -47,7 +48,7 @@ class PlainViT(SequenceFamily[VisionTransformer]):
             distilled=hasattr(model, "dist_token"),
         )
 
-    def rest_of_forward(self, model: VisionTransformer, anatomy: Anatomy, index: int, x: Tensor) -> Tensor:
+    def rest_of_forward(self, model: VisionTransformer, index: int, x: Tensor) -> Tensor:
         return model.norm(run_blocks(model.blocks[index:], x, model.grad_checkpointing))
 
     def shape_arguments(self, anatomy: Anatomy, depth: int, width: int, heads: int, mlp: int) -> dict[str, object]:
@@ -58,7 +59,7 @@ class PlainViT(SequenceFamily[VisionTransformer]):
         ratio = ratio if int(width * ratio) == mlp else (mlp + 0.5) / width
         return {"depth": depth, "embed_dim": width, "num_heads": heads, "mlp_ratio": ratio}
 
-    def unprunable(self, model: VisionTransformer, anatomy: Anatomy) -> str | None:
+    def unprunable(self, model: VisionTransformer) -> str | None:
         pooled = getattr(model, "attn_pool", None) is not None
         return "it pools by attention, with heads of its own" if pooled else None
 
@@ -70,18 +71,12 @@ class PlainViT(SequenceFamily[VisionTransformer]):
     def set_width(self, model: VisionTransformer, width: int) -> None:
         model.embed_dim = model.num_features = model.head_hidden_size = width
 
-    def admit_tokens(self, model: VisionTransformer, anatomy: Anatomy, count: int, first: int = 0) -> Undo:
+    def admit_tokens(self, model: VisionTransformer, count: int, first: int = 0) -> Undo:
         # Plain attention takes a sequence of any length.
         return lambda: None
 
     def watch_attention(
-        self,
-        model: VisionTransformer,
-        anatomy: Anatomy,
-        index: int,
-        keep: Callable[[AttentionScores], None],
-        *,
-        values: bool = False,
+        self, model: VisionTransformer, index: int, keep: KeepScores, *, values: bool = False
     ) -> list[RemovableHandle]:
         attention = attention_of(model, index, Attention)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from remap.backbones.anatomy import Anatomy, AttentionBlock, anatomy_of, module_at
 from remap.backbones.build import Backbone
-from remap.backbones.saving import require_free, save_model_folder
+from remap.backbones.model_folder import require_free, save_model_folder
 from remap.errors import BackboneError
 from remap.remapping.architecture.blocks import Batches, evenly, least_missed, require_one_list, take_out
 from remap.remapping.architecture.shrink_options import ShrinkSpec
