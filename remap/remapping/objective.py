@@ -67,7 +67,7 @@ class LossTerm(nn.Module):
         """What this term keeps of the teacher, one row an image (first dimension B); detached.
 
         An item's name says all about it besides the teacher: terms whose items have the same name share one, and it
-        is kept on disk under that name. ``remap.remapping.items`` has the names.
+        is kept on disk under that name. ``remap.remapping.targets`` has the names.
         """
         return {}
 

@@ -16,7 +16,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, AttentionBlock, anatomy_of, module_at, set_fused_attention
-from remap.remapping.architecture.blocks import Batches, features
+from remap.remapping.architecture.remove_blocks import Batches, features
 
 Criterion = Literal["taylor", "magnitude"]
 Scores = Callable[[], dict[str, Tensor]]

@@ -14,7 +14,7 @@ from remap.backbones.anatomy import Anatomy, AttentionBlock, anatomy_of, module_
 from remap.backbones.build import Backbone
 from remap.backbones.model_folder import require_free, save_model_folder
 from remap.errors import BackboneError
-from remap.remapping.architecture.blocks import Batches, evenly, least_missed, require_one_list, take_out
+from remap.remapping.architecture.remove_blocks import Batches, evenly, least_missed, require_one_list, take_out
 from remap.remapping.architecture.shrink_options import ShrinkSpec
 
 

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from remap.backbones.anatomy import Anatomy, AttentionBlock, Block, ConvBlock, module_at
 from remap.backbones.model_folder import require_free, save_model_folder
 from remap.errors import BackboneError
-from remap.remapping.architecture.blocks import has_one_list, require_one_list, take_out
+from remap.remapping.architecture.remove_blocks import has_one_list, require_one_list, take_out
 from remap.remapping.architecture.shrink import Shape, constructor_arguments
 from remap.tuning.attaching import Combined
 from remap.tuning.base import Attached, Method, Options, insert_module, inserted_parameters, is_inserted

@@ -15,9 +15,9 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torchdistill.losses.mid_level import ATLoss, DISTLoss, PKTLoss, RKDLoss, SKDInstanceLoss
 
-from remap.remapping.items import LOGITS, POOLED, logits_of, pooled_of
-from remap.remapping.knowledge.features.parts import TokenTerm, pooled
-from remap.remapping.knowledge.logits.plain import answer_to_teacher
+from remap.remapping.targets import LOGITS, POOLED, logits_of, pooled_of
+from remap.remapping.knowledge.features.terms import TokenTerm, pooled
+from remap.remapping.knowledge.logits.distillation import answer_to_teacher
 from remap.remapping.labels import Labels
 from remap.remapping.objective import LossTerm, Pair
 from remap.remapping.signals import Needs, Signals, float32_region

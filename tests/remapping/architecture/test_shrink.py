@@ -21,7 +21,7 @@ from remap.backbones.build import Backbone, build
 from remap.errors import BackboneError, RunError
 from remap.recipe.schema import ShrinkSpec
 from remap.remapping.architecture import shrink as module
-from remap.remapping.architecture.blocks import evenly, least_missed
+from remap.remapping.architecture.remove_blocks import evenly, least_missed
 from remap.remapping.architecture.pruning import prune_inside, prune_width
 from remap.remapping.architecture.shrink import Shrunk, ratio_of, shrink
 

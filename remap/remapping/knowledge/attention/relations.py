@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
 from remap.remapping.alignment import resize_tokens
-from remap.remapping.knowledge.attention.blocks import BlockTerm, heads_of
+from remap.remapping.knowledge.attention.block_term import BlockTerm, heads_of
 from remap.remapping.objective import Pair
 from remap.remapping.signals import Attention, Needs, float32_region
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remap.errors import BackboneError
-from remap.remapping.knowledge.features.parts import Generator, TokenTerm, token_pairs
+from remap.remapping.knowledge.features.terms import Generator, TokenTerm, token_pairs
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Pair
 from remap.remapping.signals import Signals, float32_region

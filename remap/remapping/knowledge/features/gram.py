@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from remap.remapping.knowledge.features.parts import Layers, TokenTerm, token_pairs
+from remap.remapping.knowledge.features.terms import Layers, TokenTerm, token_pairs
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Pair
 from remap.remapping.signals import Signals, float32_region

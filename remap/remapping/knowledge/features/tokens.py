@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
 from remap.remapping.alignment import pair_blocks
-from remap.remapping.items import prefix_name, prefix_of
-from remap.remapping.knowledge.features.parts import (
+from remap.remapping.targets import prefix_name, prefix_of
+from remap.remapping.knowledge.features.terms import (
     Distance,
     Layers,
     Projector,

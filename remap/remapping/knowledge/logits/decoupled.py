@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from remap.remapping.items import LOGITS
-from remap.remapping.knowledge.logits.plain import LogitsTerm, answer_to_teacher, kl_at_temperature
+from remap.remapping.targets import LOGITS
+from remap.remapping.knowledge.logits.distillation import LogitsTerm, answer_to_teacher, kl_at_temperature
 from remap.remapping.labels import Labels
 from remap.remapping.signals import Signals
 from remap.tuning.base import Options

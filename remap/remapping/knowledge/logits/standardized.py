@@ -9,8 +9,8 @@ from torch import Tensor
 
 from remap.registry import did_you_mean
 from remap.remapping import LOSSES
-from remap.remapping.items import LOGITS
-from remap.remapping.knowledge.logits.plain import LogitsTerm, answer_to_teacher
+from remap.remapping.targets import LOGITS
+from remap.remapping.knowledge.logits.distillation import LogitsTerm, answer_to_teacher
 from remap.remapping.labels import Labels
 from remap.remapping.objective import LossTerm, Pair
 from remap.remapping.signals import Needs, Signals

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from remap.remapping.items import POOLED
-from remap.remapping.knowledge.features.parts import PooledTerm, pooled
+from remap.remapping.targets import POOLED
+from remap.remapping.knowledge.features.terms import PooledTerm, pooled
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Pair
 from remap.remapping.signals import Signals, float32_region

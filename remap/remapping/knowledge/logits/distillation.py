@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from remap.remapping.items import LOGITS, logits_of
+from remap.remapping.targets import LOGITS, logits_of
 from remap.remapping.labels import Labels
 from remap.remapping.objective import LossTerm
 from remap.remapping.signals import Signals
