@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, anatomy_of, classifier_parameters
 from remap.backbones.families import FAMILIES
+from remap.backbones.families.base import family_of
 from remap.backbones.loading import create, in_cache_or_reachable, require_fit, weight_arguments
 from remap.backbones.lookup import require_known
 from remap.backbones.names import preset_of, resolve_name
@@ -167,7 +168,7 @@ def _sized(name: str, arguments: dict[str, Any], image_size: int | None) -> dict
     with torch.device("meta"):
         model, _ = create(name, "none", {"pretrained": False})
     anatomy = anatomy_of(model)
-    sizes = FAMILIES.load(anatomy.family)().size_arguments(model, anatomy, image_size)
+    sizes = family_of(anatomy).size_arguments(model, anatomy, image_size)
     # Where preprocessing, and networks that take any size, read it.
     overlay = {**arguments.get("pretrained_cfg_overlay", {}), "input_size": (3, image_size, image_size)}
     return {**arguments, **sizes, "pretrained_cfg_overlay": overlay}

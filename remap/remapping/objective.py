@@ -3,7 +3,8 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import reduce
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,23 +96,23 @@ class Objective(nn.Module):
 
     @property
     def uses_teacher(self) -> bool:
-        return any(term.uses_teacher for term in self.terms.values())
+        return any(term.uses_teacher for term in self._named_terms().values())
 
     def reads_teacher(self, teacher: int) -> bool:
-        """Whether any term reads what this teacher says."""
-        return bool(self._listeners(teacher))
+        """Return whether any term uses this teacher."""
+        return bool(self._terms_of(teacher))
 
     def student_needs(self) -> Needs:
-        return _union([term.student_needs() for term in self.terms.values()])
+        return _union([term.student_needs() for term in self._named_terms().values()])
 
     def teacher_needs(self, teacher: int = 0) -> Needs:
-        return _union([term.teacher_needs() for term in self._listeners(teacher).values()])
+        return _union([term.teacher_needs() for term in self._terms_of(teacher)])
 
     @torch.no_grad()
     def targets(self, signals: Signals, teacher: int = 0) -> dict[str, Tensor]:
         """The items of one teacher that its terms want, by item name, one row an image."""
         found: dict[str, Tensor] = {}
-        for term in self._listeners(teacher).values():
+        for term in self._terms_of(teacher):
             # ``float()`` returns a float32 tensor itself, graph and all: detach whatever a term hands over.
             found |= {key: value.detach() for key, value in term.target(signals).items() if key not in found}
         return found
@@ -131,20 +132,19 @@ class Objective(nn.Module):
             student = replace(student, head_logits=())
         parts: dict[str, Tensor] = {}
         total = torch.zeros((), device=labels.classes_B.device)
-        for name, term in self.terms.items():
+        for name, term in self._named_terms().items():
             value = term(student, targets[self.teacher_of[name]] if term.uses_teacher else {}, labels)
             parts[name] = value.detach()
             total = total + self.weights[name] * value
         return total, parts
 
-    def _listeners(self, teacher: int) -> dict[str, LossTerm]:
-        return {
-            name: term for name, term in self.terms.items() if term.uses_teacher and self.teacher_of[name] == teacher
-        }
+    def _named_terms(self) -> dict[str, LossTerm]:
+        return {name: cast(LossTerm, term) for name, term in self.terms.items()}
+
+    def _terms_of(self, teacher: int) -> list[LossTerm]:
+        named = self._named_terms()
+        return [term for name, term in named.items() if term.uses_teacher and self.teacher_of[name] == teacher]
 
 
 def _union(needs: Sequence[Needs]) -> Needs:
-    result = Needs()
-    for one in needs:
-        result = result | one
-    return result
+    return reduce(Needs.__or__, needs, Needs())

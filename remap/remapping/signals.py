@@ -7,12 +7,13 @@ P prefix tokens (class, distillation, registers).
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, AttentionScores, module_at, watch_attention
+from remap.backbones.typed import as_timm
 from remap.errors import BackboneError
 from remap.tuning.seam import Seam
 
@@ -91,6 +92,9 @@ class Tokens:
     has_class_token: bool
 
 
+Part = TypeVar("Part", Attention, Tokens)
+
+
 @dataclass(frozen=True)
 class Signals:
     """Outputs of one forward pass. A field that was not asked for is None or absent.
@@ -108,15 +112,16 @@ class Signals:
     def leaves(self) -> "Signals":
         """The same values as leaves of new graphs."""
 
-        def leaf(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.detach().requires_grad_()
+        def leaf(tensor: Tensor) -> Tensor:
+            return tensor.detach().requires_grad_()
 
-        def fresh(part: Attention | Tokens) -> Any:
-            return replace(part, **{k: leaf(v) for k, v in vars(part).items() if isinstance(v, Tensor)})
+        def fresh(part: Part) -> Part:
+            tensors: dict[str, Any] = {k: leaf(v) for k, v in vars(part).items() if isinstance(v, Tensor)}
+            return replace(part, **tensors)
 
         return Signals(
             leaf(self.logits_BC),
-            leaf(self.pooled_BD),
+            None if self.pooled_BD is None else leaf(self.pooled_BD),
             {index: fresh(part) for index, part in self.attention.items()},
             {index: fresh(part) for index, part in self.tokens.items()},
             tuple(leaf(logits) for logits in self.head_logits),
@@ -171,21 +176,21 @@ class Tap:
 
     def _keeper(self, index: int) -> Callable[[AttentionScores], None]:
         def keep(scores: AttentionScores) -> None:
-            # Gradient checkpointing runs the block again in the backward pass; what it makes then is not ours to hold.
+            # Gradient checkpointing runs the block again in the backward pass; what it makes then is not recorded.
             if self._running:
                 self._scores[index] = scores
 
         return keep
 
     def _token_keeper(self, index: int) -> Callable[[nn.Module, tuple, Tensor], None]:
-        def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+        def keep(_module: nn.Module, _args: tuple, output: Tensor) -> None:
             if self._running:
                 self._tokens[index] = output
 
         return keep
 
     def _head_keeper(self, path: str) -> Callable[[nn.Module, tuple, Tensor], None]:
-        def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+        def keep(_module: nn.Module, args: tuple, output: Tensor) -> None:
             if self._running:
                 self._pooled[path], self._logits[path] = args[0], output
 
@@ -200,11 +205,13 @@ class Tap:
         self._running = True
         try:
             if kept is None:
-                features = self.model.forward_features(images_BCHW)
+                assert images_BCHW is not None  # they may be left out for the rest alone
+                features = as_timm(self.model).forward_features(images_BCHW)
                 if self.anatomy.depth in self.needs.tokens:
                     self._tokens[self.anatomy.depth] = features
-                logits = self.model.forward_head(features)
+                logits = as_timm(self.model).forward_head(features)
             else:
+                assert self.seam is not None
                 logits = self.seam.rest(kept, images_BCHW, whole_blocks=bool(self.needs.blocks))
             return Signals(
                 logits,
@@ -249,14 +256,14 @@ class Tap:
             map_BhwD = x if block.channels_last else x.movedim(1, -1)
             patches = map_BhwD.flatten(1, 2)
             return Tokens(patches, patches[:, :0], (map_BhwD.shape[1], map_BhwD.shape[2]), False)
-        prefix, patches = anatomy.num_prefix_tokens, anatomy.num_patches
+        prefix, expected = anatomy.num_prefix_tokens, anatomy.num_prefix_tokens + anatomy.num_patches
         # Prompts are taken off again behind the last block, or in front of the next one.
-        extra = x.shape[1] - prefix - patches
+        extra = x.shape[1] - expected
         if extra not in (0, self.extra_tokens):
             raise BackboneError(
                 "the tokens behind a block are not those the loss expects",
                 given=f"{x.shape[1]} tokens behind block {index}",
-                allowed=f"{prefix + patches}, or {prefix + self.extra_tokens + patches} with prompts",
+                allowed=f"{expected}, or {expected + self.extra_tokens} with prompts",
                 do="use images of the backbone's own size, without patch dropout",
             )
         return Tokens(x[:, prefix + extra :], x[:, :prefix], anatomy.grid, anatomy.has_class_token)

@@ -6,8 +6,7 @@ import pytest
 import timm
 import torch
 
-from remap.backbones.anatomy import anatomy_of, module_at
-from remap.backbones.anatomy import admit_tokens
+from remap.backbones.anatomy import admit_tokens, anatomy_of, module_at
 from remap.errors import BackboneError
 from remap.remapping.signals import Attention, Needs, Tap, float32_region
 

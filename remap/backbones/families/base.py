@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.anatomy import Anatomy, AttentionBlock, AttentionScores
+from remap.backbones.families import FAMILIES
 from remap.backbones.typed import M, as_timm
 from remap.errors import BackboneError
 
@@ -123,6 +124,11 @@ class Family(ABC, Generic[M]):
             allowed="families with one sequence of tokens: plain, rotary and relative-position vision transformers",
             do=do,
         )
+
+
+def family_of(anatomy: Anatomy) -> Family[Any]:
+    """Return the family that read an anatomy."""
+    return FAMILIES.load(anatomy.family)()
 
 
 def require_size(model: nn.Module, image_size: int, fits: Callable[[int], bool], rule: str) -> None:

@@ -54,10 +54,7 @@ class PlainViT(SequenceFamily[VisionTransformer]):
     def shape_arguments(self, anatomy: Anatomy, depth: int, width: int, heads: int, mlp: int) -> dict[str, object]:
         if "fc1_gate" in anatomy.blocks[0].projections:
             return {"depth": depth}
-        # timm rounds the product of ratio and width down.
-        ratio = mlp / width
-        ratio = ratio if int(width * ratio) == mlp else (mlp + 0.5) / width
-        return {"depth": depth, "embed_dim": width, "num_heads": heads, "mlp_ratio": ratio}
+        return {"depth": depth, "embed_dim": width, "num_heads": heads, "mlp_ratio": mlp_ratio(mlp, width)}
 
     def unprunable(self, model: VisionTransformer) -> str | None:
         pooled = getattr(model, "attn_pool", None) is not None
@@ -84,3 +81,9 @@ class PlainViT(SequenceFamily[VisionTransformer]):
             keep(AttentionScores(q * attention.scale, k, v_BHTh=v))
 
         return watch_queries_and_keys(attention, ready, values=values)
+
+
+def mlp_ratio(hidden: int, width: int) -> float:
+    """Return the ratio from which timm computes exactly ``hidden`` units: it rounds their product down."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width

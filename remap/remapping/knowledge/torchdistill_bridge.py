@@ -15,12 +15,12 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torchdistill.losses.mid_level import ATLoss, DISTLoss, PKTLoss, RKDLoss, SKDInstanceLoss
 
-from remap.remapping.targets import LOGITS, POOLED, logits_of, pooled_of
 from remap.remapping.knowledge.features.terms import TokenTerm, pooled
 from remap.remapping.knowledge.logits.distillation import answer_to_teacher
 from remap.remapping.labels import Labels
 from remap.remapping.objective import LossTerm, Pair
 from remap.remapping.signals import Needs, Signals, float32_region
+from remap.remapping.targets import LOGITS, POOLED, logits_of, pooled_of
 from remap.tuning.base import Options
 
 PATH = "signal"
@@ -175,7 +175,7 @@ class Torchdistill(TokenTerm):
 
         loss: LossName = "RKDLoss"
         signal: Signal = "pooled"
-        options: dict[str, Scalar] = {}
+        options: dict[str, Scalar] = Field(default_factory=dict)
 
         @field_validator("loss", mode="before")
         @classmethod

@@ -8,7 +8,6 @@ from remap.backbones.families.layout import Place
 from remap.errors import BackboneError
 from remap.remapping.weights.base import (
     Images,
-    Side,
     WeightInit,
     differences,
     dimensions,
@@ -16,7 +15,7 @@ from remap.remapping.weights.base import (
     places,
     require_nowhere_larger,
 )
-from remap.remapping.weights.transfer import Plan, UnitPlan
+from remap.remapping.weights.transfer import Plan, Side, UnitPlan
 from remap.tuning.base import Options
 
 
@@ -41,7 +40,7 @@ class WeightSelection(WeightInit):
 
 
 def even_unit(teacher: Side, student: Side, place: Place, source: Place) -> UnitPlan:
-    """Evenly spaced heads, dimensions and MLP units."""
+    """Return evenly spaced heads, dimensions and MLP units."""
     one, other = teacher.layout.units[source], student.layout.units[place]
     rotary = teacher.layout.rotary if isinstance(place, int) else None
     return UnitPlan(
@@ -59,10 +58,13 @@ class Layers(WeightInit):
     """
 
     class Config(Options):
+        """Options."""
+
         which: Literal["uniform", "first", "last"] = Field(
             default="uniform", description="which of the teacher's blocks the student takes"
         )
 
+    config: Config
     name = "layers"
 
     def plan(self, teacher: Side, student: Side, sample: Images | None) -> Plan:
@@ -88,7 +90,7 @@ class Layers(WeightInit):
 
 
 def spread(teacher: int, student: int) -> list[int]:
-    """Blocks from the first to the last at even distances, halves rounded up; a single one is the last."""
+    """Return blocks from the first to the last at even distances, halves rounded up; a single one is the last."""
     if student == 1:
         return [teacher - 1]
     return [(2 * i * (teacher - 1) + student - 1) // (2 * (student - 1)) for i in range(student)]

@@ -4,9 +4,10 @@ Letters: B batch, T all tokens of a block, S the shared tokens {class, patches} 
 h head width.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
@@ -17,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from remap.backbones.anatomy import Anatomy, AttentionBlock, Projection, module_at
 from remap.backbones.build import Backbone, build
 from remap.backbones.preprocess import Preprocess, PreprocessSpec
+from remap.backbones.typed import layer_at
 from remap.errors import BackboneError, RunError
 from remap.remapping.alignment import Interpolation, pair_blocks, resize_attention, to_shared_tokens
 from remap.remapping.signals import Needs, Tap
@@ -77,16 +79,13 @@ class AttentionCopy(Method):
         # The student's draws go on afterwards as if there were no teacher.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             teacher = build(self.config.teacher, self.config.weights, 1, preset=self.config.preset)
-        facts: dict[str, Any] = {"trainable": (), "seam": FeatureSeam(model, anatomy)}
-        if self.config.trains == "all":
-            full = Full().attach(model, anatomy)
-            facts = {"trainable": full.trainable, "no_decay": full.no_decay, "tuned_modules": full.tuned_modules}
-            full.detach()
+        full = Full().attach(model, anatomy) if self.config.trains == "all" else None
+        if full is not None:
+            full.detach()  # read for what it names; this method attaches it
         maps = CopiedMaps(TeacherMaps(teacher, PreprocessSpec.of(model), anatomy, self.config), anatomy)
         insert_module(model, _PATH, maps)
         handles = [module_at(model, anatomy.input_module).register_forward_pre_hook(maps.begin, prepend=True)]
-        for index, block in enumerate(anatomy.blocks):
-            assert isinstance(block, AttentionBlock)
+        for index, block in enumerate(anatomy.attention_blocks):
             module = module_at(model, block.block)
             handles.append(module.register_forward_pre_hook(partial(maps.enter, index), prepend=True))
             if index in maps.teacher.pairs:
@@ -94,7 +93,17 @@ class AttentionCopy(Method):
             if index + 1 < anatomy.depth:
                 handles.append(module.register_forward_hook(maps.leave))
                 maps.late.append((module, handles[-1].id))
-        return Attached(model, anatomy, identity_at_init=False, added=[_PATH], handles=handles, **facts)
+        return Attached(
+            model,
+            anatomy,
+            trainable=full.trainable if full else (),
+            no_decay=full.no_decay if full else (),
+            tuned_modules=full.tuned_modules if full else (),
+            seam=None if full else FeatureSeam(model, anatomy),
+            identity_at_init=False,
+            added=[_PATH],
+            handles=handles,
+        )
 
 
 class TeacherMaps:
@@ -144,6 +153,8 @@ class CopiedMaps(nn.Module):
     maps. The hooks are partials of bound methods, which ``copy.deepcopy`` binds to the copied module.
     """
 
+    teacher_sha256: Tensor
+
     def __init__(self, teacher: TeacherMaps, anatomy: Anatomy) -> None:
         super().__init__()
         self.teacher, self.patches = teacher, anatomy.num_patches
@@ -161,7 +172,7 @@ class CopiedMaps(nn.Module):
         """Forward pre-hook of the module that takes the image."""
         if not torch.compiler.is_compiling():
             for late, number in self.late:
-                late._forward_hooks.move_to_end(number)
+                cast(OrderedDict[int, Any], late._forward_hooks).move_to_end(number)
             self.late = []
             self._require_same_teacher()
         self._maps = self.teacher(args[0])
@@ -193,7 +204,7 @@ class CopiedMaps(nn.Module):
         self._v_BTD = v_BTD if owner is None else v_BTD + _bias(v, owner)
 
     def make_values(
-        self, v: Projection, layer: nn.Module, owner: nn.Module | None, attention: nn.Module, args: tuple
+        self, v: Projection, layer: nn.Linear | nn.Conv2d, owner: nn.Module | None, attention: nn.Module, args: tuple
     ) -> None:
         """Forward pre-hook of attention that reads a layer's weight past the layer."""
         self._v_BTD = F.linear(args[0], layer.weight[v.rows], None if owner is None else _bias(v, owner))
@@ -201,6 +212,7 @@ class CopiedMaps(nn.Module):
     def replace(self, index: int, heads: int, module: nn.Module, args: tuple) -> tuple:
         """Forward pre-hook of what takes the heads' results, (B, T, D), side by side."""
         own_BTD, (v_BTD, self._v_BTD) = args[0], (self._v_BTD, None)
+        assert v_BTD is not None  # the values' hook runs in front of this one
         map_BHSS = self._now[index]
         between = own_BTD.shape[1] - map_BHSS.shape[-1]
         sizes = [map_BHSS.shape[-1] - self.patches, between, self.patches]
@@ -235,6 +247,9 @@ class CopiedMaps(nn.Module):
 class _Pixels(nn.Module):
     """From a student's normalised image back to pixels from 0 to 255."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, spec: PreprocessSpec) -> None:
         super().__init__()
         self.register_buffer("mean", 255.0 * torch.tensor(spec.mean).view(1, 3, 1, 1))
@@ -258,9 +273,9 @@ def _head_by_head(student: Anatomy, teacher: Anatomy, student_block: int, teache
 
 def _watch_values(model: nn.Module, block: AttentionBlock, maps: CopiedMaps) -> RemovableHandle:
     v = block.projections["v"]
-    layer = module_at(model, v.path)
-    apart = v.bias is not None and v.bias != f"{v.path}.bias"
-    owner = module_at(model, v.bias.rpartition(".")[0]) if apart else None
+    layer = layer_at(model, v.path)
+    # A bias that the attention adds itself, behind the layer.
+    owner = None if v.bias in (None, f"{v.path}.bias") else module_at(model, str(v.bias).rpartition(".")[0])
     if not v.called:
         attention = module_at(model, block.attn)
         return attention.register_forward_pre_hook(partial(maps.make_values, v, layer, owner))
@@ -270,7 +285,7 @@ def _watch_values(model: nn.Module, block: AttentionBlock, maps: CopiedMaps) -> 
 
 
 def _bias(v: Projection, owner: nn.Module) -> Tensor:
-    bias = getattr(owner, v.bias.rpartition(".")[2])
+    bias = getattr(owner, str(v.bias).rpartition(".")[2])
     return bias[v.bias_start : v.bias_start + v.stop - v.start]
 
 

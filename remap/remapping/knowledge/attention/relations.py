@@ -1,5 +1,7 @@
-"""Distillation of relations between tokens. B batch, H heads, h head width, S the shared tokens {class, patches},
-D = H h the attention width, R relation heads."""
+"""Distillation of relations between tokens.
+
+B batch, H heads, h head width, S the shared tokens {class, patches}, D = H h the attention width, R relation heads.
+"""
 
 from math import gcd
 from typing import Literal
@@ -91,7 +93,7 @@ class Relations(BlockTerm):
     def read(self, attention: Attention, grid: tuple[int, int]) -> dict[str, Tensor]:
         scale = attention.q_BHSh.shape[-1] ** 0.5
         of = {"q": (attention.q_BHSh, scale), "k": (attention.k_BHSh, 1.0), "v": (attention.v_BHSh, 1.0)}
-        found = {}
+        found: dict[str, Tensor] = {}
         for what in self.config.relations:
             x_BHSh, factor = of[what]
             assert x_BHSh is not None, "the tap was not told to keep values"
@@ -113,7 +115,7 @@ def attention_width(anatomy: Anatomy, block: int) -> int:
 
 
 def log_relations(x_BSD: Tensor, heads: int) -> Tensor:
-    """log softmax(X X^T / sqrt(d_r)) of each relation head, (B, R, S, S), in float32."""
+    """Log softmax(X X^T / sqrt(d_r)) of each relation head, (B, R, S, S), in float32."""
     with float32_region(x_BSD):
         x_BRSd = x_BSD.float().unflatten(-1, (heads, -1)).transpose(1, 2)
         return (x_BRSd @ x_BRSd.mT * x_BRSd.shape[-1] ** -0.5).log_softmax(dim=-1)

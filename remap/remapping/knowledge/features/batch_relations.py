@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from remap.remapping.targets import POOLED
 from remap.remapping.knowledge.features.terms import PooledTerm, pooled
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Pair
 from remap.remapping.signals import Signals, float32_region
+from remap.remapping.targets import POOLED
 from remap.tuning.base import Options
 
 # Squared distances below it count as none: the root has no gradient there.
@@ -128,7 +128,8 @@ class SimilarityPreserving(BatchRelation):
     name = "spkd"
 
     def compare(self, ours_BD: Tensor, theirs_BD: Tensor) -> Tensor:
-        return F.mse_loss(*(F.normalize(one @ one.mT, dim=1) for one in (ours_BD, theirs_BD)))
+        ours_BB, theirs_BB = (F.normalize(one @ one.mT, dim=1) for one in (ours_BD, theirs_BD))
+        return F.mse_loss(ours_BB, theirs_BB)
 
 
 def _gram(features_BD: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remap.remapping.targets import POOLED
 from remap.remapping.knowledge.features.terms import PooledTerm, pooled
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Pair
 from remap.remapping.signals import Signals, float32_region
+from remap.remapping.targets import POOLED
 from remap.tuning.base import Options
 
 

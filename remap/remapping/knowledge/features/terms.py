@@ -14,9 +14,9 @@ from torch.nn.utils.parametrizations import orthogonal
 from remap.backbones.anatomy import Anatomy, Block
 from remap.errors import BackboneError
 from remap.remapping.alignment import pair_blocks, resize_tokens
-from remap.remapping.targets import patches_name, pooled_of
 from remap.remapping.objective import LossTerm, Pair
 from remap.remapping.signals import Needs, Signals
+from remap.remapping.targets import patches_name, pooled_of
 from remap.tuning.base import Options
 
 Projector = Literal["linear", "orthogonal", "none"]

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
 from remap.remapping.alignment import pair_blocks
-from remap.remapping.targets import prefix_name, prefix_of
 from remap.remapping.knowledge.features.terms import (
     Distance,
     Layers,
@@ -23,6 +22,7 @@ from remap.remapping.knowledge.features.terms import (
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Pair
 from remap.remapping.signals import Signals, float32_region
+from remap.remapping.targets import prefix_name, prefix_of
 from remap.tuning.base import Options
 
 

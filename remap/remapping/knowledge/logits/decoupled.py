@@ -11,10 +11,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from remap.remapping.targets import LOGITS
 from remap.remapping.knowledge.logits.distillation import LogitsTerm, answer_to_teacher, kl_at_temperature
 from remap.remapping.labels import Labels
 from remap.remapping.signals import Signals
+from remap.remapping.targets import LOGITS
 from remap.tuning.base import Options
 
 
@@ -50,12 +50,12 @@ class DecoupledDistillation(LogitsTerm):
         student_BC, teacher_BC = answer_to_teacher(student).float(), target[LOGITS].float()
         class_B = labels.main_or(teacher_BC.argmax(dim=1))
         student_BO, teacher_BO = _others(student_BC, class_B), _others(teacher_BC, class_B)
-        pairs = (
+        of_student, of_teacher = (
             # logsumexp of the others' logits is the one logit that stands for all of them.
             torch.stack([_of_class(x_BC, class_B) / temperature, torch.logsumexp(x_BO / temperature, dim=1)], dim=1)
             for x_BC, x_BO in ((student_BC, student_BO), (teacher_BC, teacher_BO))
         )
-        of_class = kl_at_temperature(*pairs, temperature=1.0) * temperature**2
+        of_class = kl_at_temperature(of_student, of_teacher, temperature=1.0) * temperature**2
         of_others = kl_at_temperature(student_BO, teacher_BO, temperature)
         return self.config.alpha * of_class + self.config.beta * of_others
 

@@ -7,16 +7,17 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from remap.remapping.targets import LOGITS, logits_of
 from remap.remapping.labels import Labels
 from remap.remapping.objective import LossTerm
 from remap.remapping.signals import Signals
+from remap.remapping.targets import LOGITS, logits_of
 from remap.tuning.base import Options
 
 
 def answer_to_labels(student: Signals) -> Tensor:
     """The student's logits that labels are compared with: those of the class token, if a distillation token has its
-    own (Touvron et al. 2021, DeiT, arXiv 2012.12877) and learns from a teacher (``Objective`` sees to that)."""
+    own (Touvron et al. 2021, DeiT, arXiv 2012.12877) and learns from a teacher (``Objective`` sees to that).
+    """
     return student.head_logits[0] if student.head_logits else student.logits_BC
 
 

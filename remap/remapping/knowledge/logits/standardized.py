@@ -9,11 +9,11 @@ from torch import Tensor
 
 from remap.registry import did_you_mean
 from remap.remapping import LOSSES
-from remap.remapping.targets import LOGITS
 from remap.remapping.knowledge.logits.distillation import LogitsTerm, answer_to_teacher
 from remap.remapping.labels import Labels
 from remap.remapping.objective import LossTerm, Pair
 from remap.remapping.signals import Needs, Signals
+from remap.remapping.targets import LOGITS
 from remap.tuning.base import Options
 
 BASE_TEMPERATURE = 2.0
