@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from remap.backbones.anatomy import Anatomy, classifier_parameters, set_fused_attention
 from remap.backbones.build import Backbone, Identity
 from remap.backbones.preprocess import Preprocess, PreprocessSpec
-from remap.remapping.signals import Needs, Signals, Tap
+from remap.remapping.signals import Needs, Signals
+from remap.remapping.tap import Tap
 from remap.tuning.attaching import attach_method
 from remap.tuning.base import Attached
 

@@ -1,8 +1,8 @@
 """The tiny models of all tests: one row each, chosen by the suites that use it. Random, offline, on the CPU.
 
 A new family of backbones gets a row with ``uses=ALL``; further rows are variants that one suite wants. Suites:
-"anatomy" (tests/backbones), "methods" (tests/tuning), "signals" and "weights" and "cut" (tests/remapping), "runs" (whole
-runs on families other than plain vision transformers, from model folders).
+"anatomy" (tests/backbones), "methods" (tests/tuning), "signals", "weights" and "cut" (tests/remapping), "runs" (runs
+on families other than plain vision transformers, from model folders).
 """
 
 from dataclasses import dataclass, field

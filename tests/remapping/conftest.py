@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, anatomy_of, module_at, set_fused_attention
 from remap.remapping.objective import Pair
-from remap.remapping.signals import Needs, Signals, Tap
+from remap.remapping.signals import Needs, Signals
+from remap.remapping.tap import Tap
 
 FAMILIES = tiny_models("signals")
 CLASSES = 5

@@ -8,7 +8,8 @@ import torch
 
 from remap.backbones.anatomy import admit_tokens, anatomy_of, module_at
 from remap.errors import BackboneError
-from remap.remapping.signals import Attention, Needs, Tap, float32_region
+from remap.remapping.signals import Attention, Needs, float32_region
+from remap.remapping.tap import Tap
 
 
 def shared_positions(anatomy: Any, extra_tokens: int = 0) -> list[int]:

@@ -23,12 +23,14 @@ class FamilyEntry(Entry):
         modules: Modules of timm (last name) whose models the family reads. A few unusual variants in them are refused
             when they are built.
         presets: Ways to read self-supervised weights that the family has.
+        rotary: Whether queries and keys are rotated by the position of their token.
     """
 
     parts: frozenset[str]
     examples: str
     modules: tuple[str, ...]
     presets: tuple[str, ...] = ()
+    rotary: bool = False
 
 
 _SEQUENCE = frozenset({"sequence", "attention", "linears"})
@@ -57,6 +59,7 @@ FAMILIES: Registry[FamilyEntry] = Registry(
             parts=_SEQUENCE,
             examples="eva02_*, vit_*_dinov3*, vit_pe_core_*",
             modules=("eva",),
+            rotary=True,
         ),
         FamilyEntry(
             name="beit",

@@ -3,7 +3,7 @@
 Letters: L gated units (blocks or branches), g gate, c relative cost.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from math import prod
@@ -105,12 +105,7 @@ class _Attached(Attached):
     fold_stage = 4  # the gate is behind all that other methods do with the last layer of a branch
 
     def __init__(
-        self,
-        model: nn.Module,
-        anatomy: Anatomy,
-        gates: dict[str, _Gated],
-        cost: float,
-        handles: Iterable[RemovableHandle],
+        self, model: nn.Module, anatomy: Anatomy, gates: dict[str, _Gated], cost: float, handles: list[RemovableHandle]
     ) -> None:
         self.gates, self.cost = gates, cost
         total = sum(gated.multiply_adds for gated in gates.values())
@@ -118,13 +113,7 @@ class _Attached(Attached):
         names = inserted_parameters(model, gates)
         foldable = all(branch.fold for gated in gates.values() for branch in gated.branches)
         super().__init__(
-            model,
-            anatomy,
-            trainable=names,
-            no_decay=names,
-            added=gates,
-            handles=handles,
-            mergeable=foldable,
+            model, anatomy, trainable=names, no_decay=names, added=gates, handles=handles, mergeable=foldable
         )
 
     def _gate(self, path: str) -> nn.Parameter:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -64,15 +64,7 @@ class Report:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "init": self.init,
-            "blocks": list(self.blocks),
-            "copied": len(self.copied),
-            "neutral": list(self.neutral),
-            "kept": [list(item) for item in self.kept],
-            "left": list(self.left),
-            "notes": list(self.notes),
-        }
+        return {**asdict(self), "copied": len(self.copied)}
 
 
 class WeightInit(ABC):

@@ -100,7 +100,7 @@ class Net2Net(WeightInit):
             )
 
     def _add_noise(self, student: Side, plan: Plan) -> int:
-        """Add noise to the matrices of every unit that has copies of channels, heads, dimensions or MLP units; return how many."""
+        """Add noise to matrices of units with copies of channels, heads, dimensions or MLP units; return how many."""
         count = 0
         for (place, _), piece in student.layout.pieces.items():
             unit = plan.units.get(place)

@@ -15,14 +15,16 @@ from remap.tuning.base import Options
 
 
 def answer_to_labels(student: Signals) -> Tensor:
-    """The student's logits that labels are compared with: those of the class token, if a distillation token has its
-    own (Touvron et al. 2021, DeiT, arXiv 2012.12877) and learns from a teacher (``Objective`` sees to that).
+    """Return the student's logits that labels are compared with.
+
+    Those of the class token, if a distillation token has its own (Touvron et al. 2021, DeiT, arXiv 2012.12877) and
+    learns from a teacher (``Objective`` sees to that).
     """
     return student.head_logits[0] if student.head_logits else student.logits_BC
 
 
 def answer_to_teacher(student: Signals) -> Tensor:
-    """The student's logits that the teacher's are compared with: those of the distillation token, if there is one."""
+    """Return the student's logits that the teacher's are compared with: the distillation token's, if there is one."""
     return student.head_logits[-1] if student.head_logits else student.logits_BC
 
 
