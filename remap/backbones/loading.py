@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import timm
 import torch
@@ -160,15 +159,19 @@ def require_fit(name: str, arguments: dict[str, Any], stored: int) -> None:
 @contextmanager
 def _record_missing(missing: list[str]) -> Iterator[None]:
     """Add the keys that ``load_state_dict`` misses: timm is not strict, and silent, where the classifier differs."""
-    original = nn.Module.load_state_dict
+    name = "load_state_dict"
+    original = getattr(nn.Module, name)
 
     def load_state_dict(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         found = original(module, *args, **kwargs)
         missing.extend(found.missing_keys)
         return found
 
-    with patch.object(nn.Module, "load_state_dict", load_state_dict):
+    setattr(nn.Module, name, load_state_dict)
+    try:
         yield
+    finally:
+        setattr(nn.Module, name, original)
 
 
 def in_cache_or_reachable(name: str) -> str | None:
