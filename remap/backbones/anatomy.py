@@ -98,7 +98,7 @@ class AttentionScores:
     """What one block attends with, over all T tokens of its sequence: softmax(q @ k.mT + bias).
 
     ``q_BHTh`` carries the scale 1/sqrt(h). ``bias_HTT`` is additive, with or without a leading dimension of 1; None
-    where there is none. ``v_BHTh``, None unless asked for, is what the probabilities are multiplied with.
+    where there is none. ``v_BHTh``, None unless requested, is what the probabilities are multiplied with.
     """
 
     q_BHTh: Tensor

@@ -64,7 +64,7 @@ def weight_arguments(weights: str, preset: str = "none") -> dict[str, Any]:
     overlay: dict[str, Any] = {"file": str(path), "custom_load": False, "source": ""}
     if preset != "none":
         tensors = encoder_of(tensors, preset, str(path))
-        # Both were trained with the statistics of ImageNet, whatever a tag of the same architecture says.
+        # Both were trained with the statistics of ImageNet, even where a tag of the architecture has others.
         overlay |= {"state_dict": tensors, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     classes = next((len(tensors[key]) for key in HEADS if key in tensors), 0)
     overlay["num_classes"] = classes
@@ -75,7 +75,7 @@ def encoder_of(tensors: dict[str, Tensor], preset: str, where: str) -> dict[str,
     """Return the encoder of a self-supervised checkpoint, under timm's names and without what only pre-training needs.
 
     MAE (He et al. 2021, arXiv 2111.06377): decoder and mask token go, and the final norm too, because the classifier
-    gets a norm of its own behind the pooling. MoCo v3 (Chen et al. 2021, arXiv 2104.02057): the encoder that was
+    gets its own norm behind the pooling. MoCo v3 (Chen et al. 2021, arXiv 2104.02057): the encoder that was
     trained is taken in preference to its running average, as in the official evaluation; a checkpoint of that
     evaluation, which has neither prefix, is read too. Projector, predictor and linear head go.
 
@@ -112,7 +112,7 @@ def create(name: str, weights: str, arguments: dict[str, Any]) -> tuple[nn.Modul
     if weights == "pretrained":
         cached = in_cache_or_reachable(name)
         if cached is not None:
-            # Named as a file, timm loads it without asking the hub, which takes long where there is no network.
+            # Named as a file, timm loads it without a request to the hub, which takes long without a network.
             overlay = {**arguments.get("pretrained_cfg_overlay", {}), "file": cached, "custom_load": False}
             arguments = {**arguments, "pretrained_cfg_overlay": overlay}
             file = Path(cached)

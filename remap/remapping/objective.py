@@ -25,7 +25,7 @@ class Pair:
     num_classes: int
 
     def known_teacher(self, term: str) -> Anatomy:
-        """The teacher's anatomy.
+        """Return the teacher's anatomy.
 
         Raises:
             BackboneError: There is no teacher.
@@ -65,7 +65,7 @@ class LossTerm(nn.Module):
         return Needs()
 
     def target(self, teacher: Signals) -> dict[str, Tensor]:
-        """What this term keeps of the teacher, one row an image (first dimension B); detached.
+        """Return what this term reads of the teacher, one row an image (first dimension B), detached.
 
         An item's name says all about it besides the teacher: terms whose items have the same name share one, and it
         is kept on disk under that name. ``remap.remapping.targets`` has the names.
@@ -74,7 +74,7 @@ class LossTerm(nn.Module):
 
     @abstractmethod
     def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
-        """The unweighted loss, a float32 scalar, mean over the batch."""
+        """Return the unweighted loss, a float32 scalar, mean over the batch."""
 
 
 class Objective(nn.Module):
@@ -110,17 +110,17 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def targets(self, signals: Signals, teacher: int = 0) -> dict[str, Tensor]:
-        """The items of one teacher that its terms want, by item name, one row an image."""
+        """Return the items of one teacher that its terms want, by item name, one row an image."""
         found: dict[str, Tensor] = {}
         for term in self._terms_of(teacher):
-            # ``float()`` returns a float32 tensor itself, graph and all: detach whatever a term hands over.
+            # ``float()`` returns a float32 tensor itself, graph and all: detach what a term returns.
             found |= {key: value.detach() for key, value in term.target(signals).items() if key not in found}
         return found
 
     def forward(
         self, student: Signals, targets: Sequence[Mapping[str, Tensor]], labels: Labels
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total and each term's unweighted value (detached).
+        """Return the total and each term's unweighted value (detached).
 
         Without a loss for each of two classifiers, losses read their mean, which is the student's answer: else one of
         them would stay as it was drawn.

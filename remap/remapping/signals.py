@@ -50,7 +50,7 @@ class Attention:
     """Scores of one block over the shared tokens {class, patches}: prompts and registers are cut.
 
     ``q_BHSh`` carries the scale 1/sqrt(h); ``bias_BHSS`` is added to the scores and broadcasts over the batch (a
-    relative position bias); ``v_BHSh`` is there where it was asked for. Cutting rows and columns before the softmax
+    relative position bias); ``v_BHSh`` is there where it was requested. Cutting rows and columns before the softmax
     re-normalises each row over the tokens that stay, exactly as dividing the full map's cut row by its sum would.
     """
 
@@ -62,13 +62,13 @@ class Attention:
     v_BHSh: Tensor | None = None
 
     def scores_BHSS(self) -> Tensor:
-        """What the softmax is taken of, in float32, also under autocast."""
+        """Return what the softmax is taken of, in float32, also under autocast."""
         with float32_region(self.q_BHSh):
             scores = self.q_BHSh.float() @ self.k_BHSh.float().mT
             return scores if self.bias_BHSS is None else scores + self.bias_BHSS.float()
 
     def map_BHSS(self) -> Tensor:
-        """Attention probabilities in float32, also under autocast; rows sum to 1."""
+        """Return attention probabilities in float32, also under autocast; rows sum to 1."""
         return self.scores_BHSS().softmax(dim=-1)
 
 
@@ -90,7 +90,7 @@ Part = TypeVar("Part", Attention, Tokens)
 
 @dataclass(frozen=True)
 class Signals:
-    """Outputs of one forward pass. A field that was not asked for is None or absent.
+    """Outputs of one forward pass. A field that was not requested is None or absent.
 
     ``logits_BC`` is what the network answers; with two classifiers (distilled DeiT) that is their mean, and
     ``head_logits`` has those of the class token and of the distillation token.
@@ -103,7 +103,7 @@ class Signals:
     head_logits: tuple[Tensor, ...] = ()
 
     def leaves(self) -> "Signals":
-        """The same values as leaves of new graphs."""
+        """Return the same values as leaves of new graphs."""
 
         def leaf(tensor: Tensor) -> Tensor:
             return tensor.detach().requires_grad_()

@@ -114,7 +114,7 @@ class Tap:
                 kept_now.clear()
 
     def _mean_pooled(self) -> Tensor:
-        """What the classifier is given; with two heads (distilled DeiT), the mean of both."""
+        """Return what the classifier is given; with two heads (distilled DeiT), the mean of both."""
         inputs = [self._pooled[path] for path in self.anatomy.classifier_heads]
         return inputs[0] if len(inputs) == 1 else torch.stack(inputs).mean(dim=0)
 

@@ -113,12 +113,12 @@ def position_bias(attention: Attention, shared: Tensor | None) -> Tensor | None:
 
 
 def _block_bias(attention: Attention) -> Tensor:
-    """(1, H, T, T)."""
+    """Return the bias of one block, (1, H, T, T)."""
     return _with_room(Attention._get_rel_pos_bias(attention), admitted_tokens(attention))
 
 
 def _shared_bias(source: RelativePositionBias) -> Tensor:
-    """(H, T, T)."""
+    """Return the bias that all blocks share, (H, T, T)."""
     return _with_room(RelativePositionBias.forward(source), admitted_tokens(source))
 
 

@@ -82,7 +82,7 @@ def _stages(model: TimmConvNeXt) -> list[ConvNeXtStage]:
 def _positions(model: TimmConvNeXt, side: int, stride: int) -> int:
     """Return the rows (or columns) behind layers that together shrink ``side`` pixels by ``stride``.
 
-    The stems of convolutions that overlap are padded and round up; whatever follows rounds down.
+    The stems of convolutions that overlap are padded and round up; all later layers round down.
     """
     stem = int(as_timm(model).feature_info[0]["reduction"])
     overlaps = submodule(model, "stem.0", nn.Conv2d).padding != (0, 0)

@@ -49,7 +49,7 @@ class Eva(SequenceFamily[TimmEva]):
     def remove_blocks(self, model: TimmEva, indices: Sequence[int]) -> None:
         if model.rope_mixed:
             raise BackboneError(
-                "blocks with rotations of their own cannot be taken out",
+                "blocks with their own rotations cannot be taken out",
                 given=f"{type(model).__name__} with a mixed rotary embedding",
                 allowed="networks whose blocks share their positions",
             )

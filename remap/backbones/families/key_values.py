@@ -1,4 +1,4 @@
-"""Attention of sequence models with keys and values beside those of the tokens.
+"""Attention of sequence models with more keys and values than those of the tokens.
 
 timm's attention modules have no place where keys and values could be lengthened, so their forward is written again
 here. It reads and calls the same layers in the same order (hooks on them keep working) and takes the same arguments.

@@ -66,7 +66,7 @@ class Rotary:
     """How queries and keys are rotated: pairs (2j, 2j + 1), or (j, j + h/2) where ``half``.
 
     ``by_axis``: the first half of the pairs turns with the row, the second with the column, each from high to low
-    frequency; None where pairs cannot be told apart so.
+    frequency; None where pairs cannot be distinguished in this way.
     """
 
     kind: str
@@ -101,14 +101,14 @@ class Layout:
 
 
 def layout_of(model: nn.Module, anatomy: Anatomy) -> Layout:
-    """The layout of a model of one sequence of tokens; the classifier is left out.
+    """Return the layout of a model of one sequence of tokens; the classifier is left out.
 
     Raises:
         BackboneError: The family has no single sequence of tokens.
     """
     if "sequence" not in anatomy.parts:
         raise BackboneError(
-            f"weights of the family '{anatomy.family}' cannot be remapped: its stages have shapes of their own",
+            f"weights of the family '{anatomy.family}' cannot be remapped: its stages have different shapes",
             allowed="families with one sequence of tokens: plain, rotary and relative-position vision transformers",
             do="leave student.init out, or choose two models of one of these families",
         )
@@ -129,7 +129,7 @@ def layout_of(model: nn.Module, anatomy: Anatomy) -> Layout:
     _add_outside(layout, model, anatomy)
     if getattr(model, "attn_pool", None) is not None:
         _add_pool(layout, model)
-    # What has no meaning of its own here (a convolutional stem) goes over by name, where shapes are equal.
+    # What has no role here (a convolutional stem) is copied by name, where shapes are equal.
     claimed = {piece.path for piece in layout.pieces.values()}
     for name, parameter in model.named_parameters():
         if name not in claimed and not anatomy.is_head(name):
@@ -138,7 +138,7 @@ def layout_of(model: nn.Module, anatomy: Anatomy) -> Layout:
 
 
 def resized(piece: Piece, tensor: Tensor, target: Piece, shape: torch.Size) -> Tensor:
-    """A part resampled to the size it has in another model: ``shape`` is that model's whole part."""
+    """Return a part resampled to the size it has in another model: ``shape`` is that model's whole part."""
     if piece.resize == "patch" and tensor.shape[-2:] != shape[-2:]:
         return resample_patch_embed(tensor.float(), list(shape[-2:])).to(tensor.dtype)
     if piece.grid == target.grid:

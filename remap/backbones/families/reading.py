@@ -166,7 +166,7 @@ def size_of_convolutions(model: nn.Module, image_size: int) -> dict[str, Any]:
 def admit_into_bias(modules: Iterable[nn.Module], method: str, roomy: Callable[[Any], Tensor], count: int) -> Undo:
     """Give modules that make a relative position bias room for ``count`` more tokens.
 
-    Each is given a method of its own in place of its class's. ``copy.deepcopy`` binds the copy's method to the copy,
+    Each gets an instance method in place of its class's. ``copy.deepcopy`` binds the copy's method to the copy,
     and neither parameters nor module names change. Calls add up, and each undo takes back its own.
 
     Args:

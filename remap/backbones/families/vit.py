@@ -58,7 +58,7 @@ class PlainViT(SequenceFamily[VisionTransformer]):
 
     def unprunable(self, model: VisionTransformer) -> str | None:
         pooled = getattr(model, "attn_pool", None) is not None
-        return "it pools by attention, with heads of its own" if pooled else None
+        return "it pools by attention, with its own heads" if pooled else None
 
     def set_heads(self, model: VisionTransformer, block: AttentionBlock, heads: int, head_dim: int) -> None:
         attention = submodule(model, block.attn, Attention)

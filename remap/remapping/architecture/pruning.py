@@ -82,7 +82,7 @@ def prune_width(model: nn.Module, width: int, criterion: Criterion, batches: Bat
 
 
 def _opened(model: nn.Module) -> Anatomy:
-    """Everything gets a gradient, and the attention is one that the graph can be read from."""
+    """Return the anatomy of a model made ready: everything gets a gradient, attention is readable by the graph."""
     anatomy = anatomy_of(model.eval().requires_grad_(True))
     set_fused_attention(model, anatomy, False)
     return anatomy
@@ -100,7 +100,7 @@ def _graph(model: nn.Module, anatomy: Anatomy) -> tp.DependencyGraph:
 
 
 def _group(graph: tp.DependencyGraph, layer: nn.Module, outputs: Iterable[int]) -> tp.Group:
-    """All that goes with some output features of a linear layer."""
+    """Return the group of all that goes with some output features of a linear layer."""
     return graph.get_pruning_group(layer, tp.prune_linear_out_channels, idxs=list(outputs))
 
 
@@ -110,7 +110,7 @@ def _importance(criterion: Criterion) -> Callable[[tp.Group], Tensor]:
 
 
 def _summed(scores: Scores, model: nn.Module, criterion: Criterion, batches: Batches) -> dict[str, Tensor]:
-    """The scores, for "taylor" summed over the batches."""
+    """Return the scores, for "taylor" summed over the batches."""
     total: dict[str, Tensor] = {}
     for _ in _gradients(model, batches) if criterion == "taylor" else (None,):
         for name, score in scores().items():

@@ -110,13 +110,13 @@ def shrink(teacher: Backbone, spec: ShrinkSpec, batches: Batches, folder: Path) 
 
 
 def needs_images(spec: ShrinkSpec) -> bool:
-    """Whether anything is measured on images."""
+    """Return whether anything is measured on images."""
     inside = any(value is not None for value in (spec.width, spec.heads, spec.mlp))
     return (spec.depth is not None and spec.blocks == "sensitivity") or (inside and spec.importance == "taylor")
 
 
 def target_shape(teacher: Backbone, spec: ShrinkSpec) -> Shape:
-    """The shape that is asked for. Width and heads alone keep the teacher's head dimension.
+    """Return the shape that is asked for; width or heads alone keep the teacher's head dimension.
 
     Raises:
         BackboneError: timm could not build it, or it cannot be cut from this teacher.
@@ -155,7 +155,7 @@ def target_shape(teacher: Backbone, spec: ShrinkSpec) -> Shape:
 
 
 def _require_prunable(teacher: Backbone, shape: Shape, before: Shape) -> None:
-    """Inside the blocks, plain vision transformers alone are cut; of the other families whole blocks go."""
+    """Check that a model can be cut inside its blocks; of most families only blocks can be removed."""
     model, anatomy = teacher.model, teacher.anatomy
     norms = [module_at(model, path) for block in anatomy.blocks for path in block.norms]
     why = family_of(anatomy).unprunable(model)

@@ -38,7 +38,7 @@ class Skip(Method):
     parameter itself, 1 at the start (the pretrained network), and one that falls below 0 is set to 0 after the step:
     by this projection it reaches 0 exactly, where the block is gone, and can come back, while a sigmoid would neither
     begin at 1 nor end at 0. Nothing keeps it below 1.
-    NetTailor's gates are a softmax over a block and small layers beside it, trained for the task. Here such a layer is
+    NetTailor's gates are a softmax over a block and small layers next to it, trained for the task. Here such a layer is
     another method of a combination: ``skip+adaptformer`` keeps an adapter where a block closes, ``skip+lora`` tunes
     what stays.
     """

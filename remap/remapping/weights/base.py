@@ -152,7 +152,7 @@ def dimensions(teacher: int, student: int, rotary: Rotary | None) -> tuple[int, 
 
 
 def require_nowhere_larger(init: str, teacher: Side, student: Side) -> None:
-    """Selections can only make a model smaller.
+    """Check that the student is nowhere larger: selections can only make a model smaller.
 
     Raises:
         BackboneError: The student is larger somewhere.

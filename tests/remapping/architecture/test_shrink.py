@@ -283,7 +283,7 @@ MISTAKES = [
     ("gated", {"width": 24}, "gated"),
     ("eva", {"mlp": 32}, "family is 'eva'"),
     ("beit", {"width": 24}, "family is 'beit'"),
-    ("mixed", {"depth": 2}, "rotations of their own"),
+    ("mixed", {"depth": 2}, "their own rotations"),
     ("swin", {"depth": 2}, "family 'swin'"),
 ]
 

@@ -61,7 +61,7 @@ _TRANSFERS = {"attention_copy", *(row.name for row in ROWS)}
 
 
 def transfer_warning(teacher: str, student: str, losses: Iterable[str]) -> str | None:
-    """Why attention may not carry over from this teacher to this student; None where nothing speaks against it.
+    """Return why attention may not carry over from this teacher to this student, or None.
 
     Args:
         teacher: timm name.

@@ -76,7 +76,7 @@ class AttentionCopy(Method):
                 given="weights: none",
                 allowed="pretrained, or a .safetensors file",
             )
-        # The student's draws go on afterwards as if there were no teacher.
+        # The student's random draws continue as if there were no teacher.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             teacher = build(self.config.teacher, self.config.weights, 1, preset=self.config.preset)
         full = Full().attach(model, anatomy) if self.config.trains == "all" else None
@@ -188,7 +188,7 @@ class CopiedMaps(nn.Module):
         return (torch.cat([first, own_rest, patches], dim=1), *args[1:])
 
     def _require_same_teacher(self) -> None:
-        """A loaded task brings the hash of its teacher.
+        """Check the hash of its teacher that a loaded task brings.
 
         Raises:
             RunError: It was another one.

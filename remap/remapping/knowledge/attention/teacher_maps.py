@@ -52,7 +52,7 @@ class TeacherMaps:
 
     @torch.no_grad()
     def __call__(self, images_BCHW: Tensor) -> dict[int, Tensor]:
-        """The maps (B, H, S, S), or (B, 1, S, S) for all heads, of student blocks, from the student's images."""
+        """Return the maps (B, H, S, S), or (B, 1, S, S) for all heads, of student blocks, from the student's images."""
         network, preprocess, pixels = self.networks
         if next(network.parameters()).device != images_BCHW.device:
             self.networks.to(images_BCHW.device)

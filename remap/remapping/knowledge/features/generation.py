@@ -110,7 +110,7 @@ class MaskedGeneration(TokenTerm):
 
 
 def exact_mask(tokens_BND: Tensor, share: float) -> Tensor:
-    """True (B, N, 1) at random places, in each image at N - floor(N * (1 - share)) of them."""
+    """Return True (B, N, 1) at random places, in each image at N - floor(N * (1 - share)) of them."""
     count, length = tokens_BND.shape[:2]
     order_BN = torch.rand(count, length, device=tokens_BND.device).argsort(dim=1)
     return (order_BN >= int(length * (1.0 - share)))[..., None]

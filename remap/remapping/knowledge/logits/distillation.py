@@ -114,7 +114,7 @@ class KnowledgeDistillation(LogitsTerm):
 class HardDistillation(LogitsTerm):
     """Touvron et al. 2021, DeiT, arXiv 2012.12877: cross-entropy with the teacher's most likely class.
 
-    The class is that of the image as both networks see it, so a mixed image is no special case, and no label is
+    The class is that of the image as both networks see it, so a mixed image is not a special case, and no label is
     needed. In the paper the label's cross-entropy and this one have a weight of 1/2 each, and this one no smoothing.
     """
 
@@ -136,7 +136,7 @@ class HardDistillation(LogitsTerm):
 
 
 def kl_at_temperature(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) of the softened distributions, batch mean, times ``temperature`` squared."""
+    """Return KL(teacher || student) of the softened distributions, batch mean, times ``temperature`` squared."""
     log_student = F.log_softmax(student_BC.float() / temperature, dim=-1)
     log_teacher = F.log_softmax(teacher_BC.float() / temperature, dim=-1)
     return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
