@@ -1,5 +1,6 @@
 """Selections that look at shapes only: weight selection, and whole blocks."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -32,11 +33,13 @@ class WeightSelection(WeightInit):
     def plan(self, teacher: Side, student: Side, sample: Images | None) -> Plan:
         require_nowhere_larger(self.name, teacher, student)
         one, other = teacher.layout, student.layout
-        units = {
-            place: None if source is None else even_unit(teacher, student, place, source)
-            for place, source in places(teacher, student, range(other.depth)).items()
-        }
-        return Plan(evenly(one.width, other.width), units)
+        return Plan(evenly(one.width, other.width), even_units(teacher, student, range(other.depth)))
+
+
+def even_units(teacher: Side, student: Side, blocks: Sequence[int]) -> dict[Place, UnitPlan | None]:
+    """Return the plan of every unit of the student, by ``even_unit``; ``blocks`` are the teacher's, in order."""
+    found = places(teacher, student, blocks).items()
+    return {place: None if source is None else even_unit(teacher, student, place, source) for place, source in found}
 
 
 def even_unit(teacher: Side, student: Side, place: Place, source: Place) -> UnitPlan:
@@ -77,15 +80,8 @@ class Layers(WeightInit):
             )
         require_nowhere_larger(self.name, teacher, student)
         its, mine = teacher.layout.depth, student.layout.depth
-        blocks = {
-            "first": range(mine),
-            "last": range(its - mine, its),
-            "uniform": spread(its, mine),
-        }[self.config.which]
-        units = {
-            place: None if source is None else even_unit(teacher, student, place, source)
-            for place, source in places(teacher, student, blocks).items()
-        }
+        blocks = {"first": range(mine), "last": range(its - mine, its), "uniform": spread(its, mine)}
+        units = even_units(teacher, student, blocks[self.config.which])
         return Plan(tuple(range(teacher.layout.width)), units)
 
 

@@ -110,9 +110,7 @@ class TokenTerm(LossTerm):
         return {self.item(s, t): self.resized(teacher, s, t) for s, t in self.blocks}
 
     def widths(self, student_block: int, teacher_block: int) -> tuple[int, int]:
-        teacher = self.pair.teacher
-        assert teacher is not None
-        return block_of(self.pair.student, student_block).width, block_of(teacher, teacher_block).width
+        return block_of(self.pair.student, student_block).width, self._teacher_block(teacher_block).width
 
     def grid(self, student_block: int) -> tuple[int, int]:
         return block_of(self.pair.student, student_block).grid
@@ -122,10 +120,11 @@ class TokenTerm(LossTerm):
         return patches_name(teacher_block) + self.grid_suffix(student_block, teacher_block)
 
     def grid_suffix(self, student_block: int, teacher_block: int) -> str:
-        teacher = self.pair.teacher
-        assert teacher is not None
         height, width = self.grid(student_block)
-        return "" if block_of(teacher, teacher_block).grid == (height, width) else f" {height}x{width}"
+        return "" if self._teacher_block(teacher_block).grid == (height, width) else f" {height}x{width}"
+
+    def _teacher_block(self, index: int) -> Block:
+        return block_of(self.pair.known_teacher(type(self).__name__), index)
 
     def resized(self, teacher: Signals, student_block: int, teacher_block: int) -> Tensor:
         """Return the teacher's patches (B, N, D) on the grid of the student's block, float32."""
