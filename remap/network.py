@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from remap.backbones.anatomy import Anatomy, classifier_parameters, set_fused_attention
 from remap.backbones.build import Backbone, Identity
 from remap.backbones.preprocess import Preprocess, PreprocessSpec
-from remap.remapping.signals import Needs, Signals, Tap
+from remap.remapping.signals import Needs, Signals
+from remap.remapping.tap import Tap
 from remap.tuning.attaching import attach_method
 from remap.tuning.base import Attached
 
@@ -81,7 +82,7 @@ class Runner(nn.Module):
     """Raw pixels to signals: the network's own size, interpolation and normalisation, then the tapped forward.
 
     Args:
-        bf16: Run the network under bfloat16 autocast; signals are compared in float32 all the same.
+        bf16: Run the network under bfloat16 autocast; signals are still compared in float32.
     """
 
     def __init__(self, network: Network, needs: Needs = Needs(), *, bf16: bool = False) -> None:
@@ -92,7 +93,7 @@ class Runner(nn.Module):
         self.bf16 = bf16
 
     def forward(self, images_BCHW: Tensor, kept: Mapping[str, Tensor] | None = None) -> Signals:
-        """uint8 (B, 3, V, V) to signals.
+        """Return the signals of uint8 images (B, 3, V, V).
 
         Args:
             kept: What ``stem`` gave for these images: the frozen part is then not run again. Images of no pixels
@@ -103,7 +104,8 @@ class Runner(nn.Module):
             return self.tap(pixels, kept)
 
     def stem(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        """The frozen beginning alone, for networks that have a seam."""
+        """Run the frozen beginning alone, for networks that have a seam."""
+        assert self.tap.seam is not None
         with self._precision(images_BCHW):
             return self.tap.seam.stem(self.preprocess(images_BCHW))
 
@@ -112,13 +114,13 @@ class Runner(nn.Module):
 
 
 def frozen(network: Network) -> Network:
-    """Freeze a network for good: no gradients, eval mode, and ``train()`` has no effect on it."""
+    """Freeze a network: no gradients, eval mode, and ``train()`` has no effect on it."""
     network.model.requires_grad_(False)
     network.model.eval()
-    network.model.train = lambda mode=True: network.model  # a teacher stays in eval whoever calls train()
+    network.model.__dict__["train"] = lambda *_args, **_kwargs: network.model  # a later train() changes nothing
     return network
 
 
 def choose_attention(network: Network, setting: str, device: torch.device) -> None:
-    """Fused attention or not: on the CPU the fused kernel's backward costs more than the explicit one saves."""
+    """Choose fused attention or not: on the CPU the fused kernel's backward costs more than the explicit one saves."""
     set_fused_attention(network.model, network.anatomy, setting == "on" or (setting == "auto" and device.type != "cpu"))

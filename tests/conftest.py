@@ -17,6 +17,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_models import tiny_models
 from torch import Tensor
 
 from remap.progress import Step
@@ -122,25 +123,12 @@ def write_folder(folder: Path, seed: int, architecture: str, arguments: dict[str
     (folder / "config.json").write_text(json.dumps(whole))
 
 
-# One small model a family, 32 pixels wide.
-ROTARY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "eva": ("eva02_tiny_patch14_224", ROTARY),
-    "beit": ("beit_base_patch16_224", ROTARY),
-    "swin": (
-        "swin_tiny_patch4_window7_224",
-        {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)},
-    ),
-    "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}),
-    "resnet": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}),
-}
-
-
-@pytest.fixture(scope="session", params=FAMILIES)
+@pytest.fixture(scope="session", params=tiny_models("runs"))
 def other_family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A family that is no plain vision transformer, and a model of it: (name, local-dir:FOLDER)."""
-    folder = tmp_path_factory.mktemp("families") / request.param
-    write_folder(folder, 5, *FAMILIES[request.param], size=32)
+    """A family other than plain vision transformers, and a model of it: (name, local-dir:FOLDER)."""
+    folder, row = tmp_path_factory.mktemp("families") / request.param, tiny_models("runs")[request.param]
+    assert isinstance(row.make, str)
+    write_folder(folder, 5, row.make, row.options, size=32)
     return request.param, f"local-dir:{folder}"
 
 

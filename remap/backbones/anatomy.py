@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from remap.backbones.families import FAMILIES
 from remap.errors import BackboneError
 
-# Where a class that stands for another one names it, see ``plain_class``.
+# Attribute under which a dynamic subclass stores its original class, see ``plain_class``.
 PLAIN_CLASS = "_remap_plain_class"
 
 
@@ -63,7 +63,8 @@ class AttentionBlock(Block):
 
     ``attn_branch_end`` and ``mlp_branch_end`` are the last modules of their branches, after LayerScale and
     drop-path, whose outputs are added to the residual stream. ``attn_scale`` and ``mlp_scale`` are the paths of the
-    LayerScale vectors of shape (D,), None where there are none.
+    LayerScale vectors of shape (D,), None where there are none. ``plain_scores``: scores are q k^T and nothing else,
+    without a norm or rotation of keys and without a position bias.
     """
 
     norm1: str = ""
@@ -77,6 +78,7 @@ class AttentionBlock(Block):
     mlp_hidden: int = 0
     mlp_branch_end: str = ""
     mlp_scale: str | None = None
+    plain_scores: bool = False
 
     @property
     def proj(self) -> str:
@@ -96,7 +98,7 @@ class AttentionScores:
     """What one block attends with, over all T tokens of its sequence: softmax(q @ k.mT + bias).
 
     ``q_BHTh`` carries the scale 1/sqrt(h). ``bias_HTT`` is additive, with or without a leading dimension of 1; None
-    where there is none. ``v_BHTh``, None unless asked for, is what the probabilities are multiplied with.
+    where there is none. ``v_BHTh``, None unless requested, is what the probabilities are multiplied with.
     """
 
     q_BHTh: Tensor
@@ -121,7 +123,7 @@ class ConvBlock(Block):
     branch_end: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Anatomy:
     """Shape and parts of one backbone.
 
@@ -138,25 +140,37 @@ class Anatomy:
     family: str
     width: int
     depth: int
-    heads: int
-    head_dim: int
-    mlp_hidden: int
     image_size: tuple[int, int]
     patch_size: tuple[int, int]
     grid: tuple[int, int]
-    num_prefix_tokens: int
-    has_class_token: bool
-    class_token_pooled: bool
     input_module: str
-    block_input_norm: str | None
     embedding_norms: tuple[str, ...]
     final_norm: str | None
     classifier_heads: tuple[str, ...]
     blocks: tuple[Block, ...]
+    heads: int = 0
+    head_dim: int = 0
+    mlp_hidden: int = 0
+    num_prefix_tokens: int = 0
+    has_class_token: bool = False
+    class_token_pooled: bool = False
+    block_input_norm: str | None = None
 
     @property
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def attention_blocks(self) -> tuple[AttentionBlock, ...]:
+        """All blocks as transformer blocks; raises BackboneError where some block is another one."""
+        blocks = tuple(block for block in self.blocks if isinstance(block, AttentionBlock))
+        if len(blocks) != self.depth:
+            raise BackboneError(
+                f"{self.depth - len(blocks)} of {self.depth} blocks of this backbone (family '{self.family}') have no "
+                "attention",
+                do="choose a transformer, or a method for convolutional networks",
+            )
+        return blocks
 
     @property
     def parts(self) -> frozenset[str]:
@@ -164,18 +178,14 @@ class Anatomy:
         return FAMILIES.row(self.family).parts
 
     def is_head(self, parameter: str) -> bool:
-        """Whether a parameter belongs to the classifier."""
+        """Return whether a parameter belongs to the classifier."""
         return parameter.startswith(tuple(f"{path}." for path in self.classifier_heads))
 
 
 def anatomy_of(model: nn.Module) -> Anatomy:
-    """Read the anatomy of a timm model.
-
-    Raises:
-        BackboneError: The family is not supported.
-    """
+    """Return the anatomy of a timm model; raises BackboneError where no family reads it."""
     for row in FAMILIES:
-        family = FAMILIES.load(row.name)
+        family = row.load()()
         if family.matches(model):
             return family.read(model)
     raise BackboneError(
@@ -187,12 +197,12 @@ def anatomy_of(model: nn.Module) -> Anatomy:
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
-    """The sub-module at a dotted path of the anatomy."""
+    """Return the sub-module at a dotted path of the anatomy."""
     return model.get_submodule(path)
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class a module has by itself.
+    """Return the class that a module was made with.
 
     A tuning method that changes how a tensor is read puts a subclass in its place, which names it in ``PLAIN_CLASS``.
     """
@@ -200,13 +210,13 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 
 def tensor_at(model: nn.Module, path: str) -> Tensor:
-    """The parameter or buffer at a dotted path of the anatomy."""
+    """Return the parameter or buffer at a dotted path of the anatomy."""
     parent, _, name = path.rpartition(".")
     return getattr(model.get_submodule(parent), name)
 
 
 def classifier_parameters(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Parameter]:
-    """Parameters of the classifier head(s) by full name."""
+    """Return the parameters of the classifier head(s) by full name."""
     return {name: p for name, p in model.named_parameters() if anatomy.is_head(name)}
 
 
@@ -214,37 +224,24 @@ def set_fused_attention(model: nn.Module, anatomy: Anatomy, enabled: bool) -> No
     """Choose between PyTorch's fused attention kernel and the explicit one; the result is the same function."""
     for block in anatomy.blocks:
         if isinstance(block, AttentionBlock):
-            module_at(model, block.attn).fused_attn = enabled
+            module_at(model, block.attn).__dict__["fused_attn"] = enabled
 
 
 def rest_of_forward(model: nn.Module, anatomy: Anatomy, index: int, x: Tensor) -> Tensor:
-    """From the input of block ``index`` to what ``forward_features`` returns (index = depth: after the last block)."""
-    return FAMILIES.load(anatomy.family).rest_of_forward(model, anatomy, index, x)
+    """Run a model from the input of block ``index`` on, see ``Family.rest_of_forward``."""
+    return FAMILIES.load(anatomy.family)().rest_of_forward(model, index, x)
 
 
-def admit_tokens(model: nn.Module, anatomy: Anatomy, count: int) -> Callable[[], None]:
-    """Make the blocks of a sequence model accept ``count`` more tokens right after the prefix.
+def admit_tokens(model: nn.Module, anatomy: Anatomy, count: int, first: int = 0) -> Callable[[], None]:
+    """Make blocks of a sequence model accept ``count`` more tokens right after the prefix; return the undo.
 
-    Rotary models leave them without a rotation, relative position biases are 0 for them.
-
-    Returns:
-        A function that undoes it.
+    Rotary models leave them without a rotation, relative position biases are 0 for them. See ``Family.admit_tokens``.
     """
-    return FAMILIES.load(anatomy.family).admit_tokens(model, anatomy, count)
+    return FAMILIES.load(anatomy.family)().admit_tokens(model, count, first)
 
 
 def watch_attention(
     model: nn.Module, anatomy: Anatomy, index: int, keep: Callable[[AttentionScores], None], *, values: bool = False
 ) -> list[RemovableHandle]:
-    """Call ``keep`` with the scores of block ``index`` in every forward, whichever attention kernel runs.
-
-    Args:
-        values: Give the values too. Models that never call their qkv layer then make them a second time.
-
-    Returns:
-        The hooks, to be removed by the caller.
-
-    Raises:
-        BackboneError: The family has no attention over the whole image.
-    """
-    return FAMILIES.load(anatomy.family).watch_attention(model, anatomy, index, keep, values=values)
+    """Call ``keep`` with the scores of block ``index`` in every forward, see ``Family.watch_attention``."""
+    return FAMILIES.load(anatomy.family)().watch_attention(model, index, keep, values=values)

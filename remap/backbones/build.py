@@ -1,27 +1,22 @@
 """Build a backbone through timm's own loader and cache, and say exactly which weights it holds."""
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
-from remap.backbones import mini  # noqa: F401 - registers the embedded pair with timm
 from remap.backbones.anatomy import Anatomy, anatomy_of, classifier_parameters
 from remap.backbones.families import FAMILIES
+from remap.backbones.families.base import family_of
 from remap.backbones.loading import create, in_cache_or_reachable, require_fit, weight_arguments
-from remap.backbones.names import PRESETS, SHORT_NAMES
+from remap.backbones.lookup import require_known
+from remap.backbones.names import preset_of, resolve_name
 from remap.backbones.preprocess import PreprocessSpec
-from remap.errors import BackboneError, UnknownName, WeightsError
-from remap.registry import did_you_mean
-
-# Names that are near the families remap reads, to be suggested for a mistyped one.
-NEAR = ["*vit*", "deit*", "eva*", "beit*", "swin_*", "convnext*", "resnet*", "resnext*", "seresnet*", "wide_resnet*"]
+from remap.backbones.typed import as_timm, layer_at
+from remap.errors import BackboneError, WeightsError
 
 
 @dataclass(frozen=True)
@@ -64,17 +59,6 @@ class Backbone:
         return sum(p.numel() for p in self.model.parameters()) - head
 
 
-def resolve_name(word: str) -> str:
-    """The timm name behind a short name; other words stay as they are."""
-    name = SHORT_NAMES.get(word, word)
-    return f"hf-hub:{name}" if name.startswith("timm/") else name
-
-
-def preset_of(word: str, preset: str | None = None) -> str:
-    """The preset that holds for a model: the one that was asked for, else the one its short name implies."""
-    return PRESETS.get(word, "none") if preset is None else preset
-
-
 def build(
     word: str,
     weights: str,
@@ -103,13 +87,13 @@ def build(
         BackboneError: The family is not supported, or not with this preset or size.
     """
     name, preset = resolve_name(word), preset_of(word, preset)
-    _require_known(word, name)
+    require_known(word, name)
     if keep_head and preset != "none":
         raise BackboneError(
             f"self-supervised weights ({preset}) bring no classifier",
             do="let teacher.prepare fit one (probe, full, or a method)",
         )
-    arguments = _sized(name, weight_arguments(name, weights, preset), image_size)
+    arguments = _sized(name, weight_arguments(weights, preset), image_size)
     if not keep_head:
         arguments["num_classes"] = num_classes
     model, missing = create(name, weights, arguments)
@@ -117,9 +101,11 @@ def build(
     _require_preset_fits(name, anatomy, preset)
     # The norm behind MAE's pooling starts fresh, as in MAE's own fine-tuning.
     fresh = f"{anatomy.final_norm}." if preset == "mae" else None
-    _require_whole(name, [key for key in missing if not anatomy.is_head(key) and not (fresh and key.startswith(fresh))])
+    _require_all_weights(
+        name, [key for key in missing if not anatomy.is_head(key) and not (fresh and key.startswith(fresh))]
+    )
     if keep_head:
-        _require_classes(name, model, num_classes)
+        _require_classes(name, as_timm(model).num_classes, num_classes)
     else:
         fresh_head(model, anatomy, num_classes)
     digest = state_hash(model, anatomy)
@@ -128,7 +114,7 @@ def build(
 
 
 def require_at_hand(word: str, weights: str, image_size: int | None = None) -> None:
-    """Find a mistake in a model's name, weights or size without building it.
+    """Check a model's name, weights and size without building it.
 
     Raises:
         UnknownName: timm has no such model.
@@ -136,16 +122,16 @@ def require_at_hand(word: str, weights: str, image_size: int | None = None) -> N
         BackboneError: The model cannot have this size.
     """
     name = resolve_name(word)
-    _require_known(word, name)
+    require_known(word, name)
     if weights == "pretrained":
         in_cache_or_reachable(name)
     else:
-        weight_arguments(name, weights)
+        weight_arguments(weights)
     _sized(name, {}, image_size)
 
 
 def require_stored(word: str, stored: int, *, preset: str | None = None, image_size: int | None = None) -> None:
-    """A model whose tensors are all in one file of ``stored`` bytes is about as large as that; nothing is built.
+    """Check that a model, all of whose tensors are in a file of ``stored`` bytes, is about as large; nothing is built.
 
     Raises:
         UnknownName: timm has no such model.
@@ -153,12 +139,12 @@ def require_stored(word: str, stored: int, *, preset: str | None = None, image_s
         BackboneError: The model cannot have this size.
     """
     name, preset = resolve_name(word), preset_of(word, preset)
-    _require_known(word, name)
-    require_fit(name, _sized(name, weight_arguments(name, "none", preset), image_size), stored)
+    require_known(word, name)
+    require_fit(name, _sized(name, weight_arguments("none", preset), image_size), stored)
 
 
 def state_hash(model: nn.Module, anatomy: Anatomy) -> str:
-    """SHA-256 over names, shapes and bytes of all parameters and buffers, classifier left out."""
+    """Return the SHA-256 over names, shapes and bytes of all parameters and buffers, classifier left out."""
     digest = hashlib.sha256()
     add_tensors(digest, {name: tensor for name, tensor in model.state_dict().items() if not anatomy.is_head(name)})
     return digest.hexdigest()
@@ -168,11 +154,11 @@ def add_tensors(digest: "hashlib._Hash", tensors: Mapping[str, Tensor]) -> None:
     """Add names, shapes, dtypes and bytes of tensors to a hash, in the order of their names."""
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _sized(name: str, arguments: dict[str, Any], image_size: int | None) -> dict[str, Any]:
-    """Arguments of ``timm.create_model`` with those for images of this size; the model's family says which.
+    """Return the arguments of ``timm.create_model`` with those that the family needs for images of this size.
 
     Raises:
         BackboneError: The model cannot have this size.
@@ -182,40 +168,15 @@ def _sized(name: str, arguments: dict[str, Any], image_size: int | None) -> dict
     with torch.device("meta"):
         model, _ = create(name, "none", {"pretrained": False})
     anatomy = anatomy_of(model)
-    sizes = FAMILIES.load(anatomy.family).size_arguments(model, anatomy, image_size)
+    sizes = family_of(anatomy).size_arguments(model, anatomy, image_size)
     # Where preprocessing, and networks that take any size, read it.
     overlay = {**arguments.get("pretrained_cfg_overlay", {}), "input_size": (3, image_size, image_size)}
     return {**arguments, **sizes, "pretrained_cfg_overlay": overlay}
 
 
-def _require_known(word: str, name: str) -> None:
-    if ":" in name or "/" in name or os.sep in name:
-        if not name.startswith(("local-dir:", "hf-hub:", "hf_hub:")):
-            raise UnknownName(
-                f"no such model or run directory: {word}",
-                allowed="a timm name, a short name, local-dir:FOLDER, hf-hub:REPOSITORY, or a run directory",
-            )
-        folder = Path(name.removeprefix("local-dir:"))
-        if name.startswith("local-dir:") and not (folder / "config.json").is_file():
-            raise WeightsError(
-                f"{folder} is no model folder of timm", given="config.json is missing", do="see timm's save_for_hf"
-            )
-        return
-    if not timm.is_model(name):
-        known = [*SHORT_NAMES, *timm.list_models(NEAR)]
-        raise UnknownName(
-            f"unknown model '{word}'{did_you_mean(word.partition('.')[0], known)}",
-            allowed=f"{', '.join(SHORT_NAMES)}, or a name of timm (timm.list_models('vit*'))",
-            do="`remap models` lists them",
-        )
-    tag = name.partition(".")[2]
-    tags = [full.partition(".")[2] for full in timm.list_pretrained(name.partition(".")[0] + "*")]
-    if tag and tag not in tags:
-        raise UnknownName(f"model '{name.partition('.')[0]}' has no weights tagged '{tag}'", allowed=tags)
-
-
 def _require_preset_fits(name: str, anatomy: Anatomy, preset: str) -> None:
-    if preset != "none" and (anatomy.family != "vit" or not anatomy.has_class_token):
+    known = FAMILIES.row(anatomy.family).presets
+    if preset != "none" and (preset not in known or not anatomy.has_class_token):
         raise BackboneError(
             f"the preset '{preset}' is not for {name}",
             given=f"family {anatomy.family}, {'a' if anatomy.has_class_token else 'no'} class token",
@@ -223,7 +184,7 @@ def _require_preset_fits(name: str, anatomy: Anatomy, preset: str) -> None:
         )
 
 
-def _require_whole(name: str, missing: list[str]) -> None:
+def _require_all_weights(name: str, missing: list[str]) -> None:
     if missing:
         raise WeightsError(
             f"the weights do not hold all of '{name}': {len(missing)} tensors would stay random",
@@ -232,18 +193,19 @@ def _require_whole(name: str, missing: list[str]) -> None:
         )
 
 
-def _require_classes(name: str, model: nn.Module, num_classes: int) -> None:
-    if model.num_classes != num_classes:
+def _require_classes(name: str, outputs: int, num_classes: int) -> None:
+    if outputs != num_classes:
         raise BackboneError(
-            f"the classifier of {name} has {model.num_classes} outputs, the data has {num_classes} classes",
+            f"the classifier of {name} has {outputs} outputs, the data has {num_classes} classes",
             do="let teacher.prepare fit one (probe, full, or a method)",
         )
 
 
 def fresh_head(model: nn.Module, anatomy: Anatomy, num_classes: int) -> None:
-    """A new classifier in every family: weights N(0, 0.02^2), timm's choice for transformers, and biases zero."""
-    model.reset_classifier(num_classes)
+    """Put in a new classifier: weights N(0, 0.02^2), timm's choice for transformers, and biases zero."""
+    as_timm(model).reset_classifier(num_classes)
     for path in anatomy.classifier_heads:
-        head = model.get_submodule(path)
+        head = layer_at(model, path)
         nn.init.trunc_normal_(head.weight, std=0.02)
-        nn.init.zeros_(head.bias)
+        if head.bias is not None:
+            nn.init.zeros_(head.bias)

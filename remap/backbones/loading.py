@@ -1,4 +1,4 @@
-"""Where weights come from: the hub through timm's loader and cache, a file, a folder, or nowhere."""
+"""Load weights: from the hub through timm's loader and cache, a file, a folder, or none."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,20 +14,22 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from remap.backbones.model_folder import require_model_folder
+from remap.backbones.typed import as_timm
 from remap.errors import BackboneError, WeightsError
 from remap.io.checked_read import open_regular, plain
 
-# The parameters of a model have at most so many times the bytes of its weights file: 8-bit weights in float32 and more.
+# The parameters of a model have at most this many times the bytes of its weights file: 8-bit weights in float32
+# and more.
 # Its buffers are not all stored: BEiT's tables of relative positions grow with the fourth power of the image's side,
-# and at 1536 x 1536 pixels take 47 times a file in float16. And so many bytes whatever the file.
+# and at 1536 x 1536 pixels take 47 times a file in float16. FREE_BYTES are allowed for any file.
 MOST_UNPACKED, MOST_TABLES, FREE_BYTES = 8, 64, 2**24
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
+    """Return all tensors of a safetensors file.
 
     Raises:
-        WeightsError: It is missing, truncated or no safetensors file.
+        WeightsError: It is missing, truncated or not a safetensors file.
     """
     try:
         open_regular(path).close()
@@ -45,8 +47,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 HEADS = ("head.weight", "head.fc.weight", "fc.weight")
 
 
-def weight_arguments(name: str, weights: str, preset: str = "none") -> dict[str, Any]:
-    """Arguments of ``timm.create_model`` for weights of this source, read out as the preset says."""
+def weight_arguments(weights: str, preset: str = "none") -> dict[str, Any]:
+    """Return the arguments of ``timm.create_model`` for weights of this source, read as the preset says."""
     pooling = {"mae": "avg", "moco_v3": "token"}
     # Not strict: the final norm of MAE's weights has no place in a model that pools first. What is missing is noted.
     readout = {"global_pool": pooling[preset], "pretrained_strict": False} if preset != "none" else {}
@@ -62,7 +64,7 @@ def weight_arguments(name: str, weights: str, preset: str = "none") -> dict[str,
     overlay: dict[str, Any] = {"file": str(path), "custom_load": False, "source": ""}
     if preset != "none":
         tensors = encoder_of(tensors, preset, str(path))
-        # Both were trained with the statistics of ImageNet, whatever a tag of the same architecture says.
+        # Both were trained with the statistics of ImageNet, even where a tag of the architecture has others.
         overlay |= {"state_dict": tensors, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     classes = next((len(tensors[key]) for key in HEADS if key in tensors), 0)
     overlay["num_classes"] = classes
@@ -70,19 +72,19 @@ def weight_arguments(name: str, weights: str, preset: str = "none") -> dict[str,
 
 
 def encoder_of(tensors: dict[str, Tensor], preset: str, where: str) -> dict[str, Tensor]:
-    """The encoder in a self-supervised checkpoint, under timm's names and without what only pre-training needs.
+    """Return the encoder of a self-supervised checkpoint, under timm's names and without what only pre-training needs.
 
     MAE (He et al. 2021, arXiv 2111.06377): decoder and mask token go, and the final norm too, because the classifier
-    gets a norm of its own behind the pooling. MoCo v3 (Chen et al. 2021, arXiv 2104.02057): the encoder that was
+    gets its own norm behind the pooling. MoCo v3 (Chen et al. 2021, arXiv 2104.02057): the encoder that was
     trained is taken in preference to its running average, as in the official evaluation; a checkpoint of that
     evaluation, which has neither prefix, is read too. Projector, predictor and linear head go.
 
     Raises:
         WeightsError: Nothing of an encoder is left.
     """
+    dropped: tuple[str, ...]
     if preset == "mae":
-        dropped = ("decoder", "mask_token", "norm.", "head.")
-        found = tensors
+        dropped, found = ("decoder", "mask_token", "norm.", "head."), tensors
     else:
         dropped = ("head.", "predictor.")
         prefixes = ("base_encoder.", "momentum_encoder.", "")
@@ -104,20 +106,20 @@ def create(name: str, weights: str, arguments: dict[str, Any]) -> tuple[nn.Modul
         The model, and the names of its tensors that the weights did not hold.
     """
     missing: list[str] = []
-    file = None if weights in ("none", "pretrained") else weights
+    file: Path | None = None if weights in ("none", "pretrained") else Path(weights)
     if name.startswith("local-dir:"):
         file = require_model_folder(Path(name.removeprefix("local-dir:")), weights) or file
     if weights == "pretrained":
         cached = in_cache_or_reachable(name)
         if cached is not None:
-            # Named as a file, timm loads it without asking the hub, which takes long where there is no network.
+            # Named as a file, timm loads it without a request to the hub, which takes long without a network.
             overlay = {**arguments.get("pretrained_cfg_overlay", {}), "file": cached, "custom_load": False}
             arguments = {**arguments, "pretrained_cfg_overlay": overlay}
-            file = cached
+            file = Path(cached)
     if file is not None:
-        require_fit(name, arguments, Path(file).stat().st_size)
+        require_fit(name, arguments, file.stat().st_size)
     try:
-        with _noting_missing(missing):
+        with _record_missing(missing):
             model = timm.create_model(name, **arguments)
     except Exception as error:  # timm, the hub client and torch raise many kinds here
         if not arguments["pretrained"]:
@@ -126,12 +128,12 @@ def create(name: str, weights: str, arguments: dict[str, Any]) -> tuple[nn.Modul
             raise WeightsError(f"{weights} does not fit '{name}': {_first_lines(error)}") from error
         raise _out_of_reach(name, error) from error
     # timm would keep all the weights in the configuration of the model.
-    model.pretrained_cfg.pop("state_dict", None)
+    as_timm(model).pretrained_cfg.pop("state_dict", None)
     return model, missing
 
 
 def require_fit(name: str, arguments: dict[str, Any], stored: int) -> None:
-    """A model is not far larger than what it is read from; asked before any memory is taken for it.
+    """Check that a model is not far larger than the file it is read from, before any memory is taken for it.
 
     Args:
         arguments: Of ``timm.create_model``.
@@ -155,24 +157,25 @@ def require_fit(name: str, arguments: dict[str, Any], stored: int) -> None:
 
 
 @contextmanager
-def _noting_missing(missing: list[str]) -> Iterator[None]:
-    """timm loads with ``strict=False`` when the number of classes differs, and then says nothing of what is missing."""
-    original = nn.Module.load_state_dict
+def _record_missing(missing: list[str]) -> Iterator[None]:
+    """Add the keys that ``load_state_dict`` misses: timm is not strict, and silent, where the classifier differs."""
+    name = "load_state_dict"
+    original = getattr(nn.Module, name)
 
     def load_state_dict(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         found = original(module, *args, **kwargs)
         missing.extend(found.missing_keys)
         return found
 
-    nn.Module.load_state_dict = load_state_dict
+    setattr(nn.Module, name, load_state_dict)
     try:
         yield
     finally:
-        nn.Module.load_state_dict = original
+        setattr(nn.Module, name, original)
 
 
 def in_cache_or_reachable(name: str) -> str | None:
-    """The cached weights file of a hub model; None for other models, and when the hub answers and timm may download.
+    """Return the cached weights file of a hub model; None for others, and where the hub answers, so timm may download.
 
     Raises:
         WeightsError: Not in the cache, and one request says that the hub is out of reach.
@@ -215,7 +218,7 @@ def _out_of_reach(name: str, error: Exception) -> WeightsError:
     if config is None:
         repository = name.partition(":")[2]
     else:
-        repository = _repository(name, config) if config.hf_hub_id else config.url
+        repository = _repository(name, config) if config.hf_hub_id else str(config.url)
     return WeightsError(
         f"the weights of {name} are not in the cache, and the hub is out of reach",
         given=f"repository {repository}, cache {HF_HUB_CACHE} ({type(error).__name__}: {_first_lines(error)[:160]})",

@@ -49,13 +49,13 @@ def _mini(variant: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
 
 @register_model
 def vit_mini_student_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """0.68 M parameters: width 128, 4 blocks, 2 heads, MLP ratio 3."""
+    """Build the student, 0.68 M parameters: width 128, 4 blocks, 2 heads, MLP ratio 3."""
     shape = {"embed_dim": 128, "depth": 4, "num_heads": 2, "mlp_ratio": 3}
     return _mini("vit_mini_student_patch4_32", pretrained, **{**shape, **kwargs})
 
 
 @register_model
 def vit_mini_teacher_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """1.51 M parameters: width 192, 4 blocks, 3 heads, MLP ratio 3."""
+    """Build the teacher, 1.51 M parameters: width 192, 4 blocks, 3 heads, MLP ratio 3."""
     shape = {"embed_dim": 192, "depth": 4, "num_heads": 3, "mlp_ratio": 3}
     return _mini("vit_mini_teacher_patch4_32", pretrained, **{**shape, **kwargs})

@@ -1,13 +1,21 @@
-"""Model folders as timm writes them: config.json and weights, which may come from anybody. Nothing is built here."""
+"""Model folders as timm writes them, config.json and weights: check one that may come from anybody, and write one."""
 
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+from timm.models import save_for_hf
+from torch import Tensor, nn
 
-from remap.errors import WeightsError
-from remap.io.checked_read import plain, read_json
+from remap.backbones.anatomy import anatomy_of
+from remap.backbones.typed import as_timm
+from remap.errors import BackboneError, RunError, WeightsError
+from remap.io import atomic_write
+from remap.io.checked_read import plain, read_json, unfit_for_a_place
 
 # A model folder's config.json: names and numbers, and at most 22 thousand names of classes with their descriptions.
 MOST_CONFIG_BYTES = 16 * 2**20
@@ -15,10 +23,12 @@ MOST_CONFIG_BYTES = 16 * 2**20
 LARGEST_NUMBER, MOST_BLOCKS = 2**17, 200
 # Arguments of timm's factory that say where to read or what to download; a model folder has no need of them.
 _NOT_FOR_FOLDERS = ("pretrained", "checkpoint", "cache_dir", "scriptable", "exportable", "no_jit", "features_only")
+# Stands for architectures that timm itself does not know (the embedded pair): plain arguments make it any of them.
+_PLAIN = "vit_tiny_patch16_224"
 
 
 def require_model_folder(folder: Path, weights: str) -> Path | None:
-    """A model folder holds names and numbers in config.json and its weights in safetensors files, no pickles.
+    """Check that a model folder holds names and numbers in config.json and its weights in safetensors files.
 
     Returns:
         The largest of the files, where the weights are those of the folder.
@@ -44,7 +54,7 @@ def require_model_folder(folder: Path, weights: str) -> Path | None:
 
 
 def _require_described(config: Any) -> None:
-    """A config.json names an architecture and its arguments.
+    """Check that a config.json names an architecture and its arguments.
 
     Raises:
         ValueError: It describes none, or asks for more than a shape.
@@ -57,7 +67,7 @@ def _require_described(config: Any) -> None:
         raise ValueError("'model_args' and 'pretrained_cfg' should be mappings")
     for name, value in arguments.items():
         if name.startswith(_NOT_FOR_FOLDERS) or not name.isidentifier():
-            raise ValueError(f"'model_args.{name[:80]}' is no argument of a model")
+            raise ValueError(f"'model_args.{name[:80]}' is not an argument of a model")
         for number in _numbers(value):
             limit = MOST_BLOCKS if name in ("depth", "depths", "layers") else LARGEST_NUMBER
             if not abs(number) <= limit:
@@ -70,3 +80,93 @@ def _numbers(value: Any) -> Iterator[float]:
             yield from _numbers(inner)
     elif isinstance(value, (int, float)):
         yield value
+
+
+def save_model_folder(model: nn.Module, folder: Path, shape: Mapping[str, object], classes: Sequence[str] = ()) -> None:
+    """Write ``config.json`` and ``model.safetensors`` as timm does, for ``timm.create_model("local-dir:FOLDER")``.
+
+    The folder appears complete or not at all, and only after timm has opened it to the same function.
+
+    Args:
+        model: Made by timm and changed since; in eval, with any classifier or none.
+        shape: Arguments of timm's constructor in which it differs from what timm made.
+        classes: Names of the classifier's outputs.
+
+    Raises:
+        RunError: There is such a folder already, or it cannot be written.
+        BackboneError: What timm builds from the folder is another function.
+    """
+    require_free(folder)
+    atomic_write.make_folder(folder.parent)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        _write(model, temporary, dict(shape), list(classes))
+        _require_equal(model, temporary)
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {folder}: {error.strerror or error}", do="free some space or choose another --output"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_free(folder: Path) -> None:
+    """Check that a folder can be made under this name.
+
+    Raises:
+        RunError: There is something of that name, or nothing can have it.
+    """
+    unfit = unfit_for_a_place(folder)
+    if unfit:
+        raise RunError("no model folder can be made there", given=plain(f"{folder}: {unfit}"), do="name another")
+    try:
+        os.lstat(folder)
+    except (FileNotFoundError, NotADirectoryError):  # whoever makes it says what is wrong with those above it
+        return
+    except OSError as error:
+        raise RunError(f"cannot make {folder}: {error.strerror}", do="choose another --output") from error
+    raise RunError(f"{folder} is there already", do="choose another --output, or remove it")
+
+
+def _write(model: nn.Module, folder: Path, shape: dict[str, object], classes: list[str]) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():  # safetensors wants every tensor in one piece
+            parameter.data = parameter.data.contiguous()
+    architecture = str(as_timm(model).pretrained_cfg["architecture"])
+    config: dict[str, object] = {"label_names": classes} if classes else {}
+    if not timm.models.model_entrypoint(architecture).__module__.startswith("timm."):
+        config["pretrained_cfg"] = {"architecture": _PLAIN}
+        shape = {"patch_size": list(anatomy_of(model).patch_size), **shape}
+    try:
+        save_for_hf(model, str(folder), model_config=config, model_args=shape, safe_serialization=True)
+    except ValueError as error:  # an argument the model was built with that JSON has no word for
+        raise BackboneError(f"timm cannot describe this model in a folder: {error}") from error
+
+
+@torch.no_grad()
+def _require_equal(model: nn.Module, folder: Path) -> None:
+    try:
+        again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise _not_expressible(" ".join(str(error).split())[:300]) from error
+    # On one device: another one may round convolutions by more than is allowed here.
+    device = next(model.parameters()).device
+    images_BCHW = torch.randn(2, 3, *anatomy_of(model).image_size, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (_outputs(one, images_BCHW.to(device)) for one in (model.eval(), again.to(device)))
+    difference = float((ours - theirs).abs().max())
+    if ours.shape != theirs.shape or not difference <= 1e-5 * max(1.0, float(ours.abs().max())):
+        raise _not_expressible(f"outputs differ by {difference:.1e}")
+
+
+def _outputs(model: nn.Module, images_BCHW: Tensor) -> Tensor:
+    """Return logits, or what a classifier would be given where there is none."""
+    return as_timm(model).forward_head(as_timm(model).forward_features(images_BCHW)).float()
+
+
+def _not_expressible(why: str) -> BackboneError:
+    return BackboneError(
+        "timm builds another function from this shape, so it cannot be saved as a model folder",
+        given=why,
+        do="ask for another shape, or take another teacher",
+    )

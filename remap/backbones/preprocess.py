@@ -33,7 +33,7 @@ class PreprocessSpec:
 
     @staticmethod
     def of(model: nn.Module) -> "PreprocessSpec":
-        """From the model's timm configuration."""
+        """Return the specification in the model's timm configuration."""
         config = resolve_data_config({}, model=model)
         known = config["interpolation"] if config["interpolation"] in ("bicubic", "bilinear", "nearest") else "bicubic"
         return PreprocessSpec(
@@ -47,6 +47,9 @@ class PreprocessSpec:
 
 class Preprocess(nn.Module):
     """uint8 (B, 3, V, V) -> float32 (B, 3, S, S), resized only when the view is not already of the model's size."""
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, spec: PreprocessSpec) -> None:
         super().__init__()

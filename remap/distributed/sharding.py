@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from remap.backbones.anatomy import module_at
-from remap.backbones.queries import APART
+from remap.backbones.block_reader import APART
 from remap.distributed.collectives import all_reduce_max
 from remap.io.atomic_write import size
 from remap.network import Network

@@ -35,7 +35,7 @@ def without_idle_losses(recipe: Recipe, progress: Progress) -> Recipe:
 
 
 def _lacks_attention(spec: ModelSpec) -> bool:
-    from remap.backbones.by_name import family_of_name  # timm
+    from remap.backbones.lookup import family_of_name  # timm
     from remap.backbones.families import FAMILIES
 
     family = family_of_name(_backbone_of(spec.model))

@@ -19,7 +19,7 @@ from remap.pipeline.teachers import PreparedTeacher
 from remap.progress import Progress
 from remap.recipe.checks import what_changes
 from remap.recipe.schema import EMA, TeacherSpec
-from remap.remapping.items import LOGITS
+from remap.remapping.targets import LOGITS
 
 
 @dataclass(frozen=True)

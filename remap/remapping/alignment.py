@@ -21,7 +21,7 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 
 def pair_blocks(layers: Layers, student_depth: int, teacher_depth: int) -> tuple[tuple[int, int], ...]:
-    """Which student block learns from which teacher block, as (student, teacher) indices counted from 0.
+    """Return which student block learns from which teacher block, as (student, teacher) counted from 0.
 
     Args:
         layers: "last" pairs the last blocks (MiniLM, arXiv 2002.10957); "uniform" pairs every student block with the
@@ -67,9 +67,9 @@ def to_shared_tokens(attention: Attention, keep_class_token: bool) -> Attention:
 
 
 def class_row(attention: Attention) -> Attention:
-    """The attention of the class token alone, as one query: its map is (B, H, 1, S), S times smaller than the whole.
+    """Return the class token's attention as one query: its map is (B, H, 1, S), S times smaller than the full one.
 
-    Equal to row 0 of the full map, because every row has a softmax of its own.
+    Equal to row 0 of the full map, because each row has its own softmax.
     """
     assert attention.has_class_token
     bias = attention.bias_BHSS
@@ -176,7 +176,7 @@ def _resize_matrix(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """(P, Q) weights of resizing an image from ``source`` to ``target``, made in float64; rows sum to 1.
+    """Return (P, Q) weights of resizing an image from ``source`` to ``target``, made in float64; rows sum to 1.
 
     Resizing is linear, so its weights are the images of the unit vectors. Applying them is one small matrix
     product on any device, much cheaper than interpolating one image a row. Antialiasing makes a shrunk map an

@@ -36,7 +36,7 @@ class Labels:
         return self._larger_share_B().clamp_min(0)
 
     def main_or(self, guess_B: Tensor) -> Tensor:
-        """One class an image: of a mixed one that with the larger share; ``guess_B`` where that one is not known."""
+        """Return one class an image: of a mixed one that with the larger share; ``guess_B`` where it is not known."""
         main = self._larger_share_B()
         return torch.where(main >= 0, main, guess_B)
 
@@ -46,7 +46,7 @@ class Labels:
         return torch.where(self.share_B >= 0.5, self.classes_B, self.other_B)
 
     def probabilities_BC(self, num_classes: int) -> Tensor:
-        """The label as a distribution, float32; rows without a label mean nothing."""
+        """Return the label as a distribution, float32; rows without a label mean nothing."""
         own = F.one_hot(self.classes_B.clamp_min(0), num_classes).float()
         if self.other_B is None or self.share_B is None:
             return own
@@ -55,7 +55,7 @@ class Labels:
         return share * own + (1.0 - share) * other
 
     def mean(self, losses_B: Tensor) -> Tensor:
-        """The mean of a loss over labelled images.
+        """Return the mean of a loss over labelled images.
 
         Where some training images have no label, the sum over those that have one is divided by how many a batch of
         this size has on average. So the expected value is the mean over labelled images, and the parts of a batch on

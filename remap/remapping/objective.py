@@ -3,7 +3,8 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import reduce
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ class Pair:
     num_classes: int
 
     def known_teacher(self, term: str) -> Anatomy:
-        """The teacher's anatomy.
+        """Return the teacher's anatomy.
 
         Raises:
             BackboneError: There is no teacher.
@@ -64,16 +65,16 @@ class LossTerm(nn.Module):
         return Needs()
 
     def target(self, teacher: Signals) -> dict[str, Tensor]:
-        """What this term keeps of the teacher, one row an image (first dimension B); detached.
+        """Return what this term reads of the teacher, one row an image (first dimension B), detached.
 
         An item's name says all about it besides the teacher: terms whose items have the same name share one, and it
-        is kept on disk under that name. ``remap.remapping.items`` has the names.
+        is kept on disk under that name. ``remap.remapping.targets`` has the names.
         """
         return {}
 
     @abstractmethod
     def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
-        """The unweighted loss, a float32 scalar, mean over the batch."""
+        """Return the unweighted loss, a float32 scalar, mean over the batch."""
 
 
 class Objective(nn.Module):
@@ -95,31 +96,31 @@ class Objective(nn.Module):
 
     @property
     def uses_teacher(self) -> bool:
-        return any(term.uses_teacher for term in self.terms.values())
+        return any(term.uses_teacher for term in self._named_terms().values())
 
     def reads_teacher(self, teacher: int) -> bool:
-        """Whether any term reads what this teacher says."""
-        return bool(self._listeners(teacher))
+        """Return whether any term uses this teacher."""
+        return bool(self._terms_of(teacher))
 
     def student_needs(self) -> Needs:
-        return _union([term.student_needs() for term in self.terms.values()])
+        return _union([term.student_needs() for term in self._named_terms().values()])
 
     def teacher_needs(self, teacher: int = 0) -> Needs:
-        return _union([term.teacher_needs() for term in self._listeners(teacher).values()])
+        return _union([term.teacher_needs() for term in self._terms_of(teacher)])
 
     @torch.no_grad()
     def targets(self, signals: Signals, teacher: int = 0) -> dict[str, Tensor]:
-        """The items of one teacher that its terms want, by item name, one row an image."""
+        """Return the items of one teacher that its terms want, by item name, one row an image."""
         found: dict[str, Tensor] = {}
-        for term in self._listeners(teacher).values():
-            # ``float()`` returns a float32 tensor itself, graph and all: detach whatever a term hands over.
+        for term in self._terms_of(teacher):
+            # ``float()`` returns a float32 tensor itself, graph and all: detach what a term returns.
             found |= {key: value.detach() for key, value in term.target(signals).items() if key not in found}
         return found
 
     def forward(
         self, student: Signals, targets: Sequence[Mapping[str, Tensor]], labels: Labels
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total and each term's unweighted value (detached).
+        """Return the total and each term's unweighted value (detached).
 
         Without a loss for each of two classifiers, losses read their mean, which is the student's answer: else one of
         them would stay as it was drawn.
@@ -131,20 +132,19 @@ class Objective(nn.Module):
             student = replace(student, head_logits=())
         parts: dict[str, Tensor] = {}
         total = torch.zeros((), device=labels.classes_B.device)
-        for name, term in self.terms.items():
+        for name, term in self._named_terms().items():
             value = term(student, targets[self.teacher_of[name]] if term.uses_teacher else {}, labels)
             parts[name] = value.detach()
             total = total + self.weights[name] * value
         return total, parts
 
-    def _listeners(self, teacher: int) -> dict[str, LossTerm]:
-        return {
-            name: term for name, term in self.terms.items() if term.uses_teacher and self.teacher_of[name] == teacher
-        }
+    def _named_terms(self) -> dict[str, LossTerm]:
+        return {name: cast(LossTerm, term) for name, term in self.terms.items()}
+
+    def _terms_of(self, teacher: int) -> list[LossTerm]:
+        named = self._named_terms()
+        return [term for name, term in named.items() if term.uses_teacher and self.teacher_of[name] == teacher]
 
 
 def _union(needs: Sequence[Needs]) -> Needs:
-    result = Needs()
-    for one in needs:
-        result = result | one
-    return result
+    return reduce(Needs.__or__, needs, Needs())

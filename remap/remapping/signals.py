@@ -4,17 +4,11 @@ Letters: B batch, C classes, D width, H heads, h head width, S the shared token 
 P prefix tokens (class, distillation, registers).
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-
-from remap.backbones.anatomy import Anatomy, AttentionScores, module_at, watch_attention
-from remap.errors import BackboneError
-from remap.tuning.seam import Seam
+from torch import Tensor
 
 
 def float32_region(tensor: Tensor) -> torch.autocast:
@@ -56,7 +50,7 @@ class Attention:
     """Scores of one block over the shared tokens {class, patches}: prompts and registers are cut.
 
     ``q_BHSh`` carries the scale 1/sqrt(h); ``bias_BHSS`` is added to the scores and broadcasts over the batch (a
-    relative position bias); ``v_BHSh`` is there where it was asked for. Cutting rows and columns before the softmax
+    relative position bias); ``v_BHSh`` is there where it was requested. Cutting rows and columns before the softmax
     re-normalises each row over the tokens that stay, exactly as dividing the full map's cut row by its sum would.
     """
 
@@ -68,13 +62,13 @@ class Attention:
     v_BHSh: Tensor | None = None
 
     def scores_BHSS(self) -> Tensor:
-        """What the softmax is taken of, in float32, also under autocast."""
+        """Return what the softmax is taken of, in float32, also under autocast."""
         with float32_region(self.q_BHSh):
             scores = self.q_BHSh.float() @ self.k_BHSh.float().mT
             return scores if self.bias_BHSS is None else scores + self.bias_BHSS.float()
 
     def map_BHSS(self) -> Tensor:
-        """Attention probabilities in float32, also under autocast; rows sum to 1."""
+        """Return attention probabilities in float32, also under autocast; rows sum to 1."""
         return self.scores_BHSS().softmax(dim=-1)
 
 
@@ -91,9 +85,12 @@ class Tokens:
     has_class_token: bool
 
 
+Part = TypeVar("Part", Attention, Tokens)
+
+
 @dataclass(frozen=True)
 class Signals:
-    """Outputs of one forward pass. A field that was not asked for is None or absent.
+    """Outputs of one forward pass. A field that was not requested is None or absent.
 
     ``logits_BC`` is what the network answers; with two classifiers (distilled DeiT) that is their mean, and
     ``head_logits`` has those of the class token and of the distillation token.
@@ -106,179 +103,19 @@ class Signals:
     head_logits: tuple[Tensor, ...] = ()
 
     def leaves(self) -> "Signals":
-        """The same values as leaves of new graphs."""
+        """Return the same values as leaves of new graphs."""
 
-        def leaf(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.detach().requires_grad_()
+        def leaf(tensor: Tensor) -> Tensor:
+            return tensor.detach().requires_grad_()
 
-        def fresh(part: Attention | Tokens) -> Any:
-            return replace(part, **{k: leaf(v) for k, v in vars(part).items() if isinstance(v, Tensor)})
+        def fresh(part: Part) -> Part:
+            tensors: dict[str, Any] = {k: leaf(v) for k, v in vars(part).items() if isinstance(v, Tensor)}
+            return replace(part, **tensors)
 
         return Signals(
             leaf(self.logits_BC),
-            leaf(self.pooled_BD),
+            None if self.pooled_BD is None else leaf(self.pooled_BD),
             {index: fresh(part) for index, part in self.attention.items()},
             {index: fresh(part) for index, part in self.tokens.items()},
             tuple(leaf(logits) for logits in self.head_logits),
         )
-
-
-class Tap:
-    """Runs a network and records what ``needs`` names, through hooks that leave with ``close``.
-
-    Attention of a chosen block is rebuilt from what the block itself made of its input, so the block and all others
-    keep the fused kernel. Pooled features are what the classifier's linear layer is given.
-
-    Args:
-        extra_tokens: Prompt tokens between prefix and patches inside the blocks (``Attached.extra_tokens``).
-        seam: Where the network's frozen beginning ends, if it has one (``Attached.seam``).
-        tokens_from: The first block that has the extra tokens (``Attached.tokens_from``).
-
-    Raises:
-        BackboneError: Attention is wanted of a backbone without attention over the whole image.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        anatomy: Anatomy,
-        needs: Needs,
-        extra_tokens: int = 0,
-        seam: Seam | None = None,
-        tokens_from: int = 0,
-    ) -> None:
-        self.model, self.anatomy, self.needs, self.seam = model, anatomy, needs, seam
-        self.extra_tokens, self.tokens_from = extra_tokens, tokens_from
-        self._scores: dict[int, AttentionScores] = {}
-        self._tokens: dict[int, Tensor] = {}
-        self._pooled: dict[str, Tensor] = {}
-        self._logits: dict[str, Tensor] = {}
-        self._running = False
-        self._handles = [
-            handle
-            for index in sorted(needs.attention | needs.values)
-            for handle in watch_attention(model, anatomy, index, self._keeper(index), values=index in needs.values)
-        ]
-        self._handles += [
-            module_at(model, anatomy.blocks[index].block).register_forward_hook(self._token_keeper(index))
-            for index in sorted(needs.tokens - {anatomy.depth})
-        ]
-        if needs.pooled or len(anatomy.classifier_heads) > 1:
-            self._handles += [
-                module_at(model, path).register_forward_hook(self._head_keeper(path))
-                for path in anatomy.classifier_heads
-            ]
-
-    def _keeper(self, index: int) -> Callable[[AttentionScores], None]:
-        def keep(scores: AttentionScores) -> None:
-            # Gradient checkpointing runs the block again in the backward pass; what it makes then is not ours to hold.
-            if self._running:
-                self._scores[index] = scores
-
-        return keep
-
-    def _token_keeper(self, index: int) -> Callable[[nn.Module, tuple, Tensor], None]:
-        def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
-            if self._running:
-                self._tokens[index] = output
-
-        return keep
-
-    def _head_keeper(self, path: str) -> Callable[[nn.Module, tuple, Tensor], None]:
-        def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
-            if self._running:
-                self._pooled[path], self._logits[path] = args[0], output
-
-        return keep
-
-    def __call__(self, images_BCHW: Tensor | None, kept: Mapping[str, Tensor] | None = None) -> Signals:
-        """Forward normalised images; logits and pooled features come from the model's own head path.
-
-        Args:
-            kept: What the seam's stem gave for these images; only the rest is run then.
-        """
-        self._running = True
-        try:
-            if kept is None:
-                features = self.model.forward_features(images_BCHW)
-                if self.anatomy.depth in self.needs.tokens:
-                    self._tokens[self.anatomy.depth] = features
-                logits = self.model.forward_head(features)
-            else:
-                logits = self.seam.rest(kept, images_BCHW, whole_blocks=bool(self.needs.blocks))
-            return Signals(
-                logits,
-                self._mean_pooled() if self.needs.pooled else None,
-                {index: self._attention(index) for index in sorted(self.needs.attention | self.needs.values)},
-                {index: self._tokens_at(index) for index in sorted(self.needs.tokens)},
-                tuple(self._logits[path] for path in self.anatomy.classifier_heads if path in self._logits),
-            )
-        finally:
-            self._running = False
-            for kept_now in (self._scores, self._tokens, self._pooled, self._logits):
-                kept_now.clear()
-
-    def _mean_pooled(self) -> Tensor:
-        """What the classifier is given; with two heads (distilled DeiT), the mean of both."""
-        inputs = [self._pooled[path] for path in self.anatomy.classifier_heads]
-        return inputs[0] if len(inputs) == 1 else torch.stack(inputs).mean(dim=0)
-
-    def _attention(self, index: int) -> Attention:
-        scores = self._scores[index]
-        extra = self.extra_tokens if index >= self.tokens_from else 0
-        expected = self.anatomy.num_prefix_tokens + extra + self.anatomy.num_patches
-        if scores.k_BHTh.shape[2] != expected:
-            # Cutting by position would silently take the wrong tokens.
-            raise BackboneError(
-                "the tokens inside a block are not those the attention loss expects",
-                given=f"{scores.k_BHTh.shape[2]} tokens in block {index}",
-                allowed=f"{expected}: prefix {self.anatomy.num_prefix_tokens}, prompts {extra}, "
-                f"patches {self.anatomy.num_patches}",
-                do="use images of the backbone's own size, without patch dropout",
-            )
-        q, k, bias = self._shared(scores.q_BHTh, extra), self._shared(scores.k_BHTh, extra), scores.bias_HTT
-        if bias is not None:
-            bias = self._shared(self._shared(bias, extra), extra, dim=-1)
-        v = None if scores.v_BHTh is None else self._shared(scores.v_BHTh, extra)
-        return Attention(q, k, self.anatomy.has_class_token, self.anatomy.grid, bias, v)
-
-    def _tokens_at(self, index: int) -> Tokens:
-        x, anatomy = self._tokens[index], self.anatomy
-        if "sequence" not in anatomy.parts:
-            block = anatomy.blocks[min(index, anatomy.depth - 1)]
-            map_BhwD = x if block.channels_last else x.movedim(1, -1)
-            patches = map_BhwD.flatten(1, 2)
-            return Tokens(patches, patches[:, :0], (map_BhwD.shape[1], map_BhwD.shape[2]), False)
-        prefix, patches = anatomy.num_prefix_tokens, anatomy.num_patches
-        # Prompts are taken off again behind the last block, or in front of the next one.
-        extra = x.shape[1] - prefix - patches
-        if extra not in (0, self.extra_tokens):
-            raise BackboneError(
-                "the tokens behind a block are not those the loss expects",
-                given=f"{x.shape[1]} tokens behind block {index}",
-                allowed=f"{prefix + patches}, or {prefix + self.extra_tokens + patches} with prompts",
-                do="use images of the backbone's own size, without patch dropout",
-            )
-        return Tokens(x[:, prefix + extra :], x[:, :prefix], anatomy.grid, anatomy.has_class_token)
-
-    def _shared(self, x: Tensor, extra: int, dim: int = -2) -> Tensor:
-        """Keep the class token and the patches of a full token sequence in dimension ``dim``."""
-        first_patch = self.anatomy.num_prefix_tokens + extra
-        patches = x.narrow(dim, first_patch, x.shape[dim] - first_patch)
-        if not self.anatomy.has_class_token:
-            return patches
-        if first_patch == 1:
-            return x
-        return torch.cat([x.narrow(dim, 0, 1), patches], dim=dim)
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def __enter__(self) -> "Tap":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()

@@ -16,7 +16,7 @@ ROWS = [
     ),
     MethodEntry(
         name="attention_copy",
-        target="remap.remapping.knowledge.attention.copied:AttentionCopy",
+        target="remap.remapping.knowledge.attention.attention_copy:AttentionCopy",
         category="remapping",
         summary="blocks attend with a teacher's maps instead of their own, in prediction too",
         paper="Li et al. 2024, arXiv 2411.09702",

@@ -11,7 +11,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remap.backbones.build import build, preset_of, state_hash
+from remap.backbones.build import build, state_hash
+from remap.backbones.names import preset_of
 from remap.errors import BackboneError, WeightsError
 
 NAME = "vit_mini_student_patch4_32"

@@ -3,43 +3,18 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import pytest
-import timm
 import torch
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from tiny_models import tiny_models
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, anatomy_of, module_at, set_fused_attention
 from remap.remapping.objective import Pair
-from remap.remapping.signals import Needs, Signals, Tap
+from remap.remapping.signals import Needs, Signals
+from remap.remapping.tap import Tap
 
-# Options on top of the tiny sizes. ``name`` is a timm model whose other options are kept.
-FAMILIES: dict[str, dict] = {
-    "plain": {},
-    "layerscale_registers": {"reg_tokens": 3, "init_values": 0.5},
-    "qk_norm": {"qk_norm": True},
-    "distilled": {"distilled": True},
-    "no_class": {"class_token": False, "global_pool": "avg"},
-    "no_class_registers": {"class_token": False, "global_pool": "avg", "reg_tokens": 2},
-    "siglip": {"class_token": False, "global_pool": "map"},
-    "eva02_fused": {"name": "eva02_tiny_patch14_224"},
-    "eva02_split": {"name": "eva02_base_patch14_224"},
-    "dinov3": {"name": "vit_small_patch16_dinov3"},
-    "dinov3_bias": {"name": "vit_small_patch16_dinov3_qkvb"},
-    "pe_core": {"name": "vit_pe_core_tiny_patch16_384"},
-    "rope_mixed": {"name": "vit_small_patch16_rope_mixed_224"},
-    "eva_no_rope": {"name": "eva_giant_patch14_224"},
-    "beit": {"name": "beit_base_patch16_224"},
-    "beit_shared": {
-        "name": "beit_base_patch16_224",
-        "use_rel_pos_bias": False,
-        "use_shared_rel_pos_bias": True,
-    },
-    "beit_both": {"name": "beit_base_patch16_224", "use_shared_rel_pos_bias": True, "qkv_bias": False},
-}
+FAMILIES = tiny_models("signals")
 CLASSES = 5
 
 
@@ -58,16 +33,12 @@ class Network:
 
 def build(family: str = "plain", *, seed: int = 0, **changes: int) -> Network:
     """A ViT with random weights large enough for attention maps far from uniform."""
-    sizes = {"img_size": 24, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": CLASSES}
-    options = {**sizes, **FAMILIES[family], **changes}
-    kind: Callable[..., nn.Module] = (
-        VisionTransformerDistilled if options.pop("distilled", False) else VisionTransformer
-    )
-    if "name" in options:
-        # A rotation turns channels in fours.
-        options["embed_dim"], kind = 8 * options["num_heads"], partial(timm.create_model, options.pop("name"))
+    row = FAMILIES[family]
+    options = {**row.options, **changes}
+    if isinstance(row.make, str):  # rotary, or with a relative position bias: a rotation turns channels in fours
+        options["embed_dim"] = 8 * options["num_heads"]
     torch.manual_seed(seed)
-    model = kind(**options).eval().requires_grad_(False)
+    model = row.build(CLASSES, **options).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter), alpha=0.25)
     images = torch.randn(4, 3, options["img_size"], options["img_size"])

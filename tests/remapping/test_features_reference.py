@@ -14,11 +14,12 @@ from torchdistill.losses.mid_level import PKTLoss, RKDLoss
 from remap.backbones.anatomy import Anatomy, anatomy_of
 from remap.errors import BackboneError
 from remap.remapping import LOSSES
-from remap.remapping.knowledge.features import batch
+from remap.remapping.knowledge.features import batch_relations
 from remap.remapping.knowledge.features.generation import exact_mask
 from remap.remapping.labels import Labels
 from remap.remapping.objective import LossTerm, Objective, Pair
-from remap.remapping.signals import Signals, Tap, Tokens
+from remap.remapping.signals import Signals, Tokens
+from remap.remapping.tap import Tap
 
 Array = NDArray[np.float64]
 CLASSES = torch.tensor([0, 3, 1, 4, 3, 2])
@@ -358,7 +359,7 @@ def test_rkd_in_groups_of_anchors(pair: Pair, monkeypatch: pytest.MonkeyPatch) -
     term = make("rkd", pair)
     results = []
     for limit in (2**22, 2 * 7 * 7, 1):  # one group; 2 + 2 + 2 + 1 anchors; one at a time
-        monkeypatch.setattr(batch, "ANCHOR_NUMBERS", limit)
+        monkeypatch.setattr(batch_relations, "ANCHOR_NUMBERS", limit)
         leaf = x.clone().requires_grad_()
         loss = term(Signals(torch.zeros(7, 5), leaf), term.target(t), LABELS)
         loss.backward()

@@ -20,7 +20,8 @@ from remap.recipe.problems import lines_of
 from remap.remapping import LOSSES
 from remap.remapping.labels import Labels
 from remap.remapping.objective import LossTerm, Objective, Pair
-from remap.remapping.signals import Signals, Tap
+from remap.remapping.signals import Signals
+from remap.remapping.tap import Tap
 
 Array = NDArray[np.float64]
 BATCH, CLASSES = 6, 5

@@ -9,8 +9,8 @@ import pytest
 import timm
 
 from remap.backbones.anatomy import anatomy_of
-from remap.backbones.by_name import family_of_name
 from remap.backbones.families import FAMILIES
+from remap.backbones.lookup import family_of_name
 from remap.backbones.names import SHORT_NAMES
 from remap.errors import BackboneError
 from remap.pipeline import dry_run, run

@@ -6,10 +6,10 @@ import pytest
 import timm
 import torch
 
-from remap.backbones.anatomy import anatomy_of, module_at
-from remap.backbones.families.tokens import admit_tokens_from
+from remap.backbones.anatomy import admit_tokens, anatomy_of, module_at
 from remap.errors import BackboneError
-from remap.remapping.signals import Attention, Needs, Tap, float32_region
+from remap.remapping.signals import Attention, Needs, float32_region
+from remap.remapping.tap import Tap
 
 
 def shared_positions(anatomy: Any, extra_tokens: int = 0) -> list[int]:
@@ -29,7 +29,7 @@ def hooks_of(network: Any) -> int:
 def with_prompts(network: Any, count: int, first: int = 0) -> None:
     """Insert random tokens behind the prefix in front of block ``first``, and cut them behind the last block."""
     model, anatomy = network.model, network.anatomy
-    admit_tokens_from(model, anatomy, count, first)
+    admit_tokens(model, anatomy, count, first)
     prompts, at = torch.randn(1, count, anatomy.width), anatomy.num_prefix_tokens
 
     def insert(module: Any, args: tuple) -> tuple:

@@ -6,13 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from timm.models.beit import Beit
-from timm.models.convnext import ConvNeXt
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
+from tiny_models import tiny_models
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import anatomy_of, classifier_parameters
@@ -21,69 +15,7 @@ from remap.tuning import METHODS, MethodEntry, parts_of
 from remap.tuning.attaching import attach_method
 from remap.tuning.base import Attached, Sample
 
-PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0}
-RES = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """A tiny model of one family: what timm passes for the models it stands for, at a small size."""
-
-    family: str
-    cls: type[nn.Module]
-    options: dict[str, object]
-
-
-# Rates above 0 show whether frozen parts stay in eval.
-VARIANTS: dict[str, Tiny] = {
-    "plain": Tiny("vit", VisionTransformer, {**PLAIN, "drop_path_rate": 0.3, "proj_drop_rate": 0.2}),
-    "dinov2_registers": Tiny(
-        "vit",
-        VisionTransformer,
-        {**PLAIN, "init_values": 0.1, "reg_tokens": 4, "no_embed_class": True, "patch_drop_rate": 0.5},
-    ),
-    "deit_distilled": Tiny("vit", VisionTransformerDistilled, PLAIN),
-    "siglip": Tiny("vit", VisionTransformer, {**PLAIN, "class_token": False, "global_pool": "map"}),
-    "clip": Tiny("vit", VisionTransformer, {**PLAIN, "pre_norm": True, "attn_drop_rate": 0.2}),
-    "avg_pool": Tiny("vit", VisionTransformer, {**PLAIN, "global_pool": "avg", "qk_norm": True, "pos_drop_rate": 0.2}),
-    # eva02_tiny: fused q, k, v whose biases are tensors of their own; gated MLP.
-    "eva02": Tiny(
-        "eva",
-        Eva,
-        {**PLAIN, "swiglu_mlp": True, "use_rot_pos_emb": True, "ref_feat_shape": (4, 4), "pos_drop_rate": 0.2},
-    ),
-    # eva02_base: separate q, k, v; a norm inside the MLP.
-    "eva02_separate": Tiny(
-        "eva", Eva, {**PLAIN, "qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "use_rot_pos_emb": True}
-    ),
-    "dinov3": Tiny(
-        "eva",
-        Eva,
-        {
-            **PLAIN,
-            "qkv_bias": False,
-            "init_values": 0.1,
-            "rope_type": "dinov3",
-            "use_rot_pos_emb": True,
-            "use_abs_pos_emb": False,
-            "num_reg_tokens": 4,
-            "use_fc_norm": False,
-        },
-    ),
-    "beit": Tiny(
-        "beit",
-        Beit,
-        {**PLAIN, "use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 0.1, "drop_path_rate": 0.3},
-    ),
-    "swin": Tiny(
-        "swin",
-        SwinTransformer,
-        {"img_size": 32, "patch_size": 4, "embed_dim": 16, "depths": (2, 1), "num_heads": (1, 2), "window_size": 4},
-    ),
-    "convnext": Tiny("convnext", ConvNeXt, {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "drop_path_rate": 0.2}),
-    "resnet": Tiny("resnet", ResNet, {**RES, "block": BasicBlock}),
-    "resnet_bottleneck": Tiny("resnet", ResNet, {**RES, "block": Bottleneck, "drop_path_rate": 0.2}),
-}
+VARIANTS = tiny_models("methods")
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +46,7 @@ def pairs(variants: Iterable[str]) -> list[object]:
 
 
 # One tiny model a family, for what takes long.
-ONE_EACH = ("dinov2_registers", "eva02", "beit", "swin", "convnext", "resnet_bottleneck")
+ONE_EACH = [name for name, row in VARIANTS.items() if row.each]
 
 
 @pytest.fixture(params=METHODS.names)
@@ -147,8 +79,7 @@ def build() -> Callable[[str], nn.Module]:
 
     def make(name: str, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
-        tiny = VARIANTS[name]
-        model = tiny.cls(**tiny.options, num_classes=5)
+        model = VARIANTS[name].build(5)
         model.pretrained_cfg = {
             "input_size": (3, 32, 32)
         }  # all that tells the size of a convolutional network's images

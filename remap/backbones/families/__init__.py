@@ -1,4 +1,4 @@
-"""Families of backbones. This table is all there is to registering one; listing it imports no torch."""
+"""The table of backbone families: one row a family. Listing it imports no torch."""
 
 from dataclasses import dataclass
 
@@ -19,11 +19,18 @@ class FamilyEntry(Entry):
 
     Attributes:
         parts: Keys of ``PARTS``.
-        examples: Names or patterns of timm.
+        examples: Names or patterns of timm, for people.
+        modules: Modules of timm (last name) whose models the family reads. A few unusual variants in them are refused
+            when they are built.
+        presets: Ways to read self-supervised weights that the family has.
+        rotary: Whether queries and keys are rotated by the position of their token.
     """
 
     parts: frozenset[str]
     examples: str
+    modules: tuple[str, ...]
+    presets: tuple[str, ...] = ()
+    rotary: bool = False
 
 
 _SEQUENCE = frozenset({"sequence", "attention", "linears"})
@@ -40,6 +47,8 @@ FAMILIES: Registry[FamilyEntry] = Registry(
             paper="Dosovitskiy et al. 2020, arXiv 2010.11929",
             parts=_SEQUENCE,
             examples="vit_*, deit*, *_dinov2, CLIP and SigLIP towers",
+            modules=("vision_transformer", "vision_transformer_hybrid", "deit", "mini"),
+            presets=("mae", "moco_v3"),
         ),
         FamilyEntry(
             name="eva",
@@ -49,6 +58,8 @@ FAMILIES: Registry[FamilyEntry] = Registry(
             paper="Fang et al. 2023, arXiv 2303.11331; DINOv3, arXiv 2508.10104",
             parts=_SEQUENCE,
             examples="eva02_*, vit_*_dinov3*, vit_pe_core_*",
+            modules=("eva",),
+            rotary=True,
         ),
         FamilyEntry(
             name="beit",
@@ -58,6 +69,7 @@ FAMILIES: Registry[FamilyEntry] = Registry(
             paper="Bao et al. 2021, arXiv 2106.08254",
             parts=_SEQUENCE,
             examples="beit_*, beitv2_*",
+            modules=("beit",),
         ),
         FamilyEntry(
             name="swin",
@@ -67,6 +79,7 @@ FAMILIES: Registry[FamilyEntry] = Registry(
             paper="Liu et al. 2021, arXiv 2103.14030",
             parts=frozenset({"attention", "linears"}),
             examples="swin_*",
+            modules=("swin_transformer",),
         ),
         FamilyEntry(
             name="convnext",
@@ -76,6 +89,7 @@ FAMILIES: Registry[FamilyEntry] = Registry(
             paper="Liu et al. 2022, arXiv 2201.03545",
             parts=frozenset({"linears", "convolutions"}),
             examples="convnext_*",
+            modules=("convnext",),
         ),
         FamilyEntry(
             name="resnet",
@@ -85,6 +99,7 @@ FAMILIES: Registry[FamilyEntry] = Registry(
             paper="He et al. 2015, arXiv 1512.03385",
             parts=frozenset({"convolutions"}),
             examples="resnet*, resnext*, wide_resnet*",
+            modules=("resnet",),
         ),
     ],
 )

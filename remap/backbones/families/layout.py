@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 from timm.layers import (
+    AttentionPoolLatent,
     RotaryEmbeddingMixed,
     RotaryEmbeddingMRope,
     resample_abs_pos_embed,
@@ -13,7 +14,8 @@ from timm.layers import (
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, Projection, tensor_at
-from remap.backbones.families.base import linear, mlp_projections
+from remap.backbones.families.reading import linear, mlp_projections, tensor_path
+from remap.backbones.typed import submodule
 from remap.errors import BackboneError
 
 # Where a tensor belongs: a block by number, the attention pool behind the last block, or none of them.
@@ -64,7 +66,7 @@ class Rotary:
     """How queries and keys are rotated: pairs (2j, 2j + 1), or (j, j + h/2) where ``half``.
 
     ``by_axis``: the first half of the pairs turns with the row, the second with the column, each from high to low
-    frequency; None where pairs cannot be told apart so.
+    frequency; None where pairs cannot be distinguished in this way.
     """
 
     kind: str
@@ -99,34 +101,35 @@ class Layout:
 
 
 def layout_of(model: nn.Module, anatomy: Anatomy) -> Layout:
-    """The layout of a model of one sequence of tokens; the classifier is left out.
+    """Return the layout of a model of one sequence of tokens; the classifier is left out.
 
     Raises:
         BackboneError: The family has no single sequence of tokens.
     """
     if "sequence" not in anatomy.parts:
         raise BackboneError(
-            f"weights of the family '{anatomy.family}' cannot be remapped: its stages have shapes of their own",
+            f"weights of the family '{anatomy.family}' cannot be remapped: its stages have different shapes",
             allowed="families with one sequence of tokens: plain, rotary and relative-position vision transformers",
             do="leave student.init out, or choose two models of one of these families",
         )
-    units: dict[Place, Unit] = {i: Unit(b.heads, b.head_dim, b.mlp_hidden) for i, b in enumerate(anatomy.blocks)}
-    gated = "fc1_gate" in anatomy.blocks[0].projections
+    blocks = anatomy.attention_blocks
+    units: dict[Place, Unit] = {i: Unit(b.heads, b.head_dim, b.mlp_hidden) for i, b in enumerate(blocks)}
+    gated = "fc1_gate" in blocks[0].projections
     layout = Layout(anatomy.width, anatomy.depth, _rotary(model), gated, units)
-    for index, block in enumerate(anatomy.blocks):
+    for index, block in enumerate(blocks):
         _add_projections(layout, model, index, block.projections)
         for norm in block.norms:
             _add_norm(layout, model, index, norm.removeprefix(f"{block.block}."), norm)
         for word, path in (("attn_scale", block.attn_scale), ("mlp_scale", block.mlp_scale)):
             if path is not None:
                 layout.pieces[index, word] = Piece(path, (WIDTH,), absent=1.0)
-        table = f"{block.attn}.relative_position_bias_table"
-        if getattr(model.get_submodule(block.attn), "relative_position_bias_table", None) is not None:
+        table = tensor_path(model, f"{block.attn}.relative_position_bias_table")
+        if table is not None:
             layout.pieces[index, "table"] = _table(table, anatomy)
     _add_outside(layout, model, anatomy)
     if getattr(model, "attn_pool", None) is not None:
         _add_pool(layout, model)
-    # What has no meaning of its own here (a convolutional stem) goes over by name, where shapes are equal.
+    # What has no role here (a convolutional stem) is copied by name, where shapes are equal.
     claimed = {piece.path for piece in layout.pieces.values()}
     for name, parameter in model.named_parameters():
         if name not in claimed and not anatomy.is_head(name):
@@ -134,13 +137,8 @@ def layout_of(model: nn.Module, anatomy: Anatomy) -> Layout:
     return layout
 
 
-def pooled_features(model: nn.Module, images: Tensor) -> Tensor:
-    """What enters the classifier, (B, D)."""
-    return model.forward_head(model.forward_features(images), pre_logits=True)
-
-
 def resized(piece: Piece, tensor: Tensor, target: Piece, shape: torch.Size) -> Tensor:
-    """A part resampled to the size it has in another model: ``shape`` is that model's whole part."""
+    """Return a part resampled to the size it has in another model: ``shape`` is that model's whole part."""
     if piece.resize == "patch" and tensor.shape[-2:] != shape[-2:]:
         return resample_patch_embed(tensor.float(), list(shape[-2:])).to(tensor.dtype)
     if piece.grid == target.grid:
@@ -158,7 +156,8 @@ def _rotary(model: nn.Module) -> Rotary | None:
     if rope is None:
         return None
     by_axis = {RotaryEmbeddingMixed: False, RotaryEmbeddingMRope: None}.get(type(rope), True)
-    return Rotary(type(rope).__name__, bool(getattr(model.blocks[0].attn, "rotate_half", False)), by_axis)
+    half = getattr(model.get_submodule("blocks.0.attn"), "rotate_half", False)
+    return Rotary(type(rope).__name__, bool(half), by_axis)
 
 
 _ROWS = {"q": HEADS, "k": HEADS, "v": HEADS, "o": WIDTH, "fc1": HIDDEN, "fc1_gate": HIDDEN, "fc2": WIDTH}
@@ -190,8 +189,9 @@ def _add_outside(layout: Layout, model: nn.Module, anatomy: Anatomy) -> None:
     pieces, grid = layout.pieces, anatomy.grid
     kernel = (WIDTH, FIXED, FIXED, FIXED)
     pieces[OUTSIDE, "patch.weight"] = Piece("patch_embed.proj.weight", kernel, resize="patch", grid=grid)
-    if model.patch_embed.proj.bias is not None:
-        pieces[OUTSIDE, "patch.bias"] = Piece("patch_embed.proj.bias", (WIDTH,), absent=0.0)
+    patch_bias = tensor_path(model, "patch_embed.proj.bias")
+    if patch_bias is not None:
+        pieces[OUTSIDE, "patch.bias"] = Piece(patch_bias, (WIDTH,), absent=0.0)
     for norm in anatomy.embedding_norms:
         if not norm.startswith("attn_pool."):
             _add_norm(layout, model, OUTSIDE, norm, norm, WIDTH)
@@ -226,7 +226,7 @@ def _table(path: str, anatomy: Anatomy) -> Piece:
 
 
 def _add_pool(layout: Layout, model: nn.Module) -> None:
-    pool = model.attn_pool
+    pool = submodule(model, "attn_pool", AttentionPoolLatent)
     width = pool.kv.weight.shape[0] // 2
     words = {
         "k": linear(model, "attn_pool.kv", slice(0, width)),

@@ -7,24 +7,26 @@ from timm.models.resnet import ResNet as TimmResNet
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, ConvBlock, ConvSite
-from remap.backbones.families.base import Family, configured_image_size, exactly, real, run_blocks, size_of_convolutions
+from remap.backbones.families.base import Family
+from remap.backbones.families.reading import configured_image_size, exactly, real, run_blocks, size_of_convolutions
+from remap.backbones.typed import as_timm, submodule
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
-class ResNet(Family):
+class ResNet(Family[TimmResNet]):
     """timm's ``ResNet`` with basic or bottleneck blocks. Blocks take and give (B, D, H, W)."""
 
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
+    name = "resnet"
+
+    def matches(self, model: nn.Module) -> bool:
         return exactly(model, TimmResNet) and all(
             exactly(block, BasicBlock, Bottleneck) for stage in STAGES for block in getattr(model, stage)
         )
 
-    @classmethod
-    def read(cls, model: nn.Module) -> Anatomy:
+    def read(self, model: TimmResNet) -> Anatomy:
         image = configured_image_size(model)
-        strides = {info["module"]: info["reduction"] for info in model.feature_info}
+        strides = {info["module"]: info["reduction"] for info in as_timm(model).feature_info}
         blocks = tuple(
             # Every convolution and pooling rounds up.
             _read_block(model, stage, index, (-(-image[0] // strides[name]), -(-image[1] // strides[name])))
@@ -38,47 +40,40 @@ class ResNet(Family):
             if (path == stem or path.startswith(f"{stem}.")) and is_norm(module)
         ]
         return Anatomy(
-            family="resnet",
+            family=self.name,
             width=model.head_hidden_size,
             depth=len(blocks),
-            heads=0,
-            head_dim=0,
-            mlp_hidden=0,
             image_size=image,
             patch_size=(strides["layer1"], strides["layer1"]),
             grid=blocks[-1].grid,
-            num_prefix_tokens=0,
-            has_class_token=False,
-            class_token_pooled=False,
             input_module="conv1",
-            block_input_norm=None,
             embedding_norms=tuple(stem_norms),
             final_norm=None,
             classifier_heads=("fc",),
             blocks=blocks,
         )
 
-    @classmethod
-    def size_arguments(cls, model: nn.Module, anatomy: Anatomy, image_size: int) -> dict[str, Any]:
+    def size_arguments(self, model: TimmResNet, anatomy: Anatomy, image_size: int) -> dict[str, Any]:
         return size_of_convolutions(model, image_size)
 
-    @classmethod
-    def rest_of_forward(cls, model: nn.Module, anatomy: Anatomy, index: int, x: Tensor) -> Tensor:
+    def rest_of_forward(self, model: TimmResNet, index: int, x: Tensor) -> Tensor:
         blocks = [block for stage in STAGES for block in getattr(model, stage)]
         return run_blocks(blocks[index:], x, model.grad_checkpointing)
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Batch norm is what nearly all of them have; a few have group norm."""
+    """Return whether a module is a norm: batch norm in nearly all of them, group norm in a few."""
     return isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
 
 
 def _read_block(model: nn.Module, stage: int, index: int, grid: tuple[int, int]) -> ConvBlock:
     block = f"{STAGES[stage]}.{index}"
     module = model.get_submodule(block)
+    assert isinstance(module, BasicBlock | Bottleneck)
     numbers = (1, 2, 3) if isinstance(module, Bottleneck) else (1, 2)
     last = numbers[-1]
-    shortcut = [f"{block}.downsample.{i}" for i, part in enumerate(module.downsample or ()) if is_norm(part)]
+    downsample = () if module.downsample is None else submodule(module, "downsample", nn.Sequential)
+    shortcut = [f"{block}.downsample.{i}" for i, part in enumerate(downsample) if is_norm(part)]
     # What is added to the shortcut comes from the last of these that is there.
     ends = [f"bn{last}"] + [name for name in ("se", "drop_path") if getattr(module, name) is not None]
     return ConvBlock(

@@ -1,69 +1,82 @@
-"""Swin transformers: attention in windows, four stages of shrinking grids."""
+"""Swin transformers: attention in windows, stages of shrinking grids; and what prompts need of them.
 
+Letters: B batch, M windows of an image, N tokens of a window, H heads, p prompts, C width of a stage.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import Mlp
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
+import torch
+from timm.layers import Mlp, PatchEmbed
+from timm.models.swin_transformer import (
+    PatchMerging,
+    SwinTransformer,
+    SwinTransformerBlock,
+    SwinTransformerStage,
+    WindowAttention,
+)
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from remap.backbones.anatomy import Anatomy, AttentionBlock
-from remap.backbones.families.base import (
-    Family,
+from remap.backbones.anatomy import Anatomy
+from remap.backbones.families.base import Family, Undo, require_size
+from remap.backbones.families.reading import (
+    admit_into_bias,
+    admitted_tokens,
+    attention_block,
     exactly,
-    fused_qkv,
-    linear,
-    mlp_projections,
     pair,
     real,
-    require_size,
-    run_blocks,
+    rest_of_stages,
 )
+from remap.backbones.typed import submodule
 
 
-class Swin(Family):
+class Swin(Family[SwinTransformer]):
     """timm's ``SwinTransformer`` (version 1). A block takes (B, H, W, D); its norm2 and MLP see (B, H*W, D)."""
 
-    @classmethod
-    def matches(cls, model: nn.Module) -> bool:
+    name = "swin"
+
+    def matches(self, model: nn.Module) -> bool:
         return exactly(model, SwinTransformer) and all(
             exactly(block, SwinTransformerBlock) and exactly(block.attn, WindowAttention) and exactly(block.mlp, Mlp)
-            for stage in model.layers
+            for stage in _stages(model)
             for block in stage.blocks
         )
 
-    @classmethod
-    def read(cls, model: nn.Module) -> Anatomy:
+    def read(self, model: SwinTransformer) -> Anatomy:
         blocks = tuple(
-            _read_block(model, stage, index)
-            for stage in range(len(model.layers))
-            for index in range(len(model.layers[stage].blocks))
+            attention_block(
+                model,
+                f"layers.{stage}.blocks.{index}",
+                width=block.dim,
+                grid=pair(block.input_resolution),
+                stage=stage,
+            )
+            for stage, layer in enumerate(_stages(model))
+            for index, block in enumerate(_blocks(layer))
         )
-        last = blocks[-1]
+        last, embedding = blocks[-1], submodule(model, "patch_embed", PatchEmbed)
         downsamples = (f"layers.{stage}.downsample.norm" for stage in range(len(model.layers)))
         return Anatomy(
-            family="swin",
+            family=self.name,
             width=model.head_hidden_size,
             depth=len(blocks),
             heads=last.heads,
             head_dim=last.head_dim,
             mlp_hidden=last.mlp_hidden,
-            image_size=pair(model.patch_embed.img_size),
-            patch_size=pair(model.patch_embed.patch_size),
+            image_size=pair(embedding.img_size),
+            patch_size=pair(embedding.patch_size),
             grid=last.grid,
-            num_prefix_tokens=0,
-            has_class_token=False,
-            class_token_pooled=False,
             input_module="patch_embed",
-            block_input_norm=None,
             embedding_norms=real(model, ("patch_embed.norm", *downsamples)),
             final_norm=next(iter(real(model, ("norm",))), None),
             classifier_heads=("head.fc",),
             blocks=blocks,
         )
 
-    @classmethod
-    def size_arguments(cls, model: nn.Module, anatomy: Anatomy, image_size: int) -> dict[str, Any]:
-        patch, windows = max(anatomy.patch_size), [max(pair(window)) for window in model._ref_window_sizes]
+    def size_arguments(self, model: SwinTransformer, anatomy: Anatomy, image_size: int) -> dict[str, Any]:
+        patch, windows = max(anatomy.patch_size), [max(pair(window)) for window in _windows(model)]
 
         def fits(size: int) -> bool:
             # Stages halve the grid, rounding up; a grid smaller than the window is one window.
@@ -76,48 +89,50 @@ class Swin(Family):
         require_size(model, image_size, fits, rule)
         return {"img_size": image_size}
 
-    @classmethod
-    def rest_of_forward(cls, model: nn.Module, anatomy: Anatomy, index: int, x: Tensor) -> Tensor:
-        return model.norm(rest_of_stages(model.layers, index, x))
+    def rest_of_forward(self, model: SwinTransformer, index: int, x: Tensor) -> Tensor:
+        return model.norm(rest_of_stages(_stages(model), index, x))
 
 
-def rest_of_stages(stages: nn.Module, index: int, x: Tensor) -> Tensor:
-    """From the input of block ``index``, counted over all stages, to the output of the last stage.
-
-    A stage is entered with its downsampling done: its first block takes what ``downsample`` gave.
-    """
-    entered = False
-    for stage in stages:
-        if entered:
-            x = stage(x)
-        elif index < len(stage.blocks):
-            x = run_blocks(stage.blocks[index:], x, stage.grad_checkpointing)
-            entered = True
-        else:
-            index -= len(stage.blocks)
-    return x
+def admit_window_tokens(model: nn.Module, anatomy: Anatomy, count: int, first: int) -> Undo:
+    """Give windows of the blocks from ``first`` on room for ``count`` tokens in front, with a position bias of 0."""
+    attentions = [submodule(model, block.attn, WindowAttention) for block in anatomy.attention_blocks[first:]]
+    return admit_into_bias(attentions, "_get_rel_pos_bias", _roomy_bias, count)
 
 
-def _read_block(model: nn.Module, stage: int, index: int) -> AttentionBlock:
-    block = f"layers.{stage}.blocks.{index}"
-    module = model.get_submodule(block)
-    projections = fused_qkv(model, f"{block}.attn")
-    mlp = mlp_projections(model, f"{block}.mlp")
-    q = projections["q"]
-    return AttentionBlock(
-        block=block,
-        width=module.dim,
-        grid=pair(module.input_resolution),
-        stage=stage,
-        norms=real(model, (f"{block}.{norm}" for norm in ("norm1", "norm2", "mlp.norm"))),
-        projections={**projections, "o": linear(model, f"{block}.attn.proj"), **mlp},
-        norm1=f"{block}.norm1",
-        attn=f"{block}.attn",
-        heads=module.attn.num_heads,
-        head_dim=(q.stop - q.start) // module.attn.num_heads,
-        attn_branch_end=f"{block}.drop_path1",
-        norm2=f"{block}.norm2",
-        mlp=f"{block}.mlp",
-        mlp_hidden=mlp["fc1"].stop - mlp["fc1"].start,
-        mlp_branch_end=f"{block}.drop_path2",
-    )
+def with_window_tokens(mask_MNN: Tensor | None, count: int) -> Tensor | None:
+    """Put zeros for ``count`` tokens in front of the mask of shifted windows: they see all and are seen by all."""
+    return None if mask_MNN is None else F.pad(mask_MNN, (count, 0, count, 0))
+
+
+def merging_before(model: nn.Module, anatomy: Anatomy, index: int) -> PatchMerging | None:
+    """Return the patch merging between block ``index`` and the one before it; None inside a stage."""
+    stage = anatomy.blocks[index].stage
+    if index == 0 or anatomy.blocks[index - 1].stage == stage:
+        return None
+    return submodule(model, f"layers.{stage}.downsample", PatchMerging)
+
+
+def merge_prompts(merging: PatchMerging, prompts_BpC: Tensor) -> Tensor:
+    """Merge each prompt with itself as four neighbouring patches are: (B, p, C) to (B, p, 2C)."""
+    return merging.reduction(merging.norm(torch.cat([prompts_BpC] * 4, dim=-1)))
+
+
+def _stages(model: SwinTransformer) -> list[SwinTransformerStage]:
+    return [submodule(model, f"layers.{index}", SwinTransformerStage) for index in range(len(model.layers))]
+
+
+def _windows(model: SwinTransformer) -> Sequence[int | tuple[int, int]]:
+    """Return the window size of each stage, before those that are larger than the grid were made smaller."""
+    sizes = model._ref_window_sizes
+    assert not isinstance(sizes, int)
+    return sizes
+
+
+def _blocks(stage: SwinTransformerStage) -> list[SwinTransformerBlock]:
+    return [submodule(stage, f"blocks.{index}", SwinTransformerBlock) for index in range(len(stage.blocks))]
+
+
+def _roomy_bias(attention: WindowAttention) -> Tensor:
+    """Put zeros in front of (1, H, N, N): (1, H, p + N, p + N)."""
+    room = admitted_tokens(attention)
+    return F.pad(WindowAttention._get_rel_pos_bias(attention), (room, 0, room, 0))

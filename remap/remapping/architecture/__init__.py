@@ -1,5 +1,4 @@
-"""Remapping the architecture: the student is made of the teacher, or of fewer blocks. The table; listing it imports
-no torch."""
+"""The table of architecture remappings: cut the student from the teacher, or skip blocks. Imports no torch."""
 
 from dataclasses import dataclass
 

@@ -16,7 +16,9 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, AttentionBlock, anatomy_of, module_at, set_fused_attention
-from remap.remapping.architecture.blocks import Batches, features
+from remap.backbones.families.base import family_of
+from remap.backbones.typed import layer_at, pooled_features
+from remap.remapping.architecture.remove_blocks import Batches
 
 Criterion = Literal["taylor", "magnitude"]
 Scores = Callable[[], dict[str, Tensor]]
@@ -37,7 +39,7 @@ def prune_inside(
     graph, importance = _graph(model, anatomy), _importance(criterion)
     units = {
         block.block: _group(graph, module_at(model, block.fc1), range(block.mlp_hidden))
-        for block in anatomy.blocks
+        for block in anatomy.attention_blocks
         if hidden < block.mlp_hidden
     }
     fewer_heads = (heads, head_dim) != (anatomy.heads, anatomy.head_dim)
@@ -45,38 +47,42 @@ def prune_inside(
     def scores() -> dict[str, Tensor]:
         found = {f"units {path}": importance(group) for path, group in units.items()}
         if fewer_heads:
-            found |= {f"heads {block.block}": _head_scores(model, block, criterion) for block in anatomy.blocks}
+            found |= {
+                f"heads {block.block}": _head_scores(model, block, criterion) for block in anatomy.attention_blocks
+            }
         return found
 
     found = _summed(scores, model, criterion, batches)
-    for block in anatomy.blocks:
+    for block in anatomy.attention_blocks:
         if block.block in units:
             gone = _worst(found[f"units {block.block}"], block.mlp_hidden - hidden)
             _group(graph, module_at(model, block.fc1), gone).prune()
     # The graph has no view of heads: it is done with before they go.
     if fewer_heads:
-        for block in anatomy.blocks:
+        for block in anatomy.attention_blocks:
             _cut_heads(model, block, found[f"heads {block.block}"], heads, head_dim)
 
 
 def prune_width(model: nn.Module, width: int, criterion: Criterion, batches: Batches) -> None:
-    """Cut the residual stream to ``width`` channels: embeddings, tokens, norms, LayerScale and every layer that reads
-    or writes it. The norms then see fewer channels, so the function changes even where those were all zero.
+    """Cut the residual stream to ``width`` channels, wherever it is read or written.
+
+    That is in embeddings, tokens, norms, LayerScale and layers. The norms then see fewer channels, so the function
+    changes even where those were all zero.
 
     Args:
         batches: As for ``prune_inside``.
     """
     anatomy = _opened(model)
     graph, importance = _graph(model, anatomy), _importance(criterion)
-    writer = module_at(model, anatomy.blocks[0].proj)
+    writer = module_at(model, anatomy.attention_blocks[0].proj)
     everything = _group(graph, writer, range(anatomy.width))
     found = _summed(lambda: {"channels": importance(everything)}, model, criterion, batches)
     _group(graph, writer, _worst(found["channels"], anatomy.width - width)).prune()
-    model.embed_dim = model.num_features = model.head_hidden_size = width
+    family_of(anatomy).set_width(model, width)
 
 
 def _opened(model: nn.Module) -> Anatomy:
-    """Everything gets a gradient, and the attention is one that the graph can be read from."""
+    """Return the anatomy of a model made ready: everything gets a gradient, attention is readable by the graph."""
     anatomy = anatomy_of(model.eval().requires_grad_(True))
     set_fused_attention(model, anatomy, False)
     return anatomy
@@ -94,7 +100,7 @@ def _graph(model: nn.Module, anatomy: Anatomy) -> tp.DependencyGraph:
 
 
 def _group(graph: tp.DependencyGraph, layer: nn.Module, outputs: Iterable[int]) -> tp.Group:
-    """All that goes with some output features of a linear layer."""
+    """Return the group of all that goes with some output features of a linear layer."""
     return graph.get_pruning_group(layer, tp.prune_linear_out_channels, idxs=list(outputs))
 
 
@@ -104,7 +110,7 @@ def _importance(criterion: Criterion) -> Callable[[tp.Group], Tensor]:
 
 
 def _summed(scores: Scores, model: nn.Module, criterion: Criterion, batches: Batches) -> dict[str, Tensor]:
-    """The scores, for "taylor" summed over the batches."""
+    """Return the scores, for "taylor" summed over the batches."""
     total: dict[str, Tensor] = {}
     for _ in _gradients(model, batches) if criterion == "taylor" else (None,):
         for name, score in scores().items():
@@ -123,7 +129,7 @@ def _gradients(model: nn.Module, batches: Batches) -> Iterator[None]:
     draws = torch.Generator().manual_seed(0)
     for images_BCHW in batches():
         model.zero_grad()
-        features_BD = features(model, model.forward_features(images_BCHW))
+        features_BD = pooled_features(model, images_BCHW)
         signs_BD = torch.randint(0, 2, features_BD.shape, generator=draws) * 2.0 - 1.0
         (features_BD * signs_BD.to(features_BD.device)).sum().backward()
         for parameter in model.parameters():
@@ -132,42 +138,44 @@ def _gradients(model: nn.Module, batches: Batches) -> Iterator[None]:
         yield
 
 
-def _strength(tensor: nn.Parameter, criterion: Criterion) -> Tensor:
-    """What Torch-Pruning sums up for a weight: |w dL/dw|, or w^2."""
+def _strength(tensor: Tensor, criterion: Criterion) -> Tensor:
+    """Return what Torch-Pruning sums up for a weight: |w dL/dw|, or w^2."""
     weight = tensor.detach()
-    return (weight * tensor.grad).abs() if criterion == "taylor" else weight.square()
+    if criterion == "magnitude":
+        return weight.square()
+    assert tensor.grad is not None
+    return (weight * tensor.grad).abs()
 
 
 def _head_scores(model: nn.Module, block: AttentionBlock, criterion: Criterion) -> Tensor:
-    """(2, H, h): of the pairs of query and key dimensions, and of the value dimensions with what reads them."""
-    attention = module_at(model, block.attn)
-    rows = _strength(attention.qkv.weight, criterion).sum(dim=1)
-    if attention.qkv.bias is not None:
-        rows = rows + _strength(attention.qkv.bias, criterion)
+    """Score the pairs of query and key dimensions, and the value dimensions with what reads them, (2, H, h)."""
+    qkv, proj = layer_at(model, block.projections["q"].path), layer_at(model, block.proj)
+    rows = _strength(qkv.weight, criterion).sum(dim=1)
+    if qkv.bias is not None:
+        rows = rows + _strength(qkv.bias, criterion)
     q_Hh, k_Hh, v_Hh = rows.view(3, block.heads, block.head_dim)
-    read_Hh = _strength(attention.proj.weight, criterion).sum(dim=0).view(block.heads, block.head_dim)
+    read_Hh = _strength(proj.weight, criterion).sum(dim=0).view(block.heads, block.head_dim)
     return torch.stack([q_Hh + k_Hh, v_Hh + read_Hh])
 
 
 def _cut_heads(model: nn.Module, block: AttentionBlock, scores_2Hh: Tensor, heads: int, head_dim: int) -> None:
-    attention = module_at(model, block.attn)
+    qkv, proj = layer_at(model, block.projections["q"].path), layer_at(model, block.proj)
     kept = _best(scores_2Hh.sum(dim=(0, 2)), heads)
     # In every head that stays, its own best dimensions; those of queries and keys go in pairs.
     qk, v = ([head * block.head_dim + d for head in kept for d in _best(score[head], head_dim)] for score in scores_2Hh)
     size = block.heads * block.head_dim
     gone_qk, gone_v = (sorted(set(range(size)) - set(stay)) for stay in (qk, v))
     rows = [*gone_qk, *(size + index for index in gone_qk), *(2 * size + index for index in gone_v)]
-    tp.prune_linear_out_channels(attention.qkv, rows)
-    tp.prune_linear_in_channels(attention.proj, gone_v)
-    if isinstance(attention.norm, nn.LayerNorm):
-        tp.prune_layernorm_out_channels(attention.norm, gone_v)
-    attention.num_heads, attention.head_dim, attention.attn_dim = heads, head_dim, heads * head_dim
-    attention.scale = head_dim**-0.5
+    tp.prune_linear_out_channels(qkv, rows)
+    tp.prune_linear_in_channels(proj, gone_v)
+    if f"{block.attn}.norm" in block.norms:  # of all heads together
+        tp.prune_layernorm_out_channels(module_at(model, f"{block.attn}.norm"), gone_v)
+    family_of(anatomy_of(model)).set_heads(model, block, heads, head_dim)
     with torch.no_grad():  # the scale of the scores stays what it was
         factor = (head_dim / block.head_dim) ** 0.5
-        attention.qkv.weight[: heads * head_dim] *= factor
-        if attention.qkv.bias is not None:
-            attention.qkv.bias[: heads * head_dim] *= factor
+        qkv.weight[: heads * head_dim] *= factor
+        if qkv.bias is not None:
+            qkv.bias[: heads * head_dim] *= factor
 
 
 def _best(score: Tensor, count: int) -> list[int]:

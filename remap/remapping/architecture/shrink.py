@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from remap.backbones.anatomy import Anatomy, AttentionBlock, anatomy_of, module_at
+from remap.backbones.anatomy import Anatomy, anatomy_of, module_at
 from remap.backbones.build import Backbone
-from remap.backbones.saving import require_free, save_model_folder
+from remap.backbones.families.base import family_of
+from remap.backbones.model_folder import require_free, save_model_folder
+from remap.backbones.typed import as_timm, layer_at
 from remap.errors import BackboneError
-from remap.remapping.architecture.blocks import Batches, evenly, least_missed, require_one_list, take_out
+from remap.remapping.architecture.remove_blocks import Batches, evenly, least_missed, take_out
 from remap.remapping.architecture.shrink_options import ShrinkSpec
 
 
@@ -30,6 +32,10 @@ class Shape:
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
+
+    def arguments(self, teacher: Anatomy) -> dict[str, object]:
+        """Return the arguments of timm's constructor that make this shape; the rest is the architecture's."""
+        return family_of(teacher).shape_arguments(teacher, self.depth, self.width, self.heads, self.mlp)
 
     @classmethod
     def of(cls, anatomy: Anatomy) -> "Shape":
@@ -77,21 +83,21 @@ def shrink(teacher: Backbone, spec: ShrinkSpec, batches: Batches, folder: Path) 
     before = Shape.of(teacher.anatomy)
     after = target_shape(teacher, spec)
     model = copy.deepcopy(teacher.model).eval()
-    model.reset_classifier(0)
+    as_timm(model).reset_classifier(0)
     size_before = _size(model)
-    kept, changes = list(range(before.depth)), []
+    kept, changes = list(range(before.depth)), list[float]()
     if after.depth < before.depth and spec.blocks == "uniform":
         kept = evenly(before.depth, after.depth)
         take_out(model, sorted(set(range(before.depth)) - set(kept)))
     elif after.depth < before.depth:
         kept, changes = least_missed(model, before.depth - after.depth, batches)
     if (after.width, after.heads, after.mlp) != (before.width, before.heads, before.mlp):
-        from remap.remapping.architecture import pruning  # Torch-Pruning
+        from remap.remapping.architecture import pruning  # imports Torch-Pruning, which is slow
 
         pruning.prune_inside(model, after.heads, after.head_dim, after.mlp, spec.importance, batches)
         if after.width < before.width:
             pruning.prune_width(model, after.width, spec.importance, batches)
-    save_model_folder(model, folder, constructor_arguments(after, teacher.anatomy))
+    save_model_folder(model, folder, after.arguments(teacher.anatomy))
     size_after = _size(model)
     return Shrunk(
         before,
@@ -104,19 +110,19 @@ def shrink(teacher: Backbone, spec: ShrinkSpec, batches: Batches, folder: Path) 
 
 
 def needs_images(spec: ShrinkSpec) -> bool:
-    """Whether anything is measured on images."""
+    """Return whether anything is measured on images."""
     inside = any(value is not None for value in (spec.width, spec.heads, spec.mlp))
     return (spec.depth is not None and spec.blocks == "sensitivity") or (inside and spec.importance == "taylor")
 
 
 def target_shape(teacher: Backbone, spec: ShrinkSpec) -> Shape:
-    """The shape that is asked for. Width and heads alone keep the teacher's head dimension.
+    """Return the shape that is asked for; width or heads alone keep the teacher's head dimension.
 
     Raises:
         BackboneError: timm could not build it, or it cannot be cut from this teacher.
     """
     anatomy, name = teacher.anatomy, teacher.identity.model
-    require_one_list(teacher.model)
+    take_out(teacher.model, [])  # checks that it can be done
     before = Shape.of(anatomy)
     width, heads = spec.width, spec.heads
     if width is None:
@@ -149,21 +155,19 @@ def target_shape(teacher: Backbone, spec: ShrinkSpec) -> Shape:
 
 
 def _require_prunable(teacher: Backbone, shape: Shape, before: Shape) -> None:
-    """Inside the blocks, plain vision transformers alone are cut; of the other families whole blocks go."""
+    """Check that a model can be cut inside its blocks; of most families only blocks can be removed."""
     model, anatomy = teacher.model, teacher.anatomy
     norms = [module_at(model, path) for block in anatomy.blocks for path in block.norms]
-    why = None
-    if anatomy.family != "vit":
-        why = f"its family is '{anatomy.family}'"
-    elif getattr(model, "attn_pool", None) is not None:
-        why = "it pools by attention, with heads of its own"
+    why = family_of(anatomy).unprunable(model)
+    if why is not None:
+        pass
     elif any("fc1_gate" in block.projections for block in anatomy.blocks):
         why = "its MLPs are gated"
     elif not all(isinstance(norm, nn.LayerNorm) for norm in norms):
-        why = "its norms are no layer norms"
+        why = "its norms are not layer norms"
     elif shape.head_dim < before.head_dim and any(".q_norm" in path for path in anatomy.blocks[0].norms):
         why = f"it normalises queries over all {before.head_dim} dimensions of a head, so heads keep their width"
-    elif any((block.heads, block.mlp_hidden) != (before.heads, before.mlp) for block in _attention(anatomy)):
+    elif any((block.heads, block.mlp_hidden) != (before.heads, before.mlp) for block in anatomy.attention_blocks):
         why = "its blocks differ from each other"
     if why is not None:
         raise BackboneError(
@@ -173,32 +177,12 @@ def _require_prunable(teacher: Backbone, shape: Shape, before: Shape) -> None:
         )
 
 
-def constructor_arguments(shape: Shape, teacher: Anatomy) -> dict[str, object]:
-    """The arguments of timm's constructor that make ``shape``; what cannot be cut is as the architecture has it."""
-    found: dict[str, object] = {"depth": shape.depth}
-    if teacher.family == "vit" and "fc1_gate" not in teacher.blocks[0].projections:
-        ratio = ratio_of(shape.mlp, shape.width)
-        found |= {"embed_dim": shape.width, "num_heads": shape.heads, "mlp_ratio": ratio}
-    return found
-
-
-def ratio_of(hidden: int, width: int) -> float:
-    """The ratio from which timm computes just ``hidden`` units: it rounds their product down."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
-
-
-def _attention(anatomy: Anatomy) -> list[AttentionBlock]:
-    return [block for block in anatomy.blocks if isinstance(block, AttentionBlock)]
-
-
 def _size(model: nn.Module) -> tuple[int, int]:
-    """Parameters, and multiply-adds of one image: layers times the positions they work on, and the two products of
-    attention."""
+    """Return parameters and multiply-adds of one image: layers times their positions, and the products of attention."""
     anatomy = anatomy_of(model)
     tokens = anatomy.num_prefix_tokens + anatomy.num_patches
     macs = anatomy.num_patches * anatomy.width * 3 * anatomy.patch_size[0] * anatomy.patch_size[1]
-    for block in _attention(anatomy):
-        weights = sum((p.stop - p.start) * module_at(model, p.path).weight.shape[1] for p in block.projections.values())
+    for block in anatomy.attention_blocks:
+        weights = sum((p.stop - p.start) * layer_at(model, p.path).weight.shape[1] for p in block.projections.values())
         macs += tokens * weights + 2 * tokens**2 * block.heads * block.head_dim
     return sum(p.numel() for p in model.parameters()), macs

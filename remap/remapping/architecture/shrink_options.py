@@ -12,12 +12,12 @@ EXAMPLE = "shrink(teacher, depth=6, width=384, heads=6, mlp=1536)"
 
 
 def is_shrink_word(word: Any) -> bool:
-    """Whether a model's name is meant as the short form, right or wrong."""
+    """Return whether a model's name is meant as the short form, right or wrong."""
     return isinstance(word, str) and re.match(r"\s*shrink\s*(\(|$)", word) is not None
 
 
 def read_shrink_word(word: str) -> dict[str, Any]:
-    """The options in a short form; their names and values are for the schema to check.
+    """Return the options in a short form; their names and values are for the schema to check.
 
     Raises:
         ValueError: It is not ``shrink(teacher, key=value, ...)``, or names a key twice.
@@ -38,7 +38,7 @@ def read_shrink_word(word: str) -> dict[str, Any]:
 
 
 def shrink_word(options: Mapping[str, Any]) -> str:
-    """The short form of some options."""
+    """Return the short form of some options."""
     return f"shrink({', '.join(['teacher', *(f'{key}={value}' for key, value in options.items())])})"
 
 

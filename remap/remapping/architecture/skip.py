@@ -5,7 +5,7 @@ Letters: L gated units (blocks or branches), g gate, c relative cost.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.anatomy import Anatomy, AttentionBlock, Block, ConvBlock, module_at
-from remap.backbones.saving import require_free, save_model_folder
+from remap.backbones.model_folder import require_free, save_model_folder
+from remap.backbones.typed import submodule
 from remap.errors import BackboneError
-from remap.remapping.architecture.blocks import has_one_list, require_one_list, take_out
-from remap.remapping.architecture.shrink import Shape, constructor_arguments
+from remap.remapping.architecture.remove_blocks import take_out
+from remap.remapping.architecture.shrink import Shape
 from remap.tuning.attaching import Combined
 from remap.tuning.base import Attached, Method, Options, insert_module, inserted_parameters, is_inserted
 from remap.tuning.weights import registered, registered_at
@@ -37,14 +38,17 @@ class Skip(Method):
     parameter itself, 1 at the start (the pretrained network), and one that falls below 0 is set to 0 after the step:
     by this projection it reaches 0 exactly, where the block is gone, and can come back, while a sigmoid would neither
     begin at 1 nor end at 0. Nothing keeps it below 1.
-    NetTailor's gates are a softmax over a block and small layers beside it, trained for the task. Here such a layer is
+    NetTailor's gates are a softmax over a block and small layers next to it, trained for the task. Here such a layer is
     another method of a combination: ``skip+adaptformer`` keeps an adapter where a block closes, ``skip+lora`` tunes
     what stays.
     """
 
     class Config(Options):
-        """``cost`` is the price of the whole network being open, in units of the loss. ``gates``: one for a block, or
-        one for each of its branches (attention and MLP)."""
+        """Options.
+
+        cost: Price of the whole network being open, in units of the loss.
+        gates: One for a block, or one for each of its branches (attention and MLP).
+        """
 
         cost: float = Field(default=1.0, ge=0.0)
         gates: Literal["block", "branch"] = "block"
@@ -65,18 +69,7 @@ class Skip(Method):
                 for branch in part:
                     handles.append(module_at(model, branch.end).register_forward_hook(partial(_scale, gate)))
                 gates[path] = _Gated(block, tuple(part), sum(_multiply_adds(model, block, branch) for branch in part))
-        names = inserted_parameters(model, gates)
-        return _Attached(
-            model,
-            anatomy,
-            gates,
-            self.config.cost,
-            mergeable=all(branch.fold for gated in gates.values() for branch in gated.branches),
-            trainable=names,
-            no_decay=names,
-            added=gates,
-            handles=handles,
-        )
+        return _Attached(model, anatomy, gates, self.config.cost, handles)
 
 
 class Gate(nn.Module):
@@ -89,8 +82,10 @@ class Gate(nn.Module):
 
 @dataclass(frozen=True)
 class _Branch:
-    """A residual branch: its last module, the layers inside, and the module whose weight and bias can take the gate
-    (``fold``; None where there is none)."""
+    """A residual branch: its last module and the layers inside.
+
+    ``fold`` is the module whose weight and bias can take the gate, None where there is none.
+    """
 
     end: str
     layers: tuple[str, ...]
@@ -110,20 +105,24 @@ class _Attached(Attached):
     fold_stage = 4  # the gate is behind all that other methods do with the last layer of a branch
 
     def __init__(
-        self, model: nn.Module, anatomy: Anatomy, gates: dict[str, _Gated], cost: float, **facts: object
+        self, model: nn.Module, anatomy: Anatomy, gates: dict[str, _Gated], cost: float, handles: list[RemovableHandle]
     ) -> None:
         self.gates, self.cost = gates, cost
-        whole = sum(gated.multiply_adds for gated in gates.values())
-        self.shares = {path: gated.multiply_adds / whole for path, gated in gates.items()}
-        super().__init__(model, anatomy, **facts)
+        total = sum(gated.multiply_adds for gated in gates.values())
+        self.shares = {path: gated.multiply_adds / total for path, gated in gates.items()}
+        names = inserted_parameters(model, gates)
+        foldable = all(branch.fold for gated in gates.values() for branch in gated.branches)
+        super().__init__(
+            model, anatomy, trainable=names, no_decay=names, added=gates, handles=handles, mergeable=foldable
+        )
 
     def _gate(self, path: str) -> nn.Parameter:
-        return module_at(self.model, path).gate
+        return submodule(self.model, path, Gate).gate
 
     def penalty(self) -> Tensor:
         gates = {path: self._gate(path).float() for path in self.shares}
-        open_share = sum(share * gates[path] for path, share in self.shares.items())
-        squares = sum(share * gates[path].square() for path, share in self.shares.items())
+        open_share = reduce(torch.add, (share * gates[path] for path, share in self.shares.items()))
+        squares = reduce(torch.add, (share * gates[path].square() for path, share in self.shares.items()))
         # All closed, nothing is open: 0 / tiny stays 0.
         return self.cost * open_share.square() / squares.clamp_min(torch.finfo(torch.float32).tiny)
 
@@ -133,7 +132,7 @@ class _Attached(Attached):
             self._gate(path).clamp_(min=0.0)
 
     def openness(self) -> list[float]:
-        """For every block of the network the largest of its gates."""
+        """Return the largest gate of every block of the network."""
         found = dict.fromkeys((block.block for block in self.anatomy.blocks), 0.0)
         for path, gated in self.gates.items():
             found[gated.block.block] = max(found[gated.block.block], self._gate(path).item())
@@ -148,7 +147,7 @@ class _Attached(Attached):
 
 
 def gates_of(attached: Attached) -> _Attached:
-    """The gates of ``skip`` or of a combination with it.
+    """Return the gates of ``skip`` or of a combination with it.
 
     Raises:
         BackboneError: There are none.
@@ -161,10 +160,10 @@ def gates_of(attached: Attached) -> _Attached:
 
 
 def save_remaining(attached: Attached, folder: Path, threshold: float = 0.05, classes: Sequence[str] = ()) -> list[int]:
-    """Fold the method into the weights, take out the blocks whose gates are all at or below ``threshold``, and write
-    the rest as a model folder of timm, classifier included. The model is changed.
+    """Fold the method into the weights, remove closed blocks, and write the rest as a model folder of timm.
 
-    Where every block that goes has a gate of 0, the function stays what it was.
+    Closed are blocks whose gates are all at or below ``threshold``. The classifier is written too. The model is
+    changed. Where every block that goes has a gate of 0, the function stays what it was.
 
     Args:
         classes: Names for the classifier's outputs, for timm's configuration.
@@ -187,14 +186,14 @@ def save_remaining(attached: Attached, folder: Path, threshold: float = 0.05, cl
             do="lower the threshold, or tune again with a lower --set method.cost",
         )
     if closed:
-        require_one_list(model)
+        take_out(model, [])  # refuses before anything is changed
     attached.merge()
     if closed:
         take_out(model, closed)
     shape: dict[str, object] = {}
-    if has_one_list(attached.anatomy):
+    if "sequence" in attached.anatomy.parts:
         left = replace(Shape.of(attached.anatomy), depth=len(openness) - len(closed))
-        shape = constructor_arguments(left, attached.anatomy)
+        shape = left.arguments(attached.anatomy)
     save_model_folder(model.eval(), folder, shape, classes)
     return [index for index in range(len(openness)) if index not in closed]
 
@@ -222,7 +221,7 @@ def _paths(block: Block, words: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _end_of(model: nn.Module, block: ConvBlock) -> str | None:
-    """The layer or norm whose weight and bias scale what the block adds, if one does."""
+    """Return the layer or norm whose weight and bias scale what the block adds, if one does."""
     if "fc2" in block.projections:
         return block.projections["fc2"].path
     # A module without parameters behind the norm (drop-path) lets a scale through; squeeze-and-excitation does not.
@@ -233,9 +232,9 @@ def _end_of(model: nn.Module, block: ConvBlock) -> str | None:
 
 
 def _multiply_adds(model: nn.Module, block: Block, branch: _Branch) -> int:
-    """Of the layers of a branch for one image, as if all of them worked on the block's grid."""
+    """Return the multiply-adds of a branch for one image, as if all its layers worked on the block's grid."""
     return prod(block.grid) * sum(registered(module_at(model, path), "weight").numel() for path in branch.layers)
 
 
-def _scale(gate: Gate, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+def _scale(gate: Gate, _module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
     return output * gate.gate.to(output.dtype)

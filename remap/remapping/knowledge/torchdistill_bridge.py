@@ -15,12 +15,12 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torchdistill.losses.mid_level import ATLoss, DISTLoss, PKTLoss, RKDLoss, SKDInstanceLoss
 
-from remap.remapping.items import LOGITS, POOLED, logits_of, pooled_of
-from remap.remapping.knowledge.features.parts import TokenTerm, pooled
-from remap.remapping.knowledge.logits.plain import answer_to_teacher
+from remap.remapping.knowledge.features.terms import TokenTerm, pooled
+from remap.remapping.knowledge.logits.distillation import LogitsTerm, answer_to_teacher
 from remap.remapping.labels import Labels
-from remap.remapping.objective import LossTerm, Pair
+from remap.remapping.objective import Pair
 from remap.remapping.signals import Needs, Signals, float32_region
+from remap.remapping.targets import LOGITS, POOLED, logits_of, pooled_of
 from remap.tuning.base import Options
 
 PATH = "signal"
@@ -109,27 +109,7 @@ def run(loss: nn.Module, student: Tensor, teacher: Tensor, targets: Tensor | Non
         return loss({PATH: {"output": student.float()}}, {PATH: {"output": teacher.float()}}, targets)
 
 
-class LogitsBridge(LossTerm):
-    """A mid-level loss of torchdistill that reads the logits of both networks, computed in float32.
-
-    Args:
-        loss: Built with ``OUTPUT_OF_BOTH`` as its module paths; called with (student io, teacher io, labels).
-    """
-
-    classifier = "teacher"
-
-    def __init__(self, pair: Pair, config: Options, loss: nn.Module) -> None:
-        super().__init__(pair, config)
-        self.loss = loss
-
-    def target(self, teacher: Signals) -> dict[str, Tensor]:
-        return logits_of(teacher)
-
-    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
-        return run(self.loss, answer_to_teacher(student), target[LOGITS], labels.main_B)
-
-
-class Dist(LogitsBridge):
+class Dist(LogitsTerm):
     """Huang et al. 2022, arXiv 2205.10536: match relations instead of probabilities.
 
     ``beta`` * (1 - correlation across classes, mean over images) + ``gamma`` * (1 - correlation across the images of
@@ -153,8 +133,11 @@ class Dist(LogitsBridge):
     config: Config
 
     def __init__(self, pair: Pair, config: Config) -> None:
-        loss = DISTLoss(**OUTPUT_OF_BOTH, beta=config.beta, gamma=config.gamma, tau=config.tau)
-        super().__init__(pair, config, loss)
+        super().__init__(pair, config)
+        self.loss = DISTLoss(**OUTPUT_OF_BOTH, beta=config.beta, gamma=config.gamma, tau=config.tau)
+
+    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
+        return run(self.loss, answer_to_teacher(student), target[LOGITS], labels.main_B)
 
 
 class Torchdistill(TokenTerm):
@@ -175,7 +158,7 @@ class Torchdistill(TokenTerm):
 
         loss: LossName = "RKDLoss"
         signal: Signal = "pooled"
-        options: dict[str, Scalar] = {}
+        options: dict[str, Scalar] = Field(default_factory=dict)
 
         @field_validator("loss", mode="before")
         @classmethod

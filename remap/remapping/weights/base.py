@@ -1,36 +1,27 @@
-"""What an initialisation decides, and the whole way from a teacher to an initialised student."""
+"""Initialise a student from its teacher: what an initialisation decides, and the report of what came from where."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy
-from remap.backbones.families.layout import POOL, Layout, Place, Rotary, Unit, layout_of
+from remap.backbones.families.layout import POOL, Place, Rotary, Unit, layout_of
 from remap.errors import BackboneError
-from remap.remapping.weights.transfer import Plan, Transferred, transfer
+from remap.remapping.weights.transfer import Plan, Side, Transferred, transfer
 from remap.tuning.base import Options
 
 Images = Iterable[Tensor]
 
 
-class Parts(Protocol):
+class ReadModel(Protocol):
     """A built model with its anatomy: a backbone or a network."""
 
     model: nn.Module
     anatomy: Anatomy
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two models."""
-
-    model: nn.Module
-    anatomy: Anatomy
-    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -48,7 +39,7 @@ class Report:
     """
 
     init: str
-    blocks: tuple[int | None, ...]
+    blocks: tuple[Place | None, ...]
     copied: tuple[tuple[str, str], ...]
     neutral: tuple[str, ...]
     kept: tuple[tuple[str, str], ...]
@@ -73,15 +64,7 @@ class Report:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "init": self.init,
-            "blocks": list(self.blocks),
-            "copied": len(self.copied),
-            "neutral": list(self.neutral),
-            "kept": [list(item) for item in self.kept],
-            "left": list(self.left),
-            "notes": list(self.notes),
-        }
+        return {**asdict(self), "copied": len(self.copied)}
 
 
 class WeightInit(ABC):
@@ -95,19 +78,19 @@ class WeightInit(ABC):
 
     @abstractmethod
     def plan(self, teacher: Side, student: Side, sample: Images | None) -> Plan:
-        """The choice. Changes neither model.
+        """Return the choice. Changes neither model.
 
         Raises:
             BackboneError: It cannot be made for these two models.
         """
 
     def finish(self, teacher: Side, student: Side, plan: Plan, done: Transferred) -> list[str]:
-        """Called when the weights are in place; returns notes for the report."""
+        """Act on the transferred weights; return notes for the report."""
         return []
 
 
 @torch.no_grad()
-def remap_weights(init: WeightInit, teacher: Parts, student: Parts, sample: Images | None = None) -> Report:
+def remap_weights(init: WeightInit, teacher: ReadModel, student: ReadModel, sample: Images | None = None) -> Report:
     """Initialise the student's backbone from the teacher's weights, in place. The classifier stays as it is.
 
     Args:
@@ -122,20 +105,28 @@ def remap_weights(init: WeightInit, teacher: Parts, student: Parts, sample: Imag
             given=f"teacher of the family '{teacher.anatomy.family}', student of '{student.anatomy.family}'",
             do=f"choose a student of the teacher's family ('{teacher.anatomy.family}'), or leave student.init out",
         )
-    sides = [Side(p.model, p.anatomy, layout_of(p.model, p.anatomy)) for p in (teacher, student)]
-    _require_same_kind(init.name, *sides)
-    plan = init.plan(*sides, sample)
-    done = transfer(*((side.model, side.layout) for side in sides), plan)
-    notes = [_sizes(*sides), *init.finish(*sides, plan, done)]
-    units = [plan.units[block] for block in range(sides[1].layout.depth)]
-    blocks = tuple(None if unit is None else unit.source for unit in units)
-    parts = map(tuple, (done.copied, done.neutral, done.kept, done.left, notes))
-    return Report(init.name, blocks, *parts)
+    one, other = (Side(p.model, p.anatomy, layout_of(p.model, p.anatomy)) for p in (teacher, student))
+    _require_same_kind(init.name, one, other)
+    plan = init.plan(one, other, sample)
+    done = transfer(one, other, plan)
+    notes = (_sizes(one, other), *init.finish(one, other, plan, done))
+    units = [plan.units[block] for block in range(other.layout.depth)]
+    return Report(
+        init=init.name,
+        blocks=tuple(None if unit is None else unit.source for unit in units),
+        copied=tuple(done.copied),
+        neutral=tuple(done.neutral),
+        kept=tuple(done.kept),
+        left=tuple(done.left),
+        notes=notes,
+    )
 
 
 def evenly(teacher: int, student: int) -> tuple[int, ...]:
-    """``student`` of ``teacher`` indices at even distances (Xu et al. 2024): every n-th where the sizes divide, else
-    those nearest to the even division of [0, teacher - 1]."""
+    """Return ``student`` of ``teacher`` indices at even distances (Xu et al. 2024).
+
+    That is every n-th where the sizes divide, else those nearest to the even division of [0, teacher - 1].
+    """
     if teacher % student == 0:
         return tuple(range(0, teacher, teacher // student))
     gaps, span = student - 1, teacher - 1
@@ -143,8 +134,11 @@ def evenly(teacher: int, student: int) -> tuple[int, ...]:
 
 
 def dimensions(teacher: int, student: int, rotary: Rotary | None) -> tuple[int, ...]:
-    """Evenly spaced dimensions of a head; where queries and keys are rotated, whole pairs of them, so that each pair
-    keeps (nearly) the frequency it was trained with."""
+    """Return evenly spaced dimensions of a head.
+
+    Where queries and keys are rotated, pairs of them stay together, so that each pair keeps (nearly) the frequency it
+    was trained with.
+    """
     if teacher == student or rotary is None:
         return evenly(teacher, student)
     if rotary.by_axis:
@@ -158,7 +152,7 @@ def dimensions(teacher: int, student: int, rotary: Rotary | None) -> tuple[int, 
 
 
 def require_nowhere_larger(init: str, teacher: Side, student: Side) -> None:
-    """Selections can only make a model smaller.
+    """Check that the student is nowhere larger: selections can only make a model smaller.
 
     Raises:
         BackboneError: The student is larger somewhere.
@@ -177,7 +171,7 @@ def require_nowhere_larger(init: str, teacher: Side, student: Side) -> None:
 
 
 def differences(teacher: Side, student: Side) -> list[tuple[str, int, int]]:
-    """What differs in size: (what, teacher's, student's); units by the first block."""
+    """Return what differs in size: (what, teacher's, student's); units by the first block."""
     one, other = teacher.layout, student.layout
     pairs = [("depth", one.depth, other.depth), ("width", one.width, other.width)]
     pairs += _unit_sizes("", one.units[0], other.units[0])
@@ -187,7 +181,7 @@ def differences(teacher: Side, student: Side) -> list[tuple[str, int, int]]:
 
 
 def places(teacher: Side, student: Side, blocks: Sequence[int | None]) -> dict[Place, Place | None]:
-    """Student places and the teacher's place of each; None for new blocks."""
+    """Return student places and the teacher's place of each; None for new blocks."""
     found: dict[Place, Place | None] = dict(enumerate(blocks))
     if POOL in student.layout.units:
         found[POOL] = POOL if POOL in teacher.layout.units else None

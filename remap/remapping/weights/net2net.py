@@ -4,10 +4,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from remap.backbones.families.layout import Place, pooled_features
+from remap.backbones.families.layout import Place
+from remap.backbones.typed import pooled_features
 from remap.errors import BackboneError
-from remap.remapping.weights.base import Images, Side, WeightInit, differences, places
-from remap.remapping.weights.transfer import Plan, Transferred, UnitPlan
+from remap.remapping.weights.base import Images, WeightInit, differences, places
+from remap.remapping.weights.transfer import Plan, Side, Transferred, UnitPlan
 from remap.tuning.base import Options
 
 # Largest difference of features, relative to their largest value, that rounding explains.
@@ -26,12 +27,15 @@ class Net2Net(WeightInit):
     """
 
     class Config(Options):
+        """Options."""
+
         noise: float = Field(
             default=0.0,
             ge=0.0,
             description="noise on copied weights, as a share of the standard deviation of their tensor",
         )
 
+    config: Config
     name = "net2net"
 
     def plan(self, teacher: Side, student: Side, sample: Images | None) -> Plan:
@@ -75,7 +79,7 @@ class Net2Net(WeightInit):
         problems = [f"{what} {mine} < {its}" for what, its, mine in differences(teacher, student) if mine < its]
         for what, its, mine in differences(teacher, student):
             if (what == "width" or what.endswith("head dimensions")) and mine > its and mine % its:
-                problems.append(f"{what} {mine}, which is no multiple of {its}")
+                problems.append(f"{what} {mine}, which is not a multiple of {its}")
             if what == "head dimensions" and teacher.layout.rotary is not None:
                 problems.append(f"{what} {mine}, not {its}: rotated heads of another size turn at other frequencies")
         anatomies = (teacher.anatomy, student.anatomy)
@@ -89,14 +93,14 @@ class Net2Net(WeightInit):
                 problems.append(f"{what} {mine}, not {its}")
         if problems:
             raise BackboneError(
-                "net2net grows the teacher without changing what it computes; this student is no such growth",
+                "net2net grows the teacher without changing what it computes; this student is not such a growth",
                 given=f"student: {'; '.join(problems)}",
                 do="choose a student that is nowhere smaller, with a whole multiple of the teacher's width, or select "
                 "from a larger teacher (weight_selection)",
             )
 
     def _add_noise(self, student: Side, plan: Plan) -> int:
-        """To the matrices of every unit that has copies of channels, heads, dimensions or MLP units."""
+        """Add noise to matrices of units with copies of channels, heads, dimensions or MLP units; return how many."""
         count = 0
         for (place, _), piece in student.layout.pieces.items():
             unit = plan.units.get(place)
@@ -110,12 +114,12 @@ class Net2Net(WeightInit):
 
 
 def in_turn(teacher: int, student: int) -> tuple[int, ...]:
-    """0 to teacher - 1 again and again."""
+    """Return ``student`` indices: 0 to teacher - 1, repeated."""
     return tuple(index % teacher for index in range(student)) if teacher else ()
 
 
 def spread_out(teacher: int, student: int) -> list[int | None]:
-    """The teacher's blocks at even distances among the student's, the first one first; None for new blocks."""
+    """Return the teacher's blocks at even distances among the student's, the first one first; None for new blocks."""
     blocks: list[int | None] = [None] * student
     for index in range(teacher):
         blocks[index * student // teacher] = index
@@ -123,7 +127,7 @@ def spread_out(teacher: int, student: int) -> list[int | None]:
 
 
 def function_difference(teacher: Side, student: Side, width: tuple[int, ...]) -> float:
-    """Largest difference of the pooled features on noise, relative to their largest value."""
+    """Return the largest difference of the pooled features on noise, relative to their largest value."""
     images = torch.randn(2, 3, *teacher.anatomy.image_size, generator=torch.Generator().manual_seed(0))
     found: list[Tensor] = []
     for side in (teacher, student):

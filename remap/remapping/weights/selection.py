@@ -1,5 +1,6 @@
 """Selections that look at shapes only: weight selection, and whole blocks."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -8,7 +9,6 @@ from remap.backbones.families.layout import Place
 from remap.errors import BackboneError
 from remap.remapping.weights.base import (
     Images,
-    Side,
     WeightInit,
     differences,
     dimensions,
@@ -16,7 +16,7 @@ from remap.remapping.weights.base import (
     places,
     require_nowhere_larger,
 )
-from remap.remapping.weights.transfer import Plan, UnitPlan
+from remap.remapping.weights.transfer import Plan, Side, UnitPlan
 from remap.tuning.base import Options
 
 
@@ -33,15 +33,17 @@ class WeightSelection(WeightInit):
     def plan(self, teacher: Side, student: Side, sample: Images | None) -> Plan:
         require_nowhere_larger(self.name, teacher, student)
         one, other = teacher.layout, student.layout
-        units = {
-            place: None if source is None else even_unit(teacher, student, place, source)
-            for place, source in places(teacher, student, range(other.depth)).items()
-        }
-        return Plan(evenly(one.width, other.width), units)
+        return Plan(evenly(one.width, other.width), even_units(teacher, student, range(other.depth)))
+
+
+def even_units(teacher: Side, student: Side, blocks: Sequence[int]) -> dict[Place, UnitPlan | None]:
+    """Return the plan of every unit of the student, by ``even_unit``; ``blocks`` are the teacher's, in order."""
+    found = places(teacher, student, blocks).items()
+    return {place: None if source is None else even_unit(teacher, student, place, source) for place, source in found}
 
 
 def even_unit(teacher: Side, student: Side, place: Place, source: Place) -> UnitPlan:
-    """Evenly spaced heads, dimensions and MLP units."""
+    """Return evenly spaced heads, dimensions and MLP units."""
     one, other = teacher.layout.units[source], student.layout.units[place]
     rotary = teacher.layout.rotary if isinstance(place, int) else None
     return UnitPlan(
@@ -59,10 +61,13 @@ class Layers(WeightInit):
     """
 
     class Config(Options):
+        """Options."""
+
         which: Literal["uniform", "first", "last"] = Field(
             default="uniform", description="which of the teacher's blocks the student takes"
         )
 
+    config: Config
     name = "layers"
 
     def plan(self, teacher: Side, student: Side, sample: Images | None) -> Plan:
@@ -75,20 +80,13 @@ class Layers(WeightInit):
             )
         require_nowhere_larger(self.name, teacher, student)
         its, mine = teacher.layout.depth, student.layout.depth
-        blocks = {
-            "first": range(mine),
-            "last": range(its - mine, its),
-            "uniform": spread(its, mine),
-        }[self.config.which]
-        units = {
-            place: None if source is None else even_unit(teacher, student, place, source)
-            for place, source in places(teacher, student, blocks).items()
-        }
+        blocks = {"first": range(mine), "last": range(its - mine, its), "uniform": spread(its, mine)}
+        units = even_units(teacher, student, blocks[self.config.which])
         return Plan(tuple(range(teacher.layout.width)), units)
 
 
 def spread(teacher: int, student: int) -> list[int]:
-    """Blocks from the first to the last at even distances, halves rounded up; a single one is the last."""
+    """Return blocks from the first to the last at even distances, halves rounded up; a single one is the last."""
     if student == 1:
         return [teacher - 1]
     return [(2 * i * (teacher - 1) + student - 1) // (2 * (student - 1)) for i in range(student)]

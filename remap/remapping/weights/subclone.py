@@ -1,17 +1,18 @@
 """Weight subcloning: the student takes what is most active in the teacher."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import module_at
 from remap.backbones.families.layout import POOL, Place
+from remap.backbones.typed import as_timm
 from remap.errors import BackboneError
 from remap.remapping.weights.base import (
     Images,
-    Side,
     WeightInit,
     differences,
     dimensions,
@@ -19,7 +20,7 @@ from remap.remapping.weights.base import (
     require_nowhere_larger,
 )
 from remap.remapping.weights.selection import even_unit
-from remap.remapping.weights.transfer import Plan, UnitPlan
+from remap.remapping.weights.transfer import Plan, Side, UnitPlan
 
 
 class Subclone(WeightInit):
@@ -61,7 +62,7 @@ class Subclone(WeightInit):
 
 
 def outer_blocks(teacher: int, student: int) -> list[int]:
-    """The first and the last blocks; of an odd number, one more of the first."""
+    """Return the first and the last blocks; of an odd number, one more of the first."""
     first = (student + 1) // 2
     return [*range(first), *range(teacher - (student - first), teacher)]
 
@@ -73,7 +74,7 @@ class Importance:
         self.teacher = teacher
         unit = teacher.layout.units[0]
         self._sizes = {"width": teacher.layout.width, "heads": unit.heads, "hidden": unit.hidden}
-        self._sums: dict[tuple[str, int], Tensor] = {}
+        self._sums: dict[tuple[str, Place], Tensor] = {}
 
     def measure(self, sample: Images) -> None:
         """Run the images through the teacher, in eval mode.
@@ -87,27 +88,30 @@ class Importance:
         with self._watched():
             for pixels_BCHW in sample:
                 count += len(pixels_BCHW)
-                model.forward_features(pixels_BCHW)
+                as_timm(model).forward_features(pixels_BCHW)
         model.train(training)
         if not count:
             raise BackboneError("subclone needs at least one training image")
 
-    def largest(self, what: str, block: int | None, count: int) -> tuple[int, ...]:
-        """The ``count`` most important indices in ascending order; of equal ones the first. A block of None stands
-        for all blocks together."""
+    def largest(self, what: str, block: Place | None, count: int) -> tuple[int, ...]:
+        """Return the ``count`` most important indices in ascending order; of equal ones the first.
+
+        Args:
+            block: None stands for all blocks together.
+        """
         size = self._sizes[what]
         if count == size:
             return tuple(range(size))
-        indices = range(self.teacher.layout.depth) if block is None else [block]
-        scores = sum(self._sums[what, index] for index in indices)
+        indices: Iterable[Place] = range(self.teacher.layout.depth) if block is None else [block]
+        scores = reduce(torch.add, (self._sums[what, index] for index in indices))
         return tuple(sorted(scores.sort(descending=True, stable=True).indices[:count].tolist()))
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
         model, handles = self.teacher.model, []
         for index, block in enumerate(self.teacher.anatomy.blocks):
-            whole, projections = module_at(model, block.block), block.projections
-            handles.append(whole.register_forward_hook(self._adder("width", index, of_output=True)))
+            module, projections = module_at(model, block.block), block.projections
+            handles.append(module.register_forward_hook(self._adder("width", index, of_output=True)))
             for what, word in (("heads", "o"), ("hidden", "fc2")):
                 layer = module_at(model, projections[word].path)
                 handles.append(layer.register_forward_hook(self._adder(what, index)))
@@ -118,11 +122,12 @@ class Importance:
                 handle.remove()
 
     def _adder(self, what: str, index: int, *, of_output: bool = False) -> Callable[..., None]:
-        def add(module: nn.Module, args: tuple, output: Tensor) -> None:
+        def add(_module: nn.Module, args: tuple, output: Tensor) -> None:
             x_BTX = output if of_output else args[0]
             total = x_BTX.detach().abs().flatten(0, -2).to(torch.float64).sum(0).cpu()
             if what == "heads":  # all dimensions of a head together
                 total = total.reshape(self._sizes["heads"], -1).sum(1)
-            self._sums[what, index] = self._sums.get((what, index), 0) + total
+            before = self._sums.get((what, index))
+            self._sums[what, index] = total if before is None else before + total
 
         return add

@@ -1,4 +1,4 @@
-"""Moving tensors: the teacher's parts, gathered by a plan of indices, become the student's."""
+"""Move tensors: the teacher's, selected by a plan of indices, become the student's."""
 
 from dataclasses import dataclass, field
 from math import sqrt
@@ -6,12 +6,22 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
+from remap.backbones.anatomy import Anatomy
 from remap.backbones.families.layout import OUTSIDE, Axis, Layout, Piece, Place, resized
 
 # What a new block writes into the residual stream: without it the block passes its input on.
 SILENT = ("o.weight", "o.bias", "fc2.weight", "fc2.bias")
 # A scale of the residual branch acts on the rows of the branch's last layer.
 _SCALED = {"o.weight": "attn_scale", "o.bias": "attn_scale", "fc2.weight": "mlp_scale", "fc2.bias": "mlp_scale"}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models."""
+
+    model: nn.Module
+    anatomy: Anatomy
+    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -48,14 +58,14 @@ class Transferred:
     left: list[str] = field(default_factory=list)
 
 
-def transfer(teacher: tuple[nn.Module, Layout], student: tuple[nn.Module, Layout], plan: Plan) -> Transferred:
+def transfer(teacher: Side, student: Side, plan: Plan) -> Transferred:
     """Write every part of the student that the teacher has a counterpart of."""
-    (source, its), (target, mine) = teacher, student
-    done, used = Transferred(), set()
+    its, mine = teacher.layout, student.layout
+    done, used = Transferred(), set[tuple[Place, str]]()
     for (place, word), piece in mine.pieces.items():
         if not piece.trains:
             continue
-        name, own = _name(place, word), piece.of(target)
+        name, own = _name(place, word), piece.of(student.model)
         unit = plan.units.get(place) if place != OUTSIDE else None
         if place != OUTSIDE and unit is None:
             if word in SILENT:
@@ -72,8 +82,8 @@ def transfer(teacher: tuple[nn.Module, Layout], student: tuple[nn.Module, Layout
             continue
         used.add(key)
         taken = its.pieces[key]
-        value = resized(taken, taken.of(source), piece, own.shape)
-        value, folded = _folded(value, word, key, (source, its), mine, place)
+        value = resized(taken, taken.of(teacher.model), piece, own.shape)
+        value, folded = _folded(value, word, key, teacher, mine, place)
         used |= folded
         value = _gathered(value, taken.axes, plan, unit, its)
         if value.shape != own.shape:
@@ -83,7 +93,7 @@ def transfer(teacher: tuple[nn.Module, Layout], student: tuple[nn.Module, Layout
         done.copied.append((name, _name(*key)))
     sources = {unit.source for unit in plan.units.values() if unit} | {OUTSIDE}
     unused = (key for key in its.pieces if key not in used and key[0] in sources)
-    done.left += [_name(*key) for key in unused if _says_something(*key, its, source)]
+    done.left += [_name(*key) for key in unused if _matters(*key, teacher)]
     return done
 
 
@@ -96,11 +106,13 @@ def _absent(done: Transferred, name: str, piece: Piece, own: Tensor) -> None:
 
 
 def _folded(
-    value: Tensor, word: str, key: tuple[Place, str], teacher: tuple[nn.Module, Layout], mine: Layout, place: Place
+    value: Tensor, word: str, key: tuple[Place, str], teacher: Side, mine: Layout, place: Place
 ) -> tuple[Tensor, set[tuple[Place, str]]]:
-    """The part with what the teacher keeps apart and the student has no place for: the scale of a branch goes into
-    its last layer, the position of a prefix token into the token."""
-    source, its = teacher
+    """Return the part with what the teacher stores apart and the student cannot, and the names of those.
+
+    The scale of a branch goes into its last layer, the position of a prefix token into the token.
+    """
+    its, source = teacher.layout, teacher.model
     if word in _SCALED:
         scale = (key[0], _SCALED[word])
         if scale in its.pieces and (place, scale[1]) not in mine.pieces:
@@ -133,6 +145,7 @@ def _indices(axis: Axis, plan: Plan, unit: UnitPlan | None, its: Layout) -> tupl
         return plan.width
     if unit is None:  # the table that all blocks share
         unit = plan.units[0]
+        assert unit is not None  # new blocks come between the teacher's, the first of which stays the first
     if axis.role == "head":
         return unit.heads
     if axis.role == "head_dim":
@@ -146,8 +159,11 @@ def _indices(axis: Axis, plan: Plan, unit: UnitPlan | None, its: Layout) -> tupl
 
 
 def _score_scale(word: str, place: Place, key: tuple[Place, str], its: Layout, mine: Layout) -> float:
-    """Attention divides q k by sqrt(h), with h dimensions in a head. Where h changes, q is scaled by sqrt(h_T / h_S):
-    copied dimensions then give the same scores, evenly spaced ones an unbiased estimate of them."""
+    """Return the factor of queries where the number of dimensions h of a head changes: sqrt(h_T / h_S), else 1.
+
+    Attention divides q k by sqrt(h). Copied dimensions then give the same scores, evenly spaced ones an unbiased
+    estimate of them.
+    """
     if place == OUTSIDE or word.partition(".")[0] not in ("q", "attn"):
         return 1.0
     normed = (place, "attn.q_norm.weight") in mine.pieces and (key[0], "attn.q_norm.weight") in its.pieces
@@ -155,10 +171,10 @@ def _score_scale(word: str, place: Place, key: tuple[Place, str], its: Layout, m
     return sqrt(its.units[key[0]].head_dim / mine.units[place].head_dim) if scaled else 1.0
 
 
-def _says_something(place: Place, word: str, its: Layout, source: nn.Module) -> bool:
-    """Whether leaving the part behind loses anything: a zero bias does not."""
-    piece = its.pieces[place, word]
-    return piece.absent is None or bool((piece.of(source) != piece.absent).any())
+def _matters(place: Place, word: str, teacher: Side) -> bool:
+    """Return whether leaving the part out loses anything: a zero bias does not."""
+    piece = teacher.layout.pieces[place, word]
+    return piece.absent is None or bool((piece.of(teacher.model) != piece.absent).any())
 
 
 def _name(place: Place, word: str) -> str:

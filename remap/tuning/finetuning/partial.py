@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, AttentionBlock, Block, module_at, rest_of_forward
-from remap.backbones.queries import BlockReader, apart, reads_one_row
+from remap.backbones.block_reader import BlockReader, apart, reads_one_row
 from remap.errors import BackboneError
 from remap.tuning.base import Attached, Method, Options, names_where
 from remap.tuning.seam import BlockSeam
@@ -44,7 +44,7 @@ class Partial(Method):
         prefixes, exact = tuple(f"{path}." for path in modules), set(tensors)
         names = names_where(model, anatomy, lambda name, p: name.startswith(prefixes) or name in exact)
         parameters = dict(model.named_parameters())
-        one_row = chosen == [anatomy.depth - 1] and reads_one_row(model, anatomy)
+        one_row = chosen == [anatomy.depth - 1] and reads_one_row(anatomy)
         return Attached(
             model,
             anatomy,

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, module_at
-from remap.backbones.side import side_network
+from remap.backbones.feature_network import feature_network
 from remap.errors import BackboneError
 from remap.tuning.base import Attached, Method, Options, attached_modules, insert_module
 from remap.tuning.seam import FeatureSeam
@@ -37,7 +37,7 @@ class SideTune(Method):
     config: Config
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
-        network, width = side_network(self.config.side, self.config.side_weights, anatomy.image_size)
+        network, width = feature_network(self.config.side, self.config.side_weights, anatomy.image_size)
         like = next(model.parameters())
         side = SideNetwork(network, width, anatomy.width).to(device=like.device, dtype=like.dtype)
         insert_module(model, _PATH, side)

@@ -5,6 +5,7 @@ from typing import Literal
 from torch import nn
 
 from remap.backbones.anatomy import Anatomy
+from remap.backbones.families import FAMILIES
 from remap.errors import BackboneError
 from remap.tuning.base import Attached, Method, Options, names_where
 
@@ -53,4 +54,4 @@ def norm_paths(model: nn.Module) -> set[str]:
 def never_learns(name: str, anatomy: Anatomy) -> bool:
     """Whether the gradient is 0 by nature: a shift common to all keys adds the same to all scores of a query, which
     the softmax over keys does not see. A rotary model turns every key by another angle, and the shift with it."""
-    return name.endswith(".k_norm.bias") and anatomy.family != "eva"
+    return name.endswith(".k_norm.bias") and not FAMILIES.row(anatomy.family).rotary

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.anatomy import Anatomy, module_at
-from remap.backbones.families.tokens import admit_tokens_from
+from remap.backbones.anatomy import admit_tokens
 from remap.errors import BackboneError
 from remap.tuning.base import Attached, Method, Options, Sample, insert_module, inserted_parameters, vectors
 from remap.tuning.dropout import SampleDropout
@@ -290,7 +290,7 @@ def carried(tokens: Tensor, index: int) -> Tensor:
 
 
 def _admit(model: nn.Module, anatomy: Anatomy, prompts: Prompts) -> Callable[[], None]:
-    return admit_tokens_from(model, anatomy, prompts.length, prompts.own.start)
+    return admit_tokens(model, anatomy, prompts.length, prompts.own.start)
 
 
 def _attach(model: nn.Module, anatomy: Anatomy, config: _Config, own: range, shared: bool = False) -> Attached:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.anatomy import Anatomy, module_at
-from remap.backbones.queries import BlockReader, apart, leaving
+from remap.backbones.block_reader import BlockReader, apart, leaving
 from remap.errors import BackboneError
 from remap.tuning.base import Attached, Method, Options, insert_module
 from remap.tuning.dropout import SampleDropout

@@ -3,31 +3,15 @@
 from collections.abc import Callable, Iterator
 
 import pytest
-import timm
 import torch
+from tiny_models import tiny_models
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import anatomy_of
 from remap.backbones.build import Backbone, Identity
 from remap.backbones.preprocess import PreprocessSpec
 
-SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0}
-TEACHERS: dict[str, tuple[str, dict[str, object]]] = {
-    "plain": ("vit_tiny_patch16_224", {}),
-    "registers": ("vit_small_patch14_reg4_dinov2", {}),  # LayerScale, positions for patches alone
-    "distilled": ("deit_tiny_distilled_patch16_224", {}),
-    "no_class": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
-    "clip": ("vit_base_patch16_clip_224", {}),  # a norm in front of the blocks
-    "qk_norm": ("vit_tiny_patch16_224", {"qk_norm": True}),
-    "inner_norms": ("vit_tiny_patch16_224", {"scale_attn_norm": True, "scale_mlp_norm": True}),
-    "siglip": ("vit_base_patch16_siglip_224", {}),
-    "gated": ("vit_giant_patch14_dinov2", {}),
-    "eva": ("eva02_tiny_patch14_224", {}),
-    "dinov3": ("vit_small_patch16_dinov3", {}),
-    "mixed": ("vit_small_patch16_rope_mixed_224", {}),
-    "beit": ("beit_base_patch16_224", {}),
-    "swin": ("swin_tiny_patch4_window7_224", {}),
-}
+TEACHERS = tiny_models("cut")
 
 
 @pytest.fixture
@@ -36,9 +20,7 @@ def make() -> Callable[..., nn.Module]:
 
     def made(name: str, **options: object) -> nn.Module:
         torch.manual_seed(0)
-        architecture, own = TEACHERS[name]
-        shape = {"img_size": 32, "window_size": 4} if name == "swin" else SHAPE
-        model = timm.create_model(architecture, **{**shape, **own, "num_classes": 5, **options})
+        model = TEACHERS[name].build(**{"num_classes": 5, **options})
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import anatomy_of
 from remap.backbones.build import Backbone, build
+from remap.backbones.families.vit import mlp_ratio
 from remap.errors import BackboneError, RunError
 from remap.recipe.schema import ShrinkSpec
 from remap.remapping.architecture import shrink as module
-from remap.remapping.architecture.blocks import evenly, least_missed
 from remap.remapping.architecture.pruning import prune_inside, prune_width
-from remap.remapping.architecture.shrink import Shrunk, ratio_of, shrink
+from remap.remapping.architecture.remove_blocks import evenly, least_missed
+from remap.remapping.architecture.shrink import Shrunk, shrink
 
 Make = Callable[..., nn.Module]
 Wrap = Callable[[nn.Module], Backbone]
@@ -233,9 +234,9 @@ def test_even_distances() -> None:
 @pytest.mark.parametrize(("hidden", "width"), [(1536, 384), (333, 192), (100, 96), (1, 384), (2731, 1024), (49, 7)])
 def test_timm_rounds_the_ratio_to_the_hidden_units(hidden: int, width: int) -> None:
     """int(width * ratio) is what timm computes."""
-    assert int(width * ratio_of(hidden, width)) == hidden
+    assert int(width * mlp_ratio(hidden, width)) == hidden
     whole = [(units, channels) for channels in (64, 192, 384) for units in range(1, 4 * channels)]
-    assert all(int(channels * ratio_of(units, channels)) == units for units, channels in whole)
+    assert all(int(channels * mlp_ratio(units, channels)) == units for units, channels in whole)
 
 
 def test_the_report_counts_parameters_and_multiply_adds(
@@ -260,7 +261,7 @@ def test_the_report_counts_parameters_and_multiply_adds(
 def test_nothing_is_left_of_a_cut_that_timm_cannot_build(
     make: Make, as_teacher: Wrap, batches: Batches, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(module, "constructor_arguments", lambda *_: {"depth": 4})
+    monkeypatch.setattr(module.Shape, "arguments", lambda *_: {"depth": 4})
     with pytest.raises(BackboneError, match="another function"):
         shrink(as_teacher(make("plain")), ShrinkSpec(depth=2), batches, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -282,7 +283,7 @@ MISTAKES = [
     ("gated", {"width": 24}, "gated"),
     ("eva", {"mlp": 32}, "family is 'eva'"),
     ("beit", {"width": 24}, "family is 'beit'"),
-    ("mixed", {"depth": 2}, "rotations of their own"),
+    ("mixed", {"depth": 2}, "their own rotations"),
     ("swin", {"depth": 2}, "family 'swin'"),
 ]
 

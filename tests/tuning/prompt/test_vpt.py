@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from remap.backbones.anatomy import anatomy_of
 from remap.errors import BackboneError
-from remap.remapping.signals import Needs, Tap
+from remap.remapping.signals import Needs
+from remap.remapping.tap import Tap
 from remap.tuning import METHODS
 from remap.tuning.base import Attached, Sample
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable
 
-from remap.remapping.entry import LossEntry
+from remap.remapping.loss_entry import LossEntry
 
 ROWS = [
     LossEntry(
         name="attention",
-        target="remap.remapping.knowledge.attention.transfer:AttentionTransfer",
+        target="remap.remapping.knowledge.attention.maps:AttentionTransfer",
         category="attention",
         summary="KL of attention maps of chosen blocks over the shared {class, patches} tokens",
         paper="Li et al. 2024, arXiv 2411.09702",
@@ -28,7 +28,7 @@ ROWS = [
     ),
     LossEntry(
         name="attention_scores",
-        target="remap.remapping.knowledge.attention.transfer:AttentionScoresMatch",
+        target="remap.remapping.knowledge.attention.maps:AttentionScoresMatch",
         category="attention",
         summary="squared error of attention scores before the softmax (TinyBERT)",
         paper="Jiao et al. 2020, arXiv 1909.10351",
@@ -61,7 +61,7 @@ _TRANSFERS = {"attention_copy", *(row.name for row in ROWS)}
 
 
 def transfer_warning(teacher: str, student: str, losses: Iterable[str]) -> str | None:
-    """Why attention may not carry over from this teacher to this student; None where nothing speaks against it.
+    """Return why attention may not carry over from this teacher to this student, or None.
 
     Args:
         teacher: timm name.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from remap.errors import BackboneError
 from remap.remapping.alignment import Interpolation, class_row, resize_rows
-from remap.remapping.knowledge.attention.blocks import BlockTerm, floored, row_kl
+from remap.remapping.knowledge.attention.block_term import BlockTerm, floored, row_kl
 from remap.remapping.objective import Pair
 from remap.remapping.signals import Attention
 

@@ -1,5 +1,7 @@
-"""Distillation of relations between tokens. B batch, H heads, h head width, S the shared tokens {class, patches},
-D = H h the attention width, R relation heads."""
+"""Distillation of relations between tokens.
+
+B batch, H heads, h head width, S the shared tokens {class, patches}, D = H h the attention width, R relation heads.
+"""
 
 from math import gcd
 from typing import Literal
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
 from remap.remapping.alignment import resize_tokens
-from remap.remapping.knowledge.attention.blocks import BlockTerm, heads_of
+from remap.remapping.knowledge.attention.block_term import BlockTerm, heads_of
 from remap.remapping.objective import Pair
 from remap.remapping.signals import Attention, Needs, float32_region
 
@@ -26,7 +28,7 @@ class Relations(BlockTerm):
     relations and block pairs.
 
     Queries and keys are those that attention uses: behind their norms and rotations, and queries without the scale
-    1/sqrt(h) that our signal carries, h being their last dimension. A position bias is no part of them.
+    1/sqrt(h) that our signal carries, h being their last dimension. A position bias is not part of them.
     On another grid the teacher's vectors are resized, each channel as an image and the class token kept, before
     relations are formed. One item a relation and teacher block: (B, S, D).
     With a teacher much deeper than the student a block of its upper middle teaches better than its last (MiniLMv2
@@ -91,10 +93,10 @@ class Relations(BlockTerm):
     def read(self, attention: Attention, grid: tuple[int, int]) -> dict[str, Tensor]:
         scale = attention.q_BHSh.shape[-1] ** 0.5
         of = {"q": (attention.q_BHSh, scale), "k": (attention.k_BHSh, 1.0), "v": (attention.v_BHSh, 1.0)}
-        found = {}
+        found: dict[str, Tensor] = {}
         for what in self.config.relations:
             x_BHSh, factor = of[what]
-            assert x_BHSh is not None, "the tap was not told to keep values"
+            assert x_BHSh is not None, "the tap does not record values"
             x_BSD = x_BHSh.float().transpose(1, 2).flatten(2) * factor
             found[what] = resize_tokens(x_BSD, attention.grid, grid, self.keep_class_token, self.config.resize)
         return found
@@ -108,12 +110,12 @@ class Relations(BlockTerm):
 
 
 def attention_width(anatomy: Anatomy, block: int) -> int:
-    """Channels of a block's queries over all heads; 0 where it has no attention (the tap refuses those)."""
+    """Return channels of a block's queries over all heads; 0 where it has no attention (the tap refuses those)."""
     return heads_of(anatomy, block) * getattr(anatomy.blocks[block], "head_dim", 0)
 
 
 def log_relations(x_BSD: Tensor, heads: int) -> Tensor:
-    """log softmax(X X^T / sqrt(d_r)) of each relation head, (B, R, S, S), in float32."""
+    """Return log softmax(X X^T / sqrt(d_r)) of each relation head, (B, R, S, S), in float32."""
     with float32_region(x_BSD):
         x_BRSd = x_BSD.float().unflatten(-1, (heads, -1)).transpose(1, 2)
         return (x_BRSd @ x_BRSd.mT * x_BRSd.shape[-1] ** -0.5).log_softmax(dim=-1)

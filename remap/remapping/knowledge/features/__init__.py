@@ -1,6 +1,6 @@
 """Losses on features and tokens; listing them imports no torch."""
 
-from remap.remapping.entry import LossEntry
+from remap.remapping.loss_entry import LossEntry
 
 _GRID = "grids by resizing the teacher's tokens; prompts and prefix tokens cut"
 
@@ -69,7 +69,7 @@ ROWS = [
     ),
     LossEntry(
         name="rkd",
-        target="remap.remapping.knowledge.features.batch:Relational",
+        target="remap.remapping.knowledge.features.batch_relations:Relational",
         category="features",
         summary="distances between pairs and angles between triples of images",
         paper="Park et al. 2019, arXiv 1904.05068",
@@ -81,7 +81,7 @@ ROWS = [
     ),
     LossEntry(
         name="pkt",
-        target="remap.remapping.knowledge.features.batch:ProbabilisticTransfer",
+        target="remap.remapping.knowledge.features.batch_relations:ProbabilisticTransfer",
         category="features",
         summary="KL of which images are neighbours, by cosine",
         paper="Passalis and Tefas 2018, arXiv 1803.10837",
@@ -93,7 +93,7 @@ ROWS = [
     ),
     LossEntry(
         name="spkd",
-        target="remap.remapping.knowledge.features.batch:SimilarityPreserving",
+        target="remap.remapping.knowledge.features.batch_relations:SimilarityPreserving",
         category="features",
         summary="Gram matrices of the batch, rows of length 1",
         paper="Tung and Mori 2019, arXiv 1907.09682",

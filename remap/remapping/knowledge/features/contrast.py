@@ -7,11 +7,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remap.remapping.items import POOLED
-from remap.remapping.knowledge.features.parts import PooledTerm, pooled
+from remap.remapping.knowledge.features.terms import PooledTerm, pooled
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Pair
 from remap.remapping.signals import Signals, float32_region
+from remap.remapping.targets import POOLED
 from remap.tuning.base import Options
 
 
@@ -26,7 +26,7 @@ class ContrastiveRepresentation(PooledTerm):
     set; here they are the other images of the batch, so it wants large batches. And the paper estimates the ratio of
     densities by a binary critic with a constant for the size of the data, which needs such a memory.
 
-    Images of the same class are no negatives where both labels are known (the paper's choice with labels); a mixed
+    Images of the same class are not negatives where both labels are known (the paper's choice with labels); a mixed
     image counts by its larger share. Without labels every other image is one.
     """
 
@@ -60,7 +60,7 @@ class ContrastiveRepresentation(PooledTerm):
 
 
 def _same_class(labels: Labels) -> Tensor:
-    """Pairs (B, B) of different images that are known to be of one class."""
+    """Return pairs (B, B) of different images that are known to be of one class."""
     known_BB = labels.known_B[:, None] & labels.known_B[None, :]
     same_BB = known_BB & (labels.main_B[:, None] == labels.main_B[None, :])
     return same_BB & ~torch.eye(len(same_BB), dtype=torch.bool, device=same_BB.device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remap.errors import BackboneError
-from remap.remapping.knowledge.features.parts import Generator, TokenTerm, token_pairs
+from remap.remapping.knowledge.features.terms import Generator, TokenTerm, token_pairs
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Pair
 from remap.remapping.signals import Signals, float32_region
@@ -110,7 +110,7 @@ class MaskedGeneration(TokenTerm):
 
 
 def exact_mask(tokens_BND: Tensor, share: float) -> Tensor:
-    """True (B, N, 1) at random places, in each image at N - floor(N * (1 - share)) of them."""
+    """Return True (B, N, 1) at random places, in each image at N - floor(N * (1 - share)) of them."""
     count, length = tokens_BND.shape[:2]
     order_BN = torch.rand(count, length, device=tokens_BND.device).argsort(dim=1)
     return (order_BN >= int(length * (1.0 - share)))[..., None]

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from remap.remapping.knowledge.features.parts import Layers, TokenTerm, token_pairs
+from remap.remapping.knowledge.features.terms import Layers, TokenTerm, token_pairs
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Pair
 from remap.remapping.signals import Signals, float32_region
@@ -43,7 +43,7 @@ class TokenGram(TokenTerm):
 
     @torch.no_grad()
     def target(self, teacher: Signals) -> dict[str, Tensor]:
-        """Cosines (B, N, N): smaller than the tokens wherever a teacher is wider than the grid has patches."""
+        """Return cosines (B, N, N): smaller than the tokens wherever a teacher is wider than the grid has patches."""
         return {self.item(s, t): cosines(self.resized(teacher, s, t)) for s, t in self.blocks}
 
     def item(self, student_block: int, teacher_block: int) -> str:
@@ -63,7 +63,7 @@ class TokenGram(TokenTerm):
 
 
 def cosines(tokens_BND: Tensor) -> Tensor:
-    """Cosines of all pairs of tokens of an image (B, N, N), float32."""
+    """Return cosines of all pairs of tokens of an image (B, N, N), float32."""
     with float32_region(tokens_BND):
         unit_BND = F.normalize(tokens_BND.float(), dim=-1)
         return unit_BND @ unit_BND.mT

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from remap.remapping.items import POOLED
-from remap.remapping.knowledge.features.parts import Distance, PooledTerm, Projector, distance, pooled, projector
+from remap.remapping.knowledge.features.terms import Distance, PooledTerm, Projector, distance, pooled, projector
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Pair
 from remap.remapping.signals import Signals, float32_region
+from remap.remapping.targets import POOLED
 from remap.tuning.base import Options
 
 

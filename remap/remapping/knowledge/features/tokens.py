@@ -10,8 +10,7 @@ from torch.nn import functional as F
 from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
 from remap.remapping.alignment import pair_blocks
-from remap.remapping.items import prefix_name, prefix_of
-from remap.remapping.knowledge.features.parts import (
+from remap.remapping.knowledge.features.terms import (
     Distance,
     Layers,
     Projector,
@@ -23,13 +22,14 @@ from remap.remapping.knowledge.features.parts import (
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Pair
 from remap.remapping.signals import Signals, float32_region
+from remap.remapping.targets import prefix_name, prefix_of
 from remap.tuning.base import Options
 
 
 class TokenFeature(TokenTerm):
     """Project the student's tokens onto the teacher's layer-normed ones, each at its place on the student's grid.
 
-    Every pair of blocks has a projector of its own. Prefix tokens are compared apart from the patches, through a
+    Every pair of blocks has its own projector. Prefix tokens are compared apart from the patches, through a
     second projector, and their part is added: mean over patches + mean over prefix tokens. A narrow student cannot
     hold what a wide teacher's late tokens say (Tian et al. 2025, arXiv 2511.06848); relations (``gram``) ask for less.
     """
@@ -121,7 +121,7 @@ class Hint(TokenTerm):
 def shared_prefix(
     student: Anatomy, teacher: Anatomy, kind: Literal["none", "class", "all"]
 ) -> tuple[tuple[int, int], ...]:
-    """Which prefix token of the student is compared with which of the teacher.
+    """Return which prefix token of the student is compared with which of the teacher.
 
     Raises:
         BackboneError: "class" where one of them has no class token, "all" where they have nothing in common.
@@ -144,7 +144,7 @@ def shared_prefix(
 
 
 def _prefix_tokens(anatomy: Anatomy) -> dict[str, list[int]]:
-    """Positions in the prefix by what stands there."""
+    """Return positions in the prefix by what stands there."""
     known = int(anatomy.has_class_token)
     # A distillation token is what the second classifier reads.
     distillation = int(len(anatomy.classifier_heads) > 1)

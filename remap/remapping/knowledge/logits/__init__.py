@@ -1,13 +1,13 @@
 """Losses on labels and logits; listing them imports no torch."""
 
-from remap.remapping.entry import LossEntry
+from remap.remapping.loss_entry import LossEntry
 
 _ONE_CLASS = "the class with the larger share; without a label, the teacher's most likely one"
 
 ROWS = [
     LossEntry(
         name="ce",
-        target="remap.remapping.knowledge.logits.plain:CrossEntropy",
+        target="remap.remapping.knowledge.logits.distillation:CrossEntropy",
         category="labels",
         summary="cross-entropy with the labels",
         paper="-",
@@ -17,7 +17,7 @@ ROWS = [
     ),
     LossEntry(
         name="kd",
-        target="remap.remapping.knowledge.logits.plain:KnowledgeDistillation",
+        target="remap.remapping.knowledge.logits.distillation:KnowledgeDistillation",
         category="logits",
         summary="KL of softened class probabilities, times T^2; or on the scale of another tool",
         paper="Hinton et al. 2015, arXiv 1503.02531",
@@ -26,7 +26,7 @@ ROWS = [
     ),
     LossEntry(
         name="hard",
-        target="remap.remapping.knowledge.logits.plain:HardDistillation",
+        target="remap.remapping.knowledge.logits.distillation:HardDistillation",
         category="logits",
         summary="cross-entropy with the teacher's most likely class",
         paper="Touvron et al. 2021, arXiv 2012.12877",

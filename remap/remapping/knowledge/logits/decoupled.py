@@ -11,10 +11,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from remap.remapping.items import LOGITS
-from remap.remapping.knowledge.logits.plain import LogitsTerm, answer_to_teacher, kl_at_temperature
+from remap.remapping.knowledge.logits.distillation import LogitsTerm, answer_to_teacher, kl_at_temperature
 from remap.remapping.labels import Labels
 from remap.remapping.signals import Signals
+from remap.remapping.targets import LOGITS
 from remap.tuning.base import Options
 
 
@@ -23,7 +23,7 @@ class DecoupledDistillation(LogitsTerm):
 
     TCKD is the KL between the two-way distributions (the class, all others together), NCKD the KL over the other
     classes alone, made to sum to 1. ``alpha`` = 1 and ``beta`` = the teacher's probability of all other classes would
-    be ordinary distillation; a ``beta`` of its own does not fade where the teacher is sure.
+    be ordinary distillation; a separate ``beta`` does not fade where the teacher is sure.
 
     Defaults are the authors' for CIFAR-100 (temperature 4, ``beta`` 8); for ImageNet they use temperature 1 and
     ``beta`` 0.5. Their warm-up of the term's weight over 20 epochs is left out: weights belong to the objective. With
@@ -50,12 +50,12 @@ class DecoupledDistillation(LogitsTerm):
         student_BC, teacher_BC = answer_to_teacher(student).float(), target[LOGITS].float()
         class_B = labels.main_or(teacher_BC.argmax(dim=1))
         student_BO, teacher_BO = _others(student_BC, class_B), _others(teacher_BC, class_B)
-        pairs = (
+        of_student, of_teacher = (
             # logsumexp of the others' logits is the one logit that stands for all of them.
             torch.stack([_of_class(x_BC, class_B) / temperature, torch.logsumexp(x_BO / temperature, dim=1)], dim=1)
             for x_BC, x_BO in ((student_BC, student_BO), (teacher_BC, teacher_BO))
         )
-        of_class = kl_at_temperature(*pairs, temperature=1.0) * temperature**2
+        of_class = kl_at_temperature(of_student, of_teacher, temperature=1.0) * temperature**2
         of_others = kl_at_temperature(student_BO, teacher_BO, temperature)
         return self.config.alpha * of_class + self.config.beta * of_others
 
@@ -65,7 +65,7 @@ class NormalizedDistillation(LogitsTerm):
 
     t_y and s_y are the probabilities of the image's class at temperature 1, N(.) those of the other classes at
     temperature T, made to sum to 1. The loss of a perfect student is not 0 but the second term's entropy. The authors
-    use ``gamma`` 1.5 for convolutional networks and 1 for ViTs, temperature 1, beside the labels' cross-entropy.
+    use ``gamma`` 1.5 for convolutional networks and 1 for ViTs, temperature 1, with the labels' cross-entropy.
     """
 
     class Config(Options):
@@ -97,6 +97,6 @@ def _of_class(x_BC: Tensor, class_B: Tensor) -> Tensor:
 
 
 def _others(x_BC: Tensor, class_B: Tensor) -> Tensor:
-    """All columns of a row but one, (B, C - 1). By index: a boolean mask would make a GPU wait."""
+    """Return all columns of a row but one, (B, C - 1). By index: a boolean mask would make a GPU wait."""
     index_O = torch.arange(x_BC.shape[1] - 1, device=x_BC.device)
     return x_BC.gather(1, index_O + (index_O >= class_B[:, None]))

@@ -7,10 +7,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from remap.remapping.items import LOGITS
-from remap.remapping.knowledge.logits.plain import LogitsTerm, answer_to_teacher, kl_at_temperature
+from remap.remapping.knowledge.logits.distillation import LogitsTerm, answer_to_teacher, kl_at_temperature
 from remap.remapping.labels import Labels
 from remap.remapping.signals import Signals, float32_region
+from remap.remapping.targets import LOGITS
 from remap.tuning.base import Options
 
 

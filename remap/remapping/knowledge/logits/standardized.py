@@ -9,11 +9,11 @@ from torch import Tensor
 
 from remap.registry import did_you_mean
 from remap.remapping import LOSSES
-from remap.remapping.items import LOGITS
-from remap.remapping.knowledge.logits.plain import LogitsTerm, answer_to_teacher
+from remap.remapping.knowledge.logits.distillation import LogitsTerm, answer_to_teacher
 from remap.remapping.labels import Labels
 from remap.remapping.objective import LossTerm, Pair
 from remap.remapping.signals import Needs, Signals
+from remap.remapping.targets import LOGITS
 from remap.tuning.base import Options
 
 BASE_TEMPERATURE = 2.0
@@ -23,11 +23,11 @@ EPSILON = 1e-7
 class LogitStandardization(LogitsTerm):
     """Sun et al. 2024, arXiv 2403.01427: z-score each image's logits of both networks, then distil as usual.
 
-    The student has to get the teacher's logits right only up to a shift and a positive factor of its own for each
+    The student has to get the teacher's logits right only up to a shift and its own positive factor for each
     image. z = (x - mean) / (std + 1e-7) over the classes, with the unbiased standard deviation (C - 1) of the authors'
     code. The loss behind it has a temperature of 2 unless its options give another.
 
-    The default weight of 9 is the authors' for kd, beside the labels' cross-entropy at 1: the value is small, since
+    The default weight of 9 is the authors' for kd, with the labels' cross-entropy at 1: the value is small, since
     z-scores divided by 2 are all near each other. For mlkd they standardise the instance level alone; here all levels
     read the same logits. As on their own, dist and mlkd compare the images of a batch with each other.
     """
@@ -76,7 +76,7 @@ class LogitStandardization(LogitsTerm):
 
 
 def standardized(logits_BC: Tensor) -> Tensor:
-    """Each row with mean 0 and unbiased standard deviation 1; a row of equal logits becomes zeros."""
+    """Return each row with mean 0 and unbiased standard deviation 1; a row of equal logits becomes zeros."""
     x_BC = logits_BC.float()
     x_BC = x_BC - x_BC.mean(dim=-1, keepdim=True)
     return x_BC / (x_BC.std(dim=-1, keepdim=True) + EPSILON)

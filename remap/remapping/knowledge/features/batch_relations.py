@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from remap.remapping.items import POOLED
-from remap.remapping.knowledge.features.parts import PooledTerm, pooled
+from remap.remapping.knowledge.features.terms import PooledTerm, pooled
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Pair
 from remap.remapping.signals import Signals, float32_region
+from remap.remapping.targets import POOLED
 from remap.tuning.base import Options
 
 # Squared distances below it count as none: the root has no gradient there.
@@ -128,17 +128,18 @@ class SimilarityPreserving(BatchRelation):
     name = "spkd"
 
     def compare(self, ours_BD: Tensor, theirs_BD: Tensor) -> Tensor:
-        return F.mse_loss(*(F.normalize(one @ one.mT, dim=1) for one in (ours_BD, theirs_BD)))
+        ours_BB, theirs_BB = (F.normalize(one @ one.mT, dim=1) for one in (ours_BD, theirs_BD))
+        return F.mse_loss(ours_BB, theirs_BB)
 
 
 def _gram(features_BD: Tensor) -> Tensor:
-    """Products of all pairs (B, B) around the mean: what follows from them loses fewer digits there."""
+    """Return products of all pairs (B, B) around the mean: what follows from them loses fewer digits there."""
     centred_BD = features_BD - features_BD.mean(dim=0).detach()
     return centred_BD @ centred_BD.mT
 
 
 def _relative_distances(gram_BB: Tensor) -> Tensor:
-    """Distances of all pairs over their mean (B, B). Pairs at one place have no gradient."""
+    """Return distances of all pairs over their mean (B, B). Pairs at one place have no gradient."""
     square_B = gram_BB.diagonal()
     squared_BB = (square_B[:, None] + square_B[None, :] - 2.0 * gram_BB).clamp_min(TINY)
     itself = torch.eye(len(gram_BB), dtype=torch.bool, device=gram_BB.device)
@@ -148,7 +149,7 @@ def _relative_distances(gram_BB: Tensor) -> Tensor:
 
 
 def _inverse_distances(gram_BB: Tensor) -> Tensor:
-    """One over the distance of all pairs (B, B); 0, without a gradient, for pairs at one place."""
+    """Return one over the distance of all pairs (B, B); 0, without a gradient, for pairs at one place."""
     square_B = gram_BB.diagonal()
     sum_BB = square_B[:, None] + square_B[None, :]
     squared_BB = sum_BB - 2.0 * gram_BB
@@ -157,7 +158,7 @@ def _inverse_distances(gram_BB: Tensor) -> Tensor:
 
 
 def _angle_gap(ours_BB: Tensor, theirs_BB: Tensor) -> Tensor:
-    """Smooth L1 between the cosines of all angles, mean over (anchor, image, image) triples; from Gram matrices."""
+    """Return the smooth L1 between cosines of all angles, mean over (anchor, image, image) triples."""
     count = len(ours_BB)
     group = max(1, ANCHOR_NUMBERS // count**2)
     given = (ours_BB, _inverse_distances(ours_BB), theirs_BB, _inverse_distances(theirs_BB))
@@ -178,7 +179,7 @@ def _angle_sum(
 
 
 def _angles(gram_BB: Tensor, inverse_BB: Tensor, start: int, stop: int) -> Tensor:
-    """Cosines (A, B, B) of the angles at images ``start`` to ``stop`` between all pairs; 0 where a side is a point.
+    """Return cosines (A, B, B) of the angles at images ``start`` to ``stop`` between all pairs; 0 where a side is 0.
 
     (x_i - x_j) . (x_k - x_j) = g_ik - g_ij - g_jk + g_jj for the anchor j: B^3 sums instead of B^3 D products.
     """

@@ -7,21 +7,24 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from remap.remapping.items import LOGITS, logits_of
 from remap.remapping.labels import Labels
 from remap.remapping.objective import LossTerm
 from remap.remapping.signals import Signals
+from remap.remapping.targets import LOGITS, logits_of
 from remap.tuning.base import Options
 
 
 def answer_to_labels(student: Signals) -> Tensor:
-    """The student's logits that labels are compared with: those of the class token, if a distillation token has its
-    own (Touvron et al. 2021, DeiT, arXiv 2012.12877) and learns from a teacher (``Objective`` sees to that)."""
+    """Return the student's logits that labels are compared with.
+
+    Those of the class token, if a distillation token has its own (Touvron et al. 2021, DeiT, arXiv 2012.12877) and
+    learns from a teacher (``Objective`` sees to that).
+    """
     return student.head_logits[0] if student.head_logits else student.logits_BC
 
 
 def answer_to_teacher(student: Signals) -> Tensor:
-    """The student's logits that the teacher's are compared with: those of the distillation token, if there is one."""
+    """Return the student's logits that the teacher's are compared with: the distillation token's, if there is one."""
     return student.head_logits[-1] if student.head_logits else student.logits_BC
 
 
@@ -111,7 +114,7 @@ class KnowledgeDistillation(LogitsTerm):
 class HardDistillation(LogitsTerm):
     """Touvron et al. 2021, DeiT, arXiv 2012.12877: cross-entropy with the teacher's most likely class.
 
-    The class is that of the image as both networks see it, so a mixed image is no special case, and no label is
+    The class is that of the image as both networks see it, so a mixed image is not a special case, and no label is
     needed. In the paper the label's cross-entropy and this one have a weight of 1/2 each, and this one no smoothing.
     """
 
@@ -133,7 +136,7 @@ class HardDistillation(LogitsTerm):
 
 
 def kl_at_temperature(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) of the softened distributions, batch mean, times ``temperature`` squared."""
+    """Return KL(teacher || student) of the softened distributions, batch mean, times ``temperature`` squared."""
     log_student = F.log_softmax(student_BC.float() / temperature, dim=-1)
     log_teacher = F.log_softmax(teacher_BC.float() / temperature, dim=-1)
     return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2

@@ -58,7 +58,7 @@ class BlockTerm(LossTerm):
 
     @torch.no_grad()
     def target(self, teacher: Signals) -> dict[str, Tensor]:
-        """What ``read`` finds in each of the teacher's blocks, on the student's grid."""
+        """Return what ``read`` finds in each of the teacher's blocks, on the student's grid."""
         items: dict[str, Tensor] = {}
         for index in sorted({teacher_block for _, teacher_block in self.blocks}):
             found = self.read(self._shared(teacher, index), self.pair.student.grid)
@@ -81,20 +81,20 @@ class BlockTerm(LossTerm):
 
     @abstractmethod
     def read(self, attention: Attention, grid: tuple[int, int]) -> dict[str, Tensor]:
-        """What is compared of one block, by a short name, in float32, carried to ``grid`` where that is another."""
+        """Return what is compared of one block, by a short name, in float32, carried to ``grid``."""
 
     @abstractmethod
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss between what ``read`` found on either side, a float32 scalar."""
+        """Return the loss between what ``read`` found on either side, a float32 scalar."""
 
     def item(self, what: str, teacher_block: int) -> str:
-        """The name of what is kept of a teacher's block: all that its value depends on besides the teacher."""
+        """Return the name under which a teacher's block is cached: all that its value depends on but the teacher."""
         height, width = self.pair.student.grid
         tokens = "class+patches" if self.keep_class_token else "patches"
         return " ".join((f"{what}{teacher_block}", f"{height}x{width}", self.config.resize, tokens, *self.details()))
 
     def details(self) -> tuple[str, ...]:
-        """Words of the item's name for options of the term's own."""
+        """Return words of the name for the term's own options."""
         return ()
 
     def _shared(self, signals: Signals, block: int) -> Attention:
@@ -121,12 +121,12 @@ class BlockTerm(LossTerm):
 
 
 def heads_of(anatomy: Anatomy, block: int) -> int:
-    """Heads of one block; 0 where it has no attention (the tap refuses those with a reason)."""
+    """Return heads of one block; 0 where it has no attention (the tap refuses those with a reason)."""
     return getattr(anatomy.blocks[block], "heads", 0)
 
 
 def row_kl(student_xSS: Tensor, teacher_xSS: Tensor) -> Tensor:
-    """KL(teacher || student) of each row in float32, mean over all rows; ``FLOOR`` mixed into both."""
+    """Return KL(teacher || student) of each row in float32, mean over all rows; ``FLOOR`` mixed into both."""
     rows = student_xSS.numel() // student_xSS.shape[-1]
     with float32_region(student_xSS):
         log_student = floored(student_xSS).log()
@@ -134,5 +134,5 @@ def row_kl(student_xSS: Tensor, teacher_xSS: Tensor) -> Tensor:
 
 
 def floored(map_xSS: Tensor) -> Tensor:
-    """Rows that still sum to 1, with no entry below about ``FLOOR``."""
+    """Return rows that still sum to 1, with no entry below about ``FLOOR``."""
     return (map_xSS.float() + FLOOR) / (1.0 + FLOOR * map_xSS.shape[-1])

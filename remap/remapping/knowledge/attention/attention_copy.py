@@ -4,9 +4,10 @@ Letters: B batch, T all tokens of a block, S the shared tokens {class, patches} 
 h head width.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
@@ -15,11 +16,12 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.anatomy import Anatomy, AttentionBlock, Projection, module_at
-from remap.backbones.build import Backbone, build
-from remap.backbones.preprocess import Preprocess, PreprocessSpec
+from remap.backbones.build import build
+from remap.backbones.preprocess import PreprocessSpec
+from remap.backbones.typed import layer_at
 from remap.errors import BackboneError, RunError
-from remap.remapping.alignment import Interpolation, pair_blocks, resize_attention, to_shared_tokens
-from remap.remapping.signals import Needs, Tap
+from remap.remapping.alignment import Interpolation
+from remap.remapping.knowledge.attention.teacher_maps import TeacherMaps
 from remap.tuning.base import Attached, Method, Options, insert_module
 from remap.tuning.finetuning.full import Full
 from remap.tuning.seam import FeatureSeam
@@ -74,19 +76,16 @@ class AttentionCopy(Method):
                 given="weights: none",
                 allowed="pretrained, or a .safetensors file",
             )
-        # The student's draws go on afterwards as if there were no teacher.
+        # The student's random draws continue as if there were no teacher.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             teacher = build(self.config.teacher, self.config.weights, 1, preset=self.config.preset)
-        facts: dict[str, Any] = {"trainable": (), "seam": FeatureSeam(model, anatomy)}
-        if self.config.trains == "all":
-            full = Full().attach(model, anatomy)
-            facts = {"trainable": full.trainable, "no_decay": full.no_decay, "tuned_modules": full.tuned_modules}
-            full.detach()
+        full = Full().attach(model, anatomy) if self.config.trains == "all" else None
+        if full is not None:
+            full.detach()  # read for what it names; this method attaches it
         maps = CopiedMaps(TeacherMaps(teacher, PreprocessSpec.of(model), anatomy, self.config), anatomy)
         insert_module(model, _PATH, maps)
         handles = [module_at(model, anatomy.input_module).register_forward_pre_hook(maps.begin, prepend=True)]
-        for index, block in enumerate(anatomy.blocks):
-            assert isinstance(block, AttentionBlock)
+        for index, block in enumerate(anatomy.attention_blocks):
             module = module_at(model, block.block)
             handles.append(module.register_forward_pre_hook(partial(maps.enter, index), prepend=True))
             if index in maps.teacher.pairs:
@@ -94,46 +93,17 @@ class AttentionCopy(Method):
             if index + 1 < anatomy.depth:
                 handles.append(module.register_forward_hook(maps.leave))
                 maps.late.append((module, handles[-1].id))
-        return Attached(model, anatomy, identity_at_init=False, added=[_PATH], handles=handles, **facts)
-
-
-class TeacherMaps:
-    """The frozen teacher and what is made of its attention. No part of the student: copies of that share it."""
-
-    def __init__(
-        self, teacher: Backbone, images: PreprocessSpec, student: Anatomy, config: AttentionCopy.Config
-    ) -> None:
-        self.sha256, self.config, self.grid = teacher.identity.sha256, config, student.grid
-        pairs = pair_blocks(config.layers, student.depth, teacher.anatomy.depth)
-        self.pairs = dict(pairs)
-        if len(self.pairs) < len(pairs):
-            raise BackboneError(
-                "layers must give each student block one teacher block", given=[list(pair) for pair in pairs]
-            )
-        self.has_class_token = student.has_class_token and teacher.anatomy.has_class_token
-        self.head_by_head = {s: _head_by_head(student, teacher.anatomy, s, t, config.heads) for s, t in pairs}
-        self.tap = Tap(teacher.model, teacher.anatomy, Needs(attention=frozenset(self.pairs.values())))
-        self.networks = nn.ModuleList([teacher.model, Preprocess(teacher.preprocess), _Pixels(images)])
-        self.networks.requires_grad_(False).eval()
-
-    @torch.no_grad()
-    def __call__(self, images_BCHW: Tensor) -> dict[int, Tensor]:
-        """The maps (B, H, S, S), or (B, 1, S, S) for all heads, of student blocks, from the student's images."""
-        network, preprocess, pixels = self.networks
-        if next(network.parameters()).device != images_BCHW.device:
-            self.networks.to(images_BCHW.device)
-        attention = self.tap(preprocess(pixels(images_BCHW))).attention
-        maps = {}
-        for student, block in self.pairs.items():
-            map_BHSS = to_shared_tokens(attention[block], self.has_class_token).map_BHSS()
-            if not self.head_by_head[student]:
-                map_BHSS = map_BHSS.mean(dim=1, keepdim=True)
-            source = attention[block].grid
-            maps[student] = resize_attention(map_BHSS, source, self.grid, self.has_class_token, self.config.resize)
-        return maps
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "TeacherMaps":
-        return self
+        return Attached(
+            model,
+            anatomy,
+            trainable=full.trainable if full else (),
+            no_decay=full.no_decay if full else (),
+            tuned_modules=full.tuned_modules if full else (),
+            seam=None if full else FeatureSeam(model, anatomy),
+            identity_at_init=False,
+            added=[_PATH],
+            handles=handles,
+        )
 
 
 class CopiedMaps(nn.Module):
@@ -143,6 +113,8 @@ class CopiedMaps(nn.Module):
     that gradient checkpointing runs again, after any number of other passes, gets the same input and so the same
     maps. The hooks are partials of bound methods, which ``copy.deepcopy`` binds to the copied module.
     """
+
+    teacher_sha256: Tensor
 
     def __init__(self, teacher: TeacherMaps, anatomy: Anatomy) -> None:
         super().__init__()
@@ -161,7 +133,7 @@ class CopiedMaps(nn.Module):
         """Forward pre-hook of the module that takes the image."""
         if not torch.compiler.is_compiling():
             for late, number in self.late:
-                late._forward_hooks.move_to_end(number)
+                cast(OrderedDict[int, Any], late._forward_hooks).move_to_end(number)
             self.late = []
             self._require_same_teacher()
         self._maps = self.teacher(args[0])
@@ -193,7 +165,7 @@ class CopiedMaps(nn.Module):
         self._v_BTD = v_BTD if owner is None else v_BTD + _bias(v, owner)
 
     def make_values(
-        self, v: Projection, layer: nn.Module, owner: nn.Module | None, attention: nn.Module, args: tuple
+        self, v: Projection, layer: nn.Linear | nn.Conv2d, owner: nn.Module | None, attention: nn.Module, args: tuple
     ) -> None:
         """Forward pre-hook of attention that reads a layer's weight past the layer."""
         self._v_BTD = F.linear(args[0], layer.weight[v.rows], None if owner is None else _bias(v, owner))
@@ -201,6 +173,7 @@ class CopiedMaps(nn.Module):
     def replace(self, index: int, heads: int, module: nn.Module, args: tuple) -> tuple:
         """Forward pre-hook of what takes the heads' results, (B, T, D), side by side."""
         own_BTD, (v_BTD, self._v_BTD) = args[0], (self._v_BTD, None)
+        assert v_BTD is not None  # the values' hook runs in front of this one
         map_BHSS = self._now[index]
         between = own_BTD.shape[1] - map_BHSS.shape[-1]
         sizes = [map_BHSS.shape[-1] - self.patches, between, self.patches]
@@ -215,7 +188,7 @@ class CopiedMaps(nn.Module):
         return (torch.cat([first, own_rest, patches], dim=1), *args[1:])
 
     def _require_same_teacher(self) -> None:
-        """A loaded task brings the hash of its teacher.
+        """Check the hash of its teacher that a loaded task brings.
 
         Raises:
             RunError: It was another one.
@@ -232,35 +205,11 @@ class CopiedMaps(nn.Module):
         self._checked = self.teacher_sha256._version
 
 
-class _Pixels(nn.Module):
-    """From a student's normalised image back to pixels from 0 to 255."""
-
-    def __init__(self, spec: PreprocessSpec) -> None:
-        super().__init__()
-        self.register_buffer("mean", 255.0 * torch.tensor(spec.mean).view(1, 3, 1, 1))
-        self.register_buffer("std", 255.0 * torch.tensor(spec.std).view(1, 3, 1, 1))
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        return images_BCHW.float() * self.std + self.mean
-
-
-def _head_by_head(student: Anatomy, teacher: Anatomy, student_block: int, teacher_block: int, heads: str) -> bool:
-    blocks = student.blocks[student_block], teacher.blocks[teacher_block]
-    counts = tuple(getattr(block, "heads", 0) for block in blocks)
-    if heads == "each" and counts[0] != counts[1]:
-        raise BackboneError(
-            "heads: each copies head by head and needs equally many heads on both sides",
-            given=f"student {counts[0]}, teacher {counts[1]}",
-            do="use heads: mean, or a teacher with as many heads",
-        )
-    return heads != "mean" and counts[0] == counts[1]
-
-
 def _watch_values(model: nn.Module, block: AttentionBlock, maps: CopiedMaps) -> RemovableHandle:
     v = block.projections["v"]
-    layer = module_at(model, v.path)
-    apart = v.bias is not None and v.bias != f"{v.path}.bias"
-    owner = module_at(model, v.bias.rpartition(".")[0]) if apart else None
+    layer = layer_at(model, v.path)
+    # A bias that the attention adds itself, behind the layer.
+    owner = None if v.bias in (None, f"{v.path}.bias") else module_at(model, str(v.bias).rpartition(".")[0])
     if not v.called:
         attention = module_at(model, block.attn)
         return attention.register_forward_pre_hook(partial(maps.make_values, v, layer, owner))
@@ -270,11 +219,11 @@ def _watch_values(model: nn.Module, block: AttentionBlock, maps: CopiedMaps) -> 
 
 
 def _bias(v: Projection, owner: nn.Module) -> Tensor:
-    bias = getattr(owner, v.bias.rpartition(".")[2])
+    bias = getattr(owner, str(v.bias).rpartition(".")[2])
     return bias[v.bias_start : v.bias_start + v.stop - v.start]
 
 
 def _replace_result(model: nn.Module, index: int, block: AttentionBlock, maps: CopiedMaps) -> RemovableHandle:
     norm = f"{block.attn}.norm"
-    reader = module_at(model, norm if norm in block.norms else block.proj)
+    reader = module_at(model, norm if norm in block.norms else block.projections["o"].path)
     return reader.register_forward_pre_hook(partial(maps.replace, index, block.heads), prepend=True)

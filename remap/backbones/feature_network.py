@@ -1,17 +1,18 @@
-"""Any timm network as a feature extractor beside a backbone."""
+"""Build any timm network as a feature extractor, such as the side network of side-tuning."""
 
 import timm
 import torch
 from torch import nn
 
-from remap.backbones.build import require_at_hand, resolve_name
+from remap.backbones.build import require_at_hand
 from remap.backbones.loading import create, weight_arguments
+from remap.backbones.names import resolve_name
 from remap.errors import BackboneError, UnknownName
 from remap.registry import did_you_mean
 
 
 def side_network(word: str, weights: str, image_size: tuple[int, int]) -> tuple[nn.Module, int]:
-    """A network without classifier, on the CPU, and the width F of its features (B, F).
+    """Build a network without classifier, on the CPU; return it and the width F of its features (B, F).
 
     Args:
         word: Any name of timm, convolutional ones included; not only the families that can be backbones.
@@ -31,13 +32,13 @@ def side_network(word: str, weights: str, image_size: tuple[int, int]) -> tuple[
         )
     require_at_hand(word, weights)
     name = resolve_name(word)
-    network, _ = create(name, weights, {**weight_arguments(name, weights), "num_classes": 0})
+    network, _ = create(name, weights, {**weight_arguments(weights), "num_classes": 0})
     try:
         with torch.no_grad():
             features = network.eval()(torch.zeros(1, 3, *image_size))
         width = features.shape[1]
         assert features.shape == (1, width)
-    except Exception as error:  # every network of timm has its own way of refusing a size
+    except Exception as error:  # networks of timm refuse a size in many ways
         raise BackboneError(
             f"'{word}' gives no feature vector for images of {image_size[0]} x {image_size[1]} pixels",
             given=" ".join(str(error).split())[:200] or type(error).__name__,

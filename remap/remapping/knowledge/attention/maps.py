@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from remap.remapping.alignment import resize_attention, resize_scores
-from remap.remapping.knowledge.attention.blocks import BlockTerm, row_kl
+from remap.remapping.knowledge.attention.block_term import BlockTerm, row_kl
 from remap.remapping.objective import Pair
 from remap.remapping.signals import Attention
 

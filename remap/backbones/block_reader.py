@@ -1,47 +1,55 @@
-"""Read a block with queries of one's own: a few tokens look at the block's sequence without joining it.
+"""Read a block with additional queries: a few tokens attend to the block's sequence without joining it.
 
 Letters: B batch, T tokens of the sequence, p queries, D width, H heads, h head width, E = H*h.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, einsum, nn
 from torch.nn import functional as F
 
 from remap.backbones.anatomy import Anatomy, AttentionBlock, Projection, module_at
-from remap.backbones.families.eva import rotated
+from remap.backbones.families.eva import RotaryAttention, rotated
+from remap.backbones.typed import layer_at
 
 # A module whose weights are divided among processes (``remap.distributed.sharding``) has a method of this name.
 APART = "_remap_apart"
 
 
-def apart(block: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)``, which reads the weights of a block outside of its forward pass.
+class _Sharded(Protocol):
+    def unshard(self) -> None: ...
 
-    Weights that are divided among processes are together meanwhile, and again when the gradient comes.
+    def reshard(self) -> None: ...
+
+
+def apart(block: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """Call ``function(*args)``, which reads the weights of a block outside of its forward pass.
+
+    Weights that are divided among processes are gathered meanwhile, and again when the gradient comes.
     """
     return getattr(block, APART, _call)(function, *args)
 
 
 def leaving(block: nn.Module, output: Tensor, start: Tensor | None = None) -> Tensor:
-    """Say of a tensor that it was made inside the forward pass of a block and leaves it beside the block's output.
+    """Mark a tensor that was made inside the forward pass of a block and leaves it next to the block's output.
 
-    Weights that are divided among processes then come together for its gradient.
+    Weights that are divided among processes are then gathered for its gradient.
 
     Args:
         start: What it was made from, if nothing else in the block has a gradient: behind it the weights part again.
     """
     if hasattr(block, APART) and output.requires_grad:
-        output.register_hook(lambda gradient: block.unshard())
+        sharded = cast(_Sharded, block)
+        output.register_hook(lambda _gradient: sharded.unshard())
         if start is not None:
-            start.register_hook(lambda gradient: block.reshard())
+            start.register_hook(lambda _gradient: sharded.reshard())
     return output
 
 
 class BlockReader:
-    """What one sequence block makes of p query tokens whose keys and values are the tokens of its own sequence.
+    """Apply a block to p query tokens whose keys and values are the tokens of the block's own sequence.
 
     Values, and keys where nothing follows their projection, are never formed: softmax(q (W_k x)^T) W_v x is
     W_v (softmax((W_k^T q) x^T) x), which costs 2*p*H*D multiplications a token instead of 2*D*D.
@@ -58,18 +66,21 @@ class BlockReader:
         self._q, self._k, self._v = (_Rows(model, paths.projections[word]) for word in "qkv")
 
     def keys(self, tokens_BTD: Tensor, rope: Tensor | None) -> Tensor | None:
-        """(B, H, T, h) where the block turns or normalises its keys, None where ``attend`` does without them.
+        """Return keys (B, H, T, h) where the block rotates or normalises its keys, else None: ``attend`` needs none.
 
         Args:
             tokens_BTD: What the block gives its attention (behind norm1).
-            rope: The rotary embedding it gives beside them.
+            rope: The rotary embedding it gives with them.
         """
         norm = getattr(self.attn, "k_norm", nn.Identity())
         if rope is None and isinstance(norm, nn.Identity):
             return None
         weight, bias = self._k.tensors()
         keys_BHTh = norm.forward(self._split(F.linear(tokens_BTD, weight, bias)))
-        return keys_BHTh if rope is None else rotated(self.attn, keys_BHTh, rope)
+        if rope is None:
+            return keys_BHTh
+        assert isinstance(self.attn, RotaryAttention)
+        return rotated(self.attn, keys_BHTh, rope)
 
     def attend(
         self,
@@ -78,7 +89,7 @@ class BlockReader:
         keys_BHTh: Tensor | None = None,
         affine: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """The attention's output (B, p, D) for queries that are, like the tokens, behind norm1 and have no rotation.
+        """Return the attention's output (B, p, D) for queries that, like the tokens, are behind norm1 and not rotated.
 
         Args:
             affine: Scale and shift (D,) that the tokens are still to get, where there are no keys. Left to this
@@ -86,7 +97,7 @@ class BlockReader:
         """
         batch, count = queries_BpD.shape[:2]
         q_BHph = self._split(F.linear(queries_BpD, *self._q.tensors()))
-        q_BHph = getattr(self.attn, "q_norm", nn.Identity()).forward(q_BHph) * self.attn.scale
+        q_BHph = getattr(self.attn, "q_norm", nn.Identity()).forward(q_BHph) * cast(float, self.attn.scale)
         if keys_BHTh is None:
             weight, bias = self._k.tensors()
             turned_BHpD = einsum("bhpe,hed->bhpd", q_BHph, weight.unflatten(0, (self.heads, -1)))
@@ -109,11 +120,11 @@ class BlockReader:
         return self.proj.forward(getattr(self.attn, "norm", nn.Identity()).forward(out_BpE))
 
     def block(self, x_BpD: Tensor, tokens_BTD: Tensor, keys_BHTh: Tensor | None = None) -> Tensor:
-        """The whole block for p rows of its residual stream that are not behind norm1 yet, as the tokens are."""
+        """Run the block for p rows of its residual stream that are not behind norm1 yet, as the tokens are."""
         return self._mlp(x_BpD + self._scaled(0, self.attend(self.norm1.forward(x_BpD), tokens_BTD, keys_BHTh)))
 
     def class_row(self, x_BTD: Tensor) -> Tensor:
-        """(B, 1, D): the block's output for token 0 of its own input, which has no gradient, by ``attend``."""
+        """Return the block's output (B, 1, D) for token 0 of its own input, which has no gradient, by ``attend``."""
         norm, row_B1D = self.norm1, x_BTD[:, :1]
         if isinstance(norm, nn.LayerNorm) and norm.elementwise_affine:
             plain_BTD = F.layer_norm(x_BTD, norm.normalized_shape, eps=norm.eps)
@@ -140,7 +151,7 @@ class _Rows:
     """Weight and bias of a projection, read anew at every use."""
 
     def __init__(self, model: nn.Module, projection: Projection) -> None:
-        self.layer, self.rows = module_at(model, projection.path), projection.rows
+        self.layer, self.rows = layer_at(model, projection.path), projection.rows
         self.bias, start = _owner(model, projection.bias), projection.bias_start
         self.bias_rows = slice(start, start + projection.stop - projection.start)
 
@@ -160,9 +171,7 @@ def _owner(model: nn.Module, path: str | None) -> tuple[nn.Module, str] | None:
     return module_at(model, parent), name
 
 
-def reads_one_row(model: nn.Module, anatomy: Anatomy) -> bool:
-    """Whether logits need but the class token's row of the last block, and ``BlockReader`` forms no keys for it."""
+def reads_one_row(anatomy: Anatomy) -> bool:
+    """Return whether logits need only the class token's row of the last block, and ``BlockReader`` needs no keys."""
     last = anatomy.blocks[-1]
-    if not (anatomy.class_token_pooled and anatomy.family == "vit" and isinstance(last, AttentionBlock)):
-        return False
-    return isinstance(module_at(model, last.attn).k_norm, nn.Identity)
+    return anatomy.class_token_pooled and isinstance(last, AttentionBlock) and last.plain_scores

@@ -14,9 +14,9 @@ from torch.nn.utils.parametrizations import orthogonal
 from remap.backbones.anatomy import Anatomy, Block
 from remap.errors import BackboneError
 from remap.remapping.alignment import pair_blocks, resize_tokens
-from remap.remapping.items import patches_name, pooled_of
 from remap.remapping.objective import LossTerm, Pair
 from remap.remapping.signals import Needs, Signals
+from remap.remapping.targets import patches_name, pooled_of
 from remap.tuning.base import Options
 
 Projector = Literal["linear", "orthogonal", "none"]
@@ -25,7 +25,7 @@ Layers = Literal["last", "uniform"] | tuple[tuple[int, int], ...]
 
 
 def projector(kind: Projector, student_width: int, teacher_width: int) -> nn.Module:
-    """A map from the student's width to the teacher's; drawn from the global generator of PyTorch.
+    """Return a map from the student's width to the teacher's, drawn from PyTorch's global generator.
 
     Raises:
         BackboneError: "none" for different widths.
@@ -44,7 +44,7 @@ def projector(kind: Projector, student_width: int, teacher_width: int) -> nn.Mod
 
 
 def distance(kind: Distance, projected_xD: Tensor, wanted_xD: Tensor) -> Tensor:
-    """To the layer-normed target (no affine): mean over everything (smooth-L1, knee at 1), or mean of 1 - cosine."""
+    """Return the distance to the layer-normed target (no affine): smooth-L1 mean (knee at 1), or mean of 1 - cosine."""
     wanted_xD = F.layer_norm(wanted_xD, wanted_xD.shape[-1:])
     if kind == "smooth_l1":
         return F.smooth_l1_loss(projected_xD, wanted_xD)
@@ -52,8 +52,8 @@ def distance(kind: Distance, projected_xD: Tensor, wanted_xD: Tensor) -> Tensor:
 
 
 def pooled(signals: Signals) -> Tensor:
-    """What enters the classifier (B, D), float32."""
-    assert signals.pooled_BD is not None, "the tap was not told to keep pooled features"
+    """Return what enters the classifier (B, D), float32."""
+    assert signals.pooled_BD is not None, "the tap does not record pooled features"
     return signals.pooled_BD.float()
 
 
@@ -72,7 +72,7 @@ class PooledTerm(LossTerm):
 
 
 def token_pairs(layers: Layers, pair: Pair, term: str) -> tuple[tuple[int, int], ...]:
-    """Whose tokens are compared, as (student, teacher) blocks; "last" means those behind the final norm of both.
+    """Return whose tokens are compared, as (student, teacher) blocks; "last" is behind the final norm of both.
 
     Raises:
         BackboneError: There is no teacher, or a block that one of the networks does not have.
@@ -84,7 +84,7 @@ def token_pairs(layers: Layers, pair: Pair, term: str) -> tuple[tuple[int, int],
 
 
 def block_of(anatomy: Anatomy, index: int) -> Block:
-    """The block whose width and grid tokens have; behind the final norm they are those of the last block."""
+    """Return the block whose width and grid tokens have; behind the final norm they are those of the last block."""
     return anatomy.blocks[min(index, anatomy.depth - 1)]
 
 
@@ -110,25 +110,24 @@ class TokenTerm(LossTerm):
         return {self.item(s, t): self.resized(teacher, s, t) for s, t in self.blocks}
 
     def widths(self, student_block: int, teacher_block: int) -> tuple[int, int]:
-        teacher = self.pair.teacher
-        assert teacher is not None
-        return block_of(self.pair.student, student_block).width, block_of(teacher, teacher_block).width
+        return block_of(self.pair.student, student_block).width, self._teacher_block(teacher_block).width
 
     def grid(self, student_block: int) -> tuple[int, int]:
         return block_of(self.pair.student, student_block).grid
 
     def item(self, student_block: int, teacher_block: int) -> str:
-        """The name of the teacher's patches on the student's grid; on an equal grid they are the teacher's own."""
+        """Return the name of the teacher's patches on the student's grid; on equal grids the teacher's own."""
         return patches_name(teacher_block) + self.grid_suffix(student_block, teacher_block)
 
     def grid_suffix(self, student_block: int, teacher_block: int) -> str:
-        teacher = self.pair.teacher
-        assert teacher is not None
         height, width = self.grid(student_block)
-        return "" if block_of(teacher, teacher_block).grid == (height, width) else f" {height}x{width}"
+        return "" if self._teacher_block(teacher_block).grid == (height, width) else f" {height}x{width}"
+
+    def _teacher_block(self, index: int) -> Block:
+        return block_of(self.pair.known_teacher(type(self).__name__), index)
 
     def resized(self, teacher: Signals, student_block: int, teacher_block: int) -> Tensor:
-        """The teacher's patches (B, N, D) on the grid of the student's block, float32."""
+        """Return the teacher's patches (B, N, D) on the grid of the student's block, float32."""
         tokens = teacher.tokens[teacher_block]
         patches_BND = tokens.patches_BND.detach().float()
         return resize_tokens(patches_BND, tokens.grid, self.grid(student_block), has_class_token=False)

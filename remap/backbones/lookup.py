@@ -1,0 +1,78 @@
+"""Look a model's name up in timm, the table of families and model folders, without building the model."""
+
+import os
+from pathlib import Path
+
+import timm
+
+from remap.backbones import mini  # noqa: F401 - registers the embedded pair with timm
+from remap.backbones.families import FAMILIES
+from remap.backbones.names import SHORT_NAMES, resolve_name
+from remap.errors import UnknownName, WeightsError
+from remap.io.checked_read import expanded, read_json
+from remap.registry import did_you_mean
+
+
+def require_known(word: str, name: str) -> None:
+    """Find a mistake in a model's name.
+
+    Args:
+        word: As it was given.
+        name: What it resolves to.
+
+    Raises:
+        UnknownName: timm has no such model, or no weights with this tag.
+        WeightsError: A ``local-dir:`` folder is not a model folder.
+    """
+    if ":" in name or "/" in name or os.sep in name:
+        if not name.startswith(("local-dir:", "hf-hub:", "hf_hub:")):
+            raise UnknownName(
+                f"no such model or run directory: {word}",
+                allowed="a timm name, a short name, local-dir:FOLDER, hf-hub:REPOSITORY, or a run directory",
+            )
+        folder = Path(name.removeprefix("local-dir:"))
+        if name.startswith("local-dir:") and not (folder / "config.json").is_file():
+            raise WeightsError(
+                f"{folder} is not a model folder of timm", given="config.json is missing", do="see timm's save_for_hf"
+            )
+        return
+    if not timm.is_model(name):
+        known = [*SHORT_NAMES, *_readable_models()]
+        raise UnknownName(
+            f"unknown model '{word}'{did_you_mean(word.partition('.')[0], known)}",
+            allowed=f"{', '.join(SHORT_NAMES)}, or a name of timm (timm.list_models('vit*'))",
+            do="`remap models` lists them",
+        )
+    tag = name.partition(".")[2]
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(name.partition(".")[0] + "*")]
+    if tag and tag not in tags:
+        raise UnknownName(f"model '{name.partition('.')[0]}' has no weights tagged '{tag}'", allowed=tags)
+
+
+def family_of_name(word: str) -> str | None:
+    """Return the family of a model, or None where the name does not tell.
+
+    Args:
+        word: A short name, a timm name or tag, or a ``local-dir:`` folder.
+    """
+    name = resolve_name(word)
+    if name.startswith("local-dir:"):
+        name = _architecture(expanded(name.removeprefix("local-dir:")))
+    elif ":" in name:
+        name = name.rpartition("/")[2]  # repositories of timm are called after their model
+    if not timm.is_model(name):
+        return None
+    module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+    return next((row.name for row in FAMILIES if module in row.modules), None)
+
+
+def _readable_models() -> list[str]:
+    """Return names of timm in the modules that the families read."""
+    return [name for row in FAMILIES for module in row.modules for name in timm.list_models(module=module)]
+
+
+def _architecture(folder: Path) -> str:
+    try:
+        return str(read_json(folder / "config.json").get("architecture", ""))
+    except (ValueError, AttributeError):
+        return ""  # building it will say what is wrong

@@ -1,0 +1,56 @@
+"""Typed access to models of timm and to their sub-modules."""
+
+from typing import Any, Protocol, TypeVar, cast
+
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class TimmModel(Protocol):
+    """What ``timm.create_model`` promises of every model. B images, C classes, D features."""
+
+    num_classes: int
+    pretrained_cfg: dict[str, Any]
+    feature_info: list[dict[str, Any]]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the output of the last block, behind the final norm where there is one."""
+        ...
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return logits (B, C), or the classifier's input (B, D) with ``pre_logits``."""
+        ...
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifier; 0 takes it out."""
+        ...
+
+
+def as_timm(model: nn.Module) -> TimmModel:
+    """Return the same model, typed by timm's public interface."""
+    return cast(TimmModel, model)
+
+
+def pooled_features(model: nn.Module, images_BCHW: Tensor) -> Tensor:
+    """Return what enters the classifier, (B, D)."""
+    return pool(model, as_timm(model).forward_features(images_BCHW))
+
+
+def pool(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Return what enters the classifier, (B, D), from what ``forward_features`` returned."""
+    return as_timm(model).forward_head(tokens, pre_logits=True)
+
+
+def submodule(model: nn.Module, path: str, kind: type[M]) -> M:
+    """Return the sub-module at a dotted path, typed as the class that it is."""
+    module = model.get_submodule(path)
+    assert isinstance(module, kind), f"{path} is a {type(module).__name__}, not a {kind.__name__}"
+    return module
+
+
+def layer_at(model: nn.Module, path: str) -> nn.Linear | nn.Conv2d:
+    """Return the linear layer or convolution at a dotted path of the anatomy."""
+    layer = model.get_submodule(path)
+    assert isinstance(layer, nn.Linear | nn.Conv2d), f"{path} is a {type(layer).__name__}"
+    return layer
