@@ -58,6 +58,10 @@ class RecipeError(RemapError):
         RemapError.__init__(self, what, do=do)
 
 
+class PluginError(RemapError):
+    """Another package's method, loss or data source cannot be registered or loaded."""
+
+
 class BackboneError(RemapError):
     """A model cannot be built, or lacks a part that was asked of it."""
 
