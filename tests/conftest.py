@@ -30,6 +30,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(FIGURES, type=Path, help="append what tests of guarantees measured to this file")
 
 
+# What `pytest -m quick` leaves out entirely: tests that start several processes, kill some, or train for long.
+NOT_QUICK = (
+    "tests/reliability/test_many_processes.py",
+    "tests/reliability/test_signals.py",
+    "tests/reliability/test_early_signals.py",
+    "tests/reliability/test_soak.py",
+    "tests/reliability/test_sharding.py",
+    "tests/reliability/test_checkpoints.py",
+    "tests/reliability/test_repeat.py",
+    "tests/distributed/test_processes.py",
+    "tests/cli/test_launch.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as quick the first case of each test, so that every test of every other file is run once."""
+    seen = set(NOT_QUICK)
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        if not {test, test.partition("::")[0]} & seen:
+            item.add_marker(pytest.mark.quick)
+        seen.add(test)
+
+
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Note what a test of a guarantee measured, after its assertions.
