@@ -1,6 +1,6 @@
-"""Print how much code there is: lines, files above 250 lines, comments per 100 lines. ``--check``: exit 1 above targets.
+"""Print how much code there is: lines, files above 250 lines, comments per 100 lines.
 
-python tools/line_counts.py
+python tools/line_counts.py            # with --check: exit code 1 above a target
 """
 
 import sys
@@ -34,7 +34,7 @@ def counts(folder: str) -> list[Count]:
 
 
 def count(path: Path) -> Count:
-    """Count one file. A ``#`` inside a string is not a comment, so the tokens are read; tool directives do not count."""
+    """Count one file. Tokens are read, as ``#`` in a string is not a comment; directives for tools do not count."""
     with open(path, "rb") as file:
         comments = [token for token in tokenize.tokenize(file.readline) if token.type == tokenize.COMMENT]
     own = {token.start[0] for token in comments if not token.string.startswith(("# noqa", "# type:", "# pragma"))}

@@ -211,7 +211,7 @@ class Soak:
         """A finished run and its twin: the student's bytes, the files they left, and a second evaluation."""
         twin = self.twin(name)
         same = all((run / p).read_bytes() == (twin / p).read_bytes() for p in ("task/task.safetensors",))
-        self.seen["results equal to the undisturbed twin's"] += same
+        self.seen["results equal to the uninterrupted run's"] += same
         self.seen["runs finished"] += 1
         if not same:
             self.problems.append(f"run {number} ({name}): its student differs from its twin's")
@@ -363,7 +363,7 @@ def figures(found: dict[str, Any]) -> list[dict[str, Any]]:
     done = found.get("runs finished", 0)
     rows = [
         ("runs finished", done, found["runs"]),
-        ("results equal to the undisturbed twin's", found.get("results equal to the undisturbed twin's", 0), done),
+        ("results equal to the uninterrupted run's", found.get("results equal to the uninterrupted run's", 0), done),
         ("evaluations that repeat the run's", found.get("evaluations that repeat the run's", 0), done),
         ("interruptions", stopped, None),
         ("stray files", found["stray files"], None),

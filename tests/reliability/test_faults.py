@@ -127,7 +127,7 @@ def test_a_skipped_step_leaves_no_batch_statistics(
     norms = [module for module in result.student.model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert norms and all(int(norm.num_batches_tracked) == 5 for norm in norms)
     assert all(all_finite([norm.running_mean, norm.running_var]) for norm in norms)
-    figure("layers whose statistics know nothing of a skipped step", len(norms), len(norms))
+    figure("layers whose statistics a skipped step left unchanged", len(norms), len(norms))
 
 
 @pytest.mark.guarantee(8)

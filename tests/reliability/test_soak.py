@@ -19,9 +19,9 @@ def test_runs_that_are_stopped_at_random_leave_nothing_and_lose_nothing(
     found = TOOL["soak"](RUNS, 1, tmp_path, ("views on disk", "an average", "ranks that fall"))
     assert found["problems"] == []
     runs = found["runs"]
-    assert found["results equal to the undisturbed twin's"] == found["evaluations that repeat the run's"] == runs
+    assert found["results equal to the uninterrupted run's"] == found["evaluations that repeat the run's"] == runs
     assert sum(found["stopped by"].values()) >= RUNS / 2, "too little was disturbed to say anything"
-    figure("short runs, disturbed, equal to the undisturbed twin's", runs, runs)
+    figure("short interrupted runs, equal to the uninterrupted ones", runs, runs)
 
 
 def test_the_soak_sees_what_it_looks_for(tmp_path: Path) -> None:

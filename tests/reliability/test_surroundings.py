@@ -42,7 +42,7 @@ def test_a_clock_that_jumps_changes_nothing(
     assert largest_difference(result.student.tensors, twin.student.tensors) == 0.0
     assert history(tmp_path / "run") == history(tmp_path / "twin")
     assert 0 < result.summary["train_seconds"] < result.summary["seconds"] < 600
-    figure("runs under a jumping clock, equal to the undisturbed one", 1, 1)
+    figure("runs under a jumping clock, equal to the one without", 1, 1)
 
 
 @pytest.mark.guarantee(25)
