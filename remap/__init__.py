@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 # MKL may choose a kernel by the address of a matrix, so that equal rows differ in their last bits by their position in
-# a batch. Its reproducible mode makes them equal, at no cost that was measurable. MKL reads this at its first call.
+# a batch. Its reproducible mode makes them equal, without a measurable cost. MKL reads this at its first call.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
 if TYPE_CHECKING:
