@@ -3,8 +3,8 @@
     pip install atheris
     python tools/fuzz_loaders.py yaml -max_total_time=600
 
-Arguments after the target go to libFuzzer. A traceback other than of a RemapError is a finding, which libFuzzer saves as
-``crash-*``; pass that file as an argument to reproduce it.
+Arguments after the target go to libFuzzer. A traceback other than of a RemapError is a finding, which libFuzzer saves
+as ``crash-*``; pass that file as an argument to reproduce it.
 
 Targets: yaml (recipes), json, task (task.json), safetensors, tar, image, checkpoint. Each starts from a good file.
 """

@@ -3,8 +3,8 @@
 Every run is one process, forked from this one, which has imported everything: a run takes a fraction of a
 second. In between, this process trains and evaluates too, and measures its memory. At the end nothing may be
 left: no file that an uninterrupted run does not write, no process, no memory; and every interrupted run equals the
-same run without interruptions in every byte of its task file. Exit code 1 if not. Prints JSON; `--figures FILE` appends what
-docs/guarantees.md shows.
+same run without interruptions in every byte of its task file. Exit code 1 if not. Prints JSON; `--figures FILE` appends
+what docs/guarantees.md shows.
 """
 
 import argparse
@@ -208,7 +208,7 @@ class Soak:
         return code
 
     def compare(self, number: int, name: str, run: Path) -> None:
-        """Compare a finished run with the uninterrupted one: the student's bytes, the files they left, and a second evaluation."""
+        """Compare a finished run with the uninterrupted one: the student's bytes, files, and a second evaluation."""
         reference = self.reference(name)
         same = all((run / p).read_bytes() == (reference / p).read_bytes() for p in ("task/task.safetensors",))
         self.seen["results equal to the uninterrupted run's"] += same

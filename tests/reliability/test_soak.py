@@ -28,7 +28,7 @@ def test_the_soak_sees_what_it_looks_for(tmp_path: Path) -> None:
     """A stray file, another student, other counts and growing memory are problems."""
     recipe = "ranks that fall"
     work = TOOL["Soak"](tmp_path, None, None, (recipe,))
-    for run in (work.twin(recipe), tmp_path / "run"):
+    for run in (work.reference(recipe), tmp_path / "run"):
         (run / "task").mkdir(parents=True)
         (run / "task" / "task.safetensors").write_bytes(b"student")
         (run / "summary.json").write_text('{"student": {"correct": 3}, "data": {"val_images": 9}}')
