@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar, overload
 
+from remap.data import SOURCES
 from remap.errors import UnknownName
 from remap.registry import Entry, Registry, did_you_mean
 from remap.remapping import LOSSES
 from remap.tuning import METHODS
 
-_TABLES: dict[str, Registry[Any]] = {table.kind: table for table in (METHODS, LOSSES)}
+_TABLES: dict[str, Registry[Any]] = {"method": METHODS, "loss": LOSSES, "source": SOURCES}
 
 Cls = TypeVar("Cls", bound=type)
 

@@ -13,8 +13,8 @@ from typing import Any, Generic, TypeVar
 
 from remap.errors import PluginError, UnknownName
 
-# Entry-point group of each table that other packages may add rows to, by the table's kind.
-PLUGIN_GROUPS = {"method": "remap.methods", "loss": "remap.losses", "source": "remap.sources"}
+# Entry-point group of each table that other packages may add rows to, by the table's plural.
+PLUGIN_GROUPS = {plural: f"remap.{plural}" for plural in ("methods", "losses", "sources")}
 # ``Entry.origin`` of the rows in this repository.
 BUILT_IN = "remap"
 # Names are parts of command lines and recipes ("a+b", "name:weight"), so they have no other characters.
@@ -64,7 +64,7 @@ Row = TypeVar("Row", bound=Entry)
 
 
 class Registry(Generic[Row]):
-    """An ordered table of rows of one kind ("method", "loss", "source").
+    """An ordered table of rows of one kind ("method", "loss", "data source").
 
     Entry points of installed packages are read when the table is first used, not when it is made: `remap --help` must
     not import plug-ins.
@@ -78,7 +78,7 @@ class Registry(Generic[Row]):
                 raise ValueError(f"{kind} {row.name!r} is in the table twice")
             self._rows[row.name] = row
         self._categories = tuple(dict.fromkeys(row.category for row in self._rows.values()))
-        self._unread = kind in PLUGIN_GROUPS
+        self._unread = plural in PLUGIN_GROUPS
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self._complete().values())
@@ -107,7 +107,7 @@ class Registry(Generic[Row]):
             raise UnknownName(
                 f"unknown {self.kind} '{name}'{did_you_mean(name, rows)}",
                 allowed=rows,
-                do=f"`remap {self.plural}` lists them; one of another package must be installed here",
+                do=f"`remap {self.plural}` lists them; those of other packages must be installed",
             )
         return rows[name]
 
@@ -155,7 +155,7 @@ class Registry(Generic[Row]):
         if self._unread:
             self._unread = False  # before the loop: the module of a plug-in may use this table while it is imported
             try:
-                for row in _plugin_rows(PLUGIN_GROUPS[self.kind]):
+                for row in _plugin_rows(PLUGIN_GROUPS[self.plural]):
                     self.add(row)
             except PluginError:
                 self._unread = True  # the next use reports it again instead of working with half of the rows

@@ -1,5 +1,6 @@
 """The rows. Listings read them, so this module imports no torch; the classes are imported when a run needs them."""
 
+from remap.data import SourceEntry
 from remap.remapping import LossEntry
 from remap.tuning import MethodEntry
 
@@ -25,4 +26,7 @@ LOSS = LossEntry(
     needs="logits of both",
     signal="logits",
     weight=0.5,
+)
+SOURCE = SourceEntry(
+    name="toy", target="remap_toy.source:Colours", summary="red, green and blue noise: 12 images and 9 to evaluate on"
 )

@@ -6,12 +6,13 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+from remap.data.sources import Source
 from remap.data.splits import ImageData, Split
 
 COLOURS = ("blue", "green", "red")
 
 
-class Colours:
+class Colours(Source):
     """Noise with one raised channel, drawn from a fixed seed: the same bytes on every machine and in every run."""
 
     def open(self, word: str, val_source: str | None, val_fraction: float) -> ImageData:
