@@ -175,6 +175,8 @@ def _plugin_rows(group: str) -> Iterator[Any]:
     for package, point in sorted(points, key=lambda pair: (pair[0], pair[1].name)):
         try:
             given = point.load()
+        except PluginError:
+            raise
         except Exception as error:
             raise _cannot_load(package, f"entry point {point.name} = {point.value} in {group}", error) from error
         for row in given if isinstance(given, list | tuple) else [given]:

@@ -66,7 +66,7 @@ def test_an_installed_package_trains_saves_reloads_and_is_listed(
     assert "toy_logits" in json.dumps(losses)
     evaluated = json.loads(command("eval", "run", "--json"))
     assert evaluated["accuracy"] == summary["student"]["accuracy"]
-    assert (summary["data"]["train_images"], summary["data"]["val_images"]) == (12, 9)
+    assert (summary["data"]["labeled_images"], summary["data"]["val_images"]) == (12, 9)
     (trained,) = (tmp_path / "run").glob("trainables.json")
     assert {"norm.weight", "norm.bias"} <= set(_strings(json.loads(trained.read_text())))
 
