@@ -30,26 +30,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(FIGURES, type=Path, help="append what tests of guarantees measured to this file")
 
 
-# What `pytest -m quick` leaves out entirely: tests that start several processes, kill some, or train for long.
-NOT_QUICK = (
-    "tests/reliability/test_many_processes.py",
-    "tests/reliability/test_signals.py",
-    "tests/reliability/test_early_signals.py",
-    "tests/reliability/test_soak.py",
-    "tests/reliability/test_sharding.py",
-    "tests/reliability/test_checkpoints.py",
-    "tests/reliability/test_repeat.py",
-    "tests/distributed/test_processes.py",
-    "tests/cli/test_launch.py",
-)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as quick the first case of each test, so that every test of every other file is run once."""
-    seen = set(NOT_QUICK)
+    """Mark the first case of each test as quick, except tests that are marked slow."""
+    seen: set[str] = set()
     for item in items:
         test = item.nodeid.partition("[")[0]
-        if not {test, test.partition("::")[0]} & seen:
+        if test not in seen and item.get_closest_marker("slow") is None:
             item.add_marker(pytest.mark.quick)
         seen.add(test)
 

@@ -55,6 +55,7 @@ def command(site: Path, tmp_path: Path) -> Callable[..., str]:
     return call
 
 
+@pytest.mark.slow
 def test_an_installed_package_trains_saves_reloads_and_is_listed(
     command: Callable[..., str], tiny: Any, tmp_path: Path
 ) -> None:

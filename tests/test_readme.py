@@ -59,6 +59,7 @@ def test_the_ci_script_calls_the_readmes_test_command() -> None:
     assert 'pip install -q -e ".[test]" && pytest' in (ROOT / ".ci" / "run").read_text()
 
 
+@pytest.mark.slow
 def test_the_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Image.fromarray(np.full((20, 30, 3), 128, dtype=np.uint8)).save("photo.png")

@@ -38,6 +38,7 @@ SHORT_OF_MEMORY = "data.memory_gib=1e-5"
     ],
     ids=["two views", "frozen features"],
 )
+@pytest.mark.slow
 def test_two_processes_compute_a_share_each_and_hold_all(
     tiny: Any, tmp_path: Path, settings: tuple[str, ...], words: dict[str, str]
 ) -> None:

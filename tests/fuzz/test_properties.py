@@ -82,6 +82,7 @@ def answered(call: Callable[[], Any], kind: type[RemapError] = RemapError) -> bo
     return True
 
 
+@pytest.mark.slow
 def test_recipes_of_any_values(figure: Callable[..., None]) -> None:
     """Values of any shape under known and unknown keys; what is accepted survives its own writing and reading."""
     seen: Counter[bool] = Counter()
@@ -199,6 +200,7 @@ def with_value(value: Any, place: tuple, new: Any) -> Any:
     return copy
 
 
+@pytest.mark.slow
 def test_task_files_of_any_json(task: Path, tmp_path: Path, figure: Callable[..., None]) -> None:
     """One value of a valid task.json is replaced, or all of it."""
     seen: Counter[bool] = Counter()

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 WORKERS = Path(__file__).parent / "workers"
 OWN_MOUNTS = ("unshare", "--user", "--map-root-user", "--mount")
 

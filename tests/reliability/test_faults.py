@@ -28,6 +28,8 @@ from remap.pipeline.run import resume, start
 from remap.remapping.objective import Objective
 from remap.runs.run_dir import RunDir
 
+pytestmark = pytest.mark.slow
+
 NAN, INFINITE = float("nan"), float("inf")
 # A teacher that is asked in every step, and a checkpoint after every step.
 WATCHED = ("train.checkpoint_seconds=0", "data.augment=shift")

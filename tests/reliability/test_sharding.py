@@ -28,6 +28,8 @@ from remap.recipe.schema import Recipe
 from remap.runs.task import load_task
 from remap.tuning import METHODS
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).parent / "workers" / "sharding.py"
 TOLERANCE = 1e-6
 # Three steps, an epoch each, so that the metrics have the loss of every step.

@@ -30,6 +30,8 @@ from remap.runs.run_dir import RunDir
 from remap_cli import train, view
 from remap_cli.main import main
 
+pytestmark = pytest.mark.slow
+
 FORK = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "soak.py"))
 fork, wait = FORK["fork"], FORK["wait"]
 STEPS, EPOCHS = 6, 3

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 TOOL = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "soak.py"))
 RUNS = 6
 
