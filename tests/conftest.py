@@ -31,11 +31,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the first case of each test as quick, except tests that are marked slow."""
+    """Mark as quick the first case of each test, and all cases in this folder, except tests that are marked slow."""
     seen: set[str] = set()
     for item in items:
         test = item.nodeid.partition("[")[0]
-        if test not in seen and item.get_closest_marker("slow") is None:
+        first = test not in seen or item.path.parent == Path(__file__).parent
+        if first and item.get_closest_marker("slow") is None:
             item.add_marker(pytest.mark.quick)
         seen.add(test)
 

@@ -109,6 +109,7 @@ def resolve_text(text: str) -> Recipe:
     return validate(value if isinstance(value, dict) else {}, "fuzz")
 
 
+@pytest.mark.slow
 def test_recipe_files_of_any_text_and_bytes(tmp_path: Path, figure: Callable[..., None]) -> None:
     seen: Counter[bool] = Counter()
     path = tmp_path / "x.yaml"
@@ -124,6 +125,7 @@ def test_recipe_files_of_any_text_and_bytes(tmp_path: Path, figure: Callable[...
     figure("recipes fuzzed, tracebacks", 0, seen.total())
 
 
+@pytest.mark.slow
 def test_overrides_of_any_look(figure: Callable[..., None]) -> None:
     seen: Counter[bool] = Counter()
 
@@ -218,6 +220,7 @@ def test_task_files_of_any_json(task: Path, tmp_path: Path, figure: Callable[...
     figure("task files fuzzed, tracebacks", 0, seen.total())
 
 
+@pytest.mark.slow
 def test_task_files_of_any_bytes(task: Path, tmp_path: Path, figure: Callable[..., None]) -> None:
     """Bytes of task.json and task.safetensors are changed, cut or replaced; with a checksum that fits, and without."""
     seen: Counter[bool] = Counter()

@@ -19,6 +19,8 @@ from remap.pipeline.build_cache import build_cache
 from remap.pipeline.run import start
 from remap.remapping.objective import Objective
 
+pytestmark = pytest.mark.slow
+
 LOSSES = "ce,kd,attention,feature"
 
 
@@ -137,7 +139,6 @@ def test_another_teacher_or_transform_finds_nothing(tiny: Any, tmp_path: Path, a
     assert sum(asked) == 1 + 24
 
 
-@pytest.mark.slow
 def test_building_survives_being_killed(
     tiny: Any, tmp_path: Path, start_process: Callable[..., Any], asked: list[int], largest_difference: Any
 ) -> None:

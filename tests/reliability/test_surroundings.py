@@ -14,6 +14,8 @@ from remap.engine import loop as loop
 from remap.pipeline.run import resume, start
 from remap.runs.run_dir import RunDir
 
+pytestmark = pytest.mark.slow
+
 # Views are decoded again in every epoch, by two threads.
 DECODED = ("data.memory_gib=0", "data.workers=2", "data.augment=shift", "train.checkpoint_seconds=0")
 
