@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from remap.registry import BUILT_IN
 from remap_cli import options as opt
 from remap_cli import view
 from remap_cli.main import app
@@ -68,6 +69,14 @@ def methods(
         "lr: default for AdamW at batch size 64 and width 128, else lr * 128 / width.\n"
         "Options of a method: remap methods NAME. Together: --method vpt_deep+lora."
     )
+    _from_other_packages(rows)
+
+
+def _from_other_packages(rows: list[dict[str, Any]]) -> None:
+    """Say which rows of a table other installed packages registered."""
+    foreign = [f"{row['name']} ({row['origin']})" for row in rows if row["origin"] != BUILT_IN]
+    if foreign:
+        view.line(f"From other packages: {', '.join(foreign)}")
 
 
 # Columns that a terminal needs for the formulas of the table of methods.
@@ -86,6 +95,7 @@ def _fields(row: "MethodEntry") -> dict[str, Any]:
         "mergeable": row.mergeable,
         "learning_rate": row.lr,
         "paper": row.paper,
+        "origin": row.origin,
     }
 
 
@@ -174,7 +184,7 @@ def losses(
     """List the loss terms that carry the teacher's knowledge over (category 5), or all about one."""
     from remap.remapping import LOSSES
 
-    fields = ("name", "category", "summary", "paper", "needs", "mismatch", "mixed", "over_batch", "weight")
+    fields = ("name", "category", "summary", "paper", "needs", "mismatch", "mixed", "over_batch", "weight", "origin")
     rows = [{field: getattr(row, field) for field in fields} for row in LOSSES]
     if name:
         row = next((row for row in rows if row["name"] == LOSSES.row(name).name), {})
@@ -201,6 +211,7 @@ def losses(
         "weight: default in the objective. All about one, with its options: remap losses NAME.\n"
         "The other parts of category 5, weights and architecture: remap remappings."
     )
+    _from_other_packages(rows)
 
 
 def _loss(row: dict[str, Any], json: bool) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 # MKL may choose a kernel by the address of a matrix, so that equal rows differ in their last bits by their position in
-# a batch. Its reproducible mode makes them equal, at no cost that was measurable. MKL reads this at its first call.
+# a batch. Its reproducible mode makes them equal, without a measurable cost. MKL reads this at its first call.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from remap.pipeline.student_api import Student as Student
     from remap.pipeline.student_api import attach as attach
     from remap.pipeline.student_api import load_student as load_student
+    from remap.plugins import register as register
 
 # Public name -> module. Importing remap imports none of them, and so no torch.
 _PUBLIC = {
@@ -33,6 +34,7 @@ _PUBLIC = {
     "attach": "remap.pipeline.student_api",
     "distill": "remap.pipeline.run",
     "load_student": "remap.pipeline.student_api",
+    "register": "remap.plugins",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 
 class RemapError(Exception):
-    """A mistake the user can mend; commands print it without a traceback and exit with ``exit_code``.
+    """An error that the user can fix; commands print it without a traceback and exit with ``exit_code``.
 
     Args:
         what: One sentence: what was wrong.
@@ -46,7 +46,7 @@ class RecipeError(RemapError):
     """Everything that is wrong with a recipe, at once.
 
     Args:
-        problems: One line each, "place: problem".
+        problems: One line each, "key: problem".
         where: The file or command line the recipe came from.
         do: The next step.
     """
@@ -58,39 +58,43 @@ class RecipeError(RemapError):
         RemapError.__init__(self, what, do=do)
 
 
+class PluginError(RemapError):
+    """Another package's method, loss or data source cannot be registered or loaded."""
+
+
 class BackboneError(RemapError):
-    """A model cannot be built, or lacks a part that was asked of it."""
+    """A model cannot be built, or lacks a part that is needed."""
 
 
 class WeightsError(RemapError):
-    """Weights are missing, out of reach, or do not fit."""
+    """Weights are missing, cannot be downloaded, or do not fit."""
 
 
 class DataError(RemapError):
-    """Images, classes or splits cannot be used as they are."""
+    """Images, classes or splits cannot be used."""
 
 
 class MissingData(DataError):
-    """There are no images where they were said to be."""
+    """There are no images at the given path."""
 
 
 class RunError(RemapError):
-    """A run directory, checkpoint or task file does not fit what was asked of it."""
+    """A run directory, checkpoint or task file does not fit the command."""
 
 
 class DiskFull(RunError):
-    """There is no room for a file, or will be none; files written earlier are whole."""
+    """There is not enough space for a file; files written earlier are complete."""
 
 
 class TrainingError(RemapError):
-    """Training had to stop: a loss that is not finite, a teacher that knows nothing."""
+    """Training had to stop: a loss that is not finite, a teacher at chance level."""
 
 
 class Interrupted(RemapError):
     """A signal asked the run to stop.
 
     Args:
-        at_once: It was the second one: nothing is saved any more.
+        at_once: It was the second signal: exit without saving.
     """
 
     def __init__(self, what: str, *, exit_code: int = 130, do: str | None = None, at_once: bool = False) -> None:
@@ -98,5 +102,5 @@ class Interrupted(RemapError):
         self.exit_code, self.at_once = exit_code, at_once
 
     def add(self, what: str) -> None:
-        """Say more in the same sentence."""
+        """Add a clause to the message."""
         self.what = f"{self.what}; {what}"

@@ -1,4 +1,4 @@
-"""How long work reports itself. The library stays silent; a command passes a reporter that prints."""
+"""Reports of progress. The library prints nothing; a command passes a reporter that does."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,21 +6,21 @@ from typing import Protocol
 
 
 class Step(Protocol):
-    """One wait that can be watched."""
+    """One piece of work whose progress is shown."""
 
     def advance(self, amount: int = 1, **values: float) -> None:
-        """Count ``amount`` more units done; ``values`` (loss, accuracy) are shown beside the bar."""
+        """Count ``amount`` more units as done; ``values`` (loss, accuracy) are shown next to the bar."""
 
 
 class Progress(Protocol):
-    """Where stages, waits and remarks go."""
+    """Receives messages and the progress of long work."""
 
     def say(self, text: str) -> None:
-        """A remark worth a line: what was chosen, what was skipped."""
+        """Report one line: what was chosen, what was skipped."""
 
     @contextmanager
     def wait(self, what: str, total: int | None = None) -> Iterator[Step]:
-        """Watch a wait of ``total`` units (None: unknown length)."""
+        """Show the progress of ``total`` units (None: unknown length)."""
 
 
 class _SilentStep:
@@ -29,7 +29,7 @@ class _SilentStep:
 
 
 class Silent:
-    """The default: says nothing."""
+    """The default: reports nothing."""
 
     def say(self, text: str) -> None:
         pass
@@ -40,7 +40,7 @@ class Silent:
 
 
 class Within:
-    """The progress of a part: all that it says begins with the part's name."""
+    """The progress of one component: every line begins with its name."""
 
     def __init__(self, progress: Progress, name: str) -> None:
         self._progress, self._name = progress, name

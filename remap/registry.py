@@ -1,35 +1,74 @@
-"""A table of lazy rows: names, what they are, and where the class lives. Listing a table imports nothing."""
+"""Tables of lazy rows: names, what they are, and where the class is. Listing a table imports no class.
+
+Installed packages add rows to the tables of methods, losses and data sources by entry points (``PLUGIN_GROUPS``), and
+``remap.register`` adds them from Python.
+"""
 
 import difflib
 import importlib
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
-from remap.errors import UnknownName
+from remap.errors import PluginError, UnknownName
+
+# Entry-point group of each table that other packages may add rows to, by the table's plural.
+PLUGIN_GROUPS = {plural: f"remap.{plural}" for plural in ("methods", "losses", "sources")}
+# ``Entry.origin`` of the rows in this repository.
+BUILT_IN = "remap"
+# Names are parts of command lines and recipes ("a+b", "name:weight"), so they have no other characters.
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One row. ``target`` is "module:Class"; ``paper`` is "Author et al. year, arXiv id"."""
+    """One row.
+
+    Attributes:
+        target: "module:Class", imported when the class is needed; or the class itself.
+        paper: "Author et al. year, arXiv id", or "-".
+        origin: The package that registered the row.
+    """
 
     name: str
-    target: str
+    target: str | type
     category: str
     summary: str
     paper: str
+    origin: str = BUILT_IN
+
+    @property
+    def location(self) -> str:
+        """Where the class is, as "module:Class"."""
+        return self.target if isinstance(self.target, str) else f"{self.target.__module__}:{self.target.__qualname__}"
 
     def load(self) -> Any:
-        """Import the module and return the class."""
+        """Import the module and return the class.
+
+        Raises:
+            PluginError: The class of another package cannot be imported.
+        """
+        if not isinstance(self.target, str):
+            return self.target
         module, _, attribute = self.target.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except Exception as error:
+            if self.origin == BUILT_IN:
+                raise
+            raise _cannot_load(self.origin, f"'{self.name}' ({self.target})", error) from error
 
 
 Row = TypeVar("Row", bound=Entry)
 
 
 class Registry(Generic[Row]):
-    """An ordered, closed set of rows of one kind ("method", "loss")."""
+    """An ordered table of rows of one kind ("method", "loss", "data source").
+
+    Entry points of installed packages are read when the table is first used, not when it is made: `remap --help` must
+    not import plug-ins.
+    """
 
     def __init__(self, kind: str, plural: str, rows: Iterable[Row]) -> None:
         self.kind, self.plural = kind, plural
@@ -38,44 +77,134 @@ class Registry(Generic[Row]):
             if row.name in self._rows:
                 raise ValueError(f"{kind} {row.name!r} is in the table twice")
             self._rows[row.name] = row
+        self._categories = tuple(dict.fromkeys(row.category for row in self._rows.values()))
+        self._unread = plural in PLUGIN_GROUPS
 
     def __iter__(self) -> Iterator[Row]:
-        return iter(self._rows.values())
+        return iter(self._complete().values())
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._rows
+    def __contains__(self, name: object) -> bool:
+        return name in self._complete()
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._rows)
+        """All names, in the order of the table."""
+        return tuple(self._complete())
+
+    @property
+    def row_type(self) -> type[Row]:
+        """The class of the rows."""
+        return type(next(iter(self._rows.values())))
 
     def row(self, name: str) -> Row:
-        """The row of that name.
+        """Return the row of that name.
 
         Raises:
             UnknownName: With the nearest names and all names.
         """
-        if name not in self._rows:
+        rows = self._complete()
+        if name not in rows:
             raise UnknownName(
-                f"unknown {self.kind} '{name}'{did_you_mean(name, self.names)}",
-                allowed=self.names,
-                do=f"`remap {self.plural}` lists them",
+                f"unknown {self.kind} '{name}'{did_you_mean(name, rows)}",
+                allowed=rows,
+                do=f"`remap {self.plural}` lists them; those of other packages must be installed",
             )
-        return self._rows[name]
+        return rows[name]
 
     def load(self, name: str) -> Any:
         """Import and return the class behind ``name``."""
         return self.row(name).load()
 
+    def add(self, row: Row) -> None:
+        """Add a row of another package; ``row.origin`` names the package.
+
+        A row of the same package and class takes the place of the earlier one (a notebook cell that is run again).
+
+        Raises:
+            PluginError: The row is of another kind, or its name or category cannot be used or is taken.
+        """
+        if not isinstance(row, self.row_type):
+            raise PluginError(
+                f"package '{row.origin}' registers a {self.kind} with a row of the wrong type",
+                given=f"{type(row).__name__} '{row.name}'",
+                allowed=self.row_type.__name__,
+            )
+        if not _NAME.fullmatch(row.name):
+            raise PluginError(
+                f"package '{row.origin}' registers a {self.kind} whose name cannot be used",
+                given=repr(row.name),
+                allowed="lower-case letters, digits and _, beginning with a letter",
+            )
+        if row.category not in self._categories:
+            raise PluginError(
+                f"package '{row.origin}' registers the {self.kind} '{row.name}' under an unknown category",
+                given=row.category,
+                allowed=self._categories,
+            )
+        taken = self._rows.get(row.name)
+        if taken is not None and (taken.origin, taken.location) != (row.origin, row.location):
+            raise PluginError(
+                f"the {self.kind} '{row.name}' is registered twice",
+                given=f"{taken.location} (package '{taken.origin}') and {row.location} (package '{row.origin}')",
+                do=f"rename one of them, or uninstall its package: pip uninstall {row.origin}",
+            )
+        self._rows[row.name] = row
+
+    def _complete(self) -> dict[str, Row]:
+        """Return all rows, reading those of installed packages the first time."""
+        if self._unread:
+            self._unread = False  # before the loop: the module of a plug-in may use this table while it is imported
+            try:
+                for row in _plugin_rows(PLUGIN_GROUPS[self.plural]):
+                    self.add(row)
+            except PluginError:
+                self._unread = True  # the next use reports it again instead of working with half of the rows
+                raise
+        return self._rows
+
+
+def _plugin_rows(group: str) -> Iterator[Any]:
+    """Yield the rows that installed packages give under an entry-point group, by package and name.
+
+    Raises:
+        PluginError: A package cannot be imported, or gives something else than rows.
+    """
+    import importlib.metadata  # tens of milliseconds, which `remap --help` does not need
+
+    points = [(point.dist.name if point.dist else "?", point) for point in importlib.metadata.entry_points(group=group)]
+    for package, point in sorted(points, key=lambda pair: (pair[0], pair[1].name)):
+        try:
+            given = point.load()
+        except PluginError:
+            raise
+        except Exception as error:
+            raise _cannot_load(package, f"entry point {point.name} = {point.value} in {group}", error) from error
+        for row in given if isinstance(given, list | tuple) else [given]:
+            if not isinstance(row, Entry):
+                raise PluginError(
+                    f"the plug-in package '{package}' gives something that is not a row",
+                    given=f"{type(row).__name__}, from entry point {point.name} = {point.value} in {group}",
+                    do=f"update it, or remove it: pip uninstall {package}",
+                )
+            yield replace(row, origin=package)
+
+
+def _cannot_load(package: str, what: str, error: Exception) -> PluginError:
+    return PluginError(
+        f"the plug-in package '{package}' cannot be loaded: {type(error).__name__}: {error}",
+        given=what,
+        do=f"update it, or remove it: pip uninstall {package}",
+    )
+
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
-    """The candidate a reader most likely meant, or None."""
+    """Return the candidate a reader most likely meant, or None."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
     matches = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.55)
     return by_lower[matches[0]] if matches else None
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" or an empty string."""
+    """Return "; did you mean 'x'?" or an empty string."""
     match = nearest(word, candidates)
     return f"; did you mean '{match}'?" if match else ""

@@ -1,4 +1,4 @@
-"""What the wheel will hold is what the tree holds; an editable install would hide a forgotten folder."""
+"""The wheel will have what the tree has; an editable install would hide a forgotten folder."""
 
 import ast
 import re
@@ -71,6 +71,11 @@ def test_packages_are_imported_by_their_installed_names(path: Path) -> None:
 def test_version_is_read_from_the_package() -> None:
     assert SETUP["dynamic"]["version"] == {"attr": "remap.__version__"}
     assert all(part.isdigit() for part in remap.__version__.split(".")[:2])
+
+
+def test_the_citation_and_the_changelog_name_this_version() -> None:
+    assert f"\nversion: {remap.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{remap.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_command_points_at_a_function_that_is_there() -> None:

@@ -1,9 +1,9 @@
-"""Choose each method's default learning rate: 800 training digits to learn from, 200 more to choose on, nothing else.
+"""Choose each method's default learning rate on 200 of the training digits, training on the other 800.
 
-The evaluation digits are never looked at. For every method the grid is walked from the present default towards the
-better neighbour until both neighbours are no better. Of the rates tried, the smallest within three images of the best
-is taken: with 200 images that is no difference, and larger rates are the more brittle. Results are kept in a JSON file,
-so that the search can be interrupted and extended.
+The evaluation digits are never used. For every method the grid is searched from the present default towards the
+better neighbour until neither neighbour is better. Of the rates tried, the smallest within three images of the best is
+taken: with 200 images that is not a difference, and larger rates are less robust. Results are saved in a JSON file, so
+that the search can be interrupted and extended.
 
     python tools/choose_learning_rates.py --out lr.json [--methods lora,ssf] [--seeds 1]
 """

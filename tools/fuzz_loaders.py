@@ -1,10 +1,10 @@
-"""Coverage-guided fuzzing of everything that reads what others wrote; for nights, not for every commit.
+"""Coverage-guided fuzzing of everything that reads files from others; runs for hours, not on every commit.
 
     pip install atheris
     python tools/fuzz_loaders.py yaml -max_total_time=600
 
-What comes after the target goes to libFuzzer. A traceback other than of a RemapError is a finding, kept by libFuzzer as
-``crash-*``; give that file as an argument to see it again.
+Arguments after the target go to libFuzzer. A traceback other than of a RemapError is a finding, which libFuzzer saves
+as ``crash-*``; pass that file as an argument to reproduce it.
 
 Targets: yaml (recipes), json, task (task.json), safetensors, tar, image, checkpoint. Each starts from a good file.
 """

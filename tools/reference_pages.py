@@ -4,6 +4,7 @@ from pathlib import Path
 
 from remap.backbones.families import FAMILIES
 from remap.recipe.option_listing import options_of, rows_of_config, shown
+from remap.registry import BUILT_IN
 from remap.remapping import LOSSES
 from remap.remapping.architecture import ARCHITECTURES
 from remap.remapping.weights import INITS
@@ -58,7 +59,7 @@ def remapping() -> str:
     """The whole page of losses, initialisations and architectures."""
     parts = [REMAPPING]
     for category, title in KINDS.items():
-        rows = [row for row in LOSSES if row.category == category]
+        rows = [row for row in LOSSES if row.category == category and row.origin == BUILT_IN]
         parts.append(f"\n## {title}\n")
         parts.append("| loss | what it is | reads | where the models differ | mixed images | weight | paper |")
         parts.append("|---|---|---|---|---|---|---|")
@@ -86,7 +87,7 @@ def methods() -> str:
         parts.append(
             "| method | what is trained | trained | on ViT-B/16 | merges | lr | paper |\n|---|---|---|---|---|---|---|"
         )
-        rows = [row for row in METHODS if row.category == category]
+        rows = [row for row in METHODS if row.category == category and row.origin == BUILT_IN]
         for row in rows:
             count = "-" if row.vit_base is None else f"{row.vit_base:,}"
             merges = "yes" if row.mergeable else "no"
@@ -95,7 +96,7 @@ def methods() -> str:
         parts.append("\n" + "\n".join(f"- `{row.name}`:{_options(row.name)}" for row in rows))
     parts.append(SUPPORT)
     parts.append(f"{_line(['method', *FAMILIES.names])}\n|---|{'---|' * len(FAMILIES.names)}")
-    for row in METHODS:
+    for row in (row for row in METHODS if row.origin == BUILT_IN):
         cells = ["yes" if row.fits(family.parts) else "-" for family in FAMILIES]
         parts.append(_line([f"`{row.name}`", *cells]))
     parts.append("\n" + "\n".join(f"- {row.name}: {row.summary} ({row.examples})" for row in FAMILIES))

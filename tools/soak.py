@@ -1,10 +1,10 @@
 """Many short runs with signals at random moments, resumes and evaluations: `python tools/soak.py --runs 200 --seed 0`.
 
-Every run is a process of its own, forked from this one, which has imported everything: a run takes a fraction of a
-second. In between, this process trains and evaluates too, and looks at its own memory. At the end nothing may be left
-over: no file that an undisturbed run does not leave, no process, no memory; and every run that was interrupted equals
-its undisturbed twin in every byte of its task file. Exit code 1 if not. Prints JSON; `--figures FILE` appends what
-docs/guarantees.md shows.
+Every run is one process, forked from this one, which has imported everything: a run takes a fraction of a
+second. In between, this process trains and evaluates too, and measures its memory. At the end nothing may be
+left: no file that an uninterrupted run does not write, no process, no memory; and every interrupted run equals the
+same run without interruptions in every byte of its task file. Exit code 1 if not. Prints JSON; `--figures FILE` appends
+what docs/guarantees.md shows.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# Every method family, kept teacher outputs on disk and in memory, and all that carries state from step to step.
+# Every method family, cached teacher outputs on disk and in memory, and all that carries state from step to step.
 RECIPES: dict[str, tuple[str, tuple[str, ...], dict[str, str]]] = {
     "prompts": ("distill", (), {"method": "vpt_deep", "losses": "ce,kd,attention"}),
     "views on disk": (
@@ -57,7 +57,7 @@ STOPS = ("SIGKILL", "SIGTERM", "SIGINT", "file", "SIGTERM twice")
 EXITS = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130, "file": 143, "SIGTERM twice": 143}
 EARLY = {"SIGTERM": -15, "SIGINT": -2, "SIGTERM twice": -15}
 INTERRUPTIONS = 3
-# Times as many runs as were asked for, if signals come too late to interrupt half as many.
+# Times as many runs as --runs, if signals come too late to interrupt half as many.
 MOST = 5
 PATIENCE = 60.0
 # What the memory of this process may grow by over the second half of the runs.
@@ -146,13 +146,13 @@ class Soak:
         arguments = self.tiny.arguments(*shared, *settings, *allow, **words)
         return [kind, *(word for word in arguments if kind == "distill" or not word.startswith("--teacher"))]
 
-    def twin(self, name: str) -> Path:
-        return self.folder / "twins" / name.replace(" ", "_")
+    def reference(self, name: str) -> Path:
+        return self.folder / "references" / name.replace(" ", "_")
 
-    def make_twins(self) -> None:
+    def make_references(self) -> None:
         for name in self.recipes:
             started = time.monotonic()
-            pid = fork(command(*self.words(name), f"--output={self.twin(name)}"), self.log)
+            pid = fork(command(*self.words(name), f"--output={self.reference(name)}"), self.log)
             if wait(pid) != 0:
                 raise SystemExit(f"the undisturbed {name} failed:\n{self.log.read_text()[-3000:]}")
             self.seconds[name] = time.monotonic() - started
@@ -184,7 +184,7 @@ class Soak:
                 return
             if code:
                 self.stops[stop] += 1
-            if code == 0 and stop:  # this machine is faster now than it was for the twin
+            if code == 0 and stop:  # this machine is faster now than it was for the uninterrupted run
                 self.seen["runs that were faster than the signal"] += 1
                 self.seconds[name] /= 2
                 break
@@ -208,17 +208,17 @@ class Soak:
         return code
 
     def compare(self, number: int, name: str, run: Path) -> None:
-        """A finished run and its twin: the student's bytes, the files they left, and a second evaluation."""
-        twin = self.twin(name)
-        same = all((run / p).read_bytes() == (twin / p).read_bytes() for p in ("task/task.safetensors",))
-        self.seen["results equal to the undisturbed twin's"] += same
+        """Compare a finished run with the uninterrupted one: the student's bytes, files, and a second evaluation."""
+        reference = self.reference(name)
+        same = all((run / p).read_bytes() == (reference / p).read_bytes() for p in ("task/task.safetensors",))
+        self.seen["results equal to the uninterrupted run's"] += same
         self.seen["runs finished"] += 1
         if not same:
-            self.problems.append(f"run {number} ({name}): its student differs from its twin's")
-        if names(run) != names(twin):
-            strays = sorted(names(run) ^ names(twin))
+            self.problems.append(f"run {number} ({name}): its student differs from the uninterrupted run's")
+        if names(run) != names(reference):
+            strays = sorted(names(run) ^ names(reference))
             self.seen["stray files"] += len(strays)
-            self.problems.append(f"run {number} ({name}): files differ from its twin's: {strays}")
+            self.problems.append(f"run {number} ({name}): files differ from the uninterrupted run's: {strays}")
         summary = json.loads((run / "summary.json").read_text())
         counted = self.evaluate(run)
         if counted != (summary["student"]["correct"], summary["data"]["val_images"]):
@@ -303,7 +303,7 @@ def soak(runs: int, seed: int, folder: Path, recipes: Sequence[str] = tuple(RECI
         recipes: The names of those that are drawn from.
 
     Returns:
-        What was counted, and under "problems" whatever must not be.
+        The counts, and under "problems" all that must not happen.
     """
     import torch
 
@@ -326,7 +326,7 @@ def soak(runs: int, seed: int, folder: Path, recipes: Sequence[str] = tuple(RECI
         for name in work.recipes:
             work.train_here(name, folder / "here" / name)
         threads = threading.active_count()
-        work.make_twins()
+        work.make_references()
         cached = names(folder / "cache")
         started = time.monotonic()
         number = 0
@@ -363,7 +363,7 @@ def figures(found: dict[str, Any]) -> list[dict[str, Any]]:
     done = found.get("runs finished", 0)
     rows = [
         ("runs finished", done, found["runs"]),
-        ("results equal to the undisturbed twin's", found.get("results equal to the undisturbed twin's", 0), done),
+        ("results equal to the uninterrupted run's", found.get("results equal to the uninterrupted run's", 0), done),
         ("evaluations that repeat the run's", found.get("evaluations that repeat the run's", 0), done),
         ("interruptions", stopped, None),
         ("stray files", found["stray files"], None),
@@ -383,12 +383,12 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--figures", type=Path, help="append what docs/guarantees.md shows")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="remap-soak-") as folder:
-        found = soak(asked.runs, asked.seed, Path(folder))
+        found = soak(arguments.runs, arguments.seed, Path(folder))
     print(json.dumps(found, indent=1))
-    if asked.figures is not None:
-        with open(asked.figures, "a") as file:
+    if arguments.figures is not None:
+        with open(arguments.figures, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in figures(found))
     sys.exit(bool(found["problems"]))
 

@@ -60,6 +60,7 @@ def test_a_local_folder_as_timm_saves_it(weights: tuple[Path, nn.Module], tmp_pa
     assert _same_backbone(build(f"local-dir:{tmp_path / 'folder'}", "pretrained", 3).model, weights[1])
 
 
+@pytest.mark.slow
 def test_a_hub_cache_made_by_hand(weights: tuple[Path, nn.Module], tmp_path: Path) -> None:
     """timm's own loader reads a cache laid out as the hub lays it out; the tag is one of timm's."""
     name = "vit_tiny_patch16_224.augreg_in21k"
@@ -83,6 +84,7 @@ def test_a_hub_cache_made_by_hand(weights: tuple[Path, nn.Module], tmp_path: Pat
     assert done.stdout.split() == [name, state_hash(model, anatomy_of(model))]
 
 
+@pytest.mark.slow
 def test_a_hub_out_of_reach_names_repository_cache_and_ways_on(tmp_path: Path) -> None:
     code = "from remap.backbones.build import build; build('vit_large', 'pretrained', 3)"
     environment = {"HF_HUB_CACHE": str(tmp_path / "none"), "HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"}

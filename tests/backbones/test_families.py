@@ -480,6 +480,7 @@ def test_prompts_are_not_rotated(tiny_model: Build) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "eva02_fused", "dinov3", "beit", "beit_shared"])
+@pytest.mark.slow
 def test_room_survives_a_deep_copy_and_checkpointing_and_compile(name: str, tiny_model: Build) -> None:
     model = tiny_model(name)
     anatomy, images = anatomy_of(model), images_for(model)

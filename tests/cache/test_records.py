@@ -289,6 +289,7 @@ def require_all(folder: Path, names: list[bytes], size: int) -> None:
     assert (records.read(places) == record_rows(names, size)).all()
 
 
+@pytest.mark.slow
 def test_a_killed_build_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """Five times SIGKILL at random moments: what was said to be kept is there, right, and is not computed again."""
     names, size, said, draws = digests(4000), 3001, 0, np.random.default_rng(0)
@@ -315,6 +316,7 @@ def test_a_killed_build_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert (tmp_path / "seg-0" / "data.bin").stat().st_size == len(names) * size
 
 
+@pytest.mark.slow
 def test_a_killed_store_goes_on(tmp_path: Path, open_store: Callable[..., RecordStore]) -> None:
     code = (
         "import os, sys, torch\n"

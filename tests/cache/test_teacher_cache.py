@@ -38,6 +38,7 @@ SHORT_OF_MEMORY = "data.memory_gib=1e-5"
     ],
     ids=["two views", "frozen features"],
 )
+@pytest.mark.slow
 def test_two_processes_compute_a_share_each_and_hold_all(
     tiny: Any, tmp_path: Path, settings: tuple[str, ...], words: dict[str, str]
 ) -> None:
@@ -65,6 +66,7 @@ def test_two_processes_compute_a_share_each_and_hold_all(
         assert all(torch.equal(held[name], one[1][name]) for name in held)
 
 
+@pytest.mark.slow
 def test_outputs_are_computed_in_parts_where_memory_runs_out(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest_difference: Callable[..., float]
 ) -> None:

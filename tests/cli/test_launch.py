@@ -17,6 +17,8 @@ import pytest
 
 from remap_cli import group, launch
 
+pytestmark = pytest.mark.slow
+
 # Each process runs BODY; waiting times are short, since nothing is slow here.
 SCRIPT = """
 import os, signal, sys, time

@@ -116,6 +116,7 @@ def test_a_mistake_that_cannot_be_told_keeps_its_exit_code(words: list[str]) -> 
 
 
 @pytest.mark.parametrize("devices", ["1", "2"])
+@pytest.mark.slow
 def test_a_run_outlives_its_log(pictures: Path, tiny: list[str], tmp_path: Path, devices: str) -> None:
     words = ["tune", "--data", str(pictures), *tiny, "--method", "linear", "--output", str(tmp_path / "r")]
     with open("/dev/full", "w") as full:

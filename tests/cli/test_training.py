@@ -179,6 +179,7 @@ def test_the_dry_run_says_what_lies_on_the_disk() -> None:
     assert _disk(guess | {"disk_bytes": 28_100_000}).startswith("27.1 MB (checkpoints + task) + 1.0 MB of teachers;")
 
 
+@pytest.mark.slow
 def test_the_dry_run_of_the_issue_prints_timms_counts(run_json: Callable[..., dict]) -> None:
     """Source: timm's own counts without head, 303.3 M and 21.7 M; prompts 12 x p x 384 (Jia et al. 2022)."""
     words = ["--teacher", "vit_large", "--student", "vit_small", "--method", "vpt_deep", "--weights", "none"]
@@ -188,6 +189,7 @@ def test_the_dry_run_of_the_issue_prints_timms_counts(run_json: Callable[..., di
     assert found["trainable"][0]["parameters"] == 12 * 10 * 384
 
 
+@pytest.mark.slow
 def test_compare_keeps_finished_cells(
     run_json: Callable[..., dict], pictures: Path, tiny: list[str], weak: list[str]
 ) -> None:

@@ -15,6 +15,8 @@ from remap.distributed import launch, launcher_env
 from remap.errors import TrainingError
 from remap_cli import launch as command_line
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PMI_RANK")
 WRONG = [
     ({"WORLD_SIZE": "2"}, "RANK and MASTER_ADDR not set", "env -u WORLD_SIZE remap"),

@@ -17,6 +17,8 @@ from remap.errors import TrainingError
 from remap.pipeline.run import resume, start
 from remap.runs.run_dir import RunDir
 
+pytestmark = pytest.mark.slow
+
 Start = Callable[..., subprocess.Popen]
 # Long enough to be caught in the middle; a checkpoint after every step.
 EPOCHS = 40

@@ -19,6 +19,8 @@ from remap.pipeline.run import Result, resume, start
 from remap.recipe import Recipe
 from remap.runs.run_dir import RunDir
 
+pytestmark = pytest.mark.slow
+
 LAST_STEP = 6
 
 # Memory from step to step of a method or a loss: projectors, batch statistics, places chosen from images before the

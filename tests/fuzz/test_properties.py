@@ -82,6 +82,7 @@ def answered(call: Callable[[], Any], kind: type[RemapError] = RemapError) -> bo
     return True
 
 
+@pytest.mark.slow
 def test_recipes_of_any_values(figure: Callable[..., None]) -> None:
     """Values of any shape under known and unknown keys; what is accepted survives its own writing and reading."""
     seen: Counter[bool] = Counter()
@@ -108,6 +109,7 @@ def resolve_text(text: str) -> Recipe:
     return validate(value if isinstance(value, dict) else {}, "fuzz")
 
 
+@pytest.mark.slow
 def test_recipe_files_of_any_text_and_bytes(tmp_path: Path, figure: Callable[..., None]) -> None:
     seen: Counter[bool] = Counter()
     path = tmp_path / "x.yaml"
@@ -123,6 +125,7 @@ def test_recipe_files_of_any_text_and_bytes(tmp_path: Path, figure: Callable[...
     figure("recipes fuzzed, tracebacks", 0, seen.total())
 
 
+@pytest.mark.slow
 def test_overrides_of_any_look(figure: Callable[..., None]) -> None:
     seen: Counter[bool] = Counter()
 
@@ -199,6 +202,7 @@ def with_value(value: Any, place: tuple, new: Any) -> Any:
     return copy
 
 
+@pytest.mark.slow
 def test_task_files_of_any_json(task: Path, tmp_path: Path, figure: Callable[..., None]) -> None:
     """One value of a valid task.json is replaced, or all of it."""
     seen: Counter[bool] = Counter()
@@ -216,6 +220,7 @@ def test_task_files_of_any_json(task: Path, tmp_path: Path, figure: Callable[...
     figure("task files fuzzed, tracebacks", 0, seen.total())
 
 
+@pytest.mark.slow
 def test_task_files_of_any_bytes(task: Path, tmp_path: Path, figure: Callable[..., None]) -> None:
     """Bytes of task.json and task.safetensors are changed, cut or replaced; with a checksum that fits, and without."""
     seen: Counter[bool] = Counter()

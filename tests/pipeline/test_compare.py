@@ -16,6 +16,8 @@ from remap.progress import Silent
 from remap.recipe import Recipe
 from remap.runs.run_dir import RunDir
 
+pytestmark = pytest.mark.slow
+
 # Two epochs of three steps: both runs without the teacher, the tuning of the teacher, both runs with it.
 RUN = 6
 # The teacher is tuned with the seed of the first run that needs it, so that another run alone would make another one.

@@ -63,6 +63,7 @@ found = evaluation.evaluate_run(run, None, True, Silent())
 """
 
 
+@pytest.mark.slow
 def test_no_process_reads_the_images_of_the_others_again(
     tiny: Any, tmp_path: Path, start_process: Callable[..., subprocess.Popen]
 ) -> None:

@@ -40,7 +40,7 @@ def test_the_hash_is_that_of_the_weights_that_came(
     listed = json.loads(RunDir(tmp_path / "run").trainables.read_text())
     assert [row["name"] for row in listed] == result.summary["trainables"]
     assert sum(row["parameters"] for row in listed) == result.summary["student"]["trainable_parameters"]
-    figure("frozen parts whose hash is that of the weights that came", 1, 1)
+    figure("frozen parts whose hash is that of the loaded weights", 1, 1)
 
 
 def test_what_losses_train_is_listed_too(tiny: Any, tmp_path: Path, watch: Callable[..., Any]) -> None:

@@ -25,6 +25,8 @@ from remap.progress import Silent
 from remap.recipe import dump
 from remap.runs.run_dir import RunDir
 
+pytestmark = pytest.mark.slow
+
 Watch = Callable[..., Any]
 
 

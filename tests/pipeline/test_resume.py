@@ -15,6 +15,8 @@ from remap.pipeline.run_differences import changed_on_the_way
 from remap.recipe import dump, load
 from remap.runs.run_dir import RunDir
 
+pytestmark = pytest.mark.slow
+
 Watch = Callable[..., Any]
 
 

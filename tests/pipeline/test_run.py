@@ -57,6 +57,7 @@ def test_kept_outputs_are_worth_it(tiny: Any, tmp_path: Path, monkeypatch: pytes
     assert calls[0] == 6
 
 
+@pytest.mark.slow
 def test_runs_on_one_bench_equal_runs_alone(
     tiny: Any, tmp_path: Path, largest_difference: Callable[..., float]
 ) -> None:

@@ -19,6 +19,8 @@ from remap.pipeline.build_cache import build_cache
 from remap.pipeline.run import start
 from remap.remapping.objective import Objective
 
+pytestmark = pytest.mark.slow
+
 LOSSES = "ce,kd,attention,feature"
 
 

@@ -56,6 +56,7 @@ def problems(section: str, content: Any) -> list[str]:
     return list(caught.value.problems)
 
 
+@pytest.mark.slow
 def test_every_misspelt_field_is_refused_and_nearly_always_recognised(figure: Callable[..., None]) -> None:
     """Targets: all refused, the right word named in at least 95 of 100 (requirement of the project)."""
     tried = recognised = 0

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 WORKERS = Path(__file__).parent / "workers"
 OWN_MOUNTS = ("unshare", "--user", "--map-root-user", "--mount")
 
@@ -91,4 +93,4 @@ def test_a_full_disk(tiny: Any, tmp_path: Path, figure: Callable[..., None]) -> 
     for kind, text, code in said["read_only"]:
         assert (kind, code) == ("RunError", "2") and "--output" in text
     assert said["read_only_steps"] == 0 and said["read_only_said"] == []
-    figure("checkpoints that a full disk cost", 0)
+    figure("checkpoints lost to a full disk", 0)

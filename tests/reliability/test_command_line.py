@@ -12,6 +12,8 @@ import typer
 
 from remap_cli.main import app
 
+pytestmark = pytest.mark.slow
+
 FLAGS = Path(__file__).parents[1] / "cli" / "flags.txt"
 HEAVY = {"torch", "torchvision", "timm", "accelerate", "peft", "transformers", "sklearn", "torchdistill"}
 # Seconds of processor time, so that a busy machine changes little.

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # Seconds after the start, from right after Python is up to the reading of PyTorch and the first batches.
 MOMENTS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 

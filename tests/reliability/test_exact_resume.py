@@ -17,6 +17,8 @@ from remap.pipeline.run import Result, resume, start
 from remap.progress import Step
 from remap.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).parent / "workers" / "resumed.py"
 IMAGES, EPOCHS, STEPS = 24, 3, 4
 LAST = EPOCHS * STEPS

@@ -29,6 +29,8 @@ from remap.remapping.objective import Objective
 from remap.runs.run_dir import RunDir
 from remap.tuning.base import Attached
 
+pytestmark = pytest.mark.slow
+
 NAN, INFINITE = float("nan"), float("inf")
 # A teacher that is asked in every step, and a checkpoint after every step.
 WATCHED = ("train.checkpoint_seconds=0", "data.augment=shift")
@@ -129,7 +131,7 @@ def test_a_skipped_step_leaves_no_batch_statistics(
     norms = [module for module in result.student.model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert norms and all(int(norm.num_batches_tracked) == 5 for norm in norms)
     assert all(all_finite([norm.running_mean, norm.running_var]) for norm in norms)
-    figure("layers whose statistics know nothing of a skipped step", len(norms), len(norms))
+    figure("layers whose statistics a skipped step left unchanged", len(norms), len(norms))
 
 
 @pytest.mark.guarantee(8)

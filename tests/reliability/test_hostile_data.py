@@ -368,7 +368,7 @@ def test_bad_images_are_counted_and_left_out_and_the_others_keep_their_classes(
     assert sorted(left_out) == sorted(f"train/a/bad{i}.jpg" for i in range(len(BAD_IMAGES)))
     assert np.bincount(views.train.split.labels).tolist() == [10, 10 + len(GOOD_IMAGES)]
     assert len(views.train.batch(range(20 + len(GOOD_IMAGES)))[1]) == 20 + len(GOOD_IMAGES)
-    figure("bad images left out of training, of all", len(left_out), len(BAD_IMAGES))
+    figure("unreadable images skipped in training, of all", len(left_out), len(BAD_IMAGES))
     for i, data in enumerate(BAD_IMAGES.values()):
         (root / "val" / "a" / f"bad{i}.jpg").write_bytes(data)
     with pytest.raises(DataError, match=f"{len(BAD_IMAGES)} of {20 + len(BAD_IMAGES)} val images cannot be read"):

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # Python's own audit events (PEP 578) see every connection and every look-up, whichever library makes them.
 WATCHED = """
 import json, os, sys

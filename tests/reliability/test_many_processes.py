@@ -27,6 +27,8 @@ from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
 from remap.runs.run_dir import RunDir
 
+pytestmark = pytest.mark.slow
+
 Start = Callable[..., subprocess.Popen]
 History = Callable[[Path], list[dict]]
 WORKERS = Path(__file__).parent / "workers"

@@ -28,6 +28,8 @@ from remap.recipe.schema import Recipe
 from remap.runs.task import load_task
 from remap.tuning import METHODS
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).parent / "workers" / "sharding.py"
 TOLERANCE = 1e-6
 # Three steps, an epoch each, so that the metrics have the loss of every step.
@@ -219,7 +221,7 @@ def test_two_processes_that_share_weights_train_the_student_of_one(
     assert max(float((mine[key] - theirs[key]).abs().max()) for key in values) <= TOLERANCE
     network, _ = load_task(pair.folder / name)
     assert all(torch.equal(tensor, theirs[key]) for key, tensor in network.tensors.items())
-    of = "methods" if name in METHODS.names else "other runs (families, teachers, kept features)"
+    of = "methods" if name in METHODS.names else "other runs (families, teachers, cached features)"
     figure(f"{of} equal to one process under FSDP2", 1, 1)
     figure("largest difference of losses under FSDP2", apart)
 

@@ -30,6 +30,8 @@ from remap.runs.run_dir import RunDir
 from remap_cli import train, view
 from remap_cli.main import main
 
+pytestmark = pytest.mark.slow
+
 FORK = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "soak.py"))
 fork, wait = FORK["fork"], FORK["wait"]
 STEPS, EPOCHS = 6, 3
@@ -224,9 +226,9 @@ def test_sigterm_to_the_group_saves_wherever_it_lands(
     assert 0 <= lost <= 1
     house.go_on(tmp_path / "run")
     assert _task(tmp_path / "run") == _task(house.folder / "twin")
-    figure("SIGTERMs in training, evaluation and preparation: saved, resumed, equal to the undisturbed run", 1, 1)
+    figure("SIGTERMs in training, evaluation and preparation: saved, resumed, equal to the uninterrupted run", 1, 1)
     figure("steps lost at most", lost)
-    figure("longest way out, seconds", round(seconds, 2))
+    figure("longest time to exit, seconds", round(seconds, 2))
 
 
 @pytest.mark.guarantee(5)
@@ -240,7 +242,7 @@ def test_ctrl_c_is_130(house: House, tmp_path: Path, figure: Callable[..., None]
     assert child.steps - _saved(tmp_path / "run") in (0, 1)
     house.go_on(tmp_path / "run")
     assert _task(tmp_path / "run") == _task(house.folder / "twin")
-    figure("Ctrl-Cs: saved, resumed, equal to the undisturbed run", 1, 1)
+    figure("Ctrl-Cs: saved, resumed, equal to the uninterrupted run", 1, 1)
 
 
 @pytest.mark.guarantee(5)
@@ -255,7 +257,7 @@ def test_the_file_stop_is_a_sigterm(house: House, tmp_path: Path, figure: Callab
     assert child.steps - _saved(tmp_path / "run") in (0, 1)
     house.go_on(tmp_path / "run")
     assert _task(tmp_path / "run") == _task(house.folder / "twin")
-    figure("files `stop`: saved, resumed, equal to the undisturbed run", 1, 1)
+    figure("files `stop`: saved, resumed, equal to the uninterrupted run", 1, 1)
 
 
 @pytest.mark.guarantee(5)
@@ -274,7 +276,7 @@ def test_a_second_signal_leaves_at_once(
     assert found == code and seconds < AT_ONCE, child.output.read_text()
     house.go_on(tmp_path / "run")
     assert _task(tmp_path / "run") == _task(house.folder / "twin")
-    figure("second signals that left at once, with a whole checkpoint", 1, 1)
+    figure("second signals that ended the run at once, with a complete checkpoint", 1, 1)
 
 
 def test_a_signal_among_the_last_words_changes_nothing(house: House, tmp_path: Path) -> None:
@@ -355,8 +357,8 @@ def test_a_signal_to_one_of_two_stops_both(
     for child in house.pair("distill", f"--resume={run}"):
         assert child.leave()[0] == 0, child.output.read_text()
     assert _task(run) == _task(twin_of_two)
-    figure("signals to one of two processes: both left, resumed, equal to the undisturbed pair", 1, 1)
-    figure("longest way out of both, seconds", round(seconds, 2))
+    figure("signals to one of two processes: both exited, resumed, equal to the uninterrupted pair", 1, 1)
+    figure("longest time until both exited, seconds", round(seconds, 2))
 
 
 @pytest.mark.guarantee(6)
@@ -374,7 +376,7 @@ def test_under_a_launcher_nobody_leaves_before_the_state_is_saved(
     for child in house.pair("distill", f"--resume={run}"):
         assert child.leave()[0] == 0, child.output.read_text()
     assert _task(run) == _task(twin_of_two)
-    figure("SIGTERMs under torchrun in an evaluation: saved, resumed, equal to the undisturbed pair", 1, 1)
+    figure("SIGTERMs under torchrun in an evaluation: saved, resumed, equal to the uninterrupted pair", 1, 1)
 
 
 def _saved(run: Path) -> int:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 TOOL = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "soak.py"))
 RUNS = 6
 
@@ -19,16 +21,16 @@ def test_runs_that_are_stopped_at_random_leave_nothing_and_lose_nothing(
     found = TOOL["soak"](RUNS, 1, tmp_path, ("views on disk", "an average", "ranks that fall"))
     assert found["problems"] == []
     runs = found["runs"]
-    assert found["results equal to the undisturbed twin's"] == found["evaluations that repeat the run's"] == runs
+    assert found["results equal to the uninterrupted run's"] == found["evaluations that repeat the run's"] == runs
     assert sum(found["stopped by"].values()) >= RUNS / 2, "too little was disturbed to say anything"
-    figure("short runs, disturbed, equal to the undisturbed twin's", runs, runs)
+    figure("short interrupted runs, equal to the uninterrupted ones", runs, runs)
 
 
 def test_the_soak_sees_what_it_looks_for(tmp_path: Path) -> None:
     """A stray file, another student, other counts and growing memory are problems."""
     recipe = "ranks that fall"
     work = TOOL["Soak"](tmp_path, None, None, (recipe,))
-    for run in (work.twin(recipe), tmp_path / "run"):
+    for run in (work.reference(recipe), tmp_path / "run"):
         (run / "task").mkdir(parents=True)
         (run / "task" / "task.safetensors").write_bytes(b"student")
         (run / "summary.json").write_text('{"student": {"correct": 3}, "data": {"val_images": 9}}')

@@ -21,6 +21,8 @@ from remap.runs.task import load_task, open_backbone, put_task, save_task
 from remap.tuning import METHODS
 from remap.tuning.base import Sample
 
+pytestmark = pytest.mark.slow
+
 CLASSES = ("blue", "green", "red")
 SIZE = 32
 SMALL = {"img_size": SIZE, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

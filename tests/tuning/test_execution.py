@@ -50,6 +50,7 @@ def test_checkpointing_repeats_dropout_masks(build: Build, attach: Attach, tools
         assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-6), name
 
 
+@pytest.mark.slow
 def test_compiled_model_gives_equal_output(
     build: Build, attach: Attach, tools: SimpleNamespace, compiled_pair: Any
 ) -> None:
@@ -63,6 +64,7 @@ def test_compiled_model_gives_equal_output(
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_equal_gradients(
     build: Build, attach: Attach, tools: SimpleNamespace, method: str
 ) -> None:

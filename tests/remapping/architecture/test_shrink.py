@@ -47,6 +47,7 @@ def pruned(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     return seen
 
 
+@pytest.mark.slow
 def test_a_process_that_knows_timm_alone_opens_the_same_function(
     make: Make, as_teacher: Wrap, batches: Batches, images: Tensor, pruned: list[nn.Module], tmp_path: Path
 ) -> None:

@@ -24,6 +24,8 @@ from remap.recipe.strict_yaml import parse
 from remap.runs.task import load_task
 from remap_cli.main import app
 
+pytestmark = pytest.mark.slow
+
 WORD = "shrink(teacher, depth=2, width=12, mlp=20)"
 
 

@@ -1,0 +1,1 @@
+"""A toy method, loss and data source for remap."""
