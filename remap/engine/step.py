@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from remap.data import keyed_random
 from remap.data.batches import Batch, batches
+from remap.data.views import ViewSource
 from remap.distributed.collectives import all_reduce_max, all_reduce_sum
 from remap.distributed.device_memory import is_out_of_memory
 from remap.engine.out_of_memory import halve_micro_batches, refuse_sharded
@@ -110,7 +112,9 @@ def _accumulate(training: Training, sums: Sums) -> None:
     """Run the micro-batches of a step. One without a readable image counts nothing, as unreadable images do."""
     job, state = training.job, training.state
     if training.stream is None:
-        training.stream = batches(job.features or job.source, training.plan, state.epoch, state.step)
+        # Frozen features stand in for the source: ``batches`` uses ``split`` and ``batch`` only, which they have too.
+        source = cast(ViewSource, job.features or job.source)
+        training.stream = batches(source, training.plan, state.epoch, state.step)
     for _ in range(state.accumulation):
         batch = next(training.stream)
         if not len(batch.indices_B):
