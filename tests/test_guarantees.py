@@ -14,6 +14,12 @@ PAGE = ROOT / "docs" / "guarantees.md"
 NAMED = re.compile(r"\btests/[a-z0-9_/]+\.py(?:::\w+)?")
 
 
+@pytest.fixture(scope="module")
+def tests() -> set[str]:
+    """All tests, as path::name."""
+    return set(TOOL["tests"]())
+
+
 def test_the_page_is_up_to_date() -> None:
     lines = (ROOT / "docs" / "guarantees.jsonl").read_text().splitlines()
     assert PAGE.read_text() == TOOL["page"](lines), "run `python tools/guarantees.py`"
@@ -53,8 +59,7 @@ def test_figures_that_break_a_guarantee_are_not_written(what: str, value: float,
 @pytest.mark.parametrize(
     "name", ["SECURITY.md", "README.md", *sorted(f"docs/{p.name}" for p in PAGE.parent.glob("*.md"))]
 )
-def test_tests_that_a_page_names_exist(name: str) -> None:
-    tests = set(TOOL["tests"]())
+def test_tests_that_a_page_names_exist(tests: set[str], name: str) -> None:
     known = tests | {test.partition("::")[0] for test in tests}
     named = set(NAMED.findall((ROOT / name).read_text()))
     assert named <= known, f"{name} names {sorted(named - known)}"

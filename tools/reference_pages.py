@@ -14,7 +14,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 HEAD = """# Tuning methods
 
-Written by `tools/reference_pages.py` from the code. `remap methods` shows the same on the command line.
+Written by `tools/reference_pages.py` from the code. `remap methods` prints the same.
 
 *Trained* counts parameters besides the classifier head: as a formula, and on ViT-B/16 at 224 pixels with default
 options. L depth, D width, H MLP width, p prompts, r bottleneck or rank. *Merges*: with default options, the tuned model
@@ -31,20 +31,20 @@ COLUMNS = ["method", "what is trained", "trained", "on ViT-B/16", "merges", "lr"
 SUPPORT = """
 ## What fits what
 
-A cell says yes if the family has the parts that the method asks for; every yes is a run of the conformance suite in
-`tests/tuning` on a tiny model of each variant of the family, and every - is refused with a method that fits.
+A cell is yes if the family has the components that the method needs. Every yes is tested by the conformance suite in
+`tests/tuning` on a tiny model of each variant of the family; every - is an error that names a method that fits.
 """
 
 
 REMAPPING = """# Remapping: what a student gets from its teacher
 
-Written by `tools/reference_pages.py` from the code. `remap losses`, `remap losses NAME` and `remap remappings` show the
-same on the command line; [distilling.md](distilling.md) is the guide.
+Written by `tools/reference_pages.py` from the code. `remap losses`, `remap losses NAME` and `remap remappings` print the
+same; [distilling.md](distilling.md) is the guide.
 
 Category 5 of the survey: knowledge (losses), weights (how the student starts) and architecture (what the student is).
 All of it combines with every tuning method. Options of a loss are given as `--set losses.NAME.OPTION=VALUE`. *Weight*
-is the default in the objective; every term is a mean over the images of a batch in float32, and weights stand in the
-objective alone.
+is the default in the objective; every term is a mean over the images of a batch in float32, and only the objective
+applies weights.
 """
 
 KINDS = {
@@ -56,7 +56,7 @@ KINDS = {
 
 
 def remapping() -> str:
-    """The whole page of losses, initialisations and architectures."""
+    """Return the page of losses, initialisations and architectures."""
     parts = [REMAPPING]
     for category, title in KINDS.items():
         rows = [row for row in LOSSES if row.category == category and row.origin == BUILT_IN]
@@ -80,7 +80,7 @@ def remapping() -> str:
 
 
 def methods() -> str:
-    """The whole page of methods."""
+    """Return the page of methods."""
     parts = [HEAD]
     for category, title in CATEGORIES.items():
         parts.append(f"\n## {title}\n")
