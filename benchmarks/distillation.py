@@ -25,9 +25,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from remap.cache.folders import DATA_FILE, ROWS_FILE
-from remap.cache.records import Item, RecordStore
-from remap.cache.teacher_cache import keep_in_memory, keep_on_disk
+from remap.cache.cache_folders import DATA_FILE, ROWS_FILE
+from remap.cache.output_format import OutputFormat
+from remap.cache.output_store import OutputStore
+from remap.cache.teacher_cache import cache_in_memory, cache_on_disk
 from remap.distributed.launch import accelerator
 from remap.engine.job import Job, StudentStep
 from remap.engine.loop import train
@@ -110,18 +111,18 @@ class Engine:
         self.teacher = make_teacher(self.parts, 0)
         self.kept: dict[str, CachedOutputs | None] = {"online": None}
 
-    def keep_in_memory(self) -> None:
+    def cache_in_memory(self) -> None:
         size = self.setting.batch
-        keep_in_memory(self.teacher, finite_views(self.parts), size, size, accelerator(), Silent())
+        cache_in_memory(self.teacher, finite_views(self.parts), size, size, accelerator(), Silent())
         self.kept["memory"] = self.teacher.cached
 
-    def keep_on_disk(self) -> None:
-        items = {name: Item(shape) for name, shape in self.teacher.shapes(self.parts.views.view.size).items()}
+    def cache_on_disk(self) -> None:
+        items = {name: OutputFormat(shape) for name, shape in self.teacher.shapes(self.parts.views.view.size).items()}
         key = {"benchmark": [self.recipe.digest(), self.setting.pair]}
-        store = RecordStore.open(self.setting.folder / "cache", key, items)
+        store = OutputStore.open(self.setting.folder / "cache", key, items)
         views = finite_views(self.parts)
         size = self.setting.batch
-        self.kept["disk"] = keep_on_disk(self.teacher, store, views, size, size, accelerator(), Silent())
+        self.kept["disk"] = cache_on_disk(self.teacher, store, views, size, size, accelerator(), Silent())
 
     def run(self, where: str) -> None:
         """One epoch."""
@@ -256,8 +257,8 @@ def cached(setting: Setting) -> None:
     for method in setting.methods:
         for losses in ("ce,kd", "ce,kd,feature"):
             engine = Engine(setting, method, losses)
-            engine.keep_in_memory()
-            engine.keep_on_disk()
+            engine.cache_in_memory()
+            engine.cache_on_disk()
             alone = Alone(engine)
             sides = {where: partial(engine.run, where) for where in engine.kept}
             times = in_turns({**sides, "teacher": alone.ask_teacher, "student": alone.train_student}, setting.repeats)
@@ -375,7 +376,7 @@ def attention(setting: Setting) -> None:
             for where in ("memory", "online"):
                 if where == "memory":
                     for engine in engines.values():
-                        engine.keep_in_memory()
+                        engine.cache_in_memory()
                 sides = {name: partial(engine.run, where) for name, engine in engines.items()}
                 times = in_turns(sides, setting.repeats)
                 for name in ATTENTION:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from remap.cache.teacher_cache import keep_in_memory
+from remap.cache.teacher_cache import cache_in_memory
 from remap.distributed.launch import accelerator
 from remap.engine import loop
 from remap.engine.job import Job
@@ -63,7 +63,7 @@ class Engine(Side):
         self.teacher = make_teacher(self.parts, 0)
         if not online:
             size = recipe.train.batch_size
-            keep_in_memory(self.teacher, finite_views(self.parts), size, size, accelerator(), Silent())
+            cache_in_memory(self.teacher, finite_views(self.parts), size, size, accelerator(), Silent())
 
     def run(self, epochs: int) -> None:
         train: TrainSpec = self.recipe.train.model_copy(update={"epochs": epochs})

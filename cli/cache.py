@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from remap.io.atomic_write import size
+from remap.io.human_size import size
 from remap_cli import launch, view
 from remap_cli import options as opt
 from remap_cli.main import app
 
 if TYPE_CHECKING:
-    from remap.cache.folders import Cache, ItemFolder
+    from remap.cache.cache_listing import Cache, CachedOutput
 
 cache = typer.Typer(help="Look at, build and clear kept teacher outputs.", no_args_is_help=True)
 app.add_typer(cache, name="cache", rich_help_panel=opt.LOOK)
@@ -21,7 +21,8 @@ app.add_typer(cache, name="cache", rich_help_panel=opt.LOOK)
 @cache.command("ls")
 def cache_ls(json: opt.Json = False) -> None:
     """List what is kept: of which teacher and view, what for how many images, and when it was last used."""
-    from remap.cache.folders import cache_root, list_caches
+    from remap.cache.cache_folders import cache_root
+    from remap.cache.cache_listing import list_caches
 
     root = cache_root()
     found = list_caches(root)
@@ -40,7 +41,7 @@ def cache_ls(json: opt.Json = False) -> None:
                 row.id[:8],
                 row.key.get("teacher", "-"),
                 _view(row.key),
-                ", ".join(map(_item, row.items)) or "-",
+                ", ".join(map(_item, row.outputs)) or "-",
                 f"{row.images:,}",
                 size(row.bytes),
                 _ago(row.last_used),
@@ -59,7 +60,7 @@ def _view(key: dict[str, Any]) -> str:
     return ", ".join(str(part) for part in (size and f"{size} px", key.get("precision")) if part) or "-"
 
 
-def _item(item: "ItemFolder") -> str:
+def _item(item: "CachedOutput") -> str:
     shape = "x".join(map(str, item.shape)) or "1"
     return f"{item.name} ({f'top {item.top_k} of ' if item.top_k else ''}{shape} {item.dtype})"
 
@@ -80,7 +81,8 @@ def cache_clear(
     json: opt.Json = False,
 ) -> None:
     """Delete kept outputs. Those that a running command uses are left."""
-    from remap.cache.folders import cache_root, chosen_caches, clear
+    from remap.cache.cache_folders import cache_root
+    from remap.cache.cache_listing import chosen_caches, clear
 
     root = cache_root()
     chosen = chosen_caches(root, keys or (), everything=everything, older_than_days=older_than)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from remap.io.atomic_write import size
+from remap.io.human_size import size
 from remap_cli import view
 
 

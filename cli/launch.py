@@ -15,7 +15,7 @@ from pathlib import Path
 
 from remap.distributed import launcher_env
 from remap.errors import RemapError
-from remap.io.checked_read import expanded
+from remap.io.paths import expanded
 from remap_cli import group, view
 from remap_cli.group import LOST, MARK, STOPS, Group, cores
 

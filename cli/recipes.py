@@ -31,7 +31,7 @@ def recipes_show(
 ) -> None:
     """Print a recipe."""
     from remap.errors import RecipeError
-    from remap.io.checked_read import plain
+    from remap.io.names import plain
     from remap.recipe import catalogue, dump, resolve, strict_yaml
 
     text = dump(resolve(name, check_options=False)) if resolved else strict_yaml.read_text(catalogue.find(name))
@@ -53,12 +53,13 @@ def recipes_copy(
 
     from remap.errors import RecipeError, RunError
     from remap.io.atomic_write import write_text
-    from remap.io.checked_read import expanded, plain, unfit_for_a_place
+    from remap.io.names import plain
+    from remap.io.paths import expanded, path_problem
     from remap.recipe import catalogue, strict_yaml
 
     source, target = catalogue.find(name), expanded(to)
     target = target / source.name if os.path.isdir(target) else target
-    unfit = unfit_for_a_place(target)
+    unfit = path_problem(target)
     if unfit:
         raise RecipeError([plain(f"cannot be made: {unfit}")], plain(str(target)))
     if os.path.lexists(target):

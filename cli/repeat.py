@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from remap.io.checked_read import expanded, read_json
+from remap.io.checked_json import read_json
+from remap.io.paths import expanded
 from remap_cli import launch, view
 from remap_cli import options as opt
 from remap_cli.main import app

@@ -6,7 +6,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from remap.io.checked_read import expanded, plain
+from remap.io.names import plain
+from remap.io.paths import expanded
 from remap_cli import options as opt
 from remap_cli import view
 from remap_cli.main import app

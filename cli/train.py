@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from remap.errors import RecipeError
-from remap.io.atomic_write import size
-from remap.io.checked_read import expanded
+from remap.io.human_size import size
+from remap.io.paths import expanded
 from remap.pipeline.objective import without_idle_losses
 from remap.recipe import Recipe, resolve, resolve_distill
 from remap.runs.run_dir import RunDir

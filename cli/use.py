@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from remap.io.atomic_write import size
-from remap.io.checked_read import expanded
+from remap.io.human_size import size
+from remap.io.paths import expanded
 from remap_cli import launch, view
 from remap_cli import options as opt
 from remap_cli.main import app

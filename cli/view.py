@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from remap.errors import Interrupted
-from remap.io.checked_read import plain
+from remap.io.names import plain
 
 # Piped output has no width of its own; tables then take what their cells need.
 out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 160)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from remap.data.digits import open_digits
+from remap.data.sources import open_data
 from remap.pipeline.run import start
 from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
@@ -29,7 +29,7 @@ GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 def training_digits(folder: Path) -> None:
     """The embedded training split as a folder of class folders."""
-    split = open_digits().train
+    split = open_data("digits", None, 0.5).train
     for index, label in enumerate(split.labels):
         target = folder / str(label)
         target.mkdir(parents=True, exist_ok=True)

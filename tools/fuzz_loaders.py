@@ -29,12 +29,12 @@ with atheris.instrument_imports(include=["remap", "yaml", "tarfile", "json"]):
     from safetensors.torch import save
 
     from remap.backbones.loading import read_safetensors
-    from remap.data.file_listing import list_tar
     from remap.data.images import SUFFIXES, decode
+    from remap.data.tar_listing import list_tar
     from remap.engine.checkpoint import load_checkpoint, save_checkpoint, snapshot
     from remap.engine.state import State
     from remap.errors import RemapError
-    from remap.io.checked_read import parse_json
+    from remap.io.checked_json import parse_json
     from remap.recipe import catalogue, strict_yaml, validate
     from remap.runs.task_file import read_meta
 

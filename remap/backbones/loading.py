@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from remap.backbones.model_folder import require_model_folder
 from remap.backbones.typed import as_timm
 from remap.errors import BackboneError, WeightsError
-from remap.io.checked_read import open_regular, plain
+from remap.io.checked_read import open_regular
+from remap.io.names import plain
 
 # The parameters of a model have at most this many times the bytes of its weights file: 8-bit weights in float32
 # and more.

@@ -9,7 +9,8 @@ from remap.backbones import mini  # noqa: F401 - registers the embedded pair wit
 from remap.backbones.families import FAMILIES
 from remap.backbones.names import SHORT_NAMES, resolve_name
 from remap.errors import UnknownName, WeightsError
-from remap.io.checked_read import expanded, read_json
+from remap.io.checked_json import read_json
+from remap.io.paths import expanded
 from remap.registry import did_you_mean
 
 

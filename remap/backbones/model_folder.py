@@ -15,7 +15,9 @@ from remap.backbones.anatomy import anatomy_of
 from remap.backbones.typed import as_timm
 from remap.errors import BackboneError, RunError, WeightsError
 from remap.io import atomic_write
-from remap.io.checked_read import plain, read_json, unfit_for_a_place
+from remap.io.checked_json import read_json
+from remap.io.names import plain
+from remap.io.paths import path_problem
 
 # A model folder's config.json: names and numbers, and at most 22 thousand names of classes with their descriptions.
 MOST_CONFIG_BYTES = 16 * 2**20
@@ -117,7 +119,7 @@ def require_free(folder: Path) -> None:
     Raises:
         RunError: There is something of that name, or nothing can have it.
     """
-    unfit = unfit_for_a_place(folder)
+    unfit = path_problem(folder)
     if unfit:
         raise RunError("no model folder can be made there", given=plain(f"{folder}: {unfit}"), do="name another")
     try:

@@ -1,1 +1,1 @@
-"""Results of frozen networks that are computed once: teacher outputs and frozen features."""
+"""Teacher outputs and frozen features that are computed once; in memory, or on disk for later runs too."""

@@ -1,13 +1,14 @@
-"""Frozen features of the student: what its frozen beginning makes of images whose view never changes."""
+"""Frozen features of the student: the results of its frozen beginning for images whose view never changes."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor
 
-from remap.data.batches import in_passes
+from remap.cache.passes import run_in_passes
 from remap.data.views import ViewSource
 from remap.distributed.collectives import compute_and_gather, index_chunks
 from remap.distributed.interrupts import defer_signals, raise_if_interrupted
@@ -22,7 +23,7 @@ class FrozenFeatures:
     that images are left out (zero pixels) where the rest of the network does not read them.
 
     Attributes:
-        with_images: Give them all the same: a teacher looks at each batch.
+        with_images: Return them nevertheless, because a teacher reads each batch.
     """
 
     with_images: bool = False
@@ -33,27 +34,29 @@ class FrozenFeatures:
         self._accelerator = accelerator
         self._seam = network.attached.seam
         self._runner = Runner(network, bf16=bf16)
-        self._runner.tap.close()  # the stem is run past its hooks
-        self._kept: dict[str, Tensor] = {}
-        self._good = np.zeros(len(source.split), dtype=bool)
+        # The stem alone is run here, and none of the blocks whose signals the tap captures.
+        self._runner.tap.close()
+        self._features: dict[str, Tensor] = {}
+        self._readable = np.zeros(len(source.split), dtype=bool)
 
     def bytes_per_image(self) -> int:
-        """Memory that ``compute`` takes for each image."""
+        """Return the memory that ``compute`` takes for each image."""
+        # One black image on the device: shapes and types follow from the model, and no image has to be read.
         self._runner.model.eval()
         size = self.source.view.size
-        found = self._runner.stem(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.device))
-        return sum(value.numel() * value.element_size() for value in found.values())
+        features = self._runner.stem(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.device))
+        return sum(value.nbytes for value in features.values())
 
     @property
     def nbytes(self) -> int:
-        return sum(value.numel() * value.element_size() for value in self._kept.values())
+        return sum(value.nbytes for value in self._features.values())
 
     def compute(self, batch_size: int, at_once: int, progress: Progress, what: str) -> None:
         """Run the stem over all images, in eval mode, each process over its share; then all hold all of them.
 
         Args:
             batch_size: Images that are read, and sent to the other processes, together.
-            at_once: Images of one pass, of exactly so many (``in_passes``); 0 for all that are read together.
+            at_once: Images of one pass (``run_in_passes``); 0 for all that are read together.
         """
         self._runner.model.eval()
         count = len(self.split)
@@ -61,31 +64,34 @@ class FrozenFeatures:
         def stem(images: Tensor) -> Mapping[str, Tensor]:
             return self._runner.stem(images.to(self.device))
 
-        def compute(indices: np.ndarray | None) -> tuple[np.ndarray, dict[str, Tensor]]:
-            images, good = self.source.batch(np.arange(0) if indices is None else indices)
-            return good, in_passes(stem, images, at_once or len(good) or 1)
+        def compute(indices: NDArray[np.int64] | None) -> tuple[NDArray[np.int64], dict[str, Tensor]]:
+            images, readable = self.source.batch(np.arange(0) if indices is None else indices)
+            return readable, run_in_passes(stem, images, at_once or len(readable) or 1)
 
-        def look() -> None:
+        def check_signals() -> None:
             raise_if_interrupted(self._accelerator, "frozen features were being computed")
 
+        # A signal waits for the end of a round: a process that left in the middle would leave the others waiting.
         with defer_signals(), progress.wait(f"frozen features of {what}", count) as step:
             chunks = index_chunks(count, batch_size)
-            for indices, good, found in compute_and_gather(self._accelerator, chunks, compute, look):
-                for key, value in found.items():
-                    rows = self._kept.setdefault(key, torch.zeros(count, *value.shape[1:], dtype=value.dtype))
-                    rows[torch.from_numpy(good)] = value.cpu()
-                self._good[good] = True
+            for indices, readable, features in compute_and_gather(self._accelerator, chunks, compute, check_signals):
+                for name, value in features.items():
+                    rows = self._features.setdefault(name, torch.zeros(count, *value.shape[1:], dtype=value.dtype))
+                    # On the CPU, where there is room; a batch of them goes to the device when it is needed.
+                    rows[torch.from_numpy(readable)] = value.cpu()
+                self._readable[readable] = True
                 step.advance(len(indices))
 
-    def rows(self, indices_B: np.ndarray) -> dict[str, Tensor]:
-        """The features of some images, on the device."""
+    def rows(self, indices_B: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Return the features of some images, on the device."""
         rows = torch.from_numpy(indices_B)
-        return {key: value[rows].to(self.device, non_blocking=True) for key, value in self._kept.items()}
+        return {name: value[rows].to(self.device, non_blocking=True) for name, value in self._features.items()}
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, np.ndarray]:
+    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
         """As ``ViewSource.batch``."""
         chosen = np.asarray(indices, dtype=np.int64)
-        good = chosen[self._good[chosen]]
+        readable = chosen[self._readable[chosen]]
         if self.with_images or self._seam.reads_images:
-            return self.source.batch(good)
-        return torch.zeros(len(good), 3, 0, 0, dtype=torch.uint8), good
+            return self.source.batch(readable)
+        # Decoding is most of the work of an epoch on frozen features, so images are not even read.
+        return torch.zeros(len(readable), 3, 0, 0, dtype=torch.uint8), readable

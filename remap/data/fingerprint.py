@@ -1,4 +1,4 @@
-"""What the files of a data source hold, in digests: whether images are the very ones of an earlier day."""
+"""Digests of what the files of a data source hold, which tell whether images are those of an earlier run."""
 
 import errno
 import hashlib
@@ -16,7 +16,7 @@ from remap.progress import Progress
 DIGEST_BYTES = 16
 # Files that are read at once between two reports of progress.
 CHUNK = 256
-# What is lacking is the system's: the image itself may be sound.
+# The system lacks something: the image itself may be sound.
 _LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
@@ -33,7 +33,7 @@ class Contents:
         self._known_N: NDArray[np.bool_] = np.zeros(len(split), bool)
 
     def read(self, index: int) -> bytes:
-        """The encoded content of an image, whose digest is noted on the way.
+        """Return the encoded content of an image, and store its digest.
 
         Raises:
             OSError: It cannot be read.
@@ -46,26 +46,25 @@ class Contents:
                 raise DataError(
                     f"images cannot be read: {error.strerror}",
                     given=self.split.names[index],
-                    do="allow more open files (ulimit -n) or set data.workers lower; then start again, a run with"
-                    " --resume",
+                    do="allow more open files (ulimit -n) or set data.workers lower; then start again or use --resume",
                 ) from error
             reason = f"{self.split.names[index]} cannot be read: {error.strerror or type(error).__name__}"
-            self._note(index, reason.encode(errors="surrogatepass"))
+            self._store(index, reason.encode(errors="surrogatepass"))
             raise
-        self._note(index, content)
+        self._store(index, content)
         return content
 
     def of(self, indices: Sequence[int] | NDArray[np.int64]) -> list[bytes]:
-        """The digests of some images; those not known yet are read."""
+        """Return the digests of some images; those not known yet are read."""
         chosen = np.asarray(indices, dtype=np.int64)
         missing = np.unique(chosen[~self._known_N[chosen]])
         if len(missing):
             with threads(self._workers) as pool:
-                list(pool.map(self._look, missing.tolist()))
+                list(pool.map(self._try_to_read, missing.tolist()))
         return [row.tobytes() for row in self._digests_N16[chosen]]
 
     def complete(self, progress: Progress, what: str) -> NDArray[np.uint8]:
-        """The digests of all images, (N, 16)."""
+        """Return the digests of all images, (N, 16)."""
         missing = np.flatnonzero(~self._known_N)
         if len(missing):
             with progress.wait(f"checking the content of {what}", len(missing)) as step:
@@ -76,30 +75,30 @@ class Contents:
         return self._digests_N16
 
     def fingerprint(self, progress: Progress, what: str) -> str:
-        """64 hex digits for the names, labels, order and content of all images."""
+        """Return 64 hex digits for the names, labels, order and content of all images."""
         return hashlib.sha256(self.split.described() + self.complete(progress, what).tobytes()).hexdigest()
 
     def known(self) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-        """The images whose digests are known so far (K,), and these (K, 16)."""
+        """Return the images whose digests are known so far (K,), and these (K, 16)."""
         return np.flatnonzero(self._known_N), self._digests_N16[self._known_N]
 
     def learn(self, indices_K: NDArray[np.int64], digests_K16: NDArray[np.uint8]) -> None:
-        """What is ``known`` of the same images elsewhere."""
+        """Take over what is ``known`` of the same images in another process."""
         self._digests_N16[indices_K], self._known_N[indices_K] = digests_K16, True
 
     def taken(self, indices: NDArray[np.int64]) -> "Contents":
-        """What is known of some of the images, for ``split.take(indices)``."""
+        """Return what is known of some of the images, for ``split.take(indices)``."""
         other = Contents(self.split.take(indices), self._workers)
         other._digests_N16, other._known_N = self._digests_N16[indices], self._known_N[indices]
         return other
 
-    def _look(self, index: int) -> None:
+    def _try_to_read(self, index: int) -> None:
         try:
             self.read(index)
         except OSError:
-            return  # its digest is noted all the same
+            return  # the digest of the reason is stored
 
-    def _note(self, index: int, content: bytes) -> None:
+    def _store(self, index: int, content: bytes) -> None:
         if not self._known_N[index]:
             digest = hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
             self._digests_N16[index] = np.frombuffer(digest, np.uint8)
@@ -109,8 +108,9 @@ class Contents:
 def fingerprint(
     data: ImageData, progress: Progress, workers: int | None = None, known: Mapping[str, Contents] | None = None
 ) -> str:
-    """64 hex digits for class names, file names, labels, order and the content of every file: equal for equal images,
-    wherever they lie, in a folder or in a tar.
+    """Return 64 hex digits for class names, file names, labels, order and the content of every file.
+
+    They are equal for equal images, in a folder or in a tar, in any path.
 
     Args:
         known: Contents of some of the splits (train, val, test, unlabeled) as far as they were read already.

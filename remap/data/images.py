@@ -1,4 +1,4 @@
-"""Decode one image file to RGB pixels, whatever mode it was stored in."""
+"""Decode one image file of any mode to RGB pixels."""
 
 import io
 import warnings
@@ -9,14 +9,15 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from remap.errors import RemapError
-from remap.io.checked_read import plain, read_regular
+from remap.io.checked_read import read_regular
+from remap.io.names import plain
 
 warnings.filterwarnings("ignore", message="Corrupt EXIF data", module="PIL")
 
 # What torchvision's ImageFolder reads, plus .avif; anything else in a class folder is named and left out.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".avif")
 
-# What these files hold, whatever their names say: MPO is what some cameras write as .jpg, GIF what the web calls so.
+# What these files may hold, under any name: MPO is what some cameras write as .jpg, GIF what the web calls so.
 # Pillow's other readers stay out: one for EPS starts Ghostscript, others hand work to programs or are hardly used.
 FORMATS = ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "AVIF", "GIF")
 # One encoded image; the largest that Pillow's limit of pixels lets pass is 500 MB without any compression.
@@ -37,7 +38,7 @@ class BadImage(RemapError):
 
 
 def decode(source: bytes | Path | Image.Image) -> Image.Image:
-    """An upright RGB image from a file, its content, or what Pillow opened.
+    """Return an upright RGB image from a file, its content, or what Pillow opened.
 
     EXIF rotation is applied, 16-bit and float greys are scaled to 8 bit, palettes and CMYK are converted, and an
     alpha channel is dropped (as torchvision and timm do).
@@ -59,7 +60,7 @@ def decode(source: bytes | Path | Image.Image) -> Image.Image:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those that this build of Pillow has."""
+    """Return those that this build of Pillow has."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -77,7 +78,7 @@ def _require_small(image: Image.Image) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to 8-bit RGB."""
+    """Convert any mode to 8-bit RGB."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         return _grey_of_wide_range(image).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
@@ -86,7 +87,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_of_wide_range(image: Image.Image) -> Image.Image:
-    """16-bit greys (Pillow opens them as I;16 or I) to 8 bit.
+    """Scale 16-bit greys (Pillow opens them as I;16 or I) to 8 bit.
 
     Values within 0..255 are taken as they are, and floats within 0..1 as shares of white.
     """
@@ -101,7 +102,7 @@ def _grey_of_wide_range(image: Image.Image) -> Image.Image:
 
 
 def reason_of(error: Exception) -> str:
-    """Why an image cannot be had, in a few words that show no path."""
+    """Return why an image cannot be read, in a few words that show no path."""
     text = plain(str(error)).split("<")[0].strip().rstrip(":") or type(error).__name__
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image"

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Numbers in [0, 1) that decide one pair: whether it is mixed, how, by which share, and the place of the box (2).
+# Numbers in [0, 1) that decide one pair: whether it is mixed, how, in which share, and the centre of the box (2).
 DRAWS = 5
 
 
@@ -44,27 +44,29 @@ def mix(
     blended = np.flatnonzero(mixed & ~boxed)
     for index, one in zip(blended, _beta(mixup, quantile[blended]), strict=True):
         share[index] = one
-        own, other = images[index].astype(np.float32), others[index].astype(np.float32)
-        images[index] = np.rint(own * share[index] + other * (1 - share[index]))
+        image, other = images[index].astype(np.float32), others[index].astype(np.float32)
+        images[index] = np.rint(image * share[index] + other * (1 - share[index]))
     boxed, size = np.flatnonzero(mixed & boxed), images.shape[-1]
-    places = np.stack(centre, 1)[boxed]
-    for index, one, place in zip(boxed, _beta(cutmix, quantile[boxed]), places, strict=True):
-        rows, columns = _box(size, one, place)
+    centres = np.stack(centre, 1)[boxed]
+    for index, one, point in zip(boxed, _beta(cutmix, quantile[boxed]), centres, strict=True):
+        rows, columns = _box(size, one, point)
         images[index, :, rows, columns] = others[index, :, rows, columns]
         share[index] = 1.0 - (rows.stop - rows.start) * (columns.stop - columns.start) / size**2
     return result, torch.from_numpy(share)
 
 
 def _beta(a: float, quantile_B: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Beta(a, a) by its quantile function, so that one number in [0, 1) decides it."""
+    """Return Beta(a, a) by its quantile function, so that one number in [0, 1) decides it."""
     from scipy.special import betaincinv
 
     return betaincinv(a, a, quantile_B) if len(quantile_B) else quantile_B
 
 
 def _box(size: int, share: float, centre_2: NDArray[np.float64]) -> tuple[slice, slice]:
-    """Rows and columns that come from the partner: a square of V sqrt(1 - lambda) about a point drawn evenly, cut off
-    at the edges of the image."""
+    """Return the rows and columns that come from the partner.
+
+    They are a square of V sqrt(1 - lambda) about a uniformly drawn point, cut off at the edges of the image.
+    """
     half = size * np.sqrt(1.0 - share) / 2
     low = np.clip(np.rint(centre_2 * size - half), 0, size).astype(int)
     high = np.clip(np.rint(centre_2 * size + half), 0, size).astype(int)

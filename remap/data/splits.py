@@ -29,11 +29,11 @@ class Split:
         return len(self.names)
 
     def described(self) -> bytes:
-        """Names and labels in their order, for digests."""
+        """Return names and labels in their order, for digests."""
         return _bytes_of(self.names) + self.labels.tobytes()
 
     def take(self, indices: Sequence[int] | NDArray[np.int64]) -> "Split":
-        """The split of some of its images."""
+        """Return the split of some of its images."""
         chosen = np.asarray(indices, dtype=np.int64)
         read = self.read
         return Split(tuple(self.names[i] for i in chosen), self.labels[chosen], lambda i: read(int(chosen[i])))
@@ -42,7 +42,7 @@ class Split:
         return replace(self, labels=np.full_like(self.labels, NO_LABEL))
 
     def joined(self, other: "Split") -> "Split":
-        """The images of both, this one's first."""
+        """Return the images of both, this one's first."""
         count, first, second = len(self), self.read, other.read
         return Split(
             self.names + other.names,
@@ -53,14 +53,14 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageData:
-    """What a run learns from and is measured on.
+    """Images to learn from and to evaluate on.
 
     Attributes:
         classes: Names in label order (sorted).
         train: The labelled training images.
         unlabeled: Training images without labels, all of them -1.
         skipped: Files left out before training, with the reason.
-        split_rule: How train and val came about, in words.
+        split_rule: How train and val were divided, in words.
     """
 
     source: str
@@ -73,7 +73,7 @@ class ImageData:
     unlabeled: Split | None = None
 
     def fingerprint(self) -> str:
-        """Hash of class names, file names, labels and order; ``remap.data.fingerprint`` adds what the files hold."""
+        """Return a hash of class names, file names, labels and order; ``remap.data.fingerprint`` adds the contents."""
         digest = hashlib.sha256(_bytes_of(self.classes))
         for split in (self.train, self.val, self.test):
             if split is not None:
@@ -83,13 +83,12 @@ class ImageData:
         return digest.hexdigest()
 
     def with_unlabeled(self, more: Split) -> "ImageData":
-        """The same data with more images without labels."""
+        """Return the same data with more images without labels."""
         more = more.without_labels()
         return replace(self, unlabeled=more if self.unlabeled is None else self.unlabeled.joined(more))
 
     def with_labels(self, count: int) -> "ImageData":
-        """The same data with the labels of ``count`` training images, the same ones every time; the other training
-        images have none.
+        """Return the same data with the labels of ``count`` training images only, the same ones every time.
 
         Raises:
             DataError: Fewer labels than classes, or more than training images.

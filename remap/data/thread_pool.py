@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool that nobody waits for where the block is left early: a signal must not wait for slow reads."""
+    """Yield a pool. A block that is left early does not wait for it: a signal must not wait for slow reads."""
     pool = ThreadPoolExecutor(count)
     try:
         yield pool

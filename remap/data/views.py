@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -36,8 +37,8 @@ class View:
     crop_pct: float
     interpolation: str
 
-    def apply(self, image: Image.Image) -> np.ndarray:
-        """(3, V, V) uint8. The crop is resized in one go, so a sliver of an image needs no giant in between."""
+    def apply(self, image: Image.Image) -> NDArray[np.uint8]:
+        """Return (3, V, V) uint8. The crop is resized in one go, so a sliver of an image needs no giant in between."""
         side = min(image.size) * self.crop_pct
         left, top = (image.width - side) / 2, (image.height - side) / 2
         square = image.resize(
@@ -50,7 +51,7 @@ class View:
 
 
 class ViewSource:
-    """Views of a split, decoded by threads; kept in memory when they fit.
+    """Views of a split, decoded by threads; cached in memory when they fit.
 
     Attributes:
         bad: Reason by index for images that could not be read so far.
@@ -59,83 +60,89 @@ class ViewSource:
 
     def __init__(self, split: Split, view: View, *, memory_bytes: float, workers: int | None = None) -> None:
         self.split, self.view = split, view
-        self.bad: dict[int, str] = {}
+        self._bad: dict[int, str] = {}
         self._workers = workers or min(8, os.cpu_count() or 1)
-        self._kept: Tensor | None = None
+        self._cached: Tensor | None = None
         self._in_memory = self.nbytes <= memory_bytes
         self._lock = threading.Lock()
         self.contents = Contents(split, self._workers)
+
+    @property
+    def bad(self) -> dict[int, str]:
+        return self._bad
 
     @property
     def nbytes(self) -> int:
         return len(self.split) * 3 * self.view.size**2
 
     @property
-    def kept_bytes(self) -> int:
-        """What ``load`` keeps in memory."""
+    def cached_bytes(self) -> int:
+        """Bytes that ``load`` caches in memory."""
         return self.nbytes if self._in_memory else 0
 
     def load(self, progress: Progress, what: str) -> None:
         """Decode everything once, when it fits in memory; afterwards ``bad`` is complete."""
-        if not self._in_memory or self._kept is not None:
+        if not self._in_memory or self._cached is not None:
             return
-        kept = torch.zeros(len(self.split), 3, self.view.size, self.view.size, dtype=torch.uint8)
+        pixels_N3VV = torch.zeros(len(self.split), 3, self.view.size, self.view.size, dtype=torch.uint8)
         with progress.wait(f"reading {what}", len(self.split)) as step, threads(self._workers) as pool:
             for index, pixels in enumerate(pool.map(self._read, range(len(self.split)))):
                 if pixels is not None:
-                    kept[index] = torch.from_numpy(pixels)
+                    pixels_N3VV[index] = torch.from_numpy(pixels)
                 step.advance()
-        self._kept = kept
+        self._cached = pixels_N3VV
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """Views of some images and the indices that could be read: uint8 (B', 3, V, V), int64 (B',)."""
+    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
+        """Return views of some images and the indices that could be read: uint8 (B', 3, V, V), int64 (B',)."""
         chosen = np.asarray(indices, dtype=np.int64)
-        if self._kept is not None:
-            good = np.asarray([i for i in chosen if i not in self.bad], dtype=np.int64) if self.bad else chosen
-            return self._kept.index_select(0, torch.from_numpy(good)), good
+        if self._cached is not None:
+            readable = np.asarray([i for i in chosen if i not in self.bad], dtype=np.int64) if self.bad else chosen
+            return self._cached.index_select(0, torch.from_numpy(readable)), readable
         with threads(self._workers) as pool:
             views = list(pool.map(self._read, chosen))
         pixels = [view for view in views if view is not None]
-        good = np.asarray([i for i, view in zip(chosen, views, strict=True) if view is not None], dtype=np.int64)
+        readable = np.asarray([i for i, view in zip(chosen, views, strict=True) if view is not None], dtype=np.int64)
         if not pixels:
-            return torch.zeros(0, 3, self.view.size, self.view.size, dtype=torch.uint8), good
-        return torch.from_numpy(np.stack(pixels)), good
+            return torch.zeros(0, 3, self.view.size, self.view.size, dtype=torch.uint8), readable
+        return torch.from_numpy(np.stack(pixels)), readable
 
     def without_bad(self) -> "ViewSource":
-        """The same source without the images that could not be read so far."""
+        """Return the same source without the images that could not be read so far."""
         if not self.bad:
             return self
-        good = np.asarray([i for i in range(len(self.split)) if i not in self.bad], dtype=np.int64)
-        other = ViewSource(self.split.take(good), self.view, memory_bytes=0.0, workers=self._workers)
-        other._kept = None if self._kept is None else self._kept[torch.from_numpy(good)]
-        other.contents = self.contents.taken(good)
+        readable = np.asarray([i for i in range(len(self.split)) if i not in self.bad], dtype=np.int64)
+        other = ViewSource(self.split.take(readable), self.view, memory_bytes=0.0, workers=self._workers)
+        other._cached = None if self._cached is None else self._cached[torch.from_numpy(readable)]
+        other.contents = self.contents.taken(readable)
         return other
 
-    def digests(self, indices: Sequence[int] | np.ndarray) -> list[bytes]:
-        """16 bytes for the encoded content of each image; see ``Contents``."""
+    def digests(self, indices: Sequence[int] | NDArray[np.int64]) -> list[bytes]:
+        """Return 16 bytes for the encoded content of each image; see ``Contents``."""
         return self.contents.of(indices)
 
-    def note_bad(self, found: Mapping[int, str]) -> None:
-        """What another process could not read."""
+    def note_bad(self, bad: Mapping[int, str]) -> None:
+        """Take over what another process could not read."""
         with self._lock:
-            self.bad.update(found)
+            self._bad.update(bad)
 
     def bad_names(self) -> list[tuple[str, str]]:
-        """(name, reason) of the images that could not be read so far."""
+        """Return (name, reason) of the images that could not be read so far."""
         return [(self.split.names[index], reason) for index, reason in sorted(self.bad.items())]
 
-    def _read(self, index: int) -> np.ndarray | None:
+    def _read(self, index: int) -> NDArray[np.uint8] | None:
         try:
             return self.view.apply(decode(self.contents.read(int(index))))
         except (BadImage, OSError) as error:
             with self._lock:
-                self.bad[int(index)] = error.reason if isinstance(error, BadImage) else reason_of(error)
+                self._bad[int(index)] = error.reason if isinstance(error, BadImage) else reason_of(error)
             return None
 
 
 class JoinedSource(ViewSource):
-    """The views of two sources one after the other. It keeps none of its own: what either has in memory, and which
-    images it found unreadable, serve both ways."""
+    """The views of two sources one after the other.
+
+    It caches nothing: what either has in memory, and which images it found unreadable, are those of both.
+    """
 
     def __init__(self, first: ViewSource, second: ViewSource) -> None:
         assert first.view == second.view
@@ -148,54 +155,53 @@ class JoinedSource(ViewSource):
         return self.first.bad | {len(self.first.split) + index: why for index, why in self.second.bad.items()}
 
     @property
-    def kept_bytes(self) -> int:
-        return self.first.kept_bytes + self.second.kept_bytes
+    def cached_bytes(self) -> int:
+        return self.first.cached_bytes + self.second.cached_bytes
 
     def load(self, progress: Progress, what: str) -> None:
         self.first.load(progress, what)
         self.second.load(progress, what)
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, np.ndarray]:
-        chosen = np.asarray(indices, dtype=np.int64)
-        count = len(self.first.split)
-        in_first = chosen < count
-        if in_first.all():
-            return self.first.batch(chosen)
-        images, good = self.second.batch(chosen[~in_first] - count)
-        good = good + count
-        if not in_first.any():
-            return images, good
-        first_images, first_good = self.first.batch(chosen[in_first])
-        # Both parts are in the order asked for, less their bad images; merge them back into it.
-        places = np.concatenate(
-            [
-                np.flatnonzero(part)[np.isin(chosen[part], found)]
-                for part, found in ((in_first, first_good), (~in_first, good))
-            ]
-        )
-        order = np.argsort(places)
-        merged = torch.cat([first_images, images]).index_select(0, torch.from_numpy(order))
-        return merged, np.concatenate([first_good, good])[order]
+    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
+        chosen, images, readable, positions = np.asarray(indices, dtype=np.int64), [], [], []
+        for source, offset, at in self._parts(chosen):
+            if len(at):
+                pixels, found = source.batch(chosen[at] - offset)
+                images.append(pixels)
+                readable.append(found + offset)
+                positions.append(at[np.isin(chosen[at] - offset, found)])
+        if len(images) < 2:
+            return (images[0], readable[0]) if images else self.first.batch(chosen)
+        # Each part is in the order of ``indices``, less its bad images; merge them back into it.
+        order = np.argsort(np.concatenate(positions))
+        return torch.cat(images).index_select(0, torch.from_numpy(order)), np.concatenate(readable)[order]
 
     def without_bad(self) -> "JoinedSource":
         return JoinedSource(self.first.without_bad(), self.second.without_bad()) if self.bad else self
 
-    def digests(self, indices: Sequence[int] | np.ndarray) -> list[bytes]:
-        chosen = [int(index) for index in indices]
+    def digests(self, indices: Sequence[int] | NDArray[np.int64]) -> list[bytes]:
+        chosen = np.asarray(indices, dtype=np.int64)
+        digests = [b""] * len(chosen)
+        for source, offset, at in self._parts(chosen):
+            for position, digest in zip(at.tolist(), source.digests(chosen[at] - offset), strict=True):
+                digests[position] = digest
+        return digests
+
+    def _parts(self, indices: NDArray[np.int64]) -> list[tuple[ViewSource, int, NDArray[np.int64]]]:
+        """Return both sources, the index of their first image here, and where in ``indices`` theirs are."""
         count = len(self.first.split)
-        second = iter(self.second.digests([index - count for index in chosen if index >= count]))
-        first = iter(self.first.digests([index for index in chosen if index < count]))
-        return [next(first) if index < count else next(second) for index in chosen]
+        in_first = indices < count
+        return [(self.first, 0, np.flatnonzero(in_first)), (self.second, count, np.flatnonzero(~in_first))]
 
 
 def listed(files: Sequence[tuple[str, str]]) -> str:
-    """Names with reasons; the first five of many."""
+    """Return names with reasons in words; the first five of many."""
     shown = ", ".join(f"{name} ({reason})" for name, reason in files[:5])
     return shown + (f" and {len(files) - 5} more" if len(files) > 5 else "")
 
 
 def require_readable(source: ViewSource, what: str, skip: bool) -> None:
-    """Evaluation counts every image, unless the user left bad ones out on purpose.
+    """Refuse to evaluate on fewer images than there are, unless the user left bad ones out on purpose.
 
     Raises:
         DataError: An image of an evaluation split cannot be read.

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from remap.backbones.anatomy import module_at
 from remap.backbones.block_reader import APART
 from remap.distributed.collectives import all_reduce_max
-from remap.io.atomic_write import size
+from remap.io.human_size import size
 from remap.network import Network
 from remap.progress import Progress
 from remap.tuning.base import is_inserted

@@ -17,7 +17,7 @@ from remap.distributed.sharding import copy_full_, gather_full
 from remap.engine import checkpoint_files
 from remap.engine.state import State, parse_state
 from remap.errors import RunError, TrainingError
-from remap.io.checked_read import plain
+from remap.io.names import plain
 
 # Bytes of tensors above which a file is not read: far above any real one; a stranger's must not fill the memory.
 _LIMIT_FACTOR, _LIMIT_EXTRA = 16, 2**28

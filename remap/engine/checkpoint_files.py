@@ -25,7 +25,9 @@ from torch import Tensor
 from remap.errors import RunError
 from remap.io import atomic_write
 from remap.io.atomic_write import make_folder, write_bytes
-from remap.io.checked_read import MOST_JSON_BYTES, parse_json, plain, read_regular, sha256_of
+from remap.io.checked_json import MOST_JSON_BYTES, parse_json
+from remap.io.checked_read import read_regular, sha256_of
+from remap.io.names import plain
 
 # Changes when files of another version could be read wrongly.
 FORMAT = 1
@@ -75,7 +77,7 @@ def any_finished(folder: Path) -> bool:
 def sweep(folder: Path, last: int | None = None) -> None:
     """Delete all but the newest two generations up to ``last``, and what killed writers left."""
     newest = sorted(number for number in _numbers(folder) if last is None or number <= last)[-GENERATIONS:]
-    atomic_write.sweep(folder)
+    atomic_write.remove_temporary_files(folder)
     for path, number, _ in _files(folder):  # sorted: a manifest goes before its tensors
         if number not in newest:
             with contextlib.suppress(OSError):

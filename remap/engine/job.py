@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from remap.cache.frozen_features import FrozenFeatures
-from remap.data.batches import EpochPlan
+from remap.data.order import EpochPlan
 from remap.data.views import ViewSource
 from remap.engine.state import State
 from remap.engine.teacher import AverageTeacher, Teacher

@@ -140,7 +140,7 @@ def forward(training: Training, batch: Batch, bad_targets: list[Tensor]) -> tupl
     """
     job, device = training.job, training.accelerator.device
     images = batch.images_BCHW.to(device, non_blocking=True)
-    labels = _labels(batch, training.plan.known(job.labeled), device)
+    labels = _labels(batch, training.plan.labeled_share(job.labeled), device)
     targets: list[Mapping[str, Tensor]] = [{}] * (1 + max((teacher.number for teacher in job.teachers), default=0))
     for teacher in job.teachers:
         items = targets[teacher.number] = teacher.targets(images, batch.indices_B, batch.view)

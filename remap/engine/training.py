@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from remap.data.batches import Batch, EpochPlan
+from remap.data.batches import Batch
+from remap.data.order import EpochPlan
 from remap.distributed.sharding import is_sharded
 from remap.engine.checkpoint import load_checkpoint, save_checkpoint, snapshot
 from remap.engine.job import Job, StudentStep, epoch_plan, require_divisible

@@ -1,1 +1,1 @@
-"""Reads of files from anywhere, and writes that are whole or absent."""
+"""Checked reads of files from anywhere, atomic writes, paths and names, disk space, links."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from remap.errors import Interrupted, RunError
-from remap.io import atomic_write
+from remap.io import atomic_write, links
 from remap.pipeline.comparison_cells import Cell, comparison_cells
 from remap.pipeline.comparison_folder import TEACHER, claim, fingerprint_of, is_done
 from remap.pipeline.objective import without_idle_losses
@@ -64,7 +64,7 @@ def _run(missing: list[Cell], output: Path, progress: Progress) -> None:
         for number, cell in enumerate(missing, 1):
             path = output / cell.name
             progress.say(f"[{number}/{len(missing)}] {cell.name}")
-            atomic_write.require_no_link(path)
+            links.require_no_link(path)
             # An interrupted cell continues from its checkpoint.
             resuming = (path / "recipe.yaml").is_file()
             run_dir = RunDir.open(path) if resuming else RunDir.create(path, cell.recipe)

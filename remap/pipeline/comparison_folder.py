@@ -7,7 +7,8 @@ from pathlib import Path
 from remap.data.fingerprint import fingerprint
 from remap.errors import RunError
 from remap.io import atomic_write
-from remap.io.checked_read import absolute, read_regular
+from remap.io.checked_read import read_regular
+from remap.io.paths import absolute
 from remap.pipeline.comparison_cells import Cell
 from remap.progress import Progress
 from remap.recipe.schema import DataSpec, MethodSpec, Recipe

@@ -10,7 +10,7 @@ from remap.data.views import View, ViewSource, listed
 from remap.distributed.launch import accelerator, use_bf16
 from remap.distributed.sharding import bytes_held, is_sharded
 from remap.engine.self_teachers import copy_trained_tensors
-from remap.io.atomic_write import size
+from remap.io.human_size import size
 from remap.network import Network, choose_attention, frozen, tuned
 from remap.pipeline.init_student import InitReport, init_from_teacher
 from remap.pipeline.objective import build_objective

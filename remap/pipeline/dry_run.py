@@ -237,7 +237,9 @@ def _estimate(
         + profile.activation_bytes * micro
         + (
             # On a GPU these are in the memory of the machine.
-            in_memory + profile.features_bytes + training_source.kept_bytes if accelerator().device.type == "cpu" else 0
+            in_memory + profile.features_bytes + training_source.cached_bytes
+            if accelerator().device.type == "cpu"
+            else 0
         ),
         activation_bytes=profile.activation_bytes * micro,
         cache_bytes=in_memory,

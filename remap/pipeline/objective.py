@@ -3,8 +3,8 @@
 import os
 from collections.abc import Sequence
 
-from remap.io import atomic_write
-from remap.io.checked_read import expanded
+from remap.io import checked_json
+from remap.io.paths import expanded
 from remap.network import Network
 from remap.progress import Progress
 from remap.recipe.paths import is_run
@@ -35,8 +35,8 @@ def without_idle_losses(recipe: Recipe, progress: Progress) -> Recipe:
 
 
 def _lacks_attention(spec: ModelSpec) -> bool:
-    from remap.backbones.lookup import family_of_name  # timm
     from remap.backbones.families import FAMILIES
+    from remap.backbones.lookup import family_of_name  # timm
 
     family = family_of_name(_backbone_of(spec.model))
     return family is not None and "sequence" not in FAMILIES.row(family).parts
@@ -48,7 +48,7 @@ def _backbone_of(word: str) -> str:
         return word
     path = expanded(word)
     task = path / "task" / "task.json"
-    values = atomic_write.read_json(task if os.path.isfile(task) else path / "task.json")
+    values = checked_json.read_run_json(task if os.path.isfile(task) else path / "task.json")
     source = values.get("backbone") if isinstance(values, dict) else None
     return str(source.get("model", "")) if isinstance(source, dict) else ""
 

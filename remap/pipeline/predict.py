@@ -11,7 +11,7 @@ import torch
 from remap.data.file_listing import list_folder
 from remap.data.images import SUFFIXES, BadImage
 from remap.errors import DataError
-from remap.io.checked_read import expanded
+from remap.io.paths import expanded
 from remap.pipeline.student_api import Student
 from remap.progress import Progress
 

@@ -10,7 +10,8 @@ import torch
 from remap.data.fingerprint import fingerprint
 from remap.distributed.launch import accelerator
 from remap.errors import DataError, Interrupted, RunError
-from remap.io.checked_read import absolute, expanded, is_count
+from remap.io.checked_json import is_count
+from remap.io.paths import absolute, expanded
 from remap.pipeline.comparison_folder import shared_teacher
 from remap.pipeline.run import run as run_in
 from remap.pipeline.run import start

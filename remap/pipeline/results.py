@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from remap.distributed.launch import accelerator
 from remap.engine.job import Job, bytes_of_a_run
 from remap.engine.state import State
-from remap.io import atomic_write
+from remap.io import disk_space
 from remap.pipeline.components import RunComponents
 from remap.pipeline.run_status import RunClock
 from remap.progress import Progress
@@ -27,7 +27,7 @@ def require_space(run_dir: RunDir, job: Job) -> None:
     # A resumed run already has most of what it needs.
     written = sum(path.stat().st_size for path in run_dir.checkpoint.glob("*"))
     missing = max(0, bytes_of_a_run(job.student, job.objective, job.teachers) - written)
-    atomic_write.require_space(run_dir.path, missing, "its checkpoints and the tuned student")
+    disk_space.require_space(run_dir.path, missing, "its checkpoints and the tuned student")
 
 
 def write_results(
@@ -48,7 +48,7 @@ def write_results(
     patience = PATIENCE_ALONE if accelerator().num_processes == 1 else PATIENCE_TOGETHER
 
     def write(action: Callable[[], T]) -> T:
-        return atomic_write.once_there_is_room(action, patience, progress.say)
+        return disk_space.retry_until_room(action, patience, progress.say)
 
     method, view = components.recipe.method, components.views.view
     write(lambda: run_dir.write_metrics(state.history))

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from remap.backbones.build import require_at_hand
-from remap.cache.records import Item
+from remap.cache.output_format import OutputFormat
 from remap.distributed.launch import accelerator, broadcast_str, check_processes
 from remap.engine.checkpoint import has_checkpoint
 from remap.engine.job import require_divisible
 from remap.engine.loop import train
 from remap.errors import RecipeError, RunError
-from remap.io.checked_read import expanded
+from remap.io.paths import expanded
 from remap.network import Network
 from remap.pipeline.comparison_folder import shared_teacher
 from remap.pipeline.components import build_components
@@ -185,7 +185,7 @@ def validate_inputs(recipe: Recipe, shared: SharedResources) -> None:
     """
     classes = shared.classes(recipe.data)
     for spec in recipe.teachers:
-        Item((len(classes),), top_k=spec.top_k)
+        OutputFormat((len(classes),), top_k=spec.top_k)
     students = () if recipe.student.shrink is not None else (recipe.student,)  # else it comes from the teacher
     for spec in (*(teacher for teacher in recipe.teachers if not teacher.is_student), *students):
         require_tuned(spec.model)

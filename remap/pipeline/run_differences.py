@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load
 
-from remap.io import atomic_write
+from remap.io import human_size
 from remap.runs.environment import plain_environment
 from remap.runs.run_dir import RunDir
 
@@ -89,7 +89,7 @@ def _words(value: Any) -> str:
 
 def _file_check(what: str, first: Path, second: Path) -> dict[str, Any]:
     contents = [path.read_bytes() if path.is_file() else b"" for path in (first, second)]
-    sizes = [atomic_write.size(len(content)) if content else "-" for content in contents]
+    sizes = [human_size.size(len(content)) if content else "-" for content in contents]
     return _check(what, *sizes, equal=contents[0] == contents[1])
 
 

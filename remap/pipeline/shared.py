@@ -115,7 +115,7 @@ def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress) -> Da
         split = getattr(data, name)
         if split is not None:
             sources[name] = ViewSource(split, view, memory_bytes=budget, workers=spec.workers)
-            budget -= sources[name].kept_bytes
+            budget -= sources[name].cached_bytes
     for name, source in sources.items():
         # Decoding everything once finds unreadable images before training, where memory suffices.
         source.load(progress, _TITLES[name])

@@ -14,7 +14,7 @@ from remap.backbones.anatomy import anatomy_of
 from remap.data.images import decode
 from remap.data.views import View
 from remap.errors import RecipeError
-from remap.io.checked_read import expanded
+from remap.io.paths import expanded
 from remap.network import Network, Runner, choose_attention
 from remap.recipe.problems import lines_of
 from remap.runs.task import load_task

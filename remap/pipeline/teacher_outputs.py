@@ -6,13 +6,14 @@ from typing import Any, Literal
 
 import torch
 
-from remap.cache.folders import CacheKey, cache_root, has_cache, library_versions, require_space
-from remap.cache.records import LEAST_MASS, Item, RecordStore, bytes_for
-from remap.cache.teacher_cache import FiniteViews, keep_in_memory, keep_on_disk, missing_rows
+from remap.cache.cache_folders import CacheKey, cache_root, has_cache, library_versions, require_space
+from remap.cache.output_format import OutputFormat
+from remap.cache.output_store import LEAST_MASS, OutputStore, bytes_for
+from remap.cache.teacher_cache import FiniteViews, cache_in_memory, cache_on_disk, missing_rows
 from remap.distributed.launch import accelerator
 from remap.engine.teacher import AverageTeacher, Teacher
 from remap.errors import DataError, RemapError
-from remap.io.atomic_write import size
+from remap.io.human_size import size
 from remap.pipeline.components import RunComponents
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teachers import PreparedTeacher
@@ -114,10 +115,10 @@ def _disk_if_it_fits(needed: int, shapes: dict[str, tuple[int, ...]]) -> OutputS
     return OutputStorage("disk", needed, shapes)
 
 
-def _items(spec: TeacherSpec, shapes: dict[str, tuple[int, ...]], *, bf16: bool) -> dict[str, Item]:
+def _items(spec: TeacherSpec, shapes: dict[str, tuple[int, ...]], *, bf16: bool) -> dict[str, OutputFormat]:
     """Return how each output is stored on disk."""
     dtype = ("fp16" if bf16 else "fp32") if spec.cache_dtype == "auto" else spec.cache_dtype
-    return {name: Item(shape, dtype, spec.top_k if name == LOGITS else None) for name, shape in shapes.items()}
+    return {name: OutputFormat(shape, dtype, spec.top_k if name == LOGITS else None) for name, shape in shapes.items()}
 
 
 def store_outputs(components: RunComponents, progress: Progress) -> list[dict[str, Any]]:
@@ -163,7 +164,7 @@ def _cache_in_memory(
     # The size of a pass is part of the key: it may decide the last bits.
     key = (prepared.fingerprint, source, components.views.view, names, seed, components.bf16, in_pass)
     if key not in shared.targets:
-        shared.targets[key] = keep_in_memory(teacher, views, batch, in_pass, accelerator(), progress)
+        shared.targets[key] = cache_in_memory(teacher, views, batch, in_pass, accelerator(), progress)
     teacher.cached = shared.targets[key]
 
 
@@ -173,7 +174,7 @@ def _cache_on_disk(
     """Compute the rows that the store lacks, give the store to the teacher, and return what was done."""
     views, batch = finite_views(components), components.process_images
     items = _items(prepared.spec, storage.shapes, bf16=components.bf16)
-    store = RecordStore.open(cache_root(), _key(components, prepared), items)
+    store = OutputStore.open(cache_root(), _key(components, prepared), items)
     started, missing = time.perf_counter(), missing_rows(store, views, batch)
     if missing:
         progress.say(
@@ -182,7 +183,7 @@ def _cache_on_disk(
         )
     # Only what is missing has to fit.
     require_space(cache_root(), bytes_for(items, missing))
-    cached = keep_on_disk(teacher, store, views, batch, components.pass_images, accelerator(), progress)
+    cached = cache_on_disk(teacher, store, views, batch, components.pass_images, accelerator(), progress)
     teacher.cached = cached
     progress.say(f"teacher outputs on disk: {store.folder} ({cached.computed:,} computed now, {size(store.nbytes)})")
     if store.damaged:

@@ -14,8 +14,8 @@ from remap.distributed.launch import accelerator
 from remap.distributed.sharding import gather_full, is_sharded, shard, wants_sharding
 from remap.engine.evaluate import evaluate_as
 from remap.engine.self_teachers import averaged_copy, untuned_copy
-from remap.io.atomic_write import require_no_link, require_no_links
-from remap.io.checked_read import expanded
+from remap.io.links import require_no_link, require_no_links
+from remap.io.paths import expanded
 from remap.network import Network, choose_attention, tuned
 from remap.pipeline import probe
 from remap.pipeline.shared import DataViews, SharedResources

@@ -6,7 +6,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from remap.errors import RecipeError
-from remap.io.checked_read import expanded, open_regular
+from remap.io.checked_read import open_regular
+from remap.io.paths import expanded
 from remap.recipe import strict_yaml
 from remap.registry import did_you_mean
 

@@ -2,7 +2,8 @@
 
 import os
 
-from remap.io.checked_read import LONGEST_PATH, absolute, unfit_for_a_name
+from remap.io.names import name_problem
+from remap.io.paths import LONGEST_PATH, absolute
 
 
 def is_run(word: str) -> bool:
@@ -21,7 +22,7 @@ def require_place(word: str) -> str:
         raise ValueError("should not be empty")
     if len(word) > LONGEST_PATH:
         raise ValueError(f"is longer than any path ({LONGEST_PATH:,} characters)")
-    unfit = unfit_for_a_name(word)
+    unfit = name_problem(word)
     if unfit:
         raise ValueError(f"holds {unfit}")
     try:

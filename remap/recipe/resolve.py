@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from remap.errors import RecipeError
-from remap.io.checked_read import plain
+from remap.io.names import plain
 from remap.recipe import catalogue, strict_yaml
 from remap.recipe.checks import method_problems, name_problems, option_problems
 from remap.recipe.problems import lines_of, option_places

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from remap.io.checked_read import absolute
+from remap.io.paths import absolute
 from remap.recipe.paths import absolute_data, absolute_model, absolute_weights, require_place
 from remap.remapping import LOSSES
 from remap.remapping.architecture.shrink_options import ShrinkSpec, is_shrink_word, read_shrink_word

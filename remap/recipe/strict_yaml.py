@@ -9,7 +9,9 @@ from typing import Any
 import yaml
 
 from remap.errors import RecipeError
-from remap.io.checked_read import LONGEST_PATH, plain, read_regular
+from remap.io.checked_read import read_regular
+from remap.io.names import plain
+from remap.io.paths import LONGEST_PATH
 
 MAX_BYTES, MAX_DEPTH = 256_000, 32
 # Words, numbers, lists and mappings, keys counted too: a large recipe has two hundred. And letters of one of them.

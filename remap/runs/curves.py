@@ -4,7 +4,7 @@ from html import escape
 from math import inf
 from typing import Any
 
-from remap.io.checked_read import plain
+from remap.io.names import plain
 
 WIDTH, HEIGHT, LEFT, TOP, GAP = 720, 260, 52, 34, 60
 

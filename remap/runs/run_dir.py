@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import IO
 
 from remap.errors import MissingData, RunError
-from remap.io import atomic_write
-from remap.io.checked_read import plain, unfit_for_a_place
+from remap.io import atomic_write, links
+from remap.io.names import plain
+from remap.io.paths import path_problem
 from remap.recipe import Recipe, dump
 from remap.runs.environment import command, environment
 from remap.runs.run_records import RunRecords
@@ -34,7 +35,7 @@ class RunDir(RunRecords):
             RunError: It holds something, or cannot be written.
         """
         run = RunDir(path)
-        unfit = unfit_for_a_place(run.path) or _unfit_for_tensors(run.path)
+        unfit = path_problem(run.path) or _unfit_for_tensors(run.path)
         if unfit:
             raise RunError("a run directory cannot be made there", given=plain(f"{path}: {unfit}"), do="name another")
         try:
@@ -122,7 +123,7 @@ class RunDir(RunRecords):
                 ) from None
             except OSError:  # a file system without locks
                 pass
-            atomic_write.require_no_links(self.path)
+            links.require_no_links(self.path)
             self._sweep()
             yield
 
@@ -136,7 +137,7 @@ class RunDir(RunRecords):
 
     def _sweep(self) -> None:
         """Delete what processes that were killed here left half-written."""
-        atomic_write.sweep(self.path)
+        atomic_write.remove_temporary_files(self.path)
         for entry in self.path.iterdir():
             if _DRAFT.fullmatch(entry.name):
                 entry.unlink(missing_ok=True)

@@ -9,17 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from remap.errors import RunError
-from remap.io import atomic_write
-from remap.io.checked_read import (
-    MOST_JSON_BYTES,
-    expanded,
-    is_number,
-    parse_json,
-    plain,
-    read_json,
-    read_regular,
-    sha256_of,
-)
+from remap.io import atomic_write, checked_json
+from remap.io.checked_json import MOST_JSON_BYTES, is_number, parse_json, read_json
+from remap.io.checked_read import read_regular, sha256_of
+from remap.io.names import plain
+from remap.io.paths import expanded
 from remap.recipe import Recipe, load
 from remap.runs.curves import curves
 from remap.runs.environment import command, environment, now, plain_environment
@@ -107,7 +101,7 @@ class RunRecords:
         return found
 
     def _record(self, name: str) -> dict[str, Any]:
-        found = atomic_write.read_json(self.path / name)
+        found = checked_json.read_run_json(self.path / name)
         if not isinstance(found, dict):
             raise RunError(f"cannot read {self.path / name}: it is not a JSON object", do=_NOT_A_RECORD)
         return found
@@ -140,7 +134,7 @@ class RunRecords:
         return words.get(str(recorded.get("status")), "has not finished"), message or None
 
     def _status(self) -> dict[str, Any]:
-        found = atomic_write.read_json(self.path / "status.json")
+        found = checked_json.read_run_json(self.path / "status.json")
         return found if isinstance(found, dict) else {}
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:

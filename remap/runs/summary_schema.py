@@ -6,7 +6,7 @@ Imports no torch.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from remap.io.checked_read import is_count, is_number
+from remap.io.checked_json import is_count, is_number
 
 
 def _is_word(value: object) -> bool:

@@ -25,7 +25,7 @@ from remap.data.views import View
 from remap.distributed.sharding import copy_full_, gather_full
 from remap.errors import BackboneError, RunError
 from remap.io import atomic_write
-from remap.io.checked_read import absolute, expanded
+from remap.io.paths import absolute, expanded
 from remap.network import Network, choose_attention, tuned
 from remap.recipe.paths import is_run
 from remap.recipe.schema import ModelSpec

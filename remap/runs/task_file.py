@@ -19,8 +19,9 @@ from remap.backbones.loading import read_safetensors
 from remap.backbones.preprocess import PreprocessSpec
 from remap.data.views import FILTERS, View
 from remap.errors import RunError
-from remap.io import atomic_write
-from remap.io.checked_read import plain, sha256_of, unfit_for_a_name
+from remap.io import checked_json
+from remap.io.checked_read import sha256_of
+from remap.io.names import name_problem, plain
 from remap.network import Network
 from remap.recipe.schema import LARGEST_SIDE, MethodSpec, Place
 from remap.runs.run_dir import RunDir
@@ -32,7 +33,7 @@ FREE_SIZE = 4096
 
 
 def _class_name(name: str) -> str:
-    unfit = unfit_for_a_name(name)
+    unfit = name_problem(name)
     if unfit or not 1 <= len(name) <= 255:
         raise ValueError(f"a class name holds {unfit}" if unfit else "a class name has 1 to 255 letters")
     return name
@@ -133,7 +134,7 @@ def read_meta(folder: Path) -> TaskMeta:
     """
     path = folder / "task.json"
     try:
-        values = atomic_write.read_json(path)
+        values = checked_json.read_run_json(path)
     except RunError as error:
         raise RunError(error.what, do=_again(folder)) from error
     try:

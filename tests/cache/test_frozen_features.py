@@ -76,7 +76,9 @@ def test_the_frozen_part_runs_once_for_each_image(tiny: Any, tmp_path: Path, for
 
 
 @pytest.mark.parametrize(
-    ("settings", "why"), [(["data.memory_gib=0"], "not kept"), (["data.augment=shift"], None)], ids=["memory", "views"]
+    ("settings", "why"),
+    [(["data.memory_gib=0"], "not cached"), (["data.augment=shift"], None)],
+    ids=["memory", "views"],
 )
 def test_features_are_not_kept_where_they_cannot_be(
     tiny: Any, tmp_path: Path, forwards: dict[str, int], watch: Callable[..., Any], settings: list[str], why: str | None

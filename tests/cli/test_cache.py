@@ -12,10 +12,11 @@ import pytest
 import torch
 from typer.testing import Result
 
-from remap.cache.folders import CacheKey, held
-from remap.cache.records import Item, RecordStore, row_digest
+from remap.cache.cache_folders import CacheKey, open_folder
+from remap.cache.output_format import OutputFormat
+from remap.cache.output_store import OutputStore, row_digests
 from remap.errors import Interrupted
-from remap.io.atomic_write import size
+from remap.io.human_size import size
 from remap_cli import view
 
 HEAVY = "import sys; heavy = {'torch', 'timm', 'accelerate', 'peft', 'sklearn', 'torchdistill'} & set(sys.modules)"
@@ -30,9 +31,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def fill(root: Path, teacher: str, count: int) -> str:
     """A cache of ``count`` images; its id."""
     key = CacheKey(teacher, "ab", {}, {"size": 32}, "bf16", {}).to_dict()
-    names = [row_digest(bytes([number])) for number in range(count)]
-    items = {"logits": Item((100,), "fp16", top_k=5), "map1 4x4 [bold]heads=mean": Item((4, 4))}
-    with RecordStore.open(root, key, items) as store:
+    names = row_digests([bytes([number]) for number in range(count)])
+    items = {"logits": OutputFormat((100,), "fp16", top_k=5), "map1 4x4 [bold]heads=mean": OutputFormat((4, 4))}
+    with OutputStore.open(root, key, items) as store:
         store.append(names, {name: torch.ones(count, *item.shape) for name, item in items.items()})
     return store.folder.name
 
@@ -115,7 +116,7 @@ def test_a_cache_in_use_is_left_and_named(
     remap: Callable[..., Result], root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = fill(root, "vit", 1)
-    with held(root, CacheKey("vit", "ab", {}, {"size": 32}, "bf16", {}).to_dict()):
+    with open_folder(root, CacheKey("vit", "ab", {}, {"size": 32}, "bf16", {}).to_dict()):
         result = remap("cache", "clear", "--all", "--yes")
     assert "0 teacher cache(s) cleared" in result.stdout and (root / name).exists()
     assert name[:8] in result.stderr and "running command" in result.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from remap.cache.folders import cache_root
+from remap.cache.cache_folders import cache_root
 from remap.errors import RemapError, RunError
 from remap.pipeline.student_api import load_student
 
@@ -80,5 +80,5 @@ def test_a_place_that_cannot_be_in_python(place: str, tmp_path: Path, monkeypatc
 def test_a_cache_without_a_place(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a container whose user has no entry in the table of users: Python then leaves the ``~`` as it is."""
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
-    with pytest.raises(RunError, match="no place for the teacher cache[^$]*REMAP_CACHE"):
+    with pytest.raises(RunError, match="the path of the teacher cache is not valid[^$]*REMAP_CACHE"):
         cache_root(environment)

@@ -64,7 +64,7 @@ def test_all_bad_images_are_counted_and_each_reason_is_in_plain_words(tree: Tree
     with pytest.raises(DataError) as caught:
         opened(root, bench)
     given = str(caught.value).splitlines()[1]
-    assert given.startswith("  given:   train/a/0.png (it is a FIFO, no file), train/a/1.png (no such file), ")
+    assert given.startswith("  given:   train/a/0.png (it is a FIFO, not a file), train/a/1.png (no such file), ")
     assert given.endswith("train/a/4.png (not an image) and 1 more") and str(root) not in given
 
 
@@ -103,7 +103,7 @@ def test_out_of_memory_images_are_found_when_they_are_read(tree: Tree) -> None:
 def test_memory_is_one_budget_for_all_splits(tree: Tree) -> None:
     """20 images of 3 x 4 x 4 bytes are 960; room for one and a half splits keeps the training images only."""
     views = opened(tree(GOOD), memory_gib=1.5 * 960 / 2**30)
-    assert (views.train.kept_bytes, views.val.kept_bytes, views.test.kept_bytes) == (960, 0, 0)
+    assert (views.train.cached_bytes, views.val.cached_bytes, views.test.cached_bytes) == (960, 0, 0)
 
 
 def test_a_file_that_vanishes_is_unreadable_not_a_crash(tree: Tree) -> None:

@@ -1,4 +1,4 @@
-"""The order of images: complete, the same for any number of processes, and the same after a restart."""
+"""Micro-batches: the same for any number of processes, and the same after a restart."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,49 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from remap.data import keyed_random
-from remap.data.batches import Batch, EpochPlan, augmented, augmented_view, batches
+from remap.data.augment import augmented_view
+from remap.data.batches import Batch, batches
+from remap.data.order import EpochPlan
 from remap.data.views import ViewSource
 from remap.progress import Silent
 from remap.recipe.schema import DataSpec
 
 PLAN = EpochPlan(seed=3, images=23, batch_size=6, accumulation=1, rank=0, processes=1, augment="shift_flip")
 Noise = Callable[..., ViewSource]
-
-
-def steps(plan: EpochPlan, epoch: int, first: int = 0) -> list[list[int]]:
-    """Indices of each step of one process, its micro-batches joined."""
-    micro = [part.tolist() for part in plan.micro_batches(epoch, first)]
-    size = plan.accumulation
-    return [sum(micro[i : i + size], []) for i in range(0, len(micro), size)]
-
-
-@pytest.mark.parametrize(("images", "batch"), [(23, 6), (24, 6), (6, 6), (5, 6), (1, 6), (7, 1)])
-def test_an_epoch_sees_each_image_at_most_once_in_full_batches(images: int, batch: int) -> None:
-    plan = replace(PLAN, images=images, batch_size=batch)
-    for epoch in range(3):
-        seen = sum(steps(plan, epoch), [])
-        expected = images // batch * batch or images  # floor(n/b)*b, and a split smaller than a batch is one step
-        assert len(seen) == len(set(seen)) == expected and set(seen) <= set(range(images))
-        assert [len(step) for step in steps(plan, epoch)] == [min(batch, images)] * plan.steps
-
-
-def test_what_an_epoch_leaves_out_differs_from_epoch_to_epoch() -> None:
-    left = [frozenset(range(23)) - set(sum(steps(PLAN, epoch), [])) for epoch in range(10)]
-    assert all(len(rest) == 23 % 6 for rest in left) and len(set(left)) > 5
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3])
-@pytest.mark.parametrize("accumulation", [1, 2, 3])
-@pytest.mark.parametrize(("images", "batch"), [(23, 6), (25, 8), (4, 6)])
-def test_any_number_of_processes_makes_the_same_global_batch(
-    processes: int, accumulation: int, images: int, batch: int
-) -> None:
-    single = replace(PLAN, images=images, batch_size=batch)
-    ranks = [replace(single, rank=r, processes=processes, accumulation=accumulation) for r in range(processes)]
-    for epoch in (0, 4):
-        together = [sum(parts, []) for parts in zip(*(steps(plan, epoch) for plan in ranks), strict=True)]
-        assert together == steps(single, epoch)
 
 
 def test_the_shares_of_a_step_add_up_to_one(noise: Noise) -> None:
@@ -123,43 +89,6 @@ def test_an_unreadable_image_is_missing_and_moves_no_other(noise: Noise) -> None
         kept = [i for i, index in enumerate(full.indices_B) if index not in (4, 11)]
         assert some.indices_B.tolist() == full.indices_B[kept].tolist() and some.share == full.share
         assert torch.equal(some.images_BCHW, full.images_BCHW[kept]) and torch.equal(some.keys_B, full.keys_B[kept])
-
-
-def by_hand(image_CHW: np.ndarray, kind: str, draws: np.ndarray) -> np.ndarray:
-    """One picture, pixel by pixel: mirror if the third draw is below one half, then move within a black frame."""
-    _, height, width = image_CHW.shape
-    pad = height // 8
-    down, right = (int(draw * (2 * pad + 1)) - pad for draw in draws[:2])
-    result = np.zeros_like(image_CHW)
-    for y in range(height):
-        for x in range(width):
-            from_y, from_x = y + down, x + right
-            if 0 <= from_y < height and 0 <= from_x < width:
-                mirrored = kind == "shift_flip" and draws[2] < 0.5
-                result[:, y, x] = image_CHW[:, from_y, width - 1 - from_x if mirrored else from_x]
-    return result
-
-
-@pytest.mark.parametrize("kind", ["none", "shift", "shift_flip"])
-@pytest.mark.parametrize("size", [7, 8, 17])
-def test_augmentation_pixel_by_pixel(kind: str, size: int) -> None:
-    images = torch.randint(0, 256, (12, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    draws = keyed_random.uniform(1, 0, np.arange(12), 3)
-    draws[0], draws[1] = (0.0, 0.0, 0.0), (1 - 2**-53, 1 - 2**-53, 0.5)
-    found = augmented(images, kind, draws)
-    expected = [
-        image if kind == "none" else by_hand(image, kind, d) for image, d in zip(images.numpy(), draws, strict=True)
-    ]
-    assert found.dtype == torch.uint8 and (found.numpy() == np.stack(expected)).all()
-
-
-def test_shifts_reach_both_ends_and_half_the_pictures_are_mirrored(noise: Noise) -> None:
-    """An eighth of 16 is 2, so five places each way: of 4000 draws 800 each (deviation 25), 2000 mirrored (32)."""
-    draws = keyed_random.uniform(0, 0, np.arange(4000), 3)
-    for column in draws.T[:2]:
-        assert np.abs(np.bincount((column * 5).astype(int)) - 800).max() < 5 * 25.3
-    assert abs((draws[:, 2] < 0.5).sum() - 2000) < 5 * 31.7
-    assert augmented(torch.zeros(0, 3, 16, 16, dtype=torch.uint8), "shift", draws[:0]).shape == (0, 3, 16, 16)
 
 
 def by_index(found: list[Batch]) -> dict[int, torch.Tensor]:

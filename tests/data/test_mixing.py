@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from remap.data import keyed_random
-from remap.data.batches import Batch, EpochPlan, augmented_view, batches
+from remap.data.augment import augmented_view
+from remap.data.batches import Batch, batches
 from remap.data.mixing import DRAWS, mix
+from remap.data.order import EpochPlan
 from remap.data.views import ViewSource
 from remap.progress import Silent
 from remap.remapping.labels import Labels
@@ -219,12 +221,12 @@ def test_the_mean_over_labelled_images_is_one_of_mixed_images_too(noise: Noise, 
     source.split.labels[20:] = -1
     plan = replace(PLAN, images=60, batch_size=20, augment="none", mix_probability=chance)
     means = [
-        Labels(batch.labels_B, batch.other_B, batch.share_B, plan.known(20 / 60)).mean(torch.ones(20)).item()
+        Labels(batch.labels_B, batch.other_B, batch.share_B, plan.labeled_share(20 / 60)).mean(torch.ones(20)).item()
         for epoch in range(70)
         for batch in batches(source, plan, epoch)
     ]
     assert abs(np.mean(means) - 1) < 5 * np.std(means) / len(means) ** 0.5 + 0.1
-    assert replace(plan, mixup=0.0, cutmix=0.0).known(0.25) == 0.25 and plan.known(1.0) == 1.0
+    assert replace(plan, mixup=0.0, cutmix=0.0).labeled_share(0.25) == 0.25 and plan.labeled_share(1.0) == 1.0
 
 
 def test_a_pair_has_one_number_whichever_comes_first() -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from remap.data.digits import open_digits
 from remap.data.images import decode
 from remap.data.sources import open_data
 from remap.data.splits import ImageData, Split, stratified
@@ -38,7 +37,7 @@ def test_digits_are_divided_in_proportion_without_overlap_and_always_the_same() 
     from sklearn.datasets import load_digits
 
     bundle = load_digits()
-    data, again = open_digits(), open_data("digits", None, 0.5)
+    data, again = open_data("digits", None, 0.5), open_data("digits", None, 0.5)
     assert (len(data.train), len(data.val), data.test) == (1000, 797, None)
     assert data.classes == tuple("0123456789") and data.fingerprint() == again.fingerprint()
     numbers = [[int(name.removeprefix("digits/")) for name in split.names] for split in (data.train, data.val)]

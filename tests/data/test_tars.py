@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from remap.data import file_listing
+from remap.data import tar_listing
 from remap.data.sources import open_data
 from remap.data.splits import ImageData
 from remap.errors import DataError
@@ -138,10 +138,10 @@ def test_a_compressed_tar_holds_its_images_only_and_not_without_bound(
     images = {f"{name}/{i}.png": png(i) for name in "ab" for i in range(2)}
     total = sum(map(len, images.values()))
     path = tar(images | {"a/film.mov": bytes(2 * total)}, mode=mode)
-    monkeypatch.setattr(file_listing, "HELD_BYTES", total)
+    monkeypatch.setattr(tar_listing, "HELD_BYTES", total)
     data = open_data(str(path), None, 0.5)
     assert sorted(name for name, _, _ in contents(data)) == sorted(images)
     assert data.skipped == (("a/film.mov", ".mov files are not taken from folders of images"),)
-    monkeypatch.setattr(file_listing, "HELD_BYTES", total - 1)
+    monkeypatch.setattr(tar_listing, "HELD_BYTES", total - 1)
     with pytest.raises(DataError, match="decompress the archive"):
         open_data(str(path), None, 0.5)

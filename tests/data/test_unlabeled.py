@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from remap.data import views as views_module
-from remap.data.digits import open_digits
 from remap.data.images import decode
 from remap.data.sources import open_data, open_unlabeled
 from remap.data.splits import Split, stratified
@@ -100,7 +99,7 @@ def test_every_class_keeps_a_label_whatever_the_counts() -> None:
 
 def test_few_labels_of_the_digits() -> None:
     """The other training images stay, without labels; evaluation is the same; any seed keeps the same labels."""
-    whole, few = open_digits(), open_data("digits", None, 0.2, labels=100)
+    whole, few = open_data("digits", None, 0.5), open_data("digits", None, 0.2, labels=100)
     assert (len(few.train), len(few.unlabeled), few.val.names) == (100, 900, whole.val.names)
     assert sorted(few.train.names + few.unlabeled.names) == sorted(whole.train.names)
     label_of = dict(zip(whole.train.names, whole.train.labels.tolist(), strict=True))
@@ -181,7 +180,7 @@ def test_nothing_is_decoded_twice(tree: Tree, monkeypatch: pytest.MonkeyPatch) -
     assert len(calls) == 20
     for source in (views.train, views.training_source, views.unlabeled):
         greys(source)
-    assert len(calls) == 20 and views.training_source.kept_bytes == 12 * 3 * 16
+    assert len(calls) == 20 and views.training_source.cached_bytes == 12 * 3 * 16
 
 
 def test_the_memory_budget_serves_the_labelled_images_first(tree: Tree) -> None:
@@ -189,8 +188,8 @@ def test_the_memory_budget_serves_the_labelled_images_first(tree: Tree) -> None:
     root, loose = tree(LABELED), str(tree(LOOSE, "loose"))
     for room, expected in ((8 * 48, (384, 0, 0)), (12 * 48, (384, 192, 0)), (20 * 48, (384, 192, 384))):
         views = opened(root, unlabeled=loose, memory_gib=room / 2**30)
-        assert (views.train.kept_bytes, views.unlabeled.kept_bytes, views.val.kept_bytes) == expected
-        assert views.training_source.kept_bytes == sum(expected[:2])
+        assert (views.train.cached_bytes, views.unlabeled.cached_bytes, views.val.cached_bytes) == expected
+        assert views.training_source.cached_bytes == sum(expected[:2])
         assert greys(views.training_source)[8:] == [102, 103, 104, 101]
 
 
@@ -232,7 +231,7 @@ def test_two_joined_sources_are_one_source_of_both(
         assert good_left.tolist() == good_right.tolist() == [i for i in indices if i not in (3, 5, 11)]
         assert torch.equal(left, right) and left.dtype == torch.uint8 and good_left.dtype == np.int64
     assert joined.bad == one.bad and joined.bad_names() == one.bad_names()
-    assert (joined.nbytes, joined.kept_bytes) == (one.nbytes, one.kept_bytes)
+    assert (joined.nbytes, joined.cached_bytes) == (one.nbytes, one.cached_bytes)
     left, right = joined.without_bad(), one.without_bad()
     assert left.split.names == right.split.names and left.split.labels.tolist() == right.split.labels.tolist()
     assert torch.equal(left.batch(range(9))[0], right.batch(range(9))[0]) and left.without_bad() is left

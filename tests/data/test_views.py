@@ -75,7 +75,7 @@ def test_views_are_the_same_in_memory_and_out_of_it(bad: tuple[int, ...]) -> Non
     split = Split(tuple("abcdefg"), np.arange(7) % 2, lambda i: data[i])
     view = View(8, 0.875, "bicubic")
     kept, read = (ViewSource(split, view, memory_bytes=size, workers=2) for size in (7 * 3 * 64, 7 * 3 * 64 - 1))
-    assert (kept.kept_bytes, read.kept_bytes) == (7 * 3 * 64, 0)
+    assert (kept.cached_bytes, read.cached_bytes) == (7 * 3 * 64, 0)
     kept.load(Silent(), "images")
     read.load(Silent(), "images")
     assert set(kept.bad) == set(bad) and read.bad == {}

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from remap.data.images import BadImage, decode
 from remap.data.sources import open_data, open_unlabeled
 from remap.errors import RecipeError, RemapError
-from remap.io.checked_read import parse_json, plain
+from remap.io.checked_json import parse_json
+from remap.io.names import plain
 from remap.pipeline.run import start
 from remap.recipe import Recipe, dump, resolve, strict_yaml
 from remap.recipe.paths import absolute, absolute_data, absolute_model, absolute_weights, is_run

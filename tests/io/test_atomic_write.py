@@ -1,4 +1,4 @@
-"""A file is whole or as it was: full disks, odd places and not-a-number."""
+"""A file is complete or as it was: full disks, paths that cannot be written, and not-a-number."""
 
 import errno
 import json
@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import stat
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,7 @@ def test_a_failing_write_leaves_the_earlier_file_and_nothing_else(
     monkeypatch.undo()
     assert path.read_text() == "earlier" and os.listdir(tmp_path) == ["metrics.json"]
     text, full = str(caught.value), number != errno.EIO
-    assert str(path) in text and os.strerror(number) in text and "untouched" in text and caught.value.exit_code == 2
+    assert str(path) in text and os.strerror(number) in text and "unchanged" in text and caught.value.exit_code == 2
     assert isinstance(caught.value, DiskFull) is full
     assert ("2,000 bytes needed, 1,234 bytes free" in text) is full
 
@@ -92,32 +91,6 @@ def test_a_file_system_that_cannot_flush_folders_will_do(tmp_path: Path, monkeyp
     assert (tmp_path / "a").read_bytes() == b"x" and len(os.listdir("/proc/self/fd")) == before
 
 
-@pytest.mark.parametrize(("free", "fits"), [(1050, True), (1049, False)])
-def test_room_is_asked_for_before_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, fits: bool
-) -> None:
-    """1000 bytes need 1050 free ones where the nearest folder is that is there already."""
-    usage = shutil.disk_usage(tmp_path)._replace(free=free)
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage if place == tmp_path else None)
-    place = tmp_path / "runs" / "run"
-    if fits:
-        atomic_write.require_space(place, 1000, "this run")
-    else:
-        with pytest.raises(DiskFull, match="this run will not fit on the disk: 1.0 kB needed, 1.0 kB free") as caught:
-            atomic_write.require_space(place, 1000, "this run")
-        assert str(place) in str(caught.value) and "1,000 bytes needed, 1,049 bytes free" in str(caught.value)
-        assert "another --output" in (caught.value.do or "") and caught.value.exit_code == 2
-    assert os.listdir(tmp_path) == []
-
-
-def test_json_round_trip_in_utf8(tmp_path: Path) -> None:
-    value = {"classes": ["ä", "蟻"], "accuracy": 0.1, "none": None}
-    atomic_write.write_json(tmp_path / "a.json", value)
-    assert atomic_write.read_json(tmp_path / "a.json") == value
-    atomic_write.write_bytes(tmp_path / "b.json", '"ä"'.encode())
-    assert atomic_write.read_json(tmp_path / "b.json") == "ä"
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_json_refuses_what_is_no_number(tmp_path: Path, value: float) -> None:
     """RFC 8259, section 6: numbers such as Infinity and NaN are not permitted."""
@@ -128,37 +101,6 @@ def test_json_refuses_what_is_no_number(tmp_path: Path, value: float) -> None:
     assert json.loads(path.read_text()) == 1
 
 
-DAMAGED = {
-    "missing": None,
-    "empty": b"",
-    "cut": b"{",
-    "not text": b"\xff\xfe",
-    "deep": b"[" * 100_000,
-    "a key twice": b'{"a": 1, "a": 2}',
-    "a terminal's": b'{"\x1b[2J": 1, "\x1b[2J": 1}',
-}
-
-
-@pytest.mark.parametrize("content", DAMAGED.values(), ids=list(DAMAGED))
-def test_damaged_json_is_the_users_error(tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "summary.json"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(RunError, match="cannot read .*summary.json") as caught:
-        atomic_write.read_json(path)
-    assert "\x1b" not in str(caught.value)
-
-
-def test_json_without_end_is_not_waited_for(tmp_path: Path) -> None:
-    """A pipe that nobody writes to, and a terabyte without blocks on disk."""
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "large").touch()
-    os.truncate(tmp_path / "large", 2**40)
-    for name, reason in (("pipe", "it is a FIFO"), ("large", "larger than")):
-        with pytest.raises(RunError, match=reason):
-            atomic_write.read_json(tmp_path / name)
-
-
 def test_folders_are_made_or_refused_with_a_reason(tmp_path: Path) -> None:
     atomic_write.make_folder(tmp_path / "a" / "b")
     atomic_write.make_folder(tmp_path / "a" / "b")
@@ -166,22 +108,3 @@ def test_folders_are_made_or_refused_with_a_reason(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot make"):
         atomic_write.make_folder(tmp_path / "file" / "c")
-
-
-def test_folders_of_more_levels_than_python_has_are_looked_through(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """1,200 levels; the link is at the bottom."""
-    monkeypatch.chdir(tmp_path)
-    try:
-        for _ in range(1200):
-            os.mkdir("d")
-            os.chdir("d")
-        atomic_write.require_no_links(tmp_path)
-        os.symlink("/", "link")
-        monkeypatch.chdir(tmp_path)
-        with pytest.raises(RunError, match="is a link"):
-            atomic_write.require_no_links(tmp_path)
-    finally:
-        os.chdir(tmp_path)
-        subprocess.run(["rm", "-rf", "d"], check=True)  # Python's own way has as many levels as Python

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from remap.distributed.launch import accelerator
 from remap.engine.evaluate import evaluate
 from remap.errors import RecipeError, RunError
-from remap.io import atomic_write
+from remap.io import disk_space
 from remap.pipeline.dry_run import estimate
 from remap.pipeline.run import as_recipe, distill, resume, start
 from remap.pipeline.shared import SharedResources
@@ -107,7 +107,7 @@ def test_the_dry_run_counts_the_disk_that_the_run_asks_for(
 ) -> None:
     """Source: the tensors of a checkpoint as safetensors reads them; the step counts of AdamW left out."""
     recipe, asked = tiny.recipe(**words), list[int]()
-    monkeypatch.setattr(atomic_write, "require_space", lambda place, needed, what: asked.append(needed))
+    monkeypatch.setattr(disk_space, "require_space", lambda place, needed, what: asked.append(needed))
     said = estimate(recipe, Silent())["estimate"]
     run = start(recipe, tmp_path / "run").run_dir
     sizes = {"parameter": 0, "optimizer": 0}

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from remap.cache.folders import cache_root, list_caches
+from remap.cache.cache_folders import cache_root
+from remap.cache.cache_listing import list_caches
 from remap.errors import DataError, RecipeError, RemapError
 from remap.pipeline.build_cache import build_cache
 from remap.pipeline.run import start

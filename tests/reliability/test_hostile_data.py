@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from remap.data import file_listing, images
+from remap.data import file_listing, images, tar_listing
 from remap.data.images import BadImage, decode
 from remap.data.sources import open_data, open_unlabeled
 from remap.data.views import View
 from remap.errors import DataError, RemapError, RunError
-from remap.io.checked_read import plain, unfit_for_a_name
+from remap.io.names import name_problem, plain
 from remap.pipeline.predict import image_files
 from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
@@ -176,7 +176,7 @@ def test_bombs_are_refused_before_they_are_held(
     """Limits made small: 16 MB of zeros are about 16 kB of gzip, a thousandth (RFC 1951's limit is 1032 to 1)."""
     path = tmp_path / "x.tar"
     path.write_bytes(compress(bomb(16_000_000)))
-    monkeypatch.setattr(file_listing, "FREE_GROWTH", 2**20)
+    monkeypatch.setattr(tar_listing, "FREE_GROWTH", 2**20)
     tracemalloc.start()
     try:
         with pytest.raises(DataError, match="grows out of bounds when it is decompressed"):
@@ -188,8 +188,8 @@ def test_bombs_are_refused_before_they_are_held(
 
 def test_a_bomb_that_claims_no_size_is_stopped_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind the last header, where nothing asks for it, and in front of the first, as a heap of empty blocks."""
-    monkeypatch.setattr(file_listing, "FREE_GROWTH", 2**20)
-    monkeypatch.setattr(file_listing, "MOST_GROWTH", 1)
+    monkeypatch.setattr(tar_listing, "FREE_GROWTH", 2**20)
+    monkeypatch.setattr(tar_listing, "MOST_GROWTH", 1)
     path = tmp_path / "x.tar"
     path.write_bytes(gzip.compress(packed([member(f"{i}.txt") for i in range(5000)])))
     with pytest.raises(DataError, match="grows out of bounds"):
@@ -210,7 +210,7 @@ def test_seen_members_are_let_go(tmp_path: Path) -> None:
     path.write_bytes(packed([*GOOD, *(member(f"a/{i}.txt") for i in range(6000))]))
     tracemalloc.start()
     try:
-        file_listing.list_tar(path)
+        tar_listing.list_tar(path)
         assert tracemalloc.get_traced_memory()[1] < 3 * 2**20
     finally:
         tracemalloc.stop()
@@ -225,7 +225,7 @@ def test_an_archive_that_is_no_file(kind: str, tmp_path: Path) -> None:
         path.symlink_to("/dev/zero")
     else:
         os.mknod(path, 0o140644)
-    with pytest.raises(DataError, match="it is a (FIFO|device|socket), no file"):
+    with pytest.raises(DataError, match="it is a (FIFO|device|socket), not a file"):
         open_data(str(path), None, 0.5)
 
 
@@ -270,7 +270,7 @@ def test_links_that_cross_are_refused(tmp_path: Path) -> None:
     for one, other in ("ab", "ba"):
         for i in range(3):
             (root / one / f"to{i}").symlink_to(root / other)
-    with pytest.raises(DataError, match="go round"):
+    with pytest.raises(DataError, match="go in a circle"):
         open_data(str(root), None, 0.5)
 
 
@@ -472,7 +472,7 @@ def test_other_names_are_kept(name: str, tmp_path: Path) -> None:
     """Persian and emoji need the joiners that are no letters by themselves."""
     root = folder(tmp_path / "data")
     (root / "a").rename(root / name)
-    assert name in open_data(str(root), None, 0.5).classes and unfit_for_a_name(name) is None
+    assert name in open_data(str(root), None, 0.5).classes and name_problem(name) is None
 
 
 @pytest.mark.parametrize("name", ["a\x1b[2J", "a\nb", "n" * 300, "a\0b", "a\u202eb"], ids=ascii)

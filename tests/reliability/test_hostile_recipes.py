@@ -45,7 +45,7 @@ PAYLOADS = {
     "a NUL in quotes": ('data: {source: "a\\0b"}', "data.source: holds the control character '\\x00'"),
     "escape sequences": ('name: "a\\e[2J"', "'a\\x1b[2J' may hold letters"),
     "a line break in a name": ('losses: ["ce\\n  do rm -rf"]', "unknown loss 'ce\\n  do rm -rf'"),
-    "turned text": ('student: "vit_\\u202Esmall"', "which turns the text around it"),
+    "turned text": ('student: "vit_\\u202Esmall"', "the control character"),
     "half a letter": ('data: {source: "\\ud800"}', "characters that no file name has"),
     "an escape beyond all letters": ('name: "\\U00110000"', "not readable as YAML"),
     "an escape beyond all numbers": ('name: "\\UFFFFFFFF"', "not readable as YAML"),
@@ -126,8 +126,8 @@ def _loop(path: Path) -> None:
 
 PLACES = {
     "a folder": (Path.mkdir, "Is a directory"),
-    "a FIFO": (os.mkfifo, "it is a FIFO, no file"),
-    "a device": (lambda path: path.symlink_to("/dev/zero"), "it is a device, no file"),
+    "a FIFO": (os.mkfifo, "it is a FIFO, not a file"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "it is a device, not a file"),
     "a circle of links": (_loop, "Too many levels of symbolic links"),
     "a link to nothing": (lambda path: path.symlink_to("nothing"), "No such file"),
     "nothing": (lambda path: None, "no such file"),

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from remap.backbones.anatomy import Anatomy, module_at
-from remap.backbones.anatomy import admit_tokens
+from remap.backbones.anatomy import Anatomy, admit_tokens, module_at
 from remap.errors import BackboneError
 from remap.tuning.base import Attached, Method, Options, Sample, insert_module, inserted_parameters, vectors
 from remap.tuning.dropout import SampleDropout

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.anatomy import Anatomy, module_at
-from remap.backbones.families.swin import admit_window_tokens, merge_prompts, merging_before, with_window_tokens
 from remap.backbones.block_reader import leaving
+from remap.backbones.families.swin import admit_window_tokens, merge_prompts, merging_before, with_window_tokens
 from remap.errors import BackboneError
 from remap.tuning.base import Attached, insert_module, inserted_parameters
 from remap.tuning.dropout import SampleDropout

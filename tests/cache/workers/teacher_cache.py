@@ -23,7 +23,7 @@ from remap.recipe import resolve  # noqa: E402
 
 torch.set_num_threads(1)
 noted: dict[str, Any] = {"asked": 0}
-items_of, fit = teacher_cache._items_of, run.train
+items_of, fit = teacher_cache._outputs, run.train
 tensors: dict[str, torch.Tensor] = {}
 
 
@@ -43,7 +43,7 @@ def noting(job: Any, **words: Any) -> Any:
     return state
 
 
-teacher_cache._items_of, run.train = counting, noting
+teacher_cache._outputs, run.train = counting, noting
 result = start(resolve(words=words, settings=settings), output)
 noted["summary"] = [name for name, _ in result.summary["data"]["skipped"]]
 rank = accelerator().process_index

@@ -19,7 +19,7 @@ import torch
 from remap.engine.checkpoint import load_checkpoint, save_checkpoint, snapshot
 from remap.engine.state import State
 from remap.errors import RunError
-from remap.io import atomic_write
+from remap.io import disk_space
 from remap.pipeline.run import resume, start
 from remap.recipe import resolve
 
@@ -121,7 +121,7 @@ if mounts:
         said["preflight"] = error_of(recipe, place / "run", watch)
 else:
     said["preflight"] = error_of(
-        place / "run", 2 * shutil.disk_usage(place).free, "the run", call=atomic_write.require_space
+        place / "run", 2 * shutil.disk_usage(place).free, "the run", call=disk_space.require_space
     )
 said["preflight_steps"] = watch.steps
 

@@ -1,0 +1,183 @@
+"""What teacher caches there are, and how they are cleared. Needs neither torch nor numpy."""
+
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from remap.cache import cache_folders
+from remap.cache.cache_folders import DATA_FILE, KEY_FILE, ROWS_FILE, read_key
+from remap.errors import RunError
+from remap.io.checked_json import read_json
+
+
+@dataclass(frozen=True)
+class CachedOutput:
+    """One output in a cache: ``records`` of ``shape``, as ``dtype`` (of class probabilities the ``top_k`` largest)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    top_k: int | None
+    records: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One cache folder.
+
+    Attributes:
+        id: The folder's name.
+        images: Records of the output that has most: an image counts once for each of its views.
+        last_used: Seconds since the epoch.
+    """
+
+    id: str
+    folder: Path
+    key: dict[str, Any]
+    outputs: tuple[CachedOutput, ...]
+    images: int
+    bytes: int
+    last_used: float
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.last_used))
+        # In JSON, outputs are called "items", as their folders are.
+        return {**values, "folder": str(self.folder), "items": values.pop("outputs"), "last_used": when}
+
+
+@dataclass(frozen=True)
+class Cleared:
+    """What ``clear`` did: caches that are gone, and those that a running process uses."""
+
+    removed: tuple[Cache, ...]
+    in_use: tuple[Cache, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(cache.bytes for cache in self.removed)
+
+
+def list_caches(root: Path) -> list[Cache]:
+    """Return all caches below a root, the last used first; other folders are passed over.
+
+    Raises:
+        RunError: The root cannot be read.
+    """
+    try:
+        caches = [_cache(folder) for folder in root.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise RunError(f"cannot read the teacher cache: {error.strerror}", given=root) from error
+    return sorted((cache for cache in caches if cache is not None), key=lambda cache: -cache.last_used)
+
+
+def chosen_caches(
+    root: Path, words: Sequence[str] = (), *, everything: bool = False, older_than_days: float | None = None
+) -> list[Cache]:
+    """Return the caches that a user means: by the beginning of their id, all of them, or those unused for some days.
+
+    Raises:
+        RunError: A word fits no cache or several, or nothing was chosen at all.
+    """
+    caches = list_caches(root)
+    if words and everything:
+        raise RunError("either name caches or take all of them", given=f"{' '.join(words)} --all")
+    if not (words or everything or older_than_days is not None):
+        raise RunError(
+            "nothing was chosen to be cleared",
+            allowed="the beginning of an id, --all, --older-than DAYS",
+            do="list the caches: remap cache ls",
+        )
+    if words:
+        # Two words may mean the same cache.
+        chosen = [_named(caches, word, root) for word in words]
+        caches = list({cache.id: cache for cache in chosen}.values())
+    if older_than_days is not None:
+        oldest = time.time() - older_than_days * 86400
+        caches = [cache for cache in caches if cache.last_used < oldest]
+    return caches
+
+
+def _named(caches: Sequence[Cache], word: str, root: Path) -> Cache:
+    # An empty word would begin every id.
+    fitting = [cache for cache in caches if word and cache.id.startswith(word.lower())]
+    if len(fitting) == 1:
+        return fitting[0]
+    raise RunError(
+        f"{len(fitting)} caches begin with this id" if fitting else f"no teacher cache of this id in {root}",
+        given=word,
+        allowed=[cache.id for cache in fitting or caches] or None,
+        do="list the caches: remap cache ls",
+    )
+
+
+def clear(caches: Iterable[Cache]) -> Cleared:
+    """Delete caches; those that a process uses are left, and no link is followed.
+
+    Raises:
+        RunError: A folder may not be deleted.
+    """
+    removed: list[Cache] = []
+    in_use: list[Cache] = []
+    for cache in caches:
+        # Between listing and clearing, a person may have confirmed: the folder may be gone, or another one by now.
+        if read_key(cache.folder) is None:
+            continue
+        try:
+            (removed if _remove(cache.folder) else in_use).append(cache)
+        except OSError as error:
+            raise RunError(f"cannot delete a teacher cache: {error.strerror}", given=cache.folder) from error
+    return Cleared(tuple(removed), tuple(in_use))
+
+
+def _remove(folder: Path) -> bool:
+    """Delete a cache unless it is in use."""
+    lock = os.open(folder / KEY_FILE, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        # Each process that uses the cache holds a shared lock; this one fails at once if there is any.
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Renamed first, which is one step, so that no process ever finds half of a cache.
+        with tempfile.TemporaryDirectory(prefix=cache_folders.DRAFT, dir=folder.parent) as grave:
+            folder.rename(Path(grave, folder.name))
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(lock)
+    return True
+
+
+def _cache(folder: Path) -> Cache | None:
+    key = read_key(folder)
+    if key is None:
+        return None
+    try:
+        outputs = tuple(
+            _output(path.parent)
+            for path in sorted(folder.glob(f"{cache_folders.OUTPUTS}/[!.]*/{cache_folders.OUTPUT_FILE}"))
+        )
+        last_used = (folder / KEY_FILE).stat().st_mtime
+    except (OSError, ValueError, KeyError, TypeError):  # just being deleted, or damaged inside: still to be cleared
+        outputs, last_used = (), 0.0
+    images = max((output.records for output in outputs), default=0)
+    return Cache(folder.name, folder, key, outputs, images, sum(output.bytes for output in outputs), last_used)
+
+
+def _output(folder: Path) -> CachedOutput:
+    content = read_json(folder / cache_folders.OUTPUT_FILE)
+    # Sizes of files, not records: a listing must not read gigabytes, nor lock out a writer.
+    data, rows = (sum(_bytes(path / name) for path in folder.glob("seg-*")) for name in (DATA_FILE, ROWS_FILE))
+    shape = tuple(int(side) for side in content["shape"])
+    name, dtype = str(content["name"]), str(content["dtype"])
+    return CachedOutput(name, shape, dtype, content["top_k"], rows // cache_folders.ROW_BYTES, data + rows)
+
+
+def _bytes(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0  # its writer may have yet to make it

@@ -1,0 +1,79 @@
+"""The epoch plan: in which order images are seen, how an epoch is cut into steps, and which images are mixed."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remap.data import keyed_random
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """How an epoch is cut: ``batch_size`` is global; each step has ``accumulation`` micro-batches on each process.
+
+    An epoch has floor(images / batch_size) steps, so that every step has a full batch; the images left over differ
+    from epoch to epoch. A split smaller than a batch is one step. All is a function of (seed, epoch).
+
+    Attributes:
+        augment, views, mixup, cutmix, mix_probability: As in ``DataSpec``.
+    """
+
+    seed: int
+    images: int
+    batch_size: int
+    accumulation: int
+    rank: int
+    processes: int
+    augment: str
+    views: int | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_probability: float = 1.0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return max(1, self.images // self.batch_size)
+
+    @property
+    def step_images(self) -> int:
+        """Images of one step, all processes together."""
+        return min(self.batch_size, self.images)
+
+    def labeled_share(self, labeled: float) -> float:
+        """Return the share of images, as they are seen, whose labels are known: of a mixed one, both.
+
+        Args:
+            labeled: Share of the images themselves that have a label.
+        """
+        mixed = self.mix_probability if self.mixes else 0.0
+        return labeled * (1.0 - mixed + mixed * labeled)
+
+    def view(self, epoch: int) -> int:
+        """Return the number of the view that this epoch sees; without augmentation there is one."""
+        if self.augment == "none":
+            return 0
+        return epoch if self.views is None else epoch % self.views
+
+    def pairs(self, epoch: int, first_step: int = 0) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield the indices of each micro-batch of this process, and of its images' partners in mixing.
+
+        Neighbours in the order of the global batch are partners (0 and 1, 2 and 3, ...), on any process; the last of
+        an odd number is its own.
+        """
+        order = keyed_random.permutation(self.seed, epoch, self.images)
+        size = self.step_images
+        parts = np.array_split(np.arange(size), self.processes * self.accumulation)
+        mine = parts[self.rank * self.accumulation :][: self.accumulation]
+        for step in range(first_step, self.steps):
+            batch = order[step * size : (step + 1) * size]
+            for positions in mine:
+                partners = np.where((positions ^ 1) < size, positions ^ 1, positions)
+                yield batch[positions], batch[partners]

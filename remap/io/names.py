@@ -1,0 +1,24 @@
+"""Names that strangers chose (classes, files, tensors): how they are shown, and which are refused."""
+
+import unicodedata
+
+# Marks, embeddings, overrides and isolates, which change the direction of text (Unicode Annex 9, section 2). Other
+# invisible characters stay: Persian words and many emoji need the joiners U+200C and U+200D.
+_DIRECTION = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def plain(text: str, *, keep: str = "") -> str:
+    """Return text that a terminal, a log and an XML file show as it is.
+
+    Control characters, stray bytes of file names and characters that change the direction of the text become escapes,
+    as ``repr`` writes them; those in ``keep`` stay.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
+def name_problem(text: str) -> str | None:
+    """Return the control character that makes a text unfit to be a name people read and type; None without one."""
+    for c in text:
+        if c in _DIRECTION or unicodedata.category(c) in ("Cc", "Zl", "Zp"):
+            return f"the control character {c!r}"
+    return None
