@@ -32,10 +32,12 @@ class ResidualAdapter(Method):
     """
 
     class Config(Options):
-        """``dense`` lets C mix all channels also beside a grouped convolution, which cannot be folded then."""
+        """Options."""
 
-        place: Literal["parallel", "series"] = "parallel"
-        dense: bool = Field(default=False)
+        place: Literal["parallel", "series"] = Field(
+            "parallel", description="Parallel to a spatial convolution, or after it."
+        )
+        dense: bool = Field(False, description="Mix all channels at grouped convolutions too; not mergeable then.")
 
     config: Config
 
