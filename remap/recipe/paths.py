@@ -5,14 +5,19 @@ import os
 from remap.io.checked_read import LONGEST_PATH, absolute, unfit_for_a_name
 
 
+def is_builtin_source(word: object) -> bool:
+    """Whether a data source is built in, and so neither a path nor a file."""
+    return word == "digits"
+
+
 def is_run(word: str) -> bool:
     """Whether a word names a run directory (or the task folder inside one)."""
     path = os.path.expanduser(word)
     return any(os.path.isfile(os.path.join(path, *parts)) for parts in (("task", "task.json"), ("task.json",)))
 
 
-def require_place(word: str) -> str:
-    """A word that may be a path or the name of a model.
+def require_path_or_name(word: str) -> str:
+    """Return a word that may be a path or the name of a model.
 
     Raises:
         ValueError: It is empty, longer than any path, or holds what no readable path has.
@@ -32,17 +37,17 @@ def require_place(word: str) -> str:
 
 
 def absolute_data(word: str) -> str:
-    """An absolute data path; "digits" is no path."""
-    return word if word == "digits" else absolute(word)
+    """Return a data path as an absolute one; the name of a built-in source stays."""
+    return word if is_builtin_source(word) else absolute(word)
 
 
 def absolute_model(word: str) -> str:
-    """An absolute path in ``local-dir:FOLDER`` or a run directory; the name of a model stays, whatever lies here."""
+    """Return the folder of ``local-dir:FOLDER`` or a run directory as an absolute path; the name of a model stays."""
     if word.startswith("local-dir:"):
         return f"local-dir:{absolute(word.removeprefix('local-dir:'))}"
     return absolute(word) if is_run(word) else word
 
 
 def absolute_weights(word: str) -> str:
-    """An absolute path of a weights file or run directory; "pretrained" and "none" stay."""
+    """Return a weights file or run directory as an absolute path; "pretrained" and "none" stay."""
     return absolute(word) if word.endswith(".safetensors") or is_run(word) else word

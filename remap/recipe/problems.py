@@ -102,20 +102,15 @@ def _dotted(path: list, place: str) -> str:
     return text or "recipe"
 
 
-def _schema_at(schema: type[BaseModel], path: list) -> type[BaseModel] | None:
+def _fields_at(schema: type[BaseModel], path: list[Any]) -> Iterable[str]:
     for part in path:
-        if isinstance(part, int):
-            continue
-        field = schema.model_fields.get(part)
-        schema = _model_in(field.annotation) if field else None
-        if schema is None:
-            return None
-    return schema
-
-
-def _fields_at(schema: type[BaseModel], path: list) -> Iterable[str]:
-    owner = _schema_at(schema, path)
-    return owner.model_fields if owner else ()
+        if not isinstance(part, int):
+            field = schema.model_fields.get(part)
+            inner = _model_in(field.annotation) if field else None
+            if inner is None:
+                return ()
+            schema = inner
+    return schema.model_fields
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -22,7 +22,7 @@ from remap.errors import RunError
 from remap.io import atomic_write
 from remap.io.checked_read import plain, sha256_of, unfit_for_a_name
 from remap.network import Network
-from remap.recipe.schema import LARGEST_SIDE, MethodSpec, Place
+from remap.recipe.schema import LARGEST_SIDE, MethodSpec, PathOrName
 from remap.runs.run_dir import RunDir
 
 FORMAT = 1
@@ -68,8 +68,8 @@ _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class _Source(BaseModel):
-    model: Annotated[Place, AfterValidator(_require_absolute)]
-    weights: Annotated[Place, AfterValidator(_require_absolute)]
+    model: Annotated[PathOrName, AfterValidator(_require_absolute)]
+    weights: Annotated[PathOrName, AfterValidator(_require_absolute)]
     sha256: _Sha256
     preset: Literal["none", "mae", "moco_v3"]
     image_size: int | None = Field(default=None, ge=1, le=LARGEST_SIDE)

@@ -50,17 +50,17 @@ class ShrinkSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    depth: int | None = Field(None, ge=1, description="Number of blocks that stay.")
-    width: int | None = Field(None, ge=1, description="Number of channels that stay.")
-    heads: int | None = Field(None, ge=1, description="Number of attention heads per block that stay.")
-    mlp: int | None = Field(None, ge=1, description="Number of hidden units per MLP that stay.")
+    depth: int | None = Field(default=None, ge=1, description="Number of blocks that stay.")
+    width: int | None = Field(default=None, ge=1, description="Number of channels that stay.")
+    heads: int | None = Field(default=None, ge=1, description="Number of attention heads per block that stay.")
+    mlp: int | None = Field(default=None, ge=1, description="Number of hidden units per MLP that stay.")
     importance: Literal["taylor", "magnitude"] = Field(
-        "taylor", description="Score: first-order change of the features on images, or magnitude."
+        default="taylor", description="Score: first-order change of the features on images, or magnitude."
     )
     blocks: Literal["sensitivity", "uniform"] = Field(
-        "sensitivity", description="Blocks to remove: the least missed on images, or evenly spaced."
+        default="sensitivity", description="Blocks to remove: the least missed on images, or evenly spaced."
     )
-    images: int = Field(64, ge=1, description="Number of training images that scores are measured on.")
+    images: int = Field(default=64, ge=1, description="Number of training images that scores are measured on.")
 
     @model_validator(mode="after")
     def _cuts_something(self) -> "ShrinkSpec":

@@ -46,9 +46,9 @@ class Skip(Method):
     class Config(Options):
         """Options."""
 
-        cost: float = Field(1.0, ge=0.0, description="Price of the fully open network, in units of the loss.")
+        cost: float = Field(default=1.0, ge=0.0, description="Price of the fully open network, in units of the loss.")
         gates: Literal["block", "branch"] = Field(
-            "block", description="One gate per block, or per branch (attention, MLP)."
+            default="block", description="One gate per block, or per branch (attention, MLP)."
         )
 
     config: Config

@@ -121,9 +121,9 @@ class Dist(LogitsTerm):
     class Config(Options):
         """Options."""
 
-        beta: float = Field(1.0, ge=0.0, description="Weight of the correlation across classes, per image.")
-        gamma: float = Field(1.0, ge=0.0, description="Weight of the correlation across images, per class.")
-        tau: float = Field(1.0, gt=0.0, description="Temperature; divides the logits of both networks.")
+        beta: float = Field(default=1.0, ge=0.0, description="Weight of the correlation across classes, per image.")
+        gamma: float = Field(default=1.0, ge=0.0, description="Weight of the correlation across images, per class.")
+        tau: float = Field(default=1.0, gt=0.0, description="Temperature; divides the logits of both networks.")
 
     config: Config
 
@@ -146,9 +146,11 @@ class Torchdistill(TokenTerm):
     class Config(Options):
         """Options."""
 
-        loss: LossName = Field("RKDLoss", description="Class name of torchdistill's loss.")
-        signal: Signal = Field("pooled", description="Signal that the loss reads.")
-        options: dict[str, Scalar] = Field({}, description="Arguments of the class, except module paths.")
+        loss: LossName = Field(default="RKDLoss", description="Class name of torchdistill's loss.")
+        signal: Signal = Field(default="pooled", description="Signal that the loss reads.")
+        options: dict[str, Scalar] = Field(
+            default_factory=dict, description="Arguments of the class, except module paths."
+        )
 
         @field_validator("loss", mode="before")
         @classmethod

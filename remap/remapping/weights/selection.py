@@ -64,7 +64,7 @@ class Layers(WeightInit):
         """Options."""
 
         which: Literal["uniform", "first", "last"] = Field(
-            "uniform", description="Teacher blocks that the student takes."
+            default="uniform", description="Teacher blocks that the student takes."
         )
 
     config: Config

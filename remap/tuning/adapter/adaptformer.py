@@ -25,11 +25,11 @@ class AdaptFormer(Method):
     class Config(Options):
         """Defaults are those of the official code; a layer norm adds 2*D parameters per block."""
 
-        bottleneck: int = Field(64, ge=1, description="Width of the bottleneck.")
-        scale: float = Field(0.1, gt=0.0, description="Factor on the adapter's output.")
-        dropout: float = Field(0.1, ge=0.0, lt=1.0, description="Dropout probability in the bottleneck.")
+        bottleneck: int = Field(default=64, ge=1, description="Width of the bottleneck.")
+        scale: float = Field(default=0.1, gt=0.0, description="Factor on the adapter's output.")
+        dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout probability in the bottleneck.")
         layernorm: Literal["none", "in", "out"] = Field(
-            "none", description="Layer norm of the input or the scaled output."
+            default="none", description="Layer norm of the input or the scaled output."
         )
 
     config: Config

@@ -43,8 +43,8 @@ class LadderSideTuning(Method):
     class Config(Options):
         """Options."""
 
-        reduction: int = Field(8, ge=1, description="Backbone width / side network width.")
-        gates: Literal["fixed", "learned"] = Field("fixed", description="Mix of both networks: one half, or learned.")
+        reduction: int = Field(default=8, ge=1, description="Backbone width / side network width.")
+        gates: Literal["fixed", "learned"] = Field(default="fixed", description="Mix of the two: one half, or learned.")
 
     config: Config
 

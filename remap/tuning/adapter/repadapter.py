@@ -33,12 +33,12 @@ class RepAdapter(Method):
     class Config(Options):
         """Options."""
 
-        bottleneck: int = Field(8, ge=1, description="Width of the bottleneck.")
-        groups: int = Field(2, ge=1, description="Groups of the up-projection.")
-        scale: float = Field(1.0, gt=0.0, description="Factor on the output; the paper searches 0.1 to 10 per task.")
-        dropout: float = Field(0.1, ge=0.0, lt=1.0, description="Dropout probability in the bottleneck.")
+        bottleneck: int = Field(default=8, ge=1, description="Width of the bottleneck.")
+        groups: int = Field(default=2, ge=1, description="Groups of the up-projection.")
+        scale: float = Field(default=1.0, gt=0.0, description="Factor on the output; 0.1 to 10 in the paper.")
+        dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout probability in the bottleneck.")
         place: Literal["block", "attention"] = Field(
-            "block", description="Before attention and MLP, or attention only."
+            default="block", description="Before attention and MLP, or attention only."
         )
 
         @model_validator(mode="after")

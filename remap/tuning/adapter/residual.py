@@ -35,9 +35,9 @@ class ResidualAdapter(Method):
         """Options."""
 
         place: Literal["parallel", "series"] = Field(
-            "parallel", description="Parallel to a spatial convolution, or after it."
+            default="parallel", description="Parallel to a spatial convolution, or after it."
         )
-        dense: bool = Field(False, description="Mix all channels at grouped convolutions too; not mergeable then.")
+        dense: bool = Field(default=False, description="Mix all channels of grouped convolutions; not mergeable.")
 
     config: Config
 

@@ -26,7 +26,7 @@ class Houlsby(Method):
     class Config(Options):
         """Options."""
 
-        bottleneck: int = Field(8, ge=1, description="Width of the bottleneck.")
+        bottleneck: int = Field(default=8, ge=1, description="Width of the bottleneck.")
 
     config: Config
 
@@ -51,9 +51,9 @@ class Pfeiffer(Method):
     class Config(Options):
         """Options."""
 
-        bottleneck: int = Field(8, ge=1, description="Width of the bottleneck.")
+        bottleneck: int = Field(default=8, ge=1, description="Width of the bottleneck.")
         reduction: int | None = Field(
-            None, ge=1, description="Backbone width / bottleneck width; null takes bottleneck."
+            default=None, ge=1, description="Backbone width / bottleneck width; null takes bottleneck."
         )
 
     config: Config
@@ -83,9 +83,9 @@ class AdapterPlus(Method):
     class Config(Options):
         """Options."""
 
-        bottleneck: int = Field(8, ge=1, description="Width of the bottleneck.")
+        bottleneck: int = Field(default=8, ge=1, description="Width of the bottleneck.")
         drop_path: float = Field(
-            0.1, ge=0.0, lt=1.0, description="Probability of skipping an image's adapter in training."
+            default=0.1, ge=0.0, lt=1.0, description="Probability of skipping an image's adapter in training."
         )
 
     config: Config

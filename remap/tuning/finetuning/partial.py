@@ -22,12 +22,12 @@ class Partial(Method):
     class Config(Options):
         """Options."""
 
-        num_blocks: int = Field(1, ge=1, description="Number of last blocks to train.")
+        num_blocks: int = Field(default=1, ge=1, description="Number of last blocks to train.")
         blocks: tuple[NonNegativeInt, ...] | None = Field(
-            None, min_length=1, description="Blocks to train, counted from 0; null is the last num_blocks."
+            default=None, min_length=1, description="Blocks to train, counted from 0; null is the last num_blocks."
         )
         parts: Literal["all", "attention", "mlp"] = Field(
-            "all", description="Branch to train, with norm and LayerScale."
+            default="all", description="Branch to train, with norm and LayerScale."
         )
 
     config: Config

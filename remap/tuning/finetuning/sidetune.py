@@ -31,8 +31,8 @@ class SideTune(Method):
     class Config(Options):
         """Options."""
 
-        side: str = Field("lcnet_075", min_length=1, description="Name of the side network in timm.")
-        side_weights: str = Field("none", description='"none" (random), "pretrained" or a .safetensors file.')
+        side: str = Field(default="lcnet_075", min_length=1, description="Name of the side network in timm.")
+        side_weights: str = Field(default="none", description='"none" (random), "pretrained" or a .safetensors file.')
 
     config: Config
 

@@ -23,7 +23,7 @@ class BitFit(Method):
         """Options."""
 
         biases: Literal["all", "no_norm", "blocks"] = Field(
-            "all", description="All, without norms, or inside blocks only."
+            default="all", description="All, without norms, or inside blocks only."
         )
 
     config: Config

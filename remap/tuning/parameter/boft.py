@@ -29,10 +29,12 @@ class BOFT(Method):
     class Config(Options):
         """Options."""
 
-        block_size: int = Field(4, ge=2, description="Size of the rotated blocks of inputs.")
-        factors: int = Field(2, ge=1, description="Butterfly factors; 1 is OFT with a scale.")
+        block_size: int = Field(default=4, ge=2, description="Size of the rotated blocks of inputs.")
+        factors: int = Field(default=2, ge=1, description="Butterfly factors; 1 is OFT with a scale.")
         targets: tuple[Word, ...] | None = Field(
-            None, min_length=1, description="Layers to change; null is [q, k, v], or [fc1, fc2] without attention."
+            default=None,
+            min_length=1,
+            description="Layers to change; null is [q, k, v], or [fc1, fc2] without attention.",
         )
 
     config: Config

@@ -32,8 +32,8 @@ class Compacter(Method):
     class Config(Options):
         """Options."""
 
-        bottleneck: int = Field(24, ge=1, description="Width of the bottleneck.")
-        num_factors: int = Field(4, ge=1, description="Kronecker products summed per weight.")
+        bottleneck: int = Field(default=24, ge=1, description="Width of the bottleneck.")
+        num_factors: int = Field(default=4, ge=1, description="Kronecker products summed per weight.")
 
     config: Config
 

@@ -114,9 +114,9 @@ class FacTTT(_FacT):
     class Config(Options):
         """Options."""
 
-        rank: int = Field(16, ge=1, description="Rank of the shared factors.")
-        scale: float = Field(1.0, gt=0.0, description="Factor on the update (s in the paper, searched per task).")
-        dropout: float = Field(0.1, ge=0.0, lt=1.0, description="Dropout probability behind the cores.")
+        rank: int = Field(default=16, ge=1, description="Rank of the shared factors.")
+        scale: float = Field(default=1.0, gt=0.0, description="Factor on the update; the paper searches it per task.")
+        dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout probability behind the cores.")
 
     factors = TensorTrain
     config: Config
@@ -128,9 +128,9 @@ class FacTTK(_FacT):
     class Config(Options):
         """Options."""
 
-        rank: int = Field(32, ge=1, description="Rank of the shared factors.")
-        scale: float = Field(1.0, gt=0.0, description="Factor on the update (s in the paper, searched per task).")
-        dropout: float = Field(0.1, ge=0.0, lt=1.0, description="Dropout probability behind the cores.")
+        rank: int = Field(default=32, ge=1, description="Rank of the shared factors.")
+        scale: float = Field(default=1.0, gt=0.0, description="Factor on the update; the paper searches it per task.")
+        dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout probability behind the cores.")
 
     factors = Tucker
     config: Config

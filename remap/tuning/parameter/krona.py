@@ -28,11 +28,13 @@ class KronA(Method):
         """Options."""
 
         factor: int | None = Field(
-            None, ge=1, description="Rows of the left factor; null is the divisor of the output width above its square root."
+            default=None,
+            ge=1,
+            description="Rows of the left factor; null is the divisor of the output width above its square root.",
         )
-        scale: float = Field(1.0, gt=0.0, description="Factor on the update.")
+        scale: float = Field(default=1.0, gt=0.0, description="Factor on the update.")
         targets: tuple[Target, ...] | None = Field(
-            None, min_length=1, description="Layers to change; null is [q, v], or [fc1, fc2] without attention."
+            default=None, min_length=1, description="Layers to change; null is [q, v], or [fc1, fc2] without attention."
         )
 
     config: Config

@@ -38,12 +38,12 @@ class LoRA(Method):
         (BEiT, EVA-02), there is no input of A and no dropout.
         """
 
-        rank: int = Field(8, ge=1, description="Rank of the update.")
-        alpha: float | None = Field(None, gt=0.0, description="Scale is alpha / rank; null is alpha = rank.")
+        rank: int = Field(default=8, ge=1, description="Rank of the update.")
+        alpha: float | None = Field(default=None, gt=0.0, description="Scale is alpha / rank; null is alpha = rank.")
         targets: tuple[Target, ...] | None = Field(
-            None, min_length=1, description="Layers to change; null is [q, v], or [fc1, fc2] without attention."
+            default=None, min_length=1, description="Layers to change; null is [q, v], or [fc1, fc2] without attention."
         )
-        dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout probability on the input of A.")
+        dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="Dropout probability on the input of A.")
 
     config: Config
 

@@ -21,7 +21,7 @@ class Norm(Method):
     class Config(Options):
         """Options."""
 
-        where: Literal["all", "blocks"] = Field("all", description="All norms, or those inside blocks only.")
+        where: Literal["all", "blocks"] = Field(default="all", description="All norms, or those inside blocks only.")
 
     config: Config
 

@@ -49,15 +49,15 @@ class Targets(Options):
     """
 
     targets: tuple[Word, ...] | None = Field(
-        None, min_length=1, description="Layers to change; null is [q, k, v], or [fc1, fc2] without attention."
+        default=None, min_length=1, description="Layers to change; null is [q, k, v], or [fc1, fc2] without attention."
     )
 
 
 class LowRank(Targets):
     """Options of a scaled low-rank update."""
 
-    rank: int = Field(8, ge=1, description="Rank of the update.")
-    alpha: float | None = Field(None, gt=0.0, description="Scale is alpha / rank; null is alpha = rank.")
+    rank: int = Field(default=8, ge=1, description="Rank of the update.")
+    alpha: float | None = Field(default=None, gt=0.0, description="Scale is alpha / rank; null is alpha = rank.")
 
     @property
     def alpha_or_rank(self) -> float:
@@ -175,7 +175,9 @@ class RsLoRA(PeftMethod):
     class Config(LowRank):
         """Options."""
 
-        alpha: float | None = Field(None, gt=0.0, description="Scale is alpha / sqrt(rank); null is alpha = rank.")
+        alpha: float | None = Field(
+            default=None, gt=0.0, description="Scale is alpha / sqrt(rank); null is alpha = rank."
+        )
 
     def peft_config(self, names: list[str], words: Sequence[Sequence[str]]) -> PeftConfig:
         return LoraConfig(
@@ -214,8 +216,10 @@ class LoKr(PeftMethod):
     class Config(LowRank):
         """Options."""
 
-        factor: int = Field(-1, ge=-1, description="Wanted size of C; -1 is the divisor closest to the square root.")
-        decompose_both: bool = Field(False, description="Make C a product of two low-rank matrices too.")
+        factor: int = Field(
+            default=-1, ge=-1, description="Wanted size of C; -1 is the divisor closest to the square root."
+        )
+        decompose_both: bool = Field(default=False, description="Make C a product of two low-rank matrices too.")
 
         @field_validator("factor")
         @classmethod
@@ -252,7 +256,7 @@ class OFT(PeftMethod):
     class Config(Targets):
         """Options."""
 
-        block_size: int = Field(32, ge=2, description="Size of the rotated blocks of inputs.")
+        block_size: int = Field(default=32, ge=2, description="Size of the rotated blocks of inputs.")
 
     def peft_config(self, names: list[str], words: Sequence[Sequence[str]]) -> PeftConfig:
         return OFTConfig(r=0, oft_block_size=self.config.block_size, use_cayley_neumann=False, target_modules=names)
@@ -271,8 +275,8 @@ class VeRA(PeftMethod):
     class Config(Targets):
         """Options."""
 
-        rank: int = Field(256, ge=1, description="Rank of the shared random matrices.")
-        seed: int = Field(0, ge=0, description="Seed of the random matrices.")
+        rank: int = Field(default=256, ge=1, description="Rank of the shared random matrices.")
+        seed: int = Field(default=0, ge=0, description="Seed of the random matrices.")
 
     def peft_config(self, names: list[str], words: Sequence[Sequence[str]]) -> PeftConfig:
         return VeraConfig(r=self.config.rank, projection_prng_key=self.config.seed, target_modules=names)
@@ -290,9 +294,9 @@ class RandLoRA(PeftMethod):
     class Config(Targets):
         """Options."""
 
-        rank: int = Field(32, ge=1, description="Rank of each random matrix.")
-        alpha: int = Field(640, ge=1, description="Scale is alpha / rank; the paper's is 20.")
-        seed: int = Field(0, ge=0, description="Seed of the random matrices.")
+        rank: int = Field(default=32, ge=1, description="Rank of each random matrix.")
+        alpha: int = Field(default=640, ge=1, description="Scale is alpha / rank; the paper's is 20.")
+        seed: int = Field(default=0, ge=0, description="Seed of the random matrices.")
 
     def peft_config(self, names: list[str], words: Sequence[Sequence[str]]) -> PeftConfig:
         return RandLoraConfig(
@@ -318,7 +322,9 @@ class IA3(PeftMethod):
         """Options."""
 
         targets: tuple[Word, ...] | None = Field(
-            None, min_length=1, description="Layers to scale; null is [q, k, v, fc2], or [fc2] without attention."
+            default=None,
+            min_length=1,
+            description="Layers to scale; null is [q, k, v, fc2], or [fc2] without attention.",
         )
 
     def peft_config(self, names: list[str], words: Sequence[Sequence[str]]) -> PeftConfig:
@@ -339,7 +345,7 @@ class HRA(PeftMethod):
     class Config(Targets):
         """Options."""
 
-        rank: int = Field(8, ge=2, multiple_of=2, description="Number of reflections, which start in equal pairs.")
+        rank: int = Field(default=8, ge=2, multiple_of=2, description="Number of reflections, equal in pairs at first.")
 
     def peft_config(self, names: list[str], words: Sequence[Sequence[str]]) -> PeftConfig:
         return HRAConfig(r=self.config.rank, target_modules=names)
@@ -355,7 +361,8 @@ class RoAd(PeftMethod):
         """Options."""
 
         per_pair: Literal[1, 2, 4] = Field(
-            1, description="Angles and scales: 1 per pair, 2 for each output, or 4 for each element of the 2x2 matrix."
+            default=1,
+            description="Angles and scales: 1 per pair, 2 for each output, or 4 for each element of the 2x2 matrix.",
         )
 
     def peft_config(self, names: list[str], words: Sequence[Sequence[str]]) -> PeftConfig:
@@ -372,7 +379,7 @@ class MiSS(PeftMethod):
     class Config(Targets):
         """Options."""
 
-        rank: int = Field(8, ge=1, description="Rows of the trained shard.")
+        rank: int = Field(default=8, ge=1, description="Rows of the trained shard.")
 
     def peft_config(self, names: list[str], words: Sequence[Sequence[str]]) -> PeftConfig:
         return MissConfig(r=self.config.rank, target_modules=names)
@@ -386,7 +393,7 @@ class HiRA(PeftMethod):
     class Config(Targets):
         """Options."""
 
-        rank: int = Field(8, ge=1, description="Rank of the matrix that multiplies the weight.")
+        rank: int = Field(default=8, ge=1, description="Rank of the matrix that multiplies the weight.")
 
     def peft_config(self, names: list[str], words: Sequence[Sequence[str]]) -> PeftConfig:
         return HiraConfig(r=self.config.rank, target_modules=names)
@@ -406,9 +413,9 @@ class GraLoRA(PeftMethod):
     class Config(Targets):
         """Options."""
 
-        rank: int = Field(8, ge=1, description="Rank of the update, shared out among the blocks.")
-        alpha: int = Field(16, ge=1, description="Scale is alpha / rank; the paper's is 2.")
-        blocks: int = Field(2, ge=1, description="Blocks k of a k x k grid; the paper takes 2 up to rank 32.")
+        rank: int = Field(default=8, ge=1, description="Rank of the update, shared out among the blocks.")
+        alpha: int = Field(default=16, ge=1, description="Scale is alpha / rank; the paper's is 2.")
+        blocks: int = Field(default=2, ge=1, description="Blocks k of a k x k grid; the paper takes 2 up to rank 32.")
 
         @model_validator(mode="after")
         def _divides(self) -> "GraLoRA.Config":
@@ -436,15 +443,17 @@ class AdaLoRA(PeftMethod):
     class Config(Targets):
         """Options."""
 
-        rank: int = Field(8, ge=1, description="Mean rank per layer after shrinking.")
-        initial_rank: int = Field(12, ge=1, description="Rank per layer at the start.")
-        alpha: float | None = Field(None, gt=0.0, description="Scale is alpha / initial_rank; null is a scale of 1.")
-        warmup: float = Field(0.1, ge=0.0, lt=1.0, description="Share of training before the ranks shrink.")
-        settle: float = Field(0.5, ge=0.0, lt=1.0, description="Share of training after the ranks have shrunk.")
-        interval: int = Field(10, ge=1, description="Steps between two reductions of the ranks.")
-        beta1: float = Field(0.85, gt=0.0, lt=1.0, description="Smoothing of the importance.")
-        beta2: float = Field(0.85, gt=0.0, lt=1.0, description="Smoothing of the uncertainty of the importance.")
-        orthogonality: float = Field(0.1, ge=0.0, description="Weight of the penalty on P and Q (gamma in the paper).")
+        rank: int = Field(default=8, ge=1, description="Mean rank per layer after shrinking.")
+        initial_rank: int = Field(default=12, ge=1, description="Rank per layer at the start.")
+        alpha: float | None = Field(
+            default=None, gt=0.0, description="Scale is alpha / initial_rank; null is a scale of 1."
+        )
+        warmup: float = Field(default=0.1, ge=0.0, lt=1.0, description="Share of training before the ranks shrink.")
+        settle: float = Field(default=0.5, ge=0.0, lt=1.0, description="Share of training after the ranks have shrunk.")
+        interval: int = Field(default=10, ge=1, description="Steps between two reductions of the ranks.")
+        beta1: float = Field(default=0.85, gt=0.0, lt=1.0, description="Smoothing of the importance.")
+        beta2: float = Field(default=0.85, gt=0.0, lt=1.0, description="Smoothing of the importance's uncertainty.")
+        orthogonality: float = Field(default=0.1, ge=0.0, description="Weight of the penalty on P and Q (gamma).")
 
         @model_validator(mode="after")
         def _shrinks(self) -> "AdaLoRA.Config":

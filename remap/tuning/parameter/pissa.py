@@ -28,9 +28,11 @@ class _FromWeight(Method):
     class Config(Options):
         """Options."""
 
-        rank: int = Field(8, ge=1, description="Rank of the update.")
+        rank: int = Field(default=8, ge=1, description="Rank of the update.")
         targets: tuple[Word, ...] | None = Field(
-            None, min_length=1, description="Layers to change; null is [q, k, v], or [fc1, fc2] without attention."
+            default=None,
+            min_length=1,
+            description="Layers to change; null is [q, k, v], or [fc1, fc2] without attention.",
         )
 
     config: Config
@@ -67,7 +69,7 @@ class PiSSA(_FromWeight):
     class Config(_FromWeight.Config):
         """Options."""
 
-        iterations: int = Field(4, ge=0, description="Iterations of the randomised SVD; the paper takes 4 and 16.")
+        iterations: int = Field(default=4, ge=0, description="Iterations of the randomised SVD; the paper: 4 and 16.")
 
     config: Config
 

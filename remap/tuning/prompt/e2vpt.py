@@ -32,14 +32,16 @@ class E2VPT(Method):
         A segment is a sixteenth of the width. After pruning, prompts start again from their first values.
         """
 
-        num_prompts: int = Field(10, ge=1, description="Prompt tokens per block.")
-        num_kv: int = Field(5, ge=1, description="Key-value prompts per block.")
-        dropout: float = Field(0.1, ge=0.0, lt=1.0, description="Dropout probability on both kinds of prompts.")
+        num_prompts: int = Field(default=10, ge=1, description="Prompt tokens per block.")
+        num_kv: int = Field(default=5, ge=1, description="Key-value prompts per block.")
+        dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout probability on both kinds of prompts.")
         prune_tokens: float = Field(
-            0.0, ge=0.0, lt=1.0, description="Share of tokens to prune, the same in all blocks."
+            default=0.0, ge=0.0, lt=1.0, description="Share of tokens to prune, the same in all blocks."
         )
-        prune_segments: float = Field(0.0, ge=0.0, lt=1.0, description="Share of the other tokens' segments to prune.")
-        prune_at: float = Field(0.5, gt=0.0, lt=1.0, description="When to prune and restart, as a share of training.")
+        prune_segments: float = Field(
+            default=0.0, ge=0.0, lt=1.0, description="Share of the remaining tokens' segments to prune."
+        )
+        prune_at: float = Field(default=0.5, gt=0.0, lt=1.0, description="Share of training before the pruning.")
 
     config: Config
 

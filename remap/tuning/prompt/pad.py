@@ -25,7 +25,7 @@ class VPTPad(Method):
     class Config(Options):
         """Options."""
 
-        border: int = Field(5, ge=1, description="Border width in pixels.")
+        border: int = Field(default=5, ge=1, description="Border width in pixels.")
 
     config: Config
 

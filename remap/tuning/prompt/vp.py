@@ -20,9 +20,9 @@ class VP(Method):
     class Config(Options):
         """In the official code the border starts from N(0, 1) and hides that of the image."""
 
-        border: int | None = Field(None, ge=1, description="Border width in pixels; null is 30 per 224 of the side.")
+        border: int | None = Field(default=None, ge=1, description="Border in pixels; null is 30 per 224 of the side.")
         init_std: float = Field(
-            1.0, ge=0.0, description="Initial standard deviation; 0 leaves the image unchanged at first."
+            default=1.0, ge=0.0, description="Initial standard deviation; 0 leaves the image unchanged at first."
         )
 
     config: Config

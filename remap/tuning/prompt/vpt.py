@@ -31,16 +31,16 @@ CARRIED = "remap_prompt_outputs"
 class _Config(Options):
     """Options of both depths."""
 
-    num_prompts: int = Field(10, ge=1, description="Prompts per block; with place=add there is one per patch.")
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout probability on the prompts.")
+    num_prompts: int = Field(default=10, ge=1, description="Prompts per block; with place=add there is one per patch.")
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="Dropout probability on the prompts.")
     place: Literal["prepend", "add", "pixel"] = Field(
-        "prepend", description="Prepend prompts, add them to the patches, or prepend patches learned as pixels."
+        default="prepend", description="Prepend prompts, add them to the patches, or prepend patches learned as pixels."
     )
     projection: int | None = Field(
-        None, ge=1, description="Stored width, widened by a linear layer; null is full width."
+        default=None, ge=1, description="Stored width, widened by a linear layer; null is full width."
     )
     init: Literal["random", "class_mean"] = Field(
-        "random", description="Random, or the mean pooled feature of each class, in turn."
+        default="random", description="Random, or the mean pooled feature of each class, in turn."
     )
 
     @model_validator(mode="after")
@@ -76,12 +76,12 @@ class VPTDeep(Method):
     class Config(_Config):
         """Options."""
 
-        dropout: float = Field(0.1, ge=0.0, lt=1.0, description="Dropout probability on the prompts.")
-        shared: bool = Field(False, description="Share one set of prompts among all blocks.")
+        dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout probability on the prompts.")
+        shared: bool = Field(default=False, description="Share one set of prompts among all blocks.")
         num_blocks: int | None = Field(
-            None, ge=1, description="Number of first blocks with prompts of their own; null is all."
+            default=None, ge=1, description="Number of first blocks with prompts of their own; null is all."
         )
-        last: bool = Field(False, description="Count num_blocks from the end, with no prompts before.")
+        last: bool = Field(default=False, description="Count num_blocks from the end, with no prompts before.")
 
     config: Config
 

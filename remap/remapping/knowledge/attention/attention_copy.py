@@ -48,19 +48,21 @@ class AttentionCopy(Method):
     class Config(Options):
         """Options."""
 
-        teacher: str = Field("mini_teacher", min_length=1, description="Short name or timm name of the teacher.")
-        weights: str = Field("pretrained", min_length=1, description='"pretrained" weights or a .safetensors file.')
+        teacher: str = Field(default="mini_teacher", min_length=1, description="Short or timm name of the teacher.")
+        weights: str = Field(default="pretrained", min_length=1, description='"pretrained" or a .safetensors file.')
         preset: Literal["none", "mae", "moco_v3"] | None = Field(
-            None, description="How self-supervised weights are read; null is what the teacher's short name implies."
+            default=None,
+            description="How self-supervised weights are read; null is what the teacher's short name implies.",
         )
         layers: Literal["last", "uniform"] | tuple[tuple[int, int], ...] = Field(
-            "uniform", description='Block pairs: "last", "uniform" or [[student, teacher], ...] counted from 0.'
+            default="uniform", description='Block pairs: "last", "uniform" or [[student, teacher], ...] counted from 0.'
         )
         heads: Literal["auto", "each", "mean"] = Field(
-            "auto", description='Copy each head, or the mean; "auto" is "each" for equal head counts, else "mean".'
+            default="auto",
+            description='Copy each head, or the mean; "auto" is "each" for equal head counts, else "mean".',
         )
-        resize: Interpolation = Field("bilinear", description="Interpolation between the two patch grids.")
-        trains: Literal["head", "all"] = Field("head", description="Train the classifier alone, or the backbone too.")
+        resize: Interpolation = Field(default="bilinear", description="Interpolation between the two patch grids.")
+        trains: Literal["head", "all"] = Field(default="head", description="Train the classifier, or the backbone too.")
 
     config: Config
 

@@ -36,9 +36,9 @@ class BlockTerm(LossTerm):
         """Options."""
 
         layers: Literal["last", "uniform"] | tuple[tuple[int, int], ...] = Field(
-            "last", description='Block pairs: "last", "uniform" or [[student, teacher], ...] counted from 0.'
+            default="last", description='Block pairs: "last", "uniform" or [[student, teacher], ...] counted from 0.'
         )
-        resize: Interpolation = Field("bilinear", description="Interpolation between the two patch grids.")
+        resize: Interpolation = Field(default="bilinear", description="Interpolation between the two patch grids.")
 
     config: Config
     name: ClassVar[str]

@@ -26,12 +26,12 @@ class ClassRow(BlockTerm):
         """Options."""
 
         heads: Literal["product", "mean", "each"] = Field(
-            "product", description="Combine heads by product or mean of probabilities, or compare each."
+            default="product", description="Combine heads by product or mean of probabilities, or compare each."
         )
         temperature: float | None = Field(
-            None, gt=0.0, description="Divides log-probabilities; null is 10 for product, else 1."
+            default=None, gt=0.0, description="Divides log-probabilities; null is 10 for product, else 1."
         )
-        resize: Interpolation = Field("bicubic", description="Interpolation between the two patch grids.")
+        resize: Interpolation = Field(default="bicubic", description="Interpolation between the two patch grids.")
 
     config: Config
     name = "attention_cls"

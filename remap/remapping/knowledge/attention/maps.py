@@ -19,7 +19,7 @@ class _WholeMap(BlockTerm):
         """Options."""
 
         heads: Literal["mean", "each"] = Field(
-            "mean", description="Compare the mean over heads, or each head (as in the paper)."
+            default="mean", description="Compare the mean over heads, or each head (as in the paper)."
         )
 
     config: Config

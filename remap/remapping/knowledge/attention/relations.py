@@ -38,9 +38,13 @@ class Relations(BlockTerm):
     class Config(BlockTerm.Config):
         """Options."""
 
-        relations: tuple[Literal["q", "k", "v"], ...] = Field(("q", "k", "v"), description="Projections to compare.")
+        relations: tuple[Literal["q", "k", "v"], ...] = Field(
+            default=("q", "k", "v"), description="Projections to compare."
+        )
         relation_heads: int | None = Field(
-            None, ge=1, description="Relation heads; null is the largest divisor of both widths up to the teacher's heads."
+            default=None,
+            ge=1,
+            description="Relation heads; null is the largest divisor of both widths up to the teacher's heads.",
         )
 
     config: Config

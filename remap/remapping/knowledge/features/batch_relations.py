@@ -64,8 +64,8 @@ class Relational(BatchRelation):
     class Config(Options):
         """Options."""
 
-        distance: float = Field(1.0, ge=0.0, description="Weight of the distances between pairs.")
-        angle: float = Field(2.0, ge=0.0, description="Weight of the angles in triples.")
+        distance: float = Field(default=1.0, ge=0.0, description="Weight of the distances between pairs.")
+        angle: float = Field(default=2.0, ge=0.0, description="Weight of the angles in triples.")
 
     config: Config
     name = "rkd"
@@ -92,7 +92,7 @@ class ProbabilisticTransfer(BatchRelation):
     class Config(Options):
         """Options."""
 
-        self_similarity: bool = Field(False, description="Count each image as a neighbour of itself.")
+        self_similarity: bool = Field(default=False, description="Count each image as a neighbour of itself.")
 
     config: Config
     name = "pkt"

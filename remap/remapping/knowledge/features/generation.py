@@ -32,9 +32,9 @@ class ViTKD(TokenTerm):
     class Config(Options):
         """Options."""
 
-        shallow: int = Field(2, ge=1, description="Number of first blocks that are mimicked.")
-        mask: float = Field(0.5, gt=0.0, lt=1.0, description="Share of the last block's tokens that are masked.")
-        generation: float = Field(0.1, gt=0.0, description="Weight of the generation relative to the mimicking.")
+        shallow: int = Field(default=2, ge=1, description="Number of first blocks that are mimicked.")
+        mask: float = Field(default=0.5, gt=0.0, lt=1.0, description="Share of masked tokens in the last block.")
+        generation: float = Field(default=0.1, gt=0.0, description="Weight of generation relative to mimicking.")
 
     config: Config
 
@@ -82,7 +82,7 @@ class MaskedGeneration(TokenTerm):
     class Config(Options):
         """Options."""
 
-        mask: float = Field(0.5, gt=0.0, lt=1.0, description="Share of the student's tokens that are masked.")
+        mask: float = Field(default=0.5, gt=0.0, lt=1.0, description="Share of the student's tokens that are masked.")
 
     config: Config
 

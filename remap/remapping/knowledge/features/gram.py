@@ -28,10 +28,10 @@ class TokenGram(TokenTerm):
         """Options."""
 
         layers: Layers = Field(
-            "last", description='Block pairs: "last" (final norm), "uniform" or [[student, teacher], ...].'
+            default="last", description='Block pairs: "last" (final norm), "uniform" or [[student, teacher], ...].'
         )
-        loss: Literal["kl", "mse"] = Field("kl", description='"kl" of each row\'s softmax, or "mse" of the cosines.')
-        temperature: float = Field(0.07, gt=0.0, description='Temperature of "kl"; divides the cosines.')
+        loss: Literal["kl", "mse"] = Field(default="kl", description='"kl" of softmax rows, or "mse" of cosines.')
+        temperature: float = Field(default=0.07, gt=0.0, description='Temperature of "kl"; divides the cosines.')
 
     config: Config
 

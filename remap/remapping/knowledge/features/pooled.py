@@ -25,9 +25,10 @@ class PooledFeature(PooledTerm):
         """Options."""
 
         projector: Projector = Field(
-            "linear", description='"linear" (no bias), "orthogonal" (the paper\'s choice) or "none" (equal widths).'
+            default="linear",
+            description='"linear" (no bias), "orthogonal" (the paper\'s choice) or "none" (equal widths).',
         )
-        loss: Distance = Field("smooth_l1", description="Mean smooth L1 distance (knee at 1), or 1 - cosine.")
+        loss: Distance = Field(default="smooth_l1", description="Mean smooth L1 distance (knee at 1), or 1 - cosine.")
 
     config: Config
 

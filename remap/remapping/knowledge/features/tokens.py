@@ -39,12 +39,14 @@ class TokenFeature(TokenTerm):
         """Options."""
 
         layers: Layers = Field(
-            "last", description='Block pairs: "last" (final norm), "uniform" or [[student, teacher], ...].'
+            default="last", description='Block pairs: "last" (final norm), "uniform" or [[student, teacher], ...].'
         )
-        projector: Projector = Field("linear", description='"linear" (no bias), "orthogonal" or "none" (equal widths).')
-        loss: Distance = Field("smooth_l1", description="Mean smooth L1 distance (knee at 1), or 1 - cosine.")
+        projector: Projector = Field(
+            default="linear", description='"linear" (no bias), "orthogonal" or "none" (equal widths).'
+        )
+        loss: Distance = Field(default="smooth_l1", description="Mean smooth L1 distance (knee at 1), or 1 - cosine.")
         prefix: Literal["none", "class", "all"] = Field(
-            "none", description="Prefix tokens to compare: none, the class token, or all that both have."
+            default="none", description="Prefix tokens to compare: none, the class token, or all that both have."
         )
 
     config: Config
@@ -92,7 +94,7 @@ class Hint(TokenTerm):
         """Options."""
 
         layers: Literal["middle"] | tuple[tuple[int, int], ...] = Field(
-            "middle", description='Block pairs: "middle" of both models, or [[student, teacher], ...].'
+            default="middle", description='Block pairs: "middle" of both models, or [[student, teacher], ...].'
         )
 
     config: Config

@@ -33,9 +33,9 @@ class DecoupledDistillation(LogitsTerm):
     class Config(Options):
         """Options."""
 
-        alpha: float = Field(1.0, ge=0.0, description="Weight of the image's class against all others.")
-        beta: float = Field(8.0, ge=0.0, description="Weight of the other classes among themselves.")
-        temperature: float = Field(4.0, gt=0.0, description="Temperature; divides the logits of both networks.")
+        alpha: float = Field(default=1.0, ge=0.0, description="Weight of the image's class against all others.")
+        beta: float = Field(default=8.0, ge=0.0, description="Weight of the other classes among themselves.")
+        temperature: float = Field(default=4.0, gt=0.0, description="Temperature; divides the logits of both networks.")
 
     config: Config
 
@@ -65,8 +65,8 @@ class NormalizedDistillation(LogitsTerm):
     class Config(Options):
         """Options."""
 
-        gamma: float = Field(1.0, ge=0.0, description="Weight of the other classes.")
-        temperature: float = Field(1.0, gt=0.0, description="Temperature; divides the logits of the other classes.")
+        gamma: float = Field(default=1.0, ge=0.0, description="Weight of the other classes.")
+        temperature: float = Field(default=1.0, gt=0.0, description="Temperature; divides the other classes' logits.")
 
     config: Config
 

@@ -34,7 +34,9 @@ class CrossEntropy(LossTerm):
     class Config(Options):
         """Options."""
 
-        label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="Share of the label spread over all classes.")
+        label_smoothing: float = Field(
+            default=0.0, ge=0.0, lt=1.0, description="Share of the label spread over all classes."
+        )
 
     config: Config
     uses_teacher = False
@@ -80,9 +82,10 @@ class KnowledgeDistillation(LogitsTerm):
     class Config(Options):
         """Options."""
 
-        temperature: float = Field(4.0, gt=0.0, description="Temperature; divides the logits of both networks.")
+        temperature: float = Field(default=4.0, gt=0.0, description="Temperature; divides the logits of both networks.")
         scale: Literal["remap", "timm", "deit", "torchdistill", "torchtune"] = Field(
-            "remap", description="Scaling of the KL term; pick another tool's to reuse loss weights tuned there."
+            default="remap",
+            description="Scaling of the KL term; pick another tool's to reuse loss weights tuned there.",
         )
 
         @model_validator(mode="after")
@@ -114,7 +117,9 @@ class HardDistillation(LogitsTerm):
     class Config(Options):
         """Options."""
 
-        label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="Share of the target spread over all classes.")
+        label_smoothing: float = Field(
+            default=0.0, ge=0.0, lt=1.0, description="Share of the teacher's class spread over all classes."
+        )
 
     config: Config
 

@@ -32,11 +32,11 @@ class MultiLevelDistillation(LogitsTerm):
         """Options."""
 
         temperatures: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(
-            (2.0, 3.0, 4.0, 5.0, 6.0), min_length=1, description="Temperatures that the loss is averaged over."
+            default=(2.0, 3.0, 4.0, 5.0, 6.0), min_length=1, description="Temperatures that the loss is averaged over."
         )
-        instance: float = Field(1.0, ge=0.0, description="Weight of the divergence per image.")
-        batch: float = Field(1.0, ge=0.0, description="Weight of the Gram matrix of images.")
-        classes: float = Field(1.0, ge=0.0, description="Weight of the Gram matrix of classes.")
+        instance: float = Field(default=1.0, ge=0.0, description="Weight of the divergence per image.")
+        batch: float = Field(default=1.0, ge=0.0, description="Weight of the Gram matrix of images.")
+        classes: float = Field(default=1.0, ge=0.0, description="Weight of the Gram matrix of classes.")
 
     config: Config
 

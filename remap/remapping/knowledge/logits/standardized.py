@@ -35,7 +35,7 @@ class LogitStandardization(LogitsTerm):
     class Config(Options):
         """Options."""
 
-        of: Literal["kd", "dkd", "nkd", "dist", "mlkd"] = Field("kd", description="Loss that reads the z-scores.")
+        of: Literal["kd", "dkd", "nkd", "dist", "mlkd"] = Field(default="kd", description="Loss on the z-scores.")
         options: dict[str, Any] = Field(
             default_factory=dict,
             validate_default=True,
