@@ -175,13 +175,17 @@ def _hint(parents: list[str], values: Mapping[str, Any]) -> str:
     return f" (the losses are {names}; name them all: --losses {names},{parents[1]})" if names else ""
 
 
+def method_of(values: Mapping[str, Any]) -> str:
+    """Return the name of the method in plain values, right or wrong."""
+    method = values.get("method", Recipe().method.name)
+    return str(method.get("name") if isinstance(method, dict) else method)
+
+
 def _losses_as_list(values: Mapping[str, Any]) -> Any:
     """Return the losses as a list of mappings; what cannot be read so is left for the schema to report."""
     losses = values.get("losses")
     if losses is None:
-        method = values.get("method", Recipe().method.name)
-        method = method.get("name") if isinstance(method, dict) else method
-        losses = list(default_losses(str(method)) if _teachers_in(values) else ("ce",))
+        losses = list(default_losses(method_of(values)) if _teachers_in(values) else ("ce",))
     try:
         return list(loss_words(losses)) if isinstance(losses, (str, list)) else losses
     except ValueError:

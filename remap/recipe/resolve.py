@@ -15,7 +15,7 @@ from remap.recipe.checks import method_problems, name_problems, option_problems
 from remap.recipe.overrides import WORDS
 from remap.recipe.paths import is_builtin_source
 from remap.recipe.problems import lines_of, option_places
-from remap.recipe.schema import DataSpec, Recipe, StudentSpec, TeacherSpec, TrainSpec, as_list
+from remap.recipe.schema import DataSpec, Recipe, Section, StudentSpec, TeacherSpec, TrainSpec, as_list
 from remap.tuning import METHODS, config_of
 
 __all__ = ["COMMAND_LINE", "WORDS", "dump", "load", "resolve", "resolve_distill", "validate"]
@@ -144,11 +144,11 @@ def _refusal(problems: list[str], where: str) -> RecipeError:
 
 def _with_sections(lines: list[str], values: Mapping[str, Any], *, check_options: bool) -> list[str]:
     """Name the place of a key that stands at the top but belongs to a section: ``lr`` is ``train.lr``."""
-    sections = {"train": TrainSpec, "data": DataSpec, "student": StudentSpec, "teacher": TeacherSpec}
+    sections: dict[str, type[Section]] = {
+        "train": TrainSpec, "data": DataSpec, "student": StudentSpec, "teacher": TeacherSpec
+    }  # fmt: skip
     places = [f"{section}.{name}" for section, spec in sections.items() for name in spec.model_fields]
-    method = values.get("method", Recipe().method.name)
-    method = method.get("name") if isinstance(method, dict) else method
-    check_options = check_options and isinstance(method, str)
+    method = overrides.method_of(values)
     if check_options and not method_problems("method", method):
         places[:0] = [f"method.{place}" for place in option_places(config_of(method))]
     found = []

@@ -117,7 +117,7 @@ def parse(text: str, where: str) -> Any:
         RecipeError: It is not YAML, or uses tags, aliases or a repeated key; names ``where`` and the line.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
