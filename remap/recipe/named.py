@@ -1,4 +1,4 @@
-"""Names from the tables of methods, losses and initialisations, with options of their own."""
+"""Names from the tables of methods, losses and initialisations, with their options."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ DEFAULT_LOSSES = ("ce", "kd", "attention")
 
 
 class Named(BaseModel):
-    """A name from one of the tables plus options of its own, checked against the class behind the name."""
+    """A name from one of the tables and its options, checked against the class behind the name."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
 

@@ -85,7 +85,7 @@ def _key(word: str, value: Any) -> str:
 
 
 def _teachers(word: str, problems: list[str]) -> list[dict[str, Any]]:
-    """Read "vit_large,dinov2_base:0.5" as sections; an existing path is one model, whatever its name holds."""
+    """Read "vit_large,dinov2_base:0.5" as sections; an existing path is one model, even with a comma in it."""
     if os.path.exists(os.path.expanduser(word.removeprefix("local-dir:"))):
         return [{"model": word}]
     teachers: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Which words of a recipe are paths, and how they become absolute. Nothing here fails, whatever the word."""
+"""Which words of a recipe are paths, and how they become absolute. Nothing here touches what a path leads to."""
 
 import os
 

@@ -14,7 +14,7 @@ from remap.recipe import catalogue, overrides, strict_yaml
 from remap.recipe.checks import method_problems, name_problems, option_problems
 from remap.recipe.overrides import WORDS
 from remap.recipe.paths import is_builtin_source
-from remap.recipe.problems import lines_of, option_places
+from remap.recipe.problems import lines_of, option_keys
 from remap.recipe.schema import DataSpec, Recipe, Section, StudentSpec, TeacherSpec, TrainSpec, as_list
 from remap.tuning import METHODS, config_of
 
@@ -143,18 +143,18 @@ def _refusal(problems: list[str], where: str) -> RecipeError:
 
 
 def _with_sections(lines: list[str], values: Mapping[str, Any], *, check_options: bool) -> list[str]:
-    """Name the place of a key that stands at the top but belongs to a section: ``lr`` is ``train.lr``."""
+    """Name the section of a key that stands at the top: ``lr`` is ``train.lr``."""
     sections: dict[str, type[Section]] = {
         "train": TrainSpec, "data": DataSpec, "student": StudentSpec, "teacher": TeacherSpec
     }  # fmt: skip
-    places = [f"{section}.{name}" for section, spec in sections.items() for name in spec.model_fields]
+    keys = [f"{section}.{name}" for section, spec in sections.items() for name in spec.model_fields]
     method = overrides.method_of(values)
     if check_options and not method_problems("method", method):
-        places[:0] = [f"method.{place}" for place in option_places(config_of(method))]
+        keys[:0] = [f"method.{option}" for option in option_keys(config_of(method))]
     found = []
     for line in lines:
         key, unknown, rest = line.partition(": unknown key")
-        meant = [place for place in places if unknown and place.rpartition(".")[2] == key]
+        meant = [other for other in keys if unknown and other.rpartition(".")[2] == key]
         if meant:
             line = f"{key}{unknown}; did you mean {' or '.join(map(repr, meant))}?{rest[rest.index(' (allowed') :]}"
         elif unknown and check_options and (owners := _owners(key)):

@@ -1,4 +1,4 @@
-"""Sections of a recipe: data, models and training. Every default stands here, and what it means beside it."""
+"""Sections of a recipe: data, models and training. Every field has its default and its description here."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
