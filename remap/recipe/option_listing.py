@@ -5,7 +5,6 @@ import typing
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 from remap.tuning import config_of, parts_of
 from remap.tuning.base import Options
@@ -36,17 +35,12 @@ def rows_of_config(config: type[BaseModel]) -> list[dict[str, Any]]:
     rows = []
     for name, field in config.model_fields.items():
         default = field.get_default(call_default_factory=True)
-        allowed = [word for member in _members(field.annotation) for word in _words(member)]
         rows.append(
             {
                 "name": name,
                 "type": _type(field.annotation),
-                "default": None
-                if default is PydanticUndefined
-                else list(default)
-                if isinstance(default, tuple)
-                else default,
-                "allowed": allowed or None,
+                "default": list(default) if isinstance(default, tuple) else default,
+                "allowed": _words(field.annotation) or None,
                 "limits": _limits(field.metadata),
                 "about": field.description or "",
             }
@@ -79,18 +73,12 @@ def _notes(config: type[BaseModel]) -> str:
     return next((doc for doc in docs if not doc.startswith("Options")), "")
 
 
-def _members(annotation: Any) -> tuple[Any, ...]:
-    """Return the members of ``X | None``, the items of ``tuple[X, ...]``, or the type itself."""
-    origin, inside = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
-        return _members(inside[0])
-    if origin in (typing.Union, types.UnionType, tuple):
-        return tuple(member for one in inside if one is not Ellipsis for member in _members(one))
-    return (annotation,)
-
-
-def _words(annotation: Any) -> tuple[Any, ...]:
-    return typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else ()
+def _words(annotation: Any) -> list[Any]:
+    """Return the words of every ``Literal`` in an annotation."""
+    inside = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        return list(inside)
+    return [word for one in inside for word in _words(one)]
 
 
 def _type(annotation: Any) -> str:
