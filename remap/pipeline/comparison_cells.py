@@ -71,7 +71,7 @@ def comparison_cells(recipe: Recipe, methods: Sequence[str], seeds: int) -> list
                 losses = tuple(loss for loss in recipe.losses if not loss.is_idle(method))
                 update: dict[str, Any] = {"method": spec, "seed": seed, "losses": losses}
                 if not with_teacher:
-                    update |= {"teacher": None, "more_teachers": (), "losses": alone}
+                    update |= {"teachers": (), "losses": alone}
                     update["data"] = recipe.data.labeled_part()
                     # Without a teacher the student does not start from its weights either.
                     update["student"] = recipe.student.model_copy(update={"init": None, "force_init": False})

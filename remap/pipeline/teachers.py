@@ -226,8 +226,7 @@ def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
             "data": recipe.data.model_copy(
                 update={"views": None, "mixup": 0.0, "cutmix": 0.0, "unlabeled": None, "unlabeled_only": False}
             ),
-            "teacher": None,
-            "more_teachers": (),
+            "teachers": (),
             "student": StudentSpec(**{name: getattr(spec, name) for name in shared}),
             "method": MethodSpec(name=spec.prepare),
             "losses": (LossSpec(name="ce", weight=LOSSES.row("ce").weight),),

@@ -13,21 +13,21 @@ from remap.registry import did_you_mean
 
 
 def folder() -> Path:
-    """Where shipped recipes lie."""
+    """Return the folder of shipped recipes."""
     return Path(str(files("remap_recipes")))
 
 
 def names() -> list[str]:
-    """Names of all shipped recipes, with their sub-folder."""
+    """Return the names of all shipped recipes, with their sub-folder."""
     root = folder()
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
 
 def find(word: str) -> Path:
-    """A recipe's path: a file if the word ends in .yaml, else a shipped name.
+    """Return a recipe's path: a file if the word ends in .yaml, else a shipped name.
 
     Raises:
-        RecipeError: Neither exists, or it is no file that can be read.
+        RecipeError: Neither exists, or it is not a readable file.
     """
     if word.endswith((".yaml", ".yml")):
         path = expanded(word)
@@ -44,6 +44,6 @@ def find(word: str) -> Path:
 
 
 def summary(name: str) -> str:
-    """The first comment line of a shipped recipe."""
+    """Return the first comment line of a shipped recipe."""
     first = strict_yaml.read_text(find(name)).splitlines()[0]
     return first.lstrip("# ").strip()

@@ -1,5 +1,7 @@
 """Checks across fields: names that must be in a table, combinations that cannot work, options of methods and losses."""
 
+from collections.abc import Iterator
+
 from pydantic import BaseModel, ValidationError
 
 from remap.recipe.paths import is_run
@@ -12,180 +14,169 @@ from remap.tuning import METHODS, combination_problems, config_of, parts_of
 
 
 def name_problems(recipe: Recipe) -> list[str]:
-    """Names that are in no table, and combinations that cannot work, one line each."""
-    problems = []
-    problems += method_problems("method.name", recipe.method.name)
-    for index, loss in enumerate(recipe.losses or ()):
-        if loss.name not in LOSSES:
-            problems.append(
-                f"losses[{index}].name: unknown loss '{loss.name}'{did_you_mean(loss.name, LOSSES.names)}"
-                f" (allowed: {', '.join(LOSSES.names)})"
-            )
-    return problems + _combination_problems(recipe)
+    """Return names that are in no table and combinations that cannot work, one line each."""
+    checks = (_loss_problems, _teacher_problems, _init_problems, _shrink_problems, _data_problems, _train_problems)
+    unknown = [
+        f"losses[{index}].name: unknown loss {_unknown(loss.name, LOSSES.names)}"
+        for index, loss in enumerate(recipe.losses)
+        if loss.name not in LOSSES
+    ]
+    others = [problem for check in checks for problem in check(recipe)]
+    return [*method_problems("method.name", recipe.method.name), *unknown, *others]
 
 
-def method_problems(place: str, method: str) -> list[str]:
-    """What is wrong with a method's name or combination."""
+def method_problems(key: str, method: str) -> list[str]:
+    """Return what is wrong with a method's name or combination."""
     parts = parts_of(method)
     if len(parts) > 1 and not all(parts):
         where = "after" if parts[0] else "before"
-        return [f"{place}: a name is missing {where} '+' in '{method}'"]
+        return [f"{key}: a name is missing {where} '+' in '{method}'"]
     listed = [word.strip() for word in method.split(",")]
     if len(listed) > 1 and all(word in METHODS for word in listed):
-        return [f"{place}: '{method}' is a list; did you mean '{'+'.join(listed)}', one combination of them?"]
+        return [f"{key}: '{method}' is a list; did you mean '{'+'.join(listed)}', one combination of them?"]
     unknown = [part for part in parts if part not in METHODS]
     if unknown:
-        return [
-            f"{place}: unknown method '{part}'{did_you_mean(part, METHODS.names)} (allowed: {', '.join(METHODS.names)})"
-            for part in unknown
-        ]
-    return [f"{place}: {problem}" for problem in combination_problems(method)]
+        return [f"{key}: unknown method {_unknown(part, METHODS.names)}" for part in unknown]
+    return [f"{key}: {problem}" for problem in combination_problems(method)]
 
 
-def _combination_problems(recipe: Recipe) -> list[str]:
-    problems = []
-    names = [loss.name for loss in recipe.losses or ()]
-    known = all(name in LOSSES for name in names)  # what an unknown one would do is not known either
+def _unknown(word: str, allowed: tuple[str, ...]) -> str:
+    return f"'{word}'{did_you_mean(word, allowed)} (allowed: {', '.join(allowed)})"
+
+
+def _loss_problems(recipe: Recipe) -> Iterator[str]:
+    names = [loss.name for loss in recipe.losses]
+    known = all(name in LOSSES for name in names)  # nothing is known of what an unknown one would do
+    counting = [loss for loss in recipe.losses if loss.weight]
     if not names:
-        problems.append("losses: at least one loss is needed")
-    elif known and all(not loss.weight for loss in recipe.losses):
-        problems.append("losses: every weight is 0, nothing would be learned")
+        yield "losses: at least one loss is needed"
+    elif known and not counting:
+        yield "losses: every weight is 0, nothing would be learned"
     for name in sorted({name for name in names if names.count(name) > 1}):
-        problems.append(f"losses: '{name}' is given twice")
-    problems += [
-        f"losses: {name} cannot teach {recipe.method.name}, which leaves what it compares as it is (leave it out)"
-        for name in dict.fromkeys(loss.name for loss in recipe.losses or () if loss.is_idle(recipe.method.name))
-    ]
-    needing = [name for name in dict.fromkeys(names) if name in LOSSES and LOSSES.row(name).category != "labels"]
-    counting = [loss for loss in recipe.losses or () if loss.weight]
+        yield f"losses: '{name}' is given twice"
+    for name in dict.fromkeys(loss.name for loss in recipe.losses if loss.is_idle(recipe.method.name)):
+        yield f"losses: {name} cannot teach {recipe.method.name}, which does not change what it compares (leave it out)"
     if counting and known and not any(loss.teaches_classes for loss in counting):
-        problems.append("losses: none of them trains the classifier (add ce, or one on logits such as kd)")
-    if recipe.teacher is None and needing:
+        yield "losses: none of them trains the classifier (add ce, or one on logits such as kd)"
+    needing = [name for name in dict.fromkeys(names) if name in LOSSES and LOSSES.row(name).category != "labels"]
+    if needing and not recipe.teachers:
         need = "need" if len(needing) > 1 else "needs"
-        problems.append(f"losses: {', '.join(needing)} {need} a teacher (set teacher.model, or keep to ce)")
-    problems += _teacher_problems(recipe)
-    problems += _init_problems(recipe)
-    problems += _shrink_problems(recipe)
-    data = recipe.data
+        yield f"losses: {', '.join(needing)} {need} a teacher (set teacher.model, or use ce alone)"
+
+
+def _data_problems(recipe: Recipe) -> Iterator[str]:
+    data, counting = recipe.data, [loss for loss in recipe.losses if loss.weight]
+    known = all(loss.name in LOSSES for loss in recipe.losses)
     if data.views is not None and data.augment == "none":
-        problems.append(
-            "data.views: without augmentation an image has one view only (set data.augment, or leave data.views out)"
-        )
+        yield "data.views: without augmentation an image has one view only (set data.augment, or leave data.views out)"
     if data.unlabeled_only and data.unlabeled is None and data.labels is None:
-        problems.append("data.unlabeled_only: all images have labels (set data.unlabeled or data.labels)")
-    elif (data.unlabeled is not None or data.unlabeled_only) and names and recipe.needs_labels:
-        problems.append(
+        yield "data.unlabeled_only: all images have labels (set data.unlabeled or data.labels)"
+    elif (data.unlabeled is not None or data.unlabeled_only) and recipe.losses and recipe.needs_labels:
+        yield (
             f"data.{'unlabeled_only' if data.unlabeled is None else 'unlabeled'}: nothing would be learned from the"
-            f" images without labels (add a teacher and a loss that needs none, such as kd)"
+            " images without labels (add a teacher and a loss that needs none, such as kd)"
         )
     elif data.unlabeled_only and counting and known and not any(loss.reads_logits for loss in counting):
-        problems.append(
-            "data.unlabeled_only: none of the losses trains the classifier without labels (add one on logits, say kd)"
-        )
-    if recipe.train.warmup_epochs is not None and recipe.train.warmup_epochs >= recipe.train.epochs:
-        problems.append(
-            f"train.warmup_epochs: {recipe.train.warmup_epochs} must be less than train.epochs {recipe.train.epochs}"
-        )
-    if recipe.train.batch_size % recipe.train.accumulation:
-        problems.append(
-            f"train.batch_size: {recipe.train.batch_size} is not a multiple of accumulation {recipe.train.accumulation}"
-        )
-    return problems
+        yield "data.unlabeled_only: none of the losses trains the classifier without labels (add one on logits, say kd)"
 
 
-def _teacher_problems(recipe: Recipe) -> list[str]:
-    if recipe.teacher is None and recipe.more_teachers:
-        return ["more_teachers: there is no first teacher (list them all under teacher)"]
-    problems = []
+def _train_problems(recipe: Recipe) -> Iterator[str]:
+    train = recipe.train
+    if train.warmup_epochs is not None and train.warmup_epochs >= train.epochs:
+        yield f"train.warmup_epochs: {train.warmup_epochs} must be less than train.epochs {train.epochs}"
+    if train.batch_size % train.accumulation:
+        yield f"train.batch_size: {train.batch_size} is not a multiple of accumulation {train.accumulation}"
+
+
+def _teacher_problems(recipe: Recipe) -> Iterator[str]:
     for number, spec in enumerate(recipe.teachers):
-        place = f"more_teachers[{number - 1}]" if number else "teacher"
-        allowed = ("probe", "none", *METHODS.names)
-        strange = [name for name in OF_OTHERS if spec.is_student and getattr(spec, name) is not None]
-        problems += [f"{place}.{name}: the teacher '{spec.model}' takes none (leave it out)" for name in strange]
-        if spec.is_student and spec.shard != "auto":
-            problems.append(f"{place}.shard: the teacher '{spec.model}' goes with the student (set train.parallel)")
-        if spec.keeps_less and spec.cache in ("memory", "off"):
-            problems.append(f"{place}.cache: top_k and cache_dtype are for outputs on disk, not for '{spec.cache}'")
-        if spec.is_student and spec.prepare != "probe":
-            problems.append(f"{place}.prepare: the teacher '{spec.model}' takes no '{spec.prepare}' (leave it out)")
+        key = "teacher" if len(recipe.teachers) == 1 else f"teachers[{number}]"
+        if spec.is_student:
+            yield from _self_teacher_problems(key, spec)
         elif "+" in spec.prepare or "," in spec.prepare:
-            problems += method_problems(f"{place}.prepare", spec.prepare)
-        elif spec.prepare not in allowed:
-            problems.append(
-                f"{place}.prepare: unknown word '{spec.prepare}'"
-                f"{did_you_mean(spec.prepare, allowed)} (allowed: {', '.join(allowed)})"
-            )
-        if spec.cache in ("memory", "disk"):
-            changing = what_changes(spec, recipe.data)
-            problems += [f"{place}.cache: nothing can be kept, since {changing}"] if changing else []
-        if spec.is_student and spec.weights != "pretrained":
-            problems.append(f"{place}.weights: the teacher '{spec.model}' has the student's weights")
-    return problems
+            yield from method_problems(f"{key}.prepare", spec.prepare)
+        elif spec.prepare not in (allowed := ("probe", "none", *METHODS.names)):
+            yield f"{key}.prepare: unknown word {_unknown(spec.prepare, allowed)}"
+        if spec.keeps_less and spec.cache in ("memory", "off"):
+            yield f"{key}.cache: top_k and cache_dtype are for outputs on disk, not for '{spec.cache}'"
+        if spec.cache in ("memory", "disk") and (changing := what_changes(spec, recipe.data)):
+            yield f"{key}.cache: nothing can be cached, since {changing}"
+
+
+def _self_teacher_problems(key: str, spec: TeacherSpec) -> Iterator[str]:
+    """Yield options that a teacher made of the student does not have."""
+    for name in OF_OTHERS:
+        if getattr(spec, name) is not None:
+            yield f"{key}.{name}: the teacher '{spec.model}' does not have this option (leave it out)"
+    if spec.prepare != "probe":
+        yield f"{key}.prepare: the teacher '{spec.model}' cannot be prepared by '{spec.prepare}' (leave it out)"
+    if spec.shard != "auto":
+        yield f"{key}.shard: the teacher '{spec.model}' is sharded with the student (set train.parallel)"
+    if spec.weights != "pretrained":
+        yield f"{key}.weights: the teacher '{spec.model}' has the student's weights (leave it out)"
 
 
 def what_changes(spec: TeacherSpec, data: DataSpec) -> str | None:
-    """Why a teacher's outputs are never asked for twice, and what would mend it; None where they can be kept."""
+    """Return why a teacher's outputs cannot be cached, and what to do; None if they can."""
     if spec.model == EMA:
         return "the running average of the student changes in every step (leave it out)"
     if data.mixes:
         return "mixed images are new in every epoch (set data.mixup and data.cutmix to 0)"
     if data.augment != "none" and data.views is None:
-        return "views are new in every epoch (set data.augment=none, or a closed list of them: data.views=4)"
+        return "views are new in every epoch (set data.augment=none, or a number of views: data.views=4)"
     return None
 
 
-def _shrink_problems(recipe: Recipe) -> list[str]:
-    """A student that is cut from its teacher; whether the shape is smaller shows when the teacher is opened."""
+def _shrink_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield what is wrong with cutting the student; whether its shape is smaller shows with the teacher opened."""
     spec, teacher = recipe.student.shrink, recipe.teacher
     if spec is None:
-        return []
-    problems = []
+        return
     if teacher is None:
-        problems.append("student: there is no teacher to shrink (set teacher.model)")
+        yield "student: there is no teacher to shrink (set teacher.model)"
     elif teacher.is_student:
-        problems.append(f"student: the teacher '{teacher.model}' is made of the student, which cannot be cut from it")
+        yield f"student: the teacher '{teacher.model}' is made of the student, which cannot be cut from it"
     for name in ("weights", "preset"):
         if getattr(recipe.student, name) != StudentSpec.model_fields[name].default:
-            problems.append(f"student.{name}: a student that is shrunk has its teacher's weights (set teacher.{name})")
+            yield f"student.{name}: a student that is shrunk has its teacher's weights (set teacher.{name})"
     if spec.width is not None and spec.heads is not None and spec.width % spec.heads:
-        problems.append(f"student.shrink.width: {spec.width} is not a multiple of heads {spec.heads}")
-    return problems
+        yield f"student.shrink.width: {spec.width} is not a multiple of heads {spec.heads}"
 
 
-def _init_problems(recipe: Recipe) -> list[str]:
-    """What is wrong with starting the student from the teacher's weights."""
+def _init_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield what is wrong with starting the student from the teacher's weights: the first problem alone."""
     student, teacher = recipe.student, recipe.teacher
     if student.init is None:
-        return ["student.force_init: there is nothing to force (set student.init)"] if student.force_init else []
+        if student.force_init:
+            yield "student.force_init: there is nothing to force (set student.init)"
+        return
     name = student.init.name
     if name not in INITS:
-        allowed = f"(allowed: {', '.join(INITS.names)})"
-        return [f"student.init: unknown initialisation '{name}'{did_you_mean(name, INITS.names)} {allowed}"]
-    if student.shrink is not None:
-        return [f"student.init: a student that is cut from the teacher has its weights already (leave '{name}' out)"]
-    if teacher is None:
-        return [f"student.init: {name} needs a teacher (set teacher.model)"]
-    if teacher.is_student:
-        return [f"student.init: the teacher '{teacher.model}' has the student's own weights (name another teacher)"]
-    if student.weights == "none" or student.force_init:
-        return []
-    if is_run(student.model) or student.weights != "pretrained":
-        lost = f"the weights in {student.model if is_run(student.model) else student.weights}"
-    else:
-        lost = f"the pre-trained weights of {student.model}"
-    random = "" if is_run(student.model) else "or start from random ones: --set student.weights=none, "
-    return [
-        f"student.init: {name} would overwrite {lost} (keep them: leave student.init out, {random}"
-        "or give them up: --force-init)"
-    ]
+        yield f"student.init: unknown initialisation {_unknown(name, INITS.names)}"
+    elif student.shrink is not None:
+        yield f"student.init: a student that is cut from the teacher has its weights already (leave '{name}' out)"
+    elif teacher is None:
+        yield f"student.init: {name} needs a teacher (set teacher.model)"
+    elif teacher.is_student:
+        yield f"student.init: the teacher '{teacher.model}' has the student's own weights (name another teacher)"
+    elif student.weights != "none" and not student.force_init:
+        tuned = is_run(student.model)
+        pretrained = not tuned and student.weights == "pretrained"
+        given = student.model if tuned else student.weights
+        lost = f"the pre-trained weights of {student.model}" if pretrained else f"the weights in {given}"
+        random = "" if tuned else "or start from random ones: --set student.weights=none, "
+        yield (
+            f"student.init: {name} would overwrite {lost} (keep them: leave student.init out, {random}"
+            "or give them up: --force-init)"
+        )
 
 
 def option_problems(recipe: Recipe) -> list[str]:
-    """Options the class behind a name does not take. Imports the classes, and so torch."""
+    """Return options that the class behind a name does not have. Imports the classes, and so torch."""
     problems = []
     if not method_problems("method.name", recipe.method.name):
         problems += _options_of("method", config_of(recipe.method.name), recipe.method)
-    for index, loss in enumerate(recipe.losses or ()):
+    for index, loss in enumerate(recipe.losses):
         if loss.name in LOSSES:
             problems += _options_of(f"losses[{index}]", LOSSES.load(loss.name).Config, loss)
     init = recipe.student.init
@@ -194,9 +185,9 @@ def option_problems(recipe: Recipe) -> list[str]:
     return problems
 
 
-def _options_of(place: str, config: type[BaseModel], spec: Named) -> list[str]:
+def _options_of(key: str, config: type[BaseModel], spec: Named) -> list[str]:
     try:
         config(**spec.options)
     except ValidationError as error:
-        return lines_of(error, config, place, also=type(spec).model_fields)
+        return lines_of(error, config, key, also=type(spec).model_fields)
     return []

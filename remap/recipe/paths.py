@@ -1,7 +1,8 @@
-"""Which words of a recipe are paths, and how they become absolute. Nothing here fails, whatever the word."""
+"""Which words of a recipe are paths, and how they become absolute. Nothing here touches what a path leads to."""
 
 import os
 
+from remap.data import is_source
 from remap.io.names import name_problem
 from remap.io.paths import LONGEST_PATH, absolute
 
@@ -12,8 +13,8 @@ def is_run(word: str) -> bool:
     return any(os.path.isfile(os.path.join(path, *parts)) for parts in (("task", "task.json"), ("task.json",)))
 
 
-def require_place(word: str) -> str:
-    """A word that may be a path or the name of a model.
+def require_path_or_name(word: str) -> str:
+    """Return a word that may be a path or the name of a model.
 
     Raises:
         ValueError: It is empty, longer than any path, or holds what no readable path has.
@@ -33,17 +34,17 @@ def require_place(word: str) -> str:
 
 
 def absolute_data(word: str) -> str:
-    """An absolute data path; "digits" is no path."""
-    return word if word == "digits" else absolute(word)
+    """Return a data path as an absolute one; the name of a built-in source stays."""
+    return word if is_source(word) else absolute(word)
 
 
 def absolute_model(word: str) -> str:
-    """An absolute path in ``local-dir:FOLDER`` or a run directory; the name of a model stays, whatever lies here."""
+    """Return the folder of ``local-dir:FOLDER`` or a run directory as an absolute path; the name of a model stays."""
     if word.startswith("local-dir:"):
         return f"local-dir:{absolute(word.removeprefix('local-dir:'))}"
     return absolute(word) if is_run(word) else word
 
 
 def absolute_weights(word: str) -> str:
-    """An absolute path of a weights file or run directory; "pretrained" and "none" stay."""
+    """Return a weights file or run directory as an absolute path; "pretrained" and "none" stay."""
     return absolute(word) if word.endswith(".safetensors") or is_run(word) else word

@@ -1,4 +1,4 @@
-"""Pydantic's findings as one plain line each: where, what, and the word that was probably meant."""
+"""Pydantic's findings as one plain line each: the key, the problem, and the word that was probably meant."""
 
 import types
 import typing
@@ -13,8 +13,8 @@ from remap.registry import did_you_mean, nearest
 _SHAPES = {"model_type": "a mapping of keys", "dict_type": "a mapping of keys", "tuple_type": "a list"}
 
 
-def lines_of(error: ValidationError, schema: type[BaseModel], place: str = "", also: Iterable[str] = ()) -> list[str]:
-    """One line for each finding, in the order of the recipe; ``also`` are keys allowed beside the schema's.
+def lines_of(error: ValidationError, schema: type[BaseModel], key: str = "", also: Iterable[str] = ()) -> list[str]:
+    """Return one line per finding, in the order of the recipe; ``also`` are further keys that are allowed.
 
     Where several kinds of values are allowed, pydantic has a finding for each kind: they become one line.
     """
@@ -26,16 +26,16 @@ def lines_of(error: ValidationError, schema: type[BaseModel], place: str = "", a
         inside = any(len(other) > len(path) and other[: len(path)] == path for other in paths)
         if not inside or finding["type"] not in ("too_short", "literal_error"):
             groups.setdefault(path, []).append(finding)
-    return [_line(group, schema, place, list(also)) for group in groups.values()]
+    return [_line(group, schema, key, list(also)) for group in groups.values()]
 
 
-def option_places(schema: type[BaseModel]) -> list[str]:
-    """Options by name; those of a combination's parts as ``part.name``."""
-    places = []
+def option_keys(schema: type[BaseModel]) -> list[str]:
+    """Return options by name; those of a combination's parts as ``part.name``."""
+    keys = []
     for name, field in schema.model_fields.items():
         inner = _model_in(field.annotation)
-        places += [name] if inner is None else [f"{name}.{place}" for place in option_places(inner)]
-    return places
+        keys += [name] if inner is None else [f"{name}.{key}" for key in option_keys(inner)]
+    return keys
 
 
 def _path(finding: Any) -> list[Any]:
@@ -46,11 +46,11 @@ def _path(finding: Any) -> list[Any]:
     return path
 
 
-def _line(group: list[Any], schema: type[BaseModel], place: str, also: list[str]) -> str:
-    """One line of the findings about one place; more than one where the value is none of several kinds."""
+def _line(group: list[Any], schema: type[BaseModel], key: str, also: list[str]) -> str:
+    """Return one line for the findings at one key, of which there is one per kind of value that would do."""
     finding = next((one for one in group if one["type"] == "literal_error"), group[0])
     path = _path(finding)
-    where = _dotted(path, place)
+    where = _dotted(path, key)
     kind, given = finding["type"], finding["input"]
     if kind == "extra_forbidden":
         known = [*also, *_fields_at(schema, path[:-1])]
@@ -95,31 +95,26 @@ def _is_union_label(part: Any) -> bool:
     return isinstance(part, str) and ("[" in part or part in {"bool", "int", "float", "str", "list", "tuple"})
 
 
-def _dotted(path: list, place: str) -> str:
-    text = place
+def _dotted(path: list, key: str) -> str:
+    text = key
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else str(part))
     return text or "recipe"
 
 
-def _schema_at(schema: type[BaseModel], path: list) -> type[BaseModel] | None:
+def _fields_at(schema: type[BaseModel], path: list[Any]) -> Iterable[str]:
     for part in path:
-        if isinstance(part, int):
-            continue
-        field = schema.model_fields.get(part)
-        schema = _model_in(field.annotation) if field else None
-        if schema is None:
-            return None
-    return schema
-
-
-def _fields_at(schema: type[BaseModel], path: list) -> Iterable[str]:
-    owner = _schema_at(schema, path)
-    return owner.model_fields if owner else ()
+        if not isinstance(part, int):
+            field = schema.model_fields.get(part)
+            inner = _model_in(field.annotation) if field else None
+            if inner is None:
+                return ()
+            schema = inner
+    return schema.model_fields
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The pydantic model inside ``X``, ``X | None`` or ``tuple[X, ...]``."""
+    """Return the pydantic model inside ``X``, ``X | None`` or ``tuple[X, ...]``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, typing.Annotated):

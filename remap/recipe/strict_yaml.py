@@ -76,7 +76,7 @@ _Loader.add_implicit_resolver(
 
 
 def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
-    """010 is ten, not eight; 1e999 is no number."""
+    """Read 010 as ten, not eight; refuse 1e999."""
     kind = int if node.tag.endswith(":int") else float
     try:
         value = kind(loader.construct_scalar(node))
@@ -119,17 +119,17 @@ def parse(text: str, where: str) -> Any:
         RecipeError: It is not YAML, or uses tags, aliases or a repeated key; names ``where`` and the line.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise RecipeError([plain(f"{place}{error.problem}")], where) from None
+        position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise RecipeError([plain(f"{position}{error.problem}")], where) from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # of escapes and versions beyond all numbers
         raise RecipeError([plain(f"not readable as YAML: {str(error).splitlines()[0]}")], where) from None
 
 
 def read_text(path: Path) -> str:
-    """The text of a recipe file.
+    """Return the text of a recipe file.
 
     Raises:
         RecipeError: It cannot be read, is too large, or is not UTF-8.
@@ -146,7 +146,7 @@ def read_text(path: Path) -> str:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a recipe file.
+    """Return the mapping in a recipe file.
 
     Raises:
         RecipeError: It cannot be read, is too large, or is not a mapping.
@@ -160,5 +160,5 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def dump(value: Any) -> str:
-    """YAML text that ``parse`` reads back to an equal value."""
+    """Return YAML text that ``parse`` reads back to an equal value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

@@ -23,7 +23,7 @@ from remap.io import checked_json
 from remap.io.checked_read import sha256_of
 from remap.io.names import name_problem, plain
 from remap.network import Network
-from remap.recipe.schema import LARGEST_SIDE, MethodSpec, Place
+from remap.recipe.schema import LARGEST_SIDE, MethodSpec, PathOrName
 from remap.runs.run_dir import RunDir
 
 FORMAT = 1
@@ -69,8 +69,8 @@ _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class _Source(BaseModel):
-    model: Annotated[Place, AfterValidator(_require_absolute)]
-    weights: Annotated[Place, AfterValidator(_require_absolute)]
+    model: Annotated[PathOrName, AfterValidator(_require_absolute)]
+    weights: Annotated[PathOrName, AfterValidator(_require_absolute)]
     sha256: _Sha256
     preset: Literal["none", "mae", "moco_v3"]
     image_size: int | None = Field(default=None, ge=1, le=LARGEST_SIDE)

@@ -61,6 +61,14 @@ def test_a_method_shows_every_option(run_json: Callable[..., dict], name: str) -
     for option in found["options"]:
         default = fields[option["name"]].default
         assert option["default"] == (list(default) if isinstance(default, tuple) else default)
+        assert option["about"] == fields[option["name"]].description
+
+
+@pytest.mark.parametrize("name", LOSSES.names)
+def test_a_loss_shows_every_option(run_json: Callable[..., dict], name: str) -> None:
+    """Source: the fields of its class of options."""
+    shown = {option["name"]: option["about"] for option in run_json("losses", name)["options"]}
+    assert shown == {option: field.description for option, field in LOSSES.load(name).Config.model_fields.items()}
 
 
 def test_options_say_what_they_take(
@@ -72,7 +80,7 @@ def test_options_say_what_they_take(
     assert options["lora.targets"]["allowed"] == ["q", "k", "v", "o", "fc1", "fc2"]
     assert options["lora.targets"]["type"] == "list or null" and "null is [q, v]" in options["lora.targets"]["about"]
     assert options["vpt_deep.place"]["allowed"] == ["prepend", "add", "pixel"]
-    assert options["vpt_deep.shared"]["about"] == "All blocks get the same prompts"
+    assert options["vpt_deep.shared"]["about"] == "Share one set of prompts among all blocks."
     assert (options["lora.rank"]["limits"], options["lora.dropout"]["limits"]) == (">= 1", ">= 0, < 1")
     shown = remap("methods", "lora").stdout
     for part in ("294,912", "list of q, k, v, o, fc1, fc2, or null", "--set method.rank=8", "arXiv 2106.09685"):

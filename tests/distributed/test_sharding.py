@@ -35,14 +35,14 @@ def test_who_holds_what_changes_no_digest(tiny: Any) -> None:
     assert digest(tiny.recipe("train.parallel=fsdp2", "teacher.shard=on")) == digest(tiny.recipe())
     plain, shared = tiny.recipe(teacher=two), tiny.recipe("teacher.shard=off", teacher=two)
     assert shared.teacher.shard == "off" and digest(shared) == digest(plain)
-    more = [spec.model_copy(update={"shard": "on"}) for spec in plain.more_teachers]
-    assert digest(plain.model_copy(update={"more_teachers": tuple(more)})) == digest(plain)
+    sharded = tuple(spec.model_copy(update={"shard": "on"}) for spec in plain.teachers)
+    assert digest(plain.model_copy(update={"teachers": sharded})) == digest(plain)
     assert digest(tiny.recipe("train.weight_decay=0.5")) != digest(tiny.recipe())
 
 
 @pytest.mark.parametrize("teacher", ["self", "ema"])
 def test_a_teacher_made_of_the_student_goes_with_it(tiny: Any, teacher: str) -> None:
-    with pytest.raises(RecipeError, match=f"teacher.shard: the teacher '{teacher}' goes with the student"):
+    with pytest.raises(RecipeError, match=f"teacher.shard: the teacher '{teacher}' is sharded with the student"):
         tiny.recipe("teacher.shard=on", teacher=teacher)
 
 

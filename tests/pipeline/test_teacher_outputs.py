@@ -204,7 +204,7 @@ def test_what_changes_is_kept_nowhere(tiny: Any, tmp_path: Path, setting: str, s
         build_cache(recipe)
     kept = recipe.teacher.model_copy(update={"cache": "disk"})
     with pytest.raises(DataError, match=says):
-        start(recipe.model_copy(update={"teacher": kept}), tmp_path / "run")
+        start(recipe.model_copy(update={"teachers": (kept,)}), tmp_path / "run")
 
 
 def test_too_many_classes_to_keep_leave_no_run_behind(tiny: Any, tmp_path: Path) -> None:

@@ -67,10 +67,10 @@ def test_views_without_augmentation_are_one() -> None:
         ({"teacher": {"model": "a", "cache": "disk"}, "data": {"augment": "shift"}}, "views are new in every epoch"),
     ],
 )
-def test_outputs_that_change_are_kept_nowhere(values: dict[str, Any], why: str) -> None:
+def test_outputs_that_change_are_not_cached(values: dict[str, Any], why: str) -> None:
     """Known from the recipe alone, so nobody waits for a teacher to be prepared first."""
     (line,) = problems(**values)
-    assert line.startswith(f"teacher.cache: nothing can be kept, since {why}")
+    assert line.startswith(f"teacher.cache: nothing can be cached, since {why}")
 
 
 @pytest.mark.parametrize(

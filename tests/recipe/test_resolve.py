@@ -9,6 +9,7 @@ import pytest
 
 from remap.errors import RecipeError
 from remap.recipe import Recipe, catalogue, resolve, resolve_distill, validate
+from remap.recipe.schema import TeacherSpec
 
 
 def problems(*args: Any, **kwargs: Any) -> tuple[str, ...]:
@@ -81,7 +82,8 @@ def test_a_file_is_blamed_for_its_own(tmp_path: Path) -> None:
     own, given = [], []
     for line in caught.value.problems:
         (given if line.endswith(" (command line)") else own).append(line.partition(":")[0])
-    assert (own, given) == (["method.name", "train.warmup_epochs"], ["seed"])
+    # Without --epochs 3 the file's warm-up would fit.
+    assert (own, given) == (["method.name"], ["seed", "train.warmup_epochs"])
 
 
 @pytest.mark.parametrize(
@@ -226,7 +228,13 @@ def test_another_method_takes_none_of_the_recipes_options(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "form", ["teacher: [a, {model: b, weight: 2}]", "teacher: a\nmore_teachers: [{model: b, weight: 2}]"]
+    "form",
+    [
+        "teacher: [a, {model: b, weight: 2}]",
+        "teachers: [a, {model: b, weight: 2}]",
+        "teacher: a\nmore_teachers: [{model: b, weight: 2}]",
+        "teacher: [a]\nmore_teachers: {model: b, weight: 2}",
+    ],
 )
 def test_the_teachers_of_a_recipe_can_be_named_anew_and_set(tmp_path: Path, form: str) -> None:
     path = tmp_path / "two.yaml"
@@ -239,6 +247,21 @@ def test_the_teachers_of_a_recipe_can_be_named_anew_and_set(tmp_path: Path, form
     assert found({}, "teacher.allow_weak=true") == [("a", 1.0, True), ("b", 2.0, False)]
     assert found({"teacher": "c"}) == [("c", 1.0, False)]
     assert found({"teacher": "c:3,ema"}, "teacher.allow_weak=true") == [("c", 3.0, True), ("ema", 1.0, False)]
+
+
+@pytest.mark.parametrize("form", ["teacher: a", "teacher: {model: a}", "teacher: [a]", "teachers: a", "teachers: [a]"])
+def test_one_teacher_is_a_list_of_one(tmp_path: Path, form: str) -> None:
+    (tmp_path / "one.yaml").write_text(f"name: one\n{form}\nmore_teachers: []\n")
+    recipe = resolve(tmp_path / "one.yaml", settings=["teacher.prepare=full"])
+    assert recipe.teachers == (recipe.teacher,) == (TeacherSpec(model="a", prepare="full"),)
+    assert resolve(tmp_path / "one.yaml", {"teacher": "c"}, ["teacher.prepare=full"]).teacher.model == "c"
+
+
+def test_a_problem_of_one_teacher_of_several_has_its_number() -> None:
+    (line,) = problems(words={"teacher": ["a", {"model": "b", "prepare": "porbe"}]})
+    assert line.startswith("teachers[1].prepare: unknown word 'porbe'; did you mean 'probe'?")
+    (line,) = problems(words={"teacher": ["a", {"model": "b", "wieght": 2}]})
+    assert line.startswith("teachers[1].wieght: unknown key; did you mean 'weight'?")
 
 
 @pytest.mark.parametrize("settings", [["teacher=a", "losses.kd.weight=2"], ["losses.kd.weight=2", "teacher=a"]])
@@ -267,7 +290,7 @@ REFUSED = {
     "losses=[]": "losses: at least one loss is needed",
     "losses=ce:0": "losses: every weight is 0, nothing would be learned",
     "losses=ce,ce": "losses: 'ce' is given twice",
-    "losses=kd": "losses: kd needs a teacher (set teacher.model, or keep to ce)",
+    "losses=kd": "losses: kd needs a teacher (set teacher.model, or use ce alone)",
     "train.warmup_epochs=30": "train.warmup_epochs: 30.0 must be less than train.epochs 30",
     "train.accumulation=7": "train.batch_size: 64 is not a multiple of accumulation 7",
     "name=a/b": "name: 'a/b' may hold letters",

@@ -115,7 +115,7 @@ def test_a_comparison_does_not_write_through_links(tiny: Any, tmp_path: Path, vi
 def test_a_summary_of_a_run_can_be_shown(made: Path, tiny: Any, tmp_path: Path) -> None:
     """Of runs with one, two and no teachers."""
     recipe = tiny.recipe("train.epochs=1", "train.warmup_epochs=0", losses="kd")
-    two = start(recipe.model_copy(update={"more_teachers": (recipe.teacher,)}), tmp_path / "two")
+    two = start(recipe.model_copy(update={"teachers": (*recipe.teachers, recipe.teacher)}), tmp_path / "two")
     none = start(tiny.recipe(losses="ce", teacher=None), tmp_path / "none")
     assert summary_problem(RunDir(made).summary()) is None
     assert summary_problem(two.summary) is None and len(two.summary["more_teachers"]) == 1

@@ -24,6 +24,20 @@ FLOOR = 1e-6  # mixed into probabilities before a logarithm; stated by the losse
 LABELS = Labels(torch.tensor([0, 1]))
 
 
+# For test_losses_conformance.py, which explains the keys.
+CONFORMANCE: dict[str, dict[str, Any]] = {
+    "attention_cls": {
+        "variants": [{"heads": "mean", "layers": "uniform"}, {"heads": "mean", "temperature": 2.0}],
+        "alike": {"layers": "uniform"},
+    },
+    "attention_scores": {"variants": [{"layers": "uniform", "resize": "bicubic"}], "alike": {"layers": "uniform"}},
+    "relations": {
+        "variants": [{"relations": ["v"], "relation_heads": 8}, {"relations": ["q", "k"], "layers": "uniform"}],
+        "alike": {"layers": "uniform"},
+    },
+}
+
+
 def f64(tensor: Tensor) -> Array:
     return tensor.detach().double().numpy()
 

@@ -1,5 +1,6 @@
 """Each feature loss against a second formula, written here in numpy float64 from its paper, or against torchdistill."""
 
+import math
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 import timm
 import torch
 from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F
 from torchdistill.losses.mid_level import PKTLoss, RKDLoss
 
 from remap.backbones.anatomy import Anatomy, anatomy_of
@@ -37,6 +40,79 @@ def make(name: str, pair: Pair, **options: Any) -> Any:
 
 def run(term: LossTerm, student: Signals, teacher: Signals, labels: Labels = LABELS) -> float:
     return term(student, term.target(teacher), labels).item()
+
+
+@torch.no_grad()
+def with_identities(term: LossTerm, teacher: Signals, labels: Labels) -> tuple[Signals, Signals, float]:
+    """Linear maps become identities, so that a copy of the teacher reaches zero."""
+    for module in term.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.eye_(module.weight)
+            nn.init.zeros_(module.bias)
+    return teacher, teacher, 0.0
+
+
+@torch.no_grad()
+def generating_constants(term: Any, teacher: Signals, labels: Labels) -> tuple[Signals, Signals, float]:
+    """A generator sees masked tokens only: it reaches zero where the teacher's are one constant, its last bias."""
+    with_identities(term, teacher, labels)
+    last = max(teacher.tokens)
+    constant_D = teacher.tokens[last].patches_BND[0, 0]
+    term.generator[2].weight.zero_()
+    term.generator[2].bias.copy_(constant_D)
+    constant = replace(teacher.tokens[last], patches_BND=constant_D.expand_as(teacher.tokens[last].patches_BND))
+    teacher = replace(teacher, tokens={**teacher.tokens, last: constant})
+    return teacher, teacher, 0.0
+
+
+def far_apart(term: LossTerm, teacher: Signals, labels: Labels) -> tuple[Signals, Signals, float]:
+    """Contrast is least where the B images are as far apart as can be, at cosines of -1 / (B - 1)."""
+    with_identities(term, teacher, labels)
+    images, width = teacher.pooled_BD.shape
+    simplex_BD = (torch.eye(images) - 1 / images) @ torch.eye(images, width)
+    gap = (1 + 1 / (images - 1)) / term.config.temperature
+    teacher = replace(teacher, pooled_BD=simplex_BD)
+    return teacher, teacher, 2.0 * math.log1p((images - 1) * math.exp(-gap))
+
+
+def with_normed_tokens(term: LossTerm, teacher: Signals, labels: Labels) -> tuple[Signals, Signals, float]:
+    """Zero where the student's tokens equal the teacher's layer-normed ones."""
+
+    def normed(x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:])
+
+    tokens = {
+        index: replace(one, patches_BND=normed(one.patches_BND), prefix_BPD=normed(one.prefix_BPD))
+        for index, one in teacher.tokens.items()
+    }
+    return teacher, replace(teacher, tokens=tokens), 0.0
+
+
+# For test_losses_conformance.py, which explains the keys.
+CONFORMANCE: dict[str, dict[str, Any]] = {
+    "tokens": {
+        "variants": [
+            {"layers": "uniform", "loss": "cosine", "prefix": "class"},
+            {"layers": [[0, 2], [-1, -2]], "projector": "orthogonal", "prefix": "all"},
+        ],
+        "alike": {"projector": "none", "layers": "uniform"},
+        "at_best": with_normed_tokens,
+    },
+    "gram": {
+        "variants": [{"loss": "mse", "layers": "uniform"}, {"temperature": 0.5, "layers": [[0, 1]]}],
+        "alike": {"layers": "uniform"},
+    },
+    "vitkd": {"variants": [{"shallow": 1, "mask": 0.3, "generation": 1.0}], "at_best": generating_constants},
+    "mgd": {"variants": [{"mask": 0.65}], "at_best": generating_constants},
+    "fitnet": {
+        "variants": [{"layers": [[0, 2], [1, 0]]}],
+        "alike": {"layers": [[0, 0], [2, 2]]},
+        "at_best": with_identities,
+    },
+    "rkd": {"variants": [{"distance": 0.0}, {"angle": 0.0}]},
+    "pkt": {"variants": [{"self_similarity": True}]},
+    "crd": {"variants": [{"width": 8, "temperature": 0.5}], "at_best": far_apart},
+}
 
 
 def pooled(student: torch.Tensor, teacher: torch.Tensor) -> tuple[Signals, Signals]:

@@ -55,6 +55,51 @@ def loss(name: str, pair: Pair, given: tuple[Signals, Signals], labels: Labels =
     return term(given[0], term.target(given[1]), labels)
 
 
+def entropy(p_BC: Tensor) -> float:
+    return -torch.special.xlogy(p_BC, p_BC).sum(dim=1).mean().item()
+
+
+def kd_at_best(term: LossTerm, teacher: Signals, labels: Labels) -> tuple[Signals, Signals, float]:
+    """On torchtune's scale it is a cross-entropy, which at the target itself is the target's entropy."""
+    torchtune = term.config.scale == "torchtune"
+    return teacher, teacher, entropy(teacher.logits_BC.double().softmax(dim=1)) if torchtune else 0.0
+
+
+def hard_at_best(term: LossTerm, teacher: Signals, labels: Labels) -> tuple[Signals, Signals, float]:
+    classes = teacher.logits_BC.shape[1]
+    wanted = F.one_hot(teacher.logits_BC.argmax(dim=1), classes).double()
+    wanted = wanted + term.config.label_smoothing * (1 / classes - wanted)
+    return teacher, replace(teacher, logits_BC=wanted.clamp_min(1e-30).log().float()), entropy(wanted)
+
+
+def nkd_at_best(term: LossTerm, teacher: Signals, labels: Labels) -> tuple[Signals, Signals, float]:
+    """Sure of the label, and otherwise as the teacher."""
+    logits_BC, temperature = teacher.logits_BC.double(), term.config.temperature
+    label = F.one_hot(labels.classes_B, logits_BC.shape[1])
+    others = (logits_BC / temperature - 1e9 * label).softmax(dim=1)
+    student = replace(teacher, logits_BC=(logits_BC + 1e4 * label).float())
+    return teacher, student, term.config.gamma * temperature**2 * entropy(others)
+
+
+# For test_losses_conformance.py, which explains the keys.
+CONFORMANCE: dict[str, dict[str, Any]] = {
+    "kd": {
+        "variants": [
+            {"temperature": 1.0},
+            {"scale": "deit"},
+            {"scale": "torchdistill"},
+            {"scale": "torchtune", "temperature": 1.0},
+        ],
+        "at_best": kd_at_best,
+    },
+    "hard": {"variants": [{"label_smoothing": 0.1}], "at_best": hard_at_best},
+    "dkd": {"variants": [{"alpha": 0.5, "beta": 0.5, "temperature": 1.0}]},
+    "nkd": {"variants": [{"gamma": 1.5, "temperature": 2.0}], "at_best": nkd_at_best},
+    "mlkd": {"variants": [{"temperatures": [1.0, 4.0], "instance": 0.5, "batch": 2.0}]},
+    "logit_std": {"variants": [{"of": "dkd"}, {"of": "dist"}, {"of": "mlkd", "options": {"temperatures": [3.0]}}]},
+}
+
+
 @pytest.fixture
 def logits() -> tuple[Signals, Signals]:
     return Signals(2 * torch.randn(BATCH, CLASSES)), Signals(3 * torch.randn(BATCH, CLASSES))

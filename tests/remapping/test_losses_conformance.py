@@ -1,13 +1,22 @@
-"""What every row of the table of losses must do. Options beyond the defaults are listed in VARIANTS."""
+"""What every row of the table of losses must do.
 
-import math
+What the suite must know of a loss besides its row stands in the file that tests its formula, as
+``CONFORMANCE = {"NAME": {...}}``; all keys are optional:
+
+- variants: options beyond the defaults that the suite runs too;
+- alike: options under which a network and its copy are compared like with like (each block with itself, no projection);
+- at_best(term, teacher, labels) -> (teacher, student, minimum): signals at which the loss is least, and its value there
+  in closed form; by default the student's signals are the teacher's, and the value is 0.
+"""
+
+import runpy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from remap.errors import BackboneError
 from remap.remapping import LOSSES
@@ -15,120 +24,14 @@ from remap.remapping.labels import Labels
 from remap.remapping.objective import LossTerm, Objective, Pair
 from remap.remapping.signals import Signals
 
-VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "ce": [{"label_smoothing": 0.1}],
-    "kd": [
-        {"temperature": 1.0},
-        {"scale": "deit"},
-        {"scale": "torchdistill"},
-        {"scale": "torchtune", "temperature": 1.0},
-    ],
-    "hard": [{"label_smoothing": 0.1}],
-    "dkd": [{"alpha": 0.5, "beta": 0.5, "temperature": 1.0}],
-    "nkd": [{"gamma": 1.5, "temperature": 2.0}],
-    "mlkd": [{"temperatures": [1.0, 4.0], "instance": 0.5, "batch": 2.0}],
-    "logit_std": [{"of": "dkd"}, {"of": "dist"}, {"of": "mlkd", "options": {"temperatures": [3.0]}}],
-    "dist": [{"beta": 2.0, "gamma": 0.5, "tau": 4.0}],
-    "attention": [{"layers": "uniform"}, {"layers": [[0, 2], [-1, -2]], "resize": "bicubic"}],
-    "attention_cls": [{"heads": "mean", "layers": "uniform"}, {"heads": "mean", "temperature": 2.0}],
-    "attention_scores": [{"layers": "uniform", "resize": "bicubic"}],
-    "relations": [{"relations": ["v"], "relation_heads": 8}, {"relations": ["q", "k"], "layers": "uniform"}],
-    "feature": [{"projector": "orthogonal"}, {"loss": "cosine"}],
-    "tokens": [
-        {"layers": "uniform", "loss": "cosine", "prefix": "class"},
-        {"layers": [[0, 2], [-1, -2]], "projector": "orthogonal", "prefix": "all"},
-    ],
-    "gram": [{"loss": "mse", "layers": "uniform"}, {"temperature": 0.5, "layers": [[0, 1]]}],
-    "vitkd": [{"shallow": 1, "mask": 0.3, "generation": 1.0}],
-    "mgd": [{"mask": 0.65}],
-    "fitnet": [{"layers": [[0, 2], [1, 0]]}],
-    "rkd": [{"distance": 0.0}, {"angle": 0.0}],
-    "pkt": [{"self_similarity": True}],
-    "crd": [{"width": 8, "temperature": 0.5}],
-    "torchdistill": [
-        {"loss": "PKTLoss"},
-        {"loss": "DISTLoss", "signal": "logits", "options": {"tau": 2.0}},
-        {"loss": "SKDInstanceLoss", "signal": "logits", "options": {"mode": "code"}},
-        {"loss": "ATLoss", "signal": "tokens", "options": {"mode": "paper"}},
-    ],
+KNOWN: dict[str, dict[str, Any]] = {
+    name: facts
+    for path in sorted(Path(__file__).parent.glob("test_*.py"))
+    if path != Path(__file__) and "\nCONFORMANCE" in path.read_text(encoding="utf-8")
+    for name, facts in runpy.run_path(str(path))["CONFORMANCE"].items()
 }
-CASES = [(row.name, options) for row in LOSSES for options in ({}, *VARIANTS.get(row.name, []))]
+CASES = [(row.name, options) for row in LOSSES for options in ({}, *KNOWN.get(row.name, {}).get("variants", ()))]
 LABELS = Labels(torch.tensor([0, 3, 1, 4]))
-# Cross-entropy measures the distance to the labels, and stays positive however well the student copies the teacher.
-WITHOUT_TEACHER = {"ce"}
-# Options under which a network and its twin are compared like with like: every block with itself, no projection.
-LIKE_WITH_LIKE: dict[str, dict[str, Any]] = {
-    "attention": {"layers": "uniform"},
-    "attention_cls": {"layers": "uniform"},
-    "attention_scores": {"layers": "uniform"},
-    "relations": {"layers": "uniform"},
-    "feature": {"projector": "none"},
-    "tokens": {"projector": "none", "layers": "uniform"},
-    "gram": {"layers": "uniform"},
-    "fitnet": {"layers": [[0, 0], [2, 2]]},
-}
-
-
-def lowest(name: str, options: dict[str, Any], teacher_BC: Tensor) -> tuple[Tensor, float] | None:
-    """For losses whose minimum is not 0: the student's logits that reach it, and its value in closed form."""
-
-    def entropy(p_BC: Tensor) -> float:
-        return -torch.special.xlogy(p_BC, p_BC).sum(dim=1).mean().item()
-
-    teacher_BC = teacher_BC.double()
-    if options.get("scale") == "torchtune":  # cross-entropy is least at the target itself: there it is its entropy
-        return teacher_BC.float(), entropy(teacher_BC.softmax(dim=1))
-    if name == "hard":
-        wanted = F.one_hot(teacher_BC.argmax(dim=1), 5).double()
-        wanted = wanted + options.get("label_smoothing", 0.0) * (0.2 - wanted)
-        return wanted.clamp_min(1e-30).log().float(), entropy(wanted)
-    if name == "nkd":  # sure of the label, and otherwise as the teacher
-        label = F.one_hot(LABELS.classes_B, 5)
-        temperature = options.get("temperature", 1.0)
-        others = (teacher_BC / temperature - 1e9 * label).softmax(dim=1)
-        return (teacher_BC + 1e4 * label).float(), options.get("gamma", 1.0) * temperature**2 * entropy(others)
-    return None
-
-
-def layer_normed(signals: Signals) -> Signals:
-    """Features and tokens as the terms with a layer-normed target want them."""
-
-    def normed(x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:])
-
-    tokens = {
-        index: replace(one, patches_BND=normed(one.patches_BND), prefix_BPD=normed(one.prefix_BPD))
-        for index, one in signals.tokens.items()
-    }
-    return replace(signals, pooled_BD=None if signals.pooled_BD is None else normed(signals.pooled_BD), tokens=tokens)
-
-
-@torch.no_grad()
-def settle(name: str, term: Any, signals: Signals) -> tuple[Signals, float]:
-    """For terms with learned parts: set them so that the minimum can be reached; the twins' signals, and its value.
-
-    Linear maps become identities. A generator sees masked tokens only, so that it reaches zero where the teacher's
-    tokens are one constant: its last bias. Contrast is least where the B images are as far apart as can be, at
-    cosines of -1 / (B - 1).
-    """
-    for module in term.modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.eye_(module.weight)
-            torch.nn.init.zeros_(module.bias)
-    if name in ("vitkd", "mgd"):
-        last = max(signals.tokens)
-        constant_D = signals.tokens[last].patches_BND[0, 0]
-        term.generator[2].weight.zero_()
-        term.generator[2].bias.copy_(constant_D)
-        tokens = replace(signals.tokens[last], patches_BND=constant_D.expand_as(signals.tokens[last].patches_BND))
-        return replace(signals, tokens={**signals.tokens, last: tokens}), 0.0
-    if name == "crd":
-        simplex_BD = (torch.eye(4) - 0.25) @ torch.eye(4, 24)
-        apart = (1.0 + 1.0 / 3.0) / term.config.temperature
-        return replace(signals, pooled_BD=simplex_BD), 2.0 * math.log1p(3.0 * math.exp(-apart))
-    return signals, 0.0
-
-
 each_loss = pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n}-{i}" for i, (n, _) in enumerate(CASES)])
 
 
@@ -167,9 +70,14 @@ def extreme(signals: Signals) -> Signals:
     return Signals(fresh(signals.logits_BC, 1e4), fresh(signals.pooled_BD, 1e4), attention, tokens)
 
 
-def test_variants_name_rows_of_the_table() -> None:
-    assert set(VARIANTS) <= set(LOSSES.names)
-    assert {row.name for row in LOSSES if not row.load().uses_teacher} == WITHOUT_TEACHER
+def test_facts_are_of_rows_of_the_table() -> None:
+    assert set(KNOWN) <= set(LOSSES.names)
+    assert {key for facts in KNOWN.values() for key in facts} <= {"variants", "alike", "at_best"}
+
+
+def test_only_losses_on_labels_have_no_teacher() -> None:
+    for row in LOSSES:
+        assert row.load().uses_teacher == (row.category != "labels")
 
 
 @each_loss
@@ -187,25 +95,17 @@ def test_finite_scalar_and_gradient(name: str, options: dict, pair: Pair, studen
         assert parameter.grad.abs().sum() > 0
 
 
-@each_loss
+@pytest.mark.parametrize(("name", "options"), [case for case in CASES if LOSSES.row(case[0]).category != "labels"])
 def test_minimum_is_reached_when_the_student_is_the_teacher(name: str, options: dict, build_network: Any) -> None:
     # Source of the numbers: a divergence of a thing from itself is 0, one minus its correlation with itself is 0; for
-    # cross-entropies that are not 0 at best, ``lowest``.
-    twin = build_network(depth=3)
-    pair = Pair(twin.anatomy, twin.anatomy, 5)
-    if name in WITHOUT_TEACHER:
-        assert not LOSSES.load(name).uses_teacher
-        return
-    objective = objective_of(name, {**options, **LIKE_WITH_LIKE.get(name, {})}, pair)
-    teacher = twin.signals(objective.teacher_needs())
-    student, minimum = teacher, 0.0
-    if name in ("feature", "tokens"):  # zero is where the student's feature equals the teacher's layer-normed one
-        student = layer_normed(teacher)
-    if name in ("fitnet", "vitkd", "mgd", "crd"):
-        teacher, minimum = settle(name, objective.terms[name], teacher)
-        student = teacher
-    if (at_best := lowest(name, options, teacher.logits_BC)) is not None:
-        student, minimum = replace(teacher, logits_BC=at_best[0]), at_best[1]
+    # losses that are not 0 at best, a closed form (``at_best``).
+    network = build_network(depth=3)
+    facts = KNOWN.get(name, {})
+    objective = objective_of(name, {**options, **facts.get("alike", {})}, Pair(network.anatomy, network.anatomy, 5))
+    teacher = student = network.signals(objective.teacher_needs())
+    minimum = 0.0
+    if "at_best" in facts:
+        teacher, student, minimum = facts["at_best"](objective.terms[name], teacher, LABELS)
     total, _ = objective(student, [objective.targets(teacher)], LABELS)
     assert abs(total.item() - minimum) < 2e-6 * max(1.0, minimum)
 

@@ -46,6 +46,28 @@ def value(name: str, pair: Pair, student: Signals, teacher: Signals, **options: 
     return term(student, term.target(teacher), Labels(CLASSES_OF_IMAGES[: len(student.logits_BC)])).item()
 
 
+def feature_at_best(term: LossTerm, teacher: Signals, labels: Labels) -> tuple[Signals, Signals, float]:
+    """Zero where the student's feature equals the teacher's layer-normed one."""
+    normed_BD = F.layer_norm(teacher.pooled_BD, teacher.pooled_BD.shape[-1:])
+    return teacher, replace(teacher, pooled_BD=normed_BD), 0.0
+
+
+# For test_losses_conformance.py, which explains the keys.
+CONFORMANCE: dict[str, dict[str, Any]] = {
+    "ce": {"variants": [{"label_smoothing": 0.1}]},
+    "dist": {"variants": [{"beta": 2.0, "gamma": 0.5, "tau": 4.0}]},
+    "attention": {
+        "variants": [{"layers": "uniform"}, {"layers": [[0, 2], [-1, -2]], "resize": "bicubic"}],
+        "alike": {"layers": "uniform"},
+    },
+    "feature": {
+        "variants": [{"projector": "orthogonal"}, {"loss": "cosine"}],
+        "alike": {"projector": "none"},
+        "at_best": feature_at_best,
+    },
+}
+
+
 @pytest.fixture
 def logits() -> tuple[Signals, Signals]:
     return Signals(2 * torch.randn(6, 5)), Signals(3 * torch.randn(6, 5))

@@ -26,6 +26,19 @@ LABELS = Labels(torch.tensor([0, 3, 1, 4, 3, 2]))
 BOTH = ("s", "output", "t", "output")
 
 
+# For test_losses_conformance.py, which explains the keys.
+CONFORMANCE: dict[str, dict[str, Any]] = {
+    "torchdistill": {
+        "variants": [
+            {"loss": "PKTLoss"},
+            {"loss": "DISTLoss", "signal": "logits", "options": {"tau": 2.0}},
+            {"loss": "SKDInstanceLoss", "signal": "logits", "options": {"mode": "code"}},
+            {"loss": "ATLoss", "signal": "tokens", "options": {"mode": "paper"}},
+        ],
+    }
+}
+
+
 def make(name: str, pair: Pair, **options: Any) -> Any:
     kind = LOSSES.load(name)
     return kind(pair, kind.Config(**options))

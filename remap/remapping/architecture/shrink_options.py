@@ -45,24 +45,22 @@ def shrink_word(options: Mapping[str, Any]) -> str:
 class ShrinkSpec(BaseModel):
     """A student cut from the (first) teacher's backbone; null keeps what the teacher has.
 
-    Attributes:
-        depth, width, heads, mlp: Blocks, channels, heads a block and hidden units of an MLP. The head dimension is
-            width / heads; width or heads alone keep the teacher's.
-        importance: Of channels, heads and units: "taylor" (change of the pooled features, to first order, on images)
-            or "magnitude" of the weights.
-        blocks: Which go: "sensitivity" (one by one, the least missed on images) or "uniform" (even distances).
-        images: Training images to measure on.
+    Width or heads alone keep the teacher's head dimension, which otherwise is width / heads.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    depth: int | None = Field(default=None, ge=1)
-    width: int | None = Field(default=None, ge=1)
-    heads: int | None = Field(default=None, ge=1)
-    mlp: int | None = Field(default=None, ge=1)
-    importance: Literal["taylor", "magnitude"] = "taylor"
-    blocks: Literal["sensitivity", "uniform"] = "sensitivity"
-    images: int = Field(default=64, ge=1)
+    depth: int | None = Field(default=None, ge=1, description="Number of blocks that stay.")
+    width: int | None = Field(default=None, ge=1, description="Number of channels that stay.")
+    heads: int | None = Field(default=None, ge=1, description="Number of attention heads per block that stay.")
+    mlp: int | None = Field(default=None, ge=1, description="Number of hidden units per MLP that stay.")
+    importance: Literal["taylor", "magnitude"] = Field(
+        default="taylor", description="Score: first-order change of the features on images, or magnitude."
+    )
+    blocks: Literal["sensitivity", "uniform"] = Field(
+        default="sensitivity", description="Blocks to remove: the least missed on images, or evenly spaced."
+    )
+    images: int = Field(default=64, ge=1, description="Number of training images that scores are measured on.")
 
     @model_validator(mode="after")
     def _cuts_something(self) -> "ShrinkSpec":

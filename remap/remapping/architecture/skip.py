@@ -44,14 +44,12 @@ class Skip(Method):
     """
 
     class Config(Options):
-        """Options.
+        """Options."""
 
-        cost: Price of the whole network being open, in units of the loss.
-        gates: One for a block, or one for each of its branches (attention and MLP).
-        """
-
-        cost: float = Field(default=1.0, ge=0.0)
-        gates: Literal["block", "branch"] = "block"
+        cost: float = Field(default=1.0, ge=0.0, description="Price of the fully open network, in units of the loss.")
+        gates: Literal["block", "branch"] = Field(
+            default="block", description="One gate per block, or per branch (attention, MLP)."
+        )
 
     config: Config
 

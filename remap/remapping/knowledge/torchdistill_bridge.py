@@ -119,16 +119,11 @@ class Dist(LogitsTerm):
     """
 
     class Config(Options):
-        """Options.
+        """Options."""
 
-        beta: Weight of the correlation across classes, image by image.
-        gamma: Weight of the correlation across images, class by class.
-        tau: Temperature; divides the logits of both.
-        """
-
-        beta: float = Field(default=1.0, ge=0.0)
-        gamma: float = Field(default=1.0, ge=0.0)
-        tau: float = Field(default=1.0, gt=0.0)
+        beta: float = Field(default=1.0, ge=0.0, description="Weight of the correlation across classes, per image.")
+        gamma: float = Field(default=1.0, ge=0.0, description="Weight of the correlation across images, per class.")
+        tau: float = Field(default=1.0, gt=0.0, description="Temperature; divides the logits of both networks.")
 
     config: Config
 
@@ -149,16 +144,13 @@ class Torchdistill(TokenTerm):
     """
 
     class Config(Options):
-        """Options.
+        """Options."""
 
-        loss: The class.
-        signal: What it reads: "logits", "pooled" or "tokens".
-        options: Arguments of the class, as torchdistill names them; all but the module paths.
-        """
-
-        loss: LossName = "RKDLoss"
-        signal: Signal = "pooled"
-        options: dict[str, Scalar] = Field(default_factory=dict)
+        loss: LossName = Field(default="RKDLoss", description="Class name of torchdistill's loss.")
+        signal: Signal = Field(default="pooled", description="Signal that the loss reads.")
+        options: dict[str, Scalar] = Field(
+            default_factory=dict, description="Arguments of the class, except module paths."
+        )
 
         @field_validator("loss", mode="before")
         @classmethod

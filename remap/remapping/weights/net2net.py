@@ -30,9 +30,7 @@ class Net2Net(WeightInit):
         """Options."""
 
         noise: float = Field(
-            default=0.0,
-            ge=0.0,
-            description="noise on copied weights, as a share of the standard deviation of their tensor",
+            default=0.0, ge=0.0, description="Noise on copied weights, in standard deviations of their tensor."
         )
 
     config: Config

@@ -64,7 +64,7 @@ class Layers(WeightInit):
         """Options."""
 
         which: Literal["uniform", "first", "last"] = Field(
-            default="uniform", description="which of the teacher's blocks the student takes"
+            default="uniform", description="Teacher blocks that the student takes."
         )
 
     config: Config

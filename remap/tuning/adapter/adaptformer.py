@@ -23,12 +23,14 @@ class AdaptFormer(Method):
     """
 
     class Config(Options):
-        """Official defaults; ``layernorm`` normalises the adapter's input, or its scaled output (2*D more a block)."""
+        """Defaults are those of the official code; a layer norm adds 2*D parameters per block."""
 
-        bottleneck: int = Field(default=64, ge=1)
-        scale: float = Field(default=0.1, gt=0.0)
-        dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
-        layernorm: Literal["none", "in", "out"] = "none"
+        bottleneck: int = Field(default=64, ge=1, description="Width of the bottleneck.")
+        scale: float = Field(default=0.1, gt=0.0, description="Factor on the adapter's output.")
+        dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout probability in the bottleneck.")
+        layernorm: Literal["none", "in", "out"] = Field(
+            default="none", description="Layer norm of the input or the scaled output."
+        )
 
     config: Config
 

@@ -27,13 +27,14 @@ class Convpass(Method):
     """
 
     class Config(Options):
-        """``scale`` is the official code's default, which the paper searches from 0.01 to 100 for every task.
-        ``place``: beside attention and MLP (block) or beside attention only."""
+        """Options."""
 
-        bottleneck: int = Field(default=8, ge=1)
-        scale: float = Field(default=1.0, gt=0.0)
-        dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
-        place: Literal["block", "attention"] = "block"
+        bottleneck: int = Field(default=8, ge=1, description="Width of the bottleneck.")
+        scale: float = Field(default=1.0, gt=0.0, description="Factor on the output; 0.01 to 100 in the paper.")
+        dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout probability in the bottleneck.")
+        place: Literal["block", "attention"] = Field(
+            default="block", description="Beside attention and MLP, or attention only."
+        )
 
     config: Config
 

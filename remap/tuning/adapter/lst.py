@@ -41,10 +41,10 @@ class LadderSideTuning(Method):
     """
 
     class Config(Options):
-        """``reduction`` is D / d."""
+        """Options."""
 
-        reduction: int = Field(default=8, ge=1)
-        gates: Literal["fixed", "learned"] = "fixed"
+        reduction: int = Field(default=8, ge=1, description="Backbone width / side network width.")
+        gates: Literal["fixed", "learned"] = Field(default="fixed", description="Mix of the two: one half, or learned.")
 
     config: Config
 

@@ -31,14 +31,15 @@ class RepAdapter(Method):
     """
 
     class Config(Options):
-        """``scale`` is the official code's default, which the paper searches from 0.1 to 10 for every task.
-        ``place``: in front of attention and MLP (block) or of attention only."""
+        """Options."""
 
-        bottleneck: int = Field(default=8, ge=1)
-        groups: int = Field(default=2, ge=1)
-        scale: float = Field(default=1.0, gt=0.0)
-        dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
-        place: Literal["block", "attention"] = "block"
+        bottleneck: int = Field(default=8, ge=1, description="Width of the bottleneck.")
+        groups: int = Field(default=2, ge=1, description="Groups of the up-projection.")
+        scale: float = Field(default=1.0, gt=0.0, description="Factor on the output; 0.1 to 10 in the paper.")
+        dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout probability in the bottleneck.")
+        place: Literal["block", "attention"] = Field(
+            default="block", description="Before attention and MLP, or attention only."
+        )
 
         @model_validator(mode="after")
         def _whole_groups(self) -> Self:

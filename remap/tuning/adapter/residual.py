@@ -32,10 +32,12 @@ class ResidualAdapter(Method):
     """
 
     class Config(Options):
-        """``dense`` lets C mix all channels also beside a grouped convolution, which cannot be folded then."""
+        """Options."""
 
-        place: Literal["parallel", "series"] = "parallel"
-        dense: bool = Field(default=False)
+        place: Literal["parallel", "series"] = Field(
+            default="parallel", description="Parallel to a spatial convolution, or after it."
+        )
+        dense: bool = Field(default=False, description="Mix all channels of grouped convolutions; not mergeable.")
 
     config: Config
 

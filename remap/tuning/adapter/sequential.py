@@ -24,7 +24,9 @@ class Houlsby(Method):
     """
 
     class Config(Options):
-        bottleneck: int = Field(default=8, ge=1)
+        """Options."""
+
+        bottleneck: int = Field(default=8, ge=1, description="Width of the bottleneck.")
 
     config: Config
 
@@ -47,10 +49,12 @@ class Pfeiffer(Method):
     """
 
     class Config(Options):
-        """``reduction``, where given, makes the bottleneck width/reduction in place of ``bottleneck``."""
+        """Options."""
 
-        bottleneck: int = Field(default=8, ge=1)
-        reduction: int | None = Field(default=None, ge=1)
+        bottleneck: int = Field(default=8, ge=1, description="Width of the bottleneck.")
+        reduction: int | None = Field(
+            default=None, ge=1, description="Backbone width / bottleneck width; null takes bottleneck."
+        )
 
     config: Config
 
@@ -77,10 +81,12 @@ class AdapterPlus(Method):
     """
 
     class Config(Options):
-        """``drop_path`` leaves an image's adapter out in training, with this probability a block."""
+        """Options."""
 
-        bottleneck: int = Field(default=8, ge=1)
-        drop_path: float = Field(default=0.1, ge=0.0, lt=1.0)
+        bottleneck: int = Field(default=8, ge=1, description="Width of the bottleneck.")
+        drop_path: float = Field(
+            default=0.1, ge=0.0, lt=1.0, description="Probability of skipping an image's adapter in training."
+        )
 
     config: Config
 

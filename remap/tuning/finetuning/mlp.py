@@ -23,10 +23,10 @@ class MLP(Method):
     """
 
     class Config(Options):
-        """``num_layers`` counts hidden layers, the classifier not included."""
+        """Options."""
 
-        num_layers: int = Field(default=2, ge=1)
-        dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
+        num_layers: int = Field(default=2, ge=1, description="Hidden layers, without the classifier.")
+        dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout probability after each hidden layer.")
 
     config: Config
 

@@ -20,15 +20,15 @@ class Partial(Method):
     """Train the last ``num_blocks`` blocks, or chosen ones, and the final norm: k blocks + 2*D parameters."""
 
     class Config(Options):
-        """Which weights train.
+        """Options."""
 
-        ``blocks`` names blocks from 0 (all stages of a hierarchical model counted through) in place of the last
-        ``num_blocks``. ``parts`` takes one branch of these blocks only, its norm and its LayerScale included.
-        """
-
-        num_blocks: int = Field(default=1, ge=1)
-        blocks: tuple[NonNegativeInt, ...] | None = Field(default=None, min_length=1)
-        parts: Literal["all", "attention", "mlp"] = "all"
+        num_blocks: int = Field(default=1, ge=1, description="Number of last blocks to train.")
+        blocks: tuple[NonNegativeInt, ...] | None = Field(
+            default=None, min_length=1, description="Blocks to train, counted from 0; null is the last num_blocks."
+        )
+        parts: Literal["all", "attention", "mlp"] = Field(
+            default="all", description="Branch to train, with norm and LayerScale."
+        )
 
     config: Config
 

@@ -29,10 +29,10 @@ class SideTune(Method):
     """
 
     class Config(Options):
-        """``side`` is a name of timm; ``side_weights`` is "none" (random), "pretrained" or a .safetensors file."""
+        """Options."""
 
-        side: str = Field(default="lcnet_075", min_length=1)
-        side_weights: str = "none"
+        side: str = Field(default="lcnet_075", min_length=1, description="Name of the side network in timm.")
+        side_weights: str = Field(default="none", description='"none" (random), "pretrained" or a .safetensors file.')
 
     config: Config
 

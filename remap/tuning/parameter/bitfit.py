@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from pydantic import Field
 from torch import nn
 
 from remap.backbones.anatomy import Anatomy
@@ -19,9 +20,11 @@ class BitFit(Method):
     """
 
     class Config(Options):
-        """Which biases: ``all``, ``no_norm`` (those of norms stay frozen) or ``blocks`` (inside the blocks only)."""
+        """Options."""
 
-        biases: Literal["all", "no_norm", "blocks"] = "all"
+        biases: Literal["all", "no_norm", "blocks"] = Field(
+            default="all", description="All, without norms, or inside blocks only."
+        )
 
     config: Config
 

@@ -27,11 +27,15 @@ class BOFT(Method):
     """
 
     class Config(Options):
-        """``targets``: null is [q, k, v], or [fc1, fc2] without attention; a fused layer is one layer."""
+        """Options."""
 
-        block_size: int = Field(default=4, ge=2)
-        factors: int = Field(default=2, ge=1)
-        targets: tuple[Word, ...] | None = Field(default=None, min_length=1)
+        block_size: int = Field(default=4, ge=2, description="Size of the rotated blocks of inputs.")
+        factors: int = Field(default=2, ge=1, description="Butterfly factors; 1 is OFT with a scale.")
+        targets: tuple[Word, ...] | None = Field(
+            default=None,
+            min_length=1,
+            description="Layers to change; null is [q, k, v], or [fc1, fc2] without attention.",
+        )
 
     config: Config
 

@@ -28,10 +28,10 @@ class GPS(Method):
     """
 
     class Config(Options):
-        """``num_weights`` is the paper's K. ``temperature`` is that of the contrastive loss, which chooses them."""
+        """Options."""
 
-        num_weights: int = Field(default=1, ge=1)
-        temperature: float = Field(default=0.07, gt=0.0)
+        num_weights: int = Field(default=1, ge=1, description="Weights to train per neuron (K in the paper).")
+        temperature: float = Field(default=0.07, gt=0.0, description="Temperature of the loss that picks the weights.")
 
     config: Config
 

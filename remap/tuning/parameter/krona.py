@@ -25,13 +25,17 @@ class KronA(Method):
     """
 
     class Config(Options):
-        """``factor``: rows a1 of the left factor, a divisor of the output features; null is the divisor next to the
-        square root, above it. The left factor's columns a2 are the divisor of the input features next to it, below it:
-        32 x 24 (x) 24 x 32 for 768 features. ``targets`` as for LoRA."""
+        """Options."""
 
-        factor: int | None = Field(default=None, ge=1)
-        scale: float = Field(default=1.0, gt=0.0)
-        targets: tuple[Target, ...] | None = Field(default=None, min_length=1)
+        factor: int | None = Field(
+            default=None,
+            ge=1,
+            description="Rows of the left factor; null is the divisor of the output width above its square root.",
+        )
+        scale: float = Field(default=1.0, gt=0.0, description="Factor on the update.")
+        targets: tuple[Target, ...] | None = Field(
+            default=None, min_length=1, description="Layers to change; null is [q, v], or [fc1, fc2] without attention."
+        )
 
     config: Config
 

@@ -34,16 +34,16 @@ class LoRA(Method):
     class Config(Options):
         """The paper adapts queries and values.
 
-        ``alpha``: null is the rank, so that the scale is 1. ``targets``: null is [q, v] where the backbone has
-        attention, else [fc1, fc2]; fc1 takes the gate of a gated MLP along. ``dropout`` acts on the input of A; where
-        a backbone reads a layer's weight instead of calling the layer (BEiT, EVA-02) there is no such input, and no
-        dropout.
+        fc1 takes the gate of a gated MLP along. Where a backbone reads a layer's weight instead of calling the layer
+        (BEiT, EVA-02), there is no input of A and no dropout.
         """
 
-        rank: int = Field(default=8, ge=1)
-        alpha: float | None = Field(default=None, gt=0.0)
-        targets: tuple[Target, ...] | None = Field(default=None, min_length=1)
-        dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+        rank: int = Field(default=8, ge=1, description="Rank of the update.")
+        alpha: float | None = Field(default=None, gt=0.0, description="Scale is alpha / rank; null is alpha = rank.")
+        targets: tuple[Target, ...] | None = Field(
+            default=None, min_length=1, description="Layers to change; null is [q, v], or [fc1, fc2] without attention."
+        )
+        dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="Dropout probability on the input of A.")
 
     config: Config
 

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from pydantic import Field
 from torch import nn
 
 from remap.backbones.anatomy import Anatomy
@@ -18,9 +19,9 @@ class Norm(Method):
     """
 
     class Config(Options):
-        """Which norms: ``all``, or ``blocks`` (inside the blocks only)."""
+        """Options."""
 
-        where: Literal["all", "blocks"] = "all"
+        where: Literal["all", "blocks"] = Field(default="all", description="All norms, or those inside blocks only.")
 
     config: Config
 

@@ -43,17 +43,21 @@ ADAPTER = "default"
 
 
 class Targets(Options):
-    """``targets`` names the layers; a fused q, k, v layer is one layer, changed as a whole if any of them is asked
-    for, and fc1 takes the gate of a gated MLP along. null is [q, k, v], or [fc1, fc2] without attention."""
+    """A fused q, k, v layer is one layer, changed as a whole if any of the three is a target.
 
-    targets: tuple[Word, ...] | None = Field(default=None, min_length=1)
+    fc1 takes the gate of a gated MLP along.
+    """
+
+    targets: tuple[Word, ...] | None = Field(
+        default=None, min_length=1, description="Layers to change; null is [q, k, v], or [fc1, fc2] without attention."
+    )
 
 
 class LowRank(Targets):
-    """The change has rank ``rank`` and is multiplied by ``alpha`` / ``rank``; null is the rank, so that this is 1."""
+    """Options of a scaled low-rank update."""
 
-    rank: int = Field(default=8, ge=1)
-    alpha: float | None = Field(default=None, gt=0.0)
+    rank: int = Field(default=8, ge=1, description="Rank of the update.")
+    alpha: float | None = Field(default=None, gt=0.0, description="Scale is alpha / rank; null is alpha = rank.")
 
     @property
     def alpha_or_rank(self) -> float:
@@ -85,7 +89,7 @@ class PeftMethod(Method):
     run: ClassVar[Run] = staticmethod(plain_run)
 
     class Config(Targets):
-        pass
+        """Options."""
 
     config: Config
 
@@ -157,7 +161,7 @@ class DoRA(PeftMethod):
     name = "remap_dora"
 
     class Config(LowRank):
-        pass
+        """Options."""
 
     def peft_config(self, names: list[str], words: Sequence[Sequence[str]]) -> PeftConfig:
         return LoraConfig(r=self.config.rank, lora_alpha=self.config.alpha_or_rank, use_dora=True, target_modules=names)
@@ -169,7 +173,11 @@ class RsLoRA(PeftMethod):
     name = "remap_rslora"
 
     class Config(LowRank):
-        """``alpha`` is divided by the square root of ``rank``."""
+        """Options."""
+
+        alpha: float | None = Field(
+            default=None, gt=0.0, description="Scale is alpha / sqrt(rank); null is alpha = rank."
+        )
 
     def peft_config(self, names: list[str], words: Sequence[Sequence[str]]) -> PeftConfig:
         return LoraConfig(
@@ -189,7 +197,7 @@ class LoHa(PeftMethod):
     run = staticmethod(_lycoris_run)
 
     class Config(LowRank):
-        pass
+        """Options."""
 
     def peft_config(self, names: list[str], words: Sequence[Sequence[str]]) -> PeftConfig:
         return LoHaConfig(r=self.config.rank, alpha=self.config.alpha_or_rank, target_modules=names)
@@ -206,10 +214,12 @@ class LoKr(PeftMethod):
     run = staticmethod(_lycoris_run)
 
     class Config(LowRank):
-        """``factor`` is the wanted size of C, -1 for the divisor closest to the square root."""
+        """Options."""
 
-        factor: int = Field(default=-1, ge=-1)
-        decompose_both: bool = False
+        factor: int = Field(
+            default=-1, ge=-1, description="Wanted size of C; -1 is the divisor closest to the square root."
+        )
+        decompose_both: bool = Field(default=False, description="Make C a product of two low-rank matrices too.")
 
         @field_validator("factor")
         @classmethod
@@ -244,7 +254,9 @@ class OFT(PeftMethod):
     run = staticmethod(_oft_run)
 
     class Config(Targets):
-        block_size: int = Field(default=32, ge=2)
+        """Options."""
+
+        block_size: int = Field(default=32, ge=2, description="Size of the rotated blocks of inputs.")
 
     def peft_config(self, names: list[str], words: Sequence[Sequence[str]]) -> PeftConfig:
         return OFTConfig(r=0, oft_block_size=self.config.block_size, use_cayley_neumann=False, target_modules=names)
@@ -261,8 +273,10 @@ class VeRA(PeftMethod):
     shared = ("vera_A", "vera_B")
 
     class Config(Targets):
-        rank: int = Field(default=256, ge=1)
-        seed: int = Field(default=0, ge=0)
+        """Options."""
+
+        rank: int = Field(default=256, ge=1, description="Rank of the shared random matrices.")
+        seed: int = Field(default=0, ge=0, description="Seed of the random matrices.")
 
     def peft_config(self, names: list[str], words: Sequence[Sequence[str]]) -> PeftConfig:
         return VeraConfig(r=self.config.rank, projection_prng_key=self.config.seed, target_modules=names)
@@ -278,11 +292,11 @@ class RandLoRA(PeftMethod):
     shared = ("randlora_A", "randlora_B")
 
     class Config(Targets):
-        """The paper's scale is 20 times the rank."""
+        """Options."""
 
-        rank: int = Field(default=32, ge=1)
-        alpha: int = Field(default=640, ge=1)
-        seed: int = Field(default=0, ge=0)
+        rank: int = Field(default=32, ge=1, description="Rank of each random matrix.")
+        alpha: int = Field(default=640, ge=1, description="Scale is alpha / rank; the paper's is 20.")
+        seed: int = Field(default=0, ge=0, description="Seed of the random matrices.")
 
     def peft_config(self, names: list[str], words: Sequence[Sequence[str]]) -> PeftConfig:
         return RandLoraConfig(
@@ -305,7 +319,13 @@ class IA3(PeftMethod):
     exempt = ("ia3_l",)
 
     class Config(Targets):
-        """``targets``: null is [q, k, v, fc2], of which a backbone without attention has fc2."""
+        """Options."""
+
+        targets: tuple[Word, ...] | None = Field(
+            default=None,
+            min_length=1,
+            description="Layers to scale; null is [q, k, v, fc2], or [fc2] without attention.",
+        )
 
     def peft_config(self, names: list[str], words: Sequence[Sequence[str]]) -> PeftConfig:
         inputs = [name for name, own in zip(names, words, strict=True) if "fc2" in own]
@@ -323,7 +343,9 @@ class HRA(PeftMethod):
     exact_start = False
 
     class Config(Targets):
-        rank: int = Field(default=8, ge=2, multiple_of=2)
+        """Options."""
+
+        rank: int = Field(default=8, ge=2, multiple_of=2, description="Number of reflections, equal in pairs at first.")
 
     def peft_config(self, names: list[str], words: Sequence[Sequence[str]]) -> PeftConfig:
         return HRAConfig(r=self.config.rank, target_modules=names)
@@ -336,9 +358,12 @@ class RoAd(PeftMethod):
     moves_bias = True
 
     class Config(Targets):
-        """``per_pair`` angles and as many scales: one for all, one an output, or one an element of the 2x2 matrix."""
+        """Options."""
 
-        per_pair: Literal[1, 2, 4] = 1
+        per_pair: Literal[1, 2, 4] = Field(
+            default=1,
+            description="Angles and scales: 1 per pair, 2 for each output, or 4 for each element of the 2x2 matrix.",
+        )
 
     def peft_config(self, names: list[str], words: Sequence[Sequence[str]]) -> PeftConfig:
         # Neighbours form pairs, as in the paper; larger groups only serve peft's batched inference.
@@ -352,7 +377,9 @@ class MiSS(PeftMethod):
     rank_within = "inputs"
 
     class Config(Targets):
-        rank: int = Field(default=8, ge=1)
+        """Options."""
+
+        rank: int = Field(default=8, ge=1, description="Rows of the trained shard.")
 
     def peft_config(self, names: list[str], words: Sequence[Sequence[str]]) -> PeftConfig:
         return MissConfig(r=self.config.rank, target_modules=names)
@@ -364,9 +391,9 @@ class HiRA(PeftMethod):
     name = "remap_hira"
 
     class Config(Targets):
-        """As many parameters as LoRA of the same rank."""
+        """Options."""
 
-        rank: int = Field(default=8, ge=1)
+        rank: int = Field(default=8, ge=1, description="Rank of the matrix that multiplies the weight.")
 
     def peft_config(self, names: list[str], words: Sequence[Sequence[str]]) -> PeftConfig:
         return HiraConfig(r=self.config.rank, target_modules=names)
@@ -384,11 +411,11 @@ class GraLoRA(PeftMethod):
     run = staticmethod(_gralora_run)
 
     class Config(Targets):
-        """Paper: k = 2 up to rank 32, ``alpha`` twice the rank."""
+        """Options."""
 
-        rank: int = Field(default=8, ge=1)
-        alpha: int = Field(default=16, ge=1)
-        blocks: int = Field(default=2, ge=1)
+        rank: int = Field(default=8, ge=1, description="Rank of the update, shared out among the blocks.")
+        alpha: int = Field(default=16, ge=1, description="Scale is alpha / rank; the paper's is 2.")
+        blocks: int = Field(default=2, ge=1, description="Blocks k of a k x k grid; the paper takes 2 up to rank 32.")
 
         @model_validator(mode="after")
         def _divides(self) -> "GraLoRA.Config":
@@ -414,19 +441,19 @@ class AdaLoRA(PeftMethod):
     exempt = ("lora_E",)
 
     class Config(Targets):
-        """``warmup`` and ``settle`` are the parts of training before and after the ranks shrink (t_i and t_f of the
-        paper), every ``interval`` steps; ``beta1`` and ``beta2`` smooth the importance; ``orthogonality`` is gamma.
-        ``alpha``: null is the initial rank, so that the scale is 1."""
+        """Options."""
 
-        rank: int = Field(default=8, ge=1)
-        initial_rank: int = Field(default=12, ge=1)
-        alpha: float | None = Field(default=None, gt=0.0)
-        warmup: float = Field(default=0.1, ge=0.0, lt=1.0)
-        settle: float = Field(default=0.5, ge=0.0, lt=1.0)
-        interval: int = Field(default=10, ge=1)
-        beta1: float = Field(default=0.85, gt=0.0, lt=1.0)
-        beta2: float = Field(default=0.85, gt=0.0, lt=1.0)
-        orthogonality: float = Field(default=0.1, ge=0.0)
+        rank: int = Field(default=8, ge=1, description="Mean rank per layer after shrinking.")
+        initial_rank: int = Field(default=12, ge=1, description="Rank per layer at the start.")
+        alpha: float | None = Field(
+            default=None, gt=0.0, description="Scale is alpha / initial_rank; null is a scale of 1."
+        )
+        warmup: float = Field(default=0.1, ge=0.0, lt=1.0, description="Share of training before the ranks shrink.")
+        settle: float = Field(default=0.5, ge=0.0, lt=1.0, description="Share of training after the ranks have shrunk.")
+        interval: int = Field(default=10, ge=1, description="Steps between two reductions of the ranks.")
+        beta1: float = Field(default=0.85, gt=0.0, lt=1.0, description="Smoothing of the importance.")
+        beta2: float = Field(default=0.85, gt=0.0, lt=1.0, description="Smoothing of the importance's uncertainty.")
+        orthogonality: float = Field(default=0.1, ge=0.0, description="Weight of the penalty on P and Q (gamma).")
 
         @model_validator(mode="after")
         def _shrinks(self) -> "AdaLoRA.Config":

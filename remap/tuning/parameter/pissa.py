@@ -26,10 +26,14 @@ class _FromWeight(Method):
     name: str
 
     class Config(Options):
-        """``targets``: null is [q, k, v], or [fc1, fc2] without attention; fc1 takes the gate of a gated MLP along."""
+        """Options."""
 
-        rank: int = Field(default=8, ge=1)
-        targets: tuple[Word, ...] | None = Field(default=None, min_length=1)
+        rank: int = Field(default=8, ge=1, description="Rank of the update.")
+        targets: tuple[Word, ...] | None = Field(
+            default=None,
+            min_length=1,
+            description="Layers to change; null is [q, k, v], or [fc1, fc2] without attention.",
+        )
 
     config: Config
 
@@ -63,9 +67,9 @@ class PiSSA(_FromWeight):
     name = "remap_pissa"
 
     class Config(_FromWeight.Config):
-        """``iterations`` of the randomised singular value decomposition (the paper's are 4 and 16)."""
+        """Options."""
 
-        iterations: int = Field(default=4, ge=0)
+        iterations: int = Field(default=4, ge=0, description="Iterations of the randomised SVD; the paper: 4 and 16.")
 
     config: Config
 

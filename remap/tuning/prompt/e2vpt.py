@@ -29,21 +29,19 @@ class E2VPT(Method):
     class Config(Options):
         """Pruning is off by default: the paper searches the shares for each task.
 
-        Attributes:
-            num_prompts: Prompt tokens a block.
-            num_kv: Key-value prompts a block.
-            dropout: Acts on both.
-            prune_tokens: Share of the prompt tokens that is pruned. A token is pruned in all blocks together.
-            prune_segments: Share of the segments of the remaining tokens, each a sixteenth of the width.
-            prune_at: When, as a share of training. Then the prompts start again from their first values.
+        A segment is a sixteenth of the width. After pruning, prompts start again from their first values.
         """
 
-        num_prompts: int = Field(default=10, ge=1)
-        num_kv: int = Field(default=5, ge=1)
-        dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
-        prune_tokens: float = Field(default=0.0, ge=0.0, lt=1.0)
-        prune_segments: float = Field(default=0.0, ge=0.0, lt=1.0)
-        prune_at: float = Field(default=0.5, gt=0.0, lt=1.0)
+        num_prompts: int = Field(default=10, ge=1, description="Prompt tokens per block.")
+        num_kv: int = Field(default=5, ge=1, description="Key-value prompts per block.")
+        dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout probability on both kinds of prompts.")
+        prune_tokens: float = Field(
+            default=0.0, ge=0.0, lt=1.0, description="Share of tokens to prune, the same in all blocks."
+        )
+        prune_segments: float = Field(
+            default=0.0, ge=0.0, lt=1.0, description="Share of the remaining tokens' segments to prune."
+        )
+        prune_at: float = Field(default=0.5, gt=0.0, lt=1.0, description="Share of training before the pruning.")
 
     config: Config
 

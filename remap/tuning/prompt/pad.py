@@ -23,7 +23,9 @@ class VPTPad(Method):
     """
 
     class Config(Options):
-        border: int = Field(default=5, ge=1)
+        """Options."""
+
+        border: int = Field(default=5, ge=1, description="Border width in pixels.")
 
     config: Config
 

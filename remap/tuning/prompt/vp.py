@@ -18,15 +18,12 @@ class VP(Method):
     """x + border, on the normalised image, 0 inside: 6*b*(H + W - 2b) parameters, 12*b*(S - b) on S x S."""
 
     class Config(Options):
-        """
-        Attributes:
-            border: In pixels; null is the paper's 30 of 224, in proportion.
-            init_std: Standard deviation of the border at the start; the official code draws it from N(0, 1), which
-                hides the image's own border behind noise of its size. 0 starts from the unchanged image.
-        """
+        """In the official code the border starts from N(0, 1) and hides that of the image."""
 
-        border: int | None = Field(default=None, ge=1)
-        init_std: float = Field(default=1.0, ge=0.0)
+        border: int | None = Field(default=None, ge=1, description="Border in pixels; null is 30 per 224 of the side.")
+        init_std: float = Field(
+            default=1.0, ge=0.0, description="Initial standard deviation; 0 leaves the image unchanged at first."
+        )
 
     config: Config
 

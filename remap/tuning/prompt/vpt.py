@@ -28,23 +28,19 @@ CARRIED = "remap_prompt_outputs"
 
 
 class _Config(Options):
-    """What both depths share.
+    """Options of both depths."""
 
-    Attributes:
-        num_prompts: Prompts a block; with ``place: add`` there is one for each patch instead.
-        dropout: Acts on the prompts.
-        place: "prepend": tokens between the prefix and the patches. "add": added to the patch tokens. "pixel": image
-            patches that go through the frozen patch embedding and are then prepended.
-        projection: Width d' of the stored prompts, which one linear layer d' -> D widens; null stores them at D.
-        init: "random", or "class_mean": the mean over training images of each class's pooled feature (the class
-            token behind the final norm), over and over when there are more prompts than classes.
-    """
-
-    num_prompts: int = Field(default=10, ge=1)
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    place: Literal["prepend", "add", "pixel"] = "prepend"
-    projection: int | None = Field(default=None, ge=1)
-    init: Literal["random", "class_mean"] = "random"
+    num_prompts: int = Field(default=10, ge=1, description="Prompts per block; with place=add there is one per patch.")
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="Dropout probability on the prompts.")
+    place: Literal["prepend", "add", "pixel"] = Field(
+        default="prepend", description="Prepend prompts, add them to the patches, or prepend patches learned as pixels."
+    )
+    projection: int | None = Field(
+        default=None, ge=1, description="Stored width, widened by a linear layer; null is full width."
+    )
+    init: Literal["random", "class_mean"] = Field(
+        default="random", description="Random, or the mean pooled feature of each class, in turn."
+    )
 
     @model_validator(mode="after")
     def _fit_together(self) -> "_Config":
@@ -62,7 +58,7 @@ class VPTShallow(Method):
     """
 
     class Config(_Config):
-        """``dropout`` is 0 in the official configuration for shallow prompts."""
+        """Options."""
 
     config: Config
 
@@ -77,19 +73,14 @@ class VPTDeep(Method):
     """
 
     class Config(_Config):
-        """``dropout`` is 0.1 in the official configuration for deep prompts.
+        """Options."""
 
-        Attributes:
-            shared: All blocks get the same prompts.
-            num_blocks: Only the first so many blocks get prompts of their own, and what the last of these makes of
-                its own goes on through the rest; null means all.
-            last: ``num_blocks`` counts from the end, and there are no prompts before.
-        """
-
-        dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
-        shared: bool = False
-        num_blocks: int | None = Field(default=None, ge=1)
-        last: bool = False
+        dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout probability on the prompts.")
+        shared: bool = Field(default=False, description="Share one set of prompts among all blocks.")
+        num_blocks: int | None = Field(
+            default=None, ge=1, description="Number of first blocks with prompts of their own; null is all."
+        )
+        last: bool = Field(default=False, description="Count num_blocks from the end, with no prompts before.")
 
     config: Config
 

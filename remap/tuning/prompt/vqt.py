@@ -39,10 +39,10 @@ class VQT(Method):
     """
 
     class Config(Options):
-        """``dropout`` acts on the queries."""
+        """Options."""
 
-        num_prompts: int = Field(default=1, ge=1)
-        dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
+        num_prompts: int = Field(default=1, ge=1, description="Queries per block.")
+        dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout probability on the queries.")
 
     config: Config
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from remap.remapping.items import LOGITS, logits_of
+from remap.remapping.targets import LOGITS, logits_of
 from remap.remapping.labels import Labels
 from remap.remapping.objective import LossTerm
 from remap.remapping.signals import Signals

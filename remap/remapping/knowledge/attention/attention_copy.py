@@ -46,26 +46,23 @@ class AttentionCopy(Method):
     """
 
     class Config(Options):
-        """Options.
+        """Options."""
 
-        teacher: Short name or timm name of a vision transformer.
-        weights: "pretrained" or a .safetensors file.
-        preset: How self-supervised weights are read; None for what a short name implies.
-        layers: Pairs of blocks: "last", "uniform" or [[student, teacher], ...] counted from 0. With equal depths
-            "uniform" is every block with its own, as in the paper.
-        heads: "each" copies head by head, "mean" gives every head the teacher's average; "auto" is "each" in blocks
-            with equally many heads and "mean" in others.
-        resize: How a teacher's map is carried to another patch grid.
-        trains: "head" trains nothing of the backbone, "all" trains it whole, as full fine-tuning does.
-        """
-
-        teacher: str = Field(default="mini_teacher", min_length=1)
-        weights: str = Field(default="pretrained", min_length=1)
-        preset: Literal["none", "mae", "moco_v3"] | None = None
-        layers: Literal["last", "uniform"] | tuple[tuple[int, int], ...] = "uniform"
-        heads: Literal["auto", "each", "mean"] = "auto"
-        resize: Interpolation = "bilinear"
-        trains: Literal["head", "all"] = "head"
+        teacher: str = Field(default="mini_teacher", min_length=1, description="Short or timm name of the teacher.")
+        weights: str = Field(default="pretrained", min_length=1, description='"pretrained" or a .safetensors file.')
+        preset: Literal["none", "mae", "moco_v3"] | None = Field(
+            default=None,
+            description="How self-supervised weights are read; null is what the teacher's short name implies.",
+        )
+        layers: Literal["last", "uniform"] | tuple[tuple[int, int], ...] = Field(
+            default="uniform", description='Block pairs: "last", "uniform" or [[student, teacher], ...] counted from 0.'
+        )
+        heads: Literal["auto", "each", "mean"] = Field(
+            default="auto",
+            description='Copy each head, or the mean; "auto" is "each" for equal head counts, else "mean".',
+        )
+        resize: Interpolation = Field(default="bilinear", description="Interpolation between the two patch grids.")
+        trains: Literal["head", "all"] = Field(default="head", description="Train the classifier, or the backbone too.")
 
     config: Config
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,14 +33,12 @@ class BlockTerm(LossTerm):
     """
 
     class Config(Options):
-        """Options.
+        """Options."""
 
-        layers: Pairs of blocks: "last", "uniform" or [[student, teacher], ...] counted from 0.
-        resize: How what the teacher gives is carried to another patch grid.
-        """
-
-        layers: Literal["last", "uniform"] | tuple[tuple[int, int], ...] = "last"
-        resize: Interpolation = "bilinear"
+        layers: Literal["last", "uniform"] | tuple[tuple[int, int], ...] = Field(
+            default="last", description='Block pairs: "last", "uniform" or [[student, teacher], ...] counted from 0.'
+        )
+        resize: Interpolation = Field(default="bilinear", description="Interpolation between the two patch grids.")
 
     config: Config
     name: ClassVar[str]

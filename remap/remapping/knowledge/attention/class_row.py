@@ -23,16 +23,15 @@ class ClassRow(BlockTerm):
     """
 
     class Config(BlockTerm.Config):
-        """Options.
+        """Options."""
 
-        heads: "product" (of the heads' probabilities), "mean" (of them) or "each" (head by head).
-        temperature: Divides the log-probabilities before the last softmax. The default is the paper's 10 for
-            "product", and 1 otherwise.
-        """
-
-        heads: Literal["product", "mean", "each"] = "product"
-        temperature: float | None = Field(default=None, gt=0.0)
-        resize: Interpolation = "bicubic"
+        heads: Literal["product", "mean", "each"] = Field(
+            default="product", description="Combine heads by product or mean of probabilities, or compare each."
+        )
+        temperature: float | None = Field(
+            default=None, gt=0.0, description="Divides log-probabilities; null is 10 for product, else 1."
+        )
+        resize: Interpolation = Field(default="bicubic", description="Interpolation between the two patch grids.")
 
     config: Config
     name = "attention_cls"

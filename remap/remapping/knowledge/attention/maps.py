@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,12 +16,11 @@ class _WholeMap(BlockTerm):
     """Every query against every key, averaged over heads or head by head."""
 
     class Config(BlockTerm.Config):
-        """Options.
+        """Options."""
 
-        heads: "mean" compares what is averaged over heads; "each" compares head by head, as the paper does.
-        """
-
-        heads: Literal["mean", "each"] = "mean"
+        heads: Literal["mean", "each"] = Field(
+            default="mean", description="Compare the mean over heads, or each head (as in the paper)."
+        )
 
     config: Config
 

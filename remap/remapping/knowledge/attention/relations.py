@@ -36,15 +36,16 @@ class Relations(BlockTerm):
     """
 
     class Config(BlockTerm.Config):
-        """Options.
+        """Options."""
 
-        relations: Which of "q", "k" and "v" are related.
-        relation_heads: R, a divisor of both attention widths. The default is the largest one that is not above the
-            teacher's number of heads.
-        """
-
-        relations: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
-        relation_heads: int | None = Field(default=None, ge=1)
+        relations: tuple[Literal["q", "k", "v"], ...] = Field(
+            default=("q", "k", "v"), description="Projections to compare."
+        )
+        relation_heads: int | None = Field(
+            default=None,
+            ge=1,
+            description="Relation heads; null is the largest divisor of both widths up to the teacher's heads.",
+        )
 
     config: Config
     name = "relations"

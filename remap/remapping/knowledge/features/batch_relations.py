@@ -62,14 +62,10 @@ class Relational(BatchRelation):
     """
 
     class Config(Options):
-        """Options.
+        """Options."""
 
-        distance: Weight of the distances between pairs.
-        angle: Weight of the angles between triples.
-        """
-
-        distance: float = Field(default=1.0, ge=0.0)
-        angle: float = Field(default=2.0, ge=0.0)
+        distance: float = Field(default=1.0, ge=0.0, description="Weight of the distances between pairs.")
+        angle: float = Field(default=2.0, ge=0.0, description="Weight of the angles in triples.")
 
     config: Config
     name = "rkd"
@@ -94,12 +90,9 @@ class ProbabilisticTransfer(BatchRelation):
     """
 
     class Config(Options):
-        """Options.
+        """Options."""
 
-        self_similarity: Count each image as a neighbour of itself too.
-        """
-
-        self_similarity: bool = False
+        self_similarity: bool = Field(default=False, description="Count each image as a neighbour of itself.")
 
     config: Config
     name = "pkt"

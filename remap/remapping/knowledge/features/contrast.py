@@ -31,14 +31,10 @@ class ContrastiveRepresentation(PooledTerm):
     """
 
     class Config(Options):
-        """Options.
+        """Options."""
 
-        width: Of the space in which both features are compared.
-        temperature: Divides the cosines.
-        """
-
-        width: int = Field(default=128, ge=1)
-        temperature: float = Field(default=0.07, gt=0.0)
+        width: int = Field(default=128, ge=1, description="Width of the space in which features are compared.")
+        temperature: float = Field(default=0.07, gt=0.0, description="Temperature; divides the cosines.")
 
     config: Config
 

@@ -30,16 +30,11 @@ class ViTKD(TokenTerm):
     """
 
     class Config(Options):
-        """Options.
+        """Options."""
 
-        shallow: How many of the first blocks are mimicked.
-        mask: Share of the last block's tokens that are masked.
-        generation: Weight of the generation beside the mimicking.
-        """
-
-        shallow: int = Field(default=2, ge=1)
-        mask: float = Field(default=0.5, gt=0.0, lt=1.0)
-        generation: float = Field(default=0.1, gt=0.0)
+        shallow: int = Field(default=2, ge=1, description="Number of first blocks that are mimicked.")
+        mask: float = Field(default=0.5, gt=0.0, lt=1.0, description="Share of masked tokens in the last block.")
+        generation: float = Field(default=0.1, gt=0.0, description="Weight of generation relative to mimicking.")
 
     config: Config
 
@@ -85,12 +80,9 @@ class MaskedGeneration(TokenTerm):
     """
 
     class Config(Options):
-        """Options.
+        """Options."""
 
-        mask: Share of the student's tokens that are masked.
-        """
-
-        mask: float = Field(default=0.5, gt=0.0, lt=1.0)
+        mask: float = Field(default=0.5, gt=0.0, lt=1.0, description="Share of the student's tokens that are masked.")
 
     config: Config
 

@@ -25,16 +25,13 @@ class TokenGram(TokenTerm):
     """
 
     class Config(Options):
-        """Options.
+        """Options."""
 
-        layers: "last" (behind the final norm), "uniform" or [[student, teacher], ...] blocks counted from 0.
-        loss: "kl" (of the softmax of each row) or "mse" (of the cosines).
-        temperature: Divides the cosines in front of the softmax of "kl".
-        """
-
-        layers: Layers = "last"
-        loss: Literal["kl", "mse"] = "kl"
-        temperature: float = Field(default=0.07, gt=0.0)
+        layers: Layers = Field(
+            default="last", description='Block pairs: "last" (final norm), "uniform" or [[student, teacher], ...].'
+        )
+        loss: Literal["kl", "mse"] = Field(default="kl", description='"kl" of softmax rows, or "mse" of cosines.')
+        temperature: float = Field(default=0.07, gt=0.0, description='Temperature of "kl"; divides the cosines.')
 
     config: Config
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from pydantic import Field
 from torch import Tensor
 
 from remap.remapping.knowledge.features.terms import Distance, PooledTerm, Projector, distance, pooled, projector
@@ -21,15 +22,13 @@ class PooledFeature(PooledTerm):
     """
 
     class Config(Options):
-        """Options.
+        """Options."""
 
-        projector: "linear" (no bias), "orthogonal" (keeps distances of the student's features, the paper's choice)
-            or "none" for equal widths.
-        loss: "smooth_l1" (mean over images and channels, knee at 1) or "cosine" (1 - cosine, mean over images).
-        """
-
-        projector: Projector = "linear"
-        loss: Distance = "smooth_l1"
+        projector: Projector = Field(
+            default="linear",
+            description='"linear" (no bias), "orthogonal" (the paper\'s choice) or "none" (equal widths).',
+        )
+        loss: Distance = Field(default="smooth_l1", description="Mean smooth L1 distance (knee at 1), or 1 - cosine.")
 
     config: Config
 

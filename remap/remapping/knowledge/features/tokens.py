@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,19 +36,18 @@ class TokenFeature(TokenTerm):
     """
 
     class Config(Options):
-        """Options.
+        """Options."""
 
-        layers: "last" (behind the final norm), "uniform" or [[student, teacher], ...] blocks counted from 0.
-        projector: "linear" (no bias), "orthogonal" or "none" for equal widths.
-        loss: "smooth_l1" (mean over images, tokens and channels, knee at 1) or "cosine" (1 - cosine).
-        prefix: "none"; "class" (both must have one); "all" (class and distillation tokens where both have them,
-            registers where both have equally many).
-        """
-
-        layers: Layers = "last"
-        projector: Projector = "linear"
-        loss: Distance = "smooth_l1"
-        prefix: Literal["none", "class", "all"] = "none"
+        layers: Layers = Field(
+            default="last", description='Block pairs: "last" (final norm), "uniform" or [[student, teacher], ...].'
+        )
+        projector: Projector = Field(
+            default="linear", description='"linear" (no bias), "orthogonal" or "none" (equal widths).'
+        )
+        loss: Distance = Field(default="smooth_l1", description="Mean smooth L1 distance (knee at 1), or 1 - cosine.")
+        prefix: Literal["none", "class", "all"] = Field(
+            default="none", description="Prefix tokens to compare: none, the class token, or all that both have."
+        )
 
     config: Config
 
@@ -91,12 +91,11 @@ class Hint(TokenTerm):
     """
 
     class Config(Options):
-        """Options.
+        """Options."""
 
-        layers: "middle" (the middle blocks of both, the paper's choice) or [[student, teacher], ...].
-        """
-
-        layers: Literal["middle"] | tuple[tuple[int, int], ...] = "middle"
+        layers: Literal["middle"] | tuple[tuple[int, int], ...] = Field(
+            default="middle", description='Block pairs: "middle" of both models, or [[student, teacher], ...].'
+        )
 
     config: Config
 

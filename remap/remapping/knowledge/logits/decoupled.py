@@ -31,17 +31,11 @@ class DecoupledDistillation(LogitsTerm):
     """
 
     class Config(Options):
-        """Options.
+        """Options."""
 
-        Attributes:
-            alpha: Weight of the image's class against all others.
-            beta: Weight of the other classes among themselves.
-            temperature: Divides the logits of both.
-        """
-
-        alpha: float = Field(default=1.0, ge=0.0)
-        beta: float = Field(default=8.0, ge=0.0)
-        temperature: float = Field(default=4.0, gt=0.0)
+        alpha: float = Field(default=1.0, ge=0.0, description="Weight of the image's class against all others.")
+        beta: float = Field(default=8.0, ge=0.0, description="Weight of the other classes among themselves.")
+        temperature: float = Field(default=4.0, gt=0.0, description="Temperature; divides the logits of both networks.")
 
     config: Config
 
@@ -69,15 +63,10 @@ class NormalizedDistillation(LogitsTerm):
     """
 
     class Config(Options):
-        """Options.
+        """Options."""
 
-        Attributes:
-            gamma: Weight of the other classes.
-            temperature: Divides the other classes' logits of both.
-        """
-
-        gamma: float = Field(default=1.0, ge=0.0)
-        temperature: float = Field(default=1.0, gt=0.0)
+        gamma: float = Field(default=1.0, ge=0.0, description="Weight of the other classes.")
+        temperature: float = Field(default=1.0, gt=0.0, description="Temperature; divides the other classes' logits.")
 
     config: Config
 

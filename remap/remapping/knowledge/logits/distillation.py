@@ -32,13 +32,11 @@ class CrossEntropy(LossTerm):
     """Cross-entropy with the labels, mean over the labelled images; a mixed label is a mixed distribution."""
 
     class Config(Options):
-        """Options.
+        """Options."""
 
-        Attributes:
-            label_smoothing: Share of the label that is spread over all classes.
-        """
-
-        label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+        label_smoothing: float = Field(
+            default=0.0, ge=0.0, lt=1.0, description="Share of the label spread over all classes."
+        )
 
     config: Config
     uses_teacher = False
@@ -82,15 +80,13 @@ class KnowledgeDistillation(LogitsTerm):
     """
 
     class Config(Options):
-        """Options.
+        """Options."""
 
-        Attributes:
-            temperature: Divides the logits of both; the higher, the more the unlikely classes count.
-            scale: Whose number this is; the others are for weights found with another tool.
-        """
-
-        temperature: float = Field(default=4.0, gt=0.0)
-        scale: Literal["remap", "timm", "deit", "torchdistill", "torchtune"] = "remap"
+        temperature: float = Field(default=4.0, gt=0.0, description="Temperature; divides the logits of both networks.")
+        scale: Literal["remap", "timm", "deit", "torchdistill", "torchtune"] = Field(
+            default="remap",
+            description="Scaling of the KL term; pick another tool's to reuse loss weights tuned there.",
+        )
 
         @model_validator(mode="after")
         def _torchtune_has_no_temperature(self) -> Self:
@@ -119,13 +115,11 @@ class HardDistillation(LogitsTerm):
     """
 
     class Config(Options):
-        """Options.
+        """Options."""
 
-        Attributes:
-            label_smoothing: Share of the teacher's class that is spread over all classes.
-        """
-
-        label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+        label_smoothing: float = Field(
+            default=0.0, ge=0.0, lt=1.0, description="Share of the teacher's class spread over all classes."
+        )
 
     config: Config
 

@@ -29,21 +29,14 @@ class MultiLevelDistillation(LogitsTerm):
     """
 
     class Config(Options):
-        """Options.
-
-        Attributes:
-            temperatures: The loss is the mean over them.
-            instance: Weight of the divergence of each image.
-            batch: Weight of the Gram matrix of the images.
-            classes: Weight of the Gram matrix of the classes.
-        """
+        """Options."""
 
         temperatures: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(
-            default=(2.0, 3.0, 4.0, 5.0, 6.0), min_length=1
+            default=(2.0, 3.0, 4.0, 5.0, 6.0), min_length=1, description="Temperatures that the loss is averaged over."
         )
-        instance: float = Field(default=1.0, ge=0.0)
-        batch: float = Field(default=1.0, ge=0.0)
-        classes: float = Field(default=1.0, ge=0.0)
+        instance: float = Field(default=1.0, ge=0.0, description="Weight of the divergence per image.")
+        batch: float = Field(default=1.0, ge=0.0, description="Weight of the Gram matrix of images.")
+        classes: float = Field(default=1.0, ge=0.0, description="Weight of the Gram matrix of classes.")
 
     config: Config
 

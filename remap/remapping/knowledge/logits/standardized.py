@@ -33,15 +33,14 @@ class LogitStandardization(LogitsTerm):
     """
 
     class Config(Options):
-        """Options.
+        """Options."""
 
-        Attributes:
-            of: The loss that reads the z-scores.
-            options: That loss's own options; its temperature is 2 where none is given.
-        """
-
-        of: Literal["kd", "dkd", "nkd", "dist", "mlkd"] = "kd"
-        options: dict[str, Any] = Field(default_factory=dict, validate_default=True)
+        of: Literal["kd", "dkd", "nkd", "dist", "mlkd"] = Field(default="kd", description="Loss on the z-scores.")
+        options: dict[str, Any] = Field(
+            default_factory=dict,
+            validate_default=True,
+            description="Options of that loss; temperature is 2 unless given.",
+        )
 
         @field_validator("options")
         @classmethod

@@ -1,0 +1,111 @@
+"""Names from the tables of methods, losses and initialisations, with their options."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from remap.remapping import LOSSES
+from remap.tuning import METHODS, parts_of
+
+DEFAULT_LOSSES = ("ce", "kd", "attention")
+
+
+class Named(BaseModel):
+    """A name from one of the tables and its options, checked against the class behind the name."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+    name: str = Field(description="Name in the table.")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options besides the fixed keys."""
+        return dict(self.model_extra or {})
+
+
+class InitSpec(Named):
+    """A way to start from the teacher's weights and its options, flat: ``{name: layers, which: first}``."""
+
+
+class MethodSpec(Named):
+    """A tuning method and its options, flat: ``{name: vpt_deep, num_prompts: 10}``.
+
+    A combination has the options of each part under the part's name: ``{name: vpt_deep+lora, lora: {rank: 4}}``.
+    """
+
+
+class LossSpec(Named):
+    """A loss term, its weight and its options, flat: ``{name: kd, weight: 0.5, temperature: 2}``."""
+
+    weight: float = Field(default=1.0, ge=0.0, description="Weight in the objective; null is the loss's default.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_weight(cls, values: Any) -> Any:
+        """Write the table's weight out, so that a saved recipe says it all."""
+        if not isinstance(values, dict) or values.get("weight") is not None:
+            return values
+        name = values.get("name")
+        return {**values, "weight": LOSSES.row(name).weight if isinstance(name, str) and name in LOSSES else 1.0}
+
+    @property
+    def teaches_classes(self) -> bool:
+        """Whether it is about labels or logits, so that it trains the classifier; unknown names do not."""
+        return self.name in LOSSES and (LOSSES.row(self.name).category == "labels" or self.reads_logits)
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether it reads the teacher's logits, so that the teacher needs a head."""
+        known = self.name in LOSSES and LOSSES.row(self.name).category == "logits"
+        return known or self.options.get("signal") == "logits"
+
+    def is_idle(self, method: str) -> bool:
+        """Whether it is about a signal that no part of the method can change."""
+        return is_idle(self.name, method, self.options.get("signal"))
+
+
+def name_only(value: Any) -> Any:
+    """Read ``vpt_deep`` as ``{name: vpt_deep}``."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def loss_words(value: Any) -> Any:
+    """Read "ce,kd:0.5", or a list of names and mappings, as mappings.
+
+    Raises:
+        ValueError: What follows a colon is not a number.
+    """
+    if isinstance(value, str):
+        value = [word.strip() for word in value.split(",") if word.strip()]
+    if not isinstance(value, (list, tuple)):
+        return value
+    return tuple(_loss_word(item) if isinstance(item, str) else item for item in value)
+
+
+def _loss_word(word: str) -> dict[str, Any]:
+    name, colon, weight = word.partition(":")
+    if not colon:
+        return {"name": name}
+    try:
+        return {"name": name, "weight": float(weight)}
+    except ValueError:
+        raise ValueError(f"'{word}': the weight after the colon must be a number, got '{weight}'") from None
+
+
+def default_losses(method: str) -> tuple[str, ...]:
+    """Return the default objective with a teacher, without the terms that a method cannot follow."""
+    return tuple(name for name in DEFAULT_LOSSES if not is_idle(name, method))
+
+
+def is_idle(loss: str, method: str, signal: str | None = None) -> bool:
+    """Whether a loss is about a signal that no part of the method can change; unknown names are not.
+
+    Args:
+        loss: Its name.
+        method: Name of a method or a combination.
+        signal: The loss's own option of this name, if it has one.
+    """
+    parts = parts_of(method)
+    if loss not in LOSSES or any(part not in METHODS for part in parts):
+        return False
+    return all((signal or LOSSES.row(loss).signal) in METHODS.row(part).unchanged for part in parts)

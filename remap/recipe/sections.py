@@ -1,0 +1,206 @@
+"""Sections of a recipe: data, models and training. Every field has its default and its description here."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from remap.recipe.named import InitSpec, name_only
+from remap.recipe.paths import require_path_or_name
+from remap.remapping.architecture.shrink_options import ShrinkSpec, is_shrink_word, read_shrink_word
+
+# Of an image that a model sees, in pixels.
+LARGEST_SIDE = 8192
+# A path, or the name of a model.
+PathOrName = Annotated[str, AfterValidator(require_path_or_name)]
+# Teachers that are made of the student.
+SELF, EMA = "self", "ema"
+# Options of a teacher that one made of the student cannot have.
+OF_OTHERS = ("preset", "image_size", "epochs", "lr")
+
+
+class Section(BaseModel):
+    """A group of options: frozen, strict about types, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        # Pydantic would take a misspelt field and ignore it.
+        assert set(update or ()) <= set(type(self).model_fields), update
+        return super().model_copy(update=update, deep=deep)
+
+
+class DataSpec(Section):
+    """Where the images are and how they are viewed.
+
+    A folder or tar may be split into train, val and test. With mixup and CutMix both on, each pair of images draws
+    one of the two; teacher and student see the mixed image, which is a new one in each epoch.
+    """
+
+    source: PathOrName = Field(
+        default="digits", description='A built-in source ("digits"), a folder of class folders, or a tar of one.'
+    )
+    val_source: PathOrName | None = Field(
+        default=None, description="Folder or tar to evaluate on; null is the source's own split."
+    )
+    val_fraction: float = Field(
+        default=0.2, gt=0.0, lt=1.0, description="Share of each class held out if the source has no split."
+    )
+    unlabeled: PathOrName | None = Field(
+        default=None, description="Folder or tar of images without labels to learn from; folder names mean nothing."
+    )
+    unlabeled_only: bool = Field(default=False, description="Learn from the images without labels only.")
+    labels: int | None = Field(default=None, ge=1, description="Labels to keep, the same for every seed; null is all.")
+    augment: Literal["none", "shift", "shift_flip"] = Field(
+        default="none", description="One fixed view, a random shift by up to 1/8 of the side, or a shift and a flip."
+    )
+    views: int | None = Field(
+        default=None,
+        ge=1,
+        description="Augmented views per image, repeated so that outputs can be cached; null draws new ones.",
+    )
+    mixup: float = Field(
+        default=0.0, ge=0.0, description="a of Beta(a, a) in mixup (Zhang et al. 2018, arXiv 1710.09412)."
+    )
+    cutmix: float = Field(
+        default=0.0, ge=0.0, description="a of Beta(a, a) in CutMix (Yun et al. 2019, arXiv 1905.04899)."
+    )
+    mix_probability: float = Field(
+        default=1.0, ge=0.0, le=1.0, description="Share of the pairs of images that are mixed."
+    )
+    max_bad: float = Field(default=0.1, ge=0.0, lt=1.0, description="Largest share of unreadable training images.")
+    skip_bad: bool = Field(default=False, description="Skip unreadable images in evaluation too, instead of stopping.")
+    memory_gib: float = Field(default=4.0, ge=0.0, description="Memory in GiB for views, features, and outputs each.")
+    workers: int | None = Field(default=None, ge=1, description="Decoding threads; null chooses by the machine.")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def finite_views(self) -> int:
+        """Number of views each image is seen in over all epochs; 0 where every epoch makes new ones."""
+        if self.mixes:
+            return 0
+        return 1 if self.augment == "none" else self.views or 0
+
+    def labeled_part(self) -> "DataSpec":
+        """Return the same data without the images that come without labels."""
+        return self.model_copy(update={"unlabeled": None, "unlabeled_only": False})
+
+
+class ModelSpec(Section):
+    """A backbone and where its weights come from."""
+
+    model: PathOrName = Field(description='Short name, timm name, "local-dir:FOLDER" or run directory.')
+    weights: PathOrName = Field(
+        default="pretrained",
+        description='"pretrained" (timm\'s loader and cache), "none" (random) or a .safetensors file.',
+    )
+    preset: Literal["none", "mae", "moco_v3"] | None = Field(
+        default=None,
+        description="How weights are read: mae pools patches, moco_v3 takes the class token; null is by name.",
+    )
+    image_size: int | None = Field(
+        default=None, ge=1, le=LARGEST_SIDE, description="Side in pixels; null is the model's own."
+    )
+
+
+class TeacherSpec(ModelSpec):
+    """A teacher and how it gets a head for these classes.
+
+    The running average "ema" is that of Tarvainen and Valpola 2017, arXiv 1703.01780.
+    """
+
+    model: PathOrName = Field(default="mini_teacher", description='"self" is the untuned student, "ema" its average.')
+    prepare: str = Field(
+        default="probe", description='"probe" fits a head, a method tunes the teacher, "none" does neither.'
+    )
+    weight: float = Field(default=1.0, gt=0.0, description="Share of the teacher among several.")
+    epochs: int | None = Field(default=None, ge=1, description="Epochs of tuning; null is train.epochs.")
+    lr: float | None = Field(default=None, gt=0.0, description="Learning rate of tuning; null is the method's.")
+    allow_weak: bool = Field(default=False, description="Continue even if the teacher is no better than chance.")
+    cache: Literal["auto", "memory", "disk", "off"] = Field(
+        default="auto",
+        description="Where outputs are cached; auto uses those on disk, else memory, else disk if they do not fit.",
+    )
+    cache_dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field(
+        default="auto", description="Type of outputs on disk; auto is fp32, or fp16 in a bf16 run."
+    )
+    top_k: int | None = Field(default=None, ge=1, description="Probabilities per image to cache on disk; null is all.")
+    shard: Literal["auto", "on", "off"] = Field(
+        default="auto", description="Split weights among processes; auto if they need over half of a GPU's free memory."
+    )
+    decay: float = Field(default=0.999, gt=0.0, lt=1.0, description='Decay of "ema", at most (1 + step) / (10 + step).')
+
+    @property
+    def keeps_less(self) -> bool:
+        """Whether it says how outputs are stored on disk."""
+        return self.top_k is not None or self.cache_dtype != "auto"
+
+    @property
+    def is_student(self) -> bool:
+        """Whether it is made of the student's own weights."""
+        return self.model in (SELF, EMA)
+
+
+class StudentSpec(ModelSpec):
+    """The student: a model, or one that is cut from the teacher."""
+
+    model: PathOrName = Field(
+        default="mini_student", description='Any model as for the teacher, or "shrink(teacher, depth=6, ...)".'
+    )
+    shrink: ShrinkSpec | None = Field(default=None, description="Cut from the teacher; model is its short form.")
+    init: Annotated[InitSpec | None, BeforeValidator(name_only)] = Field(
+        default=None, description="How the backbone starts from the teacher's weights; null is as weights says."
+    )
+    force_init: bool = Field(default=False, description="Let init overwrite weights that are not random.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_short_form(cls, values: Any) -> Any:
+        """``model: shrink(...)`` alone is ``shrink: {...}``."""
+        if not isinstance(values, dict) or values.get("shrink") is not None or not is_shrink_word(values.get("model")):
+            return values
+        return {**values, "shrink": read_shrink_word(values["model"])}
+
+    @model_validator(mode="after")
+    def _write_short_form(self) -> Self:
+        if self.shrink is None:
+            return self
+        if "model" in self.model_fields_set and (
+            not is_shrink_word(self.model) or ShrinkSpec(**read_shrink_word(self.model)) != self.shrink
+        ):
+            raise ValueError(f"'{self.model}' and {self.shrink.word} exclude each other (leave student.model out)")
+        object.__setattr__(self, "model", self.shrink.word)
+        return self
+
+
+class TrainSpec(Section):
+    """The training loop: AdamW with linear warm-up and cosine decay."""
+
+    epochs: int = Field(default=30, ge=1, description="Passes over the training images.")
+    batch_size: int = Field(default=64, ge=1, description="Images per step over all processes and micro-batches.")
+    lr: float | None = Field(default=None, gt=0.0, description="Peak learning rate; null is base_lr * 128 / width.")
+    base_lr: float | None = Field(default=None, gt=0.0, description="Peak rate at width 128; null is the method's.")
+    weight_decay: float = Field(default=1e-4, ge=0.0, description="Weight decay of AdamW.")
+    warmup_epochs: float | None = Field(default=None, ge=0.0, description="Linear warm-up; null is a tenth of epochs.")
+    min_lr: float = Field(default=0.0, ge=0.0, description="Learning rate at the end of the cosine decay.")
+    clip_norm: float | None = Field(
+        default=1.0, gt=0.0, description="Largest norm of the gradient; null does not clip."
+    )
+    accumulation: int = Field(default=1, ge=1, description="Micro-batches per step.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto is bf16 on a GPU that has it.")
+    compile: bool = Field(
+        default=False, description="Run the student's blocks through torch.compile, worth it for long runs."
+    )
+    eval_every: int = Field(default=1, ge=1, description="Epochs between evaluations; the last is always evaluated.")
+    fused_attention: Literal["auto", "on", "off"] = Field(
+        default="auto", description="PyTorch's fused attention; auto is off on the CPU, where its backward is slower."
+    )
+    checkpoint_seconds: float = Field(default=60.0, ge=0.0, description="Least time between checkpoints in an epoch.")
+    processes: int | None = Field(default=None, ge=1, description="Processes the run must have; null is any number.")
+    parallel: Literal["ddp", "fsdp2"] = Field(
+        default="ddp", description="Each process holds the whole student, or a share of its blocks; results agree."
+    )
