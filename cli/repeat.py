@@ -7,9 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from remap.io.checked_read import expanded, read_json
-from remap_cli import launch, view
+from remap_cli import console, launch
 from remap_cli import options as opt
-from remap_cli.main import app
 
 # How many differing tensors and packages are listed; --json has them all.
 SHOWN = 8
@@ -20,7 +19,6 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 MEMORY, SKIPPED = "accumulation", ("skipped steps", "learning-rate factor")
 
 
-@app.command(rich_help_panel=opt.USE)
 def repeat(
     run: Annotated[Path, typer.Argument(help="A finished run directory.", show_default=False)],
     output: Annotated[
@@ -38,14 +36,14 @@ def repeat(
     """
     if not launch.has_launcher():
         _take_threads_of(expanded(run))
-    launch.processes(_processes(expanded(run)))
+    launch.start_processes(_processes(expanded(run)))
     from remap.pipeline.repeat import repeat as run_again
 
-    with view.Reporter(quiet=not launch.is_first()) as progress:
+    with console.Reporter(quiet=not launch.is_first()) as progress:
         found = run_again(run, output, workers, progress)
     if not launch.is_first():
         return
-    view.emit(found) if as_json else _show(found)
+    console.emit(found) if as_json else _show(found)
     if not found["equal"]:
         raise typer.Exit(DIFFERS)
 
@@ -74,26 +72,26 @@ def _take_threads_of(run: Path) -> None:
             continue
         if wanted is None:
             del os.environ[name]
-            view.note(f"{name} is left out, as in {run}")
+            console.note(f"{name} is left out, as in {run}")
         elif isinstance(wanted, str) and wanted.isascii() and wanted.isdigit():
             os.environ[name] = wanted
-            view.note(f"{name}={wanted}, as in {run}")
+            console.note(f"{name}={wanted}, as in {run}")
 
 
 def _show(found: dict[str, Any]) -> None:
     rows = [[c["what"], c["first"], c["repeat"], "equal" if c["equal"] else "differs"] for c in found["checks"]]
-    view.table(f"{found['run']}, repeated in {found['repeat']}", ["", "first", "repeat", ""], rows, wrap=(1, 2))
+    console.table(f"{found['run']}, repeated in {found['repeat']}", ["", "first", "repeat", ""], rows, wrap=(1, 2))
     if found["tensors"]:
         rows = [[t["name"], _largest(t["largest_difference"])] for t in found["tensors"][:SHOWN]]
         more = len(found["tensors"]) - len(rows)
         title = "tensors that differ" + (f" ({more} more: --json)" if more else "")
-        view.table(title, ["tensor", "largest difference"], rows, right=(1,), wrap=(0,))
+        console.table(title, ["tensor", "largest difference"], rows, right=(1,), wrap=(0,))
     if found["environment"]:
         rows = [[e["what"], e["first"], e["repeat"]] for e in found["environment"][:SHOWN]]
         more = len(found["environment"]) - len(rows)
         title = "environment" + (f" ({more} more: --json)" if more else "")
-        view.table(title, ["", "first", "repeat"], rows, wrap=(0, 1, 2))
-    view.line(sentence(found))
+        console.table(title, ["", "first", "repeat"], rows, wrap=(0, 1, 2))
+    console.line(sentence(found))
 
 
 def sentence(found: dict[str, Any]) -> str:

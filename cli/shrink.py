@@ -7,9 +7,8 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from remap.io.checked_read import expanded, plain
+from remap_cli import console
 from remap_cli import options as opt
-from remap_cli import view
-from remap_cli.main import app
 
 Section = TypeVar("Section")
 _SHAPE, _CHOICE = "Shape", "How the parts that stay are chosen"
@@ -19,7 +18,6 @@ def _size(what: str) -> Any:
     return typer.Option(min=1, help=f"{what}.", show_default="the teacher's", rich_help_panel=_SHAPE)
 
 
-@app.command(rich_help_panel=opt.TRAIN)
 def shrink(
     teacher: Annotated[
         str, typer.Argument(help="Short name, timm name, local-dir:FOLDER or run directory.", show_default=False)
@@ -32,9 +30,7 @@ def shrink(
     importance: Annotated[
         str | None,
         typer.Option(
-            help="Of channels, heads and units: taylor or magnitude.",
-            show_default="taylor",
-            rich_help_panel=_CHOICE,
+            help="Of channels, heads and units: taylor or magnitude.", show_default="taylor", rich_help_panel=_CHOICE
         ),
     ] = None,
     blocks: Annotated[
@@ -47,8 +43,7 @@ def shrink(
         int | None, typer.Option(min=1, help="Images to measure on.", show_default="64", rich_help_panel=_CHOICE)
     ] = None,
     data: Annotated[
-        str,
-        typer.Option(help="Their source: a folder of class folders, a tar, or digits.", rich_help_panel=_CHOICE),
+        str, typer.Option(help="Their source: a folder of class folders, a tar, or digits.", rich_help_panel=_CHOICE)
     ] = "digits",
     seed: Annotated[int, typer.Option(min=0, help="Decides which images.", rich_help_panel=_CHOICE)] = 0,
     weights: Annotated[str, typer.Option(help="Of the teacher: pretrained or none.")] = "pretrained",
@@ -91,19 +86,19 @@ def shrink(
     from remap.runs.task import require_tuned
 
     require_tuned(teacher)
-    with view.Reporter() as progress:
+    with console.Reporter() as progress:
         found = cut(larger, spec, source, output, seed, progress)
     if json:
-        view.emit({"output": str(output), **found.to_dict()})
+        console.emit({"output": str(output), **found.to_dict()})
         return
     rows = [[word, getattr(found.before, word), getattr(found.after, word)] for word in vars(found.after)]
-    rows.append(["parameters", *(view.count(number) for number in found.parameters)])
+    rows.append(["parameters", *(console.count(number) for number in found.parameters)])
     rows.append(["multiply-adds", *(_multiply_adds(number) for number in found.macs)])
-    view.table(f"{teacher} shrunk, without classifiers", ["", "before", "after"], rows, right=(1, 2))
+    console.table(f"{teacher} shrunk, without classifiers", ["", "before", "after"], rows, right=(1, 2))
     if len(found.kept) < found.before.depth:
-        view.line(f"blocks that stay, from 0: {', '.join(map(str, found.kept))}")
+        console.line(f"blocks that stay, from 0: {', '.join(map(str, found.kept))}")
     words = ["remap", "distill", "--teacher", teacher, "--student", f"local-dir:{output}", "--data", data]
-    view.line(f"next: {shlex.join(words)}")
+    console.line(f"next: {shlex.join(words)}")
 
 
 def _take_out(run: str, output: Path, gates: float, given: list[str], json: bool) -> None:
@@ -113,14 +108,14 @@ def _take_out(run: str, output: Path, gates: float, given: list[str], json: bool
     if given:
         problems = [f"--{name}: --gates takes out whole blocks of a run, and nothing else" for name in given]
         raise RecipeError(problems, "command line")
-    with view.Reporter():
+    with console.Reporter():
         kept, openness = take_out_skipped(expanded(run), output, gates)
     if json:
-        view.emit({"output": str(output), "kept": kept, "gates": openness})
+        console.emit({"output": str(output), "kept": kept, "gates": openness})
         return
     rows = [[index, f"{gate:.3f}", "stays" if index in kept else "goes"] for index, gate in enumerate(openness)]
-    view.table(f"{len(kept)} of {len(openness)} blocks of {run} stay", ["block", "gate", ""], rows, right=(0, 1))
-    view.line(f"next: remap tune --student {shlex.quote(f'local-dir:{output}')}")
+    console.table(f"{len(kept)} of {len(openness)} blocks of {run} stay", ["block", "gate", ""], rows, right=(0, 1))
+    console.line(f"next: remap tune --student {shlex.quote(f'local-dir:{output}')}")
 
 
 def _require_a_shape(given: dict[str, Any]) -> None:

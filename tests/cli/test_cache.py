@@ -16,7 +16,7 @@ from remap.cache.folders import CacheKey, held
 from remap.cache.records import Item, RecordStore, row_digest
 from remap.errors import Interrupted
 from remap.io.atomic_write import size
-from remap_cli import view
+from remap_cli import console
 
 HEAVY = "import sys; heavy = {'torch', 'timm', 'accelerate', 'peft', 'sklearn', 'torchdistill'} & set(sys.modules)"
 
@@ -49,7 +49,7 @@ def test_nothing_is_kept_at_first(remap: Callable[..., Result], run_json: Callab
 def test_a_listing_has_all_that_decides(
     remap: Callable[..., Result], run_json: Callable[..., Any], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(view.out, "width", 200)
+    monkeypatch.setattr(console.out, "width", 200)
     name = fill(root, "vit_large", 3)
     (found,) = run_json("cache", "ls")
     assert (found["id"], found["folder"]) == (name, str(root / name))
@@ -128,7 +128,7 @@ def test_build_takes_the_words_of_distill(
     pictures: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(view.out, "width", 200)
+    monkeypatch.setattr(console.out, "width", 200)
     from remap.pipeline import build_cache
 
     asked: list[Any] = []

@@ -12,7 +12,7 @@ from typer.testing import Result
 from remap.recipe import resolve_distill
 from remap.remapping import LOSSES
 from remap.tuning import CATEGORIES, METHODS
-from remap_cli import view
+from remap_cli import console
 from remap_cli.options import DEFAULTS, DIGITS
 
 HEAVY = "import sys; heavy = {'torch', 'timm', 'accelerate', 'peft', 'sklearn', 'torchdistill'} & set(sys.modules)"
@@ -66,7 +66,7 @@ def test_a_method_shows_every_option(run_json: Callable[..., dict], name: str) -
 def test_options_say_what_they_take(
     remap: Callable[..., Result], run_json: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(view.out, "width", 300)
+    monkeypatch.setattr(console.out, "width", 300)
     found = run_json("methods", "vpt_deep+lora")
     options = {option["name"]: option for option in found["options"]}
     assert options["lora.targets"]["allowed"] == ["q", "k", "v", "o", "fc1", "fc2"]
@@ -99,7 +99,7 @@ def test_an_unknown_method_is_named(remap: Callable[..., Result], name: str, say
 def test_a_narrow_terminal_gets_no_formulas(
     remap: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, width: int, formulas: bool
 ) -> None:
-    monkeypatch.setattr(view.out, "width", width)
+    monkeypatch.setattr(console.out, "width", width)
     lines = remap("methods").stdout.splitlines()
     assert any("L*p*D" in line for line in lines) == formulas
     assert any("L depth" in line for line in lines) == formulas

@@ -175,7 +175,7 @@ def test_the_dry_run_writes_nothing(
 
 def test_the_dry_run_says_what_lies_on_the_disk() -> None:
     guess = {"run_bytes": 27_100_000, "disk_bytes": 27_100_000, "task_bytes": 2_700_000}
-    assert _disk(guess) == "27.1 MB (checkpoints + task); to keep: 2.7 MB"
+    assert _disk(guess) == "27.1 MB (checkpoints + task); saved: 2.7 MB"
     assert _disk(guess | {"disk_bytes": 28_100_000}).startswith("27.1 MB (checkpoints + task) + 1.0 MB of teachers;")
 
 

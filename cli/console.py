@@ -26,12 +26,16 @@ EVERY, WORTH = 30.0, 2.0
 
 
 def error(problem: Exception) -> None:
-    """One message; nothing of it is read as markup. To have been stopped is no error."""
-    rank = os.environ.get("RANK", "0")
-    text = str(problem) if rank == "0" else f"[process {rank}] {problem}"
-    first, _, rest = text.partition("\n")
+    """Print one message; nothing of it is read as markup. To have been stopped is not an error."""
+    first, _, rest = with_rank(str(problem)).partition("\n")
     head = "" if isinstance(problem, Interrupted) else "[bold red]error:[/] "
     err.print(f"{head}{escape(_plain(first))}" + (f"\n{escape(_plain(rest))}" if rest else ""))
+
+
+def with_rank(text: str) -> str:
+    """Return a message with the number of the process, unless it is the first one."""
+    rank = os.environ.get("RANK", "0")
+    return text if rank == "0" else f"[process {rank}] {text}"
 
 
 def line(text: str) -> None:
@@ -40,26 +44,18 @@ def line(text: str) -> None:
 
 
 def note(text: str) -> None:
+    """Print a remark on stderr."""
     err.print(f"[dim]{escape(_plain(text))}[/]")
 
 
 def table(
-    title: str,
-    columns: list[str],
-    rows: list[list[Any] | str],
-    right: tuple[int, ...] = (),
-    wrap: tuple[int, ...] = (),
+    title: str, columns: list[str], rows: list[list[Any] | str], right: tuple[int, ...] = (), wrap: tuple[int, ...] = ()
 ) -> None:
     """Print a table; a row that is a string heads a group, and the title may be wider than the table.
 
     Columns in ``right`` are aligned right, those in ``wrap`` give way when the terminal is narrow.
     """
-    result = Table(
-        header_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
+    result = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for index, column in enumerate(columns):
         justify = "right" if index in right else "left"
         result.add_column(escape(_plain(column)), justify=justify, no_wrap=index not in wrap, overflow="fold")
@@ -95,6 +91,7 @@ def count(number: int) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Return seconds in the unit that suits them: 90.0 s, 3.5 min, 2.1 h."""
     if seconds < 120:
         return f"{seconds:.1f} s"
     if seconds < 7200:
