@@ -21,8 +21,8 @@ from remap.io.checked_read import plain
 out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
-# Seconds between two lines of a wait where there is no terminal for a bar, and the least wait worth a closing line.
-EVERY, WORTH = 30.0, 2.0
+# Without a terminal: seconds between two lines of a wait, and the shortest wait that gets a closing line.
+LINE_EVERY_S, CLOSING_LINE_S = 30.0, 2.0
 
 
 def error(problem: Exception) -> None:
@@ -39,7 +39,7 @@ def with_rank(text: str) -> str:
 
 
 def line(text: str) -> None:
-    """Text on stdout, line by line as it is."""
+    """Print text on stdout as it is."""
     out.print(_plain(text), markup=False)
 
 
@@ -69,7 +69,7 @@ def table(
 
 
 def grouped(rows: list[tuple[str, list[Any]]]) -> list[list[Any] | str]:
-    """Rows with their group's name, as ``table`` takes them: the name once, in front of its rows."""
+    """Return rows as ``table`` takes them, with the name of each group once, in front of its rows."""
     found: list[list[Any] | str] = []
     last = None
     for group, row in rows:
@@ -81,12 +81,12 @@ def grouped(rows: list[tuple[str, list[Any]]]) -> list[list[Any] | str]:
 
 
 def emit(value: Any) -> None:
-    """One JSON object on stdout."""
+    """Print one JSON object on stdout."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
 def count(number: int) -> str:
-    """38,400 as it is, 21,665,664 as 21.7 M."""
+    """Return 38,400 as it is and 21,665,664 as 21.7 M."""
     return f"{number:,}" if number < 1_000_000 else f"{number / 1e6:.1f} M"
 
 
@@ -100,12 +100,12 @@ def duration(seconds: float) -> str:
 
 
 def _plain(text: str) -> str:
-    """Control characters of file or class names must not reach the terminal."""
+    """Escape control characters: names of files and classes must not reach the terminal as commands."""
     return plain(text, keep="\n")
 
 
 class Reporter:
-    """Progress on stderr: bars on a terminal, else plain lines now and then for waits that take longer."""
+    """Progress on stderr: bars on a terminal, otherwise lines during long waits."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
@@ -159,7 +159,7 @@ class _Bar:
 
 
 class _Lines:
-    """A wait without a terminal: a line at most every ``EVERY`` seconds, and one at the end of a long one."""
+    """A wait without a terminal: a line at most every ``LINE_EVERY_S`` seconds, and one at the end of a long one."""
 
     def __init__(self, reporter: Reporter, what: str, total: int | None) -> None:
         self._say, self._what, self._total, self._done = reporter.say, what, total, 0
@@ -170,14 +170,14 @@ class _Lines:
         self._values |= values
         self._done += amount
         now = time.perf_counter()
-        if now - self._last >= EVERY:
+        if now - self._last >= LINE_EVERY_S:
             self._last = now
             done = f"{self._done}/{self._total}" if self._total is not None else f"{self._done}"
             self._say(f"{self._what}: {done} in {duration(now - self._started)}{self._ending()}")
 
     def close(self) -> None:
         seconds = time.perf_counter() - self._started
-        if seconds > WORTH:
+        if seconds > CLOSING_LINE_S:
             self._say(f"{self._what}: {duration(seconds)}{self._ending()}")
 
     def _ending(self) -> str:

@@ -160,47 +160,36 @@ def _report_failure(failures: Mapping[int, "ProcessFailure"], folder: Path) -> i
 
     rank = min(failures, key=order)
     code = failures[rank].exitcode
-    text = _messages(folder).get(rank)
-    if text is not None:
-        _print(text, code)
-        return code
-    if rank > 0:  # what it wrote before it ended; the first process wrote where this command does
+    if Path(failures[rank].error_file).is_file():
+        _print(failures[rank].message, code)
+    elif rank > 0:  # what it wrote before it ended; the first process wrote where this command does
         for log in folder.glob(f"*/*/{rank}/std*.log"):
             sys.stderr.write(log.read_text(errors="replace")[-(2**16) :])
     if code >= 0:
         return code
+    number = signal.Signals(-code)
     hints = {
         signal.SIGKILL: "the system kills processes when memory runs out; or a person did",
         signal.SIGBUS: "memory that files share may be full (/dev/shm)",
     }
-    name = signal.Signals(-code).name
-    what = f"[process {rank}] was ended by {name}; the other processes were ended too"
+    what = f"[process {rank}] was ended by {number.name}; the other processes were ended too"
     again = f"start again; a run that had begun to train {_how_to_resume()}"
-    console.error(RemapError(what, given=hints.get(signal.Signals(-code)), do=again))
-    return 128 - code
+    console.error(RemapError(what, given=hints.get(number), do=again))
+    return 128 + number
 
 
 def _report_stop(code: int, folder: Path) -> int:
     """Print the message of the first process that was stopped; return the exit code."""
-    messages = _messages(folder)
-    text = (
-        messages[min(messages)] if messages else f"stopped\n  do:      a run that had begun to train {_how_to_resume()}"
-    )
+    files = sorted(folder.glob("*/*/*/error.json"))
+    text = f"stopped\n  do:      a run that had begun to train {_how_to_resume()}"
+    with contextlib.suppress(ValueError, OSError):  # one that had to be killed while it wrote
+        text = json.loads(files[0].read_text())["message"] if files else text
     _print(text, code)
     return code
 
 
-def _messages(folder: Path) -> dict[int, str]:
-    """Return the messages that processes wrote when they failed, by rank."""
-    messages = {}
-    for path in folder.glob("*/*/*/error.json"):
-        with contextlib.suppress(ValueError, OSError):
-            messages[int(path.parent.name)] = str(json.loads(path.read_text())["message"])
-    return messages
-
-
 def _print(text: str, code: int) -> None:
-    if code == 1:
+    if code == 1:  # a bug: its traceback
         sys.stderr.write(text)
     else:
         console.error(Interrupted(text) if code > 128 else RemapError(text))

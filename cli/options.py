@@ -15,7 +15,7 @@ import typer
 
 # Panels of the list of commands, and of a training command's options.
 TRAIN, USE, LOOK = "Train and compare", "Use a run", "Look things up"
-_COMPARISON, _MODELS, _TRAINING, _RUN = "Comparison", "Models and losses", "Training", "Run"
+_TRAINING, _RUN = "Training", "Run"
 
 # Options that other commands take too.
 SkipBad = Annotated[
@@ -39,14 +39,12 @@ class OptionRow:
     """One option of one or more training commands.
 
     Attributes:
-        name: The key of its value; the flag is ``--name`` with hyphens.
-        kind: Its type, or a complete annotation.
+        name: The key of its value; the flag is ``--name`` with hyphens unless ``flag`` is given.
+        kind: Its type, or a complete annotation that other commands use too.
         commands: Names of the commands that take it.
+        shown: The default as the help shows it; a test compares it with the recipes.
         help: The line of the help.
         panel: The panel of the help.
-        shown: The default as the help shows it; a test compares it with the recipes.
-        flag: The flag, where it is not ``--name``.
-        least: The smallest number allowed.
         default: The value when the option is not given.
         word: The key of ``remap.recipe.resolve.WORDS`` that it sets, where it is not ``name``.
     """
@@ -54,11 +52,10 @@ class OptionRow:
     name: str
     kind: Any
     commands: tuple[str, ...]
+    shown: str | None = None
     help: str = ""
     panel: str = _RUN
-    shown: str | None = None
     flag: str = ""
-    least: int | None = None
     default: Any = None
     word: str = ""
 
@@ -74,113 +71,63 @@ class OptionRow:
         annotation = self.kind
         if self.help:
             # The flag is spelled out: Typer would add --no-NAME to that of a bool.
+            shown, least = self.shown or True, 1 if default else None  # a number of runs is at least 1
             option = typer.Option(
-                self.option, help=self.help, show_default=self.shown or True, rich_help_panel=self.panel, min=self.least
+                self.option, help=self.help, show_default=shown, rich_help_panel=self.panel, min=least
             )
             annotation = Annotated[self.kind | None if default is None else self.kind, option]
         return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
+def _models(name: str, kind: type, commands: tuple[str, ...], shown: str | None, help: str) -> OptionRow:
+    return OptionRow(name, kind, commands, shown, help, "Models and losses")
+
+
+def _training(name: str, kind: type, commands: tuple[str, ...], shown: str | None, help: str) -> OptionRow:
+    return OptionRow(name, kind, commands, shown, help, _TRAINING)
+
+
 DISTILL, TUNE, BUILD, COMPARE = "distill", "tune", "cache build", "compare"
 _ALL, _RUNS, _TEACH = (DISTILL, TUNE, BUILD, COMPARE), (DISTILL, TUNE), (DISTILL, BUILD, COMPARE)
+_TEACHER = "Short name, timm name, local-dir:FOLDER or run directory; self or ema, made of the student; or several with"
+_LOSSES = "ce,kd,attention, of these what the method can follow; without a teacher ce"
 
 # Those that set a recipe field.
 RECIPE_OPTIONS = (
-    OptionRow(
-        "teacher",
-        str,
-        _TEACH,
-        "Short name, timm name, local-dir:FOLDER or run directory; self or ema, made of the student; or several with"
-        " weights: vit_large,dinov2_base:0.5.",
-        _MODELS,
-        "mini_teacher",
+    _models("teacher", str, _TEACH, "mini_teacher", f"{_TEACHER} weights: vit_large,dinov2_base:0.5."),
+    _models("student", str, _ALL, "mini_student", 'As for the teacher; or "shrink(teacher, depth=6, width=384)".'),
+    _models("init", str, (DISTILL,), "the student's own", "Initialise from the teacher; see `remap remappings`."),
+    _models("force_init", bool, (DISTILL,), None, "Let --init overwrite weights that are not random."),
+    _models("method", str, (DISTILL, TUNE, BUILD), "vpt_deep", "Tuning method of the student; see `remap methods`."),
+    _models(
+        "losses", str, _ALL, _LOSSES, "Comma-separated, with weights after a colon: ce,kd:0.5. See `remap losses`."
     ),
-    OptionRow(
-        "student",
-        str,
-        _ALL,
-        'One model, as for the teacher; or one cut from it: "shrink(teacher, depth=6, width=384)".',
-        _MODELS,
-        "mini_student",
+    _training(
+        "data", str, _ALL, "digits", "Folder of class folders (with or without train/ and val/), a tar, or digits."
     ),
-    OptionRow(
-        "init",
-        str,
-        (DISTILL,),
-        "Start the student from the teacher's weights; see `remap remappings`.",
-        _MODELS,
-        "the student's own",
-    ),
-    OptionRow("force_init", bool, (DISTILL,), "Let --init overwrite weights that are not random.", _MODELS),
-    OptionRow(
-        "method", str, (DISTILL, TUNE, BUILD), "Tuning method of the student; see `remap methods`.", _MODELS, "vpt_deep"
-    ),
-    OptionRow(
-        "losses",
-        str,
-        _ALL,
-        "Comma-separated, with weights after a colon: ce,kd:0.5. See `remap losses`.",
-        _MODELS,
-        "ce,kd,attention, of these what the method can follow; without a teacher ce",
-    ),
-    OptionRow(
-        "data",
-        str,
-        _ALL,
-        "Folder of class folders (with or without train/ and val/), a tar of one, or digits.",
-        _TRAINING,
-        "digits",
-    ),
-    OptionRow("val_data", str, _ALL, "Separate folder or tar to evaluate on.", _TRAINING),
-    OptionRow(
-        "unlabeled",
-        str,
-        _TEACH,
-        "Folder or tar of images without labels, to distil on in addition to the labelled ones.",
-        _TRAINING,
-    ),
-    OptionRow("weights", str, _ALL, "For teacher and student: pretrained or none.", _MODELS, "pretrained"),
-    OptionRow("epochs", int, _ALL, "Passes over the training images.", _TRAINING, "30; digits 12"),
-    OptionRow("batch_size", int, _ALL, "Images per update, over all processes.", _TRAINING, "64; digits 32"),
-    OptionRow("lr", float, _RUNS, "Peak learning rate.", _TRAINING, "the method's own, by the student's width"),
-    OptionRow("seed", int, _ALL, "Decides every random choice.", _TRAINING, "0"),
+    _training("val_data", str, _ALL, None, "Separate folder or tar to evaluate on."),
+    _training("unlabeled", str, _TEACH, None, "Folder or tar of images without labels, to distil on as well."),
+    _models("weights", str, _ALL, "pretrained", "For teacher and student: pretrained or none."),
+    _training("epochs", int, _ALL, "30; digits 12", "Passes over the training images."),
+    _training("batch_size", int, _ALL, "64; digits 32", "Images per update, over all processes."),
+    _training("lr", float, _RUNS, "the method's own, by the student's width", "Peak learning rate."),
+    _training("seed", int, _ALL, "0", "Decides every random choice."),
     OptionRow("skip_bad", SkipBad, _ALL),
     OptionRow("devices", Devices, (DISTILL, TUNE, BUILD), word="processes"),
 )
+_METHODS = "Comma-separated names, combinations (a+b) or categories (prompt), or all."
+_CELLS = "Folder of the comparison. Finished cells are not run again."
+_DRY_RUN = "Build both models, run one batch and print estimates of time, memory and disk; train nothing."
 OPTIONS = (
     *RECIPE_OPTIONS,
-    OptionRow(
-        "methods",
-        str,
-        (COMPARE,),
-        "Comma-separated names, combinations (a+b) or categories (prompt), or all.",
-        _COMPARISON,
-        "one or two of each category",
-    ),
-    OptionRow("seeds", int, (COMPARE,), "Runs of each cell.", _COMPARISON, least=1, default=1),
-    OptionRow("recipe", str, _ALL, "A shipped recipe's name or a YAML file; other options override it."),
-    OptionRow(
-        "settings",
-        list[str],
-        _ALL,
-        "Any field of the recipe: --set train.weight_decay=0.01. May be repeated.",
-        flag="--set",
-    ),
-    OptionRow("output", Path, _RUNS, "Run directory to make.", shown="runs/NAME-METHOD-001"),
-    OptionRow(
-        "output",
-        Path,
-        (COMPARE,),
-        "Folder of the comparison. Finished cells are not run again.",
-        shown="runs/compare-NAME",
-    ),
-    OptionRow("resume", Path, _RUNS, "Continue an interrupted run directory."),
-    OptionRow(
-        "dry_run",
-        bool,
-        _RUNS,
-        "Build both models, run one batch and print estimates of time, memory and disk; train nothing.",
-    ),
+    OptionRow("methods", str, (COMPARE,), "one or two of each category", _METHODS, "Comparison"),
+    OptionRow("seeds", int, (COMPARE,), None, "Runs of each cell.", "Comparison", default=1),
+    OptionRow("recipe", str, _ALL, None, "A shipped recipe's name or a YAML file; other options override it."),
+    OptionRow("settings", list[str], _ALL, None, "Any recipe field: --set train.lr=0.1. Repeatable.", flag="--set"),
+    OptionRow("output", Path, _RUNS, "runs/NAME-METHOD-001", "Run directory to make."),
+    OptionRow("output", Path, (COMPARE,), "runs/compare-NAME", _CELLS),
+    OptionRow("resume", Path, _RUNS, None, "Continue an interrupted run directory."),
+    OptionRow("dry_run", bool, _RUNS, None, _DRY_RUN),
     OptionRow("json", Json, _ALL),
 )
 

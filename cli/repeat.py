@@ -12,7 +12,7 @@ from remap_cli import options as opt
 
 # How many differing tensors and packages are listed; --json has them all.
 SHOWN = 8
-# The exit code of a repeat that ran and is not equal; 1 is a bug's, 2 a mistake's, 3 that of a lost process.
+# Exit code of a repeat that ran and is not equal; 1 is a bug, 2 a mistake, 3 a lost process.
 DIFFERS = 4
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # Checks that say why others may differ.
@@ -21,9 +21,7 @@ MEMORY, SKIPPED = "accumulation", ("skipped steps", "learning-rate factor")
 
 def repeat(
     run: Annotated[Path, typer.Argument(help="A finished run directory.", show_default=False)],
-    output: Annotated[
-        Path | None, typer.Option(help="Run directory to make.", show_default="RUN-repeat-001 beside it")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Run directory to make.", show_default="RUN-repeat-001")] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Decoding threads; they change no result.", show_default="the run's own")
     ] = None,
@@ -49,7 +47,7 @@ def repeat(
 
 
 def _recorded(file: Path, key: str) -> Any:
-    """One entry of a run's record; what is wrong with the run, its reader says."""
+    """Return one entry of a run's record, or None; errors in it are left to its reader."""
     try:
         return read_json(file)[key]
     except (ValueError, KeyError, TypeError):
@@ -62,7 +60,7 @@ def _processes(run: Path) -> int | None:
 
 
 def _take_threads_of(run: Path) -> None:
-    """Libraries read these variables when they are loaded, and the number of threads decides the order of sums."""
+    """Set the run's numbers of threads, which decide the order of sums; libraries read them when they are loaded."""
     variables = _recorded(run / "environment.json", "variables")
     if not isinstance(variables, dict):
         return
@@ -72,7 +70,7 @@ def _take_threads_of(run: Path) -> None:
             continue
         if wanted is None:
             del os.environ[name]
-            console.note(f"{name} is left out, as in {run}")
+            console.note(f"{name} is unset, as in {run}")
         elif isinstance(wanted, str) and wanted.isascii() and wanted.isdigit():
             os.environ[name] = wanted
             console.note(f"{name}={wanted}, as in {run}")
@@ -95,7 +93,7 @@ def _show(found: dict[str, Any]) -> None:
 
 
 def sentence(found: dict[str, Any]) -> str:
-    """Whether it repeated, and what may have kept it from that."""
+    """Return whether it repeated, and possible reasons if not."""
     where = "the environment is the same" if not found["environment"] else "the environment differs"
     if found["equal"]:
         return f"It repeated bit for bit; {where}."
@@ -108,7 +106,7 @@ def sentence(found: dict[str, Any]) -> str:
         changed = found["changed_on_the_way"][which]
         why += [f"{name} was resumed with {' and '.join(changed)}, which decides last bits"] if changed else []
         read = found["outputs_on_disk"][which]
-        last = "on disk, with the last bits of whoever computed them"
+        last = "on disk, with the last bits of the machine that computed them"
         why += [f"{name} read outputs of {' and '.join(read)} {last}"] if read else []
     return (
         f"It did not repeat bit for bit: {', '.join(wrong)} {'differs' if len(wrong) == 1 else 'differ'}{by}; "
