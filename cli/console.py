@@ -6,12 +6,20 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from remap.errors import Interrupted
@@ -57,7 +65,7 @@ def table(
     """
     result = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for index, column in enumerate(columns):
-        justify = "right" if index in right else "left"
+        justify: Literal["left", "right"] = "right" if index in right else "left"
         result.add_column(escape(_plain(column)), justify=justify, no_wrap=index not in wrap, overflow="fold")
     for row in rows:
         if isinstance(row, str):
@@ -137,19 +145,20 @@ class Reporter:
 
     @contextmanager
     def wait(self, what: str, total: int | None = None) -> Iterator["_Bar | _Lines"]:
-        task = self._bars.add_task(escape(_plain(what)), total=total, values="") if self._bars is not None else None
-        wait = _Bar(self._bars, task) if self._bars is not None else _Lines(self, what, total)
+        if self._bars is None:
+            lines = _Lines(self, what, total)
+            yield lines
+            lines.close()
+            return
+        task = self._bars.add_task(escape(_plain(what)), total=total, values="")
         try:
-            yield wait
+            yield _Bar(self._bars, task)
         finally:
-            if task is not None:
-                self._bars.remove_task(task)
-        if isinstance(wait, _Lines):
-            wait.close()
+            self._bars.remove_task(task)
 
 
 class _Bar:
-    def __init__(self, bars: Progress, task: Any) -> None:
+    def __init__(self, bars: Progress, task: TaskID) -> None:
         self._bars, self._task = bars, task
         self._values: dict[str, float] = {}
 

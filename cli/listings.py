@@ -158,12 +158,16 @@ def _families(json: bool) -> None:
         return
     rows = [{"name": row.name, "category": CATEGORIES[row.category], **support[row.name]} for row in METHODS]
     columns: Columns = {"method": lambda row: row["name"]}
-    columns |= {family: lambda row, family=family: "yes" if row[family] else "-" for family in FAMILIES.names}
+    columns |= {family: _fits(family) for family in FAMILIES.names}
     _list("Which method fits which family", rows, columns)
     console.line("\n".join(f"{row.name:9}{row.summary}: {row.examples}" for row in FAMILIES))
     console.line(
         "Every yes is a run of the conformance suite (tests/tuning); every - is an error that names a method that fits."
     )
+
+
+def _fits(family: str) -> Callable[[Row], str]:
+    return lambda row: "yes" if row[family] else "-"
 
 
 def losses(

@@ -93,9 +93,10 @@ def _open_streams() -> None:
         if getattr(sys, name) is None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
-    if sys.stderr is sys.__stderr__:
+    stderr = sys.stderr
+    if stderr is sys.__stderr__ and stderr is not None:
         log = io.BufferedWriter(_Log(2, "wb", closefd=False))
-        sys.stderr = io.TextIOWrapper(log, sys.stderr.encoding, sys.stderr.errors, line_buffering=True)
+        sys.stderr = io.TextIOWrapper(log, stderr.encoding, stderr.errors, line_buffering=True)
 
 
 def _flush(code: Any) -> Any:

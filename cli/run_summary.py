@@ -20,7 +20,7 @@ def announce(recipe: "Recipe", progress: console.Reporter) -> None:
     teachers = [("teacher", spec.model, weight) for spec, weight in zip(recipe.teachers, weights, strict=True)]
     for role, word, weight in [*teachers, ("student", recipe.student.model, "")]:
         progress.say(f"{role:8} {word}{_meaning(word, SHORT_NAMES)}{weight}")
-    losses = ", ".join(f"{loss.name} x {loss.weight:g}" for loss in recipe.losses)
+    losses = ", ".join(f"{loss.name} x {loss.weight:g}" for loss in recipe.losses or ())
     progress.say(f"method   {recipe.method.name}{_changed(recipe)}, losses {losses}")
 
 

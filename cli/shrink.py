@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -11,7 +11,10 @@ from remap.io.checked_read import expanded, plain
 from remap_cli import console
 from remap_cli import options as opt
 
-Section = TypeVar("Section")
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+Section = TypeVar("Section", bound="BaseModel")
 _SHAPE, _CHOICE = "Shape", "How the parts that stay are chosen"
 
 

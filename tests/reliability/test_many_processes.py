@@ -232,10 +232,10 @@ def test_a_killed_process_ends_all_and_a_silent_one_too(
     process = start_process("remap_cli", "distill", "--resume", str(run))  # with as many as before
     _wait_for_epochs(run, process, done + 2)
     seconds, errors = _end(process, signal.SIGSTOP)
-    assert process.returncode == 1
-    assert "error: [process 1] did not answer the others in time" in errors and "SIGSTOP" in errors
+    assert process.returncode == 3
+    assert "error: another process of this run does not answer" in errors
     assert errors.count("error:") == 1 and "Traceback" not in errors
-    assert 5 <= seconds < 15
+    assert 5 <= seconds < 60  # a halted process gets the launcher's 30 s for leaving
     figure("seconds from SIGSTOP of one process to the end of all, REMAP_TIMEOUT=5", round(seconds, 1))
 
 
