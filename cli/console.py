@@ -8,18 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from rich import box
+from rich import box, progress
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from remap.errors import Interrupted
@@ -113,19 +104,19 @@ def _plain(text: str) -> str:
 
 
 class Reporter:
-    """Progress on stderr: bars on a terminal, otherwise lines during long waits."""
+    """progress.Progress on stderr: bars on a terminal, otherwise lines during long waits."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._bars: Progress | None = None
+        self._bars: progress.Progress | None = None
         if err.is_terminal and not quiet:
-            self._bars = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=30),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("[dim]{task.fields[values]}"),
+            self._bars = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(bar_width=30),
+                progress.MofNCompleteColumn(),
+                progress.TimeElapsedColumn(),
+                progress.TimeRemainingColumn(),
+                progress.TextColumn("[dim]{task.fields[values]}"),
                 console=err,
                 transient=True,
             )
@@ -144,54 +135,43 @@ class Reporter:
             err.print(escape(_plain(text)))
 
     @contextmanager
-    def wait(self, what: str, total: int | None = None) -> Iterator["_Bar | _Lines"]:
-        if self._bars is None:
-            lines = _Lines(self, what, total)
-            yield lines
-            lines.close()
-            return
-        task = self._bars.add_task(escape(_plain(what)), total=total, values="")
+    def wait(self, what: str, total: int | None = None) -> Iterator["_Wait"]:
+        wait = _Wait(self, self._bars, what, total)
         try:
-            yield _Bar(self._bars, task)
+            yield wait
         finally:
-            self._bars.remove_task(task)
+            wait.remove_bar()
+        wait.say_duration()
 
 
-class _Bar:
-    def __init__(self, bars: Progress, task: TaskID) -> None:
-        self._bars, self._task = bars, task
-        self._values: dict[str, float] = {}
+class _Wait:
+    """A bar, or without a terminal a line at most every ``LINE_EVERY_S`` seconds and one at the end of a long wait."""
 
-    def advance(self, amount: int = 1, **values: float) -> None:
-        self._values |= values
-        self._bars.update(self._task, advance=amount, values=_text(self._values, " "))
-
-
-class _Lines:
-    """A wait without a terminal: a line at most every ``LINE_EVERY_S`` seconds, and one at the end of a long one."""
-
-    def __init__(self, reporter: Reporter, what: str, total: int | None) -> None:
-        self._say, self._what, self._total, self._done = reporter.say, what, total, 0
+    def __init__(self, reporter: Reporter, bars: progress.Progress | None, what: str, total: int | None) -> None:
+        self._say, self._bars, self._what, self._total, self._done = reporter.say, bars, what, total, 0
         self._started = self._last = time.perf_counter()
         self._values: dict[str, float] = {}
+        self._task = bars.add_task(escape(_plain(what)), total=total, values="") if bars is not None else None
 
     def advance(self, amount: int = 1, **values: float) -> None:
         self._values |= values
         self._done += amount
         now = time.perf_counter()
-        if now - self._last >= LINE_EVERY_S:
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, advance=amount, values=self._text(" "))
+        elif now - self._last >= LINE_EVERY_S:
             self._last = now
             done = f"{self._done}/{self._total}" if self._total is not None else f"{self._done}"
-            self._say(f"{self._what}: {done} in {duration(now - self._started)}{self._ending()}")
+            self._say(f"{self._what}: {done} in {duration(now - self._started)}{self._text(', ')}")
 
-    def close(self) -> None:
+    def remove_bar(self) -> None:
+        if self._bars is not None and self._task is not None:
+            self._bars.remove_task(self._task)
+
+    def say_duration(self) -> None:
         seconds = time.perf_counter() - self._started
-        if seconds > CLOSING_LINE_S:
-            self._say(f"{self._what}: {duration(seconds)}{self._ending()}")
+        if self._bars is None and seconds > CLOSING_LINE_S:
+            self._say(f"{self._what}: {duration(seconds)}{self._text(', ')}")
 
-    def _ending(self) -> str:
-        return f", {_text(self._values, ', ')}" if self._values else ""
-
-
-def _text(values: dict[str, float], between: str) -> str:
-    return between.join(f"{name} {value:.4g}" for name, value in values.items())
+    def _text(self, separator: str) -> str:
+        return "".join(f"{separator}{name} {value:.4g}" for name, value in self._values.items())

@@ -5,11 +5,9 @@ log folder; the command prints the one of the process that failed first. Imports
 """
 
 import contextlib
-import itertools
 import json
 import logging
 import os
-import shlex
 import signal
 import socket
 import sys
@@ -40,12 +38,13 @@ LOOK_EVERY_S = 0.5
 SAVING_S, ORPHAN_S = 600, 60.0
 # Exit codes of processes that ended because another one had: ``ProcessLost``, and the launcher's SIGTERM.
 CONSEQUENCES = (3, 128 + signal.SIGTERM, -signal.SIGTERM)
+RESUME = "a run that had begun to train continues with --resume RUN"
 # Variables in which MPI launchers give the number of processes; some machines set them to 1 for every command.
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def is_first() -> bool:
-    """Return whether this is the only process, or the first of several: the one that prints."""
+    """Return whether this is the only process or the first of several, which is the one that prints."""
     return launcher_env.number("RANK", 0) == 0
 
 
@@ -55,19 +54,6 @@ def has_launcher() -> bool:
     several = by_mpi or launcher_env.number("WORLD_SIZE", 1) > 1
     # The other name is the only trace of `accelerate launch --cpu`, which always starts one process.
     return several or bool({"RANK", "ACCELERATE_DYNAMO_MODE"} & os.environ.keys())
-
-
-def recorded_processes(run: Path) -> int | None:
-    """Return the number of processes a run was made for, or None; errors in its recipe are left to its reader."""
-    from remap.io.checked_read import expanded
-    from remap.recipe import strict_yaml
-
-    try:
-        train = strict_yaml.read_mapping(expanded(run) / "recipe.yaml").get("train")
-    except (RemapError, OSError):
-        return None
-    count = train.get("processes") if isinstance(train, dict) else None
-    return count if isinstance(count, int) and count > 0 else None
 
 
 def start_processes(count: int | None) -> None:
@@ -173,15 +159,14 @@ def _report_failure(failures: Mapping[int, "ProcessFailure"], folder: Path) -> i
         signal.SIGBUS: "memory that files share may be full (/dev/shm)",
     }
     what = f"[process {rank}] was ended by {number.name}; the other processes were ended too"
-    again = f"start again; a run that had begun to train {_how_to_resume()}"
-    console.error(RemapError(what, given=hints.get(number), do=again))
+    console.error(RemapError(what, given=hints.get(number), do=f"start again; {RESUME}"))
     return 128 + number
 
 
 def _report_stop(code: int, folder: Path) -> int:
     """Print the message of the first process that was stopped; return the exit code."""
     files = sorted(folder.glob("*/*/*/error.json"))
-    text = f"stopped\n  do:      a run that had begun to train {_how_to_resume()}"
+    text = f"stopped\n  do:      {RESUME}"
     with contextlib.suppress(ValueError, OSError):  # one that had to be killed while it wrote
         text = json.loads(files[0].read_text())["message"] if files else text
     _print(text, code)
@@ -193,13 +178,6 @@ def _print(text: str, code: int) -> None:
         sys.stderr.write(text)
     else:
         console.error(Interrupted(text) if code > 128 else RemapError(text))
-
-
-def _how_to_resume() -> str:
-    """Name the run's folder, if this command's options say it."""
-    words = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    folders = [name for word, name in itertools.pairwise(words) if word in ("--output", "--resume")]
-    return f"continues with --resume {shlex.quote(folders[-1]) if folders else 'RUN'}"
 
 
 def watch_parent() -> None:

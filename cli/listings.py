@@ -1,6 +1,7 @@
 """``remap methods``, ``remap losses`` and ``remap remappings``. Only the options of one method or loss need torch."""
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -37,9 +38,9 @@ def methods(
         console.emit(rows)
         return
     columns: Columns = {
-        "method": lambda row: row["name"],
-        "what is trained": lambda row: row["summary"],
-        "parameters": lambda row: row["trainable_parameters"],
+        "method": itemgetter("name"),
+        "what is trained": itemgetter("summary"),
+        "parameters": itemgetter("trainable_parameters"),
         "ViT-B/16": lambda row: _number(row["trainable_vit_base"]),
         "merges": lambda row: "yes" if row["mergeable"] else "no",
         "lr": lambda row: f"{row['learning_rate']:g}",
@@ -74,6 +75,10 @@ def _number(count: int | None) -> str:
 
 def _arxiv(row: Row) -> str:
     return row["paper"].rpartition(" ")[2]
+
+
+# Columns of the listings of category 5.
+_ABOUT: Columns = {"what it is": itemgetter("summary"), "where the models differ": itemgetter("mismatch")}
 
 
 def _fields(row: "MethodEntry") -> dict[str, Any]:
@@ -157,8 +162,7 @@ def _families(json: bool) -> None:
         console.emit({"families": families, "methods": [{"name": name, **fits} for name, fits in support.items()]})
         return
     rows = [{"name": row.name, "category": CATEGORIES[row.category], **support[row.name]} for row in METHODS]
-    columns: Columns = {"method": lambda row: row["name"]}
-    columns |= {family: _fits(family) for family in FAMILIES.names}
+    columns: Columns = {"method": itemgetter("name")} | {family: _fits(family) for family in FAMILIES.names}
     _list("Which method fits which family", rows, columns)
     console.line("\n".join(f"{row.name:9}{row.summary}: {row.examples}" for row in FAMILIES))
     console.line(
@@ -186,13 +190,12 @@ def losses(
         console.emit(rows)
         return
     columns: Columns = {
-        "loss": lambda row: row["name"],
-        "what it is": lambda row: row["summary"],
-        "where the models differ": lambda row: row["mismatch"],
+        "loss": itemgetter("name"),
+        **_ABOUT,
         "weight": lambda row: f"{row['weight']:g}",
         "arXiv": _arxiv,
     }
-    _list(f"{len(rows)} loss terms", rows, columns, ("weight",), ("what it is", "where the models differ"))
+    _list(f"{len(rows)} loss terms", rows, columns, right=("weight",), wrap=tuple(_ABOUT))
     console.line(
         "weight: default in the objective. All about one, with its options: remap losses NAME.\n"
         "The other parts of category 5, weights and architecture: remap remappings."
@@ -230,11 +233,6 @@ def remappings(json: opt.Json = False) -> None:
     if json:
         console.emit(rows)
         return
-    columns: Columns = {
-        "name": lambda row: row["name"],
-        "what it is": lambda row: row["summary"],
-        "where the models differ": lambda row: row["mismatch"],
-        "arXiv": _arxiv,
-    }
-    _list("Remapping weights and architecture", rows, columns, (), ("what it is", "where the models differ"))
+    columns: Columns = {"name": itemgetter("name"), **_ABOUT, "arXiv": _arxiv}
+    _list("Remapping weights and architecture", rows, columns, wrap=tuple(_ABOUT))
     console.line("Knowledge is carried over by losses: remap losses. Options of each: docs/remapping.md.")

@@ -31,22 +31,14 @@ def _meaning(word: str, short_names: dict[str, str]) -> str:
 
 
 def _changed(recipe: "Recipe") -> str:
-    """The options that differ from the method's own defaults, which a recipe may have set."""
+    """Return the options that differ from the method's own defaults; of a combination as ``method.option``."""
     from remap.tuning import config_of
 
-    config = config_of(recipe.method.name)
-    defaults, own = _flat(config().model_dump()), _flat(config(**recipe.method.options).model_dump())
-    pairs = [f"{name} {_plain(value)}" for name, value in own.items() if value != defaults[name]]
-    return f" ({', '.join(pairs)})" if pairs else ""
-
-
-def _flat(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a combination's parts as ``part.option``."""
-    found: dict[str, Any] = {}
+    options = config_of(recipe.method.name)(**recipe.method.options).model_dump(exclude_defaults=True)
+    flat: dict[str, Any] = {}
     for name, value in options.items():
-        inner = {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
-        found |= inner
-    return found
+        flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+    return f" ({', '.join(f'{name} {_plain(value)}' for name, value in flat.items())})" if flat else ""
 
 
 def _plain(value: Any) -> str:

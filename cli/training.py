@@ -9,6 +9,7 @@ from remap_cli.options import DISTILL, OPTIONS, TUNE, recipe_words, training_com
 
 if TYPE_CHECKING:
     from remap.recipe import Recipe
+    from remap.runs.run_dir import RunDir
 
 
 @training_command(DISTILL)
@@ -28,8 +29,9 @@ def tune(values: dict[str, Any]) -> None:
 
 def _train(values: dict[str, Any], *, with_teacher: bool) -> None:
     """Start the processes, then train, resume or estimate in each of them; the first one prints the result."""
-    recorded = launch.recorded_processes(values["resume"]) if values["resume"] is not None else None
-    processes = values["devices"] or recorded
+    processes = values["devices"]
+    if values["resume"] is not None and processes is None:
+        processes = _run_dir(values["resume"]).recipe().train.processes
     launch.start_processes(processes)
     show = estimates.show if values["dry_run"] else run_summary.show
     with console.Reporter(quiet=not launch.is_first()) as progress:
@@ -64,14 +66,12 @@ def _resumed(values: dict[str, Any], processes: int | None, progress: console.Re
         RecipeError: An option was given that a resumed run does not take.
     """
     from remap.errors import RecipeError
-    from remap.io.checked_read import expanded
-    from remap.runs.run_dir import RunDir
 
     run: Path = values["resume"]
     given = [row for row in OPTIONS if values.get(row.name) not in (None, False, []) and DISTILL in row.commands]
     refused = [row for row in given if row.name not in ("resume", "devices", "json")]
     if refused:
-        command = "distill" if RunDir.open(expanded(run)).recipe().teacher else "tune"
+        command = "distill" if _run_dir(run).recipe().teacher else "tune"
         reasons = {"output": "a resumed run stays in its own folder", "dry_run": "a resumed run is not estimated"}
         raise RecipeError(
             [f"{row.option}: {reasons.get(row.name, 'a resumed run keeps its own recipe')}" for row in refused],
@@ -81,7 +81,14 @@ def _resumed(values: dict[str, Any], processes: int | None, progress: console.Re
         )
     from remap.pipeline.run import resume
 
-    return dict(resume(expanded(run), progress, processes).summary)
+    return dict(resume(_run_dir(run).path, progress, processes).summary)
+
+
+def _run_dir(run: Path) -> "RunDir":
+    from remap.io.checked_read import expanded
+    from remap.runs.run_dir import RunDir
+
+    return RunDir.open(expanded(run))
 
 
 def read_recipe(values: dict[str, Any], *, with_teacher: bool) -> "Recipe":

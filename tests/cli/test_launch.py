@@ -237,31 +237,7 @@ def test_a_number_that_no_machine_has_is_refused() -> None:
     assert "--devices 100000" in str(caught.value) and caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["distill"], "--resume RUN"),
-        (["distill", "--output", "runs/my run"], "--resume 'runs/my run'"),
-        (["tune", "--output=x", "--set", "data.workers=1"], "--resume x"),
-        (["tune", "--resume", "y"], "--resume y"),
-    ],
-)
-def test_the_way_to_resume_names_the_folder(monkeypatch: pytest.MonkeyPatch, words: list[str], expected: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["remap", *words])
-    assert launch._how_to_resume() == f"continues with {expected}"
-
-
 def test_the_code_of_a_lost_process_is_that_of_the_engine() -> None:
     from remap.distributed.launch import ProcessLost
 
     assert ProcessLost("x").exit_code in launch.CONSEQUENCES
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("train:\n  processes: 4\n", 4), ("train: {epochs: 2}\n", None), ("train: 3\n", None), ("a: b: c\n", None)],
-)
-def test_the_number_of_a_run_is_read(tmp_path: Path, text: str, expected: int | None) -> None:
-    (tmp_path / "recipe.yaml").write_text(text)
-    assert launch.recorded_processes(tmp_path) == expected
-    assert launch.recorded_processes(tmp_path / "absent") is None
