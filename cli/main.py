@@ -33,14 +33,17 @@ def main() -> None:
         from remap_cli.app import app
 
         launch.watch_parent()
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except SystemExit as leaving:  # how Typer ends
         _ignore_signals()
         code = leaving.code
     except (Exception, _Stopped) as error:
         _ignore_signals()  # a second signal must not replace the message by a traceback
         code = _report(error)
-    code = _flush(code or (128 + _signal if _signal else 0))
+    code = code or (128 + _signal if _signal else 0)
     # A stopped command does not wait for threads that read from a slow disk, nor a failed rank for the other ranks.
     if isinstance(code, int) and (code > 128 or (code and "RANK" in os.environ)):
         os._exit(code)
@@ -67,8 +70,6 @@ def _report(error: BaseException) -> int:
     from remap.errors import Interrupted, RemapError
     from remap_cli import launch
 
-    if isinstance(error, OSError) and _flush(0):  # stdout failed while something was printed
-        return 2
     problem = error if isinstance(error, RemapError) else launch.lost_process(error)
     if _signal and not isinstance(problem, Interrupted):  # whatever error it is, the signal caused it
         word = "interrupted" if _signal == signal.SIGINT else "terminated"
@@ -77,14 +78,22 @@ def _report(error: BaseException) -> int:
     return launch.report(problem or error)
 
 
-class _Log(io.FileIO):
-    """A stderr that loses what cannot be written: a run outlives a full disk and a closed terminal."""
+class _Stream(io.FileIO):
+    """A stdout whose errors are one message, and a stderr that loses what cannot be written: a run outlives its log."""
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
-        except OSError:
-            return len(data)
+        except OSError as error:
+            if self.fileno() == 2:
+                return len(data)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in a buffer is lost too
+            if isinstance(error, BrokenPipeError):  # as in ``remap methods | head -1``
+                raise SystemExit(1) from None
+            from remap.errors import RemapError
+
+            advice = "free some space, or send the output elsewhere; the folder of a run is not affected"
+            raise RemapError(f"cannot write to stdout: {error.strerror}", do=advice) from error
 
 
 def _open_streams() -> None:
@@ -93,25 +102,7 @@ def _open_streams() -> None:
         if getattr(sys, name) is None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
-    stderr = sys.stderr
-    if stderr is sys.__stderr__ and stderr is not None:
-        log = io.BufferedWriter(_Log(2, "wb", closefd=False))
-        sys.stderr = io.TextIOWrapper(log, stderr.encoding, stderr.errors, line_buffering=True)
-
-
-def _flush(code: Any) -> Any:
-    """Write what is buffered for stdout; return the exit code, which says so if that fails."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:  # as in ``remap methods | head -1``
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its exit
-        return code or 1
-    except OSError as error:
-        from remap.errors import RemapError
-        from remap_cli import console
-
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        advice = "free some space, or send the output elsewhere; the folder of a run is not affected"
-        console.error(RemapError(f"cannot write to stdout: {error.strerror}", do=advice))
-        return code or 2
-    return code
+        elif number and getattr(sys, name) is getattr(sys, f"__{name}__"):
+            old, raw = getattr(sys, name), io.BufferedWriter(_Stream(number, "wb", closefd=False))
+            new = io.TextIOWrapper(raw, old.encoding, old.errors, line_buffering=old.line_buffering)
+            setattr(sys, name, new)
