@@ -121,13 +121,14 @@ def cache_build(values: dict[str, Any]) -> None:
     """
     launch.start_processes(values["devices"])
     from remap.errors import Interrupted
-    from remap.pipeline.objective import without_idle_losses
     from remap.runs.environment import command
 
     with console.Reporter(quiet=not launch.is_first()) as progress:
-        recipe = without_idle_losses(read_recipe(values, with_teacher=True), progress)
+        recipe = read_recipe(values, with_teacher=True)
         with progress.wait("loading PyTorch"):
             from remap.pipeline.build_cache import build_cache
+            from remap.pipeline.objective import without_idle_losses
+        recipe = without_idle_losses(recipe, progress)
         try:
             found = build_cache(recipe, progress)
         except Interrupted as error:

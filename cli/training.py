@@ -45,17 +45,17 @@ def _train(values: dict[str, Any], *, with_teacher: bool) -> None:
 
 def _trained(values: dict[str, Any], progress: console.Reporter, *, with_teacher: bool) -> dict[str, Any]:
     """Return the summary of a new run, or the estimates of a dry run."""
-    from remap.pipeline.objective import without_idle_losses
     from remap.runs.run_dir import RunDir
 
     recipe = read_recipe(values, with_teacher=with_teacher)
     if values["output"] is not None and not values["dry_run"] and launch.is_first():
         RunDir(values["output"]).require_free()
-    recipe = without_idle_losses(recipe, progress)
-    run_summary.announce(recipe, progress)
     with progress.wait("loading PyTorch"):
         from remap.pipeline.dry_run import estimate
+        from remap.pipeline.objective import without_idle_losses
         from remap.pipeline.run import start
+    recipe = without_idle_losses(recipe, progress)
+    run_summary.announce(recipe, progress)
     return estimate(recipe, progress) if values["dry_run"] else dict(start(recipe, values["output"], progress).summary)
 
 

@@ -32,7 +32,7 @@ def recipe_of(remap: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> 
     def see(recipe: Recipe, *_: Any) -> None:
         raise Seen(recipe)
 
-    monkeypatch.setattr("remap.pipeline.idle_losses.without_idle_losses", see)
+    monkeypatch.setattr("remap.pipeline.objective.without_idle_losses", see)
     monkeypatch.setattr("remap.pipeline.compare.compare", see)
 
     def call(*words: str) -> Recipe:
