@@ -46,7 +46,7 @@ def _show(table: dict[str, Any]) -> None:
     seeds = f"{count} seeds (mean ± standard deviation)" if count > 1 else "1 seed"
     console.table(
         f"{table['student']} on {table['data']}: accuracy in %, {table['epochs']} epochs, {seeds}",
-        ["method", "trained", "labels only", "with teacher", "gain", "seconds", "to keep"],
+        ["method", "trained", "labels only", "with teacher", "gain", "seconds", "saved size"],
         console.grouped(rows),
         right=(1, 2, 3, 4, 5, 6),
     )

@@ -6,15 +6,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from rich import box, progress
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from remap.errors import Interrupted
 from remap.io.checked_read import plain
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 # Piped output has no width of its own; tables then take what their cells need.
 out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 160)
@@ -108,8 +111,10 @@ class Reporter:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._bars: progress.Progress | None = None
+        self._bars: Progress | None = None
         if err.is_terminal and not quiet:
+            from rich import progress  # not needed for help and listings
+
             self._bars = progress.Progress(
                 progress.TextColumn("{task.description}"),
                 progress.BarColumn(bar_width=30),
@@ -147,7 +152,7 @@ class Reporter:
 class _Wait:
     """A bar, or without a terminal a line at most every ``LINE_EVERY_S`` seconds and one at the end of a long wait."""
 
-    def __init__(self, reporter: Reporter, bars: progress.Progress | None, what: str, total: int | None) -> None:
+    def __init__(self, reporter: Reporter, bars: "Progress | None", what: str, total: int | None) -> None:
         self._say, self._bars, self._what, self._total, self._done = reporter.say, bars, what, total, 0
         self._started = self._last = time.perf_counter()
         self._values: dict[str, float] = {}

@@ -70,7 +70,7 @@ def show(summary: dict[str, Any]) -> None:
     title = f"{Path(data['source']).name}: accuracy on {data['val_images']} images, trained on {data['train_images']}"
     if data["labeled_images"] < data["train_images"]:
         title += f" ({data['labeled_images']} with labels)"
-    console.table(title, ["", "accuracy", "parameters", "trained", "to keep"], rows, right=(1, 2, 3, 4))
+    console.table(title, ["", "accuracy", "parameters", "trained", "saved size"], rows, right=(1, 2, 3, 4))
     if "test_accuracy" in student:
         console.line(f"accuracy on the test folder, looked at once: {student['test_accuracy']:.1%}")
     run = shlex.quote(summary["run_dir"])

@@ -41,7 +41,7 @@ SIZE = 5 * 4 + 4 + 5 * 2 + 20 + 4 * 4 * 4 + 20
 
 
 def test_nothing_is_kept_at_first(remap: Callable[..., Result], run_json: Callable[..., Any], root: Path) -> None:
-    assert f"No teacher outputs are kept in {root}" in remap("cache", "ls").stdout.replace("\n", "")
+    assert f"No teacher outputs are cached in {root}" in remap("cache", "ls").stdout.replace("\n", "")
     assert run_json("cache", "ls") == [] and not root.exists()
     assert "0 teacher cache(s) cleared" in remap("cache", "clear", "--all").stdout
 
@@ -153,7 +153,7 @@ def test_build_takes_the_words_of_distill(
         assert part in shown.replace("\n", "")
 
 
-def test_an_interrupted_build_says_how_to_go_on(
+def test_an_interrupted_build_says_how_to_continue(
     remap: Callable[..., Result], root: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from remap.pipeline import build_cache
@@ -166,4 +166,4 @@ def test_an_interrupted_build_says_how_to_go_on(
     monkeypatch.setattr(sys, "argv", ["remap", *words])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     result = remap(*words)
-    assert result.exit_code == 143 and result.message.endswith(f"go on with: {shlex.join(['remap', *words])}")
+    assert result.exit_code == 143 and result.message.endswith(f"continue with: {shlex.join(['remap', *words])}")

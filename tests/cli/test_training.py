@@ -115,7 +115,7 @@ def test_predict_reports_a_file_that_is_not_there_and_goes_on(
 def test_tables_name_what_a_reader_needs(remap: Callable[..., Result], pictures: Path, tiny: list[str]) -> None:
     result = remap("tune", "--data", pictures, "--method", "linear", *tiny)
     assert result.exit_code == 0, getattr(result, "message", result.output)
-    for word in ("student + linear", "accuracy", "trained", "to keep", "remap predict runs/pictures"):
+    for word in ("student + linear", "accuracy", "trained", "saved size", "remap predict runs/pictures"):
         assert word in result.stdout
 
 
