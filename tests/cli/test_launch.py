@@ -68,7 +68,7 @@ def begin(tmp_path: Path, started: list[subprocess.Popen]) -> Callable[..., subp
 def run(begin: Callable[..., subprocess.Popen]) -> Callable[..., Ended]:
     def start(body: str, count: int = 2, *words: str, **environment: str) -> Ended:
         process = begin(body, count, *words, **environment)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=120)
         return process.returncode, output, "".join(errors.splitlines(True)[_shared(errors) :])
 
     return start
@@ -79,7 +79,7 @@ def _shared(errors: str) -> int:
     return int("processes share" in errors.partition("\n")[0])
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -129,7 +129,7 @@ while not (folder / "go").exists():
         assert not environment.keys() & {"PMI_SIZE", "OMPI_COMM_WORLD_SIZE"}  # Accelerate would believe them
     assert listening(int(found[0]["MASTER_PORT"])) == {"0100007F"}, "127.0.0.1 and no other interface"
     (tmp_path / "go").touch()
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=120)
     assert (process.returncode, output) == (0, "['a$$b', '${local_rank}']\n"), errors
     assert "".join(errors.splitlines(True)[_shared(errors) :]) == ""
 
@@ -137,7 +137,7 @@ while not (folder / "go").exists():
 def test_more_processes_than_cores_are_said(run: Callable[..., Ended], begin: Callable[..., subprocess.Popen]) -> None:
     cores = len(os.sched_getaffinity(0))
     process = begin("pass", cores + 1)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 0 and f"{cores + 1} processes share {cores} CPU core" in errors
 
 
@@ -202,7 +202,7 @@ def test_a_signal_reaches_each_process_once(
     process = begin(f"{NOTES}\ntime.sleep(60)")
     wait_for(all_ready(tmp_path))
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number
     assert "".join(errors.splitlines(True)[_shared(errors) :]) == "stopped, and saved\n"
     for rank in (0, 1):
@@ -215,7 +215,7 @@ def test_a_signal_that_finds_nothing_to_save_is_said_once(
     process = begin("(folder / f'ready-{rank}').touch()\ntime.sleep(60)")
     wait_for(all_ready(tmp_path))
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and errors.count("interrupted; there was nothing to save") == 1
     assert "Traceback" not in errors
 
@@ -226,7 +226,7 @@ def test_processes_leave_when_their_parent_is_gone(begin: Callable[..., subproce
     wait_for(all_ready(tmp_path))
     pids = [int((tmp_path / f"pid-{rank}").read_text()) for rank in (0, 1)]
     process.kill()
-    wait_for(lambda: not any(map(is_alive, pids)), 10)
+    wait_for(lambda: not any(map(is_alive, pids)), 60)
     for rank in (0, 1):
         assert (tmp_path / f"signals-{rank}").read_text() == f"{int(signal.SIGTERM)} "
 

@@ -103,6 +103,6 @@ def test_the_command_line_says_it_too(
 ) -> None:
     say(found)
     process = start_process("remap_cli", "distill", *tiny.arguments(), f"--output={tmp_path / 'run'}")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=200)
     assert process.returncode == 2 and what in errors and "Traceback" not in errors, errors
     assert not (tmp_path / "run").exists()
