@@ -1,5 +1,6 @@
 """Everything that is printed: results on stdout, progress and messages on stderr."""
 
+import itertools
 import json
 import os
 import sys
@@ -72,14 +73,8 @@ def table(
 
 def grouped(rows: list[tuple[str, list[Any]]]) -> list[list[Any] | str]:
     """Return rows as ``table`` takes them, with the name of each group once, in front of its rows."""
-    found: list[list[Any] | str] = []
-    last = None
-    for group, row in rows:
-        if group != last:
-            found.append(group)
-        found.append(row)
-        last = group
-    return found
+    groups = itertools.groupby(rows, key=lambda row: row[0])
+    return [row for group, members in groups for row in (group, *(cells for _, cells in members))]
 
 
 def emit(value: Any) -> None:

@@ -194,15 +194,6 @@ def _wait_for_parent() -> None:
     os._exit(128 + signal.SIGTERM)
 
 
-def lost_process(error: BaseException) -> RemapError | None:
-    """Return what a broken connection to another process means, or None for any other error."""
-    if "remap.distributed.launch" not in sys.modules:
-        return None
-    from remap.distributed.launch import lost_process as find
-
-    return find(error)
-
-
 def report(error: BaseException) -> int:
     """Print an error, or leave it to the parent to print; return the exit code."""
     code = error.exit_code if isinstance(error, RemapError) else 1

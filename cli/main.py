@@ -70,7 +70,8 @@ def _report(error: BaseException) -> int:
     from remap.errors import Interrupted, RemapError
     from remap_cli import launch
 
-    problem = error if isinstance(error, RemapError) else launch.lost_process(error)
+    distributed = sys.modules.get("remap.distributed.launch")  # a broken connection means that another process ended
+    problem = error if isinstance(error, RemapError) else distributed and distributed.lost_process(error)
     if _signal and not isinstance(problem, Interrupted):  # whatever error it is, the signal caused it
         word = "interrupted" if _signal == signal.SIGINT else "terminated"
         what = f"{word}; there was nothing to save, and what was saved before is kept"

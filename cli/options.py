@@ -79,14 +79,8 @@ class OptionRow:
         return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _models(name: str, kind: type, commands: tuple[str, ...], shown: str | None, help: str) -> OptionRow:
-    return OptionRow(name, kind, commands, shown, help, "Models and losses")
-
-
-def _training(name: str, kind: type, commands: tuple[str, ...], shown: str | None, help: str) -> OptionRow:
-    return OptionRow(name, kind, commands, shown, help, _TRAINING)
-
-
+_models = functools.partial(OptionRow, panel="Models and losses")
+_training = functools.partial(OptionRow, panel=_TRAINING)
 DISTILL, TUNE, BUILD, COMPARE = "distill", "tune", "cache build", "compare"
 _ALL, _RUNS, _TEACH = (DISTILL, TUNE, BUILD, COMPARE), (DISTILL, TUNE), (DISTILL, BUILD, COMPARE)
 _TEACHER = "Short name, timm name, local-dir:FOLDER or run directory; self or ema, made of the student; or several with"

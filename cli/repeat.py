@@ -79,16 +79,15 @@ def _take_threads_of(run: Path) -> None:
 def _show(found: dict[str, Any]) -> None:
     rows = [[c["what"], c["first"], c["repeat"], "equal" if c["equal"] else "differs"] for c in found["checks"]]
     console.table(f"{found['run']}, repeated in {found['repeat']}", ["", "first", "repeat", ""], rows, wrap=(1, 2))
-    if found["tensors"]:
-        rows = [[t["name"], _largest(t["largest_difference"])] for t in found["tensors"][:SHOWN]]
-        more = len(found["tensors"]) - len(rows)
-        title = "tensors that differ" + (f" ({more} more: --json)" if more else "")
-        console.table(title, ["tensor", "largest difference"], rows, right=(1,), wrap=(0,))
-    if found["environment"]:
-        rows = [[e["what"], e["first"], e["repeat"]] for e in found["environment"][:SHOWN]]
-        more = len(found["environment"]) - len(rows)
-        title = "environment" + (f" ({more} more: --json)" if more else "")
-        console.table(title, ["", "first", "repeat"], rows, wrap=(0, 1, 2))
+    tensors = [[row["name"], _largest(row["largest_difference"])] for row in found["tensors"]]
+    environment = [[row["what"], row["first"], row["repeat"]] for row in found["environment"]]
+    for title, columns, rows in (
+        ("tensors that differ", ["tensor", "largest difference"], tensors),
+        ("environment", ["", "first", "repeat"], environment),
+    ):
+        more = f" ({len(rows) - SHOWN} more: --json)" if len(rows) > SHOWN else ""
+        if rows:
+            console.table(title + more, columns, rows[:SHOWN], wrap=(0, 1, 2))
     console.line(sentence(found))
 
 
