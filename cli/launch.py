@@ -128,10 +128,12 @@ def _launch(count: int, folder: Path) -> int:
     words = [word.replace("$", "$$") for word in (*program, *sys.argv[1:])]  # the launcher replaces ${local_rank}
     try:
         elastic_launch(config, sys.executable)(*words)
-    except ChildFailedError as failed:
-        return _report_failure(failed.failures, folder)
-    except SignalException as stopped:
-        return _report_stop(128 + stopped.sigval, folder)
+    except (ChildFailedError, SignalException) as ended:
+        for number in (signal.SIGINT, signal.SIGTERM):  # the launcher's handlers would raise while a message is printed
+            signal.signal(number, signal.SIG_IGN)
+        if isinstance(ended, ChildFailedError):
+            return _report_failure(ended.failures, folder)
+        return _report_stop(128 + ended.sigval, folder)
     return 0
 
 
@@ -154,12 +156,9 @@ def _report_failure(failures: Mapping[int, "ProcessFailure"], folder: Path) -> i
     if code >= 0:
         return code
     number = signal.Signals(-code)
-    hints = {
-        signal.SIGKILL: "the system kills processes when memory runs out; or a person did",
-        signal.SIGBUS: "memory that files share may be full (/dev/shm)",
-    }
+    hint = "the system kills processes when memory runs out" if number == signal.SIGKILL else None
     what = f"[process {rank}] was ended by {number.name}; the other processes were ended too"
-    console.error(RemapError(what, given=hints.get(number), do=f"start again; {RESUME}"))
+    console.error(RemapError(what, given=hint, do=f"start again; {RESUME}"))
     return 128 + number
 
 
