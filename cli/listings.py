@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from remap.registry import BUILT_IN
 from remap_cli import console
 from remap_cli import options as opt
 
@@ -57,6 +58,7 @@ def methods(
         "lr: default for AdamW at batch size 64 and width 128, else lr * 128 / width.\n"
         "Options of a method: remap methods NAME. Together: --method vpt_deep+lora."
     )
+    _show_origins(rows)
 
 
 def _list(
@@ -67,6 +69,13 @@ def _list(
     names = list(columns)
     numbers = [tuple(names.index(name) for name in chosen if name in columns) for chosen in (right, wrap)]
     console.table(title, names, console.grouped(cells), *numbers)
+
+
+def _show_origins(rows: list[Row]) -> None:
+    """Say which rows of a listing other installed packages registered."""
+    foreign = [f"{row['name']} ({row['origin']})" for row in rows if row["origin"] != BUILT_IN]
+    if foreign:
+        console.line(f"From other packages: {', '.join(foreign)}")
 
 
 def _number(count: int | None) -> str:
@@ -93,6 +102,7 @@ def _fields(row: "MethodEntry") -> dict[str, Any]:
         "mergeable": row.mergeable,
         "learning_rate": row.lr,
         "paper": row.paper,
+        "origin": row.origin,
     }
 
 
@@ -181,7 +191,7 @@ def losses(
     """List the loss terms that transfer the teacher's knowledge (category 5), or show one with its options."""
     from remap.remapping import LOSSES
 
-    fields = ("name", "category", "summary", "paper", "needs", "mismatch", "mixed", "over_batch", "weight")
+    fields = ("name", "category", "summary", "paper", "needs", "mismatch", "mixed", "over_batch", "weight", "origin")
     rows = [{field: getattr(row, field) for field in fields} for row in LOSSES]
     if name:
         _loss(rows[LOSSES.names.index(LOSSES.row(name).name)], json)
@@ -200,6 +210,7 @@ def losses(
         "weight: default in the objective. All about one, with its options: remap losses NAME.\n"
         "The other parts of category 5, weights and architecture: remap remappings."
     )
+    _show_origins(rows)
 
 
 def _loss(row: dict[str, Any], json: bool) -> None:

@@ -14,19 +14,19 @@ def models(
 ) -> None:
     """List built-in models. With a search word, also list matching timm models."""
     from remap.backbones.families import FAMILIES
-    from remap.backbones.names import ABOUT, SHORT_NAMES
+    from remap.backbones.names import MODELS
 
     rows = [
-        {"name": name, "timm": tag, "parameters_m": ABOUT[name][0], "input": ABOUT[name][1], "weights": ABOUT[name][2]}
-        for name, tag in SHORT_NAMES.items()
-        if search in name or search in tag
+        {"name": name, "timm": m.timm, "parameters_m": m.parameters, "input": m.pixels, "weights": m.weights}
+        for name, m in MODELS.items()
+        if search in name or search in m.timm
     ]
     others: list[str] = []
     left_out = 0
     if search:
         import timm
 
-        from remap.backbones.by_name import family_of_name
+        from remap.backbones.lookup import family_of_name
 
         found = timm.list_models(f"*{search}*", pretrained=True)
         others = [name for name in found if family_of_name(name) is not None]
