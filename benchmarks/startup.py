@@ -12,7 +12,7 @@ import time
 COMMANDS = (["--help"], ["distill", "--help"], ["methods"], ["losses"])
 CHECK = """
 import sys
-from remap_cli.main import app
+from remap_cli.app import app
 sys.argv = ["remap", *{arguments!r}]
 try:
     app()

@@ -5,12 +5,15 @@ import sys
 
 
 def _leave_current_folder() -> None:
-    """Asked for a module (``-m``, as launchers do), Python looks in the current folder first, before its own library.
-    That folder may be a stranger's, and any file there that is called like a module would be run."""
+    """Take the current folder off the search path for modules.
+
+    With ``-m``, as launchers start a module, Python looks there before its own library: a file in a downloaded folder
+    that has the name of a module would be run.
+    """
     if not sys.flags.safe_path:
         try:
             here = os.getcwd()
-        except OSError:  # it is gone, and not looked in
+        except OSError:  # the folder was deleted, and is not searched
             return
         found_here = here == os.path.dirname(os.path.dirname(__file__))
         if sys.argv[:1] != ["-m"] or sys.path[0] != here or found_here:
@@ -20,7 +23,3 @@ def _leave_current_folder() -> None:
 
 
 _leave_current_folder()  # before anything else is imported
-
-from remap_cli import streams  # noqa: E402
-
-streams.open_closed()  # before any of the modules looks at them

@@ -3,84 +3,65 @@
 from typing import Any
 
 from remap.io.human_size import size
-from remap_cli import view
+from remap_cli import console
 
 
 def show(found: dict[str, Any]) -> None:
     """Print what a dry run found."""
     several = len(found["teachers"]) > 1
-    teachers = [[f"teacher {n}" if several else "teacher", one] for n, one in enumerate(found["teachers"], 1)]
-    models = [*teachers, ["student", found["student"]]]
-    view.table(
-        "Models",
-        ["", "model", "weights", "pixels", "backbone", "head"],
-        [
-            [
-                role,
-                _model(m),
-                m["weights"],
-                m["input_size"],
-                view.count(m["backbone_parameters"]),
-                view.count(m["head_parameters"]),
-            ]
-            for role, m in models
-        ],
-        right=(3, 4, 5),
-    )
-    total = found["student"]["backbone_parameters"] + sum(
-        row["parameters"] for row in found["trainable"] if row["part"] == "head"
-    )
-    total += found["student"]["added_parameters"]
-    rows = [
-        [
-            row["part"],
-            row["tensors"],
-            ", ".join(row["shapes"]),
-            f"{row['parameters']:,}",
-            f"{row['parameters'] / total:.2%}",
-        ]
-        for row in found["trainable"]
-    ]
-    view.table(
+    teachers = [(f"teacher {n}" if several else "teacher", one) for n, one in enumerate(found["teachers"], 1)]
+    rows = []
+    for role, model in [*teachers, ("student", found["student"])]:
+        counts = [console.count(model[f"{part}_parameters"]) for part in ("backbone", "head")]
+        rows.append([role, _model(model), model["weights"], model["input_size"], *counts])
+    console.table("Models", ["", "model", "weights", "pixels", "backbone", "head"], rows, right=(3, 4, 5))
+    head = sum(row["parameters"] for row in found["trainable"] if row["part"] == "head")
+    total = found["student"]["backbone_parameters"] + found["student"]["added_parameters"] + head
+    rows = []
+    for row in found["trainable"]:
+        shapes, share = ", ".join(row["shapes"]), f"{row['parameters'] / total:.2%}"
+        rows.append([row["part"], row["tensors"], shapes, f"{row['parameters']:,}", share])
+    console.table(
         "Trained parameters", ["part", "tensors", "shapes", "parameters", "share"], rows, right=(1, 3, 4), wrap=(2,)
     )
     _terms(found)
     guess, data = found["estimate"], found["data"]
+    time = f"{console.duration(guess['seconds'])} ({guess['steps']:,} steps of {guess['step_seconds']:.3g} s)"
     labeled = "" if data["labeled_images"] == data["train_images"] else f", {data['labeled_images']} of them labelled"
-    view.table(
+    console.table(
         f"One batch of {data['source']} ({data['train_images']} training{labeled}, {data['val_images']} evaluation "
         f"images, {data['classes']} classes) on {found['device']} in {found['precision']}",
         ["estimate", "value"],
         [
             ["learning rate", f"{found['learning_rate']:.3g}"],
-            ["time", f"{view.duration(guess['seconds'])} ({guess['steps']:,} steps of {guess['step_seconds']:.3g} s)"],
-            ["preparing the teacher", f"{view.duration(guess['preparing_seconds'])} of it"],
+            ["time", time],
+            ["preparing the teacher", f"{console.duration(guess['preparing_seconds'])} of it"],
             ["memory", f"{size(guess['memory_bytes'])} (activations {size(guess['activation_bytes'])})"],
-            ["teacher outputs kept", _kept(found)],
-            ["frozen features kept", size(guess["features_bytes"])],
+            ["cached teacher outputs", _cached(found)],
+            ["cached frozen features", size(guess["features_bytes"])],
             ["disk", _disk(guess)],
         ],
         wrap=(1,),
     )
-    view.line("Nothing was trained or written.")
+    console.line("Nothing was trained or written.")
 
 
 def _disk(guess: dict[str, Any]) -> str:
     more = guess["disk_bytes"] - guess["run_bytes"]
     teachers = f" + {size(more)} of teachers" if more else ""
-    return f"{size(guess['run_bytes'])} (checkpoints + task){teachers}; to keep: {size(guess['task_bytes'])}"
+    return f"{size(guess['run_bytes'])} (checkpoints + task){teachers}; saved: {size(guess['task_bytes'])}"
 
 
 def _model(model: dict[str, Any]) -> str:
     return f"{model['source']} = {model['model']}" if model.get("source") in ("self", "ema") else model["model"]
 
 
-def _kept(found: dict[str, Any]) -> str:
-    """Where the outputs of each teacher are kept."""
+def _cached(found: dict[str, Any]) -> str:
+    """Return where the outputs of each teacher are cached."""
     words = [
         f"{size(one['outputs_bytes'])} {'in memory' if one['outputs'] == 'memory' else 'on disk'}"
         if one["outputs"] in ("memory", "disk")
-        else {"each step": "none: asked in every step", "not read": "none: no loss reads them"}[one["outputs"]]
+        else {"each step": "none: computed in every step", "not read": "none: no loss reads them"}[one["outputs"]]
         for one in found["teachers"]
     ]
     if len(words) > 1:
@@ -89,7 +70,7 @@ def _kept(found: dict[str, Any]) -> str:
 
 
 def _terms(found: dict[str, Any]) -> None:
-    """What each loss costs by itself, and which blocks it pairs."""
+    """Print what each loss costs by itself, and which blocks it pairs."""
     rows = []
     for term in found["terms"]:
         pairs = ", ".join(f"{teacher} -> {student}" for student, teacher in term["blocks"])
@@ -104,12 +85,12 @@ def _terms(found: dict[str, Any]) -> None:
                 pairs or "-",
             ]
         )
-    view.table(
+    console.table(
         "Losses: cost of each by itself in a step, and the teacher's outputs it reads (losses may share them)",
-        ["loss", "weight", "value", "time", "memory", "kept", "blocks: teacher -> student"],
+        ["loss", "weight", "value", "time", "memory", "cached", "blocks: teacher -> student"],
         rows,
         right=(1, 2, 3, 4, 5),
         wrap=(6,),
     )
     if any(term["blocks"] for term in found["terms"]):
-        view.line("Blocks count from 0; the number of blocks stands for what is behind the final norm.")
+        console.line("Blocks count from 0; the number of blocks stands for what is behind the final norm.")

@@ -1,229 +1,109 @@
-"""The ``remap`` command. Heavy imports happen inside the commands, so that help and listings are instant."""
+"""The ``remap`` command: signals, standard streams and exit codes around the Typer application in ``app``.
 
+It imports nothing heavy itself, so that its signal handlers are in place before the long imports.
+"""
+
+import io
 import os
 import signal
 import sys
-from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-import typer
+# Delay before re-sending a signal that a library swallowed, as imports may that catch every exception.
+RESIGNAL_DELAY_S = 1.0
+# The signal that stopped this command before a run could handle it; 0 for none.
+_signal: int = 0
 
-from remap import __version__
-from remap_cli import launch, streams, view
-from remap_cli import options as opt
 
-if TYPE_CHECKING:
-    from remap.errors import Interrupted, RemapError
-
-# Seconds after which it is looked whether a signal was heard.
-HEARD = 0.25
-# The signal that asked this command to stop, 0 for none, and the handler that was in place then.
-_asked: int = 0
-_handler: Any = None
-
-app = typer.Typer(
-    name="remap",
-    help="Distil a large vision transformer into a small one tuned by a parameter-efficient method.",
-    no_args_is_help=True,
-    pretty_exceptions_show_locals=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+class _Stopped(BaseException):
+    """Ctrl-C or SIGTERM outside of a run. Not an ``Exception``, since libraries catch those around imports."""
 
 
 def main() -> None:
-    """Run the command line: a user's mistake is one message and exit code 2, Ctrl-C is 130, a bug is a traceback."""
-    global _asked
-    from remap.errors import RemapError
-
+    """Run the command line and exit: 0 done, 2 a mistake, 130 or 143 stopped by a signal, 1 a bug."""
+    global _signal
+    _signal = 0
+    code: Any = 0
     try:
-        _asked = 0
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _stopped)
-        streams.watch()
-        launch.begin()
-        app()
-    except SystemExit as leaving:  # how Typer ends, well or not
-        _be_deaf()
-        _leave(128 + _asked if _asked else leaving.code)
-    except Exception as error:
-        _be_deaf()  # all that is left is to say why
-        if launch.told_of_failure():  # what comes of that is no news
-            _leave(launch.LOST)
-        problem = _signal_behind(error) or (error if isinstance(error, RemapError) else _lost_process(error))
-        if _asked and (problem is None or problem.exit_code != 128 + _asked):  # what comes of a signal is no news
-            problem = _interrupted(_asked)
-        if problem is not None:
-            if not launch.explained_by_parent(problem.exit_code):
-                view.error(problem)
-            _leave(problem.exit_code)
-        if "RANK" not in os.environ:
-            raise
-        sys.excepthook(type(error), error, error.__traceback__)
-        _leave(1)
+            signal.signal(number, _stop)
+        _open_streams()
+        from remap_cli import launch
+        from remap_cli.app import app
 
-
-def _stopped(number: int, frame: FrameType | None) -> None:
-    """Ctrl-C and SIGTERM outside the training loop, which saves first. Typer would end on Ctrl-C without a word."""
-    global _asked, _handler
-    _asked, _handler = number, signal.getsignal(number)
-    signal.signal(signal.SIGALRM, _insist)
-    signal.setitimer(signal.ITIMER_REAL, HEARD)
-    raise _interrupted(number)
-
-
-def _interrupted(number: int) -> "Interrupted":
-    from remap.errors import Interrupted
-
-    word = "interrupted" if number == signal.SIGINT else "terminated"
-    return Interrupted(f"{word}; there was nothing to save, and what was saved before is kept", exit_code=128 + number)
-
-
-def _insist(number: int, frame: FrameType | None) -> None:
-    """Ask again where what ``_stopped`` raised was swallowed, as by imports that try what a machine has."""
-    handler = signal.getsignal(_asked)
-    if _signal_behind(sys.exception()) is not None:  # it is on its way
-        signal.setitimer(signal.ITIMER_REAL, HEARD)
-    elif handler is _stopped or handler is not _handler:
-        handler(_asked, frame)
-    # else a run has noted it, and leaves after this batch
-
-
-def _be_deaf() -> None:
-    for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _lost_process(error: Exception) -> "RemapError | None":
-    """What a broken connection to another process means; None for any other error."""
-    if "remap.distributed.launch" not in sys.modules:
-        return None
-    from remap.distributed.launch import lost_process
-
-    return lost_process(error)
-
-
-def _signal_behind(error: BaseException | None) -> "Interrupted | None":
-    """A library may catch what a signal raised, and what is reported then is what came of it."""
-    from remap.errors import Interrupted
-
-    while error is not None and not isinstance(error, Interrupted):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _leave(code: str | int | None) -> None:
-    """Exit without waiting for other ranks that may be stuck in a collective call, or for reads of a slow disk."""
-    from remap.errors import RemapError
-
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except SystemExit as leaving:
-        code = code or leaving.code
-    except RemapError as error:
-        view.error(error)
-        code = code or error.exit_code
-    if isinstance(code, int) and (code > 128 or ("RANK" in os.environ and code)):  # above 128: who sent a signal waits
+        launch.watch_parent()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except SystemExit as leaving:  # how Typer ends
+        _ignore_signals()
+        code = leaving.code
+    except (Exception, _Stopped) as error:
+        _ignore_signals()  # a second signal must not replace the message by a traceback
+        code = _report(error)
+    code = code or (128 + _signal if _signal else 0)
+    # A stopped command does not wait for threads that read from a slow disk, nor a failed rank for the other ranks.
+    if isinstance(code, int) and (code > 128 or (code and "RANK" in os.environ)):
         os._exit(code)
     sys.exit(code)
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"remap {__version__}")
-        raise typer.Exit
+def _stop(number: int, _frame: FrameType | None) -> None:
+    """Handle Ctrl-C and SIGTERM outside of a run, which has handlers that save first."""
+    global _signal
+    _signal = number
+    # Sent to the handler that is in place by then: a run that has begun meanwhile saves its state.
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
+    signal.setitimer(signal.ITIMER_REAL, RESIGNAL_DELAY_S)
+    raise _Stopped
 
 
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
-) -> None:
-    pass
+def _ignore_signals() -> None:
+    for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
-@app.command(rich_help_panel=opt.TRAIN)
-def distill(
-    teacher: opt.Teacher = None,
-    student: opt.Student = None,
-    init: opt.Init = None,
-    force_init: opt.ForceInit = False,
-    method: opt.Method = None,
-    losses: opt.Losses = None,
-    data: opt.Data = None,
-    val_data: opt.ValData = None,
-    unlabeled: opt.Unlabeled = None,
-    weights: opt.Weights = None,
-    epochs: opt.Epochs = None,
-    batch_size: opt.BatchSize = None,
-    lr: opt.LearningRate = None,
-    seed: opt.Seed = None,
-    recipe: opt.RecipeWord = None,
-    settings: opt.Settings = None,
-    output: opt.Output = None,
-    resume: opt.Resume = None,
-    skip_bad: opt.SkipBad = False,
-    devices: opt.Devices = None,
-    dry_run: opt.DryRun = False,
-    json: opt.Json = False,
-) -> None:
-    """Distil a teacher into a tuned student. Without words: the embedded pair on the embedded digits.
+def _report(error: BaseException) -> int:
+    """Report what ended the command, once; return the exit code."""
+    from remap.errors import Interrupted, RemapError
+    from remap_cli import launch
 
-    [dim]remap distill --teacher vit_large --student vit_small --method vpt_deep --data FOLDER[/dim]
-    """
-    words = opt.words(locals())
-    _train(words, recipe, settings, output, resume, dry_run, json, with_teacher=True)
+    distributed = sys.modules.get("remap.distributed.launch")  # a broken connection means that another process ended
+    problem = error if isinstance(error, RemapError) else distributed and distributed.lost_process(error)
+    if _signal and not isinstance(problem, Interrupted):  # whatever error it is, the signal caused it
+        word = "interrupted" if _signal == signal.SIGINT else "terminated"
+        what = f"{word}; there was nothing to save, and what was saved before is kept"
+        problem = Interrupted(what, exit_code=128 + _signal)
+    return launch.report(problem or error)
 
 
-@app.command(rich_help_panel=opt.TRAIN)
-def tune(
-    student: opt.Student = None,
-    method: opt.Method = None,
-    losses: opt.Losses = None,
-    data: opt.Data = None,
-    val_data: opt.ValData = None,
-    weights: opt.Weights = None,
-    epochs: opt.Epochs = None,
-    batch_size: opt.BatchSize = None,
-    lr: opt.LearningRate = None,
-    seed: opt.Seed = None,
-    recipe: opt.RecipeWord = None,
-    settings: opt.Settings = None,
-    output: opt.Output = None,
-    resume: opt.Resume = None,
-    skip_bad: opt.SkipBad = False,
-    devices: opt.Devices = None,
-    dry_run: opt.DryRun = False,
-    json: opt.Json = False,
-) -> None:
-    """Tune a student without a teacher: the same loop, labels only."""
-    words = opt.words(locals())
-    _train(words, recipe, settings, output, resume, dry_run, json, with_teacher=False)
+class _Stream(io.FileIO):
+    """A stdout whose errors are one message, and a stderr that loses what cannot be written: a run outlives its log."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if self.fileno() == 2:
+                return len(data)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in a buffer is lost too
+            if isinstance(error, BrokenPipeError):  # as in ``remap methods | head -1``
+                raise SystemExit(1) from None
+            from remap.errors import RemapError
+
+            advice = "free some space, or send the output elsewhere; the folder of a run is not affected"
+            raise RemapError(f"cannot write to stdout: {error.strerror}", do=advice) from error
 
 
-def _train(
-    words: dict,
-    recipe_word: str | None,
-    settings: list[str] | None,
-    output: Path | None,
-    resume: Path | None,
-    dry_run: bool,
-    json: bool,
-    *,
-    with_teacher: bool,
-) -> None:
-    devices = words[opt.DEVICES]
-    launch.processes(launch.recorded(resume) if devices is None and resume is not None else devices)
-    from remap_cli import train
-
-    asked = [name for name, value in words.items() if value is not None and name != opt.DEVICES]
-    asked += [*(["set"] if settings else []), *(["recipe"] if recipe_word else []), *(["output"] if output else [])]
-    if resume is not None:
-        train.go_on(resume, asked, json, devices)
-        return
-    train.from_words(words, recipe_word, settings or [], output, dry_run, json, with_teacher=with_teacher)
-
-
-# The other commands add themselves to ``app``.
-from remap_cli import cache, look, recipes, repeat, shrink, use  # noqa: E402, F401
+def _open_streams() -> None:
+    """Open streams that the caller closed: otherwise the next file that is opened would get what is printed."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+        elif number and getattr(sys, name) is getattr(sys, f"__{name}__"):
+            old, raw = getattr(sys, name), io.BufferedWriter(_Stream(number, "wb", closefd=False))
+            new = io.TextIOWrapper(raw, old.encoding, old.errors, line_buffering=old.line_buffering)
+            setattr(sys, name, new)

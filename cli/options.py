@@ -1,135 +1,23 @@
-"""The words every training command takes, each defined once."""
+"""The options of the training commands, one row each: the commands take their signatures from this table.
 
+A new option is a row here, its recipe field in ``remap.recipe.resolve.WORDS`` if it sets one, and a line of
+tests/cli/flags.txt.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+# Panels of the list of commands, and of a training command's options.
 TRAIN, USE, LOOK = "Train and compare", "Use a run", "Look things up"
-_MODELS, _TRAINING, _RUN = "Models and losses", "Training", "Run"
+_TRAINING, _RUN = "Training", "Run"
 
-# Shown in the help; the defaults themselves stand in the recipes, and a test compares the two.
-DEFAULTS = {
-    "teacher": "mini_teacher",
-    "student": "mini_student",
-    "method": "vpt_deep",
-    "losses": "ce,kd,attention",
-    "weights": "pretrained",
-    "data": "digits",
-    "epochs": "30",
-    "batch_size": "64",
-    "seed": "0",
-}
-# What the embedded recipe has otherwise.
-DIGITS = {"epochs": "12", "batch_size": "32"}
-
-Teacher = Annotated[
-    str | None,
-    typer.Option(
-        help="Short name, timm name, local-dir:FOLDER or run directory; self or ema, made of the student; or several"
-        " with weights: vit_large,dinov2_base:0.5.",
-        show_default=DEFAULTS["teacher"],
-        rich_help_panel=_MODELS,
-    ),
-]
-Student = Annotated[
-    str | None,
-    typer.Option(
-        help='One model, as for the teacher; or one cut from it: "shrink(teacher, depth=6, width=384)".',
-        show_default=DEFAULTS["student"],
-        rich_help_panel=_MODELS,
-    ),
-]
-Init = Annotated[
-    str | None,
-    typer.Option(
-        help="Start the student from the teacher's weights; see `remap remappings`.",
-        show_default="its own",
-        rich_help_panel=_MODELS,
-    ),
-]
-ForceInit = Annotated[
-    bool,
-    typer.Option("--force-init", help="Let --init overwrite weights that are not random.", rich_help_panel=_MODELS),
-]
-Method = Annotated[
-    str | None,
-    typer.Option(
-        help="Tuning method of the student; see `remap methods`.",
-        show_default=DEFAULTS["method"],
-        rich_help_panel=_MODELS,
-    ),
-]
-Losses = Annotated[
-    str | None,
-    typer.Option(
-        help="Comma-separated, with weights after a colon: ce,kd:0.5. See `remap losses`.",
-        show_default=f"{DEFAULTS['losses']}, of these what the method can follow; without a teacher ce",
-        rich_help_panel=_MODELS,
-    ),
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        help="For teacher and student: pretrained or none.", show_default=DEFAULTS["weights"], rich_help_panel=_MODELS
-    ),
-]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        help="Folder of class folders (with or without train/ and val/), a tar of one, or digits.",
-        show_default=DEFAULTS["data"],
-        rich_help_panel=_TRAINING,
-    ),
-]
-ValData = Annotated[str | None, typer.Option(help="Separate folder or tar to evaluate on.", rich_help_panel=_TRAINING)]
-Unlabeled = Annotated[
-    str | None,
-    typer.Option(
-        help="Folder or tar of images without labels, to distil on beside the labelled ones.",
-        rich_help_panel=_TRAINING,
-    ),
-]
-Epochs = Annotated[
-    int | None,
-    typer.Option(
-        help="Passes over the training images.",
-        show_default=f"{DEFAULTS['epochs']}; digits {DIGITS['epochs']}",
-        rich_help_panel=_TRAINING,
-    ),
-]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(
-        help="Images to one update, all processes together.",
-        show_default=f"{DEFAULTS['batch_size']}; digits {DIGITS['batch_size']}",
-        rich_help_panel=_TRAINING,
-    ),
-]
-LearningRate = Annotated[
-    float | None,
-    typer.Option(
-        help="Peak learning rate.", show_default="the method's own, by the student's width", rich_help_panel=_TRAINING
-    ),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option(help="Decides every random choice.", show_default=DEFAULTS["seed"], rich_help_panel=_TRAINING),
-]
-RecipeWord = Annotated[
-    str | None,
-    typer.Option(help="A shipped recipe's name or a YAML file; other words override it.", rich_help_panel=_RUN),
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", help="Any field of the recipe: --set train.weight_decay=0.01. May be repeated.", rich_help_panel=_RUN
-    ),
-]
-Output = Annotated[
-    Path | None, typer.Option(help="Run directory to make.", show_default="runs/NAME-METHOD-001", rich_help_panel=_RUN)
-]
-Resume = Annotated[Path | None, typer.Option(help="Go on with an interrupted run directory.", rich_help_panel=_RUN)]
+# Options that other commands take too.
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Leave unreadable images out of evaluation too.", rich_help_panel=_TRAINING)
 ]
@@ -138,43 +26,123 @@ Devices = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="GPUs, or processes on the CPU: starts so many, unless torchrun or accelerate launch has.",
+        help="Number of GPUs (or CPU processes) to use. Under torchrun or accelerate launch it is only checked.",
         show_default="1",
         rich_help_panel=_RUN,
     ),
 ]
-DryRun = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run", help="Build both models, push one batch, print the estimates, train nothing.", rich_help_panel=_RUN
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.", rich_help_panel=_RUN)]
+
+
+@dataclass(frozen=True)
+class OptionRow:
+    """One option of one or more training commands.
+
+    Attributes:
+        name: The key of its value; the flag is ``--name`` with hyphens unless ``flag`` is given.
+        kind: Its type, or a complete annotation that other commands use too.
+        commands: Names of the commands that take it.
+        shown: The default as the help shows it; a test compares it with the recipes.
+        help: The line of the help.
+        panel: The panel of the help.
+        default: The value when the option is not given.
+        word: The key of ``remap.recipe.resolve.WORDS`` that it sets, where it is not ``name``.
+    """
+
+    name: str
+    kind: Any
+    commands: tuple[str, ...]
+    shown: str | None = None
+    help: str = ""
+    panel: str = _RUN
+    flag: str = ""
+    default: Any = None
+    word: str = ""
+
+    @property
+    def option(self) -> str:
+        """Return the flag as it is typed."""
+        return self.flag or f"--{self.name.replace('_', '-')}"
+
+    @property
+    def parameter(self) -> inspect.Parameter:
+        """Return the option as a parameter that Typer reads."""
+        default = False if self.kind in (bool, SkipBad, Json) else self.default
+        annotation = self.kind
+        if self.help:
+            # The flag is spelled out: Typer would add --no-NAME to that of a bool.
+            shown, least = self.shown or True, 1 if default else None  # a number of runs is at least 1
+            option = typer.Option(
+                self.option, help=self.help, show_default=shown, rich_help_panel=self.panel, min=least
+            )
+            annotation = Annotated[self.kind | None if default is None else self.kind, option]
+        return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+_models = functools.partial(OptionRow, panel="Models and losses")
+_training = functools.partial(OptionRow, panel=_TRAINING)
+DISTILL, TUNE, BUILD, COMPARE = "distill", "tune", "cache build", "compare"
+_ALL, _RUNS, _TEACH = (DISTILL, TUNE, BUILD, COMPARE), (DISTILL, TUNE), (DISTILL, BUILD, COMPARE)
+_TEACHER = "Short name, timm name, local-dir:FOLDER or run directory; self or ema, made of the student; or several with"
+_LOSSES = "ce,kd,attention, of these what the method can follow; without a teacher ce"
+
+# Those that set a recipe field.
+RECIPE_OPTIONS = (
+    _models("teacher", str, _TEACH, "mini_teacher", f"{_TEACHER} weights: vit_large,dinov2_base:0.5."),
+    _models("student", str, _ALL, "mini_student", 'As for the teacher; or "shrink(teacher, depth=6, width=384)".'),
+    _models("init", str, (DISTILL,), "the student's own", "Initialise from the teacher; see `remap remappings`."),
+    _models("force_init", bool, (DISTILL,), None, "Let --init overwrite weights that are not random."),
+    _models("method", str, (DISTILL, TUNE, BUILD), "vpt_deep", "Tuning method of the student; see `remap methods`."),
+    _models(
+        "losses", str, _ALL, _LOSSES, "Comma-separated, with weights after a colon: ce,kd:0.5. See `remap losses`."
     ),
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.", rich_help_panel=_RUN)
-]
-
-_WORDS = (
-    "teacher",
-    "student",
-    "init",
-    "force_init",
-    "method",
-    "losses",
-    "data",
-    "val_data",
-    "unlabeled",
-    "weights",
-    "epochs",
-    "batch_size",
-    "lr",
-    "seed",
-    "skip_bad",
+    _training(
+        "data", str, _ALL, "digits", "Folder of class folders (with or without train/ and val/), a tar, or digits."
+    ),
+    _training("val_data", str, _ALL, None, "Separate folder or tar to evaluate on."),
+    _training("unlabeled", str, _TEACH, None, "Folder or tar of images without labels, to distil on as well."),
+    _models("weights", str, _ALL, "pretrained", "For teacher and student: pretrained or none."),
+    _training("epochs", int, _ALL, "30; digits 12", "Passes over the training images."),
+    _training("batch_size", int, _ALL, "64; digits 32", "Images per update, over all processes."),
+    _training("lr", float, _RUNS, "the method's own, by the student's width", "Peak learning rate."),
+    _training("seed", int, _ALL, "0", "Decides every random choice."),
+    OptionRow("skip_bad", SkipBad, _ALL),
+    OptionRow("devices", Devices, (DISTILL, TUNE, BUILD), word="processes"),
 )
-# The word of recipes for --devices.
-DEVICES = "processes"
+_METHODS = "Comma-separated names, combinations (a+b) or categories (prompt), or all."
+_CELLS = "Folder of the comparison. Finished cells are not run again."
+_DRY_RUN = "Build both models, run one batch and print estimates of time, memory and disk; train nothing."
+OPTIONS = (
+    *RECIPE_OPTIONS,
+    OptionRow("methods", str, (COMPARE,), "one or two of each category", _METHODS, "Comparison"),
+    OptionRow("seeds", int, (COMPARE,), None, "Runs of each cell.", "Comparison", default=1),
+    OptionRow("recipe", str, _ALL, None, "A shipped recipe's name or a YAML file; other options override it."),
+    OptionRow("settings", list[str], _ALL, None, "Any recipe field: --set train.lr=0.1. Repeatable.", flag="--set"),
+    OptionRow("output", Path, _RUNS, "runs/NAME-METHOD-001", "Run directory to make."),
+    OptionRow("output", Path, (COMPARE,), "runs/compare-NAME", _CELLS),
+    OptionRow("resume", Path, _RUNS, None, "Continue an interrupted run directory."),
+    OptionRow("dry_run", bool, _RUNS, None, _DRY_RUN),
+    OptionRow("json", Json, _ALL),
+)
 
 
-def words(values: dict[str, Any]) -> dict[str, Any]:
-    """The recipe words among a command's arguments; a flag that is off counts as not given."""
-    found = {name: None if values[name] is False else values[name] for name in _WORDS if name in values}
-    return {**found, DEVICES: values["devices"]} if "devices" in values else found
+def training_command(command: str) -> Callable[[Callable[[dict[str, Any]], None]], Callable[..., None]]:
+    """Give a function the options of ``command`` as its signature; it is called with the dict of their values."""
+    parameters = [row.parameter for row in OPTIONS if command in row.commands]
+
+    def decorate(run: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
+        @functools.wraps(run)
+        def call(**values: Any) -> None:
+            run(values)
+
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return call
+
+    return decorate
+
+
+def recipe_words(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that set recipe fields, by their key in ``WORDS``; a flag that is off counts as not given."""
+    rows = [row for row in RECIPE_OPTIONS if row.name in values]
+    return {row.word or row.name: None if values[row.name] is False else values[row.name] for row in rows}

@@ -1,15 +1,14 @@
-"""Commands on recipes: list, print, copy, check. None of them trains."""
+"""``remap recipes``: list, print, copy and check recipes."""
 
+import os
 from typing import Annotated
 
 import typer
 
+from remap_cli import console
 from remap_cli import options as opt
-from remap_cli import view
-from remap_cli.main import app
 
-recipes = typer.Typer(help="Look at, copy and check recipes.", no_args_is_help=True)
-app.add_typer(recipes, name="recipes", rich_help_panel=opt.LOOK)
+recipes = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True)
 
 
 @recipes.command("ls")
@@ -19,9 +18,9 @@ def recipes_ls(json: opt.Json = False) -> None:
 
     rows = [{"name": name, "summary": catalogue.summary(name)} for name in catalogue.names()]
     if json:
-        view.emit(rows)
+        console.emit(rows)
     else:
-        view.table("Shipped recipes", ["name", "what it does"], [[r["name"], r["summary"]] for r in rows], wrap=(1,))
+        console.table("Shipped recipes", ["name", "what it does"], [[r["name"], r["summary"]] for r in rows], wrap=(1,))
 
 
 @recipes.command("show")
@@ -40,7 +39,7 @@ def recipes_show(
         try:
             resolve(name)
         except RecipeError as error:
-            view.note(f"this recipe cannot be used:\n{error}")
+            console.note(f"this recipe cannot be used:\n{error}")
 
 
 @recipes.command("copy")
@@ -49,8 +48,6 @@ def recipes_copy(
     to: Annotated[str, typer.Argument(help="File or folder to copy to.")] = ".",
 ) -> None:
     """Copy a shipped recipe to edit it."""
-    import os
-
     from remap.errors import RecipeError, RunError
     from remap.io.atomic_write import write_text
     from remap.io.names import plain
@@ -63,20 +60,18 @@ def recipes_copy(
     if unfit:
         raise RecipeError([plain(f"cannot be made: {unfit}")], plain(str(target)))
     if os.path.lexists(target):
-        raise RecipeError(["exists already and was not touched; name another file"], str(target))
+        raise RecipeError(["exists already and was not changed; name another file"], str(target))
     try:
         write_text(target, strict_yaml.read_text(source))
     except RunError as error:
         elsewhere = "name a file or folder where it can be written: remap recipes copy NAME FILE"
         raise RunError(error.what, given=error.given, do=elsewhere) from error
-    view.note(f"wrote {target}; run it with: remap distill --recipe {target}")
+    console.note(f"wrote {target}; run it with: remap distill --recipe {target}")
 
 
 @recipes.command("validate")
-def recipes_validate(
-    names: Annotated[list[str], typer.Argument(help="Shipped names or YAML files.")],
-) -> None:
-    """Check recipes, options of methods and losses included, without training. All are checked, broken ones too."""
+def recipes_validate(names: Annotated[list[str], typer.Argument(help="Shipped names or YAML files.")]) -> None:
+    """Check recipes without training, including the options of methods and losses."""
     from remap.errors import RecipeError, RemapError
     from remap.recipe import resolve
 
@@ -84,7 +79,7 @@ def recipes_validate(
     for name in names:
         try:
             resolve(name)
-            view.line(f"{name}: ok")
+            console.line(f"{name}: ok")
         except RecipeError as error:
             broken.append(str(error))
     if broken:

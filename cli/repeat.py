@@ -8,25 +8,21 @@ import typer
 
 from remap.io.checked_json import read_json
 from remap.io.paths import expanded
-from remap_cli import launch, view
+from remap_cli import console, launch
 from remap_cli import options as opt
-from remap_cli.main import app
 
 # How many differing tensors and packages are listed; --json has them all.
 SHOWN = 8
-# The exit code of a repeat that ran and is not equal; 1 is a bug's, 2 a mistake's, 3 that of a lost process.
+# Exit code of a repeat that ran and is not equal; 1 is a bug, 2 a mistake, 3 a lost process.
 DIFFERS = 4
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # Checks that say why others may differ.
 MEMORY, SKIPPED = "accumulation", ("skipped steps", "learning-rate factor")
 
 
-@app.command(rich_help_panel=opt.USE)
 def repeat(
     run: Annotated[Path, typer.Argument(help="A finished run directory.", show_default=False)],
-    output: Annotated[
-        Path | None, typer.Option(help="Run directory to make.", show_default="RUN-repeat-001 beside it")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Run directory to make.", show_default="RUN-repeat-001")] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Decoding threads; they change no result.", show_default="the run's own")
     ] = None,
@@ -39,20 +35,20 @@ def repeat(
     """
     if not launch.has_launcher():
         _take_threads_of(expanded(run))
-    launch.processes(_processes(expanded(run)))
+    launch.start_processes(_processes(expanded(run)))
     from remap.pipeline.repeat import repeat as run_again
 
-    with view.Reporter(quiet=not launch.is_first()) as progress:
+    with console.Reporter(quiet=not launch.is_first()) as progress:
         found = run_again(run, output, workers, progress)
     if not launch.is_first():
         return
-    view.emit(found) if as_json else _show(found)
+    console.emit(found) if as_json else _show(found)
     if not found["equal"]:
         raise typer.Exit(DIFFERS)
 
 
 def _recorded(file: Path, key: str) -> Any:
-    """One entry of a run's record; what is wrong with the run, its reader says."""
+    """Return one entry of a run's record, or None; errors in it are left to its reader."""
     try:
         return read_json(file)[key]
     except (ValueError, KeyError, TypeError):
@@ -65,7 +61,7 @@ def _processes(run: Path) -> int | None:
 
 
 def _take_threads_of(run: Path) -> None:
-    """Libraries read these variables when they are loaded, and the number of threads decides the order of sums."""
+    """Set the run's numbers of threads, which decide the order of sums; libraries read them when they are loaded."""
     variables = _recorded(run / "environment.json", "variables")
     if not isinstance(variables, dict):
         return
@@ -75,30 +71,29 @@ def _take_threads_of(run: Path) -> None:
             continue
         if wanted is None:
             del os.environ[name]
-            view.note(f"{name} is left out, as in {run}")
+            console.note(f"{name} is unset, as in {run}")
         elif isinstance(wanted, str) and wanted.isascii() and wanted.isdigit():
             os.environ[name] = wanted
-            view.note(f"{name}={wanted}, as in {run}")
+            console.note(f"{name}={wanted}, as in {run}")
 
 
 def _show(found: dict[str, Any]) -> None:
     rows = [[c["what"], c["first"], c["repeat"], "equal" if c["equal"] else "differs"] for c in found["checks"]]
-    view.table(f"{found['run']}, repeated in {found['repeat']}", ["", "first", "repeat", ""], rows, wrap=(1, 2))
-    if found["tensors"]:
-        rows = [[t["name"], _largest(t["largest_difference"])] for t in found["tensors"][:SHOWN]]
-        more = len(found["tensors"]) - len(rows)
-        title = "tensors that differ" + (f" ({more} more: --json)" if more else "")
-        view.table(title, ["tensor", "largest difference"], rows, right=(1,), wrap=(0,))
-    if found["environment"]:
-        rows = [[e["what"], e["first"], e["repeat"]] for e in found["environment"][:SHOWN]]
-        more = len(found["environment"]) - len(rows)
-        title = "environment" + (f" ({more} more: --json)" if more else "")
-        view.table(title, ["", "first", "repeat"], rows, wrap=(0, 1, 2))
-    view.line(sentence(found))
+    console.table(f"{found['run']}, repeated in {found['repeat']}", ["", "first", "repeat", ""], rows, wrap=(1, 2))
+    tensors = [[row["name"], _largest(row["largest_difference"])] for row in found["tensors"]]
+    environment = [[row["what"], row["first"], row["repeat"]] for row in found["environment"]]
+    for title, columns, rows in (
+        ("tensors that differ", ["tensor", "largest difference"], tensors),
+        ("environment", ["", "first", "repeat"], environment),
+    ):
+        more = f" ({len(rows) - SHOWN} more: --json)" if len(rows) > SHOWN else ""
+        if rows:
+            console.table(title + more, columns, rows[:SHOWN], wrap=(0, 1, 2))
+    console.line(sentence(found))
 
 
 def sentence(found: dict[str, Any]) -> str:
-    """Whether it repeated, and what may have kept it from that."""
+    """Return whether it repeated, and possible reasons if not."""
     where = "the environment is the same" if not found["environment"] else "the environment differs"
     if found["equal"]:
         return f"It repeated bit for bit; {where}."
@@ -111,7 +106,7 @@ def sentence(found: dict[str, Any]) -> str:
         changed = found["changed_on_the_way"][which]
         why += [f"{name} was resumed with {' and '.join(changed)}, which decides last bits"] if changed else []
         read = found["outputs_on_disk"][which]
-        last = "on disk, with the last bits of whoever computed them"
+        last = "on disk, with the last bits of the machine that computed them"
         why += [f"{name} read outputs of {' and '.join(read)} {last}"] if read else []
     return (
         f"It did not repeat bit for bit: {', '.join(wrong)} {'differs' if len(wrong) == 1 else 'differ'}{by}; "

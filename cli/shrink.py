@@ -2,17 +2,20 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from remap.errors import RecipeError
 from remap.io.names import plain
 from remap.io.paths import expanded
+from remap_cli import console
 from remap_cli import options as opt
-from remap_cli import view
-from remap_cli.main import app
 
-Section = TypeVar("Section")
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+Section = TypeVar("Section", bound="BaseModel")
 _SHAPE, _CHOICE = "Shape", "How the parts that stay are chosen"
 
 
@@ -20,7 +23,10 @@ def _size(what: str) -> Any:
     return typer.Option(min=1, help=f"{what}.", show_default="the teacher's", rich_help_panel=_SHAPE)
 
 
-@app.command(rich_help_panel=opt.TRAIN)
+def _choice(help: str, shown: str | None = None, least: int | None = None) -> Any:
+    return typer.Option(min=least, help=help, show_default=shown or True, rich_help_panel=_CHOICE)
+
+
 def shrink(
     teacher: Annotated[
         str, typer.Argument(help="Short name, timm name, local-dir:FOLDER or run directory.", show_default=False)
@@ -30,60 +36,39 @@ def shrink(
     width: Annotated[int | None, _size("Channels; width / heads is the width of a head")] = None,
     heads: Annotated[int | None, _size("Attention heads of a block")] = None,
     mlp: Annotated[int | None, _size("Hidden units of an MLP")] = None,
-    importance: Annotated[
-        str | None,
-        typer.Option(
-            help="Of channels, heads and units: taylor or magnitude.",
-            show_default="taylor",
-            rich_help_panel=_CHOICE,
-        ),
-    ] = None,
+    importance: Annotated[str | None, _choice("Of channels, heads and units: taylor or magnitude.", "taylor")] = None,
     blocks: Annotated[
-        str | None,
-        typer.Option(
-            help="sensitivity (the least missed go) or uniform.", show_default="sensitivity", rich_help_panel=_CHOICE
-        ),
+        str | None, _choice("sensitivity (those whose removal changes least go) or uniform.", "sensitivity")
     ] = None,
-    images: Annotated[
-        int | None, typer.Option(min=1, help="Images to measure on.", show_default="64", rich_help_panel=_CHOICE)
-    ] = None,
-    data: Annotated[
-        str,
-        typer.Option(help="Their source: a folder of class folders, a tar, or digits.", rich_help_panel=_CHOICE),
-    ] = "digits",
-    seed: Annotated[int, typer.Option(min=0, help="Decides which images.", rich_help_panel=_CHOICE)] = 0,
+    images: Annotated[int | None, _choice("Images to measure on.", "64", least=1)] = None,
+    data: Annotated[str, _choice("Their source: a folder of class folders, a tar, or digits.")] = "digits",
+    seed: Annotated[int, _choice("Decides which images.", least=0)] = 0,
     weights: Annotated[str, typer.Option(help="Of the teacher: pretrained or none.")] = "pretrained",
     gates: Annotated[
         float | None,
         typer.Option(
             min=0.0,
-            help="For a run of the method skip, instead of a shape: blocks go whose gates are at or below this.",
+            help="For a run of the method skip, instead of a shape: remove blocks whose gates are at or below this.",
             show_default=False,
         ),
     ] = None,
     json: opt.Json = False,
 ) -> None:
-    """Cut a student from a teacher: whole blocks, heads, MLP units and channels. The result is a folder for timm.
+    """Cut a student from a teacher: complete blocks, heads, MLP units and channels. The result is a folder for timm.
 
     [dim]remap shrink vit_large --depth 12 --width 512 --data FOLDER --output small[/dim]
 
     In a run the same is [bold]--student "shrink(teacher, depth=12, width=512)"[/bold].
     """
-    options = {
-        "depth": depth,
-        "width": width,
-        "heads": heads,
-        "mlp": mlp,
-        "importance": importance,
-        "blocks": blocks,
-        "images": images,
-    }
+    options = dict(depth=depth, width=width, heads=heads, mlp=mlp, importance=importance, blocks=blocks, images=images)
     given = {name: value for name, value in options.items() if value is not None}
     output = expanded(output)
     if gates is not None:
         _take_out(teacher, output, gates, list(given), json)
         return
-    _require_a_shape(given)
+    if not {"depth", "width", "heads", "mlp"} & set(given):
+        what = "nothing is to be cut (give --depth, --width, --heads or --mlp; for a run of the method skip, --gates)"
+        raise RecipeError([what], "command line")
     from remap.recipe.schema import DataSpec, ShrinkSpec, TeacherSpec
 
     spec, source = _checked(ShrinkSpec, given), _checked(DataSpec, {"source": data})
@@ -92,46 +77,35 @@ def shrink(
     from remap.runs.task import require_tuned
 
     require_tuned(teacher)
-    with view.Reporter() as progress:
+    with console.Reporter() as progress:
         found = cut(larger, spec, source, output, seed, progress)
     if json:
-        view.emit({"output": str(output), **found.to_dict()})
+        console.emit({"output": str(output), **found.to_dict()})
         return
     rows = [[word, getattr(found.before, word), getattr(found.after, word)] for word in vars(found.after)]
-    rows.append(["parameters", *(view.count(number) for number in found.parameters)])
+    rows.append(["parameters", *(console.count(number) for number in found.parameters)])
     rows.append(["multiply-adds", *(_multiply_adds(number) for number in found.macs)])
-    view.table(f"{teacher} shrunk, without classifiers", ["", "before", "after"], rows, right=(1, 2))
+    console.table(f"{teacher} shrunk, without classifiers", ["", "before", "after"], rows, right=(1, 2))
     if len(found.kept) < found.before.depth:
-        view.line(f"blocks that stay, from 0: {', '.join(map(str, found.kept))}")
+        console.line(f"kept blocks, counted from 0: {', '.join(map(str, found.kept))}")
     words = ["remap", "distill", "--teacher", teacher, "--student", f"local-dir:{output}", "--data", data]
-    view.line(f"next: {shlex.join(words)}")
+    console.line(f"next: {shlex.join(words)}")
 
 
 def _take_out(run: str, output: Path, gates: float, given: list[str], json: bool) -> None:
-    from remap.errors import RecipeError
     from remap.pipeline.shrink_student import take_out_skipped
 
     if given:
-        problems = [f"--{name}: --gates takes out whole blocks of a run, and nothing else" for name in given]
+        problems = [f"--{name}: --gates removes blocks of a run, and nothing else" for name in given]
         raise RecipeError(problems, "command line")
-    with view.Reporter():
+    with console.Reporter():
         kept, openness = take_out_skipped(expanded(run), output, gates)
     if json:
-        view.emit({"output": str(output), "kept": kept, "gates": openness})
+        console.emit({"output": str(output), "kept": kept, "gates": openness})
         return
-    rows = [[index, f"{gate:.3f}", "stays" if index in kept else "goes"] for index, gate in enumerate(openness)]
-    view.table(f"{len(kept)} of {len(openness)} blocks of {run} stay", ["block", "gate", ""], rows, right=(0, 1))
-    view.line(f"next: remap tune --student {shlex.quote(f'local-dir:{output}')}")
-
-
-def _require_a_shape(given: dict[str, Any]) -> None:
-    from remap.errors import RecipeError
-
-    if not {"depth", "width", "heads", "mlp"} & set(given):
-        raise RecipeError(
-            ["nothing is to be cut (give --depth, --width, --heads or --mlp; for a run of the method skip, --gates)"],
-            "command line",
-        )
+    rows = [[index, f"{gate:.3f}", "kept" if index in kept else "removed"] for index, gate in enumerate(openness)]
+    console.table(f"{len(kept)} of {len(openness)} blocks of {run} are kept", ["block", "gate", ""], rows, right=(0, 1))
+    console.line(f"next: remap tune --student {shlex.quote(f'local-dir:{output}')}")
 
 
 def _multiply_adds(number: float) -> str:
@@ -141,7 +115,6 @@ def _multiply_adds(number: float) -> str:
 def _checked(kind: type[Section], values: dict[str, Any]) -> Section:
     from pydantic import ValidationError
 
-    from remap.errors import RecipeError
     from remap.recipe.problems import lines_of
 
     try:

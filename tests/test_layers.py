@@ -37,7 +37,7 @@ HOMES = {
     "torch_pruning": ("remap.remapping.architecture.pruning",),
     "torchdistill": ("remap.remapping.knowledge.torchdistill_bridge",),
     "peft": ("remap.tuning.parameter.peft_bridge",),
-    "timm": ("remap.backbones", "remap_cli.look"),  # the listing of models asks timm for names
+    "timm": ("remap.backbones", "remap_cli.models"),  # the listing of models asks timm for names
     "accelerate": ("remap.distributed", "remap.cache", "remap.engine", "remap.pipeline.probe"),
     "typer": ("remap_cli",),
     "rich": ("remap_cli",),

@@ -16,7 +16,7 @@ from remap.remapping import LOSSES
 from remap.remapping.architecture import ARCHITECTURES
 from remap.remapping.weights import INITS
 from remap.tuning import CATEGORIES, METHODS
-from remap_cli.main import app
+from remap_cli.app import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

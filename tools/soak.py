@@ -318,8 +318,8 @@ def soak(runs: int, seed: int, folder: Path, recipes: Sequence[str] = tuple(RECI
         helpers["write_model"](folder / "teacher", seed=4, embed_dim=24, depth=3)
         models = [f"local-dir:{folder / name}" for name in ("student", "teacher")]
         work = Soak(folder, helpers["Tiny"](str(folder / "data"), *models), random.Random(seed), recipes)
-        import remap_cli.main
-        import remap_cli.train  # noqa: F401 - all that a child would import anew, before the first fork
+        import remap_cli.app
+        import remap_cli.main  # noqa: F401 - all that a child would import anew, before the first fork
         from remap.distributed import interrupts
 
         interrupts.CHECK_EVERY = 0.02  # for the file `stop`: a whole run takes less than a second here

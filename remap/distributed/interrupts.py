@@ -51,9 +51,8 @@ class _Watch:
         self.signal = number
         if not self.deferring:
             self.raised = Interrupted(f"stopped by {signal_name(number)}", exit_code=signal_exit_code(number))
-            earlier = self.earlier[number]
-            if callable(earlier):  # the command line notes the signal, Python itself raises KeyboardInterrupt
-                earlier(number, frame)
+            if self.earlier[number] is signal.default_int_handler:  # a Python program, not the command line
+                raise KeyboardInterrupt
             raise self.raised
 
     def check_file(self) -> None:

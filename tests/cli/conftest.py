@@ -45,7 +45,7 @@ def remap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Resu
     monkeypatch.chdir(tmp_path)
     from remap.errors import RemapError
     from remap_cli import launch
-    from remap_cli.main import app
+    from remap_cli.app import app
 
     def call(*words: str) -> Result:
         result = CliRunner().invoke(app, list(map(str, words)), prog_name="remap")
@@ -56,7 +56,7 @@ def remap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Resu
             raise result.exception
         return result
 
-    monkeypatch.setattr(launch, "_command", None)  # no program that could be started again, as --devices does
+    monkeypatch.setattr(launch, "start_processes", lambda count: None)  # this process has no command to start again
     return call
 
 

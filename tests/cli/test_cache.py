@@ -17,7 +17,7 @@ from remap.cache.output_format import OutputFormat
 from remap.cache.output_store import OutputStore, row_digests
 from remap.errors import Interrupted
 from remap.io.human_size import size
-from remap_cli import view
+from remap_cli import console
 
 HEAVY = "import sys; heavy = {'torch', 'timm', 'accelerate', 'peft', 'sklearn', 'torchdistill'} & set(sys.modules)"
 
@@ -42,7 +42,7 @@ SIZE = 5 * 4 + 4 + 5 * 2 + 20 + 4 * 4 * 4 + 20
 
 
 def test_nothing_is_kept_at_first(remap: Callable[..., Result], run_json: Callable[..., Any], root: Path) -> None:
-    assert f"No teacher outputs are kept in {root}" in remap("cache", "ls").stdout.replace("\n", "")
+    assert f"No teacher outputs are cached in {root}" in remap("cache", "ls").stdout.replace("\n", "")
     assert run_json("cache", "ls") == [] and not root.exists()
     assert "0 teacher cache(s) cleared" in remap("cache", "clear", "--all").stdout
 
@@ -50,7 +50,7 @@ def test_nothing_is_kept_at_first(remap: Callable[..., Result], run_json: Callab
 def test_a_listing_has_all_that_decides(
     remap: Callable[..., Result], run_json: Callable[..., Any], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(view.out, "width", 200)
+    monkeypatch.setattr(console.out, "width", 200)
     name = fill(root, "vit_large", 3)
     (found,) = run_json("cache", "ls")
     assert (found["id"], found["folder"]) == (name, str(root / name))
@@ -129,7 +129,7 @@ def test_build_takes_the_words_of_distill(
     pictures: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(view.out, "width", 200)
+    monkeypatch.setattr(console.out, "width", 200)
     from remap.pipeline import build_cache
 
     asked: list[Any] = []
@@ -154,7 +154,7 @@ def test_build_takes_the_words_of_distill(
         assert part in shown.replace("\n", "")
 
 
-def test_an_interrupted_build_says_how_to_go_on(
+def test_an_interrupted_build_says_how_to_continue(
     remap: Callable[..., Result], root: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from remap.pipeline import build_cache
@@ -167,4 +167,4 @@ def test_an_interrupted_build_says_how_to_go_on(
     monkeypatch.setattr(sys, "argv", ["remap", *words])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     result = remap(*words)
-    assert result.exit_code == 143 and result.message.endswith(f"go on with: {shlex.join(['remap', *words])}")
+    assert result.exit_code == 143 and result.message.endswith(f"continue with: {shlex.join(['remap', *words])}")

@@ -189,8 +189,8 @@ def test_advice_can_be_typed(remap: Callable[..., Result], tmp_path: Path, tiny:
     assert "--set: a resumed run keeps its own recipe" in kept.message
     assert "--output: a resumed run stays in its own folder" in kept.message
     advice = kept.message.split("remap ")[-1]
-    assert advice == "tune --recipe r/recipe.yaml WORDS --output FOLDER"
-    typed = advice.replace("WORDS", "--set data.max_bad=0.13").replace("FOLDER", "s").split()
+    assert advice == "tune --recipe r/recipe.yaml OPTIONS --output FOLDER"
+    typed = advice.replace("OPTIONS", "--set data.max_bad=0.13").replace("FOLDER", "s").split()
     assert remap(*typed).exit_code == 0 and (tmp_path / "s" / "task" / "task.json").is_file()
 
 
@@ -234,3 +234,10 @@ def test_weak_teacher_may_be_allowed(
     remap: Callable[..., Result], pictures: Path, tiny: list[str], weak: list[str]
 ) -> None:
     assert remap("distill", "--data", pictures, *tiny, *weak, "--method", "linear").exit_code == 0
+
+
+def test_a_resumed_run_takes_no_other_option(remap: Callable[..., Result], pictures: Path, tiny: list[str]) -> None:
+    assert remap("tune", "--data", pictures, *tiny, "--method", "linear", "--output", "r").exit_code == 0
+    for option, reason in (("--dry-run", "is not estimated"), ("--skip-bad", "keeps its own recipe")):
+        result = remap("tune", "--resume", "r", option)
+        assert result.exit_code == 2 and f"{option}: a resumed run {reason}" in result.message

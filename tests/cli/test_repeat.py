@@ -64,7 +64,7 @@ def test_the_sentence_says_by_how_much_and_where() -> None:
     )
     assert words in sentence(found | {"changed_on_the_way": changed})
     read = {"first": [], "repeat": ["vit_x"]}
-    words = "; the repeat read outputs of vit_x on disk, with the last bits of whoever computed them; the env"
+    words = "; the repeat read outputs of vit_x on disk, with the last bits of the machine that computed them; the env"
     assert words in sentence(found | {"outputs_on_disk": read})
 
 

@@ -1,28 +1,25 @@
 """Standard streams that are closed, full, or no longer read."""
 
-import io
 import json
 import os
 import pty
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from remap_cli import streams
-
 # Lines, bars where there is a terminal, and an end: well, by a mistake of the user's, by a bug.
 WORKS = """
 import os, time
 from remap.errors import RemapError
-from remap_cli import view
-from remap_cli.main import app, main
+from remap_cli import console
+from remap_cli.app import app
+from remap_cli.main import main
 
 @app.command("work")
 def work() -> None:
-    with view.Reporter() as progress, progress.wait("work", 20) as step:
+    with console.Reporter() as progress, progress.wait("work", 20) as step:
         os.write(1, b"ready\\n")  # past the bars
         for _ in range(20):
             time.sleep(0.02)
@@ -33,18 +30,6 @@ def work() -> None:
 main()
 """
 ENDS = {"print('done')": 0, "raise RemapError('a mistake')": 2, "raise ValueError('a bug')": 1}
-CRAMPED = """
-import os, sys
-from remap_cli.main import app, main
-
-@app.command("much")
-def much() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        os.set_blocking(stream.fileno(), False)
-        stream.write("x" * 1_000_000)
-
-main()
-"""
 
 
 @pytest.mark.parametrize("words", [["methods"], ["methods", "--json"], ["recipes", "show", "digits"]])
@@ -58,7 +43,7 @@ def test_a_closed_pipe_is_no_traceback(words: list[str]) -> None:
         )
     finally:
         os.close(write)
-    assert done.stderr == "" and done.returncode == 128 + signal.SIGPIPE
+    assert (done.stderr, done.returncode) == ("", 1)
 
 
 @pytest.mark.parametrize("words", [["methods"], ["methods", "--json"], ["--help"]])
@@ -74,7 +59,7 @@ def test_results_that_cannot_be_written_are_an_error(words: list[str]) -> None:
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
 @pytest.mark.parametrize(("word", "code"), [("methods", 0), ("nothing", 2)])
-def test_a_stream_that_the_caller_closed_is_missed_by_nobody(word: str, code: int, closed: str) -> None:
+def test_a_stream_that_the_caller_closed_is_no_traceback(word: str, code: int, closed: str) -> None:
     done = _under_shell(closed, "-m", "remap_cli", word)
     assert done.returncode == code and "Traceback" not in done.stderr
     assert bool(done.stdout) == (code == 0 and ">&-" not in closed.replace("2>&-", ""))
@@ -82,7 +67,10 @@ def test_a_stream_that_the_caller_closed_is_missed_by_nobody(word: str, code: in
 
 def test_no_file_gets_the_number_of_a_closed_stream() -> None:
     """What a library prints would go into it: here, into a checkpoint."""
-    code = "import remap_cli, os; print(os.open('/dev/zero', os.O_RDONLY) > 2, file=open('/dev/fd/9', 'w'))"
+    code = (
+        "import os; from remap_cli import main; main._open_streams();"
+        "print(os.open('/dev/zero', os.O_RDONLY) > 2, file=open('/dev/fd/9', 'w'))"
+    )
     assert _under_shell("9>&1 <&- >&- 2>&-", "-c", code).stdout == "True\n"
 
 
@@ -128,19 +116,3 @@ def test_a_run_outlives_its_log(pictures: Path, tiny: list[str], tmp_path: Path,
         )
     assert done.returncode == 0 and json.loads(done.stdout)["processes"] == int(devices)
     assert json.loads((tmp_path / "r" / "status.json").read_text())["status"] == "done"
-
-
-def test_a_log_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
-    number = os.open("/dev/full", os.O_WRONLY)
-    with io.TextIOWrapper(io.BufferedWriter(streams._Stderr(number, "wb")), line_buffering=True) as log:
-        print("lost", file=log)
-        with open(tmp_path / "log", "wb") as room:
-            os.dup2(room.fileno(), number)
-        print("kept", file=log)
-    assert (tmp_path / "log").read_text() == "kept\n"
-
-
-def test_a_pipe_that_does_not_block_gets_everything() -> None:
-    """As some parents leave it, which share the stream; a pipe holds 64 KiB (pipe(7))."""
-    done = subprocess.run([sys.executable, "-c", CRAMPED, "much"], capture_output=True, check=False)
-    assert (done.returncode, len(done.stdout), len(done.stderr)) == (0, 1_000_000, 1_000_000)

@@ -115,7 +115,7 @@ def test_predict_reports_a_file_that_is_not_there_and_goes_on(
 def test_tables_name_what_a_reader_needs(remap: Callable[..., Result], pictures: Path, tiny: list[str]) -> None:
     result = remap("tune", "--data", pictures, "--method", "linear", *tiny)
     assert result.exit_code == 0, getattr(result, "message", result.output)
-    for word in ("student + linear", "accuracy", "trained", "to keep", "remap predict runs/pictures"):
+    for word in ("student + linear", "accuracy", "trained", "saved size", "remap predict runs/pictures"):
         assert word in result.stdout
 
 
@@ -175,7 +175,7 @@ def test_the_dry_run_writes_nothing(
 
 def test_the_dry_run_says_what_lies_on_the_disk() -> None:
     guess = {"run_bytes": 27_100_000, "disk_bytes": 27_100_000, "task_bytes": 2_700_000}
-    assert _disk(guess) == "27.1 MB (checkpoints + task); to keep: 2.7 MB"
+    assert _disk(guess) == "27.1 MB (checkpoints + task); saved: 2.7 MB"
     assert _disk(guess | {"disk_bytes": 28_100_000}).startswith("27.1 MB (checkpoints + task) + 1.0 MB of teachers;")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from remap_cli.main import app
+from remap_cli.app import app
 
 pytestmark = pytest.mark.slow
 

@@ -32,7 +32,7 @@ from remap.recipe import Recipe
 from remap.recipe.schema import DataSpec
 from remap.runs.curves import curves
 from remap.runs.run_dir import RunDir
-from remap_cli import view as screen
+from remap_cli import console as screen
 
 
 def png(grey: int = 0, size: tuple[int, int] = (4, 4)) -> bytes:

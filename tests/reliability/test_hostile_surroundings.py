@@ -19,7 +19,7 @@ from remap.pipeline.shrink_student import cut, take_out_skipped
 from remap.progress import Silent
 from remap.recipe.schema import DataSpec, ModelSpec, ShrinkSpec
 from remap.runs.task import load_task
-from remap_cli.main import app
+from remap_cli.app import app
 
 # Of Python's own library and of others; all are imported by every command, or by those that train.
 MODULES = ("typing", "select", "signal", "shlex", "json", "yaml", "rich", "typer", "torch", "timm")

@@ -27,7 +27,7 @@ from remap.distributed import interrupts
 from remap.distributed.launch import accelerator
 from remap.errors import Interrupted
 from remap.runs.run_dir import RunDir
-from remap_cli import train, view
+from remap_cli import app, console
 from remap_cli.main import main
 
 pytestmark = pytest.mark.slow
@@ -46,7 +46,7 @@ LESSONS, HEAD, READING = "teacher outputs", "fitting the teacher's head", "readi
 SOON, TOGETHER, AT_ONCE = 5.0, 10.0, 1.0
 
 
-class Telling(view.Reporter):
+class Telling(console.Reporter):
     """The command line's reporter, which also tells another process of each wait and each step, and slows one down."""
 
     pipe = -1
@@ -121,15 +121,15 @@ class House:
     ) -> Child:
         """Fork a command; with a port it is one of two processes. ``last`` are seconds that its last words take."""
         heard, pipe = os.pipe()
-        told = view.error
+        told = console.error
 
         def work() -> None:
             os.close(heard)
             os.environ["REMAP_CACHE"] = f"{output}-cache"  # teacher outputs on disk are its own
             Telling.pipe, Telling.slow, Telling.pause = pipe, slow, pause
-            view.Reporter = Telling
+            console.Reporter = Telling
             if last:
-                view.error = lambda problem: (os.write(pipe, b"last words\n"), time.sleep(last), told(problem))
+                console.error = lambda problem: (os.write(pipe, b"last words\n"), time.sleep(last), told(problem))
             sys.argv = ["remap", *words]
             if port:
                 _be_one_of_two(rank, port)
@@ -182,7 +182,7 @@ def house(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> House:
     house = House(root, arguments)
     child = house.start(root / "twin")
     assert child.leave()[0] == 0, child.output.read_text()
-    assert child.steps == EPOCHS * STEPS and train.__name__ == "remap_cli.train"
+    assert child.steps == EPOCHS * STEPS and app.__name__ == "remap_cli.app"
     return house
 
 
@@ -293,13 +293,13 @@ def test_a_signal_among_the_last_words_changes_nothing(house: House, tmp_path: P
 
 def test_a_signal_that_a_library_turns_into_its_own_error_is_still_one() -> None:
     """As an extension module does that meets an exception where it expects a number."""
-    with pytest.raises(Interrupted) as caught, interrupts.watching():
+    with pytest.raises(Interrupted) as caught, interrupts.watch_signals():
         try:
             signal.raise_signal(signal.SIGTERM)
         except Interrupted:
             raise ValueError("could not determine the shape") from None
     assert caught.value.exit_code == 143
-    with pytest.raises(ValueError, match="an error of its own"), interrupts.watching():
+    with pytest.raises(ValueError, match="an error of its own"), interrupts.watch_signals():
         raise ValueError("an error of its own")
 
 

@@ -8,8 +8,7 @@ from typing import Any
 from remap_cli import launch
 
 count, output, words, settings = json.loads(sys.argv[1])
-launch.begin()
-launch.processes(count)
+launch.start_processes(count)
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

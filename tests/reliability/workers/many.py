@@ -9,8 +9,7 @@ from typing import Any
 from remap_cli import launch
 
 count, folder, words, settings, sizes, stop = json.loads(sys.argv[1])
-launch.begin()
-launch.processes(count)
+launch.start_processes(count)
 
 import torch  # noqa: E402
 

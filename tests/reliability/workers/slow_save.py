@@ -11,11 +11,11 @@ from torch import Tensor
 
 from remap.engine import training
 from remap.engine.state import State
-from remap_cli import view
+from remap_cli import console
 from remap_cli.main import main
 
 SECONDS = 2.0
-save, wait = training.save_checkpoint, view.Reporter.wait
+save, wait = training.save_checkpoint, console.Reporter.wait
 
 
 def slow_save(folder: Path, state: State, tensors: Mapping[str, Tensor]) -> None:
@@ -24,12 +24,12 @@ def slow_save(folder: Path, state: State, tensors: Mapping[str, Tensor]) -> None
     save(folder, state, tensors)
 
 
-def stopped_wait(self: view.Reporter, what: str, total: int | None = None) -> AbstractContextManager[Any]:
+def stopped_wait(self: console.Reporter, what: str, total: int | None = None) -> AbstractContextManager[Any]:
     if what == "evaluating the student":
         signal.raise_signal(signal.SIGTERM)
     return wait(self, what, total)
 
 
 training.save_checkpoint = slow_save
-view.Reporter.wait = stopped_wait
+console.Reporter.wait = stopped_wait
 main()

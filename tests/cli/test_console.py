@@ -1,22 +1,20 @@
 """What is printed: names as they are, progress now and then, and a clean end by signal."""
 
-import contextlib
 import io
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from rich.console import Console
 
-from remap.distributed import interrupts
-from remap.errors import Interrupted, RemapError, WeightsError
-from remap_cli import main, view
+from remap.errors import Interrupted, RemapError
+from remap_cli import console
 
 WAITS = """
 import time
-from remap_cli.main import app, main
+from remap_cli.app import app
+from remap_cli.main import main
 
 @app.command("wait")
 def wait() -> None:
@@ -32,7 +30,7 @@ def printed(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What goes to stdout and stderr, neither a terminal."""
     text = io.StringIO()
     for name in ("out", "err"):
-        monkeypatch.setattr(view, name, Console(file=text, width=120, emoji=False, highlight=False))
+        monkeypatch.setattr(console, name, Console(file=text, width=120, emoji=False, highlight=False))
     return text
 
 
@@ -40,14 +38,14 @@ def printed(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Its one number is the time in seconds."""
     now = [0.0]
-    monkeypatch.setattr("remap_cli.view.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("remap_cli.console.time.perf_counter", lambda: now[0])
     return now
 
 
 @pytest.mark.parametrize("name", ["photos[new]", "x[/y]", "[bold]", ":cat:", "back\\"])
 def test_names_are_no_markup(printed: io.StringIO, name: str) -> None:
-    view.table(f"{name}: title", [f"{name} column"], [f"{name} group", [f"{name} cell"]])
-    view.line(f"{name} line")
+    console.table(f"{name}: title", [f"{name} column"], [f"{name} group", [f"{name} cell"]])
+    console.line(f"{name} line")
     for place in ("column", "group", "cell", "line"):
         assert f"{name} {place}" in printed.getvalue()
     assert f"{name}: title" in printed.getvalue()
@@ -55,18 +53,18 @@ def test_names_are_no_markup(printed: io.StringIO, name: str) -> None:
 
 def test_a_title_may_be_wider_than_its_table(printed: io.StringIO) -> None:
     title = "a title of several words above a narrow table"
-    view.table(title, ["c"], [["1"]])
+    console.table(title, ["c"], [["1"]])
     assert title in printed.getvalue().splitlines()
 
 
 def test_control_characters_are_shown_not_sent(printed: io.StringIO) -> None:
-    view.table("a\x1b[2Jb", ["c\x07"], ["d\x1b", ["e\r"]])
-    view.line("f\x1b")
+    console.table("a\x1b[2Jb", ["c\x07"], ["d\x1b", ["e\r"]])
+    console.line("f\x1b")
     assert not set(printed.getvalue()) & {"\x1b", "\x07", "\r"}
 
 
 def test_a_long_wait_says_a_line_every_half_minute(printed: io.StringIO, clock: list[float]) -> None:
-    with view.Reporter() as progress, progress.wait("epoch 1", 100) as step:
+    with console.Reporter() as progress, progress.wait("epoch 1", 100) as step:
         for _ in range(100):
             clock[0] += 1.0
             step.advance(loss=0.5)
@@ -79,18 +77,18 @@ def test_a_long_wait_says_a_line_every_half_minute(printed: io.StringIO, clock: 
 
 
 def test_a_short_wait_says_nothing_and_a_quiet_reporter_neither(printed: io.StringIO, clock: list[float]) -> None:
-    with view.Reporter() as progress, progress.wait("short") as step:
+    with console.Reporter() as progress, progress.wait("short") as step:
         clock[0] += 1.9
         step.advance()
-    with view.Reporter(quiet=True) as progress, progress.wait("long") as step:
+    with console.Reporter(quiet=True) as progress, progress.wait("long") as step:
         clock[0] += 90.0
         step.advance()
     assert printed.getvalue() == ""
 
 
 def test_to_have_been_stopped_is_no_error(printed: io.StringIO) -> None:
-    view.error(Interrupted("stopped by Ctrl-C; the state is saved", do="go on with: remap tune --resume r"))
-    view.error(RemapError("no such image"))
+    console.error(Interrupted("stopped by Ctrl-C; the state is saved", do="go on with: remap tune --resume r"))
+    console.error(RemapError("no such image"))
     assert printed.getvalue().splitlines() == [
         "stopped by Ctrl-C; the state is saved",
         "  do:      go on with: remap tune --resume r",
@@ -113,7 +111,8 @@ def test_a_signal_ends_with_a_word_and_its_code(number: signal.Signals, word: st
 
 SWALLOWS = """
 import os, time
-from remap_cli.main import app, main
+from remap_cli.app import app
+from remap_cli.main import main
 
 @app.command("wait")
 def wait() -> None:
@@ -129,7 +128,7 @@ main()
 
 
 @pytest.mark.parametrize("answer", ["time.sleep(60)", "pass", "os.path.no_such_name"])
-def test_a_signal_that_is_swallowed_ends_the_command_all_the_same(answer: str) -> None:
+def test_a_signal_that_is_swallowed_ends_the_command(answer: str) -> None:
     """Whatever comes of it: work that would go on, an end, an error."""
     words = [sys.executable, "-c", SWALLOWS.replace("ANSWER", answer), "wait"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -143,7 +142,8 @@ READS = """
 import time
 from concurrent.futures import ThreadPoolExecutor
 from remap.errors import Interrupted
-from remap_cli.main import app, main
+from remap_cli.app import app
+from remap_cli.main import main
 
 @app.command("read")
 def read() -> None:
@@ -162,33 +162,52 @@ def test_who_was_stopped_waits_for_no_thread(at_once: str) -> None:
     assert (done.returncode, done.stderr) == (143, "stopped by SIGTERM\n")
 
 
-def test_a_run_that_began_meanwhile_is_told_of_a_signal_that_was_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+BEGINS = """
+import signal, time
+from remap.distributed import interrupts
+from remap.errors import Interrupted
+from remap_cli.app import app
+from remap_cli.main import main
+
+@app.command("run")
+def run() -> None:
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except BaseException:
+        pass
+    with interrupts.watch_signals(), interrupts.defer_signals():
+        time.sleep(1.5)
+        raise Interrupted("the run was told of it" if interrupts._watch.signal else "it was not", exit_code=143)
+
+main()
+"""
+
+
+def test_a_run_that_began_meanwhile_gets_a_signal_that_was_swallowed() -> None:
     """Its own handler came too late; in training a signal is noted, and the state is saved after the step."""
-    monkeypatch.setattr(main, "_asked", 0)
-    earlier = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)}
-    signal.signal(signal.SIGTERM, main._stopped)
-    try:
-        with contextlib.suppress(Interrupted):
-            signal.raise_signal(signal.SIGTERM)
-        with interrupts.watching(), interrupts.deferred():
-            assert interrupts._watch.signal == 0
-            time.sleep(2 * main.HEARD)
-            assert interrupts._watch.signal == signal.SIGTERM
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+    done = subprocess.run(
+        [sys.executable, "-c", BEGINS, "run"], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (143, "the run was told of it\n")
 
 
-def test_a_signal_that_a_library_caught_is_still_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "_asked", 0)
-    monkeypatch.setattr(main, "HEARD", 0.0)  # never
+BECOMES = """
+import signal
+from remap.errors import WeightsError
+from remap_cli.app import app
+from remap_cli.main import main
+
+@app.command("load")
+def load() -> None:
     try:
-        try:
-            main._stopped(signal.SIGINT, None)
-        except Exception as error:
-            raise WeightsError("no weights") from error
-    except WeightsError as error:
-        found = main._signal_behind(error)
-    assert isinstance(found, Interrupted) and found.exit_code == 130
-    assert main._signal_behind(WeightsError("no weights")) is None
+        signal.raise_signal(signal.SIGINT)
+    except BaseException as error:
+        raise WeightsError("no weights") from error
+
+main()
+"""
+
+
+def test_a_signal_that_a_library_turned_into_an_error_is_still_the_reason() -> None:
+    done = subprocess.run([sys.executable, "-c", BECOMES, "load"], capture_output=True, text=True, check=False)
+    assert done.returncode == 130 and done.stderr.startswith("interrupted;") and "weights" not in done.stderr

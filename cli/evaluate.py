@@ -1,0 +1,40 @@
+"""``remap eval``: evaluate a finished run."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from remap_cli import console, launch
+from remap_cli import options as opt
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    data: Annotated[
+        str | None, typer.Option(help="Other images with the same class names; by default the run's own split.")
+    ] = None,
+    skip_bad: opt.SkipBad = False,
+    devices: opt.Devices = None,
+    json: opt.Json = False,
+) -> None:
+    """Evaluate a finished run. On its own split this gives exactly the reported accuracy."""
+    launch.start_processes(devices)
+    from remap.distributed.launch import check_processes
+    from remap.pipeline.evaluation import evaluate_run
+
+    with console.Reporter(quiet=not launch.is_first()) as progress:
+        check_processes(devices)
+        found = evaluate_run(run, data, skip_bad, progress)
+    if launch.is_first():
+        console.emit(found) if json else _show(run, found)
+
+
+def _show(run: Path, found: dict[str, Any]) -> None:
+    rows = [
+        [r["class"], r["images"], "-" if r["accuracy"] is None else f"{r['accuracy']:.1%}"] for r in found["classes"]
+    ]
+    rows.append(["all", found["images"], f"{found['accuracy']:.2%}"])
+    console.table(f"{run} on {found['data']}", ["class", "images", "accuracy"], rows, right=(1, 2))
+    for name, reason in found["skipped"]:
+        console.note(f"skipped: {name} ({reason})")

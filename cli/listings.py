@@ -1,0 +1,249 @@
+"""``remap methods``, ``remap losses`` and ``remap remappings``. Only the options of one method or loss need torch."""
+
+from collections.abc import Callable
+from operator import itemgetter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from remap.registry import BUILT_IN
+from remap_cli import console
+from remap_cli import options as opt
+
+if TYPE_CHECKING:
+    from remap.tuning import MethodEntry
+
+Row = dict[str, Any]
+Columns = dict[str, Callable[[Row], str]]
+
+# Columns that a terminal needs for the formulas of the table of methods.
+WIDE = 120
+
+
+def methods(
+    name: Annotated[str, typer.Argument(help="A method or combination: its options (imports torch).")] = "",
+    families: Annotated[bool, typer.Option("--families", help="Which method fits which family of backbones.")] = False,
+    json: opt.Json = False,
+) -> None:
+    """List the tuning methods by the survey's categories, or the options of one."""
+    from remap.tuning import METHODS
+
+    if families:
+        _families(json)
+        return
+    if name:
+        _method(name, json)
+        return
+    rows = [_fields(row) for row in METHODS]
+    if json:
+        console.emit(rows)
+        return
+    columns: Columns = {
+        "method": itemgetter("name"),
+        "what is trained": itemgetter("summary"),
+        "parameters": itemgetter("trainable_parameters"),
+        "ViT-B/16": lambda row: _number(row["trainable_vit_base"]),
+        "merges": lambda row: "yes" if row["mergeable"] else "no",
+        "lr": lambda row: f"{row['learning_rate']:g}",
+        "arXiv": _arxiv,
+    }
+    formulas = "parameters: trained besides the head; L depth, D width, H MLP width, p prompts, r bottleneck or rank;\n"
+    if console.out.width < WIDE:
+        del columns["parameters"]
+        formulas = ""
+    _list(f"{len(rows)} tuning methods", rows, columns, ("ViT-B/16", "lr"), ("what is trained", "parameters"))
+    console.line(
+        f"{formulas}ViT-B/16: parameters trained there besides the head, with default options.\n"
+        "merges: with default options, can be folded into plain timm weights.\n"
+        "lr: default for AdamW at batch size 64 and width 128, else lr * 128 / width.\n"
+        "Options of a method: remap methods NAME. Together: --method vpt_deep+lora."
+    )
+    _show_origins(rows)
+
+
+def _list(
+    title: str, rows: list[Row], columns: Columns, right: tuple[str, ...] = (), wrap: tuple[str, ...] = ()
+) -> None:
+    """Print rows in groups of their category."""
+    cells = [(row["category"].removesuffix(" tuning"), [cell(row) for cell in columns.values()]) for row in rows]
+    names = list(columns)
+    numbers = [tuple(names.index(name) for name in chosen if name in columns) for chosen in (right, wrap)]
+    console.table(title, names, console.grouped(cells), *numbers)
+
+
+def _show_origins(rows: list[Row]) -> None:
+    """Say which rows of a listing other installed packages registered."""
+    foreign = [f"{row['name']} ({row['origin']})" for row in rows if row["origin"] != BUILT_IN]
+    if foreign:
+        console.line(f"From other packages: {', '.join(foreign)}")
+
+
+def _number(count: int | None) -> str:
+    return "-" if count is None else f"{count:,}"
+
+
+def _arxiv(row: Row) -> str:
+    return row["paper"].rpartition(" ")[2]
+
+
+# Columns of the listings of category 5.
+_ABOUT: Columns = {"what it is": itemgetter("summary"), "where the models differ": itemgetter("mismatch")}
+
+
+def _fields(row: "MethodEntry") -> dict[str, Any]:
+    from remap.tuning import CATEGORIES
+
+    return {
+        "name": row.name,
+        "category": CATEGORIES[row.category],
+        "summary": row.summary,
+        "trainable_parameters": row.trains,
+        "trainable_vit_base": row.vit_base,
+        "mergeable": row.mergeable,
+        "learning_rate": row.lr,
+        "paper": row.paper,
+        "origin": row.origin,
+    }
+
+
+def _method(name: str, json: bool) -> None:
+    """Show one method, or several that are combined, with every option."""
+    from remap.errors import RecipeError
+    from remap.recipe.checks import method_problems
+    from remap.tuning import parts_of, rows_of
+
+    if all(parts_of(name)) and "," not in name:
+        rows_of(name)  # an unknown name says what is meant
+    problems = method_problems("methods", name)
+    if problems:
+        raise RecipeError(problems, "command line")
+    from remap.recipe.option_listing import notes_of, options_of
+
+    rows, options, notes = rows_of(name), options_of(name), notes_of(name)
+    if json:
+        console.emit({"name": name, "methods": [_fields(row) for row in rows], "options": options, "notes": notes})
+        return
+    for row in rows:
+        console.line(
+            f"{row.name}: {row.summary} ({row.paper})\n"
+            f"  trained   {row.trains}; on ViT-B/16 {_number(row.vit_base)}\n"
+            f"  merges    {'yes' if row.mergeable else 'no'}, with default options\n"
+            f"  lr        {row.lr:g} at width 128"
+        )
+    _show_options(options, "method", notes)
+
+
+def _show_options(options: list[dict[str, Any]], section: str, notes: str = "") -> None:
+    """Print the options of a method or loss, and how one is set."""
+    from remap.recipe.option_listing import shown
+
+    if not options:
+        console.line("It has no options.")
+        return
+    console.table(
+        "Options",
+        ["option", "default", "takes", "what it is"],
+        [[o["name"], shown(o["default"]), takes(o), o["about"]] for o in options],
+        wrap=(2, 3),
+    )
+    if notes:
+        console.line(notes)
+    console.line(f"Set with --set {section}.{options[0]['name']}={shown(options[0]['default'])}")
+
+
+def takes(option: dict[str, Any]) -> str:
+    """Return in words what an option accepts."""
+    words = ", ".join(map(str, option["allowed"] or ()))
+    first, _, rest = option["type"].partition(" or ")
+    if words:
+        first = f"list of {words}" if first == "list" else words
+    kind = f"{first} {option['limits']}".strip()
+    return f"{kind}, or {rest}" if rest else kind
+
+
+def _families(json: bool) -> None:
+    from remap.backbones.families import FAMILIES
+    from remap.tuning import CATEGORIES, METHODS
+
+    fields = ("name", "summary", "examples", "paper")
+    families = [{field: getattr(row, field) for field in fields} for row in FAMILIES]
+    support = {row.name: {family.name: row.fits(family.parts) for family in FAMILIES} for row in METHODS}
+    if json:
+        console.emit({"families": families, "methods": [{"name": name, **fits} for name, fits in support.items()]})
+        return
+    rows = [{"name": row.name, "category": CATEGORIES[row.category], **support[row.name]} for row in METHODS]
+    columns: Columns = {"method": itemgetter("name")} | {family: _fits(family) for family in FAMILIES.names}
+    _list("Which method fits which family", rows, columns)
+    console.line("\n".join(f"{row.name:9}{row.summary}: {row.examples}" for row in FAMILIES))
+    console.line(
+        "Every yes is a run of the conformance suite (tests/tuning); every - is an error that names a method that fits."
+    )
+
+
+def _fits(family: str) -> Callable[[Row], str]:
+    return lambda row: "yes" if row[family] else "-"
+
+
+def losses(
+    name: Annotated[str, typer.Argument(help="A loss: show it with its options (imports torch).")] = "",
+    json: opt.Json = False,
+) -> None:
+    """List the loss terms that transfer the teacher's knowledge (category 5), or show one with its options."""
+    from remap.remapping import LOSSES
+
+    fields = ("name", "category", "summary", "paper", "needs", "mismatch", "mixed", "over_batch", "weight", "origin")
+    rows = [{field: getattr(row, field) for field in fields} for row in LOSSES]
+    if name:
+        _loss(rows[LOSSES.names.index(LOSSES.row(name).name)], json)
+        return
+    if json:
+        console.emit(rows)
+        return
+    columns: Columns = {
+        "loss": itemgetter("name"),
+        **_ABOUT,
+        "weight": lambda row: f"{row['weight']:g}",
+        "arXiv": _arxiv,
+    }
+    _list(f"{len(rows)} loss terms", rows, columns, right=("weight",), wrap=tuple(_ABOUT))
+    console.line(
+        "weight: default in the objective. All about one, with its options: remap losses NAME.\n"
+        "The other parts of category 5, weights and architecture: remap remappings."
+    )
+    _show_origins(rows)
+
+
+def _loss(row: dict[str, Any], json: bool) -> None:
+    """Show one loss with every option."""
+    from remap.recipe.option_listing import rows_of_config
+    from remap.remapping import LOSSES
+
+    options = rows_of_config(LOSSES.load(row["name"]).Config)
+    if json:
+        console.emit({**row, "options": options})
+        return
+    paper = "" if row["paper"] == "-" else f" ({row['paper']})"
+    console.line(
+        f"{row['name']}: {row['summary']}{paper}\n"
+        f"  reads            {row['needs']}\n"
+        f"  models differ    {row['mismatch']}\n"
+        f"  mixed images     {row['mixed']}\n"
+        f"  within a batch   {'compares its images with each other' if row['over_batch'] else 'each image by itself'}\n"
+        f"  weight           {row['weight']:g}"
+    )
+    _show_options(options, f"losses.{row['name']}")
+
+
+def remappings(json: opt.Json = False) -> None:
+    """List how a student gets its weights or its architecture from the teacher (category 5)."""
+    from remap.remapping.architecture import ARCHITECTURES
+    from remap.remapping.weights import INITS
+
+    fields = ("name", "category", "summary", "paper", "needs", "mismatch")
+    rows = [{field: getattr(row, field) for field in fields} for table in (INITS, ARCHITECTURES) for row in table]
+    if json:
+        console.emit(rows)
+        return
+    columns: Columns = {"name": itemgetter("name"), **_ABOUT, "arXiv": _arxiv}
+    _list("Remapping weights and architecture", rows, columns, wrap=tuple(_ABOUT))
+    console.line("Knowledge is carried over by losses: remap losses. Options of each: docs/remapping.md.")

@@ -1,0 +1,80 @@
+"""What ``remap distill`` and ``remap tune`` print: the run that begins, and the table of the one that has ended."""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from remap.io.human_size import size
+from remap_cli import console
+
+if TYPE_CHECKING:
+    from remap.recipe import Recipe
+
+
+def announce(recipe: "Recipe", progress: console.Reporter) -> None:
+    """Say on stderr what is going to be trained."""
+    from remap.backbones.names import SHORT_NAMES
+
+    several = len(recipe.teachers) > 1
+    weights = [f" x {spec.weight:g}" if several else "" for spec in recipe.teachers]
+    teachers = [("teacher", spec.model, weight) for spec, weight in zip(recipe.teachers, weights, strict=True)]
+    for role, word, weight in [*teachers, ("student", recipe.student.model, "")]:
+        progress.say(f"{role:8} {word}{_meaning(word, SHORT_NAMES)}{weight}")
+    losses = ", ".join(f"{loss.name} x {loss.weight:g}" for loss in recipe.losses or ())
+    progress.say(f"method   {recipe.method.name}{_changed(recipe)}, losses {losses}")
+
+
+def _meaning(word: str, short_names: dict[str, str]) -> str:
+    own = {"self": "the student's backbone without its tuning", "ema": "the running average of the student"}
+    meaning = short_names.get(word) or own.get(word)
+    return f" = {meaning}" if meaning else ""
+
+
+def _changed(recipe: "Recipe") -> str:
+    """Return the options that differ from the method's own defaults; of a combination as ``method.option``."""
+    from remap.tuning import config_of
+
+    options = config_of(recipe.method.name)(**recipe.method.options).model_dump(exclude_defaults=True)
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+    return f" ({', '.join(f'{name} {_plain(value)}' for name, value in flat.items())})" if flat else ""
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_plain, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Print the table of a run that has ended."""
+    student, more = summary["student"], summary.get("more_teachers", [])
+    teachers = [summary["teacher"], *more] if "teacher" in summary else []
+    share = student["trainable_parameters"] / student["total_parameters"]
+    rows = []
+    for number, teacher in enumerate(teachers, start=1):
+        accuracy = "-" if teacher["accuracy"] is None else f"{teacher['accuracy']:.1%}"
+        name = f"teacher {number}" if more else "teacher"
+        rows.append([name, accuracy, console.count(teacher["total_parameters"]), "0", "-"])
+    rows.append(
+        [
+            f"student + {summary['method']}",
+            f"{student['accuracy']:.1%}",
+            console.count(student["total_parameters"]),
+            f"{console.count(student['trainable_parameters'])} ({share:.1%})",
+            size(student["task_bytes"]),
+        ]
+    )
+    data = summary["data"]
+    title = f"{Path(data['source']).name}: accuracy on {data['val_images']} images, trained on {data['train_images']}"
+    if data["labeled_images"] < data["train_images"]:
+        title += f" ({data['labeled_images']} with labels)"
+    console.table(title, ["", "accuracy", "parameters", "trained", "saved size"], rows, right=(1, 2, 3, 4))
+    if "test_accuracy" in student:
+        console.line(f"accuracy on the test folder, looked at once: {student['test_accuracy']:.1%}")
+    run = shlex.quote(summary["run_dir"])
+    console.line(
+        f"{console.duration(summary['seconds'])} in all. Run: {summary['run_dir']}\n"
+        f"next: remap predict {run} IMAGES...   remap eval {run}"
+    )
