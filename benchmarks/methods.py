@@ -25,8 +25,8 @@ from remap.backbones.anatomy import anatomy_of, set_fused_attention
 from remap.backbones.families import FAMILIES
 from remap.tuning import METHODS, config_of
 from remap.tuning.base import Sample
-from remap.tuning.parameter.peft_bridge import ADAPTER, PeftMethod
-from remap.tuning.parameter.twin import sites_of
+from remap.tuning.layers import layers_of
+from remap.tuning.parameter.peft_bridge.base import ADAPTER, PeftMethod
 
 VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 4, "num_heads": 3, "num_classes": 10}
 LR, TOTAL = 1e-3, 1_000_000  # the length of training, which some methods want to know
@@ -757,8 +757,8 @@ def _other_side(name: str, plain: nn.Module, found: dict[str, Tensor], trained: 
     if name in BY_HAND:
         return BY_HAND[name](plain, found, trained, config)
     cls: type[PeftMethod] = METHODS.load(name)
-    sites = sites_of(anatomy_of(plain), config.targets, cls.default_targets)
-    options = cls(config).peft_config([site.path for site in sites], [site.words for site in sites])
+    layers = layers_of(anatomy_of(plain), config.targets, cls.default_targets)
+    options = cls(config).peft_config({layer.path: layer.words for layer in layers})
     if name == "adalora":
         options.orth_reg_weight = config.orthogonality
         return PeftAdaLoRA(plain, found, trained, options)

@@ -13,8 +13,8 @@ from remap.backbones.build import Backbone, Identity
 from remap.backbones.preprocess import Preprocess, PreprocessSpec
 from remap.remapping.signals import Needs, Signals
 from remap.remapping.tap import Tap
+from remap.tuning.attached import Attached
 from remap.tuning.attaching import attach_method
-from remap.tuning.base import Attached
 
 
 @dataclass

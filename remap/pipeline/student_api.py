@@ -19,8 +19,8 @@ from remap.network import Network, Runner, choose_attention
 from remap.recipe.problems import lines_of
 from remap.runs.task import load_task
 from remap.tuning import config_of, rows_of
+from remap.tuning.attached import Attached
 from remap.tuning.attaching import attach_method
-from remap.tuning.base import Attached
 
 
 def attach(model: nn.Module, method: str, **options: Any) -> Attached:

@@ -26,21 +26,21 @@ __all__ = [
 
 
 def parts_of(method: str) -> list[str]:
-    """The names in "a+b"; one for a single method."""
+    """Return the names in "a+b"; one for a single method."""
     return [part.strip() for part in method.split("+")]
 
 
 def rows_of(method: str) -> list[MethodEntry]:
-    """The rows behind a name or a combination.
+    """Return the rows behind a name or a combination.
 
     Raises:
-        UnknownName: A part is in no row.
+        UnknownName: There is no such method.
     """
     return [METHODS.row(part) for part in parts_of(method)]
 
 
 def combination_problems(method: str) -> list[str]:
-    """Why the methods in "a+b" cannot be combined, one line each."""
+    """Say why the methods in "a+b" cannot be combined, one line each."""
     rows = rows_of(method)
     if len(rows) == 1:
         return []
@@ -54,18 +54,21 @@ def combination_problems(method: str) -> list[str]:
 
 
 def category_of(method: str) -> str:
-    """The category of a method; of a combination that of its parts, or adapter tuning, where the survey files mixes."""
-    found = {row.category for row in rows_of(method)}
-    return found.pop() if len(found) == 1 else "adapter"
+    """Return the category of a method.
+
+    Of a combination it is that of its methods, or adapter tuning, where the survey files mixes.
+    """
+    categories = {row.category for row in rows_of(method)}
+    return categories.pop() if len(categories) == 1 else "adapter"
 
 
 def config_of(method: str) -> Any:
-    """The pydantic class of a method's options; for a combination one field a part. Imports the methods, so torch."""
+    """Return the pydantic class of a method's options, with a field for each method of a combination. Imports torch."""
     parts = parts_of(method)
     if len(parts) == 1:
         return METHODS.load(method).Config
     from pydantic import ConfigDict, create_model
 
     configs = {part: METHODS.load(part).Config for part in parts}
-    fields = {part: (config, config()) for part, config in configs.items()}
+    fields: dict[str, Any] = {part: (config, config()) for part, config in configs.items()}
     return create_model("Combination", __config__=ConfigDict(extra="forbid", frozen=True), **fields)

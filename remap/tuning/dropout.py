@@ -16,6 +16,8 @@ class SampleDropout(nn.Module):
         site: Number that tells this module's masks from those of its siblings.
     """
 
+    offset: Tensor
+
     def __init__(self, p: float, site: int = 0) -> None:
         super().__init__()
         self.p, self.site = p, site
@@ -41,7 +43,7 @@ class SampleDropout(nn.Module):
 
 
 def keep_mask(keys_B: Tensor, elements: int, p: float, site: int) -> Tensor:
-    """(B, elements) booleans, True with probability 1 - p: a 32-bit integer hash of (key, site, element)."""
+    """Return (B, elements) booleans, True with probability 1 - p: a 32-bit integer hash of (key, site, element)."""
     return _keep(keys_B, elements, p, _offset(site).to(keys_B.device))
 
 
@@ -58,7 +60,7 @@ def _keep(keys_B: Tensor, elements: int, p: float, offset: Tensor) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of MurmurHash3 (Appleby, public domain) on int32; shifts are made logical by masking."""
+    """Apply the finaliser of MurmurHash3 (Appleby, public domain) on int32; shifts are made logical by masking."""
     x = x ^ ((x >> 16) & 0xFFFF)
     x = x * _wrap(0x85EBCA6B)
     x = x ^ ((x >> 13) & 0x7FFFF)
@@ -67,5 +69,5 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _wrap(value: int) -> int:
-    """The int32 with the same bits as ``value`` modulo 2^32."""
+    """Return the int32 with the same bits as ``value`` modulo 2^32."""
     return (value + 0x80000000) % 0x100000000 - 0x80000000

@@ -13,6 +13,10 @@ CATEGORIES = {
 }
 
 
+# Blocks, width and MLP width of ViT-B/16, for the counts in the rows.
+L, D, H = 12, 768, 3072
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodEntry(Entry):
     """One tuning method.
@@ -20,7 +24,7 @@ class MethodEntry(Entry):
     Attributes:
         trains: Trainable parameters, head not counted, as a formula (L depth, D width, H MLP width, p prompts,
             r bottleneck or rank).
-        vit_base: The same as a number: ViT-B/16 at 224 pixels with default options; None where it does not fit a ViT.
+        vit_base: The same for ViT-B/16 at 224 pixels with default options; None where it does not fit a ViT.
         mergeable: Whether the tuned model can be saved as plain timm weights (with default options).
         lr: Default learning rate for a backbone 128 wide (AdamW, global batch 64); others scale it by 128 / width.
         needs: What it asks of a backbone; keys of ``backbones.families.PARTS``.
@@ -31,13 +35,13 @@ class MethodEntry(Entry):
 
     trains: str
     vit_base: int | None
-    mergeable: bool
-    lr: float
+    mergeable: bool = True
+    lr: float = 1e-2
     needs: frozenset[str] = frozenset()
     unchanged: frozenset[str] = frozenset()
     alone: bool = False
     adds_tokens: bool = False
 
     def fits(self, parts: frozenset[str]) -> bool:
-        """Whether it can be attached to a backbone that has ``parts``."""
+        """Return whether it can be attached to a backbone that has ``parts``."""
         return self.needs <= parts

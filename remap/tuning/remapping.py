@@ -1,6 +1,6 @@
 """Category 5 of the survey, remapping tuning, as tuning methods. The classes are in ``remap.remapping``."""
 
-from remap.tuning.entry import MethodEntry
+from remap.tuning.entry import L, MethodEntry
 
 ROWS = [
     MethodEntry(
@@ -10,8 +10,7 @@ ROWS = [
         summary="a gate on every block, under a price; blocks whose gates close can be taken out",
         paper="Morgado and Vasconcelos 2019, arXiv 1907.00274",
         trains="L",
-        vit_base=12,
-        mergeable=True,
+        vit_base=L,
         lr=1e-1,
     ),
     MethodEntry(

@@ -6,11 +6,28 @@ Letters: B batch, T tokens, D width, C classes.
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, module_at, rest_of_forward
+
+
+class _TimmModel(Protocol):
+    def forward_features(self, images_BCHW: Tensor) -> Tensor: ...
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor: ...
+
+
+def features_of(model: nn.Module, images_BCHW: Tensor) -> Tensor:
+    """Return what a timm model's ``forward_features`` makes of normalised images."""
+    return cast(_TimmModel, model).forward_features(images_BCHW)
+
+
+def logits_of(model: nn.Module, features: Tensor, *, pre_logits: bool = False) -> Tensor:
+    """Return what a timm model's ``forward_head`` makes of features; ``pre_logits`` stops before the classifier."""
+    return cast(_TimmModel, model).forward_head(features, pre_logits=pre_logits)
 
 
 class Seam(ABC):
@@ -20,7 +37,7 @@ class Seam(ABC):
 
     Attributes:
         first_block: Blocks from this one on are part of the rest; attention can be read there only.
-        reads_images: Whether the rest wants the images besides what the stem gave.
+        reads_images: Whether the rest needs the images besides what the stem gave.
     """
 
     first_block: int
@@ -28,20 +45,20 @@ class Seam(ABC):
 
     @abstractmethod
     def stem(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        """What is kept of normalised images, one row an image, without a graph."""
+        """Return what is cached of normalised images, one row an image, without a graph."""
 
     @abstractmethod
     def rest(self, kept: Mapping[str, Tensor], images_BCHW: Tensor | None, *, whole_blocks: bool) -> Tensor:
-        """Logits (B, C) from the stem's result.
+        """Return logits (B, C) from the stem's result.
 
         Args:
             images_BCHW: Normalised images where ``reads_images``.
-            whole_blocks: Whether every token of the blocks of the rest is wanted (attention is read there).
+            whole_blocks: Whether every token of the blocks of the rest is needed (attention is read there).
         """
 
 
 class FeatureSeam(Seam):
-    """The whole backbone is frozen: kept are the inputs of the classifier's linear layers, before any hook on them."""
+    """The complete backbone is frozen: cached are the inputs of the classifier's linear layers, before any hook."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
         self.model, self.anatomy, self.first_block = model, anatomy, anatomy.depth
@@ -52,10 +69,10 @@ class FeatureSeam(Seam):
         heads = {path: module_at(self.model, path) for path in self.anatomy.classifier_heads}
         # The first of two heads is called before the second one's input is known: what a method hooked there must not
         # run, least of all change its running statistics.
-        own = [(head, head._forward_pre_hooks, head._forward_hooks) for head in heads.values()]
+        hooks = [(head, head._forward_pre_hooks, head._forward_hooks) for head in heads.values()]
         for path, head in heads.items():
 
-            def keep(module: nn.Module, args: tuple, path: str = path) -> None:
+            def keep(_module: nn.Module, args: tuple, path: str = path) -> None:
                 kept[path] = args[0]
                 if len(kept) == len(heads):
                     raise _Reached
@@ -63,11 +80,11 @@ class FeatureSeam(Seam):
             head._forward_pre_hooks, head._forward_hooks = OrderedDict(), OrderedDict()
             head.register_forward_pre_hook(keep)
         try:
-            self.model.forward_head(self.model.forward_features(images_BCHW))
+            logits_of(self.model, features_of(self.model, images_BCHW))
         except _Reached:
             return kept
         finally:
-            for head, before, after in own:
+            for head, before, after in hooks:
                 head._forward_pre_hooks, head._forward_hooks = before, after
         raise AssertionError("the classifier was not reached")
 
@@ -78,7 +95,7 @@ class FeatureSeam(Seam):
 
 
 class BlockSeam(Seam):
-    """Blocks from ``first_block`` on are tuned: kept is the input of that block."""
+    """Blocks from ``first_block`` on are tuned: cached is the input of that block."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, first_block: int) -> None:
         self.model, self.anatomy, self.first_block = model, anatomy, first_block
@@ -87,14 +104,14 @@ class BlockSeam(Seam):
     def stem(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         kept: list[Tensor] = []
 
-        def keep(module: nn.Module, args: tuple) -> None:
+        def keep(_module: nn.Module, args: tuple) -> None:
             kept.append(args[0])
             raise _Reached
 
         block = module_at(self.model, self.anatomy.blocks[self.first_block].block)
         handle = block.register_forward_pre_hook(keep, prepend=True)
         try:
-            self.model.forward_features(images_BCHW)
+            features_of(self.model, images_BCHW)
         except _Reached:
             return {"input": kept[0]}
         finally:
@@ -103,7 +120,7 @@ class BlockSeam(Seam):
 
     def rest(self, kept: Mapping[str, Tensor], images_BCHW: Tensor | None, *, whole_blocks: bool) -> Tensor:
         tokens = rest_of_forward(self.model, self.anatomy, self.first_block, kept["input"])
-        return self.model.forward_head(tokens)
+        return logits_of(self.model, tokens)
 
 
 class _Reached(Exception):

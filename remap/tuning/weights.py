@@ -5,17 +5,17 @@ Letters: B images, T rows (all leading dimensions), i input and o output feature
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.hooks import RemovableHandle
 
-from remap.backbones.anatomy import PLAIN_CLASS, Anatomy, Projection, module_at, plain_class
+from remap.backbones.anatomy import PLAIN_CLASS, Projection, module_at, plain_class
 from remap.errors import BackboneError
-from remap.tuning.base import INSERTED, Attached
+from remap.tuning.base import INSERTED, Attachment, Edits, Fold
 from remap.tuning.dropout import SampleDropout
+from remap.tuning.layers import by_layer
 
 # Where a module keeps what reads of its tensors go through: {tensor's name: functions}.
 _FUNCTIONS = "_remap_recomputed"
@@ -30,53 +30,34 @@ class Delta(nn.Module):
 
     @abstractmethod
     def delta(self) -> Tensor:
-        """(o, i), in the dtype of the method's parameters; without dropout."""
+        """Return (o, i), in the dtype of the method's parameters; without dropout."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """(..., i) to (..., o), what is added to the layer's output, in the dtype of ``x`` or of autocast."""
+        """Map (..., i) to (..., o), what is added to the layer's output, in the dtype of ``x`` or of autocast."""
 
 
-def apply_deltas(
-    model: nn.Module, deltas: Mapping[Projection, Delta]
-) -> tuple[list[RemovableHandle], list[Callable[[], None]]]:
-    """Let the projections' layers give W x + b + delta(x) in their rows.
+def attach_deltas(edits: Edits, deltas: Mapping[Projection, Delta]) -> Attachment:
+    """Let the projections' layers give W x + b + delta(x) in their rows; the deltas are inserted already.
 
-    Deltas are registered elsewhere (``insert_module``); this only installs them. They come before whatever else
-    changes the layers' outputs or weights, in whichever order methods are attached: a scale acts on the sum.
-
-    Returns:
-        Hooks and undo functions for ``Attached``.
+    They come before all else that changes the layers' outputs or weights, in every order in which methods are
+    attached: a scale acts on the sum.
     """
-    handles: list[RemovableHandle] = []
-    undo: list[Callable[[], None]] = []
-    for path, rows in _by_path(deltas).items():
-        layer = module_at(model, path)
-        if all(projection.called for projection, _ in rows):
-            handles.append(layer.register_forward_hook(partial(_add_to_output, rows), prepend=True))
+    for path, projections in by_layer(deltas).items():
+        rows = [(projection, deltas[projection]) for projection in projections]
+        if all(projection.called for projection in projections):
+            edits.after(path, partial(_add_to_output, rows), first=True)
         else:
-            undo.append(recompute(layer, "weight", partial(_add_to_weight, rows), first=True))
-    return handles, undo
+            layer = module_at(edits.model, path)
+            edits.undo_by(recompute(layer, "weight", partial(_add_to_weight, rows), first=True))
+    return Attachment(edits, fold=Fold(partial(_fold_deltas, edits.model, deltas)))
 
 
-def fold_deltas(model: nn.Module, deltas: Mapping[Projection, Delta]) -> None:
+def _fold_deltas(model: nn.Module, deltas: Mapping[Projection, Delta]) -> None:
     """Add every delta to its rows of the registered weight."""
-    with torch.no_grad():
-        for projection, delta in deltas.items():
-            weight = registered(module_at(model, projection.path), "weight")
-            weight[projection.rows] += delta.delta().reshape(weight[projection.rows].shape).to(weight.dtype)
-
-
-class DeltaAttached(Attached):
-    """An attached method that is nothing but deltas."""
-
-    def __init__(self, model: nn.Module, anatomy: Anatomy, deltas: Mapping[Projection, Delta], **facts: object) -> None:
-        handles, undo = apply_deltas(model, deltas)
-        self.deltas = dict(deltas)
-        super().__init__(model, anatomy, mergeable=True, handles=handles, undo=undo, **facts)
-
-    def _fold(self) -> None:
-        fold_deltas(self.model, self.deltas)
+    for projection, delta in deltas.items():
+        weight = registered(module_at(model, projection.path), "weight")
+        weight[projection.rows] += delta.delta().reshape(weight[projection.rows].shape).to(weight.dtype)
 
 
 def recompute(
@@ -96,7 +77,7 @@ def recompute(
         A function that undoes it, in any order with others.
 
     Raises:
-        BackboneError: The module's forward was replaced by one that reads the registered tensors (``twin.py``).
+        BackboneError: The module's forward was replaced by one that reads the registered tensors (``peft_layer.py``).
     """
     if isinstance(module.__dict__.get("forward"), partial):
         raise BackboneError(
@@ -121,19 +102,30 @@ def recompute(
 
 
 def registered(module: nn.Module, name: str) -> Tensor:
-    """The tensor a module registered under ``name``, whatever reading it gives."""
-    return module._parameters[name] if name in module._parameters else module._buffers[name]
+    """Return the tensor that a module registered under ``name``, however reading it was changed."""
+    tensor = module._parameters[name] if name in module._parameters else module._buffers[name]
+    assert tensor is not None, name
+    return tensor
 
 
 def registered_at(model: nn.Module, path: str) -> Tensor:
-    """The registered parameter or buffer at a dotted path."""
+    """Return the registered parameter or buffer at a dotted path."""
     parent, _, name = path.rpartition(".")
     return registered(module_at(model, parent), name)
 
 
-def in_features(model: nn.Module, projection: Projection) -> int:
-    """Input features of a linear projection."""
-    return registered(module_at(model, projection.path), "weight").shape[1]
+def weight_of(model: nn.Module, projection: Projection) -> Tensor:
+    """Return the registered weight of a projection's layer, all its rows; dimension 1 counts input features."""
+    return registered(module_at(model, projection.path), "weight")
+
+
+def own_bias(model: nn.Module, projection: Projection) -> nn.Parameter | None:
+    """Return the parameter that holds a projection's bias.
+
+    None also where that is a buffer (the key bias fixed at 0 in BEiT and EVA-02), which plain weights may leave out.
+    """
+    bias = None if projection.bias is None else registered_at(model, projection.bias)
+    return bias if isinstance(bias, nn.Parameter) else None
 
 
 def require_rank(rank: int, limit: int, path: str, shape: tuple[int, int]) -> None:
@@ -152,12 +144,12 @@ def require_rank(rank: int, limit: int, path: str, shape: tuple[int, int]) -> No
 
 
 def channels_first(module: nn.Module) -> bool:
-    """Whether a layer's channels are dimension 1 of its output ((B, C, H, W)) instead of the last one."""
+    """Return whether a layer's channels are dimension 1 of its output ((B, C, H, W)) instead of the last one."""
     return "2d" in plain_class(module).__name__ or isinstance(module, nn.Conv2d | nn.GroupNorm)
 
 
 def drop(dropout: SampleDropout, x: Tensor) -> Tensor:
-    """Dropout keyed by image on a tensor whose rows belong to images one after the other.
+    """Apply dropout keyed by image to a tensor whose rows belong to images one after the other.
 
     Window attention, whose leading dimension is (images * windows), and tensors flattened to rows are such.
     """
@@ -166,11 +158,15 @@ def drop(dropout: SampleDropout, x: Tensor) -> Tensor:
     return dropout(x.reshape(len(dropout.keys_B), -1)).reshape(x.shape)
 
 
-@cache
+# One class for all modules of a kind, so that compiled code for one block serves the others.
+_classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
 def _recomputed_class(plain: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """One class for all modules of a kind, so that compiled code for one block serves the others."""
-    properties = {name: property(partial(_read, name=name)) for name in names}
-    return type(f"Recomputed{plain.__name__}", (plain,), {**properties, PLAIN_CLASS: plain})
+    if (plain, names) not in _classes:
+        properties = {name: property(partial(_read, name=name)) for name in names}
+        _classes[plain, names] = type(f"Recomputed{plain.__name__}", (plain,), {**properties, PLAIN_CLASS: plain})
+    return _classes[plain, names]
 
 
 def _set_class(module: nn.Module) -> None:
@@ -182,7 +178,7 @@ def _set_class(module: nn.Module) -> None:
 
 def _read(module: nn.Module, name: str) -> Tensor:
     tensor = registered(module, name)
-    if isinstance(tensor, DTensor):  # divided among processes; before it is computed with, a whole one takes its place
+    if isinstance(tensor, DTensor):  # divided among processes; a complete tensor replaces it before it is computed with
         return tensor
     try:
         for function in module.__dict__[_FUNCTIONS][name]:
@@ -190,13 +186,6 @@ def _read(module: nn.Module, name: str) -> Tensor:
     except AttributeError as error:  # Python would go on to the registered tensor, and the change would be lost
         raise RuntimeError(f"recomputing {name} failed: {error}") from error
     return tensor
-
-
-def _by_path(deltas: Mapping[Projection, Delta]) -> dict[str, list[tuple[Projection, Delta]]]:
-    grouped: dict[str, list[tuple[Projection, Delta]]] = {}
-    for projection, delta in sorted(deltas.items(), key=lambda item: item[0].start):
-        grouped.setdefault(projection.path, []).append((projection, delta))
-    return grouped
 
 
 def _add_to_output(rows: Sequence[tuple[Projection, Delta]], layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -221,10 +210,10 @@ def _add_to_weight(rows: Sequence[tuple[Projection, Delta]], weight: Tensor) -> 
 
 
 def _with_changes(tensor: Tensor, changes: Sequence[tuple[int, int, Tensor]], dim: int) -> Tensor:
-    """``tensor`` plus a change in each range of one dimension; the ranges ascend."""
+    """Return ``tensor`` plus a change in each range of one dimension; the ranges ascend."""
     if len(changes) == 1 and changes[0][2].shape[dim] == tensor.shape[dim]:
         return tensor + changes[0][2]
-    # One sum: a slice of the tensor for every piece would cost a whole gradient of zeros each.
+    # One sum: a slice of the tensor for every piece would cost a full gradient of zeros each.
     pieces, end = [], 0
     for start, stop, change in changes:
         pieces += [_zeros(change, dim, start - end), change]
@@ -234,7 +223,7 @@ def _with_changes(tensor: Tensor, changes: Sequence[tuple[int, int, Tensor]], di
 
 
 def _zeros(like: Tensor, dim: int, size: int) -> Tensor:
-    """Zeros in the shape of ``like`` but for one dimension, without memory of their own."""
+    """Return zeros in the shape of ``like`` but for one dimension, which take no memory."""
     shape = list(like.shape)
     shape[dim] = size
     return like.new_zeros(()).expand(shape)

@@ -27,7 +27,7 @@ from remap.network import Runner
 from remap.pipeline.run import resume, start
 from remap.remapping.objective import Objective
 from remap.runs.run_dir import RunDir
-from remap.tuning.base import Attached
+from remap.tuning.attached import Attached
 
 pytestmark = pytest.mark.slow
 

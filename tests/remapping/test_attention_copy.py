@@ -12,8 +12,8 @@ from remap.backbones.anatomy import anatomy_of, module_at, set_fused_attention
 from remap.backbones.build import build as build_backbone
 from remap.errors import BackboneError, RemapError, RunError
 from remap.remapping.alignment import resize_attention
+from remap.tuning.attached import Attached
 from remap.tuning.attaching import attach_method
-from remap.tuning.base import Attached
 
 TEACHER = "vit_mini_teacher_patch4_32.cifar10"  # embedded: 4 blocks, 3 heads, a class token, 8 x 8 patches
 HEADS, GRID = 3, (8, 8)

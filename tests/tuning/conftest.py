@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from remap.backbones.anatomy import anatomy_of, classifier_parameters
 from remap.backbones.families import FAMILIES
 from remap.tuning import METHODS, MethodEntry, parts_of
+from remap.tuning.attached import Attached
 from remap.tuning.attaching import attach_method
-from remap.tuning.base import Attached, Sample
+from remap.tuning.base import Sample
 
 VARIANTS = tiny_models("methods")
 

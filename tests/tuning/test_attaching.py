@@ -14,8 +14,8 @@ from torch import nn
 from remap.backbones.anatomy import anatomy_of, module_at
 from remap.errors import BackboneError, UnknownName
 from remap.tuning import METHODS, category_of, config_of, parts_of
+from remap.tuning.attached import Attached
 from remap.tuning.attaching import attach_method
-from remap.tuning.base import Attached
 from remap.tuning.dropout import SampleDropout
 
 Build = Callable[..., nn.Module]

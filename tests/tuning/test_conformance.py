@@ -18,8 +18,9 @@ from remap.backbones.anatomy import AttentionBlock, anatomy_of, rest_of_forward
 from remap.backbones.families import FAMILIES
 from remap.errors import BackboneError, RunError
 from remap.tuning import METHODS
+from remap.tuning.attached import Attached
 from remap.tuning.attaching import attach_method, nearest
-from remap.tuning.base import Attached, is_inserted
+from remap.tuning.base import is_inserted
 from remap.tuning.dropout import SampleDropout
 
 # Shifts every key alike, which a softmax over keys does not see: its gradient is 0 by nature, whatever the method.

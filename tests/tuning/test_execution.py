@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from remap.backbones.families import FAMILIES
 from remap.tuning import METHODS
-from remap.tuning.base import Attached
+from remap.tuning.attached import Attached
 
 # Shifts every key alike, which a softmax over keys does not see: its gradient is 0 by nature, whatever the method.
 KEY_SHIFT = "k_norm.bias"

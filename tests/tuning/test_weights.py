@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import Projection, anatomy_of
 from remap.tuning.attaching import attach_method
+from remap.tuning.base import Attachment, Edits
 from remap.tuning.dropout import SampleDropout
 from remap.tuning.weights import (
     Delta,
-    apply_deltas,
+    attach_deltas,
     channels_first,
     drop,
-    fold_deltas,
-    in_features,
     plain_class,
     recompute,
     registered,
+    weight_of,
 )
 
 
@@ -52,6 +52,12 @@ class Owner(nn.Module):
         return nn.functional.linear(x, self.layer.weight, self.layer.bias)
 
 
+def fold(attachment: Attachment) -> None:
+    assert attachment.fold is not None
+    with torch.no_grad():
+        attachment.fold.write()
+
+
 @pytest.mark.parametrize("called", [True, False])
 @pytest.mark.parametrize("ranges", [[(0, 6)], [(0, 2)], [(4, 6)], [(4, 6), (0, 2)], [(0, 2), (2, 6)], [(2, 3)]])
 def test_rows_change_as_if_written_into_the_weight(called: bool, ranges: list[tuple[int, int]]) -> None:
@@ -61,13 +67,13 @@ def test_rows_change_as_if_written_into_the_weight(called: bool, ranges: list[tu
     for projection, delta in deltas.items():
         weight[projection.start : projection.stop] += delta.matrix.detach()
     expected = x @ weight.T + owner.layer.bias
-    handles, undo = apply_deltas(owner, deltas)
+    attachment = attach_deltas(Edits(owner), deltas)
     assert torch.allclose(owner(x, called), expected, rtol=0, atol=1e-12)
     owner(x, called).sum().backward()
     assert all(delta.matrix.grad.abs().min() > 0 for delta in deltas.values())
-    fold_deltas(owner, deltas)
-    for function in (*undo, *(handle.remove for handle in handles)):
-        function()
+    fold(attachment)
+    assert attachment.edits is not None
+    attachment.edits.remove()
     assert torch.equal(owner.layer.weight, weight)
     assert torch.allclose(owner(x, called), expected, rtol=0, atol=1e-12)
 
@@ -75,14 +81,14 @@ def test_rows_change_as_if_written_into_the_weight(called: bool, ranges: list[tu
 def test_1x1_convolutions() -> None:
     owner, x = Owner(nn.Conv2d(4, 6, 1)), torch.randn(2, 4, 3, 5, dtype=torch.float64)
     deltas = {Projection("layer", 0, 2): Dense(2, 4), Projection("layer", 3, 6): Dense(3, 4)}
-    assert [in_features(owner, projection) for projection in deltas] == [4, 4]
+    assert [weight_of(owner, projection).shape[1] for projection in deltas] == [4, 4]
     weight = owner.layer.weight.detach().clone()
     for projection, delta in deltas.items():
         weight[projection.start : projection.stop, :, 0, 0] += delta.matrix.detach()
     expected = torch.einsum("oi,bihw->bohw", weight[:, :, 0, 0], x) + owner.layer.bias[:, None, None]
-    apply_deltas(owner, deltas)
+    attachment = attach_deltas(Edits(owner), deltas)
     assert torch.allclose(owner(x, True), expected, rtol=0, atol=1e-12)
-    fold_deltas(owner, deltas)
+    fold(attachment)
     assert torch.equal(owner.layer.weight, weight)
 
 
@@ -124,7 +130,7 @@ def test_buffers_can_be_recomputed() -> None:
 def test_a_copy_recomputes_from_its_own_modules() -> None:
     owner = Owner(nn.Linear(4, 6))
     owner.remap_change = Dense(6, 4)
-    apply_deltas(owner, {Projection("layer", 0, 6, False): owner.remap_change})
+    attach_deltas(Edits(owner), {Projection("layer", 0, 6, False): owner.remap_change})
     twin, x = copy.deepcopy(owner), torch.randn(2, 4, dtype=torch.float64)
     before = owner(x, False).detach()
     with torch.no_grad():

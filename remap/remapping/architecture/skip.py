@@ -13,17 +13,15 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.anatomy import Anatomy, AttentionBlock, Block, ConvBlock, module_at
 from remap.backbones.model_folder import require_free, save_model_folder
-from remap.backbones.typed import submodule
 from remap.errors import BackboneError
 from remap.remapping.architecture.remove_blocks import take_out
 from remap.remapping.architecture.shrink import Shape
-from remap.tuning.attaching import Combined
-from remap.tuning.base import Attached, Method, Options, insert_module, inserted_parameters, is_inserted
-from remap.tuning.weights import registered, registered_at
+from remap.tuning.attached import Attached
+from remap.tuning.base import Attachment, Edits, Fold, Method, Options, TrainingHooks, is_inserted
+from remap.tuning.weights import registered
 
 _NAME = "remap_skip"
 
@@ -53,21 +51,23 @@ class Skip(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
-        gates: dict[str, _Gated] = {}
-        handles: list[RemovableHandle] = []
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
+        gates: list[_Gated] = []
+        edits = Edits(model)
         for block in anatomy.blocks:
             branches = _branches(model, block)
             parts = [branches] if self.config.gates == "block" else [[branch] for branch in branches]
             for number, part in enumerate(parts):
                 like = registered(module_at(model, branches[0].layers[0]), "weight")
-                gate = Gate().to(device=like.device, dtype=like.dtype)
-                path = f"{block.block}.{_NAME}{number or ''}"
-                insert_module(model, path, gate)
+                gate = edits.insert(f"{block.block}.{_NAME}{number or ''}", Gate(), like)
                 for branch in part:
-                    handles.append(module_at(model, branch.end).register_forward_hook(partial(_scale, gate)))
-                gates[path] = _Gated(block, tuple(part), sum(_multiply_adds(model, block, branch) for branch in part))
-        return _Attached(model, anatomy, gates, self.config.cost, handles)
+                    edits.after(branch.end, partial(_scale, gate))
+                work = sum(_multiply_adds(model, block, branch) for branch in part)
+                gates.append(_Gated(gate, block, tuple(part), work))
+        # The gate is behind all that other methods do with the last layer of a branch.
+        folds = all(branch.fold for gated in gates for branch in gated.branches)
+        fold = Fold(partial(_fold, model, gates), stage=4) if folds else None
+        return Attachment(edits, fold=fold, hooks=Gates(gates, anatomy, self.config.cost))
 
 
 class Gate(nn.Module):
@@ -94,67 +94,58 @@ class _Branch:
 class _Gated:
     """What one gate is for."""
 
+    gate: Gate
     block: Block
     branches: tuple[_Branch, ...]
     multiply_adds: int
 
 
-class _Attached(Attached):
-    fold_stage = 4  # the gate is behind all that other methods do with the last layer of a branch
+class Gates(TrainingHooks):
+    """All gates of a network: their price, and that none falls below 0."""
 
-    def __init__(
-        self, model: nn.Module, anatomy: Anatomy, gates: dict[str, _Gated], cost: float, handles: list[RemovableHandle]
-    ) -> None:
-        self.gates, self.cost = gates, cost
-        total = sum(gated.multiply_adds for gated in gates.values())
-        self.shares = {path: gated.multiply_adds / total for path, gated in gates.items()}
-        names = inserted_parameters(model, gates)
-        foldable = all(branch.fold for gated in gates.values() for branch in gated.branches)
-        super().__init__(
-            model, anatomy, trainable=names, no_decay=names, added=gates, handles=handles, mergeable=foldable
-        )
-
-    def _gate(self, path: str) -> nn.Parameter:
-        return submodule(self.model, path, Gate).gate
+    def __init__(self, gates: Sequence[_Gated], anatomy: Anatomy, cost: float) -> None:
+        self.gates, self.anatomy, self.cost = gates, anatomy, cost
+        total = sum(gated.multiply_adds for gated in gates)
+        self.shares = [gated.multiply_adds / total for gated in gates]
 
     def penalty(self) -> Tensor:
-        gates = {path: self._gate(path).float() for path in self.shares}
-        open_share = reduce(torch.add, (share * gates[path] for path, share in self.shares.items()))
-        squares = reduce(torch.add, (share * gates[path].square() for path, share in self.shares.items()))
+        gates = [gated.gate.gate.float() for gated in self.gates]
+        open_share = reduce(torch.add, (share * gate for share, gate in zip(self.shares, gates, strict=True)))
+        squares = reduce(torch.add, (share * gate.square() for share, gate in zip(self.shares, gates, strict=True)))
         # All closed, nothing is open: 0 / tiny stays 0.
         return self.cost * open_share.square() / squares.clamp_min(torch.finfo(torch.float32).tiny)
 
     @torch.no_grad()
     def after_step(self, step: int, total: int) -> None:
-        for path in self.gates:
-            self._gate(path).clamp_(min=0.0)
+        for gated in self.gates:
+            gated.gate.gate.clamp_(min=0.0)
 
     def openness(self) -> list[float]:
-        """Return the largest gate of every block of the network."""
-        found = dict.fromkeys((block.block for block in self.anatomy.blocks), 0.0)
-        for path, gated in self.gates.items():
-            found[gated.block.block] = max(found[gated.block.block], self._gate(path).item())
-        return list(found.values())
-
-    def _fold(self) -> None:
-        for path, gated in self.gates.items():
-            for branch in gated.branches:
-                for tensor in (registered_at(self.model, f"{branch.fold}.{word}") for word in ("weight", "bias")):
-                    if tensor is not None:
-                        tensor.mul_(self._gate(path))
+        """Return the largest of its gates for every block of the network."""
+        largest = dict.fromkeys((block.block for block in self.anatomy.blocks), 0.0)
+        for gated in self.gates:
+            largest[gated.block.block] = max(largest[gated.block.block], gated.gate.gate.item())
+        return list(largest.values())
 
 
-def gates_of(attached: Attached) -> _Attached:
-    """Return the gates of ``skip`` or of a combination with it.
+def _fold(model: nn.Module, gates: Sequence[_Gated]) -> None:
+    for gated in gates:
+        for branch in gated.branches:
+            assert branch.fold is not None
+            for tensor in module_at(model, branch.fold).parameters(recurse=False):
+                tensor.mul_(gated.gate.gate)
+
+
+def gates_of(attached: Attached) -> Gates:
+    """The gates of ``skip`` or of a combination with it.
 
     Raises:
         BackboneError: There are none.
     """
-    parts = attached.parts if isinstance(attached, Combined) else [attached]
-    found = [part for part in parts if isinstance(part, _Attached)]
-    if not found:
-        raise BackboneError("this network has no gates", do="tune it with --method skip, alone or combined")
-    return found[0]
+    for member in attached.methods.values():
+        if isinstance(member.hooks, Gates):
+            return member.hooks
+    raise BackboneError("this network has no gates", do="tune it with --method skip, alone or combined")
 
 
 def save_remaining(attached: Attached, folder: Path, threshold: float = 0.05, classes: Sequence[str] = ()) -> list[int]:
@@ -226,7 +217,7 @@ def _end_of(model: nn.Module, block: ConvBlock) -> str | None:
     last = module_at(model, block.branch_end)
     norms = [path for path in block.norms if path.rpartition(".")[0] == block.block]
     end = block.branch_end if block.branch_end in norms else None if list(last.parameters()) else norms[-1]
-    return end if end is not None and registered(module_at(model, end), "weight") is not None else None
+    return end if end is not None and module_at(model, end)._parameters.get("weight") is not None else None
 
 
 def _multiply_adds(model: nn.Module, block: Block, branch: _Branch) -> int:

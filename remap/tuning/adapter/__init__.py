@@ -1,104 +1,92 @@
 """Category 3 of the survey, adapter tuning: small modules inside or beside the frozen blocks."""
 
-from remap.tuning.entry import MethodEntry
+from functools import partial
+
+from remap.tuning.entry import D, L, MethodEntry
 
 _BLOCKS = frozenset({"attention"})
+_row = partial(MethodEntry, category="adapter")
+# Parameters of a bottleneck of 8, with biases.
+_BOTTLENECK = 2 * D * 8 + 8 + D
 
 ROWS = [
-    MethodEntry(
+    _row(
         name="houlsby",
         target="remap.tuning.adapter.sequential:Houlsby",
-        category="adapter",
         summary="a bottleneck after attention and after the MLP",
         paper="Houlsby et al. 2019, arXiv 1902.00751",
         trains="2*L*(2*D*r + r + D)",
-        vit_base=313_536,
+        vit_base=2 * L * _BOTTLENECK,
         mergeable=False,
-        lr=1e-2,
         needs=_BLOCKS,
     ),
-    MethodEntry(
+    _row(
         name="pfeiffer",
         target="remap.tuning.adapter.sequential:Pfeiffer",
-        category="adapter",
         summary="a bottleneck after the MLP",
         paper="Pfeiffer et al. 2020, arXiv 2005.00247",
         trains="L*(2*D*r + r + D)",
-        vit_base=156_768,
+        vit_base=L * _BOTTLENECK,
         mergeable=False,
-        lr=1e-2,
         needs=_BLOCKS,
     ),
-    MethodEntry(
+    _row(
         name="adapter_plus",
         target="remap.tuning.adapter.sequential:AdapterPlus",
-        category="adapter",
         summary="a bottleneck with learned channel scale after every block",
         paper="Steitz and Roth 2024, arXiv 2406.06820",
         trains="L*(2*D*r + r + 2*D)",
-        vit_base=165_984,
+        vit_base=L * (_BOTTLENECK + D),
         mergeable=False,
-        lr=1e-2,
         needs=_BLOCKS,
     ),
-    MethodEntry(
+    _row(
         name="adaptformer",
         target="remap.tuning.adapter.adaptformer:AdaptFormer",
-        category="adapter",
         summary="a bottleneck beside every MLP",
         paper="Chen et al. 2022, arXiv 2205.13535",
         trains="L*(2*D*r + r + D)",
-        vit_base=1_189_632,
+        vit_base=L * (2 * D * 64 + 64 + D),
         mergeable=False,
-        lr=1e-2,
         needs=_BLOCKS,
     ),
-    MethodEntry(
+    _row(
         name="convpass",
         target="remap.tuning.adapter.convpass:Convpass",
-        category="adapter",
         summary="a convolutional bottleneck beside attention and MLP",
         paper="Jie and Deng 2022, arXiv 2207.07039",
         trains="2*L*(2*D*r + 9*r*r + 2*r + D)",
-        vit_base=327_552,
+        vit_base=2 * L * (2 * D * 8 + 9 * 8 * 8 + 2 * 8 + D),
         mergeable=False,
-        lr=1e-2,
         needs=_BLOCKS,
     ),
-    MethodEntry(
+    _row(
         name="repadapter",
         target="remap.tuning.adapter.repadapter:RepAdapter",
-        category="adapter",
         summary="a linear bottleneck in front of attention and MLP",
         paper="Luo et al. 2023, arXiv 2302.08106",
         trains="2*L*(D*r + r + D*r/g + D), g groups",
-        vit_base=239_808,
-        mergeable=True,
-        lr=1e-2,
+        vit_base=2 * L * (D * 8 + 8 + D * 8 // 2 + D),
         needs=_BLOCKS,
     ),
-    MethodEntry(
+    _row(
         name="residual_adapter",
         target="remap.tuning.adapter.residual:ResidualAdapter",
-        category="adapter",
         summary="a 1x1 convolution beside or after every spatial one, and its norm",
         paper="Rebuffi et al. 2018, arXiv 1803.10082",
         trains="sum over convolutions of c_in*c_out/g + norms, g groups",
         vit_base=None,
-        mergeable=True,
         lr=3e-3,
         needs=frozenset({"convolutions"}),
     ),
-    MethodEntry(
+    _row(
         name="lst",
         target="remap.tuning.adapter.lst:LadderSideTuning",
-        category="adapter",
         summary="a narrow transformer that climbs beside the frozen one",
         paper="Sung et al. 2022, arXiv 2206.06522",
         trains="L*(12*d*d + 13*d) + (L + 1)*(D*d + d) + d*D + D, d = D/r",
-        vit_base=2_376_288,
+        vit_base=L * (12 * 96**2 + 13 * 96) + (L + 1) * (D * 96 + 96) + 96 * D + D,
         mergeable=False,
-        lr=1e-2,
         needs=frozenset({"sequence"}),
         unchanged=frozenset({"attention", "tokens"}),
         alone=True,

@@ -8,11 +8,10 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
-from remap.backbones.anatomy import Anatomy, module_at
+from remap.backbones.anatomy import Anatomy
 from remap.tuning.adapter.bottleneck import Beside, Bottleneck, insert_adapter
-from remap.tuning.base import Attached, Method, Options, attached_modules
+from remap.tuning.base import Attachment, Edits, Method, Options
 
 
 class AdaptFormer(Method):
@@ -34,15 +33,14 @@ class AdaptFormer(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
-        added: list[str] = []
-        handles: list[RemovableHandle] = []
-        for site, block in enumerate(anatomy.blocks):
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
+        edits = Edits(model)
+        for site, block in enumerate(anatomy.attention_blocks):
             adapter = ParallelBottleneck(block.width, self.config, site)
-            added.append(insert_adapter(model, block, "remap_adaptformer", adapter, block.fc1))
-            handles.append(module_at(model, block.norm2).register_forward_pre_hook(adapter.keep_input))
-            handles.append(module_at(model, block.mlp_branch_end).register_forward_hook(adapter.add_to_branch))
-        return attached_modules(model, anatomy, added, handles)
+            insert_adapter(edits, block, "remap_adaptformer", adapter)
+            edits.before(block.norm2, adapter.keep_input)
+            edits.after(block.mlp_branch_end, adapter.add_to_branch)
+        return Attachment(edits)
 
 
 class ParallelBottleneck(Beside, Bottleneck):

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from remap.backbones.anatomy import Block, module_at
-from remap.tuning.base import insert_module
+from remap.backbones.anatomy import AttentionBlock
+from remap.tuning.base import Edits, Kind
 from remap.tuning.dropout import SampleDropout
-from remap.tuning.weights import registered
+from remap.tuning.weights import registered_at
 
 
 class Bottleneck(nn.Module):
@@ -57,7 +57,7 @@ class Beside(nn.Module):
 
     def add_to_branch(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Forward hook of the branch's last module, behind LayerScale and drop-path."""
-        # Let go before running: checkpointing may leave the adapter early, by an exception of its own.
+        # Drop it before running: checkpointing may leave the adapter early, by raising an exception.
         kept, self._kept = self._kept, None
         return output + self(kept)
 
@@ -66,13 +66,6 @@ class Beside(nn.Module):
         return {**self.__dict__, "_kept": None}
 
 
-def insert_adapter(model: nn.Module, block: Block, name: str, adapter: nn.Module, like: str) -> str:
-    """Put an adapter into a block, on the device and in the dtype of the layer at ``like``.
-
-    Returns:
-        Its path.
-    """
-    weight = registered(module_at(model, like), "weight")
-    path = f"{block.block}.{name}"
-    insert_module(model, path, adapter.to(device=weight.device, dtype=weight.dtype))
-    return path
+def insert_adapter(edits: Edits, block: AttentionBlock, name: str, adapter: Kind) -> Kind:
+    """Put an adapter into a block, on the device and in the dtype of its first linear layer; return it."""
+    return edits.insert(f"{block.block}.{name}", adapter, registered_at(edits.model, f"{block.fc1}.weight"))

@@ -10,20 +10,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
-from remap.backbones.anatomy import Anatomy, module_at
+from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
 from remap.tuning.adapter.bottleneck import Beside, insert_adapter
-from remap.tuning.base import Attached, Method, Options, attached_modules
+from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.dropout import SampleDropout
 
 
 class Convpass(Method):
-    """x + attn(n) + s * up(dropout(act(conv3x3(act(down(n)))))) with n = norm1(x), and the same beside the MLP with
-    norm2; act is QuickGELU: 2*L*(2*D*r + 9*r*r + 2*r + D) parameters.
+    """x + attn(n) + s * up(dropout(act(conv3x3(act(down(n)))))): 2*L*(2*D*r + 9*r*r + 2*r + D) parameters.
 
-    The sum stands outside LayerScale and drop-path.
+    n is norm1(x); the same stands beside the MLP, with norm2; act is QuickGELU. The sum is outside LayerScale and
+    drop-path.
     """
 
     class Config(Options):
@@ -38,25 +37,25 @@ class Convpass(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
-        added: list[str] = []
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
+        edits = Edits(model)
         size = partial(_require_size, anatomy.image_size)
-        handles: list[RemovableHandle] = [module_at(model, anatomy.input_module).register_forward_pre_hook(size)]
-        for block in anatomy.blocks:
+        edits.before(anatomy.input_module, size)
+        for block in anatomy.attention_blocks:
             branches = [("attn", block.norm1, block.attn_branch_end), ("mlp", block.norm2, block.mlp_branch_end)]
             for word, norm, end in branches if self.config.place == "block" else branches[:1]:
-                adapter = ConvBottleneck(block.width, block.grid, self.config, site=len(added))
-                added.append(insert_adapter(model, block, f"remap_convpass_{word}", adapter, block.fc1))
-                handles.append(module_at(model, norm).register_forward_hook(adapter.keep_output))
-                handles.append(module_at(model, end).register_forward_hook(adapter.add_to_branch))
-        return attached_modules(model, anatomy, added, handles)
+                adapter = ConvBottleneck(block.width, block.grid, self.config, site=len(edits.added))
+                insert_adapter(edits, block, f"remap_convpass_{word}", adapter)
+                edits.after(norm, adapter.keep_output)
+                edits.after(end, adapter.add_to_branch)
+        return Attachment(edits)
 
 
 class ConvBottleneck(Beside):
     """The adapter of one branch, (B, T, D) or (B, h, w, D) to the same shape.
 
-    The last h*w tokens are the patches, whatever stands in front of them. Every other token (class, registers,
-    prompts) is convolved as an image of one pixel: the other taps of the kernel see padding.
+    The last h*w tokens are the patches, with any number of tokens in front of them. Every other token (class,
+    registers, prompts) is convolved as an image of one pixel: the other taps of the kernel see padding.
     """
 
     def __init__(self, width: int, grid: tuple[int, int], config: Convpass.Config, site: int) -> None:
@@ -67,6 +66,7 @@ class ConvBottleneck(Beside):
         self.dropout = SampleDropout(config.dropout, site)
         self.up = nn.Linear(bottleneck, width)
         nn.init.xavier_uniform_(self.down.weight)
+        assert self.conv.bias is not None
         for zero in (self.down.bias, self.conv.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
         nn.init.dirac_(self.conv.weight)
@@ -86,7 +86,7 @@ class ConvBottleneck(Beside):
         return torch.cat([F.linear(hidden_BTr[:, :others], centre_rr, self.conv.bias), patches_BNr], dim=1)
 
 
-def _require_size(size: tuple[int, int], module: nn.Module, args: tuple) -> None:
+def _require_size(size: tuple[int, int], _module: nn.Module, args: tuple) -> None:
     """Forward pre-hook of the module that takes the image: which tokens are patches depends on its size.
 
     Raises:

@@ -12,9 +12,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remap.backbones.anatomy import Anatomy, module_at
+from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
-from remap.tuning.base import Attached, Method, Options, attached_modules, insert_module
+from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.seam import FeatureSeam
 
 _PATH = "remap_lst"
@@ -26,7 +26,7 @@ class LadderSideTuning(Method):
 
     h_0 is the input of the backbone's first block, h_i the output of its i-th; no gradient enters the backbone. A
     side block is a pre-norm transformer block of width d = D // ``reduction``, with an MLP of 4*d and without
-    position bias (the tokens carry their places). The classifier reads the side network alone:
+    position bias (the tokens carry their positions). The classifier reads the side network alone:
     y = up(norm(pool(s_L))), where the pool is the class token where the backbone's own classifier reads that (of
     distilled models each classifier reads its token), else the mean of the patches, and the norm has no weights
     (those of the paper's would be absorbed by ``up``).
@@ -48,7 +48,7 @@ class LadderSideTuning(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         if self.config.reduction > anatomy.width:
             raise BackboneError(
                 "the side network would have no width",
@@ -56,16 +56,15 @@ class LadderSideTuning(Method):
                 allowed=f"1 to {anatomy.width}, the backbone's width",
             )
         like = next(model.parameters())
-        ladder = Ladder(anatomy, self.config).to(device=like.device, dtype=like.dtype)
-        insert_module(model, _PATH, ladder)
-        blocks = [module_at(model, paths.block) for paths in anatomy.blocks]
-        handles = [blocks[0].register_forward_pre_hook(ladder.start)]
-        handles += [block.register_forward_hook(partial(ladder.step, i)) for i, block in enumerate(blocks, start=1)]
+        edits = Edits(model)
+        ladder = edits.insert(_PATH, Ladder(anatomy, self.config), like)
+        edits.before(anatomy.blocks[0].block, ladder.start)
+        for index, block in enumerate(anatomy.blocks, start=1):
+            edits.after(block.block, partial(ladder.step, index))
         for number, path in enumerate(anatomy.classifier_heads):
             last = path == anatomy.classifier_heads[-1]
-            handles.append(module_at(model, path).register_forward_pre_hook(partial(ladder.replace, number, last)))
-        seam = LadderSeam(model, anatomy, ladder)
-        return attached_modules(model, anatomy, [_PATH], handles, identity_at_init=False, seam=seam)
+            edits.before(path, partial(ladder.replace, number, last))
+        return Attachment(edits, identity_at_init=False, seam=LadderSeam(model, anatomy, ladder))
 
 
 class Ladder(nn.Module):
@@ -93,7 +92,7 @@ class Ladder(nn.Module):
         self._side_BTd: Tensor | None = None
 
     def forward(self, rungs: Mapping[int, Tensor]) -> Tensor:
-        """The side tokens (B, T, d) from all L + 1 rungs of that shape."""
+        """Return the side tokens (B, T, d) from all L + 1 rungs of that shape."""
         side_BTd = rungs[0]
         for index, block in enumerate(self.blocks):
             gate = 0.5 if self.gates is None else (self.gates[index] / TEMPERATURE).sigmoid()
@@ -154,7 +153,7 @@ class SideBlock(nn.Module):
 
 
 def num_heads(width: int, head_dim: int) -> int:
-    """The divisor of ``width`` that brings the heads' width closest to ``head_dim``, the larger one of two."""
+    """Return the divisor of ``width`` that brings the heads' width closest to ``head_dim``, the larger one of two."""
     divisors = [heads for heads in range(1, width + 1) if width % heads == 0]
     return min(divisors, key=lambda heads: (abs(width // heads - head_dim), -heads))
 
@@ -168,7 +167,8 @@ class LadderSeam(FeatureSeam):
 
     @torch.no_grad()
     def stem(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        self.ladder.kept = kept = {}
+        kept: dict[str, Tensor] = {}
+        self.ladder.kept = kept
         try:
             super().stem(images_BCHW)
         finally:
@@ -178,6 +178,6 @@ class LadderSeam(FeatureSeam):
     def rest(self, kept: Mapping[str, Tensor], images_BCHW: Tensor | None, *, whole_blocks: bool) -> Tensor:
         downs = self.ladder.downs
         self.ladder.rungs = {index: down(kept[f"tokens.{index}"]) for index, down in enumerate(downs)}
-        # The ladder replaces whatever the classifier is given.
+        # The ladder replaces what the classifier is given.
         ignored = kept["tokens.0"][:, 0]
         return super().rest(dict.fromkeys(self.anatomy.classifier_heads, ignored), images_BCHW, whole_blocks=False)

@@ -4,30 +4,28 @@ Letters: D width, r bottleneck, g groups, o output features of the layers that r
 batch and tokens, (B, T) or (B, H, W).
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.anatomy import Anatomy, AttentionBlock, Projection, module_at
 from remap.errors import BackboneError
 from remap.tuning.adapter.bottleneck import insert_adapter
-from remap.tuning.base import Attached, Method, Options, inserted_parameters, vectors
+from remap.tuning.base import Attachment, Edits, Fold, Method, Options
 from remap.tuning.dropout import SampleDropout
-from remap.tuning.weights import registered
+from remap.tuning.weights import own_bias, registered_at, weight_of
 
 
 class RepAdapter(Method):
-    """n + s * (B dropout(A n + a) + b) in place of every norm's output n, A dense and B in g groups:
-    2*L*(D*r + r + D*r/g + D) parameters.
+    """n + s * (B dropout(A n + a) + b) in place of every norm's output n: 2*L*(D*r + r + D*r/g + D) parameters.
 
-    Where neither the layers behind a norm nor the norm itself have biases, a and b could not be folded and are left
-    out (D + r fewer).
+    A is dense, B in g groups. Where neither the layers behind a norm nor the norm itself have biases, a and b could not
+    be folded and are left out (D + r fewer).
     """
 
     class Config(Options):
@@ -49,7 +47,7 @@ class RepAdapter(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         for block in anatomy.blocks:
             if block.width % self.config.groups:
                 raise BackboneError(
@@ -58,27 +56,29 @@ class RepAdapter(Method):
                     do="choose another number of groups",
                 )
         sites: list[Site] = []
-        handles: list[RemovableHandle] = []
-        for block in anatomy.blocks:
+        edits = Edits(model)
+        for block in anatomy.attention_blocks:
             for word, norm, readers in _inputs(block)[: 2 if self.config.place == "block" else 1]:
                 # Window transformers pad the norm's output with zeros, which a bias of the layers would reach as well.
-                in_layers = "sequence" in anatomy.parts and all(_bias(model, r) is not None for r in readers)
-                has_bias = in_layers or getattr(module_at(model, norm), "bias", None) is not None
+                in_layers = "sequence" in anatomy.parts and all(own_bias(model, r) is not None for r in readers)
+                has_bias = in_layers or module_at(model, norm)._parameters.get("bias") is not None
                 adapter = LinearBottleneck(block.width, self.config, has_bias, site=len(sites))
-                path = insert_adapter(model, block, f"remap_repadapter_{word}", adapter, block.fc1)
-                handles.append(module_at(model, norm).register_forward_hook(adapter.change_output))
-                sites.append(Site(path, norm, readers, in_layers))
-        return RepAttached(model, anatomy, sites, handles)
+                insert_adapter(edits, block, f"remap_repadapter_{word}", adapter)
+                edits.after(norm, adapter.change_output)
+                sites.append(Site(adapter, edits.added[-1], norm, readers, in_layers))
+        fold = Fold(partial(_fold, model, sites), stage=3, check=partial(_require_exact_fold, sites))
+        return Attachment(edits, fold=fold)
 
 
 @dataclass(frozen=True)
 class Site:
-    """An adapter, the norm it stands behind, and the projections that read it.
+    """An adapter and its path, the norm it stands behind, and the projections that read it.
 
     ``in_layers``: all of these have a bias that can take the adapter's; else it goes into the norm's.
     """
 
-    adapter: str
+    adapter: "LinearBottleneck"
+    path: str
     norm: str
     readers: tuple[Projection, ...]
     in_layers: bool
@@ -99,7 +99,7 @@ class LinearBottleneck(nn.Module):
                 nn.init.zeros_(zero)
 
     def dense_up(self) -> Tensor:
-        """(D, r): group i of the outputs reads group i of the bottleneck."""
+        """Return (D, r): group i of the outputs reads group i of the bottleneck."""
         return torch.block_diag(*self.up.weight.chunk(self.groups))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,87 +110,64 @@ class LinearBottleneck(nn.Module):
         return output + self(output)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """U (D, r), A (r, D) and c (D,) in float64 with x + adapter(x) = x + U A x + c."""
+        """Return U (D, r), A (r, D) and c (D,) in float64 with x + adapter(x) = x + U A x + c."""
         up_Dr, down_rD = self.scale * self.dense_up().double(), self.down.weight.double()
         if self.up.bias is None:
             return up_Dr, down_rD, None
         return up_Dr, down_rD, up_Dr @ self.down.bias.double() + self.scale * self.up.bias.double()
 
 
-class RepAttached(Attached):
-    """Folds W (x + U A x + c) + b into W' x + b': W' = W + W U A, b' = b + W c."""
+def _fold(model: nn.Module, sites: list[Site]) -> None:
+    """Write W (x + U A x + c) + b as W' x + b': W' = W + W U A, b' = b + W c."""
+    for site in sites:
+        shift_D = _shift_of_norm(site)
+        up_Dr, down_rD, constant_D = site.adapter.factors()
+        for reader in site.readers:
+            weight_oD = weight_of(model, reader)[reader.rows]
+            if constant_D is not None and site.in_layers:
+                bias = own_bias(model, reader)
+                assert bias is not None
+                bias_o = bias[reader.bias_start : reader.bias_start + reader.stop - reader.start]
+                bias_o.copy_(bias_o.double() + weight_oD.double() @ constant_D)
+            weight_oD.copy_(weight_oD.double() + weight_oD.double() @ up_Dr @ down_rD)
+        if shift_D is not None:
+            bias_D = registered_at(model, f"{site.norm}.bias")
+            bias_D.copy_(bias_D.double() + shift_D)
 
-    fold_stage = 3
 
-    def __init__(
-        self, model: nn.Module, anatomy: Anatomy, sites: list[Site], handles: Iterable[RemovableHandle]
-    ) -> None:
-        self.sites = sites
-        added = [site.adapter for site in sites]
-        parameters = inserted_parameters(model, added)
-        super().__init__(
-            model,
-            anatomy,
-            trainable=parameters,
-            no_decay=vectors(parameters),
-            mergeable=True,
-            added=added,
-            handles=handles,
+def _require_exact_fold(sites: list[Site]) -> None:
+    for site in sites:
+        _shift_of_norm(site)
+
+
+def _shift_of_norm(site: Site) -> Tensor | None:
+    """Return (I + U A)^-1 c: what the norm's bias must grow by so that the folded layers see c without their own bias.
+
+    Exact also where the keys have no bias and are rotated, so that a constant in them would matter.
+
+    Raises:
+        BackboneError: Rounding would make it inexact.
+    """
+    up_Dr, down_rD, constant_D = site.adapter.factors()
+    if site.in_layers or constant_D is None:
+        return None
+    # The inverse by Woodbury's identity, I - U (I + A U)^-1 A.
+    system_rr = torch.eye(len(down_rD), dtype=torch.float64, device=up_Dr.device) + down_rD @ up_Dr
+    solved_r, singular = torch.linalg.solve_ex(system_rr, down_rD @ constant_D)
+    shift_D = constant_D - up_Dr @ solved_r
+    # A bias far larger than what it stands for would lose it to rounding.
+    if singular or not shift_D.norm() <= 100 * constant_D.norm():
+        raise BackboneError(
+            "the adapter's bias cannot be folded exactly: only the norm's bias could take it, and the adapter "
+            "removes a direction of the norm's output",
+            given=site.path,
+            do="keep the task files: they reload the tuned model exactly",
         )
-
-    def _check_fold(self) -> None:
-        for site in self.sites:
-            self._shift_of_norm(site)
-
-    def _fold(self) -> None:
-        for site in self.sites:
-            shift_D = self._shift_of_norm(site)
-            up_Dr, down_rD, constant_D = module_at(self.model, site.adapter).factors()
-            for reader in site.readers:
-                weight_oD = registered(module_at(self.model, reader.path), "weight")[reader.rows]
-                if constant_D is not None and site.in_layers:
-                    bias_o = _bias(self.model, reader)
-                    bias_o.copy_(bias_o.double() + weight_oD.double() @ constant_D)
-                weight_oD.copy_(weight_oD.double() + weight_oD.double() @ up_Dr @ down_rD)
-            if shift_D is not None:
-                bias_D = registered(module_at(self.model, site.norm), "bias")
-                bias_D.copy_(bias_D.double() + shift_D)
-
-    def _shift_of_norm(self, site: Site) -> Tensor | None:
-        """(I + U A)^-1 c: what the norm's bias must grow by so that the folded layers see c without a bias of theirs.
-
-        Exact also where the keys have no bias and are rotated, so that a constant in them would matter.
-        """
-        up_Dr, down_rD, constant_D = module_at(self.model, site.adapter).factors()
-        if site.in_layers or constant_D is None:
-            return None
-        # The inverse by Woodbury's identity, I - U (I + A U)^-1 A.
-        system_rr = torch.eye(len(down_rD), dtype=torch.float64, device=up_Dr.device) + down_rD @ up_Dr
-        solved_r, singular = torch.linalg.solve_ex(system_rr, down_rD @ constant_D)
-        shift_D = constant_D - up_Dr @ solved_r
-        # A bias far larger than what it stands for would lose it to rounding.
-        if singular or not shift_D.norm() <= 100 * constant_D.norm():
-            raise BackboneError(
-                "the adapter's bias cannot be folded exactly: only the norm's bias could take it, and the adapter "
-                "removes a direction of the norm's output",
-                given=site.adapter,
-                do="keep the task files: they reload the tuned model exactly",
-            )
-        return shift_D
+    return shift_D
 
 
 def _inputs(block: AttentionBlock) -> list[tuple[str, str, tuple[Projection, ...]]]:
-    """The two norms of a block, each with the projections that read it."""
+    """Return the two norms of a block, each with the projections that read it."""
     linears = block.projections
     hidden = tuple(linears[word] for word in ("fc1", "fc1_gate") if word in linears)
     return [("attn", block.norm1, (linears["q"], linears["k"], linears["v"])), ("mlp", block.norm2, hidden)]
-
-
-def _bias(model: nn.Module, projection: Projection) -> Tensor | None:
-    """The projection's rows of its bias; None also where that is a buffer, which a state dict may leave out."""
-    if projection.bias is None:
-        return None
-    parent, _, name = projection.bias.rpartition(".")
-    tensor = registered(module_at(model, parent), name)
-    start = projection.bias_start
-    return tensor[start : start + projection.stop - projection.start] if isinstance(tensor, nn.Parameter) else None

@@ -3,17 +3,15 @@
 Letters: B batch, H and W rows and columns, i input and o output channels, G groups.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from remap.backbones.anatomy import Anatomy, ConvSite, module_at
-from remap.tuning.adapter.bottleneck import insert_adapter
-from remap.tuning.base import Attached, Method, Options, inserted_parameters, vectors
+from remap.backbones.anatomy import Anatomy, ConvBlock, module_at
+from remap.tuning.base import Attachment, Edits, Fold, Method, Options
 from remap.tuning.weights import registered
 
 
@@ -41,28 +39,26 @@ class ResidualAdapter(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
-        cls = Parallel if self.config.place == "parallel" else Series
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
+        kind = Parallel if self.config.place == "parallel" else Series
         sites: list[Site] = []
-        handles: list[RemovableHandle] = []
+        edits = Edits(model)
+        norms: list[str] = []
         for block in anatomy.blocks:
-            for conv in block.convs:
+            for conv in block.convs if isinstance(block, ConvBlock) else ():
                 layer = module_at(model, conv.conv)
+                assert isinstance(layer, nn.Conv2d)
                 name = f"remap_residual_adapter_{conv.conv.rpartition('.')[2]}"
-                adapter = cls(layer, groups=1 if self.config.dense else layer.groups)
-                path = insert_adapter(model, block, name, adapter, conv.conv)
+                adapter = kind(layer, groups=1 if self.config.dense else layer.groups)
+                edits.insert(f"{block.block}.{name}", adapter, registered(layer, "weight"))
                 # In front of what others do with the output: a scale acts on the sum.
-                handles.append(layer.register_forward_hook(adapter.change_output, prepend=True))
-                sites.append(Site(path, conv))
-        return ResidualAttached(model, anatomy, sites, handles)
-
-
-@dataclass(frozen=True)
-class Site:
-    """The path of an adapter and the convolution it belongs to."""
-
-    adapter: str
-    conv: ConvSite
+                edits.after(conv.conv, adapter.change_output, first=True)
+                sites.append(Site(adapter, layer, None if conv.norm is None else module_at(model, conv.norm)))
+                norms += [] if conv.norm is None else [conv.norm]
+        of_norms = [f"{norm}.{name}" for norm in norms for name, _ in module_at(model, norm).named_parameters()]
+        folds = all(site.adapter.folds_into(site.layer, site.norm) for site in sites)
+        fold = Fold(partial(_fold, sites), stage=1) if folds else None
+        return Attachment(edits, trainable=[*edits.parameters(), *of_norms], tuned_modules=norms, fold=fold)
 
 
 class Parallel(nn.Module):
@@ -70,7 +66,8 @@ class Parallel(nn.Module):
 
     def __init__(self, layer: nn.Conv2d, groups: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(layer.in_channels, layer.out_channels, 1, layer.stride, groups=groups, bias=False)
+        down, right = layer.stride
+        self.conv = nn.Conv2d(layer.in_channels, layer.out_channels, 1, (down, right), groups=groups, bias=False)
         nn.init.zeros_(self.conv.weight)
 
     def change_output(self, layer: nn.Module, args: tuple, output_BoHW: Tensor) -> Tensor:
@@ -104,55 +101,37 @@ class Series(nn.Module):
         return self.conv.groups == layer.groups and takes_shift
 
     def fold(self, layer: nn.Conv2d, norm: nn.Module | None) -> None:
-        """With C bn(y) = M y - M m: the kernel's output channels are mixed by I + M, and -M m is a shift."""
-        groups, inverse_o = layer.groups, (self.norm.running_var.double() + self.norm.eps).rsqrt()
+        """Write C bn(y) = M y - M m into the layer: its output channels are mixed by I + M, and -M m is a shift."""
+        mean_o, variance_o = self.norm.running_mean, self.norm.running_var
+        assert mean_o is not None and variance_o is not None
+        groups, inverse_o = layer.groups, (variance_o.double() + self.norm.eps).rsqrt()
         mix_Goo = self.conv.weight.double().unflatten(0, (groups, -1)).flatten(2)
         mix_Goo = mix_Goo * inverse_o.unflatten(0, (groups, 1, -1))
 
         def mixed(tensor: Tensor) -> Tensor:
-            """M applied to the first dimension."""
+            """Apply M to the first dimension."""
             return (mix_Goo @ tensor.double().reshape(*mix_Goo.shape[:2], -1)).view_as(tensor)
 
-        shift_o = -mixed(self.norm.running_mean)
+        shift_o = -mixed(mean_o)
         weight = registered(layer, "weight")
         weight.copy_(weight.double() + mixed(weight))
         if layer.bias is not None:
             bias = registered(layer, "bias")
             bias.copy_(bias.double() + mixed(bias) + shift_o)
         else:
+            assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
             norm.running_mean.copy_(norm.running_mean.double() - shift_o)
 
 
-class ResidualAttached(Attached):
-    """Trains the adapters and the norms behind their convolutions."""
+@dataclass(frozen=True)
+class Site:
+    """An adapter, the convolution it belongs to, and the norm behind that (None where none follows directly)."""
 
-    fold_stage = 1
-
-    def __init__(
-        self, model: nn.Module, anatomy: Anatomy, sites: list[Site], handles: Iterable[RemovableHandle]
-    ) -> None:
-        self.sites = sites
-        added = [site.adapter for site in sites]
-        norms = [site.conv.norm for site in sites if site.conv.norm is not None]
-        parameters = inserted_parameters(model, added)
-        of_norms = {f"{norm}.{name}": p for norm in norms for name, p in module_at(model, norm).named_parameters()}
-        super().__init__(
-            model,
-            anatomy,
-            trainable=[*parameters, *of_norms],
-            no_decay=vectors({**parameters, **of_norms}),
-            mergeable=all(
-                module_at(model, site.adapter).folds_into(*_layer_and_norm(model, site.conv)) for site in sites
-            ),
-            tuned_modules=norms,
-            added=added,
-            handles=handles,
-        )
-
-    def _fold(self) -> None:
-        for site in self.sites:
-            module_at(self.model, site.adapter).fold(*_layer_and_norm(self.model, site.conv))
+    adapter: Parallel | Series
+    layer: nn.Conv2d
+    norm: nn.Module | None
 
 
-def _layer_and_norm(model: nn.Module, conv: ConvSite) -> tuple[nn.Conv2d, nn.Module | None]:
-    return module_at(model, conv.conv), module_at(model, conv.norm) if conv.norm is not None else None
+def _fold(sites: list[Site]) -> None:
+    for site in sites:
+        site.adapter.fold(site.layer, site.norm)

@@ -7,20 +7,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
-from remap.backbones.anatomy import Anatomy, AttentionBlock, module_at
+from remap.backbones.anatomy import Anatomy, AttentionBlock
 from remap.tuning.adapter.bottleneck import Bottleneck, insert_adapter
-from remap.tuning.base import Attached, Method, Options, attached_modules
+from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.dropout import SampleDropout
 
 
 class Houlsby(Method):
-    """h + A(h) on the output h of attention and of the MLP, before it is added to the stream (arXiv 1902.00751,
-    figure 2): 2*L*(2*D*r + r + D) parameters.
+    """h + A(h) on the output h of attention and of the MLP (arXiv 1902.00751): 2*L*(2*D*r + r + D) parameters.
 
-    h is taken after LayerScale and drop-path. Where the paper starts close to the identity, this starts at it. The
-    norms, which the paper trains too, stay frozen: "houlsby+norm" trains them.
+    That is before h is added to the stream (figure 2). h is taken after LayerScale and drop-path. Where the paper
+    starts close to the identity, this starts at it. The norms, which the paper trains too, stay frozen: "houlsby+norm"
+    trains them.
     """
 
     class Config(Options):
@@ -30,15 +29,13 @@ class Houlsby(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
-        added: list[str] = []
-        handles: list[RemovableHandle] = []
-        for block in anatomy.blocks:
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
+        edits = Edits(model)
+        for block in anatomy.attention_blocks:
             for word, end in (("attn", block.attn_branch_end), ("mlp", block.mlp_branch_end)):
                 adapter = InSeries(block.width, self.config.bottleneck)
-                added.append(insert_adapter(model, block, f"remap_houlsby_{word}", adapter, block.fc1))
-                handles.append(module_at(model, end).register_forward_hook(adapter.change_output))
-        return attached_modules(model, anatomy, added, handles)
+                edits.after(end, insert_adapter(edits, block, f"remap_houlsby_{word}", adapter).change_output)
+        return Attachment(edits)
 
 
 class Pfeiffer(Method):
@@ -58,14 +55,12 @@ class Pfeiffer(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
-        added: list[str] = []
-        handles: list[RemovableHandle] = []
-        for block in anatomy.blocks:
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
+        edits = Edits(model)
+        for block in anatomy.attention_blocks:
             adapter = InSeries(block.width, self._bottleneck(block))
-            added.append(insert_adapter(model, block, "remap_pfeiffer", adapter, block.fc1))
-            handles.append(module_at(model, block.mlp_branch_end).register_forward_hook(adapter.change_output))
-        return attached_modules(model, anatomy, added, handles)
+            edits.after(block.mlp_branch_end, insert_adapter(edits, block, "remap_pfeiffer", adapter).change_output)
+        return Attachment(edits)
 
     def _bottleneck(self, block: AttentionBlock) -> int:
         reduction = self.config.reduction
@@ -73,11 +68,10 @@ class Pfeiffer(Method):
 
 
 class AdapterPlus(Method):
-    """y + s * A(y) on the output y of every block, with a learned scale s a channel that starts at 1
-    (arXiv 2406.06820): L*(2*D*r + r + 2*D) parameters.
+    """y + s * A(y) on the output y of every block (arXiv 2406.06820): L*(2*D*r + r + 2*D) parameters.
 
-    The paper draws both projections from the same narrow normal distribution; here ``up`` is zero, so that tuning
-    starts at the pretrained network.
+    s is a learned scale a channel, which starts at 1. The paper draws both projections from the same narrow normal
+    distribution; here ``up`` is zero, so that tuning starts at the pretrained network.
     """
 
     class Config(Options):
@@ -90,17 +84,15 @@ class AdapterPlus(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
-        added: list[str] = []
-        handles: list[RemovableHandle] = []
-        for site, block in enumerate(anatomy.blocks):
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
+        edits = Edits(model)
+        for site, block in enumerate(anatomy.attention_blocks):
             adapter = ChannelScaled(block.width, self.config.bottleneck, self.config.drop_path, site)
-            added.append(insert_adapter(model, block, "remap_adapter_plus", adapter, block.fc1))
-            # In front of hooks that cut prompts from the block's output: whatever the order of attaching, the adapter
+            insert_adapter(edits, block, "remap_adapter_plus", adapter)
+            # In front of hooks that cut prompts from the block's output: in every order of attaching, the adapter
             # is part of the block.
-            whole = module_at(model, block.block)
-            handles.append(whole.register_forward_hook(adapter.change_output, prepend=True))
-        return attached_modules(model, anatomy, added, handles)
+            edits.after(block.block, adapter.change_output, first=True)
+        return Attachment(edits)
 
 
 class InSeries(Bottleneck):

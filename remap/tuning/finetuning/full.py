@@ -1,23 +1,30 @@
 """Full fine-tuning: the reference point every parameter-efficient method is measured against."""
 
+from typing import Protocol, runtime_checkable
+
 from torch import nn
 
 from remap.backbones.anatomy import Anatomy
-from remap.tuning.base import Attached, Method, names_where
+from remap.tuning.base import IN_PLACE, Attachment, Method, names_where
 
 
 class Full(Method):
     """Train every weight of the backbone."""
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
-        names = names_where(model, anatomy, lambda name, p: True)
-        exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
+        names = names_where(model, anatomy, lambda _name: True)
+        exempt = set(model.no_weight_decay()) if isinstance(model, _ExemptsParameters) else set()
         parameters = dict(model.named_parameters())
-        return Attached(
-            model,
-            anatomy,
+        return Attachment(
             trainable=names,
             no_decay=[name for name in names if parameters[name].ndim <= 1 or name in exempt],
-            mergeable=True,
             tuned_modules=[""],
+            fold=IN_PLACE,
         )
+
+
+@runtime_checkable
+class _ExemptsParameters(Protocol):
+    """A timm model that names parameters which weight decay must leave alone."""
+
+    def no_weight_decay(self) -> set[str]: ...

@@ -3,12 +3,12 @@
 from torch import nn
 
 from remap.backbones.anatomy import Anatomy
-from remap.tuning.base import Attached, Method
+from remap.tuning.base import IN_PLACE, Attachment, Method
 from remap.tuning.seam import FeatureSeam
 
 
 class Linear(Method):
     """Train nothing but the head."""
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
-        return Attached(model, anatomy, trainable=(), mergeable=True, seam=FeatureSeam(model, anatomy))
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
+        return Attachment(trainable=(), fold=IN_PLACE, seam=FeatureSeam(model, anatomy))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remap.backbones.anatomy import Anatomy, module_at
-from remap.tuning.base import Attached, Method, Options, attached_modules, insert_module
+from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.dropout import SampleDropout
 from remap.tuning.seam import FeatureSeam
 
@@ -30,14 +30,14 @@ class MLP(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
-        heads = [module_at(model, path) for path in anatomy.classifier_heads]
-        like = heads[0].weight if isinstance(heads[0], nn.Linear) else next(model.parameters())
-        hidden = HiddenLayers(anatomy.width, self.config).to(device=like.device, dtype=like.dtype)
-        insert_module(model, _PATH, hidden)
-        handles = [head.register_forward_pre_hook(hidden.before_classifier) for head in heads]
-        seam = FeatureSeam(model, anatomy)
-        return attached_modules(model, anatomy, [_PATH], handles, identity_at_init=False, seam=seam)
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
+        head = module_at(model, anatomy.classifier_heads[0])
+        like = head.weight if isinstance(head, nn.Linear) else next(model.parameters())
+        edits = Edits(model)
+        hidden = edits.insert(_PATH, HiddenLayers(anatomy.width, self.config), like)
+        for path in anatomy.classifier_heads:
+            edits.before(path, hidden.before_classifier)
+        return Attachment(edits, identity_at_init=False, seam=FeatureSeam(model, anatomy))
 
 
 class HiddenLayers(nn.Module):
@@ -45,10 +45,11 @@ class HiddenLayers(nn.Module):
 
     def __init__(self, width: int, config: MLP.Config) -> None:
         super().__init__()
-        self.linears = nn.ModuleList(nn.Linear(width, width) for _ in range(config.num_layers))
+        linears = [nn.Linear(width, width) for _ in range(config.num_layers)]
+        self.linears = nn.ModuleList(linears)
         self.norms = nn.ModuleList(BatchNorm(width) for _ in range(config.num_layers))
         self.dropouts = nn.ModuleList(SampleDropout(config.dropout, site) for site in range(config.num_layers))
-        for linear in self.linears:
+        for linear in linears:
             nn.init.kaiming_normal_(linear.weight, mode="fan_out")
             nn.init.zeros_(linear.bias)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from remap.backbones.anatomy import Anatomy, AttentionBlock, Block, module_at, rest_of_forward
 from remap.backbones.block_reader import BlockReader, apart, reads_one_row
 from remap.errors import BackboneError
-from remap.tuning.base import Attached, Method, Options, names_where
-from remap.tuning.seam import BlockSeam
+from remap.tuning.base import IN_PLACE, Attachment, Method, Options, names_where
+from remap.tuning.seam import BlockSeam, logits_of
 
 
 class Partial(Method):
@@ -32,9 +32,10 @@ class Partial(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         chosen = self._blocks(anatomy)
-        modules, tensors = [], []
+        modules: list[str] = []
+        tensors: list[str] = []
         for index in chosen:
             inside, scale = _part(anatomy.blocks[index], self.config.parts, anatomy)
             modules += inside
@@ -42,28 +43,20 @@ class Partial(Method):
         if anatomy.final_norm is not None:
             modules.append(anatomy.final_norm)
         prefixes, exact = tuple(f"{path}." for path in modules), set(tensors)
-        names = names_where(model, anatomy, lambda name, p: name.startswith(prefixes) or name in exact)
-        parameters = dict(model.named_parameters())
+        names = names_where(model, anatomy, lambda name: name.startswith(prefixes) or name in exact)
         one_row = chosen == [anatomy.depth - 1] and reads_one_row(anatomy)
-        return Attached(
-            model,
-            anatomy,
-            trainable=names,
-            no_decay=[name for name in names if parameters[name].ndim <= 1],
-            mergeable=True,
-            tuned_modules=modules,
-            seam=ClassRowSeam(model, anatomy) if one_row else BlockSeam(model, anatomy, chosen[0]),
-        )
+        seam = ClassRowSeam(model, anatomy) if one_row else BlockSeam(model, anatomy, chosen[0])
+        return Attachment(trainable=names, tuned_modules=modules, seam=seam, fold=IN_PLACE)
 
     def _blocks(self, anatomy: Anatomy) -> list[int]:
-        """Sorted indices of the chosen blocks."""
+        """Return the sorted indices of the chosen blocks."""
         if self.config.blocks is not None:
             chosen = sorted(set(self.config.blocks))
         else:
             chosen = list(range(anatomy.depth - self.config.num_blocks, anatomy.depth))
         if chosen[0] < 0 or chosen[-1] >= anatomy.depth:
             raise BackboneError(
-                "partial wants blocks that this backbone does not have",
+                "partial must train blocks that this backbone does not have",
                 given=f"{self.config.num_blocks} blocks" if self.config.blocks is None else f"blocks {chosen}",
                 allowed=f"{anatomy.depth} blocks, 0 to {anatomy.depth - 1}",
             )
@@ -71,7 +64,7 @@ class Partial(Method):
 
 
 def _part(paths: Block, parts: str, anatomy: Anatomy) -> tuple[list[str], list[str]]:
-    """Modules whose parameters train, and single tensors beside them."""
+    """Return the modules whose parameters train, and single tensors beside them."""
     if parts == "all":
         return [paths.block], []
     if not isinstance(paths, AttentionBlock):
@@ -90,23 +83,23 @@ class ClassRowSeam(BlockSeam):
 
     The class token's query meets the normalised tokens themselves (``BlockReader``), so a token costs 2*H*D
     multiplications in place of the block's 12*D*D. Every parameter of the block is used, and has the gradient that
-    the whole block would give it.
+    the complete block would give it.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
         super().__init__(model, anatomy, anatomy.depth - 1)
-        self.reader = BlockReader(model, anatomy.blocks[-1])
+        self.reader = BlockReader(model, anatomy.attention_blocks[-1])
         self.block = module_at(model, anatomy.blocks[-1].block)
 
     def rest(self, kept: Mapping[str, Tensor], images_BCHW: Tensor | None, *, whole_blocks: bool) -> Tensor:
         if whole_blocks or _drops(self.block):
             return super().rest(kept, images_BCHW, whole_blocks=whole_blocks)
         row_B1D = apart(self.block, self.reader.class_row, kept["input"])
-        return self.model.forward_head(rest_of_forward(self.model, self.anatomy, self.anatomy.depth, row_B1D))
+        return logits_of(self.model, rest_of_forward(self.model, self.anatomy, self.anatomy.depth, row_B1D))
 
 
 def _drops(block: nn.Module) -> bool:
-    """Whether dropout or drop-path is active: its masks are drawn for all rows."""
+    """Return whether dropout or drop-path is active: its masks are drawn for all rows."""
     return any(module.training and (_rate(module) > 0) for module in block.modules())
 
 

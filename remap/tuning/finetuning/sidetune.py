@@ -11,10 +11,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from remap.backbones.anatomy import Anatomy, module_at
-from remap.backbones.feature_network import feature_network
+from remap.backbones.anatomy import Anatomy
+from remap.backbones.feature_network import side_network
 from remap.errors import BackboneError
-from remap.tuning.base import Attached, Method, Options, attached_modules, insert_module
+from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.seam import FeatureSeam
 
 _PATH = "remap_sidetune"
@@ -36,17 +36,16 @@ class SideTune(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
-        network, width = feature_network(self.config.side, self.config.side_weights, anatomy.image_size)
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
+        network, width = side_network(self.config.side, self.config.side_weights, anatomy.image_size)
         like = next(model.parameters())
-        side = SideNetwork(network, width, anatomy.width).to(device=like.device, dtype=like.dtype)
-        insert_module(model, _PATH, side)
-        handles = [module_at(model, anatomy.input_module).register_forward_pre_hook(side.keep_image)]
+        edits = Edits(model)
+        side = edits.insert(_PATH, SideNetwork(network, width, anatomy.width), like)
+        edits.before(anatomy.input_module, side.keep_image)
         for path in anatomy.classifier_heads:
             last = path == anatomy.classifier_heads[-1]
-            handles.append(module_at(model, path).register_forward_pre_hook(partial(side.blend, last)))
-        seam = SideSeam(model, anatomy, side)
-        return attached_modules(model, anatomy, [_PATH], handles, identity_at_init=False, seam=seam)
+            edits.before(path, partial(side.blend, last))
+        return Attachment(edits, identity_at_init=False, seam=SideSeam(model, anatomy, side))
 
 
 class SideNetwork(nn.Module):

@@ -1,150 +1,126 @@
 """Category 4 of the survey, parameter tuning: biases, changes of the weights, or both."""
 
-from remap.tuning.entry import MethodEntry
+from functools import partial
+
+from remap.tuning.entry import D, H, L, MethodEntry
 
 _BLOCKS = frozenset({"attention"})
 _LINEARS = frozenset({"linears"})
+_row = partial(MethodEntry, category="parameter")
 
 
 def _layers(
     name: str, target: str, summary: str, paper: str, trains: str, vit_base: int, lr: float = 1e-2
 ) -> MethodEntry:
-    """A change of whole linear layers, by default the fused q, k, v of every block."""
-    return MethodEntry(
+    """Describe a change of complete linear layers, by default the fused q, k, v of every block."""
+    return _row(
         name=name,
         target=f"remap.tuning.parameter.{target}",
-        category="parameter",
         summary=summary,
         paper=paper,
         trains=trains,
         vit_base=vit_base,
-        mergeable=True,
         lr=lr,
         needs=_LINEARS,
     )
 
 
 ROWS = [
-    MethodEntry(
+    _row(
         name="bitfit",
         target="remap.tuning.parameter.bitfit:BitFit",
-        category="parameter",
         summary="the biases",
         paper="Ben-Zaken et al. 2022, arXiv 2106.10199",
         trains="all biases",
-        vit_base=102_912,
-        mergeable=True,
+        vit_base=L * (3 * D + D + H + D + 2 * D) + 2 * D,
         lr=3e-2,
     ),
-    MethodEntry(
+    _row(
         name="norm",
         target="remap.tuning.parameter.norm:Norm",
-        category="parameter",
         summary="weights and biases of the norms",
         paper="Zhao et al. 2023, arXiv 2312.11420",
         trains="all norms",
-        vit_base=38_400,
-        mergeable=True,
+        vit_base=L * 4 * D + 2 * D,
         lr=3e-2,
     ),
-    MethodEntry(
+    _row(
         name="diffit",
         target="remap.tuning.parameter.diffit:DiffFit",
-        category="parameter",
         summary="biases, norms, and a scale of every branch",
         paper="Xie et al. 2023, arXiv 2304.06648",
         trains="biases + norm weights + 2*L*D",
-        vit_base=140_544,
-        mergeable=True,
-        lr=1e-2,
+        vit_base=L * (7 * D + H) + 2 * D + (2 * L + 1) * D + 2 * L * D,
         needs=_BLOCKS,
     ),
-    MethodEntry(
+    _row(
         name="lora",
         target="remap.tuning.parameter.lora:LoRA",
-        category="parameter",
         summary="a low-rank change of query and value weights",
         paper="Hu et al. 2021, arXiv 2106.09685",
         trains="2*L*(2*D*r)",
-        vit_base=294_912,
-        mergeable=True,
-        lr=1e-2,
+        vit_base=2 * L * 2 * D * 8,
         needs=_LINEARS,
     ),
-    MethodEntry(
+    _row(
         name="fact_tt",
         target="remap.tuning.parameter.fact:FacTTT",
-        category="parameter",
         summary="one tensor train for the changes of all layers",
         paper="Jie and Deng 2023, arXiv 2212.03145",
         trains="2*D*r + 12*L*r*r",
-        vit_base=61_440,
-        mergeable=True,
-        lr=1e-2,
+        vit_base=2 * D * 16 + 12 * L * 16**2,
         needs=_BLOCKS,
     ),
-    MethodEntry(
+    _row(
         name="fact_tk",
         target="remap.tuning.parameter.fact:FacTTK",
-        category="parameter",
         summary="one Tucker tensor for the changes of all layers",
         paper="Jie and Deng 2023, arXiv 2212.03145",
         trains="2*D*r + 12*L*r + r*r*r",
-        vit_base=86_528,
-        mergeable=True,
-        lr=1e-2,
+        vit_base=2 * D * 32 + 12 * L * 32 + 32**3,
         needs=_BLOCKS,
     ),
-    MethodEntry(
+    _row(
         name="ssf",
         target="remap.tuning.parameter.ssf:SSF",
-        category="parameter",
         summary="scale and shift after every layer",
         paper="Lian et al. 2022, arXiv 2210.08823",
         trains="2*L*(7*D + H) + 4*D",
-        vit_base=205_824,
-        mergeable=True,
+        vit_base=2 * L * (D + 3 * D + D + D + H + D) + 4 * D,
         lr=3e-2,
         needs=_LINEARS,
     ),
-    MethodEntry(
+    _row(
         name="compacter",
         target="remap.tuning.parameter.compacter:Compacter",
-        category="parameter",
         summary="Houlsby's bottlenecks with Kronecker-factored weights",
         paper="Mahabadi et al. 2021, arXiv 2106.04647",
         trains="n^3 + 2*L*(2*(D + r) + r + D), n factors",
         vit_base=57_088,
         mergeable=False,
-        lr=1e-2,
         needs=_BLOCKS,
     ),
-    MethodEntry(
+    _row(
         name="krona",
         target="remap.tuning.parameter.krona:KronA",
-        category="parameter",
         summary="a Kronecker product added to query and value weights",
         paper="Edalati et al. 2022, arXiv 2212.10650",
         trains="2*L*(a + D*D/a), a elements of the left factor",
-        vit_base=36_864,
-        mergeable=True,
+        vit_base=2 * L * (32 * 24 + 24 * 32),
         lr=1e-1,
         needs=_LINEARS,
     ),
-    MethodEntry(
+    _row(
         name="gps",
         target="remap.tuning.parameter.gps:GPS",
-        category="parameter",
         summary="the weights with the largest gradients of every neuron, and biases",
         paper="Zhang et al. 2024, arXiv 2312.10136",
         trains="k of every neuron + biases",
-        vit_base=167_424,
-        mergeable=True,
-        lr=1e-2,
+        vit_base=2 * (L * (5 * D + H) + D),
     ),
     _layers(
         "dora",
-        "peft_bridge:DoRA",
+        "peft_bridge.low_rank:DoRA",
         "LoRA with a learned norm of every weight row",
         "Liu et al. 2024, arXiv 2402.09353",
         "L*(4*D*r + 3*D)",
@@ -152,7 +128,7 @@ ROWS = [
     ),
     _layers(
         "rslora",
-        "peft_bridge:RsLoRA",
+        "peft_bridge.low_rank:RsLoRA",
         "LoRA scaled by the root of its rank",
         "Kalajdzievski 2023, arXiv 2312.03732",
         "L*4*D*r",
@@ -176,7 +152,7 @@ ROWS = [
     ),
     _layers(
         "adalora",
-        "peft_bridge:AdaLoRA",
+        "peft_bridge.adalora:AdaLoRA",
         "LoRA whose ranks training deals out among the layers",
         "Zhang et al. 2023, arXiv 2303.10512",
         "L*(4*D*r + r), r at first",
@@ -185,7 +161,7 @@ ROWS = [
     ),
     _layers(
         "gralora",
-        "peft_bridge:GraLoRA",
+        "peft_bridge.low_rank:GraLoRA",
         "a grid of small low-rank changes",
         "Jung et al. 2025, arXiv 2505.20355",
         "L*4*D*r",
@@ -193,7 +169,7 @@ ROWS = [
     ),
     _layers(
         "hira",
-        "peft_bridge:HiRA",
+        "peft_bridge.low_rank:HiRA",
         "a low-rank matrix multiplied into the weight elementwise",
         "Huang et al. 2025, ICLR, openreview TwJrTz9cRS",
         "L*4*D*r",
@@ -202,7 +178,7 @@ ROWS = [
     ),
     _layers(
         "loha",
-        "peft_bridge:LoHa",
+        "peft_bridge.low_rank:LoHa",
         "an elementwise product of two low-rank changes",
         "Hyeon-Woo et al. 2021, arXiv 2108.06098",
         "2*L*4*D*r",
@@ -211,7 +187,7 @@ ROWS = [
     ),
     _layers(
         "lokr",
-        "peft_bridge:LoKr",
+        "peft_bridge.low_rank:LoKr",
         "a Kronecker product with a low-rank factor",
         "Yeh et al. 2023, arXiv 2309.14859",
         "L*(c*d + (3*D/c + D/d)*r), c*d elements of the left factor",
@@ -220,7 +196,7 @@ ROWS = [
     ),
     _layers(
         "miss",
-        "peft_bridge:MiSS",
+        "peft_bridge.low_rank:MiSS",
         "one trained shard added to all shards of the weight",
         "Kang and Yin 2024, arXiv 2409.15371",
         "L*3*D*r",
@@ -228,7 +204,7 @@ ROWS = [
     ),
     _layers(
         "vera",
-        "peft_bridge:VeRA",
+        "peft_bridge.low_rank:VeRA",
         "learned scales of one random low-rank change",
         "Kopiczko et al. 2023, arXiv 2310.11454",
         "L*(3*D + r)",
@@ -237,7 +213,7 @@ ROWS = [
     ),
     _layers(
         "randlora",
-        "peft_bridge:RandLoRA",
+        "peft_bridge.low_rank:RandLoRA",
         "learned scales of a full-rank sum of random changes",
         "Albert et al. 2025, arXiv 2502.00987",
         "L*(D*D/r + D)",
@@ -246,7 +222,7 @@ ROWS = [
     ),
     _layers(
         "oft",
-        "peft_bridge:OFT",
+        "peft_bridge.multiplied:OFT",
         "rotations of blocks of the input",
         "Qiu et al. 2023, arXiv 2306.07280",
         "L*D*(b - 1)/2, blocks of b",
@@ -263,7 +239,7 @@ ROWS = [
     ),
     _layers(
         "hra",
-        "peft_bridge:HRA",
+        "peft_bridge.multiplied:HRA",
         "a chain of reflections of the input",
         "Yuan et al. 2024, arXiv 2405.17484",
         "L*D*r",
@@ -272,7 +248,7 @@ ROWS = [
     ),
     _layers(
         "road",
-        "peft_bridge:RoAd",
+        "peft_bridge.multiplied:RoAd",
         "rotations of pairs of outputs",
         "Liao and Monz 2024, arXiv 2409.00119",
         "L*3*D",
@@ -281,7 +257,7 @@ ROWS = [
     ),
     _layers(
         "ia3",
-        "peft_bridge:IA3",
+        "peft_bridge.multiplied:IA3",
         "scales of queries, keys, values and hidden units",
         "Liu et al. 2022, arXiv 2205.05638",
         "L*(3*D + H)",

@@ -7,16 +7,16 @@ from torch import nn
 
 from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
-from remap.tuning.base import Attached, Method, Options, names_where
+from remap.tuning.base import IN_PLACE, Attachment, Method, Options, names_where
 from remap.tuning.parameter.norm import never_learns, norm_paths
 
 
 class BitFit(Method):
-    """Train every bias: parameters whose name ends in ``bias``, which takes in ``q_bias`` and ``v_bias`` and leaves
-    out tables of relative positions.
+    """Train every bias: parameters whose name ends in ``bias``.
 
-    Counts on ViT-B/16: ``all`` 102,912, ``no_norm`` 83,712, ``blocks`` 101,376 (all biases inside the blocks).
-    In networks with batch norm the biases are those of the norms, as their convolutions have none.
+    This takes in ``q_bias`` and ``v_bias`` and leaves out tables of relative positions. Counts on ViT-B/16: ``all``
+    102,912, ``no_norm`` 83,712, ``blocks`` 101,376 (all biases inside the blocks). In networks with batch norm the
+    biases are those of the norms, as their convolutions have none.
     """
 
     class Config(Options):
@@ -28,7 +28,7 @@ class BitFit(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         names = bias_parameters(model, anatomy)
         if self.config.biases == "no_norm":
             norms = norm_paths(model)
@@ -38,9 +38,9 @@ class BitFit(Method):
             names = [name for name in names if name.startswith(blocks)]
         if not names:
             raise BackboneError("this backbone has no biases of the chosen kind", given=self.config.biases)
-        return Attached(model, anatomy, trainable=names, no_decay=names, mergeable=True)
+        return Attachment(trainable=names, no_decay=names, fold=IN_PLACE)
 
 
 def bias_parameters(model: nn.Module, anatomy: Anatomy) -> list[str]:
-    """Names of all biases that can learn."""
-    return names_where(model, anatomy, lambda name, p: name.endswith("bias") and not never_learns(name, anatomy))
+    """Return the names of all biases that can learn."""
+    return names_where(model, anatomy, lambda name: name.endswith("bias") and not never_learns(name, anatomy))

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
-from remap.tuning.base import Attached, Method, Options
-from remap.tuning.parameter.twin import Twin, TwinAttached, Word, full_precision, sites_of, twins_of
+from remap.tuning.base import Attachment, Method, Options
+from remap.tuning.layers import Target, layers_of
+from remap.tuning.parameter.peft_layer import SharedLinear, attach_changes, full_precision, shared_linears
 
 _NAME = "remap_boft"
 
@@ -31,7 +32,7 @@ class BOFT(Method):
 
         block_size: int = Field(default=4, ge=2, description="Size of the rotated blocks of inputs.")
         factors: int = Field(default=2, ge=1, description="Butterfly factors; 1 is OFT with a scale.")
-        targets: tuple[Word, ...] | None = Field(
+        targets: tuple[Target, ...] | None = Field(
             default=None,
             min_length=1,
             description="Layers to change; null is [q, k, v], or [fc1, fc2] without attention.",
@@ -39,17 +40,18 @@ class BOFT(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
-        sites = sites_of(anatomy, self.config.targets)
-        twins = twins_of(model, sites)
-        changes = [Butterfly(twin, self.config.block_size, self.config.factors) for twin in twins]
-        return TwinAttached(model, anatomy, _NAME, sites, changes)
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
+        layers = layers_of(anatomy, self.config.targets)
+        changes = [
+            Butterfly(linear, self.config.block_size, self.config.factors) for linear in shared_linears(model, layers)
+        ]
+        return attach_changes(model, _NAME, layers, changes)
 
 
 class Butterfly(nn.Module):
     """The change of one layer."""
 
-    def __init__(self, base_layer: Twin, block_size: int, factors: int) -> None:
+    def __init__(self, base_layer: SharedLinear, block_size: int, factors: int) -> None:
         super().__init__()
         self.base_layer = base_layer
         size = base_layer.in_features
@@ -64,7 +66,7 @@ class Butterfly(nn.Module):
         self.scale = nn.Parameter(torch.ones(base_layer.out_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., i) to (..., o); rotates and scales x and the output, or the weight where that is smaller."""
+        """Map (..., i) to (..., o); rotates and scales x and the output, or the weight where that is smaller."""
         weight_oi, bias = self.base_layer.weight, self.base_layer.bias
         with full_precision(x):
             rotation_Ggg = self._rotation()
@@ -80,7 +82,7 @@ class Butterfly(nn.Module):
         return torch.addcmul(bias * (1 - self.scale), out, self.scale).to(out.dtype)
 
     def _rotation(self) -> Tensor:
-        """(G, g, g): the product of the factors, in float32 at least, as 16 bits have no solver."""
+        """Return (G, g, g): the product of the factors, in float32 at least, as 16 bits have no solver."""
         blocks_mnbb = self.blocks.to(torch.promote_types(self.blocks.dtype, torch.float32))
         skew_mnbb = (blocks_mnbb - blocks_mnbb.mT) / 2
         unit_bb = torch.eye(self.block_size, device=skew_mnbb.device, dtype=skew_mnbb.dtype)
@@ -100,6 +102,6 @@ class Butterfly(nn.Module):
 
 
 def _in_groups(x: Tensor, matrices_Ggg: Tensor) -> Tensor:
-    """(..., i) times one matrix for each group of neighbouring inputs."""
+    """Multiply (..., i) by one matrix for each group of neighbouring inputs."""
     x_Gg = x.unflatten(-1, (-1, matrices_Ggg.shape[-1]))
     return torch.einsum("...Gg,Ggh->...Gh", x_Gg, matrices_Ggg).flatten(-2)

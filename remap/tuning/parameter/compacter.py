@@ -10,23 +10,22 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
-from remap.backbones.anatomy import Anatomy, module_at
+from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
-from remap.tuning.base import Attached, Method, Options, attached_modules, insert_module
-from remap.tuning.weights import registered
+from remap.tuning.base import Attachment, Edits, Method, Options
+from remap.tuning.weights import weight_of
 
 _PATH = "remap_compacter"
 
 
 class Compacter(Method):
-    """h + A(h) on the output h of attention and of the MLP, A(h) = up(gelu(down(h))), before it is added to the
-    stream; both weights are sum_k A_k (x) s_k t_k^T with the n matrices A_k (n, n) shared by all:
-    n^3 + 2*L*(2*(D + r) + r + D) parameters.
+    """h + A(h) on the output h of attention and of the MLP: n^3 + 2*L*(2*(D + r) + r + D) parameters.
 
-    The paper's reduction by 32 gives the bottleneck of 24 at its width of 768. h is taken after LayerScale and
-    drop-path. The norms, which the paper trains too, stay frozen: "compacter+norm" trains them.
+    A(h) = up(gelu(down(h))), before h is added to the stream; both weights are sum_k A_k (x) s_k t_k^T with the n
+    matrices A_k (n, n) shared by all. The paper's reduction by 32 gives the bottleneck of 24 at its width of 768. h is
+    taken after LayerScale and drop-path. The norms, which the paper trains too, stay frozen: "compacter+norm" trains
+    them.
     """
 
     class Config(Options):
@@ -37,7 +36,7 @@ class Compacter(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         factors = self.config.num_factors
         for size in (self.config.bottleneck, *(block.width for block in anatomy.blocks)):
             if size % factors:
@@ -46,16 +45,15 @@ class Compacter(Method):
                     given=f"num_factors {factors}, size {size}",
                     do="choose another bottleneck or num_factors",
                 )
-        widths = [block.width for block in anatomy.blocks for _ in range(2)]
-        ends = [end for block in anatomy.blocks for end in (block.attn_branch_end, block.mlp_branch_end)]
+        blocks = anatomy.attention_blocks
+        widths = [block.width for block in blocks for _ in range(2)]
+        ends = [end for block in blocks for end in (block.attn_branch_end, block.mlp_branch_end)]
         adapters = KroneckerBottlenecks(widths, self.config.bottleneck, factors)
-        like = registered(module_at(model, anatomy.blocks[0].fc1), "weight")
-        insert_module(model, _PATH, adapters.to(device=like.device, dtype=like.dtype))
-        handles: list[RemovableHandle] = [
-            module_at(model, end).register_forward_hook(partial(adapters.change_output, index))
-            for index, end in enumerate(ends)
-        ]
-        return attached_modules(model, anatomy, [_PATH], handles)
+        edits = Edits(model)
+        edits.insert(_PATH, adapters, weight_of(model, blocks[0].projections["fc1"]))
+        for index, end in enumerate(ends):
+            edits.after(end, partial(adapters.change_output, index))
+        return Attachment(edits)
 
 
 class KroneckerBottlenecks(nn.Module):
@@ -66,7 +64,8 @@ class KroneckerBottlenecks(nn.Module):
         self.shared = nn.Parameter(torch.randn(factors, factors, factors) * factors**-0.5)
         self.down = nn.ModuleList(KroneckerLinear(width, bottleneck, factors) for width in widths)
         self.up = nn.ModuleList(KroneckerLinear(bottleneck, width, factors) for width in widths)
-        for layer in self.up:
+        for layer in self.up.children():
+            assert isinstance(layer, KroneckerLinear)
             nn.init.zeros_(layer.left)  # 0 at the start; the other factors are not, so that all can move
 
     def change_output(self, index: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor:

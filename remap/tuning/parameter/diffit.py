@@ -4,13 +4,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from remap.backbones.anatomy import Anatomy, AttentionBlock, Projection, module_at
-from remap.tuning.base import Attached, Method, insert_module, inserted_parameters
+from remap.backbones.anatomy import Anatomy, Projection
+from remap.tuning.base import Attachment, Edits, Fold, Method
 from remap.tuning.parameter.bitfit import bias_parameters
 from remap.tuning.parameter.norm import norm_parameters
-from remap.tuning.weights import registered, registered_at
+from remap.tuning.weights import registered_at, weight_of
 
 _NAME = "remap_diffit"
 
@@ -22,23 +21,19 @@ class DiffFit(Method):
     come behind, commute with them. 140,544 parameters on ViT-B/16.
     """
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
-        names = dict.fromkeys([*bias_parameters(model, anatomy), *norm_parameters(model, anatomy)])
-        ends: dict[str, Projection] = {}
-        handles: list[RemovableHandle] = []
-        for block in anatomy.blocks:
-            assert isinstance(block, AttentionBlock)
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
+        scales: list[tuple[Projection, BranchScale]] = []
+        edits = Edits(model)
+        for block in anatomy.attention_blocks:
             for word in ("o", "fc2"):
                 end = block.projections[word]
-                layer = module_at(model, end.path)
-                like = registered(layer, "weight")
-                gamma = BranchScale(block.width).to(device=like.device, dtype=like.dtype)
-                path = f"{end.path}.{_NAME}"
-                insert_module(model, path, gamma)
-                handles.append(layer.register_forward_hook(partial(_scale_output, gamma)))
-                ends[path] = end
-        trainable = [*names, *inserted_parameters(model, ends)]
-        return _Attached(model, anatomy, ends, trainable=trainable, no_decay=trainable, added=ends, handles=handles)
+                scale = edits.insert(f"{end.path}.{_NAME}", BranchScale(block.width), weight_of(model, end))
+                edits.after(end.path, scale.scale_output)
+                scales.append((end, scale))
+        tuned = dict.fromkeys([*bias_parameters(model, anatomy), *norm_parameters(model, anatomy)])
+        names = [*tuned, *edits.parameters()]
+        fold = Fold(partial(_fold, model, scales), stage=2)
+        return Attachment(edits, trainable=names, no_decay=names, fold=fold)
 
 
 class BranchScale(nn.Module):
@@ -48,22 +43,14 @@ class BranchScale(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(width))
 
-
-class _Attached(Attached):
-    fold_stage = 2
-
-    def __init__(self, model: nn.Module, anatomy: Anatomy, ends: dict[str, Projection], **facts: object) -> None:
-        self.ends = ends
-        super().__init__(model, anatomy, mergeable=True, **facts)
-
-    def _fold(self) -> None:
-        for path, end in self.ends.items():
-            gamma = module_at(self.model, path).gamma
-            weight = registered_at(self.model, f"{end.path}.weight")
-            weight.mul_(gamma.view(-1, *[1] * (weight.ndim - 1)))
-            if end.bias is not None:
-                registered_at(self.model, end.bias).mul_(gamma)
+    def scale_output(self, layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """Forward hook of the branch's last linear layer."""
+        return (output * self.gamma).to(output.dtype)
 
 
-def _scale_output(scale: BranchScale, layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    return (output * scale.gamma).to(output.dtype)
+def _fold(model: nn.Module, scales: list[tuple[Projection, BranchScale]]) -> None:
+    for end, scale in scales:
+        weight = weight_of(model, end)
+        weight.mul_(scale.gamma.view(-1, *[1] * (weight.ndim - 1)))
+        if end.bias is not None:
+            registered_at(model, end.bias).mul_(scale.gamma)

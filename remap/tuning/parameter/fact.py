@@ -13,10 +13,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remap.backbones.anatomy import Anatomy, Block, Projection, module_at
-from remap.tuning.base import Attached, Method, Options, insert_module, inserted_parameters, vectors
+from remap.backbones.anatomy import Anatomy, Projection
+from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.dropout import SampleDropout
-from remap.tuning.weights import Delta, DeltaAttached, drop, registered, require_rank
+from remap.tuning.layers import by_layer
+from remap.tuning.weights import Delta, attach_deltas, drop, registered_at, require_rank
 
 _PATH = "remap_fact"
 
@@ -42,11 +43,11 @@ class Factors(nn.Module):
 
     @abstractmethod
     def cores(self, first: int, last: int) -> Tensor:
-        """(last - first, r, r): the cores of these squares."""
+        """Return (last - first, r, r): the cores of these squares."""
 
 
 class TensorTrain(Factors):
-    """A core of its own for every square: M*r*r parameters."""
+    """One core for every square: M*r*r parameters."""
 
     def __init__(self, width: int, squares: int, config: "FacTTT.Config", sites: Sequence[int]) -> None:
         super().__init__(width, squares, config, sites)
@@ -74,38 +75,39 @@ class Tucker(Factors):
 class _FacT(Method):
     """Squares: q, k, v and o, fc1 cut along its rows and fc2 along its columns, 12 a block where H = 4*D.
 
-    A dimension that is no multiple of D ends in the middle of a square. Models whose width grows have a U and a V for
-    every width. The factors belong to the model, not to a block.
+    A dimension that is not a multiple of D ends in the middle of a square. Models whose width grows have a U and a V
+    for every width. The factors belong to the model, not to a block.
     """
 
     factors: type[Factors]
     config: "FacTTT.Config | FacTTK.Config"
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
-        places: dict[int, dict[str, bool]] = {}
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
+        layers_by_width: dict[int, dict[str, tuple[Projection, ...]]] = {}
         for block in anatomy.blocks:
-            places.setdefault(block.width, {}).update(_layers(block))
+            layers_by_width.setdefault(block.width, {}).update(by_layer(block.projections.values()))
         shared = nn.ModuleDict()
         deltas: dict[Projection, Delta] = {}
         site = 0
-        for width, layers in places.items():
-            like = registered(module_at(model, next(iter(layers))), "weight")
-            grids = {path: _grid(registered(module_at(model, path), "weight"), width) for path in layers}
+        for width, layers in layers_by_width.items():
+            weights = {path: registered_at(model, f"{path}.weight") for path in layers}
+            grids = {path: _grid(weight, width) for path, weight in weights.items()}
             require_rank(self.config.rank, width, next(iter(layers)), (width, width))
             sites = range(site, site + len(layers))
             site += len(layers)
             squares = sum(rows * columns for rows, columns in grids.values())
+            like = next(iter(weights.values()))
             factors = self.factors(width, squares, self.config, sites).to(device=like.device, dtype=like.dtype)
             shared[f"width_{width}"] = factors
             first = 0
-            for index, (path, called) in enumerate(layers.items()):
-                weight = registered(module_at(model, path), "weight")
-                projection = Projection(path, 0, len(weight), called)
-                deltas[projection] = SquaresOfLayer(factors, index, first, grids[path], tuple(weight.shape[:2]))
+            for index, (path, projections) in enumerate(layers.items()):
+                shape = (weights[path].shape[0], weights[path].shape[1])
+                layer = Projection(path, 0, shape[0], projections[0].called)
+                deltas[layer] = SquaresOfLayer(factors, index, first, grids[path], shape)
                 first += math.prod(grids[path])
-        insert_module(model, _PATH, shared)
-        names = inserted_parameters(model, [_PATH])
-        return DeltaAttached(model, anatomy, deltas, trainable=names, no_decay=vectors(names), added=[_PATH])
+        edits = Edits(model)
+        edits.insert(_PATH, shared)
+        return attach_deltas(edits, deltas)
 
 
 class FacTTT(_FacT):
@@ -156,12 +158,14 @@ class SquaresOfLayer(Delta):
         x_TI = F.pad(x.reshape(-1, features), (0, columns * width - features))
         hidden_Tr = x_TI.view(-1, width) @ factors.down.to(x.dtype).T
         behind_Tr = hidden_Tr.view(-1, columns * rank) @ self._core().to(hidden_Tr.dtype)
-        behind_Tr = drop(factors.dropouts[self.index], behind_Tr).view(-1, rank)
+        dropout = factors.dropouts[self.index]
+        assert isinstance(dropout, SampleDropout)
+        behind_Tr = drop(dropout, behind_Tr).view(-1, rank)
         out_TO = (behind_Tr @ (factors.scale * factors.up).to(behind_Tr.dtype)).view(-1, rows * width)
         return out_TO[:, : self.shape[0]].reshape(*x.shape[:-1], self.shape[0])
 
     def delta(self) -> Tensor:
-        """Square (p, q): scale * V core U."""
+        """Return the squares (p, q): scale * V core U."""
         factors, (rows, columns) = self.shared[0], self.grid
         cores = self._cores().unflatten(0, (rows, columns))
         squares = torch.einsum("aD,pqab,bE->pDqE", factors.scale * factors.up, cores, factors.down)
@@ -172,17 +176,11 @@ class SquaresOfLayer(Delta):
         return self.shared[0].cores(self.first, self.first + math.prod(self.grid))
 
     def _core(self) -> Tensor:
-        """(columns*r, rows*r): all cores of the layer as one matrix from what U gave to what V takes."""
+        """Return (columns*r, rows*r): all cores of the layer as one matrix from what U gave to what V takes."""
         cores = self._cores().unflatten(0, self.grid)  # (rows, columns, r, r)
         return cores.permute(1, 3, 0, 2).flatten(2).flatten(0, 1)
 
 
-def _layers(block: Block) -> dict[str, bool]:
-    """Paths of the block's linear layers in the order q, k, v, o, fc1, fc2, and whether they are called."""
-    words = ("q", "k", "v", "o", "fc1", "fc1_gate", "fc2")
-    return {block.projections[word].path: block.projections[word].called for word in words if word in block.projections}
-
-
 def _grid(weight: Tensor, width: int) -> tuple[int, int]:
-    """Rows and columns of squares that cover a weight."""
+    """Return the rows and columns of squares that cover a weight."""
     return math.ceil(weight.shape[0] / width), math.ceil(weight.shape[1] / width)

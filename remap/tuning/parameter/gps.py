@@ -4,6 +4,8 @@ Letters: B images, C classes, F features in front of the classifier, o neurons (
 weights a neuron, K chosen weights a neuron.
 """
 
+from functools import partial
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 
 from remap.backbones.anatomy import Anatomy, module_at
 from remap.errors import BackboneError, RunError
-from remap.tuning.base import Attached, Method, Options, Sample, insert_module, is_inserted
+from remap.tuning.base import Attachment, Edits, Fold, Method, Options, Sample, TrainingHooks, is_inserted
 from remap.tuning.parameter.bitfit import bias_parameters
 from remap.tuning.parameter.norm import norm_paths
 from remap.tuning.weights import recompute, registered
@@ -35,7 +37,7 @@ class GPS(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         layers = {
             f"{path}.{_NAME}": module
             for path, module in model.named_modules()
@@ -43,24 +45,31 @@ class GPS(Method):
             and not is_inserted(path)
             and not anatomy.is_head(f"{path}.weight")
         }
-        undo = []
+        edits = Edits(model)
         inputs = {path: registered(layer, "weight")[0].numel() for path, layer in layers.items()}
-        least = min(inputs, key=inputs.get)
+        least = min(inputs, key=lambda path: inputs[path])
         if self.config.num_weights > inputs[least]:
             raise BackboneError(
-                "there are fewer weights in a neuron than gps shall choose",
+                "gps must choose more weights of a neuron than there are",
                 given=f"num_weights={self.config.num_weights}, {inputs[least]} weights in {least.rpartition('.')[0]}",
                 allowed=f"1 to {inputs[least]}",
             )
+        changes: list[tuple[nn.Module, SparseChange]] = []
         for path, layer in layers.items():
             like = registered(layer, "weight")
-            sparse = SparseChange(like, self.config.num_weights).to(device=like.device, dtype=like.dtype)
-            insert_module(model, path, sparse)
-            undo.append(recompute(layer, "weight", sparse.add_to, first=True))
+            sparse = edits.insert(path, SparseChange(like, self.config.num_weights), like)
+            edits.undo_by(recompute(layer, "weight", sparse.add_to, first=True))
+            changes.append((layer, sparse))
         norms = norm_paths(model)
         biases = [name for name in bias_parameters(model, anatomy) if name.rpartition(".")[0] not in norms]
         names = [*biases, *(f"{path}.values" for path in layers)]
-        return _Attached(model, anatomy, self.config, trainable=names, no_decay=names, added=layers, undo=undo)
+        return Attachment(
+            edits,
+            trainable=names,
+            no_decay=names,
+            fold=Fold(partial(_fold, changes)),
+            hooks=ChoiceByGradient(model, anatomy, changes, self.config.temperature),
+        )
 
 
 class SparseChange(nn.Module):
@@ -85,7 +94,7 @@ class SparseChange(nn.Module):
         self.register_buffer("places", places_oK.to(torch.int32))
 
     def add_to(self, weight: Tensor) -> Tensor:
-        """``weight`` (o, ...) with the values at their places."""
+        """Return ``weight`` (o, ...) with the values at their places."""
         flat_oi = weight.flatten(1)
         # Places differ, so that scattering sums of two numbers is exact and the same on every device.
         at_oK = self.places.long()
@@ -97,12 +106,15 @@ class SparseChange(nn.Module):
         self.places.copy_(largest_oK.sort(dim=1).values)
 
 
-class _Attached(Attached):
+class ChoiceByGradient(TrainingHooks):
+    """Chooses the weights before the first step."""
+
     wants_sample = True
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, config: GPS.Config, **facts: object) -> None:
-        self.config = config
-        super().__init__(model, anatomy, mergeable=True, **facts)
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, changes: list[tuple[nn.Module, SparseChange]], temperature: float
+    ) -> None:
+        self.model, self.anatomy, self.changes, self.temperature = model, anatomy, changes, temperature
 
     def prepare(self, sample: Sample) -> None:
         """Choose the weights by the gradient of the contrastive loss over all images of the sample at once.
@@ -110,8 +122,8 @@ class _Attached(Attached):
         The features are the inputs of the classifier, with the network in eval and in full precision. A first pass
         gives the gradient with respect to the features, a second one takes it through the network batch by batch.
         """
-        weights = {path: registered(self._layer(path), "weight") for path in self.added}
-        gradients = {path: torch.zeros_like(weight) for path, weight in weights.items()}
+        weights = [registered(layer, "weight") for layer, _ in self.changes]
+        gradients = [torch.zeros_like(weight) for weight in weights]
         required = {name: p.requires_grad for name, p in self.model.named_parameters()}
         training = {module: module.training for module in self.model.modules()}
         try:
@@ -119,9 +131,9 @@ class _Attached(Attached):
             features_BF, labels_B = self._all_features(sample)
             with torch.enable_grad():
                 features_BF.requires_grad_(True)
-                loss = contrastive_loss(features_BF, labels_B, self.config.temperature)
+                loss = contrastive_loss(features_BF, labels_B, self.temperature)
             (slope_BF,) = torch.autograd.grad(loss, features_BF)
-            for weight in weights.values():
+            for weight in weights:
                 weight.requires_grad_(True)
             start = 0
             for pixels_BCHW, _ in sample.batches():
@@ -129,35 +141,35 @@ class _Attached(Attached):
                 start += len(pixels_BCHW)
                 with torch.enable_grad():
                     features = self._features(pixels_BCHW)
-                found = torch.autograd.grad(features, list(weights.values()), slope)
-                for total, gradient in zip(gradients.values(), found, strict=True):
+                of_batch = torch.autograd.grad(features, weights, slope)
+                for total, gradient in zip(gradients, of_batch, strict=True):
                     total += gradient
         finally:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(required[name])
             for module, mode in training.items():
                 module.training = mode
-        for path, gradient in gradients.items():
-            module_at(self.model, path).choose(gradient)
+        for (_, sparse), gradient in zip(self.changes, gradients, strict=True):
+            sparse.choose(gradient)
 
     @torch.no_grad()
     def _all_features(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        """Features (B, F) and labels (B,) of the whole sample."""
+        """Return features (B, F) and labels (B,) of all images of the sample."""
         batches = [(self._features(pixels_BCHW), labels_B) for pixels_BCHW, labels_B in sample.batches()]
         features_BF, labels_B = (torch.cat(parts) for parts in zip(*batches, strict=True))
         if len(labels_B.unique()) == len(labels_B):
             raise RunError(
-                "gps found no two training images of one class, and chooses weights by such pairs",
+                "gps chooses weights by pairs of training images of one class, and there are none",
                 given=f"{len(labels_B)} images",
                 do="take another method, or more images a class",
             )
         return features_BF, labels_B
 
     def _features(self, pixels_BCHW: Tensor) -> Tensor:
-        """(B, F): what the classifier's linear layers take, side by side where a model has two."""
+        """Return (B, F): what the classifier's linear layers take, side by side where a model has two."""
         kept: list[Tensor] = []
         heads = [module_at(self.model, path) for path in self.anatomy.classifier_heads]
-        handles = [head.register_forward_pre_hook(lambda module, args: kept.append(args[0])) for head in heads]
+        handles = [head.register_forward_pre_hook(lambda _module, args: kept.append(args[0])) for head in heads]
         try:
             with torch.autocast(pixels_BCHW.device.type, enabled=False):
                 self.model(pixels_BCHW)
@@ -166,17 +178,15 @@ class _Attached(Attached):
                 handle.remove()
         return torch.cat([features.flatten(1) for features in kept], dim=1)
 
-    def _layer(self, path: str) -> nn.Module:
-        return module_at(self.model, path.rpartition(".")[0])
 
-    def _fold(self) -> None:
-        for path in self.added:
-            weight = registered(self._layer(path), "weight")
-            weight.copy_(module_at(self.model, path).add_to(weight))
+def _fold(changes: list[tuple[nn.Module, SparseChange]]) -> None:
+    for layer, sparse in changes:
+        weight = registered(layer, "weight")
+        weight.copy_(sparse.add_to(weight))
 
 
 def contrastive_loss(features_BF: Tensor, labels_B: Tensor, temperature: float) -> Tensor:
-    """The supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362, equation 2).
+    """Return the supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362, equation 2).
 
     The mean over images with others of their class of -1/|P| sum_P log softmax(z z_p / temperature), z the
     normalised features; the softmax runs over all other images.

@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from remap.backbones.anatomy import Anatomy, Projection, module_at
+from remap.backbones.anatomy import Anatomy, Projection
 from remap.errors import BackboneError
-from remap.tuning.base import Attached, Method, Options, insert_module, inserted_parameters, vectors
-from remap.tuning.parameter.lora import Target, chosen, default_targets, with_gates
-from remap.tuning.weights import Delta, DeltaAttached, in_features, registered
+from remap.tuning.base import Attachment, Edits, Method, Options
+from remap.tuning.layers import Target, chosen, default_targets, with_gates
+from remap.tuning.weights import Delta, attach_deltas, weight_of
 
 _NAME = "remap_krona"
 
@@ -39,7 +39,7 @@ class KronA(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         words, factor = with_gates(self.config.targets or default_targets(anatomy)), self.config.factor
         for block in anatomy.blocks:
             for projection in chosen(block, words).values():
@@ -51,17 +51,13 @@ class KronA(Method):
                         do="choose a divisor, or leave factor out",
                     )
         deltas: dict[Projection, Delta] = {}
-        added = []
+        edits = Edits(model)
         for block in anatomy.blocks:
             for word, projection in chosen(block, words).items():
-                like = registered(module_at(model, projection.path), "weight")
-                rows, columns = projection.stop - projection.start, in_features(model, projection)
-                delta = Kronecker(rows, columns, self.config).to(device=like.device, dtype=like.dtype)
-                added.append(f"{block.block}.{_NAME}_{word}")
-                insert_module(model, added[-1], delta)
-                deltas[projection] = delta
-        names = inserted_parameters(model, added)
-        return DeltaAttached(model, anatomy, deltas, trainable=names, no_decay=vectors(names), added=added)
+                like = weight_of(model, projection)
+                delta = Kronecker(projection.stop - projection.start, like.shape[1], self.config)
+                deltas[projection] = edits.insert(f"{block.block}.{_NAME}_{word}", delta, like)
+        return attach_deltas(edits, deltas)
 
 
 class Kronecker(Delta):
@@ -80,7 +76,7 @@ class Kronecker(Delta):
         return self.scale * torch.kron(self.left, self.right)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(A (x) B) x = A X B^T with x read as X (a2, b2), so that the product itself is never made."""
+        """Return (A (x) B) x = A X B^T with x read as X (a2, b2), so that the product itself is never made."""
         (a1, a2), (b1, b2) = self.left.shape, self.right.shape
         inner = x.reshape(-1, b2) @ (self.scale * self.right.T).to(x.dtype)  # (T*a2, b1)
         outer = self.left.to(inner.dtype) @ inner.view(-1, a2, b1)  # (T, a1, b1)
@@ -88,5 +84,5 @@ class Kronecker(Delta):
 
 
 def _divisor_above_root(size: int) -> int:
-    """The smallest divisor that is at least the square root."""
+    """Return the smallest divisor that is at least the square root."""
     return next(divisor for divisor in range(math.isqrt(size - 1) + 1, size + 1) if size % divisor == 0)

@@ -5,24 +5,20 @@ n changed projections of one layer.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import partial
-from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from remap.backbones.anatomy import Anatomy, Block, Projection, module_at
-from remap.errors import BackboneError
-from remap.tuning.base import Attached, Method, Options, insert_module, inserted_parameters, vectors
+from remap.backbones.anatomy import Anatomy, Projection, module_at
+from remap.tuning.base import Attachment, Edits, Fold, Method, Options
 from remap.tuning.dropout import SampleDropout
+from remap.tuning.layers import Target, by_layer, chosen, default_targets, with_gates
 from remap.tuning.weights import channels_first, drop, recompute, registered, require_rank
 
 _NAME = "remap_lora"
-
-Target = Literal["q", "k", "v", "o", "fc1", "fc2"]
 
 
 class LoRA(Method):
@@ -47,34 +43,28 @@ class LoRA(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         words = with_gates(self.config.targets or default_targets(anatomy))
-        layers: dict[str, tuple[Projection, ...]] = {}
+        changes: dict[str, LowRank] = {}
+        edits = Edits(model)
         for block in anatomy.blocks:
-            layers |= _by_layer(block, words)
-        handles: list[RemovableHandle] = []
-        undo = []
-        for site, (path, projections) in enumerate(layers.items()):
-            layer = module_at(model, path)
-            like = registered(layer, "weight")
-            for projection in projections:
-                shape = (projection.stop - projection.start, like.shape[1])
-                require_rank(self.config.rank, min(shape), path, shape)
-            lora = LowRank(tuple(like.shape[:2]), projections, self.config, site).to(
-                device=like.device, dtype=like.dtype
-            )
-            insert_module(model, f"{path}.{_NAME}", lora)
-            if all(projection.called for projection in projections):
-                hook = _add_to_convolution if channels_first(layer) else _add_to_output
-                # In front of what others do with the output: the scale of a branch acts on the sum.
-                handles.append(layer.register_forward_hook(partial(hook, lora), prepend=True))
-            else:
-                undo.append(recompute(layer, "weight", partial(_add_to_weight, lora), first=True))
-        added = [f"{path}.{_NAME}" for path in layers]
-        names = inserted_parameters(model, added)
-        return _Attached(
-            model, anatomy, trainable=names, no_decay=vectors(names), added=added, handles=handles, undo=undo
-        )
+            # By rows, not by block: this order decides which random numbers a layer draws.
+            projections_of = by_layer(sorted(chosen(block, words).values(), key=lambda p: p.start))
+            for path, projections in projections_of.items():
+                layer = module_at(model, path)
+                like = registered(layer, "weight")
+                for projection in projections:
+                    shape = (projection.stop - projection.start, like.shape[1])
+                    require_rank(self.config.rank, min(shape), path, shape)
+                lora = LowRank((like.shape[0], like.shape[1]), projections, self.config, site=len(changes))
+                changes[path] = edits.insert(f"{path}.{_NAME}", lora, like)
+                if all(projection.called for projection in projections):
+                    hook = _add_to_convolution if channels_first(layer) else _add_to_output
+                    # In front of what others do with the output: the scale of a branch acts on the sum.
+                    edits.after(path, partial(hook, lora), first=True)
+                else:
+                    edits.undo_by(recompute(layer, "weight", partial(_add_to_weight, lora), first=True))
+        return Attachment(edits, fold=Fold(partial(_fold, model, changes)))
 
 
 class LowRank(nn.Module):
@@ -100,8 +90,8 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
     def up_rows(self) -> Tensor:
-        """(n*r, rows of the layer): transposed and scaled B's, each at its rows and zero elsewhere."""
-        _, width, rank = self.up.shape
+        """Return (n*r, rows of the layer): transposed and scaled B's, each at its rows and zero elsewhere."""
+        width = self.up.shape[1]
         scaled = self.up.mT * self.scale
         columns = [
             nn.functional.pad(scaled[index], (start, self.rows - start - width))
@@ -110,67 +100,28 @@ class LowRank(nn.Module):
         return torch.cat(columns) if len(columns) > 1 else columns[0]
 
     def delta(self) -> Tensor:
-        """(rows of the layer, i), what is added to the weight."""
+        """Return (rows of the layer, i), what is added to the weight."""
         return self.up_rows().T @ self.down
 
 
-class _Attached(Attached):
-    def __init__(self, model: nn.Module, anatomy: Anatomy, **facts: object) -> None:
-        super().__init__(model, anatomy, mergeable=True, **facts)
-
-    def _fold(self) -> None:
-        for path in self.added:
-            weight = registered(module_at(self.model, path.rpartition(".")[0]), "weight")
-            weight += module_at(self.model, path).delta().view_as(weight)
+def _fold(model: nn.Module, changes: Mapping[str, LowRank]) -> None:
+    for path, lora in changes.items():
+        weight = registered(module_at(model, path), "weight")
+        weight += lora.delta().view_as(weight)
 
 
-def default_targets(anatomy: Anatomy) -> tuple[str, ...]:
-    """Queries and values where there are any, else the MLP."""
-    return ("q", "v") if "attention" in anatomy.parts else ("fc1", "fc2")
-
-
-def with_gates(words: Iterable[str]) -> list[str]:
-    """Words of projections, each once; fc1 brings fc1_gate."""
-    return list(dict.fromkeys(part for word in words for part in ((word, "fc1_gate") if word == "fc1" else (word,))))
-
-
-def chosen(block: Block, words: Iterable[str]) -> dict[str, Projection]:
-    """The projections of a block among ``words``; the gate only where there is one.
-
-    Raises:
-        BackboneError: The block lacks one of the others.
-    """
-    wanted = [word for word in words if word != "fc1_gate" or word in block.projections]
-    missing = [word for word in wanted if word not in block.projections]
-    if missing:
-        raise BackboneError(
-            f"{block.block} of this backbone has no {', '.join(missing)}",
-            given=f"targets {', '.join(wanted)}",
-            allowed=", ".join(block.projections),
-        )
-    return {word: block.projections[word] for word in wanted}
-
-
-def _by_layer(block: Block, words: Iterable[str]) -> dict[str, tuple[Projection, ...]]:
-    """The chosen projections by the layer that makes them, in the order of its rows."""
-    layers: dict[str, list[Projection]] = {}
-    for projection in sorted(chosen(block, words).values(), key=lambda projection: projection.start):
-        layers.setdefault(projection.path, []).append(projection)
-    return {path: tuple(projections) for path, projections in layers.items()}
-
-
-def _add_to_output(lora: LowRank, layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
+def _add_to_output(lora: LowRank, _layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
     """Forward hook of a linear layer: one product for all A's, one for all B's that adds to the output."""
     hidden = drop(lora.dropout, args[0]) @ lora.down.to(args[0].dtype).T
     up = lora.up_rows().to(output.dtype)
     if output.ndim == 3:
-        # The output is fresh and nobody's: adding in place saves a pass over a tensor three times as wide as x.
+        # No other module holds the output: adding in place saves a pass over a tensor three times as wide as x.
         return output.baddbmm_(hidden.to(output.dtype), up.expand(len(output), -1, -1))
     sum_To = torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2).to(output.dtype), up)
     return sum_To.view(output.shape)
 
 
-def _add_to_convolution(lora: LowRank, layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
+def _add_to_convolution(lora: LowRank, _layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
     """Forward hook of a 1x1 convolution: (B, i, H, W) to (B, o, H, W)."""
     hidden = nn.functional.conv2d(drop(lora.dropout, args[0]), lora.down[:, :, None, None])
     return output + nn.functional.conv2d(hidden, lora.up_rows().T[:, :, None, None])

@@ -8,7 +8,7 @@ from torch import nn
 from remap.backbones.anatomy import Anatomy
 from remap.backbones.families import FAMILIES
 from remap.errors import BackboneError
-from remap.tuning.base import Attached, Method, Options, names_where
+from remap.tuning.base import IN_PLACE, Attachment, Method, Options, names_where
 
 
 class Norm(Method):
@@ -25,26 +25,26 @@ class Norm(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         names = norm_parameters(model, anatomy)
         if self.config.where == "blocks":
             blocks = tuple(f"{block.block}." for block in anatomy.blocks)
             names = [name for name in names if name.startswith(blocks)]
         if not names:
             raise BackboneError("this backbone has no norms with a weight or bias", given=self.config.where)
-        return Attached(model, anatomy, trainable=names, no_decay=names, mergeable=True)
+        return Attachment(trainable=names, no_decay=names, fold=IN_PLACE)
 
 
 def norm_parameters(model: nn.Module, anatomy: Anatomy) -> list[str]:
-    """Names of the weights and biases of all norms that can learn."""
+    """Return the names of the weights and biases of all norms that can learn."""
     norms = norm_paths(model)
     return names_where(
-        model, anatomy, lambda name, p: name.rpartition(".")[0] in norms and not never_learns(name, anatomy)
+        model, anatomy, lambda name: name.rpartition(".")[0] in norms and not never_learns(name, anatomy)
     )
 
 
 def norm_paths(model: nn.Module) -> set[str]:
-    """Paths of the norms that own parameters. Modules that only hold norms have none of their own."""
+    """Return the paths of the norms that own parameters. Modules that only hold norms have no parameters."""
     return {
         path
         for path, module in model.named_modules()
@@ -53,6 +53,9 @@ def norm_paths(model: nn.Module) -> set[str]:
 
 
 def never_learns(name: str, anatomy: Anatomy) -> bool:
-    """Whether the gradient is 0 by nature: a shift common to all keys adds the same to all scores of a query, which
-    the softmax over keys does not see. A rotary model turns every key by another angle, and the shift with it."""
+    """Return whether the gradient is 0 by nature.
+
+    A shift common to all keys adds the same to all scores of a query, which
+    the softmax over keys does not see. A rotary model turns every key by another angle, and the shift with it.
+    """
     return name.endswith(".k_norm.bias") and not FAMILIES.row(anatomy.family).rotary

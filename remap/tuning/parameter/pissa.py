@@ -14,14 +14,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remap.backbones.anatomy import Anatomy, Projection, module_at
-from remap.tuning.base import Attached, Method, Options, insert_module, inserted_parameters
-from remap.tuning.parameter.twin import Word, sites_of
-from remap.tuning.weights import Delta, DeltaAttached, registered, require_rank
+from remap.backbones.anatomy import Anatomy, Projection
+from remap.tuning.base import Attachment, Edits, Method, Options
+from remap.tuning.layers import Target, layers_of
+from remap.tuning.weights import Delta, attach_deltas, registered_at, require_rank
 
 
 class _FromWeight(Method):
-    """What the two share. A fused q, k, v layer is one layer, changed as a whole if any of them is a target."""
+    """What both methods share. A fused q, k, v layer is one layer, changed as a whole if any of them is a target."""
 
     name: str
 
@@ -29,7 +29,7 @@ class _FromWeight(Method):
         """Options."""
 
         rank: int = Field(default=8, ge=1, description="Rank of the update.")
-        targets: tuple[Word, ...] | None = Field(
+        targets: tuple[Target, ...] | None = Field(
             default=None,
             min_length=1,
             description="Layers to change; null is [q, k, v], or [fc1, fc2] without attention.",
@@ -39,22 +39,20 @@ class _FromWeight(Method):
 
     @abstractmethod
     def factors(self, weight_oi: Tensor) -> tuple[Tensor, Tensor]:
-        """B0 (o, r) and A0 (r, i)."""
+        """Return B0 (o, r) and A0 (r, i)."""
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         deltas: dict[Projection, Delta] = {}
-        added = []
-        for site in sites_of(anatomy, self.config.targets):
-            weight = registered(module_at(model, site.path), "weight").detach()
-            weight_oi = weight.flatten(1)
-            require_rank(self.config.rank, min(weight_oi.shape), site.path, tuple(weight_oi.shape))
-            b_or, a_ri = self.factors(weight_oi.float())
-            delta = _MovedFactors(b_or.to(weight.dtype), a_ri.to(weight.dtype))
-            whole = replace(site.projections[0], start=0, stop=len(weight_oi), called=site.called)
-            deltas[whole] = delta
-            insert_module(model, f"{site.path}.{self.name}", delta)
-            added.append(f"{site.path}.{self.name}")
-        return DeltaAttached(model, anatomy, deltas, trainable=inserted_parameters(model, added), added=added)
+        edits = Edits(model)
+        for layer in layers_of(anatomy, self.config.targets):
+            weight = registered_at(model, f"{layer.path}.weight").detach()
+            rows, columns = weight.flatten(1).shape
+            require_rank(self.config.rank, min(rows, columns), layer.path, (rows, columns))
+            b_or, a_ri = self.factors(weight.flatten(1).float())
+            factors = _MovedFactors(b_or.to(weight.dtype), a_ri.to(weight.dtype))
+            change = replace(layer.projections[0], start=0, stop=rows, called=layer.called)
+            deltas[change] = edits.insert(f"{layer.path}.{self.name}", factors)
+        return attach_deltas(edits, deltas)
 
 
 class PiSSA(_FromWeight):
@@ -97,6 +95,9 @@ class OLoRA(_FromWeight):
 class _MovedFactors(Delta):
     """delta = B A - B0 A0, exactly 0 as long as the factors are where they began."""
 
+    first_b: Tensor
+    first_a: Tensor
+
     def __init__(self, b_or: Tensor, a_ri: Tensor) -> None:
         super().__init__()
         self.b, self.a = nn.Parameter(b_or.clone()), nn.Parameter(a_ri.clone())
@@ -112,6 +113,6 @@ class _MovedFactors(Delta):
         return F.linear(F.linear(x, down), up)
 
     def _moved(self) -> tuple[Tensor, Tensor]:
-        """(o, 2r) and (2r, i): B A - B0 A0 = (B - B0) A + B0 (A - A0) as one product, each half of it 0 at first."""
+        """Return B A - B0 A0 = (B - B0) A + B0 (A - A0) as a product, (o, 2r) and (2r, i); each half is 0 at first."""
         up = torch.cat([self.b - self.first_b, self.first_b], dim=1)
         return up, torch.cat([self.a, self.a - self.first_a])

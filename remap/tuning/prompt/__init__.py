@@ -1,80 +1,76 @@
 """Category 2 of the survey, prompt tuning: learned inputs beside the image or its tokens."""
 
-from remap.tuning.entry import MethodEntry
+from functools import partial
+
+from remap.tuning.entry import D, L, MethodEntry
 
 _VPT = "Jia et al. 2022, arXiv 2203.12119"
+_row = partial(MethodEntry, category="prompt")
 
 ROWS = [
-    MethodEntry(
+    _row(
         name="vpt_shallow",
         target="remap.tuning.prompt.vpt:VPTShallow",
-        category="prompt",
         summary="learned tokens in front of the first block",
         paper=_VPT,
         trains="p*D",
-        vit_base=7_680,
+        vit_base=10 * D,
         mergeable=False,
         lr=5e-2,
         needs=frozenset({"attention"}),
         adds_tokens=True,
     ),
-    MethodEntry(
+    _row(
         name="vpt_deep",
         target="remap.tuning.prompt.vpt:VPTDeep",
-        category="prompt",
         summary="learned tokens in front of every block",
         paper=_VPT,
         trains="L*p*D",
-        vit_base=92_160,
+        vit_base=L * 10 * D,
         mergeable=False,
         lr=5e-2,
         needs=frozenset({"attention"}),
         adds_tokens=True,
     ),
-    MethodEntry(
+    _row(
         name="vpt_pad",
         target="remap.tuning.prompt.pad:VPTPad",
-        category="prompt",
         summary="a learned border that enlarges the image",
         paper=_VPT,
         trains="12*b*(S + b), b border and S image side in pixels",
         vit_base=None,
         mergeable=False,
-        lr=1e-2,
         needs=frozenset({"convolutions"}),
     ),
-    MethodEntry(
+    _row(
         name="vp",
         target="remap.tuning.prompt.vp:VP",
-        category="prompt",
         summary="a learned border added to the image's own",
         paper="Bahng et al. 2022, arXiv 2203.17274",
         trains="12*b*(S - b), b border and S image side in pixels",
-        vit_base=69_840,
+        vit_base=12 * 30 * (224 - 30),
         mergeable=False,
         lr=3e-2,
     ),
-    MethodEntry(
+    _row(
         name="e2vpt",
         target="remap.tuning.prompt.e2vpt:E2VPT",
-        category="prompt",
         summary="prompt tokens, key-value prompts, and pruning of both",
         paper="Han et al. 2023, arXiv 2307.13770",
         trains="L*(p + n)*D, n key-value prompts",
-        vit_base=138_240,
+        vit_base=L * (10 + 5) * D,
         mergeable=False,
         lr=3e-2,
         needs=frozenset({"sequence"}),
         adds_tokens=True,
     ),
-    MethodEntry(
+    _row(
         name="vqt",
         target="remap.tuning.prompt.vqt:VQT",
-        category="prompt",
         summary="learned queries that read the frozen blocks for the classifier",
         paper="Tu et al. 2023, arXiv 2212.03220",
         trains="L*p*D (classifier: C*D*L*p more)",
-        vit_base=9_216,
+        vit_base=L * D,
         mergeable=False,
         lr=3e-2,
         needs=frozenset({"sequence"}),

@@ -20,7 +20,7 @@ class Frame(nn.Module):
         self.columns = nn.Parameter(torch.empty(1, 3, inner_height, 2 * border, device=like.device, dtype=like.dtype))
 
     def around(self, rows: Tensor, columns: Tensor, inner_B3HW: Tensor) -> Tensor:
-        """(B, 3, H, W - 2b) to (B, 3, H + 2b, W): put ``rows`` and ``columns`` around images."""
+        """Turn (B, 3, H, W - 2b) into (B, 3, H + 2b, W): put ``rows`` and ``columns`` around images."""
         batch, dtype = inner_B3HW.shape[0], inner_B3HW.dtype
         above, below = rows.to(dtype).expand(batch, -1, -1, -1).split(self.border, dim=2)
         left, right = columns.to(dtype).expand(batch, -1, -1, -1).split(self.border, dim=3)
@@ -28,7 +28,7 @@ class Frame(nn.Module):
 
 
 def input_weight(model: nn.Module, anatomy: Anatomy) -> Tensor:
-    """A weight of the module that takes the image."""
+    """Return a weight of the module that takes the image."""
     return next(module_at(model, anatomy.input_module).parameters())
 
 

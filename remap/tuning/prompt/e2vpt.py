@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, AttentionBlock, module_at
 from remap.backbones.families.key_values import extend_attention
-from remap.tuning.base import Attached, Method, Options, insert_module, inserted_parameters
+from remap.tuning.base import NO_HOOKS, Attachment, Edits, Method, Options, TrainingHooks
 from remap.tuning.dropout import SampleDropout
-from remap.tuning.prompt.vpt import PATH, Prompts, VPTDeep, attach_prompts, weight_like
+from remap.tuning.prompt.prompts import PromptOptions, weight_like
+from remap.tuning.prompt.sequence_prompts import Prompts, attach_prompts
 
 _KV = "remap_key_values"
 SEGMENTS = 16
@@ -45,31 +46,27 @@ class E2VPT(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         config = self.config
         prunes = config.prune_tokens > 0.0 or config.prune_segments > 0.0
         like, kind = weight_like(model, anatomy), PrunedPrompts if prunes else Prompts
-        plain = VPTDeep.Config(num_prompts=config.num_prompts, dropout=config.dropout)
+        plain = PromptOptions.model_validate({"num_prompts": config.num_prompts, "dropout": config.dropout})
         prompts = kind(anatomy, plain, range(anatomy.depth), anatomy.depth, like)
-        handles, admitted = attach_prompts(model, anatomy, prompts)
-        added, undo = [PATH], [admitted]
-        for index, block in enumerate(anatomy.blocks):
-            added.append(f"{block.attn}.{_KV}")
-            # Sites of their own: the prompt tokens have those from 0 to L - 1.
+        edits = Edits(model)
+        attach_prompts(edits, anatomy, prompts)
+        for index, block in enumerate(anatomy.attention_blocks):
+            # The dropout of the prompt tokens has the sites from 0 to L - 1.
             key_values = KeyValues(block, config.num_kv, config.dropout, anatomy.depth + index, like)
-            insert_module(model, added[-1], key_values)
-            undo.append(extend_attention(module_at(model, block.attn), key_values.forward))
-        parameters = inserted_parameters(model, added)
-        facts = {
-            "trainable": parameters,
-            "no_decay": parameters,
-            "identity_at_init": False,
-            "extra_tokens": config.num_prompts,
-            "added": added,
-            "handles": handles,
-            "undo": undo,
-        }
-        return AttachedE2VPT(model, anatomy, prompts, config, **facts) if prunes else Attached(model, anatomy, **facts)
+            edits.insert(f"{block.attn}.{_KV}", key_values)
+            edits.undo_by(extend_attention(module_at(model, block.attn), key_values.forward))
+        parameters = edits.parameters()
+        return Attachment(
+            edits,
+            no_decay=parameters,
+            identity_at_init=False,
+            extra_tokens=config.num_prompts,
+            hooks=Pruning(prompts, parameters, config) if isinstance(prompts, PrunedPrompts) else NO_HOOKS,
+        )
 
 
 class KeyValues(nn.Module):
@@ -83,7 +80,7 @@ class KeyValues(nn.Module):
         self.dropout = SampleDropout(dropout, site)
 
     def forward(self, k_BHTh: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, H, n, h) for a batch with these keys of tokens."""
+        """Return keys and values (B, H, n, h) for a batch with these keys of tokens."""
         own_BHnh = self.dropout(self.key_values.expand(k_BHTh.shape[0], -1, -1, -1))
         return own_BHnh, own_BHnh
 
@@ -91,8 +88,11 @@ class KeyValues(nn.Module):
 class PrunedPrompts(Prompts):
     """Prompts times two masks, one for tokens (p) and one for their segments (p, s), which all blocks share."""
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)
+    token_mask: Tensor
+    segment_mask: Tensor
+
+    def __init__(self, anatomy: Anatomy, config: PromptOptions, own: range, sets: int, like: Tensor) -> None:
+        super().__init__(anatomy, config, own, sets, like)
         self.register_buffer("token_mask", torch.ones_like(self.prompts[0, :, 0]))
         self.register_buffer("segment_mask", torch.ones_like(self.prompts[0, :, :1]).repeat(1, SEGMENTS))
 
@@ -101,12 +101,12 @@ class PrunedPrompts(Prompts):
         return super().tokens(index) * kept_pD
 
     def segment_of_channel(self) -> Tensor:
-        """(D,), which of the contiguous segments a channel belongs to."""
+        """Return (D,), which of the contiguous segments a channel belongs to."""
         width = self.prompts.shape[-1]
         return torch.arange(width, device=self.prompts.device) * SEGMENTS // width
 
 
-class AttachedE2VPT(Attached):
+class Pruning(TrainingHooks):
     """Scores tokens and segments until it is time to prune, then prunes and rewinds.
 
     A mask m of ones makes no difference to the loss, and its gradient says how much its entry matters: the importance
@@ -117,12 +117,9 @@ class AttachedE2VPT(Attached):
     method's.
     """
 
-    def __init__(
-        self, model: nn.Module, anatomy: Anatomy, prompts: PrunedPrompts, config: E2VPT.Config, **facts: object
-    ) -> None:
-        super().__init__(model, anatomy, **facts)
-        self.prompts, self.config = prompts, config
-        self._first = {name: p.detach().clone() for name, p in inserted_parameters(model, self.added).items()}
+    def __init__(self, prompts: PrunedPrompts, parameters: Mapping[str, nn.Parameter], config: E2VPT.Config) -> None:
+        self.prompts, self.parameters, self.config = prompts, dict(parameters), config
+        self._first = {name: p.detach().clone() for name, p in parameters.items()}
         # The optimiser has moved the prompts by the time the gradient is looked at.
         self._before = prompts.prompts.detach().clone()
         self._segment_score = torch.zeros_like(prompts.segment_mask)
@@ -146,7 +143,7 @@ class AttachedE2VPT(Attached):
         self._before.copy_(prompts)
 
     def _follow(self) -> None:
-        """The model may have been moved or converted since it was attached to."""
+        """Follow the model, which may have been moved or converted since it was attached to."""
         like = self.prompts.prompts
         self._first = {name: value.to(like) for name, value in self._first.items()}
         self._before, self._segment_score, self._token_score = (
@@ -161,13 +158,13 @@ class AttachedE2VPT(Attached):
         scores = self._segment_score.masked_fill(tokens[:, None] == 0.0, torch.inf).flatten()
         gone = int(self.config.prune_segments * SEGMENTS * int(tokens.sum()))
         segments.view(-1)[scores.argsort(stable=True)[:gone]] = 0.0
-        for name, parameter in inserted_parameters(self.model, self.added).items():
+        for name, parameter in self.parameters.items():
             parameter.copy_(self._first[name])
 
     def memory(self) -> dict[str, Tensor]:
         first = {f"first.{name}": value for name, value in self._first.items()}
-        own = {"before": self._before, "token_score": self._token_score, "segment_score": self._segment_score}
-        return {**first, **own}
+        scores = {"before": self._before, "token_score": self._token_score, "segment_score": self._segment_score}
+        return {**first, **scores}
 
     def recall(self, memory: Mapping[str, Tensor]) -> None:
         for name, value in self.memory().items():

@@ -7,9 +7,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from remap.backbones.anatomy import Anatomy, module_at
+from remap.backbones.anatomy import Anatomy
 from remap.backbones.preprocess import PreprocessSpec
-from remap.tuning.base import Attached, Method, Options, insert_module, inserted_parameters
+from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.prompt.border import Frame, input_weight, require_size
 
 _PATH = "remap_vpt_pad"
@@ -29,23 +29,19 @@ class VPTPad(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         spec = PreprocessSpec.of(model)
         frame = _Enlarging(self.config.border, anatomy.image_size, spec, input_weight(model, anatomy))
-        insert_module(model, _PATH, frame)
-        parameters = inserted_parameters(model, [_PATH])
-        return Attached(
-            model,
-            anatomy,
-            trainable=parameters,
-            no_decay=parameters,
-            identity_at_init=False,
-            added=[_PATH],
-            handles=[module_at(model, anatomy.input_module).register_forward_pre_hook(frame.enlarge)],
-        )
+        edits = Edits(model)
+        edits.insert(_PATH, frame)
+        edits.before(anatomy.input_module, frame.enlarge)
+        return Attachment(edits, no_decay=edits.parameters(), identity_at_init=False)
 
 
 class _Enlarging(Frame):
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, border: int, image_size: tuple[int, int], spec: PreprocessSpec, like: Tensor) -> None:
         height, width = image_size
         super().__init__(border, height, width + 2 * border, like)

@@ -6,9 +6,9 @@ Letters: B batch, b border, (H, W) image size.
 from pydantic import Field
 from torch import Tensor, nn
 
-from remap.backbones.anatomy import Anatomy, module_at
+from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
-from remap.tuning.base import Attached, Method, Options, insert_module, inserted_parameters
+from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.prompt.border import Frame, input_weight, require_size
 
 _PATH = "remap_vp"
@@ -27,7 +27,7 @@ class VP(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         side = min(anatomy.image_size)
         border = self.config.border or max(1, round(side * 30 / 224))
         if 2 * border >= side:
@@ -37,18 +37,11 @@ class VP(Method):
         frame = _Added(border, anatomy.image_size, input_weight(model, anatomy))
         for pixels in frame.parameters():
             nn.init.normal_(pixels, std=self.config.init_std)
-        insert_module(model, _PATH, frame)
-        parameters = inserted_parameters(model, [_PATH])
-        return Attached(
-            model,
-            anatomy,
-            trainable=parameters,
-            no_decay=parameters,
-            identity_at_init=self.config.init_std == 0.0,
-            added=[_PATH],
-            # On the image itself, in front of a border that makes it larger.
-            handles=[module_at(model, anatomy.input_module).register_forward_pre_hook(frame.add, prepend=True)],
-        )
+        edits = Edits(model)
+        edits.insert(_PATH, frame)
+        # On the image itself, in front of a border that makes it larger.
+        edits.before(anatomy.input_module, frame.add, first=True)
+        return Attachment(edits, no_decay=edits.parameters(), identity_at_init=self.config.init_std == 0.0)
 
 
 class _Added(Frame):

@@ -11,38 +11,34 @@ Letters: B batch, M windows of an image, N tokens of a window, p prompts, C widt
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.anatomy import Anatomy, module_at
 from remap.backbones.block_reader import leaving
 from remap.backbones.families.swin import admit_window_tokens, merge_prompts, merging_before, with_window_tokens
 from remap.errors import BackboneError
-from remap.tuning.base import Attached, insert_module, inserted_parameters
+from remap.tuning.base import Attachment, Edits
 from remap.tuning.dropout import SampleDropout
-from remap.tuning.prompt.vpt import CARRIED, PATH, carried, patch_bound, weight_like
+from remap.tuning.prompt.prompts import CARRIED, PATH, PromptOptions, carried, patch_bound, weight_like
 from remap.tuning.seam import BlockSeam
-
-if TYPE_CHECKING:
-    from remap.tuning.prompt.vpt import _Config
 
 
 class WindowPrompts(nn.Module):
     """The prompts of a window transformer, one tensor (blocks of the stage, p, C) a stage, and its hooks.
 
     ``put_in`` and the two hooks of the attention hand the prompts of one block's forward to each other as attributes.
-    From block to block they cross as an attribute of the token tensor (see ``vpt.Prompts``).
+    From block to block they cross as an attribute of the token tensor (see ``sequence_prompts.Prompts``).
     """
 
     def __init__(self, anatomy: Anatomy, num_prompts: int, dropout: float, own: range, like: Tensor) -> None:
         super().__init__()
         self.num_prompts, self.depth, self.own = num_prompts, anatomy.depth, own
         stages = [anatomy.blocks[index].stage for index in own]
-        # Where the prompts of each block are: which tensor, which row.
-        self.places = [(stage - stages[0], stages[:row].count(stage)) for row, stage in enumerate(stages)]
+        # Which tensor, and which row of it, has the prompts of each block.
+        self.rows = [(stage - stages[0], stages[:row].count(stage)) for row, stage in enumerate(stages)]
         widths = {anatomy.blocks[index].stage: anatomy.blocks[index].width for index in own}
         self.prompts = nn.ParameterList(
             torch.empty(stages.count(stage), num_prompts, width, device=like.device, dtype=like.dtype)
@@ -56,11 +52,11 @@ class WindowPrompts(nn.Module):
         self._outputs_BpC: Tensor | None = None
 
     def hook_in(self, index: int) -> Callable[..., None]:
-        """The forward pre-hook of block ``index``."""
+        """Return the forward pre-hook of block ``index``."""
         if index not in self.own:
             return partial(self.put_back, index)
         row = index - self.own.start
-        return partial(self.put_in, *self.places[row], self.dropouts[row])
+        return partial(self.put_in, *self.rows[row], self.dropouts[row])
 
     def put_in(self, stage: int, row: int, dropout: nn.Module, block: nn.Module, args: tuple) -> None:
         """Forward pre-hook of a block with prompts of its own: those of this pass."""
@@ -74,6 +70,7 @@ class WindowPrompts(nn.Module):
     def enter_windows(self, norm1: nn.Module, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Forward pre-hook of the attention: (B * M, N, C) becomes (B * M, p + N, C)."""
         windows = args[0]
+        assert self._prompts_BpC is not None
         # Past the hooks of the norm, which are made for the tokens of the image.
         normed_BpC = norm1.forward(self._prompts_BpC).to(windows.dtype)
         # The windows of one image stand one behind the other.
@@ -84,6 +81,7 @@ class WindowPrompts(nn.Module):
 
     def leave_windows(self, attention: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Forward hook of the attention: (B * M, p + N, C) becomes (B * M, N, C)."""
+        assert self._prompts_BpC is not None
         of_windows = output[:, : self.num_prompts].unflatten(0, (self._prompts_BpC.shape[0], -1))
         self._outputs_BpC = of_windows.mean(dim=1)
         return output[:, self.num_prompts :]
@@ -99,6 +97,7 @@ class WindowPrompts(nn.Module):
         self._prompts_BpC = self._outputs_BpC = None
         if not self.own.stop <= index + 1 < self.depth:
             return
+        assert before_BpC is not None and attended_BpC is not None
         middle_BpC = before_BpC + attended_BpC
         after_BpC = middle_BpC + mlp.forward(norm2.forward(middle_BpC))
         setattr(output, CARRIED, leaving(block, after_BpC))
@@ -112,8 +111,10 @@ class WindowPrompts(nn.Module):
         return {**self.__dict__, "_prompts_BpC": None, "_outputs_BpC": None}
 
 
-def attach_to_windows(model: nn.Module, anatomy: Anatomy, config: "_Config", own: range, shared: bool) -> Attached:
-    """VPT on a window transformer.
+def attach_to_windows(
+    model: nn.Module, anatomy: Anatomy, config: PromptOptions, own: range, shared: bool
+) -> Attachment:
+    """Attach prompts to a window transformer.
 
     ``extra_tokens`` is 0: it counts tokens of one sequence, which these models do not have.
 
@@ -124,33 +125,21 @@ def attach_to_windows(model: nn.Module, anatomy: Anatomy, config: "_Config", own
         _require(option, getattr(config, option), plain, anatomy)
     _require("shared", shared, False, anatomy)
     prompts = WindowPrompts(anatomy, config.num_prompts, config.dropout, own, weight_like(model, anatomy))
-    insert_module(model, PATH, prompts)
-    handles: list[RemovableHandle] = []
+    edits = Edits(model)
+    edits.insert(PATH, prompts)
     for index in range(own.start, anatomy.depth):
-        paths = anatomy.blocks[index]
-        block, attention = module_at(model, paths.block), module_at(model, paths.attn)
+        paths = anatomy.attention_blocks[index]
         norm1, norm2, mlp = (module_at(model, path) for path in (paths.norm1, paths.norm2, paths.mlp))
-        handles += [
-            block.register_forward_pre_hook(prompts.hook_in(index)),
-            attention.register_forward_pre_hook(partial(prompts.enter_windows, norm1), with_kwargs=True),
-            attention.register_forward_hook(prompts.leave_windows),
-            block.register_forward_hook(partial(prompts.take_out, index, norm2, mlp)),
-        ]
+        edits.before(paths.block, prompts.hook_in(index))
+        edits.before(paths.attn, partial(prompts.enter_windows, norm1), with_kwargs=True)
+        edits.after(paths.attn, prompts.leave_windows)
+        edits.after(paths.block, partial(prompts.take_out, index, norm2, mlp))
         merging = merging_before(model, anatomy, index)
         if merging is not None and index >= own.stop:
-            handles.append(merging.register_forward_hook(partial(prompts.merge, index)))
-    parameters = inserted_parameters(model, [PATH])
-    return Attached(
-        model,
-        anatomy,
-        trainable=parameters,
-        no_decay=parameters,
-        identity_at_init=False,
-        added=[PATH],
-        handles=handles,
-        undo=[admit_window_tokens(model, anatomy, config.num_prompts, own.start)],
-        seam=BlockSeam(model, anatomy, own.start) if own.start > 0 else None,
-    )
+            edits.undo_by(merging.register_forward_hook(partial(prompts.merge, index)).remove)
+    edits.undo_by(admit_window_tokens(model, anatomy, config.num_prompts, own.start))
+    seam = BlockSeam(model, anatomy, own.start) if own.start > 0 else None
+    return Attachment(edits, no_decay=edits.parameters(), identity_at_init=False, seam=seam)
 
 
 def _require(option: str, value: object, plain: object, anatomy: Anatomy) -> None:

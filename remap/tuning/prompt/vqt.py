@@ -11,14 +11,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.anatomy import Anatomy, module_at
 from remap.backbones.block_reader import BlockReader, apart, leaving
 from remap.errors import BackboneError
-from remap.tuning.base import Attached, Method, Options, insert_module
+from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.dropout import SampleDropout
-from remap.tuning.prompt.vpt import patch_bound
+from remap.tuning.prompt.prompts import patch_bound
 from remap.tuning.seam import FeatureSeam
 
 _PATH = "remap_vqt"
@@ -35,7 +34,7 @@ class VQT(Method):
     classifier's module, so they belong to the head: C*L*p*D weights that are not counted as the method's. The
     paper's group lasso on them, which chooses features afterwards, is left out.
 
-    Queries have no place in the image: rotary models leave them unrotated, relative position biases are 0 for them.
+    Queries have no position in the image: rotary models leave them unrotated, relative position biases are 0 for them.
     """
 
     class Config(Options):
@@ -46,36 +45,23 @@ class VQT(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         like = next(model.parameters())
-        queries = Queries(model, anatomy, self.config).to(device=like.device, dtype=like.dtype)
-        insert_module(model, _PATH, queries)
-        added, handles = [_PATH], list[RemovableHandle]()
-        for index, paths in enumerate(anatomy.blocks):
-            hook = partial(queries.ask, index)
-            handles.append(module_at(model, paths.attn).register_forward_pre_hook(hook, with_kwargs=True))
+        edits = Edits(model)
+        queries = edits.insert(_PATH, Queries(model, anatomy, self.config), like)
+        for index, paths in enumerate(anatomy.attention_blocks):
+            edits.before(paths.attn, partial(queries.ask, index), with_kwargs=True)
         for path in anatomy.classifier_heads:
             head = module_at(model, path)
             if not isinstance(head, nn.Linear):  # a model without classifier
                 continue
             columns = nn.Linear(queries.prompts.numel(), head.out_features, bias=False)
             nn.init.trunc_normal_(columns.weight, std=0.02)
-            insert_module(model, f"{path}.{_PATH}", columns.to(device=head.weight.device, dtype=head.weight.dtype))
-            added.append(f"{path}.{_PATH}")
-            last = path == anatomy.classifier_heads[-1]
-            handles.append(head.register_forward_pre_hook(queries.normalise))
-            handles.append(head.register_forward_hook(partial(queries.add_logits, last)))
-        name = f"{_PATH}.prompts"
-        return Attached(
-            model,
-            anatomy,
-            trainable=[name],
-            no_decay=[name],
-            identity_at_init=False,
-            added=added,
-            handles=handles,
-            seam=QuerySeam(model, anatomy, queries),
-        )
+            edits.insert(f"{path}.{_PATH}", columns, head.weight)
+            edits.before(path, queries.normalise)
+            edits.after(path, partial(queries.add_logits, path == anatomy.classifier_heads[-1]))
+        names, seam = [f"{_PATH}.prompts"], QuerySeam(model, anatomy, queries)
+        return Attachment(edits, trainable=names, no_decay=names, identity_at_init=False, seam=seam)
 
 
 class Queries(nn.Module):
@@ -88,7 +74,7 @@ class Queries(nn.Module):
         bound = patch_bound(anatomy, anatomy.width)
         nn.init.uniform_(self.prompts, -bound, bound)
         # Not the tuple's modules but what holds them: they stay the backbone's own.
-        self.readers = tuple(BlockReader(model, paths) for paths in anatomy.blocks)
+        self.readers = tuple(BlockReader(model, paths) for paths in anatomy.attention_blocks)
         self.answers: dict[int, Tensor] = {}
         self.kept: dict[str, Tensor] | None = None
 
@@ -104,7 +90,7 @@ class Queries(nn.Module):
             self.kept[f"keys.{index}"] = keys_BHTh
 
     def forward(self, index: int, tokens_BTD: Tensor, keys_BHTh: Tensor | None, *, alone: bool = False) -> Tensor:
-        """(B, p*D) of length 1; inside the forward pass of block ``index``, if not ``alone``."""
+        """Return (B, p*D) of length 1; inside the forward pass of block ``index``, if not ``alone``."""
         reader = self.readers[index]
         prompts_BpD = self.prompts[index].to(tokens_BTD.dtype).expand(tokens_BTD.shape[0], -1, -1)
         prompts_BpD = self.dropouts[index](prompts_BpD)
@@ -145,7 +131,8 @@ class QuerySeam(FeatureSeam):
 
     @torch.no_grad()
     def stem(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        self.queries.kept = kept = {}
+        kept: dict[str, Tensor] = {}
+        self.queries.kept = kept
         try:
             return {**super().stem(images_BCHW), **kept}
         finally:

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from remap.remapping.targets import LOGITS, logits_of
 from remap.remapping.labels import Labels
 from remap.remapping.objective import LossTerm
 from remap.remapping.signals import Signals
+from remap.remapping.targets import LOGITS, logits_of
 from remap.tuning.base import Options
 
 

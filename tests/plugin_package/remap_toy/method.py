@@ -1,23 +1,23 @@
 """The toy method."""
 
+from pydantic import Field
 from torch import nn
 
 from remap.backbones.anatomy import Anatomy
-from remap.tuning.base import Attached, Method, Options, names_where
+from remap.tuning.base import IN_PLACE, Attachment, Method, Options, names_where
 
 
 class FinalNorm(Method):
-    """Train the norm behind the last block."""
+    """Train the norm after the last block."""
 
     class Config(Options):
         """Options."""
 
-        bias: bool = True
+        bias: bool = Field(default=True, description="Train the bias too.")
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         """Train ``norm.weight`` and, by default, ``norm.bias``."""
         wanted = {"norm.weight", "norm.bias"} if self.config.bias else {"norm.weight"}
-        names = names_where(model, anatomy, lambda name, _: name in wanted)
-        return Attached(model, anatomy, trainable=names, no_decay=names, mergeable=True)
+        return Attachment(trainable=names_where(model, anatomy, lambda name: name in wanted), fold=IN_PLACE)

@@ -13,8 +13,8 @@ from remap.backbones.anatomy import anatomy_of
 from remap.backbones.build import build
 from remap.errors import BackboneError, RunError
 from remap.remapping.architecture.skip import gates_of, save_remaining
+from remap.tuning.attached import Attached
 from remap.tuning.attaching import attach_method
-from remap.tuning.base import Attached
 
 Make = Callable[..., nn.Module]
 

@@ -15,8 +15,8 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import anatomy_of
+from remap.tuning.attached import Attached
 from remap.tuning.attaching import attach_method
-from remap.tuning.base import Attached
 
 Build = Callable[..., nn.Module]
 Attach = Callable[..., Attached]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import anatomy_of
+from remap.tuning.attached import Attached
 from remap.tuning.attaching import attach_method
-from remap.tuning.base import Attached
 
 Build = Callable[..., nn.Module]
 Attach = Callable[..., Attached]

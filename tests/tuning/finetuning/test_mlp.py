@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from remap.tuning.base import Attached
+from remap.tuning.attached import Attached
 
 Build = Callable[..., nn.Module]
 Attach = Callable[..., Attached]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from remap.tuning.base import Attached
+from remap.tuning.attached import Attached
 
 HEADS, DEPTH, PATCH = 2, 3, 8
 

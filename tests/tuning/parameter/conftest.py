@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import anatomy_of
 from remap.tuning import METHODS
-from remap.tuning.base import Attached
+from remap.tuning.attached import Attached
 
 Weights = dict[str, Tensor]
 

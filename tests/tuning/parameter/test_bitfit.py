@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from remap.errors import BackboneError
-from remap.tuning.base import Attached
+from remap.tuning.attached import Attached
 
 Build = Callable[..., nn.Module]
 Attach = Callable[..., Attached]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from remap.tuning.base import Attached
+from remap.tuning.attached import Attached
 
 Weights = dict[str, Tensor]
 GAMMA = "remap_diffit.gamma"

@@ -12,8 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import anatomy_of
+from remap.tuning.attached import Attached
 from remap.tuning.attaching import attach_method
-from remap.tuning.base import Attached
 from remap.tuning.dropout import keep_mask
 
 Weights = dict[str, Tensor]

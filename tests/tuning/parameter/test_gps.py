@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import anatomy_of
 from remap.errors import BackboneError, RunError
+from remap.tuning.attached import Attached
 from remap.tuning.attaching import attach_method
-from remap.tuning.base import Attached, Sample
+from remap.tuning.base import Sample
 
 TEMPERATURE = 0.07
 
@@ -89,7 +90,7 @@ def test_a_sample_without_pairs_is_an_error(build: Callable, attach: Callable, t
     attached = attach("gps", build("plain"))
     lonely = Sample(lambda: iter([(tools.images(3), torch.tensor([0, 1, 2]))]), 5)
     before = attached.state()
-    with pytest.raises(RunError, match="no two training images of one class"):
+    with pytest.raises(RunError, match="pairs of training images of one class"):
         attached.prepare(lonely)
     assert all(torch.equal(value, before[name]) for name, value in attached.state().items())
     trains = {name for name, p in attached.model.named_parameters() if p.requires_grad}

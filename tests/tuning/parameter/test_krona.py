@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from remap.errors import BackboneError
-from remap.tuning.base import Attached
+from remap.tuning.attached import Attached
 
 Weights = dict[str, Tensor]
 

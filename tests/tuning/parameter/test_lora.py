@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import anatomy_of
 from remap.errors import BackboneError
+from remap.tuning.attached import Attached
 from remap.tuning.attaching import attach_method
-from remap.tuning.base import Attached
 from remap.tuning.dropout import keep_mask
 
 Weights = dict[str, Tensor]

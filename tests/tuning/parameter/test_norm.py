@@ -10,8 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from remap.backbones.anatomy import anatomy_of
+from remap.tuning.attached import Attached
 from remap.tuning.attaching import attach_method
-from remap.tuning.base import Attached
 
 Build = Callable[..., nn.Module]
 Attach = Callable[..., Attached]

@@ -12,7 +12,7 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from remap.tuning.base import Attached
+from remap.tuning.attached import Attached
 
 Weights = dict[str, Tensor]
 IN_BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import anatomy_of, set_fused_attention
 from remap.tuning import METHODS
-from remap.tuning.base import Attached
+from remap.tuning.attached import Attached
 
 DEPTH, P, N, SEGMENTS = 3, 4, 2, 16
 SEQUENCES = [

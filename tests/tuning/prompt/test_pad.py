@@ -9,7 +9,7 @@ from torch import nn
 
 from remap.backbones.anatomy import anatomy_of
 from remap.errors import BackboneError
-from remap.tuning.base import Attached
+from remap.tuning.attached import Attached
 from remap.tuning.prompt.pad import VPTPad
 
 Build = Callable[..., nn.Module]

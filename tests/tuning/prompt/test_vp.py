@@ -10,7 +10,7 @@ from torch import nn
 from remap.backbones.anatomy import anatomy_of
 from remap.errors import BackboneError
 from remap.tuning import METHODS
-from remap.tuning.base import Attached
+from remap.tuning.attached import Attached
 from remap.tuning.prompt.vp import VP
 
 Build = Callable[..., nn.Module]

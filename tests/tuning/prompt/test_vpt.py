@@ -15,7 +15,8 @@ from remap.errors import BackboneError
 from remap.remapping.signals import Needs
 from remap.remapping.tap import Tap
 from remap.tuning import METHODS
-from remap.tuning.base import Attached, Sample
+from remap.tuning.attached import Attached
+from remap.tuning.base import Sample
 
 DEPTH, P = 3, 3
 SEQUENCES = [

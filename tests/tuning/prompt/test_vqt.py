@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from remap.errors import BackboneError
-from remap.tuning.base import Attached
+from remap.tuning.attached import Attached
 
 Build = Callable[..., nn.Module]
 Attach = Callable[..., Attached]

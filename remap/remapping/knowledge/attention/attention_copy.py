@@ -6,6 +6,7 @@ h head width.
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -13,16 +14,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.anatomy import Anatomy, AttentionBlock, Projection, module_at
 from remap.backbones.build import build
 from remap.backbones.preprocess import PreprocessSpec
-from remap.backbones.typed import layer_at
 from remap.errors import BackboneError, RunError
 from remap.remapping.alignment import Interpolation
 from remap.remapping.knowledge.attention.teacher_maps import TeacherMaps
-from remap.tuning.base import Attached, Method, Options, insert_module
+from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.finetuning.full import Full
 from remap.tuning.seam import FeatureSeam
 
@@ -66,7 +65,7 @@ class AttentionCopy(Method):
 
     config: Config
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attached:
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         if self.config.weights == "none":
             raise BackboneError(
                 "attention_copy needs a teacher that can be built again, and random weights exist nowhere else",
@@ -76,31 +75,23 @@ class AttentionCopy(Method):
         # The student's random draws continue as if there were no teacher.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             teacher = build(self.config.teacher, self.config.weights, 1, preset=self.config.preset)
-        full = Full().attach(model, anatomy) if self.config.trains == "all" else None
-        if full is not None:
-            full.detach()  # read for what it names; this method attaches it
+        if self.config.trains == "all":
+            tuned = replace(Full().attach(model, anatomy), fold=None)
+        else:
+            tuned = Attachment(trainable=(), seam=FeatureSeam(model, anatomy))
         maps = CopiedMaps(TeacherMaps(teacher, PreprocessSpec.of(model), anatomy, self.config), anatomy)
-        insert_module(model, _PATH, maps)
-        handles = [module_at(model, anatomy.input_module).register_forward_pre_hook(maps.begin, prepend=True)]
+        edits = Edits(model)
+        edits.insert(_PATH, maps)
+        edits.before(anatomy.input_module, maps.begin, first=True)
         for index, block in enumerate(anatomy.attention_blocks):
-            module = module_at(model, block.block)
-            handles.append(module.register_forward_pre_hook(partial(maps.enter, index), prepend=True))
+            edits.before(block.block, partial(maps.enter, index), first=True)
             if index in maps.teacher.pairs:
-                handles += [_watch_values(model, block, maps), _replace_result(model, index, block, maps)]
+                _watch_values(edits, block, maps)
+                _replace_result(edits, index, block, maps)
             if index + 1 < anatomy.depth:
-                handles.append(module.register_forward_hook(maps.leave))
-                maps.late.append((module, handles[-1].id))
-        return Attached(
-            model,
-            anatomy,
-            trainable=full.trainable if full else (),
-            no_decay=full.no_decay if full else (),
-            tuned_modules=full.tuned_modules if full else (),
-            seam=None if full else FeatureSeam(model, anatomy),
-            identity_at_init=False,
-            added=[_PATH],
-            handles=handles,
-        )
+                handle = edits.after(block.block, maps.leave)
+                maps.late.append((module_at(model, block.block), handle.id))
+        return replace(tuned, edits=edits, identity_at_init=False)
 
 
 class CopiedMaps(nn.Module):
@@ -202,17 +193,16 @@ class CopiedMaps(nn.Module):
         self._checked = self.teacher_sha256._version
 
 
-def _watch_values(model: nn.Module, block: AttentionBlock, maps: CopiedMaps) -> RemovableHandle:
+def _watch_values(edits: Edits, block: AttentionBlock, maps: CopiedMaps) -> None:
     v = block.projections["v"]
-    layer = layer_at(model, v.path)
-    # A bias that the attention adds itself, behind the layer.
-    owner = None if v.bias in (None, f"{v.path}.bias") else module_at(model, str(v.bias).rpartition(".")[0])
+    layer = module_at(edits.model, v.path)
+    owner = None
+    if v.bias is not None and v.bias != f"{v.path}.bias":
+        owner = module_at(edits.model, v.bias.rpartition(".")[0])
     if not v.called:
-        attention = module_at(model, block.attn)
-        return attention.register_forward_pre_hook(partial(maps.make_values, v, layer, owner))
-    handle = layer.register_forward_hook(partial(maps.keep_values, v, owner))
-    maps.late.append((layer, handle.id))
-    return handle
+        edits.before(block.attn, partial(maps.make_values, v, layer, owner))
+        return
+    maps.late.append((layer, edits.after(v.path, partial(maps.keep_values, v, owner)).id))
 
 
 def _bias(v: Projection, owner: nn.Module) -> Tensor:
@@ -220,7 +210,7 @@ def _bias(v: Projection, owner: nn.Module) -> Tensor:
     return bias[v.bias_start : v.bias_start + v.stop - v.start]
 
 
-def _replace_result(model: nn.Module, index: int, block: AttentionBlock, maps: CopiedMaps) -> RemovableHandle:
+def _replace_result(edits: Edits, index: int, block: AttentionBlock, maps: CopiedMaps) -> None:
     norm = f"{block.attn}.norm"
-    reader = module_at(model, norm if norm in block.norms else block.projections["o"].path)
-    return reader.register_forward_pre_hook(partial(maps.replace, index, block.heads), prepend=True)
+    reader = norm if norm in block.norms else block.proj
+    edits.before(reader, partial(maps.replace, index, block.heads), first=True)

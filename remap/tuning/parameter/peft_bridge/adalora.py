@@ -1,0 +1,137 @@
+"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): low ranks that training deals out among the layers."""
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from peft import AdaLoraConfig
+from peft.tuners.adalora import RankAllocator
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from remap.tuning.base import TrainingHooks
+from remap.tuning.layers import Layer
+from remap.tuning.parameter.peft_bridge.base import ADAPTER, PeftMethod, Targets, Words
+from remap.tuning.parameter.peft_layer import SharedLinear
+
+
+class AdaLoRA(PeftMethod):
+    """W' = W + alpha / r P diag(E) Q with a rank that training deals out among the layers (section 3).
+
+    All layers begin with ``initial_rank``; entries of E with the least importance are set to 0 until ``rank`` a layer
+    are left on average, and stay 0 from then on. P and Q are pulled towards orthogonal matrices.
+    """
+
+    name = "remap_adalora"
+    rank_option = "initial_rank"
+    exempt = ("lora_E",)
+
+    class Config(Targets):
+        """Options."""
+
+        rank: int = Field(default=8, ge=1, description="Mean rank per layer after shrinking.")
+        initial_rank: int = Field(default=12, ge=1, description="Rank per layer at the start.")
+        alpha: float | None = Field(
+            default=None, gt=0.0, description="Scale is alpha / initial_rank; null is a scale of 1."
+        )
+        warmup: float = Field(default=0.1, ge=0.0, lt=1.0, description="Share of training before the ranks shrink.")
+        settle: float = Field(default=0.5, ge=0.0, lt=1.0, description="Share of training after the ranks have shrunk.")
+        interval: int = Field(default=10, ge=1, description="Steps between two reductions of the ranks.")
+        beta1: float = Field(default=0.85, gt=0.0, lt=1.0, description="Smoothing of the importance.")
+        beta2: float = Field(
+            default=0.85, gt=0.0, lt=1.0, description="Smoothing of the uncertainty of the importance."
+        )
+        orthogonality: float = Field(
+            default=0.1, ge=0.0, description="Weight of the penalty on P and Q (gamma in the paper)."
+        )
+
+        @model_validator(mode="after")
+        def _shrinks(self) -> "AdaLoRA.Config":
+            if self.rank >= self.initial_rank:
+                raise ValueError(f"rank {self.rank} is not below initial_rank {self.initial_rank}")
+            if self.warmup + self.settle >= 1.0:
+                raise ValueError("warmup and settle leave no time for the ranks to shrink")
+            return self
+
+    config: Config
+
+    def peft_config(self, names: dict[str, Words]) -> AdaLoraConfig:
+        options = self.config
+        return AdaLoraConfig(
+            init_r=options.initial_rank,
+            target_r=options.rank,
+            # Annotated as an integer, it may be any number.
+            lora_alpha=options.initial_rank if options.alpha is None else cast(int, options.alpha),
+            beta1=options.beta1,
+            beta2=options.beta2,
+            deltaT=options.interval,
+            total_step=1,  # not known yet, see RankSchedule.after_step
+            target_modules=list(names),
+        )
+
+    def _wrap(self, linears: Sequence[SharedLinear], layers: Sequence[Layer]) -> list[nn.Module]:
+        changes = super()._wrap(linears, layers)
+        for change in changes:
+            # A constant that peft keeps as a frozen parameter.
+            change._modules.pop("ranknum")
+            change.__dict__["ranknum"] = {ADAPTER: float(self.config.initial_rank)}
+        return changes
+
+    def training_hooks(self, changes: list[nn.Module]) -> TrainingHooks:
+        return RankSchedule(changes, self.config, self.peft_config({"": ()}))
+
+
+class RankSchedule(TrainingHooks):
+    """Deals out the ranks while training."""
+
+    def __init__(self, changes: list[nn.Module], options: AdaLoRA.Config, allocator: AdaLoraConfig) -> None:
+        self.options, self.changes = options, changes
+        self.layers = nn.ModuleList(changes)
+        self.allocator = RankAllocator(self.layers, allocator, ADAPTER)
+        # Which entries of E stay, once the ranks are dealt out.
+        self.kept: dict[str, Tensor] = {}
+
+    def after_step(self, step: int, total: int) -> None:
+        settled = total - max(1, round(self.options.settle * total))
+        schedule = self.allocator.peft_config
+        schedule.total_step, schedule.tfinal = total, total - settled
+        schedule.tinit = min(int(self.options.warmup * total), settled - 1)
+        if step <= settled:
+            self.allocator.update_ipt(self.layers)
+        if step < settled:
+            budget, due = self.allocator.budget_schedule(step)
+            if due and budget < self.allocator.init_bgt:
+                self.allocator.mask_to_budget(self.layers, budget)
+        elif step == settled:
+            pattern = self.allocator.mask_to_budget(self.layers, self.allocator.target_bgt)
+            self.kept = {name: torch.tensor(kept) for name, kept in pattern.items()}
+        elif self.kept:
+            parameters = dict(self.layers.named_parameters())
+            with torch.no_grad():
+                for name, kept_r in self.kept.items():
+                    parameters[name][~kept_r.to(parameters[name].device)] = 0.0
+
+    def penalty(self) -> Tensor:
+        """Return gamma times the mean of ||P^T P - I|| and ||Q Q^T - I|| (equation 4, with norms as in peft)."""
+        distances = []
+        for change in self.changes:
+            p_or, q_ri = (change.get_parameter(f"{name}.{ADAPTER}") for name in ("lora_B", "lora_A"))
+            for factor_rn in (q_ri, p_or.T):
+                with torch.autocast(factor_rn.device.type, enabled=False):
+                    gram_rr = factor_rn.float() @ factor_rn.float().T
+                distances.append(torch.linalg.norm(gram_rr - torch.eye(len(gram_rr), device=gram_rr.device)))
+        return self.options.orthogonality * torch.stack(distances).mean()
+
+    def memory(self) -> dict[str, Tensor]:
+        kinds = {"ipt": self.allocator.exp_avg_ipt, "unc": self.allocator.exp_avg_unc, "kept": self.kept}
+        return {f"{kind}/{name}": tensor.clone() for kind, tensors in kinds.items() for name, tensor in tensors.items()}
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
+        device = next(self.layers.parameters()).device
+        kinds: dict[str, dict[str, Tensor]] = {"ipt": {}, "unc": {}, "kept": {}}
+        for key, tensor in memory.items():
+            kind, _, name = key.partition("/")
+            kinds[kind][name] = tensor.to(device, copy=True)
+        self.allocator.exp_avg_ipt, self.allocator.exp_avg_unc, self.kept = kinds["ipt"], kinds["unc"], kinds["kept"]
+        # What update_ipt asks to know whether it has averages already; it is overwritten before it is read.
+        self.allocator.ipt = dict(self.allocator.exp_avg_ipt)
