@@ -1,17 +1,16 @@
 """AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): low ranks that training deals out among the layers."""
 
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import torch
-from peft import AdaLoraConfig
+from peft import AdaLoraConfig, PeftConfig
 from peft.tuners.adalora import RankAllocator
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from remap.tuning.base import TrainingHooks
 from remap.tuning.layers import Layer
-from remap.tuning.parameter.peft_bridge.base import ADAPTER, PeftMethod, Targets, Words
+from remap.tuning.parameter.peft_bridge.base import ADAPTER, PeftMethod, PeftOptions, Targets
 from remap.tuning.parameter.peft_layer import SharedLinear
 
 
@@ -23,6 +22,18 @@ class AdaLoRA(PeftMethod):
     """
 
     name = "remap_adalora"
+    peft = PeftOptions(
+        AdaLoraConfig,
+        {
+            "init_r": "initial_rank",
+            "lora_alpha": "alpha_or_rank",
+            "target_r": "rank",
+            "beta1": "beta1",
+            "beta2": "beta2",
+            "deltaT": "interval",
+        },
+        {"total_step": 1},  # not known yet, see RankSchedule.after_step
+    )
     rank_option = "initial_rank"
     exempt = ("lora_E",)
 
@@ -53,21 +64,12 @@ class AdaLoRA(PeftMethod):
                 raise ValueError("warmup and settle leave no time for the ranks to shrink")
             return self
 
-    config: Config
+        @property
+        def alpha_or_rank(self) -> float:
+            """What peft calls alpha."""
+            return self.initial_rank if self.alpha is None else self.alpha
 
-    def peft_config(self, names: dict[str, Words]) -> AdaLoraConfig:
-        options = self.config
-        return AdaLoraConfig(
-            init_r=options.initial_rank,
-            target_r=options.rank,
-            # Annotated as an integer, it may be any number.
-            lora_alpha=options.initial_rank if options.alpha is None else cast(int, options.alpha),
-            beta1=options.beta1,
-            beta2=options.beta2,
-            deltaT=options.interval,
-            total_step=1,  # not known yet, see RankSchedule.after_step
-            target_modules=list(names),
-        )
+    config: Config
 
     def _wrap(self, linears: Sequence[SharedLinear], layers: Sequence[Layer]) -> list[nn.Module]:
         changes = super()._wrap(linears, layers)
@@ -84,7 +86,7 @@ class AdaLoRA(PeftMethod):
 class RankSchedule(TrainingHooks):
     """Deals out the ranks while training."""
 
-    def __init__(self, changes: list[nn.Module], options: AdaLoRA.Config, allocator: AdaLoraConfig) -> None:
+    def __init__(self, changes: list[nn.Module], options: AdaLoRA.Config, allocator: PeftConfig) -> None:
         self.options, self.changes = options, changes
         self.layers = nn.ModuleList(changes)
         self.allocator = RankAllocator(self.layers, allocator, ADAPTER)

@@ -5,10 +5,9 @@ made of that becomes the change of the backbone's own layer (``peft_layer.py``).
 """
 
 import warnings
-from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import ClassVar, Literal, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -46,9 +45,18 @@ class LowRank(Targets):
     alpha: float | None = Field(default=None, gt=0.0, description="Scale is alpha / rank; null is alpha = rank.")
 
     @property
-    def alpha_or_rank(self) -> int:
-        """What peft calls alpha; annotated as an integer there, it may be any number."""
-        return self.rank if self.alpha is None else cast(int, self.alpha)
+    def alpha_or_rank(self) -> float:
+        """What peft calls alpha."""
+        return self.rank if self.alpha is None else self.alpha
+
+
+@dataclass(frozen=True)
+class PeftOptions:
+    """A class of options of peft, which of them come from which of the method's, and values of others."""
+
+    kind: Callable[..., PeftConfig]
+    taken: Mapping[str, str]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
 class PeftMethod(Method):
@@ -56,6 +64,7 @@ class PeftMethod(Method):
 
     Attributes:
         name: Last component of the inserted modules' names.
+        peft: What peft is given.
         default_targets: Words that ``targets: null`` stands for.
         shared: Attributes of peft's layers that hold the same frozen tensors everywhere.
         moves_bias: Whether the layer's bias is changed too.
@@ -66,6 +75,7 @@ class PeftMethod(Method):
     """
 
     name: ClassVar[str]
+    peft: ClassVar[PeftOptions]
     default_targets: ClassVar[tuple[str, ...]] = ("q", "k", "v")
     shared: ClassVar[tuple[str, ...]] = ()
     moves_bias: ClassVar[bool] = False
@@ -75,12 +85,13 @@ class PeftMethod(Method):
     rank_within: ClassVar[Literal["both", "inputs"]] = "both"
     run: ClassVar[Run] = staticmethod(plain_run)
 
-    Config = Targets
+    Config: type[Targets] = Targets
     config: Targets
 
-    @abstractmethod
     def peft_config(self, names: dict[str, Words]) -> PeftConfig:
-        """Return peft's configuration for target modules of these names."""
+        """Return peft's configuration for target modules of these names, which make these projections."""
+        settings: dict[str, Any] = {theirs: getattr(self.config, ours) for theirs, ours in self.peft.taken.items()}
+        return self.peft.kind(**settings, **self.peft.fixed, target_modules=list(names))
 
     def training_hooks(self, changes: list[nn.Module]) -> TrainingHooks:
         """Return what the method does in the course of training with peft's layers."""

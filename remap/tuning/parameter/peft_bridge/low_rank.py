@@ -7,7 +7,6 @@ from peft import (
     LoKrConfig,
     LoraConfig,
     MissConfig,
-    PeftConfig,
     RandLoraConfig,
     VeraConfig,
 )
@@ -16,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remap.tuning.parameter.peft_bridge.base import ADAPTER, LowRank, PeftMethod, Targets, Words
+from remap.tuning.parameter.peft_bridge.base import ADAPTER, LowRank, PeftMethod, PeftOptions, Targets
 from remap.tuning.parameter.peft_layer import base_of
 
 
@@ -27,35 +26,22 @@ class DoRA(PeftMethod):
     """
 
     name = "remap_dora"
+    peft = PeftOptions(LoraConfig, {"r": "rank", "lora_alpha": "alpha_or_rank"}, {"use_dora": True})
 
-    class Config(LowRank):
-        """Options."""
-
-    config: Config
-
-    def peft_config(self, names: dict[str, Words]) -> PeftConfig:
-        return LoraConfig(
-            r=self.config.rank, lora_alpha=self.config.alpha_or_rank, use_dora=True, target_modules=list(names)
-        )
+    Config = LowRank
 
 
 class RsLoRA(PeftMethod):
     """W' = W + alpha / sqrt(r) B A: the scale that keeps the change of the same size for every rank."""
 
     name = "remap_rslora"
+    peft = PeftOptions(LoraConfig, {"r": "rank", "lora_alpha": "alpha_or_rank"}, {"use_rslora": True})
 
     class Config(LowRank):
         """Options."""
 
         alpha: float | None = Field(
             default=None, gt=0.0, description="Scale is alpha / sqrt(rank); null is alpha = rank."
-        )
-
-    config: Config
-
-    def peft_config(self, names: dict[str, Words]) -> PeftConfig:
-        return LoraConfig(
-            r=self.config.rank, lora_alpha=self.config.alpha_or_rank, use_rslora=True, target_modules=list(names)
         )
 
 
@@ -69,15 +55,10 @@ class LoHa(PeftMethod):
     """W' = W + alpha / r (A1 B1) * (A2 B2), an elementwise product: rank up to r*r."""
 
     name = "remap_loha"
+    peft = PeftOptions(LoHaConfig, {"r": "rank", "alpha": "alpha_or_rank"})
     run = staticmethod(_lycoris_run)
 
-    class Config(LowRank):
-        """Options."""
-
-    config: Config
-
-    def peft_config(self, names: dict[str, Words]) -> PeftConfig:
-        return LoHaConfig(r=self.config.rank, alpha=self.config.alpha_or_rank, target_modules=list(names))
+    Config = LowRank
 
 
 class LoKr(PeftMethod):
@@ -87,6 +68,9 @@ class LoKr(PeftMethod):
     """
 
     name = "remap_lokr"
+    peft = PeftOptions(
+        LoKrConfig, {**LoHa.peft.taken, "decompose_factor": "factor", "decompose_both": "decompose_both"}
+    )
     rank_option = None
     run = staticmethod(_lycoris_run)
 
@@ -105,17 +89,6 @@ class LoKr(PeftMethod):
                 raise ValueError("factor must be at least 1, or -1")
             return factor
 
-    config: Config
-
-    def peft_config(self, names: dict[str, Words]) -> PeftConfig:
-        return LoKrConfig(
-            r=self.config.rank,
-            alpha=self.config.alpha_or_rank,
-            decompose_factor=self.config.factor,
-            decompose_both=self.config.decompose_both,
-            target_modules=list(names),
-        )
-
 
 class VeRA(PeftMethod):
     """W' = W + diag(b) B diag(d) A with frozen random A and B, shared by all layers; b and d are trained.
@@ -124,6 +97,7 @@ class VeRA(PeftMethod):
     """
 
     name = "remap_vera"
+    peft = PeftOptions(VeraConfig, {"r": "rank", "projection_prng_key": "seed"})
     rank_option = None
     shared = ("vera_A", "vera_B")
 
@@ -133,11 +107,6 @@ class VeRA(PeftMethod):
         rank: int = Field(default=256, ge=1, description="Rank of the shared random matrices.")
         seed: int = Field(default=0, ge=0, description="Seed of the random matrices.")
 
-    config: Config
-
-    def peft_config(self, names: dict[str, Words]) -> PeftConfig:
-        return VeraConfig(r=self.config.rank, projection_prng_key=self.config.seed, target_modules=list(names))
-
 
 class RandLoRA(PeftMethod):
     """W' = W + alpha / r sum_j B_j diag(l_j) A diag(g_j): full rank from frozen random bases of rank r.
@@ -146,6 +115,7 @@ class RandLoRA(PeftMethod):
     """
 
     name = "remap_randlora"
+    peft = PeftOptions(RandLoraConfig, {"r": "rank", "randlora_alpha": "alpha", "projection_prng_key": "seed"})
     shared = ("randlora_A", "randlora_B")
 
     class Config(Targets):
@@ -155,21 +125,12 @@ class RandLoRA(PeftMethod):
         alpha: int = Field(default=640, ge=1, description="Scale is alpha / rank; the paper's is 20.")
         seed: int = Field(default=0, ge=0, description="Seed of the random matrices.")
 
-    config: Config
-
-    def peft_config(self, names: dict[str, Words]) -> PeftConfig:
-        return RandLoraConfig(
-            r=self.config.rank,
-            randlora_alpha=self.config.alpha,
-            projection_prng_key=self.config.seed,
-            target_modules=list(names),
-        )
-
 
 class MiSS(PeftMethod):
     """One trained matrix D (r, o): all shards of r columns of W get D^T added."""
 
     name = "remap_miss"
+    peft = PeftOptions(MissConfig, {"r": "rank"})
     rank_within = "inputs"
 
     class Config(Targets):
@@ -177,26 +138,17 @@ class MiSS(PeftMethod):
 
         rank: int = Field(default=8, ge=1, description="Rows of the trained shard.")
 
-    config: Config
-
-    def peft_config(self, names: dict[str, Words]) -> PeftConfig:
-        return MissConfig(r=self.config.rank, target_modules=list(names))
-
 
 class HiRA(PeftMethod):
     """W' = W + W * (B A), an elementwise product with the frozen weight: a change of high rank."""
 
     name = "remap_hira"
+    peft = PeftOptions(HiraConfig, {"r": "rank"})
 
     class Config(Targets):
         """Options."""
 
         rank: int = Field(default=8, ge=1, description="Rank of the matrix that multiplies the weight.")
-
-    config: Config
-
-    def peft_config(self, names: dict[str, Words]) -> PeftConfig:
-        return HiraConfig(r=self.config.rank, target_modules=list(names))
 
 
 def _gralora_run(change: nn.Module, x: Tensor, **bias: Tensor) -> Tensor:
@@ -208,6 +160,7 @@ class GraLoRA(PeftMethod):
     """W' = W + alpha / r times a grid of k*k blocks, each a product of rank r/k."""
 
     name = "remap_gralora"
+    peft = PeftOptions(GraloraConfig, {"r": "rank", "alpha": "alpha", "gralora_k": "blocks"})
     run = staticmethod(_gralora_run)
 
     class Config(Targets):
@@ -222,10 +175,3 @@ class GraLoRA(PeftMethod):
             if self.rank % self.blocks:
                 raise ValueError(f"rank {self.rank} is not a multiple of blocks {self.blocks}")
             return self
-
-    config: Config
-
-    def peft_config(self, names: dict[str, Words]) -> PeftConfig:
-        return GraloraConfig(
-            r=self.config.rank, alpha=self.config.alpha, gralora_k=self.config.blocks, target_modules=list(names)
-        )

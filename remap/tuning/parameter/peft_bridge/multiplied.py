@@ -2,12 +2,12 @@
 
 from typing import Literal
 
-from peft import HRAConfig, IA3Config, OFTConfig, PeftConfig, RoadConfig
+from peft import HRAConfig, IA3Config, OFTConfig, RoadConfig
 from pydantic import Field
 from torch import Tensor, nn
 
 from remap.tuning.layers import Target
-from remap.tuning.parameter.peft_bridge.base import PeftMethod, Targets, Words
+from remap.tuning.parameter.peft_bridge.base import PeftMethod, PeftOptions, Targets, Words
 
 
 def _oft_run(change: nn.Module, x: Tensor, **bias: Tensor) -> Tensor:
@@ -23,19 +23,13 @@ class OFT(PeftMethod):
     """
 
     name = "remap_oft"
+    peft = PeftOptions(OFTConfig, {"oft_block_size": "block_size"}, {"r": 0, "use_cayley_neumann": False})
     run = staticmethod(_oft_run)
 
     class Config(Targets):
         """Options."""
 
         block_size: int = Field(default=32, ge=2, description="Size of the rotated blocks of inputs.")
-
-    config: Config
-
-    def peft_config(self, names: dict[str, Words]) -> PeftConfig:
-        return OFTConfig(
-            r=0, oft_block_size=self.config.block_size, use_cayley_neumann=False, target_modules=list(names)
-        )
 
 
 class IA3(PeftMethod):
@@ -58,9 +52,7 @@ class IA3(PeftMethod):
             description="Layers to scale; null is [q, k, v, fc2], or [fc2] without attention.",
         )
 
-    config: Config
-
-    def peft_config(self, names: dict[str, Words]) -> PeftConfig:
+    def peft_config(self, names: dict[str, Words]) -> IA3Config:
         inputs = [name for name, words in names.items() if "fc2" in words]
         return IA3Config(target_modules=list(names), feedforward_modules=inputs)
 
@@ -72,6 +64,7 @@ class HRA(PeftMethod):
     """
 
     name = "remap_hra"
+    peft = PeftOptions(HRAConfig, {"r": "rank"})
     rank_within = "inputs"
     exact_start = False
 
@@ -81,11 +74,6 @@ class HRA(PeftMethod):
         rank: int = Field(
             default=8, ge=2, multiple_of=2, description="Number of reflections, which start in equal pairs."
         )
-
-    config: Config
-
-    def peft_config(self, names: dict[str, Words]) -> PeftConfig:
-        return HRAConfig(r=self.config.rank, target_modules=list(names))
 
 
 class RoAd(PeftMethod):
@@ -104,6 +92,6 @@ class RoAd(PeftMethod):
 
     config: Config
 
-    def peft_config(self, names: dict[str, Words]) -> PeftConfig:
+    def peft_config(self, names: dict[str, Words]) -> RoadConfig:
         # Neighbours form pairs, as in the paper; larger groups only serve peft's batched inference.
         return RoadConfig(variant=f"road_{self.config.per_pair}", group_size=2, target_modules=list(names))
