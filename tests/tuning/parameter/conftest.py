@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import anatomy_of
-from remap.tuning import METHODS
 from remap.tuning.attached import Attached
+from remap.tuning.attaching import attach_method
 
 Weights = dict[str, Tensor]
 
@@ -49,8 +49,7 @@ def count() -> Callable[..., int]:
     def trained(method: str, **options: object) -> int:
         with torch.device("meta"):
             model = timm.create_model("vit_base_patch16_224", pretrained=False, num_classes=0)
-        cls = METHODS.load(method)
-        attached = cls(cls.Config(**options)).attach(model, anatomy_of(model))
+        attached = attach_method(model, anatomy_of(model), method, options)
         parameters = dict(model.named_parameters())
         return sum(parameters[name].numel() for name in attached.trainable)
 

@@ -167,15 +167,14 @@ def count_on_meta() -> Callable[..., int]:
     import timm
 
     from remap.backbones.anatomy import anatomy_of
-    from remap.tuning import METHODS
+    from remap.tuning.attaching import attach_method
 
     models: dict[str, nn.Module] = {}
 
     def count(name: str, method: str, options: dict[str, object]) -> int:
         with torch.device("meta"):
             model = models.setdefault(name, timm.create_model(name, pretrained=False, num_classes=0))
-            cls = METHODS.load(method)
-            attached = cls(cls.Config(**options)).attach(model, anatomy_of(model))
+            attached = attach_method(model, anatomy_of(model), method, options)
             parameters = dict(model.named_parameters())
             trained = sum(parameters[path].numel() for path in attached.trainable)
             attached.detach()

@@ -10,7 +10,7 @@ from torch import nn
 from remap.backbones.anatomy import anatomy_of
 from remap.errors import BackboneError
 from remap.tuning.attached import Attached
-from remap.tuning.prompt.pad import VPTPad
+from remap.tuning.attaching import attach_method
 
 Build = Callable[..., nn.Module]
 
@@ -23,7 +23,7 @@ def attach_pad(build: Build) -> Callable[..., Attached]:
     def make(variant: str, border: int = 2) -> Attached:
         model = build(variant).double()
         model.pretrained_cfg = {"input_size": (3, 32, 32), "mean": MEAN, "std": STD}
-        return VPTPad(VPTPad.Config(border=border)).attach(model, anatomy_of(model))
+        return attach_method(model, anatomy_of(model), "vpt_pad", {"border": border})
 
     return make
 

@@ -11,7 +11,7 @@ from remap.backbones.anatomy import anatomy_of
 from remap.errors import BackboneError
 from remap.tuning import METHODS
 from remap.tuning.attached import Attached
-from remap.tuning.prompt.vp import VP
+from remap.tuning.attaching import attach_method
 
 Build = Callable[..., nn.Module]
 
@@ -23,7 +23,7 @@ def attach_vp(build: Build) -> Callable[..., Attached]:
     def make(variant: str, **options: object) -> Attached:
         model = build(variant).double()
         model.pretrained_cfg = {"input_size": (3, 32, 32)}
-        return VP(VP.Config(**options)).attach(model, anatomy_of(model))
+        return attach_method(model, anatomy_of(model), "vp", options)
 
     return make
 
