@@ -63,7 +63,7 @@ def imports(names: list[str], repeats: int) -> None:
         name = what.removeprefix("import ")
         print(f"| `{name}`{behind} | {wall:.2f} s ({cpu:.2f} s) | {', '.join(brought) or '-'} |")
     for what, (_, _, brought) in single.items():
-        assert ("peft" in brought) == what.endswith("peft_bridge"), f"{what} brings {brought}"
+        assert ("peft" in brought) == (".peft_bridge." in what), f"{what} brings {brought}"
 
 
 def attaching(names: list[str], model_name: str, repeats: int) -> None:
