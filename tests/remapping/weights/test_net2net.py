@@ -102,7 +102,7 @@ def test_noise_draws_copies_apart(build: Callable, initialise: Callable, feature
 @pytest.mark.parametrize(
     ("variant", "growth", "words"),
     [
-        ("vit", {"embed_dim": 48}, "width 48, which is no multiple of 32"),
+        ("vit", {"embed_dim": 48}, "width 48, which is not a multiple of 32"),
         ("vit", {"depth": 2}, "depth 2 < 3"),
         ("vit", {"img_size": 48}, "grid 6x6, not 4x4"),
         ("vit_dinov2", {"reg_tokens": 6}, "number of prefix tokens 7, not 5"),
