@@ -38,8 +38,8 @@ A cell is yes if the family has the components that the method needs. Every yes 
 
 REMAPPING = """# Remapping: what a student gets from its teacher
 
-Written by `tools/reference_pages.py` from the code. `remap losses`, `remap losses NAME` and `remap remappings` print the
-same; [distilling.md](distilling.md) is the guide.
+Written by `tools/reference_pages.py` from the code. `remap losses`, `remap losses NAME` and `remap remappings` print
+the same; [distilling.md](distilling.md) is the guide.
 
 Category 5 of the survey: knowledge (losses), weights (how the student starts) and architecture (what the student is).
 All of it combines with every tuning method. Options of a loss are given as `--set losses.NAME.OPTION=VALUE`. *Weight*
