@@ -36,7 +36,7 @@ SOURCES: Registry[SourceEntry] = Registry(
     ],
 )
 # What a run without data learns from.
-DEFAULT_SOURCE = SOURCES.names[0]
+DEFAULT_SOURCE = "digits"
 
 
 def is_source(word: str) -> bool:

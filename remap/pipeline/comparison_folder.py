@@ -96,6 +96,7 @@ def _places(recipe: Recipe) -> str:
 
 
 def fingerprint_of(data: DataSpec, progress: Progress) -> str:
+    """Return the fingerprint of the images that a recipe names."""
     from remap.pipeline.shared import SharedResources
 
     return fingerprint(SharedResources().index(data), progress, data.workers)

@@ -18,6 +18,7 @@ from remap.pipeline.teacher_outputs import OutputStorage, choose_storage, make_t
 from remap.pipeline.teachers import PreparedTeacher, needs_logits, teacher_recipe
 from remap.progress import Progress
 from remap.recipe.schema import Recipe
+from remap.remapping.objective import LossTerm
 
 # Bytes of task.json, about.
 TASK_RECORD = 4096
@@ -115,6 +116,7 @@ def _terms(components: RunComponents, profile: StepProfile, storages: dict[int, 
     rows, size = [], components.recipe.train.batch_size // components.recipe.train.accumulation
     views = len(components.training_source.split) * components.recipe.data.finite_views
     for name, term in components.objective.terms.items():
+        assert isinstance(term, LossTerm)
         cost = profile.terms[name]
         storage = storages.get(components.objective.teacher_of[name]) if term.uses_teacher else None
         cached = storage is not None and storage.where != "each step"
@@ -170,8 +172,9 @@ def trainable_rows(components: RunComponents) -> list[dict[str, Any]]:
 def _preparing(
     components: RunComponents, teacher: PreparedTeacher, each: float, progress: Progress, shared: SharedResources
 ) -> tuple[float, int]:
-    """Return seconds and bytes on disk of giving a teacher a head: a forward pass over the labelled images for a probe,
-    else a run (``teacher_recipe``), which is estimated like any other.
+    """Return seconds and bytes on disk of giving a teacher a head.
+
+    That is a forward pass over the labelled images for a probe, else a run, which is estimated like any other.
 
     Args:
         each: Seconds of the teacher's forward pass for one image.

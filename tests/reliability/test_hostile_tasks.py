@@ -339,7 +339,10 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     "a huge depth": ({"model_args": {"depth": 10**6}}, "larger than"),
     "wide and deep": ({"model_args": {"embed_dim": 65536, "num_heads": 2, "depth": 40}}, "weights do not fit"),
     "an argument that reads": ({"model_args": {"checkpoint_path": "/tmp/x.pth"}}, "is not an argument of a model"),
-    "an argument that downloads": ({"model_args": {"pretrained_cfg_overlay": {"url": "http://x"}}}, "is not an argument"),
+    "an argument that downloads": (
+        {"model_args": {"pretrained_cfg_overlay": {"url": "http://x"}}},
+        "is not an argument",
+    ),
     "an argument that is none": ({"model_args": {"_target_": "os.mkdir"}}, "timm cannot build"),
     "infinity": ('{"architecture": "vit_tiny_patch16_224", "model_args": {"mlp_ratio": Infinity}}', "cannot read"),
     "deep": ("[" * 100_000, "cannot read"),

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, module_at
 from remap.backbones.block_reader import leaving
-from remap.backbones.families.swin import admit_window_tokens, merge_prompts, merging_before, with_window_tokens
+from remap.backbones.families.swin import (
+    PatchMerging,
+    admit_window_tokens,
+    merge_prompts,
+    merging_before,
+    with_window_tokens,
+)
 from remap.errors import BackboneError
 from remap.tuning.base import Attachment, Edits
 from remap.tuning.dropout import SampleDropout
@@ -102,7 +108,7 @@ class WindowPrompts(nn.Module):
         after_BpC = middle_BpC + mlp.forward(norm2.forward(middle_BpC))
         setattr(output, CARRIED, leaving(block, after_BpC))
 
-    def merge(self, index: int, merging: nn.Module, args: tuple, output: Tensor) -> None:
+    def merge(self, index: int, merging: PatchMerging, args: tuple, output: Tensor) -> None:
         """Forward hook of the patch merging in front of block ``index``, where prompts cross it."""
         setattr(output, CARRIED, merge_prompts(merging, carried(args[0], index)))
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from remap.backbones.anatomy import Anatomy, AttentionBlock, Projection, module_at
 from remap.backbones.build import build
 from remap.backbones.preprocess import PreprocessSpec
+from remap.backbones.typed import layer_at
 from remap.errors import BackboneError, RunError
 from remap.remapping.alignment import Interpolation
 from remap.remapping.knowledge.attention.teacher_maps import TeacherMaps
@@ -195,7 +196,7 @@ class CopiedMaps(nn.Module):
 
 def _watch_values(edits: Edits, block: AttentionBlock, maps: CopiedMaps) -> None:
     v = block.projections["v"]
-    layer = module_at(edits.model, v.path)
+    layer = layer_at(edits.model, v.path)
     owner = None
     if v.bias is not None and v.bias != f"{v.path}.bias":
         owner = module_at(edits.model, v.bias.rpartition(".")[0])
