@@ -22,7 +22,7 @@ from remap.recipe import Recipe, resolve
 from remap.recipe.resolve import dump, validate
 from remap.recipe.strict_yaml import parse
 from remap.runs.task import load_task
-from remap_cli.main import app
+from remap_cli.app import app
 
 pytestmark = pytest.mark.slow
 
