@@ -30,6 +30,7 @@ from remap.recipe.schema import EMA, SELF
 from remap.remapping.knowledge.attention import transfer_warning
 from remap.remapping.objective import Objective
 from remap.runs.run_dir import RunDir
+from remap.runs.task import open_backbone
 from remap.tuning import parts_of
 
 
@@ -122,6 +123,18 @@ def build_components(
     objective = build_objective(recipe, student, [teacher.network for teacher in teachers])
     bf16 = use_bf16(recipe.train.precision, device)
     return RunComponents(recipe, views, student, teachers, objective, bf16, init)
+
+
+def require_student(recipe: Recipe, shared: SharedResources) -> None:
+    """Build the student and drop it again, to find a model or method that does not fit early.
+
+    Raises:
+        BackboneError: The student cannot be built, or the method does not fit it.
+    """
+    if recipe.student.shrink is None:  # else it comes from the teacher
+        with torch.random.fork_rng(devices=[]):
+            backbone = open_backbone(recipe.student, len(shared.classes(recipe.data)))
+            tuned(backbone, recipe.method.name, recipe.method.options)
 
 
 def _load_teachers(

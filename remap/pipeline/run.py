@@ -16,7 +16,7 @@ from remap.errors import RecipeError, RunError
 from remap.io.paths import expanded
 from remap.network import Network
 from remap.pipeline.comparison_folder import shared_teacher
-from remap.pipeline.components import build_components
+from remap.pipeline.components import build_components, require_student
 from remap.pipeline.frozen_check import FrozenWeights, trained_text
 from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.results import require_space, write_results
@@ -65,6 +65,7 @@ def run(
 
         # Tune teachers: each is a run by itself, finished before anything of this one is built.
         for title, teacher_dir, tuning in teachers_to_tune(recipe, run_dir, progress, shared):
+            require_student(recipe, shared)  # before a teacher is tuned for hours
             run(tuning, teacher_dir, Within(progress, title), resuming=True)
 
         # Open the data, build teachers and student as they see it, and the objective.
