@@ -12,7 +12,7 @@ from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.run import run, validate_inputs
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_outputs import store_outputs
-from remap.pipeline.teachers import teachers_to_tune
+from remap.pipeline.teacher_tuning import teachers_to_tune
 from remap.progress import Progress, Silent, Within
 from remap.recipe import Recipe
 from remap.recipe.checks import what_changes

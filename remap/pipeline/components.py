@@ -16,13 +16,13 @@ from remap.pipeline.init_student import InitReport, init_from_teacher
 from remap.pipeline.objective import build_objective
 from remap.pipeline.shared import DataViews, SharedResources
 from remap.pipeline.shrink_student import open_student
+from remap.pipeline.teacher_tuning import teacher_folder
 from remap.pipeline.teachers import (
     PreparedTeacher,
     averaging_teacher,
     load_teacher,
     placed,
     prepare_teacher,
-    teacher_folder,
 )
 from remap.progress import Progress
 from remap.recipe import Recipe

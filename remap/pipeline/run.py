@@ -25,7 +25,7 @@ from remap.pipeline.shared import SharedResources
 from remap.pipeline.student_features import cache_features
 from remap.pipeline.summary import evaluate_at_end, summarize
 from remap.pipeline.teacher_check import require_useful
-from remap.pipeline.teachers import teachers_to_tune
+from remap.pipeline.teacher_tuning import teachers_to_tune
 from remap.pipeline.training_job import RunRecorder, training_job, warn_before_training
 from remap.progress import Progress, Silent, Within
 from remap.recipe import Recipe, resolve, resolve_distill

@@ -1,7 +1,6 @@
 """Teachers: load them, and give those a head for these classes that have none, by a linear probe or by tuning."""
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,18 +13,15 @@ from remap.distributed.launch import accelerator
 from remap.distributed.sharding import gather_full, is_sharded, shard, wants_sharding
 from remap.engine.evaluate import evaluate_as
 from remap.engine.self_teachers import averaged_copy, untuned_copy
-from remap.io.links import require_no_link, require_no_links
 from remap.io.paths import expanded
 from remap.network import Network, choose_attention, tuned
 from remap.pipeline import probe
 from remap.pipeline.shared import DataViews, SharedResources
+from remap.pipeline.teacher_tuning import is_prepared, needs_logits, require_unlinked, teacher_recipe, title_of
 from remap.progress import Progress
 from remap.recipe.paths import is_run
-from remap.recipe.schema import EMA, SELF, LossSpec, MethodSpec, Recipe, StudentSpec, TeacherSpec
-from remap.remapping import LOSSES
-from remap.runs.run_dir import RunDir
+from remap.recipe.schema import EMA, SELF, Recipe, TeacherSpec
 from remap.runs.task import load_task, open_backbone, put_task, require_size_of_run, save_task, task_tensors
-from remap.runs.task_file import folder_of, read_meta
 
 
 @dataclass
@@ -129,7 +125,7 @@ def prepare_teacher(
         return shared.teachers[teacher.key]
     if teacher.head == "none":
         if spec.prepare == "probe":
-            if not _is_prepared(folder):
+            if not is_prepared(folder):
                 _fit_head(teacher, recipe, folder, views, progress)
             # The main process makes the folder; the others must not look for it earlier.
             accelerator().wait_for_everyone()
@@ -150,94 +146,15 @@ def prepare_teacher(
 def _fit_head(teacher: PreparedTeacher, recipe: Recipe, folder: Path, views: DataViews, progress: Progress) -> None:
     """Fit a linear head on the teacher's features, and store it as a task."""
     network = teacher.network
-    _require_no_links(folder)
-    progress.say(f"{_title(teacher.spec, recipe)} has no head for these {len(views.data.classes)} classes: fitting one")
+    require_unlinked(folder)
+    progress.say(
+        f"{title_of(teacher.spec, recipe)} has no head for these {len(views.data.classes)} classes: fitting one"
+    )
     strength = probe.fit_probe(network, views.train, accelerator(), recipe.train.batch_size, progress)
     tensors = task_tensors(network)
     if accelerator().is_main_process:
         save_task(folder / "task", network, views.view, "linear", {}, tensors)
     progress.say(f"fitted by logistic regression on the teacher's features (C = {strength})")
-
-
-def teachers_to_tune(
-    recipe: Recipe, run_dir: RunDir, progress: Progress, shared: SharedResources
-) -> Iterator[tuple[str, RunDir, Recipe]]:
-    """Yield the teachers that have to be tuned before this run: title, run directory and recipe of each.
-
-    The caller runs each recipe before it asks for the next one.
-    """
-    # Numbers count without a running average, which is never stored.
-    for number, spec in enumerate(spec for spec in recipe.teachers if spec.model != EMA):
-        if spec.prepare in ("probe", "none") or not needs_logits(recipe) or _brings_head(spec, recipe, shared):
-            continue
-        tuning, folder = teacher_recipe(recipe, spec), teacher_folder(spec, number, run_dir, shared)
-        key = tuning.digest()
-        if key not in shared.tuned_teachers and not _is_prepared(folder):
-            _require_no_links(folder)
-            classes = len(shared.classes(recipe.data))
-            progress.say(f"{_title(spec, recipe)} has no head for these {classes} classes: tuning it ({spec.prepare})")
-            if accelerator().is_main_process and not (folder / "recipe.yaml").exists():
-                RunDir.create(folder, tuning)
-            accelerator().wait_for_everyone()
-            yield _title(spec, recipe), RunDir(folder), tuning
-        shared.tuned_teachers.setdefault(key, folder)
-
-
-def _brings_head(spec: TeacherSpec, recipe: Recipe, shared: SharedResources) -> bool:
-    """Whether it is a run on the same classes, whose head serves."""
-    return is_run(spec.model) and read_meta(folder_of(expanded(spec.model))).classes == shared.classes(recipe.data)
-
-
-def _is_prepared(folder: Path) -> bool:
-    return (folder / "task" / "task.json").is_file()
-
-
-def teacher_folder(spec: TeacherSpec, number: int, run_dir: RunDir, shared: SharedResources) -> Path:
-    """Return where a prepared teacher is stored: teacher, teacher-2, ... of the run, or of its comparison.
-
-    "self" always belongs to the run: it shares the weights of one student, which may be random.
-    """
-    in_run = shared.teacher_folder is None or spec.model == SELF
-    first = run_dir.teacher if in_run else shared.teacher_folder
-    assert first is not None
-    return first if number == 0 else first.with_name(f"{first.name}-{number + 1}")
-
-
-def _require_no_links(folder: Path) -> None:
-    require_no_link(folder)  # the folder of a comparison lies outside of the run that was checked already
-    require_no_links(folder)
-
-
-def _title(spec: TeacherSpec, recipe: Recipe) -> str:
-    return f"the teacher {spec.model}" if len(recipe.teachers) > 1 else "the teacher"
-
-
-def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
-    """Return the recipe that tunes a teacher: the run's labelled images and loop, its method, cross-entropy."""
-    # The teacher's rate and warm-up belong to its method, not to the student's.
-    train = recipe.train.model_copy(
-        update={"epochs": spec.epochs or recipe.train.epochs, "lr": spec.lr, "base_lr": None, "warmup_epochs": None}
-    )
-    shared = ("model", "weights", "preset", "image_size")
-    return recipe.model_copy(
-        update={
-            "name": f"{recipe.name[:56]}-teacher",
-            # It is tuned on labelled images as they are: mixed or unlabelled ones are for the student.
-            "data": recipe.data.model_copy(
-                update={"views": None, "mixup": 0.0, "cutmix": 0.0, "unlabeled": None, "unlabeled_only": False}
-            ),
-            "teachers": (),
-            "student": StudentSpec(**{name: getattr(spec, name) for name in shared}),
-            "method": MethodSpec(name=spec.prepare),
-            "losses": (LossSpec(name="ce", weight=LOSSES.row("ce").weight),),
-            "train": train,
-        }
-    )
-
-
-def needs_logits(recipe: Recipe) -> bool:
-    """Return whether a loss reads the teacher's logits, so that it needs a head."""
-    return any(loss.reads_logits for loss in recipe.losses)
 
 
 def _key(network: Network, head: str, spec: TeacherSpec, recipe: Recipe) -> str:

@@ -23,7 +23,8 @@ from remap.pipeline.dry_run import estimate
 from remap.pipeline.run import Result, start
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_check import require_useful
-from remap.pipeline.teachers import PreparedTeacher, teacher_recipe
+from remap.pipeline.teacher_tuning import teacher_recipe
+from remap.pipeline.teachers import PreparedTeacher
 from remap.progress import Silent
 from remap.recipe.schema import TeacherSpec
 from remap.runs.run_dir import RunDir

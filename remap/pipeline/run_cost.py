@@ -1,0 +1,139 @@
+"""What a run costs on this machine: time, memory and disk, from the profile of one training step."""
+
+from dataclasses import dataclass
+
+from remap.distributed.launch import accelerator
+from remap.engine.job import bytes_of_a_run
+from remap.engine.teacher import Teacher
+from remap.network import Network
+from remap.pipeline.components import RunComponents, build_components
+from remap.pipeline.profile_step import StepProfile, profile_step
+from remap.pipeline.shared import SharedResources
+from remap.pipeline.teacher_outputs import OutputStorage
+from remap.pipeline.teacher_tuning import needs_logits, teacher_recipe
+from remap.pipeline.teachers import PreparedTeacher
+from remap.progress import Progress
+
+# Bytes of task.json, about.
+TASK_RECORD = 4096
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would cost on this machine.
+
+    Attributes:
+        cache_bytes, disk_cache_bytes: Cached outputs of the teachers, in memory and on disk.
+        features_bytes: Cached frozen features of the student.
+        memory_bytes: Weights, gradients, optimiser state and activations of one process at the full batch; on a CPU
+            also what is held in memory of images, outputs and features.
+        run_bytes: Checkpoints and task: the free space that the run requires before it trains.
+        disk_bytes: ``run_bytes``, a prepared teacher and teacher outputs that are cached on disk.
+        seconds: Of the whole run: building networks, reading images, preparing the teacher, training, evaluation.
+        preparing_seconds: Part of ``seconds``: giving the teacher its head.
+    """
+
+    step_seconds: float
+    steps: int
+    seconds: float
+    preparing_seconds: float
+    memory_bytes: int
+    activation_bytes: int
+    cache_bytes: int
+    disk_cache_bytes: int
+    features_bytes: int
+    task_bytes: int
+    run_bytes: int
+    disk_bytes: int
+
+
+def preparation_cost(
+    components: RunComponents, teacher: PreparedTeacher, each: float, progress: Progress, shared: SharedResources
+) -> tuple[float, int]:
+    """Return seconds and bytes on disk of giving a teacher a head.
+
+    That is a forward pass over the labelled images for a probe, else a run, which is estimated like any other.
+
+    Args:
+        each: Seconds of the teacher's forward pass for one image.
+    """
+    recipe, spec = components.recipe, teacher.spec
+    if not needs_logits(recipe) or teacher.head != "none":
+        return 0.0, 0
+    if spec.prepare == "probe":
+        head = sum(p.nbytes for p in teacher.network.head.values())
+        return each * len(components.views.train.split) / accelerator().num_processes, head + TASK_RECORD
+    # A tuned teacher costs a whole run by itself.
+    tuning = build_components(teacher_recipe(recipe, spec).written_out(), None, progress, shared)
+    tuning.objective.to(accelerator().device)
+    cost = run_cost(tuning, {}, {}, profile_step(tuning, {}))
+    return cost.seconds, cost.disk_bytes
+
+
+def run_cost(
+    components: RunComponents,
+    teachers: dict[int, Teacher],
+    storages: dict[int, OutputStorage],
+    profile: StepProfile,
+    building: float = 0.0,
+    preparing: float = 0.0,
+    prepared_bytes: int = 0,
+) -> Estimate:
+    """Return the cost of a run from the profile of one step; ``building`` and ``preparing`` are seconds."""
+    recipe, training_source, val = components.recipe, components.training_source, components.views.val
+    spec, processes = recipe.train, accelerator().num_processes
+    # Activations of one pass are held at a time, whatever the batch.
+    micro = max(1, spec.batch_size // (spec.accumulation * processes))
+    trained = [*components.student.trained.values(), *(p for p in components.objective.parameters() if p.requires_grad)]
+    # Times three below: gradients and the two moments of AdamW.
+    trained_bytes = sum(p.numel() * p.element_size() for p in trained)
+    weights = _weight_bytes([components.student, *(teacher.network for teacher in components.teachers)])
+    cached = {number for number, storage in storages.items() if storage.where != "each step"}
+    steps = max(1, len(training_source.split) // spec.batch_size) * spec.epochs
+    online = sum(seconds for number, seconds in profile.teacher_seconds.items() if number not in cached)
+    step_seconds = (profile.student_seconds + online) * spec.batch_size / processes
+    once = (
+        sum(profile.teacher_seconds[number] for number in cached)
+        * len(training_source.split)
+        * recipe.data.finite_views
+    )
+    once += profile.stem_seconds * (len(training_source.split) + len(val.split))
+    passes = 1 + -(-spec.epochs // spec.eval_every)  # before the first epoch, and always after the last
+    test = components.views.test
+    evaluated = passes * len(val.split) + (0 if test is None else len(test.split))
+    # Evaluation divides images among processes, too.
+    checks = profile.forward_seconds * evaluated / processes
+    if needs_logits(recipe):  # the teachers are evaluated once
+        checks += sum(profile.teacher_seconds.values()) * len(val.split) / processes
+    task = sum(p.numel() * p.element_size() for p in components.student.trained.values()) + TASK_RECORD
+    of_run = bytes_of_a_run(components.student, components.objective, list(teachers.values()))
+    in_memory = sum(storage.bytes for storage in storages.values() if storage.where == "memory")
+    on_disk = sum(storage.bytes for storage in storages.values() if storage.where == "disk")
+    return Estimate(
+        step_seconds=step_seconds,
+        steps=steps,
+        seconds=building + preparing + step_seconds * steps + once + checks,
+        preparing_seconds=preparing,
+        memory_bytes=weights
+        + 3 * trained_bytes
+        + profile.activation_bytes * micro
+        + (
+            # On a GPU these are in the memory of the machine.
+            in_memory + profile.features_bytes + training_source.cached_bytes
+            if accelerator().device.type == "cpu"
+            else 0
+        ),
+        activation_bytes=profile.activation_bytes * micro,
+        cache_bytes=in_memory,
+        disk_cache_bytes=on_disk,
+        features_bytes=profile.features_bytes,
+        task_bytes=task,
+        run_bytes=of_run,
+        disk_bytes=of_run + prepared_bytes + on_disk,
+    )
+
+
+def _weight_bytes(networks: list[Network]) -> int:
+    """Return the bytes of all parameters; those that networks share count once."""
+    parameters = {id(p): p for network in networks for p in network.model.parameters()}
+    return sum(p.numel() * p.element_size() for p in parameters.values())

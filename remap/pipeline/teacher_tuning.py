@@ -1,0 +1,101 @@
+"""Teachers that are tuned before the run: which, by what recipe, and where they are stored."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from remap.distributed.launch import accelerator
+from remap.io.links import require_no_link, require_no_links
+from remap.io.paths import expanded
+from remap.pipeline.shared import SharedResources
+from remap.progress import Progress
+from remap.recipe.paths import is_run
+from remap.recipe.schema import EMA, SELF, LossSpec, MethodSpec, Recipe, StudentSpec, TeacherSpec
+from remap.remapping import LOSSES
+from remap.runs.run_dir import RunDir
+from remap.runs.task_file import folder_of, read_meta
+
+
+def teachers_to_tune(
+    recipe: Recipe, run_dir: RunDir, progress: Progress, shared: SharedResources
+) -> Iterator[tuple[str, RunDir, Recipe]]:
+    """Yield the teachers that have to be tuned before this run: title, run directory and recipe of each.
+
+    The caller runs each recipe before it asks for the next one.
+    """
+    # Numbers count without a running average, which is never stored.
+    for number, spec in enumerate(spec for spec in recipe.teachers if spec.model != EMA):
+        if spec.prepare in ("probe", "none") or not needs_logits(recipe) or _brings_head(spec, recipe, shared):
+            continue
+        tuning, folder = teacher_recipe(recipe, spec), teacher_folder(spec, number, run_dir, shared)
+        key = tuning.digest()
+        if key not in shared.tuned_teachers and not is_prepared(folder):
+            require_unlinked(folder)
+            classes = len(shared.classes(recipe.data))
+            progress.say(
+                f"{title_of(spec, recipe)} has no head for these {classes} classes: tuning it ({spec.prepare})"
+            )
+            if accelerator().is_main_process and not (folder / "recipe.yaml").exists():
+                RunDir.create(folder, tuning)
+            accelerator().wait_for_everyone()
+            yield title_of(spec, recipe), RunDir(folder), tuning
+        shared.tuned_teachers.setdefault(key, folder)
+
+
+def _brings_head(spec: TeacherSpec, recipe: Recipe, shared: SharedResources) -> bool:
+    """Whether it is a run on the same classes, whose head serves."""
+    return is_run(spec.model) and read_meta(folder_of(expanded(spec.model))).classes == shared.classes(recipe.data)
+
+
+def is_prepared(folder: Path) -> bool:
+    """Return whether a teacher is stored there, fitted or tuned."""
+    return (folder / "task" / "task.json").is_file()
+
+
+def teacher_folder(spec: TeacherSpec, number: int, run_dir: RunDir, shared: SharedResources) -> Path:
+    """Return where a prepared teacher is stored: teacher, teacher-2, ... of the run, or of its comparison.
+
+    "self" always belongs to the run: it shares the weights of one student, which may be random.
+    """
+    in_run = shared.teacher_folder is None or spec.model == SELF
+    first = run_dir.teacher if in_run else shared.teacher_folder
+    assert first is not None
+    return first if number == 0 else first.with_name(f"{first.name}-{number + 1}")
+
+
+def require_unlinked(folder: Path) -> None:
+    """Refuse links at and below the folder of a teacher, which may lie outside of the run directory."""
+    require_no_link(folder)
+    require_no_links(folder)
+
+
+def title_of(spec: TeacherSpec, recipe: Recipe) -> str:
+    """Return how messages call a teacher."""
+    return f"the teacher {spec.model}" if len(recipe.teachers) > 1 else "the teacher"
+
+
+def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
+    """Return the recipe that tunes a teacher: the run's labelled images and loop, its method, cross-entropy."""
+    # The teacher's rate and warm-up belong to its method, not to the student's.
+    train = recipe.train.model_copy(
+        update={"epochs": spec.epochs or recipe.train.epochs, "lr": spec.lr, "base_lr": None, "warmup_epochs": None}
+    )
+    shared = ("model", "weights", "preset", "image_size")
+    return recipe.model_copy(
+        update={
+            "name": f"{recipe.name[:56]}-teacher",
+            # It is tuned on labelled images as they are: mixed or unlabelled ones are for the student.
+            "data": recipe.data.model_copy(
+                update={"views": None, "mixup": 0.0, "cutmix": 0.0, "unlabeled": None, "unlabeled_only": False}
+            ),
+            "teachers": (),
+            "student": StudentSpec(**{name: getattr(spec, name) for name in shared}),
+            "method": MethodSpec(name=spec.prepare),
+            "losses": (LossSpec(name="ce", weight=LOSSES.row("ce").weight),),
+            "train": train,
+        }
+    )
+
+
+def needs_logits(recipe: Recipe) -> bool:
+    """Return whether a loss reads the teacher's logits, so that it needs a head."""
+    return any(loss.reads_logits for loss in recipe.losses)
