@@ -46,6 +46,7 @@ def all_reduce_mean_(accelerator: Accelerator, tensors: Iterable[Tensor]) -> Non
     """Replace tensors by their mean over all processes, in place."""
     if accelerator.num_processes > 1:
         for bucket in _buckets(tensors):
+            # One message for many small tensors: latency, not bandwidth, is what they cost.
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
             torch.distributed.all_reduce(flat)
             _copy_back(flat.div_(accelerator.num_processes), bucket)

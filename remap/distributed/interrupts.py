@@ -56,6 +56,7 @@ class _Watch:
             raise self.raised
 
     def check_file(self) -> None:
+        # A network drive is not asked in every step.
         if self.file is None or self.signal or time.monotonic() - self.checked_at < CHECK_EVERY:
             return
         self.checked_at = time.monotonic()
@@ -108,6 +109,7 @@ def defer_signals() -> Iterator[None]:
     if watch is None:
         yield
         return
+    # Counted, since such blocks may lie inside each other.
     watch.deferring += 1
     try:
         yield

@@ -33,9 +33,11 @@ def accelerator() -> Accelerator:
         TrainingError: There are fewer GPUs than processes, the launcher asks for something that is not supported, or
             its variables are not possible.
     """
+    # Read first: a wrong value is an error before anything waits.
     limit = _timeout()
     _require_supported()
     launcher_env.require_complete()
+    # The interpreter takes modules down in any order; the group must be closed before.
     atexit.register(_leave_group)
     # The long limit is for meeting; it is shortened once all processes are there.
     starting = InitProcessGroupKwargs(timeout=timedelta(seconds=max(START_TIMEOUT_S, limit)))

@@ -118,6 +118,7 @@ def sharded(networks: Iterable[Network], accelerator: Accelerator, progress: Pro
         yield
         return
     networks = list(networks)
+    # Measured before, to report what sharding saves.
     before = bytes_held(networks[0])
     sharding = shard(networks, accelerator.device)
     progress.say(
@@ -137,6 +138,7 @@ def shard(networks: Iterable[Network], device: torch.device) -> Sharding:
     # The warning is about outputs of a block that are views: backbones never change these in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
     networks = list({id(network.model): network for network in networks}.values())
+    # One dimension: all processes share one copy of the weights.
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     modules = list(dict.fromkeys(module for network in networks for module in network.model.modules()))
     before = {module: (type(module), _attributes(module)) for module in modules}

@@ -59,6 +59,7 @@ def write(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor])
     make_folder(folder)
     sweep(folder)  # first, so that there is room
     number = max(_numbers(folder), default=0) + 1
+    # Serialised first: its hash and size go into the manifest.
     data = save(dict(tensors))
     write_bytes(path_of(folder, number), data)
     digest = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -60,6 +60,7 @@ def evaluate(
     Raises:
         DataError: An image cannot be read and ``skip_bad`` is off.
     """
+    # The student comes back from a training step; the next epoch puts it into train mode.
     network.model.eval()
     runner = Runner(network, bf16=bf16)
     try:
@@ -95,6 +96,7 @@ class _Pass:
     def run(self, batch_size: int) -> Tensor | None:
         """Return the class of each image (N,), -1 for those of other processes; None where memory ran out."""
         classes = torch.full((len(self.source.split),), -1, dtype=torch.int64, device=self.accelerator.device)
+        # Whole chunks go to processes, so that each pass has the same shape on any number of them.
         chunks = index_chunks(len(classes), batch_size)
         with self.progress.wait(f"evaluating {self.what}", -(-len(chunks) // self.accelerator.num_processes)) as step:
             for _, chunk in rounds_of_chunks(self.accelerator, chunks):

@@ -44,10 +44,12 @@ class StudentStep(nn.Module):
             targets: Items of each teacher, by its number.
             features: The student's frozen features of these images, where they are cached.
         """
+        # Signals stay in the precision of the forward; losses compare in float32.
         total, parts = self.objective(self.runner(images_BCHW, features), targets, labels)
         penalty = self.attached.penalty()
         if penalty is None:
             return total, parts
+        # Reported like a loss, so that its size shows in the metrics.
         return total + penalty, {**parts, "penalty": penalty.detach()}
 
 

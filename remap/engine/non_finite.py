@@ -45,6 +45,7 @@ def require_finite_weights(training: Training) -> None:
         BrokenWeights, TrainingError: As ``skip_step``.
     """
     if not weights_are_finite(training):
+        # The state counts the step already that spoiled the weights.
         last = max(0, training.state.step - 1)
         rate = training.optimizer.param_groups[0]["lr"]
         _recover(training, StepResult({}, float("nan"), 0, rate, last, broken_weights=True))
@@ -86,16 +87,20 @@ def go_back(training: Training) -> None:
 
 def _recover(training: Training, result: StepResult) -> None:
     state, job = training.state, training.job
+    # The next step accumulates into empty gradients, not onto those that overflowed.
     training.optimizer.zero_grad(set_to_none=True)
     update = state.epoch * training.plan.steps + result.step
+    # A rare overflow over days is normal; several in a row are not.
     if update >= state.last_fault + FORGET_AFTER:
         state.recoveries = 0
     state.recoveries, state.skipped, state.last_fault = state.recoveries + 1, state.skipped + 1, update + 1
     what = f"{_what_is_not_finite(result)} not finite in epoch {state.epoch + 1}, step {result.step + 1}"
+    # The batch is saved for a look at it: the same images may fail again in a new run.
     if state.recoveries > MAX_RECOVERIES:
         saved = _capture(training, result)
         earlier = f"{MAX_RECOVERIES} steps shortly before it were skipped already"
         raise TrainingError(f"{what}; {earlier}", given=_numbers(result), do=_lower_rate(training) + saved)
+    # A gradient may overflow without harm to weights; moments that overflowed spoil every later update.
     broken = result.broken_weights or not weights_are_finite(training)
     if state.recoveries > 1 or broken:
         state.lr_factor /= 2

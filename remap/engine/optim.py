@@ -32,6 +32,7 @@ def adamw(
         for chosen, decay in ((decayed, weight_decay), (undecayed, 0.0))
         for kind in _by_kind(chosen)
     ]
+    # Fused: one kernel for all small tensors, which are most of what these methods train.
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 

@@ -19,8 +19,10 @@ def halve_micro_batches(training: Training, error: str) -> None:
         TrainingError: They cannot become smaller.
     """
     state, plan = training.state, training.plan
+    # The part of the step that fitted is done again as well.
     training.optimizer.zero_grad(set_to_none=True)  # part of the step was done already
     training.stream = None  # it is cut in the old size
+    # Fragments of the failed step would make the smaller one fail too.
     clear_device_cache(garbage_collection=True)
     count = plan.processes * state.accumulation * 2
     if state.accumulation >= training.spec.accumulation * 2**MAX_HALVINGS or plan.step_images < count:

@@ -20,6 +20,7 @@ def untuned_copy(backbone: Backbone, classes: tuple[str, ...]) -> Network:
     # deepcopy takes what is in its memo as copied already, so these tensors are shared.
     memo: dict[int, Tensor] = {id(tensor): tensor for tensor in backbone.model.parameters()}
     memo |= {id(tensor): tensor for tensor in backbone.model.buffers()}
+    # Tensors in the memo are shared, only the structure is copied.
     model = copy.deepcopy(backbone.model, memo)
     for path in backbone.anatomy.classifier_heads:
         parent, _, name = path.rpartition(".")

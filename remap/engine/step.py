@@ -86,6 +86,7 @@ def forward_backward(training: Training, update: int) -> Sums:
             if training.sharded:
                 raise refuse_sharded(error) from error
             out_of_memory = str(error)  # only the text: the error itself keeps the tensors of the step alive
+        # All processes do the step again if one ran out: gradients of other sizes do not add up.
         failed, images = all_reduce_max(training.accelerator, bool(out_of_memory), sums.images)
         if failed:
             training.restore_buffers()
@@ -116,6 +117,7 @@ def _accumulate(training: Training, sums: Sums) -> None:
         source = cast(ViewSource, job.features or job.source)
         training.stream = batches(source, training.plan, state.epoch, state.step)
     for _ in range(state.accumulation):
+        # The next one is decoded by a thread while this one trains.
         batch = next(training.stream)
         if not len(batch.indices_B):
             continue
@@ -157,6 +159,7 @@ def _contribute_nothing(training: Training, sums: Sums) -> None:
         _refuse_unreadable(training)
     for parameter in training.parameters.values():
         parameter.grad = torch.zeros_like(parameter)
+    # The sums of all processes need the same names in the same order.
     penalized = training.job.student.attached.penalty() is not None
     names = ("loss", *training.job.objective.terms, *(("penalty",) if penalized else ()))
     sums.losses = dict.fromkeys(names, torch.zeros((), device=training.accelerator.device))

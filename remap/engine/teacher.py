@@ -38,6 +38,7 @@ class Teacher:
         self, network: Network, objective: Objective, number: int, accelerator: Accelerator, *, bf16: bool
     ) -> None:
         self.network, self.number = network, number
+        # Taps only what the objective reads of this teacher.
         self.runner = Runner(network, objective.teacher_needs(number), bf16=bf16)
         self.objective, self.device = objective, accelerator.device
         self.cached: CachedOutputs | None = None

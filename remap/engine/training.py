@@ -36,6 +36,7 @@ class Training:
         digest = digest_of(job.recipe, job.data_digest, job.weights_digest)
         self.state = State(digest, accumulation=self.spec.accumulation)
         self._require_divisible()
+        # One module for the whole step, so that compiled blocks and hooks see one forward.
         self.module = StudentStep(job.student, job.objective, bf16=job.bf16).to(self.accelerator.device)
         self.parameters = job.parameters()
         # Projectors of the objective are trained with the student's parameters.
@@ -44,6 +45,7 @@ class Training:
         self.buffers: list[Tensor] = []
         self._buffers_before: list[Tensor] = []
         self.stream: Iterator[Batch] | None = None
+        # Sharded passes need every process: no step may be left or done again by one alone.
         self.sharded = any(map(is_sharded, (job.student, *(teacher.network for teacher in job.teachers))))
         self.gradients_checked = False
         self._counted_at = self.saved_at = time.perf_counter()

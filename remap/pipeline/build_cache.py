@@ -31,6 +31,7 @@ def build_cache(recipe: Recipe, progress: Progress = Silent()) -> list[dict[str,
     shared = SharedResources()
     validate_inputs(recipe, shared)
     _require_cacheable(recipe)
+    # As ``start`` does it, or the run would ask for other outputs.
     recipe = without_idle_losses(recipe, progress).written_out()
     # Prepared teachers go to a temporary run directory of the main process.
     with watch_signals(), TemporaryDirectory(prefix="remap-cache-") as folder:

@@ -43,6 +43,7 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, output: Path, pr
     missing = [cell for cell in cells if not is_done(output / cell.name, cell, held_by)]
     if missing:
         _run(missing, output, progress)
+    # Read from the run directories, also for cells that were run now.
     table = tabulate(recipe, cells, output)
     atomic_write.write_json(output / "compare.json", table)
     return table

@@ -50,6 +50,7 @@ def _precision() -> dict[str, str]:
 
     from remap.distributed.launch import use_bf16
 
+    # The device that a run would choose.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return _row("ok", "precision 'auto'", "bf16" if use_bf16("auto", device) else "fp32")
 
@@ -70,6 +71,7 @@ def _token() -> dict[str, str]:
 
 
 def _disk() -> dict[str, str]:
+    # A run of a large backbone with full tuning needs gigabytes of checkpoints.
     free = shutil.disk_usage(".").free
     return _row("ok" if free > 2e9 else "note", "disk here", f"{free / 1e9:.1f} GB free")
 

@@ -49,6 +49,7 @@ def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     ]
     preparing, prepared = sum(seconds for seconds, _ in costs), sum(nbytes for _, nbytes in costs)
     cost = run_cost(components, teachers, storages, profile, building, preparing, prepared)
+    # The first teacher also stands alone, as in older versions of this record.
     described = [_teacher(teacher, storages.get(number)) for number, teacher in enumerate(components.teachers)]
     return {
         "recipe": recipe.model_dump(mode="json"),
@@ -101,6 +102,7 @@ def _terms(components: RunComponents, profile: StepProfile, storages: dict[int, 
 
 
 def _model(network: Network) -> dict[str, Any]:
+    # Shown apart: it depends on the classes, not on the method.
     head = sum(p.numel() for p in network.head.values())
     added = sum(
         p.numel() for name, p in network.model.named_parameters() if name.startswith(network.attached.added_prefixes)

@@ -37,6 +37,7 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
     with run.images(instead=", or name others with --data") if data is None else nullcontext():
         split, source = _split(recipe.data, data, network.classes or ())
     images = ViewSource(split, view, memory_bytes=recipe.data.memory_gib * 2**30, workers=recipe.data.workers)
+    # Decoded once, so that unreadable files are known before the first batch.
     images.load(progress, "evaluation images")
     with watch_signals():
         found = evaluate(

@@ -42,6 +42,7 @@ class FrozenWeights:
         Raises:
             TrainingError: Something frozen was changed.
         """
+        # The same order of names gives the same hash.
         now = FrozenWeights.of(network)
         if now != self:
             raise TrainingError(

@@ -53,6 +53,7 @@ def predict(
     # Asking for more classes than there are is not an error worth stopping for.
     top = min(top, len(student.classes))
     with progress.wait("predicting", len(paths)) as step:
+        # Results are handed out batch by batch, so that memory does not grow with the files.
         for start in range(0, len(paths), batch_size):
             yield from _batch(student, paths[start : start + batch_size], top)
             step.advance(min(batch_size, len(paths) - start))

@@ -55,6 +55,7 @@ def _choose(standard_ND: np.ndarray, labels_N: np.ndarray, step: Step) -> float:
     """Return the inverse strength that does best on a fifth of the images; 1 where a class has a single image."""
     if np.unique(labels_N, return_counts=True)[1].min() < 2:
         return 1.0
+    # The evaluation split stays unseen: it judges the teacher later.
     fit, check = stratified(labels_N, round(0.8 * len(labels_N)))
     scores = []
     for strength in STRENGTHS:

@@ -45,6 +45,7 @@ def repeat(
     """
     run = RunDir.open(path)
     _require_whole(run)
+    # Read before the new run begins: the first run is never written to.
     recipe, summary = run.recipe(), run.summary()
     anew = f"remap {_command(recipe)} --recipe {shlex.quote(str(run.path / 'recipe.yaml'))}"
     _require_figures(run, do=f"run it anew, then repeat that: {anew}")
@@ -56,6 +57,7 @@ def repeat(
         )
     if workers is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
+    # Chosen before anything is computed, so that a taken folder is an early error.
     target = _target(run, recipe, output)
     # A comparison prepared its teacher for the first seed; a new one would differ.
     shared = SharedResources(teacher_folder=_prepared_teacher(run))

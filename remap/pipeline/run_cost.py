@@ -89,6 +89,7 @@ def run_cost(
     trained_bytes = sum(p.numel() * p.element_size() for p in trained)
     weights = _weight_bytes([components.student, *(teacher.network for teacher in components.teachers)])
     cached = {number for number, storage in storages.items() if storage.where != "each step"}
+    # What does not fill a batch is left out of the epoch, as in training.
     steps = max(1, len(training_source.split) // spec.batch_size) * spec.epochs
     online = sum(seconds for number, seconds in profile.teacher_seconds.items() if number not in cached)
     step_seconds = (profile.student_seconds + online) * spec.batch_size / processes
@@ -98,6 +99,7 @@ def run_cost(
         * recipe.data.finite_views
     )
     once += profile.stem_seconds * (len(training_source.split) + len(val.split))
+    # The untrained student is evaluated too.
     passes = 1 + -(-spec.epochs // spec.eval_every)  # before the first epoch, and always after the last
     test = components.views.test
     evaluated = passes * len(val.split) + (0 if test is None else len(test.split))
@@ -107,6 +109,7 @@ def run_cost(
         checks += sum(profile.teacher_seconds.values()) * len(val.split) / processes
     task = sum(p.numel() * p.element_size() for p in components.student.trained.values()) + TASK_RECORD
     of_run = bytes_of_a_run(components.student, components.objective, list(teachers.values()))
+    # Several teachers may be cached in different ways.
     in_memory = sum(storage.bytes for storage in storages.values() if storage.where == "memory")
     on_disk = sum(storage.bytes for storage in storages.values() if storage.where == "disk")
     return Estimate(
@@ -135,5 +138,6 @@ def run_cost(
 
 def _weight_bytes(networks: list[Network]) -> int:
     """Return the bytes of all parameters; those that networks share count once."""
+    # A teacher may be made of the student's tensors.
     parameters = {id(p): p for network in networks for p in network.model.parameters()}
     return sum(p.numel() * p.element_size() for p in parameters.values())

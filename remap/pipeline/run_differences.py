@@ -32,6 +32,7 @@ def compare(first: RunDir, second: RunDir) -> dict[str, Any]:
         {folder.name for path in pair for folder in path.glob("teacher*") if (folder / _TASK).is_file()}
     ):
         checks.append(_file_check(f"{name} file", *(path / name / _TASK for path in pair)))
+    # The first number that differs tells where two runs parted.
     checks.append(_history_check(history(first), history(second)))
     for what, read in FIGURES.items():
         values = read(before), read(after)

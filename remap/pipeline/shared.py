@@ -83,6 +83,7 @@ class SharedResources:
         """List a data source, once; no image is decoded."""
         key = (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled, spec.labels)
         if key not in self.data:
+            # A folder on a network drive takes minutes to list.
             self.data[key] = open_data(*key)
         return self.data[key]
 
