@@ -26,7 +26,8 @@ from remap.pipeline.student_features import cache_features
 from remap.pipeline.summary import evaluate_at_end, summarize
 from remap.pipeline.teacher_check import require_useful
 from remap.pipeline.teacher_tuning import teachers_to_tune
-from remap.pipeline.training_job import RunRecorder, training_job, warn_before_training
+from remap.pipeline.tracking import RunTracker
+from remap.pipeline.training_job import training_job, warn_before_training
 from remap.progress import Progress, Silent, Within
 from remap.recipe import Recipe, resolve, resolve_distill
 from remap.recipe.paths import is_run
@@ -72,18 +73,18 @@ def run(
         components = build_components(recipe, run_dir, progress, shared)
         student, views = components.student, components.views
         features = cache_features(components, progress)
-        recorder = RunRecorder(components, features.get("val"), run_dir, clock, progress)
+        tracker = RunTracker(components, features.get("val"), run_dir, clock, progress)
         if resuming and not has_checkpoint(run_dir.checkpoint):
-            recorder.record_machine()  # here, and not where the checkpoint is loaded
+            tracker.record_machine()  # here, and not where the checkpoint is loaded
         warn_before_training(components, progress)
 
         # A teacher that knows nothing must not teach.
-        untrained = recorder.evaluate("the untrained student")
+        untrained = tracker.evaluate("the untrained student")
         for prepared in components.teachers:
             require_useful(prepared, untrained, views.val)
 
         # Train, and prove that what is frozen did not change.
-        job = training_job(components, recorder, features.get("train"), shared, progress)
+        job = training_job(components, tracker, features.get("train"), shared, progress)
         frozen = FrozenWeights.of(student)
         if main:
             require_space(run_dir, job)
@@ -100,7 +101,7 @@ def run(
         unchanged = frozen.require_unchanged(student)
 
         # Evaluate, and write the tuned student before the summary that says it is there.
-        evaluations = evaluate_at_end(components, recorder, progress)
+        evaluations = evaluate_at_end(components, tracker, progress)
         summary = summarize(components, run_dir, untrained, evaluations, state)
         summary |= {"frozen": unchanged, "trainables": list(job.parameters())}
         if main:

@@ -9,7 +9,7 @@ from remap.distributed.launch import accelerator
 from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.state import State
 from remap.pipeline.components import RunComponents
-from remap.pipeline.training_job import RunRecorder
+from remap.pipeline.tracking import RunTracker
 from remap.progress import Progress, Silent
 from remap.recipe.schema import EMA
 from remap.runs.run_dir import RunDir
@@ -23,7 +23,7 @@ class FinalEvaluations:
     test: Evaluation | None
 
 
-def evaluate_at_end(components: RunComponents, recorder: RunRecorder, progress: Progress) -> FinalEvaluations:
+def evaluate_at_end(components: RunComponents, tracker: RunTracker, progress: Progress) -> FinalEvaluations:
     """Evaluate what has not been evaluated yet: a moving average as teacher, and the test images, once."""
     recipe, views = components.recipe, components.views
     for number, teacher in enumerate(components.teachers):
@@ -34,7 +34,7 @@ def evaluate_at_end(components: RunComponents, recorder: RunRecorder, progress: 
     bad = components.training_source.bad_names()
     if bad:
         progress.say(f"skipped {len(bad)} training image(s) that cannot be read: {listed(bad)}")
-    val = recorder.last or recorder.evaluate()  # a resumed run may have had no epoch left to train
+    val = tracker.last or tracker.evaluate()  # a resumed run may have had no epoch left to train
     test = None
     if views.test is not None:
         # The test images are looked at once, after everything else is decided.

@@ -1,93 +1,25 @@
-"""What the training loop of one run works on, and what it calls back after an epoch and when it resumes."""
+"""What the training loop of one run works on."""
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
 
 from remap.backbones.build import add_tensors
 from remap.cache.frozen_features import FrozenFeatures
-from remap.distributed.collectives import share_unreadable
 from remap.distributed.launch import accelerator
 from remap.distributed.sharding import gather_full
-from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.job import Job
-from remap.engine.state import State
-from remap.errors import RunError
 from remap.pipeline.components import RunComponents
-from remap.pipeline.run_status import RunClock
 from remap.pipeline.samples import method_sample
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_outputs import teachers_in_training
+from remap.pipeline.tracking import RunTracker
 from remap.progress import Progress
 from remap.recipe.schema import EMA
 from remap.remapping import LOSSES
-from remap.runs.hardware import machine
-from remap.runs.run_dir import RunDir
-
-
-class RunRecorder:
-    """Evaluates the student after an epoch and writes what a run directory shows while the run lasts.
-
-    Attributes:
-        last: The student's evaluation after the newest epoch that was trained here; None before.
-    """
-
-    def __init__(
-        self,
-        components: RunComponents,
-        features: FrozenFeatures | None,
-        run_dir: RunDir,
-        clock: RunClock,
-        progress: Progress,
-    ) -> None:
-        self.components, self.features, self.run_dir = components, features, run_dir
-        self.clock, self.progress = clock, progress
-        self.last: Evaluation | None = None
-
-    def evaluate(self, title: str = "the student") -> Evaluation:
-        """Evaluate the student on the evaluation images."""
-        parts = self.components
-        return evaluate_as(
-            parts.recipe, parts.student, parts.views.val, accelerator(), self.progress, title, self.features
-        )
-
-    def after_epoch(self) -> dict[str, float]:
-        """Refuse too many unreadable training images, then return the metrics of the student."""
-        views = self.components.views
-        for source in (views.train, views.unlabeled):
-            if source is not None:  # each process has found those of its own share
-                share_unreadable(accelerator(), source)
-        views.require_few_bad(self.components.recipe.data.max_bad)
-        self.last = self.evaluate()
-        return {"accuracy": self.last.accuracy}
-
-    def record_epoch(self, history: Sequence[dict[str, Any]]) -> None:
-        """Write the metrics so far. A full disk does not end a run: they are written anew after the next epoch."""
-        try:
-            self.run_dir.write_metrics(list(history))
-            # Status carries the time so far: a run that is killed later resumes from it.
-            self.run_dir.set_status("running", seconds=self.clock.seconds)
-        except RunError as error:
-            self.progress.say(f"the metrics of this epoch are not written yet: {error.what}")
-
-    def record_resume(self, state: State, steps: int) -> None:
-        """Record on which machine the run resumes, and say where."""
-        self.record_machine()
-        epochs = self.components.recipe.train.epochs
-        self.progress.say(
-            f"resuming after step {state.epoch * steps + state.step} of {epochs * steps}"
-            f" ({state.epoch} of {epochs} epochs are done)"
-        )
-
-    def record_machine(self) -> None:
-        """Add this machine to the environment of a resumed run."""
-        if accelerator().is_main_process:
-            self.run_dir.note_machine(machine(), resuming=True)
 
 
 def training_job(
     components: RunComponents,
-    recorder: RunRecorder,
+    tracker: RunTracker,
     features: FrozenFeatures | None,
     shared: SharedResources,
     progress: Progress,
@@ -97,7 +29,7 @@ def training_job(
     Args:
         features: The student's frozen features of the training images, where they are cached.
     """
-    recipe, student, run_dir = components.recipe, components.student, recorder.run_dir
+    recipe, student, run_dir = components.recipe, components.student, tracker.run_dir
     return Job(
         recipe=recipe,
         student=student,
@@ -109,9 +41,9 @@ def training_job(
         progress=progress,
         data_digest=components.views.digest(progress),
         weights_digest=_weights_digest(components),
-        evaluate=recorder.after_epoch,
-        on_epoch=recorder.record_epoch,
-        on_resume=recorder.record_resume,
+        evaluate=tracker.after_epoch,
+        on_epoch=tracker.record_epoch,
+        on_resume=tracker.record_resume,
         # Both folders belong to the run directory, so that moving it moves them.
         checkpoint=run_dir.checkpoint,
         faults=run_dir.fault,

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from remap.backbones.families import FAMILIES
 from remap.errors import Interrupted
-from remap.pipeline import training_job
+from remap.pipeline import tracking
 from remap.pipeline.run import resume, start
 from remap.recipe import resolve
 from remap.recipe.schema import Recipe
@@ -155,7 +155,7 @@ def pair(cases: list[Case], tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def stopped_in_second_epoch(recipe: Recipe, run: Path) -> None:
-    evaluate, count = training_job.evaluate_as, 0
+    evaluate, count = tracking.evaluate_as, 0
 
     def stopping(*arguments: Any, **more: Any) -> Any:
         nonlocal count
@@ -165,14 +165,14 @@ def stopped_in_second_epoch(recipe: Recipe, run: Path) -> None:
         return evaluate(*arguments, **more)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(training_job, "evaluate_as", stopping)
+        patch.setattr(tracking, "evaluate_as", stopping)
         start(recipe, run)
 
 
 @pytest.fixture
 def one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Case], tuple[Path, list[list[int]]]]:
     """Does a case in this process; gives its run directory, and (correct, count) of each evaluation."""
-    evaluate = training_job.evaluate_as
+    evaluate = tracking.evaluate_as
 
     def run(case: Case) -> tuple[Path, list[list[int]]]:
         counts: list[list[int]] = []
@@ -182,7 +182,7 @@ def one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Case], tup
             counts.append([found.correct, found.count])
             return found
 
-        monkeypatch.setattr(training_job, "evaluate_as", counting)
+        monkeypatch.setattr(tracking, "evaluate_as", counting)
         return start(case.recipe(), tmp_path / "one").run_dir, counts
 
     return run

@@ -15,7 +15,7 @@ from remap.engine import loop
 from remap.engine.job import Job
 from remap.engine.training import Training
 from remap.errors import Interrupted
-from remap.pipeline import run, training_job
+from remap.pipeline import run, tracking
 from remap.recipe import resolve
 from remap.tuning import METHODS
 
@@ -56,7 +56,7 @@ def shares(job: Job, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     }
 
 
-evaluate, finish = training_job.evaluate_as, loop._finish_epoch
+evaluate, finish = tracking.evaluate_as, loop._finish_epoch
 
 
 def evaluating(*arguments, **more):
@@ -73,7 +73,7 @@ def finishing(training: Training) -> None:
     finish(training)
 
 
-training_job.evaluate_as, loop._finish_epoch = evaluating, finishing
+tracking.evaluate_as, loop._finish_epoch = evaluating, finishing
 for entry in plan:
     now = noted[entry["name"]] = {}
     output = folder / entry["name"]

@@ -1,0 +1,76 @@
+"""Metrics while a run lasts: evaluated and recorded after each epoch. An experiment tracker gets them here."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from remap.cache.frozen_features import FrozenFeatures
+from remap.distributed.collectives import share_unreadable
+from remap.distributed.launch import accelerator
+from remap.engine.evaluate import Evaluation, evaluate_as
+from remap.engine.state import State
+from remap.errors import RunError
+from remap.pipeline.components import RunComponents
+from remap.pipeline.run_status import RunClock
+from remap.progress import Progress
+from remap.runs.hardware import machine
+from remap.runs.run_dir import RunDir
+
+
+class RunTracker:
+    """Evaluates the student after each epoch, and writes the metrics that a run directory shows while the run lasts.
+
+    Attributes:
+        last: The student's evaluation after the newest epoch that was trained here; None before.
+    """
+
+    def __init__(
+        self,
+        components: RunComponents,
+        features: FrozenFeatures | None,
+        run_dir: RunDir,
+        clock: RunClock,
+        progress: Progress,
+    ) -> None:
+        self.components, self.features, self.run_dir = components, features, run_dir
+        self.clock, self.progress = clock, progress
+        self.last: Evaluation | None = None
+
+    def evaluate(self, title: str = "the student") -> Evaluation:
+        """Evaluate the student on the evaluation images."""
+        parts = self.components
+        return evaluate_as(
+            parts.recipe, parts.student, parts.views.val, accelerator(), self.progress, title, self.features
+        )
+
+    def after_epoch(self) -> dict[str, float]:
+        """Refuse too many unreadable training images, then return the metrics of the student."""
+        views = self.components.views
+        for source in (views.train, views.unlabeled):
+            if source is not None:  # each process has found those of its own share
+                share_unreadable(accelerator(), source)
+        views.require_few_bad(self.components.recipe.data.max_bad)
+        self.last = self.evaluate()
+        return {"accuracy": self.last.accuracy}
+
+    def record_epoch(self, history: Sequence[dict[str, Any]]) -> None:
+        """Write the metrics so far. A full disk does not end a run: they are written anew after the next epoch."""
+        try:
+            self.run_dir.write_metrics(list(history))
+            # Status carries the time so far: a run that is killed later resumes from it.
+            self.run_dir.set_status("running", seconds=self.clock.seconds)
+        except RunError as error:
+            self.progress.say(f"the metrics of this epoch are not written yet: {error.what}")
+
+    def record_resume(self, state: State, steps: int) -> None:
+        """Record on which machine the run resumes, and say where."""
+        self.record_machine()
+        epochs = self.components.recipe.train.epochs
+        self.progress.say(
+            f"resuming after step {state.epoch * steps + state.step} of {epochs * steps}"
+            f" ({state.epoch} of {epochs} epochs are done)"
+        )
+
+    def record_machine(self) -> None:
+        """Add this machine to the environment of a resumed run."""
+        if accelerator().is_main_process:
+            self.run_dir.note_machine(machine(), resuming=True)
