@@ -44,7 +44,9 @@ class View:
         square = image.resize(
             (self.size, self.size), FILTERS[self.interpolation], box=(left, top, left + side, top + side)
         )
-        return np.array(square, dtype=np.uint8).transpose(2, 0, 1)
+        # Contiguous: for a strided batch a convolution takes another kernel, with other last bits than for the same
+        # images held in memory.
+        return np.ascontiguousarray(np.array(square, dtype=np.uint8).transpose(2, 0, 1))
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)

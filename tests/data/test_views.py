@@ -58,6 +58,18 @@ def test_a_sliver_never_becomes_a_giant(size: tuple[int, int], monkeypatch: pyte
     assert pixels.shape == (3, 16, 16) and (pixels == np.asarray([1, 2, 3])[:, None, None]).all()
 
 
+@pytest.mark.parametrize("memory_bytes", [0.0, 1e9])
+def test_batches_are_contiguous(memory_bytes: float) -> None:
+    """A strided batch would take another kernel of a convolution, whose last bits differ on some processors."""
+    buffer = io.BytesIO()
+    noise(9, 7).save(buffer, "PNG")
+    split = Split(("a", "b"), np.asarray([0, 1]), lambda _: buffer.getvalue())
+    source = ViewSource(split, View(5, 1.0, "bilinear"), memory_bytes=memory_bytes, workers=1)
+    source.load(Silent(), "images")
+    images, _ = source.batch([0, 1])
+    assert images.shape == (2, 3, 5, 5) and images.is_contiguous()
+
+
 def test_a_flat_picture_stays_flat_at_odd_sizes() -> None:
     for side in (1, 2, 5, 17, 33):
         assert (View(7, 0.875, "bicubic").apply(Image.new("RGB", (side, side + 3), (9, 9, 9))) == 9).all()
