@@ -78,7 +78,8 @@ def warn_before_training(components: RunComponents, progress: Progress) -> None:
     over_batch = [name for name, row in losses if row.over_batch]
     if over_batch:
         size = components.pass_images
+        images = f"{size} image{'' if size == 1 else 's'}"
         progress.say(
-            f"{', '.join(over_batch)}: images are compared within each part of a batch ({size} images), so results "
+            f"{', '.join(over_batch)}: images are compared within each part of a batch ({images}), so results "
             "depend on the parts" + ("; with one image there is nothing to compare" if size == 1 else "")
         )

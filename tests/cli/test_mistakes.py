@@ -221,7 +221,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_its_folder_says_so(
     assert stopped.exit_code == 2 and "not finite" in stopped.message and "--lr" in stopped.message
     assert '"failed"' in (tmp_path / "r" / "status.json").read_text()
     again = remap(*words)
-    assert again.exit_code == 2 and "go on with that run: --resume r" in again.message  # it has checkpoints
+    assert again.exit_code == 2 and "resume that run: --resume r" in again.message  # it has checkpoints
     as_student = ["tune", "--data", pictures, "--student", "r", "--output", "again"]
     for command in (["eval", "r"], ["predict", "r", pictures / "val"], as_student):
         result = remap(*command)

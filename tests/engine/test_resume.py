@@ -181,7 +181,7 @@ def test_a_file_replaced_by_another_of_equal_name_and_size_is_noticed(
     for file, content in zip(files, (one, other), strict=True):
         file.write_bytes(content)
     data.rename(tmp_path / "elsewhere")
-    with pytest.raises(MissingData, match="recipe.yaml names their place"):
+    with pytest.raises(MissingData, match="recipe.yaml names their path"):
         resume(tmp_path / "run", steps)
     (tmp_path / "elsewhere").rename(data)
     resume(tmp_path / "run", steps)

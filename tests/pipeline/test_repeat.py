@@ -188,14 +188,17 @@ def _status(status: str, message: str = "") -> Callable[[Path], None]:
         (_status("failed", "out of memory\nmore"), ["it failed", "out of memory", "finish it first"]),
         (_status("running"), ["it has not finished"]),
         (lambda run: (run / "summary.json").unlink(), ["no result that could be compared"]),
-        (lambda run: (run / "recipe.yaml").unlink(), ["is no run directory"]),
+        (lambda run: (run / "recipe.yaml").unlink(), ["is not a run directory"]),
         (lambda run: (run / "task" / "task.safetensors").write_bytes(b"x"), ["task.safetensors is damaged"]),
         (lambda run: (run / "metrics.jsonl").unlink(), ["cannot read", "metrics.jsonl"]),
         (lambda run: (run / "environment.json").unlink(), ["cannot read", "environment.json"]),
-        (lambda run: (run / "environment.json").write_text("[]"), ["environment.json: it is no record", "do:"]),
-        (lambda run: edit(run / "environment.json", lambda e: e.update(resumed=[1])), ["resumed is no list", "do:"]),
-        (lambda run: (run / "summary.json").write_text("[]"), ["summary.json: it is no record", "do:"]),
-        (lambda run: edit(run / "summary.json", lambda s: s.update(data=[])), ["something else where", "--recipe"]),
+        (lambda run: (run / "environment.json").write_text("[]"), ["environment.json: it is not a JSON object", "do:"]),
+        (
+            lambda run: edit(run / "environment.json", lambda e: e.update(resumed=[1])),
+            ["'resumed' is not a list", "do:"],
+        ),
+        (lambda run: (run / "summary.json").write_text("[]"), ["summary.json: it is not a JSON object", "do:"]),
+        (lambda run: edit(run / "summary.json", lambda s: s.update(data=[])), ["are not figures", "--recipe"]),
         (lambda run: edit(run / "summary.json", lambda s: s.pop("student")), ["no figures of this version", "student"]),
         (lambda run: edit(run / "summary.json", lambda s: s.update(processes=2)), ["made by 2 process", "1 process"]),
     ],
@@ -234,7 +237,7 @@ def test_other_images_and_other_weights_are_refused_before_training(
     for ask in again:
         with pytest.raises(DataError, match="no such data") as caught:
             ask()
-        assert f"{run / 'recipe.yaml'} names their place" in (caught.value.do or "")
+        assert f"{run / 'recipe.yaml'} names their path" in (caught.value.do or "")
         assert "allowed:" not in str(caught.value), "that is for who chooses images"
         assert "current folder" not in (caught.value.do or ""), "the path is absolute"
     (root / "elsewhere").rename(root / "data")
@@ -265,7 +268,7 @@ def test_a_run_that_was_resumed_elsewhere_is_said_to_have_other_bits(run: Path, 
 
 
 def test_where_a_repeat_may_go(run: Path, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RunError, match="does not go into the run"):
+    with pytest.raises(RunError, match="cannot be stored in the run"):
         repeat(run, run / "again")
     other = RunDir.create(tmp_path / "other", tiny.recipe("train.epochs=3"))
     before = state_of(other.path)

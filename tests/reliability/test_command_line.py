@@ -16,8 +16,6 @@ pytestmark = pytest.mark.slow
 
 FLAGS = Path(__file__).parents[1] / "cli" / "flags.txt"
 HEAVY = {"torch", "torchvision", "timm", "accelerate", "peft", "transformers", "sklearn", "torchdistill"}
-# Seconds of processor time, so that a busy machine changes little.
-HELP_SECONDS = 0.5
 # What `remap WORDS` does in a process of its own; then on stderr: processor seconds, and what was imported.
 OWN_PROCESS = f"""
 import sys, time
@@ -44,20 +42,14 @@ COMMANDS = dict(_commands())
 
 @pytest.mark.guarantee(20)
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words) or "remap")
-def test_help_is_there_at_once(words: tuple[str, ...], figure: Callable[..., None]) -> None:
-    """Best of up to five; the imports are the same every time."""
-    best = float("inf")
-    for _ in range(5):
-        command = [sys.executable, "-c", OWN_PROCESS, *words, "--help"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        seconds, code, *heavy = done.stderr.partition("MEASURED")[2].split()
-        assert (code, heavy) == ("0", []) and "Usage:" in done.stdout
-        best = min(best, float(seconds))
-        if best < HELP_SECONDS:
-            break
-    assert best < HELP_SECONDS
+def test_help_imports_nothing_heavy(words: tuple[str, ...], figure: Callable[..., None]) -> None:
+    """The time is measured, not judged: it depends on the machine. benchmarks/startup.py measures it on a quiet one."""
+    command = [sys.executable, "-c", OWN_PROCESS, *words, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds, code, *heavy = done.stderr.partition("MEASURED")[2].split()
+    assert (code, heavy) == ("0", []) and "Usage:" in done.stdout
     figure("commands whose help needs no torch", 1, 1)
-    figure("slowest help, seconds of processor time", round(best, 2))
+    figure("slowest help, seconds of processor time", round(float(seconds), 2))
 
 
 # Every attempt to reach another machine fails, as without a network; tokens and caches are nowhere.

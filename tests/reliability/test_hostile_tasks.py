@@ -279,7 +279,7 @@ def test_a_task_is_read_alike_wherever_it_is_read_from(
 def test_a_task_that_is_its_own_backbone_ends(task: Path) -> None:
     backbone = json.loads((task / "task.json").read_text())["backbone"]
     rewrite(task, backbone={**backbone, "weights": str(task)})
-    assert "is tuned on tasks without end" in refusal(task)
+    assert "is tuned on an endless chain of tasks" in refusal(task)
 
 
 TEXTS = {

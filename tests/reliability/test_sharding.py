@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import tiny_models
 
 from remap.backbones.families import FAMILIES
 from remap.errors import Interrupted
@@ -104,8 +105,8 @@ def cases(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
     """All runs. The tiny student has dropout, whose masks are drawn process by process; this one has none."""
     folder = tmp_path_factory.mktemp("models")
     CONFTEST["write_model"](folder / "vit", seed=3, embed_dim=32, depth=3)
-    for number, (family, (architecture, arguments)) in enumerate(CONFTEST["FAMILIES"].items()):
-        CONFTEST["write_folder"](folder / family, number, architecture, arguments, 32)
+    for number, (family, row) in enumerate(tiny_models("runs").items()):
+        CONFTEST["write_folder"](folder / family, number, str(row.make), row.options, 32)
 
     def case(name: str, method: str, *settings: str, model: str = "vit", **more: Any) -> Case:
         alone = more.pop("alone", ())
