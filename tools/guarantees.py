@@ -157,7 +157,7 @@ ROWS = (
     Row(
         20,
         "The command line is fast",
-        "`--help` of every command imports no torch; its processor time below is that of the machine that made this page."
+        "`--help` of every command imports no torch; its time below is that of the machine that made this page."
         " `remap doctor` needs no GPU, no"
         " network and no token. Shells have completion. Commands and flags change on purpose only.",
     ),
