@@ -81,7 +81,7 @@ def test_unequal_micro_batches_count_by_their_images(tiny: Any, job_of: Callable
 
 
 @pytest.mark.parametrize(
-    ("accumulation", "says"), [(1, None), (2, "rkd, dist: .* 4 images.*, so"), (8, "1 image.* nothing to")]
+    ("accumulation", "says"), [(1, None), (2, "rkd, dist: .*4 images.*, so"), (8, "1 image.* nothing to")]
 )
 def test_losses_over_a_batch_say_that_they_see_parts(
     tiny: Any, tmp_path: Path, watch: Callable[..., Any], accumulation: int, says: str | None
