@@ -47,7 +47,7 @@ def test_methods_are_compared_in_a_folder_of_any_name(tiny: Any, latin: str, tmp
 def test_a_run_that_could_not_be_read_again_is_not_begun(tiny: Any, tmp_path: Path) -> None:
     """Safetensors opens files by names in UTF-8 only: such a run was trained, and then could not be used."""
     run = tmp_path / os.fsdecode(b"r\xff")
-    with pytest.raises(RunError, match="no run directory can be made there") as caught:
+    with pytest.raises(RunError, match="a run directory cannot be made there") as caught:
         start(tiny.recipe(losses="ce", teacher=None), run)
     assert "r\\udcff: it holds a byte that is no UTF-8" in str(caught.value) and not run.exists()
 

@@ -84,7 +84,7 @@ def test_images_that_were_moved_are_found_at_their_new_place(
 ) -> None:
     """As the message says, or by a link. Other images at a new place are still refused."""
     moved = (tmp_path / "data").rename(tmp_path / "moved")
-    with pytest.raises(Exception, match="If they have moved, write the new place there") as caught:
+    with pytest.raises(Exception, match="If they have moved, write the new path there") as caught:
         resume(stopped.path)
     assert "allowed:" not in str(caught.value)
 
@@ -111,7 +111,7 @@ def test_images_that_were_moved_are_found_at_their_new_place(
 @pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("nowhere")], ids=["file", "dangling link"])
 def test_what_is_no_folder_is_not_called_a_run(tiny: Any, tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "there")
-    with pytest.raises(RunError, match="given:   it is no folder\n"):
+    with pytest.raises(RunError, match="given:   it is not a folder\n"):
         RunDir.create(tmp_path / "there", tiny.recipe())
 
 

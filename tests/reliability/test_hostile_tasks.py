@@ -312,7 +312,7 @@ def test_what_is_no_file_is_refused_at_once(name: str, task: Path) -> None:
         path.rmdir() if path.is_dir() else path.unlink()
         make(path)
         text = refusal(task)
-        assert "cannot read" in text or "is no task" in text
+        assert "cannot read" in text or "is not a task" in text
 
 
 def test_a_description_of_gigabytes_is_not_read(task: Path) -> None:
