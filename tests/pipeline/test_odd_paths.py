@@ -49,7 +49,7 @@ def test_a_run_that_could_not_be_read_again_is_not_begun(tiny: Any, tmp_path: Pa
     run = tmp_path / os.fsdecode(b"r\xff")
     with pytest.raises(RunError, match="a run directory cannot be made there") as caught:
         start(tiny.recipe(losses="ce", teacher=None), run)
-    assert "r\\udcff: it holds a byte that is no UTF-8" in str(caught.value) and not run.exists()
+    assert "r\\udcff: it holds a byte that is not UTF-8" in str(caught.value) and not run.exists()
 
 
 def words_after(text: str, before: str) -> list[str]:
