@@ -480,7 +480,7 @@ def test_run_directories_of_strange_names_are_refused(name: str, tmp_path: Path)
     with pytest.raises(RunError) as caught:
         RunDir.create(tmp_path / name, Recipe())
     assert list(tmp_path.iterdir()) == [] and not {c for c in str(caught.value) if not c.isprintable()} - {"\n"}
-    with pytest.raises(RunError, match="is not a run directory"):
+    with pytest.raises(RunError, match="there is no run directory"):
         RunDir.open(tmp_path / name)
 
 
