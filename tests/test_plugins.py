@@ -91,7 +91,7 @@ def _strings(value: object) -> Iterable[str]:
 
 def test_help_reads_no_entry_points(site: Path) -> None:
     """A plug-in that would end the process when it is imported does not hinder the help."""
-    code = "import sys, remap_cli.main as m\ntry: m.app(['--help'])\nexcept SystemExit: pass\n"
+    code = "import sys, remap_cli.app as m\ntry: m.app(['--help'])\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'remap_toy'} & set(sys.modules), sorted(sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(site)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)

@@ -80,7 +80,7 @@ def test_what_was_built_is_used_and_completed(tiny: Any, tmp_path: Path, asked: 
     start(tiny.recipe(losses="ce,kd,feature"), tmp_path / "two")
     assert sum(asked) - before == 1 + 1 + 24
     (cache,) = list_caches(cache_root())
-    assert {item.name for item in cache.items} == {"logits", "pooled"}
+    assert {item.name for item in cache.outputs} == {"logits", "pooled"}
 
 
 def test_features_are_found_again_by_runs_of_other_seeds(tiny: Any, tmp_path: Path, asked: list[int]) -> None:
