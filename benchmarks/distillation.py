@@ -101,7 +101,7 @@ class Setting:
 
 
 class Engine:
-    """``remap.engine.loop`` with a teacher whose outputs may be kept; there is no evaluation and no checkpoint."""
+    """``remap.engine.loop`` with a teacher whose outputs may be cached; there is no evaluation and no checkpoint."""
 
     def __init__(self, setting: Setting, method: str, losses: str) -> None:
         self.recipe, self.setting = setting.recipe(method, losses), setting
