@@ -1,5 +1,6 @@
 """Where a run may be made, and how it says it was called."""
 
+import importlib.metadata
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -71,8 +72,8 @@ def test_the_command_can_be_typed_again(
 
 def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
-        raise environment.importlib.metadata.PackageNotFoundError(name)
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(environment.importlib.metadata, "version", missing)
+    monkeypatch.setattr(importlib.metadata, "version", missing)
     assert environment.environment()["remap"] == remap.__version__
     assert doctor.examine()["checks"][1] == {"state": "ok", "what": "remap", "found": remap.__version__}

@@ -88,7 +88,7 @@ def test_a_run_saves_what_it_started_from(
     assert largest_difference(*whole) == 0.0
     assert network.identity == result.student.identity and network.identity.weights == "none"
     summary = result.summary["student"]["init"]
-    assert summary["blocks"] == [0, 1] and summary["init"] == "weight_selection"
+    assert list(summary["blocks"]) == [0, 1] and summary["init"] == "weight_selection"
     assert any("width 16 of 24" in line for line in said.said)
 
 
