@@ -3,7 +3,7 @@
 Letters: B batch, N patch tokens, P prefix tokens (class, distillation, register), D width, H heads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -123,6 +123,18 @@ class ConvBlock(Block):
     branch_end: str = ""
 
 
+@dataclass(frozen=True)
+class StageBlock(ConvBlock):
+    """A stage of a network that is read by its outputs alone, (B, D, H, W).
+
+    ``block`` is the module at whose output the stage ends, "" where that is unknown. ``projections`` are all its linear
+    layers and convolutions, by "linear:" or "conv:" and a name; ``norms`` are in no certain order. ``parameters`` are
+    the names of all that the stage has.
+    """
+
+    parameters: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
     """Shape and parts of one backbone.
@@ -135,6 +147,8 @@ class Anatomy:
     ``input_module`` is the module that takes the image; ``block_input_norm`` stands between it and block 0, outside it
     (None where nothing does); ``embedding_norms`` are norms outside the blocks, ``final_norm`` excluded.
     ``class_token_pooled``: the classifier reads the class token of ``final_norm``'s output, and nothing else.
+    ``averaged_heads``: the logits are those of the classifier, or the mean of two that read features of one width.
+    ``input_module`` is "" where no single module takes the image.
     """
 
     family: str
@@ -155,10 +169,16 @@ class Anatomy:
     has_class_token: bool = False
     class_token_pooled: bool = False
     block_input_norm: str | None = None
+    averaged_heads: bool = True
 
     @property
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def in_stages(self) -> bool:
+        """Whether the blocks are stages, see ``StageBlock``."""
+        return isinstance(self.blocks[0], StageBlock)
 
     @property
     def attention_blocks(self) -> tuple[AttentionBlock, ...]:
@@ -190,8 +210,8 @@ def anatomy_of(model: nn.Module) -> Anatomy:
             return family.read(model)
     raise BackboneError(
         f"{type(model).__name__} is not a backbone that remap can read",
-        given=f"model class {type(model).__module__}.{type(model).__name__}, or an unusual variant of it",
-        allowed="; ".join(f"{row.summary} ({row.examples})" for row in FAMILIES),
+        given=f"model class {type(model).__module__}.{type(model).__name__}",
+        allowed="networks of timm: those that have forward_intermediates and get_classifier",
         do="`remap models` lists names that work",
     )
 
@@ -230,6 +250,13 @@ def set_fused_attention(model: nn.Module, anatomy: Anatomy, enabled: bool) -> No
 def rest_of_forward(model: nn.Module, anatomy: Anatomy, index: int, x: Tensor) -> Tensor:
     """Run a model from the input of block ``index`` on, see ``Family.rest_of_forward``."""
     return FAMILIES.load(anatomy.family)().rest_of_forward(model, index, x)
+
+
+def stage_outputs(
+    model: nn.Module, anatomy: Anatomy, images_BCHW: Tensor, stages: Sequence[int]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return what ``forward_features`` gives, and maps (B, D, h, w) of stages, see ``Family.stage_outputs``."""
+    return FAMILIES.load(anatomy.family)().stage_outputs(model, images_BCHW, stages)
 
 
 def admit_tokens(model: nn.Module, anatomy: Anatomy, count: int, first: int = 0) -> Callable[[], None]:

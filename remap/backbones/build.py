@@ -15,7 +15,7 @@ from remap.backbones.loading import create, in_cache_or_reachable, require_fit, 
 from remap.backbones.lookup import require_known
 from remap.backbones.names import preset_of, resolve_name
 from remap.backbones.preprocess import PreprocessSpec
-from remap.backbones.typed import as_timm, layer_at
+from remap.backbones.typed import as_timm
 from remap.errors import BackboneError, WeightsError
 
 
@@ -204,8 +204,9 @@ def _require_classes(name: str, outputs: int, num_classes: int) -> None:
 def fresh_head(model: nn.Module, anatomy: Anatomy, num_classes: int) -> None:
     """Put in a new classifier: weights N(0, 0.02^2), timm's choice for transformers, and biases zero."""
     as_timm(model).reset_classifier(num_classes)
-    for path in anatomy.classifier_heads:
-        head = layer_at(model, path)
-        nn.init.trunc_normal_(head.weight, std=0.02)
-        if head.bias is not None:
-            nn.init.zeros_(head.bias)
+    layers = [m for path in anatomy.classifier_heads for m in model.get_submodule(path).modules()]
+    for layer in layers:
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

@@ -11,6 +11,7 @@ class TimmModel(Protocol):
     """What ``timm.create_model`` promises of every model. B images, C classes, D features."""
 
     num_classes: int
+    num_features: int
     pretrained_cfg: dict[str, Any]
     feature_info: list[dict[str, Any]]
 

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from remap.backbones.anatomy import module_at
 from remap.backbones.block_reader import APART
 from remap.distributed.collectives import all_reduce_max
+from remap.errors import BackboneError
 from remap.io.human_size import size
 from remap.network import Network
 from remap.progress import Progress
@@ -177,6 +178,11 @@ def _parameters(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.P
 
 def _shard(network: Network, fully: Callable[..., FSDPModule], originals: _Originals) -> None:
     model = network.model
+    if network.anatomy.in_stages:
+        raise BackboneError(
+            f"{type(model).__name__} cannot be sharded: only its stages are known, not the modules that make them",
+            do="leave train.shard out, or take a backbone of another family",
+        )
     replicated = {p for name, p in model.named_parameters() if _is_replicated(name, p, network)}
     for path in dict.fromkeys(paths.block for paths in network.anatomy.blocks):
         block = module_at(model, path)

@@ -136,8 +136,8 @@ def _compile_blocks(network: Network) -> None:
     # Methods that replace a layer's forward have one graph per block; PyTorch would give up at the ninth.
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, 2 * network.anatomy.depth)
-    for block in network.anatomy.blocks:
-        network.model.get_submodule(block.block).compile()
+    for path in dict.fromkeys(block.block for block in network.anatomy.blocks if block.block):
+        network.model.get_submodule(path).compile()
 
 
 def _save(training: Training, *, must: bool = False) -> None:

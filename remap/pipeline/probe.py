@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
 
+from remap.backbones.typed import layer_at
 from remap.data.splits import stratified
 from remap.data.views import ViewSource
 from remap.distributed.interrupts import defer_signals, raise_if_interrupted
@@ -112,7 +112,7 @@ def _all_classes(
 def _write_head(network: Network, weight_CD: np.ndarray, bias_C: np.ndarray) -> None:
     with torch.no_grad():
         for path in network.anatomy.classifier_heads:
-            head = network.model.get_submodule(path)
-            assert isinstance(head, nn.Linear)
-            head.weight.copy_(torch.from_numpy(weight_CD))
+            head = layer_at(network.model, path)
+            assert head.bias is not None
+            head.weight.copy_(torch.from_numpy(weight_CD).view_as(head.weight))
             head.bias.copy_(torch.from_numpy(bias_C))

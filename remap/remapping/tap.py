@@ -9,7 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from remap.backbones.anatomy import Anatomy, AttentionScores, module_at, watch_attention
+from remap.backbones.anatomy import Anatomy, AttentionScores, StageBlock, module_at, stage_outputs, watch_attention
 from remap.backbones.typed import as_timm
 from remap.errors import BackboneError
 from remap.remapping.signals import Attention, Needs, Signals, Tokens
@@ -52,11 +52,15 @@ class Tap:
             for index in sorted(needs.attention | needs.values)
             for handle in watch_attention(model, anatomy, index, self._keeper(index), values=index in needs.values)
         ]
+        # Of stages the outputs are returned; behind the last one, where a norm may be, stands that stage itself.
+        self._stages = sorted({min(index, anatomy.depth - 1) for index in needs.tokens}) if anatomy.in_stages else []
         self._handles += [
             module_at(model, anatomy.blocks[index].block).register_forward_hook(self._token_keeper(index))
             for index in sorted(needs.tokens - {anatomy.depth})
+            if not anatomy.in_stages
         ]
-        if needs.pooled or len(anatomy.classifier_heads) > 1:
+        self._several = len(anatomy.classifier_heads) > 1 and anatomy.averaged_heads
+        if needs.pooled or self._several:
             self._handles += [
                 module_at(model, path).register_forward_hook(self._head_keeper(path))
                 for path in anatomy.classifier_heads
@@ -94,9 +98,7 @@ class Tap:
         try:
             if kept is None:
                 assert images_BCHW is not None  # they may be left out for the rest alone
-                features = as_timm(self.model).forward_features(images_BCHW)
-                if self.anatomy.depth in self.needs.tokens:
-                    self._tokens[self.anatomy.depth] = features
+                features = self._features(images_BCHW)
                 logits = as_timm(self.model).forward_head(features)
             else:
                 assert self.seam is not None
@@ -106,16 +108,36 @@ class Tap:
                 self._mean_pooled() if self.needs.pooled else None,
                 {index: self._attention(index) for index in sorted(self.needs.attention | self.needs.values)},
                 {index: self._tokens_at(index) for index in sorted(self.needs.tokens)},
-                tuple(self._logits[path] for path in self.anatomy.classifier_heads if path in self._logits),
+                tuple(self._logits[path] for path in self.anatomy.classifier_heads) if self._several else (),
             )
         finally:
             self._running = False
             for kept_now in (self._scores, self._tokens, self._pooled, self._logits):
                 kept_now.clear()
 
+    def _features(self, images_BCHW: Tensor) -> Tensor:
+        depth = self.anatomy.depth
+        if self._stages:
+            features, maps = stage_outputs(self.model, self.anatomy, images_BCHW, self._stages)
+            self._tokens.update(zip(self._stages, maps, strict=True))
+            if depth in self.needs.tokens:
+                self._tokens[depth] = maps[-1]
+            return features
+        features = as_timm(self.model).forward_features(images_BCHW)
+        if depth in self.needs.tokens:
+            self._tokens[depth] = features
+        return features
+
     def _mean_pooled(self) -> Tensor:
-        """Return what the classifier is given; with two heads (distilled DeiT), the mean of both."""
+        """Return what the classifier is given; with two heads (distilled DeiT), the mean of both.
+
+        Classifiers of branches or stages have features of their own, which are joined as timm does. Those that
+        classify tokens have none.
+        """
         inputs = [self._pooled[path] for path in self.anatomy.classifier_heads]
+        inputs = [x.flatten(1) for x in inputs if x.shape[2:].numel() == 1]
+        if not self.anatomy.averaged_heads:
+            return torch.cat(inputs, dim=1)
         return inputs[0] if len(inputs) == 1 else torch.stack(inputs).mean(dim=0)
 
     def _attention(self, index: int) -> Attention:

@@ -85,7 +85,16 @@ class Edits:
     def before(
         self, path: str, hook: Callable[..., Any], *, first: bool = False, with_kwargs: bool = False
     ) -> RemovableHandle:
-        """Install a forward pre-hook, ``first`` in front of those that are there."""
+        """Install a forward pre-hook, ``first`` in front of those that are there.
+
+        Raises:
+            BackboneError: The path is that of a module which this network lacks (``Anatomy.input_module``).
+        """
+        if not path:
+            raise BackboneError(
+                f"{type(self.model).__name__} has no single module that takes the image, where this method acts",
+                do="take another method, such as lora, norm or partial",
+            )
         module = self.model.get_submodule(path)
         self._handles.append(module.register_forward_pre_hook(hook, prepend=first, with_kwargs=with_kwargs))
         return self._handles[-1]

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from remap.backbones.anatomy import Anatomy, Block, Projection
+from remap.backbones.anatomy import Anatomy, Block, Projection, StageBlock
 from remap.errors import BackboneError
 
-Target = Literal["q", "k", "v", "o", "fc1", "fc2"]
+Target = Literal["q", "k", "v", "o", "fc1", "fc2", "linear", "conv"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class Layer:
 
     @property
     def foreign_biases(self) -> list[tuple[Projection, str]]:
-        """Projections whose bias is not the layer's own, with the path of the bias."""
-        return [(p, p.bias) for p in self.projections if p.bias is not None and p.bias != f"{self.path}.bias"]
+        """Projections whose bias is not added by a call of the layer, with the path of the bias."""
+        own = f"{self.path}.bias"
+        return [(p, p.bias) for p in self.projections if p.bias is not None and (p.bias != own or not p.called)]
 
 
 def by_layer(projections: Iterable[Projection]) -> dict[str, tuple[Projection, ...]]:
@@ -41,33 +42,47 @@ def layers_of(anatomy: Anatomy, words: Sequence[str] | None, default: Sequence[s
     """Return the layers behind ``words``, in the order of the blocks, each with all projections that are in it.
 
     Args:
-        words: None for those of ``default`` that the backbone has, or fc1 and fc2 where it has none of them.
+        words: None for those of ``default`` that the backbone has, see ``default_targets``.
 
     Raises:
         BackboneError: No block has a projection of some word.
     """
-    words = default_targets(anatomy, default) if words is None else words
-    present = {word for block in anatomy.blocks for word in block.projections}
+    wanted = target_words(anatomy, words, default)
+    return [
+        Layer(path, tuple(word for word, p in block.projections.items() if p.path == path), rows)
+        for block in anatomy.blocks
+        for path, rows in by_layer(block.projections.values()).items()
+        if any(projection.path == path for projection in among(block, wanted).values())
+    ]
+
+
+def target_words(anatomy: Anatomy, words: Sequence[str] | None, default: Sequence[str] = ("q", "v")) -> list[str]:
+    """Return the words that are meant: those given or the default ones, and the gate of an MLP with its fc1.
+
+    Raises:
+        BackboneError: No block has a projection of some word.
+    """
+    words, present = words or default_targets(anatomy, default), words_of(anatomy)
     for word in words:
         if word not in present:
             raise BackboneError(
                 f"no block of this backbone has a layer called {word}",
                 given=f"targets: {', '.join(words)}",
-                allowed=", ".join(sorted(present)),
+                allowed=", ".join(sorted(present)) or "none: all its layers are too narrow, take norm or partial",
             )
-    wanted = with_gates(words)
-    return [
-        Layer(path, tuple(word for word, p in block.projections.items() if p.path == path), rows)
-        for block in anatomy.blocks
-        for path, rows in by_layer(block.projections.values()).items()
-        if any(block.projections[word].path == path for word in wanted if word in block.projections)
-    ]
+    return with_gates(words)
+
+
+def words_of(anatomy: Anatomy) -> set[str]:
+    """Return the words for layers that a backbone has: those of ``Target``."""
+    return {key.partition(":")[0] for block in anatomy.blocks for key in block.projections}
 
 
 def default_targets(anatomy: Anatomy, default: Sequence[str] = ("q", "v")) -> list[str]:
-    """Return the words of ``default`` that the backbone has, or the MLP's where it has none of them."""
-    present = {word for block in anatomy.blocks for word in block.projections}
-    return [word for word in default if word in present] or ["fc1", "fc2"]
+    """Return the words of ``default`` that the backbone has; else the MLP's, linear layers, or convolutions."""
+    present = words_of(anatomy)
+    found = ([word for word in words if word in present] for words in (default, ("fc1", "fc2"), ("linear",)))
+    return next(filter(None, found), ["conv"])
 
 
 def with_gates(words: Iterable[str]) -> list[str]:
@@ -75,12 +90,22 @@ def with_gates(words: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(part for word in words for part in ((word, "fc1_gate") if word == "fc1" else (word,))))
 
 
+def among(block: Block, words: Iterable[str]) -> dict[str, Projection]:
+    """Return the projections of a block that ``words`` name: one a word, or all of a kind in a stage."""
+    wanted = set(words)
+    return {key: projection for key, projection in block.projections.items() if key.partition(":")[0] in wanted}
+
+
 def chosen(block: Block, words: Iterable[str]) -> dict[str, Projection]:
     """Return the projections of a block among ``words``; the gate only where there is one.
+
+    A stage may lack some.
 
     Raises:
         BackboneError: The block lacks one of the others.
     """
+    if isinstance(block, StageBlock):
+        return among(block, words)
     wanted = [word for word in words if word != "fc1_gate" or word in block.projections]
     missing = [word for word in wanted if word not in block.projections]
     if missing:

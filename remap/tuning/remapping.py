@@ -12,6 +12,7 @@ ROWS = [
         trains="L",
         vit_base=L,
         lr=1e-1,
+        needs=frozenset({"blocks"}),
     ),
     MethodEntry(
         name="attention_copy",

@@ -90,8 +90,13 @@ class FeatureSeam(Seam):
 
     def rest(self, kept: Mapping[str, Tensor], images_BCHW: Tensor | None, *, whole_blocks: bool) -> Tensor:
         # timm's distilled models average their two classifiers outside distilled training.
-        logits = [module_at(self.model, path)(kept[path]) for path in self.anatomy.classifier_heads]
+        logits = [module_at(self.model, path)(kept[path]).flatten(1) for path in self.anatomy.classifier_heads]
         return torch.stack(logits).mean(0) if len(logits) > 1 else logits[0]
+
+
+def feature_seam(model: nn.Module, anatomy: Anatomy) -> FeatureSeam | None:
+    """Return the seam in front of the classifiers; None where the logits are more than their mean."""
+    return FeatureSeam(model, anatomy) if anatomy.averaged_heads else None
 
 
 class BlockSeam(Seam):

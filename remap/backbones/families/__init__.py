@@ -6,6 +6,7 @@ from remap.registry import Entry, Registry
 
 # What a tuning method may ask of a family.
 PARTS = {
+    "blocks": "residual blocks that can be told apart",
     "sequence": "one sequence of tokens of one width through all blocks",
     "attention": "blocks of attention and MLP with a residual stream",
     "linears": "blocks with linear layers",
@@ -20,8 +21,8 @@ class FamilyEntry(Entry):
     Attributes:
         parts: Keys of ``PARTS``.
         examples: Names or patterns of timm, for people.
-        modules: Modules of timm (last name) whose models the family reads. A few unusual variants in them are refused
-            when they are built.
+        modules: Modules of timm (last name) whose models the family reads. A few unusual variants in them, and all
+            models of other modules, are read by the last family.
         presets: Ways to read self-supervised weights that the family has.
         rotary: Whether queries and keys are rotated by the position of their token.
     """
@@ -33,7 +34,7 @@ class FamilyEntry(Entry):
     rotary: bool = False
 
 
-_SEQUENCE = frozenset({"sequence", "attention", "linears"})
+_SEQUENCE = frozenset({"blocks", "sequence", "attention", "linears"})
 
 FAMILIES: Registry[FamilyEntry] = Registry(
     "family",
@@ -77,7 +78,7 @@ FAMILIES: Registry[FamilyEntry] = Registry(
             category="transformer",
             summary="window transformers with stages",
             paper="Liu et al. 2021, arXiv 2103.14030",
-            parts=frozenset({"attention", "linears"}),
+            parts=frozenset({"blocks", "attention", "linears"}),
             examples="swin_*",
             modules=("swin_transformer",),
         ),
@@ -87,7 +88,7 @@ FAMILIES: Registry[FamilyEntry] = Registry(
             category="convolutional",
             summary="modern convolutional networks",
             paper="Liu et al. 2022, arXiv 2201.03545",
-            parts=frozenset({"linears", "convolutions"}),
+            parts=frozenset({"blocks", "linears", "convolutions"}),
             examples="convnext_*",
             modules=("convnext",),
         ),
@@ -97,9 +98,20 @@ FAMILIES: Registry[FamilyEntry] = Registry(
             category="convolutional",
             summary="residual convolutional networks",
             paper="He et al. 2015, arXiv 1512.03385",
-            parts=frozenset({"convolutions"}),
+            parts=frozenset({"blocks", "convolutions"}),
             examples="resnet*, resnext*, wide_resnet*",
             modules=("resnet",),
+        ),
+        # Tried last: it reads what no other family does.
+        FamilyEntry(
+            name="generic",
+            target="remap.backbones.families.generic:Generic",
+            category="any",
+            summary="any other network of timm, by its stages",
+            paper="Wightman 2019, timm",
+            parts=frozenset({"linears", "convolutions"}),
+            examples="efficientnet*, mobilenet*, regnet*, maxvit*, hiera*, swinv2*, and unusual variants of the above",
+            modules=(),
         ),
     ],
 )

@@ -24,9 +24,11 @@ class Family(ABC, Generic[M]):
 
     Attributes:
         name: Of its row in the table.
+        reenters: Whether ``rest_of_forward`` can enter a network at a block.
     """
 
     name: ClassVar[str]
+    reenters: ClassVar[bool] = True
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
@@ -59,6 +61,20 @@ class Family(ABC, Generic[M]):
         rule = f"its patches are {height} x {width}, and only whole ones fit"
         require_size(model, image_size, lambda size: size % height == 0 and size % width == 0, rule)
         return {"img_size": image_size}
+
+    def require_size(self, model: M, anatomy: Anatomy, size: tuple[int, int]) -> None:
+        """Refuse a height and width in pixels that a model, as it is built, cannot take; others take any.
+
+        Raises:
+            BackboneError: It cannot.
+        """
+
+    def stage_outputs(self, model: M, images_BCHW: Tensor, stages: Sequence[int]) -> tuple[Any, list[Tensor]]:
+        """Return what ``forward_features`` makes of images, and the maps (B, D, h, w) of some stages.
+
+        For families whose blocks are such stages (``StageBlock``).
+        """
+        raise NotImplementedError(f"the blocks of {type(self).__name__} are modules, whose outputs hooks see")
 
     def shape_arguments(self, anatomy: Anatomy, depth: int, width: int, heads: int, mlp: int) -> dict[str, object]:
         """Return the arguments of timm's constructor that make a smaller shape; the rest is the architecture's."""

@@ -17,12 +17,12 @@ MLPS = (Mlp, GluMlp, SwiGLU)
 T = TypeVar("T")
 
 
-def linear(model: nn.Module, path: str, rows: slice | None = None) -> Projection:
+def linear(model: nn.Module, path: str, rows: slice | None = None, *, called: bool = True) -> Projection:
     """Return the projection made by a linear layer (or convolution), or by some of its rows."""
     layer = layer_at(model, path)
     rows = rows or slice(0, layer.weight.shape[0])
     bias = f"{path}.bias" if layer.bias is not None else None
-    return Projection(path, rows.start, rows.stop, bias=bias, bias_start=rows.start if bias else 0)
+    return Projection(path, rows.start, rows.stop, called, bias, rows.start if bias else 0)
 
 
 def qkv_projections(model: nn.Module, attn: str) -> dict[str, Projection]:
@@ -110,6 +110,15 @@ def real(model: nn.Module, paths: Iterable[str]) -> tuple[str, ...]:
         if module is not None and not isinstance(module, nn.Identity):
             found.append(path)
     return tuple(found)
+
+
+def norm_paths(model: nn.Module) -> set[str]:
+    """Return the paths of the norms that own parameters. Modules that only hold norms have no parameters."""
+    return {
+        path
+        for path, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
+    }
 
 
 def tensor_path(model: nn.Module, path: str) -> str | None:

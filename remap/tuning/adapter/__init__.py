@@ -80,6 +80,17 @@ ROWS = [
         needs=frozenset({"convolutions"}),
     ),
     _row(
+        name="conv_adapter",
+        target="remap.tuning.adapter.conv_adapter:ConvAdapter",
+        summary="a bottleneck of convolutions beside every spatial one",
+        paper="Chen et al. 2022, arXiv 2208.07463",
+        trains="sum over convolutions of k*k*c_in + c_in*c_out/4 + c_out, k kernel",
+        vit_base=None,
+        mergeable=False,
+        lr=3e-3,
+        needs=frozenset({"convolutions"}),
+    ),
+    _row(
         name="lst",
         target="remap.tuning.adapter.lst:LadderSideTuning",
         summary="a narrow transformer that climbs beside the frozen one",

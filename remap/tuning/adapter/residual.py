@@ -3,6 +3,7 @@
 Letters: B batch, H and W rows and columns, i input and o output channels, G groups.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -10,7 +11,8 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from remap.backbones.anatomy import Anatomy, ConvBlock, module_at
+from remap.backbones.anatomy import Anatomy, ConvBlock, ConvSite, StageBlock, module_at
+from remap.errors import BackboneError
 from remap.tuning.base import Attachment, Edits, Fold, Method, Options
 from remap.tuning.weights import registered
 
@@ -44,21 +46,43 @@ class ResidualAdapter(Method):
         sites: list[Site] = []
         edits = Edits(model)
         norms: list[str] = []
-        for block in anatomy.blocks:
-            for conv in block.convs if isinstance(block, ConvBlock) else ():
-                layer = module_at(model, conv.conv)
-                assert isinstance(layer, nn.Conv2d)
-                name = f"remap_residual_adapter_{conv.conv.rpartition('.')[2]}"
-                adapter = kind(layer, groups=1 if self.config.dense else layer.groups)
-                edits.insert(f"{block.block}.{name}", adapter, registered(layer, "weight"))
-                # In front of what others do with the output: a scale acts on the sum.
-                edits.after(conv.conv, adapter.change_output, first=True)
-                sites.append(Site(adapter, layer, None if conv.norm is None else module_at(model, conv.norm)))
-                norms += [] if conv.norm is None else [conv.norm]
+        for conv, layer, path in conv_layers(model, anatomy, "remap_residual_adapter"):
+            adapter = kind(layer, groups=1 if self.config.dense else layer.groups)
+            edits.insert(path, adapter, registered(layer, "weight"))
+            # In front of what others do with the output: a scale acts on the sum.
+            edits.after(conv.conv, adapter.change_output, first=True)
+            sites.append(Site(adapter, layer, None if conv.norm is None else module_at(model, conv.norm)))
+            norms += [] if conv.norm is None else [conv.norm]
+        require_sites(sites, model)
         of_norms = [f"{norm}.{name}" for norm in norms for name, _ in module_at(model, norm).named_parameters()]
         folds = all(site.adapter.folds_into(site.layer, site.norm) for site in sites)
         fold = Fold(partial(_fold, sites), stage=1) if folds else None
         return Attachment(edits, trainable=[*edits.parameters(), *of_norms], tuned_modules=norms, fold=fold)
+
+
+def conv_layers(model: nn.Module, anatomy: Anatomy, name: str) -> Iterator[tuple[ConvSite, nn.Conv2d, str]]:
+    """Yield the spatial convolutions of all blocks, with a path for a module ``name`` that belongs to each."""
+    for block in anatomy.blocks:
+        for site in block.convs if isinstance(block, ConvBlock) else ():
+            layer = module_at(model, site.conv)
+            assert isinstance(layer, nn.Conv2d)
+            # In a network that is read by its stages, what holds the layer may run all that it holds.
+            inside = isinstance(block, StageBlock)
+            path = f"{site.conv}.{name}" if inside else f"{block.block}.{name}_{site.conv.rpartition('.')[2]}"
+            yield site, layer, path
+
+
+def require_sites(sites: Sequence[object], model: nn.Module) -> None:
+    """Refuse a network without a convolution that an adapter can stand beside.
+
+    Raises:
+        BackboneError: There is none.
+    """
+    if not sites:
+        raise BackboneError(
+            f"{type(model).__name__} has no plain spatial convolution behind its stem",
+            do="take lora or ssf, which change linear layers and convolutions of all kinds",
+        )
 
 
 class Parallel(nn.Module):

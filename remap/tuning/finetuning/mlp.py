@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remap.backbones.anatomy import Anatomy, module_at
+from remap.errors import BackboneError
 from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.dropout import SampleDropout
 from remap.tuning.seam import FeatureSeam
@@ -31,6 +32,7 @@ class MLP(Method):
     config: Config
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
+        require_one_feature(anatomy, "mlp")
         head = module_at(model, anatomy.classifier_heads[0])
         like = head.weight if isinstance(head, nn.Linear) else next(model.parameters())
         edits = Edits(model)
@@ -38,6 +40,20 @@ class MLP(Method):
         for path in anatomy.classifier_heads:
             edits.before(path, hidden.before_classifier)
         return Attachment(edits, identity_at_init=False, seam=FeatureSeam(model, anatomy))
+
+
+def require_one_feature(anatomy: Anatomy, method: str) -> None:
+    """Refuse a network whose classifiers read features of their own.
+
+    Raises:
+        BackboneError: They do.
+    """
+    if not anatomy.averaged_heads:
+        raise BackboneError(
+            f"{method} acts on the feature of the classifier, and this network has several",
+            given=f"classifiers {', '.join(anatomy.classifier_heads)}",
+            do="take linear, norm, partial, lora or full",
+        )
 
 
 class HiddenLayers(nn.Module):
@@ -59,8 +75,8 @@ class HiddenLayers(nn.Module):
         return x_BD
 
     def before_classifier(self, head: nn.Module, args: tuple) -> tuple:
-        """Forward pre-hook of a linear layer of the classifier."""
-        return (self(args[0]), *args[1:])
+        """Forward pre-hook of a linear layer (or 1x1 convolution) of the classifier."""
+        return (self(args[0].flatten(1)).view_as(args[0]), *args[1:])
 
 
 class BatchNorm(nn.BatchNorm1d):

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt
 from torch import Tensor, nn
 
-from remap.backbones.anatomy import Anatomy, AttentionBlock, Block, module_at, rest_of_forward
+from remap.backbones.anatomy import Anatomy, AttentionBlock, Block, StageBlock, module_at, rest_of_forward
 from remap.backbones.block_reader import BlockReader, apart, reads_one_row
 from remap.errors import BackboneError
 from remap.tuning.base import IN_PLACE, Attachment, Method, Options, names_where
@@ -17,7 +17,10 @@ from remap.tuning.seam import BlockSeam, logits_of
 
 
 class Partial(Method):
-    """Train the last ``num_blocks`` blocks, or chosen ones, and the final norm: k blocks + 2*D parameters."""
+    """Train the last ``num_blocks`` blocks, or chosen ones, and the final norm: k blocks + 2*D parameters.
+
+    Of networks that are read by their stages, blocks are stages, with all that is behind the last one a part of it.
+    """
 
     class Config(Options):
         """Options."""
@@ -34,6 +37,8 @@ class Partial(Method):
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         chosen = self._blocks(anatomy)
+        if anatomy.in_stages:
+            return self._stages(model, anatomy, chosen)
         modules: list[str] = []
         tensors: list[str] = []
         for index in chosen:
@@ -47,6 +52,14 @@ class Partial(Method):
         one_row = chosen == [anatomy.depth - 1] and reads_one_row(anatomy)
         seam = ClassRowSeam(model, anatomy) if one_row else BlockSeam(model, anatomy, chosen[0])
         return Attachment(trainable=names, tuned_modules=modules, seam=seam, fold=IN_PLACE)
+
+    def _stages(self, model: nn.Module, anatomy: Anatomy, chosen: list[int]) -> Attachment:
+        names: set[str] = set()
+        for block in (anatomy.blocks[index] for index in chosen):
+            assert isinstance(block, StageBlock)
+            _part(block, self.config.parts, anatomy)
+            names.update(block.parameters)
+        return Attachment(trainable=sorted(names), tuned_modules=_covered(model, names), fold=IN_PLACE)
 
     def _blocks(self, anatomy: Anatomy) -> list[int]:
         """Return the sorted indices of the chosen blocks."""
@@ -76,6 +89,17 @@ def _part(paths: Block, parts: str, anatomy: Anatomy) -> tuple[list[str], list[s
     else:
         modules, scale = [paths.norm2, paths.mlp, paths.mlp_branch_end], paths.mlp_scale
     return modules, [scale] if scale is not None else []
+
+
+def _covered(model: nn.Module, names: set[str]) -> list[str]:
+    """Return the outermost modules all of whose parameters are among ``names``, with some."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        inside = [f"{path}.{name}" for name, _ in module.named_parameters()]
+        within = path.startswith(tuple(f"{other}." for other in found))
+        if path and inside and not within and names.issuperset(inside):
+            found.append(path)
+    return found
 
 
 class ClassRowSeam(BlockSeam):

@@ -15,6 +15,7 @@ from remap.backbones.anatomy import Anatomy
 from remap.backbones.feature_network import side_network
 from remap.errors import BackboneError
 from remap.tuning.base import Attachment, Edits, Method, Options
+from remap.tuning.finetuning.mlp import require_one_feature
 from remap.tuning.seam import FeatureSeam
 
 _PATH = "remap_sidetune"
@@ -37,6 +38,7 @@ class SideTune(Method):
     config: Config
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
+        require_one_feature(anatomy, "sidetune")
         network, width = side_network(self.config.side, self.config.side_weights, anatomy.image_size)
         like = next(model.parameters())
         edits = Edits(model)
@@ -82,7 +84,7 @@ class SideNetwork(nn.Module):
         if last:
             self.image_BCHW = self._side_BD = None
         a = self.alpha.sigmoid()
-        return (a * args[0] + (1 - a) * side_BD, *args[1:])
+        return (a * args[0] + (1 - a) * side_BD.view_as(args[0]), *args[1:])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "image_BCHW": None, "_side_BD": None}

@@ -6,9 +6,10 @@ from pydantic import Field
 from torch import nn
 
 from remap.backbones.anatomy import Anatomy
+from remap.backbones.families.reading import norm_paths
 from remap.errors import BackboneError
 from remap.tuning.base import IN_PLACE, Attachment, Method, Options, names_where
-from remap.tuning.parameter.norm import never_learns, norm_paths
+from remap.tuning.parameter.norm import never_learns
 
 
 class BitFit(Method):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from remap.backbones.anatomy import Anatomy, Projection
 from remap.errors import BackboneError
 from remap.tuning.base import Attachment, Edits, Method, Options
-from remap.tuning.layers import Target, chosen, default_targets, with_gates
+from remap.tuning.layers import Target, chosen, target_words
 from remap.tuning.weights import Delta, attach_deltas, weight_of
 
 _NAME = "remap_krona"
@@ -34,13 +34,13 @@ class KronA(Method):
         )
         scale: float = Field(default=1.0, gt=0.0, description="Factor on the update.")
         targets: tuple[Target, ...] | None = Field(
-            default=None, min_length=1, description="Layers to change; null is [q, v], or [fc1, fc2] without attention."
+            default=None, min_length=1, description="Layers to change; null is [q, v], or [fc1, fc2] without attention, or [linear]."
         )
 
     config: Config
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
-        words, factor = with_gates(self.config.targets or default_targets(anatomy)), self.config.factor
+        words, factor = target_words(anatomy, self.config.targets), self.config.factor
         for block in anatomy.blocks:
             for projection in chosen(block, words).values():
                 rows = projection.stop - projection.start
@@ -56,7 +56,8 @@ class KronA(Method):
             for word, projection in chosen(block, words).items():
                 like = weight_of(model, projection)
                 delta = Kronecker(projection.stop - projection.start, like.shape[1], self.config)
-                deltas[projection] = edits.insert(f"{block.block}.{_NAME}_{word}", delta, like)
+                path = f"{projection.path}.{_NAME}" if anatomy.in_stages else f"{block.block}.{_NAME}_{word}"
+                deltas[projection] = edits.insert(path, delta, like)
         return attach_deltas(edits, deltas)
 
 

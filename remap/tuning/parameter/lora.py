@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from remap.backbones.anatomy import Anatomy, Projection, module_at
 from remap.tuning.base import Attachment, Edits, Fold, Method, Options
 from remap.tuning.dropout import SampleDropout
-from remap.tuning.layers import Target, by_layer, chosen, default_targets, with_gates
+from remap.tuning.layers import Target, by_layer, chosen, target_words
 from remap.tuning.weights import channels_first, drop, recompute, registered, require_rank
 
 _NAME = "remap_lora"
@@ -37,14 +37,14 @@ class LoRA(Method):
         rank: int = Field(default=8, ge=1, description="Rank of the update.")
         alpha: float | None = Field(default=None, gt=0.0, description="Scale is alpha / rank; null is alpha = rank.")
         targets: tuple[Target, ...] | None = Field(
-            default=None, min_length=1, description="Layers to change; null is [q, v], or [fc1, fc2] without attention."
+            default=None, min_length=1, description="Layers to change; null is [q, v], or [fc1, fc2] without attention, or [linear]."
         )
         dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="Dropout probability on the input of A.")
 
     config: Config
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
-        words = with_gates(self.config.targets or default_targets(anatomy))
+        words = target_words(anatomy, self.config.targets)
         changes: dict[str, LowRank] = {}
         edits = Edits(model)
         for block in anatomy.blocks:
@@ -52,7 +52,8 @@ class LoRA(Method):
             projections_of = by_layer(sorted(chosen(block, words).values(), key=lambda p: p.start))
             for path, projections in projections_of.items():
                 layer = module_at(model, path)
-                like = registered(layer, "weight")
+                weight = registered(layer, "weight")
+                like = weight.flatten(1)
                 for projection in projections:
                     shape = (projection.stop - projection.start, like.shape[1])
                     require_rank(self.config.rank, min(shape), path, shape)

@@ -7,6 +7,7 @@ from torch import nn
 
 from remap.backbones.anatomy import Anatomy
 from remap.backbones.families import FAMILIES
+from remap.backbones.families.reading import norm_paths
 from remap.errors import BackboneError
 from remap.tuning.base import IN_PLACE, Attachment, Method, Options, names_where
 
@@ -41,15 +42,6 @@ def norm_parameters(model: nn.Module, anatomy: Anatomy) -> list[str]:
     return names_where(
         model, anatomy, lambda name: name.rpartition(".")[0] in norms and not never_learns(name, anatomy)
     )
-
-
-def norm_paths(model: nn.Module) -> set[str]:
-    """Return the paths of the norms that own parameters. Modules that only hold norms have no parameters."""
-    return {
-        path
-        for path, module in model.named_modules()
-        if "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
-    }
 
 
 def never_learns(name: str, anatomy: Anatomy) -> bool:

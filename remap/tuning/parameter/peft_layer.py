@@ -74,7 +74,8 @@ def shared_linears(model: nn.Module, layers: Iterable[Layer]) -> list[SharedLine
     for target in layers:
         layer = module_at(model, target.path)
         plain = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
-        if not isinstance(layer, plain) or (plain is nn.Conv2d and layer.kernel_size != (1, 1)):
+        spatial = isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
+        if not isinstance(layer, plain) or (spatial and target.called):
             raise BackboneError(f"{target.path} is not a linear layer", given=type(layer).__name__)
         recomputed = plain_class(layer) is not type(layer)
         if layer._forward_hooks or "forward" in layer.__dict__ or recomputed:

@@ -32,7 +32,7 @@ class _FromWeight(Method):
         targets: tuple[Target, ...] | None = Field(
             default=None,
             min_length=1,
-            description="Layers to change; null is [q, k, v], or [fc1, fc2] without attention.",
+            description="Layers to change; null is [q, k, v], or [fc1, fc2] without attention, or [linear].",
         )
 
     config: Config

@@ -4,13 +4,13 @@ Letters: D channels of a layer's output.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from remap.backbones.anatomy import Anatomy, AttentionBlock, Block, ConvBlock, Projection, module_at
+from remap.backbones.anatomy import Anatomy, AttentionBlock, Block, ConvBlock, Projection, StageBlock, module_at
 from remap.tuning.base import Attachment, Edits, Fold, Method
 from remap.tuning.layers import by_layer
 from remap.tuning.weights import channels_first, own_bias, recompute, registered, registered_at
@@ -103,6 +103,9 @@ def _scaled_layers(model: nn.Module, anatomy: Anatomy) -> Iterator[_ScaledLayer]
         if norm is not None and module_at(model, norm)._parameters.get("weight") is not None:
             yield _called(model, norm, is_norm=True)
     for block in anatomy.blocks:
+        if isinstance(block, StageBlock):
+            yield from _stage_layers(model, block)
+            continue
         for path in _convolutions(block):
             yield _called(model, path)
         for path in _norms(block):
@@ -114,6 +117,15 @@ def _scaled_layers(model: nn.Module, anatomy: Anatomy) -> Iterator[_ScaledLayer]
                 if adds_bias
                 else _ScaledLayer(path, tuple(_split_biases(model, projections)), read_past=True)
             )
+
+
+def _stage_layers(model: nn.Module, block: StageBlock) -> Iterator[_ScaledLayer]:
+    """Yield the layers of a stage. Their tensors are changed, because some norms end in an activation."""
+    layers = [*(site.conv for site in block.convs), *block.norms, *(p.path for p in block.projections.values())]
+    for path in dict.fromkeys(layers):
+        module = module_at(model, path)
+        if module._parameters.get("weight") is not None:
+            yield replace(_called(model, path), read_past=True)
 
 
 def _convolutions(block: Block) -> list[str]:

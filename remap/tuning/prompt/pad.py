@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy
+from remap.backbones.families.base import family_of
 from remap.backbones.preprocess import PreprocessSpec
 from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.prompt.border import Frame, input_weight, require_size
@@ -30,6 +31,8 @@ class VPTPad(Method):
     config: Config
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
+        height, width = (side + 2 * self.config.border for side in anatomy.image_size)
+        family_of(anatomy).require_size(model, anatomy, (height, width))
         spec = PreprocessSpec.of(model)
         frame = _Enlarging(self.config.border, anatomy.image_size, spec, input_weight(model, anatomy))
         edits = Edits(model)

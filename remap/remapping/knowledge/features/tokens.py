@@ -146,7 +146,7 @@ def _prefix_tokens(anatomy: Anatomy) -> dict[str, list[int]]:
     """Return positions in the prefix by what stands there."""
     known = int(anatomy.has_class_token)
     # A distillation token is what the second classifier reads.
-    distillation = int(len(anatomy.classifier_heads) > 1)
+    distillation = int(len(anatomy.classifier_heads) > 1 and anatomy.num_prefix_tokens > known)
     return {
         "class": list(range(known)),
         "distillation": list(range(known, known + distillation)),

@@ -49,7 +49,7 @@ class IA3(PeftMethod):
         targets: tuple[Target, ...] | None = Field(
             default=None,
             min_length=1,
-            description="Layers to scale; null is [q, k, v, fc2], or [fc2] without attention.",
+            description="Layers to scale; null is [q, k, v, fc2], or those of them that there are, or [linear].",
         )
 
     def peft_config(self, names: dict[str, Words]) -> IA3Config:

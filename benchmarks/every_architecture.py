@@ -1,0 +1,128 @@
+"""What each module family of timm can teach and learn: one small instance of each, with random weights.
+
+Run: python benchmarks/every_architecture.py [--modules regnet,hiera] [--methods linear,full,norm,lora] [--all]
+"""
+
+import argparse
+import contextlib
+import copy
+import time
+from collections.abc import Callable, Collection, Iterator
+from typing import TypeVar
+
+import timm
+import torch
+from torch import nn
+
+from remap.backbones.build import Backbone, build
+from remap.errors import RemapError
+from remap.network import tuned
+from remap.remapping.signals import Needs
+
+T = TypeVar("T")
+CLASSES, IMAGES = 3, 4
+SIZES = (64, 128, None)  # the first that a network takes; None is its own
+
+
+def instances(modules: Collection[str], everything: bool) -> Iterator[tuple[str, str]]:
+    """Yield module families and their models: all, or the one with the fewest parameters."""
+    for module in modules or timm.list_modules():
+        names = timm.list_models(module=module)
+        yield from ((module, name) for name in (names if everything else [min(names, key=_parameters)]))
+
+
+def _parameters(name: str) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in timm.create_model(name).parameters())
+
+
+def opened(name: str) -> Backbone:
+    """Build a network of random weights for the smallest images that it takes."""
+    torch.manual_seed(0)
+    for size in SIZES[:-1]:
+        with contextlib.suppress(RemapError):
+            return build(name, "none", CLASSES, image_size=size)
+    return build(name, "none", CLASSES)
+
+
+def images_for(backbone: Backbone) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(IMAGES, 3, *backbone.anatomy.image_size, generator=generator)
+
+
+@torch.no_grad()
+def teaches(backbone: Backbone) -> str:
+    """Return what is wrong with the signals, "" if nothing: logits against timm's own forward, shapes of the rest."""
+    model, anatomy = backbone.model.eval(), backbone.anatomy
+    network, images = tuned(backbone, "linear", {}), images_for(backbone)
+    wanted = model(images)
+    with network.tap(Needs(pooled=True, tokens=frozenset(range(anatomy.depth + 1)))) as tap:
+        signals = tap(images)
+        if (seam := tap.seam) is not None:
+            from_seam = seam.rest(seam.stem(images), images, whole_blocks=False)
+            if not torch.allclose(from_seam, wanted, atol=1e-5):
+                return "the classifiers' mean differs from the logits"
+    if not torch.allclose(signals.logits_BC, wanted, atol=1e-5):
+        return "logits differ from timm's"
+    if signals.pooled_BD is None or signals.pooled_BD.shape != (IMAGES, anatomy.width):
+        return f"pooled features are {signals.pooled_BD and tuple(signals.pooled_BD.shape)}, wanted {anatomy.width}"
+    for index, tokens in signals.tokens.items():
+        block = anatomy.blocks[min(index, anatomy.depth - 1)]
+        if tokens.grid != block.grid or tokens.patches_BND.shape != (IMAGES, block.grid[0] * block.grid[1], block.width):
+            return f"stage {index} gives {tuple(tokens.patches_BND.shape)}, wanted {block.grid} x {block.width}"
+    return ""
+
+
+def learns(backbone: Backbone, method: str) -> str:
+    """Return what is wrong with a step of training and a reload, "" if nothing."""
+    network, again = (tuned(copy.deepcopy(backbone), method, {}) for _ in range(2))
+    images, labels = images_for(backbone), torch.arange(IMAGES) % CLASSES
+    before = {key: tensor.clone() for key, tensor in network.tensors.items()}
+    optimizer = torch.optim.AdamW(network.trained.values(), lr=1e-3)
+    network.attached.train()
+    nn.functional.cross_entropy(network.model(images), labels).backward()
+    optimizer.step()
+    kept = {key: tensor.detach().clone() for key, tensor in network.tensors.items()}
+    if all(torch.equal(before[key], tensor) for key, tensor in kept.items() if not network.anatomy.is_head(key)):
+        if method != "linear":
+            return "nothing moved"
+    with torch.no_grad():
+        for key, tensor in again.tensors.items():
+            tensor.copy_(kept[key])
+        ours, theirs = (one.model.eval()(images) for one in (network, again))
+    if not ours.isfinite().all():
+        return "logits are not finite"
+    return "" if torch.equal(ours, theirs) else "reloaded logits differ"
+
+
+def attempt(function: Callable[..., T], *args: object) -> tuple[str, T | None]:
+    """Return an error in a line, "" if there was none, and what the function returned."""
+    try:
+        return "", function(*args)
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}", None
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--modules", default="")
+    options.add_argument("--methods", default="linear,full,norm,lora")
+    options.add_argument("--all", action="store_true")
+    chosen = options.parse_args()
+    modules, methods = list(filter(None, chosen.modules.split(","))), chosen.methods.split(",")
+    taught = learnt = count = 0
+    for module, name in instances(modules, chosen.all):
+        count, start = count + 1, time.perf_counter()
+        failed, backbone = attempt(opened, name)
+        if backbone is not None:
+            failed = "".join(filter(None, attempt(teaches, copy.deepcopy(backbone))))
+        problems = {method: attempt(learns, backbone, method) for method in methods if backbone is not None}
+        problems = {method: error or problem for method, (error, problem) in problems.items() if error or problem}
+        taught, learnt = taught + (not failed), learnt + (backbone is not None and not problems)
+        side = "" if backbone is None else backbone.anatomy.image_size[0]
+        print(f"{module} {name} {side} {time.perf_counter() - start:.0f} s", failed, problems or "", flush=True)
+    print(f"teach {taught} of {count}, learn {learnt} of {count}")
+
+
+if __name__ == "__main__":
+    main()
