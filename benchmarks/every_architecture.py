@@ -1,13 +1,13 @@
 """What each module family of timm can teach and learn: one small instance of each, with random weights.
 
-Run: python benchmarks/every_architecture.py [--modules regnet,hiera] [--methods linear,full,norm,lora] [--all]
+Run: python benchmarks/every_architecture.py [--models regnetx_002,hiera_tiny_224] [--methods linear,full,norm,lora]
 """
 
 import argparse
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import timm
@@ -20,15 +20,14 @@ from remap.network import tuned
 from remap.remapping.signals import Needs
 
 T = TypeVar("T")
-CLASSES, IMAGES = 3, 4
+CLASSES, IMAGES = 3, 2
 SIZES = (64, 128, None)  # the first that a network takes; None is its own
 
 
-def instances(modules: Collection[str], everything: bool) -> Iterator[tuple[str, str]]:
-    """Yield module families and their models: all, or the one with the fewest parameters."""
-    for module in modules or timm.list_modules():
-        names = timm.list_models(module=module)
-        yield from ((module, name) for name in (names if everything else [min(names, key=_parameters)]))
+def instances() -> Iterator[str]:
+    """Yield the model with the fewest parameters of each module of timm."""
+    for module in timm.list_modules():
+        yield min(timm.list_models(module=module), key=_parameters)
 
 
 def _parameters(name: str) -> int:
@@ -68,7 +67,11 @@ def teaches(backbone: Backbone) -> str:
         return f"pooled features are {signals.pooled_BD and tuple(signals.pooled_BD.shape)}, wanted {anatomy.width}"
     for index, tokens in signals.tokens.items():
         block = anatomy.blocks[min(index, anatomy.depth - 1)]
-        if tokens.grid != block.grid or tokens.patches_BND.shape != (IMAGES, block.grid[0] * block.grid[1], block.width):
+        if tokens.grid != block.grid or tokens.patches_BND.shape != (
+            IMAGES,
+            block.grid[0] * block.grid[1],
+            block.width,
+        ):
             return f"stage {index} gives {tuple(tokens.patches_BND.shape)}, wanted {block.grid} x {block.width}"
     return ""
 
@@ -83,9 +86,9 @@ def learns(backbone: Backbone, method: str) -> str:
     nn.functional.cross_entropy(network.model(images), labels).backward()
     optimizer.step()
     kept = {key: tensor.detach().clone() for key, tensor in network.tensors.items()}
-    if all(torch.equal(before[key], tensor) for key, tensor in kept.items() if not network.anatomy.is_head(key)):
-        if method != "linear":
-            return "nothing moved"
+    still = all(torch.equal(before[key], kept[key]) for key in kept if not network.anatomy.is_head(key))
+    if still and method != "linear":
+        return "nothing moved"
     with torch.no_grad():
         for key, tensor in again.tensors.items():
             tensor.copy_(kept[key])
@@ -105,13 +108,12 @@ def attempt(function: Callable[..., T], *args: object) -> tuple[str, T | None]:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--modules", default="")
+    options.add_argument("--models", default="", help="names of timm; the smallest of each module if there are none")
     options.add_argument("--methods", default="linear,full,norm,lora")
-    options.add_argument("--all", action="store_true")
     chosen = options.parse_args()
-    modules, methods = list(filter(None, chosen.modules.split(","))), chosen.methods.split(",")
+    methods = chosen.methods.split(",")
     taught = learnt = count = 0
-    for module, name in instances(modules, chosen.all):
+    for name in chosen.models.split(",") if chosen.models else instances():
         count, start = count + 1, time.perf_counter()
         failed, backbone = attempt(opened, name)
         if backbone is not None:
@@ -120,6 +122,7 @@ def main() -> None:
         problems = {method: error or problem for method, (error, problem) in problems.items() if error or problem}
         taught, learnt = taught + (not failed), learnt + (backbone is not None and not problems)
         side = "" if backbone is None else backbone.anatomy.image_size[0]
+        module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
         print(f"{module} {name} {side} {time.perf_counter() - start:.0f} s", failed, problems or "", flush=True)
     print(f"teach {taught} of {count}, learn {learnt} of {count}")
 

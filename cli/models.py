@@ -1,38 +1,37 @@
-"""``remap models``: names of backbones."""
+"""``remap models``: names of backbones, and what one of them can do."""
 
 from typing import Annotated
 
 import typer
 
+from remap.errors import UnknownName
 from remap_cli import console
 from remap_cli import options as opt
 
 
 def models(
     search: Annotated[str, typer.Argument(help="Part of a timm name: also list those (imports timm).")] = "",
+    support: Annotated[
+        str,
+        typer.Option("--support", metavar="NAME", help="What this model can teach, and what tunes it (imports torch)."),
+    ] = "",
     json: opt.Json = False,
 ) -> None:
     """List built-in models. With a search word, also list matching timm models."""
     from remap.backbones.families import FAMILIES
     from remap.backbones.names import MODELS
 
+    if support:
+        _support(support, json)
+        return
     rows = [
         {"name": name, "timm": m.timm, "parameters_m": m.parameters, "input": m.pixels, "weights": m.weights}
         for name, m in MODELS.items()
         if search in name or search in m.timm
     ]
-    others: list[str] = []
-    left_out = 0
-    if search:
-        import timm
-
-        from remap.backbones.lookup import family_of_name
-
-        found = timm.list_models(f"*{search}*", pretrained=True)
-        others = [name for name in found if family_of_name(name) is not None]
-        left_out = len(found) - len(others)
+    others = _found(search, bool(rows)) if search else []
     if json:
-        console.emit({"short_names": rows, "timm": others, "left_out": left_out})
+        console.emit({"short_names": rows, "timm": others})
         return
     if rows:
         console.table(
@@ -43,16 +42,74 @@ def models(
             wrap=(4,),
         )
     if others:
-        console.line("timm, with pre-trained weights:\n  " + "\n  ".join(others))
-    if left_out:
-        console.line(
-            f"{left_out} more of timm with '{search}' in the name are of families that remap does not support."
+        console.table(
+            "timm (remap models --support NAME says more)",
+            ["name", "weights", "read as", "teaches", "tuned by"],
+            [
+                [
+                    o["name"],
+                    "yes" if o["weights"] else "no",
+                    o["family"],
+                    ", ".join(o["teaches"]),
+                    f"{o['methods']} methods",
+                ]
+                for o in others
+            ],
         )
     if not others:
-        if search and not (rows or left_out):
-            console.line(f"No model of timm with pre-trained weights has '{search}' in its name.")
         console.line(
-            "Any model of timm of these families works by its own name (remap models WORD lists them):\n"
+            "Any model of timm works by its own name (remap models WORD lists them):\n"
             + "".join(f"  {row.summary}: {row.examples}\n" for row in FAMILIES)
             + "and so do local-dir:FOLDER, hf-hub:REPOSITORY, and a run directory."
         )
+
+
+def _found(search: str, has_short_name: bool) -> list[dict]:
+    """Return models of timm: tags of weights, and architectures that have none.
+
+    Raises:
+        UnknownName: There is no such model, nor a short name.
+    """
+    import timm
+
+    from remap.backbones.families import FAMILIES, signals_of
+    from remap.backbones.lookup import family_of_name
+    from remap.registry import did_you_mean
+    from remap.tuning import METHODS
+
+    tags = timm.list_models(f"*{search}*", pretrained=True)
+    with_weights = {tag.partition(".")[0] for tag in tags}
+    bare = [name for name in timm.list_models(f"*{search}*") if name not in with_weights]
+    if not (tags or bare or has_short_name):
+        raise UnknownName(
+            f"no model of timm has '{search}' in its name{did_you_mean(search, timm.list_models())}",
+            do="`remap models` shows the families; `remap models vit` lists names with a word in them",
+        )
+    found = []
+    for name in (*tags, *bare):
+        row = FAMILIES.row(family_of_name(name) or "generic")
+        fitting = sum(method.fits(row.parts) for method in METHODS)
+        known = {"name": name, "weights": name not in bare, "family": row.name}
+        found.append({**known, "teaches": signals_of(row.parts), "methods": fitting})
+    return found
+
+
+def _support(name: str, json: bool) -> None:
+    from remap.tuning.support import support_of
+
+    found = support_of(name)
+    anatomy = found.anatomy
+    stages = [{"width": block.width, "grid": list(block.grid)} for block in anatomy.blocks]
+    if json:
+        facts = {"name": name, "family": anatomy.family, "image_size": list(anatomy.image_size), "blocks": stages}
+        console.emit({**facts, "teaches": found.teaches, "tuned_by": found.tuned_by, "refused": found.refused})
+        return
+    console.line(f"{name} is read as '{anatomy.family}', images of {' x '.join(map(str, anatomy.image_size))} pixels")
+    shapes = dict.fromkeys(f"{s['grid'][0]} x {s['grid'][1]} of {s['width']}" for s in stages)
+    console.line(f"teaches:  {', '.join(found.teaches)}; {anatomy.depth} blocks with maps {', '.join(shapes)}")
+    console.line(f"tuned by: {', '.join(found.tuned_by)}")
+    reasons: dict[str, list[str]] = {}
+    for method, reason in found.refused.items():
+        reasons.setdefault(reason.replace(method, "it", 1), []).append(method)
+    for reason, methods in reasons.items():
+        console.line(f"not by {', '.join(methods)}: {reason}")

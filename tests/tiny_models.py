@@ -294,6 +294,9 @@ TINY_MODELS = [
     TinyModel("resnext", "resnet", "resnext50_32x4d", {**RESNET, "cardinality": 4, "base_width": 32}, ("anatomy",)),
     TinyModel("resnet", "resnet", "resnet18", RESNET, ("weights",)),
     TinyModel("resnet", "resnet", "resnet18", RESNET_SMALL, ("runs",)),
+    # Read by its stages: depthwise and dense convolutions, squeeze-and-excitation, norms that end in an activation.
+    TinyModel("efficientnet", "generic", "test_efficientnet", {}, ("methods",), each=True),
+    TinyModel("efficientnet", "generic", "test_efficientnet", {}, ("runs",)),
 ]
 
 

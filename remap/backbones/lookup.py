@@ -38,7 +38,7 @@ def require_known(word: str, name: str) -> None:
             )
         return
     if not timm.is_model(name):
-        known = [*SHORT_NAMES, *_readable_models()]
+        known = [*SHORT_NAMES, *timm.list_models()]
         raise UnknownName(
             f"unknown model '{word}'{did_you_mean(word.partition('.')[0], known)}",
             allowed=f"{', '.join(SHORT_NAMES)}, or a name of timm (timm.list_models('vit*'))",
@@ -53,6 +53,8 @@ def require_known(word: str, name: str) -> None:
 def family_of_name(word: str) -> str | None:
     """Return the family of a model, or None where the name does not tell.
 
+    A few unusual variants in the module of a family are read by the last one instead, as building them shows.
+
     Args:
         word: A short name, a timm name or tag, or a ``local-dir:`` folder.
     """
@@ -64,12 +66,7 @@ def family_of_name(word: str) -> str | None:
     if not timm.is_model(name):
         return None
     module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
-    return next((row.name for row in FAMILIES if module in row.modules), None)
-
-
-def _readable_models() -> list[str]:
-    """Return names of timm in the modules that the families read."""
-    return [name for row in FAMILIES for module in row.modules for name in timm.list_models(module=module)]
+    return next((row.name for row in FAMILIES if module in row.modules), FAMILIES.names[-1])
 
 
 def _architecture(folder: Path) -> str:

@@ -60,9 +60,19 @@ def wants_sharding(network: Network, setting: str, accelerator: Accelerator) -> 
     """Whether a teacher is to be sharded: setting "on", "off", or "auto" for one that is large for this GPU.
 
     Every process has to call it; all get the same answer.
+
+    Raises:
+        BackboneError: "on" for a network that cannot be.
     """
-    if accelerator.num_processes == 1 or setting != "auto":
-        return accelerator.num_processes > 1 and setting == "on"
+    if accelerator.num_processes == 1 or setting == "off":
+        return False
+    if network.anatomy.in_stages:  # only their outputs are known, not the modules that hold their tensors
+        if setting == "on":
+            name = type(network.model).__name__
+            raise BackboneError(f"weights of {name} cannot be split among processes", do="set teacher.shard to off")
+        return False
+    if setting == "on":
+        return True
     if accelerator.device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(accelerator.device)
@@ -178,11 +188,6 @@ def _parameters(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.P
 
 def _shard(network: Network, fully: Callable[..., FSDPModule], originals: _Originals) -> None:
     model = network.model
-    if network.anatomy.in_stages:
-        raise BackboneError(
-            f"{type(model).__name__} cannot be sharded: only its stages are known, not the modules that make them",
-            do="leave train.shard out, or take a backbone of another family",
-        )
     replicated = {p for name, p in model.named_parameters() if _is_replicated(name, p, network)}
     for path in dict.fromkeys(paths.block for paths in network.anatomy.blocks):
         block = module_at(model, path)

@@ -9,7 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from remap.backbones.anatomy import Anatomy, AttentionScores, StageBlock, module_at, stage_outputs, watch_attention
+from remap.backbones.anatomy import Anatomy, AttentionScores, module_at, stage_outputs, watch_attention
 from remap.backbones.typed import as_timm
 from remap.errors import BackboneError
 from remap.remapping.signals import Attention, Needs, Signals, Tokens

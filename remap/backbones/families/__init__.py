@@ -107,7 +107,7 @@ FAMILIES: Registry[FamilyEntry] = Registry(
             name="generic",
             target="remap.backbones.families.generic:Generic",
             category="any",
-            summary="any other network of timm, by its stages",
+            summary="other networks of timm, by their stages",
             paper="Wightman 2019, timm",
             parts=frozenset({"linears", "convolutions"}),
             examples="efficientnet*, mobilenet*, regnet*, maxvit*, hiera*, swinv2*, and unusual variants of the above",
@@ -115,3 +115,8 @@ FAMILIES: Registry[FamilyEntry] = Registry(
         ),
     ],
 )
+
+
+def signals_of(parts: frozenset[str]) -> tuple[str, ...]:
+    """Return what losses can read of backbones: attention only where one sequence attends to all of itself."""
+    return ("logits", "features", "tokens", *(["attention"] if "sequence" in parts else []))

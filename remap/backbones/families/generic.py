@@ -18,7 +18,7 @@ from torch.func import functional_call
 from remap.backbones.anatomy import Anatomy, ConvSite, Projection, StageBlock, plain_class
 from remap.backbones.families.base import Family
 from remap.backbones.families.reading import configured_image_size, linear, norm_paths
-from remap.backbones.typed import TimmModel, as_timm
+from remap.backbones.typed import as_timm
 from remap.errors import BackboneError
 
 # A change of low rank saves nothing on a layer that is narrower than this.
@@ -316,9 +316,7 @@ def _stage_of(model: nn.Module, count: int) -> dict[str, int]:
         reached[path] = max(own.values(), default=last)
         last = max((groups for name, groups in own.items() if "." not in name), default=last)
     ends = list(accumulate((reached[path] if path else -1 for path in _stage_ends(model, count)), max))
-    return {
-        name: next((stage for stage, end in enumerate(ends) if groups[name] <= end), count - 1) for name in names
-    }
+    return {name: next((stage for stage, end in enumerate(ends) if groups[name] <= end), count - 1) for name in names}
 
 
 def _deepest(takes_image: Sequence[str]) -> str:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remap.backbones.anatomy import Anatomy, module_at
+from remap.backbones.families.reading import norm_paths
 from remap.errors import BackboneError, RunError
 from remap.tuning.base import Attachment, Edits, Fold, Method, Options, Sample, TrainingHooks, is_inserted
 from remap.tuning.parameter.bitfit import bias_parameters
-from remap.tuning.parameter.norm import norm_paths
 from remap.tuning.weights import recompute, registered
 
 _NAME = "remap_gps"

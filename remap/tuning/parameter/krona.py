@@ -34,7 +34,9 @@ class KronA(Method):
         )
         scale: float = Field(default=1.0, gt=0.0, description="Factor on the update.")
         targets: tuple[Target, ...] | None = Field(
-            default=None, min_length=1, description="Layers to change; null is [q, v], or [fc1, fc2] without attention, or [linear]."
+            default=None,
+            min_length=1,
+            description="Layers to change; null is [q, v], or [fc1, fc2] without attention, or [linear].",
         )
 
     config: Config

@@ -37,7 +37,9 @@ class LoRA(Method):
         rank: int = Field(default=8, ge=1, description="Rank of the update.")
         alpha: float | None = Field(default=None, gt=0.0, description="Scale is alpha / rank; null is alpha = rank.")
         targets: tuple[Target, ...] | None = Field(
-            default=None, min_length=1, description="Layers to change; null is [q, v], or [fc1, fc2] without attention, or [linear]."
+            default=None,
+            min_length=1,
+            description="Layers to change; null is [q, v], or [fc1, fc2] without attention, or [linear].",
         )
         dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="Dropout probability on the input of A.")
 

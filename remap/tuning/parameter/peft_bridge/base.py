@@ -34,7 +34,9 @@ class Targets(Options):
     """
 
     targets: tuple[Target, ...] | None = Field(
-        default=None, min_length=1, description="Layers to change; null is [q, k, v], or [fc1, fc2] without attention, or [linear]."
+        default=None,
+        min_length=1,
+        description="Layers to change; null is [q, k, v], or [fc1, fc2] without attention, or [linear].",
     )
 
 

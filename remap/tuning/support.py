@@ -1,0 +1,53 @@
+"""What one backbone can teach, and which tuning methods fit it, found by attaching each; no weights are made."""
+
+from dataclasses import dataclass
+
+import torch
+
+from remap.backbones.anatomy import Anatomy, anatomy_of
+from remap.backbones.families import signals_of
+from remap.backbones.loading import create
+from remap.backbones.lookup import require_known
+from remap.backbones.names import resolve_name
+from remap.errors import BackboneError
+from remap.tuning import METHODS
+from remap.tuning.attaching import attach_method
+
+
+@dataclass(frozen=True)
+class Support:
+    """What a backbone of random weights can do.
+
+    Attributes:
+        teaches: Signals that losses can read, see ``families.signals_of``.
+        tuned_by: Methods that fit with their default options.
+        refused: Why the others do not, by method.
+    """
+
+    anatomy: Anatomy
+    teaches: tuple[str, ...]
+    tuned_by: tuple[str, ...]
+    refused: dict[str, str]
+
+
+def support_of(word: str) -> Support:
+    """Return what a backbone can do. It is built on the meta device only.
+
+    Raises:
+        UnknownName: timm has no such model.
+        BackboneError: It cannot be read.
+    """
+    name = resolve_name(word)
+    require_known(word, name)
+    with torch.device("meta"):
+        model, _ = create(name, "none", {"pretrained": False, "num_classes": 2})
+    anatomy = anatomy_of(model)
+    refused: dict[str, str] = {}
+    for row in METHODS:
+        try:
+            with torch.device("meta"):
+                attach_method(model, anatomy, row.name, {}).detach()
+        except BackboneError as error:
+            refused[row.name] = error.what if error.given is None else f"{error.what} ({error.given})"
+    fitting = tuple(name for name in METHODS.names if name not in refused)
+    return Support(anatomy, signals_of(anatomy.parts), fitting, refused)
