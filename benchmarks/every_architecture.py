@@ -1,11 +1,13 @@
 """What each module family of timm can teach and learn: one small instance of each, with random weights.
 
 Run: python benchmarks/every_architecture.py [--models regnetx_002,hiera_tiny_224] [--methods linear,full,norm,lora]
+[--output docs/models.jsonl]
 """
 
 import argparse
 import contextlib
 import copy
+import json
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -110,6 +112,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--models", default="", help="names of timm; the smallest of each module if there are none")
     options.add_argument("--methods", default="linear,full,norm,lora")
+    options.add_argument("--output", help="a file to add records to, such as docs/models.jsonl")
     chosen = options.parse_args()
     methods = chosen.methods.split(",")
     taught = learnt = count = 0
@@ -124,6 +127,10 @@ def main() -> None:
         side = "" if backbone is None else backbone.anatomy.image_size[0]
         module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
         print(f"{module} {name} {side} {time.perf_counter() - start:.0f} s", failed, problems or "", flush=True)
+        if chosen.output:
+            record = {"module": module, "model": name, "pixels": side, "teaches": failed, "learns": problems}
+            with open(chosen.output, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
     print(f"teach {taught} of {count}, learn {learnt} of {count}")
 
 

@@ -1,8 +1,9 @@
-"""Write docs/methods.md and docs/remapping.md from the tables in the code: `python tools/reference_pages.py`."""
+"""Write docs/methods.md, remapping.md and models.md from the tables in the code: `python tools/reference_pages.py`."""
 
+import json
 from pathlib import Path
 
-from remap.backbones.families import FAMILIES
+from remap.backbones.families import FAMILIES, signals_of
 from remap.recipe.option_listing import options_of, rows_of_config, shown
 from remap.registry import BUILT_IN
 from remap.remapping import LOSSES
@@ -53,6 +54,59 @@ KINDS = {
     "attention": "Knowledge: attention",
     "features": "Knowledge: features and tokens",
 }
+
+
+MODELS = """# Models
+
+Written by `tools/reference_pages.py` from the code and from `docs/models.jsonl`, which
+`python benchmarks/every_architecture.py --output docs/models.jsonl` measures.
+
+Any model of timm can be a teacher or a student under its own name. Families that are read exactly teach with all that
+losses can read, and take every method that makes sense for them ([what fits what](methods.md#what-fits-what)). All
+other networks, and unusual variants of the exact families, are read by their stages ("generic"):
+
+- They teach logits, pooled features, and tokens: the map of a stage, as `forward_intermediates` of timm gives it, whose
+  grid is resized to the student's. Attention they teach only where it is known exactly. "Behind the final norm"
+  (`layers: last`) stands the output of the last stage.
+- Blocks are stages: `partial` trains the last ones, with all that is behind them, by timm's own groups of layers.
+- `targets` are `linear` (linear layers and 1x1 convolutions, the default where there are some) and `conv` (all other
+  convolutions, whose kernels count as matrices of c_out x c_in * k * k). Layers below 16 channels are left out.
+- The running statistics of batch norms follow the training images where a method trains the complete module (`full`,
+  `partial`), and are saved with the task; all other methods leave them as they are.
+- `image_size` is passed on where the architecture is built for a size.
+
+`remap models --support NAME` says what a model can teach and which methods fit it, with the reason for each that does
+not; `remap models WORD` lists models.
+"""
+
+
+def models() -> str:
+    """Return the page of models."""
+    records = [json.loads(line) for line in (DOCS / "models.jsonl").read_text(encoding="utf-8").splitlines()]
+    taught = sum(not record["teaches"] for record in records)
+    learnt = sum(not record["teaches"] and not record["learns"] for record in records)
+    exact = {module: row for row in FAMILIES for module in row.modules}
+    fitting = {row.name: sum(method.fits(row.parts) for method in METHODS) for row in FAMILIES}
+    parts = [MODELS, "## Families\n", "| read as | what it is | teaches | methods | models |\n|---|---|---|---|---|"]
+    for row in FAMILIES:
+        teaches = ", ".join(signals_of(row.parts))
+        parts.append(_line([row.name, row.summary, teaches, str(fitting[row.name]), row.examples]))
+    parts.append("\n## Measured\n")
+    parts.append(
+        f"The smallest model of each of {len(records)} modules of timm, with random weights: {taught} teach (logits equal to "
+        f"timm's own forward, features and the tokens of every stage in the shapes that are promised), and {learnt} learn: "
+        "`linear`, `full`, `norm` and `lora` train a step, and reload to equal logits.\n"
+    )
+    parts.append(
+        "| module of timm | model | pixels | read as | teaches | does not learn by |\n|---|---|---|---|---|---|"
+    )
+    for record in sorted(records, key=lambda record: record["module"]):
+        row = exact.get(record["module"], FAMILIES.row("generic"))
+        teaches = f"no: {record['teaches']}" if record["teaches"] else ", ".join(signals_of(row.parts))
+        problems = "; ".join(f"{method}: {problem}" for method, problem in record["learns"].items()) or "-"
+        cells = [record["module"], f"`{record['model']}`", str(record["pixels"]), row.name, teaches, problems]
+        parts.append(_line([cell.replace("|", "/") for cell in cells]))
+    return "\n".join(parts) + "\n"
 
 
 def remapping() -> str:
@@ -129,7 +183,7 @@ def _explained(option: dict) -> str:
     return words + (f": {option['about']}" if option["about"] else "")
 
 
-PAGES = {"methods.md": methods, "remapping.md": remapping}
+PAGES = {"methods.md": methods, "remapping.md": remapping, "models.md": models}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

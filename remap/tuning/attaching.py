@@ -52,9 +52,14 @@ def require_fit(row: MethodEntry, anatomy: Anatomy) -> None:
     family = FAMILIES.row(anatomy.family)
     raise BackboneError(
         f"{row.name} does not fit {family.summary} ({anatomy.family})",
-        given=f"it needs {' and '.join(words for part, words in PARTS.items() if part in row.needs - anatomy.parts)}",
+        given=needed(row, anatomy.parts),
         do=f"take {' or '.join(fitting)}; `remap methods --families` shows what fits",
     )
+
+
+def needed(row: MethodEntry, parts: frozenset[str]) -> str:
+    """Say what a method needs that a backbone with these parts lacks."""
+    return f"it needs {' and '.join(words for part, words in PARTS.items() if part in row.needs - parts)}"
 
 
 def nearest(row: MethodEntry, family: str) -> list[str]:

@@ -11,7 +11,7 @@ from remap.backbones.lookup import require_known
 from remap.backbones.names import resolve_name
 from remap.errors import BackboneError
 from remap.tuning import METHODS
-from remap.tuning.attaching import attach_method
+from remap.tuning.attaching import attach_method, needed
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ def support_of(word: str) -> Support:
     anatomy = anatomy_of(model)
     refused: dict[str, str] = {}
     for row in METHODS:
+        if not row.fits(anatomy.parts):
+            refused[row.name] = needed(row, anatomy.parts)
+            continue
         try:
             with torch.device("meta"):
                 attach_method(model, anatomy, row.name, {}).detach()

@@ -186,7 +186,7 @@ def test_what_does_not_fit_is_refused_with_a_reason(name: str, method: str, opti
 
 
 def test_sizes_are_passed_on_or_refused() -> None:
-    """Source: timm's LeViTs are built for a size, its EfficientNets take any, five poolings leave nothing of 8 pixels."""
+    """Source: timm's LeViTs are built for a size, its EfficientNets take any; VGG's five poolings need 32."""
     family = FAMILIES.load("generic")()
     for name, size, wanted in (("levit_128s", 64, {"img_size": 64}), ("test_efficientnet", 100, {})):
         model = on_meta(name)

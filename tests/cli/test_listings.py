@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
+from remap.backbones.families import FAMILIES
 from remap.remapping import LOSSES
 from remap.tuning import CATEGORIES, METHODS
 from remap_cli import console
@@ -113,13 +114,28 @@ def test_a_narrow_terminal_gets_no_formulas(
     assert any(line.split()[:1] == ["vpt_deep"] and "2203.12119" in line for line in lines)
 
 
-def test_models_are_of_families_that_are_read(remap: Callable[..., Result], run_json: Callable[..., dict]) -> None:
-    found = run_json("models", "swin")
-    assert "swin_tiny_patch4_window7_224.ms_in22k" in found["timm"]
-    assert not any(name.startswith("swinv2") for name in found["timm"]) and found["left_out"] > 0
+def test_models_are_listed_with_what_they_can_do(remap: Callable[..., Result], run_json: Callable[..., dict]) -> None:
+    found = {row["name"]: row for row in run_json("models", "swin")["timm"]}
+    assert found["swin_tiny_patch4_window7_224.ms_in22k"]["family"] == "swin"
+    assert found["swinv2_cr_tiny_224"] == {
+        "name": "swinv2_cr_tiny_224",
+        "weights": False,
+        "family": "generic",
+        "teaches": ["logits", "features", "tokens"],
+        "methods": sum(row.fits(FAMILIES.row("generic").parts) for row in METHODS),
+    }
     shown = remap("models", "vit_pe_core").stdout
     assert "vit_pe_core_tiny_patch16_384.fb" in shown and "short name" not in shown
-    assert "does not support" in remap("models", "swinv2").stdout
+    missing = remap("models", "zzz")
+    assert missing.returncode == 2 and "no model of timm has 'zzz' in its name" in missing.stderr
+
+
+def test_support_is_what_attaching_says(run_json: Callable[..., dict]) -> None:
+    found = run_json("models", "--support", "test_nfnet")
+    assert found["family"] == "generic" and found["teaches"] == ["logits", "features", "tokens"]
+    assert {"full", "lora", "conv_adapter", "vp"} <= set(found["tuned_by"])
+    assert "no norms" in found["refused"]["norm"] and "vpt_deep" in found["refused"]
+    assert set(found["tuned_by"]) | set(found["refused"]) == set(METHODS.names)
 
 
 def test_losses_are_those_of_the_table(run_json: Callable[..., list]) -> None:

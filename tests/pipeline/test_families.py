@@ -15,6 +15,7 @@ from remap.runs.task import load_task, open_backbone
 from remap.tuning import METHODS
 
 BEST = {"eva": "vpt_deep", "beit": "ssf", "swin": "adaptformer", "convnext": "lora", "resnet": "residual_adapter"}
+BEST["generic"] = "conv_adapter"
 
 
 @pytest.mark.parametrize("method", ["full", "partial", "linear", None])

@@ -86,8 +86,8 @@ class Generic(Family[nn.Module]):
 
     def _no_sequence(self, what: str, do: str) -> BackboneError:
         return BackboneError(
-            f"a backbone of the family '{self.name}' cannot {what}: what its blocks attend with, if they do, is not "
-            "known exactly",
+            f"a backbone of the family '{self.name}' cannot {what}: it has no attention over the whole image, or none "
+            "that is known exactly",
             allowed="families with one sequence of tokens: plain, rotary and relative-position vision transformers",
             do=do,
         )
