@@ -128,7 +128,9 @@ def main() -> None:
         module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
         print(f"{module} {name} {side} {time.perf_counter() - start:.0f} s", failed, problems or "", flush=True)
         if chosen.output:
-            record = {"module": module, "model": name, "pixels": side, "teaches": failed, "learns": problems}
+            family = "" if backbone is None else backbone.anatomy.family
+            record = {"module": module, "model": name, "pixels": side, "family": family}
+            record |= {"teaches": failed, "learns": problems}
             with open(chosen.output, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
     print(f"teach {taught} of {count}, learn {learnt} of {count}")

@@ -85,7 +85,6 @@ def models() -> str:
     records = [json.loads(line) for line in (DOCS / "models.jsonl").read_text(encoding="utf-8").splitlines()]
     taught = sum(not record["teaches"] for record in records)
     learnt = sum(not record["teaches"] and not record["learns"] for record in records)
-    exact = {module: row for row in FAMILIES for module in row.modules}
     fitting = {row.name: sum(method.fits(row.parts) for method in METHODS) for row in FAMILIES}
     parts = [MODELS, "## Families\n", "| read as | what it is | teaches | methods | models |\n|---|---|---|---|---|"]
     for row in FAMILIES:
@@ -93,18 +92,18 @@ def models() -> str:
         parts.append(_line([row.name, row.summary, teaches, str(fitting[row.name]), row.examples]))
     parts.append("\n## Measured\n")
     parts.append(
-        f"The smallest model of each of {len(records)} modules of timm, with random weights: {taught} teach (logits equal to "
-        f"timm's own forward, features and the tokens of every stage in the shapes that are promised), and {learnt} learn: "
-        "`linear`, `full`, `norm` and `lora` train a step, and reload to equal logits.\n"
+        f"The smallest model of each of {len(records)} modules of timm, with random weights: {taught} teach (logits "
+        "equal to timm's own forward, features and the tokens of every stage in the shapes that are promised), and "
+        f"{learnt} learn: `linear`, `full`, `norm` and `lora` train a step, and reload to equal logits.\n"
     )
     parts.append(
         "| module of timm | model | pixels | read as | teaches | does not learn by |\n|---|---|---|---|---|---|"
     )
     for record in sorted(records, key=lambda record: record["module"]):
-        row = exact.get(record["module"], FAMILIES.row("generic"))
-        teaches = f"no: {record['teaches']}" if record["teaches"] else ", ".join(signals_of(row.parts))
+        family = record["family"] or "-"
+        teaches = f"no: {record['teaches']}" if record["teaches"] else ", ".join(signals_of(FAMILIES.row(family).parts))
         problems = "; ".join(f"{method}: {problem}" for method, problem in record["learns"].items()) or "-"
-        cells = [record["module"], f"`{record['model']}`", str(record["pixels"]), row.name, teaches, problems]
+        cells = [record["module"], f"`{record['model']}`", str(record["pixels"]), family, teaches, problems]
         parts.append(_line([cell.replace("|", "/") for cell in cells]))
     return "\n".join(parts) + "\n"
 

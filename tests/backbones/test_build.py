@@ -106,7 +106,6 @@ def test_a_hub_out_of_reach_names_repository_cache_and_ways_on(tmp_path: Path) -
         ("vit_smal", "none", UnknownName, "did you mean 'vit_small'"),
         ("vit_small_patch16_224.nonsense", "pretrained", UnknownName, "no weights tagged 'nonsense'"),
         ("runs/absent", "pretrained", UnknownName, "no such model or run directory"),
-        ("mobilenetv3_small_050", "none", BackboneError, "MobileNetV3 is not a backbone"),
         (NAME, "model.pt", WeightsError, "unknown source of weights"),
         (NAME, "absent.safetensors", WeightsError, "cannot read absent.safetensors"),
         ("local-dir:/nowhere", "pretrained", WeightsError, "config.json is missing"),

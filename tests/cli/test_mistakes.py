@@ -36,7 +36,10 @@ WORDS = [
 ]
 THINGS = [
     (["--student", "vit_smal"], ["unknown model 'vit_smal'", "did you mean 'vit_small'"]),
-    (["--student", "mobilenetv3_small_050", "--weights", "none"], ["MobileNetV3 is not a backbone", "swin_*"]),
+    (
+        ["--student", "starnet_s050", "--weights", "none", "--method", "vpt_deep", "--losses", "ce"],
+        ["vpt_deep does not fit other networks of timm", "take vpt_pad or vp"],
+    ),
     (["--data", "absent"], ["no such data", "absent"]),
     (["--teacher", "no/such/run"], ["no such model or run directory"]),
 ]
