@@ -296,7 +296,7 @@ TINY_MODELS = [
     TinyModel("resnet", "resnet", "resnet18", RESNET_SMALL, ("runs",)),
     # Read by its stages: depthwise and dense convolutions, squeeze-and-excitation, norms that end in an activation.
     TinyModel("efficientnet", "generic", "test_efficientnet", {}, ("methods",), each=True),
-    TinyModel("efficientnet", "generic", "test_efficientnet", {}, ("runs",)),
+    TinyModel("generic", "generic", "test_efficientnet", {}, ("runs",)),
 ]
 
 

@@ -127,14 +127,14 @@ def test_models_are_listed_with_what_they_can_do(remap: Callable[..., Result], r
     shown = remap("models", "vit_pe_core").stdout
     assert "vit_pe_core_tiny_patch16_384.fb" in shown and "short name" not in shown
     missing = remap("models", "zzz")
-    assert missing.returncode == 2 and "no model of timm has 'zzz' in its name" in missing.stderr
+    assert missing.exit_code == 2 and "no model of timm has 'zzz' in its name" in missing.message
 
 
 def test_support_is_what_attaching_says(run_json: Callable[..., dict]) -> None:
     found = run_json("models", "--support", "test_nfnet")
     assert found["family"] == "generic" and found["teaches"] == ["logits", "features", "tokens"]
-    assert {"full", "lora", "conv_adapter", "vp"} <= set(found["tuned_by"])
-    assert "no norms" in found["refused"]["norm"] and "vpt_deep" in found["refused"]
+    assert {"full", "lora", "vpt_pad", "vp"} <= set(found["tuned_by"])
+    assert "no norms" in found["refused"]["norm"] and "one sequence" in found["refused"]["vqt"]
     assert set(found["tuned_by"]) | set(found["refused"]) == set(METHODS.names)
 
 
