@@ -132,6 +132,14 @@ TINY_MODELS = [
     ),
     TinyModel("siglip", "vit", "vit_base_patch16_siglip_224", CUT, ("cut",)),
     TinyModel("gated", "vit", "vit_giant_patch14_dinov2", CUT, ("cut",)),
+    # A grid of positions larger than that of the images, which each forward resamples.
+    TinyModel(
+        "naflexvit",
+        "naflexvit",
+        "naflexvit_base_patch16_radio_v3",
+        {**SEQUENCE, "reg_tokens": 3, "pos_embed_grid_size": (6, 6), "final_norm": True},
+        each=True,
+    ),
     # Rotary ones. eva02_tiny: fused q, k, v whose biases are tensors of their own; gated MLP.
     TinyModel(
         "eva02",

@@ -148,7 +148,8 @@ class Anatomy:
     (None where nothing does); ``embedding_norms`` are norms outside the blocks, ``final_norm`` excluded.
     ``class_token_pooled``: the classifier reads the class token of ``final_norm``'s output, and nothing else.
     ``averaged_heads``: the logits are those of the classifier, or the mean of two that read features of one width.
-    ``input_module`` is "" where no single module takes the image.
+    ``input_module`` is "" where no single module takes the image. ``positions_in_embedding``: it adds positions and
+    prefix tokens itself, so that it cannot embed single patches.
     """
 
     family: str
@@ -170,6 +171,7 @@ class Anatomy:
     class_token_pooled: bool = False
     block_input_norm: str | None = None
     averaged_heads: bool = True
+    positions_in_embedding: bool = False
 
     @property
     def num_patches(self) -> int:

@@ -584,6 +584,7 @@ NAMES = {
     "eva": """eva02_tiny_patch14_224 eva02_base_patch14_224 eva02_base_patch16_clip_224 vit_small_patch16_dinov3
         vit_base_patch16_dinov3_qkvb vit_small_plus_patch16_dinov3 vit_pe_core_base_patch16_224
         vit_pe_spatial_tiny_patch16_512 vit_small_patch16_rope_mixed_224""",
+    "naflexvit": "naflexvit_base_patch16_gap naflexvit_base_patch16_siglip naflexvit_large_patch16_radio_v3",
     "beit": "beit_base_patch16_224 beitv2_base_patch16_224 beitv2_large_patch16_224",
     "swin": "swin_tiny_patch4_window7_224 swin_base_patch4_window12_384 swin_s3_tiny_224",
     "convnext": "convnext_tiny convnext_atto convnext_zepto_rms convnext_nano_ols convnextv2_nano convnext_tiny_hnf",

@@ -14,8 +14,15 @@ from remap.pipeline.student_api import load_student
 from remap.runs.task import load_task, open_backbone
 from remap.tuning import METHODS
 
-BEST = {"eva": "vpt_deep", "beit": "ssf", "swin": "adaptformer", "convnext": "lora", "resnet": "residual_adapter"}
-BEST["generic"] = "conv_adapter"
+BEST = {
+    "naflexvit": "lora",
+    "eva": "vpt_deep",
+    "beit": "ssf",
+    "swin": "adaptformer",
+    "convnext": "lora",
+    "resnet": "residual_adapter",
+    "generic": "conv_adapter",
+}
 
 
 @pytest.mark.parametrize("method", ["full", "partial", "linear", None])

@@ -304,8 +304,16 @@ def test_dropout_is_keyed_by_sample(build: Build, attach: Attach, tools: SimpleN
 
 
 REFUSED = [(row.name, family.name) for row in METHODS for family in FAMILIES if not row.fits(family.parts)]
-MODELS = {"vit": "plain", "eva": "eva02", "beit": "beit", "swin": "swin", "convnext": "convnext", "resnet": "resnet"}
-MODELS["generic"] = "efficientnet"
+MODELS = {
+    "vit": "plain",
+    "naflexvit": "naflexvit",
+    "eva": "eva02",
+    "beit": "beit",
+    "swin": "swin",
+    "convnext": "convnext",
+    "resnet": "resnet",
+    "generic": "efficientnet",
+}
 
 
 @pytest.mark.parametrize(("method", "family"), REFUSED)

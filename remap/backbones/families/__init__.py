@@ -52,6 +52,16 @@ FAMILIES: Registry[FamilyEntry] = Registry(
             presets=("mae", "moco_v3"),
         ),
         FamilyEntry(
+            name="naflexvit",
+            target="remap.backbones.families.naflexvit:NaFlexViT",
+            category="transformer",
+            summary="plain vision transformers with an embedding of flexible sizes",
+            paper="Dehghani et al. 2023, arXiv 2307.06304; C-RADIO, arXiv 2412.07679",
+            parts=_SEQUENCE,
+            examples="naflexvit_* without rotary positions: C-RADIO v3 and v4, SigLIP 2",
+            modules=("naflexvit",),
+        ),
+        FamilyEntry(
             name="eva",
             target="remap.backbones.families.eva:Eva",
             category="transformer",

@@ -112,6 +112,12 @@ def layout_of(model: nn.Module, anatomy: Anatomy) -> Layout:
             allowed="families with one sequence of tokens: plain, rotary and relative-position vision transformers",
             do="leave student.init out, or choose two models of one of these families",
         )
+    if tensor_path(model, "patch_embed.proj.weight") is None:
+        raise BackboneError(
+            f"weights of the family '{anatomy.family}' cannot be remapped: its embedding has a layout of its own",
+            allowed="plain, rotary and relative-position vision transformers",
+            do="leave student.init out, or choose two models of one of these families",
+        )
     blocks = anatomy.attention_blocks
     units: dict[Place, Unit] = {i: Unit(b.heads, b.head_dim, b.mlp_hidden) for i, b in enumerate(blocks)}
     gated = "fc1_gate" in blocks[0].projections

@@ -104,6 +104,12 @@ def _attach(model: nn.Module, anatomy: Anatomy, config: PromptOptions, own: rang
     if "sequence" not in anatomy.parts:
         return attach_to_windows(model, anatomy, config, own, shared)
     embedding = module_at(model, anatomy.input_module) if config.place == "pixel" else None
+    if embedding is not None and anatomy.positions_in_embedding:
+        raise BackboneError(
+            "prompts in pixels do not fit this backbone: its embedding adds positions and prefix tokens to patches",
+            given=f"method.place=pixel, family '{anatomy.family}'",
+            allowed="method.place=prepend or add",
+        )
     sets = 1 if shared else len(own)
     prompts = Prompts(anatomy, config, own, sets, weight_like(model, anatomy), embedding)
     seam = BlockSeam(model, anatomy, own.start) if own.start > 0 else None

@@ -313,3 +313,8 @@ def test_attention_can_be_read_in_every_block(
         found = tap(tools.images()).attention
     shared = attached.anatomy.num_patches + attached.anatomy.has_class_token
     assert [attention.map_BHSS().shape[-1] for attention in found.values()] == 3 * [shared]
+
+
+def test_pixels_are_refused_where_the_embedding_adds_positions(build: Build, attach: Attach) -> None:
+    with pytest.raises(BackboneError, match="prompts in pixels do not fit"):
+        attach("vpt_deep", build("naflexvit"), place="pixel")

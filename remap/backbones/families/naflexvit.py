@@ -1,0 +1,75 @@
+"""NaFlexViT: plain vision transformers with the embedding of flexible sizes (C-RADIO v3 and v4, SigLIP 2)."""
+
+from typing import Any
+
+from timm.layers import Attention
+from timm.models.naflexvit import NaFlexVit
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from remap.backbones.anatomy import Anatomy, AttentionBlock
+from remap.backbones.families.reading import MLPS, attention_block, configured_image_size, exactly, real
+from remap.backbones.families.vit import PlainViT
+from remap.backbones.typed import submodule
+
+
+class NaFlexViT(PlainViT):
+    """timm's ``NaFlexVit`` with the standard block and learned positions, on images of one size.
+
+    Blocks, attention and forward are those of ``PlainViT``; ``embeds`` holds patches, positions and prefix tokens.
+    """
+
+    name = "naflexvit"
+
+    def matches(self, model: nn.Module) -> bool:
+        return (
+            exactly(model, NaFlexVit)
+            and model.rope is None
+            and model.patch_drop is None
+            and all(
+                exactly(block, Block)
+                and exactly(block.attn, Attention)
+                and block.attn.gate is None
+                and exactly(block.mlp, *MLPS)
+                for block in model.blocks
+            )
+        )
+
+    def read(self, model: Any) -> Anatomy:
+        image = model.embeds.default_img_size or configured_image_size(model)
+        patch = tuple(model.embeds.patch_size)
+        grid = (image[0] // patch[0], image[1] // patch[1])
+
+        def read_block(index: int) -> AttentionBlock:
+            plain = isinstance(submodule(model, f"blocks.{index}.attn.k_norm", nn.Module), nn.Identity)
+            return attention_block(model, f"blocks.{index}", width=model.embed_dim, grid=grid, plain_scores=plain)
+
+        blocks = tuple(read_block(index) for index in range(len(model.blocks)))
+        last = blocks[-1]
+        final_norm = next(iter(real(model, ("norm", "fc_norm"))), None)
+        outside = real(model, ("embeds.norm", "norm_pre", "norm", "attn_pool.norm", "fc_norm"))
+        reads_class_token = final_norm == "norm" and model.attn_pool is None and model.global_pool == "token"
+        return Anatomy(
+            family=self.name,
+            width=model.embed_dim,
+            depth=len(blocks),
+            heads=last.heads,
+            head_dim=last.head_dim,
+            mlp_hidden=last.mlp_hidden,
+            image_size=image,
+            patch_size=patch,
+            grid=grid,
+            num_prefix_tokens=model.num_prefix_tokens,
+            has_class_token=model.has_class_token,
+            class_token_pooled=reads_class_token,
+            input_module="embeds",
+            positions_in_embedding=True,
+            block_input_norm=next(iter(real(model, ("norm_pre",))), None),
+            embedding_norms=tuple(path for path in outside if path != final_norm),
+            final_norm=final_norm,
+            classifier_heads=("head",),
+            blocks=blocks,
+        )
+
+    def unprunable(self, model: Any) -> str | None:
+        return "its positions are a grid that is cropped in each forward"
