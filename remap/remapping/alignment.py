@@ -100,7 +100,7 @@ def resize_attention(
     resize_PQ = _resize_matrix(source, target, interpolation, map_xSS.device, map_xSS.dtype)
     with float32_region(map_xSS):
         keys = _resize_keys(map_xSS, resize_PQ, split)
-        patch_rows = (resize_PQ @ keys[..., split:, :]).clamp_min(0.0)
+        patch_rows = _resized(resize_PQ, keys[..., split:, :]).clamp_min(0.0)
     # Bilinear weights already sum to 1; bicubic ones only do before the clamp.
     patch_rows = patch_rows / patch_rows.sum(dim=-1, keepdim=True)
     return torch.cat([keys[..., :split, :], patch_rows], dim=-2)
@@ -155,17 +155,26 @@ def resize_tokens(
     split = int(has_class_token)
     resize_PQ = _resize_matrix(source, target, interpolation, tokens_xSD.device, tokens_xSD.dtype)
     with float32_region(tokens_xSD):
-        return torch.cat([tokens_xSD[..., :split, :], resize_PQ @ tokens_xSD[..., split:, :]], dim=-2)
+        return torch.cat([tokens_xSD[..., :split, :], _resized(resize_PQ, tokens_xSD[..., split:, :])], dim=-2)
 
 
 def _resize_keys(map_xSS: Tensor, resize_PQ: Tensor, split: int) -> Tensor:
     """Resize the patch part of each row, keeping its mass: (x, S, split + Q) -> (x, S, split + P)."""
     patches_xSQ = map_xSS[..., split:]
-    resized_xSP = (patches_xSQ @ resize_PQ.mT).clamp_min(0.0)
+    resized_xSP = _resized(resize_PQ, patches_xSQ.mT).mT.clamp_min(0.0)
     mass = patches_xSQ.sum(dim=-1, keepdim=True)
     # A row that gives everything to the class token has no patch mass: 0 / tiny stays 0.
     scale = mass / resized_xSP.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(map_xSS.dtype).tiny)
     return torch.cat([map_xSS[..., :split], resized_xSP * scale], dim=-1)
+
+
+def _resized(resize_PQ: Tensor, images_xQD: Tensor) -> Tensor:
+    """Return the product, (x, P, D): the same to the last bit for an image whatever other images there are."""
+    stack_nQD = images_xQD.reshape(-1, *images_xQD.shape[-2:]).contiguous()
+    # One matrix alone is multiplied in another order than one of several.
+    several_nQD = stack_nQD if len(stack_nQD) > 1 else stack_nQD.repeat(2, 1, 1)
+    resized_nPD = resize_PQ.expand(len(several_nQD), -1, -1).bmm(several_nQD)[: len(stack_nQD)]
+    return resized_nPD.reshape(*images_xQD.shape[:-2], *resized_nPD.shape[1:])
 
 
 @lru_cache(maxsize=32)

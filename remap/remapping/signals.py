@@ -64,7 +64,9 @@ class Attention:
     def scores_BHSS(self) -> Tensor:
         """Return what the softmax is taken of, in float32, also under autocast."""
         with float32_region(self.q_BHSh):
-            scores = self.q_BHSh.float() @ self.k_BHSh.float().mT
+            # Contiguous: of strided rows the product rounds by an image's place in the batch, and an image's scores
+            # must be the same whether they are computed for a cache or in a step.
+            scores = self.q_BHSh.float().contiguous() @ self.k_BHSh.float().contiguous().mT
             return scores if self.bias_BHSS is None else scores + self.bias_BHSS.float()
 
     def map_BHSS(self) -> Tensor:

@@ -32,6 +32,19 @@ def test_a_loss_and_a_method(tiny: Any, tmp_path: Path, bench: SharedResources, 
     assert losses["loss"] == pytest.approx(by_hand, rel=1e-5)
 
 
+def test_cached_and_online_outputs_train_the_same_bits(tiny: Any, tmp_path: Path, largest_difference: Any) -> None:
+    """All losses at once, so that each works on the weights; in batches that the cache was not computed in."""
+    words = {"method": "lora", "losses": ",".join(["ce", *TEACHING])}
+    settings = ("train.epochs=2", "train.lr=0.001", "train.batch_size=7")
+    cached, online = (
+        start(tiny.recipe(*settings, f"teacher.cache={cache}", **words), tmp_path / cache)
+        for cache in ("memory", "off")
+    )
+    assert set(TEACHING) < set(online.summary["final_losses"])
+    assert cached.summary["final_losses"] == online.summary["final_losses"]
+    assert largest_difference(cached.student.trained, online.student.trained) == 0.0
+
+
 def test_patch_14_with_registers_and_rotation_teaches_patch_16_with_prompts(
     tiny: Any, tmp_path: Path, model_folder: Callable[..., str]
 ) -> None:

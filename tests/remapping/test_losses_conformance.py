@@ -10,7 +10,7 @@ What the suite must know of a loss besides its row stands in the file that tests
 """
 
 import runpy
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,33 @@ def test_facts_are_of_rows_of_the_table() -> None:
 def test_only_losses_on_labels_have_no_teacher() -> None:
     for row in LOSSES:
         assert row.load().uses_teacher == (row.category != "labels")
+
+
+def rows_of(signals: Signals, rows: slice) -> Signals:
+    """A part of a batch, with the strides that a network would have given it."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[rows] if value.shape[0] == len(signals.logits_BC) else value
+        if is_dataclass(value) and not isinstance(value, type):
+            return replace(value, **{name: cut(one) for name, one in vars(value).items()})
+        return {key: cut(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+    return replace(signals, **{name: cut(value) for name, value in vars(signals).items()})
+
+
+@each_loss
+@torch.no_grad()
+def test_an_image_has_the_same_items_in_every_batch(name: str, options: dict, pair: Pair, teacher: Any) -> None:
+    # Source: what a cache promises, to the last bit. One image alone is where a matrix product rounds otherwise.
+    objective = objective_of(name, options, pair)
+    if not objective.uses_teacher:
+        return
+    signals = teacher.signals(objective.teacher_needs())
+    together = objective.targets(signals)
+    for rows in (slice(0, 1), slice(1, 4)):
+        for item, value in objective.targets(rows_of(signals, rows)).items():
+            assert torch.equal(value, together[item][rows])
 
 
 @each_loss

@@ -1,5 +1,6 @@
 """What the losses on attention share. B batch, H heads, S the shared tokens {class, patches}, x leading dimensions."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, Literal
@@ -14,12 +15,8 @@ from remap.errors import BackboneError
 from remap.remapping.alignment import Interpolation, pair_blocks, to_shared_tokens
 from remap.remapping.labels import Labels
 from remap.remapping.objective import LossTerm, Pair
-from remap.remapping.signals import Attention, Needs, Signals, float32_region
+from remap.remapping.signals import Attention, Needs, Signals
 from remap.tuning.base import Options
-
-# Added to every probability of both maps before the logarithm. A hard clamp at the same value would cut the gradient
-# of exactly those entries that the student must raise; adding keeps it, and keeps the divergence >= 0.
-FLOOR = 1e-6
 
 
 class BlockTerm(LossTerm):
@@ -124,14 +121,21 @@ def heads_of(anatomy: Anatomy, block: int) -> int:
     return getattr(anatomy.blocks[block], "heads", 0)
 
 
-def row_kl(student_xSS: Tensor, teacher_xSS: Tensor) -> Tensor:
-    """Return KL(teacher || student) of each row in float32, mean over all rows; ``FLOOR`` mixed into both."""
-    rows = student_xSS.numel() // student_xSS.shape[-1]
-    with float32_region(student_xSS):
-        log_student = floored(student_xSS).log()
-        return F.kl_div(log_student, floored(teacher_xSS), reduction="sum") / rows
+class RowTerm(BlockTerm):
+    """KL(teacher || student) of rows of attention, mean over all rows.
+
+    ``read`` finds log-probabilities: of the student they are never resized, so its gradient is the exact one,
+    softmax minus the teacher's row, however sharp the row. The teacher's are cached as probabilities.
+    """
+
+    def target(self, teacher: Signals) -> dict[str, Tensor]:
+        return {name: log_xS.exp() for name, log_xS in super().target(teacher).items()}
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        rows = student.numel() // student.shape[-1]
+        return F.kl_div(student, teacher.float(), reduction="sum") / rows
 
 
-def floored(map_xSS: Tensor) -> Tensor:
-    """Return rows that still sum to 1, with no entry below about ``FLOOR``."""
-    return (map_xSS.float() + FLOOR) / (1.0 + FLOOR * map_xSS.shape[-1])
+def log_mean(log_BHx: Tensor) -> Tensor:
+    """Return the logarithm of the mean over heads (dimension 1) of probabilities given as logarithms."""
+    return log_BHx.logsumexp(dim=1) - math.log(log_BHx.shape[1])

@@ -7,22 +7,27 @@ from torch import Tensor
 
 from remap.errors import BackboneError
 from remap.remapping.alignment import Interpolation, class_row, resize_rows
-from remap.remapping.knowledge.attention.block_term import BlockTerm, floored, row_kl
+from remap.remapping.knowledge.attention.block_term import RowTerm, log_mean
 from remap.remapping.objective import Pair
 from remap.remapping.signals import Attention
 
+# Added to a head's resized probabilities in front of their logarithm: the cubic filter leaves zeros, and one of them
+# would take an entry out of the product of all heads.
+FLOOR = 1e-6
 
-class ClassRow(BlockTerm):
+
+class ClassRow(RowTerm):
     """Wang et al. 2022 (AttnDistill), arXiv 2210.00944: where the student's class token looks follows the teacher's.
 
     KL(teacher || student) of the class token's row, mean over images and block pairs. On another grid the patch part
     of the teacher's row is resized as an image and keeps its mass, and the class weight stays what it was (head by
     head, unless heads are averaged). ``product`` is the paper's way to compare any numbers of heads: softmax of the
-    sum over heads of log-probabilities, divided by a temperature. Only this one row is ever computed, not the map.
+    sum over heads of log-probabilities, divided by a temperature; rows that were resized are raised by 1e-6 for it.
+    Only this one row is ever computed, not the map.
     One item a teacher block: (B, S), or (B, H, S) for ``heads: each``.
     """
 
-    class Config(BlockTerm.Config):
+    class Config(RowTerm.Config):
         """Options."""
 
         heads: Literal["product", "mean", "each"] = Field(
@@ -54,16 +59,13 @@ class ClassRow(BlockTerm):
         return (f"heads={self.config.heads}", f"T={self.temperature:g}")
 
     def read(self, attention: Attention, grid: tuple[int, int]) -> dict[str, Tensor]:
-        row_xS = class_row(attention).map_BHSS().squeeze(2)
+        product = self.config.heads == "product"
+        log_x1S = class_row(attention).scores_BHSS().log_softmax(dim=-1)
         if self.config.heads == "mean":
-            row_xS = row_xS.mean(dim=1)
-        row_xS = resize_rows(row_xS, attention.grid, grid, True, self.config.resize)
-        if self.config.heads == "product":
-            # The floor keeps the logarithm finite: sharp heads and resized rows hold zeros.
-            return {"class_row": (floored(row_xS).log().sum(dim=1) / self.temperature).softmax(dim=-1)}
-        if self.temperature != 1.0:
-            row_xS = (floored(row_xS).log() / self.temperature).softmax(dim=-1)
-        return {"class_row": row_xS}
-
-    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return row_kl(student, teacher)
+            log_x1S = log_mean(log_x1S)
+        if grid != attention.grid:
+            row_x1S = resize_rows(log_x1S.exp(), attention.grid, grid, True, self.config.resize)
+            log_x1S = (row_x1S + FLOOR if product else row_x1S).log()
+        if product:
+            log_x1S = log_x1S.sum(dim=1)
+        return {"row": (log_x1S / self.temperature).log_softmax(dim=-1).squeeze(-2)}
