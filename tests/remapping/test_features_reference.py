@@ -103,7 +103,7 @@ CONFORMANCE: dict[str, dict[str, Any]] = {
         "alike": {"layers": "uniform"},
     },
     "vitkd": {"variants": [{"shallow": 1, "mask": 0.3, "generation": 1.0}], "at_best": generating_constants},
-    "mgd": {"variants": [{"mask": 0.65}], "at_best": generating_constants},
+    "mgd": {"variants": [{"mask": 0.65}, {"masked": "channels"}], "at_best": generating_constants},
     "fitnet": {
         "variants": [{"layers": [[0, 2], [1, 0]]}],
         "alike": {"layers": [[0, 0], [2, 2]]},
@@ -338,7 +338,7 @@ def test_vitkd(pair: Pair, grid: tuple[int, int]) -> None:
     term = make("vitkd", pair, mask=0.5, generation=0.2)
     torch.nn.init.normal_(term.mask_token_D)
     count = grid[0] * grid[1]
-    s, t = random_tokens(student, [0, 1]), random_tokens(pair.teacher, [0, 1, 2])
+    s, t = random_tokens(student, [0, 1, 2]), random_tokens(pair.teacher, [0, 1, 3])
 
     def wanted(block: int) -> Array:
         return resize(f64(t.tokens[block].patches_BND), (4, 4), grid)
@@ -349,23 +349,28 @@ def test_vitkd(pair: Pair, grid: tuple[int, int]) -> None:
     mimic = sum(((mapped(term.mimics[block], block) - wanted(block)) ** 2).sum() for block in (0, 1))
     torch.manual_seed(9)
     masked = (torch.rand(2, count).argsort(dim=1) >= count // 2).numpy()[..., None]
-    given = np.where(masked, f64(term.mask_token_D), mapped(term.align, 1))
-    gap = (generate(given, term.generator, grid) - wanted(2)) * masked
+    # The tokens behind the final norm have the number of blocks: 2 and 3.
+    given = np.where(masked, f64(term.mask_token_D), mapped(term.align, 2))
+    gap = (generate(given, term.generator, grid) - wanted(3)) * masked
     torch.manual_seed(9)
     found = run(term, s, t)
     assert found == pytest.approx((mimic + 0.2 * (gap**2).sum() / 0.5) / 2, rel=1e-5)
-    assert term.blocks == ((0, 0), (1, 1), (1, 2))
+    assert term.blocks == ((0, 0), (1, 1), (2, 3))
 
 
+@pytest.mark.parametrize("options", [{"mask": 0.4}, {}, {"masked": "channels"}, {"masked": "channels", "mask": 0.3}])
 @pytest.mark.parametrize("grid", [(3, 3), (2, 4)])
-def test_mgd(pair: Pair, grid: tuple[int, int]) -> None:
-    # Source: Yang et al. 2022: linear map, zeros at masked places, two convolutions, squared error, in numpy.
+def test_mgd(pair: Pair, grid: tuple[int, int], options: dict[str, Any]) -> None:
+    # Source: Yang et al. 2022: linear map, zeros at masked tokens or channels, two convolutions, squared error, in
+    # numpy. The shares 0.5 and 0.15 are those of the paper and of the authors' code for classification.
     student = on_grid(pair.student, grid)
     pair = Pair(student, pair.teacher, 5)
-    term = make("mgd", pair, mask=0.4)
+    term = make("mgd", pair, **options)
     s, t = random_tokens(student, [2]), random_tokens(pair.teacher, [3])
+    channels = options.get("masked") == "channels"
     torch.manual_seed(9)
-    kept = torch.rand(2, grid[0] * grid[1], 1).numpy() >= 0.4
+    drawn = torch.rand(2, 1, 24) if channels else torch.rand(2, grid[0] * grid[1], 1)
+    kept = drawn.numpy() >= options.get("mask", 0.15 if channels else 0.5)
     aligned = f64(s.tokens[2].patches_BND) @ f64(term.align.weight).T + f64(term.align.bias)
     gap = generate(aligned * kept, term.generator, grid) - resize(f64(t.tokens[3].patches_BND), (4, 4), grid)
     torch.manual_seed(9)

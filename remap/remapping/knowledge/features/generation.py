@@ -5,6 +5,7 @@ recipe and seed give the same masks, also after an interruption.
 """
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -23,9 +24,10 @@ class ViTKD(TokenTerm):
     """Yang et al. 2022, arXiv 2209.02432: mimic the first blocks, generate the last one's tokens.
 
     Mimicking: a linear map of the student's patches of each of the first ``shallow`` blocks against the teacher's.
-    Generation: the last block's patches of the student are mapped to the teacher's width, a random share ``mask`` of
-    them is replaced by a learned token, and a generator of two convolutions restores the teacher's tokens at the
-    masked places; divided by ``mask``. Both are sums of squared errors over tokens and channels, mean over images,
+    Generation: the student's patches behind the final norm are mapped to the teacher's width, a random share ``mask``
+    of them is replaced by a learned token, and a generator of two convolutions restores the teacher's tokens behind
+    its final norm at the masked places; divided by ``mask``. The norm makes them as large as the paper's weights want
+    them; it is there in the authors' code. Both are sums of squared errors over tokens and channels, mean over images,
     as in the paper, whose weights 3e-5 and 3e-6 are the row's weight and ``generation``.
     """
 
@@ -33,7 +35,7 @@ class ViTKD(TokenTerm):
         """Options."""
 
         shallow: int = Field(default=2, ge=1, description="Number of first blocks that are mimicked.")
-        mask: float = Field(default=0.5, gt=0.0, lt=1.0, description="Share of masked tokens in the last block.")
+        mask: float = Field(default=0.5, gt=0.0, lt=1.0, description="Share of masked tokens of the last ones.")
         generation: float = Field(default=0.1, gt=0.0, description="Weight of generation relative to mimicking.")
 
     config: Config
@@ -46,7 +48,7 @@ class ViTKD(TokenTerm):
                 given=config.shallow,
                 allowed=f"1 to {min(depths)}: the student has {depths[0]} blocks, the teacher {depths[1]}",
             )
-        last = (depths[0] - 1, depths[1] - 1)
+        (last,) = token_pairs("last", pair, "vitkd")
         super().__init__(pair, config, (*((block, block) for block in range(config.shallow)), last))
         self.mimics = nn.ModuleList([nn.Linear(*self.widths(s, t)) for s, t in self.blocks[:-1]])
         width = self.widths(*last)[1]
@@ -77,12 +79,19 @@ class MaskedGeneration(TokenTerm):
     The student's patches behind the final norm are mapped to the teacher's width by a linear layer, each is set to
     zero with probability ``mask``, and two convolutions generate the teacher's tokens from the rest. Mean squared
     error over images, patches and channels; the paper has the sum over an image, with a weight of 2e-5 to 7e-5.
+    Tokens are masked as in the paper's equation 2; the authors' code for classification masks channels instead, each
+    on the whole grid, with probability 0.15.
     """
 
     class Config(Options):
         """Options."""
 
-        mask: float = Field(default=0.5, gt=0.0, lt=1.0, description="Share of the student's tokens that are masked.")
+        masked: Literal["tokens", "channels"] = Field(
+            default="tokens", description="Mask tokens (the paper), or channels (the authors' code)."
+        )
+        mask: float | None = Field(
+            default=None, gt=0.0, lt=1.0, description="Share that is masked; null is 0.5 of tokens, 0.15 of channels."
+        )
 
     config: Config
 
@@ -90,14 +99,17 @@ class MaskedGeneration(TokenTerm):
         super().__init__(pair, config, token_pairs("last", pair, "mgd"))
         self.align = nn.Linear(*self.widths(*self.blocks[0]))
         self.generator = Generator(self.widths(*self.blocks[0])[1])
+        self.share = config.mask or {"tokens": 0.5, "channels": 0.15}[config.masked]
 
     def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
         ((s, t),) = self.blocks
         patches_BND = student.tokens[s].patches_BND
         with float32_region(patches_BND):
             aligned_BND = self.align(patches_BND.float())
-            kept_BN1 = torch.rand(*aligned_BND.shape[:2], 1, device=aligned_BND.device) >= self.config.mask
-            generated_BND = self.generator.generate(aligned_BND * kept_BN1, self.grid(s))
+            batch, tokens, width = aligned_BND.shape
+            shape = (batch, tokens, 1) if self.config.masked == "tokens" else (batch, 1, width)
+            kept = torch.rand(shape, device=aligned_BND.device) >= self.share
+            generated_BND = self.generator.generate(aligned_BND * kept, self.grid(s))
             return F.mse_loss(generated_BND, target[self.item(s, t)].float())
 
 
