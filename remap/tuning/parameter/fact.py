@@ -20,6 +20,7 @@ from remap.tuning.layers import by_layer
 from remap.tuning.weights import Delta, attach_deltas, drop, registered_at, require_rank
 
 _PATH = "remap_fact"
+Grid = tuple[int, int]  # rows and columns of squares that cover a layer's weight
 
 
 class Factors(nn.Module):
@@ -33,7 +34,9 @@ class Factors(nn.Module):
         dropouts: One for every layer, on the r units behind its cores.
     """
 
-    def __init__(self, width: int, squares: int, config: "FacTTT.Config | FacTTK.Config", sites: Sequence[int]) -> None:
+    def __init__(
+        self, width: int, grids: Sequence[Grid], config: "FacTTT.Config | FacTTK.Config", sites: Sequence[int]
+    ) -> None:
         super().__init__()
         self.scale = config.scale
         self.down = nn.Parameter(torch.empty(config.rank, width))
@@ -47,12 +50,18 @@ class Factors(nn.Module):
 
 
 class TensorTrain(Factors):
-    """One core for every square: M*r*r parameters."""
+    """One core for every square: M*r*r parameters.
 
-    def __init__(self, width: int, squares: int, config: "FacTTT.Config", sites: Sequence[int]) -> None:
-        super().__init__(width, squares, config, sites)
-        self.sigma = nn.Parameter(torch.empty(squares, config.rank, config.rank))
-        nn.init.uniform_(self.sigma, -1 / math.sqrt(config.rank), 1 / math.sqrt(config.rank))
+    The cores of a layer start as one linear layer from all of its columns of squares (official code): those of fc2
+    are half as large as the others.
+    """
+
+    def __init__(self, width: int, grids: Sequence[Grid], config: "FacTTT.Config", sites: Sequence[int]) -> None:
+        super().__init__(width, grids, config, sites)
+        fan_in_M = torch.tensor([columns * config.rank for rows, columns in grids for _ in range(rows * columns)])
+        self.sigma = nn.Parameter(torch.empty(len(fan_in_M), config.rank, config.rank))
+        nn.init.uniform_(self.sigma, -1.0, 1.0)
+        self.sigma.data /= fan_in_M[:, None, None].sqrt()
 
     def cores(self, first: int, last: int) -> Tensor:
         return self.sigma[first:last]
@@ -61,9 +70,9 @@ class TensorTrain(Factors):
 class Tucker(Factors):
     """core_m = sum_k P[m, k] C[k]: M*r + r*r*r parameters."""
 
-    def __init__(self, width: int, squares: int, config: "FacTTK.Config", sites: Sequence[int]) -> None:
-        super().__init__(width, squares, config, sites)
-        self.mix = nn.Parameter(torch.empty(squares, config.rank))
+    def __init__(self, width: int, grids: Sequence[Grid], config: "FacTTK.Config", sites: Sequence[int]) -> None:
+        super().__init__(width, grids, config, sites)
+        self.mix = nn.Parameter(torch.empty(sum(map(math.prod, grids)), config.rank))
         self.core = nn.Parameter(torch.empty(config.rank, config.rank, config.rank))
         nn.init.xavier_uniform_(self.mix)
         nn.init.xavier_uniform_(self.core)
@@ -95,9 +104,10 @@ class _FacT(Method):
             require_rank(self.config.rank, width, next(iter(layers)), (width, width))
             sites = range(site, site + len(layers))
             site += len(layers)
-            squares = sum(rows * columns for rows, columns in grids.values())
             like = next(iter(weights.values()))
-            factors = self.factors(width, squares, self.config, sites).to(device=like.device, dtype=like.dtype)
+            factors = self.factors(width, list(grids.values()), self.config, sites).to(
+                device=like.device, dtype=like.dtype
+            )
             shared[f"width_{width}"] = factors
             first = 0
             for index, (path, projections) in enumerate(layers.items()):
@@ -147,7 +157,7 @@ class SquaresOfLayer(Delta):
         shape: Output and input features of the layer.
     """
 
-    def __init__(self, factors: Factors, index: int, first: int, grid: tuple[int, int], shape: tuple[int, int]) -> None:
+    def __init__(self, factors: Factors, index: int, first: int, grid: Grid, shape: tuple[int, int]) -> None:
         super().__init__()
         self.shared = (factors,)  # a tuple, so that the factors do not become a part of every layer
         self.index, self.first, self.grid, self.shape = index, first, grid, shape
@@ -181,6 +191,6 @@ class SquaresOfLayer(Delta):
         return cores.permute(1, 3, 0, 2).flatten(2).flatten(0, 1)
 
 
-def _grid(weight: Tensor, width: int) -> tuple[int, int]:
+def _grid(weight: Tensor, width: int) -> Grid:
     """Return the rows and columns of squares that cover a weight."""
     return math.ceil(weight.shape[0] / width), math.ceil(weight.shape[1] / width)

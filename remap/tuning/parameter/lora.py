@@ -119,7 +119,7 @@ def _add_to_output(lora: LowRank, _layer: nn.Module, args: tuple, output: Tensor
     up = lora.up_rows().to(output.dtype)
     if output.ndim == 3:
         # No other module holds the output: adding in place saves a pass over a tensor three times as wide as x.
-        return output.baddbmm_(hidden.to(output.dtype), up.expand(len(output), -1, -1))
+        return output.baddbmm_(hidden.to(output.dtype), up.expand(output.shape[0], -1, -1))
     sum_To = torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2).to(output.dtype), up)
     return sum_To.view(output.shape)
 

@@ -4,6 +4,7 @@ Letters: B batch, p prompts, D width, L depth, H heads, h head width, n key-valu
 """
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -30,7 +31,9 @@ class E2VPT(Method):
     class Config(Options):
         """Pruning is off by default: the paper searches the shares for each task.
 
-        A segment is a sixteenth of the width. After pruning, prompts start again from their first values.
+        A segment is a sixteenth of the width: neighbouring channels, or every 16th channel as in the authors' code.
+        Pruning takes as many segments of each token that stays (section 3.3), or the least of all of them together.
+        After pruning, prompts start again from their first values.
         """
 
         num_prompts: int = Field(default=10, ge=1, description="Prompt tokens per block.")
@@ -42,6 +45,12 @@ class E2VPT(Method):
         prune_segments: float = Field(
             default=0.0, ge=0.0, lt=1.0, description="Share of the remaining tokens' segments to prune."
         )
+        segments: Literal["neighbours", "interleaved"] = Field(
+            default="neighbours", description="Channels of a segment: neighbours, or every 16th (the authors' code)."
+        )
+        quota: Literal["token", "all"] = Field(
+            default="token", description="Prune the same share of segments in each token, or over all tokens together."
+        )
         prune_at: float = Field(default=0.5, gt=0.0, lt=1.0, description="Share of training before the pruning.")
 
     config: Config
@@ -52,6 +61,8 @@ class E2VPT(Method):
         like, kind = weight_like(model, anatomy), PrunedPrompts if prunes else Prompts
         plain = PromptOptions.model_validate({"num_prompts": config.num_prompts, "dropout": config.dropout})
         prompts = kind(anatomy, plain, range(anatomy.depth), anatomy.depth, like)
+        if isinstance(prompts, PrunedPrompts):
+            prompts.interleaved = config.segments == "interleaved"
         edits = Edits(model)
         attach_prompts(edits, anatomy, prompts)
         for index, block in enumerate(anatomy.attention_blocks):
@@ -90,6 +101,7 @@ class PrunedPrompts(Prompts):
 
     token_mask: Tensor
     segment_mask: Tensor
+    interleaved = False
 
     def __init__(self, anatomy: Anatomy, config: PromptOptions, own: range, sets: int, like: Tensor) -> None:
         super().__init__(anatomy, config, own, sets, like)
@@ -101,9 +113,10 @@ class PrunedPrompts(Prompts):
         return super().tokens(index) * kept_pD
 
     def segment_of_channel(self) -> Tensor:
-        """Return (D,), which of the contiguous segments a channel belongs to."""
+        """Return (D,), which of the segments a channel belongs to."""
         width = self.prompts.shape[-1]
-        return torch.arange(width, device=self.prompts.device) * SEGMENTS // width
+        channels = torch.arange(width, device=self.prompts.device)
+        return channels % SEGMENTS if self.interleaved else channels * SEGMENTS // width
 
 
 class Pruning(TrainingHooks):
@@ -154,10 +167,12 @@ class Pruning(TrainingHooks):
         tokens, segments = self.prompts.token_mask, self.prompts.segment_mask
         gone = int(self.config.prune_tokens * tokens.numel())
         tokens[self._token_score.argsort(stable=True)[:gone]] = 0.0
-        # Segments compete among the tokens that stay.
-        scores = self._segment_score.masked_fill(tokens[:, None] == 0.0, torch.inf).flatten()
-        gone = int(self.config.prune_segments * SEGMENTS * int(tokens.sum()))
-        segments.view(-1)[scores.argsort(stable=True)[:gone]] = 0.0
+        # Segments compete within a token, or among all tokens that stay.
+        kept = tokens.nonzero()[:, 0]
+        scores = self._segment_score[kept].view(len(kept) if self.config.quota == "token" else 1, -1)
+        gone = int(self.config.prune_segments * scores.shape[1])
+        left = torch.ones_like(scores).scatter_(1, scores.argsort(dim=1, stable=True)[:, :gone], 0.0)
+        segments[kept] = left.view(len(kept), SEGMENTS)
         for name, parameter in self.parameters.items():
             parameter.copy_(self._first[name])
 

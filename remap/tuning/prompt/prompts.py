@@ -22,10 +22,12 @@ CARRIED = "remap_prompt_outputs"
 class PromptOptions(Options):
     """Options of both depths."""
 
-    num_prompts: int = Field(default=10, ge=1, description="Prompts per block; with place=add there is one per patch.")
+    num_prompts: int = Field(default=10, ge=1, description="Prompts per block; added ones are one per token.")
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="Dropout probability on the prompts.")
-    place: Literal["prepend", "add", "pixel"] = Field(
-        default="prepend", description="Prepend prompts, add them to the patches, or prepend patches learned as pixels."
+    place: Literal["prepend", "add", "add_all", "pixel"] = Field(
+        default="prepend",
+        description="Prepend prompts, add them to the patches (add) or to the class token and registers too (add_all, "
+        "the official code), or prepend patches learned as pixels.",
     )
     projection: int | None = Field(
         default=None, ge=1, description="Stored width, widened by a linear layer; null is full width."
@@ -33,6 +35,11 @@ class PromptOptions(Options):
     init: Literal["random", "class_mean"] = Field(
         default="random", description="Random, or the mean pooled feature of each class, in turn."
     )
+
+    @property
+    def added(self) -> bool:
+        """Whether prompts are added to tokens; else they are tokens of their own."""
+        return self.place in ("add", "add_all")
 
     @model_validator(mode="after")
     def _fit_together(self) -> "PromptOptions":

@@ -48,7 +48,10 @@ class Prompts(nn.Module):
         self.image_size, self.patch_size, self.grid = anatomy.image_size, anatomy.patch_size, anatomy.grid
         # In a tuple: the embedding is the backbone's and must not be registered here as well.
         self._embedding: tuple[nn.Module, ...] = () if embedding is None else (embedding,)
-        self.length = anatomy.num_patches if config.place == "add" else config.num_prompts
+        # Tokens in front of those that prompts are added to.
+        self.skipped = 0 if config.place == "add_all" else self.prefix
+        added = self.prefix + anatomy.num_patches - self.skipped
+        self.length = added if config.added else config.num_prompts
         width = config.projection or anatomy.width
         shape = (self.length, width) if embedding is None else (self.length, 3, *self.patch_size)
         self.prompts = nn.Parameter(torch.empty(sets, *shape, device=like.device, dtype=like.dtype))
@@ -101,12 +104,10 @@ class Prompts(nn.Module):
             setattr(tokens_BTD, CARRIED, prompts_BpD)
         return tokens_BTD
 
-    def add_to_patches(self, index: int, dropout: nn.Module, block: nn.Module, args: tuple) -> tuple:
-        """Forward pre-hook of block ``index``: one prompt is added to each patch token."""
-        tokens_BTD = args[0]
-        prefix_BPD, patches_BND = self._split(tokens_BTD, self.prefix)
-        patches_BND = patches_BND + self.for_batch(index, dropout, tokens_BTD)
-        return (torch.cat([prefix_BPD, patches_BND], dim=1), *args[1:])
+    def add_to_tokens(self, index: int, dropout: nn.Module, block: nn.Module, args: tuple) -> tuple:
+        """Forward pre-hook of block ``index``: one prompt is added to each patch, or to each token."""
+        skipped, rest = self._split(args[0], self.skipped)
+        return (torch.cat([skipped, rest + self.for_batch(index, dropout, args[0])], dim=1), *args[1:])
 
     @staticmethod
     def _split(tokens: Tensor, *sizes: int) -> tuple[Tensor, ...]:

@@ -114,10 +114,10 @@ def _attach(model: nn.Module, anatomy: Anatomy, config: PromptOptions, own: rang
     prompts = Prompts(anatomy, config, own, sets, weight_like(model, anatomy), embedding)
     seam = BlockSeam(model, anatomy, own.start) if own.start > 0 else None
     edits = Edits(model)
-    if config.place == "add":
+    if config.added:
         edits.insert(PATH, prompts)
         for index in own:
-            add = partial(prompts.add_to_patches, index, prompts.dropouts[index - own.start])
+            add = partial(prompts.add_to_tokens, index, prompts.dropouts[index - own.start])
             edits.before(anatomy.blocks[index].block, add)
         return Attachment(edits, no_decay=_without_decay(edits), identity_at_init=False, seam=seam)
     room = attach_prompts(edits, anatomy, prompts)

@@ -51,8 +51,8 @@ class WindowPrompts(nn.Module):
             for stage, width in widths.items()
         )
         self.dropouts = nn.ModuleList(SampleDropout(dropout, site) for site in range(len(own)))
-        for prompts, width in zip(self.prompts, widths.values(), strict=True):
-            bound = patch_bound(anatomy, width)
+        bound = patch_bound(anatomy, anatomy.blocks[0].width)  # of the patch embedding, for all stages (official code)
+        for prompts in self.prompts:
             nn.init.uniform_(prompts, -bound, bound)
         self._prompts_BpC: Tensor | None = None
         self._outputs_BpC: Tensor | None = None

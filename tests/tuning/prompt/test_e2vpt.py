@@ -106,11 +106,12 @@ def train(attached: Attached, tools: SimpleNamespace, steps: range, total: int) 
 PRUNING = {"num_prompts": P, "num_kv": N, "dropout": 0.0, "prune_tokens": 0.5, "prune_segments": 0.25, "prune_at": 0.5}
 
 
+@pytest.mark.parametrize("options", [{}, {"segments": "interleaved"}, {"quota": "all"}])
 def test_the_least_important_tokens_and_segments_go_and_the_rest_starts_again(
-    build: Build, attach: Attach, tools: SimpleNamespace
+    build: Build, attach: Attach, tools: SimpleNamespace, options: dict
 ) -> None:
     """Importance is the mean |dL/dm| of a mask m of ones, here by differentiating through the mask itself."""
-    attached = attach("e2vpt", build("plain"), **PRUNING)
+    attached = attach("e2vpt", build("plain"), **PRUNING, **options)
     first = {name: value for name, value in attached.state().items() if "mask" not in name}
     twin = copy.deepcopy(attached.model)
     masks = {name: dict(twin.named_buffers())[f"remap_prompts.{name}"] for name in ("token_mask", "segment_mask")}
@@ -133,23 +134,30 @@ def test_the_least_important_tokens_and_segments_go_and_the_rest_starts_again(
     tokens, segments = state["remap_prompts.token_mask"], state["remap_prompts.segment_mask"]
     assert set(importance["token_mask"].argsort()[:2].tolist()) == set((tokens == 0).nonzero().flatten().tolist())
     kept = tokens.bool()
-    ranked = importance["segment_mask"][kept].flatten().argsort()[: int(0.25 * 2 * SEGMENTS)]
-    assert set(ranked.tolist()) == set((segments[kept].flatten() == 0).nonzero().flatten().tolist())
+    # A quarter of the 16 segments of each of 2 tokens, or of the 32 of both.
+    groups = 1 if options.get("quota") == "all" else 2
+    ranked = importance["segment_mask"][kept].view(groups, -1).argsort(dim=1)[:, : 8 // groups]
+    gone = (segments[kept].view(groups, -1) == 0).nonzero()[:, 1].view(groups, -1)
+    assert torch.equal(ranked.sort(dim=1).values, gone)
     assert all(torch.equal(state[name], value) for name, value in first.items())
 
 
+@pytest.mark.parametrize(
+    ("options", "channels"), [({}, slice(10, 12)), ({"segments": "interleaved"}, slice(5, 32, 16))]
+)
 def test_pruned_entries_are_zero_in_every_block(
-    build: Build, attach: Attach, tools: SimpleNamespace, formula: SimpleNamespace
+    build: Build, attach: Attach, tools: SimpleNamespace, formula: SimpleNamespace, options: dict, channels: slice
 ) -> None:
+    """32 channels in 16 segments of 2: the sixth has channels 10 and 11, or 5 and 21."""
     base, images = build("dinov2_registers").double(), tools.images().double()
-    attached = attach("e2vpt", build("dinov2_registers").double(), **PRUNING)
+    attached = attach("e2vpt", build("dinov2_registers").double(), **PRUNING, **options)
     tools.shake(attached)
     tokens, segments = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.ones(P, SEGMENTS)
     segments[2, 5] = 0.0
     attached.load({**attached.state(), "remap_prompts.token_mask": tokens, "remap_prompts.segment_mask": segments})
     pruned = prompts_of(attached)
     pruned[:, 1] = 0.0
-    pruned[:, 2, 10:12] = 0.0  # 32 channels in 16 segments of 2
+    pruned[:, 2, channels] = 0.0
     wanted = formula.sequence(base, images, dict(enumerate(pruned)), key_values(attached))
     assert torch.allclose(attached.model(images), wanted, rtol=0, atol=1e-10)
 

@@ -73,16 +73,20 @@ def test_prepended_prompts_equal_the_formula(
 
 
 @pytest.mark.parametrize("variant", ["dinov2_registers", "siglip", "dinov3", "beit"])
-@pytest.mark.parametrize("method", ["vpt_shallow", "vpt_deep"])
-def test_added_prompts_are_added_to_the_patches(
-    build: Build, attach: Attach, tools: SimpleNamespace, variant: str, method: str
+@pytest.mark.parametrize(
+    ("method", "place"),
+    [("vpt_shallow", "add"), ("vpt_deep", "add"), ("vpt_shallow", "add_all"), ("vpt_deep", "add_all")],
+)
+def test_added_prompts_are_added_to_the_patches_or_to_all_tokens(
+    build: Build, attach: Attach, tools: SimpleNamespace, variant: str, method: str, place: str
 ) -> None:
     """The untouched model with the prompts added by a hook of the test's own."""
     base, images = build(variant).double(), tools.images().double()
-    attached = attach(method, build(variant).double(), place="add")
+    attached = attach(method, build(variant).double(), place=place)
     tools.shake(attached)
-    prompts, prefix = stored(attached), base.num_prefix_tokens
-    assert prompts.shape == (DEPTH if method == "vpt_deep" else 1, 16, 32)
+    prompts, prefix = stored(attached), base.num_prefix_tokens if place == "add" else 0
+    tokens = 16 + base.num_prefix_tokens - prefix
+    assert prompts.shape == (DEPTH if method == "vpt_deep" else 1, tokens, 32)
     assert attached.extra_tokens == 0
     for row, block in zip(prompts, base.blocks, strict=False):
         padded = F.pad(row, (0, 0, prefix, 0))
@@ -90,7 +94,7 @@ def test_added_prompts_are_added_to_the_patches(
     assert torch.allclose(attached.model(images), base(images), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("place", ["prepend", "add"])
+@pytest.mark.parametrize("place", ["prepend", "add", "add_all"])
 def test_projected_prompts_equal_plain_ones_of_the_same_value(
     build: Build, attach: Attach, tools: SimpleNamespace, place: str
 ) -> None:
@@ -184,6 +188,17 @@ def test_prompts_start_uniform_within_the_papers_bound(build: Build, attach: Att
     assert abs(prompts.std() - 0.16366 / 3**0.5) < 0.002
 
 
+def test_prompts_of_all_stages_start_within_the_bound_of_the_first(build: Build, attach: Attach) -> None:
+    """Swin of width 16 and 32 with patches of side p: v = sqrt(6 / (3*p*p + 16)), as the official code draws them."""
+    model = build("swin")
+    side = model.patch_embed.proj.kernel_size[0]
+    bound = (6 / (3 * side * side + 16)) ** 0.5
+    attached = attach("vpt_deep", model, num_prompts=500)
+    assert [stage.shape[-1] for stage in attached.state().values()] == [16, 32]
+    for stage in attached.state().values():
+        assert 0.998 * bound < stage.abs().max() <= bound
+
+
 @pytest.mark.parametrize(
     ("method", "options", "of_blocks"),
     [
@@ -264,6 +279,7 @@ def test_shallow_prompts_lost_between_blocks_are_an_error(build: Build, attach: 
         ("vit_base_patch16_224", "vpt_shallow", {}, 7_680),
         ("vit_base_patch16_224", "vpt_shallow", {"num_prompts": 50}, 38_400),
         ("vit_base_patch16_224", "vpt_shallow", {"place": "add"}, 196 * 768),
+        ("vit_base_patch16_224", "vpt_shallow", {"place": "add_all"}, 197 * 768),
         ("vit_base_patch16_224", "vpt_shallow", {"place": "pixel"}, 10 * 3 * 16 * 16),
         ("vit_base_patch16_224", "vpt_shallow", {"projection": 64}, 10 * 64 + 64 * 768 + 768),
         ("vit_base_patch16_224", "vpt_deep", {}, 92_160),
