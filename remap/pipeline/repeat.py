@@ -47,7 +47,7 @@ def repeat(
     _require_whole(run)
     # Read before the new run begins: the first run is never written to.
     recipe, summary = run.recipe(), run.summary()
-    anew = f"remap {_command(recipe)} --recipe {shlex.quote(str(run.path / 'recipe.yaml'))}"
+    anew = f"remap {'distill' if recipe.teacher else 'tune'} --recipe {shlex.quote(str(run.path / 'recipe.yaml'))}"
     _require_figures(run, do=f"run it anew, then repeat that: {anew}")
     _require_processes(run, summary["processes"])
     # A run may have been resumed with a different number; the summary has the last one.
@@ -89,12 +89,8 @@ def _require_whole(run: RunDir) -> None:
         raise RunError(
             f"{run.path} has no result that could be compared: it {ended}",
             given=message,
-            do=f"finish it first: remap {_command(run.recipe())} --resume {shlex.quote(str(run.path))}",
+            do=f"finish it first: {run.resume_command()}",
         )
-
-
-def _command(recipe: Recipe) -> str:
-    return "distill" if recipe.teacher else "tune"
 
 
 def _require_figures(run: RunDir, do: str) -> None:

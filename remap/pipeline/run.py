@@ -61,7 +61,7 @@ def run(
     # Written out: later changes of defaults must not change a run that is resumed.
     recipe, shared = recipe.written_out(), shared or SharedResources()
     main = accelerator().is_main_process
-    with run_dir.held() if main else nullcontext(), track_status(recipe, run_dir, resuming) as clock:
+    with run_dir.held() if main else nullcontext(), track_status(run_dir, resuming) as clock:
         _require_checkpoints(run_dir, resuming)
 
         # Tune teachers: each is a run by itself, finished before anything of this one is built.

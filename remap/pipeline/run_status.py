@@ -1,6 +1,5 @@
 """Write run status (running, done, failed, stopped) to status.json."""
 
-import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,6 @@ from remap.distributed.device_memory import is_out_of_memory
 from remap.distributed.interrupts import watch_signals
 from remap.distributed.launch import accelerator, lost_process
 from remap.errors import DiskFull, Interrupted, RemapError, TrainingError
-from remap.recipe import Recipe
 from remap.runs.hardware import machine
 from remap.runs.run_dir import RunDir
 
@@ -40,7 +38,7 @@ class RunClock:
 
 
 @contextmanager
-def track_status(recipe: Recipe, run_dir: RunDir, resuming: bool) -> Iterator[RunClock]:
+def track_status(run_dir: RunDir, resuming: bool) -> Iterator[RunClock]:
     """Watch for signals while the block runs, and record in status.json how it ended.
 
     Raises:
@@ -54,7 +52,7 @@ def track_status(recipe: Recipe, run_dir: RunDir, resuming: bool) -> Iterator[Ru
     elif main:
         # A resumed run adds its machine later: only once its checkpoint turned out to be usable.
         run_dir.note_machine(machine(), resuming=False)
-    resume = f"remap {'distill' if recipe.teacher else 'tune'} --resume {shlex.quote(str(run_dir.path))}"
+    resume = run_dir.resume_command()
     try:
         with watch_signals(run_dir.stop):
             yield clock

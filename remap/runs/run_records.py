@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from remap.errors import RunError
+from remap.errors import RemapError, RunError
 from remap.io import atomic_write, checked_json
 from remap.io.checked_json import MOST_JSON_BYTES, is_number, parse_json, read_json
 from remap.io.checked_read import read_regular, sha256_of
@@ -76,6 +76,14 @@ class RunRecords:
 
     def recipe(self) -> Recipe:
         return load(self.path / "recipe.yaml")
+
+    def resume_command(self) -> str:
+        """Return the command line that resumes the run: `remap tune` where no recipe names a teacher."""
+        try:
+            teachers = self.recipe().teacher
+        except RemapError:
+            teachers = None
+        return f"remap {'distill' if teachers else 'tune'} --resume {shlex.quote(str(self.path))}"
 
     def note_machine(self, machine: dict[str, Any], *, resuming: bool) -> None:
         """Complete environment.json by what only torch knows.

@@ -6,7 +6,6 @@ which holds what was trained.
 
 import json
 import os
-import shlex
 from decimal import Decimal
 from math import isfinite
 from pathlib import Path
@@ -116,13 +115,13 @@ def _unfinished(path: Path) -> RunError:
     if os.path.isfile(path / "status.json") and run.is_done:
         return RunError(
             f"{run.task / 'task.json'} is missing; the run itself is finished",
-            do=f"copy the task folder again, or write it from the last checkpoint: {_resume(path)}",
+            do=f"copy the task folder again, or write it from the last checkpoint: {run.resume_command()}",
         )
     ended, message = run.outcome()
     return RunError(
         f"{path} holds no tuned student: its run {ended}",
         given=message,
-        do=f"{path / 'status.json'} has the complete message; resume with: {_resume(path)}, or name another run",
+        do=f"{path / 'status.json'} has the complete message; resume with: {run.resume_command()}, or name another run",
     )
 
 
@@ -166,15 +165,11 @@ def read_tensors(folder: Path, meta: TaskMeta) -> dict[str, Tensor]:
 
 def _again(folder: Path) -> str:
     """Return how to get a damaged task back."""
-    run = folder.parent
+    run = RunDir(folder.parent)
     copy = "copy the task folder again"
-    if folder.name != "task" or not (run / "checkpoint").is_dir():
+    if folder.name != "task" or not run.checkpoint.is_dir():
         return copy
-    return f"{copy}, or write it from the last checkpoint of its run: {_resume(run)}"
-
-
-def _resume(run: Path) -> str:
-    return f"remap tune --resume {shlex.quote(str(run))}"
+    return f"{copy}, or write it from the last checkpoint of its run: {run.resume_command()}"
 
 
 def require_sizes(folder: Path, meta: TaskMeta, tensors: dict[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ from remap.pipeline.compare import compare
 from remap.pipeline.run import start
 from remap.pipeline.shrink_student import cut, take_out_skipped
 from remap.progress import Silent
+from remap.recipe import dump
 from remap.recipe.schema import DataSpec, ModelSpec, ShrinkSpec
 from remap.runs.task import load_task
 from remap_cli.app import app
@@ -63,12 +64,14 @@ def test_advice_can_be_pasted(tiny: Any, tmp_path: Path, monkeypatch: pytest.Mon
     assert f"remap compare ... --output {shlex.quote(str(folder))};" in (caught.value.do or "")
 
 
-def test_the_advice_on_a_task_that_is_missing_can_be_pasted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("teacher", [None, "mini_teacher"])
+def test_the_advice_on_a_task_that_is_missing_can_be_pasted(tiny: Any, tmp_path: Path, teacher: str | None) -> None:
     """Of a run that was stopped, of one that is done, and of one whose task folder is empty."""
-    advice = f"remap tune --resume {shlex.quote(str(tmp_path / 'a; touch made'))}"
+    recipe = tiny.recipe(teacher=teacher, losses="ce,kd" if teacher else "ce")
+    advice = f"remap {'distill' if teacher else 'tune'} --resume {shlex.quote(str(tmp_path / 'a; touch made'))}"
     run = tmp_path / "a; touch made"
     run.mkdir()
-    (run / "recipe.yaml").write_text("seed: 1\n")
+    (run / "recipe.yaml").write_text(dump(recipe.written_out()))
     for status in ("stopped", "done"):
         (run / "status.json").write_text(f'{{"status": "{status}"}}')
         with pytest.raises(RunError) as caught:
