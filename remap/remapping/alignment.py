@@ -171,9 +171,10 @@ def _resize_keys(map_xSS: Tensor, resize_PQ: Tensor, split: int) -> Tensor:
 def _resized(resize_PQ: Tensor, images_xQD: Tensor) -> Tensor:
     """Return the product, (x, P, D): the same to the last bit for an image whatever other images there are."""
     stack_nQD = images_xQD.reshape(-1, *images_xQD.shape[-2:]).contiguous()
-    # One matrix alone is multiplied in another order than one of several.
-    several_nQD = stack_nQD if len(stack_nQD) > 1 else stack_nQD.repeat(2, 1, 1)
-    resized_nPD = resize_PQ.expand(len(several_nQD), -1, -1).bmm(several_nQD)[: len(stack_nQD)]
+    count = stack_nQD.shape[0]
+    # One matrix alone is multiplied in another order than one of several. An exported program takes any number.
+    several_nQD = stack_nQD.repeat(2, 1, 1) if not torch.compiler.is_compiling() and count == 1 else stack_nQD
+    resized_nPD = resize_PQ.expand(several_nQD.shape[0], -1, -1).bmm(several_nQD)[:count]
     return resized_nPD.reshape(*images_xQD.shape[:-2], *resized_nPD.shape[1:])
 
 

@@ -68,12 +68,14 @@ class Butterfly(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., i) to (..., o); rotates and scales x and the output, or the weight where that is smaller."""
         weight_oi, bias = self.base_layer.weight, self.base_layer.bias
+        # An exported program takes inputs of any size, so it has one way for all.
+        by_weight = torch.compiler.is_exporting() or x.numel() >= weight_oi.numel()
         with full_precision(x):
             rotation_Ggg = self._rotation()
-            if x.numel() >= weight_oi.numel():
+            if by_weight:
                 turned_oi = _in_groups(weight_oi, rotation_Ggg.mT.to(weight_oi.dtype))
                 weight_oi = turned_oi * self.scale[:, None]
-        if x.numel() >= weight_oi.numel():
+        if by_weight:
             return self.base_layer(x, weight=weight_oi)
         out = self.base_layer(_in_groups(x, rotation_Ggg.to(x.dtype)))
         if bias is None:

@@ -3,11 +3,14 @@
 from typing import Literal
 
 from peft import HRAConfig, IA3Config, OFTConfig, RoadConfig
+from peft.tuners.hra.layer import HRALayer
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from remap.tuning.layers import Target
-from remap.tuning.parameter.peft_bridge.base import PeftMethod, PeftOptions, Targets, Words
+from remap.tuning.parameter.peft_bridge.base import ADAPTER, PeftMethod, PeftOptions, Targets, Words
+from remap.tuning.parameter.peft_layer import base_of
 
 
 def _oft_run(change: nn.Module, x: Tensor, **bias: Tensor) -> Tensor:
@@ -57,6 +60,14 @@ class IA3(PeftMethod):
         return IA3Config(target_modules=list(names), feedforward_modules=inputs)
 
 
+def _hra_run(change: nn.Module, x: Tensor) -> Tensor:
+    """Compute what peft's forward does, which reads ``weight.data``: no exported program can hold that."""
+    assert isinstance(change, HRALayer)
+    rotation_ii, base = change.get_delta_weight(ADAPTER), base_of(change)
+    bias = None if base.bias is None else base.bias.to(rotation_ii.dtype)
+    return F.linear(x.to(rotation_ii.dtype), base.weight.to(rotation_ii.dtype) @ rotation_ii, bias).to(x.dtype)
+
+
 class HRA(PeftMethod):
     """W' = W H_1 ... H_r with Householder reflections H_k = I - 2 u_k u_k^T / ||u_k||^2 (equation 5).
 
@@ -65,6 +76,7 @@ class HRA(PeftMethod):
 
     name = "remap_hra"
     peft = PeftOptions(HRAConfig, {"r": "rank"})
+    run = staticmethod(_hra_run)
     rank_within = "inputs"
     exact_start = False
 
