@@ -127,6 +127,14 @@ SMALL: dict[str, dict[str, object]] = {
     "gralora": {"rank": 4, "alpha": 4},
     "vera": {"rank": 4},
     "randlora": {"rank": 4, "alpha": 4},
+    "fourierft": {"coefficients": 40},
+    "waveft": {"coefficients": 40},
+    "vblora": {"rank": 2, "vectors": 6, "length": 8},
+    "shira": {"rank": 2},
+    "c3a": {"block_size": 8},
+    "psoft": {"rank": 4},
+    "tinylora": {"numbers": 5, "tying": 1.0},
+    "unilora": {"rank": 2, "numbers": 30},
 }
 
 

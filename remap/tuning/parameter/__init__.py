@@ -3,26 +3,11 @@
 from functools import partial
 
 from remap.tuning.entry import D, H, L, MethodEntry
+from remap.tuning.parameter.peft_rows import ROWS as PEFT_ROWS
 
 _BLOCKS = frozenset({"attention"})
 _LINEARS = frozenset({"linears"})
 _row = partial(MethodEntry, category="parameter")
-
-
-def _layers(
-    name: str, target: str, summary: str, paper: str, trains: str, vit_base: int, lr: float = 1e-2
-) -> MethodEntry:
-    """Describe a change of complete linear layers, by default the fused q, k, v of every block."""
-    return _row(
-        name=name,
-        target=f"remap.tuning.parameter.{target}",
-        summary=summary,
-        paper=paper,
-        trains=trains,
-        vit_base=vit_base,
-        lr=lr,
-        needs=_LINEARS,
-    )
 
 
 ROWS = [
@@ -60,6 +45,15 @@ ROWS = [
         paper="Hu et al. 2021, arXiv 2106.09685",
         trains="2*L*(2*D*r)",
         vit_base=2 * L * 2 * D * 8,
+        needs=_LINEARS,
+    ),
+    _row(
+        name="mlae",
+        target="remap.tuning.parameter.mlae:MLAE",
+        summary="LoRA as rank-1 experts, some of which are masked in training",
+        paper="Wang et al. 2024, arXiv 2405.18897",
+        trains="L*(4*D*r + r)",
+        vit_base=L * (4 * D * 8 + 8),
         needs=_LINEARS,
     ),
     _row(
@@ -118,150 +112,33 @@ ROWS = [
         trains="k of every neuron + biases",
         vit_base=2 * (L * (5 * D + H) + D),
     ),
-    _layers(
-        "dora",
-        "peft_bridge.low_rank:DoRA",
-        "LoRA with a learned norm of every weight row",
-        "Liu et al. 2024, arXiv 2402.09353",
-        "L*(4*D*r + 3*D)",
-        322_560,
+    *PEFT_ROWS,
+    _row(
+        name="pissa",
+        target="remap.tuning.parameter.pissa:PiSSA",
+        summary="LoRA that starts from the largest singular values",
+        paper="Meng et al. 2024, arXiv 2404.02948",
+        trains="L*4*D*r",
+        vit_base=294_912,
+        needs=_LINEARS,
     ),
-    _layers(
-        "rslora",
-        "peft_bridge.low_rank:RsLoRA",
-        "LoRA scaled by the root of its rank",
-        "Kalajdzievski 2023, arXiv 2312.03732",
-        "L*4*D*r",
-        294_912,
+    _row(
+        name="olora",
+        target="remap.tuning.parameter.pissa:OLoRA",
+        summary="LoRA that starts from an orthonormal basis of the weight",
+        paper="Büyükakyüz 2024, arXiv 2406.01775",
+        trains="L*4*D*r",
+        vit_base=294_912,
+        needs=_LINEARS,
     ),
-    _layers(
-        "pissa",
-        "pissa:PiSSA",
-        "LoRA that starts from the largest singular values",
-        "Meng et al. 2024, arXiv 2404.02948",
-        "L*4*D*r",
-        294_912,
-    ),
-    _layers(
-        "olora",
-        "pissa:OLoRA",
-        "LoRA that starts from an orthonormal basis of the weight",
-        "Büyükakyüz 2024, arXiv 2406.01775",
-        "L*4*D*r",
-        294_912,
-    ),
-    _layers(
-        "adalora",
-        "peft_bridge.adalora:AdaLoRA",
-        "LoRA whose ranks training deals out among the layers",
-        "Zhang et al. 2023, arXiv 2303.10512",
-        "L*(4*D*r + r), r at first",
-        442_512,
+    _row(
+        name="boft",
+        target="remap.tuning.parameter.boft:BOFT",
+        summary="a butterfly of rotations of the input",
+        paper="Liu et al. 2023, arXiv 2311.06243",
+        trains="L*(m*D*b + 3*D), m factors, blocks of b",
+        vit_base=101_376,
         lr=3e-2,
-    ),
-    _layers(
-        "gralora",
-        "peft_bridge.low_rank:GraLoRA",
-        "a grid of small low-rank changes",
-        "Jung et al. 2025, arXiv 2505.20355",
-        "L*4*D*r",
-        294_912,
-    ),
-    _layers(
-        "hira",
-        "peft_bridge.low_rank:HiRA",
-        "a low-rank matrix multiplied into the weight elementwise",
-        "Huang et al. 2025, ICLR, openreview TwJrTz9cRS",
-        "L*4*D*r",
-        294_912,
-        lr=1e-1,
-    ),
-    _layers(
-        "loha",
-        "peft_bridge.low_rank:LoHa",
-        "an elementwise product of two low-rank changes",
-        "Hyeon-Woo et al. 2021, arXiv 2108.06098",
-        "2*L*4*D*r",
-        589_824,
-        lr=3e-2,
-    ),
-    _layers(
-        "lokr",
-        "peft_bridge.low_rank:LoKr",
-        "a Kronecker product with a low-rank factor",
-        "Yeh et al. 2023, arXiv 2309.14859",
-        "L*(c*d + (3*D/c + D/d)*r), c*d elements of the left factor",
-        21_504,
-        lr=3e-2,
-    ),
-    _layers(
-        "miss",
-        "peft_bridge.low_rank:MiSS",
-        "one trained shard added to all shards of the weight",
-        "Kang and Yin 2024, arXiv 2409.15371",
-        "L*3*D*r",
-        221_184,
-    ),
-    _layers(
-        "vera",
-        "peft_bridge.low_rank:VeRA",
-        "learned scales of one random low-rank change",
-        "Kopiczko et al. 2023, arXiv 2310.11454",
-        "L*(3*D + r)",
-        30_720,
-        lr=3e-2,
-    ),
-    _layers(
-        "randlora",
-        "peft_bridge.low_rank:RandLoRA",
-        "learned scales of a full-rank sum of random changes",
-        "Albert et al. 2025, arXiv 2502.00987",
-        "L*(D*D/r + D)",
-        230_400,
-        lr=3e-3,
-    ),
-    _layers(
-        "oft",
-        "peft_bridge.multiplied:OFT",
-        "rotations of blocks of the input",
-        "Qiu et al. 2023, arXiv 2306.07280",
-        "L*D*(b - 1)/2, blocks of b",
-        142_848,
-    ),
-    _layers(
-        "boft",
-        "boft:BOFT",
-        "a butterfly of rotations of the input",
-        "Liu et al. 2023, arXiv 2311.06243",
-        "L*(m*D*b + 3*D), m factors, blocks of b",
-        101_376,
-        lr=3e-2,
-    ),
-    _layers(
-        "hra",
-        "peft_bridge.multiplied:HRA",
-        "a chain of reflections of the input",
-        "Yuan et al. 2024, arXiv 2405.17484",
-        "L*D*r",
-        73_728,
-        lr=3e-2,
-    ),
-    _layers(
-        "road",
-        "peft_bridge.multiplied:RoAd",
-        "rotations of pairs of outputs",
-        "Liao and Monz 2024, arXiv 2409.00119",
-        "L*3*D",
-        27_648,
-        lr=3e-2,
-    ),
-    _layers(
-        "ia3",
-        "peft_bridge.multiplied:IA3",
-        "scales of queries, keys, values and hidden units",
-        "Liu et al. 2022, arXiv 2205.05638",
-        "L*(3*D + H)",
-        64_512,
-        lr=1e-1,
+        needs=_LINEARS,
     ),
 ]

@@ -7,52 +7,26 @@ Letters: i input and o output features of a layer, r rank.
 """
 
 from abc import abstractmethod
-from dataclasses import replace
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remap.backbones.anatomy import Anatomy, Projection
-from remap.tuning.base import Attachment, Edits, Method, Options
-from remap.tuning.layers import Target, layers_of
-from remap.tuning.weights import Delta, attach_deltas, registered_at, require_rank
+from remap.tuning.parameter.layer_delta import LayerDelta
+from remap.tuning.weights import Delta
 
 
-class _FromWeight(Method):
-    """What both methods share. A fused q, k, v layer is one layer, changed as a whole if any of them is a target."""
-
-    name: str
-
-    class Config(Options):
-        """Options."""
-
-        rank: int = Field(default=8, ge=1, description="Rank of the update.")
-        targets: tuple[Target, ...] | None = Field(
-            default=None,
-            min_length=1,
-            description="Layers to change; null is [q, k, v], or [fc1, fc2] without attention, or [linear].",
-        )
-
-    config: Config
+class _FromWeight(LayerDelta):
+    """What both methods share."""
 
     @abstractmethod
     def factors(self, weight_oi: Tensor) -> tuple[Tensor, Tensor]:
         """Return B0 (o, r) and A0 (r, i)."""
 
-    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
-        deltas: dict[Projection, Delta] = {}
-        edits = Edits(model)
-        for layer in layers_of(anatomy, self.config.targets):
-            weight = registered_at(model, f"{layer.path}.weight").detach()
-            rows, columns = weight.flatten(1).shape
-            require_rank(self.config.rank, min(rows, columns), layer.path, (rows, columns))
-            b_or, a_ri = self.factors(weight.flatten(1).float())
-            factors = _MovedFactors(b_or.to(weight.dtype), a_ri.to(weight.dtype))
-            change = replace(layer.projections[0], start=0, stop=rows, called=layer.called)
-            deltas[change] = edits.insert(f"{layer.path}.{self.name}", factors)
-        return attach_deltas(edits, deltas)
+    def delta(self, weight_oi: Tensor, site: int) -> Delta:
+        b_or, a_ri = self.factors(weight_oi.float())
+        return _MovedFactors(b_or.to(weight_oi.dtype), a_ri.to(weight_oi.dtype))
 
 
 class PiSSA(_FromWeight):

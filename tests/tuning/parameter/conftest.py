@@ -22,7 +22,10 @@ def shaken(
     """A function that attaches a method in float64 and moves its parameters: (attached, its state, logits)."""
 
     def make(method: str, variant: str, **options: object) -> tuple[Attached, Weights, Tensor]:
-        attached = attach(method, build(variant).double(), **options)
+        model = build(variant)
+        # PSOFT decomposes weights of at most 32 bits.
+        attached = attach(method, model if method == "psoft" else model.double(), **options)
+        model.double()
         tools.shake(attached)
         return attached, attached.state(), attached.model(tools.images().double()).detach()
 

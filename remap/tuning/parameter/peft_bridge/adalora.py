@@ -1,77 +1,39 @@
 """AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): low ranks that training deals out among the layers."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from peft import AdaLoraConfig, PeftConfig
+from peft import PeftConfig
 from peft.tuners.adalora import RankAllocator
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from remap.tuning.base import TrainingHooks
 from remap.tuning.layers import Layer
-from remap.tuning.parameter.peft_bridge.base import ADAPTER, PeftMethod, PeftOptions, Targets
-from remap.tuning.parameter.peft_layer import SharedLinear
+from remap.tuning.parameter.peft_bridge.base import ADAPTER, PeftMethod, Targets
+from remap.tuning.parameter.peft_rows import PeftLayer
 
 
 class AdaLoRA(PeftMethod):
-    """W' = W + alpha / r P diag(E) Q with a rank that training deals out among the layers (section 3).
+    """All layers begin with ``initial_rank``, and training deals out ``rank`` a layer on average.
 
-    All layers begin with ``initial_rank``; entries of E with the least importance are set to 0 until ``rank`` a layer
-    are left on average, and stay 0 from then on. P and Q are pulled towards orthogonal matrices.
+    Entries of E with the least importance are set to 0 and stay 0 from then on. P and Q are pulled towards orthogonal
+    matrices.
     """
-
-    name = "remap_adalora"
-    peft = PeftOptions(
-        AdaLoraConfig,
-        {
-            "init_r": "initial_rank",
-            "lora_alpha": "alpha_or_rank",
-            "target_r": "rank",
-            "beta1": "beta1",
-            "beta2": "beta2",
-            "deltaT": "interval",
-        },
-        {"total_step": 1},  # not known yet, see RankSchedule.after_step
-    )
-    rank_option = "initial_rank"
-    exempt = ("lora_E",)
 
     class Config(Targets):
         """Options."""
 
-        rank: int = Field(default=8, ge=1, description="Mean rank per layer after shrinking.")
-        initial_rank: int = Field(default=12, ge=1, description="Rank per layer at the start.")
-        alpha: float | None = Field(
-            default=None, gt=0.0, description="Scale is alpha / initial_rank; null is a scale of 1."
-        )
-        warmup: float = Field(default=0.1, ge=0.0, lt=1.0, description="Share of training before the ranks shrink.")
-        settle: float = Field(default=0.5, ge=0.0, lt=1.0, description="Share of training after the ranks have shrunk.")
-        interval: int = Field(default=10, ge=1, description="Steps between two reductions of the ranks.")
-        beta1: float = Field(default=0.85, gt=0.0, lt=1.0, description="Smoothing of the importance.")
-        beta2: float = Field(
-            default=0.85, gt=0.0, lt=1.0, description="Smoothing of the uncertainty of the importance."
-        )
-        orthogonality: float = Field(
-            default=0.1, ge=0.0, description="Weight of the penalty on P and Q (gamma in the paper)."
-        )
-
         @model_validator(mode="after")
-        def _shrinks(self) -> "AdaLoRA.Config":
+        def _shrinks(self: Any) -> Any:
             if self.rank >= self.initial_rank:
                 raise ValueError(f"rank {self.rank} is not below initial_rank {self.initial_rank}")
             if self.warmup + self.settle >= 1.0:
                 raise ValueError("warmup and settle leave no time for the ranks to shrink")
             return self
 
-        @property
-        def alpha_or_rank(self) -> float:
-            """What peft calls alpha."""
-            return self.initial_rank if self.alpha is None else self.alpha
-
-    config: Config
-
-    def _wrap(self, linears: Sequence[SharedLinear], layers: Sequence[Layer]) -> list[nn.Module]:
+    def _wrap(self, linears: Sequence[nn.Linear], layers: Sequence[Layer]) -> list[nn.Module]:
         changes = super()._wrap(linears, layers)
         for change in changes:
             # A constant that peft keeps as a frozen parameter.
@@ -80,13 +42,13 @@ class AdaLoRA(PeftMethod):
         return changes
 
     def training_hooks(self, changes: list[nn.Module]) -> TrainingHooks:
-        return RankSchedule(changes, self.config, self.peft_config({"": ()}))
+        return RankSchedule(changes, self.config, self.peft_config({"": PeftLayer((), 0, 0)}))
 
 
 class RankSchedule(TrainingHooks):
     """Deals out the ranks while training."""
 
-    def __init__(self, changes: list[nn.Module], options: AdaLoRA.Config, allocator: PeftConfig) -> None:
+    def __init__(self, changes: list[nn.Module], options: Any, allocator: PeftConfig) -> None:
         self.options, self.changes = options, changes
         self.layers = nn.ModuleList(changes)
         self.allocator = RankAllocator(self.layers, allocator, ADAPTER)

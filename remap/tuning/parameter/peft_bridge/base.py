@@ -1,30 +1,32 @@
-"""What methods that Hugging Face peft implements share.
+"""What the methods that Hugging Face peft implements share; ``peft_rows.py`` has a row for each.
 
 peft's public ``get_peft_model`` wraps a ``SharedLinear`` of every target in a model that is then thrown away; what it
 made of that becomes the change of the backbone's own layer (``peft_layer.py``).
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
+import peft
+import torch
 from peft import PeftConfig, get_peft_model
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from pydantic import Field
-from torch import nn
+from pydantic import Field, create_model
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
 from remap.tuning.base import NO_HOOKS, Attachment, Method, Options, TrainingHooks
 from remap.tuning.layers import Layer, Target, layers_of
-from remap.tuning.parameter.peft_layer import Run, SharedLinear, attach_changes, plain_run, shared_linears
+from remap.tuning.parameter.peft_layer import Run, attach_changes, base_of, plain_run, shared_linears
+from remap.tuning.parameter.peft_rows import PeftEntry, PeftLayer
 from remap.tuning.weights import require_rank
 
 ADAPTER = "default"
-
-# The projections that a layer makes.
-Words = tuple[str, ...]
 
 
 class Targets(Options):
@@ -40,103 +42,81 @@ class Targets(Options):
     )
 
 
-class LowRank(Targets):
-    """Options of a scaled low-rank update."""
-
-    rank: int = Field(default=8, ge=1, description="Rank of the update.")
-    alpha: float | None = Field(default=None, gt=0.0, description="Scale is alpha / rank; null is alpha = rank.")
-
-    @property
-    def alpha_or_rank(self) -> float:
-        """What peft calls alpha."""
-        return self.rank if self.alpha is None else self.alpha
-
-
-@dataclass(frozen=True)
-class PeftOptions:
-    """A class of options of peft, which of them come from which of the method's, and values of others."""
-
-    kind: Callable[..., PeftConfig]
-    taken: Mapping[str, str]
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-
-
 class PeftMethod(Method):
-    """What the methods share.
+    """A method of a row of ``peft_rows.py``; those of a subclass differ in more than the row can say.
 
     Attributes:
-        name: Last component of the inserted modules' names.
-        peft: What peft is given.
-        default_targets: Words that ``targets: null`` stands for.
-        shared: Attributes of peft's layers that hold the same frozen tensors everywhere.
-        moves_bias: Whether the layer's bias is changed too.
-        exempt: Names of peft's parameters that weight decay must leave alone, besides vectors.
-        exact_start: Whether the output is bit-equal right after attaching.
-        rank_option: The option whose size the layers limit, None where they limit none.
-        rank_within: The features that limit it: those of inputs only where it counts vectors of inputs.
+        run: How a layer of peft is called.
     """
 
-    name: ClassVar[str]
-    peft: ClassVar[PeftOptions]
-    default_targets: ClassVar[tuple[str, ...]] = ("q", "k", "v")
-    shared: ClassVar[tuple[str, ...]] = ()
-    moves_bias: ClassVar[bool] = False
-    exempt: ClassVar[tuple[str, ...]] = ()
-    exact_start: ClassVar[bool] = True
-    rank_option: ClassVar[str | None] = "rank"
-    rank_within: ClassVar[Literal["both", "inputs"]] = "both"
+    row: ClassVar[PeftEntry]
     run: ClassVar[Run] = staticmethod(plain_run)
 
     Config: type[Targets] = Targets
-    config: Targets
+    config: Any
 
-    def peft_config(self, names: dict[str, Words]) -> PeftConfig:
-        """Return peft's configuration for target modules of these names, which make these projections."""
-        settings: dict[str, Any] = {theirs: getattr(self.config, ours) for theirs, ours in self.peft.taken.items()}
-        return self.peft.kind(**settings, **self.peft.fixed, target_modules=list(names))
+    @classmethod
+    def of_row(cls, row: PeftEntry) -> "type[PeftMethod]":
+        """Return the class of a row, with its options."""
+        fields: dict[str, Any] = {name: (option.kind, option.field) for name, option in row.options.items()}
+        config = create_model("Config", __base__=cls.Config, **fields)
+        return type(row.name, (cls,), {"__doc__": row.formula, "row": row, "Config": config})
+
+    def peft_config(self, layers: Mapping[str, PeftLayer]) -> PeftConfig:
+        """Return peft's configuration for target modules of these names."""
+        row, options = self.row, self.config
+        given = {option.peft: getattr(options, name) for name, option in row.options.items() if option.peft}
+        rank = row.rank_option or "rank"  # what null as alpha stands for
+        settings = {theirs: getattr(options, rank) if value is None else value for theirs, value in given.items()}
+        kind = getattr(peft, row.config)
+        return kind(target_modules=list(layers), **settings, **row.fixed, **row.settings(options, layers))
 
     def training_hooks(self, changes: list[nn.Module]) -> TrainingHooks:
         """Return what the method does in the course of training with peft's layers."""
         return NO_HOOKS
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
-        layers = layers_of(anatomy, self.config.targets, self.default_targets)
+        row = self.row
+        layers = layers_of(anatomy, self.config.targets, row.default_targets)
         linears = shared_linears(model, layers)
-        if rank := getattr(self.config, self.rank_option or "", None):
+        if rank := getattr(self.config, row.rank_option or "", None):
             for layer, linear in zip(layers, linears, strict=True):
                 shape = (linear.out_features, linear.in_features)
-                require_rank(rank, min(shape) if self.rank_within == "both" else shape[1], layer.path, shape)
+                require_rank(rank, min(shape) if row.rank_within == "both" else shape[1], layer.path, shape)
         changes = self._wrap(linears, layers)
         attachment = attach_changes(
             model,
-            self.name,
+            f"remap_{row.name}",
             layers,
             changes,
-            common=self.shared,
-            moves_bias=self.moves_bias,
+            common=row.shared,
+            moves_bias=row.moves_bias,
             run=self.run,
-            no_decay=self.exempt,
-            identity_at_init=self.exact_start,
+            no_decay=row.exempt,
+            identity_at_init=row.exact_start,
         )
         return replace(attachment, hooks=self.training_hooks(changes))
 
-    def _wrap(self, linears: Sequence[SharedLinear], layers: Sequence[Layer]) -> list[nn.Module]:
+    def _wrap(self, linears: Sequence[nn.Linear], layers: Sequence[Layer]) -> list[nn.Module]:
         """Return peft's layers around the shared ones."""
-        names = {f"layer{index:04}": layer.words for index, layer in enumerate(layers)}
+        names = [f"layer{index:04}" for index in range(len(layers))]
         holder = nn.ModuleDict(dict(zip(names, linears, strict=True)))
+        sizes = [
+            PeftLayer(at.words, linear.out_features, linear.in_features)
+            for at, linear in zip(layers, linears, strict=True)
+        ]
         # peft freezes what it wraps, which is the backbone's own tensors: Attached decides on those.
         before = {p: p.requires_grad for p in holder.parameters()}
         try:
             for parameter in before:
                 parameter.requires_grad_(False)
-            config = self.peft_config(names)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Invalid `oft_block_size`")  # see OFT
+            config = self.peft_config(dict(zip(names, sizes, strict=True)))
+            # Random places are drawn on the CPU, also for a model that has shapes only.
+            with warnings.catch_warnings(), torch.device("cpu"):
+                warnings.filterwarnings("ignore", message="Invalid `oft_block_size`")  # the row of oft says so
                 get_peft_model(holder, config, adapter_name=ADAPTER)
         except ValueError as error:
-            raise BackboneError(
-                f"these options of {self.name.removeprefix('remap_')} do not fit the layers", given=str(error)
-            ) from error
+            raise BackboneError(f"these options of {self.row.name} do not fit the layers", given=str(error)) from error
         finally:
             for parameter, required in before.items():
                 parameter.requires_grad_(required)
@@ -145,4 +125,78 @@ class PeftMethod(Method):
             trained = [p for p in change.parameters() if p.requires_grad and p not in before]
             if not isinstance(change, BaseTunerLayer) or not trained:
                 raise BackboneError(f"peft did not adapt {layer.path}", given=type(change).__name__)
+            for name in self.row.kept:
+                tensor = getattr(change, name)[ADAPTER]
+                delattr(change, name)
+                setattr(change, name, BufferDict({ADAPTER: tensor}, persistent=True))
+        return changes
+
+
+def _flattened(change: nn.Module, x: Tensor, **bias: Tensor) -> Tensor:
+    """Flatten images: peft takes three dimensions at most, or four for an image whose channels come first."""
+    return change(x.flatten(1, 2), **bias).unflatten(1, x.shape[1:3]) if x.ndim == 4 else change(x, **bias)
+
+
+class Flattened(PeftMethod):
+    """peft's layer takes no images."""
+
+    run = staticmethod(_flattened)
+
+
+def _added_delta(change: nn.Module, x: Tensor, **bias: Tensor) -> Tensor:
+    return base_of(change)(x, **bias) + F.linear(x, change.get_delta_weight(ADAPTER))
+
+
+class AddedDelta(PeftMethod):
+    """peft's own forward draws random numbers in training even without dropout."""
+
+    run = staticmethod(_added_delta)
+
+
+def _shira(change: nn.Module, x: Tensor, **bias: Tensor) -> Tensor:
+    base, values = base_of(change), change.shira_weight[ADAPTER]
+    places = tuple(change.shira_indices[ADAPTER].long())
+    return base(x, **bias) + F.linear(x, values.new_zeros(base.weight.shape).index_put(places, values))
+
+
+def _random_mask(base: nn.Module, r: int, **_: object) -> Tensor:
+    """Draw as peft does, but on the CPU also where the weight has no values."""
+    mask = torch.zeros(base.weight.numel())
+    mask[torch.randperm(len(mask))[: r * sum(base.weight.shape)]] = 1.0
+    return mask.view(base.weight.shape)
+
+
+class SHiRA(PeftMethod):
+    """peft's own forward is a sparse tensor that leaves out the layer's forward and cannot be compiled."""
+
+    run = staticmethod(_shira)
+
+    def peft_config(self, layers: Mapping[str, PeftLayer]) -> PeftConfig:
+        config = super().peft_config(layers)
+        config.mask_fn = _random_mask
+        return config
+
+
+def _glora(change: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute the changed layer once: peft does it twice, and reads the bias past what is given."""
+    base = base_of(change)
+    weight_oi, bias = base.weight, base.bias if bias is None else bias
+    a, b, c, d, e = (getattr(change, f"glora_{path}")[ADAPTER]() for path in "ABCDE")
+    if bias is not None:
+        bias = bias + bias * d + e + (weight_oi @ c).squeeze(-1)
+    return base(x, weight=weight_oi + weight_oi * a + b, bias=bias)
+
+
+class GLoRA(PeftMethod):
+    """Weight and bias are changed together. peft takes nothing but ``nn.Linear`` itself."""
+
+    run = staticmethod(_glora)
+
+    def _wrap(self, linears: Sequence[nn.Linear], layers: Sequence[Layer]) -> list[nn.Module]:
+        plain = [nn.Linear.__new__(nn.Linear) for _ in linears]
+        for stand_in, linear in zip(plain, linears, strict=True):
+            stand_in.__dict__.update(linear.__dict__)
+        changes = super()._wrap(plain, layers)
+        for change, linear in zip(changes, linears, strict=True):
+            change.base_layer = linear
         return changes
