@@ -25,7 +25,12 @@ class PeftLayer(NamedTuple):
 
 
 class Option(NamedTuple):
-    """An option of a method: what peft calls it ("" where ``PeftEntry.settings`` reads it), its type and its field."""
+    """An option of a method.
+
+    Attributes:
+        peft: What peft calls it; "" where ``PeftEntry.settings`` or the class reads it.
+        kind: Its type; None is that of the option of all methods.
+    """
 
     peft: str
     kind: Any
@@ -93,6 +98,12 @@ def _alpha(peft: str = "lora_alpha", divisor: str = "rank") -> Option:
 def _common_length(length: int | None, layers: Mapping[str, PeftLayer]) -> int:
     """Return ``length``, or the largest one up to 256 (peft's) that divides the features of all layers."""
     return length or gcd(256, *(size for layer in layers.values() for size in layer[1:]))
+
+
+def _bank(options: Any, layers: Mapping[str, PeftLayer]) -> dict[str, int]:
+    if options.top > options.vectors:
+        raise ValueError(f"top {options.top} is larger than the bank of {options.vectors} vectors")
+    return {"vector_length": _common_length(options.length, layers)}
 
 
 def _not_zero(factor: int) -> int:
@@ -325,6 +336,17 @@ ROWS = [
         lr=1e-1,
         formula="Learned vectors scale the outputs of layers, and the input of fc2 (equation 1 and section 3.3). The"
         " paper scales keys, values and hidden units; a fused layer gets its queries scaled as well.",
+        options={
+            "targets": Option(
+                "",
+                None,
+                Field(
+                    default=None,
+                    min_length=1,
+                    description="Layers to scale; null is [q, k, v, fc2], or [fc2] without attention.",
+                ),
+            )
+        },
         settings=lambda _, layers: {
             "feedforward_modules": [name for name, layer in layers.items() if "fc2" in layer.words]
         },
@@ -401,7 +423,7 @@ ROWS = [
             ),
             "top": _whole("topk", 2, "Vectors k in every mix."),
         },
-        settings=lambda options, layers: {"vector_length": _common_length(options.length, layers)},
+        settings=_bank,
         shared=("vblora_vector_bank",),
         exact_start=False,
     ),
@@ -477,7 +499,6 @@ ROWS = [
             "seed": _option("projection_seed", 0, "Seed of the random matrices.", ge=0),
         },
         shared=("tinylora_v",),
-        rank_option=None,
     ),
     PeftEntry(
         name="unilora",

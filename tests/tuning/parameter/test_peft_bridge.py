@@ -466,6 +466,9 @@ def test_a_second_change_of_a_layer_is_refused_where_folding_would_depend_on_the
         ("boft", {"block_size": 3}, "butterfly"),
         ("gralora", {"rank": 6, "blocks": 3, "alpha": 4}, "these options of gralora do not fit"),
         ("dora", {"targets": ["q"]}, "no block"),
+        ("vblora", {"top": 7}, "these options of vblora do not fit"),
+        ("c3a", {"block_size": 7}, "these options of c3a do not fit"),
+        ("waveft", {"wavelet": "haar"}, "these options of waveft do not fit"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_the_model_alone(

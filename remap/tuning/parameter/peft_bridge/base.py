@@ -58,7 +58,10 @@ class PeftMethod(Method):
     @classmethod
     def of_row(cls, row: PeftEntry) -> "type[PeftMethod]":
         """Return the class of a row, with its options."""
-        fields: dict[str, Any] = {name: (option.kind, option.field) for name, option in row.options.items()}
+        known = cls.Config.model_fields
+        fields: dict[str, Any] = {
+            name: (option.kind or known[name].annotation, option.field) for name, option in row.options.items()
+        }
         config = create_model("Config", __base__=cls.Config, **fields)
         return type(row.name, (cls,), {"__doc__": row.formula, "row": row, "Config": config})
 
