@@ -37,8 +37,13 @@ class LayerDelta(Method):
     config: Config
 
     @abstractmethod
-    def delta(self, weight_oi: Tensor, site: int) -> Delta:
-        """Return the change of a layer; ``site`` counts the layers."""
+    def delta(self, weight_oi: Tensor, site: int, called: bool) -> Delta:
+        """Return the change of a layer.
+
+        Args:
+            site: Counts the layers.
+            called: Whether the backbone calls the layer, so that the change sees its input.
+        """
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         deltas: dict[Projection, Delta] = {}
@@ -48,6 +53,6 @@ class LayerDelta(Method):
             rows, columns = weight.flatten(1).shape
             require_rank(self.config.rank, min(rows, columns), layer.path, (rows, columns))
             change = replace(layer.projections[0], start=0, stop=rows, called=layer.called)
-            delta = self.delta(weight.flatten(1), site)
+            delta = self.delta(weight.flatten(1), site, layer.called)
             deltas[change] = edits.insert(f"{layer.path}.{self.name}", delta, weight)
         return attach_deltas(edits, deltas)

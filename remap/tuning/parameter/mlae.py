@@ -28,7 +28,8 @@ class MLAE(LayerDelta):
     class Config(LayerDelta.Config):
         """Options.
 
-        Where a backbone reads a layer's weight instead of calling the layer (BEiT, EVA-02), nothing is dropped.
+        Where a backbone reads a layer's weight instead of calling the layer (BEiT, EVA-02), no expert is
+        masked.
         """
 
         rank: int = Field(default=8, ge=1, description="Number of experts, each of rank 1.")
@@ -37,19 +38,19 @@ class MLAE(LayerDelta):
 
     config: Config
 
-    def delta(self, weight_oi: Tensor, site: int) -> Delta:
-        return Experts(weight_oi, self.config, site)
+    def delta(self, weight_oi: Tensor, site: int, called: bool) -> Delta:
+        return Experts(weight_oi, self.config, SampleDropout(self.config.dropout if called else 0.0, site))
 
 
 class Experts(Delta):
     """The experts of one layer; b is zero at first."""
 
-    def __init__(self, weight_oi: Tensor, config: MLAE.Config, site: int) -> None:
+    def __init__(self, weight_oi: Tensor, config: MLAE.Config, dropout: SampleDropout) -> None:
         super().__init__()
         self.down = nn.Parameter(torch.empty(config.rank, weight_oi.shape[1]))
         self.up = nn.Parameter(torch.zeros(weight_oi.shape[0], config.rank))
         self.coefficients = nn.Parameter(torch.full((config.rank,), config.strength))
-        self.dropout = SampleDropout(config.dropout, site)
+        self.dropout = dropout
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
     def delta(self) -> Tensor:

@@ -24,7 +24,7 @@ class _FromWeight(LayerDelta):
     def factors(self, weight_oi: Tensor) -> tuple[Tensor, Tensor]:
         """Return B0 (o, r) and A0 (r, i)."""
 
-    def delta(self, weight_oi: Tensor, site: int) -> Delta:
+    def delta(self, weight_oi: Tensor, site: int, called: bool) -> Delta:
         b_or, a_ri = self.factors(weight_oi.float())
         return _MovedFactors(b_or.to(weight_oi.dtype), a_ri.to(weight_oi.dtype))
 
