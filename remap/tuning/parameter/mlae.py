@@ -26,11 +26,7 @@ class MLAE(LayerDelta):
     name = "remap_mlae"
 
     class Config(LayerDelta.Config):
-        """Options.
-
-        Where a backbone reads a layer's weight instead of calling the layer (BEiT, EVA-02), no expert is
-        masked.
-        """
+        """Where a backbone reads a layer's weight instead of calling it (BEiT, EVA-02), no expert is masked."""
 
         rank: int = Field(default=8, ge=1, description="Number of experts, each of rank 1.")
         strength: float = Field(default=1.0, gt=0.0, description="Coefficient lambda of every expert at the start.")

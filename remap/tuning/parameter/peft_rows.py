@@ -362,8 +362,8 @@ ROWS = [
         paper="Chavan et al. 2023, arXiv 2306.07967",
         trains="L*(9*D*r + r + 2)",
         vit_base=12 * (8 * (8 * 768 + 768 + 1) + 2),
-        formula="W' = W + W * A + B and b' = b + b * D + E + W C with low-rank A, B and C (i, 1), numbers D and E"
-        " (equation 10, one fixed choice of its supernet). The bias where the layer has one of its own.",
+        formula="W' = W + W * A + B and b' = b + b * D + E + W C with low-rank A, B and C (i, 1), numbers D and E:"
+        " one fixed choice of the paper's supernet. The bias where the layer has one of its own.",
         options={
             "rank": _whole("r", 8, "Rank of A, B and C."),
             "scale": _option("config_A_B", "lora", "Form of A and B.", Literal["lora", "vector", "constant"]),
@@ -414,7 +414,7 @@ ROWS = [
         trains="h*b + L*4*D/b*r*h, h vectors of length b",
         vit_base=256 * 256 + 12 * 12 * 4 * 256,
         formula="W' = W + B A; every piece of length b of A and B is a softmax mix of the k likeliest of h vectors in"
-        " a bank that all layers share (section 3). It does not start as the backbone.",
+        " a bank that all layers share. It does not start as the backbone.",
         options={
             "rank": _whole("r", 4, "Rank of the update."),
             "vectors": _whole("num_vectors", 256, "Vectors h of the bank."),
@@ -446,7 +446,7 @@ ROWS = [
         paper="Chen et al. 2024, arXiv 2407.19342",
         trains="L*3*D*D/b, blocks of b",
         vit_base=12 * 3 * 768 * 768 // 256,
-        formula="W' = W + a grid of b x b circulant matrices, each of one trained vector (section 3). They start at 0,"
+        formula="W' = W + a grid of b x b circulant matrices, each of one trained vector. They start at 0,"
         " so that the student starts as its backbone; the paper draws them at random.",
         options={
             "block_size": _option(
@@ -464,7 +464,7 @@ ROWS = [
         trains="L*(4*D*r + 1)",
         vit_base=12 * (4 * 768 * 8 + 1),
         formula="W' = W + lambda / r sum_k b_k a_k^T / (|b_k| |a_k|), columns scaled by the norms of W's columns"
-        " (section 3); lambda is trained.",
+        "; lambda is trained.",
         options={
             **_RANK,
             "strength": _option("delora_lambda", 15.0, "Lambda at the start: the largest norm of the change.", gt=0.0),
@@ -474,7 +474,7 @@ ROWS = [
         name="psoft",
         config="PsoftConfig",
         summary="a rotation within the principal subspace of the weight",
-        paper="Wu et al. 2025, arXiv 2505.11235",
+        paper="Wu et al. 2025, openreview FSHrinMArK",
         trains="L*(r*(r - 1)/2 + 2*r)",
         vit_base=12 * (32 * 31 // 2 + 2 * 32),
         formula="W' = W + B (diag(b) R diag(a) - I) A with W's r largest singular triplets in B and A, an orthogonal R"
@@ -508,7 +508,7 @@ ROWS = [
         trains="d",
         vit_base=256,
         formula="W' = W + B A; every element of all A and B is one of d trained numbers, divided by the root of how"
-        " often it is used (section 3). It does not start as the backbone.",
+        " often it is used. It does not start as the backbone.",
         options={
             "rank": _whole("r", 4, "Rank of the update."),
             "numbers": _whole("theta_d_length", 256, "Trained numbers d."),
