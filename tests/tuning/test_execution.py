@@ -19,6 +19,8 @@ from remap.tuning.attached import Attached
 
 # Shifts every key alike, which a softmax over keys does not see: its gradient is 0 by nature, whatever the method.
 KEY_SHIFT = "k_norm.bias"
+# peft's wavelet transform selects elements by a mask, whose number is not known in advance: compiled in several graphs.
+IN_PIECES = ("waveft",)
 
 Build = Callable[..., nn.Module]
 Attach = Callable[..., Attached]
@@ -58,7 +60,7 @@ def test_compiled_model_gives_equal_output(
     torch._dynamo.reset()
     attached = attach(compiled_pair.method, build(compiled_pair.variant))
     tools.shake(attached)
-    compiled = torch.compile(attached.model, backend="eager", fullgraph=True)
+    compiled = torch.compile(attached.model, backend="eager", fullgraph=compiled_pair.method not in IN_PIECES)
     with torch.no_grad():
         assert torch.allclose(compiled(tools.images()), attached.model(tools.images()), atol=1e-6)
     torch._dynamo.reset()
