@@ -467,7 +467,8 @@ ROWS = [
         "; lambda is trained.",
         options={
             **_RANK,
-            "strength": _option("delora_lambda", 15.0, "Lambda at the start: the largest norm of the change.", gt=0.0),
+            # peft's 15 would change a layer 128 wide by half of its norm in the first step, whatever the rate.
+            "strength": _option("delora_lambda", 1.0, "Lambda at the start: the largest norm of the change.", gt=0.0),
         },
     ),
     PeftEntry(
