@@ -379,6 +379,7 @@ ROWS = [
         paper="Gao et al. 2024, arXiv 2405.03003",
         trains="L*n, n coefficients",
         vit_base=12 * 1000,
+        lr=1e-1,
         formula="W' = W + scale * Re(F^-1(S)), S zero but for n trained coefficients at random places (equations 2 to"
         " 4). They start at 0, so that the student starts as its backbone; the paper draws them from N(0, 1).",
         options={
@@ -396,6 +397,7 @@ ROWS = [
         paper="Bilican et al. 2025, arXiv 2505.12532",
         trains="L*n, n coefficients",
         vit_base=12 * 2592,
+        lr=3e-4,
         formula="W' = W + scale * the inverse wavelet transform of S, zero but for n trained coefficients at random"
         " places, which start at 0.",
         options={
@@ -446,6 +448,7 @@ ROWS = [
         paper="Chen et al. 2024, arXiv 2407.19342",
         trains="L*3*D*D/b, blocks of b",
         vit_base=12 * 3 * 768 * 768 // 256,
+        lr=1e-1,
         formula="W' = W + a grid of b x b circulant matrices, each of one trained vector. They start at 0,"
         " so that the student starts as its backbone; the paper draws them at random.",
         options={
@@ -508,6 +511,7 @@ ROWS = [
         paper="Li et al. 2025, arXiv 2506.00799",
         trains="d",
         vit_base=256,
+        lr=3e-2,
         formula="W' = W + B A; every element of all A and B is one of d trained numbers, divided by the root of how"
         " often it is used. It does not start as the backbone.",
         options={
