@@ -105,5 +105,6 @@ def _open_streams() -> None:
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
         elif number and getattr(sys, name) is getattr(sys, f"__{name}__"):
             old, raw = getattr(sys, name), io.BufferedWriter(_Stream(number, "wb", closefd=False))
-            new = io.TextIOWrapper(raw, old.encoding, old.errors, line_buffering=old.line_buffering)
+            # Letters that the encoding lacks become escapes, also on stdout, where Python would end with an error.
+            new = io.TextIOWrapper(raw, old.encoding, "backslashreplace", line_buffering=old.line_buffering)
             setattr(sys, name, new)

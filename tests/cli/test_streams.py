@@ -57,6 +57,22 @@ def test_results_that_cannot_be_written_are_an_error(words: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "environment", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252"}, {"LC_ALL": "C"}]
+)
+@pytest.mark.parametrize(("end", "code"), [("console.table('\u043a', ['\u043a'], [['\u043a\u043e\u0442']])", 0),
+                                           ("raise RemapError('\u043a\u043e\u0442')", 2)])  # fmt: skip
+def test_letters_that_the_output_cannot_show_are_escaped(environment: dict[str, str], end: str, code: int) -> None:
+    """Names in an alphabet that the encoding lacks, in a result, in a line of progress and in an error."""
+    script = WORKS.replace("END", end).replace("a line", "\u043a\u043e\u0442").replace("range(20)", "range(1)")
+    environment = os.environ | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"} | environment
+    words = [sys.executable, "-c", script, "work"]
+    done = subprocess.run(words, capture_output=True, check=False, env=environment)
+    assert done.returncode == code and b"Traceback" not in done.stderr
+    shown = rb"\u043a\u043e\u0442"
+    assert shown in done.stderr and (code or shown in done.stdout)
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
 @pytest.mark.parametrize(("word", "code"), [("methods", 0), ("nothing", 2)])
 def test_a_stream_that_the_caller_closed_is_no_traceback(word: str, code: int, closed: str) -> None:
