@@ -117,7 +117,7 @@ class Engine:
         self.kept["memory"] = self.teacher.cached
 
     def cache_on_disk(self) -> None:
-        items = {name: OutputFormat(shape) for name, shape in self.teacher.shapes(self.parts.views.view.size).items()}
+        items = {name: OutputFormat(shape) for name, shape in self.teacher.shapes(self.parts.views.view.shape).items()}
         key = {"benchmark": [self.recipe.digest(), self.setting.pair]}
         store = OutputStore.open(self.setting.folder / "cache", key, items)
         views = finite_views(self.parts)

@@ -15,7 +15,7 @@ from remap.backbones.loading import create, in_cache_or_reachable, require_fit, 
 from remap.backbones.lookup import require_known
 from remap.backbones.names import preset_of, resolve_name
 from remap.backbones.preprocess import PreprocessSpec
-from remap.backbones.typed import as_timm
+from remap.backbones.typed import as_timm, input_channels
 from remap.errors import BackboneError, WeightsError
 
 
@@ -170,7 +170,10 @@ def _sized(name: str, arguments: dict[str, Any], image_size: int | None) -> dict
     anatomy = anatomy_of(model)
     sizes = family_of(anatomy).size_arguments(model, anatomy, image_size)
     # Where preprocessing, and networks that take any size, read it.
-    overlay = {**arguments.get("pretrained_cfg_overlay", {}), "input_size": (3, image_size, image_size)}
+    overlay = {
+        **arguments.get("pretrained_cfg_overlay", {}),
+        "input_size": (input_channels(model), image_size, image_size),
+    }
     return {**arguments, **sizes, "pretrained_cfg_overlay": overlay}
 
 

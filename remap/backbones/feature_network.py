@@ -11,13 +11,14 @@ from remap.errors import BackboneError, UnknownName
 from remap.registry import did_you_mean
 
 
-def side_network(word: str, weights: str, image_size: tuple[int, int]) -> tuple[nn.Module, int]:
+def side_network(word: str, weights: str, image_size: tuple[int, int], channels: int) -> tuple[nn.Module, int]:
     """Build a network without classifier, on the CPU; return it and the width F of its features (B, F).
 
     Args:
         word: Any name of timm, convolutional ones included; not only the families that can be backbones.
         weights: "pretrained", "none" or a .safetensors file.
         image_size: Height and width of the images it will see.
+        channels: Of these images; timm adapts weights that were made for others.
 
     Raises:
         UnknownName: timm has no such model.
@@ -32,10 +33,10 @@ def side_network(word: str, weights: str, image_size: tuple[int, int]) -> tuple[
         )
     require_at_hand(word, weights)
     name = resolve_name(word)
-    network, _ = create(name, weights, {**weight_arguments(weights), "num_classes": 0})
+    network, _ = create(name, weights, {**weight_arguments(weights), "num_classes": 0, "in_chans": channels})
     try:
         with torch.no_grad():
-            features = network.eval()(torch.zeros(1, 3, *image_size))
+            features = network.eval()(torch.zeros(1, channels, *image_size))
         width = features.shape[1]
         assert features.shape == (1, width)
     except Exception as error:  # networks of timm refuse a size in many ways

@@ -12,7 +12,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import anatomy_of
-from remap.backbones.typed import as_timm
+from remap.backbones.typed import as_timm, input_channels
 from remap.errors import BackboneError, RunError, WeightsError
 from remap.io import atomic_write
 from remap.io.checked_json import read_json
@@ -154,7 +154,9 @@ def _require_equal(model: nn.Module, folder: Path) -> None:
         raise _not_expressible(" ".join(str(error).split())[:300]) from error
     # On one device: another one may round convolutions by more than is allowed here.
     device = next(model.parameters()).device
-    images_BCHW = torch.randn(2, 3, *anatomy_of(model).image_size, generator=torch.Generator().manual_seed(0))
+    images_BCHW = torch.randn(
+        2, input_channels(model), *anatomy_of(model).image_size, generator=torch.Generator().manual_seed(0)
+    )
     ours, theirs = (_outputs(one, images_BCHW.to(device)) for one in (model.eval(), again.to(device)))
     difference = float((ours - theirs).abs().max())
     if ours.shape != theirs.shape or not difference <= 1e-5 * max(1.0, float(ours.abs().max())):

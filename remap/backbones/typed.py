@@ -2,6 +2,7 @@
 
 from typing import Any, Protocol, TypeVar, cast
 
+from timm.layers import SpaceToDepth
 from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
@@ -41,6 +42,18 @@ def pooled_features(model: nn.Module, images_BCHW: Tensor) -> Tensor:
 def pool(model: nn.Module, tokens: Tensor) -> Tensor:
     """Return what enters the classifier, (B, D), from what ``forward_features`` returned."""
     return as_timm(model).forward_head(tokens, pre_logits=True)
+
+
+def input_channels(model: nn.Module) -> int:
+    """Return how many channels a model's images have: those of its first convolution, if that takes the image itself.
+
+    What timm's configuration says may be that of other weights; it is asked where the pixels are rearranged first.
+    """
+    config = as_timm(model).pretrained_cfg
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d | SpaceToDepth)), None)
+    if isinstance(first, nn.Conv2d) and config.get("first_conv", True):
+        return first.in_channels
+    return int(config.get("input_size", (3,))[0])
 
 
 def submodule(model: nn.Module, path: str, kind: type[M]) -> M:

@@ -43,8 +43,7 @@ class FrozenFeatures:
         """Return the memory that ``compute`` takes for each image."""
         # One black image on the device: shapes and types follow from the model, and no image has to be read.
         self._runner.model.eval()
-        size = self.source.view.size
-        features = self._runner.stem(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.device))
+        features = self._runner.stem(torch.zeros(1, *self.source.view.shape, dtype=torch.uint8, device=self.device))
         return sum(value.nbytes for value in features.values())
 
     @property
@@ -94,4 +93,4 @@ class FrozenFeatures:
         if self.with_images or self._seam.reads_images:
             return self.source.batch(readable)
         # Decoding is most of the work of an epoch on frozen features, so images are not even read.
-        return torch.zeros(len(readable), 3, 0, 0, dtype=torch.uint8), readable
+        return torch.zeros(len(readable), self.source.view.shape[0], 0, 0, dtype=torch.uint8), readable

@@ -35,7 +35,7 @@ def augmented_view(
 
 
 def augmented(images_BCHW: Tensor, kind: str, draws_BN: NDArray[np.float64]) -> Tensor:
-    """Return images that are shifted by up to an eighth of the side (edges filled with zeros) and mirrored.
+    """Return images that are shifted by up to an eighth of each side (edges filled with zeros) and mirrored.
 
     Args:
         images_BCHW: uint8.
@@ -44,14 +44,15 @@ def augmented(images_BCHW: Tensor, kind: str, draws_BN: NDArray[np.float64]) -> 
     """
     if kind == "none" or not len(images_BCHW):
         return images_BCHW
-    size = images_BCHW.shape[-1]
-    pad = size // 8
+    channels, height, width = images_BCHW.shape[1:]
+    pad = np.array([height // 8, width // 8])
     images, result = images_BCHW.numpy(), torch.empty_like(images_BCHW)
     offsets = (draws_BN[:, :2] * (2 * pad + 1)).astype(np.int64)
-    framed = np.zeros((3, size + 2 * pad, size + 2 * pad), dtype=np.uint8)
+    framed = np.zeros((channels, height + 2 * pad[0], width + 2 * pad[1]), dtype=np.uint8)
     mirrored = (draws_BN[:, 2] < 0.5) & (kind == "shift_flip")
     # One by one, in the processor's cache: several times as fast as all at once.
     for index, (row, column) in enumerate(offsets):
-        framed[:, pad : pad + size, pad : pad + size] = images[index, :, :, :: -1 if mirrored[index] else 1]
-        result[index] = torch.from_numpy(framed[:, row : row + size, column : column + size])
+        inside = framed[:, pad[0] : pad[0] + height, pad[1] : pad[1] + width]
+        inside[:] = images[index, :, :, :: -1 if mirrored[index] else 1]
+        result[index] = torch.from_numpy(framed[:, row : row + height, column : column + width])
     return result

@@ -1,27 +1,43 @@
-"""Decode one image file of any mode to RGB pixels."""
+"""Decode one image file of any mode to the channels that a network takes."""
 
 import io
+import struct
+import threading
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from remap.data.pixels import MOST_MEGAPIXELS, RGB, Pixels
+from remap.data.stored_values import StoredValues, needs_tifffile, of_image, of_npy, of_tiff
 from remap.errors import RemapError
 from remap.io.checked_read import read_regular
 from remap.io.names import plain
 
 warnings.filterwarnings("ignore", message="Corrupt EXIF data", module="PIL")
 
-# What torchvision's ImageFolder reads, plus .avif; anything else in a class folder is named and left out.
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".avif")
+# What torchvision's ImageFolder reads, plus .avif and arrays of numpy; anything else in a class folder is left out.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".avif", ".npy")
+# Of these, formats without transparency, and those of 8 bits.
+ALWAYS_OPAQUE = (".jpg", ".jpeg", ".bmp", ".ppm", ".pgm")
+ALWAYS_8_BITS = (".jpg", ".jpeg", ".bmp", ".webp", ".avif", ".gif")
 
 # What these files may hold, under any name: MPO is what some cameras write as .jpg, GIF what the web calls so.
 # Pillow's other readers stay out: one for EPS starts Ghostscript, others hand work to programs or are hardly used.
 FORMATS = ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "AVIF", "GIF")
 # One encoded image; the largest that Pillow's limit of pixels lets pass is 500 MB without any compression.
 MAX_BYTES = 2**30
+# Rows take memory of their own, however short: a PNG of 80 million rows of one pixel 2.7 GB.
+LONGEST_SIDE = 2**17
+# Pillow's decoder of JPEG reads at these fractions of the size, in as little memory.
+_REDUCTIONS = (2, 4, 8)
+# Two by two of the squares behind transparent pixels.
+_SQUARES = np.kron(np.array([[255, 204], [204, 255]], np.uint8), np.ones((8, 8), np.uint8))
+# Above Pillow's limit one picture at a time, however many threads decode.
+_LARGE = threading.Lock()
 
 
 class BadImage(RemapError):
@@ -37,25 +53,62 @@ class BadImage(RemapError):
         super().__init__(f"an image cannot be read: {reason}", given=given, do="repair it or leave it out")
 
 
-def decode(source: bytes | Path | Image.Image) -> Image.Image:
-    """Return an upright RGB image from a file, its content, or what Pillow opened.
+def decode(source: bytes | Path | Image.Image, pixels: Pixels = RGB) -> Image.Image:
+    """Return the first of ``decode_channels``: for a network of colours an RGB image, for one of greys an L image."""
+    return decode_channels(source, pixels)[0]
 
-    EXIF rotation is applied, 16-bit and float greys are scaled to 8 bit, palettes and CMYK are converted, and an
-    alpha channel is dropped (as torchvision and timm do).
+
+def decode_channels(source: bytes | Path | Image.Image, pixels: Pixels = RGB) -> tuple[Image.Image, ...]:
+    """Return an upright picture from a file, its content, or what Pillow opened.
+
+    EXIF rotation is applied, more than 8 bits are scaled, palettes and CMYK are converted, and transparent pixels are
+    put on ``pixels.alpha``. Of an animation or several pages it is the first.
+
+    Returns:
+        One image, RGB or L, for 3 channels or 1; for other numbers an L image for each.
 
     Raises:
-        BadImage: Truncated, empty, not an image, or larger than Pillow's limit against decompression bombs.
+        BadImage: Truncated, empty, not an image, of other channels, or larger than allowed.
     """
     try:
         if isinstance(source, Image.Image):
-            return _upright(source)
+            return _of_image(source, pixels, b"")
         data = source if isinstance(source, bytes) else read_regular(source, MAX_BYTES)
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
-            return _upright(image)
+        if (values := _of_array(data, pixels)) is not None:
+            return _scaled(values, pixels)
+        with _open(data) as image:
+            return _of_image(image, pixels, data)
     except RemapError:  # a signal that came meanwhile
         raise
     except Exception as error:  # Pillow's decoders raise many kinds; all mean the file is no usable image
         raise BadImage(reason_of(error), source) from error
+
+
+def wide_values(data: bytes, pixels: Pixels) -> StoredValues | None:
+    """Return what an image file of more than 8 bits holds; None for 8 bits, and for what cannot be read."""
+    try:
+        values = _of_array(data, pixels)
+        if values is None:
+            with _open(data) as image, _require_small(image, pixels):
+                values = of_image(image, lambda: _open(data))
+    except RemapError:
+        raise
+    except Exception:  # decoding says why
+        return None
+    return None if values is None or values.values_HWC.dtype.itemsize == 1 else values
+
+
+def _open(data: bytes) -> Image.Image:
+    """Open as ``PIL.Image.open`` does, but for its limit of pixels, which is one for the whole process."""
+    for name in _formats():
+        factory, accepts = Image.OPEN[name]
+        accepted = accepts is None or accepts(data[:16])
+        if accepted and not isinstance(accepted, str):  # a text says what this build lacks
+            try:
+                return factory(io.BytesIO(data), "")
+            except (SyntaxError, IndexError, TypeError, struct.error):
+                continue
+    raise Image.UnidentifiedImageError("not an image")
 
 
 @cache
@@ -65,40 +118,96 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    _require_small(image)
-    image.load()
-    return _to_rgb(ImageOps.exif_transpose(image))
+def _of_array(data: bytes, pixels: Pixels) -> StoredValues | None:
+    """Return the values of an .npy file, or of a TIFF that Pillow does not read as it is; None for other files."""
+    most_bytes = 4 * _limit(pixels)
+    if data.startswith(b"\x93NUMPY"):
+        return of_npy(data, pixels.channels, most_bytes)
+    try:
+        image = _open(data) if data[:2] in (b"II", b"MM") else None
+    except Image.UnidentifiedImageError:
+        image = None
+    return of_tiff(data, pixels.channels, most_bytes) if needs_tifffile(data, pixels.channels, image) else None
 
 
-def _require_small(image: Image.Image) -> None:
-    """Pillow refuses only twice its limit and warns below; turning warnings to errors is not safe in threads."""
-    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS:,}")
+def _of_image(image: Image.Image, pixels: Pixels, data: bytes) -> tuple[Image.Image, ...]:
+    with _require_small(image, pixels):
+        values = of_image(image, (lambda: _open(data)) if data else None)
+        if values is not None:
+            return _scaled(values, pixels)
+        image.load()
+        return _in_channels(ImageOps.exif_transpose(image), pixels)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to 8-bit RGB."""
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return _grey_of_wide_range(image).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        return image.convert("RGBA").convert("RGB")
-    return image.convert("RGB")
+def _limit(pixels: Pixels) -> float:
+    """Return how many pixels are decoded whole."""
+    if pixels.megapixels is not None:
+        return pixels.megapixels * 1e6
+    return Image.MAX_IMAGE_PIXELS or MOST_MEGAPIXELS * 1e6
 
 
-def _grey_of_wide_range(image: Image.Image) -> Image.Image:
-    """Scale 16-bit greys (Pillow opens them as I;16 or I) to 8 bit.
+def _require_small(image: Image.Image, pixels: Pixels) -> AbstractContextManager:
+    """Refuse a picture that is too large; a JPEG is reduced by its decoder instead, to the largest size that fits.
 
-    Values within 0..255 are taken as they are, and floats within 0..1 as shares of white.
+    Returns:
+        To be held while it is decoded.
     """
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError("holds values that are not finite")
-    if image.mode.startswith("I;16") or values.max(initial=0) > 255:
-        values = values / 257.0
-    elif image.mode == "F" and values.max(initial=0) <= 1:
-        values = values * 255.0
-    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    (width, height), limit = image.size, _limit(pixels)
+    count = width * height
+    if max(image.size) > LONGEST_SIDE:
+        raise ValueError(f"{width:,} x {height:,} pixels, above the limit of {LONGEST_SIDE:,} on a side")
+    if count > MOST_MEGAPIXELS * 1e6:
+        raise ValueError(f"{width:,} x {height:,} pixels, above the limit of {MOST_MEGAPIXELS:g} megapixels")
+    if count > limit and image.format in ("JPEG", "MPO") and not image.info.get("progressive"):
+        fraction = next((by for by in _REDUCTIONS if count / by**2 <= limit), _REDUCTIONS[-1])
+        image.draft(None, (width // fraction, height // fraction))
+    if image.width * image.height > limit:
+        allow = f"--set data.max_megapixels={-(-count // 10**6)}"
+        raise ValueError(f"{width:,} x {height:,} pixels, above the limit of {limit / 1e6:.4g} megapixels ({allow})")
+    return _LARGE if count > (Image.MAX_IMAGE_PIXELS or limit) else nullcontext()
+
+
+def _scaled(values: StoredValues, pixels: Pixels) -> tuple[Image.Image, ...]:
+    values_HWC = values.to_8_bits(pixels.value_range)
+    count = values_HWC.shape[2]
+    if count in (1, 3) and (pixels.channels in (1, 3) or values.alpha is not None):
+        image = Image.fromarray(values_HWC if count == 3 else values_HWC[:, :, 0])
+        if values.alpha is not None:
+            image.putalpha(values.alpha)
+        return _in_channels(image, pixels)
+    if count != pixels.channels:
+        raise _other_channels(count, pixels)
+    return tuple(Image.fromarray(np.ascontiguousarray(values_HWC[:, :, c])) for c in range(count))
+
+
+def _in_channels(image: Image.Image, pixels: Pixels) -> tuple[Image.Image, ...]:
+    """Convert any mode to 8-bit channels."""
+    if pixels.channels in (1, 3):
+        rgb = _on_backdrop(image, pixels.alpha) if image.has_transparency_data else image.convert("RGB")
+        return (rgb if pixels.channels == 3 else rgb.convert("L"),)
+    if image.mode not in ("RGBA", "RGBX", "LA") or len(image.getbands()) != pixels.channels:
+        raise _other_channels(len(image.getbands()), pixels)
+    return image.split()
+
+
+def _other_channels(count: int, pixels: Pixels) -> ValueError:
+    return ValueError(f"{count} channels; the model takes {pixels.channels}")
+
+
+def _on_backdrop(image: Image.Image, alpha: str) -> Image.Image:
+    if alpha == "drop" and image.mode != "P":  # a palette with transparency has no way to RGB but by RGBA
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    if alpha == "drop":
+        return image.convert("RGB")
+    if alpha == "checker":
+        repeats = (-(-image.height // len(_SQUARES)), -(-image.width // len(_SQUARES)))
+        squares = np.tile(_SQUARES, repeats)[: image.height, : image.width]
+        result = Image.fromarray(np.ascontiguousarray(squares)).convert("RGB")
+    else:
+        result = Image.new("RGB", image.size, alpha)
+    result.paste(image, mask=image.getchannel("A"))
+    return result
 
 
 def reason_of(error: Exception) -> str:

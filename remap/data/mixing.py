@@ -1,7 +1,7 @@
 """Two images made one: mixup (Zhang et al. 2018, arXiv 1710.09412) and CutMix (Yun et al. 2019, arXiv 1905.04899).
 
 Both take raw uint8 pixels and give uint8 pixels, so that every network that looks at the result sees the same image.
-Letters: B images, V side of the view in pixels.
+Letters: B images, C channels, H and W height and width of the view in pixels.
 """
 
 import numpy as np
@@ -14,8 +14,8 @@ DRAWS = 5
 
 
 def mix(
-    images_B3VV: Tensor,
-    others_B3VV: Tensor,
+    images_BCHW: Tensor,
+    others_BCHW: Tensor,
     draws_B5: NDArray[np.float64],
     *,
     mixup: float,
@@ -38,20 +38,20 @@ def mix(
     mixed = which < chance
     boxed = np.full_like(mixed, cutmix > 0) & ((how < 0.5) | (mixup <= 0))
     share = np.ones(len(draws_B5), dtype=np.float32)
-    result = images_B3VV.clone()
-    images, others = result.numpy(), others_B3VV.numpy()
+    result = images_BCHW.clone()
+    images, others = result.numpy(), others_BCHW.numpy()
     # One by one, in the processor's cache: several times as fast as all at once.
     blended = np.flatnonzero(mixed & ~boxed)
     for index, one in zip(blended, _beta(mixup, quantile[blended]), strict=True):
         share[index] = one
         image, other = images[index].astype(np.float32), others[index].astype(np.float32)
         images[index] = np.rint(image * share[index] + other * (1 - share[index]))
-    boxed, size = np.flatnonzero(mixed & boxed), images.shape[-1]
+    boxed, size = np.flatnonzero(mixed & boxed), np.array(images.shape[2:])
     centres = np.stack(centre, 1)[boxed]
     for index, one, point in zip(boxed, _beta(cutmix, quantile[boxed]), centres, strict=True):
         rows, columns = _box(size, one, point)
         images[index, :, rows, columns] = others[index, :, rows, columns]
-        share[index] = 1.0 - (rows.stop - rows.start) * (columns.stop - columns.start) / size**2
+        share[index] = 1.0 - (rows.stop - rows.start) * (columns.stop - columns.start) / size.prod()
     return result, torch.from_numpy(share)
 
 
@@ -62,10 +62,10 @@ def _beta(a: float, quantile_B: NDArray[np.float64]) -> NDArray[np.float64]:
     return betaincinv(a, a, quantile_B) if len(quantile_B) else quantile_B
 
 
-def _box(size: int, share: float, centre_2: NDArray[np.float64]) -> tuple[slice, slice]:
+def _box(size: NDArray[np.int64], share: float, centre_2: NDArray[np.float64]) -> tuple[slice, slice]:
     """Return the rows and columns that come from the partner.
 
-    They are a square of V sqrt(1 - lambda) about a uniformly drawn point, cut off at the edges of the image.
+    They are sqrt(1 - lambda) of each side, about a uniformly drawn point, cut off at the edges of the image.
     """
     half = size * np.sqrt(1.0 - share) / 2
     low = np.clip(np.rint(centre_2 * size - half), 0, size).astype(int)

@@ -1,12 +1,14 @@
-"""Views: the square of raw uint8 pixels that teacher and student both start from.
+"""Views: the rectangle of raw uint8 pixels that teacher and student both start from.
 
-Letters: B images, V side of the view in pixels.
+Letters: B images, C channels, H and W height and width of the view in pixels.
 """
 
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from remap.data.fingerprint import Contents
-from remap.data.images import BadImage, decode, reason_of
+from remap.data.images import BadImage, decode_channels, reason_of
+from remap.data.pixels import RGB, Pixels
 from remap.data.splits import Split
 from remap.data.thread_pool import threads
 from remap.errors import DataError
@@ -31,25 +34,49 @@ FILTERS = {
 
 @dataclass(frozen=True)
 class View:
-    """How an image becomes a square: the centre ``crop_pct`` of its shorter side, resized to ``size`` pixels."""
+    """How an image becomes a view: ``crop_pct`` of the largest box of its shape, in the centre, resized to ``size``.
 
-    size: int
+    Attributes:
+        size: Side of a square in pixels, or (height, width).
+    """
+
+    size: int | tuple[int, int]
     crop_pct: float
     interpolation: str
+    pixels: Pixels = RGB
 
-    def apply(self, image: Image.Image) -> NDArray[np.uint8]:
-        """Return (3, V, V) uint8. The crop is resized in one go, so a sliver of an image needs no giant in between."""
-        side = min(image.size) * self.crop_pct
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        square = image.resize(
-            (self.size, self.size), FILTERS[self.interpolation], box=(left, top, left + side, top + side)
-        )
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a view."""
+        return (self.pixels.channels, *((self.size, self.size) if isinstance(self.size, int) else self.size))
+
+    def read(self, source: bytes | Path | Image.Image) -> NDArray[np.uint8]:
+        """Decode an image and return its view, (C, H, W) uint8.
+
+        Raises:
+            BadImage: It cannot be read.
+        """
+        return self.apply(*decode_channels(source, self.pixels))
+
+    def apply(self, *channels: Image.Image) -> NDArray[np.uint8]:
+        """Return the view, (C, H, W) uint8, of an image or of its channels.
+
+        The crop is resized in one go, so a sliver of an image needs no giant in between.
+        """
+        (_, height, width), image = self.shape, channels[0]
+        across = min(image.width, image.height * width / height) * self.crop_pct
+        down = min(image.height, image.width * height / width) * self.crop_pct
+        left, top = (image.width - across) / 2, (image.height - down) / 2
+        box = (left, top, left + across, top + down)
+        parts = [np.array(one.resize((width, height), FILTERS[self.interpolation], box=box)) for one in channels]
         # Contiguous: for a strided batch a convolution takes another kernel, with other last bits than for the same
         # images held in memory.
-        return np.ascontiguousarray(np.array(square, dtype=np.uint8).transpose(2, 0, 1))
+        return np.ascontiguousarray(np.dstack(parts).transpose(2, 0, 1))
 
     def to_dict(self) -> dict[str, object]:
-        return asdict(self)
+        pixels = self.pixels.to_dict()
+        plain = {"size": self.size, "crop_pct": self.crop_pct, "interpolation": self.interpolation}
+        return {**plain, "pixels": pixels} if pixels else plain
 
 
 class ViewSource:
@@ -75,7 +102,7 @@ class ViewSource:
 
     @property
     def nbytes(self) -> int:
-        return len(self.split) * 3 * self.view.size**2
+        return len(self.split) * prod(self.view.shape)
 
     @property
     def cached_bytes(self) -> int:
@@ -86,16 +113,16 @@ class ViewSource:
         """Decode everything once, when it fits in memory; afterwards ``bad`` is complete."""
         if not self._in_memory or self._cached is not None:
             return
-        pixels_N3VV = torch.zeros(len(self.split), 3, self.view.size, self.view.size, dtype=torch.uint8)
+        pixels_NCHW = torch.zeros(len(self.split), *self.view.shape, dtype=torch.uint8)
         with progress.wait(f"reading {what}", len(self.split)) as step, threads(self._workers) as pool:
             for index, pixels in enumerate(pool.map(self._read, range(len(self.split)))):
                 if pixels is not None:
-                    pixels_N3VV[index] = torch.from_numpy(pixels)
+                    pixels_NCHW[index] = torch.from_numpy(pixels)
                 step.advance()
-        self._cached = pixels_N3VV
+        self._cached = pixels_NCHW
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
-        """Return views of some images and the indices that could be read: uint8 (B', 3, V, V), int64 (B',)."""
+        """Return views of some images and the indices that could be read: uint8 (B', C, H, W), int64 (B',)."""
         chosen = np.asarray(indices, dtype=np.int64)
         if self._cached is not None:
             readable = np.asarray([i for i in chosen if i not in self.bad], dtype=np.int64) if self.bad else chosen
@@ -105,7 +132,7 @@ class ViewSource:
         pixels = [view for view in views if view is not None]
         readable = np.asarray([i for i, view in zip(chosen, views, strict=True) if view is not None], dtype=np.int64)
         if not pixels:
-            return torch.zeros(0, 3, self.view.size, self.view.size, dtype=torch.uint8), readable
+            return torch.zeros(0, *self.view.shape, dtype=torch.uint8), readable
         return torch.from_numpy(np.stack(pixels)), readable
 
     def without_bad(self) -> "ViewSource":
@@ -133,7 +160,7 @@ class ViewSource:
 
     def _read(self, index: int) -> NDArray[np.uint8] | None:
         try:
-            return self.view.apply(decode(self.contents.read(int(index))))
+            return self.view.read(self.contents.read(int(index)))
         except (BadImage, OSError) as error:
             with self._lock:
                 self._bad[int(index)] = error.reason if isinstance(error, BadImage) else reason_of(error)

@@ -57,9 +57,9 @@ class Teacher:
         """Compute the items of raw pixels (B, 3, V, V), uint8."""
         return self.objective.targets(self.runner(images_BCHW.to(self.device)), self.number)
 
-    def shapes(self, view_size: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of one image's row of each item, for views of V = ``view_size`` pixels."""
-        images = torch.zeros(1, 3, view_size, view_size, dtype=torch.uint8)
+    def shapes(self, view: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
+        """Return the shape of one image's row of each item, for views of this shape (C, H, W)."""
+        images = torch.zeros(1, *view, dtype=torch.uint8)
         return {key: tuple(value.shape[1:]) for key, value in self.items(images).items()}
 
     def after_step(self, student: Network, update: int) -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from remap.backbones.build import Backbone
-from remap.data.views import View, ViewSource, listed
+from remap.backbones.preprocess import require_channels
+from remap.data.views import ViewSource, listed
 from remap.distributed.launch import accelerator, use_bf16
 from remap.distributed.sharding import bytes_held, is_sharded
 from remap.engine.self_teachers import copy_trained_tensors
@@ -100,9 +101,13 @@ def build_components(
             placed(teacher, recipe, device)
     _warn_of_transfers(recipe, student, teachers, progress)
 
-    # One view serves everyone: the largest input size, cropped as the student is.
-    sizes = [network.preprocess.size for network in (student, *(teacher.network for teacher in teachers))]
-    view = View(max(sizes), student.preprocess.crop_pct, student.preprocess.interpolation)
+    networks = (student, *(teacher.network for teacher in teachers))
+    view = shared.view(recipe.data, [network.preprocess for network in networks])
+    for network in networks:
+        require_channels(view.shape[0], network.preprocess.shape[0], network.identity.model)
+    if view.pixels.value_range is not None:
+        low, high = view.pixels.value_range
+        progress.say(f"images of more than 8 bits: values from {low:g} to {high:g} become 0 to 255 (data.value_range)")
     views = shared.open(recipe.data, view, progress)
     if views.unreadable:
         progress.say(f"left out {len(views.unreadable)} image(s) that cannot be read: {listed(views.unreadable)}")

@@ -8,7 +8,7 @@ from torch import Tensor
 from remap.backbones.build import Backbone
 from remap.backbones.preprocess import Preprocess
 from remap.data import keyed_random
-from remap.data.views import View, ViewSource
+from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
 from remap.errors import DataError
 from remap.network import Network, Runner
@@ -56,7 +56,7 @@ def training_pixels(
         DataError: None of them can be read.
     """
     preprocess, split = backbone.preprocess, shared.index(data).train
-    view = View(preprocess.size, preprocess.crop_pct, preprocess.interpolation)
+    view = shared.view(data, [preprocess])
     # Nothing is held: a few hundred images are read once.
     source = ViewSource(split, view, memory_bytes=0.0, workers=data.workers)
     images_BCHW, _ = source.batch(keyed_random.permutation(seed, 0, len(split))[:images])

@@ -1,13 +1,17 @@
 """What several runs can share: listed data, decoded views, prepared teachers and their outputs."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
 
+from remap.backbones.preprocess import PreprocessSpec
 from remap.data.fingerprint import Contents, fingerprint
+from remap.data.pixels import Pixels
 from remap.data.sources import open_data
 from remap.data.splits import ImageData
+from remap.data.value_range import find_value_range
 from remap.data.views import JoinedSource, View, ViewSource, listed, require_readable
 from remap.errors import DataError
 from remap.progress import Progress, Silent
@@ -73,6 +77,7 @@ class SharedResources:
     """
 
     data: dict[tuple, ImageData] = field(default_factory=dict)
+    value_ranges: dict[tuple, tuple[float, float] | None] = field(default_factory=dict)
     views: dict[tuple, DataViews] = field(default_factory=dict)
     teachers: dict[str, Any] = field(default_factory=dict)
     targets: dict[tuple, Any] = field(default_factory=dict)
@@ -81,7 +86,7 @@ class SharedResources:
 
     def index(self, spec: DataSpec) -> ImageData:
         """List a data source, once; no image is decoded."""
-        key = (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled, spec.labels)
+        key = _listed(spec)
         if key not in self.data:
             # A folder on a network drive takes minutes to list.
             self.data[key] = open_data(*key)
@@ -90,14 +95,36 @@ class SharedResources:
     def classes(self, spec: DataSpec) -> tuple[str, ...]:
         return self.index(spec).classes
 
+    def view(self, spec: DataSpec, inputs: Sequence[PreprocessSpec]) -> View:
+        """Return the one view that serves all networks: cropped and shaped as for the first, as large as for any.
+
+        Values of more than 8 bits are scaled by the recipe's range, or by that of the training images, looked at once.
+        """
+        first, (_, height, width) = inputs[0], inputs[0].shape
+        factor = max(max(one.shape[1] / height, one.shape[2] / width) for one in inputs)
+        size = (round(height * factor), round(width * factor))
+        pixels = Pixels(max(one.shape[0] for one in inputs), spec.alpha, megapixels=spec.max_megapixels)
+        if spec.value_range is not None:
+            pixels = replace(pixels, value_range=(spec.value_range[0], spec.value_range[1]))
+        else:
+            key = (*_listed(spec), pixels)
+            if key not in self.value_ranges:
+                self.value_ranges[key] = find_value_range(self.index(spec).train, pixels, spec.workers)
+            pixels = replace(pixels, value_range=self.value_ranges[key])
+        return View(size[0] if size[0] == size[1] else size, first.crop_pct, first.interpolation, pixels)
+
     def open(self, spec: DataSpec, view: View, progress: Progress) -> DataViews:
         """Open, decode and check a data source, once."""
-        listed = (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled, spec.labels)
         # Only what changes the views is part of the key; cells of a comparison differ elsewhere.
-        key = (*listed, spec.unlabeled_only, spec.skip_bad, spec.max_bad, view)
+        key = (*_listed(spec), spec.unlabeled_only, spec.skip_bad, spec.max_bad, view)
         if key not in self.views:
             self.views[key] = _open(self.index(spec), spec, view, progress)
         return self.views[key]
+
+
+def _listed(spec: DataSpec) -> tuple:
+    """Return what decides which images there are."""
+    return (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled, spec.labels)
 
 
 _TITLES = {

@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import anatomy_of
-from remap.data.images import decode
 from remap.data.views import View
 from remap.errors import RecipeError
 from remap.io.paths import expanded
@@ -62,12 +61,12 @@ class Student:
         self._runner = Runner(network).to(device)
 
     def pixels(self, image: Image.Image | bytes | Path | str) -> np.ndarray:
-        """Return the raw view of one image, uint8 (3, V, V).
+        """Return the raw view of one image, uint8 (C, H, W).
 
         Raises:
             BadImage: The image cannot be read.
         """
-        return self.view.apply(decode(expanded(image) if isinstance(image, str) else image))
+        return self.view.read(expanded(image) if isinstance(image, str) else image)
 
     @torch.no_grad()
     def logits(self, images: Sequence[Image.Image | bytes | Path | str]) -> Tensor:

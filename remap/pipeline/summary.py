@@ -67,6 +67,7 @@ def summarize(
             "labeled_images": round(len(components.training_source.split) * components.labeled_share),
             "val_images": len(views.val.split),
             "split": views.data.split_rule,
+            **({"value_range": list(ends)} if (ends := views.view.pixels.value_range) else {}),
             "skipped": [list(item) for item in (*views.skipped, *components.training_source.bad_names())],
             "fingerprint": views.fingerprint(),
             # `remap eval` says by it whether it evaluates the same images.

@@ -10,6 +10,7 @@ from remap.cache.cache_folders import CacheKey, cache_root, has_cache, library_v
 from remap.cache.output_format import OutputFormat
 from remap.cache.output_store import LEAST_MASS, OutputStore, bytes_for
 from remap.cache.teacher_cache import FiniteViews, cache_in_memory, cache_on_disk, missing_rows
+from remap.data.images import ALWAYS_OPAQUE
 from remap.distributed.launch import accelerator
 from remap.engine.teacher import AverageTeacher, Teacher
 from remap.errors import DataError, RemapError
@@ -82,7 +83,7 @@ def choose_storage(components: RunComponents, prepared: PreparedTeacher, teacher
         )
     if changing is not None or spec.cache == "off":
         return OutputStorage("each step", 0, {})
-    shapes = teacher.shapes(components.views.view.size)
+    shapes = teacher.shapes(components.views.view.shape)
     count = len(components.training_source.split) * data.finite_views
     # Items are float32 in memory, in the dtype of the recipe on disk.
     in_memory = count * sum(4 * torch.Size(shape).numel() for shape in shapes.values())
@@ -212,6 +213,8 @@ def _cache_on_disk(
 def _key(components: RunComponents, prepared: PreparedTeacher) -> dict[str, Any]:
     """Return everything besides the image and its draw that decides what is stored."""
     network, view = prepared.network, components.views.view
+    if all(name.lower().endswith(ALWAYS_OPAQUE) for name in components.training_source.split.names):
+        view = replace(view, pixels=replace(view.pixels, alpha="drop"))  # what earlier versions cached is right
     return CacheKey(
         teacher=network.identity.model,
         state=prepared.fingerprint,

@@ -39,6 +39,8 @@ Model = TypeVar("Model", bound=ModelSpec)
 BASE_WIDTH = 128
 # Fields that change no result, by section.
 _SILENT = {"train": {"checkpoint_seconds", "eval_every", "processes", "parallel"}, "data": {"workers", "memory_gib"}}
+# Fields of data that came later: without them a recipe has the hash it had before.
+_LATER = ("alpha", "value_range", "max_megapixels")
 _DATA_PATHS = {"source", "val_source", "unlabeled"}
 
 
@@ -163,9 +165,10 @@ class Recipe(Section):
             places: Whether the paths of the images count; their content decides, and they may be moved.
         """
         recipe = self.written_out()
-        without: dict[str, Any] = {"name": True, "teachers": True, **_SILENT}
+        later = {name for name in _LATER if getattr(recipe.data, name) == DataSpec.model_fields[name].default}
+        without: dict[str, Any] = {"name": True, "teachers": True, **_SILENT, "data": _SILENT["data"] | later}
         if not places:
-            without["data"] = _SILENT["data"] | _DATA_PATHS
+            without["data"] |= _DATA_PATHS
         teachers = [spec.model_dump(mode="json", exclude={"shard"}) for spec in recipe.teachers]
         # As recipes of one teacher and more were written first, so that runs of that time can be resumed.
         values = recipe.model_dump(mode="json", exclude=without)

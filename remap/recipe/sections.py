@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from remap.data.pixels import MOST_MEGAPIXELS
 from remap.recipe.named import InitSpec, name_only
 from remap.recipe.paths import require_path_or_name
 from remap.remapping.architecture.shrink_options import ShrinkSpec, is_shrink_word, read_shrink_word
@@ -28,6 +29,12 @@ class Section(BaseModel):
         # Pydantic would take a misspelt field and ignore it.
         assert set(update or ()) <= set(type(self).model_fields), update
         return super().model_copy(update=update, deep=deep)
+
+
+def _require_ends(ends: list[float]) -> list[float]:
+    if len(ends) != 2 or not ends[0] < ends[1]:
+        raise ValueError("should be two numbers, the smaller one first, as in [0, 4095]")
+    return ends
 
 
 class DataSpec(Section):
@@ -67,6 +74,18 @@ class DataSpec(Section):
     )
     mix_probability: float = Field(
         default=1.0, ge=0.0, le=1.0, description="Share of the pairs of images that are mixed."
+    )
+    alpha: Literal["white", "black", "checker", "drop"] = Field(
+        default="white", description="What transparent pixels show; drop shows the colours stored below."
+    )
+    value_range: Annotated[list[float], AfterValidator(_require_ends)] | None = Field(
+        default=None, description="Values that become 0 and 255 in images of more than 8 bits; null finds them."
+    )
+    max_megapixels: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=MOST_MEGAPIXELS,
+        description="Largest image that is decoded; null is 89.5, and JPEG up to 500 at reduced size.",
     )
     max_bad: float = Field(default=0.1, ge=0.0, lt=1.0, description="Largest share of unreadable training images.")
     skip_bad: bool = Field(default=False, description="Skip unreadable images in evaluation too, instead of stopping.")

@@ -49,18 +49,21 @@ def _require_absolute(word: str) -> str:
 
 def _sized_view(view: View) -> View:
     _require_view(view)
+    if problem := view.pixels.problem():
+        raise ValueError(problem)
     return view
 
 
 def _sized_preprocess(spec: PreprocessSpec) -> PreprocessSpec:
     _require_view(spec)
-    if not all(map(isfinite, (*spec.mean, *spec.std))) or min(spec.std) <= 0:
-        raise ValueError("mean and std should be finite, and std above 0")
+    if not all(map(isfinite, (*spec.mean, *spec.std))) or not len(spec.mean) == len(spec.std) or min(spec.std) <= 0:
+        raise ValueError("mean and std should be finite, as many of each, and std above 0")
     return spec
 
 
 def _require_view(view: View | PreprocessSpec) -> None:
-    if not 1 <= view.size <= LARGEST_SIDE or not 0 < view.crop_pct <= 1 or view.interpolation not in FILTERS:
+    inside = all(1 <= side <= LARGEST_SIDE for side in view.shape[1:])
+    if not inside or not 0 < view.crop_pct <= 1 or view.interpolation not in FILTERS:
         raise ValueError(f"should have 1 to {LARGEST_SIDE} pixels, a share of them, and one of {', '.join(FILTERS)}")
 
 

@@ -8,6 +8,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from remap.backbones.preprocess import Preprocess, PreprocessSpec
+from remap.backbones.typed import input_channels
 
 
 def _spec(**kwargs: object) -> PreprocessSpec:
@@ -43,3 +44,30 @@ def test_the_spec_is_what_timm_states_of_the_weights() -> None:
     assert (augreg.size, augreg.mean, augreg.std, augreg.crop_pct) == (224, (0.5,) * 3, (0.5,) * 3, 0.9)
     assert (dino.size, dino.mean, dino.std) == (518, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert PreprocessSpec.from_dict(dino.to_dict()) == dino
+
+
+@pytest.mark.parametrize(("channels", "seen"), [(1, 3), (3, 1), (4, 4)])
+def test_channels_and_oblong_inputs_by_hand(channels: int, seen: int) -> None:
+    """Greys are .299 R + .587 G + .114 B (ITU-R BT.601); a grey is all three colours."""
+    mean, std = (tuple(np.arange(1, channels + 1) / scale) for scale in (10, 5))
+    images = torch.randint(0, 256, (2, seen, 6, 10), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = images.numpy().astype(np.float64) / 255
+    pixels = np.einsum("bchw,c->bhw", pixels, [0.299, 0.587, 0.114])[:, None] if channels == 1 else pixels
+    wanted = (pixels - np.reshape(mean, (-1, 1, 1))) / np.reshape(std, (-1, 1, 1))
+    spec = _spec(size=(6, 10), mean=mean, std=std)
+    assert spec.shape == (channels, 6, 10) and PreprocessSpec.from_dict(spec.to_dict()) == spec
+    np.testing.assert_allclose(Preprocess(spec)(images).numpy(), wanted, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", ["tresnet_m", "naflexvit_base_patch16_gap", "resnet18", "convnext_atto"])
+def test_channels_are_those_of_the_image_also_where_pixels_are_rearranged_first(name: str) -> None:
+    with torch.device("meta"):
+        assert input_channels(timm.create_model(name)) == 3
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "vit_tiny_patch16_224"])
+def test_channels_are_those_of_the_weights_whatever_the_configuration_says(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, in_chans=5)
+    model.pretrained_cfg["input_size"] = (3, 224, 224)
+    assert input_channels(model) == 5

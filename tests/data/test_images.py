@@ -146,7 +146,7 @@ def test_a_missing_file_says_so(tmp_path: Path) -> None:
 
 
 def test_a_signal_while_decoding_is_no_bad_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(image: Image.Image) -> None:
+    def stop(*_: object) -> None:
         raise Interrupted("interrupted")
 
     monkeypatch.setattr("remap.data.images._require_small", stop)

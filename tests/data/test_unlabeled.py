@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from remap.data import views as views_module
-from remap.data.images import decode
+from remap.data.images import decode, decode_channels
 from remap.data.sources import open_data, open_unlabeled
 from remap.data.splits import Split, stratified
 from remap.data.views import JoinedSource, View, ViewSource
@@ -175,7 +175,9 @@ def test_each_choice_is_its_own_answer(tree: Tree) -> None:
 def test_nothing_is_decoded_twice(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     """8 training, 8 evaluation and 4 more images are 20 readings, however they are looked at afterwards."""
     calls: list[int] = []
-    monkeypatch.setattr(views_module, "decode", lambda content: calls.append(1) or decode(content))
+    monkeypatch.setattr(
+        views_module, "decode_channels", lambda content, how: calls.append(1) or decode_channels(content, how)
+    )
     views = opened(tree(LABELED), unlabeled=str(tree(LOOSE, "loose")))
     assert len(calls) == 20
     for source in (views.train, views.training_source, views.unlabeled):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, AttentionBlock, anatomy_of, module_at, set_fused_attention
 from remap.backbones.families.base import family_of
-from remap.backbones.typed import layer_at, pooled_features
+from remap.backbones.typed import input_channels, layer_at, pooled_features
 from remap.remapping.architecture.remove_blocks import Batches
 
 Criterion = Literal["taylor", "magnitude"]
@@ -89,7 +89,7 @@ def _opened(model: nn.Module) -> Anatomy:
 
 
 def _graph(model: nn.Module, anatomy: Anatomy) -> tp.DependencyGraph:
-    images_BCHW = torch.zeros(1, 3, *anatomy.image_size, device=next(model.parameters()).device)
+    images_BCHW = torch.zeros(1, input_channels(model), *anatomy.image_size, device=next(model.parameters()).device)
     layers = (nn.Linear, nn.Conv2d, nn.LayerNorm)
     wrapped = {id(p) for module in model.modules() if isinstance(module, layers) for p in module.parameters()}
     # Tokens, positions and LayerScale have the channels last.

@@ -5,7 +5,7 @@ from pydantic import Field
 from torch import Tensor
 
 from remap.backbones.families.layout import Place
-from remap.backbones.typed import pooled_features
+from remap.backbones.typed import input_channels, pooled_features
 from remap.errors import BackboneError
 from remap.remapping.weights.base import Images, WeightInit, differences, places
 from remap.remapping.weights.transfer import Plan, Side, Transferred, UnitPlan
@@ -126,7 +126,9 @@ def spread_out(teacher: int, student: int) -> list[int | None]:
 
 def function_difference(teacher: Side, student: Side, width: tuple[int, ...]) -> float:
     """Return the largest difference of the pooled features on noise, relative to their largest value."""
-    images = torch.randn(2, 3, *teacher.anatomy.image_size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(
+        2, input_channels(teacher.model), *teacher.anatomy.image_size, generator=torch.Generator().manual_seed(0)
+    )
     found: list[Tensor] = []
     for side in (teacher, student):
         first, training = next(side.model.parameters()), side.model.training

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy
 from remap.backbones.feature_network import side_network
+from remap.backbones.typed import input_channels
 from remap.errors import BackboneError
 from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.finetuning.mlp import require_one_feature
@@ -39,7 +40,8 @@ class SideTune(Method):
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         require_one_feature(anatomy, "sidetune")
-        network, width = side_network(self.config.side, self.config.side_weights, anatomy.image_size)
+        channels = input_channels(model)
+        network, width = side_network(self.config.side, self.config.side_weights, anatomy.image_size, channels)
         like = next(model.parameters())
         edits = Edits(model)
         side = edits.insert(_PATH, SideNetwork(network, width, anatomy.width), like)

@@ -51,7 +51,7 @@ class _Enlarging(Frame):
         self.image_size = image_size
         for name in ("mean", "std"):
             value = torch.tensor(getattr(spec, name), device=like.device, dtype=like.dtype)
-            self.register_buffer(name, value.view(1, 3, 1, 1), persistent=False)
+            self.register_buffer(name, value.view(1, -1, 1, 1), persistent=False)
         for pixels in (self.rows, self.columns):
             nn.init.uniform_(pixels, 0.0, 1.0)
 

@@ -53,8 +53,8 @@ class Prompts(nn.Module):
         added = self.prefix + anatomy.num_patches - self.skipped
         self.length = added if config.added else config.num_prompts
         width = config.projection or anatomy.width
-        shape = (self.length, width) if embedding is None else (self.length, 3, *self.patch_size)
-        self.prompts = nn.Parameter(torch.empty(sets, *shape, device=like.device, dtype=like.dtype))
+        shape = (width,) if embedding is None else (next(embedding.parameters()).shape[1], *self.patch_size)
+        self.prompts = nn.Parameter(torch.empty(sets, self.length, *shape, device=like.device, dtype=like.dtype))
         self.dropouts = nn.ModuleList(SampleDropout(config.dropout, site) for site in range(len(own)))
         bound = patch_bound(anatomy, width)
         nn.init.uniform_(self.prompts, -bound, bound)
@@ -114,16 +114,16 @@ class Prompts(nn.Module):
         """Split along the sequence, in parts of these sizes and the rest."""
         return tokens.split([*sizes, tokens.shape[1] - sum(sizes)], dim=1)
 
-    def _embedded(self, patches_p3hw: Tensor) -> Tensor:
+    def _embedded(self, patches_pChw: Tensor) -> Tensor:
         """Return (p, D): the patches are laid out on empty images of the size that the embedding takes."""
         (rows, columns), (height, width) = self.grid, self.patch_size
         images = -(-self.length // (rows * columns))
-        filled = F.pad(patches_p3hw, (0, 0, 0, 0, 0, 0, 0, images * rows * columns - self.length))
+        filled = F.pad(patches_pChw, (0, 0, 0, 0, 0, 0, 0, images * rows * columns - self.length))
         canvas = filled.unflatten(0, (images, rows, columns)).permute(0, 3, 1, 4, 2, 5)
-        canvas_3HW = canvas.reshape(images, 3, rows * height, columns * width)
+        canvas_CHW = canvas.reshape(images, canvas.shape[1], rows * height, columns * width)
         rest = (0, self.image_size[1] - columns * width, 0, self.image_size[0] - rows * height)
         # Past the hooks: what other methods do to images is not for prompts.
-        tokens = self._embedding[0].forward(F.pad(canvas_3HW, rest))
+        tokens = self._embedding[0].forward(F.pad(canvas_CHW, rest))
         return tokens.reshape(images * rows * columns, -1)[: self.length]
 
 

@@ -51,8 +51,8 @@ class _Added(Frame):
 
     def add(self, module: nn.Module, args: tuple) -> tuple:
         """Forward pre-hook of the module that takes the image."""
-        images_B3HW = args[0]
-        require_size(images_B3HW, self.image_size)
+        images_BCHW = args[0]
+        require_size(images_BCHW, self.image_size)
         height, width = (size - 2 * self.border for size in self.image_size)
-        prompt_13HW = self.around(self.rows, self.columns, self.rows.new_zeros(1, 3, height, width))
-        return (images_B3HW + prompt_13HW.to(images_B3HW.dtype), *args[1:])
+        prompt_1CHW = self.around(self.rows, self.columns, self.rows.new_zeros(1, self.rows.shape[1], height, width))
+        return (images_BCHW + prompt_1CHW.to(images_BCHW.dtype), *args[1:])

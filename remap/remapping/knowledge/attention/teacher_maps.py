@@ -78,8 +78,8 @@ class _Pixels(nn.Module):
 
     def __init__(self, spec: PreprocessSpec) -> None:
         super().__init__()
-        self.register_buffer("mean", 255.0 * torch.tensor(spec.mean).view(1, 3, 1, 1))
-        self.register_buffer("std", 255.0 * torch.tensor(spec.std).view(1, 3, 1, 1))
+        self.register_buffer("mean", 255.0 * torch.tensor(spec.mean).view(1, -1, 1, 1))
+        self.register_buffer("std", 255.0 * torch.tensor(spec.std).view(1, -1, 1, 1))
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         return images_BCHW.float() * self.std + self.mean
