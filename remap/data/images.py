@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from remap.data.pixels import MOST_MEGAPIXELS, RGB, Pixels
 from remap.data.stored_values import StoredValues, needs_tifffile, of_image, of_npy, of_tiff
@@ -98,7 +98,7 @@ def wide_values(data: bytes, pixels: Pixels) -> StoredValues | None:
     return None if values is None or values.values_HWC.dtype.itemsize == 1 else values
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes) -> ImageFile.ImageFile:
     """Open as ``PIL.Image.open`` does, but for its limit of pixels, which is one for the whole process."""
     for name in _formats():
         factory, accepts = Image.OPEN[name]

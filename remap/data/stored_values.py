@@ -4,13 +4,15 @@ Letters: H height, W width, C channels.
 """
 
 import io
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin
 
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Tags of TIFF 6.0, and what they hold where 0 stands for white, and in unsigned numbers.
@@ -68,7 +70,7 @@ def _range_of_type(values: NDArray) -> tuple[float, float]:
     return (0.0, 1.0) if values.dtype.kind == "f" and largest <= 1 else (0.0, 255.0)
 
 
-def of_image(image: Image.Image, open_again: Callable[[], Image.Image] | None) -> StoredValues | None:
+def of_image(image: Image.Image, open_again: Callable[[], ImageFile.ImageFile] | None) -> StoredValues | None:
     """Return the upright values of a picture with more than 8 bits a channel; None where there are only 8.
 
     Args:
@@ -81,7 +83,7 @@ def of_image(image: Image.Image, open_again: Callable[[], Image.Image] | None) -
         if image.mode == "I" and tags.get(258) == (32,) and tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))[0] == _UNSIGNED:
             values = values.view(np.uint32)
         return StoredValues(values, tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO)
-    if open_again is None or image.mode not in ("RGB", "RGBA") or not any(map(_rawmode_of_16, image.tile)):
+    if open_again is None or image.mode not in ("RGB", "RGBA") or not _has_16_bits(image):
         return None
     again = open_again()
     again.tile = [tile._replace(args=_swapped(tile.args)) for tile in again.tile]
@@ -90,16 +92,16 @@ def of_image(image: Image.Image, open_again: Callable[[], Image.Image] | None) -
     return StoredValues(values, alpha=upper.getchannel("A") if upper.mode == "RGBA" else None)
 
 
-def _rawmode_of_16(tile: object) -> bool:
-    return ";16" in str(getattr(tile, "args", ""))
+def _has_16_bits(image: Image.Image) -> bool:
+    return any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))
 
 
-def _swapped(args: object) -> object:
+def _swapped(args: Any) -> Any:
     if isinstance(args, tuple):
         return tuple(map(_swapped, args))
     if not isinstance(args, str) or ";16" not in args:
         return args
-    big = args.endswith("B") or (args.endswith("N") and np.little_endian is False)
+    big = args.endswith("B") or (args.endswith("N") and sys.byteorder == "big")
     return args[:-1] + ("L" if big else "B")
 
 
@@ -111,7 +113,7 @@ def needs_tifffile(data: bytes, channels: int, image: Image.Image | None) -> boo
         return True
     if channels not in (1, 3):
         return find_spec("tifffile") is not None
-    return getattr(image, "tag_v2", {}).get(_PLANAR) == _SEPARATE and any(map(_rawmode_of_16, image.tile))
+    return getattr(image, "tag_v2", {}).get(_PLANAR) == _SEPARATE and _has_16_bits(image)
 
 
 def of_tiff(data: bytes, channels: int, most_bytes: float) -> StoredValues:
