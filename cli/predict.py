@@ -19,12 +19,15 @@ def predict(
     """Predict the class of each image. Unreadable files are reported; the exit code is then 2."""
     if not launch.is_first():  # the images are not divided among processes
         return
+    from remap.data.image_files import counted
     from remap.pipeline.predict import image_files
     from remap.pipeline.predict import predict as predictions
     from remap.pipeline.student_api import load_student
 
     with console.Reporter() as progress:
-        paths = image_files(images)
+        paths, left_out = image_files(images)
+        if left_out:
+            progress.say(f"left out {len(left_out)} other file(s): {counted(left_out)}")
         student = load_student(run)
         found = list(predictions(student, paths, top=top, batch_size=batch_size, progress=progress))
     if json:

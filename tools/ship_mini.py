@@ -60,7 +60,8 @@ def measure(name: str, test: str, classes: tuple[str, ...]) -> float:
     """Accuracy of the shipped file through timm's own loader, in float32."""
     model = timm.create_model(name, pretrained=True).eval()
     spec = PreprocessSpec.of(model)
-    source = ViewSource(read_all(test, classes), View(spec.size, spec.crop_pct, spec.interpolation), memory_bytes=2e9)
+    split, _ = read_all(test, classes)
+    source = ViewSource(split, View(spec.size, spec.crop_pct, spec.interpolation), memory_bytes=2e9)
     source.load(Silent(), "test images")
     preprocess, right = Preprocess(spec), 0
     for start in range(0, len(source.split), 500):

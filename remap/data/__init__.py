@@ -30,7 +30,13 @@ SOURCES: Registry[SourceEntry] = Registry(
         SourceEntry(
             name="folders",
             target="remap.data.class_folders:ClassFolders",
-            summary="a folder of class folders, with or without train, val and test; or a tar of one",
+            summary="a folder of class folders, with or without train, val and test; or a tar or zip of one",
+            by_path=True,
+        ),
+        SourceEntry(
+            name="csv",
+            target="remap.data.label_table:LabelTable",
+            summary="a CSV or TSV of files and labels, with or without a column of splits",
             by_path=True,
         ),
     ],

@@ -1,15 +1,15 @@
-"""Files in a folder, read within bounds; ``tar_listing`` gives the same for a tar."""
+"""Files in a folder, read within bounds; ``tar_listing`` and ``zip_listing`` give the same for archives."""
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from remap.data.images import MAX_BYTES
 from remap.errors import DataError
 from remap.io.checked_read import read_regular
-from remap.io.names import plain
+from remap.io.paths import LONGEST_PATH
 
 # Files and folders of one source; the largest public sets of images have 15 million.
 MOST_ENTRIES = 20_000_000
@@ -21,11 +21,23 @@ MOST_VISITS = 16
 
 @dataclass(frozen=True)
 class Listing:
-    """Files and folders of a folder or tar as relative paths, and what reads a file."""
+    """Files and folders of a folder or archive as relative paths, what reads a file, and what tells its size in bytes.
+
+    The size of what cannot be read is -1.
+    """
 
     paths: tuple[str, ...]
     folders: tuple[str, ...]
     read: Callable[[str], bytes]
+    size: Callable[[str], int]
+
+    def inside(self, prefix: str) -> "Listing":
+        """Return what lies below a folder ("photos/"), relative to it."""
+        paths, folders = (
+            tuple(path.removeprefix(prefix) for path in all_ if path.startswith(prefix))
+            for all_ in (self.paths, self.folders)
+        )
+        return Listing(paths, folders, lambda path: self.read(prefix + path), lambda path: self.size(prefix + path))
 
 
 def list_folder(root: Path) -> Listing:
@@ -58,30 +70,30 @@ def list_folder(root: Path) -> Listing:
         paths += [prefix + name for name in names]
         folders += [prefix + name for name in below]
         require_few(len(paths) + len(folders), root)
-    return Listing(tuple(sorted(paths)), tuple(sorted(folders)), lambda p: read_regular(root / p, MAX_BYTES))
+    return files_of(root, paths, folders)
 
 
-def unwrapped(listing: Listing, not_into: Collection[str]) -> Listing:
-    """Step into a single folder that holds everything, as archives often have one; not into one in ``not_into``."""
-    tops = {path.split("/")[0] for path in listing.paths}
-    deep = all(path.count("/") >= 2 for path in listing.paths)
-    if len(tops) != 1 or not deep or next(iter(tops)).lower() in not_into:
-        return listing
-    prefix = f"{tops.pop()}/"
-    inside = tuple(folder.removeprefix(prefix) for folder in listing.folders if folder.startswith(prefix))
-    paths = tuple(path.removeprefix(prefix) for path in listing.paths)
-    return Listing(paths, inside, lambda path: listing.read(prefix + path))
+def files_of(root: Path, paths: Sequence[str] = (), folders: Sequence[str] = ()) -> Listing:
+    """Return the listing of these files in a folder."""
+
+    def size(path: str) -> int:
+        try:
+            return os.stat(root / path).st_size
+        except (OSError, ValueError):
+            return -1
+
+    return Listing(tuple(sorted(paths)), tuple(sorted(folders)), lambda p: read_regular(root / p, MAX_BYTES), size)
 
 
-def is_hidden(name: str) -> bool:
-    """Return whether a name is one of those that file managers leave behind: .DS_Store, ._name, __MACOSX."""
-    return name.startswith((".", "__MACOSX"))
+def member_path(name: str) -> str:
+    """Return the path of an archive's member without leading slashes and dots; nothing is ever written at it.
 
-
-def why_skipped(path: str) -> str:
-    """Return why a file among images is left out."""
-    suffix = plain(PurePosixPath(path).suffix)[:20]
-    return f"{suffix} files are not taken from folders of images" if suffix else "it has no suffix"
+    Raises:
+        ValueError: It is longer than any path.
+    """
+    if len(name) > LONGEST_PATH:
+        raise ValueError(f"a name in it has more than {LONGEST_PATH:,} letters")
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 def require_few(count: int, source: Path) -> None:

@@ -6,6 +6,8 @@ import threading
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 # Of these, formats without transparency, and those of 8 bits.
 ALWAYS_OPAQUE = (".jpg", ".jpeg", ".bmp", ".ppm", ".pgm")
 ALWAYS_8_BITS = (".jpg", ".jpeg", ".bmp", ".webp", ".avif", ".gif")
+
+# Photographs of telephones, read where pillow-heif (the extra "heic") is installed.
+HEIC, HEIC_SUFFIXES = find_spec("pillow_heif") is not None, (".heic", ".heif")
 
 # What these files may hold, under any name: MPO is what some cameras write as .jpg, GIF what the web calls so.
 # Pillow's other readers stay out: one for EPS starts Ghostscript, others hand work to programs or are hardly used.
@@ -115,7 +120,9 @@ def _open(data: bytes) -> ImageFile.ImageFile:
 def _formats() -> tuple[str, ...]:
     """Return those that this build of Pillow has."""
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+    if HEIC:
+        import_module("pillow_heif").register_heif_opener()
+    return tuple(name for name in (*FORMATS, "HEIF") if name in Image.OPEN)
 
 
 def _of_array(data: bytes, pixels: Pixels) -> StoredValues | None:

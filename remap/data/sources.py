@@ -1,6 +1,7 @@
 """Open images by a word: the name of a source, or a path. Adding a source: its file, a row in SOURCES, its test."""
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -9,17 +10,37 @@ from pathlib import Path
 import numpy as np
 
 from remap.data import SOURCES, is_source
-from remap.data.file_listing import Listing, is_hidden, list_folder, why_skipped
+from remap.data.file_listing import Listing, list_folder
+from remap.data.image_files import Skipped, counted, why_left_out
 from remap.data.images import SUFFIXES
 from remap.data.splits import NO_LABEL, ImageData, Split
 from remap.data.tar_listing import list_tar
+from remap.data.zip_listing import list_zip
 from remap.errors import DataError, MissingData
-from remap.io.names import plain
+from remap.io.checked_read import open_regular
+from remap.io.names import look_alike, plain
 from remap.io.paths import absolute, expanded
+
+# First bytes of files that data sets come in, too, but which nothing here reads.
+_OTHER_FILES = {
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!": "a rar archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"PAR1": "a Parquet file",
+}
+TABLES = (".csv", ".tsv")
+# What may lie at a path.
+PATHS = "a folder of class folders, a tar or zip of one, or a CSV of labels"
 
 
 class Source(ABC):
-    """Where labelled images come from. The class behind a row of ``SOURCES``; it is made without arguments."""
+    """Where labelled images come from. The class behind a row of ``SOURCES``; it is made without arguments.
+
+    Attributes:
+        depth: The recipe's ``data.depth``, for sources by path.
+    """
+
+    depth: int | None = None
 
     @abstractmethod
     def open(self, word: str, val_source: str | None, val_fraction: float) -> ImageData:
@@ -34,38 +55,47 @@ class Source(ABC):
             DataError: There are no such images, or they do not fit together.
         """
 
-    def read_all(self, word: str, classes: Sequence[str]) -> Split:
-        """Return all images, of all splits, labelled by a task's class names; see ``read_all``."""
+    def read_all(self, word: str, classes: Sequence[str]) -> tuple[Split, Skipped]:
+        """Return all images, of all splits, labelled by a task's class names, and what was left out."""
         data = self.open(word, None, 0.5)
         if data.classes != tuple(classes):
             raise unknown_classes([word], classes)
         everything = data.train.joined(data.val)
-        return everything if data.test is None else everything.joined(data.test)
+        return (everything if data.test is None else everything.joined(data.test)), data.skipped
 
     def recognises(self, path: Path) -> bool:
         """Return whether a source with ``by_path`` reads what lies at this path."""
         return False
 
 
-def find_source(word: str) -> Source:
+def find_source(word: str, depth: int | None = None) -> Source:
     """Return the source that a word names, or the one that reads what lies at the path it is.
 
     Raises:
         MissingData: There is nothing at the path.
+        DataError: A ``depth`` for a source that has no folders.
     """
     if is_source(word):
+        if depth not in (None, 1):
+            raise DataError("data.depth is for folders of class folders", given=f"data.depth={depth}, {word}")
         source: Source = SOURCES.load(word.partition(":")[0])()
         return source
     # The last row first: the built-in reader of paths takes every file for a tar.
     for row in reversed(list(SOURCES)):
         if row.by_path and (source := row.load()()).recognises(expanded(word)):
+            source.depth = depth
             return source
     named = ", ".join(repr(row.name) for row in SOURCES if not row.by_path)
-    raise missing(word, f"{named}, a folder of class folders, or a tar of one")
+    raise missing(word, f"{named}, {PATHS}")
 
 
 def open_data(
-    source: str, val_source: str | None, val_fraction: float, unlabeled: str | None = None, labels: int | None = None
+    source: str,
+    val_source: str | None,
+    val_fraction: float,
+    unlabeled: str | None = None,
+    labels: int | None = None,
+    depth: int | None = None,
 ) -> ImageData:
     """Open a data source.
 
@@ -73,14 +103,15 @@ def open_data(
         source: The name of a source, or a path.
         val_source: Where the images to evaluate on are, if not in ``source``.
         val_fraction: Share of each class to hold out where there are no images to evaluate on.
-        unlabeled: A folder or tar of images without labels, in any folders.
+        unlabeled: A folder or archive of images without labels, in any folders.
         labels: Use the labels of this many training images; the others count as unlabelled.
+        depth: Level of folders that are the classes; None is 1, and refuses class folders that hold only folders.
 
     Raises:
         DataError: There is nothing, fewer than two classes, an empty class, classes that differ between splits, or an
             impossible number of labels.
     """
-    data = find_source(source).open(source, val_source, val_fraction)
+    data = find_source(source, depth).open(source, val_source, val_fraction)
     if labels is not None:
         data = data.with_labels(labels)
     if unlabeled is None:
@@ -92,39 +123,38 @@ def open_data(
     return replace(data.with_unlabeled(more), skipped=(*data.skipped, *skipped))
 
 
-def read_all(source: str, classes: Sequence[str]) -> Split:
-    """Return all images of a source, of all its splits, labelled by a task's class names.
+def read_all(source: str, classes: Sequence[str], depth: int | None = None) -> tuple[Split, Skipped]:
+    """Return all images of a source, of all its splits, labelled by a task's class names; and what was left out.
 
     Raises:
         DataError: It has classes the task does not know.
     """
-    return find_source(source).read_all(source, classes)
+    return find_source(source, depth).read_all(source, classes)
 
 
-def open_unlabeled(source: str) -> tuple[Split, list[tuple[str, str]]]:
-    """Return all images of a folder or tar, in any folders, without labels; and the skipped files, with the reason.
+def open_unlabeled(source: str) -> tuple[Split, Skipped]:
+    """Return all images of a folder or archive, in any folders, without labels; and what was left out.
 
-    Names begin with the name of the folder or tar, since the labelled data may hold files of the same names.
+    Names begin with the name of the folder or archive, since the labelled data may hold files of the same names.
 
     Raises:
         DataError: There is nothing, or no images.
     """
-    listing, name = list_files(source, "a folder or a tar of images"), Path(source).name
-    visible = [path for path in listing.paths if not any(map(is_hidden, path.split("/")))]
-    paths = [path for path in visible if path.lower().endswith(SUFFIXES)]
+    listing, name = list_files(source, "a folder, a tar or a zip of images"), Path(source).name
+    skipped = [(plain(f"{name}/{path}"), reason) for path in listing.paths if (reason := why_left_out(path))]
+    paths = [path for path in listing.paths if why_left_out(path) is None]
     if not paths:
         raise DataError(
             "no images to learn from without labels",
-            given=f"{source} ({len(listing.paths)} files)",
+            given=f"{source} ({len(listing.paths)} files{'; left out: ' if skipped else ''}{counted(skipped)})",
             allowed=f"files with one of {' '.join(SUFFIXES)}, in any folders",
         )
-    skipped = [(plain(f"{name}/{path}"), why_skipped(path)) for path in sorted({*visible} - {*paths})]
     names = tuple(plain(f"{name}/{path}") for path in paths)
     return Split(names, np.full(len(paths), NO_LABEL, dtype=np.int64), lambda i: listing.read(paths[i])), skipped
 
 
 def list_files(word: str, allowed: str) -> Listing:
-    """Return the files in a folder or a tar.
+    """Return the files in a folder, a tar or a zip.
 
     Raises:
         MissingData: There is nothing at this path; the message names what is ``allowed``.
@@ -133,12 +163,28 @@ def list_files(word: str, allowed: str) -> Listing:
     if os.path.isdir(path):
         return list_folder(path)
     if os.path.exists(path):
-        return list_tar(path)
+        return _list_file(path)
     raise missing(word, allowed)
+
+
+def _list_file(path: Path) -> Listing:
+    try:
+        with open_regular(path) as file:
+            start = file.read(8)
+    except OSError:
+        start = b""  # which ``list_tar`` explains
+    if start.startswith((b"PK\3\4", b"PK\5\6")):
+        return list_zip(path)
+    kind = next((kind for magic, kind in _OTHER_FILES.items() if start.startswith(magic)), None)
+    if kind is not None:
+        raise DataError(f"{kind} is not read", given=path, allowed=PATHS, do="unpack it and name the folder")
+    return list_tar(path)
 
 
 def missing(word: str, allowed: str) -> MissingData:
     """Return the error for a word that is neither a source nor the path of anything."""
+    if re.search(r"\b(?:https?|ftp|s3|gs|hf):/", word):
+        return MissingData("data is not downloaded", given=word, allowed=allowed, do="download it and name the file")
     from_here = "" if expanded(word).is_absolute() else "; relative paths start at the current folder"
     return MissingData("no such data", given=word, allowed=allowed, do=f"check the path{from_here}")
 
@@ -146,12 +192,15 @@ def missing(word: str, allowed: str) -> MissingData:
 def unknown_classes(names: Iterable[str], classes: Sequence[str]) -> DataError:
     """Return the error for data with other classes than those a task was tuned for."""
     given, allowed = list(names), list(classes)
-    return DataError("classes the task does not know", given=", ".join(given[:10]), allowed=", ".join(allowed[:20]))
+    do = next((text for name in given if (text := look_alike(name, allowed))), None)
+    text = "classes the task does not know"
+    return DataError(text, given=", ".join(given[:10]), allowed=", ".join(allowed[:20]), do=do and f"rename one: {do}")
 
 
 def _require_apart(data: ImageData, labeled: str, unlabeled: str) -> None:
     """Refuse to learn from images to evaluate on, also without their labels."""
     outer, inner = Path(absolute(labeled)), Path(absolute(unlabeled))
+    outer = outer.parent if outer.suffix.lower() in TABLES else outer  # its names are relative to its folder
     if outer.is_relative_to(inner):
         raise DataError(
             "the folder of images without labels holds the labelled ones, and maybe those to evaluate on",

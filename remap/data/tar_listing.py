@@ -8,13 +8,13 @@ import lzma
 import os
 import tarfile
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from remap.data.file_listing import Listing, require_few
-from remap.data.images import MAX_BYTES, SUFFIXES
+from remap.data.file_listing import Listing, member_path, require_few
+from remap.data.image_files import why_not_read
+from remap.data.images import MAX_BYTES
 from remap.errors import DataError, RemapError
 from remap.io.checked_read import open_regular
-from remap.io.paths import LONGEST_PATH
 
 # A compressed archive cannot be read from the middle, so its images are held in memory, up to this many bytes.
 HELD_BYTES = 2 * 2**30
@@ -44,14 +44,15 @@ def list_tar(path: Path) -> Listing:
             files, folders = _members(path, stream)
             if compressed:
                 held = _held(path, stream, files)
-                return Listing(tuple(sorted(files)), folders, lambda p: held[p])
+                return Listing(tuple(sorted(files)), folders, held.__getitem__, lambda name: files[name][1])
     except RemapError:
         raise
     except Exception as error:  # Python's readers raise many kinds; all mean the file is no usable archive
         reason = str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
         reason = error.strerror if isinstance(error, OSError) and error.strerror else reason
         raise DataError(
-            f"cannot read {path} as a tar archive: {reason}", allowed="a folder of class folders, or a tar of one"
+            f"cannot read {path} as a tar archive: {reason}",
+            allowed="a folder of class folders, or a tar or zip of one",
         ) from error
 
     def read(name: str) -> bytes:
@@ -62,7 +63,7 @@ def list_tar(path: Path) -> Listing:
             file.seek(offset)
             return file.read(size)
 
-    return Listing(tuple(sorted(files)), folders, read)
+    return Listing(tuple(sorted(files)), folders, read, lambda name: files[name][1])
 
 
 def _stream(path: Path, file: io.BufferedReader) -> tuple["_Bounded", bool]:
@@ -138,9 +139,7 @@ def _members(path: Path, stream: _Bounded) -> tuple[Members, tuple[str, ...]]:
             last, count = member.offset, count + 1
             require_few(count, path)
             archive.members.clear()  # type: ignore[attr-defined]  # a million members that were seen are a gigabyte
-            name = "/".join(part for part in PurePosixPath(member.name).parts if part not in (".", "/"))
-            if len(name) > LONGEST_PATH:
-                raise tarfile.ReadError(f"a name in it has more than {LONGEST_PATH:,} letters")
+            name = member_path(member.name)
             if member.isdir() and name:
                 folders.add(name)
             elif member.isreg() and not member.issparse():
@@ -150,7 +149,7 @@ def _members(path: Path, stream: _Bounded) -> tuple[Members, tuple[str, ...]]:
 
 def _held(path: Path, stream: _Bounded, files: Members) -> dict[str, bytes]:
     """Return the content of a compressed archive's images; other members are not read."""
-    images = {name: position for name, position in files.items() if name.lower().endswith(SUFFIXES)}
+    images = {name: position for name, position in files.items() if why_not_read(name) is None}
     total = sum(size for _, size in images.values())
     if total > HELD_BYTES:
         raise DataError(

@@ -1,6 +1,7 @@
 """Names that strangers chose (classes, files, tensors): how they are shown, and which are refused."""
 
 import unicodedata
+from collections.abc import Iterable
 
 # Marks, embeddings, overrides and isolates, which change the direction of text (Unicode Annex 9, section 2). Other
 # invisible characters stay: Persian words and many emoji need the joiners U+200C and U+200D.
@@ -22,3 +23,15 @@ def name_problem(text: str) -> str | None:
         if c in _DIRECTION or unicodedata.category(c) in ("Cc", "Zl", "Zp"):
             return f"the control character {c!r}"
     return None
+
+
+def same_name(text: str) -> str:
+    """Return what is equal for names that look the same: é is one character (NFC), or e and an accent as on Macs."""
+    return unicodedata.normalize("NFC", text)
+
+
+def look_alike(name: str, names: Iterable[str]) -> str | None:
+    """Return in words which of some names differs from this one only in capitals, kinds of spaces and the like."""
+    folded = unicodedata.normalize("NFKC", name).casefold()
+    other = next((one for one in names if unicodedata.normalize("NFKC", one).casefold() == folded), None)
+    return None if other is None else f"{name!a} and {other!a} differ in capitals or in characters that look alike"

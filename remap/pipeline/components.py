@@ -7,6 +7,7 @@ import torch
 
 from remap.backbones.build import Backbone
 from remap.backbones.preprocess import require_channels
+from remap.data.image_files import counted
 from remap.data.views import ViewSource, listed
 from remap.distributed.launch import accelerator, use_bf16
 from remap.distributed.sharding import bytes_held, is_sharded
@@ -112,7 +113,7 @@ def build_components(
     if views.unreadable:
         progress.say(f"left out {len(views.unreadable)} image(s) that cannot be read: {listed(views.unreadable)}")
     if views.data.skipped:
-        progress.say(f"skipped {len(views.data.skipped)} other file(s): {listed(views.data.skipped)}")
+        progress.say(f"left out {len(views.data.skipped)} other file(s): {counted(views.data.skipped)}")
 
     # A dry run builds the same networks, but fits and tunes nothing.
     if run_dir is not None:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from remap.data.fingerprint import Contents
+from remap.data.image_files import Skipped, counted
 from remap.data.sources import open_data, read_all
-from remap.data.splits import ImageData, Split
+from remap.data.splits import Split
 from remap.data.views import ViewSource
 from remap.distributed.collectives import all_gather_rows, share_unreadable
 from remap.distributed.interrupts import watch_signals
@@ -15,6 +16,7 @@ from remap.engine.evaluate import batch_size_of_evaluation, evaluate
 from remap.errors import RunError
 from remap.network import choose_attention
 from remap.progress import Progress
+from remap.recipe.schema import DataSpec
 from remap.runs.run_dir import RunDir
 from remap.runs.task import load_task
 
@@ -35,7 +37,9 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
     network.model.to(device)
     choose_attention(network, recipe.train.fused_attention, device)
     with run.images(instead=", or name others with --data") if data is None else nullcontext():
-        split, source = _split(recipe.data, data, network.classes or ())
+        split, source, left_out = _split(recipe.data, data, network.classes or ())
+    if left_out:
+        progress.say(f"left out {len(left_out)} other file(s): {counted(left_out)}")
     images = ViewSource(split, view, memory_bytes=recipe.data.memory_gib * 2**30, workers=recipe.data.workers)
     # Decoded once, so that unreadable files are known before the first batch.
     images.load(progress, "evaluation images")
@@ -89,8 +93,9 @@ def _say_if_others(run: RunDir, contents: Contents, count: int, progress: Progre
         progress.say(f"the evaluation images are not those of the run ({counts}): names, labels or contents differ")
 
 
-def _split(spec: Any, data: str | None, classes: tuple[str, ...]) -> tuple[Split, str]:
+def _split(spec: DataSpec, data: str | None, classes: tuple[str, ...]) -> tuple[Split, str, Skipped]:
     if data is None:
-        opened: ImageData = open_data(spec.source, spec.val_source, spec.val_fraction)
-        return opened.val, opened.source
-    return read_all(data, classes), data
+        opened = open_data(spec.source, spec.val_source, spec.val_fraction, depth=spec.depth)
+        return opened.val, opened.source, opened.skipped
+    split, left_out = read_all(data, classes, spec.depth)
+    return split, data, left_out

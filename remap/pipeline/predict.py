@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from remap.data.file_listing import list_folder
+from remap.data.image_files import Skipped, counted, why_left_out, why_not_read
 from remap.data.images import SUFFIXES, BadImage
 from remap.errors import DataError
 from remap.io.paths import expanded
@@ -25,25 +26,30 @@ class Prediction:
     error: str = ""
 
 
-def image_files(words: Sequence[str]) -> list[Path]:
-    """Files as they are, even where there are none, which ``predict`` says; folders give all images below them.
+def image_files(words: Sequence[str]) -> tuple[list[Path], Skipped]:
+    """Return the files to predict, and those left out of folders.
+
+    Files are taken as they are named, even where there are none, which ``predict`` says.
 
     Raises:
         DataError: No word names anything, there is no image, or a folder cannot be listed.
     """
     found: list[Path] = []
+    left_out: list[tuple[str, str]] = []
     for word in words:
         path = expanded(word)
         if os.path.isdir(path):
-            below = map(path.joinpath, list_folder(path).paths)
-            found += sorted(file for file in below if file.suffix.lower() in SUFFIXES)
+            reasons = {name: why_left_out(name) for name in list_folder(path).paths}
+            found += sorted(path / name for name, reason in reasons.items() if reason is None)
+            left_out += [(str(path / name), reason) for name, reason in reasons.items() if reason is not None]
         else:
             found.append(path)
     if found and not any(map(os.path.lexists, found)):
         raise DataError("no such file or folder", given=", ".join(words))
     if not found:
-        raise DataError("no images there", given=", ".join(words), allowed=" ".join(SUFFIXES))
-    return found
+        given = ", ".join(words) + (f"; left out: {counted(left_out)}" if left_out else "")
+        raise DataError("no images there", given=given, allowed=" ".join(SUFFIXES))
+    return found, left_out
 
 
 def predict(
@@ -64,6 +70,8 @@ def _batch(student: Student, paths: Sequence[Path], top: int) -> list[Prediction
     errors: dict[Path, str] = {}
     for path in paths:
         try:
+            if reason := why_not_read(path.name):
+                raise BadImage(reason, path)
             views.append(student.pixels(path))
         except BadImage as error:
             # One bad file must not end the prediction of the others.

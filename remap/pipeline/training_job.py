@@ -4,6 +4,7 @@ import hashlib
 
 from remap.backbones.build import add_tensors
 from remap.cache.frozen_features import FrozenFeatures
+from remap.data.copies import copies_across
 from remap.distributed.launch import accelerator
 from remap.distributed.sharding import gather_full
 from remap.engine.job import Job
@@ -65,7 +66,10 @@ def _weights_digest(components: RunComponents) -> str:
 
 
 def warn_before_training(components: RunComponents, progress: Progress) -> None:
-    """Say what of this run teaches nothing, and what depends on how a batch is divided."""
+    """Say what of this run teaches nothing, is learned from and evaluated on, or depends on how a batch is divided."""
+    copies = copies_across(components.views.contents, progress)
+    if copies is not None:
+        progress.say(copies)
     losses = [(loss.name, LOSSES.row(loss.name)) for loss in components.recipe.losses]
     on_labels = [name for name, row in losses if row.category == "labels"]
     if on_labels and components.labeled_share == 0.0:

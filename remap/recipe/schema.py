@@ -172,6 +172,8 @@ class Recipe(Section):
         teachers = [spec.model_dump(mode="json", exclude={"shard"}) for spec in recipe.teachers]
         # As recipes of one teacher and more were written first, so that runs of that time can be resumed.
         values = recipe.model_dump(mode="json", exclude=without)
+        if values["data"]["depth"] in (None, 1):  # where null is read at all it means 1, and earlier runs had neither
+            del values["data"]["depth"]
         values |= {"teacher": teachers[0] if teachers else None, "more_teachers": teachers[1:]}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -45,16 +45,23 @@ class DataSpec(Section):
     """
 
     source: PathOrName = Field(
-        default="digits", description='A built-in source ("digits"), a folder of class folders, or a tar of one.'
+        default="digits",
+        description='A built-in source ("digits"), a folder of class folders, a tar or zip of one, or a CSV of labels.',
     )
     val_source: PathOrName | None = Field(
-        default=None, description="Folder or tar to evaluate on; null is the source's own split."
+        default=None, description="Folder, archive or CSV to evaluate on; null is the source's own split."
     )
     val_fraction: float = Field(
         default=0.2, gt=0.0, lt=1.0, description="Share of each class held out if the source has no split."
     )
+    depth: int | None = Field(
+        default=None,
+        ge=1,
+        le=8,
+        description="Level of the folders that are the classes; null is 1, and an error where these hold only folders.",
+    )
     unlabeled: PathOrName | None = Field(
-        default=None, description="Folder or tar of images without labels to learn from; folder names mean nothing."
+        default=None, description="Folder or archive of images without labels to learn from; folder names mean nothing."
     )
     unlabeled_only: bool = Field(default=False, description="Learn from the images without labels only.")
     labels: int | None = Field(default=None, ge=1, description="Labels to keep, the same for every seed; null is all.")

@@ -75,7 +75,9 @@ class RunRecords:
         return self.path / "checkpoint"
 
     def recipe(self) -> Recipe:
-        return load(self.path / "recipe.yaml")
+        """Return the recipe; its images were read once, so that their level is no longer in question."""
+        recipe = load(self.path / "recipe.yaml")
+        return recipe.model_copy(update={"data": recipe.data.model_copy(update={"depth": recipe.data.depth or 1})})
 
     def resume_command(self) -> str:
         """Return the command line that resumes the run: `remap tune` where no recipe names a teacher."""

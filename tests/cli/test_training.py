@@ -40,7 +40,7 @@ def run(run_json: Callable[..., dict], pictures: Path, tiny: list[str], weak: li
 
 def test_distill_then_eval_then_predict(run: dict, run_json: Callable[..., dict], pictures: Path) -> None:
     assert set(_flat(run)) >= WANTED
-    assert run["data"]["skipped"] == [["train/red/notes.gif", ".gif files are not taken from folders of images"]]
+    assert run["data"]["skipped"] == [["train/red/notes.gif", ".gif files are not read"]]
     assert run["student"]["trainable_parameters"] < run["student"]["total_parameters"]
     again = run_json("eval", run["run_dir"])
     assert (again["correct"], again["images"]) == (run["student"]["correct"], 12)

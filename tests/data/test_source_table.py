@@ -67,7 +67,7 @@ def test_a_source_of_another_package_is_opened_by_its_row(greys: None) -> None:
     assert (data.classes, len(data.train), data.val.labels.tolist()) == (("dark", "light"), 4, [0, 1])
     assert data.train.read(1) == bytes([20]) * 16
     assert len(open_data("greys:10", None, 0.2, labels=2).unlabeled) == 2
-    assert read_all("greys:10", ["dark", "light"]).labels.tolist() == [0, 1, 0, 1, 0, 1]
+    assert read_all("greys:10", ["dark", "light"])[0].labels.tolist() == [0, 1, 0, 1, 0, 1]
     with pytest.raises(DataError, match="classes the task does not know"):
         read_all("greys:10", ["light", "dark"])
 
@@ -78,7 +78,7 @@ def test_a_path_is_read_by_the_source_that_recognises_it(greys: None, tmp_path: 
     (tmp_path / "digits").mkdir()
     assert isinstance(find_source(str(tmp_path / "a.list")), Lists)
     assert isinstance(find_source(str(tmp_path / "digits")), ClassFolders)
-    with pytest.raises(MissingData, match="'digits', 'greys', a folder of class folders, or a tar of one"):
+    with pytest.raises(MissingData, match="'digits', 'greys', a folder of class folders, a tar or zip of one"):
         find_source(str(tmp_path / "nowhere"))
 
 
@@ -90,4 +90,4 @@ def test_the_digits_have_nothing_to_choose() -> None:
 def test_listing_the_sources_imports_neither_torch_nor_numpy() -> None:
     code = "import sys, remap.data\nprint([r.name for r in remap.data.SOURCES], {'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "['digits', 'folders'] set()\n"
+    assert done.stdout == "['digits', 'folders', 'csv'] set()\n"

@@ -119,7 +119,7 @@ def test_a_second_source_to_evaluate_on(tree: Tree) -> None:
     assert "no images to evaluate on" in refusal(train, tree(folders("train"), "four"))
 
 
-def test_what_is_left_out_is_named_with_its_reason_and_hidden_files_are_not(tree: Tree) -> None:
+def test_what_is_left_out_is_named_with_its_reason(tree: Tree) -> None:
     root = tree(
         folders("train", "val")
         | {"train/a/notes.txt": b"", "train/b/plain": b"", "train/loose.png": 0, "README.md": b"", "extra/a/1.png": 0}
@@ -129,12 +129,16 @@ def test_what_is_left_out_is_named_with_its_reason_and_hidden_files_are_not(tree
     data = opened(root)
     assert len(data.train) == len(data.val) == 4
     assert dict(data.skipped) == {
-        "README.md": "lies outside the class folders",
+        "README.md": ".md files are not read",
         "extra/a/1.png": "lies outside the class folders",
-        "extra/info/x.txt": "lies outside the class folders",
+        "extra/info/x.txt": ".txt files are not read",
         "train/loose.png": "lies outside the class folders",
-        "train/a/notes.txt": ".txt files are not taken from folders of images",
-        "train/b/plain": "it has no suffix",
+        "train/a/notes.txt": ".txt files are not read",
+        "train/b/plain": "files without a suffix are not read",
+        ".DS_Store": "hidden or made by the system",
+        "train/a/._0.png": "hidden or made by the system",
+        "train/.hidden/1.png": "in .hidden",
+        "__MACOSX/train/a/0.png": "in __MACOSX",
     }
 
 
@@ -176,7 +180,10 @@ def test_refusals(tree: Tree, files: dict[str, int | bytes | None], expected: st
 
 def test_no_such_place(tmp_path: Path) -> None:
     text = refusal(tmp_path / "nowhere")
-    assert "no such data" in text and "'digits', a folder of class folders, or a tar of one" in text
+    assert (
+        "no such data" in text
+        and "'digits', a folder of class folders, a tar or zip of one, or a CSV of labels" in text
+    )
     hint = "relative paths start at the current folder"
     assert hint not in text and hint in refusal(Path("nowhere-at-all"))
 

@@ -141,7 +141,7 @@ def test_a_compressed_tar_holds_its_images_only_and_not_without_bound(
     monkeypatch.setattr(tar_listing, "HELD_BYTES", total)
     data = open_data(str(path), None, 0.5)
     assert sorted(name for name, _, _ in contents(data)) == sorted(images)
-    assert data.skipped == (("a/film.mov", ".mov files are not taken from folders of images"),)
+    assert data.skipped == (("a/film.mov", ".mov files are not read"),)
     monkeypatch.setattr(tar_listing, "HELD_BYTES", total - 1)
     with pytest.raises(DataError, match="decompress the archive"):
         open_data(str(path), None, 0.5)

@@ -42,7 +42,12 @@ def test_any_folders_are_walked_and_mean_nothing(tree: Tree, tar: Tree, kind: st
     assert split.labels.tolist() == [-1] * 4 and split.labels.dtype == np.int64
     for name, index in zip(split.names, range(4), strict=True):
         assert decode(split.read(index)).getpixel((0, 0))[0] == LOOSE[name.removeprefix(f"{root.name}/")]
-    assert skipped == [(f"{root.name}/notes.txt", ".txt files are not taken from folders of images")]
+    assert dict(skipped) == {
+        f"{root.name}/notes.txt": ".txt files are not read",
+        f"{root.name}/.hidden/1.png": "in .hidden",
+        f"{root.name}/__MACOSX/2.png": "in __MACOSX",
+        f"{root.name}/a/._1.png": "hidden or made by the system",
+    }
 
 
 def test_no_images_and_no_place_are_refused(tree: Tree, tmp_path: Path) -> None:
@@ -50,7 +55,7 @@ def test_no_images_and_no_place_are_refused(tree: Tree, tmp_path: Path) -> None:
         open_unlabeled(str(tree({"a/notes.txt": b"", ".x.png": 0})))
     with pytest.raises(DataError, match="no such data") as caught:
         open_unlabeled(str(tmp_path / "nowhere"))
-    assert "allowed: a folder or a tar of images" in str(caught.value)
+    assert "allowed: a folder, a tar or a zip of images" in str(caught.value)
 
 
 def test_a_folder_that_holds_the_labelled_images_is_refused(tree: Tree) -> None:

@@ -1,0 +1,64 @@
+"""Images whose files are equal byte for byte, which should not be learned from and evaluated on at once."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remap.data.fingerprint import Contents
+from remap.data.splits import Split
+from remap.data.thread_pool import threads
+from remap.progress import Progress
+
+# Files that are looked at between two steps, so that millions do not wait in memory.
+CHUNK = 4096
+
+
+def first_copies(images: Split, size: Callable[[int], int]) -> NDArray[np.int64]:
+    """Return for each image the first one of its class with the same content, (N,); itself where it has no copy.
+
+    Only files of equal ``size`` are read. In a class of nothing but copies each image counts for itself, since a split
+    needs one on each side.
+    """
+    indices = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
+    with threads(8) as pool:
+        sizes = [one for chunk in pool.map(lambda chunk: list(map(size, chunk)), indices) for one in chunk]
+    alike: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, kind in enumerate(zip(images.labels.tolist(), sizes, strict=True)):
+        alike[kind].append(index)
+    candidates = [index for group in alike.values() if len(group) > 1 for index in group]
+    contents, first_N, seen = Contents(images), np.arange(len(images)), dict[tuple[int, bytes], int]()
+    for start in range(0, len(candidates), CHUNK):
+        chunk = candidates[start : start + CHUNK]
+        for index, digest in zip(chunk, contents.of(chunk), strict=True):
+            first_N[index] = seen.setdefault((int(images.labels[index]), digest), index)
+    for label in np.unique(images.labels[first_N != np.arange(len(images))]):
+        of_class = np.flatnonzero(images.labels == label)
+        if len(np.unique(first_N[of_class])) == 1:
+            first_N[of_class] = of_class
+    return first_N
+
+
+def copies_across(contents: Mapping[str, Contents], progress: Progress) -> str | None:
+    """Return in words how many images to evaluate on are copies of training images; None where none is.
+
+    Args:
+        contents: By split: train, val, and maybe test.
+    """
+    train = contents["train"]
+    digests = train.complete(progress, "train images")
+    learned = {digest.tobytes(): name for digest, name in zip(digests, train.split.names, strict=True)}
+    pairs = [
+        f"{name} is {learned[digest.tobytes()]}"
+        for split in ("val", "test")
+        if split in contents
+        for digest, name in zip(
+            contents[split].complete(progress, f"{split} images"), contents[split].split.names, strict=True
+        )
+        if digest.tobytes() in learned
+    ]
+    if not pairs:
+        return None
+    shown = ", ".join(pairs[:3]) + (f" and {len(pairs) - 3} more" if len(pairs) > 3 else "")
+    return f"{len(pairs)} image(s) to evaluate on are copies of training images, which raises the accuracy: {shown}"

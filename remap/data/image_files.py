@@ -1,0 +1,47 @@
+"""Which files count as images: one rule for training, evaluation, prediction and images without labels."""
+
+from collections import Counter
+from collections.abc import Sequence
+from posixpath import splitext
+
+from remap.data.images import HEIC, HEIC_SUFFIXES, SUFFIXES
+from remap.io.names import plain
+
+# What systems, drives, file servers and archivers make, in lower case; also whatever begins with a dot.
+_FILES = ("_ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
+_FOLDERS = ("__macosx", "thumbs", "_thumbs", "@eadir", "@recycle", "#recycle", "@recently-snapshot", "#snapshot")
+_DRIVES = ("$recycle.bin", "recycler", "system volume information", "lost+found")
+LEFTOVERS = frozenset((*_FILES, *_FOLDERS, *_DRIVES))
+# Files left out, as (name, reason).
+Skipped = Sequence[tuple[str, str]]
+
+
+def is_leftover(name: str) -> bool:
+    """Return whether systems and tools make files or folders of this name: .DS_Store, @eaDir, lost+found."""
+    return name.startswith(".") or name.lower() in LEFTOVERS
+
+
+def why_left_out(path: str) -> str | None:
+    """Return why a file, relative to the folder that the user named, is not taken for an image; None where it is."""
+    *folders, name = path.split("/")
+    folder = next(filter(is_leftover, folders), None)
+    if folder is not None:
+        return f"in {plain(folder)}"
+    return "hidden or made by the system" if is_leftover(name) else why_not_read(name)
+
+
+def why_not_read(name: str) -> str | None:
+    """Return why files of this kind are not read, by the end of the name alone; None where they are."""
+    suffix = splitext(name)[1].rstrip(".")
+    if suffix.lower() in SUFFIXES or (HEIC and suffix.lower() in HEIC_SUFFIXES):
+        return None
+    if suffix.lower() in HEIC_SUFFIXES:
+        return f"{suffix} files need pillow-heif: pip install 'remap[heic]'"
+    return f"{plain(suffix)[:20]} files are not read" if suffix else "files without a suffix are not read"
+
+
+def counted(skipped: Skipped) -> str:
+    """Return how many files were left out for which reason, the most frequent first."""
+    kinds = Counter(reason for _, reason in skipped).most_common()
+    more = [f"{sum(count for _, count in kinds[8:])} of other kinds"] if len(kinds) > 8 else []
+    return ", ".join([f"{count} ({reason})" for reason, count in kinds[:8]] + more)

@@ -1,0 +1,139 @@
+"""Labels in a CSV or TSV: which files and columns it means, and what is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from remap.data.image_files import counted
+from remap.data.images import decode
+from remap.data.sources import open_data, read_all
+from remap.data.splits import Split
+from remap.errors import DataError
+
+Tree = Callable[..., Path]
+# The grey of an image is 10 times its number; odd ones are bees.
+IMAGES: dict[str, int | bytes | None] = {f"images/{i}.png": 10 * i for i in range(8)}
+LABELS = [(f"images/{i}.png", "bee" if i % 2 else "ant") for i in range(8)]
+
+
+def table(root: Path, text: str, name: str = "labels.csv") -> str:
+    (root / name).write_bytes(text.encode())
+    return str(root / name)
+
+
+def rows(header: str, separator: str = ",", prefix: str = "images/", suffix: str = ".png", end: str = "\n") -> str:
+    lines = [(path.replace("images/", prefix).replace(".png", suffix), label) for path, label in LABELS]
+    return end.join([header] * bool(header) + [separator.join(line) for line in lines]) + end
+
+
+def pairs(*splits: Split) -> set[tuple[int, int]]:
+    return {(decode(s.read(i)).getpixel((0, 0))[0], int(s.labels[i])) for s in splits for i in range(len(s))}
+
+
+WRITTEN = {
+    "comma": rows("file,label"),
+    "semicolon and Windows line ends": rows("filename;class", ";", end="\r\n"),
+    "tab, and a mark of the byte order": "\ufeff" + rows("Image\tCategory", "\t"),
+    "no header": rows(""),
+    "names without folder": rows("path,label", prefix=""),
+    "names without folder and suffix, as Kaggle's": rows("id,label", prefix="", suffix=""),
+    "backslashes": rows("file,label", prefix="images\\"),
+    "more columns, quoted": "n,label,file\n"
+    + "".join(f'{i},"{label}","{path}"\n' for i, (path, label) in enumerate(LABELS)),
+}
+
+
+@pytest.mark.parametrize("text", WRITTEN.values(), ids=list(WRITTEN))
+def test_tables_as_people_write_them(tree: Tree, text: str) -> None:
+    """Eight images, a quarter held out; the labels are those of the numbers."""
+    word = table(tree(IMAGES), text)
+    data = open_data(word, None, 0.25)
+    assert (data.classes, len(data.train), len(data.val)) == (("ant", "bee"), 6, 2)
+    assert pairs(data.train, data.val) == {(10 * i, i % 2) for i in range(8)}
+    assert pairs(read_all(word, ("ant", "bee"))[0]) == pairs(data.train, data.val)
+
+
+def test_a_column_of_splits_and_a_second_table(tree: Tree) -> None:
+    root = tree(IMAGES)
+    lines = [
+        f"{path},{label},{split}"
+        for (path, label), split in zip(LABELS, ["train"] * 4 + ["valid"] * 2 + ["test", "-"], strict=True)
+    ]
+    data = open_data(
+        table(root, "\n".join(["file,label,split", *lines, "", "images/0.gif,ant,train", "images/1.png,,train"])),
+        None,
+        0.2,
+    )
+    assert pairs(data.train) == {(0, 0), (10, 1), (20, 0), (30, 1)} and pairs(data.val) == {(40, 0), (50, 1)}
+    assert data.test is not None and pairs(data.test) == {(60, 0)}
+    assert counted(data.skipped) == "1 (in no split), 1 (.gif files are not read), 1 (without a label)"
+    one, two = table(root, rows("file,label"), "one.csv"), table(root, "file\tlabel\nimages/7.png\tbee\n", "two.tsv")
+    assert pairs(open_data(one, two, 0.2).val) == {(70, 1)}
+
+
+REFUSED = {
+    "unknown columns": ("a,b,c\n1,2,3\n", "the columns of the table are not known\n  given:   {0}: a, b, c"),
+    "no labels": ("file,age\nimages/1.png,3\nimages/2.png,3\n", "the columns of the table are not known"),
+    "empty": ("", "the columns of the table are not known"),
+    "only a header": ("file,label\n", "the table names no images to learn from"),
+    "ragged": ("file,label\nimages/1.png,a,b\n", "line 2 of the table has 3 cells, not 2"),
+    "two labels": ("file,label\nimages/1.png,a\nimages/1.png,b\n", "a file has two labels"),
+    "above": ("file,label\n../x.png,a\nimages/1.png,b\n", "leads out of the table's folder"),
+    "absolute": ("file,label\n/etc/x.png,a\nimages/1.png,b\n", "leads out of the table's folder"),
+    "one class": ("file,label\nimages/1.png,a\nimages/2.png,a\n", "at least two classes are needed"),
+    "stray quotes": ('file,label\n"images/1.png"x,a\n', "cannot read {0}"),
+    "control characters": ("file,label\nimages/1.png,a\x1b[2J\nimages/2.png,b\n", "a class name has"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "expected"), REFUSED.values(), ids=list(REFUSED))
+def test_tables_that_are_refused(tree: Tree, text: str, expected: str) -> None:
+    word = table(tree(IMAGES), text)
+    with pytest.raises(DataError) as caught:
+        open_data(word, None, 0.25)
+    assert expected.format(word) in str(caught.value)
+
+
+def test_a_file_that_is_missing_is_an_unreadable_image(tree: Tree) -> None:
+    word = table(tree(IMAGES), rows("file,label") + "gone.png,ant\n")
+    data = open_data(word, None, 0.25)
+    (index,) = [i for i, name in enumerate(data.train.names + data.val.names) if name == "gone.png"]
+    with pytest.raises(OSError):
+        data.train.joined(data.val).read(index)
+
+
+def test_tables_are_utf_8_and_have_no_levels(tree: Tree) -> None:
+    root = tree(IMAGES)
+    (root / "utf16.csv").write_bytes(rows("file,label").encode("utf-16"))
+    with pytest.raises(DataError, match="a CSV or TSV in UTF-8"):
+        open_data(str(root / "utf16.csv"), None, 0.25)
+    for word in (table(root, rows("file,label")), "digits"):
+        with pytest.raises(DataError, match="data.depth is for folders"):
+            open_data(word, None, 0.25, depth=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("labels.csv", "if labels.csv holds the labels, name it: --data {0}/labels.csv"),
+        ("train.tsv", "if train.tsv holds the labels, name it: --data {0}/train.tsv"),
+        ("metadata.jsonl", "if metadata.jsonl holds the labels, convert it to a CSV and name that"),
+        ("x.parquet", "if x.parquet holds the labels, convert it"),
+    ],
+)
+@pytest.mark.parametrize("folder", ["images/", ""])
+def test_a_folder_of_images_beside_a_table_says_what_to_do(tree: Tree, name: str, advice: str, folder: str) -> None:
+    root = tree({f"{folder}{i}.png": i for i in range(4)} | {name: b""})
+    with pytest.raises(DataError) as caught:
+        open_data(str(root), None, 0.25)
+    assert advice.format(root) in str(caught.value)
+
+
+def test_images_of_a_table_are_not_learned_from_without_labels(tree: Tree) -> None:
+    root = tree(IMAGES | {"other/1.png": 3})
+    word = table(root, rows("file,label"))
+    for folder, expected in ((root, "holds the labelled ones"), (root / "images", "holds images to evaluate on")):
+        with pytest.raises(DataError, match=expected):
+            open_data(word, None, 0.25, str(folder))
+    assert len(open_data(word, None, 0.25, str(root / "other")).unlabeled or ()) == 1
