@@ -1,7 +1,7 @@
 """Images whose files are equal byte for byte, which should not be learned from and evaluated on at once."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,20 +44,17 @@ def copies_across(contents: Mapping[str, Contents], progress: Progress) -> str |
     """Return in words how many images to evaluate on are copies of training images; None where none is.
 
     Args:
-        contents: By split: train, val, and maybe test.
+        contents: By split: train, val, and maybe unlabeled and test.
     """
-    train = contents["train"]
-    digests = train.complete(progress, "train images")
-    learned = {digest.tobytes(): name for digest, name in zip(digests, train.split.names, strict=True)}
-    pairs = [
-        f"{name} is {learned[digest.tobytes()]}"
-        for split in ("val", "test")
-        if split in contents
-        for digest, name in zip(
-            contents[split].complete(progress, f"{split} images"), contents[split].split.names, strict=True
-        )
-        if digest.tobytes() in learned
-    ]
+
+    def files(*splits: str) -> Iterator[tuple[str, bytes]]:
+        for split in splits:
+            if split in contents:
+                digests = contents[split].complete(progress, f"{split} images")
+                yield from zip(contents[split].split.names, map(bytes, digests), strict=True)
+
+    learned = {digest: name for name, digest in files("train", "unlabeled")}
+    pairs = [f"{name} is {learned[digest]}" for name, digest in files("val", "test") if digest in learned]
     if not pairs:
         return None
     shown = ", ".join(pairs[:3]) + (f" and {len(pairs) - 3} more" if len(pairs) > 3 else "")

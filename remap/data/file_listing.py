@@ -33,9 +33,11 @@ class Listing:
 
     def inside(self, prefix: str) -> "Listing":
         """Return what lies below a folder ("photos/"), relative to it."""
+        if not prefix:
+            return self
         paths, folders = (
-            tuple(path.removeprefix(prefix) for path in all_ if path.startswith(prefix))
-            for all_ in (self.paths, self.folders)
+            tuple(path.removeprefix(prefix) for path in names if path.startswith(prefix))
+            for names in (self.paths, self.folders)
         )
         return Listing(paths, folders, lambda path: self.read(prefix + path), lambda path: self.size(prefix + path))
 

@@ -10,7 +10,7 @@ from remap.io.names import plain
 # What systems, drives, file servers and archivers make, in lower case; also whatever begins with a dot.
 _FILES = ("_ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
 _FOLDERS = ("__macosx", "thumbs", "_thumbs", "@eadir", "@recycle", "#recycle", "@recently-snapshot", "#snapshot")
-_DRIVES = ("$recycle.bin", "recycler", "system volume information", "lost+found")
+_DRIVES = ("$recycle.bin", "system volume information", "lost+found")
 LEFTOVERS = frozenset((*_FILES, *_FOLDERS, *_DRIVES))
 # Files left out, as (name, reason).
 Skipped = Sequence[tuple[str, str]]

@@ -107,7 +107,7 @@ def _finder(root: Path) -> Callable[[str], str]:
                 given=plain(cell)[:200],
                 do="write paths from the folder that the table is in",
             )
-        if "\0" in path or os.path.isfile(root / path):
+        if os.path.isfile(root / path):
             return path
         if not by_name:
             for found in list_folder(root).paths:

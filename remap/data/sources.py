@@ -141,8 +141,9 @@ def open_unlabeled(source: str) -> tuple[Split, Skipped]:
         DataError: There is nothing, or no images.
     """
     listing, name = list_files(source, "a folder, a tar or a zip of images"), Path(source).name
-    skipped = [(plain(f"{name}/{path}"), reason) for path in listing.paths if (reason := why_left_out(path))]
-    paths = [path for path in listing.paths if why_left_out(path) is None]
+    reasons = {path: why_left_out(path) for path in listing.paths}
+    skipped = [(plain(f"{name}/{path}"), reason) for path, reason in reasons.items() if reason is not None]
+    paths = [path for path, reason in reasons.items() if reason is None]
     if not paths:
         raise DataError(
             "no images to learn from without labels",

@@ -36,7 +36,7 @@ def list_zip(path: Path) -> Listing:
                 name = member_path(_name(member))
                 if member.is_dir() or member.filename.endswith("\\"):
                     folders.update([name] if name else [])
-                elif stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG):
+                elif name and stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG):
                     files[name] = member
     except RemapError:
         raise

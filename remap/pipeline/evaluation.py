@@ -1,5 +1,6 @@
 """Evaluate a finished run again, on its evaluation split or on other data."""
 
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
         data: Another folder or tar with the same class names, all of it; None takes the run's evaluation split.
 
     Returns:
-        accuracy, correct, images, and per class: name, images, accuracy.
+        accuracy, correct, images, per class: name, images, accuracy; and how many files were left out for which reason.
     """
     run = RunDir.open(path)
     recipe = run.recipe()
@@ -76,6 +77,7 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
         "accuracy": found.accuracy,
         "correct": found.correct,
         "images": found.count,
+        "left_out": dict(Counter(reason for _, reason in left_out)),
         "skipped": [list(item) for item in images.bad_names()],
         "classes": classes,
     }

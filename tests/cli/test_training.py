@@ -43,6 +43,7 @@ def test_distill_then_eval_then_predict(run: dict, run_json: Callable[..., dict]
     assert run["data"]["skipped"] == [["train/red/notes.gif", ".gif files are not read"]]
     assert run["student"]["trainable_parameters"] < run["student"]["total_parameters"]
     again = run_json("eval", run["run_dir"])
+    assert again["left_out"] == {".gif files are not read": 1}
     assert (again["correct"], again["images"]) == (run["student"]["correct"], 12)
     assert sum(row["images"] for row in again["classes"]) == 12
     found = run_json("predict", run["run_dir"], pictures / "val", "--top", "2")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from remap.data.copies import copies_across
 from remap.data.fingerprint import Contents
 from remap.data.sources import open_data
+from remap.pipeline.training_job import warn_before_training
 from remap.progress import Silent
 
 Make = Callable[..., Path]
@@ -55,3 +57,16 @@ def test_copies_across_a_split_of_the_user_are_counted_and_named(tree: Make) -> 
     assert lines[1].endswith(
         "val/a/x.png is train/a/2.png, val/b/y.png is train/a/2.png, test/a/z.png is train/b/4.png"
     )
+
+
+def test_a_run_says_so_before_it_trains(tree: Make) -> None:
+    said: list[str] = []
+    data = open_data(
+        str(tree({f"{part}/{name}/1.png": ord(name) for part in ("train", "val") for name in "ab"})), None, 0.2
+    )
+    recipe = SimpleNamespace(losses=(), train=SimpleNamespace(accumulation=1))
+    views = SimpleNamespace(contents={"train": Contents(data.train), "val": Contents(data.val)})
+    progress = Silent()
+    progress.say = said.append  # type: ignore[method-assign]
+    warn_before_training(SimpleNamespace(recipe=recipe, views=views, labeled_share=1.0), progress)  # type: ignore[arg-type]
+    assert said[0].startswith("2 image(s) to evaluate on are copies of training images")
