@@ -100,7 +100,13 @@ RECIPE_OPTIONS = (
         "data", str, _ALL, "digits", "Folder of class folders (with or without train/ and val/), a tar, or digits."
     ),
     _training("val_data", str, _ALL, None, "Separate folder or tar to evaluate on."),
-    _training("unlabeled", str, _TEACH, None, "Folder or tar of images without labels, to distil on as well."),
+    _training(
+        "unlabeled",
+        str,
+        _TEACH,
+        None,
+        "Folder or tar of images without labels, to distil on as well; without --data, alone.",
+    ),
     _models("weights", str, _ALL, "pretrained", "For teacher and student: pretrained or none."),
     _training("epochs", int, _ALL, "30; digits 12", "Passes over the training images."),
     _training("batch_size", int, _ALL, "64; digits 32", "Images per update, over all processes."),

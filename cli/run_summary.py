@@ -51,6 +51,7 @@ def show(summary: dict[str, Any]) -> None:
     """Print the table of a run that has ended."""
     student, more = summary["student"], summary.get("more_teachers", [])
     teachers = [summary["teacher"], *more] if "teacher" in summary else []
+    label_free = "backbone" in student
     share = student["trainable_parameters"] / student["total_parameters"]
     rows = []
     for number, teacher in enumerate(teachers, start=1):
@@ -60,7 +61,7 @@ def show(summary: dict[str, Any]) -> None:
     rows.append(
         [
             f"student + {summary['method']}",
-            f"{student['accuracy']:.1%}",
+            "-" if label_free else f"{student['accuracy']:.1%}",
             console.count(student["total_parameters"]),
             f"{console.count(student['trainable_parameters'])} ({share:.1%})",
             size(student["task_bytes"]),
@@ -68,9 +69,14 @@ def show(summary: dict[str, Any]) -> None:
     )
     data = summary["data"]
     title = f"{Path(data['source']).name}: accuracy on {data['val_images']} images, trained on {data['train_images']}"
-    if data["labeled_images"] < data["train_images"]:
+    if label_free:
+        title = f"trained on {data['train_images']} images without labels"
+    elif data["labeled_images"] < data["train_images"]:
         title += f" ({data['labeled_images']} with labels)"
     console.table(title, ["", "accuracy", "parameters", "trained", "saved size"], rows, right=(1, 2, 3, 4))
+    if label_free:
+        _show_backbone(summary)
+        return
     if "test_accuracy" in student:
         console.line(f"accuracy on the test folder, looked at once: {student['test_accuracy']:.1%}")
     run = shlex.quote(summary["run_dir"])
@@ -78,3 +84,23 @@ def show(summary: dict[str, Any]) -> None:
         f"{console.duration(summary['seconds'])} in all. Run: {summary['run_dir']}\n"
         f"next: remap predict {run} IMAGES...   remap eval {run}"
     )
+
+
+def _show_backbone(summary: dict[str, Any]) -> None:
+    """Print what a backbone without a classifier is worth, where there are labels, and how it is opened."""
+    student, run = summary["student"], summary["run_dir"]
+    judged = student.get("judged")
+    if judged is not None:
+        words = {"knn": "k-NN", "linear_probe": "linear probe"}
+        rows = [
+            [f"{words[judge]}, {split}", *(f"{judged[when][split][judge]:.1%}" for when in ("before", "after"))]
+            for split in judged["after"]
+            for judge in words
+        ]
+        of = ", ".join(f"{found['images']} {split}" for split, found in judged["after"].items())
+        title = f"frozen features judged on {Path(summary['data']['source']).name} ({of} images)"
+        console.table(title, ["", "before", "after"], rows, right=(1, 2))
+    next_ = f"remap tune --student {shlex.quote(run)} --method linear --data FOLDER"
+    if student["backbone"] is not None:
+        next_ = f"timm.create_model({'local-dir:' + student['backbone']!r}, pretrained=True)   {next_}"
+    console.line(f"{console.duration(summary['seconds'])} in all. Run: {run}\nnext: {next_}")

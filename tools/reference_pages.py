@@ -122,9 +122,7 @@ def remapping() -> str:
             parts.append(_line(cells))
         listed = (f"- `{row.name}`:{_listed(rows_of_config(row.load().Config))}" for row in rows)
         parts.append("\n" + "\n".join(listed))
-    parts.append(
-        "\n(*) compares the images of a batch with each other; each process sees its own part of the batch only."
-    )
+    parts.append("\n(*) compares all images of a batch with each other, whatever process and micro-batch they are in.")
     for title, table in (("Weights", INITS), ("Architecture", ARCHITECTURES)):
         parts.append(f"\n## {title}\n")
         parts.append("| name | what it is | needs | where the models differ | paper |\n|---|---|---|---|---|")

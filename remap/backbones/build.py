@@ -68,7 +68,7 @@ def build(
     preset: str | None = None,
     image_size: int | None = None,
 ) -> Backbone:
-    """Build a backbone with a classifier for ``num_classes``.
+    """Build a backbone with a classifier for ``num_classes``; without one for 0.
 
     Presets are how VPT (Jia et al. 2022) reads self-supervised plain vision transformers: "mae" takes the mean of the
     patch tokens through a fresh norm, "moco_v3" the class token. Both understand the keys of the official checkpoints.

@@ -135,15 +135,20 @@ def _write(model: nn.Module, folder: Path, shape: dict[str, object], classes: li
     with torch.no_grad():
         for parameter in model.parameters():  # safetensors wants every tensor in one piece
             parameter.data = parameter.data.contiguous()
-    architecture = str(as_timm(model).pretrained_cfg["architecture"])
     config: dict[str, object] = {"label_names": classes} if classes else {}
-    if not timm.models.model_entrypoint(architecture).__module__.startswith("timm."):
+    if not is_known_to_timm(model):
         config["pretrained_cfg"] = {"architecture": _PLAIN}
         shape = {"patch_size": list(anatomy_of(model).patch_size), **shape}
     try:
         save_for_hf(model, str(folder), model_config=config, model_args=shape, safe_serialization=True)
     except ValueError as error:  # an argument the model was built with that JSON has no word for
         raise BackboneError(f"timm cannot describe this model in a folder: {error}") from error
+
+
+def is_known_to_timm(model: nn.Module) -> bool:
+    """Whether a model's architecture is timm's own; the embedded pair is not, and needs its shape as arguments."""
+    architecture = str(as_timm(model).pretrained_cfg["architecture"])
+    return timm.models.model_entrypoint(architecture).__module__.startswith("timm.")
 
 
 @torch.no_grad()

@@ -90,7 +90,7 @@ def find_source(word: str, depth: int | None = None) -> Source:
 
 
 def open_data(
-    source: str,
+    source: str | None,
     val_source: str | None,
     val_fraction: float,
     unlabeled: str | None = None,
@@ -100,7 +100,7 @@ def open_data(
     """Open a data source.
 
     Args:
-        source: The name of a source, or a path.
+        source: The name of a source, or a path; None where no image has a label.
         val_source: Where the images to evaluate on are, if not in ``source``.
         val_fraction: Share of each class to hold out where there are no images to evaluate on.
         unlabeled: A folder or archive of images without labels, in any folders.
@@ -111,6 +111,10 @@ def open_data(
         DataError: There is nothing, fewer than two classes, an empty class, classes that differ between splits, or an
             impossible number of labels.
     """
+    if source is None:
+        assert unlabeled is not None, "a recipe without labelled images names some without labels"
+        more, skipped = open_unlabeled(unlabeled)
+        return ImageData(unlabeled, (), Split.empty(), Split.empty(), None, tuple(skipped), "no labels", more)
     data = find_source(source, depth).open(source, val_source, val_fraction)
     if labels is not None:
         data = data.with_labels(labels)

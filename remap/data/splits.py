@@ -25,6 +25,11 @@ class Split:
     labels: NDArray[np.int64]
     read: Callable[[int], bytes]
 
+    @classmethod
+    def empty(cls) -> "Split":
+        """Return a split without images."""
+        return cls((), np.zeros(0, dtype=np.int64), lambda _index: b"")
+
     def __len__(self) -> int:
         return len(self.names)
 
@@ -56,7 +61,7 @@ class ImageData:
     """Images to learn from and to evaluate on.
 
     Attributes:
-        classes: Names in label order (sorted).
+        classes: Names in label order (sorted); none where no image has a label, and train and val are empty.
         train: The labelled training images.
         unlabeled: Training images without labels, all of them -1.
         skipped: Files left out before training, with the reason.
@@ -71,6 +76,11 @@ class ImageData:
     skipped: tuple[tuple[str, str], ...] = field(default=())
     split_rule: str = ""
     unlabeled: Split | None = None
+
+    @property
+    def to_look_at(self) -> Split:
+        """Return the training images that a sample is taken of: those with labels, where there are any."""
+        return self.train if self.unlabeled is None or len(self.train) else self.unlabeled
 
     def fingerprint(self) -> str:
         """Return a hash of class names, file names, labels and order; ``remap.data.fingerprint`` adds the contents."""

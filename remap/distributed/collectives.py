@@ -74,6 +74,14 @@ def all_gather_rows(accelerator: Accelerator, rows: np.ndarray) -> list[np.ndarr
     return [array[:count] for array, count in zip(arrays, counts, strict=True)] if arrays else [rows for _ in counts]
 
 
+def gather_rows(accelerator: Accelerator, rows: Tensor) -> Tensor:
+    """Return the rows (n, ...) of all processes in one tensor, in their order; their number n may differ."""
+    if accelerator.num_processes == 1:
+        return rows
+    counts = [len(count) for count in all_gather_rows(accelerator, np.zeros(len(rows), np.uint8))]
+    return torch.cat([_broadcast_rows(accelerator, rows, rank, count) for rank, count in enumerate(counts)])
+
+
 def all_gather_json(accelerator: Accelerator, value: Any) -> list[Any]:
     """Return the values of all processes, in their order, as JSON gives them back (tuples become lists).
 

@@ -19,6 +19,7 @@ from remap.progress import Progress
 from remap.recipe.schema import Recipe
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Objective
+from remap.remapping.signals import Signals
 from remap.tuning.base import Sample
 
 
@@ -45,7 +46,17 @@ class StudentStep(nn.Module):
             features: The student's frozen features of these images, where they are cached.
         """
         # Signals stay in the precision of the forward; losses compare in float32.
-        total, parts = self.objective(self.runner(images_BCHW, features), targets, labels)
+        return self.losses(self.runner(images_BCHW, features), targets, labels)
+
+    def losses(
+        self,
+        signals: Signals,
+        targets: Sequence[Mapping[str, Tensor]],
+        labels: Labels,
+        over_batch: bool | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the same of signals; of the terms that ``over_batch`` names, see ``Objective``."""
+        total, parts = self.objective(signals, targets, labels, over_batch)
         penalty = self.attached.penalty()
         if penalty is None:
             return total, parts

@@ -16,6 +16,7 @@ from remap.engine.job import Job
 from remap.engine.non_finite import BrokenWeights, go_back, require_finite_weights, skip_step, weights_are_finite
 from remap.engine.optim import clip_gradients, learning_rate, set_learning_rate
 from remap.engine.state import State
+from remap.engine.statistics import estimate_statistics
 from remap.engine.step import forward_backward, gather_result
 from remap.engine.training import Training
 from remap.errors import Interrupted, RunError, TrainingError
@@ -43,6 +44,7 @@ def train(job: Job, *, resume: bool = False) -> State:
                         update = state.epoch * steps + state.step
                         rate = learning_rate(spec, job.peak_lr, update, steps) * state.lr_factor
                         set_learning_rate(optimizer, rate)
+                        job.objective.set_progress(update, steps, spec.epochs)
 
                         # Micro-batches, teachers, losses and backward; then the mean gradient over all processes.
                         broadcast_(accelerator, training.buffers)
@@ -57,6 +59,7 @@ def train(job: Job, *, resume: bool = False) -> State:
                             job.student.attached.after_step(update, spec.epochs * steps)
                             for teacher in job.teachers:
                                 teacher.after_step(job.student, update)
+                            job.objective.after_step()
                             optimizer.zero_grad(set_to_none=True)
                             state.count(result.losses)
                         else:
@@ -86,6 +89,8 @@ def _opened(job: Job, *, resume: bool) -> Iterator[Training]:
             assert job.sample is not None
             with job.progress.wait(f"{job.recipe.method.name} looks at training images"):
                 attached.prepare(job.sample)
+        if not resume:  # they are in the checkpoint otherwise
+            estimate_statistics(job)
         if job.recipe.train.parallel != "ddp":
             stack.enter_context(sharded(job.made_of_student(), job.accelerator, job.progress))
         training = Training(job)  # after sharding, which replaces the parameters that the optimiser holds
@@ -170,6 +175,9 @@ def _finish_epoch(training: Training) -> None:
     broadcast_(training.accelerator, training.buffers)  # all evaluate the same student
     record: dict[str, Any] = {"epoch": done}
     record |= {name: value / state.counted for name, value in state.loss_sums.items()}
+    # Set again: a run that is resumed here has done no step of its own.
+    job.objective.set_progress(done * training.plan.steps - 1, training.plan.steps, training.spec.epochs)
+    record |= job.objective.scheduled()
     if done % training.spec.eval_every == 0 or done == training.spec.epochs:
         try:
             record |= job.evaluate()

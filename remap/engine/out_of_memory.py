@@ -4,7 +4,6 @@ from accelerate.utils.memory import clear_device_cache
 
 from remap.engine.training import Training
 from remap.errors import TrainingError
-from remap.remapping import LOSSES
 
 MAX_HALVINGS = 3
 
@@ -51,7 +50,5 @@ def refuse_sharded(error: Exception) -> TrainingError:
 
 
 def _what_changes(training: Training) -> str:
-    job = training.job
-    names = ["batch statistics"] if job.student.learns_batch_statistics else []
-    names += [loss.name for loss in job.recipe.losses or () if LOSSES.row(loss.name).over_batch]
-    return f"that changes {', '.join(names)}" if names else "the sum over a step stays the same"
+    changes = training.job.student.learns_batch_statistics
+    return "that changes batch statistics" if changes else "the sum over a step stays the same"

@@ -12,10 +12,11 @@ from remap.data.batches import Batch, batches
 from remap.data.views import ViewSource
 from remap.distributed.collectives import all_reduce_max, all_reduce_sum
 from remap.distributed.device_memory import is_out_of_memory
+from remap.engine.micro_batch import inputs_of
 from remap.engine.out_of_memory import halve_micro_batches, refuse_sharded
 from remap.engine.training import Training
+from remap.engine.whole_batch import forward_backward_whole
 from remap.errors import DataError, TrainingError
-from remap.remapping.labels import Labels
 
 
 @dataclass
@@ -31,6 +32,11 @@ class Sums:
     losses: dict[str, Tensor] = field(default_factory=dict)
     bad_targets: list[Tensor] = field(default_factory=list)
     images: int = 0
+
+    def add(self, values: Mapping[str, Tensor], share: float) -> None:
+        """Add losses that are means over a share of the step's batch."""
+        for name, value in values.items():
+            self.losses[name] = self.losses.get(name, 0.0) + value * share
 
 
 @dataclass(frozen=True)
@@ -116,41 +122,42 @@ def _accumulate(training: Training, sums: Sums) -> None:
         # Frozen features stand in for the source: ``batches`` uses ``split`` and ``batch`` only, which they have too.
         source = cast(ViewSource, job.features or job.source)
         training.stream = batches(source, training.plan, state.epoch, state.step)
-    for _ in range(state.accumulation):
-        # The next one is decoded by a thread while this one trains.
-        batch = next(training.stream)
-        if not len(batch.indices_B):
-            continue
+    # The next one is decoded by a thread while this one trains.
+    read = (next(training.stream) for _ in range(state.accumulation))
+    readable = (batch for batch in read if len(batch.indices_B))
+    if job.objective.over_batch and state.accumulation * training.accelerator.num_processes > 1:
+        _accumulate_whole(training, list(readable), sums)
+        return
+    for batch in readable:
         sums.images += len(batch.indices_B)
-        loss, parts = forward(training, batch, sums.bad_targets)
+        loss, parts = _forward(training, batch, sums.bad_targets)
         # Gradients are averaged over processes afterwards; shares are those of the global batch.
         (loss * (batch.share * training.accelerator.num_processes)).backward()
-        for name, part in {"loss": loss.detach(), **parts}.items():
-            sums.losses[name] = sums.losses.get(name, 0.0) + part * batch.share
+        sums.add({"loss": loss.detach(), **parts}, batch.share)
     if not sums.images:
         _contribute_nothing(training, sums)
 
 
-def forward(training: Training, batch: Batch, bad_targets: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run teachers and student on one micro-batch.
+def _forward(training: Training, batch: Batch, bad_targets: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run teachers and student on one micro-batch; return the mean loss and each of its terms."""
+    inputs = inputs_of(training, batch, bad_targets)
+    training.job.student.attached.set_sample_keys(inputs.keys_B)  # dropout is a function of the image
+    return training.module(inputs.images_BCHW, inputs.targets, inputs.labels, inputs.features)
 
-    Args:
-        bad_targets: Gets one number for each output that a teacher computes now, see ``Sums``.
 
-    Returns:
-        The mean loss over the micro-batch, and each of its terms.
+def _accumulate_whole(training: Training, batches: list[Batch], sums: Sums) -> None:
+    """Run the micro-batches of a step whose losses compare all of its images.
+
+    Raises:
+        DataError: A process can read no image of the step: the others need its part.
     """
-    job, device = training.job, training.accelerator.device
-    images = batch.images_BCHW.to(device, non_blocking=True)
-    labels = _labels(batch, training.plan.labeled_share(job.labeled), device)
-    targets: list[Mapping[str, Tensor]] = [{}] * (1 + max((teacher.number for teacher in job.teachers), default=0))
-    for teacher in job.teachers:
-        items = targets[teacher.number] = teacher.targets(images, batch.indices_B, batch.view)
-        if teacher.cached is None:  # cached outputs were checked when they were computed
-            bad_targets += [(~torch.isfinite(value)).any().float() for value in items.values()]
-    job.student.attached.set_sample_keys(batch.keys_B.to(device))  # dropout is a function of the image
-    features = job.features.rows(batch.indices_B) if job.features is not None else None
-    return training.module(images, targets, labels, features)
+    sums.images = sum(len(batch.indices_B) for batch in batches)
+    (most_missing,) = all_reduce_max(training.accelerator, not sums.images)
+    if most_missing:  # on all processes at once, or the others would wait for its part
+        _refuse_unreadable(training)
+    _name_losses(training, sums)  # their order is the same on all processes, whatever comes first
+    for values, share in forward_backward_whole(training, batches, sums.bad_targets):
+        sums.add(values, share)
 
 
 def _contribute_nothing(training: Training, sums: Sums) -> None:
@@ -159,7 +166,11 @@ def _contribute_nothing(training: Training, sums: Sums) -> None:
         _refuse_unreadable(training)
     for parameter in training.parameters.values():
         parameter.grad = torch.zeros_like(parameter)
-    # The sums of all processes need the same names in the same order.
+    _name_losses(training, sums)
+
+
+def _name_losses(training: Training, sums: Sums) -> None:
+    """Begin the sums with zeros: all processes need the same names in the same order."""
     penalized = training.job.student.attached.penalty() is not None
     names = ("loss", *training.job.objective.terms, *(("penalty",) if penalized else ()))
     sums.losses = dict.fromkeys(names, torch.zeros((), device=training.accelerator.device))
@@ -186,9 +197,3 @@ def _require_gradients(training: Training, sums: Sums) -> None:
             given=", ".join(missing[:5]) + (" ..." if len(missing) > 5 else ""),
             do="add a loss that reads what they change (ce and kd read the classifier), or take another method",
         )
-
-
-def _labels(batch: Batch, known: float, device: torch.device) -> Labels:
-    mixed = (batch.other_B, batch.share_B)
-    other_B, share_B = (None if tensor is None else tensor.to(device, non_blocking=True) for tensor in mixed)
-    return Labels(batch.labels_B.to(device, non_blocking=True), other_B, share_B, known)

@@ -43,6 +43,7 @@ class Teacher:
         self.objective, self.device = objective, accelerator.device
         self.cached: CachedOutputs | None = None
         self.at_once = 0
+        self._over_batch: list[str] | None = None
 
     @torch.no_grad()
     def targets(self, images_BCHW: Tensor, indices_B: np.ndarray, view: int) -> dict[str, Tensor]:
@@ -61,6 +62,15 @@ class Teacher:
         """Return the shape of one image's row of each item, for views of this shape (C, H, W)."""
         images = torch.zeros(1, *view, dtype=torch.uint8)
         return {key: tuple(value.shape[1:]) for key, value in self.items(images).items()}
+
+    @torch.no_grad()
+    def items_over_batch(self, view_size: int) -> list[str]:
+        """Return the items that losses read which compare the images of a batch; found out once, by a black image."""
+        if self._over_batch is None:
+            signals = self.runner(torch.zeros(1, 3, view_size, view_size, dtype=torch.uint8, device=self.device))
+            terms = self.objective.terms_of(self.number, over_batch=True)
+            self._over_batch = sorted({name for term in terms for name in term.target(signals)})
+        return self._over_batch
 
     def after_step(self, student: Network, update: int) -> None:
         """Follow the student; called after update number ``update`` (from 0 over the whole run)."""

@@ -28,8 +28,14 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, output: Path, pr
         The content of compare.json.
 
     Raises:
-        RunError: The folder holds another comparison.
+        RunError: The folder holds another comparison, or the recipe is without labels.
     """
+    if recipe.label_free:
+        raise RunError(
+            "a comparison is with students that learn from labels alone, and these losses teach no classes",
+            given=", ".join(loss.name for loss in recipe.losses),
+            do="add a loss on labels or logits (ce, kd), or run each method by `remap distill`",
+        )
     if recipe.student.shrink is not None:
         raise RunError(
             "a comparison needs a student that exists without the teacher",

@@ -86,7 +86,7 @@ def build_components(
     """
     device = accelerator().device
     # Only names and labels are listed here; images are decoded once the size of a view is known.
-    classes = shared.classes(recipe.data)
+    classes = shared.classes(recipe)
 
     # The student's draws are the same with and without teachers: these fork the generator, and methods attach last.
     with progress.wait("building the student"):
@@ -139,7 +139,7 @@ def require_student(recipe: Recipe, shared: SharedResources) -> None:
     """
     if recipe.student.shrink is None:  # else it comes from the teacher
         with torch.random.fork_rng(devices=[]):
-            backbone = open_backbone(recipe.student, len(shared.classes(recipe.data)))
+            backbone = open_backbone(recipe.student, len(shared.classes(recipe)))
             tuned(backbone, recipe.method.name, recipe.method.options)
 
 

@@ -19,7 +19,7 @@ from remap.network import choose_attention
 from remap.progress import Progress
 from remap.recipe.schema import DataSpec
 from remap.runs.run_dir import RunDir
-from remap.runs.task import load_task
+from remap.runs.task import load_task, require_classifier
 
 
 def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progress) -> dict[str, Any]:
@@ -34,6 +34,7 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
     run = RunDir.open(path)
     recipe = run.recipe()
     network, view = load_task(run.path)
+    require_classifier(network, run.path)
     device = accelerator().device
     network.model.to(device)
     choose_attention(network, recipe.train.fused_attention, device)

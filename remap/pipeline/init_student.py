@@ -55,7 +55,7 @@ def init_from_teacher(
     row, cls = INITS.row(spec.name), INITS.load(spec.name)
     # Forked, so that the method draws the same numbers as without an initialisation.
     with progress.wait("initialising the student from the teacher"), torch.random.fork_rng(devices=[]):
-        teacher = open_backbone(recipe.teacher, len(shared.classes(recipe.data)))
+        teacher = open_backbone(recipe.teacher, len(shared.classes(recipe)))
         # Importance is measured by forward passes.
         teacher.model.to(accelerator().device).requires_grad_(False)
         sample = _sample(teacher, recipe, shared) if row.reads_images else None

@@ -8,7 +8,7 @@ from remap.io.paths import expanded
 from remap.network import Network
 from remap.progress import Progress
 from remap.recipe.paths import is_run
-from remap.recipe.schema import ModelSpec, Recipe
+from remap.recipe.schema import LossSpec, ModelSpec, Recipe
 from remap.remapping import LOSSES
 from remap.remapping.objective import LossTerm, Objective, Pair
 
@@ -62,6 +62,7 @@ def build_objective(recipe: Recipe, student: Network, teachers: Sequence[Network
     terms: dict[str, LossTerm] = {}
     weights: dict[str, float] = {}
     teacher_of: dict[str, int] = {}
+    loss_of: dict[str, LossSpec] = {}
     # Weights are relative: the loss's weight stays what the recipe says.
     total = sum(spec.weight for spec in recipe.teachers)
     for loss in recipe.losses:
@@ -70,10 +71,17 @@ def build_objective(recipe: Recipe, student: Network, teachers: Sequence[Network
         assert weight is not None  # filled in when the recipe was validated
         if len(teachers) < 2 or not cls.uses_teacher:
             pair = Pair(student.anatomy, teachers[0].anatomy if teachers else None, len(student.classes or ()))
-            terms[loss.name], weights[loss.name] = cls(pair, config), weight
+            terms[loss.name], weights[loss.name], loss_of[loss.name] = cls(pair, config), weight, loss
             continue
         for number, (teacher, spec) in enumerate(zip(teachers, recipe.teachers, strict=True)):
             name = f"{loss.name}@{number + 1}"
             terms[name] = cls(Pair(student.anatomy, teacher.anatomy, len(student.classes or ())), config)
-            weights[name], teacher_of[name] = weight * spec.weight / total, number
-    return Objective(terms, weights, teacher_of)
+            weights[name], teacher_of[name], loss_of[name] = weight * spec.weight / total, number, loss
+    return Objective(
+        terms,
+        weights,
+        teacher_of,
+        over_batch=[name for name, loss in loss_of.items() if loss.over_batch],
+        weight_schedules={name: one for name, loss in loss_of.items() if (one := loss.weight_schedule)},
+        temperature_schedules={name: one for name, loss in loss_of.items() if (one := loss.temperature_schedule)},
+    )

@@ -1,6 +1,8 @@
-"""A linear head fitted on cached features: the quickest way to give a teacher these classes."""
+"""A linear classifier fitted on features: the quickest way to give a teacher these classes, or to judge a backbone."""
 
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,22 +38,47 @@ def fit_probe(
     Raises:
         DataError: Fewer than two classes have readable images.
     """
-    features_ND, labels_N = pooled_features(network, source, accelerator, batch_size, progress)
-    mean, std = features_ND.mean(0), features_ND.std(0) + 1e-6
-    # L2 penalties compare weights, so features need one scale.
-    standard = (features_ND - mean) / std
+    features_ND, labels_N = pooled_features(network, source, accelerator, batch_size, progress, "teacher features")
     if len(np.unique(labels_N)) < 2:
         raise DataError("a head needs readable training images of two classes at least", do="repair the images")
     with progress.wait("fitting the teacher's head", len(STRENGTHS) + 1) as step:
-        best = _choose(standard, labels_N, step)
-        model = _fit(best, standard, labels_N)
-        step.advance()
-    weight, bias = _all_classes(model, network, mean, std)
+        probe = fit_logistic(features_ND, labels_N, step)
+    weight, bias = _all_classes(probe, network)
     _write_head(network, weight, bias)
-    return best
+    return probe.strength
 
 
-def _choose(standard_ND: np.ndarray, labels_N: np.ndarray, step: Step) -> float:
+@dataclass(frozen=True)
+class Probe:
+    """A logistic regression on standardised features; ``strength`` is the inverse of its penalty."""
+
+    model: "LogisticRegression"
+    mean_D: np.ndarray
+    std_D: np.ndarray
+    strength: float
+
+    def predict(self, features_ND: np.ndarray) -> np.ndarray:
+        """Return the class of each image (N,)."""
+        return self.model.predict((features_ND - self.mean_D) / self.std_D)
+
+
+def fit_logistic(features_ND: np.ndarray, labels_N: np.ndarray, step: Step | None = None) -> Probe:
+    """Fit a probe with the penalty that does best on a held-out fifth of these images.
+
+    Args:
+        step: Advanced for each of the fits, one more than ``STRENGTHS``.
+    """
+    mean_D, std_D = features_ND.mean(0), features_ND.std(0) + 1e-6
+    # L2 penalties compare weights, so features need one scale.
+    standard_ND = (features_ND - mean_D) / std_D
+    advance = step.advance if step is not None else lambda: None
+    best = _choose(standard_ND, labels_N, advance)
+    model = _fit(best, standard_ND, labels_N)
+    advance()
+    return Probe(model, mean_D, std_D, best)
+
+
+def _choose(standard_ND: np.ndarray, labels_N: np.ndarray, advance: Callable[[], None]) -> float:
     """Return the inverse strength that does best on a fifth of the images; 1 where a class has a single image."""
     if np.unique(labels_N, return_counts=True)[1].min() < 2:
         return 1.0
@@ -61,21 +88,25 @@ def _choose(standard_ND: np.ndarray, labels_N: np.ndarray, step: Step) -> float:
     for strength in STRENGTHS:
         model = _fit(strength, standard_ND[fit], labels_N[fit])
         scores.append(model.score(standard_ND[check], labels_N[check]))
-        step.advance()
+        advance()
     return STRENGTHS[int(np.argmax(scores))]
 
 
 @torch.no_grad()
 def pooled_features(
-    network: Network, source: ViewSource, accelerator: Accelerator, batch_size: int, progress: Progress
+    network: Network, source: ViewSource, accelerator: Accelerator, batch_size: int, progress: Progress, what: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the features that enter the classifier, float64 (N, D), and labels (N,), of all readable images."""
+    """Return the features that enter the classifier, float64 (N, D), and labels (N,), of all readable images.
+
+    Args:
+        what: Which features these are, for messages.
+    """
     network.model.eval()
     runner = Runner(network, Needs(pooled=True))
     rows, readable = [], []
-    with defer_signals(), progress.wait("teacher features", len(source.split)) as step:
+    with defer_signals(), progress.wait(what, len(source.split)) as step:
         for start in range(0, len(source.split), batch_size):
-            raise_if_interrupted(accelerator, "the teacher's head was being fitted")
+            raise_if_interrupted(accelerator, f"{what} were being computed")
             images, good = source.batch(np.arange(start, min(start + batch_size, len(source.split))))
             if len(good):
                 rows.append(runner(images.to(accelerator.device)).pooled_BD.float().cpu().numpy())
@@ -93,10 +124,9 @@ def _fit(strength: float, x_ND: np.ndarray, labels_N: np.ndarray) -> "LogisticRe
         return LogisticRegression(C=strength, max_iter=500).fit(x_ND, labels_N)
 
 
-def _all_classes(
-    model: "LogisticRegression", network: Network, mean: np.ndarray, std: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _all_classes(probe: Probe, network: Network) -> tuple[np.ndarray, np.ndarray]:
     """Weights on raw features for every class; two-class models have one row, worth -z/2 and +z/2."""
+    model, mean, std = probe.model, probe.mean_D, probe.std_D
     coefficients, intercept = model.coef_, model.intercept_
     if len(coefficients) == 1:
         coefficients = np.concatenate([-coefficients, coefficients]) / 2

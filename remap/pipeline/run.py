@@ -79,9 +79,10 @@ def run(
         warn_before_training(components, progress)
 
         # A teacher that knows nothing must not teach.
-        untrained = tracker.evaluate("the untrained student")
+        untrained = tracker.before()
         for prepared in components.teachers:
-            require_useful(prepared, untrained, views.val)
+            if untrained is not None:  # without a classifier, no loss reads logits
+                require_useful(prepared, untrained, views.val)
 
         # Train, and prove that what is frozen did not change.
         job = training_job(components, tracker, features.get("train"), shared, progress)
@@ -102,7 +103,7 @@ def run(
 
         # Evaluate, and write the tuned student before the summary that says it is there.
         evaluations = evaluate_at_end(components, tracker, progress)
-        summary = summarize(components, run_dir, untrained, evaluations, state)
+        summary = summarize(components, tracker, untrained, evaluations, state)
         summary |= {"frozen": unchanged, "trainables": list(job.parameters())}
         if main:
             write_results(components, run_dir, summary, state, clock, fitting, progress)
@@ -185,7 +186,7 @@ def validate_inputs(recipe: Recipe, shared: SharedResources) -> None:
     Raises:
         RemapError: Data or a model is missing, or a number does not fit the classes.
     """
-    classes = shared.classes(recipe.data)
+    classes = shared.classes(recipe)
     for spec in recipe.teachers:
         OutputFormat((len(classes),), top_k=spec.top_k)
     students = () if recipe.student.shrink is not None else (recipe.student,)  # else it comes from the teacher

@@ -58,7 +58,7 @@ def history(run: RunDir) -> list[dict[str, Any]]:
 
 # Entries of a summary that have to be equal.
 FIGURES = {
-    "accuracy": lambda s: f"{s['student']['accuracy']:.2%} ({s['student']['correct']} correct)",
+    "accuracy": lambda s: _accuracy(s["student"]),
     "accuracy on the test folder": lambda s: s["student"].get("test_accuracy"),
     "images": lambda s: s["data"]["fingerprint"],
     "backbone": lambda s: s["student"]["backbone_sha256"],
@@ -70,6 +70,11 @@ FIGURES = {
     "skipped steps": lambda s: s["faults"]["skipped_steps"],
     "learning-rate factor": lambda s: f"{s['faults']['learning_rate_factor']:g}",
 }
+
+
+def _accuracy(student: dict[str, Any]) -> str | None:
+    """Return it in words; None for a student without a classifier where there are no labels."""
+    return None if student["accuracy"] is None else f"{student['accuracy']:.2%} ({student['correct']} correct)"
 
 
 def _check(what: str, first: str, second: str, *, equal: bool) -> dict[str, Any]:

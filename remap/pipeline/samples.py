@@ -21,8 +21,11 @@ METHOD_IMAGES, METHOD_BATCH = 512, 32
 
 
 def method_sample(student: Network, views: DataViews, seed: int) -> Sample:
-    """Return labelled training images for a method that looks at some; the same ones for a seed."""
-    source, preprocess = views.train, Runner(student).preprocess
+    """Return training images for a method that looks at some; the same ones for a seed.
+
+    They are labelled ones, unless the student learns without labels.
+    """
+    source, preprocess = views.train if student.classes else views.training_source, Runner(student).preprocess
     # Keyed by the seed, so that a resumed run and other processes see the same ones.
     order = keyed_random.permutation(seed, 0, len(source.split))[:METHOD_IMAGES]
     device = accelerator().device
@@ -33,7 +36,7 @@ def method_sample(student: Network, views: DataViews, seed: int) -> Sample:
             if len(good):
                 yield preprocess(pixels.to(device)), torch.from_numpy(source.split.labels[good]).to(device)
 
-    return Sample(batches, len(views.data.classes))
+    return Sample(batches, len(student.classes or ()))
 
 
 def training_pixels(
@@ -46,7 +49,9 @@ def training_pixels(
     batch_size: int,
     without_images: str,
 ) -> Callable[[], Iterator[Tensor]]:
-    """Return batches (B, 3, S, S) of labelled training images as a backbone takes them; the same ones for a seed.
+    """Return batches (B, 3, S, S) of training images as a backbone takes them; the same ones for a seed.
+
+    They are labelled ones where there are any.
 
     Args:
         images: How many at most.
@@ -55,7 +60,7 @@ def training_pixels(
     Raises:
         DataError: None of them can be read.
     """
-    preprocess, split = backbone.preprocess, shared.index(data).train
+    preprocess, split = backbone.preprocess, shared.index(data).to_look_at
     view = shared.view(data, [preprocess])
     # Nothing is held: a few hundred images are read once.
     source = ViewSource(split, view, memory_bytes=0.0, workers=data.workers)

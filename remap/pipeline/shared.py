@@ -15,7 +15,7 @@ from remap.data.value_range import find_value_range
 from remap.data.views import JoinedSource, View, ViewSource, listed, require_readable
 from remap.errors import DataError
 from remap.progress import Progress, Silent
-from remap.recipe.schema import DataSpec
+from remap.recipe.schema import DataSpec, Recipe
 
 
 @dataclass
@@ -92,8 +92,10 @@ class SharedResources:
             self.data[key] = open_data(*key)
         return self.data[key]
 
-    def classes(self, spec: DataSpec) -> tuple[str, ...]:
-        return self.index(spec).classes
+    def classes(self, recipe: Recipe) -> tuple[str, ...]:
+        """Return the classes that teachers and student answer with; none where no loss is about classes."""
+        found = self.index(recipe.data).classes
+        return () if recipe.label_free else found
 
     def view(self, spec: DataSpec, inputs: Sequence[PreprocessSpec]) -> View:
         """Return the one view that serves all networks: cropped and shaped as for the first, as large as for any.
@@ -109,7 +111,7 @@ class SharedResources:
         else:
             key = (*_listed(spec), pixels)
             if key not in self.value_ranges:
-                self.value_ranges[key] = find_value_range(self.index(spec).train, pixels, spec.workers)
+                self.value_ranges[key] = find_value_range(self.index(spec).to_look_at, pixels, spec.workers)
             pixels = replace(pixels, value_range=self.value_ranges[key])
         return View(size[0] if size[0] == size[1] else size, first.crop_pct, first.interpolation, pixels)
 
@@ -146,7 +148,8 @@ def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress) -> Da
             budget -= sources[name].cached_bytes
     for name, source in sources.items():
         # Decoding everything once finds unreadable images before training, where memory suffices.
-        source.load(progress, _TITLES[name])
+        if len(source.split):
+            source.load(progress, _TITLES[name])
     train, unlabeled = sources["train"], sources.get("unlabeled")
     # A few bad files are normal in a large folder; many mean a wrong path or a damaged disk.
     _require_few_bad(train, unlabeled, spec.max_bad)

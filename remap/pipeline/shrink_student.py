@@ -36,7 +36,7 @@ def open_student(recipe: Recipe, run_dir: RunDir | None, progress: Progress, sha
     Raises:
         RemapError: The student cannot be cut, or cannot be opened.
     """
-    num_classes = len(shared.classes(recipe.data))
+    num_classes = len(shared.classes(recipe))
     if recipe.student.shrink is None:
         return open_backbone(recipe.student, num_classes)
     if run_dir is None:

@@ -16,7 +16,7 @@ from remap.errors import RecipeError
 from remap.io.paths import expanded
 from remap.network import Network, Runner, choose_attention
 from remap.recipe.problems import lines_of
-from remap.runs.task import load_task
+from remap.runs.task import load_task, require_classifier
 from remap.tuning import config_of, rows_of
 from remap.tuning.attached import Attached
 from remap.tuning.attaching import attach_method
@@ -92,9 +92,10 @@ def load_student(run_dir: str | Path, device: str | torch.device | None = None) 
         device: Where it computes; None is the accelerator if there is one, else the CPU.
 
     Raises:
-        RunError: The files are damaged or the backbone is another one.
+        RunError: The files are damaged, the backbone is another one, or the student has no classifier.
     """
     network, view = load_task(expanded(run_dir))
+    require_classifier(network, expanded(run_dir))
     if device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     return Student(network, view, torch.device(device))

@@ -26,7 +26,8 @@ def cache_features(components: RunComponents, progress: Progress) -> dict[str, F
     train, val = _features(components, components.training_source), _features(components, components.views.val)
     # In the shapes of training and of evaluation: the last bits of a matrix product may depend on its shape.
     train.compute(components.process_images, components.pass_images, progress, "training images")
-    val.compute(batch_size_of_evaluation(components.recipe), 0, progress, "evaluation images")
+    if not components.recipe.label_free:  # features are judged behind the last block
+        val.compute(batch_size_of_evaluation(components.recipe), 0, progress, "evaluation images")
     progress.say(
         f"cached frozen features of {len(train.split) + len(val.split)} images: {needed / 2**20:.1f} MiB in "
         f"{time.perf_counter() - started:.1f} s"

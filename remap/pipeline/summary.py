@@ -9,31 +9,39 @@ from remap.distributed.launch import accelerator
 from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.state import State
 from remap.pipeline.components import RunComponents
+from remap.pipeline.judge import Judgement, judge
 from remap.pipeline.tracking import RunTracker
 from remap.progress import Progress, Silent
 from remap.recipe.schema import EMA
-from remap.runs.run_dir import RunDir
+from remap.remapping.schedule import is_scheduled
 
 
 @dataclass(frozen=True)
 class FinalEvaluations:
-    """Of the tuned student on the evaluation images, and on the test images where there are any."""
+    """Of the tuned student on the evaluation images, and on the test images where there are any.
 
-    val: Evaluation
+    Attributes:
+        judged: What the features of a student without a classifier are worth; val and test are None then.
+    """
+
+    val: Evaluation | None
     test: Evaluation | None
+    judged: Judgement | None = None
 
 
 def evaluate_at_end(components: RunComponents, tracker: RunTracker, progress: Progress) -> FinalEvaluations:
     """Evaluate what has not been evaluated yet: a moving average as teacher, and the test images, once."""
     recipe, views = components.recipe, components.views
     for number, teacher in enumerate(components.teachers):
-        if teacher.spec.model == EMA:
+        if teacher.spec.model == EMA and not recipe.label_free:
             average = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, "the average")
             components.teachers[number] = replace(teacher, accuracy=average.accuracy)
     # Where images are not held in memory, unreadable ones are found during training.
     bad = components.training_source.bad_names()
     if bad:
         progress.say(f"skipped {len(bad)} training image(s) that cannot be read: {listed(bad)}")
+    if recipe.label_free:
+        return FinalEvaluations(None, None, judge(components, "the student", progress))
     val = tracker.last or tracker.evaluate()  # a resumed run may have had no epoch left to train
     test = None
     if views.test is not None:
@@ -43,12 +51,12 @@ def evaluate_at_end(components: RunComponents, tracker: RunTracker, progress: Pr
 
 
 def summarize(
-    components: RunComponents, run_dir: RunDir, untrained: Evaluation, final: FinalEvaluations, state: State
+    components: RunComponents, tracker: RunTracker, untrained: Evaluation | None, final: FinalEvaluations, state: State
 ) -> dict[str, Any]:
     """Return all that is known once training has ended."""
     recipe, student, views = components.recipe, components.student, components.views
     summary: dict[str, Any] = {
-        "run_dir": str(run_dir.path),
+        "run_dir": str(tracker.run_dir.path),
         "recipe": recipe.name,
         # Comparisons and repeats find a run by it.
         "digest": recipe.digest(),
@@ -76,9 +84,7 @@ def summarize(
         "student": {
             "model": student.identity.model,
             "backbone_sha256": student.identity.sha256,
-            "accuracy": final.val.accuracy,
-            "correct": final.val.correct,
-            "initial_accuracy": untrained.accuracy,
+            **_accuracy(untrained, final, tracker.judged_before),
             "trainable_parameters": student.num_trainable,
             "total_parameters": student.num_parameters,
         },
@@ -89,7 +95,11 @@ def summarize(
             "accumulation": state.accumulation,
         },
         "peak_memory_bytes": peak_bytes(accelerator().device),
-        "final_losses": {k: v for k, v in state.history[-1].items() if k not in ("epoch", "accuracy", "seconds")},
+        "final_losses": {
+            name: value
+            for name, value in state.history[-1].items()
+            if name not in ("epoch", "accuracy", "seconds") and not is_scheduled(name)
+        },
     }
     if final.test is not None:
         summary["student"]["test_accuracy"] = final.test.accuracy
@@ -100,3 +110,22 @@ def summarize(
     if len(components.teachers) > 1:
         summary["more_teachers"] = [teacher.to_dict() for teacher in components.teachers[1:]]
     return summary
+
+
+def _accuracy(untrained: Evaluation | None, final: FinalEvaluations, before: Judgement | None) -> dict[str, Any]:
+    """Return the accuracy before and after: of the classifier, or of a linear probe; None where there are no labels."""
+    if final.val is not None and untrained is not None:
+        return {
+            "accuracy": final.val.accuracy,
+            "correct": final.val.correct,
+            "initial_accuracy": untrained.accuracy,
+        }
+    if final.judged is None or before is None:
+        return {"accuracy": None, "correct": None, "initial_accuracy": None}
+    first, last = before["val"], final.judged["val"]
+    return {
+        "accuracy": last["linear_probe"],
+        "correct": round(last["linear_probe"] * last["images"]),
+        "initial_accuracy": first["linear_probe"],
+        "judged": {"before": before, "after": final.judged},
+    }

@@ -31,7 +31,7 @@ def teachers_to_tune(
         # Tuned by an earlier run of this command, or by this run before it was interrupted.
         if key not in shared.tuned_teachers and not is_prepared(folder):
             require_unlinked(folder)
-            classes = len(shared.classes(recipe.data))
+            classes = len(shared.classes(recipe))
             progress.say(
                 f"{title_of(spec, recipe)} has no head for these {classes} classes: tuning it ({spec.prepare})"
             )
@@ -45,7 +45,7 @@ def teachers_to_tune(
 def _brings_head(spec: TeacherSpec, recipe: Recipe, shared: SharedResources) -> bool:
     """Whether it is a run on the same classes, whose head serves."""
     # By names and order: a head for other classes is of no use.
-    return is_run(spec.model) and read_meta(folder_of(expanded(spec.model))).classes == shared.classes(recipe.data)
+    return is_run(spec.model) and read_meta(folder_of(expanded(spec.model))).classes == shared.classes(recipe)
 
 
 def is_prepared(folder: Path) -> bool:

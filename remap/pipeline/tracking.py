@@ -10,6 +10,7 @@ from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.state import State
 from remap.errors import RunError
 from remap.pipeline.components import RunComponents
+from remap.pipeline.judge import Judgement, judge
 from remap.pipeline.run_status import RunClock
 from remap.progress import Progress
 from remap.runs.hardware import machine
@@ -20,7 +21,9 @@ class RunTracker:
     """Evaluates the student after each epoch, and writes the metrics that a run directory shows while the run lasts.
 
     Attributes:
-        last: The student's evaluation after the newest epoch that was trained here; None before.
+        last: The student's evaluation after the newest epoch that was trained here; None before, and of a student
+            without a classifier.
+        judged_before: What the features of such a student were worth before training.
     """
 
     def __init__(
@@ -34,6 +37,15 @@ class RunTracker:
         self.components, self.features, self.run_dir = components, features, run_dir
         self.clock, self.progress = clock, progress
         self.last: Evaluation | None = None
+        self.judged_before: Judgement | None = None
+
+    def before(self) -> Evaluation | None:
+        """Evaluate the untrained student; one without a classifier is judged by its features where there are labels."""
+        what = "the untrained student"
+        if not self.components.recipe.label_free:
+            return self.evaluate(what)
+        self.judged_before = judge(self.components, what, self.progress)
+        return None
 
     def evaluate(self, title: str = "the student") -> Evaluation:
         """Evaluate the student on the evaluation images."""
@@ -43,12 +55,14 @@ class RunTracker:
         )
 
     def after_epoch(self) -> dict[str, float]:
-        """Refuse too many unreadable training images, then return the metrics of the student."""
+        """Refuse too many unreadable training images, then return the metrics of a student that has a classifier."""
         views = self.components.views
         for source in (views.train, views.unlabeled):
             if source is not None:  # each process has found those of its own share
                 share_unreadable(accelerator(), source)
         views.require_few_bad(self.components.recipe.data.max_bad)
+        if self.components.recipe.label_free:
+            return {}
         self.last = self.evaluate()
         return {"accuracy": self.last.accuracy}
 

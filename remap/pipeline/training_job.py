@@ -71,6 +71,13 @@ def warn_before_training(components: RunComponents, progress: Progress) -> None:
     if copies is not None:
         progress.say(copies)
     losses = [(loss.name, LOSSES.row(loss.name)) for loss in components.recipe.losses]
+    if components.recipe.label_free:
+        count, method = len(components.training_source.split), components.recipe.method.name
+        mergeable = components.student.attached.mergeable
+        result = (
+            "a model folder of timm" if mergeable else f"a task alone, since {method} cannot be merged into weights"
+        )
+        progress.say(f"learning from {count:,} images without labels; the result is a backbone: {result}")
     on_labels = [name for name, row in losses if row.category == "labels"]
     if on_labels and components.labeled_share == 0.0:
         progress.say(f"{', '.join(on_labels)} teaches nothing: the student learns only from images without labels")
@@ -79,11 +86,6 @@ def warn_before_training(components: RunComponents, progress: Progress) -> None:
         return
     if components.student.learns_batch_statistics:
         progress.say("batch statistics are computed within each part of a batch, so results depend on the parts")
-    over_batch = [name for name, row in losses if row.over_batch]
-    if over_batch:
-        size = components.pass_images
-        images = f"{size} image{'' if size == 1 else 's'}"
-        progress.say(
-            f"{', '.join(over_batch)}: images are compared within each part of a batch ({images}), so results "
-            "depend on the parts" + ("; with one image there is nothing to compare" if size == 1 else "")
-        )
+    over_batch = [loss.name for loss in components.recipe.losses if loss.over_batch]
+    if over_batch and components.recipe.train.accumulation > 1:
+        progress.say(f"{', '.join(over_batch)}: the whole batch is compared, so the student runs twice in each step")

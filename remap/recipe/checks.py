@@ -56,8 +56,18 @@ def _loss_problems(recipe: Recipe) -> Iterator[str]:
         yield f"losses: '{name}' is given twice"
     for name in dict.fromkeys(loss.name for loss in recipe.losses if loss.is_idle(recipe.method.name)):
         yield f"losses: {name} cannot teach {recipe.method.name}, which does not change what it compares (leave it out)"
-    if counting and known and not any(loss.teaches_classes for loss in counting):
-        yield "losses: none of them trains the classifier (add ce, or one on logits such as kd)"
+    on_classes = [loss.name for loss in counting if loss.teaches_classes]
+    if counting and known and not on_classes and not recipe.label_free:
+        yield (
+            "losses: none of them trains the classifier (add ce, or one on logits such as kd; for a backbone without a"
+            " classifier name the images to learn from: data.unlabeled)"
+        )
+    if on_classes and recipe.data.unlabeled is not None and recipe.data.source is None:
+        read = "reads" if len(on_classes) == 1 else "read"
+        yield (
+            f"losses: {', '.join(on_classes)} {read} labels or logits of classes, and there are no labelled images"
+            " (name some: data.source, or take losses on features alone, such as feature and tokens)"
+        )
     needing = [name for name in dict.fromkeys(names) if name in LOSSES and LOSSES.row(name).category != "labels"]
     if needing and not recipe.teachers:
         need = "need" if len(needing) > 1 else "needs"
@@ -69,6 +79,15 @@ def _data_problems(recipe: Recipe) -> Iterator[str]:
     known = all(loss.name in LOSSES for loss in recipe.losses)
     if data.views is not None and data.augment == "none":
         yield "data.views: without augmentation an image has one view only (set data.augment, or leave data.views out)"
+    if data.source is None:
+        if data.unlabeled is None:
+            yield "data.source: there are no images (set data.source, or data.unlabeled to learn without labels)"
+        for name in ("val_source", "labels"):
+            if getattr(data, name) is not None:
+                yield f"data.{name}: there are no labelled images (set data.source, or leave data.{name} out)"
+        if not recipe.teachers:
+            yield "data.unlabeled: nothing can be learned from images without labels alone (set teacher.model)"
+        return
     if data.unlabeled_only and data.unlabeled is None and data.labels is None:
         yield "data.unlabeled_only: all images have labels (set data.unlabeled or data.labels)"
     elif (data.unlabeled is not None or data.unlabeled_only) and recipe.losses and recipe.needs_labels:
@@ -76,7 +95,12 @@ def _data_problems(recipe: Recipe) -> Iterator[str]:
             f"data.{'unlabeled_only' if data.unlabeled is None else 'unlabeled'}: nothing would be learned from the"
             " images without labels (add a teacher and a loss that needs none, such as kd)"
         )
-    elif data.unlabeled_only and counting and known and not any(loss.reads_logits for loss in counting):
+    elif (
+        data.unlabeled_only
+        and counting
+        and known
+        and not (recipe.label_free or any(loss.reads_logits for loss in counting))
+    ):
         yield "data.unlabeled_only: none of the losses trains the classifier without labels (add one on logits, say kd)"
 
 
@@ -178,7 +202,10 @@ def option_problems(recipe: Recipe) -> list[str]:
         problems += _options_of("method", config_of(recipe.method.name), recipe.method)
     for index, loss in enumerate(recipe.losses):
         if loss.name in LOSSES:
-            problems += _options_of(f"losses[{index}]", LOSSES.load(loss.name).Config, loss)
+            key, kind = f"losses[{index}]", LOSSES.load(loss.name)
+            problems += (found := _options_of(key, kind.Config, loss))
+            if loss.temperature_schedule and not found and not kind.temperatures_of(kind.Config(**loss.options)):
+                problems.append(f"{key}.temperature_schedule: {loss.name} has no temperature here (leave it out)")
     init = recipe.student.init
     if init is not None and init.name in INITS:
         problems += _options_of("student.init", INITS.load(init.name).Config, init)

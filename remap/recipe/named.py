@@ -1,13 +1,22 @@
 """Names from the tables of methods, losses and initialisations, with their options."""
 
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from remap.remapping import LOSSES
+from remap.remapping.schedule import Schedule
 from remap.tuning import METHODS, parts_of
 
 DEFAULT_LOSSES = ("ce", "kd", "attention")
+LABEL_FREE_LOSSES = ("feature", "tokens")
 
 
 class Named(BaseModel):
@@ -38,6 +47,10 @@ class LossSpec(Named):
     """A loss term, its weight and its options, flat: ``{name: kd, weight: 0.5, temperature: 2}``."""
 
     weight: float = Field(default=1.0, ge=0.0, description="Weight in the objective; null is the loss's default.")
+    weight_schedule: Schedule | None = Field(default=None, description="How the weight changes; null is not at all.")
+    temperature_schedule: Schedule | None = Field(
+        default=None, description="How the temperature (of the student and the teacher) changes; null is not at all."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -47,6 +60,26 @@ class LossSpec(Named):
             return values
         name = values.get("name")
         return {**values, "weight": LOSSES.row(name).weight if isinstance(name, str) and name in LOSSES else 1.0}
+
+    @model_validator(mode="after")
+    def _temperatures_above_zero(self) -> Self:
+        if self.temperature_schedule is not None and self.temperature_schedule.reaches_zero:
+            raise ValueError("temperature_schedule: a temperature cannot be 0 (set start and end above 0)")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_no_schedule(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write recipes without schedules as earlier versions did, so that their runs can be resumed."""
+        return {
+            key: value
+            for key, value in write(self).items()
+            if value is not None or key not in ("weight_schedule", "temperature_schedule")
+        }
+
+    @property
+    def over_batch(self) -> bool:
+        """Whether it compares the images of a batch with each other; of logit_std, whether the loss behind it does."""
+        return LOSSES.row(self.options.get("of", "kd") if self.name == "logit_std" else self.name).over_batch
 
     @property
     def teaches_classes(self) -> bool:
@@ -92,9 +125,14 @@ def _loss_word(word: str) -> dict[str, Any]:
         raise ValueError(f"'{word}': the weight after the colon must be a number, got '{weight}'") from None
 
 
-def default_losses(method: str) -> tuple[str, ...]:
-    """Return the default objective with a teacher, without the terms that a method cannot follow."""
-    return tuple(name for name in DEFAULT_LOSSES if not is_idle(name, method))
+def default_losses(method: str, *, labels: bool = True) -> tuple[str, ...]:
+    """Return the default objective with a teacher, without the terms that a method cannot follow.
+
+    Args:
+        labels: Whether there are labelled images.
+    """
+    names = DEFAULT_LOSSES if labels else LABEL_FREE_LOSSES
+    return tuple(name for name in names if not is_idle(name, method))
 
 
 def is_idle(loss: str, method: str, signal: str | None = None) -> bool:

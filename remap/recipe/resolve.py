@@ -91,7 +91,7 @@ def resolve_distill(
     if recipe is not None:
         return resolve(recipe, words, settings)
     words["teacher"] = words.get("teacher") or "mini_teacher"
-    source = words.get("data") or DataSpec().source
+    source = words.get("data") or (None if words.get("unlabeled") else DataSpec().source)
     shipped = source if isinstance(source, str) and is_source(source) and source in catalogue.names() else None
     return resolve(shipped, words, settings)
 
@@ -176,7 +176,7 @@ def _chooses_losses(key: str) -> bool:
 
 def _name_of(data: Any) -> str:
     """Name a recipe after its data: photos/train.tar gives "train"."""
-    source = data.get("source") if isinstance(data, dict) else None
+    source = (data.get("source") or data.get("unlabeled")) if isinstance(data, dict) else None
     stem = Path(source).name.partition(".")[0] if isinstance(source, str) else ""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:64]
     return name or Recipe().name

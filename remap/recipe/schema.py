@@ -37,6 +37,8 @@ Model = TypeVar("Model", bound=ModelSpec)
 # The width that default learning rates were measured at; to others they are scaled as Adam's rates transfer (Yang et
 # al. 2022, arXiv 2203.03466).
 BASE_WIDTH = 128
+# The result of a run without labels is a backbone, which this method changes freely.
+LABEL_FREE_METHOD = "full"
 # Fields that change no result, by section.
 _SILENT = {"train": {"checkpoint_seconds", "eval_every", "processes", "parallel"}, "data": {"workers", "memory_gib"}}
 # Fields of data that came later: without them a recipe has the hash it had before.
@@ -97,10 +99,15 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fill_losses(self) -> "Recipe":
-        """Write the default objective out, so that a saved recipe says it all."""
+        """Write the default objective out, and what follows from it, so that a saved recipe says it all."""
+        labels, label_free = self.data.source is not None, self.data.unlabeled is not None and self._teaches_no_classes
+        if (label_free or not labels) and "method" not in self.model_fields_set:
+            object.__setattr__(self, "method", MethodSpec(name=LABEL_FREE_METHOD))
         if self.has_default_losses:
-            names = default_losses(self.method.name) if self.teachers else ("ce",)
+            names = default_losses(self.method.name, labels=labels) if self.teachers else ("ce",)
             object.__setattr__(self, "losses", tuple(LossSpec(name=name) for name in names))
+        if label_free or not labels:
+            object.__setattr__(self, "data", self.data.model_copy(update={"unlabeled_only": True}))
         return self
 
     @model_serializer(mode="wrap")
@@ -125,6 +132,16 @@ class Recipe(Section):
         return "losses" not in self.model_fields_set
 
     @property
+    def label_free(self) -> bool:
+        """Whether the student learns without labels and without a classifier; labels, if there are any, judge it."""
+        return self.data.unlabeled_only and self._teaches_no_classes
+
+    @property
+    def _teaches_no_classes(self) -> bool:
+        counting = [loss for loss in self.losses if loss.weight]
+        return bool(counting) and not any(loss.teaches_classes for loss in counting)
+
+    @property
     def needs_labels(self) -> bool:
         """Whether every loss reads labels, so that an image without one teaches nothing."""
         return all(LOSSES.row(loss.name).category == "labels" for loss in self.losses if loss.name in LOSSES)
@@ -140,11 +157,18 @@ class Recipe(Section):
             init = InitSpec(name=init.name, **_with_defaults(INITS.load(init.name).Config, init))
         val_source = None if data.val_source is None else absolute_data(data.val_source)
         unlabeled = None if data.unlabeled is None else absolute(data.unlabeled)
-        paths = {"source": absolute_data(data.source), "val_source": val_source, "unlabeled": unlabeled}
+        source = None if data.source is None else absolute_data(data.source)
+        paths = {"source": source, "val_source": val_source, "unlabeled": unlabeled}
         base_lr = None if self.train.lr is not None else self._base_lr()
         method = MethodSpec(name=self.method.name, **_with_defaults(config_of(self.method.name), self.method))
         losses = tuple(
-            LossSpec(name=loss.name, weight=loss.weight, **_with_defaults(LOSSES.load(loss.name).Config, loss))
+            LossSpec(
+                name=loss.name,
+                weight=loss.weight,
+                weight_schedule=loss.weight_schedule,
+                temperature_schedule=loss.temperature_schedule,
+                **_with_defaults(LOSSES.load(loss.name).Config, loss),
+            )
             for loss in self.losses
         )
         return self.model_copy(

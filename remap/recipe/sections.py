@@ -44,9 +44,9 @@ class DataSpec(Section):
     one of the two; teacher and student see the mixed image, which is a new one in each epoch.
     """
 
-    source: PathOrName = Field(
+    source: PathOrName | None = Field(
         default="digits",
-        description='A built-in source ("digits"), a folder of class folders, a tar or zip of one, or a CSV of labels.',
+        description='"digits" (built in), class folders, a tar or zip of them, or a CSV; null is none, if unlabeled.',
     )
     val_source: PathOrName | None = Field(
         default=None, description="Folder, archive or CSV to evaluate on; null is the source's own split."
@@ -98,6 +98,13 @@ class DataSpec(Section):
     skip_bad: bool = Field(default=False, description="Skip unreadable images in evaluation too, instead of stopping.")
     memory_gib: float = Field(default=4.0, ge=0.0, description="Memory in GiB for views, features, and outputs each.")
     workers: int | None = Field(default=None, ge=1, description="Decoding threads; null chooses by the machine.")
+
+    @model_validator(mode="after")
+    def _default_source(self) -> Self:
+        """Without labelled images, those without labels are all there are."""
+        if self.unlabeled is not None and "source" not in self.model_fields_set:
+            object.__setattr__(self, "source", None)
+        return self
 
     @property
     def mixes(self) -> bool:

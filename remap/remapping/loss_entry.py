@@ -16,7 +16,7 @@ class LossEntry(Entry):
         mismatch: What becomes of other widths, depths, heads, grids and prefix tokens.
         mixed: What it does with an image that is mixed of two (mixup, CutMix).
         weight: Default weight in the objective.
-        over_batch: Compares images of a batch with each other; each process sees its own part of the batch only.
+        over_batch: Compares all images of a batch with each other, whatever process and micro-batch they are in.
     """
 
     needs: str

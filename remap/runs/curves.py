@@ -5,6 +5,7 @@ from math import inf
 from typing import Any
 
 from remap.io.names import plain
+from remap.remapping.schedule import is_scheduled
 
 WIDTH, HEIGHT, LEFT, TOP, GAP = 720, 260, 52, 34, 60
 
@@ -15,7 +16,7 @@ def curves(history: list[dict[str, Any]], title: str) -> str:
     losses = {
         name: [(r["epoch"], r[name]) for r in history if name in r]
         for name in dict.fromkeys(name for record in history for name in record)
-        if name not in ("epoch", "seconds", "accuracy")
+        if name not in ("epoch", "seconds", "accuracy") and not is_scheduled(name)
     }
     accuracy = {"accuracy, %": [(r["epoch"], 100 * r["accuracy"]) for r in history if "accuracy" in r]}
     last = history[-1]["epoch"]

@@ -30,7 +30,8 @@ class RunRecords:
 
     recipe.yaml (resolved), command.txt, environment.json, status.json, metrics.jsonl (one line an epoch), curves.svg,
     summary.json, trainables.json (what is trained), task/ (what the tuned student costs to keep), teacher/ (the
-    prepared teacher), checkpoint/, student_model/ (a student that was cut from its teacher), fault/ (the batch that
+    prepared teacher), checkpoint/, student_model/ (a student that was cut from its teacher), backbone/ (the
+    student of a run without labels, for timm), fault/ (the batch that
     broke training), stop (a file that asks the run to save and leave; removed when it is seen).
 
     ``seconds`` in status.json and summary.json is the time of all parts of a run that was stopped and resumed; a part
@@ -68,6 +69,11 @@ class RunRecords:
     def student_model(self) -> Path:
         """The student, where it was cut from its teacher for this run."""
         return self.path / STUDENT_MODEL
+
+    @property
+    def backbone(self) -> Path:
+        """The tuned backbone of a run without labels, as a model folder of timm."""
+        return self.path / "backbone"
 
     @property
     def checkpoint(self) -> Path:

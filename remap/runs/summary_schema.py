@@ -13,10 +13,16 @@ def _is_word(value: object) -> bool:
     return isinstance(value, str)
 
 
+def _is_share(value: object) -> bool:
+    """Whether it is an accuracy, or None where there is nothing to judge by."""
+    return value is None or is_number(value)
+
+
 # What commands show of a summary: each entry and its check. Dots lead into nested objects.
 _SUMMARY: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("run_dir", "method", "data.source"), _is_word),
-    **dict.fromkeys(("seconds", "train_seconds", "learning_rate", "student.accuracy"), is_number),
+    **dict.fromkeys(("seconds", "train_seconds", "learning_rate"), is_number),
+    "student.accuracy": _is_share,
     **dict.fromkeys(("data.train_images", "data.labeled_images", "data.val_images"), is_count),
     **dict.fromkeys(("student.trainable_parameters", "student.task_bytes"), is_count),
     "student.total_parameters": lambda value: is_count(value) and value != 0,
@@ -24,7 +30,7 @@ _SUMMARY: dict[str, Callable[[object], bool]] = {
 _TEACHER: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("model", "head"), _is_word),
     "total_parameters": is_count,
-    "accuracy": lambda value: value is None or is_number(value),
+    "accuracy": _is_share,
 }
 
 

@@ -1,6 +1,7 @@
 """Save and load task files: tuned parameters and head, never the frozen backbone."""
 
 import hashlib
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -167,6 +168,19 @@ def require_tuned(word: str) -> None:
         RunError: It holds no student; says how its run ended.
     """
     folder_of(expanded(word))
+
+
+def require_classifier(network: Network, path: Path) -> None:
+    """Require a tuned student to answer with classes.
+
+    Raises:
+        RunError: It was trained without labels.
+    """
+    if not network.classes:
+        raise RunError(
+            f"the student in {path} has no classifier: it was trained without labels",
+            do=f"fit one: remap tune --student {shlex.quote(str(path))} --method linear --data FOLDER",
+        )
 
 
 def open_backbone(

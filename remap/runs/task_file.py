@@ -84,7 +84,7 @@ class TaskMeta(BaseModel):
     format: Literal[1]  # FORMAT
     backbone: _Source
     method: MethodSpec
-    classes: Annotated[tuple[Annotated[str, AfterValidator(_class_name)], ...], Field(min_length=1)]
+    classes: tuple[Annotated[str, AfterValidator(_class_name)], ...]  # none where there is no classifier
     preprocess: Annotated[PreprocessSpec, AfterValidator(_sized_preprocess)]
     view: Annotated[View, AfterValidator(_sized_view)]
     holds_backbone: bool
@@ -178,7 +178,7 @@ def _again(folder: Path) -> str:
 def require_sizes(folder: Path, meta: TaskMeta, tensors: dict[str, Tensor]) -> None:
     """Bound what is built by the file's tensors: a few bytes cannot ask for a million classes or a huge rank."""
     sizes = {size for tensor in tensors.values() for size in tensor.shape}
-    if len(meta.classes) not in sizes or len(meta.classes) > MOST_CLASSES:
+    if meta.classes and (len(meta.classes) not in sizes or len(meta.classes) > MOST_CLASSES):
         raise RunError(f"the classifier in {folder} does not fit its {len(meta.classes):,} class names")
     if len(set(meta.classes)) < len(meta.classes):
         raise RunError(f"{folder / 'task.json'} names a class twice")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from remap.distributed import launch
 from remap.errors import TrainingError
 from remap.pipeline.run import resume, start
+from remap.recipe import resolve_distill
 from remap.runs.run_dir import RunDir
 
 pytestmark = pytest.mark.slow
@@ -217,3 +218,23 @@ def _task(run: Path) -> bytes:
 
 def _tensors(run: Path) -> dict[str, torch.Tensor]:
     return load_file(RunDir(run).task / "task.safetensors")
+
+
+def test_two_processes_compare_the_whole_batch(
+    tiny: Any, tmp_path: Path, start_process: Start, largest_difference: Callable[..., float]
+) -> None:
+    """Losses over the batch, with a queue and projectors, of a run without labels: those of one process."""
+    words = {"losses": "rkd,crd,queue,feature", "method": "lora"}
+    arguments = [f"--{name}={value}" for name, value in words.items()]
+    folders = [f"--unlabeled={tiny.data}/train", f"--student={tiny.student}", f"--teacher={tiny.teacher}"]
+    settings = (*tiny.SETTINGS, "losses.feature.normalize=standard", "train.accumulation=2")
+    given = [*arguments, *folders, *(f"--set={setting}" for setting in settings)]
+    process = start_process(*TWO, "distill", *given, f"--output={tmp_path / 'two'}")
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    options = {**words, "student": tiny.student, "teacher": tiny.teacher, "unlabeled": f"{tiny.data}/train"}
+    one = start(
+        resolve_distill(None, options, tiny.SETTINGS + ("losses.feature.normalize=standard",)), tmp_path / "one"
+    )
+    two = load_file(tmp_path / "two" / "task" / "task.safetensors")
+    assert largest_difference(one.student.trained, two) < 2e-5

@@ -20,8 +20,8 @@ def problems(**values: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("values", "place"),
     [
-        ({"data": {"unlabeled": "more"}}, "data.unlabeled"),
-        ({"data": {"unlabeled": "more"}, "teacher": "a", "losses": "ce"}, "data.unlabeled"),
+        ({"data": {"source": "photos", "unlabeled": "more"}}, "data.unlabeled"),
+        ({"data": {"source": "photos", "unlabeled": "more"}, "teacher": "a", "losses": "ce"}, "data.unlabeled"),
         ({"data": {"labels": 50, "unlabeled_only": True}, "teacher": "a", "losses": "ce"}, "data.unlabeled_only"),
     ],
 )
@@ -96,7 +96,7 @@ def test_mixing_is_on_when_either_way_is() -> None:
 
 def test_the_word_sets_the_folder_and_the_rest_goes_by_its_place() -> None:
     settings = ["data.mixup=0.2", "data.augment=shift", "data.views=3"]
-    recipe = resolve(words={"teacher": "a", "unlabeled": "more"}, settings=settings)
+    recipe = resolve(words={"teacher": "a", "data": "photos", "unlabeled": "more"}, settings=settings)
     assert (recipe.data.unlabeled, recipe.data.mixup, recipe.data.views) == ("more", 0.2, 3)
     assert recipe.data.labeled_part() == recipe.data.model_copy(update={"unlabeled": None})
 
@@ -104,7 +104,8 @@ def test_the_word_sets_the_folder_and_the_rest_goes_by_its_place() -> None:
 def test_a_comparison_gives_images_without_labels_to_the_teacher_alone() -> None:
     """A saved cell is read again, so each one must be a valid recipe by itself; few labels are the same for both."""
     recipe = resolve(
-        words={"teacher": "a", "unlabeled": "more"}, settings=["data.unlabeled_only=true", "data.labels=9"]
+        words={"teacher": "a", "data": "photos", "unlabeled": "more"},
+        settings=["data.unlabeled_only=true", "data.labels=9"],
     )
     cells = comparison_cells(recipe, ["vpt_deep", "linear"], 2)
     for cell in cells:

@@ -48,8 +48,8 @@ class Poison:
         forward, items, attempt = Objective.forward, Teacher.items, loop.forward_backward
         update = torch.optim.AdamW.step
 
-        def poisoned_loss(objective: Objective, student: Any, targets: Any, labels: Any) -> Any:
-            total, parts = forward(objective, student, targets, labels)
+        def poisoned_loss(objective: Objective, student: Any, *rest: Any) -> Any:
+            total, parts = forward(objective, student, *rest)
             if self._now("gradient"):
                 total.register_hook(lambda gradient: gradient * self.value)
             return (total * self.value if self._now("loss") else total), parts

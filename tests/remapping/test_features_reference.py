@@ -94,6 +94,7 @@ CONFORMANCE: dict[str, dict[str, Any]] = {
         "variants": [
             {"layers": "uniform", "loss": "cosine", "prefix": "class"},
             {"layers": [[0, 2], [-1, -2]], "projector": "orthogonal", "prefix": "all"},
+            {"projector": "mlp"},
         ],
         "alike": {"projector": "none", "layers": "uniform"},
         "at_best": with_normed_tokens,
@@ -108,6 +109,10 @@ CONFORMANCE: dict[str, dict[str, Any]] = {
         "variants": [{"layers": [[0, 2], [1, 0]]}],
         "alike": {"layers": [[0, 0], [2, 2]]},
         "at_best": with_identities,
+    },
+    "queue": {
+        "variants": [{"projector": "mlp", "size": 2}],
+        "alike": {"projector": "none", "temperature": 0.1, "teacher_temperature": 0.1},
     },
     "rkd": {"variants": [{"distance": 0.0}, {"angle": 0.0}]},
     "pkt": {"variants": [{"self_similarity": True}]},
@@ -556,3 +561,30 @@ def test_crd(pair: Pair, features: tuple[Signals, Signals], labels: Labels, clas
 def test_crd_without_negatives_is_zero(pair: Pair, features: tuple[Signals, Signals]) -> None:
     # Source: the only candidate is the right one. All images are of one class.
     assert run(make("crd", pair), *features, Labels(torch.full((6,), 2))) == 0.0
+
+
+def test_queue_is_seeds_divergence_over_the_last_features(pair: Pair) -> None:
+    """Equations 2 to 5 of arXiv 2101.04731 in numpy float64, minus the teacher's entropy; until it overflows."""
+    draws = np.random.default_rng(0)
+    term = make("queue", pair, size=8)
+    weight = f64(term.projector.weight)
+
+    def unit(x: Array) -> Array:
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    def log_softmax(x: Array) -> Array:
+        x = x - x.max(axis=1, keepdims=True)
+        return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+
+    entries = np.zeros((0, pair.teacher.width))
+    for _ in range(3):
+        ours, theirs = (draws.normal(size=(3, one.width)) for one in (pair.student, pair.teacher))
+        signals = pooled(torch.from_numpy(ours).float(), torch.from_numpy(theirs).float())
+        entries = np.concatenate([entries, unit(theirs)])[-8:]
+        student = log_softmax(unit(ours @ weight.T) @ entries.T / 0.2)
+        teacher = log_softmax(unit(theirs) @ entries.T / 0.01)
+        wanted = (np.exp(teacher) * (teacher - student)).sum(axis=1).mean()
+        assert run(term, *signals) == pytest.approx(wanted, rel=1e-4)
+        assert run(term, *signals) == pytest.approx(wanted, rel=1e-4), "a pass changes nothing"
+        term.after_step()
+    assert np.abs(f64(term.queue_KD) - entries).max() < 1e-6 and int(term.filled) == 8

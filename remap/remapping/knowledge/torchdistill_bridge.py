@@ -8,7 +8,7 @@ under one made-up path. Losses that compute something else than their paper are 
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -130,6 +130,14 @@ class Dist(LogitsTerm):
     def __init__(self, pair: Pair, config: Config) -> None:
         super().__init__(pair, config)
         self.loss = DISTLoss(**OUTPUT_OF_BOTH, beta=config.beta, gamma=config.gamma, tau=config.tau)
+
+    @classmethod
+    def temperatures_of(cls, config: Options) -> dict[str, Any]:
+        return {"tau": cast(Dist.Config, config).tau}
+
+    def scale_temperature(self, factor: float) -> None:
+        super().scale_temperature(factor)
+        self.loss.tau = self.config.tau
 
     def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
         return run(self.loss, answer_to_teacher(student), target[LOGITS], labels.main_B)

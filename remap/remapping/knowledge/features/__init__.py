@@ -116,6 +116,17 @@ ROWS = [
         over_batch=True,
     ),
     LossEntry(
+        name="queue",
+        target="remap.remapping.knowledge.features.queue:SimilarityToQueue",
+        category="features",
+        summary="which of the teacher's last few thousand features an image is similar to, as a distribution",
+        paper="Fang et al. 2021, arXiv 2101.04731",
+        needs="pooled features of both",
+        signal="pooled",
+        mismatch="widths by a projector that is dropped after training",
+        over_batch=True,
+    ),
+    LossEntry(
         name="torchdistill",
         target="remap.remapping.knowledge.torchdistill_bridge:Torchdistill",
         category="features",

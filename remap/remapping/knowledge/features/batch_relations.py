@@ -1,7 +1,6 @@
 """Relations between the images of a batch. B batch, D width (student and teacher may differ), A anchors.
 
-They have no parameters and need no equal widths. Each process sees its own part of the batch; of a single image there
-is nothing to compare, and the loss is 0.
+They have no parameters and need no equal widths. Of a single image there is nothing to compare, and the loss is 0.
 """
 
 from abc import abstractmethod

@@ -4,9 +4,10 @@ B batch, N patches of the student's grid, D width (student's and teacher's diffe
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import orthogonal
@@ -14,38 +15,75 @@ from torch.nn.utils.parametrizations import orthogonal
 from remap.backbones.anatomy import Anatomy, Block
 from remap.errors import BackboneError
 from remap.remapping.alignment import pair_blocks, resize_tokens
+from remap.remapping.normalization import Normalization
 from remap.remapping.objective import LossTerm, Pair
 from remap.remapping.signals import Needs, Signals
 from remap.remapping.targets import patches_name, pooled_of
 from remap.tuning.base import Options
 
-Projector = Literal["linear", "orthogonal", "none"]
+Projector = Literal["linear", "orthogonal", "mlp", "none"]
 Distance = Literal["smooth_l1", "cosine"]
 Layers = Literal["last", "uniform"] | tuple[tuple[int, int], ...]
 
 
-def projector(kind: Projector, student_width: int, teacher_width: int) -> nn.Module:
+class ProjectorOptions(Options):
+    """Options of a term that projects the student's features."""
+
+    projector: Projector = Field(
+        default="linear",
+        description='"linear" (no bias), "orthogonal" (of VkD), "mlp" (with a hidden layer) or "none" (equal widths).',
+    )
+    hidden: int | None = Field(
+        default=None, ge=1, description='Width of the hidden layer of "mlp"; null is the teacher\'s width.'
+    )
+
+    @model_validator(mode="after")
+    def _hidden_of_mlp(self) -> Self:
+        if self.hidden is not None and self.projector != "mlp":
+            raise ValueError(f"hidden is the width of projector: mlp, and this one is {self.projector}")
+        return self
+
+
+class ProjectedOptions(ProjectorOptions):
+    """Options of a term that compares the student's projected features with the teacher's normalised ones."""
+
+    normalize: Normalization = Field(
+        default="layer",
+        description='The teacher\'s features: "layer" (each by itself), or by statistics of training images "standard" '
+        '(each channel) or "phi_s" (PHI-S).',
+    )
+    loss: Distance = Field(default="smooth_l1", description="Mean smooth L1 distance (knee at 1), or 1 - cosine.")
+
+
+def projector(options: ProjectorOptions, student_width: int, teacher_width: int) -> nn.Module:
     """Return a map from the student's width to the teacher's, drawn from PyTorch's global generator.
+
+    "mlp" is linear, layer norm, GELU, linear, as AM-RADIO's adaptors (Ranzinger et al. 2024, arXiv 2312.06709).
 
     Raises:
         BackboneError: "none" for different widths.
     """
+    kind = options.projector
     if kind == "none":
         if student_width != teacher_width:
             raise BackboneError(
                 "projector: none needs equal widths",
                 given=f"student {student_width}, teacher {teacher_width}",
-                allowed="linear, orthogonal",
+                allowed="linear, orthogonal, mlp",
             )
         return nn.Identity()
+    if kind == "mlp":
+        hidden = options.hidden or teacher_width
+        return nn.Sequential(
+            nn.Linear(student_width, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, teacher_width)
+        )
     linear = nn.Linear(student_width, teacher_width, bias=False)
     # The Cayley map costs one linear solve; the default for oblong matrices, householder, is several times slower.
     return linear if kind == "linear" else orthogonal(linear, orthogonal_map="cayley")
 
 
 def distance(kind: Distance, projected_xD: Tensor, wanted_xD: Tensor) -> Tensor:
-    """Return the distance to the layer-normed target (no affine): smooth-L1 mean (knee at 1), or mean of 1 - cosine."""
-    wanted_xD = F.layer_norm(wanted_xD, wanted_xD.shape[-1:])
+    """Return the distance to the normalised target: smooth-L1 mean (knee at 1), or mean of 1 - cosine."""
     if kind == "smooth_l1":
         return F.smooth_l1_loss(projected_xD, wanted_xD)
     return (1.0 - F.cosine_similarity(projected_xD, wanted_xD, dim=-1)).mean()

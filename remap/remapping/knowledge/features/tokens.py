@@ -1,7 +1,7 @@
 """Token by token. B batch, N patches of the student's grid, P prefix tokens, D width (student and teacher differ)."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from pydantic import Field
@@ -12,15 +12,15 @@ from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
 from remap.remapping.alignment import pair_blocks
 from remap.remapping.knowledge.features.terms import (
-    Distance,
     Layers,
-    Projector,
+    ProjectedOptions,
     TokenTerm,
     distance,
     projector,
     token_pairs,
 )
 from remap.remapping.labels import Labels
+from remap.remapping.normalization import TargetNorm
 from remap.remapping.objective import Pair
 from remap.remapping.signals import Signals, float32_region
 from remap.remapping.targets import prefix_name, prefix_of
@@ -28,23 +28,19 @@ from remap.tuning.base import Options
 
 
 class TokenFeature(TokenTerm):
-    """Project the student's tokens onto the teacher's layer-normed ones, each at its place on the student's grid.
+    """Project the student's tokens onto the teacher's normalised ones, each at its place on the student's grid.
 
     Every pair of blocks has its own projector. Prefix tokens are compared apart from the patches, through a
     second projector, and their part is added: mean over patches + mean over prefix tokens. A narrow student cannot
     hold what a wide teacher's late tokens say (Tian et al. 2025, arXiv 2511.06848); relations (``gram``) ask for less.
     """
 
-    class Config(Options):
+    class Config(ProjectedOptions):
         """Options."""
 
         layers: Layers = Field(
             default="last", description='Block pairs: "last" (final norm), "uniform" or [[student, teacher], ...].'
         )
-        projector: Projector = Field(
-            default="linear", description='"linear" (no bias), "orthogonal" or "none" (equal widths).'
-        )
-        loss: Distance = Field(default="smooth_l1", description="Mean smooth L1 distance (knee at 1), or 1 - cosine.")
         prefix: Literal["none", "class", "all"] = Field(
             default="none", description="Prefix tokens to compare: none, the class token, or all that both have."
         )
@@ -54,10 +50,16 @@ class TokenFeature(TokenTerm):
     def __init__(self, pair: Pair, config: Config) -> None:
         super().__init__(pair, config, token_pairs(config.layers, pair, "tokens"))
         widths = [self.widths(s, t) for s, t in self.blocks]
-        self.projectors = nn.ModuleList([projector(config.projector, *both) for both in widths])
+        self.projectors = nn.ModuleList([projector(config, *both) for both in widths])
         self.shared = shared_prefix(pair.student, pair.known_teacher("tokens"), config.prefix)
+        norms = {self.item(s, t): TargetNorm(config.normalize, self.widths(s, t)[1]) for s, t in self.blocks}
         if self.shared:
-            self.prefix_projectors = nn.ModuleList([projector(config.projector, *both) for both in widths])
+            self.prefix_projectors = nn.ModuleList([projector(config, *both) for both in widths])
+            norms |= {prefix_name(t): TargetNorm(config.normalize, self.widths(s, t)[1]) for s, t in self.blocks}
+        self.norms = nn.ModuleDict(norms)
+
+    def normalizers(self) -> dict[str, TargetNorm]:
+        return {name: cast(TargetNorm, norm) for name, norm in self.norms.items()}
 
     @torch.no_grad()
     def target(self, teacher: Signals) -> dict[str, Tensor]:
@@ -73,14 +75,18 @@ class TokenFeature(TokenTerm):
             tokens = student.tokens[s]
             with float32_region(tokens.patches_BND):
                 projected_BND = self.projectors[index](tokens.patches_BND.float())
-                loss = distance(self.config.loss, projected_BND, target[self.item(s, t)].float())
+                loss = distance(self.config.loss, projected_BND, self._wanted(target, self.item(s, t)))
                 if self.shared:
                     ours_BPD = torch.stack([tokens.prefix_BPD[:, ours] for ours, _ in self.shared], dim=1).float()
-                    wanted_BPD = torch.stack([target[prefix_name(t)][:, theirs] for _, theirs in self.shared], dim=1)
+                    prefix_BPD = self._wanted(target, prefix_name(t))
+                    wanted_BPD = torch.stack([prefix_BPD[:, theirs] for _, theirs in self.shared], dim=1)
                     projected_BPD = self.prefix_projectors[index](ours_BPD)
-                    loss = loss + distance(self.config.loss, projected_BPD, wanted_BPD.float())
+                    loss = loss + distance(self.config.loss, projected_BPD, wanted_BPD)
                 losses.append(loss)
         return torch.stack(losses).mean()
+
+    def _wanted(self, target: Mapping[str, Tensor], item: str) -> Tensor:
+        return self.norms[item](target[item].float())
 
 
 class Hint(TokenTerm):

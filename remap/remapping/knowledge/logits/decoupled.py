@@ -26,8 +26,8 @@ class DecoupledDistillation(LogitsTerm):
     be ordinary distillation; a separate ``beta`` does not fade where the teacher is sure.
 
     Defaults are the authors' for CIFAR-100 (temperature 4, ``beta`` 8); for ImageNet they use temperature 1 and
-    ``beta`` 0.5. Their warm-up of the term's weight over 20 epochs is left out: weights belong to the objective. With
-    two classes there is one other class, and NCKD is 0.
+    ``beta`` 0.5. Their warm-up of the weight over 20 epochs is ``weight_schedule: {warmup_epochs: 20}``. With two
+    classes there is one other class, and NCKD is 0.
     """
 
     class Config(Options):

@@ -1,7 +1,7 @@
 """Losses on labels and logits as they are. B batch, C classes; all in float32."""
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -95,6 +95,12 @@ class KnowledgeDistillation(LogitsTerm):
             return self
 
     config: Config
+
+    @classmethod
+    def temperatures_of(cls, config: Options) -> dict[str, Any]:
+        return (
+            {} if cast(KnowledgeDistillation.Config, config).scale == "torchtune" else super().temperatures_of(config)
+        )
 
     def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
         student_BC, teacher_BC = answer_to_teacher(student), target[LOGITS]

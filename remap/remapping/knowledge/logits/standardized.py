@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
@@ -63,6 +63,16 @@ class LogitStandardization(LogitsTerm):
         super().__init__(pair, config)
         kind: type[LossTerm] = LOSSES.load(config.of)
         self.inner = kind(pair, kind.Config(**config.options))
+
+    @classmethod
+    def temperatures_of(cls, config: Options) -> dict[str, Any]:
+        config = cast(LogitStandardization.Config, config)
+        kind: type[LossTerm] = LOSSES.load(config.of)
+        return kind.temperatures_of(kind.Config(**config.options))
+
+    def scale_temperature(self, factor: float) -> None:
+        self.inner.scale_temperature(factor)
+        self.config = self.config.model_copy(update={"options": self.inner.config.model_dump(mode="json")})
 
     def student_needs(self) -> Needs:
         return self.inner.student_needs()
