@@ -84,7 +84,7 @@ def engine(recipe, parts):
     from remap.distributed.launch import accelerator
     from remap.engine.job import Job
     from remap.engine.loop import train
-    from remap.engine.step import forward as forward_step
+    from remap.engine.micro_batch import inputs_of
     from remap.engine.training import Training
     from remap.progress import Silent
 
@@ -104,7 +104,9 @@ def engine(recipe, parts):
     def forward():
         training = Training(job)
         parts.student.attached.train()
-        return forward_step(training, next(batches(job.source, training.plan, 0)), [])
+        inputs = inputs_of(training, next(batches(job.source, training.plan, 0)), [])
+        parts.student.attached.set_sample_keys(inputs.keys_B)
+        return training.module(inputs.images_BCHW, inputs.targets, inputs.labels, inputs.features)
 
     return lambda: train(job), forward
 

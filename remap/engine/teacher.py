@@ -64,10 +64,10 @@ class Teacher:
         return {key: tuple(value.shape[1:]) for key, value in self.items(images).items()}
 
     @torch.no_grad()
-    def items_over_batch(self, view_size: int) -> list[str]:
-        """Return the items that losses read which compare the images of a batch; found out once, by a black image."""
+    def items_over_batch(self, view: tuple[int, int, int]) -> list[str]:
+        """Return the items that losses read which compare the images of a batch; found out once, by a black view."""
         if self._over_batch is None:
-            signals = self.runner(torch.zeros(1, 3, view_size, view_size, dtype=torch.uint8, device=self.device))
+            signals = self.runner(torch.zeros(1, *view, dtype=torch.uint8, device=self.device))
             terms = self.objective.terms_of(self.number, over_batch=True)
             self._over_batch = sorted({name for term in terms for name in term.target(signals)})
         return self._over_batch

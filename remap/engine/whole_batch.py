@@ -39,7 +39,7 @@ def forward_backward_whole(
     """
     accelerator, objective = training.accelerator, training.job.objective
     items = {
-        teacher.number: teacher.items_over_batch(training.job.source.view.size) for teacher in training.job.teachers
+        teacher.number: teacher.items_over_batch(training.job.source.view.shape) for teacher in training.job.teachers
     }
     # One seed a micro-batch, so that what a method draws is the same in both passes.
     seeds = torch.randint(2**62, (len(batches),)).tolist()
