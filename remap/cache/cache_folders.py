@@ -4,7 +4,8 @@
                               /items/<name-8 hex>/item.json          one output; its segments lie in the same folder
 
 A folder's name is the hash of its key, so that a changed teacher, view, precision or version is another folder, and
-only folders whose name and key agree are ever listed, used or deleted.
+only folders whose name and key agree are ever listed, used or deleted. Everything is opened through
+``remap.io.own_files``: another user, or a cache from elsewhere, may have put links, FIFOs or files of holes there.
 """
 
 import fcntl
@@ -25,14 +26,17 @@ from remap import __version__
 from remap.errors import RunError
 from remap.io import disk_space
 from remap.io.atomic_write import json_text, replace_file
-from remap.io.checked_json import read_json
+from remap.io.checked_json import parse_json
 from remap.io.names import plain
+from remap.io.own_files import make_own_folder, open_own, read_own, require_own_folder
 from remap.io.paths import expanded, path_problem
 from remap.io.versions import version_of
 
 # Changes when files of another version could be read wrongly.
 FORMAT = 1
 KEY_FILE, OUTPUT_FILE, OUTPUTS = "key.json", "item.json", "items"
+# Far more than either of them has.
+MOST_KEY_BYTES = 2**20
 # The files of a segment, and what a record has in the second one: a digest of 16 bytes and a checksum of 4.
 DATA_FILE, ROWS_FILE = "data.bin", "rows.bin"
 DIGEST_BYTES, ROW_BYTES = 16, 20
@@ -102,15 +106,13 @@ def cache_id(key: Mapping[str, Any], form: int = FORMAT) -> str:
 
 def read_key(folder: Path) -> dict[str, Any] | None:
     """Return the key of a cache folder; None where it is not one: its name has to be the hash of the key."""
-    path = folder / KEY_FILE
-    # A link in a stranger's cache could make ``clear`` delete a folder elsewhere.
-    if not _NAME.fullmatch(folder.name) or folder.is_symlink() or path.is_symlink():
+    if not _NAME.fullmatch(folder.name):
         return None
     try:
-        content = read_json(path)
+        content = parse_json(read_own(folder / KEY_FILE, MOST_KEY_BYTES))
         key: dict[str, Any] = content["key"]
         return key if cache_id(key, content["format"]) == folder.name else None
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -133,7 +135,7 @@ def open_folder(root: Path, key: Mapping[str, Any]) -> Iterator[Path]:
         if read_key(folder) is None:
             raise _damaged(folder)
         with suppress(OSError):  # a cache that may only be read is still of use
-            os.utime(folder / KEY_FILE)  # its time is when the cache was last used
+            os.utime(lock)  # its time is when the cache was last used
         yield folder
     finally:
         os.close(lock)
@@ -144,13 +146,13 @@ def _lock(folder: Path, key: Mapping[str, Any]) -> int:
         if not folder.exists():
             make_once(folder, KEY_FILE, {"format": FORMAT, "key": key})
         try:
-            lock = os.open(folder / KEY_FILE, os.O_RDONLY)
+            lock = open_own(folder / KEY_FILE)
         except FileNotFoundError:
             if folder.exists():
                 raise _damaged(folder) from None
             continue  # another process has just deleted it
         except OSError as error:
-            raise RunError(f"cannot read the teacher cache: {error.strerror}", given=folder) from error
+            raise cannot_read(error, folder) from error
         # Shared by all that use the cache; ``clear`` needs the lock for itself alone.
         fcntl.flock(lock, fcntl.LOCK_SH)
         # While this process waited, another one may have deleted the folder, and the lock is on a file without a name.
@@ -158,6 +160,15 @@ def _lock(folder: Path, key: Mapping[str, Any]) -> int:
             if os.path.samestat(os.fstat(lock), os.stat(folder / KEY_FILE)):
                 return lock
         os.close(lock)
+
+
+def cannot_read(error: OSError, path: Path) -> RunError:
+    """Return the error for a cache that is damaged, of another user, or made to be followed elsewhere."""
+    return RunError(
+        f"cannot read the teacher cache: {error.strerror}",
+        given=path,
+        do="name a folder of your own in REMAP_CACHE, or delete what is wrong there",
+    )
 
 
 def _damaged(folder: Path) -> RunError:
@@ -172,29 +183,40 @@ def make_once(folder: Path, name: str, content: Mapping[str, Any]) -> None:
     """Make a folder with one JSON file, complete from the first moment; another process may do it first.
 
     Raises:
-        RunError: It cannot be written.
+        RunError: It cannot be written, or would lie in a folder of another user or behind a link.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_own_folder(folder.parent)
+    except OSError as error:
+        raise _cannot_make(folder, error) from error
+    if folder.is_dir():
+        return
+    try:
         with tempfile.TemporaryDirectory(prefix=DRAFT, dir=folder.parent) as draft:
             made = Path(draft, folder.name)
-            made.mkdir()
+            made.mkdir(0o700)
             replace_file(made / name, json_text(content).encode())
             # A rename is one step, and fails where a folder with content is: the file locked there stays.
             made.rename(folder)
     except OSError as error:
         if not folder.is_dir():  # systems have different errors for a folder that is there
-            raise RunError(
-                f"cannot make {folder}: {error.strerror}",
-                do="make room there or make it writable, or name another folder in REMAP_CACHE",
-            ) from error
+            raise _cannot_make(folder, error) from error
+
+
+def _cannot_make(folder: Path, error: OSError) -> RunError:
+    return RunError(
+        f"cannot make {folder}: {error.strerror}",
+        do="make room there or make it writable, or name another folder in REMAP_CACHE",
+    )
 
 
 def _remove_old_drafts(root: Path) -> None:
     """Remove what killed processes left half made or half deleted."""
     for path in (*root.glob(f"{DRAFT}*"), *root.glob(f"*/{OUTPUTS}/{DRAFT}*")):
         with suppress(OSError):
-            if not path.is_symlink() and time.time() - path.stat().st_mtime > _DRAFT_SECONDS:
+            for folder in (path, *path.parents[: len(path.relative_to(root).parts)]):
+                require_own_folder(folder)  # or a link would have folders elsewhere deleted
+            if time.time() - path.stat().st_mtime > _DRAFT_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from remap.cache import cache_folders
 from remap.cache.cache_folders import DATA_FILE, KEY_FILE, ROWS_FILE, read_key
 from remap.errors import RunError
-from remap.io.checked_json import read_json
+from remap.io.checked_json import parse_json
+from remap.io.own_files import open_own, read_own
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def clear(caches: Iterable[Cache]) -> Cleared:
 
 def _remove(folder: Path) -> bool:
     """Delete a cache unless it is in use."""
-    lock = os.open(folder / KEY_FILE, os.O_RDONLY | os.O_NOFOLLOW)
+    lock = open_own(folder / KEY_FILE)
     try:
         # Each process that uses the cache holds a shared lock; this one fails at once if there is any.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -171,7 +172,7 @@ def _cache(folder: Path) -> Cache | None:
 
 
 def _output(folder: Path) -> CachedOutput:
-    content = read_json(folder / cache_folders.OUTPUT_FILE)
+    content = parse_json(read_own(folder / cache_folders.OUTPUT_FILE, cache_folders.MOST_KEY_BYTES))
     # Sizes of files, not records: a listing must not read gigabytes, nor lock out a writer.
     data, rows = (sum(_bytes(path / name) for path in folder.glob("seg-*")) for name in (DATA_FILE, ROWS_FILE))
     shape = tuple(int(side) for side in content["shape"])

@@ -17,10 +17,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from remap.cache.cache_folders import DIGEST_BYTES, OUTPUT_FILE, OUTPUTS, ROW_BYTES, cache_id, make_once, open_folder
+from remap.cache.cache_folders import (
+    DIGEST_BYTES,
+    OUTPUT_FILE,
+    OUTPUTS,
+    ROW_BYTES,
+    cache_id,
+    cannot_read,
+    make_once,
+    open_folder,
+)
 from remap.cache.output_format import OutputFormat
 from remap.cache.segments import Segments
 from remap.errors import RunError
+from remap.io.own_files import require_own_folder
 
 # Below this mean probability of the stored classes, a student learns something else from them than from all logits.
 LEAST_MASS = 0.9
@@ -185,6 +195,9 @@ def _segments(folder: Path, name: str, form: OutputFormat) -> Segments:
     # Names hold spaces, slashes and more, and may differ only there; the hash also knows shape and dtype.
     plain = "".join(c if c.isascii() and c.isalnum() else "-" for c in name)[:40]
     path = folder / OUTPUTS / f"{plain}-{cache_id(description)[:8]}"
-    if not path.is_dir():
-        make_once(path, OUTPUT_FILE, description)
+    make_once(path, OUTPUT_FILE, description)
+    try:
+        require_own_folder(path)
+    except OSError as error:
+        raise cannot_read(error, path) from error
     return Segments(path, form.record_bytes)

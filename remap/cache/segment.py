@@ -8,6 +8,7 @@ process may be killed at any moment: what it had not finished does not count. Nu
 digests in a batch, N records, r bytes of one record.
 """
 
+import io
 import os
 import zlib
 from contextlib import suppress
@@ -16,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from remap.cache.cache_folders import DATA_FILE, DIGEST_BYTES, ROW_BYTES, ROWS_FILE
+from remap.cache.cache_folders import DATA_FILE, DIGEST_BYTES, ROW_BYTES, ROWS_FILE, cannot_read
 from remap.errors import RunError
+from remap.io.own_files import open_own
 
 _ROW = np.dtype([("digest", "u1", (DIGEST_BYTES,)), ("crc", "<u4")])
 assert _ROW.itemsize == ROW_BYTES
@@ -50,18 +52,17 @@ class Segment:
         """Return the digests (N, 16) of the rows that others wrote since the last call."""
         assert self.is_flushed
         try:
-            with open(self.folder / ROWS_FILE, "rb") as file:
+            with self._read(ROWS_FILE) as file, self._read(DATA_FILE) as data:
+                sizes = [os.fstat(opened.fileno()).st_size for opened in (file, data)]
+                # After a power cut or a copy that was cut off there may be more rows than records.
+                counts = [sizes[0] // ROW_BYTES, *([sizes[1] // self.record_bytes] if self.record_bytes else [])]
                 file.seek(self.count * ROW_BYTES)
-                content = file.read()
-            size = (self.folder / DATA_FILE).stat().st_size
+                content = file.read(max(0, min(counts) - self.count) * ROW_BYTES)
         except FileNotFoundError:  # its writer has just begun
             return np.empty((0, DIGEST_BYTES), np.uint8)
         except OSError as error:
-            raise RunError(f"cannot read the teacher cache: {error.strerror}", given=self.folder) from error
+            raise cannot_read(error, self.folder) from error
         new = len(content) // ROW_BYTES
-        if self.record_bytes:
-            # After a power cut or a copy that was cut off there may be more rows than records.
-            new = max(0, min(new, size // self.record_bytes - self.count))
         rows = np.frombuffer(content, _ROW, count=new)
         self._crcs_N = np.append(self._crcs_N, rows["crc"].astype(np.int64))
         return np.ascontiguousarray(rows["digest"])
@@ -73,8 +74,11 @@ class Segment:
             if not self.record_bytes:
                 return np.empty(shape, np.uint8)  # an empty file cannot be mapped
             try:
-                self._mapped = np.asarray(np.memmap(self.folder / DATA_FILE, np.uint8, "r", shape=shape))
-            except (OSError, ValueError) as error:
+                with self._read(DATA_FILE) as file:
+                    self._mapped = np.asarray(np.memmap(file, np.uint8, "r", shape=shape))
+            except OSError as error:
+                raise cannot_read(error, self.folder) from error
+            except ValueError as error:  # it has become shorter
                 raise RunError(f"cannot read the teacher cache: {error}", given=self.folder) from error
         return self._mapped
 
@@ -99,15 +103,18 @@ class Segment:
 
     def _erase(self, rows: NDArray[np.int64]) -> None:
         if len(rows):
-            with open(self.folder / ROWS_FILE, "r+b", buffering=0) as file:
+            with os.fdopen(open_own(self.folder / ROWS_FILE, os.O_RDWR), "r+b", buffering=0) as file:
                 for row in rows.tolist():
                     os.pwrite(file.fileno(), bytes(ROW_BYTES), row * ROW_BYTES)
+
+    def _read(self, name: str) -> io.BufferedReader:
+        return os.fdopen(open_own(self.folder / name), "rb")
 
     def open_to_write(self) -> None:
         """Become the writer of a new segment."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-        self._rows_file = os.open(self.folder / ROWS_FILE, flags, 0o666)
-        self._data_file = os.open(self.folder / DATA_FILE, flags, 0o666)
+        self._rows_file = open_own(self.folder / ROWS_FILE, flags)
+        self._data_file = open_own(self.folder / DATA_FILE, flags)
 
     def close(self) -> None:
         """Stop writing."""

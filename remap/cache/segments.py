@@ -150,7 +150,7 @@ class Segments:
             folder = self.folder / f"seg-{number}"
             number += 1
             with suppress(FileExistsError):  # another process has just made it
-                folder.mkdir()
+                folder.mkdir(0o700)
                 segment = Segment(folder, self.record_bytes)
                 segment.open_to_write()
                 self._segments.append(segment)

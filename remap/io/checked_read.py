@@ -7,6 +7,8 @@ import os
 import stat
 from pathlib import Path
 
+# A larger file is refused when less than this share of it is on the disk: holes would be read for minutes.
+DENSE_BYTES, LEAST_STORED = 2**26, 1 / 8
 _OTHER_KINDS = (
     (stat.S_ISFIFO, "a FIFO"),
     (stat.S_ISCHR, "a device"),
@@ -21,7 +23,7 @@ def read_regular(path: str | Path, limit: int) -> bytes:
     Raises:
         OSError: It is missing, not a regular file, or larger than ``limit`` bytes; ``strerror`` says which.
     """
-    with open_regular(path) as file:
+    with _opened(path) as file:
         size = os.fstat(file.fileno()).st_size  # terabytes of holes need not be read to be too large
         data = b"" if size > limit else file.read(limit + 1)
     if max(size, len(data)) > limit:
@@ -33,16 +35,26 @@ def open_regular(path: str | Path) -> io.BufferedReader:
     """Open a regular file for reading in binary.
 
     Raises:
-        OSError: It is missing or not a regular file.
+        OSError: It is missing, not a regular file, or nearly all holes; ``strerror`` says which.
     """
+    file = _opened(path)
+    try:
+        require_stored(file.fileno())
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def _opened(path: str | Path) -> io.BufferedReader:
     name = os.fspath(path)
     try:
-        _require_regular(os.stat(name).st_mode, name)
+        require_regular(os.stat(name).st_mode, name)
         descriptor = os.open(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
     except ValueError as error:  # a NUL, or a character that no file name has
         raise OSError(errno.EINVAL, "no file has such a name", name) from error
     try:
-        _require_regular(os.fstat(descriptor).st_mode, name)  # it may have been replaced meanwhile
+        require_regular(os.fstat(descriptor).st_mode, name)  # it may have been replaced meanwhile
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -59,9 +71,19 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _require_regular(mode: int, name: str) -> None:
+def require_regular(mode: int, name: str) -> None:
+    """Raise an OSError unless a mode is that of a regular file."""
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
     kind = next((word for test, word in _OTHER_KINDS if test(mode)), "")
     if kind:
         raise OSError(errno.EINVAL, f"it is {kind}, not a file", name)
+
+
+def require_stored(descriptor: int) -> None:
+    """Raise an OSError for a large file of which nearly nothing is on the disk."""
+    found = os.fstat(descriptor)
+    stored = 512 * getattr(found, "st_blocks", 0)
+    # Some network drives count no blocks at all.
+    if found.st_size > DENSE_BYTES and 0 < stored < LEAST_STORED * found.st_size:
+        raise OSError(errno.EINVAL, f"it is nearly all holes: {found.st_size:,} bytes, {stored:,} of them on the disk")
