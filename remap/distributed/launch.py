@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from remap.distributed import launcher_env
+from remap.distributed.collectives import all_gather_json
 from remap.errors import RunError, TrainingError
 
 # Seconds that a process waits for the others at the start, when one may still read PyTorch from a slow disk; and
@@ -135,11 +136,7 @@ def require_one_process(what: str, do: str) -> None:
 
 def broadcast_str(text: str) -> str:
     """Return the first process's text on all of them; every process has to call it."""
-    if accelerator().num_processes == 1:
-        return text
-    texts = [text]
-    torch.distributed.broadcast_object_list(texts, src=0, device=accelerator().device)
-    return texts[0]
+    return str(all_gather_json(accelerator(), text)[0])
 
 
 def lost_process(error: BaseException | None) -> ProcessLost | None:

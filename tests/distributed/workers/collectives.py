@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from remap.distributed import collectives
-from remap.distributed.launch import accelerator
+from remap.distributed.launch import accelerator, broadcast_str
 
 
 def refuse(*arguments: object) -> None:
@@ -29,6 +29,7 @@ for numbers in ((3, 5), (0, 2), (4, 0), (0, 0)):
 
 values = [{"é": [1, None]}, {"\udc80": 0.1, "x": "y" * 1000}]
 assert collectives.all_gather_json(accelerator(), values[rank]) == values
+assert broadcast_str(["runs/\udcff-1", "another"][rank]) == "runs/\udcff-1"
 
 # Unreadable images: each process has found its own.
 known: dict[int, str] = {}

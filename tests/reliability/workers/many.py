@@ -27,6 +27,8 @@ from remap.recipe import resolve  # noqa: E402
 folder = Path(folder)
 rank = accelerator().process_index
 torch.set_num_threads(1)
+# What torch's collectives of objects go through: it is None, so that they fail.
+torch.distributed.distributed_c10d._object_to_tensor = torch.distributed.distributed_c10d._tensor_to_object = None
 noted: dict[str, Any] = {"processes": accelerator().num_processes, "averaged": [], "used": {}}
 
 # The first images of the digits' evaluation split, in batches that do not divide.

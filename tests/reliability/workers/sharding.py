@@ -22,6 +22,8 @@ from remap.tuning import METHODS
 folder = Path(sys.argv[1])
 plan = json.loads((folder / "plan.json").read_text())
 torch.set_num_threads(1)
+# What torch's collectives of objects go through: it is None, so that they fail.
+torch.distributed.distributed_c10d._object_to_tensor = torch.distributed.distributed_c10d._tensor_to_object = None
 torch.set_default_dtype(torch.float64)
 
 # Forked from one process that has imported everything already.
