@@ -38,6 +38,10 @@ class RemapError(Exception):
         return "\n".join(lines)
 
 
+class RemapWarning(UserWarning):
+    """Something that a user should know and that stops nothing; the command line prints it as a remark."""
+
+
 class UnknownName(RemapError):
     """A method, loss, model or recipe of that name does not exist."""
 

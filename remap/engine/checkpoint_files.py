@@ -28,6 +28,7 @@ from remap.io.atomic_write import make_folder, write_bytes
 from remap.io.checked_json import MOST_JSON_BYTES, parse_json
 from remap.io.checked_read import read_regular, sha256_of
 from remap.io.names import plain
+from remap.io.sealed_json import seal
 
 # Changes when files of another version could be read wrongly.
 FORMAT = 1
@@ -64,7 +65,7 @@ def write(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor])
     write_bytes(path_of(folder, number), data)
     digest = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     body = {"format": FORMAT, "generation": number, "tensors": digest, "state": state}
-    text = json.dumps({**body, "sha256": _seal(body)}, indent=1, allow_nan=False)
+    text = json.dumps({**body, "sha256": seal(body)}, indent=1, allow_nan=False)
     write_bytes(path_of(folder, number, "json"), text.encode())
     sweep(folder)
 
@@ -135,7 +136,7 @@ class Reader(Generic[S]):
         with _judging(manifest):
             _require_plain(manifest, MOST_JSON_BYTES)
             content = parse_json(read_regular(manifest, MOST_JSON_BYTES))
-            if not isinstance(content, dict) or content.pop("sha256", None) != _seal(content):
+            if not isinstance(content, dict) or content.pop("sha256", None) != seal(content):
                 raise ValueError("its own SHA-256 differs")
             if content.get("format") != FORMAT or content.get("generation") != number:
                 raise ValueError(f"it is not of generation {number} in format {FORMAT}")
@@ -199,10 +200,6 @@ def _require_plain(path: Path, limit: int) -> int:
     if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
         raise ValueError(f"it is not a plain file of at most {limit:,} bytes")
     return status.st_size
-
-
-def _seal(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body).encode()).hexdigest()
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, int, str]]:

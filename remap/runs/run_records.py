@@ -14,6 +14,7 @@ from remap.io.checked_json import MOST_JSON_BYTES, is_number, parse_json, read_j
 from remap.io.checked_read import read_regular, sha256_of
 from remap.io.names import plain
 from remap.io.paths import expanded
+from remap.io.sealed_json import parse_sealed
 from remap.recipe import Recipe, load
 from remap.runs.curves import curves
 from remap.runs.environment import command, environment, now, plain_environment
@@ -205,7 +206,7 @@ class RunRecords:
             if problem is not None:
                 return f"{path} is not a summary of a finished run: {problem}"
             path = self.task / "task.json"
-            meta = read_json(path)
+            meta, _ = parse_sealed(read_regular(path, MOST_JSON_BYTES))
             path = self.task / "task.safetensors"
             differs = not isinstance(meta, dict) or sha256_of(path) != meta.get("sha256")
         except (OSError, ValueError) as error:

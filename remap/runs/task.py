@@ -27,6 +27,7 @@ from remap.distributed.sharding import copy_full_, gather_full
 from remap.errors import BackboneError, RunError
 from remap.io import atomic_write
 from remap.io.paths import absolute, expanded
+from remap.io.sealed_json import sealed_text
 from remap.network import Network, choose_attention, tuned
 from remap.recipe.paths import is_run
 from remap.recipe.schema import ModelSpec
@@ -65,26 +66,24 @@ def save_task(
     tensors = task_tensors(network) if tensors is None else tensors
     data = save(dict(tensors), metadata={"format": f"remap task {FORMAT}"})
     atomic_write.write_bytes(folder / "task.safetensors", data)
-    atomic_write.write_json(
-        folder / "task.json",
-        {
-            "format": FORMAT,
-            "remap": __version__,
-            "backbone": {
-                "model": network.identity.model,
-                "weights": network.identity.weights,
-                "preset": network.identity.preset,
-                "image_size": network.identity.image_size,
-                "sha256": network.identity.sha256,
-            },
-            "method": {"name": method, **options},
-            "classes": list(network.classes or ()),
-            "preprocess": network.preprocess.to_dict(),
-            "view": view.to_dict(),
-            "holds_backbone": set(tensors) >= {name for name, _ in network.model.named_parameters()},
-            "sha256": hashlib.sha256(data).hexdigest(),
+    body = {
+        "format": FORMAT,
+        "remap": __version__,
+        "backbone": {
+            "model": network.identity.model,
+            "weights": network.identity.weights,
+            "preset": network.identity.preset,
+            "image_size": network.identity.image_size,
+            "sha256": network.identity.sha256,
         },
-    )
+        "method": {"name": method, **options},
+        "classes": list(network.classes or ()),
+        "preprocess": network.preprocess.to_dict(),
+        "view": view.to_dict(),
+        "holds_backbone": set(tensors) >= {name for name, _ in network.model.named_parameters()},
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    atomic_write.write_text(folder / "task.json", sealed_text(body))
     return sum((folder / name).stat().st_size for name in ("task.safetensors", "task.json"))
 
 

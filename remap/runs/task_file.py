@@ -1,26 +1,29 @@
 """The format of a task folder, and its checks, since a task may come from a stranger.
 
 ``task.json`` names the backbone, the method, the classes, the preprocessing, and the SHA-256 of ``task.safetensors``,
-which holds what was trained.
+which holds what was trained; its last entry is its own SHA-256 (``remap.io.sealed_json``).
 """
 
 import json
 import os
+import warnings
 from decimal import Decimal
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, FailFast, Field, ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from remap.backbones.loading import read_safetensors
 from remap.backbones.preprocess import PreprocessSpec
 from remap.data.views import FILTERS, View
-from remap.errors import RunError
-from remap.io import checked_json
-from remap.io.checked_read import sha256_of
+from remap.errors import RemapWarning, RunError
+from remap.io.checked_json import MOST_JSON_BYTES
+from remap.io.checked_read import open_regular, read_regular, sha256_of
 from remap.io.names import name_problem, plain
+from remap.io.sealed_json import parse_sealed
 from remap.network import Network
 from remap.recipe.schema import LARGEST_SIDE, MethodSpec, PathOrName
 from remap.runs.run_dir import RunDir
@@ -29,12 +32,17 @@ FORMAT = 1
 MOST_CLASSES = 1_000_000
 # Sizes that a method's options may ask for whatever the file holds; larger ones must be a size of one of its tensors.
 FREE_SIZE = 4096
+# Of a tensor; torch computes with at most 64.
+MOST_DIMENSIONS = 16
+# Bytes of task.json beside those of its tensors: each class name belongs to a row of the classifier.
+FREE_JSON_BYTES = 2**20
 
 
 def _class_name(name: str) -> str:
     unfit = name_problem(name)
     if unfit or not 1 <= len(name) <= 255:
         raise ValueError(f"a class name holds {unfit}" if unfit else "a class name has 1 to 255 letters")
+    os.fsencode(name)  # bytes of a folder's name that are not UTF-8 are kept; half a character is a ValueError
     return name
 
 
@@ -84,7 +92,8 @@ class TaskMeta(BaseModel):
     format: Literal[1]  # FORMAT
     backbone: _Source
     method: MethodSpec
-    classes: tuple[Annotated[str, AfterValidator(_class_name)], ...]  # none where there is no classifier
+    # None where there is no classifier.
+    classes: Annotated[tuple[Annotated[str, AfterValidator(_class_name)], ...], FailFast()]
     preprocess: Annotated[PreprocessSpec, AfterValidator(_sized_preprocess)]
     view: Annotated[View, AfterValidator(_sized_view)]
     holds_backbone: bool
@@ -136,18 +145,35 @@ def read_meta(folder: Path) -> TaskMeta:
     """
     path = folder / "task.json"
     try:
-        values = checked_json.read_run_json(path)
-    except RunError as error:
-        raise RunError(error.what, do=_again(folder)) from error
+        values, sealed = parse_sealed(read_regular(path, _most_bytes(folder)))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else plain(str(error))
+        raise RunError(f"cannot read {path}: {reason}", do=_again(folder)) from error
+    # With one letter changed, the name of the seal would be an unknown entry.
+    strange = set() if sealed or not isinstance(values, dict) else values.keys() - {*TaskMeta.model_fields, "remap"}
     try:
-        return TaskMeta.model_validate(values)
+        meta = TaskMeta.model_validate(values)
     except ValidationError as error:
-        places = [plain(".".join(map(str, problem["loc"]))) or "everything" for problem in error.errors()]
+        strange |= {".".join(map(str, problem["loc"])) or "everything" for problem in error.errors()}
+    if strange:
+        names = ", ".join(map(plain, sorted(strange)[:8]))[:400]
         raise RunError(
             f"{path} is not a task of this version of remap",
-            given=f"{json.dumps(values)[:80]} (wrong or missing: {', '.join(places[:8])})",
+            given=f"{json.dumps(values)[:80]} (wrong, missing or unknown: {names})",
             allowed=f"format {FORMAT}",
-        ) from error
+        )
+    if not sealed:
+        what = f"{path} is not sealed: an earlier version of remap wrote it, and changes of its text cannot be noticed"
+        warnings.warn(what, RemapWarning, stacklevel=2)
+    return meta
+
+
+def _most_bytes(folder: Path) -> int:
+    try:
+        tensors = os.stat(folder / "task.safetensors").st_size
+    except (OSError, ValueError):  # which the reading of the tensors explains
+        tensors = 0
+    return min(MOST_JSON_BYTES, FREE_JSON_BYTES + tensors)
 
 
 def read_tensors(folder: Path, meta: TaskMeta) -> dict[str, Tensor]:
@@ -158,9 +184,13 @@ def read_tensors(folder: Path, meta: TaskMeta) -> dict[str, Tensor]:
     """
     path = folder / "task.safetensors"
     try:
-        digest = sha256_of(path)
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}", do=_again(folder)) from error
+        open_regular(path).close()
+        with safe_open(path, framework="pt"):  # a header that does not fit the length costs no hash of gigabytes
+            digest = sha256_of(path)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        what = f"cannot read {path}: {reason}" if reason else f"{path} is damaged: cannot read its header"
+        raise RunError(what, given=None if reason else plain(str(error))[:200], do=_again(folder)) from error
     if digest != meta.sha256:
         raise RunError(f"{path} is damaged: its SHA-256 differs from task.json", do=_again(folder))
     return read_safetensors(path)
@@ -182,9 +212,10 @@ def require_sizes(folder: Path, meta: TaskMeta, tensors: dict[str, Tensor]) -> N
         raise RunError(f"the classifier in {folder} does not fit its {len(meta.classes):,} class names")
     if len(set(meta.classes)) < len(meta.classes):
         raise RunError(f"{folder / 'task.json'} names a class twice")
-    unfit = next((name for name in tensors if not name.isprintable()), None)
+    unfit = next((name for name, t in tensors.items() if not name.isprintable() or t.ndim > MOST_DIMENSIONS), None)
     if unfit is not None:
-        raise RunError(f"{folder} holds a tensor whose name cannot be a parameter's", given=plain(unfit)[:200])
+        given = f"{plain(unfit)[:200]} of {tensors[unfit].ndim} dimensions"
+        raise RunError(f"{folder} holds a tensor that cannot be a parameter", given=given)
     largest = max(FREE_SIZE, *sizes)
     strange = [number for number in _numbers(meta.method.options) if abs(number) > largest]
     if strange:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save, save_file
 
 from remap.backbones.loading import read_safetensors
 from remap.errors import RemapError, RunError, WeightsError
+from remap.io.sealed_json import sealed_text
 from remap.pipeline.run import start
 from remap.recipe.schema import ModelSpec
 from remap.runs.run_dir import RunDir
@@ -48,12 +49,13 @@ class _Payload:
 
 
 def rewrite(task: Path, data: bytes | None = None, **fields: Any) -> None:
-    """New weights and fields, with the checksum that belongs to them: a stranger can do that too."""
+    """New weights and fields, with the checksums that belong to them: a stranger can do that too."""
     meta = json.loads((task / "task.json").read_text()) | fields
+    meta.pop("seal", None)
     if data is not None:
         (task / "task.safetensors").write_bytes(data)
         meta["sha256"] = hashlib.sha256(data).hexdigest()
-    (task / "task.json").write_text(json.dumps(meta))
+    (task / "task.json").write_text(sealed_text(meta))
 
 
 def refusal(task: Path) -> str:
@@ -98,7 +100,7 @@ FILES = {
 @pytest.mark.parametrize("data", FILES.values(), ids=list(FILES))
 def test_headers_that_lie_are_refused(data: bytes, task: Path, figure: Callable[..., None]) -> None:
     rewrite(task, data)
-    assert "cannot read" in refusal(task)
+    assert "is damaged: cannot read its header" in refusal(task)
     with pytest.raises(WeightsError, match="cannot read .* as safetensors"):
         read_safetensors(task / "task.safetensors")
     figure("hostile task and weights files executed, of all tried", 0, 1)
@@ -113,7 +115,7 @@ def test_a_pickle_in_disguise_is_never_unpickled(
     mark = tmp_path / "made"
     disguised = pickle.dumps(_Payload(mark), protocol=protocol)
     rewrite(task, disguised)
-    assert "as safetensors" in refusal(task)
+    assert "is damaged: cannot read its header" in refusal(task)
     torch.save({"head.weight": _Payload(mark)}, tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match="as safetensors"):
         open_backbone(ModelSpec(model=tiny.student, weights=str(tmp_path / "w.safetensors")), 3)
@@ -161,6 +163,8 @@ TENSORS: dict[str, tuple[Callable[[dict], dict], str]] = {
         "evil",
     ),
     "a strange name": (lambda ts: {**ts, "\x1b[2J": torch.zeros(3)}, ""),
+    "65 dimensions": (_changed("head.bias", lambda t: t.reshape(-1, *[1] * 64)), "of 65 dimensions"),
+    "65 dimensions more": (lambda ts: {**ts, "evil": torch.zeros([1] * 65)}, "evil of 65 dimensions"),
     "nothing": (lambda ts: {}, "does not fit"),
 }
 
@@ -177,11 +181,13 @@ def test_tensors_that_do_not_belong_are_refused(
 
 META: dict[str, tuple[dict[str, Any], str]] = {
     "another format": ({"format": 99}, "format"),
-    "a million classes": ({"classes": [f"c{i}" for i in range(1_000_000)]}, "does not fit its 1,000,000 class names"),
+    "a million classes": ({"classes": [f"c{i}" for i in range(1_000_000)]}, "larger than"),
+    "a thousand classes": ({"classes": [f"c{i}" for i in range(1_000)]}, "does not fit its 1,000 class names"),
     "no class": ({"classes": []}, "classes"),
     "a class twice": ({"classes": ["a", "a", "b"]}, "names a class twice"),
     "control characters": ({"classes": ["a\x1b[2J", "b", "c"]}, "classes"),
     "line breaks": ({"classes": ["a\n  do: evil", "b", "c"]}, "classes"),
+    "half a character": ({"classes": ["a\ud800", "b", "c"]}, "classes"),
     "turned text": ({"classes": ["a\u202eb", "b", "c"]}, "classes"),
     "a long class": ({"classes": ["a" * 10**6, "b", "c"]}, "classes"),
     "a dotted method": ({"method": {"name": "os.mkdir"}}, "unknown method"),
@@ -319,6 +325,34 @@ def test_a_description_of_gigabytes_is_not_read(task: Path) -> None:
     with open(task / "task.json", "r+b") as file:
         file.truncate(2**40)
     assert "larger than" in refusal(task)
+
+
+def test_a_description_of_many_mistakes_is_not_listed(task: Path) -> None:
+    """50 MB of numbers where class names belong: larger than its tensors account for, and one mistake is enough."""
+    good = (task / "task.json").read_bytes()
+    (task / "task.json").write_bytes(b'{"classes": [' + b"0," * 25_000_000 + b"0]}")
+    assert "larger than" in refusal(task)
+    (task / "task.json").write_bytes(good)
+    rewrite(task, classes=[0] * 100_000)
+    assert "classes.0)" in refusal(task)
+
+
+def test_tensors_of_holes_are_not_hashed(task: Path) -> None:
+    """16 GiB, as a header that fits says, of which a few kB are on the disk; and with a header of zeros."""
+    data = safetensors(_one([0, 2**34], [2**32]))
+    rewrite(task, data)
+    os.truncate(task / "task.safetensors", len(data) + 2**34)
+    assert "it is nearly all holes" in refusal(task)
+    (task / "task.safetensors").write_bytes(b"")
+    os.truncate(task / "task.safetensors", 2**34)
+    assert "is damaged: cannot read its header" in refusal(task)
+
+
+@pytest.mark.parametrize("name", ["task.json", "task.safetensors"])
+def test_a_link_to_nothing_is_one_message(name: str, task: Path) -> None:
+    (task / name).unlink()
+    (task / name).symlink_to("nowhere")
+    assert "cannot read" in refusal(task) and "No such file" in refusal(task)
 
 
 @pytest.mark.guarantee(13)

@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from remap.backbones.families import FAMILIES
-from remap.errors import BackboneError, RemapError, RunError
+from remap.errors import BackboneError, RemapError, RemapWarning, RunError
+from remap.io.sealed_json import sealed_text
 from remap.network import Network, Runner
 from remap.pipeline.run import Result, start
 from remap.runs.run_dir import RunDir
 from remap.runs.task import load_task, save_task
+from remap.runs.task_file import read_meta, read_tensors
 from remap.tuning import METHODS
 
 FITTING = [row.name for row in METHODS if row.fits(FAMILIES.row("vit").parts)]
@@ -87,7 +89,7 @@ def test_a_flipped_bit_is_refused(task: Path, place: str, figure: Callable[..., 
     data = bytearray((task / "task.safetensors").read_bytes())
     data[-7 if place == "numbers" else 20] ^= 4
     (task / "task.safetensors").write_bytes(data)
-    with pytest.raises(RunError, match="is damaged: its SHA-256 differs"):
+    with pytest.raises(RunError, match="is damaged: (its SHA-256 differs|cannot read its header)"):
         load_task(task)
     figure("files that do not belong, refused by name", 1, 1)
 
@@ -138,10 +140,41 @@ def test_json_of_another_tool_is_refused(task: Path, text: str) -> None:
 )
 def test_a_task_that_was_edited_by_hand_is_refused(task: Path, field: str, value: object) -> None:
     meta = json.loads((task / "task.json").read_text())
-    (task / "task.json").write_text(json.dumps({**meta, field: value}))
+    (task / "task.json").write_text(json.dumps({**meta, field: value}, indent=2) + "\n")
+    with pytest.raises(RunError, match="does not fit its own SHA-256"):
+        load_task(task)
+    del meta["seal"]
+    (task / "task.json").write_text(sealed_text({**meta, field: value}))  # by somebody who knows how
     with pytest.raises(RemapError) as caught:
         load_task(task)
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == 2 and "SHA-256" not in str(caught.value)
+
+
+@pytest.mark.guarantee(13)
+def test_a_flipped_bit_anywhere_is_refused(task: Path, figure: Callable[..., None]) -> None:
+    """Bits of both files, before there is a backbone to build; tools/fuzz_folders.py tries thousands."""
+    tried = 0
+    for name, step in (("task.json", 37), ("task.safetensors", 997)):
+        path, data = task / name, (task / name).read_bytes()
+        for bit in range(0, 8 * len(data), step):
+            changed = bytearray(data)
+            changed[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(changed)
+            with pytest.raises(RunError, match=r"SHA-256|cannot read|is not a task"):
+                read_tensors(task, read_meta(task))
+            tried += 1
+        path.write_bytes(data)
+    assert read_tensors(task, read_meta(task)) and tried > 200
+    figure("flipped bits of task folders that were refused", tried, tried)
+
+
+def test_a_task_of_an_earlier_version_is_said_to_be_unsealed(task: Path) -> None:
+    """Version 0.1 wrote the same entries without the last one."""
+    meta = json.loads((task / "task.json").read_text())
+    del meta["seal"]
+    (task / "task.json").write_text(json.dumps(meta, indent=2) + "\n")
+    with pytest.warns(RemapWarning, match="is not sealed"):
+        load_task(task)
 
 
 @pytest.mark.guarantee(13)
@@ -211,9 +244,10 @@ def test_a_task_at_another_size_reloads_to_the_same_logits(run_of: Callable[...,
 def test_tasks_from_before_sizes_could_be_chosen_still_load(task: Path) -> None:
     before = load_task(task)[0]
     meta = json.loads((task / "task.json").read_text())
-    assert meta["backbone"].pop("image_size") is None
+    assert meta["backbone"].pop("image_size") is None and meta.pop("seal")
     (task / "task.json").write_text(json.dumps(meta))
-    network, _ = load_task(task)
+    with pytest.warns(RemapWarning, match="is not sealed"):
+        network, _ = load_task(task)
     assert network.identity.image_size is None
     assert torch.equal(_logits(network), _logits(before))
 
@@ -222,7 +256,8 @@ def test_a_task_whose_size_was_edited_is_refused(task: Path) -> None:
     """Position embeddings of another grid are another backbone."""
     meta = json.loads((task / "task.json").read_text())
     meta["backbone"]["image_size"] = 24
-    (task / "task.json").write_text(json.dumps(meta))
+    del meta["seal"]
+    (task / "task.json").write_text(sealed_text(meta))
     with pytest.raises(RunError, match="was tuned on other weights"):
         load_task(task)
 
