@@ -3,16 +3,58 @@
 Heavy imports happen inside the commands, so that help and listings need no torch.
 """
 
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from remap import __version__
-from remap_cli import cache, compare, doctor, evaluate, listings, models, predict, recipes, repeat, shrink, training
+from remap.errors import UnknownName
+from remap_cli import (
+    cache,
+    compare,
+    console,
+    doctor,
+    evaluate,
+    listings,
+    models,
+    predict,
+    recipes,
+    repeat,
+    shrink,
+    training,
+)
 from remap_cli.options import LOOK, TRAIN, USE
+
+# What other tools call their commands.
+MEANT = {
+    "train": "`remap distill` trains with a teacher, `remap tune` without one",
+    "fit": "`remap distill` trains with a teacher, `remap tune` without one",
+    "export": "there is no export; a run's task folder loads in Python: remap.load_student(RUN).model",
+}
+
+
+class Commands(TyperGroup):
+    """The commands, and what is meant by some words that are none of them."""
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
+        if args and args[0] in MEANT:
+            raise UnknownName(f"no such command '{args[0]}'", do=MEANT[args[0]])
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except Exception as error:  # of a class that Typer does not export
+            if ctx.invoked_subcommand == "tune" and getattr(error, "option_name", None) == "--teacher":
+                raise UnknownName("`remap tune` has no --teacher", do="use `remap distill`") from None
+            raise
+
 
 app = typer.Typer(
     name="remap",
+    cls=Commands,
     help="Distil a large vision transformer into a small one tuned by a parameter-efficient method.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
@@ -33,7 +75,7 @@ def _root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    warnings.showwarning = console.show_warning
 
 
 for command in (training.distill, training.tune, shrink.shrink, compare.compare):

@@ -3,10 +3,12 @@
 import itertools
 import json
 import os
+import stat
 import sys
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
@@ -14,14 +16,27 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from remap.errors import Interrupted
+from remap.errors import Interrupted, RemapWarning
 from remap.io.names import plain
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-# Piped output has no width of its own; tables then take what their cells need.
-out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 160)
+# Of a file, and of a pipe without a terminal anywhere: what the cells of all tables need.
+FULL_WIDTH = 160
+
+
+def _width() -> int | None:
+    """Return the width of stdout where rich does not know it: of a pipe, as to ``less``, that of its terminal."""
+    if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit():
+        return None  # rich looks
+    with suppress(OSError, ValueError, AttributeError):
+        if stat.S_ISFIFO(os.fstat(1).st_mode):
+            return os.get_terminal_size(2).columns
+    return FULL_WIDTH
+
+
+out = Console(highlight=False, emoji=False, width=_width())
 err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 # Without a terminal: seconds between two lines of a wait, and the shortest wait that gets a closing line.
@@ -43,12 +58,12 @@ def with_rank(text: str) -> str:
 
 def line(text: str) -> None:
     """Print text on stdout as it is."""
-    out.print(_plain(text), markup=False)
+    out.print(_plain(text), markup=False, overflow="ignore")  # lines break between words, paths stay whole
 
 
 def note(text: str) -> None:
     """Print a remark on stderr."""
-    err.print(f"[dim]{escape(_plain(text))}[/]")
+    err.print(f"[dim]{escape(_plain(text))}[/]", soft_wrap=not err.is_terminal, overflow="ignore")
 
 
 def table(
@@ -101,6 +116,14 @@ def _plain(text: str) -> str:
     return plain(text, keep="\n")
 
 
+def show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+    """Print a warning of remap as a remark, and others as Python does; for ``warnings.showwarning``."""
+    if issubclass(category, RemapWarning):
+        note(str(message))
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+
+
 class Reporter:
     """progress.Progress on stderr: bars on a terminal, otherwise lines during long waits."""
 
@@ -132,7 +155,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         if not self._quiet:
-            err.print(escape(_plain(text)))
+            err.print(escape(_plain(text)), soft_wrap=not err.is_terminal, overflow="ignore")
 
     @contextmanager
     def wait(self, what: str, total: int | None = None) -> Iterator["_Wait"]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from remap.distributed import launcher_env
 from remap.errors import Interrupted, RemapError
+from remap.io.names import plain
 from remap_cli import console
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ MARK = "REMAP_LAUNCHED"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 # Processes at most: a run directory from elsewhere may name any number.
 MOST = 1024
+# Processes that the files of a run may ask for by themselves, or as many as there are cores if those are more.
+UNASKED = 8
 # Seconds between two looks at the processes. The others of a failed one have as long to report the same mistake.
 LOOK_EVERY_S = 0.5
 # Seconds that processes have for saving after Ctrl-C, and those whose parent was killed.
@@ -79,6 +82,22 @@ def start_processes(count: int | None) -> None:
         except OSError as error:
             raise RemapError(f"cannot start {count} processes: {error.strerror}") from error
     raise SystemExit(code)
+
+
+def most_unasked() -> int:
+    """Return how many processes or threads are started because a run's files, perhaps a stranger's, say so."""
+    return max(UNASKED, os.cpu_count() or 1)
+
+
+def require_few(count: int | None, run: Path, do: str) -> None:
+    """Refuse to start many processes that nobody but the files of a run asks for; under a launcher none are started.
+
+    Raises:
+        RemapError: There are too many.
+    """
+    if count is not None and count > most_unasked() and not has_launcher():
+        what = f"the files of {plain(str(run))} ask for {count:,} processes; nothing was started"
+        raise RemapError(what, allowed=f"1 to {most_unasked()} unless you ask for them too", do=do)
 
 
 def _set_environment(count: int, cores: int) -> None:

@@ -19,7 +19,7 @@ _TRAINING, _RUN = "Training", "Run"
 
 # Options that other commands take too.
 SkipBad = Annotated[
-    bool, typer.Option("--skip-bad", help="Leave unreadable images out of evaluation too.", rich_help_panel=_TRAINING)
+    bool, typer.Option("--skip-bad", help="Leave unreadable images out of evaluation too.", rich_help_panel=_RUN)
 ]
 Devices = Annotated[
     int | None,

@@ -1,6 +1,8 @@
 """``remap repeat``: run a run again and compare."""
 
 import os
+import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +37,10 @@ def repeat(
     """
     if not launch.has_launcher():
         _take_threads_of(expanded(run))
-    launch.start_processes(_processes(expanded(run)))
+    processes = _processes(expanded(run))
+    start = f"torchrun --nproc-per-node {processes} -m remap_cli repeat {shlex.quote(str(run))}"
+    launch.require_few(processes, run, do=f"start them yourself: {start}")
+    launch.start_processes(processes)
     from remap.pipeline.repeat import repeat as run_again
 
     with console.Reporter(quiet=not launch.is_first()) as progress:
@@ -72,7 +77,7 @@ def _take_threads_of(run: Path) -> None:
         if wanted is None:
             del os.environ[name]
             console.note(f"{name} is unset, as in {run}")
-        elif isinstance(wanted, str) and wanted.isascii() and wanted.isdigit():
+        elif isinstance(wanted, str) and re.fullmatch("[0-9]{1,5}", wanted) and int(wanted) <= launch.most_unasked():
             os.environ[name] = wanted
             console.note(f"{name}={wanted}, as in {run}")
 

@@ -20,6 +20,12 @@ def announce(recipe: "Recipe", progress: console.Reporter) -> None:
     teachers = [("teacher", spec.model, weight) for spec, weight in zip(recipe.teachers, weights, strict=True)]
     for role, word, weight in [*teachers, ("student", recipe.student.model, "")]:
         progress.say(f"{role:8} {word}{_meaning(word, SHORT_NAMES)}{weight}")
+    shipped = [word for _, word, _ in [*teachers, ("", recipe.student.model, "")] if word.startswith("mini_")]
+    if shipped and recipe.data.source != "digits":
+        progress.say(
+            f"note: {' and '.join(dict.fromkeys(shipped))}: shipped to try things out, trained on images of 32 pixels"
+            " (CIFAR-10); for your own photographs name larger models: --teacher vit_large --student vit_small"
+        )
     losses = ", ".join(f"{loss.name} x {loss.weight:g}" for loss in recipe.losses or ())
     progress.say(f"method   {recipe.method.name}{_changed(recipe)}, losses {losses}")
 

@@ -32,6 +32,7 @@ def _train(values: dict[str, Any], *, with_teacher: bool) -> None:
     processes = values["devices"]
     if values["resume"] is not None and processes is None:
         processes = _run_dir(values["resume"]).recipe().train.processes
+        launch.require_few(processes, values["resume"], do=f"name the number yourself: --devices {processes}")
     launch.start_processes(processes)
     show = estimates.show if values["dry_run"] else run_summary.show
     with console.Reporter(quiet=not launch.is_first()) as progress:

@@ -44,7 +44,7 @@ def refuse_sharded(error: Exception) -> TrainingError:
     """
     return TrainingError(
         "out of memory, and a step with sharded weights cannot be done again in smaller parts",
-        given=str(error).partition("\n")[0][:200],
+        given=str(error).strip().partition("\n")[0][:200] or type(error).__name__,
         do="start again with train.accumulation doubled, or with smaller images or models",
     )
 

@@ -96,7 +96,7 @@ def _explained(error: BaseException, resume: str) -> RemapError | None:
     if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
         return TrainingError(
             "out of memory",
-            given=str(error).partition("\n")[0][:200] or type(error).__name__,
+            given=str(error).strip().partition("\n")[0][:200] or type(error).__name__,
             do="use smaller images or models, a smaller --batch-size, or less of data.memory_gib",
         )
     return None

@@ -41,7 +41,7 @@ class RunTracker:
 
     def before(self) -> Evaluation | None:
         """Evaluate the untrained student; one without a classifier is judged by its features where there are labels."""
-        what = "the untrained student"
+        what = "the network before training"
         if not self.components.recipe.label_free:
             return self.evaluate(what)
         self.judged_before = judge(self.components, what, self.progress)

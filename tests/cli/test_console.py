@@ -1,7 +1,9 @@
 """What is printed: names as they are, progress now and then, and a clean end by signal."""
 
 import io
+import os
 import signal
+import stat
 import subprocess
 import sys
 
@@ -211,3 +213,25 @@ main()
 def test_a_signal_that_a_library_turned_into_an_error_is_still_the_reason() -> None:
     done = subprocess.run([sys.executable, "-c", BECOMES, "load"], capture_output=True, text=True, check=False)
     assert done.returncode == 130 and done.stderr.startswith("interrupted;") and "weights" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("columns", "is_pipe", "terminal", "width"),
+    [("72", True, 90, 72), ("", True, 90, 90), ("", True, None, 160), ("", False, 90, 160)],
+    ids=["COLUMNS", "a pipe of a terminal", "a pipe alone", "a file"],
+)
+def test_a_pipe_is_as_wide_as_its_terminal(
+    columns: str, is_pipe: bool, terminal: int | None, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`remap methods | less` at 90 columns; what rich makes of COLUMNS is its own rule."""
+
+    def size(descriptor: int) -> os.terminal_size:
+        if terminal is None:
+            raise OSError("not a terminal")
+        return os.terminal_size((terminal, 24))
+
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(os, "get_terminal_size", size)
+    monkeypatch.setattr(stat, "S_ISFIFO", lambda mode: is_pipe)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert Console(width=console._width()).width == width

@@ -1,6 +1,7 @@
 """Wrong words, wrong data, wrong folders: one clear message each, exit code 2, nothing lost."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from PIL import Image
 from typer.testing import Result
 
 from remap.errors import DiskFull
+from remap_cli import launch
 
 WORDS = [
     (["--method", "vpt_dep"], ["unknown method 'vpt_dep'", "did you mean 'vpt_deep'"]),
@@ -244,3 +246,40 @@ def test_a_resumed_run_takes_no_other_option(remap: Callable[..., Result], pictu
     for option, reason in (("--dry-run", "is not estimated"), ("--skip-bad", "keeps its own recipe")):
         result = remap("tune", "--resume", "r", option)
         assert result.exit_code == 2 and f"{option}: a resumed run {reason}" in result.message
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"), [("repeat", "torchrun --nproc-per-node 900"), ("distill", "--devices 900")]
+)
+def test_the_files_of_a_run_do_not_start_many_processes(
+    remap: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, advice: str
+) -> None:
+    """A stranger's run directory; nobody has typed a number."""
+
+    def start(count: int | None) -> None:
+        assert count is not None and count <= launch.most_unasked()
+
+    for name in ("RANK", "WORLD_SIZE", "ACCELERATE_DYNAMO_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(launch, "start_processes", start)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("train: {processes: 900}")
+    (tmp_path / "run" / "summary.json").write_text('{"processes": 900}')
+    (tmp_path / "run" / "environment.json").write_text('{"variables": {"OMP_NUM_THREADS": "9999999"}}')
+    result = remap(*([command, "run"] if command == "repeat" else [command, "--resume", "run"]))
+    assert result.exit_code == 2 and "ask for 900 processes; nothing was started" in result.message
+    assert advice in result.message and os.environ.get("OMP_NUM_THREADS") != "9999999"
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["train", "--data", "x"], "`remap distill` trains with a teacher, `remap tune` without one"),
+        (["fit"], "`remap distill` trains with a teacher"),
+        (["export", "run"], "load_student"),
+        (["tune", "--teacher", "vit_large"], "use `remap distill`"),
+    ],
+)
+def test_words_of_other_tools_have_a_hint(remap: Callable[..., Result], words: list[str], advice: str) -> None:
+    result = remap(*words)
+    assert result.exit_code == 2 and advice in result.message
