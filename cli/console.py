@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from rich import box
 from rich.console import Console
@@ -116,12 +116,19 @@ def _plain(text: str) -> str:
     return plain(text, keep="\n")
 
 
-def show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """Print a warning of remap as a remark, and others as Python does; for ``warnings.showwarning``."""
     if issubclass(category, RemapWarning):
         note(str(message))
     else:
-        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+        (file or sys.stderr).write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 class Reporter:

@@ -1,6 +1,12 @@
 """Errors a user can cause. Each says what was wrong, what was given, what is allowed and what to do."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
+from typing import Any
+
+# Letters in a line of a message. Of a long list no name is broken, and its lines begin below each other.
+LINE = 118
+_HANGING: dict[str, Any] = {"subsequent_indent": " " * 11, "break_long_words": False, "break_on_hyphens": False}
 
 
 class RemapError(Exception):
@@ -32,7 +38,7 @@ class RemapError(Exception):
         if self.given is not None:
             lines.append(f"  given:   {self.given}")
         if self.allowed is not None:
-            lines.append(f"  allowed: {self.allowed}")
+            lines.append(textwrap.fill(f"  allowed: {self.allowed}", LINE, **_HANGING))
         if self.do is not None:
             lines.append(f"  do:      {self.do}")
         return "\n".join(lines)

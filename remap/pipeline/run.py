@@ -78,6 +78,8 @@ def run(
             tracker.record_machine()  # here, and not where the checkpoint is loaded
         warn_before_training(components, progress)
 
+        if resuming:
+            progress.say("what no file holds is computed again: outputs in memory, and accuracies before training")
         # A teacher that knows nothing must not teach.
         untrained = tracker.before()
         for prepared in components.teachers:
