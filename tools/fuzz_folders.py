@@ -155,7 +155,7 @@ def main() -> None:
     print(f"task folders: {tasks['refused']} refused, {tasks['loads']} silent loads of {tasks.total()}")
     print(f"tracebacks: {sum(wrong.values())}", *wrong, sep="\n")
     if arguments.figures is not None:
-        silent = {"what": "changed task folders loaded", "value": tasks["loads"], "of": tasks.total()}
+        silent = {"what": "silent loads of changed task folders", "value": tasks["loads"], "of": tasks.total()}
         failed = {"what": "changed recipes and task folders, tracebacks", "value": sum(wrong.values())}
         rows = [silent, failed | {"of": recipes.total() + tasks.total()}]
         with open(arguments.figures, "a") as file:

@@ -348,7 +348,7 @@ def broken(figures: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Of suggestions for a misspelt key, 95 % must hold the right one (the criterion of guarantee 15).
     """
-    never = ("tracebacks", "executed", "wrote", "hung", "unescaped", "loaded", "followed")
+    never = ("tracebacks", "executed", "wrote", "hung", "unescaped", "silent", "followed")
     wrong = []
     for figure in figures:
         value, of, what = figure["value"], figure["of"], figure["what"]
