@@ -4,9 +4,11 @@ Letters: H height, W width, C channels.
 """
 
 import io
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,7 +18,7 @@ from PIL import Image, ImageFile, ImageOps, TiffImagePlugin
 
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Tags of TIFF 6.0, and what they hold where 0 stands for white, and in unsigned numbers.
-_PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT = 262, 284, 339
+_BITS, _PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT = 258, 262, 284, 339
 _WHITE_IS_ZERO, _SEPARATE, _UNSIGNED = 0, 2, 1
 # Pillow reads white as 0 with some depths only; it then leaves the values as they are.
 for (_order, _photometric, *_rest), _modes in list(TiffImagePlugin.OPEN_INFO.items()):
@@ -80,7 +82,7 @@ def of_image(image: Image.Image, open_again: Callable[[], ImageFile.ImageFile] |
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         tags = getattr(image, "tag_v2", {})
         values = np.asarray(ImageOps.exif_transpose(image))[:, :, None]
-        if image.mode == "I" and tags.get(258) == (32,) and tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))[0] == _UNSIGNED:
+        if image.mode == "I" and tags.get(_BITS) == (32,) and tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))[0] == _UNSIGNED:
             values = values.view(np.uint32)
         return StoredValues(values, tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO)
     if open_again is None or image.mode not in ("RGB", "RGBA") or not _has_16_bits(image):
@@ -113,7 +115,8 @@ def needs_tifffile(data: bytes, channels: int, image: Image.Image | None) -> boo
         return True
     if channels not in (1, 3):
         return find_spec("tifffile") is not None
-    return getattr(image, "tag_v2", {}).get(_PLANAR) == _SEPARATE and _has_16_bits(image)
+    tags = getattr(image, "tag_v2", {})
+    return tags.get(_PLANAR) == _SEPARATE and max(tags.get(_BITS, (1,))) > 8
 
 
 def of_tiff(data: bytes, channels: int, most_bytes: float) -> StoredValues:
@@ -124,14 +127,17 @@ def of_tiff(data: bytes, channels: int, most_bytes: float) -> StoredValues:
     """
     if find_spec("tifffile") is None:
         raise ValueError("a TIFF that Pillow does not read: pip install 'remap[tiff]'")
-    import tifffile
-
+    tifffile = import_module("tifffile")  # an extra
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it finds damaged is said once, as the reason
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        page = file.series[0] if len(file.pages) == channels > 1 else file.pages[0]
-        require_shape(page.shape, page.nbytes, most_bytes)
-        first = file.pages[0]
-        white_is_zero = int(getattr(first, "photometric", 1)) == _WHITE_IS_ZERO
-        return StoredValues(_channels_last(page.asarray(), channels), white_is_zero)
+        if not len(file.pages):
+            raise ValueError("a damaged TIFF")
+        first = file.pages.first
+        paged = len(first.shape) == 2 and len(file.pages) == channels > 1
+        shape, pages = (channels, *first.shape) if paged else first.shape, channels if paged else 1
+        require_shape(shape, first.nbytes * pages, most_bytes)
+        values = file.asarray(key=range(pages)).reshape(shape)
+        return StoredValues(_channels_last(values, channels), int(first.photometric) == _WHITE_IS_ZERO)
 
 
 def of_npy(data: bytes, channels: int, most_bytes: float) -> StoredValues:

@@ -171,15 +171,19 @@ CUBE = np.arange(5 * 6 * 4, dtype=np.uint8).reshape(5, 6, 4)
 
 
 @pytest.mark.parametrize("channels", [2, 4])
-@pytest.mark.parametrize("stored", ["channels last", "channels first", "columns first", "tiff", "tiff in planes"])
+@pytest.mark.parametrize(
+    "stored", ["channels last", "channels first", "columns first", "tiff", "tiff in planes", "tiff of pages"]
+)
 def test_arrays_and_tiffs_have_any_number_of_channels(channels: int, stored: str) -> None:
     """Every channel is resized as Pillow resizes a grey picture."""
     values = CUBE[:, :, :channels]
     if stored.startswith("tiff"):
         tifffile, buffer = pytest.importorskip("tifffile"), io.BytesIO()
-        planes = values.transpose(2, 0, 1) if stored.endswith("planes") else values
-        kind = "separate" if stored.endswith("planes") else "contig"
-        tifffile.imwrite(buffer, planes, photometric="minisblack", planarconfig=kind)
+        parts = {"tiff": [values], "tiff in planes": [values.transpose(2, 0, 1)]}
+        with tifffile.TiffWriter(buffer) as file:
+            for part in parts.get(stored, [values[:, :, c] for c in range(channels)]):
+                kind = "separate" if stored == "tiff in planes" else None
+                file.write(part, photometric="minisblack", planarconfig=kind)
         data = buffer.getvalue()
     else:
         first = values.transpose(2, 0, 1)
