@@ -60,11 +60,11 @@ def test_results_that_cannot_be_written_are_an_error(words: list[str]) -> None:
 @pytest.mark.parametrize(
     "environment", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252"}, {"LC_ALL": "C"}]
 )
-@pytest.mark.parametrize(("end", "code"), [("console.table('\u043a', ['\u043a'], [['\u043a\u043e\u0442']])", 0),
-                                           ("raise RemapError('\u043a\u043e\u0442')", 2)])  # fmt: skip
+@pytest.mark.parametrize(("end", "code"), [(r"console.table('\u043a', ['\u043a'], [['\u043a\u043e\u0442']])", 0),
+                                           (r"raise RemapError('\u043a\u043e\u0442')", 2)])  # fmt: skip
 def test_letters_that_the_output_cannot_show_are_escaped(environment: dict[str, str], end: str, code: int) -> None:
     """Names in an alphabet that the encoding lacks, in a result, in a line of progress and in an error."""
-    script = WORKS.replace("END", end).replace("a line", "\u043a\u043e\u0442").replace("range(20)", "range(1)")
+    script = WORKS.replace("END", end).replace("a line", r"\u043a\u043e\u0442").replace("range(20)", "range(1)")
     environment = os.environ | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"} | environment
     words = [sys.executable, "-c", script, "work"]
     done = subprocess.run(words, capture_output=True, check=False, env=environment)
