@@ -6,7 +6,6 @@ import threading
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -121,7 +120,9 @@ def _formats() -> tuple[str, ...]:
     """Return those that this build of Pillow has."""
     Image.init()
     if HEIC:
-        import_module("pillow_heif").register_heif_opener()
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
     return tuple(name for name in (*FORMATS, "HEIF") if name in Image.OPEN)
 
 
