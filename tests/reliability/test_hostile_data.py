@@ -407,7 +407,7 @@ def test_no_image_starts_a_program_or_fills_memory(
 
 
 def test_only_these_readers_of_pillow_are_used() -> None:
-    assert set(images._formats()) <= {"JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "AVIF", "GIF"}
+    assert set(images._formats()) <= {"JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "AVIF", "GIF", "HEIF"}
     assert {"JPEG", "PNG", "TIFF", "WEBP"} <= set(images._formats())
 
 
