@@ -27,7 +27,7 @@ def test_training_images_are_left_out_counted_and_named(tree: Tree) -> None:
     views = opened(tree(GOOD | {"train/a/3.png": b"", "train/b/9.png": b"text", "README": b""}))
     assert (len(views.data.train), len(views.train.split), len(views.val.split)) == (20, 18, 20)
     assert views.skipped == (
-        ("README", "lies outside the class folders"),
+        ("README", "files without a suffix are not read"),
         ("train/a/3.png", "not an image"),
         ("train/b/9.png", "not an image"),
     )
