@@ -61,9 +61,9 @@ def find_layout(word: str, listing: Listing) -> Layout:
     named = ((folder.split("/") if folder else [], has) for folder, has in has_image.items())
     folders = [(parts, has) for parts, has in named if not any(map(is_leftover, parts))]
     prefix: list[str] = []
-    while (name := _wrapping(folders)) is not None:
-        prefix.append(name)
-        folders = [(parts[1:], has) for parts, has in folders if parts and parts[0] == name]
+    while (around := _wrapping(folders)) is not None:
+        prefix.append(around)
+        folders = [(parts[1:], has) for parts, has in folders if parts and parts[0] == around]
     splits = _split_folders("/".join([word, *prefix]), folders)
     inner = {top: _inner_folder(top, split, folders) for top, split in splits.items()}
     # The training images show whether a folder as "images" is a class, of which others may hold that one alone.
