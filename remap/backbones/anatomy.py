@@ -3,7 +3,7 @@
 Letters: B batch, N patch tokens, P prefix tokens (class, distillation, register), D width, H heads.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -123,18 +123,6 @@ class ConvBlock(Block):
     branch_end: str = ""
 
 
-@dataclass(frozen=True)
-class StageBlock(ConvBlock):
-    """A stage of a network that is read by its outputs alone, (B, D, H, W).
-
-    ``block`` is the module at whose output the stage ends, "" where that is unknown. ``projections`` are all its linear
-    layers and convolutions, by "linear:" or "conv:" and a name; ``norms`` are in no certain order. ``parameters`` are
-    the names of all that the stage has.
-    """
-
-    parameters: tuple[str, ...] = ()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
     """Shape and parts of one backbone.
@@ -144,12 +132,12 @@ class Anatomy:
     the features that enter the classifier. ``num_prefix_tokens`` counts class, distillation and register tokens, which
     stand in front of the patches; the class token, where there is one, is token 0. ``heads``, ``head_dim`` and
     ``mlp_hidden`` are those of the last block (0 where there are none).
-    ``input_module`` is the module that takes the image; ``block_input_norm`` stands between it and block 0, outside it
-    (None where nothing does); ``embedding_norms`` are norms outside the blocks, ``final_norm`` excluded.
+    ``input_module`` takes the image ("": no single module does); ``block_input_norm`` stands between it and block 0,
+    outside it (None where nothing does); ``embedding_norms`` are norms outside the blocks, ``final_norm`` excluded.
     ``class_token_pooled``: the classifier reads the class token of ``final_norm``'s output, and nothing else.
     ``averaged_heads``: the logits are those of the classifier, or the mean of two that read features of one width.
-    ``input_module`` is "" where no single module takes the image. ``positions_in_embedding``: it adds positions and
-    prefix tokens itself, so that it cannot embed single patches.
+    ``positions_in_embedding``: the input module adds positions and prefix tokens itself, so that it cannot embed single
+    patches.
     """
 
     family: str
@@ -179,8 +167,8 @@ class Anatomy:
 
     @property
     def in_stages(self) -> bool:
-        """Whether the blocks are stages, see ``StageBlock``."""
-        return isinstance(self.blocks[0], StageBlock)
+        """Whether the blocks are stages (``families.stages``)."""
+        return "blocks" not in self.parts
 
     @property
     def attention_blocks(self) -> tuple[AttentionBlock, ...]:
@@ -207,15 +195,9 @@ class Anatomy:
 def anatomy_of(model: nn.Module) -> Anatomy:
     """Return the anatomy of a timm model; raises BackboneError where no family reads it."""
     for row in FAMILIES:
-        family = row.load()()
-        if family.matches(model):
+        if (family := row.load()()).matches(model):
             return family.read(model)
-    raise BackboneError(
-        f"{type(model).__name__} is not a backbone that remap can read",
-        given=f"model class {type(model).__module__}.{type(model).__name__}",
-        allowed="networks of timm: those that have forward_intermediates and get_classifier",
-        do="`remap models` lists names that work",
-    )
+    raise BackboneError(f"{type(model)} is not a network of timm", do="`remap models` lists names that work")
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
@@ -252,13 +234,6 @@ def set_fused_attention(model: nn.Module, anatomy: Anatomy, enabled: bool) -> No
 def rest_of_forward(model: nn.Module, anatomy: Anatomy, index: int, x: Tensor) -> Tensor:
     """Run a model from the input of block ``index`` on, see ``Family.rest_of_forward``."""
     return FAMILIES.load(anatomy.family)().rest_of_forward(model, index, x)
-
-
-def stage_outputs(
-    model: nn.Module, anatomy: Anatomy, images_BCHW: Tensor, stages: Sequence[int]
-) -> tuple[Tensor, list[Tensor]]:
-    """Return what ``forward_features`` gives, and maps (B, D, h, w) of stages, see ``Family.stage_outputs``."""
-    return FAMILIES.load(anatomy.family)().stage_outputs(model, images_BCHW, stages)
 
 
 def admit_tokens(model: nn.Module, anatomy: Anatomy, count: int, first: int = 0) -> Callable[[], None]:

@@ -108,6 +108,8 @@ def build(
         _require_classes(name, as_timm(model).num_classes, num_classes)
     else:
         fresh_head(model, anatomy, num_classes)
+        if anatomy.in_stages:  # timm may have left out the second classifier of a distilled network
+            anatomy = anatomy_of(model)
     digest = state_hash(model, anatomy)
     identity = Identity(name, weights, digest, preset, image_size)
     return Backbone(model, anatomy, PreprocessSpec.of(model), identity, not keep_head)
@@ -207,9 +209,8 @@ def _require_classes(name: str, outputs: int, num_classes: int) -> None:
 def fresh_head(model: nn.Module, anatomy: Anatomy, num_classes: int) -> None:
     """Put in a new classifier: weights N(0, 0.02^2), timm's choice for transformers, and biases zero."""
     as_timm(model).reset_classifier(num_classes)
-    layers = [m for path in anatomy.classifier_heads for m in model.get_submodule(path).modules()]
-    for layer in layers:
-        if isinstance(layer, nn.Linear | nn.Conv2d):
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d) and anatomy.is_head(f"{name}."):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

@@ -9,7 +9,8 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from remap.backbones.anatomy import Anatomy, AttentionScores, module_at, stage_outputs, watch_attention
+from remap.backbones.anatomy import Anatomy, AttentionScores, module_at, watch_attention
+from remap.backbones.families.base import family_of
 from remap.backbones.typed import as_timm
 from remap.errors import BackboneError
 from remap.remapping.signals import Attention, Needs, Signals, Tokens
@@ -118,7 +119,7 @@ class Tap:
     def _features(self, images_BCHW: Tensor) -> Tensor:
         depth = self.anatomy.depth
         if self._stages:
-            features, maps = stage_outputs(self.model, self.anatomy, images_BCHW, self._stages)
+            features, maps = family_of(self.anatomy).stage_outputs(self.model, images_BCHW, self._stages)
             self._tokens.update(zip(self._stages, maps, strict=True))
             if depth in self.needs.tokens:
                 self._tokens[depth] = maps[-1]

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from remap.backbones.anatomy import Anatomy, Block, Projection, StageBlock
+from remap.backbones.anatomy import Anatomy, Block, Projection
+from remap.backbones.families.stages import StageBlock
 from remap.errors import BackboneError
 
 Target = Literal["q", "k", "v", "o", "fc1", "fc2", "linear", "conv"]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remap.backbones.anatomy import StageBlock, anatomy_of
+from remap.backbones.anatomy import anatomy_of
 from remap.backbones.build import Backbone, build
 from remap.backbones.families import FAMILIES
+from remap.backbones.families.stages import StageBlock
 from remap.backbones.lookup import family_of_name
 from remap.errors import BackboneError
 from remap.network import Network, tuned

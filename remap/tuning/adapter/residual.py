@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from remap.backbones.anatomy import Anatomy, ConvBlock, ConvSite, StageBlock, module_at
+from remap.backbones.anatomy import Anatomy, ConvBlock, ConvSite, module_at
 from remap.errors import BackboneError
 from remap.tuning.base import Attachment, Edits, Fold, Method, Options
 from remap.tuning.weights import registered
@@ -67,7 +67,7 @@ def conv_layers(model: nn.Module, anatomy: Anatomy, name: str) -> Iterator[tuple
             layer = module_at(model, site.conv)
             assert isinstance(layer, nn.Conv2d)
             # In a network that is read by its stages, what holds the layer may run all that it holds.
-            inside = isinstance(block, StageBlock)
+            inside = anatomy.in_stages
             path = f"{site.conv}.{name}" if inside else f"{block.block}.{name}_{site.conv.rpartition('.')[2]}"
             yield site, layer, path
 

@@ -9,8 +9,9 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt
 from torch import Tensor, nn
 
-from remap.backbones.anatomy import Anatomy, AttentionBlock, Block, StageBlock, module_at, rest_of_forward
+from remap.backbones.anatomy import Anatomy, AttentionBlock, Block, module_at, rest_of_forward
 from remap.backbones.block_reader import BlockReader, apart, reads_one_row
+from remap.backbones.families.stages import StageBlock
 from remap.errors import BackboneError
 from remap.tuning.base import IN_PLACE, Attachment, Method, Options, names_where
 from remap.tuning.seam import BlockSeam, logits_of

@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from remap.backbones.anatomy import Anatomy, AttentionBlock, Block, ConvBlock, Projection, StageBlock, module_at
+from remap.backbones.anatomy import Anatomy, AttentionBlock, Block, ConvBlock, Projection, module_at
+from remap.backbones.families.stages import StageBlock
 from remap.tuning.base import Attachment, Edits, Fold, Method
 from remap.tuning.layers import by_layer
 from remap.tuning.weights import channels_first, own_bias, recompute, registered, registered_at
