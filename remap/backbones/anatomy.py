@@ -136,8 +136,7 @@ class Anatomy:
     outside it (None where nothing does); ``embedding_norms`` are norms outside the blocks, ``final_norm`` excluded.
     ``class_token_pooled``: the classifier reads the class token of ``final_norm``'s output, and nothing else.
     ``averaged_heads``: the logits are those of the classifier, or the mean of two that read features of one width.
-    ``positions_in_embedding``: the input module adds positions and prefix tokens itself, so that it cannot embed single
-    patches.
+    ``positions_in_embedding``: the input module adds positions and prefix itself, and cannot embed single patches.
     """
 
     family: str

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from remap.backbones.families.reading import norm_paths
-from remap.backbones.typed import as_timm
+from remap.backbones.typed import input_channels
 from remap.errors import BackboneError
 
 Layer = nn.Linear | nn.Conv2d
@@ -58,7 +58,9 @@ def watched(model: nn.Module, heads: Sequence[str], size: tuple[int, int]) -> Se
         model.eval()
         for device in ("meta", like.device):
             # A graph leads from the image to all that it gets to in other ways than through a module that takes it.
-            images = torch.zeros(1, _channels(model), *size, dtype=like.dtype, device=device, requires_grad=True) + 0
+            images = (
+                torch.zeros(1, input_channels(model), *size, dtype=like.dtype, device=device, requires_grad=True) + 0
+            )
             moved = {name: t.to(device) for name, t in tensors.items()}
             try:
                 with _watching(model, heads, images) as seen:
@@ -122,10 +124,6 @@ def deepest(takes_image: Sequence[str]) -> str:
         return f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
 
     return max((p for p in takes_image if all(nested(p, other) for other in takes_image)), key=len, default="")
-
-
-def _channels(model: nn.Module) -> int:
-    return int(as_timm(model).pretrained_cfg.get("input_size", (3,))[0])
 
 
 def unfit_size(name: str, size: tuple[int, int], why: str) -> BackboneError:
