@@ -64,7 +64,8 @@ def watched(model: nn.Module, heads: Sequence[str], size: tuple[int, int]) -> Se
             moved = {name: t.to(device) for name, t in tensors.items()}
             try:
                 with _watching(model, heads, images) as seen:
-                    outputs = functional_call(_WholePass(model), moved, (images,))
+                    # Untied: a module that stands at two paths would be swapped twice, and not come back.
+                    outputs = functional_call(_WholePass(model), moved, (images,), tie_weights=False)
                 break
             except Exception:  # few networks read values of tensors, or hold some that are not parameters
                 if like.device == device:
