@@ -83,7 +83,9 @@ _models = functools.partial(OptionRow, panel="Models and losses")
 _training = functools.partial(OptionRow, panel=_TRAINING)
 DISTILL, TUNE, BUILD, COMPARE = "distill", "tune", "cache build", "compare"
 _ALL, _RUNS, _TEACH = (DISTILL, TUNE, BUILD, COMPARE), (DISTILL, TUNE), (DISTILL, BUILD, COMPARE)
-_TEACHER = "Short name, timm name, local-dir:FOLDER or run directory; self or ema, made of the student; or several with"
+_TEACHER = (
+    "Short name, timm name, local-dir:FOLDER, file or run directory; self or ema, made of the student; or several with"
+)
 _LOSSES = "ce,kd,attention, of these what the method can follow; without a teacher ce"
 
 # Those that set a recipe field.

@@ -28,13 +28,13 @@ with atheris.instrument_imports(include=["remap", "yaml", "tarfile", "json"]):
     from PIL import Image
     from safetensors.torch import save
 
-    from remap.backbones.loading import read_safetensors
     from remap.data.images import SUFFIXES, decode
     from remap.data.tar_listing import list_tar
     from remap.engine.checkpoint import load_checkpoint, save_checkpoint, snapshot
     from remap.engine.state import State
     from remap.errors import RemapError
     from remap.io.checked_json import parse_json
+    from remap.io.tensor_files import read_safetensors
     from remap.recipe import catalogue, strict_yaml, validate
     from remap.runs.task_file import read_meta
 

@@ -11,12 +11,17 @@ from torch import Tensor, nn
 from remap.backbones.anatomy import Anatomy, anatomy_of, classifier_parameters
 from remap.backbones.families import FAMILIES
 from remap.backbones.families.base import family_of
-from remap.backbones.loading import create, in_cache_or_reachable, require_fit, weight_arguments
+from remap.backbones.hub import in_cache_or_reachable
+from remap.backbones.loading import create, require_fit, require_weights
 from remap.backbones.lookup import require_known
+from remap.backbones.model_source import named_file
 from remap.backbones.names import preset_of, resolve_name
 from remap.backbones.preprocess import PreprocessSpec
 from remap.backbones.typed import as_timm, input_channels
 from remap.errors import BackboneError, WeightsError
+
+# What to do where a classifier does not serve.
+PREPARE = "let teacher.prepare fit one (probe, full, or a method)"
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Identity:
 
     Attributes:
         model: Resolved timm name or ``local-dir:`` path.
-        weights: "pretrained", "none" or the path of a .safetensors file.
+        weights: "pretrained", "none" or the path of a file.
         sha256: Hash of all backbone tensors, the classifier left out.
         preset: How self-supervised weights are read out: "none", "mae" or "moco_v3".
         image_size: Side of the square input in pixels, where it was chosen; None for the model's own.
@@ -44,6 +49,8 @@ class Backbone:
 
     Attributes:
         head_is_fresh: Whether the classifier was newly initialised for this task.
+        labels: Names of the outputs of a classifier that came with the weights; empty where nothing tells.
+        notes: What a user should know of how the weights were read.
     """
 
     model: nn.Module
@@ -51,6 +58,8 @@ class Backbone:
     preprocess: PreprocessSpec
     identity: Identity
     head_is_fresh: bool
+    labels: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def num_parameters(self) -> int:
@@ -74,9 +83,10 @@ def build(
     patch tokens through a fresh norm, "moco_v3" the class token. Both understand the keys of the official checkpoints.
 
     Args:
-        word: Short name, timm name or tag, "hf-hub:..." or "local-dir:FOLDER".
-        weights: "pretrained", "none" or a .safetensors file.
-        keep_head: Keep the classifier that comes with the weights instead of a fresh one.
+        word: Short name, timm name or tag, "hf-hub:...", "local-dir:FOLDER", or a file of weights that says its model.
+        weights: "pretrained", "none" or a file (``names.WEIGHTS_FILES``).
+        keep_head: Keep the classifier that comes with the weights, whatever its number of outputs, instead of a fresh
+            one.
         preset: "none", "mae" or "moco_v3"; None for what the short name implies.
         image_size: Height and width of the images in pixels; None for the model's own. timm resamples the position
             embeddings and relative position biases of weights made for another size.
@@ -86,17 +96,18 @@ def build(
         WeightsError: The weights cannot be had or do not fit.
         BackboneError: The family is not supported, or not with this preset or size.
     """
-    name, preset = resolve_name(word), preset_of(word, preset)
+    preset = preset_of(word, preset)
+    word, weights = named_file(word, weights)
+    name = resolve_name(word)
     require_known(word, name)
     if keep_head and preset != "none":
         raise BackboneError(
             f"self-supervised weights ({preset}) bring no classifier",
-            do="let teacher.prepare fit one (probe, full, or a method)",
+            do=PREPARE,
         )
-    arguments = _sized(name, weight_arguments(weights, preset), image_size)
-    if not keep_head:
-        arguments["num_classes"] = num_classes
-    model, missing = create(name, weights, arguments)
+    arguments = _sized(name, {} if keep_head else {"num_classes": num_classes}, image_size)
+    loaded = create(name, weights, arguments, preset)
+    model, missing = loaded.model, loaded.missing
     anatomy = anatomy_of(model)
     _require_preset_fits(name, anatomy, preset)
     # The norm behind MAE's pooling starts fresh, as in MAE's own fine-tuning.
@@ -104,15 +115,16 @@ def build(
     _require_all_weights(
         name, [key for key in missing if not anatomy.is_head(key) and not (fresh and key.startswith(fresh))]
     )
-    if keep_head:
-        _require_classes(name, as_timm(model).num_classes, num_classes)
-    else:
+    if not keep_head:
         fresh_head(model, anatomy, num_classes)
         if anatomy.in_stages:  # timm may have left out the second classifier of a distilled network
             anatomy = anatomy_of(model)
+    elif not as_timm(model).num_classes:
+        raise BackboneError(f"the weights of {name} bring no classifier", do=PREPARE)
     digest = state_hash(model, anatomy)
     identity = Identity(name, weights, digest, preset, image_size)
-    return Backbone(model, anatomy, PreprocessSpec.of(model), identity, not keep_head)
+    labels = loaded.labels if keep_head else ()
+    return Backbone(model, anatomy, PreprocessSpec.of(model), identity, not keep_head, labels, loaded.notes)
 
 
 def require_at_hand(word: str, weights: str, image_size: int | None = None) -> None:
@@ -123,16 +135,17 @@ def require_at_hand(word: str, weights: str, image_size: int | None = None) -> N
         WeightsError: The weights are neither here nor to be had.
         BackboneError: The model cannot have this size.
     """
+    word, weights = named_file(word, weights)
     name = resolve_name(word)
     require_known(word, name)
     if weights == "pretrained":
         in_cache_or_reachable(name)
     else:
-        weight_arguments(weights)
+        require_weights(weights)
     _sized(name, {}, image_size)
 
 
-def require_stored(word: str, stored: int, *, preset: str | None = None, image_size: int | None = None) -> None:
+def require_stored(word: str, stored: int, *, image_size: int | None = None) -> None:
     """Check that a model, all of whose tensors are in a file of ``stored`` bytes, is about as large; nothing is built.
 
     Raises:
@@ -140,9 +153,9 @@ def require_stored(word: str, stored: int, *, preset: str | None = None, image_s
         WeightsError: It is far larger than the file.
         BackboneError: The model cannot have this size.
     """
-    name, preset = resolve_name(word), preset_of(word, preset)
+    name = resolve_name(word)
     require_known(word, name)
-    require_fit(name, _sized(name, weight_arguments("none", preset), image_size), stored)
+    require_fit(name, _sized(name, {}, image_size), stored)
 
 
 def state_hash(model: nn.Module, anatomy: Anatomy) -> str:
@@ -167,8 +180,7 @@ def _sized(name: str, arguments: dict[str, Any], image_size: int | None) -> dict
     """
     if image_size is None:
         return arguments
-    with torch.device("meta"):
-        model, _ = create(name, "none", {"pretrained": False})
+    model = require_fit(name, {}, None)
     anatomy = anatomy_of(model)
     sizes = family_of(anatomy).size_arguments(model, anatomy, image_size)
     # Where preprocessing, and networks that take any size, read it.
@@ -195,14 +207,6 @@ def _require_all_weights(name: str, missing: list[str]) -> None:
             f"the weights do not hold all of '{name}': {len(missing)} tensors would stay random",
             given=f"missing {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}",
             do="name the model these weights belong to; their names must be timm's",
-        )
-
-
-def _require_classes(name: str, outputs: int, num_classes: int) -> None:
-    if outputs != num_classes:
-        raise BackboneError(
-            f"the classifier of {name} has {outputs} outputs, the data has {num_classes} classes",
-            do="let teacher.prepare fit one (probe, full, or a method)",
         )
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from remap.backbones.build import require_at_hand
-from remap.backbones.loading import create, weight_arguments
+from remap.backbones.loading import create
 from remap.backbones.names import resolve_name
 from remap.errors import BackboneError, UnknownName
 from remap.registry import did_you_mean
@@ -16,7 +16,7 @@ def side_network(word: str, weights: str, image_size: tuple[int, int], channels:
 
     Args:
         word: Any name of timm, convolutional ones included; not only the families that can be backbones.
-        weights: "pretrained", "none" or a .safetensors file.
+        weights: "pretrained", "none" or a file.
         image_size: Height and width of the images it will see.
         channels: Of these images; timm adapts weights that were made for others.
 
@@ -33,7 +33,7 @@ def side_network(word: str, weights: str, image_size: tuple[int, int], channels:
         )
     require_at_hand(word, weights)
     name = resolve_name(word)
-    network, _ = create(name, weights, {**weight_arguments(weights), "num_classes": 0, "in_chans": channels})
+    network = create(name, weights, {"num_classes": 0, "in_chans": channels}).model
     try:
         with torch.no_grad():
             features = network.eval()(torch.zeros(1, channels, *image_size))

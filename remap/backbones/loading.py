@@ -1,171 +1,229 @@
 """Load weights: from the hub through timm's loader and cache, a file, a folder, or none."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.constants import HF_HUB_CACHE
-from safetensors import safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from remap.backbones.model_folder import require_model_folder
+from remap.backbones.checkpoints import open_clip, torchvision_keys, transformers_keys
+from remap.backbones.checkpoints.layout import Described
+from remap.backbones.checkpoints.read import SOURCES, Checkpoint, read_checkpoint, stripped
+from remap.backbones.checkpoints.self_supervised import encoder_of
+from remap.backbones.hub import in_cache_or_reachable, out_of_reach
+from remap.backbones.label_names import label_names
+from remap.backbones.model_source import describe, weights_in
+from remap.backbones.names import is_weights_file
+from remap.backbones.size_bound import bounded
 from remap.backbones.typed import as_timm
-from remap.errors import BackboneError, WeightsError
-from remap.io.checked_read import open_regular
+from remap.errors import BackboneError, RemapError, WeightsError
 from remap.io.names import plain
+from remap.io.tensor_files import first_lines, stored_bytes
 
-# The parameters of a model have at most this many times the bytes of its weights file: 8-bit weights in float32
-# and more.
-# Its buffers are not all stored: BEiT's tables of relative positions grow with the fourth power of the image's side,
-# and at 1536 x 1536 pixels take 47 times a file in float16. FREE_BYTES are allowed for any file.
-MOST_UNPACKED, MOST_TABLES, FREE_BYTES = 8, 64, 2**24
+# Other libraries' layouts; at most one of them fits.
+LAYOUTS = (*transformers_keys.LAYOUTS, *torchvision_keys.LAYOUTS, open_clip.LAYOUT)
+# The classifier in timm's families, and in official checkpoints that timm's filters rename.
+HEADS = ("head", "head.fc", "fc")
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a safetensors file.
+@dataclass(frozen=True)
+class Loaded:
+    """A built model and what its weights brought.
+
+    Attributes:
+        missing: Names of its tensors that the weights did not hold.
+        labels: Names of its outputs; empty where nothing tells.
+        notes: What a user should know of how the weights were read.
+    """
+
+    model: nn.Module
+    missing: list[str]
+    labels: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def require_weights(weights: str) -> None:
+    """Check that a word names a source of weights, and read it if it is a file.
 
     Raises:
-        WeightsError: It is missing, truncated or not a safetensors file.
+        WeightsError: It does not, or the file cannot be read.
     """
-    try:
-        open_regular(path).close()
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except Exception as error:  # of strange types and sizes, torch and the reader raise many kinds
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_lines(error)
-        raise WeightsError(
-            f"cannot read {path} as safetensors: {reason or type(error).__name__}",
-            do="pickled checkpoints (.pt, .pth, .bin) are not read; convert them with safetensors.torch.save_file",
-        ) from error
+    if weights not in ("none", "pretrained"):
+        read_checkpoint(Path(weights))
 
 
-# The classifier's weight in timm's families.
-HEADS = ("head.weight", "head.fc.weight", "fc.weight")
+def create(name: str, weights: str, arguments: Mapping[str, Any], preset: str = "none") -> Loaded:
+    """Build a model through timm, with the tensors of the one file that is to be read.
+
+    Args:
+        arguments: Of ``timm.create_model``; without ``num_classes`` the classifier is the one in the weights.
+
+    Raises:
+        BackboneError: timm cannot build it.
+        WeightsError: The weights cannot be had, or do not fit.
+    """
+    described = describe(name)
+    file, is_timms = _file(name, weights), weights == "pretrained" and not name.startswith("local-dir:")
+    has_own_head = "num_classes" not in arguments and weights != "none"
+    arguments = _arguments(described, arguments, preset)
+    labels, notes = described.labels, described.notes
+    if file is not None:
+        try:
+            stored = stored_bytes(file)
+        except OSError as error:
+            raise WeightsError(f"cannot read {file}: {_why(file, error)}") from error
+        reference = require_fit(name, arguments, stored)
+        overlay: dict[str, Any] = {"file": str(file), "custom_load": False}
+        # timm reads pickles of the hub's cache itself, weights_only: it knows how each is laid out.
+        if not is_timms or file.suffix == ".safetensors":
+            checkpoint = read_checkpoint(file)
+            # An empty source keeps timm from preferring what it finds in a folder or on the hub.
+            overlay |= {"state_dict": checkpoint.tensors, "source": ""}
+            labels, notes = checkpoint.labels or labels, (*notes, *checkpoint.notes)
+        if not is_timms:
+            more, read = _fitted(checkpoint, reference, preset, str(file))
+            overlay, notes = {**overlay, **more}, (*notes, *read)
+            arguments.setdefault("num_classes", more["num_classes"])
+        arguments["pretrained_cfg_overlay"] = {**arguments.get("pretrained_cfg_overlay", {}), **overlay}
+    model, missing, unexpected = _built(name, weights, described, arguments)
+    if preset == "none" and not is_timms:
+        _require_used(name, str(file), model, unexpected)
+    if not has_own_head:
+        return Loaded(model, missing, notes=notes)
+    names, note = label_names(as_timm(model).pretrained_cfg, labels, as_timm(model).num_classes)
+    return Loaded(model, missing, names, (*notes, note) if note else notes)
 
 
-def weight_arguments(weights: str, preset: str = "none") -> dict[str, Any]:
-    """Return the arguments of ``timm.create_model`` for weights of this source, read as the preset says."""
+def _arguments(described: Described, arguments: Mapping[str, Any], preset: str) -> dict[str, Any]:
+    """Return the arguments of timm for a description, with those that were asked for in preference."""
     pooling = {"mae": "avg", "moco_v3": "token"}
     # Not strict: the final norm of MAE's weights has no place in a model that pools first. What is missing is noted.
     readout = {"global_pool": pooling[preset], "pretrained_strict": False} if preset != "none" else {}
-    if weights in ("none", "pretrained"):
-        return {"pretrained": weights == "pretrained", **readout}
-    path = Path(weights)
-    if path.suffix != ".safetensors":
-        raise WeightsError(
-            "unknown source of weights", given=weights, allowed="pretrained, none, or a .safetensors file"
-        )
-    tensors = read_safetensors(path)
-    # An empty source keeps timm from preferring the weights in a local or hub folder.
-    overlay: dict[str, Any] = {"file": str(path), "custom_load": False, "source": ""}
-    if preset != "none":
-        tensors = encoder_of(tensors, preset, str(path))
-        # Both were trained with the statistics of ImageNet, even where a tag of the architecture has others.
-        overlay |= {"state_dict": tensors, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
-    classes = next((len(tensors[key]) for key in HEADS if key in tensors), 0)
-    overlay["num_classes"] = classes
-    return {"pretrained": True, "pretrained_cfg_overlay": overlay, "num_classes": classes, **readout}
+    overlay = {**described.config, **arguments.get("pretrained_cfg_overlay", {})}
+    found = {**described.arguments, **readout, **arguments}
+    return {**found, "pretrained_cfg_overlay": overlay} if overlay else found
 
 
-def encoder_of(tensors: dict[str, Tensor], preset: str, where: str) -> dict[str, Tensor]:
-    """Return the encoder of a self-supervised checkpoint, under timm's names and without what only pre-training needs.
-
-    MAE (He et al. 2021, arXiv 2111.06377): decoder and mask token go, and the final norm too, because the classifier
-    gets its own norm behind the pooling. MoCo v3 (Chen et al. 2021, arXiv 2104.02057): the encoder that was
-    trained is taken in preference to its running average, as in the official evaluation; a checkpoint of that
-    evaluation, which has neither prefix, is read too. Projector, predictor and linear head go.
-
-    Raises:
-        WeightsError: Nothing of an encoder is left.
-    """
-    dropped: tuple[str, ...]
-    if preset == "mae":
-        dropped, found = ("decoder", "mask_token", "norm.", "head."), tensors
-    else:
-        dropped = ("head.", "predictor.")
-        prefixes = ("base_encoder.", "momentum_encoder.", "")
-        bare = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
-        prefix = next(prefix for prefix in prefixes if any(key.startswith(prefix) for key in bare))
-        found = {key.removeprefix(prefix): tensor for key, tensor in bare.items() if key.startswith(prefix)}
-    encoder = {key: tensor for key, tensor in found.items() if not key.startswith(dropped)}
-    if "patch_embed.proj.weight" not in encoder:
-        raise WeightsError(
-            f"{where} holds no encoder of {preset}", given=f"keys such as {', '.join(list(tensors)[:3])}"
-        )
-    return encoder
-
-
-def create(name: str, weights: str, arguments: dict[str, Any]) -> tuple[nn.Module, list[str]]:
-    """Build a model through timm.
-
-    Returns:
-        The model, and the names of its tensors that the weights did not hold.
-    """
-    missing: list[str] = []
-    file: Path | None = None if weights in ("none", "pretrained") else Path(weights)
+def _file(name: str, weights: str) -> Path | None:
+    """Return the one file that is read; None for random weights, and for those that timm downloads."""
+    if weights == "none":
+        return None
+    if weights != "pretrained":
+        if not is_weights_file(weights):
+            raise WeightsError("unknown source of weights", given=weights, allowed=SOURCES)
+        return Path(weights)
     if name.startswith("local-dir:"):
-        file = require_model_folder(Path(name.removeprefix("local-dir:")), weights) or file
-    if weights == "pretrained":
-        cached = in_cache_or_reachable(name)
-        if cached is not None:
-            # Named as a file, timm loads it without a request to the hub, which takes long without a network.
-            overlay = {**arguments.get("pretrained_cfg_overlay", {}), "file": cached, "custom_load": False}
-            arguments = {**arguments, "pretrained_cfg_overlay": overlay}
-            file = Path(cached)
-    if file is not None:
-        require_fit(name, arguments, file.stat().st_size)
+        return weights_in(Path(name.removeprefix("local-dir:")))
+    cached = in_cache_or_reachable(name)
+    return None if cached is None else Path(cached)
+
+
+def _fitted(
+    checkpoint: Checkpoint, reference: nn.Module, preset: str, where: str
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return what timm's configuration needs to read a file's tensors, themselves included, and notes."""
+    if preset != "none":
+        tensors = encoder_of(checkpoint.tensors, preset, where)
+        # Both were trained with the statistics of ImageNet, even where a tag of the architecture has others.
+        overlay: dict[str, Any] = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+        notes: tuple[str, ...] = ()
+    else:
+        known = set(reference.state_dict())
+        tensors, notes = stripped(checkpoint.tensors, lambda found: _is_named(found, known))
+        layout = next((layout for layout in LAYOUTS if layout.fits(tensors)), None)
+        overlay = {}
+        if layout is not None:
+            tensors, overlay = layout.convert(tensors), dict(layout.overlay)
+            notes = (*notes, f"the weights are in the layout of {layout.name}")
+    classes = next((len(tensors[key]) for path in _heads(reference) if (key := f"{path}.weight") in tensors), 0)
+    return {**overlay, "state_dict": tensors, "num_classes": classes, "label_offset": 0}, notes
+
+
+def _heads(model: nn.Module) -> tuple[str, ...]:
+    """Return the paths under which a file may hold the model's classifier."""
+    own = as_timm(model).pretrained_cfg.get("classifier") or ()
+    return (*([own] if isinstance(own, str) else own), *HEADS)
+
+
+def _is_named(tensors: dict[str, Tensor], known: set[str]) -> bool:
+    """Whether tensors have the names of timm's model, or of a layout that is read."""
+    return 2 * len(known & tensors.keys()) >= len(known) or any(layout.fits(tensors) for layout in LAYOUTS)
+
+
+def _built(
+    name: str, weights: str, described: Described, arguments: dict[str, Any]
+) -> tuple[nn.Module, list[str], list[str]]:
+    """Return a model of timm, and the names of tensors that its weights lack and that it has no use for."""
+    missing, unexpected = list[str](), list[str]()
     try:
-        with _record_missing(missing):
-            model = timm.create_model(name, **arguments)
+        with _record_keys(missing, unexpected):
+            model = timm.create_model(described.architecture, pretrained=weights != "none", **arguments)
+    except RemapError:
+        raise
     except Exception as error:  # timm, the hub client and torch raise many kinds here
-        if not arguments["pretrained"]:
-            raise BackboneError(f"timm cannot build '{name}': {_first_lines(error)}") from error
-        if weights != "pretrained":
-            raise WeightsError(f"{weights} does not fit '{name}': {_first_lines(error)}") from error
-        raise _out_of_reach(name, error) from error
+        if weights == "none":
+            raise BackboneError(f"timm cannot build '{name}': {first_lines(error)}") from error
+        if weights != "pretrained" or name.startswith("local-dir:"):
+            given = weights if weights != "pretrained" else "what its folder holds"
+            raise WeightsError(f"{given} does not fit '{name}': {first_lines(error)}") from error
+        raise out_of_reach(name, error) from error
+    for path, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            eps = [described.eps[start] for start in described.eps if f"{path}.".startswith(start and f"{start}.")]
+            module.eps = eps[-1] if eps else module.eps
     # timm would keep all the weights in the configuration of the model.
     as_timm(model).pretrained_cfg.pop("state_dict", None)
-    return model, missing
+    return model, missing, unexpected
 
 
-def require_fit(name: str, arguments: dict[str, Any], stored: int) -> None:
-    """Check that a model is not far larger than the file it is read from, before any memory is taken for it.
+def _require_used(name: str, file: str, model: nn.Module, unexpected: list[str]) -> None:
+    """Check that a file holds nothing which changes the function and which the model would leave out in silence."""
+    left = [key for key in unexpected if not key.startswith(tuple(f"{path}." for path in _heads(model)))]
+    if left:
+        raise WeightsError(
+            f"{file} holds {len(left)} tensors that '{name}' has no use for: it is the file of another model",
+            given=", ".join(plain(key)[:60] for key in left[:3]) + (" ..." if len(left) > 3 else ""),
+            do="name the model that these weights belong to",
+        )
+
+
+def require_fit(name: str, arguments: Mapping[str, Any], stored: int | None) -> nn.Module:
+    """Build a model on the meta device, and check that it is not far larger than the file it is read from.
 
     Args:
         arguments: Of ``timm.create_model``.
-        stored: Bytes of the file that holds its weights.
+        stored: Bytes of the file that holds its weights; None where there is none.
 
     Raises:
         BackboneError: timm cannot build it.
         WeightsError: It is far larger.
     """
-    # timm copies the overlay with all that is in it, such as the weights that a preset has read.
-    overlay = {key: value for key, value in arguments.get("pretrained_cfg_overlay", {}).items() if key != "state_dict"}
-    with torch.device("meta"):
-        model, _ = create(name, "none", {**arguments, "pretrained": False, "pretrained_cfg_overlay": overlay})
-    parameters, tables = (sum(t.nbytes for t in tensors) for tensors in (model.parameters(), model.buffers()))
-    if parameters > MOST_UNPACKED * stored + FREE_BYTES or tables > MOST_TABLES * stored + FREE_BYTES:
-        raise WeightsError(
-            f"'{name}' describes a model that its weights do not fit",
-            given=f"{parameters + tables:,} bytes in memory, {tables:,} of them tables; {stored:,} bytes of weights",
-            do="name the model that these weights belong to; where image_size was chosen, a smaller one",
-        )
+    described = describe(name)
+    with bounded(name, stored):
+        return _built(name, "none", described, _arguments(described, arguments, "none"))[0]
+
+
+def _why(file: Path, error: OSError) -> str:
+    """Return why a file cannot be read; of a link, that it leads nowhere."""
+    return (
+        "it is a link that leads nowhere" if file.is_symlink() and not file.exists() else error.strerror or str(error)
+    )
 
 
 @contextmanager
-def _record_missing(missing: list[str]) -> Iterator[None]:
-    """Add the keys that ``load_state_dict`` misses: timm is not strict, and silent, where the classifier differs."""
+def _record_keys(missing: list[str], unexpected: list[str]) -> Iterator[None]:
+    """Note what ``load_state_dict`` says: timm is not strict, and silent, where the classifier differs."""
     name = "load_state_dict"
     original = getattr(nn.Module, name)
 
     def load_state_dict(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         found = original(module, *args, **kwargs)
         missing.extend(found.missing_keys)
+        unexpected.extend(found.unexpected_keys)
         return found
 
     setattr(nn.Module, name, load_state_dict)
@@ -173,61 +231,3 @@ def _record_missing(missing: list[str]) -> Iterator[None]:
         yield
     finally:
         setattr(nn.Module, name, original)
-
-
-def in_cache_or_reachable(name: str) -> str | None:
-    """Return the cached weights file of a hub model; None for others, and where the hub answers, so timm may download.
-
-    Raises:
-        WeightsError: Not in the cache, and one request says that the hub is out of reach.
-    """
-    config = None if ":" in name else timm.get_pretrained_cfg(name)
-    if config is None or not config.hf_hub_id:
-        if config is not None and config.file and not Path(config.file).is_file():
-            raise WeightsError(f"the shipped weights of {name} are missing", given=config.file, do="reinstall remap")
-        return None
-    repository = _repository(name, config)
-    names = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-    for file in (config.hf_hub_filename, *names) if config.hf_hub_filename else names:
-        cached = try_to_load_from_cache(repository, file)
-        if isinstance(cached, str):
-            return cached
-    try:
-        HfApi().model_info(repository, timeout=10)
-    except Exception as error:  # no network, offline by setting, no such or a gated repository
-        raise _out_of_reach(name, error) from error
-    return None
-
-
-def _repository(name: str, config: Any) -> str:
-    hub_id = config.hf_hub_id
-    return f"{hub_id}{name}" if hub_id.endswith("/") else hub_id
-
-
-def _first_lines(error: Exception) -> str:
-    return plain(" ".join(str(error).split()))[:300]
-
-
-def _out_of_reach(name: str, error: Exception) -> WeightsError:
-    if name.startswith("local-dir:"):
-        return WeightsError(f"cannot load {name}: {_first_lines(error)}")
-    config = None if ":" in name else timm.get_pretrained_cfg(name)
-    if config is not None and config.file:
-        return WeightsError(f"cannot load {config.file}: {_first_lines(error)}", do="reinstall remap")
-    if config is not None and not config.hf_hub_id and not config.url:
-        return WeightsError(f"timm has no weights for '{name}'", do="choose another tag, or --weights none")
-    if config is None:
-        repository = name.partition(":")[2]
-    else:
-        repository = _repository(name, config) if config.hf_hub_id else str(config.url)
-    return WeightsError(
-        f"the weights of {name} are not in the cache, and the hub is out of reach",
-        given=f"repository {repository}, cache {HF_HUB_CACHE} ({type(error).__name__}: {_first_lines(error)[:160]})",
-        do="\n           ".join(
-            [
-                f"where there is a network: `hf download {repository}`, then copy the cache here or set HF_HOME;",
-                "or name a folder or file you have: local-dir:FOLDER, --set student.weights=FILE.safetensors;",
-                "or build it with random weights: --weights none",
-            ]
-        ),
-    )

@@ -7,6 +7,7 @@ import timm
 
 from remap.backbones import mini  # noqa: F401 - registers the embedded pair with timm
 from remap.backbones.families import FAMILIES
+from remap.backbones.model_source import CONFIGS, describe
 from remap.backbones.names import SHORT_NAMES, resolve_name
 from remap.errors import UnknownName, WeightsError
 from remap.io.checked_json import read_json
@@ -29,12 +30,14 @@ def require_known(word: str, name: str) -> None:
         if not name.startswith(("local-dir:", "hf-hub:", "hf_hub:")):
             raise UnknownName(
                 f"no such model or run directory: {word}",
-                allowed="a timm name, a short name, local-dir:FOLDER, hf-hub:REPOSITORY, or a run directory",
+                allowed="a timm name, a short name, local-dir:FOLDER, a file, hf-hub:REPOSITORY, or a run directory",
             )
         folder = Path(name.removeprefix("local-dir:"))
-        if name.startswith("local-dir:") and not (folder / "config.json").is_file():
+        if name.startswith("local-dir:") and not any((folder / config).is_file() for config in CONFIGS):
             raise WeightsError(
-                f"{folder} is not a model folder of timm", given="config.json is missing", do="see timm's save_for_hf"
+                f"{folder} is not a model folder of timm, transformers or open_clip",
+                given="config.json is missing",
+                do="see timm's save_for_hf, or docs/weights.md",
             )
         return
     if not timm.is_model(name):
@@ -71,6 +74,7 @@ def family_of_name(word: str) -> str | None:
 
 def _architecture(folder: Path) -> str:
     try:
-        return str(read_json(folder / "config.json").get("architecture", ""))
-    except (ValueError, AttributeError):
+        found = describe(f"local-dir:{folder}").architecture
+        return found if ":" not in found else str(read_json(folder / CONFIGS[0]).get("architecture", ""))
+    except (WeightsError, ValueError, AttributeError):
         return ""  # building it will say what is wrong

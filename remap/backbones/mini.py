@@ -10,12 +10,15 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 WEIGHTS = Path(__file__).parent / "weights"
+# In the order of the classifier's outputs, which is the alphabet's.
+CIFAR_10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 def _cfg(name: str) -> dict[str, Any]:
     return {
         "file": str(WEIGHTS / f"{name}.safetensors"),
         "num_classes": 10,
+        "label_names": CIFAR_10,
         "input_size": (3, 32, 32),
         "fixed_input_size": True,
         "interpolation": "bicubic",

@@ -58,3 +58,12 @@ def resolve_name(word: str) -> str:
 def preset_of(word: str, preset: str | None = None) -> str:
     """Return the preset of a model: the one that was given, else the one its short name implies."""
     return PRESETS.get(word, "none") if preset is None else preset
+
+
+# Kinds of files that hold weights; all but the first are pickles.
+WEIGHTS_FILES = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".ckpt")
+
+
+def is_weights_file(word: str) -> bool:
+    """Whether a word names a file of weights, which may be missing."""
+    return word.endswith(WEIGHTS_FILES) and not word.startswith(("local-dir:", "hf-hub:", "hf_hub:"))

@@ -92,6 +92,8 @@ def build_components(
     with progress.wait("building the student"):
         torch.manual_seed(recipe.seed)
         backbone = open_student(recipe, run_dir, progress, shared)
+    for note in backbone.notes:
+        progress.say(f"the student: {note}")
     init = init_from_teacher(backbone, recipe, shared, progress)
     teachers = _load_teachers(recipe, classes, backbone, progress)
     student = _tune(recipe, classes, backbone)
@@ -152,7 +154,7 @@ def _load_teachers(
         return []
     what = "building the teacher" if len(specs) == 1 else f"building {len(specs)} teachers"
     with progress.wait(what), torch.random.fork_rng(devices=[]):
-        teachers = [load_teacher(spec, recipe, classes, accelerator().device, student) for spec in specs]
+        teachers = [load_teacher(spec, recipe, classes, accelerator().device, student, progress) for spec in specs]
     for teacher in teachers:
         if is_sharded(teacher.network):
             held = size(bytes_held(teacher.network))

@@ -16,6 +16,7 @@ from remap.engine.self_teachers import averaged_copy, untuned_copy
 from remap.io.paths import expanded
 from remap.network import Network, choose_attention, tuned
 from remap.pipeline import probe
+from remap.pipeline.class_matching import match_classes
 from remap.pipeline.shared import DataViews, SharedResources
 from remap.pipeline.teacher_tuning import is_prepared, needs_logits, require_unlinked, teacher_recipe, title_of
 from remap.progress import Progress
@@ -66,7 +67,12 @@ class PreparedTeacher:
 
 
 def load_teacher(
-    spec: TeacherSpec, recipe: Recipe, classes: tuple[str, ...], device: torch.device, student: Backbone
+    spec: TeacherSpec,
+    recipe: Recipe,
+    classes: tuple[str, ...],
+    device: torch.device,
+    student: Backbone,
+    progress: Progress,
 ) -> PreparedTeacher:
     """Load a teacher from its source; a run directory with the same classes brings its head.
 
@@ -87,7 +93,12 @@ def load_teacher(
     torch.manual_seed(recipe.seed)
     # With prepare=none the user vouches for the model's head.
     keep_head = spec.prepare == "none" and needs_logits(recipe)
-    network = tuned(open_backbone(spec, len(classes), keep_head=keep_head), "linear", {})
+    backbone = open_backbone(spec, len(classes), keep_head=keep_head)
+    for note in backbone.notes:
+        progress.say(f"{title_of(spec, recipe)}: {note}")
+    if keep_head:
+        progress.say(match_classes(backbone, classes, spec.classes))
+    network = tuned(backbone, "linear", {})
     network.classes = classes
     if not needs_logits(recipe):  # an unread head: zero for every seed, so that cached outputs are found again
         with torch.no_grad():
@@ -163,7 +174,7 @@ def _key(network: Network, head: str, spec: TeacherSpec, recipe: Recipe) -> str:
         [
             network.identity.sha256,
             head,
-            f"{spec.model} {spec.image_size}"
+            f"{spec.model} {spec.weights} {spec.image_size} {spec.classes}"
             if head == "its own"
             else str(spec.model_dump(mode="json", exclude={"weight", "cache", "cache_dtype", "shard"})),
             str(recipe.data.model_dump(mode="json")),

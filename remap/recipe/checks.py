@@ -121,6 +121,8 @@ def _teacher_problems(recipe: Recipe) -> Iterator[str]:
             yield from method_problems(f"{key}.prepare", spec.prepare)
         elif spec.prepare not in (allowed := ("probe", "none", *METHODS.names)):
             yield f"{key}.prepare: unknown word {_unknown(spec.prepare, allowed)}"
+        if spec.classes is not None and spec.prepare != "none":
+            yield f"{key}.classes: is for the teacher's own classifier (set {key}.prepare=none)"
         if spec.keeps_less and spec.cache in ("memory", "off"):
             yield f"{key}.cache: top_k and cache_dtype are for outputs on disk, not for '{spec.cache}'"
         if spec.cache in ("memory", "disk") and (changing := what_changes(spec, recipe.data)):

@@ -2,6 +2,7 @@
 
 import os
 
+from remap.backbones.names import is_weights_file
 from remap.data import is_source
 from remap.io.names import name_problem
 from remap.io.paths import LONGEST_PATH, absolute
@@ -39,12 +40,12 @@ def absolute_data(word: str) -> str:
 
 
 def absolute_model(word: str) -> str:
-    """Return the folder of ``local-dir:FOLDER`` or a run directory as an absolute path; the name of a model stays."""
+    """Return a folder, a file of weights or a run directory as an absolute path; the name of a model stays."""
     if word.startswith("local-dir:"):
         return f"local-dir:{absolute(word.removeprefix('local-dir:'))}"
-    return absolute(word) if is_run(word) else word
+    return absolute(word) if is_weights_file(word) or is_run(word) else word
 
 
 def absolute_weights(word: str) -> str:
     """Return a weights file or run directory as an absolute path; "pretrained" and "none" stay."""
-    return absolute(word) if word.endswith(".safetensors") or is_run(word) else word
+    return absolute(word) if is_weights_file(word) or is_run(word) else word

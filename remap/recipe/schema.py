@@ -213,7 +213,10 @@ class Recipe(Section):
 
 
 def _absolute(spec: Model) -> Model:
-    return spec.model_copy(update={"model": absolute_model(spec.model), "weights": absolute_weights(spec.weights)})
+    paths = {"model": absolute_model(spec.model), "weights": absolute_weights(spec.weights)}
+    if isinstance(spec, TeacherSpec) and spec.classes is not None:
+        paths["classes"] = absolute(spec.classes)
+    return spec.model_copy(update=paths)
 
 
 def _with_defaults(config: type[BaseModel], spec: Named) -> dict[str, Any]:

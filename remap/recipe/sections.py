@@ -17,7 +17,7 @@ PathOrName = Annotated[str, AfterValidator(require_path_or_name)]
 # Teachers that are made of the student.
 SELF, EMA = "self", "ema"
 # Options of a teacher that one made of the student cannot have.
-OF_OTHERS = ("preset", "image_size", "epochs", "lr")
+OF_OTHERS = ("preset", "image_size", "classes", "epochs", "lr")
 
 
 class Section(BaseModel):
@@ -126,10 +126,12 @@ class DataSpec(Section):
 class ModelSpec(Section):
     """A backbone and where its weights come from."""
 
-    model: PathOrName = Field(description='Short name, timm name, "local-dir:FOLDER" or run directory.')
+    model: PathOrName = Field(
+        description='Short name, timm name, "local-dir:FOLDER", file of weights or run directory.'
+    )
     weights: PathOrName = Field(
         default="pretrained",
-        description='"pretrained" (timm\'s loader and cache), "none" (random) or a .safetensors file.',
+        description='"pretrained" (timm\'s loader and cache), "none" (random) or a file (.safetensors, .pth ...).',
     )
     preset: Literal["none", "mae", "moco_v3"] | None = Field(
         default=None,
@@ -149,6 +151,9 @@ class TeacherSpec(ModelSpec):
     model: PathOrName = Field(default="mini_teacher", description='"self" is the untuned student, "ema" its average.')
     prepare: str = Field(
         default="probe", description='"probe" fits a head, a method tunes the teacher, "none" does neither.'
+    )
+    classes: PathOrName | None = Field(
+        default=None, description="YAML or JSON: our class to its class, or to a list; null matches by name."
     )
     weight: float = Field(default=1.0, gt=0.0, description="Share of the teacher among several.")
     epochs: int | None = Field(default=None, ge=1, description="Epochs of tuning; null is train.epochs.")

@@ -134,7 +134,7 @@ def _require_held(folder: Path, meta: TaskMeta, source: ModelSpec) -> None:
         raise RunError(f"{folder} neither holds its backbone nor says where the weights are")
     if _run_named(source, by_task=True) is None:  # which has weights of its own, as is said later
         stored = (folder / "task.safetensors").stat().st_size
-        require_stored(source.model, stored, preset=source.preset, image_size=source.image_size)
+        require_stored(source.model, stored, image_size=source.image_size)
 
 
 def _beside(folder: Path, model: str) -> str:

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, FailFast, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from remap.backbones.loading import read_safetensors
+from remap.backbones.names import is_weights_file
 from remap.backbones.preprocess import PreprocessSpec
 from remap.data.views import FILTERS, View
 from remap.errors import RemapWarning, RunError
@@ -24,6 +24,7 @@ from remap.io.checked_json import MOST_JSON_BYTES
 from remap.io.checked_read import open_regular, read_regular, sha256_of
 from remap.io.names import name_problem, plain
 from remap.io.sealed_json import parse_sealed
+from remap.io.tensor_files import read_safetensors
 from remap.network import Network
 from remap.recipe.schema import LARGEST_SIDE, MethodSpec, PathOrName
 from remap.runs.run_dir import RunDir
@@ -49,7 +50,7 @@ def _class_name(name: str) -> str:
 def _require_absolute(word: str) -> str:
     """Require an absolute path or a model's name: a relative path would depend on where the task is read."""
     path = word.removeprefix("local-dir:")
-    is_path = path != word or word.startswith((".", "~", "/")) or word.endswith(".safetensors")
+    is_path = path != word or word.startswith((".", "~", "/")) or is_weights_file(word)
     if is_path and (not path.startswith("/") or ".." in path.split("/")):
         raise ValueError("should be an absolute path without '..'")
     return word

@@ -60,7 +60,7 @@ def test_weights_are_not_copied_to_ask_for_the_size_of_a_model(
     real, given = timm.create_model, []
 
     def create_model(name: str, **arguments: Any) -> nn.Module:
-        given.append(("state_dict" in arguments["pretrained_cfg_overlay"], torch.empty(0).device.type))
+        given.append(("state_dict" in arguments.get("pretrained_cfg_overlay", {}), torch.empty(0).device.type))
         return real(name, **arguments)
 
     monkeypatch.setattr(timm, "create_model", create_model)

@@ -16,9 +16,9 @@ import timm
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from remap.backbones.loading import read_safetensors
 from remap.errors import RemapError, RunError, WeightsError
 from remap.io.sealed_json import sealed_text
+from remap.io.tensor_files import read_safetensors
 from remap.pipeline.run import start
 from remap.recipe.schema import ModelSpec
 from remap.runs.run_dir import RunDir
