@@ -293,7 +293,7 @@ def test_tables_of_positions_may_be_larger_than_the_weights(each: int) -> None:
     """
     for size in (224, 1024, 1152, 1536):
         require_stored("beit_base_patch16_224", 86_530_000 * each, image_size=size)
-    with pytest.raises(WeightsError, match="its weights do not fit\n.* 25,77[0-9],[0-9]{3},[0-9]{3} of them tables"):
+    with pytest.raises(WeightsError, match="its weights do not fit\n.*more than [0-9,]+ bytes of buffers"):
         require_stored("beit_base_patch16_224", 86_530_000 * each, image_size=2048)
 
 

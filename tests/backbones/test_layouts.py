@@ -125,7 +125,7 @@ def test_preprocessing_is_the_folders(tmp_path: Path) -> None:
     ("values", "says"),
     [
         ({"model_type": "bert"}, "model_type 'bert' is not one of vit"),
-        ({"model_type": "vit", "hidden_size": 192}, "lacks or misstates 'num_hidden_layers'"),
+        ({"model_type": "vit", "hidden_size": 192, "hidden_act": "gelu"}, "lacks or misstates"),
         ({"model_type": "swin", "use_absolute_embeddings": True, "hidden_act": "gelu"}, "use_absolute_embeddings"),
         (
             {"model_type": "vit", **PLAIN, "hidden_act": "gelu", "layer_norm_eps": 0, "num_hidden_layers": 10**9},

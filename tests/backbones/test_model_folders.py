@@ -81,7 +81,9 @@ def test_a_decoy_of_the_right_length_does_not_vouch_for_a_model(folder: Path) ->
 def test_blocks_are_counted_whatever_their_number_is_called(
     architecture: str, arguments: dict[str, Any], folder: Path
 ) -> None:
-    (folder / "config.json").write_text(json.dumps({"architecture": architecture, "model_args": arguments}))
+    (folder / "config.json").write_text(
+        json.dumps({"architecture": architecture, "model_args": arguments, "pretrained_cfg": {}})
+    )
     with pytest.raises(WeightsError, match="weights do not fit"):
         _open(folder)
 

@@ -66,9 +66,9 @@ _VIT = Layout(
 
 
 def _of_dinov3(tensors: Tensors) -> Tensors:
-    """Name the gated MLP's two layers as timm does, where there is a gate."""
+    """Name the gated MLP's two layers as timm does, where there is a gate; no registers are a tensor of no tokens."""
     gated = any(".mlp.fc1_g." in name for name in tensors)
-    return {name.replace(".fc1.", ".fc1_x.") if gated else name: tensor for name, tensor in tensors.items()}
+    return {name.replace(".fc1.", ".fc1_x.") if gated else name: t for name, t in tensors.items() if t.numel()}
 
 
 _DINOV3 = Layout(
