@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from remap.backbones.build import PREPARE, Backbone
-from remap.backbones.typed import as_timm, layer_at
+from remap.backbones.typed import as_timm
 from remap.errors import BackboneError
 from remap.io.checked_json import read_json
 from remap.io.paths import expanded
@@ -123,7 +123,9 @@ def _take(backbone: Backbone, groups: Sequence[Sequence[int]]) -> None:
     grouped = any(len(group) > 1 for group in groups)
     rows = [row for group in groups for row in group]
     for path in paths:
-        head = layer_at(model, path)
+        head = model.get_submodule(path)
+        if not isinstance(head, nn.Linear | nn.Conv2d):
+            raise BackboneError(f"the classifier of {backbone.identity.model} is not one layer", do=PREPARE)
         if grouped and (len(paths) > 1 or not isinstance(head, nn.Linear)):
             raise BackboneError(
                 f"several classes of {backbone.identity.model} cannot be one: its classifier is not one linear layer",

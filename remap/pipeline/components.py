@@ -92,8 +92,6 @@ def build_components(
     with progress.wait("building the student"):
         torch.manual_seed(recipe.seed)
         backbone = open_student(recipe, run_dir, progress, shared)
-    for note in backbone.notes:
-        progress.say(f"the student: {note}")
     init = init_from_teacher(backbone, recipe, shared, progress)
     teachers = _load_teachers(recipe, classes, backbone, progress)
     student = _tune(recipe, classes, backbone)

@@ -38,7 +38,10 @@ def open_student(recipe: Recipe, run_dir: RunDir | None, progress: Progress, sha
     """
     num_classes = len(shared.classes(recipe))
     if recipe.student.shrink is None:
-        return open_backbone(recipe.student, num_classes)
+        backbone = open_backbone(recipe.student, num_classes)
+        for note in backbone.notes:
+            progress.say(f"the student: {note}")
+        return backbone
     if run_dir is None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / STUDENT_MODEL

@@ -6,7 +6,7 @@ import torch
 
 from remap.backbones.anatomy import Anatomy, anatomy_of
 from remap.backbones.families import signals_of
-from remap.backbones.loading import create
+from remap.backbones.loading import require_fit
 from remap.backbones.lookup import require_known
 from remap.backbones.names import resolve_name
 from remap.errors import BackboneError
@@ -39,8 +39,7 @@ def support_of(word: str) -> Support:
     """
     name = resolve_name(word)
     require_known(word, name)
-    with torch.device("meta"):
-        model, _ = create(name, "none", {"pretrained": False, "num_classes": 2})
+    model = require_fit(name, {"num_classes": 2}, None)
     anatomy = anatomy_of(model)
     refused: dict[str, str] = {}
     for row in METHODS:
