@@ -76,7 +76,7 @@ def test_a_decoy_of_the_right_length_does_not_vouch_for_a_model(folder: Path) ->
 
 @pytest.mark.parametrize(
     ("architecture", "arguments"),
-    [("resnet18", {"layers": [30_000, 1, 1, 1]}), ("mixer_b16_224", {"num_blocks": 30_000})],
+    [("resnet18", {"layers": [30_000, 1, 1, 1]}), ("cait_xxs24_224", {"depth_token_only": 30_000})],
 )
 def test_blocks_are_counted_whatever_their_number_is_called(
     architecture: str, arguments: dict[str, Any], folder: Path
