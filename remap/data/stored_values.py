@@ -8,7 +8,6 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -127,7 +126,8 @@ def of_tiff(data: bytes, channels: int, most_bytes: float) -> StoredValues:
     """
     if find_spec("tifffile") is None:
         raise ValueError("a TIFF that Pillow does not read: pip install 'remap[tiff]'")
-    tifffile = import_module("tifffile")  # an extra
+    import tifffile  # an extra
+
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it finds damaged is said once, as the reason
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         if not len(file.pages):

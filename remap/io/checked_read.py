@@ -35,7 +35,7 @@ def open_regular(path: str | Path) -> io.BufferedReader:
     """Open a regular file for reading in binary.
 
     Raises:
-        OSError: It is missing, not a regular file, or nearly all holes; ``strerror`` says which.
+        OSError: It is missing, not a regular file, or mostly holes; ``strerror`` says which.
     """
     file = _opened(path)
     try:
@@ -86,4 +86,4 @@ def require_stored(descriptor: int) -> None:
     stored = 512 * getattr(found, "st_blocks", 0)
     # Some network drives count no blocks at all.
     if found.st_size > DENSE_BYTES and 0 < stored < LEAST_STORED * found.st_size:
-        raise OSError(errno.EINVAL, f"it is nearly all holes: {found.st_size:,} bytes, {stored:,} of them on the disk")
+        raise OSError(errno.EINVAL, f"it is mostly holes: {found.st_size:,} bytes, {stored:,} of them on the disk")

@@ -26,7 +26,6 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         WeightsError: It is missing, truncated, mostly holes or not a safetensors file.
     """
     try:
-        require_stored(path)
         _require_readable(path)
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
@@ -55,18 +54,6 @@ def stored_bytes(path: Path) -> int:
     # File systems of other machines may not count blocks; a header takes one, so 0 cannot be true of a large file.
     held = getattr(status, "st_blocks", 0) * 512
     return min(status.st_size, held) if held else status.st_size
-
-
-def require_stored(path: Path) -> None:
-    """Check that a file is not mostly holes, which cost nothing on the disk and gigabytes in memory.
-
-    Raises:
-        OSError: It is missing or not a regular file.
-        ValueError: It is mostly holes.
-    """
-    stored, size = stored_bytes(path), os.stat(path).st_size
-    if size > MOST_UNPACKED * stored + FREE_BYTES:
-        raise ValueError(f"it is mostly holes ({size:,} bytes, {stored:,} of them on the disk)")
 
 
 def first_lines(error: Exception) -> str:

@@ -138,7 +138,7 @@ def test_rows_without_records_and_files_of_holes_are_not_read(root: Path, monkey
     """16 GiB of rows for two records: as a file of holes it is refused, as a whole file only two rows are read."""
     path = next(root.glob("*/items/*/seg-0/rows.bin"))
     os.truncate(path, 2**34)
-    with pytest.raises(RunError, match="it is nearly all holes"):
+    with pytest.raises(RunError, match="it is mostly holes"):
         use(root)
     monkeypatch.setattr(own_files, "require_stored", lambda descriptor: None)
     assert use(root).damaged == 1  # and not out of memory

@@ -21,7 +21,6 @@ from remap.io.tensor_files import (
     first_lines,
     read_metadata,
     read_safetensors,
-    require_stored,
     stored_bytes,
 )
 
@@ -101,7 +100,6 @@ def stripped(tensors: dict[str, Tensor], fits: Any) -> tuple[dict[str, Tensor], 
 
 def _unpickled(path: Path) -> Mapping[str, Any]:
     try:
-        require_stored(path)
         _require_stored_zip(path)
         # A namespace of options, as timm's and DINO's scripts store it, is names and values.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -121,10 +119,11 @@ def _unpickled(path: Path) -> Mapping[str, Any]:
 
 def _require_stored_zip(path: Path) -> None:
     """Check that a checkpoint's zip is not compressed, as torch writes it: a few bytes may unpack to gigabytes."""
+    stored = stored_bytes(path)  # refuses holes
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > MOST_UNPACKED * stored_bytes(path) + FREE_BYTES:
+        if unpacked > MOST_UNPACKED * stored + FREE_BYTES:
             raise ValueError(f"it would unpack to {unpacked:,} bytes")
 
 
