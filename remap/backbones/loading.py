@@ -140,6 +140,9 @@ def _fitted(
             tensors, overlay = layout.convert(tensors), dict(layout.overlay)
             notes = (*notes, f"the weights are in the layout of {layout.name}")
     classes = next((len(tensors[key]) for path in _heads(reference) if (key := f"{path}.weight") in tensors), 0)
+    # timm drops a classifier of another size only where its configuration names it; a folder's may not.
+    own = as_timm(reference).pretrained_cfg.get("classifier")
+    overlay["classifier"] = own or tuple(path for path in HEADS if f"{path}.weight" in reference.state_dict())
     return {**overlay, "state_dict": tensors, "num_classes": classes, "label_offset": 0}, notes
 
 
