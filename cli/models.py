@@ -99,13 +99,13 @@ def _support(name: str, json: bool) -> None:
 
     found = support_of(name)
     anatomy = found.anatomy
-    stages = [{"width": block.width, "grid": list(block.grid)} for block in anatomy.blocks]
     if json:
+        stages = [{"width": block.width, "grid": list(block.grid)} for block in anatomy.blocks]
         facts = {"name": name, "family": anatomy.family, "image_size": list(anatomy.image_size), "blocks": stages}
         console.emit({**facts, "teaches": found.teaches, "tuned_by": found.tuned_by, "refused": found.refused})
         return
     console.line(f"{name} is read as '{anatomy.family}', images of {' x '.join(map(str, anatomy.image_size))} pixels")
-    shapes = dict.fromkeys(f"{s['grid'][0]} x {s['grid'][1]} of {s['width']}" for s in stages)
+    shapes = dict.fromkeys(f"{one.grid[0]} x {one.grid[1]} of {one.width}" for one in anatomy.blocks)
     console.line(f"teaches:  {', '.join(found.teaches)}; {anatomy.depth} blocks with maps {', '.join(shapes)}")
     console.line(f"tuned by: {', '.join(found.tuned_by)}")
     reasons: dict[str, list[str]] = {}

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from timm.data import resolve_data_config
@@ -41,7 +42,8 @@ class PreprocessSpec:
 
     @staticmethod
     def from_dict(values: dict) -> "PreprocessSpec":
-        return PreprocessSpec(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return PreprocessSpec(**plain)
 
     @staticmethod
     def of(model: nn.Module) -> "PreprocessSpec":

@@ -22,7 +22,8 @@ _WHITE_IS_ZERO, _SEPARATE, _UNSIGNED = 0, 2, 1
 # Pillow reads white as 0 with some depths only; it then leaves the values as they are.
 for (_order, _photometric, *_rest), _modes in list(TiffImagePlugin.OPEN_INFO.items()):
     if _photometric == 1 and _modes[0] in ("I;16", "I;16B", "I", "F"):
-        TiffImagePlugin.OPEN_INFO.setdefault((_order, _WHITE_IS_ZERO, *_rest), _modes)
+        _table: dict[Any, Any] = TiffImagePlugin.OPEN_INFO
+        _table.setdefault((_order, _WHITE_IS_ZERO, *_rest), _modes)
 # Of the header of an .npy file, and how many values are scaled at once.
 _NPY_HEADER_BYTES, _AT_ONCE = 10_000, 2**22
 

@@ -75,7 +75,7 @@ class View:
 
     def to_dict(self) -> dict[str, object]:
         pixels = self.pixels.to_dict()
-        plain = {"size": self.size, "crop_pct": self.crop_pct, "interpolation": self.interpolation}
+        plain: dict[str, object] = {"size": self.size, "crop_pct": self.crop_pct, "interpolation": self.interpolation}
         return {**plain, "pixels": pixels} if pixels else plain
 
 

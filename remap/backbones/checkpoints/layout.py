@@ -16,7 +16,8 @@ Rules = tuple[tuple[str, str | None], ...]
 
 def expression(pattern: str) -> str:
     """Return a regular expression for keys: ``@`` is a number, ``*`` weight or bias, and ``~`` anything."""
-    return pattern.translate(str.maketrans({".": r"\.", "@": r"(\d+)", "*": "(?P<kind>weight|bias)", "~": ".+"}))
+    words: dict[str, str | int | None] = {".": r"\.", "@": r"(\d+)", "*": "(?P<kind>weight|bias)", "~": ".+"}
+    return pattern.translate(str.maketrans(words))
 
 
 def rules(*rows: tuple[str, str | None]) -> Rules:

@@ -56,7 +56,8 @@ class Generic(Family[nn.Module]):
     def size_arguments(self, model: nn.Module, anatomy: Anatomy, image_size: int) -> dict[str, Any]:
         # Some architectures are built for a size, some take any, and a few accept the argument and ignore it.
         architecture, problem = as_timm(model).pretrained_cfg["architecture"], ""
-        for arguments in ({"img_size": image_size}, {}):
+        candidates: list[dict[str, Any]] = [{"img_size": image_size}, {}]
+        for arguments in candidates:
             try:
                 with torch.device("meta"):
                     other = timm.create_model(architecture, pretrained=False, **arguments)
@@ -119,5 +120,4 @@ def _layers(classifier: nn.Module) -> list[nn.Module]:
     A hidden layer begins anew with the classifier, and is a part of it.
     """
     layers = [module for module in classifier.modules() if isinstance(module, Layer)]
-    out = {layer.weight.shape[0] for layer in layers}
-    return layers if len(out) == 1 else [classifier]
+    return [*layers] if len({layer.weight.shape[0] for layer in layers}) == 1 else [classifier]

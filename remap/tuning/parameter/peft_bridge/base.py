@@ -146,7 +146,8 @@ class Flattened(PeftMethod):
     run = staticmethod(_flattened)
 
 
-def _added_delta(change: nn.Module, x: Tensor, **bias: Tensor) -> Tensor:
+# peft's layers are of many classes, of which only names are shared.
+def _added_delta(change: Any, x: Tensor, **bias: Tensor) -> Tensor:
     return base_of(change)(x, **bias) + F.linear(x, change.get_delta_weight(ADAPTER))
 
 
@@ -156,13 +157,13 @@ class AddedDelta(PeftMethod):
     run = staticmethod(_added_delta)
 
 
-def _shira(change: nn.Module, x: Tensor, **bias: Tensor) -> Tensor:
+def _shira(change: Any, x: Tensor, **bias: Tensor) -> Tensor:
     base, values = base_of(change), change.shira_weight[ADAPTER]
     places = tuple(change.shira_indices[ADAPTER].long())
     return base(x, **bias) + F.linear(x, values.new_zeros(base.weight.shape).index_put(places, values))
 
 
-def _random_mask(base: nn.Module, r: int, **_: object) -> Tensor:
+def _random_mask(base: nn.Linear, r: int, **_: object) -> Tensor:
     """Draw as peft does, but on the CPU also where the weight has no values."""
     mask = torch.zeros(base.weight.numel())
     mask[torch.randperm(len(mask))[: r * sum(base.weight.shape)]] = 1.0
@@ -175,7 +176,7 @@ class SHiRA(PeftMethod):
     run = staticmethod(_shira)
 
     def peft_config(self, layers: Mapping[str, PeftLayer]) -> PeftConfig:
-        config = super().peft_config(layers)
+        config: Any = super().peft_config(layers)
         config.mask_fn = _random_mask
         return config
 
