@@ -97,7 +97,7 @@ def resize_attention(
     if source == target:
         return map_xSS
     split = int(has_class_token)
-    resize_PQ = _resize_matrix(source, target, interpolation, map_xSS.device, map_xSS.dtype)
+    resize_PQ = _resize_matrix(source, target, interpolation, map_xSS)
     with float32_region(map_xSS):
         keys = _resize_keys(map_xSS, resize_PQ, split)
         patch_rows = _resized(resize_PQ, keys[..., split:, :]).clamp_min(0.0)
@@ -119,7 +119,7 @@ def resize_rows(
     """
     if source == target:
         return map_xRS
-    resize_PQ = _resize_matrix(source, target, interpolation, map_xRS.device, map_xRS.dtype)
+    resize_PQ = _resize_matrix(source, target, interpolation, map_xRS)
     with float32_region(map_xRS):
         return _resize_keys(map_xRS, resize_PQ, int(has_class_token))
 
@@ -153,7 +153,7 @@ def resize_tokens(
     if source == target:
         return tokens_xSD
     split = int(has_class_token)
-    resize_PQ = _resize_matrix(source, target, interpolation, tokens_xSD.device, tokens_xSD.dtype)
+    resize_PQ = _resize_matrix(source, target, interpolation, tokens_xSD)
     with float32_region(tokens_xSD):
         return torch.cat([tokens_xSD[..., :split, :], _resized(resize_PQ, tokens_xSD[..., split:, :])], dim=-2)
 
@@ -178,8 +178,19 @@ def _resized(resize_PQ: Tensor, images_xQD: Tensor) -> Tensor:
     return resized_nPD.reshape(*images_xQD.shape[:-2], *resized_nPD.shape[1:])
 
 
-@lru_cache(maxsize=32)
 def _resize_matrix(
+    source: tuple[int, int], target: tuple[int, int], interpolation: Interpolation, like: Tensor
+) -> Tensor:
+    """Return ``_make_matrix`` on the device and in the dtype of ``like``.
+
+    It is kept, but not where a program is exported: tensors hold no numbers there.
+    """
+    make = _make_matrix.__wrapped__ if torch.compiler.is_exporting() else _make_matrix
+    return make(source, target, interpolation, like.device, like.dtype)
+
+
+@lru_cache(maxsize=32)
+def _make_matrix(
     source: tuple[int, int],
     target: tuple[int, int],
     interpolation: Interpolation,
