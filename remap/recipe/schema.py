@@ -193,7 +193,10 @@ class Recipe(Section):
         without: dict[str, Any] = {"name": True, "teachers": True, **_SILENT, "data": _SILENT["data"] | later}
         if not places:
             without["data"] |= _DATA_PATHS
-        teachers = [spec.model_dump(mode="json", exclude={"shard"}) for spec in recipe.teachers]
+        teachers = [
+            spec.model_dump(mode="json", exclude={"shard"} | ({"classes"} if spec.classes is None else set()))
+            for spec in recipe.teachers
+        ]
         # As recipes of one teacher and more were written first, so that runs of that time can be resumed.
         values = recipe.model_dump(mode="json", exclude=without)
         if values["data"]["depth"] in (None, 1):  # where null is read at all it means 1, and earlier runs had neither

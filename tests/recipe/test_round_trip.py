@@ -155,7 +155,7 @@ def test_every_other_field_changes_the_digest() -> None:
                 else other[type(value)]
                 if value is not None
                 else "other"
-                if name in ("val_source", "unlabeled")
+                if name in ("val_source", "unlabeled", "classes")
                 else 5
             )
             spec = getattr(base, section).model_copy(update={name: changed})
