@@ -87,7 +87,7 @@ def test_out_of_memory_with_sharded_weights_ends_the_run(
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(training, "is_sharded", lambda network: True)
-    monkeypatch.setattr(step, "forward", full)
+    monkeypatch.setattr(step, "inputs_of", full)
     with pytest.raises(TrainingError, match="cannot be done again in smaller parts") as caught:
         start(tiny.recipe(), tmp_path / "run")
     assert "no room" in str(caught.value) and "train.accumulation" in str(caught.value)
