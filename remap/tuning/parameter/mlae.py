@@ -54,8 +54,7 @@ class Experts(Delta):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.linear(x, self.down)
-        # Keys are those of the training images: they say nothing of what is evaluated, or measured, in between.
-        keys_B = self.dropout.keys_B if self.dropout.training else None
+        keys_B = self.dropout.keys_B if self.dropout.training else None  # those of the last step stay there
         ones = self.coefficients.expand(1 if keys_B is None else len(keys_B), -1)
         strength_Br = self.dropout(ones).to(hidden.dtype)
         # Rows of an image stand together, those of its windows too.
