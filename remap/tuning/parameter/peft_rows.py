@@ -291,6 +291,7 @@ ROWS = [
     PeftEntry(
         name="hra",
         config="HRAConfig",
+        target=f"{BRIDGE}.base:HRA",
         summary="a chain of reflections of the input",
         paper="Yuan et al. 2024, arXiv 2405.17484",
         trains="L*D*r",

@@ -181,6 +181,17 @@ class SHiRA(PeftMethod):
         return config
 
 
+def _hra(change: Any, x: Tensor, **bias: Tensor) -> Tensor:
+    base = base_of(change)
+    return base(x, weight=base.weight @ change.get_delta_weight(ADAPTER), **bias)
+
+
+class HRA(PeftMethod):
+    """peft's own forward reads the weight in a way that cannot be exported."""
+
+    run = staticmethod(_hra)
+
+
 def _glora(change: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute the changed layer once: peft does it twice, and reads the bias past what is given."""
     base = base_of(change)
