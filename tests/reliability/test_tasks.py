@@ -45,8 +45,8 @@ KINDS = {
     "batch norm": Kind("resnet", "resnet18", {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}),
     "tied": Kind("beit", "beit_base_patch16_224", SMALL | {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}),
 }
-# Their frozen random bases stay in the file, so that a task does not depend on a generator's version.
-KEEP_BASES = ("vera", "randlora")
+# Their frozen random bases or places stay in the file, so that a task does not depend on a generator's version.
+KEEP_BASES = ("vera", "randlora", "waveft")
 CELLS = [
     pytest.param(row.name, kind, id=f"{row.name}-{kind}")
     for row, kind in itertools.product(METHODS, KINDS)

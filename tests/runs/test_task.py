@@ -23,8 +23,9 @@ from remap.tuning import METHODS
 
 FITTING = [row.name for row in METHODS if row.fits(FAMILIES.row("vit").parts)]
 MERGEABLE = [name for name in FITTING if METHODS.row(name).mergeable]
-# Default ranks above the student's width.
-SMALL = {"fact_tk": ["method.rank=8"], "randlora": ["method.rank=8"]}
+# Defaults above what layers as narrow as the student's can have.
+SMALL = {name: ["method.rank=8"] for name in ("fact_tk", "randlora", "psoft")}
+SMALL |= {name: ["method.coefficients=100"] for name in ("fourierft", "waveft")}
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,7 @@ SMALL: dict[str, dict[str, object]] = {
     "vera": {"rank": 4},
     "randlora": {"rank": 4, "alpha": 4},
     "fourierft": {"coefficients": 40},
-    "waveft": {"coefficients": 40},
+    "waveft": {"coefficients": 40, "scale": 5.0},
     "vblora": {"rank": 2, "vectors": 6, "length": 8},
     "shira": {"rank": 2},
     "c3a": {"block_size": 8},

@@ -19,6 +19,7 @@ from remap.tuning.base import Sample
 FITTING = [row.name for row in METHODS if row.fits(FAMILIES.row("generic").parts)]
 # Its narrowest layers have 16 channels.
 SMALL = {"randlora": {"rank": 8, "alpha": 8}, "sidetune": {"side": "test_resnet"}, "vpt_pad": {"border": 2}}
+SMALL |= {"waveft": {"coefficients": 100}, "psoft": {"rank": 8}}
 LABELS = torch.tensor([0, 1, 2, 3])
 
 
