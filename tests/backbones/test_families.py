@@ -628,5 +628,5 @@ def test_one_gated_or_replaced_block_is_enough_to_be_another_family(tiny_model: 
         model.blocks[1].attn.gate = nn.Linear(32, 32)
         assert anatomy_of(model).family == "generic"
     model = tiny_model("resnet_basic")
-    model.layer4[0] = nn.Conv2d(24, 32, 1)
+    model.layer4[0] = nn.Conv2d(24, 32, 1).double()
     assert anatomy_of(model).family == "generic"

@@ -65,7 +65,7 @@ def test_shapes_are_next_to_the_square_root(
 def test_a_factor_must_divide(build: Callable[..., nn.Module], attach: Callable[..., Attached]) -> None:
     with pytest.raises(BackboneError, match="does not divide"):
         attach("krona", build("plain"), factor=5)
-    with pytest.raises(BackboneError, match="has no q"):
+    with pytest.raises(BackboneError, match="has a layer called q"):
         attach("krona", build("convnext"), targets=["q"])
 
 

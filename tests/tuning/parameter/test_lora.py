@@ -145,7 +145,7 @@ def test_a_rank_above_that_of_the_layer(build: Callable, attach: Callable, metho
 
 
 def test_targets_that_are_not_there(build: Callable[..., nn.Module], attach: Callable[..., Attached]) -> None:
-    with pytest.raises(BackboneError, match="has no q"):
+    with pytest.raises(BackboneError, match="has a layer called q"):
         attach("lora", build("convnext"), targets=["q"])
 
 
