@@ -58,12 +58,12 @@ def with_rank(text: str) -> str:
 
 def line(text: str) -> None:
     """Print text on stdout as it is."""
-    out.print(_plain(text), markup=False, overflow="ignore")  # lines break between words, paths stay whole
+    out.print(_plain(text), markup=False, soft_wrap=True)  # nothing is cut off, and a path is one line
 
 
 def note(text: str) -> None:
     """Print a remark on stderr."""
-    err.print(f"[dim]{escape(_plain(text))}[/]", soft_wrap=not err.is_terminal, overflow="ignore")
+    err.print(f"[dim]{escape(_plain(text))}[/]")
 
 
 def table(
@@ -162,7 +162,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         if not self._quiet:
-            err.print(escape(_plain(text)), soft_wrap=not err.is_terminal, overflow="ignore")
+            err.print(escape(_plain(text)))
 
     @contextmanager
     def wait(self, what: str, total: int | None = None) -> Iterator["_Wait"]:

@@ -55,6 +55,7 @@ def models(
                 ]
                 for o in others
             ],
+            wrap=(1, 2, 3, 4),  # names stay whole
         )
     if not others:
         console.line(

@@ -20,6 +20,7 @@ from remap_cli.app import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+DATA = (ROOT / "docs" / "data.md").read_text()
 
 
 def _blocks(language: str) -> list[str]:
@@ -51,7 +52,7 @@ def test_the_two_commands_come_first() -> None:
 
 
 def test_the_endings_of_images_are_named() -> None:
-    (sentence,) = re.findall(r"Images are files that end in (.*?);", README)
+    (sentence,) = re.findall(r"A file is an image if its name ends in (.*?), in small letters", DATA)
     assert sorted(re.findall(r"\.\w+", sentence)) == sorted(SUFFIXES)
 
 

@@ -38,7 +38,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     """Return the text beside the tensors; empty where there is none.
 
     Raises:
-        OSError, ValueError: It is not a safetensors file.
+        OSError: As ``open_regular``.
+        ValueError: It is not a safetensors file.
     """
     return dict(_header(path).get("__metadata__") or {})
 
@@ -47,7 +48,7 @@ def stored_bytes(path: Path) -> int:
     """Return the bytes of a regular file that are really on the disk: holes do not count.
 
     Raises:
-        OSError: It is missing or not a regular file.
+        OSError: As ``open_regular``.
     """
     with open_regular(path) as file:
         status = os.fstat(file.fileno())

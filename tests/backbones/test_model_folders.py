@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from remap.backbones.build import build
 from remap.backbones.size_bound import bounded
 from remap.errors import WeightsError
-from remap.io.tensor_files import read_safetensors, stored_bytes
+from remap.io.tensor_files import read_safetensors
 
 
 @pytest.fixture
@@ -54,8 +54,7 @@ def _sparse(path: Path, size: int) -> None:
 
 def test_holes_are_not_weights(folder: Path) -> None:
     _sparse(folder / "model.safetensors", 2**33)
-    assert stored_bytes(folder / "model.safetensors") < 2**20
-    with pytest.raises(WeightsError, match="weights do not fit|mostly holes"):
+    with pytest.raises(WeightsError, match="mostly holes"):
         _open(folder)
     with pytest.raises(WeightsError, match="mostly holes"):
         read_safetensors(folder / "model.safetensors")

@@ -76,13 +76,13 @@ def test_options_say_what_they_take(
     monkeypatch.setattr(console.out, "width", 300)
     found = run_json("methods", "vpt_deep+lora")
     options = {option["name"]: option for option in found["options"]}
-    assert options["lora.targets"]["allowed"] == ["q", "k", "v", "o", "fc1", "fc2"]
+    assert options["lora.targets"]["allowed"] == ["q", "k", "v", "o", "fc1", "fc2", "linear", "conv"]
     assert options["lora.targets"]["type"] == "list or null" and "null is [q, v]" in options["lora.targets"]["about"]
-    assert options["vpt_deep.place"]["allowed"] == ["prepend", "add", "pixel"]
+    assert options["vpt_deep.place"]["allowed"] == ["prepend", "add", "add_all", "pixel"]
     assert options["vpt_deep.shared"]["about"] == "Share one set of prompts among all blocks."
     assert (options["lora.rank"]["limits"], options["lora.dropout"]["limits"]) == (">= 1", ">= 0, < 1")
     shown = remap("methods", "lora").stdout
-    for part in ("294,912", "list of q, k, v, o, fc1, fc2, or null", "--set method.rank=8", "arXiv 2106.09685"):
+    for part in ("294,912", "list of q, k, v, o, fc1, fc2, linear, conv, or null", "--set method.rank=8", "arXiv 2106.09685"):
         assert part in shown
     assert "no options" in remap("methods", "full").stdout
 

@@ -1,6 +1,7 @@
 """Whole runs with models of other channels and shapes: the data follow the model, or one sentence says why not."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from remap.runs.task import load_task
 
 
 def model(folder: Path, channels: int = 3, size: tuple[int, int] = (16, 16), **config: Any) -> str:
-    """A plain vision transformer of other channels; ``mean`` and ``std`` as timm's own script would leave them."""
+    """A plain vision transformer of other channels; ``mean`` and ``std`` as given."""
     shape = {"img_size": size, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "in_chans": channels}
     torch.manual_seed(0)
     made = timm.create_model("vit_tiny_patch16_224", num_classes=3, **shape)
@@ -29,6 +30,9 @@ def model(folder: Path, channels: int = 3, size: tuple[int, int] = (16, 16), **c
         {"input_size": (channels, *size), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0} | config
     )
     save_for_hf(made, str(folder), model_args=shape, safe_serialization=True)
+    written = json.loads((folder / "config.json").read_text())
+    written["pretrained_cfg"] |= config  # timm makes one of a mean that does not fit
+    (folder / "config.json").write_text(json.dumps(written))
     return f"local-dir:{folder}"
 
 
@@ -90,7 +94,7 @@ def test_an_oblong_student_sees_oblong_views(tiny: Any, tmp_path: Path) -> None:
     """24 x 8 beside a square teacher of 16: a view of 48 x 16 is as large as both and has the student's shape."""
     recipe = tiny.recipe(
         "data.augment=shift", "data.views=2", "train.epochs=1", "teacher.allow_weak=true", losses="ce,kd,tokens",
-        student=model(tmp_path / "s", size=(24, 8)), method="linear",
+        student=model(tmp_path / "s", size=(24, 8)), method="lora",
     )  # fmt: skip
     result = start(recipe, tmp_path / "run")
     assert load_task(result.run_dir)[1].shape == (3, 48, 16)

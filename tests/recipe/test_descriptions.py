@@ -61,5 +61,5 @@ def test_notes_are_what_the_class_says_of_no_option_in_particular() -> None:
 def test_a_row_has_the_kind_default_and_limits_of_the_field() -> None:
     rows = {row["name"]: row for row in rows_of_config(METHODS.load("lora").Config)}
     assert (rows["rank"]["type"], rows["rank"]["default"], rows["rank"]["limits"]) == ("whole number", 8, ">= 1")
-    assert rows["targets"]["allowed"] == ["q", "k", "v", "o", "fc1", "fc2"]
+    assert rows["targets"]["allowed"] == ["q", "k", "v", "o", "fc1", "fc2", "linear", "conv"]
     assert (rows["alpha"]["type"], rows["alpha"]["default"]) == ("number or null", None)

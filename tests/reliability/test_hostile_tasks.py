@@ -163,8 +163,8 @@ TENSORS: dict[str, tuple[Callable[[dict], dict], str]] = {
         "evil",
     ),
     "a strange name": (lambda ts: {**ts, "\x1b[2J": torch.zeros(3)}, ""),
-    "65 dimensions": (_changed("head.bias", lambda t: t.reshape(-1, *[1] * 64)), "of 65 dimensions"),
-    "65 dimensions more": (lambda ts: {**ts, "evil": torch.zeros([1] * 65)}, "evil of 65 dimensions"),
+    "65 dimensions": (_changed("head.bias", lambda t: t.reshape(-1, *[1] * 64)), "head.bias has 65 dimensions"),
+    "65 dimensions more": (lambda ts: {**ts, "evil": torch.zeros([1] * 65)}, "evil has 65 dimensions"),
     "nothing": (lambda ts: {}, "does not fit"),
 }
 
@@ -183,7 +183,7 @@ META: dict[str, tuple[dict[str, Any], str]] = {
     "another format": ({"format": 99}, "format"),
     "a million classes": ({"classes": [f"c{i}" for i in range(1_000_000)]}, "larger than"),
     "a thousand classes": ({"classes": [f"c{i}" for i in range(1_000)]}, "does not fit its 1,000 class names"),
-    "no class": ({"classes": []}, "classes"),
+    "no class": ({"classes": []}, "the classifier in"),  # a student of no classes has none
     "a class twice": ({"classes": ["a", "a", "b"]}, "names a class twice"),
     "control characters": ({"classes": ["a\x1b[2J", "b", "c"]}, "classes"),
     "line breaks": ({"classes": ["a\n  do: evil", "b", "c"]}, "classes"),
