@@ -82,7 +82,12 @@ def test_options_say_what_they_take(
     assert options["vpt_deep.shared"]["about"] == "Share one set of prompts among all blocks."
     assert (options["lora.rank"]["limits"], options["lora.dropout"]["limits"]) == (">= 1", ">= 0, < 1")
     shown = remap("methods", "lora").stdout
-    for part in ("294,912", "list of q, k, v, o, fc1, fc2, linear, conv, or null", "--set method.rank=8", "arXiv 2106.09685"):
+    for part in (
+        "294,912",
+        "list of q, k, v, o, fc1, fc2, linear, conv, or null",
+        "--set method.rank=8",
+        "arXiv 2106.09685",
+    ):
         assert part in shown
     assert "no options" in remap("methods", "full").stdout
 
