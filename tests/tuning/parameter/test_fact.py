@@ -141,7 +141,7 @@ def _add(weight: Tensor, squares: Iterator[Tensor], width: int, scale: float = 1
 
 
 def test_cores_start_as_linear_layers_do(build: Callable, attach: Callable) -> None:
-    """uniform(-b, b), b = 1 / sqrt(inputs) of Linear: r inputs, and 2*r for the cores of fc2, which is twice as wide."""
+    """uniform(-b, b), b = 1 / sqrt(inputs) of Linear: r inputs, and 2*r for the cores of fc2, twice as wide."""
     torch.manual_seed(0)
     attached = attach("fact_tt", build("plain"), rank=16)
     ((_, sigma),) = [(name, value) for name, value in attached.state().items() if name.endswith("sigma")]
