@@ -128,7 +128,9 @@ def test_every_ordered_pair_merges_or_is_refused(
             tuned = model(images)
             assert not torch.allclose(tuned, base(images), atol=1e-3), name
             base.load_state_dict(attached.merge().state_dict())
-            assert torch.allclose(base(images), tuned, rtol=1e-9, atol=1e-9), name
+            # peft computes circulant matrices in float32, whatever the weights are.
+            bound = 1e-6 if "c3a" in (first, name.partition("+")[2]) else 1e-9
+            assert torch.allclose(base(images), tuned, rtol=bound, atol=bound), name
 
 
 @pytest.mark.parametrize("place", ["parallel", "series"])
