@@ -78,7 +78,7 @@ def run(
             tracker.record_machine()  # here, and not where the checkpoint is loaded
         warn_before_training(components, progress)
 
-        if resuming:
+        if resuming and has_checkpoint(run_dir.checkpoint):
             progress.say("what no file holds is computed again: outputs in memory, and accuracies before training")
         # A teacher that knows nothing must not teach.
         untrained = tracker.before()
