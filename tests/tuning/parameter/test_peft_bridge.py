@@ -177,7 +177,7 @@ def waveft(w: Tensor, p: Weights, o: dict) -> Tensor:
     for value, row, column in zip(p["waveft_spectrum"], *p["waveft_indices"].tolist(), strict=True):
         for s, t in ((0, 0), (0, 1), (1, 0), (1, 1)):
             sign = (-1) ** (s * (column >= columns) + t * (row >= rows))
-            w[2 * (row % rows) + s, 2 * (column % columns) + t] += 25.0 * sign * value / 2
+            w[2 * (row % rows) + s, 2 * (column % columns) + t] += 5.0 * sign * value / 2
     return w
 
 
