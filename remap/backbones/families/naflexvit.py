@@ -2,15 +2,12 @@
 
 from typing import Any
 
-from timm.layers import Attention
 from timm.models.naflexvit import NaFlexVit
-from timm.models.vision_transformer import Block
 from torch import nn
 
-from remap.backbones.anatomy import Anatomy, AttentionBlock
-from remap.backbones.families.reading import MLPS, attention_block, configured_image_size, exactly, real
-from remap.backbones.families.vit import PlainViT
-from remap.backbones.typed import submodule
+from remap.backbones.anatomy import Anatomy
+from remap.backbones.families.reading import configured_image_size, exactly, real
+from remap.backbones.families.vit import PlainViT, has_standard_blocks, standard_block
 
 
 class NaFlexViT(PlainViT):
@@ -23,28 +20,14 @@ class NaFlexViT(PlainViT):
 
     def matches(self, model: nn.Module) -> bool:
         return (
-            exactly(model, NaFlexVit)
-            and model.rope is None
-            and model.patch_drop is None
-            and all(
-                exactly(block, Block)
-                and exactly(block.attn, Attention)
-                and block.attn.gate is None
-                and exactly(block.mlp, *MLPS)
-                for block in model.blocks
-            )
+            exactly(model, NaFlexVit) and model.rope is None and model.patch_drop is None and has_standard_blocks(model)
         )
 
     def read(self, model: Any) -> Anatomy:
         image = model.embeds.default_img_size or configured_image_size(model)
         patch = tuple(model.embeds.patch_size)
         grid = (image[0] // patch[0], image[1] // patch[1])
-
-        def read_block(index: int) -> AttentionBlock:
-            plain = isinstance(submodule(model, f"blocks.{index}.attn.k_norm", nn.Module), nn.Identity)
-            return attention_block(model, f"blocks.{index}", width=model.embed_dim, grid=grid, plain_scores=plain)
-
-        blocks = tuple(read_block(index) for index in range(len(model.blocks)))
+        blocks = tuple(standard_block(model, f"blocks.{index}", grid) for index in range(len(model.blocks)))
         last = blocks[-1]
         final_norm = next(iter(real(model, ("norm", "fc_norm"))), None)
         outside = real(model, ("embeds.norm", "norm_pre", "norm", "attn_pool.norm", "fc_norm"))

@@ -1,8 +1,10 @@
 """Plain vision transformers: ViT, DeiT, DeiT-III, DINOv2, CLIP and SigLIP towers."""
 
+from functools import partial
 from typing import Any
 
 from timm.layers import Attention
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -20,28 +22,14 @@ class PlainViT(SequenceFamily[VisionTransformer]):
     name = "vit"
 
     def matches(self, model: nn.Module) -> bool:
-        return (
-            isinstance(model, VisionTransformer)
-            and len(model.blocks) > 0
-            and all(
-                exactly(block, Block)
-                and exactly(block.attn, Attention)
-                and block.attn.gate is None
-                and exactly(block.mlp, *MLPS)
-                for block in model.blocks
-            )
-        )
+        return isinstance(model, VisionTransformer) and has_standard_blocks(model)
 
     def read(self, model: VisionTransformer) -> Anatomy:
-        def read_block(path: str, grid: tuple[int, int]) -> AttentionBlock:
-            plain = isinstance(submodule(model, f"{path}.attn.k_norm", nn.Module), nn.Identity)
-            return attention_block(model, path, width=model.embed_dim, grid=grid, plain_scores=plain)
-
         embedding: Any = model.patch_embed
         return sequence_anatomy(
             model,
             self.name,
-            read_block,
+            partial(standard_block, model),
             num_prefix_tokens=model.num_prefix_tokens,
             # The ratio, because the hybrid stems have a patch size of 1 behind a strided network.
             patch_size=pair(embedding.feat_ratio(as_scalar=False)),
@@ -87,3 +75,20 @@ def mlp_ratio(hidden: int, width: int) -> float:
     """Return the ratio from which timm computes exactly ``hidden`` units: it rounds their product down."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+
+
+def has_standard_blocks(model: VisionTransformer | NaFlexVit) -> bool:
+    """Return whether a model has blocks, and all of them are timm's standard block with its attention and an MLP."""
+    return len(model.blocks) > 0 and all(
+        exactly(block, Block)
+        and exactly(block.attn, Attention)
+        and block.attn.gate is None
+        and exactly(block.mlp, *MLPS)
+        for block in model.blocks
+    )
+
+
+def standard_block(model: VisionTransformer | NaFlexVit, path: str, grid: tuple[int, int]) -> AttentionBlock:
+    """Return a standard block; without a norm of keys its scores are q k^T alone."""
+    plain = isinstance(submodule(model, f"{path}.attn.k_norm", nn.Module), nn.Identity)
+    return attention_block(model, path, width=model.embed_dim, grid=grid, plain_scores=plain)
