@@ -64,7 +64,7 @@ def test_a_run_says_so_before_it_trains(tree: Make) -> None:
     data = open_data(
         str(tree({f"{part}/{name}/1.png": ord(name) for part in ("train", "val") for name in "ab"})), None, 0.2
     )
-    recipe = SimpleNamespace(losses=(), train=SimpleNamespace(accumulation=1))
+    recipe = SimpleNamespace(losses=(), train=SimpleNamespace(accumulation=1), label_free=False)
     views = SimpleNamespace(contents={"train": Contents(data.train), "val": Contents(data.val)})
     progress = Silent()
     progress.say = said.append  # type: ignore[method-assign]
