@@ -19,6 +19,9 @@ PLUGIN_GROUPS = {plural: f"remap.{plural}" for plural in ("methods", "losses", "
 BUILT_IN = "remap"
 # Names are parts of command lines and recipes ("a+b", "name:weight"), so they have no other characters.
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
+# In the type of an option, ``Annotated[..., LATER]``: it was added when runs without it existed. At its default it is
+# not in the digest of a recipe, so that those runs can be resumed and compared.
+LATER = object()
 
 
 @dataclass(frozen=True, kw_only=True)

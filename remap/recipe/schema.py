@@ -22,6 +22,7 @@ from remap.recipe.sections import (
     TeacherSpec,
     TrainSpec,
 )
+from remap.registry import LATER
 from remap.remapping import LOSSES
 from remap.remapping.architecture.shrink_options import ShrinkSpec
 from remap.remapping.weights import INITS
@@ -41,8 +42,6 @@ BASE_WIDTH = 128
 LABEL_FREE_METHOD = "full"
 # Fields that change no result, by section.
 _SILENT = {"train": {"checkpoint_seconds", "eval_every", "processes", "parallel"}, "data": {"workers", "memory_gib"}}
-# Fields of data that came later: without them a recipe has the hash it had before.
-_LATER = ("alpha", "value_range", "max_megapixels")
 _DATA_PATHS = {"source", "val_source", "unlabeled"}
 
 
@@ -189,19 +188,22 @@ class Recipe(Section):
             places: Whether the paths of the images count; their content decides, and they may be moved.
         """
         recipe = self.written_out()
-        later = {name for name in _LATER if getattr(recipe.data, name) == DataSpec.model_fields[name].default}
-        without: dict[str, Any] = {"name": True, "teachers": True, **_SILENT, "data": _SILENT["data"] | later}
-        if not places:
-            without["data"] |= _DATA_PATHS
-        teachers = [
-            spec.model_dump(mode="json", exclude={"shard"} | ({"classes"} if spec.classes is None else set()))
-            for spec in recipe.teachers
-        ]
+        data, student, init = recipe.data, _without_later(recipe.student), recipe.student.init
+        if data.depth == 1:  # where null is read at all it means 1
+            data = data.model_copy(update={"depth": None})
+        if init is not None:
+            student["init"] = _named(init, INITS.load(init.name).Config)
         # As recipes of one teacher and more were written first, so that runs of that time can be resumed.
-        values = recipe.model_dump(mode="json", exclude=without)
-        if values["data"]["depth"] in (None, 1):  # where null is read at all it means 1, and earlier runs had neither
-            del values["data"]["depth"]
-        values |= {"teacher": teachers[0] if teachers else None, "more_teachers": teachers[1:]}
+        teachers = [_without_later(spec, "shard") for spec in recipe.teachers]
+        values = recipe.model_dump(mode="json", exclude={"name", "teachers"}) | {
+            "data": _without_later(data, *_SILENT["data"], *(() if places else _DATA_PATHS)),
+            "teacher": teachers[0] if teachers else None,
+            "more_teachers": teachers[1:],
+            "student": student,
+            "method": _named(recipe.method, config_of(recipe.method.name)),
+            "losses": [_named(loss, LOSSES.load(loss.name).Config) for loss in recipe.losses],
+            "train": _without_later(recipe.train, *_SILENT["train"]),
+        }
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def learning_rate(self, width: int) -> float:
@@ -220,6 +222,22 @@ def _absolute(spec: Model) -> Model:
     if isinstance(spec, TeacherSpec) and spec.classes is not None:
         paths["classes"] = absolute(spec.classes)
     return spec.model_copy(update=paths)
+
+
+def _without_later(model: BaseModel, *exclude: str) -> dict[str, Any]:
+    """Return what a section or options say, without ``LATER`` fields at their default."""
+    values = model.model_dump(mode="json", exclude=set(exclude))
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        if LATER in field.metadata and value == field.default:
+            values.pop(name, None)
+        elif isinstance(value, BaseModel):
+            values[name] = _without_later(value)
+    return values
+
+
+def _named(spec: Named, config: type[BaseModel]) -> dict[str, Any]:
+    return spec.model_dump(mode="json", exclude=set(spec.options)) | _without_later(config(**spec.options))
 
 
 def _with_defaults(config: type[BaseModel], spec: Named) -> dict[str, Any]:

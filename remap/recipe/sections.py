@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from remap.data.pixels import MOST_MEGAPIXELS
 from remap.recipe.named import InitSpec, name_only
 from remap.recipe.paths import require_path_or_name
+from remap.registry import LATER
 from remap.remapping.architecture.shrink_options import ShrinkSpec, is_shrink_word, read_shrink_word
 
 # Of an image that a model sees, in pixels.
@@ -54,7 +55,7 @@ class DataSpec(Section):
     val_fraction: float = Field(
         default=0.2, gt=0.0, lt=1.0, description="Share of each class held out if the source has no split."
     )
-    depth: int | None = Field(
+    depth: Annotated[int | None, LATER] = Field(
         default=None,
         ge=1,
         le=8,
@@ -82,13 +83,13 @@ class DataSpec(Section):
     mix_probability: float = Field(
         default=1.0, ge=0.0, le=1.0, description="Share of the pairs of images that are mixed."
     )
-    alpha: Literal["white", "black", "checker", "drop"] = Field(
+    alpha: Annotated[Literal["white", "black", "checker", "drop"], LATER] = Field(
         default="white", description="What transparent pixels show; drop shows the colours stored below."
     )
-    value_range: Annotated[list[float], AfterValidator(_require_ends)] | None = Field(
+    value_range: Annotated[Annotated[list[float], AfterValidator(_require_ends)] | None, LATER] = Field(
         default=None, description="Values that become 0 and 255 in images of more than 8 bits; null finds them."
     )
-    max_megapixels: float | None = Field(
+    max_megapixels: Annotated[float | None, LATER] = Field(
         default=None,
         gt=0.0,
         le=MOST_MEGAPIXELS,
@@ -152,7 +153,7 @@ class TeacherSpec(ModelSpec):
     prepare: str = Field(
         default="probe", description='"probe" fits a head, a method tunes the teacher, "none" does neither.'
     )
-    classes: PathOrName | None = Field(
+    classes: Annotated[PathOrName | None, LATER] = Field(
         default=None, description="YAML or JSON: our class to its class, or to a list; null matches by name."
     )
     weight: float = Field(default=1.0, gt=0.0, description="Share of the teacher among several.")

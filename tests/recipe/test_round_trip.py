@@ -1,5 +1,7 @@
 """What is written reads back equal; what means the same has the same digest."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,37 @@ RECORDED = {
 @pytest.mark.parametrize(("recorded", "values"), RECORDED.items(), ids=list(RECORDED))
 def test_digests_of_earlier_versions_hold(recorded: str, values: dict[str, Any]) -> None:
     assert digest(**values) == recorded
+
+
+def test_options_added_later_leave_the_digest_at_their_defaults() -> None:
+    """Source: digests that commit 2d6e479 computed, for each method, loss and initialisation it had.
+
+    Options were added to some of them since (``LATER``): normalize, hidden, masked, quota, segments.
+    """
+    losses = ["ce", "kd"]
+    recipes: dict[str, Callable[[str], dict[str, Any]]] = {
+        "method": lambda name: {"method": name, "losses": ["ce"]},
+        "loss": lambda name: {"teacher": "mini_teacher", "losses": list(dict.fromkeys(["ce", name]))},
+        "init": lambda name: {"teacher": "mini_teacher", "student": {"init": name}, "method": "lora", "losses": losses},
+    }
+    recorded = json.loads((Path(__file__).parent / "recorded_digests.json").read_text())
+    for kind, digests in recorded.items():
+        assert {name: digest(**recipes[kind](name)) for name in digests} == digests
+
+
+@pytest.mark.parametrize(
+    ("plain", "other"),
+    [
+        ({"losses": [{"name": "tokens"}]}, {"losses": [{"name": "tokens", "normalize": "phi_s"}]}),
+        ({"losses": [{"name": "mgd"}]}, {"losses": [{"name": "mgd", "masked": "channels", "mask": 0.5}]}),
+        ({"method": {"name": "e2vpt"}}, {"method": {"name": "e2vpt", "quota": "all"}}),
+        ({"method": {"name": "e2vpt+lora"}}, {"method": {"name": "e2vpt+lora", "e2vpt": {"quota": "all"}}}),
+        ({"data": {"alpha": "white"}}, {"data": {"alpha": "black"}}),
+        ({"data": {"depth": 1}}, {"data": {"depth": 2}}),
+    ],
+)
+def test_options_added_later_count_elsewhere(plain: dict[str, Any], other: dict[str, Any]) -> None:
+    assert digest(teacher="a", **plain) != digest(teacher="a", **other)
 
 
 def test_several_teachers_are_written_as_earlier_versions_read_them(tmp_path: Path) -> None:

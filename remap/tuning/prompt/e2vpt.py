@@ -4,7 +4,7 @@ Letters: B batch, p prompts, D width, L depth, H heads, h head width, n key-valu
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, AttentionBlock, module_at
 from remap.backbones.families.key_values import extend_attention
+from remap.registry import LATER
 from remap.tuning.base import NO_HOOKS, Attachment, Edits, Method, Options, TrainingHooks
 from remap.tuning.dropout import SampleDropout
 from remap.tuning.prompt.prompts import PromptOptions, weight_like
@@ -45,10 +46,10 @@ class E2VPT(Method):
         prune_segments: float = Field(
             default=0.0, ge=0.0, lt=1.0, description="Share of the remaining tokens' segments to prune."
         )
-        segments: Literal["neighbours", "interleaved"] = Field(
+        segments: Annotated[Literal["neighbours", "interleaved"], LATER] = Field(
             default="neighbours", description="Channels of a segment: neighbours, or every 16th (the authors' code)."
         )
-        quota: Literal["token", "all"] = Field(
+        quota: Annotated[Literal["token", "all"], LATER] = Field(
             default="token", description="Prune the same share of segments in each token, or over all tokens together."
         )
         prune_at: float = Field(default=0.5, gt=0.0, lt=1.0, description="Share of training before the pruning.")

@@ -5,14 +5,15 @@ recipe and seed give the same masks, also after an interruption.
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remap.errors import BackboneError
+from remap.registry import LATER
 from remap.remapping.knowledge.features.terms import Generator, TokenTerm, token_pairs
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Pair
@@ -86,12 +87,18 @@ class MaskedGeneration(TokenTerm):
     class Config(Options):
         """Options."""
 
-        masked: Literal["tokens", "channels"] = Field(
+        masked: Annotated[Literal["tokens", "channels"], LATER] = Field(
             default="tokens", description="Mask tokens (the paper), or channels (the authors' code)."
         )
         mask: float | None = Field(
             default=None, gt=0.0, lt=1.0, description="Share that is masked; null is 0.5 of tokens, 0.15 of channels."
         )
+
+        @model_validator(mode="after")
+        def _write_share(self) -> Self:
+            if self.mask is None:
+                object.__setattr__(self, "mask", {"tokens": 0.5, "channels": 0.15}[self.masked])
+            return self
 
     config: Config
 
@@ -99,7 +106,6 @@ class MaskedGeneration(TokenTerm):
         super().__init__(pair, config, token_pairs("last", pair, "mgd"))
         self.align = nn.Linear(*self.widths(*self.blocks[0]))
         self.generator = Generator(self.widths(*self.blocks[0])[1])
-        self.share = config.mask or {"tokens": 0.5, "channels": 0.15}[config.masked]
 
     def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
         ((s, t),) = self.blocks
@@ -108,7 +114,8 @@ class MaskedGeneration(TokenTerm):
             aligned_BND = self.align(patches_BND.float())
             batch, tokens, width = aligned_BND.shape
             shape = (batch, tokens, 1) if self.config.masked == "tokens" else (batch, 1, width)
-            kept = torch.rand(shape, device=aligned_BND.device) >= self.share
+            assert self.config.mask is not None  # written out
+            kept = torch.rand(shape, device=aligned_BND.device) >= self.config.mask
             generated_BND = self.generator.generate(aligned_BND * kept, self.grid(s))
             return F.mse_loss(generated_BND, target[self.item(s, t)].float())
 

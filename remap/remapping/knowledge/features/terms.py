@@ -4,7 +4,7 @@ B batch, N patches of the student's grid, D width (student's and teacher's diffe
 """
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -14,6 +14,7 @@ from torch.nn.utils.parametrizations import orthogonal
 
 from remap.backbones.anatomy import Anatomy, Block
 from remap.errors import BackboneError
+from remap.registry import LATER
 from remap.remapping.alignment import pair_blocks, resize_tokens
 from remap.remapping.normalization import Normalization
 from remap.remapping.objective import LossTerm, Pair
@@ -33,7 +34,7 @@ class ProjectorOptions(Options):
         default="linear",
         description='"linear" (no bias), "orthogonal" (of VkD), "mlp" (with a hidden layer) or "none" (equal widths).',
     )
-    hidden: int | None = Field(
+    hidden: Annotated[int | None, LATER] = Field(
         default=None, ge=1, description='Width of the hidden layer of "mlp"; null is the teacher\'s width.'
     )
 
@@ -47,7 +48,7 @@ class ProjectorOptions(Options):
 class ProjectedOptions(ProjectorOptions):
     """Options of a term that compares the student's projected features with the teacher's normalised ones."""
 
-    normalize: Normalization = Field(
+    normalize: Annotated[Normalization, LATER] = Field(
         default="layer",
         description='The teacher\'s features: "layer" (each by itself), or by statistics of training images "standard" '
         '(each channel) or "phi_s" (PHI-S).',
