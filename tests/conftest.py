@@ -159,13 +159,14 @@ class Watch:
     """A progress reporter that calls back after each training step, with the number of steps so far."""
 
     def __init__(self, after_step: Callable[[int], None]) -> None:
-        self.after_step, self.steps, self.said = after_step, 0, list[str]()
+        self.after_step, self.steps, self.said, self.waited = after_step, 0, list[str](), list[str]()
 
     def say(self, text: str) -> None:
         self.said.append(text)
 
     @contextmanager
     def wait(self, what: str, total: int | None = None) -> Iterator[Step]:
+        self.waited.append(what)
         yield _Watched(self) if "epoch " in what else _Watched(None)
 
 

@@ -1,16 +1,17 @@
 """Everything a run is made of, before its first step: the networks, the data as they see it, and the objective."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from remap.backbones.build import Backbone
+from remap.backbones.build import Backbone, add_tensors
 from remap.backbones.preprocess import require_channels
 from remap.data.image_files import counted
 from remap.data.views import ViewSource, listed
 from remap.distributed.launch import accelerator, use_bf16
-from remap.distributed.sharding import bytes_held, is_sharded
+from remap.distributed.sharding import bytes_held, gather_full, is_sharded
 from remap.engine.self_teachers import copy_trained_tensors
 from remap.io.human_size import size
 from remap.network import Network, choose_attention, frozen, tuned
@@ -74,6 +75,15 @@ class RunComponents:
     def pass_images(self) -> int:
         """How many images a network sees at once in training."""
         return max(1, self.process_images // self.recipe.train.accumulation)
+
+    def weights_digest(self) -> str:
+        """Return which weights the student and its teachers came with, and those of the teachers' heads."""
+        digest = hashlib.sha256(self.student.identity.sha256.encode())
+        for teacher in self.teachers:
+            digest.update(teacher.network.identity.sha256.encode())
+            if teacher.spec.model != EMA:  # which changes in training
+                add_tensors(digest, {name: gather_full(tensor) for name, tensor in teacher.network.tensors.items()})
+        return digest.hexdigest()[:16]
 
 
 def build_components(

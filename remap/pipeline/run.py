@@ -78,8 +78,6 @@ def run(
             tracker.record_machine()  # here, and not where the checkpoint is loaded
         warn_before_training(components, progress)
 
-        if resuming and has_checkpoint(run_dir.checkpoint):
-            progress.say("what no file holds is computed again: outputs in memory, and accuracies before training")
         # A teacher that knows nothing must not teach.
         untrained = tracker.before()
         for prepared in components.teachers:
@@ -89,6 +87,8 @@ def run(
         # Train, and prove that what is frozen did not change.
         job = training_job(components, tracker, features.get("train"), shared, progress)
         frozen = FrozenWeights.of(student)
+        if resuming and any(prepared.outputs == "memory" for prepared in components.teachers):
+            progress.say("the teacher's outputs were held in memory and computed again; teacher.cache=disk stores them")
         if main:
             require_space(run_dir, job)
             run_dir.write_trainables(job.parameters())

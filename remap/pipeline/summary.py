@@ -51,7 +51,7 @@ def evaluate_at_end(components: RunComponents, tracker: RunTracker, progress: Pr
 
 
 def summarize(
-    components: RunComponents, tracker: RunTracker, untrained: Evaluation | None, final: FinalEvaluations, state: State
+    components: RunComponents, tracker: RunTracker, untrained: float | None, final: FinalEvaluations, state: State
 ) -> dict[str, Any]:
     """Return all that is known once training has ended."""
     recipe, student, views = components.recipe, components.student, components.views
@@ -112,13 +112,13 @@ def summarize(
     return summary
 
 
-def _accuracy(untrained: Evaluation | None, final: FinalEvaluations, before: Judgement | None) -> dict[str, Any]:
+def _accuracy(untrained: float | None, final: FinalEvaluations, before: Judgement | None) -> dict[str, Any]:
     """Return the accuracy before and after: of the classifier, or of a linear probe; None where there are no labels."""
     if final.val is not None and untrained is not None:
         return {
             "accuracy": final.val.accuracy,
             "correct": final.val.correct,
-            "initial_accuracy": untrained.accuracy,
+            "initial_accuracy": untrained,
         }
     if final.judged is None or before is None:
         return {"accuracy": None, "correct": None, "initial_accuracy": None}

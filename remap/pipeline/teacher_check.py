@@ -5,17 +5,19 @@ from math import sqrt
 import numpy as np
 
 from remap.data.views import ViewSource
-from remap.engine.evaluate import Evaluation
 from remap.errors import TrainingError
 from remap.pipeline.teachers import PreparedTeacher
 from remap.recipe.paths import is_run
 
 
-def require_useful(teacher: PreparedTeacher, untrained: Evaluation, source: ViewSource) -> None:
+def require_useful(teacher: PreparedTeacher, untrained: float, source: ViewSource) -> None:
     """Refuse a teacher whose accuracy is not clearly above chance, or is below the untrained student's.
 
     Chance is the share p of the most frequent class among n images. The teacher must be better by two standard errors,
     sqrt(p (1 - p) / n); where images are so few that this bound is 1 or above, it must be right on all of them.
+
+    Args:
+        untrained: The untrained student's accuracy.
 
     Raises:
         TrainingError: It does not, or its accuracy is below the untrained student's.
@@ -27,10 +29,10 @@ def require_useful(teacher: PreparedTeacher, untrained: Evaluation, source: View
     # The most frequent class, not 1/C: classes may be imbalanced.
     chance = np.bincount(source.split.labels).max() / count
     bound = min(chance + 2 * sqrt(chance * (1 - chance) / count), 1 - 0.5 / count)
-    if teacher.accuracy > bound and teacher.accuracy >= untrained.accuracy:
+    if teacher.accuracy > bound and teacher.accuracy >= untrained:
         return
     why = (
-        f"below the untrained student's {untrained.accuracy:.1%}"
+        f"below the untrained student's {untrained:.1%}"
         if teacher.accuracy > bound
         else f"not clearly above chance (always naming the most frequent class gives {chance:.1%}; "
         f"on {'one image' if count == 1 else f'{count} images'}, luck alone may reach {bound:.1%})"

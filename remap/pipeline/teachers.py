@@ -17,6 +17,7 @@ from remap.io.paths import expanded
 from remap.network import Network, choose_attention, tuned
 from remap.pipeline import probe
 from remap.pipeline.class_matching import match_classes
+from remap.pipeline.judged import judged_once
 from remap.pipeline.shared import DataViews, SharedResources
 from remap.pipeline.teacher_tuning import is_prepared, needs_logits, require_unlinked, teacher_recipe, title_of
 from remap.progress import Progress
@@ -124,7 +125,7 @@ def prepare_teacher(
     """Give a teacher whose logits a loss reads a head for these classes, if it has none; then evaluate it.
 
     Args:
-        folder: Where the fitted head is stored as a task, so that a resumed run finds it.
+        folder: Where the fitted head is stored as a task, and the accuracy, so that a resumed run finds them.
     """
     spec = teacher.spec
     if not needs_logits(recipe) or spec.model == EMA:
@@ -146,9 +147,14 @@ def prepare_teacher(
         else:
             network, _ = load_task(shared.tuned_teachers[teacher_recipe(recipe, spec).digest()])
         teacher = placed(replace(teacher, network=network, head=spec.prepare), recipe, accelerator().device)
+    of = f"{views.digest(progress)} {views.view} {recipe.data.skip_bad} {recipe.train.precision} {teacher.fingerprint}"
+    network = teacher.network
+
+    def evaluated() -> float:
+        return evaluate_as(recipe, network, views.val, accelerator(), progress, "the teacher").accuracy
+
     # Judged once; the check against chance and the summary both use it.
-    accuracy = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, "the teacher").accuracy
-    teacher = replace(teacher, accuracy=accuracy)
+    teacher = replace(teacher, accuracy=judged_once(folder, "the teacher", of, evaluated))
     if reusable:
         shared.teachers[teacher.key] = teacher
     return teacher

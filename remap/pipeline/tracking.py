@@ -7,10 +7,11 @@ from remap.cache.frozen_features import FrozenFeatures
 from remap.distributed.collectives import share_unreadable
 from remap.distributed.launch import accelerator
 from remap.engine.evaluate import Evaluation, evaluate_as
-from remap.engine.state import State
+from remap.engine.state import State, digest_of
 from remap.errors import RunError
 from remap.pipeline.components import RunComponents
 from remap.pipeline.judge import Judgement, judge
+from remap.pipeline.judged import judged_once
 from remap.pipeline.run_status import RunClock
 from remap.progress import Progress
 from remap.runs.hardware import machine
@@ -39,12 +40,16 @@ class RunTracker:
         self.last: Evaluation | None = None
         self.judged_before: Judgement | None = None
 
-    def before(self) -> Evaluation | None:
-        """Evaluate the untrained student; one without a classifier is judged by its features where there are labels."""
-        what = "the network before training"
-        if not self.components.recipe.label_free:
-            return self.evaluate(what)
-        self.judged_before = judge(self.components, what, self.progress)
+    def before(self) -> float | None:
+        """Return the untrained student's accuracy, computed once in a run.
+
+        One without a classifier is judged by its features, where there are labels.
+        """
+        parts, what = self.components, "the network before training"
+        of = digest_of(parts.recipe, parts.views.digest(self.progress), parts.weights_digest())
+        if not parts.recipe.label_free:
+            return judged_once(self.run_dir.path, what, of, lambda: self.evaluate(what).accuracy)
+        self.judged_before = judged_once(self.run_dir.path, what, of, lambda: judge(parts, what, self.progress))
         return None
 
     def evaluate(self, title: str = "the student") -> Evaluation:

@@ -1,12 +1,8 @@
 """What the training loop of one run works on."""
 
-import hashlib
-
-from remap.backbones.build import add_tensors
 from remap.cache.frozen_features import FrozenFeatures
 from remap.data.copies import copies_across
 from remap.distributed.launch import accelerator
-from remap.distributed.sharding import gather_full
 from remap.engine.job import Job
 from remap.pipeline.components import RunComponents
 from remap.pipeline.samples import method_sample
@@ -14,7 +10,6 @@ from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_outputs import teachers_in_training
 from remap.pipeline.tracking import RunTracker
 from remap.progress import Progress
-from remap.recipe.schema import EMA
 from remap.remapping import LOSSES
 
 
@@ -41,7 +36,7 @@ def training_job(
         bf16=components.bf16,
         progress=progress,
         data_digest=components.views.digest(progress),
-        weights_digest=_weights_digest(components),
+        weights_digest=components.weights_digest(),
         evaluate=tracker.after_epoch,
         on_epoch=tracker.record_epoch,
         on_resume=tracker.record_resume,
@@ -53,16 +48,6 @@ def training_job(
         features=features,
         sample=method_sample(student, components.views, recipe.seed) if student.attached.wants_sample else None,
     )
-
-
-def _weights_digest(components: RunComponents) -> str:
-    """Which weights the student and its teachers came with, and those of the teachers' heads."""
-    digest = hashlib.sha256(components.student.identity.sha256.encode())
-    for teacher in components.teachers:
-        digest.update(teacher.network.identity.sha256.encode())
-        if teacher.spec.model != EMA:  # which changes in training
-            add_tensors(digest, {name: gather_full(tensor) for name, tensor in teacher.network.tensors.items()})
-    return digest.hexdigest()[:16]
 
 
 def warn_before_training(components: RunComponents, progress: Progress) -> None:

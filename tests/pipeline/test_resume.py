@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from remap.errors import Interrupted, RunError
+from remap.io.sealed_json import sealed_text
+from remap.pipeline.judged import judged_once
 from remap.pipeline.run import resume, start
 from remap.pipeline.run_differences import changed_on_the_way
 from remap.recipe import dump, load
@@ -76,6 +78,45 @@ def test_it_says_where_it_goes_on(stopped: RunDir, watch: Watch) -> None:
     progress = watch(lambda done: None)
     resume(stopped.path, progress)
     assert "resuming after step 4 of 6 (1 of 2 epochs are done)" in progress.said
+
+
+BEFORE_TRAINING = ("evaluating the teacher", "evaluating the network before training")
+
+
+def test_accuracies_before_training_are_computed_once(tiny: Any, stopped: RunDir, watch: Watch) -> None:
+    """Expected: the figures of a run that was not stopped. Outputs that were only in memory are computed again."""
+    whole, rest = watch(lambda done: None), watch(lambda done: None)
+    expected = start(stopped.recipe(), stopped.path.with_name("whole"), whole).summary
+    resume(stopped.path, rest)
+    found = stopped.summary()
+    assert all(whole.waited.count(title) == 1 and title not in rest.waited for title in BEFORE_TRAINING)
+    assert found["student"]["initial_accuracy"] == expected["student"]["initial_accuracy"]
+    assert found["teacher"]["accuracy"] == expected["teacher"]["accuracy"]
+    assert sum("held in memory and computed again" in text for text in rest.said) == 1
+    assert not any("computed again" in text for text in whole.said)
+
+
+def test_a_figure_is_computed_again_only_for_other_weights_or_images(tmp_path: Path) -> None:
+    """Of a student without a classifier it is a table, without labels None."""
+    probed = {"val": {"images": 3, "knn": 2 / 3, "linear_probe": 1.0}}
+    made = [judged_once(tmp_path, "it", of, lambda value=value: value) for of, value in (("a", probed), ("b", None))]
+    assert made == [probed, None] == [judged_once(tmp_path, "it", of, lambda: 0.5) for of in "ab"]
+    assert judged_once(tmp_path, "it", "c", lambda: 0.5) == 0.5
+
+
+@pytest.mark.parametrize("folder", ["run", "run/teacher"])
+def test_a_damaged_record_of_accuracies_is_refused(stopped: RunDir, tmp_path: Path, folder: str, watch: Watch) -> None:
+    record = tmp_path / folder / "judged.json"
+    text = record.read_text()
+    for other in (text.replace("the ", "The ", 1), text[:-9], "[]", sealed_text({"the teacher 0": {"val": "high"}})):
+        record.write_text(other)
+        with pytest.raises(RunError, match=f"{record}.*\n.*do: +remove it"):
+            resume(stopped.path)
+    record.unlink()
+    progress = watch(lambda done: None)
+    resume(stopped.path, progress)
+    assert [title in progress.waited for title in BEFORE_TRAINING] == [folder != "run", folder == "run"]
+    assert record.read_text() == text
 
 
 @pytest.mark.parametrize("by", ["recipe", "link"])

@@ -14,7 +14,6 @@ from sklearn.linear_model import LogisticRegression
 from remap.data.splits import Split, stratified
 from remap.data.views import View, ViewSource
 from remap.distributed.launch import accelerator
-from remap.engine.evaluate import Evaluation
 from remap.errors import DataError, TrainingError
 from remap.network import Network, Runner
 from remap.pipeline import probe, run
@@ -169,13 +168,12 @@ def test_the_bound_is_two_standard_errors_above_chance(
     labels = np.asarray([0] * largest + [1] * (100 - largest))
     source = ViewSource(Split(("",) * 100, labels, lambda index: b""), View(16, 1.0, "bicubic"), memory_bytes=0)
     teacher = PreparedTeacher(_network(tiny, 2), TeacherSpec(), "key", "probe", accuracy)
-    student = Evaluation(round(untrained * 100), 100, np.zeros(100))
     if says is None:
-        require_useful(teacher, student, source)
+        require_useful(teacher, untrained, source)
         return
     with pytest.raises(TrainingError, match=says):
-        require_useful(teacher, student, source)
-    require_useful(replace(teacher, spec=TeacherSpec(allow_weak=True)), student, source)
+        require_useful(teacher, untrained, source)
+    require_useful(replace(teacher, spec=TeacherSpec(allow_weak=True)), untrained, source)
 
 
 @pytest.mark.parametrize("labels", [[0], [0, 1], [0, 0, 1], [0, 0, 0, 0, 1], [0, 0, 0]])
@@ -185,10 +183,10 @@ def test_a_teacher_that_is_right_on_few_images_may_teach(tiny: Any, labels: list
     source = ViewSource(
         Split(("",) * count, np.asarray(labels), lambda i: b""), View(16, 1.0, "bicubic"), memory_bytes=0
     )
-    student, network = Evaluation(0, count, np.zeros(count)), _network(tiny, 2)
-    require_useful(PreparedTeacher(network, TeacherSpec(), "key", "probe", 1.0), student, source)
+    network = _network(tiny, 2)
+    require_useful(PreparedTeacher(network, TeacherSpec(), "key", "probe", 1.0), 0.0, source)
     with pytest.raises(TrainingError, match="not clearly above chance"):
-        require_useful(PreparedTeacher(network, TeacherSpec(), "key", "probe", (count - 1) / count), student, source)
+        require_useful(PreparedTeacher(network, TeacherSpec(), "key", "probe", (count - 1) / count), 0.0, source)
 
 
 @pytest.mark.parametrize(
@@ -203,8 +201,7 @@ def test_a_teacher_that_is_right_on_few_images_may_teach(tiny: Any, labels: list
 def test_the_advice_is_nothing_that_was_done(tiny: Any, head: str, advice: str, done: str) -> None:
     source = ViewSource(Split(("",) * 2, np.asarray([0, 1]), lambda i: b""), View(16, 1.0, "bicubic"), memory_bytes=0)
     with pytest.raises(TrainingError) as caught:
-        student = Evaluation(0, 2, np.zeros(2))
-        require_useful(PreparedTeacher(_network(tiny, 2), TeacherSpec(), "key", head, 0.5), student, source)
+        require_useful(PreparedTeacher(_network(tiny, 2), TeacherSpec(), "key", head, 0.5), 0.0, source)
     assert advice in caught.value.do and done not in caught.value.do.replace(advice, "")
 
 

@@ -1,0 +1,61 @@
+"""What networks are worth before training: computed once, and read back where a run is resumed."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from remap.distributed.launch import accelerator, broadcast_str
+from remap.errors import RunError
+from remap.io import atomic_write
+from remap.io.checked_read import read_regular
+from remap.io.sealed_json import parse_sealed, sealed_text
+from remap.runs.run_records import JUDGED
+
+Figure = TypeVar("Figure")
+# Accuracies, and what ``remap.pipeline.judge`` returns.
+_FIGURES = TypeAdapter(
+    dict[str, float | dict[str, dict[str, float]] | None], config=ConfigDict(strict=True, allow_inf_nan=False)
+)
+_MOST_BYTES = 2**20
+
+
+def judged_once(folder: Path, what: str, of: str, compute: Callable[[], Figure]) -> Figure:
+    """Return a figure of judged.json in a folder; if it is not there, compute it and write it. All processes call it.
+
+    Args:
+        what: Which figure, in words.
+        of: All that decides it: recipe, images, weights.
+
+    Raises:
+        RunError: The file is damaged, or cannot be written.
+    """
+    path, key = folder / JUDGED, f"{what} {hashlib.sha256(of.encode()).hexdigest()[:16]}"
+    main = accelerator().is_main_process
+    known = json.loads(broadcast_str(json.dumps(_read(path) if main else {})))
+    if key not in known:
+        known[key] = compute()
+        if main:
+            atomic_write.make_folder(folder)
+            atomic_write.write_text(path, sealed_text(known))
+    return known[key]
+
+
+def _read(path: Path) -> dict[str, object]:
+    if not os.path.lexists(path):
+        return {}
+    try:
+        values, sealed = parse_sealed(read_regular(path, _MOST_BYTES))
+        if not sealed:
+            raise ValueError("it has no SHA-256 of its own")
+        _FIGURES.validate_python(values)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        if isinstance(error, ValidationError):
+            reason = "it holds something other than shares"
+        raise RunError(f"cannot read {path}: {reason}", do="remove it, and what it holds is computed again") from error
+    return values
