@@ -45,7 +45,8 @@ class Block:
     ``width`` counts channels of the residual stream, ``grid`` its (rows, columns) of patches, ``channels_last`` says
     where a hierarchical model keeps the channels in the block's input and output ((B, H, W, D) or (B, D, H, W));
     sequence models have (B, T, D). ``norms`` are in the order of the forward. ``projections`` gives linear layers by
-    word: q, k, v, o, fc1, fc2 (and fc1_gate in gated MLPs); convolutional networks have fc1 and fc2 at most.
+    word: q, k, v, o, fc1, fc2 (and fc1_gate in gated MLPs). Other layers of convolutional networks are there by kind,
+    "linear:NAME" (1x1 convolutions too) or "conv:NAME" (kernels as matrices of c_out x c_in * k * k).
     """
 
     block: str

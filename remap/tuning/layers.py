@@ -4,8 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from remap.backbones.anatomy import Anatomy, Block, Projection
-from remap.backbones.families.stages import StageBlock
+from remap.backbones.anatomy import Anatomy, Block, ConvBlock, Projection
 from remap.errors import BackboneError
 
 Target = Literal["q", "k", "v", "o", "fc1", "fc2", "linear", "conv"]
@@ -92,7 +91,7 @@ def with_gates(words: Iterable[str]) -> list[str]:
 
 
 def among(block: Block, words: Iterable[str]) -> dict[str, Projection]:
-    """Return the projections of a block that ``words`` name: one a word, or all of a kind in a stage."""
+    """Return the projections of a block that ``words`` name: one a word, or all of a kind."""
     wanted = set(words)
     return {key: projection for key, projection in block.projections.items() if key.partition(":")[0] in wanted}
 
@@ -100,12 +99,12 @@ def among(block: Block, words: Iterable[str]) -> dict[str, Projection]:
 def chosen(block: Block, words: Iterable[str]) -> dict[str, Projection]:
     """Return the projections of a block among ``words``; the gate only where there is one.
 
-    A stage may lack some.
+    A convolutional block may lack some.
 
     Raises:
         BackboneError: The block lacks one of the others.
     """
-    if isinstance(block, StageBlock):
+    if isinstance(block, ConvBlock):
         return among(block, words)
     wanted = [word for word in words if word != "fc1_gate" or word in block.projections]
     missing = [word for word in wanted if word not in block.projections]

@@ -9,7 +9,7 @@ PARTS = {
     "blocks": "residual blocks that can be told apart",
     "sequence": "one sequence of tokens of one width through all blocks",
     "attention": "blocks of attention and MLP with a residual stream",
-    "linears": "blocks with linear layers",
+    "linears": "blocks with linear layers, or convolutions that count as such",
     "convolutions": "blocks with spatial convolutions",
 }
 
@@ -108,7 +108,7 @@ FAMILIES: Registry[FamilyEntry] = Registry(
             category="convolutional",
             summary="residual convolutional networks",
             paper="He et al. 2015, arXiv 1512.03385",
-            parts=frozenset({"blocks", "convolutions"}),
+            parts=frozenset({"blocks", "linears", "convolutions"}),
             examples="resnet*, resnext*, wide_resnet*",
             modules=("resnet",),
         ),

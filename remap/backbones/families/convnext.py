@@ -17,6 +17,7 @@ from remap.backbones.families.reading import (
     rest_of_stages,
     size_of_convolutions,
 )
+from remap.backbones.families.stages import matrix_of
 from remap.backbones.typed import as_timm, submodule
 
 
@@ -97,7 +98,7 @@ def _read_block(model: TimmConvNeXt, stage: int, index: int, grid: tuple[int, in
         grid=grid,
         stage=stage,
         norms=real(model, (f"{block}.norm",)),
-        projections=mlp_projections(model, f"{block}.mlp"),
+        projections={**mlp_projections(model, f"{block}.mlp"), **matrix_of(model, f"{block}.conv_dw")},
         channels_last=False,
         convs=(ConvSite(f"{block}.conv_dw", f"{block}.norm"),),
         branch_end=f"{block}.drop_path",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from remap.backbones.anatomy import Anatomy, ConvBlock, ConvSite
 from remap.backbones.families.base import Family
 from remap.backbones.families.reading import configured_image_size, exactly, real, run_blocks, size_of_convolutions
+from remap.backbones.families.stages import matrix_of
 from remap.backbones.typed import as_timm, submodule
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -82,7 +83,7 @@ def _read_block(model: nn.Module, stage: int, index: int, grid: tuple[int, int])
         grid=grid,
         stage=stage,
         norms=(*real(model, (f"{block}.bn{n}" for n in numbers)), *shortcut),
-        projections={},
+        projections=dict(item for n in numbers for item in matrix_of(model, f"{block}.conv{n}").items()),
         channels_last=False,
         convs=tuple(
             ConvSite(f"{block}.conv{n}", f"{block}.bn{n}")

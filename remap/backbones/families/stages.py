@@ -10,7 +10,7 @@ from torch import nn
 from remap.backbones.anatomy import ConvBlock, ConvSite, Projection, plain_class
 from remap.backbones.families.reading import linear, norm_paths
 from remap.backbones.families.watching import Layer, Seen, deepest
-from remap.backbones.typed import as_timm
+from remap.backbones.typed import as_timm, layer_at
 
 # A change of low rank saves nothing on a layer that is narrower than this.
 NARROWEST = 16
@@ -53,10 +53,7 @@ def stage_blocks(model: nn.Module, heads: Sequence[str], seen: Seen) -> tuple[St
             continue
         if _is_spatial(layer) and path in seen.called:
             convs[stage].append(ConvSite(path, seen.norm_behind.get(path)))
-        if min(layer.weight.flatten(1).shape) >= NARROWEST:
-            word = "linear" if layer.weight.shape[2:].numel() == 1 and getattr(layer, "groups", 1) == 1 else "conv"
-            key = f"{word}:{path.replace('.', '_')}"
-            projections[stage][key] = linear(model, path, called=path in seen.called and _is_product(layer))
+        projections[stage] |= matrix_of(model, path, called=path in seen.called)
     ends = _stage_ends(model, len(seen.maps))
     return tuple(
         StageBlock(
@@ -72,6 +69,15 @@ def stage_blocks(model: nn.Module, heads: Sequence[str], seen: Seen) -> tuple[St
         )
         for stage, (width, rows, columns) in enumerate(seen.maps)
     )
+
+
+def matrix_of(model: nn.Module, path: str, *, called: bool = True) -> dict[str, Projection]:
+    """Return a layer's weight as one projection by "linear:" or "conv:" and a name; nothing where it is too narrow."""
+    layer = layer_at(model, path)
+    if min(layer.weight.flatten(1).shape) < NARROWEST:
+        return {}
+    word = "linear" if layer.weight.shape[2:].numel() == 1 and getattr(layer, "groups", 1) == 1 else "conv"
+    return {f"{word}:{path.replace('.', '_')}": linear(model, path, called=called and _is_product(layer))}
 
 
 def _is_product(layer: Layer) -> bool:

@@ -68,8 +68,9 @@ class Butterfly(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., i) to (..., o); rotates and scales x and the output, or the weight where that is smaller."""
         weight_oi, bias = self.base_layer.weight, self.base_layer.bias
-        # An exported program takes inputs of any size, so it has one way for all.
-        by_weight = torch.compiler.is_exporting() or x.numel() >= weight_oi.numel()
+        # An exported program takes inputs of any size, so it has one way for all. Images keep their order of memory.
+        one_way = torch.compiler.is_exporting() or self.base_layer.channels_first
+        by_weight = one_way or x.numel() >= weight_oi.numel()
         with full_precision(x):
             rotation_Ggg = self._rotation()
             if by_weight:

@@ -32,7 +32,11 @@ class Norm(Method):
             blocks = tuple(f"{block.block}." for block in anatomy.blocks)
             names = [name for name in names if name.startswith(blocks)]
         if not names:
-            raise BackboneError("this backbone has no norms with a weight or bias", given=self.config.where)
+            raise BackboneError(
+                "this backbone has no norms with a weight or bias there",
+                given=f"{type(model).__name__}, where: {self.config.where}",
+                do="take bitfit, which trains its biases, or ssf, which scales the output of its layers",
+            )
         return Attachment(trainable=names, no_decay=names, fold=IN_PLACE)
 
 

@@ -213,7 +213,7 @@ def _changed_weight(run: Run, change: nn.Module, weight: Tensor) -> Tensor:
     units = torch.eye(base_of(change).in_features, device=weight.device, dtype=weight.dtype)
     with full_precision(weight):
         # The difference first: however the matrix units round, an untrained change is exactly none.
-        return weight + (run(change, units) - base_of(change)(units)).T
+        return weight + (run(change, units) - base_of(change)(units)).T.reshape(weight.shape)
 
 
 def _changed_bias(run: Run, change: nn.Module, projection: Projection, bias: Tensor) -> Tensor:

@@ -107,11 +107,14 @@ def _scaled_layers(model: nn.Module, anatomy: Anatomy) -> Iterator[_ScaledLayer]
         if isinstance(block, StageBlock):
             yield from _stage_layers(model, block)
             continue
-        for path in _convolutions(block):
+        convolutions = _convolutions(block)
+        for path in convolutions:
             yield _called(model, path)
         for path in _norms(block):
             yield _called(model, path, is_norm=True)
         for path, projections in by_layer(block.projections.values()).items():
+            if path in convolutions:
+                continue
             adds_bias = all(p.called and p.bias in (None, f"{path}.bias") for p in projections)
             yield (
                 _called(model, path)

@@ -90,6 +90,33 @@ def test_on_1x1_convolutions(tools: SimpleNamespace) -> None:
     assert torch.allclose(merged(images), models[1](images), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("variant", "targets", "kernels"),
+    [
+        ("resnet", None, {(3, 3)}),
+        ("resnet_bottleneck", None, {(1, 1)}),
+        ("resnet_bottleneck", ["conv", "linear"], {(1, 1), (3, 3)}),
+        ("convnext", ["conv"], {(7, 7)}),
+    ],
+)
+def test_on_kernels_as_matrices(
+    shaken: Callable, plain_logits: Callable, tools: SimpleNamespace, variant: str, targets: list | None, kernels: set
+) -> None:
+    """c_out x c_in * k * k; without linear layers and 1x1 convolutions, the kernels are the default."""
+    attached, state, logits = shaken("lora", variant, rank=4, targets=targets)
+    layers = {name.partition(".remap_lora")[0] for name in state}
+
+    def change(weights: Weights) -> None:
+        assert {tuple(weights[f"{layer}.weight"].shape[2:]) for layer in layers} == kernels
+        for layer in layers:
+            _add(weights, state, layer, None, 4, 1.0)
+
+    expected = plain_logits(variant, change)
+    assert torch.allclose(logits, expected, rtol=0, atol=1e-10)
+    assert not torch.allclose(logits, plain_logits(variant), atol=1e-3)
+    assert torch.allclose(attached.merge()(tools.images().double()), expected, rtol=0, atol=1e-10)
+
+
 def test_initialisation(build: Callable[..., nn.Module], attach: Callable[..., Attached]) -> None:
     """B zero; A uniform within 1 / sqrt(inputs), what kaiming_uniform(a = sqrt 5) comes to, for each projection."""
     state = attach("lora", build("plain"), rank=32).state()

@@ -389,6 +389,24 @@ def test_on_1x1_convolutions(tools: SimpleNamespace, method: str) -> None:
     assert torch.allclose(attached.merge()(images), models[1](images), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("method", ["dora", "loha", "vera", "road", "shira", "pissa", "boft"])
+def test_on_kernels_as_matrices(shaken: Callable, plain_logits: Callable, tools: SimpleNamespace, method: str) -> None:
+    """1x1 and 3x3 convolutions as matrices of c_out x c_in * k * k."""
+    options = {"targets": ["linear", "conv"], "rank": 4} if method == "vera" else {"targets": ["linear", "conv"]}
+    attached, state, logits = shaken(method, "resnet_bottleneck", **options)
+    changed = {}
+
+    def change(weights: Weights) -> None:
+        changed.update(dict.fromkeys(apply(method, weights, state, options)))
+        changed.update({layer: tuple(weights[f"{layer}.weight"].shape[2:]) for layer in changed})
+
+    expected = plain_logits("resnet_bottleneck", change)
+    assert {(1, 1), (3, 3)} == set(changed.values())
+    assert torch.allclose(logits, expected, rtol=0, atol=1e-10)
+    assert not torch.allclose(logits, plain_logits("resnet_bottleneck"), atol=1e-3)
+    assert torch.allclose(attached.merge()(tools.images().double()), expected, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("method", ["dora", "vera", "ia3", "boft"])
 @pytest.mark.parametrize("variant", ["plain", "eva02"])
 def test_converting_and_loading_after_attaching_reach_everything(
