@@ -32,8 +32,6 @@ class ViTKD(TokenTerm):
     """
 
     class Config(Options):
-        """Options."""
-
         shallow: int = Field(default=2, ge=1, description="Number of first blocks that are mimicked.")
         mask: float = Field(default=0.5, gt=0.0, lt=1.0, description="Share of masked tokens of the last ones.")
         generation: float = Field(default=0.1, gt=0.0, description="Weight of generation relative to mimicking.")
@@ -84,8 +82,6 @@ class MaskedGeneration(TokenTerm):
     """
 
     class Config(Options):
-        """Options."""
-
         masked: Literal["tokens", "channels"] = Field(
             default="tokens", description="Mask tokens (the paper), or channels (the authors' code)."
         )
