@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from forked import Forked
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_models import tiny_models
@@ -229,6 +230,20 @@ def start_process(started: list[subprocess.Popen]) -> Callable[..., subprocess.P
         return started[-1]
 
     return start
+
+
+@pytest.fixture
+def fork_command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Forked]]:
+    """Start a module or script in ``count`` forked processes (see ``forked``)."""
+    started: list[Forked] = []
+
+    def start(*command: str, count: int = 1) -> Forked:
+        started.append(Forked(tmp_path_factory.mktemp("forked"), command, count))
+        return started[-1]
+
+    yield start
+    for forked in started:
+        forked.kill()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -48,8 +48,14 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return counts
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-@pytest.mark.parametrize("method", ["linear", "mlp", "partial", "sidetune", "lst", "vqt"])
+# Each seam in batches with a rest; the other shapes for a seam behind all blocks and one that spans them.
+@pytest.mark.parametrize(
+    ("method", "batch_size"),
+    [
+        *((method, 3) for method in ("linear", "mlp", "partial", "sidetune", "lst", "vqt")),
+        *((method, size) for method in ("linear", "vqt") for size in (1, 8)),
+    ],
+)
 def test_kept_features_give_the_student_of_the_whole_forward(
     tiny: Any,
     tmp_path: Path,

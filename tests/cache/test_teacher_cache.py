@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +38,7 @@ SHORT_OF_MEMORY = "data.memory_gib=1e-5"
 )
 @pytest.mark.slow
 def test_two_processes_compute_a_share_each_and_hold_all(
-    tiny: Any, tmp_path: Path, settings: tuple[str, ...], words: dict[str, str]
+    tiny: Any, tmp_path: Path, fork_command: Callable[..., Any], settings: tuple[str, ...], words: dict[str, str]
 ) -> None:
     """Shares of micro-batches of 4: 12 of 24 images each, less the broken one, which both know of in the end."""
     shutil.copytree(tiny.data, tmp_path / "data")
@@ -51,9 +49,7 @@ def test_two_processes_compute_a_share_each_and_hold_all(
     work = {1: (*settings, "train.accumulation=2"), 2: settings}
     for count, each in work.items():
         arguments = json.dumps([count, str(tmp_path / "run" / str(count)), words, each])
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run([sys.executable, str(WORKER), arguments], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        fork_command(str(WORKER), arguments, count=count).end()
     one, first, second = (_noted(tmp_path / "run", count, rank) for count, rank in ((1, 0), (2, 0), (2, 1)))
     views = 2 if "data.views=2" in settings else 1
     assert one[0]["asked"] == first[0]["asked"] + second[0]["asked"] == views * (IMAGES - 1)

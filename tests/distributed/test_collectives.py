@@ -1,8 +1,8 @@
 """What processes send each other, and that everything comes back where it was."""
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,8 +42,6 @@ def test_nothing_to_send_sends_nothing() -> None:
     assert list(collectives._buckets([])) == []
 
 
-def test_two_processes_exchange_rows_and_json_without_pickle(start_process: Callable[..., subprocess.Popen]) -> None:
+def test_two_processes_exchange_rows_and_json_without_pickle(fork_command: Callable[..., Any]) -> None:
     """Expected values stand in the worker; torch's pickling of objects raises there."""
-    process = start_process("torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER))
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    fork_command(str(WORKER), count=2).end()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 from safetensors.torch import load_file
 
 from remap.distributed import launch
@@ -21,23 +22,21 @@ from remap.runs.run_dir import RunDir
 pytestmark = pytest.mark.slow
 
 Start = Callable[..., subprocess.Popen]
+Fork = Callable[..., Forked]
 # Long enough to be caught in the middle; a checkpoint after every step.
 EPOCHS = 40
 LONG = (
     *(f"train.epochs={EPOCHS}", f"train.eval_every={EPOCHS}"),
     *("train.checkpoint_seconds=0", "data.augment=shift_flip"),
 )
-TWO = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "remap_cli")
 
 
 @pytest.mark.guarantee(4)
-def test_a_killed_run_goes_on_to_the_same_bytes(tiny: Any, tmp_path: Path, start_process: Start) -> None:
+def test_a_killed_run_goes_on_to_the_same_bytes(tiny: Any, tmp_path: Path, fork_command: Fork) -> None:
     """SIGKILL in the middle of an epoch; the twin is trained without a break."""
-    process = start_process("remap_cli", "distill", *tiny.arguments(*LONG), f"--output={tmp_path / 'run'}")
-    state = _wait_for_steps(tmp_path / "run", process, epoch=2)
+    process = fork_command("remap_cli", "distill", *tiny.arguments(*LONG), f"--output={tmp_path / 'run'}")
+    state = _wait_for_steps(tmp_path / "run", process.alive, epoch=2)
     process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
     assert state["step"] and RunDir(tmp_path / "run").status() == "running"
     resumed = resume(tmp_path / "run")
     twin = start(tiny.recipe(*LONG), tmp_path / "twin")
@@ -49,7 +48,7 @@ def test_ctrl_c_says_how_to_go_on(tiny: Any, tmp_path: Path, start_process: Star
     """To the command that started two processes; one goes on."""
     run = tmp_path / "run"
     process = start_process("remap_cli", "distill", *tiny.arguments(*LONG), "--devices=2", f"--output={run}")
-    before = _wait_for_steps(run, process, epoch=1)
+    before = _wait_for_steps(run, lambda: process.poll() is None, epoch=1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 130, errors
@@ -70,14 +69,13 @@ def test_ctrl_c_says_how_to_go_on(tiny: Any, tmp_path: Path, start_process: Star
     ids=["closed views on disk, few labels", "mixing, an average"],
 )
 def test_two_processes_share_teachers_and_lessons(
-    tiny: Any, tmp_path: Path, start_process: Start, settings: tuple[str, ...], words: dict[str, str]
+    tiny: Any, tmp_path: Path, fork_command: Fork, settings: tuple[str, ...], words: dict[str, str]
 ) -> None:
     """As above; each process computes half of what is kept on disk, and rows of both are read by both."""
     settings = (*settings, "teacher.allow_weak=true")
     words = {"losses": "ce,kd,feature", "teacher": f"{tiny.teacher},{words['also']}"}
-    process = start_process(*TWO, "distill", *tiny.arguments(*settings, **words), f"--output={tmp_path / 'two'}")
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
+    command = ("remap_cli", "distill", *tiny.arguments(*settings, **words), f"--output={tmp_path / 'two'}")
+    fork_command(*command, count=2).end()
     start(tiny.recipe(*settings, "teacher.cache=off", **words), tmp_path / "one")
     one, two = _tensors(tmp_path / "one"), _tensors(tmp_path / "two")
     for name, tensor in one.items():
@@ -119,19 +117,13 @@ def test_a_launcher_that_starts_one_process_in_silence_is_caught(
     assert not (tmp_path / "run").exists()
 
 
-def test_two_processes_build_a_cache_and_evaluate(tiny: Any, tmp_path: Path, start_process: Start) -> None:
+def test_two_processes_build_a_cache_and_evaluate(tiny: Any, tmp_path: Path, fork_command: Fork) -> None:
     """The images are computed once, each process its half; what one process evaluates, two evaluate alike."""
     arguments = tiny.arguments("teacher.cache=disk", "seed=77")
-    build = start_process("remap_cli", "cache", "build", *arguments, "--devices=2", "--json")
     run = start(tiny.recipe(losses="ce"), tmp_path / "run")
-    output, errors = build.communicate(timeout=200)
-    assert build.returncode == 0, errors
-    (built,) = json.loads(output)
+    (built,) = json.loads(fork_command("remap_cli", "cache", "build", *arguments, "--json", count=2).end())
     assert (built["images"], built["computed"]) == (24, 24)
-    evaluation = start_process("remap_cli", "eval", str(run.run_dir), "--devices=2", "--json")
-    output, errors = evaluation.communicate(timeout=200)
-    assert evaluation.returncode == 0, errors
-    found = json.loads(output)
+    found = json.loads(fork_command("remap_cli", "eval", str(run.run_dir), "--json", count=2).end())
     assert (found["images"], found["correct"]) == (9, run.summary["student"]["correct"])
 
 
@@ -191,11 +183,11 @@ def test_a_broken_connection_is_told_from_other_errors(error: Exception | None, 
         assert launch.lost_process(outer).what == expected
 
 
-def _wait_for_steps(run: Path, process: subprocess.Popen, epoch: int) -> dict:
+def _wait_for_steps(run: Path, alive: Callable[[], bool], epoch: int) -> dict:
     """The state of the first checkpoint that lies inside epoch ``epoch`` or later."""
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[1]
+        assert alive()
         state = _state(run)
         if state["epoch"] >= epoch and state["step"]:
             return state
@@ -221,7 +213,7 @@ def _tensors(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_two_processes_compare_the_whole_batch(
-    tiny: Any, tmp_path: Path, start_process: Start, largest_difference: Callable[..., float]
+    tiny: Any, tmp_path: Path, fork_command: Fork, largest_difference: Callable[..., float]
 ) -> None:
     """Losses over the batch, with a queue and projectors, of a run without labels: those of one process."""
     words = {"losses": "rkd,crd,queue,feature", "method": "lora"}
@@ -229,9 +221,7 @@ def test_two_processes_compare_the_whole_batch(
     folders = [f"--unlabeled={tiny.data}/train", f"--student={tiny.student}", f"--teacher={tiny.teacher}"]
     settings = (*tiny.SETTINGS, "losses.feature.normalize=standard", "train.accumulation=2")
     given = [*arguments, *folders, *(f"--set={setting}" for setting in settings)]
-    process = start_process(*TWO, "distill", *given, f"--output={tmp_path / 'two'}")
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
+    fork_command("remap_cli", "distill", *given, f"--output={tmp_path / 'two'}", count=2).end()
     options = {**words, "student": tiny.student, "teacher": tiny.teacher, "unlabeled": f"{tiny.data}/train"}
     one = start(
         resolve_distill(None, options, tiny.SETTINGS + ("losses.feature.normalize=standard",)), tmp_path / "one"

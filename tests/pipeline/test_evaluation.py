@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ found = evaluation.evaluate_run(run, None, True, Silent())
 
 @pytest.mark.slow
 def test_no_process_reads_the_images_of_the_others_again(
-    tiny: Any, tmp_path: Path, start_process: Callable[..., subprocess.Popen]
+    tiny: Any, tmp_path: Path, fork_command: Callable[..., Any]
 ) -> None:
     """Where they do not fit in memory: each of the 9 of the fixture is read once. The seventh is the second process's,
     and no image any more; all say so.
@@ -75,9 +74,7 @@ def test_no_process_reads_the_images_of_the_others_again(
     run = start(tiny.recipe(*settings, data=str(tmp_path / "data")), tmp_path / "run").run_dir
     (tmp_path / "data" / "val" / "red" / "00.png").write_bytes(b"no image")
     (tmp_path / "reader.py").write_text(READER)
-    process = start_process("torch.distributed.run", "--nproc-per-node=2", str(tmp_path / "reader.py"), str(run))
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    fork_command(str(tmp_path / "reader.py"), str(run), count=2).end()
     (first, skipped), (second, told) = (json.loads((run / f"read-{rank}").read_text()) for rank in range(2))
     assert (first, second) == ([0, 1, 4, 5, 8], [2, 3, 6, 7])
     assert skipped == told and [Path(name).name for name, _ in skipped] == ["00.png"]

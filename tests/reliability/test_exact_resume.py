@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,14 +146,12 @@ def test_each_image_is_used_once_an_epoch_across_resumes(
 
 @pytest.mark.guarantee(2)
 def test_two_processes_share_each_epoch_out_across_resumes(
-    tiny: Any, tmp_path: Path, start_process: Callable[..., subprocess.Popen], figure: Callable[..., None]
+    tiny: Any, tmp_path: Path, fork_command: Callable[..., Any], figure: Callable[..., None]
 ) -> None:
     """Stopped in the second step of the first epoch and in the third of the second, by a signal to one of the two."""
     settings = (*tiny.SETTINGS, *SETTINGS, "data.augment=shift")
     arguments = json.dumps([tiny.words(), settings, [2, 7], str(tmp_path)])
-    process = start_process("torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER), arguments)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    fork_command(str(WORKER), arguments, count=2).end()
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [rank["went_on"] for rank in ranks] == [2, 2]
     assert all(len(own) == IMAGES // STEPS // 2 for rank in ranks for own in rank["used"])

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 from safetensors.torch import load_file
 
 from remap.distributed.launch import accelerator
@@ -60,8 +61,7 @@ class Ranks:
     def __init__(self, folder: Path, count: int, words: dict, settings: tuple[str, ...], stop: int = 0) -> None:
         self.folder, self.count = folder, count
         arguments = json.dumps([count, str(folder), words, settings, SIZES, stop])
-        code, _, errors = _run([sys.executable, str(WORKERS / "many.py"), arguments])
-        assert code == 0, errors
+        Forked(folder, [str(WORKERS / "many.py"), arguments], count).end()
         files = [folder / f"noted-{count}-{rank}.json" for rank in range(count)]
         self.noted = [json.loads(file.read_text()) for file in files]
         assert [noted["processes"] for noted in self.noted] == [count] * count

@@ -7,9 +7,7 @@ process group of its own and calls the command line's ``main``. Expected values:
 import json
 import os
 import random
-import runpy
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,11 +18,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from forked import be_one_of, fork, free_port, wait
 from PIL import Image
 
 from remap.distributed import interrupts
-from remap.distributed.launch import accelerator
 from remap.errors import Interrupted
 from remap.runs.run_dir import RunDir
 from remap_cli import app, console
@@ -32,8 +29,6 @@ from remap_cli.main import main
 
 pytestmark = pytest.mark.slow
 
-FORK = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "soak.py"))
-fork, wait = FORK["fork"], FORK["wait"]
 STEPS, EPOCHS = 6, 3
 SETTINGS = (
     *(f"train.epochs={EPOCHS}", "train.batch_size=16", "train.checkpoint_seconds=3600"),
@@ -132,7 +127,7 @@ class House:
                 console.error = lambda problem: (os.write(pipe, b"last words\n"), time.sleep(last), told(problem))
             sys.argv = ["remap", *words]
             if port:
-                _be_one_of_two(rank, port)
+                be_one_of(2, rank, port)
             main()
 
         output = self.folder / f"output{len(self.children)}"
@@ -149,20 +144,8 @@ class House:
         assert child.leave()[0] == 0, child.output.read_text()
 
     def pair(self, *words: str, **how: Any) -> list[Child]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         return [self.call(*words, **how, rank=rank, port=port) for rank in range(2)]
-
-
-def _be_one_of_two(rank: int, port: int) -> None:
-    """What a launcher says to its processes; whatever this process knew as a single one is forgotten."""
-    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2)):
-        os.environ[name] = str(value)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    accelerator.cache_clear()
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 @pytest.fixture(scope="module")

@@ -42,8 +42,13 @@ class Pair:
     def row(self) -> MethodEntry:
         return METHODS.row(self.method)
 
+    @property
+    def each(self) -> bool:
+        """Whether the model stands for its family, for what takes long."""
+        return VARIANTS[self.variant].each
 
-def pairs(variants: Iterable[str]) -> list[object]:
+
+def pairs(variants: Iterable[str], others: bool = True) -> list[object]:
     """Cells of the table of support that say yes, for some of the tiny models; all cells would take half an hour.
 
     The first method of each file meets one model a family and every third variant, each variant thus a third of the
@@ -56,6 +61,8 @@ def pairs(variants: Iterable[str]) -> list[object]:
     for index, row in enumerate(METHODS):
         fitting = [v for v in variants if row.fits(FAMILIES.row(VARIANTS[v].family).parts)]
         each = [v for v in fitting if VARIANTS[v].each]
+        if files[index] in files[:index] and not others:
+            continue
         if files[index] in files[:index]:
             is_sequence = ["sequence" in FAMILIES.row(VARIANTS[v].family).parts for v in each]
             chosen = [each[is_sequence.index(kind)] for kind in (True, False) if kind in is_sequence]
@@ -63,10 +70,6 @@ def pairs(variants: Iterable[str]) -> list[object]:
             chosen = each + [v for v in fitting if v not in each and (index + list(VARIANTS).index(v)) % 3 == 0]
         found += [pytest.param(Pair(row.name, v), id=f"{row.name}-{v}") for v in chosen]
     return found
-
-
-# One tiny model a family, for what takes long.
-ONE_EACH = [name for name, row in VARIANTS.items() if row.each]
 
 
 @pytest.fixture(params=METHODS.names)
@@ -79,31 +82,30 @@ def pair(request: pytest.FixtureRequest) -> Pair:
     return request.param
 
 
-# Hooks, tensors read past their layer, and convolutions: compiling takes a second or two each.
-COMPILED = ("dinov2_registers", "eva02", "resnet_bottleneck")
+# Tensors read past their layer, and convolutions: compiling takes a second or two each. Hooks on a plain network are
+# compiled for each method, block by block; what the other methods of a file change lies in blocks.
+COMPILED = ("eva02", "resnet_bottleneck")
 
 
-@pytest.fixture(params=pairs(COMPILED))
+@pytest.fixture(params=pairs(COMPILED, others=False))
 def compiled_pair(request: pytest.FixtureRequest) -> Pair:
     return request.param
 
 
-@pytest.fixture(params=pairs(ONE_EACH))
-def family_pair(request: pytest.FixtureRequest) -> Pair:
-    return request.param
-
-
 @pytest.fixture
-def build() -> Callable[[str], nn.Module]:
+def build() -> Callable[..., nn.Module]:
     """A function from family name to a model, in eval, with every parameter away from its initial 0 or 1."""
 
-    return lambda name, seed=0: deepcopy(_built(name, seed))
+    return lambda name, seed=0, depth=None: deepcopy(_built(name, seed, depth))
 
 
 @functools.cache
-def _built(name: str, seed: int) -> nn.Module:
+def _built(name: str, seed: int, depth: int | None) -> nn.Module:
     seed_draws(seed)
-    model = VARIANTS[name].build(5)
+    row = VARIANTS[name]
+    key = next(key for key in ("depth", "depths", "layers") if key in row.options) if depth else ""
+    size = depth if key == "depth" else (depth,) * len(row.options[key]) if depth else None
+    model = row.build(5, **({key: size} if depth else {}))
     model.pretrained_cfg = {"input_size": (3, 32, 32)}  # all that tells the size of a convolutional network's images
     with torch.no_grad():
         for parameter in model.parameters():
@@ -164,8 +166,20 @@ def _sample() -> Sample:
 def tools() -> SimpleNamespace:
     """Helpers that several test files share."""
     return SimpleNamespace(
-        images=_images, trained=_trained, shake=_shake, step=_step, open_head=_open_head, sample=_sample
+        images=_images,
+        trained=_trained,
+        shake=_shake,
+        step=_step,
+        open_head=_open_head,
+        sample=_sample,
+        traced_depth=_traced_depth,
     )
+
+
+def _traced_depth(method: str) -> int:
+    """Tracing takes as long as a network is deep. What changes layers one by one needs one block; tokens, side
+    networks and adapters may pass something from block to block."""
+    return 1 if METHODS.row(method).category == "parameter" else 2
 
 
 def _images(batch: int = 2, seed: int = 7) -> Tensor:

@@ -28,31 +28,106 @@ KEY_SHIFT = "k_norm.bias"
 
 Build = Callable[..., nn.Module]
 Attach = Callable[..., Attached]
+Tools = SimpleNamespace
+
+
+def test_a_method_that_was_just_attached(
+    build: Build, attach: Attach, tools: Tools, pair: Any, subtests: pytest.Subtests
+) -> None:
+    """One object for all checks; those that change it come last."""
+    base, attached = _plain(build, tools, pair.variant), attach(pair.method, build(pair.variant))
+    checks = [
+        lambda: _identity_at_initialisation_is_what_is_declared(base, attached, tools),
+        lambda: _only_the_declared_parameters_require_grad(attached),
+        lambda: _paths_of_the_backbones_weights_do_not_change(base, attached),
+        lambda: _load_refuses_other_names_and_shapes(attached),
+        lambda: _the_row_says_what_attaching_gives(attached, pair),
+        lambda: _sites_of_dropout_differ(attached),
+        lambda: _weight_decay_leaves_vectors_and_prompts_alone(attached, tools),
+        lambda: _forward_features_and_intermediates_keep_their_shapes(base, attached, tools, pair),
+        lambda: _extra_tokens_stand_between_prefix_and_patches_inside_every_block(base, attached, tools, pair),
+        lambda: _a_second_inserted_method_is_refused(base, attached, attach, pair),
+        lambda: _frozen_modules_stay_in_eval_and_the_methods_own_train(base, attached),
+        lambda: _signals_called_unchanged_do_not_change(base, attached, tools, pair),
+        lambda: _dropout_is_keyed_by_sample(attached, tools),
+    ]
+    if pair.each:
+        checks.append(lambda: _a_model_converted_after_attaching_trains(attached, tools))
+    for check in checks:
+        with subtests.test(check.__code__.co_names[0]):
+            check()
+
+
+@pytest.mark.guarantee(11)
+def test_a_method_that_was_trained(
+    build: Build, attach: Attach, tools: Tools, pair: Any, figure: Callable[..., None], subtests: pytest.Subtests
+) -> None:
+    """Trains one model and loads its state into a fresh one; the first is detached, the second merged."""
+    base, attached = _plain(build, tools, pair.variant), attach(pair.method, build(pair.variant))
+    with subtests.test("every trained tensor gets a gradient and moves"):
+        _every_trained_tensor_gets_a_gradient_and_moves(attached, tools)
+    with subtests.test("frozen parameters and buffers are bit equal after steps"):
+        changing = {*attached.trainable, *attached.buffers}
+        after = attached.model.state_dict()
+        for name, value in base.state.items():
+            if name not in changing and not attached.anatomy.is_head(name):
+                assert torch.equal(after[name], value), name
+    fresh = attach(pair.method, build(pair.variant), seed=99)
+    with subtests.test("state loads into a fresh model to the same logits"):
+        fresh.load(attached.state())
+        _copy_head(attached, fresh)
+        assert torch.equal(fresh.model(tools.images()), attached.model(tools.images()))
+    with subtests.test("the seam cuts the forward where it says"):
+        _the_seam_cuts_the_forward_where_it_says(attached, tools)
+    with subtests.test("merge gives plain weights or says no"):
+        _merge_gives_plain_weights_or_says_no(build(pair.variant), fresh, tools, pair, figure)
+    with subtests.test("detach gives the backbone back bit for bit"):
+        _detach_gives_the_backbone_back_bit_for_bit(base, attached, tools)
+
+
+def _plain(build: Build, tools: Tools, variant: str) -> Tools:
+    """What the untouched model of timm gives; computed once for all methods."""
+    if variant not in PLAIN:
+        model, images = build(variant), tools.images()
+        with torch.no_grad():
+            found = Tools(
+                state=model.state_dict(),
+                modules=[name for name, _ in model.named_modules()],
+                logits=model(images),
+                features=model.forward_features(images),
+                tokens=_tokens_in_blocks(model, images) if "sequence" in anatomy_of(model).parts else [],
+            )
+            found.shapes = [_shapes(model.forward_intermediates(images, **o)) for o in _intermediates(found.tokens)]
+        PLAIN[variant] = found
+    return PLAIN[variant]
+
+
+PLAIN: dict[str, Tools] = {}
+
+
+def _intermediates(sequence: object) -> list[dict[str, Any]]:
+    if not sequence:
+        return [{"intermediates_only": True}]
+    words = ("output_fmt", "norm", "return_prefix_tokens")
+    each = itertools.product(("NCHW", "NLC"), (False, True), (False, True))
+    return [dict(zip(words, values, strict=True)) for values in each]
 
 
 @torch.no_grad()  # PyTorch may choose another attention kernel where a bias requires a gradient
-def test_identity_at_initialisation_is_what_is_declared(
-    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any
-) -> None:
-    base, model = build(pair.variant), build(pair.variant)
-    attached = attach(pair.method, model)
-    assert torch.equal(model(tools.images()), base(tools.images())) == attached.identity_at_init
+def _identity_at_initialisation_is_what_is_declared(base: Tools, attached: Attached, tools: Tools) -> None:
+    assert torch.equal(attached.model(tools.images()), base.logits) == attached.identity_at_init
 
 
-def test_only_the_declared_parameters_require_grad(build: Build, attach: Attach, pair: Any) -> None:
-    model = build(pair.variant)
-    attached = attach(pair.method, model)
-    head = {name for name, _ in model.named_parameters() if attached.anatomy.is_head(name)}
-    assert {name for name, p in model.named_parameters() if p.requires_grad} - head == set(attached.trainable)
+def _only_the_declared_parameters_require_grad(attached: Attached) -> None:
+    parameters = dict(attached.model.named_parameters())
+    head = {name for name in parameters if attached.anatomy.is_head(name)}
+    assert {name for name, p in parameters.items() if p.requires_grad} - head == set(attached.trainable)
     assert not head & set(attached.trainable)
     assert len(set(attached.trainable)) == len(attached.trainable)
 
 
-def test_every_trained_tensor_gets_a_gradient_and_moves(
-    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any
-) -> None:
+def _every_trained_tensor_gets_a_gradient_and_moves(attached: Attached, tools: Tools) -> None:
     """Catches dead initialisations: two zero factors never move each other."""
-    attached = attach(pair.method, build(pair.variant))
     before = attached.state()
     alive = tools.step(attached, 5)
     for name, parameter in tools.trained(attached).items():
@@ -62,54 +137,26 @@ def test_every_trained_tensor_gets_a_gradient_and_moves(
         assert not torch.equal(parameter.detach(), before[name]), f"{name} did not move"
 
 
-def test_frozen_parameters_and_buffers_are_bit_equal_after_steps(
-    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any
-) -> None:
-    base, model = build(pair.variant), build(pair.variant)
-    attached = attach(pair.method, model)
-    tools.step(attached)
-    after = model.state_dict()
-    changing = {*attached.trainable, *attached.buffers}
-    for name, value in base.state_dict().items():
-        if name not in changing and not attached.anatomy.is_head(name):
-            assert torch.equal(after[name], value), name
-
-
-def test_paths_of_the_backbones_weights_do_not_change(build: Build, attach: Attach, pair: Any) -> None:
-    base, model = build(pair.variant), build(pair.variant)
-    attached = attach(pair.method, model)
-    added = set(model.state_dict()) - set(base.state_dict())
-    assert set(base.state_dict()) <= set(model.state_dict())
+def _paths_of_the_backbones_weights_do_not_change(base: Tools, attached: Attached) -> None:
+    added = set(attached.model.state_dict()) - set(base.state)
+    assert set(base.state) <= set(attached.model.state_dict())
     assert all(is_inserted(name) for name in added)
     kept = {*attached.trainable, *attached.buffers}
     assert all(name in kept or attached.anatomy.is_head(name) for name in added), "inserted, so part of every task file"
 
 
-def test_frozen_modules_stay_in_eval_and_the_methods_own_train(build: Build, attach: Attach, pair: Any) -> None:
-    base, model = build(pair.variant), build(pair.variant)
-    attached = attach(pair.method, model)
-    for parent in (model, model.train()):  # whoever calls train() in between
+def _frozen_modules_stay_in_eval_and_the_methods_own_train(base: Tools, attached: Attached) -> None:
+    for parent in (attached.model, attached.model.train()):  # whoever calls train() in between
         attached.train()
         modes = {name: module.training for name, module in parent.named_modules()}
-        for name, _ in base.named_modules():
+        for name in base.modules:
             tuned = any(name == path or not path or name.startswith(f"{path}.") for path in attached.tuned_modules)
             assert modes[name] == tuned, name
         assert all(training for name, training in modes.items() if is_inserted(name))
+    attached.model.eval()
 
 
-def test_state_loads_into_a_fresh_model_to_the_same_logits(
-    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any
-) -> None:
-    attached = attach(pair.method, build(pair.variant))
-    tools.step(attached)
-    fresh = attach(pair.method, build(pair.variant), seed=99)
-    fresh.load(attached.state())
-    _copy_head(attached, fresh)
-    assert torch.equal(fresh.model(tools.images()), attached.model(tools.images()))
-
-
-def test_load_refuses_other_names_and_shapes(build: Build, attach: Attach, pair: Any) -> None:
-    attached = attach(pair.method, build(pair.variant))
+def _load_refuses_other_names_and_shapes(attached: Attached) -> None:
     state = attached.state()
     with pytest.raises(RunError, match="unexpected stranger"):
         attached.load({**state, "stranger": torch.zeros(1)})
@@ -120,12 +167,9 @@ def test_load_refuses_other_names_and_shapes(build: Build, attach: Attach, pair:
             attached.load({**state, name: state[name][None]})
 
 
-@pytest.mark.guarantee(11)
-def test_merge_gives_plain_weights_or_says_no(
-    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any, figure: Callable[..., None]
+def _merge_gives_plain_weights_or_says_no(
+    base: nn.Module, attached: Attached, tools: Tools, pair: Any, figure: Callable[..., None]
 ) -> None:
-    base, attached = build(pair.variant), attach(pair.method, build(pair.variant))
-    tools.step(attached)
     tuned = attached.model(tools.images()).detach()
     if not attached.mergeable:
         with pytest.raises(BackboneError, match="cannot be folded"):
@@ -137,33 +181,28 @@ def test_merge_gives_plain_weights_or_says_no(
     assert list(merged.state_dict()) == list(base.state_dict())
     assert _untouched(merged)
     base.load_state_dict(merged.state_dict())
-    difference = float((base(tools.images()) - tuned).abs().max())
+    difference = float((base(tools.images()) - tuned).detach().abs().max())
     assert difference <= 1e-5 * max(1.0, float(tuned.abs().max()))
     assert difference <= 1e-4
     figure("pairs that are folded", 1, 1)
     figure("largest difference of logits", difference)
 
 
-def test_the_row_says_what_attaching_gives(build: Build, attach: Attach, pair: Any) -> None:
+def _the_row_says_what_attaching_gives(attached: Attached, pair: Any) -> None:
     """The table is what listings and plans go by, before anything is built."""
-    attached = attach(pair.method, build(pair.variant))
     assert attached.mergeable == pair.row.mergeable
     if "sequence" in attached.anatomy.parts:
         assert (attached.extra_tokens > 0) == pair.row.adds_tokens
 
 
-def test_sites_of_dropout_differ(build: Build, attach: Attach, pair: Any) -> None:
+def _sites_of_dropout_differ(attached: Attached) -> None:
     """Equal sites would drop the same elements of an image."""
-    attached = attach(pair.method, build(pair.variant))
     sites = [m.site for m in attached.model.modules() if isinstance(m, SampleDropout) and m.p]
     assert len(set(sites)) == len(sites)
 
 
-def test_a_model_converted_after_attaching_trains(
-    build: Build, attach: Attach, tools: SimpleNamespace, family_pair: Any
-) -> None:
+def _a_model_converted_after_attaching_trains(attached: Attached, tools: Tools) -> None:
     """The training loop moves the model to its device when the method is there already; a type is as good a test."""
-    attached = attach(family_pair.method, build(family_pair.variant))
     model = tools.open_head(attached.model).double()
     attached.train()
     attached.set_sample_keys(torch.tensor([11, 12]))
@@ -176,49 +215,41 @@ def test_a_model_converted_after_attaching_trains(
     assert all(p.grad.dtype == torch.float64 for p in tools.trained(attached).values())
 
 
-def test_detach_gives_the_backbone_back_bit_for_bit(
-    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any
-) -> None:
-    base, model = build(pair.variant), build(pair.variant)
-    attached = attach(pair.method, model)
-    tools.step(attached)
+def _detach_gives_the_backbone_back_bit_for_bit(base: Tools, attached: Attached, tools: Tools) -> None:
+    model = attached.model
     returned = attached.detach().eval()
     assert returned is model
-    assert list(model.state_dict()) == list(base.state_dict())
-    for name, value in base.state_dict().items():
+    assert list(model.state_dict()) == list(base.state)
+    for name, value in base.state.items():
         assert attached.anatomy.is_head(name) or torch.equal(model.state_dict()[name], value), name
-    assert torch.equal(model.forward_features(tools.images()), base.forward_features(tools.images()))
+    with torch.no_grad():
+        assert torch.equal(model.forward_features(tools.images()), base.features)
     assert all(p.requires_grad for p in model.parameters())
     assert _untouched(model)
 
 
-def test_forward_features_and_intermediates_keep_their_shapes(
-    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any
+@torch.no_grad()
+def _forward_features_and_intermediates_keep_their_shapes(
+    base: Tools, attached: Attached, tools: Tools, pair: Any
 ) -> None:
-    base, attached = build(pair.variant), attach(pair.method, build(pair.variant))
     model, images = attached.model, tools.images()
     enlarges = pair.method == "vpt_pad"  # its border makes the image, and so every map, larger
+    features = model.forward_features(images)
     if not enlarges:
-        assert model.forward_features(images).shape == base.forward_features(images).shape
-    assert model.forward_head(model.forward_features(images)).shape == (2, 5)
-    if "sequence" not in attached.anatomy.parts:
-        found = (m.forward_intermediates(images, intermediates_only=True) for m in (model, base))
-        assert enlarges or _shapes(next(found)) == _shapes(next(found))
+        assert features.shape == base.features.shape
+    assert model.forward_head(features).shape == (2, 5)
+    found = [model.forward_intermediates(images, **options) for options in _intermediates(base.tokens)]
+    if not base.tokens:
+        assert enlarges or _shapes(found) == base.shapes
         return
-    for output_format, norm, prefix in itertools.product(("NCHW", "NLC"), (False, True), (False, True)):
-        options = {"output_fmt": output_format, "norm": norm, "return_prefix_tokens": prefix}
-        ours, theirs = (m.forward_intermediates(images, **options) for m in (model, base))
-        assert _shapes(ours) == _shapes(theirs)
+    assert _shapes(found) == base.shapes
     final, tokens = model.forward_intermediates(images, output_fmt="NLC", norm=True)
-    patches = model.forward_features(images)[:, attached.anatomy.num_prefix_tokens :]
+    patches = features[:, attached.anatomy.num_prefix_tokens :]
     assert torch.equal(final[:, attached.anatomy.num_prefix_tokens :], patches)
     assert torch.equal(tokens[-1], patches)
 
 
-def test_weight_decay_leaves_vectors_and_prompts_alone(
-    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any
-) -> None:
-    attached = attach(pair.method, build(pair.variant))
+def _weight_decay_leaves_vectors_and_prompts_alone(attached: Attached, tools: Tools) -> None:
     exempt = set(attached.no_decay)
     assert exempt <= set(attached.trainable)
     for name, parameter in tools.trained(attached).items():
@@ -226,15 +257,14 @@ def test_weight_decay_leaves_vectors_and_prompts_alone(
         assert name in exempt or not must, name
 
 
-def test_extra_tokens_stand_between_prefix_and_patches_inside_every_block(
-    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any
+def _extra_tokens_stand_between_prefix_and_patches_inside_every_block(
+    base: Tools, attached: Attached, tools: Tools, pair: Any
 ) -> None:
     """Attention does not see the order of tokens, so logits cannot tell; who reads inside a block relies on it."""
-    base, attached = build(pair.variant), attach(pair.method, build(pair.variant))
     if "sequence" not in attached.anatomy.parts:
         assert attached.extra_tokens == 0
         return
-    inside, outside = (_tokens_in_blocks(model, tools.images()) for model in (attached.model, base))
+    inside, outside = _tokens_in_blocks(attached.model, tools.images()), base.tokens
     extra, prefix = attached.extra_tokens, attached.anatomy.num_prefix_tokens
     assert [len(x[0]) for x in inside] == [len(x[0]) + extra for x in outside]
     if pair.row.category == "prompt" and pair.method not in ("vp",):
@@ -242,13 +272,9 @@ def test_extra_tokens_stand_between_prefix_and_patches_inside_every_block(
         assert torch.equal(inside[0][:, prefix + extra :], outside[0][:, prefix:])
 
 
-def test_the_seam_cuts_the_forward_where_it_says(
-    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any
-) -> None:
-    attached = attach(pair.method, build(pair.variant))
+def _the_seam_cuts_the_forward_where_it_says(attached: Attached, tools: Tools) -> None:
     if attached.seam is None:
         return
-    tools.step(attached)
     images = tools.images()
     kept = attached.seam.stem(images)
     assert all(len(value) == 2 and not value.requires_grad for value in kept.values())
@@ -264,35 +290,28 @@ def test_the_seam_cuts_the_forward_where_it_says(
 
 
 @torch.no_grad()
-def test_signals_called_unchanged_do_not_change(
-    build: Build, attach: Attach, tools: SimpleNamespace, pair: Any
-) -> None:
+def _signals_called_unchanged_do_not_change(base: Tools, attached: Attached, tools: Tools, pair: Any) -> None:
     """``unchanged`` decides which losses are refused as idle."""
-    base, attached = build(pair.variant), attach(pair.method, build(pair.variant))
     tools.shake(attached)
-    ours, theirs = (m.forward_features(tools.images()) for m in (attached.model, base))
-    same = ours.shape == theirs.shape and torch.equal(ours, theirs)
+    ours = attached.model.forward_features(tools.images())
+    same = ours.shape == base.features.shape and torch.equal(ours, base.features)
     assert same == ("tokens" in pair.row.unchanged)
 
 
-def test_a_second_inserted_method_is_refused(build: Build, attach: Attach, pair: Any) -> None:
-    model = build(pair.variant)
-    attached = attach(pair.method, model)
-    if set(model.state_dict()) == set(build(pair.variant).state_dict()):
+def _a_second_inserted_method_is_refused(base: Tools, attached: Attached, attach: Attach, pair: Any) -> None:
+    if set(attached.model.state_dict()) == set(base.state):
         assert not attached.added, "in-place methods insert nothing"
         return
     with pytest.raises(BackboneError, match="already carries"):
-        attach(pair.method, model)
+        attach(pair.method, attached.model)
 
 
-def test_dropout_is_keyed_by_sample(build: Build, attach: Attach, tools: SimpleNamespace, pair: Any) -> None:
-    """What is dropped of an image depends on its key alone, not on the rest of the batch."""
-    attached = attach(pair.method, build(pair.variant))
+def _dropout_is_keyed_by_sample(attached: Attached, tools: Tools) -> None:
+    """What is dropped of an image depends on its key alone, not on the rest of the batch. Parameters are shaken."""
     ours = [m for name, m in attached.model.named_modules() if is_inserted(name) and isinstance(m, nn.Dropout)]
     assert not ours, "torch's own dropout is not keyed"
     if not any(isinstance(m, SampleDropout) and m.p for m in attached.model.modules()) or _has_batch_norm(attached):
         return
-    tools.shake(attached)
     attached.train()
     images, keys = tools.images(3), torch.tensor([11, 12, 13])
     attached.set_sample_keys(keys)

@@ -42,8 +42,6 @@ class Skip(Method):
     """
 
     class Config(Options):
-        """Options."""
-
         cost: float = Field(default=1.0, ge=0.0, description="Price of the fully open network, in units of the loss.")
         gates: Literal["block", "branch"] = Field(
             default="block", description="One gate per block, or per branch (attention, MLP)."

@@ -119,8 +119,6 @@ class Dist(LogitsTerm):
     """
 
     class Config(Options):
-        """Options."""
-
         beta: float = Field(default=1.0, ge=0.0, description="Weight of the correlation across classes, per image.")
         gamma: float = Field(default=1.0, ge=0.0, description="Weight of the correlation across images, per class.")
         tau: float = Field(default=1.0, gt=0.0, description="Temperature; divides the logits of both networks.")
@@ -152,8 +150,6 @@ class Torchdistill(TokenTerm):
     """
 
     class Config(Options):
-        """Options."""
-
         loss: LossName = Field(default="RKDLoss", description="Class name of torchdistill's loss.")
         signal: Signal = Field(default="pooled", description="Signal that the loss reads.")
         options: dict[str, Scalar] = Field(

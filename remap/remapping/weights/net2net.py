@@ -27,8 +27,6 @@ class Net2Net(WeightInit):
     """
 
     class Config(Options):
-        """Options."""
-
         noise: float = Field(
             default=0.0, ge=0.0, description="Noise on copied weights, in standard deviations of their tensor."
         )

@@ -61,8 +61,6 @@ class Layers(WeightInit):
     """
 
     class Config(Options):
-        """Options."""
-
         which: Literal["uniform", "first", "last"] = Field(
             default="uniform", description="Teacher blocks that the student takes."
         )

@@ -5,7 +5,7 @@ from functools import partial
 from remap.tuning.entry import D, L, MethodEntry
 
 _BLOCKS = frozenset({"attention"})
-_row = partial(MethodEntry, category="adapter")
+_row = partial(MethodEntry, category="adapter", mergeable=False, needs=_BLOCKS)
 # Parameters of a bottleneck of 8, with biases.
 _BOTTLENECK = 2 * D * 8 + 8 + D
 
@@ -17,8 +17,6 @@ ROWS = [
         paper="Houlsby et al. 2019, arXiv 1902.00751",
         trains="2*L*(2*D*r + r + D)",
         vit_base=2 * L * _BOTTLENECK,
-        mergeable=False,
-        needs=_BLOCKS,
     ),
     _row(
         name="pfeiffer",
@@ -27,8 +25,6 @@ ROWS = [
         paper="Pfeiffer et al. 2020, arXiv 2005.00247",
         trains="L*(2*D*r + r + D)",
         vit_base=L * _BOTTLENECK,
-        mergeable=False,
-        needs=_BLOCKS,
     ),
     _row(
         name="adapter_plus",
@@ -37,8 +33,6 @@ ROWS = [
         paper="Steitz and Roth 2024, arXiv 2406.06820",
         trains="L*(2*D*r + r + 2*D)",
         vit_base=L * (_BOTTLENECK + D),
-        mergeable=False,
-        needs=_BLOCKS,
     ),
     _row(
         name="adaptformer",
@@ -47,8 +41,6 @@ ROWS = [
         paper="Chen et al. 2022, arXiv 2205.13535",
         trains="L*(2*D*r + r + D)",
         vit_base=L * (2 * D * 64 + 64 + D),
-        mergeable=False,
-        needs=_BLOCKS,
     ),
     _row(
         name="convpass",
@@ -57,8 +49,6 @@ ROWS = [
         paper="Jie and Deng 2022, arXiv 2207.07039",
         trains="2*L*(2*D*r + 9*r*r + 2*r + D)",
         vit_base=2 * L * (2 * D * 8 + 9 * 8 * 8 + 2 * 8 + D),
-        mergeable=False,
-        needs=_BLOCKS,
     ),
     _row(
         name="repadapter",
@@ -67,7 +57,7 @@ ROWS = [
         paper="Luo et al. 2023, arXiv 2302.08106",
         trains="2*L*(D*r + r + D*r/g + D), g groups",
         vit_base=2 * L * (D * 8 + 8 + D * 8 // 2 + D),
-        needs=_BLOCKS,
+        mergeable=True,
     ),
     _row(
         name="residual_adapter",
@@ -76,6 +66,7 @@ ROWS = [
         paper="Rebuffi et al. 2018, arXiv 1803.10082",
         trains="sum over convolutions of c_in*c_out/g + norms, g groups",
         vit_base=None,
+        mergeable=True,
         lr=3e-3,
         needs=frozenset({"convolutions"}),
     ),
@@ -86,7 +77,6 @@ ROWS = [
         paper="Chen et al. 2022, arXiv 2208.07463",
         trains="sum over convolutions of k*k*c_in + c_in*c_out/4 + c_out, k kernel",
         vit_base=None,
-        mergeable=False,
         lr=3e-3,
         needs=frozenset({"convolutions"}),
     ),
@@ -97,7 +87,6 @@ ROWS = [
         paper="Sung et al. 2022, arXiv 2206.06522",
         trains="L*(12*d*d + 13*d) + (L + 1)*(D*d + d) + d*D + D, d = D/r",
         vit_base=L * (12 * 96**2 + 13 * 96) + (L + 1) * (D * 96 + 96) + 96 * D + D,
-        mergeable=False,
         needs=frozenset({"sequence"}),
         unchanged=frozenset({"attention", "tokens"}),
         alone=True,

@@ -22,8 +22,6 @@ class ConvAdapter(Method):
     """
 
     class Config(Options):
-        """Options."""
-
         reduction: int = Field(
             default=4, ge=1, description="Input channels per channel of the bottleneck; r is the next divisor below."
         )

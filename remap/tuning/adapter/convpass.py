@@ -26,8 +26,6 @@ class Convpass(Method):
     """
 
     class Config(Options):
-        """Options."""
-
         bottleneck: int = Field(default=8, ge=1, description="Width of the bottleneck.")
         scale: float = Field(default=1.0, gt=0.0, description="Factor on the output; 0.01 to 100 in the paper.")
         dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout probability in the bottleneck.")

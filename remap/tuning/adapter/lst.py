@@ -41,8 +41,6 @@ class LadderSideTuning(Method):
     """
 
     class Config(Options):
-        """Options."""
-
         reduction: int = Field(default=8, ge=1, description="Backbone width / side network width.")
         gates: Literal["fixed", "learned"] = Field(default="fixed", description="Mix of the two: one half, or learned.")
 

@@ -29,8 +29,6 @@ class RepAdapter(Method):
     """
 
     class Config(Options):
-        """Options."""
-
         bottleneck: int = Field(default=8, ge=1, description="Width of the bottleneck.")
         groups: int = Field(default=2, ge=1, description="Groups of the up-projection.")
         scale: float = Field(default=1.0, gt=0.0, description="Factor on the output; 0.1 to 10 in the paper.")

@@ -32,8 +32,6 @@ class ResidualAdapter(Method):
     """
 
     class Config(Options):
-        """Options."""
-
         place: Literal["parallel", "series"] = Field(
             default="parallel", description="Parallel to a spatial convolution, or after it."
         )

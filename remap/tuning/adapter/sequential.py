@@ -23,8 +23,6 @@ class Houlsby(Method):
     """
 
     class Config(Options):
-        """Options."""
-
         bottleneck: int = Field(default=8, ge=1, description="Width of the bottleneck.")
 
     config: Config
@@ -46,8 +44,6 @@ class Pfeiffer(Method):
     """
 
     class Config(Options):
-        """Options."""
-
         bottleneck: int = Field(default=8, ge=1, description="Width of the bottleneck.")
         reduction: int | None = Field(
             default=None, ge=1, description="Backbone width / bottleneck width; null takes bottleneck."
@@ -75,8 +71,6 @@ class AdapterPlus(Method):
     """
 
     class Config(Options):
-        """Options."""
-
         bottleneck: int = Field(default=8, ge=1, description="Width of the bottleneck.")
         drop_path: float = Field(
             default=0.1, ge=0.0, lt=1.0, description="Probability of skipping an image's adapter in training."

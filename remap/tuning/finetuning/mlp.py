@@ -24,8 +24,6 @@ class MLP(Method):
     """
 
     class Config(Options):
-        """Options."""
-
         num_layers: int = Field(default=2, ge=1, description="Hidden layers, without the classifier.")
         dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout probability after each hidden layer.")
 

@@ -24,8 +24,6 @@ class Partial(Method):
     """
 
     class Config(Options):
-        """Options."""
-
         num_blocks: int = Field(default=1, ge=1, description="Number of last blocks to train.")
         blocks: tuple[NonNegativeInt, ...] | None = Field(
             default=None, min_length=1, description="Blocks to train, counted from 0; null is the last num_blocks."

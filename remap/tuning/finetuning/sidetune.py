@@ -31,8 +31,6 @@ class SideTune(Method):
     """
 
     class Config(Options):
-        """Options."""
-
         side: str = Field(default="lcnet_075", min_length=1, description="Name of the side network in timm.")
         side_weights: str = Field(default="none", description='"none" (random), "pretrained" or a .safetensors file.')
 

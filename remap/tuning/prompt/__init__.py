@@ -5,7 +5,7 @@ from functools import partial
 from remap.tuning.entry import D, L, MethodEntry
 
 _VPT = "Jia et al. 2022, arXiv 2203.12119"
-_row = partial(MethodEntry, category="prompt")
+_row = partial(MethodEntry, category="prompt", mergeable=False, lr=3e-2)
 
 ROWS = [
     _row(
@@ -15,7 +15,6 @@ ROWS = [
         paper=_VPT,
         trains="p*D",
         vit_base=10 * D,
-        mergeable=False,
         lr=5e-2,
         needs=frozenset({"attention"}),
         adds_tokens=True,
@@ -27,7 +26,6 @@ ROWS = [
         paper=_VPT,
         trains="L*p*D",
         vit_base=L * 10 * D,
-        mergeable=False,
         lr=5e-2,
         needs=frozenset({"attention"}),
         adds_tokens=True,
@@ -39,7 +37,7 @@ ROWS = [
         paper=_VPT,
         trains="12*b*(S + b), b border and S image side in pixels",
         vit_base=None,
-        mergeable=False,
+        lr=1e-2,
         needs=frozenset({"convolutions"}),
     ),
     _row(
@@ -49,8 +47,6 @@ ROWS = [
         paper="Bahng et al. 2022, arXiv 2203.17274",
         trains="12*b*(S - b), b border and S image side in pixels",
         vit_base=12 * 30 * (224 - 30),
-        mergeable=False,
-        lr=3e-2,
     ),
     _row(
         name="e2vpt",
@@ -59,8 +55,6 @@ ROWS = [
         paper="Han et al. 2023, arXiv 2307.13770",
         trains="L*(p + n)*D, n key-value prompts",
         vit_base=L * (10 + 5) * D,
-        mergeable=False,
-        lr=3e-2,
         needs=frozenset({"sequence"}),
         adds_tokens=True,
     ),
@@ -71,8 +65,6 @@ ROWS = [
         paper="Tu et al. 2023, arXiv 2212.03220",
         trains="L*p*D (classifier: C*D*L*p more)",
         vit_base=L * D,
-        mergeable=False,
-        lr=3e-2,
         needs=frozenset({"sequence"}),
         unchanged=frozenset({"attention", "tokens", "pooled"}),
         alone=True,

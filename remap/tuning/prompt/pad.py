@@ -24,8 +24,6 @@ class VPTPad(Method):
     """
 
     class Config(Options):
-        """Options."""
-
         border: int = Field(default=5, ge=1, description="Border width in pixels.")
 
     config: Config

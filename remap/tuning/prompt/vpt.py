@@ -41,8 +41,6 @@ class VPTDeep(Method):
     """
 
     class Config(PromptOptions):
-        """Options."""
-
         dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout probability on the prompts.")
         shared: bool = Field(default=False, description="Share one set of prompts among all blocks.")
         num_blocks: int | None = Field(

@@ -38,8 +38,6 @@ class VQT(Method):
     """
 
     class Config(Options):
-        """Options."""
-
         num_prompts: int = Field(default=1, ge=1, description="Queries per block.")
         dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout probability on the queries.")
 

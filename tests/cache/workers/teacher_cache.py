@@ -5,20 +5,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from remap_cli import launch
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from remap.cache import teacher_cache
+from remap.distributed.launch import accelerator
+from remap.pipeline import run
+from remap.pipeline.run import start
+from remap.recipe import resolve
 
 count, output, words, settings = json.loads(sys.argv[1])
-launch.start_processes(count)
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-
-from remap.cache import teacher_cache  # noqa: E402
-from remap.distributed.launch import accelerator  # noqa: E402
-from remap.pipeline import run  # noqa: E402
-from remap.pipeline.run import start  # noqa: E402
-from remap.recipe import resolve  # noqa: E402
 
 torch.set_num_threads(1)
 noted: dict[str, Any] = {"asked": 0}

@@ -1,4 +1,4 @@
-"""Starts itself in several processes, for tests/reliability/test_many_processes.py; each writes down what it did."""
+"""One of several processes of tests/reliability/test_many_processes.py; writes down what it did."""
 
 import json
 import signal
@@ -6,24 +6,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from remap_cli import launch
+import torch
+
+from remap.distributed.launch import accelerator
+from remap.engine import loop
+from remap.engine.evaluate import evaluate
+from remap.engine.teacher import Teacher
+from remap.errors import Interrupted
+from remap.pipeline.components import build_components
+from remap.pipeline.run import resume, start
+from remap.pipeline.shared import SharedResources
+from remap.progress import Silent
+from remap.recipe import resolve
 
 count, folder, words, settings, sizes, stop = json.loads(sys.argv[1])
-launch.start_processes(count)
-
-import torch  # noqa: E402
-
-from remap.distributed.launch import accelerator  # noqa: E402
-from remap.engine import loop  # noqa: E402
-from remap.engine.evaluate import evaluate  # noqa: E402
-from remap.engine.teacher import Teacher  # noqa: E402
-from remap.errors import Interrupted  # noqa: E402
-from remap.pipeline.components import build_components  # noqa: E402
-from remap.pipeline.run import resume, start  # noqa: E402
-from remap.pipeline.shared import SharedResources  # noqa: E402
-from remap.progress import Silent  # noqa: E402
-from remap.recipe import resolve  # noqa: E402
-
 folder = Path(folder)
 rank = accelerator().process_index
 torch.set_num_threads(1)

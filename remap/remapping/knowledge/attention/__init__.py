@@ -1,49 +1,44 @@
 """Losses on attention; listing them imports no torch."""
 
 from collections.abc import Iterable
+from functools import partial
 
 from remap.remapping.loss_entry import LossEntry
 
+_row = partial(LossEntry, category="attention", signal="attention")
+
 ROWS = [
-    LossEntry(
+    _row(
         name="attention",
         target="remap.remapping.knowledge.attention.maps:AttentionTransfer",
-        category="attention",
         summary="KL of attention maps of chosen blocks over the shared {class, patches} tokens",
         paper="Li et al. 2024, arXiv 2411.09702",
         needs="queries and keys of both",
-        signal="attention",
         mismatch="heads averaged; grids resized on rows and columns; prompts, registers and unshared class tokens cut",
     ),
-    LossEntry(
+    _row(
         name="attention_cls",
         target="remap.remapping.knowledge.attention.class_row:ClassRow",
-        category="attention",
         summary="KL of the class token's attention row alone (AttnDistill): the cheapest one, with the smallest cache",
         paper="Wang et al. 2022, arXiv 2210.00944",
         needs="the class token's query and all keys of both",
-        signal="attention",
         mismatch="a class token on both sides; any heads (product of experts); the row resized on the grid",
         weight=0.1,
     ),
-    LossEntry(
+    _row(
         name="attention_scores",
         target="remap.remapping.knowledge.attention.maps:AttentionScoresMatch",
-        category="attention",
         summary="squared error of attention scores before the softmax (TinyBERT)",
         paper="Jiao et al. 2020, arXiv 1909.10351",
         needs="queries and keys of both",
-        signal="attention",
         mismatch="as for attention, nothing re-normalised",
     ),
-    LossEntry(
+    _row(
         name="relations",
         target="remap.remapping.knowledge.attention.relations:Relations",
-        category="attention",
         summary="KL of query-query, key-key and value-value relations of relation heads (MiniLMv2, TinyMIM)",
         paper="Wang et al. 2021, arXiv 2012.15828",
         needs="queries, keys and values of both",
-        signal="attention",
         mismatch="any heads and widths (re-split into relation heads); vectors resized on the grid; other tokens cut",
     ),
 ]

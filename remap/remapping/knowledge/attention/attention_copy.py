@@ -46,8 +46,6 @@ class AttentionCopy(Method):
     """
 
     class Config(Options):
-        """Options."""
-
         teacher: str = Field(default="mini_teacher", min_length=1, description="Short or timm name of the teacher.")
         weights: str = Field(default="pretrained", min_length=1, description='"pretrained" or a .safetensors file.')
         preset: Literal["none", "mae", "moco_v3"] | None = Field(

@@ -30,8 +30,6 @@ class BlockTerm(LossTerm):
     """
 
     class Config(Options):
-        """Options."""
-
         layers: Literal["last", "uniform"] | tuple[tuple[int, int], ...] = Field(
             default="last", description='Block pairs: "last", "uniform" or [[student, teacher], ...] counted from 0.'
         )

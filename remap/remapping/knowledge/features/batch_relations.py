@@ -61,8 +61,6 @@ class Relational(BatchRelation):
     """
 
     class Config(Options):
-        """Options."""
-
         distance: float = Field(default=1.0, ge=0.0, description="Weight of the distances between pairs.")
         angle: float = Field(default=2.0, ge=0.0, description="Weight of the angles in triples.")
 
@@ -89,8 +87,6 @@ class ProbabilisticTransfer(BatchRelation):
     """
 
     class Config(Options):
-        """Options."""
-
         self_similarity: bool = Field(default=False, description="Count each image as a neighbour of itself.")
 
     config: Config

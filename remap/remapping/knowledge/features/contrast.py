@@ -31,8 +31,6 @@ class ContrastiveRepresentation(PooledTerm):
     """
 
     class Config(Options):
-        """Options."""
-
         width: int = Field(default=128, ge=1, description="Width of the space in which features are compared.")
         temperature: float = Field(default=0.07, gt=0.0, description="Temperature; divides the cosines.")
 

@@ -33,8 +33,6 @@ class ViTKD(TokenTerm):
     """
 
     class Config(Options):
-        """Options."""
-
         shallow: int = Field(default=2, ge=1, description="Number of first blocks that are mimicked.")
         mask: float = Field(default=0.5, gt=0.0, lt=1.0, description="Share of masked tokens of the last ones.")
         generation: float = Field(default=0.1, gt=0.0, description="Weight of generation relative to mimicking.")
@@ -85,8 +83,6 @@ class MaskedGeneration(TokenTerm):
     """
 
     class Config(Options):
-        """Options."""
-
         masked: Annotated[Literal["tokens", "channels"], LATER] = Field(
             default="tokens", description="Mask tokens (the paper), or channels (the authors' code)."
         )

@@ -25,8 +25,6 @@ class TokenGram(TokenTerm):
     """
 
     class Config(Options):
-        """Options."""
-
         layers: Layers = Field(
             default="last", description='Block pairs: "last" (final norm), "uniform" or [[student, teacher], ...].'
         )

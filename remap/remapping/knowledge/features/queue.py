@@ -26,8 +26,6 @@ class SimilarityToQueue(PooledTerm):
     """
 
     class Config(ProjectorOptions):
-        """Options."""
-
         size: int = Field(default=4096, ge=1, description="Features in the queue.")
         temperature: float = Field(default=0.2, gt=0.0, description="Temperature of the student's similarities.")
         teacher_temperature: float = Field(default=0.01, gt=0.0, description="Temperature of the teacher's.")

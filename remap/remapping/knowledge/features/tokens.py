@@ -36,8 +36,6 @@ class TokenFeature(TokenTerm):
     """
 
     class Config(ProjectedOptions):
-        """Options."""
-
         layers: Layers = Field(
             default="last", description='Block pairs: "last" (final norm), "uniform" or [[student, teacher], ...].'
         )
@@ -97,8 +95,6 @@ class Hint(TokenTerm):
     """
 
     class Config(Options):
-        """Options."""
-
         layers: Literal["middle"] | tuple[tuple[int, int], ...] = Field(
             default="middle", description='Block pairs: "middle" of both models, or [[student, teacher], ...].'
         )

@@ -1,11 +1,14 @@
 """Losses on labels and logits; listing them imports no torch."""
 
+from functools import partial
+
 from remap.remapping.loss_entry import LossEntry
 
 _ONE_CLASS = "the class with the larger share; without a label, the teacher's most likely one"
+_row = partial(LossEntry, category="logits")
 
 ROWS = [
-    LossEntry(
+    _row(
         name="ce",
         target="remap.remapping.knowledge.logits.distillation:CrossEntropy",
         category="labels",
@@ -15,59 +18,53 @@ ROWS = [
         signal="logits",
         mixed="cross-entropy with the mixed distribution",
     ),
-    LossEntry(
+    _row(
         name="kd",
         target="remap.remapping.knowledge.logits.distillation:KnowledgeDistillation",
-        category="logits",
         summary="KL of softened class probabilities, times T^2; or on the scale of another tool",
         paper="Hinton et al. 2015, arXiv 1503.02531",
         needs="logits of both",
         signal="logits",
     ),
-    LossEntry(
+    _row(
         name="hard",
         target="remap.remapping.knowledge.logits.distillation:HardDistillation",
-        category="logits",
         summary="cross-entropy with the teacher's most likely class",
         paper="Touvron et al. 2021, arXiv 2012.12877",
         needs="logits of both",
         signal="logits",
         mixed="the teacher's class of the mixed image",
     ),
-    LossEntry(
+    _row(
         name="dkd",
         target="remap.remapping.knowledge.logits.decoupled:DecoupledDistillation",
-        category="logits",
         summary="KL of the image's class against all others, and KL among the others, weighted apart",
         paper="Zhao et al. 2022, arXiv 2203.08679",
         needs="labels, logits of both",
         signal="logits",
         mixed=_ONE_CLASS,
     ),
-    LossEntry(
+    _row(
         name="nkd",
         target="remap.remapping.knowledge.logits.decoupled:NormalizedDistillation",
-        category="logits",
         summary="cross-entropy on the image's class and, made to sum to 1, on the others",
         paper="Yang et al. 2023, arXiv 2303.13005",
         needs="labels, logits of both",
         signal="logits",
         mixed=_ONE_CLASS,
     ),
-    LossEntry(
+    _row(
         name="mlkd",
         target="remap.remapping.knowledge.logits.multilevel:MultiLevelDistillation",
-        category="logits",
         summary="KL at several temperatures, with Gram matrices of images and of classes",
         paper="Jin et al. 2023, CVPR",
         needs="logits of both",
         signal="logits",
         over_batch=True,
     ),
-    LossEntry(
+    _row(
         name="logit_std",
         target="remap.remapping.knowledge.logits.standardized:LogitStandardization",
-        category="logits",
         summary="z-scores of the logits in front of kd, dkd, nkd, dist or mlkd",
         paper="Sun et al. 2024, arXiv 2403.01427",
         needs="logits of both; labels for dkd and nkd",
@@ -75,10 +72,9 @@ ROWS = [
         mixed="as the loss behind it",
         weight=9.0,
     ),
-    LossEntry(
+    _row(
         name="dist",
         target="remap.remapping.knowledge.torchdistill_bridge:Dist",
-        category="logits",
         summary="correlation of class probabilities within and across images (torchdistill's DISTLoss)",
         paper="Huang et al. 2022, arXiv 2205.10536",
         needs="logits of both",

@@ -31,8 +31,6 @@ class DecoupledDistillation(LogitsTerm):
     """
 
     class Config(Options):
-        """Options."""
-
         alpha: float = Field(default=1.0, ge=0.0, description="Weight of the image's class against all others.")
         beta: float = Field(default=8.0, ge=0.0, description="Weight of the other classes among themselves.")
         temperature: float = Field(default=4.0, gt=0.0, description="Temperature; divides the logits of both networks.")
@@ -63,8 +61,6 @@ class NormalizedDistillation(LogitsTerm):
     """
 
     class Config(Options):
-        """Options."""
-
         gamma: float = Field(default=1.0, ge=0.0, description="Weight of the other classes.")
         temperature: float = Field(default=1.0, gt=0.0, description="Temperature; divides the other classes' logits.")
 

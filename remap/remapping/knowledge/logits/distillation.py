@@ -32,8 +32,6 @@ class CrossEntropy(LossTerm):
     """Cross-entropy with the labels, mean over the labelled images; a mixed label is a mixed distribution."""
 
     class Config(Options):
-        """Options."""
-
         label_smoothing: float = Field(
             default=0.0, ge=0.0, lt=1.0, description="Share of the label spread over all classes."
         )
@@ -80,8 +78,6 @@ class KnowledgeDistillation(LogitsTerm):
     """
 
     class Config(Options):
-        """Options."""
-
         temperature: float = Field(default=4.0, gt=0.0, description="Temperature; divides the logits of both networks.")
         scale: Literal["remap", "timm", "deit", "torchdistill", "torchtune"] = Field(
             default="remap",
@@ -121,8 +117,6 @@ class HardDistillation(LogitsTerm):
     """
 
     class Config(Options):
-        """Options."""
-
         label_smoothing: float = Field(
             default=0.0, ge=0.0, lt=1.0, description="Share of the teacher's class spread over all classes."
         )

@@ -29,8 +29,6 @@ class MultiLevelDistillation(LogitsTerm):
     """
 
     class Config(Options):
-        """Options."""
-
         temperatures: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(
             default=(2.0, 3.0, 4.0, 5.0, 6.0), min_length=1, description="Temperatures that the loss is averaged over."
         )

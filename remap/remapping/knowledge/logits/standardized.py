@@ -33,8 +33,6 @@ class LogitStandardization(LogitsTerm):
     """
 
     class Config(Options):
-        """Options."""
-
         of: Literal["kd", "dkd", "nkd", "dist", "mlkd"] = Field(default="kd", description="Loss on the z-scores.")
         options: dict[str, Any] = Field(
             default_factory=dict,
