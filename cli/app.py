@@ -17,6 +17,7 @@ from remap_cli import (
     console,
     doctor,
     evaluate,
+    export,
     listings,
     models,
     predict,
@@ -31,7 +32,6 @@ from remap_cli.options import LOOK, TRAIN, USE
 MEANT = {
     "train": "`remap distill` trains with a teacher, `remap tune` without one",
     "fit": "`remap distill` trains with a teacher, `remap tune` without one",
-    "export": "there is no export; a run's task folder loads in Python: remap.load_student(RUN).model",
 }
 
 
@@ -81,7 +81,7 @@ def _root(
 for command in (training.distill, training.tune, shrink.shrink, compare.compare):
     app.command(rich_help_panel=TRAIN)(command)
 app.command("eval", rich_help_panel=USE)(evaluate.evaluate)
-for command in (predict.predict, repeat.repeat):
+for command in (predict.predict, export.export, repeat.repeat):
     app.command(rich_help_panel=USE)(command)
 for command in (listings.methods, listings.losses, listings.remappings, models.models, doctor.doctor):
     app.command(rich_help_panel=LOOK)(command)

@@ -29,6 +29,7 @@ LAYERS = [
     {"remap.cache"},
     {"remap.engine"},
     {"remap.runs"},
+    {"remap.exporting"},
     {"remap.pipeline"},
     {"remap"},
     {"remap_cli"},
@@ -37,7 +38,7 @@ HOMES = {
     "yaml": ("remap.recipe.strict_yaml",),
     "torch_pruning": ("remap.remapping.architecture.pruning",),
     "torchdistill": ("remap.remapping.knowledge.torchdistill_bridge",),
-    "peft": ("remap.tuning.parameter.peft_bridge",),
+    "peft": ("remap.tuning.parameter.peft_bridge", "remap.exporting.peft_folder"),
     "timm": ("remap.backbones", "remap_cli.models"),  # the listing of models asks timm for names
     "accelerate": ("remap.distributed", "remap.cache", "remap.engine", "remap.pipeline.probe"),
     "typer": ("remap_cli",),

@@ -35,6 +35,12 @@ def in_cache_or_reachable(name: str) -> str | None:
     return None
 
 
+def licence_of(name: str) -> str | None:
+    """Return the licence that timm's configuration names for a model's weights; None where it names none."""
+    config = None if ":" in name else timm.get_pretrained_cfg(name)
+    return config.license if config is not None else None
+
+
 def _repository(name: str, config: Any) -> str:
     hub_id = config.hf_hub_id
     return f"{hub_id}{name}" if hub_id.endswith("/") else hub_id

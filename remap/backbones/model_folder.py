@@ -50,6 +50,11 @@ def save_model_folder(model: nn.Module, folder: Path, shape: Mapping[str, object
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def open_model_folder(folder: Path) -> nn.Module:
+    """Open a model folder as a user of timm does; in eval."""
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
 def require_free(folder: Path) -> None:
     """Check that a folder can be made under this name.
 
@@ -91,7 +96,7 @@ def is_known_to_timm(model: nn.Module) -> bool:
 @torch.no_grad()
 def _require_equal(model: nn.Module, folder: Path) -> None:
     try:
-        again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        again = open_model_folder(folder)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise _not_expressible(" ".join(str(error).split())[:300]) from error
     # On one device: another one may round convolutions by more than is allowed here.

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from remap.backbones.anatomy import anatomy_of
 from remap.data.views import View
 from remap.errors import RecipeError
+from remap.exporting.export import Exported, export_student
+from remap.exporting.task_source import TaskSource
 from remap.io.paths import expanded
 from remap.network import Network, Runner, choose_attention
 from remap.recipe.problems import lines_of
@@ -51,10 +53,11 @@ class Student:
         # A view is what training saw: the same crop, size and interpolation.
         model: The timm model with its method attached; takes preprocessed pixels.
         classes: Class names in the order of the logits.
+        path: The run directory or task folder it was loaded from.
     """
 
-    def __init__(self, network: Network, view: View, device: torch.device) -> None:
-        self.network, self.view, self.device = network, view, device
+    def __init__(self, network: Network, view: View, device: torch.device, path: Path) -> None:
+        self.network, self.view, self.device, self.path = network, view, device, path
         self.model, self.classes = network.model.eval().to(device), network.classes or ()
         # Inference has no backward pass, but the device decides as in training.
         choose_attention(network, "auto", device)
@@ -83,6 +86,24 @@ class Student:
         best = self.logits(images).softmax(dim=-1).max(dim=-1)
         return [(self.classes[i], float(p)) for p, i in zip(best.values, best.indices, strict=True)]
 
+    def export(self, to: str, output: str | Path | None = None, **options: Any) -> Exported:
+        """Write files that other programs load, and check them; see ``remap.exporting.export.export_student``."""
+        return export_student(self.path, to, output, **options)
+
+    def save(self, output: str | Path, **options: Any) -> Exported:
+        """Copy the task folder: what was trained, never the backbone. ``load_student`` opens it."""
+        return self.export("task", output, **options)
+
+    def merge(self) -> nn.Module:
+        """Return a plain timm model, in eval, with the method folded into its weights. The student stays as it is.
+
+        Raises:
+            RunError: The method cannot be folded.
+        """
+        source = TaskSource(self.path)
+        source.require_mergeable()
+        return source.plain_model().to(self.device)
+
 
 def load_student(run_dir: str | Path, device: str | torch.device | None = None) -> Student:
     """Load the tuned student of a run directory (or of a copy of its task folder).
@@ -94,8 +115,9 @@ def load_student(run_dir: str | Path, device: str | torch.device | None = None) 
     Raises:
         RunError: The files are damaged, the backbone is another one, or the student has no classifier.
     """
-    network, view = load_task(expanded(run_dir))
-    require_classifier(network, expanded(run_dir))
+    path = expanded(run_dir)
+    network, view = load_task(path)
+    require_classifier(network, path)
     if device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    return Student(network, view, torch.device(device))
+    return Student(network, view, torch.device(device), path)

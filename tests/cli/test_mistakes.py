@@ -276,7 +276,6 @@ def test_the_files_of_a_run_do_not_start_many_processes(
     [
         (["train", "--data", "x"], "`remap distill` trains with a teacher, `remap tune` without one"),
         (["fit"], "`remap distill` trains with a teacher"),
-        (["export", "run"], "load_student"),
         (["tune", "--teacher", "vit_large"], "use `remap distill`"),
     ],
 )

@@ -1,0 +1,102 @@
+"""What a format is, and what a user chooses about an export."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from remap.errors import RemapError, RunError
+from remap.exporting import FORMATS, FormatEntry
+from remap.exporting.task_source import TaskSource
+
+Input, Layout, Int8 = Literal["float", "uint8"], Literal["nchw", "nhwc"], Literal["dynamic", "static"]
+# From views, uint8 (B, C, H, W), to what the exported file answers, (B, classes).
+Answer = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a user chooses; each format takes some of it (``FormatEntry.options``).
+
+    Attributes:
+        input: What the graph takes: normalised floats, or uint8 of the view's size, resized and normalised inside.
+        layout: Order of the input's axes.
+        softmax: Answer with probabilities instead of logits.
+        int8: Quantise to 8 bits: dynamic (weights, and activations as they come) or static (calibrated).
+        max_drop: Accuracy that int8 may cost, in percentage points: over all images, and of the worst class.
+        images: Images to check on at most.
+    """
+
+    input: Input = "float"
+    layout: Layout = "nchw"
+    softmax: bool = False
+    int8: Int8 | None = None
+    max_drop: float = 1.0
+    images: int = 256
+
+    def require_fit(self, row: FormatEntry) -> None:
+        """Refuse values that do not exist, and options that the format does not take.
+
+        Raises:
+            RunError: What was given, and which formats take it.
+        """
+        for name, kind in {"input": Input, "layout": Layout, "int8": Int8}.items():
+            if (value := getattr(self, name)) is not None and value not in get_args(kind):
+                raise RunError(f"there is no such {name}", given=value, allowed=get_args(kind))
+        for field in fields(self):
+            if field.name == "images" or getattr(self, field.name) == field.default or field.name in row.options:
+                continue
+            flag = f"--{field.name.replace('_', '-')}"
+            takes = [other.name for other in FORMATS if field.name in other.options]
+            raise RunError(
+                f"the format {row.name} does not take {flag}", given=getattr(self, field.name), allowed=", ".join(takes)
+            )
+        if self.int8 is None and self.max_drop != type(self)().max_drop:
+            raise RunError("--max-drop bounds what int8 costs, and this export is not int8", do="add --int8 static")
+
+
+class Format(ABC):
+    """Writes a tuned student in one format, and opens what it wrote.
+
+    Attributes:
+        file: The file in the output folder that other programs load; empty where that is the folder.
+        size_of: What the size is shown of.
+    """
+
+    file: str = ""
+
+    def __init__(self, row: FormatEntry) -> None:
+        self.row = row
+
+    def require_packages(self) -> None:
+        """Require what the format is written with.
+
+        Raises:
+            RemapError: Names what to install.
+        """
+        missing = [name for name in self.row.packages if find_spec(name) is None]
+        if missing:
+            raise RemapError(
+                f"the format {self.row.name} needs {', '.join(missing)}, which is not installed",
+                do=f"pip install '{self.row.install}'",
+            )
+
+    @abstractmethod
+    def write(self, source: TaskSource, folder: Path, options: ExportOptions) -> dict[str, Any]:
+        """Write the student into a folder that is not there yet.
+
+        Returns:
+            What the card and ``export.json`` should say besides what is known of the source.
+        """
+
+    @abstractmethod
+    def open(self, source: TaskSource, folder: Path, options: ExportOptions) -> Answer | None:
+        """Return what the written files answer, loaded as a stranger would; None where nothing here can run them."""
+
+    @abstractmethod
+    def usage(self, source: TaskSource, options: ExportOptions) -> str:
+        """Return Python, for the card, that classifies a picture with what was written."""

@@ -1,0 +1,131 @@
+"""8-bit ONNX by onnxruntime's quantiser, and the gate that an int8 file has to pass."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from remap.errors import RunError
+from remap.exporting.check import in_batches, student_answer
+from remap.exporting.format import Answer, ExportOptions
+from remap.exporting.program import outside
+from remap.exporting.task_source import SourceImages, TaskSource
+
+# Training images that ranges of activations are taken from.
+CALIBRATION_IMAGES = 256
+# Layers with weights: they are what is large and slow. Norms, softmax and sums stay in float32, where accuracy is lost.
+QUANTISED = ["Conv", "Gemm", "MatMul"]
+
+
+def quantise(source: TaskSource, file: Path, options: ExportOptions) -> None:
+    """Replace a float ONNX file by its int8 version: weights per output channel, activations per tensor."""
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    # Only products with a weight: those of two activations (attention) cost accuracy and save no size.
+    common: dict[str, Any] = {"op_types_to_quantize": QUANTISED, "per_channel": True, "weight_type": QuantType.QInt8}
+    with _quiet(), TemporaryDirectory(dir=file.parent) as folder:
+        ready = Path(folder) / "ready.onnx"
+        quant_pre_process(file, ready, skip_symbolic_shape=True)
+        if options.int8 == "dynamic":
+            quantize_dynamic(ready, file, extra_options={"MatMulConstBOnly": True}, **common)
+            return
+        calibration = _Calibration(outside(source, options, source.training_images(CALIBRATION_IMAGES)))
+        quantize_static(
+            ready,
+            file,
+            calibration,
+            quant_format=QuantFormat.QDQ,
+            activation_type=QuantType.QUInt8,
+            extra_options={"MatMulConstBOnly": True},
+            **common,
+        )
+
+
+class _Calibration:
+    """Feeds images to the quantiser, in small batches: it keeps what they made of every layer."""
+
+    def __init__(self, images: Tensor) -> None:
+        self._batches: Iterator[Tensor] = iter(images.split(16))
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {"images": batch.numpy()}
+
+    def __iter__(self) -> "_Calibration":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if (found := self.get_next()) is None:
+            raise StopIteration
+        return found
+
+
+@dataclass(frozen=True)
+class Int8Report:
+    """What int8 costs on labelled images.
+
+    Attributes:
+        agreement: Share of images with the same answer.
+        accuracy: Of float32 and of int8.
+        worst_class: The class whose accuracy drops most, and by how many percentage points.
+    """
+
+    images: int
+    agreement: float
+    accuracy: tuple[float, float]
+    worst_class: tuple[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def require_gate(source: TaskSource, exported: Answer, images: SourceImages, options: ExportOptions) -> Int8Report:
+    """Compare int8 with the student on labelled images.
+
+    ``options.max_drop`` holds for all images together and for each class; of a class one image more may be lost, since
+    a single one is more than a point of a small class.
+
+    Raises:
+        RunError: There are no labelled images, or too much accuracy is lost.
+    """
+    if images.labels_N is None:
+        raise RunError("int8 is checked on labelled images of the run", given=images.what, do="bring them back")
+    labels_N, max_drop = images.labels_N, options.max_drop
+    answers = student_answer(source, options), exported
+    before_N, after_N = (in_batches(one, images.views_NCHW).argmax(1).numpy() for one in answers)
+    accuracy = (float((before_N == labels_N).mean()), float((after_N == labels_N).mean()))
+    drops = []
+    for label, name in enumerate(source.meta.classes):
+        of_class = labels_N == label
+        if of_class.any():
+            lost = int((before_N == label)[of_class].sum()) - int((after_N == label)[of_class].sum())
+            drops.append((100.0 * lost / of_class.sum(), 100.0 * (lost - 1) / of_class.sum(), name))
+    worst, beyond, name = max(drops)
+    report = Int8Report(len(labels_N), float((before_N == after_N).mean()), accuracy, (name, float(worst)))
+    drop = 100.0 * (accuracy[0] - accuracy[1])
+    if drop > max_drop or beyond > max_drop:
+        raise RunError(
+            "int8 costs more accuracy than --max-drop allows; the export was removed",
+            given=f"{accuracy[0]:.2%} -> {accuracy[1]:.2%} of {len(labels_N)} images, {report.agreement:.1%} of the"
+            f" answers the same; class {name} loses {worst:.1f} points",
+            allowed=f"{max_drop:g} points, over all and of each class (where one image more may go)",
+            do="try --int8 dynamic, or --max-drop",
+        )
+    return report
+
+
+class _quiet:
+    """Leave out what the quantiser logs about its own settings."""
+
+    def __enter__(self) -> None:
+        self._before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+
+    def __exit__(self, *_: object) -> None:
+        logging.disable(self._before)

@@ -1,0 +1,51 @@
+"""Runtimes that the package timmx converts for, from the merged timm folder; it checks its conversions itself."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from remap.errors import RunError
+from remap.exporting import FormatEntry
+from remap.exporting.format import ExportOptions, Format
+from remap.exporting.task_source import TaskSource
+from remap.exporting.timm_folder import TimmFolder
+
+# What timmx wants the output to be called.
+_FILES = {
+    "openvino": "model.xml",
+    "coreml": "model.mlpackage",
+    "litert": "model.tflite",
+    "ncnn": "model",
+    "tensorrt": "model.engine",
+    "executorch": "model.pte",
+}
+
+
+class OtherRuntime(Format):
+    """The file of a runtime, batch 1, normalised floats to logits."""
+
+    def __init__(self, row: FormatEntry) -> None:
+        super().__init__(row)
+        self.file = _FILES[row.name]
+
+    def write(self, source: TaskSource, folder: Path, options: ExportOptions) -> dict[str, Any]:
+        import timmx  # installed by the user
+
+        plain = folder.with_name(f"{folder.name}.timm")
+        try:
+            TimmFolder(self.row).write(source, plain, options)
+            folder.mkdir()
+            timmx.export_model(self.row.name, f"local-dir:{plain}", pretrained=True, output=str(folder / self.file))
+        except timmx.TimmxError as error:
+            do = f"see `timmx doctor`; pip install '{self.row.install}'"
+            raise RunError(f"timmx cannot write {self.row.name}", given=str(error), do=do) from error
+        finally:
+            shutil.rmtree(plain, ignore_errors=True)
+        taken = {"name": "image", "type": "float32", "shape": [1, *source.meta.preprocess.shape]}
+        return {"input": taken, "output": "logits"}
+
+    def open(self, source: TaskSource, folder: Path, options: ExportOptions) -> None:
+        """Run nothing: timmx has compared its file with torch, and ends with an error where they differ."""
+
+    def usage(self, source: TaskSource, options: ExportOptions) -> str:
+        return ""

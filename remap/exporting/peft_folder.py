@@ -1,0 +1,115 @@
+"""``--to peft``: an adapter folder of Hugging Face PEFT, for methods that PEFT has too; the classifier is in it."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from remap.backbones.anatomy import module_at
+from remap.errors import RunError
+from remap.exporting import FORMATS, snippets
+from remap.exporting.format import Answer, ExportOptions, Format
+from remap.exporting.task_source import TaskSource
+from remap.exporting.timm_folder import answer_of, preprocessing
+from remap.network import Network
+from remap.recipe.schema import ModelSpec
+from remap.runs.task import open_backbone
+from remap.tuning import METHODS
+from remap.tuning.layers import layers_of
+from remap.tuning.parameter.lora import LowRank
+from remap.tuning.parameter.peft_rows import PeftEntry, PeftLayer
+
+# The tensors of one layer of PEFT, by the names that PEFT gives them.
+State = dict[str, Tensor]
+
+
+class PeftFolder(Format):
+    """adapter_config.json and adapter_model.safetensors, for ``PeftModel.from_pretrained(timm model, FOLDER)``."""
+
+    def write(self, source: TaskSource, folder: Path, options: ExportOptions) -> dict[str, Any]:
+        network = source.network()
+        config, states = _of_lora(network) if source.meta.method.name == "lora" else _of_row(source, network)
+        config.base_model_name_or_path = source.meta.backbone.model
+        config.modules_to_save = list(network.anatomy.classifier_heads)
+        model = peft.get_peft_model(_base(source), config)
+        layers = model.base_model.model
+        with torch.no_grad():
+            for path, state in states.items():
+                _put(layers.get_submodule(path), state)
+            for path in network.anatomy.classifier_heads:
+                saved = layers.get_submodule(path).modules_to_save["default"]
+                saved.load_state_dict(network.model.get_submodule(path).state_dict())
+        model.save_pretrained(folder, save_embedding_layers=False)
+        return {}
+
+    def open(self, source: TaskSource, folder: Path, options: ExportOptions) -> Answer:
+        return answer_of(source, peft.PeftModel.from_pretrained(_base(source), folder).eval())
+
+    def usage(self, source: TaskSource, options: ExportOptions) -> str:
+        return snippets.peft_adapter(source, preprocessing(source))
+
+
+def _base(source: TaskSource) -> nn.Module:
+    """Return the backbone as it was before tuning, with a new classifier.
+
+    Raises:
+        RunError: Its weights are in the task alone, so no name leads to them.
+    """
+    spec = source.meta.backbone
+    if spec.weights == "none":
+        raise RunError("an adapter of PEFT names its base model, and this one's weights were random", given=spec.model)
+    model = ModelSpec(model=spec.model, weights=spec.weights, preset=spec.preset, image_size=spec.image_size)
+    return open_backbone(model, len(source.meta.classes)).model.eval()
+
+
+def _put(layer: nn.Module, state: State) -> None:
+    own: State = dict(layer.named_parameters()) | dict(layer.named_buffers())
+    for name, tensor in state.items():
+        own[name].copy_(tensor.view_as(own[name]))
+
+
+def _of_lora(network: Network) -> tuple[peft.PeftConfig, dict[str, State]]:
+    """Return remap's LoRA in PEFT's terms: the ranks of the projections that one layer makes stand side by side."""
+    name = "remap_lora"
+    changes = {
+        path.removesuffix(f".{name}"): module
+        for path, module in network.model.named_modules()
+        if isinstance(module, LowRank) and path.endswith(f".{name}")
+    }
+    ranks = {path: len(change.down) for path, change in changes.items()}
+    config = peft.LoraConfig(
+        target_modules=list(changes),
+        r=max(ranks.values()),
+        rank_pattern=ranks,
+        alpha_pattern={path: change.scale * ranks[path] for path, change in changes.items()},
+    )
+    states = {
+        path: {"lora_A.default.weight": change.down, "lora_B.default.weight": change.up_rows().T / change.scale}
+        for path, change in changes.items()
+    }
+    return config, states
+
+
+def _of_row(source: TaskSource, network: Network) -> tuple[peft.PeftConfig, dict[str, State]]:
+    """Return what a method of ``peft_rows.py`` holds, layer by layer.
+
+    Raises:
+        RunError: PEFT does not have the method.
+    """
+    spec = source.meta.method
+    row = METHODS.row(spec.name) if "+" not in spec.name else None
+    if not isinstance(row, PeftEntry):
+        others = [one.name for one in FORMATS if one.name != "peft" and (source.mergeable or not one.folded)]
+        raise RunError(f"{spec.name} is not a method of PEFT", allowed=f"--to {', '.join(others[:4])}")
+    kind = row.load()
+    method = kind(kind.Config(**spec.options))
+    layers = {}
+    for layer in layers_of(network.anatomy, method.config.targets, row.default_targets):
+        outputs, inputs = module_at(network.model, layer.path).weight.shape[:2]
+        layers[layer.path] = PeftLayer(layer.words, outputs, inputs)
+    name = f"remap_{row.name}"
+    common = network.model.get_submodule(name).state_dict() if row.shared else {}
+    states = {path: {**network.model.get_submodule(f"{path}.{name}").state_dict(), **common} for path in layers}
+    return method.peft_config(layers), states
