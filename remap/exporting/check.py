@@ -93,7 +93,7 @@ def require_equal(found: Comparison, name: str) -> None:
             given=f"{found.count - found.same_labels} of {found.count} labels differ, and answers by up to "
             f"{found.difference:.1e}; checked on {found.images}",
             allowed=f"no other label, and a difference of {found.allowed:.1e}",
-            do="export to another format, and report this with the recipe of the run; --to task holds the student exactly",
+            do="export to another format, and report this with the recipe of the run",
         )
 
 

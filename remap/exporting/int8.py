@@ -24,27 +24,36 @@ QUANTISED = ["Conv", "Gemm", "MatMul"]
 
 def quantise(source: TaskSource, file: Path, options: ExportOptions) -> None:
     """Replace a float ONNX file by its int8 version: weights per output channel, activations per tensor."""
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+    import onnx  # an extra, as the next two
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     # Only products with a weight: those of two activations (attention) cost accuracy and save no size.
     common: dict[str, Any] = {"op_types_to_quantize": QUANTISED, "per_channel": True, "weight_type": QuantType.QInt8}
+    common["extra_options"] = {"MatMulConstBOnly": True}
     with _quiet(), TemporaryDirectory(dir=file.parent) as folder:
         ready = Path(folder) / "ready.onnx"
+        metadata = onnx.load(file, load_external_data=False).metadata_props
         quant_pre_process(file, ready, skip_symbolic_shape=True)
         if options.int8 == "dynamic":
-            quantize_dynamic(ready, file, extra_options={"MatMulConstBOnly": True}, **common)
-            return
-        calibration = _Calibration(outside(source, options, source.training_images(CALIBRATION_IMAGES)))
-        quantize_static(
-            ready,
-            file,
-            calibration,
-            quant_format=QuantFormat.QDQ,
-            activation_type=QuantType.QUInt8,
-            extra_options={"MatMulConstBOnly": True},
-            **common,
-        )
+            quantize_dynamic(ready, file, **common)
+        else:
+            calibration = _Calibration(outside(source, options, source.training_images(CALIBRATION_IMAGES)))
+            # Signed: processors without VNNI add products of unsigned with signed bytes in 16 bits, which overflow.
+            # Percentiles: a few outliers of a transformer would otherwise take the range.
+            quantize_static(
+                ready,
+                file,
+                calibration,
+                quant_format=QuantFormat.QDQ,
+                activation_type=QuantType.QInt8,
+                calibrate_method=CalibrationMethod.Percentile,
+                **common,
+            )
+        model = onnx.load(file)
+        del model.metadata_props[:]
+        model.metadata_props.extend(metadata)
+        onnx.save(model, file)
 
 
 class _Calibration:

@@ -37,7 +37,7 @@ def model_card(source: TaskSource, row: FormatEntry, record: dict[str, Any], usa
         f"| method | `{plain(json.dumps(record['method']))}` |",
         f"| base model | {plain(record['base_model'])}, licence: {record['licence_of_base_model']} |",
         *(f"| teacher | {plain(one['model'])}, licence: {one['licence']} |" for one in record["teachers"]),
-        f"| preprocessing | {view['crop_pct']:.1%} of the largest centred box of its shape, to {height} x {width} pixels"
+        f"| preprocessing | {view['crop_pct']:.1%} of the largest centred box of that shape, {height} x {width} pixels"
         f" ({view['interpolation']}), {view['channels']} channels; pixels / 255 have mean {view['mean']} and standard"
         f" deviation {view['std']} |",
     ]

@@ -173,6 +173,7 @@ def test_int8_is_smaller_products_of_bytes(finished: Finished, tmp_path: Path, k
     products = {node.op_type for node in model.graph.node}
     assert len(weights) >= 8, "two blocks of four layers each"
     assert ("QuantizeLinear" if kind == "static" else "MatMulInteger") in products
+    assert "classes" in {entry.key for entry in model.metadata_props}
     assert found.record["int8"]["kind"] == kind and found.record["int8"]["images"] == 9
 
 
