@@ -24,7 +24,9 @@ def export(
         str, _choice("float (normalised), or uint8: resizing and normalisation are inside.", _GRAPH, "float")
     ] = "float",
     layout: Annotated[str, _choice("Axes of the input: nchw or nhwc.", _GRAPH, "nchw")] = "nchw",
-    softmax: Annotated[bool, _choice("Answer with probabilities.", _GRAPH)] = False,
+    softmax: Annotated[
+        bool, typer.Option("--softmax", help="Answer with probabilities.", rich_help_panel=_GRAPH)
+    ] = False,
     int8: Annotated[str | None, _choice("dynamic, or static: calibrated on training images of the run.", _INT8)] = None,
     max_drop: Annotated[
         float, _choice("Points of accuracy that 8 bits may cost, over all and of the worst class.", _INT8, "1")

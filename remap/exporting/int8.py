@@ -1,7 +1,9 @@
 """8-bit ONNX by onnxruntime's quantiser, and the gate that an int8 file has to pass."""
 
+import io
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,13 +30,15 @@ def quantise(source: TaskSource, file: Path, options: ExportOptions) -> None:
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    # Only products with a weight: those of two activations (attention) cost accuracy and save no size.
     common: dict[str, Any] = {"op_types_to_quantize": QUANTISED, "per_channel": True, "weight_type": QuantType.QInt8}
-    common["extra_options"] = {"MatMulConstBOnly": True}
     with _quiet(), TemporaryDirectory(dir=file.parent) as folder:
         ready = Path(folder) / "ready.onnx"
         metadata = onnx.load(file, load_external_data=False).metadata_props
         quant_pre_process(file, ready, skip_symbolic_shape=True)
+        # Products of two activations (attention) cost accuracy and save no size.
+        graph = onnx.load(ready).graph
+        weights = {one.name for one in graph.initializer}
+        common["nodes_to_exclude"] = [n.name for n in graph.node if n.op_type == "MatMul" and n.input[1] not in weights]
         if options.int8 == "dynamic":
             quantize_dynamic(ready, file, **common)
         else:
@@ -129,12 +133,13 @@ def require_gate(source: TaskSource, exported: Answer, images: SourceImages, opt
     return report
 
 
-class _quiet:
-    """Leave out what the quantiser logs about its own settings."""
-
-    def __enter__(self) -> None:
-        self._before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-
-    def __exit__(self, *_: object) -> None:
-        logging.disable(self._before)
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what the quantiser logs and prints about its own work."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from remap.pipeline.run import start
+from remap.recipe import resolve
 
 
 @pytest.fixture(scope="session")
@@ -16,16 +17,9 @@ def finished(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
 
     def run(method: str) -> Path:
         if method not in runs:
-            words = {**tiny.words(), "method": method, "losses": "ce"}
-            del words["teacher"]
-            recipe = tiny_recipe(words, tiny.SETTINGS)
+            words = {"data": tiny.data, "student": tiny.student, "method": method, "losses": "ce"}
+            recipe = resolve(words=words, settings=[*tiny.SETTINGS, "train.epochs=1", "train.warmup_epochs=0"])
             runs[method] = start(recipe, tmp_path_factory.mktemp("runs") / method).run_dir
         return runs[method]
 
     return run
-
-
-def tiny_recipe(words: dict[str, object], settings: tuple[str, ...]) -> Any:
-    from remap.recipe import resolve
-
-    return resolve(words=words, settings=[*settings, "train.epochs=1", "train.warmup_epochs=0"])

@@ -172,6 +172,10 @@ def test_int8_is_smaller_products_of_bytes(finished: Finished, tmp_path: Path, k
     weights = [one for one in model.graph.initializer if one.data_type == onnx.TensorProto.INT8]
     products = {node.op_type for node in model.graph.node}
     assert len(weights) >= 8, "two blocks of four layers each"
+    if kind == "static":
+        made = {name: node.op_type for node in model.graph.node for name in node.output}
+        floats = [n for n in model.graph.node if n.op_type == "MatMul" and made.get(n.input[1]) != "DequantizeLinear"]
+        assert len(floats) == 4, "two products of activations in each block's attention"
     assert ("QuantizeLinear" if kind == "static" else "MatMulInteger") in products
     assert "classes" in {entry.key for entry in model.metadata_props}
     assert found.record["int8"]["kind"] == kind and found.record["int8"]["images"] == 9
