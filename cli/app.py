@@ -23,6 +23,7 @@ from remap_cli import (
     predict,
     recipes,
     repeat,
+    report,
     shrink,
     training,
 )
@@ -81,7 +82,7 @@ def _root(
 for command in (training.distill, training.tune, shrink.shrink, compare.compare):
     app.command(rich_help_panel=TRAIN)(command)
 app.command("eval", rich_help_panel=USE)(evaluate.evaluate)
-for command in (predict.predict, export.export, repeat.repeat):
+for command in (report.report, predict.predict, export.export, repeat.repeat):
     app.command(rich_help_panel=USE)(command)
 for command in (listings.methods, listings.losses, listings.remappings, models.models, doctor.doctor):
     app.command(rich_help_panel=LOOK)(command)

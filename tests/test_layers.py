@@ -30,6 +30,7 @@ LAYERS = [
     {"remap.engine"},
     {"remap.runs"},
     {"remap.exporting"},
+    {"remap.report"},
     {"remap.pipeline"},
     {"remap"},
     {"remap_cli"},
@@ -41,6 +42,8 @@ HOMES = {
     "peft": ("remap.tuning.parameter.peft_bridge", "remap.exporting.peft_folder"),
     "timm": ("remap.backbones", "remap_cli.models"),  # the listing of models asks timm for names
     "accelerate": ("remap.distributed", "remap.cache", "remap.engine", "remap.pipeline.probe"),
+    "matplotlib": ("remap.report.figures",),
+    "jinja2": ("remap.report.page",),
     "typer": ("remap_cli",),
     "rich": ("remap_cli",),
 }

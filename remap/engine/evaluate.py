@@ -1,6 +1,6 @@
 """Accuracy with the exact number of images, on any number of processes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,23 +19,37 @@ from remap.network import Network, Runner
 from remap.progress import Progress
 from remap.recipe.schema import Recipe
 
+# The loss of an answer that is not a finite number.
+MOST = 1e4
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Counts of one pass over a split.
+    """Counts of one pass over a split, and of each image what all metrics are computed from; -1 where it was left out.
 
     Attributes:
-        predictions_N: The class of each image, -1 where it was left out.
+        predictions_N: Its class as the network sees it.
+        ranks_N: How many classes the network finds likelier than its label.
+        confidences_N: Probability of the predicted class.
+        losses_N: Cross-entropy, -log of its label's probability.
     """
 
     correct: int
     count: int
     predictions_N: np.ndarray
+    ranks_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    confidences_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    losses_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
 
     @property
     def accuracy(self) -> float:
         """Share of correct answers, from 0 to 1."""
         return self.correct / self.count if self.count else 0.0
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy; 0 where no image was read."""
+        return float(self.losses_N[self.predictions_N >= 0].mean(dtype=np.float64)) if self.count else 0.0
 
 
 @torch.no_grad()
@@ -66,15 +80,17 @@ def evaluate(
     try:
         with defer_signals():
             one_pass = _Pass(network, runner, source, features, accelerator, progress, what, skip_bad)
-            while (predictions := one_pass.run(batch_size)) is None:
+            while (answers := one_pass.run(batch_size)) is None:
                 batch_size //= 2  # from the start: the counts of the failed pass are thrown away
                 progress.say(f"out of memory: {what} is evaluated in batches of {batch_size}")
     finally:
         runner.tap.close()
-    # Exactly one process has the class of each image, the others -1.
-    classes = all_reduce_max_(accelerator, predictions).cpu().numpy()
-    seen = classes >= 0
-    return Evaluation(int((classes == source.split.labels)[seen].sum()), int(seen.sum()), classes)
+    # Exactly one process has the answers for each image, the others -1.
+    whole_2N, real_2N = (all_reduce_max_(accelerator, rows).cpu().numpy() for rows in answers)
+    classes, seen = whole_2N[0], whole_2N[0] >= 0
+    return Evaluation(
+        int((classes == source.split.labels)[seen].sum()), int(seen.sum()), classes, whole_2N[1], *real_2N
+    )
 
 
 @dataclass(frozen=True)
@@ -93,16 +109,21 @@ class _Pass:
     what: str
     skip_bad: bool
 
-    def run(self, batch_size: int) -> Tensor | None:
-        """Return the class of each image (N,), -1 for those of other processes; None where memory ran out."""
-        classes = torch.full((len(self.source.split),), -1, dtype=torch.int64, device=self.accelerator.device)
+    def run(self, batch_size: int) -> tuple[Tensor, Tensor] | None:
+        """Return what ``Evaluation`` has of each image, -1 for those of other processes; None where memory ran out.
+
+        Returns:
+            Class and rank, int64 (2, N); confidence and loss, float32 (2, N).
+        """
+        shape, device = (2, len(self.source.split)), self.accelerator.device
+        answers = torch.full(shape, -1, device=device), torch.full(shape, -1.0, device=device)
         # Whole chunks go to processes, so that each pass has the same shape on any number of them.
-        chunks = index_chunks(len(classes), batch_size)
+        chunks = index_chunks(shape[1], batch_size)
         with self.progress.wait(f"evaluating {self.what}", -(-len(chunks) // self.accelerator.num_processes)) as step:
             for _, chunk in rounds_of_chunks(self.accelerator, chunks):
                 raise_if_interrupted(self.accelerator, f"{self.what} was being evaluated")
                 indices = np.arange(0) if chunk is None else chunk
-                out_of_memory = self._classify(indices, classes, batch_size > 1)
+                out_of_memory = self._classify(indices, answers, batch_size > 1)
                 unreadable = bool(self.source.bad) and not self.skip_bad
                 any_out_of_memory, any_unreadable = all_reduce_max(self.accelerator, out_of_memory, unreadable)
                 if any_unreadable:  # on all processes at once, or the others would wait for the one that raises
@@ -112,10 +133,10 @@ class _Pass:
                     clear_device_cache(garbage_collection=True)
                     return None
                 step.advance()
-        return classes
+        return answers
 
-    def _classify(self, indices: np.ndarray, classes: Tensor, may_shrink: bool) -> bool:
-        """Fill in the classes of some images; return whether memory ran out instead."""
+    def _classify(self, indices: np.ndarray, answers: tuple[Tensor, Tensor], may_shrink: bool) -> bool:
+        """Fill in the answers for some images; return whether memory ran out instead."""
         images, readable = (self.features or self.source).batch(indices)
         shown = readable
         if not len(readable) and is_sharded(self.network):
@@ -131,7 +152,15 @@ class _Pass:
             if not is_out_of_memory(error) or not may_shrink or is_sharded(self.network):
                 raise
             return True
-        classes[torch.from_numpy(readable)] = logits.argmax(dim=-1)[: len(readable)]
+        at_B, logits_BC = torch.from_numpy(readable), logits[: len(readable)].float()
+        labels_B1 = torch.from_numpy(self.source.split.labels[readable]).to(logits.device)[:, None]
+        log_BC = logits_BC.log_softmax(dim=-1)
+        losses_B1 = -log_BC.gather(1, labels_B1)
+        ranks_B = (log_BC > -losses_B1).sum(dim=-1)
+        # An answer that is not finite is as wrong as can be.
+        scores_2B = torch.stack([log_BC.amax(dim=-1).exp().nan_to_num(0.0), losses_B1[:, 0].nan_to_num(MOST, MOST)])
+        answers[0][:, at_B] = torch.stack([logits.argmax(dim=-1)[: len(readable)], ranks_B])
+        answers[1][:, at_B] = scores_2B
         return False
 
 

@@ -17,6 +17,7 @@ from remap.io.paths import expanded
 from remap.network import Network
 from remap.pipeline.comparison_folder import shared_teacher
 from remap.pipeline.components import build_components, require_student
+from remap.pipeline.evidence import write_evidence
 from remap.pipeline.frozen_check import FrozenWeights, trained_text
 from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.results import require_space, write_results
@@ -108,6 +109,7 @@ def run(
         summary = summarize(components, tracker, untrained, evaluations, state)
         summary |= {"frozen": unchanged, "trainables": list(job.parameters())}
         if main:
+            write_evidence(components, run_dir.path, evaluations.val, progress)
             write_results(components, run_dir, summary, state, clock, fitting, progress)
         accelerator().wait_for_everyone()
     return Result(run_dir.path, summary, student)

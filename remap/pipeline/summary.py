@@ -7,13 +7,13 @@ from remap.data.views import listed
 from remap.distributed.device_memory import peak_bytes
 from remap.distributed.launch import accelerator
 from remap.engine.evaluate import Evaluation, evaluate_as
+from remap.engine.metrics import metrics
 from remap.engine.state import State
 from remap.pipeline.components import RunComponents
 from remap.pipeline.judge import Judgement, judge
 from remap.pipeline.tracking import RunTracker
 from remap.progress import Progress, Silent
 from remap.recipe.schema import EMA
-from remap.remapping.schedule import is_scheduled
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,11 @@ def evaluate_at_end(components: RunComponents, tracker: RunTracker, progress: Pr
     for number, teacher in enumerate(components.teachers):
         if teacher.spec.model == EMA and not recipe.label_free:
             average = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, "the average")
-            components.teachers[number] = replace(teacher, accuracy=average.accuracy)
+            components.teachers[number] = replace(teacher, accuracy=average.accuracy, evaluation=average)
+    for teacher in components.teachers[:1]:
+        if teacher.accuracy is not None and teacher.evaluation is None:
+            # A resumed run read its accuracy from a file; which images it is right on stands in none.
+            teacher.evaluation = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, "the teacher")
     # Where images are not held in memory, unreadable ones are found during training.
     bad = components.training_source.bad_names()
     if bad:
@@ -84,7 +88,7 @@ def summarize(
         "student": {
             "model": student.identity.model,
             "backbone_sha256": student.identity.sha256,
-            **_accuracy(untrained, final, tracker.judged_before),
+            **_accuracy(components, untrained, final, tracker.judged_before),
             "trainable_parameters": student.num_trainable,
             "total_parameters": student.num_parameters,
         },
@@ -98,11 +102,15 @@ def summarize(
         "final_losses": {
             name: value
             for name, value in state.history[-1].items()
-            if name not in ("epoch", "accuracy", "seconds") and not is_scheduled(name)
+            if name in ("loss", *components.objective.terms)
         },
     }
     if final.test is not None:
         summary["student"]["test_accuracy"] = final.test.accuracy
+    taught = {name: term.blocks for name, term in components.objective.terms.items() if term.blocks}
+    if taught and components.teachers:
+        depths = {"student": student.anatomy.depth, "teacher": components.teachers[0].network.anatomy.depth}
+        summary["blocks"] = {"pairs": taught, **depths}
     if components.init is not None:
         summary["student"]["init"] = components.init.to_dict()
     if components.teachers:
@@ -112,13 +120,18 @@ def summarize(
     return summary
 
 
-def _accuracy(untrained: float | None, final: FinalEvaluations, before: Judgement | None) -> dict[str, Any]:
+def _accuracy(
+    components: RunComponents, untrained: float | None, final: FinalEvaluations, before: Judgement | None
+) -> dict[str, Any]:
     """Return the accuracy before and after: of the classifier, or of a linear probe; None where there are no labels."""
     if final.val is not None and untrained is not None:
+        labels, teachers = components.views.val.split.labels, components.teachers
+        teacher = teachers[0].evaluation if teachers else None
         return {
             "accuracy": final.val.accuracy,
             "correct": final.val.correct,
             "initial_accuracy": untrained,
+            "metrics": metrics(final.val, labels, teacher),
         }
     if final.judged is None or before is None:
         return {"accuracy": None, "correct": None, "initial_accuracy": None}

@@ -11,7 +11,7 @@ import torch
 from remap.backbones.build import Backbone, add_tensors
 from remap.distributed.launch import accelerator
 from remap.distributed.sharding import gather_full, is_sharded, shard, wants_sharding
-from remap.engine.evaluate import evaluate_as
+from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.self_teachers import averaged_copy, untuned_copy
 from remap.io.paths import expanded
 from remap.network import Network, choose_attention, tuned
@@ -35,6 +35,7 @@ class PreparedTeacher:
         head: Where its classifier comes from: "its own", "probe", a method's name, or "none".
         accuracy: On the evaluation split; None when no loss reads its logits.
         outputs: Where they came from in training: "each step", "memory" or "disk".
+        evaluation: What ``accuracy`` was counted from.
     """
 
     network: Network
@@ -43,6 +44,7 @@ class PreparedTeacher:
     head: str
     accuracy: float | None = None
     outputs: str | None = None
+    evaluation: Evaluation | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -150,11 +152,15 @@ def prepare_teacher(
     of = f"{views.digest(progress)} {views.view} {recipe.data.skip_bad} {recipe.train.precision} {teacher.fingerprint}"
     network = teacher.network
 
+    found: list[Evaluation] = []
+
     def evaluated() -> float:
-        return evaluate_as(recipe, network, views.val, accelerator(), progress, "the teacher").accuracy
+        found.append(evaluate_as(recipe, network, views.val, accelerator(), progress, "the teacher"))
+        return found[0].accuracy
 
     # Judged once; the check against chance and the summary both use it.
-    teacher = replace(teacher, accuracy=judged_once(folder, "the teacher", of, evaluated))
+    accuracy = judged_once(folder, "the teacher", of, evaluated)
+    teacher = replace(teacher, accuracy=accuracy, evaluation=found[0] if found else None)
     if reusable:
         shared.teachers[teacher.key] = teacher
     return teacher

@@ -69,7 +69,7 @@ class RunTracker:
         if self.components.recipe.label_free:
             return {}
         self.last = self.evaluate()
-        return {"accuracy": self.last.accuracy}
+        return {"accuracy": self.last.accuracy, "val_ce": self.last.loss}
 
     def record_epoch(self, history: Sequence[dict[str, Any]]) -> None:
         """Write the metrics so far. A full disk does not end a run: they are written anew after the next epoch."""

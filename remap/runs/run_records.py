@@ -16,7 +16,6 @@ from remap.io.names import plain
 from remap.io.paths import expanded
 from remap.io.sealed_json import parse_sealed
 from remap.recipe import Recipe, load
-from remap.runs.curves import curves
 from remap.runs.environment import command, environment, now, plain_environment
 from remap.runs.summary_schema import summary_problem
 
@@ -31,8 +30,8 @@ _NOT_A_RECORD = "name a run directory that `remap` wrote"
 class RunRecords:
     """Paths and records of one run; ``remap.runs.run_dir.RunDir`` also makes, opens and locks it.
 
-    recipe.yaml (resolved), command.txt, environment.json, status.json, metrics.jsonl (one line an epoch), curves.svg,
-    summary.json, trainables.json (what is trained), judged.json (accuracies before training), task/ (what the tuned
+    recipe.yaml (resolved), command.txt, environment.json, status.json, metrics.jsonl (one line an epoch),
+    answers.json and the pictures in report/ (what report.html is made from), summary.json, trainables.json (what is trained), judged.json (accuracies before training), task/ (what the tuned
     student costs to keep), teacher/ (the prepared teacher), checkpoint/, student_model/ (a student that was cut from
     its teacher), backbone/ (the student of a run without labels, for timm), fault/ (the batch that broke training),
     stop (a file that asks the run to save and leave; removed when it is seen).
@@ -157,9 +156,8 @@ class RunRecords:
         return found if isinstance(found, dict) else {}
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
-        """Rewrite metrics.jsonl and curves.svg."""
+        """Rewrite metrics.jsonl."""
         atomic_write.write_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
-        atomic_write.write_text(self.path / "curves.svg", curves(history, self.path.name))
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the records that ``write_metrics`` wrote.

@@ -1,0 +1,28 @@
+"""``remap report``: one page about a run or a comparison."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from remap_cli import console
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run directory, or the folder of a comparison.", show_default=False)],
+) -> None:
+    """Write report.html about a finished run or comparison: one file that opens anywhere."""
+    console.line(f"report: {write(folder)}")
+
+
+def write(folder: Path) -> Path:
+    """Write the report of a run or comparison; return its path."""
+    from remap.io.paths import expanded
+    from remap.report.compare_report import RECORD, report_comparison
+    from remap.report.run_report import report_run
+    from remap.runs.run_dir import RunDir
+
+    folder = expanded(folder)
+    if not (folder / "recipe.yaml").is_file() and (folder / RECORD).is_file():
+        return report_comparison(folder)
+    return report_run(RunDir.open(folder))

@@ -1,0 +1,139 @@
+"""The report of a comparison, from its compare.json."""
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from remap.errors import RunError
+from remap.io.checked_json import read_run_json
+from remap.io.human_size import size
+from remap.io.names import plain
+from remap.report import figures
+from remap.report.page import count, percent, rows_of, write_page
+
+RECORD = "compare.json"
+
+
+def report_comparison(folder: Path) -> Path:
+    """Write ``report.html`` into the folder of a comparison, and its figure as PNG into ``report/``; return the page.
+
+    Raises:
+        RunError: compare.json is missing or damaged.
+    """
+    table = read_run_json(folder / RECORD)
+    try:
+        return _write(folder, table)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise RunError(
+            f"cannot read {folder / RECORD}: it lacks what a comparison has ({type(error).__name__}: {error})",
+            do="run `remap compare` again with that --output; finished runs are not run again",
+        ) from error
+
+
+def _write(folder: Path, table: dict[str, Any]) -> Path:
+    rows, several = table["rows"], len(table["seeds"]) if len(table["seeds"]) > 1 else 0
+    points = [
+        figures.Point(
+            row["method"], row["category"], row["trainable_parameters"], 100 * row[key]["mean"],
+            None if row[key]["spread"] is None else 100 * row[key]["spread"], key == "teacher",
+        )
+        for row in rows
+        for key in ("alone", "teacher")
+    ]  # fmt: skip
+    by_name = {row["method"]: row for row in rows}
+    lines = {
+        f"{name}, labels only": 100 * by_name[name]["alone"]["mean"] for name in ("full", "linear") if name in by_name
+    }
+    if table["teacher"]["accuracy"] is not None:
+        lines["teacher"] = 100 * table["teacher"]["accuracy"]
+    best = {key: max(row[key]["mean"] for row in rows) for key in ("alone", "teacher")}
+    shown = [
+        {
+            "category": row["category"],
+            "method": row["method"],
+            "parameters": row["trainable_parameters"],
+            "share": row["trainable_parameters"] / row["total_parameters"],
+            "alone": _cell(row["alone"]),
+            "teacher": _cell(row["teacher"]),
+            "best_alone": row["alone"]["mean"] == best["alone"],
+            "best_teacher": row["teacher"]["mean"] == best["teacher"],
+            "gain": f"{100 * row['gain']:+.1f}",
+            "seconds": f"{row['teacher']['seconds']:.0f} s",
+            "size": size(row["task_bytes"]),
+        }
+        for row in rows
+    ]
+    return write_page(
+        folder,
+        "compare.html.j2",
+        [figures.tradeoff("tradeoff", points, lines)],
+        title=plain(folder.resolve().name),
+        answer=_answer(table),
+        several=several,
+        groups=[(name, list(members)) for name, members in groupby(shown, key=lambda row: row["category"])],
+        facts=_facts(table),
+    )
+
+
+def _cell(found: dict[str, Any]) -> str:
+    return f"{100 * found['mean']:.1f}" + ("" if found["spread"] is None else f" ± {100 * found['spread']:.1f}")
+
+
+def _answer(table: dict[str, Any]) -> str:
+    """Return what to choose, in one paragraph; a difference within the spread over seeds is called that."""
+    rows = sorted(table["rows"], key=lambda row: -row["teacher"]["mean"])
+    first = rows[0]
+    text = (
+        f"With the teacher, {first['method']} is the most accurate of {len(rows)} methods: {_cell(first['teacher'])} %,"
+        f" training {count(first['trainable_parameters'])} parameters"
+        f" ({percent(first['trainable_parameters'] / first['total_parameters'])})."
+    )
+    if first["teacher"]["spread"] is None:
+        text += " One seed says nothing about how far such figures vary; --seeds 3 does."
+    else:
+        near = [row for row in rows[1:] if not _apart(first["teacher"], row["teacher"])]
+        if near:
+            least = min([first, *near], key=lambda row: row["trainable_parameters"])
+            text += f" Within the spread over seeds, {_listed([row['method'] for row in near])} cannot be told from it"
+            text += f"; of these, {least['method']} trains the fewest parameters." if least is not first else "."
+    full = next((row for row in rows if row["method"] == "full"), None)
+    if full is not None and full is not first:
+        gap = 100 * (first["teacher"]["mean"] - full["alone"]["mean"])
+        text += f" Full tuning on labels alone reaches {_cell(full['alone'])} %, {abs(gap):.1f} points"
+        text += " less." if gap > 0 else " more."
+    gains = [100 * row["gain"] for row in rows]
+    helped = sum(gain > 0 for gain in gains)
+    return f"{text} The teacher helped {helped} of {len(rows)} methods, {sum(gains) / len(gains):+.1f} points on average."
+
+
+def _apart(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two means differ by more than two standard errors of their difference."""
+    errors = [found["spread"] ** 2 / len(found["accuracies"]) for found in (first, second)]
+    return abs(first["mean"] - second["mean"]) > 2 * sum(errors) ** 0.5
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _facts(table: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    teachers = [table["teacher"], *table.get("more_teachers", [])]
+    return {
+        "Data": rows_of({"images": table["data"], "recipe": table["recipe"]}),
+        "Networks": rows_of(
+            {
+                "student": table["student"],
+                "teacher": ", ".join(
+                    f"{one['model']} (head: {one['head']}, {percent(one['accuracy'])})" for one in teachers
+                ),
+            }
+        ),
+        "Training": rows_of(
+            {
+                "losses": ", ".join(f"{name} × {weight:g}" for name, weight in table["losses"].items()),
+                "epochs": table["epochs"],
+                "batch size": table["batch_size"],
+                "seeds": ", ".join(map(str, table["seeds"])),
+            }
+        ),
+    }

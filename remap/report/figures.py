@@ -1,0 +1,237 @@
+"""Figures of a report, each as SVG for the page and as PNG beside it. matplotlib has its home here."""
+
+import io
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from remap.io.names import plain
+
+# Of the light page and the PNG; in the SVG each becomes a variable of the page, which knows light and dark.
+COLOURS = {
+    "ink": "#1c2430",
+    "muted": "#66707d",
+    "line": "#dfe3e8",
+    "surface": "#fefefe",
+    "c1": "#2563ab",
+    "c2": "#d1603d",
+    "c3": "#3a8159",
+    "c4": "#a8761a",
+    "c5": "#7a54a3",
+    "c6": "#5d6b78",
+}
+SERIES = tuple(name for name in COLOURS if name.startswith("c"))
+WIDTH, HEIGHT = 4.6, 3.1  # inches; the page shows 72 units an inch
+_STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 10.5,
+    "axes.edgecolor": COLOURS["line"],
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.titlecolor": COLOURS["ink"],
+    "axes.titlesize": 11,
+    "axes.titleweight": "semibold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["line"],
+    "grid.linewidth": 0.7,
+    "xtick.color": COLOURS["line"],
+    "ytick.color": COLOURS["line"],
+    "xtick.labelcolor": COLOURS["muted"],
+    "ytick.labelcolor": COLOURS["muted"],
+    "text.color": COLOURS["ink"],
+    "legend.frameon": False,
+    "figure.facecolor": COLOURS["surface"],
+    "axes.facecolor": "none",
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure that is drawn: its name, what it shows in words, and both files."""
+
+    name: str
+    alt: str
+    svg: str
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method of a comparison: trained parameters, mean accuracy in % and its spread, with or without the teacher."""
+
+    name: str
+    group: str
+    parameters: int
+    mean: float
+    spread: float | None
+    filled: bool
+
+
+def _draw(name: str, alt: str, paint, size: tuple[float, float] = (WIDTH, HEIGHT)) -> Drawing:  # noqa: ANN001
+    """Let ``paint(axes)`` draw one pair of axes."""
+    with rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a letter that the font of the PNG lacks; the page has its reader's fonts
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        paint(figure.add_subplot())
+        files = {}
+        for kind, options in (("svg", {"transparent": True, "metadata": {"Date": None}}), ("png", {"dpi": 200})):
+            file = io.BytesIO()
+            figure.savefig(file, format=kind, **options)
+            files[kind] = file.getvalue()
+    return Drawing(name, alt, _inline(files["svg"].decode(), name), files["png"])
+
+
+def _inline(svg: str, name: str) -> str:
+    """Return what stands in the page: no prologue, no names that two figures share, colours and fonts of the page."""
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'(<g|<svg) id="[^"]*"', r"\1", svg)
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1)
+    svg = re.sub(r"(font: [^'\"]*?)'[^\"]*?sans-serif", r"\1system-ui, sans-serif", svg)
+    for variable, colour in COLOURS.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    return svg
+
+
+def curve(name: str, title: str, lines: Mapping[str, Sequence[tuple[int, float]]], percent: bool = False) -> Drawing:
+    """Draw numbers by epoch; the second line, of the evaluation images, is dashed."""
+
+    def paint(axes: Axes) -> None:
+        for number, (label, points) in enumerate(lines.items()):
+            epochs, values = zip(*points, strict=True)
+            few = {"marker": "o", "markersize": 4} if len(points) < 30 else {}
+            colour, style = COLOURS[SERIES[number]], "--" if number else "-"
+            axes.plot(epochs, values, style, color=colour, label=plain(label), linewidth=1.8, **few)
+        axes.set_title(plain(title))
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.margins(y=0.12)
+        most = max(value for points in lines.values() for _, value in points)
+        if not percent and most > 0 and all(value >= 0 for points in lines.values() for _, value in points):
+            axes.set_ylim(0, 1.12 * most)
+        if len(lines) > 1:
+            axes.legend()
+
+    return _draw(name, f"{title} by epoch", paint, (WIDTH, 2.7))
+
+
+def confusion(name: str, classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Drawing:
+    """Draw a confusion matrix: shares of each row by depth of colour, counts as numbers."""
+    names, size = [_short(one) for one in classes], len(classes)
+
+    def paint(axes: Axes) -> None:
+        axes.grid(visible=False)
+        for row, line in enumerate(counts):
+            for column, count in enumerate(line):
+                share = count / max(1, sum(line))
+                colour = COLOURS["c1" if row == column else "c2"]
+                axes.add_patch(Rectangle((column - 0.47, row - 0.47), 0.94, 0.94, color=colour, alpha=share, linewidth=0))
+                if count:
+                    ink = COLOURS["surface" if share > 0.55 else "ink"]
+                    axes.text(column, row, str(count), ha="center", va="center", color=ink, fontsize=10 if size < 13 else 7)
+        axes.set_xlim(-0.5, size - 0.5)
+        axes.set_ylim(size - 0.5, -0.5)
+        axes.set_aspect("equal")
+        axes.set_xticks(range(size), names, rotation=45 if size < 5 else 90, fontsize=9 if size < 13 else 8)
+        axes.set_yticks(range(size), names, fontsize=9 if size < 13 else 8)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel("the student's answer")
+        axes.set_ylabel("label")
+
+    return _draw(name, "confusion matrix", paint, (WIDTH, WIDTH))
+
+
+def _short(name: str, length: int = 16) -> str:
+    name = plain(name)
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def reliability(name: str, bins: Sequence[tuple[float, float, int]]) -> Drawing:
+    """Draw the share that is right by confidence; ``bins`` are (mean confidence, share, images) of those with images."""
+    most = max(images for _, _, images in bins)
+
+    def paint(axes: Axes) -> None:
+        axes.plot([0, 100], [0, 100], color=COLOURS["muted"], linewidth=1, linestyle=":", label="as sure as right")
+        for confidence, share, images in bins:
+            x, y = 100 * confidence, 100 * share
+            axes.plot([x, x], [x, y], color=COLOURS["c2"], linewidth=1.2, alpha=0.7)
+            axes.scatter([x], [y], s=18 + 130 * images / most, color=COLOURS["c1"], zorder=3)
+        axes.set_xlim(0, 103)
+        axes.set_ylim(-3, 105)
+        axes.set_xlabel("confidence of the answer, %")
+        axes.set_ylabel("right, %")
+        axes.legend(loc="upper left")
+
+    return _draw(name, "share of right answers by confidence", paint)
+
+
+def blocks(name: str, pairs: Mapping[str, Sequence[tuple[int, int]]], student: int, teacher: int) -> Drawing:
+    """Draw which teacher block taught which student block; blocks are counted from 1."""
+
+    def paint(axes: Axes) -> None:
+        for number, (loss, chosen) in enumerate(pairs.items()):
+            for index, (ours, theirs) in enumerate(chosen):
+                places = (theirs + 0.5) / (teacher + 1), (ours + 0.5) / (student + 1)
+                label = plain(loss) if not index else None
+                axes.plot(places, (1, 0), color=COLOURS[SERIES[number % 6]], linewidth=2, alpha=0.85, label=label)
+        for height, depth, who in ((1, teacher, "teacher"), (0, student, "student")):
+            step = ceil(depth / 12)
+            for block in range(depth + 1):
+                x = (block + 0.5) / (depth + 1)
+                axes.scatter([x], [height], s=60, color=COLOURS["surface"], edgecolor=COLOURS["muted"], zorder=3)
+                if block == depth or block % step == 0:
+                    text = "norm" if block == depth else str(block + 1)
+                    axes.text(x, height + (0.14 if height else -0.14), text, ha="center", va="center", fontsize=9)
+            axes.text(-0.02, height, who, ha="right", va="center", color=COLOURS["muted"])
+        axes.set_xlim(-0.16, 1)
+        axes.set_ylim(-0.3, 1.3)
+        axes.axis("off")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.55, -0.02), ncols=3)
+
+    return _draw(name, "which teacher block taught which student block", paint, (WIDTH * 1.3, 2.6))
+
+
+def tradeoff(name: str, points: Sequence[Point], lines: Mapping[str, float]) -> Drawing:
+    """Draw accuracy against trained parameters; colour is the category, filled is with the teacher."""
+    groups = list(dict.fromkeys(point.group for point in points))
+
+    def paint(axes: Axes) -> None:
+        for number, (label, value) in enumerate(lines.items()):
+            style = ((0, (1, 1.5)), (0, (4, 2)), (0, (6, 2, 1, 2)), "-")[number % 4]
+            axes.axhline(value, color=COLOURS["muted"], linewidth=1, linestyle=style, label=f"{plain(label)} {value:.1f}")
+        for point in points:
+            colour = COLOURS[SERIES[groups.index(point.group) % 6]]
+            fill = colour if point.filled else COLOURS["surface"]
+            axes.errorbar(
+                point.parameters, point.mean, yerr=point.spread, fmt="o", color=colour, mfc=fill, ms=7, capsize=3, zorder=3
+            )
+            if point.filled:
+                axes.annotate(
+                    plain(point.name), (point.parameters, point.mean), (6, 6), textcoords="offset points", fontsize=8.5
+                )
+        for group in groups:
+            axes.plot([], [], "o", color=COLOURS[SERIES[groups.index(group) % 6]], label=plain(group))
+        axes.plot([], [], "o", color=COLOURS["ink"], mfc=COLOURS["surface"], label="labels only (hollow)")
+        axes.set_xscale("log")
+        axes.margins(x=0.14, y=0.12)
+        axes.set_xlabel("trained parameters")
+        axes.set_ylabel("accuracy, %")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, fontsize=9)
+
+    return _draw(name, "accuracy against trained parameters", paint, (WIDTH * 1.15, 5.4))

@@ -1,0 +1,111 @@
+"""What a report says of the evaluation images: classes, pairs that are confused, calibration, pictures."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from remap.report.page import picture
+from remap.runs.answers import Answers, Evidence
+from remap.runs.interval import wilson
+
+# Rows of a table; more are not read.
+MOST_CLASSES, MOST_PAIRS, BINS = 50, 15, 15
+
+
+def confusion_counts(evidence: Evidence) -> list[list[int]]:
+    """Return how many images of each class (row) were given each answer (column)."""
+    found = Counter(zip(evidence.labels, evidence.student.predictions, strict=True))
+    classes = range(len(evidence.classes))
+    return [[found[row, column] for column in classes] for row in classes]
+
+
+def confused_pairs(evidence: Evidence) -> list[dict[str, Any]]:
+    """Return the wrong answers that were given most often, with how often the teacher gave them too."""
+    teacher = evidence.teacher.predictions if evidence.teacher else None
+    rows = enumerate(zip(evidence.labels, evidence.student.predictions, strict=True))
+    wrong = [(index, pair) for index, pair in rows if pair[1] not in (pair[0], -1)]
+    counts = Counter(pair for _, pair in wrong)
+    images = Counter(evidence.labels)
+    return [
+        {
+            "label": evidence.classes[label],
+            "answer": evidence.classes[answer],
+            "count": count,
+            "share": count / images[label],
+            "teacher": None if teacher is None else sum(teacher[i] == answer for i, pair in wrong if pair == (label, answer)),
+        }
+        for (label, answer), count in counts.most_common(MOST_PAIRS)
+    ]
+
+
+def class_rows(evidence: Evidence) -> list[dict[str, Any]]:
+    """Return the classes, the least accurate first: images, accuracy with interval, the teacher's, the usual mistake."""
+    rows = []
+    for label, name in enumerate(evidence.classes):
+        chosen = [i for i, one in enumerate(evidence.labels) if one == label and evidence.student.predictions[i] >= 0]
+        if not chosen:
+            continue
+        answers = Counter(evidence.student.predictions[i] for i in chosen)
+        share = answers[label] / len(chosen)
+        mistakes = Counter({answer: number for answer, number in answers.items() if answer != label})
+        usual = mistakes.most_common(1)
+        teacher = evidence.teacher and sum(evidence.teacher.predictions[i] == label for i in chosen) / len(chosen)
+        rows.append(
+            {
+                "name": name,
+                "images": len(chosen),
+                "share": share,
+                "interval": wilson(share, len(chosen)),
+                "teacher": teacher,
+                "mistake": f"{evidence.classes[usual[0][0]]} ({usual[0][1]})" if usual else "",
+            }
+        )
+    return sorted(rows, key=lambda row: row["share"])[:MOST_CLASSES]
+
+
+def bins_of(answers: Answers, labels: list[int]) -> list[tuple[float, float, int]]:
+    """Return mean confidence, share that is right and number of images, of each bin of confidence that has any."""
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for answer, confidence, label in zip(answers.predictions, answers.confidences, labels, strict=True):
+        if answer >= 0:
+            bins.setdefault(min(int(confidence * BINS), BINS - 1), []).append((confidence, answer == label))
+    columns = [tuple(zip(*rows, strict=True)) for _, rows in sorted(bins.items())]
+    return [(sum(sure) / len(sure), sum(right) / len(right), len(sure)) for sure, right in columns]
+
+
+def worst_images(evidence: Evidence, run: Path) -> list[dict[str, Any]]:
+    """Return the images whose label the student finds least likely, with both networks' answers."""
+    found = []
+    for index in evidence.worst:
+        uri = picture(run, f"image-{index}.jpg")
+        if uri is not None:
+            found.append(
+                {
+                    "uri": uri,
+                    "name": evidence.names[index],
+                    "label": evidence.classes[evidence.labels[index]],
+                    "student": _said(evidence, evidence.student, index),
+                    "teacher": evidence.teacher and _said(evidence, evidence.teacher, index),
+                }
+            )
+    return found
+
+
+def _said(evidence: Evidence, answers: Answers, index: int) -> dict[str, Any] | None:
+    answer = answers.predictions[index]
+    if answer < 0:
+        return None
+    right = answer == evidence.labels[index]
+    return {"name": evidence.classes[answer], "confidence": answers.confidences[index], "right": right}
+
+
+def overlays(evidence: Evidence, run: Path) -> list[dict[str, Any]]:
+    """Return each image with where the networks look; those whose pictures are gone are left out."""
+    found = []
+    for index in evidence.attention.images:
+        names = [f"image-{index}.jpg", *(f"attention-{index}-{name}.jpg" for name in evidence.attention.blocks)]
+        uris = [picture(run, name) for name in names]
+        if None not in uris:
+            label = evidence.classes[evidence.labels[index]]
+            found.append({"label": label, "uris": uris, "student": _said(evidence, evidence.student, index)})
+    return found

@@ -1,0 +1,212 @@
+"""The report of a run, from what its folder records."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from remap.errors import RunError
+from remap.io.human_size import size
+from remap.io.names import plain
+from remap.recipe import Recipe
+from remap.remapping.schedule import is_scheduled
+from remap.report import figures
+from remap.report.images import bins_of, class_rows, confused_pairs, confusion_counts, overlays, worst_images
+from remap.report.page import count, percent, rows_of, write_page
+from remap.runs.answers import read_evidence
+from remap.runs.interval import difference, wilson, with_interval
+from remap.runs.run_dir import RunDir
+from remap.runs.summary_schema import summary_problem
+
+# Above it, a matrix is no longer read, and the pairs that are most confused are listed.
+MOST_CLASSES_IN_MATRIX = 20
+_NOT_LOSSES = ("epoch", "seconds", "accuracy", "val_ce")
+
+
+def report_run(run: RunDir) -> Path:
+    """Write ``report.html`` into a finished run's folder, and the figures as PNG into ``report/``; return the page.
+
+    Raises:
+        RunError: The run has no result yet, or its records are damaged.
+    """
+    if not (run.path / "summary.json").is_file():
+        ended, message = run.outcome()
+        raise RunError(f"{run.path} has no result yet: it {ended}", given=message, do=run.resume_command())
+    summary, recipe, history, evidence = run.summary(), run.recipe(), run.metrics(), read_evidence(run.path)
+    problem = summary_problem(summary)
+    if problem is not None:
+        raise RunError(f"{run.path / 'summary.json'} cannot be shown: {problem}", do="name a run that `remap` finished")
+    drawn = [*_curves(history)]
+    if evidence is not None:
+        if len(evidence.classes) <= MOST_CLASSES_IN_MATRIX:
+            drawn.append(figures.confusion("confusion", evidence.classes, confusion_counts(evidence)))
+        if bins_of(evidence.student, evidence.labels):
+            drawn.append(figures.reliability("reliability", bins_of(evidence.student, evidence.labels)))
+    blocks = summary.get("blocks")
+    if blocks:
+        drawn.append(figures.blocks("blocks", blocks["pairs"], blocks["student"], blocks["teacher"]))
+    return write_page(
+        run.path,
+        "run.html.j2",
+        drawn,
+        title=plain(run.path.resolve().name),
+        answer=_answer(summary, recipe),
+        bars=_bars(summary),
+        tiles=_tiles(summary),
+        curves=[one.name for one in drawn if one.name.startswith("curve-")],
+        evidence=evidence,
+        no_evidence=(
+            "a backbone without a classifier answers with no class"
+            if recipe.label_free
+            else "answers.json is not in this folder; earlier versions did not write it"
+        ),
+        calibration=summary["student"].get("metrics", {}).get("calibration_error"),
+        classes=class_rows(evidence) if evidence is not None else [],
+        pairs=confused_pairs(evidence) if evidence is not None else [],
+        worst=worst_images(evidence, run.path) if evidence is not None else [],
+        overlays=overlays(evidence, run.path) if evidence is not None else [],
+        facts=_facts(run, summary, recipe),
+        command=_text(run.path / "command.txt"),
+        recipe=_text(run.path / "recipe.yaml"),
+    )
+
+
+def _text(path: Path) -> str:
+    try:
+        return plain(path.read_bytes()[:100_000].decode(errors="replace").strip(), keep="\n")
+    except OSError:
+        return "not recorded"
+
+
+def _curves(history: list[dict[str, Any]]) -> list[figures.Drawing]:
+    """Draw accuracy, then each loss; beside the cross-entropy in training that on the evaluation images."""
+    if not history:
+        return []
+
+    def line(name: str, factor: float = 1.0) -> list[tuple[int, float]]:
+        return [(record["epoch"], factor * record[name]) for record in history if name in record]
+
+    drawn = []
+    if line("accuracy"):
+        drawn.append(figures.curve("curve-accuracy", "accuracy, %", {"evaluation": line("accuracy", 100)}, percent=True))
+    names = [name for name in dict.fromkeys(n for record in history for n in record) if name not in _NOT_LOSSES]
+    for number, name in enumerate(name for name in names if not is_scheduled(name)):
+        lines = {"training": line(name)}
+        if name == "ce" and line("val_ce"):
+            lines["evaluation"] = line("val_ce")
+        title = "loss (weighted sum)" if name == "loss" else name
+        drawn.append(figures.curve(f"curve-{number}", title, lines))
+    return drawn
+
+
+def _answer(summary: dict[str, Any], recipe: Recipe) -> str:
+    """Return what came out, in one paragraph."""
+    student, data = summary["student"], summary["data"]
+    share = student["trainable_parameters"] / student["total_parameters"]
+    who = (
+        f"The student {student['model']}, tuned by {summary['method']} ({count(student['trainable_parameters'])} of"
+        f" {count(student['total_parameters'])} parameters, {percent(share)})"
+    )
+    if recipe.label_free:
+        text = f"{who}, learned from {data['train_images']:,} images without labels; the result is a backbone."
+        if student["accuracy"] is not None:
+            text += (
+                f" A linear probe on its frozen features is right on {percent(student['accuracy'])} of the evaluation"
+                f" images; before training it was {percent(student['initial_accuracy'])}."
+            )
+        return text
+    accuracy, images = student["accuracy"], data["val_images"]
+    text = (
+        f"{who}, is right on {student['correct']:,} of {images:,} evaluation images:"
+        f" {with_interval(accuracy, images)}, with the 95\u00a0% interval."
+    )
+    if "baseline" in summary:
+        text += " " + _compared(accuracy, summary["baseline"]["accuracy"], images, "the same student without a teacher")
+    if "teacher" in summary and summary["teacher"]["accuracy"] is not None:
+        text += " " + _compared(accuracy, summary["teacher"]["accuracy"], images, "its teacher")
+    if "test_accuracy" in student:
+        text += f" On the test images, looked at once, it is right on {percent(student['test_accuracy'])}."
+    return text
+
+
+def _compared(ours: float, theirs: float, images: int, who: str) -> str:
+    """Return how a share compares with another one, and whether so few images can tell them apart."""
+    low, high = difference(ours, theirs, images)
+    gap = 100 * (ours - theirs)
+    side = "better than" if gap > 0 else "below"
+    text = f"It is {abs(gap):.1f} points {side} {who} ({percent(theirs)})"
+    if low <= 0 <= high:
+        return text + f": {images:,} images do not tell the two apart."
+    return text + "."
+
+
+def _bars(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the accuracies to compare, each with its interval."""
+    student, images = summary["student"], summary["data"]["val_images"]
+    teachers = [summary["teacher"], *summary.get("more_teachers", [])] if "teacher" in summary else []
+    rows = [(f"teacher {number}" if len(teachers) > 1 else "teacher", teacher["accuracy"], "teacher")
+            for number, teacher in enumerate(teachers, 1)]
+    rows.append(("student", student["accuracy"], "student"))
+    if "baseline" in summary:
+        rows.append(("labels only", summary["baseline"]["accuracy"], "other"))
+    rows.append(("before training", student.get("initial_accuracy"), "other"))
+    known = [(name, share, kind) for name, share, kind in rows if share is not None]
+    return [
+        {"name": name, "share": share, "kind": kind, "interval": wilson(share, images)} for name, share, kind in known
+    ]
+
+
+_TILES = {
+    "top5": "label among the first five",
+    "balanced_accuracy": "balanced accuracy",
+    "f1": "F1, mean over classes",
+    "calibration_error": "calibration error",
+    "teacher_agreement": "agreement with the teacher",
+}
+
+
+def _tiles(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    found = summary["student"].get("metrics", {})
+    tiles = [(words, percent(found[name])) for name, words in _TILES.items() if name in found]
+    return [*tiles, ("saved size of the task", size(summary["student"]["task_bytes"]))]
+
+
+def _facts(run: RunDir, summary: dict[str, Any], recipe: Recipe) -> dict[str, list[tuple[str, str]]]:
+    """Return lists of facts by title; what an old or damaged record lacks is left out."""
+    data, environment = summary["data"], run.environment()
+    skipped = Counter(reason for _, reason in data.get("skipped", []))
+    get: Callable[[str], Any] = summary.get
+    facts: dict[str, dict[str, Any]] = {
+        "Data": {
+            "images": data["source"],
+            "classes": data.get("classes"),
+            "training images": f"{data['train_images']:,}, {data['labeled_images']:,} of them with labels",
+            "evaluation images": f"{data['val_images']:,}",
+            "split": data.get("split"),
+            "left out": ", ".join(f"{number} ({reason})" for reason, number in skipped.items()) or "nothing",
+            "fingerprint": str(data.get("fingerprint", ""))[:16] or None,
+        },
+        "Training": {
+            "teacher": summary["teacher"]["model"] if "teacher" in summary else "none",
+            "head of the teacher": summary["teacher"]["head"] if "teacher" in summary else None,
+            "losses": ", ".join(f"{loss.name} × {loss.weight:g}" for loss in recipe.losses),
+            "epochs": get("epochs"),
+            "batch size": recipe.train.batch_size,
+            "learning rate": f"{summary['learning_rate']:g}",
+            "seed": get("seed"),
+            "time": f"{summary['train_seconds']:.0f} s of training, {summary['seconds']:.0f} s in all",
+            "peak memory": size(get("peak_memory_bytes")) if get("peak_memory_bytes") else None,
+        },
+        "Environment": {
+            "device": get("device"),
+            "processes": get("processes"),
+            "precision": get("precision"),
+            "processor": environment.get("cpu"),
+            "system": environment.get("system"),
+            "Python": environment.get("python"),
+            **{name: (environment.get("packages") or {}).get(name) for name in ("torch", "timm", "peft")},
+            "remap": environment.get("remap"),
+            "date": environment.get("time"),
+        },
+    }
+    return {title: rows_of(values) for title, values in facts.items()}
