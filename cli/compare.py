@@ -4,7 +4,7 @@ from typing import Any
 
 from remap.io.human_size import size
 from remap.io.paths import expanded
-from remap_cli import console
+from remap_cli import console, report
 from remap_cli.options import COMPARE, training_command
 from remap_cli.training import read_recipe
 
@@ -21,6 +21,7 @@ def compare(values: dict[str, Any]) -> None:
         recipe = read_recipe(values, with_teacher=True)
         folder = expanded(values["output"] or default_path() / f"compare-{recipe.name}")
         table = run_compare(recipe, chosen, values["seeds"], folder, progress)
+        report.write_at_end(folder, progress)
     console.emit(table) if values["json"] else _show(table)
 
 

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from remap.runs.interval import with_interval
+from remap.runs.summary_schema import METRICS
 from remap_cli import console, launch
 from remap_cli import options as opt
 
@@ -34,7 +36,8 @@ def _show(run: Path, found: dict[str, Any]) -> None:
     rows = [
         [r["class"], r["images"], "-" if r["accuracy"] is None else f"{r['accuracy']:.1%}"] for r in found["classes"]
     ]
-    rows.append(["all", found["images"], f"{found['accuracy']:.2%}"])
+    rows.append(["all", found["images"], with_interval(found["accuracy"], found["images"])])
     console.table(f"{run} on {found['data']}", ["class", "images", "accuracy"], rows, right=(1, 2))
+    console.line(", ".join(f"{METRICS[name]} {value:.1%}" for name, value in found["metrics"].items()))
     for name, reason in found["skipped"]:
         console.note(f"skipped: {name} ({reason})")

@@ -15,7 +15,7 @@ def report(
     console.line(f"report: {write(folder)}")
 
 
-def write(folder: Path) -> Path:
+def write(folder: Path, *, pngs: bool = True) -> Path:
     """Write the report of a run or comparison; return its path."""
     from remap.io.paths import expanded
     from remap.report.compare_report import RECORD, report_comparison
@@ -24,5 +24,17 @@ def write(folder: Path) -> Path:
 
     folder = expanded(folder)
     if not (folder / "recipe.yaml").is_file() and (folder / RECORD).is_file():
-        return report_comparison(folder)
-    return report_run(RunDir.open(folder))
+        return report_comparison(folder, pngs=pngs)
+    return report_run(RunDir.open(folder), pngs=pngs)
+
+
+def write_at_end(folder: Path, progress: console.Reporter) -> None:
+    """Write the report of what has just ended, without PNG files, which take the longest; what fails is said."""
+    from remap.errors import RemapError
+
+    try:
+        with progress.wait("writing the report"):
+            path = write(folder, pngs=False)
+        progress.say(f"report: {path}")
+    except RemapError as error:
+        progress.say(f"there is no report: {error.what}")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remap.io.human_size import size
+from remap.runs.interval import with_interval
 from remap_cli import console
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def show(summary: dict[str, Any]) -> None:
     rows.append(
         [
             f"student + {summary['method']}",
-            "-" if label_free else f"{student['accuracy']:.1%}",
+            "-" if label_free else with_interval(student["accuracy"], summary["data"]["val_images"]),
             console.count(student["total_parameters"]),
             f"{console.count(student['trainable_parameters'])} ({share:.1%})",
             size(student["task_bytes"]),

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from remap_cli import console, estimates, launch, run_summary
+from remap_cli import console, estimates, launch, report, run_summary
 from remap_cli.options import DISTILL, OPTIONS, TUNE, recipe_words, training_command
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ def _train(values: dict[str, Any], *, with_teacher: bool) -> None:
             found = _resumed(values, processes, progress)
         else:
             found = _trained(values, progress, with_teacher=with_teacher)
+        if launch.is_first() and not values["dry_run"]:
+            report.write_at_end(Path(found["run_dir"]), progress)
     if launch.is_first():
         console.emit(found) if values["json"] else show(found)
 

@@ -14,10 +14,12 @@ from remap.distributed.collectives import all_gather_rows, share_unreadable
 from remap.distributed.interrupts import watch_signals
 from remap.distributed.launch import accelerator, use_bf16
 from remap.engine.evaluate import batch_size_of_evaluation, evaluate
+from remap.engine.metrics import metrics
 from remap.errors import RunError
 from remap.network import choose_attention
 from remap.progress import Progress
 from remap.recipe.schema import DataSpec
+from remap.runs.interval import wilson
 from remap.runs.run_dir import RunDir
 from remap.runs.task import load_task, require_classifier
 
@@ -29,7 +31,8 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
         data: Another folder or tar with the same class names, all of it; None takes the run's evaluation split.
 
     Returns:
-        accuracy, correct, images, per class: name, images, accuracy; and how many files were left out for which reason.
+        accuracy, correct, images, interval (of the accuracy, 95 %), metrics (see ``remap.engine.metrics``), per class:
+        name, images, accuracy; and how many files were left out for which reason.
     """
     run = RunDir.open(path)
     recipe = run.recipe()
@@ -78,6 +81,8 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
         "accuracy": found.accuracy,
         "correct": found.correct,
         "images": found.count,
+        "interval": list(wilson(found.accuracy, found.count)),
+        "metrics": metrics(found, split.labels),
         "left_out": dict(Counter(reason for _, reason in left_out)),
         "skipped": [list(item) for item in images.bad_names()],
         "classes": classes,

@@ -100,9 +100,7 @@ def summarize(
         },
         "peak_memory_bytes": peak_bytes(accelerator().device),
         "final_losses": {
-            name: value
-            for name, value in state.history[-1].items()
-            if name in ("loss", *components.objective.terms)
+            name: value for name, value in state.history[-1].items() if name in ("loss", *components.objective.terms)
         },
     }
     if final.test is not None:

@@ -14,7 +14,7 @@ from remap.report.page import count, percent, rows_of, write_page
 RECORD = "compare.json"
 
 
-def report_comparison(folder: Path) -> Path:
+def report_comparison(folder: Path, *, pngs: bool = True) -> Path:
     """Write ``report.html`` into the folder of a comparison, and its figure as PNG into ``report/``; return the page.
 
     Raises:
@@ -22,7 +22,7 @@ def report_comparison(folder: Path) -> Path:
     """
     table = read_run_json(folder / RECORD)
     try:
-        return _write(folder, table)
+        return _write(folder, table, pngs)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise RunError(
             f"cannot read {folder / RECORD}: it lacks what a comparison has ({type(error).__name__}: {error})",
@@ -30,7 +30,7 @@ def report_comparison(folder: Path) -> Path:
         ) from error
 
 
-def _write(folder: Path, table: dict[str, Any]) -> Path:
+def _write(folder: Path, table: dict[str, Any], pngs: bool) -> Path:
     rows, several = table["rows"], len(table["seeds"]) if len(table["seeds"]) > 1 else 0
     points = [
         figures.Point(
@@ -67,12 +67,28 @@ def _write(folder: Path, table: dict[str, Any]) -> Path:
         folder,
         "compare.html.j2",
         [figures.tradeoff("tradeoff", points, lines)],
+        pngs=pngs,
         title=plain(folder.resolve().name),
         answer=_answer(table),
         several=several,
+        gains=_gains(rows),
         groups=[(name, list(members)) for name, members in groupby(shown, key=lambda row: row["category"])],
         facts=_facts(table),
     )
+
+
+def _gains(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    most = max(abs(row["gain"]) for row in rows) or 1.0
+    ordered = sorted(rows, key=lambda row: -row["gain"])
+    return [
+        {
+            "method": row["method"],
+            "points": row["gain"],
+            "width": round(48 * abs(row["gain"]) / most, 2),
+            "text": f"{100 * row['gain']:+.1f}",
+        }
+        for row in ordered
+    ]
 
 
 def _cell(found: dict[str, Any]) -> str:
@@ -103,7 +119,9 @@ def _answer(table: dict[str, Any]) -> str:
         text += " less." if gap > 0 else " more."
     gains = [100 * row["gain"] for row in rows]
     helped = sum(gain > 0 for gain in gains)
-    return f"{text} The teacher helped {helped} of {len(rows)} methods, {sum(gains) / len(gains):+.1f} points on average."
+    return (
+        f"{text} The teacher helped {helped} of {len(rows)} methods, {sum(gains) / len(gains):+.1f} points on average."
+    )
 
 
 def _apart(first: dict[str, Any], second: dict[str, Any]) -> bool:

@@ -3,16 +3,17 @@
 import io
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from remap.io.names import plain
 
@@ -39,7 +40,7 @@ _STYLE = {
     "axes.labelcolor": COLOURS["muted"],
     "axes.titlecolor": COLOURS["ink"],
     "axes.titlesize": 11,
-    "axes.titleweight": "semibold",
+    "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -60,12 +61,35 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure that is drawn: its name, what it shows in words, and both files."""
+    """A figure: its name, what it shows in words, what draws it on a pair of axes, its size and margins in inches.
+
+    Attributes:
+        margins: Left, bottom, right, top. Fixed, since to measure texts takes longer than to draw them.
+    """
 
     name: str
     alt: str
-    svg: str
-    png: bytes
+    paint: Callable[[Axes], None]
+    size: tuple[float, float] = (WIDTH, HEIGHT)
+    margins: tuple[float, float, float, float] = (0.62, 0.5, 0.1, 0.12)
+
+    def svg(self) -> str:
+        """Return what stands in the page: text as text, with the colours and fonts of the page."""
+        return _inline(self._saved("svg", transparent=True, metadata={"Date": None}).decode(), self.name)
+
+    def png(self) -> bytes:
+        return self._saved("png", dpi=200)
+
+    def _saved(self, kind: str, **options: Any) -> bytes:
+        with rc_context({**_STYLE, "svg.hashsalt": self.name}), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a letter that the font of the PNG lacks; the page has its reader's fonts
+            (width, height), (left, bottom, right, top) = self.size, self.margins
+            box = (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)
+            figure, file = Figure(figsize=self.size), io.BytesIO()
+            FigureCanvasAgg(figure)
+            self.paint(figure.add_axes(box))
+            figure.savefig(file, format=kind, **options)
+        return file.getvalue()
 
 
 @dataclass(frozen=True)
@@ -80,27 +104,14 @@ class Point:
     filled: bool
 
 
-def _draw(name: str, alt: str, paint, size: tuple[float, float] = (WIDTH, HEIGHT)) -> Drawing:  # noqa: ANN001
-    """Let ``paint(axes)`` draw one pair of axes."""
-    with rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a letter that the font of the PNG lacks; the page has its reader's fonts
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        paint(figure.add_subplot())
-        files = {}
-        for kind, options in (("svg", {"transparent": True, "metadata": {"Date": None}}), ("png", {"dpi": 200})):
-            file = io.BytesIO()
-            figure.savefig(file, format=kind, **options)
-            files[kind] = file.getvalue()
-    return Drawing(name, alt, _inline(files["svg"].decode(), name), files["png"])
-
-
 def _inline(svg: str, name: str) -> str:
     """Return what stands in the page: no prologue, no names that two figures share, colours and fonts of the page."""
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'(<g|<svg) id="[^"]*"', r"\1", svg)
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1)
+    svg = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
+    )
     svg = re.sub(r"(font: [^'\"]*?)'[^\"]*?sans-serif", r"\1system-ui, sans-serif", svg)
     for variable, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{variable})")
@@ -127,7 +138,7 @@ def curve(name: str, title: str, lines: Mapping[str, Sequence[tuple[int, float]]
         if len(lines) > 1:
             axes.legend()
 
-    return _draw(name, f"{title} by epoch", paint, (WIDTH, 2.7))
+    return Drawing(name, f"{title} by epoch", paint, (WIDTH, 2.7), (0.55, 0.48, 0.1, 0.3))
 
 
 def confusion(name: str, classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Drawing:
@@ -140,10 +151,14 @@ def confusion(name: str, classes: Sequence[str], counts: Sequence[Sequence[int]]
             for column, count in enumerate(line):
                 share = count / max(1, sum(line))
                 colour = COLOURS["c1" if row == column else "c2"]
-                axes.add_patch(Rectangle((column - 0.47, row - 0.47), 0.94, 0.94, color=colour, alpha=share, linewidth=0))
+                axes.add_patch(
+                    Rectangle((column - 0.47, row - 0.47), 0.94, 0.94, color=colour, alpha=share, linewidth=0)
+                )
                 if count:
                     ink = COLOURS["surface" if share > 0.55 else "ink"]
-                    axes.text(column, row, str(count), ha="center", va="center", color=ink, fontsize=10 if size < 13 else 7)
+                    axes.text(
+                        column, row, str(count), ha="center", va="center", color=ink, fontsize=10 if size < 13 else 7
+                    )
         axes.set_xlim(-0.5, size - 0.5)
         axes.set_ylim(size - 0.5, -0.5)
         axes.set_aspect("equal")
@@ -154,7 +169,8 @@ def confusion(name: str, classes: Sequence[str], counts: Sequence[Sequence[int]]
         axes.set_xlabel("the student's answer")
         axes.set_ylabel("label")
 
-    return _draw(name, "confusion matrix", paint, (WIDTH, WIDTH))
+    room = 0.35 + 0.085 * max(map(len, names))
+    return Drawing(name, "confusion matrix", paint, (WIDTH + 0.4, WIDTH + 0.4), (room + 0.1, room + 0.1, 0.05, 0.05))
 
 
 def _short(name: str, length: int = 16) -> str:
@@ -163,7 +179,7 @@ def _short(name: str, length: int = 16) -> str:
 
 
 def reliability(name: str, bins: Sequence[tuple[float, float, int]]) -> Drawing:
-    """Draw the share that is right by confidence; ``bins`` are (mean confidence, share, images) of those with images."""
+    """Draw the share that is right by confidence; ``bins`` are (mean confidence, share, images), none of them empty."""
     most = max(images for _, _, images in bins)
 
     def paint(axes: Axes) -> None:
@@ -178,7 +194,7 @@ def reliability(name: str, bins: Sequence[tuple[float, float, int]]) -> Drawing:
         axes.set_ylabel("right, %")
         axes.legend(loc="upper left")
 
-    return _draw(name, "share of right answers by confidence", paint)
+    return Drawing(name, "share of right answers by confidence", paint)
 
 
 def blocks(name: str, pairs: Mapping[str, Sequence[tuple[int, int]]], student: int, teacher: int) -> Drawing:
@@ -204,7 +220,8 @@ def blocks(name: str, pairs: Mapping[str, Sequence[tuple[int, int]]], student: i
         axes.axis("off")
         axes.legend(loc="upper center", bbox_to_anchor=(0.55, -0.02), ncols=3)
 
-    return _draw(name, "which teacher block taught which student block", paint, (WIDTH * 1.3, 2.6))
+    size, margins = (WIDTH * 1.2, 2.3), (0.05, 0.3, 0.05, 0.05)
+    return Drawing(name, "which teacher block taught which student block", paint, size, margins)
 
 
 def tradeoff(name: str, points: Sequence[Point], lines: Mapping[str, float]) -> Drawing:
@@ -214,24 +231,81 @@ def tradeoff(name: str, points: Sequence[Point], lines: Mapping[str, float]) -> 
     def paint(axes: Axes) -> None:
         for number, (label, value) in enumerate(lines.items()):
             style = ((0, (1, 1.5)), (0, (4, 2)), (0, (6, 2, 1, 2)), "-")[number % 4]
-            axes.axhline(value, color=COLOURS["muted"], linewidth=1, linestyle=style, label=f"{plain(label)} {value:.1f}")
+            axes.axhline(
+                value, color=COLOURS["muted"], linewidth=1, linestyle=style, label=f"{plain(label)} {value:.1f}"
+            )
         for point in points:
             colour = COLOURS[SERIES[groups.index(point.group) % 6]]
             fill = colour if point.filled else COLOURS["surface"]
             axes.errorbar(
-                point.parameters, point.mean, yerr=point.spread, fmt="o", color=colour, mfc=fill, ms=7, capsize=3, zorder=3
+                point.parameters,
+                point.mean,
+                yerr=point.spread,
+                fmt="o",
+                color=colour,
+                mfc=fill,
+                ms=7,
+                capsize=3,
+                zorder=3,
             )
-            if point.filled:
-                axes.annotate(
-                    plain(point.name), (point.parameters, point.mean), (6, 6), textcoords="offset points", fontsize=8.5
-                )
         for group in groups:
             axes.plot([], [], "o", color=COLOURS[SERIES[groups.index(group) % 6]], label=plain(group))
         axes.plot([], [], "o", color=COLOURS["ink"], mfc=COLOURS["surface"], label="labels only (hollow)")
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _thousands(value)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.14, y=0.12)
         axes.set_xlabel("trained parameters")
         axes.set_ylabel("accuracy, %")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, fontsize=9)
+        _label(axes, points)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize=9)
 
-    return _draw(name, "accuracy against trained parameters", paint, (WIDTH * 1.15, 5.4))
+    below = 0.75 + 0.21 * ceil((len(lines) + len(groups) + 1) / 2)
+    size, margins = (WIDTH * 1.1, 3.4 + below), (0.58, below, 0.1, 0.1)
+    return Drawing(name, "accuracy against trained parameters", paint, size, margins)
+
+
+def _thousands(value: float) -> str:
+    """Return 10,000 as "10 k"."""
+    unit, word = next((one for one in ((1e9, " G"), (1e6, " M"), (1e3, " k")) if value >= one[0]), (1, ""))
+    return f"{value / unit:g}{word}"
+
+
+# Where the name of a dot may stand, in points from its centre, the best first: across, up, and how it is aligned.
+_SIDES = (
+    *((9, 0, "left"), (-9, 0, "right"), (0, 12, "center"), (0, -12, "center")),
+    *((8, 10, "left"), (8, -10, "left"), (-8, 10, "right"), (-8, -10, "right"), (0, 24, "center"), (0, -24, "center")),
+)
+
+
+def _label(axes: Axes, points: Sequence[Point]) -> None:
+    """Write the names of the filled dots where they cover the fewest dots, error bars and other names."""
+    axes.autoscale_view()
+
+    def at(point: Point, height: float) -> tuple[float, float]:
+        x, y = axes.transData.transform((point.parameters, height)) * 72 / axes.figure.dpi
+        return float(x), float(y)
+
+    taken = []
+    for point in points:
+        (x, low), (_, high) = (at(point, point.mean + sign * (point.spread or 0.0)) for sign in (-1, 1))
+        taken.append((x - 4, low - 4, x + 4, high + 4))
+    edges = axes.bbox.extents * 72 / axes.figure.dpi
+    for point in sorted((one for one in points if one.filled), key=lambda one: one.mean):
+        x, y = at(point, point.mean)
+        width = 5.2 * len(point.name)
+        options = []
+        for across, up, align in _SIDES:
+            left = x + across - {"left": 0.0, "center": width / 2, "right": width}[align]
+            box = (left, y + up - 5, left + width, y + up + 5)
+            outside = box[0] < edges[0] or box[2] > edges[2] or box[1] < edges[1] or box[3] > edges[3]
+            options.append((sum(_overlap(box, other) for other in taken) + 3 * outside, len(options), box))
+        _, chosen, box = min(options)
+        taken.append(box)
+        across, up, align = _SIDES[chosen]
+        text = {"ha": align, "va": "center", "fontsize": 9, "textcoords": "offset points"}
+        axes.annotate(plain(point.name), (point.parameters, point.mean), (across, up), **text)
+
+
+def _overlap(first: tuple[float, ...], second: tuple[float, ...]) -> bool:
+    return first[0] < second[2] and second[0] < first[2] and first[1] < second[3] and second[1] < first[3]

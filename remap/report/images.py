@@ -32,14 +32,16 @@ def confused_pairs(evidence: Evidence) -> list[dict[str, Any]]:
             "answer": evidence.classes[answer],
             "count": count,
             "share": count / images[label],
-            "teacher": None if teacher is None else sum(teacher[i] == answer for i, pair in wrong if pair == (label, answer)),
+            "teacher": None
+            if teacher is None
+            else sum(teacher[i] == answer for i, pair in wrong if pair == (label, answer)),
         }
         for (label, answer), count in counts.most_common(MOST_PAIRS)
     ]
 
 
 def class_rows(evidence: Evidence) -> list[dict[str, Any]]:
-    """Return the classes, the least accurate first: images, accuracy with interval, the teacher's, the usual mistake."""
+    """Return the least accurate classes first: images, accuracy with interval, the teacher's, the usual mistake."""
     rows = []
     for label, name in enumerate(evidence.classes):
         chosen = [i for i, one in enumerate(evidence.labels) if one == label and evidence.student.predictions[i] >= 0]

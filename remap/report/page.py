@@ -21,8 +21,8 @@ NAME = "report.html"
 _MOST_PICTURE_BYTES = 2**20
 
 
-def write_page(folder: Path, template: str, figures: Sequence[Drawing], **values: Any) -> Path:
-    """Write ``report.html`` in a folder, and each figure as ``report/NAME.png``; return the page.
+def write_page(folder: Path, template: str, figures: Sequence[Drawing], *, pngs: bool, **values: Any) -> Path:
+    """Write ``report.html`` in a folder, and each figure as ``report/NAME.png`` where ``pngs``; return the page.
 
     Raises:
         DiskFull: There is no room.
@@ -37,13 +37,14 @@ def write_page(folder: Path, template: str, figures: Sequence[Drawing], **values
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "count": count, "plain": plain}
-    drawn: dict[str, Markup] = {figure.name: Markup(figure.svg) for figure in figures}
+    drawn: dict[str, Markup] = {figure.name: Markup(figure.svg()) for figure in figures}
     text = environment.get_template(template).render(
-        **values, figures=drawn, alts={figure.name: figure.alt for figure in figures}, version=__version__
+        **values, pngs=pngs, figures=drawn, alts={figure.name: figure.alt for figure in figures}, version=__version__
     )
-    atomic_write.make_folder(folder / PICTURES)
-    for figure in figures:
-        atomic_write.write_bytes(folder / PICTURES / f"{figure.name}.png", figure.png)
+    if pngs:
+        atomic_write.make_folder(folder / PICTURES)
+        for figure in figures:
+            atomic_write.write_bytes(folder / PICTURES / f"{figure.name}.png", figure.png())
     atomic_write.write_text(folder / NAME, text)
     return folder / NAME
 
@@ -69,4 +70,4 @@ def count(number: int) -> str:
 
 def rows_of(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return names and values of a list of facts, without those that are None."""
-    return [(name, plain(str(value))) for name, value in values.items() if value is not None]
+    return [(name, plain(str(value), keep="\u00a0")) for name, value in values.items() if value is not None]

@@ -16,14 +16,14 @@ from remap.report.page import count, percent, rows_of, write_page
 from remap.runs.answers import read_evidence
 from remap.runs.interval import difference, wilson, with_interval
 from remap.runs.run_dir import RunDir
-from remap.runs.summary_schema import summary_problem
+from remap.runs.summary_schema import METRICS, summary_problem
 
 # Above it, a matrix is no longer read, and the pairs that are most confused are listed.
 MOST_CLASSES_IN_MATRIX = 20
 _NOT_LOSSES = ("epoch", "seconds", "accuracy", "val_ce")
 
 
-def report_run(run: RunDir) -> Path:
+def report_run(run: RunDir, *, pngs: bool = True) -> Path:
     """Write ``report.html`` into a finished run's folder, and the figures as PNG into ``report/``; return the page.
 
     Raises:
@@ -49,6 +49,7 @@ def report_run(run: RunDir) -> Path:
         run.path,
         "run.html.j2",
         drawn,
+        pngs=pngs,
         title=plain(run.path.resolve().name),
         answer=_answer(summary, recipe),
         bars=_bars(summary),
@@ -88,7 +89,9 @@ def _curves(history: list[dict[str, Any]]) -> list[figures.Drawing]:
 
     drawn = []
     if line("accuracy"):
-        drawn.append(figures.curve("curve-accuracy", "accuracy, %", {"evaluation": line("accuracy", 100)}, percent=True))
+        drawn.append(
+            figures.curve("curve-accuracy", "accuracy, %", {"evaluation": line("accuracy", 100)}, percent=True)
+        )
     names = [name for name in dict.fromkeys(n for record in history for n in record) if name not in _NOT_LOSSES]
     for number, name in enumerate(name for name in names if not is_scheduled(name)):
         lines = {"training": line(name)}
@@ -144,8 +147,10 @@ def _bars(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the accuracies to compare, each with its interval."""
     student, images = summary["student"], summary["data"]["val_images"]
     teachers = [summary["teacher"], *summary.get("more_teachers", [])] if "teacher" in summary else []
-    rows = [(f"teacher {number}" if len(teachers) > 1 else "teacher", teacher["accuracy"], "teacher")
-            for number, teacher in enumerate(teachers, 1)]
+    rows = [
+        (f"teacher {number}" if len(teachers) > 1 else "teacher", teacher["accuracy"], "teacher")
+        for number, teacher in enumerate(teachers, 1)
+    ]
     rows.append(("student", student["accuracy"], "student"))
     if "baseline" in summary:
         rows.append(("labels only", summary["baseline"]["accuracy"], "other"))
@@ -156,18 +161,9 @@ def _bars(summary: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-_TILES = {
-    "top5": "label among the first five",
-    "balanced_accuracy": "balanced accuracy",
-    "f1": "F1, mean over classes",
-    "calibration_error": "calibration error",
-    "teacher_agreement": "agreement with the teacher",
-}
-
-
 def _tiles(summary: dict[str, Any]) -> list[tuple[str, str]]:
     found = summary["student"].get("metrics", {})
-    tiles = [(words, percent(found[name])) for name, words in _TILES.items() if name in found]
+    tiles = [(words, percent(found[name])) for name, words in METRICS.items() if name in found]
     return [*tiles, ("saved size of the task", size(summary["student"]["task_bytes"]))]
 
 

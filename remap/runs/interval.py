@@ -30,6 +30,6 @@ def difference(first: float, second: float, count: int) -> tuple[float, float]:
 
 
 def with_interval(share: float, count: int) -> str:
-    """Return a share in words with its interval: "94.4 % (92.6-95.8)", with a space that no line breaks."""
+    """Return a share in words with its interval: "94.4 % (92.6-95.8)"."""
     low, high = wilson(share, count)
-    return f"{100 * share:.1f}\u00a0% ({100 * low:.1f}-{100 * high:.1f})"
+    return f"{100 * share:.1f} % ({100 * low:.1f}-{100 * high:.1f})"

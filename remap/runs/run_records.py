@@ -30,11 +30,12 @@ _NOT_A_RECORD = "name a run directory that `remap` wrote"
 class RunRecords:
     """Paths and records of one run; ``remap.runs.run_dir.RunDir`` also makes, opens and locks it.
 
-    recipe.yaml (resolved), command.txt, environment.json, status.json, metrics.jsonl (one line an epoch),
-    answers.json and the pictures in report/ (what report.html is made from), summary.json, trainables.json (what is trained), judged.json (accuracies before training), task/ (what the tuned
-    student costs to keep), teacher/ (the prepared teacher), checkpoint/, student_model/ (a student that was cut from
-    its teacher), backbone/ (the student of a run without labels, for timm), fault/ (the batch that broke training),
-    stop (a file that asks the run to save and leave; removed when it is seen).
+    recipe.yaml (resolved), command.txt, environment.json, status.json, metrics.jsonl (one line an epoch), summary.json,
+    answers.json and the pictures in report/ (what report.html is made from), trainables.json (what is trained),
+    judged.json (accuracies before training), task/ (what the tuned student costs to keep), teacher/ (the prepared
+    teacher), checkpoint/, student_model/ (a student that was cut from its teacher), backbone/ (the student of a run
+    without labels, for timm), fault/ (the batch that broke training), stop (a file that asks the run to save and leave;
+    removed when it is seen).
 
     ``seconds`` in status.json and summary.json is the time of all parts of a run that was stopped and resumed; a part
     that was killed counts up to its last epoch.

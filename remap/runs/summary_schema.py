@@ -8,6 +8,15 @@ from typing import Any
 
 from remap.io.checked_json import is_count, is_number
 
+# The entries of student.metrics, in words.
+METRICS = {
+    "top5": "label among the first five",
+    "balanced_accuracy": "balanced accuracy",
+    "f1": "F1, mean over classes",
+    "calibration_error": "calibration error",
+    "teacher_agreement": "agreement with the teacher",
+}
+
 
 def _is_word(value: object) -> bool:
     return isinstance(value, str)
@@ -41,6 +50,9 @@ def summary_problem(summary: object) -> str | None:
     problem = _problem(summary, _SUMMARY, "")
     if problem is None and not is_number(summary["student"].get("test_accuracy", 0)):
         problem = "student.test_accuracy is not a number"
+    found = summary["student"].get("metrics", {}) if problem is None else {}
+    if not isinstance(found, dict) or not all(map(is_number, found.values())):
+        problem = "student.metrics is not an object of numbers"
     more = summary.get("more_teachers", [])
     teachers = [("teacher", summary["teacher"])] if "teacher" in summary else []
     if not isinstance(more, list) or (more and not teachers):

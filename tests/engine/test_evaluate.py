@@ -85,3 +85,13 @@ def test_an_unreadable_image_stops_or_is_left_out_of_the_count(tiny: Any) -> Non
     result = _evaluate(network, source, skip_bad=True)
     assert (result.correct, result.count) == (8, 8)
     assert result.predictions_N.tolist() == [1, 0, 1, -1, -1, 0, 1, 0, 1, 0]
+
+
+def test_confidence_rank_and_loss_of_each_image(tiny: Any) -> None:
+    """By hand: a white image of brightness 1 has logits -1 and 1, so its class has the probability 1/(1 + e^-2)."""
+    found = _evaluate(_network(tiny), _Source([True, True, True], [True, False, True], bad=(2,)), skip_bad=True)
+    likely = 1 / (1 + np.exp(-2.0))
+    assert found.ranks_N.tolist() == [0, 1, -1]
+    np.testing.assert_allclose(found.confidences_N, [likely, likely, -1], rtol=1e-6)
+    np.testing.assert_allclose(found.losses_N, [-np.log(likely), -np.log(1 - likely), -1], rtol=1e-6)
+    assert found.loss == pytest.approx(-np.log(likely * (1 - likely)) / 2, rel=1e-6)
