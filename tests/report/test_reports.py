@@ -1,0 +1,228 @@
+"""report.html: what it says, what it leaves out, that names in it are only text, and how a browser shows it."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from remap.errors import RunError
+from remap.pipeline.run import start
+from remap.report.compare_report import report_comparison
+from remap.report.run_report import report_run
+from remap.runs.run_dir import RunDir
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+@pytest.fixture(scope="session")
+def finished(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe = tiny.recipe("losses.attention.layers=uniform", method="vpt_deep", losses="ce,kd,attention,tokens")
+    return start(recipe, tmp_path_factory.mktemp("report") / "run").run_dir
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> RunDir:
+    """Its class "red" has a name that a page must not run, as have its model and its command."""
+    shutil.copytree(finished, tmp_path / "run")
+    edit(tmp_path / "run" / "answers.json", lambda found: found["classes"].__setitem__(2, HOSTILE))
+    edit(tmp_path / "run" / "summary.json", lambda found: found["student"].update(model=HOSTILE))
+    (tmp_path / "run" / "command.txt").write_text(f"remap distill --data '{HOSTILE}'")
+    return RunDir.open(tmp_path / "run")
+
+
+def edit(path: Path, change: Callable[[Any], Any]) -> None:
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
+
+
+@pytest.fixture
+def comparison(tmp_path: Path) -> Path:
+    """Four methods by two seeds, in round numbers; what compare.json of `remap compare` holds."""
+
+    def cell(first: float, second: float) -> dict[str, Any]:
+        spread = abs(first - second) / 2**0.5
+        return {"accuracies": [first, second], "mean": (first + second) / 2, "spread": spread, "seconds": 3.0}
+
+    def row(category: str, method: str, parameters: int, alone: dict, teacher: dict) -> dict[str, Any]:
+        gain = teacher["mean"] - alone["mean"]
+        sizes = {"trainable_parameters": parameters, "total_parameters": 1_000_000, "task_bytes": 4 * parameters}
+        return {"category": category, "method": method, "alone": alone, "teacher": teacher, "gain": gain, **sizes}
+
+    table = {
+        "recipe": "digits",
+        "output": str(tmp_path),
+        "data": HOSTILE,
+        "epochs": 2,
+        "batch_size": 32,
+        "seeds": [0, 1],
+        "losses": {"ce": 1.0, "kd": 1.0},
+        "student": "mini_student",
+        "teacher": {"model": "mini_teacher", "head": "full", "accuracy": 0.97},
+        "more_teachers": [],
+        "rows": [
+            row("1 fine-tuning", "full", 1_000_000, cell(0.80, 0.82), cell(0.80, 0.83)),
+            row("1 fine-tuning", "linear", 1_000, cell(0.70, 0.71), cell(0.71, 0.72)),
+            row("4 parameter tuning", "lora", 20_000, cell(0.85, 0.86), cell(0.86, 0.88)),
+            row("4 parameter tuning", "bitfit", 7_000, cell(0.84, 0.86), cell(0.86, 0.87)),
+        ],
+    }
+    (tmp_path / "compare.json").write_text(json.dumps(table))
+    return tmp_path
+
+
+class Page(HTMLParser):
+    """The elements of a page, and its text, as a browser's own rules read them."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(path.read_text())
+        self.text = " ".join(" ".join(self.texts).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def require_self_contained(page: Page) -> None:
+    for tag, attributes in page.elements:
+        assert tag not in ("script", "iframe", "object", "embed", "base")
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:"))
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+
+
+def test_a_run_in_one_page(run: RunDir) -> None:
+    """9 evaluation images of 3 classes: the figures of the summary, every section, and names that stay text."""
+    page, student = Page(report_run(run)), run.summary()["student"]
+    require_self_contained(page)
+    assert f"is right on {student['correct']} of 9 evaluation images" in page.text
+    assert page.text.count(HOSTILE) >= 4  # a class, a model and a command
+    for title in ("Accuracy", "Training", "Classes", "Calibration", "Which block taught which", "How it was made"):
+        assert title in page.texts
+    pictures = [attributes for tag, attributes in page.elements if tag == "img"]
+    evidence = json.loads((run.path / "answers.json").read_text())
+    assert len(pictures) == len(evidence["worst"]) + 3 * len(evidence["attention"]["images"])
+    drawn = {path.stem for path in (run.path / "report").glob("*.png")}
+    assert drawn >= {"confusion", "reliability", "blocks", "curve-accuracy"}
+
+
+def test_the_worst_images_have_the_largest_losses(run: RunDir) -> None:
+    found = json.loads((run.path / "answers.json").read_text())
+    losses = found["student"]["losses"]
+    assert found["worst"] == sorted(range(9), key=lambda index: -losses[index])[:12]
+
+
+def test_pictures_that_are_gone_are_left_out(run: RunDir) -> None:
+    shutil.rmtree(run.path / "report")
+    page = Page(report_run(run, pngs=False))
+    assert "Their pictures are not in this folder any more" in page.text and "Classes" in page.texts
+    assert not [tag for tag, _ in page.elements if tag == "img"]
+    (run.path / "answers.json").unlink()
+    page = Page(report_run(run, pngs=False))
+    assert "answers.json is not in this folder" in page.text and "Classes" not in page.texts
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda found: found["labels"].pop(),
+        lambda found: found["labels"].__setitem__(0, 3),
+        lambda found: found["student"]["predictions"].__setitem__(0, -2),
+        lambda found: found["worst"].append(9),
+        lambda found: found.update(more=1),
+    ],
+    ids=["length", "label", "answer", "picture", "key"],
+)
+def test_damaged_answers_are_one_error(run: RunDir, change: Any) -> None:
+    edit(run.path / "answers.json", change)
+    with pytest.raises(RunError, match=r"cannot read .*answers\.json"):
+        report_run(run)
+
+
+def test_a_run_without_a_result_has_no_report(run: RunDir) -> None:
+    (run.path / "summary.json").unlink()
+    with pytest.raises(RunError, match="has no result yet"):
+        report_run(run)
+
+
+def test_more_than_twenty_classes_are_pairs(run: RunDir) -> None:
+    edit(run.path / "answers.json", lambda found: found["classes"].extend(f"class {n}" for n in range(30)))
+    edit(run.path / "answers.json", lambda found: found["student"].update(predictions=[1, 1, 2, 0, 0, 0, 2, 2, 2]))
+    edit(run.path / "answers.json", lambda found: found.update(labels=[0, 0, 0, 1, 1, 1, 2, 2, 2]))
+    page = Page(report_run(run, pngs=False))
+    assert "Most confused pairs" in page.texts and "the student's answer" in page.texts
+    row = page.texts.index("green", page.texts.index("Most confused pairs"))
+    assert [text for text in page.texts[row : row + 12] if text.strip()][:4] == ["green", "blue", "3", "100\u00a0%"]
+
+
+def test_a_comparison_in_one_page(comparison: Path) -> None:
+    """By hand: lora 87.0 is best; bitfit 86.5 is nearer than two standard errors, sqrt(0.01^2 / 1) and so on."""
+    page = Page(report_comparison(comparison))
+    require_self_contained(page)
+    assert "lora is the most accurate of 4 methods: 87.0 ± 1.4" in page.text
+    assert "bitfit cannot be told from it; of these, bitfit trains the fewest parameters" in page.text
+    assert "Full tuning on labels alone reaches 81.0 ± 1.4 %, 6.0 points less" in page.text
+    assert HOSTILE in page.text and (comparison / "report" / "tradeoff.png").stat().st_size > 5000
+    for name in ("full", "linear", "lora", "bitfit", "full, labels only 81.0", "teacher 97.0", "10 k"):
+        assert name in page.texts
+
+
+def test_a_damaged_comparison_is_one_error(comparison: Path) -> None:
+    edit(comparison / "compare.json", lambda found: found["rows"][0].pop("teacher"))
+    with pytest.raises(RunError, match="lacks what a comparison has"):
+        report_comparison(comparison)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+# Shows a page at a width, and writes what runs over it into a document that is dumped.
+FRAME = """<body><iframe src="{page}" style="border:0;width:{width}px;height:9000px"></iframe><p id="found"></p>
+<script>
+onload = () => {{
+  const inside = document.querySelector("iframe").contentDocument, root = inside.documentElement;
+  const clipped = [...inside.querySelectorAll("h1, h2, p, figure, dl, .bar, .tile, pre")].filter(
+    (one) => one.scrollWidth > one.clientWidth + 1 || one.getBoundingClientRect().right > {width} + 1);
+  const missing = [...inside.images].filter((one) => !one.naturalWidth);
+  document.querySelector("#found").textContent = JSON.stringify(
+    [root.scrollWidth, clipped.map((one) => one.outerHTML.slice(0, 80)), missing.length, inside.images.length]);
+}};
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("kind", ["run", "comparison"])
+def test_a_browser_shows_it_complete(kind: str, width: int, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Nothing is wider than the page, no picture is missing, and nothing is said on the console.
+
+    The page's own policy forbids every request, so one would be a message there.
+    """
+    folder = request.getfixturevalue(kind)
+    page = report_run(folder, pngs=False) if kind == "run" else report_comparison(folder, pngs=False)
+    (tmp_path / "frame.html").write_text(FRAME.format(page=page.as_uri(), width=width))
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--allow-file-access-from-files",
+        "--enable-logging=stderr",
+    ]
+    size = ["--window-size=1500,9100", "--virtual-time-budget=3000", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [str(CHROMIUM), *options, *size, "--dump-dom", (tmp_path / "frame.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    found = json.loads(done.stdout.partition('<p id="found">')[2].partition("</p>")[0].replace("&lt;", "<"))
+    assert found[:3] == [width, [], 0], found
+    assert (found[3] > 0) == (kind == "run")
+    assert "CONSOLE" not in done.stderr, done.stderr
