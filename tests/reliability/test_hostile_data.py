@@ -30,7 +30,7 @@ from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
 from remap.recipe import Recipe
 from remap.recipe.schema import DataSpec
-from remap.runs.curves import curves
+from remap.report.figures import curve
 from remap.runs.run_dir import RunDir
 from remap_cli import console as screen
 
@@ -440,18 +440,12 @@ def test_names_are_shown_and_do_nothing(
     if "[" in name and name.isprintable():
         assert name in shown  # not taken for colours
     # An SVG is read back by an independent reader: the text is the name, and no element came of it.
-    history = [{"epoch": 1, "seconds": 1.0, "loss": 1.0, name: 0.5, "accuracy": 0.5}]
-    drawn = curves(history, name)
+    drawn = curve("curve", name, {name: [(1, 0.5)], "evaluation": [(1, 0.4)]}).svg()
     root = ET.fromstring(drawn.encode())
-    assert {element.tag.rpartition("}")[2] for element in root.iter()} <= {
-        "svg",
-        "rect",
-        "text",
-        "path",
-        "polyline",
-        "circle",
-    }
-    assert [element.text for element in root.iter() if element.text and element.text.strip()][0] == plain(name)
+    tags = {element.tag.rpartition("}")[2] for element in root.iter()}
+    assert tags <= {"svg", "g", "rect", "text", "path", "defs", "style", "use", "clipPath"}
+    texts = [element.text for element in root.iter() if element.tag.endswith("text")]
+    assert texts.count(plain(name)) == 2  # the title and the legend
     screen.emit({name: name})
     text = capsys.readouterr().out
     assert text.isascii() and json.loads(text) == {name: name}
