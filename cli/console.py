@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from remap.errors import Interrupted, RemapWarning
+from remap.io.human_size import size
 from remap.io.names import plain
 
 if TYPE_CHECKING:
@@ -138,18 +139,7 @@ class Reporter:
         self._quiet = quiet
         self._bars: Progress | None = None
         if err.is_terminal and not quiet:
-            from rich import progress  # not needed for help and listings
-
-            self._bars = progress.Progress(
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(bar_width=30),
-                progress.MofNCompleteColumn(),
-                progress.TimeElapsedColumn(),
-                progress.TimeRemainingColumn(),
-                progress.TextColumn("[dim]{task.fields[values]}"),
-                console=err,
-                transient=True,
-            )
+            self._bars = _bars()
 
     def __enter__(self) -> "Reporter":
         if self._bars is not None:
@@ -162,7 +152,8 @@ class Reporter:
 
     def say(self, text: str) -> None:
         if not self._quiet:
-            err.print(escape(_plain(text)))
+            # On a terminal words are wrapped; elsewhere a line stays one.
+            err.print(escape(_plain(text)), soft_wrap=not err.is_terminal)
 
     @contextmanager
     def wait(self, what: str, total: int | None = None) -> Iterator["_Wait"]:
@@ -174,8 +165,36 @@ class Reporter:
         wait.say_duration()
 
 
+def _bars() -> "Progress":
+    """Return the bars of a terminal, with the figures of the newest step below them."""
+    from rich import progress  # not needed for help and listings
+    from rich.console import RenderableType
+    from rich.table import Column
+    from rich.text import Text
+
+    class Bars(progress.Progress):
+        def get_renderables(self) -> Iterator[RenderableType]:
+            yield self.make_tasks_table(self.tasks)
+            for task in self.tasks:
+                if task.fields["values"]:
+                    yield Text(task.fields["values"], style="dim")
+
+    return Bars(
+        progress.TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+        progress.BarColumn(bar_width=max(8, min(30, err.width - 52))),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        console=err,
+        transient=True,
+    )
+
+
 class _Wait:
-    """A bar, or without a terminal a line at most every ``LINE_EVERY_S`` seconds and one at the end of a long wait."""
+    """A bar, or without a terminal a line at most every ``LINE_EVERY_S`` seconds and one at the end of a long wait.
+
+    A wait with figures is training, which says its end itself.
+    """
 
     def __init__(self, reporter: Reporter, bars: "Progress | None", what: str, total: int | None) -> None:
         self._say, self._bars, self._what, self._total, self._done = reporter.say, bars, what, total, 0
@@ -188,7 +207,7 @@ class _Wait:
         self._done += amount
         now = time.perf_counter()
         if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, advance=amount, values=self._text(" "))
+            self._bars.update(self._task, advance=amount, values=self._text("   ", "\u00a0"))
         elif now - self._last >= LINE_EVERY_S:
             self._last = now
             done = f"{self._done}/{self._total}" if self._total is not None else f"{self._done}"
@@ -200,8 +219,10 @@ class _Wait:
 
     def say_duration(self) -> None:
         seconds = time.perf_counter() - self._started
-        if self._bars is None and seconds > CLOSING_LINE_S:
-            self._say(f"{self._what}: {duration(seconds)}{self._text(', ')}")
+        if self._bars is None and seconds > CLOSING_LINE_S and not self._values:
+            self._say(f"{self._what}: {duration(seconds)}")
 
-    def _text(self, separator: str) -> str:
-        return "".join(f"{separator}{name} {value:.4g}" for name, value in self._values.items())
+    def _text(self, separator: str, space: str = " ") -> str:
+        shown = {"left": duration, "memory": size}
+        pairs = ((name, shown.get(name, "{:.4g}".format)(value)) for name, value in self._values.items())
+        return "".join(f"{separator}{name}{space}{text.replace(' ', space)}" for name, text in pairs).lstrip(" ")

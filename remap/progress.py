@@ -1,5 +1,6 @@
 """Reports of progress. The library prints nothing; a command passes a reporter that does."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -9,7 +10,7 @@ class Step(Protocol):
     """One piece of work whose progress is shown."""
 
     def advance(self, amount: int = 1, **values: float) -> None:
-        """Count ``amount`` more units as done; ``values`` (loss, accuracy) are shown next to the bar."""
+        """Count ``amount`` more units as done; ``values`` (losses, learning rate) are shown below the bars."""
 
 
 class Progress(Protocol):
@@ -21,6 +22,19 @@ class Progress(Protocol):
     @contextmanager
     def wait(self, what: str, total: int | None = None) -> Iterator[Step]:
         """Show the progress of ``total`` units (None: unknown length)."""
+
+
+class Pace:
+    """How fast the steps of a run are since this was made, with what is done between them."""
+
+    def __init__(self) -> None:
+        self._began, self._steps = time.perf_counter(), 0
+
+    def after_step(self, images: int, steps_left: int) -> dict[str, float]:
+        """Count a step of so many images; return images a second, and the seconds that are left at this pace."""
+        self._steps += 1
+        seconds = (time.perf_counter() - self._began) / self._steps
+        return {"images/s": images / max(seconds, 1e-9), "left": seconds * steps_left}
 
 
 class _SilentStep:

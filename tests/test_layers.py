@@ -42,7 +42,7 @@ HOMES = {
     "peft": ("remap.tuning.parameter.peft_bridge", "remap.exporting.peft_folder"),
     "timm": ("remap.backbones", "remap_cli.models"),  # the listing of models asks timm for names
     "accelerate": ("remap.distributed", "remap.cache", "remap.engine", "remap.pipeline.probe"),
-    "matplotlib": ("remap.report.figures",),
+    "matplotlib": ("remap.report",),
     "jinja2": ("remap.report.page",),
     "typer": ("remap_cli",),
     "rich": ("remap_cli",),

@@ -9,6 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from remap.distributed.collectives import all_reduce_max, all_reduce_mean_, broadcast_
+from remap.distributed.device_memory import peak_bytes
 from remap.distributed.interrupts import defer_signals, requested_signal, signal_exit_code, signal_name, watch_signals
 from remap.distributed.sharding import sharded
 from remap.engine.checkpoint import has_checkpoint
@@ -21,6 +22,7 @@ from remap.engine.step import forward_backward, gather_result
 from remap.engine.training import Training
 from remap.errors import Interrupted, RunError, TrainingError
 from remap.network import Network
+from remap.progress import Pace
 
 
 def train(job: Job, *, resume: bool = False) -> State:
@@ -32,6 +34,7 @@ def train(job: Job, *, resume: bool = False) -> State:
     """
     spec, accelerator = job.recipe.train, job.accelerator
     with _opened(job, resume=resume) as training:
+        pace = Pace()
         while training.state.epoch < spec.epochs:
             training.start_epoch()
             # Looked up once an epoch: going back to a checkpoint puts another state in the place of this one.
@@ -65,7 +68,9 @@ def train(job: Job, *, resume: bool = False) -> State:
                         else:
                             skip_step(training, result)
                         state.step += 1
-                        shown.advance(1, **({"loss": result.losses["loss"]} if result.finite else {}))
+                        speed = pace.after_step(spec.batch_size, spec.epochs * steps - update - 1)
+                        figures = {**result.losses, "lr": rate, **speed, "memory": peak_bytes(accelerator.device)}
+                        shown.advance(1, **(figures if result.finite else {}))
 
                         # A checkpoint if it is due, and the end if a signal asked for it.
                         _save_if_due(training)

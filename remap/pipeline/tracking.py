@@ -14,6 +14,7 @@ from remap.pipeline.judge import Judgement, judge
 from remap.pipeline.judged import judged_once
 from remap.pipeline.run_status import RunClock
 from remap.progress import Progress
+from remap.remapping.schedule import is_scheduled
 from remap.runs.hardware import machine
 from remap.runs.run_dir import RunDir
 
@@ -72,7 +73,8 @@ class RunTracker:
         return {"accuracy": self.last.accuracy, "val_ce": self.last.loss}
 
     def record_epoch(self, history: Sequence[dict[str, Any]]) -> None:
-        """Write the metrics so far. A full disk does not end a run: they are written anew after the next epoch."""
+        """Write the metrics so far, and say the last. A full disk does not end a run: they are written again later."""
+        self.progress.say(epoch_line(history, self.components.recipe.train.epochs))
         try:
             self.run_dir.write_metrics(list(history))
             # Status carries the time so far: a run that is killed later resumes from it.
@@ -93,3 +95,18 @@ class RunTracker:
         """Add this machine to the environment of a resumed run."""
         if accelerator().is_main_process:
             self.run_dir.note_machine(machine(), resuming=True)
+
+
+def epoch_line(history: Sequence[dict[str, Any]], epochs: int) -> str:
+    """Return the newest epoch in one line: losses, accuracy and the best so far, and its seconds of training."""
+    last, earlier = history[-1], history[-2]["seconds"] if len(history) > 1 else 0.0
+    others = ("epoch", "loss", "accuracy", "val_ce", "seconds")
+    terms = {name: value for name, value in last.items() if name not in others and not is_scheduled(name)}
+    parts = [f"loss {last['loss']:.4g}"] if "loss" in last else []
+    if parts and len(terms) > 1:
+        parts[0] += f" ({', '.join(f'{name} {value:.3g}' for name, value in terms.items())})"
+    if "accuracy" in last:
+        best = max((one for one in history if "accuracy" in one), key=lambda one: one["accuracy"])
+        where = "" if best is last else f" (epoch {best['epoch']})"
+        parts += [f"accuracy {last['accuracy']:.1%}", f"best {best['accuracy']:.1%}{where}"]
+    return ", ".join([f"epoch {last['epoch']}/{epochs}: {parts[0]}", *parts[1:], f"{last['seconds'] - earlier:.1f} s"])

@@ -8,8 +8,8 @@ from remap.errors import RunError
 from remap.io.checked_json import read_run_json
 from remap.io.human_size import size
 from remap.io.names import plain
-from remap.report import figures
 from remap.report.page import count, percent, rows_of, write_page
+from remap.report.tradeoff import Point, tradeoff
 
 RECORD = "compare.json"
 
@@ -33,7 +33,7 @@ def report_comparison(folder: Path, *, pngs: bool = True) -> Path:
 def _write(folder: Path, table: dict[str, Any], pngs: bool) -> Path:
     rows, several = table["rows"], len(table["seeds"]) if len(table["seeds"]) > 1 else 0
     points = [
-        figures.Point(
+        Point(
             row["method"], row["category"], row["trainable_parameters"], 100 * row[key]["mean"],
             None if row[key]["spread"] is None else 100 * row[key]["spread"], key == "teacher",
         )
@@ -66,7 +66,7 @@ def _write(folder: Path, table: dict[str, Any], pngs: bool) -> Path:
     return write_page(
         folder,
         "compare.html.j2",
-        [figures.tradeoff("tradeoff", points, lines)],
+        [tradeoff("tradeoff", points, lines)],
         pngs=pngs,
         title=plain(folder.resolve().name),
         answer=_answer(table),

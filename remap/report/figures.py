@@ -1,4 +1,4 @@
-"""Figures of a report, each as SVG for the page and as PNG beside it. matplotlib has its home here."""
+"""Figures of a report, each as SVG for the page and as PNG beside it."""
 
 import io
 import re
@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from remap.io.names import plain
 
@@ -90,18 +90,6 @@ class Drawing:
             self.paint(figure.add_axes(box))
             figure.savefig(file, format=kind, **options)
         return file.getvalue()
-
-
-@dataclass(frozen=True)
-class Point:
-    """A method of a comparison: trained parameters, mean accuracy in % and its spread, with or without the teacher."""
-
-    name: str
-    group: str
-    parameters: int
-    mean: float
-    spread: float | None
-    filled: bool
 
 
 def _inline(svg: str, name: str) -> str:
@@ -222,90 +210,3 @@ def blocks(name: str, pairs: Mapping[str, Sequence[tuple[int, int]]], student: i
 
     size, margins = (WIDTH * 1.2, 2.3), (0.05, 0.3, 0.05, 0.05)
     return Drawing(name, "which teacher block taught which student block", paint, size, margins)
-
-
-def tradeoff(name: str, points: Sequence[Point], lines: Mapping[str, float]) -> Drawing:
-    """Draw accuracy against trained parameters; colour is the category, filled is with the teacher."""
-    groups = list(dict.fromkeys(point.group for point in points))
-
-    def paint(axes: Axes) -> None:
-        for number, (label, value) in enumerate(lines.items()):
-            style = ((0, (1, 1.5)), (0, (4, 2)), (0, (6, 2, 1, 2)), "-")[number % 4]
-            axes.axhline(
-                value, color=COLOURS["muted"], linewidth=1, linestyle=style, label=f"{plain(label)} {value:.1f}"
-            )
-        for point in points:
-            colour = COLOURS[SERIES[groups.index(point.group) % 6]]
-            fill = colour if point.filled else COLOURS["surface"]
-            axes.errorbar(
-                point.parameters,
-                point.mean,
-                yerr=point.spread,
-                fmt="o",
-                color=colour,
-                mfc=fill,
-                ms=7,
-                capsize=3,
-                zorder=3,
-            )
-        for group in groups:
-            axes.plot([], [], "o", color=COLOURS[SERIES[groups.index(group) % 6]], label=plain(group))
-        axes.plot([], [], "o", color=COLOURS["ink"], mfc=COLOURS["surface"], label="labels only (hollow)")
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _thousands(value)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.margins(x=0.14, y=0.12)
-        axes.set_xlabel("trained parameters")
-        axes.set_ylabel("accuracy, %")
-        _label(axes, points)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize=9)
-
-    below = 0.75 + 0.21 * ceil((len(lines) + len(groups) + 1) / 2)
-    size, margins = (WIDTH * 1.1, 3.4 + below), (0.58, below, 0.1, 0.1)
-    return Drawing(name, "accuracy against trained parameters", paint, size, margins)
-
-
-def _thousands(value: float) -> str:
-    """Return 10,000 as "10 k"."""
-    unit, word = next((one for one in ((1e9, " G"), (1e6, " M"), (1e3, " k")) if value >= one[0]), (1, ""))
-    return f"{value / unit:g}{word}"
-
-
-# Where the name of a dot may stand, in points from its centre, the best first: across, up, and how it is aligned.
-_SIDES = (
-    *((9, 0, "left"), (-9, 0, "right"), (0, 12, "center"), (0, -12, "center")),
-    *((8, 10, "left"), (8, -10, "left"), (-8, 10, "right"), (-8, -10, "right"), (0, 24, "center"), (0, -24, "center")),
-)
-
-
-def _label(axes: Axes, points: Sequence[Point]) -> None:
-    """Write the names of the filled dots where they cover the fewest dots, error bars and other names."""
-    axes.autoscale_view()
-
-    def at(point: Point, height: float) -> tuple[float, float]:
-        x, y = axes.transData.transform((point.parameters, height)) * 72 / axes.figure.dpi
-        return float(x), float(y)
-
-    taken = []
-    for point in points:
-        (x, low), (_, high) = (at(point, point.mean + sign * (point.spread or 0.0)) for sign in (-1, 1))
-        taken.append((x - 4, low - 4, x + 4, high + 4))
-    edges = axes.bbox.extents * 72 / axes.figure.dpi
-    for point in sorted((one for one in points if one.filled), key=lambda one: one.mean):
-        x, y = at(point, point.mean)
-        width = 5.2 * len(point.name)
-        options = []
-        for across, up, align in _SIDES:
-            left = x + across - {"left": 0.0, "center": width / 2, "right": width}[align]
-            box = (left, y + up - 5, left + width, y + up + 5)
-            outside = box[0] < edges[0] or box[2] > edges[2] or box[1] < edges[1] or box[3] > edges[3]
-            options.append((sum(_overlap(box, other) for other in taken) + 3 * outside, len(options), box))
-        _, chosen, box = min(options)
-        taken.append(box)
-        across, up, align = _SIDES[chosen]
-        text = {"ha": align, "va": "center", "fontsize": 9, "textcoords": "offset points"}
-        axes.annotate(plain(point.name), (point.parameters, point.mean), (across, up), **text)
-
-
-def _overlap(first: tuple[float, ...], second: tuple[float, ...]) -> bool:
-    return first[0] < second[2] and second[0] < first[2] and first[1] < second[3] and second[1] < first[3]

@@ -69,13 +69,35 @@ def test_a_long_wait_says_a_line_every_half_minute(printed: io.StringIO, clock: 
     with console.Reporter() as progress, progress.wait("epoch 1", 100) as step:
         for _ in range(100):
             clock[0] += 1.0
-            step.advance(loss=0.5)
+            step.advance(loss=0.5, memory=1.5e9, left=90.0)
+    with console.Reporter() as progress, progress.wait("reading"):
+        clock[0] += 3.0
     assert printed.getvalue().splitlines() == [
-        "epoch 1: 30/100 in 30.0 s, loss 0.5",
-        "epoch 1: 60/100 in 60.0 s, loss 0.5",
-        "epoch 1: 90/100 in 90.0 s, loss 0.5",
-        "epoch 1: 100.0 s, loss 0.5",
+        "epoch 1: 30/100 in 30.0 s, loss 0.5, memory 1.5 GB, left 90.0 s",
+        "epoch 1: 60/100 in 60.0 s, loss 0.5, memory 1.5 GB, left 90.0 s",
+        "epoch 1: 90/100 in 90.0 s, loss 0.5, memory 1.5 GB, left 90.0 s",
+        "reading: 3.0 s",
     ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_the_screen_fits_its_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No line is wider than the terminal, and no figure is cut in two."""
+    text = io.StringIO()
+    monkeypatch.setattr(console, "err", Console(file=text, width=width, force_terminal=True, color_system=None))
+    figures = {"loss": 5.128, "ce": 1.719, "attention": 0.616, "lr": 0.05, "images/s": 312.0, "left": 300.0}
+    with console.Reporter() as progress, progress.wait("labels only: epoch 12/100", 620) as step:
+        step.advance(31, **figures, memory=1.2e9)
+        progress.say("word " * 60)
+        shown = console.err.render_lines(progress._bars.get_renderable())
+    lines = ["".join(part.text for part in line).rstrip() for line in shown]
+    assert "epoch 12/100" in lines[0] and "31/620" in lines[0]
+    below = " ".join(lines[1:])
+    for figure in ("loss\u00a05.128", "images/s\u00a0312", "left\u00a05.0\u00a0min", "memory\u00a01.2\u00a0GB"):
+        assert figure in below
+    assert max(map(len, lines)) <= width
+    said = [line for line in text.getvalue().splitlines() if "word" in line]
+    assert all(len(line) <= width + 20 and "wor d" not in line for line in said) and len(said) >= 300 // width
 
 
 def test_a_short_wait_says_nothing_and_a_quiet_reporter_neither(printed: io.StringIO, clock: list[float]) -> None:
