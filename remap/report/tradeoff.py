@@ -57,10 +57,10 @@ def tradeoff(name: str, points: Sequence[Point], lines: Mapping[str, float]) -> 
         axes.set_xlabel("trained parameters")
         axes.set_ylabel("accuracy, %")
         _label(axes, points)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize=9)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize=9.5)
 
     below = 0.75 + 0.21 * ceil((len(lines) + len(groups) + 1) / 2)
-    size, margins = (WIDTH * 1.1, 3.4 + below), (0.58, below, 0.1, 0.1)
+    size, margins = (WIDTH, 3.2 + below), (0.58, below, 0.1, 0.1)
     return Drawing(name, "accuracy against trained parameters", paint, size, margins)
 
 
