@@ -41,7 +41,7 @@ def _train(values: dict[str, Any], *, with_teacher: bool) -> None:
         else:
             found = _trained(values, progress, with_teacher=with_teacher)
         if launch.is_first() and not values["dry_run"]:
-            report.write_at_end(Path(found["run_dir"]), progress)
+            report.write_at_end(values["resume"] or Path(found["run_dir"]), progress)  # it may have been moved
     if launch.is_first():
         console.emit(found) if values["json"] else show(found)
 
