@@ -39,7 +39,8 @@ def evaluate_at_end(components: RunComponents, tracker: RunTracker, progress: Pr
     for teacher in components.teachers[:1]:
         if teacher.accuracy is not None and teacher.evaluation is None:
             # A resumed run read its accuracy from a file; which images it is right on stands in none.
-            teacher.evaluation = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, "the teacher")
+            what = "the teacher's answers"
+            teacher.evaluation = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, what)
     # Where images are not held in memory, unreadable ones are found during training.
     bad = components.training_source.bad_names()
     if bad:
