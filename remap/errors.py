@@ -64,8 +64,14 @@ class RecipeError(RemapError):
     def __init__(self, problems: Sequence[str], where: str, do: str | None = None) -> None:
         self.problems, self.where = tuple(problems), where
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        what = "\n".join([f"{where}: {count}", *(f"  - {problem}" for problem in self.problems)])
+        what = "\n".join([f"{where}: {count}", *map(_item, self.problems)])
         RemapError.__init__(self, what, do=do)
+
+
+def _item(problem: str) -> str:
+    """Return a line of a list, or several where it names all methods."""
+    line = f"  - {problem}"
+    return line if len(line) <= 2 * LINE else textwrap.fill(line, LINE, **{**_HANGING, "subsequent_indent": " " * 4})
 
 
 class PluginError(RemapError):

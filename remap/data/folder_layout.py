@@ -83,8 +83,8 @@ def _is_filler(name: str) -> bool:
 
 def _wrapping(folders: Sequence[Folder]) -> str | None:
     """Return the one folder that all images lie in, at least two levels deeper, as archives often have one."""
-    images = [parts for parts, has in folders if has]
-    tops = {parts[0] for parts in images if parts}
+    images = [parts for parts, has in folders if has and parts]
+    tops = {parts[0] for parts in images}
     if len(tops) != 1 or any(len(parts) < 2 for parts in images):
         return None
     (top,) = tops
@@ -139,6 +139,13 @@ def _split_folders(word: str, folders: Sequence[Folder]) -> dict[str, str]:
     if len(beside) > 1 and not any(inner[top] for top in held_out):
         why = f"it holds sub-folders, while {', '.join(beside[:3])} beside it hold images"
         raise _split_or_class(word, train[0], why, do)
+    alike = next((top for top in others if inner[top] & inner[train[0]]), None)
+    if alike is not None and not any(inner[top] for top in held_out):
+        raise DataError(
+            f"{alike} may be a split, or of no use: it holds folders of the same names as {train[0]} beside it",
+            given=word,
+            do=f"if it is a split, {do} --val-data {word}/{alike}; if not, move it elsewhere",
+        )
     return split_of
 
 

@@ -88,6 +88,16 @@ def test_what_may_be_a_split_or_a_class_is_refused_with_both_readings(tree: Tree
     assert "train" in text or "test" in text
 
 
+@pytest.mark.parametrize("other", ["crossval", "query", "images2"])
+def test_the_same_class_folders_beside_train_may_be_a_split(tree: Tree, other: str) -> None:
+    """Where there is something to evaluate on they are what else there is, such as masks."""
+    train, beside = images("train/cat", "train/dog"), images(f"{other}/cat", f"{other}/dog", count=2)
+    root = tree(train | beside, "one")
+    assert f"--data {root}/train --val-data {root}/{other}; if not, move it elsewhere" in refusal(root)
+    data = opened(tree(train | beside | images("val/cat", "val/dog"), "two"))
+    assert (len(data.train), len(data.val), counted(data.skipped)) == (8, 8, "4 (lies outside the class folders)")
+
+
 def test_a_flat_val_folder_is_not_passed_over(tree: Tree) -> None:
     """As ImageNet's, whose labels are in a table. Test images without labels are usual, and left out."""
     train = images("train/a", "train/b")
@@ -105,7 +115,7 @@ BESIDE: dict[str, Files] = {
         "$RECYCLE.BIN/S-1/1.png": 1,
         "System Volume Information/x": b"",
     },
-    "of a data set": {"README.md": b"", "LICENSE": b"", "labels.csv": b""},
+    "of a data set": {"README.md": b"", "LICENSE": b"", "labels.csv": b"", "logo.png": 1},
     "of a drive": {"lost+found": None, "@eaDir/cover.png/SYNOPHOTO_THUMB_M.jpg": 1, "#recycle/ant/0.png": 1},
 }
 

@@ -32,10 +32,25 @@ def test_a_loss_and_a_method(tiny: Any, tmp_path: Path, bench: SharedResources, 
     assert losses["loss"] == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_cached_and_online_outputs_train_the_same_bits(tiny: Any, tmp_path: Path, largest_difference: Any) -> None:
+# Options that decide what is taken from the teacher.
+OTHER_TARGETS = (
+    "losses.tokens.normalize=phi_s",
+    "losses.tokens.layers=uniform",
+    "losses.tokens.prefix=class",
+    "losses.feature.normalize=standard",
+    "losses.mgd.masked=channels",
+    "losses.attention.heads=each",
+    "losses.attention_cls.heads=mean",
+)
+
+
+@pytest.mark.parametrize("options", [(), OTHER_TARGETS], ids=["defaults", "other targets"])
+def test_cached_and_online_outputs_train_the_same_bits(
+    tiny: Any, tmp_path: Path, largest_difference: Any, options: tuple[str, ...]
+) -> None:
     """All losses at once, so that each works on the weights; in batches that the cache was not computed in."""
     words = {"method": "lora", "losses": ",".join(["ce", *TEACHING])}
-    settings = ("train.epochs=2", "train.lr=0.001", "train.batch_size=7")
+    settings = ("train.epochs=2", "train.lr=0.001", "train.batch_size=7", *options)
     cached, online = (
         start(tiny.recipe(*settings, f"teacher.cache={cache}", **words), tmp_path / cache)
         for cache in ("memory", "off")

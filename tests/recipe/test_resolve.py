@@ -1,5 +1,6 @@
 """Words, files and overrides become one recipe, or one error that lists everything."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from remap.errors import RecipeError
+from remap.errors import LINE, RecipeError
 from remap.recipe import Recipe, catalogue, resolve, resolve_distill, validate
 from remap.recipe.schema import TeacherSpec
+from remap.tuning import METHODS
 
 
 def problems(*args: Any, **kwargs: Any) -> tuple[str, ...]:
@@ -333,3 +335,10 @@ def test_options_are_left_alone_where_torch_must_not_be_imported() -> None:
 
 def test_defaults_need_nothing() -> None:
     assert resolve() == Recipe() and catalogue.find("digits").is_file()
+
+
+def test_a_list_of_all_methods_is_several_lines_with_every_name_complete() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'lora'") as caught:
+        resolve(words={"method": "loraa"})
+    text = str(caught.value)
+    assert max(map(len, text.splitlines())) <= LINE and set(METHODS.names) <= set(re.findall(r"\w+", text))
