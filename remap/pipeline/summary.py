@@ -12,7 +12,6 @@ from remap.pipeline.components import RunComponents
 from remap.pipeline.judge import Judgement, judge
 from remap.pipeline.tracking import RunTracker
 from remap.progress import Progress, Silent
-from remap.recipe.schema import EMA
 from remap.remapping.schedule import is_scheduled
 
 
@@ -30,12 +29,12 @@ class FinalEvaluations:
 
 
 def evaluate_at_end(components: RunComponents, tracker: RunTracker, progress: Progress) -> FinalEvaluations:
-    """Evaluate what has not been evaluated yet: a moving average as teacher, and the test images, once."""
+    """Evaluate what has not been evaluated yet: a teacher that changed, and the test images, once."""
     recipe, views = components.recipe, components.views
     for number, teacher in enumerate(components.teachers):
-        if teacher.spec.model == EMA and not recipe.label_free:
-            average = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, "the average")
-            components.teachers[number] = replace(teacher, accuracy=average.accuracy)
+        if teacher.spec.learns and not recipe.label_free:
+            after = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, "the teacher at the end")
+            components.teachers[number] = replace(teacher, accuracy=after.accuracy)
     # Where images are not held in memory, unreadable ones are found during training.
     bad = components.training_source.bad_names()
     if bad:
