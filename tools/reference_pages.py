@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import timm
+
 from remap.backbones.families import FAMILIES, signals_of
 from remap.recipe.option_listing import options_of, rows_of_config, shown
 from remap.registry import BUILT_IN
@@ -56,6 +58,23 @@ KINDS = {
 }
 
 
+JOINT = """
+## Teacher and student together
+
+`teacher.joint=true` with `--method slad` trains the teacher along with the student (SLAD, Bensaid et al. 2026,
+[2605.29726](https://arxiv.org/abs/2605.29726)); `--recipe slad` is an example. Only the abstract was known when this
+was written: both networks have low-rank adapters, which are shared and trained jointly. How they do so is ours:
+
+- The change of a layer is alpha / rank * B M A. A and B have the widths of their network; the core M (rank x rank) of
+  a block of the student is the same tensor as that of the teacher's block at the same relative depth.
+- The teacher starts with a fitted head (`teacher.prepare`); its adapters and head learn from the labels by
+  cross-entropy. The student's losses read the teacher's outputs of the same step and send no gradient back, so that
+  only the cores get gradients from both sides. Rate and weight decay are the student's.
+- The teacher's outputs change in every step, so they are never cached. The summary has its accuracy at the end; nothing
+  else of the tuned teacher is stored. Its own weights are not changed.
+- Both must have the same layers for the targets (two sizes of one family), and `train.parallel=fsdp2` is refused.
+"""
+
 MODELS = """# Models
 
 Written by `tools/reference_pages.py` from the code and from `docs/models.jsonl`, which
@@ -70,7 +89,8 @@ other networks, and unusual variants of the exact families, are read by their st
   (`layers: last`) stands the output of the last stage.
 - Blocks are stages: `partial` trains the last ones, with all that is behind them, by timm's own groups of layers.
 - `targets` are `linear` (linear layers and 1x1 convolutions, the default where there are some) and `conv` (all other
-  convolutions, whose kernels count as matrices of c_out x c_in * k * k). Layers below 16 channels are left out.
+  convolutions, whose kernels count as matrices of c_out x c_in * k * k). Layers below 16 channels are left out. ResNet
+  has the same words for the convolutions of its branches, ConvNeXt `conv` for its depthwise ones.
 - The running statistics of batch norms follow the training images where a method trains the complete module (`full`,
   `partial`), and are saved with the task; all other methods leave them as they are.
 - `image_size` is passed on where the architecture is built for a size.
@@ -105,6 +125,8 @@ def models() -> str:
         problems = "; ".join(f"{method}: {problem}" for method, problem in record["learns"].items()) or "-"
         cells = [record["module"], f"`{record['model']}`", str(record["pixels"]), family, teaches, problems]
         parts.append(_line([cell.replace("|", "/") for cell in cells]))
+    if missing := sorted(set(timm.list_modules()) - {record["module"] for record in records}):
+        parts.append(f"\nNot measured yet, being large: {', '.join(missing)}.")
     return "\n".join(parts) + "\n"
 
 
@@ -127,6 +149,7 @@ def remapping() -> str:
         parts.append(f"\n## {title}\n")
         parts.append("| name | what it is | needs | where the models differ | paper |\n|---|---|---|---|---|")
         parts += [_line([f"`{row.name}`", row.summary, row.needs, row.mismatch, _paper(row.paper)]) for row in table]
+    parts.append(JOINT)
     return "\n".join(parts) + "\n"
 
 

@@ -1,7 +1,9 @@
 """What one training run works on: recipe, student, objective, teachers, images."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +103,9 @@ class Job:
     sample: Sample | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return all that is trained, by name: tuned parameters, head, and the objective's projectors."""
-        return parameters_of(self.student, self.objective)
+        """Return all that is trained, by name: tuned parameters, head, the objective's projectors, and teachers'."""
+        of_teachers = (teacher.parameters() for teacher in self.teachers)
+        return reduce(operator.or_, of_teachers, parameters_of(self.student, self.objective))
 
     @property
     def peak_lr(self) -> float:

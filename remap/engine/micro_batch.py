@@ -43,6 +43,7 @@ def inputs_of(training: Training, batch: Batch, bad_targets: list[Tensor]) -> In
         items = targets[teacher.number] = teacher.targets(images, batch.indices_B, batch.view)
         if teacher.cached is None:  # cached outputs were checked when they were computed
             bad_targets += [(~torch.isfinite(value)).any().float() for value in items.values()]
+        teacher.learn(labels, batch.share * training.accelerator.num_processes)
     features = job.features.rows(batch.indices_B) if job.features is not None else None
     return Inputs(images, targets, labels, batch.keys_B.to(device), features)
 

@@ -1,4 +1,7 @@
-"""Teachers in training: frozen, in eval mode, never wrapped. They run in each step, or their outputs are cached."""
+"""Teachers in training: in eval mode and never wrapped. They run in each step, or their outputs are cached.
+
+All but ``joint_teacher`` are frozen.
+"""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -6,9 +9,10 @@ from typing import Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from remap.network import Network, Runner
+from remap.remapping.labels import Labels
 from remap.remapping.objective import Objective
 
 
@@ -72,12 +76,23 @@ class Teacher:
             self._over_batch = sorted({name for term in terms for name in term.target(signals)})
         return self._over_batch
 
+    def learn(self, labels: Labels, share: float) -> None:
+        """Learn from the labels of the images that ``targets`` was given last, where the teacher is trained.
+
+        Args:
+            share: Weight of their mean loss in the gradient of the step.
+        """
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return what is trained of it and is not the student's, by name."""
+        return {}
+
     def after_step(self, student: Network, update: int) -> None:
         """Follow the student; called after update number ``update`` (from 0 over the whole run)."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what changes in training and has to be in a checkpoint."""
-        return {}
+        return {**self.parameters()}
 
     def close(self) -> None:
         """Take the hooks off the network and close the cache."""

@@ -39,8 +39,8 @@ class Training:
         # One module for the whole step, so that compiled blocks and hooks see one forward.
         self.module = StudentStep(job.student, job.objective, bf16=job.bf16).to(self.accelerator.device)
         self.parameters = job.parameters()
-        # Projectors of the objective are trained with the student's parameters.
-        extra = [(name, p) for name, p in self.parameters.items() if name.startswith("objective.")]
+        # Projectors of the objective, and what teachers train, go with the student's parameters.
+        extra = [(name, p) for name, p in self.parameters.items() if name not in job.student.trained]
         self.optimizer = adamw(job.student, extra, job.peak_lr, self.spec.weight_decay)
         self.buffers: list[Tensor] = []
         self._buffers_before: list[Tensor] = []

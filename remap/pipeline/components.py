@@ -14,8 +14,9 @@ from remap.distributed.launch import accelerator, use_bf16
 from remap.distributed.sharding import bytes_held, gather_full, is_sharded
 from remap.engine.self_teachers import copy_trained_tensors
 from remap.io.human_size import size
-from remap.network import Network, choose_attention, frozen, tuned
+from remap.network import Network, choose_attention, tuned
 from remap.pipeline.init_student import InitReport, init_from_teacher
+from remap.pipeline.joint_teacher import frozen_or_joint
 from remap.pipeline.objective import build_objective
 from remap.pipeline.shared import DataViews, SharedResources
 from remap.pipeline.shrink_student import open_student
@@ -133,8 +134,7 @@ def build_components(
     for number, spec in enumerate(recipe.teachers):
         if spec.model == EMA:  # it starts from the student, so it comes last and takes its place in the list
             teachers.insert(number, averaging_teacher(spec, student))
-    for teacher in teachers:
-        frozen(teacher.network)
+    teachers = [frozen_or_joint(teacher, student, recipe) for teacher in teachers]
     torch.manual_seed(recipe.seed)  # projectors of losses do not depend on what was prepared before
     objective = build_objective(recipe, student, [teacher.network for teacher in teachers])
     bf16 = use_bf16(recipe.train.precision, device)

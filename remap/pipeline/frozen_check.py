@@ -54,9 +54,11 @@ class FrozenWeights:
 
 
 def trained_text(trained: Mapping[str, Parameter], student: Network) -> str:
-    """Return in a line how much is trained, of the student and in the losses."""
+    """Return in a line how much is trained, of the student, in the losses and in the teacher."""
     count = sum(parameter.numel() for parameter in trained.values())
-    in_losses = count - student.num_trainable
-    total = student.num_parameters + in_losses
-    more = f", {in_losses:,} of them in the losses" if in_losses else ""
+    in_losses = sum(p.numel() for name, p in trained.items() if name.startswith("objective."))
+    in_teacher = count - student.num_trainable - in_losses
+    total = student.num_parameters + in_losses + in_teacher
+    parts = (("losses", in_losses), ("teacher", in_teacher))
+    more = "".join(f", {number:,} of them in the {name}" for name, number in parts if number)
     return f"training {count:,} of {total:,} parameters ({count / total:.1%}){more}"

@@ -1,19 +1,23 @@
 """A linear classifier fitted on features: the quickest way to give a teacher these classes, or to judge a backbone."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import nn
 
-from remap.backbones.typed import layer_at
+from remap.backbones.anatomy import Anatomy, module_at
+from remap.backbones.families.watching import Layer
+from remap.backbones.typed import input_channels
 from remap.data.splits import stratified
 from remap.data.views import ViewSource
 from remap.distributed.interrupts import defer_signals, raise_if_interrupted
-from remap.errors import DataError
+from remap.errors import BackboneError, DataError
 from remap.network import Network, Runner
 from remap.progress import Progress, Step
 from remap.remapping.signals import Needs
@@ -30,6 +34,7 @@ def fit_probe(
 ) -> float:
     """Fit the classifier by logistic regression (scikit-learn, L-BFGS) on standardised pooled features.
 
+    Of a classifier with hidden layers (MetaFormer's) the last layer is fitted, on what the others make of the features.
     The penalty is chosen on a held-out fifth of the training images; the evaluation split is never looked at.
 
     Returns:
@@ -41,6 +46,7 @@ def fit_probe(
     features_ND, labels_N = pooled_features(network, source, accelerator, batch_size, progress, "teacher features")
     if len(np.unique(labels_N)) < 2:
         raise DataError("a head needs readable training images of two classes at least", do="repair the images")
+    features_ND = _into_last_layer(network, features_ND)
     with progress.wait("fitting the teacher's head", len(STRENGTHS) + 1) as step:
         probe = fit_logistic(features_ND, labels_N, step)
     weight, bias = _all_classes(probe, network)
@@ -139,10 +145,53 @@ def _all_classes(probe: Probe, network: Network) -> tuple[np.ndarray, np.ndarray
     return weight, bias
 
 
+@torch.no_grad()
+def _into_last_layer(network: Network, features_ND: np.ndarray) -> np.ndarray:
+    """Return what the classifier's last layer is given: hidden layers in front of it stay as they were drawn."""
+    head = module_at(network.model, network.anatomy.classifier_heads[0])
+    if isinstance(head, Layer):
+        return features_ND
+    last, seen = _last_layer(head), []
+    handle = last.register_forward_pre_hook(lambda _layer, args: seen.append(args[0]))
+    head(torch.from_numpy(features_ND).to(last.weight))
+    handle.remove()
+    return seen[0].cpu().double().numpy()
+
+
+def _last_layer(head: nn.Module) -> Layer:
+    """Return a classifier itself, or the last layer of one with hidden layers."""
+    layer = [module for module in head.modules() if isinstance(module, Layer)][-1]
+    if layer.bias is None:
+        raise BackboneError(
+            "a head cannot be fitted: the classifier has no bias", do="let a method tune it (teacher.prepare=full)"
+        )
+    return layer
+
+
+@torch.no_grad()
 def _write_head(network: Network, weight_CD: np.ndarray, bias_C: np.ndarray) -> None:
-    with torch.no_grad():
-        for path in network.anatomy.classifier_heads:
-            head = layer_at(network.model, path)
-            assert head.bias is not None
-            head.weight.copy_(torch.from_numpy(weight_CD).view_as(head.weight))
-            head.bias.copy_(torch.from_numpy(bias_C))
+    """Write a linear map of the pooled features; of joined features each classifier gets its own columns."""
+    model, anatomy, weight, bias = network.model, network.anatomy, torch.from_numpy(weight_CD), torch.from_numpy(bias_C)
+    heads = [_last_layer(module_at(model, path)) for path in anatomy.classifier_heads]
+    parts = [(weight, bias)] * len(heads)
+    if not anatomy.averaged_heads:
+        ends = list(accumulate(head.weight[0].numel() for head in heads))
+        columns = [weight[:, start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        shares = [_share(model, anatomy, heads, head) for head in heads]
+        parts = [(part / share, bias * 0) for part, share in zip(columns, shares, strict=True)]
+        parts[0] = (parts[0][0], bias / shares[0])
+    for head, (rows, constant) in zip(heads, parts, strict=True):
+        assert head.bias is not None
+        # No columns are left for a classifier of tokens beside that of the pooled features (VOLO): it says nothing.
+        head.weight.copy_(rows.view_as(head.weight) if rows.numel() else torch.zeros_like(head.weight))
+        head.bias.copy_(constant)
+
+
+def _share(model: nn.Module, anatomy: Anatomy, heads: Sequence[Layer], head: Layer) -> float:
+    """Return what each logit of a network grows by with that of one of its classifiers, which it adds up."""
+    for other in heads:
+        assert other.bias is not None
+        other.weight.zero_()
+        other.bias.fill_(float(other is head))
+    images = head.weight.new_zeros(1, input_channels(model), *anatomy.image_size)
+    return float(model(images).mean())

@@ -13,7 +13,7 @@ from remap.pipeline.components import RunComponents
 from remap.pipeline.judge import Judgement, judge
 from remap.pipeline.tracking import RunTracker
 from remap.progress import Progress, Silent
-from remap.recipe.schema import EMA
+from remap.remapping.schedule import is_scheduled
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class FinalEvaluations:
 
 
 def evaluate_at_end(components: RunComponents, tracker: RunTracker, progress: Progress) -> FinalEvaluations:
-    """Evaluate what has not been evaluated yet: a moving average as teacher, and the test images, once."""
+    """Evaluate what has not been evaluated yet: a teacher that changed, and the test images, once."""
     recipe, views = components.recipe, components.views
     for number, teacher in enumerate(components.teachers):
-        if teacher.spec.model == EMA and not recipe.label_free:
-            average = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, "the average")
-            components.teachers[number] = replace(teacher, accuracy=average.accuracy, evaluation=average)
+        if teacher.spec.learns and not recipe.label_free:
+            after = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, "the teacher at the end")
+            components.teachers[number] = replace(teacher, accuracy=after.accuracy, evaluation=after)
     for teacher in components.teachers[:1]:
         if teacher.accuracy is not None and teacher.evaluation is None:
             # A resumed run read its accuracy from a file; which images it is right on stands in none.

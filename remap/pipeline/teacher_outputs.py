@@ -12,6 +12,7 @@ from remap.cache.output_store import LEAST_MASS, OutputStore, bytes_for
 from remap.cache.teacher_cache import FiniteViews, cache_in_memory, cache_on_disk, missing_rows
 from remap.data.images import ALWAYS_OPAQUE
 from remap.distributed.launch import accelerator
+from remap.engine.joint_teacher import JointTeacher
 from remap.engine.teacher import AverageTeacher, Teacher
 from remap.errors import DataError, RemapError
 from remap.io.human_size import size
@@ -44,6 +45,8 @@ def make_teacher(components: RunComponents, number: int) -> Teacher:
     network, objective, bf16 = prepared.network, components.objective, components.bf16
     if prepared.spec.model == EMA:
         return AverageTeacher(network, objective, number, accelerator(), bf16=bf16, decay=prepared.spec.decay)
+    if prepared.spec.joint:
+        return JointTeacher(network, objective, number, accelerator(), bf16=bf16, student=components.student)
     return Teacher(network, objective, number, accelerator(), bf16=bf16)
 
 
@@ -60,7 +63,7 @@ def teachers_in_training(components: RunComponents, shared: SharedResources, pro
             _cache_in_memory(components, teacher, prepared, storage, shared, progress)
         elif storage.where == "disk":
             _cache_on_disk(components, teacher, prepared, storage, progress)
-        elif components.recipe.data.finite_views and prepared.spec.cache == "auto" and prepared.spec.model != EMA:
+        elif components.recipe.data.finite_views and prepared.spec.cache == "auto" and not prepared.spec.learns:
             progress.say(
                 "the teacher runs in every step: its outputs fit neither in memory (data.memory_gib) nor on the disk"
             )

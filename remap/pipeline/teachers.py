@@ -202,7 +202,8 @@ def placed(teacher: PreparedTeacher, recipe: Recipe, device: torch.device) -> Pr
     choose_attention(network, recipe.train.fused_attention, device)
     if is_sharded(network):
         return teacher
-    if not teacher.spec.is_student and wants_sharding(network, teacher.spec.shard, accelerator()):
+    apart = not (teacher.spec.is_student or teacher.spec.joint)  # the others have tensors of the student
+    if apart and wants_sharding(network, teacher.spec.shard, accelerator()):
         shard([network], device)
     else:
         network.model.to(device)

@@ -121,6 +121,8 @@ def _teacher_problems(recipe: Recipe) -> Iterator[str]:
             yield from method_problems(f"{key}.prepare", spec.prepare)
         elif spec.prepare not in (allowed := ("probe", "none", *METHODS.names)):
             yield f"{key}.prepare: unknown word {_unknown(spec.prepare, allowed)}"
+        if spec.joint:
+            yield from _joint_problems(f"{key}.joint", spec, recipe)
         if spec.classes is not None and spec.prepare != "none":
             yield f"{key}.classes: is for the teacher's own classifier (set {key}.prepare=none)"
         if spec.keeps_less and spec.cache in ("memory", "off"):
@@ -142,10 +144,24 @@ def _self_teacher_problems(key: str, spec: TeacherSpec) -> Iterator[str]:
         yield f"{key}.weights: the teacher '{spec.model}' has the student's weights (leave it out)"
 
 
+def _joint_problems(key: str, spec: TeacherSpec, recipe: Recipe) -> Iterator[str]:
+    """Yield why a teacher cannot be trained along with the student."""
+    if recipe.method.name != "slad":
+        yield f"{key}: only the adapters of slad have a part to share, not {recipe.method.name} (--method slad)"
+    if spec.is_student:
+        yield f"{key}: the teacher '{spec.model}' is made of the student (name another model)"
+    if recipe.label_free or not any(loss.reads_logits for loss in recipe.losses if loss.name in LOSSES):
+        yield f"{key}: it learns from labels, so it needs a classifier (add a loss on its logits, say kd, and labels)"
+    if recipe.train.parallel == "fsdp2" or spec.shard == "on":
+        yield f"{key}: shared cores cannot be sharded (set train.parallel=ddp, and leave {key[:-6]}.shard out)"
+
+
 def what_changes(spec: TeacherSpec, data: DataSpec) -> str | None:
     """Return why a teacher's outputs cannot be cached, and what to do; None if they can."""
     if spec.model == EMA:
         return "the running average of the student changes in every step (leave it out)"
+    if spec.joint:
+        return "a joint teacher learns in every step (leave it out)"
     if data.mixes:
         return "mixed images are new in every epoch (set data.mixup and data.cutmix to 0)"
     if data.augment != "none" and data.views is None:

@@ -171,12 +171,20 @@ class TeacherSpec(ModelSpec):
     shard: Literal["auto", "on", "off"] = Field(
         default="auto", description="Split weights among processes; auto if they need over half of a GPU's free memory."
     )
+    joint: Annotated[bool, LATER] = Field(
+        default=False, description="Train it along with the student, by adapters that share their cores (method slad)."
+    )
     decay: float = Field(default=0.999, gt=0.0, lt=1.0, description='Decay of "ema", at most (1 + step) / (10 + step).')
 
     @property
     def keeps_less(self) -> bool:
         """Whether it says how outputs are stored on disk."""
         return self.top_k is not None or self.cache_dtype != "auto"
+
+    @property
+    def learns(self) -> bool:
+        """Whether it changes in training."""
+        return self.joint or self.model == EMA
 
     @property
     def is_student(self) -> bool:

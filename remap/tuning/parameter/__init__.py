@@ -48,6 +48,15 @@ ROWS = [
         needs=_LINEARS,
     ),
     _row(
+        name="slad",
+        target="remap.tuning.parameter.lora:SLAD",
+        summary="LoRA with a core between its factors, which a teacher can share",
+        paper="Bensaid et al. 2026, arXiv 2605.29726",
+        trains="2*L*(2*D*r + r*r)",
+        vit_base=2 * L * (2 * D * 8 + 8 * 8),
+        needs=_LINEARS,
+    ),
+    _row(
         name="mlae",
         target="remap.tuning.parameter.mlae:MLAE",
         summary="LoRA as rank-1 experts, some of which are masked in training",

@@ -7,6 +7,7 @@ n changed projections of one layer.
 import math
 from collections.abc import Mapping
 from functools import partial
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -18,14 +19,17 @@ from remap.tuning.dropout import SampleDropout
 from remap.tuning.layers import Target, by_layer, chosen, target_words
 from remap.tuning.weights import channels_first, drop, recompute, registered, require_rank
 
-_NAME = "remap_lora"
-
 
 class LoRA(Method):
     """W x + b + alpha / rank * B A x, section 4.1: rank * (i + o) parameters a projection.
 
     Every projection has an A and a B of its own, also where one layer makes queries, keys and values.
+
+    Attributes:
+        name: Last component of the inserted modules' names.
     """
+
+    name: ClassVar[str] = "remap_lora"
 
     class Config(Options):
         """The paper adapts queries and values.
@@ -59,8 +63,8 @@ class LoRA(Method):
                 for projection in projections:
                     shape = (projection.stop - projection.start, like.shape[1])
                     require_rank(self.config.rank, min(shape), path, shape)
-                lora = LowRank((like.shape[0], like.shape[1]), projections, self.config, site=len(changes))
-                changes[path] = edits.insert(f"{path}.{_NAME}", lora, like)
+                lora = self.change((like.shape[0], like.shape[1]), projections, site=len(changes))
+                changes[path] = edits.insert(f"{path}.{self.name}", lora, like)
                 if all(projection.called for projection in projections):
                     hook = _add_to_convolution if channels_first(layer) else _add_to_output
                     # In front of what others do with the output: the scale of a branch acts on the sum.
@@ -68,6 +72,24 @@ class LoRA(Method):
                 else:
                     edits.undo_by(recompute(layer, "weight", partial(_add_to_weight, lora), first=True))
         return Attachment(edits, fold=Fold(partial(_fold, model, changes)))
+
+    def change(self, shape: tuple[int, int], projections: tuple[Projection, ...], site: int) -> "LowRank":
+        """Return the change of a layer of ``shape`` (rows, input features)."""
+        return LowRank(shape, projections, self.config, site)
+
+
+class SLAD(LoRA):
+    """W x + b + alpha / rank * B M A x: LoRA with a core M of rank x rank, the part that a teacher's adapters share.
+
+    M is the identity at first, so that alone this starts as LoRA does. With ``teacher.joint`` the same M stands
+    in the teacher (``remap.pipeline.joint_teacher``). The paper's abstract does not say what of the
+    adapters is shared: the core is ours.
+    """
+
+    name = "remap_slad"
+
+    def change(self, shape: tuple[int, int], projections: tuple[Projection, ...], site: int) -> "LowRank":
+        return WithCore(shape, projections, self.config, site)
 
 
 class LowRank(nn.Module):
@@ -92,10 +114,14 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(torch.zeros(len(projections), width, config.rank))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
+    def factor(self) -> Tensor:
+        """Return (n, o, r), what stands in front of every A."""
+        return self.up
+
     def up_rows(self) -> Tensor:
         """Return (n*r, rows of the layer): transposed and scaled B's, each at its rows and zero elsewhere."""
         width = self.up.shape[1]
-        scaled = self.up.mT * self.scale
+        scaled = self.factor().mT * self.scale
         columns = [
             nn.functional.pad(scaled[index], (start, self.rows - start - width))
             for index, start in enumerate(self.starts)
@@ -105,6 +131,23 @@ class LowRank(nn.Module):
     def delta(self) -> Tensor:
         """Return (rows of the layer, i), what is added to the weight."""
         return self.up_rows().T @ self.down
+
+
+class WithCore(LowRank):
+    """The change of one layer of SLAD.
+
+    Attributes:
+        core: (n, r, r), the identity at first.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], projections: tuple[Projection, ...], config: LoRA.Config, site: int
+    ) -> None:
+        super().__init__(shape, projections, config, site)
+        self.core = nn.Parameter(torch.eye(config.rank).repeat(len(projections), 1, 1))
+
+    def factor(self) -> Tensor:
+        return self.up @ self.core
 
 
 def _fold(model: nn.Module, changes: Mapping[str, LowRank]) -> None:
