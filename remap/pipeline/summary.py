@@ -13,7 +13,6 @@ from remap.pipeline.components import RunComponents
 from remap.pipeline.judge import Judgement, judge
 from remap.pipeline.tracking import RunTracker
 from remap.progress import Progress, Silent
-from remap.remapping.schedule import is_scheduled
 
 
 @dataclass(frozen=True)
