@@ -49,10 +49,14 @@ def variant(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def test_a_combination_trains_what_its_parts_train(
+def test_a_combination_does_what_its_parts_do(
     build: Build, attach: Attach, tools: SimpleNamespace, combination: str, variant: str
 ) -> None:
-    together = attach(combination, build(variant))
+    """Identity, what trains, reloading, merging and detaching, on one object."""
+    base, together, images = build(variant), attach(combination, build(variant)), tools.images()
+    with torch.no_grad():
+        features = base.forward_features(images)
+        assert torch.equal(together.model(images), base(images)) == together.identity_at_init
     alone = [set(attach(part, build(variant)).trainable) for part in parts_of(combination)]
     assert set(together.trainable) == set().union(*alone)
     trained = {name for name, p in together.model.named_parameters() if p.requires_grad}
@@ -60,43 +64,26 @@ def test_a_combination_trains_what_its_parts_train(
     alive = tools.step(together, 5)
     assert set(together.trainable) <= alive
 
-
-def test_a_combination_is_the_identity_if_its_parts_are(
-    build: Build, attach: Attach, tools: SimpleNamespace, combination: str, variant: str
-) -> None:
-    base, together = build(variant), attach(combination, build(variant))
-    with torch.no_grad():
-        assert torch.equal(together.model(tools.images()), base(tools.images())) == together.identity_at_init
-
-
-def test_a_combination_reloads_and_detaches(
-    build: Build, attach: Attach, tools: SimpleNamespace, combination: str, variant: str
-) -> None:
-    base, together = build(variant), attach(combination, build(variant))
-    tools.step(together)
     fresh = attach(combination, build(variant), seed=99)
     fresh.load(together.state())
-    images = tools.images()
     assert torch.equal(fresh.model.forward_features(images), together.model.forward_features(images))
+    _merges_if_its_parts_do(build(variant), fresh, images)
     together.detach()
     assert list(together.model.state_dict()) == list(base.state_dict())
-    assert torch.equal(together.model.eval().forward_features(images), base.forward_features(images))
+    with torch.no_grad():
+        assert torch.equal(together.model.eval().forward_features(images), features)
 
 
-def test_a_combination_merges_if_its_parts_do(
-    build: Build, attach: Attach, tools: SimpleNamespace, combination: str, variant: str
-) -> None:
+def _merges_if_its_parts_do(base: nn.Module, together: Attached, images: torch.Tensor) -> None:
     """Parts that change the same layer are folded in the order in which the forward applies them."""
-    base, together = build(variant), attach(combination, build(variant))
-    tools.step(together)
-    tuned = together.model(tools.images()).detach()
+    tuned = together.model(images).detach()
     if not together.mergeable:
         with pytest.raises(BackboneError, match="cannot be folded"):
             together.merge()
-        assert torch.equal(together.model(tools.images()), tuned), "a refusal changes nothing"
+        assert torch.equal(together.model(images), tuned), "a refusal changes nothing"
         return
     base.load_state_dict(together.merge().state_dict())
-    assert (base(tools.images()) - tuned).abs().max() <= 1e-5 * max(1.0, float(tuned.abs().max()))
+    assert (base(images) - tuned).abs().max() <= 1e-5 * max(1.0, float(tuned.abs().max()))
 
 
 @pytest.mark.parametrize(
