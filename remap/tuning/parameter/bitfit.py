@@ -21,8 +21,6 @@ class BitFit(Method):
     """
 
     class Config(Options):
-        """Options."""
-
         biases: Literal["all", "no_norm", "blocks"] = Field(
             default="all", description="All, without norms, or inside blocks only."
         )

@@ -28,8 +28,6 @@ class BOFT(Method):
     """
 
     class Config(Options):
-        """Options."""
-
         block_size: int = Field(default=4, ge=2, description="Size of the rotated blocks of inputs.")
         factors: int = Field(default=2, ge=1, description="Butterfly factors; 1 is OFT with a scale.")
         targets: tuple[Target, ...] | None = Field(

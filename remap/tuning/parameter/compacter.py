@@ -29,8 +29,6 @@ class Compacter(Method):
     """
 
     class Config(Options):
-        """Options."""
-
         bottleneck: int = Field(default=24, ge=1, description="Width of the bottleneck.")
         num_factors: int = Field(default=4, ge=1, description="Kronecker products summed per weight.")
 

@@ -124,8 +124,6 @@ class FacTTT(_FacT):
     """FacT as a tensor train: 2*D*r + 12*L*r*r parameters."""
 
     class Config(Options):
-        """Options."""
-
         rank: int = Field(default=16, ge=1, description="Rank of the shared factors.")
         scale: float = Field(default=1.0, gt=0.0, description="Factor on the update; the paper searches it per task.")
         dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout probability behind the cores.")
@@ -138,8 +136,6 @@ class FacTTK(_FacT):
     """FacT as a Tucker decomposition: 2*D*r + 12*L*r + r*r*r parameters."""
 
     class Config(Options):
-        """Options."""
-
         rank: int = Field(default=32, ge=1, description="Rank of the shared factors.")
         scale: float = Field(default=1.0, gt=0.0, description="Factor on the update; the paper searches it per task.")
         dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout probability behind the cores.")

@@ -30,8 +30,6 @@ class GPS(Method):
     """
 
     class Config(Options):
-        """Options."""
-
         num_weights: int = Field(default=1, ge=1, description="Weights to train per neuron (K in the paper).")
         temperature: float = Field(default=0.07, gt=0.0, description="Temperature of the loss that picks the weights.")
 

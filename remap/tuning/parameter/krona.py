@@ -25,8 +25,6 @@ class KronA(Method):
     """
 
     class Config(Options):
-        """Options."""
-
         factor: int | None = Field(
             default=None,
             ge=1,

@@ -25,8 +25,6 @@ class LayerDelta(Method):
     name: str
 
     class Config(Options):
-        """Options."""
-
         rank: int = Field(default=8, ge=1, description="Rank of the update.")
         targets: tuple[Target, ...] | None = Field(
             default=None,

@@ -20,8 +20,6 @@ class Norm(Method):
     """
 
     class Config(Options):
-        """Options."""
-
         where: Literal["all", "blocks"] = Field(default="all", description="All norms, or those inside blocks only.")
 
     config: Config

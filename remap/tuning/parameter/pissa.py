@@ -39,8 +39,6 @@ class PiSSA(_FromWeight):
     name = "remap_pissa"
 
     class Config(_FromWeight.Config):
-        """Options."""
-
         iterations: int = Field(default=4, ge=0, description="Iterations of the randomised SVD; the paper: 4 and 16.")
 
     config: Config

@@ -28,8 +28,6 @@ class ClassRow(RowTerm):
     """
 
     class Config(RowTerm.Config):
-        """Options."""
-
         heads: Literal["product", "mean", "each"] = Field(
             default="product", description="Combine heads by product or mean of probabilities, or compare each."
         )

@@ -16,8 +16,6 @@ class _WholeMap(BlockTerm):
     """Every query against every key, averaged over heads or head by head."""
 
     class Config(BlockTerm.Config):
-        """Options."""
-
         heads: Literal["mean", "each"] = Field(
             default="mean", description="Compare the mean over heads, or each head (as in the paper)."
         )

@@ -36,8 +36,6 @@ class Relations(BlockTerm):
     """
 
     class Config(BlockTerm.Config):
-        """Options."""
-
         relations: tuple[Literal["q", "k", "v"], ...] = Field(
             default=("q", "k", "v"), description="Projections to compare."
         )

@@ -23,8 +23,6 @@ class AdaLoRA(PeftMethod):
     """
 
     class Config(Targets):
-        """Options."""
-
         @model_validator(mode="after")
         def _shrinks(self: Any) -> Any:
             if self.rank >= self.initial_rank:
