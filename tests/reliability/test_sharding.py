@@ -107,7 +107,7 @@ def _float64() -> Iterator[None]:
 def cases(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
     """All runs. The tiny student has dropout, whose masks are drawn process by process; this one has none."""
     folder = tmp_path_factory.mktemp("models")
-    CONFTEST["write_model"](folder / "vit", seed=3, embed_dim=32, depth=2)
+    CONFTEST["write_model"](folder / "vit", seed=3, embed_dim=32, depth=3)
     for number, (family, row) in enumerate(tiny_models("runs").items()):
         CONFTEST["write_folder"](folder / family, number, str(row.make), row.options, 32)
 
