@@ -14,6 +14,7 @@ from torch import Tensor
 from remap.cache.output_store import OutputStore, row_digests
 from remap.cache.passes import run_in_passes
 from remap.data import augment
+from remap.data.augmentation import Augmentation
 from remap.data.views import ViewSource
 from remap.distributed import collectives
 from remap.distributed.collectives import all_reduce_max, all_reduce_sum, compute_and_gather, index_chunks
@@ -49,7 +50,7 @@ class FiniteViews:
     """All images of a source in a finite number of views, numbered from 0."""
 
     source: ViewSource
-    augment: str
+    augmentation: Augmentation
     seed: int
     views: int
 
@@ -65,12 +66,12 @@ class FiniteViews:
 
     def images(self, view: int, indices: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
         """Return what training sees in that view, and which images could be read."""
-        return augment.augmented_view(self.source, self.augment, self.seed, view, indices)
+        return augment.augmented_view(self.source, self.augmentation, self.seed, view, indices)
 
     def digests(self, view: int, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return what a view shows of some images, as (B, 16): equal digests, equal pixels."""
         # The very draws that the pixels are made with: another augmentation has other digests.
-        draws_BN = augment.draws(self.augment, self.seed, view, indices)
+        draws_BN = augment.draws(self.augmentation, self.seed, view, indices)
         return row_digests(self.source.digests(indices), draws_BN)
 
 

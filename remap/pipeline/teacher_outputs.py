@@ -150,7 +150,7 @@ def store_outputs(components: RunComponents, progress: Progress) -> list[dict[st
 def finite_views(components: RunComponents) -> FiniteViews:
     """Return all views of all training images, where they are finite."""
     data = components.recipe.data
-    return FiniteViews(components.training_source, data.augment, components.recipe.seed, data.finite_views)
+    return FiniteViews(components.training_source, data.augmentation, components.recipe.seed, data.finite_views)
 
 
 def _cache_in_memory(
@@ -222,7 +222,7 @@ def _key(components: RunComponents, prepared: PreparedTeacher) -> dict[str, Any]
         teacher=network.identity.model,
         state=prepared.fingerprint,
         preprocessing=network.preprocess.to_dict(),
-        view={**view.to_dict(), "augment": components.recipe.data.augment},
+        view={**view.to_dict(), "augment": components.recipe.data.augmentation.key()},
         precision="bf16" if components.bf16 else "fp32",
         versions=library_versions(),
     ).to_dict()

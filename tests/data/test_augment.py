@@ -9,6 +9,7 @@ import torch
 from remap.cache.output_store import row_digests
 from remap.data import augment, keyed_random
 from remap.data.augment import augmented
+from remap.data.augmentation import PRESETS
 
 # Recorded by version 0.1: the digests of two images (bytes 0 and 7) in views 0 and 2 of seed 3.
 FIXED = ("8350c981b23444dbdc3d0c7a75ba2402", "608c4cff5d23bfc715c7a4dd63313626")
@@ -27,7 +28,7 @@ def test_teacher_outputs_that_were_cached_earlier_stay_valid(kind: str, view: in
     """A cached output is found by the digest of its image and of the draws behind its view."""
     indices = np.asarray([0, 7])
     files = [hashlib.blake2b(bytes([index]), digest_size=16).digest() for index in indices]
-    digests = row_digests(files, augment.draws(kind, 3, view, indices))
+    digests = row_digests(files, augment.draws(PRESETS[kind], 3, view, indices))
     assert tuple(row.tobytes().hex() for row in digests) == RECORDED[kind, view]
 
 
@@ -52,7 +53,7 @@ def test_augmentation_pixel_by_pixel(kind: str, size: int) -> None:
     images = torch.randint(0, 256, (12, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     draws = keyed_random.uniform(1, 0, np.arange(12), 3)
     draws[0], draws[1] = (0.0, 0.0, 0.0), (1 - 2**-53, 1 - 2**-53, 0.5)
-    found = augmented(images, kind, draws)
+    found = augmented(images, PRESETS[kind], draws)
     expected = [
         image if kind == "none" else by_hand(image, kind, d) for image, d in zip(images.numpy(), draws, strict=True)
     ]
@@ -65,4 +66,4 @@ def test_shifts_reach_both_ends_and_half_the_pictures_are_mirrored() -> None:
     for column in draws.T[:2]:
         assert np.abs(np.bincount((column * 5).astype(int)) - 800).max() < 5 * 25.3
     assert abs((draws[:, 2] < 0.5).sum() - 2000) < 5 * 31.7
-    assert augmented(torch.zeros(0, 3, 16, 16, dtype=torch.uint8), "shift", draws[:0]).shape == (0, 3, 16, 16)
+    assert augmented(torch.zeros(0, 3, 16, 16, dtype=torch.uint8), PRESETS["shift"], draws[:0]).shape == (0, 3, 16, 16)
