@@ -19,8 +19,9 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-import remap
 from remap.data import keyed_random
+from remap.pipeline.run import start
+from remap.recipe.resolve import resolve
 
 # Where the training images of each set begin.
 SETS = {"clothing": "train", "cifar10-train": "", "fashion-mnist": "train", "ants-bees": "train"}
@@ -64,16 +65,16 @@ def run(images: Path, method: str, augment: str, seed: int, done: Path) -> None:
         return
     settings = [f"data.augment={augment}", f"data.val_fraction={VAL_FRACTION}", f"train.epochs={EPOCHS}"]
     settings += [f"train.batch_size={BATCH}", "train.eval_every=1000"]
-    options = {"data": str(images), "student": "mini_student", "method": method, "losses": "ce", "seed": seed}
+    words = {"data": str(images), "student": "mini_student", "method": method, "losses": "ce", "seed": seed}
     folder = done.with_suffix(".run")
     shutil.rmtree(folder, ignore_errors=True)
-    summary = remap.tune(options, settings=settings, output=folder).summary
+    summary = start(resolve(words=words, settings=settings), folder).summary
     done.write_text(json.dumps({"accuracy": summary["student"]["accuracy"], "seconds": summary["seconds"]}))
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def table(results: Path, seeds: int) -> None:
-    """Print accuracy in %, as the mean of the seeds that have ended for all augmentations, and each one's worst case."""
+    """Print accuracy in %, as the mean of the seeds that have ended for all of them, and each one's worst case."""
     print(f"| set | method | {' | '.join(AUGMENT)} | seeds |\n|{'---|' * (len(AUGMENT) + 3)}")
     gains: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for name, method in itertools.product(SETS, METHODS):
