@@ -198,9 +198,7 @@ class Recipe(Section):
         teachers = [_without_later(spec, "shard") for spec in recipe.teachers]
         values = recipe.model_dump(mode="json", exclude={"name", "teachers"}) | {
             # The operations count, not the fields that name them.
-            "data": _without_later(
-                data, *_SILENT["data"], *Augmentation.model_fields, *(() if places else _DATA_PATHS)
-            )
+            "data": _without_later(data, *_SILENT["data"], *Augmentation.model_fields, *(() if places else _DATA_PATHS))
             | {"augment": data.augmentation.key()},
             "teacher": teachers[0] if teachers else None,
             "more_teachers": teachers[1:],
