@@ -234,7 +234,7 @@ def _without_later(model: BaseModel, *exclude: str) -> dict[str, Any]:
         value = getattr(model, name)
         if LATER in field.metadata and value == field.default:
             values.pop(name, None)
-        elif isinstance(value, BaseModel):
+        elif name in values and isinstance(value, BaseModel):
             values[name] = _without_later(value)
     return values
 
