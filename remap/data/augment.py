@@ -31,7 +31,7 @@ from remap.data.thread_pool import threads
 from remap.data.views import ViewSource
 from remap.errors import DataError
 
-Pixels = NDArray[np.uint8]
+Raw = NDArray[np.uint8]
 Draws = NDArray[np.float64]
 # Below so many pixels of an image threads cost more than they save: Python holds them up.
 SMALL = 96 * 96
@@ -84,12 +84,12 @@ def require_colours(augmentation: Augmentation, channels: int) -> None:
     Raises:
         DataError: An operation is for three channels.
     """
-    coloured = [name for name in augmentation.on if name in COLOURED]
+    coloured = [f"data.{name}" for name in augmentation.on if name in COLOURED]
     if coloured and channels != 3:
         raise DataError(
-            f"{' and '.join(f'data.{name}' for name in coloured)} changes red, green and blue",
-            given=f"images of {channels} channel(s)",
-            do="set data.augment=light, or custom without it",
+            f"what changes colours ({', '.join(coloured)}) is for images of red, green and blue",
+            given=f"{channels} channel(s)",
+            do="set data.augment=light, or leave it out",
         )
 
 
@@ -124,7 +124,7 @@ def augmented(images_BCHW: Tensor, augmentation: Augmentation, draws_BN: Draws, 
     return result
 
 
-def _augmented(image_CHW: Pixels, augmentation: Augmentation, on: frozenset[str], draws_N: Draws) -> Pixels:
+def _augmented(image_CHW: Raw, augmentation: Augmentation, on: frozenset[str], draws_N: Draws) -> Raw:
     if "shift" in on or "flip" in on:
         image_CHW = _moved(image_CHW, augmentation, draws_N)
     if "crop" in on or not on.isdisjoint(COLOURED):
@@ -161,7 +161,7 @@ def _cropped(pictures: list[Image.Image], crop: Crop, draws_N: Draws) -> list[Im
     return [one.resize(size, Image.Resampling.BILINEAR, box=box) for one in pictures]
 
 
-def _moved(image_CHW: Pixels, augmentation: Augmentation, draws_N: Draws) -> Pixels:
+def _moved(image_CHW: Raw, augmentation: Augmentation, draws_N: Draws) -> Raw:
     """Mirror, and shift by up to a share of each side; what comes in is black."""
     channels, height, width = image_CHW.shape
     pad = (np.array([height, width]) * augmentation.shift).astype(np.int64)
@@ -210,7 +210,7 @@ def _jittered(picture: Image.Image, jitter: Jitter, draws_N: Draws) -> Image.Ima
     return picture
 
 
-def _erased(image_CHW: Pixels, erasing: Erasing, draws_N: Draws) -> Pixels:
+def _erased(image_CHW: Raw, erasing: Erasing, draws_N: Draws) -> Raw:
     top, left, height, width = _box(erasing.scale, erasing.ratio, draws_N)
     size = np.array(image_CHW.shape[1:])
     first = np.rint(size * (top, left)).astype(int)

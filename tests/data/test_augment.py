@@ -181,5 +181,5 @@ def test_trivial_augment_draws_one_operation_of_any_strength() -> None:
 
 
 def test_colours_need_three_channels() -> None:
-    with pytest.raises(DataError, match=r"data.rand_augment changes red, green and blue"):
+    with pytest.raises(DataError, match=r"colours \(data.rand_augment\) is for images of red, green and blue"):
         augmented(pictures(1, 8, 1), PRESETS["strong"], augment.draws(PRESETS["strong"], 0, 0, np.arange(1)))
