@@ -137,7 +137,7 @@ def _augmented(image_CHW: Raw, augmentation: Augmentation, on: frozenset[str], d
             pictures[0] = _policy(pictures[0], augmentation, draws_N[POLICY + POLICY_DRAWS * step :])
         if "jitter" in on:
             pictures[0] = _jittered(pictures[0], augmentation.jitter, draws_N[JITTER:])
-        image_CHW = np.dstack(pictures).transpose(2, 0, 1)
+        image_CHW = np.dstack([np.asarray(one) for one in pictures]).transpose(2, 0, 1)
     if "erasing" in on and draws_N[ERASE] < augmentation.erasing.chance:
         image_CHW = _erased(image_CHW, augmentation.erasing, draws_N[ERASE + 1 :])
     return image_CHW
