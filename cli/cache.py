@@ -57,8 +57,11 @@ def cache_ls(json: opt.Json = False) -> None:
 def _view(key: dict[str, Any]) -> str:
     """Return the part of the view that tells caches apart; ``--json`` has all of it."""
     seen = key.get("view")
-    size = seen.get("size") if isinstance(seen, dict) else None
-    return ", ".join(str(part) for part in (size and f"{size} px", key.get("precision")) if part) or "-"
+    seen = seen if isinstance(seen, dict) else {}
+    size, augmented = seen.get("size"), seen.get("augment")
+    augmented = "+".join(augmented) if isinstance(augmented, dict) else augmented
+    parts = (size and f"{size} px", augmented != "none" and augmented, key.get("precision"))
+    return ", ".join(str(part) for part in parts if part) or "-"
 
 
 def _item(item: "CachedOutput") -> str:

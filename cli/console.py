@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from remap.errors import Interrupted, RemapWarning
+from remap.io.human_size import duration as duration
 from remap.io.human_size import size
 from remap.io.names import plain
 
@@ -101,15 +102,6 @@ def emit(value: Any) -> None:
 def count(number: int) -> str:
     """Return 38,400 as it is and 21,665,664 as 21.7 M."""
     return f"{number:,}" if number < 1_000_000 else f"{number / 1e6:.1f} M"
-
-
-def duration(seconds: float) -> str:
-    """Return seconds in the unit that suits them: 90.0 s, 3.5 min, 2.1 h."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def _plain(text: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from remap.cache.output_store import OutputStore, row_digests
 from remap.cache.passes import run_in_passes
 from remap.data import augment
+from remap.data.augmentation import Augmentation
 from remap.data.views import ViewSource
 from remap.distributed import collectives
 from remap.distributed.collectives import all_reduce_max, all_reduce_sum, compute_and_gather, index_chunks
@@ -49,7 +50,7 @@ class FiniteViews:
     """All images of a source in a finite number of views, numbered from 0."""
 
     source: ViewSource
-    augment: str
+    augmentation: Augmentation
     seed: int
     views: int
 
@@ -65,13 +66,12 @@ class FiniteViews:
 
     def images(self, view: int, indices: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
         """Return what training sees in that view, and which images could be read."""
-        return augment.augmented_view(self.source, self.augment, self.seed, view, indices)
+        return augment.augmented_view(self.source, self.augmentation, self.seed, view, indices)
 
     def digests(self, view: int, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return what a view shows of some images, as (B, 16): equal digests, equal pixels."""
         # The very draws that the pixels are made with: another augmentation has other digests.
-        draws_BN = augment.draws(self.augment, self.seed, view, indices)
-        return row_digests(self.source.digests(indices), draws_BN)
+        return row_digests(self.source.digests(indices), augment.draws(self.augmentation, self.seed, view, indices))
 
 
 class InMemory:
@@ -148,7 +148,7 @@ def cache_in_memory(
 
     def compute(chunk: Chunk | None) -> tuple[NDArray[np.int64], dict[str, Tensor]]:
         images, readable = views.images(*(chunk or NO_IMAGES))
-        return readable, _outputs(teacher, images, batch_size, at_once)
+        return readable, outputs_of(teacher, images, batch_size, at_once)
 
     def check_signals() -> None:
         raise_if_interrupted(accelerator, "teacher outputs were being computed")
@@ -192,7 +192,7 @@ def cache_on_disk(
                 images, readable = views.images(view, missing)
                 # A sharded teacher needs all processes in each pass, also those that lack no rows.
                 (most,) = all_reduce_max(accelerator, len(readable)) if sharded else (len(readable),)
-                outputs = _outputs(teacher, images, batch_size, at_once) if most else {}
+                outputs = outputs_of(teacher, images, batch_size, at_once) if most else {}
                 if len(readable):
                     _require_finite(outputs, views, readable)
                     store.append(views.digests(view, readable), outputs)
@@ -230,7 +230,7 @@ def _require_finite(outputs: Mapping[str, Tensor], views: FiniteViews, indices_B
             )
 
 
-def _outputs(teacher: OutputModel, images_BCHW: Tensor, batch_size: int, at_once: int) -> dict[str, Tensor]:
+def outputs_of(teacher: OutputModel, images_BCHW: Tensor, batch_size: int, at_once: int) -> dict[str, Tensor]:
     """Return the outputs of up to ``batch_size`` images, in passes of ``at_once``.
 
     Where memory does not suffice for that many, passes become smaller. A sharded teacher makes as many for no image as

@@ -62,7 +62,7 @@ def _make(
     view = plan.view(epoch)
     # Most partners are in the same part of the batch; the others are loaded behind it.
     extra = np.setdiff1d(partners, indices) if plan.mixes else indices[:0]
-    images, readable = augmented_view(source, plan.augment, plan.seed, view, np.concatenate([indices, extra]))
+    images, readable = augmented_view(source, plan.augmentation, plan.seed, view, np.concatenate([indices, extra]))
     other = share = None
     if plan.mixes:
         partner_of = dict(zip(indices.tolist(), partners.tolist(), strict=True))

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remap.data import keyed_random
+from remap.data.augmentation import Augmentation
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class EpochPlan:
     from epoch to epoch. A split smaller than a batch is one step. All is a function of (seed, epoch).
 
     Attributes:
-        augment, views, mixup, cutmix, mix_probability: As in ``DataSpec``.
+        augmentation, views, mixup, cutmix, mix_probability: As in ``DataSpec``.
     """
 
     seed: int
@@ -26,7 +27,7 @@ class EpochPlan:
     accumulation: int
     rank: int
     processes: int
-    augment: str
+    augmentation: Augmentation
     views: int | None = None
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -58,7 +59,7 @@ class EpochPlan:
 
     def view(self, epoch: int) -> int:
         """Return the number of the view that this epoch sees; without augmentation there is one."""
-        if self.augment == "none":
+        if not self.augmentation.on:
             return 0
         return epoch if self.views is None else epoch % self.views
 

@@ -83,6 +83,7 @@ class ViewSource:
     """Views of a split, decoded by threads; cached in memory when they fit.
 
     Attributes:
+        workers: Threads that decode and augment.
         bad: Reason by index for images that could not be read so far.
         contents: Digests of what was read so far.
     """
@@ -90,11 +91,11 @@ class ViewSource:
     def __init__(self, split: Split, view: View, *, memory_bytes: float, workers: int | None = None) -> None:
         self.split, self.view = split, view
         self._bad: dict[int, str] = {}
-        self._workers = workers or min(8, os.cpu_count() or 1)
+        self.workers = workers or min(8, os.cpu_count() or 1)
         self._cached: Tensor | None = None
         self._in_memory = self.nbytes <= memory_bytes
         self._lock = threading.Lock()
-        self.contents = Contents(split, self._workers)
+        self.contents = Contents(split, self.workers)
 
     @property
     def bad(self) -> dict[int, str]:
@@ -114,7 +115,7 @@ class ViewSource:
         if not self._in_memory or self._cached is not None:
             return
         pixels_NCHW = torch.zeros(len(self.split), *self.view.shape, dtype=torch.uint8)
-        with progress.wait(f"reading {what}", len(self.split)) as step, threads(self._workers) as pool:
+        with progress.wait(f"reading {what}", len(self.split)) as step, threads(self.workers) as pool:
             for index, pixels in enumerate(pool.map(self._read, range(len(self.split)))):
                 if pixels is not None:
                     pixels_NCHW[index] = torch.from_numpy(pixels)
@@ -127,7 +128,7 @@ class ViewSource:
         if self._cached is not None:
             readable = np.asarray([i for i in chosen if i not in self.bad], dtype=np.int64) if self.bad else chosen
             return self._cached.index_select(0, torch.from_numpy(readable)), readable
-        with threads(self._workers) as pool:
+        with threads(self.workers) as pool:
             views = list(pool.map(self._read, chosen))
         pixels = [view for view in views if view is not None]
         readable = np.asarray([i for i, view in zip(chosen, views, strict=True) if view is not None], dtype=np.int64)
@@ -140,7 +141,7 @@ class ViewSource:
         if not self.bad:
             return self
         readable = np.asarray([i for i in range(len(self.split)) if i not in self.bad], dtype=np.int64)
-        other = ViewSource(self.split.take(readable), self.view, memory_bytes=0.0, workers=self._workers)
+        other = ViewSource(self.split.take(readable), self.view, memory_bytes=0.0, workers=self.workers)
         other._cached = None if self._cached is None else self._cached[torch.from_numpy(readable)]
         other.contents = self.contents.taken(readable)
         return other
@@ -176,7 +177,7 @@ class JoinedSource(ViewSource):
     def __init__(self, first: ViewSource, second: ViewSource) -> None:
         assert first.view == second.view
         self.first, self.second = first, second
-        self.view = first.view
+        self.view, self.workers = first.view, first.workers
         self.split = first.split.joined(second.split)
 
     @property

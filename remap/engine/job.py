@@ -161,7 +161,7 @@ def epoch_plan(job: Job, accumulation: int) -> EpochPlan:
         accumulation=accumulation,
         rank=accelerator.process_index,
         processes=accelerator.num_processes,
-        augment=job.recipe.data.augment,
+        augmentation=job.recipe.data.augmentation,
         views=job.recipe.data.views,
         mixup=job.recipe.data.mixup,
         cutmix=job.recipe.data.cutmix,

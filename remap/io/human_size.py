@@ -1,4 +1,4 @@
-"""Numbers of bytes in words."""
+"""Numbers of bytes and seconds in words."""
 
 
 def size(nbytes: float) -> str:
@@ -8,3 +8,12 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds in the unit that suits them: 90.0 s, 3.5 min, 2.1 h."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"

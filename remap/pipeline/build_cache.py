@@ -24,6 +24,8 @@ from remap.runs.run_dir import RunDir
 def build_cache(recipe: Recipe, progress: Progress = Silent()) -> list[dict[str, Any]]:
     """Prepare a recipe's teachers as a run would, and store their outputs on disk, where a run finds them.
 
+    Says what they take before they are computed: images, views, bytes, time. A build that was stopped continues.
+
     Returns:
         One entry per teacher: teacher, key, folder, items, images, computed, bytes, seconds.
     """

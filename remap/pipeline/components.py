@@ -8,6 +8,7 @@ import torch
 
 from remap.backbones.build import Backbone, add_tensors
 from remap.backbones.preprocess import require_channels
+from remap.data.augment import require_colours
 from remap.data.image_files import counted
 from remap.data.views import ViewSource, listed
 from remap.distributed.launch import accelerator, use_bf16
@@ -117,6 +118,7 @@ def build_components(
     view = shared.view(recipe.data, [network.preprocess for network in networks])
     for network in networks:
         require_channels(view.shape[0], network.preprocess.shape[0], network.identity.model)
+    require_colours(recipe.data.augmentation, view.shape[0])
     if view.pixels.value_range is not None:
         low, high = view.pixels.value_range
         progress.say(f"images of more than 8 bits: values from {low:g} to {high:g} become 0 to 255 (data.value_range)")

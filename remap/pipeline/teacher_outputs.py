@@ -4,18 +4,19 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from remap.cache.cache_folders import CacheKey, cache_root, has_cache, library_versions, require_space
 from remap.cache.output_format import OutputFormat
 from remap.cache.output_store import LEAST_MASS, OutputStore, bytes_for
-from remap.cache.teacher_cache import FiniteViews, cache_in_memory, cache_on_disk, missing_rows
+from remap.cache.teacher_cache import FiniteViews, cache_in_memory, cache_on_disk, missing_rows, outputs_of
 from remap.data.images import ALWAYS_OPAQUE
 from remap.distributed.launch import accelerator
 from remap.engine.joint_teacher import JointTeacher
 from remap.engine.teacher import AverageTeacher, Teacher
 from remap.errors import DataError, RemapError
-from remap.io.human_size import size
+from remap.io.human_size import duration, size
 from remap.pipeline.components import RunComponents
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teachers import PreparedTeacher
@@ -140,7 +141,7 @@ def store_outputs(components: RunComponents, progress: Progress) -> list[dict[st
         teacher = make_teacher(components, number)
         try:
             storage = choose_storage(components, prepared, teacher)
-            report = _cache_on_disk(components, teacher, prepared, storage, progress)
+            report = _cache_on_disk(components, teacher, prepared, storage, progress, timed=True)
             stored.append({"teacher": prepared.spec.model, **report})
         finally:
             teacher.close()
@@ -150,7 +151,7 @@ def store_outputs(components: RunComponents, progress: Progress) -> list[dict[st
 def finite_views(components: RunComponents) -> FiniteViews:
     """Return all views of all training images, where they are finite."""
     data = components.recipe.data
-    return FiniteViews(components.training_source, data.augment, components.recipe.seed, data.finite_views)
+    return FiniteViews(components.training_source, data.augmentation, components.recipe.seed, data.finite_views)
 
 
 def _cache_in_memory(
@@ -173,17 +174,31 @@ def _cache_in_memory(
 
 
 def _cache_on_disk(
-    components: RunComponents, teacher: Teacher, prepared: PreparedTeacher, storage: OutputStorage, progress: Progress
+    components: RunComponents,
+    teacher: Teacher,
+    prepared: PreparedTeacher,
+    storage: OutputStorage,
+    progress: Progress,
+    *,
+    timed: bool = False,
 ) -> dict[str, Any]:
-    """Compute the rows that the store lacks, give the store to the teacher, and return what was done."""
+    """Compute the rows that the store lacks, give the store to the teacher, and return what was done.
+
+    Args:
+        timed: Say beforehand how long it takes; two batches are computed to know.
+    """
     views, batch = finite_views(components), components.process_images
     items = _items(prepared.spec, storage.shapes, bf16=components.bf16)
     store = OutputStore.open(cache_root(), _key(components, prepared), items)
     started, missing = time.perf_counter(), missing_rows(store, views, batch)
     if missing:
+        cost = size(bytes_for(items, missing))
+        if timed:
+            batches = missing / batch / accelerator().num_processes
+            cost += f", about {duration(batches * _batch_seconds(teacher, views, batch, components.pass_images))}"
         progress.say(
-            f"caching teacher outputs on disk: {missing:,} of {views.count:,} to compute, "
-            f"{size(bytes_for(items, missing))}"
+            f"caching teacher outputs on disk: {len(views.source.split):,} images x {views.views} view(s), "
+            f"{missing:,} of {views.count:,} to compute, {cost}"
         )
     # Only what is missing has to fit.
     require_space(cache_root(), bytes_for(items, missing))
@@ -213,6 +228,16 @@ def _cache_on_disk(
     }
 
 
+def _batch_seconds(teacher: Teacher, views: FiniteViews, batch: int, at_once: int) -> float:
+    """Return how long a batch takes, from files to outputs; that of the second one, since the first warms up."""
+    indices, started = np.arange(min(batch, len(views.source.split))), 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        for value in outputs_of(teacher, views.images(0, indices)[0], batch, at_once).values():
+            value.cpu()  # waits for a GPU
+    return time.perf_counter() - started
+
+
 def _key(components: RunComponents, prepared: PreparedTeacher) -> dict[str, Any]:
     """Return everything besides the image and its draw that decides what is stored."""
     network, view = prepared.network, components.views.view
@@ -222,7 +247,7 @@ def _key(components: RunComponents, prepared: PreparedTeacher) -> dict[str, Any]
         teacher=network.identity.model,
         state=prepared.fingerprint,
         preprocessing=network.preprocess.to_dict(),
-        view={**view.to_dict(), "augment": components.recipe.data.augment},
+        view={**view.to_dict(), "augment": components.recipe.data.augmentation.key()},
         precision="bf16" if components.bf16 else "fp32",
         versions=library_versions(),
     ).to_dict()

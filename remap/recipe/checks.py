@@ -15,7 +15,10 @@ from remap.tuning import METHODS, combination_problems, config_of, parts_of
 
 def name_problems(recipe: Recipe) -> list[str]:
     """Return names that are in no table and combinations that cannot work, one line each."""
-    checks = (_loss_problems, _teacher_problems, _init_problems, _shrink_problems, _data_problems, _train_problems)
+    checks = (
+        *(_loss_problems, _teacher_problems, _init_problems, _shrink_problems),
+        *(_data_problems, _augment_problems, _train_problems),
+    )
     unknown = [
         f"losses[{index}].name: unknown loss {_unknown(loss.name, LOSSES.names)}"
         for index, loss in enumerate(recipe.losses)
@@ -77,8 +80,6 @@ def _loss_problems(recipe: Recipe) -> Iterator[str]:
 def _data_problems(recipe: Recipe) -> Iterator[str]:
     data, counting = recipe.data, [loss for loss in recipe.losses if loss.weight]
     known = all(loss.name in LOSSES for loss in recipe.losses)
-    if data.views is not None and data.augment == "none":
-        yield "data.views: without augmentation an image has one view only (set data.augment, or leave data.views out)"
     if data.source is None:
         if data.unlabeled is None:
             yield "data.source: there are no images (set data.source, or data.unlabeled to learn without labels)"
@@ -102,6 +103,19 @@ def _data_problems(recipe: Recipe) -> Iterator[str]:
         and not (recipe.label_free or any(loss.reads_logits for loss in counting))
     ):
         yield "data.unlabeled_only: none of the losses trains the classifier without labels (add one on logits, say kd)"
+
+
+def _augment_problems(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    on, given = data.augmentation.on, list(data.operations)
+    if data.augment == "none" and given:
+        yield f"data.{given[0]}: nothing is augmented (set data.augment=custom, or leave data.{given[0]} out)"
+    elif data.augment == "none" and data.views is not None:
+        yield "data.views: without augmentation an image has one view only (set data.augment, or leave data.views out)"
+    elif data.augment != "none" and not on:
+        yield f"data.augment: every operation of {data.augment} is off (set data.crop or another one, or augment=none)"
+    if {"rand_augment", "trivial_augment"} <= set(on):
+        yield "data.trivial_augment: RandAugment is on as well (set data.rand_augment.ops=0)"
 
 
 def _train_problems(recipe: Recipe) -> Iterator[str]:

@@ -6,7 +6,9 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from remap.data.augmentation import Augmentation
 from remap.io.paths import absolute
+from remap.recipe.data_section import DataSpec
 from remap.recipe.named import InitSpec, LossSpec, MethodSpec, Named, default_losses, is_idle, loss_words, name_only
 from remap.recipe.paths import absolute_data, absolute_model, absolute_weights
 from remap.recipe.sections import (
@@ -14,7 +16,6 @@ from remap.recipe.sections import (
     LARGEST_SIDE,
     OF_OTHERS,
     SELF,
-    DataSpec,
     ModelSpec,
     PathOrName,
     Section,
@@ -196,7 +197,9 @@ class Recipe(Section):
         # As recipes of one teacher and more were written first, so that runs of that time can be resumed.
         teachers = [_without_later(spec, "shard") for spec in recipe.teachers]
         values = recipe.model_dump(mode="json", exclude={"name", "teachers"}) | {
-            "data": _without_later(data, *_SILENT["data"], *(() if places else _DATA_PATHS)),
+            # The operations count, not the fields that name them.
+            "data": _without_later(data, *_SILENT["data"], *Augmentation.model_fields, *(() if places else _DATA_PATHS))
+            | {"augment": data.augmentation.key()},
             "teacher": teachers[0] if teachers else None,
             "more_teachers": teachers[1:],
             "student": student,
@@ -231,7 +234,7 @@ def _without_later(model: BaseModel, *exclude: str) -> dict[str, Any]:
         value = getattr(model, name)
         if LATER in field.metadata and value == field.default:
             values.pop(name, None)
-        elif isinstance(value, BaseModel):
+        elif name in values and isinstance(value, BaseModel):
             values[name] = _without_later(value)
     return values
 

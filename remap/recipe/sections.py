@@ -1,11 +1,10 @@
-"""Sections of a recipe: data, models and training. Every field has its default and its description here."""
+"""Sections of a recipe: models and training. Every field has its default and its description here."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from remap.data.pixels import MOST_MEGAPIXELS
 from remap.recipe.named import InitSpec, name_only
 from remap.recipe.paths import require_path_or_name
 from remap.registry import LATER
@@ -30,98 +29,6 @@ class Section(BaseModel):
         # Pydantic would take a misspelt field and ignore it.
         assert set(update or ()) <= set(type(self).model_fields), update
         return super().model_copy(update=update, deep=deep)
-
-
-def _require_ends(ends: list[float]) -> list[float]:
-    if len(ends) != 2 or not ends[0] < ends[1]:
-        raise ValueError("should be two numbers, the smaller one first, as in [0, 4095]")
-    return ends
-
-
-class DataSpec(Section):
-    """Where the images are and how they are viewed.
-
-    A folder or tar may be split into train, val and test. With mixup and CutMix both on, each pair of images draws
-    one of the two; teacher and student see the mixed image, which is a new one in each epoch.
-    """
-
-    source: PathOrName | None = Field(
-        default="digits",
-        description='"digits" (built in), class folders, a tar or zip of them, or a CSV; null is none, if unlabeled.',
-    )
-    val_source: PathOrName | None = Field(
-        default=None, description="Folder, archive or CSV to evaluate on; null is the source's own split."
-    )
-    val_fraction: float = Field(
-        default=0.2, gt=0.0, lt=1.0, description="Share of each class held out if the source has no split."
-    )
-    depth: Annotated[int | None, LATER] = Field(
-        default=None,
-        ge=1,
-        le=8,
-        description="Level of the folders that are the classes; null is 1, and an error where these hold only folders.",
-    )
-    unlabeled: PathOrName | None = Field(
-        default=None, description="Folder or archive of images without labels to learn from; folder names mean nothing."
-    )
-    unlabeled_only: bool = Field(default=False, description="Learn from the images without labels only.")
-    labels: int | None = Field(default=None, ge=1, description="Labels to keep, the same for every seed; null is all.")
-    augment: Literal["none", "shift", "shift_flip"] = Field(
-        default="none", description="One fixed view, a random shift by up to 1/8 of the side, or a shift and a flip."
-    )
-    views: int | None = Field(
-        default=None,
-        ge=1,
-        description="Augmented views per image, repeated so that outputs can be cached; null draws new ones.",
-    )
-    mixup: float = Field(
-        default=0.0, ge=0.0, description="a of Beta(a, a) in mixup (Zhang et al. 2018, arXiv 1710.09412)."
-    )
-    cutmix: float = Field(
-        default=0.0, ge=0.0, description="a of Beta(a, a) in CutMix (Yun et al. 2019, arXiv 1905.04899)."
-    )
-    mix_probability: float = Field(
-        default=1.0, ge=0.0, le=1.0, description="Share of the pairs of images that are mixed."
-    )
-    alpha: Annotated[Literal["white", "black", "checker", "drop"], LATER] = Field(
-        default="white", description="What transparent pixels show; drop shows the colours stored below."
-    )
-    value_range: Annotated[Annotated[list[float], AfterValidator(_require_ends)] | None, LATER] = Field(
-        default=None, description="Values that become 0 and 255 in images of more than 8 bits; null finds them."
-    )
-    max_megapixels: Annotated[float | None, LATER] = Field(
-        default=None,
-        gt=0.0,
-        le=MOST_MEGAPIXELS,
-        description="Largest image that is decoded; null is 89.5, and JPEG up to 500 at reduced size.",
-    )
-    max_bad: float = Field(default=0.1, ge=0.0, lt=1.0, description="Largest share of unreadable training images.")
-    skip_bad: bool = Field(default=False, description="Skip unreadable images in evaluation too, instead of stopping.")
-    memory_gib: float = Field(default=4.0, ge=0.0, description="Memory in GiB for views, features, and outputs each.")
-    workers: int | None = Field(default=None, ge=1, description="Decoding threads; null chooses by the machine.")
-
-    @model_validator(mode="after")
-    def _default_source(self) -> Self:
-        """Without labelled images, those without labels are all there are."""
-        if self.unlabeled is not None and "source" not in self.model_fields_set:
-            object.__setattr__(self, "source", None)
-        return self
-
-    @property
-    def mixes(self) -> bool:
-        """Whether images are mixed with each other."""
-        return self.mixup > 0 or self.cutmix > 0
-
-    @property
-    def finite_views(self) -> int:
-        """Number of views each image is seen in over all epochs; 0 where every epoch makes new ones."""
-        if self.mixes:
-            return 0
-        return 1 if self.augment == "none" else self.views or 0
-
-    def labeled_part(self) -> "DataSpec":
-        """Return the same data without the images that come without labels."""
-        return self.model_copy(update={"unlabeled": None, "unlabeled_only": False})
 
 
 class ModelSpec(Section):

@@ -8,13 +8,17 @@ import pytest
 import torch
 
 from remap.data.augment import augmented_view
+from remap.data.augmentation import PRESETS
 from remap.data.batches import Batch, batches
 from remap.data.order import EpochPlan
 from remap.data.views import ViewSource
 from remap.progress import Silent
 from remap.recipe.schema import DataSpec
 
-PLAN = EpochPlan(seed=3, images=23, batch_size=6, accumulation=1, rank=0, processes=1, augment="shift_flip")
+PLAN = EpochPlan(
+    seed=3, images=23, batch_size=6, accumulation=1, rank=0, processes=1, augmentation=PRESETS["shift_flip"]
+)
+STRONG = replace(PLAN, augmentation=PRESETS["strong"])
 Noise = Callable[..., ViewSource]
 
 
@@ -47,7 +51,7 @@ def same(left: list[Batch], right: list[Batch]) -> bool:
 def test_a_restart_at_any_step_gives_the_identical_tail(noise: Noise, memory: float) -> None:
     source = noise(23, memory=memory)
     source.load(Silent(), "images")
-    for plan in (PLAN, replace(PLAN, accumulation=2), replace(PLAN, rank=1, processes=2)):
+    for plan in (STRONG, replace(PLAN, accumulation=2), replace(PLAN, rank=1, processes=2)):
         for epoch in (0, 1):
             whole = collect(source, plan, epoch)
             for step in range(plan.steps):
@@ -67,7 +71,7 @@ def test_one_batch_of_eight_is_two_of_four(noise: Noise) -> None:
 def test_an_image_is_augmented_the_same_in_any_company(noise: Noise) -> None:
     source = noise(23)
     views = {}
-    for plan in (PLAN, replace(PLAN, batch_size=23), replace(PLAN, batch_size=5, processes=2, rank=1)):
+    for plan in (STRONG, replace(STRONG, batch_size=23), replace(STRONG, batch_size=5, processes=2, rank=1)):
         for batch in batches(source, plan, 2):
             for index, image, key in zip(batch.indices_B, batch.images_BCHW, batch.keys_B, strict=True):
                 first, first_key = views.setdefault(int(index), (image, key))
@@ -77,7 +81,7 @@ def test_an_image_is_augmented_the_same_in_any_company(noise: Noise) -> None:
 
 def test_labels_and_pixels_belong_to_their_index(noise: Noise) -> None:
     source = noise(23)
-    for batch in batches(source, replace(PLAN, augment="none"), 0):
+    for batch in batches(source, replace(PLAN, augmentation=PRESETS["none"]), 0):
         assert batch.labels_B.tolist() == (batch.indices_B % 3).tolist()
         assert torch.equal(batch.images_BCHW, source.batch(batch.indices_B)[0])
         assert batch.images_BCHW.dtype == torch.uint8 and batch.keys_B.dtype == torch.int64
@@ -104,7 +108,7 @@ def test_a_closed_list_of_views_is_replayed(noise: Noise) -> None:
     for epoch, found in enumerate(epochs):
         images, first = by_index(found), by_index(epochs[epoch % 3])
         assert all(torch.equal(images[i], first[i]) for i in range(23))
-        again, good = augmented_view(source, "shift_flip", plan.seed, epoch % 3, range(23))
+        again, good = augmented_view(source, PRESETS["shift_flip"], plan.seed, epoch % 3, range(23))
         assert good.tolist() == list(range(23)) and all(torch.equal(images[i], again[i]) for i in range(23))
     zero, one, two = (by_index(epochs[view]) for view in range(3))
     assert any(not torch.equal(zero[i], one[i]) for i in range(23)) and any((one[i] != two[i]).any() for i in range(23))
@@ -116,13 +120,13 @@ def test_a_closed_list_of_views_is_replayed(noise: Noise) -> None:
 
 def test_without_augmentation_there_is_one_view(noise: Noise) -> None:
     for views in (None, 4):
-        plan = replace(PLAN, augment="none", views=views)
+        plan = replace(PLAN, augmentation=PRESETS["none"], views=views)
         assert [batch.view for epoch in (0, 9) for batch in batches(noise(23), plan, epoch)] == [0] * (2 * plan.steps)
 
 
 def test_a_closed_view_names_what_could_be_read(noise: Noise) -> None:
-    whole, _ = augmented_view(noise(9), "shift", 3, 1, [8, 4, 0])
-    images, good = augmented_view(noise(9, bad=(4,), memory=0.0), "shift", 3, 1, [8, 4, 0])
+    whole, _ = augmented_view(noise(9), PRESETS["shift"], 3, 1, [8, 4, 0])
+    images, good = augmented_view(noise(9, bad=(4,), memory=0.0), PRESETS["shift"], 3, 1, [8, 4, 0])
     assert good.tolist() == [8, 0] and torch.equal(images, whole[[0, 2]])
 
 

@@ -10,6 +10,7 @@ import torch
 
 from remap.data import keyed_random
 from remap.data.augment import augmented_view
+from remap.data.augmentation import PRESETS
 from remap.data.batches import Batch, batches
 from remap.data.mixing import DRAWS, mix
 from remap.data.order import EpochPlan
@@ -19,7 +20,15 @@ from remap.remapping.labels import Labels
 
 Noise = Callable[..., ViewSource]
 PLAN = EpochPlan(
-    seed=3, images=23, batch_size=7, accumulation=1, rank=0, processes=1, augment="shift_flip", mixup=0.8, cutmix=1.0
+    seed=3,
+    images=23,
+    batch_size=7,
+    accumulation=1,
+    rank=0,
+    processes=1,
+    augmentation=PRESETS["shift_flip"],
+    mixup=0.8,
+    cutmix=1.0,
 )
 
 
@@ -158,7 +167,7 @@ def test_any_number_of_processes_mixes_the_same_images(
             assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("ways", [{"mixup": 0.5, "cutmix": 0.0}, {"mixup": 0.0, "augment": "none"}])
+@pytest.mark.parametrize("ways", [{"mixup": 0.5, "cutmix": 0.0}, {"mixup": 0.0, "augmentation": PRESETS["none"]}])
 def test_neighbours_of_the_global_batch_are_mixed_with_each_other(noise: Noise, ways: dict[str, Any]) -> None:
     """Partners are read from the order itself (place j with j xor 1), pixels are mixed again in NumPy."""
     source, plan = noise(23), replace(PLAN, **ways)
@@ -166,7 +175,7 @@ def test_neighbours_of_the_global_batch_are_mixed_with_each_other(noise: Noise, 
     for step, (images, labels, others, shares, indices) in enumerate(whole_steps(source, plan, 2)):
         chosen = order[step * 7 : step * 7 + 7]
         assert indices.tolist() == chosen.tolist() and labels.tolist() == (chosen % 3).tolist()
-        seen = augmented_view(source, plan.augment, plan.seed, 2, chosen)[0].numpy()
+        seen = augmented_view(source, plan.augmentation, plan.seed, 2, chosen)[0].numpy()
         assert shares[6] == 1.0 and others[6] == labels[6] and (images[6].numpy() == seen[6]).all()
         for j in range(6):
             own, other, share = seen[j], seen[j ^ 1], shares[j].numpy()
@@ -192,7 +201,7 @@ def test_an_unreadable_partner_leaves_an_image_as_it_is(noise: Noise) -> None:
         if j not in alone:
             assert all(torch.equal(one[place], other[j]) for one, other in zip(holed, full, strict=True))
             continue
-        view, _ = augmented_view(noise(23), "shift_flip", plan.seed, 0, [order[j]])
+        view, _ = augmented_view(noise(23), PRESETS["shift_flip"], plan.seed, 0, [order[j]])
         assert torch.equal(holed[0][place], view[0]) and holed[3][place] == 1.0 and holed[2][place] == holed[1][place]
 
 
@@ -219,7 +228,7 @@ def test_the_mean_over_labelled_images_is_one_of_mixed_images_too(noise: Noise, 
     source = noise(60)
     source.load(Silent(), "images")
     source.split.labels[20:] = -1
-    plan = replace(PLAN, images=60, batch_size=20, augment="none", mix_probability=chance)
+    plan = replace(PLAN, images=60, batch_size=20, augmentation=PRESETS["none"], mix_probability=chance)
     means = [
         Labels(batch.labels_B, batch.other_B, batch.share_B, plan.labeled_share(20 / 60)).mean(torch.ones(20)).item()
         for epoch in range(70)

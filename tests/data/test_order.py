@@ -4,9 +4,12 @@ from dataclasses import replace
 
 import pytest
 
+from remap.data.augmentation import PRESETS
 from remap.data.order import EpochPlan
 
-PLAN = EpochPlan(seed=3, images=23, batch_size=6, accumulation=1, rank=0, processes=1, augment="shift_flip")
+PLAN = EpochPlan(
+    seed=3, images=23, batch_size=6, accumulation=1, rank=0, processes=1, augmentation=PRESETS["shift_flip"]
+)
 
 
 def steps(plan: EpochPlan, epoch: int, first: int = 0) -> list[list[int]]:

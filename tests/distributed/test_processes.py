@@ -63,7 +63,7 @@ def test_ctrl_c_says_how_to_go_on(tiny: Any, tmp_path: Path, start_process: Star
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (("data.augment=shift", "data.views=2", "teacher.cache=disk", "data.labels=12"), {"also": "self"}),
+        (("data.augment=strong", "data.views=2", "teacher.cache=disk", "data.labels=12"), {"also": "self"}),
         (("data.augment=shift", "data.mixup=0.8", "data.cutmix=1.0", "train.accumulation=2"), {"also": "ema"}),
     ],
     ids=["closed views on disk, few labels", "mixing, an average"],

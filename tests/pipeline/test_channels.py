@@ -78,7 +78,7 @@ def test_greys_and_colours_teach_each_other(tiny: Any, tmp_path: Path, teacher: 
 def test_a_model_of_four_channels_learns_from_arrays(tiny: Any, tmp_path: Path, method: str) -> None:
     """The range of the training images is in the task and the summary, and evaluation uses it again."""
     words = {"data": arrays(tmp_path / "data", 4), "student": model(tmp_path / "s", 4), "teacher": None}
-    settings = ("data.augment=shift_flip", "data.cutmix=1.0", "train.epochs=1")
+    settings = ("data.augment=light", "data.flip=0.5", "data.cutmix=1.0", "train.epochs=1")
     result = start(tiny.recipe(*settings, method=method, losses="ce", **words), tmp_path / "run")
     low, high = result.summary["data"]["value_range"]
     assert 0 <= low < 50 and 9950 < high < 10_000

@@ -1,6 +1,7 @@
 """Teacher outputs on disk: the same student, computed once, and never a stale row."""
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -43,7 +44,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("augment", [(), ("data.augment=shift_flip", "data.views=2", "train.epochs=4")])
+@pytest.mark.parametrize("augment", [(), ("data.augment=strong", "data.views=2", "train.epochs=4")])
 def test_students_of_cached_and_online_teachers_are_bit_identical(
     tiny: Any, tmp_path: Path, largest_difference: Callable[..., float], augment: tuple[str, ...]
 ) -> None:
@@ -68,9 +69,12 @@ def test_a_closed_list_of_views_is_replayed(tiny: Any, tmp_path: Path, asked: li
     assert cache.images == 72
 
 
-def test_what_was_built_is_used_and_completed(tiny: Any, tmp_path: Path, asked: list[int]) -> None:
+def test_what_was_built_is_used_and_completed(tiny: Any, tmp_path: Path, asked: list[int], watch: Any) -> None:
     """``auto`` goes on with what is on disk: the item of another loss is computed when it is first wanted."""
-    (built,) = build_cache(tiny.recipe(losses="ce,kd"))
+    reporter = watch(lambda step: None)
+    (built,) = build_cache(tiny.recipe(losses="ce,kd"), reporter)
+    cost = r"caching teacher outputs on disk: 24 images x 1 view\(s\), 24 of 24 to compute, \d.* B, about [\d.]+ s"
+    assert [line for line in reporter.said if re.fullmatch(cost, line)], "before it is paid"
     assert (built["computed"], built["images"]) == (24, 24)
     assert [item["name"] for item in built["items"]] == ["logits"]
     before = sum(asked)
@@ -143,7 +147,7 @@ def test_building_survives_being_killed(
     tiny: Any, tmp_path: Path, fork_command: Callable[..., Any], asked: list[int], largest_difference: Any
 ) -> None:
     """Killed at several moments, the build goes on; the student is that of a cache built in one go."""
-    arguments = tiny.arguments("data.augment=shift", "data.views=40", losses="ce,kd,attention")
+    arguments = tiny.arguments("data.augment=strong", "data.views=40", losses="ce,kd,attention")
     written = _bytes_of_rows(tmp_path)
     for _ in range(2):
         process = fork_command("remap_cli", "cache", "build", *arguments)
@@ -154,11 +158,11 @@ def test_building_survives_being_killed(
                 break
             time.sleep(0.005)
         process.kill()
-    recipe = tiny.recipe("data.augment=shift", "data.views=40", losses="ce,kd,attention")
+    recipe = tiny.recipe("data.augment=strong", "data.views=40", losses="ce,kd,attention")
     (built,) = build_cache(recipe)
     assert built["computed"] < built["images"] == 24 * 40
     cached = start(recipe, tmp_path / "cached")
-    online = start(tiny.recipe("data.augment=shift", "data.views=40", "teacher.cache=off", losses="ce,kd,attention"))
+    online = start(tiny.recipe("data.augment=strong", "data.views=40", "teacher.cache=off", losses="ce,kd,attention"))
     assert largest_difference(cached.student.trained, online.student.trained) == 0.0
 
 

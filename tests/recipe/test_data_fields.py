@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from remap.data.augmentation import PRESETS
 from remap.errors import RecipeError
 from remap.pipeline.comparison_cells import comparison_cells
 from remap.recipe import Recipe, resolve, validate
@@ -57,6 +58,42 @@ def test_views_without_augmentation_are_one() -> None:
     (line,) = problems(data={"views": 4})
     assert line.startswith("data.views: without augmentation an image has one view only")
     assert validate({"data": {"views": 4, "augment": "shift"}}, "here")
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"flip": 0.5}, "data.flip: nothing is augmented"),
+        ({"augment": "custom"}, "data.augment: every operation of custom is off"),
+        ({"augment": "light", "crop": {"scale": [1, 1], "ratio": [1, 1]}}, "data.augment: every operation of light is"),
+        ({"augment": "strong", "trivial_augment": True}, "data.trivial_augment: RandAugment is on as well"),
+        ({"augment": "custom", "crop": {"scale": [0.9, 0.5]}}, "data.crop.scale: should be two numbers, the smaller"),
+        ({"augment": "custom", "jitter": {"hue": 0.6}}, "data.jitter.hue: should be less than or equal to 0.5"),
+    ],
+)
+def test_operations_that_would_do_nothing_or_cannot_be_are_refused(data: dict[str, Any], says: str) -> None:
+    (line,) = problems(data=data)
+    assert line.startswith(says)
+
+
+def test_operations_count_and_not_the_words_for_them() -> None:
+    """A recipe of version 0.1 keeps its hash; one that spells a preset out is the same recipe."""
+    light = PRESETS["light"].crop.model_dump()
+    same = [
+        ({"augment": "none"}, {}),
+        ({"augment": "shift_flip"}, {"augment": "custom", "shift": 0.125, "flip": 0.5}),
+        ({"augment": "light"}, {"augment": "custom", "crop": light}),
+        (
+            {"augment": "light"},
+            {"augment": "strong", "crop": light, "rand_augment": {"ops": 0}, "erasing": {"chance": 0}},
+        ),
+    ]
+    digests = set()
+    for left, right in same:
+        one, other = (validate({"data": data}, "here").digest() for data in (left, right))
+        assert one == other
+        digests.add(one)
+    assert len(digests) == 3
 
 
 @pytest.mark.parametrize(

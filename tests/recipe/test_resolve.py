@@ -40,7 +40,7 @@ def test_everything_wrong_with_a_file_and_its_overrides_comes_at_once(tmp_path: 
         ("--set bad: write section.field=value", ""),
         ("nmae: unknown key", "did you mean 'name'?"),
         ("seed: should be greater than or equal to 0", "got -1"),
-        ("data.augment: 'shfit' is not one of none, shift, shift_flip", "did you mean 'shift'?"),
+        ("data.augment: 'shfit' is not one of none, light, strong, custom, shift, shift_flip", "did you mean 'shift'?"),
         ("teacher.prepare: unknown word 'porbe'", "did you mean 'probe'?"),
         ("method.name: unknown method 'vpt_dep'", "did you mean 'vpt_deep'?"),
         ("losses[1].name: unknown loss 'kdd'", "did you mean 'kd'?"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from remap.data.augmentation import Augmentation
 from remap.recipe import Recipe, catalogue, dump, load, resolve
 from remap.recipe.schema import TrainSpec, is_idle
 from remap.remapping import LOSSES
@@ -180,6 +181,8 @@ def test_every_other_field_changes_the_digest() -> None:
                 "init",
                 "shrink",
                 "shard",
+                "augment",  # and its operations: test_data_fields.py
+                *Augmentation.model_fields,
             ):
                 continue
             changed = (

@@ -27,12 +27,12 @@ SETTINGS = (f"train.epochs={EPOCHS}", f"train.batch_size={IMAGES // STEPS}", "da
 # With one data worker and with two: what a worker read ahead is thrown away at a stop, whatever the recipe is.
 RECIPES: dict[str, tuple[tuple[str, ...], dict[str, str], int]] = {
     "mixed images, an average as the second teacher, accumulation": (
-        ("data.augment=shift_flip", "data.mixup=0.8", "data.cutmix=1.0", "train.accumulation=2"),
+        ("data.augment=strong", "data.mixup=0.8", "data.cutmix=1.0", "train.accumulation=2"),
         {"method": "full", "losses": "ce,kd,feature", "teacher": "{teacher},ema:0.5"},
         1,
     ),
     "teacher outputs kept on disk, a closed list of views": (
-        ("data.augment=shift", "data.views=2", "teacher.cache=disk", "method.adaptformer.dropout=0.1"),
+        ("data.augment=strong", "data.views=2", "teacher.cache=disk", "method.adaptformer.dropout=0.1"),
         {"method": "vpt_deep+adaptformer+lora", "losses": "ce,kd,attention"},
         2,
     ),

@@ -15,7 +15,7 @@ from remap.pipeline.run import start
 pytestmark = pytest.mark.slow
 
 # Decoded anew for every batch, so that workers have something to do in every step; mixed with other images.
-SETTINGS = ("data.memory_gib=0", "data.augment=shift_flip", "data.mixup=0.8", "train.accumulation=2")
+SETTINGS = ("data.memory_gib=0", "data.augment=strong", "data.mixup=0.8", "train.accumulation=2")
 
 
 @pytest.mark.guarantee(23)
