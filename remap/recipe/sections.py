@@ -238,7 +238,9 @@ class TrainSpec(Section):
         default=1.0, gt=0.0, description="Largest norm of the gradient; null does not clip."
     )
     accumulation: int = Field(default=1, ge=1, description="Micro-batches per step.")
-    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto is bf16 on a GPU that has it.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="auto is bf16 on a GPU or processor that has it (avx512_bf16, AMX)."
+    )
     compile: bool = Field(
         default=False, description="Run the student's blocks through torch.compile, worth it for long runs."
     )
