@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remap.io.human_size import size
+from remap.pipeline.rule_of_thumb import losing_case
 from remap.runs.interval import with_interval
 from remap_cli import console
 
@@ -65,6 +66,8 @@ def show(summary: dict[str, Any]) -> None:
         accuracy = "-" if teacher["accuracy"] is None else f"{teacher['accuracy']:.1%}"
         name = f"teacher {number}" if more else "teacher"
         rows.append([name, accuracy, console.count(teacher["total_parameters"]), "0", "-"])
+    if "baseline" in summary:
+        rows.append(["labels only", f"{summary['baseline']['accuracy']:.1%}", "", "", ""])
     rows.append(
         [
             f"student + {summary['method']}",
@@ -86,6 +89,9 @@ def show(summary: dict[str, Any]) -> None:
         return
     if "test_accuracy" in student:
         console.line(f"accuracy on the test folder, looked at once: {student['test_accuracy']:.1%}")
+    advice = losing_case(summary)
+    if advice is not None:
+        console.line(f"note: {advice}")
     run = shlex.quote(summary["run_dir"])
     console.line(
         f"{console.duration(summary['seconds'])} in all. Run: {summary['run_dir']}\n"

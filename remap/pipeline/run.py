@@ -15,18 +15,19 @@ from remap.engine.loop import train
 from remap.errors import RecipeError, RunError
 from remap.io.paths import expanded
 from remap.network import Network
+from remap.pipeline.baseline import baseline_figures, baseline_recipe
 from remap.pipeline.comparison_folder import shared_teacher
 from remap.pipeline.components import build_components, require_student
 from remap.pipeline.evidence import write_evidence
 from remap.pipeline.frozen_check import FrozenWeights, trained_text
 from remap.pipeline.objective import without_idle_losses
-from remap.pipeline.results import require_space, write_results
+from remap.pipeline.results import require_space, write_results, write_summary
 from remap.pipeline.run_status import track_status
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.student_features import cache_features
 from remap.pipeline.summary import evaluate_at_end, summarize
 from remap.pipeline.teacher_check import require_useful
-from remap.pipeline.teacher_tuning import teachers_to_tune
+from remap.pipeline.teacher_tuning import open_or_create, teachers_to_tune
 from remap.pipeline.tracking import RunTracker
 from remap.pipeline.training_job import training_job, warn_before_training
 from remap.progress import Progress, Silent, Within
@@ -73,7 +74,7 @@ def run(
         # Open the data, build teachers and student as they see it, and the objective.
         components = build_components(recipe, run_dir, progress, shared)
         student, views = components.student, components.views
-        features = cache_features(components, progress)
+        features = cache_features(components, progress, shared)
         tracker = RunTracker(components, features.get("val"), run_dir, clock, progress)
         if resuming and not has_checkpoint(run_dir.checkpoint):
             tracker.record_machine()  # here, and not where the checkpoint is loaded
@@ -112,6 +113,15 @@ def run(
             write_evidence(components, run_dir.path, evaluations.val, progress)
             write_results(components, run_dir, summary, state, clock, fitting, progress)
         accelerator().wait_for_everyone()
+
+        # The same student by labels alone. What is killed from here on has the student, and lacks the comparison only.
+        alone = baseline_recipe(components, progress)
+        if alone is not None:
+            baseline = open_or_create(run_dir.baseline, alone)
+            found = run(alone, baseline, Within(progress, "labels only"), shared, resuming=True)
+            summary["baseline"] = baseline_figures(found.summary)
+            if main:
+                write_summary(run_dir, summary, clock, progress)
     return Result(run_dir.path, summary, student)
 
 

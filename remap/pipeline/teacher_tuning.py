@@ -35,10 +35,7 @@ def teachers_to_tune(
             progress.say(
                 f"{title_of(spec, recipe)} has no head for these {classes} classes: tuning it ({spec.prepare})"
             )
-            if accelerator().is_main_process and not (folder / "recipe.yaml").exists():
-                RunDir.create(folder, tuning)
-            accelerator().wait_for_everyone()
-            yield title_of(spec, recipe), RunDir(folder), tuning
+            yield title_of(spec, recipe), open_or_create(folder, tuning), tuning
         shared.tuned_teachers.setdefault(key, folder)
 
 
@@ -62,6 +59,14 @@ def teacher_folder(spec: TeacherSpec, number: int, run_dir: RunDir, shared: Shar
     first = run_dir.teacher if in_run else shared.teacher_folder
     assert first is not None
     return first if number == 0 else first.with_name(f"{first.name}-{number + 1}")
+
+
+def open_or_create(folder: Path, recipe: Recipe) -> RunDir:
+    """Return a run directory inside another one, made by the main process where it is not there yet."""
+    if accelerator().is_main_process and not (folder / "recipe.yaml").exists():
+        RunDir.create(folder, recipe)
+    accelerator().wait_for_everyone()
+    return RunDir(folder)
 
 
 def require_unlinked(folder: Path) -> None:

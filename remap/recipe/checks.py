@@ -106,6 +106,8 @@ def _data_problems(recipe: Recipe) -> Iterator[str]:
 
 def _train_problems(recipe: Recipe) -> Iterator[str]:
     train = recipe.train
+    if recipe.baseline and not recipe.teachers:
+        yield "baseline: a run without a teacher learns from labels alone already (set teacher.model, or leave it out)"
     if train.warmup_epochs is not None and train.warmup_epochs >= train.epochs:
         yield f"train.warmup_epochs: {train.warmup_epochs} must be less than train.epochs {train.epochs}"
     if train.batch_size % train.accumulation:

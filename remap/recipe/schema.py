@@ -83,6 +83,9 @@ class Recipe(Section):
         description="Loss terms; null is ce, and with a teacher kd and attention if method and models allow.",
     )
     train: TrainSpec = Field(default=TrainSpec(), description="The training loop.")
+    baseline: bool = Field(
+        default=False, description="Train the student once more, on labels alone, to compare; remap distill does so."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -195,7 +198,7 @@ class Recipe(Section):
             student["init"] = _named(init, INITS.load(init.name).Config)
         # As recipes of one teacher and more were written first, so that runs of that time can be resumed.
         teachers = [_without_later(spec, "shard") for spec in recipe.teachers]
-        values = recipe.model_dump(mode="json", exclude={"name", "teachers"}) | {
+        values = recipe.model_dump(mode="json", exclude={"name", "baseline", "teachers"}) | {
             "data": _without_later(data, *_SILENT["data"], *(() if places else _DATA_PATHS)),
             "teacher": teachers[0] if teachers else None,
             "more_teachers": teachers[1:],

@@ -33,7 +33,7 @@ class RunRecords:
     recipe.yaml (resolved), command.txt, environment.json, status.json, metrics.jsonl (one line an epoch), summary.json,
     answers.json and the pictures in report/ (what report.html is made from), trainables.json (what is trained),
     judged.json (accuracies before training), task/ (what the tuned student costs to keep), teacher/ (the prepared
-    teacher), checkpoint/, student_model/ (a student that was cut from its teacher), backbone/ (the student of a run
+    teacher), baseline/ (the same student by labels alone), checkpoint/, student_model/ (a student that was cut from its teacher), backbone/ (the student of a run
     without labels, for timm), fault/ (the batch that broke training), stop (a file that asks the run to save and leave;
     removed when it is seen).
 
@@ -53,6 +53,11 @@ class RunRecords:
     @property
     def teacher(self) -> Path:
         return self.path / "teacher"
+
+    @property
+    def baseline(self) -> Path:
+        """The run directory of the same student trained on labels alone."""
+        return self.path / "baseline"
 
     @property
     def stop(self) -> Path:
