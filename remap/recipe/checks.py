@@ -125,6 +125,12 @@ def _teacher_problems(recipe: Recipe) -> Iterator[str]:
             yield f"{key}.prepare: unknown word {_unknown(spec.prepare, allowed)}"
         if spec.joint:
             yield from _joint_problems(f"{key}.joint", spec, recipe)
+        if spec.overtaken == "fade" and (spec.is_student or spec.joint):
+            yield f"{key}.overtaken: the teacher '{spec.model}' is made of the student, or learns with it (leave it out)"
+        elif spec.overtaken == "fade" and not any(
+            loss.weight and loss.name in LOSSES and LOSSES.row(loss.name).category == "labels" for loss in recipe.losses
+        ):
+            yield f"{key}.overtaken: without a loss on labels nothing would be left to learn (add ce, or leave it out)"
         if spec.classes is not None and spec.prepare != "none":
             yield f"{key}.classes: is for the teacher's own classifier (set {key}.prepare=none)"
         if spec.keeps_less and spec.cache in ("memory", "off"):

@@ -160,6 +160,9 @@ class TeacherSpec(ModelSpec):
     epochs: int | None = Field(default=None, ge=1, description="Epochs of tuning; null is train.epochs.")
     lr: float | None = Field(default=None, gt=0.0, description="Learning rate of tuning; null is the method's.")
     allow_weak: bool = Field(default=False, description="Continue even if the teacher is no better than chance.")
+    overtaken: Annotated[Literal["keep", "fade"], LATER] = Field(
+        default="keep", description="fade: its losses lose weight once the student is better on evaluation images."
+    )
     cache: Literal["auto", "memory", "disk", "off"] = Field(
         default="auto",
         description="Where outputs are cached; auto uses those on disk, else memory, else disk if they do not fit.",
