@@ -29,7 +29,10 @@ def announce(recipe: "Recipe", progress: console.Reporter) -> None:
             " (CIFAR-10); for your own photographs name larger models: --teacher vit_large --student vit_small"
         )
     losses = ", ".join(f"{loss.name} x {loss.weight:g}" for loss in recipe.losses or ())
-    progress.say(f"method   {recipe.method.name}{_changed(recipe)}, losses {losses}")
+    chosen = "chosen by trials (auto)" if recipe.choose_losses else losses
+    progress.say(f"method   {recipe.method.name}{_changed(recipe)}, losses {chosen}")
+    if recipe.baseline:
+        progress.say("baseline the same student by labels alone, trained afterwards (--no-baseline leaves it out)")
 
 
 def _meaning(word: str, short_names: dict[str, str]) -> str:

@@ -79,6 +79,7 @@ def labels_only(recipe: Recipe) -> Recipe:
     return recipe.model_copy(
         update={
             "baseline": False,
+            "choose_losses": False,
             "data": recipe.data.labeled_part(),
             "teachers": (),
             # Without a teacher the student does not start from its weights either.

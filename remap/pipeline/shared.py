@@ -128,7 +128,7 @@ class SharedResources:
 
 def _listed(spec: DataSpec) -> tuple:
     """Return what decides which images there are."""
-    return (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled, spec.labels, spec.depth)
+    return (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled, spec.labels, spec.depth, spec.held_out)
 
 
 _TITLES = {

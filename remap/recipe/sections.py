@@ -66,6 +66,9 @@ class DataSpec(Section):
     )
     unlabeled_only: bool = Field(default=False, description="Learn from the images without labels only.")
     labels: int | None = Field(default=None, ge=1, description="Labels to keep, the same for every seed; null is all.")
+    held_out: Annotated[float | None, LATER] = Field(
+        default=None, gt=0.0, lt=1.0, description="Share of the labelled training images to evaluate on instead."
+    )
     augment: Literal["none", "shift", "shift_flip"] = Field(
         default="none", description="One fixed view, a random shift by up to 1/8 of the side, or a shift and a flip."
     )
@@ -150,9 +153,7 @@ class TeacherSpec(ModelSpec):
     """
 
     model: PathOrName = Field(default="mini_teacher", description='"self" is the untuned student, "ema" its average.')
-    prepare: str = Field(
-        default="probe", description='"probe" fits a head, a method tunes the teacher, "none" does neither.'
-    )
+    prepare: str = Field(default="probe", description='"probe" fits a head, a method tunes it, "none" does neither.')
     classes: Annotated[PathOrName | None, LATER] = Field(
         default=None, description="YAML or JSON: our class to its class, or to a list; null matches by name."
     )
@@ -160,6 +161,7 @@ class TeacherSpec(ModelSpec):
     epochs: int | None = Field(default=None, ge=1, description="Epochs of tuning; null is train.epochs.")
     lr: float | None = Field(default=None, gt=0.0, description="Learning rate of tuning; null is the method's.")
     allow_weak: bool = Field(default=False, description="Continue even if the teacher is no better than chance.")
+    calibrate: Annotated[bool, LATER] = Field(default=False, description="Fit its temperature on held-out images.")
     overtaken: Annotated[Literal["keep", "fade"], LATER] = Field(
         default="keep", description="fade: its losses lose weight once the student is better on evaluation images."
     )
@@ -241,9 +243,7 @@ class TrainSpec(Section):
         default=1.0, gt=0.0, description="Largest norm of the gradient; null does not clip."
     )
     accumulation: int = Field(default=1, ge=1, description="Micro-batches per step.")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="auto is bf16 on a GPU or processor that has it (avx512_bf16, AMX)."
-    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto is bf16 if the device has it.")
     compile: bool = Field(
         default=False, description="Run the student's blocks through torch.compile, worth it for long runs."
     )

@@ -15,7 +15,7 @@ from remap.io.checked_read import read_regular, sha256_of
 from remap.io.names import plain
 from remap.io.paths import expanded
 from remap.io.sealed_json import parse_sealed
-from remap.recipe import Recipe, load
+from remap.recipe import Recipe, dump, load
 from remap.runs.environment import command, environment, now, plain_environment
 from remap.runs.summary_schema import summary_problem
 
@@ -61,6 +61,11 @@ class RunRecords:
         return self.path / "baseline"
 
     @property
+    def trials(self) -> Path:
+        """The short runs of several objectives, of which one is chosen (losses: auto)."""
+        return self.path / "trials"
+
+    @property
     def stop(self) -> Path:
         """A file that asks the run to save its state and leave, as soon as it exists."""
         return self.path / "stop"
@@ -93,6 +98,10 @@ class RunRecords:
         """Return the recipe; its images were read once, so that their level is no longer in question."""
         recipe = load(self.path / "recipe.yaml")
         return recipe.model_copy(update={"data": recipe.data.model_copy(update={"depth": recipe.data.depth or 1})})
+
+    def settle(self, recipe: Recipe) -> None:
+        """Write the recipe once more, when the run has decided what was left to it."""
+        atomic_write.write_text(self.path / "recipe.yaml", dump(recipe.written_out()))
 
     def resume_command(self) -> str:
         """Return the command line that resumes the run: `remap tune` where no recipe names a teacher."""
