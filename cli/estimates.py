@@ -25,7 +25,7 @@ def show(found: dict[str, Any]) -> None:
         "Trained parameters", ["part", "tensors", "shapes", "parameters", "share"], rows, right=(1, 3, 4), wrap=(2,)
     )
     _terms(found)
-    guess, data = found["estimate"], found["data"]
+    guess, data, alone = found["estimate"], found["data"], found["estimate"]["baseline_seconds"]
     time = f"{console.duration(guess['seconds'])} ({guess['steps']:,} steps of {guess['step_seconds']:.3g} s)"
     labeled = "" if data["labeled_images"] == data["train_images"] else f", {data['labeled_images']} of them labelled"
     console.table(
@@ -36,6 +36,7 @@ def show(found: dict[str, Any]) -> None:
             ["learning rate", f"{found['learning_rate']:.3g}"],
             ["time", time],
             ["preparing the teacher", f"{console.duration(guess['preparing_seconds'])} of it"],
+            *([["labels only, to compare", f"{console.duration(alone)} of it (--no-baseline: none)"]] if alone else []),
             ["memory", f"{size(guess['memory_bytes'])} (activations {size(guess['activation_bytes'])})"],
             ["cached teacher outputs", _cached(found)],
             ["cached frozen features", size(guess["features_bytes"])],
@@ -48,7 +49,8 @@ def show(found: dict[str, Any]) -> None:
 
 def _disk(guess: dict[str, Any]) -> str:
     more = guess["disk_bytes"] - guess["run_bytes"]
-    teachers = f" + {size(more)} of teachers" if more else ""
+    what = "teachers and labels only" if guess.get("baseline_seconds") else "teachers"
+    teachers = f" + {size(more)} of {what}" if more else ""
     return f"{size(guess['run_bytes'])} (checkpoints + task){teachers}; saved: {size(guess['task_bytes'])}"
 
 

@@ -119,6 +119,7 @@ RECIPE_OPTIONS = (
 )
 _METHODS = "Comma-separated names, combinations (a+b) or categories (prompt), or all."
 _CELLS = "Folder of the comparison. Finished cells are not run again."
+_NO_BASELINE = "Leave out training the student once more on labels alone, to compare."
 _DRY_RUN = "Build both models, run one batch and print estimates of time, memory and disk; train nothing."
 OPTIONS = (
     *RECIPE_OPTIONS,
@@ -128,6 +129,7 @@ OPTIONS = (
     OptionRow("settings", list[str], _ALL, None, "Any recipe field: --set train.lr=0.1. Repeatable.", flag="--set"),
     OptionRow("output", Path, _RUNS, "runs/NAME-METHOD-001", "Run directory to make."),
     OptionRow("output", Path, (COMPARE,), "runs/compare-NAME", _CELLS),
+    OptionRow("no_baseline", bool, (DISTILL,), None, _NO_BASELINE),
     OptionRow("resume", Path, _RUNS, None, "Continue an interrupted run directory."),
     OptionRow("dry_run", bool, _RUNS, None, _DRY_RUN),
     OptionRow("json", Json, _ALL),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remap.io.human_size import size
+from remap.pipeline.rule_of_thumb import losing_case
 from remap.runs.interval import with_interval
 from remap_cli import console
 
@@ -28,7 +29,10 @@ def announce(recipe: "Recipe", progress: console.Reporter) -> None:
             " (CIFAR-10); for your own photographs name larger models: --teacher vit_large --student vit_small"
         )
     losses = ", ".join(f"{loss.name} x {loss.weight:g}" for loss in recipe.losses or ())
-    progress.say(f"method   {recipe.method.name}{_changed(recipe)}, losses {losses}")
+    chosen = "chosen by trials (auto)" if recipe.choose_losses else losses
+    progress.say(f"method   {recipe.method.name}{_changed(recipe)}, losses {chosen}")
+    if recipe.baseline:
+        progress.say("baseline the same student by labels alone, trained afterwards (--no-baseline leaves it out)")
 
 
 def _meaning(word: str, short_names: dict[str, str]) -> str:
@@ -65,6 +69,8 @@ def show(summary: dict[str, Any]) -> None:
         accuracy = "-" if teacher["accuracy"] is None else f"{teacher['accuracy']:.1%}"
         name = f"teacher {number}" if more else "teacher"
         rows.append([name, accuracy, console.count(teacher["total_parameters"]), "0", "-"])
+    if "baseline" in summary:
+        rows.append(["labels only", f"{summary['baseline']['accuracy']:.1%}", "", "", ""])
     rows.append(
         [
             f"student + {summary['method']}",
@@ -86,6 +92,9 @@ def show(summary: dict[str, Any]) -> None:
         return
     if "test_accuracy" in student:
         console.line(f"accuracy on the test folder, looked at once: {student['test_accuracy']:.1%}")
+    advice = losing_case(summary)
+    if advice is not None:
+        console.line(f"note: {advice}")
     run = shlex.quote(summary["run_dir"])
     console.line(
         f"{console.duration(summary['seconds'])} in all. Run: {summary['run_dir']}\n"

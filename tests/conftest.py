@@ -88,9 +88,9 @@ class Tiny:
         return resolve(words=self.words(**words), settings=[*self.SETTINGS, *settings])
 
     def arguments(self, *settings: str, **words: object) -> list[str]:
-        """The same recipe for the command line."""
+        """The same recipe for the command line, which adds a baseline to it otherwise."""
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in self.words(**words).items()]
-        return [*flags, *(f"--set={setting}" for setting in (*self.SETTINGS, *settings))]
+        return [*flags, *(f"--set={setting}" for setting in (*self.SETTINGS, "baseline=false", *settings))]
 
 
 @pytest.fixture(scope="session")

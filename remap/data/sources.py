@@ -96,6 +96,7 @@ def open_data(
     unlabeled: str | None = None,
     labels: int | None = None,
     depth: int | None = None,
+    held_out: float | None = None,
 ) -> ImageData:
     """Open a data source.
 
@@ -106,6 +107,7 @@ def open_data(
         unlabeled: A folder or archive of images without labels, in any folders.
         labels: Use the labels of this many training images; the others count as unlabelled.
         depth: Level of folders that are the classes; None is 1, and refuses class folders that hold only folders.
+        held_out: Evaluate on this share of the labelled training images, in place of the evaluation images.
 
     Raises:
         DataError: There is nothing, fewer than two classes, an empty class, classes that differ between splits, or an
@@ -118,6 +120,8 @@ def open_data(
     data = find_source(source, depth).open(source, val_source, val_fraction)
     if labels is not None:
         data = data.with_labels(labels)
+    if held_out is not None:
+        data = data.with_held_out(held_out)
     if unlabeled is None:
         return data
     for labeled in (source, val_source):

@@ -97,6 +97,20 @@ class ImageData:
         more = more.without_labels()
         return replace(self, unlabeled=more if self.unlabeled is None else self.unlabeled.joined(more))
 
+    def with_held_out(self, share: float) -> "ImageData":
+        """Return the training images alone: a share of each class to evaluate on, the others to learn from.
+
+        Raises:
+            DataError: There are too few for both.
+        """
+        fit, check = stratified(self.train.labels, round((1.0 - share) * len(self.train)))
+        if not len(fit) or not len(check):
+            given = f"{len(self.train)} (data.held_out={share:g})"
+            raise DataError("there are too few labelled images to hold some out", given=given)
+        rule = f"{self.split_rule}; {len(check)} of {len(self.train)} training images held out"
+        train, val = self.train.take(fit), self.train.take(check)
+        return replace(self, train=train, val=val, test=None, split_rule=rule)
+
     def with_labels(self, count: int) -> "ImageData":
         """Return the same data with the labels of ``count`` training images only, the same ones every time.
 

@@ -158,7 +158,14 @@ def _is_of_group(error: BaseException) -> bool:
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
-    """Return whether to autocast to bfloat16: requested, or "auto" on a GPU that supports it."""
-    if precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return precision == "bf16"
+    """Return whether to autocast to bfloat16: requested, or "auto" on a GPU or processor that computes in it."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and cpu_multiplies_bf16()
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Return whether the processor multiplies bfloat16 itself (avx512_bf16 or AMX); others are faster in float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

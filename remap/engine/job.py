@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,9 @@ class Job:
         labeled: Share of the training images that have a label.
         features: The student's frozen features of ``source``, where they are cached.
         sample: Training images for methods that look at them before the first step.
+        may_be_overtaken: Accuracy of each teacher, by its number, that loses weight once the student is better.
+        evaluation_images: How many images accuracies are measured on.
+        initial_accuracy: The student's before training.
     """
 
     recipe: Recipe
@@ -101,6 +104,9 @@ class Job:
     labeled: float = 1.0
     features: FrozenFeatures | None = None
     sample: Sample | None = None
+    may_be_overtaken: Mapping[int, float] = field(default_factory=dict)
+    evaluation_images: int = 0
+    initial_accuracy: float | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return all that is trained, by name: tuned parameters, head, the objective's projectors, and teachers'."""

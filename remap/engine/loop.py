@@ -16,6 +16,7 @@ from remap.engine.checkpoint import has_checkpoint
 from remap.engine.job import Job
 from remap.engine.non_finite import BrokenWeights, go_back, require_finite_weights, skip_step, weights_are_finite
 from remap.engine.optim import clip_gradients, learning_rate, set_learning_rate
+from remap.engine.overtaken import compare_with_teachers
 from remap.engine.state import State
 from remap.engine.statistics import estimate_statistics
 from remap.engine.step import forward_backward, gather_result
@@ -47,7 +48,7 @@ def train(job: Job, *, resume: bool = False) -> State:
                         update = state.epoch * steps + state.step
                         rate = learning_rate(spec, job.peak_lr, update, steps) * state.lr_factor
                         set_learning_rate(optimizer, rate)
-                        job.objective.set_progress(update, steps, spec.epochs)
+                        job.objective.set_progress(update, steps, spec.epochs, state.teacher_shares)
 
                         # Micro-batches, teachers, losses and backward; then the mean gradient over all processes.
                         broadcast_(accelerator, training.buffers)
@@ -134,6 +135,8 @@ def _begin(training: Training, *, resume: bool) -> None:
                 "the weights to be trained are not finite before the first step",
                 do="choose other weights for the student",
             )
+        if job.initial_accuracy is not None:
+            compare_with_teachers(job, training.state, job.initial_accuracy, 0)
         _save(training, must=True)  # finds a full disk before any work, and is something to go back to
     if training.spec.compile:
         _compile_blocks(job.student)
@@ -181,17 +184,21 @@ def _finish_epoch(training: Training) -> None:
     record: dict[str, Any] = {"epoch": done}
     record |= {name: value / state.counted for name, value in state.loss_sums.items()}
     # Set again: a run that is resumed here has done no step of its own.
-    job.objective.set_progress(done * training.plan.steps - 1, training.plan.steps, training.spec.epochs)
+    steps = training.plan.steps
+    job.objective.set_progress(done * steps - 1, steps, training.spec.epochs, state.teacher_shares)
     record |= job.objective.scheduled()
     if done % training.spec.eval_every == 0 or done == training.spec.epochs:
         try:
-            record |= job.evaluate()
+            found = job.evaluate()
         except Interrupted as error:  # the steps of the epoch are done; a resumed run begins with the evaluation
             if not error.at_once:
                 _save(training, must=True)
                 training.accelerator.wait_for_everyone()
                 error.add("the state is saved")
             raise
+        record |= found
+        if "accuracy" in found:
+            compare_with_teachers(job, state, found["accuracy"], done)
     record["seconds"] = round(state.seconds, 3)
     state.history.append(record)
     state.epoch, state.step, state.counted, state.loss_sums = done, 0, 0, {}

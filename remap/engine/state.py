@@ -30,6 +30,8 @@ class State:
         recoveries: Non-finite steps that are not forgotten.
         last_fault: Updates up to the last non-finite step, that one included; 0 for none.
         skipped: Non-finite steps over the whole run.
+        teacher_shares: By its number, the share of its weight that a teacher has left which the student has overtaken.
+        overtaken: After which epoch that was first so, by the same numbers; 0 is before training.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -46,6 +48,8 @@ class State:
     recoveries: Count = 0
     last_fault: Count = 0
     skipped: Count = 0
+    teacher_shares: dict[str, Annotated[Number, Field(ge=0, le=1)]] = field(default_factory=dict)
+    overtaken: dict[str, Count] = field(default_factory=dict)
 
     def count(self, losses: Mapping[str, float]) -> None:
         """Add the losses of one step to those of the epoch."""

@@ -36,6 +36,11 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, output: Path, pr
             given=", ".join(loss.name for loss in recipe.losses),
             do="add a loss on labels or logits (ce, kd), or run each method by `remap distill`",
         )
+    if recipe.choose_losses:
+        raise RunError(
+            "a comparison is of one objective, and losses: auto chooses one for each run",
+            do="name the losses: --losses ce,kd",
+        )
     if recipe.student.shrink is not None:
         raise RunError(
             "a comparison needs a student that exists without the teacher",

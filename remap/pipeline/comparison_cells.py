@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from remap.errors import RecipeError
 from remap.recipe.checks import method_problems
@@ -60,20 +59,31 @@ def comparison_cells(recipe: Recipe, methods: Sequence[str], seeds: int) -> list
     The cells differ only in method, its learning rate, losses and seed. A loss on a signal that a method cannot change
     is left out for it; images without labels are used only with the teacher.
     """
-    cells = []
-    default = LossSpec(name="ce", weight=LOSSES.row("ce").weight)
-    alone = tuple(loss for loss in recipe.losses if LOSSES.row(loss.name).category == "labels") or (default,)
+    cells, recipe = [], recipe.model_copy(update={"baseline": False})  # each method has a run without the teacher
     for method in methods:
         spec = recipe.method if method == recipe.method.name else MethodSpec(name=method)
         for with_teacher in (False, True):
             for seed in range(recipe.seed, recipe.seed + seeds):
                 # An idle loss would only add a constant.
                 losses = tuple(loss for loss in recipe.losses if not loss.is_idle(method))
-                update: dict[str, Any] = {"method": spec, "seed": seed, "losses": losses}
-                if not with_teacher:
-                    update |= {"teachers": (), "losses": alone}
-                    update["data"] = recipe.data.labeled_part()
-                    # Without a teacher the student does not start from its weights either.
-                    update["student"] = recipe.student.model_copy(update={"init": None, "force_init": False})
-                cells.append(Cell(method, with_teacher, seed, recipe.model_copy(update=update)))
+                cell = (recipe if with_teacher else labels_only(recipe)).model_copy(
+                    update={"method": spec, "seed": seed, **({"losses": losses} if with_teacher else {})}
+                )
+                cells.append(Cell(method, with_teacher, seed, cell))
     return cells
+
+
+def labels_only(recipe: Recipe) -> Recipe:
+    """Return the same recipe without teachers: losses on labels alone (ce where there are none), labelled images."""
+    default = LossSpec(name="ce", weight=LOSSES.row("ce").weight)
+    return recipe.model_copy(
+        update={
+            "baseline": False,
+            "choose_losses": False,
+            "data": recipe.data.labeled_part(),
+            "teachers": (),
+            # Without a teacher the student does not start from its weights either.
+            "student": recipe.student.model_copy(update={"init": None, "force_init": False}),
+            "losses": tuple(one for one in recipe.losses if LOSSES.row(one.name).category == "labels") or (default,),
+        }
+    )

@@ -52,7 +52,9 @@ def _precision() -> dict[str, str]:
 
     # The device that a run would choose.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return _row("ok", "precision 'auto'", "bf16" if use_bf16("auto", device) else "fp32")
+    word = "bf16" if use_bf16("auto", device) else "fp32"
+    why = {"bf16": ": the processor has avx512_bf16 or AMX", "fp32": ": the processor has neither avx512_bf16 nor AMX"}
+    return _row("ok", "precision 'auto'", word + (why[word] if device.type == "cpu" else ""))
 
 
 def _hub() -> dict[str, str]:

@@ -103,7 +103,9 @@ def _say_if_others(run: RunDir, contents: Contents, count: int, progress: Progre
 
 def _split(spec: DataSpec, data: str | None, classes: tuple[str, ...]) -> tuple[Split, str, Skipped]:
     if data is None:
-        opened = open_data(spec.source, spec.val_source, spec.val_fraction, depth=spec.depth)
+        opened = open_data(
+            spec.source, spec.val_source, spec.val_fraction, None, spec.labels, spec.depth, spec.held_out
+        )
         return opened.val, opened.source, opened.skipped
     split, left_out = read_all(data, classes, spec.depth)
     return split, data, left_out

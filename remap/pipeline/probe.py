@@ -98,7 +98,6 @@ def _choose(standard_ND: np.ndarray, labels_N: np.ndarray, advance: Callable[[],
     return STRENGTHS[int(np.argmax(scores))]
 
 
-@torch.no_grad()
 def pooled_features(
     network: Network, source: ViewSource, accelerator: Accelerator, batch_size: int, progress: Progress, what: str
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -107,15 +106,31 @@ def pooled_features(
     Args:
         what: Which features these are, for messages.
     """
+    return signals_of(network, source, accelerator, batch_size, progress, what, pooled=True)
+
+
+@torch.no_grad()
+def signals_of(
+    network: Network,
+    source: ViewSource,
+    accelerator: Accelerator,
+    batch_size: int,
+    progress: Progress,
+    what: str,
+    *,
+    pooled: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return pooled features or else logits, float64 (N, D or C), and labels (N,), of all readable images."""
     network.model.eval()
-    runner = Runner(network, Needs(pooled=True))
+    runner = Runner(network, Needs(pooled=pooled))
     rows, readable = [], []
     with defer_signals(), progress.wait(what, len(source.split)) as step:
         for start in range(0, len(source.split), batch_size):
             raise_if_interrupted(accelerator, f"{what} were being computed")
             images, good = source.batch(np.arange(start, min(start + batch_size, len(source.split))))
             if len(good):
-                rows.append(runner(images.to(accelerator.device)).pooled_BD.float().cpu().numpy())
+                found = runner(images.to(accelerator.device))
+                rows.append((found.pooled_BD if pooled else found.logits_BC).float().cpu().numpy())
                 readable.append(good)
             step.advance(len(images))
     runner.tap.close()

@@ -52,10 +52,9 @@ def write_results(
         summary: Gets its last entries here: the student's bytes and the seconds of the run.
         fitting: Seconds of this part that were training.
     """
-    patience = PATIENCE_ALONE if accelerator().num_processes == 1 else PATIENCE_TOGETHER
 
     def write(action: Callable[[], T]) -> T:
-        return disk_space.retry_until_room(action, patience, progress.say)
+        return _patiently(action, progress)
 
     method, view = components.recipe.method, components.views.view
     write(lambda: run_dir.write_metrics(state.history))
@@ -70,6 +69,18 @@ def write_results(
     summary["seconds"] = clock.reported = round(max(clock.seconds, known), 2)
     # Last: a summary means that everything else is there.
     write(lambda: run_dir.write_summary(summary))
+
+
+def write_summary(run_dir: RunDir, summary: dict[str, Any], clock: RunClock, progress: Progress) -> None:
+    """Write the summary once more, with what was added after the student was written; its seconds go on to now."""
+    summary["seconds"] = clock.reported = round(max(clock.seconds, summary["seconds"]), 2)
+    _patiently(lambda: run_dir.write_summary(summary), progress)
+
+
+def _patiently(action: Callable[[], T], progress: Progress) -> T:
+    """Write; a full disk is waited for."""
+    patience = PATIENCE_ALONE if accelerator().num_processes == 1 else PATIENCE_TOGETHER
+    return disk_space.retry_until_room(action, patience, progress.say)
 
 
 def save_backbone(run_dir: RunDir, progress: Progress) -> str | None:

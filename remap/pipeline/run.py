@@ -15,20 +15,22 @@ from remap.engine.loop import train
 from remap.errors import RecipeError, RunError
 from remap.io.paths import expanded
 from remap.network import Network
+from remap.pipeline.baseline import baseline_figures, baseline_recipe
 from remap.pipeline.comparison_folder import shared_teacher
 from remap.pipeline.components import build_components, require_student
 from remap.pipeline.evidence import write_evidence
 from remap.pipeline.frozen_check import FrozenWeights, trained_text
 from remap.pipeline.objective import without_idle_losses
-from remap.pipeline.results import require_space, write_results
+from remap.pipeline.results import require_space, write_results, write_summary
 from remap.pipeline.run_status import track_status
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.student_features import cache_features
 from remap.pipeline.summary import evaluate_at_end, summarize
 from remap.pipeline.teacher_check import require_useful
-from remap.pipeline.teacher_tuning import teachers_to_tune
+from remap.pipeline.teacher_tuning import lend_teachers, open_or_create, teachers_to_tune
 from remap.pipeline.tracking import RunTracker
 from remap.pipeline.training_job import training_job, warn_before_training
+from remap.pipeline.trials import chosen, trials, tried
 from remap.progress import Progress, Silent, Within
 from remap.recipe import Recipe, resolve, resolve_distill
 from remap.recipe.paths import is_run
@@ -70,10 +72,13 @@ def run(
             require_student(recipe, shared)  # before a teacher is tuned for hours
             run(tuning, teacher_dir, Within(progress, title), resuming=True)
 
+        if recipe.choose_losses:
+            recipe = _choose_losses(recipe, run_dir, progress, shared)
+
         # Open the data, build teachers and student as they see it, and the objective.
         components = build_components(recipe, run_dir, progress, shared)
         student, views = components.student, components.views
-        features = cache_features(components, progress)
+        features = cache_features(components, progress, shared)
         tracker = RunTracker(components, features.get("val"), run_dir, clock, progress)
         if resuming and not has_checkpoint(run_dir.checkpoint):
             tracker.record_machine()  # here, and not where the checkpoint is loaded
@@ -86,7 +91,7 @@ def run(
                 require_useful(prepared, untrained, views.val)
 
         # Train, and prove that what is frozen did not change.
-        job = training_job(components, tracker, features.get("train"), shared, progress)
+        job = training_job(components, tracker, features.get("train"), shared, progress, untrained)
         frozen = FrozenWeights.of(student)
         if resuming and any(prepared.outputs == "memory" for prepared in components.teachers):
             progress.say("the teacher's outputs were held in memory and computed again; teacher.cache=disk stores them")
@@ -107,11 +112,20 @@ def run(
         # Evaluate, and write the tuned student before the summary that says it is there.
         evaluations = evaluate_at_end(components, tracker, progress)
         summary = summarize(components, tracker, untrained, evaluations, state)
-        summary |= {"frozen": unchanged, "trainables": list(job.parameters())}
+        summary |= {"frozen": unchanged, "trainables": list(job.parameters()), **tried(run_dir)}
         if main:
             write_evidence(components, run_dir.path, evaluations.val, progress)
             write_results(components, run_dir, summary, state, clock, fitting, progress)
         accelerator().wait_for_everyone()
+
+        # The same student by labels alone. What is killed from here on has the student, and lacks the comparison only.
+        alone = baseline_recipe(components, progress)
+        if alone is not None:
+            baseline = open_or_create(run_dir.baseline, alone)
+            found = run(alone, baseline, Within(progress, "labels only"), shared, resuming=True)
+            summary["baseline"] = baseline_figures(found.summary)
+            if main:
+                write_summary(run_dir, summary, clock, progress)
     return Result(run_dir.path, summary, student)
 
 
@@ -200,6 +214,29 @@ def validate_inputs(recipe: Recipe, shared: SharedResources) -> None:
             require_size_of_run(spec)
         else:
             require_at_hand(spec.model, spec.weights, spec.image_size)
+
+
+def _choose_losses(recipe: Recipe, run_dir: RunDir, progress: Progress, shared: SharedResources) -> Recipe:
+    """Try some objectives, each a short run by itself, and return the recipe with the best, also in recipe.yaml."""
+    # What the trials hold in memory goes with them; teachers that are tuned serve the run too.
+    own = SharedResources(data=shared.data, tuned_teachers=shared.tuned_teachers)
+    accuracies, several = {}, list(trials(recipe, own))
+    epochs = several[-1][1].train.epochs
+    progress.say(f"choosing the losses: {len(several)} objectives, {epochs} epochs each, by held-out training images")
+    for name, trial in several:
+        lend_teachers(recipe, trial, own)
+        folder = open_or_create(run_dir.trials / name, trial)
+        is_done = folder.is_done  # before the run was interrupted
+        found = folder.summary() if is_done else run(trial, folder, Within(progress, name), own, resuming=True).summary
+        accuracies[name] = found["student"]["accuracy"]
+    recipe = chosen(recipe, accuracies, shared).written_out()
+    losses = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in accuracies.items())
+    names = " and ".join(loss.name for loss in recipe.losses)
+    progress.say(f"chosen: {names}{'' if recipe.teachers else ', without the teacher'} (held-out accuracy: {losses})")
+    if accelerator().is_main_process:
+        run_dir.settle(recipe)
+    accelerator().wait_for_everyone()
+    return recipe
 
 
 def _require_checkpoints(run_dir: RunDir, resuming: bool) -> None:

@@ -28,15 +28,17 @@ class Estimate:
         memory_bytes: Weights, gradients, optimiser state and activations of one process at the full batch; on a CPU
             also what is held in memory of images, outputs and features.
         run_bytes: Checkpoints and task: the free space that the run requires before it trains.
-        disk_bytes: ``run_bytes``, a prepared teacher and teacher outputs that are cached on disk.
+        disk_bytes: ``run_bytes`` (twice with a baseline), a prepared teacher and teacher outputs cached on disk.
         seconds: Of the whole run: building networks, reading images, preparing the teacher, training, evaluation.
         preparing_seconds: Part of ``seconds``: giving the teacher its head.
+        baseline_seconds: Part of ``seconds``: training the student by labels alone, to compare.
     """
 
     step_seconds: float
     steps: int
     seconds: float
     preparing_seconds: float
+    baseline_seconds: float
     memory_bytes: int
     activation_bytes: int
     cache_bytes: int
@@ -107,6 +109,9 @@ def run_cost(
     checks = profile.forward_seconds * evaluated / processes
     if needs_logits(recipe):  # the teachers are evaluated once
         checks += sum(profile.teacher_seconds.values()) * len(val.split) / processes
+    # The same student once more, for as many steps, evaluated before and after.
+    alone = profile.student_seconds * spec.batch_size * steps + 2 * profile.forward_seconds * len(val.split)
+    alone = alone / processes if recipe.baseline else 0.0
     task = sum(p.numel() * p.element_size() for p in components.student.trained.values()) + TASK_RECORD
     of_run = bytes_of_a_run(components.student, components.objective, list(teachers.values()))
     # Several teachers may be cached in different ways.
@@ -115,8 +120,9 @@ def run_cost(
     return Estimate(
         step_seconds=step_seconds,
         steps=steps,
-        seconds=building + preparing + step_seconds * steps + once + checks,
+        seconds=building + preparing + step_seconds * steps + once + checks + alone,
         preparing_seconds=preparing,
+        baseline_seconds=alone,
         memory_bytes=weights
         + 3 * trained_bytes
         + profile.activation_bytes * micro
@@ -132,7 +138,7 @@ def run_cost(
         features_bytes=profile.features_bytes,
         task_bytes=task,
         run_bytes=of_run,
-        disk_bytes=of_run + prepared_bytes + on_disk,
+        disk_bytes=of_run * (2 if recipe.baseline else 1) + prepared_bytes + on_disk,
     )
 
 

@@ -60,6 +60,7 @@ def history(run: RunDir) -> list[dict[str, Any]]:
 FIGURES = {
     "accuracy": lambda s: _accuracy(s["student"]),
     "accuracy on the test folder": lambda s: s["student"].get("test_accuracy"),
+    "accuracy by labels alone": lambda s: _accuracy(s["baseline"]) if "baseline" in s else None,
     "images": lambda s: s["data"]["fingerprint"],
     "backbone": lambda s: s["student"]["backbone_sha256"],
     "frozen weights": lambda s: s.get("frozen"),

@@ -72,6 +72,7 @@ class SharedResources:
     """Memoised datasets, teachers and their outputs, shared by the runs of a comparison; a single run makes its own.
 
     Attributes:
+        features: Frozen features of the newest run that cached any.
         teacher_folder: Where a prepared teacher is stored for all runs; None stores it with the run.
         tuned_teachers: Folder of each teacher that was tuned, by the digest of its recipe.
     """
@@ -83,6 +84,7 @@ class SharedResources:
     targets: dict[tuple, Any] = field(default_factory=dict)
     tuned_teachers: dict[str, Path] = field(default_factory=dict)
     teacher_folder: Path | None = None
+    features: dict[tuple, dict[str, Any]] = field(default_factory=dict)
 
     def index(self, spec: DataSpec) -> ImageData:
         """List a data source, once; no image is decoded."""
@@ -126,7 +128,7 @@ class SharedResources:
 
 def _listed(spec: DataSpec) -> tuple:
     """Return what decides which images there are."""
-    return (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled, spec.labels, spec.depth)
+    return (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled, spec.labels, spec.depth, spec.held_out)
 
 
 _TITLES = {

@@ -7,12 +7,14 @@ from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
 from remap.engine.evaluate import batch_size_of_evaluation
 from remap.pipeline.components import RunComponents
+from remap.pipeline.shared import SharedResources
 from remap.progress import Progress
 
 
-def cache_features(components: RunComponents, progress: Progress) -> dict[str, FrozenFeatures]:
-    """Compute the student's frozen features of the training and evaluation images, by "train" and "val".
+def cache_features(components: RunComponents, progress: Progress, shared: SharedResources) -> dict[str, FrozenFeatures]:
+    """Return the student's frozen features of the training and evaluation images, by "train" and "val".
 
+    Computed once for runs one after the other with the same student, method and images, as a run and its baseline are.
     Empty where the method changes the network from its first layer on, where views change, where a loss reads
     attention inside the frozen part, or where memory does not suffice.
     """
@@ -22,6 +24,14 @@ def cache_features(components: RunComponents, progress: Progress) -> dict[str, F
     if needed > components.recipe.data.memory_gib * 2**30:
         progress.say(f"frozen features are not cached: they would take {needed / 2**30:.1f} GiB (data.memory_gib)")
         return {}
+    recipe, student = components.recipe, components.student
+    # Of images by their object: shared views stay in memory. The size of a pass may decide the last bits.
+    key = (
+        *(student.identity.sha256, recipe.method.model_dump_json(), components.bf16),
+        *(id(components.training_source), id(components.views.val), components.process_images, components.pass_images),
+    )
+    if key in shared.features:
+        return shared.features[key]
     started = time.perf_counter()
     train, val = _features(components, components.training_source), _features(components, components.views.val)
     # In the shapes of training and of evaluation: the last bits of a matrix product may depend on its shape.
@@ -32,7 +42,8 @@ def cache_features(components: RunComponents, progress: Progress) -> dict[str, F
         f"cached frozen features of {len(train.split) + len(val.split)} images: {needed / 2**20:.1f} MiB in "
         f"{time.perf_counter() - started:.1f} s"
     )
-    return {"train": train, "val": val}
+    shared.features = {key: {"train": train, "val": val}}  # the newest alone: they may take all the memory there is
+    return shared.features[key]
 
 
 def feature_bytes(components: RunComponents) -> int | None:

@@ -112,9 +112,16 @@ def summarize(
     if components.init is not None:
         summary["student"]["init"] = components.init.to_dict()
     if components.teachers:
-        summary["teacher"] = components.teachers[0].to_dict()
-    if len(components.teachers) > 1:
-        summary["more_teachers"] = [teacher.to_dict() for teacher in components.teachers[1:]]
+        # Of a teacher that the student has overtaken, after which epoch, and how much of its weight is left.
+        left = {
+            int(number): {"overtaken": state.overtaken[number], "weight_left": share}
+            for number, share in state.teacher_shares.items()
+        }
+        summary["teacher"], *more = (
+            teacher.to_dict() | left.get(number, {}) for number, teacher in enumerate(components.teachers)
+        )
+        if more:
+            summary["more_teachers"] = more
     return summary
 
 

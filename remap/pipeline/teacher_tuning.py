@@ -14,6 +14,9 @@ from remap.remapping import LOSSES
 from remap.runs.run_dir import RunDir
 from remap.runs.task_file import folder_of, read_meta
 
+# Share of the labelled training images that a teacher's temperature is fitted on.
+HELD_OUT = 0.2
+
 
 def teachers_to_tune(
     recipe: Recipe, run_dir: RunDir, progress: Progress, shared: SharedResources
@@ -35,10 +38,7 @@ def teachers_to_tune(
             progress.say(
                 f"{title_of(spec, recipe)} has no head for these {classes} classes: tuning it ({spec.prepare})"
             )
-            if accelerator().is_main_process and not (folder / "recipe.yaml").exists():
-                RunDir.create(folder, tuning)
-            accelerator().wait_for_everyone()
-            yield title_of(spec, recipe), RunDir(folder), tuning
+            yield title_of(spec, recipe), open_or_create(folder, tuning), tuning
         shared.tuned_teachers.setdefault(key, folder)
 
 
@@ -64,6 +64,14 @@ def teacher_folder(spec: TeacherSpec, number: int, run_dir: RunDir, shared: Shar
     return first if number == 0 else first.with_name(f"{first.name}-{number + 1}")
 
 
+def open_or_create(folder: Path, recipe: Recipe) -> RunDir:
+    """Return a run directory inside another one, made by the main process where it is not there yet."""
+    if accelerator().is_main_process and not (folder / "recipe.yaml").exists():
+        RunDir.create(folder, recipe)
+    accelerator().wait_for_everyone()
+    return RunDir(folder)
+
+
 def require_unlinked(folder: Path) -> None:
     """Refuse links at and below the folder of a teacher, which may lie outside of the run directory."""
     require_no_link(folder)
@@ -82,13 +90,16 @@ def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
         update={"epochs": spec.epochs or recipe.train.epochs, "lr": spec.lr, "base_lr": None, "warmup_epochs": None}
     )
     shared = ("model", "weights", "preset", "image_size")
+    held_out = HELD_OUT if spec.calibrate else recipe.data.held_out
     return recipe.model_copy(
         update={
             "name": f"{recipe.name[:56]}-teacher",
             # It is tuned on labelled images as they are: mixed or unlabelled ones are for the student.
-            "data": recipe.data.model_copy(
-                update={"views": None, "mixup": 0.0, "cutmix": 0.0, "unlabeled": None, "unlabeled_only": False}
+            "data": recipe.data.labeled_part().model_copy(
+                update={"views": None, "mixup": 0.0, "cutmix": 0.0, "held_out": held_out}
             ),
+            "baseline": False,
+            "choose_losses": False,
             "teachers": (),
             "student": StudentSpec(**{name: getattr(spec, name) for name in shared}),
             "method": MethodSpec(name=spec.prepare),
@@ -96,6 +107,15 @@ def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
             "train": train,
         }
     )
+
+
+def lend_teachers(recipe: Recipe, trial: Recipe, shared: SharedResources) -> None:
+    """Let a trial of a run, which has images and epochs of its own, learn from the teachers tuned for the run."""
+    for spec in recipe.teachers:
+        if spec.prepare not in ("probe", "none"):
+            folder = shared.tuned_teachers.get(teacher_recipe(recipe, spec).digest())
+            if folder is not None:  # None of a run that brings its head
+                shared.tuned_teachers[teacher_recipe(trial, spec).digest()] = folder
 
 
 def needs_logits(recipe: Recipe) -> bool:

@@ -16,10 +16,18 @@ from remap.engine.self_teachers import averaged_copy, untuned_copy
 from remap.io.paths import expanded
 from remap.network import Network, choose_attention, tuned
 from remap.pipeline import probe
+from remap.pipeline.calibration import calibrate
 from remap.pipeline.class_matching import match_classes
 from remap.pipeline.judged import judged_once
 from remap.pipeline.shared import DataViews, SharedResources
-from remap.pipeline.teacher_tuning import is_prepared, needs_logits, require_unlinked, teacher_recipe, title_of
+from remap.pipeline.teacher_tuning import (
+    HELD_OUT,
+    is_prepared,
+    needs_logits,
+    require_unlinked,
+    teacher_recipe,
+    title_of,
+)
 from remap.progress import Progress
 from remap.recipe.paths import is_run
 from remap.recipe.schema import EMA, SELF, Recipe, TeacherSpec
@@ -129,7 +137,7 @@ def prepare_teacher(
     Args:
         folder: Where the fitted head is stored as a task, and the accuracy, so that a resumed run finds them.
     """
-    spec = teacher.spec
+    spec, part = teacher.spec, views
     if not needs_logits(recipe) or spec.model == EMA:
         return teacher
     if shared.teacher_folder is not None:  # one teacher for all runs of a comparison, for every seed
@@ -137,10 +145,13 @@ def prepare_teacher(
     reusable = spec.model != SELF  # which shares the tensors of one student
     if reusable and teacher.key in shared.teachers:
         return shared.teachers[teacher.key]
+    if spec.calibrate:
+        held_out = recipe.data.labeled_part().model_copy(update={"held_out": HELD_OUT})
+        part = shared.open(held_out, views.view, progress)
     if teacher.head == "none":
         if spec.prepare == "probe":
             if not is_prepared(folder):
-                _fit_head(teacher, recipe, folder, views, progress)
+                _fit_head(teacher, recipe, folder, part, progress)
             # The main process makes the folder; the others must not look for it earlier.
             accelerator().wait_for_everyone()
             # Read back from the file by every process, also by the one that fitted it: all have the same bits.
@@ -149,6 +160,10 @@ def prepare_teacher(
         else:
             network, _ = load_task(shared.tuned_teachers[teacher_recipe(recipe, spec).digest()])
         teacher = placed(replace(teacher, network=network, head=spec.prepare), recipe, accelerator().device)
+    if spec.calibrate:  # where it brought its head, on images that it may have seen
+        temperature = calibrate(teacher.network, part.val, recipe.train.batch_size, progress)
+        how = f"on {len(part.val.split)} training images: temperature {temperature:.2f}"
+        progress.say(f"{title_of(spec, recipe)} is calibrated {how}")
     of = f"{views.digest(progress)} {views.view} {recipe.data.skip_bad} {recipe.train.precision} {teacher.fingerprint}"
     network = teacher.network
 

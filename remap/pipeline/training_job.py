@@ -19,11 +19,13 @@ def training_job(
     features: FrozenFeatures | None,
     shared: SharedResources,
     progress: Progress,
+    untrained: float | None = None,
 ) -> Job:
     """Return what ``remap.engine.loop.train`` works on.
 
     Args:
         features: The student's frozen features of the training images, where they are cached.
+        untrained: The student's accuracy before training, if it has a classifier.
     """
     recipe, student, run_dir = components.recipe, components.student, tracker.run_dir
     return Job(
@@ -47,6 +49,13 @@ def training_job(
         # None where the whole network has to run.
         features=features,
         sample=method_sample(student, components.views, recipe.seed) if student.attached.wants_sample else None,
+        may_be_overtaken={
+            number: teacher.accuracy
+            for number, teacher in enumerate(components.teachers)
+            if teacher.spec.overtaken == "fade" and teacher.accuracy is not None
+        },
+        evaluation_images=len(components.views.val.split),
+        initial_accuracy=untrained,
     )
 
 

@@ -120,6 +120,10 @@ def _augment_problems(recipe: Recipe) -> Iterator[str]:
 
 def _train_problems(recipe: Recipe) -> Iterator[str]:
     train = recipe.train
+    if recipe.choose_losses and (not recipe.teachers or recipe.label_free or recipe.data.source is None):
+        yield "losses: auto chooses among losses with a teacher by labelled images (name both, or the losses)"
+    if recipe.baseline and not recipe.teachers:
+        yield "baseline: a run without a teacher learns from labels alone already (set teacher.model, or leave it out)"
     if train.warmup_epochs is not None and train.warmup_epochs >= train.epochs:
         yield f"train.warmup_epochs: {train.warmup_epochs} must be less than train.epochs {train.epochs}"
     if train.batch_size % train.accumulation:
@@ -135,8 +139,16 @@ def _teacher_problems(recipe: Recipe) -> Iterator[str]:
             yield from method_problems(f"{key}.prepare", spec.prepare)
         elif spec.prepare not in (allowed := ("probe", "none", *METHODS.names)):
             yield f"{key}.prepare: unknown word {_unknown(spec.prepare, allowed)}"
+        if spec.calibrate and (spec.is_student or spec.joint or not any(loss.reads_logits for loss in recipe.losses)):
+            yield f"{key}.calibrate: is for the logits of a teacher that stays as it was prepared (leave it out)"
         if spec.joint:
             yield from _joint_problems(f"{key}.joint", spec, recipe)
+        if spec.overtaken == "fade" and (spec.is_student or spec.joint):
+            yield f"{key}.overtaken: the teacher '{spec.model}' is made of the student or learns with it (leave out)"
+        elif spec.overtaken == "fade" and not any(
+            loss.weight and loss.name in LOSSES and LOSSES.row(loss.name).category == "labels" for loss in recipe.losses
+        ):
+            yield f"{key}.overtaken: without a loss on labels nothing would be left to learn (add ce, or leave it out)"
         if spec.classes is not None and spec.prepare != "none":
             yield f"{key}.classes: is for the teacher's own classifier (set {key}.prepare=none)"
         if spec.keeps_less and spec.cache in ("memory", "off"):

@@ -44,6 +44,9 @@ class DataSpec(Section):
     )
     unlabeled_only: bool = Field(default=False, description="Learn from the images without labels only.")
     labels: int | None = Field(default=None, ge=1, description="Labels to keep, the same for every seed; null is all.")
+    held_out: Annotated[float | None, LATER] = Field(
+        default=None, gt=0.0, lt=1.0, description="Share of the labelled training images to evaluate on instead."
+    )
     augment: Literal["none", "light", "strong", "custom", "shift", "shift_flip"] = Field(
         default="none",
         description="light crops, strong also draws from RandAugment and erases, custom is what the next fields say.",

@@ -11,6 +11,7 @@ from pydantic import (
     model_validator,
 )
 
+from remap.registry import LATER
 from remap.remapping import LOSSES
 from remap.remapping.schedule import Schedule
 from remap.tuning import METHODS, parts_of
@@ -147,3 +148,15 @@ def is_idle(loss: str, method: str, signal: str | None = None) -> bool:
     if loss not in LOSSES or any(part not in METHODS for part in parts):
         return False
     return all((signal or LOSSES.row(loss).signal) in METHODS.row(part).unchanged for part in parts)
+
+
+def without_later(model: BaseModel, *exclude: str) -> dict[str, Any]:
+    """Return what a section or options say, without ``LATER`` fields at their default."""
+    values = model.model_dump(mode="json", exclude=set(exclude))
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        if LATER in field.metadata and value == field.default:
+            values.pop(name, None)
+        elif name in values and isinstance(value, BaseModel):
+            values[name] = without_later(value)
+    return values

@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, Field, SerializerFunctionWrapHa
 
 from remap.data.augmentation import Augmentation
 from remap.io.paths import absolute
+from remap.recipe import named
 from remap.recipe.data_section import DataSpec
 from remap.recipe.named import InitSpec, LossSpec, MethodSpec, Named, default_losses, is_idle, loss_words, name_only
 from remap.recipe.paths import absolute_data, absolute_model, absolute_weights
@@ -23,7 +24,6 @@ from remap.recipe.sections import (
     TeacherSpec,
     TrainSpec,
 )
-from remap.registry import LATER
 from remap.remapping import LOSSES
 from remap.remapping.architecture.shrink_options import ShrinkSpec
 from remap.remapping.weights import INITS
@@ -41,6 +41,8 @@ Model = TypeVar("Model", bound=ModelSpec)
 BASE_WIDTH = 128
 # The result of a run without labels is a backbone, which this method changes freely.
 LABEL_FREE_METHOD = "full"
+# In place of losses: the run chooses them.
+AUTO = "auto"
 # Fields that change no result, by section.
 _SILENT = {"train": {"checkpoint_seconds", "eval_every", "processes", "parallel"}, "data": {"workers", "memory_gib"}}
 _DATA_PATHS = {"source", "val_source", "unlabeled"}
@@ -84,16 +86,24 @@ class Recipe(Section):
         description="Loss terms; null is ce, and with a teacher kd and attention if method and models allow.",
     )
     train: TrainSpec = Field(default=TrainSpec(), description="The training loop.")
+    choose_losses: bool = Field(
+        default=False, description="Try a few objectives on held-out training images first; losses: auto sets it."
+    )
+    baseline: bool = Field(
+        default=False, description="Train the student once more, on labels alone, to compare; remap distill does so."
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _read_older_spellings(cls, values: Any) -> Any:
-        """Join the keys of teachers in one list; losses that are null were not chosen."""
+        """Join the keys of teachers in one list; losses that are null or "auto" were not chosen."""
         if not isinstance(values, dict):
             return values
         keys = [key for key in ("teacher", "teachers", "more_teachers") if key in values]
         kept = {key: value for key, value in values.items() if key not in keys}
-        if kept.get("losses", ()) is None:
+        if kept.get("losses") == AUTO:
+            kept["choose_losses"] = True
+        if kept.get("losses", ()) in (None, AUTO):
             del kept["losses"]
         return {**kept, "teachers": [one for key in keys for one in as_list(values[key])]} if keys else kept
 
@@ -189,24 +199,28 @@ class Recipe(Section):
             places: Whether the paths of the images count; their content decides, and they may be moved.
         """
         recipe = self.written_out()
-        data, student, init = recipe.data, _without_later(recipe.student), recipe.student.init
+        data, student, init = recipe.data, named.without_later(recipe.student), recipe.student.init
         if data.depth == 1:  # where null is read at all it means 1
             data = data.model_copy(update={"depth": None})
         if init is not None:
             student["init"] = _named(init, INITS.load(init.name).Config)
         # As recipes of one teacher and more were written first, so that runs of that time can be resumed.
-        teachers = [_without_later(spec, "shard") for spec in recipe.teachers]
-        values = recipe.model_dump(mode="json", exclude={"name", "teachers"}) | {
+        teachers = [named.without_later(spec, "shard") for spec in recipe.teachers]
+        values = recipe.model_dump(mode="json", exclude={"name", "baseline", "choose_losses", "teachers"}) | {
             # The operations count, not the fields that name them.
-            "data": _without_later(data, *_SILENT["data"], *Augmentation.model_fields, *(() if places else _DATA_PATHS))
+            "data": named.without_later(
+                data, *_SILENT["data"], *Augmentation.model_fields, *(() if places else _DATA_PATHS)
+            )
             | {"augment": data.augmentation.key()},
             "teacher": teachers[0] if teachers else None,
             "more_teachers": teachers[1:],
             "student": student,
             "method": _named(recipe.method, config_of(recipe.method.name)),
             "losses": [_named(loss, LOSSES.load(loss.name).Config) for loss in recipe.losses],
-            "train": _without_later(recipe.train, *_SILENT["train"]),
+            "train": named.without_later(recipe.train, *_SILENT["train"]),
         }
+        if recipe.choose_losses:
+            values["choose_losses"] = True
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def learning_rate(self, width: int) -> float:
@@ -227,20 +241,8 @@ def _absolute(spec: Model) -> Model:
     return spec.model_copy(update=paths)
 
 
-def _without_later(model: BaseModel, *exclude: str) -> dict[str, Any]:
-    """Return what a section or options say, without ``LATER`` fields at their default."""
-    values = model.model_dump(mode="json", exclude=set(exclude))
-    for name, field in type(model).model_fields.items():
-        value = getattr(model, name)
-        if LATER in field.metadata and value == field.default:
-            values.pop(name, None)
-        elif name in values and isinstance(value, BaseModel):
-            values[name] = _without_later(value)
-    return values
-
-
 def _named(spec: Named, config: type[BaseModel]) -> dict[str, Any]:
-    return spec.model_dump(mode="json", exclude=set(spec.options)) | _without_later(config(**spec.options))
+    return spec.model_dump(mode="json", exclude=set(spec.options)) | named.without_later(config(**spec.options))
 
 
 def _with_defaults(config: type[BaseModel], spec: Named) -> dict[str, Any]:

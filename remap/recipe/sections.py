@@ -57,9 +57,7 @@ class TeacherSpec(ModelSpec):
     """
 
     model: PathOrName = Field(default="mini_teacher", description='"self" is the untuned student, "ema" its average.')
-    prepare: str = Field(
-        default="probe", description='"probe" fits a head, a method tunes the teacher, "none" does neither.'
-    )
+    prepare: str = Field(default="probe", description='"probe" fits a head, a method tunes it, "none" does neither.')
     classes: Annotated[PathOrName | None, LATER] = Field(
         default=None, description="YAML or JSON: our class to its class, or to a list; null matches by name."
     )
@@ -67,6 +65,10 @@ class TeacherSpec(ModelSpec):
     epochs: int | None = Field(default=None, ge=1, description="Epochs of tuning; null is train.epochs.")
     lr: float | None = Field(default=None, gt=0.0, description="Learning rate of tuning; null is the method's.")
     allow_weak: bool = Field(default=False, description="Continue even if the teacher is no better than chance.")
+    calibrate: Annotated[bool, LATER] = Field(default=False, description="Fit its temperature on held-out images.")
+    overtaken: Annotated[Literal["keep", "fade"], LATER] = Field(
+        default="keep", description="fade: its losses lose weight once the student is better on evaluation images."
+    )
     cache: Literal["auto", "memory", "disk", "off"] = Field(
         default="auto",
         description="Where outputs are cached; auto uses those on disk, else memory, else disk if they do not fit.",
@@ -145,7 +147,7 @@ class TrainSpec(Section):
         default=1.0, gt=0.0, description="Largest norm of the gradient; null does not clip."
     )
     accumulation: int = Field(default=1, ge=1, description="Micro-batches per step.")
-    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto is bf16 on a GPU that has it.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto is bf16 if the device has it.")
     compile: bool = Field(
         default=False, description="Run the student's blocks through torch.compile, worth it for long runs."
     )

@@ -129,11 +129,19 @@ class Objective(nn.Module):
         self.weight_schedules, self.temperature_schedules = weight_schedules or {}, temperature_schedules or {}
         self.over_batch = frozenset(over_batch)
         self._factors: dict[str, float] = {}
+        self._shares: dict[int, float] = {}
         trained = {term.classifier for name, term in terms.items() if self.weights[name]}
         self._both_classifiers = {"labels", "teacher"} <= trained
 
-    def set_progress(self, update: int, steps_per_epoch: int, epochs: int) -> None:
-        """Set scheduled weights and temperatures to those of an update, counted from 0 over the whole run."""
+    def set_progress(
+        self, update: int, steps_per_epoch: int, epochs: int, teacher_shares: Mapping[str, float] | None = None
+    ) -> None:
+        """Set scheduled weights and temperatures to those of an update, counted from 0 over the whole run.
+
+        Args:
+            teacher_shares: What the terms of a teacher, by its number, are multiplied by; 1 for those left out.
+        """
+        self._shares = {int(number): share for number, share in (teacher_shares or {}).items()}
         for name, schedule in self.weight_schedules.items():
             self._factors[name] = schedule.factor(update, steps_per_epoch, epochs)
         for name, schedule in self.temperature_schedules.items():
@@ -141,7 +149,8 @@ class Objective(nn.Module):
 
     def scheduled(self) -> dict[str, float]:
         """Return the weights and temperatures that change, as they are now; of several temperatures the first."""
-        found = {f"{name}{WEIGHT}": self._weight(name) for name in self.weight_schedules}
+        changed = [name for name in self.terms if name in self.weight_schedules or self._share(name) < 1.0]
+        found = {f"{name}{WEIGHT}": self._weight(name) for name in changed}
         for name in self.temperature_schedules:
             term = self._named_terms()[name]
             value = next(iter(term.temperatures_of(term.config).values()))
@@ -149,7 +158,10 @@ class Objective(nn.Module):
         return found
 
     def _weight(self, name: str) -> float:
-        return self.weights[name] * self._factors.get(name, 1.0)
+        return self.weights[name] * self._factors.get(name, 1.0) * self._share(name)
+
+    def _share(self, name: str) -> float:
+        return self._shares.get(self.teacher_of[name], 1.0) if self._named_terms()[name].uses_teacher else 1.0
 
     def after_step(self) -> None:
         """Call it after each update of the student."""

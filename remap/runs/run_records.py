@@ -15,7 +15,7 @@ from remap.io.checked_read import read_regular, sha256_of
 from remap.io.names import plain
 from remap.io.paths import expanded
 from remap.io.sealed_json import parse_sealed
-from remap.recipe import Recipe, load
+from remap.recipe import Recipe, dump, load
 from remap.runs.environment import command, environment, now, plain_environment
 from remap.runs.summary_schema import summary_problem
 
@@ -33,9 +33,10 @@ class RunRecords:
     recipe.yaml (resolved), command.txt, environment.json, status.json, metrics.jsonl (one line an epoch), summary.json,
     answers.json and the pictures in report/ (what report.html is made from), trainables.json (what is trained),
     judged.json (accuracies before training), task/ (what the tuned student costs to keep), teacher/ (the prepared
-    teacher), checkpoint/, student_model/ (a student that was cut from its teacher), backbone/ (the student of a run
-    without labels, for timm), fault/ (the batch that broke training), stop (a file that asks the run to save and leave;
-    removed when it is seen).
+    teacher), baseline/ (the same student by labels alone), trials/ (short runs of the objectives that one was chosen
+    of), checkpoint/, student_model/ (a student that was cut from its teacher), backbone/ (the student of a run without
+    labels, for timm), fault/ (the batch that broke training), stop (a file that asks the run to save and leave; removed
+    when it is seen).
 
     ``seconds`` in status.json and summary.json is the time of all parts of a run that was stopped and resumed; a part
     that was killed counts up to its last epoch.
@@ -53,6 +54,16 @@ class RunRecords:
     @property
     def teacher(self) -> Path:
         return self.path / "teacher"
+
+    @property
+    def baseline(self) -> Path:
+        """The run directory of the same student trained on labels alone."""
+        return self.path / "baseline"
+
+    @property
+    def trials(self) -> Path:
+        """The short runs of several objectives, of which one is chosen (losses: auto)."""
+        return self.path / "trials"
 
     @property
     def stop(self) -> Path:
@@ -87,6 +98,10 @@ class RunRecords:
         """Return the recipe; its images were read once, so that their level is no longer in question."""
         recipe = load(self.path / "recipe.yaml")
         return recipe.model_copy(update={"data": recipe.data.model_copy(update={"depth": recipe.data.depth or 1})})
+
+    def settle(self, recipe: Recipe) -> None:
+        """Write the recipe once more, when the run has decided what was left to it."""
+        atomic_write.write_text(self.path / "recipe.yaml", dump(recipe.written_out()))
 
     def resume_command(self) -> str:
         """Return the command line that resumes the run: `remap tune` where no recipe names a teacher."""

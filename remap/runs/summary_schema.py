@@ -53,6 +53,8 @@ def summary_problem(summary: object) -> str | None:
     found = summary["student"].get("metrics", {}) if problem is None else {}
     if not isinstance(found, dict) or not all(map(is_number, found.values())):
         problem = "student.metrics is not an object of numbers"
+    if problem is None and "baseline" in summary:
+        problem = _problem(summary, {"baseline.accuracy": is_number}, "")
     more = summary.get("more_teachers", [])
     teachers = [("teacher", summary["teacher"])] if "teacher" in summary else []
     if not isinstance(more, list) or (more and not teachers):

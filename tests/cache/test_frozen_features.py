@@ -68,7 +68,7 @@ def test_kept_features_give_the_student_of_the_whole_forward(
     """To the last bit: they are computed in batches of the shape of a training step."""
     recipe = tiny.recipe(f"train.batch_size={batch_size}", method=method, student=wide)
     kept = start(recipe, tmp_path / "kept")
-    monkeypatch.setattr(run, "cache_features", lambda parts, progress: {})
+    monkeypatch.setattr(run, "cache_features", lambda parts, progress, shared: {})
     whole = start(recipe, tmp_path / "whole")
     assert largest_difference(kept.student.tensors, whole.student.tensors) == 0
     assert kept.summary["final_losses"] == whole.summary["final_losses"]
@@ -109,7 +109,7 @@ def test_a_teacher_that_looks_at_each_batch_gets_the_images(
     """The student's frozen features are kept, so the student itself needs no images."""
     recipe = tiny.recipe(*settings, method="linear", losses="ce,kd", **({"teacher": teacher} if teacher else {}))
     kept = start(recipe, tmp_path / "kept")
-    monkeypatch.setattr(run, "cache_features", lambda parts, progress: {})
+    monkeypatch.setattr(run, "cache_features", lambda parts, progress, shared: {})
     whole = start(recipe, tmp_path / "whole")
     assert largest_difference(kept.student.tensors, whole.student.tensors) < 2e-3
     assert kept.summary["final_losses"] == pytest.approx(whole.summary["final_losses"], rel=1e-2, abs=1e-6)

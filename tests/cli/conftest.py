@@ -13,7 +13,8 @@ from typer.testing import CliRunner, Result
 @pytest.fixture
 def tiny() -> list[str]:
     """Words for the shortest run: random weights, two epochs of three steps."""
-    return ["--weights", "none", "--epochs", "2", "--batch-size", "8", "--set", "train.warmup_epochs=0.5"]
+    settings = ["--set", "train.warmup_epochs=0.5", "--set", "baseline=false"]
+    return ["--weights", "none", "--epochs", "2", "--batch-size", "8", *settings]
 
 
 @pytest.fixture

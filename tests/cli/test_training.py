@@ -174,6 +174,16 @@ def test_the_dry_run_writes_nothing(
     assert found["estimate"]["seconds"] > 0 and found["estimate"]["memory_bytes"] > 0
 
 
+@pytest.mark.parametrize(("words", "wanted"), [((), True), (("--no-baseline",), False)])
+def test_distill_compares_with_labels_only(
+    run_json: Callable[..., dict], pictures: Path, tiny: list[str], words: tuple[str, ...], wanted: bool
+) -> None:
+    tiny = [word for word in tiny if word != "baseline=false"][:-1]
+    found = run_json("distill", "--data", pictures, "--dry-run", "--method", "linear", *tiny, *words)
+    assert found["recipe"]["baseline"] is wanted
+    assert (found["estimate"]["baseline_seconds"] > 0) is wanted
+
+
 def test_the_dry_run_says_what_lies_on_the_disk() -> None:
     guess = {"run_bytes": 27_100_000, "disk_bytes": 27_100_000, "task_bytes": 2_700_000}
     assert _disk(guess) == "27.1 MB (checkpoints + task); saved: 2.7 MB"

@@ -1,0 +1,41 @@
+"""Labels only: the run's student without a teacher, trained for as many steps, to compare with."""
+
+from collections.abc import Mapping
+from math import ceil
+from typing import Any
+
+from remap.pipeline.comparison_cells import labels_only
+from remap.pipeline.components import RunComponents
+from remap.progress import Progress
+from remap.recipe.schema import Recipe, TrainSpec
+
+
+def baseline_recipe(components: RunComponents, progress: Progress) -> Recipe | None:
+    """Return the recipe of the run's baseline: labels only, the same augmentation and number of steps.
+
+    None where the recipe wants none, or where there is nothing to compare with, which is said.
+    """
+    recipe, labeled = components.recipe, len(components.views.train.split)
+    if not recipe.baseline:
+        return None
+    if not labeled or recipe.student.shrink is not None:
+        why = "the student is cut from its teacher" if labeled else "there are no labelled images"
+        progress.say(f"no training on labels alone to compare with: {why}")
+        return None
+    train = same_steps(recipe.train, len(components.training_source.split), labeled)
+    train = train.model_copy(update={"eval_every": train.epochs})
+    return labels_only(recipe).model_copy(update={"name": f"{recipe.name[:55]}-baseline", "train": train})
+
+
+def same_steps(train: TrainSpec, images: int, fewer: int) -> TrainSpec:
+    """Return the training for fewer images with the steps of that for ``images``: their epochs are shorter."""
+    longer = max(1, images // train.batch_size) / max(1, fewer // train.batch_size)
+    warmup = None if train.warmup_epochs is None else train.warmup_epochs * longer
+    return train.model_copy(update={"epochs": ceil(train.epochs * longer), "warmup_epochs": warmup})
+
+
+def baseline_figures(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the summary of a run says of its baseline, from the baseline's own."""
+    names = ("accuracy", "correct", "test_accuracy")
+    figures = {name: summary["student"][name] for name in names if name in summary["student"]}
+    return {**figures, **{name: summary[name] for name in ("losses", "epochs", "seconds")}}

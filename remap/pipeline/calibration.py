@@ -1,0 +1,43 @@
+"""Temperature scaling of a teacher on images that it was not prepared on (Guo et al. 2017, arXiv 1706.04599)."""
+
+import torch
+from torch import Tensor
+
+from remap.backbones.typed import layer_at
+from remap.data.views import ViewSource
+from remap.distributed.launch import accelerator
+from remap.network import Network
+from remap.pipeline.probe import signals_of
+from remap.progress import Progress
+
+# Inverse temperatures that are looked at.
+LEAST, MOST = 0.05, 20.0
+
+
+def calibrate(network: Network, source: ViewSource, batch_size: int, progress: Progress) -> float:
+    """Divide the classifier's logits by the temperature that suits these images best, and return it."""
+    logits_NC, labels_N = signals_of(
+        network, source, accelerator(), batch_size, progress, "teacher logits", pooled=False
+    )
+    factor = best_factor(torch.from_numpy(logits_NC), torch.from_numpy(labels_N))
+    with torch.no_grad():
+        for path in network.anatomy.classifier_heads:
+            head = layer_at(network.model, path)
+            head.weight.mul_(factor)
+            if head.bias is not None:
+                head.bias.mul_(factor)
+    return 1.0 / factor
+
+
+def best_factor(logits_NC: Tensor, labels_N: Tensor) -> float:
+    """Return the inverse temperature of least cross-entropy, between ``LEAST`` and ``MOST``.
+
+    Cross-entropy is convex in it, and its derivative is the mean of sum_c p_c z_c - z_label: bisection finds its zero.
+    """
+    low, high = LEAST, MOST
+    right_N = logits_NC.gather(1, labels_N[:, None])[:, 0]
+    for _ in range(60):
+        middle = (low + high) / 2
+        expected_N = (torch.softmax(middle * logits_NC, 1) * logits_NC).sum(1)
+        low, high = (low, middle) if (expected_N - right_N).mean() > 0 else (middle, high)
+    return (low + high) / 2

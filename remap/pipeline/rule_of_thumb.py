@@ -1,0 +1,33 @@
+"""When a teacher pays: the advice for a run in which it does not. Imports no torch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from remap.recipe.schema import EMA, SELF
+from remap.tuning import rows_of
+
+RULE = "a teacher pays most where few images have labels and many others have none (--unlabeled)"
+
+
+def losing_case(summary: Mapping[str, Any]) -> str | None:
+    """Return one line for a run whose teacher is not better than its student, or that gained nothing by it; else None.
+
+    Of a run without a baseline, which cannot tell, only what loses most often: prompts where all images have labels.
+    """
+    student, data, baseline = summary["student"]["accuracy"], summary["data"], summary.get("baseline")
+    teachers = [summary[name] for name in ("teacher",) if name in summary] + summary.get("more_teachers", [])
+    teachers = [one for one in teachers if not one["model"].startswith((f"{SELF} (", f"{EMA} ("))]
+    best = max((one["accuracy"] for one in teachers if one["accuracy"] is not None), default=None)
+    if student is None or best is None:
+        return None
+    if best <= student:
+        return (
+            f"the teacher is not better than its student on these images ({best:.1%} and {student:.1%}): tune it, for"
+            f" longer or with augmentation (teacher.prepare, teacher.epochs), or take a better one; {RULE}"
+        )
+    if baseline is not None and student > baseline["accuracy"]:
+        return None
+    prompts = any(row.category == "prompt" for row in rows_of(summary["method"]))
+    if data["labeled_images"] == data["train_images"] and prompts:
+        return f"with all labels, prompts seldom gain by a teacher: try weights or adapters (lora, adaptformer); {RULE}"
+    return f"the teacher gave nothing here; {RULE}" if baseline is not None else None

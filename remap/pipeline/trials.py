@@ -1,0 +1,77 @@
+"""``losses: auto``: a few objectives are tried on held-out training images for few steps, and the best one is taken."""
+
+from collections.abc import Iterator, Mapping
+from math import ceil
+from typing import Any
+
+from remap.pipeline.baseline import same_steps
+from remap.pipeline.comparison_cells import labels_only
+from remap.pipeline.shared import SharedResources
+from remap.recipe.schema import LossSpec, Recipe
+from remap.runs.run_dir import RunDir
+
+# Share of the labelled training images that a trial is judged by, and of the run's epochs that it takes.
+HELD_OUT, EPOCHS = 0.2, 0.25
+TEMPERATURES = (1.0, 2.0, 4.0)
+
+
+def objectives(recipe: Recipe) -> dict[str, tuple[LossSpec, ...] | None]:
+    """Return the objectives that are tried, by the name of their folder; None is labels alone.
+
+    Of equal ones the first is taken, so labels alone come first.
+    """
+    ce, kd = LossSpec(name="ce"), {one: LossSpec(name="kd", **{"temperature": one}) for one in TEMPERATURES}
+    found: dict[str, tuple[LossSpec, ...] | None] = {"labels": None}
+    found |= {f"labels-kd{one:g}": (ce, kd[one]) for one in TEMPERATURES}
+    if all(spec.overtaken == "keep" for spec in recipe.teachers):  # a teacher that fades needs a loss on labels
+        found["kd1"] = (kd[1.0],)
+    if any(loss.name == "attention" for loss in recipe.losses):  # of the default, where method and models allow
+        found["labels-kd4-attention"] = (ce, kd[4.0], LossSpec(name="attention"))
+    return found
+
+
+def trials(recipe: Recipe, shared: SharedResources) -> Iterator[tuple[str, Recipe]]:
+    """Yield name and recipe of each trial: the run itself on fewer images, for a quarter of its epochs."""
+    labeled, others = _images(recipe, shared)
+    fewer = round((1.0 - HELD_OUT) * labeled)
+    epochs, warmup = max(1, ceil(EPOCHS * recipe.train.epochs)), recipe.train.warmup_epochs
+    train = recipe.train.model_copy(
+        update={
+            "epochs": epochs,
+            "warmup_epochs": None if warmup is None else EPOCHS * warmup,
+            "eval_every": recipe.train.epochs,  # the last epoch is always evaluated
+        }
+    )
+    held_out = recipe.data.model_copy(update={"held_out": HELD_OUT})
+    update = {"data": held_out, "train": train, "baseline": False, "choose_losses": False}
+    short = recipe.model_copy(update=update)
+    for name, losses in objectives(recipe).items():
+        trial = _with(short, losses, fewer + others, fewer)
+        yield name, trial.model_copy(update={"name": f"trial-{name}"})
+
+
+def chosen(recipe: Recipe, accuracies: Mapping[str, float], shared: SharedResources) -> Recipe:
+    """Return the run's recipe with the objective that was best on the held-out images."""
+    best = max(accuracies, key=lambda name: accuracies[name])  # of equal ones the first
+    labeled, others = _images(recipe, shared)
+    found = _with(recipe, objectives(recipe)[best], labeled + others, labeled)
+    return found.model_copy(update={"choose_losses": False})
+
+
+def tried(run_dir: RunDir) -> dict[str, Any]:
+    """Return the held-out accuracy of each trial of a run, for its summary; nothing where there were none."""
+    trials = {path.name: RunDir(path).summary() for path in sorted(run_dir.trials.glob("*"))}
+    return {"trials": {name: one["student"]["accuracy"] for name, one in trials.items()}} if trials else {}
+
+
+def _with(recipe: Recipe, losses: tuple[LossSpec, ...] | None, images: int, labeled: int) -> Recipe:
+    """Return the recipe with an objective; by labels alone it is without a teacher and has as many steps."""
+    if losses is not None:
+        return recipe.model_copy(update={"losses": losses})
+    return labels_only(recipe).model_copy(update={"train": same_steps(recipe.train, images, labeled)})
+
+
+def _images(recipe: Recipe, shared: SharedResources) -> tuple[int, int]:
+    """Return how many training images have a label and how many have none."""
+    data = shared.index(recipe.data)
+    return len(data.train), 0 if data.unlabeled is None else len(data.unlabeled)

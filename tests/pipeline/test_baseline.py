@@ -1,0 +1,68 @@
+"""Labels only beside the student with a teacher: the same steps, the same student bits, and resumable."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from remap.errors import Interrupted, RecipeError
+from remap.pipeline.run import resume, start
+from remap.pipeline.run_differences import compare
+from remap.recipe import resolve
+from remap.runs.run_dir import RunDir
+
+Watch = Callable[..., Any]
+# Two epochs of three steps with all labels; of one with the 8 that are left here.
+FEW = ("data.labels=8",)
+
+
+def task(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "task" / "task.safetensors")
+
+
+@pytest.mark.parametrize(("settings", "epochs"), [((), 2), (FEW, 6)], ids=["all labels", "few labels"])
+def test_it_is_the_run_without_teacher_for_as_many_steps(
+    tiny: Any, tmp_path: Path, largest_difference: Callable, settings: tuple[str, ...], epochs: int
+) -> None:
+    run = start(tiny.recipe("baseline=true", "teacher.allow_weak=true", *settings), tmp_path / "run")
+    found = run.summary["baseline"]
+    assert (found["epochs"], list(found["losses"])) == (epochs, ["ce"])
+    assert RunDir(tmp_path / "run").summary()["baseline"] == found
+    # A run of `remap tune` with the same steps, and the run with a teacher without a baseline.
+    words = dict(tiny.words(), losses="ce")
+    del words["teacher"]
+    last = ("train.warmup_epochs=" + str(0.5 * epochs / 2), f"train.epochs={epochs}")
+    alone = start(resolve(words=words, settings=[*tiny.SETTINGS, *settings, *last]), tmp_path / "alone")
+    assert largest_difference(task(tmp_path / "run" / "baseline"), task(alone.run_dir)) == 0.0
+    plain = start(tiny.recipe("teacher.allow_weak=true", *settings), tmp_path / "plain")
+    assert largest_difference(task(run.run_dir), task(plain.run_dir)) == 0.0
+    assert "baseline" not in plain.summary and not (plain.run_dir / "baseline").exists()
+
+
+@pytest.mark.parametrize("stop", [4, 9], ids=["student", "baseline"])
+def test_it_resumes_to_the_same_bits(tiny: Any, tmp_path: Path, watch: Watch, stop: int) -> None:
+    """Six steps are the student's, six more the baseline's."""
+    recipe = tiny.recipe("baseline=true", "teacher.allow_weak=true")
+    first = start(recipe, tmp_path / "first").run_dir
+
+    def interrupt(step: int) -> None:
+        if step == stop:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match=f"resume with: remap distill --resume {tmp_path / 'run'}"):
+        start(recipe, tmp_path / "run", watch(interrupt))
+    assert (tmp_path / "run" / "summary.json").is_file() == (stop > 6)  # the student's results come first
+    resume(tmp_path / "run")
+    found = compare(RunDir(first), RunDir(tmp_path / "run"))
+    assert found["equal"], found
+    assert "accuracy by labels alone" in {check["what"] for check in found["checks"]}
+    assert task(first / "baseline").keys() == task(tmp_path / "run" / "baseline").keys()
+
+
+def test_a_run_without_a_teacher_has_none(tiny: Any) -> None:
+    with pytest.raises(RecipeError, match="baseline: a run without a teacher"):
+        tiny.recipe("baseline=true", "teacher=null", losses="ce")

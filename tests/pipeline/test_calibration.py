@@ -1,0 +1,38 @@
+"""A teacher's temperature: the one of least cross-entropy on images that were left out of preparing it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize_scalar
+from torch.nn import functional as F
+
+from remap.pipeline.calibration import best_factor
+from remap.pipeline.run import start
+
+
+def test_it_is_the_temperature_of_least_cross_entropy() -> None:
+    """Source: SciPy's bounded minimiser of the cross-entropy as torch computes it."""
+    draws = torch.Generator().manual_seed(0)
+    logits_NC = 4 * torch.randn(200, 5, generator=draws, dtype=torch.float64)
+    labels_N = torch.where(torch.rand(200, generator=draws) < 0.7, logits_NC.argmax(1), 0)
+    found = minimize_scalar(
+        lambda b: float(F.cross_entropy(b * logits_NC, labels_N)), bounds=(0.05, 20), method="bounded"
+    )
+    assert best_factor(logits_NC, labels_N) == pytest.approx(found.x, abs=1e-4)
+    assert best_factor(2 * logits_NC, labels_N) == pytest.approx(found.x / 2, abs=1e-4)
+
+
+@pytest.mark.parametrize("prepare", ["probe", "linear"])
+def test_a_run_fits_it_on_images_that_the_teacher_did_not_see(
+    tiny: Any, tmp_path: Path, watch: Any, prepare: str
+) -> None:
+    """A fifth of 24 training images, one or two of each of three classes."""
+    said = watch(lambda done: None)
+    settings = ("teacher.calibrate=true", f"teacher.prepare={prepare}", "teacher.allow_weak=true")
+    start(tiny.recipe(*settings), tmp_path / "run", said)
+    (line,) = [text for text in said.said if "calibrated" in text]
+    assert "is calibrated on 5 training images: temperature" in line
+    assert np.isfinite(float(line.rpartition(" ")[2]))

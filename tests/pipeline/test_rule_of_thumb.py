@@ -1,0 +1,43 @@
+"""The line that a run prints in which a teacher does not pay."""
+
+from typing import Any
+
+import pytest
+
+from remap.pipeline.rule_of_thumb import losing_case
+
+
+@pytest.mark.parametrize(
+    ("method", "teacher", "student", "alone", "labeled", "says"),
+    [
+        ("lora", 0.833, 0.869, 0.887, 100, "the teacher is not better than its student"),  # CIFAR-10, 60 epochs
+        ("vpt_deep", 0.833, 0.637, 0.668, 100, "with all labels, prompts seldom gain"),
+        ("vpt_deep", 0.833, 0.637, None, 100, "with all labels, prompts seldom gain"),
+        ("bitfit", 0.833, 0.747, 0.761, 100, "the teacher gave nothing here"),
+        ("lora", 0.943, 0.798, 0.549, 20, None),
+        ("vpt_deep", 0.943, 0.798, None, 20, None),
+    ],
+)
+def test_it_speaks_where_the_teacher_loses_and_nowhere_else(
+    method: str, teacher: float, student: float, alone: float | None, labeled: int, says: str | None
+) -> None:
+    summary: dict[str, Any] = {
+        "method": method,
+        "student": {"accuracy": student},
+        "teacher": {"model": "mini_teacher", "accuracy": teacher},
+        "data": {"labeled_images": labeled, "train_images": 100},
+    }
+    if alone is not None:
+        summary["baseline"] = {"accuracy": alone}
+    found = losing_case(summary)
+    assert found is None if says is None else found is not None and found.startswith(says)
+
+
+def test_it_says_nothing_of_a_teacher_made_of_the_student() -> None:
+    summary = {
+        "method": "lora",
+        "student": {"accuracy": 0.9},
+        "teacher": {"model": "self (mini_student)", "accuracy": 0.5},
+        "data": {"labeled_images": 9, "train_images": 9},
+    }
+    assert losing_case(summary) is None
