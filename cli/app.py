@@ -25,6 +25,7 @@ from remap_cli import (
     repeat,
     report,
     shrink,
+    tasks,
     training,
 )
 from remap_cli.options import LOOK, TRAIN, USE
@@ -84,6 +85,7 @@ for command in (training.distill, training.tune, shrink.shrink, compare.compare)
 app.command("eval", rich_help_panel=USE)(evaluate.evaluate)
 for command in (report.report, predict.predict, export.export, repeat.repeat):
     app.command(rich_help_panel=USE)(command)
+app.add_typer(tasks.tasks, name="tasks", rich_help_panel=USE)
 for command in (listings.methods, listings.losses, listings.remappings, models.models, doctor.doctor):
     app.command(rich_help_panel=LOOK)(command)
 app.add_typer(recipes.recipes, name="recipes", rich_help_panel=LOOK)

@@ -25,15 +25,21 @@ if TYPE_CHECKING:
     from remap.pipeline.student_api import attach as attach
     from remap.pipeline.student_api import load_student as load_student
     from remap.plugins import register as register
+    from remap.prediction.predict import predict as predict
+    from remap.tasks.multi_task import MultiTask as MultiTask
+    from remap.tasks.shelf import Shelf as Shelf
 
 # Public name -> module. Importing remap imports none of them, and so no torch.
 _PUBLIC = {
+    "MultiTask": "remap.tasks.multi_task",
     "RemapError": "remap.errors",
     "Result": "remap.pipeline.run",
+    "Shelf": "remap.tasks.shelf",
     "Student": "remap.pipeline.student_api",
     "attach": "remap.pipeline.student_api",
     "distill": "remap.pipeline.run",
     "load_student": "remap.pipeline.student_api",
+    "predict": "remap.prediction.predict",
     "register": "remap.plugins",
 }
 

@@ -86,7 +86,9 @@ class Inputs:
                 with open_regular(path) as file:
                     yield from _lines(file)
             except OSError as error:
-                raise DataError(f"cannot read {path}: {error.strerror}", do="name a text file, one path a line") from None
+                raise DataError(
+                    f"cannot read {path}: {error.strerror}", do="name a text file, one path a line"
+                ) from None
 
     def _items(self, word: str) -> Iterator[Item]:
         path = expanded(word)

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -118,8 +118,8 @@ class PredictionFile:
                 )
 
     def _merged(self, parts: Sequence[Path], counts: list[int]) -> Iterator[bytes]:
-        files = [open(part, "rb") for part in parts]
-        try:
+        with ExitStack() as stack:
+            files = [stack.enter_context(open(part, "rb")) for part in parts]
             while True:
                 for file in files:
                     lines = [file.readline() for _ in range(self.rows_an_image)]
@@ -128,9 +128,6 @@ class PredictionFile:
                     counts[0] += 1
                     counts[1] += bool(_row(lines[0])["error"])
                     yield from lines
-        finally:
-            for file in files:
-                file.close()
 
 
 def _row(line: bytes) -> dict[str, Any]:

@@ -29,7 +29,8 @@ class MultiTask:
     """Several tuned students that share one frozen backbone, ready for images of any of them.
 
     Args:
-        backbone: Where the frozen weights are: a model as ``--student`` takes it, or None for what the first task says.
+        backbone: The frozen backbone, or where its weights are: a model as ``--student`` takes it; None for what the
+            first task says.
         tasks: Run directories or task folders by name.
         device: Where it computes; None is the accelerator if there is one, else the CPU.
 
@@ -44,7 +45,7 @@ class MultiTask:
 
     def __init__(
         self,
-        backbone: str | Path | None,
+        backbone: Backbone | str | Path | None,
         tasks: Mapping[str, str | Path],
         device: str | torch.device | None = None,
     ) -> None:
@@ -53,10 +54,13 @@ class MultiTask:
         if device is None:
             device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         self.device = torch.device(device)
-        folder = folder_of(expanded(next(iter(tasks.values()))))
-        self._backbone = _open(backbone, read_meta(folder), folder)
+        first = folder_of(expanded(next(iter(tasks.values()))))
+        self._backbone = backbone if isinstance(backbone, Backbone) else _open(backbone, read_meta(first), first)
+        self._backbone.model.requires_grad_(False).eval()
         self._backbone.model.to(self.device)  # before copies share its tensors
-        set_fused_attention(self._backbone.model, self._backbone.anatomy, self.device.type != "cpu")  # as a Student does
+        set_fused_attention(
+            self._backbone.model, self._backbone.anatomy, self.device.type != "cpu"
+        )  # as a Student does
         self.students: dict[str, Student] = {}
         self.alone: dict[str, str] = {}
         self._routers: dict[PreprocessSpec, tuple[Router, Preprocess]] = {}
@@ -74,7 +78,7 @@ class MultiTask:
             raise RunError(f"there is a task {name} already", do="choose another name")
         folder = folder_of(expanded(path))
         meta = read_meta(folder)
-        _require_shared(folder, meta)
+        require_shared(folder, meta)
         tensors = read_tensors(folder, meta)
         require_sizes(folder, meta, tensors)
         copied = _sharing_copy(self._backbone, frozenset(tensors))
@@ -182,16 +186,19 @@ class MultiTask:
 
 
 def _open(word: str | Path | None, meta: TaskMeta, folder: Path) -> Backbone:
-    _require_shared(folder, meta)
+    require_shared(folder, meta)
     spec = meta.backbone
     model, weights = (str(word), "pretrained") if word is not None else (spec.model, spec.weights)
     source = ModelSpec(model=model, weights=weights, preset=spec.preset, image_size=spec.image_size)
-    backbone = open_backbone(source, 1)
-    backbone.model.requires_grad_(False).eval()
-    return backbone
+    return open_backbone(source, 1)
 
 
-def _require_shared(folder: Path, meta: TaskMeta) -> None:
+def require_shared(folder: Path, meta: TaskMeta) -> None:
+    """Refuse a task whose backbone is in its own file only.
+
+    Raises:
+        RunError: It is one.
+    """
     if meta.backbone.weights == "none":
         raise RunError(
             f"{folder} holds a backbone of its own, which no other task can share",

@@ -18,7 +18,15 @@ from remap.backbones.typed import as_timm
 from remap.tuning.prompt.sequence_prompts import Prompts
 
 # Attributes that say nothing of what a backbone's forward computes.
-_BOOKKEEPING = {"_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training", "train", "num_classes"}
+_BOOKKEEPING = {
+    "_modules",
+    "_parameters",
+    "_buffers",
+    "_non_persistent_buffers_set",
+    "training",
+    "train",
+    "num_classes",
+}
 
 
 def why_not_together(tuned: nn.Module, plain: nn.Module, anatomy: Anatomy) -> str | None:
@@ -38,7 +46,9 @@ def why_not_together(tuned: nn.Module, plain: nn.Module, anatomy: Anatomy) -> st
         if type(other) is not type(module) or _settings(other) != _settings(module):
             return f"it replaces what {path or 'the network'} computes"
         own = (*other._parameters.items(), *other._buffers.items())
-        if any(tensor is not getattr(module, name, None) for name, tensor in own if not anatomy.is_head(_at(path, name))):
+        if any(
+            tensor is not getattr(module, name, None) for name, tensor in own if not anatomy.is_head(_at(path, name))
+        ):
             return f"it tunes {path} itself"
     return None
 

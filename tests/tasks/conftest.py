@@ -19,7 +19,9 @@ MakeTask = Callable[..., Path]
 def make_task(tiny: Any, tmp_path: Path) -> MakeTask:
     """Write a task folder: name, method, classes and the method's options."""
 
-    def make(name: str, method: str, classes: tuple[str, ...] = ("a", "b", "c"), model: str = "", **options: Any) -> Path:
+    def make(
+        name: str, method: str, classes: tuple[str, ...] = ("a", "b", "c"), model: str = "", **options: Any
+    ) -> Path:
         torch.manual_seed(len(name) + 7 * len(method))
         backbone = open_backbone(ModelSpec(model=model or tiny.student), len(classes))
         network = tuned(backbone, method, options)
