@@ -19,6 +19,10 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 
 if TYPE_CHECKING:
     from remap.errors import RemapError as RemapError
+    from remap.pipeline.commands import compare as compare
+    from remap.pipeline.commands import evaluate as evaluate
+    from remap.pipeline.commands import shrink as shrink
+    from remap.pipeline.commands import tune as tune
     from remap.pipeline.run import Result as Result
     from remap.pipeline.run import distill as distill
     from remap.pipeline.student_api import Student as Student
@@ -37,10 +41,14 @@ _PUBLIC = {
     "Shelf": "remap.tasks.shelf",
     "Student": "remap.pipeline.student_api",
     "attach": "remap.pipeline.student_api",
+    "compare": "remap.pipeline.commands",
     "distill": "remap.pipeline.run",
+    "evaluate": "remap.pipeline.commands",
     "load_student": "remap.pipeline.student_api",
     "predict": "remap.prediction.predict",
     "register": "remap.plugins",
+    "shrink": "remap.pipeline.commands",
+    "tune": "remap.pipeline.commands",
 }
 
 __all__ = ["__version__", *_PUBLIC]
