@@ -136,7 +136,8 @@ def python() -> str:
 
 
 def _described(name: str, item: object) -> str:
-    signature = re.sub(r"<remap.progress.Silent object at 0x\w+>", "Silent()", str(inspect.signature(item)))  # type: ignore[arg-type]
+    text = str(inspect.signature(item))  # type: ignore[arg-type]
+    signature = re.sub(r"<remap.progress.Silent object at 0x\w+>", "Silent()", text)
     signature = re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", signature)
     return f"```text\n{name}{signature}\n{'' if not item.__doc__ else chr(10) + inspect.cleandoc(item.__doc__)}\n```"
 
