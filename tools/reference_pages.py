@@ -110,8 +110,8 @@ PYTHON = """# Python
 
 Written by `tools/reference_pages.py` from the docstrings.
 
-`import remap` imports no torch; the first use of a name below does. Every function raises a `RemapError` for what a user
-can mend: its text says what was wrong, what was given, what is allowed and what to do. Functions that take `progress`
+`import remap` imports no torch; the first use of a name below does. Every function raises a `RemapError` for what a
+user can mend: its text says what was wrong, what was given, what is allowed and what to do. Functions that take `progress`
 tell it what happens: an object with `say(text)` and `wait(what, total)`, a context manager whose value has
 `advance(amount, **values)` (`remap.progress.Progress`). The library prints nothing itself.
 """
@@ -139,7 +139,8 @@ def _described(name: str, item: object) -> str:
     text = str(inspect.signature(item))  # type: ignore[arg-type]
     signature = re.sub(r"<remap.progress.Silent object at 0x\w+>", "Silent()", text)
     signature = re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", signature)
-    return f"```text\n{name}{signature}\n{'' if not item.__doc__ else chr(10) + inspect.cleandoc(item.__doc__)}\n```"
+    words = f"\n\n{inspect.cleandoc(item.__doc__)}" if item.__doc__ else ""
+    return f"```text\n{name}{signature}{words}\n```"
 
 
 def models() -> str:

@@ -14,7 +14,7 @@ from remap.distributed.launch import use_bf16
 from remap.errors import RemapError, RunError
 from remap.io import atomic_write
 from remap.io.names import plain
-from remap.io.paths import absolute
+from remap.recipe.paths import absolute_data
 from remap.recipe.resolve import load
 from remap.recipe.schema import Recipe
 
@@ -78,7 +78,7 @@ def recipe_text(source: str, data: ImageData, device: torch.device) -> str:
         *(f"# Left out: {len(data.skipped)} other file(s); `remap data check` lists them." for _ in data.skipped[:1]),
         "# Start: remap distill --recipe THIS_FILE. Every field: `remap recipes show digits --resolved`.",
         "data:",
-        f"  source: {json.dumps(absolute(source))}",
+        f"  source: {json.dumps(absolute_data(source))}",
         f"  # {plain(data.split_rule)}",
     ]
     section = ""

@@ -3,6 +3,7 @@
 Letters: B images, C classes, D width of the pooled features.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -88,8 +89,7 @@ def predictions(students: Mapping[str, Student], items: Iterable[Item], wanted: 
     """
     views = list(dict.fromkeys(student.view for student in students.values()))
     answer = _Answers(students, views, wanted)
-    workers = wanted.workers or min(8, torch.get_num_threads() * 2)
-    with threads(workers) as pool:
+    with threads(wanted.workers or min(8, os.cpu_count() or 1)) as pool:
         decoded = map_ahead(pool, partial(_read, views), items, BATCHES_AHEAD * wanted.batch_size)
         while batch := tuple(islice(decoded, wanted.batch_size)):
             yield from answer.rows(batch)
