@@ -111,8 +111,8 @@ PYTHON = """# Python
 Written by `tools/reference_pages.py` from the docstrings.
 
 `import remap` imports no torch; the first use of a name below does. Every function raises a `RemapError` for what a
-user can mend: its text says what was wrong, what was given, what is allowed and what to do. Functions that take `progress`
-tell it what happens: an object with `say(text)` and `wait(what, total)`, a context manager whose value has
+user can mend: its text says what was wrong, what was given, what is allowed and what to do. Functions that take
+`progress` tell it what happens: an object with `say(text)` and `wait(what, total)`, a context manager whose value has
 `advance(amount, **values)` (`remap.progress.Progress`). The library prints nothing itself.
 """
 # In the order in which one meets them.
