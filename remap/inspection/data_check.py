@@ -124,11 +124,11 @@ def _look(name: str, split: Any, index: int) -> Seen:
         image = decode(content)
     except (BadImage, OSError) as error:
         return found(reason=error.reason if isinstance(error, BadImage) else reason_of(error))
-    low, high = image.convert("L").getextrema()
+    spread = int(np.ptp(np.asarray(image.convert("L"))))
     wide = wide_values(content, RGB)
     values = "" if wide is None else str(wide.values_HWC.dtype)
     digest = blake2b(content, digest_size=16).digest()
-    return found("", image.size, digest, dhash(image), high - low < FLAT, values)
+    return found("", image.size, digest, dhash(image), spread < FLAT, values)
 
 
 def _findings(data: ImageData, seen: list[Seen], counts: dict[str, dict[str, int]]) -> Iterator[Finding]:

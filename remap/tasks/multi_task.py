@@ -87,8 +87,7 @@ class MultiTask:
         require_classifier(network, folder)
         self.students[name] = Student(frozen(network), meta.view, self.device)
         self._routers.clear()
-        plain = _sharing_copy(self._backbone).model
-        reason = why_not_together(network.model, plain, network.anatomy)
+        reason = why_not_together(network.model, self._backbone.model, network.anatomy)
         if reason is not None:
             self.alone[name] = reason
 

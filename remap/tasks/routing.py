@@ -43,7 +43,7 @@ def why_not_together(tuned: nn.Module, plain: nn.Module, anatomy: Anatomy) -> st
         if anatomy.is_head(f"{path}."):
             continue
         other = others.get(path)
-        if type(other) is not type(module) or _settings(other) != _settings(module):
+        if other is None or type(other) is not type(module) or _settings(other) != _settings(module):
             return f"it replaces what {path or 'the network'} computes"
         own = (*other._parameters.items(), *other._buffers.items())
         if any(
@@ -57,7 +57,7 @@ def _at(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _settings(module: nn.Module | None) -> dict[str, Any]:
+def _settings(module: nn.Module) -> dict[str, Any]:
     """Return the attributes of a module that its forward may read: numbers and words, and which others there are."""
     values = {name: value for name, value in vars(module).items() if name not in _BOOKKEEPING and "_hooks" not in name}
     return {name: value if isinstance(value, int | float | str | tuple) else None for name, value in values.items()}
