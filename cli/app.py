@@ -15,9 +15,11 @@ from remap_cli import (
     cache,
     compare,
     console,
+    data,
     doctor,
     evaluate,
     export,
+    init,
     listings,
     models,
     predict,
@@ -25,6 +27,7 @@ from remap_cli import (
     repeat,
     report,
     shrink,
+    tasks,
     training,
 )
 from remap_cli.options import LOOK, TRAIN, USE
@@ -79,12 +82,14 @@ def _root(
     warnings.showwarning = console.show_warning
 
 
-for command in (training.distill, training.tune, shrink.shrink, compare.compare):
+for command in (init.init, training.distill, training.tune, shrink.shrink, compare.compare):
     app.command(rich_help_panel=TRAIN)(command)
 app.command("eval", rich_help_panel=USE)(evaluate.evaluate)
 for command in (report.report, predict.predict, export.export, repeat.repeat):
     app.command(rich_help_panel=USE)(command)
+app.add_typer(tasks.tasks, name="tasks", rich_help_panel=USE)
 for command in (listings.methods, listings.losses, listings.remappings, models.models, doctor.doctor):
     app.command(rich_help_panel=LOOK)(command)
+app.add_typer(data.data, name="data", rich_help_panel=LOOK)
 app.add_typer(recipes.recipes, name="recipes", rich_help_panel=LOOK)
 app.add_typer(cache.cache, name="cache", rich_help_panel=LOOK)

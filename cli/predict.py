@@ -1,44 +1,101 @@
 """``remap predict``: classes of images."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from remap.errors import RecipeError
 from remap_cli import console, launch
 from remap_cli import options as opt
 
+_FILE = "File"
+
+
+def _into_file(help: str) -> Any:
+    return typer.Option(help=help, show_default=False, rich_help_panel=_FILE)
+
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
-    images: Annotated[list[str], typer.Argument(help="Image files or folders.", show_default=False)],
+    run: Annotated[
+        Path | None, typer.Argument(help="A run directory or shelf; left out with --task.", show_default=False)
+    ] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help='Images, folders, tars, zips, patterns ("photos/**/*.jpg"), or - for names on standard input.',
+            show_default=False,
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="NAME=RUN, instead of RUN; repeat it for several on one backbone.")
+    ] = None,
+    list_file: Annotated[
+        list[Path] | None, typer.Option("--list", help="Text file of images, folders and so on, one a line.")
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
+    output: Annotated[
+        Path | None, _into_file("Write rows to a .jsonl, .csv or .parquet file; continues if killed.")
+    ] = None,
+    probabilities: Annotated[bool, _into_file("Let rows hold the probabilities of all classes.")] = False,
+    embeddings: Annotated[bool, _into_file("Let rows hold the pooled features.")] = False,
+    devices: opt.Devices = None,
     json: opt.Json = False,
 ) -> None:
     """Predict the class of each image. Unreadable files are reported; the exit code is then 2."""
-    if not launch.is_first():  # the images are not divided among processes
-        return
-    from remap.data.image_files import counted
-    from remap.pipeline.predict import image_files
-    from remap.pipeline.predict import predict as predictions
-    from remap.pipeline.student_api import load_student
-
-    with console.Reporter() as progress:
-        paths, left_out = image_files(images)
-        if left_out:
-            progress.say(f"left out {len(left_out)} other file(s): {counted(left_out)}")
-        student = load_student(run)
-        found = list(predictions(student, paths, top=top, batch_size=batch_size, progress=progress))
-    if json:
-        console.emit(
-            [
-                {"path": p.path, "top": [{"class": c, "probability": q} for c, q in p.top], "error": p.error or None}
-                for p in found
-            ]
+    runs, words = _runs(run, images or [], task or [])
+    if output is None and (probabilities or embeddings or devices is not None):
+        raise RecipeError(
+            ["--probabilities, --embeddings and --devices are for a file: add --output FILE"], "command line"
         )
+    if output is None and not launch.is_first():  # the images are not divided among processes
+        return
+    launch.start_processes(devices)
+    from remap.prediction.inputs import Inputs
+    from remap.prediction.predict import open_students, predict_to_file
+    from remap.prediction.predictions import Wanted, predictions
+
+    inputs, wanted = Inputs(words, list_file or []), Wanted(top, probabilities, embeddings, batch_size)
+    with console.Reporter(quiet=not launch.is_first()) as progress:
+        if output is not None:
+            counts = predict_to_file(runs, inputs, output, wanted, progress)
+            found = []
+        else:
+            students = open_students(runs)
+            found = [row.to_dict() for rows in predictions(students, inputs, wanted) for row in rows]
+            counts = (len(found), sum(row["error"] is not None for row in found))
+        if inputs.left_out:
+            progress.say(f"left out {inputs.left_out.total()} other file(s): {inputs.left_out_text}")
+    if counts is None:
+        return
+    if output is not None:
+        summary = {"output": str(output), "images": counts[0], "unreadable": counts[1]}
+        console.emit(summary) if json else console.line(f"{counts[0]:,} image(s), {counts[1]:,} unreadable: {output}")
     else:
-        rows = [[p.path, ", ".join(f"{c} {q:.1%}" for c, q in p.top) or f"cannot be read: {p.error}"] for p in found]
-        console.table(f"{len(found)} image(s)", ["image", "class"], rows, wrap=(0, 1))
-    if any(p.error for p in found):
+        console.emit(found) if json else _show(found)
+    if counts[1]:
         raise typer.Exit(2)
+
+
+def _runs(run: Path | None, images: list[str], tasks: list[str]) -> tuple[Path | dict[str, str], list[str]]:
+    """Return what predicts, and the images: with --task the first word is an image."""
+    if not tasks:
+        if run is None:
+            raise RecipeError(["name a run directory, or tasks with --task NAME=RUN"], "command line")
+        return run, images
+    named = [task.partition("=") for task in tasks]
+    if not all(name and path for name, _, path in named) or len({name for name, _, _ in named}) < len(named):
+        raise RecipeError(["--task is NAME=RUN, each name once"], "command line")
+    return {name: path for name, _, path in named}, [*([str(run)] if run is not None else []), *images]
+
+
+def _show(found: list[dict[str, Any]]) -> None:
+    several = any("task" in row for row in found)
+    rows = []
+    for row in found:
+        best = ", ".join(f"{one['class']} {one['probability']:.1%}" for one in row["top"])
+        answer = best or f"cannot be read: {row['error']}"
+        rows.append([row["path"], *([row["task"]] if several else []), answer])
+    columns = ["image", *(["task"] if several else []), "class"]
+    console.table(f"{len({row['path'] for row in found})} image(s)", columns, rows, wrap=(0, len(columns) - 1))

@@ -19,22 +19,36 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 
 if TYPE_CHECKING:
     from remap.errors import RemapError as RemapError
+    from remap.pipeline.commands import compare as compare
+    from remap.pipeline.commands import evaluate as evaluate
+    from remap.pipeline.commands import shrink as shrink
+    from remap.pipeline.commands import tune as tune
     from remap.pipeline.run import Result as Result
     from remap.pipeline.run import distill as distill
     from remap.pipeline.student_api import Student as Student
     from remap.pipeline.student_api import attach as attach
     from remap.pipeline.student_api import load_student as load_student
     from remap.plugins import register as register
+    from remap.prediction.predict import predict as predict
+    from remap.tasks.multi_task import MultiTask as MultiTask
+    from remap.tasks.shelf import Shelf as Shelf
 
 # Public name -> module. Importing remap imports none of them, and so no torch.
 _PUBLIC = {
+    "MultiTask": "remap.tasks.multi_task",
     "RemapError": "remap.errors",
     "Result": "remap.pipeline.run",
+    "Shelf": "remap.tasks.shelf",
     "Student": "remap.pipeline.student_api",
     "attach": "remap.pipeline.student_api",
+    "compare": "remap.pipeline.commands",
     "distill": "remap.pipeline.run",
+    "evaluate": "remap.pipeline.commands",
     "load_student": "remap.pipeline.student_api",
+    "predict": "remap.prediction.predict",
     "register": "remap.plugins",
+    "shrink": "remap.pipeline.commands",
+    "tune": "remap.pipeline.commands",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -33,6 +33,8 @@ LAYERS = [
     {"remap.exporting"},
     {"remap.report"},
     {"remap.pipeline"},
+    {"remap.tasks"},
+    {"remap.prediction", "remap.inspection"},
     {"remap"},
     {"remap_cli"},
 ]

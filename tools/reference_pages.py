@@ -1,10 +1,16 @@
-"""Write docs/methods.md, remapping.md and models.md from the tables in the code: `python tools/reference_pages.py`."""
+"""Write docs/methods.md, remapping.md and models.md from the tables in the code, and python.md from docstrings.
 
+Run `python tools/reference_pages.py`.
+"""
+
+import inspect
 import json
+import re
 from pathlib import Path
 
 import timm
 
+import remap
 from remap.backbones.families import FAMILIES, signals_of
 from remap.recipe.option_listing import options_of, rows_of_config, shown
 from remap.registry import BUILT_IN
@@ -98,6 +104,43 @@ other networks, and unusual variants of the exact families, are read by their st
 `remap models --support NAME` says what a model can teach and which methods fit it, with the reason for each that does
 not; `remap models WORD` lists models.
 """
+
+
+PYTHON = """# Python
+
+Written by `tools/reference_pages.py` from the docstrings.
+
+`import remap` imports no torch; the first use of a name below does. Every function raises a `RemapError` for what a
+user can mend: its text says what was wrong, what was given, what is allowed and what to do. Functions that take
+`progress` tell it what happens: an object with `say(text)` and `wait(what, total)`, a context manager whose value has
+`advance(amount, **values)` (`remap.progress.Progress`). The library prints nothing itself.
+"""
+# In the order in which one meets them.
+NAMES = ("distill", "tune", "evaluate", "predict", "compare", "shrink", "load_student", "attach", "register")
+CLASSES = ("Result", "Student", "MultiTask", "Shelf")
+
+
+def python() -> str:
+    """Return the page of the Python API."""
+    parts = [PYTHON]
+    for name in (*NAMES, *CLASSES):
+        item = getattr(remap, name)
+        parts.append(f"\n## remap.{name}\n\n{_described(name, item)}")
+        if name in CLASSES:
+            members = {key: value for key, value in vars(item).items() if not key.startswith("_")}
+            for key, member in members.items():
+                function = getattr(member, "__func__", member)
+                if inspect.isfunction(function):
+                    parts.append(f"\n### {name}.{key}\n\n{_described(key, function)}")
+    return "\n".join(parts) + "\n"
+
+
+def _described(name: str, item: object) -> str:
+    text = str(inspect.signature(item))  # type: ignore[arg-type]
+    signature = re.sub(r"<remap.progress.Silent object at 0x\w+>", "Silent()", text)
+    signature = re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", signature)
+    words = f"\n\n{inspect.cleandoc(item.__doc__)}" if item.__doc__ else ""
+    return f"```text\n{name}{signature}{words}\n```"
 
 
 def models() -> str:
@@ -203,7 +246,7 @@ def _explained(option: dict) -> str:
     return words + (f": {option['about']}" if option["about"] else "")
 
 
-PAGES = {"methods.md": methods, "remapping.md": remapping, "models.md": models}
+PAGES = {"methods.md": methods, "remapping.md": remapping, "models.md": models, "python.md": python}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

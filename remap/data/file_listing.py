@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,9 +50,22 @@ def list_folder(root: Path) -> Listing:
     """
     paths: list[str] = []
     folders: list[str] = []
+    for prefix, below, names in walk_folder(root):
+        paths += [prefix + name for name in names]
+        folders += [prefix + name for name in below]
+        require_few(len(paths) + len(folders), root)
+    return files_of(root, paths, folders)
+
+
+def walk_folder(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield each folder below a folder, links followed: its relative path ("a/b/"), and the sorted names in it.
+
+    Raises:
+        DataError: As ``list_folder``.
+    """
     visits: Counter[tuple[int, int]] = Counter()
     for folder, below, names in os.walk(root, followlinks=True, onerror=_unreadable):
-        below[:] = [name for name in below if not _links_up(folder, name)]
+        below[:] = sorted(name for name in below if not _links_up(folder, name))
         for name in below:
             status = os.stat(os.path.join(folder, name))
             visits[status.st_dev, status.st_ino] += 1
@@ -69,10 +82,7 @@ def list_folder(root: Path) -> Listing:
                 f"{root} holds folders that are more than {MOST_LEVELS} levels deep",
                 do="name the folder that the images are in",
             )
-        paths += [prefix + name for name in names]
-        folders += [prefix + name for name in below]
-        require_few(len(paths) + len(folders), root)
-    return files_of(root, paths, folders)
+        yield prefix, below, sorted(names)
 
 
 def files_of(root: Path, paths: Sequence[str] = (), folders: Sequence[str] = ()) -> Listing:

@@ -171,7 +171,11 @@ def resume(path: Path, progress: Progress = Silent(), processes: int | None = No
 
 
 def distill(
-    recipe: Recipe | str | Mapping[str, Any], *, settings: Iterable[str] = (), output: str | Path | None = None
+    recipe: Recipe | str | Mapping[str, Any],
+    *,
+    settings: Iterable[str] = (),
+    output: str | Path | None = None,
+    progress: Progress = Silent(),
 ) -> Result:
     """Distil a teacher into a tuned student.
 
@@ -181,11 +185,13 @@ def distill(
             ``{"data": {"source": "X", "mixup": 0.8}}``.
         settings: As ``--set``: ``["teacher.cache=disk", "losses.tokens.layers=uniform"]``.
         output: The run directory to make; by default the next number under ``runs/``.
+        progress: Is told what happens: messages, and the progress of long work with its loss
+            (``remap.progress.Progress``).
 
     Raises:
         RemapError: Anything a user can mend.
     """
-    return start(as_recipe(recipe, settings), output)
+    return start(as_recipe(recipe, settings), output, progress)
 
 
 def as_recipe(recipe: Recipe | str | Mapping[str, Any], settings: Iterable[str] = ()) -> Recipe:

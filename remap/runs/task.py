@@ -109,6 +109,18 @@ def load_task(path: Path, *, behind: tuple[str, ...] = ()) -> tuple[Network, Vie
     if weights == "none":
         _require_held(folder, meta, source)
     backbone = open_backbone(source, len(meta.classes), behind=(*behind, absolute(folder)))
+    network = network_of(folder, meta, tensors, backbone)
+    choose_attention(network, "auto", torch.device("cpu"))  # the kernel it was trained with, unless it is moved
+    return network, meta.view
+
+
+def network_of(folder: Path, meta: TaskMeta, tensors: dict[str, Tensor], backbone: Backbone) -> Network:
+    """Return a task's network on its backbone, with a fresh classifier for its classes, which is changed in place.
+
+    Raises:
+        RunError: The task's files do not fit it.
+    """
+    spec = meta.backbone
     if not meta.holds_backbone and backbone.identity.sha256 != spec.sha256:
         raise RunError(
             f"{folder} was tuned on other weights of {spec.model}",
@@ -124,8 +136,7 @@ def load_task(path: Path, *, behind: tuple[str, ...] = ()) -> tuple[Network, Vie
         raise RunError(f"{folder} does not hold the backbone that its task.json says it holds")
     _put(network, tensors, folder)
     network.classes, network.preprocess = meta.classes, meta.preprocess
-    choose_attention(network, "auto", torch.device("cpu"))  # the kernel it was trained with, unless it is moved
-    return network, meta.view
+    return network
 
 
 def _require_held(folder: Path, meta: TaskMeta, source: ModelSpec) -> None:

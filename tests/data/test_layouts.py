@@ -15,7 +15,7 @@ from remap.data.image_files import counted
 from remap.data.sources import open_data, open_unlabeled, read_all
 from remap.data.splits import ImageData
 from remap.errors import DataError
-from remap.pipeline.predict import image_files
+from remap.prediction.inputs import Inputs
 
 Tree = Callable[..., Path]
 Files = dict[str, int | bytes | None]
@@ -150,9 +150,9 @@ def test_leftovers_are_neither_classes_nor_images_anywhere(tree: Tree, folder: s
     assert (data.classes, len(data.train) + len(data.val)) == (("ant", "bee"), 8)
     split, left_out = read_all(str(root), ("ant", "bee"))
     unlabeled, more = open_unlabeled(str(root))
-    files, others = image_files([str(root)])
-    assert len(split) == len(unlabeled) == len(files) == 8
-    assert {counted(one) for one in (data.skipped, left_out, more, others)} == {f"3 (in {folder})"}
+    inputs = Inputs([root])
+    assert len(split) == len(unlabeled) == len(list(inputs)) == 8
+    assert {counted(one) for one in (data.skipped, left_out, more)} == {f"3 (in {folder})"} == {inputs.left_out_text}
 
 
 @pytest.mark.parametrize("kind", [".gif", ".jfif", ".dcm", ".jp2", ".svg", ".zip", ".pdf", ""])
@@ -166,7 +166,7 @@ def test_a_class_of_files_that_are_not_read_says_which(tree: Tree, kind: str) ->
     text = refusal(tree(images("train/a", "train/b") | {f"val/a/{i}{kind}": b"" for i in range(3)}, "val"))
     assert "evaluate on holds no images" in text and reason in text
     with pytest.raises(DataError) as caught:
-        image_files([str(tree(files, "new"))])
+        list(Inputs([tree(files, "new")]))
     assert reason in str(caught.value)
 
 

@@ -25,8 +25,8 @@ from remap.data.sources import open_data, open_unlabeled
 from remap.data.views import View
 from remap.errors import DataError, RemapError, RunError
 from remap.io.names import name_problem, plain
-from remap.pipeline.predict import image_files
 from remap.pipeline.shared import SharedResources
+from remap.prediction.inputs import Inputs
 from remap.progress import Silent
 from remap.recipe import Recipe
 from remap.recipe.schema import DataSpec
@@ -282,10 +282,10 @@ def test_folders_of_more_levels_than_python_has_are_refused(tmp_path: Path, monk
         os.chdir("d")
     monkeypatch.chdir(tmp_path)
     try:
-        for read in (lambda: open_data(str(root), None, 0.5), lambda: image_files([str(root)])):
+        for read in (lambda: open_data(str(root), None, 0.5), lambda: list(Inputs([root]))):
             with pytest.raises(DataError, match="more than 128 levels deep"):
                 read()
-        assert image_files([str(root / "b")]) == ([root / "b" / f"{i}.png" for i in range(4)], [])
+        assert [item.path for item in Inputs([root / "b"])] == [str(root / "b" / f"{i}.png") for i in range(4)]
     finally:
         subprocess.run(["rm", "-rf", str(root)], check=True)  # Python's own way has as many levels as Python
 

@@ -1,0 +1,124 @@
+"""Memory and restarts of `remap predict --output` over many images, and what 20 tasks on one backbone cost.
+
+python benchmarks/predicting.py files --images 20000     RSS every 2,000 images; SIGKILL and resume
+python benchmarks/predicting.py tasks --count 20         disk, switching, mixed batches, on random ViT-S weights
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from remap.data.views import View
+from remap.network import tuned
+from remap.pipeline.student_api import load_student
+from remap.recipe.schema import ModelSpec
+from remap.runs.task import open_backbone, save_task
+from remap.tasks.shelf import Shelf
+
+METHODS = ("lora", "vpt_deep", "adaptformer", "ssf", "linear")
+
+
+def task(folder: Path, model: str, method: str, classes: int) -> Path:
+    """Write a task folder with random trained tensors."""
+    network = tuned(open_backbone(ModelSpec(model=model), classes), method, {})
+    with torch.no_grad():
+        for parameter in network.trained.values():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    network.classes = tuple(f"class {index}" for index in range(classes))
+    save_task(folder, network, View(network.preprocess.size, 0.9, "bicubic"), method, {})
+    return folder
+
+
+def resident_mb(process: int) -> float:
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+
+def files(images: int) -> None:
+    """Predict the same few pictures again and again by a list; kill the command on the way, then give it again."""
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        run = task(root / "run", "mini_student", "linear", 10)
+        for index in range(100):
+            pixels = np.random.default_rng(index).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / f"{index}.png")
+        (root / "list.txt").write_text("".join(f"{root}/{index % 100}.png\n" for index in range(images)))
+        words = [sys.executable, "-m", "remap_cli", "predict", str(run), "--list", str(root / "list.txt")]
+        words += ["--output", str(root / "rows.jsonl")]
+        part, seen, killed = root / "rows.jsonl.parts" / "0.part", 0, False
+        command = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+        while command.poll() is None:
+            time.sleep(0.2)
+            rows = part.read_bytes().count(b"\n") if part.exists() else 0
+            if rows >= seen + images // 10:
+                seen = rows
+                print(f"{rows:,} rows: {resident_mb(command.pid):.0f} MB", flush=True)
+            if not killed and rows > images * 0.55:
+                os.kill(command.pid, signal.SIGKILL)
+                command.wait()
+                print(f"killed at {rows:,} rows, {part.stat().st_size:,} bytes", flush=True)
+                killed, command = True, subprocess.Popen(words, stderr=subprocess.DEVNULL)
+        rows = [json.loads(line)["path"] for line in (root / "rows.jsonl").read_text().splitlines()]
+        expected = (root / "list.txt").read_text().splitlines()
+        print(f"exit code {command.returncode}; rows equal to the list: {rows == expected}")
+
+
+def tasks(count: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        model = timm.create_model("vit_small_patch16_224", num_classes=0)
+        (root / "vit").mkdir()
+        save_file(model.state_dict(), str(root / "vit" / "model.safetensors"))
+        config = {"architecture": "vit_small_patch16_224", "num_classes": 0, "pretrained_cfg": model.pretrained_cfg}
+        (root / "vit" / "config.json").write_text(json.dumps(config))
+        trained = 0
+        for index in range(count):
+            folder = task(root / f"t{index}", f"local-dir:{root}/vit", METHODS[index % len(METHODS)], 10 + index)
+            trained += (folder / "task.safetensors").stat().st_size
+            Shelf.with_task(root / "shelf", f"t{index}", folder)
+        every = sum(path.stat().st_size for path in (root / "shelf").rglob("*") if path.is_file())
+        weights = (root / "shelf" / "backbone" / "model.safetensors").stat().st_size
+        print(f"disk {every:,} bytes; backbone {weights:,} + 1.1 x {trained:,} = {weights + 1.1 * trained:,.0f}")
+        begun = time.perf_counter()
+        multi = Shelf(root / "shelf").open("cpu")
+        print(f"opened {count} tasks in {time.perf_counter() - begun:.1f} s; alone: {multi.alone}")
+        longest = 0.0
+        for index in range(200):
+            begun = time.perf_counter()
+            multi.switch(f"t{index % count}")
+            longest = max(longest, time.perf_counter() - begun)
+        print(f"switching: {longest * 1e3:.4f} ms at most")
+        views = list(torch.randint(0, 256, (2 * count, 3, 224, 224), dtype=torch.uint8))
+        names = [f"t{index % count}" for index in range(2 * count)]
+        begun = time.perf_counter()
+        mixed = multi.logits_of_views(views, names)
+        seconds, difference = time.perf_counter() - begun, 0.0
+        begun = time.perf_counter()
+        for index in range(count):
+            solo = load_student(root / f"t{index}", "cpu").logits_of_views(
+                torch.stack([views[index], views[index + count]])
+            )
+            for row, logits in zip((index, index + count), solo, strict=True):
+                difference = max(difference, float((mixed[row] - logits).abs().max() / logits.abs().max().clamp(min=1)))
+        print(f"mixed batch of {2 * count}: {seconds:.2f} s in one pass; largest difference to solo {difference:.1e}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["files", "tasks"])
+    parser.add_argument("--images", type=int, default=20000)
+    parser.add_argument("--count", type=int, default=20)
+    given = parser.parse_args()
+    files(given.images) if given.what == "files" else tasks(given.count)

@@ -1,0 +1,70 @@
+"""``remap tasks``: many tasks on one backbone in one folder, a shelf."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from remap.errors import RecipeError
+from remap.io.human_size import size
+from remap_cli import console
+from remap_cli import options as opt
+
+if TYPE_CHECKING:
+    from remap.tasks.shelf import Shelf, ShelfRow
+
+tasks = typer.Typer(help="Keep many tasks on one backbone in a folder.", no_args_is_help=True)
+ShelfPath = Annotated[Path, typer.Argument(metavar="SHELF", help="Folder of the tasks.", show_default=False)]
+
+
+def _open(path: Path) -> "Shelf":
+    from remap.tasks.shelf import Shelf
+
+    return Shelf(path)
+
+
+@tasks.command()
+def add(
+    shelf: ShelfPath,
+    runs: Annotated[list[str], typer.Argument(metavar="NAME=RUN", help="Tasks to add.", show_default=False)],
+) -> None:
+    """Add finished runs; the first one brings the backbone. Runs that are there do not change."""
+    from remap.tasks.shelf import Shelf
+
+    named = [run.partition("=") for run in runs]
+    if not all(name and path for name, _, path in named):
+        raise RecipeError(["tasks are given as NAME=RUN"], "command line")
+    for name, _, path in named:
+        Shelf.with_task(shelf, name, path)
+    _show(shelf, _open(shelf).rows())
+
+
+@tasks.command("ls")
+def list_tasks(shelf: ShelfPath, json: opt.Json = False) -> None:
+    """List the tasks; `remap predict SHELF` uses the one with a star."""
+    rows = _open(shelf).rows()
+    console.emit([vars(row) for row in rows]) if json else _show(shelf, rows)
+
+
+@tasks.command()
+def switch(shelf: ShelfPath, name: Annotated[str, typer.Argument(help="A task.", show_default=False)]) -> None:
+    """Make a task the one that `remap predict SHELF` uses."""
+    _open(shelf).switch(name)
+    console.line(f"{shelf} predicts {name}")
+
+
+@tasks.command()
+def verify(shelf: ShelfPath, json: opt.Json = False) -> None:
+    """Compare every file with the hash it was added with; exit code 2 where one differs."""
+    rows = _open(shelf).verify()
+    console.emit([vars(row) for row in rows]) if json else _show(shelf, rows, verified=True)
+    if any(row.problem for row in rows):
+        raise typer.Exit(2)
+
+
+def _show(shelf: Path, rows: "list[ShelfRow]", *, verified: bool = False) -> None:
+    cells = [
+        ["*" if r.current else "", r.name, r.method, r.classes or "", size(r.bytes), r.problem or "as added" * verified]
+        for r in rows
+    ]
+    console.table(str(shelf), ["", "task", "method", "classes", "size", ""], cells, right=(3, 4), wrap=(5,))

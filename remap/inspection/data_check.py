@@ -1,0 +1,212 @@
+"""Check labelled images before a run: what is broken, copied, uneven or odd, and what to do about it."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from hashlib import blake2b
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from remap.data.image_files import counted
+from remap.data.images import BadImage, decode, reason_of, wide_values
+from remap.data.pixels import RGB
+from remap.data.sources import open_data
+from remap.data.splits import ImageData
+from remap.data.thread_pool import map_ahead, threads
+from remap.inspection.near_duplicates import FLAT, dhash, near_pairs
+from remap.progress import Progress, Silent
+
+# Files that a finding names; the count has all.
+SHOWN = 20
+FEW_IMAGES, UNEVEN, SMALL_SIDE, LONG_SHAPE = 10, 10.0, 32, 4.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is odd.
+
+    Attributes:
+        kind: One word: broken, left_out, copies, near_copies, labels, imbalance, few, small, shape, range, flat.
+        severity: "bad" raises or spoils the accuracy; "note" may be meant so.
+        files: Some of them; a pair is "ONE = OTHER".
+    """
+
+    kind: str
+    severity: str
+    what: str
+    do: str
+    count: int
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was read of one image.
+
+    Attributes:
+        name: SPLIT/NAME.
+        reason: Why it cannot be read; empty where it can.
+    """
+
+    name: str
+    split: str
+    label: int
+    index: int
+    reason: str = ""
+    size: tuple[int, int] = (0, 0)
+    digest: bytes = b""
+    dhash: int = 0
+    flat: bool = False
+    wide: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the images are, and what is odd about them, the worst first.
+
+    Attributes:
+        counts: Images of each class by split.
+        sizes: Smallest, median and largest width and height in pixels.
+    """
+
+    source: str
+    split_rule: str
+    counts: dict[str, dict[str, int]]
+    sizes: dict[str, tuple[int, int]]
+    findings: tuple[Finding, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_data(source: str, depth: int | None = None, progress: Progress = Silent()) -> tuple[Report, ImageData]:
+    """Read every image of a source and report.
+
+    Args:
+        source: As ``--data`` takes it.
+
+    Raises:
+        DataError: The source cannot be opened, as a run would say.
+    """
+    data = open_data(source, None, 0.2, depth=depth)
+    splits = {"train": data.train, "val": data.val, "test": data.test}
+    seen: list[Seen] = []
+    for name, split in splits.items():
+        if split is None:
+            continue
+        with threads(8) as pool, progress.wait(f"reading {name} images", len(split)) as step:
+            for _, one in map_ahead(pool, partial(_look, name, split), range(len(split)), 64):
+                seen.append(one)
+                step.advance()
+    labels = {
+        name: np.bincount(split.labels, minlength=len(data.classes)).tolist() for name, split in splits.items() if split
+    }
+    counts = {name: dict(zip(data.classes, numbers, strict=True)) for name, numbers in labels.items()}
+    order = {"bad": 0, "note": 1}
+    findings = sorted(_findings(data, seen, counts), key=lambda finding: order[finding.severity])
+    sides = np.array([one.size for one in seen if not one.reason] or [(0, 0)])
+    sizes = {
+        word: (int(value[0]), int(value[1]))
+        for word, value in (("smallest", sides.min(0)), ("median", np.median(sides, 0)), ("largest", sides.max(0)))
+    }
+    return Report(source, data.split_rule, counts, sizes, tuple(findings)), data
+
+
+def _look(name: str, split: Any, index: int) -> Seen:
+    found = partial(
+        Seen, f"{name}/{split.names[index].removeprefix(f'{name}/')}", name, int(split.labels[index]), index
+    )
+    try:
+        content = split.read(index)
+        image = decode(content)
+    except (BadImage, OSError) as error:
+        return found(reason=error.reason if isinstance(error, BadImage) else reason_of(error))
+    spread = int(np.ptp(np.asarray(image.convert("L"))))
+    wide = wide_values(content, RGB)
+    values = "" if wide is None else str(wide.values_HWC.dtype)
+    digest = blake2b(content, digest_size=16).digest()
+    return found("", image.size, digest, dhash(image), spread < FLAT, values)
+
+
+def _findings(data: ImageData, seen: list[Seen], counts: dict[str, dict[str, int]]) -> Iterator[Finding]:
+    good = [one for one in seen if not one.reason]
+    broken = [f"{one.name} ({one.reason})" for one in seen if one.reason]
+    yield from _some("broken", "bad", "cannot be read", "repair or remove them, or train with --skip-bad", broken)
+    if data.skipped:
+        what = f"not taken for images: {counted(data.skipped)}"
+        names = [f"{name} ({reason})" for name, reason in data.skipped]
+        yield from _some("left_out", "note", what, "convert what is meant to be an image; remove the rest", names)
+    yield from _copies(good)
+    flat = [one.name for one in good if one.flat]
+    yield from _some("flat", "note", "show one colour", "look whether they are placeholders; remove them", flat)
+    small = [f"{one.name} ({one.size[0]} x {one.size[1]})" for one in good if min(one.size) < SMALL_SIDE]
+    what = f"have a side below {SMALL_SIDE} pixels"
+    do = "look whether they are thumbnails; for data of such images take a small model (mini_student)"
+    yield from _some("small", "note", what, do, small)
+    long = [f"{one.name} ({one.size[0]} x {one.size[1]})" for one in good if max(one.size) > LONG_SHAPE * min(one.size)]
+    do = "crop them: a run sees the square in the centre only"
+    yield from _some("shape", "note", f"are more than {LONG_SHAPE:g} times as long as wide", do, long)
+    wide = [f"{one.name} ({one.wide})" for one in good if one.wide]
+    what = "have more than 8 bits, of which the range is taken from their type"
+    do = "say which values are black and white: --set data.value_range=[LOW,HIGH]"
+    yield from _some("range", "note", what, do, wide)
+    yield from _uneven(counts["train"])
+
+
+def _some(kind: str, severity: str, what: str, do: str, names: list[str]) -> Iterator[Finding]:
+    if names:
+        yield Finding(kind, severity, f"{len(names)} file(s) {what}", do, len(names), tuple(names[:SHOWN]))
+
+
+def _copies(good: list[Seen]) -> Iterator[Finding]:
+    """Yield copies: across splits and of other labels first, exact before near ones."""
+    by_digest: defaultdict[bytes, list[Seen]] = defaultdict(list)
+    for one in good:
+        by_digest[one.digest].append(one)
+    exact = [(group[0], other) for group in by_digest.values() for other in group[1:]]
+    firsts = [group[0] for group in by_digest.values() if not group[0].flat]
+    hashes = np.array([one.dhash for one in firsts], np.uint64)
+    near = [(firsts[i], firsts[j]) for i, j in near_pairs(hashes)]
+    for word, pairs in (("copies", exact), ("near_copies", near)):
+        kinds = sorted(((_relation(*pair), pair) for pair in pairs), key=lambda one: one[0])
+        for relation, group in groupby(kinds, key=lambda one: one[0]):
+            names = [f"{one.name} = {other.name}" for _, (one, other) in group]
+            what, do = _RELATIONS[relation]
+            same = "are equal byte for byte" if word == "copies" else "look the same (difference hash)"
+            severity = "bad" if relation < 2 else "note"
+            yield Finding(word, severity, f"{len(names)} pair(s) {same} {what}", do, len(names), tuple(names[:SHOWN]))
+
+
+_RELATIONS = (
+    ("in different splits", "remove one of each: what is learned from must not be evaluated on"),
+    ("under different labels", "decide which label is right, and remove the other file"),
+    ("in one class of one split", "keep one of each, unless it is meant to count twice"),
+)
+
+
+def _relation(one: Seen, other: Seen) -> int:
+    return 0 if one.split != other.split else 1 if one.label != other.label else 2
+
+
+def _uneven(train: dict[str, int]) -> Iterator[Finding]:
+    few = [f"{name} ({count})" for name, count in train.items() if count < FEW_IMAGES]
+    if few:
+        what = f"{len(few)} class(es) have fewer than {FEW_IMAGES} training images"
+        yield Finding("few", "note", what, "collect more, or merge them into others", len(few), tuple(few[:SHOWN]))
+    (largest, most), (smallest, least) = (Counter(train).most_common()[index] for index in (0, -1))
+    if most > UNEVEN * least:
+        what = f"{largest} has {most / max(least, 1):.0f} times as many training images as {smallest} ({most}, {least})"
+        do = "look at the accuracy of each class (remap eval), not only at the overall one; collect more images"
+        yield Finding("imbalance", "note", what, do, 1, (largest, smallest))
+
+
+def sample_indices(labels: Iterable[int], each: int) -> dict[int, list[int]]:
+    """Return the first ``each`` images of every label."""
+    found: defaultdict[int, list[int]] = defaultdict(list)
+    for index, label in enumerate(labels):
+        if len(found[label]) < each:
+            found[label].append(index)
+    return dict(found)

@@ -1,0 +1,119 @@
+"""A commented recipe for a folder of images on this machine, to begin with."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from remap.backbones.build import require_at_hand
+from remap.data.images import BadImage, decode
+from remap.data.sources import open_data
+from remap.data.splits import ImageData
+from remap.distributed.launch import use_bf16
+from remap.errors import RemapError, RunError
+from remap.io import atomic_write
+from remap.io.names import plain
+from remap.recipe.paths import absolute_data
+from remap.recipe.resolve import load
+from remap.recipe.schema import Recipe
+
+# Images that are opened to learn their size.
+SAMPLE = 64
+# A longer side than this, in pixels, has details that the embedded pair of 32 pixels does not see.
+SMALL = 64
+# Memory of a GPU, in bytes, above which the larger teacher fits beside a student.
+LARGE_GPU = 20e9
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value of the recipe, and why it is suggested."""
+
+    value: object
+    why: str
+
+
+def init_recipe(source: str, path: Path) -> Recipe:
+    """Write a commented recipe for the images of a source, and return it.
+
+    Raises:
+        RunError: There is a file at the path already, or it cannot be written.
+        DataError: The source cannot be opened, as a run would say.
+    """
+    if path.exists() or path.is_symlink():
+        raise RunError(f"{path} is there already", do="choose another --output, or remove it")
+    data = open_data(source, None, 0.2)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    atomic_write.write_text(path, recipe_text(source, data, device))
+    return load(path)
+
+
+def recipe_text(source: str, data: ImageData, device: torch.device) -> str:
+    """Return the YAML, every choice with a comment that says why."""
+    teacher, student = _models(_longer_side(data), device)
+    images, gpu = len(data.train), device.type != "cpu"
+    epochs = 60 if images < 1_000 else 30 if images < 20_000 else 10
+    batch = 32 if images < 2_000 else 64 if images < 50_000 or not gpu else 128
+    bf16 = use_bf16("auto", device)
+    choices = {
+        "teacher.model": teacher,
+        "teacher.prepare": Choice(
+            "probe", "fits only a head for these classes; full tunes all of it, slower and better"
+        ),
+        "student": student,
+        "method": Choice(
+            "vpt_deep", "trains prompts and head only; `remap methods` lists others, `remap compare` tries some"
+        ),
+        "train.epochs": Choice(epochs, f"for {images:,} training images; more if the accuracy still rises at the end"),
+        "train.batch_size": Choice(batch, "images per update; halves itself where memory runs out"),
+        "train.precision": Choice("auto", f"on this machine {'bf16' if bf16 else 'fp32'}"),
+    }
+    counts = [int((data.train.labels == label).sum()) for label in range(len(data.classes))]
+    listed = [f"{plain(name)} ({count:,})" for name, count in zip(data.classes, counts, strict=True)]
+    more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
+    lines = [
+        f"# {plain(source)}: {len(data.classes)} classes, {images:,} training and {len(data.val):,} evaluation images.",
+        f"# Training images by class: {', '.join(listed[:20])}{more}",
+        *(f"# Left out: {len(data.skipped)} other file(s); `remap data check` lists them." for _ in data.skipped[:1]),
+        "# Start: remap distill --recipe THIS_FILE. Every field: `remap recipes show digits --resolved`.",
+        "data:",
+        f"  source: {json.dumps(absolute_data(source))}",
+        f"  # {plain(data.split_rule)}",
+    ]
+    section = ""
+    for key, choice in choices.items():
+        head, _, field = key.rpartition(".")
+        if head and head != section:
+            lines.append(f"{head}:")
+        section = head
+        lines.append(f"{'  ' if head else ''}{field}: {json.dumps(choice.value)}  # {choice.why}")
+    return "\n".join(lines) + "\n"
+
+
+def _models(side: int, device: torch.device) -> tuple[Choice, Choice]:
+    """Return teacher and student: the embedded pair for small pictures, or where no others can be had."""
+    if side <= SMALL:
+        why = f"the pictures have about {side} pixels; the embedded pair takes 32"
+        return Choice("mini_teacher", why), Choice("mini_student", why)
+    large = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory > LARGE_GPU
+    wanted = ("vit_large", "vit_small") if large else ("vit_base", "vit_small" if device.type != "cpu" else "vit_tiny")
+    try:
+        for name in wanted:
+            require_at_hand(name, "pretrained")
+    except RemapError:
+        why = f"embedded; {wanted[0]} with {wanted[1]} suits photographs better, but cannot be downloaded now"
+        return Choice("mini_teacher", why), Choice("mini_student", why)
+    memory = "this GPU's memory" if device.type == "cuda" else "this machine"
+    return Choice(wanted[0], f"as large as suits {memory}"), Choice(wanted[1], "what you will use afterwards")
+
+
+def _longer_side(data: ImageData) -> int:
+    """Return the median of the longer sides of some images, in pixels."""
+    step, sides = max(1, len(data.train) // SAMPLE), []
+    for index in range(0, len(data.train), step):
+        try:
+            sides.append(max(decode(data.train.read(index)).size))
+        except (BadImage, OSError):
+            continue
+    return sorted(sides)[len(sides) // 2] if sides else 0

@@ -1,0 +1,140 @@
+"""The commands of training and evaluation as Python functions, besides ``remap.distill``."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from remap.errors import RecipeError
+from remap.io.paths import expanded
+from remap.pipeline import compare as comparison
+from remap.pipeline.comparison_cells import chosen_methods
+from remap.pipeline.evaluation import evaluate_run
+from remap.pipeline.run import Result, as_recipe, start
+from remap.pipeline.shrink_student import cut
+from remap.progress import Progress, Silent
+from remap.recipe import Recipe, resolve
+from remap.recipe.schema import DataSpec, ShrinkSpec, TeacherSpec
+from remap.remapping.architecture.shrink import Shrunk
+from remap.runs.run_dir import default_path
+from remap.runs.task import require_tuned
+
+
+def tune(
+    recipe: Recipe | str | Mapping[str, Any],
+    *,
+    settings: Iterable[str] = (),
+    output: str | Path | None = None,
+    progress: Progress = Silent(),
+) -> Result:
+    """Tune a student without a teacher: the same loop as ``distill``, labels only.
+
+    Args:
+        recipe: As for ``distill``, without a teacher.
+        settings: As ``--set``: ``["train.lr=0.01", "method.rank=4"]``.
+        output: The run directory to make; by default the next number under ``runs/``.
+        progress: Is told what happens (``remap.progress.Progress``).
+
+    Raises:
+        RecipeError: The recipe cannot be used, or has a teacher.
+        RemapError: Anything else a user can mend.
+    """
+    options = isinstance(recipe, Mapping)
+    chosen = resolve(None, recipe, settings) if isinstance(recipe, Mapping) else as_recipe(recipe, settings)
+    if chosen.teacher is not None:
+        where = "options" if options else chosen.name
+        raise RecipeError(["teacher: remap.tune has none; use remap.distill"], where)
+    return start(chosen, output, progress)
+
+
+def evaluate(
+    run: str | Path, data: str | None = None, *, skip_bad: bool = False, progress: Progress = Silent()
+) -> dict[str, Any]:
+    """Return the accuracy of a finished run's student, overall and of each class.
+
+    Args:
+        run: The run directory.
+        data: Other images with the same class names, all of them; None is the run's own evaluation split.
+        skip_bad: Leave unreadable images out instead of refusing.
+
+    Returns:
+        accuracy, correct, images; classes: class, images and accuracy of each; left_out and skipped files.
+
+    Raises:
+        RemapError: The run is not finished or damaged, or the images do not fit it.
+    """
+    return evaluate_run(expanded(run), data, skip_bad, progress)
+
+
+def compare(
+    recipe: Recipe | str | Mapping[str, Any],
+    methods: str | Sequence[str] | None = None,
+    *,
+    seeds: int = 1,
+    settings: Iterable[str] = (),
+    output: str | Path | None = None,
+    progress: Progress = Silent(),
+) -> dict[str, Any]:
+    """Compare methods, each with and without the teacher, on the same data, budget and seeds.
+
+    Args:
+        recipe: As for ``distill``.
+        methods: Names, combinations (a+b) or categories, or "all"; None is one or two of each category.
+        seeds: Runs of each cell.
+        settings: As ``--set``.
+        output: Folder of the comparison, ``runs/compare-NAME`` by default. Finished cells are not run again.
+
+    Returns:
+        The table, as ``remap compare --json`` prints it: a row for each method, with accuracies and costs.
+
+    Raises:
+        RemapError: Anything a user can mend.
+    """
+    words = methods if methods is None or isinstance(methods, str) else ",".join(methods)
+    chosen, checked = chosen_methods(words), as_recipe(recipe, settings)
+    if checked.teacher is None:
+        raise RecipeError(["teacher: missing; a comparison has one"], checked.name)
+    folder = expanded(output or default_path() / f"compare-{checked.name}")
+    return comparison.compare(checked, chosen, seeds, folder, progress)
+
+
+def shrink(
+    teacher: str,
+    output: str | Path,
+    *,
+    depth: int | None = None,
+    width: int | None = None,
+    heads: int | None = None,
+    mlp: int | None = None,
+    importance: Literal["taylor", "magnitude"] = "taylor",
+    blocks: Literal["sensitivity", "uniform"] = "sensitivity",
+    images: int = 64,
+    data: str = "digits",
+    seed: int = 0,
+    weights: str = "pretrained",
+    progress: Progress = Silent(),
+) -> Shrunk:
+    """Cut a student from a teacher and save it as a model folder that timm opens.
+
+    Args:
+        teacher: Short name, timm name, local-dir:FOLDER or run directory.
+        output: The model folder to make.
+        depth, width, heads, mlp: Blocks, channels, heads of a block, hidden units of an MLP; None keeps the teacher's.
+        importance: How channels, heads and units are chosen.
+        blocks: How blocks are chosen: those whose removal changes least, or evenly.
+        images: Number of images of ``data`` to measure on.
+        seed: Decides which images.
+
+    Returns:
+        The shapes before and after, the blocks that stay, parameters and multiply-adds.
+
+    Raises:
+        RemapError: The teacher cannot be cut so, or the folder is there already.
+    """
+    shape = {"depth": depth, "width": width, "heads": heads, "mlp": mlp}
+    given = {name: value for name, value in shape.items() if value is not None}
+    if not given:
+        raise RecipeError(["nothing is to be cut: give depth, width, heads or mlp"], "remap.shrink")
+    require_tuned(teacher)
+    spec = ShrinkSpec.model_validate({**given, "importance": importance, "blocks": blocks, "images": images})
+    larger = TeacherSpec(model=teacher, weights=weights)
+    return cut(larger, spec, DataSpec(source=data), expanded(output), seed, progress)

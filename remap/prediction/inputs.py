@@ -1,0 +1,114 @@
+"""The images that words name, one after the other: files, folders, patterns, archives, lists and standard input."""
+
+import glob
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from remap.data.file_listing import walk_folder
+from remap.data.image_files import counted, why_left_out
+from remap.data.images import SUFFIXES
+from remap.data.sources import list_files
+from remap.errors import DataError
+from remap.io.checked_read import open_regular
+from remap.io.paths import expanded
+
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
+STDIN = "-"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image: what rows call it, and what gives its file or content."""
+
+    path: str
+    read: Callable[[], Path | bytes]
+
+
+class Inputs:
+    """Iterates over the images, in the same order every time; nothing is listed beforehand but the names of an archive.
+
+    Files are taken as they are named, even where there are none, which their rows say; in folders and archives only
+    images count.
+
+    Args:
+        words: Files, folders, tars and zips, patterns (``photos/**/*.jpg``), or "-" for one of these a line on
+            standard input.
+        lists: Text files with one of these a line.
+
+    Attributes:
+        left_out: How many files of folders and archives were not taken for images, by reason.
+
+    Raises:
+        DataError: No word names anything; while iterating: there is no image, or a folder or list cannot be read.
+    """
+
+    def __init__(self, words: Iterable[str | Path], lists: Iterable[str | Path] = ()) -> None:
+        self.words, self.lists = [os.fspath(word) for word in words], [expanded(path) for path in lists]
+        self.left_out: Counter[str] = Counter()
+        plain = [word for word in self.words if word != STDIN and not glob.has_magic(word)]
+        if not self.words and not self.lists:
+            raise DataError("no images are named", allowed="files, folders, archives, patterns, --list FILE, or -")
+        if plain == self.words and not self.lists and not any(os.path.lexists(expanded(word)) for word in plain):
+            raise DataError("no such file or folder", given=", ".join(plain))
+
+    def __iter__(self) -> Iterator[Item]:
+        self.left_out.clear()
+        empty = True
+        for word in self._all_words():
+            for item in self._items(word):
+                empty = False
+                yield item
+        if empty:
+            given = ", ".join([*self.words, *map(str, self.lists)])
+            left_out = f"; left out: {self.left_out_text}" if self.left_out else ""
+            raise DataError("no images there", given=given + left_out, allowed=" ".join(SUFFIXES))
+
+    @property
+    def left_out_text(self) -> str:
+        """Return how many files were left out for which reason, in words."""
+        return counted([("", reason) for reason in self.left_out.elements()])
+
+    def _all_words(self) -> Iterator[str]:
+        for word in self.words:
+            if word == STDIN:
+                yield from _lines(sys.stdin.buffer)
+            elif glob.has_magic(word) and not os.path.lexists(expanded(word)):
+                yield from sorted(glob.iglob(os.fspath(expanded(word)), recursive=True))
+            else:
+                yield word
+        for path in self.lists:
+            try:
+                with open_regular(path) as file:
+                    yield from _lines(file)
+            except OSError as error:
+                raise DataError(
+                    f"cannot read {path}: {error.strerror}", do="name a text file, one path a line"
+                ) from None
+
+    def _items(self, word: str) -> Iterator[Item]:
+        path = expanded(word)
+        if os.path.isdir(path):
+            for prefix, _, names in walk_folder(path):
+                for name in filter(self._is_image, (prefix + name for name in names)):
+                    yield Item(str(path / name), partial(Path, path / name))
+        elif word.lower().endswith(ARCHIVES) and os.path.isfile(path):
+            listing = list_files(word, "a tar or zip of images")
+            for name in filter(self._is_image, listing.paths):
+                yield Item(f"{path}/{name}", partial(listing.read, name))
+        else:
+            yield Item(str(path), partial(Path, path))
+
+    def _is_image(self, path: str) -> bool:
+        reason = why_left_out(path)
+        if reason is not None:
+            self.left_out[reason] += 1
+        return reason is None
+
+
+def _lines(file: Iterable[bytes]) -> Iterator[str]:
+    return (word for line in file if (word := os.fsdecode(line).strip("\r\n")))

@@ -1,0 +1,149 @@
+"""A file of predictions that is written while they are made, survives a kill, and is complete once it has its name.
+
+Each process appends whole rows to a part in FILE.parts; at the end the parts are merged into FILE. A killed command
+continues from its parts when it is given again: a row that was cut off is dropped, images with rows are skipped.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from remap.errors import DiskFull, RunError
+from remap.io import atomic_write
+from remap.io.checked_json import parse_json, read_run_json
+from remap.io.disk_space import FULL, MAKE_ROOM
+from remap.io.names import plain
+from remap.prediction.formats import require_writable, write_rows
+from remap.prediction.inputs import Item
+from remap.prediction.predictions import Prediction
+
+LOOK_EVERY_S = 0.2
+
+
+class PredictionFile:
+    """The parts of one file, one for each process, and the file they become.
+
+    Args:
+        settings: What decides the rows; parts of other settings are not continued.
+        process, processes: Number of this process, and how many share the images.
+
+    Raises:
+        RunError: The file is there already, its ending is unknown, or its parts are of other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], process: int = 0, processes: int = 1) -> None:
+        self.path, self.process, self.processes = path, process, processes
+        self.settings = {**settings, "processes": processes}
+        self.rows_an_image = max(1, len(settings["tasks"]))
+        self.folder = path.with_name(f"{path.name}.parts")
+        require_writable(path)
+        if os.path.lexists(path):
+            raise RunError(f"{path} is there already", do="remove it, or choose another --output")
+        noted = self.folder / "settings.json"
+        if process == 0 and not noted.is_file():
+            atomic_write.make_folder(self.folder)
+            atomic_write.write_json(noted, self.settings)
+        if process == 0 and read_run_json(noted) != self.settings:
+            raise RunError(
+                f"{self.folder} holds rows of another command",
+                given=f"{read_run_json(noted)}; now {self.settings}",
+                do="give the same options to continue, remove that folder, or choose another --output",
+            )
+
+    def predict(self, items: Iterable[Item], rows_of: Callable[[Iterator[Item]], Iterator[list[Prediction]]]) -> None:
+        """Write the rows of this process's share of the images that have none yet.
+
+        Args:
+            rows_of: Makes the rows of each image from items.
+        """
+        done, part = self._done(self.process), self.folder / f"{self.process}.part"
+        if done.exists():
+            return
+        share = (item for number, item in enumerate(items) if number % self.processes == self.process)
+        with _writing(part):
+            part.touch()
+            with open(part, "r+b") as file:
+                self._skip(file, share)
+                for rows in rows_of(share):
+                    file.writelines(json.dumps(row.to_dict()).encode() + b"\n" for row in rows)
+                    file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, done)
+
+    def merge(self, classes: dict[str, Sequence[str]]) -> tuple[int, int]:
+        """Wait for all parts, and put them together in the order of the images.
+
+        Args:
+            classes: By task, for what a Parquet file says of itself.
+
+        Returns:
+            Number of images, and of those that could not be read.
+        """
+        parts = [self._done(process) for process in range(self.processes)]
+        while not all(part.exists() for part in parts):  # the launcher ends this process where another one failed
+            time.sleep(LOOK_EVERY_S)
+        counts = [0, 0]
+        temporary = self.folder / f"merged{self.path.suffix}"
+        with _writing(self.path):
+            write_rows(temporary, self._merged(parts, counts), self.settings, classes)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+            shutil.rmtree(self.folder)
+        return counts[0], counts[1]
+
+    def _done(self, process: int) -> Path:
+        return self.folder / f"{process}.jsonl"
+
+    def _skip(self, file: BinaryIO, items: Iterator[Item]) -> None:
+        """Take the images that have rows off ``items``, and cut off rows that are not complete."""
+        while True:
+            start = file.tell()
+            lines = [file.readline() for _ in range(self.rows_an_image)]
+            if not all(line.endswith(b"\n") for line in lines):
+                file.seek(start)
+                file.truncate()
+                return
+            item, before = next(items, None), _row(lines[0])["path"]
+            if item is None or item.path != before:
+                raise RunError(
+                    f"the images are not those that {self.folder} was begun with",
+                    given=f"{plain(item.path) if item else 'fewer'}, where {plain(before)} was",
+                    do="name the same images to continue, remove that folder, or choose another --output",
+                )
+
+    def _merged(self, parts: Sequence[Path], counts: list[int]) -> Iterator[bytes]:
+        with ExitStack() as stack:
+            files = [stack.enter_context(open(part, "rb")) for part in parts]
+            while True:
+                for file in files:
+                    lines = [file.readline() for _ in range(self.rows_an_image)]
+                    if not lines[0]:  # the first part that ends is the first one without a further image
+                        return
+                    counts[0] += 1
+                    counts[1] += bool(_row(lines[0])["error"])
+                    yield from lines
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    try:
+        return dict(parse_json(line))
+    except (ValueError, TypeError) as error:
+        raise RunError("a row of the file that is continued is damaged", given=str(error)[:200]) from error
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn what the system refuses into errors for the user."""
+    try:
+        yield
+    except OSError as error:
+        kept = "rows written so far are kept; the same command continues"
+        if error.errno in FULL:
+            raise DiskFull(f"cannot write {path}: {error.strerror}", do=f"{MAKE_ROOM}; {kept}") from error
+        raise RunError(f"cannot write {path}: {error.strerror}", do=f"choose another --output; {kept}") from error

@@ -1,0 +1,118 @@
+"""Predict images with a tuned student, or with several tasks on one backbone."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from remap.distributed import launcher_env
+from remap.distributed.launch import accelerator
+from remap.errors import RunError
+from remap.io.paths import expanded
+from remap.pipeline.student_api import Student, load_student
+from remap.prediction.inputs import STDIN, Inputs, Item
+from remap.prediction.output import PredictionFile
+from remap.prediction.predictions import Prediction, Wanted, predictions
+from remap.progress import Progress, Silent
+from remap.runs.task_file import folder_of, read_meta
+from remap.tasks.multi_task import MultiTask
+from remap.tasks.shelf import Shelf
+
+# A run directory, task folder or shelf; or several runs and task folders on one backbone, by name.
+Runs = str | Path | Mapping[str, str | Path]
+
+
+def predict(
+    run: Runs,
+    images: str | Path | Iterable[str | Path],
+    *,
+    top: int = 1,
+    probabilities: bool = False,
+    embeddings: bool = False,
+    batch_size: int = 64,
+    device: str | None = None,
+    progress: Progress = Silent(),
+) -> Iterator[Prediction]:
+    """Yield a row for each image as soon as it is computed; for several tasks, one for each task and image.
+
+        for row in remap.predict("runs/birds-vpt_deep-001", "photos/", top=3):
+            print(row.path, row.top or row.error)
+
+    Memory does not grow with the number of images.
+
+    Args:
+        run: A run directory, a task folder, or a shelf (its current task); or several runs on one backbone by name.
+        images: Files, folders, tars, zips, patterns such as ``"photos/**/*.jpg"``; or an iterable of these.
+        top: Classes of a row, the likeliest first.
+        probabilities: Let rows hold the probabilities of all classes.
+        embeddings: Let rows hold what the classifier is given (pooled features).
+        batch_size: Images per forward pass.
+        device: Where to compute; None is the accelerator if there is one, else the CPU.
+
+    Raises:
+        RunError: The run's files are damaged, or the runs are on different backbones.
+        DataError: There is no image, or a folder or archive cannot be read. An image that cannot be read is a row.
+    """
+    students = open_students(run, device)
+    wanted = Wanted(top, probabilities, embeddings, batch_size)
+    inputs = Inputs([images] if isinstance(images, str | Path) else images)
+    for rows in _with_progress(students, inputs, wanted, progress):
+        yield from rows
+
+
+def predict_to_file(
+    run: Runs, inputs: Inputs, path: Path, wanted: Wanted, progress: Progress
+) -> tuple[int, int] | None:
+    """Write a row for each image and task to a JSONL, CSV or Parquet file.
+
+    The images are shared among the processes of a launcher. Killed and given again, it continues.
+
+    Returns:
+        Number of images, and of those that could not be read; None on all processes but the first.
+
+    Raises:
+        RunError: The file is there already or cannot be written, or was begun with other options or images.
+    """
+    several = launcher_env.number("WORLD_SIZE", 1) > 1
+    process, processes = (accelerator().process_index, accelerator().num_processes) if several else (0, 1)
+    if several and STDIN in inputs.words:
+        raise RunError("standard input cannot be shared among processes", do="write the paths to a file: --list FILE")
+    students = open_students(run, accelerator().device if several else None)
+    decisive = {key: value for key, value in asdict(wanted).items() if key not in ("batch_size", "workers")}
+    settings = {"tasks": _digests(run), **decisive}
+    make = partial(PredictionFile, path, settings, process, processes)
+    file = make() if process == 0 else None
+    if several:
+        accelerator().wait_for_everyone()  # until the folder is there
+    file = file or make()
+    file.predict(inputs, lambda items: _with_progress(students, items, wanted, progress))
+    if process > 0:
+        return None
+    return file.merge({name: student.classes for name, student in students.items()})
+
+
+def open_students(run: Runs, device: Any = None) -> dict[str, Student]:
+    """Return the students by name of the task; a single one has the empty name."""
+    if isinstance(run, Mapping):
+        return dict(MultiTask(None, run, device).students)
+    if Shelf.is_at(run):
+        return {"": Shelf(run).open_current(device)}
+    return {"": load_student(run, device)}
+
+
+def _digests(run: Runs) -> dict[str, str]:
+    """Return the hash of each task's tensors, which decide the rows."""
+    if isinstance(run, Mapping):
+        return {name: read_meta(folder_of(expanded(path))).sha256 for name, path in run.items()}
+    path = Shelf(run).current_folder if Shelf.is_at(run) else expanded(run)
+    return {"": read_meta(folder_of(path)).sha256}
+
+
+def _with_progress(
+    students: Mapping[str, Student], items: Iterable[Item], wanted: Wanted, progress: Progress
+) -> Iterator[list[Prediction]]:
+    with progress.wait("predicting") as step:
+        for rows in predictions(students, items, wanted):
+            yield rows
+            step.advance()

@@ -1,0 +1,154 @@
+"""What one or several tuned students make of images, while threads decode the next ones.
+
+Letters: B images, C classes, D width of the pooled features.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from remap.data.image_files import why_not_read
+from remap.data.images import BadImage, reason_of
+from remap.data.thread_pool import map_ahead, threads
+from remap.data.views import View
+from remap.network import Runner
+from remap.pipeline.student_api import Student
+from remap.prediction.inputs import Item
+from remap.remapping.signals import Needs, Signals
+from remap.tuning.seam import FeatureSeam
+
+# Batches that are decoded while one is computed.
+BATCHES_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one student says of one image.
+
+    Attributes:
+        path: The file, as it was named; a member of an archive as ARCHIVE/MEMBER.
+        top: The likeliest classes with their probabilities, the likeliest first.
+        error: Why there are none; empty where there are.
+        task: The name of the task, where there are several.
+        indices: Positions of the classes in ``top`` among the student's classes.
+        probabilities: Of all classes, in their order, where wanted.
+        embedding: Pooled features, what the classifier is given, where wanted.
+    """
+
+    path: str
+    top: tuple[tuple[str, float], ...] = ()
+    error: str = ""
+    task: str = ""
+    indices: tuple[int, ...] = ()
+    probabilities: tuple[float, ...] | None = None
+    embedding: tuple[float, ...] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a JSON row holds."""
+        top = zip(self.top, self.indices, strict=True)
+        row: dict[str, Any] = {"path": self.path, "task": self.task}
+        row["top"] = [{"class": c, "index": i, "probability": p} for (c, p), i in top]
+        row |= {"probabilities": self.probabilities, "embedding": self.embedding, "error": self.error or None}
+        optional = ("task", "probabilities", "embedding")
+        return {name: value for name, value in row.items() if name not in optional or value}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What rows hold, and how the images are computed.
+
+    Attributes:
+        top: Number of likeliest classes; of a student with fewer, all.
+        batch_size: Images of one forward pass.
+        workers: Threads that decode; None for one a core, at most 8.
+    """
+
+    top: int = 1
+    probabilities: bool = False
+    embeddings: bool = False
+    batch_size: int = 64
+    workers: int | None = None
+
+
+def predictions(students: Mapping[str, Student], items: Iterable[Item], wanted: Wanted) -> Iterator[list[Prediction]]:
+    """Yield the rows of each image in the order of ``items``, one for each student, or the reason why there are none.
+
+    An image is decoded once for all students with the same view, and the frozen backbone is run once for all whose
+    method leaves it as it is.
+
+    Args:
+        students: By name of the task; a single one may have the empty name.
+    """
+    views = list(dict.fromkeys(student.view for student in students.values()))
+    answer = _Answers(students, views, wanted)
+    with threads(wanted.workers or min(8, os.cpu_count() or 1)) as pool:
+        decoded = map_ahead(pool, partial(_read, views), items, BATCHES_AHEAD * wanted.batch_size)
+        while batch := tuple(islice(decoded, wanted.batch_size)):
+            yield from answer.rows(batch)
+
+
+def _read(views: list[View], item: Item) -> list[NDArray[np.uint8]] | str:
+    """Return an image in each view, or the reason why it cannot be read."""
+    try:
+        if reason := why_not_read(item.path):
+            return reason
+        source = item.read()
+        return [view.read(source) for view in views]
+    except BadImage as error:
+        return error.reason
+    except OSError as error:  # of a member of an archive
+        return reason_of(error)
+
+
+class _Answers:
+    def __init__(self, students: Mapping[str, Student], views: list[View], wanted: Wanted) -> None:
+        self.students, self.views, self.wanted = students, views, wanted
+        needs = Needs(pooled=wanted.embeddings)
+        self.runners = {name: Runner(student.network, needs).to(student.device) for name, student in students.items()}
+
+    @torch.no_grad()
+    def rows(self, batch: tuple[tuple[Item, list[NDArray[np.uint8]] | str], ...]) -> Iterator[list[Prediction]]:
+        readable = [read for _, read in batch if not isinstance(read, str)]
+        columns = [self._predictions(name, signals) for name, signals in self._signals(readable)] if readable else []
+        by_image = zip(*columns, strict=True)
+        for item, read in batch:
+            if isinstance(read, str):
+                yield [Prediction(item.path, error=read, task=name) for name in self.students]
+            else:
+                yield [Prediction(item.path, **row) for row in next(by_image)]
+
+    def _signals(self, readable: list[list[NDArray[np.uint8]]]) -> Iterator[tuple[str, Signals]]:
+        images = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*readable, strict=True)]
+        stems: dict[Any, Mapping[str, Tensor]] = {}
+        for name, student in self.students.items():
+            runner, network = self.runners[name], student.network
+            images_BCHW = images[self.views.index(student.view)].to(student.device)
+            if len(self.students) > 1 and isinstance(runner.tap.seam, FeatureSeam):
+                key = (student.view, network.preprocess, network.identity.sha256)
+                stems[key] = stems.get(key) or runner.stem(images_BCHW)
+                yield name, runner(images_BCHW, stems[key])
+            else:
+                yield name, runner(images_BCHW)
+
+    def _predictions(self, name: str, signals: Signals) -> Iterator[dict[str, Any]]:
+        classes, wanted = self.students[name].classes, self.wanted
+        probabilities_BC = signals.logits_BC.float().softmax(dim=-1).cpu()
+        # Asking for more classes than there are is not an error worth stopping for.
+        best_BK, indices_BK = probabilities_BC.topk(min(wanted.top, len(classes)), dim=-1)
+        pooled_BD = signals.pooled_BD.float().cpu() if signals.pooled_BD is not None else None
+        for row, (best, indices) in enumerate(zip(best_BK.tolist(), indices_BK.tolist(), strict=True)):
+            yield {
+                "task": name,
+                "top": tuple((classes[i], p) for i, p in zip(indices, best, strict=True)),
+                "indices": tuple(indices),
+                "probabilities": tuple(probabilities_BC[row].tolist()) if wanted.probabilities else None,
+                "embedding": tuple(pooled_BD[row].tolist()) if pooled_BD is not None and wanted.embeddings else None,
+            }

@@ -1,0 +1,251 @@
+"""A shelf: one folder with a frozen backbone and the task files of many tasks on it, each with its hash.
+
+SHELF/shelf.json           what is in it (sealed): the backbone, the tasks' hashes, and the current task
+SHELF/backbone/            the frozen weights, once; and config.json where timm does not know the model by name
+SHELF/tasks/NAME/          a copy of a run's task folder, byte for byte
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save
+
+from remap.backbones.build import Backbone
+from remap.errors import RemapError, RunError, UnknownName
+from remap.io import atomic_write
+from remap.io.checked_json import MOST_JSON_BYTES
+from remap.io.checked_read import read_regular, sha256_of
+from remap.io.names import plain
+from remap.io.paths import expanded
+from remap.io.sealed_json import parse_sealed, sealed_text
+from remap.pipeline.student_api import Student
+from remap.recipe.schema import ModelSpec
+from remap.runs.task import open_backbone
+from remap.runs.task_file import TaskMeta, folder_of, read_meta, read_tensors
+from remap.tasks.multi_task import MultiTask, require_shared
+
+FILES = ("task.json", "task.safetensors")
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+
+
+def _name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise ValueError("should be 1 to 64 letters, digits, '.', '_' or '-'")
+    return name
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Backbone(_Strict):
+    model: str
+    sha256: str
+    preset: Literal["none", "mae", "moco_v3"]
+    image_size: int | None
+
+
+class _Content(_Strict):
+    """The content of shelf.json."""
+
+    format: Literal[1] = 1
+    current: str | None = None
+    backbone: _Backbone
+    tasks: dict[Annotated[str, AfterValidator(_name)], dict[Literal[FILES], str]] = {}  # type: ignore[valid-type]
+
+
+@dataclass(frozen=True)
+class ShelfRow:
+    """One task of a shelf, or its backbone: what ``ls`` and ``verify`` show.
+
+    Attributes:
+        problem: What is wrong with its files; empty where nothing is.
+    """
+
+    name: str
+    method: str = ""
+    classes: int = 0
+    bytes: int = 0
+    current: bool = False
+    problem: str = ""
+
+
+class Shelf:
+    """The tasks of one folder; see the module.
+
+    Raises:
+        RunError: There is no shelf, or shelf.json is damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = expanded(path)
+        try:
+            values, sealed = parse_sealed(read_regular(self.path / "shelf.json", MOST_JSON_BYTES))
+            if not sealed:
+                raise ValueError("it is not sealed")
+            self._content = _Content.model_validate(values)
+        except (OSError, ValueError, ValidationError) as error:
+            reason = error.strerror if isinstance(error, OSError) else plain(str(error)).splitlines()[0]
+            do = "`remap tasks add SHELF NAME=RUN` makes a shelf"
+            raise RunError(f"{self.path} is not a shelf of tasks: shelf.json: {reason}", do=do) from error
+
+    @staticmethod
+    def is_at(path: str | Path) -> bool:
+        """Return whether there is a shelf at a path."""
+        return (expanded(path) / "shelf.json").is_file()
+
+    @classmethod
+    def with_task(cls, path: str | Path, name: str, run: str | Path) -> "Shelf":
+        """Add a run's task to a shelf, and make the shelf with the run's backbone where there is none.
+
+        Raises:
+            RunError: The task was tuned on another backbone than those of the shelf, or the name is taken or unfit.
+        """
+        shelf_path, folder = expanded(path), folder_of(expanded(run))
+        meta = read_meta(folder)
+        require_shared(folder, meta)
+        if not cls.is_at(shelf_path):
+            _store_backbone(shelf_path, meta)
+        shelf = cls(shelf_path)
+        shelf._add(name, folder, meta)
+        return shelf
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks, in the order in which they were added."""
+        return list(self._content.tasks)
+
+    @property
+    def current(self) -> str | None:
+        """The task that is used where none is named: the first one, until ``switch`` names another."""
+        return self._content.current
+
+    def folder(self, name: str) -> Path:
+        """Return a task's folder.
+
+        Raises:
+            UnknownName: There is no such task.
+        """
+        if name not in self._content.tasks:
+            raise UnknownName(f"there is no task '{plain(name)}' in {self.path}", allowed=self.names)
+        return self.path / "tasks" / name
+
+    @property
+    def current_folder(self) -> Path:
+        """The folder of the current task.
+
+        Raises:
+            RunError: The shelf is empty.
+        """
+        if self.current is None:
+            raise RunError(f"{self.path} holds no task", do="add one: remap tasks add SHELF NAME=RUN")
+        return self.folder(self.current)
+
+    def switch(self, name: str) -> None:
+        """Make a task the current one."""
+        self.folder(name)
+        self._write(current=name)
+
+    def rows(self) -> list[ShelfRow]:
+        """Return what is in it; no file is hashed."""
+        return [self._row(name) for name in self.names]
+
+    def verify(self) -> list[ShelfRow]:
+        """Return the backbone and every task, each with what is wrong with its files: compares all hashes."""
+        problem = ""
+        try:
+            found = self.backbone().identity.sha256
+            if found != self._content.backbone.sha256:
+                problem = "its tensors are not those it was stored with"
+        except RemapError as error:
+            problem = str(error.what)
+        weights = self.path / "backbone" / _WEIGHTS
+        stored = weights.stat().st_size if weights.is_file() else 0
+        return [ShelfRow("(backbone)", bytes=stored, problem=problem), *map(self._verified, self.names)]
+
+    def backbone(self) -> Backbone:
+        """Open the frozen backbone."""
+        spec, folder = self._content.backbone, self.path / "backbone"
+        model = f"local-dir:{folder.absolute()}" if (folder / _CONFIG).is_file() else spec.model
+        weights = str(folder.absolute() / _WEIGHTS)
+        return open_backbone(ModelSpec(model=model, weights=weights, preset=spec.preset, image_size=spec.image_size), 1)
+
+    def open(self, device: str | torch.device | None = None) -> MultiTask:
+        """Load all tasks on the shelf's backbone, the current one first in use."""
+        tasks = MultiTask(self.backbone(), {name: self.folder(name) for name in self.names}, device)
+        tasks.current = self.current or tasks.current
+        return tasks
+
+    def open_current(self, device: str | torch.device | None = None) -> Student:
+        """Load the current task on the shelf's backbone, and no other."""
+        return MultiTask(self.backbone(), {"current": self.current_folder}, device).switch("current")
+
+    def _row(self, name: str, problem: str = "") -> ShelfRow:
+        folder = self.folder(name)
+        try:
+            meta = read_meta(folder)
+        except RemapError as error:
+            return ShelfRow(name, current=name == self.current, problem=problem or error.what)
+        count = sum((folder / file).stat().st_size for file in FILES if (folder / file).is_file())
+        return ShelfRow(name, meta.method.name, len(meta.classes), count, name == self.current, problem)
+
+    def _verified(self, name: str) -> ShelfRow:
+        for file, digest in self._content.tasks[name].items():
+            try:
+                if sha256_of(self.folder(name) / file) != digest:
+                    return self._row(name, f"{file} has changed since it was added")
+            except OSError as error:
+                return self._row(name, f"{file}: {error.strerror}")
+        return self._row(name)
+
+    def _add(self, name: str, folder: Path, meta: TaskMeta) -> None:
+        try:
+            _name(name)
+        except ValueError as error:
+            raise RunError("a task cannot have this name", given=plain(name), allowed=str(error)) from None
+        if name in self._content.tasks:
+            raise RunError(f"{self.path} has a task {name} already", do="choose another name")
+        if meta.backbone.sha256 != self._content.backbone.sha256:
+            raise RunError(
+                f"{folder} was tuned on another backbone than the tasks of {self.path}",
+                given=f"{meta.backbone.model}, {meta.backbone.sha256[:16]}",
+                allowed=f"{self._content.backbone.model}, {self._content.backbone.sha256[:16]}",
+                do="make another shelf for it",
+            )
+        read_tensors(folder, meta)  # a damaged file is not taken in
+        target = self.path / "tasks" / name
+        atomic_write.make_folder(target)
+        for file in FILES:
+            atomic_write.write_bytes(target / file, (folder / file).read_bytes())
+        hashes = {file: sha256_of(target / file) for file in FILES}
+        self._write(tasks={**self._content.tasks, name: hashes}, current=self.current or name)
+
+    def _write(self, **changes: Any) -> None:
+        self._content = self._content.model_copy(update=changes)
+        _write_content(self.path, self._content)
+
+
+def _write_content(path: Path, content: _Content) -> None:
+    atomic_write.write_text(path / "shelf.json", sealed_text(content.model_dump(mode="json")))
+
+
+def _store_backbone(path: Path, meta: TaskMeta) -> None:
+    """Write the backbone of a task, without classifier, and a shelf.json without tasks."""
+    spec = meta.backbone
+    source = ModelSpec(model=spec.model, weights=spec.weights, preset=spec.preset, image_size=spec.image_size)
+    backbone = open_backbone(source, 1)
+    if backbone.identity.sha256 != spec.sha256:
+        raise RunError(f"the weights of {spec.model} are not those that the task was tuned on any more")
+    state = backbone.model.state_dict().items()
+    tensors = {name: tensor.contiguous() for name, tensor in state if not backbone.anatomy.is_head(name)}
+    atomic_write.make_folder(path / "backbone")
+    atomic_write.write_bytes(path / "backbone" / _WEIGHTS, save(tensors))
+    if spec.model.startswith("local-dir:"):
+        config = read_regular(Path(spec.model.removeprefix("local-dir:")) / _CONFIG, MOST_JSON_BYTES)
+        atomic_write.write_bytes(path / "backbone" / _CONFIG, config)
+    kept = _Backbone(model=spec.model, sha256=spec.sha256, preset=spec.preset, image_size=spec.image_size)
+    _write_content(path, _Content(backbone=kept))

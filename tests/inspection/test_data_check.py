@@ -1,0 +1,120 @@
+"""What is wrong with images is found, and named with what to do."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from remap.errors import RunError
+from remap.inspection.contact_sheet import write_contact_sheet
+from remap.inspection.data_check import Report, check_data
+from remap.inspection.near_duplicates import dhash, near_pairs
+from remap.inspection.suggest import init_recipe
+from remap.recipe import load
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes with one of everything that is wrong."""
+    root, draws = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+
+    def picture(name: str, size: tuple[int, int] = (48, 40)) -> Image.Image:
+        blocks = draws.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        image = Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC)
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(root / name)
+        return image
+
+    for split, count in (("train", 12), ("val", 3)):
+        for index in range(count):
+            picture(f"{split}/ant/{index}.png")
+        picture(f"{split}/bee/0.png")
+    seen = picture("train/bee/seen.png")
+    brighter = seen.point(lambda value: min(255, value + 4)).resize((60, 50))
+    brighter.save(root / "val/bee/again.jpg", quality=90)
+    (root / "val/ant/copy.png").write_bytes((root / "train/ant/3.png").read_bytes())
+    (root / "train/bee/wrong.png").write_bytes((root / "train/ant/4.png").read_bytes())
+    (root / "train/ant/broken.png").write_bytes(b"text")
+    (root / "train/ant/photo.gif").write_bytes(b"GIF89a")
+    picture("train/ant/long.png", (200, 40))
+    picture("train/ant/tiny.png", (20, 20))
+    Image.new("RGB", (40, 40), "white").save(root / "train/ant/blank.png")
+    Image.fromarray(draws.integers(0, 4096, (40, 40), dtype=np.uint16)).save(root / "train/ant/deep.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path) -> Report:
+    return check_data(str(folder))[0]
+
+
+EXPECTED = {
+    ("broken", "bad"): "train/ant/broken.png (not an image)",
+    ("left_out", "note"): "train/ant/photo.gif (.gif files are not read)",
+    ("small", "note"): "train/ant/tiny.png (20 x 20)",
+    ("shape", "note"): "train/ant/long.png (200 x 40)",
+    ("flat", "note"): "train/ant/blank.png",
+    ("range", "note"): "train/ant/deep.png (uint16)",
+    ("few", "note"): "bee (3)",
+}
+
+
+@pytest.mark.parametrize(("kind", "severity"), EXPECTED)
+def test_one_of_each_kind_is_named(report: Report, kind: str, severity: str) -> None:
+    (finding,) = [one for one in report.findings if one.kind == kind]
+    assert finding.files == (EXPECTED[kind, severity],) and finding.severity == severity and finding.do
+
+
+def test_copies_across_splits_come_first(report: Report) -> None:
+    copies = [one for one in report.findings if one.kind in ("copies", "near_copies")]
+    assert [(one.kind, one.severity, one.files) for one in copies] == [
+        ("copies", "bad", ("train/ant/3.png = val/ant/copy.png",)),
+        ("copies", "bad", ("train/ant/4.png = train/bee/wrong.png",)),
+        ("near_copies", "bad", ("train/bee/seen.png = val/bee/again.jpg",)),
+    ]
+    assert "different splits" in copies[0].what and "different labels" in copies[1].what
+    assert [one.severity for one in report.findings] == sorted(one.severity for one in report.findings)
+    assert report.counts == {"train": {"ant": 17, "bee": 3}, "val": {"ant": 4, "bee": 2}}
+
+
+def test_the_contact_sheet_loads_nothing_and_runs_nothing(folder: Path, tmp_path: Path) -> None:
+    found, data = check_data(str(folder))
+    write_contact_sheet(tmp_path / "page.html", found, data)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 8 + 3 and "http" not in page and "<script" not in page
+    assert "broken.png (not an image)" in page and "look the same" in page
+
+
+def test_the_hash_is_that_of_neighbours_in_nine_by_eight_pixels() -> None:
+    """By hand: a picture of 9 x 8 pixels that rises in the first row and falls in all others."""
+    greys = np.tile(np.arange(90, 0, -10, dtype=np.uint8), (8, 1))
+    greys[0] = greys[0, ::-1]
+    assert dhash(Image.fromarray(greys)) == 0xFF << 56
+
+
+def test_all_near_pairs_are_found() -> None:
+    """Expected: every pair compared with every other."""
+    draws = np.random.default_rng(1)
+    hashes = draws.integers(0, 2**63, 60, dtype=np.uint64)
+    for index in range(30):  # 1 to 5 bits apart from another
+        flips = sum(1 << int(bit) for bit in draws.choice(64, 1 + index % 5, replace=False))
+        hashes[index + 30] = np.uint64(int(hashes[index]) ^ flips)
+    expected = [
+        (i, j) for i in range(60) for j in range(i + 1, 60) if (int(hashes[i]) ^ int(hashes[j])).bit_count() <= 3
+    ]
+    assert sorted(near_pairs(hashes)) == expected and len(expected) == 18
+
+
+def test_a_recipe_to_begin_with_is_read_as_it_stands(folder: Path, tmp_path: Path) -> None:
+    recipe = init_recipe(str(folder), tmp_path / "recipe.yaml")
+    text = (tmp_path / "recipe.yaml").read_text()
+    assert recipe == load(tmp_path / "recipe.yaml") and recipe.data.source == str(folder.resolve())
+    assert (
+        recipe.teachers[0].model == "mini_teacher" and recipe.student.model == "mini_student"
+    )  # pictures of 48 pixels
+    assert "2 classes, 20 training and 6 evaluation images" in text and "ant (17), bee (3)" in text
+    assert all("#" in line for line in text.splitlines() if ": " in line and "source" not in line)
+    with pytest.raises(RunError, match="is there already"):
+        init_recipe(str(folder), tmp_path / "recipe.yaml")
+    assert (tmp_path / "recipe.yaml").read_text() == text

@@ -1,0 +1,45 @@
+"""The commands as Python functions: what they return is what the runs say, and the progress is reported."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import remap
+from remap.errors import RecipeError
+from remap.runs.run_dir import RunDir
+
+
+def test_tune_then_evaluate(tiny: Any, tmp_path: Path, watch: Any) -> None:
+    """Expected: six steps (24 images, batches of 8, two epochs), and the accuracy of the run's own summary."""
+    seen = watch(lambda step: None)
+    words = {"data": tiny.data, "student": tiny.student, "method": "linear"}
+    result = remap.tune(words, settings=tiny.SETTINGS, output=tmp_path / "run", progress=seen)
+    assert seen.steps == 6 and seen.said
+    found = remap.evaluate(result.run_dir)
+    assert found["accuracy"] == RunDir(tmp_path / "run").summary()["student"]["accuracy"]
+    assert [row["class"] for row in found["classes"]] == ["blue", "green", "red"]
+    rows = list(remap.predict(result.run_dir, f"{tiny.data}/val", device="cpu"))
+    assert sum(row.top[0][0] == Path(row.path).parent.name for row in rows) == found["correct"]
+
+
+def test_tune_takes_no_teacher(tiny: Any) -> None:
+    with pytest.raises(RecipeError, match=r"remap.tune has none; use remap.distill"):
+        remap.tune(tiny.words(method="linear"))
+
+
+def test_compare_gives_a_row_a_method(tiny: Any, tmp_path: Path) -> None:
+    settings = [*tiny.SETTINGS, "train.epochs=1", "teacher.allow_weak=true"]
+    table = remap.compare(tiny.words(), ["linear"], settings=settings, output=tmp_path / "table")
+    assert [row["method"] for row in table["rows"]] == ["linear"] and table["seeds"] == [0]
+    with pytest.raises(RecipeError, match="a comparison has one"):
+        remap.compare(tiny.recipe(teacher=None, losses="ce"), ["linear"])
+
+
+def test_shrink_cuts_a_folder(tiny: Any, tmp_path: Path) -> None:
+    """The depths are those that were asked for, of three blocks."""
+    found = remap.shrink(tiny.teacher, tmp_path / "small", depth=2, blocks="uniform", data=tiny.data)
+    assert (found.before.depth, found.after.depth, len(found.kept)) == (3, 2, 2)
+    assert (tmp_path / "small" / "model.safetensors").is_file()
+    with pytest.raises(RecipeError, match="nothing is to be cut"):
+        remap.shrink(tiny.teacher, tmp_path / "other")

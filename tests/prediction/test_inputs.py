@@ -1,0 +1,68 @@
+"""Which images words name, in which order, and that they are taken one after the other."""
+
+import io
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from remap.errors import DataError
+from remap.prediction.inputs import Inputs
+
+FILES = ("a.png", "b/c.png", "b/d.jpg", "b/notes.txt", ".hidden.png")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for name in FILES:
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    return tmp_path / "photos"
+
+
+def paths(inputs: Inputs, root: Path) -> list[str]:
+    return [item.path.removeprefix(f"{root}/") for item in inputs]
+
+
+def test_folders_patterns_and_lists_name_the_same_files(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = ["a.png", "b/c.png", "b/d.jpg"]
+    inputs = Inputs([photos])
+    assert paths(inputs, photos) == paths(inputs, photos) == expected  # a second time too
+    assert dict(inputs.left_out) == {".txt files are not read": 1, "hidden or made by the system": 1}
+    assert paths(Inputs([photos / "**" / "*.[pj][np]g"]), photos) == expected
+    assert paths(Inputs([photos / "a.png", photos / "b"]), photos) == expected
+    (photos.parent / "list.txt").write_text(f"{photos}/a.png\n\n{photos}/b\r\n")
+    assert paths(Inputs([], [photos.parent / "list.txt"]), photos) == expected
+    lines = io.TextIOWrapper(io.BytesIO(f"{photos}\n".encode()))
+    monkeypatch.setattr(sys, "stdin", lines)
+    assert paths(Inputs(["-"]), photos) == expected
+
+
+@pytest.mark.parametrize("kind", [".tar", ".tar.gz", ".zip"])
+def test_archives_are_read_where_they_lie(photos: Path, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"photos{kind}"
+    if kind == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in FILES:
+                archive.write(photos / name, name)
+    else:
+        with tarfile.open(path, "w:gz" if kind.endswith("gz") else "w") as tar:
+            tar.add(photos, ".")
+    found = {item.path.removeprefix(f"{path}/"): item.read() for item in Inputs([path])}
+    assert found == {name: name.encode() for name in FILES[:3]}
+
+
+def test_words_that_name_nothing_are_refused(photos: Path, tmp_path: Path) -> None:
+    for words, what in ((["absent.png"], "no such file or folder"), ([], "no images are named")):
+        with pytest.raises(DataError, match=what):
+            Inputs(words)
+    (tmp_path / "empty").mkdir()
+    for words in ([tmp_path / "empty"], [str(photos / "*.gif")]):
+        with pytest.raises(DataError, match="no images there"):
+            list(Inputs(words))
+    with pytest.raises(DataError, match=r"cannot read .*list.txt: No such file"):
+        list(Inputs([], [tmp_path / "list.txt"]))
+    assert [item.path for item in Inputs([photos / "a.png", "absent.png"])][1] == "absent.png"

@@ -1,0 +1,170 @@
+"""Rows are what the student says of each image, in every format, from any number of processes, and after a kill."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import remap
+from remap.data.thread_pool import map_ahead, threads
+from remap.errors import RunError
+from remap.pipeline.student_api import load_student
+from remap.prediction.inputs import Inputs
+from remap.prediction.output import PredictionFile
+from remap.prediction.predict import open_students, predict_to_file
+from remap.prediction.predictions import Wanted, predictions
+from remap.progress import Silent
+
+MakeTask = Callable[..., Path]
+BROKEN = "07.png"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Eleven images, one of them broken."""
+    draws = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for index in range(11):
+        pixels = draws.integers(0, 256, (18, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{index:02d}.png")
+    (tmp_path / "photos" / BROKEN).write_bytes(b"text")
+    return tmp_path / "photos"
+
+
+def test_python_iterates_over_what_the_student_says(make_task: MakeTask, photos: Path) -> None:
+    """Expected: the student's own forward and softmax, image by image; pooled features by timm's forward_head."""
+    run = make_task("one", "lora", tuple("abcd"))
+    student = load_student(run, "cpu")
+    rows = list(remap.predict(run, photos, top=9, probabilities=True, embeddings=True, batch_size=4, device="cpu"))
+    assert [Path(row.path).name for row in rows] == [f"{index:02d}.png" for index in range(11)]
+    assert [row.error for row in rows if row.error] == ["not an image"] and not rows[7].top
+    for row in rows[:7] + rows[8:]:
+        expected = student.logits([row.path]).softmax(-1)[0]
+        assert row.probabilities == pytest.approx(expected.tolist(), abs=1e-6)
+        assert sorted(row.indices) == [0, 1, 2, 3] and [name for name, _ in row.top] == ["abcd"[i] for i in row.indices]
+        assert [p for _, p in row.top] == sorted((row.probabilities or ()), reverse=True)
+        logits = student.network.model.head(__import__("torch").tensor(row.embedding))
+        assert logits.softmax(-1).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_several_tasks_answer_in_one_pass(make_task: MakeTask, photos: Path) -> None:
+    """Expected: each run alone. Two of them share the frozen backbone's features."""
+    runs = {
+        "one": make_task("one", "linear"),
+        "two": make_task("two", "mlp", ("x", "y")),
+        "v": make_task("v", "vpt_deep"),
+    }
+    together = list(remap.predict(runs, photos, top=3, device="cpu"))
+    assert [row.task for row in together[:3]] == list(runs) and len(together) == 33
+    for name, run in runs.items():
+        alone = remap.predict(run, photos, top=3, device="cpu")
+        for row, expected in zip([row for row in together if row.task == name], alone, strict=True):
+            assert (row.path, row.error, row.indices) == (expected.path, expected.error, expected.indices)
+            assert [p for _, p in row.top] == pytest.approx([p for _, p in expected.top], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_file_holds_the_rows(make_task: MakeTask, photos: Path, tmp_path: Path, kind: str) -> None:
+    run, path = make_task("one", "linear", ("a", "b, c")), tmp_path / f"rows.{kind}"
+    if kind == "parquet":
+        parquet = pytest.importorskip("pyarrow.parquet", reason="an extra")
+    expected = [row.to_dict() for row in remap.predict(run, photos, top=2, probabilities=True, device="cpu")]
+    counts = predict_to_file(run, Inputs([photos]), path, Wanted(2, True, batch_size=4), Silent())
+    assert counts == (11, 1) and not (tmp_path / f"rows.{kind}.parts").exists()
+    if kind == "jsonl":
+        assert [json.loads(line) for line in path.read_text().splitlines()] == json.loads(json.dumps(expected))
+        return
+    if kind == "csv":
+        with open(path, newline="") as file:
+            rows: list[dict[str, Any]] = list(csv.DictReader(file))
+        rows = [{**row, "top": json.loads(row["top"])} for row in rows]
+    else:
+        table = parquet.read_table(path)
+        rows = table.to_pylist()
+        assert json.loads(table.schema.metadata[b"classes"]) == {"": ["a", "b, c"]}
+    assert [row["path"] for row in rows] == [row["path"] for row in expected]
+    assert [row["class"] or None for row in rows] == [
+        row["top"][0]["class"] if row["top"] else None for row in expected
+    ]
+    assert [one["index"] for one in rows[0]["top"]] == [one["index"] for one in expected[0]["top"]]
+    assert rows[7]["error"] == "not an image" and not rows[0]["error"]
+
+
+def test_a_killed_command_continues(make_task: MakeTask, photos: Path, tmp_path: Path) -> None:
+    """As SIGKILL leaves it: whole rows and half of one. Expected: the bytes of a file that was written in one go."""
+    runs = {"one": make_task("one", "linear"), "two": make_task("two", "lora")}
+    wanted, computed = Wanted(batch_size=2), []
+    predict_to_file(runs, Inputs([photos]), tmp_path / "whole.jsonl", wanted, Silent())
+    lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+    path, settings = tmp_path / "rows.jsonl", {"tasks": {"one": "", "two": ""}}
+    students = open_students(runs, "cpu")
+
+    def rows_of(items: Iterator[Any]) -> Iterator[Any]:
+        for rows in predictions(students, items, wanted):
+            computed.append(rows[0].path)
+            yield rows
+
+    for cut in (lines[0][:9], b"".join(lines[:5]) + lines[5][:-1], b"".join(lines[:9])):
+        file = PredictionFile(path, settings)
+        (file.folder / "0.part").write_bytes(cut)
+        computed.clear()
+        file.predict(Inputs([photos]), rows_of)
+        assert len(computed) == 11 - cut.count(b"\n") // 2
+        assert file.merge({}) == (11, 1)
+        assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+        path.unlink()
+
+
+def test_parts_of_other_commands_are_not_continued(make_task: MakeTask, photos: Path, tmp_path: Path) -> None:
+    run, path = make_task("one", "linear"), tmp_path / "rows.jsonl"
+    items = Inputs([photos])
+    file = PredictionFile(path, {"tasks": {"": "x"}, "top": 1})
+    rows = predictions(open_students(run, "cpu"), items, Wanted())
+    with open(file.folder / "0.part", "w") as part:
+        part.writelines(json.dumps(one.to_dict()) + "\n" for image in islice(rows, 3) for one in image)
+    with pytest.raises(RunError, match="holds rows of another command"):
+        PredictionFile(path, {"tasks": {"": "x"}, "top": 2})
+    for words in ([photos / "00.png"], [photos / "02.png", photos]):
+        with pytest.raises(RunError, match="the images are not those"):
+            file.predict(Inputs(words), lambda items: iter(()))
+    path.touch()
+    with pytest.raises(RunError, match="is there already"):
+        PredictionFile(path, {"tasks": {"": "x"}, "top": 1})
+    with pytest.raises(RunError, match=r"allowed: .*\.jsonl"):
+        PredictionFile(tmp_path / "rows.txt", {"tasks": {}})
+
+
+@pytest.mark.parametrize("processes", [2, 3, 12])
+def test_the_parts_of_several_processes_are_merged(
+    photos: Path, make_task: MakeTask, tmp_path: Path, processes: int
+) -> None:
+    """Expected: the file of one process; a batch of another size may round differently."""
+    students = open_students(make_task("one", "linear"), "cpu")
+    make = partial(PredictionFile, settings={"tasks": {"": "x"}, "top": 1})
+    results = []
+    for count in (1, processes):
+        files = [make(tmp_path / f"{count}.jsonl", process=process, processes=count) for process in range(count)]
+        for file in reversed(files):
+            file.predict(Inputs([photos]), lambda items: predictions(students, items, Wanted()))
+        assert files[0].merge({}) == (11, 1)
+        results.append([json.loads(line) for line in (tmp_path / f"{count}.jsonl").read_text().splitlines()])
+    for one, other in zip(*results, strict=True):
+        assert (one["path"], one["error"]) == (other["path"], other["error"])
+        assert [(b["class"], pytest.approx(b["probability"], abs=1e-6)) for b in one["top"]] == [
+            (b["class"], b["probability"]) for b in other["top"]
+        ]
+
+
+def test_no_more_images_wait_than_are_decoded_ahead() -> None:
+    taken: list[int] = []
+    with threads(2) as pool:
+        found = map_ahead(pool, str, (taken.append(i) or i for i in range(100)), 5)  # type: ignore[func-returns-value]
+        assert list(islice(found, 3)) == [(0, "0"), (1, "1"), (2, "2")] and len(taken) == 7
+        assert [item for item, _ in found] == list(range(3, 100))

@@ -1,0 +1,82 @@
+"""A folder of tasks: each is what was added, byte for byte, and the backbone is there once."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from remap.errors import RunError, UnknownName
+from remap.pipeline.student_api import load_student
+from remap.tasks.shelf import Shelf
+
+MakeTask = Callable[..., Path]
+TASKS = {"birds": ("lora", ("a", "b")), "cars": ("vpt_deep", ("x", "y", "z")), "leaves": ("linear", ("p", "q"))}
+
+
+@pytest.fixture
+def shelf(make_task: MakeTask, tmp_path: Path) -> Path:
+    for name, (method, classes) in TASKS.items():
+        Shelf.with_task(tmp_path / "shelf", name, make_task(name, method, classes))
+    return tmp_path / "shelf"
+
+
+def test_tasks_answer_from_the_shelf_as_they_did_before(shelf: Path, tmp_path: Path, tiny: object) -> None:
+    """Expected: each task folder by itself, on the backbone it was tuned on."""
+    views = torch.randint(0, 256, (4, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    multi = Shelf(shelf).open("cpu")
+    for name in TASKS:
+        assert (shelf / "tasks" / name / "task.json").read_bytes() == (tmp_path / name / "task.json").read_bytes()
+        expected = load_student(tmp_path / name, "cpu").logits_of_views(views)
+        assert torch.equal(multi.student(name).logits_of_views(views), expected)
+    assert multi.current == "birds"
+
+
+def test_the_shelf_is_no_larger_than_backbone_and_tasks(shelf: Path, tmp_path: Path) -> None:
+    """Bound of issue 15: the backbone, and 1.1 times what each task trains; JSON apart, which tiny tasks outweigh."""
+    weights = (shelf / "backbone" / "model.safetensors").stat().st_size
+    tasks = sum((tmp_path / name / "task.safetensors").stat().st_size for name in TASKS)
+    every = sum(path.stat().st_size for path in shelf.rglob("*") if path.is_file() and path.suffix != ".json")
+    assert every == weights + tasks
+
+
+def test_the_current_task_is_kept(shelf: Path) -> None:
+    Shelf(shelf).switch("cars")
+    assert Shelf(shelf).current == "cars" and Shelf(shelf).open("cpu").current == "cars"
+    assert [(row.name, row.method, row.classes, row.current) for row in Shelf(shelf).rows()] == [
+        (name, method, len(classes), name == "cars") for name, (method, classes) in TASKS.items()
+    ]
+    with pytest.raises(UnknownName, match="there is no task 'boats'"):
+        Shelf(shelf).switch("boats")
+
+
+def test_another_task_changes_no_file_of_an_earlier_one(shelf: Path, make_task: MakeTask) -> None:
+    before = {path: path.read_bytes() for path in shelf.rglob("*") if path.is_file() and path.name != "shelf.json"}
+    Shelf.with_task(shelf, "more", make_task("more", "full"))
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert [row.problem for row in Shelf(shelf).verify()] == [""] * 5
+
+
+@pytest.mark.parametrize("file", ["tasks/cars/task.safetensors", "tasks/cars/task.json", "backbone/model.safetensors"])
+def test_a_changed_byte_is_found(shelf: Path, file: str) -> None:
+    data = bytearray((shelf / file).read_bytes())
+    data[-9] ^= 1
+    (shelf / file).write_bytes(data)
+    wrong = {row.name: row.problem for row in Shelf(shelf).verify() if row.problem}
+    assert list(wrong) == ["cars" if "cars" in file else "(backbone)"], wrong
+
+
+def test_what_does_not_belong_is_refused(shelf: Path, make_task: MakeTask, tiny: object, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="has a task cars already"):
+        Shelf.with_task(shelf, "cars", make_task("again", "lora"))
+    with pytest.raises(RunError, match="tuned on another backbone"):
+        Shelf.with_task(shelf, "other", make_task("other", "lora", model=tiny.teacher))  # type: ignore[attr-defined]
+    with pytest.raises(RunError, match="cannot have this name"):
+        Shelf.with_task(shelf, "../up", make_task("up", "lora"))
+    with pytest.raises(RunError, match=r"not a shelf of tasks: shelf.json: No such file"):
+        Shelf(tmp_path / "absent")
+    content = json.loads((shelf / "shelf.json").read_text())
+    (shelf / "shelf.json").write_text(json.dumps({**content, "current": "leaves"}))
+    with pytest.raises(RunError, match="does not fit its own SHA-256"):
+        Shelf(shelf)
