@@ -211,8 +211,6 @@ class Recipe(Section):
             "data": named.without_later(
                 data, *_SILENT["data"], *Augmentation.model_fields, *(() if places else _DATA_PATHS)
             )
-                data, *_SILENT["data"], *Augmentation.model_fields, *(() if places else _DATA_PATHS)
-            )
             | {"augment": data.augmentation.key()},
             "teacher": teachers[0] if teachers else None,
             "more_teachers": teachers[1:],
