@@ -30,18 +30,19 @@ class PeftFolder(Format):
 
     def write(self, source: TaskSource, folder: Path, options: ExportOptions) -> dict[str, Any]:
         network = source.network()
+        config: Any  # peft's types know neither fields of subclasses nor what modules hold
         config, states = _of_lora(network) if source.meta.method.name == "lora" else _of_row(source, network)
         config.base_model_name_or_path = source.meta.backbone.model
         config.modules_to_save = list(network.anatomy.classifier_heads)
         model = peft.get_peft_model(_base(source), config)
-        layers = model.base_model.model
+        layers: Any = model.base_model.model
         with torch.no_grad():
             for path, state in states.items():
                 _put(layers.get_submodule(path), state)
             for path in network.anatomy.classifier_heads:
                 saved = layers.get_submodule(path).modules_to_save["default"]
-                saved.load_state_dict(network.model.get_submodule(path).state_dict())
-        model.save_pretrained(folder, save_embedding_layers=False)
+                saved.load_state_dict(module_at(network.model, path).state_dict())
+        model.save_pretrained(str(folder), save_embedding_layers=False)
         return {}
 
     def open(self, source: TaskSource, folder: Path, options: ExportOptions) -> Answer:
@@ -107,7 +108,8 @@ def _of_row(source: TaskSource, network: Network) -> tuple[peft.PeftConfig, dict
     method = kind(kind.Config(**spec.options))
     layers = {}
     for layer in layers_of(network.anatomy, method.config.targets, row.default_targets):
-        outputs, inputs = module_at(network.model, layer.path).weight.shape[:2]
+        weight = module_at(network.model, layer.path).get_parameter("weight")
+        outputs, inputs = weight.shape[:2]
         layers[layer.path] = PeftLayer(layer.words, outputs, inputs)
     name = f"remap_{row.name}"
     common = network.model.get_submodule(name).state_dict() if row.shared else {}

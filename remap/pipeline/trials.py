@@ -20,7 +20,8 @@ def objectives(recipe: Recipe) -> dict[str, tuple[LossSpec, ...] | None]:
 
     Of equal ones the first is taken, so labels alone come first.
     """
-    ce, kd = LossSpec(name="ce"), {one: LossSpec(name="kd", **{"temperature": one}) for one in TEMPERATURES}
+    ce = LossSpec(name="ce")
+    kd = {one: LossSpec.model_validate({"name": "kd", "temperature": one}) for one in TEMPERATURES}
     found: dict[str, tuple[LossSpec, ...] | None] = {"labels": None}
     found |= {f"labels-kd{one:g}": (ce, kd[one]) for one in TEMPERATURES}
     if all(spec.overtaken == "keep" for spec in recipe.teachers):  # a teacher that fades needs a loss on labels

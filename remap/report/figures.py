@@ -81,7 +81,8 @@ class Drawing:
         return self._saved("png", dpi=200)
 
     def _saved(self, kind: str, **options: Any) -> bytes:
-        with rc_context({**_STYLE, "svg.hashsalt": self.name}), warnings.catch_warnings():
+        style: dict[Any, Any] = {**_STYLE, "svg.hashsalt": self.name}
+        with rc_context(style), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a letter that the font of the PNG lacks; the page has its reader's fonts
             (width, height), (left, bottom, right, top) = self.size, self.margins
             box = (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)
@@ -112,7 +113,7 @@ def curve(name: str, title: str, lines: Mapping[str, Sequence[tuple[int, float]]
     def paint(axes: Axes) -> None:
         for number, (label, points) in enumerate(lines.items()):
             epochs, values = zip(*points, strict=True)
-            few = {"marker": "o", "markersize": 4} if len(points) < 30 else {}
+            few: dict[str, Any] = {"marker": "o", "markersize": 4} if len(points) < 30 else {}
             colour, style = COLOURS[SERIES[number]], "--" if number else "-"
             axes.plot(epochs, values, style, color=colour, label=plain(label), linewidth=1.8, **few)
         axes.set_title(plain(title))

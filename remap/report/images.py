@@ -42,7 +42,7 @@ def confused_pairs(evidence: Evidence) -> list[dict[str, Any]]:
 
 def class_rows(evidence: Evidence) -> list[dict[str, Any]]:
     """Return the least accurate classes first: images, accuracy with interval, the teacher's, the usual mistake."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for label, name in enumerate(evidence.classes):
         chosen = [i for i, one in enumerate(evidence.labels) if one == label and evidence.student.predictions[i] >= 0]
         if not chosen:

@@ -3,12 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from remap.io.names import plain
 from remap.report.figures import COLOURS, SERIES, WIDTH, Drawing
+
+# Left, bottom, right and top, in points.
+_Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -85,15 +90,15 @@ def _label(axes: Axes, points: Sequence[Point]) -> None:
         x, y = axes.transData.transform((point.parameters, height)) * 72 / axes.figure.dpi
         return float(x), float(y)
 
-    taken = []
+    taken: list[_Box] = []
     for point in points:
         (x, low), (_, high) = (at(point, point.mean + sign * (point.spread or 0.0)) for sign in (-1, 1))
         taken.append((x - 4, low - 4, x + 4, high + 4))
-    edges = axes.bbox.extents * 72 / axes.figure.dpi
+    edges = np.asarray(axes.bbox.extents) * 72 / axes.figure.dpi
     for point in sorted((one for one in points if one.filled), key=lambda one: one.mean):
         x, y = at(point, point.mean)
         width = 5.2 * len(point.name)
-        options = []
+        options: list[tuple[int, int, _Box]] = []
         for across, up, align in _SIDES:
             left = x + across - {"left": 0.0, "center": width / 2, "right": width}[align]
             box = (left, y + up - 5, left + width, y + up + 5)
@@ -102,9 +107,9 @@ def _label(axes: Axes, points: Sequence[Point]) -> None:
         _, chosen, box = min(options)
         taken.append(box)
         across, up, align = _SIDES[chosen]
-        text = {"ha": align, "va": "center", "fontsize": 9, "textcoords": "offset points"}
+        text: dict[str, Any] = {"ha": align, "va": "center", "fontsize": 9, "textcoords": "offset points"}
         axes.annotate(plain(point.name), (point.parameters, point.mean), (across, up), **text)
 
 
-def _overlap(first: tuple[float, ...], second: tuple[float, ...]) -> bool:
+def _overlap(first: _Box, second: _Box) -> bool:
     return first[0] < second[2] and second[0] < first[2] and first[1] < second[3] and second[1] < first[3]

@@ -85,7 +85,7 @@ class MultiTask:
         fresh_head(copied.model, copied.anatomy, len(meta.classes))
         network = network_of(folder, meta, tensors, copied)
         require_classifier(network, folder)
-        self.students[name] = Student(frozen(network), meta.view, self.device)
+        self.students[name] = Student(frozen(network), meta.view, self.device, folder)
         self._routers.clear()
         reason = why_not_together(network.model, self._backbone.model, network.anatomy)
         if reason is not None:
