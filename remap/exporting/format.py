@@ -13,7 +13,9 @@ from remap.errors import RemapError, RunError
 from remap.exporting import FORMATS, FormatEntry
 from remap.exporting.task_source import TaskSource
 
-Input, Layout, Int8 = Literal["float", "uint8"], Literal["nchw", "nhwc"], Literal["dynamic", "static"]
+Input = Literal["float", "uint8"]
+Layout = Literal["nchw", "nhwc"]
+Int8 = Literal["dynamic", "static"]
 # From views, uint8 (B, C, H, W), to what the exported file answers, (B, classes).
 Answer = Callable[[Tensor], Tensor]
 
