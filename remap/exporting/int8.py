@@ -61,10 +61,10 @@ def quantise(source: TaskSource, file: Path, options: ExportOptions) -> None:
 
 
 class _Calibration:
-    """Feeds images to the quantiser, in small batches: it keeps what they made of every layer."""
+    """Feeds images to the quantiser, one by one: batches have to be of one size."""
 
     def __init__(self, images: Tensor) -> None:
-        self._batches: Iterator[Tensor] = iter(images.split(16))
+        self._batches: Iterator[Tensor] = iter(images.split(1))
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         batch = next(self._batches, None)

@@ -20,6 +20,7 @@ from remap.tuning import METHODS
 from remap.tuning.layers import layers_of
 from remap.tuning.parameter.lora import LowRank
 from remap.tuning.parameter.peft_rows import PeftEntry, PeftLayer
+from remap.tuning.weights import registered
 
 # The tensors of one layer of PEFT, by the names that PEFT gives them.
 State = dict[str, Tensor]
@@ -30,23 +31,23 @@ class PeftFolder(Format):
 
     def write(self, source: TaskSource, folder: Path, options: ExportOptions) -> dict[str, Any]:
         network = source.network()
-        config: Any  # peft's types know neither fields of subclasses nor what modules hold
+        config: Any
         config, states = _of_lora(network) if source.meta.method.name == "lora" else _of_row(source, network)
-        config.base_model_name_or_path = source.meta.backbone.model
         config.modules_to_save = list(network.anatomy.classifier_heads)
-        model = peft.get_peft_model(_base(source), config)
-        layers: Any = model.base_model.model
+        model: Any = peft.get_peft_model(_base(source), config)
+        model.peft_config["default"].base_model_name_or_path = source.meta.backbone.model  # peft takes timm's: None
+        layers = model.base_model.model
         with torch.no_grad():
             for path, state in states.items():
                 _put(layers.get_submodule(path), state)
             for path in network.anatomy.classifier_heads:
                 saved = layers.get_submodule(path).modules_to_save["default"]
-                saved.load_state_dict(module_at(network.model, path).state_dict())
+                saved.load_state_dict(network.model.get_submodule(path).state_dict())
         model.save_pretrained(str(folder), save_embedding_layers=False)
         return {}
 
     def open(self, source: TaskSource, folder: Path, options: ExportOptions) -> Answer:
-        return answer_of(source, peft.PeftModel.from_pretrained(_base(source), folder).eval())
+        return answer_of(source, peft.PeftModel.from_pretrained(_base(source), str(folder)).eval())
 
     def usage(self, source: TaskSource, options: ExportOptions) -> str:
         return snippets.peft_adapter(source, preprocessing(source))
@@ -108,8 +109,7 @@ def _of_row(source: TaskSource, network: Network) -> tuple[peft.PeftConfig, dict
     method = kind(kind.Config(**spec.options))
     layers = {}
     for layer in layers_of(network.anatomy, method.config.targets, row.default_targets):
-        weight = module_at(network.model, layer.path).get_parameter("weight")
-        outputs, inputs = weight.shape[:2]
+        outputs, inputs = registered(module_at(network.model, layer.path), "weight").shape[:2]
         layers[layer.path] = PeftLayer(layer.words, outputs, inputs)
     name = f"remap_{row.name}"
     common = network.model.get_submodule(name).state_dict() if row.shared else {}
