@@ -266,6 +266,12 @@ TINY_MODELS = [
         {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)},
         ("runs",),
     ),
+    TinyModel(
+        "swinv2",
+        "swinv2",
+        "swinv2_tiny_window8_256",
+        {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 2), "num_heads": (1, 2)},
+    ),
     # Convolutional networks.
     TinyModel(
         "convnext",

@@ -65,7 +65,8 @@ class AttentionBlock(Block):
     ``attn_branch_end`` and ``mlp_branch_end`` are the last modules of their branches, after LayerScale and
     drop-path, whose outputs are added to the residual stream. ``attn_scale`` and ``mlp_scale`` are the paths of the
     LayerScale vectors of shape (D,), None where there are none. ``plain_scores``: scores are q k^T and nothing else,
-    without a norm or rotation of keys and without a position bias.
+    without a norm or rotation of keys and without a position bias. ``norms_behind``: norm1 and norm2 stand at the end
+    of their branches instead, where a scale of the layers before them is lost.
     """
 
     norm1: str = ""
@@ -80,6 +81,7 @@ class AttentionBlock(Block):
     mlp_branch_end: str = ""
     mlp_scale: str | None = None
     plain_scores: bool = False
+    norms_behind: bool = False
 
     @property
     def proj(self) -> str:

@@ -141,10 +141,11 @@ def test_branch_ends_are_added_to_the_residual_stream(attention_name: str, tiny_
         torch.testing.assert_close(plain["mid"], (x + plain["attn_end"].reshape_as(x)).reshape(flat))
         torch.testing.assert_close(plain["out"].reshape(flat), plain["mid"] + plain["mlp_end"].reshape(flat))
         scale = 1.0 if block.attn_scale is None else tensor_at(model, block.attn_scale)
-        if anatomy.family != "swin":  # its attention module sees windows
+        if not anatomy.family.startswith("swin"):  # whose attention modules see windows
             torch.testing.assert_close(plain["attn_end"], scale * plain["attn"])
         scale = 1.0 if block.mlp_scale is None else tensor_at(model, block.mlp_scale)
-        torch.testing.assert_close(plain["mlp_end"], scale * plain["mlp"])
+        norm = module_at(model, block.norm2) if block.norms_behind else nn.Identity()
+        torch.testing.assert_close(plain["mlp_end"], scale * norm(plain["mlp"]))
 
         shifted = run(block.mlp_branch_end, constant)
         torch.testing.assert_close(shifted["out"], plain["out"] + constant)
@@ -169,7 +170,8 @@ def _run_one(
         handles.append(module_at(model, shifted).register_forward_hook(lambda m, args, output: output + constant))
     for word, path in watched.items():
         handles.append(module_at(model, path).register_forward_hook(partial(_keep, found, word)))
-    handles.append(module_at(model, block.norm2).register_forward_pre_hook(lambda m, args: found.update(mid=args[0])))
+    first = module_at(model, block.mlp if block.norms_behind else block.norm2)
+    handles.append(first.register_forward_pre_hook(lambda m, args: found.update(mid=args[0])))
     rope = {}
     if getattr(model, "rope", None) is not None:
         angles = torch.linspace(-3, 3, 16 * block.head_dim, dtype=torch.float64).reshape(16, block.head_dim)
@@ -259,7 +261,7 @@ def test_queries_and_keys_rows(attention_name: str, tiny_model: Build) -> None:
         twin, maps = copy.deepcopy(model), list[Tensor]()
         with torch.no_grad():
             for name, parameter in twin.named_parameters():
-                if "q_norm" in name or "k_norm" in name or "relative_position" in name:
+                if "q_norm" in name or "k_norm" in name or "relative_position" in name or "cpb" in name:
                     parameter.zero_()
         for block in anatomy.blocks:
             _zero(twin, block.projections[word])
@@ -287,6 +289,30 @@ def test_called_says_whether_a_hook_would_run(attention_name: str, tiny_model: B
         for word, projection in block.projections.items():
             assert projection.called == (projection.path in ran), word
     assert set(anatomy.classifier_heads) <= ran
+
+
+def test_cosine_attention_of_windows_in_closed_form(tiny_model: Build) -> None:
+    """Liu et al. 2021 (arXiv 2111.09883), equation 2: softmax(cos(q, k) / tau + B) v, from the anatomy's rows."""
+    model = tiny_model("swinv2")
+    for block in anatomy_of(model).attention_blocks:
+        attention, words = module_at(model, block.attn), block.projections
+        x = torch.randn(3, 16, block.width, dtype=torch.float64)
+        q, k, v = (
+            (x @ module_at(model, p.path).weight[p.rows].mT + tensor_at(model, p.bias)).unflatten(-1, (block.heads, -1))
+            for p in (words["q"], words["k"], words["v"])
+        )
+        cosines = torch.cosine_similarity(q[:, :, None], k[:, None], dim=-1)  # (windows, query, key, heads)
+        cells = [(row, column) for row in range(4) for column in range(4)]
+        bias = torch.stack([torch.stack([_position_bias(attention, a, b) for b in cells]) for a in cells])
+        scores = cosines * attention.logit_scale.flatten().exp().clamp(max=100) + bias
+        mixed = torch.einsum("wqkh,wkhd->wqhd", scores.softmax(dim=2), v).flatten(2)
+        torch.testing.assert_close(module_at(model, block.proj)(mixed), attention(x))
+
+
+def _position_bias(attention: nn.Module, query: tuple[int, int], key: tuple[int, int]) -> Tensor:
+    """16 sigmoid of an MLP of sign(d) log2(1 + 8 |d| / 3) / 3, d the offsets in a window of 4 x 4: one value a head."""
+    offset = 8 * (torch.tensor(query, dtype=torch.float64) - torch.tensor(key)) / 3
+    return 16 * attention.cpb_mlp(offset.sign() * torch.log2(1 + offset.abs()) / 3).sigmoid()
 
 
 def test_fused_attention_is_a_choice_of_kernel_only(attention_name: str, tiny_model: Build) -> None:
@@ -587,6 +613,7 @@ NAMES = {
     "naflexvit": "naflexvit_base_patch16_gap naflexvit_base_patch16_siglip naflexvit_large_patch16_radio_v3",
     "beit": "beit_base_patch16_224 beitv2_base_patch16_224 beitv2_large_patch16_224",
     "swin": "swin_tiny_patch4_window7_224 swin_base_patch4_window12_384 swin_s3_tiny_224",
+    "swinv2": "swinv2_tiny_window8_256",
     "convnext": "convnext_tiny convnext_atto convnext_zepto_rms convnext_nano_ols convnextv2_nano convnext_tiny_hnf",
     "resnet": "resnet18 resnet50 resnet50d resnet26t seresnet50 resnext50_32x4d wide_resnet50_2 resnetrs50",
 }

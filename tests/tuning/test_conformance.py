@@ -329,6 +329,7 @@ MODELS = {
     "eva": "eva02",
     "beit": "beit",
     "swin": "swin",
+    "swinv2": "swinv2",
     "convnext": "convnext",
     "resnet": "resnet",
     "generic": "efficientnet",

@@ -8,7 +8,7 @@ from remap.registry import Entry, Registry
 PARTS = {
     "blocks": "residual blocks that can be told apart",
     "sequence": "one sequence of tokens of one width through all blocks",
-    "attention": "blocks of attention and MLP with a residual stream",
+    "attention": "blocks of attention and MLP with a residual stream, each behind a norm",
     "linears": "blocks with linear layers, or convolutions that count as such",
     "convolutions": "blocks with spatial convolutions",
 }
@@ -93,6 +93,16 @@ FAMILIES: Registry[FamilyEntry] = Registry(
             modules=("swin_transformer",),
         ),
         FamilyEntry(
+            name="swinv2",
+            target="remap.backbones.families.swin:SwinV2",
+            category="transformer",
+            summary="window transformers with cosine attention and norms behind it",
+            paper="Liu et al. 2021, arXiv 2111.09883",
+            parts=frozenset({"blocks", "linears"}),
+            examples="swinv2_* without cr",
+            modules=("swin_transformer_v2",),
+        ),
+        FamilyEntry(
             name="convnext",
             target="remap.backbones.families.convnext:ConvNeXt",
             category="convolutional",
@@ -120,7 +130,7 @@ FAMILIES: Registry[FamilyEntry] = Registry(
             summary="other networks of timm, by their stages",
             paper="Wightman 2019, timm",
             parts=frozenset({"linears", "convolutions"}),
-            examples="efficientnet*, mobilenet*, regnet*, maxvit*, hiera*, swinv2*, and unusual variants of the above",
+            examples="efficientnet*, mobilenet*, regnet*, maxvit*, hiera*, and unusual variants of the above",
             modules=(),
         ),
     ],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import AttentionBlock, Projection, plain_class
 from remap.backbones.families.base import Undo, require_size
-from remap.backbones.typed import as_timm, layer_at, submodule
+from remap.backbones.typed import as_timm, layer_at
 
 MLPS = (Mlp, GluMlp, SwiGLU)
 T = TypeVar("T")
@@ -149,7 +149,7 @@ def rest_of_stages(stages: Iterable[nn.Module], index: int, x: Tensor) -> Tensor
     """
     entered = False
     for stage in stages:
-        blocks = submodule(stage, "blocks", nn.Sequential)
+        blocks: Any = stage.blocks  # a Sequential, or in SwinV2 a ModuleList
         if entered:
             x = stage(x)
         elif index < len(blocks):

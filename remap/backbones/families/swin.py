@@ -1,10 +1,11 @@
-"""Swin transformers: attention in windows, stages of shrinking grids; and what prompts need of them.
+"""Swin transformers, version 1 and 2: attention in windows, stages of shrinking grids; and what prompts need of them.
 
 Letters: B batch, M windows of an image, N tokens of a window, H heads, p prompts, C width of a stage.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import Mlp, PatchEmbed
@@ -12,9 +13,10 @@ from timm.models.swin_transformer import (
     PatchMerging,
     SwinTransformer,
     SwinTransformerBlock,
-    SwinTransformerStage,
     WindowAttention,
 )
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
+from timm.models.swin_transformer_v2 import WindowAttention as CosineAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,13 +35,19 @@ from remap.backbones.typed import submodule
 
 
 class Swin(Family[SwinTransformer]):
-    """timm's ``SwinTransformer`` (version 1). A block takes (B, H, W, D); its norm2 and MLP see (B, H*W, D)."""
+    """timm's ``SwinTransformer`` (version 1). A block takes (B, H, W, D); its norm2 and MLP see (B, H*W, D).
+
+    Attributes:
+        kinds: Classes of the model, its blocks and their attention.
+    """
 
     name = "swin"
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = (SwinTransformer, SwinTransformerBlock, WindowAttention)
 
     def matches(self, model: nn.Module) -> bool:
-        return exactly(model, SwinTransformer) and all(
-            exactly(block, SwinTransformerBlock) and exactly(block.attn, WindowAttention) and exactly(block.mlp, Mlp)
+        kind, block_kind, attention = self.kinds
+        return exactly(model, kind) and all(
+            exactly(block, block_kind) and exactly(block.attn, attention) and exactly(block.mlp, Mlp)
             for stage in _stages(model)
             for block in stage.blocks
         )
@@ -54,7 +62,7 @@ class Swin(Family[SwinTransformer]):
                 stage=stage,
             )
             for stage, layer in enumerate(_stages(model))
-            for index, block in enumerate(_blocks(layer))
+            for index, block in enumerate(layer.blocks)
         )
         last, embedding = blocks[-1], submodule(model, "patch_embed", PatchEmbed)
         downsamples = (f"layers.{stage}.downsample.norm" for stage in range(len(model.layers)))
@@ -93,6 +101,21 @@ class Swin(Family[SwinTransformer]):
         return model.norm(rest_of_stages(_stages(model), index, x))
 
 
+class SwinV2(Swin):
+    """timm's ``SwinTransformerV2``: x + norm1(attn(x)), then x + norm2(mlp(x)).
+
+    Its attention is softmax(s cos(q, k) + bias) with a learned scale a head and a bias that an MLP makes of positions,
+    in windows as well.
+    """
+
+    name = "swinv2"
+    kinds = (SwinTransformerV2, SwinTransformerV2Block, CosineAttention)
+
+    def read(self, model: SwinTransformer) -> Anatomy:
+        anatomy = super().read(model)
+        return replace(anatomy, blocks=tuple(replace(b, norms_behind=True) for b in anatomy.attention_blocks))
+
+
 def admit_window_tokens(model: nn.Module, anatomy: Anatomy, count: int, first: int) -> Undo:
     """Give windows of the blocks from ``first`` on room for ``count`` tokens in front, with a position bias of 0."""
     attentions = [submodule(model, block.attn, WindowAttention) for block in anatomy.attention_blocks[first:]]
@@ -117,8 +140,8 @@ def merge_prompts(merging: PatchMerging, prompts_BpC: Tensor) -> Tensor:
     return merging.reduction(merging.norm(torch.cat([prompts_BpC] * 4, dim=-1)))
 
 
-def _stages(model: SwinTransformer) -> list[SwinTransformerStage]:
-    return [submodule(model, f"layers.{index}", SwinTransformerStage) for index in range(len(model.layers))]
+def _stages(model: Any) -> list[Any]:
+    return list(model.layers)
 
 
 def _windows(model: SwinTransformer) -> Sequence[int | tuple[int, int]]:
@@ -126,10 +149,6 @@ def _windows(model: SwinTransformer) -> Sequence[int | tuple[int, int]]:
     sizes = model._ref_window_sizes
     assert not isinstance(sizes, int)
     return sizes
-
-
-def _blocks(stage: SwinTransformerStage) -> list[SwinTransformerBlock]:
-    return [submodule(stage, f"blocks.{index}", SwinTransformerBlock) for index in range(len(stage.blocks))]
 
 
 def _roomy_bias(attention: WindowAttention) -> Tensor:

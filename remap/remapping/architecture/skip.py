@@ -189,9 +189,9 @@ def _branches(model: nn.Module, block: Block) -> list[_Branch]:
     if isinstance(block, AttentionBlock):
         words = (("q", "k", "v", "o"), ("fc1", "fc1_gate", "fc2"))
         ends = (block.attn_branch_end, block.mlp_branch_end)
+        scaled = (block.norm1, block.norm2) if block.norms_behind else (block.proj, block.fc2)
         return [
-            _Branch(end, _paths(block, names), block.projections[names[-1]].path)
-            for end, names in zip(ends, words, strict=True)
+            _Branch(end, _paths(block, names), layer) for end, names, layer in zip(ends, words, scaled, strict=True)
         ]
     assert isinstance(block, ConvBlock)
     inside = module_at(model, block.block).named_modules()
