@@ -20,7 +20,7 @@ from timm.models.swin_transformer_v2 import WindowAttention as CosineAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remap.backbones.anatomy import Anatomy
+from remap.backbones.anatomy import Anatomy, plain_class
 from remap.backbones.families.base import Family, Undo, require_size
 from remap.backbones.families.reading import (
     admit_into_bias,
@@ -45,9 +45,9 @@ class Swin(Family[SwinTransformer]):
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (SwinTransformer, SwinTransformerBlock, WindowAttention)
 
     def matches(self, model: nn.Module) -> bool:
-        kind, block_kind, attention = self.kinds
-        return exactly(model, kind) and all(
-            exactly(block, block_kind) and exactly(block.attn, attention) and exactly(block.mlp, Mlp)
+        whole, *inside = self.kinds
+        return exactly(model, whole) and all(
+            [plain_class(part) for part in (block, block.attn, block.mlp)] == [*inside, Mlp]
             for stage in _stages(model)
             for block in stage.blocks
         )
