@@ -12,8 +12,8 @@ from remap_cli import options as opt
 _FILE = "File"
 
 
-def _into_file(help: str) -> Any:
-    return typer.Option(help=help, show_default=False, rich_help_panel=_FILE)
+def _into_file(flag: str, help: str) -> Any:
+    return typer.Option(flag, help=help, show_default=False, rich_help_panel=_FILE)
 
 
 def predict(
@@ -36,10 +36,12 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
     output: Annotated[
-        Path | None, _into_file("Write rows to a .jsonl, .csv or .parquet file; continues if killed.")
+        Path | None, _into_file("--output", "Write rows to a .jsonl, .csv or .parquet file; continues if killed.")
     ] = None,
-    probabilities: Annotated[bool, _into_file("Let rows hold the probabilities of all classes.")] = False,
-    embeddings: Annotated[bool, _into_file("Let rows hold the pooled features.")] = False,
+    probabilities: Annotated[
+        bool, _into_file("--probabilities", "Let rows hold the probabilities of all classes.")
+    ] = False,
+    embeddings: Annotated[bool, _into_file("--embeddings", "Let rows hold the pooled features.")] = False,
     devices: opt.Devices = None,
     json: opt.Json = False,
 ) -> None:
