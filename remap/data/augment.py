@@ -75,6 +75,8 @@ def augmented_view(
     Shapes as ``ViewSource.batch``.
     """
     images, readable = source.batch(indices)
+    if not augmentation.on:  # frozen features that stand in for a source have nothing but its batches
+        return images, readable
     return augmented(images, augmentation, draws(augmentation, seed, view, readable), source.workers), readable
 
 
