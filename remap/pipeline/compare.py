@@ -13,6 +13,7 @@ from remap.pipeline.comparison_cells import Cell, comparison_cells
 from remap.pipeline.comparison_folder import TEACHER, claim, fingerprint_of, is_done
 from remap.pipeline.objective import without_idle_losses
 from remap.progress import Progress
+from remap.recipe.checks import require_held_out_once
 from remap.recipe.schema import Recipe
 from remap.runs.run_dir import RunDir
 from remap.tuning import CATEGORIES, category_of
@@ -41,6 +42,14 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, output: Path, pr
             "a comparison is of one objective, and losses: auto chooses one for each run",
             do="name the losses: --losses ce,kd",
         )
+    joint = any(spec.joint for spec in recipe.teachers)
+    if joint and set(methods) != {"slad"}:
+        raise RunError(
+            "a joint teacher shares adapters with slad alone",
+            given=f"teacher.joint=true, methods {', '.join(methods)}",
+            do="compare slad (--methods slad), or leave teacher.joint out",
+        )
+    require_held_out_once(recipe)
     if recipe.student.shrink is not None:
         raise RunError(
             "a comparison needs a student that exists without the teacher",

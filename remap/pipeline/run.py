@@ -1,7 +1,7 @@
 """A run from start to end. Every command that trains calls ``run``."""
 
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from remap.pipeline.training_job import training_job, warn_before_training
 from remap.pipeline.trials import chosen, trials, tried
 from remap.progress import Progress, Silent, Within
 from remap.recipe import Recipe, resolve, resolve_distill
+from remap.recipe.checks import require_held_out_once
 from remap.recipe.paths import is_run
 from remap.runs.run_dir import RunDir, default_path, next_path
 from remap.runs.task import load_task, require_size_of_run, require_tuned
@@ -64,7 +65,7 @@ def run(
     # Written out: later changes of defaults must not change a run that is resumed.
     recipe, shared = recipe.written_out(), shared or SharedResources()
     main = accelerator().is_main_process
-    with run_dir.held() if main else nullcontext(), track_status(run_dir, resuming) as clock:
+    with run_dir.held() if main else nullcontext(), track_status(run_dir, resuming) as clock, ExitStack() as locks:
         _require_checkpoints(run_dir, resuming)
 
         # Tune teachers: each is a run by itself, finished before anything of this one is built.
@@ -73,7 +74,7 @@ def run(
             run(tuning, teacher_dir, Within(progress, title), resuming=True)
 
         if recipe.choose_losses:
-            recipe = _choose_losses(recipe, run_dir, progress, shared)
+            recipe = _choose_losses(recipe, run_dir, progress, shared, locks)
 
         # Open the data, build teachers and student as they see it, and the objective.
         components = build_components(recipe, run_dir, progress, shared)
@@ -210,6 +211,7 @@ def validate_inputs(recipe: Recipe, shared: SharedResources) -> None:
     Raises:
         RemapError: Data or a model is missing, or a number does not fit the classes.
     """
+    require_held_out_once(recipe)
     classes = shared.classes(recipe)
     for spec in recipe.teachers:
         OutputFormat((len(classes),), top_k=spec.top_k)
@@ -222,7 +224,9 @@ def validate_inputs(recipe: Recipe, shared: SharedResources) -> None:
             require_at_hand(spec.model, spec.weights, spec.image_size)
 
 
-def _choose_losses(recipe: Recipe, run_dir: RunDir, progress: Progress, shared: SharedResources) -> Recipe:
+def _choose_losses(
+    recipe: Recipe, run_dir: RunDir, progress: Progress, shared: SharedResources, locks: ExitStack
+) -> Recipe:
     """Try some objectives, each a short run by itself, and return the recipe with the best, also in recipe.yaml."""
     # What the trials hold in memory goes with them; teachers that are tuned serve the run too.
     own = SharedResources(data=shared.data, tuned_teachers=shared.tuned_teachers)
@@ -241,6 +245,7 @@ def _choose_losses(recipe: Recipe, run_dir: RunDir, progress: Progress, shared: 
     progress.say(f"chosen: {names}{'' if recipe.teachers else ', without the teacher'} (held-out accuracy: {losses})")
     if accelerator().is_main_process:
         run_dir.settle(recipe)
+        locks.enter_context(run_dir.held())  # recipe.yaml is another file now; the lock is on the one before
     accelerator().wait_for_everyone()
     return recipe
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel, ValidationError
 
+from remap.errors import RecipeError
 from remap.recipe.paths import is_run
 from remap.recipe.problems import lines_of
 from remap.recipe.schema import EMA, OF_OTHERS, DataSpec, Named, Recipe, StudentSpec, TeacherSpec
@@ -26,6 +27,21 @@ def name_problems(recipe: Recipe) -> list[str]:
     ]
     others = [problem for check in checks for problem in check(recipe)]
     return [*method_problems("method.name", recipe.method.name), *unknown, *others]
+
+
+def require_held_out_once(recipe: Recipe) -> None:
+    """Refuse to hold out two parts of the training images: each is drawn by itself, so images of one would be learned.
+
+    Apart from ``name_problems``: in a trial (losses: auto) both are the same images.
+
+    Raises:
+        RecipeError: What else holds images out.
+    """
+    others = {"losses: auto": recipe.choose_losses, "teacher.calibrate": any(one.calibrate for one in recipe.teachers)}
+    names = [name for name, given in others.items() if given]
+    if names and recipe.data.held_out is not None:
+        line = f"data.held_out: {' and '.join(names)} cannot hold out training images besides (leave data.held_out out)"
+        raise RecipeError([line], recipe.name)
 
 
 def method_problems(key: str, method: str) -> list[str]:
@@ -83,7 +99,7 @@ def _data_problems(recipe: Recipe) -> Iterator[str]:
     if data.source is None:
         if data.unlabeled is None:
             yield "data.source: there are no images (set data.source, or data.unlabeled to learn without labels)"
-        for name in ("val_source", "labels"):
+        for name in ("val_source", "labels", "held_out"):
             if getattr(data, name) is not None:
                 yield f"data.{name}: there are no labelled images (set data.source, or leave data.{name} out)"
         if not recipe.teachers:
