@@ -22,7 +22,8 @@ def objectives(recipe: Recipe) -> dict[str, tuple[LossSpec, ...] | None]:
     """
     ce = LossSpec(name="ce")
     kd = {one: LossSpec.model_validate({"name": "kd", "temperature": one}) for one in TEMPERATURES}
-    found: dict[str, tuple[LossSpec, ...] | None] = {"labels": None}
+    # A student that is cut from its teacher cannot be without it.
+    found: dict[str, tuple[LossSpec, ...] | None] = {} if recipe.student.shrink is not None else {"labels": None}
     found |= {f"labels-kd{one:g}": (ce, kd[one]) for one in TEMPERATURES}
     if all(spec.overtaken == "keep" for spec in recipe.teachers):  # a teacher that fades needs a loss on labels
         found["kd1"] = (kd[1.0],)
@@ -44,10 +45,12 @@ def trials(recipe: Recipe, shared: SharedResources) -> Iterator[tuple[str, Recip
         }
     )
     held_out = recipe.data.model_copy(update={"held_out": HELD_OUT})
-    update = {"data": held_out, "train": train, "baseline": False, "choose_losses": False}
+    # On a few held-out images no teacher is clearly above chance; the run itself asks on all evaluation images.
+    teachers = tuple(spec.model_copy(update={"allow_weak": True}) for spec in recipe.teachers)
+    update = {"data": held_out, "train": train, "teachers": teachers, "baseline": False, "choose_losses": False}
     short = recipe.model_copy(update=update)
     for name, losses in objectives(recipe).items():
-        trial = _with(short, losses, fewer + others, fewer)
+        trial = _with(short, losses, fewer, others)
         yield name, trial.model_copy(update={"name": f"trial-{name}"})
 
 
@@ -55,7 +58,7 @@ def chosen(recipe: Recipe, accuracies: Mapping[str, float], shared: SharedResour
     """Return the run's recipe with the objective that was best on the held-out images."""
     best = max(accuracies, key=lambda name: accuracies[name])  # of equal ones the first
     labeled, others = _images(recipe, shared)
-    found = _with(recipe, objectives(recipe)[best], labeled + others, labeled)
+    found = _with(recipe, objectives(recipe)[best], labeled, others)
     return found.model_copy(update={"choose_losses": False})
 
 
@@ -65,10 +68,11 @@ def tried(run_dir: RunDir) -> dict[str, Any]:
     return {"trials": {name: one["student"]["accuracy"] for name, one in trials.items()}} if trials else {}
 
 
-def _with(recipe: Recipe, losses: tuple[LossSpec, ...] | None, images: int, labeled: int) -> Recipe:
+def _with(recipe: Recipe, losses: tuple[LossSpec, ...] | None, labeled: int, others: int) -> Recipe:
     """Return the recipe with an objective; by labels alone it is without a teacher and has as many steps."""
     if losses is not None:
         return recipe.model_copy(update={"losses": losses})
+    images = others if recipe.data.unlabeled_only else labeled + others
     return labels_only(recipe).model_copy(update={"train": same_steps(recipe.train, images, labeled)})
 
 

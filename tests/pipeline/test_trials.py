@@ -39,6 +39,19 @@ def test_trials_are_short_and_by_labels_alone_as_long(tiny: Any) -> None:
     assert (found["kd1"].train.epochs, found["labels"].train.epochs) == (2, 5)
     assert found["labels"].train.warmup_epochs == pytest.approx(0.5 * 11 / 5)
     assert not found["labels"].teachers and all(one.data.held_out == 0.2 for one in found.values())
+    # The 12 without labels alone: 6 steps an epoch.
+    alone = auto(tiny, "data.labels=12", "data.unlabeled_only=true", "train.batch_size=2")
+    found = dict(trials(alone, SharedResources()))
+    assert (found["kd1"].train.epochs, found["labels"].train.epochs) == (1, 2)
+
+
+def test_a_trial_does_not_ask_of_few_images_what_a_run_asks_of_all(tiny: Any) -> None:
+    found = dict(trials(tiny.recipe(losses="auto"), SharedResources()))
+    assert all(spec.allow_weak for spec in found["kd1"].teachers)
+
+
+def test_a_student_that_is_cut_is_not_tried_without_its_teacher(tiny: Any) -> None:
+    assert list(objectives(auto(tiny, "student=shrink(teacher, depth=2)")))[0] == "labels-kd1"
 
 
 def test_the_best_is_taken_and_of_equal_ones_the_first(tiny: Any) -> None:
@@ -53,7 +66,16 @@ def test_the_best_is_taken_and_of_equal_ones_the_first(tiny: Any) -> None:
 def test_the_choice_is_in_the_recipe_and_resumes(tiny: Any, tmp_path: Path, watch: Callable[..., Any]) -> None:
     """A trial takes three steps here: the signal comes in the second."""
     recipe = auto(tiny, "train.batch_size=6")
-    first = start(recipe, tmp_path / "first")
+    locked = []
+
+    def lock(step: int) -> None:
+        if not RunDir(tmp_path / "first").recipe().choose_losses:
+            with pytest.raises(RunError, match="another process is working"), RunDir(tmp_path / "first").held():
+                pass
+            locked.append(step)
+
+    first = start(recipe, tmp_path / "first", watch(lock))
+    assert locked, "the recipe with the choice is another file, and locked as the one before was"
     kept = RunDir(first.run_dir).recipe()
     assert not kept.choose_losses and {loss.name: loss.weight for loss in kept.losses} == first.summary["losses"]
 
@@ -68,8 +90,18 @@ def test_the_choice_is_in_the_recipe_and_resumes(tiny: Any, tmp_path: Path, watc
     assert compare(RunDir(first.run_dir), RunDir(tmp_path / "run"))["equal"]
 
 
+def test_what_holds_out_images_itself_takes_no_held_out_images(tiny: Any, tmp_path: Path) -> None:
+    for settings, losses in (((), "auto"), (("teacher.calibrate=true",), "ce,kd")):
+        with pytest.raises(RecipeError, match=r"data.held_out: \S.* cannot hold out"):
+            start(tiny.recipe("data.held_out=0.3", *settings, losses=losses), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_where_there_is_nothing_to_choose(tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="losses: auto chooses among losses with a teacher"):
         tiny.recipe("teacher=null", losses="auto")
     with pytest.raises(RunError, match="a comparison is of one objective"):
         compare_methods(auto(tiny), ["linear"], 1, tmp_path / "comparison", Silent())
+    joint = tiny.recipe("teacher.joint=true", method="slad", losses="ce,kd")
+    with pytest.raises(RunError, match="shares adapters with slad alone"):
+        compare_methods(joint, ["slad", "lora"], 1, tmp_path / "comparison", Silent())
