@@ -109,4 +109,5 @@ def epoch_line(history: Sequence[dict[str, Any]], epochs: int) -> str:
         best = max((one for one in history if "accuracy" in one), key=lambda one: one["accuracy"])
         where = "" if best is last else f" (epoch {best['epoch']})"
         parts += [f"accuracy {last['accuracy']:.1%}", f"best {best['accuracy']:.1%}{where}"]
-    return ", ".join([f"epoch {last['epoch']}/{epochs}: {parts[0]}", *parts[1:], f"{last['seconds'] - earlier:.1f} s"])
+    parts.append(f"{last['seconds'] - earlier:.1f} s")
+    return f"epoch {last['epoch']}/{epochs}: {', '.join(parts)}"

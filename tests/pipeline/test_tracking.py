@@ -30,3 +30,4 @@ def test_an_epoch_in_one_line() -> None:
     assert epoch_line(history[:1], 2) == "epoch 1/2: loss 3 (ce 1, kd 2), accuracy 90.0%, best 90.0%, 4.0 s"
     assert epoch_line(history, 2) == "epoch 2/2: loss 2 (ce 0.5, kd 1.5), accuracy 80.0%, best 90.0% (epoch 1), 3.5 s"
     assert epoch_line([{"epoch": 1, "loss": 3.0, "tokens": 3.0, "seconds": 1.0}], 1) == "epoch 1/1: loss 3, 1.0 s"
+    assert epoch_line([{"epoch": 1, "seconds": 1.0}], 2) == "epoch 1/2: 1.0 s"  # every step was skipped
