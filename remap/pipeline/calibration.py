@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from remap.backbones.typed import layer_at
+from remap.backbones.anatomy import module_at
 from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
 from remap.network import Network
-from remap.pipeline.probe import signals_of
+from remap.pipeline.probe import last_layer, signals_of
 from remap.progress import Progress
 
 # Inverse temperatures that are looked at.
@@ -22,7 +22,7 @@ def calibrate(network: Network, source: ViewSource, batch_size: int, progress: P
     factor = best_factor(torch.from_numpy(logits_NC), torch.from_numpy(labels_N))
     with torch.no_grad():
         for path in network.anatomy.classifier_heads:
-            head = layer_at(network.model, path)
+            head = last_layer(module_at(network.model, path))
             head.weight.mul_(factor)
             if head.bias is not None:
                 head.bias.mul_(factor)

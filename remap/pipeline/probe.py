@@ -166,16 +166,19 @@ def _into_last_layer(network: Network, features_ND: np.ndarray) -> np.ndarray:
     head = module_at(network.model, network.anatomy.classifier_heads[0])
     if isinstance(head, Layer):
         return features_ND
-    last, seen = _last_layer(head), []
+    last, seen = last_layer(head), []
     handle = last.register_forward_pre_hook(lambda _layer, args: seen.append(args[0]))
     head(torch.from_numpy(features_ND).to(last.weight))
     handle.remove()
     return seen[0].cpu().double().numpy()
 
 
-def _last_layer(head: nn.Module) -> Layer:
+def last_layer(head: nn.Module) -> Layer:
     """Return a classifier itself, or the last layer of one with hidden layers."""
-    layer = [module for module in head.modules() if isinstance(module, Layer)][-1]
+    return [module for module in head.modules() if isinstance(module, Layer)][-1]
+
+
+def _with_bias(layer: Layer) -> Layer:
     if layer.bias is None:
         raise BackboneError(
             "a head cannot be fitted: the classifier has no bias", do="let a method tune it (teacher.prepare=full)"
@@ -187,7 +190,7 @@ def _last_layer(head: nn.Module) -> Layer:
 def _write_head(network: Network, weight_CD: np.ndarray, bias_C: np.ndarray) -> None:
     """Write a linear map of the pooled features; of joined features each classifier gets its own columns."""
     model, anatomy, weight, bias = network.model, network.anatomy, torch.from_numpy(weight_CD), torch.from_numpy(bias_C)
-    heads = [_last_layer(module_at(model, path)) for path in anatomy.classifier_heads]
+    heads = [_with_bias(last_layer(module_at(model, path))) for path in anatomy.classifier_heads]
     parts = [(weight, bias)] * len(heads)
     if not anatomy.averaged_heads:
         ends = list(accumulate(head.weight[0].numel() for head in heads))

@@ -201,7 +201,7 @@ def _key(network: Network, head: str, spec: TeacherSpec, recipe: Recipe) -> str:
         [
             network.identity.sha256,
             head,
-            f"{spec.model} {spec.weights} {spec.image_size} {spec.classes}"
+            f"{spec.model} {spec.weights} {spec.image_size} {spec.classes} {spec.calibrate}"
             if head == "its own"
             else str(spec.model_dump(mode="json", exclude={"weight", "cache", "cache_dtype", "shard"})),
             str(recipe.data.model_dump(mode="json")),

@@ -21,6 +21,7 @@ from remap.data.splits import Split
 from remap.distributed.launch import accelerator
 from remap.errors import BackboneError
 from remap.network import Network, Runner, tuned
+from remap.pipeline.calibration import calibrate
 from remap.pipeline.probe import fit_probe
 from remap.progress import Silent
 
@@ -82,9 +83,13 @@ def test_the_logits_are_those_of_the_fitted_regression(name: str) -> None:
     standard = (features - features.mean(0)) / (features.std(0) + 1e-6)
     solver = LogisticRegression(C=strength, solver="newton-cholesky", tol=1e-10, max_iter=10_000)
     expected = solver.fit(standard, source.split.labels).predict_proba(standard)
-    found = Runner(network)(source.images).logits_BC.double().softmax(-1).numpy()
+    logits = Runner(network)(source.images).logits_BC.double()
+    found = logits.softmax(-1).numpy()
     assert np.abs(found - expected).max() < 5e-3, "L-BFGS stops at a gradient of 1e-4"
     assert np.abs(found - 1 / CLASSES).max() > 0.1
+    temperature = calibrate(network, source, 8, Silent())  # type: ignore[arg-type]
+    calibrated = Runner(network)(source.images).logits_BC.double()
+    torch.testing.assert_close(calibrated * temperature, logits, rtol=1e-3, atol=1e-3)
 
 
 def test_a_classifier_without_bias_is_refused() -> None:
