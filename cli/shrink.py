@@ -2,20 +2,15 @@
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
 from remap.errors import RecipeError
-from remap.io.names import plain
 from remap.io.paths import expanded
 from remap_cli import console
 from remap_cli import options as opt
 
-if TYPE_CHECKING:
-    from pydantic import BaseModel
-
-Section = TypeVar("Section", bound="BaseModel")
 _SHAPE, _CHOICE = "Shape", "How the parts that stay are chosen"
 
 
@@ -69,10 +64,12 @@ def shrink(
     if not {"depth", "width", "heads", "mlp"} & set(given):
         what = "nothing is to be cut (give --depth, --width, --heads or --mlp; for a run of the method skip, --gates)"
         raise RecipeError([what], "command line")
+    from remap.recipe.problems import checked
     from remap.recipe.schema import DataSpec, ShrinkSpec, TeacherSpec
 
-    spec, source = _checked(ShrinkSpec, given), _checked(DataSpec, {"source": data})
-    larger = _checked(TeacherSpec, {"model": teacher, "weights": weights})
+    spec = checked(ShrinkSpec, given, "command line")
+    source = checked(DataSpec, {"source": data}, "command line")
+    larger = checked(TeacherSpec, {"model": teacher, "weights": weights}, "command line")
     from remap.pipeline.shrink_student import cut
     from remap.runs.task import require_tuned
 
@@ -110,15 +107,3 @@ def _take_out(run: str, output: Path, gates: float, given: list[str], json: bool
 
 def _multiply_adds(number: float) -> str:
     return f"{number / 1e9:.2f} G" if number >= 1e9 else f"{number / 1e6:.1f} M"
-
-
-def _checked(kind: type[Section], values: dict[str, Any]) -> Section:
-    from pydantic import ValidationError
-
-    from remap.recipe.problems import lines_of
-
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        lines = [plain(line.removeprefix("recipe: ")) for line in lines_of(error, kind)]
-        raise RecipeError(lines, "command line") from None

@@ -13,6 +13,7 @@ from remap.pipeline.run import Result, as_recipe, start
 from remap.pipeline.shrink_student import cut
 from remap.progress import Progress, Silent
 from remap.recipe import Recipe, resolve
+from remap.recipe.problems import checked
 from remap.recipe.schema import DataSpec, ShrinkSpec, TeacherSpec
 from remap.remapping.architecture.shrink import Shrunk
 from remap.runs.run_dir import default_path
@@ -134,7 +135,9 @@ def shrink(
     given = {name: value for name, value in shape.items() if value is not None}
     if not given:
         raise RecipeError(["nothing is to be cut: give depth, width, heads or mlp"], "remap.shrink")
+    where = "remap.shrink"
+    spec = checked(ShrinkSpec, {**given, "importance": importance, "blocks": blocks, "images": images}, where)
+    larger = checked(TeacherSpec, {"model": teacher, "weights": weights}, where)
+    source = checked(DataSpec, {"source": data}, where)
     require_tuned(teacher)
-    spec = ShrinkSpec.model_validate({**given, "importance": importance, "blocks": blocks, "images": images})
-    larger = TeacherSpec(model=teacher, weights=weights)
-    return cut(larger, spec, DataSpec(source=data), expanded(output), seed, progress)
+    return cut(larger, spec, source, expanded(output), seed, progress)

@@ -3,14 +3,31 @@
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from remap.errors import RecipeError
+from remap.io.names import plain
 from remap.registry import did_you_mean, nearest
 
 # Where pydantic speaks of Python classes, a recipe has plainer things.
 _SHAPES = {"model_type": "a mapping of keys", "dict_type": "a mapping of keys", "tuple_type": "a list"}
+
+
+Section = TypeVar("Section", bound=BaseModel)
+
+
+def checked(kind: type[Section], values: Mapping[str, Any], where: str) -> Section:
+    """Return a section by itself.
+
+    Raises:
+        RecipeError: Its values are refused; it names ``where`` they come from.
+    """
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise RecipeError([plain(line.removeprefix("recipe: ")) for line in lines_of(error, kind)], where) from None
 
 
 def lines_of(error: ValidationError, schema: type[BaseModel], key: str = "", also: Iterable[str] = ()) -> list[str]:

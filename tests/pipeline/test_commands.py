@@ -43,3 +43,5 @@ def test_shrink_cuts_a_folder(tiny: Any, tmp_path: Path) -> None:
     assert (tmp_path / "small" / "model.safetensors").is_file()
     with pytest.raises(RecipeError, match="nothing is to be cut"):
         remap.shrink(tiny.teacher, tmp_path / "other")
+    with pytest.raises(RecipeError, match="depth"):
+        remap.shrink(tiny.teacher, tmp_path / "other", depth=0)
