@@ -25,7 +25,8 @@ def show(found: dict[str, Any]) -> None:
         "Trained parameters", ["part", "tensors", "shapes", "parameters", "share"], rows, right=(1, 3, 4), wrap=(2,)
     )
     _terms(found)
-    guess, data, alone = found["estimate"], found["data"], found["estimate"]["baseline_seconds"]
+    guess, data = found["estimate"], found["data"]
+    alone, trying = guess["baseline_seconds"], guess["trials_seconds"]
     time = f"{console.duration(guess['seconds'])} ({guess['steps']:,} steps of {guess['step_seconds']:.3g} s)"
     labeled = "" if data["labeled_images"] == data["train_images"] else f", {data['labeled_images']} of them labelled"
     console.table(
@@ -36,6 +37,7 @@ def show(found: dict[str, Any]) -> None:
             ["learning rate", f"{found['learning_rate']:.3g}"],
             ["time", time],
             ["preparing the teacher", f"{console.duration(guess['preparing_seconds'])} of it"],
+            *([["trials (losses: auto)", f"{console.duration(trying)} of it"]] if trying else []),
             *([["labels only, to compare", f"{console.duration(alone)} of it (--no-baseline: none)"]] if alone else []),
             ["memory", f"{size(guess['memory_bytes'])} (activations {size(guess['activation_bytes'])})"],
             ["cached teacher outputs", _cached(found)],
@@ -49,7 +51,7 @@ def show(found: dict[str, Any]) -> None:
 
 def _disk(guess: dict[str, Any]) -> str:
     more = guess["disk_bytes"] - guess["run_bytes"]
-    what = "teachers and labels only" if guess.get("baseline_seconds") else "teachers"
+    what = "teachers and other runs" if guess.get("baseline_seconds") or guess.get("trials_seconds") else "teachers"
     teachers = f" + {size(more)} of {what}" if more else ""
     return f"{size(guess['run_bytes'])} (checkpoints + task){teachers}; saved: {size(guess['task_bytes'])}"
 

@@ -1,7 +1,6 @@
 """Labels only: the run's student without a teacher, trained for as many steps, to compare with."""
 
 from collections.abc import Mapping
-from math import ceil
 from typing import Any
 
 from remap.pipeline.comparison_cells import labels_only
@@ -18,20 +17,27 @@ def baseline_recipe(components: RunComponents, progress: Progress) -> Recipe | N
     recipe, labeled = components.recipe, len(components.views.train.split)
     if not recipe.baseline:
         return None
-    if not labeled or recipe.student.shrink is not None:
-        why = "the student is cut from its teacher" if labeled else "there are no labelled images"
-        progress.say(f"no training on labels alone to compare with: {why}")
+    if (why := why_none(components)) is not None:
+        progress.say(f"the student is not trained on labels alone, to compare with: {why}")
         return None
     train = same_steps(recipe.train, len(components.training_source.split), labeled)
     train = train.model_copy(update={"eval_every": train.epochs})
     return labels_only(recipe).model_copy(update={"name": f"{recipe.name[:55]}-baseline", "train": train})
 
 
+def why_none(components: RunComponents) -> str | None:
+    """Return why there is nothing to compare a run with; None where there is."""
+    if not len(components.views.train.split):
+        return "there are no labelled images"
+    return "the student is cut from its teacher" if components.recipe.student.shrink is not None else None
+
+
 def same_steps(train: TrainSpec, images: int, fewer: int) -> TrainSpec:
     """Return the training for fewer images with the steps of that for ``images``: their epochs are shorter."""
-    longer = max(1, images // train.batch_size) / max(1, fewer // train.batch_size)
-    warmup = None if train.warmup_epochs is None else train.warmup_epochs * longer
-    return train.model_copy(update={"epochs": ceil(train.epochs * longer), "warmup_epochs": warmup})
+    steps, steps_of_fewer = (max(1, count // train.batch_size) for count in (images, fewer))
+    warmup = None if train.warmup_epochs is None else train.warmup_epochs * steps / steps_of_fewer
+    epochs = -(-train.epochs * steps // steps_of_fewer)  # rounded up, in whole numbers
+    return train.model_copy(update={"epochs": epochs, "warmup_epochs": warmup})
 
 
 def baseline_figures(summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,14 @@ from remap.distributed.launch import accelerator
 from remap.engine.job import bytes_of_a_run
 from remap.engine.teacher import Teacher
 from remap.network import Network
+from remap.pipeline.baseline import why_none
 from remap.pipeline.components import RunComponents, build_components
 from remap.pipeline.profile_step import StepProfile, profile_step
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_outputs import OutputStorage
 from remap.pipeline.teacher_tuning import needs_logits, teacher_recipe
 from remap.pipeline.teachers import PreparedTeacher
+from remap.pipeline.trials import EPOCHS, HELD_OUT, objectives
 from remap.progress import Progress
 
 # Bytes of task.json, about.
@@ -28,10 +30,11 @@ class Estimate:
         memory_bytes: Weights, gradients, optimiser state and activations of one process at the full batch; on a CPU
             also what is held in memory of images, outputs and features.
         run_bytes: Checkpoints and task: the free space that the run requires before it trains.
-        disk_bytes: ``run_bytes`` (twice with a baseline), a prepared teacher and teacher outputs cached on disk.
+        disk_bytes: ``run_bytes`` (also of a baseline and of trials), a prepared teacher and teacher outputs on disk.
         seconds: Of the whole run: building networks, reading images, preparing the teacher, training, evaluation.
         preparing_seconds: Part of ``seconds``: giving the teacher its head.
         baseline_seconds: Part of ``seconds``: training the student by labels alone, to compare.
+        trials_seconds: Part of ``seconds``: trying objectives (losses: auto).
     """
 
     step_seconds: float
@@ -39,6 +42,7 @@ class Estimate:
     seconds: float
     preparing_seconds: float
     baseline_seconds: float
+    trials_seconds: float
     memory_bytes: int
     activation_bytes: int
     cache_bytes: int
@@ -111,7 +115,10 @@ def run_cost(
         checks += sum(profile.teacher_seconds.values()) * len(val.split) / processes
     # The same student once more, for as many steps, evaluated before and after.
     alone = profile.student_seconds * spec.batch_size * steps + 2 * profile.forward_seconds * len(val.split)
-    alone = alone / processes if recipe.baseline else 0.0
+    has_baseline = recipe.baseline and why_none(components) is None
+    alone = alone / processes if has_baseline else 0.0
+    trials = len(objectives(recipe)) if recipe.choose_losses else 0
+    trying = trials * EPOCHS * (1 - HELD_OUT) * step_seconds * steps
     task = sum(p.numel() * p.element_size() for p in components.student.trained.values()) + TASK_RECORD
     of_run = bytes_of_a_run(components.student, components.objective, list(teachers.values()))
     # Several teachers may be cached in different ways.
@@ -120,9 +127,10 @@ def run_cost(
     return Estimate(
         step_seconds=step_seconds,
         steps=steps,
-        seconds=building + preparing + step_seconds * steps + once + checks + alone,
+        seconds=building + preparing + step_seconds * steps + once + checks + alone + trying,
         preparing_seconds=preparing,
         baseline_seconds=alone,
+        trials_seconds=trying,
         memory_bytes=weights
         + 3 * trained_bytes
         + profile.activation_bytes * micro
@@ -138,7 +146,7 @@ def run_cost(
         features_bytes=profile.features_bytes,
         task_bytes=task,
         run_bytes=of_run,
-        disk_bytes=of_run * (2 if recipe.baseline else 1) + prepared_bytes + on_disk,
+        disk_bytes=of_run * (1 + has_baseline + trials) + prepared_bytes + on_disk,
     )
 
 

@@ -174,7 +174,7 @@ def test_the_dry_run_writes_nothing(
     assert found["estimate"]["seconds"] > 0 and found["estimate"]["memory_bytes"] > 0
 
 
-@pytest.mark.parametrize(("words", "wanted"), [((), True), (("--no-baseline",), False)])
+@pytest.mark.parametrize(("words", "wanted"), [((), True), (("--no-baseline", "--losses", "auto"), False)])
 def test_distill_compares_with_labels_only(
     run_json: Callable[..., dict], pictures: Path, tiny: list[str], words: tuple[str, ...], wanted: bool
 ) -> None:
@@ -182,6 +182,7 @@ def test_distill_compares_with_labels_only(
     found = run_json("distill", "--data", pictures, "--dry-run", "--method", "linear", *tiny, *words)
     assert found["recipe"]["baseline"] is wanted
     assert (found["estimate"]["baseline_seconds"] > 0) is wanted
+    assert (found["estimate"]["trials_seconds"] > 0) is ("auto" in words)
 
 
 def test_the_dry_run_says_what_lies_on_the_disk() -> None:

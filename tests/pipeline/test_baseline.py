@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from remap.errors import Interrupted, RecipeError
+from remap.pipeline.baseline import same_steps
 from remap.pipeline.run import resume, start
 from remap.pipeline.run_differences import compare
 from remap.recipe import resolve
+from remap.recipe.schema import TrainSpec
 from remap.runs.run_dir import RunDir
 
 Watch = Callable[..., Any]
@@ -61,6 +63,11 @@ def test_it_resumes_to_the_same_bits(tiny: Any, tmp_path: Path, watch: Watch, st
     assert found["equal"], found
     assert "accuracy by labels alone" in {check["what"] for check in found["checks"]}
     assert task(first / "baseline").keys() == task(tmp_path / "run" / "baseline").keys()
+
+
+def test_as_many_steps_are_counted_in_whole_numbers() -> None:
+    """100 epochs of 11 steps are 110 of 10, though 100 * 1.1 is above 110 in floating point."""
+    assert same_steps(TrainSpec(epochs=100, batch_size=10), 110, 100).epochs == 110
 
 
 def test_a_run_without_a_teacher_has_none(tiny: Any) -> None:
