@@ -13,7 +13,7 @@ from remap.pipeline.rule_of_thumb import losing_case
         ("lora", 0.833, 0.869, 0.887, 100, "the teacher is not better than its student"),  # CIFAR-10, 60 epochs
         ("vpt_deep", 0.833, 0.637, 0.668, 100, "with all labels, prompts seldom gain"),
         ("vpt_deep", 0.833, 0.637, None, 100, "with all labels, prompts seldom gain"),
-        ("bitfit", 0.833, 0.747, 0.761, 100, "the teacher gave nothing here"),
+        ("bitfit", 0.833, 0.747, 0.761, 100, "the teacher did not help here"),
         ("lora", 0.943, 0.798, 0.549, 20, None),
         ("vpt_deep", 0.943, 0.798, None, 20, None),
     ],
