@@ -29,5 +29,5 @@ def losing_case(summary: Mapping[str, Any]) -> str | None:
         return None
     prompts = any(row.category == "prompt" for row in rows_of(summary["method"]))
     if data["labeled_images"] == data["train_images"] and prompts:
-        return f"with all labels, prompts seldom gain from a teacher: try weights or adapters (lora, adaptformer); {RULE}"
+        return f"with all labels, prompts seldom gain from a teacher: try lora or adaptformer; {RULE}"
     return f"the teacher did not help here; {RULE}" if baseline is not None else None
