@@ -12,12 +12,12 @@ from remap.distributed.launch import accelerator, broadcast_str, check_processes
 from remap.engine.checkpoint import has_checkpoint
 from remap.engine.job import require_divisible
 from remap.engine.loop import train
-from remap.errors import RecipeError, RunError
+from remap.errors import RecipeError, RunError, TrainingError
 from remap.io.paths import expanded
 from remap.network import Network
 from remap.pipeline.baseline import baseline_figures, baseline_recipe
 from remap.pipeline.comparison_folder import shared_teacher
-from remap.pipeline.components import build_components, require_student
+from remap.pipeline.components import RunComponents, build_components, require_student
 from remap.pipeline.evidence import write_evidence
 from remap.pipeline.frozen_check import FrozenWeights, trained_text
 from remap.pipeline.objective import without_idle_losses
@@ -120,11 +120,9 @@ def run(
         accelerator().wait_for_everyone()
 
         # The same student by labels alone. What is killed from here on has the student, and lacks the comparison only.
-        alone = baseline_recipe(components, progress)
-        if alone is not None:
-            baseline = open_or_create(run_dir.baseline, alone)
-            found = run(alone, baseline, Within(progress, "labels only"), shared, resuming=True)
-            summary["baseline"] = baseline_figures(found.summary)
+        found = _train_baseline(components, run_dir, progress, shared)
+        if found is not None:
+            summary["baseline"] = found
             if main:
                 write_summary(run_dir, summary, clock, progress)
     return Result(run_dir.path, summary, student)
@@ -222,6 +220,22 @@ def validate_inputs(recipe: Recipe, shared: SharedResources) -> None:
             require_size_of_run(spec)
         else:
             require_at_hand(spec.model, spec.weights, spec.image_size)
+
+
+def _train_baseline(
+    components: RunComponents, run_dir: RunDir, progress: Progress, shared: SharedResources
+) -> dict[str, Any] | None:
+    """Train by labels alone and return the figures; None where there is nothing to compare with, or it failed."""
+    alone = baseline_recipe(components, progress)
+    if alone is None:
+        return None
+    baseline = open_or_create(run_dir.baseline, alone)
+    try:
+        found = run(alone, baseline, Within(progress, "labels only"), shared, resuming=True)
+    except (RunError, TrainingError) as error:  # the student is there, and the run is not lost with this
+        progress.say(f"training on labels alone, to compare with, ended early: {error}")
+        return None
+    return baseline_figures(found.summary)
 
 
 def _choose_losses(

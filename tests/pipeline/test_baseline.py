@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from remap.errors import Interrupted, RecipeError
-from remap.pipeline.baseline import same_steps
+from remap.pipeline.baseline import baseline_recipe, same_steps
 from remap.pipeline.run import resume, start
 from remap.pipeline.run_differences import compare
 from remap.recipe import resolve
@@ -73,3 +73,18 @@ def test_as_many_steps_are_counted_in_whole_numbers() -> None:
 def test_a_run_without_a_teacher_has_none(tiny: Any) -> None:
     with pytest.raises(RecipeError, match="baseline: a run without a teacher"):
         tiny.recipe("baseline=true", "teacher=null", losses="ce")
+
+
+def test_a_baseline_that_fails_leaves_a_finished_run(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student is written before; the baseline here has metrics without the checkpoints they belong to."""
+
+    def damaged(components: Any, progress: Any) -> Any:
+        alone = baseline_recipe(components, progress)
+        (RunDir.create(tmp_path / "run" / "baseline", alone).path / "metrics.jsonl").touch()
+        return alone
+
+    monkeypatch.setattr("remap.pipeline.run.baseline_recipe", damaged)
+    run = start(tiny.recipe("baseline=true", "teacher.allow_weak=true"), tmp_path / "run")
+    assert "baseline" not in run.summary and RunDir(tmp_path / "run").is_done
