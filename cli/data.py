@@ -36,9 +36,9 @@ def check(
 
     with console.Reporter() as progress:
         report, images = check_data(source, depth, progress)
-    if html is not None:
-        write_contact_sheet(html, report, images)
     console.emit(report.to_dict()) if json else _show(report)
+    if html is not None:  # afterwards: reading takes long, and what was found is not lost where this cannot be written
+        write_contact_sheet(html, report, images)
     if any(finding.severity == "bad" for finding in report.findings):
         raise typer.Exit(2)
 

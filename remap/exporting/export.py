@@ -99,7 +99,10 @@ def export_student(
 @contextmanager
 def _making(output: Path, force: bool) -> Iterator[Path]:
     """Let a folder appear complete or not at all: yield the temporary one to fill."""
-    if not (force and (output / RECORD).is_file() and not output.is_symlink()):
+    earlier = (output / RECORD).is_file() and not output.is_symlink()
+    if earlier and not force:
+        raise RunError(f"{output} is there already", do="choose another --output, or replace that export with --force")
+    if not earlier:
         require_free(output)
     atomic_write.make_folder(output.parent)
     temporary, old = (output.with_name(f".{output.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))

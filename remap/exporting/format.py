@@ -57,6 +57,8 @@ class ExportOptions:
             raise RunError(
                 f"the format {row.name} does not take {flag}", given=getattr(self, field.name), allowed=", ".join(takes)
             )
+        if not 0 <= self.max_drop <= 100:  # False for NaN too
+            raise RunError("--max-drop is a number of percentage points", given=self.max_drop, allowed="0 to 100")
         if self.int8 is None and self.max_drop != type(self)().max_drop:
             raise RunError("--max-drop bounds what int8 costs, and this export is not int8", do="add --int8 static")
 

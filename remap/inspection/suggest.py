@@ -78,7 +78,7 @@ def recipe_text(source: str, data: ImageData, device: torch.device) -> str:
         *(f"# Left out: {len(data.skipped)} other file(s); `remap data check` lists them." for _ in data.skipped[:1]),
         "# Start: remap distill --recipe THIS_FILE. Every field: `remap recipes show digits --resolved`.",
         "data:",
-        f"  source: {json.dumps(absolute_data(source))}",
+        f"  source: {_quoted(absolute_data(source))}",
         f"  # {plain(data.split_rule)}",
     ]
     section = ""
@@ -89,6 +89,11 @@ def recipe_text(source: str, data: ImageData, device: torch.device) -> str:
         section = head
         lines.append(f"{'  ' if head else ''}{field}: {json.dumps(choice.value)}  # {choice.why}")
     return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """Return text as YAML reads it: characters as they are, only stray bytes of a file name as escapes."""
+    return json.dumps(text, ensure_ascii=False).encode(errors="backslashreplace").decode()
 
 
 def _models(side: int, device: torch.device) -> tuple[Choice, Choice]:

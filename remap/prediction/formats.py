@@ -25,7 +25,11 @@ def require_writable(path: Path) -> None:
         RunError: It is one.
     """
     if path.suffix not in FORMATS:
-        raise RunError("predictions are not written in such a file", given=path, allowed=f"a name with {FORMATS}")
+        raise RunError(
+            "predictions are not written in such a file",
+            given=path,
+            allowed=f"a name that ends in {', '.join(FORMATS)}",
+        )
     if path.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise RunError("Parquet needs pyarrow", given=path, do="pip install 'remap[parquet]', or write .jsonl or .csv")
 
@@ -65,10 +69,11 @@ def _columns(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _flat(line: bytes) -> dict[str, Any]:
-    """Return a row with its likeliest class in cells of its own, and a path that every reader takes."""
+    """Return a row with its likeliest class in cells of its own, and names that every reader takes."""
     row = parse_json(line)
-    first = row["top"][0] if row["top"] else {}
-    return {**row, **first, "path": plain(row["path"])}
+    names = {name: plain(row[name]) for name in ("path", "task") if name in row}
+    top = [{**one, "class": plain(one["class"])} for one in row["top"]]
+    return {**row, **(top[0] if top else {}), **names, "top": top}
 
 
 def _cell(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """A file of predictions that is written while they are made, survives a kill, and is complete once it has its name.
 
 Each process appends whole rows to a part in FILE.parts; at the end the parts are merged into FILE. A killed command
-continues from its parts when it is given again: a row that was cut off is dropped, images with rows are skipped.
+continues from its parts when it is given again: a row that was cut off is dropped, images with rows are skipped. A part
+is compared with the images even when it was finished, since what failed may have been the merging.
 """
 
 import json
@@ -54,6 +55,10 @@ class PredictionFile:
                 given=f"{read_run_json(noted)}; now {self.settings}",
                 do="give the same options to continue, remove that folder, or choose another --output",
             )
+        if process == 0:  # before the other processes begin
+            for number in range(processes):
+                if self._done(number).exists():
+                    os.replace(self._done(number), self._part(number))
 
     def predict(self, items: Iterable[Item], rows_of: Callable[[Iterator[Item]], Iterator[list[Prediction]]]) -> None:
         """Write the rows of this process's share of the images that have none yet.
@@ -61,9 +66,7 @@ class PredictionFile:
         Args:
             rows_of: Makes the rows of each image from items.
         """
-        done, part = self._done(self.process), self.folder / f"{self.process}.part"
-        if done.exists():
-            return
+        part = self._part(self.process)
         share = (item for number, item in enumerate(items) if number % self.processes == self.process)
         with _writing(part):
             part.touch()
@@ -73,7 +76,7 @@ class PredictionFile:
                     file.writelines(json.dumps(row.to_dict()).encode() + b"\n" for row in rows)
                     file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, done)
+            os.replace(part, self._done(self.process))
 
     def merge(self, classes: dict[str, Sequence[str]]) -> tuple[int, int]:
         """Wait for all parts, and put them together in the order of the images.
@@ -96,6 +99,9 @@ class PredictionFile:
             os.replace(temporary, self.path)
             shutil.rmtree(self.folder)
         return counts[0], counts[1]
+
+    def _part(self, process: int) -> Path:
+        return self.folder / f"{process}.part"
 
     def _done(self, process: int) -> Path:
         return self.folder / f"{process}.jsonl"

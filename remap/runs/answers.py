@@ -74,6 +74,8 @@ class Evidence(_Record):
             raise ValueError("an answer is not one of its classes")
         if any(not 0 <= index < count for index in (*self.worst, *self.attention.images)):
             raise ValueError("a picture is of none of its images")
+        if not self.attention.blocks.keys() <= {"student", "teacher"}:  # they become parts of file names
+            raise ValueError("attention is of student and teacher only")
         return self
 
     def write(self, run: Path) -> None:

@@ -34,7 +34,7 @@ _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
 def _name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise ValueError("should be 1 to 64 letters, digits, '.', '_' or '-'")
+        raise ValueError("1 to 64 letters, digits, '.', '_' or '-'")
     return name
 
 
@@ -108,6 +108,11 @@ class Shelf:
         shelf_path, folder = expanded(path), folder_of(expanded(run))
         meta = read_meta(folder)
         require_shared(folder, meta)
+        try:
+            _name(name)
+        except ValueError as error:
+            raise RunError("a task cannot have this name", given=plain(name), allowed=str(error)) from None
+        read_tensors(folder, meta)  # a damaged file is not taken in
         if not cls.is_at(shelf_path):
             _store_backbone(shelf_path, meta)
         shelf = cls(shelf_path)
@@ -203,10 +208,6 @@ class Shelf:
         return self._row(name)
 
     def _add(self, name: str, folder: Path, meta: TaskMeta) -> None:
-        try:
-            _name(name)
-        except ValueError as error:
-            raise RunError("a task cannot have this name", given=plain(name), allowed=str(error)) from None
         if name in self._content.tasks:
             raise RunError(f"{self.path} has a task {name} already", do="choose another name")
         if meta.backbone.sha256 != self._content.backbone.sha256:
@@ -216,7 +217,6 @@ class Shelf:
                 allowed=f"{self._content.backbone.model}, {self._content.backbone.sha256[:16]}",
                 do="make another shelf for it",
             )
-        read_tensors(folder, meta)  # a damaged file is not taken in
         target = self.path / "tasks" / name
         atomic_write.make_folder(target)
         for file in FILES:
@@ -237,6 +237,8 @@ def _store_backbone(path: Path, meta: TaskMeta) -> None:
     """Write the backbone of a task, without classifier, and a shelf.json without tasks."""
     spec = meta.backbone
     source = ModelSpec(model=spec.model, weights=spec.weights, preset=spec.preset, image_size=spec.image_size)
+    if (path / "backbone" / _WEIGHTS).exists():
+        raise RunError(f"{path / 'backbone'} holds weights of something else", do="name another folder")
     backbone = open_backbone(source, 1)
     if backbone.identity.sha256 != spec.sha256:
         raise RunError(f"the weights of {spec.model} are not those that the task was tuned on any more")

@@ -132,6 +132,7 @@ def test_task_is_copied_as_it_was_sealed(finished: Finished, tmp_path: Path) -> 
         ("lora", "timm", {"softmax": True}, "allowed: onnx, torch"),
         ("lora", "torch", {"input": "int4"}, "there is no such input"),
         ("lora", "onnx", {"max_drop": 3.0}, "add --int8 static"),
+        ("lora", "onnx", {"max_drop": float("nan"), "int8": "static"}, "allowed: 0 to 100"),
     ],
 )
 def test_what_cannot_be_is_one_error(
@@ -192,6 +193,13 @@ def test_the_gate_counts_what_is_lost(finished: Finished, monkeypatch: pytest.Mo
     monkeypatch.setattr("remap.exporting.int8.student_answer", lambda *given: lambda views: right)
     report = require_gate(source, lambda views: wrong, images, ExportOptions(max_drop=20.0))
     assert report.accuracy == (1.0, 0.9) and report.worst_class == ("green", 30.0) and report.agreement == 0.9
+    # One image of a class of one must not hide three of ten: here "blue" has one image, and it is lost too.
+    few = SourceImages(torch.zeros(21, 3, 16, 16, dtype=torch.uint8), labels[9:], "21 images")
+    lost = torch.cat([torch.tensor([[0.0, 0.0, 1.0]]), wrong[10:]])
+    monkeypatch.setattr("remap.exporting.int8.student_answer", lambda *given: lambda views: right[9:])
+    with pytest.raises(RunError, match="class green loses 30.0 points"):
+        require_gate(source, lambda views: lost, few, ExportOptions(max_drop=19.9))
+    monkeypatch.setattr("remap.exporting.int8.student_answer", lambda *given: lambda views: right)
     for allowed in (9.9, 19.9):  # of all images; and of the class, where one of the three may go
         with pytest.raises(RunError, match="costs more accuracy"):
             require_gate(source, lambda views: wrong, images, ExportOptions(max_drop=allowed))

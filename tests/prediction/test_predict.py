@@ -16,10 +16,11 @@ import remap
 from remap.data.thread_pool import map_ahead, threads
 from remap.errors import RunError
 from remap.pipeline.student_api import load_student
+from remap.prediction.formats import write_rows
 from remap.prediction.inputs import Inputs
 from remap.prediction.output import PredictionFile
 from remap.prediction.predict import open_students, predict_to_file
-from remap.prediction.predictions import Wanted, predictions
+from remap.prediction.predictions import Prediction, Wanted, predictions
 from remap.progress import Silent
 
 MakeTask = Callable[..., Path]
@@ -168,3 +169,30 @@ def test_no_more_images_wait_than_are_decoded_ahead() -> None:
         found = map_ahead(pool, str, (taken.append(i) or i for i in range(100)), 5)  # type: ignore[func-returns-value]
         assert list(islice(found, 3)) == [(0, "0"), (1, "1"), (2, "2")] and len(taken) == 7
         assert [item for item, _ in found] == list(range(3, 100))
+
+
+def test_a_finished_part_is_compared_with_the_images_too(photos: Path, tmp_path: Path) -> None:
+    """As a full disk leaves it, when the parts could not be merged."""
+    make = partial(PredictionFile, tmp_path / "rows.jsonl", {"tasks": {"": "x"}, "top": 1})
+    make().predict(Inputs([photos]), lambda items: ([Prediction(item.path)] for item in items))
+    with pytest.raises(RunError, match="the images are not those"):
+        make().predict(Inputs([photos / "01.png"]), lambda items: iter(()))
+    again = make()
+    again.predict(Inputs([photos]), lambda items: iter([] if not list(items) else [[]]))
+    assert again.merge({}) == (11, 0)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_names_that_are_not_text_are_written_as_escapes(tmp_path: Path, kind: str) -> None:
+    """A folder's name need not be UTF-8: its bytes come as half characters, which no encoder takes."""
+    if kind == "parquet":
+        parquet = pytest.importorskip("pyarrow.parquet", reason="an extra")
+    line = json.dumps(Prediction("a\udcff.png", (("b\udcff", 1.0),), indices=(0,)).to_dict()).encode()
+    settings = {"tasks": {"": "x"}, "top": 2, "probabilities": False, "embeddings": False}
+    write_rows(tmp_path / f"rows.{kind}", [line], settings, {"": ["b\udcff"]})
+    if kind == "csv":
+        with open(tmp_path / "rows.csv", newline="") as file:
+            row: dict[str, Any] = next(csv.DictReader(file))
+    else:
+        row = parquet.read_table(tmp_path / "rows.parquet").to_pylist()[0]
+    assert (row["path"], row["class"]) == (r"a\udcff.png", r"b\udcff")

@@ -74,6 +74,13 @@ def test_what_does_not_belong_is_refused(shelf: Path, make_task: MakeTask, tiny:
         Shelf.with_task(shelf, "other", make_task("other", "lora", model=tiny.teacher))  # type: ignore[attr-defined]
     with pytest.raises(RunError, match="cannot have this name"):
         Shelf.with_task(shelf, "../up", make_task("up", "lora"))
+    with pytest.raises(RunError, match="cannot have this name"):
+        Shelf.with_task(tmp_path / "new", "two words", make_task("words", "lora"))
+    assert not (tmp_path / "new").exists(), "nothing is made for a task that is refused"
+    (tmp_path / "mine" / "backbone").mkdir(parents=True)
+    (tmp_path / "mine" / "backbone" / "model.safetensors").write_text("mine")
+    with pytest.raises(RunError, match="holds weights of something else"):
+        Shelf.with_task(tmp_path / "mine", "birds", make_task("birds2", "lora"))
     with pytest.raises(RunError, match=r"not a shelf of tasks: shelf.json: No such file"):
         Shelf(tmp_path / "absent")
     content = json.loads((shelf / "shelf.json").read_text())
