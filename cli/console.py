@@ -5,6 +5,7 @@ import json
 import os
 import stat
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Iterator
@@ -169,7 +170,9 @@ def _bars() -> "Progress":
             yield self.make_tasks_table(self.tasks)
             for task in self.tasks:
                 if task.fields["values"]:
-                    yield Text(task.fields["values"], style="dim")
+                    # rich also breaks at no-break spaces, and would cut a figure in two.
+                    lines = textwrap.wrap(task.fields["values"], self.console.width)
+                    yield Text("\n".join(lines), style="dim", no_wrap=True)
 
     return Bars(
         progress.TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),

@@ -116,7 +116,7 @@ class _Pass:
             Class and rank, int64 (2, N); confidence and loss, float32 (2, N).
         """
         shape, device = (2, len(self.source.split)), self.accelerator.device
-        answers = torch.full(shape, -1, device=device), torch.full(shape, -1.0, device=device)
+        answers = torch.full(shape, -1, device=device), torch.full(shape, -1.0, dtype=torch.float32, device=device)
         # Whole chunks go to processes, so that each pass has the same shape on any number of them.
         chunks = index_chunks(shape[1], batch_size)
         with self.progress.wait(f"evaluating {self.what}", -(-len(chunks) // self.accelerator.num_processes)) as step:

@@ -105,7 +105,9 @@ def summarize(
     }
     if final.test is not None:
         summary["student"]["test_accuracy"] = final.test.accuracy
-    taught = {name: term.blocks for name, term in components.objective.terms.items() if term.blocks}
+    taught = {
+        name: [list(pair) for pair in term.blocks] for name, term in components.objective.terms.items() if term.blocks
+    }
     if taught and components.teachers:
         depths = {"student": student.anatomy.depth, "teacher": components.teachers[0].network.anatomy.depth}
         summary["blocks"] = {"pairs": taught, **depths}

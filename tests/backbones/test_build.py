@@ -254,7 +254,10 @@ def test_every_family_takes_another_size(other_family: tuple[str, str], keep_hea
 
 def test_a_model_folder_says_which_sizes_it_takes(other_family: tuple[str, str]) -> None:
     family, word = other_family
-    nearest = {"naflexvit": "32 and 40", "eva": "32 and 40", "beit": "32 and 40", "swin": "32 and 64"}.get(family)
+    of_family = dict.fromkeys(("naflexvit", "eva", "beit"), "32 and 40") | dict.fromkeys(
+        ("swin", "swinv2"), "32 and 64"
+    )
+    nearest = of_family.get(family)
     if nearest is None:
         assert build(word, "pretrained", 3, image_size=33).anatomy.image_size == (33, 33)
         return

@@ -19,6 +19,7 @@ BEST = {
     "eva": "vpt_deep",
     "beit": "ssf",
     "swin": "adaptformer",
+    "swinv2": "bitfit",
     "convnext": "lora",
     "resnet": "residual_adapter",
     "generic": "conv_adapter",

@@ -29,6 +29,7 @@ SMALL = {"img_size": SIZE, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_he
 # Default ranks above the tiny models' width.
 OPTIONS = {name: {"rank": 4, "alpha": 4} for name in ("randlora", "gralora")} | {"fact_tk": {"rank": 4}}
 OPTIONS |= {"sidetune": {"side": "test_resnet"}, "lst": {"reduction": 4}}
+OPTIONS |= {"waveft": {"coefficients": 40}, "psoft": {"rank": 4}}  # of layers as narrow as 8 channels
 
 
 @dataclass(frozen=True)

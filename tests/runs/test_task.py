@@ -233,7 +233,7 @@ def test_a_run_teaches_with_its_own_head(run_of: Callable[..., Result], tiny: An
     summary = start(recipe, tmp_path / "run").summary
     assert summary["teacher"]["head"] == "its own"
     assert summary["teacher"]["accuracy"] == source.summary["student"]["accuracy"]
-    assert not (tmp_path / "run" / "teacher").exists()
+    assert [path.name for path in (tmp_path / "run" / "teacher").iterdir()] == ["judged.json"]
 
 
 @pytest.mark.parametrize("weights", ["pretrained", "none"])

@@ -55,7 +55,7 @@ class KronA(Method):
         for block in anatomy.blocks:
             for word, projection in chosen(block, words).items():
                 like = weight_of(model, projection)
-                delta = Kronecker(projection.stop - projection.start, like.shape[1], self.config)
+                delta = Kronecker(projection.stop - projection.start, like.flatten(1).shape[1], self.config)
                 path = f"{projection.path}.{_NAME}" if anatomy.in_stages else f"{block.block}.{_NAME}_{word}"
                 deltas[projection] = edits.insert(path, delta, like)
         return attach_deltas(edits, deltas)
