@@ -105,9 +105,8 @@ def summarize(
     }
     if final.test is not None:
         summary["student"]["test_accuracy"] = final.test.accuracy
-    taught = {
-        name: [list(pair) for pair in term.blocks] for name, term in components.objective.terms.items() if term.blocks
-    }
+    terms: Any = components.objective.terms  # a ModuleDict does not say what its modules are
+    taught = {name: [list(pair) for pair in term.blocks] for name, term in terms.items() if term.blocks}
     if taught and components.teachers:
         depths = {"student": student.anatomy.depth, "teacher": components.teachers[0].network.anatomy.depth}
         summary["blocks"] = {"pairs": taught, **depths}
