@@ -21,8 +21,9 @@ def compare(values: dict[str, Any]) -> None:
         recipe = read_recipe(values, with_teacher=True)
         folder = expanded(values["output"] or default_path() / f"compare-{recipe.name}")
         table = run_compare(recipe, chosen, values["seeds"], folder, progress)
-        report.write_at_end(folder, progress)
     console.emit(table) if values["json"] else _show(table)
+    with console.Reporter() as progress:  # after the result, which an error in the report must not hide
+        report.write_at_end(folder, progress)
 
 
 def _show(table: dict[str, Any]) -> None:

@@ -40,10 +40,11 @@ def _train(values: dict[str, Any], *, with_teacher: bool) -> None:
             found = _resumed(values, processes, progress)
         else:
             found = _trained(values, progress, with_teacher=with_teacher)
-        if launch.is_first() and not values["dry_run"]:
-            report.write_at_end(values["resume"] or Path(found["run_dir"]), progress)  # it may have been moved
     if launch.is_first():
         console.emit(found) if values["json"] else show(found)
+    if launch.is_first() and not values["dry_run"]:
+        with console.Reporter() as progress:  # after the result, which an error in the report must not hide
+            report.write_at_end(values["resume"] or Path(found["run_dir"]), progress)  # it may have been moved
 
 
 def _trained(values: dict[str, Any], progress: console.Reporter, *, with_teacher: bool) -> dict[str, Any]:
