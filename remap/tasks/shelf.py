@@ -5,6 +5,7 @@ SHELF/backbone/            the frozen weights, once; and config.json where timm 
 SHELF/tasks/NAME/          a copy of a run's task folder, byte for byte
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ class Shelf:
     @staticmethod
     def is_at(path: str | Path) -> bool:
         """Return whether there is a shelf at a path."""
-        return (expanded(path) / "shelf.json").is_file()
+        return os.path.isfile(expanded(path) / "shelf.json")  # False also for names that no file can have
 
     @classmethod
     def with_task(cls, path: str | Path, name: str, run: str | Path) -> "Shelf":
