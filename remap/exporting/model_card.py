@@ -54,6 +54,7 @@ def model_card(source: TaskSource, row: FormatEntry, record: dict[str, Any], usa
         lines.append(f"| command | `{plain(record['command'])}` |")
     lines += ["", "Licences of teacher and base model may bind what was made of them: read both before you ship.", ""]
     if usage:
-        lines += ["## Classify a photograph", "", "In this folder: `python classify.py PHOTO`.", "", "```python"]
+        save = "Save this as `classify.py` in this folder, then run `python classify.py PHOTO`."
+        lines += ["## Classify a photograph", "", save, "", "```python"]
         lines += [usage.rstrip(), "```", ""]
     return "\n".join(lines)
