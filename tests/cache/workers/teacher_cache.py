@@ -19,7 +19,7 @@ count, output, words, settings = json.loads(sys.argv[1])
 
 torch.set_num_threads(1)
 noted: dict[str, Any] = {"asked": 0}
-items_of, fit = teacher_cache._outputs, run.train
+items_of, fit = teacher_cache.outputs_of, run.train
 tensors: dict[str, torch.Tensor] = {}
 
 
@@ -39,7 +39,7 @@ def noting(job: Any, **words: Any) -> Any:
     return state
 
 
-teacher_cache._outputs, run.train = counting, noting
+teacher_cache.outputs_of, run.train = counting, noting
 result = start(resolve(words=words, settings=settings), output)
 noted["summary"] = [name for name, _ in result.summary["data"]["skipped"]]
 rank = accelerator().process_index
