@@ -1,4 +1,4 @@
-"""``remap cache``: teacher outputs cached on disk. Listing and clearing need no torch."""
+"""``remap cache``: outputs of teachers and tuned teachers on disk. Listing and clearing need no torch."""
 
 import shlex
 import sys
@@ -16,12 +16,12 @@ from remap_cli.training import read_recipe
 if TYPE_CHECKING:
     from remap.cache.cache_listing import Cache, CachedOutput
 
-cache = typer.Typer(help="List, build and clear cached teacher outputs.", no_args_is_help=True)
+cache = typer.Typer(help="List, build and clear cached outputs of teachers, and tuned teachers.", no_args_is_help=True)
 
 
 @cache.command("ls")
 def cache_ls(json: opt.Json = False) -> None:
-    """List what is kept: of which teacher and console, what for how many images, and when it was last used."""
+    """List what is cached: of which teacher and view, what of how many images, and when it was last used."""
     from remap.cache.cache_folders import cache_root
     from remap.cache.cache_listing import list_caches
 
@@ -31,19 +31,19 @@ def cache_ls(json: opt.Json = False) -> None:
         console.emit([row.to_dict() for row in found])
         return
     if not found:
-        console.line(f"No teacher outputs are cached in {root}.")
+        console.line(f"No teachers are cached in {root.parent}.")
         return
     total = size(sum(row.bytes for row in found))
     console.table(
-        f"{len(found)} teacher cache(s) in {root}: {total}",
-        ["id", "teacher", "view", "outputs", "images", "size", "used"],
+        f"{len(found)} teacher cache(s) in {root.parent}: {total}",
+        ["id", "teacher", "view", "cached", "images", "size", "used"],
         [
             [
                 row.id[:8],
                 row.key.get("teacher", "-"),
                 _view(row.key),
-                ", ".join(map(_item, row.outputs)) or "-",
-                f"{row.images:,}",
+                ", ".join(map(_item, row.outputs)) or (f"tuned: {row.key['method']}" if "method" in row.key else "-"),
+                f"{row.images:,}" if row.outputs else "-",
                 size(row.bytes),
                 _ago(row.last_used),
             ]
@@ -84,7 +84,7 @@ def cache_clear(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     json: opt.Json = False,
 ) -> None:
-    """Delete cached outputs. Those that a running command uses are left."""
+    """Delete cached outputs and tuned teachers. Those that a running command uses are left."""
     from remap.cache.cache_folders import cache_root
     from remap.cache.cache_listing import chosen_caches, clear
 
@@ -111,7 +111,8 @@ def _confirm(chosen: "list[Cache]") -> None:
     from remap.errors import RemapError
 
     for row in chosen:
-        console.note(f"{row.id[:8]}  {row.key.get('teacher', '-')}, {row.images:,} images, {size(row.bytes)}")
+        what = f"tuned: {row.key['method']}" if "method" in row.key else f"{row.images:,} images"
+        console.note(f"{row.id[:8]}  {row.key.get('teacher', '-')}, {what}, {size(row.bytes)}")
     if not sys.stdin.isatty():
         raise RemapError("clearing asks for confirmation, and stdin is not a terminal", do="confirm with --yes")
     typer.confirm(f"Delete {len(chosen)} teacher cache(s)?", abort=True, err=True)

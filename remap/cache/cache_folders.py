@@ -40,6 +40,8 @@ MOST_KEY_BYTES = 2**20
 # The files of a segment, and what a record has in the second one: a digest of 16 bytes and a checksum of 4.
 DATA_FILE, ROWS_FILE = "data.bin", "rows.bin"
 DIGEST_BYTES, ROW_BYTES = 16, 20
+# The files of a tuned teacher, in the order of writing: a task.json without its tensors would look damaged.
+TASK_FILES = ("task.safetensors", "task.json")
 _NAME = re.compile(r"[0-9a-f]{24}")
 # Folders that are being made or deleted; after this many seconds their process is taken for dead.
 DRAFT, _DRAFT_SECONDS = ".draft-", 600.0
@@ -90,6 +92,11 @@ def cache_root(environment: Mapping[str, str] = os.environ) -> Path:
             do="name a folder in the environment variable REMAP_CACHE",
         )
     return base.absolute() / "teachers"
+
+
+def prepared_root(outputs: Path | None = None) -> Path:
+    """Return where tuned teachers are stored: beside the teachers' outputs."""
+    return (cache_root() if outputs is None else outputs).with_name("prepared")
 
 
 def library_versions() -> dict[str, str]:

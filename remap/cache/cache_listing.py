@@ -1,4 +1,4 @@
-"""What teacher caches there are, and how they are cleared. Needs neither torch nor numpy."""
+"""What is cached of teachers, and how it is cleared. Needs neither torch nor numpy."""
 
 import fcntl
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from remap.cache import cache_folders
-from remap.cache.cache_folders import DATA_FILE, KEY_FILE, ROWS_FILE, read_key
+from remap.cache.cache_folders import DATA_FILE, KEY_FILE, ROWS_FILE, TASK_FILES, read_key
 from remap.errors import RunError
 from remap.io.checked_json import parse_json
 from remap.io.own_files import open_own, read_own
@@ -30,7 +30,7 @@ class CachedOutput:
 
 @dataclass(frozen=True)
 class Cache:
-    """One cache folder.
+    """One cache folder: a teacher's outputs, or its tuned weights.
 
     Attributes:
         id: The folder's name.
@@ -66,17 +66,19 @@ class Cleared:
 
 
 def list_caches(root: Path) -> list[Cache]:
-    """Return all caches below a root, the last used first; other folders are passed over.
+    """Return all caches below a root of outputs and beside it, the last used first; other folders are passed over.
 
     Raises:
         RunError: The root cannot be read.
     """
-    try:
-        caches = [_cache(folder) for folder in root.iterdir()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise RunError(f"cannot read the teacher cache: {error.strerror}", given=root) from error
+    caches: list[Cache | None] = []
+    for place in (root, cache_folders.prepared_root(root)):
+        try:
+            caches += [_cache(folder) for folder in place.iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise RunError(f"cannot read the teacher cache: {error.strerror}", given=place) from error
     return sorted((cache for cache in caches if cache is not None), key=lambda cache: -cache.last_used)
 
 
@@ -168,7 +170,8 @@ def _cache(folder: Path) -> Cache | None:
     except (OSError, ValueError, KeyError, TypeError):  # just being deleted, or damaged inside: still to be cleared
         outputs, last_used = (), 0.0
     images = max((output.records for output in outputs), default=0)
-    return Cache(folder.name, folder, key, outputs, images, sum(output.bytes for output in outputs), last_used)
+    nbytes = sum(output.bytes for output in outputs) + sum(_bytes(folder / name) for name in TASK_FILES)
+    return Cache(folder.name, folder, key, outputs, images, nbytes, last_used)
 
 
 def _output(folder: Path) -> CachedOutput:

@@ -60,7 +60,7 @@ def repeat(
     # Chosen before anything is computed, so that a taken folder is an early error.
     target = _target(run, recipe, output)
     # A comparison prepared its teacher for the first seed; a new one would differ.
-    shared = SharedResources(teacher_folder=_prepared_teacher(run))
+    shared = SharedResources(teacher_folder=_prepared_teacher(run), use_stored_teachers=False)
     _require_same_images(run, recipe, shared, summary["data"]["fingerprint"], progress)
     _say_what_decides(run, progress)
     with progress.wait("comparing the frozen weights with those of the run"):

@@ -243,7 +243,9 @@ def _choose_losses(
 ) -> Recipe:
     """Try some objectives, each a short run by itself, and return the recipe with the best, also in recipe.yaml."""
     # What the trials hold in memory goes with them; teachers that are tuned serve the run too.
-    own = SharedResources(data=shared.data, tuned_teachers=shared.tuned_teachers)
+    own = SharedResources(
+        data=shared.data, tuned_teachers=shared.tuned_teachers, use_stored_teachers=shared.use_stored_teachers
+    )
     accuracies, several = {}, list(trials(recipe, own))
     epochs = several[-1][1].train.epochs
     progress.say(f"choosing the losses: {len(several)} objectives, {epochs} epochs each, by held-out training images")

@@ -75,6 +75,7 @@ class SharedResources:
         features: Frozen features of the newest run that cached any.
         teacher_folder: Where a prepared teacher is stored for all runs; None stores it with the run.
         tuned_teachers: Folder of each teacher that was tuned, by the digest of its recipe.
+        use_stored_teachers: Whether tuned teachers are taken from and put into the cache; a repeat tunes its own.
     """
 
     data: dict[tuple, ImageData] = field(default_factory=dict)
@@ -84,6 +85,7 @@ class SharedResources:
     targets: dict[tuple, Any] = field(default_factory=dict)
     tuned_teachers: dict[str, Path] = field(default_factory=dict)
     teacher_folder: Path | None = None
+    use_stored_teachers: bool = True
     features: dict[tuple, dict[str, Any]] = field(default_factory=dict)
 
     def index(self, spec: DataSpec) -> ImageData:

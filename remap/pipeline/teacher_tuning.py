@@ -1,9 +1,16 @@
 """Teachers that are tuned before the run: which, by what recipe, and where they are stored."""
 
+import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from remap.distributed.launch import accelerator
+from remap.cache.cache_folders import library_versions, prepared_root
+from remap.cache.prepared_teachers import fetch_teacher, store_teacher
+from remap.data.fingerprint import fingerprint
+from remap.distributed.launch import accelerator, broadcast_str
+from remap.errors import RemapError
 from remap.io.links import require_no_link, require_no_links
 from remap.io.paths import expanded
 from remap.pipeline.shared import SharedResources
@@ -11,8 +18,10 @@ from remap.progress import Progress
 from remap.recipe.paths import is_run
 from remap.recipe.schema import EMA, SELF, LossSpec, MethodSpec, Recipe, StudentSpec, TeacherSpec
 from remap.remapping import LOSSES
+from remap.runs.hardware import machine
 from remap.runs.run_dir import RunDir
-from remap.runs.task_file import folder_of, read_meta
+from remap.runs.task import open_backbone
+from remap.runs.task_file import folder_of, read_meta, read_tensors
 
 # Share of the labelled training images that a teacher's temperature is fitted on.
 HELD_OUT = 0.2
@@ -34,12 +43,66 @@ def teachers_to_tune(
         # Tuned by an earlier run of this command, or by this run before it was interrupted.
         if key not in shared.tuned_teachers and not is_prepared(folder):
             require_unlinked(folder)
-            classes = len(shared.classes(recipe))
-            progress.say(
-                f"{title_of(spec, recipe)} has no head for these {classes} classes: tuning it ({spec.prepare})"
-            )
-            yield title_of(spec, recipe), open_or_create(folder, tuning), tuning
+            stored = _StoredTeacher.of(tuning, spec, shared, progress)
+            if not stored.fetch(folder):
+                classes = len(shared.classes(recipe))
+                progress.say(
+                    f"{title_of(spec, recipe)} has no head for these {classes} classes: tuning it ({spec.prepare})"
+                )
+                yield title_of(spec, recipe), open_or_create(folder, tuning), tuning
+                stored.store(folder)
         shared.tuned_teachers.setdefault(key, folder)
+
+
+@dataclass(frozen=True)
+class _StoredTeacher:
+    """A tuned teacher in the cache, where later runs find it; without a key it is tuned for this run alone."""
+
+    key: dict[str, Any] | None
+    progress: Progress
+
+    @classmethod
+    def of(cls, tuning: Recipe, spec: TeacherSpec, shared: SharedResources, progress: Progress) -> "_StoredTeacher":
+        # "self" has the weights of one student, which may be random.
+        if spec.cache == "off" or spec.model == SELF or not shared.use_stored_teachers:
+            return cls(None, progress)
+        key = None
+        if accelerator().is_main_process:
+            backbone = open_backbone(spec, len(shared.classes(tuning))).identity
+            key = {
+                "teacher": backbone.model,
+                "method": spec.prepare,
+                "backbone": backbone.sha256,
+                "recipe": tuning.digest(places=False),
+                "images": fingerprint(shared.index(tuning.data), progress, tuning.data.workers),
+                "precision": tuning.train.precision,
+                "machine": machine(),
+                "versions": library_versions(),
+            }
+        return cls(key, progress)
+
+    def fetch(self, folder: Path) -> bool:
+        """Copy it into a teacher's folder, for all processes; return whether it was there."""
+        found = False
+        if self.key is not None:
+            try:
+                found = fetch_teacher(prepared_root(), self.key, folder / "task")
+                if found:
+                    read_tensors(folder / "task", read_meta(folder / "task"))
+                    self.progress.say("the teacher was tuned on these images before, and is read from the cache")
+            except RemapError as error:  # a cache saves time; what is wrong with it must not cost the run
+                shutil.rmtree(folder / "task", ignore_errors=True)
+                self.progress.say(f"a tuned teacher in the cache cannot be used, and is tuned again: {error}")
+                found = False
+        return broadcast_str(str(found)) == "True"
+
+    def store(self, folder: Path) -> None:
+        """Store it, when its run has ended."""
+        if self.key is not None:
+            try:
+                store_teacher(prepared_root(), self.key, folder / "task")
+            except RemapError as error:
+                self.progress.say(f"the tuned teacher is not stored for later runs: {error}")
 
 
 def _brings_head(spec: TeacherSpec, recipe: Recipe, shared: SharedResources) -> bool:
