@@ -94,7 +94,13 @@ RECIPE_OPTIONS = (
     _models("student", str, _ALL, "mini_student", 'As for the teacher; or "shrink(teacher, depth=6, width=384)".'),
     _models("init", str, (DISTILL,), "the student's own", "Initialise from the teacher; see `remap remappings`."),
     _models("force_init", bool, (DISTILL,), None, "Let --init overwrite weights that are not random."),
-    _models("method", str, (DISTILL, TUNE, BUILD), "vpt_deep", "Tuning method of the student; see `remap methods`."),
+    _models(
+        "method",
+        str,
+        (DISTILL, TUNE, BUILD),
+        "vpt_deep; digits hira",
+        "Tuning method of the student; see `remap methods`.",
+    ),
     _models(
         "losses", str, _ALL, _LOSSES, "Comma-separated, with weights after a colon: ce,kd:0.5. See `remap losses`."
     ),
