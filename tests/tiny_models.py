@@ -27,6 +27,8 @@ SHALLOW = {**SEQUENCE, "depth": 2}
 SCALED = {**SEQUENCE, "init_values": 0.3}
 SWIN = {"img_size": 32, "patch_size": 2, "embed_dim": 16, "depths": (1, 2), "num_heads": (2, 4), "window_size": 4}
 CONVNEXT = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
+TINY_VIT = {"embed_dims": (16, 16, 32, 32), "depths": (1, 1, 1, 2), "num_heads": (1, 1, 2, 2), "window_sizes": (2,) * 4}
+HIERA = {"img_size": 32, "embed_dim": 16, "stages": (1, 1, 2, 2), "mask_unit_size": (8, 8)}
 RESNET = {"layers": (1, 2, 1, 1), "channels": (8, 16, 24, 32)}
 RESNET_SMALL = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}
 SIGNALS = {"img_size": 24, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -311,6 +313,9 @@ TINY_MODELS = [
     # Read by its stages: depthwise and dense convolutions, squeeze-and-excitation, norms that end in an activation.
     TinyModel("efficientnet", "generic", "test_efficientnet", {}, ("methods",), each=True),
     TinyModel("generic", "generic", "test_efficientnet", {}, ("runs",)),
+    # The same with attention: over the whole image in the last two stages, the last one's maps smaller than its window.
+    TinyModel("tiny_vit", "tiny_vit", "tiny_vit_5m_224", TINY_VIT, ("methods", "runs"), each=True),
+    TinyModel("hiera", "hiera", "hiera_tiny_224", HIERA, ("methods", "runs"), each=True),
 ]
 
 

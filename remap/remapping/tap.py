@@ -144,21 +144,22 @@ class Tap:
     def _attention(self, index: int) -> Attention:
         scores = self._scores[index]
         extra = self.extra_tokens if index >= self.tokens_from else 0
-        expected = self.anatomy.num_prefix_tokens + extra + self.anatomy.num_patches
+        grid = self.anatomy.blocks[index].grid
+        expected = self.anatomy.num_prefix_tokens + extra + grid[0] * grid[1]
         if scores.k_BHTh.shape[2] != expected:
             # Cutting by position would silently take the wrong tokens.
             raise BackboneError(
                 "the tokens inside a block are not those the attention loss expects",
                 given=f"{scores.k_BHTh.shape[2]} tokens in block {index}",
                 allowed=f"{expected}: prefix {self.anatomy.num_prefix_tokens}, prompts {extra}, "
-                f"patches {self.anatomy.num_patches}",
+                f"patches {grid[0] * grid[1]}",
                 do="use images of the backbone's own size, without patch dropout",
             )
         q, k, bias = self._shared(scores.q_BHTh, extra), self._shared(scores.k_BHTh, extra), scores.bias_HTT
         if bias is not None:
             bias = self._shared(self._shared(bias, extra), extra, dim=-1)
         v = None if scores.v_BHTh is None else self._shared(scores.v_BHTh, extra)
-        return Attention(q, k, self.anatomy.has_class_token, self.anatomy.grid, bias, v)
+        return Attention(q, k, self.anatomy.has_class_token, grid, bias, v)
 
     def _tokens_at(self, index: int) -> Tokens:
         x, anatomy = self._tokens[index], self.anatomy

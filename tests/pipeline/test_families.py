@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from remap.backbones.families import FAMILIES
+from remap.backbones.families import FAMILIES, signals_of
 from remap.errors import BackboneError
 from remap.network import Runner
 from remap.pipeline.run import start
@@ -23,6 +23,8 @@ BEST = {
     "convnext": "lora",
     "resnet": "residual_adapter",
     "generic": "conv_adapter",
+    "hiera": "lora",
+    "tiny_vit": "residual_adapter",
 }
 
 
@@ -61,7 +63,7 @@ def test_attention_of_the_whole_image_or_a_plain_refusal(
 ) -> None:
     family, model = other_family
     recipe = tiny.recipe("train.epochs=1", "teacher.allow_weak=true", teacher=model, losses="ce,kd,attention")
-    if "sequence" in FAMILIES.row(family).parts:
+    if "attention" in signals_of(FAMILIES.row(family).parts):
         start(recipe, tmp_path / "run")
         return
     with pytest.raises(BackboneError, match="no attention over the whole image"):

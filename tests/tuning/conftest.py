@@ -55,7 +55,7 @@ def pairs(variants: Iterable[str], others: bool = True) -> list[object]:
     files. The others of a file, which share its code, meet a sequence model and one without a sequence. Networks that
     are read by their stages have a test of their own, ``test_stages.py``.
     """
-    variants = [v for v in variants if VARIANTS[v].family != "generic"]
+    variants = [v for v in variants if "blocks" in FAMILIES.row(VARIANTS[v].family).parts]
     files = [row.target.partition(":")[0] for row in METHODS]
     found = []
     for index, row in enumerate(METHODS):

@@ -333,6 +333,8 @@ MODELS = {
     "convnext": "convnext",
     "resnet": "resnet",
     "generic": "efficientnet",
+    "hiera": "hiera",
+    "tiny_vit": "tiny_vit",
 }
 
 

@@ -1,4 +1,7 @@
-"""Every method that fits networks which are read by their stages, on one with convolutions of all kinds."""
+"""Every method that fits networks which are read by their stages, on one with convolutions of all kinds.
+
+Those with attention in some stages meet half of the methods each.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -25,10 +28,14 @@ SMALL |= {"mlae": {"dropout": 0.0}}
 LABELS = torch.tensor([0, 1, 2, 3])
 
 
+CELLS = [(method, "efficientnet") for method in FITTING]
+CELLS += [(method, ("tiny_vit", "hiera")[number % 2]) for number, method in enumerate(FITTING)]
+
+
 @cache
-def shared_anatomy() -> Anatomy:
+def shared_anatomy(name: str) -> Anatomy:
     """Read once: watching a pass takes longer than all else here, and paths are those of every copy."""
-    model = tiny_models("methods")["efficientnet"].build(5)
+    model = tiny_models("methods")[name].build(5)
     model.pretrained_cfg = {"input_size": (3, 32, 32)}
     return anatomy_of(model)
 
@@ -37,19 +44,19 @@ def images(seed: int) -> Tensor:
     return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
-def attached_to(model: nn.Module, method: str, seed: int = 0) -> Attached:
+def attached_to(model: nn.Module, name: str, method: str, seed: int = 0) -> Attached:
     torch.manual_seed(seed)
-    attached = attach_method(model, shared_anatomy(), method, SMALL.get(method, {}))
+    attached = attach_method(model, shared_anatomy(name), method, SMALL.get(method, {}))
     if attached.wants_sample:
         attached.prepare(Sample(lambda: iter([(images(1), LABELS), (images(2), LABELS)]), 5))
     return attached
 
 
-@pytest.mark.parametrize("method", FITTING)
-def test_trains_reloads_merges_and_comes_off(method: str, build: Callable[[str], nn.Module]) -> None:
+@pytest.mark.parametrize(("method", "name"), CELLS)
+def test_trains_reloads_merges_and_comes_off(method: str, name: str, build: Callable[[str], nn.Module]) -> None:
     """Source: the plain model's tensors and logits before, those of the trained one after."""
-    base, attached = build("efficientnet"), attached_to(build("efficientnet"), method)
-    model, before = attached.model, build("efficientnet").state_dict()
+    base, attached = build(name), attached_to(build(name), name, method)
+    model, before = attached.model, build(name).state_dict()
     head = {name: p.requires_grad_(True) for name, p in model.named_parameters() if attached.anatomy.is_head(name)}
     start = {name: p.detach().clone() for name, p in model.named_parameters() if name in attached.trainable}
     if attached.identity_at_init:
@@ -69,7 +76,7 @@ def test_trains_reloads_merges_and_comes_off(method: str, build: Callable[[str],
         name for name, value in before.items() if name not in changing and not torch.equal(after[name], value)
     ] == []
 
-    fresh = attached_to(build("efficientnet"), method, seed=9)
+    fresh = attached_to(build(name), name, method, seed=9)
     fresh.load(attached.state())
     with torch.no_grad():
         for name, parameter in fresh.model.named_parameters():

@@ -11,6 +11,7 @@ PARTS = {
     "attention": "blocks of attention and MLP with a residual stream, each behind a norm",
     "linears": "blocks with linear layers, or convolutions that count as such",
     "convolutions": "blocks with spatial convolutions",
+    "late_attention": "blocks behind which every patch has attended to all others, in some stages",
 }
 
 
@@ -35,6 +36,7 @@ class FamilyEntry(Entry):
 
 
 _SEQUENCE = frozenset({"blocks", "sequence", "attention", "linears"})
+_BY_STAGES = frozenset({"linears", "convolutions"})
 
 FAMILIES: Registry[FamilyEntry] = Registry(
     "family",
@@ -122,6 +124,26 @@ FAMILIES: Registry[FamilyEntry] = Registry(
             examples="resnet*, resnext*, wide_resnet*",
             modules=("resnet",),
         ),
+        FamilyEntry(
+            name="hiera",
+            target="remap.backbones.families.late_attention:Hiera",
+            category="transformer",
+            summary="transformers of stages, the first ones with attention in mask units",
+            paper="Ryali et al. 2023, arXiv 2306.00989",
+            parts=_BY_STAGES | {"late_attention"},
+            examples="hiera_*",
+            modules=("hiera",),
+        ),
+        FamilyEntry(
+            name="tiny_vit",
+            target="remap.backbones.families.late_attention:TinyViT",
+            category="transformer",
+            summary="stages of convolutions, then of attention in windows that grow to the whole image",
+            paper="Wu et al. 2022, arXiv 2207.10666",
+            parts=_BY_STAGES | {"late_attention"},
+            examples="tiny_vit_*",
+            modules=("tiny_vit",),
+        ),
         # Tried last: it reads what no other family does.
         FamilyEntry(
             name="generic",
@@ -129,8 +151,8 @@ FAMILIES: Registry[FamilyEntry] = Registry(
             category="any",
             summary="other networks of timm, by their stages",
             paper="Wightman 2019, timm",
-            parts=frozenset({"linears", "convolutions"}),
-            examples="efficientnet*, mobilenet*, regnet*, maxvit*, hiera*, and unusual variants of the above",
+            parts=_BY_STAGES,
+            examples="efficientnet*, mobilenet*, regnet*, maxvit*, and unusual variants of the above",
             modules=(),
         ),
     ],
@@ -138,5 +160,5 @@ FAMILIES: Registry[FamilyEntry] = Registry(
 
 
 def signals_of(parts: frozenset[str]) -> tuple[str, ...]:
-    """Return what losses can read of backbones: attention only where one sequence attends to all of itself."""
-    return ("logits", "features", "tokens", *(["attention"] if "sequence" in parts else []))
+    """Return what losses can read of backbones: attention only where all patches attend to all patches."""
+    return ("logits", "features", "tokens", *(["attention"] if parts & {"sequence", "late_attention"} else []))

@@ -43,6 +43,12 @@ class BlockTerm(LossTerm):
         student, teacher = pair.student, pair.known_teacher(self.name)
         self.keep_class_token = student.has_class_token and teacher.has_class_token
         self.blocks = pair_blocks(config.layers, student.depth, teacher.depth)
+        if others := sorted({block for block, _ in self.blocks if student.blocks[block].grid != student.grid}):
+            raise BackboneError(
+                "attention is compared on the grid of the student's last stage",
+                given=f"stages {others} of the student, on other grids",
+                do="use layers: last, or name stages of that grid",
+            )
 
     def student_needs(self) -> Needs:
         return Needs(attention=frozenset(student for student, _ in self.blocks))
