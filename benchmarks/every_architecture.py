@@ -8,8 +8,10 @@ import argparse
 import contextlib
 import copy
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import timm
@@ -24,6 +26,8 @@ from remap.remapping.signals import Needs
 T = TypeVar("T")
 CLASSES, IMAGES = 3, 2
 SIZES = (64, 128, None)  # the first that a network takes; None is its own
+# Of modules whose smallest model is large: arguments of timm that make it smaller.
+SMALLER = {"deepseek_vit_412m": {"depth": 2}, "gemma4_vit_167m": {"depth": 2}}
 
 
 def instances() -> Iterator[str]:
@@ -40,10 +44,16 @@ def _parameters(name: str) -> int:
 def opened(name: str) -> Backbone:
     """Build a network of random weights for the smallest images that it takes."""
     torch.manual_seed(0)
-    for size in SIZES[:-1]:
-        with contextlib.suppress(RemapError):
-            return build(name, "none", CLASSES, image_size=size)
-    return build(name, "none", CLASSES)
+    with tempfile.TemporaryDirectory() as folder:
+        word = name
+        if name in SMALLER:
+            config = {"architecture": name, "model_args": SMALLER[name]}
+            (Path(folder) / "config.json").write_text(json.dumps(config))
+            word = f"local-dir:{folder}"
+        for size in SIZES[:-1]:
+            with contextlib.suppress(RemapError):
+                return build(word, "none", CLASSES, image_size=size)
+        return build(word, "none", CLASSES)
 
 
 def images_for(backbone: Backbone) -> torch.Tensor:
@@ -131,6 +141,7 @@ def main() -> None:
             family = "" if backbone is None else backbone.anatomy.family
             record = {"module": module, "model": name, "pixels": side, "family": family}
             record |= {"teaches": failed, "learns": problems}
+            record |= {"arguments": SMALLER[name]} if name in SMALLER else {}
             with open(chosen.output, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
     print(f"teach {taught} of {count}, learn {learnt} of {count}")
