@@ -47,7 +47,7 @@ def opened(name: str) -> Backbone:
     with tempfile.TemporaryDirectory() as folder:
         word = name
         if name in SMALLER:
-            config = {"architecture": name, "model_args": SMALLER[name]}
+            config = {"architecture": name, "pretrained_cfg": {}, "model_args": SMALLER[name]}
             (Path(folder) / "config.json").write_text(json.dumps(config))
             word = f"local-dir:{folder}"
         for size in SIZES[:-1]:

@@ -91,8 +91,10 @@ losses can read, and take every method that makes sense for them ([what fits wha
 other networks, and unusual variants of the exact families, are read by their stages ("generic"):
 
 - They teach logits, pooled features, and tokens: the map of a stage, as `forward_intermediates` of timm gives it, whose
-  grid is resized to the student's. Attention they teach only where it is known exactly. "Behind the final norm"
-  (`layers: last`) stands the output of the last stage.
+  grid is resized to the student's. "Behind the final norm" (`layers: last`) stands the output of the last stage.
+- Of these, Hiera and TinyViT teach attention: that of the last block of a stage, where it goes over the whole image.
+  These are Hiera's last two stages, and TinyViT's at the image size that it was made for or a smaller one. The default
+  objective leaves it out; `--losses ce,kd,attention` takes it. All others say why there is none.
 - Blocks are stages: `partial` trains the last ones, with all that is behind them, by timm's own groups of layers.
 - `targets` are `linear` (linear layers and 1x1 convolutions, the default where there are some) and `conv` (all other
   convolutions, whose kernels count as matrices of c_out x c_in * k * k). Layers below 16 channels are left out. ResNet
@@ -155,7 +157,8 @@ def models() -> str:
         parts.append(_line([row.name, row.summary, teaches, str(fitting[row.name]), row.examples]))
     parts.append("\n## Measured\n")
     parts.append(
-        f"The smallest model of each of {len(records)} modules of timm, with random weights: {taught} teach (logits "
+        f"The smallest model of each of {len(records)} modules of timm, with random weights and where it is large with "
+        f"the arguments named behind it: {taught} teach (logits "
         "equal to timm's own forward, features and the tokens of every stage in the shapes that are promised), and "
         f"{learnt} learn: `linear`, `full`, `norm` and `lora` train a step, and reload to equal logits.\n"
     )
@@ -166,7 +169,8 @@ def models() -> str:
         family = record["family"] or "-"
         teaches = f"no: {record['teaches']}" if record["teaches"] else ", ".join(signals_of(FAMILIES.row(family).parts))
         problems = "; ".join(f"{method}: {problem}" for method, problem in record["learns"].items()) or "-"
-        cells = [record["module"], f"`{record['model']}`", str(record["pixels"]), family, teaches, problems]
+        model = ", ".join([f"`{record['model']}`", *(f"{k} {v}" for k, v in record.get("arguments", {}).items())])
+        cells = [record["module"], model, str(record["pixels"]), family, teaches, problems]
         parts.append(_line([cell.replace("|", "/") for cell in cells]))
     if missing := sorted(set(timm.list_modules()) - {record["module"] for record in records}):
         parts.append(f"\nNot measured yet, being large: {', '.join(missing)}.")

@@ -23,7 +23,6 @@ BEST = {
     "convnext": "lora",
     "resnet": "residual_adapter",
     "generic": "conv_adapter",
-    "hiera": "lora",
     "tiny_vit": "residual_adapter",
 }
 
