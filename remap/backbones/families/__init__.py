@@ -130,7 +130,7 @@ FAMILIES: Registry[FamilyEntry] = Registry(
             category="transformer",
             summary="transformers of stages, the first ones with attention in mask units",
             paper="Ryali et al. 2023, arXiv 2306.00989",
-            parts=_BY_STAGES | {"late_attention"},
+            parts=frozenset({"linears", "late_attention"}),
             examples="hiera_*",
             modules=("hiera",),
         ),
