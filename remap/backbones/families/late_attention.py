@@ -17,6 +17,7 @@ from remap.backbones.anatomy import Anatomy, AttentionScores
 from remap.backbones.families.base import KeepScores
 from remap.backbones.families.generic import Generic
 from remap.backbones.families.reading import configured_image_size, exactly
+from remap.backbones.families.stages import StageBlock
 from remap.errors import BackboneError
 
 
@@ -24,8 +25,9 @@ class _LateAttention(Generic):
     """Read by its stages as ``Generic`` does; the attention of a stage is that of its last block."""
 
     def read(self, model: Any) -> Anatomy:
-        anatomy, heads = super().read(model), self._heads(model)
-        blocks = tuple(replace(block, heads=of) for block, of in zip(anatomy.blocks, heads, strict=True))
+        anatomy = super().read(model)
+        stages = [block for block in anatomy.blocks if isinstance(block, StageBlock)]
+        blocks = tuple(replace(stage, heads=heads) for stage, heads in zip(stages, self._heads(model), strict=True))
         return replace(anatomy, family=self.name, blocks=blocks)
 
     def _heads(self, model: Any) -> list[int]:
