@@ -11,11 +11,15 @@ class SourceEntry(Entry):
 
     Attributes:
         by_path: It is recognised by what lies at a path; the others are chosen by name.
+        takes: What follows "NAME:", one of "path", "name" and "path or name"; empty where the source says it itself.
+        options: Keys that may follow, as in NAME:REST,KEY=VALUE; "folder" and "root" are paths.
     """
 
     category: str = "data"
     paper: str = ""
     by_path: bool = False
+    takes: str = ""
+    options: tuple[str, ...] = ()
 
 
 SOURCES: Registry[SourceEntry] = Registry(
@@ -36,8 +40,47 @@ SOURCES: Registry[SourceEntry] = Registry(
         SourceEntry(
             name="csv",
             target="remap.data.label_table:LabelTable",
-            summary="a CSV or TSV of files and labels, with or without a column of splits",
+            summary="a CSV, TSV or list (.txt) of files and labels, with or without a column of splits",
             by_path=True,
+            takes="path",
+            options=("path", "label", "split_column", "split", "separator", "folder"),
+        ),
+        SourceEntry(
+            name="vtab",
+            target="remap.data.vtab:Vtab",
+            summary="a folder of VTAB-1k: train800val200.txt to learn from, test.txt to evaluate on, images/",
+            by_path=True,
+            takes="path",
+        ),
+        SourceEntry(
+            name="parquet",
+            target="remap.data.parquet:Parquet",
+            summary="Parquet files with encoded images (extra: parquet)",
+            by_path=True,
+            takes="path",
+            options=("image", "label", "split"),
+        ),
+        SourceEntry(
+            name="hf",
+            target="remap.data.hugging_face:HuggingFace",
+            summary="a data set of Hugging Face: saved by save_to_disk, or a name on the hub (extra: datasets)",
+            by_path=True,
+            takes="path or name",
+            options=("image", "label", "split", "config", "revision"),
+        ),
+        SourceEntry(
+            name="webdataset",
+            target="remap.data.webdataset:WebDataset",
+            summary="tars of samples, KEY.jpg with KEY.cls or KEY.json, as WebDataset writes them",
+            takes="path",
+            options=("image", "label", "split"),
+        ),
+        SourceEntry(
+            name="torchvision",
+            target="remap.data.torchvision_sets:TorchvisionSet",
+            summary="a data set of torchvision by its class name, below root=FOLDER",
+            takes="name",
+            options=("root", "split", "download"),
         ),
     ],
 )
@@ -47,5 +90,8 @@ DEFAULT_SOURCE = "digits"
 
 def is_source(word: str) -> bool:
     """Return whether a word names a source, as NAME or NAME:REST; any other word is a path."""
-    name = word.partition(":")[0]
-    return name in SOURCES and not SOURCES.row(name).by_path
+    name, colon, _ = word.partition(":")
+    if name not in SOURCES:
+        return False
+    row = SOURCES.row(name)
+    return bool(colon and row.takes) or not (row.by_path or row.takes)

@@ -21,6 +21,12 @@ class ClassFolders(LabeledFiles):
     def recognises(self, path: Path) -> bool:
         return os.path.exists(path)
 
+    def images(self, word: str) -> tuple[list[tuple[str, Listing]], Skipped]:
+        listing = list_files(word, "a folder, a tar or a zip of images")
+        reasons = {path: why_left_out(path) for path in listing.paths}
+        skipped = [(path, reason) for path, reason in reasons.items() if reason is not None]
+        return [(path, listing) for path, reason in reasons.items() if reason is None], skipped
+
     def read(self, word: str, depth: int | None) -> tuple[BySplit, Skipped]:
         listing = list_files(word, PATHS)
         layout = find_layout(word, listing)

@@ -1,10 +1,9 @@
 """The digits that come with scikit-learn."""
 
-import io
-
 import numpy as np
 from PIL import Image
 
+from remap.data.images import encoded
 from remap.data.sources import Source
 from remap.data.splits import ImageData, Split, stratified
 from remap.errors import DataError
@@ -25,12 +24,8 @@ class Digits(Source):
         images = np.rint(bundle.images * (255.0 / 16.0)).astype(np.uint8)
         labels = bundle.target.astype(np.int64)
 
-        def read(index: int) -> bytes:
-            buffer = io.BytesIO()
-            Image.fromarray(images[index]).save(buffer, format="PPM")  # the same bytes from every version of Pillow
-            return buffer.getvalue()
-
-        everything = Split(tuple(f"{name}/{i:04d}" for i in range(len(labels))), labels, read)
+        names = tuple(f"{name}/{i:04d}" for i in range(len(labels)))
+        everything = Split(names, labels, lambda index: encoded(Image.fromarray(images[index])))
         train, val = stratified(labels, 1000)
         rule = "fixed stratified split of the 1,797 digits"
         return ImageData(name, tuple("0123456789"), everything.take(train), everything.take(val), split_rule=rule)

@@ -88,6 +88,13 @@ def decode_channels(source: bytes | Path | Image.Image, pixels: Pixels = RGB) ->
         raise BadImage(reason_of(error), source) from error
 
 
+def encoded(image: Image.Image) -> bytes:
+    """Return a picture as a file without loss; the same bytes from every version of Pillow."""
+    file = io.BytesIO()
+    image.save(file, "PPM")
+    return file.getvalue()
+
+
 def wide_values(data: bytes, pixels: Pixels) -> StoredValues | None:
     """Return what an image file of more than 8 bits holds; None for 8 bits, and for what cannot be read."""
     try:

@@ -1,99 +1,98 @@
-"""Labelled images from a table: a CSV or TSV that names a file and its label in each row."""
+"""Labelled images from a table: a CSV or TSV that names a file and its label in each row, or a list without header."""
 
 import csv
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from posixpath import basename, splitext
 
 from remap.data.file_listing import files_of, list_folder, require_few
-from remap.data.folder_layout import split_named
-from remap.data.image_files import Skipped, why_left_out, why_not_read
-from remap.data.labeled_files import BySplit, LabeledFiles, merged
-from remap.data.sources import TABLES
+from remap.data.image_files import why_left_out, why_not_read
+from remap.data.rows import LABEL, LABELS, Row, Rows, labels_of, one_label
+from remap.data.sources import LISTS, TABLES
+from remap.data.words import Word
 from remap.errors import DataError
 from remap.io.checked_read import read_regular
 from remap.io.names import plain
-from remap.io.paths import expanded
+from remap.io.paths import absolute, expanded
 
 MOST_BYTES = 2**30
 # Names of columns, in lower case.
 FILE = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "image_name", "image_id", "id")
-LABEL = ("label", "class", "category", "target", "class_name", "label_name")
 SPLIT = ("split", "subset", "partition")
 
 
-class LabelTable(LabeledFiles):
-    """A table, plain text in UTF-8, whose files lie in its own folder or below."""
+class LabelTable(Rows):
+    """Plain text in UTF-8, whose files lie in its own folder or below, or in the folder that ``folder=`` names.
+
+    Other options: ``path=``, ``label=`` and ``split_column=`` name columns; ``separator=`` stands between the labels
+    of an image.
+    """
 
     def recognises(self, path: Path) -> bool:
-        return path.suffix.lower() in TABLES and os.path.isfile(path)
+        return path.suffix.lower() in TABLES + LISTS and os.path.isfile(path)
 
-    def read(self, word: str, depth: int | None) -> tuple[BySplit, Skipped]:
-        if depth not in (None, 1):
-            raise DataError("data.depth is for folders of class folders", given=f"data.depth={depth}, {word}")
-        root, rows = expanded(word).parent, _rows(word)
-        file_at, label_at, split_at = _columns(word, rows)
+    def rows(self, word: Word, labeled: bool) -> Iterator[Row]:
+        options = word.options
+        rows = _cells(word.rest)
+        header = [name.strip().lower() for name in (rows[0] if rows else ())]
+        file_at = _column("files", options.get("path"), FILE, header, word.rest, needed=True)
+        label_at = _column("labels", options.get("label"), LABEL + LABELS, header, word.rest, needed=labeled)
+        split_at = _column("splits", options.get("split_column"), SPLIT, header, word.rest, needed=False)
+        separator = options.get("separator")
+        if labeled and separator is None and header[label_at] in LABELS:
+            do = f"state what stands between them: csv:{word.rest},separator=;"
+            raise DataError("a column of several labels needs a separator", given=header[label_at], do=do)
+        root = expanded(options.get("folder", expanded(word.rest).parent))
         find, listing = _finder(root), files_of(root)
-        splits: BySplit = {}
-        skipped: list[tuple[str, str]] = []
-        labels: dict[str, str] = {}
         for number, row in enumerate(rows[1:], 2):
             if not any(row):
                 continue
-            if len(row) != len(rows[0]):
+            if len(row) != len(header):
                 raise DataError(
-                    f"line {number} of the table has {len(row)} cells, not {len(rows[0])}", given=plain(str(row))[:200]
+                    f"line {number} of the table has {len(row)} cells, not {len(header)}", given=plain(str(row))[:200]
                 )
-            path, label = find(row[file_at].strip()), row[label_at].strip()
-            split = "all" if split_at is None else split_named(row[split_at])
-            reason = why_left_out(path) or (None if label else "without a label")
-            if split is None or reason is not None:
-                skipped.append((plain(path), reason or "in no split"))
-            elif labels.setdefault(path, label) != label:
-                raise DataError("a file has two labels", given=f"{plain(path)}: {plain(labels[path])}, {plain(label)}")
-            else:
-                splits.setdefault(split, {}).setdefault(label, []).append((path, listing))
-        if not (splits.get("train") or splits.get("all")):
-            raise DataError("the table names no images to learn from", given=word)
-        return {split: merged(by_class) for split, by_class in splits.items()}, skipped
+            path = find(row[file_at].strip())
+            label = one_label(path, labels_of(row[label_at], separator)) if labeled else ""
+            yield Row(path, listing, label, None if split_at < 0 else row[split_at], why_left_out(path))
 
 
-def _rows(word: str) -> list[list[str]]:
+def _cells(word: str) -> list[list[str]]:
     """Return all rows; the first one is made up where the table has no header."""
+    path = expanded(word)
     try:
-        text = read_regular(expanded(word), MOST_BYTES).decode("utf-8-sig")
+        text = read_regular(path, MOST_BYTES).decode("utf-8-sig")
         first = text.partition("\n")[0]
-        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), strict=True))
+        if path.suffix.lower() in LISTS and not any(mark in first for mark in ",;\t"):
+            rows = [line.strip().rsplit(None, 1) for line in text.splitlines()]  # names may hold spaces
+        else:
+            rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), strict=True))
     except (OSError, UnicodeError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise DataError(f"cannot read {word}: {reason}", allowed="a CSV or TSV in UTF-8") from error
-    require_few(len(rows), expanded(word))
+    require_few(len(rows), path)
     if rows and len(rows[0]) == 2 and why_not_read(rows[0][0].strip()) is None:
         rows.insert(0, [FILE[0], LABEL[0]])
     return rows
 
 
-def _columns(word: str, rows: Sequence[Sequence[str]]) -> tuple[int, int, int | None]:
-    """Return where the file, the label and the split are."""
-    header = [name.strip().lower() for name in (rows[0] if rows else ())]
-    file, label, split = (
-        next((header.index(name) for name in names if name in header), None) for names in (FILE, LABEL, SPLIT)
-    )
-    if file is None or label is None:
+def _column(what: str, named: str | None, names: Sequence[str], header: list[str], word: str, needed: bool) -> int:
+    """Return where a column is, by the name that the user gave or by the usual ones; -1 where it need not be there."""
+    wanted = names if named is None else [named.strip().lower()]
+    at = next((header.index(name) for name in wanted if name in header), -1)
+    if at < 0 and (needed or named is not None):
         raise DataError(
             "the columns of the table are not known",
             given=f"{word}: {plain(', '.join(header))[:200] or 'empty'}",
-            allowed=f"a column of files ({', '.join(FILE)}) and one of labels ({', '.join(LABEL)}),"
-            f" and maybe one of splits ({', '.join(SPLIT)})",
-            do="write these names into its first line",
+            allowed=f"a column of {what}: {', '.join(wanted)}",
+            do="write such a name into its first line, or name the columns: csv:FILE,path=COLUMN,label=COLUMN",
         )
-    return file, label, split
+    return at
 
 
 def _finder(root: Path) -> Callable[[str], str]:
-    """Return what finds the file that a cell means: a path from the table's folder, or a name that is unique below it.
+    """Return what finds the file that a cell means: a path from the root or below it, or a name that is unique below.
 
     The name may lack its suffix. What is not found stays as it is, and is an unreadable image.
     """
@@ -101,11 +100,14 @@ def _finder(root: Path) -> Callable[[str], str]:
 
     def find(cell: str) -> str:
         path = cell.replace("\\", "/")
+        if path.startswith("/") and "\0" not in path:
+            folder, name = os.path.split(path)
+            path = os.path.relpath(os.path.join(absolute(folder), name), absolute(root)).replace(os.sep, "/")
         if path.startswith("/") or ".." in path.split("/"):
             raise DataError(
                 "a path in the table leads out of the table's folder",
                 given=plain(cell)[:200],
-                do="write paths from the folder that the table is in",
+                do="write paths from the folder that the table is in, or name another: csv:FILE,folder=FOLDER",
             )
         if os.path.isfile(root / path):
             return path

@@ -36,7 +36,9 @@ class LabeledFiles(Source):
             val, more = _to_evaluate_on(val_source, self.depth or 1)
             splits, skipped = {"train": splits.get("train") or splits.get("all", {}), "val": val}, [*skipped, *more]
         elif "val" not in splits and splits.get("test"):
-            splits = {"train": splits["train"], "val": splits["test"]}
+            splits = {"train": splits.get("train", {}), "val": splits["test"]}
+        if not (splits.get("train") or splits.get("all")):
+            raise DataError("there are no labelled images to learn from", given=f"{word}; left out: {counted(skipped)}")
         if "val" not in splits:
             return _hold_out(word, splits.get("all") or splits["train"], val_fraction, skipped)
         if not splits["val"]:
@@ -104,8 +106,8 @@ def _require_classes(word: str, by_class: ByClass, skipped: Skipped) -> tuple[st
 def table_hint(word: str, skipped: Skipped) -> str | None:
     """Return what to do where there are no class folders, but a file that may hold the labels."""
     for endings, do in (
-        (TABLES, "if {0} holds the labels, name it: --data {1}/{0}"),
-        ((".json", ".jsonl", ".parquet", ".xlsx"), "if {0} holds the labels, convert it to a CSV and name that"),
+        ((*TABLES, ".parquet"), "if {0} holds the labels, name it: --data {1}/{0}"),
+        ((".json", ".jsonl", ".xlsx"), "if {0} holds the labels, convert it to a CSV and name that"),
     ):
         table = next((name for name, _ in skipped if name.lower().endswith(endings)), None)
         if table is not None:

@@ -11,10 +11,11 @@ import numpy as np
 
 from remap.data import SOURCES, is_source
 from remap.data.file_listing import Listing, list_folder
-from remap.data.image_files import Skipped, counted, why_left_out
+from remap.data.image_files import Skipped, counted
 from remap.data.images import SUFFIXES
 from remap.data.splits import NO_LABEL, ImageData, Split
 from remap.data.tar_listing import list_tar
+from remap.data.words import parsed
 from remap.data.zip_listing import list_zip
 from remap.errors import DataError, MissingData
 from remap.io.checked_read import open_regular
@@ -26,11 +27,10 @@ _OTHER_FILES = {
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
     b"Rar!": "a rar archive",
     b"\x28\xb5\x2f\xfd": "a zstd archive",
-    b"PAR1": "a Parquet file",
 }
-TABLES = (".csv", ".tsv")
+TABLES, LISTS = (".csv", ".tsv"), (".txt",)
 # What may lie at a path.
-PATHS = "a folder of class folders, a tar or zip of one, or a CSV of labels"
+PATHS = "a folder of class folders, a tar or zip of one, a CSV of labels, or a Parquet file"
 
 
 class Source(ABC):
@@ -63,6 +63,10 @@ class Source(ABC):
         everything = data.train.joined(data.val)
         return (everything if data.test is None else everything.joined(data.test)), data.skipped
 
+    def images(self, word: str) -> tuple[Sequence[tuple[str, Listing]], Skipped]:
+        """Return all images of all splits, whatever their labels, each with what reads it; and what was left out."""
+        raise DataError("this source gives labelled images only", given=word, allowed=PATHS)
+
     def recognises(self, path: Path) -> bool:
         """Return whether a source with ``by_path`` reads what lies at this path."""
         return False
@@ -79,13 +83,14 @@ def find_source(word: str, depth: int | None = None) -> Source:
         if depth not in (None, 1):
             raise DataError("data.depth is for folders of class folders", given=f"data.depth={depth}, {word}")
         source: Source = SOURCES.load(word.partition(":")[0])()
+        parsed(word)  # refuses unknown options
         return source
     # The last row first: the built-in reader of paths takes every file for a tar.
     for row in reversed(list(SOURCES)):
         if row.by_path and (source := row.load()()).recognises(expanded(word)):
             source.depth = depth
             return source
-    named = ", ".join(repr(row.name) for row in SOURCES if not row.by_path)
+    named = ", ".join(f"{row.name}{':' if row.takes else ''}" for row in SOURCES if row.takes or not row.by_path)
     raise missing(word, f"{named}, {PATHS}")
 
 
@@ -125,7 +130,7 @@ def open_data(
     if unlabeled is None:
         return data
     for labeled in (source, val_source):
-        if labeled is not None and not is_source(labeled):
+        if labeled is not None:
             _require_apart(data, labeled, unlabeled)
     more, skipped = open_unlabeled(unlabeled)
     return replace(data.with_unlabeled(more), skipped=(*data.skipped, *skipped))
@@ -141,25 +146,25 @@ def read_all(source: str, classes: Sequence[str], depth: int | None = None) -> t
 
 
 def open_unlabeled(source: str) -> tuple[Split, Skipped]:
-    """Return all images of a folder or archive, in any folders, without labels; and what was left out.
+    """Return all images of a source, of any folders and splits, without labels; and what was left out.
 
     Names begin with the name of the folder or archive, since the labelled data may hold files of the same names.
 
     Raises:
         DataError: There is nothing, or no images.
     """
-    listing, name = list_files(source, "a folder, a tar or a zip of images"), Path(source).name
-    reasons = {path: why_left_out(path) for path in listing.paths}
-    skipped = [(plain(f"{name}/{path}"), reason) for path, reason in reasons.items() if reason is not None]
-    paths = [path for path, reason in reasons.items() if reason is None]
-    if not paths:
+    files, left_out = find_source(source).images(source)
+    name = Path(parsed(source).rest).name
+    skipped = [(plain(f"{name}/{path}"), reason) for path, reason in left_out]
+    if not files:
         raise DataError(
             "no images to learn from without labels",
-            given=f"{source} ({len(listing.paths)} files{'; left out: ' if skipped else ''}{counted(skipped)})",
+            given=f"{source} ({len(skipped)} files{'; left out: ' if skipped else ''}{counted(skipped)})",
             allowed=f"files with one of {' '.join(SUFFIXES)}, in any folders",
         )
-    names = tuple(plain(f"{name}/{path}") for path in paths)
-    return Split(names, np.full(len(paths), NO_LABEL, dtype=np.int64), lambda i: listing.read(paths[i])), skipped
+    names = tuple(plain(f"{name}/{path}") for path, _ in files)
+    labels_N = np.full(len(files), NO_LABEL, dtype=np.int64)
+    return Split(names, labels_N, lambda i: files[i][1].read(files[i][0])), skipped
 
 
 def list_files(word: str, allowed: str) -> Listing:
@@ -208,9 +213,11 @@ def unknown_classes(names: Iterable[str], classes: Sequence[str]) -> DataError:
 
 def _require_apart(data: ImageData, labeled: str, unlabeled: str) -> None:
     """Refuse to learn from images to evaluate on, also without their labels."""
-    outer, inner = Path(absolute(labeled)), Path(absolute(unlabeled))
-    outer = outer.parent if outer.suffix.lower() in TABLES else outer  # its names are relative to its folder
-    if outer.is_relative_to(inner):
+    first, second = parsed(labeled), parsed(unlabeled)
+    outer, inner = Path(absolute(first.rest)), Path(absolute(second.rest))
+    outer = outer.parent if outer.suffix.lower() in TABLES + LISTS else outer  # its names are relative to its folder
+    # One split of a source may be apart from its others.
+    if outer.is_relative_to(inner) and "split" not in second.options:
         raise DataError(
             "the folder of images without labels holds the labelled ones, and maybe those to evaluate on",
             given=f"{unlabeled} and {labeled}",
@@ -218,9 +225,10 @@ def _require_apart(data: ImageData, labeled: str, unlabeled: str) -> None:
         )
     if not inner.is_relative_to(outer):
         return
-    prefix = plain(f"{inner.relative_to(outer).as_posix()}/")
     splits = [split for split in (data.val, data.test) if split is not None]
-    if any(name.startswith(prefix) for split in splits for name in split.names):
+    prefix = "" if inner == outer else plain(f"{inner.relative_to(outer).as_posix()}/")
+    names = {name for name, _ in find_source(unlabeled).images(unlabeled)[0]} if not prefix else set()
+    if any(name in names if not prefix else name.startswith(prefix) for split in splits for name in split.names):
         raise DataError(
             "the folder of images without labels holds images to evaluate on",
             given=f"{unlabeled}, inside {labeled}",

@@ -32,8 +32,11 @@ _DECOMPRESSORS: tuple[tuple[bytes, Callable[[io.BufferedReader], io.BufferedIOBa
 Members = dict[str, tuple[int, int]]
 
 
-def list_tar(path: Path) -> Listing:
+def list_tar(path: Path, also: tuple[str, ...] = ()) -> Listing:
     """List the regular files of a tar, to be read where they lie; links, devices and files with holes are ignored.
+
+    Args:
+        also: Ends of names of other files than images that are read, too.
 
     Raises:
         DataError: It is not a complete tar, it grows out of bounds, or it is compressed with too many images to hold.
@@ -43,7 +46,7 @@ def list_tar(path: Path) -> Listing:
             stream, compressed = _stream(path, file)
             files, folders = _members(path, stream)
             if compressed:
-                held = _held(path, stream, files)
+                held = _held(path, stream, files, also)
                 return Listing(tuple(sorted(files)), folders, held.__getitem__, lambda name: files[name][1])
     except RemapError:
         raise
@@ -147,9 +150,9 @@ def _members(path: Path, stream: _Bounded) -> tuple[Members, tuple[str, ...]]:
     return files, tuple(sorted(folders))
 
 
-def _held(path: Path, stream: _Bounded, files: Members) -> dict[str, bytes]:
+def _held(path: Path, stream: _Bounded, files: Members, also: tuple[str, ...]) -> dict[str, bytes]:
     """Return the content of a compressed archive's images; other members are not read."""
-    images = {name: position for name, position in files.items() if why_not_read(name) is None}
+    images = {name: at for name, at in files.items() if why_not_read(name) is None or name.endswith(also)}
     total = sum(size for _, size in images.values())
     if total > HELD_BYTES:
         raise DataError(

@@ -5,6 +5,7 @@ neighbours in a row, whether the right one is brighter. Re-encoded, resized and 
 """
 
 from collections.abc import Iterator
+from itertools import combinations, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +13,8 @@ from PIL import Image
 
 # Bits of 64 in which the hashes of two images that look the same may differ.
 MOST_BITS = 3
-# Bands that the hash is cut into: of more bands than bits that differ, one is equal.
-_BANDS = MOST_BITS + 1
+# Bits of the six bands that the hash is cut into: three that differ leave three that are equal.
+_BANDS = [sum(1 << bit for bit in range(band, 64, 2 * MOST_BITS)) for band in range(2 * MOST_BITS)]
 # A range of greys below this has nothing to compare.
 FLAT = 8
 
@@ -28,23 +29,32 @@ def dhash(image: Image.Image) -> int:
 def near_pairs(hashes_N: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
     """Yield all pairs of indices, the smaller one first, whose hashes differ in at most ``MOST_BITS`` bits.
 
-    Two hashes are compared only where one of four bands of 16 bits is equal, which none of those pairs lacks.
+    Banded hashing (Manku et al. 2007, "Detecting near-duplicates for web crawling"): of six bands of bits, three are
+    equal in each of those pairs. For each of the 20 choices of three, hashes are sorted by these bits, and those with
+    equal ones are compared: n log n, as long as few images agree in half of their hash and are not alike.
     """
-    width = 64 // _BANDS
-    for band in range(_BANDS):
-        values_N = (hashes_N >> np.uint64(band * width)) & np.uint64(2**width - 1)
-        order_N = np.argsort(values_N, kind="stable")
-        ends = np.flatnonzero(np.diff(values_N[order_N])) + 1
-        for group in np.split(order_N, ends):
-            for position, first in enumerate(group[:-1].tolist()):
-                others = group[position + 1 :]
-                differing = hashes_N[others] ^ hashes_N[first]
-                bits = np.unpackbits(differing.view(np.uint8).reshape(-1, 8), axis=1).sum(axis=1)
-                for second in others[bits <= MOST_BITS].tolist():
-                    if not _equal_before(hashes_N[first] ^ hashes_N[second], band, width):
-                        yield min(first, second), max(first, second)
+    distinct_U, of_N = np.unique(hashes_N, return_inverse=True)
+    members = np.split(np.argsort(of_N, kind="stable"), np.cumsum(np.bincount(of_N))[:-1])
+    for group in members:
+        yield from combinations(group.tolist(), 2)
+    for first, second in _near_distinct(distinct_U):
+        for one, other in product(members[first].tolist(), members[second].tolist()):
+            yield min(one, other), max(one, other)
 
 
-def _equal_before(differing: np.uint64, band: int, width: int) -> bool:
-    """Return whether an earlier band of two hashes is equal, where the pair was found already."""
-    return any(not (int(differing) >> (other * width)) & (2**width - 1) for other in range(band))
+def _near_distinct(hashes_U: NDArray[np.uint64]) -> list[tuple[int, int]]:
+    """Return the pairs of distinct hashes."""
+    codes = [np.zeros(0, np.int64)]
+    for bands in combinations(_BANDS, MOST_BITS):
+        masked_U = hashes_U & np.uint64(sum(bands))
+        order_U = np.argsort(masked_U)
+        masked_U, starts, step = masked_U[order_U], np.arange(len(order_U)), 1
+        while len(starts := starts[starts + step < len(order_U)]):
+            starts = starts[masked_U[starts] == masked_U[starts + step]]  # further ones are equal only if nearer are
+            ends = np.stack([order_U[starts], order_U[starts + step]])
+            differing = hashes_U[ends[0]] ^ hashes_U[ends[1]]
+            bits = np.unpackbits(differing.view(np.uint8).reshape(-1, 8), axis=1).sum(axis=1)
+            low, high = np.sort(ends[:, bits <= MOST_BITS], axis=0)
+            codes.append(low * len(hashes_U) + high)
+            step += 1
+    return [divmod(code, len(hashes_U)) for code in np.unique(np.concatenate(codes)).tolist()]

@@ -9,24 +9,28 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from remap.data import is_source
 from remap.data.file_listing import walk_folder
 from remap.data.image_files import counted, why_left_out
 from remap.data.images import SUFFIXES
-from remap.data.sources import list_files
+from remap.data.sources import TABLES, find_source, list_files
+from remap.data.words import parsed
 from remap.errors import DataError
 from remap.io.checked_read import open_regular
 from remap.io.paths import expanded
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
+FILES_OF_IMAGES = (*TABLES, ".parquet")
 STDIN = "-"
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image: what rows call it, and what gives its file or content."""
+    """One image: what rows call it, what gives its file or content, and whether it is known to be of a kind to read."""
 
     path: str
     read: Callable[[], Path | bytes]
+    judged: bool = False
 
 
 class Inputs:
@@ -36,8 +40,8 @@ class Inputs:
     images count.
 
     Args:
-        words: Files, folders, tars and zips, patterns (``photos/**/*.jpg``), or "-" for one of these a line on
-            standard input.
+        words: Files, folders, tars and zips, patterns (``photos/**/*.jpg``), sources (``csv:photos.csv``), or "-" for
+            one of these a line on standard input.
         lists: Text files with one of these a line.
 
     Attributes:
@@ -50,7 +54,7 @@ class Inputs:
     def __init__(self, words: Iterable[str | Path], lists: Iterable[str | Path] = ()) -> None:
         self.words, self.lists = [os.fspath(word) for word in words], [expanded(path) for path in lists]
         self.left_out: Counter[str] = Counter()
-        plain = [word for word in self.words if word != STDIN and not glob.has_magic(word)]
+        plain = [word for word in self.words if word != STDIN and not glob.has_magic(word) and not is_source(word)]
         if not self.words and not self.lists:
             raise DataError("no images are named", allowed="files, folders, archives, patterns, --list FILE, or -")
         if plain == self.words and not self.lists and not any(os.path.lexists(expanded(word)) for word in plain):
@@ -77,8 +81,8 @@ class Inputs:
         for word in self.words:
             if word == STDIN:
                 yield from _lines(sys.stdin.buffer)
-            elif glob.has_magic(word) and not os.path.lexists(expanded(word)):
-                yield from sorted(glob.iglob(os.fspath(expanded(word)), recursive=True))
+            elif glob.has_magic(word) and not is_source(word) and not os.path.lexists(expanded(word)):
+                yield from _matches(os.fspath(expanded(word)))
             else:
                 yield word
         for path in self.lists:
@@ -92,7 +96,12 @@ class Inputs:
 
     def _items(self, word: str) -> Iterator[Item]:
         path = expanded(word)
-        if os.path.isdir(path):
+        if is_source(word) or (word.lower().endswith(FILES_OF_IMAGES) and os.path.isfile(path)):
+            files, skipped = find_source(word).images(word)
+            self.left_out.update(reason for _, reason in skipped)
+            for name, listing in files:
+                yield Item(f"{parsed(word).rest}/{name}", partial(listing.read, name), judged=True)
+        elif os.path.isdir(path):
             for prefix, _, names in walk_folder(path):
                 for name in filter(self._is_image, (prefix + name for name in names)):
                     yield Item(str(path / name), partial(Path, path / name))
@@ -108,6 +117,16 @@ class Inputs:
         if reason is not None:
             self.left_out[reason] += 1
         return reason is None
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """Yield the paths that match, but for those in a folder that matches itself and is read completely."""
+    folders: set[Path] = set()
+    for match in sorted(glob.iglob(pattern, recursive=True)):
+        if folders.isdisjoint(Path(match).parents):
+            if os.path.isdir(match):
+                folders.add(Path(match))
+            yield match
 
 
 def _lines(file: Iterable[bytes]) -> Iterator[str]:

@@ -98,7 +98,7 @@ def predictions(students: Mapping[str, Student], items: Iterable[Item], wanted: 
 def _read(views: list[View], item: Item) -> list[NDArray[np.uint8]] | str:
     """Return an image in each view, or the reason why it cannot be read."""
     try:
-        if reason := why_not_read(item.path):
+        if not item.judged and (reason := why_not_read(item.path)):
             return reason
         source = item.read()
         return [view.read(source) for view in views]

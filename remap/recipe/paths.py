@@ -3,7 +3,7 @@
 import os
 
 from remap.backbones.names import is_weights_file
-from remap.data import is_source
+from remap.data.words import with_absolute_paths
 from remap.io.names import name_problem
 from remap.io.paths import LONGEST_PATH, absolute
 
@@ -35,8 +35,8 @@ def require_path_or_name(word: str) -> str:
 
 
 def absolute_data(word: str) -> str:
-    """Return a data path as an absolute one; the name of a built-in source stays."""
-    return word if is_source(word) else absolute(word)
+    """Return data with absolute paths; the name of a source stays."""
+    return with_absolute_paths(word)
 
 
 def absolute_model(word: str) -> str:

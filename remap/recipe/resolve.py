@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from remap.data import is_source
+from remap.data.words import parts_of
 from remap.errors import RecipeError
 from remap.io.names import plain
 from remap.recipe import catalogue, overrides, strict_yaml
@@ -177,6 +178,6 @@ def _chooses_losses(key: str) -> bool:
 def _name_of(data: Any) -> str:
     """Name a recipe after its data: photos/train.tar gives "train"."""
     source = (data.get("source") or data.get("unlabeled")) if isinstance(data, dict) else None
-    stem = Path(source).name.partition(".")[0] if isinstance(source, str) else ""
+    stem = Path(parts_of(source).rest or source).name.partition(".")[0] if isinstance(source, str) else ""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:64]
     return name or Recipe().name

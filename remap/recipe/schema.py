@@ -166,7 +166,7 @@ class Recipe(Section):
         if init is not None:
             init = InitSpec(name=init.name, **_with_defaults(INITS.load(init.name).Config, init))
         val_source = None if data.val_source is None else absolute_data(data.val_source)
-        unlabeled = None if data.unlabeled is None else absolute(data.unlabeled)
+        unlabeled = None if data.unlabeled is None else absolute_data(data.unlabeled)
         source = None if data.source is None else absolute_data(data.source)
         paths = {"source": source, "val_source": val_source, "unlabeled": unlabeled}
         base_lr = None if self.train.lr is not None else self._base_lr()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from remap.data.images import decode
 from remap.data.splits import Split
 from remap.data.views import View, ViewSource
 
@@ -52,6 +53,20 @@ def tar(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return write
+
+
+@pytest.fixture
+def seen() -> Callable[..., list[tuple[int, str]]]:
+    """Show the images of splits as (grey, class name), in order of the greys."""
+
+    def show(classes: tuple[str, ...], *splits: Split) -> list[tuple[int, str]]:
+        return sorted(
+            (decode(split.read(i)).getpixel((0, 0))[0], classes[split.labels[i]])
+            for split in splits
+            for i in range(len(split))
+        )
+
+    return show
 
 
 @pytest.fixture

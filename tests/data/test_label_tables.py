@@ -7,7 +7,8 @@ import pytest
 
 from remap.data.image_files import counted
 from remap.data.images import decode
-from remap.data.sources import open_data, read_all
+from remap.data.rows import labels_of
+from remap.data.sources import open_data, open_unlabeled, read_all
 from remap.data.splits import Split
 from remap.errors import DataError
 
@@ -76,10 +77,11 @@ REFUSED = {
     "unknown columns": ("a,b,c\n1,2,3\n", "the columns of the table are not known\n  given:   {0}: a, b, c"),
     "no labels": ("file,age\nimages/1.png,3\nimages/2.png,3\n", "the columns of the table are not known"),
     "empty": ("", "the columns of the table are not known"),
-    "only a header": ("file,label\n", "the table names no images to learn from"),
+    "only a header": ("file,label\n", "there are no labelled images to learn from"),
     "ragged": ("file,label\nimages/1.png,a,b\n", "line 2 of the table has 3 cells, not 2"),
     "two labels": ("file,label\nimages/1.png,a\nimages/1.png,b\n", "a file has two labels"),
     "above": ("file,label\n../x.png,a\nimages/1.png,b\n", "leads out of the table's folder"),
+    "several labels": ("file,labels\nimages/1.png,a;b\n", "a column of several labels needs a separator"),
     "absolute": ("file,label\n/etc/x.png,a\nimages/1.png,b\n", "leads out of the table's folder"),
     "one class": ("file,label\nimages/1.png,a\nimages/2.png,a\n", "at least two classes are needed"),
     "stray quotes": ('file,label\n"images/1.png"x,a\n', "cannot read {0}"),
@@ -119,7 +121,7 @@ def test_tables_are_utf_8_and_have_no_levels(tree: Tree) -> None:
         ("labels.csv", "if labels.csv holds the labels, name it: --data {0}/labels.csv"),
         ("train.tsv", "if train.tsv holds the labels, name it: --data {0}/train.tsv"),
         ("metadata.jsonl", "if metadata.jsonl holds the labels, convert it to a CSV and name that"),
-        ("x.parquet", "if x.parquet holds the labels, convert it"),
+        ("x.parquet", "if x.parquet holds the labels, name it: --data {0}/x.parquet"),
     ],
 )
 @pytest.mark.parametrize("folder", ["images/", ""])
@@ -137,3 +139,54 @@ def test_images_of_a_table_are_not_learned_from_without_labels(tree: Tree) -> No
         with pytest.raises(DataError, match=expected):
             open_data(word, None, 0.25, str(folder))
     assert len(open_data(word, None, 0.25, str(root / "other")).unlabeled or ()) == 1
+
+
+def test_the_columns_and_the_folder_may_be_named(tree: Tree, tmp_path: Path) -> None:
+    """A table elsewhere, with paths from the images' folder, absolute ones in it, and a usual name not meant."""
+    root = tree(IMAGES)
+    (tmp_path / "lists").mkdir()
+    cells = [(f"{root}/{path}" if i % 3 else path, label) for i, (path, label) in enumerate(LABELS)]
+    lines = [f"x,{path},{label},{'test' if i > 5 else 'train'}" for i, (path, label) in enumerate(cells)]
+    word = table(tmp_path / "lists", "\n".join(["label,where,kind,part", *lines]))
+    options = f",path=where,label=Kind,folder={root}"
+    data = open_data(f"csv:{word}{options}", None, 0.25)
+    assert pairs(data.train, data.val) == {(10 * i, i % 2) for i in range(8)} and data.classes == ("ant", "bee")
+    data = open_data(f"csv:{word}{options},split_column=part", None, 0.25)
+    assert pairs(data.val) == {(60, 0), (70, 1)} and len(data.train) == 6
+    data = open_data(f"csv:{word}{options},split_column=part,split=train", None, 0.34)
+    assert (len(data.train), len(data.val)) == (4, 2)
+    for wrong, expected in (
+        (",lable=kind", "the source 'csv' has no option 'lable'; did you mean 'label'?"),
+        (",label=none", "allowed: a column of labels: none"),
+        (f"{options},split_column=part,split=extra", "no such split"),
+        (options.partition(",folder")[0], "leads out of the table's folder"),
+    ):
+        with pytest.raises(DataError, match=expected.replace("?", r"\?")):
+            open_data(f"csv:{word}{wrong}", None, 0.25)
+
+
+def test_several_labels_are_parsed_and_refused(tree: Tree) -> None:
+    """One label each is read; two in a cell are not learned."""
+    assert labels_of(" a ; b;;", ";") == ("a", "b") and labels_of("a;b", None) == ("a;b",) and labels_of(" ", ";") == ()
+    root = tree(IMAGES)
+    word = table(root, rows("file,labels"))
+    data = open_data(f"csv:{word},separator=;", None, 0.25)
+    assert pairs(data.train, data.val) == {(10 * i, i % 2) for i in range(8)}
+    word = table(root, "file,tags\nimages/0.png,ant\nimages/1.png,ant bee\n")
+    with pytest.raises(DataError, match=r"several labels; one is learned\n  given:   images/1.png: ant, bee"):
+        open_data(f"csv:{word},separator= ", None, 0.25)
+
+
+def test_lists_without_header_are_read_by_their_last_word(tree: Tree) -> None:
+    root = tree({f"my images/{i}.png": 10 * i for i in range(8)})
+    word = table(root, "".join(f"my images/{i}.png {i % 2}\n" for i in range(8)), "train.txt")
+    data = open_data(word, None, 0.25)
+    assert data.classes == ("0", "1") and pairs(data.train, data.val) == {(10 * i, i % 2) for i in range(8)}
+
+
+def test_images_of_a_table_are_used_without_labels_too(tree: Tree) -> None:
+    root = tree(IMAGES)
+    word = table(root, "file\n" + "".join(f"images/{i}.png\n" for i in (3, 1, 3)))
+    split, _ = open_unlabeled(word)
+    assert split.names == ("labels.csv/images/3.png", "labels.csv/images/1.png") and set(split.labels) == {-1}
+    assert split.read(0) == (root / "images/3.png").read_bytes()

@@ -11,8 +11,9 @@ from PIL import Image
 
 from remap.data import DEFAULT_SOURCE, SOURCES, SourceEntry, is_source
 from remap.data.class_folders import ClassFolders
-from remap.data.sources import Source, find_source, open_data, read_all
+from remap.data.sources import Source, find_source, open_data, open_unlabeled, read_all
 from remap.data.splits import ImageData, Split
+from remap.data.words import with_absolute_paths
 from remap.errors import DataError, MissingData
 
 
@@ -52,12 +53,10 @@ def greys(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_names_are_sources_and_all_else_is_a_path(greys: None) -> None:
     assert [
-        word for word in ("digits", "greys", "greys:10", "photos", "./digits", "folders", "") if is_source(word)
-    ] == [
-        "digits",
-        "greys",
-        "greys:10",
-    ]
+        word
+        for word in ("digits", "greys", "greys:10", "photos", "./digits", "folders", "", "csv", "csv:a.csv", "hf")
+        if is_source(word)
+    ] == ["digits", "greys", "greys:10", "csv:a.csv"]
     assert is_source(DEFAULT_SOURCE)
 
 
@@ -78,7 +77,9 @@ def test_a_path_is_read_by_the_source_that_recognises_it(greys: None, tmp_path: 
     (tmp_path / "digits").mkdir()
     assert isinstance(find_source(str(tmp_path / "a.list")), Lists)
     assert isinstance(find_source(str(tmp_path / "digits")), ClassFolders)
-    with pytest.raises(MissingData, match="'digits', 'greys', a folder of class folders, a tar or zip of one"):
+    with pytest.raises(
+        MissingData, match="digits, csv:, vtab:, parquet:, hf:, webdataset:, torchvision:, greys, a folder of"
+    ):
         find_source(str(tmp_path / "nowhere"))
 
 
@@ -90,4 +91,27 @@ def test_the_digits_have_nothing_to_choose() -> None:
 def test_listing_the_sources_imports_neither_torch_nor_numpy() -> None:
     code = "import sys, remap.data\nprint([r.name for r in remap.data.SOURCES], {'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "['digits', 'folders', 'csv'] set()\n"
+    names = ["digits", "folders", "csv", "vtab", "parquet", "hf", "webdataset", "torchvision"]
+    assert done.stdout == f"{names} set()\n"
+
+
+def test_paths_in_words_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("saved").mkdir()
+    Path("odd,label=x").mkdir()
+    for word, expected in {
+        "digits": "digits",
+        "photos": f"{tmp_path}/photos",
+        "csv:a.csv,label=kind,folder=images": f"csv:{tmp_path}/a.csv,label=kind,folder={tmp_path}/images",
+        "parquet:odd,label=x": f"parquet:{tmp_path}/odd,label=x",
+        "webdataset:s-{00..09}.tar": f"webdataset:{tmp_path}/s-{{00..09}}.tar",
+        "hf:saved,split=train": f"hf:{tmp_path}/saved,split=train",
+        "hf:owner/name": "hf:owner/name",
+        "torchvision:MNIST,root=.": f"torchvision:MNIST,root={tmp_path}",
+        "csv:": "csv:",
+    }.items():
+        assert with_absolute_paths(word) == with_absolute_paths(with_absolute_paths(word)) == expected
+    with pytest.raises(DataError, match="a path follows 'csv:'"):
+        open_data("csv:", None, 0.2)
+    with pytest.raises(DataError, match="this source gives labelled images only"):
+        open_unlabeled("digits")

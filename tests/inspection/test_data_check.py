@@ -104,6 +104,15 @@ def test_all_near_pairs_are_found() -> None:
         (i, j) for i in range(60) for j in range(i + 1, 60) if (int(hashes[i]) ^ int(hashes[j])).bit_count() <= 3
     ]
     assert sorted(near_pairs(hashes)) == expected and len(expected) == 18
+    assert sorted(near_pairs(np.repeat(hashes[:3], 2))) == [(0, 1), (2, 3), (4, 5)]
+    assert list(near_pairs(hashes[:0])) == []
+
+
+def test_many_images_that_share_a_band_are_not_compared_with_each_other() -> None:
+    """50,000 hashes with 16 equal bits, and one pair: by all pairs of a band a billion comparisons."""
+    hashes = np.random.default_rng(2).integers(0, 2**48, 50_000, dtype=np.uint64) << np.uint64(16)
+    hashes[77] = hashes[40_000] ^ np.uint64(0b111 << 20)
+    assert list(near_pairs(hashes)) == [(77, 40_000)]
 
 
 def test_a_recipe_to_begin_with_is_read_as_it_stands(folder: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def test_folders_patterns_and_lists_name_the_same_files(photos: Path, monkeypatc
     assert paths(inputs, photos) == paths(inputs, photos) == expected  # a second time too
     assert dict(inputs.left_out) == {".txt files are not read": 1, "hidden or made by the system": 1}
     assert paths(Inputs([photos / "**" / "*.[pj][np]g"]), photos) == expected
+    assert paths(Inputs([photos / "**"]), photos) == expected  # a folder and what is in it are one
     assert paths(Inputs([photos / "a.png", photos / "b"]), photos) == expected
     (photos.parent / "list.txt").write_text(f"{photos}/a.png\n\n{photos}/b\r\n")
     assert paths(Inputs([], [photos.parent / "list.txt"]), photos) == expected
@@ -53,6 +54,15 @@ def test_archives_are_read_where_they_lie(photos: Path, tmp_path: Path, kind: st
             tar.add(photos, ".")
     found = {item.path.removeprefix(f"{path}/"): item.read() for item in Inputs([path])}
     assert found == {name: name.encode() for name in FILES[:3]}
+
+
+def test_sources_give_their_images_whatever_the_labels(photos: Path) -> None:
+    (photos / "rows.csv").write_text("file,label\na.png,x\nb/d.jpg,\nb/notes.txt,y\na.png,x\n")
+    for word in (f"csv:{photos}/rows.csv", f"csv:{photos}/rows.csv,label=label", f"{photos}/rows.csv"):
+        inputs = Inputs([word])
+        found = {item.path.removeprefix(f"{photos}/rows.csv/"): item.read() for item in inputs}
+        assert found == {"a.png": b"a.png", "b/d.jpg": b"b/d.jpg"} and all(item.judged for item in inputs)
+        assert dict(inputs.left_out) == {".txt files are not read": 1}
 
 
 def test_words_that_name_nothing_are_refused(photos: Path, tmp_path: Path) -> None:

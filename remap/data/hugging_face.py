@@ -1,0 +1,62 @@
+"""Data sets of Hugging Face: saved by ``save_to_disk``, a folder of Parquet files, or a name on the hub."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from remap.data.arrow_rows import table_rows
+from remap.data.rows import Row, Rows, require_package
+from remap.data.shards import shards
+from remap.data.words import Word
+from remap.errors import DataError, RemapError
+from remap.io.names import plain
+from remap.io.paths import expanded
+
+# What ``save_to_disk`` writes into a folder of splits, or of one data set.
+SAVED = ("dataset_dict.json", "state.json")
+
+
+class HuggingFace(Rows):
+    """Read by ``datasets``, which keeps what it downloads, and copies of Parquet files, in its own cache (HF_HOME).
+
+    No code of a data set is run. Other options: ``config=`` and ``revision=`` of a data set on the hub.
+    """
+
+    def recognises(self, path: Path) -> bool:
+        return os.path.isdir(path) and any((path / name).is_file() for name in SAVED)
+
+    def rows(self, word: Word, labeled: bool) -> Iterator[Row]:
+        require_package("datasets", "datasets", "a data set of Hugging Face")
+        found = _opened(self, word)
+        splits = found if isinstance(found, dict) else {word.options.get("split"): found}
+        for split, one in splits.items():
+            # The table itself, not a copy; its metadata name the classes.
+            table = one.with_format("arrow")[:].replace_schema_metadata(one.features.arrow_schema.metadata)
+            yield from table_rows(table, split or "all", None if split == "all" else split, word.options, labeled)
+
+
+def _opened(source: HuggingFace, word: Word) -> Any:
+    import datasets
+
+    path, options = expanded(word.rest), word.options
+    try:
+        if source.recognises(path):
+            return datasets.load_from_disk(str(path))
+        if path.exists():
+            files: dict[str, list[str]] = {}
+            for file, _, split in shards(word.rest, (".parquet",)):
+                files.setdefault(re.sub(r"\W", "_", split or "all"), []).append(str(file))
+            return datasets.load_dataset("parquet", data_files=files)
+        names = {"name": options.get("config"), "split": options.get("split"), "revision": options.get("revision")}
+        return datasets.load_dataset(word.rest, **names)
+    except RemapError:
+        raise
+    except Exception as error:  # of its many kinds; all mean that there is no such data set, or no way to it
+        reason = plain(str(error).splitlines()[0] if str(error) else type(error).__name__)[:300]
+        raise DataError(
+            f"cannot open the data set: {reason}",
+            given=word.rest,
+            allowed="a folder of save_to_disk or of Parquet files, or a name on the hub, as uoft-cs/cifar10",
+        ) from error

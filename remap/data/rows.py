@@ -1,0 +1,106 @@
+"""Sources that list their images one by one, each with its label and split: tables, lists, shards."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import NamedTuple
+
+from remap.data.file_listing import Listing
+from remap.data.folder_layout import split_named
+from remap.data.image_files import Skipped
+from remap.data.labeled_files import BySplit, LabeledFiles, merged
+from remap.data.words import Word, parsed
+from remap.errors import DataError
+from remap.io.names import plain
+
+# Names of columns and keys that hold a label, in lower case; of several labels an image.
+LABEL = ("label", "class", "category", "target", "class_name", "label_name")
+LABELS = ("labels", "tags", "classes", "categories")
+
+
+class Row(NamedTuple):
+    """One image.
+
+    Attributes:
+        name: Different for each image of the source; ``listing.read(name)`` gives its encoded bytes.
+        label: Empty where it has none.
+        split: What the source calls its split; None where it has no splits.
+        reason: Why it is left out; None where it is not.
+    """
+
+    name: str
+    listing: Listing
+    label: str
+    split: str | None = None
+    reason: str | None = None
+
+
+class Rows(LabeledFiles):
+    """A source by rows. Its option ``split=NAME`` takes one split as if it were everything."""
+
+    @abstractmethod
+    def rows(self, word: Word, labeled: bool) -> Iterator[Row]:
+        """Yield the images, in the same order every time.
+
+        Args:
+            labeled: The labels are needed; without, they may be missing or of any form.
+        """
+
+    def read(self, word: str, depth: int | None) -> tuple[BySplit, Skipped]:
+        if depth not in (None, 1):
+            raise DataError("data.depth is for folders of class folders", given=f"data.depth={depth}, {word}")
+        splits: BySplit = {}
+        skipped: list[tuple[str, str]] = []
+        labels: dict[str, str] = {}
+        for row in self._chosen(word, labeled=True):
+            split = "all" if row.split is None else split_named(row.split)
+            reason = row.reason or (None if row.label else "without a label") or (None if split else "in no split")
+            if split is None or reason is not None:
+                skipped.append((plain(row.name), reason or ""))
+            elif labels.setdefault(row.name, row.label) != row.label:
+                given = f"{plain(row.name)}: {plain(labels[row.name])}, {plain(row.label)}"
+                raise DataError("a file has two labels", given=given)
+            else:
+                splits.setdefault(split, {}).setdefault(row.label, []).append((row.name, row.listing))
+        return {split: merged(by_class) for split, by_class in splits.items()}, skipped
+
+    def images(self, word: str) -> tuple[list[tuple[str, Listing]], Skipped]:
+        chosen = {row.name: row for row in self._chosen(word, labeled=False)}.values()  # a table may repeat a file
+        skipped = [(row.name, row.reason) for row in chosen if row.reason is not None]
+        return [(row.name, row.listing) for row in chosen if row.reason is None], skipped
+
+    def _chosen(self, word: str, labeled: bool) -> Iterator[Row]:
+        """Yield the rows of the split that the word names, as rows without splits; all rows without one."""
+        found = parsed(word)
+        chosen = found.options.get("split")
+        names: set[str] = set()
+        for row in self.rows(found, labeled):
+            names.add(row.split or "none")
+            if chosen is None or row.split == chosen:
+                yield row if chosen is None else row._replace(split=None)
+        if chosen is not None and chosen not in names:
+            raise DataError("no such split", given=word, allowed=sorted(names))
+
+
+def labels_of(cell: str, separator: str | None) -> tuple[str, ...]:
+    """Return the labels that a cell holds; all of it is one label where no separator is stated."""
+    parts = [cell] if separator is None else cell.split(separator)
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def one_label(name: str, labels: tuple[str, ...]) -> str:
+    """Return the label of an image; empty where it has none.
+
+    Raises:
+        DataError: It has several, which no task learns yet.
+    """
+    if len(labels) > 1:
+        given = plain(f"{name}: {', '.join(labels)}")[:200]
+        raise DataError("an image has several labels; one is learned", given=given, do="give each image one label")
+    return labels[0] if labels else ""
+
+
+def require_package(package: str, extra: str, what: str) -> None:
+    """Raise a DataError where a package is not installed that reads ``what``."""
+    if find_spec(package) is None:
+        raise DataError(f"{what} needs {package}, which is not installed", do=f"pip install 'remap[{extra}]'")

@@ -1,0 +1,83 @@
+"""Data sets in several files: patterns that name them, and the splits that their names say."""
+
+import glob
+import os
+import re
+from itertools import islice
+from pathlib import Path
+from posixpath import splitext
+from typing import NamedTuple
+
+from remap.data.file_listing import list_folder
+from remap.data.folder_layout import split_named
+from remap.data.image_files import is_leftover
+from remap.errors import DataError, MissingData
+from remap.io.paths import expanded
+
+MOST_SHARDS = 100_000
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{},]*(?:,[^{},]*)+))\}")
+
+
+class Shard(NamedTuple):
+    """A file, its path below the folder of all, and its split; None where no file's name says one."""
+
+    path: Path
+    name: str
+    split: str | None
+
+
+def shards(word: str, suffixes: tuple[str, ...]) -> list[Shard]:
+    """Return the files that a word names, with their splits: train-00000-of-00004.parquet is of "train".
+
+    Args:
+        word: A file, a folder of such files, or a pattern: ``shards-{000..009}.tar``, ``{a,b}.tar``, ``data/*.tar``.
+
+    Raises:
+        MissingData: One of them is not there.
+    """
+    path = expanded(word)
+    if path.is_dir():
+        names = [name for name in list_folder(path).paths if not any(map(is_leftover, name.split("/")))]
+        files = [path / name for name in names if name.lower().endswith(suffixes)]
+    else:
+        files = [file for pattern in expand_braces(str(path)) for file in _matching(pattern)]
+    if not files:
+        raise MissingData("no such files", given=word, allowed=f"files that end in {' or '.join(suffixes)}")
+    stems = [re.sub(r"\d+(?:-of-\d+)?", "", splitext(file.name)[0]) for file in files]
+    named = any(split_named(stem) for stem in stems)
+    folder = os.path.commonpath([file.parent for file in files])
+    return [
+        Shard(file, os.path.relpath(file, folder).replace(os.sep, "/"), stem.strip("-_.") if named else None)
+        for file, stem in zip(files, stems, strict=True)
+    ]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Return what a shell makes of ``{000..009}`` and ``{a,b}``.
+
+    Raises:
+        DataError: These are more than ``MOST_SHARDS``.
+    """
+    waiting, found = [pattern], list[str]()
+    while waiting:
+        text = waiting.pop()
+        match = _BRACES.search(text)
+        if match is None:
+            found.append(text)
+        else:
+            first, last, words = match.groups()
+            numbers = range(int(first or 0), int(last or 0) + 1)
+            width = len(first) if first and first.startswith("0") else 0
+            parts = words.split(",") if words else (f"{n:0{width}d}" for n in islice(numbers, MOST_SHARDS + 1))
+            waiting += [text[: match.start()] + part + text[match.end() :] for part in parts][::-1]
+        if len(waiting) + len(found) > MOST_SHARDS:
+            raise DataError(f"a pattern names more than {MOST_SHARDS:,} files", given=pattern)
+    return found
+
+
+def _matching(pattern: str) -> list[Path]:
+    if glob.has_magic(pattern) and not Path(pattern).exists():
+        return [Path(found) for found in sorted(glob.glob(pattern, recursive=True))]
+    if not Path(pattern).is_file():
+        raise MissingData("no such file", given=pattern, do="check the path")
+    return [Path(pattern)]

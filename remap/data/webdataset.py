@@ -1,0 +1,84 @@
+"""WebDataset shards: tars in which the files of a sample share a name, as 000.jpg and 000.cls."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+
+from remap.data.file_listing import Listing
+from remap.data.image_files import is_leftover, why_not_read
+from remap.data.rows import LABEL, LABELS, Row, Rows, one_label
+from remap.data.shards import Shard, shards
+from remap.data.tar_listing import list_tar
+from remap.data.words import Word
+from remap.errors import DataError
+from remap.io.names import plain
+
+# The file that holds a label, or what holds it in KEY.json, unless ``label=`` names another.
+LABEL_FILES = ("cls", "label", "cls.txt", "label.txt")
+MOST_LABEL_BYTES = 2**20
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
+# A sample is named by its path up to the first dot of the file name, as in the package webdataset.
+_MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
+
+
+class WebDataset(Rows):
+    """A shard, a folder or a pattern of shards, whose names may say their split. Read as any tar; nothing is unpickled.
+
+    Opening reads the headers and labels of all shards once. Other options: ``image=png`` where a sample has several
+    images, ``label=EXTENSION`` or ``label=KEY`` of its JSON.
+    """
+
+    def rows(self, word: Word, labeled: bool) -> Iterator[Row]:
+        for shard in shards(word.rest, SUFFIXES):
+            yield from _rows_of(shard, word, labeled)
+
+
+def _rows_of(shard: Shard, word: Word, labeled: bool) -> Iterator[Row]:
+    """Yield the rows of one tar; their names begin with its own, since keys may repeat."""
+    in_tar, prefix = list_tar(shard.path, also=(".cls", ".txt", ".json")), f"{shard.name}/"
+    listing = Listing(
+        (), (), lambda name: in_tar.read(name[len(prefix) :]), lambda name: in_tar.size(name[len(prefix) :])
+    )
+    samples: dict[str, dict[str, str]] = {}
+    for member in in_tar.paths:
+        match = _MEMBER.fullmatch(member)
+        if match and not any(map(is_leftover, member.split("/"))):
+            samples.setdefault(match[1], {})[match[2].lower()] = member
+    for key, files in samples.items():
+        image = _image(key, files, word.options.get("image"))
+        if image is not None:
+            label = _label(in_tar, key, files, word.options.get("label")) if labeled else ""
+            yield Row(prefix + image, listing, label, shard.split, why_not_read(image))
+
+
+def _image(key: str, files: Mapping[str, str], chosen: str | None) -> str | None:
+    """Return the file of a sample that is its image, or the one that may be meant for it; None without one."""
+    if chosen is not None:
+        return files.get(chosen.lower())
+    others = [name for name in files.values() if not name.endswith((".cls", ".txt", ".json"))]
+    images = [files[kind] for kind in files if "." not in kind and why_not_read(files[kind]) is None]
+    images = [name for name in images if not name.endswith(".npy")] or images  # features are often stored beside
+    if len(images) > 1:
+        do = "name the one to use: webdataset:SHARDS,image=EXTENSION"
+        raise DataError("a sample has several images", given=plain(f"{key}: {', '.join(files)}")[:200], do=do)
+    return (images or others or [None])[0]
+
+
+def _label(in_tar: Listing, key: str, files: Mapping[str, str], chosen: str | None) -> str:
+    """Return the label of a sample from its text file or JSON; empty without one."""
+    kind = next((one for one in ([chosen] if chosen else LABEL_FILES) if one in files), None)
+    name = files.get(kind or "json")
+    if name is None:
+        return ""
+    try:
+        if in_tar.size(name) > MOST_LABEL_BYTES:
+            raise ValueError(f"larger than {MOST_LABEL_BYTES:,} bytes")
+        text = in_tar.read(name).decode()
+        if kind is not None:
+            return text.strip()
+        content = json.loads(text)
+        value = next((content[one] for one in ([chosen] if chosen else ("cls", *LABEL, *LABELS)) if one in content), "")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise DataError("a label cannot be read", given=plain(f"{name}: {error}")[:200]) from error
+    values = value if isinstance(value, list) else [value]
+    return one_label(key, tuple(str(one) for one in values if one is not None))

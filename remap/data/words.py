@@ -1,0 +1,64 @@
+"""What a user writes to name images: a path, or NAME:REST,KEY=VALUE of a source. Imports neither torch nor numpy."""
+
+import os
+import re
+from dataclasses import dataclass
+
+from remap.data import SOURCES, is_source
+from remap.errors import DataError
+from remap.io.paths import absolute, expanded
+from remap.registry import did_you_mean
+
+_PATH_OPTIONS = ("folder", "root")
+
+
+@dataclass(frozen=True)
+class Word:
+    """The parts of a word; a path alone is ``rest``, without name and options."""
+
+    name: str
+    rest: str
+    options: dict[str, str]
+
+
+def parsed(word: str) -> Word:
+    """Return the parts of a word.
+
+    Raises:
+        DataError: The source has no such option, or the word names nothing after "NAME:".
+    """
+    found = parts_of(word)
+    if not found.name or not (row := SOURCES.row(found.name)).takes:
+        return found
+    for key in found.options:
+        if key not in row.options:
+            text = f"the source '{row.name}' has no option '{key}'{did_you_mean(key, row.options)}"
+            raise DataError(text, given=word, allowed=row.options or "none")
+    if not found.rest:
+        raise DataError(f"a {row.takes} follows '{row.name}:'", given=word)
+    return found
+
+
+def parts_of(word: str) -> Word:
+    """Return the parts of a word, whatever its options are."""
+    if not is_source(word):
+        return Word("", word, {})
+    name, _, rest = word.partition(":")
+    if not SOURCES.row(name).takes or os.path.lexists(expanded(rest)):  # a path may look like an option
+        return Word(name, rest, {})
+    rest, *options = re.split(r",(?=[a-z_]+=)", rest)
+    return Word(name, rest, dict(option.split("=", 1) for option in options))
+
+
+def with_absolute_paths(word: str) -> str:
+    """Return a word whose paths are absolute; names of sources, and what only they understand, stay."""
+    found = parts_of(word)
+    if not found.name:
+        return absolute(word)
+    takes = SOURCES.row(found.name).takes
+    if not takes:
+        return word
+    is_path = takes == "path" or (takes == "path or name" and os.path.exists(expanded(found.rest)))
+    rest = absolute(found.rest) if found.rest and is_path else found.rest
+    options = {key: absolute(value) if key in _PATH_OPTIONS else value for key, value in found.options.items()}
+    return f"{found.name}:{rest}" + "".join(f",{key}={value}" for key, value in options.items())

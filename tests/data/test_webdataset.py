@@ -1,0 +1,104 @@
+"""Shards written by the package webdataset, and tars of the same form, compared with what that package reads."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from remap.data.sources import open_data, open_unlabeled, read_all
+from remap.errors import DataError
+
+webdataset = pytest.importorskip("webdataset")
+
+
+@pytest.fixture
+def shards(tmp_path: Path, tree: Callable[..., Path]) -> Path:
+    """Three shards of train and one of val, 4 samples each; the grey of image i is 10 i."""
+    root = tree({f"{i}.png": 10 * i for i in range(16)})
+    (tmp_path / "shards").mkdir()
+    for split, indices in (("train", range(12)), ("val", range(12, 16))):
+        pattern = f"{tmp_path}/shards/{split}-%03d.tar"
+        with webdataset.ShardWriter(pattern, maxcount=4, verbose=0) as writer:
+            for i in indices:
+                image = (root / f"{i}.png").read_bytes()
+                writer.write({"__key__": f"{i:05d}", "png": image, "cls": i % 3, "json": {"label": f"c{i % 3}"}})
+    return tmp_path / "shards"
+
+
+def test_images_and_labels_are_those_that_webdataset_reads(shards: Path, seen: Callable[..., list]) -> None:
+    data = open_data(f"webdataset:{shards}/train-{{000..002}}.tar", f"webdataset:{shards}/val-000.tar", 0.2)
+    urls = [str(path) for path in sorted(shards.glob("train-*"))]
+    expected = [(one["png"], one["cls"].decode()) for one in webdataset.WebDataset(urls, shardshuffle=False)]
+    found = [(data.train.read(i), data.classes[label]) for i, label in enumerate(data.train.labels)]
+    assert len(expected) == 12 and sorted(found) == sorted(expected)
+    assert seen(data.classes, data.val) == [(10 * i, str(i % 3)) for i in range(12, 16)]
+    data = open_data(f"webdataset:{shards},label=label", None, 0.2)  # of the JSON; splits by the names
+    assert data.classes == ("c0", "c1", "c2") and (len(data.train), len(data.val)) == (12, 4)
+    assert data.train.names[0] == "train-000.tar/00000.png"
+    assert (
+        len(read_all(f"webdataset:{shards}", ("0", "1", "2"))[0])
+        == len(open_unlabeled(f"webdataset:{shards}")[0])
+        == 16
+    )
+
+
+def pack(path: Path, files: Mapping[str, bytes], mode: str = "w") -> str:
+    with tarfile.open(path, mode) as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return f"webdataset:{path}"
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_samples_are_grouped_up_to_the_first_dot(shards: Path, tmp_path: Path, mode: str) -> None:
+    """In folders, with several files a sample, text labels, capitals, and files of systems between them."""
+    with tarfile.open(shards / "train-000.tar") as archive:
+        png = archive.extractfile("00001.png").read()  # type: ignore[union-attr]
+    files = {"a/._1.png": png, ".DS_Store": b"", "README": b"text", "lonely.cls": b"1"}
+    for i in range(4):
+        files |= {
+            f"a/{i}.JPG": png,
+            f"a/{i}.cls": b" bee\n" if i % 2 else b"ant",
+            f"a/{i}.seg.png": b"",
+            f"a/{i}.npy": b"",
+        }
+    files |= {"b/0.gif": b"GIF", "b/0.cls": b"ant", "b/1.png": png, "b/1.txt": b"a caption"}
+    word = pack(tmp_path / f"x.{mode.replace(':', '.')}.tar", files, mode)
+    data = open_data(word, None, 0.5)
+    assert data.classes == ("ant", "bee") and len(data.train) == len(data.val) == 2
+    assert sorted(data.skipped) == [
+        ("x.w.tar/b/0.gif".replace("x.w", f"x.{mode.replace(':', '.')}"), ".gif files are not read"),
+        ("x.w.tar/b/1.png".replace("x.w", f"x.{mode.replace(':', '.')}"), "without a label"),
+    ]
+    assert data.train.read(0) == png
+
+
+REFUSED = {
+    "two images": ({"1.jpg": b"", "1.png": b"", "1.cls": b"1"}, "a sample has several images"),
+    "bad json": ({"1.jpg": b"", "1.json": b"{"}, "a label cannot be read"),
+    "a list": ({"1.jpg": b"", "1.json": b"[1]"}, "there are no labelled images"),
+    "several labels": (
+        {"1.jpg": b"", "1.json": json.dumps({"labels": [1, 2]}).encode()},
+        "an image has several labels",
+    ),
+    "a pickle": ({"1.jpg": b"", "1.pyd": b"cos\nsystem\n"}, "there are no labelled images"),
+    "long": ({"1.jpg": b"", "1.cls": b"x" * 2**21}, "larger than 1,048,576 bytes"),
+}
+
+
+@pytest.mark.parametrize(("files", "expected"), REFUSED.values(), ids=list(REFUSED))
+def test_what_is_refused(tmp_path: Path, files: dict[str, bytes], expected: str) -> None:
+    with pytest.raises(DataError, match=expected):
+        open_data(pack(tmp_path / "x.tar", files), None, 0.5)
+
+
+def test_one_of_several_images_may_be_named(shards: Path, tmp_path: Path) -> None:
+    files = {f"{i}.{kind}": kind.encode() for i in range(4) for kind in ("jpg", "png", "cls")}
+    word = pack(tmp_path / "x.tar", files | {"0.cls": b"a", "2.cls": b"a"})
+    data = open_data(f"{word},image=png", None, 0.5)
+    assert {data.train.read(i) for i in range(2)} == {b"png"} and data.classes == ("a", "cls")
