@@ -80,7 +80,7 @@ SOURCES: Registry[SourceEntry] = Registry(
             target="remap.data.torchvision_sets:TorchvisionSet",
             summary="a data set of torchvision by its class name, below root=FOLDER",
             takes="name",
-            options=("root", "split", "download"),
+            options=("root", "split"),
         ),
     ],
 )

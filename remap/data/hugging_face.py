@@ -25,7 +25,7 @@ class HuggingFace(Rows):
     """
 
     def recognises(self, path: Path) -> bool:
-        return os.path.isdir(path) and any((path / name).is_file() for name in SAVED)
+        return os.path.isdir(path) and any(os.path.isfile(path / name) for name in SAVED)
 
     def rows(self, word: Word, labeled: bool) -> Iterator[Row]:
         require_package("datasets", "datasets", "a data set of Hugging Face")
@@ -44,7 +44,7 @@ def _opened(source: HuggingFace, word: Word) -> Any:
     try:
         if source.recognises(path):
             return datasets.load_from_disk(str(path))
-        if path.exists():
+        if os.path.exists(path):
             files: dict[str, list[str]] = {}
             for file, _, split in shards(word.rest, (".parquet",)):
                 files.setdefault(re.sub(r"\W", "_", split or "all"), []).append(str(file))

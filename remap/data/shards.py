@@ -36,7 +36,7 @@ def shards(word: str, suffixes: tuple[str, ...]) -> list[Shard]:
         MissingData: One of them is not there.
     """
     path = expanded(word)
-    if path.is_dir():
+    if os.path.isdir(path):
         names = [name for name in list_folder(path).paths if not any(map(is_leftover, name.split("/")))]
         files = [path / name for name in names if name.lower().endswith(suffixes)]
     else:
@@ -76,8 +76,8 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _matching(pattern: str) -> list[Path]:
-    if glob.has_magic(pattern) and not Path(pattern).exists():
+    if glob.has_magic(pattern) and not os.path.exists(pattern):
         return [Path(found) for found in sorted(glob.glob(pattern, recursive=True))]
-    if not Path(pattern).is_file():
+    if not os.path.isfile(pattern):
         raise MissingData("no such file", given=pattern, do="check the path")
     return [Path(pattern)]

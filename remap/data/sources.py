@@ -15,12 +15,12 @@ from remap.data.image_files import Skipped, counted
 from remap.data.images import SUFFIXES
 from remap.data.splits import NO_LABEL, ImageData, Split
 from remap.data.tar_listing import list_tar
-from remap.data.words import parsed
+from remap.data.words import parsed, place_of
 from remap.data.zip_listing import list_zip
 from remap.errors import DataError, MissingData
 from remap.io.checked_read import open_regular
 from remap.io.names import look_alike, plain
-from remap.io.paths import absolute, expanded
+from remap.io.paths import expanded
 
 # First bytes of files that data sets come in, too, but which nothing here reads.
 _OTHER_FILES = {
@@ -60,12 +60,15 @@ class Source(ABC):
         data = self.open(word, None, 0.5)
         if data.classes != tuple(classes):
             raise unknown_classes([word], classes)
-        everything = data.train.joined(data.val)
-        return (everything if data.test is None else everything.joined(data.test)), data.skipped
+        return data.everything, data.skipped
 
     def images(self, word: str) -> tuple[Sequence[tuple[str, Listing]], Skipped]:
         """Return all images of all splits, whatever their labels, each with what reads it; and what was left out."""
-        raise DataError("this source gives labelled images only", given=word, allowed=PATHS)
+        data = self.open(word, None, 0.5)
+        everything = data.everything
+        index = {name: i for i, name in enumerate(everything.names)}
+        listing = Listing(everything.names, (), lambda name: everything.read(index[name]), lambda _name: -1)
+        return [(name, listing) for name in everything.names], data.skipped
 
     def recognises(self, path: Path) -> bool:
         """Return whether a source with ``by_path`` reads what lies at this path."""
@@ -213,11 +216,10 @@ def unknown_classes(names: Iterable[str], classes: Sequence[str]) -> DataError:
 
 def _require_apart(data: ImageData, labeled: str, unlabeled: str) -> None:
     """Refuse to learn from images to evaluate on, also without their labels."""
-    first, second = parsed(labeled), parsed(unlabeled)
-    outer, inner = Path(absolute(first.rest)), Path(absolute(second.rest))
+    outer, inner = place_of(labeled), place_of(unlabeled)
     outer = outer.parent if outer.suffix.lower() in TABLES + LISTS else outer  # its names are relative to its folder
     # One split of a source may be apart from its others.
-    if outer.is_relative_to(inner) and "split" not in second.options:
+    if outer.is_relative_to(inner) and "split" not in parsed(unlabeled).options:
         raise DataError(
             "the folder of images without labels holds the labelled ones, and maybe those to evaluate on",
             given=f"{unlabeled} and {labeled}",

@@ -82,6 +82,12 @@ class ImageData:
         """Return the training images that a sample is taken of: those with labels, where there are any."""
         return self.train if self.unlabeled is None or len(self.train) else self.unlabeled
 
+    @property
+    def everything(self) -> Split:
+        """Return the labelled images of all splits."""
+        labeled = self.train.joined(self.val)
+        return labeled if self.test is None else labeled.joined(self.test)
+
     def fingerprint(self) -> str:
         """Return a hash of class names, file names, labels and order; ``remap.data.fingerprint`` adds the contents."""
         digest = hashlib.sha256(_bytes_of(self.classes))

@@ -37,7 +37,7 @@ SETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 class TorchvisionSet(Rows):
-    """A data set by the name of its class, in ``root=FOLDER``; ``download=yes`` lets torchvision fetch it into there.
+    """A data set by the name of its class, which lies in ``root=FOLDER``; it is not downloaded.
 
     Image files are decoded as those of a folder; arrays become images without loss.
     """
@@ -45,35 +45,32 @@ class TorchvisionSet(Rows):
     def rows(self, word: Word, labeled: bool) -> Iterator[Row]:
         name, root = word.rest, word.options.get("root")
         if name not in SETS:
-            why = (
-                "its files are pickles, which could run code" if name.startswith("CIFAR") else did_you_mean(name, SETS)
-            )
-            raise DataError(f"the torchvision set '{name}' is not read{': ' * (why[:1] == 'i')}{why}", allowed=SETS)
-        if root is None or word.options.get("download", "no") not in ("yes", "no"):
-            do = f"name the folder that it is in: torchvision:{name},root=FOLDER; with ,download=yes it is downloaded"
-            raise DataError("a torchvision set needs a folder", given=f"root={root}", do=do)
+            pickles = ": its files are pickles, which could run code" if name.startswith("CIFAR") else ""
+            text = f"the torchvision set '{name}' is not read{pickles or did_you_mean(name, SETS)}"
+            raise DataError(text, allowed=SETS, do="name a folder of its images, or a copy of it on the hub (hf:NAME)")
+        if root is None:
+            do = f"name the folder that it is in: torchvision:{name},root=FOLDER"
+            raise DataError("a torchvision set needs a folder", given=name, do=do)
         for split, arguments in SETS[name].items():
             if word.options.get("split") in (None, split):
-                download = word.options.get("download") == "yes"
-                yield from _rows_of(_opened(name, str(expanded(root)), download, arguments), Path(root), split)
+                yield from _rows_of(_opened(name, str(expanded(root)), arguments), expanded(root), split)
 
 
-def _opened(name: str, root: str, download: bool, arguments: dict[str, Any]) -> Any:
+def _opened(name: str, root: str, arguments: dict[str, Any]) -> Any:
     from torchvision import datasets
 
     kind = getattr(datasets, name)
     if "loader" in inspect.signature(kind).parameters:
         arguments = {**arguments, "loader": os.fspath}  # the path in place of a decoded image
     try:
-        return kind(root, download=download, **arguments)
+        return kind(root, download=False, **arguments)
     except Exception as error:  # RuntimeError where it is not there; others where it is damaged
         reason = plain(str(error).splitlines()[0] if str(error) else type(error).__name__)[:200]
-        do = f"check the folder, or let torchvision download it: torchvision:{name},root={root},download=yes"
+        do = f"check the folder, or download it in Python: torchvision.datasets.{name}({root!r}, download=True)"
         raise DataError(f"cannot open {name} of torchvision: {reason}", given=root, do=do) from error
 
 
 def _rows_of(dataset: Any, root: Path, split: str) -> Iterator[Row]:
-    root = root.expanduser()
     classes = [one[0] if isinstance(one, tuple) else one for one in getattr(dataset, "classes", ())]
     files, arrays = files_of(root), _arrays(dataset)
     for index in range(len(dataset)):

@@ -1,5 +1,6 @@
 """VTAB-1k (Zhai et al. 2019, arXiv 1910.04867): lists of images and integer classes, beside a folder of images."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ class Vtab(LabelTable):
     """A folder with the lists of one task. Their paths are relative to it."""
 
     def recognises(self, path: Path) -> bool:
-        return all((path / name).is_file() for name in LISTS.values())
+        return all(os.path.isfile(path / name) for name in LISTS.values())
 
     def rows(self, word: Word, labeled: bool) -> Iterator[Row]:
         for split, name in LISTS.items():

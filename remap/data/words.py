@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from remap.data import SOURCES, is_source
 from remap.errors import DataError
@@ -55,10 +56,19 @@ def with_absolute_paths(word: str) -> str:
     found = parts_of(word)
     if not found.name:
         return absolute(word)
-    takes = SOURCES.row(found.name).takes
-    if not takes:
+    if not SOURCES.row(found.name).takes:
         return word
-    is_path = takes == "path" or (takes == "path or name" and os.path.exists(expanded(found.rest)))
-    rest = absolute(found.rest) if found.rest and is_path else found.rest
+    rest = absolute(found.rest) if _is_path(found) else found.rest
     options = {key: absolute(value) if key in _PATH_OPTIONS else value for key, value in found.options.items()}
     return f"{found.name}:{rest}" + "".join(f",{key}={value}" for key, value in options.items())
+
+
+def place_of(word: str) -> Path:
+    """Return the absolute path that a word leads to; for a name of other data a path that no file has."""
+    found = parts_of(word)
+    return Path(absolute(found.rest)) if _is_path(found) else Path(f"/{found.name}:", found.rest)
+
+
+def _is_path(found: Word) -> bool:
+    takes = SOURCES.row(found.name).takes if found.name else "path"
+    return bool(found.rest) and (takes == "path" or (takes == "path or name" and os.path.exists(expanded(found.rest))))

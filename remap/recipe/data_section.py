@@ -25,10 +25,11 @@ class DataSpec(Section):
 
     source: PathOrName | None = Field(
         default="digits",
-        description='"digits" (built in), class folders, a tar or zip of them, or a CSV; null is none, if unlabeled.',
+        description='"digits" (built in), class folders, a tar or zip of them, a CSV, or NAME:REST of another source'
+        " (docs/data.md); null is none, if unlabeled.",
     )
     val_source: PathOrName | None = Field(
-        default=None, description="Folder, archive or CSV to evaluate on; null is the source's own split."
+        default=None, description="Images to evaluate on, written as source; null is the source's own split."
     )
     val_fraction: float = Field(
         default=0.2, gt=0.0, lt=1.0, description="Share of each class held out if the source has no split."
@@ -40,7 +41,8 @@ class DataSpec(Section):
         description="Level of the folders that are the classes; null is 1, and an error where these hold only folders.",
     )
     unlabeled: PathOrName | None = Field(
-        default=None, description="Folder or archive of images without labels to learn from; folder names mean nothing."
+        default=None,
+        description="Images to learn from without labels, written as source; labels and folder names mean nothing.",
     )
     unlabeled_only: bool = Field(default=False, description="Learn from the images without labels only.")
     labels: int | None = Field(default=None, ge=1, description="Labels to keep, the same for every seed; null is all.")

@@ -113,5 +113,7 @@ def test_paths_in_words_become_absolute(tmp_path: Path, monkeypatch: pytest.Monk
         assert with_absolute_paths(word) == with_absolute_paths(with_absolute_paths(word)) == expected
     with pytest.raises(DataError, match="a path follows 'csv:'"):
         open_data("csv:", None, 0.2)
-    with pytest.raises(DataError, match="this source gives labelled images only"):
-        open_unlabeled("digits")
+    split, _ = open_unlabeled("digits")
+    assert len(split) == 1797 and split.read(3) == open_data("digits", None, 0.2).everything.read(3)
+    with pytest.raises(DataError, match="holds the labelled ones"):
+        open_data("digits", None, 0.2, "digits")

@@ -74,8 +74,8 @@ def test_what_is_refused(tmp_path: Path, fashion: Path) -> None:
         (f"CIFAR10,root={tmp_path}", "its files are pickles"),
         (f"FashonMNIST,root={tmp_path}", "did you mean 'FashionMNIST'"),
         ("FashionMNIST", "needs a folder"),
-        (f"MNIST,root={tmp_path}", "cannot open MNIST of torchvision: Dataset not found.*\n.*\n.*download=yes"),
-        (f"FashionMNIST,root={fashion},download=maybe", "needs a folder"),
+        (f"MNIST,root={tmp_path}", "cannot open MNIST of torchvision: Dataset not found.*\n.*\n.*download=True"),
+        (f"FashionMNIST,root={fashion},download=yes", "has no option 'download'"),
     ):
         with pytest.raises(DataError, match=expected):
             open_data(f"torchvision:{word}", None, 0.2)
