@@ -101,7 +101,7 @@ def _one(
         f"the column of the {what}s is not known",
         given=plain(", ".join(f"{field.name} ({field.type})" for field in schema))[:300],
         allowed=plain(", ".join(allowed)) or None,
-        do=f"name it: SOURCE:FILE,{what}=COLUMN",
+        do=f"name it: parquet:FILE,{what}=COLUMN (or hf: in place of parquet:)",
     )
 
 

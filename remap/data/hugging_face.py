@@ -15,7 +15,7 @@ from remap.io.names import plain
 from remap.io.paths import expanded
 
 # What ``save_to_disk`` writes into a folder of splits, or of one data set.
-SAVED = ("dataset_dict.json", "state.json")
+SAVED = (("dataset_dict.json",), ("dataset_info.json", "state.json"))
 
 
 class HuggingFace(Rows):
@@ -25,32 +25,33 @@ class HuggingFace(Rows):
     """
 
     def recognises(self, path: Path) -> bool:
-        return os.path.isdir(path) and any(os.path.isfile(path / name) for name in SAVED)
+        return any(all(os.path.isfile(path / name) for name in names) for names in SAVED)
 
     def rows(self, word: Word, labeled: bool) -> Iterator[Row]:
         require_package("datasets", "datasets", "a data set of Hugging Face")
-        found = _opened(self, word)
-        splits = found if isinstance(found, dict) else {word.options.get("split"): found}
-        for split, one in splits.items():
+        for split, one in _opened(self, word).items():
             # The table itself, not a copy; its metadata name the classes.
             table = one.with_format("arrow")[:].replace_schema_metadata(one.features.arrow_schema.metadata)
             yield from table_rows(table, split or "all", None if split == "all" else split, word.options, labeled)
 
 
-def _opened(source: HuggingFace, word: Word) -> Any:
+def _opened(source: HuggingFace, word: Word) -> dict[str | None, Any]:
+    """Return the ``datasets.Dataset`` of each split; of None where there are no splits."""
     import datasets
 
     path, options = expanded(word.rest), word.options
     try:
         if source.recognises(path):
-            return datasets.load_from_disk(str(path))
+            found = datasets.load_from_disk(str(path))
+            return found if isinstance(found, dict) else {found.split and str(found.split): found}
         if os.path.exists(path):
             files: dict[str, list[str]] = {}
             for file, _, split in shards(word.rest, (".parquet",)):
                 files.setdefault(re.sub(r"\W", "_", split or "all"), []).append(str(file))
             return datasets.load_dataset("parquet", data_files=files)
         names = {"name": options.get("config"), "split": options.get("split"), "revision": options.get("revision")}
-        return datasets.load_dataset(word.rest, **names)
+        found = datasets.load_dataset(word.rest, **names)
+        return found if isinstance(found, dict) else {options.get("split"): found}
     except RemapError:
         raise
     except Exception as error:  # of its many kinds; all mean that there is no such data set, or no way to it

@@ -22,11 +22,12 @@ from remap.io.checked_read import open_regular
 from remap.io.names import look_alike, plain
 from remap.io.paths import expanded
 
-# First bytes of files that data sets come in, too, but which nothing here reads.
+# First bytes of files that data sets come in, too, but which no reader of paths reads.
 _OTHER_FILES = {
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
     b"Rar!": "a rar archive",
     b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"PAR1": "a Parquet file",
 }
 TABLES, LISTS = (".csv", ".tsv"), (".txt",)
 # What may lie at a path.
@@ -194,7 +195,8 @@ def _list_file(path: Path) -> Listing:
         return list_zip(path)
     kind = next((kind for magic, kind in _OTHER_FILES.items() if start.startswith(magic)), None)
     if kind is not None:
-        raise DataError(f"{kind} is not read", given=path, allowed=PATHS, do="unpack it and name the folder")
+        do = "name it as parquet:FILE" if start.startswith(b"PAR1") else "unpack it and name the folder"
+        raise DataError(f"{kind} is not read", given=path, allowed=PATHS, do=do)
     return list_tar(path)
 
 

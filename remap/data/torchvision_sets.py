@@ -51,8 +51,11 @@ class TorchvisionSet(Rows):
         if root is None:
             do = f"name the folder that it is in: torchvision:{name},root=FOLDER"
             raise DataError("a torchvision set needs a folder", given=name, do=do)
+        chosen = word.options.get("split")
+        if chosen not in (None, *SETS[name]):
+            raise DataError("no such split", given=chosen, allowed=SETS[name])
         for split, arguments in SETS[name].items():
-            if word.options.get("split") in (None, split):
+            if chosen in (None, split):
                 yield from _rows_of(_opened(name, str(expanded(root)), arguments), expanded(root), split)
 
 

@@ -35,11 +35,13 @@ def test_a_saved_data_set_has_the_images_and_labels_that_datasets_reads(
     data = open_data(str(tmp_path / "splits"), None, 0.2)  # recognised without hf:
     assert seen(data.classes, data.train) == sorted(read_by_datasets(loaded["train"]))
     assert seen(data.classes, data.val) == read_by_datasets(loaded["validation"])
-    assert data.classes == ("ant", "wasp") and data.val.names[0] == "validation/0000000"
+    assert data.classes == ("ant", "wasp") and sorted(data.val.names) == ["validation/0000000", "validation/0000001"]
     data = open_data(f"hf:{tmp_path / 'splits'},split=train", f"hf:{tmp_path / 'splits'},split=validation", 0.2)
     assert (len(data.train), len(data.val)) == (4, 2)
     whole.save_to_disk(tmp_path / "one", num_shards=3)
     assert open_data(f"hf:{tmp_path / 'one'},image=img,label=fine", None, 0.25).split_rule.startswith("25%")
+    with pytest.raises(DataError, match="no such split"):
+        open_data(f"hf:{tmp_path / 'one'},split=train", None, 0.25)
     more, _ = open_unlabeled(str(tmp_path / "one"))
     assert len(more) == 8
 
@@ -70,11 +72,11 @@ def test_parquet_of_datasets_and_names_of_the_hub(
         assert seen(data.classes, data.train) == read_by_datasets(whole.select(range(6)))
         assert seen(data.classes, data.val) == read_by_datasets(whole.select([6, 7]))
     asked: list[Any] = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **more: asked.append((name, more)) or whole)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **more: asked.append((path, more)) or whole)
     assert len(open_data("hf:owner/name,config=small,split=train,revision=abc", None, 0.25).train) == 6
     assert asked == [("owner/name", {"name": "small", "split": "train", "revision": "abc"})]
 
-    def fail(name: str, **more: Any) -> None:
+    def fail(path: str, **more: Any) -> None:
         raise ValueError("none\nat all")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)

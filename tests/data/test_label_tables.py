@@ -157,7 +157,7 @@ def test_the_columns_and_the_folder_may_be_named(tree: Tree, tmp_path: Path) -> 
     assert (len(data.train), len(data.val)) == (4, 2)
     for wrong, expected in (
         (",lable=kind", "the source 'csv' has no option 'lable'; did you mean 'label'?"),
-        (",label=none", "allowed: a column of labels: none"),
+        (",path=where,label=none", "allowed: a column of labels: none"),
         (f"{options},split_column=part,split=extra", "no such split"),
         (options.partition(",folder")[0], "leads out of the table's folder"),
     ):

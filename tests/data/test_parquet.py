@@ -81,10 +81,7 @@ def test_what_cannot_be_meant_is_refused(
 ) -> None:
     one, labels = b"x" * 2**20, ["a", "b"] * 2
     cases = {
-        "two columns of images": (
-            write("0.parquet", labels, other=[one] * 4, label=labels, image=[one] * 4),
-            "column of the images",
-        ),
+        "two columns of images": (write("0.parquet", labels, img=[one] * 4), "the column of the images is not known"),
         "no class": (write("1.parquet", [0, 1, 2, 3], metadata=NAMES), "a label has no class name"),
         "several": (write("2.parquet", [["a", "b"]] * 4), "an image has several labels"),
     }

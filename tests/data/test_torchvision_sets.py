@@ -74,6 +74,7 @@ def test_what_is_refused(tmp_path: Path, fashion: Path) -> None:
         (f"CIFAR10,root={tmp_path}", "its files are pickles"),
         (f"FashonMNIST,root={tmp_path}", "did you mean 'FashionMNIST'"),
         ("FashionMNIST", "needs a folder"),
+        (f"FashionMNIST,root={fashion},split=val", "no such split\n  given:   val\n  allowed: train, test"),
         (f"MNIST,root={tmp_path}", "cannot open MNIST of torchvision: Dataset not found.*\n.*\n.*download=True"),
         (f"FashionMNIST,root={fashion},download=yes", "has no option 'download'"),
     ):
