@@ -96,7 +96,9 @@ class Inputs:
 
     def _items(self, word: str) -> Iterator[Item]:
         path = expanded(word)
-        if is_source(word) or (word.lower().endswith(FILES_OF_IMAGES) and os.path.isfile(path)):
+        # A table that a pattern matches lies beside the images it names.
+        is_named = word in self.words and word.lower().endswith(FILES_OF_IMAGES) and os.path.isfile(path)
+        if is_source(word) or is_named:
             files, skipped = find_source(word).images(word)
             self.left_out.update(reason for _, reason in skipped)
             for name, listing in files:

@@ -63,6 +63,8 @@ def test_sources_give_their_images_whatever_the_labels(photos: Path) -> None:
         found = {item.path.removeprefix(f"{photos}/rows.csv/"): item.read() for item in inputs}
         assert found == {"a.png": b"a.png", "b/d.jpg": b"b/d.jpg"} and all(item.judged for item in inputs)
         assert dict(inputs.left_out) == {".txt files are not read": 1}
+    beside = [item.path for item in Inputs([f"{photos}/*.*"])]
+    assert beside == [f"{photos}/a.png", f"{photos}/rows.csv"]  # whose row says that it is not read
 
 
 def test_words_that_name_nothing_are_refused(photos: Path, tmp_path: Path) -> None:
