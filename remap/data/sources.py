@@ -15,7 +15,7 @@ from remap.data.image_files import Skipped, counted
 from remap.data.images import SUFFIXES
 from remap.data.splits import NO_LABEL, ImageData, Split
 from remap.data.tar_listing import list_tar
-from remap.data.words import parsed, place_of
+from remap.data.words import of_images, parsed, place_of
 from remap.data.zip_listing import list_zip
 from remap.errors import DataError, MissingData
 from remap.io.checked_read import open_regular
@@ -157,6 +157,7 @@ def open_unlabeled(source: str) -> tuple[Split, Skipped]:
     Raises:
         DataError: There is nothing, or no images.
     """
+    source = of_images(source)
     files, left_out = find_source(source).images(source)
     name = Path(parsed(source).rest).name
     skipped = [(plain(f"{name}/{path}"), reason) for path, reason in left_out]
@@ -218,7 +219,7 @@ def unknown_classes(names: Iterable[str], classes: Sequence[str]) -> DataError:
 
 def _require_apart(data: ImageData, labeled: str, unlabeled: str) -> None:
     """Refuse to learn from images to evaluate on, also without their labels."""
-    outer, inner = place_of(labeled), place_of(unlabeled)
+    outer, inner = place_of(labeled), place_of(of_images(unlabeled))
     outer = outer.parent if outer.suffix.lower() in TABLES + LISTS else outer  # its names are relative to its folder
     # One split of a source may be apart from its others.
     if outer.is_relative_to(inner) and "split" not in parsed(unlabeled).options:

@@ -51,6 +51,11 @@ def parts_of(word: str) -> Word:
     return Word(name, rest, dict(option.split("=", 1) for option in options))
 
 
+def of_images(word: str) -> str:
+    """Return a word for images whose labels do not matter: the name of a source alone is then a folder."""
+    return f"./{word}" if ":" not in word and is_source(word) else word
+
+
 def with_absolute_paths(word: str) -> str:
     """Return a word whose paths are absolute; names of sources, and what only they understand, stay."""
     found = parts_of(word)

@@ -14,7 +14,7 @@ from remap.data.file_listing import walk_folder
 from remap.data.image_files import counted, why_left_out
 from remap.data.images import SUFFIXES
 from remap.data.sources import TABLES, find_source, list_files
-from remap.data.words import parsed
+from remap.data.words import of_images, parsed
 from remap.errors import DataError
 from remap.io.checked_read import open_regular
 from remap.io.paths import expanded
@@ -52,7 +52,7 @@ class Inputs:
     """
 
     def __init__(self, words: Iterable[str | Path], lists: Iterable[str | Path] = ()) -> None:
-        self.words, self.lists = [os.fspath(word) for word in words], [expanded(path) for path in lists]
+        self.words, self.lists = [of_images(os.fspath(word)) for word in words], [expanded(path) for path in lists]
         self.left_out: Counter[str] = Counter()
         plain = [word for word in self.words if word != STDIN and not glob.has_magic(word) and not is_source(word)]
         if not self.words and not self.lists:
@@ -95,7 +95,7 @@ class Inputs:
                 ) from None
 
     def _items(self, word: str) -> Iterator[Item]:
-        path = expanded(word)
+        path = expanded(word := of_images(word))
         # A table that a pattern matches lies beside the images it names.
         is_named = word in self.words and word.lower().endswith(FILES_OF_IMAGES) and os.path.isfile(path)
         if is_source(word) or is_named:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from remap.data.augmentation import Augmentation
+from remap.data.words import of_images
 from remap.io.paths import absolute
 from remap.recipe import named
 from remap.recipe.data_section import DataSpec
@@ -166,7 +167,7 @@ class Recipe(Section):
         if init is not None:
             init = InitSpec(name=init.name, **_with_defaults(INITS.load(init.name).Config, init))
         val_source = None if data.val_source is None else absolute_data(data.val_source)
-        unlabeled = None if data.unlabeled is None else absolute_data(data.unlabeled)
+        unlabeled = None if data.unlabeled is None else absolute_data(of_images(data.unlabeled))
         source = None if data.source is None else absolute_data(data.source)
         paths = {"source": source, "val_source": val_source, "unlabeled": unlabeled}
         base_lr = None if self.train.lr is not None else self._base_lr()
