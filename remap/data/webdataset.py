@@ -61,7 +61,7 @@ def _image(key: str, files: Mapping[str, str], chosen: str | None) -> str | None
     if len(images) > 1:
         do = "name the one to use: webdataset:SHARDS,image=EXTENSION"
         raise DataError("a sample has several images", given=plain(f"{key}: {', '.join(files)}")[:200], do=do)
-    return (images or others or [None])[0]
+    return next(iter(images or others), None)
 
 
 def _label(in_tar: Listing, key: str, files: Mapping[str, str], chosen: str | None) -> str:
