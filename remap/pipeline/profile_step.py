@@ -1,6 +1,5 @@
 """Profile one training step: time and memory per image."""
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ from remap.data import keyed_random
 from remap.distributed.launch import accelerator
 from remap.engine.job import StudentStep
 from remap.engine.teacher import Teacher
+from remap.engine.timing import Timer
 from remap.pipeline.components import RunComponents
 from remap.pipeline.student_features import feature_bytes
 from remap.remapping.labels import Labels
@@ -107,27 +107,19 @@ def _measure(components: RunComponents, teachers: dict[int, Teacher], count: int
     teacher_seconds = dict.fromkeys(teachers, 0.0)
     for _ in range(2):  # the first warms up
         for number, teacher in teachers.items():
-            _wait(device)
-            started = time.perf_counter()
-            targets[number] = teacher.items(images)
-            _wait(device)
-            teacher_seconds[number] = (time.perf_counter() - started) / len(good)
+            with Timer(device) as teacher_timer:
+                targets[number] = teacher.items(images)
+            teacher_seconds[number] = teacher_timer.seconds / len(good)
         saved = _Saved()
-        stem_from = time.perf_counter()
-        stem = step.runner.stem(images) if features else None
-        _wait(device)
-        begun = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(saved, _same):
-            total, loss_values = step(images, targets, labels, stem)
-        total.backward()
+        with Timer(device) as stem_timer:
+            stem = step.runner.stem(images) if features else None
+        with Timer(device) as step_timer:
+            with torch.autograd.graph.saved_tensors_hooks(saved, _same):
+                total, loss_values = step(images, targets, labels, stem)
+            total.backward()
         losses = {name: value.item() for name, value in {"total": total, **loss_values}.items()}
-        done = time.perf_counter()
-    with torch.no_grad():
-        _wait(device)
-        forward_from = time.perf_counter()
+    with torch.no_grad(), Timer(device) as forward_timer:
         signals = step.runner(images, stem)
-        _wait(device)
-        forward = time.perf_counter() - forward_from
     terms = _term_costs(components.objective, signals, targets, labels)
     step.runner.tap.close()
     for parameter in (*components.student.trained.values(), *components.objective.parameters()):
@@ -135,9 +127,9 @@ def _measure(components: RunComponents, teachers: dict[int, Teacher], count: int
         parameter.grad = None
     return StepProfile(
         teacher_seconds,
-        (done - begun) / len(good),
-        forward / len(good),
-        (begun - stem_from) / len(good),
+        step_timer.seconds / len(good),
+        forward_timer.seconds / len(good),
+        stem_timer.seconds / len(good),
         features,
         saved.nbytes // len(good),
         losses,
@@ -155,15 +147,12 @@ def _term_costs(
         for _ in range(2):  # the first warms up
             # Leaves: the backward pass ends at the signals, and costs of terms do not mix.
             leaves, saved, reading = signals.leaves(), _Saved(), _Reading(items)
-            _wait(device)
-            started = time.perf_counter()
-            with torch.autograd.graph.saved_tensors_hooks(saved, _same):
-                value = term(leaves, reading, labels)
-            value.backward()
-            _wait(device)
-            seconds = time.perf_counter() - started
+            with Timer(device) as timer:
+                with torch.autograd.graph.saved_tensors_hooks(saved, _same):
+                    value = term(leaves, reading, labels)
+                value.backward()
         size = sum(items[key][0].numel() * items[key].element_size() for key in reading.read)
-        costs[name] = TermCost(seconds / count, saved.nbytes / count, size)
+        costs[name] = TermCost(timer.seconds / count, saved.nbytes / count, size)
     return costs
 
 
@@ -183,12 +172,6 @@ def _features(components: RunComponents) -> int:
     """Return the bytes of the student's frozen features, 0 where they are not cached."""
     needed = feature_bytes(components) or 0
     return needed if needed <= components.recipe.data.memory_gib * 2**30 else 0
-
-
-def _wait(device: torch.device) -> None:
-    """Wait for the GPU, which runs behind the program, before the clock is read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _same(tensor: Tensor) -> Tensor:
