@@ -7,10 +7,9 @@ is compared with the images even when it was finished, since what failed may hav
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +23,7 @@ from remap.prediction.inputs import Item
 from remap.prediction.predictions import Prediction
 
 LOOK_EVERY_S = 0.2
+SETTINGS = "settings.json"
 
 
 class PredictionFile:
@@ -45,7 +45,7 @@ class PredictionFile:
         require_writable(path)
         if os.path.lexists(path):
             raise RunError(f"{path} is there already", do="remove it, or choose another --output")
-        noted = self.folder / "settings.json"
+        noted = self.folder / SETTINGS
         if process == 0 and not noted.is_file():
             atomic_write.make_folder(self.folder)
             atomic_write.write_json(noted, self.settings)
@@ -97,7 +97,11 @@ class PredictionFile:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
-            shutil.rmtree(self.folder)
+            for own in (*parts, self.folder / SETTINGS):
+                own.unlink()
+            atomic_write.remove_temporary_files(self.folder)
+            with suppress(OSError):  # holds a file that is not ours
+                self.folder.rmdir()
         return counts[0], counts[1]
 
     def _part(self, process: int) -> Path:

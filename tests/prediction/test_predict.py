@@ -179,7 +179,9 @@ def test_a_finished_part_is_compared_with_the_images_too(photos: Path, tmp_path:
         make().predict(Inputs([photos / "01.png"]), lambda items: iter(()))
     again = make()
     again.predict(Inputs([photos]), lambda items: iter([] if not list(items) else [[]]))
+    (tmp_path / "rows.jsonl.parts" / "notes.txt").write_text("of a user")
     assert again.merge({}) == (11, 0)
+    assert [file.name for file in (tmp_path / "rows.jsonl.parts").iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
