@@ -27,7 +27,11 @@ def export(
     softmax: Annotated[
         bool, typer.Option("--softmax", help="Answer with probabilities.", rich_help_panel=_GRAPH)
     ] = False,
-    int8: Annotated[str | None, _choice("dynamic, or static: calibrated on training images of the run.", _INT8)] = None,
+    int8: Annotated[
+        str | None,
+        _choice("dynamic; static: calibrated on training images of the run; qat: trained on them, then static.", _INT8),
+    ] = None,
+    int8_epochs: Annotated[int, _choice("Epochs of --int8 qat.", _INT8, "3")] = 3,
     max_drop: Annotated[
         float, _choice("Points of accuracy that 8 bits may cost, over all and of the worst class.", _INT8, "1")
     ] = 1.0,
@@ -43,7 +47,8 @@ def export(
         return
     from remap.exporting.export import export_student
 
-    chosen = dict(input=input, layout=layout, softmax=softmax, int8=int8, max_drop=max_drop, images=images)
+    chosen = dict(input=input, layout=layout, softmax=softmax, images=images)
+    chosen |= dict(int8=int8, int8_epochs=int8_epochs, max_drop=max_drop)
     with console.Reporter() as progress:
         found = export_student(run, to, output, force=force, progress=progress, **chosen)
     if json:

@@ -47,7 +47,7 @@ FORMATS: Registry[FormatEntry] = Registry(
             name="onnx",
             target="remap.exporting.onnx_file:OnnxFile",
             summary="one ONNX file, prompts and adapters inside; runs without torch and remap",
-            options=(*_GRAPH, "int8", "max_drop"),
+            options=(*_GRAPH, "int8", "int8_epochs", "max_drop"),
             packages=("onnx", "onnxscript", "onnxruntime"),
             install="remap[onnx]",
         ),

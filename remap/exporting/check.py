@@ -1,6 +1,5 @@
 """Whether what was written answers as the student does, and how large and how fast it is."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -9,8 +8,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from remap.engine.timing import Timer
 from remap.errors import RunError
 from remap.exporting.format import Answer, ExportOptions
 from remap.exporting.task_source import SourceImages, TaskSource
@@ -64,20 +64,16 @@ def in_batches(answer: Answer, views_NCHW: Tensor) -> Tensor:
     return torch.cat([answer(batch) for batch in views_NCHW.split(BATCHES[-1])])
 
 
-def compare(
-    source: TaskSource, folder: Path, exported: Answer, options: ExportOptions, images: SourceImages, written: str
-) -> Comparison:
-    """Compare on all images, at each size of a batch."""
-    student, views = student_answer(source, options), images.views_NCHW
+def compare(student: Answer, exported: Answer, images: SourceImages, sizes: tuple[int, int]) -> Comparison:
+    """Compare on all images, at each size of a batch; ``sizes`` are the bytes of both."""
+    views = images.views_NCHW
     expected_NK = in_batches(student, views)
     found = [exported(views[:size]) for size in BATCHES[:-1]] + [in_batches(exported, views)]
     difference = max(float((one - expected_NK[: len(one)]).abs().max()) for one in found)
     same = min(len(views) - int((one.argmax(1) != expected_NK[: len(one)].argmax(1)).sum()) for one in found)
     with one_thread():
         seconds = (seconds_of(student, views[:1]), seconds_of(exported, views[:1]))
-    size = sum(tensor.numel() * tensor.element_size() for tensor in source.tuned.model.state_dict().values())
     allowed = TOLERANCE * max(1.0, float(expected_NK.abs().max()))
-    sizes = (size, bytes_below(folder / written))
     return Comparison(images.what, len(views), same, difference, allowed, sizes, seconds)
 
 
@@ -97,13 +93,13 @@ def require_equal(found: Comparison, name: str) -> None:
         )
 
 
-def seconds_of(answer: Answer, view_1CHW: Tensor) -> float:
-    """Return the median time of one image."""
+def seconds_of(answer: Answer, views_BCHW: Tensor) -> float:
+    """Return the median time of a batch, on the CPU."""
     times = []
     for _ in range(WARM_UP + TIMED):
-        started = time.perf_counter()
-        answer(view_1CHW)
-        times.append(time.perf_counter() - started)
+        with Timer(views_BCHW.device) as timer:
+            answer(views_BCHW)
+        times.append(timer.seconds)
     return median(times[WARM_UP:])
 
 
@@ -116,6 +112,11 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Return the bytes of a network's tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
 def bytes_below(path: Path) -> int:

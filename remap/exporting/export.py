@@ -11,18 +11,21 @@ from typing import Any
 from remap.backbones.model_folder import require_free
 from remap.errors import DiskFull, RunError
 from remap.exporting import FORMATS
-from remap.exporting.check import Comparison, compare, require_equal
+from remap.exporting.check import Comparison, bytes_below, bytes_of, compare, require_equal, student_answer
 from remap.exporting.format import ExportOptions, Format
 from remap.exporting.int8 import quantise, require_gate
 from remap.exporting.model_card import model_card
 from remap.exporting.task_source import TaskSource
 from remap.io import atomic_write
+from remap.io.checked_json import read_run_json
 from remap.io.disk_space import FULL, MAKE_ROOM
+from remap.io.links import files_below
+from remap.io.names import plain
 from remap.io.paths import expanded
 from remap.progress import Progress, Silent
 
 # What tells an export from any other folder; it holds what the card says, for programs.
-RECORD = "export.json"
+RECORD, CARD = "export.json", "README.md"
 
 
 @dataclass(frozen=True)
@@ -73,36 +76,41 @@ def export_student(
     if row.folded:
         source.require_mergeable()
     output = source.path / "export" / to if output is None else expanded(output)
-    with _making(output, force) as folder:
+    with making(output, force) as folder:
         with progress.wait(f"writing {to}"):
             facts = form.write(source, folder, chosen)
         comparison = None
         if (answer := form.open(source, folder, chosen)) is not None:
             with progress.wait("checking the export on images"):
-                images = source.images(chosen.images)
-                comparison = compare(source, folder, answer, chosen, images, form.file)
+                images, student = source.images(chosen.images), student_answer(source, chosen)
+                size = bytes_of(source.tuned.model)
+                comparison = compare(student, answer, images, (size, bytes_below(folder / form.file)))
             require_equal(comparison, to)
             if chosen.int8 is not None:
-                with progress.wait("quantising to 8 bits"):
-                    quantise(source, folder / form.file, chosen)
+                quantise(source, folder / form.file, chosen, progress)
+                with progress.wait("checking the int8 file on images"):
                     answer = form.open(source, folder, chosen) or answer
-                    comparison = compare(source, folder, answer, chosen, images, form.file)
+                    comparison = compare(student, answer, images, (size, bytes_below(folder / form.file)))
                     report = require_gate(source, answer, images, chosen)
                 facts = facts | {"int8": {"kind": chosen.int8, **report.to_dict()}}
+        files = sorted(file.relative_to(folder).as_posix() for file in files_below(folder))
         record = source.facts | facts | {"format": to, "comparison": comparison and comparison.to_dict()}
+        record["files"] = sorted({*files, CARD, RECORD})
         card = model_card(source, row, record, form.usage(source, chosen))
-        atomic_write.write_text(folder / "README.md", card)
+        atomic_write.write_text(folder / CARD, card)
         atomic_write.write_json(folder / RECORD, record)
     return Exported(output, output / form.file, comparison, record)
 
 
 @contextmanager
-def _making(output: Path, force: bool) -> Iterator[Path]:
+def making(output: Path, force: bool) -> Iterator[Path]:
     """Let a folder appear complete or not at all: yield the temporary one to fill."""
     earlier = (output / RECORD).is_file() and not output.is_symlink()
     if earlier and not force:
         raise RunError(f"{output} is there already", do="choose another --output, or replace that export with --force")
-    if not earlier:
+    if earlier:
+        _require_own(output)
+    else:
         require_free(output)
     atomic_write.make_folder(output.parent)
     temporary, old = (output.with_name(f".{output.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
@@ -117,3 +125,20 @@ def _making(output: Path, force: bool) -> Iterator[Path]:
     finally:
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _require_own(output: Path) -> None:
+    """Refuse to replace an export in which there are other files than it was written with.
+
+    Raises:
+        RunError: Names some of them.
+    """
+    record = read_run_json(output / RECORD)
+    written = {*map(str, record.get("files", []))} if isinstance(record, dict) else set()
+    others = sorted({file.relative_to(output).as_posix() for file in files_below(output)} - written)
+    if others:
+        raise RunError(
+            f"{output} holds files that the export did not write",
+            given=plain(", ".join(others[:5]) + (", ..." if len(others) > 5 else "")),
+            do="move them away, or choose another --output",
+        )

@@ -15,7 +15,7 @@ from remap.exporting.task_source import TaskSource
 
 Input = Literal["float", "uint8"]
 Layout = Literal["nchw", "nhwc"]
-Int8 = Literal["dynamic", "static"]
+Int8 = Literal["dynamic", "static", "qat"]
 # From views, uint8 (B, C, H, W), to what the exported file answers, (B, classes).
 Answer = Callable[[Tensor], Tensor]
 
@@ -28,7 +28,9 @@ class ExportOptions:
         input: What the graph takes: normalised floats, or uint8 of the view's size, resized and normalised inside.
         layout: Order of the input's axes.
         softmax: Answer with probabilities instead of logits.
-        int8: Quantise to 8 bits: dynamic (weights, and activations as they come) or static (calibrated).
+        int8: Quantise to 8 bits: dynamic (weights, and activations as they come), static (calibrated) or qat (static,
+            after quantisation-aware distillation).
+        int8_epochs: Passes of qat over the training images.
         max_drop: Accuracy that int8 may cost, in percentage points: over all images, and of the worst class.
         images: Images to check on at most.
     """
@@ -37,6 +39,7 @@ class ExportOptions:
     layout: Layout = "nchw"
     softmax: bool = False
     int8: Int8 | None = None
+    int8_epochs: int = 3
     max_drop: float = 1.0
     images: int = 256
 
@@ -59,6 +62,10 @@ class ExportOptions:
             )
         if not 0 <= self.max_drop <= 100:  # False for NaN too
             raise RunError("--max-drop is a number of percentage points", given=self.max_drop, allowed="0 to 100")
+        if self.int8_epochs < 1:
+            raise RunError("--int8-epochs is a number of epochs", given=self.int8_epochs, allowed="1 and more")
+        if self.int8 != "qat" and self.int8_epochs != type(self)().int8_epochs:
+            raise RunError("--int8-epochs is for --int8 qat", given=f"--int8 {self.int8 or '(not given)'}")
         if self.int8 is None and self.max_drop != type(self)().max_drop:
             raise RunError("--max-drop bounds what int8 costs, and this export is not int8", do="add --int8 static")
 

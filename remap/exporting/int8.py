@@ -15,8 +15,11 @@ from torch import Tensor
 from remap.errors import RunError
 from remap.exporting.check import in_batches, student_answer
 from remap.exporting.format import Answer, ExportOptions
+from remap.exporting.int8_training import int8_student
+from remap.exporting.onnx_file import write_graph
 from remap.exporting.program import outside
 from remap.exporting.task_source import SourceImages, TaskSource
+from remap.progress import Progress
 
 # Training images that ranges of activations are taken from.
 CALIBRATION_IMAGES = 256
@@ -24,8 +27,17 @@ CALIBRATION_IMAGES = 256
 QUANTISED = ["Conv", "Gemm", "MatMul"]
 
 
-def quantise(source: TaskSource, file: Path, options: ExportOptions) -> None:
+def quantise(source: TaskSource, file: Path, options: ExportOptions, progress: Progress) -> None:
     """Replace a float ONNX file by its int8 version: weights per output channel, activations per tensor."""
+    if options.int8 == "qat":
+        with progress.wait("training with rounded weights and activations") as step:
+            student = int8_student(source, options.int8_epochs, step)
+        write_graph(source, file, options, student)
+    with progress.wait("quantising to 8 bits"):
+        _quantise_file(source, file, options)
+
+
+def _quantise_file(source: TaskSource, file: Path, options: ExportOptions) -> None:
     import onnx  # an extra, as the next two
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -35,14 +47,13 @@ def quantise(source: TaskSource, file: Path, options: ExportOptions) -> None:
         ready = Path(folder) / "ready.onnx"
         metadata = onnx.load(file, load_external_data=False).metadata_props
         quant_pre_process(file, ready, skip_symbolic_shape=True)
-        # Products of two activations (attention) cost accuracy and save no size.
-        graph = onnx.load(ready).graph
-        weights = {one.name for one in graph.initializer}
-        common["nodes_to_exclude"] = [n.name for n in graph.node if n.op_type == "MatMul" and n.input[1] not in weights]
+        common["nodes_to_exclude"] = _float_nodes(onnx.load(ready).graph)
         if options.int8 == "dynamic":
             quantize_dynamic(ready, file, **common)
         else:
-            calibration = _Calibration(outside(source, options, source.training_images(CALIBRATION_IMAGES)))
+            calibration = _Calibration(
+                outside(source.meta.preprocess, options, source.training_images(CALIBRATION_IMAGES))
+            )
             # Signed: processors without VNNI add products of unsigned with signed bytes in 16 bits, which overflow.
             # Percentiles: a few outliers of a transformer would otherwise take the range.
             quantize_static(
@@ -52,12 +63,23 @@ def quantise(source: TaskSource, file: Path, options: ExportOptions) -> None:
                 quant_format=QuantFormat.QDQ,
                 activation_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.Percentile,
+                # Products stay in float32, as sums do; a convolution's output is rounded, or its kernel would be slow.
+                extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
                 **common,
             )
         model = onnx.load(file)
         del model.metadata_props[:]
         model.metadata_props.extend(metadata)
         onnx.save(model, file)
+
+
+def _float_nodes(graph: Any) -> list[str]:
+    """Return products that stay in float32: of two activations, and of the first and last layer (``inner_layers``)."""
+    weights = {one.name for one in graph.initializer if not one.name.startswith("prepare.")}  # that resizes
+    products = [node for node in graph.node if node.op_type in QUANTISED]
+    layers = [node.name for node in products if node.input[1] in weights]
+    # The dynamic quantiser makes a MatMul of a Gemm, under this name.
+    return [layers[0], layers[-1], f"{layers[-1]}_MatMul", *(node.name for node in products if node.input[1] not in weights)]
 
 
 class _Calibration:
@@ -129,7 +151,7 @@ def require_gate(source: TaskSource, exported: Answer, images: SourceImages, opt
             given=f"{accuracy[0]:.2%} -> {accuracy[1]:.2%} of {len(labels_N)} images, {report.agreement:.1%} of the"
             f" answers the same; class {name} loses {worst:.1f} points",
             allowed=f"{max_drop:g} points, over all and of each class (where one image more may go)",
-            do="try --int8 dynamic, or --max-drop",
+            do="try --int8 qat (or more --int8-epochs), or --max-drop",
         )
     return report
 

@@ -1,6 +1,7 @@
 """README.md of an export: what it is, how good, whose weights, and Python that uses it."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from remap.exporting import FormatEntry
@@ -15,7 +16,7 @@ def model_card(source: TaskSource, row: FormatEntry, record: dict[str, Any], usa
     """Return the card in Markdown, its head as the Hugging Face hub reads it."""
     licences = [record["licence_of_base_model"], *(one["licence"] for one in record["teachers"])]
     classes, accuracy, view = record["classes"], record["accuracy"], record["preprocessing"]
-    shown = ", ".join(map(plain, classes[:_SHOWN])) + (", ..." if len(classes) > _SHOWN else "")
+    shown = ", ".join(classes[:_SHOWN]) + (", ..." if len(classes) > _SHOWN else "")
     height, width = view["size"]
     lines = [
         "---",
@@ -30,31 +31,40 @@ def model_card(source: TaskSource, row: FormatEntry, record: dict[str, Any], usa
         "",
         f"{row.summary[0].upper()}{row.summary[1:]}. Written by remap {record['remap']}.",
         "",
-        "| | |",
-        "|---|---|",
-        f"| classes | {shown} |",
-        f"| accuracy | {'unknown' if accuracy is None else f'{accuracy:.2%} on images it was not trained on'} |",
-        f"| method | `{plain(json.dumps(record['method']))}` |",
-        f"| base model | {plain(record['base_model'])}, licence: {record['licence_of_base_model']} |",
-        *(f"| teacher | {plain(one['model'])}, licence: {one['licence']} |" for one in record["teachers"]),
-        f"| preprocessing | {view['crop_pct']:.1%} of the largest centred box of that shape, {height} x {width} pixels"
-        f" ({view['interpolation']}), {view['channels']} channels; pixels / 255 have mean {view['mean']} and standard"
-        f" deviation {view['std']} |",
+    ]
+    rows = [
+        ("classes", shown),
+        ("accuracy", "unknown" if accuracy is None else f"{accuracy:.2%} on images it was not trained on"),
+        ("method", f"`{json.dumps(record['method'])}`"),
+        ("base model", f"{record['base_model']}, licence: {record['licence_of_base_model']}"),
+        *(("teacher", f"{one['model']}, licence: {one['licence']}") for one in record["teachers"]),
+        (
+            "preprocessing",
+            f"{view['crop_pct']:.1%} of the largest centred box of that shape, {height} x {width} pixels"
+            f" ({view['interpolation']}), {view['channels']} channels; pixels / 255 have mean {view['mean']} and"
+            f" standard deviation {view['std']}",
+        ),
     ]
     if "input" in record:
         shape = " x ".join(map(str, record["input"]["shape"]))
-        lines.append(f"| input | `images`: {record['input']['type']}, {shape} |")
-        lines.append(f"| output | {record['output']}, B x {len(classes)} |")
+        rows.append(("input", f"`images`: {record['input']['type']}, {shape}"))
+        rows.append(("output", f"{record['output']}, B x {len(classes)}"))
     if record.get("int8"):
-        lines.append(f"| int8 | `{json.dumps(record['int8'])}` |")
+        rows.append(("int8", f"`{json.dumps(record['int8'])}`"))
     if found := record["comparison"]:
         what = f"{found['same_labels']} of {found['count']} labels equal, difference {found['difference']:.1e}"
-        lines.append(f"| checked against the student | {what}; {found['images']} |")
+        rows.append(("checked against the student", f"{what}; {found['images']}"))
     if record["command"]:
-        lines.append(f"| command | `{plain(record['command'])}` |")
+        rows.append(("command", f"`{record['command']}`"))
+    lines += table(rows)
     lines += ["", "Licences of teacher and base model may bind what was made of them: read both before you ship.", ""]
     if usage:
         save = "Save this as `classify.py` in this folder, then run `python classify.py PHOTO`."
         lines += ["## Classify a photograph", "", save, "", "```python"]
         lines += [usage.rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+def table(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Return a Markdown table of names and texts from anywhere: a bar in a text would end its cell."""
+    return ["| | |", "|---|---|", *(f"| {name} | {plain(text).replace('|', chr(92) + '|')} |" for name, text in rows)]

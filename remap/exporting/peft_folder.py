@@ -12,7 +12,7 @@ from remap.errors import RunError
 from remap.exporting import FORMATS, snippets
 from remap.exporting.format import Answer, ExportOptions, Format
 from remap.exporting.task_source import TaskSource
-from remap.exporting.timm_folder import answer_of, preprocessing
+from remap.exporting.timm_folder import answer_of
 from remap.network import Network
 from remap.recipe.schema import ModelSpec
 from remap.runs.task import open_backbone
@@ -50,7 +50,7 @@ class PeftFolder(Format):
         return answer_of(source, peft.PeftModel.from_pretrained(_base(source), str(folder)).eval())
 
     def usage(self, source: TaskSource, options: ExportOptions) -> str:
-        return snippets.peft_adapter(source, preprocessing(source))
+        return snippets.peft_adapter(source)
 
 
 def _base(source: TaskSource) -> nn.Module:

@@ -11,7 +11,6 @@ from remap.backbones.preprocess import LUMA, Preprocess, PreprocessSpec
 from remap.data.views import View
 from remap.errors import RunError
 from remap.exporting.format import ExportOptions
-from remap.exporting.task_source import TaskSource
 
 
 class Program(nn.Module):
@@ -21,18 +20,17 @@ class Program(nn.Module):
         RunError: Normalised floats are asked for, and the model's input has another size than the view.
     """
 
-    def __init__(self, source: TaskSource, options: ExportOptions) -> None:
+    def __init__(self, model: nn.Module, spec: PreprocessSpec, view: View, options: ExportOptions) -> None:
         super().__init__()
-        spec = source.meta.preprocess
-        if options.input == "float" and spec.shape != source.view.shape:
+        if options.input == "float" and spec.shape != view.shape:
             raise RunError(
                 "the network resizes its views, which normalised floats would have to be already",
-                given=f"views {source.view.shape}, network {spec.shape}",
+                given=f"views {view.shape}, network {spec.shape}",
                 do="add --input uint8, which puts resizing and normalisation into the file",
             )
         self.options = options
-        self.model = source.plain_model()
-        self.prepare = PrepareInGraph(spec, source.view) if options.input == "uint8" else nn.Identity()
+        self.model = model
+        self.prepare = PrepareInGraph(spec, view) if options.input == "uint8" else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
         if self.options.layout == "nhwc":
@@ -76,20 +74,20 @@ def _resize_matrix(old: int, new: int, interpolation: str) -> Tensor:
     return F.interpolate(unit, (new, old), mode=interpolation, antialias=True, align_corners=False)[0, 0]
 
 
-def outside(source: TaskSource, options: ExportOptions, views_BCHW: Tensor) -> Tensor:
+def outside(spec: PreprocessSpec, options: ExportOptions, views_BCHW: Tensor) -> Tensor:
     """Return what a user of the file makes of views before they are its input."""
-    images = views_BCHW if options.input == "uint8" else Preprocess(source.meta.preprocess)(views_BCHW)
+    images = views_BCHW if options.input == "uint8" else Preprocess(spec)(views_BCHW)
     return (images.permute(0, 2, 3, 1) if options.layout == "nhwc" else images).contiguous()
 
 
-def example(source: TaskSource, options: ExportOptions) -> Tensor:
+def example(spec: PreprocessSpec, view: View, options: ExportOptions) -> Tensor:
     """Return an input of two images, to trace with."""
-    return outside(source, options, torch.zeros(2, *source.view.shape, dtype=torch.uint8))
+    return outside(spec, options, torch.zeros(2, *view.shape, dtype=torch.uint8))
 
 
-def input_in_words(source: TaskSource, options: ExportOptions) -> dict[str, object]:
+def input_in_words(view: View, options: ExportOptions) -> dict[str, object]:
     """Return what the file takes, for its metadata."""
-    channels, height, width = source.view.shape
+    channels, height, width = view.shape
     axes = {"nchw": ["B", channels, height, width], "nhwc": ["B", height, width, channels]}[options.layout]
     kind = {"uint8": "uint8", "float": "float32, (pixel / 255 - mean) / std"}[options.input]
     return {"name": "images", "type": kind, "shape": axes}

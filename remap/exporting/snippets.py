@@ -1,18 +1,29 @@
 """Python for the card of each format: it classifies a picture with what was exported, without remap where it can."""
 
+from remap.data.views import View
 from remap.exporting.format import ExportOptions
 from remap.exporting.task_source import TaskSource
 
 # A view as ``remap.data.views`` makes it: the largest box of its shape in the centre, resized in one go.
+_PLANES = {
+    1: 'planes = [ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB").convert("L")]\n',
+    3: 'planes = [ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")]\n',
+}
+_OF_MANY_CHANNELS = """\
+values = np.load(sys.argv[1]) if sys.argv[1].endswith(".npy") else np.asarray(Image.open(sys.argv[1]))
+values = values if values.shape[-1] == {channels} else np.moveaxis(values, 0, -1)
+top = 1 if values.dtype.kind == "f" and values.max() <= 1 else 255
+low, high = view["value_range"] or (0, 65535 if values.dtype == np.uint16 or values.max() > 255 else top)
+scaled = np.rint(((values - float(low)) * (255 / (high - low))).clip(0, 255)).astype(np.uint8)
+planes = [Image.fromarray(np.ascontiguousarray(scaled[..., channel])) for channel in range({channels})]
+"""
 _VIEW = """\
-image = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("{mode}")
-height, width = view["size"]
+(height, width), image = view["size"], planes[0]
 across = min(image.width, image.height * width / height) * view["crop_pct"]
 down = min(image.height, image.width * height / width) * view["crop_pct"]
 left, top = (image.width - across) / 2, (image.height - down) / 2
-filter = Image.Resampling[view["interpolation"].upper()]
-pixels = np.array(image.resize((width, height), filter, box=(left, top, left + across, top + down)))
-images = pixels.reshape(1, height, width, -1)
+how = dict(resample=Image.Resampling[view["interpolation"].upper()], box=(left, top, left + across, top + down))
+images = np.dstack([np.array(plane.resize((width, height), **how)) for plane in planes])[None]
 """
 _ONNX = """\
 import json, sys
@@ -22,8 +33,20 @@ from PIL import Image, ImageOps
 session = onnxruntime.InferenceSession("{file}")
 metadata = session.get_modelmeta().custom_metadata_map
 classes, view = json.loads(metadata["classes"]), json.loads(metadata["preprocessing"])
-{view}{change}answers = session.run(None, {{"images": images}})[0]
+{images}answers = session.run(None, {{"images": images}})[0]
 print(classes[answers[0].argmax()])
+"""
+_TASKS = """\
+import json, sys
+import numpy as np, onnxruntime
+from PIL import Image, ImageOps
+
+session, one = onnxruntime.InferenceSession("{file}"), onnxruntime.RunOptions()
+one.only_execute_path_to_fetches = True  # what other tasks need is not computed
+metadata = session.get_modelmeta().custom_metadata_map
+classes, view = json.loads(metadata["classes"]), json.loads(metadata["preprocessing"])
+{images}task = sys.argv[2]
+print(classes[task][session.run([task], {{"images": images}}, one)[0][0].argmax()])
 """
 _TORCH = """\
 import json, sys
@@ -34,30 +57,22 @@ extra = {{"metadata.json": ""}}
 model = torch.export.load("{file}", extra_files=extra).module()
 metadata = json.loads(extra["metadata.json"])
 classes, view = metadata["classes"], metadata["preprocessing"]
-{view}{change}answers = model(torch.from_numpy(images))
-print(classes[answers[0].argmax()])
+{images}print(classes[model(torch.from_numpy(images))[0].argmax()])
 """
-_TIMM = """\
-import sys
-import timm
-from PIL import Image
+_OF_MODEL = """\
+import json, sys
+import {packages}, numpy as np, torch
+from PIL import Image, ImageOps
 
-model = timm.create_model("local-dir:.", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-logits = model(transform(Image.open(sys.argv[1]).convert("RGB")).unsqueeze(0))
-print(model.pretrained_cfg["label_names"][logits.argmax()])
+{model}
+facts = json.load(open("export.json"))
+view = facts["preprocessing"] | {{"size": {size}}}
+{images}print(facts["classes"][model(torch.from_numpy(images))[0].argmax()])
 """
+_TIMM = 'model = timm.create_model("local-dir:.", pretrained=True).eval()'
 _PEFT = """\
-import sys
-import peft, timm
-from PIL import Image
-
 model = timm.create_model("{base}", pretrained=True, num_classes={count})
-model = peft.PeftModel.from_pretrained(model, ".").eval()
-transform = timm.data.create_transform(**{view}, is_training=False)
-logits = model(transform(Image.open(sys.argv[1]).convert("RGB")).unsqueeze(0))
-print({classes}[logits.argmax()])
-"""
+model = peft.PeftModel.from_pretrained(model, ".").eval()"""
 _TASK = """\
 import sys
 import remap
@@ -68,23 +83,28 @@ print(remap.load_student(".").predict([sys.argv[1]]))
 
 def onnx(source: TaskSource, options: ExportOptions, file: str) -> str:
     """Return Python for an ONNX file: onnxruntime, numpy and Pillow."""
-    return _of_graph(_ONNX, source, options, file)
+    return _ONNX.format(file=file, images=_images(source.view, options))
+
+
+def many_tasks(view: View, options: ExportOptions, file: str) -> str:
+    """Return Python for an ONNX file of many tasks."""
+    return _TASKS.format(file=file, images=_images(view, options))
 
 
 def torch_program(source: TaskSource, options: ExportOptions, file: str) -> str:
     """Return Python for a program of torch.export."""
-    return _of_graph(_TORCH, source, options, file)
+    return _TORCH.format(file=file, images=_images(source.view, options))
 
 
-def timm_model() -> str:
+def timm_model(source: TaskSource) -> str:
     """Return Python for a model folder of timm."""
-    return _TIMM
+    return _of_model(source, "timm", _TIMM)
 
 
-def peft_adapter(source: TaskSource, view: dict[str, object]) -> str:
+def peft_adapter(source: TaskSource) -> str:
     """Return Python for an adapter folder of PEFT."""
-    classes = source.meta.classes
-    return _PEFT.format(base=source.meta.backbone.model, count=len(classes), view=view, classes=list(classes))
+    model = _PEFT.format(base=source.meta.backbone.model, count=len(source.meta.classes))
+    return _of_model(source, "peft, timm", model)
 
 
 def task() -> str:
@@ -92,12 +112,17 @@ def task() -> str:
     return _TASK
 
 
-def _of_graph(template: str, source: TaskSource, options: ExportOptions, file: str) -> str:
-    """Return the template with what makes the input of a view (1, H, W, C)."""
-    lines = []
+def _of_model(source: TaskSource, packages: str, model: str) -> str:
+    size = list(source.meta.preprocess.shape[1:])
+    return _OF_MODEL.format(packages=packages, model=model, size=size, images=_images(source.view, ExportOptions()))
+
+
+def _images(view: View, options: ExportOptions) -> str:
+    """Return lines that read a picture and make the network's input, ``images``, of the description ``view``."""
+    channels = view.pixels.channels
+    lines = _PLANES.get(channels, _OF_MANY_CHANNELS.format(channels=channels)) + _VIEW
     if options.input == "float":
-        lines.append('images = ((images / 255 - view["mean"]) / view["std"]).astype(np.float32)')
+        lines += 'images = ((images / 255 - view["mean"]) / view["std"]).astype(np.float32)\n'
     if options.layout == "nchw":
-        lines.append("images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))")
-    view = _VIEW.format(mode="L" if source.view.pixels.channels == 1 else "RGB")
-    return template.format(file=file, view=view, change="".join(f"{line}\n" for line in lines))
+        lines += "images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))\n"
+    return lines

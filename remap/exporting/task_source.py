@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from remap import __version__
 from remap.backbones.hub import licence_of
+from remap.backbones.preprocess import PreprocessSpec
 from remap.backbones.typed import as_timm
 from remap.data.sources import open_data
 from remap.data.splits import ImageData, Split
-from remap.data.views import ViewSource
+from remap.data.views import View, ViewSource
 from remap.errors import DataError, RemapError, RunError
 from remap.exporting import FORMATS
 from remap.io.paths import expanded
@@ -27,7 +28,7 @@ from remap.runs.task_file import folder_of, read_meta
 
 UNKNOWN_LICENCE = "unknown, check"
 # Of a check without the run's own images: one batch of 64, and 7 more.
-_DRAWN = 71
+DRAWN = 71
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class TaskSource:
     def images(self, most: int) -> SourceImages:
         """Return images that the student was evaluated on, evenly chosen; drawn ones where there are none at hand."""
         if isinstance(self._data, str):
-            pixels = torch.randint(0, 256, (_DRAWN, *self.view.shape), generator=torch.Generator().manual_seed(0))
+            pixels = torch.randint(0, 256, (DRAWN, *self.view.shape), generator=torch.Generator().manual_seed(0))
             return SourceImages(pixels.byte(), None, f"random pixels, since {self._data}")
         test = self._data.test
         split, name = (self._data.val, "validation") if test is None else (test, "test")
@@ -136,20 +137,9 @@ class TaskSource:
         summary = self._summary()
         student, meta = summary.get("student", {}), self.meta
         teachers = [one for one in (summary.get("teacher"), *summary.get("more_teachers", [])) if one]
-        spec, view = meta.preprocess, self.view
-        height, width = view.shape[1:]
         return {
             "classes": list(meta.classes),
-            "preprocessing": {
-                "size": [height, width],
-                "crop_pct": view.crop_pct,
-                "interpolation": view.interpolation,
-                "channels": view.pixels.channels,
-                "alpha": view.pixels.alpha,
-                "value_range": view.pixels.value_range,
-                "mean": list(spec.mean),
-                "std": list(spec.std),
-            },
+            "preprocessing": preprocessing_facts(meta.preprocess, self.view),
             "base_model": meta.backbone.model,
             "base_model_sha256": meta.backbone.sha256,
             "method": {"name": meta.method.name, **meta.method.options},
@@ -172,3 +162,17 @@ class TaskSource:
     def _command(self) -> str | None:
         file = self.run.path / "command.txt" if self.run is not None else None
         return file.read_text(errors="replace").strip() if file is not None and file.is_file() else None
+
+
+def preprocessing_facts(spec: PreprocessSpec, view: View) -> dict[str, Any]:
+    """Return how a picture becomes the input of an export."""
+    return {
+        "size": list(view.shape[1:]),
+        "crop_pct": view.crop_pct,
+        "interpolation": view.interpolation,
+        "channels": view.pixels.channels,
+        "alpha": view.pixels.alpha,
+        "value_range": view.pixels.value_range,
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+    }

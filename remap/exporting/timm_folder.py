@@ -31,7 +31,7 @@ class TimmFolder(Format):
         return answer_of(source, open_model_folder(folder))
 
     def usage(self, source: TaskSource, options: ExportOptions) -> str:
-        return snippets.timm_model()
+        return snippets.timm_model(source)
 
 
 def preprocessing(source: TaskSource) -> dict[str, Any]:

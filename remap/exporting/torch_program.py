@@ -23,10 +23,13 @@ class TorchProgram(Format):
 
     def write(self, source: TaskSource, folder: Path, options: ExportOptions) -> dict[str, Any]:
         folder.mkdir()
-        facts = {"input": input_in_words(source, options), "output": output_name(options)}
+        spec, view = source.meta.preprocess, source.view
+        facts = {"input": input_in_words(view, options), "output": output_name(options)}
         sizes = ({0: torch.export.Dim("batch", min=1)},)
         program = torch.export.export(
-            Program(source, options).eval(), (example(source, options),), dynamic_shapes=sizes
+            Program(source.plain_model(), spec, view, options).eval(),
+            (example(spec, view, options),),
+            dynamic_shapes=sizes,
         )
         torch.export.save(program, folder / self.file, extra_files={METADATA: json.dumps(source.facts | facts)})
         return facts
@@ -36,7 +39,7 @@ class TorchProgram(Format):
 
         @torch.no_grad()
         def answer(views_BCHW: Tensor) -> Tensor:
-            return run(outside(source, options, views_BCHW))
+            return run(outside(source.meta.preprocess, options, views_BCHW))
 
         return answer
 

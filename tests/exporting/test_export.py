@@ -12,14 +12,22 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
 
 import remap
+from remap.data.pixels import Pixels
+from remap.data.views import View
 from remap.errors import RemapError, RunError
-from remap.exporting import check
+from remap.exporting import export
 from remap.exporting.export import export_student
 from remap.exporting.format import ExportOptions
 from remap.exporting.int8 import require_gate
+from remap.exporting.int8_training import RoundedInput, RoundedWeight
+from remap.exporting.model_card import table
 from remap.exporting.task_source import SourceImages, TaskSource
+from remap.network import tuned
+from remap.recipe.schema import ModelSpec
+from remap.runs.task import open_backbone, save_task
 
 Finished = Callable[[str], Path]
 
@@ -55,17 +63,33 @@ def test_onnx_runs_without_torch_and_remap(
     assert json.loads(metadata["method"])["name"] == method
     assert {item.domain: item.version for item in model.opset_import}[""] == 18
 
-    card = (output / "README.md").read_text()
-    code = card.partition("```python\n")[2].partition("```")[0]
-    assert len(code.splitlines()) <= 20
-    blocked = "import sys\nfor name in ('remap', 'torch', 'timm'): sys.modules[name] = None\n"
+    assert len(card_code(output).splitlines()) <= 20
     pictures = sorted(Path(tiny.data, "val").rglob("*.png"))
     expected = [name for name, _ in remap.load_student(run, "cpu").predict(pictures)]
-    loop = f"{blocked}for name in sys.argv[1:]:\n    sys.argv[1] = name\n    exec({code!r})"
+    assert classified(output, pictures, without=("remap", "torch", "timm")) == expected
+
+
+def classified(folder: Path, pictures: list[Path], without: tuple[str, ...]) -> list[str]:
+    """Return what the card's Python prints in a process that cannot import some packages."""
+    blocked = f"import sys\nfor name in {without}: sys.modules[name] = None\n"
+    loop = f"{blocked}for name in sys.argv[1:]:\n    sys.argv[1] = name\n    exec({card_code(folder)!r})"
     words = [sys.executable, "-c", loop, *map(str, pictures)]
-    ran = subprocess.run(words, cwd=output, capture_output=True, text=True)
+    ran = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split() == expected
+    return ran.stdout.split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("to", "without"), [("torch", ("remap", "timm")), ("timm", ("remap",)), ("peft", ("remap",))])
+def test_the_card_classifies_without_remap(
+    finished: Finished, tiny: Any, tmp_path: Path, to: str, without: tuple[str, ...]
+) -> None:
+    """Source: the student's own labels of the validation pictures."""
+    run, pictures = finished("lora"), sorted(Path(tiny.data, "val").rglob("*.png"))
+    found = export_student(run, to, tmp_path / "out")
+    expected = [name for name, _ in remap.load_student(run, "cpu").predict(pictures)]
+    assert len(card_code(found.output).splitlines()) <= 25
+    assert classified(found.output, pictures, without) == expected
 
 
 def test_torch_program_takes_any_batch(finished: Finished, tmp_path: Path) -> None:
@@ -132,6 +156,7 @@ def test_task_is_copied_as_it_was_sealed(finished: Finished, tmp_path: Path) -> 
         ("lora", "timm", {"softmax": True}, "allowed: onnx, torch"),
         ("lora", "torch", {"input": "int4"}, "there is no such input"),
         ("lora", "onnx", {"max_drop": 3.0}, "add --int8 static"),
+        ("lora", "onnx", {"int8_epochs": 5, "int8": "static"}, "--int8-epochs is for --int8 qat"),
         ("lora", "onnx", {"max_drop": float("nan"), "int8": "static"}, "allowed: 0 to 100"),
     ],
 )
@@ -146,8 +171,8 @@ def test_what_cannot_be_is_one_error(
 def test_an_export_that_answers_otherwise_is_removed(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = check.student_answer
-    monkeypatch.setattr(check, "student_answer", lambda *given: lambda views: right(*given)(views) + 2e-3)
+    right = export.student_answer
+    monkeypatch.setattr(export, "student_answer", lambda *given: lambda views: right(*given)(views) + 2e-3)
     with pytest.raises(RunError, match="answers otherwise"):
         export_student(finished("vpt_deep"), "task", tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -159,10 +184,54 @@ def test_force_replaces_nothing_but_an_export(finished: Finished, tmp_path: Path
     with pytest.raises(RunError, match="is there already"):
         export_student(finished("vpt_deep"), "task", tmp_path / "mine", force=True)
     assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
+    export_student(finished("vpt_deep"), "task", tmp_path / "out")
+    (tmp_path / "out" / "task" / "notes.txt").write_text("of a user")
+    with pytest.raises(RunError, match=r"did not write(.|\n)*task/notes.txt"):
+        export_student(finished("vpt_deep"), "task", tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "task" / "notes.txt").read_text() == "of a user"
+
+
+def test_a_bar_in_a_name_stays_in_its_cell() -> None:
+    """Source: GitHub Flavored Markdown, 4.10: a cell holds a bar that is escaped."""
+    assert table([("classes", "cat|dog, a\nb")])[2:] == [r"| classes | cat\|dog, a\nb |"]
+
+
+def test_the_card_reads_images_of_many_channels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Expected: the student's own label of a 16-bit array of five channels."""
+    torch.manual_seed(0)
+    shape = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "in_chans": 5}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **shape)
+    model.pretrained_cfg.update(input_size=(5, 16, 16), mean=(0.4,) * 5, std=(0.3,) * 5, crop_pct=1.0)
+    save_for_hf(model, str(tmp_path / "model"), model_args=shape, safe_serialization=True)
+    network = tuned(open_backbone(ModelSpec(model=f"local-dir:{tmp_path / 'model'}"), 3), "lora", {})
+    with torch.no_grad():
+        for parameter in network.trained.values():
+            parameter.add_(torch.randn_like(parameter))
+    network.classes = ("a", "b", "c")
+    save_task(tmp_path / "task", network, View(16, 0.8, "bicubic", Pixels(channels=5)), "lora", {})
+    draws = np.random.default_rng(0)
+    files = [tmp_path / f"{number}.npy" for number in range(6)]
+    for number, file in enumerate(files):
+        np.save(file, draws.integers(0, 9_000 * (number + 1), (20, 24, 5)).astype(np.uint16))
+    export_student(tmp_path / "task", "torch", tmp_path / "out")
+    code = card_code(tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    for file in files:
+        monkeypatch.setattr(sys, "argv", ["classify.py", str(file)])
+        exec(code, {})
+    found = capsys.readouterr().out.split()
+    assert found == [name for name, _ in remap.load_student(tmp_path / "task", "cpu").predict(files)]
+    assert len(set(found)) > 1
+
+
+def card_code(folder: Path) -> str:
+    return (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
 
 
 @needs_onnx
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "qat"])
 def test_int8_is_smaller_products_of_bytes(finished: Finished, tmp_path: Path, kind: str) -> None:
     """Source: the types in the file, and the labels of the 9 images (all of which the float student need not know)."""
     found = export_student(finished("vpt_deep"), "onnx", tmp_path / "out", int8=kind, max_drop=100.0)
@@ -170,14 +239,14 @@ def test_int8_is_smaller_products_of_bytes(finished: Finished, tmp_path: Path, k
     import onnx
 
     model = onnx.load(found.file)
-    weights = [one for one in model.graph.initializer if one.data_type == onnx.TensorProto.INT8]
+    weights = [one for one in model.graph.initializer if one.data_type == onnx.TensorProto.INT8 and len(one.dims) > 1]
     products = {node.op_type for node in model.graph.node}
-    assert len(weights) >= 8, "two blocks of four layers each"
-    if kind == "static":
+    assert len(weights) == 8, "two blocks of four layers each; the first and the last layer stay in float32"
+    if kind != "dynamic":
         made = {name: node.op_type for node in model.graph.node for name in node.output}
         floats = [n for n in model.graph.node if n.op_type == "MatMul" and made.get(n.input[1]) != "DequantizeLinear"]
         assert len(floats) == 4, "two products of activations in each block's attention"
-    assert ("QuantizeLinear" if kind == "static" else "MatMulInteger") in products
+    assert ("QuantizeLinear" if kind != "dynamic" else "MatMulInteger") in products
     assert "classes" in {entry.key for entry in model.metadata_props}
     assert found.record["int8"]["kind"] == kind and found.record["int8"]["images"] == 9
 
@@ -203,3 +272,21 @@ def test_the_gate_counts_what_is_lost(finished: Finished, monkeypatch: pytest.Mo
     for allowed in (9.9, 19.9):  # of all images; and of the class, where one of the three may go
         with pytest.raises(RunError, match="costs more accuracy"):
             require_gate(source, lambda views: wrong, images, ExportOptions(max_drop=allowed))
+
+
+def test_rounding_while_training() -> None:
+    """Source: the affine map of Jacob et al. 2018 (arXiv 1712.05877), equation 1, in float64 of NumPy."""
+    draws = np.random.default_rng(0)
+    weight, values = draws.normal(size=(3, 4)), draws.normal(1.0, 1.0, size=(5, 4))
+    scales = np.abs(weight).max(axis=1, keepdims=True) / 127
+    found = RoundedWeight()(torch.tensor(weight, dtype=torch.float32))
+    np.testing.assert_allclose(found.numpy(), np.rint(weight / scales) * scales, atol=1e-6)
+    inputs = torch.tensor(values, dtype=torch.float32, requires_grad=True)
+    (rounded,) = RoundedInput()(torch.nn.Identity(), (inputs,))
+    low, high = min(values.min(), 0.0), max(values.max(), 0.0)
+    scale = (high - low) / 255
+    zero = np.rint(-128 - low / scale)
+    steps = np.clip(np.rint(values / scale) + zero, -128, 127)
+    np.testing.assert_allclose(rounded.detach().numpy(), (steps - zero) * scale, atol=1e-6)
+    rounded.sum().backward()
+    assert inputs.grad is not None and inputs.grad.sum() >= 19, "gradients pass where nothing is clipped"
