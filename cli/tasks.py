@@ -62,6 +62,29 @@ def verify(shelf: ShelfPath, json: opt.Json = False) -> None:
         raise typer.Exit(2)
 
 
+@tasks.command()
+def export(
+    shelf: ShelfPath,
+    output: Annotated[Path, typer.Option(help="Folder to make.", show_default=False)],
+    task: Annotated[
+        list[str] | None, typer.Option(help="A task to take; all where none is named.", show_default=False)
+    ] = None,
+    input: Annotated[str, typer.Option(help="float (normalised), or uint8: normalisation is inside.")] = "float",
+    layout: Annotated[str, typer.Option(help="Axes of the input: nchw or nhwc.")] = "nchw",
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export of that name.")] = False,
+) -> None:
+    """Export tasks as one ONNX file with an output for each; the backbone is in it once."""
+    from remap.tasks.one_file import FILE, export_tasks
+
+    with console.Reporter() as progress:
+        found = export_tasks(
+            shelf, output, tasks=task or (), force=force, progress=progress, input=input, layout=layout
+        )
+    rows = [[name, f"{one.difference:.1e}", f"{one.seconds[1] * 1000:.2f}"] for name, one in found.items()]
+    console.table(f"{shelf} as onnx", ["task", "largest difference", "ms an image, one thread"], rows, right=(1, 2))
+    console.line(f"written: {output / FILE}, {size((output / FILE).stat().st_size)}; README.md says how to use it")
+
+
 def _show(shelf: Path, rows: "list[ShelfRow]", *, verified: bool = False) -> None:
     cells = [
         ["*" if r.current else "", r.name, r.method, r.classes or "", size(r.bytes), r.problem or "as added" * verified]

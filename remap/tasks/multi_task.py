@@ -91,6 +91,12 @@ class MultiTask:
         if reason is not None:
             self.alone[name] = reason
 
+    @property
+    def backbone_parameters(self) -> int:
+        """The number of the backbone's parameters, classifier apart."""
+        named, anatomy = self._backbone.model.named_parameters(), self._backbone.anatomy
+        return sum(parameter.numel() for name, parameter in named if not anatomy.is_head(name))
+
     def switch(self, name: str) -> Student:
         """Make a task the current one and return its student; nothing is loaded or copied.
 

@@ -22,6 +22,8 @@ def test_a_shelf_from_add_to_predict(run: str, remap: Callable[..., Result], pic
     listed = json.loads(remap("tasks", "ls", "shelf", "--json").stdout)
     assert [(row["name"], row["current"]) for row in listed] == [("one", False), ("two", True)]
     assert remap("tasks", "verify", "shelf").exit_code == 0
+    unknown = remap("tasks", "export", "shelf", "--task", "three", "--output", "one_file")
+    assert unknown.exit_code == 2 and "there is no task 'three'" in unknown.message
     by_run = remap("predict", run, pictures / "val", "--json")
     by_shelf = remap("predict", "shelf", pictures / "val", "--json")
     assert by_run.exit_code == 0 and by_run.stdout == by_shelf.stdout

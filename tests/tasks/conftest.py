@@ -17,10 +17,15 @@ MakeTask = Callable[..., Path]
 
 @pytest.fixture
 def make_task(tiny: Any, tmp_path: Path) -> MakeTask:
-    """Write a task folder: name, method, classes and the method's options."""
+    """Write a task folder: name, method, classes, share of a picture that is seen, and the method's options."""
 
     def make(
-        name: str, method: str, classes: tuple[str, ...] = ("a", "b", "c"), model: str = "", **options: Any
+        name: str,
+        method: str,
+        classes: tuple[str, ...] = ("a", "b", "c"),
+        model: str = "",
+        crop: float = 1.0,
+        **options: Any,
     ) -> Path:
         torch.manual_seed(len(name) + 7 * len(method))
         backbone = open_backbone(ModelSpec(model=model or tiny.student), len(classes))
@@ -30,7 +35,7 @@ def make_task(tiny: Any, tmp_path: Path) -> MakeTask:
                 parameter.add_(0.1 * torch.randn_like(parameter))
         network.classes = classes
         side = network.preprocess.size
-        save_task(tmp_path / name, network, View(side, 1.0, "bicubic"), method, options)
+        save_task(tmp_path / name, network, View(side, crop, "bicubic"), method, options)
         return tmp_path / name
 
     return make

@@ -1,0 +1,140 @@
+"""``remap tasks export``: the tasks of a shelf in one ONNX file, an output for each, what they share in it once."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from remap import __version__
+from remap.errors import RunError
+from remap.exporting import FORMATS, snippets
+from remap.exporting.check import Comparison, bytes_of, compare, require_equal
+from remap.exporting.export import CARD, RECORD, making
+from remap.exporting.format import ExportOptions, Format
+from remap.exporting.model_card import table
+from remap.exporting.onnx_file import answer_of, save_graph, traced
+from remap.exporting.program import Program, example, input_in_words
+from remap.exporting.task_source import DRAWN, SourceImages, preprocessing_facts
+from remap.io import atomic_write
+from remap.io.paths import expanded
+from remap.pipeline.student_api import Student
+from remap.progress import Progress, Silent
+from remap.tasks.shelf import Shelf
+
+FILE = "tasks.onnx"
+# A task that tunes more of the backbone than this brings most of a second backbone into the file.
+MOST_OWN = 0.5
+
+
+class _EveryTask(nn.Module):
+    """Pixels to the logits of each task."""
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        return tuple(model(pixels) for model in self.models)
+
+
+def export_tasks(
+    shelf: str | Path,
+    output: str | Path,
+    *,
+    tasks: Sequence[str] = (),
+    force: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Comparison]:
+    """Export tasks of a shelf as one ONNX file, and check that each answers as it does alone.
+
+    Weights and computations that tasks have in common are in the graph once: all of the backbone for tasks that train
+    a classifier, up to the first block that a method changes for others. onnxruntime can run one output alone.
+
+    Args:
+        tasks: Their names; none for all.
+        options: ``input`` and ``layout`` of ``ExportOptions``.
+
+    Returns:
+        What the check found, by task.
+
+    Raises:
+        RemapError: A task takes other images than the first, or tunes most of the backbone, or a package is missing.
+    """
+    chosen, progress = ExportOptions(**options), progress or Silent()
+    row = FORMATS.row("onnx")
+    chosen.require_fit(row)
+    form: Format = row.load()(row)
+    form.require_packages()
+    multi = Shelf(shelf).open("cpu")
+    students = {name: multi.student(name) for name in tasks or multi.students}
+    first = next(iter(students.values()))
+    _require_one_graph(students, multi.backbone_parameters)
+    spec, view = first.network.preprocess, first.view
+    facts = {
+        "tasks": list(students),
+        "classes": {name: list(student.classes) for name, student in students.items()},
+        "preprocessing": preprocessing_facts(spec, view),
+        "input": input_in_words(view, chosen),
+        "base_model": first.network.identity.model,
+        "remap": __version__,
+    }
+    with making(expanded(output), force) as folder:
+        with progress.wait(f"writing {len(students)} tasks as one graph"):
+            folder.mkdir()
+            program = Program(_EveryTask([one.model for one in students.values()]), spec, view, chosen)
+            graph = traced(program, example(spec, view, chosen), list(students))
+            _share(graph)
+            save_graph(graph, folder / FILE, facts)
+        size = (folder / FILE).stat().st_size
+        draws = torch.Generator().manual_seed(0)
+        views = torch.randint(0, 256, (DRAWN, *view.shape), generator=draws, dtype=torch.uint8)
+        images, found = SourceImages(views, None, f"{DRAWN} random images"), {}
+        for name, student in students.items():
+            answer = answer_of(spec, folder / FILE, chosen, name)
+            found[name] = compare(student.logits_of_views, answer, images, (bytes_of(student.model), size))
+            require_equal(found[name], f"onnx (task {name})")
+        atomic_write.write_text(folder / CARD, _card(facts, snippets.many_tasks(view, chosen, FILE)))
+        record = facts | {"format": "onnx", "files": [CARD, RECORD, FILE]}
+        record["comparison"] = {name: one.to_dict() for name, one in found.items()}
+        atomic_write.write_json(folder / RECORD, record)
+    return found
+
+
+def _require_one_graph(students: Mapping[str, Student], backbone: int) -> None:
+    """Refuse tasks that would have little in common in one graph."""
+    first, *_ = students
+    for name, student in students.items():
+        other = students[first]
+        if (student.view, student.network.preprocess) != (other.view, other.network.preprocess):
+            what = f"{name} takes other images than {first}, and one graph has one input"
+            shown = "; ".join(f"{one.view.to_dict()}, network {one.network.preprocess}" for one in (other, student))
+            raise RunError(what, given=shown, do="name the tasks that fit each other with --task")
+        anatomy = student.network.anatomy
+        own = sum(p.numel() for key, p in student.network.trained.items() if not anatomy.is_head(key))
+        if own > MOST_OWN * backbone:
+            raise RunError(
+                f"{name} tunes most of the backbone itself, so the file would hold most of it once more",
+                given=f"{own:,} weights of its own, {backbone:,} of the backbone",
+                do=f"export {name} alone: remap export RUN --to onnx; name the other tasks with --task",
+            )
+
+
+def _share(graph: torch.onnx.ONNXProgram) -> None:
+    """Let equal weights and equal computations be one."""
+    from onnx_ir.passes import common  # of onnxscript, an extra
+
+    common.DeduplicateInitializersPass(size_limit=2**31)(graph.model)  # of any size that a file holds
+    common.CommonSubexpressionEliminationPass()(graph.model)
+    common.RemoveUnusedNodesPass()(graph.model)
+
+
+def _card(facts: dict[str, Any], usage: str) -> str:
+    rows = [(name, ", ".join(classes)) for name, classes in facts["classes"].items()]
+    shape = " x ".join(map(str, facts["input"]["shape"]))
+    rows += [("base model", facts["base_model"]), ("input", f"`images`: {facts['input']['type']}, {shape}")]
+    save = "Save this as `classify.py` in this folder, then run `python classify.py PHOTO TASK`."
+    lines = [f"# {len(facts['tasks'])} tasks on one backbone", "", f"Written by remap {facts['remap']}.", ""]
+    return "\n".join([*lines, *table(rows), "", save, "", "```python", usage.rstrip(), "```", ""])
