@@ -77,9 +77,9 @@ def _float_nodes(graph: Any) -> list[str]:
     """Return products that stay in float32: of two activations, and of the first and last layer (``inner_layers``)."""
     weights = {one.name for one in graph.initializer if not one.name.startswith("prepare.")}  # that resizes
     products = [node for node in graph.node if node.op_type in QUANTISED]
-    layers = [node.name for node in products if node.input[1] in weights]
-    # The dynamic quantiser makes a MatMul of a Gemm, under this name.
-    return [layers[0], layers[-1], f"{layers[-1]}_MatMul", *(node.name for node in products if node.input[1] not in weights)]
+    first, *_, last = (node.name for node in products if node.input[1] in weights)
+    of_two = (node.name for node in products if node.input[1] not in weights)
+    return [first, last, f"{last}_MatMul", *of_two]  # the dynamic quantiser makes a MatMul of a Gemm, under that name
 
 
 class _Calibration:
