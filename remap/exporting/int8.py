@@ -39,7 +39,7 @@ def quantise(source: TaskSource, file: Path, options: ExportOptions, progress: P
 
 def _quantise_file(source: TaskSource, file: Path, options: ExportOptions) -> None:
     import onnx  # an extra, as the next two
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     common: dict[str, Any] = {"op_types_to_quantize": QUANTISED, "per_channel": True, "weight_type": QuantType.QInt8}
@@ -55,14 +55,13 @@ def _quantise_file(source: TaskSource, file: Path, options: ExportOptions) -> No
                 outside(source.meta.preprocess, options, source.training_images(CALIBRATION_IMAGES))
             )
             # Signed: processors without VNNI add products of unsigned with signed bytes in 16 bits, which overflow.
-            # Percentiles: a few outliers of a transformer would otherwise take the range.
+            # Ranges from minimum to maximum, as in ``RoundedInput``: a transformer's outliers carry its answers.
             quantize_static(
                 ready,
                 file,
                 calibration,
                 quant_format=QuantFormat.QDQ,
                 activation_type=QuantType.QInt8,
-                calibrate_method=CalibrationMethod.Percentile,
                 # Products stay in float32, as sums do; a convolution's output is rounded, or its kernel would be slow.
                 extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
                 **common,
