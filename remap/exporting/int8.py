@@ -15,7 +15,7 @@ from torch import Tensor
 from remap.errors import RunError
 from remap.exporting.check import in_batches, student_answer
 from remap.exporting.format import Answer, ExportOptions
-from remap.exporting.int8_training import int8_student
+from remap.exporting.int8_training import CLIPPED, int8_student
 from remap.exporting.onnx_file import write_graph
 from remap.exporting.program import outside
 from remap.exporting.task_source import SourceImages, TaskSource
@@ -39,7 +39,7 @@ def quantise(source: TaskSource, file: Path, options: ExportOptions, progress: P
 
 def _quantise_file(source: TaskSource, file: Path, options: ExportOptions) -> None:
     import onnx  # an extra, as the next two
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     common: dict[str, Any] = {"op_types_to_quantize": QUANTISED, "per_channel": True, "weight_type": QuantType.QInt8}
@@ -55,15 +55,19 @@ def _quantise_file(source: TaskSource, file: Path, options: ExportOptions) -> No
                 outside(source.meta.preprocess, options, source.training_images(CALIBRATION_IMAGES))
             )
             # Signed: processors without VNNI add products of unsigned with signed bytes in 16 bits, which overflow.
-            # Ranges from minimum to maximum, as in ``RoundedInput``: a transformer's outliers carry its answers.
+            # Percentiles, as in ``RoundedInput``: the outliers of a transformer would otherwise take the range.
             quantize_static(
                 ready,
                 file,
                 calibration,
                 quant_format=QuantFormat.QDQ,
                 activation_type=QuantType.QInt8,
+                calibrate_method=CalibrationMethod.Percentile,
                 # Products stay in float32, as sums do; a convolution's output is rounded, or its kernel would be slow.
-                extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
+                extra_options={
+                    "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],
+                    "CalibPercentile": 100 * (1 - CLIPPED),
+                },
                 **common,
             )
         model = onnx.load(file)

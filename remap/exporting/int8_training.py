@@ -18,6 +18,8 @@ from remap.progress import Step
 
 # Training images that are learnt from at most, images a step, and the peak learning rate of AdamW.
 IMAGES, BATCH, PEAK_LR = 4096, 32, 5e-4
+# Share of the largest magnitudes of an input that its range leaves out; of a batch it is taken from so many values.
+CLIPPED, _VALUES = 1e-4, 2**17
 # Share of a new batch in the running range of an input.
 _NEW = 0.1
 _LAYERS = (nn.Linear, nn.Conv2d)
@@ -90,13 +92,16 @@ class RoundedWeight(nn.Module):
 
 
 class RoundedInput:
-    """A hook that rounds a layer's input to 256 steps between a running minimum and maximum, 0 among them."""
+    """A hook that rounds a layer's input to 256 steps over a running range of nearly all values and 0."""
 
     low = high = None
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         values = inputs[0]
-        low, high = values.detach().min().clamp(max=0), values.detach().max().clamp(min=0)
+        flat = values.detach().flatten()
+        some = flat[:: -(-len(flat) // _VALUES)].abs()
+        most = some.topk(1 + int(CLIPPED * len(some))).values[-1]
+        low, high = flat.min().clamp(max=0).maximum(-most), flat.max().clamp(min=0).minimum(most)
         if self.low is not None:
             low, high = torch.lerp(self.low, low, _NEW), torch.lerp(self.high, high, _NEW)
         self.low, self.high = low, high
