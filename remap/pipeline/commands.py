@@ -72,7 +72,10 @@ def compare(
     methods: str | Sequence[str] | None = None,
     *,
     seeds: int = DEFAULT_SEEDS,
-    plan: Plan = Plan(),
+    sweeps: Sequence[str] = (),
+    loss_sets: Sequence[str] = (),
+    budget: str | None = None,
+    search: str | None = None,
     settings: Iterable[str] = (),
     output: str | Path | None = None,
     progress: Progress = Silent(),
@@ -84,7 +87,10 @@ def compare(
         methods: Names, combinations (a+b), categories, "all", or METHOD@INIT for a student with the teacher's weights;
             None is two of each category, and one such student.
         seeds: Runs of each cell.
-        plan: What is swept, loss sets, budget and search (``remap.pipeline.compare.Plan``).
+        sweeps: Options of methods or fields of the recipe and their values: ``["method.num_prompts=5,10"]``.
+        loss_sets: Objectives with the teacher: ``["ce,kd", "ce,kd:0.5"]``; none is the recipe's own.
+        budget: "epochs=12", "minutes=10" of training each, or "parameters=50000"; None is the recipe's epochs.
+        search: Trials of learning rate and weight decay for each cell, "20" or "random:20"; None is declared defaults.
         settings: As ``--set``.
         output: Folder of the comparison, ``runs/compare-NAME`` by default. Finished cells are not run again.
 
@@ -99,6 +105,7 @@ def compare(
     if checked.teacher is None:
         raise RecipeError(["teacher: missing; a comparison has one"], checked.name)
     folder = expanded(output or default_path() / f"compare-{checked.name}")
+    plan = Plan(sweeps, loss_sets, budget, search)
     return comparison.compare(checked, chosen, seeds, folder, progress, plan)
 
 

@@ -63,9 +63,9 @@ def compare(
     budget, search = read_budget(plan.budget), Search.read(plan.search)
     if search is not None:
         require_searchable(recipe)
+    recipe = without_idle_losses(recipe, progress)
     if budget is not None and budget[0] == "epochs":
         recipe = with_epochs(recipe, int(budget[1]))
-    recipe = without_idle_losses(recipe, progress)
     resources = _Resources(recipe, output, progress)
     cells = comparison_cells(recipe, methods, seeds, plan.sweeps, plan.loss_sets)
     cells = resources.with_possible_inits(cells, optional=tuple(methods) == DEFAULT_METHODS)
@@ -130,8 +130,14 @@ class _Resources:
 
     def of(self, cell: Cell, folder: Path) -> "SharedResources":
         """Return what a cell shares with others whose teacher lies in the same folder."""
+        from remap.distributed.launch import require_one_process
         from remap.pipeline.shared import SharedResources
 
+        # Cells share data and teacher in one process; several would each prepare them.
+        require_one_process(
+            "a comparison runs its cells one after the other in one process",
+            "call remap compare without a launcher; the cells of several folders may run side by side",
+        )
         key = teacher_key(cell.recipe) if cell.recipe.teachers and cell.settings else self._key
         path = folder / (TEACHER if key == self._key else f"{TEACHER}{key}")
         if path not in self._by_folder:
@@ -182,20 +188,16 @@ def _resumable(output: Path) -> Iterator[None]:
 def _run(missing: list[Cell], output: Path, resources: _Resources, progress: Progress) -> None:
     # Imported here, so that a finished comparison is shown without loading torch.
     from remap.distributed.device_memory import reset_peak
-    from remap.distributed.launch import accelerator, require_one_process
+    from remap.distributed.launch import accelerator
     from remap.pipeline.run import run
 
-    # Cells share data and teacher in one process; several would each prepare them.
-    require_one_process(
-        "a comparison runs its cells one after the other in one process",
-        "call remap compare without a launcher; the cells of several folders may run side by side",
-    )
     for number, cell in enumerate(missing, 1):
         path = output / cell.name
         progress.say(f"[{number}/{len(missing)}] {cell.name}")
         links.require_no_link(path)
+        shared = resources.of(cell, output)
         # An interrupted cell continues from its checkpoint.
         resuming = (path / "recipe.yaml").is_file()
         run_dir = RunDir.open(path) if resuming else RunDir.create(path, cell.recipe)
         reset_peak(accelerator().device)
-        run(cell.recipe, run_dir, progress, resources.of(cell, output), resuming=resuming)
+        run(cell.recipe, run_dir, progress, shared, resuming=resuming)

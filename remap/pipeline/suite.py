@@ -50,7 +50,8 @@ def run_suite(
     recipes = {name: suite.recipe_of(name, folder, words, settings) for name in suite.sets}
     for name, recipe in recipes.items():
         require_counts(name, suite.sets[name], recipe)
-    plan = replace(plan, budget=plan.budget or suite.budget, search=plan.search or suite.search)
+    search = plan.search or (None if suite.search is None else str(suite.search))
+    plan = replace(plan, budget=plan.budget or suite.budget, search=search)
     chosen = chosen_methods(methods or suite.methods)
     tables = {
         name: compare(recipe, chosen, seeds or suite.seeds, output / name, Within(progress, name), plan)

@@ -33,7 +33,7 @@ class Suite(Section):
     methods: str | None = Field(default=None, description="As --methods.")
     seeds: int = Field(default=3, ge=1, description="As --seeds.")
     budget: str | None = Field(default=None, description="As --budget.")
-    search: str | None = Field(default=None, description="As --search.")
+    search: int | str | None = Field(default=None, description="As --search.")
     sets: dict[str, SuiteSet] = Field(min_length=1, description="Sets of images by name.")
 
     def recipe_of(
