@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,29 +57,38 @@ def claim(output: Path, recipe: Recipe) -> None:
     marker = output / MARKER
     digest = recipe.model_copy(update={"method": MethodSpec(name="linear")}).digest(places=False)
     # A folder whose first run failed may be claimed anew.
-    begun = sorted(output.glob("*/summary.json"), key=lambda path: f"-{ALONE}-" in path.parent.name)
+    begun = sorted(path.parent for path in output.glob("*/summary.json"))
     if begun and os.path.lexists(marker) and _recipe_in(marker) != digest:
         raise RunError(
             f"{output} holds a comparison of another recipe; nothing in it was touched",
-            given=_differences(recipe, RunDir(begun[0].parent)) or None,
+            given=_differences(recipe, [path for path in begun if not path.name.startswith(TEACHER)]),
             do="name another --output, or repeat the options it was started with",
         )
     atomic_write.write_text(marker, digest + "\n")
 
 
-def _differences(recipe: Recipe, run: RunDir) -> str:
-    """Return the fields that differ from those of a run, apart from what the cells of a comparison differ in."""
+def _differences(recipe: Recipe, runs: Sequence[Path]) -> str | None:
+    """Return the fields that differ from those of a run, apart from what the cells of a comparison differ in.
+
+    Args:
+        runs: Finished cells; one with a teacher says most.
+    """
+    taught = [path for path in runs if f"-{ALONE}-" not in path.name]
     try:
-        made = run.recipe()
-    except RemapError:
-        return ""
+        made = RunDir((taught or [*runs])[0]).recipe()
+    except (IndexError, RemapError):
+        return None
     now, then = (_flat(one.written_out().model_dump(mode="json")) for one in (recipe, made))
     rows = [
         f"{key}: {now.get(key)} now, {then.get(key)} then"
         for key in sorted({*now, *then})
         if now.get(key) != then.get(key) and not key.startswith(_OF_CELLS if made.teachers else (*_OF_CELLS, "teacher"))
     ]
-    return plain("; ".join(rows))
+    if not rows and taught:  # the losses, which also differ between the cells of one comparison
+        rows = [
+            "losses: {} now, {} then".format(*(", ".join(loss.name for loss in one.losses) for one in (recipe, made)))
+        ]
+    return plain("; ".join(rows)) or None
 
 
 def _flat(value: Any, key: str = "") -> dict[str, Any]:
