@@ -77,7 +77,7 @@ def compare(
         cells = within_minutes(cells, budget[1], output, progress)
     held_by = cache(partial(fingerprint_of, progress=progress))
     found: dict[str, dict[str, Any]] = {}
-    with _resumable(output):
+    with resumable(output):
         if search is not None:
             cells, found = searched(cells, search, output / SEARCH, resources.of, held_by, progress)
         unique = {cell.name: cell for cell in cells}
@@ -175,7 +175,7 @@ class _Resources:
 
 
 @contextmanager
-def _resumable(output: Path) -> Iterator[None]:
+def resumable(output: Path) -> Iterator[None]:
     """Say of an interruption how the comparison goes on."""
     try:
         yield

@@ -12,7 +12,7 @@ from typing import Any
 from remap.errors import DataError
 from remap.io import atomic_write
 from remap.io.names import plain
-from remap.pipeline.compare import Plan, compare
+from remap.pipeline.compare import Plan, compare, resumable
 from remap.pipeline.comparison_cells import chosen_methods
 from remap.pipeline.comparison_files import interval
 from remap.progress import Progress, Within
@@ -53,10 +53,11 @@ def run_suite(
     search = plan.search or (None if suite.search is None else str(suite.search))
     plan = replace(plan, budget=plan.budget or suite.budget, search=search)
     chosen = chosen_methods(methods or suite.methods)
-    tables = {
-        name: compare(recipe, chosen, seeds or suite.seeds, output / name, Within(progress, name), plan)
-        for name, recipe in recipes.items()
-    }
+    with resumable(output):
+        tables = {
+            name: compare(recipe, chosen, seeds or suite.seeds, output / name, Within(progress, name), plan)
+            for name, recipe in recipes.items()
+        }
     found = summarize_suite(tables, {name: one.group for name, one in suite.sets.items()})
     atomic_write.write_json(output / RECORD, found)
     atomic_write.write_text(output / "suite.md", _markdown(found))

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from remap.data.sources import open_data
 from remap.errors import RecipeError
 from remap.pipeline.comparison_budget import read_budget, within_parameters
 from remap.pipeline.comparison_cells import category_title, chosen_methods, comparison_cells
@@ -96,3 +97,12 @@ def test_a_budget_of_parameters_is_filled_by_the_closed_form(tiny: Any) -> None:
     assert found["linear"] == {} and list(left_out) == ["full"] and "trains" in left_out["full"]
     with pytest.raises(RecipeError, match="lora trains more parameters with any rank"):
         within_parameters([cell for cell in cells if cell.method == "lora"], 60, classes=3)
+
+
+def test_some_images_of_each_class_are_the_same_ones_every_time(tiny: Any) -> None:
+    """8 images of each of 3 classes; evaluation images stay."""
+    whole, few, more = (open_data(tiny.data, None, 0.2, per_class=count) for count in (None, 3, 20))
+    assert few.train.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    assert set(few.train.names) < set(whole.train.names) and few.val.names == whole.val.names
+    assert few.train.names == open_data(tiny.data, None, 0.2, per_class=3).train.names
+    assert more.train.names == whole.train.names
