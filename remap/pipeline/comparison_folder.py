@@ -79,6 +79,8 @@ def _differences(recipe: Recipe, runs: Sequence[Path]) -> str | None:
     except (IndexError, RemapError):
         return None
     now, then = (_flat(one.written_out().model_dump(mode="json")) for one in (recipe, made))
+    for values in (now, then):  # null means 1
+        values["data.depth"] = values["data.depth"] or 1
     rows = [
         f"{key}: {now.get(key)} now, {then.get(key)} then"
         for key in sorted({*now, *then})
