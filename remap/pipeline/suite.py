@@ -3,7 +3,7 @@
 import csv
 import io
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
@@ -102,10 +102,8 @@ def summarize_suite(tables: Mapping[str, dict[str, Any]], group_of: Mapping[str,
                 "name": name,
                 "category": first["category"],
                 "sets": {key: {side: row[side]["mean"] for side in ("alone", "teacher")} for key, row in found.items()},
-                **{
-                    side: _means(found, group_of, lambda row, side=side: row[side]["mean"])
-                    for side in ("alone", "teacher")
-                },
+                "alone": _means(found, group_of, "alone"),
+                "teacher": _means(found, group_of, "teacher"),
                 **{key: _over_sets([row["difference"][key] for row in found.values()]) for key in first["difference"]},
             }
         )
@@ -113,16 +111,15 @@ def summarize_suite(tables: Mapping[str, dict[str, Any]], group_of: Mapping[str,
     return {"sets": sets, "seeds": next(iter(tables.values()))["seeds"], "rows": rows}
 
 
-def _means(
-    found: Mapping[str, dict[str, Any]], group_of: Mapping[str, str | None], value: Callable[[dict[str, Any]], float]
-) -> dict[str, Any]:
+def _means(found: Mapping[str, dict[str, Any]], group_of: Mapping[str, str | None], side: str) -> dict[str, Any]:
+    means = {name: row[side]["mean"] for name, row in found.items()}
     groups = {
-        group: statistics.fmean(value(row) for name, row in found.items() if group_of[name] == group)
+        group: statistics.fmean(mean for name, mean in means.items() if group_of[name] == group)
         for group in dict.fromkeys(group_of.values())
         if group is not None
     }
-    mean = statistics.fmean(map(value, found.values()))
-    return {"mean": mean, "groups": groups, "mean_of_groups": statistics.fmean(groups.values()) if groups else None}
+    of_groups = statistics.fmean(groups.values()) if groups else None
+    return {"mean": statistics.fmean(means.values()), "groups": groups, "mean_of_groups": of_groups}
 
 
 def _over_sets(differences: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
