@@ -102,7 +102,7 @@ def within_parameters(cells: Sequence[Cell], most: int, classes: int) -> tuple[l
     for cell in cells:
         if cell.label not in sizes:
             spec = cell.recipe.student
-            key = spec.model_copy(update={"init": None, "force_init": False}).model_dump_json()
+            key = repr(spec.model_copy(update={"init": None, "force_init": False}))
             students[key] = students.get(key) or open_backbone(spec, classes)
             sizes[cell.label] = _size_within(cell, most, students[key])
     kept = []

@@ -157,7 +157,7 @@ def comparison_cells(
                     for seed in range(recipe.seed, recipe.seed + seeds):
                         cell = Cell(word, objective, seed, one.model_copy(update={"seed": seed}), settings)
                         # Labels alone, say, are the same run for each temperature of a loss on logits.
-                        name = names.setdefault((word, cell.recipe.model_dump_json()), cell.name)
+                        name = names.setdefault((word, repr(cell.recipe)), cell.name)
                         cells.append(replace(cell, same_as=name))
     return cells
 

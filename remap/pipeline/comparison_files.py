@@ -53,7 +53,8 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             line |= {f"{key}_{name}": one for name, one in _flat(value).items()}
         else:
-            line[key] = " ".join(map(str, value)) if isinstance(value, list) else value
+            text = " ".join(map(str, value)) if isinstance(value, list) else value
+            line[key] = plain(text) if isinstance(text, str) else text
     return line
 
 

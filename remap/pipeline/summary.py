@@ -133,7 +133,7 @@ def summarize(
 
 
 def forward_flops(student: Network) -> int | None:
-    """Return the floating-point operations of a forward pass of one image; None of sharded or compiled networks.
+    """Return the floating-point operations of a forward pass of one image; None where they cannot be counted.
 
     As ``torch.utils.flop_counter`` counts them: two for each multiply-add of products and convolutions.
     """
@@ -141,8 +141,11 @@ def forward_flops(student: Network) -> int | None:
     if is_sharded(student) or any(getattr(one, "_compiled_call_impl", None) is not None for one in modules):
         return None
     pixels = torch.zeros(1, *student.preprocess.shape, device=next(student.model.parameters()).device)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        student.model(pixels)
+    try:
+        with FlopCounterMode(display=False) as counter:  # which follows gradients, and cannot without
+            student.model(pixels)
+    except (RuntimeError, AssertionError):  # a figure that cannot be counted must not cost the run
+        return None
     return counter.get_total_flops()
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from forked import fork, wait
 
-from remap.errors import DataError, RecipeError, RunError
+from remap.errors import DataError, RecipeError, RemapError, RunError
 from remap.pipeline.compare import Plan, compare
+from remap.pipeline.comparison_folder import shared_teacher
 from remap.pipeline.comparison_search import FOLDER
 from remap.pipeline.comparison_table import _dominates, ppt
 from remap.pipeline.suite import run_suite, summarize_suite
@@ -185,6 +186,26 @@ def test_minutes_are_measured_once(recipe: Recipe, tmp_path: Path, monkeypatch: 
     assert compare(recipe, ["linear"], 1, tmp_path / "cmp", Silent(), Plan(budget="minutes=0.5")) == table
     with pytest.raises(RunError, match="another budget"):
         compare(recipe, ["linear"], 1, tmp_path / "cmp", Silent(), Plan(budget="minutes=1"))
+
+
+def test_a_remapped_student_starts_from_the_teacher_in_both_cells(recipe: Recipe, tmp_path: Path) -> None:
+    table = compare(recipe, ["full@weight_selection"], 1, tmp_path / "cmp", Silent())
+    assert [row["category"] for row in table["rows"]] == ["5 remapping tuning"]
+    cells = [RunDir(tmp_path / "cmp" / f"full@weight_selection-{side}-s0").summary() for side in ("alone", "teacher")]
+    assert [list(cell["losses"]) for cell in cells] == [["ce"], ["ce", "kd"]]
+    assert cells[0]["student"]["init"] == cells[1]["student"]["init"]
+    with pytest.raises(RemapError):  # the teacher is wider
+        compare(recipe, ["full@layers"], 1, tmp_path / "impossible", Silent())
+    assert not (tmp_path / "impossible").exists()
+
+
+def test_swept_images_have_a_teacher_of_their_own(recipe: Recipe, tmp_path: Path) -> None:
+    table = compare(recipe, ["linear"], 1, tmp_path / "cmp", Silent(), Plan(sweeps=["data.per_class=4,8"]))
+    assert [row["settings"] for row in table["rows"]] == [{"data.per_class": 4}, {"data.per_class": 8}]
+    cells = [RunDir(tmp_path / "cmp" / f"linear-data.per_class={count}-teacher-s0") for count in (4, 8)]
+    assert [cell.summary()["data"]["train_images"] for cell in cells] == [12, 24]
+    teachers = {shared_teacher(cell) for cell in cells}
+    assert len(teachers) == 2 and teachers == set((tmp_path / "cmp").glob("teacher*"))
 
 
 def test_a_suite_is_one_comparison_for_each_set(recipe: Recipe, tiny: Any, tmp_path: Path) -> None:
