@@ -200,7 +200,9 @@ def labels_only(recipe: Recipe) -> Recipe:
 def teacher_key(recipe: Recipe) -> str:
     """Return a suffix that is equal for recipes whose teachers are prepared alike: of images, and of the teachers."""
     recipe = recipe.written_out()
-    decides = [recipe.data.labeled_part().model_dump(), *(spec.model_dump() for spec in recipe.teachers)]
+    data = recipe.data.labeled_part().model_dump()
+    data["depth"] = data["depth"] or 1  # null means 1, and runs write it out
+    decides = [data, *(spec.model_dump() for spec in recipe.teachers)]
     return "-" + hashlib.sha256(json.dumps(decides, default=str, sort_keys=True).encode()).hexdigest()[:8]
 
 
