@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from remap.pipeline.compare import Plan
 
 # The budget of `remap compare` alone, which runs 54 cells: with it they end within 15 minutes on two cores.
-QUICK = "epochs=4"
+QUICK = "epochs=6"
 # What was chosen if any of these is given.
 _CHOSEN = ("recipe", "data", "unlabeled", "methods", "epochs", "budget", "settings")
 # After an interval that holds 0.
