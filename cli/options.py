@@ -46,6 +46,7 @@ class OptionRow:
         help: The line of the help.
         panel: The panel of the help.
         default: The value when the option is not given.
+        least: The smallest number it takes.
         word: The key of ``remap.recipe.resolve.WORDS`` that it sets, where it is not ``name``.
     """
 
@@ -57,6 +58,7 @@ class OptionRow:
     panel: str = _RUN
     flag: str = ""
     default: Any = None
+    least: int | None = None
     word: str = ""
 
     @property
@@ -71,9 +73,9 @@ class OptionRow:
         annotation = self.kind
         if self.help:
             # The flag is spelled out: Typer would add --no-NAME to that of a bool.
-            shown, least = self.shown or True, 1 if default else None  # a number of runs is at least 1
+            shown = self.shown or True
             option = typer.Option(
-                self.option, help=self.help, show_default=shown, rich_help_panel=self.panel, min=least
+                self.option, help=self.help, show_default=shown, rich_help_panel=self.panel, min=self.least
             )
             annotation = Annotated[self.kind | None if default is None else self.kind, option]
         return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
@@ -81,6 +83,7 @@ class OptionRow:
 
 _models = functools.partial(OptionRow, panel="Models and losses")
 _training = functools.partial(OptionRow, panel=_TRAINING)
+_comparison = functools.partial(OptionRow, panel="Comparison")
 DISTILL, TUNE, BUILD, COMPARE = "distill", "tune", "cache build", "compare"
 _ALL, _RUNS, _TEACH = (DISTILL, TUNE, BUILD, COMPARE), (DISTILL, TUNE), (DISTILL, BUILD, COMPARE)
 _TEACHER = (
@@ -123,14 +126,25 @@ RECIPE_OPTIONS = (
     OptionRow("skip_bad", SkipBad, _ALL),
     OptionRow("devices", Devices, (DISTILL, TUNE, BUILD), word="processes"),
 )
-_METHODS = "Comma-separated names, combinations (a+b) or categories (prompt), or all."
+_METHODS = "Comma-separated names, combinations (a+b), categories (prompt) or all; full@layers starts from the teacher."
+_SWEEP = "An option of methods, or any recipe field: method.num_prompts=5,10,50. Repeatable."
+_LOSS_SET = "Losses with the teacher, compared with the other sets: ce,kd:0.5. Repeatable."
+_BUDGET = "Of each cell: epochs=12, minutes=10 of training, or parameters=50000 trained."
+_SUITE = "Compare on each set of a suite: offline, five_categories, vtab1k, fgvc, fewshot11 or a YAML file."
+_SEARCH = "Trials of learning rate and weight decay for each cell, on held-out training images: 20, or random:20."
 _CELLS = "Folder of the comparison. Finished cells are not run again."
 _NO_BASELINE = "Leave out training the student once more on labels alone, to compare."
 _DRY_RUN = "Build both models, run one batch and print estimates of time, memory and disk; train nothing."
 OPTIONS = (
     *RECIPE_OPTIONS,
-    OptionRow("methods", str, (COMPARE,), "one or two of each category", _METHODS, "Comparison"),
-    OptionRow("seeds", int, (COMPARE,), None, "Runs of each cell.", "Comparison", default=1),
+    _comparison("methods", str, (COMPARE,), "two of each category, full@weight_selection", _METHODS),
+    _comparison("seeds", int, (COMPARE,), "3", "Runs of each cell.", least=1),
+    _comparison("sweeps", list[str], (COMPARE,), None, _SWEEP, flag="--sweep"),
+    _comparison("loss_sets", list[str], (COMPARE,), "the losses of the recipe", _LOSS_SET, flag="--loss-set"),
+    _comparison("budget", str, (COMPARE,), "the epochs of the recipe", _BUDGET),
+    _comparison("search", str, (COMPARE,), "declared defaults", _SEARCH),
+    _comparison("suite", str, (COMPARE,), None, _SUITE),
+    _comparison("sets", Path, (COMPARE,), None, "Folder of the sets of a suite."),
     OptionRow("recipe", str, _ALL, None, "A shipped recipe's name or a YAML file; other options override it."),
     OptionRow("settings", list[str], _ALL, None, "Any recipe field: --set train.lr=0.1. Repeatable.", flag="--set"),
     OptionRow("output", Path, _RUNS, "runs/NAME-METHOD-001", "Run directory to make."),

@@ -47,6 +47,7 @@ HOMES = {
     "accelerate": ("remap.distributed", "remap.cache", "remap.engine", "remap.pipeline.probe"),
     "matplotlib": ("remap.report",),
     "jinja2": ("remap.report.page",),
+    "optuna": ("remap.pipeline.comparison_search",),
     "typer": ("remap_cli",),
     "rich": ("remap_cli",),
 }

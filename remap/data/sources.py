@@ -106,6 +106,7 @@ def open_data(
     labels: int | None = None,
     depth: int | None = None,
     held_out: float | None = None,
+    per_class: int | None = None,
 ) -> ImageData:
     """Open a data source.
 
@@ -117,6 +118,7 @@ def open_data(
         labels: Use the labels of this many training images; the others count as unlabelled.
         depth: Level of folders that are the classes; None is 1, and refuses class folders that hold only folders.
         held_out: Evaluate on this share of the labelled training images, in place of the evaluation images.
+        per_class: Learn from at most this many labelled images of each class.
 
     Raises:
         DataError: There is nothing, fewer than two classes, an empty class, classes that differ between splits, or an
@@ -127,6 +129,8 @@ def open_data(
         more, skipped = open_unlabeled(unlabeled)
         return ImageData(unlabeled, (), Split.empty(), Split.empty(), None, tuple(skipped), "no labels", more)
     data = find_source(source, depth).open(source, val_source, val_fraction)
+    if per_class is not None:
+        data = data.with_per_class(per_class)
     if labels is not None:
         data = data.with_labels(labels)
     if held_out is not None:

@@ -117,6 +117,14 @@ class ImageData:
         train, val = self.train.take(fit), self.train.take(check)
         return replace(self, train=train, val=val, test=None, split_rule=rule)
 
+    def with_per_class(self, count: int) -> "ImageData":
+        """Return the same data with at most ``count`` training images of each class, the same ones every time."""
+        labels = self.train.labels
+        order = np.argsort(keyed_random.keys(0, 0, np.arange(len(labels)), keyed_random.SPLIT), kind="stable")
+        chosen = np.sort(np.concatenate([order[labels[order] == label][:count] for label in range(len(self.classes))]))
+        rule = f"{self.split_rule}; {len(chosen)} of {len(labels)} training images"
+        return replace(self, train=self.train.take(chosen), split_rule=rule)
+
     def with_labels(self, count: int) -> "ImageData":
         """Return the same data with the labels of ``count`` training images only, the same ones every time.
 

@@ -1,6 +1,8 @@
 """Peak memory of this process, and the errors that mean memory ran out."""
 
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -17,6 +19,14 @@ def peak_bytes(device: torch.device) -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let the peak start anew from what is held now, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # Linux only
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:

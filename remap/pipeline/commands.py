@@ -7,7 +7,8 @@ from typing import Any, Literal
 from remap.errors import RecipeError
 from remap.io.paths import expanded
 from remap.pipeline import compare as comparison
-from remap.pipeline.comparison_cells import chosen_methods
+from remap.pipeline.compare import Plan
+from remap.pipeline.comparison_cells import DEFAULT_SEEDS, chosen_methods
 from remap.pipeline.evaluation import evaluate_run
 from remap.pipeline.run import Result, as_recipe, start
 from remap.pipeline.shrink_student import cut
@@ -70,7 +71,11 @@ def compare(
     recipe: Recipe | str | Mapping[str, Any],
     methods: str | Sequence[str] | None = None,
     *,
-    seeds: int = 1,
+    seeds: int = DEFAULT_SEEDS,
+    sweeps: Sequence[str] = (),
+    loss_sets: Sequence[str] = (),
+    budget: str | None = None,
+    search: str | None = None,
     settings: Iterable[str] = (),
     output: str | Path | None = None,
     progress: Progress = Silent(),
@@ -79,8 +84,13 @@ def compare(
 
     Args:
         recipe: As for ``distill``.
-        methods: Names, combinations (a+b) or categories, or "all"; None is one or two of each category.
+        methods: Names, combinations (a+b), categories, "all", or METHOD@INIT for a student with the teacher's weights;
+            None is two of each category, and one such student.
         seeds: Runs of each cell.
+        sweeps: Options of methods or fields of the recipe and their values: ``["method.num_prompts=5,10"]``.
+        loss_sets: Objectives with the teacher: ``["ce,kd", "ce,kd:0.5"]``; none is the recipe's own.
+        budget: "epochs=12", "minutes=10" of training each, or "parameters=50000"; None is the recipe's epochs.
+        search: Trials of learning rate and weight decay for each cell, "20" or "random:20"; None is declared defaults.
         settings: As ``--set``.
         output: Folder of the comparison, ``runs/compare-NAME`` by default. Finished cells are not run again.
 
@@ -95,7 +105,8 @@ def compare(
     if checked.teacher is None:
         raise RecipeError(["teacher: missing; a comparison has one"], checked.name)
     folder = expanded(output or default_path() / f"compare-{checked.name}")
-    return comparison.compare(checked, chosen, seeds, folder, progress)
+    plan = Plan(sweeps, loss_sets, budget, search)
+    return comparison.compare(checked, chosen, seeds, folder, progress, plan)
 
 
 def shrink(

@@ -1,25 +1,52 @@
 """Compare methods with the same data, teacher, budget and seeds; every cell is a run directory like any other."""
 
 import shlex
-import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from remap.errors import Interrupted, RunError
+from remap.errors import Interrupted, RemapError, RunError
 from remap.io import atomic_write, links
-from remap.pipeline.comparison_cells import Cell, comparison_cells
+from remap.pipeline.comparison_budget import read_budget, with_epochs, within_minutes, within_parameters
+from remap.pipeline.comparison_cells import DEFAULT_METHODS, Cell, comparison_cells, split_word, teacher_key
+from remap.pipeline.comparison_files import write_tables
 from remap.pipeline.comparison_folder import TEACHER, claim, fingerprint_of, is_done
+from remap.pipeline.comparison_search import FOLDER as SEARCH
+from remap.pipeline.comparison_search import Search, require_searchable, searched
+from remap.pipeline.comparison_table import tabulate
 from remap.pipeline.objective import without_idle_losses
-from remap.progress import Progress
+from remap.progress import Progress, Silent
 from remap.recipe.checks import require_held_out_once
 from remap.recipe.schema import Recipe
 from remap.runs.run_dir import RunDir
-from remap.tuning import CATEGORIES, category_of
+
+if TYPE_CHECKING:
+    from remap.pipeline.shared import SharedResources
 
 
-def compare(recipe: Recipe, methods: Sequence[str], seeds: int, output: Path, progress: Progress) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Plan:
+    """What a comparison does besides running each method with and without the teacher.
+
+    Attributes:
+        sweeps: ``KEY=V1,V2`` each; see ``comparison_cells``.
+        loss_sets: Objectives with the teacher, as words.
+        budget: "epochs=N", "minutes=N" of training each, or "parameters=N"; None is the recipe's epochs.
+        search: Trials of learning rate and weight decay for each method and loss set: "20" or "random:20".
+    """
+
+    sweeps: Sequence[str] = ()
+    loss_sets: Sequence[str] = ()
+    budget: str | None = None
+    search: str | None = None
+
+
+def compare(
+    recipe: Recipe, methods: Sequence[str], seeds: int, output: Path, progress: Progress, plan: Plan = Plan()
+) -> dict[str, Any]:
     """Run what is missing and tabulate.
 
     Args:
@@ -30,7 +57,40 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, output: Path, pr
 
     Raises:
         RunError: The folder holds another comparison, or the recipe is without labels.
+        RecipeError: The plan cannot be carried out.
     """
+    _require_comparable(recipe, methods)
+    budget, search = read_budget(plan.budget), Search.read(plan.search)
+    if search is not None:
+        require_searchable(recipe)
+    recipe = without_idle_losses(recipe, progress)
+    if budget is not None and budget[0] == "epochs":
+        recipe = with_epochs(recipe, int(budget[1]))
+    resources = _Resources(recipe, output, progress)
+    cells = comparison_cells(recipe, methods, seeds, plan.sweeps, plan.loss_sets)
+    cells = resources.with_possible_inits(cells, optional=tuple(methods) == DEFAULT_METHODS)
+    left_out: dict[str, str] = {}
+    if budget is not None and budget[0] == "parameters":
+        cells, left_out = within_parameters(cells, int(budget[1]), len(resources.first.classes(recipe)))
+    claim(output, recipe)
+    if budget is not None and budget[0] == "minutes":
+        cells = within_minutes(cells, budget[1], output, progress)
+    held_by = cache(partial(fingerprint_of, progress=progress))
+    found: dict[str, dict[str, Any]] = {}
+    with resumable(output):
+        if search is not None:
+            cells, found = searched(cells, search, output / SEARCH, resources.of, held_by, progress)
+        unique = {cell.name: cell for cell in cells}
+        missing = [cell for cell in unique.values() if not is_done(output / cell.name, cell, held_by)]
+        if missing:
+            _run(missing, output, resources, progress)
+    # Read from the run directories, also for cells that were run now.
+    table = tabulate(recipe, cells, output) | {"budget": plan.budget, "search": found, "left_out": left_out}
+    write_tables(table, output)
+    return table
+
+
+def _require_comparable(recipe: Recipe, methods: Sequence[str]) -> None:
     if recipe.label_free:
         raise RunError(
             "a comparison is with students that learn from labels alone, and these losses teach no classes",
@@ -43,7 +103,7 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, output: Path, pr
             do="name the losses: --losses ce,kd",
         )
     joint = any(spec.joint for spec in recipe.teachers)
-    if joint and set(methods) != {"slad"}:
+    if joint and {split_word(word)[0] for word in methods} != {"slad"}:
         raise RunError(
             "a joint teacher shares adapters with slad alone",
             given=f"teacher.joint=true, methods {', '.join(methods)}",
@@ -56,85 +116,88 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, output: Path, pr
             given=recipe.student.model,
             do="cut it once with `remap shrink`, then name its folder: --student local-dir:FOLDER",
         )
-    recipe = without_idle_losses(recipe, progress)
-    cells = comparison_cells(recipe, methods, seeds)
-    claim(output, recipe)
-    held_by = cache(partial(fingerprint_of, progress=progress))
-    missing = [cell for cell in cells if not is_done(output / cell.name, cell, held_by)]
-    if missing:
-        _run(missing, output, progress)
-    # Read from the run directories, also for cells that were run now.
-    table = tabulate(recipe, cells, output)
-    atomic_write.write_json(output / "compare.json", table)
-    return table
 
 
-def _run(missing: list[Cell], output: Path, progress: Progress) -> None:
-    # Imported here, so that a finished comparison is shown without loading torch.
-    from remap.distributed.launch import require_one_process
-    from remap.pipeline.run import run
-    from remap.pipeline.shared import SharedResources
+class _Resources:
+    """What the cells share: data and views all of them, teachers those whose recipes prepare them alike."""
 
-    # Cells share data and teacher in one process; several would each prepare them.
-    require_one_process(
-        "a comparison runs its cells one after the other in one process",
-        "call remap compare without a launcher; the cells of several folders may run side by side",
-    )
-    shared = SharedResources(teacher_folder=output / TEACHER)
+    def __init__(self, recipe: Recipe, output: Path, progress: Progress) -> None:
+        from remap.pipeline.shared import SharedResources
+
+        self._output, self._progress, self._key = output, progress, teacher_key(recipe)
+        self.first = SharedResources()
+        self._by_folder: dict[Path, SharedResources] = {}
+
+    def of(self, cell: Cell, folder: Path) -> "SharedResources":
+        """Return what a cell shares with others whose teacher lies in the same folder."""
+        from remap.distributed.launch import require_one_process
+        from remap.pipeline.shared import SharedResources
+
+        # Cells share data and teacher in one process; several would each prepare them.
+        require_one_process(
+            "a comparison runs its cells one after the other in one process",
+            "call remap compare without a launcher; the cells of several folders may run side by side",
+        )
+        key = teacher_key(cell.recipe) if cell.recipe.teachers and cell.settings else self._key
+        path = folder / (TEACHER if key == self._key else f"{TEACHER}{key}")
+        if path not in self._by_folder:
+            if key != self._key:  # by which a cell that is resumed alone knows its teacher
+                atomic_write.make_folder(path)
+            data = (self.first.data, self.first.value_ranges, self.first.views)
+            self._by_folder[path] = SharedResources(*data, teacher_folder=path)
+        return self._by_folder[path]
+
+    def with_possible_inits(self, cells: list[Cell], *, optional: bool) -> list[Cell]:
+        """Return the cells whose students can start from the teacher's weights as named, before any is trained.
+
+        Args:
+            optional: Leave the others out, and say so.
+
+        Raises:
+            RemapError: The teacher cannot give a student its weights.
+        """
+        impossible: set[str] = set()
+        for cell in {cell.label: cell for cell in cells if cell.recipe.student.init is not None}.values():
+            if (self._output / cell.name / "recipe.yaml").is_file():  # it was possible when it was begun
+                continue
+            from remap.pipeline.init_student import init_from_teacher
+            from remap.runs.task import open_backbone
+
+            try:
+                student = open_backbone(cell.recipe.student, len(self.first.classes(cell.recipe)))
+                init_from_teacher(student, cell.recipe, self.first, Silent())
+            except RemapError as error:
+                if not optional:
+                    raise
+                self._progress.say(f"{cell.label} is left out: {error.what}")
+                impossible.add(cell.label)
+        return [cell for cell in cells if cell.label not in impossible]
+
+
+@contextmanager
+def resumable(output: Path) -> Iterator[None]:
+    """Say of an interruption how the comparison goes on."""
     try:
-        for number, cell in enumerate(missing, 1):
-            path = output / cell.name
-            progress.say(f"[{number}/{len(missing)}] {cell.name}")
-            links.require_no_link(path)
-            # An interrupted cell continues from its checkpoint.
-            resuming = (path / "recipe.yaml").is_file()
-            run_dir = RunDir.open(path) if resuming else RunDir.create(path, cell.recipe)
-            run(cell.recipe, run_dir, progress, shared, resuming=resuming)
+        yield
     except Interrupted as error:
         command = f"remap compare ... --output {shlex.quote(str(output))}"
         do = f"resume with the options it was started with: {command}; finished runs are not run again"
         raise Interrupted(error.what, exit_code=error.exit_code, do=do, at_once=error.at_once) from error
 
 
-def tabulate(recipe: Recipe, cells: Sequence[Cell], output: Path) -> dict[str, Any]:
-    """Return mean and sample standard deviation over seeds, by category and method."""
-    rows = []
-    for method in dict.fromkeys(cell.method for cell in cells):
-        row: dict[str, Any] = {"category": CATEGORIES[category_of(method)], "method": method}
-        for key, with_teacher in (("alone", False), ("teacher", True)):
-            mine = [cell for cell in cells if cell.method == method and cell.with_teacher == with_teacher]
-            summaries = [RunDir.open(output / cell.name).summary() for cell in mine]
-            row[key] = _statistics(summaries)
-            row["trainable_parameters"] = summaries[0]["student"]["trainable_parameters"]
-            row["total_parameters"] = summaries[0]["student"]["total_parameters"]
-            row["task_bytes"] = summaries[0]["student"]["task_bytes"]
-            row["learning_rate"] = summaries[0]["learning_rate"]
-            if with_teacher:
-                teacher, more = summaries[0]["teacher"], summaries[0].get("more_teachers", [])
-        row["gain"] = row["teacher"]["mean"] - row["alone"]["mean"]
-        rows.append(row)
-    # In the order of the survey's categories.
-    rows.sort(key=lambda row: list(CATEGORIES.values()).index(row["category"]))
-    return {
-        "recipe": recipe.name,
-        "output": str(output),
-        "data": recipe.data.source,
-        "epochs": recipe.train.epochs,
-        "batch_size": recipe.train.batch_size,
-        "seeds": sorted({cell.seed for cell in cells}),
-        "losses": {loss.name: loss.weight for loss in recipe.losses},
-        "student": recipe.student.model,
-        "teacher": teacher,
-        "more_teachers": more,
-        "rows": rows,
-    }
+def _run(missing: list[Cell], output: Path, resources: _Resources, progress: Progress) -> None:
+    # Imported here, so that a finished comparison is shown without loading torch.
+    from remap.distributed.device_memory import reset_peak
+    from remap.distributed.launch import accelerator
+    from remap.pipeline.run import run
 
-
-def _statistics(summaries: list[dict[str, Any]]) -> dict[str, Any]:
-    accuracies = [summary["student"]["accuracy"] for summary in summaries]
-    return {
-        "accuracies": accuracies,
-        "mean": statistics.fmean(accuracies),
-        "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-        "seconds": statistics.fmean(summary["train_seconds"] for summary in summaries),
-    }
+    for number, cell in enumerate(missing, 1):
+        path = output / cell.name
+        progress.say(f"[{number}/{len(missing)}] {cell.name}")
+        links.require_no_link(path)
+        shared = resources.of(cell, output)
+        # An interrupted cell continues from its checkpoint.
+        resuming = (path / "recipe.yaml").is_file()
+        run_dir = RunDir.open(path) if resuming else RunDir.create(path, cell.recipe)
+        reset_peak(accelerator().device)
+        run(cell.recipe, run_dir, progress, shared, resuming=resuming)

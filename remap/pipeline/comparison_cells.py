@@ -1,20 +1,47 @@
-"""The runs of a comparison: each method with and without the teacher, for every seed."""
+"""The runs of a comparison: each method, its swept options and loss set, with and without the teacher, every seed."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from remap.errors import RecipeError
+from remap.pipeline.comparison_sweeps import (
+    Settings,
+    loss_set,
+    options_of,
+    products,
+    read_sweep,
+    require_options,
+    require_owners,
+    shown_setting,
+    with_settings,
+    words_of,
+)
 from remap.recipe.checks import method_problems
+from remap.recipe.named import InitSpec
 from remap.recipe.schema import LossSpec, MethodSpec, Recipe
 from remap.remapping import LOSSES
-from remap.tuning import CATEGORIES, METHODS, parts_of, rows_of
+from remap.remapping.weights import INITS
+from remap.tuning import CATEGORIES, METHODS, category_of, parts_of, rows_of
 
-# One or two well-known methods of each category.
-DEFAULT_METHODS = ("full", "linear", "vpt_shallow", "vpt_deep", "adaptformer", "bitfit", "lora")
+# Two well-known methods of each category, and a student that starts from the teacher's weights.
+DEFAULT_METHODS = (
+    *("full", "linear", "vpt_shallow", "vpt_deep", "houlsby", "adaptformer", "bitfit", "lora"),
+    "full@weight_selection",
+)
+DEFAULT_SEEDS = 3
+# What a cell learns from: labels alone, or the recipe's own losses with its teacher; other loss sets have their words.
+ALONE, TEACHER = "alone", "teacher"
+_LONGEST = 100
 
 
 def chosen_methods(words: str | None) -> list[str]:
-    """Return methods by name or combination, by category ("prompt"), "all", or the default set for None.
+    """Return methods by name, combination (a+b) or category ("prompt"), "all", or the default set for None.
+
+    METHOD@INIT is a method on a student that starts from the teacher's weights.
 
     Raises:
         UnknownName: A word is none of these.
@@ -28,10 +55,13 @@ def chosen_methods(words: str | None) -> list[str]:
         elif word in CATEGORIES:
             found += [row.name for row in METHODS if row.category == word]
         else:
-            if all(parts_of(word)):
-                rows_of(word)
+            method, init = split_word(word)
+            if all(parts_of(method)):
+                rows_of(method)
+            if init is not None:
+                INITS.row(init)
             found.append(word)
-    problems = [line for name in found for line in method_problems("--methods", name)]
+    problems = [line for name in found for line in method_problems("--methods", split_word(name)[0])]
     if len(set(found)) < len(found):
         problems.append("--methods: a method is named twice")
     if problems:
@@ -39,38 +69,116 @@ def chosen_methods(words: str | None) -> list[str]:
     return found
 
 
+def split_word(word: str) -> tuple[str, str | None]:
+    """Return method and initialisation of "METHOD@INIT"; the latter is None of a method alone."""
+    method, at, init = word.partition("@")
+    return method, init if at else None
+
+
+def category_title(word: str) -> str:
+    """Return the category of a method as tables show it; a student with the teacher's weights is remapped."""
+    method, init = split_word(word)
+    return CATEGORIES["remapping" if init is not None else category_of(method)]
+
+
 @dataclass(frozen=True)
 class Cell:
-    """One run of the comparison."""
+    """One run of the comparison.
+
+    Attributes:
+        method: As it was named: METHOD or METHOD@INIT.
+        objective: ALONE, TEACHER, or the words of a loss set.
+        settings: What was swept, as (key, value).
+        same_as: Name of an earlier cell with the same recipe, which is run in place of this one.
+    """
 
     method: str
-    with_teacher: bool
+    objective: str
     seed: int
     recipe: Recipe
+    settings: Settings = ()
+    same_as: str = ""
+
+    @property
+    def with_teacher(self) -> bool:
+        return self.objective != ALONE
+
+    @property
+    def label(self) -> str:
+        """Method and swept values: "vpt_deep num_prompts=5"."""
+        return " ".join([self.method, *map(shown_setting, self.settings)])
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{'teacher' if self.with_teacher else 'alone'}-s{self.seed}"
+        """The name of its run directory."""
+        words = f"{_slug(self.label)}-{_slug(self.objective)}"
+        if len(words) > _LONGEST:
+            words = f"{words[: _LONGEST - 9]}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+        return self.same_as or f"{words}-s{self.seed}"
+
+    @property
+    def group(self) -> str:
+        """The name without the seed."""
+        return self.name.rpartition("-s")[0]
 
 
-def comparison_cells(recipe: Recipe, methods: Sequence[str], seeds: int) -> list[Cell]:
-    """Return every method with and without the teacher, for ``seeds`` seeds from the recipe's seed upwards.
+def comparison_cells(
+    recipe: Recipe, methods: Sequence[str], seeds: int, sweeps: Iterable[str] = (), loss_sets: Iterable[str] = ()
+) -> list[Cell]:
+    """Return every method without the teacher and with it, for ``seeds`` seeds from the recipe's seed upwards.
 
-    The cells differ only in method, its learning rate, losses and seed. A loss on a signal that a method cannot change
-    is left out for it; images without labels are used only with the teacher.
+    The cells differ only in method, its learning rate, losses, seed, and what is swept. A loss on a signal that a
+    method cannot change is left out for it; images without labels are used only with the teacher. What a swept
+    value does not change has the same name for all values.
+
+    Args:
+        sweeps: ``KEY=V1,V2`` each: an option of the methods (``method.num_prompts``) that have it, or a recipe field.
+        loss_sets: Objectives with the teacher, as words ("ce,kd:0.5"); none is the recipe's own.
+
+    Raises:
+        RecipeError: A sweep or loss set cannot be used.
     """
-    cells, recipe = [], recipe.model_copy(update={"baseline": False})  # each method has a run without the teacher
-    for method in methods:
-        spec = recipe.method if method == recipe.method.name else MethodSpec(name=method)
-        for with_teacher in (False, True):
-            for seed in range(recipe.seed, recipe.seed + seeds):
-                # An idle loss would only add a constant.
-                losses = tuple(loss for loss in recipe.losses if not loss.is_idle(method))
-                cell = (recipe if with_teacher else labels_only(recipe)).model_copy(
-                    update={"method": spec, "seed": seed, **({"losses": losses} if with_teacher else {})}
-                )
-                cells.append(Cell(method, with_teacher, seed, cell))
+    recipe = recipe.model_copy(update={"baseline": False})  # each method has a run without the teacher
+    grid = dict(read_sweep(sweep) for sweep in sweeps)
+    options = {key.removeprefix("method."): grid.pop(key) for key in list(grid) if key.startswith("method.")}
+    require_owners(options, methods)
+    cells: list[Cell] = []
+    names: dict[tuple[str, str], str] = {}
+    for of_recipe in products(grid):
+        changed = with_settings(recipe, of_recipe)
+        sets = {words_of(losses): losses for losses in (loss_set(changed, words) for words in loss_sets)}
+        objectives = {ALONE: changed.losses, **(sets or {TEACHER: changed.losses})}
+        for word in methods:
+            has = {name: values for name, values in options.items() if name in options_of(split_word(word)[0])}
+            for of_method in products(has):
+                settings = (*((f"method.{name}", value) for name, value in of_method), *of_recipe)
+                for objective, losses in objectives.items():
+                    one = _cell_recipe(changed, word, dict(of_method), losses, alone=objective == ALONE)
+                    for seed in range(recipe.seed, recipe.seed + seeds):
+                        cell = Cell(word, objective, seed, one.model_copy(update={"seed": seed}), settings)
+                        # Labels alone, say, are the same run for each temperature of a loss on logits.
+                        name = names.setdefault((word, repr(cell.recipe)), cell.name)
+                        cells.append(replace(cell, same_as=name))
     return cells
+
+
+def _cell_recipe(
+    recipe: Recipe, word: str, options: dict[str, Any], losses: Sequence[LossSpec], *, alone: bool
+) -> Recipe:
+    method, init = split_word(word)
+    same = method == recipe.method.name
+    spec = MethodSpec(name=method, **{**(recipe.method.options if same else {}), **options})
+    require_options(spec)
+    student = recipe.student
+    if init is not None:
+        student = student.model_copy(update={"init": InitSpec(name=init), "force_init": True})
+    # An idle loss would only add a constant.
+    kept = tuple(loss for loss in losses if not loss.is_idle(method))
+    if alone and init is None:
+        return labels_only(recipe).model_copy(update={"method": spec})
+    if alone:  # the teacher gives its weights, and teaches nothing
+        kept, recipe = labels_only(recipe).losses, recipe.model_copy(update={"data": recipe.data.labeled_part()})
+    return recipe.model_copy(update={"method": spec, "student": student, "losses": kept})
 
 
 def labels_only(recipe: Recipe) -> Recipe:
@@ -87,3 +195,17 @@ def labels_only(recipe: Recipe) -> Recipe:
             "losses": tuple(one for one in recipe.losses if LOSSES.row(one.name).category == "labels") or (default,),
         }
     )
+
+
+def teacher_key(recipe: Recipe) -> str:
+    """Return a suffix that is equal for recipes whose teachers are prepared alike: of images, and of the teachers."""
+    recipe = recipe.written_out()
+    data = recipe.data.labeled_part().model_dump()
+    data["depth"] = data["depth"] or 1  # null means 1, and runs write it out
+    decides = [data, *(spec.model_dump() for spec in recipe.teachers)]
+    return "-" + hashlib.sha256(json.dumps(decides, default=str, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _slug(text: str) -> str:
+    """Return a name of a file: "ce,kd:0.5" is "ce+kd0.5"."""
+    return re.sub(r"[^A-Za-z0-9._+=@-]", "_", text.replace(",", "+").replace(":", "").replace(" ", "-"))

@@ -1,15 +1,18 @@
 """The folder of a comparison: which recipe it is of, which of its runs are done, and the teacher they share."""
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from remap.data.fingerprint import fingerprint
-from remap.errors import RunError
+from remap.errors import RemapError, RunError
 from remap.io import atomic_write
 from remap.io.checked_read import read_regular
+from remap.io.names import plain
 from remap.io.paths import absolute
-from remap.pipeline.comparison_cells import Cell
+from remap.pipeline.comparison_cells import ALONE, Cell, teacher_key
 from remap.progress import Progress
 from remap.recipe.schema import DataSpec, MethodSpec, Recipe
 from remap.runs.run_dir import RunDir
@@ -17,6 +20,18 @@ from remap.runs.run_dir import RunDir
 # The file that names the recipe of a comparison, and the folder of the teacher that its runs share.
 MARKER, TEACHER = "compare-of.txt", "teacher"
 MOST_MARKER_BYTES = 1000
+# Fields in which the cells of one comparison differ.
+_OF_CELLS = (
+    "name",
+    "seed",
+    "baseline",
+    "method",
+    "losses",
+    "train.lr",
+    "train.base_lr",
+    "student.init",
+    "student.force",
+)
 
 
 def shared_teacher(run: RunDir) -> Path | None:
@@ -25,24 +40,63 @@ def shared_teacher(run: RunDir) -> Path | None:
     Repeats next to the runs of a comparison have their names and a suffix, and learn from the same teacher.
     """
     recipe, place = run.recipe(), Path(absolute(run.path))
-    name = Cell(recipe.method.name, True, recipe.seed, recipe).name
-    is_part = place.name.startswith(name) and (place.parent / MARKER).is_file()
-    return place.parent / TEACHER if is_part else None
+    is_part = place.name.startswith(recipe.method.name) and re.search(rf"-s{recipe.seed}(?!\d)", place.name)
+    if not is_part or not (place.parent / MARKER).is_file():
+        return None
+    own = place.parent / f"{TEACHER}{teacher_key(recipe)}"
+    return own if own.is_dir() else place.parent / TEACHER
 
 
 def claim(output: Path, recipe: Recipe) -> None:
-    """Claim the folder for one recipe, apart from method and number of seeds, once one of its runs is finished."""
+    """Claim the folder for one recipe, apart from method and number of seeds, once one of its runs is finished.
+
+    Raises:
+        RunError: It holds runs of a recipe that differs elsewhere; all differences are named.
+    """
     atomic_write.make_folder(output)
     marker = output / MARKER
     digest = recipe.model_copy(update={"method": MethodSpec(name="linear")}).digest(places=False)
     # A folder whose first run failed may be claimed anew.
-    begun = any(output.glob("*/summary.json"))
+    begun = sorted(path.parent for path in output.glob("*/summary.json"))
     if begun and os.path.lexists(marker) and _recipe_in(marker) != digest:
         raise RunError(
             f"{output} holds a comparison of another recipe; nothing in it was touched",
+            given=_differences(recipe, [path for path in begun if not path.name.startswith(TEACHER)]),
             do="name another --output, or repeat the options it was started with",
         )
     atomic_write.write_text(marker, digest + "\n")
+
+
+def _differences(recipe: Recipe, runs: Sequence[Path]) -> str | None:
+    """Return the fields that differ from those of a run, apart from what the cells of a comparison differ in.
+
+    Args:
+        runs: Finished cells; one with a teacher says most.
+    """
+    taught = [path for path in runs if f"-{ALONE}-" not in path.name]
+    try:
+        made = RunDir((taught or [*runs])[0]).recipe()
+    except (IndexError, RemapError):
+        return None
+    now, then = (_flat(one.written_out().model_dump(mode="json")) for one in (recipe, made))
+    for values in (now, then):  # null means 1
+        values["data.depth"] = values["data.depth"] or 1
+    rows = [
+        f"{key}: {now.get(key)} now, {then.get(key)} then"
+        for key in sorted({*now, *then})
+        if now.get(key) != then.get(key) and not key.startswith(_OF_CELLS if made.teachers else (*_OF_CELLS, "teacher"))
+    ]
+    if not rows and taught:  # the losses, which also differ between the cells of one comparison
+        rows = [
+            "losses: {} now, {} then".format(*(", ".join(loss.name for loss in one.losses) for one in (recipe, made)))
+        ]
+    return plain("; ".join(rows)) or None
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {key: value}
+    return {k: v for name, one in value.items() for k, v in _flat(one, f"{key}.{name}" if key else name).items()}
 
 
 def _recipe_in(marker: Path) -> str:

@@ -130,7 +130,8 @@ class SharedResources:
 
 def _listed(spec: DataSpec) -> tuple:
     """Return what decides which images there are."""
-    return (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled, spec.labels, spec.depth, spec.held_out)
+    images = (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled)
+    return (*images, spec.labels, spec.depth, spec.held_out, spec.per_class)
 
 
 _TITLES = {

@@ -3,12 +3,17 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from remap.data.views import listed
 from remap.distributed.device_memory import peak_bytes
 from remap.distributed.launch import accelerator
+from remap.distributed.sharding import is_sharded
 from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.metrics import metrics
 from remap.engine.state import State
+from remap.network import Network
 from remap.pipeline.components import RunComponents
 from remap.pipeline.judge import Judgement, judge
 from remap.pipeline.tracking import RunTracker
@@ -91,6 +96,7 @@ def summarize(
             **_accuracy(components, untrained, final, tracker.judged_before),
             "trainable_parameters": student.num_trainable,
             "total_parameters": student.num_parameters,
+            "flops": forward_flops(student),
         },
         "train_seconds": round(state.seconds, 2),
         "faults": {
@@ -124,6 +130,23 @@ def summarize(
         if more:
             summary["more_teachers"] = more
     return summary
+
+
+def forward_flops(student: Network) -> int | None:
+    """Return the floating-point operations of a forward pass of one image; None where they cannot be counted.
+
+    As ``torch.utils.flop_counter`` counts them: two for each multiply-add of products and convolutions.
+    """
+    modules = student.model.modules()
+    if is_sharded(student) or any(getattr(one, "_compiled_call_impl", None) is not None for one in modules):
+        return None
+    pixels = torch.zeros(1, *student.preprocess.shape, device=next(student.model.parameters()).device)
+    try:
+        with FlopCounterMode(display=False) as counter:  # which follows gradients, and cannot without
+            student.model(pixels)
+    except (RuntimeError, AssertionError):  # a figure that cannot be counted must not cost the run
+        return None
+    return counter.get_total_flops()
 
 
 def _accuracy(

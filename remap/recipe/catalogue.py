@@ -17,14 +17,27 @@ def folder() -> Path:
     return Path(str(files("remap_recipes")))
 
 
+# The sub-folder of suites, which are recipes on several sets of images; see ``remap.recipe.suite``.
+SUITES = "compare"
+
+
 def names() -> list[str]:
-    """Return the names of all shipped recipes, with their sub-folder."""
+    """Return the names of all shipped recipes, with their sub-folder; suites are not among them."""
+    return [name for name in _all_names() if not name.startswith(f"{SUITES}/")]
+
+
+def suites() -> list[str]:
+    """Return the names of all shipped suites, with their sub-folder."""
+    return [name for name in _all_names() if name.startswith(f"{SUITES}/")]
+
+
+def _all_names() -> list[str]:
     root = folder()
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
 
-def find(word: str) -> Path:
-    """Return a recipe's path: a file if the word ends in .yaml, else a shipped name.
+def find(word: str, *, suite: bool = False) -> Path:
+    """Return the path of a recipe, or of a suite: a file if the word ends in .yaml, else a shipped name.
 
     Raises:
         RecipeError: Neither exists, or it is not a readable file.
@@ -37,10 +50,14 @@ def find(word: str) -> Path:
             missing = error.errno == errno.ENOENT and not os.path.islink(path)
             raise RecipeError(["no such file" if missing else f"cannot be read: {error.strerror}"], word) from None
         return path
-    if word in names():
+    shipped, what = (suites(), "suite") if suite else (names(), "recipe")
+    if suite and f"{SUITES}/{word}" in shipped:
+        word = f"{SUITES}/{word}"
+    if word in shipped:
         return folder() / f"{word}.yaml"
-    hint = did_you_mean(word, names())
-    raise RecipeError([f"no shipped recipe of that name{hint} (shipped: {', '.join(names())})"], word)
+    raise RecipeError(
+        [f"no shipped {what} of that name{did_you_mean(word, shipped)} (shipped: {', '.join(shipped)})"], word
+    )
 
 
 def summary(name: str) -> str:

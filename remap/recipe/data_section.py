@@ -46,6 +46,9 @@ class DataSpec(Section):
     )
     unlabeled_only: bool = Field(default=False, description="Learn from the images without labels only.")
     labels: int | None = Field(default=None, ge=1, description="Labels to keep, the same for every seed; null is all.")
+    per_class: Annotated[int | None, LATER] = Field(
+        default=None, ge=1, description="Training images of each class to use, the same for every seed; null is all."
+    )
     held_out: Annotated[float | None, LATER] = Field(
         default=None, gt=0.0, lt=1.0, description="Share of the labelled training images to evaluate on instead."
     )

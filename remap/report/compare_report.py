@@ -34,13 +34,14 @@ def _write(folder: Path, table: dict[str, Any], pngs: bool) -> Path:
     rows, several = table["rows"], len(table["seeds"]) if len(table["seeds"]) > 1 else 0
     points = [
         Point(
-            row["method"], row["category"], row["trainable_parameters"], 100 * row[key]["mean"],
+            row["name"], row["category"], row["trainable_parameters"], 100 * row[key]["mean"],
             None if row[key]["spread"] is None else 100 * row[key]["spread"], key == "teacher",
+            key == "teacher" and row["pareto"],
         )
         for row in rows
         for key in ("alone", "teacher")
     ]  # fmt: skip
-    by_name = {row["method"]: row for row in rows}
+    by_name = {row["method"]: row for row in reversed(rows)}  # of swept ones the first
     lines = {
         f"{name}, labels only": 100 * by_name[name]["alone"]["mean"] for name in ("full", "linear") if name in by_name
     }
@@ -50,14 +51,16 @@ def _write(folder: Path, table: dict[str, Any], pngs: bool) -> Path:
     shown = [
         {
             "category": row["category"],
-            "method": row["method"],
+            "method": row["name"],
+            "pareto": row["pareto"],
             "parameters": row["trainable_parameters"],
             "share": row["trainable_parameters"] / row["total_parameters"],
             "alone": _cell(row["alone"]),
             "teacher": _cell(row["teacher"]),
             "best_alone": row["alone"]["mean"] == best["alone"],
             "best_teacher": row["teacher"]["mean"] == best["teacher"],
-            "gain": f"{100 * row['gain']:+.1f}",
+            "gain": _difference(row["difference"]["to_alone"], row["gain"]),
+            "to_full": _difference(row["difference"]["to_full"], None),
             "seconds": f"{row['teacher']['seconds']:.0f} s",
             "size": size(row["task_bytes"]),
         }
@@ -82,7 +85,7 @@ def _gains(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ordered = sorted(rows, key=lambda row: -row["gain"])
     return [
         {
-            "method": row["method"],
+            "method": row["name"],
             "points": row["gain"],
             "width": round(48 * abs(row["gain"]) / most, 2),
             "text": f"{100 * row['gain']:+.1f}",
@@ -100,18 +103,21 @@ def _answer(table: dict[str, Any]) -> str:
     rows = sorted(table["rows"], key=lambda row: -row["teacher"]["mean"])
     first = rows[0]
     text = (
-        f"With the teacher, {first['method']} is the most accurate of {len(rows)} methods: {_cell(first['teacher'])} %,"
+        f"With the teacher, {first['name']} is the most accurate of {len(rows)} methods: {_cell(first['teacher'])} %,"
         f" training {count(first['trainable_parameters'])} parameters"
         f" ({percent(first['trainable_parameters'] / first['total_parameters'])})."
     )
     if first["teacher"]["spread"] is None:
         text += " One seed says nothing about how far such figures vary; --seeds 3 does."
-    else:
-        near = [row for row in rows[1:] if not _apart(first["teacher"], row["teacher"])]
-        if near:
-            least = min([first, *near], key=lambda row: row["trainable_parameters"])
-            text += f" Within the spread over seeds, {_listed([row['method'] for row in near])} cannot be told from it"
-            text += f"; of these, {least['method']} trains the fewest parameters." if least is not first else "."
+    gaps = {frozenset(pair["methods"]): pair["difference"] for pair in table["pairs"]}
+    clear = {
+        next(iter(names - {first["name"]})) for names, gap in gaps.items() if first["name"] in names and _clear(gap)
+    }
+    near = [row for row in rows[1:] if row["name"] not in clear]
+    if near and gaps:
+        least = min([first, *near], key=lambda row: row["trainable_parameters"])
+        text += f" On the same images and seeds, {_listed([row['name'] for row in near])} cannot be told from it"
+        text += f"; of these, {least['name']} trains the fewest parameters." if least is not first else "."
     full = next((row for row in rows if row["method"] == "full"), None)
     if full is not None and full is not first:
         gap = 100 * (first["teacher"]["mean"] - full["alone"]["mean"])
@@ -124,10 +130,16 @@ def _answer(table: dict[str, Any]) -> str:
     )
 
 
-def _apart(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Whether two means differ by more than two standard errors of their difference."""
-    errors = [found["spread"] ** 2 / len(found["accuracies"]) for found in (first, second)]
-    return abs(first["mean"] - second["mean"]) > 2 * sum(errors) ** 0.5
+def _clear(gap: dict[str, Any] | None) -> bool:
+    return gap is not None and gap["distinguishable"]
+
+
+def _difference(found: dict[str, Any] | None, gain: float | None) -> str:
+    """Return a difference in points with its interval; in brackets where it is not distinguishable from none."""
+    if found is None:
+        return "" if gain is None else f"{100 * gain:+.1f}"
+    text = f"{100 * found['mean']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
+    return text if found["distinguishable"] else f"({text})"
 
 
 def _listed(names: list[str]) -> str:

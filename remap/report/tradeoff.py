@@ -18,7 +18,11 @@ _Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Point:
-    """A method of a comparison: trained parameters, mean accuracy in % and its spread, with or without the teacher."""
+    """A method of a comparison: trained parameters, mean accuracy in % and its spread, with or without the teacher.
+
+    Attributes:
+        on_front: Whether no other method is as accurate with as few trained parameters.
+    """
 
     name: str
     group: str
@@ -26,6 +30,7 @@ class Point:
     mean: float
     spread: float | None
     filled: bool
+    on_front: bool = False
 
 
 def tradeoff(name: str, points: Sequence[Point], lines: Mapping[str, float]) -> Drawing:
@@ -38,6 +43,9 @@ def tradeoff(name: str, points: Sequence[Point], lines: Mapping[str, float]) -> 
             axes.axhline(
                 value, color=COLOURS["muted"], linewidth=1, linestyle=style, label=f"{plain(label)} {value:.1f}"
             )
+        front = sorted((point.parameters, point.mean) for point in points if point.on_front)
+        if front:
+            axes.step(*zip(*front, strict=True), where="post", color=COLOURS["muted"], alpha=0.6, zorder=1)
         for point in points:
             colour = COLOURS[SERIES[groups.index(point.group) % 6]]
             fill = colour if point.filled else COLOURS["surface"]

@@ -25,7 +25,7 @@ COMMANDS = [
     ["tune", "--weights", "PLACE.safetensors"],
     ["tune", "--recipe", "PLACE"],
     ["tune", "--devices", "2", "--resume", "PLACE"],
-    ["compare", *SHORT, "--methods", "linear", "--output", "PLACE"],
+    ["compare", *SHORT, "--methods", "linear", "--seeds", "1", "--output", "PLACE"],
     ["cache", "build", "--data", "PLACE"],
     ["eval", "PLACE"],
     ["predict", "PLACE", "IMAGE"],

@@ -220,7 +220,7 @@ def test_compare_keeps_finished_cells(
 def test_compare_refuses_another_recipes_folder(
     remap: Callable[..., Result], pictures: Path, tiny: list[str], weak: list[str]
 ) -> None:
-    words = ["compare", "--methods", "linear", "--data", pictures, *tiny, *weak, "--output", "cmp"]
+    words = ["compare", "--methods", "linear", "--seeds", "1", "--data", pictures, *tiny, *weak, "--output", "cmp"]
     assert remap(*words).exit_code == 0
     other = remap(*words, "--set", "train.weight_decay=0.5")
     assert other.exit_code == 2 and "holds a comparison of another recipe" in other.message

@@ -30,7 +30,7 @@ def test_tune_takes_no_teacher(tiny: Any) -> None:
 
 def test_compare_gives_a_row_a_method(tiny: Any, tmp_path: Path) -> None:
     settings = [*tiny.SETTINGS, "train.epochs=1", "teacher.allow_weak=true"]
-    table = remap.compare(tiny.words(), ["linear"], settings=settings, output=tmp_path / "table")
+    table = remap.compare(tiny.words(), ["linear"], seeds=1, settings=settings, output=tmp_path / "table")
     assert [row["method"] for row in table["rows"]] == ["linear"] and table["seeds"] == [0]
     with pytest.raises(RecipeError, match="a comparison has one"):
         remap.compare(tiny.recipe(teacher=None, losses="ce"), ["linear"])

@@ -13,7 +13,8 @@ from remap.recipe.schema import TrainSpec, is_idle
 from remap.remapping import LOSSES
 from remap.tuning import METHODS
 
-SHIPPED = sorted((Path(__file__).resolve().parents[2] / "recipes").rglob("*.yaml"))
+_RECIPES = (Path(__file__).resolve().parents[2] / "recipes").rglob("*.yaml")
+SHIPPED = sorted(path for path in _RECIPES if path.parent.name != catalogue.SUITES)
 # Fields that cannot change what a run learns: its name, when it looks and saves, and how many hands and how much room
 # it has.
 SILENT = [

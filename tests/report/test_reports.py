@@ -52,7 +52,13 @@ def comparison(tmp_path: Path) -> Path:
     def row(category: str, method: str, parameters: int, alone: dict, teacher: dict) -> dict[str, Any]:
         gain = teacher["mean"] - alone["mean"]
         sizes = {"trainable_parameters": parameters, "total_parameters": 1_000_000, "task_bytes": 4 * parameters}
-        return {"category": category, "method": method, "alone": alone, "teacher": teacher, "gain": gain, **sizes}
+        gap = {"mean": gain, "low": gain - 0.01, "high": gain + 0.01, "distinguishable": gain > 0.01}
+        known = {"name": method, "pareto": method != "full", "difference": {"to_alone": gap, "to_full": None}}
+        means = {"alone": alone, "teacher": teacher, "gain": gain}
+        return {"category": category, "method": method, **known, **means, **sizes}
+
+    def pair(other: str, *, clear: bool) -> dict[str, Any]:
+        return {"methods": [other, "lora"], "difference": {"distinguishable": clear}}
 
     table = {
         "recipe": "digits",
@@ -71,6 +77,7 @@ def comparison(tmp_path: Path) -> Path:
             row("4 parameter tuning", "lora", 20_000, cell(0.85, 0.86), cell(0.86, 0.88)),
             row("4 parameter tuning", "bitfit", 7_000, cell(0.84, 0.86), cell(0.86, 0.87)),
         ],
+        "pairs": [pair("full", clear=True), pair("linear", clear=True), pair("bitfit", clear=False)],
     }
     (tmp_path / "compare.json").write_text(json.dumps(table))
     return tmp_path
@@ -168,12 +175,13 @@ def test_more_than_twenty_classes_are_pairs(run: RunDir) -> None:
 
 
 def test_a_comparison_in_one_page(comparison: Path) -> None:
-    """By hand: lora 87.0 is best; bitfit 86.5 is nearer than two standard errors, sqrt(0.01^2 / 1) and so on."""
+    """By hand: lora 87.0 is best, and of the others only bitfit is not distinguishable from it on the same images."""
     page = Page(report_comparison(comparison))
     require_self_contained(page)
     assert "lora is the most accurate of 4 methods: 87.0 ± 1.4" in page.text
     assert "bitfit cannot be told from it; of these, bitfit trains the fewest parameters" in page.text
     assert "Full tuning on labels alone reaches 81.0 ± 1.4 %, 6.0 points less" in page.text
+    assert "+1.5 [+0.5, +2.5]" in page.text and "(+0.5 [-0.5, +1.5])" in page.text and page.text.count("★") == 1 + 3
     assert HOSTILE in page.text and (comparison / "report" / "tradeoff.png").stat().st_size > 5000
     for name in ("full", "linear", "lora", "bitfit", "full, labels only 81.0", "teacher 97.0", "10 k"):
         assert name in page.texts

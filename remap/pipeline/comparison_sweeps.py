@@ -1,0 +1,118 @@
+"""What a comparison varies besides its methods: swept options and recipe fields, and loss sets."""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from remap.errors import RecipeError
+from remap.recipe import overrides, strict_yaml, validate
+from remap.recipe.named import loss_words
+from remap.recipe.problems import checked
+from remap.recipe.schema import LossSpec, MethodSpec, Recipe
+from remap.remapping import LOSSES
+from remap.tuning import config_of, parts_of
+
+_NOT_SWEPT = {"seed": "--seeds", "method": "--methods", "method.name": "--methods", "losses": "--loss-set"}
+# Swept keys and one value of each.
+Settings = tuple[tuple[str, Any], ...]
+
+
+def read_sweep(text: str) -> tuple[str, list[Any]]:
+    """Read "method.num_prompts=5,10" as a key and its values.
+
+    Raises:
+        RecipeError: It is written otherwise, or has an option of its own.
+    """
+    key, equals, values = text.partition("=")
+    key = key.strip()
+    if not equals or not key or not values.strip():
+        raise RecipeError([f"--sweep {text}: write KEY=VALUE,VALUE"], "command line")
+    if key in _NOT_SWEPT:
+        raise RecipeError([f"--sweep {text}: it has an option of its own, {_NOT_SWEPT[key]}"], "command line")
+    found = strict_yaml.parse(f"[{values}]", f"--sweep {text}")
+    if len({json.dumps(value) for value in found}) < len(found):
+        raise RecipeError([f"--sweep {text}: a value is given twice"], "command line")
+    return key, found
+
+
+def products(grid: Mapping[str, Sequence[Any]]) -> list[Settings]:
+    """Return every combination of the values; the one without any for an empty grid."""
+    return [tuple(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def with_settings(recipe: Recipe, settings: Settings) -> Recipe:
+    """Return the recipe with swept fields set, checked.
+
+    Raises:
+        RecipeError: A field or value is not one of a recipe.
+    """
+    if not settings:
+        return recipe
+    values, problems = recipe.model_dump(mode="json"), list[str]()
+    for key, value in settings:
+        overrides.apply(values, key, value, problems)
+    where = f"--sweep {' '.join(map(shown_setting, settings))}"
+    if problems:
+        raise RecipeError(problems, where)
+    return validate(values, where)
+
+
+def loss_set(recipe: Recipe, words: str) -> tuple[LossSpec, ...]:
+    """Return the losses that words name, checked with the recipe; those that it has keep their options.
+
+    Raises:
+        RecipeError: They cannot be used.
+    """
+    try:
+        chosen = [dict(one) if isinstance(one, dict) else {"name": one} for one in loss_words(words)]
+    except ValueError as error:
+        raise RecipeError([f"--loss-set {words}: {error}"], "command line") from None
+    own = {loss.name: loss.model_dump(mode="json") for loss in recipe.losses}  # with their temperature and the like
+    values = recipe.model_dump(mode="json") | {"losses": [{**own.get(one["name"], {}), **one} for one in chosen]}
+    # Idle ones are left out for each method; a method that is free to change everything hides none.
+    return validate(values | {"method": {"name": "full"}}, f"--loss-set {words}").losses
+
+
+def words_of(losses: Sequence[LossSpec]) -> str:
+    """Return the words of losses, with the weights that are not their defaults: "ce,kd:0.5"."""
+    return ",".join(
+        one.name + ("" if one.weight == LOSSES.row(one.name).weight else f":{one.weight:g}") for one in losses
+    )
+
+
+def options_of(method: str) -> set[str]:
+    """Return the names of a method's own options; a combination has none, since they are those of its methods."""
+    return set(config_of(method).model_fields) if len(parts_of(method)) == 1 else set()
+
+
+def require_owners(options: Mapping[str, Any], methods: Sequence[str]) -> None:
+    """Refuse swept options that no method has.
+
+    Raises:
+        RecipeError: Which ones.
+    """
+    of_all = set().union(*(options_of(word.partition("@")[0]) for word in methods)) if options else set()
+    missing = [f"--sweep method.{name}: none of {', '.join(methods)} has it" for name in options if name not in of_all]
+    if missing:
+        raise RecipeError(missing, "command line")
+
+
+def require_options(spec: MethodSpec) -> None:
+    """Check the options of a method.
+
+    Raises:
+        RecipeError: It does not take them.
+    """
+    if spec.options:
+        checked(config_of(spec.name), spec.options, f"method {spec.name}")
+
+
+def shown_setting(setting: tuple[str, Any]) -> str:
+    """Return "num_prompts=5" for an option of a method, and "train.epochs=5" for a field of the recipe."""
+    key, value = setting
+    return f"{key.removeprefix('method.')}={_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

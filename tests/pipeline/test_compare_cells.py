@@ -1,0 +1,108 @@
+"""Which runs a comparison has: methods, sweeps, loss sets, budgets; nothing is trained."""
+
+from typing import Any
+
+import pytest
+
+from remap.data.sources import open_data
+from remap.errors import RecipeError
+from remap.pipeline.comparison_budget import read_budget, within_parameters
+from remap.pipeline.comparison_cells import category_title, chosen_methods, comparison_cells
+from remap.pipeline.comparison_search import Search, require_searchable
+from remap.tuning import CATEGORIES
+
+
+def test_the_default_is_two_methods_of_each_category_and_a_remapped_student() -> None:
+    titles = [category_title(word) for word in chosen_methods(None)]
+    assert [titles.count(title) for title in CATEGORIES.values()] == [2, 2, 2, 2, 1]
+
+
+def test_options_are_swept_where_a_method_has_them(tiny: Any) -> None:
+    sweeps = ["method.num_prompts=5,10", "method.place=prepend,add"]
+    cells = comparison_cells(tiny.recipe(losses="ce,kd"), ["vpt_deep", "lora"], 2, sweeps)
+    labels = list(dict.fromkeys(cell.label for cell in cells))
+    assert labels == [
+        *(f"vpt_deep num_prompts={count} place={place}" for count in (5, 10) for place in ("prepend", "add")),
+        "lora",
+    ]
+    assert len(cells) == len({cell.name for cell in cells}) == 5 * 2 * 2
+    assert {cell.recipe.method.options.get("num_prompts") for cell in cells} == {5, 10, None}
+    assert cells[0].name == "vpt_deep-num_prompts=5-place=prepend-alone-s0"
+
+
+def test_what_a_swept_value_does_not_change_is_run_once(tiny: Any) -> None:
+    """Labels alone are the same for each temperature, and for each loss set."""
+    recipe = tiny.recipe(losses="ce,kd")
+    cells = comparison_cells(recipe, ["lora"], 1, ["losses.kd.temperature=1,2.5"], ["ce,kd", "ce,kd:0.5"])
+    assert len(cells) == 2 * 3 and len({cell.name for cell in cells}) == 1 + 2 * 2
+    taught = {(cell.objective, cell.settings[0][1]): cell.recipe.losses[1] for cell in cells if cell.with_teacher}
+    found = {key: (loss.weight, loss.options["temperature"]) for key, loss in taught.items()}
+    weights = {"ce,kd": 1.0, "ce,kd:0.5": 0.5}
+    assert found == {(words, t): (weight, t) for words, weight in weights.items() for t in (1, 2.5)}
+
+
+def test_a_remapped_student_without_the_teachers_losses_keeps_its_weights(tiny: Any) -> None:
+    alone, taught = comparison_cells(tiny.recipe(losses="ce,kd"), ["full@layers"], 1)
+    assert alone.recipe.student.init == taught.recipe.student.init and alone.recipe.student.init.name == "layers"
+    assert [loss.name for loss in alone.recipe.losses] == ["ce"] and alone.recipe.teacher == taught.recipe.teacher
+
+
+@pytest.mark.parametrize(
+    ("sweeps", "loss_sets", "says"),
+    [
+        (["method.num_prompts"], [], "write KEY=VALUE,VALUE"),
+        (["method.num_prompts=5,5"], [], "a value is given twice"),
+        (["method.rank=4"], [], "none of vpt_deep has it"),
+        (["method.num_prompts=0"], [], "num_prompts"),
+        (["seed=1,2"], [], "--seeds"),
+        (["train.epoch=1"], [], "unknown key"),
+        ([], ["ce,nothing"], "unknown loss"),
+        ([], ["ce:x"], "must be a number"),
+    ],
+)
+def test_sweeps_that_cannot_be_used(tiny: Any, sweeps: list[str], loss_sets: list[str], says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        comparison_cells(tiny.recipe(losses="ce,kd"), ["vpt_deep"], 1, sweeps, loss_sets)
+
+
+@pytest.mark.parametrize("words", ["epoch=1", "epochs=0", "minutes=nan", "parameters=1.5", "5"])
+def test_budgets_that_are_none(words: str) -> None:
+    with pytest.raises(RecipeError, match="not a budget"):
+        read_budget(words)
+
+
+@pytest.mark.parametrize("words", ["x", "0", "grid:3", ":3", "tpe:"])
+def test_searches_that_are_none(words: str) -> None:
+    with pytest.raises(RecipeError, match="--search"):
+        Search.read(words)
+    assert Search.read("20") == Search(20, "tpe") and Search.read("random:3") == Search(3, "random")
+
+
+def test_a_search_needs_images_that_nothing_else_holds_out(tiny: Any) -> None:
+    with pytest.raises(RecipeError, match=r"data\.held_out"):
+        require_searchable(tiny.recipe("data.held_out=0.5", losses="ce,kd"))
+
+
+def test_a_budget_of_parameters_is_filled_by_the_closed_form(tiny: Any) -> None:
+    """Student: depth L 2, width D 16; head 3 (D + 1) = 51. vpt_deep trains L p D (Jia et al. 2022), lora 4 L D r (Hu et
+    al. 2022, query and value), houlsby 2 L (2 D r + r + D) (Houlsby et al. 2019); full tuning is above the budget.
+    """
+    most, head, depth, width = 700, 51, 2, 16
+    cells = comparison_cells(tiny.recipe(losses="ce,kd"), ["vpt_deep", "lora", "houlsby", "full", "linear"], 1)
+    kept, left_out = within_parameters(cells, most, classes=3)
+    found = {cell.method: cell.recipe.method.options for cell in kept}
+    assert found["vpt_deep"]["num_prompts"] == (most - head) // (depth * width)
+    assert found["lora"]["rank"] == (most - head) // (4 * depth * width)
+    assert found["houlsby"]["bottleneck"] == ((most - head) // (2 * depth) - width) // (2 * width + 1)
+    assert found["linear"] == {} and list(left_out) == ["full"] and "trains" in left_out["full"]
+    with pytest.raises(RecipeError, match="lora trains more parameters with any rank"):
+        within_parameters([cell for cell in cells if cell.method == "lora"], 60, classes=3)
+
+
+def test_some_images_of_each_class_are_the_same_ones_every_time(tiny: Any) -> None:
+    """8 images of each of 3 classes; evaluation images stay."""
+    whole, few, more = (open_data(tiny.data, None, 0.2, per_class=count) for count in (None, 3, 20))
+    assert few.train.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    assert set(few.train.names) < set(whole.train.names) and few.val.names == whole.val.names
+    assert few.train.names == open_data(tiny.data, None, 0.2, per_class=3).train.names
+    assert more.train.names == whole.train.names
