@@ -106,6 +106,7 @@ def open_data(
     labels: int | None = None,
     depth: int | None = None,
     held_out: float | None = None,
+    selection: float | None = None,
 ) -> ImageData:
     """Open a data source.
 
@@ -117,6 +118,7 @@ def open_data(
         labels: Use the labels of this many training images; the others count as unlabelled.
         depth: Level of folders that are the classes; None is 1, and refuses class folders that hold only folders.
         held_out: Evaluate on this share of the labelled training images, in place of the evaluation images.
+        selection: Hold this share of the other labelled training images out, to choose the epoch by.
 
     Raises:
         DataError: There is nothing, fewer than two classes, an empty class, classes that differ between splits, or an
@@ -131,6 +133,8 @@ def open_data(
         data = data.with_labels(labels)
     if held_out is not None:
         data = data.with_held_out(held_out)
+    if selection is not None:
+        data = data.with_selection(selection)
     if unlabeled is None:
         return data
     for labeled in (source, val_source):

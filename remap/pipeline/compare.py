@@ -15,6 +15,7 @@ from remap.pipeline.objective import without_idle_losses
 from remap.progress import Progress
 from remap.recipe.checks import require_held_out_once
 from remap.recipe.schema import Recipe
+from remap.recipe.train_checks import require_rate
 from remap.runs.run_dir import RunDir
 from remap.tuning import CATEGORIES, category_of
 
@@ -50,6 +51,7 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: int, output: Path, pr
             do="compare slad (--methods slad), or leave teacher.joint out",
         )
     require_held_out_once(recipe)
+    require_rate(recipe)
     if recipe.student.shrink is not None:
         raise RunError(
             "a comparison needs a student that exists without the teacher",

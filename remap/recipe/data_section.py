@@ -49,6 +49,12 @@ class DataSpec(Section):
     held_out: Annotated[float | None, LATER] = Field(
         default=None, gt=0.0, lt=1.0, description="Share of the labelled training images to evaluate on instead."
     )
+    selection: Annotated[float | None, LATER] = Field(
+        default=None,
+        gt=0.0,
+        lt=1.0,
+        description="Share of the labelled training images held out for train.keep and patience; null is 0.1 for them.",
+    )
     augment: Literal["none", "light", "strong", "custom", "shift", "shift_flip"] = Field(
         default="none",
         description="light crops, strong also draws from RandAugment and erases, custom is what the next fields say.",

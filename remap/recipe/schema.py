@@ -44,6 +44,8 @@ BASE_WIDTH = 128
 LABEL_FREE_METHOD = "full"
 # In place of losses: the run chooses them.
 AUTO = "auto"
+# Share of the labelled training images that the epoch is chosen by.
+SELECTION = 0.1
 # Fields that change no result, by section.
 _SILENT = {"train": {"checkpoint_seconds", "eval_every", "processes", "parallel"}, "data": {"workers", "memory_gib"}}
 _DATA_PATHS = {"source", "val_source", "unlabeled"}
@@ -119,6 +121,8 @@ class Recipe(Section):
             object.__setattr__(self, "losses", tuple(LossSpec(name=name) for name in names))
         if label_free or not labels:
             object.__setattr__(self, "data", self.data.model_copy(update={"unlabeled_only": True}))
+        if self.train.selects and self.data.selection is None:
+            object.__setattr__(self, "data", self.data.model_copy(update={"selection": SELECTION}))
         return self
 
     @model_serializer(mode="wrap")
@@ -207,6 +211,8 @@ class Recipe(Section):
             student["init"] = _named(init, INITS.load(init.name).Config)
         # As recipes of one teacher and more were written first, so that runs of that time can be resumed.
         teachers = [named.without_later(spec, "shard") for spec in recipe.teachers]
+        # What is evaluated more rarely chooses among fewer epochs.
+        silent = _SILENT["train"] - ({"eval_every"} if recipe.train.selects else set())
         values = recipe.model_dump(mode="json", exclude={"name", "baseline", "choose_losses", "teachers"}) | {
             # The operations count, not the fields that name them.
             "data": named.without_later(
@@ -218,7 +224,7 @@ class Recipe(Section):
             "student": student,
             "method": _named(recipe.method, config_of(recipe.method.name)),
             "losses": [_named(loss, LOSSES.load(loss.name).Config) for loss in recipe.losses],
-            "train": named.without_later(recipe.train, *_SILENT["train"]),
+            "train": named.without_later(recipe.train, *silent),
         }
         if recipe.choose_losses:
             values["choose_losses"] = True
