@@ -191,7 +191,7 @@ def _require_fit(
     """
     given = {key: (tuple(t.shape), t.dtype) for key, t in tensors.items() if not key.startswith("memory/")}
     expected = {f"parameter/{name}": (tuple(t.shape), t.dtype) for name, t in trained.items()}
-    stepped = {key.split("/", 2)[2] for key in given if key.startswith("optimizer/")}
+    stepped = {key.split("/", 2)[-1] for key in given if key.startswith("optimizer/")}
     for name in stepped.intersection(trained):
         stored = {key: stored_number(value) for key, value in layout.get(id(trained[name]), {}).items()}
         expected |= {f"optimizer/{key}/{name}": (tuple(t.shape), t.dtype) for key, t in stored.items()}

@@ -9,6 +9,9 @@ from remap.data.pixels import MOST_MEGAPIXELS
 from remap.recipe.sections import PathOrName, Section
 from remap.registry import LATER
 
+# Share of the labelled training images that the epoch is chosen by, where a recipe does not say it.
+SELECTION = 0.1
+
 
 def _require_ends(ends: list[float]) -> list[float]:
     if len(ends) != 2 or not ends[0] < ends[1]:

@@ -202,6 +202,11 @@ class TrainSpec(Section):
         return self.keep == "best" or self.patience is not None
 
     @property
+    def silent(self) -> set[str]:
+        """Fields that change no result: how often an epoch is evaluated does where one is chosen."""
+        return {"checkpoint_seconds", "processes", "parallel", *(() if self.selects else ("eval_every",))}
+
+    @property
     def copies(self) -> int:
         """How many copies of what is trained there are besides the student's own."""
         return (self.keep == "best") + (self.ema is not None)
