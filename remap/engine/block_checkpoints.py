@@ -34,7 +34,7 @@ def checkpointed_blocks(network: Network) -> Iterator[None]:
     blocks = [network.model.get_submodule(path) for path in paths]
     replaced = [block.__dict__.get("forward") for block in blocks]  # of a method that gave it one of its own
     for block in blocks:
-        block.forward = _checkpointed(block.forward)  # type: ignore[method-assign]
+        block.forward = _checkpointed(block.forward)
     try:
         yield
     finally:
@@ -42,7 +42,7 @@ def checkpointed_blocks(network: Network) -> Iterator[None]:
             if forward is None:
                 del block.__dict__["forward"]
             else:
-                block.forward = forward  # type: ignore[method-assign]
+                block.forward = forward
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
