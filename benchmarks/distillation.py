@@ -32,7 +32,7 @@ from remap.cache.teacher_cache import cache_in_memory, cache_on_disk
 from remap.distributed.launch import accelerator
 from remap.engine.job import Job, StudentStep
 from remap.engine.loop import train
-from remap.engine.optim import adamw
+from remap.engine.optim import make_optimizer
 from remap.engine.teacher import CachedOutputs
 from remap.network import Runner
 from remap.pipeline.components import build_components
@@ -159,7 +159,7 @@ class Alone:
         self.step = StudentStep(parts.student, parts.objective, bf16=parts.bf16).to(engine.device)
         extra = [(name, p) for name, p in parts.objective.named_parameters() if p.requires_grad]
         self.parameters = [*parts.student.trained.values(), *(p for _, p in extra)]
-        self.optimizer = adamw(parts.student, extra, PEAK, 0.0)
+        self.optimizer = make_optimizer(parts.student, extra, PEAK, 0.0)
 
     def ask_teacher(self) -> None:
         for _ in range(self.engine.setting.steps):

@@ -61,7 +61,7 @@ def measure(parallel: str, model: str, method: str) -> list[int]:
 
     from remap.backbones.build import build
     from remap.distributed.sharding import bytes_held, shard
-    from remap.engine.optim import adamw
+    from remap.engine.optim import make_optimizer
     from remap.network import tuned
 
     if not torch.distributed.is_initialized():
@@ -69,7 +69,7 @@ def measure(parallel: str, model: str, method: str) -> list[int]:
     network = tuned(build(model, "none", 10), method, {})
     if parallel == "fsdp2":
         shard([network], torch.device("cpu"))
-    optimizer = adamw(network, [], 1e-3, 0.0)
+    optimizer = make_optimizer(network, [], 1e-3, 0.0)
     network.attached.train()
     pixels = torch.randn(1, 3, *network.anatomy.image_size)
     network.model.forward_head(network.model.forward_features(pixels)).square().mean().backward()

@@ -21,6 +21,7 @@ from remap_cli import (
     export,
     init,
     listings,
+    lr,
     models,
     predict,
     recipes,
@@ -82,7 +83,7 @@ def _root(
     warnings.showwarning = console.show_warning
 
 
-for command in (init.init, training.distill, training.tune, shrink.shrink, compare.compare):
+for command in (init.init, training.distill, training.tune, lr.lr, shrink.shrink, compare.compare):
     app.command(rich_help_panel=TRAIN)(command)
 app.command("eval", rich_help_panel=USE)(evaluate.evaluate)
 for command in (report.report, predict.predict, export.export, repeat.repeat):

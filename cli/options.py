@@ -84,8 +84,9 @@ class OptionRow:
 _models = functools.partial(OptionRow, panel="Models and losses")
 _training = functools.partial(OptionRow, panel=_TRAINING)
 _comparison = functools.partial(OptionRow, panel="Comparison")
-DISTILL, TUNE, BUILD, COMPARE = "distill", "tune", "cache build", "compare"
-_ALL, _RUNS, _TEACH = (DISTILL, TUNE, BUILD, COMPARE), (DISTILL, TUNE), (DISTILL, BUILD, COMPARE)
+DISTILL, TUNE, BUILD, COMPARE, LR = "distill", "tune", "cache build", "compare", "lr"
+_LONG, _RUNS = (DISTILL, TUNE, BUILD, COMPARE), (DISTILL, TUNE)
+_ALL, _TEACH = (*_LONG, LR), (DISTILL, BUILD, COMPARE)
 _TEACHER = (
     "Short name, timm name, local-dir:FOLDER, file or run directory; self or ema, made of the student; or several with"
 )
@@ -93,6 +94,7 @@ _LOSSES = "ce,kd,attention, of these what the method can follow; without a teach
 
 # Those that set a recipe field.
 RECIPE_OPTIONS = (
+    _models("teacher", str, (LR,), "none, labels only", f"{_TEACHER} weights: vit_large,dinov2_base:0.5."),
     _models("teacher", str, _TEACH, "mini_teacher", f"{_TEACHER} weights: vit_large,dinov2_base:0.5."),
     _models("student", str, _ALL, "mini_student", 'As for the teacher; or "shrink(teacher, depth=6, width=384)".'),
     _models("init", str, (DISTILL,), "the student's own", "Initialise from the teacher; see `remap remappings`."),
@@ -100,7 +102,7 @@ RECIPE_OPTIONS = (
     _models(
         "method",
         str,
-        (DISTILL, TUNE, BUILD),
+        (*_RUNS, BUILD, LR),
         "vpt_deep; digits hira",
         "Tuning method of the student; see `remap methods`.",
     ),
@@ -114,12 +116,12 @@ RECIPE_OPTIONS = (
     _training(
         "unlabeled",
         str,
-        _TEACH,
+        (*_TEACH, LR),
         None,
         "Folder or tar of images without labels, to distil on as well; without --data, alone.",
     ),
     _models("weights", str, _ALL, "pretrained", "For teacher and student: pretrained or none."),
-    _training("epochs", int, _ALL, "30; digits 12", "Passes over the training images."),
+    _training("epochs", int, _LONG, "30; digits 12", "Passes over the training images."),
     _training("batch_size", int, _ALL, "64; digits 32", "Images per update, over all processes."),
     _training("lr", float, _RUNS, "the method's own, by the student's width", "Peak learning rate."),
     _training("seed", int, _ALL, "0", "Decides every random choice."),
@@ -145,6 +147,7 @@ OPTIONS = (
     _comparison("search", str, (COMPARE,), "declared defaults", _SEARCH),
     _comparison("suite", str, (COMPARE,), None, _SUITE),
     _comparison("sets", Path, (COMPARE,), None, "Folder of the sets of a suite."),
+    OptionRow("steps", int, (LR,), None, "Steps of the test.", _TRAINING, default=100, least=1),
     OptionRow("recipe", str, _ALL, None, "A shipped recipe's name or a YAML file; other options override it."),
     OptionRow("settings", list[str], _ALL, None, "Any recipe field: --set train.lr=0.1. Repeatable.", flag="--set"),
     OptionRow("output", Path, _RUNS, "runs/NAME-METHOD-001", "Run directory to make."),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from remap.pipeline.commands import evaluate as evaluate
     from remap.pipeline.commands import shrink as shrink
     from remap.pipeline.commands import tune as tune
+    from remap.pipeline.find_lr import find_lr as find_lr
     from remap.pipeline.run import Result as Result
     from remap.pipeline.run import distill as distill
     from remap.pipeline.student_api import Student as Student
@@ -44,6 +45,7 @@ _PUBLIC = {
     "compare": "remap.pipeline.commands",
     "distill": "remap.pipeline.run",
     "evaluate": "remap.pipeline.commands",
+    "find_lr": "remap.pipeline.find_lr",
     "load_student": "remap.pipeline.student_api",
     "predict": "remap.prediction.predict",
     "register": "remap.plugins",

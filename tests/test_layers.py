@@ -43,7 +43,8 @@ HOMES = {
     "torch_pruning": ("remap.remapping.architecture.pruning",),
     "torchdistill": ("remap.remapping.knowledge.torchdistill_bridge",),
     "peft": ("remap.tuning.parameter.peft_bridge", "remap.exporting.peft_folder"),
-    "timm": ("remap.backbones", "remap_cli.models"),  # the listing of models asks timm for names
+    # The listing of models asks timm for names, and the optimisers are its own.
+    "timm": ("remap.backbones", "remap.engine.optim", "remap_cli.models"),
     "accelerate": ("remap.distributed", "remap.cache", "remap.engine", "remap.pipeline.probe"),
     "matplotlib": ("remap.report",),
     "jinja2": ("remap.report.page",),

@@ -44,7 +44,7 @@ def copies_across(contents: Mapping[str, Contents], progress: Progress) -> str |
     """Return in words how many images to evaluate on are copies of training images; None where none is.
 
     Args:
-        contents: By split: train, val, and maybe unlabeled and test.
+        contents: By split: train, val, and maybe unlabeled, test and selection.
     """
 
     def files(*splits: str) -> Iterator[tuple[str, bytes]]:
@@ -54,7 +54,7 @@ def copies_across(contents: Mapping[str, Contents], progress: Progress) -> str |
                 yield from zip(contents[split].split.names, map(bytes, digests), strict=True)
 
     learned = {digest: name for name, digest in files("train", "unlabeled")}
-    pairs = [f"{name} is {learned[digest]}" for name, digest in files("val", "test") if digest in learned]
+    pairs = [f"{name} is {learned[digest]}" for name, digest in files("val", "test", "selection") if digest in learned]
     if not pairs:
         return None
     shown = ", ".join(pairs[:3]) + (f" and {len(pairs) - 3} more" if len(pairs) > 3 else "")

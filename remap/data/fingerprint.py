@@ -113,10 +113,10 @@ def fingerprint(
     They are equal for equal images, in a folder or in a tar, in any path.
 
     Args:
-        known: Contents of some of the splits (train, val, test, unlabeled) as far as they were read already.
+        known: Contents of some of the splits (train, val, test, unlabeled, selection) as far as they were read already.
     """
     digest = hashlib.sha256(data.fingerprint().encode())
-    for name in ("train", "val", "test", "unlabeled"):
+    for name in ("train", "val", "test", "unlabeled", "selection"):
         split: Split | None = getattr(data, name)
         if split is not None:
             contents = (known or {}).get(name) or Contents(split, workers)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from remap.data import keyed_random
 from remap.data.augmentation import Augmentation
+from remap.data.balance import draw
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class EpochPlan:
     from epoch to epoch. A split smaller than a batch is one step. All is a function of (seed, epoch).
 
     Attributes:
+        expected: How often each image is drawn in an epoch (N,), where classes are balanced; None draws each once.
         augmentation, views, mixup, cutmix, mix_probability: As in ``DataSpec``.
     """
 
@@ -32,6 +34,7 @@ class EpochPlan:
     mixup: float = 0.0
     cutmix: float = 0.0
     mix_probability: float = 1.0
+    expected: NDArray[np.float64] | None = None
 
     @property
     def mixes(self) -> bool:
@@ -69,7 +72,10 @@ class EpochPlan:
         Neighbours in the order of the global batch are partners (0 and 1, 2 and 3, ...), on any process; the last of
         an odd number is its own.
         """
-        order = keyed_random.permutation(self.seed, epoch, self.images)
+        if self.expected is None:
+            order = keyed_random.permutation(self.seed, epoch, self.images)
+        else:
+            order = draw(self.seed, epoch, self.expected)
         size = self.step_images
         parts = np.array_split(np.arange(size), self.processes * self.accumulation)
         mine = parts[self.rank * self.accumulation :][: self.accumulation]

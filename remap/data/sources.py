@@ -107,6 +107,7 @@ def open_data(
     depth: int | None = None,
     held_out: float | None = None,
     per_class: int | None = None,
+    selection: float | None = None,
 ) -> ImageData:
     """Open a data source.
 
@@ -119,6 +120,7 @@ def open_data(
         depth: Level of folders that are the classes; None is 1, and refuses class folders that hold only folders.
         held_out: Evaluate on this share of the labelled training images, in place of the evaluation images.
         per_class: Learn from at most this many labelled images of each class.
+        selection: Hold this share of the other labelled training images out, to choose the epoch by.
 
     Raises:
         DataError: There is nothing, fewer than two classes, an empty class, classes that differ between splits, or an
@@ -135,6 +137,8 @@ def open_data(
         data = data.with_labels(labels)
     if held_out is not None:
         data = data.with_held_out(held_out)
+    if selection is not None:
+        data = data.with_selection(selection)
     if unlabeled is None:
         return data
     for labeled in (source, val_source):

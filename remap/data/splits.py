@@ -66,6 +66,7 @@ class ImageData:
         unlabeled: Training images without labels, all of them -1.
         skipped: Files left out before training, with the reason.
         split_rule: How train and val were divided, in words.
+        selection: Labelled images held out of the training images, that the epoch is chosen by.
     """
 
     source: str
@@ -76,6 +77,7 @@ class ImageData:
     skipped: tuple[tuple[str, str], ...] = field(default=())
     split_rule: str = ""
     unlabeled: Split | None = None
+    selection: Split | None = None
 
     @property
     def to_look_at(self) -> Split:
@@ -91,7 +93,7 @@ class ImageData:
     def fingerprint(self) -> str:
         """Return a hash of class names, file names, labels and order; ``remap.data.fingerprint`` adds the contents."""
         digest = hashlib.sha256(_bytes_of(self.classes))
-        for split in (self.train, self.val, self.test):
+        for split in (self.train, self.val, self.test, self.selection):
             if split is not None:
                 digest.update(split.described())
         if self.unlabeled is not None:
@@ -109,13 +111,26 @@ class ImageData:
         Raises:
             DataError: There are too few for both.
         """
+        train, val = self._held_out(share, "held_out")
+        rule = f"{self.split_rule}; {len(val)} of {len(self.train)} training images held out"
+        return replace(self, train=train, val=val, test=None, split_rule=rule)
+
+    def with_selection(self, share: float) -> "ImageData":
+        """Return the same data with a share of each class of the training images held out to choose the epoch by.
+
+        Raises:
+            DataError: There are too few for both.
+        """
+        train, selection = self._held_out(share, "selection")
+        rule = f"{self.split_rule}; {len(selection)} of {len(self.train)} training images choose the epoch"
+        return replace(self, train=train, selection=selection, split_rule=rule)
+
+    def _held_out(self, share: float, name: str) -> tuple[Split, Split]:
         fit, check = stratified(self.train.labels, round((1.0 - share) * len(self.train)))
         if not len(fit) or not len(check):
-            given = f"{len(self.train)} (data.held_out={share:g})"
+            given = f"{len(self.train)} (data.{name}={share:g})"
             raise DataError("there are too few labelled images to hold some out", given=given)
-        rule = f"{self.split_rule}; {len(check)} of {len(self.train)} training images held out"
-        train, val = self.train.take(fit), self.train.take(check)
-        return replace(self, train=train, val=val, test=None, split_rule=rule)
+        return self.train.take(fit), self.train.take(check)
 
     def with_per_class(self, count: int) -> "ImageData":
         """Return the same data with at most ``count`` training images of each class, the same ones every time."""

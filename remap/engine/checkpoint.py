@@ -6,6 +6,7 @@ There is no generator state to store: order, augmentation and dropout are functi
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from remap.distributed.collectives import all_reduce_min_max, is_main_process
 from remap.distributed.launch import ProcessLost
 from remap.distributed.sharding import copy_full_, gather_full
 from remap.engine import checkpoint_files
+from remap.engine.optim import state_after_a_step
 from remap.engine.state import State, parse_state
 from remap.errors import RunError, TrainingError
 from remap.io.names import plain
@@ -25,7 +27,10 @@ _LIMIT_FACTOR, _LIMIT_EXTRA = 16, 2**28
 
 @torch.no_grad()
 def snapshot(
-    trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, memory: Mapping[str, Tensor] | None = None
+    trained: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    memory: Mapping[str, Tensor] | None = None,
+    best: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint by name, complete and on the CPU. Every process has to call it.
 
@@ -34,17 +39,20 @@ def snapshot(
     Args:
         trained: Parameters, and buffers that training changes.
         memory: What a method remembers from step to step (``Attached.memory``).
+        best: The student after its best epoch.
     """
 
     def gathered(value: Any) -> Tensor:
-        return gather_full(torch.as_tensor(value).detach()).cpu().contiguous()
+        return gather_full(stored_number(value).detach()).cpu().contiguous()
 
     tensors: dict[str, Tensor] = {}
     for name, parameter in trained.items():
         tensors[f"parameter/{name}"] = gathered(parameter)
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{key}/{name}"] = gathered(value)
-    return tensors | {f"memory/{name}": gathered(tensor) for name, tensor in (memory or {}).items()}
+    for kind, more in (("memory", memory), ("best", best)):
+        tensors |= {f"{kind}/{name}": gathered(tensor) for name, tensor in (more or {}).items()}
+    return tensors
 
 
 def save_checkpoint(folder: Path, state: State, tensors: Mapping[str, Tensor]) -> None:
@@ -80,16 +88,18 @@ def load_checkpoint(
     trained: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     say: Callable[[str], None],
-) -> tuple[State, dict[str, Tensor]]:
+    student: Mapping[str, Tensor] = MappingProxyType({}),
+) -> tuple[State, dict[str, Tensor], dict[str, Tensor]]:
     """Put the newest complete generation back into the tensors of ``trained`` and the optimiser.
 
     Every process has to call it, with a folder that all of them see. Newer, damaged generations are deleted.
 
     Args:
         say: Called with a sentence for each damaged generation.
+        student: What the file may hold a copy of, as it was after the best epoch.
 
     Returns:
-        The state, and the method's memory as it was saved.
+        The state, the method's memory as it was saved, and the student after its best epoch, complete.
 
     Raises:
         RunError: None is complete, one cannot be read, it belongs to another recipe, or it does not fit the model.
@@ -118,18 +128,22 @@ def load_checkpoint(
     (state, tensors), path = reader.loaded, checkpoint_files.path_of(folder, number)
     if state.digest != digest:
         raise _belongs_elsewhere(path, plain(state.digest[:100]), digest)
-    _require_fit(path, trained, tensors)
+    layout = state_after_a_step(optimizer)
+    _require_fit(path, trained, student, tensors, layout)
     # Nothing in the job has changed so far: what is refused above leaves it as it was.
     for problem in reader.problems:
         say(f"{problem}; continuing from {path.name}, what came after is trained again")
     for name, parameter in trained.items():
         copy_full_(parameter, tensors[f"parameter/{name}"])
         if isinstance(parameter, nn.Parameter):
-            _load_optimizer_state(optimizer, name, parameter, tensors)
+            _load_optimizer_state(optimizer, name, parameter, tensors, layout.get(id(parameter), {}))
     if is_main_process():
         checkpoint_files.sweep(folder, number)
-    memory = {key.removeprefix("memory/"): value.clone() for key, value in tensors.items() if key.startswith("memory/")}
-    return state, memory
+    memory, best = (
+        {key.removeprefix(kind): value.clone() for key, value in tensors.items() if key.startswith(kind)}
+        for kind in ("memory/", "best/")
+    )
+    return state, memory, best
 
 
 def _belongs_elsewhere(path: Path, theirs: str, ours: str) -> RunError:
@@ -163,14 +177,26 @@ def _images(digest: str) -> str:
     return f"{labeled} training images{more}, fingerprint {fingerprint!r},"
 
 
-def _require_fit(path: Path, trained: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Check that a file holds the tensors of this model, and for each all of AdamW's state or (before a step) none."""
+def _require_fit(
+    path: Path,
+    trained: Mapping[str, Tensor],
+    student: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    layout: Mapping[int, Mapping[str, Any]],
+) -> None:
+    """Check that a file holds the tensors of this model, each with the optimiser's state or (before a step) without.
+
+    Args:
+        layout: ``state_after_a_step``.
+    """
     given = {key: (tuple(t.shape), t.dtype) for key, t in tensors.items() if not key.startswith("memory/")}
     expected = {f"parameter/{name}": (tuple(t.shape), t.dtype) for name, t in trained.items()}
-    for name in [name for name in trained if f"optimizer/step/{name}" in given]:
-        shape, dtype = expected[f"parameter/{name}"]
-        expected |= {f"optimizer/{moment}/{name}": (shape, dtype) for moment in ("exp_avg", "exp_avg_sq")}
-        expected[f"optimizer/step/{name}"] = ((), torch.float32)
+    stepped = {key.split("/", 2)[-1] for key in given if key.startswith("optimizer/")}
+    for name in stepped.intersection(trained):
+        stored = {key: stored_number(value) for key, value in layout.get(id(trained[name]), {}).items()}
+        expected |= {f"optimizer/{key}/{name}": (tuple(t.shape), t.dtype) for key, t in stored.items()}
+    if any(key.startswith("best/") for key in given):
+        expected |= {f"best/{name}": (tuple(t.shape), t.dtype) for name, t in student.items()}
     if given != expected:
         raise RunError(
             f"{path} does not fit this model",
@@ -180,14 +206,29 @@ def _require_fit(path: Path, trained: Mapping[str, Tensor], tensors: Mapping[str
 
 
 def _load_optimizer_state(
-    optimizer: torch.optim.Optimizer, name: str, parameter: nn.Parameter, tensors: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    name: str,
+    parameter: nn.Parameter,
+    tensors: Mapping[str, Tensor],
+    layout: Mapping[str, Any],
 ) -> None:
     optimizer.state.pop(parameter, None)  # a run that goes back to its beginning had no moments there
-    if f"optimizer/step/{name}" not in tensors:
-        return
-    for moment in ("exp_avg", "exp_avg_sq"):
-        value = tensors[f"optimizer/{moment}/{name}"]
-        # Moments lie where the parameter lies, shard by shard.
-        optimizer.state[parameter][moment] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
-        copy_full_(optimizer.state[parameter][moment], value)
-    optimizer.state[parameter]["step"] = tensors[f"optimizer/step/{name}"].to(parameter.device, copy=True)
+    for key, like in layout.items():
+        value = tensors.get(f"optimizer/{key}/{name}")
+        if value is None:
+            return
+        if not isinstance(like, Tensor):
+            optimizer.state[parameter][key] = value.item()
+        elif key != "step" and value.shape == parameter.shape:
+            # Moments lie where the parameter lies, shard by shard.
+            optimizer.state[parameter][key] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+            copy_full_(optimizer.state[parameter][key], value)
+        else:
+            # torch counts steps on the CPU, except in fused optimisers.
+            on_cpu = key == "step" and not optimizer.defaults.get("fused")
+            optimizer.state[parameter][key] = value.to("cpu" if on_cpu else parameter.device, copy=True)
+
+
+def stored_number(value: Any) -> Tensor:
+    """Return a number or tensor of an optimiser as a tensor; a Python number keeps all its bits."""
+    return torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None)

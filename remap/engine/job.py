@@ -7,7 +7,9 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from remap.cache.frozen_features import FrozenFeatures
@@ -84,6 +86,8 @@ class Job:
         may_be_overtaken: Accuracy of each teacher, by its number, that loses weight once the student is better.
         evaluation_images: How many images accuracies are measured on.
         initial_accuracy: The student's before training.
+        class_weights_C: What the loss on labels counts an image of each class, float32; None counts them alike.
+        expected_N: How often each training image is drawn in an epoch; None is once.
     """
 
     recipe: Recipe
@@ -107,6 +111,8 @@ class Job:
     may_be_overtaken: Mapping[int, float] = field(default_factory=dict)
     evaluation_images: int = 0
     initial_accuracy: float | None = None
+    class_weights_C: Tensor | None = None
+    expected_N: NDArray[np.float64] | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return all that is trained, by name: tuned parameters, head, the objective's projectors, and teachers'."""
@@ -149,12 +155,17 @@ def tensors_of(student: Network, objective: Objective, teachers: Sequence[Teache
     return student.tensors | changing | parameters_of(student, objective)
 
 
-def bytes_of_a_run(student: Network, objective: Objective, teachers: Sequence[Teacher]) -> int:
-    """Return the bytes on disk of three checkpoints (two stay while the next is written) and the task."""
+def bytes_of_a_run(student: Network, objective: Objective, teachers: Sequence[Teacher], copies: int = 0) -> int:
+    """Return the bytes on disk of three checkpoints (two stay while the next is written) and the task.
+
+    Args:
+        copies: How many more copies of what the student trains are in a checkpoint.
+    """
+    more = copies * sum(tensor.nbytes for tensor in student.tensors.values())
     changing = sum(tensor.nbytes for tensor in tensors_of(student, objective, teachers).values())
     # AdamW's two moments; its step counts are too small to matter.
     moments = 2 * sum(parameter.nbytes for parameter in parameters_of(student, objective).values())
-    return 3 * (changing + moments) + changing
+    return 3 * (changing + more + moments) + changing
 
 
 def epoch_plan(job: Job, accumulation: int) -> EpochPlan:
@@ -172,6 +183,7 @@ def epoch_plan(job: Job, accumulation: int) -> EpochPlan:
         mixup=job.recipe.data.mixup,
         cutmix=job.recipe.data.cutmix,
         mix_probability=job.recipe.data.mix_probability,
+        expected=job.expected_N,
     )
 
 

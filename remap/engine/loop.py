@@ -12,11 +12,13 @@ from remap.distributed.collectives import all_reduce_max, all_reduce_mean_, broa
 from remap.distributed.device_memory import peak_bytes
 from remap.distributed.interrupts import defer_signals, requested_signal, signal_exit_code, signal_name, watch_signals
 from remap.distributed.sharding import sharded
+from remap.engine.block_checkpoints import checkpointed_blocks
 from remap.engine.checkpoint import has_checkpoint
 from remap.engine.job import Job
 from remap.engine.non_finite import BrokenWeights, go_back, require_finite_weights, skip_step, weights_are_finite
 from remap.engine.optim import clip_gradients, learning_rate, set_learning_rate
 from remap.engine.overtaken import compare_with_teachers
+from remap.engine.selection import is_over
 from remap.engine.state import State
 from remap.engine.statistics import estimate_statistics
 from remap.engine.step import forward_backward, gather_result
@@ -27,16 +29,18 @@ from remap.progress import Pace
 
 
 def train(job: Job, *, resume: bool = False) -> State:
-    """Train until the last epoch; every process of the run calls it.
+    """Train until the last epoch, or until patience ends; every process of the run calls it.
+
+    Afterwards the student is the result: the last epoch or the best, and its running average if the recipe takes one.
 
     Raises:
         TrainingError: Losses or gradients stay non-finite, or memory does not suffice for a single image.
         Interrupted: A signal asked to stop; the state is saved.
     """
     spec, accelerator = job.recipe.train, job.accelerator
-    with _opened(job, resume=resume) as training:
+    with opened(job, resume=resume) as training:
         pace = Pace()
-        while training.state.epoch < spec.epochs:
+        while not is_over(training.state, spec):
             training.start_epoch()
             # Looked up once an epoch: going back to a checkpoint puts another state in the place of this one.
             state, optimizer, steps = training.state, training.optimizer, training.plan.steps
@@ -64,6 +68,8 @@ def train(job: Job, *, resume: bool = False) -> State:
                             for teacher in job.teachers:
                                 teacher.after_step(job.student, update)
                             job.objective.after_step()
+                            if training.average is not None:
+                                training.average.follow(update)
                             optimizer.zero_grad(set_to_none=True)
                             state.count(result.losses)
                         else:
@@ -80,11 +86,12 @@ def train(job: Job, *, resume: bool = False) -> State:
                 _finish_epoch(training)
             except BrokenWeights:
                 go_back(training)
+        training.deliver()
         return training.state
 
 
 @contextmanager
-def _opened(job: Job, *, resume: bool) -> Iterator[Training]:
+def opened(job: Job, *, resume: bool) -> Iterator[Training]:
     """The job at its first step, or where its checkpoint left it; it is put back into a plain state afterwards."""
     resume = resume and _has_checkpoint(job)
     attached = job.student.attached
@@ -97,6 +104,8 @@ def _opened(job: Job, *, resume: bool) -> Iterator[Training]:
                 attached.prepare(job.sample)
         if not resume:  # they are in the checkpoint otherwise
             estimate_statistics(job)
+        if job.recipe.train.checkpoint_blocks:  # after the statistics, which need no gradient
+            stack.enter_context(checkpointed_blocks(job.student))
         if job.recipe.train.parallel != "ddp":
             stack.enter_context(sharded(job.made_of_student(), job.accelerator, job.progress))
         training = Training(job)  # after sharding, which replaces the parameters that the optimiser holds
@@ -129,7 +138,7 @@ def _begin(training: Training, *, resume: bool) -> None:
         job.on_resume(training.state, training.plan.steps)
     else:
         # Processes may have drawn different weights; sharded ones are one set already.
-        broadcast_(training.accelerator, [t for t in job.tensors().values() if not isinstance(t, DTensor)])
+        broadcast_(training.accelerator, [t for t in training.tensors().values() if not isinstance(t, DTensor)])
         if not weights_are_finite(training):
             raise TrainingError(
                 "the weights to be trained are not finite before the first step",
@@ -189,7 +198,8 @@ def _finish_epoch(training: Training) -> None:
     record |= job.objective.scheduled()
     if done % training.spec.eval_every == 0 or done == training.spec.epochs:
         try:
-            found = job.evaluate()
+            with training.as_result():
+                found = job.evaluate()
         except Interrupted as error:  # the steps of the epoch are done; a resumed run begins with the evaluation
             if not error.at_once:
                 _save(training, must=True)
@@ -202,6 +212,7 @@ def _finish_epoch(training: Training) -> None:
     record["seconds"] = round(state.seconds, 3)
     state.history.append(record)
     state.epoch, state.step, state.counted, state.loss_sums = done, 0, 0, {}
+    training.note_best()
     if training.accelerator.is_main_process:
         job.on_epoch(state.history)
     _save(training)

@@ -37,7 +37,7 @@ def inputs_of(training: Training, batch: Batch, bad_targets: list[Tensor]) -> In
     """
     job, device = training.job, training.accelerator.device
     images = batch.images_BCHW.to(device, non_blocking=True)
-    labels = _labels(batch, training.plan.labeled_share(job.labeled), device)
+    labels = _labels(batch, training.plan.labeled_share(job.labeled), job.class_weights_C, device)
     targets: list[Mapping[str, Tensor]] = [{}] * (1 + max((teacher.number for teacher in job.teachers), default=0))
     for teacher in job.teachers:
         items = targets[teacher.number] = teacher.targets(images, batch.indices_B, batch.view)
@@ -54,7 +54,7 @@ def run_student(training: Training, inputs: Inputs) -> Signals:
     return training.module.runner(inputs.images_BCHW, inputs.features)
 
 
-def _labels(batch: Batch, known: float, device: torch.device) -> Labels:
+def _labels(batch: Batch, known: float, weights_C: Tensor | None, device: torch.device) -> Labels:
     mixed = (batch.other_B, batch.share_B)
     other_B, share_B = (None if tensor is None else tensor.to(device, non_blocking=True) for tensor in mixed)
-    return Labels(batch.labels_B.to(device, non_blocking=True), other_B, share_B, known)
+    return Labels(batch.labels_B.to(device, non_blocking=True), other_B, share_B, known, weights_C)

@@ -53,8 +53,9 @@ def require_finite_weights(training: Training) -> None:
 
 def weights_are_finite(training: Training) -> bool:
     """Whether all that is trained, and the optimiser's moments, are finite on every process."""
-    moments = [value for state in training.optimizer.state.values() for value in state.values()]
-    tensors = (*training.job.tensors().values(), *moments)
+    stored = [value for state in training.optimizer.state.values() for value in state.values()]
+    moments = [value for value in stored if isinstance(value, Tensor)]
+    tensors = (*training.tensors().values(), *moments)
     finite = all_finite([tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors])
     return not any(all_reduce_max(training.accelerator, not finite))
 

@@ -1,9 +1,13 @@
-"""Parameter groups, AdamW and the learning-rate schedule."""
+"""Parameter groups, the optimiser and the learning-rate schedule."""
 
+import copy
 import math
+from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -12,28 +16,55 @@ from remap.network import Network
 from remap.recipe.schema import TrainSpec
 
 
-def adamw(
-    network: Network, extra: Iterable[tuple[str, nn.Parameter]], lr: float, weight_decay: float
-) -> torch.optim.AdamW:
-    """Return AdamW over what is trained: frozen parameters hold no gradient and no optimiser state.
+def make_optimizer(
+    network: Network,
+    extra: Iterable[tuple[str, nn.Parameter]],
+    lr: float,
+    weight_decay: float,
+    name: str = "adamw",
+) -> torch.optim.Optimizer:
+    """Return the optimiser over what is trained: frozen parameters hold no gradient and no optimiser state.
 
     No weight decay on biases, norms, scales and what the method exempts (prompts, gates).
 
     Args:
         extra: Parameters of the objective (projectors), by name.
+        name: One of ``train.optimizer``.
     """
     exempt = set(network.attached.no_decay)
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
-    for name, parameter in [*network.trained.items(), *extra]:
-        (undecayed if name in exempt or parameter.ndim <= 1 else decayed).append(parameter)
+    for path, parameter in [*network.trained.items(), *extra]:
+        (undecayed if path in exempt or parameter.ndim <= 1 else decayed).append(parameter)
     groups = [
         {"params": kind, "weight_decay": decay}
         for chosen, decay in ((decayed, weight_decay), (undecayed, 0.0))
         for kind in _by_kind(chosen)
     ]
+    if name != "adamw":
+        return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=weight_decay, momentum=0.9)
     # Fused: one kernel for all small tensors, which are most of what these methods train.
     return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+def state_after_a_step(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """Return what the optimiser stores of each parameter, by the parameter's id: names, shapes and types.
+
+    Found out by a step of zeros on the CPU; parameters of one shape in one group have the same.
+    """
+    probe, stand_of, groups = copy.copy(optimizer), dict[int, nn.Parameter](), []
+    for group in optimizer.param_groups:
+        stands: dict[tuple[torch.Size, torch.dtype], nn.Parameter] = {}
+        for parameter in group["params"]:
+            kind = (parameter.shape, parameter.dtype)
+            if kind not in stands:
+                stands[kind] = nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype))
+                stands[kind].grad = torch.zeros_like(stands[kind])
+            stand_of[id(parameter)] = stands[kind]
+        groups.append({**group, "params": list(stands.values())})
+    probe.state, probe.param_groups = defaultdict(dict), groups
+    probe.step()
+    return {key: dict(probe.state[stand]) for key, stand in stand_of.items()}
 
 
 def _by_kind(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -3,7 +3,6 @@
 All but ``joint_teacher`` are frozen.
 """
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from remap.engine.average import Average, average_pairs
 from remap.network import Network, Runner
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Objective
@@ -121,29 +121,12 @@ class AverageTeacher(Teacher):
     ) -> None:
         super().__init__(network, objective, number, accelerator, bf16=bf16)
         self.decay = decay
-        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._average: Average | None = None
 
     def after_step(self, student: Network, update: int) -> None:
-        if not self._pairs:  # once, in the first step: before, both networks may be moved or sharded
-            self._pairs = average_pairs(self.network, student)
-        # The first weights count less and less: with a decay of 0.999 they would stay for thousands of steps.
-        move_average(self._pairs, min(self.decay, (1 + update) / (10 + update)))
+        if self._average is None:  # once, in the first step: before, both networks may be moved or sharded
+            self._average = Average(average_pairs(self.network, student), self.decay)
+        self._average.follow(update)
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"teacher{self.number}.{name}": tensor for name, tensor in self.network.tensors.items()}
-
-
-def average_pairs(average: Network, student: Network) -> list[tuple[Tensor, Tensor]]:
-    """Return each tensor of the average that is not shared, with the student's of the same name."""
-    tensors = average.tensors
-    return [(tensors[name], tensor) for name, tensor in student.tensors.items()]
-
-
-@torch.no_grad()
-def move_average(pairs: Sequence[tuple[Tensor, Tensor]], decay: float) -> None:
-    """Set the first of each pair to decay * first + (1 - decay) * second, in place; counters are copied."""
-    for average, current in pairs:
-        if average.is_floating_point():
-            average.lerp_(current, 1.0 - decay)
-        else:
-            average.copy_(current)

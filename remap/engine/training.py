@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +10,12 @@ from torch.distributed.tensor import DTensor
 
 from remap.data.batches import Batch
 from remap.data.order import EpochPlan
-from remap.distributed.sharding import is_sharded
+from remap.distributed.sharding import copy_full_, is_sharded
+from remap.engine.average import Average, copy_of
 from remap.engine.checkpoint import load_checkpoint, save_checkpoint, snapshot
 from remap.engine.job import Job, StudentStep, epoch_plan, require_divisible
-from remap.engine.optim import adamw
+from remap.engine.optim import make_optimizer
+from remap.engine.selection import best_epoch, kept_epoch
 from remap.engine.state import State, digest_of, require_within_plan
 from remap.errors import RunError
 
@@ -23,6 +26,8 @@ class Training:
     Attributes:
         state: Counters, as a checkpoint stores them. ``load`` puts another one in its place.
         parameters: All that is trained, by name.
+        average: The running average that is the result, where the recipe takes one.
+        best: Copies of the student's tensors after the best epoch so far; empty before, and where the last is kept.
         buffers: What training changes besides parameters by the images a process sees: batch statistics, states of
             losses and of averages. As in torch's DistributedDataParallel, all processes use those of the first one.
         stream: Micro-batches from ``state.step`` on; None where they have to be opened (again).
@@ -41,7 +46,14 @@ class Training:
         self.parameters = job.parameters()
         # Projectors of the objective, and what teachers train, go with the student's parameters.
         extra = [(name, p) for name, p in self.parameters.items() if name not in job.student.trained]
-        self.optimizer = adamw(job.student, extra, job.peak_lr, self.spec.weight_decay)
+        self.optimizer = make_optimizer(job.student, extra, job.peak_lr, self.spec.weight_decay, self.spec.optimizer)
+        self.average: Average | None = None
+        self._average: dict[str, Tensor] = {}
+        if self.spec.ema is not None:
+            self._average = {name: copy_of(tensor) for name, tensor in job.student.tensors.items()}
+            pairs = zip(self._average.values(), job.student.tensors.values(), strict=True)
+            self.average = Average(list(pairs), self.spec.ema)
+        self.best: dict[str, Tensor] = {}
         self.buffers: list[Tensor] = []
         self._buffers_before: list[Tensor] = []
         self.stream: Iterator[Batch] | None = None
@@ -49,6 +61,29 @@ class Training:
         self.sharded = any(map(is_sharded, (job.student, *(teacher.network for teacher in job.teachers))))
         self.gradients_checked = False
         self._counted_at = self.saved_at = time.perf_counter()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a checkpoint holds besides the optimiser and ``best``: what training changes."""
+        return self.job.tensors() | {f"ema.{name}": tensor for name, tensor in self._average.items()}
+
+    def as_result(self) -> AbstractContextManager[None]:
+        """Give the student the numbers it would have as the result now: those of the average, if there is one."""
+        return nullcontext() if self.average is None else self.average.in_place()
+
+    @torch.no_grad()
+    def note_best(self) -> None:
+        """Copy the student, as the result it would be, where the newest epoch is the best."""
+        if self.spec.keep == "best" and best_epoch(self.state.history, self.spec.metric) == self.state.epoch:
+            source = self._average or self.job.student.tensors
+            self.best = {name: tensor.detach().clone() for name, tensor in source.items()}
+
+    @torch.no_grad()
+    def deliver(self) -> None:
+        """Give the student the numbers of the result; nothing is trained or saved afterwards."""
+        chosen = self.best if kept_epoch(self.state, self.spec) != self.state.epoch else self._average
+        for name, tensor in self.job.student.tensors.items():
+            if name in chosen:
+                tensor.copy_(chosen[name])
 
     @property
     def plan(self) -> EpochPlan:
@@ -58,7 +93,7 @@ class Training:
     def start_epoch(self) -> None:
         """Prepare for the remaining steps of epoch ``state.epoch``."""
         self.job.student.attached.train()  # the evaluation before left the model in eval mode
-        self.stream, tensors = None, self.job.tensors().values()
+        self.stream, tensors = None, self.tensors().values()
         self.buffers = [t for t in tensors if not isinstance(t, (nn.Parameter, DTensor))]
         self._counted_at = time.perf_counter()  # evaluation is not training time
 
@@ -97,7 +132,7 @@ class Training:
         # Sharded tensors are gathered by all processes together, replicated ones are read by the first alone.
         if not (is_main or any(isinstance(tensor, DTensor) for tensor in self.parameters.values())):
             return
-        tensors = snapshot(job.tensors(), self.optimizer, job.student.attached.memory())
+        tensors = snapshot(self.tensors(), self.optimizer, job.student.attached.memory(), self.best)
         if not is_main:
             return
         try:
@@ -115,9 +150,19 @@ class Training:
         """
         job = self.job
         assert job.checkpoint is not None
-        self.state, memory = load_checkpoint(
-            job.checkpoint, self.state.digest, job.tensors(), self.optimizer, job.progress.say
+        self.state, memory, best = load_checkpoint(
+            job.checkpoint, self.state.digest, self.tensors(), self.optimizer, job.progress.say, job.student.tensors
         )
+        if self.spec.keep == "best" and best_epoch(self.state.history, self.spec.metric) and not best:
+            raise RunError(
+                f"the checkpoint in {job.checkpoint} lacks the student of its best epoch",
+                do="start the run again in another --output",
+            )
+        self.best = {}
+        for name, tensor in job.student.tensors.items():
+            if name in best:
+                self.best[name] = torch.empty_like(tensor, requires_grad=False)
+                copy_full_(self.best[name], best[name])
         try:
             job.student.attached.recall(memory)
         except (KeyError, RuntimeError, ValueError, TypeError) as error:

@@ -119,7 +119,7 @@ def _gathered_labels(accelerator: Accelerator, parts: Sequence[Labels]) -> Label
     classes_B = joined([part.classes_B for part in parts])
     assert classes_B is not None
     other_B, share_B = joined([part.other_B for part in parts]), joined([part.share_B for part in parts])
-    return Labels(classes_B, other_B, share_B, parts[0].labeled)
+    return Labels(classes_B, other_B, share_B, parts[0].labeled, parts[0].weights_C)
 
 
 def _first_row(accelerator: Accelerator, count: int) -> int:

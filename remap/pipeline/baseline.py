@@ -21,7 +21,8 @@ def baseline_recipe(components: RunComponents, progress: Progress) -> Recipe | N
         progress.say(f"the student is not trained on labels alone, to compare with: {why}")
         return None
     train = same_steps(recipe.train, len(components.training_source.split), labeled)
-    train = train.model_copy(update={"eval_every": train.epochs})
+    if not train.selects:
+        train = train.model_copy(update={"eval_every": train.epochs})
     return labels_only(recipe).model_copy(update={"name": f"{recipe.name[:55]}-baseline", "train": train})
 
 
@@ -37,7 +38,8 @@ def same_steps(train: TrainSpec, images: int, fewer: int) -> TrainSpec:
     steps, steps_of_fewer = (max(1, count // train.batch_size) for count in (images, fewer))
     warmup = None if train.warmup_epochs is None else train.warmup_epochs * steps / steps_of_fewer
     epochs = -(-train.epochs * steps // steps_of_fewer)  # rounded up, in whole numbers
-    return train.model_copy(update={"epochs": epochs, "warmup_epochs": warmup})
+    patience = None if train.patience is None else -(-train.patience * steps // steps_of_fewer)
+    return train.model_copy(update={"epochs": epochs, "warmup_epochs": warmup, "patience": patience})
 
 
 def baseline_figures(summary: Mapping[str, Any]) -> dict[str, Any]:

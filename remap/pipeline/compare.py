@@ -21,6 +21,7 @@ from remap.pipeline.objective import without_idle_losses
 from remap.progress import Progress, Silent
 from remap.recipe.checks import require_held_out_once
 from remap.recipe.schema import Recipe
+from remap.recipe.train_checks import require_rate
 from remap.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def _require_comparable(recipe: Recipe, methods: Sequence[str]) -> None:
             do="compare slad (--methods slad), or leave teacher.joint out",
         )
     require_held_out_once(recipe)
+    require_rate(recipe)
     if recipe.student.shrink is not None:
         raise RunError(
             "a comparison needs a student that exists without the teacher",

@@ -14,6 +14,7 @@ from remap.data.views import ViewSource, listed
 from remap.distributed.launch import accelerator, use_bf16
 from remap.distributed.sharding import bytes_held, gather_full, is_sharded
 from remap.engine.self_teachers import copy_trained_tensors
+from remap.errors import TrainingError
 from remap.io.human_size import size
 from remap.network import Network, choose_attention, tuned
 from remap.pipeline.init_student import InitReport, init_from_teacher
@@ -173,8 +174,14 @@ def _load_teachers(
 
 
 def _tune(recipe: Recipe, classes: tuple[str, ...], backbone: Backbone) -> Network:
-    student = tuned(backbone, recipe.method.name, recipe.method.options)
+    student, train = tuned(backbone, recipe.method.name, recipe.method.options), recipe.train
     student.classes = classes
+    if (names := student.attached.pruning) and (train.selects or train.ema is not None):
+        raise TrainingError(
+            f"{' and '.join(names)} chooses in training what it keeps, so only its last student is complete",
+            given=f"train.keep={train.keep}, train.patience={train.patience}, train.ema={train.ema}",
+            do="leave them out, or take another method",
+        )
     # Attached on the CPU first, so that draws do not depend on the device.
     student.model.to(accelerator().device)
     choose_attention(student, recipe.train.fused_attention, accelerator().device)

@@ -35,6 +35,7 @@ from remap.progress import Progress, Silent, Within
 from remap.recipe import Recipe, resolve, resolve_distill
 from remap.recipe.checks import require_held_out_once
 from remap.recipe.paths import is_run
+from remap.recipe.train_checks import require_rate
 from remap.runs.run_dir import RunDir, default_path, next_path
 from remap.runs.task import load_task, require_size_of_run, require_tuned
 
@@ -80,7 +81,7 @@ def run(
         components = build_components(recipe, run_dir, progress, shared)
         student, views = components.student, components.views
         features = cache_features(components, progress, shared)
-        tracker = RunTracker(components, features.get("val"), run_dir, clock, progress)
+        tracker = RunTracker(components, features, run_dir, clock, progress)
         if resuming and not has_checkpoint(run_dir.checkpoint):
             tracker.record_machine()  # here, and not where the checkpoint is loaded
         warn_before_training(components, progress)
@@ -111,7 +112,7 @@ def run(
         unchanged = frozen.require_unchanged(student)
 
         # Evaluate, and write the tuned student before the summary that says it is there.
-        evaluations = evaluate_at_end(components, tracker, progress)
+        evaluations = evaluate_at_end(components, tracker, progress, state)
         summary = summarize(components, tracker, untrained, evaluations, state)
         summary |= {"frozen": unchanged, "trainables": list(job.parameters()), **tried(run_dir)}
         if main:
@@ -139,6 +140,7 @@ def start(
     # Before the run directory exists, so that a mistake leaves nothing behind.
     require_divisible(recipe.train.batch_size, accelerator().num_processes, recipe.train.accumulation)
     shared = shared or SharedResources()
+    require_rate(recipe)
     validate_inputs(recipe, shared)
     recipe = without_idle_losses(recipe, progress)
     path = expanded(output) if output is not None else next_path(default_path(), f"{recipe.name}-{recipe.method.name}")

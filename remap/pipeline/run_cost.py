@@ -91,7 +91,7 @@ def run_cost(
     # Activations of one pass are held at a time, whatever the batch.
     micro = max(1, spec.batch_size // (spec.accumulation * processes))
     trained = [*components.student.trained.values(), *(p for p in components.objective.parameters() if p.requires_grad)]
-    # Times three below: gradients and the two moments of AdamW.
+    # Times three below: gradients and the two moments of AdamW; an average and the best epoch are copies.
     trained_bytes = sum(p.numel() * p.element_size() for p in trained)
     weights = _weight_bytes([components.student, *(teacher.network for teacher in components.teachers)])
     cached = {number for number, storage in storages.items() if storage.where != "each step"}
@@ -109,6 +109,8 @@ def run_cost(
     passes = 1 + -(-spec.epochs // spec.eval_every)  # before the first epoch, and always after the last
     test = components.views.test
     evaluated = passes * len(val.split) + (0 if test is None else len(test.split))
+    if (selection := components.views.selection) is not None:
+        evaluated += (passes - 1) * len(selection.split)
     # Evaluation divides images among processes, too.
     checks = profile.forward_seconds * evaluated / processes
     if needs_logits(recipe):  # the teachers are evaluated once
@@ -120,7 +122,7 @@ def run_cost(
     trials = len(objectives(recipe)) if recipe.choose_losses else 0
     trying = trials * EPOCHS * (1 - HELD_OUT) * step_seconds * steps
     task = sum(p.numel() * p.element_size() for p in components.student.trained.values()) + TASK_RECORD
-    of_run = bytes_of_a_run(components.student, components.objective, list(teachers.values()))
+    of_run = bytes_of_a_run(components.student, components.objective, list(teachers.values()), spec.copies)
     # Several teachers may be cached in different ways.
     in_memory = sum(storage.bytes for storage in storages.values() if storage.where == "memory")
     on_disk = sum(storage.bytes for storage in storages.values() if storage.where == "disk")
@@ -132,7 +134,7 @@ def run_cost(
         baseline_seconds=alone,
         trials_seconds=trying,
         memory_bytes=weights
-        + 3 * trained_bytes
+        + (3 + spec.copies) * trained_bytes
         + profile.activation_bytes * micro
         + (
             # On a GPU these are in the memory of the machine.

@@ -29,6 +29,7 @@ class DataViews:
             itself. Nothing is decoded or held in memory twice.
         unreadable: Images of all splits that were left out, with the reason.
         contents: What is known of the files' content, unreadable ones included, by split.
+        selection: Images held out of the labelled training images, that the epoch is chosen by.
     """
 
     data: ImageData
@@ -40,6 +41,7 @@ class DataViews:
     unlabeled: ViewSource | None
     training_source: ViewSource
     contents: dict[str, Contents] = field(default_factory=dict)
+    selection: ViewSource | None = None
     _fingerprint: str = ""
 
     @property
@@ -131,7 +133,7 @@ class SharedResources:
 def _listed(spec: DataSpec) -> tuple:
     """Return what decides which images there are."""
     images = (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled)
-    return (*images, spec.labels, spec.depth, spec.held_out, spec.per_class)
+    return (*images, spec.labels, spec.depth, spec.held_out, spec.per_class, spec.selection)
 
 
 _TITLES = {
@@ -139,6 +141,7 @@ _TITLES = {
     "unlabeled": "images without labels",
     "val": "evaluation images",
     "test": "test images",
+    "selection": "selection images",
 }
 
 
@@ -160,7 +163,7 @@ def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress) -> Da
     _require_few_bad(train, unlabeled, spec.max_bad)
     unreadable = (*train.bad_names(), *(unlabeled.bad_names() if unlabeled else ()))
     # An accuracy over fewer images than there are would be a different number: refused unless skip_bad says so.
-    for name in ("val", "test"):
+    for name in ("val", "test", "selection"):
         if name in sources:
             require_readable(sources[name], name, spec.skip_bad)
             unreadable += tuple(sources[name].bad_names())
@@ -177,6 +180,7 @@ def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress) -> Da
         unlabeled,
         _training_source(train, unlabeled, spec.unlabeled_only),
         {name: source.contents for name, source in sources.items()},
+        good.get("selection"),
     )
 
 

@@ -12,7 +12,7 @@ from remap.progress import Progress
 
 
 def cache_features(components: RunComponents, progress: Progress, shared: SharedResources) -> dict[str, FrozenFeatures]:
-    """Return the student's frozen features of the training and evaluation images, by "train" and "val".
+    """Return the student's frozen features of images, by "train", "val" and "selection", where there are any.
 
     Computed once for runs one after the other with the same student, method and images, as a run and its baseline are.
     Empty where the method changes the network from its first layer on, where views change, where a loss reads
@@ -28,21 +28,25 @@ def cache_features(components: RunComponents, progress: Progress, shared: Shared
     # Of images by their object: shared views stay in memory. The size of a pass may decide the last bits.
     key = (
         *(student.identity.sha256, recipe.method.model_dump_json(), components.bf16),
-        *(id(components.training_source), id(components.views.val), components.process_images, components.pass_images),
+        *(id(components.training_source), *map(id, _evaluated(components).values())),
+        *(components.process_images, components.pass_images),
     )
     if key in shared.features:
         return shared.features[key]
     started = time.perf_counter()
-    train, val = _features(components, components.training_source), _features(components, components.views.val)
+    train = _features(components, components.training_source)
+    others = {name: _features(components, source) for name, source in _evaluated(components).items()}
     # In the shapes of training and of evaluation: the last bits of a matrix product may depend on its shape.
     train.compute(components.process_images, components.pass_images, progress, "training images")
     if not components.recipe.label_free:  # features are judged behind the last block
-        val.compute(batch_size_of_evaluation(components.recipe), 0, progress, "evaluation images")
+        for name, title in (("val", "evaluation images"), ("selection", "selection images")):
+            if name in others:
+                others[name].compute(batch_size_of_evaluation(components.recipe), 0, progress, title)
+    count = sum(len(one.split) for one in (train, *others.values()))
     progress.say(
-        f"cached frozen features of {len(train.split) + len(val.split)} images: {needed / 2**20:.1f} MiB in "
-        f"{time.perf_counter() - started:.1f} s"
+        f"cached frozen features of {count} images: {needed / 2**20:.1f} MiB in {time.perf_counter() - started:.1f} s"
     )
-    shared.features = {key: {"train": train, "val": val}}  # the newest alone: they may take all the memory there is
+    shared.features = {key: {"train": train, **others}}  # the newest alone: they may take all the memory there is
     return shared.features[key]
 
 
@@ -56,7 +60,13 @@ def feature_bytes(components: RunComponents) -> int | None:
     if any(index < seam.first_block or index == depth for index in components.objective.student_needs().blocks):
         return None
     each = _features(components, components.training_source).bytes_per_image()
-    return each * (len(components.training_source.split) + len(components.views.val.split))
+    return each * sum(len(one.split) for one in (components.training_source, *_evaluated(components).values()))
+
+
+def _evaluated(components: RunComponents) -> dict[str, ViewSource]:
+    """Return the images that the student is evaluated on after each epoch."""
+    views = components.views
+    return {"val": views.val} | ({} if views.selection is None else {"selection": views.selection})
 
 
 def _features(components: RunComponents, source: ViewSource) -> FrozenFeatures:

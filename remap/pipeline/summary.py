@@ -12,6 +12,7 @@ from remap.distributed.launch import accelerator
 from remap.distributed.sharding import is_sharded
 from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.metrics import metrics
+from remap.engine.selection import described, kept_epoch
 from remap.engine.state import State
 from remap.network import Network
 from remap.pipeline.components import RunComponents
@@ -33,7 +34,9 @@ class FinalEvaluations:
     judged: Judgement | None = None
 
 
-def evaluate_at_end(components: RunComponents, tracker: RunTracker, progress: Progress) -> FinalEvaluations:
+def evaluate_at_end(
+    components: RunComponents, tracker: RunTracker, progress: Progress, state: State
+) -> FinalEvaluations:
     """Evaluate what has not been evaluated yet: a teacher that changed, and the test images, once."""
     recipe, views = components.recipe, components.views
     for number, teacher in enumerate(components.teachers):
@@ -51,7 +54,9 @@ def evaluate_at_end(components: RunComponents, tracker: RunTracker, progress: Pr
         progress.say(f"skipped {len(bad)} training image(s) that cannot be read: {listed(bad)}")
     if recipe.label_free:
         return FinalEvaluations(None, None, judge(components, "the student", progress))
-    val = tracker.last or tracker.evaluate()  # a resumed run may have had no epoch left to train
+    is_last = kept_epoch(state, recipe.train) == state.epoch
+    # A resumed run may have had no epoch left to train.
+    val = tracker.last if is_last and tracker.last is not None else tracker.evaluate()
     test = None
     if views.test is not None:
         # The test images are looked at once, after everything else is decided.
@@ -64,6 +69,7 @@ def summarize(
 ) -> dict[str, Any]:
     """Return all that is known once training has ended."""
     recipe, student, views = components.recipe, components.student, components.views
+    kept = state.history[kept_epoch(state, recipe.train) - 1]
     summary: dict[str, Any] = {
         "run_dir": str(tracker.run_dir.path),
         "recipe": recipe.name,
@@ -74,6 +80,7 @@ def summarize(
         "losses": {loss.name: loss.weight for loss in recipe.losses},
         "learning_rate": recipe.learning_rate(student.anatomy.width),
         "epochs": recipe.train.epochs,
+        "optimizer": recipe.train.optimizer,
         "processes": accelerator().num_processes,
         "device": str(accelerator().device),
         "precision": "bf16" if components.bf16 else "fp32",
@@ -105,10 +112,12 @@ def summarize(
             "accumulation": state.accumulation,
         },
         "peak_memory_bytes": peak_bytes(accelerator().device),
-        "final_losses": {
-            name: value for name, value in state.history[-1].items() if name in ("loss", *components.objective.terms)
-        },
+        "final_losses": {name: value for name, value in kept.items() if name in ("loss", *components.objective.terms)},
     }
+    if views.selection is not None:
+        summary["choice"] = described(state, recipe.train, len(views.selection.split))
+    if recipe.train.ema is not None:
+        summary["ema"] = recipe.train.ema
     if final.test is not None:
         summary["student"]["test_accuracy"] = final.test.accuracy
     terms: Any = components.objective.terms  # a ModuleDict does not say what its modules are

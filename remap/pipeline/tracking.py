@@ -1,12 +1,14 @@
 """Metrics while a run lasts: evaluated and recorded after each epoch. An experiment tracker gets them here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from remap.cache.frozen_features import FrozenFeatures
+from remap.data.views import ViewSource
 from remap.distributed.collectives import share_unreadable
 from remap.distributed.launch import accelerator
 from remap.engine.evaluate import Evaluation, evaluate_as
+from remap.engine.selection import SELECTION, selection_metric
 from remap.engine.state import State, digest_of
 from remap.errors import RunError
 from remap.pipeline.components import RunComponents
@@ -31,12 +33,13 @@ class RunTracker:
     def __init__(
         self,
         components: RunComponents,
-        features: FrozenFeatures | None,
+        features: Mapping[str, FrozenFeatures],
         run_dir: RunDir,
         clock: RunClock,
         progress: Progress,
     ) -> None:
-        self.components, self.features, self.run_dir = components, features, run_dir
+        self.components, self.run_dir = components, run_dir
+        self.features, self.selection_features = features.get("val"), features.get("selection")
         self.clock, self.progress = clock, progress
         self.last: Evaluation | None = None
         self.judged_before: Judgement | None = None
@@ -53,12 +56,17 @@ class RunTracker:
         self.judged_before = judged_once(self.run_dir.path, what, of, lambda: judge(parts, what, self.progress))
         return None
 
-    def evaluate(self, title: str = "the student") -> Evaluation:
-        """Evaluate the student on the evaluation images."""
+    def evaluate(
+        self,
+        title: str = "the student",
+        source: ViewSource | None = None,
+        features: FrozenFeatures | None = None,
+    ) -> Evaluation:
+        """Evaluate the student on images; by default on the evaluation images."""
         parts = self.components
-        return evaluate_as(
-            parts.recipe, parts.student, parts.views.val, accelerator(), self.progress, title, self.features
-        )
+        if source is None:
+            source, features = parts.views.val, self.features
+        return evaluate_as(parts.recipe, parts.student, source, accelerator(), self.progress, title, features)
 
     def after_epoch(self) -> dict[str, float]:
         """Refuse too many unreadable training images, then return the metrics of a student that has a classifier."""
@@ -70,7 +78,12 @@ class RunTracker:
         if self.components.recipe.label_free:
             return {}
         self.last = self.evaluate()
-        return {"accuracy": self.last.accuracy, "val_ce": self.last.loss}
+        found = {"accuracy": self.last.accuracy, "val_ce": self.last.loss}
+        if (chosen_by := views.selection) is not None:
+            what = "the student on selection images"
+            answers = self.evaluate(what, chosen_by, self.selection_features)
+            found[SELECTION] = selection_metric(self.components.recipe.train.metric, answers, chosen_by.split.labels)
+        return found
 
     def record_epoch(self, history: Sequence[dict[str, Any]]) -> None:
         """Write the metrics so far, and say the last. A full disk does not end a run: they are written again later."""
@@ -100,7 +113,7 @@ class RunTracker:
 def epoch_line(history: Sequence[dict[str, Any]], epochs: int) -> str:
     """Return the newest epoch in one line: losses, accuracy and the best so far, and its seconds of training."""
     last, earlier = history[-1], history[-2]["seconds"] if len(history) > 1 else 0.0
-    others = ("epoch", "loss", "accuracy", "val_ce", "seconds")
+    others = ("epoch", "loss", "accuracy", "val_ce", SELECTION, "seconds")
     terms = {name: value for name, value in last.items() if name not in others and not is_scheduled(name)}
     parts = [f"loss {last['loss']:.4g}"] if "loss" in last else []
     if parts and len(terms) > 1:
@@ -109,5 +122,7 @@ def epoch_line(history: Sequence[dict[str, Any]], epochs: int) -> str:
         best = max((one for one in history if "accuracy" in one), key=lambda one: one["accuracy"])
         where = "" if best is last else f" (epoch {best['epoch']})"
         parts += [f"accuracy {last['accuracy']:.1%}", f"best {best['accuracy']:.1%}{where}"]
+    if SELECTION in last:
+        parts.append(f"selection {last[SELECTION]:.4g}")
     parts.append(f"{last['seconds'] - earlier:.1f} s")
     return f"epoch {last['epoch']}/{epochs}: {', '.join(parts)}"

@@ -1,6 +1,11 @@
 """What the training loop of one run works on."""
 
+from typing import Any
+
+import torch
+
 from remap.cache.frozen_features import FrozenFeatures
+from remap.data.balance import class_weights
 from remap.data.copies import copies_across
 from remap.distributed.launch import accelerator
 from remap.engine.job import Job
@@ -56,7 +61,24 @@ def training_job(
         },
         evaluation_images=len(components.views.val.split),
         initial_accuracy=untrained,
+        **class_balance(components, progress),
     )
+
+
+def class_balance(components: RunComponents, progress: Progress) -> dict[str, Any]:
+    """Return the fields of a job that bring classes nearer to each other, and say it; none where all count alike."""
+    spec, names = components.recipe.train, components.student.classes or ()
+    if spec.class_weight_power == 0.0:
+        return {}
+    labels_N, in_loss = components.training_source.split.labels, spec.class_weight_by == "loss"
+    weights_C = class_weights(labels_N, len(names), spec.class_weight_power)
+    low, high, how = int(weights_C.argmin()), int(weights_C.argmax()), "counts" if in_loss else "is drawn"
+    progress.say(
+        f"an image of {names[low]} {how} {weights_C[low]:.3g} times, one of {names[high]} {weights_C[high]:.3g} times"
+    )
+    if not in_loss:
+        return {"expected_N": weights_C[labels_N]}
+    return {"class_weights_C": torch.tensor(weights_C, dtype=torch.float32, device=accelerator().device)}
 
 
 def warn_before_training(components: RunComponents, progress: Progress) -> None:

@@ -37,14 +37,16 @@ def trials(recipe: Recipe, shared: SharedResources) -> Iterator[tuple[str, Recip
     labeled, others = _images(recipe, shared)
     fewer = round((1.0 - HELD_OUT) * labeled)
     epochs, warmup = max(1, ceil(EPOCHS * recipe.train.epochs)), recipe.train.warmup_epochs
+    # All trials train for as long, and are judged after their last epoch.
     train = recipe.train.model_copy(
         update={
+            **{"keep": "last", "metric": "accuracy", "patience": None},
             "epochs": epochs,
             "warmup_epochs": None if warmup is None else EPOCHS * warmup,
             "eval_every": recipe.train.epochs,  # the last epoch is always evaluated
         }
     )
-    held_out = recipe.data.model_copy(update={"held_out": HELD_OUT})
+    held_out = recipe.data.model_copy(update={"held_out": HELD_OUT, "selection": None})
     # On a few held-out images no teacher is clearly above chance; the run itself asks on all evaluation images.
     teachers = tuple(spec.model_copy(update={"allow_weak": True}) for spec in recipe.teachers)
     update = {"data": held_out, "train": train, "teachers": teachers, "baseline": False, "choose_losses": False}

@@ -8,6 +8,7 @@ from remap.errors import RecipeError
 from remap.recipe.paths import is_run
 from remap.recipe.problems import lines_of
 from remap.recipe.schema import EMA, OF_OTHERS, DataSpec, Named, Recipe, StudentSpec, TeacherSpec
+from remap.recipe.train_checks import train_problems
 from remap.registry import did_you_mean
 from remap.remapping import LOSSES
 from remap.remapping.weights import INITS
@@ -18,7 +19,7 @@ def name_problems(recipe: Recipe) -> list[str]:
     """Return names that are in no table and combinations that cannot work, one line each."""
     checks = (
         *(_loss_problems, _teacher_problems, _init_problems, _shrink_problems),
-        *(_data_problems, _augment_problems, _train_problems),
+        *(_data_problems, _augment_problems, train_problems),
     )
     unknown = [
         f"losses[{index}].name: unknown loss {_unknown(loss.name, LOSSES.names)}"
@@ -99,7 +100,7 @@ def _data_problems(recipe: Recipe) -> Iterator[str]:
     if data.source is None:
         if data.unlabeled is None:
             yield "data.source: there are no images (set data.source, or data.unlabeled to learn without labels)"
-        for name in ("val_source", "labels", "held_out", "per_class"):
+        for name in ("val_source", "labels", "held_out", "per_class", "selection"):
             if getattr(data, name) is not None:
                 yield f"data.{name}: there are no labelled images (set data.source, or leave data.{name} out)"
         if not recipe.teachers:
@@ -132,18 +133,6 @@ def _augment_problems(recipe: Recipe) -> Iterator[str]:
         yield f"data.augment: every operation of {data.augment} is off (set data.crop or another one, or augment=none)"
     if {"rand_augment", "trivial_augment"} <= set(on):
         yield "data.trivial_augment: RandAugment is on as well (set data.rand_augment.ops=0)"
-
-
-def _train_problems(recipe: Recipe) -> Iterator[str]:
-    train = recipe.train
-    if recipe.choose_losses and (not recipe.teachers or recipe.label_free or recipe.data.source is None):
-        yield "losses: auto chooses among losses with a teacher by labelled images (name both, or the losses)"
-    if recipe.baseline and not recipe.teachers:
-        yield "baseline: a run without a teacher learns from labels alone already (set teacher.model, or leave it out)"
-    if train.warmup_epochs is not None and train.warmup_epochs >= train.epochs:
-        yield f"train.warmup_epochs: {train.warmup_epochs} must be less than train.epochs {train.epochs}"
-    if train.batch_size % train.accumulation:
-        yield f"train.batch_size: {train.batch_size} is not a multiple of accumulation {train.accumulation}"
 
 
 def _teacher_problems(recipe: Recipe) -> Iterator[str]:

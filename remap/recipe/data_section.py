@@ -9,6 +9,9 @@ from remap.data.pixels import MOST_MEGAPIXELS
 from remap.recipe.sections import PathOrName, Section
 from remap.registry import LATER
 
+# Share of the labelled training images that the epoch is chosen by, where a recipe does not say it.
+SELECTION = 0.1
+
 
 def _require_ends(ends: list[float]) -> list[float]:
     if len(ends) != 2 or not ends[0] < ends[1]:
@@ -51,6 +54,12 @@ class DataSpec(Section):
     )
     held_out: Annotated[float | None, LATER] = Field(
         default=None, gt=0.0, lt=1.0, description="Share of the labelled training images to evaluate on instead."
+    )
+    selection: Annotated[float | None, LATER] = Field(
+        default=None,
+        gt=0.0,
+        lt=1.0,
+        description="Share of the labelled training images held out for train.keep and patience; null is 0.1 for them.",
     )
     augment: Literal["none", "light", "strong", "custom", "shift", "shift_flip"] = Field(
         default="none",

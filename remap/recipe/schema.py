@@ -10,7 +10,7 @@ from remap.data.augmentation import Augmentation
 from remap.data.words import of_images
 from remap.io.paths import absolute
 from remap.recipe import named
-from remap.recipe.data_section import DataSpec
+from remap.recipe.data_section import SELECTION, DataSpec
 from remap.recipe.named import InitSpec, LossSpec, MethodSpec, Named, default_losses, is_idle, loss_words, name_only
 from remap.recipe.paths import absolute_data, absolute_model, absolute_weights
 from remap.recipe.sections import (
@@ -44,8 +44,8 @@ BASE_WIDTH = 128
 LABEL_FREE_METHOD = "full"
 # In place of losses: the run chooses them.
 AUTO = "auto"
-# Fields that change no result, by section.
-_SILENT = {"train": {"checkpoint_seconds", "eval_every", "processes", "parallel"}, "data": {"workers", "memory_gib"}}
+# Fields that change no result.
+_SILENT = {"workers", "memory_gib"}
 _DATA_PATHS = {"source", "val_source", "unlabeled"}
 
 
@@ -119,6 +119,8 @@ class Recipe(Section):
             object.__setattr__(self, "losses", tuple(LossSpec(name=name) for name in names))
         if label_free or not labels:
             object.__setattr__(self, "data", self.data.model_copy(update={"unlabeled_only": True}))
+        if self.train.selects and self.data.selection is None:
+            object.__setattr__(self, "data", self.data.model_copy(update={"selection": SELECTION}))
         return self
 
     @model_serializer(mode="wrap")
@@ -209,16 +211,14 @@ class Recipe(Section):
         teachers = [named.without_later(spec, "shard") for spec in recipe.teachers]
         values = recipe.model_dump(mode="json", exclude={"name", "baseline", "choose_losses", "teachers"}) | {
             # The operations count, not the fields that name them.
-            "data": named.without_later(
-                data, *_SILENT["data"], *Augmentation.model_fields, *(() if places else _DATA_PATHS)
-            )
+            "data": named.without_later(data, *_SILENT, *Augmentation.model_fields, *(() if places else _DATA_PATHS))
             | {"augment": data.augmentation.key()},
             "teacher": teachers[0] if teachers else None,
             "more_teachers": teachers[1:],
             "student": student,
             "method": _named(recipe.method, config_of(recipe.method.name)),
             "losses": [_named(loss, LOSSES.load(loss.name).Config) for loss in recipe.losses],
-            "train": named.without_later(recipe.train, *_SILENT["train"]),
+            "train": named.without_later(recipe.train, *recipe.train.silent),
         }
         if recipe.choose_losses:
             values["choose_losses"] = True

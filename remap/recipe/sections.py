@@ -16,6 +16,11 @@ LARGEST_SIDE = 8192
 PathOrName = Annotated[str, AfterValidator(require_path_or_name)]
 # Teachers that are made of the student.
 SELF, EMA = "self", "ema"
+# AdamW, and those of timm whose whole state is in numbers and tensors, so that a run resumes bit for bit.
+Optimizer = Literal[
+    "adamw", "sgd", "adabelief", "adafactor", "adam", "adamax", "adamp", "adopt", "laprop", "lars", "lion", "madgrad",
+    "mars", "muon", "nadamw", "novograd", "radam", "rmsproptf", "sgdp",
+]  # fmt: skip
 # Options of a teacher that one made of the student cannot have.
 OF_OTHERS = ("preset", "image_size", "classes", "epochs", "lr")
 
@@ -134,13 +139,16 @@ class StudentSpec(ModelSpec):
 
 
 class TrainSpec(Section):
-    """The training loop: AdamW with linear warm-up and cosine decay."""
+    """The training loop: an optimiser with linear warm-up and cosine decay; which epoch is the result."""
 
     epochs: int = Field(default=30, ge=1, description="Passes over the training images.")
     batch_size: int = Field(default=64, ge=1, description="Images per step over all processes and micro-batches.")
     lr: float | None = Field(default=None, gt=0.0, description="Peak learning rate; null is base_lr * 128 / width.")
     base_lr: float | None = Field(default=None, gt=0.0, description="Peak rate at width 128; null is the method's.")
-    weight_decay: float = Field(default=1e-4, ge=0.0, description="Weight decay of AdamW.")
+    optimizer: Annotated[Optimizer, LATER] = Field(
+        default="adamw", description="AdamW, or another of timm by its name there; sgd has Nesterov momentum 0.9."
+    )
+    weight_decay: float = Field(default=1e-4, ge=0.0, description="Weight decay of the optimiser.")
     warmup_epochs: float | None = Field(default=None, ge=0.0, description="Linear warm-up; null is a tenth of epochs.")
     min_lr: float = Field(default=0.0, ge=0.0, description="Learning rate at the end of the cosine decay.")
     clip_norm: float | None = Field(
@@ -160,3 +168,45 @@ class TrainSpec(Section):
     parallel: Literal["ddp", "fsdp2"] = Field(
         default="ddp", description="Each process holds the whole student, or a share of its blocks; results agree."
     )
+    keep: Annotated[Literal["last", "best"], LATER] = Field(
+        default="last", description="Epoch whose student is the result; best is by metric on selection images."
+    )
+    metric: Annotated[Literal["accuracy", "balanced_accuracy", "f1", "top5", "loss"], LATER] = Field(
+        default="accuracy", description="Metric on the selection images that keep and patience go by."
+    )
+    patience: Annotated[int | None, LATER] = Field(
+        default=None, ge=1, description="Epochs without a better metric after which training stops; null is never."
+    )
+    ema: Annotated[float | None, LATER] = Field(
+        default=None,
+        gt=0.0,
+        lt=1.0,
+        description="Decay of the running average of what is trained, which is the result; null takes no average.",
+    )
+    class_weight_power: Annotated[float, LATER] = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="A class of n images counts n^-power an image: 0 counts images alike, 1 classes.",
+    )
+    class_weight_by: Annotated[Literal["loss", "sampling"], LATER] = Field(
+        default="loss", description="Classes are weighted in the loss on labels, or by how often images are drawn."
+    )
+    checkpoint_blocks: Annotated[bool, LATER] = Field(
+        default=False, description="Compute blocks again in the backward pass: less memory, more time."
+    )
+
+    @property
+    def selects(self) -> bool:
+        """Whether something is decided by selection images."""
+        return self.keep == "best" or self.patience is not None
+
+    @property
+    def silent(self) -> set[str]:
+        """Fields that change no result: how often an epoch is evaluated does where one is chosen."""
+        return {"checkpoint_seconds", "processes", "parallel", *(() if self.selects else ("eval_every",))}
+
+    @property
+    def copies(self) -> int:
+        """How many copies of what is trained there are besides the student's own."""
+        return (self.keep == "best") + (self.ema is not None)

@@ -17,12 +17,14 @@ class Labels:
             mixed.
         share_B: How much of each image is its own, float32 in [0, 1]; None where nothing is mixed.
         labeled: Share of all training images (not of this batch) whose label is known; of mixed ones, both labels.
+        weights_C: What an image of each class counts in a loss on labels, float32; None counts them alike.
     """
 
     classes_B: Tensor
     other_B: Tensor | None = None
     share_B: Tensor | None = None
     labeled: float = 1.0
+    weights_C: Tensor | None = None
 
     @property
     def known_B(self) -> Tensor:

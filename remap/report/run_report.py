@@ -16,11 +16,11 @@ from remap.report.page import count, percent, rows_of, write_page
 from remap.runs.answers import read_evidence
 from remap.runs.interval import difference, wilson, with_interval
 from remap.runs.run_dir import RunDir
-from remap.runs.summary_schema import METRICS, summary_problem
+from remap.runs.summary_schema import METRICS, choice_in_words, summary_problem
 
 # Above it, a matrix is no longer read, and the pairs that are most confused are listed.
 MOST_CLASSES_IN_MATRIX = 20
-_NOT_LOSSES = ("epoch", "seconds", "accuracy", "val_ce")
+_NOT_LOSSES = ("epoch", "seconds", "accuracy", "val_ce", "selection")
 
 
 def report_run(run: RunDir, *, pngs: bool = True) -> Path:
@@ -187,6 +187,8 @@ def _facts(run: RunDir, summary: dict[str, Any], recipe: Recipe) -> dict[str, li
             "head of the teacher": summary["teacher"]["head"] if "teacher" in summary else None,
             "losses": ", ".join(f"{loss.name} × {loss.weight:g}" for loss in recipe.losses),
             "epochs": get("epochs"),
+            "result": choice_in_words(summary) if "choice" in summary else None,
+            "running average": get("ema"),
             "batch size": recipe.train.batch_size,
             "learning rate": f"{summary['learning_rate']:g}",
             "seed": get("seed"),

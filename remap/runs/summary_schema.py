@@ -43,6 +43,26 @@ _TEACHER: dict[str, Callable[[object], bool]] = {
 }
 
 
+_CHOICE: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("choice.keep", "choice.metric"), _is_word),
+    "choice.best": is_number,
+    **dict.fromkeys(("choice.images", "choice.best_epoch", "choice.kept_epoch", "choice.epochs_trained"), is_count),
+}
+
+
+def choice_in_words(summary: Mapping[str, Any]) -> str:
+    """Say which epoch is the result: "best epoch 7 of 12 by accuracy on 36 held-out training images (91.7%)"."""
+    choice = summary["choice"]
+    name, best, trained = choice["metric"].replace("_", " "), choice["best"], choice["epochs_trained"]
+    figure = f"{best:.4g}" if name == "loss" else f"{best:.1%}"
+    text = f"best epoch {choice['best_epoch']} of {trained} by {name} on {choice['images']} held-out training images"
+    text += f" ({figure})"
+    if choice["kept_epoch"] != choice["best_epoch"]:
+        text += "; the result is the last one (train.keep=best keeps the best)"
+    planned = summary["epochs"]
+    return text + (f"; stopped early, {planned} epochs were planned" if trained < planned else "")
+
+
 def summary_problem(summary: object) -> str | None:
     """Return what is wrong with a summary; None if it can be shown."""
     if not isinstance(summary, dict):
@@ -55,6 +75,8 @@ def summary_problem(summary: object) -> str | None:
         problem = "student.metrics is not an object of numbers"
     if problem is None and "baseline" in summary:
         problem = _problem(summary, {"baseline.accuracy": is_number}, "")
+    if problem is None and "choice" in summary:
+        problem = _problem(summary, {"epochs": is_count, **_CHOICE}, "")
     more = summary.get("more_teachers", [])
     teachers = [("teacher", summary["teacher"])] if "teacher" in summary else []
     if not isinstance(more, list) or (more and not teachers):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError, RunError
-from remap.tuning.base import Attachment, Sample, vectors
+from remap.tuning.base import Attachment, Sample, TrainingHooks, vectors
 from remap.tuning.dropout import SampleDropout
 
 
@@ -111,6 +111,12 @@ class Attached:
         for member in self.methods.values():
             if member.hooks.wants_sample:
                 member.hooks.prepare(sample)
+
+    @property
+    def pruning(self) -> list[str]:
+        """The methods that act between steps: they choose in training what stays."""
+        hooks = {name: member.hooks for name, member in self.methods.items()}
+        return [name for name, one in hooks.items() if type(one).after_step is not TrainingHooks.after_step]
 
     def after_step(self, step: int, total: int) -> None:
         """Let the methods act after optimiser step ``step`` of ``total``."""

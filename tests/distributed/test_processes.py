@@ -65,8 +65,16 @@ def test_ctrl_c_says_how_to_go_on(tiny: Any, tmp_path: Path, start_process: Star
     [
         (("data.augment=strong", "data.views=2", "teacher.cache=disk", "data.labels=12"), {"also": "self"}),
         (("data.augment=shift", "data.mixup=0.8", "data.cutmix=1.0", "train.accumulation=2"), {"also": "ema"}),
+        (
+            (
+                *("train.keep=best", "train.patience=1", "train.epochs=5", "train.metric=loss", "data.selection=0.3"),
+                *("train.ema=0.8", "train.class_weight_power=1", "train.class_weight_by=sampling"),
+                *("train.checkpoint_blocks=true", "train.lr=0.1"),
+            ),
+            {"also": "self"},
+        ),
     ],
-    ids=["closed views on disk, few labels", "mixing, an average"],
+    ids=["closed views on disk, few labels", "mixing, an average", "the best epoch, early stopping, an average"],
 )
 def test_two_processes_share_teachers_and_lessons(
     tiny: Any, tmp_path: Path, fork_command: Fork, settings: tuple[str, ...], words: dict[str, str]
@@ -80,6 +88,9 @@ def test_two_processes_share_teachers_and_lessons(
     one, two = _tensors(tmp_path / "one"), _tensors(tmp_path / "two")
     for name, tensor in one.items():
         assert torch.allclose(two[name], tensor, atol=1e-5, rtol=0), name
+    choices = [RunDir(tmp_path / name).summary().get("choice", {}) for name in ("one", "two")]
+    assert choices[0].pop("best", 0.0) == pytest.approx(choices[1].pop("best", 0.0), abs=1e-4)
+    assert choices[0] == choices[1]
 
 
 def test_processes_that_nobody_started_are_missed(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ def test_a_checkpoint_gives_back_numbers_and_counters(tmp_path: Path) -> None:
     _save(tmp_path / "c", state, trained, optimizer, {"a/b": torch.tensor([0.1])})
     others, other = _trained(seed=1)
     found = {**others, "mean": torch.zeros(2), "batches": torch.tensor(0)}
-    loaded, memory = load_checkpoint(tmp_path / "c", "abc", found, other, _silent)
+    loaded, memory, _ = load_checkpoint(tmp_path / "c", "abc", found, other, _silent)
     assert loaded == state and torch.equal(memory.pop("a/b"), torch.tensor([0.1])) and not memory
     assert all(torch.equal(found[name], tensor) for name, tensor in trained.items())
     for name, parameter in parameters.items():
@@ -183,7 +183,7 @@ def test_the_generation_before_stands_in_for_a_damaged_one(two: Path, name: str,
     elif damage != "gone":
         path.write_bytes(changed[damage])
     parameters, optimizer = _trained(seed=0)
-    state, _ = load_checkpoint(two, "abc", parameters, optimizer, said.append)
+    state, *_ = load_checkpoint(two, "abc", parameters, optimizer, said.append)
     first, _ = _trained(seed=1)
     assert state == State("abc", step=1)
     assert all(torch.equal(parameters[key], first[key]) for key in first)
@@ -223,7 +223,7 @@ def test_a_file_that_cannot_be_read_for_now_is_not_damaged(
     """It is tried again; if that does not help, nothing is deleted, and later the newest is there."""
     said: list[str] = []
     refused = _refuse(monkeypatch, name, number, times=2)
-    state, _ = load_checkpoint(two, "abc", *_trained(seed=0), said.append)
+    state, *_ = load_checkpoint(two, "abc", *_trained(seed=0), said.append)
     assert state.step == 2 and not said and len(refused) == 2
     before = {path.name: path.read_bytes() for path in two.iterdir()}
     monkeypatch.undo()
@@ -257,7 +257,7 @@ def test_no_flipped_bit_of_a_manifest_passes(two: Path) -> None:
         (two / "000002.json").write_bytes(_flip(data, place, place % 7))
         (two / "000002.safetensors").write_bytes(tensors)
         said: list[str] = []
-        state, _ = load_checkpoint(two, "abc", parameters, optimizer, said.append)
+        state, *_ = load_checkpoint(two, "abc", parameters, optimizer, said.append)
         assert state.step == (1 if said else 2), place
         passed += not said
     assert passed <= data.count(b" ") + data.count(b"\n")
@@ -330,7 +330,7 @@ def _forged(folder: Path, number: int = 1, *, body: dict | None = None, **state:
 def test_a_manifest_made_by_hand_is_read(tmp_path: Path) -> None:
     """What the next test forges is refused for what is wrong with it only."""
     _forged(tmp_path / "c", epoch=1, history=[{"epoch": 1, "loss": 0.5}], seconds=3)
-    state, _ = load_checkpoint(tmp_path / "c", "abc", *_trained(seed=1), _silent)
+    state, *_ = load_checkpoint(tmp_path / "c", "abc", *_trained(seed=1), _silent)
     assert state == State("abc", epoch=1, history=[{"epoch": 1, "loss": 0.5}], seconds=3)
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from remap.backbones.anatomy import set_fused_attention
+from remap.engine.average import average_pairs, move_average
 from remap.engine.self_teachers import averaged_copy
-from remap.engine.teacher import average_pairs, move_average
 from remap.errors import RecipeError
 from remap.network import Runner
 from remap.pipeline.compare import compare

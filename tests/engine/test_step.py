@@ -13,7 +13,7 @@ from torch import Tensor
 from remap.distributed.launch import accelerator
 from remap.engine import loop
 from remap.engine.job import Job, StudentStep
-from remap.engine.optim import adamw, learning_rate
+from remap.engine.optim import learning_rate, make_optimizer
 from remap.engine.step import forward_backward
 from remap.engine.training import Training
 from remap.errors import TrainingError
@@ -133,7 +133,7 @@ def test_the_schedule_counts_updates_and_not_micro_batches(
 def test_prompts_biases_and_norms_are_not_decayed(tiny: Any, job_of: Callable[..., Job], method: str) -> None:
     job = job_of(tiny.recipe(method=method, losses="ce" if method == "linear" else "ce,feature"))
     extra = [(name, p) for name, p in job.parameters().items() if name.startswith("objective.")]
-    optimizer = adamw(job.student, extra, 1e-3, 0.3)
+    optimizer = make_optimizer(job.student, extra, 1e-3, 0.3)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(job.parameters()) == sum(len(group["params"]) for group in optimizer.param_groups)
     for name, parameter in job.parameters().items():

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from remap.backbones.build import state_hash
 from remap.backbones.families import FAMILIES
 from remap.data.views import View
-from remap.engine.optim import adamw
+from remap.engine.optim import make_optimizer
 from remap.errors import RunError
 from remap.network import Network, Runner, choose_attention, tuned
 from remap.recipe.schema import ModelSpec
@@ -191,7 +191,7 @@ def _build(word: str, method: str) -> Network:
 def _train(network: Network, seed: int, steps: int = 3) -> None:
     """A few real steps on random labels: every trained tensor and running statistic leaves its initial value."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = adamw(network, [], lr=0.01, weight_decay=0.0)
+    optimizer = make_optimizer(network, [], lr=0.01, weight_decay=0.0)
     runner = Runner(network)
     for step in range(steps):
         network.attached.train()

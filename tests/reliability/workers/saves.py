@@ -100,7 +100,7 @@ def one_of_two(rank: int, seen: Path) -> None:
         name: torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for name, p in parameters.items()
     }
     sharded = torch.optim.AdamW(apart.values(), fused=True)
-    state, _ = load_checkpoint(seen / f"disk{rank}", "abc", apart, sharded, told.append)
+    state, *_ = load_checkpoint(seen / f"disk{rank}", "abc", apart, sharded, told.append)
     load_checkpoint(seen / f"disk{rank}", "abc", parameters, optimizer, print)
     for trainer, weights in ((optimizer, parameters), (sharded, apart)):
         for weight in weights.values():
@@ -169,7 +169,7 @@ for kill in range(KILLS):
     whole = newest_by_hand()
     if kill % 2:  # a run that goes on: it loads first
         parameters, optimizer = trained()
-        state, _ = load_checkpoint(folder, "abc", parameters, optimizer, print)
+        state, *_ = load_checkpoint(folder, "abc", parameters, optimizer, print)
         for parameter in parameters.values():
             assert (parameter == state.step).all() and (optimizer.state[parameter]["exp_avg"] == state.step).all()
         loaded, after = state.step, whole

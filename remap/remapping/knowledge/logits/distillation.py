@@ -43,7 +43,10 @@ class CrossEntropy(LossTerm):
     def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
         logits_BC = answer_to_labels(student).float()
         wanted = labels.main_B if labels.other_B is None else labels.probabilities_BC(logits_BC.shape[1])
-        losses_B = F.cross_entropy(logits_BC, wanted, reduction="none", label_smoothing=self.config.label_smoothing)
+        # Divided by the number of images, not by their weights: the parts of a batch add up.
+        losses_B = F.cross_entropy(
+            logits_BC, wanted, labels.weights_C, reduction="none", label_smoothing=self.config.label_smoothing
+        )
         return labels.mean(losses_B)
 
 

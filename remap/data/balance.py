@@ -1,0 +1,35 @@
+"""How classes of different sizes are brought nearer to each other: in the loss, or by how often images are drawn."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remap.data import keyed_random
+
+
+def class_weights(labels_N: NDArray[np.int64], classes: int, power: float) -> NDArray[np.float64]:
+    """Return what an image of each class counts, (C,): n^-power for n images, scaled to a mean of 1 over all images.
+
+    Args:
+        labels_N: Of the images; those without a label (-1) count nothing.
+    """
+    counts_C = np.bincount(labels_N[labels_N >= 0], minlength=classes).astype(np.float64)
+    weights_C = np.where(counts_C > 0, np.maximum(counts_C, 1.0) ** -power, 0.0)
+    return weights_C * (counts_C.sum() / (counts_C @ weights_C))
+
+
+def draw(seed: int, epoch: int, expected_N: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the N images of an epoch, in order; image i is among them floor or ceil of ``expected_N[i]`` times.
+
+    Systematic sampling: N evenly spaced marks on a line on which each image, in random order, takes up the length of
+    its expected number. A function of (seed, epoch).
+
+    Args:
+        expected_N: How often each image is expected; they sum to N.
+    """
+    images = len(expected_N)
+    line_N = keyed_random.permutation(seed, epoch, images)
+    start = keyed_random.uniform(seed, epoch, np.asarray([images]), 1, keyed_random.DRAW)[0, 0]
+    ends_N = np.cumsum(expected_N[line_N])
+    at_N = np.searchsorted(ends_N, (start + np.arange(images)) * (ends_N[-1] / images), side="right")
+    drawn_N = line_N[np.minimum(at_N, images - 1)]
+    return drawn_N[np.argsort(keyed_random.keys(seed, epoch, np.arange(images), keyed_random.DRAW), kind="stable")]

@@ -1,0 +1,65 @@
+"""Checks of the training section: options that exclude each other, or that have nothing to act on."""
+
+from collections.abc import Iterator
+
+from remap.errors import RecipeError
+from remap.recipe.schema import Recipe
+from remap.remapping import LOSSES
+
+
+def require_rate(recipe: Recipe) -> None:
+    """Refuse to train by another optimiser at a rate that a method has for AdamW.
+
+    Apart from ``train_problems``: a range test needs no rate.
+
+    Raises:
+        RecipeError: There is none.
+    """
+    train = recipe.train
+    if train.optimizer != "adamw" and train.lr is None and train.base_lr is None:
+        line = f"train.lr: the methods' own rates are for adamw (set one for {train.optimizer}; `remap lr` suggests it)"
+        raise RecipeError([line], recipe.name)
+
+
+def train_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield what is wrong with the section ``train``, alone or with others."""
+    train = recipe.train
+    if recipe.choose_losses and (not recipe.teachers or recipe.label_free or recipe.data.source is None):
+        yield "losses: auto chooses among losses with a teacher by labelled images (name both, or the losses)"
+    if recipe.baseline and not recipe.teachers:
+        yield "baseline: a run without a teacher learns from labels alone already (set teacher.model, or leave it out)"
+    if train.warmup_epochs is not None and train.warmup_epochs >= train.epochs:
+        yield f"train.warmup_epochs: {train.warmup_epochs} must be less than train.epochs {train.epochs}"
+    if recipe.data.selection is not None and not train.selects:
+        yield "data.selection: nothing is chosen by it (set train.keep=best or train.patience, or leave it out)"
+    if train.selects and recipe.label_free:
+        yield "train.keep, train.patience: a student without a classifier has no accuracy to go by (leave them out)"
+    if train.checkpoint_blocks and train.compile:
+        yield "train.checkpoint_blocks: compiled blocks save memory in their own way (leave one of the two out)"
+    if train.parallel == "fsdp2" and train.optimizer not in ("adamw", "sgd"):
+        yield f"train.optimizer: {train.optimizer} may need complete tensors (take adamw or sgd with fsdp2)"
+    yield from _balance_problems(recipe)
+    if train.metric != "accuracy" and not train.selects:
+        yield "train.metric: nothing is chosen by it (set train.keep=best or train.patience, or leave it out)"
+    if train.batch_size % train.accumulation:
+        yield f"train.batch_size: {train.batch_size} is not a multiple of accumulation {train.accumulation}"
+
+
+def _balance_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield why classes of different sizes cannot be weighted so."""
+    data, train, key = recipe.data, recipe.train, "train.class_weight_by"
+    on_labels = [loss for loss in recipe.losses if loss.name in LOSSES and LOSSES.row(loss.name).category == "labels"]
+    if train.class_weight_power == 0.0:
+        if train.class_weight_by != "loss":
+            yield f"{key}: all classes count alike (set train.class_weight_power, or leave {key} out)"
+    elif recipe.label_free:
+        yield "train.class_weight_power: no loss is about classes (leave it out)"
+    elif recipe.choose_losses and train.class_weight_by == "loss":
+        yield f"train.class_weight_power: losses: auto may choose none that reads labels (set {key}=sampling)"
+    elif train.class_weight_by == "loss":
+        if not any(loss.weight for loss in on_labels):
+            yield f"train.class_weight_power: none of the losses reads labels (add ce, or set {key}=sampling)"
+    elif data.unlabeled is not None or data.labels is not None:
+        yield f"{key}: the class of images without labels is not known (set {key}=loss)"
+    elif data.mixes:
+        yield f"{key}: an image that is drawn twice cannot be mixed with two others (set data.mixup and cutmix to 0)"
