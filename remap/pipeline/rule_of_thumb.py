@@ -20,13 +20,13 @@ def losing_case(summary: Mapping[str, Any]) -> str | None:
     best = max((one["accuracy"] for one in teachers if one["accuracy"] is not None), default=None)
     if student is None or best is None:
         return None
+    if baseline is not None and student > baseline["accuracy"]:
+        return None
     if best <= student:
         return (
             f"the teacher is not better than its student on these images ({best:.1%} and {student:.1%}): tune it, for"
             f" longer or with augmentation (teacher.prepare, teacher.epochs), or take a better one; {RULE}"
         )
-    if baseline is not None and student > baseline["accuracy"]:
-        return None
     prompts = any(row.category == "prompt" for row in rows_of(summary["method"]))
     if data["labeled_images"] == data["train_images"] and prompts:
         return f"with all labels, prompts seldom gain from a teacher: try lora or adaptformer; {RULE}"
