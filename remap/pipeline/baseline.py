@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from remap.pipeline.comparison_cells import labels_only
 from remap.pipeline.components import RunComponents
+from remap.pipeline.labels_only import labels_only, same_steps
 from remap.progress import Progress
-from remap.recipe.schema import Recipe, TrainSpec
+from remap.recipe.schema import Recipe
 
 
 def baseline_recipe(components: RunComponents, progress: Progress) -> Recipe | None:
@@ -31,15 +31,6 @@ def why_none(components: RunComponents) -> str | None:
     if not len(components.views.train.split):
         return "there are no labelled images"
     return "the student is cut from its teacher" if components.recipe.student.shrink is not None else None
-
-
-def same_steps(train: TrainSpec, images: int, fewer: int) -> TrainSpec:
-    """Return the training for fewer images with the steps of that for ``images``: their epochs are shorter."""
-    steps, steps_of_fewer = (max(1, count // train.batch_size) for count in (images, fewer))
-    warmup = None if train.warmup_epochs is None else train.warmup_epochs * steps / steps_of_fewer
-    epochs = -(-train.epochs * steps // steps_of_fewer)  # rounded up, in whole numbers
-    patience = None if train.patience is None else -(-train.patience * steps // steps_of_fewer)
-    return train.model_copy(update={"epochs": epochs, "warmup_epochs": warmup, "patience": patience})
 
 
 def baseline_figures(summary: Mapping[str, Any]) -> dict[str, Any]:

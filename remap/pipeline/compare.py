@@ -68,7 +68,7 @@ def compare(
     if budget is not None and budget[0] == "epochs":
         recipe = with_epochs(recipe, int(budget[1]))
     resources = _Resources(recipe, output, progress)
-    cells = comparison_cells(recipe, methods, seeds, plan.sweeps, plan.loss_sets)
+    cells = comparison_cells(recipe, methods, seeds, plan.sweeps, plan.loss_sets, resources.images_of)
     cells = resources.with_possible_inits(cells, optional=tuple(methods) == DEFAULT_METHODS)
     left_out: dict[str, str] = {}
     if budget is not None and budget[0] == "parameters":
@@ -148,6 +148,12 @@ class _Resources:
             data = (self.first.data, self.first.value_ranges, self.first.views)
             self._by_folder[path] = SharedResources(*data, teacher_folder=path)
         return self._by_folder[path]
+
+    def images_of(self, recipe: Recipe) -> tuple[int, int]:
+        """Return how many training images have a label, and how many an epoch has."""
+        from remap.pipeline.labels_only import images_of
+
+        return images_of(recipe, self.first)
 
     def with_possible_inits(self, cells: list[Cell], *, optional: bool) -> list[Cell]:
         """Return the cells whose students can start from the teacher's weights as named, before any is trained.

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,10 +20,10 @@ from remap.pipeline.comparison_sweeps import (
     with_settings,
     words_of,
 )
+from remap.pipeline.labels_only import labels_only, same_steps
 from remap.recipe.checks import method_problems
 from remap.recipe.named import InitSpec
 from remap.recipe.schema import LossSpec, MethodSpec, Recipe
-from remap.remapping import LOSSES
 from remap.remapping.weights import INITS
 from remap.tuning import CATEGORIES, METHODS, category_of, parts_of, rows_of
 
@@ -123,7 +123,12 @@ class Cell:
 
 
 def comparison_cells(
-    recipe: Recipe, methods: Sequence[str], seeds: int, sweeps: Iterable[str] = (), loss_sets: Iterable[str] = ()
+    recipe: Recipe,
+    methods: Sequence[str],
+    seeds: int,
+    sweeps: Iterable[str] = (),
+    loss_sets: Iterable[str] = (),
+    images_of: Callable[[Recipe], tuple[int, int]] | None = None,
 ) -> list[Cell]:
     """Return every method without the teacher and with it, for ``seeds`` seeds from the recipe's seed upwards.
 
@@ -134,6 +139,8 @@ def comparison_cells(
     Args:
         sweeps: ``KEY=V1,V2`` each: an option of the methods (``method.num_prompts``) that have it, or a recipe field.
         loss_sets: Objectives with the teacher, as words ("ce,kd:0.5"); none is the recipe's own.
+        images_of: Returns how many training images of a recipe have a label, and how many an epoch has: labels alone
+            then take as many steps as with the teacher. None leaves them the epochs.
 
     Raises:
         RecipeError: A sweep or loss set cannot be used.
@@ -147,13 +154,14 @@ def comparison_cells(
     for of_recipe in products(grid):
         changed = with_settings(recipe, of_recipe)
         sets = {words_of(losses): losses for losses in (loss_set(changed, words) for words in loss_sets)}
+        images = None if images_of is None else images_of(changed)
         objectives = {ALONE: changed.losses, **(sets or {TEACHER: changed.losses})}
         for word in methods:
             has = {name: values for name, values in options.items() if name in options_of(split_word(word)[0])}
             for of_method in products(has):
                 settings = (*((f"method.{name}", value) for name, value in of_method), *of_recipe)
                 for objective, losses in objectives.items():
-                    one = _cell_recipe(changed, word, dict(of_method), losses, alone=objective == ALONE)
+                    one = _cell_recipe(changed, word, dict(of_method), losses, images, alone=objective == ALONE)
                     for seed in range(recipe.seed, recipe.seed + seeds):
                         cell = Cell(word, objective, seed, one.model_copy(update={"seed": seed}), settings)
                         # Labels alone, say, are the same run for each temperature of a loss on logits.
@@ -163,7 +171,13 @@ def comparison_cells(
 
 
 def _cell_recipe(
-    recipe: Recipe, word: str, options: dict[str, Any], losses: Sequence[LossSpec], *, alone: bool
+    recipe: Recipe,
+    word: str,
+    options: dict[str, Any],
+    losses: Sequence[LossSpec],
+    images: tuple[int, int] | None,
+    *,
+    alone: bool,
 ) -> Recipe:
     method, init = split_word(word)
     same = method == recipe.method.name
@@ -174,27 +188,13 @@ def _cell_recipe(
         student = student.model_copy(update={"init": InitSpec(name=init), "force_init": True})
     # An idle loss would only add a constant.
     kept = tuple(loss for loss in losses if not loss.is_idle(method))
+    if alone and images is not None and images[0] < images[1]:
+        recipe = recipe.model_copy(update={"train": same_steps(recipe.train, images[1], images[0])})
     if alone and init is None:
         return labels_only(recipe).model_copy(update={"method": spec})
     if alone:  # the teacher gives its weights, and teaches nothing
         kept, recipe = labels_only(recipe).losses, recipe.model_copy(update={"data": recipe.data.labeled_part()})
     return recipe.model_copy(update={"method": spec, "student": student, "losses": kept})
-
-
-def labels_only(recipe: Recipe) -> Recipe:
-    """Return the same recipe without teachers: losses on labels alone (ce where there are none), labelled images."""
-    default = LossSpec(name="ce", weight=LOSSES.row("ce").weight)
-    return recipe.model_copy(
-        update={
-            "baseline": False,
-            "choose_losses": False,
-            "data": recipe.data.labeled_part(),
-            "teachers": (),
-            # Without a teacher the student does not start from its weights either.
-            "student": recipe.student.model_copy(update={"init": None, "force_init": False}),
-            "losses": tuple(one for one in recipe.losses if LOSSES.row(one.name).category == "labels") or (default,),
-        }
-    )
 
 
 def teacher_key(recipe: Recipe) -> str:

@@ -4,8 +4,7 @@ from collections.abc import Iterator, Mapping
 from math import ceil
 from typing import Any
 
-from remap.pipeline.baseline import same_steps
-from remap.pipeline.comparison_cells import labels_only
+from remap.pipeline.labels_only import images_of, labels_only, same_steps
 from remap.pipeline.shared import SharedResources
 from remap.recipe.schema import LossSpec, Recipe
 from remap.runs.run_dir import RunDir
@@ -34,8 +33,9 @@ def objectives(recipe: Recipe) -> dict[str, tuple[LossSpec, ...] | None]:
 
 def trials(recipe: Recipe, shared: SharedResources) -> Iterator[tuple[str, Recipe]]:
     """Yield name and recipe of each trial: the run itself on fewer images, for a quarter of its epochs."""
-    labeled, others = _images(recipe, shared)
+    labeled, images = images_of(recipe, shared)
     fewer = round((1.0 - HELD_OUT) * labeled)
+    images -= 0 if recipe.data.unlabeled_only else labeled - fewer
     epochs, warmup = max(1, ceil(EPOCHS * recipe.train.epochs)), recipe.train.warmup_epochs
     # All trials train for as long, and are judged after their last epoch.
     train = recipe.train.model_copy(
@@ -52,15 +52,14 @@ def trials(recipe: Recipe, shared: SharedResources) -> Iterator[tuple[str, Recip
     update = {"data": held_out, "train": train, "teachers": teachers, "baseline": False, "choose_losses": False}
     short = recipe.model_copy(update=update)
     for name, losses in objectives(recipe).items():
-        trial = _with(short, losses, fewer, others)
+        trial = _with(short, losses, fewer, images)
         yield name, trial.model_copy(update={"name": f"trial-{name}"})
 
 
 def chosen(recipe: Recipe, accuracies: Mapping[str, float], shared: SharedResources) -> Recipe:
     """Return the run's recipe with the objective that was best on the held-out images."""
     best = max(accuracies, key=lambda name: accuracies[name])  # of equal ones the first
-    labeled, others = _images(recipe, shared)
-    found = _with(recipe, objectives(recipe)[best], labeled, others)
+    found = _with(recipe, objectives(recipe)[best], *images_of(recipe, shared))
     return found.model_copy(update={"choose_losses": False})
 
 
@@ -70,15 +69,8 @@ def tried(run_dir: RunDir) -> dict[str, Any]:
     return {"trials": {name: one["student"]["accuracy"] for name, one in trials.items()}} if trials else {}
 
 
-def _with(recipe: Recipe, losses: tuple[LossSpec, ...] | None, labeled: int, others: int) -> Recipe:
+def _with(recipe: Recipe, losses: tuple[LossSpec, ...] | None, labeled: int, images: int) -> Recipe:
     """Return the recipe with an objective; by labels alone it is without a teacher and has as many steps."""
     if losses is not None:
         return recipe.model_copy(update={"losses": losses})
-    images = others if recipe.data.unlabeled_only else labeled + others
     return labels_only(recipe).model_copy(update={"train": same_steps(recipe.train, images, labeled)})
-
-
-def _images(recipe: Recipe, shared: SharedResources) -> tuple[int, int]:
-    """Return how many training images have a label and how many have none."""
-    data = shared.index(recipe.data)
-    return len(data.train), 0 if data.unlabeled is None else len(data.unlabeled)

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from remap.errors import Interrupted, RecipeError
-from remap.pipeline.baseline import baseline_recipe, same_steps
+from remap.pipeline.baseline import baseline_recipe
+from remap.pipeline.labels_only import same_steps
 from remap.pipeline.run import resume, start
 from remap.pipeline.run_differences import compare
 from remap.recipe import resolve

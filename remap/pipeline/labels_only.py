@@ -1,0 +1,41 @@
+"""The same student by labels alone: its recipe, and as many steps as with the teacher."""
+
+from typing import TYPE_CHECKING
+
+from remap.recipe.schema import LossSpec, Recipe, TrainSpec
+from remap.remapping import LOSSES
+
+if TYPE_CHECKING:
+    from remap.pipeline.shared import SharedResources
+
+
+def labels_only(recipe: Recipe) -> Recipe:
+    """Return the same recipe without teachers: losses on labels alone (ce where there are none), labelled images."""
+    default = LossSpec(name="ce", weight=LOSSES.row("ce").weight)
+    return recipe.model_copy(
+        update={
+            "baseline": False,
+            "choose_losses": False,
+            "data": recipe.data.labeled_part(),
+            "teachers": (),
+            # Without a teacher the student does not start from its weights either.
+            "student": recipe.student.model_copy(update={"init": None, "force_init": False}),
+            "losses": tuple(one for one in recipe.losses if LOSSES.row(one.name).category == "labels") or (default,),
+        }
+    )
+
+
+def same_steps(train: TrainSpec, images: int, fewer: int) -> TrainSpec:
+    """Return the training for fewer images with the steps of that for ``images``: their epochs are shorter."""
+    steps, steps_of_fewer = (max(1, count // train.batch_size) for count in (images, fewer))
+    warmup = None if train.warmup_epochs is None else train.warmup_epochs * steps / steps_of_fewer
+    epochs = -(-train.epochs * steps // steps_of_fewer)  # rounded up, in whole numbers
+    patience = None if train.patience is None else -(-train.patience * steps // steps_of_fewer)
+    return train.model_copy(update={"epochs": epochs, "warmup_epochs": warmup, "patience": patience})
+
+
+def images_of(recipe: Recipe, shared: "SharedResources") -> tuple[int, int]:
+    """Return how many training images have a label, and how many a run learns from in an epoch."""
+    data = shared.index(recipe.data)
+    others = 0 if data.unlabeled is None else len(data.unlabeled)
+    return len(data.train), others if recipe.data.unlabeled_only else len(data.train) + others
