@@ -80,9 +80,13 @@ class LossTerm(nn.Module):
         """Follow an update of the student, for terms that remember something from step to step."""
 
     def student_needs(self) -> Needs:
-        return Needs()
+        return self.reads(frozenset(student for student, _ in self.blocks))
 
     def teacher_needs(self) -> Needs:
+        return self.reads(frozenset(teacher for _, teacher in self.blocks))
+
+    def reads(self, blocks: frozenset[int]) -> Needs:
+        """Return what it needs of a network whose blocks it looks into are these."""
         return Needs()
 
     def target(self, teacher: Signals) -> dict[str, Tensor]:

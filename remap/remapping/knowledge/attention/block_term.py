@@ -50,11 +50,8 @@ class BlockTerm(LossTerm):
                 do="use layers: last, or name stages of that grid",
             )
 
-    def student_needs(self) -> Needs:
-        return Needs(attention=frozenset(student for student, _ in self.blocks))
-
-    def teacher_needs(self) -> Needs:
-        return Needs(attention=frozenset(teacher for _, teacher in self.blocks))
+    def reads(self, blocks: frozenset[int]) -> Needs:
+        return Needs(attention=blocks)
 
     @torch.no_grad()
     def target(self, teacher: Signals) -> dict[str, Tensor]:

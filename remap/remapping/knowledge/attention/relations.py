@@ -80,14 +80,8 @@ class Relations(BlockTerm):
             )
         return self.config.relation_heads
 
-    def student_needs(self) -> Needs:
-        return self._with_values(super().student_needs())
-
-    def teacher_needs(self) -> Needs:
-        return self._with_values(super().teacher_needs())
-
-    def _with_values(self, needs: Needs) -> Needs:
-        return Needs(attention=needs.attention, values=needs.attention) if "v" in self.config.relations else needs
+    def reads(self, blocks: frozenset[int]) -> Needs:
+        return Needs(attention=blocks, values=blocks if "v" in self.config.relations else frozenset())
 
     def read(self, attention: Attention, grid: tuple[int, int]) -> dict[str, Tensor]:
         scale = attention.q_BHSh.shape[-1] ** 0.5
