@@ -78,7 +78,9 @@ class AttentionCopy(Method):
             tuned = replace(Full().attach(model, anatomy), fold=None)
         else:
             tuned = Attachment(trainable=(), seam=FeatureSeam(model, anatomy))
-        maps = CopiedMaps(TeacherMaps(teacher, PreprocessSpec.of(model), anatomy, self.config), anatomy)
+        config, images = self.config, PreprocessSpec.of(model)
+        found = TeacherMaps(teacher, images, anatomy, config.layers, config.heads, config.resize)
+        maps = CopiedMaps(found, config.teacher, anatomy)
         edits = Edits(model)
         edits.insert(_PATH, maps)
         edits.before(anatomy.input_module, maps.begin, first=True)
@@ -103,9 +105,9 @@ class CopiedMaps(nn.Module):
 
     teacher_sha256: Tensor
 
-    def __init__(self, teacher: TeacherMaps, anatomy: Anatomy) -> None:
+    def __init__(self, teacher: TeacherMaps, name: str, anatomy: Anatomy) -> None:
         super().__init__()
-        self.teacher, self.patches = teacher, anatomy.num_patches
+        self.teacher, self.teacher_name, self.patches = teacher, name, anatomy.num_patches
         digest = torch.frombuffer(bytearray.fromhex(teacher.sha256), dtype=torch.uint8).clone()
         self.register_buffer("teacher_sha256", digest)
         self._checked = self.teacher_sha256._version
@@ -185,7 +187,7 @@ class CopiedMaps(nn.Module):
         wanted = bytes(self.teacher_sha256.cpu().tolist()).hex()
         if wanted != self.teacher.sha256:
             raise RunError(
-                f"this student was tuned with the attention maps of other weights of {self.teacher.config.teacher}",
+                f"this student was tuned with the attention maps of other weights of {self.teacher_name}",
                 given=f"teacher {self.teacher.sha256[:16]}, task {wanted[:16]}",
                 do="bring back the teacher's weights; the method's options name them",
             )

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
-from remap.remapping.alignment import Interpolation, pair_blocks, to_shared_tokens
+from remap.remapping.alignment import Interpolation, Resize, pair_blocks, to_shared_tokens
 from remap.remapping.labels import Labels
 from remap.remapping.objective import LossTerm, Pair
 from remap.remapping.signals import Attention, Needs, Signals
@@ -79,6 +79,10 @@ class BlockTerm(LossTerm):
     @abstractmethod
     def read(self, attention: Attention, grid: tuple[int, int]) -> dict[str, Tensor]:
         """Return what is compared of one block, by a short name, in float32, carried to ``grid``."""
+
+    def resize(self, attention: Attention, grid: tuple[int, int]) -> Resize:
+        """Return how what was read of a block is carried to ``grid``."""
+        return Resize(attention.grid, grid, self.keep_class_token, self.config.resize)
 
     @abstractmethod
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:

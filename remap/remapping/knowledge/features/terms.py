@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import orthogonal
 from remap.backbones.anatomy import Anatomy, Block
 from remap.errors import BackboneError
 from remap.registry import LATER
-from remap.remapping.alignment import pair_blocks, resize_tokens
+from remap.remapping.alignment import Resize, pair_blocks
 from remap.remapping.labels import Labels
 from remap.remapping.normalization import Normalization
 from remap.remapping.objective import LossTerm, Pair
@@ -183,8 +183,8 @@ class TokenTerm(LossTerm):
     def resized(self, teacher: Signals, student_block: int, teacher_block: int) -> Tensor:
         """Return the teacher's patches (B, N, D) on the grid of the student's block, float32."""
         tokens = teacher.tokens[teacher_block]
-        patches_BND = tokens.patches_BND.detach().float()
-        return resize_tokens(patches_BND, tokens.grid, self.grid(student_block), has_class_token=False)
+        resize = Resize(tokens.grid, self.grid(student_block), has_class_token=False)
+        return resize.tokens(tokens.patches_BND.detach().float())
 
 
 class Generator(nn.Sequential):
