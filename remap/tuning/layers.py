@@ -2,12 +2,22 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from remap.backbones.anatomy import Anatomy, Block, ConvBlock, Projection
 from remap.errors import BackboneError
 
 Target = Literal["q", "k", "v", "o", "fc1", "fc2", "linear", "conv"]
+_ELSE = "or [fc1, fc2] without attention, or [linear]."
+# Options of methods. For those that change projections, and for those that change complete layers:
+ProjectionTargets = Annotated[
+    tuple[Target, ...] | None, Field(min_length=1, description=f"Layers to change; null is [q, v], {_ELSE}")
+]
+LayerTargets = Annotated[
+    tuple[Target, ...] | None, Field(min_length=1, description=f"Layers to change; null is [q, k, v], {_ELSE}")
+]
 
 
 @dataclass(frozen=True)

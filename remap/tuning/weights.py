@@ -48,8 +48,7 @@ def attach_deltas(edits: Edits, deltas: Mapping[Projection, Delta]) -> Attachmen
         if all(projection.called for projection in projections):
             edits.after(path, partial(_add_to_output, rows), first=True)
         else:
-            layer = module_at(edits.model, path)
-            edits.undo_by(recompute(layer, "weight", partial(_add_to_weight, rows), first=True))
+            recompute_at(edits, f"{path}.weight", partial(_add_to_weight, rows), first=True)
     return Attachment(edits, fold=Fold(partial(_fold_deltas, edits.model, deltas)))
 
 
@@ -99,6 +98,12 @@ def recompute(
         _set_class(module)
 
     return undo
+
+
+def recompute_at(edits: Edits, path: str, function: Callable[[Tensor], Tensor], *, first: bool = False) -> None:
+    """``recompute`` the tensor at a dotted path until the edits are removed."""
+    owner, _, name = path.rpartition(".")
+    edits.undo_by(recompute(module_at(edits.model, owner), name, function, first=first))
 
 
 def registered(module: nn.Module, name: str) -> Tensor:

@@ -5,7 +5,7 @@ from pydantic import Field
 from torch import Tensor
 
 from remap.backbones.families.layout import Place
-from remap.backbones.typed import input_channels, pooled_features
+from remap.backbones.typed import evaluating, input_channels, pooled_features
 from remap.errors import BackboneError
 from remap.remapping.weights.base import Images, WeightInit, differences, places
 from remap.remapping.weights.transfer import Plan, Side, Transferred, UnitPlan
@@ -129,9 +129,8 @@ def function_difference(teacher: Side, student: Side, width: tuple[int, ...]) ->
     )
     found: list[Tensor] = []
     for side in (teacher, student):
-        first, training = next(side.model.parameters()), side.model.training
-        side.model.eval()
-        found.append(pooled_features(side.model, images.to(first)).double().cpu())
-        side.model.train(training)
+        with evaluating(side.model):
+            features = pooled_features(side.model, images.to(next(side.model.parameters())))
+        found.append(features.double().cpu())
     wanted = found[0][:, list(width)]
     return float((found[1] - wanted).abs().max() / wanted.abs().max())

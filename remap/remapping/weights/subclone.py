@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import module_at
 from remap.backbones.families.layout import POOL, Place
-from remap.backbones.typed import as_timm
+from remap.backbones.typed import as_timm, evaluating
 from remap.errors import BackboneError
 from remap.remapping.weights.base import (
     Images,
@@ -82,14 +82,11 @@ class Importance:
         Raises:
             BackboneError: There is no image.
         """
-        model = self.teacher.model
-        training, count = model.training, 0
-        model.eval()
-        with self._watched():
+        model, count = self.teacher.model, 0
+        with self._watched(), evaluating(model):
             for pixels_BCHW in sample:
                 count += len(pixels_BCHW)
                 as_timm(model).forward_features(pixels_BCHW)
-        model.train(training)
         if not count:
             raise BackboneError("subclone needs at least one training image")
 

@@ -19,7 +19,7 @@ from remap.backbones.anatomy import Projection, module_at, plain_class
 from remap.errors import BackboneError
 from remap.tuning.base import Attachment, Edits, Fold, vectors
 from remap.tuning.layers import Layer
-from remap.tuning.weights import channels_first, recompute, registered, registered_at
+from remap.tuning.weights import channels_first, recompute_at, registered, registered_at
 
 # Called as run(change, x); ``bias`` may be handed on to the shared layer.
 Run = Callable[..., Tensor]
@@ -145,11 +145,9 @@ def _install(edits: Edits, layer: Layer, change: nn.Module, run: Run, moves_bias
         module.forward = partial(_forward, run, change)
         edits.undo_by(partial(delattr, module, "forward"))
     else:
-        edits.undo_by(recompute(module, "weight", partial(_changed_weight, run, change)))
+        recompute_at(edits, f"{layer.path}.weight", partial(_changed_weight, run, change))
     for projection, path in layer.foreign_biases if moves_bias else ():
-        owner, _, bias = path.rpartition(".")
-        function = partial(_changed_bias, run, change, projection)
-        edits.undo_by(recompute(module_at(edits.model, owner), bias, function))
+        recompute_at(edits, path, partial(_changed_bias, run, change, projection))
 
 
 def _fold(

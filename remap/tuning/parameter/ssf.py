@@ -10,11 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from remap.backbones.anatomy import Anatomy, AttentionBlock, Block, ConvBlock, Projection, module_at
+from remap.backbones.anatomy import Anatomy, AttentionBlock, ConvBlock, Projection, module_at
 from remap.backbones.families.stages import StageBlock
 from remap.tuning.base import Attachment, Edits, Fold, Method
 from remap.tuning.layers import by_layer
-from remap.tuning.weights import channels_first, own_bias, recompute, registered, registered_at
+from remap.tuning.weights import channels_first, own_bias, recompute_at, registered, registered_at
 
 _NAME = "remap_ssf"
 
@@ -43,10 +43,9 @@ class SSF(Method):
                 # The scale of a norm is part of the norm: what other methods do with its output comes behind it.
                 edits.after(target.path, partial(_on_output, affine, channels_first(layer)), first=target.is_norm)
                 continue
-            edits.undo_by(recompute(layer, "weight", affine.on_weight))
+            recompute_at(edits, f"{target.path}.weight", affine.on_weight)
             for bias, rows in target.biases:
-                owner, _, name = bias.rpartition(".")
-                edits.undo_by(recompute(module_at(model, owner), name, partial(affine.on_bias, rows)))
+                recompute_at(edits, bias, partial(affine.on_bias, rows))
         return Attachment(edits, fold=Fold(partial(_fold, model, scaled), stage=2))
 
 
@@ -107,10 +106,11 @@ def _scaled_layers(model: nn.Module, anatomy: Anatomy) -> Iterator[_ScaledLayer]
         if isinstance(block, StageBlock):
             yield from _stage_layers(model, block)
             continue
-        convolutions = _convolutions(block)
+        convolutions = [site.conv for site in block.convs] if isinstance(block, ConvBlock) else []
         for path in convolutions:
             yield _called(model, path)
-        for path in _norms(block):
+        # Not those inside the attention or the MLP.
+        for path in (block.norm1, block.norm2) if isinstance(block, AttentionBlock) else block.norms:
             yield _called(model, path, is_norm=True)
         for path, projections in by_layer(block.projections.values()).items():
             if path in convolutions:
@@ -130,14 +130,6 @@ def _stage_layers(model: nn.Module, block: StageBlock) -> Iterator[_ScaledLayer]
         module = module_at(model, path)
         if module._parameters.get("weight") is not None:
             yield replace(_called(model, path), read_past=True)
-
-
-def _convolutions(block: Block) -> list[str]:
-    return [site.conv for site in block.convs] if isinstance(block, ConvBlock) else []
-
-
-def _norms(block: Block) -> list[str]:
-    return [block.norm1, block.norm2] if isinstance(block, AttentionBlock) else [*block.norms]
 
 
 def _called(model: nn.Module, layer: str, *, is_norm: bool = False) -> _ScaledLayer:
