@@ -27,11 +27,7 @@ class Pair:
     num_classes: int
 
     def known_teacher(self, term: str) -> Anatomy:
-        """Return the teacher's anatomy.
-
-        Raises:
-            BackboneError: There is no teacher.
-        """
+        """Return the teacher's anatomy; without a teacher, raise a BackboneError."""
         if self.teacher is None:
             raise BackboneError(f"the loss '{term}' needs a teacher", do="name one, or leave this loss out")
         return self.teacher

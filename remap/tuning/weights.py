@@ -134,14 +134,7 @@ def own_bias(model: nn.Module, projection: Projection) -> nn.Parameter | None:
 
 
 def require_rank(rank: int, limit: int, path: str, shape: tuple[int, int]) -> None:
-    """Refuse a rank that a layer cannot have.
-
-    Args:
-        shape: Output and input features of what is changed of the layer at ``path``.
-
-    Raises:
-        BackboneError: It is above ``limit``.
-    """
+    """Raise a BackboneError for a rank above ``limit``; ``shape`` is (outputs, inputs) of what is changed."""
     if rank > limit:
         raise BackboneError(
             f"rank {rank} is larger than the layer: {shape[0]} x {shape[1]}", given=path, allowed=f"1 to {limit}"

@@ -135,11 +135,7 @@ def _fold(model: nn.Module, gates: Sequence[_Gated]) -> None:
 
 
 def gates_of(attached: Attached) -> Gates:
-    """The gates of ``skip`` or of a combination with it.
-
-    Raises:
-        BackboneError: There are none.
-    """
+    """Return the gates of ``skip`` or of a combination with it; without any, raise a BackboneError."""
     for member in attached.methods.values():
         if isinstance(member.hooks, Gates):
             return member.hooks

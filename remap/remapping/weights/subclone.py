@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from remap.remapping.weights.base import (
     WeightInit,
     differences,
     dimensions,
-    places,
+    plan_units,
     require_nowhere_larger,
 )
 from remap.remapping.weights.selection import even_unit
@@ -42,9 +42,7 @@ class Subclone(WeightInit):
             if sample is None:
                 raise BackboneError("subclone needs training images to see what is active in the teacher")
             found.measure(sample)
-        units: dict[Place, UnitPlan | None] = {}
-        for place, source in places(teacher, student, blocks).items():
-            units[place] = None if source is None else self._unit(found, teacher, student, place, source)
+        units = plan_units(teacher, student, blocks, partial(self._unit, found, teacher, student))
         return Plan(found.largest("width", None, student.layout.width), units)
 
     def _unit(self, found: "Importance", teacher: Side, student: Side, place: Place, source: Place) -> UnitPlan:

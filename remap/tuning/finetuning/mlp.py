@@ -41,11 +41,7 @@ class MLP(Method):
 
 
 def require_one_feature(anatomy: Anatomy, method: str) -> None:
-    """Refuse a network whose classifiers read features of their own.
-
-    Raises:
-        BackboneError: They do.
-    """
+    """Raise a BackboneError for a network whose classifiers read features of their own."""
     if not anatomy.averaged_heads:
         raise BackboneError(
             f"{method} acts on the feature of the classifier, and this network has several",

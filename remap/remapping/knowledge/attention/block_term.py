@@ -102,14 +102,7 @@ class BlockTerm(LossTerm):
         return to_shared_tokens(signals.attention[block], self.keep_class_token)
 
     def require_equal_heads(self, instead: str) -> None:
-        """For losses that go head by head.
-
-        Args:
-            instead: What the option ``heads`` may be otherwise, for the message.
-
-        Raises:
-            BackboneError: The blocks of a pair have different numbers of heads.
-        """
+        """Raise a BackboneError where a pair's blocks differ in heads; ``instead`` is what ``heads`` may be."""
         for student_block, teacher_block in self.blocks:
             student = heads_of(self.pair.student, student_block)
             teacher = heads_of(self.pair.known_teacher(self.name), teacher_block)
