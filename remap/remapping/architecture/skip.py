@@ -23,8 +23,6 @@ from remap.tuning.attached import Attached
 from remap.tuning.base import Attachment, Edits, Fold, Method, Options, TrainingHooks, is_inserted
 from remap.tuning.weights import registered
 
-_NAME = "remap_skip"
-
 
 class Skip(Method):
     """x + g * branch(x) with one gate g >= 0 a block: L parameters. The loss gets ``cost`` * (sum c g)^2 / sum c g^2.
@@ -57,7 +55,7 @@ class Skip(Method):
             parts = [branches] if self.config.gates == "block" else [[branch] for branch in branches]
             for number, part in enumerate(parts):
                 like = registered(module_at(model, branches[0].layers[0]), "weight")
-                gate = edits.insert(f"{block.block}.{_NAME}{number or ''}", Gate(), like)
+                gate = edits.insert(f"{block.block}.remap_skip{number or ''}", Gate(), like)
                 for branch in part:
                     edits.after(branch.end, partial(_scale, gate))
                 work = sum(_multiply_adds(model, block, branch) for branch in part)

@@ -14,8 +14,6 @@ from remap.tuning.base import Attachment, Method, Options
 from remap.tuning.layers import LayerTargets, layers_of
 from remap.tuning.parameter.peft_layer import SharedLinear, attach_changes, full_precision, shared_linears
 
-_NAME = "remap_boft"
-
 
 class BOFT(Method):
     """W' = diag(s) W (B_m ... B_1)^T: every factor rotates groups of ``block_size`` inputs (section 4).
@@ -39,7 +37,7 @@ class BOFT(Method):
         changes = [
             Butterfly(linear, self.config.block_size, self.config.factors) for linear in shared_linears(model, layers)
         ]
-        return attach_changes(model, _NAME, layers, changes)
+        return attach_changes(model, "remap_boft", layers, changes)
 
 
 class Butterfly(nn.Module):

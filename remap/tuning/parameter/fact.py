@@ -19,7 +19,6 @@ from remap.tuning.dropout import SampleDropout
 from remap.tuning.layers import by_layer
 from remap.tuning.weights import Delta, attach_deltas, drop, registered_at, require_rank
 
-_PATH = "remap_fact"
 Grid = tuple[int, int]  # rows and columns of squares that cover a layer's weight
 
 
@@ -122,7 +121,7 @@ class _FacT(Method):
                 deltas[layer] = SquaresOfLayer(factors, index, first, grids[path], shape)
                 first += math.prod(grids[path])
         edits = Edits(model)
-        edits.insert(_PATH, shared)
+        edits.insert("remap_fact", shared)
         return attach_deltas(edits, deltas)
 
 

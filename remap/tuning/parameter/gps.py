@@ -19,8 +19,6 @@ from remap.tuning.base import Attachment, Edits, Fold, Method, Options, Sample, 
 from remap.tuning.parameter.bitfit import bias_parameters
 from remap.tuning.weights import recompute, registered
 
-_NAME = "remap_gps"
-
 
 class GPS(Method):
     """K weights of every neuron of every linear and convolutional layer, and the biases that are not of norms.
@@ -38,7 +36,7 @@ class GPS(Method):
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         layers = {
-            f"{path}.{_NAME}": module
+            f"{path}.remap_gps": module
             for path, module in model.named_modules()
             if isinstance(module, nn.Linear | nn.Conv2d)
             and not is_inserted(path)

@@ -15,8 +15,6 @@ from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.layers import ProjectionTargets, chosen, target_words
 from remap.tuning.weights import Delta, attach_deltas, weight_of
 
-_NAME = "remap_krona"
-
 
 class KronA(Method):
     """W + scale * A (x) B: a1*a2 + b1*b2 parameters for a matrix of a1*b1 rows and a2*b2 columns.
@@ -50,7 +48,7 @@ class KronA(Method):
                     )
                 like = weight_of(model, projection)
                 delta = Kronecker(rows, like.flatten(1).shape[1], self.config)
-                path = f"{projection.path}.{_NAME}" if anatomy.in_stages else f"{block.block}.{_NAME}_{word}"
+                path = f"{projection.path}.remap_krona" if anatomy.in_stages else f"{block.block}.remap_krona_{word}"
                 deltas[projection] = edits.insert(path, delta, like)
         return attach_deltas(edits, deltas)
 

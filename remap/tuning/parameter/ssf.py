@@ -16,8 +16,6 @@ from remap.tuning.base import Attachment, Edits, Fold, Method
 from remap.tuning.layers import by_layer
 from remap.tuning.weights import channels_first, own_bias, recompute_at, registered, registered_at
 
-_NAME = "remap_ssf"
-
 
 class SSF(Method):
     """y = gamma * x + beta behind the layers: 205,824 parameters on ViT-B/16.
@@ -37,7 +35,7 @@ class SSF(Method):
             layer = module_at(model, target.path)
             like = registered(layer, "weight")
             affine = ScaleShift(len(like), tuple(rows for _, rows in target.biases))
-            edits.insert(f"{target.path}.{_NAME}", affine, like)
+            edits.insert(f"{target.path}.remap_ssf", affine, like)
             scaled.append((target, affine))
             if not target.read_past:
                 # The scale of a norm is part of the norm: what other methods do with its output comes behind it.

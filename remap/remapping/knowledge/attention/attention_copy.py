@@ -26,7 +26,6 @@ from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.finetuning.full import Full
 from remap.tuning.seam import FeatureSeam
 
-_PATH = "remap_attention_copy"
 _CARRIED = "remap_copied_maps"
 
 
@@ -82,7 +81,7 @@ class AttentionCopy(Method):
         found = TeacherMaps(teacher, images, anatomy, config.layers, config.heads, config.resize)
         maps = CopiedMaps(found, config.teacher, anatomy)
         edits = Edits(model)
-        edits.insert(_PATH, maps)
+        edits.insert("remap_attention_copy", maps)
         edits.before(anatomy.input_module, maps.begin, first=True)
         for index, block in enumerate(anatomy.attention_blocks):
             edits.before(block.block, partial(maps.enter, index), first=True)
