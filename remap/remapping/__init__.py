@@ -5,5 +5,3 @@ from remap.remapping.knowledge import attention, features, logits
 from remap.remapping.loss_entry import LossEntry
 
 LOSSES: Registry[LossEntry] = Registry("loss", "losses", [*logits.ROWS, *attention.ROWS, *features.ROWS])
-
-__all__ = ["LOSSES", "LossEntry"]
