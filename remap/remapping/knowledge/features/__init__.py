@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from remap.remapping.loss_entry import LossEntry
+from remap.remapping.entries import LossEntry
 
 _GRID = "grids by resizing the teacher's tokens; prompts and prefix tokens cut"
 _pooled = partial(LossEntry, category="features", needs="pooled features of both", signal="pooled")

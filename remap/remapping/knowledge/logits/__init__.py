@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from remap.remapping.loss_entry import LossEntry
+from remap.remapping.entries import LossEntry
 
 _ONE_CLASS = "the class with the larger share; without a label, the teacher's most likely one"
 _row = partial(LossEntry, category="logits", signal="logits")
