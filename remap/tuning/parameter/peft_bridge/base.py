@@ -83,18 +83,13 @@ class PeftMethod(Method):
                 shape = (linear.out_features, linear.in_features)
                 require_rank(rank, min(shape) if row.rank_within == "both" else shape[1], layer.path, shape)
         changes = self._wrap(linears, layers)
-        attachment = attach_changes(
-            model,
-            f"remap_{row.name}",
-            layers,
-            changes,
-            common=row.shared,
-            moves_bias=row.moves_bias,
-            run=self.run,
-            no_decay=row.exempt,
-            identity_at_init=row.exact_start,
-        )
-        return replace(attachment, hooks=self.training_hooks(changes))
+        name, common, moves_bias = f"remap_{row.name}", row.shared, row.moves_bias
+        attachment = attach_changes(model, name, layers, changes, common=common, moves_bias=moves_bias, run=self.run)
+        assert attachment.edits is not None
+        trained = attachment.edits.parameters()
+        exempt = [name for name, p in trained.items() if p.ndim <= 1 or set(name.split(".")) & set(row.exempt)]
+        hooks = self.training_hooks(changes)
+        return replace(attachment, no_decay=exempt, identity_at_init=row.exact_start, hooks=hooks)
 
     def _wrap(self, linears: Sequence[nn.Linear], layers: Sequence[Layer]) -> list[nn.Module]:
         """Return peft's layers around the shared ones."""
