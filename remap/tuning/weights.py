@@ -160,18 +160,16 @@ def drop(dropout: SampleDropout, x: Tensor) -> Tensor:
 _classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 
 
-def _recomputed_class(plain: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def _set_class(module: nn.Module) -> None:
+    names, plain = tuple(sorted(module.__dict__[_FUNCTIONS])), plain_class(module)
+    if not names:
+        module.__class__ = plain
+        del module.__dict__[_FUNCTIONS]
+        return
     if (plain, names) not in _classes:
         properties = {name: property(partial(_read, name=name)) for name in names}
         _classes[plain, names] = type(f"Recomputed{plain.__name__}", (plain,), {**properties, PLAIN_CLASS: plain})
-    return _classes[plain, names]
-
-
-def _set_class(module: nn.Module) -> None:
-    names, plain = tuple(sorted(module.__dict__[_FUNCTIONS])), plain_class(module)
-    module.__class__ = _recomputed_class(plain, names) if names else plain
-    if not names:
-        del module.__dict__[_FUNCTIONS]
+    module.__class__ = _classes[plain, names]
 
 
 def _read(module: nn.Module, name: str) -> Tensor:

@@ -87,7 +87,9 @@ class AttentionCopy(Method):
             edits.before(block.block, partial(maps.enter, index), first=True)
             if index in maps.teacher.pairs:
                 _watch_values(edits, block, maps)
-                _replace_result(edits, index, block, maps)
+                norm = f"{block.attn}.norm"
+                reader = norm if norm in block.norms else block.proj
+                edits.before(reader, partial(maps.replace, index, block.heads), first=True)
             if index + 1 < anatomy.depth:
                 handle = edits.after(block.block, maps.leave)
                 maps.late.append((module_at(model, block.block), handle.id))
@@ -208,9 +210,3 @@ def _watch_values(edits: Edits, block: AttentionBlock, maps: CopiedMaps) -> None
 def _bias(v: Projection, owner: nn.Module) -> Tensor:
     bias = getattr(owner, str(v.bias).rpartition(".")[2])
     return bias[v.bias_start : v.bias_start + v.stop - v.start]
-
-
-def _replace_result(edits: Edits, index: int, block: AttentionBlock, maps: CopiedMaps) -> None:
-    norm = f"{block.attn}.norm"
-    reader = norm if norm in block.norms else block.proj
-    edits.before(reader, partial(maps.replace, index, block.heads), first=True)
