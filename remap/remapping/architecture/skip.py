@@ -184,8 +184,10 @@ def _branches(model: nn.Module, block: Block) -> list[_Branch]:
         words = (("q", "k", "v", "o"), ("fc1", "fc1_gate", "fc2"))
         ends = (block.attn_branch_end, block.mlp_branch_end)
         scaled = (block.norm1, block.norm2) if block.norms_behind else (block.proj, block.fc2)
+        paths = ([block.projections[word].path for word in names if word in block.projections] for names in words)
         return [
-            _Branch(end, _paths(block, names), layer) for end, names, layer in zip(ends, words, scaled, strict=True)
+            _Branch(end, tuple(dict.fromkeys(layers)), layer)
+            for end, layers, layer in zip(ends, paths, scaled, strict=True)
         ]
     assert isinstance(block, ConvBlock)
     inside = module_at(model, block.block).named_modules()
@@ -195,10 +197,6 @@ def _branches(model: nn.Module, block: Block) -> list[_Branch]:
         if isinstance(module, nn.Linear | nn.Conv2d) and not is_inserted(name)
     )
     return [_Branch(block.branch_end, layers, _end_of(model, block))]
-
-
-def _paths(block: Block, words: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(block.projections[word].path for word in words if word in block.projections))
 
 
 def _end_of(model: nn.Module, block: ConvBlock) -> str | None:

@@ -3,14 +3,14 @@
 Letters: D channels of a layer's output.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from remap.backbones.anatomy import Anatomy, AttentionBlock, ConvBlock, Projection, module_at
+from remap.backbones.anatomy import Anatomy, AttentionBlock, ConvBlock, module_at
 from remap.backbones.families.stages import StageBlock
 from remap.tuning.base import Attachment, Edits, Fold, Method
 from remap.tuning.layers import by_layer
@@ -113,12 +113,12 @@ def _scaled_layers(model: nn.Module, anatomy: Anatomy) -> Iterator[_ScaledLayer]
         for path, projections in by_layer(block.projections.values()).items():
             if path in convolutions:
                 continue
-            adds_bias = all(p.called and p.bias in (None, f"{path}.bias") for p in projections)
-            yield (
-                _called(model, path)
-                if adds_bias
-                else _ScaledLayer(path, tuple(_split_biases(model, projections)), read_past=True)
-            )
+            if all(p.called and p.bias in (None, f"{path}.bias") for p in projections):
+                yield _called(model, path)
+                continue
+            # Biases that the owner of the layer adds, each a separate tensor. Buffers are not in plain weights.
+            biases = ((p.bias, p.rows) for p in projections if p.bias is not None and own_bias(model, p) is not None)
+            yield _ScaledLayer(path, tuple(biases), read_past=True)
 
 
 def _stage_layers(model: nn.Module, block: StageBlock) -> Iterator[_ScaledLayer]:
@@ -135,13 +135,6 @@ def _called(model: nn.Module, layer: str, *, is_norm: bool = False) -> _ScaledLa
     module = module_at(model, layer)
     bias = getattr(module, "bias", None)
     return _ScaledLayer(layer, () if bias is None else ((f"{layer}.bias", slice(0, len(bias))),), is_norm)
-
-
-def _split_biases(model: nn.Module, projections: Iterable[Projection]) -> Iterator[tuple[str, slice]]:
-    """Yield biases that the owner of the layer adds, each a separate tensor. Buffers are not in plain weights."""
-    for projection in projections:
-        if projection.bias is not None and own_bias(model, projection) is not None:
-            yield projection.bias, projection.rows
 
 
 def _on_output(affine: ScaleShift, first: bool, _layer: nn.Module, _args: tuple, output: Tensor) -> Tensor:
