@@ -12,7 +12,7 @@ class Full(Method):
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         names = names_where(model, anatomy, lambda _name: True)
         # What timm's model itself names.
-        exempt = getattr(model, "no_weight_decay", set)()
+        exempt: set[str] = getattr(model, "no_weight_decay", set)()
         parameters = dict(model.named_parameters())
         return Attachment(
             trainable=names,
