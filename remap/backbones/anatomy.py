@@ -135,8 +135,8 @@ class Anatomy:
     the features that enter the classifier. ``num_prefix_tokens`` counts class, distillation and register tokens, which
     stand in front of the patches; the class token, where there is one, is token 0. ``heads``, ``head_dim`` and
     ``mlp_hidden`` are those of the last block (0 where there are none).
-    ``input_module`` takes the image ("": no single module does); ``block_input_norm`` stands between it and block 0,
-    outside it (None where nothing does); ``embedding_norms`` are norms outside the blocks, ``final_norm`` excluded.
+    ``input_module`` takes the image ("": no single module does); ``embedding_norms`` are norms outside the blocks,
+    ``final_norm`` excluded.
     ``class_token_pooled``: the classifier reads the class token of ``final_norm``'s output, and nothing else.
     ``averaged_heads``: the logits are those of the classifier, or the mean of two that read features of one width.
     ``positions_in_embedding``: the input module adds positions and prefix itself, and cannot embed single patches.
@@ -159,7 +159,6 @@ class Anatomy:
     num_prefix_tokens: int = 0
     has_class_token: bool = False
     class_token_pooled: bool = False
-    block_input_norm: str | None = None
     averaged_heads: bool = True
     positions_in_embedding: bool = False
 
@@ -208,10 +207,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class that a module was made with.
-
-    A tuning method that changes how a tensor is read puts a subclass in its place, which names it in ``PLAIN_CLASS``.
-    """
+    """Return the class that a module was made with, not the subclass by which a method changes how tensors are read."""
     return getattr(type(module), PLAIN_CLASS, type(module))
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from timm.data import resolve_data_config
@@ -39,11 +38,6 @@ class PreprocessSpec:
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
-
-    @staticmethod
-    def from_dict(values: dict) -> "PreprocessSpec":
-        plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return PreprocessSpec(**plain)
 
     @staticmethod
     def of(model: nn.Module) -> "PreprocessSpec":

@@ -1,8 +1,9 @@
 """Typed access to models of timm and to their sub-modules."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar, cast
 
-from timm.layers import SpaceToDepth
 from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
@@ -34,6 +35,18 @@ def as_timm(model: nn.Module) -> TimmModel:
     return cast(TimmModel, model)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode while the block runs; then every module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def pooled_features(model: nn.Module, images_BCHW: Tensor) -> Tensor:
     """Return what enters the classifier, (B, D)."""
     return pool(model, as_timm(model).forward_features(images_BCHW))
@@ -49,6 +62,8 @@ def input_channels(model: nn.Module) -> int:
 
     What timm's configuration says may be that of other weights; it is asked where the pixels are rearranged first.
     """
+    from timm.layers import SpaceToDepth  # slow to import, and most who import this file do not need it
+
     config = as_timm(model).pretrained_cfg
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d | SpaceToDepth)), None)
     if isinstance(first, nn.Conv2d) and config.get("first_conv", True):

@@ -228,11 +228,7 @@ def _remove_old_drafts(root: Path) -> None:
 
 
 def require_space(root: Path, nbytes: int) -> None:
-    """Refuse before the work when the outputs will not fit on the disk.
-
-    Raises:
-        DiskFull: They do not fit where ``root`` is or will be.
-    """
+    """Raise DiskFull before the work when the outputs will not fit where ``root`` is or will be."""
     advice = (
         "clear old ones (remap cache ls, remap cache clear), or name another disk in REMAP_CACHE,",
         "or cache less: losses that read only logits or pooled features, --set teacher.top_k=100,",

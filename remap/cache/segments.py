@@ -59,11 +59,8 @@ class Segments:
         for segment in self._segments:
             # What this process writes is in the index already.
             if segment is not self._writer:
-                self._load(segment)
-
-    def _load(self, segment: Segment) -> None:
-        first = segment.count
-        self._add(segment, first, segment.load())
+                first = segment.count
+                self._add(segment, first, segment.load())
 
     def _add(self, segment: Segment, first: int, digests_B16: NDArray[np.uint8]) -> None:
         number = self._segments.index(segment)

@@ -215,11 +215,7 @@ def missing_rows(store: OutputStore, views: FiniteViews, batch_size: int) -> int
 
 
 def _require_finite(outputs: Mapping[str, Tensor], views: FiniteViews, indices_B: NDArray[np.int64]) -> None:
-    """Refuse outputs that would spoil every epoch that reads them again.
-
-    Raises:
-        TrainingError: Names the output and the images.
-    """
+    """Raise a TrainingError for outputs that would spoil every epoch that reads them again."""
     for name, value in outputs.items():
         finite = torch.isfinite(value).flatten(1).all(dim=1).cpu().numpy()
         if not finite.all():

@@ -120,15 +120,7 @@ def check_processes(wanted: int | None) -> None:
 
 
 def require_one_process(what: str, do: str) -> None:
-    """Refuse to do in several processes what each of them would repeat.
-
-    Args:
-        what: The first line of the message.
-        do: The advice of the message.
-
-    Raises:
-        RunError: There are several.
-    """
+    """Raise a RunError that says ``what`` and advises ``do`` in several processes, which would all do the same."""
     running = accelerator().num_processes
     if running > 1:
         raise RunError(what, given=f"{running} processes", do=do)

@@ -24,10 +24,15 @@ def read_regular(path: str | Path, limit: int) -> bytes:
         OSError: It is missing, not a regular file, or larger than ``limit`` bytes; ``strerror`` says which.
     """
     with _opened(path) as file:
-        size = os.fstat(file.fileno()).st_size  # terabytes of holes need not be read to be too large
-        data = b"" if size > limit else file.read(limit + 1)
+        return read_bounded(file, limit, os.fspath(path))
+
+
+def read_bounded(file: io.BufferedReader, limit: int, name: str) -> bytes:
+    """Return the content of an open file; raise an OSError where it is larger than ``limit`` bytes."""
+    size = os.fstat(file.fileno()).st_size  # terabytes of holes need not be read to be too large
+    data = b"" if size > limit else file.read(limit + 1)
     if max(size, len(data)) > limit:
-        raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", os.fspath(path))
+        raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", name)
     return data
 
 

@@ -10,21 +10,13 @@ from remap.io.names import plain
 
 
 def require_no_links(folder: Path) -> None:
-    """Refuse a folder that holds a link. The folder itself may be one; see ``require_no_link``.
-
-    Raises:
-        RunError: There is one, at any depth; nothing was touched.
-    """
+    """Raise a RunError for a folder that holds a link at any depth. It may be one itself; see ``require_no_link``."""
     for path in files_below(folder):
         require_no_link(path)
 
 
 def require_no_link(path: Path) -> None:
-    """Refuse a link that the user did not name.
-
-    Raises:
-        RunError: It is one; nothing was touched.
-    """
+    """Raise a RunError for a link, which the user did not name."""
     if path.is_symlink():
         raise RunError(
             f"{plain(str(path))} is a link, and remap does not write through links in a run; nothing was touched",

@@ -5,7 +5,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from remap.io.checked_read import require_regular, require_stored
+from remap.io.checked_read import read_bounded, require_regular, require_stored
 from remap.io.names import plain
 
 # The owners whose files are used: this user, and the administrator, who can do anything anyway.
@@ -43,10 +43,7 @@ def read_own(path: Path, limit: int) -> bytes:
         OSError: As there, or it is larger than ``limit`` bytes.
     """
     with os.fdopen(open_own(path), "rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", str(path))
-    return data
+        return read_bounded(file, limit, str(path))
 
 
 def make_own_folder(path: Path) -> None:

@@ -213,14 +213,11 @@ def _cache_on_disk(
             f"the {prepared.spec.top_k} stored classes have {cached.mass:.0%} of the teacher's probability on average; "
             "the rest is spread evenly over the others (raise teacher.top_k, or leave it out)"
         )
-    rows = [
-        {"name": name, "shape": list(item.shape), "bytes": bytes_for({name: item}, views.count)}
-        for name, item in items.items()
-    ]
+    sizes = {name: bytes_for({name: form}, views.count) for name, form in items.items()}
     return {
         "key": store.folder.name,
         "folder": str(store.folder),
-        "items": rows,
+        "items": [{"name": n, "shape": list(form.shape), "bytes": sizes[n]} for n, form in items.items()],
         "images": views.count,
         "computed": cached.computed,
         "bytes": store.nbytes,

@@ -5,7 +5,7 @@ target grid, h and w rows and columns of a grid (in tokens); x any leading dimen
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -76,96 +76,74 @@ def class_row(attention: Attention) -> Attention:
     return replace(attention, q_BHSh=attention.q_BHSh[:, :, :1], bias_BHSS=None if bias is None else bias[..., :1, :])
 
 
-def resize_attention(
-    map_xSS: Tensor,
-    source: tuple[int, int],
-    target: tuple[int, int],
-    has_class_token: bool,
-    interpolation: Interpolation = "bilinear",
-) -> Tensor:
-    """Carry an attention map from one patch grid to another; rows sum to 1 before and after.
+@dataclass(frozen=True)
+class Resize:
+    """From one patch grid to another; between equal grids the very same tensor comes back.
 
-    Keys (columns): the patch part of a row is an image on the grid; it is resized and then scaled so that the row
-    keeps its total patch mass, while the class weight stays what it was (AttnDistill, Wang et al. 2022, does this
-    for the class row). Queries (rows): the patch rows are interpolated on the grid, the class row is kept.
-
-    Args:
-        map_xSS: Any leading dimensions, then queries by keys over {class token if any, patches row by row}.
-        source: Grid (h, w) of ``map_xSS``. Equal to ``target``, the very same tensor comes back.
-        interpolation: "bicubic" may undershoot; what falls below zero is set to zero before re-normalising.
+    Attributes:
+        source, target: Grids (h, w).
+        has_class_token: Whether the class token stands in front of the patches; it is kept.
     """
-    if source == target:
-        return map_xSS
-    split = int(has_class_token)
-    resize_PQ = _resize_matrix(source, target, interpolation, map_xSS)
-    with float32_region(map_xSS):
-        keys = _resize_keys(map_xSS, resize_PQ, split)
-        patch_rows = _resized(resize_PQ, keys[..., split:, :]).clamp_min(0.0)
-    # Bilinear weights already sum to 1; bicubic ones only do before the clamp.
-    patch_rows = patch_rows / patch_rows.sum(dim=-1, keepdim=True)
-    return torch.cat([keys[..., :split, :], patch_rows], dim=-2)
 
+    source: tuple[int, int]
+    target: tuple[int, int]
+    has_class_token: bool
+    interpolation: Interpolation = "bilinear"
 
-def resize_rows(
-    map_xRS: Tensor,
-    source: tuple[int, int],
-    target: tuple[int, int],
-    has_class_token: bool,
-    interpolation: Interpolation = "bilinear",
-) -> Tensor:
-    """Carry some rows (R queries) of an attention map to another patch grid: their keys as ``resize_attention`` does.
+    def attention(self, map_xSS: Tensor) -> Tensor:
+        """Carry an attention map to the target; rows sum to 1 before and after.
 
-    With equal grids the very same tensor comes back.
-    """
-    if source == target:
-        return map_xRS
-    resize_PQ = _resize_matrix(source, target, interpolation, map_xRS)
-    with float32_region(map_xRS):
-        return _resize_keys(map_xRS, resize_PQ, int(has_class_token))
+        Keys (columns): the patch part of a row is an image on the grid; it is resized and then scaled so that the row
+        keeps its total patch mass, while the class weight stays what it was (AttnDistill, Wang et al. 2022, does this
+        for the class row). Queries (rows): the patch rows are interpolated on the grid, the class row is kept.
+        "bicubic" may undershoot; what falls below zero is set to zero before re-normalising.
 
+        Args:
+            map_xSS: Any leading dimensions, then queries by keys over {class token if any, patches row by row}.
+        """
+        if self.source == self.target:
+            return map_xSS
+        split = int(self.has_class_token)
+        keys = self.rows(map_xSS)
+        with float32_region(map_xSS):
+            patch_rows = _resized(self._matrix(map_xSS), keys[..., split:, :]).clamp_min(0.0)
+        # Bilinear weights already sum to 1; bicubic ones only do before the clamp.
+        patch_rows = patch_rows / patch_rows.sum(dim=-1, keepdim=True)
+        return torch.cat([keys[..., :split, :], patch_rows], dim=-2)
 
-def resize_scores(
-    scores_xSS: Tensor,
-    source: tuple[int, int],
-    target: tuple[int, int],
-    has_class_token: bool,
-    interpolation: Interpolation = "bilinear",
-) -> Tensor:
-    """Carry scores before the softmax to another patch grid: linear in rows and columns, nothing re-normalised.
+    def rows(self, map_xRS: Tensor) -> Tensor:
+        """Carry some rows (R queries) of an attention map: their keys as ``attention`` does, each keeping its mass."""
+        if self.source == self.target:
+            return map_xRS
+        split = int(self.has_class_token)
+        patches_xRQ = map_xRS[..., split:]
+        with float32_region(map_xRS):
+            resized_xRP = _resized(self._matrix(map_xRS), patches_xRQ.mT).mT.clamp_min(0.0)
+        mass = patches_xRQ.sum(dim=-1, keepdim=True)
+        # A row that gives everything to the class token has no patch mass: 0 / tiny stays 0.
+        scale = mass / resized_xRP.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(map_xRS.dtype).tiny)
+        return torch.cat([map_xRS[..., :split], resized_xRP * scale], dim=-1)
 
-    Scores with the class token, on either side, are images on the grid of the other side.
-    """
-    keys_xSS = resize_tokens(scores_xSS.mT, source, target, has_class_token, interpolation).mT
-    return resize_tokens(keys_xSS, source, target, has_class_token, interpolation)
+    def scores(self, scores_xSS: Tensor) -> Tensor:
+        """Carry scores before the softmax: linear in rows and columns, nothing re-normalised.
 
+        Scores with the class token, on either side, are images on the grid of the other side.
+        """
+        return self.tokens(self.tokens(scores_xSS.mT).mT)
 
-def resize_tokens(
-    tokens_xSD: Tensor,
-    source: tuple[int, int],
-    target: tuple[int, int],
-    has_class_token: bool,
-    interpolation: Interpolation = "bilinear",
-) -> Tensor:
-    """Carry one vector a token from one patch grid to another: each channel is an image; the class token is kept.
+    def tokens(self, tokens_xSD: Tensor) -> Tensor:
+        """Carry one vector a token: each channel is an image."""
+        if self.source == self.target:
+            return tokens_xSD
+        split = int(self.has_class_token)
+        with float32_region(tokens_xSD):
+            patches = _resized(self._matrix(tokens_xSD), tokens_xSD[..., split:, :])
+        return torch.cat([tokens_xSD[..., :split, :], patches], dim=-2)
 
-    With equal grids the very same tensor comes back.
-    """
-    if source == target:
-        return tokens_xSD
-    split = int(has_class_token)
-    resize_PQ = _resize_matrix(source, target, interpolation, tokens_xSD)
-    with float32_region(tokens_xSD):
-        return torch.cat([tokens_xSD[..., :split, :], _resized(resize_PQ, tokens_xSD[..., split:, :])], dim=-2)
-
-
-def _resize_keys(map_xSS: Tensor, resize_PQ: Tensor, split: int) -> Tensor:
-    """Resize the patch part of each row, keeping its mass: (x, S, split + Q) -> (x, S, split + P)."""
-    patches_xSQ = map_xSS[..., split:]
-    resized_xSP = _resized(resize_PQ, patches_xSQ.mT).mT.clamp_min(0.0)
-    mass = patches_xSQ.sum(dim=-1, keepdim=True)
-    # A row that gives everything to the class token has no patch mass: 0 / tiny stays 0.
-    scale = mass / resized_xSP.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(map_xSS.dtype).tiny)
-    return torch.cat([map_xSS[..., :split], resized_xSP * scale], dim=-1)
+    def _matrix(self, like: Tensor) -> Tensor:
+        """Return ``_make_matrix`` for a tensor, kept but where a program is exported: tensors hold no numbers there."""
+        make = _make_matrix.__wrapped__ if torch.compiler.is_exporting() else _make_matrix
+        return make(self.source, self.target, self.interpolation, like.device, like.dtype)
 
 
 def _resized(resize_PQ: Tensor, images_xQD: Tensor) -> Tensor:
@@ -176,17 +154,6 @@ def _resized(resize_PQ: Tensor, images_xQD: Tensor) -> Tensor:
     several_nQD = stack_nQD.repeat(2, 1, 1) if not torch.compiler.is_compiling() and count == 1 else stack_nQD
     resized_nPD = resize_PQ.expand(several_nQD.shape[0], -1, -1).bmm(several_nQD)[:count]
     return resized_nPD.reshape(*images_xQD.shape[:-2], *resized_nPD.shape[1:])
-
-
-def _resize_matrix(
-    source: tuple[int, int], target: tuple[int, int], interpolation: Interpolation, like: Tensor
-) -> Tensor:
-    """Return ``_make_matrix`` on the device and in the dtype of ``like``.
-
-    It is kept, but not where a program is exported: tensors hold no numbers there.
-    """
-    make = _make_matrix.__wrapped__ if torch.compiler.is_exporting() else _make_matrix
-    return make(source, target, interpolation, like.device, like.dtype)
 
 
 @lru_cache(maxsize=32)

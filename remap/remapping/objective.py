@@ -27,11 +27,7 @@ class Pair:
     num_classes: int
 
     def known_teacher(self, term: str) -> Anatomy:
-        """Return the teacher's anatomy.
-
-        Raises:
-            BackboneError: There is no teacher.
-        """
+        """Return the teacher's anatomy; without a teacher, raise a BackboneError."""
         if self.teacher is None:
             raise BackboneError(f"the loss '{term}' needs a teacher", do="name one, or leave this loss out")
         return self.teacher
@@ -80,9 +76,13 @@ class LossTerm(nn.Module):
         """Follow an update of the student, for terms that remember something from step to step."""
 
     def student_needs(self) -> Needs:
-        return Needs()
+        return self.reads(frozenset(student for student, _ in self.blocks))
 
     def teacher_needs(self) -> Needs:
+        return self.reads(frozenset(teacher for _, teacher in self.blocks))
+
+    def reads(self, blocks: frozenset[int]) -> Needs:
+        """Return what it needs of a network whose blocks it looks into are these."""
         return Needs()
 
     def target(self, teacher: Signals) -> dict[str, Tensor]:

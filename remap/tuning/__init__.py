@@ -7,22 +7,12 @@ from typing import Any
 
 from remap.registry import Registry
 from remap.tuning import adapter, finetuning, parameter, prompt, remapping
-from remap.tuning.entry import CATEGORIES, MethodEntry
+from remap.tuning.entry import CATEGORIES as CATEGORIES
+from remap.tuning.entry import MethodEntry
 
 METHODS: Registry[MethodEntry] = Registry(
     "method", "methods", [*finetuning.ROWS, *prompt.ROWS, *adapter.ROWS, *parameter.ROWS, *remapping.ROWS]
 )
-
-__all__ = [
-    "CATEGORIES",
-    "METHODS",
-    "MethodEntry",
-    "category_of",
-    "combination_problems",
-    "config_of",
-    "parts_of",
-    "rows_of",
-]
 
 
 def parts_of(method: str) -> list[str]:

@@ -22,36 +22,33 @@ class SampleDropout(nn.Module):
         super().__init__()
         self.p, self.site = p, site
         # A tensor, so that compiled code for one block serves all of them.
-        self.register_buffer("offset", _offset(site), persistent=False)
+        self.register_buffer("offset", site_offset(site), persistent=False)
         self.keys_B: Tensor | None = None
 
     def renumber(self, site: int) -> None:
         """Give the module another site."""
         self.site = site
-        self.offset.copy_(_offset(site))
+        self.offset.copy_(site_offset(site))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0:
             return x
         if self.keys_B is None:
             return F.dropout(x, self.p)
-        keep = _keep(self.keys_B, x[0].numel(), self.p, self.offset)
+        keep = keep_mask(self.keys_B, x[0].numel(), self.p, self.offset)
         return x * keep.view_as(x).to(x.dtype) / (1.0 - self.p)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, site={self.site}"
 
 
-def keep_mask(keys_B: Tensor, elements: int, p: float, site: int) -> Tensor:
-    """Return (B, elements) booleans, True with probability 1 - p: a 32-bit integer hash of (key, site, element)."""
-    return _keep(keys_B, elements, p, _offset(site).to(keys_B.device))
-
-
-def _offset(site: int) -> Tensor:
+def site_offset(site: int) -> Tensor:
+    """Return the int32 scalar by which a site's masks differ from those of others."""
     return torch.tensor(_wrap(site * 0x9E3779B1), dtype=torch.int32)
 
 
-def _keep(keys_B: Tensor, elements: int, p: float, offset: Tensor) -> Tensor:
+def keep_mask(keys_B: Tensor, elements: int, p: float, offset: Tensor) -> Tensor:
+    """Return (B, elements) booleans, True with probability 1 - p: a 32-bit integer hash of (key, offset, element)."""
     high, low = (keys_B >> 32).to(torch.int32), keys_B.to(torch.int32)
     rows = _mix(low ^ _mix(high + offset))
     columns = torch.arange(elements, device=keys_B.device, dtype=torch.int32) * _wrap(0x9E3779B1)

@@ -2,12 +2,22 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from remap.backbones.anatomy import Anatomy, Block, ConvBlock, Projection
 from remap.errors import BackboneError
 
 Target = Literal["q", "k", "v", "o", "fc1", "fc2", "linear", "conv"]
+_ELSE = "or [fc1, fc2] without attention, or [linear]."
+# Options of methods. For those that change projections, and for those that change complete layers:
+ProjectionTargets = Annotated[
+    tuple[Target, ...] | None, Field(min_length=1, description=f"Layers to change; null is [q, v], {_ELSE}")
+]
+LayerTargets = Annotated[
+    tuple[Target, ...] | None, Field(min_length=1, description=f"Layers to change; null is [q, k, v], {_ELSE}")
+]
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ def layers_of(anatomy: Anatomy, words: Sequence[str] | None, default: Sequence[s
 
 
 def target_words(anatomy: Anatomy, words: Sequence[str] | None, default: Sequence[str] = ("q", "v")) -> list[str]:
-    """Return the words that are meant: those given or the default ones, and the gate of an MLP with its fc1.
+    """Return the words that are meant, each once: those given or the default ones, and with fc1 the gate of an MLP.
 
     Raises:
         BackboneError: No block has a projection of some word.
@@ -70,7 +80,7 @@ def target_words(anatomy: Anatomy, words: Sequence[str] | None, default: Sequenc
                 given=f"targets: {', '.join(words)}",
                 allowed=", ".join(sorted(present)) or "none: all its layers are too narrow, take norm or partial",
             )
-    return with_gates(words)
+    return list(dict.fromkeys(part for word in words for part in ((word, "fc1_gate") if word == "fc1" else (word,))))
 
 
 def words_of(anatomy: Anatomy) -> set[str]:
@@ -83,11 +93,6 @@ def default_targets(anatomy: Anatomy, default: Sequence[str] = ("q", "v")) -> li
     present = words_of(anatomy)
     found = ([word for word in words if word in present] for words in (default, ("fc1", "fc2"), ("linear",)))
     return next(filter(None, found), ["conv"])
-
-
-def with_gates(words: Iterable[str]) -> list[str]:
-    """Return the words of projections, each once; fc1 brings fc1_gate, which it is multiplied with."""
-    return list(dict.fromkeys(part for word in words for part in ((word, "fc1_gate") if word == "fc1" else (word,))))
 
 
 def among(block: Block, words: Iterable[str]) -> dict[str, Projection]:

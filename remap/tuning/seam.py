@@ -5,29 +5,13 @@ Letters: B batch, T tokens, D width, C classes.
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Protocol, cast
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, module_at, rest_of_forward
-
-
-class _TimmModel(Protocol):
-    def forward_features(self, images_BCHW: Tensor) -> Tensor: ...
-
-    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor: ...
-
-
-def features_of(model: nn.Module, images_BCHW: Tensor) -> Tensor:
-    """Return what a timm model's ``forward_features`` makes of normalised images."""
-    return cast(_TimmModel, model).forward_features(images_BCHW)
-
-
-def logits_of(model: nn.Module, features: Tensor, *, pre_logits: bool = False) -> Tensor:
-    """Return what a timm model's ``forward_head`` makes of features; ``pre_logits`` stops before the classifier."""
-    return cast(_TimmModel, model).forward_head(features, pre_logits=pre_logits)
+from remap.backbones.typed import as_timm
 
 
 class Seam(ABC):
@@ -63,30 +47,8 @@ class FeatureSeam(Seam):
     def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
         self.model, self.anatomy, self.first_block = model, anatomy, anatomy.depth
 
-    @torch.no_grad()
     def stem(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        kept: dict[str, Tensor] = {}
-        heads = {path: module_at(self.model, path) for path in self.anatomy.classifier_heads}
-        # The first of two heads is called before the second one's input is known: what a method hooked there must not
-        # run, least of all change its running statistics.
-        hooks = [(head, head._forward_pre_hooks, head._forward_hooks) for head in heads.values()]
-        for path, head in heads.items():
-
-            def keep(_module: nn.Module, args: tuple, path: str = path) -> None:
-                kept[path] = args[0]
-                if len(kept) == len(heads):
-                    raise _Reached
-
-            head._forward_pre_hooks, head._forward_hooks = OrderedDict(), OrderedDict()
-            head.register_forward_pre_hook(keep)
-        try:
-            logits_of(self.model, features_of(self.model, images_BCHW))
-        except _Reached:
-            return kept
-        finally:
-            for head, before, after in hooks:
-                head._forward_pre_hooks, head._forward_hooks = before, after
-        raise AssertionError("the classifier was not reached")
+        return _inputs_of(self.model, self.anatomy.classifier_heads, images_BCHW)
 
     def rest(self, kept: Mapping[str, Tensor], images_BCHW: Tensor | None, *, whole_blocks: bool) -> Tensor:
         # timm's distilled models average their two classifiers outside distilled training.
@@ -105,27 +67,40 @@ class BlockSeam(Seam):
     def __init__(self, model: nn.Module, anatomy: Anatomy, first_block: int) -> None:
         self.model, self.anatomy, self.first_block = model, anatomy, first_block
 
-    @torch.no_grad()
     def stem(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        kept: list[Tensor] = []
-
-        def keep(_module: nn.Module, args: tuple) -> None:
-            kept.append(args[0])
-            raise _Reached
-
-        block = module_at(self.model, self.anatomy.blocks[self.first_block].block)
-        handle = block.register_forward_pre_hook(keep, prepend=True)
-        try:
-            features_of(self.model, images_BCHW)
-        except _Reached:
-            return {"input": kept[0]}
-        finally:
-            handle.remove()
-        raise AssertionError("the block was not reached")
+        (tokens,) = _inputs_of(self.model, [self.anatomy.blocks[self.first_block].block], images_BCHW).values()
+        return {"input": tokens}
 
     def rest(self, kept: Mapping[str, Tensor], images_BCHW: Tensor | None, *, whole_blocks: bool) -> Tensor:
         tokens = rest_of_forward(self.model, self.anatomy, self.first_block, kept["input"])
-        return logits_of(self.model, tokens)
+        return as_timm(self.model).forward_head(tokens)
+
+
+@torch.no_grad()
+def _inputs_of(model: nn.Module, paths: Sequence[str], images_BCHW: Tensor) -> dict[str, Tensor]:
+    """Run a model up to the last of some modules; return what each is given, by path, before any hook."""
+    found: dict[str, Tensor] = {}
+    modules = {path: module_at(model, path) for path in paths}
+    # The first of two classifiers is called before the second one's input is known: what a method hooked there must not
+    # run, least of all change its running statistics.
+    hooks = [(module, module._forward_pre_hooks, module._forward_hooks) for module in modules.values()]
+    for path, module in modules.items():
+
+        def keep(_module: nn.Module, args: tuple, path: str = path) -> None:
+            found[path] = args[0]
+            if len(found) == len(modules):
+                raise _Reached
+
+        module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+        module.register_forward_pre_hook(keep)
+    try:
+        as_timm(model).forward_head(as_timm(model).forward_features(images_BCHW))
+    except _Reached:
+        return found
+    finally:
+        for module, before, after in hooks:
+            module._forward_pre_hooks, module._forward_hooks = before, after
+    raise AssertionError(f"{', '.join(paths)} was not reached")
 
 
 class _Reached(Exception):

@@ -48,8 +48,7 @@ def attach_deltas(edits: Edits, deltas: Mapping[Projection, Delta]) -> Attachmen
         if all(projection.called for projection in projections):
             edits.after(path, partial(_add_to_output, rows), first=True)
         else:
-            layer = module_at(edits.model, path)
-            edits.undo_by(recompute(layer, "weight", partial(_add_to_weight, rows), first=True))
+            recompute_at(edits, f"{path}.weight", partial(_add_to_weight, rows), first=True)
     return Attachment(edits, fold=Fold(partial(_fold_deltas, edits.model, deltas)))
 
 
@@ -101,6 +100,12 @@ def recompute(
     return undo
 
 
+def recompute_at(edits: Edits, path: str, function: Callable[[Tensor], Tensor], *, first: bool = False) -> None:
+    """``recompute`` the tensor at a dotted path until the edits are removed."""
+    owner, _, name = path.rpartition(".")
+    edits.undo_by(recompute(module_at(edits.model, owner), name, function, first=first))
+
+
 def registered(module: nn.Module, name: str) -> Tensor:
     """Return the tensor that a module registered under ``name``, however reading it was changed."""
     tensor = module._parameters[name] if name in module._parameters else module._buffers[name]
@@ -129,14 +134,7 @@ def own_bias(model: nn.Module, projection: Projection) -> nn.Parameter | None:
 
 
 def require_rank(rank: int, limit: int, path: str, shape: tuple[int, int]) -> None:
-    """Refuse a rank that a layer cannot have.
-
-    Args:
-        shape: Output and input features of what is changed of the layer at ``path``.
-
-    Raises:
-        BackboneError: It is above ``limit``.
-    """
+    """Raise a BackboneError for a rank above ``limit``; ``shape`` is (outputs, inputs) of what is changed."""
     if rank > limit:
         raise BackboneError(
             f"rank {rank} is larger than the layer: {shape[0]} x {shape[1]}", given=path, allowed=f"1 to {limit}"
@@ -162,18 +160,16 @@ def drop(dropout: SampleDropout, x: Tensor) -> Tensor:
 _classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 
 
-def _recomputed_class(plain: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def _set_class(module: nn.Module) -> None:
+    names, plain = tuple(sorted(module.__dict__[_FUNCTIONS])), plain_class(module)
+    if not names:
+        module.__class__ = plain
+        del module.__dict__[_FUNCTIONS]
+        return
     if (plain, names) not in _classes:
         properties = {name: property(partial(_read, name=name)) for name in names}
         _classes[plain, names] = type(f"Recomputed{plain.__name__}", (plain,), {**properties, PLAIN_CLASS: plain})
-    return _classes[plain, names]
-
-
-def _set_class(module: nn.Module) -> None:
-    names, plain = tuple(sorted(module.__dict__[_FUNCTIONS])), plain_class(module)
-    module.__class__ = _recomputed_class(plain, names) if names else plain
-    if not names:
-        del module.__dict__[_FUNCTIONS]
+    module.__class__ = _classes[plain, names]
 
 
 def _read(module: nn.Module, name: str) -> Tensor:

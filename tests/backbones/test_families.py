@@ -86,7 +86,6 @@ def test_norms_are_all_there_are(tiny_name: str, tiny_model: Build) -> None:
     outside = {*anatomy.embedding_norms, anatomy.final_norm} - {None}
     inside = [norm for block in anatomy.blocks for norm in block.norms]
     assert outside | set(inside) == there and len(inside) == len(set(inside))
-    assert anatomy.block_input_norm is None or anatomy.block_input_norm in anatomy.embedding_norms
     for block in anatomy.blocks:
         order: list[str] = []
         for norm in block.norms:

@@ -43,7 +43,7 @@ def test_the_spec_is_what_timm_states_of_the_weights() -> None:
     augreg, dino = specs.values()
     assert (augreg.size, augreg.mean, augreg.std, augreg.crop_pct) == (224, (0.5,) * 3, (0.5,) * 3, 0.9)
     assert (dino.size, dino.mean, dino.std) == (518, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert PreprocessSpec.from_dict(dino.to_dict()) == dino
+    assert PreprocessSpec(**dino.to_dict()) == dino
 
 
 @pytest.mark.parametrize(("channels", "seen"), [(1, 3), (3, 1), (4, 4)])
@@ -55,7 +55,7 @@ def test_channels_and_oblong_inputs_by_hand(channels: int, seen: int) -> None:
     pixels = np.einsum("bchw,c->bhw", pixels, [0.299, 0.587, 0.114])[:, None] if channels == 1 else pixels
     wanted = (pixels - np.reshape(mean, (-1, 1, 1))) / np.reshape(std, (-1, 1, 1))
     spec = _spec(size=(6, 10), mean=mean, std=std)
-    assert spec.shape == (channels, 6, 10) and PreprocessSpec.from_dict(spec.to_dict()) == spec
+    assert spec.shape == (channels, 6, 10) and PreprocessSpec(**spec.to_dict()) == spec
     np.testing.assert_allclose(Preprocess(spec)(images).numpy(), wanted, atol=5e-6)
 
 

@@ -8,15 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from remap.errors import BackboneError, RemapError
-from remap.remapping.alignment import (
-    class_row,
-    pair_blocks,
-    resize_attention,
-    resize_rows,
-    resize_scores,
-    resize_tokens,
-    to_shared_tokens,
-)
+from remap.remapping.alignment import Resize, class_row, pair_blocks, to_shared_tokens
 from remap.remapping.signals import Attention
 
 GRIDS = [((4, 4), (3, 3)), ((3, 3), (4, 4)), ((2, 5), (4, 3)), ((8, 8), (2, 2))]
@@ -62,7 +54,7 @@ def test_pairs_out_of_range_name_the_depths(layers: list[tuple[int, int]]) -> No
 @each_grid
 @each_class
 def test_rows_stay_distributions(source: Any, target: Any, has_class: bool, interpolation: Any) -> None:
-    found = resize_attention(random_map(source, has_class, (2, 3)), source, target, has_class, interpolation)
+    found = Resize(source, target, has_class, interpolation).attention(random_map(source, has_class, (2, 3)))
     tokens = target[0] * target[1] + has_class
     assert found.shape == (2, 3, tokens, tokens) and found.min() >= 0.0
     torch.testing.assert_close(found.sum(dim=-1), torch.ones(2, 3, tokens), rtol=0.0, atol=1e-5)
@@ -73,7 +65,7 @@ def test_rows_stay_distributions(source: Any, target: Any, has_class: bool, inte
 def test_class_row_keeps_its_weights(source: Any, target: Any, interpolation: Any) -> None:
     # Source: conservation. The class query's weight on the class key, and so its patch mass, is not touched.
     given = random_map(source, True)
-    found = resize_attention(given, source, target, True, interpolation)
+    found = Resize(source, target, True, interpolation).attention(given)
     torch.testing.assert_close(found[:, 0, 0], given[:, 0, 0])
     torch.testing.assert_close(found[:, 0, 1:].sum(dim=-1), given[:, 0, 1:].sum(dim=-1))
 
@@ -81,7 +73,7 @@ def test_class_row_keeps_its_weights(source: Any, target: Any, interpolation: An
 def test_class_key_of_patch_rows_is_interpolated_like_an_image() -> None:
     # Source: torch's own image resize of the class column; a row's class weight survives the resize of its keys.
     given = random_map((3, 3), True)
-    found = resize_attention(given, (3, 3), (5, 4), True)
+    found = Resize((3, 3), (5, 4), True).attention(given)
     column = given[:, 1:, 0].reshape(2, 1, 3, 3)
     expected = F.interpolate(column, size=(5, 4), mode="bilinear", antialias=True).reshape(2, 20)
     torch.testing.assert_close(found[:, 1:, 0], expected, rtol=0.0, atol=1e-6)
@@ -90,7 +82,7 @@ def test_class_key_of_patch_rows_is_interpolated_like_an_image() -> None:
 @each_class
 def test_equal_grids_give_the_same_tensor(has_class: bool) -> None:
     given = random_map((3, 4), has_class)
-    assert resize_attention(given, (3, 4), (3, 4), has_class) is given
+    assert Resize((3, 4), (3, 4), has_class).attention(given) is given
 
 
 @each_resize
@@ -100,7 +92,7 @@ def test_uniform_maps_stay_uniform(source: Any, target: Any, interpolation: Any)
     before, after = source[0] * source[1], target[0] * target[1]
     given = torch.full((1, before + 1, before + 1), 0.75 / before)
     given[..., 0] = 0.25
-    found = resize_attention(given, source, target, True, interpolation)
+    found = Resize(source, target, True, interpolation).attention(given)
     expected = torch.full((1, after + 1, after + 1), 0.75 / after)
     expected[..., 0] = 0.25
     torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-6)
@@ -109,7 +101,7 @@ def test_uniform_maps_stay_uniform(source: Any, target: Any, interpolation: Any)
 def test_a_row_without_patch_mass_stays_on_the_class_token() -> None:
     given = torch.zeros(1, 10, 10)
     given[..., 0] = 1.0
-    found = resize_attention(given, (3, 3), (4, 4), True)
+    found = Resize((3, 3), (4, 4), True).attention(given)
     expected = torch.zeros(1, 17, 17)
     expected[..., 0] = 1.0
     torch.testing.assert_close(found, expected)
@@ -122,7 +114,7 @@ def test_doubling_a_grid_by_hand() -> None:
     keys = given[0].double().numpy() @ weights.T
     keys = keys / keys.sum(axis=1, keepdims=True)
     expected = torch.from_numpy(weights @ keys).float()[None]
-    torch.testing.assert_close(resize_attention(given, (1, 2), (1, 4), False), expected, rtol=0.0, atol=1e-6)
+    torch.testing.assert_close(Resize((1, 2), (1, 4), False).attention(given), expected, rtol=0.0, atol=1e-6)
 
 
 @each_resize
@@ -135,7 +127,7 @@ def test_resize_equals_torchs_image_resize(interpolation: Any) -> None:
     columns = F.interpolate(rows.T.reshape(15, 1, 4, 3), size=(3, 5), mode=interpolation, antialias=True)
     expected = columns.clamp_min(0).reshape(15, 15).T
     expected = expected / expected.sum(dim=1, keepdim=True)
-    found = resize_attention(given, (4, 3), (3, 5), False, interpolation)
+    found = Resize((4, 3), (3, 5), False, interpolation).attention(given)
     torch.testing.assert_close(found[0], expected, rtol=0.0, atol=1e-9)
 
 
@@ -176,8 +168,8 @@ def test_class_row_is_row_0_of_the_map(with_bias: bool) -> None:
 def test_resized_rows_are_the_class_row_of_the_resized_map(source: Any, target: Any, interpolation: Any) -> None:
     # Source: the resize of the whole map, which keeps the class row apart.
     given = random_map(source, True, (2, 3))
-    found = resize_rows(given[..., :1, :], source, target, True, interpolation)
-    whole = resize_attention(given, source, target, True, interpolation)
+    resize = Resize(source, target, True, interpolation)
+    found, whole = resize.rows(given[..., :1, :]), resize.attention(given)
     torch.testing.assert_close(found, whole[..., :1, :], rtol=0.0, atol=1e-7)
 
 
@@ -187,7 +179,7 @@ def test_resized_rows_are_the_class_row_of_the_resized_map(source: Any, target: 
 def test_tokens_are_resized_like_images(source: Any, target: Any, has_class: bool, interpolation: Any) -> None:
     # Source: torch's own image resize of each channel in float64; the class token's vector is not touched.
     given = torch.randn(2, source[0] * source[1] + has_class, 5, dtype=torch.float64)
-    found = resize_tokens(given, source, target, has_class, interpolation)
+    found = Resize(source, target, has_class, interpolation).tokens(given)
     images = given[:, int(has_class) :].mT.reshape(2, 5, *source)
     expected = F.interpolate(images, size=target, mode=interpolation, antialias=True).flatten(2).mT
     torch.testing.assert_close(found[:, int(has_class) :], expected, rtol=0.0, atol=1e-9)
@@ -197,12 +189,13 @@ def test_tokens_are_resized_like_images(source: Any, target: Any, has_class: boo
 def test_scores_are_resized_on_rows_and_then_on_columns() -> None:
     # Source: closed form. Scores q k^T of resized queries and keys, because both are linear.
     q, k = torch.randn(2, 13, 4, dtype=torch.float64), torch.randn(2, 13, 4, dtype=torch.float64)
-    found = resize_scores(q @ k.mT, (4, 3), (3, 5), True)
-    q, k = (resize_tokens(x, (4, 3), (3, 5), True) for x in (q, k))
+    resize = Resize((4, 3), (3, 5), True)
+    found = resize.scores(q @ k.mT)
+    q, k = resize.tokens(q), resize.tokens(k)
     torch.testing.assert_close(found, q @ k.mT, rtol=0.0, atol=1e-9)
 
 
-@pytest.mark.parametrize("resize", [resize_rows, resize_scores, resize_tokens])
+@pytest.mark.parametrize("resize", [Resize.rows, Resize.scores, Resize.tokens])
 def test_nothing_is_done_on_equal_grids(resize: Any) -> None:
     given = random_map((3, 4), True)
-    assert resize(given, (3, 4), (3, 4), True).data_ptr() == given.data_ptr()
+    assert resize(Resize((3, 4), (3, 4), True), given).data_ptr() == given.data_ptr()

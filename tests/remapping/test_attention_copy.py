@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from remap.backbones.anatomy import anatomy_of, module_at, set_fused_attention
 from remap.backbones.build import build as build_backbone
 from remap.errors import BackboneError, RemapError, RunError
-from remap.remapping.alignment import resize_attention
+from remap.remapping.alignment import Resize
 from remap.tuning.attached import Attached
 from remap.tuning.attaching import attach_method
 
@@ -88,7 +88,7 @@ def test_other_grids_heads_and_pairs(embedded: nn.Module, build_network: Any, ma
     # Source: as above; the average over heads, resized by what has its own tests, in two of three blocks.
     student = student_of(build_network, patch_size=8, depth=3, num_heads=2, embed_dim=16)
     maps = maps_of_teacher(embedded, student.images, maps_of_timm)
-    mean = [resize_attention(one.mean(dim=1, keepdim=True), GRID, (4, 4), True) for one in maps]
+    mean = [Resize(GRID, (4, 4), True).attention(one.mean(dim=1, keepdim=True)) for one in maps]
     expected = logits_with_maps(student, {0: mean[2], 2: mean[3]}, True)
     attach(student, teacher=TEACHER, layers=[[0, 2], [-1, -1]])
     torch.testing.assert_close(student.model(student.images), expected, rtol=1e-4, atol=1e-4)

@@ -386,7 +386,7 @@ def test_warning_names_what_the_family_has(teacher: str, parts: str) -> None:
     found = {
         "LayerScale": scale is not None,
         "registers": getattr(model, "num_reg_tokens", 0) > 0,
-        "a norm in front of the blocks": anatomy.block_input_norm is not None,
+        "a norm in front of the blocks": "norm_pre" in anatomy.embedding_norms,
         "relative position biases": getattr(model.blocks[0].attn, "relative_position_bias_table", None) is not None,
     }
     assert " and ".join(part for part, there in found.items() if there) == parts

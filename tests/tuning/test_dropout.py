@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from remap.tuning.dropout import SampleDropout, keep_mask
+from remap.tuning.dropout import SampleDropout, keep_mask, site_offset
 
 
 def keys(count: int, seed: int = 0) -> Tensor:
@@ -24,7 +24,7 @@ def sigmas(hits: int, draws: int, probability: float) -> float:
 @pytest.mark.parametrize("kind", ["random", "counting"])
 def test_keep_rate_is_within_four_sigma(p: float, kind: str) -> None:
     chosen = keys(256) if kind == "random" else torch.arange(256)
-    mask = keep_mask(chosen, 2000, p, site=3)
+    mask = keep_mask(chosen, 2000, p, site_offset(3))
     assert abs(sigmas(int(mask.sum()), mask.numel(), 1 - p)) < 4
     # Each row and each column on its own: 5 sigma, as 2256 of them are looked at.
     assert max(abs(sigmas(int(n), 2000, 1 - p)) for n in mask.sum(1)) < 5
@@ -57,7 +57,7 @@ def test_a_mask_repeats_whatever_the_global_generator_does() -> None:
 def test_sites_and_keys_give_uncorrelated_masks() -> None:
     """Independent fair masks agree in half of the places."""
     chosen = torch.cat([keys(4), torch.arange(4)])
-    masks = [keep_mask(chosen, 4000, 0.5, site) for site in (0, 1, 2, 11)]
+    masks = [keep_mask(chosen, 4000, 0.5, site_offset(site)) for site in (0, 1, 2, 11)]
     rows = torch.cat(masks)
     for first in range(len(rows)):
         for second in range(first):
@@ -66,7 +66,7 @@ def test_sites_and_keys_give_uncorrelated_masks() -> None:
 
 
 def test_neighbouring_elements_are_uncorrelated() -> None:
-    mask = keep_mask(keys(64), 1000, 0.5, site=0)
+    mask = keep_mask(keys(64), 1000, 0.5, site_offset(0))
     for lag in (1, 2, 32, 768):
         pairs = mask[:, lag:] == mask[:, :-lag]
         assert abs(sigmas(int(pairs.sum()), pairs.numel(), 0.5)) < 4

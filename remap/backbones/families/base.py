@@ -24,11 +24,9 @@ class Family(ABC, Generic[M]):
 
     Attributes:
         name: Of its row in the table.
-        reenters: Whether ``rest_of_forward`` can enter a network at a block.
     """
 
     name: ClassVar[str]
-    reenters: ClassVar[bool] = True
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:

@@ -28,7 +28,6 @@ class Generic(Family[nn.Module]):
     """
 
     name = "generic"
-    reenters = False
 
     def matches(self, model: nn.Module) -> bool:
         return all(callable(getattr(model, name, None)) for name in ("forward_intermediates", "get_classifier"))
@@ -72,7 +71,7 @@ class Generic(Family[nn.Module]):
         watched(model, _classifiers(model)[0], size)
 
     def rest_of_forward(self, model: nn.Module, index: int, x: Tensor) -> Tensor:
-        raise NotImplementedError("see reenters")
+        raise NotImplementedError("a network that is read by its stages cannot be entered at one")
 
     def stage_outputs(self, model: nn.Module, images_BCHW: Tensor, stages: Sequence[int]) -> tuple[Any, list[Tensor]]:
         interface: Any = model

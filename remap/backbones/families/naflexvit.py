@@ -47,7 +47,6 @@ class NaFlexViT(PlainViT):
             class_token_pooled=reads_class_token,
             input_module="embeds",
             positions_in_embedding=True,
-            block_input_norm=next(iter(real(model, ("norm_pre",))), None),
             embedding_norms=tuple(path for path in outside if path != final_norm),
             final_norm=final_norm,
             classifier_heads=("head",),

@@ -72,7 +72,6 @@ def sequence_anatomy(
         has_class_token=model.cls_token is not None,
         class_token_pooled=reads_class_token and not distilled,
         input_module="patch_embed",
-        block_input_norm=next(iter(real(model, ("norm_pre",))), None),
         embedding_norms=tuple(path for path in outside if path != final_norm),
         final_norm=final_norm,
         classifier_heads=("head", "head_dist") if distilled else ("head",),

@@ -1,28 +1,13 @@
 """The table of architecture remappings: cut the student from the teacher, or skip blocks. Imports no torch."""
 
-from dataclasses import dataclass
+from remap.registry import Registry
+from remap.remapping.entries import RemappingEntry
 
-from remap.registry import Entry, Registry
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArchitectureEntry(Entry):
-    """One way to another architecture.
-
-    Attributes:
-        needs: What it asks of the models, in words.
-        mismatch: Which shapes can come of it, and what is refused.
-    """
-
-    needs: str
-    mismatch: str
-
-
-ARCHITECTURES: Registry[ArchitectureEntry] = Registry(
+ARCHITECTURES: Registry[RemappingEntry] = Registry(
     "architecture remapping",
     "remappings",
     [
-        ArchitectureEntry(
+        RemappingEntry(
             name="shrink",
             target="remap.remapping.architecture.shrink:shrink",
             category="architecture",
@@ -31,7 +16,7 @@ ARCHITECTURES: Registry[ArchitectureEntry] = Registry(
             needs="a plain vision transformer as teacher; of EVA, DINOv3, BEiT and attention-pooled ones depth alone",
             mismatch="nowhere larger than the teacher; width = heads * head width, head width at most the teacher's",
         ),
-        ArchitectureEntry(
+        RemappingEntry(
             name="skip",
             target="remap.remapping.architecture.skip:Skip",
             category="architecture",

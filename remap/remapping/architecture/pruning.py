@@ -55,7 +55,7 @@ def prune_inside(
     found = _summed(scores, model, criterion, batches)
     for block in anatomy.attention_blocks:
         if block.block in units:
-            gone = _worst(found[f"units {block.block}"], block.mlp_hidden - hidden)
+            gone = _without_best(found[f"units {block.block}"], hidden)
             _group(graph, module_at(model, block.fc1), gone).prune()
     # The graph has no view of heads: it is done with before they go.
     if fewer_heads:
@@ -77,7 +77,7 @@ def prune_width(model: nn.Module, width: int, criterion: Criterion, batches: Bat
     writer = module_at(model, anatomy.attention_blocks[0].proj)
     everything = _group(graph, writer, range(anatomy.width))
     found = _summed(lambda: {"channels": importance(everything)}, model, criterion, batches)
-    _group(graph, writer, _worst(found["channels"], anatomy.width - width)).prune()
+    _group(graph, writer, _without_best(found["channels"], width)).prune()
     family_of(anatomy).set_width(model, width)
 
 
@@ -182,5 +182,5 @@ def _best(score: Tensor, count: int) -> list[int]:
     return sorted(score.sort(descending=True, stable=True).indices[:count].tolist())
 
 
-def _worst(score: Tensor, count: int) -> list[int]:
-    return sorted(score.sort(descending=True, stable=True).indices[len(score) - count :].tolist())
+def _without_best(score: Tensor, count: int) -> list[int]:
+    return sorted(set(range(len(score))) - set(_best(score, count)))

@@ -1,7 +1,6 @@
 """What a student that is cut from its teacher keeps, and its short form ``shrink(teacher, depth=6, width=384)``."""
 
 import re
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -37,11 +36,6 @@ def read_shrink_word(word: str) -> dict[str, Any]:
     return found
 
 
-def shrink_word(options: Mapping[str, Any]) -> str:
-    """Return the short form of some options."""
-    return f"shrink({', '.join(['teacher', *(f'{key}={value}' for key, value in options.items())])})"
-
-
 class ShrinkSpec(BaseModel):
     """A student cut from the (first) teacher's backbone; null keeps what the teacher has.
 
@@ -71,4 +65,5 @@ class ShrinkSpec(BaseModel):
     @property
     def word(self) -> str:
         """``shrink(teacher, depth=6)``, with what is not the default."""
-        return shrink_word(self.model_dump(exclude_defaults=True))
+        options = self.model_dump(exclude_defaults=True).items()
+        return f"shrink({', '.join(['teacher', *(f'{key}={value}' for key, value in options)])})"

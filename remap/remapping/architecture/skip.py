@@ -23,8 +23,6 @@ from remap.tuning.attached import Attached
 from remap.tuning.base import Attachment, Edits, Fold, Method, Options, TrainingHooks, is_inserted
 from remap.tuning.weights import registered
 
-_NAME = "remap_skip"
-
 
 class Skip(Method):
     """x + g * branch(x) with one gate g >= 0 a block: L parameters. The loss gets ``cost`` * (sum c g)^2 / sum c g^2.
@@ -57,7 +55,7 @@ class Skip(Method):
             parts = [branches] if self.config.gates == "block" else [[branch] for branch in branches]
             for number, part in enumerate(parts):
                 like = registered(module_at(model, branches[0].layers[0]), "weight")
-                gate = edits.insert(f"{block.block}.{_NAME}{number or ''}", Gate(), like)
+                gate = edits.insert(f"{block.block}.remap_skip{number or ''}", Gate(), like)
                 for branch in part:
                     edits.after(branch.end, partial(_scale, gate))
                 work = sum(_multiply_adds(model, block, branch) for branch in part)
@@ -135,11 +133,7 @@ def _fold(model: nn.Module, gates: Sequence[_Gated]) -> None:
 
 
 def gates_of(attached: Attached) -> Gates:
-    """The gates of ``skip`` or of a combination with it.
-
-    Raises:
-        BackboneError: There are none.
-    """
+    """Return the gates of ``skip`` or of a combination with it; without any, raise a BackboneError."""
     for member in attached.methods.values():
         if isinstance(member.hooks, Gates):
             return member.hooks
@@ -190,8 +184,10 @@ def _branches(model: nn.Module, block: Block) -> list[_Branch]:
         words = (("q", "k", "v", "o"), ("fc1", "fc1_gate", "fc2"))
         ends = (block.attn_branch_end, block.mlp_branch_end)
         scaled = (block.norm1, block.norm2) if block.norms_behind else (block.proj, block.fc2)
+        paths = ([block.projections[word].path for word in names if word in block.projections] for names in words)
         return [
-            _Branch(end, _paths(block, names), layer) for end, names, layer in zip(ends, words, scaled, strict=True)
+            _Branch(end, tuple(dict.fromkeys(layers)), layer)
+            for end, layers, layer in zip(ends, paths, scaled, strict=True)
         ]
     assert isinstance(block, ConvBlock)
     inside = module_at(model, block.block).named_modules()
@@ -201,10 +197,6 @@ def _branches(model: nn.Module, block: Block) -> list[_Branch]:
         if isinstance(module, nn.Linear | nn.Conv2d) and not is_inserted(name)
     )
     return [_Branch(block.branch_end, layers, _end_of(model, block))]
-
-
-def _paths(block: Block, words: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(block.projections[word].path for word in words if word in block.projections))
 
 
 def _end_of(model: nn.Module, block: ConvBlock) -> str | None:

@@ -137,8 +137,8 @@ class Dist(LogitsTerm):
         super().scale_temperature(factor)
         self.loss.tau = self.config.tau
 
-    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
-        return run(self.loss, answer_to_teacher(student), target[LOGITS], labels.main_B)
+    def compare(self, student_BC: Tensor, teacher_BC: Tensor, labels: Labels) -> Tensor:
+        return run(self.loss, student_BC, teacher_BC, labels.main_B)
 
 
 class Torchdistill(TokenTerm):
@@ -189,11 +189,8 @@ class Torchdistill(TokenTerm):
         self.known = BRIDGED[config.loss]
         self.loss = self.known.build(config.options)
 
-    def student_needs(self) -> Needs:
-        return Needs(pooled=self.config.signal == "pooled") | super().student_needs()
-
-    def teacher_needs(self) -> Needs:
-        return Needs(pooled=self.config.signal == "pooled") | super().teacher_needs()
+    def reads(self, blocks: frozenset[int]) -> Needs:
+        return Needs(pooled=self.config.signal == "pooled") | super().reads(blocks)
 
     @torch.no_grad()
     def target(self, teacher: Signals) -> dict[str, Tensor]:

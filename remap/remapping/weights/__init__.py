@@ -2,21 +2,14 @@
 
 from dataclasses import dataclass
 
-from remap.registry import Entry, Registry
+from remap.registry import Registry
+from remap.remapping.entries import RemappingEntry
 
 
 @dataclass(frozen=True, kw_only=True)
-class InitEntry(Entry):
-    """One way to initialise a student.
+class InitEntry(RemappingEntry):
+    """One way to initialise a student; ``reads_images``: it looks at training images."""
 
-    Attributes:
-        needs: What it asks of the two models, in words.
-        mismatch: What becomes of other widths, heads, MLPs and depths.
-        reads_images: Whether it looks at training images.
-    """
-
-    needs: str
-    mismatch: str
     reads_images: bool = False
 
 

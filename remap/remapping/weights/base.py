@@ -1,7 +1,7 @@
 """Initialise a student from its teacher: what an initialisation decides, and the report of what came from where."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from remap.backbones.anatomy import Anatomy
 from remap.backbones.families.layout import POOL, Place, Rotary, Unit, layout_of
 from remap.errors import BackboneError
-from remap.remapping.weights.transfer import Plan, Side, Transferred, transfer
+from remap.remapping.weights.transfer import Plan, Side, Transferred, UnitPlan, transfer
 from remap.tuning.base import Options
 
 Images = Iterable[Tensor]
@@ -111,15 +111,9 @@ def remap_weights(init: WeightInit, teacher: ReadModel, student: ReadModel, samp
     done = transfer(one, other, plan)
     notes = (_sizes(one, other), *init.finish(one, other, plan, done))
     units = [plan.units[block] for block in range(other.layout.depth)]
-    return Report(
-        init=init.name,
-        blocks=tuple(None if unit is None else unit.source for unit in units),
-        copied=tuple(done.copied),
-        neutral=tuple(done.neutral),
-        kept=tuple(done.kept),
-        left=tuple(done.left),
-        notes=notes,
-    )
+    blocks = tuple(None if unit is None else unit.source for unit in units)
+    parts = tuple(done.copied), tuple(done.neutral), tuple(done.kept), tuple(done.left)
+    return Report(init.name, blocks, *parts, notes)
 
 
 def evenly(teacher: int, student: int) -> tuple[int, ...]:
@@ -152,11 +146,7 @@ def dimensions(teacher: int, student: int, rotary: Rotary | None) -> tuple[int, 
 
 
 def require_nowhere_larger(init: str, teacher: Side, student: Side) -> None:
-    """Check that the student is nowhere larger: selections can only make a model smaller.
-
-    Raises:
-        BackboneError: The student is larger somewhere.
-    """
+    """Raise a BackboneError where the student is larger: selections can only make a model smaller."""
     larger = [f"{what} {mine} > {its}" for what, its, mine in differences(teacher, student) if mine > its]
     if larger:
         raise BackboneError(
@@ -180,12 +170,19 @@ def differences(teacher: Side, student: Side) -> list[tuple[str, int, int]]:
     return [pair for pair in pairs if pair[1] != pair[2]]
 
 
-def places(teacher: Side, student: Side, blocks: Sequence[int | None]) -> dict[Place, Place | None]:
-    """Return student places and the teacher's place of each; None for new blocks."""
-    found: dict[Place, Place | None] = dict(enumerate(blocks))
+def plan_units(
+    teacher: Side, student: Side, blocks: Sequence[int | None], unit: Callable[[Place, Place], UnitPlan]
+) -> dict[Place, UnitPlan | None]:
+    """Return the plan of every unit of the student, None for a new one.
+
+    Args:
+        blocks: The teacher's block of each of the student's, None for new ones.
+        unit: Returns the plan for a place of the student and the place of the teacher.
+    """
+    sources: dict[Place, Place | None] = dict(enumerate(blocks))
     if POOL in student.layout.units:
-        found[POOL] = POOL if POOL in teacher.layout.units else None
-    return found
+        sources[POOL] = POOL if POOL in teacher.layout.units else None
+    return {place: None if source is None else unit(place, source) for place, source in sources.items()}
 
 
 def _unit_sizes(whose: str, one: Unit, other: Unit) -> list[tuple[str, int, int]]:

@@ -5,9 +5,9 @@ from pydantic import Field
 from torch import Tensor
 
 from remap.backbones.families.layout import Place
-from remap.backbones.typed import input_channels, pooled_features
+from remap.backbones.typed import evaluating, input_channels, pooled_features
 from remap.errors import BackboneError
-from remap.remapping.weights.base import Images, WeightInit, differences, places
+from remap.remapping.weights.base import Images, WeightInit, differences, plan_units
 from remap.remapping.weights.transfer import Plan, Side, Transferred, UnitPlan
 from remap.tuning.base import Options
 
@@ -37,18 +37,13 @@ class Net2Net(WeightInit):
     def plan(self, teacher: Side, student: Side, sample: Images | None) -> Plan:
         self._require_growth(teacher, student)
         one, other = teacher.layout, student.layout
-        units: dict[Place, UnitPlan | None] = {}
-        for place, source in places(teacher, student, spread_out(one.depth, other.depth)).items():
-            if source is None:
-                units[place] = None
-                continue
+
+        def unit(place: Place, source: Place) -> UnitPlan:
             its, mine = one.units[source], other.units[place]
-            units[place] = UnitPlan(
-                source,
-                in_turn(its.heads, mine.heads),
-                in_turn(its.head_dim, mine.head_dim),
-                in_turn(its.hidden, mine.hidden),
-            )
+            heads, dims = in_turn(its.heads, mine.heads), in_turn(its.head_dim, mine.head_dim)
+            return UnitPlan(source, heads, dims, in_turn(its.hidden, mine.hidden))
+
+        units = plan_units(teacher, student, spread_out(one.depth, other.depth), unit)
         return Plan(in_turn(one.width, other.width), units)
 
     def finish(self, teacher: Side, student: Side, plan: Plan, done: Transferred) -> list[str]:
@@ -129,9 +124,8 @@ def function_difference(teacher: Side, student: Side, width: tuple[int, ...]) ->
     )
     found: list[Tensor] = []
     for side in (teacher, student):
-        first, training = next(side.model.parameters()), side.model.training
-        side.model.eval()
-        found.append(pooled_features(side.model, images.to(first)).double().cpu())
-        side.model.train(training)
+        with evaluating(side.model):
+            features = pooled_features(side.model, images.to(next(side.model.parameters())))
+        found.append(features.double().cpu())
     wanted = found[0][:, list(width)]
     return float((found[1] - wanted).abs().max() / wanted.abs().max())

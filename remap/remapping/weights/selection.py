@@ -1,6 +1,7 @@
 """Selections that look at shapes only: weight selection, and whole blocks."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 from pydantic import Field
@@ -13,7 +14,7 @@ from remap.remapping.weights.base import (
     differences,
     dimensions,
     evenly,
-    places,
+    plan_units,
     require_nowhere_larger,
 )
 from remap.remapping.weights.transfer import Plan, Side, UnitPlan
@@ -38,8 +39,7 @@ class WeightSelection(WeightInit):
 
 def even_units(teacher: Side, student: Side, blocks: Sequence[int]) -> dict[Place, UnitPlan | None]:
     """Return the plan of every unit of the student, by ``even_unit``; ``blocks`` are the teacher's, in order."""
-    found = places(teacher, student, blocks).items()
-    return {place: None if source is None else even_unit(teacher, student, place, source) for place, source in found}
+    return plan_units(teacher, student, blocks, partial(even_unit, teacher, student))
 
 
 def even_unit(teacher: Side, student: Side, place: Place, source: Place) -> UnitPlan:

@@ -2,21 +2,21 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import module_at
 from remap.backbones.families.layout import POOL, Place
-from remap.backbones.typed import as_timm
+from remap.backbones.typed import as_timm, evaluating
 from remap.errors import BackboneError
 from remap.remapping.weights.base import (
     Images,
     WeightInit,
     differences,
     dimensions,
-    places,
+    plan_units,
     require_nowhere_larger,
 )
 from remap.remapping.weights.selection import even_unit
@@ -42,9 +42,7 @@ class Subclone(WeightInit):
             if sample is None:
                 raise BackboneError("subclone needs training images to see what is active in the teacher")
             found.measure(sample)
-        units: dict[Place, UnitPlan | None] = {}
-        for place, source in places(teacher, student, blocks).items():
-            units[place] = None if source is None else self._unit(found, teacher, student, place, source)
+        units = plan_units(teacher, student, blocks, partial(self._unit, found, teacher, student))
         return Plan(found.largest("width", None, student.layout.width), units)
 
     def _unit(self, found: "Importance", teacher: Side, student: Side, place: Place, source: Place) -> UnitPlan:
@@ -82,14 +80,11 @@ class Importance:
         Raises:
             BackboneError: There is no image.
         """
-        model = self.teacher.model
-        training, count = model.training, 0
-        model.eval()
-        with self._watched():
+        model, count = self.teacher.model, 0
+        with self._watched(), evaluating(model):
             for pixels_BCHW in sample:
                 count += len(pixels_BCHW)
                 as_timm(model).forward_features(pixels_BCHW)
-        model.train(training)
         if not count:
             raise BackboneError("subclone needs at least one training image")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy
-from remap.backbones.families.layout import OUTSIDE, Axis, Layout, Piece, Place, resized
+from remap.backbones.families.layout import OUTSIDE, Axis, Layout, Place, resized
 
 # What a new block writes into the residual stream: without it the block passes its input on.
 SILENT = ("o.weight", "o.bias", "fc2.weight", "fc2.bias")
@@ -78,7 +78,11 @@ def transfer(teacher: Side, student: Side, plan: Plan) -> Transferred:
         if key not in its.pieces and word == "table":
             key = (OUTSIDE, word)  # the teacher's blocks share theirs
         if key not in its.pieces:
-            _absent(done, name, piece, own)
+            if piece.absent is None:
+                done.kept.append((name, "the teacher has none"))
+            else:
+                own.fill_(piece.absent)
+                done.neutral.append(name)
             continue
         used.add(key)
         taken = its.pieces[key]
@@ -95,14 +99,6 @@ def transfer(teacher: Side, student: Side, plan: Plan) -> Transferred:
     unused = (key for key in its.pieces if key not in used and key[0] in sources)
     done.left += [_name(*key) for key in unused if _matters(*key, teacher)]
     return done
-
-
-def _absent(done: Transferred, name: str, piece: Piece, own: Tensor) -> None:
-    if piece.absent is None:
-        done.kept.append((name, "the teacher has none"))
-    else:
-        own.fill_(piece.absent)
-        done.neutral.append(name)
 
 
 def _folded(

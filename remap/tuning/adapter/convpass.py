@@ -85,11 +85,7 @@ class ConvBottleneck(Beside):
 
 
 def _require_size(size: tuple[int, int], _module: nn.Module, args: tuple) -> None:
-    """Forward pre-hook of the module that takes the image: which tokens are patches depends on its size.
-
-    Raises:
-        BackboneError: Another size.
-    """
+    """Forward pre-hook of the module that takes the image: which tokens are patches depends on its size."""
     given = tuple(args[0].shape[-2:])
     if given != size:
         raise BackboneError(

@@ -17,7 +17,6 @@ from remap.errors import BackboneError
 from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.seam import FeatureSeam
 
-_PATH = "remap_lst"
 TEMPERATURE = 0.1
 
 
@@ -55,7 +54,7 @@ class LadderSideTuning(Method):
             )
         like = next(model.parameters())
         edits = Edits(model)
-        ladder = edits.insert(_PATH, Ladder(anatomy, self.config), like)
+        ladder = edits.insert("remap_lst", Ladder(anatomy, self.config), like)
         edits.before(anatomy.blocks[0].block, ladder.start)
         for index, block in enumerate(anatomy.blocks, start=1):
             edits.after(block.block, partial(ladder.step, index))

@@ -141,10 +141,8 @@ def _require_exact_fold(sites: list[Site]) -> None:
 def _shift_of_norm(site: Site) -> Tensor | None:
     """Return (I + U A)^-1 c: what the norm's bias must grow by so that the folded layers see c without their own bias.
 
-    Exact also where the keys have no bias and are rotated, so that a constant in them would matter.
-
-    Raises:
-        BackboneError: Rounding would make it inexact.
+    Exact also where the keys have no bias and are rotated, so that a constant in them would matter. Raises a
+    BackboneError where rounding would make it inexact.
     """
     up_Dr, down_rD, constant_D = site.adapter.factors()
     if site.in_layers or constant_D is None:

@@ -71,11 +71,7 @@ def conv_layers(model: nn.Module, anatomy: Anatomy, name: str) -> Iterator[tuple
 
 
 def require_sites(sites: Sequence[object], model: nn.Module) -> None:
-    """Refuse a network without a convolution that an adapter can stand beside.
-
-    Raises:
-        BackboneError: There is none.
-    """
+    """Raise a BackboneError for a network without a convolution that an adapter can stand beside."""
     if not sites:
         raise BackboneError(
             f"{type(model).__name__} has no plain spatial convolution behind its stem",

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remap.backbones.anatomy import Anatomy, AttentionBlock
+from remap.backbones.anatomy import Anatomy
 from remap.tuning.adapter.bottleneck import Bottleneck, insert_adapter
 from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.dropout import SampleDropout
@@ -52,15 +52,12 @@ class Pfeiffer(Method):
     config: Config
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
-        edits = Edits(model)
+        edits, reduction = Edits(model), self.config.reduction
         for block in anatomy.attention_blocks:
-            adapter = InSeries(block.width, self._bottleneck(block))
+            bottleneck = self.config.bottleneck if reduction is None else max(1, block.width // reduction)
+            adapter = InSeries(block.width, bottleneck)
             edits.after(block.mlp_branch_end, insert_adapter(edits, block, "remap_pfeiffer", adapter).change_output)
         return Attachment(edits)
-
-    def _bottleneck(self, block: AttentionBlock) -> int:
-        reduction = self.config.reduction
-        return self.config.bottleneck if reduction is None else max(1, block.width // reduction)
 
 
 class AdapterPlus(Method):

@@ -1,7 +1,5 @@
 """Full fine-tuning: the reference point every parameter-efficient method is measured against."""
 
-from typing import Protocol, runtime_checkable
-
 from torch import nn
 
 from remap.backbones.anatomy import Anatomy
@@ -13,7 +11,8 @@ class Full(Method):
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         names = names_where(model, anatomy, lambda _name: True)
-        exempt = set(model.no_weight_decay()) if isinstance(model, _ExemptsParameters) else set()
+        # What timm's model itself names.
+        exempt: set[str] = getattr(model, "no_weight_decay", set)()
         parameters = dict(model.named_parameters())
         return Attachment(
             trainable=names,
@@ -21,10 +20,3 @@ class Full(Method):
             tuned_modules=[""],
             fold=IN_PLACE,
         )
-
-
-@runtime_checkable
-class _ExemptsParameters(Protocol):
-    """A timm model that names parameters which weight decay must leave alone."""
-
-    def no_weight_decay(self) -> set[str]: ...

@@ -13,8 +13,6 @@ from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.dropout import SampleDropout
 from remap.tuning.seam import FeatureSeam
 
-_PATH = "remap_mlp"
-
 
 class MLP(Method):
     """k times dropout(bn(relu(W x + b))) in front of the classifier: k*(D*D + 3*D) parameters.
@@ -34,18 +32,14 @@ class MLP(Method):
         head = module_at(model, anatomy.classifier_heads[0])
         like = head.weight if isinstance(head, nn.Linear) else next(model.parameters())
         edits = Edits(model)
-        hidden = edits.insert(_PATH, HiddenLayers(anatomy.width, self.config), like)
+        hidden = edits.insert("remap_mlp", HiddenLayers(anatomy.width, self.config), like)
         for path in anatomy.classifier_heads:
             edits.before(path, hidden.before_classifier)
         return Attachment(edits, identity_at_init=False, seam=FeatureSeam(model, anatomy))
 
 
 def require_one_feature(anatomy: Anatomy, method: str) -> None:
-    """Refuse a network whose classifiers read features of their own.
-
-    Raises:
-        BackboneError: They do.
-    """
+    """Raise a BackboneError for a network whose classifiers read features of their own."""
     if not anatomy.averaged_heads:
         raise BackboneError(
             f"{method} acts on the feature of the classifier, and this network has several",

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from remap.backbones.anatomy import Anatomy, AttentionBlock, Block, module_at, rest_of_forward
 from remap.backbones.block_reader import BlockReader, apart, reads_one_row
 from remap.backbones.families.stages import StageBlock
+from remap.backbones.typed import as_timm
 from remap.errors import BackboneError
 from remap.tuning.base import IN_PLACE, Attachment, Method, Options, names_where
-from remap.tuning.seam import BlockSeam, logits_of
+from remap.tuning.seam import BlockSeam
 
 
 class Partial(Method):
@@ -118,13 +119,11 @@ class ClassRowSeam(BlockSeam):
         if whole_blocks or _drops(self.block):
             return super().rest(kept, images_BCHW, whole_blocks=whole_blocks)
         row_B1D = apart(self.block, self.reader.class_row, kept["input"])
-        return logits_of(self.model, rest_of_forward(self.model, self.anatomy, self.anatomy.depth, row_B1D))
+        features = rest_of_forward(self.model, self.anatomy, self.anatomy.depth, row_B1D)
+        return as_timm(self.model).forward_head(features)
 
 
 def _drops(block: nn.Module) -> bool:
     """Return whether dropout or drop-path is active: its masks are drawn for all rows."""
-    return any(module.training and (_rate(module) > 0) for module in block.modules())
-
-
-def _rate(module: nn.Module) -> float:
-    return getattr(module, "p" if isinstance(module, nn.Dropout) else "drop_prob", 0.0) or 0.0
+    rates = ((m, "p" if isinstance(m, nn.Dropout) else "drop_prob") for m in block.modules() if m.training)
+    return any((getattr(module, name, 0.0) or 0.0) > 0 for module, name in rates)

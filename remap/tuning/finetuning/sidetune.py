@@ -19,8 +19,6 @@ from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.finetuning.mlp import require_one_feature
 from remap.tuning.seam import FeatureSeam
 
-_PATH = "remap_sidetune"
-
 
 class SideTune(Method):
     """y = a * base(x) + (1 - a) * P side(x), a = sigmoid(alpha): side network + F*D + 1 parameters.
@@ -42,7 +40,7 @@ class SideTune(Method):
         network, width = side_network(self.config.side, self.config.side_weights, anatomy.image_size, channels)
         like = next(model.parameters())
         edits = Edits(model)
-        side = edits.insert(_PATH, SideNetwork(network, width, anatomy.width), like)
+        side = edits.insert("remap_sidetune", SideNetwork(network, width, anatomy.width), like)
         edits.before(anatomy.input_module, side.keep_image)
         for path in anatomy.classifier_heads:
             last = path == anatomy.classifier_heads[-1]

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
 from remap.tuning.base import Attachment, Method, Options
-from remap.tuning.layers import Target, layers_of
+from remap.tuning.layers import LayerTargets, layers_of
 from remap.tuning.parameter.peft_layer import SharedLinear, attach_changes, full_precision, shared_linears
-
-_NAME = "remap_boft"
 
 
 class BOFT(Method):
@@ -30,11 +28,7 @@ class BOFT(Method):
     class Config(Options):
         block_size: int = Field(default=4, ge=2, description="Size of the rotated blocks of inputs.")
         factors: int = Field(default=2, ge=1, description="Butterfly factors; 1 is OFT with a scale.")
-        targets: tuple[Target, ...] | None = Field(
-            default=None,
-            min_length=1,
-            description="Layers to change; null is [q, k, v], or [fc1, fc2] without attention, or [linear].",
-        )
+        targets: LayerTargets = None
 
     config: Config
 
@@ -43,7 +37,7 @@ class BOFT(Method):
         changes = [
             Butterfly(linear, self.config.block_size, self.config.factors) for linear in shared_linears(model, layers)
         ]
-        return attach_changes(model, _NAME, layers, changes)
+        return attach_changes(model, "remap_boft", layers, changes)
 
 
 class Butterfly(nn.Module):

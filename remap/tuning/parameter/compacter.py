@@ -16,8 +16,6 @@ from remap.errors import BackboneError
 from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.weights import weight_of
 
-_PATH = "remap_compacter"
-
 
 class Compacter(Method):
     """h + A(h) on the output h of attention and of the MLP: n^3 + 2*L*(2*(D + r) + r + D) parameters.
@@ -48,7 +46,7 @@ class Compacter(Method):
         ends = [end for block in blocks for end in (block.attn_branch_end, block.mlp_branch_end)]
         adapters = KroneckerBottlenecks(widths, self.config.bottleneck, factors)
         edits = Edits(model)
-        edits.insert(_PATH, adapters, weight_of(model, blocks[0].projections["fc1"]))
+        edits.insert("remap_compacter", adapters, weight_of(model, blocks[0].projections["fc1"]))
         for index, end in enumerate(ends):
             edits.after(end, partial(adapters.change_output, index))
         return Attachment(edits)

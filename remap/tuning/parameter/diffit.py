@@ -11,8 +11,6 @@ from remap.tuning.parameter.bitfit import bias_parameters
 from remap.tuning.parameter.norm import norm_parameters
 from remap.tuning.weights import registered_at, weight_of
 
-_NAME = "remap_diffit"
-
 
 class DiffFit(Method):
     """x + gamma1 * attn(norm1(x)), then x + gamma2 * mlp(norm2(x)), and all biases and norm weights train.
@@ -27,7 +25,7 @@ class DiffFit(Method):
         for block in anatomy.attention_blocks:
             for word in ("o", "fc2"):
                 end = block.projections[word]
-                scale = edits.insert(f"{end.path}.{_NAME}", BranchScale(block.width), weight_of(model, end))
+                scale = edits.insert(f"{end.path}.remap_diffit", BranchScale(block.width), weight_of(model, end))
                 edits.after(end.path, scale.scale_output)
                 scales.append((end, scale))
         tuned = dict.fromkeys([*bias_parameters(model, anatomy), *norm_parameters(model, anatomy)])

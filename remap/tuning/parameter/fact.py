@@ -19,7 +19,6 @@ from remap.tuning.dropout import SampleDropout
 from remap.tuning.layers import by_layer
 from remap.tuning.weights import Delta, attach_deltas, drop, registered_at, require_rank
 
-_PATH = "remap_fact"
 Grid = tuple[int, int]  # rows and columns of squares that cover a layer's weight
 
 
@@ -34,9 +33,7 @@ class Factors(nn.Module):
         dropouts: One for every layer, on the r units behind its cores.
     """
 
-    def __init__(
-        self, width: int, grids: Sequence[Grid], config: "FacTTT.Config | FacTTK.Config", sites: Sequence[int]
-    ) -> None:
+    def __init__(self, width: int, grids: Sequence[Grid], config: "_FacT.Config", sites: Sequence[int]) -> None:
         super().__init__()
         self.scale = config.scale
         self.down = nn.Parameter(torch.empty(config.rank, width))
@@ -56,7 +53,7 @@ class TensorTrain(Factors):
     are half as large as the others.
     """
 
-    def __init__(self, width: int, grids: Sequence[Grid], config: "FacTTT.Config", sites: Sequence[int]) -> None:
+    def __init__(self, width: int, grids: Sequence[Grid], config: "_FacT.Config", sites: Sequence[int]) -> None:
         super().__init__(width, grids, config, sites)
         fan_in_M = torch.tensor([columns * config.rank for rows, columns in grids for _ in range(rows * columns)])
         self.sigma = nn.Parameter(torch.empty(len(fan_in_M), config.rank, config.rank))
@@ -70,7 +67,7 @@ class TensorTrain(Factors):
 class Tucker(Factors):
     """core_m = sum_k P[m, k] C[k]: M*r + r*r*r parameters."""
 
-    def __init__(self, width: int, grids: Sequence[Grid], config: "FacTTK.Config", sites: Sequence[int]) -> None:
+    def __init__(self, width: int, grids: Sequence[Grid], config: "_FacT.Config", sites: Sequence[int]) -> None:
         super().__init__(width, grids, config, sites)
         self.mix = nn.Parameter(torch.empty(sum(map(math.prod, grids)), config.rank))
         self.core = nn.Parameter(torch.empty(config.rank, config.rank, config.rank))
@@ -88,8 +85,13 @@ class _FacT(Method):
     for every width. The factors belong to the model, not to a block.
     """
 
+    class Config(Options):
+        rank: int = Field(default=16, ge=1, description="Rank of the shared factors.")
+        scale: float = Field(default=1.0, gt=0.0, description="Factor on the update; the paper searches it per task.")
+        dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout probability behind the cores.")
+
     factors: type[Factors]
-    config: "FacTTT.Config | FacTTK.Config"
+    config: Config
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         layers_by_width: dict[int, dict[str, tuple[Projection, ...]]] = {}
@@ -100,7 +102,10 @@ class _FacT(Method):
         site = 0
         for width, layers in layers_by_width.items():
             weights = {path: registered_at(model, f"{path}.weight") for path in layers}
-            grids = {path: _grid(weight, width) for path, weight in weights.items()}
+            grids = {
+                path: (math.ceil(weight.shape[0] / width), math.ceil(weight.shape[1] / width))
+                for path, weight in weights.items()
+            }
             require_rank(self.config.rank, width, next(iter(layers)), (width, width))
             sites = range(site, site + len(layers))
             site += len(layers)
@@ -116,29 +121,21 @@ class _FacT(Method):
                 deltas[layer] = SquaresOfLayer(factors, index, first, grids[path], shape)
                 first += math.prod(grids[path])
         edits = Edits(model)
-        edits.insert(_PATH, shared)
+        edits.insert("remap_fact", shared)
         return attach_deltas(edits, deltas)
 
 
 class FacTTT(_FacT):
     """FacT as a tensor train: 2*D*r + 12*L*r*r parameters."""
 
-    class Config(Options):
-        rank: int = Field(default=16, ge=1, description="Rank of the shared factors.")
-        scale: float = Field(default=1.0, gt=0.0, description="Factor on the update; the paper searches it per task.")
-        dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout probability behind the cores.")
-
     factors = TensorTrain
-    config: Config
 
 
 class FacTTK(_FacT):
     """FacT as a Tucker decomposition: 2*D*r + 12*L*r + r*r*r parameters."""
 
-    class Config(Options):
+    class Config(_FacT.Config):
         rank: int = Field(default=32, ge=1, description="Rank of the shared factors.")
-        scale: float = Field(default=1.0, gt=0.0, description="Factor on the update; the paper searches it per task.")
-        dropout: float = Field(default=0.1, ge=0.0, lt=1.0, description="Dropout probability behind the cores.")
 
     factors = Tucker
     config: Config
@@ -163,7 +160,9 @@ class SquaresOfLayer(Delta):
         (rank, width), features = factors.down.shape, x.shape[-1]
         x_TI = F.pad(x.reshape(-1, features), (0, columns * width - features))
         hidden_Tr = x_TI.view(-1, width) @ factors.down.to(x.dtype).T
-        behind_Tr = hidden_Tr.view(-1, columns * rank) @ self._core().to(hidden_Tr.dtype)
+        # All cores of the layer as one matrix (columns*r, rows*r) from what U gave to what V takes.
+        core = self._cores().permute(1, 3, 0, 2).flatten(2).flatten(0, 1)
+        behind_Tr = hidden_Tr.view(-1, columns * rank) @ core.to(hidden_Tr.dtype)
         dropout = factors.dropouts[self.index]
         assert isinstance(dropout, SampleDropout)
         behind_Tr = drop(dropout, behind_Tr).view(-1, rank)
@@ -173,20 +172,10 @@ class SquaresOfLayer(Delta):
     def delta(self) -> Tensor:
         """Return the squares (p, q): scale * V core U."""
         factors, (rows, columns) = self.shared[0], self.grid
-        cores = self._cores().unflatten(0, (rows, columns))
-        squares = torch.einsum("aD,pqab,bE->pDqE", factors.scale * factors.up, cores, factors.down)
+        squares = torch.einsum("aD,pqab,bE->pDqE", factors.scale * factors.up, self._cores(), factors.down)
         width = factors.down.shape[1]
         return squares.reshape(rows * width, columns * width)[: self.shape[0], : self.shape[1]]
 
     def _cores(self) -> Tensor:
-        return self.shared[0].cores(self.first, self.first + math.prod(self.grid))
-
-    def _core(self) -> Tensor:
-        """Return (columns*r, rows*r): all cores of the layer as one matrix from what U gave to what V takes."""
-        cores = self._cores().unflatten(0, self.grid)  # (rows, columns, r, r)
-        return cores.permute(1, 3, 0, 2).flatten(2).flatten(0, 1)
-
-
-def _grid(weight: Tensor, width: int) -> Grid:
-    """Return the rows and columns of squares that cover a weight."""
-    return math.ceil(weight.shape[0] / width), math.ceil(weight.shape[1] / width)
+        """Return (rows, columns, r, r)."""
+        return self.shared[0].cores(self.first, self.first + math.prod(self.grid)).unflatten(0, self.grid)

@@ -13,12 +13,11 @@ from torch.nn import functional as F
 
 from remap.backbones.anatomy import Anatomy, module_at
 from remap.backbones.families.reading import norm_paths
+from remap.backbones.typed import evaluating
 from remap.errors import BackboneError, RunError
 from remap.tuning.base import Attachment, Edits, Fold, Method, Options, Sample, TrainingHooks, is_inserted
 from remap.tuning.parameter.bitfit import bias_parameters
 from remap.tuning.weights import recompute, registered
-
-_NAME = "remap_gps"
 
 
 class GPS(Method):
@@ -37,7 +36,7 @@ class GPS(Method):
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         layers = {
-            f"{path}.{_NAME}": module
+            f"{path}.remap_gps": module
             for path, module in model.named_modules()
             if isinstance(module, nn.Linear | nn.Conv2d)
             and not is_inserted(path)
@@ -122,31 +121,29 @@ class ChoiceByGradient(TrainingHooks):
         """
         weights = [registered(layer, "weight") for layer, _ in self.changes]
         gradients = [torch.zeros_like(weight) for weight in weights]
-        required = {name: p.requires_grad for name, p in self.model.named_parameters()}
-        training = {module: module.training for module in self.model.modules()}
+        required = {p: p.requires_grad for p in self.model.parameters()}
         try:
-            self.model.eval().requires_grad_(False)
-            features_BF, labels_B = self._all_features(sample)
-            with torch.enable_grad():
-                features_BF.requires_grad_(True)
-                loss = contrastive_loss(features_BF, labels_B, self.temperature)
-            (slope_BF,) = torch.autograd.grad(loss, features_BF)
-            for weight in weights:
-                weight.requires_grad_(True)
-            start = 0
-            for pixels_BCHW, _ in sample.batches():
-                slope = slope_BF[start : start + len(pixels_BCHW)]
-                start += len(pixels_BCHW)
+            self.model.requires_grad_(False)
+            with evaluating(self.model):
+                features_BF, labels_B = self._all_features(sample)
                 with torch.enable_grad():
-                    features = self._features(pixels_BCHW)
-                of_batch = torch.autograd.grad(features, weights, slope)
-                for total, gradient in zip(gradients, of_batch, strict=True):
-                    total += gradient
+                    features_BF.requires_grad_(True)
+                    loss = contrastive_loss(features_BF, labels_B, self.temperature)
+                (slope_BF,) = torch.autograd.grad(loss, features_BF)
+                for weight in weights:
+                    weight.requires_grad_(True)
+                start = 0
+                for pixels_BCHW, _ in sample.batches():
+                    slope = slope_BF[start : start + len(pixels_BCHW)]
+                    start += len(pixels_BCHW)
+                    with torch.enable_grad():
+                        features = self._features(pixels_BCHW)
+                    of_batch = torch.autograd.grad(features, weights, slope)
+                    for total, gradient in zip(gradients, of_batch, strict=True):
+                        total += gradient
         finally:
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(required[name])
-            for module, mode in training.items():
-                module.training = mode
+            for parameter, requires_grad in required.items():
+                parameter.requires_grad_(requires_grad)
         for (_, sparse), gradient in zip(self.changes, gradients, strict=True):
             sparse.choose(gradient)
 

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from remap.backbones.anatomy import Anatomy, Projection
 from remap.errors import BackboneError
 from remap.tuning.base import Attachment, Edits, Method, Options
-from remap.tuning.layers import Target, chosen, target_words
+from remap.tuning.layers import ProjectionTargets, chosen, target_words
 from remap.tuning.weights import Delta, attach_deltas, weight_of
-
-_NAME = "remap_krona"
 
 
 class KronA(Method):
@@ -31,18 +29,16 @@ class KronA(Method):
             description="Rows of the left factor; null is the divisor of the output width above its square root.",
         )
         scale: float = Field(default=1.0, gt=0.0, description="Factor on the update.")
-        targets: tuple[Target, ...] | None = Field(
-            default=None,
-            min_length=1,
-            description="Layers to change; null is [q, v], or [fc1, fc2] without attention, or [linear].",
-        )
+        targets: ProjectionTargets = None
 
     config: Config
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         words, factor = target_words(anatomy, self.config.targets), self.config.factor
+        deltas: dict[Projection, Delta] = {}
+        edits = Edits(model)
         for block in anatomy.blocks:
-            for projection in chosen(block, words).values():
+            for word, projection in chosen(block, words).items():
                 rows = projection.stop - projection.start
                 if factor and rows % factor:
                     raise BackboneError(
@@ -50,13 +46,9 @@ class KronA(Method):
                         given=f"factor={factor} and {rows} features in {projection.path}",
                         do="choose a divisor, or leave factor out",
                     )
-        deltas: dict[Projection, Delta] = {}
-        edits = Edits(model)
-        for block in anatomy.blocks:
-            for word, projection in chosen(block, words).items():
                 like = weight_of(model, projection)
-                delta = Kronecker(projection.stop - projection.start, like.flatten(1).shape[1], self.config)
-                path = f"{projection.path}.{_NAME}" if anatomy.in_stages else f"{block.block}.{_NAME}_{word}"
+                delta = Kronecker(rows, like.flatten(1).shape[1], self.config)
+                path = f"{projection.path}.remap_krona" if anatomy.in_stages else f"{block.block}.remap_krona_{word}"
                 deltas[projection] = edits.insert(path, delta, like)
         return attach_deltas(edits, deltas)
 

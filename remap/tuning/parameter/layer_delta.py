@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, Projection
 from remap.tuning.base import Attachment, Edits, Method, Options
-from remap.tuning.layers import Target, layers_of
+from remap.tuning.layers import LayerTargets, layers_of
 from remap.tuning.weights import Delta, attach_deltas, registered_at, require_rank
 
 
@@ -26,11 +26,7 @@ class LayerDelta(Method):
 
     class Config(Options):
         rank: int = Field(default=8, ge=1, description="Rank of the update.")
-        targets: tuple[Target, ...] | None = Field(
-            default=None,
-            min_length=1,
-            description="Layers to change; null is [q, k, v], or [fc1, fc2] without attention, or [linear].",
-        )
+        targets: LayerTargets = None
 
     config: Config
 

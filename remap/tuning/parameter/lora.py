@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from remap.backbones.anatomy import Anatomy, Projection, module_at
 from remap.tuning.base import Attachment, Edits, Fold, Method, Options
 from remap.tuning.dropout import SampleDropout
-from remap.tuning.layers import Target, by_layer, chosen, target_words
-from remap.tuning.weights import channels_first, drop, recompute, registered, require_rank
+from remap.tuning.layers import ProjectionTargets, by_layer, chosen, target_words
+from remap.tuning.weights import channels_first, drop, recompute_at, registered, require_rank
 
 
 class LoRA(Method):
@@ -40,11 +40,7 @@ class LoRA(Method):
 
         rank: int = Field(default=8, ge=1, description="Rank of the update.")
         alpha: float | None = Field(default=None, gt=0.0, description="Scale is alpha / rank; null is alpha = rank.")
-        targets: tuple[Target, ...] | None = Field(
-            default=None,
-            min_length=1,
-            description="Layers to change; null is [q, v], or [fc1, fc2] without attention, or [linear].",
-        )
+        targets: ProjectionTargets = None
         dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="Dropout probability on the input of A.")
 
     config: Config
@@ -70,7 +66,7 @@ class LoRA(Method):
                     # In front of what others do with the output: the scale of a branch acts on the sum.
                     edits.after(path, partial(hook, lora), first=True)
                 else:
-                    edits.undo_by(recompute(layer, "weight", partial(_add_to_weight, lora), first=True))
+                    recompute_at(edits, f"{path}.weight", partial(_add_to_weight, lora), first=True)
         return Attachment(edits, fold=Fold(partial(_fold, model, changes)))
 
     def change(self, shape: tuple[int, int], projections: tuple[Projection, ...], site: int) -> "LowRank":

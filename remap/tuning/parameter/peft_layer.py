@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from remap.backbones.anatomy import Projection, module_at, plain_class
 from remap.errors import BackboneError
-from remap.tuning.base import Attachment, Edits, Fold, vectors
+from remap.tuning.base import Attachment, Edits, Fold
 from remap.tuning.layers import Layer
-from remap.tuning.weights import channels_first, recompute, registered, registered_at
+from remap.tuning.weights import channels_first, recompute_at, registered, registered_at
 
 # Called as run(change, x); ``bias`` may be handed on to the shared layer.
 Run = Callable[..., Tensor]
@@ -106,8 +106,6 @@ def attach_changes(
     common: Collection[str] = (),
     moves_bias: bool = False,
     run: Run = plain_run,
-    no_decay: Collection[str] = (),
-    identity_at_init: bool = True,
 ) -> Attachment:
     """Let each layer's forward go through its change.
 
@@ -118,7 +116,6 @@ def attach_changes(
         common: Attributes under which all changes hold the same modules; those are inserted once, into the model.
         moves_bias: Whether the changes also act on what is added to W x.
         run: How a change is called.
-        no_decay: Names of parameters inside a change that weight decay leaves alone, besides vectors.
     """
     edits = Edits(model)
     if common:
@@ -129,14 +126,7 @@ def attach_changes(
             change.__dict__[hidden] = change._modules.pop(hidden)
         edits.insert(f"{layer.path}.{name}", change, registered_at(model, f"{layer.path}.weight"))
         _install(edits, layer, change, run, moves_bias)
-    parameters = edits.parameters()
-    exempt = {*vectors(parameters), *(n for n in parameters if set(n.split(".")) & set(no_decay))}
-    return Attachment(
-        edits,
-        no_decay=[n for n in parameters if n in exempt],
-        identity_at_init=identity_at_init,
-        fold=Fold(partial(_fold, model, layers, changes, common, run, moves_bias)),
-    )
+    return Attachment(edits, fold=Fold(partial(_fold, model, layers, changes, common, run, moves_bias)))
 
 
 def _install(edits: Edits, layer: Layer, change: nn.Module, run: Run, moves_bias: bool) -> None:
@@ -145,11 +135,9 @@ def _install(edits: Edits, layer: Layer, change: nn.Module, run: Run, moves_bias
         module.forward = partial(_forward, run, change)
         edits.undo_by(partial(delattr, module, "forward"))
     else:
-        edits.undo_by(recompute(module, "weight", partial(_changed_weight, run, change)))
+        recompute_at(edits, f"{layer.path}.weight", partial(_changed_weight, run, change))
     for projection, path in layer.foreign_biases if moves_bias else ():
-        owner, _, bias = path.rpartition(".")
-        function = partial(_changed_bias, run, change, projection)
-        edits.undo_by(recompute(module_at(edits.model, owner), bias, function))
+        recompute_at(edits, path, partial(_changed_bias, run, change, projection))
 
 
 def _fold(

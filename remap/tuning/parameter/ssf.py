@@ -3,20 +3,18 @@
 Letters: D channels of a layer's output.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from remap.backbones.anatomy import Anatomy, AttentionBlock, Block, ConvBlock, Projection, module_at
+from remap.backbones.anatomy import Anatomy, AttentionBlock, ConvBlock, module_at
 from remap.backbones.families.stages import StageBlock
 from remap.tuning.base import Attachment, Edits, Fold, Method
 from remap.tuning.layers import by_layer
-from remap.tuning.weights import channels_first, own_bias, recompute, registered, registered_at
-
-_NAME = "remap_ssf"
+from remap.tuning.weights import channels_first, own_bias, recompute_at, registered, registered_at
 
 
 class SSF(Method):
@@ -37,16 +35,15 @@ class SSF(Method):
             layer = module_at(model, target.path)
             like = registered(layer, "weight")
             affine = ScaleShift(len(like), tuple(rows for _, rows in target.biases))
-            edits.insert(f"{target.path}.{_NAME}", affine, like)
+            edits.insert(f"{target.path}.remap_ssf", affine, like)
             scaled.append((target, affine))
             if not target.read_past:
                 # The scale of a norm is part of the norm: what other methods do with its output comes behind it.
                 edits.after(target.path, partial(_on_output, affine, channels_first(layer)), first=target.is_norm)
                 continue
-            edits.undo_by(recompute(layer, "weight", affine.on_weight))
+            recompute_at(edits, f"{target.path}.weight", affine.on_weight)
             for bias, rows in target.biases:
-                owner, _, name = bias.rpartition(".")
-                edits.undo_by(recompute(module_at(model, owner), name, partial(affine.on_bias, rows)))
+                recompute_at(edits, bias, partial(affine.on_bias, rows))
         return Attachment(edits, fold=Fold(partial(_fold, model, scaled), stage=2))
 
 
@@ -107,20 +104,21 @@ def _scaled_layers(model: nn.Module, anatomy: Anatomy) -> Iterator[_ScaledLayer]
         if isinstance(block, StageBlock):
             yield from _stage_layers(model, block)
             continue
-        convolutions = _convolutions(block)
+        convolutions = [site.conv for site in block.convs] if isinstance(block, ConvBlock) else []
         for path in convolutions:
             yield _called(model, path)
-        for path in _norms(block):
+        # Not those inside the attention or the MLP.
+        for path in (block.norm1, block.norm2) if isinstance(block, AttentionBlock) else block.norms:
             yield _called(model, path, is_norm=True)
         for path, projections in by_layer(block.projections.values()).items():
             if path in convolutions:
                 continue
-            adds_bias = all(p.called and p.bias in (None, f"{path}.bias") for p in projections)
-            yield (
-                _called(model, path)
-                if adds_bias
-                else _ScaledLayer(path, tuple(_split_biases(model, projections)), read_past=True)
-            )
+            if all(p.called and p.bias in (None, f"{path}.bias") for p in projections):
+                yield _called(model, path)
+                continue
+            # Biases that the owner of the layer adds, each a separate tensor. Buffers are not in plain weights.
+            biases = ((p.bias, p.rows) for p in projections if p.bias is not None and own_bias(model, p) is not None)
+            yield _ScaledLayer(path, tuple(biases), read_past=True)
 
 
 def _stage_layers(model: nn.Module, block: StageBlock) -> Iterator[_ScaledLayer]:
@@ -132,26 +130,11 @@ def _stage_layers(model: nn.Module, block: StageBlock) -> Iterator[_ScaledLayer]
             yield replace(_called(model, path), read_past=True)
 
 
-def _convolutions(block: Block) -> list[str]:
-    return [site.conv for site in block.convs] if isinstance(block, ConvBlock) else []
-
-
-def _norms(block: Block) -> list[str]:
-    return [block.norm1, block.norm2] if isinstance(block, AttentionBlock) else [*block.norms]
-
-
 def _called(model: nn.Module, layer: str, *, is_norm: bool = False) -> _ScaledLayer:
     """Describe a layer that is called and adds its own bias, if any."""
     module = module_at(model, layer)
     bias = getattr(module, "bias", None)
     return _ScaledLayer(layer, () if bias is None else ((f"{layer}.bias", slice(0, len(bias))),), is_norm)
-
-
-def _split_biases(model: nn.Module, projections: Iterable[Projection]) -> Iterator[tuple[str, slice]]:
-    """Yield biases that the owner of the layer adds, each a separate tensor. Buffers are not in plain weights."""
-    for projection in projections:
-        if projection.bias is not None and own_bias(model, projection) is not None:
-            yield projection.bias, projection.rows
 
 
 def _on_output(affine: ScaleShift, first: bool, _layer: nn.Module, _args: tuple, output: Tensor) -> Tensor:

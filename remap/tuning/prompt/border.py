@@ -34,11 +34,7 @@ def input_weight(model: nn.Module, anatomy: Anatomy) -> Tensor:
 
 
 def require_size(images_BCHW: Tensor, size: tuple[int, int]) -> None:
-    """Refuse images that the frame was not made for.
-
-    Raises:
-        BackboneError: Another size.
-    """
+    """Raise a BackboneError for images of a size that the frame was not made for."""
     if tuple(images_BCHW.shape[-2:]) != size:
         raise BackboneError(
             "the learned border was made for another image size",

@@ -13,8 +13,6 @@ from remap.backbones.preprocess import PreprocessSpec
 from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.prompt.border import Frame, input_weight, require_size
 
-_PATH = "remap_vpt_pad"
-
 
 class VPTPad(Method):
     """The image grows by ``border`` learned pixels on each side: 3 * (2b*(W + 2b) + 2b*H), 12*b*(S + b) on S x S.
@@ -34,7 +32,7 @@ class VPTPad(Method):
         spec = PreprocessSpec.of(model)
         frame = _Enlarging(self.config.border, anatomy.image_size, spec, input_weight(model, anatomy))
         edits = Edits(model)
-        edits.insert(_PATH, frame)
+        edits.insert("remap_vpt_pad", frame)
         edits.before(anatomy.input_module, frame.enlarge)
         return Attachment(edits, no_decay=edits.parameters(), identity_at_init=False)
 

@@ -62,11 +62,7 @@ def patch_bound(anatomy: Anatomy, width: int) -> float:
 
 
 def carried(tokens: Tensor, index: int) -> Tensor:
-    """Return the prompts' outputs that the input of block ``index`` carries.
-
-    Raises:
-        BackboneError: It carries none.
-    """
+    """Return the prompts' outputs that the input of block ``index`` carries; without any, raise a BackboneError."""
     prompts_BpD = getattr(tokens, CARRIED, None)
     if prompts_BpD is None:
         raise BackboneError(

@@ -11,8 +11,6 @@ from remap.errors import BackboneError
 from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.prompt.border import Frame, input_weight, require_size
 
-_PATH = "remap_vp"
-
 
 class VP(Method):
     """x + border, on the normalised image, 0 inside: 6*b*(H + W - 2b) parameters, 12*b*(S - b) on S x S."""
@@ -38,7 +36,7 @@ class VP(Method):
         for pixels in frame.parameters():
             nn.init.normal_(pixels, std=self.config.init_std)
         edits = Edits(model)
-        edits.insert(_PATH, frame)
+        edits.insert("remap_vp", frame)
         # On the image itself, in front of a border that makes it larger.
         edits.before(anatomy.input_module, frame.add, first=True)
         return Attachment(edits, no_decay=edits.parameters(), identity_at_init=self.config.init_std == 0.0)

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remap.backbones.anatomy import Anatomy, module_at
+from remap.backbones.typed import evaluating, pooled_features
 from remap.errors import BackboneError
 from remap.tuning.base import NO_HOOKS, Attachment, Edits, Method, Sample, TrainingHooks, vectors
 from remap.tuning.prompt.prompts import PATH, PromptOptions, weight_like
 from remap.tuning.prompt.sequence_prompts import Prompts, Room, attach_prompts
 from remap.tuning.prompt.vpt_swin import attach_to_windows
-from remap.tuning.seam import BlockSeam, features_of, logits_of
+from remap.tuning.seam import BlockSeam
 
 
 class VPTShallow(Method):
@@ -78,21 +79,18 @@ class ClassMeans(TrainingHooks):
 
     def _class_means(self, sample: Sample) -> Tensor:
         """Return (C, D), pooled features of the frozen backbone; classes without an image are left out."""
-        modes = {module: module.training for module in self.model.modules()}
         # Without the prompts, and so without the room that was made for them.
         self.room.close()
         self.prompts.idle = True
-        self.model.eval()
         sums_CD = counts_C = torch.zeros(())
         try:
-            for images_BCHW, labels_B in sample.batches():
-                pooled_BD = logits_of(self.model, features_of(self.model, images_BCHW), pre_logits=True)
-                chosen_BC = F.one_hot(labels_B, sample.num_classes).to(pooled_BD.dtype)
-                sums_CD, counts_C = chosen_BC.T @ pooled_BD + sums_CD, chosen_BC.sum(0) + counts_C
+            with evaluating(self.model):
+                for images_BCHW, labels_B in sample.batches():
+                    pooled_BD = pooled_features(self.model, images_BCHW)
+                    chosen_BC = F.one_hot(labels_B, sample.num_classes).to(pooled_BD.dtype)
+                    sums_CD, counts_C = chosen_BC.T @ pooled_BD + sums_CD, chosen_BC.sum(0) + counts_C
         finally:
             self.prompts.idle = False
-            for module, training in modes.items():
-                module.training = training
             self.room.open()
         seen = counts_C > 0
         return sums_CD[seen] / counts_C[seen, None]

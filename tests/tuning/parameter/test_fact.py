@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from remap.backbones.anatomy import anatomy_of
 from remap.tuning.attached import Attached
 from remap.tuning.attaching import attach_method
-from remap.tuning.dropout import keep_mask
+from remap.tuning.dropout import keep_mask, site_offset
 
 Weights = dict[str, Tensor]
 FUSED = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -98,7 +98,7 @@ def test_dropout_stands_between_core_and_v(shaken: Callable, build: Callable, to
                 slices = args[0].split(32, -1)
                 units = [sum(x @ down.T @ core.T for x, core in zip(slices, row, strict=True)) for row in own]
                 units = torch.stack(units, -2)  # (B, tokens, rows, r)
-                mask = keep_mask(keys, units[0].numel(), 0.5, site).view_as(units)
+                mask = keep_mask(keys, units[0].numel(), 0.5, site_offset(site)).view_as(units)
                 return output + (2 * units * mask @ up).flatten(-2)
 
             module.register_forward_hook(add)

@@ -15,7 +15,7 @@ from remap.backbones.anatomy import anatomy_of
 from remap.errors import BackboneError
 from remap.tuning.attached import Attached
 from remap.tuning.attaching import attach_method
-from remap.tuning.dropout import keep_mask
+from remap.tuning.dropout import keep_mask, site_offset
 
 Weights = dict[str, Tensor]
 # (layer, the thirds of its rows that change); None for all rows.
@@ -144,7 +144,7 @@ def test_dropout_acts_on_the_input_by_image(
         def add(module: nn.Module, args: tuple, output: Tensor, site: int = site, layer: str = layer) -> Tensor:
             x = args[0]
             seen.append(len(x))
-            mask = keep_mask(keys, x.numel() // 2, 0.5, site).view_as(x)
+            mask = keep_mask(keys, x.numel() // 2, 0.5, site_offset(site)).view_as(x)
             delta = torch.zeros_like(module.weight)
             _add({f"{layer}.weight": delta}, state, layer, (0, 2), 8, 1.0)
             return output + (2 * x * mask) @ delta.T

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from remap.tuning.dropout import keep_mask
+from remap.tuning.dropout import keep_mask, site_offset
 
 Weights = dict[str, Tensor]
 MARK = ".remap_mlae."
@@ -39,7 +39,7 @@ def test_training_masks_whole_experts_of_every_image(
     attached.set_sample_keys(keys)
     logits = attached.model(tools.images().double())
     for row in range(2):
-        masks = [keep_mask(keys, 8, 0.25, site)[row].double() / 0.75 for site in range(3)]
+        masks = [keep_mask(keys, 8, 0.25, site_offset(site))[row].double() / 0.75 for site in range(3)]
         assert 0 < sum(float(mask.sum()) for mask in masks) < 32, "some are masked, not all"
         expected = plain_logits("plain", lambda weights, masks=masks: changed(weights, state, masks.__getitem__))
         assert torch.allclose(logits[row], expected[row], rtol=0, atol=1e-10)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from functools import partial
 
-from remap.remapping.loss_entry import LossEntry
+from remap.remapping.entries import LossEntry
 
 _row = partial(LossEntry, category="attention", signal="attention")
 

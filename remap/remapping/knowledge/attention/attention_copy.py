@@ -26,7 +26,6 @@ from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.finetuning.full import Full
 from remap.tuning.seam import FeatureSeam
 
-_PATH = "remap_attention_copy"
 _CARRIED = "remap_copied_maps"
 
 
@@ -78,15 +77,19 @@ class AttentionCopy(Method):
             tuned = replace(Full().attach(model, anatomy), fold=None)
         else:
             tuned = Attachment(trainable=(), seam=FeatureSeam(model, anatomy))
-        maps = CopiedMaps(TeacherMaps(teacher, PreprocessSpec.of(model), anatomy, self.config), anatomy)
+        config, images = self.config, PreprocessSpec.of(model)
+        found = TeacherMaps(teacher, images, anatomy, config.layers, config.heads, config.resize)
+        maps = CopiedMaps(found, config.teacher, anatomy)
         edits = Edits(model)
-        edits.insert(_PATH, maps)
+        edits.insert("remap_attention_copy", maps)
         edits.before(anatomy.input_module, maps.begin, first=True)
         for index, block in enumerate(anatomy.attention_blocks):
             edits.before(block.block, partial(maps.enter, index), first=True)
             if index in maps.teacher.pairs:
                 _watch_values(edits, block, maps)
-                _replace_result(edits, index, block, maps)
+                norm = f"{block.attn}.norm"
+                reader = norm if norm in block.norms else block.proj
+                edits.before(reader, partial(maps.replace, index, block.heads), first=True)
             if index + 1 < anatomy.depth:
                 handle = edits.after(block.block, maps.leave)
                 maps.late.append((module_at(model, block.block), handle.id))
@@ -103,9 +106,9 @@ class CopiedMaps(nn.Module):
 
     teacher_sha256: Tensor
 
-    def __init__(self, teacher: TeacherMaps, anatomy: Anatomy) -> None:
+    def __init__(self, teacher: TeacherMaps, name: str, anatomy: Anatomy) -> None:
         super().__init__()
-        self.teacher, self.patches = teacher, anatomy.num_patches
+        self.teacher, self.teacher_name, self.patches = teacher, name, anatomy.num_patches
         digest = torch.frombuffer(bytearray.fromhex(teacher.sha256), dtype=torch.uint8).clone()
         self.register_buffer("teacher_sha256", digest)
         self._checked = self.teacher_sha256._version
@@ -185,7 +188,7 @@ class CopiedMaps(nn.Module):
         wanted = bytes(self.teacher_sha256.cpu().tolist()).hex()
         if wanted != self.teacher.sha256:
             raise RunError(
-                f"this student was tuned with the attention maps of other weights of {self.teacher.config.teacher}",
+                f"this student was tuned with the attention maps of other weights of {self.teacher_name}",
                 given=f"teacher {self.teacher.sha256[:16]}, task {wanted[:16]}",
                 do="bring back the teacher's weights; the method's options name them",
             )
@@ -207,9 +210,3 @@ def _watch_values(edits: Edits, block: AttentionBlock, maps: CopiedMaps) -> None
 def _bias(v: Projection, owner: nn.Module) -> Tensor:
     bias = getattr(owner, str(v.bias).rpartition(".")[2])
     return bias[v.bias_start : v.bias_start + v.stop - v.start]
-
-
-def _replace_result(edits: Edits, index: int, block: AttentionBlock, maps: CopiedMaps) -> None:
-    norm = f"{block.attn}.norm"
-    reader = norm if norm in block.norms else block.proj
-    edits.before(reader, partial(maps.replace, index, block.heads), first=True)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
-from remap.remapping.alignment import Interpolation, pair_blocks, to_shared_tokens
+from remap.remapping.alignment import Interpolation, Resize, pair_blocks, to_shared_tokens
 from remap.remapping.labels import Labels
 from remap.remapping.objective import LossTerm, Pair
 from remap.remapping.signals import Attention, Needs, Signals
@@ -50,11 +50,8 @@ class BlockTerm(LossTerm):
                 do="use layers: last, or name stages of that grid",
             )
 
-    def student_needs(self) -> Needs:
-        return Needs(attention=frozenset(student for student, _ in self.blocks))
-
-    def teacher_needs(self) -> Needs:
-        return Needs(attention=frozenset(teacher for _, teacher in self.blocks))
+    def reads(self, blocks: frozenset[int]) -> Needs:
+        return Needs(attention=blocks)
 
     @torch.no_grad()
     def target(self, teacher: Signals) -> dict[str, Tensor]:
@@ -83,6 +80,10 @@ class BlockTerm(LossTerm):
     def read(self, attention: Attention, grid: tuple[int, int]) -> dict[str, Tensor]:
         """Return what is compared of one block, by a short name, in float32, carried to ``grid``."""
 
+    def resize(self, attention: Attention, grid: tuple[int, int]) -> Resize:
+        """Return how what was read of a block is carried to ``grid``."""
+        return Resize(attention.grid, grid, self.keep_class_token, self.config.resize)
+
     @abstractmethod
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the loss between what ``read`` found on either side, a float32 scalar."""
@@ -101,14 +102,7 @@ class BlockTerm(LossTerm):
         return to_shared_tokens(signals.attention[block], self.keep_class_token)
 
     def require_equal_heads(self, instead: str) -> None:
-        """For losses that go head by head.
-
-        Args:
-            instead: What the option ``heads`` may be otherwise, for the message.
-
-        Raises:
-            BackboneError: The blocks of a pair have different numbers of heads.
-        """
+        """Raise a BackboneError where a pair's blocks differ in heads; ``instead`` is what ``heads`` may be."""
         for student_block, teacher_block in self.blocks:
             student = heads_of(self.pair.student, student_block)
             teacher = heads_of(self.pair.known_teacher(self.name), teacher_block)

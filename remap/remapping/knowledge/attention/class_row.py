@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from remap.errors import BackboneError
-from remap.remapping.alignment import Interpolation, class_row, resize_rows
+from remap.remapping.alignment import Interpolation, class_row
 from remap.remapping.knowledge.attention.block_term import RowTerm, log_mean
 from remap.remapping.objective import Pair
 from remap.remapping.signals import Attention
@@ -62,7 +62,7 @@ class ClassRow(RowTerm):
         if self.config.heads == "mean":
             log_x1S = log_mean(log_x1S)
         if grid != attention.grid:
-            row_x1S = resize_rows(log_x1S.exp(), attention.grid, grid, True, self.config.resize)
+            row_x1S = self.resize(attention, grid).rows(log_x1S.exp())
             log_x1S = (row_x1S + FLOOR if product else row_x1S).log()
         if product:
             log_x1S = log_x1S.sum(dim=1)

@@ -6,7 +6,6 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from remap.remapping.alignment import resize_attention, resize_scores
 from remap.remapping.knowledge.attention.block_term import BlockTerm, RowTerm, log_mean
 from remap.remapping.objective import Pair
 from remap.remapping.signals import Attention
@@ -47,8 +46,7 @@ class AttentionTransfer(_WholeMap, RowTerm):
         if self.config.heads == "mean":  # before the resize: it makes the resized and cached map small
             log_xSS = log_mean(log_xSS)
         if grid != attention.grid:
-            args = attention.grid, grid, self.keep_class_token, self.config.resize
-            log_xSS = resize_attention(log_xSS.exp(), *args).log()
+            log_xSS = self.resize(attention, grid).attention(log_xSS.exp()).log()
         return {"map": log_xSS}
 
 
@@ -65,7 +63,7 @@ class AttentionScoresMatch(_WholeMap):
         scores_xSS = attention.scores_BHSS()
         if self.config.heads == "mean":
             scores_xSS = scores_xSS.mean(dim=1)
-        return {"scores": resize_scores(scores_xSS, attention.grid, grid, self.keep_class_token, self.config.resize)}
+        return {"scores": self.resize(attention, grid).scores(scores_xSS)}
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         return F.mse_loss(student, teacher.float())

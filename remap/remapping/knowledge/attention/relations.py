@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
-from remap.remapping.alignment import resize_tokens
 from remap.remapping.knowledge.attention.block_term import BlockTerm, heads_of
 from remap.remapping.objective import Pair
 from remap.remapping.signals import Attention, Needs, float32_region
@@ -80,14 +79,8 @@ class Relations(BlockTerm):
             )
         return self.config.relation_heads
 
-    def student_needs(self) -> Needs:
-        return self._with_values(super().student_needs())
-
-    def teacher_needs(self) -> Needs:
-        return self._with_values(super().teacher_needs())
-
-    def _with_values(self, needs: Needs) -> Needs:
-        return Needs(attention=needs.attention, values=needs.attention) if "v" in self.config.relations else needs
+    def reads(self, blocks: frozenset[int]) -> Needs:
+        return Needs(attention=blocks, values=blocks if "v" in self.config.relations else frozenset())
 
     def read(self, attention: Attention, grid: tuple[int, int]) -> dict[str, Tensor]:
         scale = attention.q_BHSh.shape[-1] ** 0.5
@@ -97,7 +90,7 @@ class Relations(BlockTerm):
             x_BHSh, factor = of[what]
             assert x_BHSh is not None, "the tap does not record values"
             x_BSD = x_BHSh.float().transpose(1, 2).flatten(2) * factor
-            found[what] = resize_tokens(x_BSD, attention.grid, grid, self.keep_class_token, self.config.resize)
+            found[what] = self.resize(attention, grid).tokens(x_BSD)
         return found
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:

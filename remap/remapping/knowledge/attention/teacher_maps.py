@@ -3,7 +3,7 @@
 Letters: B batch, H heads, S the shared tokens {class, patches} of the student's grid.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,40 +12,38 @@ from remap.backbones.anatomy import Anatomy
 from remap.backbones.build import Backbone
 from remap.backbones.preprocess import Preprocess, PreprocessSpec
 from remap.errors import BackboneError
-from remap.remapping.alignment import Interpolation, Layers, pair_blocks, resize_attention, to_shared_tokens
+from remap.remapping.alignment import Interpolation, Layers, Resize, pair_blocks, to_shared_tokens
+from remap.remapping.knowledge.attention.block_term import heads_of
 from remap.remapping.signals import Needs
 from remap.remapping.tap import Tap
 
 
-class MapOptions(Protocol):
-    """Options of attention copy that decide which maps there are."""
-
-    @property
-    def teacher(self) -> str: ...
-
-    @property
-    def layers(self) -> Layers: ...
-
-    @property
-    def heads(self) -> str: ...
-
-    @property
-    def resize(self) -> Interpolation: ...
-
-
 class TeacherMaps:
-    """The frozen teacher and what is made of its attention. No part of the student: copies of that share it."""
+    """The frozen teacher and what is made of its attention. No part of the student: copies of that share it.
 
-    def __init__(self, teacher: Backbone, images: PreprocessSpec, student: Anatomy, config: MapOptions) -> None:
-        self.sha256, self.config, self.grid = teacher.identity.sha256, config, student.grid
-        pairs = pair_blocks(config.layers, student.depth, teacher.anatomy.depth)
+    Args:
+        images: How the student's images are normalised.
+        layers, heads, interpolation: Options of attention copy.
+    """
+
+    def __init__(
+        self,
+        teacher: Backbone,
+        images: PreprocessSpec,
+        student: Anatomy,
+        layers: Layers,
+        heads: str,
+        interpolation: Interpolation,
+    ) -> None:
+        self.sha256, self.grid, self.interpolation = teacher.identity.sha256, student.grid, interpolation
+        pairs = pair_blocks(layers, student.depth, teacher.anatomy.depth)
         self.pairs = dict(pairs)
         if len(self.pairs) < len(pairs):
             raise BackboneError(
                 "layers must give each student block one teacher block", given=[list(pair) for pair in pairs]
             )
         self.has_class_token = student.has_class_token and teacher.anatomy.has_class_token
-        self.head_by_head = {s: _head_by_head(student, teacher.anatomy, s, t, config.heads) for s, t in pairs}
+        self.head_by_head = {s: _head_by_head(student, teacher.anatomy, s, t, heads) for s, t in pairs}
         self.tap = Tap(teacher.model, teacher.anatomy, Needs(attention=frozenset(self.pairs.values())))
         self.networks = nn.ModuleList([teacher.model, Preprocess(teacher.preprocess), _Pixels(images)])
         self.networks.requires_grad_(False).eval()
@@ -62,8 +60,8 @@ class TeacherMaps:
             map_BHSS = to_shared_tokens(attention[block], self.has_class_token).map_BHSS()
             if not self.head_by_head[student]:
                 map_BHSS = map_BHSS.mean(dim=1, keepdim=True)
-            source = attention[block].grid
-            maps[student] = resize_attention(map_BHSS, source, self.grid, self.has_class_token, self.config.resize)
+            resize = Resize(attention[block].grid, self.grid, self.has_class_token, self.interpolation)
+            maps[student] = resize.attention(map_BHSS)
         return maps
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TeacherMaps":
@@ -86,12 +84,11 @@ class _Pixels(nn.Module):
 
 
 def _head_by_head(student: Anatomy, teacher: Anatomy, student_block: int, teacher_block: int, heads: str) -> bool:
-    blocks = student.blocks[student_block], teacher.blocks[teacher_block]
-    counts = tuple(getattr(block, "heads", 0) for block in blocks)
-    if heads == "each" and counts[0] != counts[1]:
+    ours, theirs = heads_of(student, student_block), heads_of(teacher, teacher_block)
+    if heads == "each" and ours != theirs:
         raise BackboneError(
             "heads: each copies head by head and needs equally many heads on both sides",
-            given=f"student {counts[0]}, teacher {counts[1]}",
+            given=f"student {ours}, teacher {theirs}",
             do="use heads: mean, or a teacher with as many heads",
         )
-    return heads != "mean" and counts[0] == counts[1]
+    return heads != "mean" and ours == theirs

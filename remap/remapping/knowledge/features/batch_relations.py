@@ -4,7 +4,6 @@ They have no parameters and need no equal widths. Of a single image there is not
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
 
 import torch
 from pydantic import Field
@@ -12,11 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from remap.remapping.knowledge.features.terms import PooledTerm, pooled
+from remap.remapping.knowledge.features.terms import PooledTerm
 from remap.remapping.labels import Labels
-from remap.remapping.objective import Pair
-from remap.remapping.signals import Signals, float32_region
-from remap.remapping.targets import POOLED
 from remap.tuning.base import Options
 
 # Squared distances below it count as none: the root has no gradient there.
@@ -33,21 +29,11 @@ ANCHOR_NUMBERS = 2**22
 class BatchRelation(PooledTerm):
     """A term that compares how pooled features of a batch lie to each other."""
 
-    name = ""
-
-    def __init__(self, pair: Pair, config: Options) -> None:
-        super().__init__(pair, config)
-        pair.known_teacher(self.name)
-
-    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
-        ours_BD, theirs_BD = pooled(student), target[POOLED].float()
-        if len(ours_BD) < 2:
-            return 0.0 * ours_BD.sum()
-        with float32_region(ours_BD):
-            return self.compare(ours_BD, theirs_BD)
+    def compare(self, ours_BD: Tensor, theirs_BD: Tensor, labels: Labels) -> Tensor:
+        return 0.0 * ours_BD.sum() if len(ours_BD) < 2 else self.relate(ours_BD, theirs_BD)
 
     @abstractmethod
-    def compare(self, ours_BD: Tensor, theirs_BD: Tensor) -> Tensor: ...
+    def relate(self, ours_BD: Tensor, theirs_BD: Tensor) -> Tensor: ...
 
 
 class Relational(BatchRelation):
@@ -67,7 +53,7 @@ class Relational(BatchRelation):
     config: Config
     name = "rkd"
 
-    def compare(self, ours_BD: Tensor, theirs_BD: Tensor) -> Tensor:
+    def relate(self, ours_BD: Tensor, theirs_BD: Tensor) -> Tensor:
         ours_BB, theirs_BB = _gram(ours_BD), _gram(theirs_BD)
         loss = 0.0 * ours_BD.sum()
         if self.config.distance:
@@ -92,7 +78,7 @@ class ProbabilisticTransfer(BatchRelation):
     config: Config
     name = "pkt"
 
-    def compare(self, ours_BD: Tensor, theirs_BD: Tensor) -> Tensor:
+    def relate(self, ours_BD: Tensor, theirs_BD: Tensor) -> Tensor:
         ours, theirs = (self._log_probabilities(one) for one in (ours_BD, theirs_BD))
         return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
@@ -115,7 +101,7 @@ class SimilarityPreserving(BatchRelation):
 
     name = "spkd"
 
-    def compare(self, ours_BD: Tensor, theirs_BD: Tensor) -> Tensor:
+    def relate(self, ours_BD: Tensor, theirs_BD: Tensor) -> Tensor:
         ours_BB, theirs_BB = (F.normalize(one @ one.mT, dim=1) for one in (ours_BD, theirs_BD))
         return F.mse_loss(ours_BB, theirs_BB)
 

@@ -1,17 +1,13 @@
 """Contrast of student and teacher. B batch, E width of the common embedding."""
 
-from collections.abc import Mapping
-
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remap.remapping.knowledge.features.terms import PooledTerm, pooled
+from remap.remapping.knowledge.features.terms import PooledTerm
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Pair
-from remap.remapping.signals import Signals, float32_region
-from remap.remapping.targets import POOLED
 from remap.tuning.base import Options
 
 
@@ -35,19 +31,16 @@ class ContrastiveRepresentation(PooledTerm):
         temperature: float = Field(default=0.07, gt=0.0, description="Temperature; divides the cosines.")
 
     config: Config
+    name = "crd"
 
     def __init__(self, pair: Pair, config: Config) -> None:
         super().__init__(pair, config)
-        teacher = pair.known_teacher("crd")
-        self.student_map = nn.Linear(pair.student.width, config.width)
-        self.teacher_map = nn.Linear(teacher.width, config.width)
+        self.student_map, self.teacher_map = (nn.Linear(width, config.width) for width in self.widths)
 
-    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
-        pooled_BD = pooled(student)
-        with float32_region(pooled_BD):
-            ours_BE = F.normalize(self.student_map(pooled_BD), dim=1)
-            theirs_BE = F.normalize(self.teacher_map(target[POOLED].float()), dim=1)
-            scores_BB = ours_BE @ theirs_BE.mT / self.config.temperature
+    def compare(self, ours_BD: Tensor, theirs_BD: Tensor, labels: Labels) -> Tensor:
+        ours_BE = F.normalize(self.student_map(ours_BD), dim=1)
+        theirs_BE = F.normalize(self.teacher_map(theirs_BD), dim=1)
+        scores_BB = ours_BE @ theirs_BE.mT / self.config.temperature
         scores_BB = scores_BB.masked_fill(_same_class(labels), float("-inf"))
         own = torch.arange(len(scores_BB), device=scores_BB.device)
         return F.cross_entropy(scores_BB, own) + F.cross_entropy(scores_BB.mT, own)

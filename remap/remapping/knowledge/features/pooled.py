@@ -1,14 +1,11 @@
 """Feature distillation behind pooling. B batch, D width (student and teacher differ)."""
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
-from remap.remapping.knowledge.features.terms import PooledTerm, ProjectedOptions, distance, pooled, projector
+from remap.remapping.knowledge.features.terms import PooledTerm, ProjectedOptions, distance, projector
 from remap.remapping.labels import Labels
 from remap.remapping.normalization import TargetNorm
 from remap.remapping.objective import Pair
-from remap.remapping.signals import Signals, float32_region
 from remap.remapping.targets import POOLED
 
 
@@ -25,17 +22,15 @@ class PooledFeature(PooledTerm):
         """Options."""
 
     config: Config
+    name = "feature"
 
     def __init__(self, pair: Pair, config: Config) -> None:
         super().__init__(pair, config)
-        width = pair.known_teacher("feature").width
-        self.projector = projector(config, pair.student.width, width)
-        self.norm = TargetNorm(config.normalize, width)
+        self.projector = projector(config, *self.widths)
+        self.norm = TargetNorm(config.normalize, self.widths[1])
 
     def normalizers(self) -> dict[str, TargetNorm]:
         return {POOLED: self.norm}
 
-    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
-        pooled_BD = pooled(student)
-        with float32_region(pooled_BD):
-            return distance(self.config.loss, self.projector(pooled_BD), self.norm(target[POOLED].float()))
+    def compare(self, ours_BD: Tensor, theirs_BD: Tensor, labels: Labels) -> Tensor:
+        return distance(self.config.loss, self.projector(ours_BD), self.norm(theirs_BD))

@@ -1,17 +1,13 @@
 """Similarity to a queue of the teacher's features. B batch, D the teacher's width, K entries of the queue."""
 
-from collections.abc import Mapping
-
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from remap.remapping.knowledge.features.terms import PooledTerm, ProjectorOptions, pooled, projector
+from remap.remapping.knowledge.features.terms import PooledTerm, ProjectorOptions, projector
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Pair
-from remap.remapping.signals import Signals, float32_region
-from remap.remapping.targets import POOLED
 
 
 class SimilarityToQueue(PooledTerm):
@@ -31,36 +27,32 @@ class SimilarityToQueue(PooledTerm):
         teacher_temperature: float = Field(default=0.01, gt=0.0, description="Temperature of the teacher's.")
 
     config: Config
+    name = "queue"
     queue_KD: Tensor
     filled: Tensor
 
     def __init__(self, pair: Pair, config: Config) -> None:
         super().__init__(pair, config)
-        width = pair.known_teacher("queue").width
-        self.projector = projector(config, pair.student.width, width)
-        self.register_buffer("queue_KD", torch.zeros(config.size, width))
+        self.projector = projector(config, *self.widths)
+        self.register_buffer("queue_KD", torch.zeros(config.size, self.widths[1]))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
         self._batch_BD: Tensor | None = None
 
-    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
-        ours_BD = pooled(student)
-        with float32_region(ours_BD):
-            theirs_BD = F.normalize(target[POOLED].float(), dim=1)
-            ours_BD = F.normalize(self.projector(ours_BD), dim=1)
-            # The batch's features replace the oldest ones, or places that nothing was put in yet.
-            queue_KD = self._with(theirs_BD)
-            used_K = torch.arange(len(queue_KD), 0, -1, device=queue_KD.device) <= self.filled + len(theirs_BD)
-            ours, theirs = (
-                (z_BD @ queue_KD.mT / temperature).masked_fill(~used_K, float("-inf")).log_softmax(dim=1)
-                for z_BD, temperature in (
-                    (ours_BD, self.config.temperature),
-                    (theirs_BD, self.config.teacher_temperature),
-                )
-            )
-            self._batch_BD = theirs_BD
-            # Both logarithms of an unused place become 0: it has no part in the divergence.
-            ours, theirs = (x_BK.masked_fill(~used_K, 0.0) for x_BK in (ours, theirs))
-            return (theirs.exp() * used_K * (theirs - ours)).sum(dim=1).mean()
+    def compare(self, ours_BD: Tensor, theirs_BD: Tensor, labels: Labels) -> Tensor:
+        theirs_BD = F.normalize(theirs_BD, dim=1)
+        ours_BD = F.normalize(self.projector(ours_BD), dim=1)
+        # The batch's features replace the oldest ones, or places that nothing was put in yet.
+        queue_KD = self._with(theirs_BD)
+        used_K = torch.arange(len(queue_KD), 0, -1, device=queue_KD.device) <= self.filled + len(theirs_BD)
+        temperatures = ((ours_BD, self.config.temperature), (theirs_BD, self.config.teacher_temperature))
+        ours, theirs = (
+            (z_BD @ queue_KD.mT / temperature).masked_fill(~used_K, float("-inf")).log_softmax(dim=1)
+            for z_BD, temperature in temperatures
+        )
+        self._batch_BD = theirs_BD
+        # Both logarithms of an unused place become 0: it has no part in the divergence.
+        ours, theirs = (x_BK.masked_fill(~used_K, 0.0) for x_BK in (ours, theirs))
+        return (theirs.exp() * used_K * (theirs - ours)).sum(dim=1).mean()
 
     @torch.no_grad()
     def after_step(self) -> None:

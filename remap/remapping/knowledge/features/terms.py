@@ -3,8 +3,9 @@
 B batch, N patches of the student's grid, D width (student's and teacher's differ), h and w rows and columns.
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -15,11 +16,12 @@ from torch.nn.utils.parametrizations import orthogonal
 from remap.backbones.anatomy import Anatomy, Block
 from remap.errors import BackboneError
 from remap.registry import LATER
-from remap.remapping.alignment import pair_blocks, resize_tokens
+from remap.remapping.alignment import Resize, pair_blocks
+from remap.remapping.labels import Labels
 from remap.remapping.normalization import Normalization
 from remap.remapping.objective import LossTerm, Pair
-from remap.remapping.signals import Needs, Signals
-from remap.remapping.targets import patches_name, pooled_of
+from remap.remapping.signals import Needs, Signals, float32_region
+from remap.remapping.targets import POOLED, patches_name, pooled_of
 from remap.tuning.base import Options
 
 Projector = Literal["linear", "orthogonal", "mlp", "none"]
@@ -97,17 +99,33 @@ def pooled(signals: Signals) -> Tensor:
 
 
 class PooledTerm(LossTerm):
-    """A term that reads nothing but the pooled features of both."""
+    """A term that reads nothing but the pooled features of both.
 
-    def student_needs(self) -> Needs:
-        return Needs(pooled=True)
+    Attributes:
+        name: The term's name in the table of losses.
+    """
 
-    def teacher_needs(self) -> Needs:
+    name: ClassVar[str]
+
+    def __init__(self, pair: Pair, config: Options) -> None:
+        super().__init__(pair, config)
+        self.widths = pair.student.width, pair.known_teacher(self.name).width
+
+    def reads(self, blocks: frozenset[int]) -> Needs:
         return Needs(pooled=True)
 
     @torch.no_grad()
     def target(self, teacher: Signals) -> dict[str, Tensor]:
         return pooled_of(teacher)
+
+    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
+        ours_BD = pooled(student)
+        with float32_region(ours_BD):
+            return self.compare(ours_BD, target[POOLED].float(), labels)
+
+    @abstractmethod
+    def compare(self, ours_BD: Tensor, theirs_BD: Tensor, labels: Labels) -> Tensor:
+        """Return the loss between float32 features of the student and the teacher, a scalar."""
 
 
 def token_pairs(layers: Layers, pair: Pair, term: str) -> tuple[tuple[int, int], ...]:
@@ -138,11 +156,8 @@ class TokenTerm(LossTerm):
         super().__init__(pair, config)
         self.blocks = tuple(blocks)
 
-    def student_needs(self) -> Needs:
-        return Needs(tokens=frozenset(student for student, _ in self.blocks))
-
-    def teacher_needs(self) -> Needs:
-        return Needs(tokens=frozenset(teacher for _, teacher in self.blocks))
+    def reads(self, blocks: frozenset[int]) -> Needs:
+        return Needs(tokens=blocks)
 
     @torch.no_grad()
     def target(self, teacher: Signals) -> dict[str, Tensor]:
@@ -168,8 +183,8 @@ class TokenTerm(LossTerm):
     def resized(self, teacher: Signals, student_block: int, teacher_block: int) -> Tensor:
         """Return the teacher's patches (B, N, D) on the grid of the student's block, float32."""
         tokens = teacher.tokens[teacher_block]
-        patches_BND = tokens.patches_BND.detach().float()
-        return resize_tokens(patches_BND, tokens.grid, self.grid(student_block), has_class_token=False)
+        resize = Resize(tokens.grid, self.grid(student_block), has_class_token=False)
+        return resize.tokens(tokens.patches_BND.detach().float())
 
 
 class Generator(nn.Sequential):

@@ -2,10 +2,10 @@
 
 from functools import partial
 
-from remap.remapping.loss_entry import LossEntry
+from remap.remapping.entries import LossEntry
 
 _ONE_CLASS = "the class with the larger share; without a label, the teacher's most likely one"
-_row = partial(LossEntry, category="logits")
+_row = partial(LossEntry, category="logits", signal="logits")
 
 ROWS = [
     _row(
@@ -15,7 +15,6 @@ ROWS = [
         summary="cross-entropy with the labels",
         paper="-",
         needs="labels, student logits",
-        signal="logits",
         mixed="cross-entropy with the mixed distribution",
     ),
     _row(
@@ -24,7 +23,6 @@ ROWS = [
         summary="KL of softened class probabilities, times T^2; or on the scale of another tool",
         paper="Hinton et al. 2015, arXiv 1503.02531",
         needs="logits of both",
-        signal="logits",
     ),
     _row(
         name="hard",
@@ -32,7 +30,6 @@ ROWS = [
         summary="cross-entropy with the teacher's most likely class",
         paper="Touvron et al. 2021, arXiv 2012.12877",
         needs="logits of both",
-        signal="logits",
         mixed="the teacher's class of the mixed image",
     ),
     _row(
@@ -41,7 +38,6 @@ ROWS = [
         summary="KL of the image's class against all others, and KL among the others, weighted apart",
         paper="Zhao et al. 2022, arXiv 2203.08679",
         needs="labels, logits of both",
-        signal="logits",
         mixed=_ONE_CLASS,
     ),
     _row(
@@ -50,7 +46,6 @@ ROWS = [
         summary="cross-entropy on the image's class and, made to sum to 1, on the others",
         paper="Yang et al. 2023, arXiv 2303.13005",
         needs="labels, logits of both",
-        signal="logits",
         mixed=_ONE_CLASS,
     ),
     _row(
@@ -59,7 +54,6 @@ ROWS = [
         summary="KL at several temperatures, with Gram matrices of images and of classes",
         paper="Jin et al. 2023, CVPR",
         needs="logits of both",
-        signal="logits",
         over_batch=True,
     ),
     _row(
@@ -68,7 +62,6 @@ ROWS = [
         summary="z-scores of the logits in front of kd, dkd, nkd, dist or mlkd",
         paper="Sun et al. 2024, arXiv 2403.01427",
         needs="logits of both; labels for dkd and nkd",
-        signal="logits",
         mixed="as the loss behind it",
         weight=9.0,
     ),
@@ -78,7 +71,6 @@ ROWS = [
         summary="correlation of class probabilities within and across images (torchdistill's DISTLoss)",
         paper="Huang et al. 2022, arXiv 2205.10536",
         needs="logits of both",
-        signal="logits",
         over_batch=True,
     ),
 ]

@@ -4,17 +4,13 @@ Both losses want one class an image. Of a mixed image (mixup, CutMix) it is the 
 image without a label, the teacher's most likely one. So every image of a batch counts.
 """
 
-from collections.abc import Mapping
-
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from remap.remapping.knowledge.logits.distillation import LogitsTerm, answer_to_teacher, kl_at_temperature
+from remap.remapping.knowledge.logits.distillation import LogitsTerm, kl_at_temperature
 from remap.remapping.labels import Labels
-from remap.remapping.signals import Signals
-from remap.remapping.targets import LOGITS
 from remap.tuning.base import Options
 
 
@@ -37,9 +33,8 @@ class DecoupledDistillation(LogitsTerm):
 
     config: Config
 
-    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
+    def compare(self, student_BC: Tensor, teacher_BC: Tensor, labels: Labels) -> Tensor:
         temperature = self.config.temperature
-        student_BC, teacher_BC = answer_to_teacher(student).float(), target[LOGITS].float()
         class_B = labels.main_or(teacher_BC.argmax(dim=1))
         student_BO, teacher_BO = _others(student_BC, class_B), _others(teacher_BC, class_B)
         of_student, of_teacher = (
@@ -66,9 +61,8 @@ class NormalizedDistillation(LogitsTerm):
 
     config: Config
 
-    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
+    def compare(self, student_BC: Tensor, teacher_BC: Tensor, labels: Labels) -> Tensor:
         temperature = self.config.temperature
-        student_BC, teacher_BC = answer_to_teacher(student).float(), target[LOGITS].float()
         class_B = labels.main_or(teacher_BC.argmax(dim=1))
         sure_B = _of_class(teacher_BC.softmax(dim=1), class_B)
         of_class = -(sure_B * _of_class(student_BC.log_softmax(dim=1), class_B)).mean()

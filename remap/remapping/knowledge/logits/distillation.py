@@ -1,5 +1,6 @@
 """Losses on labels and logits as they are. B batch, C classes; all in float32."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal, Self, cast
 
@@ -58,6 +59,13 @@ class LogitsTerm(LossTerm):
     def target(self, teacher: Signals) -> dict[str, Tensor]:
         return logits_of(teacher)
 
+    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
+        return self.compare(answer_to_teacher(student).float(), target[LOGITS].float(), labels)
+
+    @abstractmethod
+    def compare(self, student_BC: Tensor, teacher_BC: Tensor, labels: Labels) -> Tensor:
+        """Return the loss between float32 logits, a scalar."""
+
 
 class KnowledgeDistillation(LogitsTerm):
     """Hinton et al. 2015, arXiv 1503.02531: KL(softmax(t/T) || softmax(s/T)) * T^2, sum over classes, mean over images.
@@ -101,11 +109,10 @@ class KnowledgeDistillation(LogitsTerm):
             {} if cast(KnowledgeDistillation.Config, config).scale == "torchtune" else super().temperatures_of(config)
         )
 
-    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
-        student_BC, teacher_BC = answer_to_teacher(student), target[LOGITS]
+    def compare(self, student_BC: Tensor, teacher_BC: Tensor, labels: Labels) -> Tensor:
         temperature, scale = self.config.temperature, self.config.scale
         if scale == "torchtune":
-            return F.cross_entropy(student_BC.float(), teacher_BC.float().softmax(dim=-1))
+            return F.cross_entropy(student_BC, teacher_BC.softmax(dim=-1))
         loss = kl_at_temperature(student_BC, teacher_BC, temperature)
         if scale == "deit":
             return loss / student_BC.shape[1]
@@ -126,14 +133,12 @@ class HardDistillation(LogitsTerm):
 
     config: Config
 
-    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
-        wanted_B = target[LOGITS].argmax(dim=1)
+    def compare(self, student_BC: Tensor, teacher_BC: Tensor, labels: Labels) -> Tensor:
         smoothing = self.config.label_smoothing
-        return F.cross_entropy(answer_to_teacher(student).float(), wanted_B, label_smoothing=smoothing)
+        return F.cross_entropy(student_BC, teacher_BC.argmax(dim=1), label_smoothing=smoothing)
 
 
 def kl_at_temperature(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> Tensor:
     """Return KL(teacher || student) of the softened distributions, batch mean, times ``temperature`` squared."""
-    log_student = F.log_softmax(student_BC.float() / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher_BC.float() / temperature, dim=-1)
+    log_student, log_teacher = (F.log_softmax(x_BC.float() / temperature, dim=-1) for x_BC in (student_BC, teacher_BC))
     return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2

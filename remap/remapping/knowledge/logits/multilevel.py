@@ -1,16 +1,14 @@
 """Distillation on three levels: images, pairs of images, pairs of classes. B batch, C classes; all in float32."""
 
-from collections.abc import Mapping
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from remap.remapping.knowledge.logits.distillation import LogitsTerm, answer_to_teacher, kl_at_temperature
+from remap.remapping.knowledge.logits.distillation import LogitsTerm, kl_at_temperature
 from remap.remapping.labels import Labels
-from remap.remapping.signals import Signals, float32_region
-from remap.remapping.targets import LOGITS
+from remap.remapping.signals import float32_region
 from remap.tuning.base import Options
 
 
@@ -38,9 +36,7 @@ class MultiLevelDistillation(LogitsTerm):
 
     config: Config
 
-    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
-        student_BC = answer_to_teacher(student).float()
-        teacher_BC = target[LOGITS].float()
+    def compare(self, student_BC: Tensor, teacher_BC: Tensor, labels: Labels) -> Tensor:
         with float32_region(student_BC):
             losses = [self._at(student_BC, teacher_BC, temperature) for temperature in self.config.temperatures]
         return torch.stack(losses).mean()

@@ -1,7 +1,5 @@
 """Standardised logits in front of another loss. B batch, C classes; all in float32."""
 
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Literal, cast
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -9,11 +7,9 @@ from torch import Tensor
 
 from remap.registry import did_you_mean
 from remap.remapping import LOSSES
-from remap.remapping.knowledge.logits.distillation import LogitsTerm, answer_to_teacher
+from remap.remapping.knowledge.logits.distillation import LogitsTerm
 from remap.remapping.labels import Labels
-from remap.remapping.objective import LossTerm, Pair
-from remap.remapping.signals import Needs, Signals
-from remap.remapping.targets import LOGITS
+from remap.remapping.objective import Pair
 from remap.tuning.base import Options
 
 BASE_TEMPERATURE = 2.0
@@ -59,27 +55,21 @@ class LogitStandardization(LogitsTerm):
 
     def __init__(self, pair: Pair, config: Config) -> None:
         super().__init__(pair, config)
-        kind: type[LossTerm] = LOSSES.load(config.of)
+        kind: type[LogitsTerm] = LOSSES.load(config.of)
         self.inner = kind(pair, kind.Config(**config.options))
 
     @classmethod
     def temperatures_of(cls, config: Options) -> dict[str, Any]:
         config = cast(LogitStandardization.Config, config)
-        kind: type[LossTerm] = LOSSES.load(config.of)
+        kind: type[LogitsTerm] = LOSSES.load(config.of)
         return kind.temperatures_of(kind.Config(**config.options))
 
     def scale_temperature(self, factor: float) -> None:
         self.inner.scale_temperature(factor)
         self.config = self.config.model_copy(update={"options": self.inner.config.model_dump(mode="json")})
 
-    def student_needs(self) -> Needs:
-        return self.inner.student_needs()
-
-    def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
-        z_BC = standardized(answer_to_teacher(student))
-        return self.inner(
-            replace(student, logits_BC=z_BC, head_logits=()), {LOGITS: standardized(target[LOGITS])}, labels
-        )
+    def compare(self, student_BC: Tensor, teacher_BC: Tensor, labels: Labels) -> Tensor:
+        return self.inner.compare(standardized(student_BC), standardized(teacher_BC), labels)
 
 
 def standardized(logits_BC: Tensor) -> Tensor:

@@ -14,14 +14,14 @@ import torch
 from peft import PeftConfig, get_peft_model
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from pydantic import Field, create_model
+from pydantic import create_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
 from remap.tuning.base import NO_HOOKS, Attachment, Method, Options, TrainingHooks
-from remap.tuning.layers import Layer, Target, layers_of
+from remap.tuning.layers import Layer, LayerTargets, layers_of
 from remap.tuning.parameter.peft_layer import Run, attach_changes, base_of, plain_run, shared_linears
 from remap.tuning.parameter.peft_rows import PeftEntry, PeftLayer
 from remap.tuning.weights import require_rank
@@ -35,11 +35,7 @@ class Targets(Options):
     fc1 takes the gate of a gated MLP along.
     """
 
-    targets: tuple[Target, ...] | None = Field(
-        default=None,
-        min_length=1,
-        description="Layers to change; null is [q, k, v], or [fc1, fc2] without attention, or [linear].",
-    )
+    targets: LayerTargets = None
 
 
 class PeftMethod(Method):
@@ -87,18 +83,13 @@ class PeftMethod(Method):
                 shape = (linear.out_features, linear.in_features)
                 require_rank(rank, min(shape) if row.rank_within == "both" else shape[1], layer.path, shape)
         changes = self._wrap(linears, layers)
-        attachment = attach_changes(
-            model,
-            f"remap_{row.name}",
-            layers,
-            changes,
-            common=row.shared,
-            moves_bias=row.moves_bias,
-            run=self.run,
-            no_decay=row.exempt,
-            identity_at_init=row.exact_start,
-        )
-        return replace(attachment, hooks=self.training_hooks(changes))
+        name, common, moves_bias = f"remap_{row.name}", row.shared, row.moves_bias
+        attachment = attach_changes(model, name, layers, changes, common=common, moves_bias=moves_bias, run=self.run)
+        assert attachment.edits is not None
+        trained = attachment.edits.parameters()
+        exempt = [name for name, p in trained.items() if p.ndim <= 1 or set(name.split(".")) & set(row.exempt)]
+        hooks = self.training_hooks(changes)
+        return replace(attachment, no_decay=exempt, identity_at_init=row.exact_start, hooks=hooks)
 
     def _wrap(self, linears: Sequence[nn.Linear], layers: Sequence[Layer]) -> list[nn.Module]:
         """Return peft's layers around the shared ones."""
@@ -135,32 +126,21 @@ class PeftMethod(Method):
         return changes
 
 
-def _flattened(change: nn.Module, x: Tensor, **bias: Tensor) -> Tensor:
-    """Flatten images: peft takes three dimensions at most, or four for an image whose channels come first."""
-    return change(x.flatten(1, 2), **bias).unflatten(1, x.shape[1:3]) if x.ndim == 4 else change(x, **bias)
-
-
 class Flattened(PeftMethod):
-    """peft's layer takes no images."""
+    """peft's layer takes three dimensions at most, or four for an image whose channels come first."""
 
-    run = staticmethod(_flattened)
-
-
-# peft's layers are of many classes, of which only names are shared.
-def _added_delta(change: Any, x: Tensor, **bias: Tensor) -> Tensor:
-    return base_of(change)(x, **bias) + F.linear(x, change.get_delta_weight(ADAPTER))
+    @staticmethod
+    def run(change: nn.Module, x: Tensor, **bias: Tensor) -> Tensor:
+        return change(x.flatten(1, 2), **bias).unflatten(1, x.shape[1:3]) if x.ndim == 4 else change(x, **bias)
 
 
+# peft's layers are of many classes, of which only names are shared: Any.
 class AddedDelta(PeftMethod):
     """peft's own forward draws random numbers in training even without dropout."""
 
-    run = staticmethod(_added_delta)
-
-
-def _shira(change: Any, x: Tensor, **bias: Tensor) -> Tensor:
-    base, values = base_of(change), change.shira_weight[ADAPTER]
-    places = tuple(change.shira_indices[ADAPTER].long())
-    return base(x, **bias) + F.linear(x, values.new_zeros(base.weight.shape).index_put(places, values))
+    @staticmethod
+    def run(change: Any, x: Tensor, **bias: Tensor) -> Tensor:
+        return base_of(change)(x, **bias) + F.linear(x, change.get_delta_weight(ADAPTER))
 
 
 def _random_mask(base: nn.Linear, r: int, **_: object) -> Tensor:
@@ -173,7 +153,11 @@ def _random_mask(base: nn.Linear, r: int, **_: object) -> Tensor:
 class SHiRA(PeftMethod):
     """peft's own forward is a sparse tensor that leaves out the layer's forward and cannot be compiled."""
 
-    run = staticmethod(_shira)
+    @staticmethod
+    def run(change: Any, x: Tensor, **bias: Tensor) -> Tensor:
+        base, values = base_of(change), change.shira_weight[ADAPTER]
+        places = tuple(change.shira_indices[ADAPTER].long())
+        return base(x, **bias) + F.linear(x, values.new_zeros(base.weight.shape).index_put(places, values))
 
     def peft_config(self, layers: Mapping[str, PeftLayer]) -> PeftConfig:
         config: Any = super().peft_config(layers)
@@ -181,31 +165,27 @@ class SHiRA(PeftMethod):
         return config
 
 
-def _hra(change: Any, x: Tensor, **bias: Tensor) -> Tensor:
-    base = base_of(change)
-    return base(x, weight=base.weight @ change.get_delta_weight(ADAPTER), **bias)
-
-
 class HRA(PeftMethod):
     """peft's own forward reads the weight in a way that cannot be exported."""
 
-    run = staticmethod(_hra)
-
-
-def _glora(change: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute the changed layer once: peft does it twice, and reads the bias past what is given."""
-    base = base_of(change)
-    weight_oi, bias = base.weight, base.bias if bias is None else bias
-    a, b, c, d, e = (getattr(change, f"glora_{path}")[ADAPTER]() for path in "ABCDE")
-    if bias is not None:
-        bias = bias + bias * d + e + (weight_oi @ c).squeeze(-1)
-    return base(x, weight=weight_oi + weight_oi * a + b, bias=bias)
+    @staticmethod
+    def run(change: Any, x: Tensor, **bias: Tensor) -> Tensor:
+        base = base_of(change)
+        return base(x, weight=base.weight @ change.get_delta_weight(ADAPTER), **bias)
 
 
 class GLoRA(PeftMethod):
     """Weight and bias are changed together. peft takes nothing but ``nn.Linear`` itself."""
 
-    run = staticmethod(_glora)
+    @staticmethod
+    def run(change: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Compute the changed layer once: peft does it twice, and reads the bias past what is given."""
+        base = base_of(change)
+        weight_oi, bias = base.weight, base.bias if bias is None else bias
+        a, b, c, d, e = (getattr(change, f"glora_{path}")[ADAPTER]() for path in "ABCDE")
+        if bias is not None:
+            bias = bias + bias * d + e + (weight_oi @ c).squeeze(-1)
+        return base(x, weight=weight_oi + weight_oi * a + b, bias=bias)
 
     def _wrap(self, linears: Sequence[nn.Linear], layers: Sequence[Layer]) -> list[nn.Module]:
         plain = [nn.Linear.__new__(nn.Linear) for _ in linears]
