@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import stat
 import sys
 import textwrap
@@ -13,14 +14,15 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from remap.errors import Interrupted, RemapWarning
 from remap.io.human_size import duration as duration
-from remap.io.human_size import size
 from remap.io.names import plain
+from remap.progress import CELLS
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -42,6 +44,8 @@ def _width() -> int | None:
 out = Console(highlight=False, emoji=False, width=_width())
 err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
+# The label of a line of a message, and a command in it.
+_LABEL, _COMMAND = re.compile(r" *(?:\w+: +)?"), re.compile(r"(?:^|(?<=: ))(?:remap|touch|pip|torchrun) .*")
 # Without a terminal: seconds between two lines of a wait, and the shortest wait that gets a closing line.
 LINE_EVERY_S, CLOSING_LINE_S = 30.0, 2.0
 
@@ -49,8 +53,9 @@ LINE_EVERY_S, CLOSING_LINE_S = 30.0, 2.0
 def error(problem: Exception) -> None:
     """Print one message; nothing of it is read as markup. To have been stopped is not an error."""
     first, _, rest = with_rank(str(problem)).partition("\n")
-    head = "" if isinstance(problem, Interrupted) else "[bold red]error:[/] "
-    err.print(f"{head}{escape(_plain(first))}" + (f"\n{escape(_plain(rest))}" if rest else ""))
+    head = "" if isinstance(problem, Interrupted) else "error: "
+    text = escape(_wrapped(_plain(f"{head}{first}" + (f"\n{rest}" if rest else "")), err))
+    err.print(text.replace(head, f"[bold red]{head}[/]", 1) if head else text, soft_wrap=True)
 
 
 def with_rank(text: str) -> str:
@@ -60,13 +65,13 @@ def with_rank(text: str) -> str:
 
 
 def line(text: str) -> None:
-    """Print text on stdout as it is."""
-    out.print(_plain(text), markup=False, soft_wrap=True)  # nothing is cut off, and a path is one line
+    """Print text on stdout."""
+    out.print(_wrapped(_plain(text), out), markup=False, soft_wrap=True)
 
 
 def note(text: str) -> None:
     """Print a remark on stderr."""
-    err.print(f"[dim]{escape(_plain(text))}[/]")
+    err.print(f"[dim]{escape(_wrapped(_plain(text), err))}[/]", soft_wrap=True)
 
 
 def table(
@@ -74,19 +79,40 @@ def table(
 ) -> None:
     """Print a table; a row that is a string heads a group, and the title may be wider than the table.
 
-    Columns in ``right`` are aligned right, those in ``wrap`` give way when the terminal is narrow.
+    Columns in ``right`` are aligned right, those in ``wrap`` give way first when the terminal is narrow.
     """
+    lines = [[plain(str(cell)) for cell in ([row] if isinstance(row, str) else row)] for row in rows]  # one line each
+    widths = _widths([columns, *lines], out.width - 2 * len(columns), wrap)
+    out.print(f"[bold]{escape(_wrapped(_plain(title), out))}[/]", soft_wrap=True)
+    if widths is None:  # not even the longest words fit side by side
+        for row, cells in zip(rows, lines, strict=True):
+            names = [""] if isinstance(row, str) else columns
+            line(
+                "\n".join(f"{name}: {cell}".removeprefix(": ") for name, cell in zip(names, cells, strict=True)) + "\n"
+            )
+        return
     result = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for index, column in enumerate(columns):
+    for index, (column, width) in enumerate(zip(columns, widths, strict=True)):
         justify: Literal["left", "right"] = "right" if index in right else "left"
-        result.add_column(escape(_plain(column)), justify=justify, no_wrap=index not in wrap, overflow="fold")
-    for row in rows:
-        if isinstance(row, str):
-            result.add_row(f"[bold cyan]{escape(_plain(row))}[/]")
-        else:
-            result.add_row(*(escape(plain(str(cell))) for cell in row))  # one line each
-    out.print(f"[bold]{escape(_plain(title))}[/]")
+        result.add_column(escape(_plain(column)), justify=justify, width=width, overflow="fold")
+    for row, cells in zip(rows, lines, strict=True):
+        styled = f"[bold cyan]{escape(cells[0])}[/]" if isinstance(row, str) else escape(cells[0])
+        result.add_row(styled, *map(escape, cells[1:]))
     out.print(result)
+
+
+def _widths(rows: list[list[str]], room: int, wrap: tuple[int, ...]) -> list[int] | None:
+    """Return the width of each column, where a row too many lets the widest give way, those in ``wrap`` first.
+
+    None where the longest words do not fit.
+    """
+    columns = [[row[index] for row in rows if index < len(row)] for index in range(len(rows[0]))]
+    widths = [max(map(cell_len, column)) for column in columns]
+    least = [max(cell_len(word) for cell in column for word in (cell.split() or [""])) for column in columns]
+    for giving in (wrap, range(len(columns))):
+        while sum(widths) > room and (wide := [index for index in giving if widths[index] > least[index]]):
+            widths[max(wide, key=lambda index: widths[index])] -= 1
+    return widths if sum(widths) <= room else None
 
 
 def grouped(rows: list[tuple[str, list[Any]]]) -> list[list[Any] | str]:
@@ -103,6 +129,23 @@ def emit(value: Any) -> None:
 def count(number: int) -> str:
     """Return 38,400 as it is and 21,665,664 as 21.7 M."""
     return f"{number:,}" if number < 1_000_000 else f"{number / 1e6:.1f} M"
+
+
+def _wrapped(text: str, console: Console) -> str:
+    """Break lines between words to the width of a terminal; commands and paths stay in one piece, to be copied.
+
+    In files and pipes a line stays one. What follows a label ("  do:  ") is indented like its first line.
+    """
+    if not console.is_terminal:
+        return text
+    wrapped = []
+    for one in text.split("\n"):
+        indent = " " * len(_LABEL.match(one)[0])  # type: ignore[index]
+        held = _COMMAND.sub(lambda found: found[0].replace(" ", "\0"), one)
+        wrapped += textwrap.wrap(
+            held, console.width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        ) or [""]
+    return "\n".join(wrapped).replace("\0", " ")
 
 
 def _plain(text: str) -> str:
@@ -132,7 +175,9 @@ class Reporter:
         self._quiet = quiet
         self._bars: Progress | None = None
         if err.is_terminal and not quiet:
-            self._bars = _bars()
+            from remap_cli.live import Bars  # not needed for help and listings
+
+            self._bars = Bars(console=err, transient=True, refresh_per_second=4)
 
     def __enter__(self) -> "Reporter":
         if self._bars is not None:
@@ -145,8 +190,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         if not self._quiet:
-            # On a terminal words are wrapped; elsewhere a line stays one.
-            err.print(escape(_plain(text)), soft_wrap=not err.is_terminal)
+            err.print(escape(_wrapped(_plain(text), err)), soft_wrap=True)
 
     @contextmanager
     def wait(self, what: str, total: int | None = None) -> Iterator["_Wait"]:
@@ -156,33 +200,6 @@ class Reporter:
         finally:
             wait.remove_bar()
         wait.say_duration()
-
-
-def _bars() -> "Progress":
-    """Return the bars of a terminal, with the figures of the newest step below them."""
-    from rich import progress  # not needed for help and listings
-    from rich.console import RenderableType
-    from rich.table import Column
-    from rich.text import Text
-
-    class Bars(progress.Progress):
-        def get_renderables(self) -> Iterator[RenderableType]:
-            yield self.make_tasks_table(self.tasks)
-            for task in self.tasks:
-                if task.fields["values"]:
-                    # rich also breaks at no-break spaces, and would cut a figure in two.
-                    lines = textwrap.wrap(task.fields["values"], self.console.width)
-                    yield Text("\n".join(lines), style="dim", no_wrap=True)
-
-    return Bars(
-        progress.TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
-        progress.BarColumn(bar_width=max(8, min(30, err.width - 52))),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
-        console=err,
-        transient=True,
-    )
 
 
 class _Wait:
@@ -195,18 +212,21 @@ class _Wait:
         self._say, self._bars, self._what, self._total, self._done = reporter.say, bars, what, total, 0
         self._started = self._last = time.perf_counter()
         self._values: dict[str, float] = {}
-        self._task = bars.add_task(escape(_plain(what)), total=total, values="") if bars is not None else None
+        self._task = bars.add_task(_plain(what), total=total, values={}) if bars is not None else None
 
     def advance(self, amount: int = 1, **values: float) -> None:
         self._values |= values
         self._done += amount
         now = time.perf_counter()
         if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, advance=amount, values=self._text("   ", "\u00a0"))
-        elif now - self._last >= LINE_EVERY_S:
+            self._bars.update(self._task, advance=amount, values=self._values)
+        elif now - self._last >= LINE_EVERY_S and self._what != CELLS:  # epochs say their own end
+            from remap_cli.live import figures
+
             self._last = now
             done = f"{self._done}/{self._total}" if self._total is not None else f"{self._done}"
-            self._say(f"{self._what}: {done} in {duration(now - self._started)}{self._text(', ')}")
+            shown = figures(self._values, ", ")
+            self._say(", ".join(filter(None, [f"{self._what}: {done} in {duration(now - self._started)}", shown])))
 
     def remove_bar(self) -> None:
         if self._bars is not None and self._task is not None:
@@ -216,8 +236,3 @@ class _Wait:
         seconds = time.perf_counter() - self._started
         if self._bars is None and seconds > CLOSING_LINE_S and not self._values:
             self._say(f"{self._what}: {duration(seconds)}")
-
-    def _text(self, separator: str, space: str = " ") -> str:
-        shown = {"left": duration, "memory": size}
-        pairs = ((name, shown.get(name, "{:.4g}".format)(value)) for name, value in self._values.items())
-        return "".join(f"{separator}{name}{space}{text.replace(' ', space)}" for name, text in pairs).lstrip(" ")

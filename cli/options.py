@@ -92,6 +92,8 @@ _TEACHER = (
 )
 _LOSSES = "ce,kd,attention, of these what the method can follow; without a teacher ce"
 
+_TRACKERS = "Experiment tracker: tensorboard, wandb, mlflow or trackio"
+
 # Those that set a recipe field.
 RECIPE_OPTIONS = (
     _models("teacher", str, (LR,), "none, labels only", f"{_TEACHER} weights: vit_large,dinov2_base:0.5."),
@@ -125,6 +127,7 @@ RECIPE_OPTIONS = (
     _training("batch_size", int, _ALL, "64; digits 32", "Images per update, over all processes."),
     _training("lr", float, _RUNS, "the method's own, by the student's width", "Peak learning rate."),
     _training("seed", int, _ALL, "0", "Decides every random choice."),
+    _training("track", str, (DISTILL, TUNE, COMPARE), None, f"{_TRACKERS}; several with commas."),
     OptionRow("skip_bad", SkipBad, _ALL),
     OptionRow("devices", Devices, (DISTILL, TUNE, BUILD), word="processes"),
 )

@@ -65,17 +65,17 @@ def show(summary: dict[str, Any]) -> None:
     teachers = [summary["teacher"], *more] if "teacher" in summary else []
     label_free = "backbone" in student
     share = student["trainable_parameters"] / student["total_parameters"]
-    rows = []
+    rows, images = [], summary["data"]["val_images"]
     for number, teacher in enumerate(teachers, start=1):
-        accuracy = "-" if teacher["accuracy"] is None else f"{teacher['accuracy']:.1%}"
+        accuracy = "-" if teacher["accuracy"] is None else with_interval(teacher["accuracy"], images)
         name = f"teacher {number}" if more else "teacher"
         rows.append([name, accuracy, console.count(teacher["total_parameters"]), "0", "-"])
     if "baseline" in summary:
-        rows.append(["labels only", f"{summary['baseline']['accuracy']:.1%}", "", "", ""])
+        rows.append(["labels only", with_interval(summary["baseline"]["accuracy"], images), "", "", ""])
     rows.append(
         [
             f"student + {summary['method']}",
-            "-" if label_free else with_interval(student["accuracy"], summary["data"]["val_images"]),
+            "-" if label_free else with_interval(student["accuracy"], images),
             console.count(student["total_parameters"]),
             f"{console.count(student['trainable_parameters'])} ({share:.1%})",
             size(student["task_bytes"]),

@@ -18,12 +18,14 @@ __version__ = "0.1.0"
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
 if TYPE_CHECKING:
+    from remap.engine.callback import Callback as Callback
     from remap.errors import RemapError as RemapError
     from remap.pipeline.commands import compare as compare
     from remap.pipeline.commands import evaluate as evaluate
     from remap.pipeline.commands import shrink as shrink
     from remap.pipeline.commands import tune as tune
     from remap.pipeline.find_lr import find_lr as find_lr
+    from remap.pipeline.own_loop import losses as losses
     from remap.pipeline.run import Result as Result
     from remap.pipeline.run import distill as distill
     from remap.pipeline.student_api import Student as Student
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 # Public name -> module. Importing remap imports none of them, and so no torch.
 _PUBLIC = {
+    "Callback": "remap.engine.callback",
     "MultiTask": "remap.tasks.multi_task",
     "RemapError": "remap.errors",
     "Result": "remap.pipeline.run",
@@ -47,6 +50,7 @@ _PUBLIC = {
     "evaluate": "remap.pipeline.commands",
     "find_lr": "remap.pipeline.find_lr",
     "load_student": "remap.pipeline.student_api",
+    "losses": "remap.pipeline.own_loop",
     "predict": "remap.prediction.predict",
     "register": "remap.plugins",
     "shrink": "remap.pipeline.commands",

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+# A wait of this name counts the runs of a comparison: its values are their accuracies by name, NaN until one is done.
+CELLS = "cells"
+
 
 class Step(Protocol):
     """One piece of work whose progress is shown."""

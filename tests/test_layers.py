@@ -45,7 +45,13 @@ HOMES = {
     "peft": ("remap.tuning.parameter.peft_bridge", "remap.exporting.peft_folder"),
     # The listing of models asks timm for names, and the optimisers are its own.
     "timm": ("remap.backbones", "remap.engine.optim", "remap_cli.models"),
-    "accelerate": ("remap.distributed", "remap.cache", "remap.engine", "remap.pipeline.probe"),
+    "accelerate": (
+        "remap.distributed",
+        "remap.cache",
+        "remap.engine",
+        "remap.pipeline.probe",
+        "remap.pipeline.trackers",
+    ),
     "matplotlib": ("remap.report",),
     "jinja2": ("remap.report.page",),
     "optuna": ("remap.pipeline.comparison_search",),

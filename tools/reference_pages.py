@@ -115,11 +115,12 @@ Written by `tools/reference_pages.py` from the docstrings.
 `import remap` imports no torch; the first use of a name below does. Every function raises a `RemapError` for what a
 user can mend: its text says what was wrong, what was given, what is allowed and what to do. Functions that take
 `progress` tell it what happens: an object with `say(text)` and `wait(what, total)`, a context manager whose value has
-`advance(amount, **values)` (`remap.progress.Progress`). The library prints nothing itself.
+`advance(amount, **values)` (`remap.progress.Progress`). The library prints nothing itself. How your own Python runs
+after steps and epochs, and ten lines with the losses in a loop of your own, are in [tracking.md](tracking.md).
 """
 # In the order in which one meets them.
-NAMES = ("distill", "tune", "evaluate", "predict", "compare", "shrink", "load_student", "attach", "register")
-CLASSES = ("Result", "Student", "MultiTask", "Shelf")
+NAMES = ("distill", "tune", "evaluate", "predict", "compare", "shrink", "load_student", "attach", "losses", "register")
+CLASSES = ("Result", "Callback", "Student", "MultiTask", "Shelf")
 
 
 def python() -> str:

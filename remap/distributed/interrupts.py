@@ -19,8 +19,9 @@ from accelerate import Accelerator
 from remap.distributed.collectives import all_reduce_max
 from remap.errors import Interrupted
 
-# Stands for the file where a signal has its number; it ends a run as SIGTERM does.
-_FILE = 1000
+# These stand for the file, and for an exception in a callback, where a signal has its number; they end a run as SIGTERM
+# does.
+_FILE, CALLBACK = 1000, 1001
 # Seconds between two checks for the file: on a network drive each one costs a round trip.
 CHECK_EVERY = 1.0
 
@@ -145,9 +146,11 @@ def raise_if_interrupted(accelerator: Accelerator, what: str) -> None:
 
 def signal_name(number: int) -> str:
     """Return what stopped a run, for messages."""
-    return {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", _FILE: "the file `stop`"}[number]
+    return {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", _FILE: "the file `stop`", CALLBACK: "a callback"}[
+        number
+    ]
 
 
 def signal_exit_code(number: int) -> int:
     """Return the exit code of a run that was stopped by it: 128 and the number, as shells have it."""
-    return 128 + (signal.SIGTERM if number == _FILE else number)
+    return 128 + (signal.SIGTERM if number in (_FILE, CALLBACK) else number)

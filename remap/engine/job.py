@@ -78,7 +78,9 @@ class Job:
         checkpoint: Folder for the newest checkpoints; None writes none.
         faults: Folder for the images of a step that stopped the run.
         evaluate: Called after each epoch; returns the metrics to record.
-        on_epoch: Called on the main process with the history so far.
+        on_step: Called on the main process after each step, as ``Callback.on_step``.
+        on_epoch: Called on the main process with the number of the last step and the history so far.
+        steps_after: Steps of what the command trains after this run, for the time that is left.
         on_resume: Called with the state of the checkpoint and the steps of an epoch, before training continues.
         labeled: Share of the training images that have a label.
         features: The student's frozen features of ``source``, where they are cached.
@@ -99,9 +101,11 @@ class Job:
     bf16: bool
     progress: Progress
     evaluate: Callable[[], dict[str, float]]
-    on_epoch: Callable[[list[dict[str, Any]]], None]
+    on_epoch: Callable[[int, list[dict[str, Any]]], None]
     data_digest: str = ""
     weights_digest: str = ""
+    on_step: Callable[[int, Mapping[str, float]], None] = lambda _step, _values: None
+    steps_after: int = 0
     on_resume: Callable[[State, int], None] = lambda _state, _steps: None
     checkpoint: Path | None = None
     faults: Path | None = None

@@ -10,9 +10,17 @@ from torch.distributed.tensor import DTensor
 
 from remap.distributed.collectives import all_reduce_max, all_reduce_mean_, broadcast_
 from remap.distributed.device_memory import peak_bytes
-from remap.distributed.interrupts import defer_signals, requested_signal, signal_exit_code, signal_name, watch_signals
+from remap.distributed.interrupts import (
+    CALLBACK,
+    defer_signals,
+    requested_signal,
+    signal_exit_code,
+    signal_name,
+    watch_signals,
+)
 from remap.distributed.sharding import sharded
 from remap.engine.block_checkpoints import checkpointed_blocks
+from remap.engine.callback import newest_and_best, raised_in
 from remap.engine.checkpoint import has_checkpoint
 from remap.engine.job import Job
 from remap.engine.non_finite import BrokenWeights, go_back, require_finite_weights, skip_step, weights_are_finite
@@ -44,6 +52,7 @@ def train(job: Job, *, resume: bool = False) -> State:
             training.start_epoch()
             # Looked up once an epoch: going back to a checkpoint puts another state in the place of this one.
             state, optimizer, steps = training.state, training.optimizer, training.plan.steps
+            accuracies = newest_and_best(state.history)
             try:
                 with job.progress.wait(f"epoch {state.epoch + 1}/{spec.epochs}", steps) as shown:
                     shown.advance(state.step)  # a resumed epoch begins in the middle
@@ -75,12 +84,14 @@ def train(job: Job, *, resume: bool = False) -> State:
                         else:
                             skip_step(training, result)
                         state.step += 1
-                        speed = pace.after_step(spec.batch_size, spec.epochs * steps - update - 1)
-                        figures = {**result.losses, "lr": rate, **speed, "memory": peak_bytes(accelerator.device)}
-                        shown.advance(1, **(figures if result.finite else {}))
+                        speed = pace.after_step(spec.batch_size, spec.epochs * steps - update - 1 + job.steps_after)
+                        memory = peak_bytes(accelerator.device)
+                        figures = {**result.losses, **accuracies, "lr": rate, **speed, "memory": memory}
+                        figures = figures if result.finite else {}
+                        shown.advance(1, **figures)
 
-                        # A checkpoint if it is due, and the end if a signal asked for it.
-                        _save_if_due(training)
+                        # A checkpoint if it is due, and the end if a signal or a callback asked for it.
+                        _save_if_due(training, raised_in(accelerator, job.on_step, update + 1, figures))
                     if state.counted:
                         shown.advance(0, loss=state.loss_sums["loss"] / state.counted)  # as the metrics say it
                 _finish_epoch(training)
@@ -171,16 +182,27 @@ def _save(training: Training, *, must: bool = False) -> None:
         training.write_checkpoint(must=must)
 
 
-def _save_if_due(training: Training) -> None:
-    """Write a checkpoint if enough time has passed; also if a signal came, and raise ``Interrupted`` then."""
+def _save_if_due(training: Training, raised: Exception | None) -> None:
+    """Write a checkpoint if enough time has passed; also if a signal came or a callback raised, and end the run then.
+
+    Raises:
+        Interrupted: A signal came, or a callback raised on another process.
+    """
     accelerator = training.accelerator
     due = time.perf_counter() - training.saved_at > training.spec.checkpoint_seconds
     # Each process has its own clock and its own signals, and all have to do the same.
-    stop, any_due = all_reduce_max(accelerator, requested_signal(accelerator), due)
+    stop, any_due = all_reduce_max(accelerator, CALLBACK if raised else requested_signal(accelerator), due)
     if stop or any_due:
         _save(training, must=bool(stop))
+    _end_if(training, stop, raised)
+
+
+def _end_if(training: Training, stop: int, raised: Exception | None) -> None:
+    """Leave training, all processes together; the state is saved."""
     if stop:
-        accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has left
+        training.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has left
+        if raised is not None:
+            raise raised
         raise Interrupted(f"stopped by {signal_name(stop)}; the state is saved", exit_code=signal_exit_code(stop))
 
 
@@ -213,6 +235,7 @@ def _finish_epoch(training: Training) -> None:
     state.history.append(record)
     state.epoch, state.step, state.counted, state.loss_sums = done, 0, 0, {}
     training.note_best()
-    if training.accelerator.is_main_process:
-        job.on_epoch(state.history)
-    _save(training)
+    raised = raised_in(training.accelerator, job.on_epoch, done * steps, state.history)
+    (stop,) = all_reduce_max(training.accelerator, CALLBACK if raised else 0)
+    _save(training, must=bool(stop))
+    _end_if(training, stop, raised)

@@ -21,8 +21,8 @@ def baseline_recipe(components: RunComponents, progress: Progress) -> Recipe | N
         progress.say(f"the student is not trained on labels alone, to compare with: {why}")
         return None
     train = same_steps(recipe.train, len(components.training_source.split), labeled)
-    if not train.selects:
-        train = train.model_copy(update={"eval_every": train.epochs})
+    eval_every = train.eval_every if train.selects else train.epochs
+    train = train.model_copy(update={"eval_every": eval_every, "track": ()})
     return labels_only(recipe).model_copy(update={"name": f"{recipe.name[:55]}-baseline", "train": train})
 
 

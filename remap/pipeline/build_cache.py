@@ -11,6 +11,7 @@ from remap.pipeline.components import build_components
 from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.run import run, validate_inputs
 from remap.pipeline.shared import SharedResources
+from remap.pipeline.teacher_check import check_teachers
 from remap.pipeline.teacher_outputs import store_outputs
 from remap.pipeline.teacher_tuning import teachers_to_tune
 from remap.progress import Progress, Silent, Within
@@ -42,7 +43,9 @@ def build_cache(recipe: Recipe, progress: Progress = Silent()) -> list[dict[str,
         accelerator().wait_for_everyone()
         for title, teacher_dir, tuning in teachers_to_tune(recipe, run_dir, progress, shared):
             run(tuning, teacher_dir, Within(progress, title), resuming=True)
-        stored = store_outputs(build_components(recipe, run_dir, progress, shared), progress)
+        components = build_components(recipe, run_dir, progress, shared)
+        check_teachers(components, progress)
+        stored = store_outputs(components, progress)
         accelerator().wait_for_everyone()  # the folder is removed with the main process
         return stored
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from remap.engine.callback import Callback
 from remap.errors import RecipeError
 from remap.io.paths import expanded
 from remap.pipeline import compare as comparison
@@ -27,6 +28,7 @@ def tune(
     settings: Iterable[str] = (),
     output: str | Path | None = None,
     progress: Progress = Silent(),
+    callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Tune a student without a teacher: the same loop as ``distill``, labels only.
 
@@ -35,6 +37,7 @@ def tune(
         settings: As ``--set``: ``["train.lr=0.01", "method.rank=4"]``.
         output: The run directory to make; by default the next number under ``runs/``.
         progress: Is told what happens (``remap.progress.Progress``).
+        callbacks: Your own Python in the run (``remap.Callback``).
 
     Raises:
         RecipeError: The recipe cannot be used, or has a teacher.
@@ -45,7 +48,7 @@ def tune(
     if chosen.teacher is not None:
         where = "options" if options else chosen.name
         raise RecipeError(["teacher: remap.tune has none; use remap.distill"], where)
-    return start(chosen, output, progress)
+    return start(chosen, output, progress, callbacks=callbacks)
 
 
 def evaluate(

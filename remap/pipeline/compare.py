@@ -1,5 +1,6 @@
 """Compare methods with the same data, teacher, budget and seeds; every cell is a run directory like any other."""
 
+import math
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from remap.pipeline.comparison_search import FOLDER as SEARCH
 from remap.pipeline.comparison_search import Search, require_searchable, searched
 from remap.pipeline.comparison_table import tabulate
 from remap.pipeline.objective import without_idle_losses
-from remap.progress import Progress, Silent
+from remap.progress import CELLS, Progress, Silent
 from remap.recipe.checks import require_held_out_once
 from remap.recipe.schema import Recipe
 from remap.recipe.train_checks import require_rate
@@ -199,13 +200,19 @@ def _run(missing: list[Cell], output: Path, resources: _Resources, progress: Pro
     from remap.distributed.launch import accelerator
     from remap.pipeline.run import run
 
-    for number, cell in enumerate(missing, 1):
-        path = output / cell.name
-        progress.say(f"[{number}/{len(missing)}] {cell.name}")
-        links.require_no_link(path)
-        shared = resources.of(cell, output)
-        # An interrupted cell continues from its checkpoint.
-        resuming = (path / "recipe.yaml").is_file()
-        run_dir = RunDir.open(path) if resuming else RunDir.create(path, cell.recipe)
-        reset_peak(accelerator().device)
-        run(cell.recipe, run_dir, progress, shared, resuming=resuming)
+    missing = sorted(missing, key=lambda cell: not cell.with_teacher)  # a weak teacher is found before any training
+    left = [resources.first.training_steps(cell.recipe) for cell in missing]
+    with progress.wait(CELLS, len(missing)) as cells:
+        cells.advance(0, **{cell.name: math.nan for cell in missing})
+        for number, cell in enumerate(missing, 1):
+            path = output / cell.name
+            progress.say(f"[{number}/{len(missing)}] {cell.name}")
+            links.require_no_link(path)
+            shared = resources.of(cell, output)
+            # An interrupted cell continues from its checkpoint.
+            resuming = (path / "recipe.yaml").is_file()
+            run_dir = RunDir.open(path) if resuming else RunDir.create(path, cell.recipe)
+            reset_peak(accelerator().device)
+            after = sum(left[number:])
+            found = run(cell.recipe, run_dir, progress, shared, resuming=resuming, steps_after=after)
+            cells.advance(1, **{cell.name: found.summary["student"]["accuracy"]})

@@ -19,7 +19,7 @@ from remap.io.human_size import size
 from remap.network import Network, choose_attention, tuned
 from remap.pipeline.init_student import InitReport, init_from_teacher
 from remap.pipeline.joint_teacher import frozen_or_joint
-from remap.pipeline.objective import build_objective
+from remap.pipeline.objective import build_objective, pairs_of
 from remap.pipeline.shared import DataViews, SharedResources
 from remap.pipeline.shrink_student import open_student
 from remap.pipeline.teacher_tuning import teacher_folder
@@ -139,7 +139,7 @@ def build_components(
             teachers.insert(number, averaging_teacher(spec, student))
     teachers = [frozen_or_joint(teacher, student, recipe) for teacher in teachers]
     torch.manual_seed(recipe.seed)  # projectors of losses do not depend on what was prepared before
-    objective = build_objective(recipe, student, [teacher.network for teacher in teachers])
+    objective = build_objective(recipe, pairs_of(student, [teacher.network for teacher in teachers]))
     bf16 = use_bf16(recipe.train.precision, device)
     return RunComponents(recipe, views, student, teachers, objective, bf16, init)
 

@@ -77,7 +77,7 @@ def find_lr(
             bf16=components.bf16,
             progress=progress,
             evaluate=dict,
-            on_epoch=lambda _history: None,
+            on_epoch=lambda _step, _history: None,
             labeled=components.labeled_share,
             sample=method_sample(student, components.views, chosen.seed) if student.attached.wants_sample else None,
             **class_balance(components, progress),

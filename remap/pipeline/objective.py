@@ -53,8 +53,14 @@ def _backbone_of(word: str) -> str:
     return str(source.get("model", "")) if isinstance(source, dict) else ""
 
 
-def build_objective(recipe: Recipe, student: Network, teachers: Sequence[Network]) -> Objective:
-    """Build the recipe's loss terms.
+def pairs_of(student: Network, teachers: Sequence[Network]) -> list[Pair]:
+    """Return the student with each teacher, or by itself."""
+    anatomies = [teacher.anatomy for teacher in teachers] or [None]
+    return [Pair(student.anatomy, anatomy, len(student.classes or ())) for anatomy in anatomies]
+
+
+def build_objective(recipe: Recipe, pairs: Sequence[Pair]) -> Objective:
+    """Build the recipe's loss terms, for the student with each of its teachers.
 
     With several teachers a term is their weighted mean: one copy per teacher ("kd@1", "kd@2") with projectors of its
     own, and the loss's weight divided among them.
@@ -69,13 +75,12 @@ def build_objective(recipe: Recipe, student: Network, teachers: Sequence[Network
         cls = LOSSES.load(loss.name)
         config, weight = cls.Config(**loss.options), loss.weight
         assert weight is not None  # filled in when the recipe was validated
-        if len(teachers) < 2 or not cls.uses_teacher:
-            pair = Pair(student.anatomy, teachers[0].anatomy if teachers else None, len(student.classes or ()))
-            terms[loss.name], weights[loss.name], loss_of[loss.name] = cls(pair, config), weight, loss
+        if len(pairs) < 2 or not cls.uses_teacher:
+            terms[loss.name], weights[loss.name], loss_of[loss.name] = cls(pairs[0], config), weight, loss
             continue
-        for number, (teacher, spec) in enumerate(zip(teachers, recipe.teachers, strict=True)):
+        for number, (pair, spec) in enumerate(zip(pairs, recipe.teachers, strict=True)):
             name = f"{loss.name}@{number + 1}"
-            terms[name] = cls(Pair(student.anatomy, teacher.anatomy, len(student.classes or ())), config)
+            terms[name] = cls(pair, config)
             weights[name], teacher_of[name], loss_of[name] = weight * spec.weight / total, number, loss
     return Objective(
         terms,

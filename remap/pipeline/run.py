@@ -1,6 +1,6 @@
 """A run from start to end. Every command that trains calls ``run``."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 from remap.backbones.build import require_at_hand
 from remap.cache.output_format import OutputFormat
 from remap.distributed.launch import accelerator, broadcast_str, check_processes
+from remap.engine.callback import Callback
 from remap.engine.checkpoint import has_checkpoint
 from remap.engine.job import require_divisible
 from remap.engine.loop import train
@@ -16,6 +17,7 @@ from remap.errors import RecipeError, RunError, TrainingError
 from remap.io.paths import expanded
 from remap.network import Network
 from remap.pipeline.baseline import baseline_figures, baseline_recipe
+from remap.pipeline.callbacks import called
 from remap.pipeline.comparison_folder import shared_teacher
 from remap.pipeline.components import RunComponents, build_components, require_student
 from remap.pipeline.evidence import write_evidence
@@ -26,8 +28,9 @@ from remap.pipeline.run_status import track_status
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.student_features import cache_features
 from remap.pipeline.summary import evaluate_at_end, summarize
-from remap.pipeline.teacher_check import require_useful
+from remap.pipeline.teacher_check import check_teachers, require_useful
 from remap.pipeline.teacher_tuning import lend_teachers, open_or_create, teachers_to_tune
+from remap.pipeline.trackers import require_installed
 from remap.pipeline.tracking import RunTracker
 from remap.pipeline.training_job import training_job, warn_before_training
 from remap.pipeline.trials import chosen, trials, tried
@@ -56,8 +59,13 @@ def run(
     shared: SharedResources | None = None,
     *,
     resuming: bool = False,
+    callbacks: Sequence[Callback] = (),
+    steps_after: int = 0,
 ) -> Result:
     """Train in ``run_dir``; its status always says how it ended.
+
+    Args:
+        steps_after: Steps of what the command trains after this run, for the time that is left.
 
     Raises:
         RunError: Another process is working there.
@@ -67,12 +75,18 @@ def run(
     recipe, shared = recipe.written_out(), shared or SharedResources()
     main = accelerator().is_main_process
     with run_dir.held() if main else nullcontext(), track_status(run_dir, resuming) as clock, ExitStack() as locks:
+        heard = locks.enter_context(called(callbacks, recipe, run_dir, clock))
         _require_checkpoints(run_dir, resuming)
+
+        # The steps of this run and of its baseline, which has as many.
+        own = shared.training_steps(recipe)
+        baseline = own if recipe.baseline else 0
 
         # Tune teachers: each is a run by itself, finished before anything of this one is built.
         for title, teacher_dir, tuning in teachers_to_tune(recipe, run_dir, progress, shared):
             require_student(recipe, shared)  # before a teacher is tuned for hours
-            run(tuning, teacher_dir, Within(progress, title), resuming=True)
+            later = own + baseline + steps_after
+            run(tuning, teacher_dir, Within(progress, title), resuming=True, steps_after=later)
 
         if recipe.choose_losses:
             recipe = _choose_losses(recipe, run_dir, progress, shared, locks)
@@ -81,7 +95,7 @@ def run(
         components = build_components(recipe, run_dir, progress, shared)
         student, views = components.student, components.views
         features = cache_features(components, progress, shared)
-        tracker = RunTracker(components, features, run_dir, clock, progress)
+        tracker = RunTracker(components, features, run_dir, clock, progress, heard)
         if resuming and not has_checkpoint(run_dir.checkpoint):
             tracker.record_machine()  # here, and not where the checkpoint is loaded
         warn_before_training(components, progress)
@@ -93,7 +107,9 @@ def run(
                 require_useful(prepared, untrained, views.val)
 
         # Train, and prove that what is frozen did not change.
-        job = training_job(components, tracker, features.get("train"), shared, progress, untrained)
+        job = training_job(
+            components, tracker, features.get("train"), shared, progress, untrained, baseline + steps_after
+        )
         frozen = FrozenWeights.of(student)
         if resuming and any(prepared.outputs == "memory" for prepared in components.teachers):
             progress.say("the teacher's outputs were held in memory and computed again; teacher.cache=disk stores them")
@@ -121,11 +137,12 @@ def run(
         accelerator().wait_for_everyone()
 
         # The same student by labels alone. What is killed from here on has the student, and lacks the comparison only.
-        found = _train_baseline(components, run_dir, progress, shared)
+        found = _train_baseline(components, run_dir, progress, shared, steps_after)
         if found is not None:
             summary["baseline"] = found
             if main:
                 write_summary(run_dir, summary, clock, progress)
+        heard.summary = summary
     return Result(run_dir.path, summary, student)
 
 
@@ -134,6 +151,7 @@ def start(
     output: str | Path | None = None,
     progress: Progress = Silent(),
     shared: SharedResources | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Make a run directory and run."""
     check_processes(recipe.train.processes)
@@ -146,10 +164,12 @@ def start(
     path = expanded(output) if output is not None else next_path(default_path(), f"{recipe.name}-{recipe.method.name}")
     path = Path(broadcast_str(str(path)))  # another run may have taken the name that the other processes saw free
     run_dir = RunDir.create(path, recipe) if accelerator().is_main_process else RunDir(path)
-    return run(recipe, run_dir, progress, shared)
+    return run(recipe, run_dir, progress, shared, callbacks=callbacks)
 
 
-def resume(path: Path, progress: Progress = Silent(), processes: int | None = None) -> Result:
+def resume(
+    path: Path, progress: Progress = Silent(), processes: int | None = None, callbacks: Sequence[Callback] = ()
+) -> Result:
     """Resume an interrupted run from its last checkpoint.
 
     Args:
@@ -168,7 +188,8 @@ def resume(path: Path, progress: Progress = Silent(), processes: int | None = No
         student, _ = load_task(path)
         return Result(path, run_dir.summary(), student)
     with run_dir.images():
-        return run(recipe, run_dir, progress, SharedResources(teacher_folder=shared_teacher(run_dir)), resuming=True)
+        shared = SharedResources(teacher_folder=shared_teacher(run_dir))
+        return run(recipe, run_dir, progress, shared, resuming=True, callbacks=callbacks)
 
 
 def distill(
@@ -177,6 +198,7 @@ def distill(
     settings: Iterable[str] = (),
     output: str | Path | None = None,
     progress: Progress = Silent(),
+    callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Distil a teacher into a tuned student.
 
@@ -188,11 +210,12 @@ def distill(
         output: The run directory to make; by default the next number under ``runs/``.
         progress: Is told what happens: messages, and the progress of long work with its loss
             (``remap.progress.Progress``).
+        callbacks: Your own Python in the run of the student (``remap.Callback``).
 
     Raises:
         RemapError: Anything a user can mend.
     """
-    return start(as_recipe(recipe, settings), output, progress)
+    return start(as_recipe(recipe, settings), output, progress, callbacks=callbacks)
 
 
 def as_recipe(recipe: Recipe | str | Mapping[str, Any], settings: Iterable[str] = ()) -> Recipe:
@@ -212,6 +235,7 @@ def validate_inputs(recipe: Recipe, shared: SharedResources) -> None:
         RemapError: Data or a model is missing, or a number does not fit the classes.
     """
     require_held_out_once(recipe)
+    require_installed(recipe)
     classes = shared.classes(recipe)
     for spec in recipe.teachers:
         OutputFormat((len(classes),), top_k=spec.top_k)
@@ -225,7 +249,7 @@ def validate_inputs(recipe: Recipe, shared: SharedResources) -> None:
 
 
 def _train_baseline(
-    components: RunComponents, run_dir: RunDir, progress: Progress, shared: SharedResources
+    components: RunComponents, run_dir: RunDir, progress: Progress, shared: SharedResources, steps_after: int
 ) -> dict[str, Any] | None:
     """Train by labels alone and return the figures; None where there is nothing to compare with, or it failed."""
     alone = baseline_recipe(components, progress)
@@ -233,7 +257,8 @@ def _train_baseline(
         return None
     baseline = open_or_create(run_dir.baseline, alone)
     try:
-        found = run(alone, baseline, Within(progress, "labels only"), shared, resuming=True)
+        title = Within(progress, "labels only")
+        found = run(alone, baseline, title, shared, resuming=True, steps_after=steps_after)
     except (RunError, TrainingError) as error:  # the student is there, and the run is not lost with this
         progress.say(f"training on labels alone, to compare with, ended early: {error}")
         return None
@@ -250,6 +275,7 @@ def _choose_losses(
     )
     accuracies, several = {}, list(trials(recipe, own))
     epochs = several[-1][1].train.epochs
+    check_teachers(build_components(recipe, run_dir, progress, shared), progress)  # before any trial
     progress.say(f"choosing the losses: {len(several)} objectives, {epochs} epochs each, by held-out training images")
     for name, trial in several:
         lend_teachers(recipe, trial, own)

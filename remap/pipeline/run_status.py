@@ -20,11 +20,13 @@ class RunClock:
     Attributes:
         earlier: Seconds of the parts before this one.
         reported: Seconds as its summary reports them, once there is one.
+        ended_by: What a callback raised.
     """
 
     earlier: float
     started: float = field(default_factory=time.perf_counter)
     reported: float | None = None
+    ended_by: Exception | None = None
 
     @property
     def here(self) -> float:
@@ -66,6 +68,10 @@ def track_status(run_dir: RunDir, resuming: bool) -> Iterator[RunClock]:
             _record(run_dir, "stopped", "interrupted", clock)
         raise
     except BaseException as error:
+        if error is clock.ended_by:
+            if main:
+                _record(run_dir, "stopped", f"by a callback: {error!r}", clock)
+            raise
         explained = _explained(error, resume)
         _record_failure(run_dir, error, str(explained or error), clock)
         if explained is None:

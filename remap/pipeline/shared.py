@@ -103,6 +103,13 @@ class SharedResources:
         found = self.index(recipe.data).classes
         return () if recipe.label_free else found
 
+    def training_steps(self, recipe: Recipe) -> int:
+        """Return the steps that a run trains its student for, as far as a listing of its images tells."""
+        data = self.index(recipe.data)
+        others = 0 if data.unlabeled is None else len(data.unlabeled)
+        images = others if recipe.data.unlabeled_only else len(data.train) + others
+        return recipe.train.epochs * max(1, images // recipe.train.batch_size)
+
     def view(self, spec: DataSpec, inputs: Sequence[PreprocessSpec]) -> View:
         """Return the one view that serves all networks: cropped and shaped as for the first, as large as for any.
 

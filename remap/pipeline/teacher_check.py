@@ -1,26 +1,46 @@
-"""The check of a teacher against chance, before it teaches."""
-
-from math import sqrt
+"""The check of a teacher against chance and the untrained student, before anything is trained."""
 
 import numpy as np
 
 from remap.data.views import ViewSource
+from remap.distributed.launch import accelerator
+from remap.engine.evaluate import evaluate_as
 from remap.errors import TrainingError
+from remap.pipeline.components import RunComponents
 from remap.pipeline.teachers import PreparedTeacher
+from remap.progress import Progress
 from remap.recipe.paths import is_run
+from remap.runs.interval import difference, wilson, with_interval
+
+# Below so many images, intervals are so wide that a message says what to do about it.
+FEW_IMAGES = 100
+
+
+def check_teachers(components: RunComponents, progress: Progress) -> None:
+    """Refuse weak teachers as a run does, for work that comes before the run, or without one.
+
+    Raises:
+        TrainingError: See ``require_useful``.
+    """
+    if any(prepared.accuracy is not None and not prepared.spec.allow_weak for prepared in components.teachers):
+        recipe, views, what = components.recipe, components.views, "the network before training"
+        untrained = evaluate_as(recipe, components.student, views.val, accelerator(), progress, what).accuracy
+        for prepared in components.teachers:
+            require_useful(prepared, untrained, views.val)
 
 
 def require_useful(teacher: PreparedTeacher, untrained: float, source: ViewSource) -> None:
-    """Refuse a teacher whose accuracy is not clearly above chance, or is below the untrained student's.
+    """Refuse a teacher whose accuracy is not clearly above chance, or clearly below the untrained student's.
 
-    Chance is the share p of the most frequent class among n images. The teacher must be better by two standard errors,
-    sqrt(p (1 - p) / n); where images are so few that this bound is 1 or above, it must be right on all of them.
+    Chance is the share of the most frequent class. "Clearly" is by 95 % intervals (Wilson, Newcombe), which few images
+    make wide; a teacher that is right on all images is never refused for chance, and one that is wrong anywhere has to
+    be above it.
 
     Args:
         untrained: The untrained student's accuracy.
 
     Raises:
-        TrainingError: It does not, or its accuracy is below the untrained student's.
+        TrainingError: The teacher is too weak.
     """
     # A teacher without a head gives features only; there is nothing to compare.
     if teacher.accuracy is None or teacher.spec.allow_weak:
@@ -28,19 +48,21 @@ def require_useful(teacher: PreparedTeacher, untrained: float, source: ViewSourc
     count = len(source.split)
     # The most frequent class, not 1/C: classes may be imbalanced.
     chance = np.bincount(source.split.labels).max() / count
-    bound = min(chance + 2 * sqrt(chance * (1 - chance) / count), 1 - 0.5 / count)
-    if teacher.accuracy > bound and teacher.accuracy >= untrained:
+    above = wilson(teacher.accuracy, count)[0] > chance or teacher.accuracy == 1.0
+    below = difference(teacher.accuracy, untrained, count)[1] < 0
+    if above and not below:
         return
     why = (
-        f"below the untrained student's {untrained:.1%}"
-        if teacher.accuracy > bound
-        else f"not clearly above chance (always naming the most frequent class gives {chance:.1%}; "
-        f"on {'one image' if count == 1 else f'{count} images'}, luck alone may reach {bound:.1%})"
+        f"clearly below the untrained student's {with_interval(untrained, count)}"
+        if above
+        else f"not clearly above chance (always naming the most frequent class gives {chance:.1%})"
     )
+    images = "one evaluation image" if count == 1 else f"{count} evaluation images"
+    few = "judge it by more images (--val-data), " if count < FEW_IMAGES else ""
     raise TrainingError(
-        f"the teacher's accuracy on the evaluation images is {teacher.accuracy:.1%}: {why}",
-        given=f"{teacher.network.identity.model}, head: {teacher.head}",
-        do=f"start a new run: {_remedy(teacher)}\n           or allow it: --set teacher.allow_weak=true",
+        f"the teacher's accuracy on {images} is {with_interval(teacher.accuracy, count)}: {why}",
+        given=f"{teacher.network.identity.model}, head: {teacher.head}; in brackets 95 % intervals",
+        do=f"start a new run: {few}{_remedy(teacher)}\n           or allow it: --set teacher.allow_weak=true",
     )
 
 

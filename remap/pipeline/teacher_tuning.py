@@ -149,7 +149,7 @@ def title_of(spec: TeacherSpec, recipe: Recipe) -> str:
 def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
     """Return the recipe that tunes a teacher: the run's labelled images and loop, its method, cross-entropy."""
     # The teacher's rate and warm-up belong to its method, not to the student's.
-    own = {"lr": spec.lr, "base_lr": None, "warmup_epochs": None, "optimizer": "adamw"}
+    own = {"lr": spec.lr, "base_lr": None, "warmup_epochs": None, "optimizer": "adamw", "track": ()}
     train = recipe.train.model_copy(update={"epochs": spec.epochs or recipe.train.epochs, **own})
     shared = ("model", "weights", "preset", "image_size")
     held_out = HELD_OUT if spec.calibrate else recipe.data.held_out

@@ -1,4 +1,4 @@
-"""Metrics while a run lasts: evaluated and recorded after each epoch. An experiment tracker gets them here."""
+"""Metrics while a run lasts: evaluated and recorded after each epoch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,6 +7,7 @@ from remap.cache.frozen_features import FrozenFeatures
 from remap.data.views import ViewSource
 from remap.distributed.collectives import share_unreadable
 from remap.distributed.launch import accelerator
+from remap.engine.callback import Callback
 from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.selection import SELECTION, selection_metric
 from remap.engine.state import State, digest_of
@@ -37,10 +38,11 @@ class RunTracker:
         run_dir: RunDir,
         clock: RunClock,
         progress: Progress,
+        callbacks: Callback,
     ) -> None:
         self.components, self.run_dir = components, run_dir
         self.features, self.selection_features = features.get("val"), features.get("selection")
-        self.clock, self.progress = clock, progress
+        self.clock, self.progress, self.callbacks = clock, progress, callbacks
         self.last: Evaluation | None = None
         self.judged_before: Judgement | None = None
 
@@ -85,8 +87,12 @@ class RunTracker:
             found[SELECTION] = selection_metric(self.components.recipe.train.metric, answers, chosen_by.split.labels)
         return found
 
-    def record_epoch(self, history: Sequence[dict[str, Any]]) -> None:
-        """Write the metrics so far, and say the last. A full disk does not end a run: they are written again later."""
+    def record_epoch(self, step: int, history: Sequence[dict[str, Any]]) -> None:
+        """Write the metrics so far, and say the last. A full disk does not end a run: they are written again later.
+
+        Args:
+            step: The number of the last step.
+        """
         self.progress.say(epoch_line(history, self.components.recipe.train.epochs))
         try:
             self.run_dir.write_metrics(list(history))
@@ -94,6 +100,7 @@ class RunTracker:
             self.run_dir.set_status("running", seconds=self.clock.seconds)
         except RunError as error:
             self.progress.say(f"the metrics of this epoch are not written yet: {error.what}")
+        self.callbacks.on_epoch(step, history[-1])
 
     def record_resume(self, state: State, steps: int) -> None:
         """Record on which machine the run resumes, and say where."""

@@ -25,12 +25,14 @@ def training_job(
     shared: SharedResources,
     progress: Progress,
     untrained: float | None = None,
+    steps_after: int = 0,
 ) -> Job:
     """Return what ``remap.engine.loop.train`` works on.
 
     Args:
         features: The student's frozen features of the training images, where they are cached.
         untrained: The student's accuracy before training, if it has a classifier.
+        steps_after: Steps of what is trained after this run.
     """
     recipe, student, run_dir = components.recipe, components.student, tracker.run_dir
     return Job(
@@ -45,7 +47,9 @@ def training_job(
         data_digest=components.views.digest(progress),
         weights_digest=components.weights_digest(),
         evaluate=tracker.after_epoch,
+        on_step=tracker.callbacks.on_step,
         on_epoch=tracker.record_epoch,
+        steps_after=steps_after,
         on_resume=tracker.record_resume,
         # Both folders belong to the run directory, so that moving it moves them.
         checkpoint=run_dir.checkpoint,

@@ -44,6 +44,7 @@ def trials(recipe: Recipe, shared: SharedResources) -> Iterator[tuple[str, Recip
             "epochs": epochs,
             "warmup_epochs": None if warmup is None else EPOCHS * warmup,
             "eval_every": recipe.train.epochs,  # the last epoch is always evaluated
+            "track": (),
         }
     )
     held_out = recipe.data.model_copy(update={"held_out": HELD_OUT, "selection": None})

@@ -27,6 +27,7 @@ WORDS = {
     "seed": "seed",
     "skip_bad": "data.skip_bad",
     "processes": "train.processes",
+    "track": "train.track",
 }
 # A dotted key and its value.
 Override = tuple[str, Any]

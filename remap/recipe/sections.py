@@ -138,6 +138,13 @@ class StudentSpec(ModelSpec):
         return self
 
 
+def _names(value: Any) -> Any:
+    """Read "tensorboard,wandb" as two names, and a list as a tuple."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(","))
+    return tuple(value) if isinstance(value, list) else value
+
+
 class TrainSpec(Section):
     """The training loop: an optimiser with linear warm-up and cosine decay; which epoch is the result."""
 
@@ -164,6 +171,9 @@ class TrainSpec(Section):
         default="auto", description="PyTorch's fused attention; auto is off on the CPU, where its backward is slower."
     )
     checkpoint_seconds: float = Field(default=60.0, ge=0.0, description="Least time between checkpoints in an epoch.")
+    track: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], BeforeValidator(_names)] = Field(
+        default=(), description="Experiment trackers: tensorboard, wandb, mlflow, trackio; several with commas."
+    )
     processes: int | None = Field(default=None, ge=1, description="Processes the run must have; null is any number.")
     parallel: Literal["ddp", "fsdp2"] = Field(
         default="ddp", description="Each process holds the whole student, or a share of its blocks; results agree."
@@ -204,7 +214,7 @@ class TrainSpec(Section):
     @property
     def silent(self) -> set[str]:
         """Fields that change no result: how often an epoch is evaluated does where one is chosen."""
-        return {"checkpoint_seconds", "processes", "parallel", *(() if self.selects else ("eval_every",))}
+        return {"checkpoint_seconds", "processes", "parallel", "track", *(() if self.selects else ("eval_every",))}
 
     @property
     def copies(self) -> int:

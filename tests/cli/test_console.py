@@ -1,17 +1,23 @@
 """What is printed: names as they are, progress now and then, and a clean end by signal."""
 
 import io
+import math
 import os
+import re
 import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from remap.errors import Interrupted, RemapError
+from remap.progress import CELLS
 from remap_cli import console
+from remap_cli.live import grid
 
 WAITS = """
 import time
@@ -80,24 +86,108 @@ def test_a_long_wait_says_a_line_every_half_minute(printed: io.StringIO, clock: 
     ]
 
 
-@pytest.mark.parametrize("width", [60, 80, 120, 200])
-def test_the_screen_fits_its_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No line is wider than the terminal, and no figure is cut in two."""
-    text = io.StringIO()
-    monkeypatch.setattr(console, "err", Console(file=text, width=width, force_terminal=True, color_system=None))
-    figures = {"loss": 5.128, "ce": 1.719, "attention": 0.616, "lr": 0.05, "images/s": 312.0, "left": 300.0}
-    with console.Reporter() as progress, progress.wait("labels only: epoch 12/100", 620) as step:
-        step.advance(31, **figures, memory=1.2e9)
-        progress.say("word " * 60)
-        shown = console.err.render_lines(progress._bars.get_renderable())
-    lines = ["".join(part.text for part in line).rstrip() for line in shown]
-    assert "epoch 12/100" in lines[0] and "31/620" in lines[0]
-    below = " ".join(lines[1:])
-    for figure in ("loss\u00a05.128", "images/s\u00a0312", "left\u00a05.0\u00a0min", "memory\u00a01.2\u00a0GB"):
-        assert figure in below
+WIDTHS = pytest.mark.parametrize("width", [60, 80, 120, 200])
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], io.StringIO]:
+    """What goes to stdout and stderr on a terminal of a width."""
+
+    def make(width: int) -> io.StringIO:
+        text = io.StringIO()
+        for name in ("out", "err"):
+            one = Console(file=text, width=width, height=30, force_terminal=True, color_system=None, emoji=False)
+            monkeypatch.setattr(console, name, one)
+        return text
+
+    return make
+
+
+def _drawn(progress: console.Reporter) -> list[str]:
+    lines = console.err.render_lines(progress._bars.get_renderable())
+    return ["".join(part.text for part in line).rstrip() for line in lines]
+
+
+def _require_fit(lines: list[str], width: int, words: str) -> None:
+    """No line is wider than the terminal, and every word of the text is in one piece."""
     assert max(map(len, lines)) <= width
-    said = [line for line in text.getvalue().splitlines() if "word" in line]
-    assert all(len(line) <= width + 20 and "wor d" not in line for line in said) and len(said) >= 300 // width
+    shown = {word for line in lines for word in line.split()}
+    assert set(words.split()) <= shown, set(words.split()) - shown
+
+
+@WIDTHS
+def test_the_screen_fits_its_terminal(width: int, terminal: Callable[[int], io.StringIO]) -> None:
+    terminal(width)
+    figures = {"loss": 5.128, "ce": 1.719, "attention": 0.616, "accuracy": 0.9321, "best": 0.9411, "lr": 0.05}
+    with console.Reporter() as progress, progress.wait("labels only: epoch 12/100", 620) as step:
+        step.advance(31, **figures, **{"images/s": 312.0, "left": 300.0}, memory=1.2e9)
+        lines = _drawn(progress)
+        with progress.wait("labels only: evaluating the network before training", 13), progress.wait("loading PyTorch"):
+            more = _drawn(progress)
+    _require_fit(
+        lines, width, "labels only: epoch 12/100 31/620 accuracy 93.2% best 94.1% images/s 312 left 5.0 min 1.2 GB"
+    )
+    _require_fit(more, width, "0/13")
+    assert any(line.startswith("loading PyTorch") and "?" not in line for line in more)
+
+
+@WIDTHS
+def test_a_comparison_fills_its_grid(width: int, terminal: Callable[[int], io.StringIO]) -> None:
+    """A mean over the seeds that are done, and how many they are; dots are to come, three of them run."""
+    terminal(width)
+    names = [
+        f"{m}-{o}-s{seed}" for m in ("lora", "vpt_deep-num_prompts=5") for o in ("teacher", "alone") for seed in (0, 1)
+    ]
+    done = dict(zip(names, [0.5, 0.75, 0.8], strict=False))
+    with console.Reporter() as progress, progress.wait(CELLS, len(names)) as cells:
+        cells.advance(3, **({name: math.nan for name in names} | done))
+        lines = _drawn(progress)
+    _require_fit(lines, width, "cells 3/8")
+    rows = [line.split() for line in lines[1:]]
+    assert rows[0] == ["with", "teacher", "labels", "only"]
+    assert rows[1] == ["lora", "62.5", "80.0", "(1/2)"]
+    assert rows[2] == ["vpt_deep-num_prompts=5", "·", "·"]
+    assert [line.split() for line in _text_of(grid(dict.fromkeys(names, math.nan), 9))][1] == ["lora", "...", "·"]
+
+
+def test_a_grid_that_is_too_long_shows_what_runs() -> None:
+    values = {f"method{number}-alone-s0": 0.5 if number < 30 else math.nan for number in range(40)}
+    shown = _text_of(grid(values, 5))
+    assert len(shown) == 6 and "method30" in "".join(shown)
+
+
+def _text_of(table: Table) -> list[str]:
+    text = io.StringIO()
+    Console(file=text, width=80).print(table)
+    return text.getvalue().splitlines()
+
+
+@WIDTHS
+def test_messages_are_wrapped_between_words(width: int, terminal: Callable[[int], io.StringIO]) -> None:
+    """And commands stay in one piece, so that they can be copied."""
+    text, words = terminal(width), "a message of several long words, such as backbones and interpretation, " * 5
+    command = "remap distill --resume /a/path/that/is/longer/than/a/narrow/terminal/is/wide/or/nearly/so"
+    with console.Reporter() as progress:
+        progress.say(words)
+        console.note(words)
+        console.line(words)
+        console.error(RemapError(words, given=words, do=f"{words}resume with: {command}"))
+    lines = re.sub(r"\x1b\[\S+?[A-Za-z]", "", text.getvalue()).splitlines()
+    assert command in " ".join(lines)
+    _require_fit([line for line in lines if "remap distill" not in line], width, words)
+    second = next(number for number, line in enumerate(lines) if line.startswith("  given:")) + 1
+    assert lines[second].startswith(" " * 11 + lines[second].strip()[0])
+
+
+@WIDTHS
+def test_tables_lose_no_word(width: int, terminal: Callable[[int], io.StringIO]) -> None:
+    """The widest columns give way; where the words do not fit side by side, there is a line for each."""
+    text = terminal(width)
+    columns = ["method", "trained", "labels only", "with teacher", "gain", "seconds", "saved size"]
+    row = ["vpt_shallow", "11,530 (1.7%)", "82.2 ± 1.3", "84.2 ± 1.1", "+2.0", "12", "47.5 kB"]
+    console.table("a title of several words that is wider than a narrow terminal", columns, ["fine-tuning", row])
+    _require_fit(text.getvalue().splitlines(), width, " ".join(["fine-tuning", *row]))
+    assert ("method: vpt_shallow" in text.getvalue()) == (width == 60)
 
 
 def test_a_short_wait_says_nothing_and_a_quiet_reporter_neither(printed: io.StringIO, clock: list[float]) -> None:

@@ -13,7 +13,7 @@ from remap_cli.options import BUILD, COMPARE, DISTILL, OPTIONS, RECIPE_OPTIONS, 
 
 # Values other than the defaults; of strings that are names, one that exists.
 NUMBERS = {int: "7", float: "0.5"}
-NAMES = {"method": "bitfit", "losses": "ce,feature", "init": "layers", "weights": "none"}
+NAMES = {"track": "wandb,mlflow", "method": "bitfit", "losses": "ce,feature", "init": "layers", "weights": "none"}
 FIELDS = {**WORDS, "weights": "student.weights"}
 
 
@@ -58,7 +58,7 @@ def in_words(recipe: Recipe, field: str) -> str:
     for name in field.split("."):
         value = getattr(value, name)
     if isinstance(value, (list, tuple)):
-        return ",".join(one.name for one in value)
+        return ",".join(getattr(one, "name", one) for one in value)
     return str(getattr(value, "name", value))
 
 

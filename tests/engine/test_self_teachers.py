@@ -14,7 +14,7 @@ from remap.engine.self_teachers import averaged_copy
 from remap.errors import RecipeError
 from remap.network import Runner
 from remap.pipeline.compare import compare
-from remap.pipeline.components import build_components, build_objective
+from remap.pipeline.components import build_components, build_objective, pairs_of
 from remap.pipeline.run import resume, start
 from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
@@ -133,7 +133,8 @@ def test_several_teachers_are_averaged_by_weight(tiny: Any, tmp_path: Path) -> N
     )
     assert total.item() == pytest.approx(by_hand, rel=1e-6)
     alone = build_objective(
-        both.recipe.model_copy(update={"teachers": both.recipe.teachers[:1]}), both.student, [both.teachers[0].network]
+        both.recipe.model_copy(update={"teachers": both.recipe.teachers[:1]}),
+        pairs_of(both.student, [both.teachers[0].network]),
     )
     _, mine = alone(student, [alone.targets(Runner(both.teachers[0].network, alone.teacher_needs())(images))], labels)
     assert mine["kd"].item() == parts["kd@1"].item()

@@ -43,7 +43,7 @@ def job_of(tmp_path: Path) -> Callable[..., Job]:
             bf16=False,
             progress=Silent(),
             evaluate=lambda: {},
-            on_epoch=lambda history: None,
+            on_epoch=lambda step, history: None,
         )
 
     return make

@@ -23,6 +23,7 @@ SILENT = [
     "train.checkpoint_seconds=1",
     "train.processes=2",
     "train.parallel=fsdp2",
+    "train.track=tensorboard",
     "data.workers=3",
     "data.memory_gib=0.5",
 ]

@@ -8,6 +8,7 @@ import pytest
 from remap.errors import RecipeError
 from remap.pipeline.objective import build_objective
 from remap.recipe import dump, load, resolve
+from remap.remapping.objective import Pair
 from remap.remapping.schedule import Schedule
 
 
@@ -57,8 +58,7 @@ def test_temperatures_of_every_kind_follow(loss: dict[str, Any], at_two: float, 
     recipe = resolve(words={"teacher": "a", "losses": [{**loss, **schedule}]})
     (tmp_path / "recipe.yaml").write_text(dump(recipe.written_out()))
     recipe = load(tmp_path / "recipe.yaml")
-    network = type("N", (), {"anatomy": None, "classes": ("a", "b")})()
-    objective = build_objective(recipe, network, [network])
+    objective = build_objective(recipe, [Pair(None, None, 2)])
     objective.set_progress(0, 3, 2)
     name = loss["name"]
     weight = recipe.losses[0].weight

@@ -1,0 +1,56 @@
+"""One's own Python in a run: called after steps, after epochs and at the end."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+
+
+class Callback(Protocol):
+    """What a run calls, on its main process alone. Every method does nothing: override those you need.
+
+    An exception in one of them ends the run: the state is saved, the run counts as stopped and can be resumed, and the
+    exception is raised.
+    """
+
+    def on_step(self, step: int, values: Mapping[str, float]) -> None:
+        """Follow a step of training.
+
+        Args:
+            step: Its number over the whole run, from 1.
+            values: ``loss`` and each of its terms, ``accuracy`` of the newest evaluation and the ``best`` so far,
+                ``lr``, ``images/s``, ``left`` (seconds) and ``memory`` (bytes at the peak); empty for a step that was
+                skipped since a number was not finite.
+        """
+
+    def on_epoch(self, step: int, record: Mapping[str, Any]) -> None:
+        """Follow an epoch, after its evaluation.
+
+        Args:
+            step: The number of the last step.
+            record: The line of metrics.jsonl: ``epoch``, mean losses, ``accuracy`` and ``val_ce`` where it was
+                evaluated, ``seconds``.
+        """
+
+    def on_end(self, summary: Mapping[str, Any] | None) -> None:
+        """Follow the end of the run.
+
+        Args:
+            summary: The content of summary.json; None where the run was stopped or failed.
+        """
+
+
+def raised_in(accelerator: Accelerator, call: Callable[..., None], *arguments: Any) -> Exception | None:
+    """Call on the main process; return what was raised, since all processes save the state before it is raised."""
+    try:
+        if accelerator.is_main_process:
+            call(*arguments)
+    except Exception as error:
+        return error
+    return None
+
+
+def newest_and_best(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the accuracy of the newest epoch that was evaluated and the best so far; nothing where none was."""
+    found = [epoch["accuracy"] for epoch in history if "accuracy" in epoch]
+    return {"accuracy": found[-1], "best": max(found)} if found else {}

@@ -1,0 +1,65 @@
+"""The callbacks of a run, its trackers among them, as one."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from remap.distributed.launch import accelerator
+from remap.engine.callback import Callback
+from remap.pipeline.run_status import RunClock
+from remap.pipeline.trackers import Tracker, require_installed
+from remap.recipe import Recipe
+from remap.runs.run_dir import RunDir
+
+
+class Callbacks(Callback):
+    """Several callbacks as one; a run that one of them ends counts as stopped.
+
+    Attributes:
+        summary: Of the run, once it has one.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback], clock: RunClock) -> None:
+        self._callbacks, self._clock = callbacks, clock
+        self.summary: Mapping[str, Any] | None = None
+
+    def on_step(self, step: int, values: Mapping[str, float]) -> None:
+        self._each(lambda one: one.on_step(step, values))
+
+    def on_epoch(self, step: int, record: Mapping[str, Any]) -> None:
+        self._each(lambda one: one.on_epoch(step, record))
+
+    def on_end(self, summary: Mapping[str, Any] | None) -> None:
+        self._each(lambda one: one.on_end(summary))
+
+    def _each(self, call: Callable[[Callback], None]) -> None:
+        for callback in self._callbacks:
+            try:
+                call(callback)
+            except Exception as error:
+                self._clock.ended_by = error
+                raise
+
+
+@contextmanager
+def called(callbacks: Sequence[Callback], recipe: Recipe, run_dir: RunDir, clock: RunClock) -> Iterator[Callbacks]:
+    """Give the callbacks of a run and its trackers, and call them at its end, however it ends.
+
+    Raises:
+        RunError: A tracker is not installed.
+    """
+    require_installed(recipe)
+    main = accelerator().is_main_process
+    trackers = [Tracker(name, recipe, run_dir) for name in recipe.train.track]
+    all_of_them = Callbacks([*trackers, *callbacks] if main else [], clock)
+    try:
+        yield all_of_them
+    except BaseException as error:
+        ended_by = clock.ended_by
+        try:
+            all_of_them.on_end(None)
+        except Exception as another:  # the first error counts
+            clock.ended_by = ended_by
+            error.add_note(f"and a callback at the end: {another!r}")
+        raise
+    all_of_them.on_end(all_of_them.summary)

@@ -1,0 +1,94 @@
+"""The losses of remap in a training loop of one's own."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from remap.backbones.anatomy import anatomy_of
+from remap.errors import RecipeError
+from remap.pipeline.objective import build_objective
+from remap.recipe.checks import option_problems
+from remap.recipe.problems import checked
+from remap.recipe.schema import Recipe, TeacherSpec
+from remap.remapping import LOSSES
+from remap.remapping.labels import Labels
+from remap.remapping.objective import Objective, Pair
+from remap.remapping.tap import Tap
+from remap.tuning.attached import Attached
+
+
+class Losses(nn.Module):
+    """Weighted losses between a student and its teacher. Its parameters are the projectors of the losses."""
+
+    def __init__(self, objective: Objective, student: Tap, teacher: Tap | None) -> None:
+        super().__init__()
+        # Taps are not modules: the networks' parameters are not those of this one.
+        self.objective, self._student, self._teacher = objective, student, teacher
+
+    def forward(
+        self, images_BCHW: Tensor, labels_B: Tensor, teacher_images_BCHW: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run both networks; return the weighted sum, and each loss by name, detached and unweighted.
+
+        Args:
+            images_BCHW: As the student takes them: of its size, normalised as timm says.
+            labels_B: Class of each image, int64; -1 for an image without a label.
+            teacher_images_BCHW: The same images as the teacher takes them, where it has another size or normalisation.
+        """
+        targets: dict[str, Tensor] = {}
+        if self._teacher is not None:
+            with torch.no_grad():
+                seen = self._teacher(images_BCHW if teacher_images_BCHW is None else teacher_images_BCHW)
+            targets = self.objective.targets(seen)
+        total, terms = self.objective(self._student(images_BCHW), [targets], Labels(labels_B))
+        return total, terms
+
+    def after_step(self) -> None:
+        """Follow a step of the optimiser, for losses that remember earlier steps (queues)."""
+        self.objective.after_step()
+
+    def close(self) -> None:
+        """Take the hooks off both networks."""
+        for tap in (self._student, self._teacher):
+            if tap is not None:
+                tap.close()
+
+
+def losses(
+    words: str | Sequence[str | Mapping[str, Any]], student: nn.Module | Attached, teacher: nn.Module | None = None
+) -> Losses:
+    """Return the losses between a student and a teacher, for a training loop of your own.
+
+    Args:
+        words: As ``--losses``: "ce,kd:0.5"; or a list of names and of mappings with options, as in a recipe.
+        student: A timm model, or what ``remap.attach`` returned.
+        teacher: A timm model, with the student's classes in its head where a loss reads logits. It is frozen and put
+            in eval mode. None where every loss reads labels alone.
+
+    Raises:
+        RemapError: A loss is unknown, or does not fit the networks.
+    """
+    spec = {"losses": words, "teachers": () if teacher is None else (TeacherSpec(),)}
+    recipe = checked(Recipe, spec, "remap.losses")
+    taught_by = [loss.name for loss in recipe.losses if LOSSES.row(loss.name).category != "labels"]
+    problems = option_problems(recipe)
+    if taught_by and teacher is None:
+        problems.append(f"{', '.join(taught_by)}: a teacher is missing")
+    if problems:
+        raise RecipeError(problems, "remap.losses")
+    extra = (student.extra_tokens, student.seam, student.tokens_from) if isinstance(student, Attached) else ()
+    model = student.model if isinstance(student, Attached) else student
+    anatomy = student.anatomy if isinstance(student, Attached) else anatomy_of(student)
+    pair = Pair(anatomy, None if teacher is None else anatomy_of(teacher), int(getattr(model, "num_classes", 0)))
+    objective = build_objective(recipe, [pair]).to(next(model.parameters()).device)
+    if settled_by_a_run := objective.unsettled(0):
+        names = ", ".join(name for name, _ in settled_by_a_run)
+        raise RecipeError(
+            [f"{names}: normalised by statistics of all images, which remap.distill computes"], "remap.losses"
+        )
+    taught = None
+    if teacher is not None and pair.teacher is not None:
+        taught = Tap(teacher.requires_grad_(False).eval(), pair.teacher, objective.teacher_needs())
+    return Losses(objective, Tap(model, anatomy, objective.student_needs(), *extra), taught)

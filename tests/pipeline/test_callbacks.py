@@ -1,0 +1,83 @@
+"""One's own Python in a run, and a run that it ends."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import remap
+from remap.pipeline import run
+from remap.runs.run_dir import RunDir
+
+EPOCHS, STEPS = 2, 3  # of each epoch
+
+
+class Recorder(remap.Callback):
+    """What a run told, and an error at one of the calls."""
+
+    def __init__(self, stops_at: tuple[str, int] | None = None) -> None:
+        self.steps: dict[int, Mapping[str, float]] = {}
+        self.epochs: dict[int, Mapping[str, Any]] = {}
+        self.ends: list[Mapping[str, Any] | None] = []
+        self.stops_at = stops_at
+
+    def on_step(self, step: int, values: Mapping[str, float]) -> None:
+        self.steps[step] = values
+        self._stop("on_step", step)
+
+    def on_epoch(self, step: int, record: Mapping[str, Any]) -> None:
+        self.epochs[step] = record
+        self._stop("on_epoch", step)
+
+    def on_end(self, summary: Mapping[str, Any] | None) -> None:
+        self.ends.append(summary)
+
+    def _stop(self, call: str, step: int) -> None:
+        if (call, step) == self.stops_at:
+            raise ZeroDivisionError("the user's own")
+
+
+class Idle(remap.Callback):
+    """Overrides nothing."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recorder, Path]:
+    """With a baseline and a tuned teacher, whose steps are not those of the run."""
+    recorder, path = Recorder(), tmp_path_factory.mktemp("callbacks") / "run"
+    recipe = tiny.recipe("baseline=true", "teacher.prepare=full", "teacher.lr=0.01", "teacher.allow_weak=true")
+    remap.distill(recipe, output=path, callbacks=[Idle(), recorder])
+    return recorder, path
+
+
+def test_a_callback_gets_steps_epochs_and_the_summary(undisturbed: tuple[Recorder, Path]) -> None:
+    """As metrics.jsonl and summary.json have them; the loss of an epoch is the mean of its steps."""
+    recorder, path = undisturbed
+    assert list(recorder.steps) == list(range(1, EPOCHS * STEPS + 1))
+    assert set(recorder.steps[1]) >= {"loss", "ce", "kd", "lr", "images/s", "left", "memory"}
+    assert list(recorder.epochs) == [STEPS, 2 * STEPS]
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert list(recorder.epochs.values()) == records
+    assert records[0]["loss"] == pytest.approx(sum(recorder.steps[n]["loss"] for n in (1, 2, 3)) / 3, rel=1e-6)
+    assert recorder.ends == [json.loads((path / "summary.json").read_text())]
+    assert "baseline" in recorder.ends[0]
+
+
+@pytest.mark.parametrize("stops_at", [("on_step", 4), ("on_epoch", STEPS)])
+def test_an_exception_stops_the_run_which_resumes_to_the_same_student(
+    tiny: Any, undisturbed: tuple[Recorder, Path], tmp_path: Path, stops_at: tuple[str, int]
+) -> None:
+    recorder, path = Recorder(stops_at), tmp_path / "run"
+    recipe = tiny.recipe("teacher.prepare=full", "teacher.lr=0.01", "teacher.allow_weak=true")
+    with pytest.raises(ZeroDivisionError, match="the user's own"):
+        remap.distill(recipe, output=path, callbacks=[recorder])
+    assert RunDir(path).outcome() == ("was stopped", 'by a callback: ZeroDivisionError("the user\'s own")')
+    assert recorder.ends == [None]
+    again = Recorder()
+    run.resume(path, callbacks=[again])
+    assert list(again.steps) == list(range(stops_at[1] + 1, EPOCHS * STEPS + 1)), "from the step that was saved"
+    assert RunDir(path).status() == "done" and len(again.ends) == 1
+    task = "task/task.safetensors"
+    assert (path / task).read_bytes() == (undisturbed[1] / task).read_bytes()

@@ -1,0 +1,58 @@
+"""A weak teacher is found before anything is trained or cached, by whatever command."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from remap.errors import TrainingError
+from remap.pipeline.build_cache import build_cache
+from remap.pipeline.compare import compare
+from remap.pipeline.run import start
+from remap.progress import Progress
+from remap.recipe import Recipe
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Images that say nothing about their class: a head that is fitted on them guesses."""
+    root, draws = tmp_path_factory.mktemp("noise"), np.random.default_rng(0)
+    for split, each in (("train", 8), ("val", 4)):
+        for name in ("blue", "green", "red"):
+            (root / split / name).mkdir(parents=True)
+            for index in range(each):
+                pixels = draws.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
+    return str(root)
+
+
+def _compare(recipe: Recipe, folder: Path, progress: Progress) -> None:
+    compare(recipe, ["bitfit", "linear"], 1, folder, progress)
+
+
+def _cache(recipe: Recipe, folder: Path, progress: Progress) -> None:
+    build_cache(recipe, progress)
+
+
+def _auto(recipe: Recipe, folder: Path, progress: Progress) -> None:
+    start(recipe.model_copy(update={"choose_losses": True}), folder, progress)
+
+
+@pytest.mark.parametrize("command", [_compare, _cache, _auto, start])
+def test_a_weak_teacher_is_found_before_anything_is_trained(
+    tiny: Any, noise: str, tmp_path: Path, watch: Callable[..., Any], command: Callable[..., None]
+) -> None:
+    """Twelve images: the message says that they are few, and gives the interval."""
+    progress = watch(lambda done: None)
+    with pytest.raises(
+        TrainingError, match=r"on 12 evaluation images is \d+\.\d % \(.*not clearly above chance"
+    ) as caught:
+        command(tiny.recipe(data=noise, method="bitfit", losses="ce,kd"), tmp_path / "out", progress)
+    assert "judge it by more images (--val-data)" in (caught.value.do or "")
+    assert progress.steps == 0 and not list(tmp_path.rglob("metrics.jsonl"))
+    assert not any("teacher outputs" in what for what in progress.waited)
+    assert not os.path.exists(os.environ["REMAP_CACHE"])
