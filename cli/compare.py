@@ -37,10 +37,11 @@ def compare(values: dict[str, Any]) -> None:
         raise RecipeError(["--sets: the folder of a suite's sets (name one with --suite)"], "command line")
     chosen, seeds = chosen_methods(values["methods"]), values["seeds"] or DEFAULT_SEEDS
     with console.Reporter() as progress:
+        recipe = read_recipe(values, with_teacher=True)
         if not any(values[name] for name in _CHOSEN):
             plan = replace(plan, budget=QUICK)
-            progress.say(f"{QUICK} of each cell, to be quick; --budget epochs=12 is what the recipe says")
-        recipe = read_recipe(values, with_teacher=True)
+            own = f"--budget epochs={recipe.train.epochs}"
+            progress.say(f"{QUICK} of each cell, to be quick; {own} is what the recipe says")
         folder = expanded(values["output"] or default_path() / f"compare-{recipe.name}")
         table = run_compare(recipe, chosen, seeds, folder, progress, plan)
     console.emit(table) if values["json"] else _show(table)
