@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 
+from remap.backbones.anatomy import Anatomy
 from remap.io import checked_json
 from remap.io.paths import expanded
 from remap.network import Network
@@ -55,8 +56,8 @@ def _backbone_of(word: str) -> str:
 
 def pairs_of(student: Network, teachers: Sequence[Network]) -> list[Pair]:
     """Return the student with each teacher, or by itself."""
-    anatomies = [teacher.anatomy for teacher in teachers] or [None]
-    return [Pair(student.anatomy, anatomy, len(student.classes or ())) for anatomy in anatomies]
+    anatomies: list[Anatomy | None] = [teacher.anatomy for teacher in teachers]
+    return [Pair(student.anatomy, anatomy, len(student.classes or ())) for anatomy in anatomies or [None]]
 
 
 def build_objective(recipe: Recipe, pairs: Sequence[Pair]) -> Objective:
