@@ -101,6 +101,11 @@ def test_every_recipe_in_the_pages_is_valid(tmp_path: Path) -> None:
     assert checked >= 3
 
 
+def test_the_shipped_recipes_are_listed() -> None:
+    rows = re.findall(r"^\| (`.+`) \|", TEXTS["recipes.md"], flags=re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted(catalogue.names())
+
+
 def test_every_block_of_python_compiles() -> None:
     blocks = [(name, block) for name, text in TEXTS.items() for block in _blocks(text, "python")]
     assert len(blocks) >= 4
