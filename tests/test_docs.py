@@ -1,10 +1,12 @@
-"""The generated pages, drawings and index are what the code says now."""
+"""The generated pages, drawings, index and notebook are what the code says now."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import drawings
+import first_steps
 import llms
 import pytest
 import timm
@@ -30,6 +32,14 @@ def test_the_drawings_are_up_to_date() -> None:
 
 def test_the_index_is_up_to_date() -> None:
     assert (DOCS / "llms.txt").read_text() == llms.index(), "run `python tools/llms.py`"
+
+
+def test_the_notebook_has_the_cells_of_its_script_and_real_outputs() -> None:
+    cells = json.loads(first_steps.PAGE.read_text())["cells"]
+    assert ["".join(cell["source"]) for cell in cells] == first_steps.CELLS, "run `python tools/first_steps.py`"
+    outputs = [cell["outputs"] for cell in cells if cell["cell_type"] == "code"]
+    assert all(outputs) and "error" not in {output["output_type"] for found in outputs for output in found}
+    assert first_steps.PAGE.stat().st_size < 100_000
 
 
 # Where a module is in the drawing; q, k and v are one layer of timm.

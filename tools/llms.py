@@ -34,6 +34,8 @@ def index() -> str:
 
 def _entry(title: str, path: str) -> str:
     """A page and its sections; those of the reference pages are methods and losses by name."""
+    if path == "first_steps.md":
+        return f"- [{title}](first_steps.ipynb): the embedded default, cell by cell"
     page = ROOT / "docs" / path
     page, address = (page, path) if page.is_file() else (ROOT / path, f"../{path}")
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
