@@ -1,14 +1,83 @@
-"""The generated pages are what the code says now."""
+"""The generated pages, drawings, index and notebook are what the code says now."""
 
-import runpy
+import json
+import re
 from pathlib import Path
+from typing import Any
 
+import drawings
+import first_steps
+import llms
 import pytest
+import timm
+from reference_pages import PAGES
+
+import remap
+from remap.registry import BUILT_IN
+from remap.tuning import METHODS
 
 ROOT = Path(__file__).parents[1]
-PAGES = runpy.run_path(str(ROOT / "tools" / "reference_pages.py"))["PAGES"]
+DOCS = ROOT / "docs"
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_the_page_is_up_to_date(name: str) -> None:
-    assert (ROOT / "docs" / name).read_text() == PAGES[name](), "run `python tools/reference_pages.py`"
+    assert (DOCS / name).read_text() == PAGES[name](), "run `python tools/reference_pages.py`"
+
+
+def test_the_drawings_are_up_to_date() -> None:
+    there = {path.name: path.read_text() for path in drawings.FOLDER.glob("*.svg")}
+    assert there == drawings.drawings(), "run `python tools/drawings.py`"
+
+
+def test_the_index_is_up_to_date() -> None:
+    assert (DOCS / "llms.txt").read_text() == llms.index(), "run `python tools/llms.py`"
+
+
+def test_the_notebook_has_the_cells_of_its_script_and_real_outputs() -> None:
+    cells = json.loads(first_steps.PAGE.read_text())["cells"]
+    assert ["".join(cell["source"]) for cell in cells] == first_steps.CELLS, "run `python tools/first_steps.py`"
+    outputs = [cell["outputs"] for cell in cells if cell["cell_type"] == "code"]
+    assert all(outputs) and "error" not in {output["output_type"] for found in outputs for output in found}
+    assert first_steps.PAGE.stat().st_size < 100_000
+
+
+# Where a module is in the drawing; q, k and v are one layer of timm.
+BOXES = {
+    r"patch_embed|cls_token|pos_embed": "embed",
+    r"blocks\.\d+\.norm1": "norm1",
+    r"blocks\.\d+\.attn\.qkv|blocks\.\d+\.remap_\w+_[qv]$": "qkv",
+    r"blocks\.\d+\.attn\.proj": "o",
+    r"blocks\.\d+\.norm2": "norm2",
+    r"blocks\.\d+\.mlp\.fc1": "fc1",
+    r"blocks\.\d+\.mlp\.fc2": "fc2",
+    r"norm\.": "norm",
+}
+# What is no change of a box, or is shared by several and stands beside them.
+ELSEWHERE = r"remap_|blocks\.\d+\.(remap_|attn\.remap_)"
+
+
+def _box(parameter: str) -> str:
+    module = parameter if parameter in ("cls_token", "pos_embed") else parameter.rpartition(".")[0] + "."
+    found = [box for path, box in BOXES.items() if re.match(path.replace("$", r"\."), module)]
+    assert found or re.match(ELSEWHERE, parameter), parameter
+    return found[0] if found else ""
+
+
+def test_coloured_boxes_are_those_that_a_method_trains() -> None:
+    """Source: the names of the parameters that are trained once a method of that kind is attached to a timm model."""
+    fitting = [row for row in METHODS if row.origin == BUILT_IN and row.vit_base is not None]
+    rows = {
+        drawings.of_method(row): row for row in reversed(fitting) if drawings.of_method(row)
+    }  # the first of each kind
+    compared = 0
+    for kind, row in rows.items():
+        model: Any = timm.create_model("test_vit", num_classes=3)
+        boxes = {_box(name) for name in remap.attach(model, row.name).trainable} - {""}
+        drawing = drawings.KINDS[kind]
+        coloured = {"qkv" if box in "qkv" else box for box in (*drawing.trained, *drawing.tags)}
+        # Queries and key-value prompts are inputs of attention, and FacT's factors belong to the model.
+        if kind not in ("e2vpt", "vqt", "delta_all"):
+            assert coloured == boxes, kind
+            compared += bool(boxes)
+    assert compared >= 10

@@ -1,18 +1,22 @@
-"""Write docs/methods.md, remapping.md and models.md from the tables in the code, and python.md from docstrings.
+"""Write the pages of methods, losses and models from the tables in the code, and python.md from docstrings.
 
-Run `python tools/reference_pages.py`.
+Run `python tools/reference_pages.py`, which also writes the drawings.
 """
 
 import inspect
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+import drawings
 import timm
+from explained import LEGEND, escaped, loss_section, method_section, paper
 
 import remap
 from remap.backbones.families import FAMILIES, signals_of
-from remap.recipe.option_listing import options_of, rows_of_config, shown
+from remap.recipe.option_listing import rows_of_config, shown
+from remap.recipe.schema import DataSpec, Recipe, StudentSpec, TeacherSpec, TrainSpec
 from remap.registry import BUILT_IN
 from remap.remapping import LOSSES
 from remap.remapping.architecture import ARCHITECTURES
@@ -30,12 +34,8 @@ options. L depth, D width, H MLP width, p prompts, r bottleneck or rank. *Merges
 can be saved as plain timm weights. *lr*: default for AdamW at batch size 64 and width 128; wider backbones get
 lr · 128 / width ([how they were chosen](defaults.md)).
 
-Options are given as `--set method.OPTION=VALUE`; of a combination (`--method vpt_deep+lora`) as
-`--set method.lora.rank=4`. `remap methods NAME` shows those of one method with their limits. `targets` is a list of
-layers of a block, such as `[q, v]`: q, k, v and o are the projections of attention, fc1 and fc2 the layers of the MLP.
+A method's name leads to its formula, its drawing and its options.
 """
-
-COLUMNS = ["method", "what is trained", "trained", "on ViT-B/16", "merges", "lr", "paper"]
 
 SUPPORT = """
 ## What fits what
@@ -55,6 +55,41 @@ All of it combines with every tuning method. Options of a loss are given as `--s
 is the default in the objective; every term is a mean over the images of a batch in float32, and only the objective
 applies weights.
 """
+
+LOSS_PAGE = f"""# Losses, one by one
+
+Written by `tools/reference_pages.py` from the code. [remapping.md](remapping.md) has them side by side,
+[distilling.md](distilling.md) is the guide. Options are given as `--set losses.NAME.OPTION=VALUE`.
+
+{LEGEND}
+"""
+
+FIELDS = """# Every field of a recipe
+
+Written by `tools/reference_pages.py` from the code; `remap recipes show NAME --resolved` prints a recipe with all of
+them. On the command line a field is `--set SECTION.FIELD=VALUE`. Options of a method are [with the method](methods.md),
+those of a loss [with the loss](losses.md).
+"""
+
+METHOD_PAGE = f"""# {{}}
+
+Written by `tools/reference_pages.py` from the code. [methods.md](methods.md) has all methods side by side.
+
+Options are given as `--set method.OPTION=VALUE`; of a combination (`--method vpt_deep+lora`) as
+`--set method.lora.rank=4`. `remap methods NAME` shows those of one method with their limits. `targets` is a list of
+layers of a block, such as `[q, v]`: q, k, v and o are the projections of attention, fc1 and fc2 the layers of the MLP.
+
+{LEGEND} The classifier is trained by every method, and is not counted.
+"""
+
+# The page that explains the methods of a category.
+WHERE = {
+    "fine-tuning": "fine-tuning.md",
+    "prompt": "prompt-tuning.md",
+    "adapter": "adapter-tuning.md",
+    "parameter": "parameter-tuning.md",
+    "remapping": "remapping.md",
+}
 
 KINDS = {
     "labels": "Knowledge: labels",
@@ -155,7 +190,7 @@ def models() -> str:
     parts = [MODELS, "## Families\n", "| read as | what it is | teaches | methods | models |\n|---|---|---|---|---|"]
     for row in FAMILIES:
         teaches = ", ".join(signals_of(row.parts))
-        parts.append(_line([row.name, row.summary, teaches, str(fitting[row.name]), row.examples]))
+        parts.append(_line([row.name, row.summary, teaches, str(fitting[row.name]), escaped(row.examples)]))
     parts.append("\n## Measured\n")
     parts.append(
         f"The smallest model of each of {len(records)} modules of timm, with random weights and where it is large with "
@@ -187,18 +222,51 @@ def remapping() -> str:
         parts.append("| loss | what it is | reads | where the models differ | mixed images | weight | paper |")
         parts.append("|---|---|---|---|---|---|---|")
         for row in rows:
-            name = f"`{row.name}`" + (" (*)" if row.over_batch else "")
-            cells = [name, row.summary, row.needs, row.mismatch, row.mixed, f"{row.weight:g}", _paper(row.paper)]
+            name = f"[`{row.name}`](losses.md#{row.name})" + (" (*)" if row.over_batch else "")
+            cells = [name, row.summary, row.needs, row.mismatch, row.mixed, f"{row.weight:g}", paper(row.paper)]
             parts.append(_line(cells))
-        listed = (f"- `{row.name}`:{_listed(rows_of_config(row.load().Config))}" for row in rows)
-        parts.append("\n" + "\n".join(listed))
     parts.append("\n(*) compares all images of a batch with each other, whatever process and micro-batch they are in.")
     for title, table in (("Weights", INITS), ("Architecture", ARCHITECTURES)):
         parts.append(f"\n## {title}\n")
         parts.append("| name | what it is | needs | where the models differ | paper |\n|---|---|---|---|---|")
-        parts += [_line([f"`{row.name}`", row.summary, row.needs, row.mismatch, _paper(row.paper)]) for row in table]
+        parts += [_line([f"`{row.name}`", row.summary, row.needs, row.mismatch, paper(row.paper)]) for row in table]
+    parts.append("\n## Tuning methods of this category")
+    parts += [method_section(row) for row in METHODS if row.category == "remapping" and row.origin == BUILT_IN]
     parts.append(JOINT)
     return "\n".join(parts) + "\n"
+
+
+def losses() -> str:
+    """Return the page that explains each loss."""
+    parts = [LOSS_PAGE]
+    for category, title in KINDS.items():
+        parts.append(f"\n## {title.partition(': ')[2].capitalize()}")
+        parts += [loss_section(row) for row in LOSSES if row.category == category and row.origin == BUILT_IN]
+    return "\n".join(parts) + "\n"
+
+
+def recipe_fields() -> str:
+    """Return the page of all fields of a recipe."""
+    sections = {"data": DataSpec, "teacher": TeacherSpec, "student": StudentSpec, "train": TrainSpec}
+    parts = [FIELDS]
+    for title, config in {"At the top": Recipe, **sections}.items():
+        parts.append(f"\n## {title}\n\n| field | what it is | default | values |\n|---|---|---|---|")
+        for row in rows_of_config(config):
+            values = ", ".join(map(str, row["allowed"] or ())) or row["limits"] or "-"
+            plain = row["default"] is None or isinstance(row["default"], (str, int, float))
+            cells = [f"`{row['name']}`", row["about"], f"`{shown(row['default'])}`" if plain else "-", values]
+            parts.append(_line([cell.replace("|", "/") for cell in cells]))
+    return "\n".join(parts) + "\n"
+
+
+def category_page(category: str) -> Callable[[], str]:
+    """Return what makes the page that explains each method of a category."""
+
+    def page() -> str:
+        rows = [row for row in METHODS if row.category == category and row.origin == BUILT_IN]
+        return "\n".join([METHOD_PAGE.format(CATEGORIES[category].capitalize()), *map(method_section, rows)]) + "\n"
+
+    return page
 
 
 def methods() -> str:
@@ -213,15 +281,21 @@ def methods() -> str:
         for row in rows:
             count = "-" if row.vit_base is None else f"{row.vit_base:,}"
             merges = "yes" if row.mergeable else "no"
-            cells = [f"`{row.name}`", row.summary, row.trains.replace("*", "·"), count, merges, f"{row.lr:g}"]
-            parts.append(_line([*cells, _paper(row.paper)]))
-        parts.append("\n" + "\n".join(f"- `{row.name}`:{_options(row.name)}" for row in rows))
+            cells = [
+                f"[`{row.name}`]({WHERE[category]}#{row.name})",
+                row.summary,
+                row.trains.replace("*", "·"),
+                count,
+                merges,
+                f"{row.lr:g}",
+            ]
+            parts.append(_line([*cells, paper(row.paper)]))
     parts.append(SUPPORT)
     parts.append(f"{_line(['method', *FAMILIES.names])}\n|---|{'---|' * len(FAMILIES.names)}")
     for row in (row for row in METHODS if row.origin == BUILT_IN):
         cells = ["yes" if row.fits(family.parts) else "-" for family in FAMILIES]
         parts.append(_line([f"`{row.name}`", *cells]))
-    parts.append("\n" + "\n".join(f"- {row.name}: {row.summary} ({row.examples})" for row in FAMILIES))
+    parts.append("\n" + "\n".join(f"- {row.name}: {row.summary} ({escaped(row.examples)})" for row in FAMILIES))
     return "\n".join(parts) + "\n"
 
 
@@ -229,31 +303,18 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _paper(paper: str) -> str:
-    words, _, number = paper.rpartition("arXiv ")
-    return f"{words.rstrip(', ')}, [{number}](https://arxiv.org/abs/{number})" if words else paper
-
-
-def _options(method: str) -> str:
-    return _listed(options_of(method))
-
-
-def _listed(options: list[dict]) -> str:
-    if not options:
-        return " no options"
-    return "".join(f"\n  - `{o['name']}={shown(o['default'])}`{_explained(o)}" for o in options)
-
-
-def _explained(option: dict) -> str:
-    """The words it takes, and a line on it where its class has one."""
-    allowed = ", ".join(map(str, option["allowed"] or ()))
-    words = f" ({'list of ' if option['type'].startswith('list') else ''}{allowed})" if allowed else ""
-    return words + (f": {option['about']}" if option["about"] else "")
-
-
-PAGES = {"methods.md": methods, "remapping.md": remapping, "models.md": models, "python.md": python}
+PAGES = {
+    "methods.md": methods,
+    "remapping.md": remapping,
+    "losses.md": losses,
+    "models.md": models,
+    "python.md": python,
+    "recipe-fields.md": recipe_fields,
+}
+PAGES |= {name: category_page(category) for category, name in WHERE.items() if name not in PAGES}
 
 if __name__ == "__main__":
+    drawings.write()
     for name, page in PAGES.items():
         (DOCS / name).write_text(page(), encoding="utf-8")
         print(f"wrote {DOCS / name}")
