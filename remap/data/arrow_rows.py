@@ -95,7 +95,9 @@ def _one(
     found = [name for name in (typed if named is None else allowed) if named in (None, name)]
     if len(found) != 1 and named is None:
         found = [name for name in found or allowed if name.lower() in usual]
-    if len(found) == 1:
+    usually = [name for name in allowed if name.lower() in usual]
+    sure = named is not None or not usually or found[0] in usually if found else False  # else two may be meant
+    if len(found) == 1 and sure:
         return found[0]
     raise DataError(
         f"the column of the {what}s is not known",

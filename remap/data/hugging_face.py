@@ -49,6 +49,8 @@ def _opened(source: HuggingFace, word: Word) -> dict[str | None, Any]:
             for file, _, split in shards(word.rest, (".parquet",)):
                 files.setdefault(re.sub(r"\W", "_", split or "all"), []).append(str(file))
             return datasets.load_dataset("parquet", data_files=files)
+        if word.rest.count("/") != 1:  # datasets would take "imagefolder" for a reader of the current folder
+            raise DataError("not the name of a data set on the hub", given=word.rest, allowed="OWNER/NAME, or a folder")
         names = {"name": options.get("config"), "split": options.get("split"), "revision": options.get("revision")}
         found = datasets.load_dataset(word.rest, **names)
         return found if isinstance(found, dict) else {options.get("split"): found}

@@ -116,6 +116,9 @@ def _finder(root: Path) -> Callable[[str], str]:
                 if why_left_out(found) is None:
                     for name in {basename(found), splitext(basename(found))[0]}:
                         by_name[name] = found if name not in by_name else None
-        return by_name.get(basename(path)) or path
+        named = by_name.get(basename(path))
+        # With its folders, or train/1.jpg that is missing would be test/1.jpg.
+        fits = named is not None and any(f"/{one}".endswith(f"/{path}") for one in (named, splitext(named)[0]))
+        return named if named is not None and fits else path
 
     return find

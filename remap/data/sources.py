@@ -20,7 +20,7 @@ from remap.data.zip_listing import list_zip
 from remap.errors import DataError, MissingData
 from remap.io.checked_read import open_regular
 from remap.io.names import look_alike, plain
-from remap.io.paths import expanded
+from remap.io.paths import absolute, expanded
 
 # First bytes of files that data sets come in, too, but which no reader of paths reads.
 _OTHER_FILES = {
@@ -227,8 +227,12 @@ def unknown_classes(names: Iterable[str], classes: Sequence[str]) -> DataError:
 
 def _require_apart(data: ImageData, labeled: str, unlabeled: str) -> None:
     """Refuse to learn from images to evaluate on, also without their labels."""
-    outer, inner = place_of(labeled), place_of(of_images(unlabeled))
-    outer = outer.parent if outer.suffix.lower() in TABLES + LISTS else outer  # its names are relative to its folder
+    (outer, _), (inner, listed) = _root_of(labeled), _root_of(of_images(unlabeled))
+    if listed:  # a table or an option names single files below a folder
+        there = {inner / plain(name) for name, _ in find_source(of_images(unlabeled)).images(of_images(unlabeled))[0]}
+        if any(outer / name in there for split in (data.val, data.test) if split is not None for name in split.names):
+            raise _not_apart(labeled, unlabeled)
+        return
     # One split of a source may be apart from its others.
     if outer.is_relative_to(inner) and "split" not in parsed(unlabeled).options:
         raise DataError(
@@ -242,8 +246,22 @@ def _require_apart(data: ImageData, labeled: str, unlabeled: str) -> None:
     prefix = "" if inner == outer else plain(f"{inner.relative_to(outer).as_posix()}/")
     names = {name for name, _ in find_source(unlabeled).images(unlabeled)[0]} if not prefix else set()
     if any(name in names if not prefix else name.startswith(prefix) for split in splits for name in split.names):
-        raise DataError(
-            "the folder of images without labels holds images to evaluate on",
-            given=f"{unlabeled}, inside {labeled}",
-            do="name another folder; to learn from few labels, set data.labels=N",
-        )
+        raise _not_apart(labeled, unlabeled)
+
+
+def _not_apart(labeled: str, unlabeled: str) -> DataError:
+    return DataError(
+        "what is named as images without labels holds images to evaluate on",
+        given=f"{unlabeled}, and labelled ones of {labeled}",
+        do="name other images; to learn from few labels, set data.labels=N",
+    )
+
+
+def _root_of(word: str) -> tuple[Path, bool]:
+    """Return the folder that the names of a word's images are relative to, and whether they are listed one by one."""
+    place, options = place_of(word), parsed(word).options
+    folder = options.get("folder") or options.get("root")
+    if folder is not None:
+        return Path(absolute(folder)), True
+    is_table = place.suffix.lower() in TABLES + LISTS
+    return (place.parent, True) if is_table else (place, False)

@@ -47,7 +47,13 @@ def list_tar(path: Path, also: tuple[str, ...] = ()) -> Listing:
             files, folders = _members(path, stream)
             if compressed:
                 held = _held(path, stream, files, also)
-                return Listing(tuple(sorted(files)), folders, held.__getitem__, lambda name: files[name][1])
+
+                def read_held(name: str) -> bytes:
+                    if name not in held:
+                        raise OSError(errno.EINVAL, "not read from a compressed archive: neither an image nor a label")
+                    return held[name]
+
+                return Listing(tuple(sorted(files)), folders, read_held, lambda name: files[name][1])
     except RemapError:
         raise
     except Exception as error:  # Python's readers raise many kinds; all mean the file is no usable archive
@@ -152,7 +158,7 @@ def _members(path: Path, stream: _Bounded) -> tuple[Members, tuple[str, ...]]:
 
 def _held(path: Path, stream: _Bounded, files: Members, also: tuple[str, ...]) -> dict[str, bytes]:
     """Return the content of a compressed archive's images; other members are not read."""
-    images = {name: at for name, at in files.items() if why_not_read(name) is None or name.endswith(also)}
+    images = {name: at for name, at in files.items() if why_not_read(name) is None or name.lower().endswith(also)}
     total = sum(size for _, size in images.values())
     if total > HELD_BYTES:
         raise DataError(

@@ -35,7 +35,8 @@ class WebDataset(Rows):
 
 def _rows_of(shard: Shard, word: Word, labeled: bool) -> Iterator[Row]:
     """Yield the rows of one tar; their names begin with its own, since keys may repeat."""
-    in_tar, prefix = list_tar(shard.path, also=(".cls", ".txt", ".json")), f"{shard.name}/"
+    chosen = word.options.get("label", "cls").lower()
+    in_tar, prefix = list_tar(shard.path, also=(".cls", ".label", ".txt", ".json", f".{chosen}")), f"{shard.name}/"
     listing = Listing(
         (), (), lambda name: in_tar.read(name[len(prefix) :]), lambda name: in_tar.size(name[len(prefix) :])
     )

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def parsed(word: str) -> Word:
         if key not in row.options:
             text = f"the source '{row.name}' has no option '{key}'{did_you_mean(key, row.options)}"
             raise DataError(text, given=word, allowed=row.options or "none")
+        if not found.options[key]:
+            raise DataError(f"the option '{key}' has no value", given=word)
     if not found.rest:
         raise DataError(f"a {row.takes} follows '{row.name}:'", given=word)
     return found
@@ -63,8 +66,22 @@ def with_absolute_paths(word: str) -> str:
         return absolute(word)
     if not SOURCES.row(found.name).takes:
         return word
-    rest = absolute(found.rest) if _is_path(found) else found.rest
-    options = {key: absolute(value) if key in _PATH_OPTIONS else value for key, value in found.options.items()}
+    return _with_paths(found, absolute, _is_path(found))
+
+
+def below(folder: Path, word: str) -> str:
+    """Return a word whose paths lie below a folder; names of sources, and what only they understand, stay."""
+    found = parts_of(word)
+    if not found.name:
+        return str(folder / word)
+    takes = SOURCES.row(found.name).takes
+    is_path = takes == "path" or (takes == "path or name" and (folder / found.rest).exists())
+    return _with_paths(found, lambda path: str(folder / path), is_path) if takes else word
+
+
+def _with_paths(found: Word, change: Callable[[str], str], is_path: bool) -> str:
+    rest = change(found.rest) if is_path else found.rest
+    options = {key: change(value) if key in _PATH_OPTIONS else value for key, value in found.options.items()}
     return f"{found.name}:{rest}" + "".join(f",{key}={value}" for key, value in options.items())
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from remap.errors import TrainingError
 from remap.network import Network
 
 
@@ -19,17 +18,9 @@ from remap.network import Network
 def checkpointed_blocks(network: Network) -> Iterator[None]:
     """Checkpoint the blocks of a network in passes with gradients; the same numbers come out, dropout included.
 
-    Hooks on a block stay outside, and so do its parameters' shards (FSDP2).
-
-    Raises:
-        TrainingError: The blocks learn batch statistics, which a second pass would count twice.
+    Hooks on a block stay outside, and so do its parameters' shards (FSDP2). Blocks that learn batch statistics, which a
+    second pass would count twice, are refused when the student is built.
     """
-    if network.learns_batch_statistics:
-        raise TrainingError(
-            "blocks with batch statistics cannot be computed twice",
-            given=f"{network.identity.model}, train.checkpoint_blocks=true",
-            do="leave train.checkpoint_blocks out, and raise train.accumulation to save memory",
-        )
     paths = dict.fromkeys(block.block for block in network.anatomy.blocks if block.block)
     blocks = [network.model.get_submodule(path) for path in paths]
     replaced = [block.__dict__.get("forward") for block in blocks]  # of a method that gave it one of its own

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from remap.distributed.collectives import broadcast_
+from remap.distributed.interrupts import raise_if_interrupted
 from remap.engine.job import Job
 from remap.engine.loop import opened
 from remap.engine.optim import clip_gradients, set_learning_rate
@@ -43,6 +44,7 @@ def lr_range_test(job: Job, first: float, last: float, steps: int) -> LrRange:
     losses: list[float] = []
     with opened(job, resume=False) as training, job.progress.wait("learning-rate range test", steps) as shown:
         for update in range(steps):
+            raise_if_interrupted(training.accelerator, "learning rates were tested")
             training.state.epoch, training.state.step = divmod(update, training.plan.steps)
             if training.state.step == 0:
                 training.start_epoch()

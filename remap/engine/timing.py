@@ -23,5 +23,5 @@ class Timer:
         self.seconds = time.perf_counter() - self._started
 
     def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)

@@ -13,7 +13,7 @@ from remap.errors import DiskFull, RunError
 from remap.exporting import FORMATS
 from remap.exporting.check import Comparison, bytes_below, bytes_of, compare, require_equal, student_answer
 from remap.exporting.format import ExportOptions, Format
-from remap.exporting.int8 import quantise, require_gate
+from remap.exporting.int8 import quantise, require_gate, require_labels
 from remap.exporting.model_card import model_card
 from remap.exporting.task_source import TaskSource
 from remap.io import atomic_write
@@ -83,6 +83,8 @@ def export_student(
         if (answer := form.open(source, folder, chosen)) is not None:
             with progress.wait("checking the export on images"):
                 images, student = source.images(chosen.images), student_answer(source, chosen)
+                if chosen.int8 is not None:
+                    require_labels(images)  # before hours of rounding
                 size = bytes_of(source.tuned.model)
                 comparison = compare(student, answer, images, (size, bytes_below(folder / form.file)))
             require_equal(comparison, to)
@@ -117,8 +119,15 @@ def making(output: Path, force: bool) -> Iterator[Path]:
     try:
         yield temporary
         if output.is_dir():
+            if earlier:
+                _require_own(output)  # again: making an export may take an hour
             os.replace(output, old)
-        os.replace(temporary, output)
+        try:
+            os.replace(temporary, output)
+        except BaseException:
+            if old.is_dir():
+                os.replace(old, output)
+            raise
     except OSError as error:
         kind, do = (DiskFull, MAKE_ROOM) if error.errno in FULL else (RunError, "choose another --output")
         raise kind(f"cannot write {output}: {error.strerror or error}", do=do) from error
@@ -134,7 +143,7 @@ def _require_own(output: Path) -> None:
         RunError: Names some of them.
     """
     record = read_run_json(output / RECORD)
-    written = {*map(str, record.get("files", []))} if isinstance(record, dict) else set()
+    written = {*map(str, record.get("files") or [])} if isinstance(record, dict) else set()
     others = sorted({file.relative_to(output).as_posix() for file in files_below(output)} - written)
     if others:
         raise RunError(

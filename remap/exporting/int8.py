@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from remap.errors import RunError
@@ -30,8 +31,7 @@ QUANTISED = ["Conv", "Gemm", "MatMul"]
 def quantise(source: TaskSource, file: Path, options: ExportOptions, progress: Progress) -> None:
     """Replace a float ONNX file by its int8 version: weights per output channel, activations per tensor."""
     if options.int8 == "qat":
-        with progress.wait("training with rounded weights and activations") as step:
-            student = int8_student(source, options.int8_epochs, step)
+        student = int8_student(source, options.int8_epochs, progress)
         write_graph(source, file, options, student)
     with progress.wait("quantising to 8 bits"):
         _quantise_file(source, file, options)
@@ -67,6 +67,8 @@ def _quantise_file(source: TaskSource, file: Path, options: ExportOptions) -> No
                 extra_options={
                     "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],
                     "CalibPercentile": 100 * (1 - CLIPPED),
+                    # One image at a time becomes part of the histograms; else all activations of all are held at once.
+                    "CalibStridedMinMax": 1,
                 },
                 **common,
             )
@@ -89,7 +91,15 @@ class _Calibration:
     """Feeds images to the quantiser, one by one: batches have to be of one size."""
 
     def __init__(self, images: Tensor) -> None:
-        self._batches: Iterator[Tensor] = iter(images.split(1))
+        self._images = images
+        self.set_range(0, len(images))
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        """Feed these images next."""
+        self._batches: Iterator[Tensor] = iter(self._images[start_index:end_index].split(1))
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         batch = next(self._batches, None)
@@ -123,6 +133,17 @@ class Int8Report:
         return asdict(self)
 
 
+def require_labels(images: SourceImages) -> NDArray[np.int64]:
+    """Return the labels of the images that int8 is judged by.
+
+    Raises:
+        RunError: They have none.
+    """
+    if images.labels_N is None:
+        raise RunError("int8 is checked on labelled images of the run", given=images.what, do="bring them back")
+    return images.labels_N
+
+
 def require_gate(source: TaskSource, exported: Answer, images: SourceImages, options: ExportOptions) -> Int8Report:
     """Compare int8 with the student on labelled images.
 
@@ -132,9 +153,7 @@ def require_gate(source: TaskSource, exported: Answer, images: SourceImages, opt
     Raises:
         RunError: There are no labelled images, or too much accuracy is lost.
     """
-    if images.labels_N is None:
-        raise RunError("int8 is checked on labelled images of the run", given=images.what, do="bring them back")
-    labels_N, max_drop = images.labels_N, options.max_drop
+    labels_N, max_drop = require_labels(images), options.max_drop
     answers = student_answer(source, options), exported
     before_N, after_N = (in_batches(one, images.views_NCHW).argmax(1).numpy() for one in answers)
     accuracy = (float((before_N == labels_N).mean()), float((after_N == labels_N).mean()))

@@ -13,8 +13,9 @@ from torch.nn.functional import kl_div
 from torch.nn.utils import parametrize
 
 from remap.backbones.preprocess import Preprocess
+from remap.errors import RunError
 from remap.exporting.task_source import TaskSource
-from remap.progress import Step
+from remap.progress import Progress
 
 # Training images that are learnt from at most, images a step, and the peak learning rate of AdamW.
 IMAGES, BATCH, PEAK_LR = 4096, 32, 5e-4
@@ -25,7 +26,7 @@ _NEW = 0.1
 _LAYERS = (nn.Linear, nn.Conv2d)
 
 
-def int8_student(source: TaskSource, epochs: int, progress: Step) -> nn.Module:
+def int8_student(source: TaskSource, epochs: int, progress: Progress) -> nn.Module:
     """Return the student's model (merged where that can be) with weights that lose little when they are rounded.
 
     Trained are the method's own parameters (where it is not merged), norms, biases and the classifier, on the
@@ -33,6 +34,7 @@ def int8_student(source: TaskSource, epochs: int, progress: Step) -> nn.Module:
 
     Raises:
         DataError: The training images are not at hand.
+        RunError: A loss is not finite.
     """
     teacher, student = source.plain_model(), source.plain_model()
     views_NCHW, prepare = source.training_images(IMAGES), Preprocess(source.meta.preprocess)
@@ -46,17 +48,20 @@ def int8_student(source: TaskSource, epochs: int, progress: Step) -> nn.Module:
     optimizer = torch.optim.AdamW(trained, PEAK_LR, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps)
     draws = torch.Generator().manual_seed(0)
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(views_NCHW), generator=draws).split(BATCH):
-            pixels = prepare(views_NCHW[chosen])
-            with torch.no_grad():
-                wanted = teacher(pixels).log_softmax(dim=-1)
-            loss = kl_div(student(pixels).log_softmax(dim=-1), wanted, reduction="batchmean", log_target=True)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            progress.advance(loss=loss.item())
+    with torch.no_grad():  # once: the views are fixed
+        wanted_NK = torch.cat([teacher(prepare(batch)).log_softmax(dim=-1) for batch in views_NCHW.split(BATCH)])
+    with progress.wait("training with rounded weights and activations", steps) as step:
+        for _ in range(epochs):
+            for chosen in torch.randperm(len(views_NCHW), generator=draws).split(BATCH):
+                answers = student(prepare(views_NCHW[chosen])).log_softmax(dim=-1)
+                loss = kl_div(answers, wanted_NK[chosen], reduction="batchmean", log_target=True)
+                if not torch.isfinite(loss):
+                    raise RunError("the loss of the rounded student is not finite", do="export with --int8 static")
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                step.advance(1, loss=loss.item())
     for hook in hooks:
         hook.remove()
     for layer in layers.values():

@@ -5,16 +5,33 @@ from remap.exporting.format import ExportOptions
 from remap.exporting.task_source import TaskSource
 
 # A view as ``remap.data.views`` makes it: the largest box of its shape in the centre, resized in one go.
-_PLANES = {
-    1: 'planes = [ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB").convert("L")]\n',
-    3: 'planes = [ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")]\n',
-}
+_PICTURE = """\
+picture = ImageOps.exif_transpose(Image.open(sys.argv[1]))
+assert picture.mode[0] not in "IF", "values of more than 8 bits: remap predict reads them"
+"""
+_OPAQUE = _PICTURE + 'planes = [picture.convert("RGB")]\n'
+_ON_COLOUR = (
+    _PICTURE
+    + """\
+rgba, planes = picture.convert("RGBA"), [Image.new("RGB", picture.size, "{alpha}")]
+planes[0].paste(rgba, mask=rgba.getchannel("A"))
+"""
+)
+_ON_SQUARES = (
+    _PICTURE
+    + """\
+assert not picture.has_transparency_data, "transparent pixels on squares: remap predict draws them"
+planes = [picture.convert("RGB")]
+"""
+)
+_BY_ALPHA = {"drop": _OPAQUE, "checker": _ON_SQUARES}
 _OF_MANY_CHANNELS = """\
 values = np.load(sys.argv[1]) if sys.argv[1].endswith(".npy") else np.asarray(Image.open(sys.argv[1]))
 values = values if values.shape[-1] == {channels} else np.moveaxis(values, 0, -1)
 top = 1 if values.dtype.kind == "f" and values.max() <= 1 else 255
 low, high = view["value_range"] or (0, 65535 if values.dtype == np.uint16 or values.max() > 255 else top)
 scaled = np.rint(((values - float(low)) * (255 / (high - low))).clip(0, 255)).astype(np.uint8)
+scaled = values if values.dtype == np.uint8 else scaled
 planes = [Image.fromarray(np.ascontiguousarray(scaled[..., channel])) for channel in range({channels})]
 """
 _VIEW = """\
@@ -33,8 +50,7 @@ from PIL import Image, ImageOps
 session = onnxruntime.InferenceSession("{file}")
 metadata = session.get_modelmeta().custom_metadata_map
 classes, view = json.loads(metadata["classes"]), json.loads(metadata["preprocessing"])
-{images}answers = session.run(None, {{"images": images}})[0]
-print(classes[answers[0].argmax()])
+{images}print(classes[session.run(None, {{"images": images}})[0].argmax()])
 """
 _TASKS = """\
 import json, sys
@@ -119,8 +135,13 @@ def _of_model(source: TaskSource, packages: str, model: str) -> str:
 
 def _images(view: View, options: ExportOptions) -> str:
     """Return lines that read a picture and make the network's input, ``images``, of the description ``view``."""
-    channels = view.pixels.channels
-    lines = _PLANES.get(channels, _OF_MANY_CHANNELS.format(channels=channels)) + _VIEW
+    channels, alpha = view.pixels.channels, view.pixels.alpha
+    if channels in (1, 3):
+        lines = _BY_ALPHA.get(alpha, _ON_COLOUR).replace("{alpha}", alpha)
+        lines += 'planes = [planes[0].convert("L")]\n' if channels == 1 else ""
+    else:
+        lines = _OF_MANY_CHANNELS.format(channels=channels)
+    lines += _VIEW
     if options.input == "float":
         lines += 'images = ((images / 255 - view["mean"]) / view["std"]).astype(np.float32)\n'
     if options.layout == "nchw":

@@ -117,7 +117,10 @@ class TaskSource:
             return "a task folder does not say where its images are"
         spec = self.run.recipe().data
         try:
-            data = open_data(spec.source, spec.val_source, spec.val_fraction, depth=spec.depth)
+            data = open_data(
+                *(spec.source, spec.val_source, spec.val_fraction, None, spec.labels, spec.depth),
+                *(spec.held_out, spec.per_class, spec.selection),
+            )
         except DataError as error:
             return f"the images of the run cannot be opened ({error.what})"
         if data.classes != self.meta.classes:

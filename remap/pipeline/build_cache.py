@@ -17,7 +17,6 @@ from remap.pipeline.teacher_tuning import teachers_to_tune
 from remap.progress import Progress, Silent, Within
 from remap.recipe import Recipe
 from remap.recipe.checks import what_changes
-from remap.recipe.paths import is_run
 from remap.recipe.schema import EMA
 from remap.runs.run_dir import RunDir
 
@@ -57,12 +56,3 @@ def _require_cacheable(recipe: Recipe) -> None:
             continue  # the outputs of the others are stored
         if changing is not None:
             raise RecipeError([f"teacher {spec.model}: nothing can be cached, since {changing}"], "cache build")
-        if spec.prepare not in ("probe", "none") and not is_run(spec.model):
-            raise RecipeError(
-                [
-                    f"teacher.prepare: {spec.model} would be tuned ({spec.prepare}) for this build, and again for every"
-                    f" run (tune it once: remap tune --student {spec.model} --method {spec.prepare} --output FOLDER;"
-                    " then name it here and there: --teacher FOLDER)"
-                ],
-                "cache build",
-            )

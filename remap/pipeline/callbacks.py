@@ -33,12 +33,16 @@ class Callbacks(Callback):
         self._each(lambda one: one.on_end(summary))
 
     def _each(self, call: Callable[[Callback], None]) -> None:
+        """Call all of them, also where one raises; then raise the first error."""
+        raised: list[Exception] = []
         for callback in self._callbacks:
             try:
                 call(callback)
             except Exception as error:
-                self._clock.ended_by = error
-                raise
+                raised.append(error)
+        if raised:
+            self._clock.ended_by = raised[0]
+            raise raised[0]
 
 
 @contextmanager

@@ -64,6 +64,8 @@ def match_classes(backbone: Backbone, classes: Sequence[str], file: str | None) 
         groups = _of_file(backbone, classes, file, outputs)
     elif names:
         groups = [(row,) for row in _by_name(backbone, classes)]
+    elif sorted(classes) == sorted(map(str, range(outputs))):  # "10" comes before "2" here
+        groups = [(int(name),) for name in classes]
     elif outputs == len(classes):
         return (
             f"the outputs of {backbone.identity.model} have no names: they are taken in the order of the classes here"
@@ -79,7 +81,7 @@ def match_classes(backbone: Backbone, classes: Sequence[str], file: str | None) 
     if any(outputs <= row for group in groups for row in group):
         raise BackboneError(f"teacher.classes names an output above {outputs - 1:,}", given=file, do=_DO)
     _take(backbone, groups)
-    how = "by name" if file is None else f"by {file}"
+    how = f"by {file}" if file is not None else "by name" if names else "by number"
     return f"the teacher's {outputs:,} classes are matched with the {len(classes):,} of the data {how}"
 
 

@@ -85,8 +85,17 @@ def within_minutes(cells: Sequence[Cell], minutes: float, output: Path, progress
             epoch = one["step_seconds"] * one["steps"] / cell.recipe.train.epochs
             known["epochs"][cell.group] = max(1, int(60 * minutes / epoch))
             atomic_write.write_json(path, known)
-        found.append(replace(cell, recipe=with_epochs(cell.recipe, int(known["epochs"][cell.group]))))
+        found.append(replace(cell, recipe=_of_length(cell.recipe, int(known["epochs"][cell.group]))))
     return found
+
+
+def _of_length(recipe: Recipe, epochs: int) -> Recipe:
+    """Return the recipe with other epochs, and warm-up and patience of the same share of them."""
+    train, share = recipe.train, epochs / recipe.train.epochs
+    warmup = None if train.warmup_epochs is None else train.warmup_epochs * share
+    patience = None if train.patience is None else max(1, round(train.patience * share))
+    update = {"epochs": epochs, "warmup_epochs": warmup, "patience": patience}
+    return recipe.model_copy(update={"train": train.model_copy(update=update)})
 
 
 def within_parameters(cells: Sequence[Cell], most: int, classes: int) -> tuple[list[Cell], dict[str, str]]:
@@ -144,7 +153,7 @@ def _size_within(cell: Cell, most: int, student: "Backbone") -> dict[str, int] |
         count = _trained(student, spec.name, {**spec.options, option: taken}) if taken else None
         return count is not None and count <= most
 
-    low = next((value for value in (1, 2) if fits(value)), 0)
+    low = next((value for value in (1, 2, 4, 8, 16) if fits(value)), 0)
     if not low:
         return f"{cell.label} trains more parameters with any {option}"
     high = 2 * low

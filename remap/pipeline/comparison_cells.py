@@ -167,6 +167,10 @@ def comparison_cells(
                         # Labels alone, say, are the same run for each temperature of a loss on logits.
                         name = names.setdefault((word, repr(cell.recipe)), cell.name)
                         cells.append(replace(cell, same_as=name))
+    recipes: dict[str, str] = {}
+    for cell in cells:
+        if recipes.setdefault(cell.name, repr(cell.recipe)) != repr(cell.recipe):
+            raise RecipeError([f"--sweep: two different cells would be called {cell.name}"], "command line")
     return cells
 
 

@@ -135,4 +135,5 @@ def _held_out(recipe: Recipe) -> Recipe:
     # On a few held-out images no teacher is clearly above chance; the cells themselves ask on all evaluation images.
     teachers = tuple(spec.model_copy(update={"allow_weak": True}) for spec in recipe.teachers)
     data = recipe.data.model_copy(update={"held_out": HELD_OUT})
-    return recipe.model_copy(update={"data": data, "teachers": teachers})
+    train = recipe.train.model_copy(update={"track": ()})  # the cells are logged, their trials are not
+    return recipe.model_copy(update={"data": data, "teachers": teachers, "train": train})

@@ -115,4 +115,9 @@ def shown_setting(setting: tuple[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value).lower() if isinstance(value, bool) else _number(value) if isinstance(value, float) else str(value)
+
+
+def _number(value: float) -> str:
+    """Return the short spelling of a number, unless another number has it too."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)

@@ -80,7 +80,7 @@ def tabulate(recipe: Recipe, cells: Sequence[Cell], output: Path) -> dict[str, A
         "output": str(output),
         "data": recipe.data.source,
         "images": first["data"]["val_images"],
-        "epochs": recipe.train.epochs,
+        "epochs": _range([row["epochs"] for row in rows]),
         "batch_size": recipe.train.batch_size,
         "seeds": sorted({cell.seed for cell in cells}),
         "losses": {loss.name: loss.weight for loss in recipe.losses},
@@ -90,6 +90,11 @@ def tabulate(recipe: Recipe, cells: Sequence[Cell], output: Path) -> dict[str, A
         "rows": rows,
         "pairs": _pairs([(row["name"], answers(taught)) for row, (_, taught) in zip(rows, runs, strict=True)]),
     }
+
+
+def _range(epochs: Sequence[int]) -> int | str:
+    """Return the epochs of all rows with the teacher, or "7 to 12" where a budget or sweep makes them differ."""
+    return epochs[0] if len(set(epochs)) == 1 else f"{min(epochs)} to {max(epochs)}"
 
 
 def _statistics(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -107,7 +112,8 @@ def _statistics(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _costs(summaries: Sequence[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
     """Return what a method costs with the teacher; a step's time is that of training divided by its steps."""
     first, train = summaries[0], recipe.train
-    steps = max(1, first["data"]["train_images"] // train.batch_size) * train.epochs
+    trained = [summary.get("choice", {}).get("epochs_trained", train.epochs) for summary in summaries]  # patience
+    steps = max(1, first["data"]["train_images"] // train.batch_size) * statistics.fmean(trained)
     return {
         **{name: first["student"][name] for name in ("trainable_parameters", "total_parameters", "task_bytes")},
         "flops": first["student"].get("flops"),  # runs of earlier versions have none

@@ -32,7 +32,7 @@ from remap.pipeline.teachers import (
 )
 from remap.progress import Progress
 from remap.recipe import Recipe
-from remap.recipe.schema import EMA, SELF
+from remap.recipe.schema import EMA, SELF, TrainSpec
 from remap.remapping.knowledge.attention import transfer_warning
 from remap.remapping.objective import Objective
 from remap.runs.run_dir import RunDir
@@ -153,7 +153,27 @@ def require_student(recipe: Recipe, shared: SharedResources) -> None:
     if recipe.student.shrink is None:  # else it comes from the teacher
         with torch.random.fork_rng(devices=[]):
             backbone = open_backbone(recipe.student, len(shared.classes(recipe)))
-            tuned(backbone, recipe.method.name, recipe.method.options)
+            require_trainable(tuned(backbone, recipe.method.name, recipe.method.options), recipe.train)
+
+
+def require_trainable(student: Network, train: TrainSpec) -> None:
+    """Refuse options of training that the student's method or blocks cannot follow.
+
+    Raises:
+        TrainingError: The method prunes while an earlier student may be kept, or blocks cannot be computed twice.
+    """
+    if (names := student.attached.pruning) and (train.selects or train.ema is not None):
+        raise TrainingError(
+            f"{' and '.join(names)} chooses in training what it keeps, so only its last student is complete",
+            given=f"train.keep={train.keep}, train.patience={train.patience}, train.ema={train.ema}",
+            do="leave them out, or take another method",
+        )
+    if train.checkpoint_blocks and student.learns_batch_statistics:
+        raise TrainingError(
+            "blocks with batch statistics cannot be computed twice",
+            given=f"{student.identity.model}, train.checkpoint_blocks=true",
+            do="leave train.checkpoint_blocks out, and raise train.accumulation to save memory",
+        )
 
 
 def _load_teachers(
@@ -176,12 +196,7 @@ def _load_teachers(
 def _tune(recipe: Recipe, classes: tuple[str, ...], backbone: Backbone) -> Network:
     student, train = tuned(backbone, recipe.method.name, recipe.method.options), recipe.train
     student.classes = classes
-    if (names := student.attached.pruning) and (train.selects or train.ema is not None):
-        raise TrainingError(
-            f"{' and '.join(names)} chooses in training what it keeps, so only its last student is complete",
-            given=f"train.keep={train.keep}, train.patience={train.patience}, train.ema={train.ema}",
-            do="leave them out, or take another method",
-        )
+    require_trainable(student, train)
     # Attached on the CPU first, so that draws do not depend on the device.
     student.model.to(accelerator().device)
     choose_attention(student, recipe.train.fused_attention, accelerator().device)

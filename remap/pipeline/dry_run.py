@@ -15,8 +15,10 @@ from remap.pipeline.run_cost import preparation_cost, run_cost
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_outputs import OutputStorage, choose_storage, make_teacher
 from remap.pipeline.teachers import PreparedTeacher
+from remap.pipeline.trackers import require_installed
 from remap.progress import Progress
 from remap.recipe.schema import Recipe
+from remap.recipe.train_checks import require_rate
 from remap.remapping.objective import LossTerm
 
 
@@ -29,6 +31,8 @@ def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
         plain values, ready for JSON.
     """
     check_processes(recipe.train.processes)
+    require_rate(recipe)
+    require_installed(recipe)
     recipe = without_idle_losses(recipe, progress).written_out()
     shared = SharedResources()
     started = time.perf_counter()

@@ -17,6 +17,7 @@ from remap.engine.evaluate import batch_size_of_evaluation, evaluate
 from remap.engine.metrics import metrics
 from remap.errors import RunError
 from remap.network import choose_attention
+from remap.pipeline.shared import source_arguments
 from remap.progress import Progress
 from remap.recipe.schema import DataSpec
 from remap.runs.interval import wilson
@@ -103,9 +104,7 @@ def _say_if_others(run: RunDir, contents: Contents, count: int, progress: Progre
 
 def _split(spec: DataSpec, data: str | None, classes: tuple[str, ...]) -> tuple[Split, str, Skipped]:
     if data is None:
-        opened = open_data(
-            spec.source, spec.val_source, spec.val_fraction, None, spec.labels, spec.depth, spec.held_out
-        )
+        opened = open_data(*source_arguments(spec.model_copy(update={"unlabeled": None})))
         return opened.val, opened.source, opened.skipped
     split, left_out = read_all(data, classes, spec.depth)
     return split, data, left_out

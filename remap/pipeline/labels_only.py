@@ -31,7 +31,9 @@ def same_steps(train: TrainSpec, images: int, fewer: int) -> TrainSpec:
     warmup = None if train.warmup_epochs is None else train.warmup_epochs * steps / steps_of_fewer
     epochs = -(-train.epochs * steps // steps_of_fewer)  # rounded up, in whole numbers
     patience = None if train.patience is None else -(-train.patience * steps // steps_of_fewer)
-    return train.model_copy(update={"epochs": epochs, "warmup_epochs": warmup, "patience": patience})
+    every = -(-train.eval_every * steps // steps_of_fewer)  # as often, counted in steps
+    update = {"epochs": epochs, "warmup_epochs": warmup, "patience": patience, "eval_every": every}
+    return train.model_copy(update=update)
 
 
 def images_of(recipe: Recipe, shared: "SharedResources") -> tuple[int, int]:

@@ -76,6 +76,13 @@ def losses(
     problems = option_problems(recipe)
     if taught_by and teacher is None:
         problems.append(f"{', '.join(taught_by)}: a teacher is missing")
+    scheduled = ("weight_schedule", "temperature_schedule")
+    problems += [
+        f"losses.{loss.name}.{key}: follows the steps of a run of remap, which a loop of one's own does not tell"
+        for loss in recipe.losses
+        for key in scheduled
+        if loss.options.get(key) is not None or getattr(loss, key, None) is not None
+    ]
     if problems:
         raise RecipeError(problems, "remap.losses")
     extra = (student.extra_tokens, student.seam, student.tokens_from) if isinstance(student, Attached) else ()

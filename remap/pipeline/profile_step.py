@@ -1,5 +1,6 @@
 """Profile one training step: time and memory per image."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from remap.data import keyed_random
 from remap.distributed.launch import accelerator
+from remap.engine.block_checkpoints import checkpointed_blocks
 from remap.engine.job import StudentStep
 from remap.engine.teacher import Teacher
 from remap.engine.timing import Timer
@@ -78,6 +80,11 @@ def profile_step(components: RunComponents, teachers: dict[int, Teacher]) -> Ste
     spec, images = components.recipe.train, len(components.training_source.split)
     most = min(images, max(1, spec.batch_size // (spec.accumulation * accelerator().num_processes)))
     count = min(FIRST_IMAGES, most)
+    with checkpointed_blocks(components.student) if spec.checkpoint_blocks else nullcontext():
+        return _of_sizes(components, teachers, count, most)
+
+
+def _of_sizes(components: RunComponents, teachers: dict[int, Teacher], count: int, most: int) -> StepProfile:
     profile = _measure(components, teachers, count)
     # Each batch runs twice: once to warm up.
     each = 2 * (sum(profile.teacher_seconds.values()) + profile.stem_seconds + profile.student_seconds)

@@ -239,6 +239,9 @@ def validate_inputs(recipe: Recipe, shared: SharedResources) -> None:
     classes = shared.classes(recipe)
     for spec in recipe.teachers:
         OutputFormat((len(classes),), top_k=spec.top_k)
+    if recipe.train.selects and recipe.train.metric == "top5" and len(classes) <= 5:
+        what = f"train.metric: top5 is always 1 with {len(classes)} classes, and chooses nothing (take loss)"
+        raise RecipeError([what], recipe.name)
     students = () if recipe.student.shrink is not None else (recipe.student,)  # else it comes from the teacher
     for spec in (*(teacher for teacher in recipe.teachers if not teacher.is_student), *students):
         require_tuned(spec.model)

@@ -92,7 +92,7 @@ class SharedResources:
 
     def index(self, spec: DataSpec) -> ImageData:
         """List a data source, once; no image is decoded."""
-        key = _listed(spec)
+        key = source_arguments(spec)
         if key not in self.data:
             # A folder on a network drive takes minutes to list.
             self.data[key] = open_data(*key)
@@ -122,7 +122,7 @@ class SharedResources:
         if spec.value_range is not None:
             pixels = replace(pixels, value_range=(spec.value_range[0], spec.value_range[1]))
         else:
-            key = (*_listed(spec), pixels)
+            key = (*source_arguments(spec), pixels)
             if key not in self.value_ranges:
                 self.value_ranges[key] = find_value_range(self.index(spec).to_look_at, pixels, spec.workers)
             pixels = replace(pixels, value_range=self.value_ranges[key])
@@ -131,14 +131,14 @@ class SharedResources:
     def open(self, spec: DataSpec, view: View, progress: Progress) -> DataViews:
         """Open, decode and check a data source, once."""
         # Only what changes the views is part of the key; cells of a comparison differ elsewhere.
-        key = (*_listed(spec), spec.unlabeled_only, spec.skip_bad, spec.max_bad, view)
+        key = (*source_arguments(spec), spec.unlabeled_only, spec.skip_bad, spec.max_bad, view)
         if key not in self.views:
             self.views[key] = _open(self.index(spec), spec, view, progress)
         return self.views[key]
 
 
-def _listed(spec: DataSpec) -> tuple:
-    """Return what decides which images there are."""
+def source_arguments(spec: DataSpec) -> tuple:
+    """Return what decides which images there are: the arguments of ``open_data``."""
     images = (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled)
     return (*images, spec.labels, spec.depth, spec.held_out, spec.per_class, spec.selection)
 

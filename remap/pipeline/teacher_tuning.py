@@ -98,7 +98,8 @@ class _StoredTeacher:
 
     def store(self, folder: Path) -> None:
         """Store it, when its run has ended."""
-        if self.key is not None:
+        # A run that was resumed may have begun on another machine, whose bits differ.
+        if self.key is not None and not RunDir(folder).environment().get("resumed"):
             try:
                 store_teacher(prepared_root(), self.key, folder / "task")
             except RemapError as error:
@@ -150,6 +151,7 @@ def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
     """Return the recipe that tunes a teacher: the run's labelled images and loop, its method, cross-entropy."""
     # The teacher's rate and warm-up belong to its method, not to the student's.
     own = {"lr": spec.lr, "base_lr": None, "warmup_epochs": None, "optimizer": "adamw", "track": ()}
+    own |= {"checkpoint_blocks": False}  # which its blocks may not allow, and only the student's memory asks for
     train = recipe.train.model_copy(update={"epochs": spec.epochs or recipe.train.epochs, **own})
     shared = ("model", "weights", "preset", "image_size")
     held_out = HELD_OUT if spec.calibrate else recipe.data.held_out

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -53,7 +54,8 @@ class Tracker(Callback):
         if summary is not None:
             self._log("summary", summary, self._step)
         if self._tracker is not None:
-            self._tracker.finish()
+            with self._explained():
+                self._tracker.finish()
 
     def _log(self, kind: str, values: Mapping[str, Any], step: int | None) -> None:
         # MLflow takes no "@", as in the names of losses with several teachers.
@@ -64,9 +66,14 @@ class Tracker(Callback):
         }
         if not numbers:
             return
-        try:
+        with self._explained():
             self._tracker, self._step = self._tracker or self._started(step), step
             self._tracker.log(numbers, step=step)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # of any kind: these are other people's services
             raise RunError(
                 f"{self.name} did not take the figures of the run",

@@ -7,11 +7,13 @@ from typing import Any
 
 from pydantic import Field
 
+from remap.data.words import below
 from remap.errors import RecipeError
 from remap.recipe import catalogue, overrides, strict_yaml, validate
 from remap.recipe.problems import checked
-from remap.recipe.schema import DataSpec, Recipe, Section
+from remap.recipe.schema import Recipe, Section
 
+_ANY = Path("/")
 _PATHS = ("source", "val_source", "unlabeled")
 
 
@@ -49,11 +51,11 @@ class Suite(Section):
         """
         data, problems = dict(self.sets[name].data), list[str]()
         for key in _PATHS:
-            if key in data and data[key] != DataSpec().source:
+            if key in data and below(folder or _ANY, data[key]) != data[key]:
                 if folder is None:
                     do = "name the folder that the sets are in: --sets DIR"
                     raise RecipeError([f"sets.{name}: its images are not built in"], "suite", do=do)
-                data[key] = str(folder / data[key])
+                data[key] = below(folder, data[key])
         values = deepcopy({**self.recipe, "name": name})
         given = [*overrides.of_words(words or {}, values, problems), *overrides.of_settings(settings, problems)]
         problems += [

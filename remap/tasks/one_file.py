@@ -105,6 +105,8 @@ def export_tasks(
 
 def _require_one_graph(students: Mapping[str, Student], backbone: int) -> None:
     """Refuse tasks that would have little in common in one graph."""
+    if "images" in students:
+        raise RunError('a task cannot be called "images" in one graph: so is its input', do="add it by another name")
     first, *_ = students
     for name, student in students.items():
         other = students[first]

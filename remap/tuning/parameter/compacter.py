@@ -5,9 +5,10 @@ are batch and tokens, (B, T) or (B, H, W).
 """
 
 from functools import partial
+from typing import Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,6 +30,13 @@ class Compacter(Method):
     class Config(Options):
         bottleneck: int = Field(default=24, ge=1, description="Width of the bottleneck.")
         num_factors: int = Field(default=4, ge=1, description="Kronecker products summed per weight.")
+
+        @model_validator(mode="after")
+        def _whole_factors(self) -> Self:
+            if self.bottleneck % self.num_factors:
+                what = f"bottleneck ({self.bottleneck}) must be a multiple of num_factors ({self.num_factors})"
+                raise ValueError(what)
+            return self
 
     config: Config
 
