@@ -82,3 +82,10 @@ def test_parquet_of_datasets_and_names_of_the_hub(
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(DataError, match="cannot open the data set: none\n  given:   owner/name"):
         open_data("hf:owner/name", None, 0.25)
+
+
+@pytest.mark.parametrize("name", ["imagefolder", "pandas", "a/b/c"])
+def test_a_reader_of_the_current_folder_is_not_a_data_set(name: str) -> None:
+    """``datasets`` knows "imagefolder" and others as readers of local files, one of which unpickled in its time."""
+    with pytest.raises(DataError, match="not the name of a data set on the hub"):
+        open_data(f"hf:{name}", None, 0.2)

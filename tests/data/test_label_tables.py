@@ -190,3 +190,30 @@ def test_images_of_a_table_are_used_without_labels_too(tree: Tree) -> None:
     split, _ = open_unlabeled(word)
     assert split.names == ("labels.csv/images/3.png", "labels.csv/images/1.png") and set(split.labels) == {-1}
     assert split.read(0) == (root / "images/3.png").read_bytes()
+
+
+def test_a_missing_file_is_not_another_of_its_name(tree: Tree) -> None:
+    """train/1.jpg is not there, and test/1.jpg is another picture."""
+    root = tree({f"train/{i}.png": i for i in range(2, 8)} | {"test/1.png": 1})
+    lines = ["file,label", *(f"train/{i}.png,{'ab'[i % 2]}" for i in range(1, 8))]
+    data = open_data(table(root, "\n".join(lines)), None, 0.25)
+    names = {*data.train.names, *data.val.names}
+    assert "train/1.png" in names and not any(name.startswith("test/") for name in names)
+
+
+def test_a_table_without_labels_may_not_list_images_to_evaluate_on(tree: Tree) -> None:
+    root = tree(IMAGES | {"other/1.png": 3})
+    word = table(root, rows("file,label"))
+    val = open_data(word, None, 0.25).val.names[0]
+    for listed in ([val], ["other/1.png", val]):
+        (root / "more.csv").write_text("\n".join(["file", *listed]))
+        with pytest.raises(DataError, match="holds images to evaluate on"):
+            open_data(word, None, 0.25, f"csv:{root / 'more.csv'}")
+    (root / "more.csv").write_text("file\nother/1.png")
+    assert len(open_data(word, None, 0.25, f"csv:{root / 'more.csv'}").unlabeled or ()) == 1
+
+
+def test_an_option_without_a_value_is_refused(tree: Tree) -> None:
+    word = table(tree(IMAGES), rows("file,label"))
+    with pytest.raises(DataError, match="the option 'separator' has no value"):
+        open_data(f"csv:{word.removeprefix('csv:')},separator=", None, 0.25)

@@ -102,3 +102,15 @@ def test_one_of_several_images_may_be_named(shards: Path, tmp_path: Path) -> Non
     word = pack(tmp_path / "x.tar", files | {"0.cls": b"a", "2.cls": b"a"})
     data = open_data(f"{word},image=png", None, 0.5)
     assert {data.train.read(i) for i in range(2)} == {b"png"} and data.classes == ("a", "cls")
+
+
+def test_labels_of_a_compressed_shard_are_read_under_any_name(tmp_path: Path, tree: Callable[..., Path]) -> None:
+    root = tree({f"{i}.png": 10 * i for i in range(4)})
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
+        for i in range(4):
+            for name, content in ((f"{i}.png", (root / f"{i}.png").read_bytes()), (f"{i}.LABEL", b"ab"[i % 2 :][:1])):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    data = open_data(f"webdataset:{tmp_path}/x.tar.gz", None, 0.5)
+    assert data.classes == ("a", "b") and len(data.train) + len(data.val) == 4

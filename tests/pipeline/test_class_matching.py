@@ -120,3 +120,11 @@ def test_the_embedded_pair_knows_its_classes() -> None:
     assert built.model.head.weight.shape[0] == 2
     with pytest.raises(BackboneError, match="has no 0"):
         match_classes(build("mini_teacher", "pretrained", 10, keep_head=True), tuple("0123456789"), None)
+
+
+def test_numbers_without_names_are_matched_as_numbers(tmp_path: Path) -> None:
+    """Classes are sorted as text, "10" before "2"; output k of the teacher is class k all the same."""
+    backbone = _teacher(tmp_path, 11)
+    classes = tuple(sorted(map(str, range(11))))
+    assert "by number" in match_classes(backbone, classes, None)
+    assert _logits(backbone).tolist() == [float(name) for name in classes]

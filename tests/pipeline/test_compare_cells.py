@@ -115,3 +115,8 @@ def test_some_images_of_each_class_are_the_same_ones_every_time(tiny: Any) -> No
     assert set(few.train.names) < set(whole.train.names) and few.val.names == whole.val.names
     assert few.train.names == open_data(tiny.data, None, 0.2, per_class=3).train.names
     assert more.train.names == whole.train.names
+
+
+def test_cells_of_one_name_are_refused_where_they_differ(tiny: Any) -> None:
+    cells = comparison_cells(tiny.recipe(), ["lora"], 1, ["train.lr=0.1234567,0.12345671"])
+    assert len({cell.name for cell in cells}) == 4
