@@ -18,7 +18,7 @@ WORDS = [
     (["--losses", "ce,kdd"], ["unknown loss 'kdd'", "did you mean 'kd'"]),
     (["--losses", "ce:x"], ["losses", "must be a number"]),
     (["--set", "train.epoch=3"], ["train.epoch: unknown key", "did you mean 'epochs'"]),
-    (["--set", "method.num_prompt=3"], ["method.num_prompt: unknown key", "did you mean 'num_prompts'"]),
+    (["--method", "vpt_deep", "--set", "method.num_prompt=3"], ["method.num_prompt: unknown key", "did you mean 'num_prompts'"]),
     (["--set", "losses.kd.temperature=0"], ["losses[1].temperature", "greater than 0"]),
     (["--recipe", "digit"], ["no shipped recipe", "did you mean 'digits'"]),
     (["--recipe", "absent.yaml"], ["absent.yaml", "no such file"]),
@@ -148,7 +148,8 @@ def test_a_teacher_at_chance_asks_for_a_new_run_and_for_no_word_that_was_not_giv
     """Both classes hold the same images, so half of the answers are right."""
     data = _folder(tmp_path / "data", {"train/a": 8, "train/b": 8, "val/a": 3, "val/b": 3})
     stopped = remap("distill", "--data", data, *tiny)
-    assert stopped.exit_code == 2 and "  do:      start a new run: tune all of it" in stopped.message
+    assert stopped.exit_code == 2 and "  do:      start a new run: judge it by more images" in stopped.message
+    assert "tune all of it" in stopped.message
     assert "--output" not in stopped.message
 
 
