@@ -133,11 +133,16 @@ def test_a_finished_run_is_not_trained_again(tiny: Any, tmp_path: Path, watch: C
 
 
 def test_interrupting_a_teacher_in_preparation_names_the_whole_run(
-    tiny: Any, tmp_path: Path, watch: Callable[..., Any], largest_difference: Callable[..., float]
+    tiny: Any,
+    tmp_path: Path,
+    watch: Callable[..., Any],
+    largest_difference: Callable[..., float],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A tuned teacher is a run inside the run: going on with it alone would leave the student untrained."""
     recipe = tiny.recipe("teacher.prepare=adaptformer", "teacher.epochs=2")
     expected = start(recipe, tmp_path / "twin")
+    monkeypatch.setenv("REMAP_CACHE", str(tmp_path / "cache"))  # or the teacher would be that of the first run
 
     def stop(done: int) -> None:
         if done == 2:
