@@ -18,7 +18,10 @@ WORDS = [
     (["--losses", "ce,kdd"], ["unknown loss 'kdd'", "did you mean 'kd'"]),
     (["--losses", "ce:x"], ["losses", "must be a number"]),
     (["--set", "train.epoch=3"], ["train.epoch: unknown key", "did you mean 'epochs'"]),
-    (["--method", "vpt_deep", "--set", "method.num_prompt=3"], ["method.num_prompt: unknown key", "did you mean 'num_prompts'"]),
+    (
+        ["--method", "vpt_deep", "--set", "method.num_prompt=3"],
+        ["method.num_prompt: unknown key", "did you mean 'num_prompts'"],
+    ),
     (["--set", "losses.kd.temperature=0"], ["losses[1].temperature", "greater than 0"]),
     (["--recipe", "digit"], ["no shipped recipe", "did you mean 'digits'"]),
     (["--recipe", "absent.yaml"], ["absent.yaml", "no such file"]),

@@ -42,12 +42,12 @@ class Compacter(Method):
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         factors = self.config.num_factors
-        for size in (self.config.bottleneck, *(block.width for block in anatomy.blocks)):
-            if size % factors:
+        for block in anatomy.blocks:
+            if block.width % factors:
                 raise BackboneError(
-                    "compacter's num_factors must divide the bottleneck and the width of every block",
-                    given=f"num_factors {factors}, size {size}",
-                    do="choose another bottleneck or num_factors",
+                    "compacter's num_factors must divide the width of every block",
+                    given=f"num_factors {factors}, width {block.width}",
+                    do="choose another num_factors",
                 )
         blocks = anatomy.attention_blocks
         widths = [block.width for block in blocks for _ in range(2)]

@@ -59,10 +59,18 @@ def test_down_projections_start_with_xaviers_variance(build: Build, attach: Atta
     assert not any(dense(state, f"up.{index}").any() for index in range(6))
 
 
-@pytest.mark.parametrize("options", [{"bottleneck": 10}, {"bottleneck": 12, "num_factors": 3}])
-def test_factors_must_divide_bottleneck_and_width(build: Build, attach: Attach, options: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"bottleneck": 10}, ValueError, "must be a multiple of num_factors"),
+        ({"bottleneck": 12, "num_factors": 3}, BackboneError, "num_factors must divide"),
+    ],
+)
+def test_factors_must_divide_bottleneck_and_width(
+    build: Build, attach: Attach, options: dict[str, int], error: type[Exception], says: str
+) -> None:
     model = build("plain")
-    with pytest.raises(BackboneError, match="num_factors must divide"):
+    with pytest.raises(error, match=says):
         attach("compacter", model, **options)
     assert not [name for name in model.state_dict() if "remap_" in name]
 
