@@ -40,15 +40,17 @@ def test_every_option_is_described_in_one_short_sentence(name: str) -> None:
         assert text.endswith(".") and len(text) < 200 and "``" not in text and "\n" not in text, option
 
 
-@pytest.mark.parametrize(("table", "page"), [(METHODS, "methods.md"), (LOSSES, "remapping.md")])
-def test_the_docs_show_the_descriptions(table: Any, page: str) -> None:
-    text = (DOCS / page).read_text(encoding="utf-8")
+_CATEGORY_PAGES = [f"{kind}-tuning.md" for kind in ("fine", "prompt", "adapter", "parameter")] + ["remapping.md"]
+
+
+@pytest.mark.parametrize(("table", "pages"), [(METHODS, _CATEGORY_PAGES), (LOSSES, ["losses.md"])])
+def test_the_docs_show_the_descriptions(table: Any, pages: list[str]) -> None:
+    lines = [line for page in pages for line in (DOCS / page).read_text(encoding="utf-8").splitlines()]
     for row in table:
         for option, field in row.load().Config.model_fields.items():
             assert any(
-                line.startswith(f"  - `{option}=") and line.endswith(f": {field.description}")
-                for line in text.splitlines()
-            )
+                line.lstrip().startswith(f"- `{option}=") and line.endswith(f": {field.description}") for line in lines
+            ), (row.name, option)
 
 
 def test_notes_are_what_the_class_says_of_no_option_in_particular() -> None:
