@@ -25,6 +25,7 @@ from remap_cli import (
     models,
     predict,
     recipes,
+    recommend,
     repeat,
     report,
     shrink,
@@ -83,7 +84,7 @@ def _root(
     warnings.showwarning = console.show_warning
 
 
-for command in (init.init, training.distill, training.tune, lr.lr, shrink.shrink, compare.compare):
+for command in (init.init, training.distill, training.tune, lr.lr, shrink.shrink, recommend.recommend, compare.compare):
     app.command(rich_help_panel=TRAIN)(command)
 app.command("eval", rich_help_panel=USE)(evaluate.evaluate)
 for command in (report.report, predict.predict, export.export, repeat.repeat):

@@ -85,8 +85,9 @@ _models = functools.partial(OptionRow, panel="Models and losses")
 _training = functools.partial(OptionRow, panel=_TRAINING)
 _comparison = functools.partial(OptionRow, panel="Comparison")
 DISTILL, TUNE, BUILD, COMPARE, LR = "distill", "tune", "cache build", "compare", "lr"
-_LONG, _RUNS = (DISTILL, TUNE, BUILD, COMPARE), (DISTILL, TUNE)
-_ALL, _TEACH = (*_LONG, LR), (DISTILL, BUILD, COMPARE)
+RECOMMEND = "recommend"
+_LONG, _RUNS = (DISTILL, TUNE, BUILD, COMPARE, RECOMMEND), (DISTILL, TUNE)
+_ALL, _TEACH = (*_LONG, LR), (DISTILL, BUILD, COMPARE, RECOMMEND)
 _TEACHER = (
     "Short name, timm name, local-dir:FOLDER, file or run directory; self or ema, made of the student; or several with"
 )
@@ -138,15 +139,18 @@ _BUDGET = "Of each cell: epochs=12, minutes=10 of training, or parameters=50000 
 _SUITE = "Compare on each set of a suite: offline, five_categories, vtab1k, fgvc, fewshot11 or a YAML file."
 _SEARCH = "Trials of learning rate and weight decay for each cell, on held-out training images: 20, or random:20."
 _CELLS = "Folder of the comparison. Finished cells are not run again."
+_TRIALS = "Folder of the trials. Finished ones are not run again."
 _NO_BASELINE = "Leave out training the student once more on labels alone, to compare."
 _DRY_RUN = "Build both models, run one batch and print estimates of time, memory and disk; train nothing."
 OPTIONS = (
     *RECIPE_OPTIONS,
     _comparison("methods", str, (COMPARE,), "two of each category, full@weight_selection", _METHODS),
+    _comparison("methods", str, (RECOMMEND,), "two of each category", _METHODS),
     _comparison("seeds", int, (COMPARE,), "3", "Runs of each cell.", least=1),
     _comparison("sweeps", list[str], (COMPARE,), None, _SWEEP, flag="--sweep"),
     _comparison("loss_sets", list[str], (COMPARE,), "the losses of the recipe", _LOSS_SET, flag="--loss-set"),
     _comparison("budget", str, (COMPARE,), "the epochs of the recipe", _BUDGET),
+    _comparison("budget", str, (RECOMMEND,), "the epochs of the recipe", "epochs=12, or parameters=50000 trained."),
     _comparison("search", str, (COMPARE,), "declared defaults", _SEARCH),
     _comparison("suite", str, (COMPARE,), None, _SUITE),
     _comparison("sets", Path, (COMPARE,), None, "Folder of the sets of a suite."),
@@ -155,6 +159,7 @@ OPTIONS = (
     OptionRow("settings", list[str], _ALL, None, "Any recipe field: --set train.lr=0.1. Repeatable.", flag="--set"),
     OptionRow("output", Path, _RUNS, "runs/NAME-METHOD-001", "Run directory to make."),
     OptionRow("output", Path, (COMPARE,), "runs/compare-NAME", _CELLS),
+    OptionRow("output", Path, (RECOMMEND,), "runs/recommend-NAME", _TRIALS),
     OptionRow("no_baseline", bool, (DISTILL,), None, _NO_BASELINE),
     OptionRow("resume", Path, _RUNS, None, "Continue an interrupted run directory."),
     OptionRow("dry_run", bool, _RUNS, None, _DRY_RUN),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from remap.errors import RemapError as RemapError
     from remap.pipeline.commands import compare as compare
     from remap.pipeline.commands import evaluate as evaluate
+    from remap.pipeline.commands import recommend as recommend
     from remap.pipeline.commands import shrink as shrink
     from remap.pipeline.commands import tune as tune
     from remap.pipeline.find_lr import find_lr as find_lr
@@ -52,6 +53,7 @@ _PUBLIC = {
     "load_student": "remap.pipeline.student_api",
     "losses": "remap.pipeline.own_loop",
     "predict": "remap.prediction.predict",
+    "recommend": "remap.pipeline.commands",
     "register": "remap.plugins",
     "shrink": "remap.pipeline.commands",
     "tune": "remap.pipeline.commands",

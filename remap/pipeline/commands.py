@@ -11,6 +11,8 @@ from remap.pipeline import compare as comparison
 from remap.pipeline.compare import Plan
 from remap.pipeline.comparison_cells import DEFAULT_SEEDS, chosen_methods
 from remap.pipeline.evaluation import evaluate_run
+from remap.pipeline.recommend import METHODS as RANKED
+from remap.pipeline.recommend import recommend as rank
 from remap.pipeline.run import Result, as_recipe, start
 from remap.pipeline.shrink_student import cut
 from remap.progress import Progress, Silent
@@ -103,13 +105,47 @@ def compare(
     Raises:
         RemapError: Anything a user can mend.
     """
-    words = methods if methods is None or isinstance(methods, str) else ",".join(methods)
-    chosen, checked = chosen_methods(words), as_recipe(recipe, settings)
+    chosen, checked = chosen_methods(_words(methods)), as_recipe(recipe, settings)
     if checked.teacher is None:
         raise RecipeError(["teacher: missing; a comparison has one"], checked.name)
     folder = expanded(output or default_path() / f"compare-{checked.name}")
     plan = Plan(sweeps, loss_sets, budget, search)
     return comparison.compare(checked, chosen, seeds, folder, progress, plan)
+
+
+def recommend(
+    recipe: Recipe | str | Mapping[str, Any],
+    methods: str | Sequence[str] | None = None,
+    *,
+    budget: str | None = None,
+    settings: Iterable[str] = (),
+    output: str | Path | None = None,
+    progress: Progress = Silent(),
+) -> dict[str, Any]:
+    """Rank methods for some images and a budget by short runs, on training images that are held out.
+
+    Args:
+        recipe: As for ``distill``.
+        methods: As for ``compare``; None is two of each category.
+        budget: "epochs=12" or "parameters=50000"; None is the recipe's epochs.
+        settings: As ``--set``.
+        output: Folder of the trials, ``runs/recommend-NAME`` by default. Finished trials are not run again.
+
+    Returns:
+        best, cheapest (of those that the images do not tell from the best), cannot_tell, and a row for each method:
+        accuracies, expected, interval, told_apart.
+
+    Raises:
+        RemapError: Anything a user can mend.
+    """
+    checked = as_recipe(recipe, settings)
+    folder = expanded(output or default_path() / f"recommend-{checked.name}")
+    words = _words(methods)
+    return rank(checked, RANKED if words is None else chosen_methods(words), folder, progress, budget)
+
+
+def _words(methods: str | Sequence[str] | None) -> str | None:
+    return methods if methods is None or isinstance(methods, str) else ",".join(methods)
 
 
 def shrink(

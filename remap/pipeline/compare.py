@@ -61,7 +61,7 @@ def compare(
         RunError: The folder holds another comparison, or the recipe is without labels.
         RecipeError: The plan cannot be carried out.
     """
-    _require_comparable(recipe, methods)
+    require_comparable(recipe, methods)
     budget, search = read_budget(plan.budget), Search.read(plan.search)
     if search is not None:
         require_searchable(recipe)
@@ -92,7 +92,12 @@ def compare(
     return table
 
 
-def _require_comparable(recipe: Recipe, methods: Sequence[str]) -> None:
+def require_comparable(recipe: Recipe, methods: Sequence[str]) -> None:
+    """Refuse recipes whose methods cannot be held against each other.
+
+    Raises:
+        RunError: They learn no classes, choose their losses, or have a student or teacher that not all can have.
+    """
     if recipe.label_free:
         raise RunError(
             "a comparison is with students that learn from labels alone, and these losses teach no classes",

@@ -85,11 +85,11 @@ def within_minutes(cells: Sequence[Cell], minutes: float, output: Path, progress
             epoch = one["step_seconds"] * one["steps"] / cell.recipe.train.epochs
             known["epochs"][cell.group] = max(1, int(60 * minutes / epoch))
             atomic_write.write_json(path, known)
-        found.append(replace(cell, recipe=_of_length(cell.recipe, int(known["epochs"][cell.group]))))
+        found.append(replace(cell, recipe=of_length(cell.recipe, int(known["epochs"][cell.group]))))
     return found
 
 
-def _of_length(recipe: Recipe, epochs: int) -> Recipe:
+def of_length(recipe: Recipe, epochs: int) -> Recipe:
     """Return the recipe with other epochs, and warm-up and patience of the same share of them."""
     train, share = recipe.train, epochs / recipe.train.epochs
     warmup = None if train.warmup_epochs is None else train.warmup_epochs * share
@@ -133,7 +133,7 @@ def _size_within(cell: Cell, most: int, student: "Backbone") -> dict[str, int] |
     fields = config.model_fields if len(parts_of(spec.name)) == 1 else {}
     option = next((name for name in SIZES if name in fields and f"method.{name}" not in swept), None)
     if option is None:
-        count = _trained(student, spec.name, spec.options)
+        count = trained_parameters(student, spec.name, spec.options)
         if count is None:
             return f"{cell.label} does not fit {cell.recipe.student.model}"
         return {} if count <= most else f"{cell.label} trains {count:,} parameters"
@@ -150,7 +150,7 @@ def _size_within(cell: Cell, most: int, student: "Backbone") -> dict[str, int] |
 
     def fits(value: int) -> bool:
         taken = valid(value)
-        count = _trained(student, spec.name, {**spec.options, option: taken}) if taken else None
+        count = trained_parameters(student, spec.name, {**spec.options, option: taken}) if taken else None
         return count is not None and count <= most
 
     low = next((value for value in (1, 2, 4, 8, 16) if fits(value)), 0)
@@ -165,7 +165,7 @@ def _size_within(cell: Cell, most: int, student: "Backbone") -> dict[str, int] |
     return {option: valid(low)}
 
 
-def _trained(student: "Backbone", method: str, options: dict[str, Any]) -> int | None:
+def trained_parameters(student: "Backbone", method: str, options: dict[str, Any]) -> int | None:
     """Return how many parameters a method trains, classifier included; None where it cannot be attached."""
     from remap.network import tuned
 

@@ -96,7 +96,7 @@ def _best(
         values = {"learning_rate_factor": trial.suggest_float("learning_rate_factor", *RATES, log=True)}
         if cell.recipe.train.weight_decay:
             values["weight_decay"] = trial.suggest_float("weight_decay", *DECAYS, log=True)
-        one = replace(cell, recipe=_held_out(_tried(cell.recipe, values)))
+        one = replace(cell, recipe=held_out(_tried(cell.recipe, values)))
         path = folder / cell.group / f"{number:03d}"
         # Asked again in the same order and told the same answers, the sampler names the same values.
         if not is_done(path, one, held_by):
@@ -131,7 +131,8 @@ def _tried(recipe: Recipe, values: dict[str, float]) -> Recipe:
     return recipe.model_copy(update={"train": train.model_copy(update={**rate, "weight_decay": decay})})
 
 
-def _held_out(recipe: Recipe) -> Recipe:
+def held_out(recipe: Recipe) -> Recipe:
+    """Return the recipe of a trial, judged by training images that are held out."""
     # On a few held-out images no teacher is clearly above chance; the cells themselves ask on all evaluation images.
     teachers = tuple(spec.model_copy(update={"allow_weak": True}) for spec in recipe.teachers)
     data = recipe.data.model_copy(update={"held_out": HELD_OUT})
