@@ -32,9 +32,7 @@ def snapshot(
     memory: Mapping[str, Tensor] | None = None,
     best: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by name, complete and on the CPU. Every process has to call it.
-
-    On the CPU they may be the live tensors themselves: write them before the next step.
+    """Return copies of the tensors of a checkpoint by name, complete and on the CPU. Every process has to call it.
 
     Args:
         trained: Parameters, and buffers that training changes.
@@ -43,7 +41,7 @@ def snapshot(
     """
 
     def gathered(value: Any) -> Tensor:
-        return gather_full(stored_number(value).detach()).cpu().contiguous()
+        return gather_full(stored_number(value).detach()).to("cpu", copy=True).contiguous()
 
     tensors: dict[str, Tensor] = {}
     for name, parameter in trained.items():

@@ -1,39 +1,32 @@
 """The one training loop."""
 
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch.distributed.tensor import DTensor
 
 from remap.distributed.collectives import all_reduce_max, all_reduce_mean_, broadcast_
 from remap.distributed.device_memory import peak_bytes
-from remap.distributed.interrupts import (
-    CALLBACK,
-    defer_signals,
-    requested_signal,
-    signal_exit_code,
-    signal_name,
-    watch_signals,
-)
+from remap.distributed.interrupts import CALLBACK, defer_signals, watch_signals
 from remap.distributed.sharding import sharded
 from remap.engine.block_checkpoints import checkpointed_blocks
 from remap.engine.callback import newest_and_best, raised_in
 from remap.engine.checkpoint import has_checkpoint
+from remap.engine.compiling import compile_blocks
 from remap.engine.job import Job
+from remap.engine.late import may_read_late, rate_factor, step_if_finite
 from remap.engine.non_finite import BrokenWeights, go_back, require_finite_weights, skip_step, weights_are_finite
 from remap.engine.optim import clip_gradients, learning_rate, set_learning_rate
 from remap.engine.overtaken import compare_with_teachers
+from remap.engine.saving import end_if, is_due, is_wanted, save, save_if_due
 from remap.engine.selection import is_over
 from remap.engine.state import State
 from remap.engine.statistics import estimate_statistics
 from remap.engine.step import forward_backward, gather_result
 from remap.engine.training import Training
 from remap.errors import Interrupted, RunError, TrainingError
-from remap.network import Network
-from remap.progress import Pace
+from remap.progress import Pace, Step
 
 
 def train(job: Job, *, resume: bool = False) -> State:
@@ -50,6 +43,7 @@ def train(job: Job, *, resume: bool = False) -> State:
         pace = Pace()
         while not is_over(training.state, spec):
             training.start_epoch()
+            training.reads_late = may_read_late(training)
             # Looked up once an epoch: going back to a checkpoint puts another state in the place of this one.
             state, optimizer, steps = training.state, training.optimizer, training.plan.steps
             accuracies = newest_and_best(state.history)
@@ -59,7 +53,7 @@ def train(job: Job, *, resume: bool = False) -> State:
                     while state.step < steps:
                         # The schedule, over the updates of the whole run.
                         update = state.epoch * steps + state.step
-                        rate = learning_rate(spec, job.peak_lr, update, steps) * state.lr_factor
+                        rate = learning_rate(spec, job.peak_lr, update, steps) * rate_factor(training, update)
                         set_learning_rate(optimizer, rate)
                         job.objective.set_progress(update, steps, spec.epochs, state.teacher_shares)
 
@@ -68,10 +62,12 @@ def train(job: Job, *, resume: bool = False) -> State:
                         sums = forward_backward(training, update)
                         all_reduce_mean_(accelerator, training.replicated_gradients())
                         norm = clip_gradients(training.parameters.values(), spec.clip_norm)
-                        result = gather_result(training, sums, norm, rate)
+                        pending = gather_result(training, sums, norm, rate)
 
                         # The update, unless a number is not finite.
-                        if result.finite:
+                        if training.reads_late:
+                            step_if_finite(training, pending)
+                        elif (result := pending.read()).finite:
                             optimizer.step()
                             job.student.attached.after_step(update, spec.epochs * steps)
                             for teacher in job.teachers:
@@ -80,18 +76,13 @@ def train(job: Job, *, resume: bool = False) -> State:
                             if training.average is not None:
                                 training.average.follow(update)
                             optimizer.zero_grad(set_to_none=True)
-                            state.count(result.losses)
                         else:
                             skip_step(training, result)
                         state.step += 1
-                        speed = pace.after_step(spec.batch_size, spec.epochs * steps - update - 1 + job.steps_after)
-                        memory = peak_bytes(accelerator.device)
-                        figures = {**result.losses, **accuracies, "lr": rate, **speed, "memory": memory}
-                        figures = figures if result.finite else {}
-                        shown.advance(1, **figures)
+                        training.unread.append(pending)
 
                         # A checkpoint if it is due, and the end if a signal or a callback asked for it.
-                        _save_if_due(training, raised_in(accelerator, job.on_step, update + 1, figures))
+                        save_if_due(training, _count_steps(training, pace, shown, accuracies))
                     if state.counted:
                         shown.advance(0, loss=state.loss_sums["loss"] / state.counted)  # as the metrics say it
                 _finish_epoch(training)
@@ -123,6 +114,11 @@ def opened(job: Job, *, resume: bool) -> Iterator[Training]:
         try:
             _begin(training, resume=resume)
             yield training
+            training.finish_writing()
+        except Exception as error:
+            if not isinstance(error, Interrupted):  # which has saved, or leaves at once
+                training.writer.finish()
+            raise
         finally:
             training.module.runner.tap.close()
             attached.set_sample_keys(None)
@@ -157,53 +153,34 @@ def _begin(training: Training, *, resume: bool) -> None:
             )
         if job.initial_accuracy is not None:
             compare_with_teachers(job, training.state, job.initial_accuracy, 0)
-        _save(training, must=True)  # finds a full disk before any work, and is something to go back to
+        save(training, must=True)  # finds a full disk before any work, and is something to go back to
     if training.spec.compile:
-        _compile_blocks(job.student)
+        compile_blocks(job.student)
     if job.features is not None:
         job.features.with_images = any(teacher.cached is None for teacher in job.teachers)
 
 
-def _compile_blocks(network: Network) -> None:
-    """Compile block by block: most methods' blocks share one graph, so start-up is short, and hooks outside stay."""
-    # Methods that replace a layer's forward have one graph per block; PyTorch would give up at the ninth.
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, 2 * network.anatomy.depth)
-    for path in dict.fromkeys(block.block for block in network.anatomy.blocks if block.block):
-        network.model.get_submodule(path).compile()
+def _count_steps(training: Training, pace: Pace, shown: Step, accuracies: Mapping[str, float]) -> Exception | None:
+    """Count the steps that are done, show their numbers and call back; return what a callback raised.
 
-
-def _save(training: Training, *, must: bool = False) -> None:
-    """Write a checkpoint, if the run has a folder for them; raise where it ``must`` be written and cannot be."""
-    if training.job.checkpoint is not None:
-        training.count_time()
-        training.saved_at = time.perf_counter()
-        require_finite_weights(training)  # a checkpoint is what a run with broken weights goes back to
-        training.write_checkpoint(must=must)
-
-
-def _save_if_due(training: Training, raised: Exception | None) -> None:
-    """Write a checkpoint if enough time has passed; also if a signal came or a callback raised, and end the run then.
-
-    Raises:
-        Interrupted: A signal came, or a callback raised on another process.
+    Where the host reads late, the newest step is left for the next call, unless the state is needed complete now.
     """
-    accelerator = training.accelerator
-    due = time.perf_counter() - training.saved_at > training.spec.checkpoint_seconds
-    # Each process has its own clock and its own signals, and all have to do the same.
-    stop, any_due = all_reduce_max(accelerator, CALLBACK if raised else requested_signal(accelerator), due)
-    if stop or any_due:
-        _save(training, must=bool(stop))
-    _end_if(training, stop, raised)
-
-
-def _end_if(training: Training, stop: int, raised: Exception | None) -> None:
-    """Leave training, all processes together; the state is saved."""
-    if stop:
-        training.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has left
-        if raised is not None:
-            raise raised
-        raise Interrupted(f"stopped by {signal_name(stop)}; the state is saved", exit_code=signal_exit_code(stop))
+    job, spec, steps, raised = training.job, training.spec, training.plan.steps, None
+    waits = training.reads_late and training.state.step < steps and not is_wanted(training)
+    while len(training.unread) > (waits and not raised):
+        result, state = training.unread.pop(0).read(), training.state
+        update = state.epoch * steps + result.step
+        if result.finite:
+            state.count(result.losses)
+        elif training.reads_late:  # left out by the device
+            skip_step(training, result)
+        speed = pace.after_step(spec.batch_size, spec.epochs * steps - update - 1 + job.steps_after)
+        memory = {"memory": peak_bytes(training.accelerator.device)}
+        figures = {**result.losses, **accuracies, "lr": result.learning_rate, **speed, **memory}
+        figures = figures if result.finite else {}
+        shown.advance(1, **figures)
+        raised = raised or raised_in(training.accelerator, job.on_step, update + 1, figures)
+    return raised
 
 
 def _finish_epoch(training: Training) -> None:
@@ -224,7 +201,7 @@ def _finish_epoch(training: Training) -> None:
                 found = job.evaluate()
         except Interrupted as error:  # the steps of the epoch are done; a resumed run begins with the evaluation
             if not error.at_once:
-                _save(training, must=True)
+                save(training, must=True)
                 training.accelerator.wait_for_everyone()
                 error.add("the state is saved")
             raise
@@ -236,6 +213,9 @@ def _finish_epoch(training: Training) -> None:
     state.epoch, state.step, state.counted, state.loss_sums = done, 0, 0, {}
     training.note_best()
     raised = raised_in(training.accelerator, job.on_epoch, done * steps, state.history)
-    (stop,) = all_reduce_max(training.accelerator, CALLBACK if raised else 0)
-    _save(training, must=bool(stop))
-    _end_if(training, stop, raised)
+    # After short epochs not each one is saved: what a kill may cost is bounded by time. The last state always is.
+    due = is_due(training) or is_over(state, training.spec)
+    stop, any_due = all_reduce_max(training.accelerator, CALLBACK if raised else 0, due)
+    if stop or any_due:
+        save(training, must=bool(stop))
+    end_if(training, stop, raised)

@@ -54,7 +54,7 @@ def lr_range_test(job: Job, first: float, last: float, steps: int) -> LrRange:
             broadcast_(training.accelerator, training.buffers)
             sums = forward_backward(training, update)
             norm = clip_gradients(training.parameters.values(), training.spec.clip_norm)
-            result = gather_result(training, sums, norm, rate)
+            result = gather_result(training, sums, norm, rate).read()
             if not result.finite:
                 break
             losses.append(result.losses["loss"])

@@ -66,6 +66,32 @@ class StepResult:
         return not self.bad_targets and all(abs(number) < float("inf") for number in numbers)
 
 
+@dataclass(frozen=True)
+class Pending:
+    """The numbers of a step that a GPU may still be computing; see ``StepResult``.
+
+    Attributes:
+        values_N: Losses by the names of ``losses``, bad targets and the gradient norm, on their way to the CPU.
+        not_finite: 1.0 where the optimiser may not use the gradients, on the device.
+        arrived: Set on a GPU: when ``values_N`` can be read.
+    """
+
+    losses: tuple[str, ...]
+    values_N: Tensor
+    not_finite: Tensor
+    arrived: torch.cuda.Event | None
+    learning_rate: float
+    step: int
+
+    def read(self) -> StepResult:
+        """Wait for the device."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        *losses, bad, norm = self.values_N.tolist()
+        named = dict(zip(self.losses, losses, strict=True))
+        return StepResult(named, norm, int(bad), self.learning_rate, self.step)
+
+
 def forward_backward(training: Training, update: int) -> Sums:
     """Accumulate the gradients of one step over this process's micro-batches, in smaller ones if memory runs out.
 
@@ -104,15 +130,19 @@ def forward_backward(training: Training, update: int) -> Sums:
             return sums
 
 
-def gather_result(training: Training, sums: Sums, gradient_norm: Tensor, learning_rate: float) -> StepResult:
+def gather_result(training: Training, sums: Sums, gradient_norm: Tensor, learning_rate: float) -> Pending:
     """Add up the losses of all processes; every process calls it and gets the same result."""
     device = gradient_norm.device
     bad_targets = torch.stack(sums.bad_targets).sum() if sums.bad_targets else torch.zeros((), device=device)
     values = all_reduce_sum(training.accelerator, torch.stack([*sums.losses.values(), bad_targets]))
     # One transfer from the device for all of them: each one would wait for the step's kernels.
-    *losses, bad, norm = torch.cat([values, gradient_norm[None]]).tolist()
-    named = dict(zip(sums.losses, losses, strict=True))
-    return StepResult(named, norm, int(bad), learning_rate, training.state.step)
+    values = torch.cat([values, gradient_norm[None]])
+    not_finite = (~torch.isfinite(values).all() | (values[-2] > 0)).float()
+    arrived = torch.cuda.Event() if device.type == "cuda" else None
+    values = values.to("cpu", non_blocking=True)  # into pinned memory
+    if arrived is not None:
+        arrived.record()
+    return Pending(tuple(sums.losses), values, not_finite, arrived, learning_rate, training.state.step)
 
 
 def _accumulate(training: Training, sums: Sums) -> None:

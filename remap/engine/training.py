@@ -3,6 +3,9 @@
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +15,7 @@ from remap.data.batches import Batch
 from remap.data.order import EpochPlan
 from remap.distributed.sharding import copy_full_, is_sharded
 from remap.engine.average import Average, copy_of
+from remap.engine.background import BackgroundWriter
 from remap.engine.checkpoint import load_checkpoint, save_checkpoint, snapshot
 from remap.engine.job import Job, StudentStep, epoch_plan, require_divisible
 from remap.engine.optim import make_optimizer
@@ -34,6 +38,9 @@ class Training:
         sharded: Whether each forward pass needs all processes.
         gradients_checked: Whether it is known that a gradient reaches everything that is trained.
         saved_at: When the last checkpoint was begun, in ``time.perf_counter`` seconds.
+        writer: Writes checkpoints while training continues.
+        reads_late: Whether the host reads the numbers of a step one step later (``remap.engine.late``).
+        unread: Numbers (``Pending``) of steps that are done and not counted in ``state``; at most one between steps.
     """
 
     def __init__(self, job: Job) -> None:
@@ -61,6 +68,8 @@ class Training:
         self.sharded = any(map(is_sharded, (job.student, *(teacher.network for teacher in job.teachers))))
         self.gradients_checked = False
         self._counted_at = self.saved_at = time.perf_counter()
+        self.writer = BackgroundWriter()
+        self.reads_late, self.unread = False, list[Any]()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds besides the optimiser and ``best``: what training changes."""
@@ -119,28 +128,41 @@ class Training:
         self.state.seconds, self._counted_at = self.state.seconds + now - self._counted_at, now
 
     def write_checkpoint(self, *, must: bool) -> None:
-        """Write a checkpoint; every process calls it.
+        """Write a checkpoint of what is trained now; every process calls it.
 
         Args:
-            must: Raise where it cannot be written. Otherwise a full disk is reported and training continues.
+            must: It is on disk afterwards. Otherwise a thread writes a copy while training continues, and a disk that
+                refuses is reported.
 
         Raises:
             RunError: It cannot be written, and it must.
+            TrainingError: It, or the one before, holds a number that is not finite.
         """
         job, is_main = self.job, self.accelerator.is_main_process
         assert job.checkpoint is not None
+        self.finish_writing()  # so that there is one copy at most
         # Sharded tensors are gathered by all processes together, replicated ones are read by the first alone.
         if not (is_main or any(isinstance(tensor, DTensor) for tensor in self.parameters.values())):
             return
         tensors = snapshot(self.tensors(), self.optimizer, job.student.attached.memory(), self.best)
         if not is_main:
             return
-        try:
+        if must:
             save_checkpoint(job.checkpoint, self.state, tensors)
-        except RunError as error:
-            if must:
-                raise
-            job.progress.say(f"no checkpoint was written, the previous one stays: {error.what} ({error.given})")
+        else:
+            self.writer.begin(partial(save_checkpoint, job.checkpoint, deepcopy(self.state), tensors))
+
+    def finish_writing(self) -> None:
+        """Wait for the checkpoint that is being written, if any, and say why it could not be.
+
+        Raises:
+            TrainingError: It holds a number that is not finite.
+        """
+        error = self.writer.finish()
+        if isinstance(error, RunError):
+            self.job.progress.say(f"no checkpoint was written, the previous one stays: {error.what} ({error.given})")
+        elif error is not None:
+            raise error
 
     def load(self) -> None:
         """Put the newest complete checkpoint back into the job; every process calls it.
@@ -150,6 +172,9 @@ class Training:
         """
         job = self.job
         assert job.checkpoint is not None
+        self.unread.clear()
+        self.finish_writing()
+        self.accelerator.wait_for_everyone()  # all read what the first process has written
         self.state, memory, best = load_checkpoint(
             job.checkpoint, self.state.digest, self.tensors(), self.optimizer, job.progress.say, job.student.tensors
         )

@@ -170,7 +170,9 @@ class TrainSpec(Section):
     fused_attention: Literal["auto", "on", "off"] = Field(
         default="auto", description="PyTorch's fused attention; auto is off on the CPU, where its backward is slower."
     )
-    checkpoint_seconds: float = Field(default=60.0, ge=0.0, description="Least time between checkpoints in an epoch.")
+    checkpoint_seconds: float = Field(
+        default=60.0, ge=0.0, description="Time between checkpoints, and what a kill may cost."
+    )
     track: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], BeforeValidator(_names)] = Field(
         default=(), description="Experiment trackers: tensorboard, wandb, mlflow, trackio; several with commas."
     )

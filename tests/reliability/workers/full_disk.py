@@ -40,6 +40,8 @@ class Watch:
 
     def say(self, text: str) -> None:
         self.said.append(text)
+        if "no checkpoint was written" in text:  # by a thread, while training continued
+            self.filled.close()
 
     @contextmanager
     def wait(self, what: str, total: int | None = None) -> Iterator["Watch"]:
@@ -50,8 +52,6 @@ class Watch:
         self.steps += stepped
         if stepped and self.steps == self.full_at:
             self.filled.enter_context(full(leave=0))
-        elif stepped:
-            self.filled.close()
 
 
 @contextmanager

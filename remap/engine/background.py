@@ -1,0 +1,36 @@
+"""One write at a time in a thread, so that training does not wait for the disk."""
+
+from collections.abc import Callable
+from threading import Thread
+
+
+class BackgroundWriter:
+    """Runs a function in a thread. The thread is a daemon: a second signal does not wait for the disk."""
+
+    def __init__(self) -> None:
+        self._thread: Thread | None = None
+        self._error: Exception | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is under way; ``finish`` returns at once then."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def begin(self, write: Callable[[], None]) -> None:
+        """Start a write; the one before has to be finished."""
+        assert self._thread is None, "finish() the write before"
+        self._thread = Thread(target=self._run, args=(write,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> Exception | None:
+        """Wait for the write that was begun, if any; return what it raised."""
+        if self._thread is not None:
+            self._thread.join()
+        error, self._thread, self._error = self._error, None, None
+        return error
+
+    def _run(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except Exception as error:  # for ``finish``, in the thread that trains
+            self._error = error
