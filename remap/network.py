@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from remap.backbones.anatomy import Anatomy, classifier_parameters, set_fused_attention
 from remap.backbones.build import Backbone, Identity
+from remap.backbones.kernels import fused_attention
 from remap.backbones.preprocess import Preprocess, PreprocessSpec
 from remap.remapping.signals import Needs, Signals
 from remap.remapping.tap import Tap
@@ -23,6 +24,7 @@ class Network:
 
     Attributes:
         classes: Class names its head was trained for; None while the head is not.
+        attention_kernel: Which one runs it, and why; empty where none was chosen.
     """
 
     model: nn.Module
@@ -31,6 +33,7 @@ class Network:
     identity: Identity
     attached: Attached
     classes: tuple[str, ...] | None = None
+    attention_kernel: str = ""
 
     @property
     def head(self) -> dict[str, nn.Parameter]:
@@ -121,6 +124,14 @@ def frozen(network: Network) -> Network:
     return network
 
 
-def choose_attention(network: Network, setting: str, device: torch.device) -> None:
-    """Choose fused attention or not: on the CPU the fused kernel's backward costs more than the explicit one saves."""
-    set_fused_attention(network.model, network.anatomy, setting == "on" or (setting == "auto" and device.type != "cpu"))
+def choose_attention(network: Network, setting: str, device: torch.device, *, bf16: bool, trains: bool) -> None:
+    """Choose fused attention or not (``remap.backbones.kernels``), and note why in ``network.attention_kernel``.
+
+    Args:
+        trains: Whether it is, or was, trained with gradients through its blocks: a student keeps its kernel.
+    """
+    anatomy = network.anatomy
+    tokens = None if anatomy.in_stages else anatomy.num_patches + anatomy.num_prefix_tokens
+    fused, why = fused_attention(setting, device.type, bf16=bf16, trains=trains, tokens=tokens)
+    set_fused_attention(network.model, anatomy, fused)
+    network.attention_kernel = f"{'fused' if fused else 'explicit'}: {why}"

@@ -6,9 +6,17 @@ from pathlib import Path
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
 
 # Messages of libraries when memory runs out, besides those that Accelerate knows.
 _OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the CPU to the device without waiting: for a GPU by way of pinned memory."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -2,13 +2,34 @@
 
 import torch
 
+from remap.backbones.kernels import compiled
+from remap.distributed.sharding import is_sharded
+from remap.engine.teacher import Teacher
+from remap.engine.training import Training
 from remap.network import Network
 
 
-def compile_blocks(network: Network) -> None:
-    """Compile block by block: most methods' blocks share one graph, so start-up is short, and hooks outside stay."""
+def compile_networks(training: Training) -> None:
+    """Compile the blocks of the student and of teachers that run in every step, if the recipe or the table says so."""
+    job, spec = training.job, training.spec
+    steps = spec.epochs * training.plan.steps
+    on, _ = compiled(spec.compile, training.accelerator.device.type, steps)
+    if not on or spec.checkpoint_blocks:
+        return
+    compile_blocks(job.student, "reduce-overhead" if spec.compile == "graphs" else None)
+    for teacher in job.teachers:
+        if type(teacher) is Teacher and teacher.cached is None and not is_sharded(teacher.network):
+            compile_blocks(teacher.network)
+
+
+def compile_blocks(network: Network, mode: str | None = None) -> None:
+    """Compile block by block: most methods' blocks share one graph, so start-up is short, and hooks outside stay.
+
+    Args:
+        mode: Of torch.compile; "reduce-overhead" replays CUDA graphs, for networks whose kernels are short.
+    """
     # Methods that replace a layer's forward have one graph per block; PyTorch would give up at the ninth.
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, 2 * network.anatomy.depth)
     for path in dict.fromkeys(block.block for block in network.anatomy.blocks if block.block):
-        network.model.get_submodule(path).compile()
+        network.model.get_submodule(path).compile(mode=mode)

@@ -13,7 +13,7 @@ from remap.distributed.sharding import sharded
 from remap.engine.block_checkpoints import checkpointed_blocks
 from remap.engine.callback import newest_and_best, raised_in
 from remap.engine.checkpoint import has_checkpoint
-from remap.engine.compiling import compile_blocks
+from remap.engine.compiling import compile_networks
 from remap.engine.job import Job
 from remap.engine.late import may_read_late, rate_factor, step_if_finite
 from remap.engine.non_finite import BrokenWeights, go_back, require_finite_weights, skip_step, weights_are_finite
@@ -154,8 +154,7 @@ def _begin(training: Training, *, resume: bool) -> None:
         if job.initial_accuracy is not None:
             compare_with_teachers(job, training.state, job.initial_accuracy, 0)
         save(training, must=True)  # finds a full disk before any work, and is something to go back to
-    if training.spec.compile:
-        compile_blocks(job.student)
+    compile_networks(training)
     if job.features is not None:
         job.features.with_images = any(teacher.cached is None for teacher in job.teachers)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from remap.data.batches import Batch
+from remap.distributed.device_memory import to_device
 from remap.engine.training import Training
 from remap.remapping.labels import Labels
 from remap.remapping.signals import Signals
@@ -36,7 +37,7 @@ def inputs_of(training: Training, batch: Batch, bad_targets: list[Tensor]) -> In
         bad_targets: Gets one number for each output that a teacher computes now, see ``Sums``.
     """
     job, device = training.job, training.accelerator.device
-    images = batch.images_BCHW.to(device, non_blocking=True)
+    images = to_device(batch.images_BCHW, device)
     labels = _labels(batch, training.plan.labeled_share(job.labeled), job.class_weights_C, device)
     targets: list[Mapping[str, Tensor]] = [{}] * (1 + max((teacher.number for teacher in job.teachers), default=0))
     for teacher in job.teachers:
@@ -45,7 +46,7 @@ def inputs_of(training: Training, batch: Batch, bad_targets: list[Tensor]) -> In
             bad_targets += [(~torch.isfinite(value)).any().float() for value in items.values()]
         teacher.learn(labels, batch.share * training.accelerator.num_processes)
     features = job.features.rows(batch.indices_B) if job.features is not None else None
-    return Inputs(images, targets, labels, batch.keys_B.to(device), features)
+    return Inputs(images, targets, labels, to_device(batch.keys_B, device), features)
 
 
 def run_student(training: Training, inputs: Inputs) -> Signals:
@@ -56,5 +57,5 @@ def run_student(training: Training, inputs: Inputs) -> Signals:
 
 def _labels(batch: Batch, known: float, weights_C: Tensor | None, device: torch.device) -> Labels:
     mixed = (batch.other_B, batch.share_B)
-    other_B, share_B = (None if tensor is None else tensor.to(device, non_blocking=True) for tensor in mixed)
-    return Labels(batch.labels_B.to(device, non_blocking=True), other_B, share_B, known, weights_C)
+    other_B, share_B = (None if tensor is None else to_device(tensor, device) for tensor in mixed)
+    return Labels(to_device(batch.labels_B, device), other_B, share_B, known, weights_C)

@@ -109,6 +109,8 @@ def forward_backward(training: Training, update: int) -> Sums:
         # Keyed by the step, so that a step that is done again, here or after a resume, draws the same numbers.
         torch.manual_seed(seed + training.accelerator.process_index)
         training.remember_buffers()
+        if training.spec.compile == "graphs":
+            torch.compiler.cudagraph_mark_step_begin()  # what graphs gave in the step before may be overwritten
         sums, out_of_memory = Sums(), ""
         try:
             _accumulate(training, sums)

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from remap.distributed.device_memory import to_device
 from remap.engine.average import Average, average_pairs
 from remap.network import Network, Runner
 from remap.remapping.labels import Labels
@@ -55,7 +56,7 @@ class Teacher:
         if self.cached is None:
             return self.items(images_BCHW)
         rows = self.cached.rows(indices_B, view)
-        return {key: value.to(self.device, non_blocking=True) for key, value in rows.items()}
+        return {key: to_device(value, self.device) for key, value in rows.items()}
 
     @torch.no_grad()
     def items(self, images_BCHW: Tensor) -> dict[str, Tensor]:

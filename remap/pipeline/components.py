@@ -69,6 +69,12 @@ class RunComponents:
         return self.views.labeled_share if self.objective.uses_teacher else 1.0
 
     @property
+    def steps(self) -> int:
+        """Updates of the whole run."""
+        train = self.recipe.train
+        return train.epochs * max(1, len(self.training_source.split) // train.batch_size)
+
+    @property
     def process_images(self) -> int:
         """One process's share of the images of a training step."""
         images = min(self.recipe.train.batch_size, len(self.training_source.split))
@@ -199,7 +205,9 @@ def _tune(recipe: Recipe, classes: tuple[str, ...], backbone: Backbone) -> Netwo
     require_trainable(student, train)
     # Attached on the CPU first, so that draws do not depend on the device.
     student.model.to(accelerator().device)
-    choose_attention(student, recipe.train.fused_attention, accelerator().device)
+    device = accelerator().device
+    bf16 = use_bf16(train.precision, device)
+    choose_attention(student, train.fused_attention, device, bf16=bf16, trains=True)
     return student
 
 

@@ -13,7 +13,18 @@ from remap.io.versions import PACKAGES, version_of
 
 def examine() -> dict[str, Any]:
     """Return checks with a state ("ok", "note", "bad"); ``ok`` is False when one is bad. Needs no network."""
-    checks = [_python(), *_packages(), *_devices(), _precision(), _hub(), _token(), _disk(), _writable(), _mini()]
+    checks = [
+        _python(),
+        *_packages(),
+        *_devices(),
+        _precision(),
+        *_kernels(),
+        _hub(),
+        _token(),
+        _disk(),
+        _writable(),
+        _mini(),
+    ]
     return {"ok": all(check["state"] != "bad" for check in checks), "checks": checks}
 
 
@@ -57,6 +68,26 @@ def _precision() -> dict[str, str]:
     return _row("ok", "precision 'auto'", word + (why[word] if device.type == "cpu" else ""))
 
 
+def _kernels() -> list[dict[str, str]]:
+    import torch
+
+    from remap.backbones.kernels import COMPILED_FROM, fused_attention
+    from remap.distributed.launch import use_bf16
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = [
+        (
+            word,
+            fused_attention("auto", device.type, bf16=use_bf16("auto", device), trains=word == "training", tokens=197),
+        )
+        for word in ("training", "forward")
+    ]
+    texts = [f"{word}: {'fused' if fused else 'explicit'} ({why})" for word, (fused, why) in chosen]
+    least = COMPILED_FROM.get(device.type)
+    when = "off here" if least is None else f"in runs of {least:,} steps and more"
+    return [_row("ok", "attention of a ViT at 224 px", "; ".join(texts)), _row("ok", "compile 'auto'", when)]
+
+
 def _hub() -> dict[str, str]:
     from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
@@ -89,5 +120,6 @@ def _writable() -> dict[str, str]:
 def _mini() -> dict[str, str]:
     from remap.backbones.mini import default_cfgs
 
-    missing = [name for name, configs in default_cfgs.items() if not Path(configs.default.file).is_file()]
+    files = {name: configs.default.file for name, configs in default_cfgs.items()}
+    missing = [name for name, file in files.items() if file is not None and not Path(file).is_file()]
     return _row("bad" if missing else "ok", "embedded weights", f"missing: {', '.join(missing)}" if missing else "both")

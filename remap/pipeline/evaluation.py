@@ -41,7 +41,8 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
     require_classifier(network, run.path)
     device = accelerator().device
     network.model.to(device)
-    choose_attention(network, recipe.train.fused_attention, device)
+    bf16 = use_bf16(recipe.train.precision, device)
+    choose_attention(network, recipe.train.fused_attention, device, bf16=bf16, trains=True)
     with run.images(instead=", or name others with --data") if data is None else nullcontext():
         split, source, left_out = _split(recipe.data, data, network.classes or ())
     if left_out:
@@ -55,7 +56,7 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
             images,
             accelerator(),
             batch_size=batch_size_of_evaluation(recipe),
-            bf16=use_bf16(recipe.train.precision, device),
+            bf16=bf16,
             progress=progress,
             what="held-out" if data is None else Path(data).name,
             skip_bad=skip_bad or recipe.data.skip_bad,

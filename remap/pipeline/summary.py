@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from remap.backbones.kernels import compiled
 from remap.data.views import listed
 from remap.distributed.device_memory import peak_bytes
 from remap.distributed.launch import accelerator
@@ -84,6 +85,7 @@ def summarize(
         "processes": accelerator().num_processes,
         "device": str(accelerator().device),
         "precision": "bf16" if components.bf16 else "fp32",
+        "kernels": _kernels(components),
         "data": {
             "source": views.data.source,
             "classes": len(views.data.classes),
@@ -139,6 +141,15 @@ def summarize(
         if more:
             summary["more_teachers"] = more
     return summary
+
+
+def _kernels(components: RunComponents) -> dict[str, str]:
+    """Return which kernels ran the networks, and why."""
+    networks = {"student": components.student}
+    networks |= {f"teacher{number or ''}": one.network for number, one in enumerate(components.teachers)}
+    found = {f"attention of the {name}": network.attention_kernel for name, network in networks.items()}
+    on, why = compiled(components.recipe.train.compile, accelerator().device.type, components.steps)
+    return {**found, "blocks": f"{'compiled' if on else 'not compiled'}: {why}"}
 
 
 def forward_flops(student: Network) -> int | None:

@@ -214,10 +214,11 @@ def placed(teacher: PreparedTeacher, recipe: Recipe, device: torch.device) -> Pr
     """Move a teacher to the device, or shard it over those of all processes; choose the run's attention kernel."""
     network = teacher.network
     # Before sharding: the setting is an attribute of modules that FSDP wraps.
-    choose_attention(network, recipe.train.fused_attention, device)
+    apart = not (teacher.spec.is_student or teacher.spec.joint)  # the others have tensors of the student
+    bf16 = use_bf16(recipe.train.precision, device)
+    choose_attention(network, recipe.train.fused_attention, device, bf16=bf16, trains=not apart)
     if is_sharded(network):
         return teacher
-    apart = not (teacher.spec.is_student or teacher.spec.joint)  # the others have tensors of the student
     if apart and wants_sharding(network, teacher.spec.shard, accelerator()):
         shard([network], device)
     else:

@@ -220,6 +220,8 @@ class Recipe(Section):
             "losses": [_named(loss, LOSSES.load(loss.name).Config) for loss in recipe.losses],
             "train": named.without_later(recipe.train, *recipe.train.silent),
         }
+        if recipe.train.compile == "auto":  # as it was written before there was a choice
+            values["train"]["compile"] = False
         if recipe.choose_losses:
             values["choose_losses"] = True
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

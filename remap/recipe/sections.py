@@ -163,12 +163,13 @@ class TrainSpec(Section):
     )
     accumulation: int = Field(default=1, ge=1, description="Micro-batches per step.")
     precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto is bf16 if the device has it.")
-    compile: bool = Field(
-        default=False, description="Run the student's blocks through torch.compile, worth it for long runs."
+    compile: bool | Literal["auto", "graphs"] = Field(
+        default="auto",
+        description="torch.compile for the blocks; auto is in long runs on a GPU, graphs adds CUDA graphs.",
     )
     eval_every: int = Field(default=1, ge=1, description="Epochs between evaluations; the last is always evaluated.")
     fused_attention: Literal["auto", "on", "off"] = Field(
-        default="auto", description="PyTorch's fused attention; auto is off on the CPU, where its backward is slower."
+        default="auto", description="PyTorch's fused attention; auto is by a table that was measured."
     )
     checkpoint_seconds: float = Field(
         default=60.0, ge=0.0, description="Time between checkpoints, and what a kill may cost."

@@ -34,7 +34,7 @@ def train_problems(recipe: Recipe) -> Iterator[str]:
         yield "data.selection: nothing is chosen by it (set train.keep=best or train.patience, or leave it out)"
     if train.selects and recipe.label_free:
         yield "train.keep, train.patience: a student without a classifier has no accuracy to go by (leave them out)"
-    if train.checkpoint_blocks and train.compile:
+    if train.checkpoint_blocks and train.compile not in (False, "auto"):
         yield "train.checkpoint_blocks: compiled blocks save memory in their own way (leave one of the two out)"
     if train.parallel == "fsdp2" and train.optimizer not in ("adamw", "sgd"):
         yield f"train.optimizer: {train.optimizer} may need complete tensors (take adamw or sgd with fsdp2)"

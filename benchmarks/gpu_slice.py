@@ -1,0 +1,61 @@
+"""Train a recipe for some seconds: begin it, or continue its newest checkpoint; stop with all of it saved.
+
+Run: python benchmarks/gpu_slice.py --recipe FILE --run FOLDER --data TRAIN --val-data TEST --seconds 240 [--set ...]
+"""
+
+import argparse
+import json
+import threading
+import time
+from pathlib import Path
+
+from remap.engine.checkpoint import has_checkpoint
+from remap.errors import Interrupted
+from remap.pipeline.run import resume, start
+from remap.progress import Silent
+from remap.recipe import resolve
+from remap.runs.run_dir import RunDir
+
+
+class Printed(Silent):
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("recipe", "run", "data", "val-data"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    run_dir, began = RunDir(Path(options.run)), time.monotonic()
+    timer = threading.Timer(options.seconds, lambda: run_dir.stop.touch())  # saves the state and ends the run
+    timer.daemon = True
+    timer.start()
+    try:
+        if (run_dir.path / "recipe.yaml").is_file() and has_checkpoint(run_dir.checkpoint):
+            recipe = run_dir.recipe()
+            places = {"source": str(Path(options.data).resolve()), "val_source": str(Path(options.val_data).resolve())}
+            # The images may lie elsewhere on this machine; their contents decide.
+            run_dir.settle(recipe.model_copy(update={"data": recipe.data.model_copy(update=places)}))
+            resume(run_dir.path, Printed())
+        else:
+            words = {"data": options.data, "val_data": options.val_data}
+            start(resolve(options.recipe, words, options.set), run_dir.path, Printed())
+        ended = "trained to the end"
+    except Interrupted as error:
+        ended = error.what
+    finally:
+        timer.cancel()
+    metrics = run_dir.metrics() if (run_dir.path / "metrics.jsonl").is_file() else []
+    accuracies = [record["accuracy"] for record in metrics if "accuracy" in record]
+    found = {"ended": ended, "epochs": len(metrics), "accuracies": accuracies, "seconds": time.monotonic() - began}
+    print(json.dumps(found))
+    if options.json:
+        options.json.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

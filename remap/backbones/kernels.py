@@ -1,0 +1,50 @@
+"""Which kernels run a network: attention fused or not, blocks compiled or not; by tables that were measured before.
+
+There is no trial at the start of a run: its noise would decide the last bits, and a resumed or repeated run would
+differ from the first.
+"""
+
+# Time of a ViT-S block with PyTorch's fused attention over that with the explicit one, by number of tokens; for a
+# device, a precision and whether it trains. From benchmarks/kernels.py on an AMD EPYC with AVX2, one thread; bf16 is a
+# step of a ViT-S on a processor with avx512_bf16.
+FUSED_OVER_EXPLICIT: dict[tuple[str, str, bool], dict[int, float]] = {
+    ("cpu", "fp32", False): {65: 1.02, 197: 0.87, 577: 0.63},
+    ("cpu", "fp32", True): {65: 0.96, 197: 0.93, 577: 0.77},
+    ("cpu", "bf16", True): {197: 0.82},
+}
+# What a measurement has to differ by to count.
+RESOLVED = 0.05
+# Steps from which on compiling pays by kind of device: about a minute of compiling against a quarter of a 25 ms step.
+# An estimate: benchmarks/gpu_step.py measures both.
+COMPILED_FROM = {"cuda": 10_000}
+
+
+def fused_attention(setting: str, device: str, *, bf16: bool, trains: bool, tokens: int | None) -> tuple[bool, str]:
+    """Return whether attention is fused, and why in words.
+
+    Args:
+        setting: ``train.fused_attention``.
+        device: Its type.
+        tokens: Of a sequence; None where blocks see windows or stages.
+    """
+    if setting != "auto":
+        return setting == "on", "train.fused_attention"
+    if device != "cpu":
+        return True, f"as PyTorch has it on {device}"
+    precision = "bf16" if bf16 else "fp32"
+    table = FUSED_OVER_EXPLICIT.get((device, precision, trains), {})
+    row = max((one for one in table if tokens is not None and one <= tokens), default=None)
+    if row is None:
+        return False, f"not measured for {tokens or 'windows of'} tokens in {precision}"
+    fused = table[row] < 1 - RESOLVED
+    return fused, f"fused takes {table[row]:.2f} of the time of explicit at {row} tokens in {precision}"
+
+
+def compiled(setting: bool | str, device: str, steps: int) -> tuple[bool, str]:
+    """Return whether blocks are compiled in a run of so many steps, and why in words."""
+    if setting != "auto":
+        return bool(setting), "train.compile"
+    least = COMPILED_FROM.get(device)
+    if least is None:
+        return False, f"not by default on {device}"
+    return steps >= least, f"{steps:,} steps; it pays from about {least:,} on"
