@@ -1,4 +1,4 @@
-"""ViT-L/16 to ViT-S/16 at 224 pixels in bf16: a step of remap, of a bare loop, of timm's task and of peft, side by side.
+"""ViT-L/16 to ViT-S/16 at 224 pixels in bf16: a step of remap, a bare loop, timm's task and peft, side by side.
 
 Run: python benchmarks/gpu_step.py --json FILE [--methods full,vpt_deep,lora,linear] [--seconds 170] [--smoke]
 """

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from remap.distributed.device_memory import to_device
+from remap.distributed.sharding import is_sharded
 from remap.engine.average import Average, average_pairs
 from remap.network import Network, Runner
 from remap.remapping.labels import Labels
@@ -48,6 +49,7 @@ class Teacher:
         self.objective, self.device = objective, accelerator.device
         self.cached: CachedOutputs | None = None
         self.at_once = 0
+        self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._over_batch: list[str] | None = None
 
     @torch.no_grad()
@@ -77,6 +79,21 @@ class Teacher:
             self._over_batch = sorted({name for term in terms for name in term.target(signals)})
         return self._over_batch
 
+    def hold_bf16(self) -> None:
+        """Put bf16 in the place of float32 weights of plain linear and convolutional layers, until ``close``.
+
+        Autocast rounds them in each pass anyway, so every number that comes out is the same. Not in the classifier,
+        which is part of a teacher's digest, and not where a method is attached or layers are sharded.
+        """
+        if self.network.attached.trainable or is_sharded(self.network):
+            return
+        for path, module in self.network.model.named_modules():
+            if type(module) in (nn.Linear, nn.Conv2d) and not self.network.anatomy.is_head(f"{path}."):
+                for name, weight in module._parameters.items():
+                    if weight is not None and weight.dtype == torch.float32:
+                        self._replaced.append((module, name, weight))
+                        module._parameters[name] = nn.Parameter(weight.detach().bfloat16(), requires_grad=False)
+
     def learn(self, labels: Labels, share: float) -> None:
         """Learn from the labels of the images that ``targets`` was given last, where the teacher is trained.
 
@@ -96,8 +113,11 @@ class Teacher:
         return {**self.parameters()}
 
     def close(self) -> None:
-        """Take the hooks off the network and close the cache."""
+        """Take the hooks off the network, give it its weights back, and close the cache."""
         self.runner.tap.close()
+        for module, name, weight in self._replaced:
+            module._parameters[name] = weight
+        self._replaced = []
         if self.cached is not None:
             self.cached.close()
 

@@ -141,7 +141,7 @@ def _surroundings(run: RunDir) -> dict[str, Any]:
         f"resumed {number}": {row["what"]: row["repeat"] for row in differing(first, plain_environment(leg))}
         for number, leg in enumerate(record.get("resumed", []), 1)
     }
-    return first | legs | {"precision": summary["precision"]}
+    return first | legs | {"precision": summary["precision"], "kernels": summary.get("kernels", {})}
 
 
 def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -48,7 +48,10 @@ def make_teacher(components: RunComponents, number: int) -> Teacher:
         return AverageTeacher(network, objective, number, accelerator(), bf16=bf16, decay=prepared.spec.decay)
     if prepared.spec.joint:
         return JointTeacher(network, objective, number, accelerator(), bf16=bf16, student=components.student)
-    return Teacher(network, objective, number, accelerator(), bf16=bf16)
+    teacher = Teacher(network, objective, number, accelerator(), bf16=bf16)
+    if bf16 and not prepared.spec.is_student:  # which has the student's tensors
+        teacher.hold_bf16()
+    return teacher
 
 
 def teachers_in_training(components: RunComponents, shared: SharedResources, progress: Progress) -> list[Teacher]:

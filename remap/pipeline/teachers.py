@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from remap.backbones.build import Backbone, add_tensors
-from remap.distributed.launch import accelerator
+from remap.distributed.launch import accelerator, use_bf16
 from remap.distributed.sharding import gather_full, is_sharded, shard, wants_sharding
 from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.self_teachers import averaged_copy, untuned_copy
