@@ -137,7 +137,7 @@ class Engine:
             bf16=self.parts.bf16,
             progress=Silent(),
             evaluate=lambda: {},
-            on_epoch=lambda history: None,
+            on_epoch=lambda step, history: None,
         )
         train(job)
 

@@ -55,7 +55,7 @@ def kept(parts: RunComponents, features: FrozenFeatures, epochs: int) -> None:
         bf16=parts.bf16,
         progress=Silent(),
         evaluate=lambda: {},
-        on_epoch=lambda history: None,
+        on_epoch=lambda step, history: None,
         features=features,
     )
     train_job(job)

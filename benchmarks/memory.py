@@ -98,7 +98,7 @@ def engine(recipe, parts):
         bf16=False,
         progress=Silent(),
         evaluate=lambda: {},
-        on_epoch=lambda history: None,
+        on_epoch=lambda step, history: None,
     )
 
     def forward():

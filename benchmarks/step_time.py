@@ -77,7 +77,7 @@ class Engine(Side):
             bf16=self.parts.bf16,
             progress=Silent(),
             evaluate=lambda: {},
-            on_epoch=lambda history: None,
+            on_epoch=lambda step, history: None,
         )
         loop.train(job)
 

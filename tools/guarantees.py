@@ -233,7 +233,8 @@ LIMITS = """
 - **GPUs.** The tests above run on the CPU, with gloo between processes. NCCL, mixed precision and real exhaustion of
   GPU memory are not part of them.
 - **SIGKILL and power cuts between two saves.** The steps since the last checkpoint are repeated; nothing else is lost.
-  A checkpoint is written at the end of every epoch and every `train.checkpoint_seconds`.
+  One is begun every `train.checkpoint_seconds` (60) between two steps, and after the last epoch; a thread writes it
+  while training continues. So at most that time is lost, and what one step, one evaluation and one write take.
 - **Disks that lose data.** A save is flushed and renamed. If a disk or network file system reports data as written and
   loses it, the SHA-256 shows it; the data cannot be recovered.
 - **Files you chose to trust.** Weights are numbers and are never executed, but a model trained to mislead will.

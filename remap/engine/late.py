@@ -8,7 +8,6 @@ import torch
 from remap.engine.step import Pending
 from remap.engine.teacher import Teacher
 from remap.engine.training import Training
-from remap.remapping.objective import LossTerm
 
 # Kinds of devices that work while the host does something else.
 DEVICES = ("cuda",)
@@ -26,7 +25,7 @@ def may_read_late(training: Training) -> bool:
         and training.average is None
         and not job.student.attached.pruning
         and all(type(teacher).after_step is Teacher.after_step for teacher in job.teachers)
-        and all(type(term).after_step is LossTerm.after_step for term in job.objective.terms.values())
+        and not job.objective.follows_updates
     )
 
 

@@ -13,18 +13,8 @@ from remap.io.versions import PACKAGES, version_of
 
 def examine() -> dict[str, Any]:
     """Return checks with a state ("ok", "note", "bad"); ``ok`` is False when one is bad. Needs no network."""
-    checks = [
-        _python(),
-        *_packages(),
-        *_devices(),
-        _precision(),
-        *_kernels(),
-        _hub(),
-        _token(),
-        _disk(),
-        _writable(),
-        _mini(),
-    ]
+    checks = [_python(), *_packages(), *_devices(), _precision(), *_kernels()]
+    checks += [_hub(), _token(), _disk(), _writable(), _mini()]
     return {"ok": all(check["state"] != "bad" for check in checks), "checks": checks}
 
 
@@ -75,14 +65,10 @@ def _kernels() -> list[dict[str, str]]:
     from remap.distributed.launch import use_bf16
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = [
-        (
-            word,
-            fused_attention("auto", device.type, bf16=use_bf16("auto", device), trains=word == "training", tokens=197),
-        )
-        for word in ("training", "forward")
-    ]
-    texts = [f"{word}: {'fused' if fused else 'explicit'} ({why})" for word, (fused, why) in chosen]
+    bf16, texts = use_bf16("auto", device), []
+    for word, trains in (("training", True), ("forward", False)):
+        fused, why = fused_attention("auto", device.type, bf16=bf16, trains=trains, tokens=197)
+        texts.append(f"{word}: {'fused' if fused else 'explicit'} ({why})")
     least = COMPILED_FROM.get(device.type)
     when = "off here" if least is None else f"in runs of {least:,} steps and more"
     return [_row("ok", "attention of a ViT at 224 px", "; ".join(texts)), _row("ok", "compile 'auto'", when)]

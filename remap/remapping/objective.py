@@ -169,6 +169,11 @@ class Objective(nn.Module):
             term.after_step()
 
     @property
+    def follows_updates(self) -> bool:
+        """Whether a term remembers something from update to update."""
+        return any(type(term).after_step is not LossTerm.after_step for term in self._named_terms().values())
+
+    @property
     def uses_teacher(self) -> bool:
         return any(term.uses_teacher for term in self._named_terms().values())
 

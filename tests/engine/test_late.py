@@ -99,8 +99,8 @@ def test_the_device_leaves_out_a_step_that_is_not_finite(
 def test_where_checkpoints_are_written_decides_no_bit(
     tiny: Any, tmp_path: Path, reads_late: None, poison: Callable[[set[int]], None], watch: Callable[..., Any]
 ) -> None:
-    """Two bad steps in a row halve the learning rate. A checkpoint right after them, or a signal, makes the host read at
-    once. Source: the run without either."""
+    """Two bad steps in a row halve the learning rate. A checkpoint right after them, or a signal, makes the host read
+    at once. Source: the run without either."""
     poison({1, 2, 4})
     settings = ("train.epochs=3", "data.augment=shift")
     whole = start(recipe_of(tiny, NEVER, *settings), tmp_path / "whole")

@@ -1,0 +1,73 @@
+"""Kernels are chosen by the table, and the same choice comes out every time."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from remap.backbones import kernels
+from remap.backbones.kernels import compiled, fused_attention
+from remap.distributed.launch import accelerator
+from remap.engine.teacher import Teacher
+from remap.pipeline import doctor
+from remap.pipeline.components import build_components
+from remap.pipeline.shared import SharedResources
+from remap.pipeline.teacher_outputs import make_teacher
+from remap.progress import Silent
+
+
+@pytest.mark.parametrize(
+    ("tokens", "fused"), [(5, False), (64, False), (65, False), (196, False), (197, True), (1025, True), (None, False)]
+)
+def test_attention_is_chosen_by_the_row_of_the_most_tokens(
+    monkeypatch: pytest.MonkeyPatch, tokens: int | None, fused: bool
+) -> None:
+    monkeypatch.setattr(kernels, "FUSED_OVER_EXPLICIT", {("cpu", "fp32", True): {65: 0.96, 197: 0.9}})
+    assert fused_attention("auto", "cpu", bf16=False, trains=True, tokens=tokens)[0] is fused
+    assert fused_attention("auto", "cpu", bf16=True, trains=True, tokens=tokens)[0] is False, "no row in bf16"
+    assert fused_attention("auto", "cuda", bf16=False, trains=True, tokens=tokens)[0] is True, "as PyTorch has it"
+    for setting in ("on", "off"):
+        assert fused_attention(setting, "cpu", bf16=False, trains=True, tokens=tokens)[0] is (setting == "on")
+
+
+def test_blocks_are_compiled_where_the_run_is_long_enough() -> None:
+    least = kernels.COMPILED_FROM["cuda"]
+    assert [compiled("auto", "cuda", steps)[0] for steps in (least - 1, least)] == [False, True]
+    assert compiled("auto", "cpu", 10 * least)[0] is False
+    assert [compiled(setting, "cpu", 1)[0] for setting in (True, False, "graphs")] == [True, False, True]
+
+
+def test_a_choice_that_was_added_leaves_digests_alone(tiny: Any) -> None:
+    assert tiny.recipe().digest() == tiny.recipe("train.compile=false").digest()
+    assert len({tiny.recipe(f"train.compile={word}").digest() for word in ("false", "true", "graphs")}) == 3
+
+
+def test_the_doctor_says_what_would_be_chosen() -> None:
+    found = {row["what"]: row["found"] for row in doctor.examine()["checks"]}
+    assert found["attention of a ViT at 224 px"].startswith("training: ")
+    assert "compile 'auto'" in found
+
+
+def test_a_frozen_teacher_in_bf16_gives_the_same_bits(tiny: Any) -> None:
+    """Source: autocast, which rounds float32 weights in each pass. Closed, the teacher has its weights back."""
+    components = build_components(
+        tiny.recipe("train.precision=bf16", "teacher.allow_weak=true", losses="ce,kd"),
+        None,
+        Silent(),
+        SharedResources(),
+    )
+    network, objective = components.teachers[0].network, components.objective
+    images = torch.arange(4 * 3 * 16 * 16).remainder(251).to(torch.uint8).view(4, 3, 16, 16)
+    before = dict(network.model.named_parameters())
+    plain = Teacher(network, objective, 0, accelerator(), bf16=True)
+    expected = plain.items(images)
+    plain.close()
+    teacher = make_teacher(components, 0)
+    types = {name: parameter.dtype for name, parameter in network.model.named_parameters()}
+    assert types["blocks.0.attn.qkv.weight"] == types["patch_embed.proj.bias"] == torch.bfloat16
+    assert types["blocks.0.norm1.weight"] == types["pos_embed"] == types["head.weight"] == torch.float32
+    found = teacher.items(images)
+    assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in found)
+    teacher.close()
+    after = dict(network.model.named_parameters())
+    assert all(after[name] is before[name] for name in before)

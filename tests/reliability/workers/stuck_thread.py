@@ -1,0 +1,25 @@
+"""A run whose thread never finishes the third checkpoint: the tensors are there, the manifest is not."""
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+from remap.engine import checkpoint_files
+from remap.pipeline.run import start
+from remap.recipe import resolve
+
+words, settings, run, marker = json.loads(sys.argv[1])
+write = checkpoint_files.write_bytes
+
+
+def stuck(path: Path, data: bytes) -> None:
+    if path.name == "000003.json":
+        Path(marker).write_text(threading.current_thread().name)
+        time.sleep(1000)
+    write(path, data)
+
+
+checkpoint_files.write_bytes = stuck
+start(resolve(words=words, settings=settings), run)
