@@ -4,6 +4,7 @@ Run: python benchmarks/gpu_slice.py --recipe FILE --run FOLDER --data TRAIN --va
 """
 
 import argparse
+import contextlib
 import json
 import threading
 import time
@@ -22,6 +23,15 @@ class Printed(Silent):
         print(text, flush=True)
 
 
+def stop_after(run_dir: RunDir, seconds: float) -> None:
+    """Ask the run to save its state and end; again and again, since one that only begins removes the file."""
+    time.sleep(seconds)
+    while True:
+        with contextlib.suppress(OSError):
+            run_dir.stop.touch()
+        time.sleep(1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("recipe", "run", "data", "val-data"):
@@ -31,9 +41,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     run_dir, began = RunDir(Path(options.run)), time.monotonic()
-    timer = threading.Timer(options.seconds, lambda: run_dir.stop.touch())  # saves the state and ends the run
-    timer.daemon = True
-    timer.start()
+    threading.Thread(target=stop_after, args=(run_dir, options.seconds), daemon=True).start()
     try:
         if (run_dir.path / "recipe.yaml").is_file() and has_checkpoint(run_dir.checkpoint):
             recipe = run_dir.recipe()
@@ -47,8 +55,6 @@ def main() -> None:
         ended = "trained to the end"
     except Interrupted as error:
         ended = error.what
-    finally:
-        timer.cancel()
     metrics = run_dir.metrics() if (run_dir.path / "metrics.jsonl").is_file() else []
     accuracies = [record["accuracy"] for record in metrics if "accuracy" in record]
     found = {"ended": ended, "epochs": len(metrics), "accuracies": accuracies, "seconds": time.monotonic() - began}

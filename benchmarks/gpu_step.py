@@ -196,7 +196,7 @@ def main() -> None:
     options = parser.parse_args()
     until = time.monotonic() + options.seconds
     small = {"pair": "mini", "batch": 4, "steps": 3, "repeats": 1, "precision": "fp32"}
-    large = {"pair": "large", "batch": options.batch, "steps": 6, "repeats": 3, "precision": "bf16"}
+    large = {"pair": "large", "batch": options.batch, "steps": 6, "repeats": 2, "precision": "bf16"}
     found: dict[str, Any] = {"card": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
     with TemporaryDirectory() as folder:
         setting = Noise(**(small if options.smoke else large), methods=(), runs=(), folder=Path(folder))

@@ -93,8 +93,9 @@ for split, each in (('train', 8), ('test', 2)): draw_images(Path(sys.argv[1]) / 
     newest=$(ls "$run/checkpoint" 2>/dev/null | grep json | sort | tail -1); newest=${newest%.json}
     if [ "$newest" ]; then
       rm -f "$OUT"/teacher.tar.part-*
-      (cd "$run" && tar -c --exclude=checkpoint --exclude='*.html' --exclude=images . "checkpoint/$newest.json" \
-        "checkpoint/$newest.safetensors") | split -b 15m - "$OUT/teacher.tar.part-"
+      # The newest checkpoint alone, and none where the task is there: transfers are limited.
+      [ -d "$run/task" ] && newest="" || newest="checkpoint/$newest.json checkpoint/$newest.safetensors"
+      (cd "$run" && tar -c $(ls | grep -v '^checkpoint$') $newest) | split -b 15m - "$OUT/teacher.tar.part-"
     fi
   fi
 fi

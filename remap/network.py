@@ -124,14 +124,15 @@ def frozen(network: Network) -> Network:
     return network
 
 
-def choose_attention(network: Network, setting: str, device: torch.device, *, bf16: bool, trains: bool) -> None:
+def choose_attention(
+    network: Network, setting: str, device: torch.device, *, bf16: bool = False, trains: bool = True
+) -> None:
     """Choose fused attention or not (``remap.backbones.kernels``), and note why in ``network.attention_kernel``.
 
     Args:
         trains: Whether it is, or was, trained with gradients through its blocks: a student keeps its kernel.
     """
     anatomy = network.anatomy
-    tokens = None if anatomy.in_stages else anatomy.num_patches + anatomy.num_prefix_tokens
-    fused, why = fused_attention(setting, device.type, bf16=bf16, trains=trains, tokens=tokens)
+    fused, why = fused_attention(setting, device.type, bf16=bf16, trains=trains, tokens=anatomy.sequence)
     set_fused_attention(network.model, anatomy, fused)
     network.attention_kernel = f"{'fused' if fused else 'explicit'}: {why}"

@@ -167,6 +167,11 @@ class Anatomy:
         return self.grid[0] * self.grid[1]
 
     @property
+    def sequence(self) -> int | None:
+        """Tokens that attend to each other, without those of a method; None where blocks are stages."""
+        return None if self.in_stages else self.num_patches + self.num_prefix_tokens
+
+    @property
     def in_stages(self) -> bool:
         """Whether the blocks are stages (``families.stages``)."""
         return "blocks" not in self.parts

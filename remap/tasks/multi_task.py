@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from remap.backbones.anatomy import set_fused_attention
+from remap.backbones.kernels import fused_attention
 from remap.backbones.build import Backbone, fresh_head
 from remap.backbones.preprocess import Preprocess, PreprocessSpec
 from remap.backbones.typed import as_timm
@@ -58,9 +59,9 @@ class MultiTask:
         self._backbone = backbone if isinstance(backbone, Backbone) else _open(backbone, read_meta(first), first)
         self._backbone.model.requires_grad_(False).eval()
         self._backbone.model.to(self.device)  # before copies share its tensors
-        set_fused_attention(
-            self._backbone.model, self._backbone.anatomy, self.device.type != "cpu"
-        )  # as a Student does
+        anatomy = self._backbone.anatomy
+        fused, _ = fused_attention("auto", self.device.type, bf16=False, trains=True, tokens=anatomy.sequence)
+        set_fused_attention(self._backbone.model, anatomy, fused)  # as a Student does
         self.students: dict[str, Student] = {}
         self.alone: dict[str, str] = {}
         self._routers: dict[PreprocessSpec, tuple[Router, Preprocess]] = {}
