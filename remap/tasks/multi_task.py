@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from remap.backbones.anatomy import set_fused_attention
-from remap.backbones.kernels import fused_attention
 from remap.backbones.build import Backbone, fresh_head
+from remap.backbones.kernels import fused_attention
 from remap.backbones.preprocess import Preprocess, PreprocessSpec
 from remap.backbones.typed import as_timm
 from remap.errors import RunError, UnknownName
