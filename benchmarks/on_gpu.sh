@@ -11,8 +11,8 @@
 # What is read:
 #   WHEELS   folder of wheels to put beside what the machine has (default .gpu/wheels); for Python 3.12 on x86-64:
 #            pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64
-#              --platform manylinux_2_17_x86_64 -d .gpu/wheels timm==1.0.31 torchdistill torch-pruning pydantic
-#              pydantic-core==VERSION annotated-types typing-inspection   (VERSION: what that pydantic asks for)
+#              --platform manylinux_2_17_x86_64 -d .gpu/wheels timm==1.0.31 torchdistill torch-pruning
+#              pydantic==2.14.4 pydantic-core==2.50.5 annotated-types typing-inspection
 #   CIFAR    folder of cifar10-train.tar and cifar10-test.tar, plain or .xz (default .gpu/data, then shared/data);
 #            xz -6 makes 16 MB of the first, which fits where a checkout may not be large
 #   RESUME   folder of teacher.tar.part-* of an earlier go (default .gpu/resume, then OUT): 52 MB, so that a machine that
