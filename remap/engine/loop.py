@@ -164,7 +164,8 @@ def _count_steps(training: Training, pace: Pace, shown: Step, accuracies: Mappin
 
     Where the host reads late, the newest step is left for the next call, unless the state is needed complete now.
     """
-    job, spec, steps, raised = training.job, training.spec, training.plan.steps, None
+    raised: Exception | None = None
+    job, spec, steps = training.job, training.spec, training.plan.steps
     waits = training.reads_late and training.state.step < steps and not is_wanted(training)
     while len(training.unread) > (waits and not raised):
         result, state = training.unread.pop(0).read(), training.state
