@@ -10,7 +10,6 @@ import threading
 import time
 from pathlib import Path
 
-from remap.engine.checkpoint import has_checkpoint
 from remap.errors import Interrupted
 from remap.pipeline.run import resume, start
 from remap.progress import Silent
@@ -23,13 +22,12 @@ class Printed(Silent):
         print(text, flush=True)
 
 
-def stop_after(run_dir: RunDir, seconds: float) -> None:
+def stop_after(run_dir: RunDir, seconds: float, ended: threading.Event) -> None:
     """Ask the run to save its state and end; again and again, since one that only begins removes the file."""
-    time.sleep(seconds)
-    while True:
+    while not ended.wait(seconds):
         with contextlib.suppress(OSError):
             run_dir.stop.touch()
-        time.sleep(1)
+        seconds = 1.0
 
 
 def main() -> None:
@@ -41,9 +39,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     run_dir, began = RunDir(Path(options.run)), time.monotonic()
-    threading.Thread(target=stop_after, args=(run_dir, options.seconds), daemon=True).start()
+    ended_already = threading.Event()
+    threading.Thread(target=stop_after, args=(run_dir, options.seconds, ended_already), daemon=True).start()
     try:
-        if (run_dir.path / "recipe.yaml").is_file() and has_checkpoint(run_dir.checkpoint):
+        if (run_dir.path / "recipe.yaml").is_file():
             recipe = run_dir.recipe()
             places = {"source": str(Path(options.data).resolve()), "val_source": str(Path(options.val_data).resolve())}
             # The images may lie elsewhere on this machine; their contents decide.
@@ -55,6 +54,9 @@ def main() -> None:
         ended = "trained to the end"
     except Interrupted as error:
         ended = error.what
+    finally:
+        ended_already.set()
+        run_dir.stop.unlink(missing_ok=True)
     metrics = run_dir.metrics() if (run_dir.path / "metrics.jsonl").is_file() else []
     accuracies = [record["accuracy"] for record in metrics if "accuracy" in record]
     found = {"ended": ended, "epochs": len(metrics), "accuracies": accuracies, "seconds": time.monotonic() - began}

@@ -141,7 +141,7 @@ def measure(setting: Setting, method: str, epochs: int, until: float) -> list[di
         "teacher's forward alone": (lambda: partial(repeated, alone.ask_teacher, epochs), teacher_flops),
         "student's step alone": (lambda: partial(repeated, alone.train_student, epochs), student_flops),
     }
-    if method == "full":
+    if method == "full" or setting.pair == "mini":
         sides["timm's task, online"] = (lambda: partial(repeated, TimmTask(setting).run, epochs), online)
         sides["remap, online, each step waited for"] = (lambda: partial(at_once, engine), online)
     if method == "lora":

@@ -17,13 +17,13 @@
 #            xz -6 makes 16 MB of the first, which fits where a checkout may not be large
 #   RESUME   folder of teacher.tar.part-* of an earlier go (default .gpu/resume, then OUT): 52 MB, so that a machine that
 #            takes 64 MB a transfer gets it in a transfer of its own
-#   MINUTES  of all stages together (default 8; 2.5 with --cpu-smoke)
+#   MINUTES  of all stages together (default 8; 3 with --cpu-smoke)
 # What is left in OUT, at most 8 files of at most 15 MiB: gpu.json, gpu.md, log.txt, teacher.tar.part-*.
 set -u
 cd "$(dirname "$0")/.."
 smoke=""; [ "${1:-}" = --cpu-smoke ] && smoke=1
 OUT=${OUT:-$PWD/benchmarks/results/out}; mkdir -p "$OUT"; OUT=$(cd "$OUT" && pwd)
-MINUTES=${MINUTES:-$([ $smoke ] && echo 2.5 || echo 8)}
+MINUTES=${MINUTES:-$([ $smoke ] && echo 3 || echo 8)}
 end=$(python3 -c "print(int($SECONDS + 60 * $MINUTES))")
 work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
 exec > >(tee "$OUT/log.txt") 2>&1
@@ -51,45 +51,36 @@ export REMAP_CACHE="$work/cache" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader > "$work/environment.txt" 2>/dev/null ||
   echo "no GPU" > "$work/environment.txt"
 cat "$work/environment.txt"
-if [ ! $smoke ] && grep -q "no GPU" "$work/environment.txt"; then
+if [ $smoke ]; then
+  stage 150 smoke $python benchmarks/gpu_smoke.py "$work"
+elif grep -q "no GPU" "$work/environment.txt"; then
   skip "everything: this machine has no GPU (--cpu-smoke needs none)"
 else
-  if [ ! $smoke ]; then
-    stage 75 tests $python -m pytest -n0 -p no:cacheprovider -m gpu -q --tb=short tests/engine/test_gpu.py > "$work/tests.txt"
-    tail -30 "$work/tests.txt"
-  fi
-  kernels=(--precisions bf16,fp32 --repeats 5 --seconds 0.2); [ $smoke ] && kernels=(--tokens 65 --repeats 1 --seconds 0.001)
-  stage 40 kernels $python benchmarks/kernels.py "${kernels[@]}" > "$work/kernels.txt"; cat "$work/kernels.txt"
-  steps=(--seconds 160); [ $smoke ] && steps=(--smoke --seconds 60 --methods full,lora)
-  stage 200 steps $python benchmarks/gpu_step.py --json "$work/steps.json" "${steps[@]}"
+  stage 75 tests $python -m pytest -n0 -p no:cacheprovider -m gpu -q --tb=short tests/engine/test_gpu.py > "$work/tests.txt"
+  tail -30 "$work/tests.txt"
+  stage 40 kernels $python benchmarks/kernels.py --precisions bf16,fp32 --repeats 5 --seconds 0.2 > "$work/kernels.txt"
+  cat "$work/kernels.txt"
+  stage 200 steps $python benchmarks/gpu_step.py --json "$work/steps.json" --seconds 160
 
-  # The teacher: its images, its checkpoint, and a slice of training that ends 25 s before the end.
+  # The teacher: its images, its checkpoint, and a slice of training that leaves 50 s to begin, to save and to pack.
   train=""; for folder in "${CIFAR:-.gpu/data}" shared/data; do
     for ending in tar tar.xz; do
       [ -z "$train" ] && [ -f "$folder/cifar10-train.$ending" ] && [ -f "$folder/cifar10-test.$ending" ] &&
         train=$folder/cifar10-train.$ending test=$folder/cifar10-test.$ending
     done
   done
-  more=()
-  if [ $smoke ]; then
-    $python -c "
-import sys; from pathlib import Path; from conftest import draw_images
-for split, each in (('train', 8), ('test', 2)): draw_images(Path(sys.argv[1]) / split, each, 1)" "$work/drawn"
-    train=$work/drawn/train test=$work/drawn/test
-    more=(--set train.epochs=3 --set train.batch_size=8 --set train.warmup_epochs=1 --set train.precision=fp32)
-  fi
   run=$work/teacher; mkdir -p "$run"
   for folder in "${RESUME:-.gpu/resume}" "$OUT"; do
-    ls "$folder"/teacher.tar.part-* > /dev/null 2>&1 && [ ! -f "$run/recipe.yaml" ] && [ ! $smoke ] &&
+    ls "$folder"/teacher.tar.part-* > /dev/null 2>&1 && [ ! -f "$run/recipe.yaml" ] &&
       cat "$folder"/teacher.tar.part-* | tar -x -C "$run" && echo "resuming what lies in $folder"
   done
   rmdir "$run" 2>/dev/null
-  seconds=$((end - SECONDS - 25)); [ $smoke ] && [ $seconds -gt 10 ] && seconds=10
+  seconds=$((end - SECONDS - 50))
   if [ -z "$train" ]; then skip "teacher: no CIFAR-10 in ${CIFAR:-.gpu/data} or shared/data"
   elif [ "$seconds" -lt 5 ]; then skip "teacher: no time was left"
   else
     stage $((seconds + 40)) teacher $python benchmarks/gpu_slice.py --recipe benchmarks/stronger_mini_teacher.yaml \
-      --run "$run" --data "$train" --val-data "$test" --seconds "$seconds" --json "$work/slice.json" "${more[@]}"
+      --run "$run" --data "$train" --val-data "$test" --seconds "$seconds" --json "$work/slice.json"
     newest=$(ls "$run/checkpoint" 2>/dev/null | grep json | sort | tail -1); newest=${newest%.json}
     if [ "$newest" ]; then
       rm -f "$OUT"/teacher.tar.part-*
@@ -99,8 +90,7 @@ for split, each in (('train', 8), ('test', 2)): draw_images(Path(sys.argv[1]) / 
     fi
   fi
 fi
-cp "$work"/{environment,tests,kernels,skipped}.txt "$work"/{steps,slice}.json "$work/" 2>/dev/null
-PYTHONPATH=$PYTHONPATH $python benchmarks/gpu_report.py "$work" && cp "$work"/gpu.json "$work"/gpu.md "$OUT/"
+$python benchmarks/gpu_report.py "$work" && cp "$work"/gpu.json "$work"/gpu.md "$OUT/"
 [ $smoke ] || { mkdir -p benchmarks/results && cp "$work"/gpu.json "$work"/gpu.md benchmarks/results/; }
 echo "done after $SECONDS s; results in $OUT"
 if [ $smoke ] && [ -s "$work/skipped.txt" ]; then cat "$work/skipped.txt"; exit 1; fi
