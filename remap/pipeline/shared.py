@@ -30,6 +30,7 @@ class DataViews:
         unreadable: Images of all splits that were left out, with the reason.
         contents: What is known of the files' content, unreadable ones included, by split.
         selection: Images held out of the labelled training images, that the epoch is chosen by.
+        evaluations: What networks answered on the evaluation images, see ``evaluate_once``.
     """
 
     data: ImageData
@@ -42,6 +43,7 @@ class DataViews:
     training_source: ViewSource
     contents: dict[str, Contents] = field(default_factory=dict)
     selection: ViewSource | None = None
+    evaluations: dict[str, Any] = field(default_factory=dict)
     _fingerprint: str = ""
 
     @property
