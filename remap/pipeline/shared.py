@@ -120,7 +120,8 @@ class SharedResources:
         first, (_, height, width) = inputs[0], inputs[0].shape
         factor = max(max(one.shape[1] / height, one.shape[2] / width) for one in inputs)
         size = (round(height * factor), round(width * factor))
-        pixels = Pixels(max(one.shape[0] for one in inputs), spec.alpha, megapixels=spec.max_megapixels)
+        channels = max(one.shape[0] for one in inputs)
+        pixels = Pixels(channels, spec.alpha, megapixels=spec.max_megapixels, decode=spec.decode)
         if spec.value_range is not None:
             pixels = replace(pixels, value_range=(spec.value_range[0], spec.value_range[1]))
         else:
