@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 # What transparent pixels show: a colour, squares of 8 pixels (white and light grey), or what is stored below alpha.
 BACKDROPS = ("white", "black", "checker", "drop")
-# Pixels as they always were, or nearly these in half the time.
+# Pixels as they always were, or nearly these in two thirds of the time.
 DECODERS = ("exact", "fast")
 # The largest picture that any setting allows, in megapixels, and the most channels of one.
 MOST_MEGAPIXELS, MOST_CHANNELS = 500.0, 512

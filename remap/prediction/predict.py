@@ -1,6 +1,7 @@
 """Predict images with a tuned student, or with several tasks on one backbone."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from remap.distributed import launcher_env
 from remap.distributed.launch import accelerator, use_bf16
-from remap.errors import RunError
+from remap.errors import BackboneError, RunError
 from remap.io.paths import expanded
 from remap.pipeline.student_api import Student, load_student
 from remap.prediction.inputs import STDIN, Inputs, Item
@@ -100,7 +101,15 @@ def open_students(run: Runs, device: Any = None) -> dict[str, Student]:
         return dict(MultiTask(None, run, device).students)
     if Shelf.is_at(run):
         return {"": Shelf(run).open_current(device)}
-    return {"": load_student(run, device)}
+    return {"": _folded(load_student(run, device))}
+
+
+def _folded(student: Student) -> Student:
+    """Fold the method into the weights where it can be: LoRA then costs nothing, and logits differ by about 1e-6."""
+    if student.network.attached.mergeable:
+        with suppress(BackboneError):  # one that these weights do not allow: nothing was written
+            student.network.attached.merge()
+    return student
 
 
 def runs_in_bf16(run: Runs, students: Mapping[str, Student]) -> bool:

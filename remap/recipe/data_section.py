@@ -109,7 +109,7 @@ class DataSpec(Section):
     )
     decode: Annotated[Literal["exact", "fast"], LATER] = Field(
         default="exact",
-        description="exact is Pillow's decoder and resize; fast takes about half the time, for nearly the same pixels.",
+        description="exact is Pillow's decoder and resize; fast is PyTorch's: sooner, and nearly the same pixels.",
     )
     max_bad: float = Field(default=0.1, ge=0.0, lt=1.0, description="Largest share of unreadable training images.")
     skip_bad: bool = Field(default=False, description="Skip unreadable images in evaluation too, instead of stopping.")
