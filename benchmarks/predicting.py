@@ -2,6 +2,7 @@
 
 python benchmarks/predicting.py files --images 20000     RSS every 2,000 images; SIGKILL and resume
 python benchmarks/predicting.py tasks --count 20         disk, switching, mixed batches, on random ViT-S weights
+python benchmarks/predicting.py speed --folder photos --against ../main     with another checkout, in turns
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import timm
@@ -115,10 +117,56 @@ def tasks(count: int) -> None:
         print(f"mixed batch of {2 * count}: {seconds:.2f} s in one pass; largest difference to solo {difference:.1e}")
 
 
+# What either checkout runs: a file of predictions, once to warm up and once on the clock.
+ONCE = """
+import shutil, sys, time
+from pathlib import Path
+from remap.prediction.inputs import Inputs
+from remap.prediction.predict import predict_to_file
+from remap.prediction.predictions import Wanted
+from remap.progress import Silent
+run, folder, count, output = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+words = sorted(map(str, folder.iterdir()))[:count]
+for words in (words[:200], words):
+    output.unlink(missing_ok=True)
+    started, processor = time.perf_counter(), time.process_time()
+    predict_to_file(run, Inputs(words), output, Wanted(), Silent())
+print(time.perf_counter() - started, time.process_time() - processor)
+"""
+
+
+def speed(folder: Path, against: Path, images: int, methods: list[str], repeats: int) -> None:
+    """Predict a folder of images with this checkout and another one, in turns."""
+    print("| method | images | wall there | wall here | here / there: wall (range, pairs) | processor (range, pairs) |")
+    print("|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        for method in methods:
+            run = task(root / method, "mini_student", method, 10)
+            sides: tuple[list[list[float]], list[list[float]]] = ([], [])
+            for _ in range(repeats):
+                for side, checkout in zip(sides, (against, Path(__file__).parents[1]), strict=True):
+                    words = [sys.executable, "-c", ONCE, str(run), str(folder), str(images), str(root / "rows.jsonl")]
+                    environment = {**os.environ, "PYTHONPATH": str(checkout.absolute())}
+                    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+                    side.append([float(word) for word in done.stdout.split()])
+            walls = [f"{median(wall for wall, _ in side):.1f} s" for side in sides]
+            ratios = [[new[clock] / old[clock] for old, new in zip(*sides, strict=True)] for clock in (0, 1)]
+            shown = [f"{median(one):.2f} ({min(one):.2f} to {max(one):.2f}, {len(one)})" for one in ratios]
+            print(f"| `{method}` | {images:,} | {' | '.join(walls)} | {' | '.join(shown)} |", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["files", "tasks"])
+    parser.add_argument("what", choices=["files", "tasks", "speed"])
     parser.add_argument("--images", type=int, default=20000)
     parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--against", type=Path)
+    parser.add_argument("--methods", default="vpt_deep,lora,linear")
+    parser.add_argument("--repeats", type=int, default=2)
     given = parser.parse_args()
-    files(given.images) if given.what == "files" else tasks(given.count)
+    if given.what == "speed":
+        speed(given.folder, given.against, given.images, given.methods.split(","), given.repeats)
+    else:
+        files(given.images) if given.what == "files" else tasks(given.count)

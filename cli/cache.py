@@ -42,7 +42,7 @@ def cache_ls(json: opt.Json = False) -> None:
                 row.id[:8],
                 row.key.get("teacher", "-"),
                 _view(row.key),
-                ", ".join(map(_item, row.outputs)) or (f"tuned: {row.key['method']}" if "method" in row.key else "-"),
+                ", ".join(map(_item, row.outputs)) or _prepared(row.key) or "-",
                 f"{row.images:,}" if row.outputs else "-",
                 size(row.bytes),
                 _ago(row.last_used),
@@ -62,6 +62,12 @@ def _view(key: dict[str, Any]) -> str:
     augmented = "+".join(augmented) if isinstance(augmented, dict) else augmented
     parts = (size and f"{size} px", augmented != "none" and augmented, key.get("precision"))
     return ", ".join(str(part) for part in parts if part) or "-"
+
+
+def _prepared(key: dict[str, Any]) -> str:
+    """Return how a teacher was given its head; empty for outputs."""
+    made = "fitted" if key.get("method") == "probe" else "tuned"
+    return f"{made}: {key['method']}" if "method" in key else ""
 
 
 def _item(item: "CachedOutput") -> str:
@@ -111,7 +117,7 @@ def _confirm(chosen: "list[Cache]") -> None:
     from remap.errors import RemapError
 
     for row in chosen:
-        what = f"tuned: {row.key['method']}" if "method" in row.key else f"{row.images:,} images"
+        what = _prepared(row.key) or f"{row.images:,} images"
         console.note(f"{row.id[:8]}  {row.key.get('teacher', '-')}, {what}, {size(row.bytes)}")
     if not sys.stdin.isatty():
         raise RemapError("clearing asks for confirmation, and stdin is not a terminal", do="confirm with --yes")

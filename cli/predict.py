@@ -1,5 +1,6 @@
 """``remap predict``: classes of images."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,7 +56,7 @@ def predict(
         return
     launch.start_processes(devices)
     from remap.prediction.inputs import Inputs
-    from remap.prediction.predict import open_students, predict_to_file
+    from remap.prediction.predict import open_students, predict_to_file, runs_in_bf16
     from remap.prediction.predictions import Wanted, predictions
 
     inputs, wanted = Inputs(words, list_file or []), Wanted(top, probabilities, embeddings, batch_size)
@@ -65,6 +66,7 @@ def predict(
             found = []
         else:
             students = open_students(runs)
+            wanted = replace(wanted, bf16=runs_in_bf16(runs, students))
             found = [row.to_dict() for rows in predictions(students, inputs, wanted) for row in rows]
             counts = (len(found), sum(row["error"] is not None for row in found))
         if inputs.left_out:

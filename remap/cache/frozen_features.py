@@ -63,9 +63,11 @@ class FrozenFeatures:
         def stem(images: Tensor) -> Mapping[str, Tensor]:
             return self._runner.stem(images.to(self.device))
 
-        def compute(indices: NDArray[np.int64] | None) -> tuple[NDArray[np.int64], dict[str, Tensor]]:
-            images, readable = self.source.batch(np.arange(0) if indices is None else indices)
-            return readable, run_in_passes(stem, images, at_once or len(readable) or 1)
+        def load(indices: NDArray[np.int64] | None) -> tuple[Tensor, NDArray[np.int64]]:
+            return self.source.batch(np.arange(0) if indices is None else indices)
+
+        def compute(images: Tensor) -> dict[str, Tensor]:
+            return run_in_passes(stem, images, at_once or len(images) or 1)
 
         def check_signals() -> None:
             raise_if_interrupted(self._accelerator, "frozen features were being computed")
@@ -73,7 +75,8 @@ class FrozenFeatures:
         # A signal waits for the end of a round: a process that left in the middle would leave the others waiting.
         with defer_signals(), progress.wait(f"frozen features of {what}", count) as step:
             chunks = index_chunks(count, batch_size)
-            for indices, readable, features in compute_and_gather(self._accelerator, chunks, compute, check_signals):
+            gathered = compute_and_gather(self._accelerator, chunks, load, compute, check_signals)
+            for indices, readable, features in gathered:
                 for name, value in features.items():
                     rows = self._features.setdefault(name, torch.zeros(count, *value.shape[1:], dtype=value.dtype))
                     # On the CPU, where there is room; a batch of them goes to the device when it is needed.

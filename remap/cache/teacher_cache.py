@@ -1,48 +1,31 @@
 """Cache of teacher outputs for a finite set of augmented views: in memory, or on disk for later runs too."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils.memory import clear_device_cache
 from numpy.typing import NDArray
 from torch import Tensor
 
 from remap.cache.output_store import OutputStore, row_digests
-from remap.cache.passes import run_in_passes
+from remap.cache.passes import OutputModel, outputs_of
 from remap.data import augment
 from remap.data.augmentation import Augmentation
+from remap.data.thread_pool import made_ahead
 from remap.data.views import ViewSource
 from remap.distributed import collectives
 from remap.distributed.collectives import all_reduce_max, all_reduce_sum, compute_and_gather, index_chunks
-from remap.distributed.device_memory import is_out_of_memory
 from remap.distributed.interrupts import defer_signals, raise_if_interrupted
 from remap.distributed.sharding import is_sharded
 from remap.errors import DataError, TrainingError
-from remap.network import Network
 from remap.progress import Progress
 
 MASS_IMAGES = 1000  # over which the mean probability of the stored classes is taken
 Chunk = tuple[int, NDArray[np.int64]]  # a view, and images of it
 # For a process without a chunk in the last round: others may wait for its part in a sharded teacher.
 NO_IMAGES: Chunk = (0, np.arange(0))
-
-
-class OutputModel(Protocol):
-    """A frozen teacher whose outputs are cached (``remap.engine.teacher.Teacher``).
-
-    Attributes:
-        at_once: The most images whose outputs there was memory for, once it ran out; 0 before.
-    """
-
-    network: Network
-    at_once: int
-
-    def items(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        """Return the outputs for raw pixels (B, 3, V, V)."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +79,19 @@ class InMemory:
         rows = torch.from_numpy(indices_B)
         return {name: value[rows] for name, value in self._views[view].items()}
 
+    def readable(self, view: int = 0) -> NDArray[np.int64]:
+        """Return the images whose outputs in a view are there."""
+        return np.flatnonzero(self._filled[view]) if view in self._filled else np.arange(0)
+
+    def only(self, names: Collection[str]) -> "InMemory":
+        """Return some of the outputs, which both then share."""
+        other = InMemory()
+        other._filled = {view: filled.copy() for view, filled in self._filled.items()}
+        other._views = {
+            view: {name: rows for name, rows in stored.items() if name in names} for view, stored in self._views.items()
+        }
+        return other
+
     def close(self) -> None:
         """Do nothing: other runs of a comparison may share the outputs."""
 
@@ -125,6 +121,11 @@ class OnDisk:
     def rows(self, indices_B: NDArray[np.int64], view: int) -> dict[str, Tensor]:
         return self.store.rows(self._views.digests(view, indices_B))
 
+    def lacking(self, chunk: Chunk) -> Chunk:
+        """Return the images of a chunk that have no row."""
+        view, indices = chunk
+        return view, indices[self.store.missing(self._views.digests(view, indices))]
+
     def close(self) -> None:
         self.store.close()
 
@@ -146,9 +147,11 @@ def cache_in_memory(
     """
     cached = InMemory()
 
-    def compute(chunk: Chunk | None) -> tuple[NDArray[np.int64], dict[str, Tensor]]:
-        images, readable = views.images(*(chunk or NO_IMAGES))
-        return readable, outputs_of(teacher, images, batch_size, at_once)
+    def load(chunk: Chunk | None) -> tuple[Tensor, NDArray[np.int64]]:
+        return views.images(*(chunk or NO_IMAGES))
+
+    def compute(images: Tensor) -> dict[str, Tensor]:
+        return outputs_of(teacher, images, batch_size, at_once)
 
     def check_signals() -> None:
         raise_if_interrupted(accelerator, "teacher outputs were being computed")
@@ -156,7 +159,8 @@ def cache_in_memory(
     # A signal waits for the end of a round: a process that left in the middle would leave the others waiting.
     with defer_signals(), progress.wait("teacher outputs", views.count) as step:
         chunks = list(views.chunks(batch_size))
-        for (view, indices), readable, outputs in compute_and_gather(accelerator, chunks, compute, check_signals):
+        gathered = compute_and_gather(accelerator, chunks, load, compute, check_signals)
+        for (view, indices), readable, outputs in gathered:
             # Checked before they are stored: each epoch would read them again.
             _require_finite(outputs, views, readable)
             cached.put(view, readable, outputs, len(views.source.split))
@@ -172,10 +176,14 @@ def cache_on_disk(
     at_once: int,
     accelerator: Accelerator,
     progress: Progress,
+    known: InMemory | None = None,
 ) -> OnDisk:
     """Compute what a store lacks; each process computes its share.
 
     The teacher sees ``at_once`` images a pass; ``batch_size`` are read and written together.
+
+    Args:
+        known: All outputs, where an earlier pass gave them; the teacher is not run then.
 
     Raises:
         TrainingError: An output is not finite; it is not written.
@@ -184,15 +192,17 @@ def cache_on_disk(
     chunks = list(views.chunks(batch_size))
     try:
         with defer_signals(), progress.wait("teacher outputs on disk", views.count) as step:
-            for taken, mine in collectives.rounds_of_chunks(accelerator, chunks):
+            rounds = collectives.rounds_of_chunks(accelerator, chunks)
+            # Of an image that cannot be read there is no row; it is looked at again each time.
+            lacking = ((taken, cached.lacking(mine or NO_IMAGES)) for taken, mine in rounds)
+            for (taken, (view, _)), (images, readable) in made_ahead(lambda one: views.images(*one[1]), lacking):
                 raise_if_interrupted(accelerator, "teacher outputs were being computed; those so far are cached")
-                view, indices = mine or NO_IMAGES
-                # Of an image that cannot be read there is no row; it is looked at again each time.
-                missing = indices[store.missing(views.digests(view, indices))]
-                images, readable = views.images(view, missing)
                 # A sharded teacher needs all processes in each pass, also those that lack no rows.
                 (most,) = all_reduce_max(accelerator, len(readable)) if sharded else (len(readable),)
-                outputs = outputs_of(teacher, images, batch_size, at_once) if most else {}
+                if known is not None:
+                    outputs = known.rows(readable, view) if len(readable) else {}
+                else:
+                    outputs = outputs_of(teacher, images, batch_size, at_once) if most else {}
                 if len(readable):
                     _require_finite(outputs, views, readable)
                     store.append(views.digests(view, readable), outputs)
@@ -224,23 +234,3 @@ def _require_finite(outputs: Mapping[str, Tensor], views: FiniteViews, indices_B
                 given=", ".join(views.source.split.names[index] for index in indices_B[~finite][:5]),
                 do="set train.precision=fp32, or choose other weights for the teacher",
             )
-
-
-def outputs_of(teacher: OutputModel, images_BCHW: Tensor, batch_size: int, at_once: int) -> dict[str, Tensor]:
-    """Return the outputs of up to ``batch_size`` images, in passes of ``at_once``.
-
-    Where memory does not suffice for that many, passes become smaller. A sharded teacher makes as many for no image as
-    for all, since other processes take part in each.
-    """
-    while True:
-        size = min(teacher.at_once or at_once, at_once)
-        passes = -(-batch_size // size) if is_sharded(teacher.network) else 1
-        try:
-            return run_in_passes(teacher.items, images_BCHW, size, passes)
-        except (RuntimeError, MemoryError) as error:
-            # Processes with a sharded teacher would have to agree on a smaller size, so there the error stays.
-            if not is_out_of_memory(error) or size == 1 or is_sharded(teacher.network):
-                raise
-        # Outside of the handler: while the error is handled, it keeps the tensors of the failed pass alive.
-        teacher.at_once = size // 2
-        clear_device_cache(garbage_collection=True)

@@ -5,6 +5,7 @@ Two images are mixed as raw pixels, rounded back to uint8, so that teacher and s
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from remap.data import keyed_random, mixing
 from remap.data.augment import augmented_view
 from remap.data.order import EpochPlan
-from remap.data.thread_pool import threads
+from remap.data.thread_pool import made_ahead
 from remap.data.views import ViewSource
 
 
@@ -44,22 +45,13 @@ class Batch:
 
 
 def batches(source: ViewSource, plan: EpochPlan, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-    """Yield the micro-batches of an epoch; the next one is made while the current one trains."""
-    with threads(1) as ahead:
-        pending = None
-        for indices, partners in plan.pairs(epoch, first_step):
-            following = ahead.submit(_make, source, plan, epoch, indices, partners)
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()
+    """Yield the micro-batches of an epoch; the next ones are made while the current one trains."""
+    for _, batch in made_ahead(partial(_make, source, plan, epoch), plan.pairs(epoch, first_step)):
+        yield batch
 
 
-def _make(
-    source: ViewSource, plan: EpochPlan, epoch: int, indices: NDArray[np.int64], partners: NDArray[np.int64]
-) -> Batch:
-    view = plan.view(epoch)
+def _make(source: ViewSource, plan: EpochPlan, epoch: int, pair: tuple[NDArray[np.int64], NDArray[np.int64]]) -> Batch:
+    (indices, partners), view = pair, plan.view(epoch)
     # Most partners are in the same part of the batch; the others are loaded behind it.
     extra = np.setdiff1d(partners, indices) if plan.mixes else indices[:0]
     images, readable = augmented_view(source, plan.augmentation, plan.seed, view, np.concatenate([indices, extra]))

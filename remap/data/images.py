@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from remap.data.pixels import MOST_MEGAPIXELS, RGB, Pixels
 from remap.data.stored_values import StoredValues, needs_tifffile, of_image, of_npy, of_tiff
@@ -80,7 +80,7 @@ def decode_channels(source: bytes | Path | Image.Image, pixels: Pixels = RGB) ->
         data = source if isinstance(source, bytes) else read_regular(source, MAX_BYTES)
         if (values := _of_array(data, pixels)) is not None:
             return _scaled(values, pixels)
-        with _open(data) as image:
+        with open_picture(data) as image:
             return _of_image(image, pixels, data)
     except RemapError:  # a signal that came meanwhile
         raise
@@ -100,8 +100,8 @@ def wide_values(data: bytes, pixels: Pixels) -> StoredValues | None:
     try:
         values = _of_array(data, pixels)
         if values is None:
-            with _open(data) as image, _require_small(image, pixels):
-                values = of_image(image, lambda: _open(data))
+            with open_picture(data) as image, require_small(image, pixels):
+                values = of_image(image, lambda: open_picture(data))
     except RemapError:
         raise
     except Exception:  # decoding says why
@@ -109,7 +109,7 @@ def wide_values(data: bytes, pixels: Pixels) -> StoredValues | None:
     return None if values is None or values.values_HWC.dtype.itemsize == 1 else values
 
 
-def _open(data: bytes) -> ImageFile.ImageFile:
+def open_picture(data: bytes) -> ImageFile.ImageFile:
     """Open as ``PIL.Image.open`` does, but for its limit of pixels, which is one for the whole process."""
     for name in _formats():
         factory, accepts = Image.OPEN[name]
@@ -139,19 +139,22 @@ def _of_array(data: bytes, pixels: Pixels) -> StoredValues | None:
     if data.startswith(b"\x93NUMPY"):
         return of_npy(data, pixels.channels, most_bytes)
     try:
-        image = _open(data) if data[:2] in (b"II", b"MM") else None
+        image = open_picture(data) if data[:2] in (b"II", b"MM") else None
     except Image.UnidentifiedImageError:
         image = None
     return of_tiff(data, pixels.channels, most_bytes) if needs_tifffile(data, pixels.channels, image) else None
 
 
 def _of_image(image: Image.Image, pixels: Pixels, data: bytes) -> tuple[Image.Image, ...]:
-    with _require_small(image, pixels):
-        values = of_image(image, (lambda: _open(data)) if data else None)
+    with require_small(image, pixels):
+        values = of_image(image, (lambda: open_picture(data)) if data else None)
         if values is not None:
             return _scaled(values, pixels)
         image.load()
-        return _in_channels(ImageOps.exif_transpose(image), pixels)
+        # What is upright need not be copied, unless it is the caller's.
+        if not data or image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        return _in_channels(image, pixels)
 
 
 def _limit(pixels: Pixels) -> float:
@@ -161,7 +164,7 @@ def _limit(pixels: Pixels) -> float:
     return Image.MAX_IMAGE_PIXELS or MOST_MEGAPIXELS * 1e6
 
 
-def _require_small(image: Image.Image, pixels: Pixels) -> AbstractContextManager:
+def require_small(image: Image.Image, pixels: Pixels) -> AbstractContextManager:
     """Refuse a picture that is too large; a JPEG is reduced by its decoder instead, to the largest size that fits.
 
     Returns:

@@ -6,6 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
+# Batches that are decoded while one is computed.
+AHEAD = 2
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -35,3 +37,15 @@ def map_ahead(
     while waiting:
         item, result = waiting.popleft()
         yield item, result.result()
+
+
+def made_ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], ahead: int = AHEAD
+) -> Iterator[tuple[Item, Result]]:
+    """Yield as ``map_ahead``: while one result is worked on, the next ``ahead`` are made, each in a thread of its own.
+
+    ``items`` is read in the caller's thread, and may look at what the caller did with earlier results. The threads end
+    with the loop: one that outlived it would be missing in a forked process, and starting them takes 0.1 ms.
+    """
+    with threads(ahead) as pool:
+        yield from map_ahead(pool, function, items, ahead + 1)

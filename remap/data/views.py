@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from remap.data.fast_views import INTERPOLATIONS, fast_view
 from remap.data.fingerprint import Contents
 from remap.data.images import BadImage, decode_channels, reason_of
 from remap.data.pixels import RGB, Pixels
@@ -56,6 +57,8 @@ class View:
         Raises:
             BadImage: It cannot be read.
         """
+        if self.pixels.decode == "fast" and self.interpolation in INTERPOLATIONS:
+            return fast_view(source, self.pixels, self.shape, self.crop_pct, self.interpolation, self.apply)
         return self.apply(*decode_channels(source, self.pixels))
 
     def apply(self, *channels: Image.Image) -> NDArray[np.uint8]:
@@ -68,10 +71,11 @@ class View:
         down = min(image.height, image.width * height / width) * self.crop_pct
         left, top = (image.width - across) / 2, (image.height - down) / 2
         box = (left, top, left + across, top + down)
-        parts = [np.array(one.resize((width, height), FILTERS[self.interpolation], box=box)) for one in channels]
+        parts = [np.asarray(one.resize((width, height), FILTERS[self.interpolation], box=box)) for one in channels]
         # Contiguous: for a strided batch a convolution takes another kernel, with other last bits than for the same
         # images held in memory.
-        return np.ascontiguousarray(np.dstack(parts).transpose(2, 0, 1))
+        pixels_HWC = parts[0] if parts[0].ndim == 3 else np.dstack(parts)
+        return np.array(pixels_HWC.transpose(2, 0, 1), order="C")
 
     def to_dict(self) -> dict[str, object]:
         pixels = self.pixels.to_dict()

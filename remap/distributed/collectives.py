@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from remap.data.thread_pool import made_ahead
 from remap.data.views import ViewSource
 
 Chunk = TypeVar("Chunk")
@@ -125,22 +126,26 @@ def share_unreadable(accelerator: Accelerator, source: ViewSource) -> None:
 def compute_and_gather(
     accelerator: Accelerator,
     chunks: Sequence[Chunk],
-    compute: Callable[[Chunk | None], tuple[np.ndarray, Mapping[str, Tensor]]],
+    load: Callable[[Chunk | None], tuple[Tensor, np.ndarray]],
+    compute: Callable[[Tensor], Mapping[str, Tensor]],
     before_round: Callable[[], None],
 ) -> Iterator[tuple[Chunk, np.ndarray, dict[str, Tensor]]]:
     """Compute a share of the chunks on each process, and yield every chunk's rows on all of them, in order.
 
     Args:
-        compute: Returns which images of a chunk could be read (B,), and the rows of these, each (B, ...). For None, and
-            where none could be read, it returns no rows, but of the same shapes and types: those of others go there.
+        load: Returns the images of a chunk, none for None, and which of them could be read (B,). It runs in threads,
+            ahead of ``compute``.
+        compute: Returns the rows of images, each (B, ...). Of no image it returns no rows, but of the same shapes and
+            types: those of others go there.
         before_round: Called by all before each round.
 
     Yields:
         Each chunk, which of its images could be read (B,), and their rows, on the device.
     """
-    for taken, mine in rounds_of_chunks(accelerator, chunks):
+    rounds = rounds_of_chunks(accelerator, chunks)
+    for (taken, _), (images, readable) in made_ahead(lambda one: load(one[1]), rounds):
         before_round()
-        readable, rows = compute(mine)
+        rows = compute(images)
         gathered = all_gather_rows(accelerator, readable)
         for rank, (chunk, indices) in enumerate(zip(taken, gathered, strict=False)):  # the last round may be short
             yield chunk, indices, {k: _broadcast_rows(accelerator, own, rank, len(indices)) for k, own in rows.items()}

@@ -9,6 +9,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from remap.cache.frozen_features import FrozenFeatures
+from remap.data.thread_pool import made_ahead
 from remap.data.views import ViewSource, require_readable
 from remap.distributed.collectives import all_reduce_max, all_reduce_max_, index_chunks, rounds_of_chunks
 from remap.distributed.device_memory import is_out_of_memory
@@ -120,10 +121,10 @@ class _Pass:
         # Whole chunks go to processes, so that each pass has the same shape on any number of them.
         chunks = index_chunks(shape[1], batch_size)
         with self.progress.wait(f"evaluating {self.what}", -(-len(chunks) // self.accelerator.num_processes)) as step:
-            for _, chunk in rounds_of_chunks(self.accelerator, chunks):
+            rounds = rounds_of_chunks(self.accelerator, chunks)
+            for _, (images, readable) in made_ahead(self._read, rounds):
                 raise_if_interrupted(self.accelerator, f"{self.what} was being evaluated")
-                indices = np.arange(0) if chunk is None else chunk
-                out_of_memory = self._classify(indices, answers, batch_size > 1)
+                out_of_memory = self._classify(images, readable, answers, batch_size > 1)
                 unreadable = bool(self.source.bad) and not self.skip_bad
                 any_out_of_memory, any_unreadable = all_reduce_max(self.accelerator, out_of_memory, unreadable)
                 if any_unreadable:  # on all processes at once, or the others would wait for the one that raises
@@ -135,9 +136,13 @@ class _Pass:
                 step.advance()
         return answers
 
-    def _classify(self, indices: np.ndarray, answers: tuple[Tensor, Tensor], may_shrink: bool) -> bool:
+    def _read(self, of_round: tuple[object, np.ndarray | None]) -> tuple[Tensor, np.ndarray]:
+        """Return the images of this process's chunk of a round, and which of them could be read."""
+        chunk = of_round[1]
+        return (self.features or self.source).batch(np.arange(0) if chunk is None else chunk)
+
+    def _classify(self, images: Tensor, readable: np.ndarray, answers: tuple[Tensor, Tensor], may_shrink: bool) -> bool:
         """Fill in the answers for some images; return whether memory ran out instead."""
-        images, readable = (self.features or self.source).batch(indices)
         shown = readable
         if not len(readable) and is_sharded(self.network):
             # The other processes need this one in their forward pass, so it runs on a black image.

@@ -16,6 +16,7 @@ from remap.engine.average import Average, average_pairs
 from remap.network import Network, Runner
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Objective
+from remap.remapping.signals import Needs
 
 
 class CachedOutputs(Protocol):
@@ -34,6 +35,7 @@ class Teacher:
     Args:
         network: A frozen network.
         number: Which of the objective's teachers it is.
+        needs: What is read of it besides.
 
     Attributes:
         cached: Its outputs for all training images; None where they are computed in each step.
@@ -41,11 +43,18 @@ class Teacher:
     """
 
     def __init__(
-        self, network: Network, objective: Objective, number: int, accelerator: Accelerator, *, bf16: bool
+        self,
+        network: Network,
+        objective: Objective,
+        number: int,
+        accelerator: Accelerator,
+        *,
+        bf16: bool,
+        needs: Needs = Needs(),
     ) -> None:
         self.network, self.number = network, number
         # Taps only what the objective reads of this teacher.
-        self.runner = Runner(network, objective.teacher_needs(number), bf16=bf16)
+        self.runner = Runner(network, objective.teacher_needs(number) | needs, bf16=bf16)
         self.objective, self.device = objective, accelerator.device
         self.cached: CachedOutputs | None = None
         self.at_once = 0

@@ -7,12 +7,12 @@ from typing import Any
 from remap.distributed.interrupts import watch_signals
 from remap.distributed.launch import accelerator, broadcast_str, check_processes
 from remap.errors import RecipeError
-from remap.pipeline.components import build_components
+from remap.pipeline.components import RunComponents, build_components
 from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.run import run, validate_inputs
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_check import check_teachers
-from remap.pipeline.teacher_outputs import store_outputs
+from remap.pipeline.teacher_outputs import choose_storage, make_teacher, store_on_disk
 from remap.pipeline.teacher_tuning import teachers_to_tune
 from remap.progress import Progress, Silent, Within
 from remap.recipe import Recipe
@@ -41,12 +41,34 @@ def build_cache(recipe: Recipe, progress: Progress = Silent()) -> list[dict[str,
         run_dir = RunDir.create(path, recipe) if accelerator().is_main_process else RunDir(path)
         accelerator().wait_for_everyone()
         for title, teacher_dir, tuning in teachers_to_tune(recipe, run_dir, progress, shared):
-            run(tuning, teacher_dir, Within(progress, title), resuming=True)
+            run(tuning, teacher_dir, Within(progress, title), shared, resuming=True)
         components = build_components(recipe, run_dir, progress, shared)
         check_teachers(components, progress)
-        stored = store_outputs(components, progress)
+        stored = _store_outputs(components, progress)
         accelerator().wait_for_everyone()  # the folder is removed with the main process
         return stored
+
+
+def _store_outputs(components: RunComponents, progress: Progress) -> list[dict[str, Any]]:
+    """Store the outputs of every teacher of a run on disk, without training.
+
+    Raises:
+        DataError: A teacher's outputs cannot be cached.
+    """
+    stored = []
+    for number, prepared in enumerate(components.teachers):
+        if prepared.spec.model == EMA or not components.objective.reads_teacher(number):
+            continue  # a running average changes in training
+        # The command says disk, whatever the recipe prefers for training.
+        prepared.spec = prepared.spec.model_copy(update={"cache": "disk"})
+        teacher = make_teacher(components, number)
+        try:
+            storage = choose_storage(components, prepared, teacher)
+            report = store_on_disk(components, teacher, prepared, storage, progress, timed=True)
+            stored.append({"teacher": prepared.spec.model, **report})
+        finally:
+            teacher.close()
+    return stored
 
 
 def _require_cacheable(recipe: Recipe) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -20,6 +21,7 @@ from remap.network import Network, choose_attention, tuned
 from remap.pipeline.init_student import InitReport, init_from_teacher
 from remap.pipeline.joint_teacher import frozen_or_joint
 from remap.pipeline.objective import build_objective, pairs_of
+from remap.pipeline.one_pass import run_once
 from remap.pipeline.shared import DataViews, SharedResources
 from remap.pipeline.shrink_student import open_student
 from remap.pipeline.teacher_tuning import teacher_folder
@@ -139,7 +141,8 @@ def build_components(
     if run_dir is not None:
         for number, teacher in enumerate(teachers):
             folder = teacher_folder(teacher.spec, number, run_dir, shared)
-            teachers[number] = prepare_teacher(teacher, recipe, folder, views, progress, shared)
+            once = partial(run_once, recipe, views, student, [one.network for one in teachers], number, progress)
+            teachers[number] = prepare_teacher(teacher, recipe, folder, views, progress, shared, once)
     for number, spec in enumerate(recipe.teachers):
         if spec.model == EMA:  # it starts from the student, so it comes last and takes its place in the list
             teachers.insert(number, averaging_teacher(spec, student))

@@ -3,17 +3,24 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor
 
+from remap.backbones.build import add_tensors
 from remap.distributed.launch import accelerator, broadcast_str
+from remap.distributed.sharding import gather_full
+from remap.engine.evaluate import Evaluation, batch_size_of_evaluation
 from remap.errors import RunError
 from remap.io import atomic_write
 from remap.io.checked_read import read_regular
 from remap.io.sealed_json import parse_sealed, sealed_text
+from remap.network import Network
+from remap.pipeline.shared import DataViews
+from remap.recipe.schema import Recipe
 from remap.runs.run_records import JUDGED
 
 Figure = TypeVar("Figure")
@@ -22,6 +29,29 @@ _FIGURES = TypeAdapter(
     dict[str, float | dict[str, dict[str, float]] | None], config=ConfigDict(strict=True, allow_inf_nan=False)
 )
 _MOST_BYTES = 2**20
+
+
+def digest_of_network(network: Network, without: Collection[Tensor] = ()) -> str:
+    """Return a hash that is equal for networks with equal outputs: of weights, structure and input.
+
+    Args:
+        without: Tensors that do not count.
+    """
+    parts = (network.identity.sha256, network.preprocess, network.anatomy, network.model)
+    # The repr of a module shows its structure: heads and patch size do not show in the weights.
+    digest = hashlib.sha256(" ".join(map(repr, parts)).encode())
+    tensors = {name: tensor for name, tensor in network.tensors.items() if all(tensor is not one for one in without)}
+    add_tensors(digest, {name: gather_full(tensor) for name, tensor in tensors.items()})
+    return digest.hexdigest()
+
+
+def evaluate_once(recipe: Recipe, network: Network, views: DataViews, evaluate: Callable[[], Evaluation]) -> Evaluation:
+    """Return a network's evaluation on the evaluation images; computed where this process has none of it."""
+    how = f"{recipe.train.precision} {recipe.train.fused_attention} {batch_size_of_evaluation(recipe)}"
+    key = f"{digest_of_network(network)} {how}"
+    if key not in views.evaluations:
+        views.evaluations[key] = evaluate()
+    return views.evaluations[key]
 
 
 def judged_once(folder: Path, what: str, of: str, compute: Callable[[], Figure]) -> Figure:

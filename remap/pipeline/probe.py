@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, module_at
 from remap.backbones.families.watching import Layer
 from remap.backbones.typed import input_channels
+from remap.cache.passes import run_in_passes
 from remap.data.splits import stratified
+from remap.data.thread_pool import made_ahead
 from remap.data.views import ViewSource
+from remap.distributed.collectives import index_chunks
 from remap.distributed.interrupts import defer_signals, raise_if_interrupted
 from remap.errors import BackboneError, DataError
 from remap.network import Network, Runner
@@ -30,12 +33,24 @@ STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 
 
 def fit_probe(
-    network: Network, source: ViewSource, accelerator: Accelerator, batch_size: int, progress: Progress
+    network: Network,
+    source: ViewSource,
+    accelerator: Accelerator,
+    batch_size: int,
+    progress: Progress,
+    *,
+    bf16: bool = False,
+    features: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> float:
     """Fit the classifier by logistic regression (scikit-learn, L-BFGS) on standardised pooled features.
 
     Of a classifier with hidden layers (MetaFormer's) the last layer is fitted, on what the others make of the features.
     The penalty is chosen on a held-out fifth of the training images; the evaluation split is never looked at.
+
+    Args:
+        batch_size: Images of a pass. All passes are as large, so that the features are those of a training step.
+        bf16: Whether that runs the network under bfloat16 autocast.
+        features: ``pooled_features`` of these images, where they are known.
 
     Returns:
         The chosen inverse strength of the penalty.
@@ -43,7 +58,9 @@ def fit_probe(
     Raises:
         DataError: Fewer than two classes have readable images.
     """
-    features_ND, labels_N = pooled_features(network, source, accelerator, batch_size, progress, "teacher features")
+    features_ND, labels_N = features or signals_of(
+        network, source, accelerator, batch_size, progress, "teacher features", pooled=True, bf16=bf16, filled=True
+    )
     if len(np.unique(labels_N)) < 2:
         raise DataError("a head needs readable training images of two classes at least", do="repair the images")
     features_ND = _into_last_layer(network, features_ND)
@@ -119,20 +136,29 @@ def signals_of(
     what: str,
     *,
     pooled: bool,
+    bf16: bool = False,
+    filled: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return pooled features or else logits, float64 (N, D or C), and labels (N,), of all readable images."""
+    """Return pooled features or else logits, float64 (N, D or C), and labels (N,), of all readable images.
+
+    Args:
+        filled: Fill the last batch up to ``batch_size``, as ``run_in_passes`` does.
+    """
     network.model.eval()
-    runner = Runner(network, Needs(pooled=pooled))
+    runner = Runner(network, Needs(pooled=pooled), bf16=bf16)
+
+    def run(images: Tensor) -> dict[str, Tensor]:
+        found = runner(images.to(accelerator.device))
+        return {"rows": (found.pooled_BD if pooled else found.logits_BC).float().cpu()}
+
     rows, readable = [], []
     with defer_signals(), progress.wait(what, len(source.split)) as step:
-        for start in range(0, len(source.split), batch_size):
+        for indices, (images, good) in made_ahead(source.batch, index_chunks(len(source.split), batch_size)):
             raise_if_interrupted(accelerator, f"{what} were being computed")
-            images, good = source.batch(np.arange(start, min(start + batch_size, len(source.split))))
             if len(good):
-                found = runner(images.to(accelerator.device))
-                rows.append((found.pooled_BD if pooled else found.logits_BC).float().cpu().numpy())
+                rows.append(run_in_passes(run, images, batch_size if filled else len(images))["rows"].numpy())
                 readable.append(good)
-            step.advance(len(images))
+            step.advance(len(indices))
     runner.tap.close()
     return np.concatenate(rows).astype(np.float64), source.split.labels[np.concatenate(readable)]
 
@@ -171,6 +197,12 @@ def _into_last_layer(network: Network, features_ND: np.ndarray) -> np.ndarray:
     head(torch.from_numpy(features_ND).to(last.weight))
     handle.remove()
     return seen[0].cpu().double().numpy()
+
+
+def fitted_tensors(network: Network) -> list[Tensor]:
+    """Return the parameters that ``fit_probe`` writes."""
+    heads = [last_layer(module_at(network.model, path)) for path in network.anatomy.classifier_heads]
+    return [parameter for head in heads for parameter in head.parameters()]
 
 
 def last_layer(head: nn.Module) -> Layer:

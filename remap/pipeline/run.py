@@ -86,7 +86,7 @@ def run(
         for title, teacher_dir, tuning in teachers_to_tune(recipe, run_dir, progress, shared):
             require_student(recipe, shared)  # before a teacher is tuned for hours
             later = own + baseline + steps_after
-            run(tuning, teacher_dir, Within(progress, title), resuming=True, steps_after=later)
+            run(tuning, teacher_dir, Within(progress, title), shared, resuming=True, steps_after=later)
 
         if recipe.choose_losses:
             recipe = _choose_losses(recipe, run_dir, progress, shared, locks)

@@ -30,6 +30,7 @@ class DataViews:
         unreadable: Images of all splits that were left out, with the reason.
         contents: What is known of the files' content, unreadable ones included, by split.
         selection: Images held out of the labelled training images, that the epoch is chosen by.
+        evaluations: What networks answered on the evaluation images, see ``evaluate_once``.
     """
 
     data: ImageData
@@ -42,6 +43,7 @@ class DataViews:
     training_source: ViewSource
     contents: dict[str, Contents] = field(default_factory=dict)
     selection: ViewSource | None = None
+    evaluations: dict[str, Any] = field(default_factory=dict)
     _fingerprint: str = ""
 
     @property
@@ -118,7 +120,8 @@ class SharedResources:
         first, (_, height, width) = inputs[0], inputs[0].shape
         factor = max(max(one.shape[1] / height, one.shape[2] / width) for one in inputs)
         size = (round(height * factor), round(width * factor))
-        pixels = Pixels(max(one.shape[0] for one in inputs), spec.alpha, megapixels=spec.max_megapixels)
+        channels = max(one.shape[0] for one in inputs)
+        pixels = Pixels(channels, spec.alpha, megapixels=spec.max_megapixels, decode=spec.decode)
         if spec.value_range is not None:
             pixels = replace(pixels, value_range=(spec.value_range[0], spec.value_range[1]))
         else:

@@ -57,7 +57,8 @@ def evaluate_at_end(
         return FinalEvaluations(None, None, judge(components, "the student", progress))
     is_last = kept_epoch(state, recipe.train) == state.epoch
     # A resumed run may have had no epoch left to train.
-    val = tracker.last if is_last and tracker.last is not None else tracker.evaluate()
+    # A teacher that was tuned by this run is evaluated on the same images by the next one.
+    val = tracker.once(known=tracker.last if is_last else None)
     test = None
     if views.test is not None:
         # The test images are looked at once, after everything else is decided.

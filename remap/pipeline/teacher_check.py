@@ -1,5 +1,7 @@
 """The check of a teacher against chance and the untrained student, before anything is trained."""
 
+from functools import partial
+
 import numpy as np
 
 from remap.data.views import ViewSource
@@ -7,6 +9,7 @@ from remap.distributed.launch import accelerator
 from remap.engine.evaluate import evaluate_as
 from remap.errors import TrainingError
 from remap.pipeline.components import RunComponents
+from remap.pipeline.judged import evaluate_once
 from remap.pipeline.teachers import PreparedTeacher
 from remap.progress import Progress
 from remap.recipe.paths import is_run
@@ -24,7 +27,9 @@ def check_teachers(components: RunComponents, progress: Progress) -> None:
     """
     if any(prepared.accuracy is not None and not prepared.spec.allow_weak for prepared in components.teachers):
         recipe, views, what = components.recipe, components.views, "the network before training"
-        untrained = evaluate_as(recipe, components.student, views.val, accelerator(), progress, what).accuracy
+        student = components.student
+        evaluate = partial(evaluate_as, recipe, student, views.val, accelerator(), progress, what)
+        untrained = evaluate_once(recipe, student, views, evaluate).accuracy
         for prepared in components.teachers:
             require_useful(prepared, untrained, views.val)
 

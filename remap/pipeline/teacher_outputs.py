@@ -10,7 +10,8 @@ import torch
 from remap.cache.cache_folders import CacheKey, cache_root, has_cache, library_versions, require_space
 from remap.cache.output_format import OutputFormat
 from remap.cache.output_store import LEAST_MASS, OutputStore, bytes_for
-from remap.cache.teacher_cache import FiniteViews, cache_in_memory, cache_on_disk, missing_rows, outputs_of
+from remap.cache.passes import outputs_of
+from remap.cache.teacher_cache import FiniteViews, InMemory, cache_in_memory, cache_on_disk, missing_rows
 from remap.data.images import ALWAYS_OPAQUE
 from remap.distributed.launch import accelerator
 from remap.engine.joint_teacher import JointTeacher
@@ -66,11 +67,12 @@ def teachers_in_training(components: RunComponents, shared: SharedResources, pro
         if storage.where == "memory":
             _cache_in_memory(components, teacher, prepared, storage, shared, progress)
         elif storage.where == "disk":
-            _cache_on_disk(components, teacher, prepared, storage, progress)
+            store_on_disk(components, teacher, prepared, storage, progress)
         elif components.recipe.data.finite_views and prepared.spec.cache == "auto" and not prepared.spec.learns:
             progress.say(
                 "the teacher runs in every step: its outputs fit neither in memory (data.memory_gib) nor on the disk"
             )
+        prepared.one_pass = None  # which other runs of a comparison have no use for
         components.teachers[number] = replace(prepared, outputs=storage.where)
     return teachers
 
@@ -129,28 +131,6 @@ def _items(spec: TeacherSpec, shapes: dict[str, tuple[int, ...]], *, bf16: bool)
     return {name: OutputFormat(shape, dtype, spec.top_k if name == LOGITS else None) for name, shape in shapes.items()}
 
 
-def store_outputs(components: RunComponents, progress: Progress) -> list[dict[str, Any]]:
-    """Store the outputs of every teacher of a run on disk, without training.
-
-    Raises:
-        DataError: A teacher's outputs cannot be cached.
-    """
-    stored = []
-    for number, prepared in enumerate(components.teachers):
-        if prepared.spec.model == EMA or not components.objective.reads_teacher(number):
-            continue  # a running average changes in training
-        # The command says disk, whatever the recipe prefers for training.
-        prepared.spec = prepared.spec.model_copy(update={"cache": "disk"})
-        teacher = make_teacher(components, number)
-        try:
-            storage = choose_storage(components, prepared, teacher)
-            report = _cache_on_disk(components, teacher, prepared, storage, progress, timed=True)
-            stored.append({"teacher": prepared.spec.model, **report})
-        finally:
-            teacher.close()
-    return stored
-
-
 def finite_views(components: RunComponents) -> FiniteViews:
     """Return all views of all training images, where they are finite."""
     data = components.recipe.data
@@ -172,11 +152,12 @@ def _cache_in_memory(
     # The size of a pass is part of the key: it may decide the last bits.
     key = (prepared.fingerprint, source, components.views.view, names, seed, components.bf16, in_pass)
     if key not in shared.targets:
-        shared.targets[key] = cache_in_memory(teacher, views, batch, in_pass, accelerator(), progress)
+        known = _known(components, prepared, storage)
+        shared.targets[key] = known or cache_in_memory(teacher, views, batch, in_pass, accelerator(), progress)
     teacher.cached = shared.targets[key]
 
 
-def _cache_on_disk(
+def store_on_disk(
     components: RunComponents,
     teacher: Teacher,
     prepared: PreparedTeacher,
@@ -205,7 +186,8 @@ def _cache_on_disk(
         )
     # Only what is missing has to fit.
     require_space(cache_root(), bytes_for(items, missing))
-    cached = cache_on_disk(teacher, store, views, batch, components.pass_images, accelerator(), progress)
+    known = _known(components, prepared, storage) if missing else None
+    cached = cache_on_disk(teacher, store, views, batch, components.pass_images, accelerator(), progress, known)
     teacher.cached = cached
     progress.say(f"teacher outputs on disk: {store.folder} ({cached.computed:,} computed now, {size(store.nbytes)})")
     if store.damaged:
@@ -226,6 +208,14 @@ def _cache_on_disk(
         "bytes": store.nbytes,
         "seconds": round(time.perf_counter() - started, 2),
     }
+
+
+def _known(components: RunComponents, prepared: PreparedTeacher, storage: OutputStorage) -> InMemory | None:
+    """Return the outputs that fitting the teacher's head has given already."""
+    if prepared.one_pass is None:
+        return None
+    sizes = components.process_images, components.pass_images
+    return prepared.one_pass.outputs(set(storage.shapes), finite_views(components), *sizes, components.bf16)
 
 
 def _batch_seconds(teacher: Teacher, views: FiniteViews, batch: int, at_once: int) -> float:

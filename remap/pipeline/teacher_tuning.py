@@ -1,7 +1,7 @@
 """Teachers that are tuned before the run: which, by what recipe, and where they are stored."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from remap.runs.run_dir import RunDir
 from remap.runs.task import open_backbone
 from remap.runs.task_file import folder_of, read_meta, read_tensors
 
+PROBE = "probe"
 # Share of the labelled training images that a teacher's temperature is fitted on.
 HELD_OUT = 0.2
 
@@ -43,43 +44,54 @@ def teachers_to_tune(
         # Tuned by an earlier run of this command, or by this run before it was interrupted.
         if key not in shared.tuned_teachers and not is_prepared(folder):
             require_unlinked(folder)
-            stored = _StoredTeacher.of(tuning, spec, shared, progress)
+            stored = StoredTeacher.of(tuning, spec, shared, progress)
             if not stored.fetch(folder):
                 classes = len(shared.classes(recipe))
                 progress.say(
                     f"{title_of(spec, recipe)} has no head for these {classes} classes: tuning it ({spec.prepare})"
                 )
                 yield title_of(spec, recipe), open_or_create(folder, tuning), tuning
-                stored.store(folder)
+                # A run that was resumed may have begun on another machine, whose bits differ.
+                if stored.key is not None and not RunDir(folder).environment().get("resumed"):
+                    stored.store(folder)
         shared.tuned_teachers.setdefault(key, folder)
 
 
 @dataclass(frozen=True)
-class _StoredTeacher:
-    """A tuned teacher in the cache, where later runs find it; without a key it is tuned for this run alone."""
+class StoredTeacher:
+    """A tuned or probed teacher in the cache, where later runs find it; without a key it is for this run alone."""
 
     key: dict[str, Any] | None
     progress: Progress
 
     @classmethod
-    def of(cls, tuning: Recipe, spec: TeacherSpec, shared: SharedResources, progress: Progress) -> "_StoredTeacher":
-        # "self" has the weights of one student, which may be random.
-        if spec.cache == "off" or spec.model == SELF or not shared.use_stored_teachers:
-            return cls(None, progress)
-        key = None
-        if accelerator().is_main_process:
+    def of(cls, tuning: Recipe, spec: TeacherSpec, shared: SharedResources, progress: Progress) -> "StoredTeacher":
+        """Return the teacher that a recipe tunes."""
+
+        def key() -> dict[str, Any]:
             backbone = open_backbone(spec, len(shared.classes(tuning))).identity
-            key = {
+            return {
                 "teacher": backbone.model,
                 "method": spec.prepare,
                 "backbone": backbone.sha256,
                 "recipe": tuning.digest(places=False),
                 "images": fingerprint(shared.index(tuning.data), progress, tuning.data.workers),
                 "precision": tuning.train.precision,
-                "machine": machine(),
-                "versions": library_versions(),
             }
-        return cls(key, progress)
+
+        return cls.made_by(key, spec, shared, progress)
+
+    @classmethod
+    def made_by(
+        cls, key: Callable[[], dict[str, Any]], spec: TeacherSpec, shared: SharedResources, progress: Progress
+    ) -> "StoredTeacher":
+        """Return the teacher of a key: all that decides its tensors besides the machine and the versions."""
+        # "self" has the weights of one student, which may be random.
+        if spec.cache == "off" or spec.model == SELF or not shared.use_stored_teachers:
+            return cls(None, progress)
+        if not accelerator().is_main_process:
+            return cls(None, progress)
+        return cls({**key(), "machine": machine(), "versions": library_versions()}, progress)
 
     def fetch(self, folder: Path) -> bool:
         """Copy it into a teacher's folder, for all processes; return whether it was there."""
@@ -89,21 +101,28 @@ class _StoredTeacher:
                 found = fetch_teacher(prepared_root(), self.key, folder / "task")
                 if found:
                     read_tensors(folder / "task", read_meta(folder / "task"))
-                    self.progress.say("the teacher was tuned on these images before, and is read from the cache")
+                    self.progress.say(
+                        f"the teacher was {self._made} on these images before, and is read from the cache"
+                    )
             except RemapError as error:  # a cache saves time; what is wrong with it must not cost the run
                 shutil.rmtree(folder / "task", ignore_errors=True)
-                self.progress.say(f"a tuned teacher in the cache cannot be used, and is tuned again: {error}")
+                self.progress.say(
+                    f"a {self._made} teacher in the cache cannot be used, and is {self._made} again: {error}"
+                )
                 found = False
         return broadcast_str(str(found)) == "True"
 
     def store(self, folder: Path) -> None:
-        """Store it, when its run has ended."""
-        # A run that was resumed may have begun on another machine, whose bits differ.
-        if self.key is not None and not RunDir(folder).environment().get("resumed"):
+        """Store it, once it is complete."""
+        if self.key is not None:
             try:
                 store_teacher(prepared_root(), self.key, folder / "task")
             except RemapError as error:
-                self.progress.say(f"the tuned teacher is not stored for later runs: {error}")
+                self.progress.say(f"the {self._made} teacher is not stored for later runs: {error}")
+
+    @property
+    def _made(self) -> str:
+        return "fitted" if self.key is not None and self.key["method"] == PROBE else "tuned"
 
 
 def _brings_head(spec: TeacherSpec, recipe: Recipe, shared: SharedResources) -> bool:

@@ -1,37 +1,37 @@
 """Teachers: load them, and give those a head for these classes that have none, by a linear probe or by tuning."""
 
-import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from remap.backbones.build import Backbone, add_tensors
+from remap.backbones.build import Backbone
 from remap.distributed.launch import accelerator, use_bf16
-from remap.distributed.sharding import gather_full, is_sharded, shard, wants_sharding
+from remap.distributed.sharding import is_sharded, shard, wants_sharding
 from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.self_teachers import averaged_copy, untuned_copy
 from remap.io.paths import expanded
 from remap.network import Network, choose_attention, tuned
-from remap.pipeline import probe
 from remap.pipeline.calibration import calibrate
 from remap.pipeline.class_matching import match_classes
-from remap.pipeline.judged import judged_once
+from remap.pipeline.fit_head import fit_head
+from remap.pipeline.judged import digest_of_network, evaluate_once, judged_once
+from remap.pipeline.one_pass import OnePass
 from remap.pipeline.shared import DataViews, SharedResources
 from remap.pipeline.teacher_tuning import (
     HELD_OUT,
     is_prepared,
     needs_logits,
-    require_unlinked,
     teacher_recipe,
     title_of,
 )
 from remap.progress import Progress
 from remap.recipe.paths import is_run
 from remap.recipe.schema import EMA, SELF, Recipe, TeacherSpec
-from remap.runs.task import load_task, open_backbone, put_task, require_size_of_run, save_task, task_tensors
+from remap.runs.task import load_task, open_backbone, put_task, require_size_of_run
 
 
 @dataclass
@@ -44,6 +44,7 @@ class PreparedTeacher:
         accuracy: On the evaluation split; None when no loss reads its logits.
         outputs: Where they came from in training: "each step", "memory" or "disk".
         evaluation: What ``accuracy`` was counted from.
+        one_pass: What it made of the training images before it had a head, until the first run has taken it.
     """
 
     network: Network
@@ -53,16 +54,12 @@ class PreparedTeacher:
     accuracy: float | None = None
     outputs: str | None = None
     evaluation: Evaluation | None = None
+    one_pass: OnePass | None = None
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return a hash that is equal for teachers with equal outputs: of weights, structure and input."""
-        network = self.network
-        parts = (network.identity.sha256, network.preprocess, network.anatomy, network.model)
-        # The repr of a module shows its structure: heads and patch size do not show in the weights.
-        digest = hashlib.sha256(" ".join(map(repr, parts)).encode())
-        add_tensors(digest, {name: gather_full(tensor) for name, tensor in network.tensors.items()})
-        return digest.hexdigest()
+        """Return a hash that is equal for teachers with equal outputs."""
+        return digest_of_network(self.network)
 
     def to_dict(self) -> dict[str, Any]:
         model = self.network.identity.model
@@ -131,11 +128,13 @@ def prepare_teacher(
     views: DataViews,
     progress: Progress,
     shared: SharedResources,
+    run_once: Callable[[], OnePass | None],
 ) -> PreparedTeacher:
     """Give a teacher whose logits a loss reads a head for these classes, if it has none; then evaluate it.
 
     Args:
         folder: Where the fitted head is stored as a task, and the accuracy, so that a resumed run finds them.
+        run_once: Runs it over the training images, where its outputs are cached and one pass serves for the head too.
     """
     spec, part = teacher.spec, views
     if not needs_logits(recipe) or spec.model == EMA:
@@ -150,13 +149,14 @@ def prepare_teacher(
         part = shared.open(held_out, views.view, progress)
     if teacher.head == "none":
         if spec.prepare == "probe":
+            one_pass = None
             if not is_prepared(folder):
-                _fit_head(teacher, recipe, folder, part, progress)
+                one_pass = fit_head(teacher.network, spec, recipe, folder, part, progress, shared, run_once)
             # The main process makes the folder; the others must not look for it earlier.
             accelerator().wait_for_everyone()
             # Read back from the file by every process, also by the one that fitted it: all have the same bits.
             put_task(teacher.network, folder)
-            network = teacher.network
+            network, teacher.one_pass = teacher.network, one_pass
         else:
             network, _ = load_task(shared.tuned_teachers[teacher_recipe(recipe, spec).digest()])
         teacher = placed(replace(teacher, network=network, head=spec.prepare), recipe, accelerator().device)
@@ -168,9 +168,10 @@ def prepare_teacher(
     network = teacher.network
 
     found: list[Evaluation] = []
+    evaluate = partial(evaluate_as, recipe, network, views.val, accelerator(), progress, "the teacher")
 
     def evaluated() -> float:
-        found.append(evaluate_as(recipe, network, views.val, accelerator(), progress, "the teacher"))
+        found.append(evaluate_once(recipe, network, views, evaluate))
         return found[0].accuracy
 
     # Judged once; the check against chance and the summary both use it.
@@ -179,20 +180,6 @@ def prepare_teacher(
     if reusable:
         shared.teachers[teacher.key] = teacher
     return teacher
-
-
-def _fit_head(teacher: PreparedTeacher, recipe: Recipe, folder: Path, views: DataViews, progress: Progress) -> None:
-    """Fit a linear head on the teacher's features, and store it as a task."""
-    network = teacher.network
-    require_unlinked(folder)
-    progress.say(
-        f"{title_of(teacher.spec, recipe)} has no head for these {len(views.data.classes)} classes: fitting one"
-    )
-    strength = probe.fit_probe(network, views.train, accelerator(), recipe.train.batch_size, progress)
-    tensors = task_tensors(network)
-    if accelerator().is_main_process:
-        save_task(folder / "task", network, views.view, "linear", {}, tensors)
-    progress.say(f"fitted by logistic regression on the teacher's features (C = {strength})")
 
 
 def _key(network: Network, head: str, spec: TeacherSpec, recipe: Recipe) -> str:

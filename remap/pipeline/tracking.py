@@ -14,7 +14,7 @@ from remap.engine.state import State, digest_of
 from remap.errors import RunError
 from remap.pipeline.components import RunComponents
 from remap.pipeline.judge import Judgement, judge
-from remap.pipeline.judged import judged_once
+from remap.pipeline.judged import evaluate_once, judged_once
 from remap.pipeline.run_status import RunClock
 from remap.progress import Progress
 from remap.remapping.schedule import is_scheduled
@@ -54,7 +54,7 @@ class RunTracker:
         parts, what = self.components, "the network before training"
         of = digest_of(parts.recipe, parts.views.digest(self.progress), parts.weights_digest())
         if not parts.recipe.label_free:
-            return judged_once(self.run_dir.path, what, of, lambda: self.evaluate(what).accuracy)
+            return judged_once(self.run_dir.path, what, of, lambda: self.once(what).accuracy)
         self.judged_before = judged_once(self.run_dir.path, what, of, lambda: judge(parts, what, self.progress))
         return None
 
@@ -69,6 +69,11 @@ class RunTracker:
         if source is None:
             source, features = parts.views.val, self.features
         return evaluate_as(parts.recipe, parts.student, source, accelerator(), self.progress, title, features)
+
+    def once(self, title: str = "the student", known: Evaluation | None = None) -> Evaluation:
+        """Evaluate the student as it is on the evaluation images, unless that is known."""
+        parts = self.components
+        return evaluate_once(parts.recipe, parts.student, parts.views, lambda: known or self.evaluate(title))
 
     def after_epoch(self) -> dict[str, float]:
         """Refuse too many unreadable training images, then return the metrics of a student that has a classifier."""

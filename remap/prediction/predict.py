@@ -1,20 +1,22 @@
 """Predict images with a tuned student, or with several tasks on one backbone."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from remap.distributed import launcher_env
-from remap.distributed.launch import accelerator
-from remap.errors import RunError
+from remap.distributed.launch import accelerator, use_bf16
+from remap.errors import BackboneError, RunError
 from remap.io.paths import expanded
 from remap.pipeline.student_api import Student, load_student
 from remap.prediction.inputs import STDIN, Inputs, Item
 from remap.prediction.output import PredictionFile
 from remap.prediction.predictions import Prediction, Wanted, predictions
 from remap.progress import Progress, Silent
+from remap.runs.run_dir import RunDir
 from remap.runs.task_file import folder_of, read_meta
 from remap.tasks.multi_task import MultiTask
 from remap.tasks.shelf import Shelf
@@ -55,7 +57,7 @@ def predict(
         DataError: There is no image, or a folder or archive cannot be read. An image that cannot be read is a row.
     """
     students = open_students(run, device)
-    wanted = Wanted(top, probabilities, embeddings, batch_size)
+    wanted = Wanted(top, probabilities, embeddings, batch_size, bf16=runs_in_bf16(run, students))
     inputs = Inputs([images] if isinstance(images, str | Path) else images)
     for rows in _with_progress(students, inputs, wanted, progress):
         yield from rows
@@ -79,8 +81,9 @@ def predict_to_file(
     if several and STDIN in inputs.words:
         raise RunError("standard input cannot be shared among processes", do="write the paths to a file: --list FILE")
     students = open_students(run, accelerator().device if several else None)
-    decisive = {key: value for key, value in asdict(wanted).items() if key not in ("batch_size", "workers")}
-    settings = {"tasks": _digests(run), **decisive}
+    wanted = replace(wanted, bf16=runs_in_bf16(run, students))
+    left_out = {"batch_size", "workers", *(() if wanted.bf16 else ("bf16",))}  # as before there was bf16
+    settings = {"tasks": _digests(run), **{key: value for key, value in asdict(wanted).items() if key not in left_out}}
     make = partial(PredictionFile, path, settings, process, processes)
     file = make() if process == 0 else None
     if several:
@@ -98,7 +101,26 @@ def open_students(run: Runs, device: Any = None) -> dict[str, Student]:
         return dict(MultiTask(None, run, device).students)
     if Shelf.is_at(run):
         return {"": Shelf(run).open_current(device)}
-    return {"": load_student(run, device)}
+    return {"": _folded(load_student(run, device))}
+
+
+def _folded(student: Student) -> Student:
+    """Fold the method into the weights where it can be: LoRA then costs nothing, and logits differ by about 1e-6."""
+    if student.network.attached.mergeable:
+        with suppress(BackboneError):  # one that these weights do not allow: nothing was written
+            student.network.attached.merge()
+    return student
+
+
+def runs_in_bf16(run: Runs, students: Mapping[str, Student]) -> bool:
+    """Whether predictions are made in bfloat16, as ``remap eval`` evaluates a run: by its recipe and the device.
+
+    Task folders, shelves and several runs at once have no recipe; they are run in float32.
+    """
+    if isinstance(run, Mapping) or not (expanded(run) / "recipe.yaml").is_file():
+        return False
+    (student,) = students.values()
+    return use_bf16(RunDir(expanded(run)).recipe().train.precision, student.device)
 
 
 def _digests(run: Runs) -> dict[str, str]:

@@ -15,18 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from remap.backbones.anatomy import set_fused_attention
 from remap.data.image_files import why_not_read
 from remap.data.images import BadImage, reason_of
-from remap.data.thread_pool import map_ahead, threads
+from remap.data.thread_pool import AHEAD, map_ahead, threads
 from remap.data.views import View
 from remap.network import Runner
 from remap.pipeline.student_api import Student
 from remap.prediction.inputs import Item
 from remap.remapping.signals import Needs, Signals
 from remap.tuning.seam import FeatureSeam
-
-# Batches that are decoded while one is computed.
-BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,7 @@ class Wanted:
         top: Number of likeliest classes; of a student with fewer, all.
         batch_size: Images of one forward pass.
         workers: Threads that decode; None for one a core, at most 8.
+        bf16: Whether networks run under bfloat16 autocast.
     """
 
     top: int = 1
@@ -76,6 +75,7 @@ class Wanted:
     embeddings: bool = False
     batch_size: int = 64
     workers: int | None = None
+    bf16: bool = False
 
 
 def predictions(students: Mapping[str, Student], items: Iterable[Item], wanted: Wanted) -> Iterator[list[Prediction]]:
@@ -90,7 +90,7 @@ def predictions(students: Mapping[str, Student], items: Iterable[Item], wanted: 
     views = list(dict.fromkeys(student.view for student in students.values()))
     answer = _Answers(students, views, wanted)
     with threads(wanted.workers or min(8, os.cpu_count() or 1)) as pool:
-        decoded = map_ahead(pool, partial(_read, views), items, BATCHES_AHEAD * wanted.batch_size)
+        decoded = map_ahead(pool, partial(_read, views), items, AHEAD * wanted.batch_size)
         while batch := tuple(islice(decoded, wanted.batch_size)):
             yield from answer.rows(batch)
 
@@ -112,7 +112,12 @@ class _Answers:
     def __init__(self, students: Mapping[str, Student], views: list[View], wanted: Wanted) -> None:
         self.students, self.views, self.wanted = students, views, wanted
         needs = Needs(pooled=wanted.embeddings)
-        self.runners = {name: Runner(student.network, needs).to(student.device) for name, student in students.items()}
+        for student in students.values():  # without a backward pass, the fused kernel is the faster one everywhere
+            set_fused_attention(student.network.model, student.network.anatomy, True)
+        self.runners = {
+            name: Runner(student.network, needs, bf16=wanted.bf16).to(student.device)
+            for name, student in students.items()
+        }
 
     @torch.no_grad()
     def rows(self, batch: tuple[tuple[Item, list[NDArray[np.uint8]] | str], ...]) -> Iterator[list[Prediction]]:

@@ -107,6 +107,10 @@ class DataSpec(Section):
         le=MOST_MEGAPIXELS,
         description="Largest image that is decoded; null is 89.5, and JPEG up to 500 at reduced size.",
     )
+    decode: Annotated[Literal["exact", "fast"], LATER] = Field(
+        default="exact",
+        description="exact is Pillow's decoder and resize; fast is PyTorch's: sooner, and nearly the same pixels.",
+    )
     max_bad: float = Field(default=0.1, ge=0.0, lt=1.0, description="Largest share of unreadable training images.")
     skip_bad: bool = Field(default=False, description="Skip unreadable images in evaluation too, instead of stopping.")
     memory_gib: float = Field(default=4.0, ge=0.0, description="Memory in GiB for views, features, and outputs each.")

@@ -149,7 +149,7 @@ def test_a_signal_while_decoding_is_no_bad_image(monkeypatch: pytest.MonkeyPatch
     def stop(*_: object) -> None:
         raise Interrupted("interrupted")
 
-    monkeypatch.setattr("remap.data.images._require_small", stop)
+    monkeypatch.setattr("remap.data.images.require_small", stop)
     with pytest.raises(Interrupted):
         decode(encoded(Image.new("L", (1, 1))))
 

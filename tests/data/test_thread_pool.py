@@ -1,10 +1,11 @@
 """Threads that read: nobody waits for a slow one after a signal."""
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 
-from remap.data.thread_pool import threads
+from remap.data.thread_pool import made_ahead, threads
 from remap.errors import Interrupted
 
 
@@ -33,3 +34,20 @@ def test_a_block_that_ends_waits_for_all() -> None:
         for number in range(5):
             pool.submit(done.append, number)
     assert sorted(done) == [0, 1, 2, 3, 4]
+
+
+def test_the_next_ones_are_made_while_one_is_worked_on() -> None:
+    """Two are made ahead, in threads of their own and at once; what is asked for next is read by the caller."""
+    together, readers = threading.Barrier(2, timeout=30), set()
+
+    def make(number: int) -> int:
+        together.wait()  # fails unless two are made at the same time
+        return number * number
+
+    def numbers() -> Iterator[int]:
+        for number in range(6):
+            readers.add(threading.current_thread())
+            yield number
+
+    assert list(made_ahead(make, numbers(), ahead=2)) == [(n, n * n) for n in range(6)]
+    assert readers == {threading.current_thread()}

@@ -42,14 +42,17 @@ chunks = collectives.index_chunks(9, 2)
 computed = []
 
 
-def compute(chunk: np.ndarray | None) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+def load(chunk: np.ndarray | None) -> tuple[torch.Tensor, np.ndarray]:
     readable = np.asarray([i for i in ([] if chunk is None else chunk) if i != 4], dtype=np.int64)
-    computed.extend(readable.tolist())
-    rows = torch.from_numpy(readable)[:, None].expand(-1, 3).to(torch.bfloat16)
-    return readable, {"rows": rows, "square": torch.from_numpy(readable).double() ** 2}
+    return torch.from_numpy(readable), readable
 
 
-gathered = list(collectives.compute_and_gather(accelerator(), chunks, compute, lambda: None))
+def compute(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    computed.extend(images.tolist())
+    return {"rows": images[:, None].expand(-1, 3).to(torch.bfloat16), "square": images.double() ** 2}
+
+
+gathered = list(collectives.compute_and_gather(accelerator(), chunks, load, compute, lambda: None))
 assert [chunk.tolist() for chunk, _, _ in gathered] == [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
 assert [indices.tolist() for _, indices, _ in gathered] == [[0, 1], [2, 3], [5], [6, 7], [8]]
 for _, indices, rows in gathered:
