@@ -14,7 +14,7 @@ from remap.pipeline.teacher_outputs import OutputStorage
 from remap.pipeline.teacher_tuning import needs_logits, teacher_recipe
 from remap.pipeline.teachers import PreparedTeacher
 from remap.pipeline.trials import EPOCHS, HELD_OUT, objectives
-from remap.progress import Progress
+from remap.progress import Progress, Within
 
 # Bytes of task.json, about.
 TASK_RECORD = 4096
@@ -70,9 +70,10 @@ def preparation_cost(
         head = sum(p.nbytes for p in teacher.network.head.values())
         return each * len(components.views.train.split) / accelerator().num_processes, head + TASK_RECORD
     # A tuned teacher costs a whole run by itself.
-    tuning = build_components(teacher_recipe(recipe, spec).written_out(), None, progress, shared)
+    named = Within(progress, "tuning the teacher")
+    tuning = build_components(teacher_recipe(recipe, spec).written_out(), None, named, shared)
     tuning.objective.to(accelerator().device)
-    cost = run_cost(tuning, {}, {}, profile_step(tuning, {}))
+    cost = run_cost(tuning, {}, {}, profile_step(tuning, {}, named))
     return cost.seconds, cost.disk_bytes
 
 
@@ -115,6 +116,8 @@ def run_cost(
     checks = profile.forward_seconds * evaluated / processes
     if needs_logits(recipe):  # the teachers are evaluated once
         checks += sum(profile.teacher_seconds.values()) * len(val.split) / processes
+    sources = (training_source, val, test, components.views.selection)
+    once += profile.reading_seconds * sum(len(source.split) for source in sources if source is not None)
     # The same student once more, for as many steps, evaluated before and after.
     alone = profile.student_seconds * spec.batch_size * steps + 2 * profile.forward_seconds * len(val.split)
     has_baseline = recipe.baseline and why_none(components) is None
