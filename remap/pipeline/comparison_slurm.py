@@ -11,8 +11,9 @@ from remap.cache.shared_outputs import FOLDER, SharedOutputs
 from remap.distributed.interrupts import watch_signals
 from remap.errors import RecipeError, RunError
 from remap.pipeline.comparison_cells import Cell
-from remap.pipeline.comparison_jobs import prepare_teachers, require_all, run_cell
+from remap.pipeline.comparison_jobs import prepare_teachers
 from remap.pipeline.comparison_resources import AUTO, Resources
+from remap.pipeline.comparison_workers import require_all, run_cell
 from remap.progress import CELLS, Progress, Silent
 from remap.recipe.schema import Recipe
 

@@ -15,6 +15,7 @@ from remap.cache.teacher_cache import InMemory
 from remap.errors import Interrupted, RecipeError, RunError
 from remap.pipeline import comparison_jobs as jobs
 from remap.pipeline import comparison_slurm, teacher_outputs
+from remap.pipeline import comparison_workers as workers
 from remap.pipeline.compare import Plan, compare
 from remap.progress import Silent
 from remap.recipe import Recipe
@@ -29,7 +30,7 @@ SECOND = "bitfit-teacher-s0"
 @pytest.fixture(autouse=True)
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork this process, which has imported everything and runs one thread."""
-    monkeypatch.setattr(jobs, "START_METHOD", "fork")
+    monkeypatch.setattr(workers, "START_METHOD", "fork")
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +82,14 @@ def test_cells_side_by_side_give_the_same_bits(
 def test_a_process_that_is_killed_loses_its_cell_alone(
     recipe: Recipe, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, folder = jobs.run, tmp_path / "killed"
+    run, folder = workers.run, tmp_path / "killed"
 
     def killed(one: Recipe, run_dir: Any, *args: Any, **kwargs: Any) -> Any:
         if run_dir.path.name == SECOND:
             os.kill(os.getpid(), signal.SIGKILL)
         return run(one, run_dir, *args, **kwargs)
 
-    monkeypatch.setattr(jobs, "run", killed)
+    monkeypatch.setattr(workers, "run", killed)
     with pytest.raises(RunError, match="1 of 4 cells failed; the others are finished") as caught:
         compare(recipe, METHODS, 1, folder, Silent(), Plan(jobs="2"))
     assert f"{SECOND}: its process ended with exit code -9; the system kills" in str(caught.value)
@@ -96,7 +97,7 @@ def test_a_process_that_is_killed_loses_its_cell_alone(
     assert {path.parent.name for path in folder.glob("*/summary.json")} == {
         path.parent.name for path in alone.glob("*/summary.json")
     } - {SECOND}
-    monkeypatch.setattr(jobs, "run", run)
+    monkeypatch.setattr(workers, "run", run)
     compare(recipe, METHODS, 1, folder, Silent())
     assert _tasks(folder) == _tasks(alone)
 
@@ -108,7 +109,7 @@ def test_a_cell_that_fails_is_named_with_its_reason(
         raise RunError(f"{run_dir.path.name} does not work") if one.teachers else ValueError("a bug")
 
     monkeypatch.setattr(jobs, "prepare_teachers", lambda *_: None)
-    monkeypatch.setattr(jobs, "run", failing)
+    monkeypatch.setattr(workers, "run", failing)
     with pytest.raises(RunError, match="2 of 2 cells failed") as caught:
         compare(recipe, ["linear"], 1, tmp_path / "c", Silent(), Plan(jobs="2"))
     assert "linear-teacher-s0" in str(caught.value) and "linear-alone-s0" in str(caught.value)
@@ -117,7 +118,7 @@ def test_a_cell_that_fails_is_named_with_its_reason(
 def test_a_signal_stops_all_processes_which_save_their_state(
     recipe: Recipe, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, run, parent = tmp_path / "stopped", jobs.run, os.getpid()
+    folder, run, parent = tmp_path / "stopped", workers.run, os.getpid()
 
     def stopping(one: Recipe, run_dir: Any, progress: Any, *args: Any, **kwargs: Any) -> Any:
         if os.getpid() == parent:
@@ -130,12 +131,12 @@ def test_a_signal_stops_all_processes_which_save_their_state(
         progress.say = say
         return run(one, run_dir, progress, *args, **kwargs)
 
-    monkeypatch.setattr(jobs, "run", stopping)
+    monkeypatch.setattr(workers, "run", stopping)
     with pytest.raises(Interrupted, match="stopped by SIGTERM") as caught:
         compare(recipe, METHODS, 1, folder, Silent(), Plan(jobs="2"))
     assert f"remap compare ... --output {folder}" in (caught.value.do or "") and caught.value.exit_code == 143
-    assert not jobs.multiprocessing.active_children()
-    monkeypatch.setattr(jobs, "run", run)
+    assert not workers.multiprocessing.active_children()
+    monkeypatch.setattr(workers, "run", run)
     compare(recipe, METHODS, 1, folder, Silent(), Plan(jobs="2"))
     assert _tasks(folder) == _tasks(alone)
 
@@ -143,7 +144,7 @@ def test_a_signal_stops_all_processes_which_save_their_state(
 def test_few_steps_do_not_pay_for_processes(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Callable[..., Any]
 ) -> None:
-    monkeypatch.setattr(jobs, "_Pool", None)
+    monkeypatch.setattr(jobs, "Pool", None)
     progress = watch(lambda step: None)
     compare(recipe, ["linear"], 1, tmp_path / "c", progress, Plan(jobs="auto"))
     assert not any("side by side" in text for text in progress.said)
@@ -170,7 +171,7 @@ def test_cells_are_divided_among_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
     assert [(slot.threads, slot.gpu) for slot in jobs.slots_of(4)] == [(4, 0), (4, 1), (4, 0), (4, 1)]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert jobs._visible(1) == "5"
+    assert workers._visible(1) == "5"
 
 
 def test_tasks_of_a_job_array_give_the_same_bits(
