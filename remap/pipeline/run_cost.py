@@ -8,7 +8,7 @@ from remap.engine.teacher import Teacher
 from remap.network import Network
 from remap.pipeline.baseline import why_none
 from remap.pipeline.components import RunComponents, build_components
-from remap.pipeline.profile_step import StepProfile, profile_step
+from remap.pipeline.profile_step import StepProfile
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_outputs import OutputStorage
 from remap.pipeline.teacher_tuning import needs_logits, teacher_recipe
@@ -58,7 +58,7 @@ def preparation_cost(
 ) -> tuple[float, int]:
     """Return seconds and bytes on disk of giving a teacher a head.
 
-    That is a forward pass over the labelled images for a probe, else a run, which is estimated like any other.
+    That is a forward pass over the labelled images for a probe, else a run, which is estimated by that pass.
 
     Args:
         each: Seconds of the teacher's forward pass for one image.
@@ -72,8 +72,10 @@ def preparation_cost(
     # A tuned teacher costs a whole run by itself.
     named = Within(progress, "tuning the teacher")
     tuning = build_components(teacher_recipe(recipe, spec).written_out(), None, named, shared)
-    tuning.objective.to(accelerator().device)
-    cost = run_cost(tuning, {}, {}, profile_step(tuning, {}, named))
+    # By the forward pass that was measured: gradients of activations cost as much again, and so do those of weights.
+    share = tuning.student.num_trainable / tuning.student.num_parameters
+    profile = StepProfile({}, (2 + share) * each, each, 0.0, 0, 0, {}, {}, 0.0)
+    cost = run_cost(tuning, {}, {}, profile)
     return cost.seconds, cost.disk_bytes
 
 
