@@ -37,7 +37,8 @@ class SharedOutputs(dict[tuple, Any]):
             fcntl.flock(self._lock, fcntl.LOCK_EX)
         if not path.is_file():
             return False
-        super().__setitem__(key, InMemory.of_tensors(read_safetensors(path)))  # type: ignore[index]
+        assert isinstance(key, tuple)
+        super().__setitem__(key, InMemory.of_tensors(read_safetensors(path)))
         self.release()
         return True
 

@@ -131,8 +131,11 @@ class Pool:
             yield
         finally:
             for connection, (process, _, cell) in self._running.items():
-                with suppress(OSError):
-                    process.terminate() if cell else connection.send(None)
+                if cell is not None:
+                    process.terminate()
+                else:
+                    with suppress(OSError):
+                        connection.send(None)
             try:
                 for process, *_ in self._running.values():
                     process.join(SAVING_S)

@@ -8,7 +8,7 @@ import json
 import operator
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def described(config: type[BaseModel]) -> dict[str, Any]:
     Plain is an option whose type, words and limits say all that is checked.
     """
     own = config.__pydantic_decorators__
-    plain = [] if own.model_validators or own.field_validators else config.model_fields
+    plain: Iterable[str] = () if own.model_validators or own.field_validators else config.model_fields
     return {
         "options": rows_of_config(config),
         "notes": _notes(config),
