@@ -18,7 +18,7 @@ from remap.distributed.collectives import index_chunks
 from remap.distributed.launch import accelerator, use_bf16
 from remap.engine.job import Job
 from remap.engine.loop import train
-from remap.errors import RunError
+from remap.errors import Interrupted, RunError
 from remap.network import Network, Runner
 from remap.pipeline.frozen_check import FrozenWeights, trained_text
 from remap.pipeline.tracking import epoch_line
@@ -95,7 +95,11 @@ def by_information(
     )
     progress.say(trained_text(job.parameters(), student))
     relabel()
-    state = train(job)
+    try:
+        state = train(job)
+    except Interrupted as error:  # which says that the state is saved, as that of a run is
+        what = f"stopped; {run} is as it was, and nothing else was written"
+        raise Interrupted(what, exit_code=error.exit_code, do="give the command again") from error
     student.model.eval()
     return {
         "losses": weights,
