@@ -141,7 +141,7 @@ def default_losses(method: str, *, labels: bool = True, teacher: bool = True, ta
         teacher: Whether there is a teacher.
         target: Whether there is another domain to adapt to.
     """
-    names = (DEFAULT_LOSSES if labels else LABEL_FREE_LOSSES) if teacher else ("ce",)
+    names: tuple[str, ...] = (DEFAULT_LOSSES if labels else LABEL_FREE_LOSSES) if teacher else ("ce",)
     names += ("mean_teacher",) if target else ()
     return tuple(name for name in names if not is_idle(name, method))
 
