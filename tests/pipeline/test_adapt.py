@@ -142,7 +142,7 @@ def test_statistics_are_means_over_batches(camera: Path, model_folder: Callable[
         ({"by": "magic"}, "not a way to adapt"),
         ({"by": "statistics"}, "no batch norm of its own"),
         ({"epochs": 0}, "epochs"),
-        ({"val_data": "empty"}, ""),
+        ({"val_data": "empty"}, "no images"),
     ],
 )
 def test_what_cannot_be_adapted_is_one_error(
