@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from remap import __version__
 from remap.errors import UnknownName
 from remap_cli import (
+    adapt,
     cache,
     compare,
     console,
@@ -84,7 +85,17 @@ def _root(
     warnings.showwarning = console.show_warning
 
 
-for command in (init.init, training.distill, training.tune, lr.lr, shrink.shrink, recommend.recommend, compare.compare):
+TRAINING = (
+    init.init,
+    training.distill,
+    training.tune,
+    adapt.adapt,
+    lr.lr,
+    shrink.shrink,
+    recommend.recommend,
+    compare.compare,
+)
+for command in TRAINING:
     app.command(rich_help_panel=TRAIN)(command)
 app.command("eval", rich_help_panel=USE)(evaluate.evaluate)
 for command in (report.report, predict.predict, export.export, repeat.repeat):

@@ -123,6 +123,7 @@ RECIPE_OPTIONS = (
         None,
         "Folder or tar of images without labels, to distil on as well; without --data, alone.",
     ),
+    _training("target", str, _RUNS, None, "Folder or tar of another domain's images, without labels, to adapt to."),
     _models("weights", str, _ALL, "pretrained", "For teacher and student: pretrained or none."),
     _training("epochs", int, _LONG, "30; digits 20", "Passes over the training images."),
     _training("batch_size", int, _ALL, "64; digits 32", "Images per update, over all processes."),

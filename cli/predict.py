@@ -36,6 +36,12 @@ def predict(
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
+    adapt: Annotated[
+        str | None,
+        typer.Option(
+            help="tent: adapt the norms to these images on the way; the run stays as it is.", show_default=False
+        ),
+    ] = None,
     output: Annotated[
         Path | None, _into_file("--output", "Write rows to a .jsonl, .csv or .parquet file; continues if killed.")
     ] = None,
@@ -59,7 +65,7 @@ def predict(
     from remap.prediction.predict import open_students, predict_to_file, runs_in_bf16
     from remap.prediction.predictions import Wanted, predictions
 
-    inputs, wanted = Inputs(words, list_file or []), Wanted(top, probabilities, embeddings, batch_size)
+    inputs, wanted = Inputs(words, list_file or []), Wanted(top, probabilities, embeddings, batch_size, adapt=adapt)
     with console.Reporter(quiet=not launch.is_first()) as progress:
         if output is not None:
             counts = predict_to_file(runs, inputs, output, wanted, progress)

@@ -78,7 +78,7 @@ def _resumed(values: dict[str, Any], processes: int | None, progress: console.Re
     given = [row for row in OPTIONS if values.get(row.name) not in (None, False, []) and DISTILL in row.commands]
     refused = [row for row in given if row.name not in ("resume", "devices", "json")]
     if refused:
-        command = "distill" if _run_dir(run).recipe().teacher else "tune"
+        command = "distill" if _run_dir(run).recipe().named_teachers else "tune"
         reasons = {"output": "a resumed run stays in its own folder", "dry_run": "a resumed run is not estimated"}
         raise RecipeError(
             [f"{row.option}: {reasons.get(row.name, 'a resumed run keeps its own recipe')}" for row in refused],
@@ -111,6 +111,6 @@ def read_recipe(values: dict[str, Any], *, with_teacher: bool) -> "Recipe":
     recipe = (resolve_distill if with_teacher else resolve)(source, recipe_words(values), values["settings"] or [])
     if with_teacher and recipe.teacher is None:
         raise RecipeError(["teacher: missing; `remap tune` trains without one"], source or "command line")
-    if not with_teacher and recipe.teacher is not None:
+    if not with_teacher and recipe.named_teachers:
         raise RecipeError(["teacher: `remap tune` has none; use `remap distill`"], source or "command line")
     return recipe

@@ -20,6 +20,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 if TYPE_CHECKING:
     from remap.engine.callback import Callback as Callback
     from remap.errors import RemapError as RemapError
+    from remap.pipeline.adapt import adapt as adapt
     from remap.pipeline.commands import compare as compare
     from remap.pipeline.commands import evaluate as evaluate
     from remap.pipeline.commands import recommend as recommend
@@ -45,6 +46,7 @@ _PUBLIC = {
     "Result": "remap.pipeline.run",
     "Shelf": "remap.tasks.shelf",
     "Student": "remap.pipeline.student_api",
+    "adapt": "remap.pipeline.adapt",
     "attach": "remap.pipeline.student_api",
     "compare": "remap.pipeline.commands",
     "distill": "remap.pipeline.run",

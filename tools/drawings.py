@@ -338,7 +338,8 @@ def drawings() -> dict[str, str]:
 
     kinds = sorted({of_method(row) for row in METHODS if row.origin == BUILT_IN} - {""})
     files = {kind: method(kind) for kind in kinds}
-    files |= {loss_kind(row): loss(row.signal, *_reads(row)) for row in LOSSES if row.origin == BUILT_IN}
+    drawn = [row for row in LOSSES if row.origin == BUILT_IN and row.category != "domains"]
+    files |= {loss_kind(row): loss(row.signal, *_reads(row)) for row in drawn}
     return {f"{name}.svg": text for name, text in files.items()}
 
 

@@ -96,6 +96,7 @@ KINDS = {
     "logits": "Knowledge: logits",
     "attention": "Knowledge: attention",
     "features": "Knowledge: features and tokens",
+    "domains": "Knowledge: another domain",
 }
 
 

@@ -75,9 +75,21 @@ def augmented_view(
     Shapes as ``ViewSource.batch``.
     """
     images, readable = source.batch(indices)
+    return seen(images, readable, source, augmentation, seed, view), readable
+
+
+def seen(
+    images_BCHW: Tensor,
+    indices_B: NDArray[np.int64],
+    source: ViewSource,
+    augmentation: Augmentation,
+    seed: int,
+    view: int,
+) -> Tensor:
+    """Return images of a source, read already, as training sees them in view number ``view``."""
     if not augmentation.on:  # frozen features that stand in for a source have nothing but its batches
-        return images, readable
-    return augmented(images, augmentation, draws(augmentation, seed, view, readable), source.workers), readable
+        return images_BCHW
+    return augmented(images_BCHW, augmentation, draws(augmentation, seed, view, indices_B), source.workers)
 
 
 def require_colours(augmentation: Augmentation, channels: int) -> None:

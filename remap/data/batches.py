@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from remap.data import keyed_random, mixing
-from remap.data.augment import augmented_view
+from remap.data.augment import seen
 from remap.data.order import EpochPlan
 from remap.data.thread_pool import made_ahead
 from remap.data.views import ViewSource
@@ -32,6 +32,7 @@ class Batch:
         other_B: Label of the image that was mixed into each one (its own where none was); None where nothing is mixed.
         share_B: How much of each image is its own, float32; None where nothing is mixed.
         view: Number of the view that the images are seen in, for ``augmented_view``.
+        plain_BCHW: The images before augmentation, uint8, where the plan wants them.
     """
 
     images_BCHW: Tensor
@@ -42,6 +43,7 @@ class Batch:
     other_B: Tensor | None = None
     share_B: Tensor | None = None
     view: int = 0
+    plain_BCHW: Tensor | None = None
 
 
 def batches(source: ViewSource, plan: EpochPlan, epoch: int, first_step: int = 0) -> Iterator[Batch]:
@@ -54,14 +56,25 @@ def _make(source: ViewSource, plan: EpochPlan, epoch: int, pair: tuple[NDArray[n
     (indices, partners), view = pair, plan.view(epoch)
     # Most partners are in the same part of the batch; the others are loaded behind it.
     extra = np.setdiff1d(partners, indices) if plan.mixes else indices[:0]
-    images, readable = augmented_view(source, plan.augmentation, plan.seed, view, np.concatenate([indices, extra]))
+    plain, readable = source.batch(np.concatenate([indices, extra]))
+    images = seen(plain, readable, source, plan.augmentation, plan.seed, view)
     other = share = None
     if plan.mixes:
         partner_of = dict(zip(indices.tolist(), partners.tolist(), strict=True))
         images, readable, other, share = _mixed(source, plan, epoch, images, readable, partner_of)
     labels = torch.from_numpy(source.split.labels[readable])
     keys = torch.from_numpy(keyed_random.keys(plan.seed, epoch, readable, keyed_random.DROPOUT).view(np.int64))
-    return Batch(images, labels, readable, keys, len(indices) / plan.step_images, other, share, view)
+    return Batch(
+        images,
+        labels,
+        readable,
+        keys,
+        len(indices) / plan.step_images,
+        other,
+        share,
+        view,
+        plain if plan.plain else None,
+    )
 
 
 def _mixed(

@@ -19,6 +19,9 @@ class EpochPlan:
     from epoch to epoch. A split smaller than a batch is one step. All is a function of (seed, epoch).
 
     Attributes:
+        source_images: How many images, the first ones, are of the domain with labels; None is one domain. They and
+            those of the other domain take turns in a batch, each in an order of its own that begins again at its end.
+        plain: Whether batches hold the images as they are besides, for teachers that see them so.
         expected: How often each image is drawn in an epoch (N,), where classes are balanced; None draws each once.
         augmentation, views, mixup, cutmix, mix_probability: As in ``DataSpec``.
     """
@@ -35,6 +38,8 @@ class EpochPlan:
     cutmix: float = 0.0
     mix_probability: float = 1.0
     expected: NDArray[np.float64] | None = None
+    source_images: int | None = None
+    plain: bool = False
 
     @property
     def mixes(self) -> bool:
@@ -57,6 +62,7 @@ class EpochPlan:
         Args:
             labeled: Share of the images themselves that have a label.
         """
+        labeled = labeled if self.source_images is None else 0.5
         mixed = self.mix_probability if self.mixes else 0.0
         return labeled * (1.0 - mixed + mixed * labeled)
 
@@ -72,7 +78,9 @@ class EpochPlan:
         Neighbours in the order of the global batch are partners (0 and 1, 2 and 3, ...), on any process; the last of
         an odd number is its own.
         """
-        if self.expected is None:
+        if self.source_images is not None:
+            order = self._in_turns(epoch, self.source_images)
+        elif self.expected is None:
             order = keyed_random.permutation(self.seed, epoch, self.images)
         else:
             order = draw(self.seed, epoch, self.expected)
@@ -84,3 +92,13 @@ class EpochPlan:
             for positions in mine:
                 partners = np.where((positions ^ 1) < size, positions ^ 1, positions)
                 yield batch[positions], batch[partners]
+
+    def _in_turns(self, epoch: int, source_images: int) -> NDArray[np.int64]:
+        order = np.empty(self.steps * self.step_images, dtype=np.int64)
+        for domain, first, count in ((0, 0, source_images), (1, source_images, self.images - source_images)):
+            wanted = len(order[domain::2])
+            # Each pass over a domain is drawn by itself; epochs have less than 32 bits.
+            passes = [(2 * number + domain) << 32 for number in range(-(-wanted // count))]
+            drawn = [keyed_random.permutation(self.seed, epoch + one, count) for one in passes]
+            order[domain::2] = first + np.concatenate([*drawn, order[:0]])[:wanted]
+        return order

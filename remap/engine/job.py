@@ -188,7 +188,16 @@ def epoch_plan(job: Job, accumulation: int) -> EpochPlan:
         cutmix=job.recipe.data.cutmix,
         mix_probability=job.recipe.data.mix_probability,
         expected=job.expected_N,
+        source_images=source_images(job) if job.recipe.data.target is not None else None,
+        plain=any(teacher.sees_plain for teacher in job.teachers),
     )
+
+
+def source_images(job: Job) -> int | None:
+    """Return how many images have labels, which come first; None where all have, so that there is one domain."""
+    labels_N = job.source.split.labels
+    known = int((labels_N >= 0).sum())
+    return known if known < len(labels_N) else None
 
 
 def require_divisible(images: int, processes: int, accumulation: int) -> None:

@@ -41,7 +41,11 @@ def inputs_of(training: Training, batch: Batch, bad_targets: list[Tensor]) -> In
     labels = _labels(batch, training.plan.labeled_share(job.labeled), job.class_weights_C, device)
     targets: list[Mapping[str, Tensor]] = [{}] * (1 + max((teacher.number for teacher in job.teachers), default=0))
     for teacher in job.teachers:
-        items = targets[teacher.number] = teacher.targets(images, batch.indices_B, batch.view)
+        shown = images
+        if teacher.sees_plain:
+            assert batch.plain_BCHW is not None, "the epoch plan does not know what this teacher sees"
+            shown = batch.plain_BCHW.to(device, non_blocking=True)
+        items = targets[teacher.number] = teacher.targets(shown, batch.indices_B, batch.view)
         if teacher.cached is None:  # cached outputs were checked when they were computed
             bad_targets += [(~torch.isfinite(value)).any().float() for value in items.values()]
         teacher.learn(labels, batch.share * training.accelerator.num_processes)

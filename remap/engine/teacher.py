@@ -38,6 +38,7 @@ class Teacher:
         needs: What is read of it besides.
 
     Attributes:
+        sees_plain: Whether it is shown the images without augmentation, whatever the student sees.
         cached: Its outputs for all training images; None where they are computed in each step.
         at_once: The most images whose outputs there was memory for, once it ran out; 0 before.
     """
@@ -56,6 +57,7 @@ class Teacher:
         # Taps only what the objective reads of this teacher.
         self.runner = Runner(network, objective.teacher_needs(number) | needs, bf16=bf16)
         self.objective, self.device = objective, accelerator.device
+        self.sees_plain = False
         self.cached: CachedOutputs | None = None
         self.at_once = 0
         self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -137,6 +139,7 @@ class AverageTeacher(Teacher):
     Args:
         network: ``averaged_copy`` of the student.
         decay: Share of the average that stays in each step, once there were enough steps.
+        sees_plain: As in ``Teacher``: the weak view of what the student sees augmented.
     """
 
     def __init__(
@@ -148,9 +151,10 @@ class AverageTeacher(Teacher):
         *,
         bf16: bool,
         decay: float,
+        sees_plain: bool = False,
     ) -> None:
         super().__init__(network, objective, number, accelerator, bf16=bf16)
-        self.decay = decay
+        self.decay, self.sees_plain = decay, sees_plain
         self._average: Average | None = None
 
     def after_step(self, student: Network, update: int) -> None:

@@ -47,7 +47,7 @@ def tune(
     """
     options = isinstance(recipe, Mapping)
     chosen = resolve(None, recipe, settings) if isinstance(recipe, Mapping) else as_recipe(recipe, settings)
-    if chosen.teacher is not None:
+    if chosen.named_teachers:
         where = "options" if options else chosen.name
         raise RecipeError(["teacher: remap.tune has none; use remap.distill"], where)
     return start(chosen, output, progress, callbacks=callbacks)

@@ -154,7 +154,8 @@ def comparison_cells(
     for of_recipe in products(grid):
         changed = with_settings(recipe, of_recipe)
         sets = {words_of(losses): losses for losses in (loss_set(changed, words) for words in loss_sets)}
-        partly = changed.data.labels is not None or changed.data.unlabeled is not None  # else nothing is looked up
+        data = changed.data
+        partly = (data.labels, data.unlabeled, data.target) != (None, None, None)  # else nothing is looked up
         images = images_of(changed) if images_of is not None and partly else None
         objectives = {ALONE: changed.losses, **(sets or {TEACHER: changed.losses})}
         for word in methods:

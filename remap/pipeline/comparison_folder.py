@@ -146,7 +146,8 @@ def is_done(path: Path, cell: Cell, held_by: Callable[[DataSpec], str]) -> bool:
 
 def _places(recipe: Recipe) -> str:
     data = recipe.written_out().data
-    return " and ".join(place for place in (data.source, data.val_source, data.unlabeled) if place is not None)
+    places = (data.source, data.val_source, data.unlabeled, data.target)
+    return " and ".join(place for place in places if place is not None)
 
 
 def fingerprint_of(data: DataSpec, progress: Progress) -> str:

@@ -62,13 +62,13 @@ class RunComponents:
 
     @property
     def training_source(self) -> ViewSource:
-        """The images the student learns from; without labels only where a loss reads a teacher."""
-        return self.views.training_source if self.objective.uses_teacher else self.views.train
+        """The images the student learns from; without labels only where a loss learns from those."""
+        return self.views.training_source if self.objective.learns_unlabeled else self.views.train
 
     @property
     def labeled_share(self) -> float:
         """Share of ``training_source`` that has a label."""
-        return self.views.labeled_share if self.objective.uses_teacher else 1.0
+        return self.views.labeled_share if self.objective.learns_unlabeled else 1.0
 
     @property
     def steps(self) -> int:

@@ -105,7 +105,7 @@ def _say_if_others(run: RunDir, contents: Contents, count: int, progress: Progre
 
 def _split(spec: DataSpec, data: str | None, classes: tuple[str, ...]) -> tuple[Split, str, Skipped]:
     if data is None:
-        opened = open_data(*source_arguments(spec.model_copy(update={"unlabeled": None})))
+        opened = open_data(*source_arguments(spec.model_copy(update={"unlabeled": None, "target": None})))
         return opened.val, opened.source, opened.skipped
     split, left_out = read_all(data, classes, spec.depth)
     return split, data, left_out

@@ -9,7 +9,7 @@ from remap.io.paths import expanded
 from remap.network import Network
 from remap.progress import Progress
 from remap.recipe.paths import is_run
-from remap.recipe.schema import LossSpec, ModelSpec, Recipe
+from remap.recipe.schema import EMA, LossSpec, ModelSpec, Recipe
 from remap.remapping import LOSSES
 from remap.remapping.objective import LossTerm, Objective, Pair
 
@@ -64,25 +64,29 @@ def build_objective(recipe: Recipe, pairs: Sequence[Pair]) -> Objective:
     """Build the recipe's loss terms, for the student with each of its teachers.
 
     With several teachers a term is their weighted mean: one copy per teacher ("kd@1", "kd@2") with projectors of its
-    own, and the loss's weight divided among them.
+    own, and the loss's weight divided among them. A running average that a loss brings along teaches that loss alone.
     """
     terms: dict[str, LossTerm] = {}
     weights: dict[str, float] = {}
     teacher_of: dict[str, int] = {}
     loss_of: dict[str, LossSpec] = {}
-    # Weights are relative: the loss's weight stays what the recipe says.
-    total = sum(spec.weight for spec in recipe.teachers)
+    averages, models = recipe.brings_average, [spec.model for spec in recipe.teachers]
     for loss in recipe.losses:
         cls = LOSSES.load(loss.name)
         config, weight = cls.Config(**loss.options), loss.weight
         assert weight is not None  # filled in when the recipe was validated
-        if len(pairs) < 2 or not cls.uses_teacher:
-            terms[loss.name], weights[loss.name], loss_of[loss.name] = cls(pairs[0], config), weight, loss
+        taught_by = [n for n, model in enumerate(models) if not averages or (model == EMA) == loss.of_average] or [0]
+        if len(taught_by) == 1 or not cls.uses_teacher:
+            number = teacher_of[loss.name] = taught_by[0]
+            terms[loss.name], weights[loss.name], loss_of[loss.name] = cls(pairs[number], config), weight, loss
             continue
-        for number, (pair, spec) in enumerate(zip(pairs, recipe.teachers, strict=True)):
+        # Weights are relative: the loss's weight stays what the recipe says.
+        total = sum(recipe.teachers[number].weight for number in taught_by)
+        for number in taught_by:
             name = f"{loss.name}@{number + 1}"
-            terms[name] = cls(pair, config)
-            weights[name], teacher_of[name], loss_of[name] = weight * spec.weight / total, number, loss
+            terms[name] = cls(pairs[number], config)
+            weights[name] = weight * recipe.teachers[number].weight / total
+            teacher_of[name], loss_of[name] = number, loss
     return Objective(
         terms,
         weights,

@@ -72,10 +72,11 @@ def losses(
     """
     spec = {"losses": words, "teachers": () if teacher is None else (TeacherSpec(),)}
     recipe = checked(Recipe, spec, "remap.losses")
-    taught_by = [loss.name for loss in recipe.losses if LOSSES.row(loss.name).category != "labels"]
+    taught_by = [loss.name for loss in recipe.losses if LOSSES.row(loss.name).category not in ("labels", "domains")]
     problems = option_problems(recipe)
     if taught_by and teacher is None:
         problems.append(f"{', '.join(taught_by)}: a teacher is missing")
+    problems += [f"{loss.name}: learns from an average that a run keeps" for loss in recipe.losses if loss.of_average]
     scheduled = ("weight_schedule", "temperature_schedule")
     problems += [
         f"losses.{loss.name}.{key}: follows the steps of a run of remap, which a loop of one's own does not tell"

@@ -47,7 +47,10 @@ def repeat(
     _require_whole(run)
     # Read before the new run begins: the first run is never written to.
     recipe, summary = run.recipe(), run.summary()
-    anew = f"remap {'distill' if recipe.teacher else 'tune'} --recipe {shlex.quote(str(run.path / 'recipe.yaml'))}"
+    if "adapted" in summary:
+        raise RunError(f"{run.path} was adapted, which its recipe does not say", do="give `remap adapt` again")
+    command = "distill" if recipe.named_teachers else "tune"
+    anew = f"remap {command} --recipe {shlex.quote(str(run.path / 'recipe.yaml'))}"
     _require_figures(run, do=f"run it anew, then repeat that: {anew}")
     _require_processes(run, summary["processes"])
     # A run may have been resumed with a different number; the summary has the last one.

@@ -145,7 +145,7 @@ class SharedResources:
 
 def source_arguments(spec: DataSpec) -> tuple:
     """Return what decides which images there are: the arguments of ``open_data``."""
-    images = (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled)
+    images = (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled or spec.target)
     return (*images, spec.labels, spec.depth, spec.held_out, spec.per_class, spec.selection)
 
 

@@ -46,7 +46,8 @@ def make_teacher(components: RunComponents, number: int) -> Teacher:
     prepared = components.teachers[number]
     network, objective, bf16 = prepared.network, components.objective, components.bf16
     if prepared.spec.model == EMA:
-        return AverageTeacher(network, objective, number, accelerator(), bf16=bf16, decay=prepared.spec.decay)
+        decay, sees_plain = prepared.spec.decay, components.recipe.brings_average
+        return AverageTeacher(network, objective, number, accelerator(), bf16=bf16, decay=decay, sees_plain=sees_plain)
     if prepared.spec.joint:
         return JointTeacher(network, objective, number, accelerator(), bf16=bf16, student=components.student)
     teacher = Teacher(network, objective, number, accelerator(), bf16=bf16)

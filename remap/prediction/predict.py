@@ -33,6 +33,7 @@ def predict(
     probabilities: bool = False,
     embeddings: bool = False,
     batch_size: int = 64,
+    adapt: str | None = None,
     device: str | None = None,
     progress: Progress = Silent(),
 ) -> Iterator[Prediction]:
@@ -50,6 +51,8 @@ def predict(
         probabilities: Let rows hold the probabilities of all classes.
         embeddings: Let rows hold what the classifier is given (pooled features).
         batch_size: Images per forward pass.
+        adapt: "tent" adapts the student to these images on the way (``remap.prediction.tent``); rows then depend on the
+            order of the images and on ``batch_size``. The run stays as it is.
         device: Where to compute; None is the accelerator if there is one, else the CPU.
 
     Raises:
@@ -57,7 +60,8 @@ def predict(
         DataError: There is no image, or a folder or archive cannot be read. An image that cannot be read is a row.
     """
     students = open_students(run, device)
-    wanted = Wanted(top, probabilities, embeddings, batch_size, bf16=runs_in_bf16(run, students))
+    bf16 = runs_in_bf16(run, students)
+    wanted = Wanted(top, probabilities, embeddings, batch_size, bf16=bf16, adapt=adapt)
     inputs = Inputs([images] if isinstance(images, str | Path) else images)
     for rows in _with_progress(students, inputs, wanted, progress):
         yield from rows
@@ -80,10 +84,16 @@ def predict_to_file(
     process, processes = (accelerator().process_index, accelerator().num_processes) if several else (0, 1)
     if several and STDIN in inputs.words:
         raise RunError("standard input cannot be shared among processes", do="write the paths to a file: --list FILE")
+    if wanted.adapt and (several or path.with_name(f"{path.name}.parts").exists()):
+        raise RunError(
+            "what adapts to the images before cannot be shared among processes, nor continued after a kill",
+            given=f"adapt={wanted.adapt}",
+            do=f"use one process, and remove {path}.parts if it is there",
+        )
     students = open_students(run, accelerator().device if several else None)
     wanted = replace(wanted, bf16=runs_in_bf16(run, students))
-    left_out = {"batch_size", "workers", *(() if wanted.bf16 else ("bf16",))}  # as before there was bf16
-    settings = {"tasks": _digests(run), **{key: value for key, value in asdict(wanted).items() if key not in left_out}}
+    silent = {"workers", *(() if wanted.adapt else ("batch_size", "adapt")), *(() if wanted.bf16 else ("bf16",))}
+    settings = {"tasks": _digests(run), **{key: value for key, value in asdict(wanted).items() if key not in silent}}
     make = partial(PredictionFile, path, settings, process, processes)
     file = make() if process == 0 else None
     if several:

@@ -5,6 +5,7 @@ Letters: B images, C classes, D width of the pooled features.
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -20,9 +21,11 @@ from remap.data.image_files import why_not_read
 from remap.data.images import BadImage, reason_of
 from remap.data.thread_pool import AHEAD, map_ahead, threads
 from remap.data.views import View
+from remap.errors import RecipeError, RunError
 from remap.network import Runner
 from remap.pipeline.student_api import Student
 from remap.prediction.inputs import Item
+from remap.prediction.tent import Tent, adapting
 from remap.remapping.signals import Needs, Signals
 from remap.tuning.seam import FeatureSeam
 
@@ -68,6 +71,8 @@ class Wanted:
         batch_size: Images of one forward pass.
         workers: Threads that decode; None for one a core, at most 8.
         bf16: Whether networks run under bfloat16 autocast.
+        adapt: "tent" adapts a single student to the images on the way (``remap.prediction.tent``): rows depend on the
+            order of the images and on the batch size.
     """
 
     top: int = 1
@@ -76,6 +81,11 @@ class Wanted:
     batch_size: int = 64
     workers: int | None = None
     bf16: bool = False
+    adapt: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.adapt not in (None, "tent"):
+            raise RecipeError([f"adapt: '{self.adapt}' is not a way to adapt (allowed: tent)"], "prediction")
 
 
 def predictions(students: Mapping[str, Student], items: Iterable[Item], wanted: Wanted) -> Iterator[list[Prediction]]:
@@ -89,7 +99,7 @@ def predictions(students: Mapping[str, Student], items: Iterable[Item], wanted: 
     """
     views = list(dict.fromkeys(student.view for student in students.values()))
     answer = _Answers(students, views, wanted)
-    with threads(wanted.workers or min(8, os.cpu_count() or 1)) as pool:
+    with answer.adapting(), threads(wanted.workers or min(8, os.cpu_count() or 1)) as pool:
         decoded = map_ahead(pool, partial(_read, views), items, AHEAD * wanted.batch_size)
         while batch := tuple(islice(decoded, wanted.batch_size)):
             yield from answer.rows(batch)
@@ -111,6 +121,7 @@ def _read(views: list[View], item: Item) -> list[NDArray[np.uint8]] | str:
 class _Answers:
     def __init__(self, students: Mapping[str, Student], views: list[View], wanted: Wanted) -> None:
         self.students, self.views, self.wanted = students, views, wanted
+        self._tent: Tent | None = None
         needs = Needs(pooled=wanted.embeddings)
         for student in students.values():  # without a backward pass, the fused kernel is the faster one everywhere
             set_fused_attention(student.network.model, student.network.anatomy, True)
@@ -118,6 +129,23 @@ class _Answers:
             name: Runner(student.network, needs, bf16=wanted.bf16).to(student.device)
             for name, student in students.items()
         }
+
+    @contextmanager
+    def adapting(self) -> Iterator[None]:
+        """Adapt to the images while the block runs, where that is wanted.
+
+        Raises:
+            RunError: There are several tasks, which share the backbone, or nothing of this student can adapt.
+        """
+        if self.wanted.adapt is None:
+            yield
+            return
+        if len(self.students) > 1:
+            raise RunError("several tasks on one backbone cannot adapt, each in its way", do="name one run")
+        ((name, student),) = self.students.items()
+        with adapting(student.network, self.runners[name]) as tent:
+            self._tent = tent
+            yield
 
     @torch.no_grad()
     def rows(self, batch: tuple[tuple[Item, list[NDArray[np.uint8]] | str], ...]) -> Iterator[list[Prediction]]:
@@ -136,7 +164,9 @@ class _Answers:
         for name, student in self.students.items():
             runner, network = self.runners[name], student.network
             images_BCHW = images[self.views.index(student.view)].to(student.device)
-            if len(self.students) > 1 and isinstance(runner.tap.seam, FeatureSeam):
+            if self._tent is not None:
+                yield name, self._tent(images_BCHW)
+            elif len(self.students) > 1 and isinstance(runner.tap.seam, FeatureSeam):
                 key = (student.view, network.preprocess, network.identity.sha256)
                 stems[key] = stems.get(key) or runner.stem(images_BCHW)
                 yield name, runner(images_BCHW, stems[key])
@@ -145,10 +175,10 @@ class _Answers:
 
     def _predictions(self, name: str, signals: Signals) -> Iterator[dict[str, Any]]:
         classes, wanted = self.students[name].classes, self.wanted
-        probabilities_BC = signals.logits_BC.float().softmax(dim=-1).cpu()
+        probabilities_BC = signals.logits_BC.detach().float().softmax(dim=-1).cpu()
         # Asking for more classes than there are is not an error worth stopping for.
         best_BK, indices_BK = probabilities_BC.topk(min(wanted.top, len(classes)), dim=-1)
-        pooled_BD = signals.pooled_BD.float().cpu() if signals.pooled_BD is not None else None
+        pooled_BD = signals.pooled_BD.detach().float().cpu() if signals.pooled_BD is not None else None
         for row, (best, indices) in enumerate(zip(best_BK.tolist(), indices_BK.tolist(), strict=True)):
             yield {
                 "task": name,

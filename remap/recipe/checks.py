@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pydantic import BaseModel, ValidationError
 
 from remap.errors import RecipeError
+from remap.recipe.data_checks import augment_problems, data_problems, target_problems
 from remap.recipe.option_listing import surely_valid
 from remap.recipe.paths import is_run
 from remap.recipe.problems import lines_of
@@ -20,7 +21,7 @@ def name_problems(recipe: Recipe) -> list[str]:
     """Return names that are in no table and combinations that cannot work, one line each."""
     checks = (
         *(_loss_problems, _teacher_problems, _init_problems, _shrink_problems),
-        *(_data_problems, _augment_problems, train_problems),
+        *(data_problems, target_problems, augment_problems, train_problems),
     )
     unknown = [
         f"losses[{index}].name: unknown loss {_unknown(loss.name, LOSSES.names)}"
@@ -89,51 +90,11 @@ def _loss_problems(recipe: Recipe) -> Iterator[str]:
             f"losses: {', '.join(on_classes)} {read} labels or logits of classes, and there are no labelled images"
             " (name some: data.source, or take losses on features alone, such as feature and tokens)"
         )
-    needing = [name for name in dict.fromkeys(names) if name in LOSSES and LOSSES.row(name).category != "labels"]
-    if needing and not recipe.teachers:
+    alone = ("labels", "domains")
+    needing = [name for name in dict.fromkeys(names) if name in LOSSES and LOSSES.row(name).category not in alone]
+    if needing and not recipe.named_teachers:
         need = "need" if len(needing) > 1 else "needs"
         yield f"losses: {', '.join(needing)} {need} a teacher (set teacher.model, or use ce alone)"
-
-
-def _data_problems(recipe: Recipe) -> Iterator[str]:
-    data, counting = recipe.data, [loss for loss in recipe.losses if loss.weight]
-    known = all(loss.name in LOSSES for loss in recipe.losses)
-    if data.source is None:
-        if data.unlabeled is None:
-            yield "data.source: there are no images (set data.source, or data.unlabeled to learn without labels)"
-        for name in ("val_source", "labels", "held_out", "per_class", "selection"):
-            if getattr(data, name) is not None:
-                yield f"data.{name}: there are no labelled images (set data.source, or leave data.{name} out)"
-        if not recipe.teachers:
-            yield "data.unlabeled: nothing can be learned from images without labels alone (set teacher.model)"
-        return
-    if data.unlabeled_only and data.unlabeled is None and data.labels is None:
-        yield "data.unlabeled_only: all images have labels (set data.unlabeled or data.labels)"
-    elif (data.unlabeled is not None or data.unlabeled_only) and recipe.losses and recipe.needs_labels:
-        yield (
-            f"data.{'unlabeled_only' if data.unlabeled is None else 'unlabeled'}: nothing would be learned from the"
-            " images without labels (add a teacher and a loss that needs none, such as kd)"
-        )
-    elif (
-        data.unlabeled_only
-        and counting
-        and known
-        and not (recipe.label_free or any(loss.reads_logits for loss in counting))
-    ):
-        yield "data.unlabeled_only: none of the losses trains the classifier without labels (add one on logits, say kd)"
-
-
-def _augment_problems(recipe: Recipe) -> Iterator[str]:
-    data = recipe.data
-    on, given = data.augmentation.on, list(data.operations)
-    if data.augment == "none" and given:
-        yield f"data.{given[0]}: nothing is augmented (set data.augment=custom, or leave data.{given[0]} out)"
-    elif data.augment == "none" and data.views is not None:
-        yield "data.views: without augmentation an image has one view only (set data.augment, or leave data.views out)"
-    elif data.augment != "none" and not on:
-        yield f"data.augment: every operation of {data.augment} is off (set data.crop or another one, or augment=none)"
-    if {"rand_augment", "trivial_augment"} <= set(on):
-        yield "data.trivial_augment: RandAugment is on as well (set data.rand_augment.ops=0)"
 
 
 def _teacher_problems(recipe: Recipe) -> Iterator[str]:

@@ -48,6 +48,10 @@ class DataSpec(Section):
         description="Images to learn from without labels, written as source; labels and folder names mean nothing.",
     )
     unlabeled_only: bool = Field(default=False, description="Learn from the images without labels only.")
+    target: Annotated[PathOrName | None, LATER] = Field(
+        default=None,
+        description="Images of another domain to adapt to, without labels, written as source; half of every batch.",
+    )
     labels: int | None = Field(default=None, ge=1, description="Labels to keep, the same for every seed; null is all.")
     per_class: Annotated[int | None, LATER] = Field(
         default=None, ge=1, description="Training images of each class to use, the same for every seed; null is all."
@@ -148,4 +152,4 @@ class DataSpec(Section):
 
     def labeled_part(self) -> "DataSpec":
         """Return the same data without the images that come without labels."""
-        return self.model_copy(update={"unlabeled": None, "unlabeled_only": False})
+        return self.model_copy(update={"unlabeled": None, "unlabeled_only": False, "target": None})

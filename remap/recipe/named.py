@@ -85,7 +85,14 @@ class LossSpec(Named):
     @property
     def teaches_classes(self) -> bool:
         """Whether it is about labels or logits, so that it trains the classifier; unknown names do not."""
-        return self.name in LOSSES and (LOSSES.row(self.name).category == "labels" or self.reads_logits)
+        return self.name in LOSSES and (
+            LOSSES.row(self.name).category == "labels" or self.reads_logits or self.of_average
+        )
+
+    @property
+    def of_average(self) -> bool:
+        """Whether its teacher is the student's running average and no other."""
+        return self.name in LOSSES and LOSSES.row(self.name).of_average
 
     @property
     def reads_logits(self) -> bool:
@@ -126,13 +133,16 @@ def _loss_word(word: str) -> dict[str, Any]:
         raise ValueError(f"'{word}': the weight after the colon must be a number, got '{weight}'") from None
 
 
-def default_losses(method: str, *, labels: bool = True) -> tuple[str, ...]:
-    """Return the default objective with a teacher, without the terms that a method cannot follow.
+def default_losses(method: str, *, labels: bool = True, teacher: bool = True, target: bool = False) -> tuple[str, ...]:
+    """Return the default objective, without the terms that a method cannot follow.
 
     Args:
         labels: Whether there are labelled images.
+        teacher: Whether there is a teacher.
+        target: Whether there is another domain to adapt to.
     """
-    names = DEFAULT_LOSSES if labels else LABEL_FREE_LOSSES
+    names: tuple[str, ...] = (DEFAULT_LOSSES if labels else LABEL_FREE_LOSSES) if teacher else ("ce",)
+    names += ("mean_teacher",) if target else ()
     return tuple(name for name in names if not is_idle(name, method))
 
 
@@ -160,3 +170,13 @@ def without_later(model: BaseModel, *exclude: str) -> dict[str, Any]:
         elif name in values and isinstance(value, BaseModel):
             values[name] = without_later(value)
     return values
+
+
+def of_digest(spec: Named, config: type[BaseModel]) -> dict[str, Any]:
+    """Return what counts of a name and its options in the hash of a recipe."""
+    return spec.model_dump(mode="json", exclude=set(spec.options)) | without_later(config(**spec.options))
+
+
+def with_defaults(config: type[BaseModel], spec: Named) -> dict[str, Any]:
+    """Return all options behind a name, also those that are not given."""
+    return config(**spec.options).model_dump(mode="json")

@@ -21,6 +21,7 @@ WORDS = {
     "data": "data.source",
     "val_data": "data.val_source",
     "unlabeled": "data.unlabeled",
+    "target": "data.target",
     "epochs": "train.epochs",
     "batch_size": "train.batch_size",
     "lr": "train.lr",
@@ -186,7 +187,9 @@ def _losses_as_list(values: Mapping[str, Any]) -> Any:
     """Return the losses as a list of mappings; what cannot be read so is left for the schema to report."""
     losses = values.get("losses")
     if losses is None:
-        losses = list(default_losses(method_of(values)) if _teachers_in(values) else ("ce",))
+        data = values.get("data")
+        target = isinstance(data, dict) and data.get("target") is not None
+        losses = list(default_losses(method_of(values), teacher=bool(_teachers_in(values)), target=target))
     try:
         return list(loss_words(losses)) if isinstance(losses, (str, list)) else losses
     except ValueError:

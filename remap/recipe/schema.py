@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from remap.data.augmentation import Augmentation
 from remap.data.words import of_images
@@ -46,7 +46,7 @@ LABEL_FREE_METHOD = "full"
 AUTO = "auto"
 # Fields that change no result.
 _SILENT = {"workers", "memory_gib"}
-_DATA_PATHS = {"source", "val_source", "unlabeled"}
+_DATA_PATHS, _OF_IMAGES = {"source", "val_source", "unlabeled", "target"}, {"unlabeled", "target"}
 
 
 def as_list(value: Any) -> list[Any]:
@@ -115,8 +115,13 @@ class Recipe(Section):
         if (label_free or not labels) and "method" not in self.model_fields_set:
             object.__setattr__(self, "method", MethodSpec(name=LABEL_FREE_METHOD))
         if self.has_default_losses:
-            names = default_losses(self.method.name, labels=labels) if self.teachers else ("ce",)
+            kinds = {"labels": labels, "teacher": bool(self.teachers), "target": self.data.target is not None}
+            names = default_losses(self.method.name, **kinds)
             object.__setattr__(self, "losses", tuple(LossSpec(name=name) for name in names))
+        if self.brings_average and EMA not in (spec.model for spec in self.teachers):
+            object.__setattr__(self, "teachers", (*self.teachers, TeacherSpec(model=EMA)))
+        if self.brings_average and "augment" not in self.data.model_fields_set:
+            object.__setattr__(self, "data", self.data.model_copy(update={"augment": "strong"}))
         if label_free or not labels:
             object.__setattr__(self, "data", self.data.model_copy(update={"unlabeled_only": True}))
         if self.train.selects and self.data.selection is None:
@@ -138,6 +143,16 @@ class Recipe(Section):
     def teacher(self) -> TeacherSpec | None:
         """The first teacher."""
         return self.teachers[0] if self.teachers else None
+
+    @property
+    def brings_average(self) -> bool:
+        """Whether a loss brings the student's running average along, which then teaches that loss alone."""
+        return any(loss.of_average for loss in self.losses)
+
+    @property
+    def named_teachers(self) -> tuple[TeacherSpec, ...]:
+        """The teachers besides an average that a loss brings along."""
+        return tuple(spec for spec in self.teachers if spec.model != EMA or not self.brings_average)
 
     @property
     def has_default_losses(self) -> bool:
@@ -167,20 +182,18 @@ class Recipe(Section):
         """
         student, data, init = _absolute(self.student), self.data, self.student.init
         if init is not None:
-            init = InitSpec(name=init.name, **_with_defaults(INITS.load(init.name).Config, init))
-        val_source = None if data.val_source is None else absolute_data(data.val_source)
-        unlabeled = None if data.unlabeled is None else absolute_data(of_images(data.unlabeled))
-        source = None if data.source is None else absolute_data(data.source)
-        paths = {"source": source, "val_source": val_source, "unlabeled": unlabeled}
+            init = InitSpec(name=init.name, **named.with_defaults(INITS.load(init.name).Config, init))
+        words = {name: word for name in _DATA_PATHS if (word := getattr(data, name)) is not None}
+        paths = {name: absolute_data(of_images(word) if name in _OF_IMAGES else word) for name, word in words.items()}
         base_lr = None if self.train.lr is not None else self._base_lr()
-        method = MethodSpec(name=self.method.name, **_with_defaults(config_of(self.method.name), self.method))
+        method = MethodSpec(name=self.method.name, **named.with_defaults(config_of(self.method.name), self.method))
         losses = tuple(
             LossSpec(
                 name=loss.name,
                 weight=loss.weight,
                 weight_schedule=loss.weight_schedule,
                 temperature_schedule=loss.temperature_schedule,
-                **_with_defaults(LOSSES.load(loss.name).Config, loss),
+                **named.with_defaults(LOSSES.load(loss.name).Config, loss),
             )
             for loss in self.losses
         )
@@ -206,7 +219,7 @@ class Recipe(Section):
         if data.depth == 1:  # where null is read at all it means 1
             data = data.model_copy(update={"depth": None})
         if init is not None:
-            student["init"] = _named(init, INITS.load(init.name).Config)
+            student["init"] = named.of_digest(init, INITS.load(init.name).Config)
         # As recipes of one teacher and more were written first, so that runs of that time can be resumed.
         teachers = [named.without_later(spec, "shard") for spec in recipe.teachers]
         values = recipe.model_dump(mode="json", exclude={"name", "baseline", "choose_losses", "teachers"}) | {
@@ -216,8 +229,8 @@ class Recipe(Section):
             "teacher": teachers[0] if teachers else None,
             "more_teachers": teachers[1:],
             "student": student,
-            "method": _named(recipe.method, config_of(recipe.method.name)),
-            "losses": [_named(loss, LOSSES.load(loss.name).Config) for loss in recipe.losses],
+            "method": named.of_digest(recipe.method, config_of(recipe.method.name)),
+            "losses": [named.of_digest(loss, LOSSES.load(loss.name).Config) for loss in recipe.losses],
             "train": named.without_later(recipe.train, *recipe.train.silent),
         }
         if recipe.train.compile == "auto":  # as it was written before there was a choice
@@ -242,11 +255,3 @@ def _absolute(spec: Model) -> Model:
     if isinstance(spec, TeacherSpec) and spec.classes is not None:
         paths["classes"] = absolute(spec.classes)
     return spec.model_copy(update=paths)
-
-
-def _named(spec: Named, config: type[BaseModel]) -> dict[str, Any]:
-    return spec.model_dump(mode="json", exclude=set(spec.options)) | named.without_later(config(**spec.options))
-
-
-def _with_defaults(config: type[BaseModel], spec: Named) -> dict[str, Any]:
-    return config(**spec.options).model_dump(mode="json")

@@ -14,7 +14,7 @@ from remap.recipe.problems import checked
 from remap.recipe.schema import Recipe, Section
 
 _ANY = Path("/")
-_PATHS = ("source", "val_source", "unlabeled")
+_PATHS = ("source", "val_source", "unlabeled", "target")
 
 
 class SuiteSet(Section):

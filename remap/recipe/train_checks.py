@@ -59,7 +59,7 @@ def _balance_problems(recipe: Recipe) -> Iterator[str]:
     elif train.class_weight_by == "loss":
         if not any(loss.weight for loss in on_labels):
             yield f"train.class_weight_power: none of the losses reads labels (add ce, or set {key}=sampling)"
-    elif data.unlabeled is not None or data.labels is not None:
+    elif data.unlabeled is not None or data.labels is not None or data.target is not None:
         yield f"{key}: the class of images without labels is not known (set {key}=loss)"
     elif data.mixes:
         yield f"{key}: an image that is drawn twice cannot be mixed with two others (set data.mixup and cutmix to 0)"

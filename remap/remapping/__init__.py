@@ -2,6 +2,6 @@
 
 from remap.registry import Registry
 from remap.remapping.entries import LossEntry
-from remap.remapping.knowledge import attention, features, logits
+from remap.remapping.knowledge import attention, domains, features, logits
 
-LOSSES: Registry[LossEntry] = Registry("loss", "losses", [*logits.ROWS, *attention.ROWS, *features.ROWS])
+LOSSES: Registry[LossEntry] = Registry("loss", "losses", [*logits.ROWS, *attention.ROWS, *features.ROWS, *domains.ROWS])

@@ -27,6 +27,7 @@ class LossEntry(RemappingEntry):
             leave that signal as it is cannot follow it.
         mixed: What it does with an image that is mixed of two (mixup, CutMix).
         weight: Default weight in the objective.
+        of_average: Learns from the student's running average, which a recipe with it has as a teacher, and no other.
         over_batch: Compares all images of a batch with each other, whatever process and micro-batch they are in.
     """
 
@@ -34,3 +35,4 @@ class LossEntry(RemappingEntry):
     mixed: str = "both networks see the mixed image"
     weight: float = 1.0
     over_batch: bool = False
+    of_average: bool = False

@@ -41,6 +41,7 @@ class LossTerm(nn.Module):
     Projectors are ordinary parameters of the term: trained, kept for resuming, dropped from the task.
 
     Attributes:
+        compares_domains: Whether it learns from images without labels of another domain, with or without a teacher.
         classifier: Which classifier it trains where a student has one for the labels and one for the teacher
             (distilled DeiT); None where it trains none.
         blocks: Which student block learns from which teacher block, as (student, teacher) counted from 0; the number
@@ -49,6 +50,7 @@ class LossTerm(nn.Module):
 
     Config: type[Options] = Options
     uses_teacher: bool = True
+    compares_domains: bool = False
     classifier: Literal["labels", "teacher"] | None = None
     blocks: tuple[tuple[int, int], ...] = ()
 
@@ -176,6 +178,11 @@ class Objective(nn.Module):
     @property
     def uses_teacher(self) -> bool:
         return any(term.uses_teacher for term in self._named_terms().values())
+
+    @property
+    def learns_unlabeled(self) -> bool:
+        """Whether any term learns from images without labels."""
+        return any(term.uses_teacher or term.compares_domains for term in self._named_terms().values())
 
     def reads_teacher(self, teacher: int) -> bool:
         """Return whether any term uses this teacher."""

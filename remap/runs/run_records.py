@@ -106,7 +106,7 @@ class RunRecords:
     def resume_command(self) -> str:
         """Return the command line that resumes the run: `remap tune` where no recipe names a teacher."""
         try:
-            teachers = self.recipe().teacher
+            teachers = self.recipe().named_teachers
         except RemapError:
             teachers = None
         return f"remap {'distill' if teachers else 'tune'} --resume {shlex.quote(str(self.path))}"

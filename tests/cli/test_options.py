@@ -46,7 +46,7 @@ def recipe_of(remap: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> 
 def sample(row: OptionRow, command: str) -> str | None:
     """A value for an option; None for a flag."""
     if row.name == "losses" and command == TUNE:
-        return "ce"  # the others need a teacher
+        return "ce,mmd"  # most others need a teacher
     if "bool" in str(row.parameter.annotation):
         return None
     return NAMES.get(row.name, "other") if row.kind is str else NUMBERS.get(row.kind, "7")
@@ -65,6 +65,8 @@ def in_words(recipe: Recipe, field: str) -> str:
 @pytest.mark.parametrize("command", [DISTILL, TUNE, BUILD, COMPARE])
 def test_every_option_of_a_command_reaches_the_recipe(recipe_of: Callable[..., Recipe], command: str) -> None:
     rows = [row for row in RECIPE_OPTIONS if command in row.commands]
+    if command == DISTILL:  # which has images without labels of one domain, or of two
+        rows = [row for row in rows if row.name != "target"]
     words = [word for row in rows for word in (row.option, sample(row, command)) if word is not None]
     recipe = recipe_of(*command.split(), *words, "--set", "train.warmup_epochs=0.25")
     for row in rows:

@@ -45,3 +45,21 @@ def test_any_number_of_processes_makes_the_same_global_batch(
     for epoch in (0, 4):
         together = [sum(parts, []) for parts in zip(*(steps(plan, epoch) for plan in ranks), strict=True)]
         assert together == steps(single, epoch)
+
+
+@pytest.mark.parametrize("batch", [6, 7])
+def test_two_domains_take_turns_and_the_smaller_begins_again(batch: int) -> None:
+    plan = replace(PLAN, images=23, batch_size=batch, source_images=18)
+    for epoch in range(2):
+        flat = sum(steps(plan, epoch), [])
+        source, target = flat[0::2], flat[1::2]
+        assert max(source) < 18 <= min(target) and len(flat) == 23 // batch * batch
+        assert len(set(source)) == len(source)  # 18 images suffice
+        # Each pass over the five others is complete before the next begins.
+        assert all(len(set(target[start : start + 5])) == len(target[start : start + 5]) for start in range(0, 11, 5))
+        assert steps(plan, epoch, 1) == steps(plan, epoch)[1:]
+    # Source of the share: half of the images of a batch, and of two batches of an odd size.
+    assert plan.labeled_share(18 / 23) == 0.5
+    ranks = [replace(plan, rank=rank, processes=2) for rank in (0, 1)]
+    together = [sum(parts, []) for parts in zip(*(steps(one, 0) for one in ranks), strict=True)]
+    assert together == steps(plan, 0)

@@ -58,7 +58,8 @@ def test_every_method_and_loss_survives_with_its_options(tmp_path: Path) -> None
     for row in METHODS:
         method = {"name": row.name, **row.load().Config().model_dump(mode="json")}
         fitting = [loss for loss in losses if not is_idle(loss["name"], row.name)]
-        recipe = Recipe.model_validate({"teacher": "a", "method": method, "losses": fitting})
+        data = {"target": "b", "augment": "light"}
+        recipe = Recipe.model_validate({"teacher": "a", "method": method, "losses": fitting, "data": data})
         (tmp_path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
         assert load(tmp_path / "recipe.yaml") == recipe
 
@@ -193,7 +194,7 @@ def test_every_other_field_changes_the_digest() -> None:
                 else other[type(value)]
                 if value is not None
                 else "other"
-                if name in ("val_source", "unlabeled", "classes")
+                if name in ("val_source", "unlabeled", "target", "classes")
                 else 5
             )
             spec = getattr(base, section).model_copy(update={name: changed})

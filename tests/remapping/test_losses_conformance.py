@@ -3,6 +3,7 @@
 What the suite must know of a loss besides its row stands in the file that tests its formula, as
 ``CONFORMANCE = {"NAME": {...}}``; all keys are optional:
 
+- base: options of every case;
 - variants: options beyond the defaults that the suite runs too;
 - alike: options under which a network and its copy are compared like with like (each block with itself, no projection);
 - at_best(term, teacher, labels) -> (teacher, student, minimum): signals at which the loss is least, and its value there
@@ -32,12 +33,19 @@ KNOWN: dict[str, dict[str, Any]] = {
 }
 CASES = [(row.name, options) for row in LOSSES for options in ({}, *KNOWN.get(row.name, {}).get("variants", ()))]
 LABELS = Labels(torch.tensor([0, 3, 1, 4]))
+TWO_DOMAINS = Labels(torch.tensor([0, -1, 1, -1]), labeled=0.5)
+# Losses that compare no student with a teacher that it could equal.
+ALONE = ("labels", "domains")
 each_loss = pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n}-{i}" for i, (n, _) in enumerate(CASES)])
 
 
 def make(name: str, options: dict[str, Any], pair: Pair) -> LossTerm:
     kind = LOSSES.load(name)
-    return kind(pair, kind.Config(**options))
+    return kind(pair, kind.Config(**{**KNOWN.get(name, {}).get("base", {}), **options}))
+
+
+def labels_of(name: str) -> Labels:
+    return TWO_DOMAINS if LOSSES.row(name).category == "domains" else LABELS
 
 
 def objective_of(name: str, options: dict[str, Any], pair: Pair) -> Objective:
@@ -72,12 +80,12 @@ def extreme(signals: Signals) -> Signals:
 
 def test_facts_are_of_rows_of_the_table() -> None:
     assert set(KNOWN) <= set(LOSSES.names)
-    assert {key for facts in KNOWN.values() for key in facts} <= {"variants", "alike", "at_best"}
+    assert {key for facts in KNOWN.values() for key in facts} <= {"base", "variants", "alike", "at_best"}
 
 
 def test_only_losses_on_labels_have_no_teacher() -> None:
     for row in LOSSES:
-        assert row.load().uses_teacher == (row.category != "labels")
+        assert row.load().uses_teacher == (row.category not in ALONE or row.of_average)
 
 
 def rows_of(signals: Signals, rows: slice) -> Signals:
@@ -111,9 +119,9 @@ def test_an_image_has_the_same_items_in_every_batch(name: str, options: dict, pa
 def test_finite_scalar_and_gradient(name: str, options: dict, pair: Pair, student: Any, teacher: Any) -> None:
     objective = objective_of(name, options, pair)
     targets = objective.targets(teacher.signals(objective.teacher_needs()))
-    total, parts = objective(student.signals(objective.student_needs()), [targets], LABELS)
+    total, parts = objective(student.signals(objective.student_needs()), [targets], labels_of(name))
     assert total.shape == () and total.dtype == torch.float32 and set(parts) == {name}
-    assert total.item() > 0.0 and not parts[name].requires_grad
+    assert (total.item() < 0.0 if name == "infomax" else total.item() > 0.0) and not parts[name].requires_grad
     total.backward()
     moved = [p for p in student.model.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
     assert moved
@@ -122,7 +130,7 @@ def test_finite_scalar_and_gradient(name: str, options: dict, pair: Pair, studen
         assert parameter.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize(("name", "options"), [case for case in CASES if LOSSES.row(case[0]).category != "labels"])
+@pytest.mark.parametrize(("name", "options"), [case for case in CASES if LOSSES.row(case[0]).category not in ALONE])
 def test_minimum_is_reached_when_the_student_is_the_teacher(name: str, options: dict, build_network: Any) -> None:
     # Source of the numbers: a divergence of a thing from itself is 0, one minus its correlation with itself is 0; for
     # losses that are not 0 at best, a closed form (``at_best``).
@@ -143,7 +151,7 @@ def test_no_gradient_reaches_the_teacher(name: str, options: dict, pair: Pair, s
     objective = objective_of(name, options, pair)
     targets = objective.targets(teacher.signals(objective.teacher_needs()))
     assert not any(value.requires_grad for value in targets.values())
-    total, _ = objective(student.signals(objective.student_needs()), [targets], LABELS)
+    total, _ = objective(student.signals(objective.student_needs()), [targets], labels_of(name))
     total.backward()
     assert all(p.grad is None for p in teacher.model.parameters())
 
@@ -161,7 +169,7 @@ def test_finite_with_extreme_signals(name: str, options: dict, pair: Pair, stude
     objective = objective_of(name, options, pair)
     targets = objective.targets(extreme(teacher.signals(objective.teacher_needs())))
     signals = extreme(student.signals(objective.student_needs()))
-    total, _ = objective(signals, [targets], LABELS)
+    total, _ = objective(signals, [targets], labels_of(name))
     assert torch.isfinite(total)
     total.backward()
     grads = [x.grad for x in leaves(signals) if x.grad is not None]
@@ -179,13 +187,13 @@ def test_float32_under_bfloat16_autocast(name: str, options: dict, pair: Pair, s
         signals = student.signals(objective.student_needs())
         assert signals.logits_BC.dtype == torch.bfloat16
         torch.manual_seed(3)  # of random masks
-        total, _ = objective(signals, [targets], LABELS)
+        total, _ = objective(signals, [targets], labels_of(name))
     assert total.dtype == torch.float32 and all(value.dtype == torch.float32 for value in targets.values())
     total.backward()
     grads = [p.grad for p in (*student.model.parameters(), *objective.parameters()) if p.grad is not None]
     assert grads and all(torch.isfinite(grad).all() for grad in grads)
     torch.manual_seed(3)
-    without, _ = objective(signals, [objective.targets(given)], LABELS)
+    without, _ = objective(signals, [objective.targets(given)], labels_of(name))
     assert total.item() == pytest.approx(without.item(), rel=1e-6)
 
 
@@ -208,9 +216,9 @@ def test_half_precision_targets_are_accepted(name: str, options: dict, pair: Pai
     targets = objective.targets(teacher.signals(objective.teacher_needs()))
     signals = student.signals(objective.student_needs())
     torch.manual_seed(3)  # of random masks
-    exact, _ = objective(signals, [targets], LABELS)
+    exact, _ = objective(signals, [targets], labels_of(name))
     torch.manual_seed(3)
-    rounded, _ = objective(signals, [{key: value.half() for key, value in targets.items()}], LABELS)
+    rounded, _ = objective(signals, [{key: value.half() for key, value in targets.items()}], labels_of(name))
     assert rounded.dtype == torch.float32
     assert rounded.item() == pytest.approx(exact.item(), rel=1e-2)
 

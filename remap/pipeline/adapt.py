@@ -1,0 +1,173 @@
+"""Adapt a finished run to another domain by images of it without labels, and without the images it learned from.
+
+Letters: N images of the domain, C classes, D width of the pooled features.
+"""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from remap.data.sources import open_unlabeled, read_all
+from remap.data.splits import Split
+from remap.data.views import View, ViewSource, listed
+from remap.distributed.launch import accelerator, require_one_process
+from remap.engine.evaluate import Evaluation, evaluate_as
+from remap.engine.metrics import metrics
+from remap.errors import DataError, RecipeError
+from remap.io.paths import expanded
+from remap.network import Network, choose_attention
+from remap.pipeline.source_free import by_information, by_statistics
+from remap.progress import Progress, Silent
+from remap.recipe import Recipe
+from remap.recipe.problems import checked
+from remap.recipe.schema import TrainSpec
+from remap.runs.hardware import machine
+from remap.runs.run_dir import RunDir, default_path, next_path
+from remap.runs.task import load_task, require_classifier, save_task
+from remap.runs.task_file import folder_of, read_meta
+
+By = Literal["shot", "statistics"]
+# Of the run's learning rate: its parameters are near their place already.
+RATE = 0.1
+
+
+def adapt(
+    run: str | Path,
+    target: str,
+    *,
+    by: By = "shot",
+    epochs: int = 15,
+    batch_size: int = 64,
+    lr: float | None = None,
+    seed: int = 0,
+    val_data: str | None = None,
+    output: str | Path | None = None,
+    progress: Progress = Silent(),
+) -> dict[str, Any]:
+    """Adapt a run's student to images of another domain; the result is a new run directory, the run stays as it is.
+
+    "shot" (Liang et al. 2020, arXiv 2002.08546) trains what the method tuned and keeps the classifier: sure answers of
+    all classes (Eq. 2), and pseudo-labels by centroids, made again in each epoch. "statistics" (Li et al. 2016, AdaBN,
+    arXiv 1603.04779) trains nothing: the batch norms get the means and variances of these images.
+
+    Args:
+        run: The run directory.
+        target: Folder or archive of images without labels.
+        epochs, batch_size, lr, seed: Of the training; lr None is a tenth of the run's.
+        val_data: Labelled images of the other domain, to say what it brought; nothing is chosen by them.
+        output: The run directory to make; by default the next number under ``runs/``.
+
+    Returns:
+        The summary of the new run.
+
+    Raises:
+        RunError: The run is not finished, or its method leaves nothing to adapt.
+        DataError: There is no image, or the images are those that the run learned from.
+    """
+    require_one_process("a run is adapted in one process", "call it without a launcher")
+    if by not in get_args(By):
+        raise RecipeError([f"by: '{by}' is not a way to adapt (allowed: {', '.join(get_args(By))})"], "remap.adapt")
+    began, old = time.perf_counter(), RunDir.open(expanded(run))
+    recipe = old.recipe()
+    known = recipe.data.source
+    if known is not None and expanded(target).resolve() == expanded(known).resolve():
+        raise DataError("the run learned from these images", given=target, do="name images of another domain")
+    path = expanded(output) if output is not None else next_path(default_path(), f"{old.path.name}-adapted")
+    RunDir(path).require_free()
+    network, view = load_task(old.path)
+    require_classifier(network, old.path)
+    network.model.to(accelerator().device)
+    choose_attention(network, recipe.train.fused_attention, accelerator().device)
+    rate = RATE * recipe.learning_rate(network.anatomy.width) if lr is None else lr
+    options = {"epochs": epochs, "batch_size": batch_size, "lr": rate, "precision": recipe.train.precision}
+    spec = checked(TrainSpec, options, "remap.adapt")
+    # Pixels are augmented as in the run; its other data options name images that are not here.
+    data = recipe.data.labeled_part().model_copy(update={"mixup": 0.0, "cutmix": 0.0, "views": None})
+    settings = recipe.model_copy(update={"seed": seed, "train": spec, "data": data, "teachers": ()})
+
+    source = _opened(target, view, settings, progress)
+    judged = None if val_data is None else ViewSource(_labeled(val_data, network, settings), view, memory_bytes=0.0)
+
+    def evaluation(what: str) -> Evaluation | None:
+        return judged and evaluate_as(settings, network, judged, accelerator(), progress, what)
+
+    before = evaluation("the run")
+    if by == "shot":
+        found = by_information(network, source, settings, old.path, progress)
+    else:
+        found = by_statistics(network, source, batch_size, old.path, progress)
+    after = evaluation("the result")
+    summary: dict[str, Any] = {
+        "run_dir": str(path),
+        "recipe": recipe.name,
+        "seed": seed,
+        "method": recipe.method.name,
+        "device": str(accelerator().device),
+        "data": {
+            "source": target,
+            "classes": len(network.classes or ()),
+            "train_images": len(source.split),
+            "labeled_images": 0,
+            "val_images": 0 if judged is None else len(judged.split),
+            "skipped": [list(item) for item in source.bad_names()],
+        },
+        "student": {
+            "model": network.identity.model,
+            "backbone_sha256": network.identity.sha256,
+            "accuracy": after and after.accuracy,
+            "correct": after and after.correct,
+            "initial_accuracy": before and before.accuracy,
+            "metrics": metrics(after, judged.split.labels) if after is not None and judged is not None else {},
+            "total_parameters": network.num_parameters,
+        },
+        "adapted": {"run": str(old.path), "by": by, "target": target},
+    }
+    history = found.pop("history")
+    summary["student"]["trainable_parameters"] = found.pop("trainable_parameters")
+    summary |= found
+    _write(path, recipe, network, view, read_meta(folder_of(old.path)).method.options, summary, history, began)
+    return summary
+
+
+def _opened(target: str, view: View, recipe: Recipe, progress: Progress) -> ViewSource:
+    """Return the readable images of the other domain, with room for their pseudo-labels."""
+    split, left_out = open_unlabeled(target)
+    source = ViewSource(split, view, memory_bytes=recipe.data.memory_gib * 2**30, workers=recipe.data.workers)
+    source.load(progress, "images of the other domain")
+    if bad := source.bad_names():
+        progress.say(f"left out {len(bad)} image(s) that cannot be read: {listed(bad)}")
+    source = source.without_bad()
+    if not len(source.split):
+        raise DataError("no image of the other domain can be read", given=target, do="check the files")
+    if left_out:
+        progress.say(f"left out {len(left_out)} other file(s)")
+    return source
+
+
+def _labeled(val_data: str, network: Network, recipe: Recipe) -> Split:
+    return read_all(val_data, network.classes or (), recipe.data.depth)[0]
+
+
+def _write(
+    path: Path,
+    recipe: Recipe,
+    network: Network,
+    view: View,
+    options: dict[str, Any],
+    summary: dict[str, Any],
+    history: list[dict[str, Any]],
+    began: float,
+) -> None:
+    """Write the run directory whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".adapting-") as folder:
+        draft = RunDir.create(Path(folder) / "run", recipe)
+        draft.note_machine(machine(), resuming=False)
+        draft.write_metrics(history)
+        summary["student"]["task_bytes"] = save_task(draft.task, network, view, recipe.method.name, options)
+        summary["seconds"] = round(time.perf_counter() - began, 2)
+        draft.write_summary(summary)
+        draft.set_status("done", seconds=summary["seconds"])
+        os.rename(draft.path, path)

@@ -1,0 +1,74 @@
+"""Checks of the section ``data``: images that are missing, contradict each other, or teach nothing."""
+
+from collections.abc import Iterator
+
+from remap.recipe.schema import Recipe
+from remap.remapping import LOSSES
+
+
+def target_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield what is wrong with adapting to another domain."""
+    data = recipe.data
+    losses = [
+        loss.name for loss in recipe.losses if loss.name in LOSSES and LOSSES.row(loss.name).category == "domains"
+    ]
+    if data.target is None:
+        if losses:
+            yield f"losses: {', '.join(losses)}: there are no images of another domain (name them: data.target)"
+        return
+    others = {"unlabeled": data.unlabeled, "labels": data.labels, "unlabeled_only": data.unlabeled_only or None}
+    if given := [f"data.{name}" for name, value in others.items() if value is not None]:
+        yield f"data.target: {', '.join(given)} names images without labels of the same domain (leave one of them out)"
+    if data.source is None:
+        yield "data.target: there are no labelled images (set data.source; a finished run adapts by `remap adapt`)"
+    if data.mixes:
+        yield "data.target: images of two domains are not mixed (set data.mixup and data.cutmix to 0)"
+    if recipe.choose_losses:
+        yield "data.target: losses: auto tries none that adapts to another domain (name the losses)"
+    if recipe.losses and recipe.needs_labels:
+        yield "data.target: nothing would be learned from it (add mean_teacher, coral, mmd or infomax)"
+    if recipe.brings_average and not data.augmentation.on:
+        yield "data.augment: mean_teacher needs a view besides the plain image (set strong or light)"
+
+
+def data_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield what is wrong with images with and without labels."""
+    data, counting = recipe.data, [loss for loss in recipe.losses if loss.weight]
+    known = all(loss.name in LOSSES for loss in recipe.losses)
+    if data.source is None:
+        if data.unlabeled is None:
+            yield "data.source: there are no images (set data.source, or data.unlabeled to learn without labels)"
+        for name in ("val_source", "labels", "held_out", "per_class", "selection"):
+            if getattr(data, name) is not None:
+                yield f"data.{name}: there are no labelled images (set data.source, or leave data.{name} out)"
+        if not recipe.teachers:
+            yield "data.unlabeled: nothing can be learned from images without labels alone (set teacher.model)"
+        return
+    if data.unlabeled_only and data.unlabeled is None and data.labels is None:
+        yield "data.unlabeled_only: all images have labels (set data.unlabeled or data.labels)"
+    elif (data.unlabeled is not None or data.unlabeled_only) and recipe.losses and recipe.needs_labels:
+        yield (
+            f"data.{'unlabeled_only' if data.unlabeled is None else 'unlabeled'}: nothing would be learned from the"
+            " images without labels (add a teacher and a loss that needs none, such as kd)"
+        )
+    elif (
+        data.unlabeled_only
+        and counting
+        and known
+        and not (recipe.label_free or any(loss.reads_logits for loss in counting))
+    ):
+        yield "data.unlabeled_only: none of the losses trains the classifier without labels (add one on logits, say kd)"
+
+
+def augment_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield what is wrong with the views of images."""
+    data = recipe.data
+    on, given = data.augmentation.on, list(data.operations)
+    if data.augment == "none" and given:
+        yield f"data.{given[0]}: nothing is augmented (set data.augment=custom, or leave data.{given[0]} out)"
+    elif data.augment == "none" and data.views is not None:
+        yield "data.views: without augmentation an image has one view only (set data.augment, or leave data.views out)"
+    elif data.augment != "none" and not on:
+        yield f"data.augment: every operation of {data.augment} is off (set data.crop or another one, or augment=none)"
+    if {"rand_augment", "trivial_augment"} <= set(on):
+        yield "data.trivial_augment: RandAugment is on as well (set data.rand_augment.ops=0)"
