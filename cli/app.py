@@ -19,6 +19,7 @@ from remap_cli import (
     doctor,
     evaluate,
     export,
+    extend,
     init,
     listings,
     lr,
@@ -84,7 +85,8 @@ def _root(
     warnings.showwarning = console.show_warning
 
 
-for command in (init.init, training.distill, training.tune, lr.lr, shrink.shrink, recommend.recommend, compare.compare):
+START = (init.init, training.distill, training.tune, extend.extend)
+for command in (*START, lr.lr, shrink.shrink, recommend.recommend, compare.compare):
     app.command(rich_help_panel=TRAIN)(command)
 app.command("eval", rich_help_panel=USE)(evaluate.evaluate)
 for command in (report.report, predict.predict, export.export, repeat.repeat):

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from remap.data.augmentation import PRESETS, Augmentation, Crop, Erasing, Jitter, RandAugment
 from remap.data.pixels import MOST_MEGAPIXELS
@@ -17,6 +17,15 @@ def _require_ends(ends: list[float]) -> list[float]:
     if len(ends) != 2 or not ends[0] < ends[1]:
         raise ValueError("should be two numbers, the smaller one first, as in [0, 4095]")
     return ends
+
+
+def _names(value: Any) -> Any:
+    """Read "cats,dogs" as two names, a number as a name, and a list as a tuple."""
+    if isinstance(value, str):
+        value = value.split(",")
+    elif isinstance(value, int):
+        value = [value]
+    return tuple(str(name).strip() for name in value) if isinstance(value, list) else value
 
 
 class DataSpec(Section):
@@ -42,6 +51,17 @@ class DataSpec(Section):
         ge=1,
         le=8,
         description="Level of the folders that are the classes; null is 1, and an error where these hold only folders.",
+    )
+    only: Annotated[tuple[str, ...] | None, BeforeValidator(_names), LATER] = Field(
+        default=None, min_length=1, description="Classes whose images are used; null is all."
+    )
+    classes: Annotated[tuple[str, ...] | None, BeforeValidator(_names), LATER] = Field(
+        default=None,
+        min_length=2,
+        description="Classes of the classifier, of which the images may lack some; null is those of the images.",
+    )
+    memory: Annotated[PathOrName | None, LATER] = Field(
+        default=None, description="File of a few images of earlier sessions to learn from as well (`remap extend`)."
     )
     unlabeled: PathOrName | None = Field(
         default=None,

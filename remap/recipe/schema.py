@@ -46,7 +46,7 @@ LABEL_FREE_METHOD = "full"
 AUTO = "auto"
 # Fields that change no result.
 _SILENT = {"workers", "memory_gib"}
-_DATA_PATHS = {"source", "val_source", "unlabeled"}
+_DATA_PATHS = {"source", "val_source", "unlabeled", "memory"}
 
 
 def as_list(value: Any) -> list[Any]:
@@ -172,6 +172,7 @@ class Recipe(Section):
         unlabeled = None if data.unlabeled is None else absolute_data(of_images(data.unlabeled))
         source = None if data.source is None else absolute_data(data.source)
         paths = {"source": source, "val_source": val_source, "unlabeled": unlabeled}
+        paths["memory"] = None if data.memory is None else absolute(data.memory)
         base_lr = None if self.train.lr is not None else self._base_lr()
         method = MethodSpec(name=self.method.name, **_with_defaults(config_of(self.method.name), self.method))
         losses = tuple(
@@ -239,6 +240,8 @@ def _absolute(spec: Model) -> Model:
     paths = {"model": absolute_model(spec.model), "weights": absolute_weights(spec.weights)}
     if isinstance(spec, TeacherSpec) and spec.classes is not None:
         paths["classes"] = absolute(spec.classes)
+    if isinstance(spec, StudentSpec) and spec.extends is not None:
+        paths["extends"] = absolute(spec.extends)
     return spec.model_copy(update=paths)
 
 
