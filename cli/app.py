@@ -20,6 +20,7 @@ from remap_cli import (
     doctor,
     evaluate,
     export,
+    extend,
     init,
     listings,
     lr,
@@ -85,17 +86,8 @@ def _root(
     warnings.showwarning = console.show_warning
 
 
-TRAINING = (
-    init.init,
-    training.distill,
-    training.tune,
-    adapt.adapt,
-    lr.lr,
-    shrink.shrink,
-    recommend.recommend,
-    compare.compare,
-)
-for command in TRAINING:
+START = (init.init, training.distill, training.tune, extend.extend, adapt.adapt)
+for command in (*START, lr.lr, shrink.shrink, recommend.recommend, compare.compare):
     app.command(rich_help_panel=TRAIN)(command)
 app.command("eval", rich_help_panel=USE)(evaluate.evaluate)
 for command in (report.report, predict.predict, export.export, repeat.repeat):

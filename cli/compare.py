@@ -36,6 +36,10 @@ def compare(values: dict[str, Any]) -> None:
         return _suite(values, plan)
     if values["sets"] is not None:
         raise RecipeError(["--sets: the folder of a suite's sets (name one with --suite)"], "command line")
+    if values["sessions"] is not None:
+        return _sessions(values)
+    if values["ways"] is not None:
+        raise RecipeError(["--ways: how sessions are learned (name their number with --sessions)"], "command line")
     chosen, seeds = chosen_methods(values["methods"]), values["seeds"] or DEFAULT_SEEDS
     with console.Reporter() as progress:
         recipe = read_recipe(values, with_teacher=True)
@@ -68,6 +72,25 @@ def _suite(values: dict[str, Any], plan: "Plan") -> None:
     with console.Reporter() as progress:
         for name in suite.sets:
             report.write_at_end(folder / name, progress)
+
+
+def _sessions(values: dict[str, Any]) -> None:
+    from remap.errors import RecipeError
+    from remap.pipeline.comparison_cells import DEFAULT_SEEDS, chosen_methods
+    from remap.pipeline.session_protocol import DEFAULT_WAYS, compare_sessions
+    from remap.runs.run_dir import default_path
+
+    given = [name for name in ("sweeps", "loss_sets", "budget", "search") if values[name]]
+    if given:
+        raise RecipeError([f"--sessions: takes no {', '.join(given)}"], "command line")
+    with console.Reporter() as progress:
+        recipe = read_recipe(values, with_teacher=True)
+        methods = chosen_methods(values["methods"]) if values["methods"] else [recipe.method.name]
+        ways = values["ways"].split(",") if values["ways"] else DEFAULT_WAYS
+        folder = expanded(values["output"] or default_path() / f"sessions-{recipe.name}")
+        seeds = values["seeds"] or DEFAULT_SEEDS
+        found = compare_sessions(recipe, values["sessions"], methods, ways, seeds, folder, progress)
+    console.emit(found) if values["json"] else console.line((folder / "sessions.md").read_text())
 
 
 def _show(table: dict[str, Any]) -> None:

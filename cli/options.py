@@ -138,6 +138,8 @@ _SWEEP = "An option of methods, or any recipe field: method.num_prompts=5,10,50.
 _LOSS_SET = "Losses with the teacher, compared with the other sets: ce,kd:0.5. Repeatable."
 _BUDGET = "Of each cell: epochs=12, minutes=10 of training, or parameters=50000 trained."
 _SUITE = "Compare on each set of a suite: offline, five_categories, vtab1k, fgvc, fewshot11 or a YAML file."
+_SESSIONS = "Learn the classes in so many sessions, or in groups (a,b/c,d), by each way of `remap extend`."
+_WAYS = "Of --sessions: ranpac,prototypes,lwf,finetune,joint; lwf:20 has a memory of 20 images a class."
 _SEARCH = "Trials of learning rate and weight decay for each cell, on held-out training images: 20, or random:20."
 _JOBS = "Cells at once: a number, or auto, by cores, GPUs and memory."
 _SLURM = "Run the cells as a SLURM job array: slurm_partition=gpu,gpus_per_node=1,timeout_min=240 (submitit)."
@@ -159,6 +161,8 @@ OPTIONS = (
     _comparison("slurm", str, (COMPARE,), None, _SLURM),
     _comparison("suite", str, (COMPARE,), None, _SUITE),
     _comparison("sets", Path, (COMPARE,), None, "Folder of the sets of a suite."),
+    _comparison("sessions", str, (COMPARE,), None, _SESSIONS),
+    _comparison("ways", str, (COMPARE,), "all", _WAYS),
     OptionRow("steps", int, (LR,), None, "Steps of the test.", _TRAINING, default=100, least=1),
     OptionRow("recipe", str, _ALL, None, "A shipped recipe's name or a YAML file; other options override it."),
     OptionRow("settings", list[str], _ALL, None, "Any recipe field: --set train.lr=0.1. Repeatable.", flag="--set"),

@@ -55,9 +55,38 @@ def switch(shelf: ShelfPath, name: Annotated[str, typer.Argument(help="A task.",
 
 @tasks.command()
 def verify(shelf: ShelfPath, json: opt.Json = False) -> None:
-    """Compare every file with the hash it was added with; exit code 2 where one differs."""
+    """Compare every file with the hash it was added with; exit code 2 where one differs.
+
+    Of a run that extends others: whether the features of each session are still the same bits, and the drop of its
+    accuracy.
+    """
+    from remap.tasks.shelf import Shelf
+
+    if (shelf / "recipe.yaml").is_file() and not Shelf.is_at(shelf):
+        return _verify_sessions(shelf, json)
     rows = _open(shelf).verify()
     console.emit([vars(row) for row in rows]) if json else _show(shelf, rows, verified=True)
+    if any(row.problem for row in rows):
+        raise typer.Exit(2)
+
+
+def _verify_sessions(run: Path, json: bool) -> None:
+    from remap.tasks.sessions import verify_sessions
+
+    rows = verify_sessions(run)
+    if json:
+        console.emit([{**vars(row), "drop": row.drop} for row in rows])
+    else:
+        cells = [
+            [
+                *(number, row.classes, "bit for bit" if row.same_features else "changed"),
+                *("-" if share is None else f"{share:.1%}" for share in (row.then, row.now, row.drop)),
+                row.problem or "as written",
+            ]
+            for number, row in enumerate(rows, 1)
+        ]
+        columns = ["session", "classes", "features", "then", "now", "drop", "files"]
+        console.table(f"the sessions of {run}", columns, cells, right=(1, 3, 4, 5), wrap=(6,))
     if any(row.problem for row in rows):
         raise typer.Exit(2)
 

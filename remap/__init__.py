@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from remap.pipeline.commands import recommend as recommend
     from remap.pipeline.commands import shrink as shrink
     from remap.pipeline.commands import tune as tune
+    from remap.pipeline.extend import extend as extend
     from remap.pipeline.find_lr import find_lr as find_lr
     from remap.pipeline.own_loop import losses as losses
     from remap.pipeline.run import Result as Result
@@ -51,6 +52,7 @@ _PUBLIC = {
     "compare": "remap.pipeline.commands",
     "distill": "remap.pipeline.run",
     "evaluate": "remap.pipeline.commands",
+    "extend": "remap.pipeline.extend",
     "find_lr": "remap.pipeline.find_lr",
     "load_student": "remap.pipeline.student_api",
     "losses": "remap.pipeline.own_loop",

@@ -40,14 +40,14 @@ class LabeledFiles(Source):
         if not (splits.get("train") or splits.get("all")):
             raise DataError("there are no labelled images to learn from", given=f"{word}; left out: {counted(skipped)}")
         if "val" not in splits:
-            return _hold_out(word, splits.get("all") or splits["train"], val_fraction, skipped)
+            return _hold_out(word, splits.get("all") or splits["train"], val_fraction, skipped, self.least_classes)
         if not splits["val"]:
             raise DataError(
                 "the folder to evaluate on holds no images in class folders",
                 given=f"{word}; left out: {counted(skipped)}",
                 do="sort its images into class folders, name others with --val-data, or move it elsewhere",
             )
-        return _with_splits(word, splits, skipped)
+        return _with_splits(word, splits, skipped, self.least_classes)
 
     def read_all(self, word: str, classes: Sequence[str]) -> tuple[Split, Skipped]:
         splits, skipped = self.read(word, self.depth or 1)
@@ -92,11 +92,11 @@ def _split(by_class: ByClass, classes: Sequence[str]) -> Split:
     return Split(tuple(plain(name) for name, _ in files), labels, lambda i: files[i][1].read(files[i][0]))
 
 
-def _require_classes(word: str, by_class: ByClass, skipped: Skipped) -> tuple[str, ...]:
+def _require_classes(word: str, by_class: ByClass, skipped: Skipped, least: int) -> tuple[str, ...]:
     classes = tuple(sorted(by_class))
-    if len(classes) < 2:
+    if len(classes) < least:
         raise DataError(
-            "at least two classes are needed",
+            "at least two classes are needed" if least == 2 else "there are no images of a class",
             given=f"{word} has {', '.join(classes) or 'none'}",
             do=table_hint(word, skipped) or "name the folder whose sub-folders are the classes",
         )
@@ -115,9 +115,9 @@ def table_hint(word: str, skipped: Skipped) -> str | None:
     return None
 
 
-def _hold_out(word: str, by_class: ByClass, fraction: float, skipped: Skipped) -> ImageData:
+def _hold_out(word: str, by_class: ByClass, fraction: float, skipped: Skipped, least: int) -> ImageData:
     """Hold out a share of each class; which images is a function of their number alone, and of which are copies."""
-    classes = _require_classes(word, by_class, skipped)
+    classes = _require_classes(word, by_class, skipped, least)
     images = _split(by_class, classes)
     small = [classes[label] for label, count in enumerate(np.bincount(images.labels)) if count < 2]
     if small:
@@ -135,8 +135,8 @@ def _hold_out(word: str, by_class: ByClass, fraction: float, skipped: Skipped) -
     return ImageData(word, classes, train, val, skipped=tuple(skipped), split_rule=rule)
 
 
-def _with_splits(word: str, splits: BySplit, skipped: Skipped) -> ImageData:
-    classes = _require_classes(word, splits["train"], skipped)
+def _with_splits(word: str, splits: BySplit, skipped: Skipped, least: int) -> ImageData:
+    classes = _require_classes(word, splits["train"], skipped, least)
     parts = {name: merged(by_class, classes) for name, by_class in splits.items()}
     for name in ("val", "test"):
         unknown = sorted(set(parts.get(name, {})) - set(classes))

@@ -39,9 +39,11 @@ class Source(ABC):
 
     Attributes:
         depth: The recipe's ``data.depth``, for sources by path.
+        least_classes: How few classes of images there may be, for sources of files.
     """
 
     depth: int | None = None
+    least_classes: int = 2
 
     @abstractmethod
     def open(self, word: str, val_source: str | None, val_fraction: float) -> ImageData:
@@ -108,6 +110,8 @@ def open_data(
     held_out: float | None = None,
     per_class: int | None = None,
     selection: float | None = None,
+    only: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> ImageData:
     """Open a data source.
 
@@ -121,6 +125,8 @@ def open_data(
         held_out: Evaluate on this share of the labelled training images, in place of the evaluation images.
         per_class: Learn from at most this many labelled images of each class.
         selection: Hold this share of the other labelled training images out, to choose the epoch by.
+        only: The classes whose images are used; None is all.
+        classes: Names that labels count, of which the images may lack some; None is those of the images.
 
     Raises:
         DataError: There is nothing, fewer than two classes, an empty class, classes that differ between splits, or an
@@ -130,7 +136,8 @@ def open_data(
         assert unlabeled is not None, "a recipe without labelled images names some without labels"
         more, skipped = open_unlabeled(unlabeled)
         return ImageData(unlabeled, (), Split.empty(), Split.empty(), None, tuple(skipped), "no labels", more)
-    data = find_source(source, depth).open(source, val_source, val_fraction)
+    words = (source, val_source, val_fraction)
+    data = open_labeled(*words, depth, only, least=2 if classes is None else 1)  # the classifier knows others
     if per_class is not None:
         data = data.with_per_class(per_class)
     if labels is not None:
@@ -139,6 +146,8 @@ def open_data(
         data = data.with_held_out(held_out)
     if selection is not None:
         data = data.with_selection(selection)
+    if classes is not None:
+        data = data.with_classes(classes)
     if unlabeled is None:
         return data
     for labeled in (source, val_source):
@@ -146,6 +155,21 @@ def open_data(
             _require_apart(data, labeled, unlabeled)
     more, skipped = open_unlabeled(unlabeled)
     return replace(data.with_unlabeled(more), skipped=(*data.skipped, *skipped))
+
+
+def open_labeled(
+    source: str, val_source: str | None, val_fraction: float, depth: int | None, only: Sequence[str] | None, least: int
+) -> ImageData:
+    """Open the labelled images of a source, of all classes or some: of ``least`` at least."""
+    found = find_source(source, depth)
+    found.least_classes = least
+    data = found.open(source, val_source, val_fraction)
+    if only is None:
+        return data
+    data = data.with_only(only)
+    if len(data.classes) < least:
+        raise DataError("at least two classes are needed", given=f"data.only={', '.join(only)}")
+    return data
 
 
 def read_all(source: str, classes: Sequence[str], depth: int | None = None) -> tuple[Split, Skipped]:

@@ -140,6 +140,43 @@ class ImageData:
         rule = f"{self.split_rule}; {len(chosen)} of {len(labels)} training images"
         return replace(self, train=self.train.take(chosen), split_rule=rule)
 
+    def with_only(self, names: Sequence[str]) -> "ImageData":
+        """Return the images of some classes alone.
+
+        Raises:
+            DataError: There is no such class.
+        """
+        if unknown := sorted(set(names) - set(self.classes)):
+            raise DataError("there are no such classes", given=", ".join(unknown), allowed=", ".join(self.classes[:20]))
+        rule = f"{self.split_rule}; {len(set(names))} of {len(self.classes)} classes"
+        return replace(self._classified(sorted(set(names))), split_rule=rule)
+
+    def with_classes(self, names: Sequence[str]) -> "ImageData":
+        """Return the same images with labels that count these class names, of which the images may lack some.
+
+        Raises:
+            DataError: An image is of none of these classes.
+        """
+        if unknown := sorted(set(self.classes) - set(names)):
+            raise DataError(
+                "images are of classes that are not listed", given=", ".join(unknown), allowed=", ".join(names[:20])
+            )
+        return self._classified(names)
+
+    def _classified(self, names: Sequence[str]) -> "ImageData":
+        """Return the images of these classes, with labels by these names."""
+        numbers = {name: number for number, name in enumerate(names)}
+        new_C = np.array([numbers.get(name, NO_LABEL) for name in self.classes], dtype=np.int64)
+
+        def part(split: Split | None) -> Split | None:
+            if split is None:
+                return None
+            chosen = split.take(np.flatnonzero(new_C[split.labels] >= 0))
+            return replace(chosen, labels=new_C[chosen.labels])
+
+        parts = {name: part(getattr(self, name)) for name in ("train", "val", "test", "selection")}
+        return replace(self, classes=tuple(names), **parts)  # type: ignore[arg-type]
+
     def with_labels(self, count: int) -> "ImageData":
         """Return the same data with the labels of ``count`` training images only, the same ones every time.
 

@@ -119,7 +119,7 @@ class TaskSource:
         try:
             data = open_data(
                 *(spec.source, spec.val_source, spec.val_fraction, None, spec.labels, spec.depth),
-                *(spec.held_out, spec.per_class, spec.selection),
+                *(spec.held_out, spec.per_class, spec.selection, spec.only, spec.known_classes),
             )
         except DataError as error:
             return f"the images of the run cannot be opened ({error.what})"

@@ -17,6 +17,7 @@ from remap.distributed.sharding import bytes_held, gather_full, is_sharded
 from remap.engine.self_teachers import copy_trained_tensors
 from remap.errors import TrainingError
 from remap.io.human_size import size
+from remap.io.paths import expanded
 from remap.network import Network, choose_attention, tuned
 from remap.pipeline.init_student import InitReport, init_from_teacher
 from remap.pipeline.joint_teacher import frozen_or_joint
@@ -38,7 +39,7 @@ from remap.recipe.schema import EMA, SELF, TrainSpec
 from remap.remapping.knowledge.attention import transfer_warning
 from remap.remapping.objective import Objective
 from remap.runs.run_dir import RunDir
-from remap.runs.task import open_backbone
+from remap.runs.task import open_backbone, start_from
 from remap.tuning import parts_of
 
 
@@ -205,6 +206,8 @@ def _load_teachers(
 def _tune(recipe: Recipe, classes: tuple[str, ...], backbone: Backbone) -> Network:
     student, train = tuned(backbone, recipe.method.name, recipe.method.options), recipe.train
     student.classes = classes
+    if recipe.student.extends is not None:
+        start_from(student, expanded(recipe.student.extends), classes, head=train.fit == "gradient")
     require_trainable(student, train)
     # Attached on the CPU first, so that draws do not depend on the device.
     student.model.to(accelerator().device)

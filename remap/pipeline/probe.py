@@ -67,7 +67,7 @@ def fit_probe(
     with progress.wait("fitting the teacher's head", len(STRENGTHS) + 1) as step:
         probe = fit_logistic(features_ND, labels_N, step)
     weight, bias = _all_classes(probe, network)
-    _write_head(network, weight, bias)
+    write_head(network, weight, bias)
     return probe.strength
 
 
@@ -219,7 +219,7 @@ def _with_bias(layer: Layer) -> Layer:
 
 
 @torch.no_grad()
-def _write_head(network: Network, weight_CD: np.ndarray, bias_C: np.ndarray) -> None:
+def write_head(network: Network, weight_CD: np.ndarray, bias_C: np.ndarray) -> None:
     """Write a linear map of the pooled features; of joined features each classifier gets its own columns."""
     model, anatomy, weight, bias = network.model, network.anatomy, torch.from_numpy(weight_CD), torch.from_numpy(bias_C)
     heads = [_with_bias(last_layer(module_at(model, path))) for path in anatomy.classifier_heads]

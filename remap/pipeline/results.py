@@ -61,6 +61,8 @@ def write_results(
     summary["student"]["task_bytes"] = write(
         lambda: save_task(run_dir.task, components.student, view, method.name, method.options)
     )
+    if "sessions" in summary:  # so far its statistics
+        summary["sessions"]["sessions"][-1]["bytes"] += summary["student"]["task_bytes"]
     if components.recipe.label_free:
         mergeable = components.student.attached.mergeable
         summary["student"]["backbone"] = write(lambda: save_backbone(run_dir, progress)) if mergeable else None

@@ -11,8 +11,9 @@ from remap.cache.output_format import OutputFormat
 from remap.distributed.launch import accelerator, broadcast_str, check_processes
 from remap.engine.callback import Callback
 from remap.engine.checkpoint import has_checkpoint
-from remap.engine.job import require_divisible
+from remap.engine.job import Job, require_divisible
 from remap.engine.loop import train
+from remap.engine.state import State
 from remap.errors import RecipeError, RunError, TrainingError
 from remap.io.paths import expanded
 from remap.network import Network
@@ -21,10 +22,12 @@ from remap.pipeline.callbacks import called
 from remap.pipeline.comparison_folder import shared_teacher
 from remap.pipeline.components import RunComponents, build_components, require_student
 from remap.pipeline.evidence import write_evidence
+from remap.pipeline.fit_at_once import fit_at_once
 from remap.pipeline.frozen_check import FrozenWeights, trained_text
 from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.results import require_space, write_results, write_summary
 from remap.pipeline.run_status import track_status
+from remap.pipeline.sessions import align_to_known, measure_sessions
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.student_features import cache_features
 from remap.pipeline.summary import evaluate_at_end, summarize
@@ -119,7 +122,7 @@ def run(
         progress.say(trained_text(job.parameters(), student))
         begun = clock.here
         try:
-            state = train(job, resume=resuming)
+            state = _learn(components, tracker, job, shared, progress, resuming=resuming)
         finally:
             for teacher_outputs in job.teachers:
                 teacher_outputs.close()  # other runs may share the network
@@ -131,6 +134,7 @@ def run(
         evaluations = evaluate_at_end(components, tracker, progress, state)
         summary = summarize(components, tracker, untrained, evaluations, state)
         summary |= {"frozen": unchanged, "trainables": list(job.parameters()), **tried(run_dir)}
+        summary |= measure_sessions(components, run_dir, untrained, evaluations.val, shared, progress)
         if main:
             write_evidence(components, run_dir.path, evaluations.val, progress)
             write_results(components, run_dir, summary, state, clock, fitting, progress)
@@ -242,6 +246,8 @@ def validate_inputs(recipe: Recipe, shared: SharedResources) -> None:
     if recipe.train.selects and recipe.train.metric == "top5" and len(classes) <= 5:
         what = f"train.metric: top5 is always 1 with {len(classes)} classes, and chooses nothing (take loss)"
         raise RecipeError([what], recipe.name)
+    if recipe.student.extends is not None:
+        require_tuned(recipe.student.extends)
     students = () if recipe.student.shrink is not None else (recipe.student,)  # else it comes from the teacher
     for spec in (*(teacher for teacher in recipe.teachers if not teacher.is_student), *students):
         require_tuned(spec.model)
@@ -249,6 +255,25 @@ def validate_inputs(recipe: Recipe, shared: SharedResources) -> None:
             require_size_of_run(spec)
         else:
             require_at_hand(spec.model, spec.weights, spec.image_size)
+
+
+def _learn(
+    components: RunComponents,
+    tracker: RunTracker,
+    job: Job,
+    shared: SharedResources,
+    progress: Progress,
+    *,
+    resuming: bool,
+) -> State:
+    """Train by steps, or fit the classifier at once."""
+    if components.recipe.train.fit != "gradient":
+        return fit_at_once(components, tracker, shared, progress)
+    state = train(job, resume=resuming)
+    if components.recipe.train.align:
+        align_to_known(components, progress)
+        tracker.last = None  # it was measured before
+    return state
 
 
 def _train_baseline(
@@ -299,7 +324,8 @@ def _choose_losses(
 
 def _require_checkpoints(run_dir: RunDir, resuming: bool) -> None:
     """A run that was trained before must not start from its beginning without a word."""
-    if resuming and (run_dir.path / "metrics.jsonl").is_file() and not has_checkpoint(run_dir.checkpoint):
+    by_steps = run_dir.recipe().train.fit == "gradient"
+    if by_steps and resuming and (run_dir.path / "metrics.jsonl").is_file() and not has_checkpoint(run_dir.checkpoint):
         raise RunError(
             f"the checkpoints of {run_dir.path} are gone; it had been trained for {len(run_dir.metrics())} epochs",
             do=f"bring {run_dir.checkpoint} back, or start the run again in another --output",

@@ -8,12 +8,14 @@ from typing import Any
 
 from remap.backbones.preprocess import PreprocessSpec
 from remap.data.fingerprint import Contents, fingerprint
+from remap.data.memory import open_memory
 from remap.data.pixels import Pixels
 from remap.data.sources import open_data
 from remap.data.splits import ImageData
 from remap.data.value_range import find_value_range
 from remap.data.views import JoinedSource, View, ViewSource, listed, require_readable
 from remap.errors import DataError
+from remap.io.paths import expanded
 from remap.progress import Progress, Silent
 from remap.recipe.schema import DataSpec, Recipe
 
@@ -97,10 +99,14 @@ class SharedResources:
 
     def index(self, spec: DataSpec) -> ImageData:
         """List a data source, once; no image is decoded."""
-        key = source_arguments(spec)
+        arguments = source_arguments(spec)
+        key = (*arguments, spec.memory)
         if key not in self.data:
             # A folder on a network drive takes minutes to list.
-            self.data[key] = open_data(*key)
+            data = open_data(*arguments)
+            if spec.memory is not None:
+                data = replace(data, train=data.train.joined(open_memory(expanded(spec.memory), data.classes)))
+            self.data[key] = data
         return self.data[key]
 
     def classes(self, recipe: Recipe) -> tuple[str, ...]:
@@ -137,7 +143,7 @@ class SharedResources:
     def open(self, spec: DataSpec, view: View, progress: Progress) -> DataViews:
         """Open, decode and check a data source, once."""
         # Only what changes the views is part of the key; cells of a comparison differ elsewhere.
-        key = (*source_arguments(spec), spec.unlabeled_only, spec.skip_bad, spec.max_bad, view)
+        key = (*source_arguments(spec), spec.memory, spec.unlabeled_only, spec.skip_bad, spec.max_bad, view)
         if key not in self.views:
             self.views[key] = _open(self.index(spec), spec, view, progress if self.read_ahead else None)
         return self.views[key]
@@ -146,7 +152,8 @@ class SharedResources:
 def source_arguments(spec: DataSpec) -> tuple:
     """Return what decides which images there are: the arguments of ``open_data``."""
     images = (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled or spec.target)
-    return (*images, spec.labels, spec.depth, spec.held_out, spec.per_class, spec.selection)
+    some = (spec.labels, spec.depth, spec.held_out, spec.per_class, spec.selection)
+    return (*images, *some, spec.only, spec.known_classes)
 
 
 _TITLES = {

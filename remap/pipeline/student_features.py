@@ -18,7 +18,7 @@ def cache_features(components: RunComponents, progress: Progress, shared: Shared
     Empty where the method changes the network from its first layer on, where views change, where a loss reads
     attention inside the frozen part, or where memory does not suffice.
     """
-    needed = feature_bytes(components)
+    needed = feature_bytes(components) if components.recipe.train.fit == "gradient" else None
     if needed is None:
         return {}
     if needed > components.recipe.data.memory_gib * 2**30:

@@ -94,7 +94,9 @@ def load_teacher(
     if is_run(spec.model):
         require_size_of_run(spec)
         network, _ = load_task(expanded(spec.model))
-        if network.classes == classes:
+        known = network.classes or ()
+        # One that knows the first classes only teaches those (``LogitsTerm``).
+        if known == classes or (spec.prepare == "none" and known and known == classes[: len(known)]):
             key = _key(network, "its own", spec, recipe)
             return placed(PreparedTeacher(network, spec, key, "its own"), recipe, device)
     # A fresh head is drawn here; the generator is forked by the caller.
@@ -137,7 +139,8 @@ def prepare_teacher(
         run_once: Runs it over the training images, where its outputs are cached and one pass serves for the head too.
     """
     spec, part = teacher.spec, views
-    if not needs_logits(recipe) or spec.model == EMA:
+    knows_all = teacher.head == "none" or teacher.network.classes == views.data.classes
+    if not needs_logits(recipe) or spec.model == EMA or not knows_all:  # which cannot be judged by these images
         return teacher
     if shared.teacher_folder is not None:  # one teacher for all runs of a comparison, for every seed
         teacher = replace(teacher, key=f"shared {spec.model_dump(mode='json')}")

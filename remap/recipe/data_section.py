@@ -2,10 +2,13 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from remap.data.augmentation import PRESETS, Augmentation, Crop, Erasing, Jitter, RandAugment
 from remap.data.pixels import MOST_MEGAPIXELS
+from remap.data.words import of_images
+from remap.io.paths import absolute
+from remap.recipe.paths import absolute_data
 from remap.recipe.sections import PathOrName, Section
 from remap.registry import LATER
 
@@ -17,6 +20,15 @@ def _require_ends(ends: list[float]) -> list[float]:
     if len(ends) != 2 or not ends[0] < ends[1]:
         raise ValueError("should be two numbers, the smaller one first, as in [0, 4095]")
     return ends
+
+
+def _names(value: Any) -> Any:
+    """Read "cats,dogs" as two names, a number as a name, and a list as a tuple."""
+    if isinstance(value, str):
+        value = value.split(",")
+    elif isinstance(value, int):
+        value = [value]
+    return tuple(str(name).strip() for name in value) if isinstance(value, list) else value
 
 
 class DataSpec(Section):
@@ -42,6 +54,17 @@ class DataSpec(Section):
         ge=1,
         le=8,
         description="Level of the folders that are the classes; null is 1, and an error where these hold only folders.",
+    )
+    only: Annotated[tuple[str, ...] | None, BeforeValidator(_names), LATER] = Field(
+        default=None, min_length=1, description="Classes whose images are used; null is all."
+    )
+    known_classes: Annotated[tuple[str, ...] | None, BeforeValidator(_names), LATER] = Field(
+        default=None,
+        min_length=2,
+        description="Classes of the classifier, of which the images may lack some; null is those of the images.",
+    )
+    memory: Annotated[PathOrName | None, LATER] = Field(
+        default=None, description="File of a few images of earlier sessions to learn from as well (`remap extend`)."
     )
     unlabeled: PathOrName | None = Field(
         default=None,
@@ -149,6 +172,17 @@ class DataSpec(Section):
         if self.mixes:
             return 0
         return 1 if self.augment == "none" else self.views or 0
+
+    def written_out(self) -> "DataSpec":
+        """Return the same data with absolute paths."""
+        paths: dict[str, Any] = {}
+        for name in ("source", "val_source", "unlabeled", "target"):
+            word = getattr(self, name)
+            if word is not None:
+                paths[name] = absolute_data(of_images(word) if name in ("unlabeled", "target") else word)
+        if self.memory is not None:
+            paths["memory"] = absolute(self.memory)
+        return self.model_copy(update=paths)
 
     def labeled_part(self) -> "DataSpec":
         """Return the same data without the images that come without labels."""

@@ -33,6 +33,7 @@ def resolve(
     words: Mapping[str, Any] | None = None,
     settings: Iterable[str] = (),
     *,
+    start: Mapping[str, Any] | None = None,
     check_options: bool = True,
 ) -> Recipe:
     """Build a recipe.
@@ -41,6 +42,7 @@ def resolve(
         recipe: A shipped name or a YAML file; None starts from the defaults.
         words: Keys of ``WORDS`` (None values are left out) and "weights" for both models.
         settings: "section.field=value" overrides, applied last.
+        start: Plain values to start from, in place of the defaults.
         check_options: Check method and loss options too (imports torch).
 
     Raises:
@@ -57,7 +59,7 @@ def resolve(
             in_file = strict_yaml.read_mapping(path)
         except RecipeError as error:
             raise RecipeError([*error.problems, *problems], where) from None
-    values = deepcopy(in_file)
+    values = deepcopy({**(start or {}), **in_file})
     if "teachers" in values:
         values["teacher"] = [*as_list(values.get("teacher")), *as_list(values.pop("teachers"))]
     given = [*overrides.of_words(words or {}, values, problems), *later]

@@ -7,12 +7,11 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from remap.data.augmentation import Augmentation
-from remap.data.words import of_images
 from remap.io.paths import absolute
 from remap.recipe import named
 from remap.recipe.data_section import SELECTION, DataSpec
 from remap.recipe.named import InitSpec, LossSpec, MethodSpec, Named, default_losses, is_idle, loss_words, name_only
-from remap.recipe.paths import absolute_data, absolute_model, absolute_weights
+from remap.recipe.paths import absolute_model, absolute_weights
 from remap.recipe.sections import (
     EMA,
     LARGEST_SIDE,
@@ -46,7 +45,7 @@ LABEL_FREE_METHOD = "full"
 AUTO = "auto"
 # Fields that change no result.
 _SILENT = {"workers", "memory_gib"}
-_DATA_PATHS, _OF_IMAGES = {"source", "val_source", "unlabeled", "target"}, {"unlabeled", "target"}
+_DATA_PATHS = {"source", "val_source", "unlabeled", "target", "memory"}
 
 
 def as_list(value: Any) -> list[Any]:
@@ -180,11 +179,9 @@ class Recipe(Section):
         So it outlives a change of defaults and works from any folder. Imports the classes behind the names, and so
         torch.
         """
-        student, data, init = _absolute(self.student), self.data, self.student.init
+        student, init = _absolute(self.student), self.student.init
         if init is not None:
             init = InitSpec(name=init.name, **named.with_defaults(INITS.load(init.name).Config, init))
-        words = {name: word for name in _DATA_PATHS if (word := getattr(data, name)) is not None}
-        paths = {name: absolute_data(of_images(word) if name in _OF_IMAGES else word) for name, word in words.items()}
         base_lr = None if self.train.lr is not None else self._base_lr()
         method = MethodSpec(name=self.method.name, **named.with_defaults(config_of(self.method.name), self.method))
         losses = tuple(
@@ -199,7 +196,7 @@ class Recipe(Section):
         )
         return self.model_copy(
             update={
-                "data": data.model_copy(update=paths),
+                "data": self.data.written_out(),
                 "teachers": tuple(map(_absolute, self.teachers)),
                 "student": student.model_copy(update={"init": init}),
                 "method": method,
@@ -254,4 +251,6 @@ def _absolute(spec: Model) -> Model:
     paths = {"model": absolute_model(spec.model), "weights": absolute_weights(spec.weights)}
     if isinstance(spec, TeacherSpec) and spec.classes is not None:
         paths["classes"] = absolute(spec.classes)
+    if isinstance(spec, StudentSpec) and spec.extends is not None:
+        paths["extends"] = absolute(spec.extends)
     return spec.model_copy(update=paths)

@@ -117,6 +117,9 @@ class StudentSpec(ModelSpec):
         default=None, description="How the backbone starts from the teacher's weights; null is as weights says."
     )
     force_init: bool = Field(default=False, description="Let init overwrite weights that are not random.")
+    extends: Annotated[PathOrName | None, LATER] = Field(
+        default=None, description="Run whose tuned student it starts from, with its rows of the classifier."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -208,6 +211,24 @@ class TrainSpec(Section):
     checkpoint_blocks: Annotated[bool, LATER] = Field(
         default=False, description="Compute blocks again in the backward pass: less memory, more time."
     )
+    fit: Annotated[Literal["gradient", "prototypes", "ridge"], LATER] = Field(
+        default="gradient",
+        description="By steps, or the classifier alone at once: from class means, or by ridge regression.",
+    )
+    ridge: Annotated[float | None, LATER] = Field(
+        default=None, gt=0.0, description="Penalty of fit=ridge; null chooses it on a fifth of the training images."
+    )
+    align: Annotated[bool, LATER] = Field(
+        default=False, description="Scale the rows of new classes to the norm of those the run knew (student.extends)."
+    )
+
+    @model_validator(mode="after")
+    def _one_pass(self) -> Self:
+        """A classifier that is fitted at once sees the images once."""
+        if self.fit != "gradient":
+            object.__setattr__(self, "epochs", 1)
+            object.__setattr__(self, "warmup_epochs", 0.0)
+        return self
 
     @property
     def selects(self) -> bool:

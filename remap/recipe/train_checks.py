@@ -39,10 +39,32 @@ def train_problems(recipe: Recipe) -> Iterator[str]:
     if train.parallel == "fsdp2" and train.optimizer not in ("adamw", "sgd"):
         yield f"train.optimizer: {train.optimizer} may need complete tensors (take adamw or sgd with fsdp2)"
     yield from _balance_problems(recipe)
+    yield from _fit_problems(recipe)
     if train.metric != "accuracy" and not train.selects:
         yield "train.metric: nothing is chosen by it (set train.keep=best or train.patience, or leave it out)"
     if train.batch_size % train.accumulation:
         yield f"train.batch_size: {train.batch_size} is not a multiple of accumulation {train.accumulation}"
+
+
+def _fit_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield what a classifier that is fitted at once cannot follow, and what aligning lacks."""
+    train, student = recipe.train, recipe.student
+    if train.fit != "gradient":
+        names = ", ".join(loss.name for loss in recipe.losses if loss.name != "ce")
+        if recipe.teachers or names:
+            yield f"train.fit: {train.fit} learns from labels alone (leave the teacher and {names or 'its losses'} out)"
+        if recipe.data.source is None or recipe.data.augment != "none" or recipe.data.mixes:
+            yield f"train.fit: {train.fit} sees each labelled image once, as it is (leave augmentation and mixing out)"
+        if recipe.data.memory is not None:
+            yield f"train.fit: {train.fit} counts each image once, and knows the old ones (leave data.memory out)"
+        if train.selects or train.ema is not None or train.class_weight_power:
+            yield f"train.fit: {train.fit} has no epochs to choose or average, nor weights of classes (leave them out)"
+    if train.ridge is not None and train.fit != "ridge":
+        yield "train.ridge: nothing is fitted by ridge regression (set train.fit=ridge, or leave it out)"
+    if train.align and (student.extends is None or train.fit != "gradient"):
+        yield "train.align: there are no rows of new classes that steps have trained (set student.extends)"
+    if student.extends is not None and (student.init is not None or student.shrink is not None):
+        yield "student.extends: the student has the weights of that run (leave init and shrink out)"
 
 
 def _balance_problems(recipe: Recipe) -> Iterator[str]:

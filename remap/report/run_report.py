@@ -16,6 +16,7 @@ from remap.report.page import count, percent, rows_of, write_page
 from remap.runs.answers import read_evidence
 from remap.runs.interval import difference, wilson, with_interval
 from remap.runs.run_dir import RunDir
+from remap.runs.session_figures import FIGURES
 from remap.runs.summary_schema import METRICS, choice_in_words, summary_problem
 
 # Above it, a matrix is no longer read, and the pairs that are most confused are listed.
@@ -66,6 +67,7 @@ def report_run(run: RunDir, *, pngs: bool = True) -> Path:
         pairs=confused_pairs(evidence) if evidence is not None else [],
         worst=worst_images(evidence, run.path) if evidence is not None else [],
         overlays=overlays(evidence, run.path) if evidence is not None else [],
+        sessions=_sessions(summary),
         facts=_facts(run, summary, recipe),
         command=_text(run.path / "command.txt"),
         recipe=_text(run.path / "recipe.yaml"),
@@ -165,6 +167,19 @@ def _tiles(summary: dict[str, Any]) -> list[tuple[str, str]]:
     found = summary["student"].get("metrics", {})
     tiles = [(words, percent(found[name])) for name, words in METRICS.items() if name in found]
     return [*tiles, ("saved size of the task", size(summary["student"]["task_bytes"]))]
+
+
+def _sessions(summary: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the table of a run that extends others, and figures of it; None of other runs."""
+    if "sessions" not in summary:
+        return None
+    found, errors = summary["sessions"], summary["sessions"]["calibration_error"]
+    figures = {name.replace("_", " "): found[name] for name in FIGURES}
+    figures |= {f"calibration error, {name} images": errors[name] for name in ("old", "new")}
+    names = [plain(", ".join(one["classes"])[:60]) or "the same classes" for one in found["sessions"]]
+    kept = [size(one["bytes"]) for one in found["sessions"]]
+    rows = list(zip(names, kept, found["accuracy"], strict=True))
+    return {"rows": rows, "tiles": [(name, percent(share)) for name, share in figures.items() if share is not None]}
 
 
 def _facts(run: RunDir, summary: dict[str, Any], recipe: Recipe) -> dict[str, list[tuple[str, str]]]:

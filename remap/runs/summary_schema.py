@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from remap.io.checked_json import is_count, is_number
+from remap.runs.session_figures import sessions_problem
 
 # The entries of student.metrics, in words.
 METRICS = {
@@ -77,6 +78,8 @@ def summary_problem(summary: object) -> str | None:
         problem = _problem(summary, {"baseline.accuracy": is_number}, "")
     if problem is None and "choice" in summary:
         problem = _problem(summary, {"epochs": is_count, **_CHOICE}, "")
+    if problem is None and "sessions" in summary:
+        problem = sessions_problem(summary["sessions"])
     more = summary.get("more_teachers", [])
     teachers = [("teacher", summary["teacher"])] if "teacher" in summary else []
     if not isinstance(more, list) or (more and not teachers):

@@ -104,7 +104,7 @@ def load_task(path: Path, *, behind: tuple[str, ...] = ()) -> tuple[Network, Vie
     require_sizes(folder, meta, tensors)
     spec = meta.backbone
     weights = "none" if meta.holds_backbone else spec.weights
-    model = _beside(folder, spec.model)
+    model = beside(folder, spec.model)
     source = ModelSpec(model=model, weights=weights, preset=spec.preset, image_size=spec.image_size)
     if weights == "none":
         _require_held(folder, meta, source)
@@ -148,7 +148,7 @@ def _require_held(folder: Path, meta: TaskMeta, source: ModelSpec) -> None:
         require_stored(source.model, stored, image_size=source.image_size)
 
 
-def _beside(folder: Path, model: str) -> str:
+def beside(folder: Path, model: str) -> str:
     """Return a task's backbone; a student that was cut for its run moves with the run directory."""
     place = folder.resolve().parent / STUDENT_MODEL
     return f"local-dir:{place}" if model.endswith(f"/{STUDENT_MODEL}") and place.is_dir() else model
@@ -169,6 +169,42 @@ def put_task(network: Network, path: Path) -> None:
             do="start the run again in another --output",
         )
     _put(network, read_tensors(folder, meta), folder)
+
+
+def start_from(network: Network, path: Path, classes: tuple[str, ...], *, head: bool = True) -> int:
+    """Give a network the tuned parameters of a task on the same backbone, and its rows of the classifier.
+
+    Args:
+        classes: The classes of the network, which begin with those of the task.
+        head: Whether the classifiers must fit; one that is fitted anew need not.
+
+    Returns:
+        The number of classes that the task knows.
+
+    Raises:
+        RunError: The files are damaged, or the task's backbone, method or classes are others.
+    """
+    folder = folder_of(path)
+    meta = read_meta(folder)
+    tensors, known = read_tensors(folder, meta), len(meta.classes)
+    if classes[:known] != meta.classes:
+        raise RunError(f"the classes do not begin with those of {folder}", given=", ".join(classes[:10]))
+    if meta.holds_backbone:  # no other file has these weights
+        network.identity = replace(network.identity, weights="none", sha256=meta.backbone.sha256)
+    elif network.identity.sha256 != meta.backbone.sha256:
+        raise RunError(f"{folder} was tuned on another backbone than {network.identity.model}")
+    network.attached.wants_sample = False  # what looking at images decides is in the task
+    named = dict(network.model.named_parameters()) | network.tensors
+    for name, tensor in tensors.items():
+        rows = network.anatomy.is_head(name) and len(tensor) == known
+        target = named.get(name)
+        part = target[:known] if target is not None and rows else target
+        if part is not None and part.shape == tensor.shape:
+            with torch.no_grad():
+                part.copy_(tensor)
+        elif head or not network.anatomy.is_head(name):
+            raise RunError(f"{name} of {folder} does not fit the student", do="keep the method of that run")
+    return known
 
 
 def require_tuned(word: str) -> None:

@@ -26,7 +26,7 @@ from remap.backbones.anatomy import (
 from remap.backbones.build import fresh_head
 from remap.backbones.families import FAMILIES, PARTS
 from remap.errors import BackboneError
-from remap.pipeline.probe import _write_head
+from remap.pipeline.probe import write_head
 from remap.tuning.attaching import attach_method
 
 Build = Callable[..., nn.Module]
@@ -582,7 +582,7 @@ def test_a_probe_is_written_into_the_classifier(tiny_name: str, tiny_model: Buil
     model = tiny_model(tiny_name)
     anatomy, images = anatomy_of(model), images_for(model)
     weight, bias = torch.randn(4, anatomy.width, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
-    _write_head(SimpleNamespace(model=model, anatomy=anatomy), weight.numpy(), bias.numpy())
+    write_head(SimpleNamespace(model=model, anatomy=anatomy), weight.numpy(), bias.numpy())
     features = model.forward_head(model.forward_features(images), pre_logits=True)
     torch.testing.assert_close(model(images), features @ weight.mT + bias)
 

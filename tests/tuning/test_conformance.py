@@ -264,7 +264,8 @@ def _extra_tokens_stand_between_prefix_and_patches_inside_every_block(
     if "sequence" not in attached.anatomy.parts:
         assert attached.extra_tokens == 0
         return
-    inside, outside = _tokens_in_blocks(attached.model, tools.images()), base.tokens
+    outside = base.tokens
+    inside = _tokens_in_blocks(attached.model, tools.images())[-len(outside) :]  # a first pass may ask for a feature
     extra, prefix = attached.extra_tokens, attached.anatomy.num_prefix_tokens
     assert [len(x[0]) for x in inside] == [len(x[0]) + extra for x in outside]
     if pair.row.category == "prompt" and pair.method not in ("vp",):

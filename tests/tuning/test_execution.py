@@ -97,7 +97,7 @@ def test_compiled_blocks_give_equal_gradients(
                 attached.model.get_submodule(block.block).compile(
                     backend="aot_eager", fullgraph=method not in IN_PIECES
                 )
-        tools.open_head(attached.model)(tools.images()).square().sum().backward()
+        _with_penalty(attached, tools.open_head(attached.model)(tools.images()).square().sum()).backward()
         found.append({name: p.grad for name, p in attached.model.named_parameters() if p.requires_grad})
     for name, gradient in found[0].items():
         assert torch.allclose(found[1][name], gradient, rtol=1e-4, atol=1e-5), name
@@ -117,7 +117,7 @@ def _the_distributed_wrapper_finds_every_parameter_used(attached: Attached, tool
     wrapped = DistributedDataParallel(tools.open_head(attached.model))
     for seed in (1, 2):
         attached.train()
-        wrapped(tools.images(4, seed)).square().sum().backward()
+        _with_penalty(attached, wrapped(tools.images(4, seed)).square().sum()).backward()
     wrapped(tools.images())
     attached.model.eval()
 
@@ -142,7 +142,7 @@ def _bfloat16_autocast_runs_and_keeps_parameters_in_float32(attached: Attached, 
         half = attached.model(tools.images())
     # bfloat16 keeps 8 bits, an error of 2^-8 a rounding; a lost branch or prompt would be of the size of the logits.
     assert (half.float() - full).norm() < 0.05 * full.norm()
-    half.float().sum().backward()
+    _with_penalty(attached, half.float().sum()).backward()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in tools.trained(attached).values())
 
 
@@ -154,5 +154,12 @@ def _two_pass_gradients(attached: Attached, tools: SimpleNamespace, checkpointin
     model = tools.open_head(attached.model)
     model.set_grad_checkpointing(checkpointing)
     model.zero_grad()
-    (model(tools.images()).square().sum() + model(tools.images(seed=8)).pow(3).sum()).backward()
+    loss = model(tools.images()).square().sum() + model(tools.images(seed=8)).pow(3).sum()
+    _with_penalty(attached, loss).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _with_penalty(attached: Attached, loss: Tensor) -> Tensor:
+    """Add the method's penalty, as training does: some parameters have a gradient by it alone."""
+    penalty = attached.penalty()
+    return loss if penalty is None else loss + penalty

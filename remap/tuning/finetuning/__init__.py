@@ -44,6 +44,17 @@ ROWS = [
         alone=True,
     ),
     _row(
+        name="ranpac",
+        target="remap.tuning.finetuning.ranpac:RanPAC",
+        summary="random features in front of the classifier head",
+        paper="McDonnell et al. 2023, arXiv 2307.02251",
+        trains="0 (classifier: C*M, M random features)",
+        vit_base=0,
+        lr=1e-1,
+        mergeable=False,
+        unchanged=frozenset({"attention", "tokens", "pooled"}),
+    ),
+    _row(
         name="partial",
         target="remap.tuning.finetuning.partial:Partial",
         summary="the last blocks, or chosen ones, and the final norm",

@@ -2,12 +2,14 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
+from remap.registry import LATER
 from remap.remapping.labels import Labels
 from remap.remapping.objective import LossTerm
 from remap.remapping.signals import Signals
@@ -36,6 +38,11 @@ class CrossEntropy(LossTerm):
         label_smoothing: float = Field(
             default=0.0, ge=0.0, lt=1.0, description="Share of the label spread over all classes."
         )
+        first_class: Annotated[int, LATER] = Field(
+            default=0,
+            ge=0,
+            description="Compare among classes from this one on; the teacher's answers hold those before.",
+        )
 
     config: Config
     uses_teacher = False
@@ -44,15 +51,26 @@ class CrossEntropy(LossTerm):
     def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
         logits_BC = answer_to_labels(student).float()
         wanted = labels.main_B if labels.other_B is None else labels.probabilities_BC(logits_BC.shape[1])
+        weights_C = labels.weights_C
+        if first := self.config.first_class:
+            logits_BC, wanted = (
+                logits_BC[:, first:],
+                (wanted[:, first:] if wanted.ndim == 2 else torch.where(labels.known_B, wanted - first, 0)),
+            )
+            weights_C = None if weights_C is None else weights_C[first:]
         # Divided by the number of images, not by their weights: the parts of a batch add up.
         losses_B = F.cross_entropy(
-            logits_BC, wanted, labels.weights_C, reduction="none", label_smoothing=self.config.label_smoothing
+            logits_BC, wanted, weights_C, reduction="none", label_smoothing=self.config.label_smoothing
         )
         return labels.mean(losses_B)
 
 
 class LogitsTerm(LossTerm):
-    """A term that compares the answers of both networks, and keeps the teacher's logits for it."""
+    """A term that compares the answers of both networks, and keeps the teacher's logits for it.
+
+    A teacher that knows the first classes only, as a run that is extended, is compared on those (learning without
+    forgetting, Li and Hoiem 2016, arXiv 1606.09282).
+    """
 
     classifier = "teacher"
 
@@ -60,7 +78,8 @@ class LogitsTerm(LossTerm):
         return logits_of(teacher)
 
     def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
-        return self.compare(answer_to_teacher(student).float(), target[LOGITS].float(), labels)
+        teacher_BC = target[LOGITS].float()
+        return self.compare(answer_to_teacher(student).float()[:, : teacher_BC.shape[1]], teacher_BC, labels)
 
     @abstractmethod
     def compare(self, student_BC: Tensor, teacher_BC: Tensor, labels: Labels) -> Tensor:

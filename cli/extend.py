@@ -1,0 +1,89 @@
+"""``remap extend``: a finished run learns new classes, or a new look of its classes."""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from remap.errors import RecipeError
+from remap.io.human_size import size
+from remap_cli import console, report
+from remap_cli import options as opt
+
+if TYPE_CHECKING:
+    from remap.pipeline.extend import Situation
+
+_HOW = "ranpac, prototypes, lwf, or finetune (the lower bound of a comparison); see --explain."
+
+
+def extend(
+    run: Annotated[Path, typer.Argument(help="A finished run directory; it stays as it is.", show_default=False)],
+    data: Annotated[str, typer.Option(help="The new images, as for `remap tune`.", show_default=False)],
+    val_data: Annotated[str | None, typer.Option(help="Separate folder or tar of them to evaluate on.")] = None,
+    only: Annotated[str | None, typer.Option(help="Classes of --data to learn, with commas; all by default.")] = None,
+    how: Annotated[str | None, typer.Option(help=_HOW, show_default="the first that fits")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say which way fits, and why; train nothing.")] = False,
+    memory: Annotated[int, typer.Option(min=0, help="Old images of each class to learn from as well, of lwf.")] = 0,
+    choose: Annotated[str, typer.Option(help="How these are chosen: herding or random.")] = "herding",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Of lwf.", show_default="the run's")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of lwf.", show_default="the run's")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of all draws.", show_default="the run's")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any recipe field. Repeatable.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Run directory to make.", show_default="runs/NAME-001")] = None,
+    json: opt.Json = False,
+) -> None:
+    """Let a run learn new classes, or new images of its classes, and keep what it knew, without its old images.
+
+    [dim]remap extend runs/birds-lora-001 --data new_birds --explain[/dim]
+    """
+    from remap.recipe.problems import checked
+    from remap.recipe.schema import DataSpec
+
+    given = {"source": data, "val_source": val_data, "only": only}
+    spec = checked(DataSpec, {name: value for name, value in given.items() if value is not None}, "extend")
+    with console.Reporter() as progress:
+        with progress.wait("loading PyTorch"):
+            from remap.pipeline.extend import extend as extend_run
+            from remap.pipeline.extend import situation
+        if explain:
+            found = situation(run, spec)
+            advice = [vars(one) for one in found.advice()]
+            console.emit({"situation": found.text, "ways": advice}) if json else _explain(found)
+            return
+        if choose not in ("herding", "random"):
+            raise RecipeError([f"--choose: unknown word '{choose}' (allowed: herding, random)"], "extend")
+        options = {"how": how, "memory": memory, "choose": choose, "settings": settings or (), "output": output}
+        words: dict[str, Any] = {**options, "epochs": epochs, "lr": lr, "seed": seed}
+        summary = extend_run(run, spec, progress=progress, **words).summary
+    console.emit(dict(summary)) if json else show_sessions(summary)
+    with console.Reporter() as progress:
+        report.write_at_end(Path(summary["run_dir"]), progress)
+
+
+def _explain(found: "Situation") -> None:
+    console.line(found.text)
+    rows = [["yes" if one.fits else "no", one.way, one.why] for one in found.advice()]
+    console.table("ways to extend it, the first that fits first", ["fits", "--how", "why"], rows, wrap=(2,))
+    run = shlex.quote(str(found.old.run.path))
+    console.line(
+        "If the task of each image is known when it is predicted, tune a run of its own on the same backbone and keep"
+        f" both, each bit for bit as it was: remap tasks add SHELF old={run} new=RUN"
+    )
+
+
+def show_sessions(summary: "dict[str, Any] | Any") -> None:
+    """Print what the student answers on the images of each session."""
+    found = summary["sessions"]
+    share = lambda value: "-" if value is None else f"{value:.1%}"  # noqa: E731
+    last = found["accuracy"][-1]
+    rows = [
+        [number, ", ".join(one["classes"])[:40] or "the same", one["images"] or "-", share(right), size(one["bytes"])]
+        for number, (one, right) in enumerate(zip(found["sessions"], last, strict=True), 1)
+    ]
+    columns = ["session", "new classes", "images", "accuracy", "saved size"]
+    console.table(f"{summary['run_dir']}: each session's images now", columns, rows, right=(2, 3, 4), wrap=(1,))
+    names = ("last", "average", "forgetting", "overall")
+    console.line(", ".join(f"{name} {share(found[name])}" for name in names if found[name] is not None))
+    run = shlex.quote(summary["run_dir"])
+    console.line(f"{console.duration(summary['seconds'])} in all. next: remap predict {run} IMAGES...")

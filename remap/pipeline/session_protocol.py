@@ -1,0 +1,182 @@
+"""``remap compare --sessions``: ways of learning classes session by session, under one protocol and several seeds."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from remap.errors import RecipeError
+from remap.io import atomic_write
+from remap.io.names import plain
+from remap.pipeline.compare import resumable
+from remap.pipeline.comparison_files import percent
+from remap.pipeline.extend import AT_ONCE, WAYS, extend
+from remap.pipeline.labels_only import labels_only
+from remap.pipeline.run import Result, resume, start
+from remap.pipeline.shared import SharedResources
+from remap.progress import Progress, Within
+from remap.recipe import Recipe
+from remap.recipe.schema import DataSpec, MethodSpec
+from remap.runs.run_dir import RunDir
+
+RECORD = "sessions.json"
+JOINT = "joint"
+DEFAULT_WAYS = (*WAYS, JOINT)
+FIGURES = ("overall", "average", "forgetting", "seconds", "bytes")
+
+
+def compare_sessions(
+    recipe: Recipe,
+    split: str,
+    methods: Sequence[str],
+    ways: Sequence[str],
+    seeds: int,
+    folder: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Learn the classes of one data set session by session in each way, and tabulate.
+
+    The first session is a run on the first classes, which all ways extend; "joint" is a run on all classes at once.
+
+    Args:
+        split: A number of sessions, or the classes of each: "cat,dog/bird".
+        methods: How the student of the first session is tuned.
+        ways: Of ``WAYS``; "lwf:20" has a memory of 20 images a class.
+        folder: Finished runs in it are not run again.
+
+    Returns:
+        The content of sessions.json: for each way its figures (``remap.runs.session_figures``), seconds and bytes of
+        the sessions behind the first, each with mean, spread and 95 % interval over seeds (Student's t).
+
+    Raises:
+        RemapError: Anything a user can mend.
+    """
+    base, shared = labels_only(recipe), SharedResources()
+    groups = groups_of(split, shared.index(base.data).classes)
+    for way in ways:
+        _way(way)
+    rows = []
+    with resumable(folder):
+        for method in methods:
+            # Options in the recipe are those of its own method.
+            spec = base.method if base.method.name == method else MethodSpec(name=method)
+            found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+            for seed in range(recipe.seed, recipe.seed + seeds):
+                of_seed = base.model_copy(update={"method": spec, "seed": seed})
+                at, title = folder / method / f"seed-{seed}", Within(progress, f"{method}, seed {seed}")
+                for way in ways:
+                    found[way].append(_sessions(of_seed, way, groups, at, title))
+            rows += [{"method": method, "way": way, **_over_seeds(found[way])} for way in ways]
+    table = {"data": base.data.source, "sessions": groups, "seeds": seeds, "rows": rows, "output": str(folder)}
+    atomic_write.write_json(folder / RECORD, table)
+    atomic_write.write_text(folder / "sessions.md", markdown(table))
+    return table
+
+
+def groups_of(split: str, classes: Sequence[str]) -> list[list[str]]:
+    """Return the classes of each session, as even as they can be where a number is given.
+
+    Raises:
+        RecipeError: There are too few classes, or a class is unknown or missing.
+    """
+    if split.isdigit():
+        count = int(split)
+        if not 2 <= count <= len(classes) // 2:
+            allowed = f"2 to {len(classes) // 2}, each of two classes or more"
+            raise RecipeError(
+                [f"--sessions: {count} sessions of {len(classes)} classes (allowed: {allowed})"], "compare"
+            )
+        ends = [round(number * len(classes) / count) for number in range(count + 1)]
+        return [list(classes[first:last]) for first, last in pairwise(ends)]
+    groups = [[name.strip() for name in group.split(",")] for group in split.split("/")]
+    if sorted(name for group in groups for name in group) != sorted(classes) or len(groups) < 2 or len(groups[0]) < 2:
+        raise RecipeError(
+            [f"--sessions: '{split}' is not a number or each of the {len(classes)} classes once, as in a,b/c,d"],
+            "compare",
+        )
+    return groups
+
+
+def _way(word: str) -> tuple[str, int]:
+    """Read "lwf:20" as a way and a number of images a class."""
+    way, colon, count = word.partition(":")
+    if way not in DEFAULT_WAYS or (colon and (not count.isdigit() or way in (*AT_ONCE, JOINT))):
+        raise RecipeError([f"--ways: unknown word '{word}' (allowed: {', '.join(DEFAULT_WAYS)}, lwf:20)"], "compare")
+    return way, int(count or 0)
+
+
+def _sessions(
+    recipe: Recipe, word: str, groups: Sequence[Sequence[str]], folder: Path, progress: Progress
+) -> dict[str, Any]:
+    """Run what is not there yet of one way and seed, and return its figures."""
+    way, memory = _way(word)
+
+    def only(names: Sequence[str]) -> Recipe:
+        return recipe.model_copy(update={"data": recipe.data.model_copy(update={"only": tuple(names)})})
+
+    if way == JOINT:
+        joint = _finished(folder / JOINT, lambda path: start(recipe, path, progress), progress)
+        figures = {"overall": joint["student"]["accuracy"], "average": None, "forgetting": None}
+        return {**figures, "seconds": joint["seconds"], "bytes": joint["student"]["task_bytes"]}
+    last = folder / "first"
+    _finished(last, lambda path: start(only(groups[0]), path, progress), progress)
+    seconds, found = 0.0, dict[str, Any]()
+    for number, names in enumerate(groups[1:], 2):
+        make = partial(_extend, recipe.seed, last, only(names).data, way, memory, progress)
+        last = folder / word.replace(":", "-") / str(number)
+        found = _finished(last, make, progress)
+        seconds += found["seconds"]
+    sizes = sum(session["bytes"] for session in found["sessions"]["sessions"][1:])
+    return {**{name: found["sessions"][name] for name in FIGURES[:3]}, "seconds": seconds, "bytes": sizes}
+
+
+def _extend(seed: int, run: Path, data: DataSpec, way: str, memory: int, progress: Progress, path: Path) -> Result:
+    return extend(run, data, how=way, memory=memory, output=path, progress=progress, seed=seed)
+
+
+def _finished(path: Path, make: Callable[[Path], Any], progress: Progress) -> dict[str, Any]:
+    """Return the summary of a run; one that was interrupted is resumed."""
+    run = RunDir(path)
+    if run.is_done:
+        return run.summary()
+    progress.say(str(path))
+    return dict((resume(path, progress) if (path / "recipe.yaml").is_file() else make(path)).summary)
+
+
+def _over_seeds(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {name: over_seeds([one[name] for one in found]) for name in FIGURES}
+
+
+def over_seeds(values: Sequence[float | None]) -> dict[str, Any] | None:
+    """Return mean, spread (standard deviation) and 95 % interval (Student's t) over seeds; None of what has none."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    mean, count = statistics.fmean(known), len(known)
+    if count == 1:
+        return {"values": known, "mean": mean, "spread": None, "low": None, "high": None}
+    from scipy.stats import t
+
+    spread = statistics.stdev(known)
+    half = float(t.ppf(0.975, count - 1)) * spread / sqrt(count)
+    return {"values": known, "mean": mean, "spread": spread, "low": mean - half, "high": mean + half}
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """Return the table as Markdown, shares in %."""
+    lines = [
+        f"Accuracy in % over the images of all {len(table['sessions'])} sessions after the last one, its mean over"
+        f" sessions, and forgetting in points; {table['seeds']} seed(s), mean ± standard deviation. Seconds and KiB are"
+        " those of the sessions behind the first.",
+        "",
+        "| method | way | accuracy | average | forgetting | seconds | KiB |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in table["rows"]:
+        shares = ["-" if row[name] is None else percent(row[name]) for name in FIGURES[:3]]
+        rest = [f"{row['seconds']['mean']:.0f}", f"{row['bytes']['mean'] / 1024:.0f}"]
+        lines.append(f"| {' | '.join(map(plain, [row['method'], row['way'], *shares, *rest]))} |")
+    return "\n".join(lines) + "\n"

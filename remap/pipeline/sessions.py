@@ -1,0 +1,179 @@
+"""The sessions of a run that extends others: their runs and images, and what the newest answers on each."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from remap.backbones.anatomy import module_at
+from remap.distributed.launch import accelerator
+from remap.engine.evaluate import Evaluation, evaluate_as
+from remap.engine.metrics import calibration_error
+from remap.errors import MissingData, RemapError, RunError
+from remap.io.paths import absolute, expanded
+from remap.network import Network
+from remap.pipeline.components import RunComponents
+from remap.pipeline.probe import last_layer
+from remap.pipeline.shared import DataViews, SharedResources
+from remap.progress import Progress
+from remap.runs import class_statistics
+from remap.runs.run_dir import RunDir
+from remap.runs.session_figures import figures, is_matrix
+from remap.runs.task import LONGEST_CHAIN
+from remap.runs.task_file import folder_of, read_meta
+
+# A chain of sessions is read as far as this.
+MOST_SESSIONS = 64 * LONGEST_CHAIN
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run of a chain; ``classes`` are those its student knows."""
+
+    run: RunDir
+    classes: tuple[str, ...]
+
+
+def sessions_of(path: Path) -> list[Session]:
+    """Return the runs that a run extends, and itself last.
+
+    Raises:
+        RunError: One is not there, or they go in a circle.
+    """
+    found: list[Session] = []
+    step: str | None = str(path)
+    while step is not None:
+        run = RunDir.open(Path(absolute(expanded(step))))
+        if any(run.path == one.run.path for one in found) or len(found) >= MOST_SESSIONS:
+            raise RunError(f"{run.path} extends an endless chain of runs")
+        found.append(Session(run, read_meta(folder_of(run.path)).classes))
+        step = run.recipe().student.extends
+    return found[::-1]
+
+
+def images_of(
+    session: Session, classes: tuple[str, ...], components: RunComponents, shared: SharedResources, progress: Progress
+) -> DataViews:
+    """Open the images of an earlier session as the student sees them, with labels by the student's classes.
+
+    Raises:
+        MissingData: They are not at hand.
+    """
+    spec = session.run.recipe().data.labeled_part()
+    spec = spec.model_copy(update={"known_classes": classes, "memory": None, "augment": "none"})
+    return shared.open(spec, components.views.view, progress)
+
+
+def align_to_known(components: RunComponents, progress: Progress) -> None:
+    """Align the rows of new classes to those that the extended run knew, where there are new ones."""
+    known = len(sessions_of(expanded(components.recipe.student.extends or ""))[-1].classes)
+    if known < len(components.student.classes or ()):
+        factor = align_classifier(components.student, known)
+        progress.say(f"the rows of new classes are scaled by {factor:.3f} to the norm of those before")
+
+
+def align_classifier(network: Network, known: int) -> float:
+    """Scale the rows of new classes to the mean norm of the ``known`` first ones, and return the factor.
+
+    Weight alignment (Zhao et al. 2020, arXiv 1911.07053, equations 6 to 8); the bias is scaled with its row.
+    """
+    layers = [last_layer(module_at(network.model, path)) for path in network.anatomy.classifier_heads]
+    with torch.no_grad():
+        norms_C = torch.stack([layer.weight.flatten(1).norm(dim=1) for layer in layers]).mean(0)
+        factor = float(norms_C[:known].mean() / norms_C[known:].mean())
+        for layer in layers:
+            for parameter in (layer.weight, layer.bias):
+                if parameter is not None:
+                    parameter[known:] *= factor
+    return factor
+
+
+def measure_sessions(
+    components: RunComponents,
+    run_dir: RunDir,
+    before: float | None,
+    own: Evaluation | None,
+    shared: SharedResources,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Return what the student answers on the evaluation images of each session, and the figures of the whole chain.
+
+    Args:
+        before: The accuracy on this session's images before it was learned.
+        own: What the student answers on them.
+
+    Returns:
+        Nothing where the run extends no other; else under "sessions": sessions (run, classes, images, bytes), accuracy
+        (see ``remap.runs.session_figures``), its figures, overall (over all images), and calibration_error of old and
+        of new images.
+    """
+    recipe, classes = components.recipe, components.student.classes or ()
+    if recipe.student.extends is None or own is None:
+        return {}
+    earlier = sessions_of(expanded(recipe.student.extends))
+    answers: list[tuple[Evaluation, np.ndarray] | None] = []
+    for session in earlier:
+        try:
+            val = images_of(session, classes, components, shared, progress).val
+        except MissingData as error:
+            progress.say(f"the images of {session.run.path} are not at hand, so it is not measured: {error.given}")
+            answers.append(None)
+            continue
+        found = evaluate_as(recipe, components.student, val, accelerator(), progress, f"session {len(answers) + 1}")
+        answers.append((found, val.split.labels))
+    answers.append((own, components.views.val.split.labels))
+    same_classes, matrix = earlier[-1].classes == classes, _before(earlier)
+    if same_classes:
+        matrix[-1] = [*matrix[-1][: len(earlier)], before]
+    matrix = [*matrix, [None if one is None else one[0].accuracy for one in answers]]
+    known = [one for one in answers if one is not None]
+    count = sum(found.count for found, _ in known)
+    listed = [*earlier, Session(run_dir, classes)]
+    rows = [
+        {
+            "run": str(session.run.path),
+            "classes": [name for name in session.classes if number == 0 or name not in listed[number - 1].classes],
+            "images": None if one is None else one[0].count,
+            "bytes": bytes_of(session.run),
+        }
+        for number, (session, one) in enumerate(zip(listed, answers, strict=True))
+    ]
+    found = {
+        "sessions": rows,
+        "accuracy": matrix,
+        **figures(matrix, same_classes=same_classes),
+        "overall": sum(found.correct for found, _ in known) / count if count else None,
+        "calibration_error": {"old": _calibration(answers[:-1]), "new": _calibration(answers[-1:])},
+    }
+    return {"sessions": found}
+
+
+def _before(earlier: list[Session]) -> list[list[float | None]]:
+    """Return the rows of the matrix up to the run before."""
+    try:
+        summary = earlier[-1].run.summary()
+        matrix = summary["sessions"]["accuracy"] if "sessions" in summary else [[summary["student"]["accuracy"]]]
+    except (RemapError, KeyError, TypeError):
+        matrix = None
+    if is_matrix(matrix) and len(matrix) == len(earlier):
+        return matrix
+    return [[None] * (number + 1) for number in range(len(earlier))]
+
+
+def _calibration(answers: list[tuple[Evaluation, np.ndarray] | None]) -> float | None:
+    seen = [(one.confidences_N, one.predictions_N, labels) for one, labels in filter(None, answers)]
+    if not seen:
+        return None
+    confidences_N, predictions_N, labels_N = (np.concatenate(rows) for rows in zip(*seen, strict=True))
+    readable_N = predictions_N >= 0
+    if not readable_N.any():
+        return None
+    return calibration_error(confidences_N[readable_N], (predictions_N == labels_N)[readable_N])
+
+
+def bytes_of(run: RunDir) -> int:
+    """Return what a session has to keep: its task, and statistics where there are any."""
+    files = [*run.task.glob("task.*"), run.path / class_statistics.FILE]
+    return sum(file.stat().st_size for file in files if file.is_file())

@@ -1,0 +1,60 @@
+"""What ``remap tasks verify RUN`` finds of a run that extends others: its sessions' files, features and answers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from remap.errors import RunError
+from remap.io.paths import expanded
+from remap.pipeline.fit_at_once import features_digest
+from remap.pipeline.sessions import sessions_of
+from remap.runs.session_figures import sessions_problem
+from remap.runs.task import load_task
+
+
+@dataclass(frozen=True)
+class SessionRow:
+    """One session of a chain of runs.
+
+    Attributes:
+        same_features: Whether its features are those of the newest session bit for bit; so it is after sessions that
+            fit the classifier at once.
+        then, now: Accuracy on its images right after it, and by the newest run; None where it was not measured.
+        problem: What is wrong with its files; empty where nothing is.
+    """
+
+    run: str
+    classes: int
+    same_features: bool
+    then: float | None
+    now: float | None
+    problem: str = ""
+
+    @property
+    def drop(self) -> float | None:
+        """How much accuracy was lost since."""
+        return None if self.then is None or self.now is None else self.then - self.now
+
+
+def verify_sessions(path: str | Path) -> list[SessionRow]:
+    """Compare every session of an extended run with the newest one; nothing is trained or evaluated.
+
+    Raises:
+        RunError: The run extends no other, or is damaged.
+    """
+    sessions = sessions_of(expanded(path))
+    found = sessions[-1].run.summary().get("sessions")
+    if len(sessions) < 2 or sessions_problem(found) is not None:
+        raise RunError(f"{path} is neither a shelf of tasks nor a run that extends another", do="see `remap extend`")
+    networks = [load_task(one.run.path)[0] for one in sessions]
+    digests, matrix = [features_digest(network) for network in networks], found["accuracy"]
+    return [
+        SessionRow(
+            str(one.run.path),
+            len(one.classes),
+            digest == digests[-1],
+            matrix[number][number],
+            matrix[-1][number],
+            one.run.damage() or "",
+        )
+        for number, (one, digest) in enumerate(zip(sessions, digests, strict=True))
+    ]

@@ -1,0 +1,93 @@
+"""A comparison over sessions, and the memory of old images. Herding by hand is the rule of iCaRL in float64."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from remap.data.memory import Memory, open_memory, read_memory
+from remap.errors import DataError, MissingData, RecipeError
+from remap.pipeline import session_protocol
+from remap.pipeline.extend import extend
+from remap.pipeline.memory import choose_memory, herding
+from remap.pipeline.run import start
+from remap.pipeline.session_protocol import compare_sessions, groups_of
+from remap.pipeline.sessions import sessions_of
+from remap.progress import Silent
+from remap.recipe.schema import DataSpec
+
+
+@pytest.fixture(scope="module")
+def first(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sessions") / "first"
+    start(tiny.recipe("data.only=blue,green", "train.epochs=1", method="linear", teacher=None, losses="ce"), path)
+    return path
+
+
+def test_herding_is_the_greedy_rule() -> None:
+    features = np.random.default_rng(1).normal(size=(12, 3))
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    chosen: list[int] = []
+    for _ in range(4):
+        left = [index for index in range(12) if index not in chosen]
+        chosen.append(min(left, key=lambda i: np.linalg.norm(unit.mean(0) - unit[[*chosen, i]].mean(0))))
+    assert herding(features, 4).tolist() == chosen
+    assert sorted(herding(features, 99)) == list(range(12))
+
+
+def test_a_memory_is_carried_on_and_its_images_stay_where_they_are(first: Path, tiny: Any, tmp_path: Path) -> None:
+    red = DataSpec(source=tiny.data, only=("red",))
+    settings = ["train.epochs=1"]
+    found = extend(first, red, how="lwf", memory=2, choose="random", settings=settings, output=tmp_path / "two")
+    assert found.summary["data"]["train_images"] == 8 + 2 * 2
+    file = tmp_path / "two.memory.json"
+    before = read_memory(file)
+    split = open_memory(file, ("blue", "green", "red"))
+    assert sorted(split.labels) == [0, 0, 1, 1] and all(name.startswith("train/") for name in split.names)
+    after = choose_memory(sessions_of(tmp_path / "two"), 2, "herding", Silent())
+    assert after.parts[: len(before.parts)] == before.parts and after.classes == {"blue", "green", "red"}
+    assert sum(len(part.images) for part in after.at_most(1).parts) == 3
+
+
+def test_images_that_changed_or_are_gone_are_refused(first: Path, tmp_path: Path) -> None:
+    memory = choose_memory(sessions_of(first), 1, "random", Silent())
+    part = memory.parts[0]
+
+    def changed(**update: str) -> Path:
+        images = (part.images[0].model_copy(update=update), *part.images[1:])
+        Memory(parts=(part.model_copy(update={"images": images}),)).write(tmp_path / "m.json")
+        return tmp_path / "m.json"
+
+    with pytest.raises(DataError, match="has changed"):
+        open_memory(changed(sha256="0" * 64), ("blue", "green"))
+    with pytest.raises(MissingData, match="any more"):
+        open_memory(changed(name="train/blue/gone.png"), ("blue", "green"))
+    path = changed()
+    path.write_text(path.read_text().replace("blue", "bleu"))
+    with pytest.raises(DataError, match="not a memory"):
+        read_memory(path)
+
+
+def test_sessions_are_even_or_as_they_are_named() -> None:
+    assert groups_of("2", "abcde") == [["a", "b"], ["c", "d", "e"]]
+    assert groups_of("b,a/c", "abc") == [["b", "a"], ["c"]]
+    for wrong in ("3", "1", "a,b", "a/b,c", "a,b/d", ""):
+        with pytest.raises(RecipeError, match="--sessions"):
+            groups_of(wrong, "abc")
+
+
+def test_ways_under_one_protocol(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny.recipe("train.epochs=1", method="linear")
+    arguments = (recipe, "blue,green/red", ["linear"], ["prototypes", "joint"], 2, tmp_path, Silent())
+    table = compare_sessions(*arguments)
+    rows = {row["way"]: row for row in table["rows"]}
+    summary = json.loads((tmp_path / "linear" / "seed-1" / "prototypes" / "2" / "summary.json").read_text())
+    assert rows["prototypes"]["overall"]["values"][1] == summary["sessions"]["overall"]
+    assert rows["joint"]["forgetting"] is None and rows["joint"]["overall"]["low"] is not None
+    assert summary["seed"] == 1 and "prototypes" in (tmp_path / "sessions.md").read_text()
+    monkeypatch.setattr(session_protocol, "start", None)  # what is finished is not run again
+    assert compare_sessions(*arguments)["rows"] == table["rows"]
+    with pytest.raises(RecipeError, match="joint:3"):
+        compare_sessions(*arguments[:3], ["joint:3"], *arguments[4:])
