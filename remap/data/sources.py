@@ -108,6 +108,7 @@ def open_data(
     held_out: float | None = None,
     per_class: int | None = None,
     selection: float | None = None,
+    classes: tuple[str, ...] = (),
 ) -> ImageData:
     """Open a data source.
 
@@ -121,6 +122,7 @@ def open_data(
         held_out: Evaluate on this share of the labelled training images, in place of the evaluation images.
         per_class: Learn from at most this many labelled images of each class.
         selection: Hold this share of the other labelled training images out, to choose the epoch by.
+        classes: What a teacher tells apart, where no image to learn from has a label.
 
     Raises:
         DataError: There is nothing, fewer than two classes, an empty class, classes that differ between splits, or an
@@ -129,7 +131,11 @@ def open_data(
     if source is None:
         assert unlabeled is not None, "a recipe without labelled images names some without labels"
         more, skipped = open_unlabeled(unlabeled)
-        return ImageData(unlabeled, (), Split.empty(), Split.empty(), None, tuple(skipped), "no labels", more)
+        val, left_out = (Split.empty(), ()) if val_source is None else read_all(val_source, classes, depth)
+        if val_source is not None:
+            _require_apart(ImageData(val_source, classes, Split.empty(), val), val_source, unlabeled)
+        files = (*skipped, *left_out)
+        return ImageData(unlabeled, classes, Split.empty(), val, None, files, "no labels", more)
     data = find_source(source, depth).open(source, val_source, val_fraction)
     if per_class is not None:
         data = data.with_per_class(per_class)

@@ -17,6 +17,7 @@ from remap.engine.self_teachers import copy_trained_tensors
 from remap.errors import TrainingError
 from remap.io.human_size import size
 from remap.network import Network, choose_attention, tuned
+from remap.pipeline.class_words import write_words
 from remap.pipeline.init_student import InitReport, init_from_teacher
 from remap.pipeline.joint_teacher import frozen_or_joint
 from remap.pipeline.objective import build_objective, pairs_of
@@ -69,6 +70,11 @@ class RunComponents:
         return self.views.labeled_share if self.objective.uses_teacher else 1.0
 
     @property
+    def judges(self) -> bool:
+        """Whether the student's answers can be compared with labels."""
+        return not self.recipe.label_free and len(self.views.val.split) > 0
+
+    @property
     def process_images(self) -> int:
         """One process's share of the images of a training step."""
         images = min(self.recipe.train.batch_size, len(self.training_source.split))
@@ -107,6 +113,7 @@ def build_components(
         backbone = open_student(recipe, run_dir, progress, shared)
     init = init_from_teacher(backbone, recipe, shared, progress)
     teachers = _load_teachers(recipe, classes, backbone, progress)
+    write_words(backbone, recipe.data, classes, progress)
     student = _tune(recipe, classes, backbone)
     for teacher in teachers:
         # Frozen tensors stay shared with the student; what it will train is copied before the first step.

@@ -119,15 +119,21 @@ def signals_of(
     what: str,
     *,
     pooled: bool,
+    at_most: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return pooled features or else logits, float64 (N, D or C), and labels (N,), of all readable images."""
+    """Return pooled features or else logits, float64 (N, D or C), and labels (N,), of all readable images.
+
+    Args:
+        at_most: Look at so many images, evenly spaced; None looks at all.
+    """
     network.model.eval()
     runner = Runner(network, Needs(pooled=pooled))
-    rows, readable = [], []
-    with defer_signals(), progress.wait(what, len(source.split)) as step:
-        for start in range(0, len(source.split), batch_size):
+    rows, readable, count = [], [], len(source.split)
+    chosen = np.linspace(0, count - 1, min(count, at_most or count)).astype(np.int64)
+    with defer_signals(), progress.wait(what, len(chosen)) as step:
+        for start in range(0, len(chosen), batch_size):
             raise_if_interrupted(accelerator, f"{what} were being computed")
-            images, good = source.batch(np.arange(start, min(start + batch_size, len(source.split))))
+            images, good = source.batch(chosen[start : start + batch_size])
             if len(good):
                 found = runner(images.to(accelerator.device))
                 rows.append((found.pooled_BD if pooled else found.logits_BC).float().cpu().numpy())

@@ -14,6 +14,7 @@ from remap.data.splits import ImageData
 from remap.data.value_range import find_value_range
 from remap.data.views import JoinedSource, View, ViewSource, listed, require_readable
 from remap.errors import DataError
+from remap.language.words import class_words
 from remap.progress import Progress, Silent
 from remap.recipe.schema import DataSpec, Recipe
 
@@ -140,7 +141,9 @@ class SharedResources:
 def source_arguments(spec: DataSpec) -> tuple:
     """Return what decides which images there are: the arguments of ``open_data``."""
     images = (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled)
-    return (*images, spec.labels, spec.depth, spec.held_out, spec.per_class, spec.selection)
+    alone = spec.source is None and spec.classes is not None
+    classes = tuple(class_words(spec.classes or ())) if alone else ()
+    return (*images, spec.labels, spec.depth, spec.held_out, spec.per_class, spec.selection, classes)
 
 
 _TITLES = {

@@ -21,6 +21,8 @@ WORDS = {
     "data": "data.source",
     "val_data": "data.val_source",
     "unlabeled": "data.unlabeled",
+    "classes": "data.classes",
+    "templates": "data.templates",
     "epochs": "train.epochs",
     "batch_size": "train.batch_size",
     "lr": "train.lr",

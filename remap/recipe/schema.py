@@ -7,17 +7,17 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from remap.data.augmentation import Augmentation
-from remap.data.words import of_images
 from remap.io.paths import absolute
 from remap.recipe import named
 from remap.recipe.data_section import SELECTION, DataSpec
 from remap.recipe.named import InitSpec, LossSpec, MethodSpec, Named, default_losses, is_idle, loss_words, name_only
-from remap.recipe.paths import absolute_data, absolute_model, absolute_weights
+from remap.recipe.paths import absolute_model, absolute_weights
 from remap.recipe.sections import (
     EMA,
     LARGEST_SIDE,
     OF_OTHERS,
     SELF,
+    WORDS,
     ModelSpec,
     PathOrName,
     Section,
@@ -31,8 +31,8 @@ from remap.remapping.weights import INITS
 from remap.tuning import config_of, rows_of
 
 __all__ = [
-    "EMA", "LARGEST_SIDE", "OF_OTHERS", "SELF", "DataSpec", "InitSpec", "LossSpec", "MethodSpec", "ModelSpec", "Named",
-    "PathOrName", "Recipe", "Section", "ShrinkSpec", "StudentSpec", "TeacherSpec", "TrainSpec", "default_losses",
+    "EMA", "LARGEST_SIDE", "OF_OTHERS", "SELF", "WORDS", "DataSpec", "InitSpec", "LossSpec", "MethodSpec", "ModelSpec",
+    "Named", "PathOrName", "Recipe", "Section", "ShrinkSpec", "StudentSpec", "TeacherSpec", "TrainSpec", "default_losses",
     "is_idle",
 ]  # fmt: skip
 
@@ -46,7 +46,7 @@ LABEL_FREE_METHOD = "full"
 AUTO = "auto"
 # Fields that change no result.
 _SILENT = {"workers", "memory_gib"}
-_DATA_PATHS = {"source", "val_source", "unlabeled"}
+_DATA_PATHS = {"source", "val_source", "unlabeled", "templates", "descriptions"}
 
 
 def as_list(value: Any) -> list[Any]:
@@ -112,10 +112,13 @@ class Recipe(Section):
     def _fill_losses(self) -> "Recipe":
         """Write the default objective out, and what follows from it, so that a saved recipe says it all."""
         labels, label_free = self.data.source is not None, self.data.unlabeled is not None and self._teaches_no_classes
-        if (label_free or not labels) and "method" not in self.model_fields_set:
+        backbone = label_free or not (labels or self.data.classes is not None)
+        if backbone and "method" not in self.model_fields_set:
             object.__setattr__(self, "method", MethodSpec(name=LABEL_FREE_METHOD))
         if self.has_default_losses:
             names = default_losses(self.method.name, labels=labels) if self.teachers else ("ce",)
+            if not labels and self.data.classes is not None:
+                names = ("kd",)
             object.__setattr__(self, "losses", tuple(LossSpec(name=name) for name in names))
         if label_free or not labels:
             object.__setattr__(self, "data", self.data.model_copy(update={"unlabeled_only": True}))
@@ -165,13 +168,9 @@ class Recipe(Section):
         So it outlives a change of defaults and works from any folder. Imports the classes behind the names, and so
         torch.
         """
-        student, data, init = _absolute(self.student), self.data, self.student.init
+        student, init = _absolute(self.student), self.student.init
         if init is not None:
             init = InitSpec(name=init.name, **_with_defaults(INITS.load(init.name).Config, init))
-        val_source = None if data.val_source is None else absolute_data(data.val_source)
-        unlabeled = None if data.unlabeled is None else absolute_data(of_images(data.unlabeled))
-        source = None if data.source is None else absolute_data(data.source)
-        paths = {"source": source, "val_source": val_source, "unlabeled": unlabeled}
         base_lr = None if self.train.lr is not None else self._base_lr()
         method = MethodSpec(name=self.method.name, **_with_defaults(config_of(self.method.name), self.method))
         losses = tuple(
@@ -186,7 +185,7 @@ class Recipe(Section):
         )
         return self.model_copy(
             update={
-                "data": data.model_copy(update=paths),
+                "data": self.data.written_out(),
                 "teachers": tuple(map(_absolute, self.teachers)),
                 "student": student.model_copy(update={"init": init}),
                 "method": method,
