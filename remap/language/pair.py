@@ -199,6 +199,10 @@ def _read_tower(folder: Path, side: TextSide) -> TextTower:
             f"{file} holds no text tower of open_clip or transformers", given=", ".join(list(tensors)[:3])
         )
     tensors = {name: tensor.float() for name, tensor in layout.convert(tensors).items()}
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    if depth != side.config.depth:  # before a great number of blocks is made
+        given = f"{depth} blocks, {side.config.depth:,} in the config"
+        raise WeightsError(f"the text tower in {file} does not fit its config", given=given)
     try:
         with bounded(str(folder), stored_bytes(file)):
             tower = TextTower(side.config)

@@ -44,6 +44,10 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
     choose_attention(network, recipe.train.fused_attention, device)
     with run.images(instead=", or name others with --data") if data is None else nullcontext():
         split, source, left_out = _split(recipe.data, data, network.classes or ())
+    if not len(split):
+        raise RunError(
+            f"{run.path} has no evaluation images: it learned from images without labels", do="name some: --data FOLDER"
+        )
     if left_out:
         progress.say(f"left out {len(left_out)} other file(s): {counted(left_out)}")
     images = ViewSource(split, view, memory_bytes=recipe.data.memory_gib * 2**30, workers=recipe.data.workers)

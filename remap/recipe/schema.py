@@ -32,8 +32,8 @@ from remap.tuning import config_of, rows_of
 
 __all__ = [
     "EMA", "LARGEST_SIDE", "OF_OTHERS", "SELF", "WORDS", "DataSpec", "InitSpec", "LossSpec", "MethodSpec", "ModelSpec",
-    "Named", "PathOrName", "Recipe", "Section", "ShrinkSpec", "StudentSpec", "TeacherSpec", "TrainSpec", "default_losses",
-    "is_idle",
+    "Named", "PathOrName", "Recipe", "Section", "ShrinkSpec", "StudentSpec", "TeacherSpec", "TrainSpec",
+    "default_losses", "is_idle",
 ]  # fmt: skip
 
 Model = TypeVar("Model", bound=ModelSpec)
