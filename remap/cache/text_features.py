@@ -1,6 +1,8 @@
 """Features of class texts on disk: each text of a vision-language model is encoded once.
 
-<root>/<24 hex of the key>.safetensors      features (C, E); the key is the text tower's tensors and the texts' tokens
+<root>/<24 hex of the key>.safetensors      features (C, E)
+
+The key is the text tower's tensors, the texts' tokens and the kind of device. Deleting the folder costs time alone.
 """
 
 import hashlib
@@ -47,7 +49,8 @@ def class_features(language: Language, texts: Sequence[Sequence[str]], root: Pat
 
 def _key(language: Language, texts: Sequence[Sequence[str]]) -> str:
     """Return the hash of all that decides the features."""
-    digest = hashlib.sha256(repr((language.side, [len(several) for several in texts])).encode())
+    sizes, device = [len(several) for several in texts], next(language.tower.parameters()).device.type
+    digest = hashlib.sha256(repr((language.side, sizes, device)).encode())
     add_tensors(digest, language.tower.state_dict())
     add_tensors(digest, {"ids": language.tokenizer([text for several in texts for text in several])})
     return digest.hexdigest()[:24]
