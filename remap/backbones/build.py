@@ -15,12 +15,12 @@ from remap.backbones.hub import in_cache_or_reachable
 from remap.backbones.loading import create, require_fit, require_weights
 from remap.backbones.lookup import require_known
 from remap.backbones.model_source import named_file
-from remap.backbones.names import preset_of, resolve_name
+from remap.backbones.names import is_pair, preset_of, resolve_name
 from remap.backbones.preprocess import PreprocessSpec
 from remap.backbones.projected_head import ProjectedHead
 from remap.backbones.typed import as_timm, input_channels
 from remap.errors import BackboneError, WeightsError
-from remap.language.names import is_pair, pair_folder
+from remap.language.names import pair_folder
 from remap.language.pair import add_language
 
 # What to do where a classifier does not serve.

@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 
 from remap.backbones.hub import out_of_reach
+from remap.backbones.names import PAIR
 from remap.errors import UnknownName, WeightsError
 from remap.io.paths import expanded
 from remap.registry import did_you_mean
 
-PREFIX = "clip:"
 MINI = "clip:mini"
 # Of the shipped pair.
 MINI_FOLDER = Path(__file__).parent / "mini"
@@ -16,11 +16,6 @@ CONFIGS = ("open_clip_config.json", "config.json")
 _WEIGHTS = ("open_clip_model.safetensors", "model.safetensors")
 # No pickles, and no code.
 _FILES = (*CONFIGS, *_WEIGHTS, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
-
-
-def is_pair(word: str) -> bool:
-    """Whether a word names a vision-language model."""
-    return word.startswith(PREFIX)
 
 
 def pair_folder(word: str) -> Path:
@@ -34,7 +29,7 @@ def pair_folder(word: str) -> Path:
         UnknownName: open_clip has no such model or tag.
         WeightsError: The files are neither here nor to be had.
     """
-    name = word.removeprefix(PREFIX)
+    name = word.removeprefix(PAIR)
     if word == MINI:
         return _checked(MINI_FOLDER, word)
     if name.startswith("local-dir:"):
@@ -60,21 +55,21 @@ def _repository(name: str) -> str:
         import open_clip
     except ImportError as error:
         raise WeightsError(
-            f"{PREFIX}{name} is a name of open_clip, which is not installed",
-            allowed=f"{MINI}, {PREFIX}local-dir:FOLDER, {PREFIX}OWNER/REPOSITORY",
+            f"{PAIR}{name} is a name of open_clip, which is not installed",
+            allowed=f"{MINI}, {PAIR}local-dir:FOLDER, {PAIR}OWNER/REPOSITORY",
             do="pip install 'remap[clip]'",
         ) from error
     model, _, tag = name.partition(".")
     known = open_clip.list_models()
     if model not in known:
         raise UnknownName(
-            f"unknown vision-language model '{PREFIX}{name}'{did_you_mean(model, known)}",
-            allowed=f"{MINI}, {PREFIX}local-dir:FOLDER, {PREFIX}OWNER/REPOSITORY, or a name of open_clip",
+            f"unknown vision-language model '{PAIR}{name}'{did_you_mean(model, known)}",
+            allowed=f"{MINI}, {PAIR}local-dir:FOLDER, {PAIR}OWNER/REPOSITORY, or a name of open_clip",
         )
     tags = {one: open_clip.get_pretrained_cfg(model, one) for one in open_clip.list_pretrained_tags_by_model(model)}
     hubs = {one: str(config["hf_hub"]) for one, config in tags.items() if config.get("hf_hub")}
     if not hubs or (tag and tag not in hubs):
-        raise UnknownName(f"'{PREFIX}{name}' has no weights on the hub", allowed=[f"{model}.{one}" for one in hubs])
+        raise UnknownName(f"'{PAIR}{name}' has no weights on the hub", allowed=[f"{model}.{one}" for one in hubs])
     return "/".join(hubs[tag or next(iter(hubs))].split("/")[:2])
 
 
@@ -86,7 +81,7 @@ def _snapshot(repository: str, word: str) -> Path:
             found = Path(snapshot_download(repository, allow_patterns=list(_FILES), local_files_only=offline))
         except Exception as error:  # no network, offline by setting, no such or a gated repository
             if not offline:
-                raise out_of_reach(f"{PREFIX}{repository}", error) from error
+                raise out_of_reach(f"{PAIR}{repository}", error) from error
             continue
         if any(os.path.lexists(found / weights) for weights in _WEIGHTS):
             return _checked(found, word)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from remap.language.names import is_pair
+from remap.backbones.names import is_pair
 from remap.recipe.named import InitSpec, name_only
 from remap.recipe.paths import require_path_or_name
 from remap.registry import LATER

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from remap.language.names import is_pair
+from remap.backbones.names import is_pair
 from remap.recipe.paths import is_run
 from remap.recipe.schema import WORDS, Recipe
 

@@ -8,9 +8,9 @@ from remap.backbones.anatomy import Anatomy, anatomy_of
 from remap.backbones.families import signals_of
 from remap.backbones.loading import require_fit
 from remap.backbones.lookup import require_known
-from remap.backbones.names import resolve_name
+from remap.backbones.names import is_pair, resolve_name
 from remap.errors import BackboneError
-from remap.language.names import is_pair, pair_folder
+from remap.language.names import pair_folder
 from remap.tuning import METHODS
 from remap.tuning.attaching import attach_method, needed
 
