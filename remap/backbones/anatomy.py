@@ -211,11 +211,11 @@ def anatomy_of(model: nn.Module) -> Anatomy:
 
 def _with_projection(model: nn.Module, anatomy: Anatomy) -> Anatomy:
     """Return the anatomy, with the classifier behind a projection where the model has one."""
-    path, *others = anatomy.classifier_heads
-    head = None if others else model.get_submodule(path)
-    if not isinstance(head, ProjectedHead):
-        return anatomy
-    return replace(anatomy, classifier_heads=(f"{path}.classifier",), projected_width=head.width)
+    modules = dict(model.named_modules())
+    for path in anatomy.classifier_heads:
+        if isinstance(head := modules.get(path), ProjectedHead):
+            return replace(anatomy, classifier_heads=(f"{path}.classifier",), projected_width=head.width)
+    return anatomy
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:

@@ -239,8 +239,8 @@ def _require_all_weights(name: str, missing: list[str]) -> None:
 
 def fresh_head(model: nn.Module, anatomy: Anatomy, num_classes: int) -> None:
     """Put in a new classifier: weights N(0, 0.02^2), timm's choice for transformers, and biases zero."""
-    parent = anatomy.classifier_heads[0].rpartition(".")[0]
-    if isinstance(head := model.get_submodule(parent), ProjectedHead):
+    head = next((module for module in model.modules() if isinstance(module, ProjectedHead)), None)
+    if head is not None:
         head.reset(num_classes)
         model.num_classes = num_classes  # type: ignore[assignment]  # a plain attribute of timm's models
     else:

@@ -20,7 +20,9 @@ def word_problems(recipe: Recipe) -> Iterator[str]:
             yield f"teacher.prepare: {spec.model} brings no classifier (leave it out: its head is made of words)"
         if spec.prepare == WORDS and not is_pair(spec.model):
             yield f"teacher.prepare: {spec.model} reads no words (name a vision-language model: clip:NAME)"
-    if data.source is None and data.classes is not None:
+    if data.source is None and data.classes is not None and recipe.label_free:
+        yield "data.classes: no loss is about classes (add one on logits, say kd, or leave it out)"
+    elif data.source is None and data.classes is not None:
         if recipe.needs_labels and recipe.losses:
             yield "losses: none of them learns from images without labels (add one on a teacher's logits, say kd)"
         for spec in recipe.teachers:
