@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from remap.backbones.checkpoints.layout import Layout, Tensors, rules
 from remap.language.text_tower import TextConfig
@@ -13,6 +13,9 @@ _UNKNOWN = (
     "scale_fc",
 )  # fmt: skip
 _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_POOLS: dict[str, Literal["end", "last", "first"]] = {
+    "argmax": "end", "eos": "end", "last": "last", "first": "first"
+}  # fmt: skip
 # The vocabulary of CLIP's byte pairs, which open_clip brings.
 CLIP_VOCABULARY = 49408
 # Defaults of transformers, which its files leave out.
@@ -67,7 +70,7 @@ def of_open_clip(config: Mapping[str, Any]) -> TextSide:
                 act=_open_clip_act(model, text),
                 eps=float((text.get("norm_kwargs") or {}).get("eps", 1e-5)),
                 causal=not text.get("no_causal_mask"),
-                pool={"argmax": "end", "eos": "end", "last": "last", "first": "first"}[text.get("pool_type", "argmax")],
+                pool=_POOLS[text.get("pool_type", "argmax")],
                 eos=int(text.get("eos_id", 2)) if text.get("pool_type") == "eos" else None,
                 layer_scale=text.get("ls_init_value") is not None,
             ),

@@ -5,7 +5,7 @@ Letters: N texts, L positions, D width, E dimensions that texts and images share
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.layers import get_act_layer
@@ -55,7 +55,7 @@ class TextTower(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config, width = config, config.width
-        norm = partial(nn.LayerNorm, eps=config.eps)
+        norm: Any = partial(nn.LayerNorm, eps=config.eps)  # a class for timm
         self.token_embedding = nn.Embedding(config.vocab, width)
         self.positions = nn.Parameter(torch.empty(config.context, width))
         self.blocks = nn.ModuleList(

@@ -16,10 +16,18 @@ MOST_BYTES = 2**26
 
 
 def split_classes(value: Any) -> Any:
-    """Read "ant,bee" as two classes, and a list as a tuple; a text without a comma names a file."""
+    """Read "ant,bee" as two classes, and a list as a tuple; a text without a comma names a file.
+
+    Raises:
+        ValueError: There are fewer than two classes.
+    """
     if isinstance(value, str) and "," in value:
-        return tuple(part.strip() for part in value.split(","))
-    return tuple(value) if isinstance(value, list) else value
+        value = [part.strip() for part in value.split(",")]
+    if isinstance(value, (list, tuple)):
+        if len(value) < 2:
+            raise ValueError("should be two classes or more, or a file of them")
+        return tuple(value)
+    return value
 
 
 def class_words(given: Sequence[str] | str) -> dict[str, tuple[str, ...]]:

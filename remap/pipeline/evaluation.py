@@ -44,10 +44,6 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
     choose_attention(network, recipe.train.fused_attention, device)
     with run.images(instead=", or name others with --data") if data is None else nullcontext():
         split, source, left_out = _split(recipe.data, data, network.classes or ())
-    if not len(split):
-        raise RunError(
-            f"{run.path} has no evaluation images: it learned from images without labels", do="name some: --data FOLDER"
-        )
     if left_out:
         progress.say(f"left out {len(left_out)} other file(s): {counted(left_out)}")
     images = ViewSource(split, view, memory_bytes=recipe.data.memory_gib * 2**30, workers=recipe.data.workers)
@@ -107,6 +103,10 @@ def _say_if_others(run: RunDir, contents: Contents, count: int, progress: Progre
 
 
 def _split(spec: DataSpec, data: str | None, classes: tuple[str, ...]) -> tuple[Split, str, Skipped]:
+    if data is None and spec.source is None:  # of a student that learned without labels
+        data = spec.val_source
+        if data is None:
+            raise RunError("the run has no evaluation images, no image has a label", do="name some: --data FOLDER")
     if data is None:
         opened = open_data(*source_arguments(spec.model_copy(update={"unlabeled": None})))
         return opened.val, opened.source, opened.skipped
