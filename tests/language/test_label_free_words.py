@@ -56,7 +56,7 @@ def test_words_alone_make_a_classifier(
     with pytest.raises(RunError, match="no evaluation images"):
         evaluate_run(tmp_path / "run", None, False, Silent())
     exported = load_student(tmp_path / "run").export("torch", tmp_path / "program")
-    assert Path(exported["path"]).exists()
+    assert exported.file.is_file() and exported.comparison is not None
 
 
 def test_a_student_of_words_starts_as_the_zero_shot_classifier(tiny: Any, pair: Pair, tmp_path: Path) -> None:
