@@ -89,7 +89,8 @@ RECOMMEND = "recommend"
 _LONG, _RUNS = (DISTILL, TUNE, BUILD, COMPARE, RECOMMEND), (DISTILL, TUNE)
 _ALL, _TEACH = (*_LONG, LR), (DISTILL, BUILD, COMPARE, RECOMMEND)
 _TEACHER = (
-    "Short name, timm name, local-dir:FOLDER, file or run directory; self or ema, made of the student; or several with"
+    "Short name, timm name, local-dir:FOLDER, file, clip:NAME or run directory; self or ema, made of the student; or"
+    " several with"
 )
 _LOSSES = "ce,kd,attention, of these what the method can follow; without a teacher ce"
 
@@ -124,6 +125,16 @@ RECIPE_OPTIONS = (
         "Folder or tar of images without labels, to distil on as well; without --data, alone.",
     ),
     _training("target", str, _RUNS, None, "Folder or tar of another domain's images, without labels, to adapt to."),
+    _models(
+        "classes",
+        str,
+        _ALL,
+        "names of the data",
+        'Words for clip:NAME: "ant,hat|cap", or a file; see docs/language.md.',
+    ),
+    _models(
+        "templates", str, _ALL, "one", "Sentences around the words: one, clip (its 80), or a file of lines with {}."
+    ),
     _models("weights", str, _ALL, "pretrained", "For teacher and student: pretrained or none."),
     _training("epochs", int, _LONG, "30; digits 20", "Passes over the training images."),
     _training("batch_size", int, _ALL, "64; digits 32", "Images per update, over all processes."),

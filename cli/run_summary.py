@@ -74,7 +74,7 @@ def show(summary: dict[str, Any]) -> None:
     rows.append(
         [
             f"student + {summary['method']}",
-            "-" if label_free else with_interval(student["accuracy"], images),
+            "-" if label_free or student["accuracy"] is None else with_interval(student["accuracy"], images),
             console.count(student["total_parameters"]),
             f"{console.count(student['trainable_parameters'])} ({share:.1%})",
             size(student["task_bytes"]),
@@ -82,7 +82,7 @@ def show(summary: dict[str, Any]) -> None:
     )
     data = summary["data"]
     title = f"{Path(data['source']).name}: accuracy on {data['val_images']} images, trained on {data['train_images']}"
-    if label_free:
+    if label_free or student["accuracy"] is None:
         title = f"trained on {data['train_images']} images without labels"
     elif data["labeled_images"] < data["train_images"]:
         title += f" ({data['labeled_images']} with labels)"

@@ -61,7 +61,9 @@ def _trained(values: dict[str, Any], progress: console.Reporter, *, with_teacher
     recipe = without_idle_losses(recipe, progress)
     if with_teacher and (values["no_baseline"] or "baseline" not in recipe.model_fields_set):
         # There is nothing to compare a backbone without a classifier with.
-        recipe = recipe.model_copy(update={"baseline": not values["no_baseline"] and not recipe.label_free})
+        recipe = recipe.model_copy(
+            update={"baseline": not values["no_baseline"] and recipe.data.source is not None and not recipe.label_free}
+        )
     run_summary.announce(recipe, progress)
     return estimate(recipe, progress) if values["dry_run"] else dict(start(recipe, values["output"], progress).summary)
 

@@ -21,7 +21,7 @@ LAYERS = [
     {"remap.errors", "remap.progress", "remap.registry"},
     {"remap.io"},
     {"remap.data"},
-    {"remap.backbones"},
+    {"remap.backbones", "remap.language"},
     {"remap.tuning"},
     {"remap.remapping"},
     {"remap.recipe"},
@@ -43,8 +43,10 @@ HOMES = {
     "torch_pruning": ("remap.remapping.architecture.pruning",),
     "torchdistill": ("remap.remapping.knowledge.torchdistill_bridge",),
     "peft": ("remap.tuning.parameter.peft_bridge", "remap.exporting.peft_folder"),
-    # The listing of models asks timm for names, and the optimisers are its own.
-    "timm": ("remap.backbones", "remap.engine.optim", "remap_cli.models"),
+    # Text towers are made of its blocks, the listing of models asks it for names, and the optimisers are its own.
+    "timm": ("remap.backbones", "remap.language.text_tower", "remap.engine.optim", "remap_cli.models"),
+    "open_clip": ("remap.language",),
+    "tokenizers": ("remap.language.tokenizer",),
     "accelerate": (
         "remap.distributed",
         "remap.cache",

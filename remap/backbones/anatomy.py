@@ -4,12 +4,13 @@ Letters: B batch, N patch tokens, P prefix tokens (class, distillation, register
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.families import FAMILIES
+from remap.backbones.projected_head import ProjectedHead
 from remap.errors import BackboneError
 
 # Attribute under which a dynamic subclass stores its original class, see ``plain_class``.
@@ -132,7 +133,8 @@ class Anatomy:
 
     Sizes are in pixels for ``image_size`` and ``patch_size`` (height, width), in positions for ``grid``. In
     hierarchical models ``patch_size`` is that of the embedding, ``grid`` that of the last stage. ``width`` is that of
-    the features that enter the classifier. ``num_prefix_tokens`` counts class, distillation and register tokens, which
+    the pooled features; the classifier reads them, or in a vision-language model their projection, of
+    ``projected_width``. ``num_prefix_tokens`` counts class, distillation and register tokens, which
     stand in front of the patches; the class token, where there is one, is token 0. ``heads``, ``head_dim`` and
     ``mlp_hidden`` are those of the last block (0 where there are none).
     ``input_module`` takes the image ("": no single module does); ``embedding_norms`` are norms outside the blocks,
@@ -161,6 +163,12 @@ class Anatomy:
     class_token_pooled: bool = False
     averaged_heads: bool = True
     positions_in_embedding: bool = False
+    projected_width: int | None = None
+
+    @property
+    def feature_width(self) -> int:
+        """Channels of what the classifier reads."""
+        return self.projected_width or self.width
 
     @property
     def num_patches(self) -> int:
@@ -202,8 +210,17 @@ def anatomy_of(model: nn.Module) -> Anatomy:
     """Return the anatomy of a timm model; raises BackboneError where no family reads it."""
     for row in FAMILIES:
         if (family := row.load()()).matches(model):
-            return family.read(model)
+            return _with_projection(model, family.read(model))
     raise BackboneError(f"{type(model)} is not a network of timm", do="`remap models` lists names that work")
+
+
+def _with_projection(model: nn.Module, anatomy: Anatomy) -> Anatomy:
+    """Return the anatomy, with the classifier behind a projection where the model has one."""
+    modules = dict(model.named_modules())
+    for path in anatomy.classifier_heads:
+        if isinstance(head := modules.get(path), ProjectedHead):
+            return replace(anatomy, classifier_heads=(f"{path}.classifier",), projected_width=head.width)
+    return anatomy
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:

@@ -15,10 +15,13 @@ from remap.backbones.hub import in_cache_or_reachable
 from remap.backbones.loading import create, require_fit, require_weights
 from remap.backbones.lookup import require_known
 from remap.backbones.model_source import named_file
-from remap.backbones.names import preset_of, resolve_name
+from remap.backbones.names import is_pair, preset_of, resolve_name
 from remap.backbones.preprocess import PreprocessSpec
+from remap.backbones.projected_head import ProjectedHead
 from remap.backbones.typed import as_timm, input_channels
 from remap.errors import BackboneError, WeightsError
+from remap.language.names import pair_folder
+from remap.language.pair import add_language
 
 # What to do where a classifier does not serve.
 PREPARE = "let teacher.prepare fit one (probe, full, or a method)"
@@ -83,7 +86,8 @@ def build(
     patch tokens through a fresh norm, "moco_v3" the class token. Both understand the keys of the official checkpoints.
 
     Args:
-        word: Short name, timm name or tag, "hf-hub:...", "local-dir:FOLDER", or a file of weights that says its model.
+        word: Short name, timm name or tag, "hf-hub:...", "local-dir:FOLDER", a file of weights that says its model, or
+            "clip:NAME" for the image tower of a vision-language model, with its language part beside it.
         weights: "pretrained", "none" or a file (``names.WEIGHTS_FILES``).
         keep_head: Keep the classifier that comes with the weights, whatever its number of outputs, instead of a fresh
             one.
@@ -96,6 +100,8 @@ def build(
         WeightsError: The weights cannot be had or do not fit.
         BackboneError: The family is not supported, or not with this preset or size.
     """
+    if is_pair(word):
+        return _build_pair(word, weights, num_classes, image_size)
     preset = preset_of(word, preset)
     word, weights = named_file(word, weights)
     name = resolve_name(word)
@@ -127,6 +133,25 @@ def build(
     return Backbone(model, anatomy, PreprocessSpec.of(model), identity, not keep_head, labels, loaded.notes)
 
 
+def _build_pair(word: str, weights: str, num_classes: int, image_size: int | None) -> Backbone:
+    """Build the image tower of a vision-language model, with its projection and a fresh classifier."""
+    name = _pair_source(word, weights)
+    loaded = create(name, weights, _sized(name, {"num_classes": 0}, image_size))
+    model, anatomy = loaded.model, anatomy_of(loaded.model)
+    _require_all_weights(word, [key for key in loaded.missing if not anatomy.is_head(key)])
+    anatomy = add_language(model, anatomy, pair_folder(word), num_classes, random=weights == "none")
+    fresh_head(model, anatomy, num_classes)
+    identity = Identity(word, weights, state_hash(model, anatomy), "none", image_size)
+    return Backbone(model, anatomy, PreprocessSpec.of(model), identity, head_is_fresh=True, notes=loaded.notes)
+
+
+def _pair_source(word: str, weights: str) -> str:
+    """Return the image tower of a vision-language model as ``create`` takes it."""
+    if weights not in ("pretrained", "none"):
+        raise WeightsError(f"{word} has weights of its own", given=f"weights: {weights}", do="leave weights out")
+    return f"local-dir:{pair_folder(word)}"
+
+
 def require_at_hand(word: str, weights: str, image_size: int | None = None) -> None:
     """Check a model's name, weights and size without building it.
 
@@ -135,6 +160,8 @@ def require_at_hand(word: str, weights: str, image_size: int | None = None) -> N
         WeightsError: The weights are neither here nor to be had.
         BackboneError: The model cannot have this size.
     """
+    if is_pair(word):
+        word = _pair_source(word, weights)
     word, weights = named_file(word, weights)
     name = resolve_name(word)
     require_known(word, name)
@@ -153,7 +180,7 @@ def require_stored(word: str, stored: int, *, image_size: int | None = None) -> 
         WeightsError: It is far larger than the file.
         BackboneError: The model cannot have this size.
     """
-    name = resolve_name(word)
+    name = f"local-dir:{pair_folder(word)}" if is_pair(word) else resolve_name(word)
     require_known(word, name)
     require_fit(name, _sized(name, {}, image_size), stored)
 
@@ -212,7 +239,12 @@ def _require_all_weights(name: str, missing: list[str]) -> None:
 
 def fresh_head(model: nn.Module, anatomy: Anatomy, num_classes: int) -> None:
     """Put in a new classifier: weights N(0, 0.02^2), timm's choice for transformers, and biases zero."""
-    as_timm(model).reset_classifier(num_classes)
+    head = next((module for module in model.modules() if isinstance(module, ProjectedHead)), None)
+    if head is not None:
+        head.reset(num_classes)
+        model.num_classes = num_classes  # type: ignore[assignment]  # a plain attribute of timm's models
+    else:
+        as_timm(model).reset_classifier(num_classes)
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d) and anatomy.is_head(f"{name}."):
             nn.init.trunc_normal_(layer.weight, std=0.02)

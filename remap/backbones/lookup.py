@@ -30,7 +30,7 @@ def require_known(word: str, name: str) -> None:
         if not name.startswith(("local-dir:", "hf-hub:", "hf_hub:")):
             raise UnknownName(
                 f"no such model or run directory: {word}",
-                allowed="a timm name, a short name, local-dir:FOLDER, a file, hf-hub:REPOSITORY, or a run directory",
+                allowed="a timm name, short name, local-dir:FOLDER, hf-hub:NAME, clip:NAME, a file or a run directory",
             )
         folder = Path(name.removeprefix("local-dir:"))
         if name.startswith("local-dir:") and not any((folder / config).is_file() for config in CONFIGS):

@@ -60,6 +60,15 @@ def preset_of(word: str, preset: str | None = None) -> str:
     return PRESETS.get(word, "none") if preset is None else preset
 
 
+# What the name of a vision-language model begins with.
+PAIR = "clip:"
+
+
+def is_pair(word: str) -> bool:
+    """Whether a word names a vision-language model."""
+    return word.startswith(PAIR)
+
+
 # Kinds of files that hold weights; all but the first are pickles.
 WEIGHTS_FILES = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".ckpt")
 

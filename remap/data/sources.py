@@ -111,7 +111,8 @@ def open_data(
     per_class: int | None = None,
     selection: float | None = None,
     only: Sequence[str] | None = None,
-    classes: Sequence[str] | None = None,
+    known_classes: Sequence[str] | None = None,
+    classes: tuple[str, ...] = (),
 ) -> ImageData:
     """Open a data source.
 
@@ -126,7 +127,8 @@ def open_data(
         per_class: Learn from at most this many labelled images of each class.
         selection: Hold this share of the other labelled training images out, to choose the epoch by.
         only: The classes whose images are used; None is all.
-        classes: Names that labels count, of which the images may lack some; None is those of the images.
+        known_classes: Names that labels count, of which the images may lack some; None is those of the images.
+        classes: What a teacher tells apart, where no image to learn from has a label.
 
     Raises:
         DataError: There is nothing, fewer than two classes, an empty class, classes that differ between splits, or an
@@ -135,9 +137,14 @@ def open_data(
     if source is None:
         assert unlabeled is not None, "a recipe without labelled images names some without labels"
         more, skipped = open_unlabeled(unlabeled)
-        return ImageData(unlabeled, (), Split.empty(), Split.empty(), None, tuple(skipped), "no labels", more)
+        val, left_out = (Split.empty(), ()) if val_source is None else read_all(val_source, classes, depth)
+        if val_source is not None:
+            _require_apart(ImageData(val_source, classes, Split.empty(), val), val_source, unlabeled)
+        files = (*skipped, *left_out)
+        return ImageData(unlabeled, classes, Split.empty(), val, None, files, "no labels", more)
     words = (source, val_source, val_fraction)
-    data = open_labeled(*words, depth, only, least=2 if classes is None else 1)  # the classifier knows others
+    least = 2 if known_classes is None else 1  # the classifier knows others
+    data = open_labeled(*words, depth, only, least)
     if per_class is not None:
         data = data.with_per_class(per_class)
     if labels is not None:
@@ -146,8 +153,8 @@ def open_data(
         data = data.with_held_out(held_out)
     if selection is not None:
         data = data.with_selection(selection)
-    if classes is not None:
-        data = data.with_classes(classes)
+    if known_classes is not None:
+        data = data.with_classes(known_classes)
     if unlabeled is None:
         return data
     for labeled in (source, val_source):

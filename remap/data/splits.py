@@ -61,7 +61,8 @@ class ImageData:
     """Images to learn from and to evaluate on.
 
     Attributes:
-        classes: Names in label order (sorted); none where no image has a label, and train and val are empty.
+        classes: Names in label order (sorted); where no image to learn from has a label, those that a teacher tells
+            apart, in its order, or none.
         train: The labelled training images.
         unlabeled: Training images without labels, all of them -1.
         skipped: Files left out before training, with the reason.

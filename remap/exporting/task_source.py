@@ -93,7 +93,10 @@ class TaskSource:
         if isinstance(self._data, str):
             pixels = torch.randint(0, 256, (DRAWN, *self.view.shape), generator=torch.Generator().manual_seed(0))
             return SourceImages(pixels.byte(), None, f"random pixels, since {self._data}")
-        test = self._data.test
+        test, unlabeled = self._data.test, self._data.unlabeled
+        if unlabeled is not None and not len(self._data.val):
+            views, _ = self._read(unlabeled, most)
+            return SourceImages(views, None, f"{len(views)} images without labels of {self._data.source}")
         split, name = (self._data.val, "validation") if test is None else (test, "test")
         views, labels = self._read(split, most)
         return SourceImages(views, labels, f"{len(views)} {name} images of {self._data.source}")
@@ -108,7 +111,7 @@ class TaskSource:
             raise DataError(
                 f"int8 needs the images of the run, and {self._data}", do="bring them back, or export without --int8"
             )
-        return self._read(self._data.train, most)[0]
+        return self._read(self._data.to_look_at, most)[0]
 
     @cached_property
     def _data(self) -> ImageData | str:
@@ -118,8 +121,9 @@ class TaskSource:
         spec = self.run.recipe().data
         try:
             data = open_data(
-                *(spec.source, spec.val_source, spec.val_fraction, None, spec.labels, spec.depth),
-                *(spec.held_out, spec.per_class, spec.selection, spec.only, spec.known_classes),
+                *(spec.source, spec.val_source, spec.val_fraction),
+                *(spec.unlabeled if spec.source is None else None, spec.labels, spec.depth),
+                *(spec.held_out, spec.per_class, spec.selection, spec.only, spec.known_classes, self.meta.classes),
             )
         except DataError as error:
             return f"the images of the run cannot be opened ({error.what})"

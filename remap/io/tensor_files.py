@@ -1,6 +1,7 @@
 """Safetensors files that may come from anybody: what the header says is checked before a tensor is read."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ MOST_DIMENSIONS, MOST_HEADER_BYTES = 64, 100_000_000
 MOST_UNPACKED, FREE_BYTES = 8, 2**24
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a safetensors file.
+def read_safetensors(path: Path, wanted: Callable[[str], bool] = lambda _name: True) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file: all, or those of wanted names.
 
     Raises:
         WeightsError: It is missing, truncated, mostly holes or not a safetensors file.
@@ -28,7 +29,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         _require_readable(path)
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+            return {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118 - not a mapping
     except Exception as error:  # of strange types and sizes, torch and the reader raise many kinds
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_lines(error)
         raise WeightsError(f"cannot read {path} as safetensors: {reason or type(error).__name__}") from error

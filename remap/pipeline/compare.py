@@ -113,6 +113,11 @@ def require_comparable(recipe: Recipe, methods: Sequence[str]) -> None:
             given=", ".join(loss.name for loss in recipe.losses),
             do="add a loss on labels or logits (ce, kd), or run each method by `remap distill`",
         )
+    if recipe.data.source is None:
+        raise RunError(
+            "a comparison is with students that learn from labels alone, and there are no labelled images",
+            do="name some: --data FOLDER, or run each method by `remap distill`",
+        )
     if recipe.choose_losses:
         raise RunError(
             "a comparison is of one objective, and losses: auto chooses one for each run",

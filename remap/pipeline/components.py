@@ -19,6 +19,7 @@ from remap.errors import TrainingError
 from remap.io.human_size import size
 from remap.io.paths import expanded
 from remap.network import Network, choose_attention, tuned
+from remap.pipeline.class_words import write_words
 from remap.pipeline.init_student import InitReport, init_from_teacher
 from remap.pipeline.joint_teacher import frozen_or_joint
 from remap.pipeline.objective import build_objective, pairs_of
@@ -78,6 +79,11 @@ class RunComponents:
         return train.epochs * max(1, len(self.training_source.split) // train.batch_size)
 
     @property
+    def judges(self) -> bool:
+        """Whether the student's answers can be compared with labels."""
+        return not self.recipe.label_free and len(self.views.val.split) > 0
+
+    @property
     def process_images(self) -> int:
         """One process's share of the images of a training step."""
         images = min(self.recipe.train.batch_size, len(self.training_source.split))
@@ -116,6 +122,7 @@ def build_components(
         backbone = open_student(recipe, run_dir, progress, shared)
     init = init_from_teacher(backbone, recipe, shared, progress)
     teachers = _load_teachers(recipe, classes, backbone, progress)
+    write_words(backbone, recipe.data, classes, progress)
     student = _tune(recipe, classes, backbone)
     for teacher in teachers:
         # Frozen tensors stay shared with the student; what it will train is copied before the first step.

@@ -104,6 +104,10 @@ def _say_if_others(run: RunDir, contents: Contents, count: int, progress: Progre
 
 
 def _split(spec: DataSpec, data: str | None, classes: tuple[str, ...]) -> tuple[Split, str, Skipped]:
+    if data is None and spec.source is None:  # of a student that learned without labels
+        data = spec.val_source
+        if data is None:
+            raise RunError("the run has no evaluation images, no image has a label", do="name some: --data FOLDER")
     if data is None:
         opened = open_data(*source_arguments(spec.model_copy(update={"unlabeled": None, "target": None})))
         return opened.val, opened.source, opened.skipped

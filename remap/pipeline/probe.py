@@ -18,7 +18,6 @@ from remap.cache.passes import run_in_passes
 from remap.data.splits import stratified
 from remap.data.thread_pool import made_ahead
 from remap.data.views import ViewSource
-from remap.distributed.collectives import index_chunks
 from remap.distributed.interrupts import defer_signals, raise_if_interrupted
 from remap.errors import BackboneError, DataError
 from remap.network import Network, Runner
@@ -138,11 +137,13 @@ def signals_of(
     pooled: bool,
     bf16: bool = False,
     filled: bool = False,
+    at_most: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return pooled features or else logits, float64 (N, D or C), and labels (N,), of all readable images.
 
     Args:
         filled: Fill the last batch up to ``batch_size``, as ``run_in_passes`` does.
+        at_most: Look at so many images, evenly spaced; None looks at all.
     """
     network.model.eval()
     runner = Runner(network, Needs(pooled=pooled), bf16=bf16)
@@ -151,9 +152,11 @@ def signals_of(
         found = runner(images.to(accelerator.device))
         return {"rows": (found.pooled_BD if pooled else found.logits_BC).float().cpu()}
 
-    rows, readable = [], []
-    with defer_signals(), progress.wait(what, len(source.split)) as step:
-        for indices, (images, good) in made_ahead(source.batch, index_chunks(len(source.split), batch_size)):
+    rows, readable, count = [], [], len(source.split)
+    chosen = np.linspace(0, count - 1, min(count, at_most or count)).astype(np.int64)
+    chunks = (chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size))
+    with defer_signals(), progress.wait(what, len(chosen)) as step:
+        for indices, (images, good) in made_ahead(source.batch, chunks):
             raise_if_interrupted(accelerator, f"{what} were being computed")
             if len(good):
                 rows.append(run_in_passes(run, images, batch_size if filled else len(images))["rows"].numpy())

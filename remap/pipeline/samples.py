@@ -25,7 +25,8 @@ def method_sample(student: Network, views: DataViews, seed: int) -> Sample:
 
     They are labelled ones, unless the student learns without labels.
     """
-    source, preprocess = views.train if student.classes else views.training_source, Runner(student).preprocess
+    labeled = student.classes and len(views.train.split)
+    source, preprocess = views.train if labeled else views.training_source, Runner(student).preprocess
     # Keyed by the seed, so that a resumed run and other processes see the same ones.
     order = keyed_random.permutation(seed, 0, len(source.split))[:METHOD_IMAGES]
     device = accelerator().device

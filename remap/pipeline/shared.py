@@ -16,6 +16,7 @@ from remap.data.value_range import find_value_range
 from remap.data.views import JoinedSource, View, ViewSource, listed, require_readable
 from remap.errors import DataError
 from remap.io.paths import expanded
+from remap.language.words import class_words
 from remap.progress import Progress, Silent
 from remap.recipe.schema import DataSpec, Recipe
 
@@ -153,7 +154,9 @@ def source_arguments(spec: DataSpec) -> tuple:
     """Return what decides which images there are: the arguments of ``open_data``."""
     images = (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled or spec.target)
     some = (spec.labels, spec.depth, spec.held_out, spec.per_class, spec.selection)
-    return (*images, *some, spec.only, spec.known_classes)
+    alone = spec.source is None and spec.classes is not None
+    classes = tuple(class_words(spec.classes or ())) if alone else ()
+    return (*images, *some, spec.only, spec.known_classes, classes)
 
 
 _TITLES = {

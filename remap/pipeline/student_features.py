@@ -38,7 +38,7 @@ def cache_features(components: RunComponents, progress: Progress, shared: Shared
     others = {name: _features(components, source) for name, source in _evaluated(components).items()}
     # In the shapes of training and of evaluation: the last bits of a matrix product may depend on its shape.
     train.compute(components.process_images, components.pass_images, progress, "training images")
-    if not components.recipe.label_free:  # features are judged behind the last block
+    if components.judges:  # without a classifier, features are judged behind the last block
         for name, title in (("val", "evaluation images"), ("selection", "selection images")):
             if name in others:
                 others[name].compute(batch_size_of_evaluation(components.recipe), 0, progress, title)

@@ -41,7 +41,7 @@ def evaluate_at_end(
     """Evaluate what has not been evaluated yet: a teacher that changed, and the test images, once."""
     recipe, views = components.recipe, components.views
     for number, teacher in enumerate(components.teachers):
-        if teacher.spec.learns and not recipe.label_free:
+        if teacher.spec.learns and components.judges:
             after = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, "the teacher at the end")
             components.teachers[number] = replace(teacher, accuracy=after.accuracy, evaluation=after)
     for teacher in components.teachers[:1]:
@@ -55,6 +55,8 @@ def evaluate_at_end(
         progress.say(f"skipped {len(bad)} training image(s) that cannot be read: {listed(bad)}")
     if recipe.label_free:
         return FinalEvaluations(None, None, judge(components, "the student", progress))
+    if not components.judges:
+        return FinalEvaluations(None, None)
     is_last = kept_epoch(state, recipe.train) == state.epoch
     # A resumed run may have had no epoch left to train.
     # A teacher that was tuned by this run is evaluated on the same images by the next one.

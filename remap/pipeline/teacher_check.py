@@ -13,6 +13,7 @@ from remap.pipeline.judged import evaluate_once
 from remap.pipeline.teachers import PreparedTeacher
 from remap.progress import Progress
 from remap.recipe.paths import is_run
+from remap.recipe.schema import WORDS
 from remap.runs.interval import difference, wilson, with_interval
 
 # Below so many images, intervals are so wide that a message says what to do about it.
@@ -75,6 +76,8 @@ def _remedy(teacher: PreparedTeacher) -> str:
     """Return what has not been tried yet."""
     if teacher.head == "probe":
         return "tune all of it (--set teacher.prepare=full), choose another teacher or other weights,"
+    if teacher.head == WORDS:
+        return "find other words (--classes, --templates), choose another model,"
     if teacher.head != "its own":
         return "tune it for longer or at another rate (teacher.epochs, teacher.lr), choose another teacher or weights,"
     if is_run(teacher.spec.model):

@@ -16,7 +16,7 @@ from remap.io.paths import expanded
 from remap.pipeline.shared import SharedResources
 from remap.progress import Progress
 from remap.recipe.paths import is_run
-from remap.recipe.schema import EMA, SELF, LossSpec, MethodSpec, Recipe, StudentSpec, TeacherSpec
+from remap.recipe.schema import EMA, SELF, WORDS, LossSpec, MethodSpec, Recipe, StudentSpec, TeacherSpec
 from remap.remapping import LOSSES
 from remap.runs.hardware import machine
 from remap.runs.run_dir import RunDir
@@ -37,7 +37,7 @@ def teachers_to_tune(
     """
     # Numbers count without a running average, which is never stored.
     for number, spec in enumerate(spec for spec in recipe.teachers if spec.model != EMA):
-        if spec.prepare in ("probe", "none") or not needs_logits(recipe) or _brings_head(spec, recipe, shared):
+        if spec.prepare in ("probe", "none", WORDS) or not needs_logits(recipe) or _brings_head(spec, recipe, shared):
             continue
         tuning, folder = teacher_recipe(recipe, spec), teacher_folder(spec, number, run_dir, shared)
         key = tuning.digest()

@@ -17,6 +17,7 @@ from remap.io.paths import expanded
 from remap.network import Network, choose_attention, tuned
 from remap.pipeline.calibration import calibrate
 from remap.pipeline.class_matching import match_classes
+from remap.pipeline.class_words import Answers, answers_of, write_words
 from remap.pipeline.fit_head import fit_head
 from remap.pipeline.judged import digest_of_network, evaluate_once, judged_once
 from remap.pipeline.one_pass import OnePass
@@ -30,7 +31,7 @@ from remap.pipeline.teacher_tuning import (
 )
 from remap.progress import Progress
 from remap.recipe.paths import is_run
-from remap.recipe.schema import EMA, SELF, Recipe, TeacherSpec
+from remap.recipe.schema import EMA, SELF, WORDS, Recipe, TeacherSpec
 from remap.runs.task import load_task, open_backbone, put_task, require_size_of_run
 
 
@@ -40,11 +41,12 @@ class PreparedTeacher:
 
     Attributes:
         key: Equal for teachers that are prepared in the same way.
-        head: Where its classifier comes from: "its own", "probe", a method's name, or "none".
-        accuracy: On the evaluation split; None when no loss reads its logits.
+        head: Where its classifier comes from: "its own", "probe", "words", a method's name, or "none".
+        accuracy: On the evaluation split; None when no loss reads its logits, or no image has a label.
         outputs: Where they came from in training: "each step", "memory" or "disk".
         evaluation: What ``accuracy`` was counted from.
         one_pass: What it made of the training images before it had a head, until the first run has taken it.
+        answers: How sure it is, class by class, on images without labels; None where its classifier is not of words.
     """
 
     network: Network
@@ -55,6 +57,7 @@ class PreparedTeacher:
     outputs: str | None = None
     evaluation: Evaluation | None = None
     one_pass: OnePass | None = None
+    answers: Answers | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -71,6 +74,7 @@ class PreparedTeacher:
             "accuracy": self.accuracy,
             "total_parameters": self.network.num_parameters,
             "outputs": self.outputs,
+            **({"answers": self.answers.to_dict()} if self.answers is not None else {}),
         }
 
 
@@ -108,13 +112,14 @@ def load_teacher(
         progress.say(f"{title_of(spec, recipe)}: {note}")
     if keep_head:
         progress.say(match_classes(backbone, classes, spec.classes))
+    by_words = spec.prepare == WORDS and needs_logits(recipe) and write_words(backbone, recipe.data, classes, progress)
     network = tuned(backbone, "linear", {})
     network.classes = classes
     if not needs_logits(recipe):  # an unread head: zero for every seed, so that cached outputs are found again
         with torch.no_grad():
             for parameter in network.head.values():
                 parameter.zero_()
-    head = "its own" if keep_head else "none"
+    head = "its own" if keep_head else WORDS if by_words else "none"
     return placed(PreparedTeacher(network, spec, _key(network, head, spec, recipe), head), recipe, device)
 
 
@@ -167,6 +172,9 @@ def prepare_teacher(
         temperature = calibrate(teacher.network, part.val, recipe.train.batch_size, progress)
         how = f"on {len(part.val.split)} training images: temperature {temperature:.2f}"
         progress.say(f"{title_of(spec, recipe)} is calibrated {how}")
+    if teacher.head == WORDS and views.unlabeled is not None:
+        answers = answers_of(teacher.network, views.unlabeled, recipe.train.batch_size, progress)
+        teacher = replace(teacher, answers=answers)
     of = f"{views.digest(progress)} {views.view} {recipe.data.skip_bad} {recipe.train.precision} {teacher.fingerprint}"
     network = teacher.network
 
@@ -178,7 +186,7 @@ def prepare_teacher(
         return found[0].accuracy
 
     # Judged once; the check against chance and the summary both use it.
-    accuracy = judged_once(folder, "the teacher", of, evaluated)
+    accuracy = judged_once(folder, "the teacher", of, evaluated) if len(views.val.split) else None
     teacher = replace(teacher, accuracy=accuracy, evaluation=found[0] if found else None)
     if reusable:
         shared.teachers[teacher.key] = teacher

@@ -53,9 +53,10 @@ class RunTracker:
         """
         parts, what = self.components, "the network before training"
         of = digest_of(parts.recipe, parts.views.digest(self.progress), parts.weights_digest())
-        if not parts.recipe.label_free:
+        if parts.judges:
             return judged_once(self.run_dir.path, what, of, lambda: self.once(what).accuracy)
-        self.judged_before = judged_once(self.run_dir.path, what, of, lambda: judge(parts, what, self.progress))
+        if parts.recipe.label_free:
+            self.judged_before = judged_once(self.run_dir.path, what, of, lambda: judge(parts, what, self.progress))
         return None
 
     def evaluate(
@@ -82,7 +83,7 @@ class RunTracker:
             if source is not None:  # each process has found those of its own share
                 share_unreadable(accelerator(), source)
         views.require_few_bad(self.components.recipe.data.max_bad)
-        if self.components.recipe.label_free:
+        if not self.components.judges:
             return {}
         self.last = self.evaluate()
         found = {"accuracy": self.last.accuracy, "val_ce": self.last.loss}

@@ -9,8 +9,9 @@ from remap.recipe.data_checks import augment_problems, data_problems, target_pro
 from remap.recipe.option_listing import surely_valid
 from remap.recipe.paths import is_run
 from remap.recipe.problems import lines_of
-from remap.recipe.schema import EMA, OF_OTHERS, DataSpec, Named, Recipe, StudentSpec, TeacherSpec
+from remap.recipe.schema import EMA, OF_OTHERS, WORDS, DataSpec, Named, Recipe, StudentSpec, TeacherSpec
 from remap.recipe.train_checks import train_problems
+from remap.recipe.word_checks import word_problems
 from remap.registry import did_you_mean
 from remap.remapping import LOSSES
 from remap.remapping.weights import INITS
@@ -21,7 +22,7 @@ def name_problems(recipe: Recipe) -> list[str]:
     """Return names that are in no table and combinations that cannot work, one line each."""
     checks = (
         *(_loss_problems, _teacher_problems, _init_problems, _shrink_problems),
-        *(data_problems, target_problems, augment_problems, train_problems),
+        *(data_problems, target_problems, augment_problems, train_problems, word_problems),
     )
     unknown = [
         f"losses[{index}].name: unknown loss {_unknown(loss.name, LOSSES.names)}"
@@ -84,11 +85,12 @@ def _loss_problems(recipe: Recipe) -> Iterator[str]:
             "losses: none of them trains the classifier (add ce, or one on logits such as kd; for a backbone without a"
             " classifier name the images to learn from: data.unlabeled)"
         )
-    if on_classes and recipe.data.unlabeled is not None and recipe.data.source is None:
+    if on_classes and recipe.data.unlabeled is not None and recipe.data.source is None and recipe.data.classes is None:
         read = "reads" if len(on_classes) == 1 else "read"
         yield (
             f"losses: {', '.join(on_classes)} {read} labels or logits of classes, and there are no labelled images"
-            " (name some: data.source, or take losses on features alone, such as feature and tokens)"
+            " (name some: data.source, or the classes that the teacher knows: data.classes, or take losses on features"
+            " alone, such as feature and tokens)"
         )
     alone = ("labels", "domains")
     needing = [name for name in dict.fromkeys(names) if name in LOSSES and LOSSES.row(name).category not in alone]
@@ -104,7 +106,7 @@ def _teacher_problems(recipe: Recipe) -> Iterator[str]:
             yield from _self_teacher_problems(key, spec)
         elif "+" in spec.prepare or "," in spec.prepare:
             yield from method_problems(f"{key}.prepare", spec.prepare)
-        elif spec.prepare not in (allowed := ("probe", "none", *METHODS.names)):
+        elif spec.prepare not in (allowed := ("probe", "none", WORDS, *METHODS.names)):
             yield f"{key}.prepare: unknown word {_unknown(spec.prepare, allowed)}"
         if spec.calibrate and (spec.is_student or spec.joint or not any(loss.reads_logits for loss in recipe.losses)):
             yield f"{key}.calibrate: is for the logits of a teacher that stays as it was prepared (leave it out)"

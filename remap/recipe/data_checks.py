@@ -39,7 +39,7 @@ def data_problems(recipe: Recipe) -> Iterator[str]:
         if data.unlabeled is None:
             yield "data.source: there are no images (set data.source, or data.unlabeled to learn without labels)"
         for name in ("val_source", "labels", "held_out", "per_class", "selection"):
-            if getattr(data, name) is not None:
+            if getattr(data, name) is not None and not (name == "val_source" and data.classes is not None):
                 yield f"data.{name}: there are no labelled images (set data.source, or leave data.{name} out)"
         if not recipe.teachers:
             yield "data.unlabeled: nothing can be learned from images without labels alone (set teacher.model)"

@@ -8,6 +8,7 @@ from remap.data.augmentation import PRESETS, Augmentation, Crop, Erasing, Jitter
 from remap.data.pixels import MOST_MEGAPIXELS
 from remap.data.words import of_images
 from remap.io.paths import absolute
+from remap.language.words import CLIP, ONE, class_words, entries, split_classes
 from remap.recipe.paths import absolute_data
 from remap.recipe.sections import PathOrName, Section
 from remap.registry import LATER
@@ -48,6 +49,17 @@ class DataSpec(Section):
     )
     val_fraction: float = Field(
         default=0.2, gt=0.0, lt=1.0, description="Share of each class held out if the source has no split."
+    )
+    classes: Annotated[tuple[str, ...] | PathOrName | None, BeforeValidator(split_classes), LATER] = Field(
+        default=None,
+        description='What vision-language models are told of the classes: "ant,hat|cap" or a file; null is their names.'
+        " Without labelled images these are the classes.",
+    )
+    templates: Annotated[PathOrName, LATER] = Field(
+        default=ONE[0], description='Sentences around the words: "one", "clip" (its 80) or a file of lines with {}.'
+    )
+    descriptions: Annotated[PathOrName | None, LATER] = Field(
+        default=None, description="JSON of class: sentence, or a list of them, used beside the templates."
     )
     depth: Annotated[int | None, LATER] = Field(
         default=None,
@@ -151,6 +163,11 @@ class DataSpec(Section):
         return self
 
     @property
+    def speaks(self) -> bool:
+        """Whether it says what classes are called."""
+        return self.classes is not None or self.templates != ONE[0] or self.descriptions is not None
+
+    @property
     def augmentation(self) -> Augmentation:
         """The operations of ``augment``, and what other fields say of them instead."""
         return Augmentation(**{**dict(PRESETS[self.augment]), **self.operations})
@@ -174,14 +191,19 @@ class DataSpec(Section):
         return 1 if self.augment == "none" else self.views or 0
 
     def written_out(self) -> "DataSpec":
-        """Return the same data with absolute paths."""
+        """Return the same data with absolute paths, and with the classes that a file lists: it may change."""
         paths: dict[str, Any] = {}
         for name in ("source", "val_source", "unlabeled", "target"):
             word = getattr(self, name)
             if word is not None:
                 paths[name] = absolute_data(of_images(word) if name in ("unlabeled", "target") else word)
-        if self.memory is not None:
-            paths["memory"] = absolute(self.memory)
+        if isinstance(self.classes, str):
+            paths["classes"] = entries(class_words(self.classes))
+        if self.templates not in (ONE[0], CLIP):
+            paths["templates"] = absolute(self.templates)
+        for name in ("descriptions", "memory"):
+            if getattr(self, name) is not None:
+                paths[name] = absolute(getattr(self, name))
         return self.model_copy(update=paths)
 
     def labeled_part(self) -> "DataSpec":

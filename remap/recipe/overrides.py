@@ -22,6 +22,8 @@ WORDS = {
     "val_data": "data.val_source",
     "unlabeled": "data.unlabeled",
     "target": "data.target",
+    "classes": "data.classes",
+    "templates": "data.templates",
     "epochs": "train.epochs",
     "batch_size": "train.batch_size",
     "lr": "train.lr",

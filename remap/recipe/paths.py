@@ -41,8 +41,9 @@ def absolute_data(word: str) -> str:
 
 def absolute_model(word: str) -> str:
     """Return a folder, a file of weights or a run directory as an absolute path; the name of a model stays."""
-    if word.startswith("local-dir:"):
-        return f"local-dir:{absolute(word.removeprefix('local-dir:'))}"
+    start = next((start for start in ("local-dir:", "clip:local-dir:") if word.startswith(start)), None)
+    if start is not None:
+        return f"{start}{absolute(word.removeprefix(start))}"
     return absolute(word) if is_weights_file(word) or is_run(word) else word
 
 

@@ -17,6 +17,7 @@ from remap.recipe.sections import (
     LARGEST_SIDE,
     OF_OTHERS,
     SELF,
+    WORDS,
     ModelSpec,
     PathOrName,
     Section,
@@ -30,9 +31,9 @@ from remap.remapping.weights import INITS
 from remap.tuning import config_of, rows_of
 
 __all__ = [
-    "EMA", "LARGEST_SIDE", "OF_OTHERS", "SELF", "DataSpec", "InitSpec", "LossSpec", "MethodSpec", "ModelSpec", "Named",
-    "PathOrName", "Recipe", "Section", "ShrinkSpec", "StudentSpec", "TeacherSpec", "TrainSpec", "default_losses",
-    "is_idle",
+    "EMA", "LARGEST_SIDE", "OF_OTHERS", "SELF", "WORDS", "DataSpec", "InitSpec", "LossSpec", "MethodSpec", "ModelSpec",
+    "Named", "PathOrName", "Recipe", "Section", "ShrinkSpec", "StudentSpec", "TeacherSpec", "TrainSpec",
+    "default_losses", "is_idle",
 ]  # fmt: skip
 
 Model = TypeVar("Model", bound=ModelSpec)
@@ -45,7 +46,7 @@ LABEL_FREE_METHOD = "full"
 AUTO = "auto"
 # Fields that change no result.
 _SILENT = {"workers", "memory_gib"}
-_DATA_PATHS = {"source", "val_source", "unlabeled", "target", "memory"}
+_DATA_PATHS = {"source", "val_source", "unlabeled", "target", "memory", "templates", "descriptions"}
 
 
 def as_list(value: Any) -> list[Any]:
@@ -111,11 +112,14 @@ class Recipe(Section):
     def _fill_losses(self) -> "Recipe":
         """Write the default objective out, and what follows from it, so that a saved recipe says it all."""
         labels, label_free = self.data.source is not None, self.data.unlabeled is not None and self._teaches_no_classes
-        if (label_free or not labels) and "method" not in self.model_fields_set:
+        backbone = label_free or not (labels or self.data.classes is not None)
+        if backbone and "method" not in self.model_fields_set:
             object.__setattr__(self, "method", MethodSpec(name=LABEL_FREE_METHOD))
         if self.has_default_losses:
             kinds = {"labels": labels, "teacher": bool(self.teachers), "target": self.data.target is not None}
             names = default_losses(self.method.name, **kinds)
+            if not labels and self.data.classes is not None:
+                names = ("kd",)
             object.__setattr__(self, "losses", tuple(LossSpec(name=name) for name in names))
         if self.brings_average and EMA not in (spec.model for spec in self.teachers):
             object.__setattr__(self, "teachers", (*self.teachers, TeacherSpec(model=EMA)))

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from remap.backbones.names import is_pair
 from remap.recipe.named import InitSpec, name_only
 from remap.recipe.paths import require_path_or_name
 from remap.registry import LATER
@@ -14,6 +15,8 @@ from remap.remapping.architecture.shrink_options import ShrinkSpec, is_shrink_wo
 LARGEST_SIDE = 8192
 # A path, or the name of a model.
 PathOrName = Annotated[str, AfterValidator(require_path_or_name)]
+# How a vision-language teacher gets its head: from what the classes are called.
+WORDS = "words"
 # Teachers that are made of the student.
 SELF, EMA = "self", "ema"
 # AdamW, and those of timm whose whole state is in numbers and tensors, so that a run resumes bit for bit.
@@ -40,7 +43,7 @@ class ModelSpec(Section):
     """A backbone and where its weights come from."""
 
     model: PathOrName = Field(
-        description='Short name, timm name, "local-dir:FOLDER", file of weights or run directory.'
+        description='Short name, timm name, "local-dir:FOLDER", file of weights, run directory or "clip:NAME".'
     )
     weights: PathOrName = Field(
         default="pretrained",
@@ -62,7 +65,10 @@ class TeacherSpec(ModelSpec):
     """
 
     model: PathOrName = Field(default="mini_teacher", description='"self" is the untuned student, "ema" its average.')
-    prepare: str = Field(default="probe", description='"probe" fits a head, a method tunes it, "none" does neither.')
+    prepare: str = Field(
+        default="probe",
+        description='"probe" fits a head, "words" makes it of class names (clip:NAME), a method tunes it; or "none".',
+    )
     classes: Annotated[PathOrName | None, LATER] = Field(
         default=None, description="YAML or JSON: our class to its class, or to a list; null matches by name."
     )
@@ -89,6 +95,13 @@ class TeacherSpec(ModelSpec):
         default=False, description="Train it along with the student, by adapters that share their cores (method slad)."
     )
     decay: float = Field(default=0.999, gt=0.0, lt=1.0, description='Decay of "ema", at most (1 + step) / (10 + step).')
+
+    @model_validator(mode="after")
+    def _answer_by_words(self) -> Self:
+        """A vision-language model knows classes by their names."""
+        if is_pair(self.model) and "prepare" not in self.model_fields_set:
+            object.__setattr__(self, "prepare", WORDS)
+        return self
 
     @property
     def keeps_less(self) -> bool:

@@ -14,6 +14,7 @@ from remap.backbones.families.base import family_of
 from remap.backbones.typed import as_timm
 from remap.errors import BackboneError
 from remap.remapping.signals import Attention, Needs, Signals, Tokens
+from remap.tuning.finetuning.dual_head import HEADS
 from remap.tuning.seam import Seam
 
 
@@ -109,7 +110,9 @@ class Tap:
                 self._mean_pooled() if self.needs.pooled else None,
                 {index: self._attention(index) for index in sorted(self.needs.attention | self.needs.values)},
                 {index: self._tokens_at(index) for index in sorted(self.needs.tokens)},
-                tuple(self._logits[path] for path in self.anatomy.classifier_heads) if self._several else (),
+                tuple(self._logits[path] for path in self.anatomy.classifier_heads)
+                if self._several
+                else getattr(logits, HEADS, ()),
             )
         finally:
             self._running = False

@@ -60,6 +60,8 @@ def report_run(run: RunDir, *, pngs: bool = True) -> Path:
         no_evidence=(
             "a backbone without a classifier answers with no class"
             if recipe.label_free
+            else "no evaluation image has a label"
+            if summary["student"]["accuracy"] is None
             else "answers.json is not in this folder; earlier versions did not write it"
         ),
         calibration=summary["student"].get("metrics", {}).get("calibration_error"),
@@ -121,6 +123,11 @@ def _answer(summary: dict[str, Any], recipe: Recipe) -> str:
             )
         return text
     accuracy, images = student["accuracy"], data["val_images"]
+    if accuracy is None:
+        return (
+            f"{who}, learned from {data['train_images']:,} images without labels; there are no images with labels to"
+            " evaluate it on (remap eval --data FOLDER does)."
+        )
     text = (
         f"{who}, is right on {student['correct']:,} of {images:,} evaluation images:"
         f" {with_interval(accuracy, images)}, with the 95\u00a0% interval."

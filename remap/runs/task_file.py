@@ -49,8 +49,8 @@ def _class_name(name: str) -> str:
 
 def _require_absolute(word: str) -> str:
     """Require an absolute path or a model's name: a relative path would depend on where the task is read."""
-    path = word.removeprefix("local-dir:")
-    is_path = path != word or word.startswith((".", "~", "/")) or is_weights_file(word)
+    path = word.removeprefix("clip:").removeprefix("local-dir:")
+    is_path = "local-dir:" in word or word.startswith((".", "~", "/")) or is_weights_file(word)
     if is_path and (not path.startswith("/") or ".." in path.split("/")):
         raise ValueError("should be an absolute path without '..'")
     return word

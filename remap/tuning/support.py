@@ -8,8 +8,9 @@ from remap.backbones.anatomy import Anatomy, anatomy_of
 from remap.backbones.families import signals_of
 from remap.backbones.loading import require_fit
 from remap.backbones.lookup import require_known
-from remap.backbones.names import resolve_name
+from remap.backbones.names import is_pair, resolve_name
 from remap.errors import BackboneError
+from remap.language.names import pair_folder
 from remap.tuning import METHODS
 from remap.tuning.attaching import attach_method, needed
 
@@ -37,7 +38,7 @@ def support_of(word: str) -> Support:
         UnknownName: timm has no such model.
         BackboneError: It cannot be read.
     """
-    name = resolve_name(word)
+    name = f"local-dir:{pair_folder(word)}" if is_pair(word) else resolve_name(word)
     require_known(word, name)
     model = require_fit(name, {"num_classes": 2}, None)
     anatomy = anatomy_of(model)

@@ -13,7 +13,10 @@ from remap_cli.options import BUILD, COMPARE, DISTILL, OPTIONS, RECIPE_OPTIONS, 
 
 # Values other than the defaults; of strings that are names, one that exists.
 NUMBERS = {int: "7", float: "0.5"}
-NAMES = {"track": "wandb,mlflow", "method": "bitfit", "losses": "ce,feature", "init": "layers", "weights": "none"}
+NAMES = {
+    "track": "wandb,mlflow", "method": "bitfit", "losses": "ce,feature", "init": "layers", "weights": "none",
+    "classes": "a,b", "student": "clip:other",
+}  # fmt: skip
 FIELDS = {**WORDS, "weights": "student.weights"}
 
 

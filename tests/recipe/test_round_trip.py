@@ -194,7 +194,10 @@ def test_every_other_field_changes_the_digest() -> None:
                 else other[type(value)]
                 if value is not None
                 else "other"
-                if name in ("val_source", "unlabeled", "target", "classes")
+                if name in ("val_source", "unlabeled", "target", "descriptions", "memory", "extends")
+                or (section, name) == ("teacher", "classes")
+                else ("one", "other")
+                if name in ("classes", "known_classes")
                 else 5
             )
             spec = getattr(base, section).model_copy(update={name: changed})

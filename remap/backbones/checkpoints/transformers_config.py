@@ -166,12 +166,20 @@ def _convnext(config: Mapping[str, Any]) -> Described:
     )
 
 
+# Defaults of transformers, which files of its models of images and texts leave out.
+_TOWER = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+_CLIP = {**_TOWER, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+_SIGLIP = {**_TOWER, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+
+
 def _clip(config: Mapping[str, Any]) -> Described:
+    config = {**_CLIP, **config}
     more = {"act_layer": _act(config), "pre_norm": True, "global_pool": "token"}
     return _plain("vit_base_patch16_clip_224", config, **more)
 
 
 def _siglip(config: Mapping[str, Any]) -> Described:
+    config = {**_SIGLIP, **config}
     classifies = "ForImageClassification" in str(config["architectures"])
     pool = "avg" if classifies or not config.get("vision_use_head", True) else "map"
     return _plain("vit_base_patch16_siglip_224", config, act_layer=_act(config), global_pool=pool, fc_norm=False)

@@ -33,6 +33,17 @@ ROWS = [
         alone=True,
     ),
     _row(
+        name="dual_head",
+        target="remap.tuning.finetuning.dual_head:DualHead",
+        summary="a second classifier head: one for labels, one for the teacher; combine it: lora+dual_head",
+        paper="Kang et al. 2025, arXiv 2505.07675",
+        trains="0",
+        vit_base=0,
+        mergeable=False,
+        lr=1e-1,
+        unchanged=frozenset({"attention", "tokens", "pooled"}),
+    ),
+    _row(
         name="mlp",
         target="remap.tuning.finetuning.mlp:MLP",
         summary="hidden layers in front of the classifier head",

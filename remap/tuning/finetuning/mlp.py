@@ -32,7 +32,7 @@ class MLP(Method):
         head = module_at(model, anatomy.classifier_heads[0])
         like = head.weight if isinstance(head, nn.Linear) else next(model.parameters())
         edits = Edits(model)
-        hidden = edits.insert("remap_mlp", HiddenLayers(anatomy.width, self.config), like)
+        hidden = edits.insert("remap_mlp", HiddenLayers(anatomy.feature_width, self.config), like)
         for path in anatomy.classifier_heads:
             edits.before(path, hidden.before_classifier)
         return Attachment(edits, identity_at_init=False, seam=FeatureSeam(model, anatomy))

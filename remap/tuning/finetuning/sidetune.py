@@ -40,7 +40,7 @@ class SideTune(Method):
         network, width = side_network(self.config.side, self.config.side_weights, anatomy.image_size, channels)
         like = next(model.parameters())
         edits = Edits(model)
-        side = edits.insert("remap_sidetune", SideNetwork(network, width, anatomy.width), like)
+        side = edits.insert("remap_sidetune", SideNetwork(network, width, anatomy.feature_width), like)
         edits.before(anatomy.input_module, side.keep_image)
         for path in anatomy.classifier_heads:
             last = path == anatomy.classifier_heads[-1]

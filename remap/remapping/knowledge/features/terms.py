@@ -109,7 +109,7 @@ class PooledTerm(LossTerm):
 
     def __init__(self, pair: Pair, config: Options) -> None:
         super().__init__(pair, config)
-        self.widths = pair.student.width, pair.known_teacher(self.name).width
+        self.widths = pair.student.feature_width, pair.known_teacher(self.name).feature_width
 
     def reads(self, blocks: frozenset[int]) -> Needs:
         return Needs(pooled=True)

@@ -1,0 +1,173 @@
+"""What classes are called: words, templates and descriptions, from options and files. Imports no torch."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from remap.errors import DataError
+from remap.io.checked_json import parse_json
+from remap.io.checked_read import read_regular
+from remap.io.names import name_problem, plain
+from remap.io.paths import expanded
+
+# A template of CLIP, and the word for its 80 (Radford et al. 2021, arXiv 2103.00020, section 3.1.4).
+ONE, CLIP = ("one", "a photo of a {}."), "clip"
+MOST_BYTES = 2**26
+
+
+def split_classes(value: Any) -> Any:
+    """Read "ant,bee" as two classes, and a list as a tuple; a text without a comma names a file.
+
+    Raises:
+        ValueError: There are fewer than two classes.
+    """
+    if isinstance(value, str) and "," in value:
+        value = [part.strip() for part in value.split(",")]
+    if isinstance(value, (list, tuple)):
+        if len(value) < 2:
+            raise ValueError("should be two classes or more, or a file of them")
+        return tuple(value)
+    return value
+
+
+def class_words(given: Sequence[str] | str) -> dict[str, tuple[str, ...]]:
+    """Return the words of each class, by its name, in order.
+
+    Args:
+        given: Classes, or a file of them (a line each, or JSON: a list, or name: word or list). A class is
+            "hat|cap", whose name is its first word, or "NAME: hat|cap".
+
+    Raises:
+        DataError: The file cannot be read, a name is given twice or is none, or there are fewer than two.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for entry in _listed(given) if isinstance(given, str) else given:
+        name, colon, rest = entry.partition(": ")
+        words = tuple(word for part in (rest if colon else entry).split("|") if (word := part.strip()))
+        name = name.strip() if colon else words[0] if words else ""
+        unfit = name_problem(entry)
+        if not words or not name or unfit or name in found:
+            why = f"holds {unfit}" if unfit else "is given twice" if name in found else "has no word"
+            raise DataError(f"a class {why}", given=plain(entry)[:80], allowed="ant, hat|cap, or NAME: hat|cap")
+        found[name] = words
+    if len(found) < 2:
+        raise DataError(
+            "at least two classes are needed", given=", ".join(found) or "none", do='--classes "ant,bee", or a file'
+        )
+    return found
+
+
+def entries(words: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Return what ``class_words`` reads back."""
+    return tuple(f"{name}: {'|'.join(several)}" for name, several in words.items())
+
+
+def words_of(classes: Sequence[str], given: Sequence[str] | str | None) -> dict[str, tuple[str, ...]]:
+    """Return the words of the classes of a run, in their order; the names of data are words, "_" is a space.
+
+    Args:
+        given: As for ``class_words``; None where the names say it.
+
+    Raises:
+        DataError: They are for other classes.
+    """
+    if given is None:
+        return {name: (name.replace("_", " "),) for name in classes}
+    found = class_words(given)
+    if set(found) != set(classes):
+        missing, unknown = [name for name in classes if name not in found], [n for n in found if n not in classes]
+        raise DataError(
+            "the words are for other classes than the data has",
+            given="; ".join(
+                f"{what}: {', '.join(map(plain, some[:8]))}"
+                for what, some in (("without words", missing), ("not in the data", unknown))
+                if some
+            ),
+            do='write "NAME: word|word" with the names of the data',
+        )
+    return {name: found[name] for name in classes}
+
+
+def templates_of(word: str) -> tuple[str, ...]:
+    """Return templates, in which {} stands for a word.
+
+    Args:
+        word: "one", "clip" or a file of a template a line.
+
+    Raises:
+        DataError: The file cannot be read, or a line has no {}.
+    """
+    if word == ONE[0]:
+        return (ONE[1],)
+    if word == CLIP:
+        try:
+            from open_clip import OPENAI_IMAGENET_TEMPLATES
+        except ImportError as error:
+            raise DataError("the 80 templates of CLIP come with open_clip", do="pip install 'remap[clip]'") from error
+        return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
+    lines = tuple(line for line in _text(word).splitlines() if line.strip())
+    wrong = next((line for line in lines if line.count("{}") != 1), None)
+    if not lines or wrong is not None:
+        raise DataError(f"a template of {word} has not one {{}}", given=plain(wrong or "no line")[:80], allowed=ONE[1])
+    return lines
+
+
+def descriptions_of(file: str | None, classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return sentences on classes, by name: JSON of class: sentence, or a list of them; none without a file.
+
+    Raises:
+        DataError: The file cannot be read, or is about other classes.
+    """
+    if file is None:
+        return {}
+    found = {
+        str(name): tuple(map(str, value if isinstance(value, list) else [value]))
+        for name, value in _mapping(file).items()
+    }
+    strange = [name for name in found if name not in classes]
+    if strange:
+        raise DataError(
+            f"{file} describes other classes", given=plain(", ".join(strange[:8])), allowed=list(classes)[:20]
+        )
+    return found
+
+
+def texts_of(
+    words: Mapping[str, Sequence[str]], templates: Sequence[str], descriptions: Mapping[str, Sequence[str]]
+) -> tuple[tuple[str, ...], ...]:
+    """Return the texts of each class: every word in every template, and its descriptions."""
+    return tuple(
+        (*(template.replace("{}", word) for word in several for template in templates), *descriptions.get(name, ()))
+        for name, several in words.items()
+    )
+
+
+def _listed(file: str) -> Sequence[str]:
+    if expanded(file).suffix != ".json":
+        return [line.strip() for line in _text(file).splitlines() if line.strip()]
+    return entries(
+        {str(name): list(map(str, v)) if isinstance(v, list) else [str(v)] for name, v in _mapping(file).items()}
+    )
+
+
+def _mapping(file: str) -> Mapping[str, Any]:
+    try:
+        values = parse_json(_text(file))
+        if isinstance(values, list):
+            return {str(value).split("|")[0]: str(value).split("|") for value in values}
+        if not isinstance(values, dict):
+            raise ValueError("it is not a mapping of classes")
+    except ValueError as error:
+        raise DataError(f"cannot read {file}: {plain(str(error))}") from error
+    return values
+
+
+def _text(file: str) -> str:
+    path: Path = expanded(file)
+    try:
+        return read_regular(path, MOST_BYTES).decode("utf-8")
+    except (OSError, ValueError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or "it is not text in UTF-8"
+        raise DataError(
+            f"cannot read {plain(str(path))}: {reason}", do="several classes are given with commas"
+        ) from error
