@@ -9,7 +9,11 @@ import subprocess
 import sys
 import time
 
-COMMANDS = (["--help"], ["distill", "--help"], ["methods"], ["losses"])
+COMMANDS = [
+    line.split()
+    for line in ("--help", "distill --help", "methods", "methods lora", "losses", "losses kd")
+    + ("models", "recipes show digits", "recipes validate digits", "cache ls")
+]
 CHECK = """
 import sys
 from remap_cli.app import app

@@ -1,4 +1,4 @@
-"""``remap methods``, ``remap losses`` and ``remap remappings``. Only the options of one method or loss need torch."""
+"""``remap methods``, ``remap losses`` and ``remap remappings``. None needs torch."""
 
 from collections.abc import Callable
 from operator import itemgetter
@@ -21,7 +21,7 @@ WIDE = 120
 
 
 def methods(
-    name: Annotated[str, typer.Argument(help="A method or combination: its options (imports torch).")] = "",
+    name: Annotated[str, typer.Argument(help="A method or combination: its options.")] = "",
     families: Annotated[bool, typer.Option("--families", help="Which method fits which family of backbones.")] = False,
     json: opt.Json = False,
 ) -> None:
@@ -185,7 +185,7 @@ def _fits(family: str) -> Callable[[Row], str]:
 
 
 def losses(
-    name: Annotated[str, typer.Argument(help="A loss: show it with its options (imports torch).")] = "",
+    name: Annotated[str, typer.Argument(help="A loss: show it with its options.")] = "",
     json: opt.Json = False,
 ) -> None:
     """List the loss terms that transfer the teacher's knowledge (category 5), or show one with its options."""
@@ -215,10 +215,10 @@ def losses(
 
 def _loss(row: dict[str, Any], json: bool) -> None:
     """Show one loss with every option."""
-    from remap.recipe.option_listing import rows_of_config
+    from remap.recipe.option_listing import listed
     from remap.remapping import LOSSES
 
-    options = rows_of_config(LOSSES.load(row["name"]).Config)
+    options = listed(LOSSES, row["name"])["options"]
     if json:
         console.emit({**row, "options": options})
         return

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remap.io.human_size import size
-from remap.pipeline.rule_of_thumb import losing_case
 from remap.runs.interval import with_interval
 from remap.runs.summary_schema import choice_in_words
 from remap_cli import console
@@ -95,6 +94,8 @@ def show(summary: dict[str, Any]) -> None:
         console.line(f"accuracy on the test folder, looked at once: {student['test_accuracy']:.1%}")
     if "choice" in summary:
         console.line(choice_in_words(summary))
+    from remap.pipeline.rule_of_thumb import losing_case  # imports the recipe's schema, which listings do not need
+
     advice = losing_case(summary)
     if advice is not None:
         console.line(f"note: {advice}")

@@ -10,9 +10,10 @@ import first_steps
 import llms
 import pytest
 import timm
-from reference_pages import PAGES
+from reference_pages import PAGES, options
 
 import remap
+from remap.recipe.option_listing import TABLE
 from remap.registry import BUILT_IN
 from remap.tuning import METHODS
 
@@ -23,6 +24,10 @@ DOCS = ROOT / "docs"
 @pytest.mark.parametrize("name", PAGES)
 def test_the_page_is_up_to_date(name: str) -> None:
     assert (DOCS / name).read_text() == PAGES[name](), "run `python tools/reference_pages.py`"
+
+
+def test_the_options_that_listings_show_are_those_of_the_classes() -> None:
+    assert TABLE.read_text(encoding="utf-8") == options(), "run `python tools/reference_pages.py`"
 
 
 def test_the_drawings_are_up_to_date() -> None:

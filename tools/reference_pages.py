@@ -15,7 +15,7 @@ from explained import LEGEND, escaped, loss_section, method_section, paper
 
 import remap
 from remap.backbones.families import FAMILIES, signals_of
-from remap.recipe.option_listing import rows_of_config, shown
+from remap.recipe.option_listing import TABLE, described, rows_of_config, shown
 from remap.recipe.schema import DataSpec, Recipe, StudentSpec, TeacherSpec, TrainSpec
 from remap.registry import BUILT_IN
 from remap.remapping import LOSSES
@@ -299,6 +299,13 @@ def methods() -> str:
     return "\n".join(parts) + "\n"
 
 
+def options() -> str:
+    """Return what listings need of the classes of options, for ``remap/recipe/options.json``."""
+    rows = ((table.kind, row) for table in (METHODS, LOSSES, INITS) for row in table if row.origin == BUILT_IN)
+    lines = [f'"{kind} {row.name}": {json.dumps(described(row.load().Config))}' for kind, row in rows]
+    return "{{\n{}\n}}\n".format(",\n".join(lines))
+
+
 def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -314,6 +321,7 @@ PAGES = {
 PAGES |= {name: category_page(category) for category, name in WHERE.items() if name not in PAGES}
 
 if __name__ == "__main__":
+    TABLE.write_text(options(), encoding="utf-8")  # first: pages read it
     drawings.write()
     for name, page in PAGES.items():
         (DOCS / name).write_text(page(), encoding="utf-8")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pydantic import BaseModel, ValidationError
 
 from remap.errors import RecipeError
+from remap.recipe.option_listing import surely_valid
 from remap.recipe.paths import is_run
 from remap.recipe.problems import lines_of
 from remap.recipe.schema import EMA, OF_OTHERS, DataSpec, Named, Recipe, StudentSpec, TeacherSpec
@@ -245,18 +246,21 @@ def _init_problems(recipe: Recipe) -> Iterator[str]:
 
 
 def option_problems(recipe: Recipe) -> list[str]:
-    """Return options that the class behind a name does not have. Imports the classes, and so torch."""
+    """Return options that the class behind a name does not have. Imports the classes, and so torch, only in doubt."""
     problems = []
-    if not method_problems("method.name", recipe.method.name):
-        problems += _options_of("method", config_of(recipe.method.name), recipe.method)
+    method = recipe.method
+    if not method_problems("method.name", method.name):
+        sure = not method.options if "+" in method.name else surely_valid(METHODS, method.name, method.options)
+        problems += [] if sure else _options_of("method", config_of(method.name), method)
     for index, loss in enumerate(recipe.losses):
-        if loss.name in LOSSES:
-            key, kind = f"losses[{index}]", LOSSES.load(loss.name)
-            problems += (found := _options_of(key, kind.Config, loss))
-            if loss.temperature_schedule and not found and not kind.temperatures_of(kind.Config(**loss.options)):
-                problems.append(f"{key}.temperature_schedule: {loss.name} has no temperature here (leave it out)")
+        if loss.name not in LOSSES or (not loss.temperature_schedule and surely_valid(LOSSES, loss.name, loss.options)):
+            continue
+        key, kind = f"losses[{index}]", LOSSES.load(loss.name)
+        problems += (found := _options_of(key, kind.Config, loss))
+        if loss.temperature_schedule and not found and not kind.temperatures_of(kind.Config(**loss.options)):
+            problems.append(f"{key}.temperature_schedule: {loss.name} has no temperature here (leave it out)")
     init = recipe.student.init
-    if init is not None and init.name in INITS:
+    if init is not None and init.name in INITS and not surely_valid(INITS, init.name, init.options):
         problems += _options_of("student.init", INITS.load(init.name).Config, init)
     return problems
 

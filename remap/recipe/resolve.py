@@ -14,6 +14,7 @@ from remap.errors import RecipeError
 from remap.io.names import plain
 from remap.recipe import catalogue, overrides, strict_yaml
 from remap.recipe.checks import method_problems, name_problems, option_problems
+from remap.recipe.option_listing import listed
 from remap.recipe.overrides import WORDS
 from remap.recipe.problems import lines_of, option_keys
 from remap.recipe.schema import DataSpec, Recipe, Section, StudentSpec, TeacherSpec, TrainSpec, as_list
@@ -167,7 +168,7 @@ def _with_sections(lines: list[str], values: Mapping[str, Any], *, check_options
 
 def _owners(option: str) -> list[str]:
     """Return the methods that have an option of this name."""
-    return [row.name for row in METHODS if option in config_of(row.name).model_fields]
+    return [row.name for row in METHODS if any(one["name"] == option for one in listed(METHODS, row.name)["options"])]
 
 
 def _chooses_losses(key: str) -> bool:

@@ -4,8 +4,6 @@ from math import hypot, sqrt
 from statistics import NormalDist
 from typing import Any
 
-import numpy as np
-
 Z = NormalDist().inv_cdf(0.975)  # of 95 % intervals
 
 
@@ -49,6 +47,8 @@ def paired(first_SN: Any, second_SN: Any) -> tuple[float, float, float]:
     Args:
         first_SN, second_SN: Whether each method is right, seeds by images.
     """
+    import numpy as np  # loads slowly, and only comparisons need it
+
     gap_SN = np.asarray(first_SN, np.float64) - np.asarray(second_SN, np.float64)
     seeds, images = gap_SN.shape
     mean = float(gap_SN.mean())
@@ -66,7 +66,7 @@ def paired(first_SN: Any, second_SN: Any) -> tuple[float, float, float]:
     total = max(of_seeds, of_rest) + max(0.0, of_images - of_rest)
     if not total:
         return mean, mean, mean
-    from scipy.stats import t  # loads slowly, and only comparisons need it
+    from scipy.stats import t  # loads slowly
 
     freedom = total**2 / (of_seeds**2 / (seeds - 1)) if of_seeds else np.inf
     half = float(t.ppf(0.975, freedom)) * sqrt(total / (seeds * images))

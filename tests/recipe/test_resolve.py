@@ -10,7 +10,9 @@ import pytest
 
 from remap.errors import LINE, RecipeError
 from remap.recipe import Recipe, catalogue, resolve, resolve_distill, validate
+from remap.recipe.option_listing import surely_valid
 from remap.recipe.schema import TeacherSpec
+from remap.registry import Registry
 from remap.tuning import METHODS
 
 
@@ -331,6 +333,31 @@ def test_a_recipe_that_is_not_there(word: str, expected: str) -> None:
 
 def test_options_are_left_alone_where_torch_must_not_be_imported() -> None:
     assert validate({"method": {"name": "vpt_deep", "nam": 1}}, "x", check_options=False).method.options == {"nam": 1}
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "options", "sure"),
+    [
+        (METHODS, "lora", {"rank": 4, "dropout": 0.5, "alpha": 2.0}, False),
+        (METHODS, "lora", {"rank": 4, "dropout": 0.5}, True),
+        (METHODS, "lora", {"rank": 0}, False),
+        (METHODS, "lora", {"rank": True}, False),
+        (METHODS, "lora", {"dropout": 1.0}, False),
+        (METHODS, "lora", {"rnk": 4}, False),
+        (METHODS, "adaptformer", {"layernorm": "out"}, True),
+        (METHODS, "adaptformer", {"layernorm": "off"}, False),
+        (METHODS, "adaptformer", {"layernorm": ["in"]}, False),
+        (METHODS, "repadapter", {"groups": 2}, False),
+        (METHODS, "full", {}, True),
+    ],
+)
+def test_what_the_table_of_options_knows_to_be_right(
+    table: Registry[Any], name: str, options: dict[str, Any], sure: bool
+) -> None:
+    """In doubt the class decides: of a list, of "or null", and of a class that compares its options."""
+    assert surely_valid(table, name, options) is sure
+    if sure:
+        table.load(name).Config(**options)
 
 
 def test_defaults_need_nothing() -> None:
