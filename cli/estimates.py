@@ -32,7 +32,7 @@ def show(found: dict[str, Any]) -> None:
     console.table(
         f"One batch of {data['source']} ({data['train_images']} training{labeled}, {data['val_images']} evaluation "
         f"images, {data['classes']} classes) on {found['device']} in {found['precision']}",
-        ["estimate", "value"],
+        ["estimated", "value"],
         [
             ["learning rate", f"{found['learning_rate']:.3g}"],
             ["time", time],

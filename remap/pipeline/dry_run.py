@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from remap.backbones.build import require_at_hand
 from remap.distributed.launch import accelerator, check_processes
+from remap.errors import WeightsError
 from remap.network import Network
 from remap.pipeline.components import RunComponents, build_components
 from remap.pipeline.objective import without_idle_losses
@@ -17,6 +19,7 @@ from remap.pipeline.teacher_outputs import OutputStorage, choose_storage, make_t
 from remap.pipeline.teachers import PreparedTeacher
 from remap.pipeline.trackers import require_installed
 from remap.progress import Progress
+from remap.recipe.paths import is_run
 from remap.recipe.schema import Recipe
 from remap.recipe.train_checks import require_rate
 from remap.remapping.objective import LossTerm
@@ -33,20 +36,22 @@ def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     check_processes(recipe.train.processes)
     require_rate(recipe)
     require_installed(recipe)
-    recipe = without_idle_losses(recipe, progress).written_out()
-    shared = SharedResources()
+    recipe = _at_hand(without_idle_losses(recipe, progress).written_out(), progress)
+    shared = SharedResources(read_ahead=False)
     started = time.perf_counter()
     components = build_components(recipe, None, progress, shared)
-    # Building networks and decoding images is part of the cost of the run.
+    # Building networks is part of the cost of the run.
     building = time.perf_counter() - started
     device = accelerator().device
     components.objective.to(device)
     read = [number for number in range(len(components.teachers)) if components.objective.reads_teacher(number)]
     teachers = {number: make_teacher(components, number) for number in read}
-    storages = {
-        number: choose_storage(components, components.teachers[number], teacher) for number, teacher in teachers.items()
-    }
-    profile = profile_step(components, teachers)
+    with progress.wait("looking for cached teacher outputs"):  # by a hash of the weights
+        storages = {
+            number: choose_storage(components, components.teachers[number], teacher)
+            for number, teacher in teachers.items()
+        }
+    profile = profile_step(components, teachers, progress)
     costs = [
         preparation_cost(components, teacher, profile.teacher_seconds.get(number, 0.0), progress, shared)
         for number, teacher in enumerate(components.teachers)
@@ -76,6 +81,23 @@ def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
         "precision": "bf16" if components.bf16 else "fp32",
         "estimate": asdict(cost),
     }
+
+
+def _at_hand(recipe: Recipe, progress: Progress) -> Recipe:
+    """Return the recipe with random weights for models whose weights are not on this machine: they cost the same."""
+
+    def estimated(spec: Any) -> Any:
+        if spec.weights != "pretrained" or is_run(spec.model) or getattr(spec, "is_student", False):
+            return spec
+        try:
+            require_at_hand(spec.model, spec.weights, spec.image_size)
+        except WeightsError:
+            progress.say(f"{spec.model}: its weights are not here; estimated with random ones, the losses' values too")
+            return spec.model_copy(update={"weights": "none"})
+        return spec
+
+    student = recipe.student if recipe.student.shrink is not None else estimated(recipe.student)
+    return recipe.model_copy(update={"student": student, "teachers": tuple(map(estimated, recipe.teachers))})
 
 
 def _teacher(teacher: PreparedTeacher, storage: OutputStorage | None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Profile one training step: time and memory per image."""
 
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -14,13 +15,16 @@ from remap.engine.teacher import Teacher
 from remap.engine.timing import Timer
 from remap.pipeline.components import RunComponents
 from remap.pipeline.student_features import feature_bytes
+from remap.progress import Progress
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Objective
 from remap.remapping.signals import Signals
 
 # A first batch of this many images tells how large a second one, up to the run's, takes about this many seconds: the
 # fixed costs of a step weigh less in a larger batch.
-FIRST_IMAGES, SECOND_SECONDS = 8, 4.0
+FIRST_IMAGES, SECOND_SECONDS = 2, 4.0
+# Seconds of a pass from which on what the first pass of all takes longer than later ones does not count.
+LONG_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class StepProfile:
         stem_seconds: Of the student's frozen part, where its features are cached; else 0.
         features_bytes: Of the cached frozen features of all images; 0 where they are not cached.
         activation_bytes: Saved for the backward pass.
+        reading_seconds: Of reading and decoding.
     """
 
     teacher_seconds: dict[int, float]
@@ -53,6 +58,7 @@ class StepProfile:
     activation_bytes: int
     losses: dict[str, float]
     terms: dict[str, TermCost]
+    reading_seconds: float
 
 
 class _Saved:
@@ -71,8 +77,8 @@ class _Saved:
         return tensor
 
 
-def profile_step(components: RunComponents, teachers: dict[int, Teacher]) -> StepProfile:
-    """Profile a small batch, and a larger one where time allows.
+def profile_step(components: RunComponents, teachers: dict[int, Teacher], progress: Progress) -> StepProfile:
+    """Profile a small batch, and a larger one where it takes seconds only.
 
     Args:
         teachers: Those that the objective reads, by number, without cached outputs.
@@ -81,11 +87,14 @@ def profile_step(components: RunComponents, teachers: dict[int, Teacher]) -> Ste
     most = min(images, max(1, spec.batch_size // (spec.accumulation * accelerator().num_processes)))
     count = min(FIRST_IMAGES, most)
     with checkpointed_blocks(components.student) if spec.checkpoint_blocks else nullcontext():
-        return _of_sizes(components, teachers, count, most)
+        return _of_sizes(components, teachers, count, most, progress)
 
 
-def _of_sizes(components: RunComponents, teachers: dict[int, Teacher], count: int, most: int) -> StepProfile:
-    profile = _measure(components, teachers, count)
+def _of_sizes(
+    components: RunComponents, teachers: dict[int, Teacher], count: int, most: int, progress: Progress
+) -> StepProfile:
+    with progress.wait(f"timing a step of {count} images"):
+        profile = _measure(components, teachers, count)
     # Each batch runs twice: once to warm up.
     each = 2 * (sum(profile.teacher_seconds.values()) + profile.stem_seconds + profile.student_seconds)
     larger = min(most, int(SECOND_SECONDS / each))
@@ -93,7 +102,8 @@ def _of_sizes(components: RunComponents, teachers: dict[int, Teacher], count: in
     if larger < 2 * count:
         return profile
     try:
-        return _measure(components, teachers, larger)
+        with progress.wait(f"timing a step of {larger} images"):
+            return _measure(components, teachers, larger)
     except torch.OutOfMemoryError:  # of a GPU
         return profile
 
@@ -102,8 +112,13 @@ def _measure(components: RunComponents, teachers: dict[int, Teacher], count: int
     device, recipe = accelerator().device, components.recipe
     source = components.training_source
     # The first images of the first epoch, so that unusual ones count as they will in training.
-    indices = keyed_random.permutation(recipe.seed, 0, len(source.split))[:count]
-    images, good = source.batch(indices)
+    order = keyed_random.permutation(recipe.seed, 0, len(source.split))
+    started = time.perf_counter()
+    for start in range(0, len(order), count):  # the next ones where none can be read
+        images, good = source.batch(order[start : start + count])
+        if len(good):
+            break
+    reading = time.perf_counter() - started
     images, classes = images.to(device), torch.from_numpy(source.split.labels[good]).to(device)
     labels = Labels(classes, labeled=components.labeled_share)
     step = StudentStep(components.student, components.objective, bf16=components.bf16).to(device)
@@ -113,6 +128,7 @@ def _measure(components: RunComponents, teachers: dict[int, Teacher], count: int
     targets: list[dict[str, Tensor]] = [{} for _ in components.teachers] or [{}]
     teacher_seconds = dict.fromkeys(teachers, 0.0)
     for _ in range(2):  # the first warms up
+        began = time.perf_counter()
         for number, teacher in teachers.items():
             with Timer(device) as teacher_timer:
                 targets[number] = teacher.items(images)
@@ -125,6 +141,8 @@ def _measure(components: RunComponents, teachers: dict[int, Teacher], count: int
                 total, loss_values = step(images, targets, labels, stem)
             total.backward()
         losses = {name: value.item() for name, value in {"total": total, **loss_values}.items()}
+        if time.perf_counter() - began > LONG_S:
+            break
     with torch.no_grad(), Timer(device) as forward_timer:
         signals = step.runner(images, stem)
     terms = _term_costs(components.objective, signals, targets, labels)
@@ -141,6 +159,7 @@ def _measure(components: RunComponents, teachers: dict[int, Teacher], count: int
         saved.nbytes // len(good),
         losses,
         terms,
+        reading / count,
     )
 
 

@@ -8,13 +8,13 @@ from remap.engine.teacher import Teacher
 from remap.network import Network
 from remap.pipeline.baseline import why_none
 from remap.pipeline.components import RunComponents, build_components
-from remap.pipeline.profile_step import StepProfile, profile_step
+from remap.pipeline.profile_step import StepProfile
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_outputs import OutputStorage
 from remap.pipeline.teacher_tuning import needs_logits, teacher_recipe
 from remap.pipeline.teachers import PreparedTeacher
 from remap.pipeline.trials import EPOCHS, HELD_OUT, objectives
-from remap.progress import Progress
+from remap.progress import Progress, Within
 
 # Bytes of task.json, about.
 TASK_RECORD = 4096
@@ -58,7 +58,7 @@ def preparation_cost(
 ) -> tuple[float, int]:
     """Return seconds and bytes on disk of giving a teacher a head.
 
-    That is a forward pass over the labelled images for a probe, else a run, which is estimated like any other.
+    That is a forward pass over the labelled images for a probe, else a run, which is estimated by that pass.
 
     Args:
         each: Seconds of the teacher's forward pass for one image.
@@ -70,9 +70,12 @@ def preparation_cost(
         head = sum(p.nbytes for p in teacher.network.head.values())
         return each * len(components.views.train.split) / accelerator().num_processes, head + TASK_RECORD
     # A tuned teacher costs a whole run by itself.
-    tuning = build_components(teacher_recipe(recipe, spec).written_out(), None, progress, shared)
-    tuning.objective.to(accelerator().device)
-    cost = run_cost(tuning, {}, {}, profile_step(tuning, {}))
+    named = Within(progress, "tuning the teacher")
+    tuning = build_components(teacher_recipe(recipe, spec).written_out(), None, named, shared)
+    # By the forward pass that was measured: gradients of activations cost as much again, and so do those of weights.
+    share = tuning.student.num_trainable / tuning.student.num_parameters
+    profile = StepProfile({}, (2 + share) * each, each, 0.0, 0, 0, {}, {}, 0.0)
+    cost = run_cost(tuning, {}, {}, profile)
     return cost.seconds, cost.disk_bytes
 
 
@@ -115,6 +118,8 @@ def run_cost(
     checks = profile.forward_seconds * evaluated / processes
     if needs_logits(recipe):  # the teachers are evaluated once
         checks += sum(profile.teacher_seconds.values()) * len(val.split) / processes
+    sources = (training_source, val, test, components.views.selection)
+    once += profile.reading_seconds * sum(len(source.split) for source in sources if source is not None)
     # The same student once more, for as many steps, evaluated before and after.
     alone = profile.student_seconds * spec.batch_size * steps + 2 * profile.forward_seconds * len(val.split)
     has_baseline = recipe.baseline and why_none(components) is None

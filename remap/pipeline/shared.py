@@ -77,6 +77,8 @@ class SharedResources:
         features: Frozen features of the newest run that cached any.
         teacher_folder: Where a prepared teacher is stored for all runs; None stores it with the run.
         tuned_teachers: Folder of each teacher that was tuned, by the digest of its recipe.
+        read_ahead: Whether images are decoded when they are opened, which finds those that cannot be read; a dry run
+            looks at a few alone.
         use_stored_teachers: Whether tuned teachers are taken from and put into the cache; a repeat tunes its own.
     """
 
@@ -88,6 +90,7 @@ class SharedResources:
     tuned_teachers: dict[str, Path] = field(default_factory=dict)
     teacher_folder: Path | None = None
     use_stored_teachers: bool = True
+    read_ahead: bool = True
     features: dict[tuple, dict[str, Any]] = field(default_factory=dict)
 
     def index(self, spec: DataSpec) -> ImageData:
@@ -133,7 +136,7 @@ class SharedResources:
         # Only what changes the views is part of the key; cells of a comparison differ elsewhere.
         key = (*source_arguments(spec), spec.unlabeled_only, spec.skip_bad, spec.max_bad, view)
         if key not in self.views:
-            self.views[key] = _open(self.index(spec), spec, view, progress)
+            self.views[key] = _open(self.index(spec), spec, view, progress if self.read_ahead else None)
         return self.views[key]
 
 
@@ -152,7 +155,7 @@ _TITLES = {
 }
 
 
-def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress) -> DataViews:
+def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress | None) -> DataViews:
     # One budget for all splits, in the order in which training reads them most often.
     budget = spec.memory_gib * 2**30
     sources: dict[str, ViewSource] = {}
@@ -163,7 +166,7 @@ def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress) -> Da
             budget -= sources[name].cached_bytes
     for name, source in sources.items():
         # Decoding everything once finds unreadable images before training, where memory suffices.
-        if len(source.split):
+        if len(source.split) and progress is not None:
             source.load(progress, _TITLES[name])
     train, unlabeled = sources["train"], sources.get("unlabeled")
     # A few bad files are normal in a large folder; many mean a wrong path or a damaged disk.

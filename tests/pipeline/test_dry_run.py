@@ -1,0 +1,42 @@
+"""A dry run looks at a few images, needs no weights, and says what takes seconds."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from remap.data.views import ViewSource
+from remap.errors import UnknownName, WeightsError
+from remap.pipeline import dry_run
+from remap.recipe import resolve_distill
+
+
+def test_a_few_images_are_decoded(tiny: Any, monkeypatch: pytest.MonkeyPatch, watch: Callable[..., Any]) -> None:
+    read, seen = ViewSource._read, set[int]()
+
+    def noted(source: ViewSource, index: int) -> Any:
+        seen.add(index)
+        return read(source, index)
+
+    monkeypatch.setattr(ViewSource, "load", None)
+    monkeypatch.setattr(ViewSource, "_read", noted)
+    found = dry_run.estimate(tiny.recipe("train.batch_size=4"), watch(lambda step: None))
+    assert found["estimate"]["seconds"] > 0.0 and len(seen) <= 4 < found["data"]["train_images"]
+
+
+def test_weights_that_are_not_here_are_random_ones(monkeypatch: pytest.MonkeyPatch, watch: Callable[..., Any]) -> None:
+    def away(model: str, *_: Any) -> None:
+        if model == "vit_larg":
+            raise UnknownName("unknown model")
+        raise WeightsError("out of reach")
+
+    monkeypatch.setattr(dry_run, "require_at_hand", away)
+    progress = watch(lambda step: None)
+    recipe = resolve_distill(None, {"teacher": "vit_large", "student": "vit_small"})
+    found = dry_run._at_hand(recipe, progress)
+    assert [spec.weights for spec in (*found.teachers, found.student)] == ["none", "none"]
+    assert [text.partition(":")[0] for text in progress.said] == ["vit_small", "vit_large"]
+    own = recipe.student.model_copy(update={"weights": "mine.safetensors"})
+    assert dry_run._at_hand(recipe.model_copy(update={"student": own}), progress).student == own
+    with pytest.raises(UnknownName):
+        dry_run._at_hand(resolve_distill(None, {"teacher": "vit_larg"}), progress)
