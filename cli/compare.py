@@ -30,7 +30,8 @@ def compare(values: dict[str, Any]) -> None:
     from remap.pipeline.comparison_cells import DEFAULT_SEEDS, chosen_methods
     from remap.runs.run_dir import default_path
 
-    plan = Plan(values["sweeps"] or (), values["loss_sets"] or (), values["budget"], values["search"])
+    where = (values["jobs"] or "auto", values["slurm"])
+    plan = Plan(values["sweeps"] or (), values["loss_sets"] or (), values["budget"], values["search"], *where)
     if values["suite"] is not None:
         return _suite(values, plan)
     if values["sets"] is not None:

@@ -63,11 +63,14 @@ def grid(accuracies: Mapping[str, float], most_rows: int) -> Table:
     """Return the cells of a comparison: a row for each method, a column for what it learns from.
 
     Args:
-        accuracies: By METHOD-OBJECTIVE-sSEED; NaN for a cell that is not done.
-        most_rows: Where there are more, those around the cell that runs are shown.
+        accuracies: By METHOD-OBJECTIVE-sSEED; NaN for a cell that waits, infinity for one that runs. Of cells one after
+            the other the first that waits runs.
+        most_rows: Where there are more, those around a cell that runs are shown.
     """
     cells: dict[str, dict[str, list[float]]] = {}
-    running = next((name for name, value in accuracies.items() if math.isnan(value)), "")
+    waiting = [name for name, value in accuracies.items() if math.isnan(value)]
+    running = {name.rpartition("-s")[0] for name, value in accuracies.items() if math.isinf(value)}
+    running = running or {name.rpartition("-s")[0] for name in waiting[:1]}
     for name, value in accuracies.items():
         method, objective = name.rpartition("-s")[0].rsplit("-", 1)
         cells.setdefault(method, {}).setdefault(objective, []).append(value)
@@ -75,18 +78,18 @@ def grid(accuracies: Mapping[str, float], most_rows: int) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for title in ("", *({"alone": "labels only", "teacher": "with teacher"}.get(one, one) for one in objectives)):
         table.add_column(escape(title), no_wrap=True, overflow="ellipsis", justify="right" if title else "left")
-    methods, now = list(cells), running.rpartition("-s")[0]
-    at = next((index for index, method in enumerate(methods) if now.startswith(f"{method}-")), 0)
+    methods = list(cells)
+    at = next((i for i, method in enumerate(methods) if any(now.startswith(f"{method}-") for now in running)), 0)
     first = max(0, min(at - most_rows // 2, len(methods) - most_rows))
     for method in methods[first : first + max(1, most_rows)]:
-        texts = (_cell(cells[method].get(one), f"{method}-{one}" == now) for one in objectives)
+        texts = (_cell(cells[method].get(one), f"{method}-{one}" in running) for one in objectives)
         table.add_row(escape(method), *texts)
     return table
 
 
 def _cell(values: list[float] | None, runs: bool) -> str:
     """Return the mean accuracy in percent of the seeds that are done, and how many those are of how many."""
-    done = [value for value in values or () if not math.isnan(value)]
+    done = [value for value in values or () if math.isfinite(value)]
     if not values or not done:
         return "" if values is None else "[bold]...[/]" if runs else "[dim]·[/]"
     count = "" if len(done) == len(values) else f" ({len(done)}/{len(values)})"

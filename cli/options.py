@@ -138,6 +138,8 @@ _LOSS_SET = "Losses with the teacher, compared with the other sets: ce,kd:0.5. R
 _BUDGET = "Of each cell: epochs=12, minutes=10 of training, or parameters=50000 trained."
 _SUITE = "Compare on each set of a suite: offline, five_categories, vtab1k, fgvc, fewshot11 or a YAML file."
 _SEARCH = "Trials of learning rate and weight decay for each cell, on held-out training images: 20, or random:20."
+_JOBS = "Cells at once: a number, or auto, by cores, GPUs and memory."
+_SLURM = "Run the cells as a SLURM job array: slurm_partition=gpu,gpus_per_node=1,timeout_min=240 (submitit)."
 _CELLS = "Folder of the comparison. Finished cells are not run again."
 _TRIALS = "Folder of the trials. Finished ones are not run again."
 _NO_BASELINE = "Leave out training the student once more on labels alone, to compare."
@@ -152,6 +154,8 @@ OPTIONS = (
     _comparison("budget", str, (COMPARE,), "the epochs of the recipe", _BUDGET),
     _comparison("budget", str, (RECOMMEND,), "the epochs of the recipe", "epochs=12, or parameters=50000 trained."),
     _comparison("search", str, (COMPARE,), "declared defaults", _SEARCH),
+    _comparison("jobs", str, (COMPARE,), "auto", _JOBS),
+    _comparison("slurm", str, (COMPARE,), None, _SLURM),
     _comparison("suite", str, (COMPARE,), None, _SUITE),
     _comparison("sets", Path, (COMPARE,), None, "Folder of the sets of a suite."),
     OptionRow("steps", int, (LR,), None, "Steps of the test.", _TRAINING, default=100, least=1),

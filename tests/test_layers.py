@@ -55,6 +55,7 @@ HOMES = {
     "matplotlib": ("remap.report",),
     "jinja2": ("remap.report.page",),
     "optuna": ("remap.pipeline.comparison_search",),
+    "submitit": ("remap.pipeline.comparison_slurm",),
     "typer": ("remap_cli",),
     "rich": ("remap_cli",),
 }

@@ -99,6 +99,24 @@ class InMemory:
     def close(self) -> None:
         """Do nothing: other runs of a comparison may share the outputs."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all of it by name, for a file."""
+        filled = {f"{view}": torch.from_numpy(rows) for view, rows in self._filled.items()}
+        outputs = {f"{view}/{name}": value for view, one in self._views.items() for name, value in one.items()}
+        return filled | outputs
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> "InMemory":
+        """Return what ``tensors`` was called on."""
+        found = cls()
+        for key, value in tensors.items():
+            view, _, name = key.partition("/")
+            if name:
+                found._views.setdefault(int(view), {})[name] = value
+            else:
+                found._filled[int(view)] = value.numpy()
+        return found
+
     def put(self, view: int, indices_B: NDArray[np.int64], outputs: Mapping[str, Tensor], count: int) -> None:
         stored = self._views.setdefault(view, {})
         self._filled.setdefault(view, np.zeros(count, dtype=bool))[indices_B] = True

@@ -1,5 +1,7 @@
 """Compute and store teacher outputs before any training: ``remap cache build``."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 from remap.distributed.interrupts import watch_signals
 from remap.distributed.launch import accelerator, broadcast_str, check_processes
 from remap.errors import RecipeError
-from remap.pipeline.components import build_components
+from remap.pipeline.components import RunComponents, build_components
 from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.run import run, validate_inputs
 from remap.pipeline.shared import SharedResources
@@ -35,8 +37,15 @@ def build_cache(recipe: Recipe, progress: Progress = Silent()) -> list[dict[str,
     _require_cacheable(recipe)
     # As ``start`` does it, or the run would ask for other outputs.
     recipe = without_idle_losses(recipe, progress).written_out()
-    # Prepared teachers go to a temporary run directory of the main process.
-    with watch_signals(), TemporaryDirectory(prefix="remap-cache-") as folder:
+    with watch_signals(), prepared_components(recipe, progress, shared) as components:
+        return store_outputs(components, progress)
+
+
+@contextmanager
+def prepared_components(recipe: Recipe, progress: Progress, shared: SharedResources) -> Iterator[RunComponents]:
+    """Prepare a recipe's teachers as a run would, and refuse weak ones; what is not shared goes when the block ends."""
+    # In a temporary run directory of the main process.
+    with TemporaryDirectory(prefix="remap-cache-") as folder:
         path = Path(broadcast_str(folder)) / "run"
         run_dir = RunDir.create(path, recipe) if accelerator().is_main_process else RunDir(path)
         accelerator().wait_for_everyone()
@@ -44,9 +53,8 @@ def build_cache(recipe: Recipe, progress: Progress = Silent()) -> list[dict[str,
             run(tuning, teacher_dir, Within(progress, title), resuming=True)
         components = build_components(recipe, run_dir, progress, shared)
         check_teachers(components, progress)
-        stored = store_outputs(components, progress)
+        yield components
         accelerator().wait_for_everyone()  # the folder is removed with the main process
-        return stored
 
 
 def _require_cacheable(recipe: Recipe) -> None:

@@ -81,6 +81,7 @@ def compare(
     loss_sets: Sequence[str] = (),
     budget: str | None = None,
     search: str | None = None,
+    jobs: int | Literal["auto"] = 1,
     settings: Iterable[str] = (),
     output: str | Path | None = None,
     progress: Progress = Silent(),
@@ -96,6 +97,8 @@ def compare(
         loss_sets: Objectives with the teacher: ``["ce,kd", "ce,kd:0.5"]``; none is the recipe's own.
         budget: "epochs=12", "minutes=10" of training each, or "parameters=50000"; None is the recipe's epochs.
         search: Trials of learning rate and weight decay for each cell, "20" or "random:20"; None is declared defaults.
+        jobs: How many cells run at once, in processes of their own; "auto" goes by cores, GPUs and memory. A script
+            that asks for several has its own code under ``if __name__ == "__main__":``.
         settings: As ``--set``.
         output: Folder of the comparison, ``runs/compare-NAME`` by default. Finished cells are not run again.
 
@@ -109,7 +112,7 @@ def compare(
     if checked.teacher is None:
         raise RecipeError(["teacher: missing; a comparison has one"], checked.name)
     folder = expanded(output or default_path() / f"compare-{checked.name}")
-    plan = Plan(sweeps, loss_sets, budget, search)
+    plan = Plan(sweeps, loss_sets, budget, search, str(jobs))
     return comparison.compare(checked, chosen, seeds, folder, progress, plan)
 
 

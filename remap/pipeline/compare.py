@@ -1,32 +1,27 @@
 """Compare methods with the same data, teacher, budget and seeds; every cell is a run directory like any other."""
 
-import math
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from remap.errors import Interrupted, RemapError, RunError
-from remap.io import atomic_write, links
+from remap.errors import Interrupted, RunError
 from remap.pipeline.comparison_budget import read_budget, with_epochs, within_minutes, within_parameters
-from remap.pipeline.comparison_cells import DEFAULT_METHODS, Cell, comparison_cells, split_word, teacher_key
+from remap.pipeline.comparison_cells import DEFAULT_METHODS, comparison_cells, split_word
 from remap.pipeline.comparison_files import write_tables
-from remap.pipeline.comparison_folder import TEACHER, claim, fingerprint_of, is_done
+from remap.pipeline.comparison_folder import claim, fingerprint_of, is_done
+from remap.pipeline.comparison_resources import Resources, read_jobs
 from remap.pipeline.comparison_search import FOLDER as SEARCH
 from remap.pipeline.comparison_search import Search, require_searchable, searched
 from remap.pipeline.comparison_table import tabulate
 from remap.pipeline.objective import without_idle_losses
-from remap.progress import CELLS, Progress, Silent
+from remap.progress import Progress
 from remap.recipe.checks import require_held_out_once
 from remap.recipe.schema import Recipe
 from remap.recipe.train_checks import require_rate
-from remap.runs.run_dir import RunDir
-
-if TYPE_CHECKING:
-    from remap.pipeline.shared import SharedResources
 
 
 @dataclass(frozen=True)
@@ -38,12 +33,16 @@ class Plan:
         loss_sets: Objectives with the teacher, as words.
         budget: "epochs=N", "minutes=N" of training each, or "parameters=N"; None is the recipe's epochs.
         search: Trials of learning rate and weight decay for each method and loss set: "20" or "random:20".
+        jobs: How many cells run at once: a number, or "auto" by cores, GPUs and memory.
+        slurm: Parameters of submitit, to run the cells as a SLURM job array; None runs them on this machine.
     """
 
     sweeps: Sequence[str] = ()
     loss_sets: Sequence[str] = ()
     budget: str | None = None
     search: str | None = None
+    jobs: str = "1"
+    slurm: str | None = None
 
 
 def compare(
@@ -63,12 +62,13 @@ def compare(
     """
     require_comparable(recipe, methods)
     budget, search = read_budget(plan.budget), Search.read(plan.search)
+    jobs = read_jobs(plan.jobs, budget)
     if search is not None:
         require_searchable(recipe)
     recipe = without_idle_losses(recipe, progress)
     if budget is not None and budget[0] == "epochs":
         recipe = with_epochs(recipe, int(budget[1]))
-    resources = _Resources(recipe, output, progress)
+    resources = Resources(recipe, output, progress)
     cells = comparison_cells(recipe, methods, seeds, plan.sweeps, plan.loss_sets, resources.images_of)
     cells = resources.with_possible_inits(cells, optional=tuple(methods) == DEFAULT_METHODS)
     left_out: dict[str, str] = {}
@@ -85,7 +85,16 @@ def compare(
         unique = {cell.name: cell for cell in cells}
         missing = [cell for cell in unique.values() if not is_done(output / cell.name, cell, held_by)]
         if missing:
-            _run(missing, output, resources, progress)
+            missing.sort(key=lambda cell: not cell.with_teacher)  # a weak teacher is found before any training
+            # Imported here, so that a finished comparison is shown without loading torch.
+            if plan.slurm is not None:
+                from remap.pipeline.comparison_slurm import run_on_slurm
+
+                run_on_slurm(missing, plan.slurm, jobs, output, resources, progress)
+            else:
+                from remap.pipeline.comparison_jobs import run_cells
+
+                run_cells(missing, jobs, output, resources, progress)
     # Read from the run directories, also for cells that were run now.
     table = tabulate(recipe, cells, output) | {"budget": plan.budget, "search": found, "left_out": left_out}
     write_tables(table, output)
@@ -126,68 +135,6 @@ def require_comparable(recipe: Recipe, methods: Sequence[str]) -> None:
         )
 
 
-class _Resources:
-    """What the cells share: data and views all of them, teachers those whose recipes prepare them alike."""
-
-    def __init__(self, recipe: Recipe, output: Path, progress: Progress) -> None:
-        from remap.pipeline.shared import SharedResources
-
-        self._output, self._progress, self._key = output, progress, teacher_key(recipe)
-        self.first = SharedResources()
-        self._by_folder: dict[Path, SharedResources] = {}
-
-    def of(self, cell: Cell, folder: Path) -> "SharedResources":
-        """Return what a cell shares with others whose teacher lies in the same folder."""
-        from remap.distributed.launch import require_one_process
-        from remap.pipeline.shared import SharedResources
-
-        # Cells share data and teacher in one process; several would each prepare them.
-        require_one_process(
-            "a comparison runs its cells one after the other in one process",
-            "call remap compare without a launcher; the cells of several folders may run side by side",
-        )
-        key = teacher_key(cell.recipe) if cell.recipe.teachers and cell.settings else self._key
-        path = folder / (TEACHER if key == self._key else f"{TEACHER}{key}")
-        if path not in self._by_folder:
-            if key != self._key:  # by which a cell that is resumed alone knows its teacher
-                atomic_write.make_folder(path)
-            data = (self.first.data, self.first.value_ranges, self.first.views)
-            self._by_folder[path] = SharedResources(*data, teacher_folder=path)
-        return self._by_folder[path]
-
-    def images_of(self, recipe: Recipe) -> tuple[int, int]:
-        """Return how many training images have a label, and how many an epoch has."""
-        from remap.pipeline.labels_only import images_of
-
-        return images_of(recipe, self.first)
-
-    def with_possible_inits(self, cells: list[Cell], *, optional: bool) -> list[Cell]:
-        """Return the cells whose students can start from the teacher's weights as named, before any is trained.
-
-        Args:
-            optional: Leave the others out, and say so.
-
-        Raises:
-            RemapError: The teacher cannot give a student its weights.
-        """
-        impossible: set[str] = set()
-        for cell in {cell.label: cell for cell in cells if cell.recipe.student.init is not None}.values():
-            if (self._output / cell.name / "recipe.yaml").is_file():  # it was possible when it was begun
-                continue
-            from remap.pipeline.init_student import init_from_teacher
-            from remap.runs.task import open_backbone
-
-            try:
-                student = open_backbone(cell.recipe.student, len(self.first.classes(cell.recipe)))
-                init_from_teacher(student, cell.recipe, self.first, Silent())
-            except RemapError as error:
-                if not optional:
-                    raise
-                self._progress.say(f"{cell.label} is left out: {error.what}")
-                impossible.add(cell.label)
-        return [cell for cell in cells if cell.label not in impossible]
-
-
 @contextmanager
 def resumable(output: Path) -> Iterator[None]:
     """Say of an interruption how the comparison goes on."""
@@ -197,27 +144,3 @@ def resumable(output: Path) -> Iterator[None]:
         command = f"remap compare ... --output {shlex.quote(str(output))}"
         do = f"resume with the options it was started with: {command}; finished runs are not run again"
         raise Interrupted(error.what, exit_code=error.exit_code, do=do, at_once=error.at_once) from error
-
-
-def _run(missing: list[Cell], output: Path, resources: _Resources, progress: Progress) -> None:
-    # Imported here, so that a finished comparison is shown without loading torch.
-    from remap.distributed.device_memory import reset_peak
-    from remap.distributed.launch import accelerator
-    from remap.pipeline.run import run
-
-    missing = sorted(missing, key=lambda cell: not cell.with_teacher)  # a weak teacher is found before any training
-    left = [resources.first.training_steps(cell.recipe) for cell in missing]
-    with progress.wait(CELLS, len(missing)) as cells:
-        cells.advance(0, **{cell.name: math.nan for cell in missing})
-        for number, cell in enumerate(missing, 1):
-            path = output / cell.name
-            progress.say(f"[{number}/{len(missing)}] {cell.name}")
-            links.require_no_link(path)
-            shared = resources.of(cell, output)
-            # An interrupted cell continues from its checkpoint.
-            resuming = (path / "recipe.yaml").is_file()
-            run_dir = RunDir.open(path) if resuming else RunDir.create(path, cell.recipe)
-            reset_peak(accelerator().device)
-            after = sum(left[number:])
-            found = run(cell.recipe, run_dir, progress, shared, resuming=resuming, steps_after=after)
-            cells.advance(1, **{cell.name: found.summary["student"]["accuracy"]})

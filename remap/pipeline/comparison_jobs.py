@@ -1,0 +1,101 @@
+"""How many cells of a comparison run at once, and where: by cores, GPUs and memory."""
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from remap.cache.shared_outputs import FOLDER
+from remap.distributed.device_memory import peak_bytes, reset_peak
+from remap.distributed.interrupts import watch_signals
+from remap.distributed.launch import accelerator
+from remap.io.human_size import size
+from remap.pipeline.build_cache import prepared_components
+from remap.pipeline.comparison_cells import Cell
+from remap.pipeline.comparison_resources import AUTO, Resources
+from remap.pipeline.comparison_workers import Pool, Slot, run_cell
+from remap.pipeline.dry_run import estimate
+from remap.progress import CELLS, Progress, Silent
+
+# Training steps of all cells below which starting processes takes longer than they save.
+LEAST_STEPS = 1000
+# Share of the free memory that cells may take, and bytes of a process besides what its cell needs.
+MEMORY_SHARE, OVERHEAD = 0.8, 2**30
+
+
+def run_cells(cells: Sequence[Cell], jobs: str, output: Path, resources: Resources, progress: Progress) -> None:
+    """Run cells in their folders in ``output``, as many at once as ``jobs`` says (see ``read_jobs``).
+
+    Raises:
+        RunError: Some cells failed; all others are finished.
+        RemapError: A teacher is too weak, or a cell that runs alone failed.
+    """
+    steps = [resources.first.training_steps(cell.recipe) for cell in cells]
+    most = len(cells) if jobs == AUTO else min(int(jobs), len(cells))
+    if most == 1 or (jobs == AUTO and (sum(steps) < LEAST_STEPS or (cores() == 1 and not _gpus()))):
+        with progress.wait(CELLS, len(cells)) as shown:
+            shown.advance(0, **{cell.name: math.nan for cell in cells})
+            for number, cell in enumerate(cells, 1):
+                progress.say(f"[{number}/{len(cells)}] {cell.name}")
+                reset_peak(accelerator().device)
+                accuracy = run_cell(cell, output, resources, progress, sum(steps[number:]))
+                shown.advance(1, **{cell.name: accuracy})
+        return
+    prepare_teachers(cells, output, resources, progress)
+    slots = auto_slots(cells, progress) if jobs == AUTO else slots_of(most)
+    where = f", {len({slot.gpu for slot in slots})} GPU(s)" if slots[0].gpu is not None else ""
+    progress.say(f"{len(slots)} cells side by side, {slots[0].threads} CPU thread(s) each{where} (--jobs {jobs})")
+    try:
+        with watch_signals():
+            Pool(slots, output, resources.recipe, progress).run(cells)
+    finally:
+        shutil.rmtree(output / FOLDER, ignore_errors=True)
+
+
+def cores() -> int:
+    """Return how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def slots_of(count: int) -> list[Slot]:
+    """Divide cores and GPUs among ``count`` cells."""
+    gpus, threads = _gpus(), max(1, min(cores() // count, torch.get_num_threads()))
+    return [Slot(threads, index % gpus if gpus else None) for index in range(count)]
+
+
+def auto_slots(cells: Sequence[Cell], progress: Progress) -> list[Slot]:
+    """Return a slot for each core, or as many a GPU as its memory holds, up to the number of cells."""
+    gpus = _gpus()
+    if gpus:
+        with progress.wait("estimating the memory of a cell"):
+            needed = estimate(cells[0].recipe, Silent())["estimate"]["memory_bytes"] + OVERHEAD
+        free, most = torch.cuda.mem_get_info()[0], gpus * max(1, cores() // gpus)
+    else:
+        needed, free, most = peak_bytes(accelerator().device) + OVERHEAD, _free_memory(), cores()
+    fitting = max(1, int(MEMORY_SHARE * free / needed)) * max(1, gpus)
+    if fitting < min(most, len(cells)):
+        progress.say(f"memory holds {fitting} cells at once: about {size(needed)} each, {size(free)} free")
+    return slots_of(min(len(cells), most, fitting))
+
+
+def _gpus() -> int:
+    return torch.cuda.device_count() if accelerator().device.type == "cuda" else 0
+
+
+def _free_memory() -> int:
+    with suppress(OSError):  # Linux
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def prepare_teachers(cells: Sequence[Cell], output: Path, resources: Resources, progress: Progress) -> None:
+    """Prepare and judge each teacher once, where the processes of the cells find it."""
+    by_folder = {id(resources.of(cell, output)): cell for cell in reversed(cells) if cell.with_teacher}
+    for cell in by_folder.values():
+        with prepared_components(cell.recipe.written_out(), progress, resources.of(cell, output)):
+            pass

@@ -1,0 +1,101 @@
+"""What the cells of a comparison share: data, views, teachers and their outputs, and how many cells run at once."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from remap.errors import RecipeError, RemapError
+from remap.io import atomic_write
+from remap.pipeline.comparison_cells import Cell, teacher_key
+from remap.pipeline.comparison_folder import TEACHER
+from remap.progress import Progress, Silent
+from remap.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from remap.pipeline.shared import SharedResources
+
+AUTO = "auto"
+
+
+def read_jobs(jobs: str, budget: tuple[str, float] | None) -> str:
+    """Return how many cells are to run at once, checked: a number, or "auto"; 1 where each cell is given minutes.
+
+    Raises:
+        RecipeError: It is neither, or cells that share the machine would be given minutes.
+    """
+    if jobs != AUTO and not (jobs.isdecimal() and int(jobs) > 0):
+        raise RecipeError([f"--jobs {jobs}: how many cells run at once (allowed: auto, or 1 and more)"], "command line")
+    if budget is None or budget[0] != "minutes":
+        return jobs
+    if jobs not in (AUTO, "1"):
+        raise RecipeError(["--jobs: a cell that is given minutes has the machine to itself (--jobs 1)"], "command line")
+    return "1"
+
+
+class Resources:
+    """What the cells share: data and views all of them, teachers those whose recipes prepare them alike.
+
+    Args:
+        outputs: Where outputs of teachers are looked for and put by their key; None is a table of this object.
+    """
+
+    def __init__(
+        self, recipe: Recipe, output: Path, progress: Progress, outputs: dict[tuple, Any] | None = None
+    ) -> None:
+        from remap.pipeline.shared import SharedResources
+
+        self._outputs = {} if outputs is None else outputs
+
+        self.recipe, self._output, self._progress, self._key = recipe, output, progress, teacher_key(recipe)
+        self.first = SharedResources()
+        self._by_folder: dict[Path, SharedResources] = {}
+
+    def of(self, cell: Cell, folder: Path) -> "SharedResources":
+        """Return what a cell shares with others whose teacher lies in the same folder."""
+        from remap.distributed.launch import require_one_process
+        from remap.pipeline.shared import SharedResources
+
+        # Cells share data and teacher in one process; several would each prepare them.
+        require_one_process(
+            "a comparison runs its cells one after the other in one process",
+            "call remap compare without a launcher; the cells of several folders may run side by side",
+        )
+        key = teacher_key(cell.recipe) if cell.recipe.teachers and cell.settings else self._key
+        path = folder / (TEACHER if key == self._key else f"{TEACHER}{key}")
+        if path not in self._by_folder:
+            if key != self._key:  # by which a cell that is resumed alone knows its teacher
+                atomic_write.make_folder(path)
+            data = (self.first.data, self.first.value_ranges, self.first.views)
+            self._by_folder[path] = SharedResources(*data, targets=self._outputs, teacher_folder=path)
+        return self._by_folder[path]
+
+    def images_of(self, recipe: Recipe) -> tuple[int, int]:
+        """Return how many training images have a label, and how many an epoch has."""
+        from remap.pipeline.labels_only import images_of
+
+        return images_of(recipe, self.first)
+
+    def with_possible_inits(self, cells: list[Cell], *, optional: bool) -> list[Cell]:
+        """Return the cells whose students can start from the teacher's weights as named, before any is trained.
+
+        Args:
+            optional: Leave the others out, and say so.
+
+        Raises:
+            RemapError: The teacher cannot give a student its weights.
+        """
+        impossible: set[str] = set()
+        for cell in {cell.label: cell for cell in cells if cell.recipe.student.init is not None}.values():
+            if (self._output / cell.name / "recipe.yaml").is_file():  # it was possible when it was begun
+                continue
+            from remap.pipeline.init_student import init_from_teacher
+            from remap.runs.task import open_backbone
+
+            try:
+                student = open_backbone(cell.recipe.student, len(self.first.classes(cell.recipe)))
+                init_from_teacher(student, cell.recipe, self.first, Silent())
+            except RemapError as error:
+                if not optional:
+                    raise
+                self._progress.say(f"{cell.label} is left out: {error.what}")
+                impossible.add(cell.label)
+        return [cell for cell in cells if cell.label not in impossible]

@@ -1,0 +1,212 @@
+"""Cells side by side: the same tasks and table as one after the other, and what a process that ends takes with it."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from remap.cache.shared_outputs import SharedOutputs
+from remap.cache.teacher_cache import InMemory
+from remap.errors import Interrupted, RecipeError, RunError
+from remap.pipeline import comparison_jobs as jobs
+from remap.pipeline import comparison_slurm, teacher_outputs
+from remap.pipeline import comparison_workers as workers
+from remap.pipeline.compare import Plan, compare
+from remap.progress import Silent
+from remap.recipe import Recipe
+
+METHODS = ["linear", "bitfit"]
+SETTINGS = ("teacher.prepare=full", "teacher.epochs=1", "teacher.allow_weak=true", "train.checkpoint_seconds=0")
+# What a table says of time and memory, and of its own folder.
+MEASURED = {"seconds", "step_seconds", "peak_memory_bytes", "output"}
+SECOND = "bitfit-teacher-s0"
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork this process, which has imported everything and runs one thread."""
+    monkeypatch.setattr(workers, "START_METHOD", "fork")
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny: Any) -> Recipe:
+    return tiny.recipe(*SETTINGS, losses="ce,kd")
+
+
+@pytest.fixture(scope="module")
+def alone(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("jobs") / "alone"
+    compare(recipe, METHODS, 1, folder, Silent())
+    return folder
+
+
+def _tasks(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("*/task/task.safetensors")}
+
+
+def _compared(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _compared(one) for key, one in value.items() if key not in MEASURED}
+    return [_compared(one) for one in value] if isinstance(value, list) else value
+
+
+def _table(folder: Path) -> Any:
+    return _compared(json.loads((folder / "compare.json").read_text()))
+
+
+def test_cells_side_by_side_give_the_same_bits(
+    recipe: Recipe, alone: Path, tmp_path: Path, watch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress, compute, computed = watch(lambda step: None), teacher_outputs.cache_in_memory, tmp_path / "computed"
+
+    def counted(*words: Any) -> InMemory:
+        with computed.open("a") as file:
+            file.write("x")
+        return compute(*words)
+
+    monkeypatch.setattr(teacher_outputs, "cache_in_memory", counted)
+    compare(recipe, METHODS, 1, tmp_path / "two", progress, Plan(jobs="2"))
+    assert len(_tasks(alone)) == 5 and _tasks(tmp_path / "two") == _tasks(alone)
+    assert _table(tmp_path / "two") == _table(alone)
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in alone.iterdir()}
+    assert any(text.startswith("2 cells side by side, ") for text in progress.said)
+    assert sum("tuning it" in text for text in progress.said) == 1, "the teacher is prepared before the first cell"
+    assert computed.read_text() == "x", "the outputs are computed once for both processes"
+
+
+def test_a_process_that_is_killed_loses_its_cell_alone(
+    recipe: Recipe, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, folder = workers.run, tmp_path / "killed"
+
+    def killed(one: Recipe, run_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        if run_dir.path.name == SECOND:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return run(one, run_dir, *args, **kwargs)
+
+    monkeypatch.setattr(workers, "run", killed)
+    with pytest.raises(RunError, match="1 of 4 cells failed; the others are finished") as caught:
+        compare(recipe, METHODS, 1, folder, Silent(), Plan(jobs="2"))
+    assert f"{SECOND}: its process ended with exit code -9; the system kills" in str(caught.value)
+    assert "start the same comparison again" in str(caught.value)
+    assert {path.parent.name for path in folder.glob("*/summary.json")} == {
+        path.parent.name for path in alone.glob("*/summary.json")
+    } - {SECOND}
+    monkeypatch.setattr(workers, "run", run)
+    compare(recipe, METHODS, 1, folder, Silent())
+    assert _tasks(folder) == _tasks(alone)
+
+
+def test_a_cell_that_fails_is_named_with_its_reason(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(one: Recipe, run_dir: Any, *_: Any, **__: Any) -> Any:
+        raise RunError(f"{run_dir.path.name} does not work") if one.teachers else ValueError("a bug")
+
+    monkeypatch.setattr(jobs, "prepare_teachers", lambda *_: None)
+    monkeypatch.setattr(workers, "run", failing)
+    with pytest.raises(RunError, match="2 of 2 cells failed") as caught:
+        compare(recipe, ["linear"], 1, tmp_path / "c", Silent(), Plan(jobs="2"))
+    assert "linear-teacher-s0" in str(caught.value) and "linear-alone-s0" in str(caught.value)
+
+
+def test_a_signal_stops_all_processes_which_save_their_state(
+    recipe: Recipe, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, run, parent = tmp_path / "stopped", workers.run, os.getpid()
+
+    def stopping(one: Recipe, run_dir: Any, progress: Any, *args: Any, **kwargs: Any) -> Any:
+        if os.getpid() == parent:
+            return run(one, run_dir, progress, *args, **kwargs)
+
+        def say(text: str) -> None:
+            if run_dir.path.name == SECOND and "epoch 1" in text:
+                os.kill(parent, signal.SIGTERM)
+
+        progress.say = say
+        return run(one, run_dir, progress, *args, **kwargs)
+
+    monkeypatch.setattr(workers, "run", stopping)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM") as caught:
+        compare(recipe, METHODS, 1, folder, Silent(), Plan(jobs="2"))
+    assert f"remap compare ... --output {folder}" in (caught.value.do or "") and caught.value.exit_code == 143
+    assert not workers.multiprocessing.active_children()
+    monkeypatch.setattr(workers, "run", run)
+    compare(recipe, METHODS, 1, folder, Silent(), Plan(jobs="2"))
+    assert _tasks(folder) == _tasks(alone)
+
+
+def test_few_steps_do_not_pay_for_processes(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr(jobs, "Pool", None)
+    progress = watch(lambda step: None)
+    compare(recipe, ["linear"], 1, tmp_path / "c", progress, Plan(jobs="auto"))
+    assert not any("side by side" in text for text in progress.said)
+
+
+@pytest.mark.parametrize(
+    ("cores", "free_gib", "cells", "slots"),
+    [(8, 100, 24, [1] * 8), (8, 100, 3, [2] * 3), (8, 12, 24, [2] * 4), (2, 0, 24, [2])],
+)
+def test_cores_and_memory_decide_how_many_cells_run(
+    monkeypatch: pytest.MonkeyPatch, cores: int, free_gib: int, cells: int, slots: list[int]
+) -> None:
+    """Of 12 GiB, 80 % hold four processes of 1 + 1 GiB."""
+    monkeypatch.setattr(jobs, "cores", lambda: cores)
+    monkeypatch.setattr(jobs, "_free_memory", lambda: free_gib * 2**30)
+    monkeypatch.setattr(jobs, "peak_bytes", lambda _: 2**30)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    assert [slot.threads for slot in jobs.auto_slots([None] * cells, Silent())] == slots  # type: ignore[list-item]
+
+
+def test_cells_are_divided_among_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "cores", lambda: 16)
+    monkeypatch.setattr(jobs, "_gpus", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    assert [(slot.threads, slot.gpu) for slot in jobs.slots_of(4)] == [(4, 0), (4, 1), (4, 0), (4, 1)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert workers._visible(1) == "5"
+
+
+def test_tasks_of_a_job_array_give_the_same_bits(
+    recipe: Recipe, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By submitit's executor for a machine without SLURM, which runs a task where its result is asked for."""
+    pytest.importorskip("submitit")
+    monkeypatch.setattr(comparison_slurm, "LOOK_EVERY_S", 0.0)
+    compare(recipe, METHODS, 1, tmp_path / "array", Silent(), Plan(slurm="cluster=debug,timeout_min=5"))
+    assert _tasks(tmp_path / "array") == _tasks(alone) and _table(tmp_path / "array") == _table(alone)
+
+
+@pytest.mark.parametrize("words", ["gpu", "cluster=debug,no_such_word=1", "cluster=nowhere"])
+def test_words_for_slurm_that_cannot_be_used(recipe: Recipe, tmp_path: Path, words: str) -> None:
+    pytest.importorskip("submitit")
+    with pytest.raises(RecipeError, match="--slurm: "):
+        compare(recipe, ["linear"], 1, tmp_path / "c", Silent(), Plan(slurm=words))
+
+
+@pytest.mark.parametrize("word", ["0", "-1", "two", ""])
+def test_a_number_that_is_none(recipe: Recipe, tmp_path: Path, word: str) -> None:
+    with pytest.raises(RecipeError, match=r"--jobs .*allowed: auto, or 1 and more"):
+        compare(recipe, ["linear"], 1, tmp_path / "c", Silent(), Plan(jobs=word))
+
+
+def test_minutes_are_for_cells_that_run_alone(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="has the machine to itself"):
+        compare(recipe, ["linear"], 1, tmp_path / "c", Silent(), Plan(jobs="2", budget="minutes=1"))
+
+
+def test_outputs_of_one_process_are_those_of_the_others(tmp_path: Path) -> None:
+    first, second = SharedOutputs(tmp_path), SharedOutputs(tmp_path)
+    outputs, rows = InMemory(), torch.tensor([2, 0]).numpy()
+    outputs.put(1, rows, {"logits": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}, 3)
+    assert ("a", 1) not in first
+    first["a", 1] = outputs
+    assert ("a", 1) in second and ("a", 2) not in second
+    assert torch.equal(second["a", 1].rows(rows, 1)["logits"], torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
