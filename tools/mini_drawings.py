@@ -34,7 +34,7 @@ def classes_of(names: list[str]) -> dict[str, str]:
 
 
 def splits_of(classes: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Names to learn from and held-out names, each with its class: by the order of a hash, a third (at most 16) is held out."""
+    """Names to learn from and held-out names, with their class: by a hash's order a third, at most 16, is held out."""
     train: dict[str, str] = {}
     test: dict[str, str] = {}
     for kind in sorted(set(classes.values())):

@@ -1,11 +1,11 @@
 """Train the shipped vision-language pair `clip:mini` on drawings and their words.
 
-    python tools/train_mini_clip.py SETS FOLDER        # SETS holds emoji.tar and clipart.tar; continues what is in FOLDER
+    python tools/train_mini_clip.py SETS FOLDER    # SETS holds emoji.tar and clipart.tar; continues what is in FOLDER
 
-An image tower (the shape and start of the embedded student) and a text transformer in CLIP's layout (Radford et al. 2021,
-arXiv 2103.00020) learn by the symmetric contrastive loss. A text is a positive of every image that it is true of (UniCL,
-Yang et al. 2022, arXiv 2204.03610), and half of the patches are left out until the last steps (FLIP, Li et al. 2023,
-arXiv 2212.00794). No drawing of the vendor `noto`, and no drawing of a held-out name, is seen.
+An image tower (the shape and start of the embedded student) and a text transformer in CLIP's layout (Radford et al.
+2021, arXiv 2103.00020) learn by the symmetric contrastive loss. A text is a positive of every image that it is true of
+(UniCL, Yang et al. 2022, arXiv 2204.03610), and half of the patches are left out until the last steps (FLIP, Li et al.
+2023, arXiv 2212.00794). No drawing of the vendor `noto`, and no drawing of a held-out name, is seen.
 """
 
 import argparse
@@ -16,23 +16,26 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from mini_drawings import HELD_OUT_VENDOR, classes_of, pixels, read_rows, splits_of
 from torch import nn
 from torch.nn import functional as F
 
 import remap.backbones.mini  # noqa: F401  # registers the architectures
-from mini_drawings import HELD_OUT_VENDOR, classes_of, pixels, read_rows, splits_of
 from remap.io import atomic_write
+from remap.language.names import MINI_FOLDER
 
 TEMPLATES = ["{}"] * 8 + [
-    "a drawing of a {}", "a drawing of {}", "a picture of a {}", "a picture of {}", "an emoji of a {}", "a photo of a {}.",
-    "clip art of a {}", "an icon of a {}", "a small picture of a {}", "an image of {}", "the {}", "a {}",
+    "a drawing of a {}", "a drawing of {}", "a picture of a {}", "a picture of {}", "an emoji of a {}",
+    "a photo of a {}.", "clip art of a {}", "an icon of a {}", "a small picture of a {}", "an image of {}",
+    "the {}", "a {}",
 ]  # fmt: skip
 VOCABULARY, CONTEXT, TEXT, EMBED, STORED = 2048, 24, {"width": 128, "heads": 2, "layers": 3}, 128, 40
+IMAGE = "vit_mini_student_patch4_32"
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 class Drawings:
-    """Training images (uint8, N x 3 x 40 x 40), how often each is drawn, and the phrases that are true of it, in groups of one weight."""
+    """Images (uint8, N x 3 x 40 x 40), how often each is drawn, and phrases that are true of it, in weighted groups."""
 
     def __init__(self, sets: Path) -> None:
         images, self.groups, weights = [], [], []
@@ -103,7 +106,7 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def train_tokenizer(texts: list[str], folder: Path) -> None:
-    """Write vocab.json and merges.txt of a byte-pair encoding in CLIP's form: bytes, bytes that end a word, merges, start, end."""
+    """Write vocab.json and merges.txt of byte pairs in CLIP's form: bytes, bytes that end a word, merges, two marks."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -180,9 +183,7 @@ class Pair(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.visual = nn.Module()
-        self.visual.trunk = timm.create_model(
-            "vit_mini_student_patch4_32", pretrained=True, num_classes=0, patch_drop_rate=0.5
-        )
+        self.visual.trunk = timm.create_model(IMAGE, pretrained=True, num_classes=0, patch_drop_rate=0.5)
         self.visual.head = nn.Module()
         self.visual.head.proj = nn.Linear(self.visual.trunk.num_features, EMBED, bias=False)
         self.text = TextTower(**TEXT)
@@ -235,6 +236,31 @@ def judge(pair: Pair, tokenize, sets: Path) -> dict[str, float]:
     return found
 
 
+def ship(pair: Pair, run: Path) -> None:
+    """Write the pair as a folder of open_clip, in float16, where `clip:mini` is read from."""
+    from safetensors.torch import save_file
+    from transformers import CLIPTokenizer
+
+    MINI_FOLDER.mkdir(exist_ok=True)
+    tensors = {name: tensor.half().contiguous() for name, tensor in pair.state_dict().items()}
+    save_file(tensors, MINI_FOLDER / "open_clip_model.safetensors")
+    CLIPTokenizer(str(run / "vocab.json"), str(run / "merges.txt")).backend_tokenizer.save(
+        str(MINI_FOLDER / "tokenizer.json")
+    )
+    vision = {
+        "image_size": 32,
+        "timm_model_name": IMAGE,
+        "timm_model_pretrained": False,
+        "timm_pool": "",
+        "timm_proj": "linear",
+    }
+    text = {"context_length": CONTEXT, "vocab_size": VOCABULARY, **TEXT}
+    model = {"embed_dim": EMBED, "vision_cfg": vision, "text_cfg": text, "custom_text": True}
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+    config = json.dumps({"model_cfg": model, "preprocess_cfg": preprocess}, indent=2)
+    (MINI_FOLDER / "open_clip_config.json").write_text(config + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", type=Path)
@@ -245,6 +271,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=25, help="steps between checkpoints")
+    parser.add_argument("--ship", action="store_true", help="write the pair into the package at the end")
     chosen = parser.parse_args()
     chosen.folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(chosen.seed)
@@ -263,10 +290,8 @@ def main() -> None:
         pair.load_state_dict(saved["pair"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
-    print(
-        f"{len(data.images)} images, {len(data.phrases)} phrases, {sum(p.numel() for p in pair.parameters()):,} parameters",
-        flush=True,
-    )
+    count = sum(p.numel() for p in pair.parameters())
+    print(f"{len(data.images)} images, {len(data.phrases)} phrases, {count:,} parameters", flush=True)
     pair.train()
     start, total = time.time(), 0.0
     for step in range(first, chosen.steps):
@@ -292,11 +317,11 @@ def main() -> None:
             Path(f"{state}.part").replace(state)
             found = judge(pair, tokenize, chosen.sets) if done % (8 * chosen.every) == 0 or done == chosen.steps else {}
             figures = ", ".join(f"{key}: {100 * value:.1f}" for key, value in found.items())
-            print(
-                f"{done} loss {total / chosen.every:.3f} {time.time() - start:.0f} s, {time.process_time():.0f} s of a core, scale {pair.logit_scale.exp():.1f} {figures}",
-                flush=True,
-            )
+            spent = f"{time.time() - start:.0f} s, {time.process_time():.0f} s of a core"
+            print(f"{done} loss {total / chosen.every:.3f}, {spent}, {figures}", flush=True)
             total = 0.0
+    if chosen.ship:
+        ship(pair, chosen.folder)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,8 @@ def open_data(
     per_class: int | None = None,
     selection: float | None = None,
     classes: tuple[str, ...] = (),
+    per_class_seed: int = 0,
+    subset: str | None = None,
 ) -> ImageData:
     """Open a data source.
 
@@ -123,6 +125,8 @@ def open_data(
         per_class: Learn from at most this many labelled images of each class.
         selection: Hold this share of the other labelled training images out, to choose the epoch by.
         classes: What a teacher tells apart, where no image to learn from has a label.
+        per_class_seed: Which draw of ``per_class`` images.
+        subset: "base" or "new": half of the classes; None is all.
 
     Raises:
         DataError: There is nothing, fewer than two classes, an empty class, classes that differ between splits, or an
@@ -137,8 +141,10 @@ def open_data(
         files = (*skipped, *left_out)
         return ImageData(unlabeled, classes, Split.empty(), val, None, files, "no labels", more)
     data = find_source(source, depth).open(source, val_source, val_fraction)
+    if subset is not None:
+        data = data.with_subset(subset)
     if per_class is not None:
-        data = data.with_per_class(per_class)
+        data = data.with_per_class(per_class, per_class_seed)
     if labels is not None:
         data = data.with_labels(labels)
     if held_out is not None:

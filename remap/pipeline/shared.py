@@ -143,7 +143,8 @@ def source_arguments(spec: DataSpec) -> tuple:
     images = (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled)
     alone = spec.source is None and spec.classes is not None
     classes = tuple(class_words(spec.classes or ())) if alone else ()
-    return (*images, spec.labels, spec.depth, spec.held_out, spec.per_class, spec.selection, classes)
+    fewer = (spec.labels, spec.depth, spec.held_out, spec.per_class, spec.selection)
+    return (*images, *fewer, classes, spec.per_class_seed, spec.subset)
 
 
 _TITLES = {

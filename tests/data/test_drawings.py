@@ -63,3 +63,22 @@ def test_an_unknown_part_is_refused() -> None:
 
 def test_the_files_are_small_enough_to_ship() -> None:
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 500_000
+
+
+def test_base_is_the_first_half_of_the_classes_and_new_the_others() -> None:
+    halves = [open_data("drawings", None, 0.2, subset=subset) for subset in ("base", "new")]
+    assert [half.classes for half in halves] == [CLASSES[:8], CLASSES[8:]]
+    everything = open_data("drawings", None, 0.2)
+    for part in ("train", "val"):
+        names = [name for half in halves for name in getattr(half, part).names]
+        assert sorted(names) == sorted(getattr(everything, part).names)
+        for half in halves:
+            split = getattr(half, part)
+            # The folder in a drawing's name is its class.
+            assert [name.split("/")[1] for name in split.names] == [half.classes[label] for label in split.labels]
+
+
+def test_another_draw_takes_other_images_of_each_class() -> None:
+    draws = [open_data("drawings", None, 0.2, per_class=2, per_class_seed=seed).train for seed in (0, 0, 1)]
+    assert draws[0].names == draws[1].names != draws[2].names
+    assert all((np.bincount(draw.labels) == 2).all() for draw in draws)
