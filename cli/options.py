@@ -147,7 +147,7 @@ _METHODS = "Comma-separated names, combinations (a+b), categories (prompt) or al
 _SWEEP = "An option of methods, or any recipe field: method.num_prompts=5,10,50. Repeatable."
 _LOSS_SET = "Losses with the teacher, compared with the other sets: ce,kd:0.5. Repeatable."
 _BUDGET = "Of each cell: epochs=12, minutes=10 of training, or parameters=50000 trained."
-_SUITE = "Compare on each set of a suite: offline, five_categories, vtab1k, fgvc, fewshot11 or a YAML file."
+_SUITE = "Compare on each set of a suite: offline, five_categories, vtab1k, fgvc, fewshot11, words or a YAML file."
 _SEARCH = "Trials of learning rate and weight decay for each cell, on held-out training images: 20, or random:20."
 _CELLS = "Folder of the comparison. Finished cells are not run again."
 _TRIALS = "Folder of the trials. Finished ones are not run again."
