@@ -10,6 +10,7 @@ An image tower (the shape and start of the embedded student) and a text transfor
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 
@@ -300,7 +301,7 @@ def main() -> None:
         pair.visual.trunk.patch_drop.prob = 0.5 if step < chosen.steps - chosen.unmasked else 0.0
         warm = min(1.0, (step + 1) / (0.05 * chosen.steps))
         for group in optimizer.param_groups:
-            group["lr"] = chosen.lr * warm * 0.5 * (1 + np.cos(np.pi * step / chosen.steps))
+            group["lr"] = chosen.lr * warm * 0.5 * (1 + math.cos(math.pi * step / chosen.steps))
         images, texts, true = data.batch(rng, chosen.batch_size)
         image = pair.image_features(augment(images, torch.Generator().manual_seed(int(rng.integers(2**62)))))
         loss = contrastive(image, pair.text_features(tokenize(texts, 12)), pair.logit_scale.exp(), true)

@@ -247,7 +247,7 @@ def test_both_averages_of_a_suite() -> None:
 
 @pytest.mark.parametrize("name", ["offline", "five_categories", "vtab1k", "fgvc", "fewshot11", "words"])
 def test_shipped_suites_are_valid(name: str) -> None:
-    """Sets: 7 + 4 + 8 of VTAB (Zhai et al. 2019), 5 of VPT (Jia et al. 2022), 11 and 5 x 3 of CoOp (Zhou et al. 2022)."""
+    """Sets: 7 + 4 + 8 of VTAB (Zhai et al. 2019), 5 of VPT (Jia et al. 2022), 11 and 15 of CoOp (Zhou et al. 2022)."""
     suite = load_suite(name)
     counts = {"offline": 6, "five_categories": 1, "vtab1k": 19, "fgvc": 5, "fewshot11": 11, "words": 15}
     assert len(suite.sets) == counts[name]
