@@ -46,8 +46,10 @@ from remap.tuning import METHODS
 SHOTS = {"labels": (0, 1, 4, 16), "few_shot": (1, 2, 4, 8, 16), "base_to_new": (16,), "domains": (16,), "cross": (16,)}
 ROWS = (
     *("linear", "bitfit", "lora", "vpt_deep", "coop", "cocoop", "kgcoop", "prograd", "tcp", "maple", "promptsrc"),
-    *("mmrl", "clip_adapter", "tip_adapter", "taskres", "clip_lora"),
+    *("mmrl", "clip_adapter", "tip_adapter", "taskres", "clip_lora", "promptkd"),
 )
+# What learns from a teacher: options and settings.
+TAUGHT = {"promptkd": ({"teacher": "clip:mini", "losses": "kd"}, ["losses.kd.temperature=1"])}
 SETTINGS = ("train.batch_size=32", "train.epochs=10", "train.eval_every=1000")
 DATA = "drawings"
 
@@ -109,9 +111,18 @@ class Protocol:
 
     def run(self, method: str, shots: int, seed: int, folder: Path, *settings: str, **words: Any) -> dict[str, Any]:
         """Train, and return the summary."""
-        words = {"data": DATA, "method": method, "student": "clip:mini", "losses": "ce", "seed": seed, **words}
+        taught, needed = TAUGHT.get(method, ({}, []))
+        words = {
+            "data": DATA,
+            "method": method,
+            "student": "clip:mini",
+            "losses": "ce",
+            "seed": seed,
+            **taught,
+            **words,
+        }
         few = [f"data.per_class={shots}", f"data.per_class_seed={seed}"] if shots else []
-        given = [*SETTINGS, *few, f"data.templates={self.options.templates}", *settings, *self.options.set]
+        given = [*SETTINGS, *needed, *few, f"data.templates={self.options.templates}", *settings, *self.options.set]
         recipe = resolve(None, words, given)
         return dict(start(recipe, folder, Silent(), self.shared).summary)
 
