@@ -34,11 +34,12 @@ from remap.errors import RemapError
 from remap.network import Network, tuned
 from remap.pipeline.class_words import write_words
 from remap.pipeline.evaluation import evaluate_run
-from remap.pipeline.run import start
+from remap.pipeline.run import resume, start
 from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
 from remap.recipe import resolve
 from remap.recipe.schema import DataSpec, ModelSpec
+from remap.runs.run_dir import RunDir
 from remap.runs.task import open_backbone
 from remap.runs.task_file import folder_of, read_meta, read_tensors
 from remap.tuning import METHODS
@@ -102,7 +103,6 @@ class Protocol:
         done = self.results / f"{name}-{method}-{shots}-{seed}.json"
         if not done.exists():
             folder = self.results / "runs" / done.stem
-            shutil.rmtree(folder, ignore_errors=True)
             found = getattr(self, name)(method, shots, seed, folder)
             done.write_text(json.dumps(found))
             shutil.rmtree(folder, ignore_errors=True)
@@ -110,7 +110,10 @@ class Protocol:
         return json.loads(done.read_text())
 
     def run(self, method: str, shots: int, seed: int, folder: Path, *settings: str, **words: Any) -> dict[str, Any]:
-        """Train, and return the summary."""
+        """Train, or resume, and return the summary."""
+        if (folder / "recipe.yaml").exists():
+            run_dir = RunDir.open(folder)
+            return run_dir.summary() if run_dir.is_done else dict(resume(folder).summary)
         taught, needed = TAUGHT.get(method, ({}, []))
         words = {
             "data": DATA,
