@@ -11,7 +11,7 @@ Run: python benchmarks/words.py PROTOCOL --results DIR [--methods coop,maple] [-
 A method answers for new classes through their words: what it trained is attached to the same model with the new words.
 A classifier that trains is left out: the zero-shot one reads the tuned features. Methods with other numbers for each
 class (`taskres`, `tip_adapter`) have no such answer, and the table shows -. No choice is made on the test images: all
-settings are fixed beforehand, the last epoch is the result. A cell that has ended is one JSON file and is not run again.
+settings are fixed beforehand, the last epoch is the result. A cell that ended is one JSON file, and not run again.
 """
 
 import argparse
