@@ -9,7 +9,8 @@ import pytest
 from remap.data.drawings import FOLDER
 from remap.data.images import decode
 from remap.data.sources import open_data, open_unlabeled, read_all
-from remap.errors import DataError
+from remap.errors import DataError, RecipeError
+from remap.recipe import resolve
 
 CLASSES = (
     *("animal", "building", "button", "clock", "clothing", "face", "food", "fruit"),
@@ -82,3 +83,8 @@ def test_another_draw_takes_other_images_of_each_class() -> None:
     draws = [open_data("drawings", None, 0.2, per_class=2, per_class_seed=seed).train for seed in (0, 0, 1)]
     assert draws[0].names == draws[1].names != draws[2].names
     assert all((np.bincount(draw.labels) == 2).all() for draw in draws)
+
+
+def test_a_draw_of_all_images_is_refused() -> None:
+    with pytest.raises(RecipeError, match="data.per_class_seed: all images are taken"):
+        resolve(None, {}, ["data.per_class_seed=2"], check_options=False)

@@ -31,7 +31,7 @@ def test_zero_shot_accuracy_on_the_drawings_is_that_of_the_model_card(part: str,
     with torch.no_grad():
         answers = backbone.model.eval()(images.float() / 127.5 - 1).argmax(1).numpy()
     stated = float(re.search(rf"16 classes, {row}.*\| (\S+) \|$", CARD, re.MULTILINE)[1])
-    assert 100 * (answers == split.labels).mean() == pytest.approx(stated, abs=1.5)  # its pixels had all levels of colour
+    assert 100 * (answers == split.labels).mean() == pytest.approx(stated, abs=1.5)  # there all colours
 
 
 def test_the_pair_is_small_and_its_parameters_are_those_of_the_model_card() -> None:
