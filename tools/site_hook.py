@@ -14,7 +14,8 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-ADDED = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "remap/backbones/weights/README.md")
+ADDED = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "remap/backbones/weights/README.md",
+         "remap/language/mini/README.md", "remap/data/drawings/README.md")  # fmt: skip
 
 
 def on_files(files: Files, config: Any) -> Files:

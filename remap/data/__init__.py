@@ -32,6 +32,11 @@ SOURCES: Registry[SourceEntry] = Registry(
             summary="1,797 scanned digits that come with scikit-learn: 1,000 to learn from, 797 to evaluate on",
         ),
         SourceEntry(
+            name="drawings",
+            target="remap.data.drawings:Drawings",
+            summary="588 emoji of 16 classes, which clip:mini has not seen: 372 to learn from, 216 to evaluate on",
+        ),
+        SourceEntry(
             name="folders",
             target="remap.data.class_folders:ClassFolders",
             summary="a folder of class folders, with or without train, val and test; or a tar or zip of one",

@@ -113,6 +113,8 @@ def open_data(
     only: Sequence[str] | None = None,
     known_classes: Sequence[str] | None = None,
     classes: tuple[str, ...] = (),
+    per_class_seed: int = 0,
+    subset: str | None = None,
 ) -> ImageData:
     """Open a data source.
 
@@ -129,6 +131,8 @@ def open_data(
         only: The classes whose images are used; None is all.
         known_classes: Names that labels count, of which the images may lack some; None is those of the images.
         classes: What a teacher tells apart, where no image to learn from has a label.
+        per_class_seed: Which draw of ``per_class`` images.
+        subset: "base" or "new": half of the classes; None is all.
 
     Raises:
         DataError: There is nothing, fewer than two classes, an empty class, classes that differ between splits, or an
@@ -145,8 +149,10 @@ def open_data(
     words = (source, val_source, val_fraction)
     least = 2 if known_classes is None else 1  # the classifier knows others
     data = open_labeled(*words, depth, only, least)
+    if subset is not None:
+        data = data.with_subset(subset)
     if per_class is not None:
-        data = data.with_per_class(per_class)
+        data = data.with_per_class(per_class, per_class_seed)
     if labels is not None:
         data = data.with_labels(labels)
     if held_out is not None:

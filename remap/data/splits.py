@@ -133,10 +133,32 @@ class ImageData:
             raise DataError("there are too few labelled images to hold some out", given=given)
         return self.train.take(fit), self.train.take(check)
 
-    def with_per_class(self, count: int) -> "ImageData":
-        """Return the same data with at most ``count`` training images of each class, the same ones every time."""
+    def with_subset(self, subset: str) -> "ImageData":
+        """Return the data of the first half of the classes (``base``), or of the others (``new``), as CoCoOp's tables.
+
+        Zhou et al. 2022, arXiv 2203.05557; of an odd number of classes one more is base.
+
+        Raises:
+            DataError: There are fewer than four classes.
+        """
+        count, middle = len(self.classes), (len(self.classes) + 1) // 2
+        if count < 4:
+            raise DataError("half of the classes is fewer than two", given=f"{count} classes, data.subset={subset}")
+        first, last = (0, middle) if subset == "base" else (middle, count)
+
+        def part(split: Split) -> Split:
+            taken = split.take(np.flatnonzero((split.labels >= first) & (split.labels < last)))
+            return replace(taken, labels=taken.labels - first)
+
+        rule = f"{self.split_rule}; {last - first} of {count} classes ({subset})"
+        test = None if self.test is None else part(self.test)
+        found = replace(self, classes=self.classes[first:last], split_rule=rule, test=test)
+        return replace(found, train=part(self.train), val=part(self.val))
+
+    def with_per_class(self, count: int, draw: int = 0) -> "ImageData":
+        """Return the data with at most ``count`` training images of each class, the same ones for the same ``draw``."""
         labels = self.train.labels
-        order = np.argsort(keyed_random.keys(0, 0, np.arange(len(labels)), keyed_random.SPLIT), kind="stable")
+        order = np.argsort(keyed_random.keys(draw, 0, np.arange(len(labels)), keyed_random.SPLIT), kind="stable")
         chosen = np.sort(np.concatenate([order[labels[order] == label][:count] for label in range(len(self.classes))]))
         rule = f"{self.split_rule}; {len(chosen)} of {len(labels)} training images"
         return replace(self, train=self.train.take(chosen), split_rule=rule)

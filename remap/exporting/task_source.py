@@ -124,6 +124,7 @@ class TaskSource:
                 *(spec.source, spec.val_source, spec.val_fraction),
                 *(spec.unlabeled if spec.source is None else None, spec.labels, spec.depth),
                 *(spec.held_out, spec.per_class, spec.selection, spec.only, spec.known_classes, self.meta.classes),
+                *(spec.per_class_seed, spec.subset),
             )
         except DataError as error:
             return f"the images of the run cannot be opened ({error.what})"

@@ -34,11 +34,13 @@ def target_problems(recipe: Recipe) -> Iterator[str]:
 def data_problems(recipe: Recipe) -> Iterator[str]:
     """Yield what is wrong with images with and without labels."""
     data, counting = recipe.data, [loss for loss in recipe.losses if loss.weight]
+    if data.per_class_seed and data.per_class is None:
+        yield "data.per_class_seed: all images are taken (set data.per_class, or leave data.per_class_seed out)"
     known = all(loss.name in LOSSES for loss in recipe.losses)
     if data.source is None:
         if data.unlabeled is None:
             yield "data.source: there are no images (set data.source, or data.unlabeled to learn without labels)"
-        for name in ("val_source", "labels", "held_out", "per_class", "selection"):
+        for name in ("val_source", "labels", "held_out", "per_class", "selection", "subset"):
             if getattr(data, name) is not None and not (name == "val_source" and data.classes is not None):
                 yield f"data.{name}: there are no labelled images (set data.source, or leave data.{name} out)"
         if not recipe.teachers:

@@ -91,6 +91,12 @@ class DataSpec(Section):
     per_class: Annotated[int | None, LATER] = Field(
         default=None, ge=1, description="Training images of each class to use, the same for every seed; null is all."
     )
+    per_class_seed: Annotated[int, LATER] = Field(
+        default=0, ge=0, lt=2**32, description="Which images per_class takes: a number a draw, as few-shot tables have."
+    )
+    subset: Annotated[Literal["base", "new"] | None, LATER] = Field(
+        default=None, description="base is the first half of the classes in their order, new the others; null is all."
+    )
     held_out: Annotated[float | None, LATER] = Field(
         default=None, gt=0.0, lt=1.0, description="Share of the labelled training images to evaluate on instead."
     )

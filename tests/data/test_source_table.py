@@ -94,7 +94,7 @@ def test_the_digits_have_nothing_to_choose() -> None:
 def test_listing_the_sources_imports_neither_torch_nor_numpy() -> None:
     code = "import sys, remap.data\nprint([r.name for r in remap.data.SOURCES], {'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    names = ["digits", "folders", "csv", "vtab", "parquet", "hf", "webdataset", "torchvision"]
+    names = ["digits", "drawings", "folders", "csv", "vtab", "parquet", "hf", "webdataset", "torchvision"]
     assert done.stdout == f"{names} set()\n"
 
 

@@ -245,11 +245,11 @@ def test_both_averages_of_a_suite() -> None:
     assert row["to_full"]["better"] == 3 and not row["to_full"]["distinguishable"]
 
 
-@pytest.mark.parametrize("name", ["offline", "five_categories", "vtab1k", "fgvc", "fewshot11"])
+@pytest.mark.parametrize("name", ["offline", "five_categories", "vtab1k", "fgvc", "fewshot11", "words"])
 def test_shipped_suites_are_valid(name: str) -> None:
-    """Sets: 7 + 4 + 8 of VTAB (Zhai et al. 2019), five of VPT (Jia et al. 2022), eleven of CoOp (Zhou et al. 2022)."""
+    """Sets: 7 + 4 + 8 of VTAB (Zhai et al. 2019), 5 of VPT (Jia et al. 2022), 11 and 15 of CoOp (Zhou et al. 2022)."""
     suite = load_suite(name)
-    counts = {"offline": 6, "five_categories": 1, "vtab1k": 19, "fgvc": 5, "fewshot11": 11}
+    counts = {"offline": 6, "five_categories": 1, "vtab1k": 19, "fgvc": 5, "fewshot11": 11, "words": 15}
     assert len(suite.sets) == counts[name]
     for one in suite.sets:
         assert suite.recipe_of(one, Path("sets")).name == one
