@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ def train(job: Job, *, resume: bool = False) -> State:
                         broadcast_(accelerator, training.buffers)
                         sums = forward_backward(training, update)
                         all_reduce_mean_(accelerator, training.replicated_gradients())
+                        job.student.attached.before_step(partial(all_reduce_mean_, accelerator))
                         norm = clip_gradients(training.parameters.values(), spec.clip_norm)
                         result = gather_result(training, sums, norm, rate)
 
