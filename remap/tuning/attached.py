@@ -21,6 +21,7 @@ class Attached:
         buffers: Full names of the buffers that training changes (running statistics) or that a method inserted.
         mergeable: Whether ``merge`` can fold the methods into plain backbone weights.
         wants_sample: Whether ``prepare`` must be called before the first step.
+        sample_images: How many images it is shown at most.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, methods: Mapping[str, Attachment]) -> None:
@@ -40,6 +41,7 @@ class Attached:
         self.trains_head = all(member.trains_head for member in members)
         self.mergeable = all(member.fold is not None for member in members)
         self.wants_sample = any(member.hooks.wants_sample for member in members)
+        self.sample_images = max(member.hooks.sample_images for member in members)
         tuned = self.added_prefixes + tuple(f"{path}." if path else "" for path in self.tuned_modules)
         persistent = set(model.state_dict())
         self.buffers = tuple(

@@ -129,9 +129,11 @@ class TrainingHooks:
 
     Attributes:
         wants_sample: Whether ``prepare`` must be called with training images before the first step.
+        sample_images: How many of them there are at most.
     """
 
     wants_sample: bool = False
+    sample_images: int = 512
 
     def prepare(self, sample: Sample) -> None:
         """Look at training images before the first step (not again when a run is resumed).
