@@ -3,8 +3,6 @@
 Letters: B images, C classes, M context vectors, D width of the text tower, E dimensions that images and texts share.
 """
 
-from functools import partial
-
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -39,7 +37,7 @@ class CoCoOp(Method):
         edits = Edits(model)
         words = Conditional(model, anatomy, self.config)
         edits.insert(PATH, words, words.head.weight)
-        edits.after(anatomy.classifier_heads[0], partial(_conditional_logits, words))
+        edits.after(anatomy.classifier_heads[0], words.replace_logits)
         return Attachment(
             edits,
             no_decay=without_decay(edits),
@@ -84,6 +82,10 @@ class Conditional(Context):
         parts = (unit_BE,) if torch.compiler.is_exporting() else unit_BE.split(count)
         return torch.cat([self._logits(part) for part in parts])
 
+    def replace_logits(self, head: nn.Module, args: tuple, logits_BC: Tensor) -> Tensor:
+        """Forward hook of the classifier, whose own logits are not used."""
+        return self.logits(args[0])
+
     def _logits(self, unit_BE: Tensor) -> Tensor:
         context_B1MD = (self.context + self.meta(unit_BE.to(self.context.dtype))[:, None])[:, None]
         texts_BCE = self.encode(context_B1MD).unflatten(0, (-1, self.head.out_features))
@@ -91,8 +93,3 @@ class Conditional(Context):
             "be,bce->bc", at_least_float32(unit_BE), F.normalize(at_least_float32(texts_BCE), dim=-1)
         )
         return self.language.scale * cosines_BC + self.language.bias
-
-
-def _conditional_logits(words: Conditional, head: nn.Module, args: tuple, logits_BC: Tensor) -> Tensor:
-    """Forward hook of the classifier, whose own logits are not used."""
-    return words.logits(args[0])

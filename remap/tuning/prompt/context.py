@@ -134,9 +134,10 @@ class Context(WordHead):
     @torch.no_grad()
     def _start_from(self, words: str) -> None:
         """Let the last vectors be the first tokens of some words; those before them stay random."""
-        ids_1L, empty_1L = self.language.tokenizer([words]), self.language.tokenizer([""])
-        start, length = int(ids_1L[0, 0] == empty_1L[0, 0]), _filled(ids_1L[0]) - _filled(empty_1L[0])
-        found_nD = self.language.tower.embed(ids_1L)[0, start : start + min(length, self.count)]
+        (ids_L,), (empty_L,) = self.language.tokenizer([words]), self.language.tokenizer([""])
+        start, length = int(ids_L[0] == empty_L[0]), _filled(ids_L) - _filled(empty_L)
+        table_VD = self.language.tower.token_embedding.weight
+        found_nD = table_VD[ids_L[start : start + min(length, self.count)].to(table_VD.device)]
         self.context[..., self.count - len(found_nD) :, :] = found_nD.to(self.context)
 
     @property

@@ -4,7 +4,6 @@ Letters: B images, C classes, M context vectors, D width of the text tower, E di
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from pydantic import Field
@@ -89,7 +88,7 @@ class ProGrad(Method):
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         words, edits = Context(model, anatomy, "prograd", self.config), Edits(model)
         hooks = ProjectedGradient(words, self.config)
-        edits.after(anatomy.classifier_heads[0], partial(_see, hooks))
+        edits.after(anatomy.classifier_heads[0], hooks.see_logits)
         return attach_words(model, anatomy, words, hooks, edits=edits)
 
 
@@ -99,6 +98,11 @@ class ProjectedGradient(TrainingHooks):
     def __init__(self, words: Context, config: ProGrad.Config) -> None:
         self.words, self.config = words, config
         self._general: Tensor | None = None
+
+    def see_logits(self, head: nn.Module, args: tuple, logits_BC: Tensor) -> None:
+        """Forward hook of the classifier."""
+        if self.words.training and torch.is_grad_enabled():
+            self.see(args[0].detach(), logits_BC)
 
     def see(self, unit_BE: Tensor, logits_BC: Tensor) -> None:
         """Add the gradient of the divergence of some images, summed over them."""
@@ -131,9 +135,3 @@ def project(gradient: Tensor, general: Tensor, strength: float) -> None:
     product = (gradient * general).sum().clamp_max(0.0)
     tiny = torch.finfo(general.dtype).tiny
     gradient.sub_(strength * product / general.square().sum().clamp_min(tiny) * general)
-
-
-def _see(hooks: ProjectedGradient, head: nn.Module, args: tuple, logits_BC: Tensor) -> None:
-    """Forward hook of the classifier."""
-    if hooks.words.training and torch.is_grad_enabled():
-        hooks.see(args[0].detach(), logits_BC)
