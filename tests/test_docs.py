@@ -13,6 +13,7 @@ import timm
 from reference_pages import PAGES
 
 import remap
+from remap.backbones.families import FAMILIES
 from remap.tuning import METHODS
 
 ROOT = Path(__file__).parents[1]

@@ -39,9 +39,10 @@ _LONGEST = 100
 
 
 def chosen_methods(words: str | None) -> list[str]:
-    """Return methods by name, combination (a+b), category ("prompt") or kind ("2b"), "all", or the default set for None.
+    """Return methods by name, combination (a+b), category ("prompt"), kind ("2b") or "all", or the default set for None.
 
-    Of "all" and of a category those are left out that need a text tower. METHOD@INIT is a method on a student that starts from the teacher's weights.
+    "All" and a category leave out those that need a text tower. METHOD@INIT is a method on a student that starts from
+    the teacher's weights.
 
     Raises:
         UnknownName: A word is none of these.

@@ -59,14 +59,19 @@ class WordHead(nn.Module):
 
     def read(self, stored_CE: Tensor) -> Tensor:
         """Return the classifier's weight (C, E) instead of the one that it stores."""
-        if not self.training:
+        if not self.learns:
             return stored_CE
         self.unit_CE = self()
         return (self.language.scale * self.unit_CE).to(stored_CE.dtype)
 
+    @property
+    def learns(self) -> bool:
+        """Whether the classifier follows what is trained; a loaded task has it, and not the names of its classes."""
+        return self.training and bool(self.language.names)
+
     def train(self, mode: bool = True) -> "WordHead":
         """Set the mode, and write the classifier where training ends."""
-        if self.training and not mode:
+        if self.learns and not mode:
             self.write()
         return super().train(mode)
 

@@ -33,15 +33,16 @@ CASES = [
 def test_a_run_and_its_task(
     tiny: Any, pair: Pair, tmp_path: Path, method: str, by: str, settings: tuple[str, ...]
 ) -> None:
-    settings = ("train.epochs=1", *settings)
+    settings = (
+        ("train.epochs=1", "teacher.allow_weak=true", *settings) if by != "labels" else ("train.epochs=1", *settings)
+    )
     if by == "unlabeled":
         words = {"student": pair.word, "teacher": pair.word, "unlabeled": f"{tiny.data}/train", "method": method}
         words["classes"] = "green,red|hat,blue"
         recipe = resolve_distill(None, words, [*tiny.SETTINGS, *settings])
     else:
-        kind = {"losses": "ce", "teacher": None} if by == "labels" else {"losses": "ce,kd,affinity"}
-        words = {"data": tiny.data, "student": pair.word, "teacher": pair.word, "method": method, **kind}
-        words = {key: value for key, value in words.items() if value is not None}
+        kind = {"losses": "ce"} if by == "labels" else {"losses": "ce,kd,affinity", "teacher": pair.word}
+        words = {"data": tiny.data, "student": pair.word, "method": method, **kind}
         recipe = resolve(words=words, settings=[*tiny.SETTINGS, *settings])
     result = start(recipe, tmp_path / "run")
     assert not [name for name in result.summary["trainables"] if name.startswith("head.")]

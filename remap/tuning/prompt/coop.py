@@ -101,7 +101,7 @@ class ProjectedGradient(TrainingHooks):
 
     def see_logits(self, head: nn.Module, args: tuple, logits_BC: Tensor) -> None:
         """Forward hook of the classifier."""
-        if self.words.training and torch.is_grad_enabled():
+        if self.words.learns and torch.is_grad_enabled():
             self.see(args[0].detach(), logits_BC)
 
     def see(self, unit_BE: Tensor, logits_BC: Tensor) -> None:

@@ -74,7 +74,7 @@ class SelfRegulation(TrainingHooks):
 
     def see_image(self, module: nn.Module, args: tuple) -> None:
         """Forward pre-hook of the module that takes the image: run the frozen model on it."""
-        if self.prompts.idle or not (self.words.training and torch.is_grad_enabled()):
+        if self.prompts.idle or not (self.words.learns and torch.is_grad_enabled()):
             return
         self.prompts.idle = True
         try:
