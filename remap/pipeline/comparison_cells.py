@@ -39,7 +39,7 @@ _LONGEST = 100
 
 
 def chosen_methods(words: str | None) -> list[str]:
-    """Return methods by name, combination (a+b), category ("prompt"), kind ("2b") or "all", or the default set for None.
+    """Return methods by name, combination (a+b), category ("prompt"), kind ("2b"), "all"; the default set for None.
 
     "All" and a category leave out those that need a text tower. METHOD@INIT is a method on a student that starts from
     the teacher's weights.

@@ -145,4 +145,12 @@ ROWS = [
         trains="l*m*(Dt + D)",
         vit_base=9 * 4 * (T + D),
     ),
+    _both(
+        name="promptkd",
+        target="remap.tuning.prompt.promptkd:PromptKD",
+        summary="image prompts and a projector that answer in the words of a larger teacher",
+        paper="Li et al. 2024, arXiv 2403.02781",
+        trains="l*m*D + (E + 3)*T + (T + 1)*T, T dimensions of the teacher's words",
+        vit_base=9 * 4 * D + (E + 3) * E + (E + 1) * E,
+    ),
 ]

@@ -35,7 +35,7 @@ class PromptSRC(Method):
         num_context: int = Field(default=4, ge=1, description="Prompts of a block, in either tower.")
         words: str | None = Field(default="a photo of a", description="Words that the context starts from.")
         depth: int = Field(
-            default=9, ge=1, description="First blocks with prompts of their own, as far as there are any."
+            default=9, ge=1, description="First blocks with prompts of their own, at most all."
         )
         image: float = Field(default=10.0, ge=0.0, description="Weight of the distance of image features.")
         text: float = Field(default=25.0, ge=0.0, description="Weight of the distance of text features.")

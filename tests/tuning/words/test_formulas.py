@@ -6,6 +6,8 @@ The text transformer is written out again with a mask and a softmax; images pass
 import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remap.backbones.build import Backbone
-from remap.network import Network
+from remap.errors import BackboneError
+from remap.language.pair import Language
+from remap.network import Network, tuned
 from remap.tuning.base import Sample
 from remap.tuning.prompt.coop import project
 
@@ -231,6 +235,29 @@ def test_prompts_of_promptsrc_are_averaged(tune: Tune, total: int) -> None:
                 weight = math.exp(-((part - 12.0) ** 2) / (2 * 3.0**2))
                 expected, divisor = expected + weight * step, divisor + weight
     assert context.mean().item() == pytest.approx(expected / divisor, rel=1e-5)
+
+
+def test_promptkd(build: Callable[..., Backbone], plain: nn.Module, images: Tensor) -> None:
+    # Source: equation 3 with the projector's four steps written out; batch statistics are those of the batch.
+    backbone = build()
+    theirs = F.normalize(torch.randn(3, 20), dim=-1)
+    backbone.model.language.teacher = Language(
+        Path("teacher"), plain.language.side, 5.0, 0.3, ("a", "b", "c"), (), theirs
+    )
+    with pytest.raises(BackboneError, match="method.width=20"):
+        tuned(build_with(backbone), "promptkd", {})
+    network = tuned(backbone, "promptkd", {"width": 20, "depth": 2, "num_prompts": 3})
+    first, norm, _, last = deepcopy(network.model.remap_promptkd.projector).double()
+    features = prompted_images(plain, images, list(network.model.remap_prompts.prompts))
+    hidden = features @ first.weight.mT + first.bias
+    hidden = (hidden - hidden.mean(0)) / (hidden.var(0, unbiased=False) + norm.eps).sqrt()
+    projected = F.normalize(hidden.clamp_min(0.0) @ last.weight.mT + last.bias, dim=-1)
+    network.attached.train()
+    close(network.model(images), 5.0 * projected @ theirs.double().mT + 0.3)
+
+
+def build_with(backbone: Backbone) -> Backbone:
+    return replace(backbone, model=deepcopy(backbone.model))
 
 
 def test_clip_adapter(plain: nn.Module, tune: Tune, images: Tensor) -> None:
