@@ -49,9 +49,7 @@ class MaPLe(Method):
     class Config(ContextOptions):
         num_context: int = Field(default=2, ge=1, description="Prompts of a block, in either tower.")
         words: str | None = Field(default="a photo", description="Words that the context starts from.")
-        depth: int = Field(
-            default=9, ge=1, description="First blocks with prompts of their own, at most all."
-        )
+        depth: int = Field(default=9, ge=1, description="First blocks with prompts of their own, at most all.")
 
     config: Config
 

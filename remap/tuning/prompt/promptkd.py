@@ -25,15 +25,13 @@ class PromptKD(Method):
     """logits = scale * cos(h(f), t_c): f the student's image feature, t_c the teacher's text feature (equation 3).
 
     The prompts of the first blocks and h, two layers with a batch norm and a ReLU between them, are trained:
-    depth*M*D + (E + 3)*T + (T + 1)*T parameters. The paper learns by kd at a temperature of 1 from images without labels:
-    ``--losses kd --set losses.kd.temperature=1``. The student's own words are not used where its teacher has some.
+    depth*M*D + (E + 3)*T + (T + 1)*T parameters. The paper learns from images without labels by kd at a temperature of
+    1 (``--losses kd --set losses.kd.temperature=1``). Without a vision-language teacher the words are the student's.
     """
 
     class Config(Options):
         num_prompts: int = Field(default=4, ge=1, description="Prompts of a block.")
-        depth: int = Field(
-            default=9, ge=1, description="First blocks with prompts of their own, at most all."
-        )
+        depth: int = Field(default=9, ge=1, description="First blocks with prompts of their own, at most all.")
         width: int | None = Field(
             default=None, ge=1, description="Dimensions of the teacher's text features; null is the student's."
         )

@@ -34,9 +34,7 @@ class PromptSRC(Method):
     class Config(ContextOptions):
         num_context: int = Field(default=4, ge=1, description="Prompts of a block, in either tower.")
         words: str | None = Field(default="a photo of a", description="Words that the context starts from.")
-        depth: int = Field(
-            default=9, ge=1, description="First blocks with prompts of their own, at most all."
-        )
+        depth: int = Field(default=9, ge=1, description="First blocks with prompts of their own, at most all.")
         image: float = Field(default=10.0, ge=0.0, description="Weight of the distance of image features.")
         text: float = Field(default=25.0, ge=0.0, description="Weight of the distance of text features.")
         logits: float = Field(default=1.0, ge=0.0, description="Weight of the divergence of class probabilities.")
