@@ -25,6 +25,7 @@ CASES = [
     ("clip_lora", "teacher", ("train.keep=best",)),
     ("taskres", "unlabeled", ("train.ema=0.5",)),
     ("maple", "unlabeled", ()),
+    ("mmrl", "labels", ("method.first=1",)),
     ("promptkd", "unlabeled", ("losses.kd.temperature=1",)),
     ("promptsrc", "teacher", ("data.augment=shift",)),
 ]
@@ -57,5 +58,5 @@ def test_a_run_and_its_task(
 def test_compare_takes_a_kind() -> None:
     from remap.pipeline.comparison_cells import chosen_methods
 
-    assert chosen_methods("2c") == ["maple", "promptsrc", "promptkd"]
+    assert chosen_methods("2c") == ["maple", "promptsrc", "mmrl", "promptkd"]
     assert "coop" in chosen_methods("2b") and "coop" not in chosen_methods("prompt")

@@ -146,6 +146,14 @@ ROWS = [
         vit_base=9 * 4 * (T + D),
     ),
     _both(
+        name="mmrl",
+        target="remap.tuning.prompt.mmrl:MMRL",
+        summary="tokens of one learned space in the upper blocks of both towers",
+        paper="Guo and Gu 2025, arXiv 2503.08497",
+        trains="K*R + l*(R + 1)*(D + Dt) + D*E, R width of the space, l blocks",
+        vit_base=5 * 512 + 7 * (512 + 1) * (D + T) + D * E,
+    ),
+    _both(
         name="promptkd",
         target="remap.tuning.prompt.promptkd:PromptKD",
         summary="image prompts and a projector that answer in the words of a larger teacher",

@@ -16,13 +16,17 @@ from remap.tuning.words import WordHead, insert_words, without_decay
 
 
 class ImagePrompts(Prompts):
-    """Prompts of the first blocks of an image tower, whose last ones go on through the blocks behind.
+    """Prompts of some blocks of an image tower, whose last ones go on through the blocks behind.
 
     Those of block 0 pass the norm in front of the blocks, where the patches pass it (CLIP), as in the authors' code.
+
+    Args:
+        first, end: The blocks with prompts of their own.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, count: int, depth: int) -> None:
-        super().__init__(anatomy, PromptOptions(num_prompts=count), range(depth), depth, weight_like(model, anatomy))
+    def __init__(self, model: nn.Module, anatomy: Anatomy, count: int, end: int, *, first: int = 0) -> None:
+        options, like = PromptOptions(num_prompts=count), weight_like(model, anatomy)
+        super().__init__(anatomy, options, range(first, end), end - first, like)
         nn.init.normal_(self.prompts, std=0.02)
         # In a tuple: it is the backbone's. The other norms outside the blocks stand behind them.
         self._norms = tuple(module_at(model, path) for path in anatomy.embedding_norms if path == "norm_pre")

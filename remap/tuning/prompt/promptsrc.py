@@ -18,7 +18,7 @@ from remap.backbones.typed import as_timm
 from remap.tuning.base import Attachment, Edits, Method, TrainingHooks
 from remap.tuning.prompt.context import ContextOptions, DeepContext
 from remap.tuning.prompt.maple import ImagePrompts, attach_both, common_depth
-from remap.tuning.words import zero_shot
+from remap.tuning.words import WordHead, zero_shot
 
 
 class PromptSRC(Method):
@@ -50,25 +50,30 @@ class PromptSRC(Method):
         words = DeepContext(model, anatomy, "promptsrc", config, depth)
         prompts = ImagePrompts(model, anatomy, config.num_context, depth)
         hooks = SelfRegulation(model, anatomy, words, prompts, config)
-        # In front of the prompts' own hooks: the frozen model sees the image first.
-        edits.before(anatomy.input_module, hooks.see_image, first=True)
-        edits.before(anatomy.classifier_heads[0], hooks.see_features)
+        hooks.watch(edits, anatomy)
         return replace(attach_both(edits, anatomy, words, prompts), hooks=hooks)
 
 
-class SelfRegulation(TrainingHooks):
-    """The distances to the frozen model, and the weighted average of the prompts."""
+class BesideFrozen(TrainingHooks):
+    """Runs the frozen model beside the tuned one in training, for distances to it.
 
-    def __init__(
-        self, model: nn.Module, anatomy: Anatomy, words: DeepContext, prompts: ImagePrompts, config: PromptSRC.Config
-    ) -> None:
-        self.model, self.words, self.prompts, self.config = model, words, prompts, config
+    Attributes:
+        frozen_BE, unit_BE: Unit features of the images, of the frozen model and of the tuned one; None where there was
+            no forward pass of training since ``taken``.
+    """
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, words: WordHead, prompts: ImagePrompts) -> None:
+        self.model, self.words, self.prompts = model, words, prompts
         head = module_at(model, anatomy.classifier_heads[0].rpartition(".")[0])
         assert isinstance(head, ProjectedHead)
         self.head = head
-        self._frozen_BE: Tensor | None = None
-        self._unit_BE: Tensor | None = None
-        self._average: dict[str, Tensor] = {}
+        self.frozen_BE: Tensor | None = None
+        self.unit_BE: Tensor | None = None
+
+    def watch(self, edits: Edits, anatomy: Anatomy) -> None:
+        """Install the hooks; in front of those of the prompts."""
+        edits.before(anatomy.input_module, self.see_image, first=True)
+        edits.before(anatomy.classifier_heads[0], self.see_features)
 
     def see_image(self, module: nn.Module, args: tuple) -> None:
         """Forward pre-hook of the module that takes the image: run the frozen model on it."""
@@ -79,29 +84,47 @@ class SelfRegulation(TrainingHooks):
             with torch.no_grad():
                 model = as_timm(self.model)
                 pooled_BD = model.forward_head(model.forward_features(args[0]), pre_logits=True)
-                self._frozen_BE = F.normalize(self.head.proj(pooled_BD), dim=-1)
+                self.frozen_BE = F.normalize(self.head.proj(pooled_BD), dim=-1)
         finally:
             self.prompts.idle = False
 
     def see_features(self, module: nn.Module, args: tuple) -> None:
         """Forward pre-hook of the classifier."""
-        self._unit_BE = args[0] if self._frozen_BE is not None else None
+        self.unit_BE = args[0] if self.frozen_BE is not None else None
+
+    def taken(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return both features in the dtype of a tensor, and forget them."""
+        if self.frozen_BE is None or self.unit_BE is None:
+            return None
+        found = self.unit_BE.to(like.dtype), self.frozen_BE.to(like.dtype)
+        self.frozen_BE = self.unit_BE = None
+        return found
+
+
+class SelfRegulation(BesideFrozen):
+    """The distances to the frozen model, and the weighted average of the prompts."""
+
+    words: DeepContext
+
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, words: DeepContext, prompts: ImagePrompts, config: PromptSRC.Config
+    ) -> None:
+        super().__init__(model, anatomy, words, prompts)
+        self.config = config
+        self._average: dict[str, Tensor] = {}
 
     def penalty(self) -> Tensor | None:
         t_CE = self.words.unit_now()
         frozen_t_CE = zero_shot(self.words.language, t_CE)
         total = self.config.text * F.l1_loss(t_CE, frozen_t_CE)
-        if self._frozen_BE is None or self._unit_BE is None:
+        images = self.taken(t_CE)
+        if images is None:
             return total
-        f_BE, frozen_f_BE = (x.to(t_CE.dtype) for x in (self._unit_BE, self._frozen_BE))
-        self._frozen_BE = self._unit_BE = None
         scale = self.words.language.scale
-        log_BC, frozen_BC = (
-            (scale * x @ y.mT).log_softmax(dim=-1) for x, y in ((f_BE, t_CE), (frozen_f_BE, frozen_t_CE))
-        )
-        total = total + self.config.image * F.l1_loss(f_BE, frozen_f_BE)
+        pairs = zip(images, (t_CE, frozen_t_CE), strict=True)
+        log_BC, frozen_BC = ((scale * f_BE @ texts_CE.mT).log_softmax(dim=-1) for f_BE, texts_CE in pairs)
         divergence = F.kl_div(log_BC, frozen_BC, reduction="sum", log_target=True) / log_BC.numel()
-        return total + self.config.logits * divergence
+        return total + self.config.image * F.l1_loss(*images) + self.config.logits * divergence
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {"context": self.words.context, "deep": self.words.deep, "prompts": self.prompts.prompts}

@@ -25,6 +25,7 @@ OPTIONS = {
     "coop": {"position": "middle", "num_context": 4},
     "prograd": {"num_context": 4},
     "tip_adapter": {"shots": 2},
+    "mmrl": {"first": 1},
     "cocoop": {"reduction": 2},
     "tcp": {"layer": 1},
 }
@@ -37,6 +38,7 @@ TRAINED = {
     "tcp": {"context", "down.weight", "down.bias", "up.weight", "up.bias"},
     "maple": {"context", "deep", *(f"maps.{block}.{kind}" for block in range(3) for kind in ("weight", "bias"))},
     "promptsrc": {"context", "deep", "prompts"},
+    "mmrl": {"space", "proj.weight", *(f"maps.{block}.{kind}" for block in range(3) for kind in ("weight", "bias"))},
     "promptkd": {"prompts", *(f"projector.{layer}.{kind}" for layer in (0, 1, 3) for kind in ("weight", "bias"))},
     "clip_adapter": {"down.weight", "up.weight"},
     "tip_adapter": {"keys"},

@@ -15,8 +15,8 @@ from remap.language.text_tower import TextConfig, TextTower
 from remap.tuning import METHODS
 from remap.tuning.attaching import attach_method
 
-# CoOp: 16 x 512; CoCoOp 35,360 and MaPLe 3.55 M by the authors' code; PromptSRC 46 K, TCP 0.332 M, CLIP-LoRA 184 K in
-# their papers; the others by hand.
+# CoOp: 16 x 512; CoCoOp 35,360 and MaPLe 3.55 M by the authors' code; PromptSRC 46 K, TCP 0.332 M, MMRL 4.992 M and
+# CLIP-LoRA 184 K in their papers; the others by hand.
 QUOTED = {
     "coop": 8_192,
     "cocoop": 35_360,
@@ -25,6 +25,7 @@ QUOTED = {
     "tcp": 331_904,
     "maple": 3_555_072,
     "promptsrc": 46_080,
+    "mmrl": 4_992_256,
     "promptkd": 553_984,
     "clip_adapter": 131_072,
     "clip_lora": 184_320,

@@ -27,18 +27,23 @@ CLASSES = (("ant",), ("red", "bee"), ("hat",))
 LABELS = torch.tensor([0, 1, 2, 1])
 
 
-def text_features(tower: nn.Module, rows: list[list[Tensor]], prompts: Mapping[int, Tensor] | None = None) -> Tensor:
-    """Unit features (C, E) of texts of vectors, each to the end token; prompts by block stand behind the first."""
+def text_features(
+    tower: nn.Module, rows: list[list[Tensor]], prompts: Mapping[int, Tensor] | None = None, *, longer: bool = False
+) -> Tensor:
+    """Unit features (C, E) of texts of vectors, each to the end token.
+
+    Prompts by block stand behind the first token: in the place of those there, or ``longer``, in front of them.
+    """
     tower, found = deepcopy(tower).double(), []
     heads, width = tower.config.heads, tower.config.width // tower.config.heads
     for number, row in enumerate(rows):
         x = torch.stack(row).double() + tower.positions[: len(row)]
-        mask = torch.full((len(row), len(row)), -math.inf, dtype=torch.float64).triu(1)
         for index, block in enumerate(tower.blocks):
             if prompts is not None and index in prompts:
                 p = prompts[index].double()
                 p = p[number] if p.ndim == 3 else p
-                x = torch.cat([x[:1], p, x[1 + len(p) :]])
+                x = torch.cat([x[:1], p, x[1 + (0 if longer else len(p)) :]])
+            mask = torch.full((len(x), len(x)), -math.inf, dtype=torch.float64).triu(1)
             q, k, v = (
                 y.unflatten(1, (heads, width)).transpose(0, 1) for y in block.attn.qkv(block.norm1(x)).chunk(3, 1)
             )
@@ -235,6 +240,38 @@ def test_prompts_of_promptsrc_are_averaged(tune: Tune, total: int) -> None:
                 weight = math.exp(-((part - 12.0) ** 2) / (2 * 3.0**2))
                 expected, divisor = expected + weight * step, divisor + weight
     assert context.mean().item() == pytest.approx(expected / divisor, rel=1e-5)
+
+
+def test_mmrl(plain: nn.Module, tune: Tune, images: Tensor) -> None:
+    # Source: both classifiers' cross-entropies and 1 - cosines of equations 11 to 14, towers written out.
+    network = tune("mmrl", first=2, num_tokens=3, width=8, strength=0.4, share=0.6)
+    words, tokens = network.model.remap_words, network.model.remap_prompts
+    space = words.space.double()
+    rows = [[*embedded(plain, "start", "a", "photo", "of", "a", *name, ".", "end")] for name in CLASSES]
+    inserted = deepcopy(words.maps).double()[0](space)
+    texts = text_features(plain.language.tower, rows, {2: inserted}, longer=True)
+
+    model, maps = deepcopy(plain).double(), deepcopy(tokens.maps).double()
+    x = model.norm_pre(model._pos_embed(model.patch_embed(images.double())))
+    for index, block in enumerate(model.blocks):
+        if index >= 2:
+            own = maps[index - 2](space).expand(len(x), -1, -1)
+            x = torch.cat([x[:, :1], own, x[:, 1 + (3 if index > 2 else 0) :]], dim=1)
+        x = block(x)
+    x = model.norm(x)
+    f = F.normalize(model.head.proj(x[:, 0]), dim=-1)
+    r = F.normalize(x[:, 1:4].mean(1) @ tokens.proj.weight.double().mT, dim=-1)
+    z, other = (plain.language.scale * one @ texts.mT for one in (f, r))
+    frozen, zero = image_features(plain, images), plain.language.features_CE.double()
+    expected = 0.6 * F.cross_entropy(z, LABELS) + 0.4 * F.cross_entropy(other, LABELS)
+    expected = expected + 0.4 * (2 - (f * frozen).sum(1).mean() - (texts * zero).sum(1).mean())
+
+    network.attached.train()
+    answer = network.model(images)
+    close(answer, 0.6 * z + 0.4 * other)
+    close(F.cross_entropy(answer, LABELS) + network.attached.penalty(), expected)
+    network.model.eval()
+    close(network.model(images), 0.6 * z + 0.4 * other)
 
 
 def test_promptkd(build: Callable[..., Backbone], plain: nn.Module, images: Tensor) -> None:
