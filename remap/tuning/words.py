@@ -6,7 +6,7 @@ texts share.
 
 from abc import abstractmethod
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class WordHead(nn.Module):
         """Whether the classifier follows what is trained; a loaded task has it, and not the names of its classes."""
         return self.training and bool(self.language.names)
 
-    def train(self, mode: bool = True) -> "WordHead":
+    def train(self, mode: bool = True) -> Self:
         """Set the mode, and write the classifier where training ends."""
         if self.learns and not mode:
             self.write()
