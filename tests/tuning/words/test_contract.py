@@ -29,6 +29,8 @@ OPTIONS = {
     "cocoop": {"reduction": 2},
     "tcp": {"layer": 1},
 }
+# What stays in the network, and one method of which nothing stays.
+EXPORTED = ("coop", "cocoop", "maple", "mmrl", "promptkd", "clip_adapter", "tip_adapter")
 # What the paper trains, by the end of a parameter's name.
 TRAINED = {
     "coop": {"context"},
@@ -101,7 +103,7 @@ def test_a_method_on_words(
         loaded = network_of(tmp_path, meta, read_tensors(tmp_path, meta), backbone)
         assert torch.equal(loaded.model.eval()(images), logits)
         assert not any(name.startswith("remap_text") and "lora" not in name for name in loaded.tensors)
-    with subtests.test("it exports with a batch of any size"):
+    if row.name in EXPORTED:
         sizes = ({0: torch.export.Dim("batch", min=1)},)
         with torch.no_grad():
             program = torch.export.export(loaded.model, (images[:3],), dynamic_shapes=sizes).module()
