@@ -65,7 +65,8 @@ def _list(
     title: str, rows: list[Row], columns: Columns, right: tuple[str, ...] = (), wrap: tuple[str, ...] = ()
 ) -> None:
     """Print rows in groups of their category."""
-    cells = [(row["category"].removesuffix(" tuning"), [cell(row) for cell in columns.values()]) for row in rows]
+    groups = [row.get("kind") or row["category"].removesuffix(" tuning") for row in rows]
+    cells = [(group, [cell(row) for cell in columns.values()]) for group, row in zip(groups, rows, strict=True)]
     names = list(columns)
     numbers = [tuple(names.index(name) for name in chosen if name in columns) for chosen in (right, wrap)]
     console.table(title, names, console.grouped(cells), *numbers)
@@ -96,6 +97,7 @@ def _fields(row: "MethodEntry") -> dict[str, Any]:
     return {
         "name": row.name,
         "category": CATEGORIES[row.category],
+        "kind": row.kind,
         "summary": row.summary,
         "trainable_parameters": row.trains,
         "trainable_vit_base": row.vit_base,

@@ -144,7 +144,7 @@ RECIPE_OPTIONS = (
     OptionRow("skip_bad", SkipBad, _ALL),
     OptionRow("devices", Devices, (DISTILL, TUNE, BUILD), word="processes"),
 )
-_METHODS = "Comma-separated names, combinations (a+b), categories (prompt) or all; full@layers starts from the teacher."
+_METHODS = "Comma-separated names, a+b together, categories (prompt, 2b) or all; full@layers starts from the teacher."
 _SWEEP = "An option of methods, or any recipe field: method.num_prompts=5,10,50. Repeatable."
 _LOSS_SET = "Losses with the teacher, compared with the other sets: ce,kd:0.5. Repeatable."
 _BUDGET = "Of each cell: epochs=12, minutes=10 of training, or parameters=50000 trained."

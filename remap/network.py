@@ -41,16 +41,17 @@ class Network:
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
-        """Everything a run trains and a task stores: the method's parameters and the head, by full name."""
+        """Everything a run trains: the method's parameters, and the head unless the method writes it, by full name."""
         parameters = dict(self.model.named_parameters())
-        return {name: parameters[name] for name in self.attached.trainable} | self.head
+        head = self.head if self.attached.trains_head else {}
+        return {name: parameters[name] for name in self.attached.trainable} | head
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """``trained`` and the buffers that training changes: all that a checkpoint or a task has to hold."""
+        """``trained``, the head, and the buffers that training changes: what a checkpoint or a task has to hold."""
         buffers = dict(self.model.named_buffers())
         names = (*self.attached.buffers, *(name for name in buffers if self.anatomy.is_head(name)))
-        return self.trained | {name: buffers[name] for name in names}
+        return self.trained | self.head | {name: buffers[name] for name in names}
 
     @property
     def learns_batch_statistics(self) -> bool:
@@ -72,12 +73,12 @@ class Network:
 
 
 def tuned(backbone: Backbone, method: str, options: dict[str, object]) -> Network:
-    """Attach a method to a backbone and make its head trainable."""
+    """Attach a method to a backbone and make its head trainable, unless the method writes it."""
     attached = attach_method(backbone.model, backbone.anatomy, method, options)
     attached.forget_original()
     network = Network(backbone.model, backbone.anatomy, backbone.preprocess, backbone.identity, attached)
     for parameter in network.head.values():
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(attached.trains_head)
     return network
 
 

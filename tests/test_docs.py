@@ -13,8 +13,8 @@ import timm
 from reference_pages import PAGES, options
 
 import remap
+from remap.backbones.families import FAMILIES
 from remap.recipe.option_listing import TABLE
-from remap.registry import BUILT_IN
 from remap.tuning import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +71,7 @@ def _box(parameter: str) -> str:
 
 def test_coloured_boxes_are_those_that_a_method_trains() -> None:
     """Source: the names of the parameters that are trained once a method of that kind is attached to a timm model."""
-    fitting = [row for row in METHODS if row.origin == BUILT_IN and row.vit_base is not None]
+    fitting = [row for row in METHODS if row.vit_base is not None and row.fits(FAMILIES.row("vit").parts)]
     rows = {
         drawings.of_method(row): row for row in reversed(fitting) if drawings.of_method(row)
     }  # the first of each kind

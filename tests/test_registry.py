@@ -41,7 +41,7 @@ def test_unknown_name_says_the_nearest_all_names_and_the_command() -> None:
         ("VPT_DEEP", "vpt_deep"),
         ("Bitfit", "bitfit"),
         ("KD", None),
-        ("foo", None),
+        ("xyz", None),
         ("zzzz", None),
     ],
 )

@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 
 import drawings
@@ -21,7 +22,7 @@ from remap.registry import BUILT_IN
 from remap.remapping import LOSSES
 from remap.remapping.architecture import ARCHITECTURES
 from remap.remapping.weights import INITS
-from remap.tuning import CATEGORIES, METHODS
+from remap.tuning import CATEGORIES, METHODS, MethodEntry
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -36,6 +37,10 @@ lr · 128 / width ([how they were chosen](defaults.md)).
 
 A method's name leads to its formula, its drawing and its options.
 """
+
+METHOD_TABLE = (
+    "| method | what is trained | trained | on ViT-B/16 | merges | lr | paper |\n|---|---|---|---|---|---|---|"
+)
 
 SUPPORT = """
 ## What fits what
@@ -275,22 +280,10 @@ def methods() -> str:
     parts = [HEAD]
     for category, title in CATEGORIES.items():
         parts.append(f"\n## {title}\n")
-        parts.append(
-            "| method | what is trained | trained | on ViT-B/16 | merges | lr | paper |\n|---|---|---|---|---|---|---|"
-        )
         rows = [row for row in METHODS if row.category == category and row.origin == BUILT_IN]
-        for row in rows:
-            count = "-" if row.vit_base is None else f"{row.vit_base:,}"
-            merges = "yes" if row.mergeable else "no"
-            cells = [
-                f"[`{row.name}`]({WHERE[category]}#{row.name})",
-                row.summary,
-                row.trains.replace("*", "·"),
-                count,
-                merges,
-                f"{row.lr:g}",
-            ]
-            parts.append(_line([*cells, paper(row.paper)]))
+        for kind, members in groupby(rows, key=lambda row: row.kind):
+            parts.append((f"\n### {kind}\n\n" if kind else "") + METHOD_TABLE)
+            parts += map(_method_line, members)
     parts.append(SUPPORT)
     parts.append(f"{_line(['method', *FAMILIES.names])}\n|---|{'---|' * len(FAMILIES.names)}")
     for row in (row for row in METHODS if row.origin == BUILT_IN):
@@ -305,6 +298,13 @@ def options() -> str:
     rows = ((table.kind, row) for table in (METHODS, LOSSES, INITS) for row in table if row.origin == BUILT_IN)
     lines = [f'"{kind} {row.name}": {json.dumps(described(row.load().Config))}' for kind, row in rows]
     return "{{\n{}\n}}\n".format(",\n".join(lines))
+
+
+def _method_line(row: MethodEntry) -> str:
+    count = "-" if row.vit_base is None else f"{row.vit_base:,}"
+    name, merges = f"[`{row.name}`]({WHERE[row.category]}#{row.name})", "yes" if row.mergeable else "no"
+    trains = row.trains.replace("*", "·")
+    return _line([name, row.summary, trains, count, merges, f"{row.lr:g}", paper(row.paper)])
 
 
 def _line(cells: list[str]) -> str:

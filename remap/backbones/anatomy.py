@@ -199,7 +199,8 @@ class Anatomy:
     @property
     def parts(self) -> frozenset[str]:
         """What a method can count on here; the words are those of ``families.PARTS``."""
-        return FAMILIES.row(self.family).parts
+        words = frozenset({"words"} if self.projected_width else ())
+        return FAMILIES.row(self.family).parts | words
 
     def is_head(self, parameter: str) -> bool:
         """Return whether a parameter belongs to the classifier."""

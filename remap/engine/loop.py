@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch.distributed.tensor import DTensor
@@ -61,6 +62,7 @@ def train(job: Job, *, resume: bool = False) -> State:
                         broadcast_(accelerator, training.buffers)
                         sums = forward_backward(training, update)
                         all_reduce_mean_(accelerator, training.replicated_gradients())
+                        job.student.attached.before_step(partial(all_reduce_mean_, accelerator))
                         norm = clip_gradients(training.parameters.values(), spec.clip_norm)
                         pending = gather_result(training, sums, norm, rate)
 

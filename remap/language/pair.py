@@ -45,6 +45,7 @@ class Language:
             loaded: its classifier has what was made of the words.
         texts: The texts of each class: every word in every template, and descriptions.
         features_CE: What ``class_features`` gives for the texts.
+        teacher: That of the vision-language teacher of the run, for a student that answers in its words.
     """
 
     folder: Path
@@ -54,6 +55,7 @@ class Language:
     names: tuple[str, ...] = ()
     texts: tuple[tuple[str, ...], ...] = ()
     features_CE: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    teacher: "Language | None" = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Language":
         return self

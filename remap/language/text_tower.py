@@ -3,6 +3,7 @@
 Letters: N texts, L positions, D width, E dimensions that texts and images share.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -91,17 +92,20 @@ class TextTower(nn.Module):
         last = ids_NL.shape[1] - 1 if self.config.pool == "last" else 0
         return torch.full_like(ids_NL[:, 0], last)
 
-    def encode(self, tokens_NLD: Tensor, ends_N: Tensor) -> Tensor:
+    def encode(
+        self, tokens_NLD: Tensor, ends_N: Tensor, before: Callable[[int, Tensor], Tensor] = lambda _index, x_NLD: x_NLD
+    ) -> Tensor:
         """Return features (N, E) of embeddings (N, L, D), which get their positions here.
 
         Args:
-            ends_N: Where each text's token is, as ``ends`` says.
+            ends_N: Where each text's token is behind the last block.
+            before: Makes the input of a block, by its index, of the output of the one before it.
         """
         x_NLD = tokens_NLD + self.positions[: tokens_NLD.shape[1]].to(tokens_NLD.dtype)
-        for block in self.blocks:
-            x_NLD = block(x_NLD, is_causal=self.config.causal)
+        for index, block in enumerate(self.blocks):
+            x_NLD = block(before(index, x_NLD), is_causal=self.config.causal)
         x_NLD = self.norm(x_NLD)
-        return self.proj(x_NLD[torch.arange(len(ends_N), device=ends_N.device), ends_N])
+        return self.proj(x_NLD[torch.arange(ends_N.shape[0], device=ends_N.device), ends_N])
 
 
 def text_anatomy(tower: TextTower) -> Anatomy:

@@ -1,9 +1,10 @@
 """Give a vision-language model its classifier of words, and say how sure it is of each class before it teaches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import nn
 
 from remap.backbones.build import Backbone
 from remap.cache.text_features import class_features, texts_root
@@ -44,6 +45,14 @@ def write_words(backbone: Backbone, data: DataSpec, classes: Sequence[str], prog
         language.tower.to("cpu")  # it is not needed again, unless a method takes it
     write_zero_shot_head(backbone.model, backbone.anatomy, language.features_CE)
     return True
+
+
+def lend_words(student: Backbone, teachers: Iterable[nn.Module]) -> None:
+    """Tell a vision-language student the words of its first teacher that has some of these classes."""
+    language = language_of(student.model)
+    if language is not None:
+        found = (language_of(model) for model in teachers)
+        language.teacher = next((one for one in found if one is not None and one.names), None)
 
 
 @dataclass(frozen=True)

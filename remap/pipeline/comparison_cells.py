@@ -39,9 +39,10 @@ _LONGEST = 100
 
 
 def chosen_methods(words: str | None) -> list[str]:
-    """Return methods by name, combination (a+b) or category ("prompt"), "all", or the default set for None.
+    """Return methods by name, combination (a+b), category ("prompt"), kind ("2b"), "all"; the default set for None.
 
-    METHOD@INIT is a method on a student that starts from the teacher's weights.
+    "All" and a category leave out those that need a text tower. METHOD@INIT is a method on a student that starts from
+    the teacher's weights.
 
     Raises:
         UnknownName: A word is none of these.
@@ -51,9 +52,11 @@ def chosen_methods(words: str | None) -> list[str]:
     for word in [word.strip() for word in words.split(",") if word.strip()] if words else DEFAULT_METHODS:
         # Duplicates from "all" and a name are reported below, not dropped.
         if word == "all":
-            found += METHODS.names
+            found += [row.name for row in METHODS if "words" not in row.needs]
         elif word in CATEGORIES:
-            found += [row.name for row in METHODS if row.category == word]
+            found += [row.name for row in METHODS if row.category == word and "words" not in row.needs]
+        elif kind := [row.name for row in METHODS if row.kind.partition(" ")[0] == word]:
+            found += kind
         else:
             method, init = split_word(word)
             if all(parts_of(method)):

@@ -19,7 +19,7 @@ from remap.errors import TrainingError
 from remap.io.human_size import size
 from remap.io.paths import expanded
 from remap.network import Network, choose_attention, tuned
-from remap.pipeline.class_words import write_words
+from remap.pipeline.class_words import lend_words, write_words
 from remap.pipeline.init_student import InitReport, init_from_teacher
 from remap.pipeline.joint_teacher import frozen_or_joint
 from remap.pipeline.objective import build_objective, pairs_of
@@ -123,6 +123,7 @@ def build_components(
     init = init_from_teacher(backbone, recipe, shared, progress)
     teachers = _load_teachers(recipe, classes, backbone, progress)
     write_words(backbone, recipe.data, classes, progress)
+    lend_words(backbone, [teacher.network.model for teacher in teachers])
     student = _tune(recipe, classes, backbone)
     for teacher in teachers:
         # Frozen tensors stay shared with the student; what it will train is copied before the first step.

@@ -16,8 +16,8 @@ from remap.pipeline.shared import DataViews, SharedResources
 from remap.recipe.schema import DataSpec
 from remap.tuning.base import Sample
 
-# What a method looks at before its first step (``Attached.prepare``), and how many images at once.
-METHOD_IMAGES, METHOD_BATCH = 512, 32
+# How many images at once a method looks at before its first step (``Attached.prepare``).
+METHOD_BATCH = 32
 
 
 def method_sample(student: Network, views: DataViews, seed: int) -> Sample:
@@ -28,7 +28,7 @@ def method_sample(student: Network, views: DataViews, seed: int) -> Sample:
     labeled = student.classes and len(views.train.split)
     source, preprocess = views.train if labeled else views.training_source, Runner(student).preprocess
     # Keyed by the seed, so that a resumed run and other processes see the same ones.
-    order = keyed_random.permutation(seed, 0, len(source.split))[:METHOD_IMAGES]
+    order = keyed_random.permutation(seed, 0, len(source.split))[: student.attached.sample_images]
     device = accelerator().device
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:

@@ -307,7 +307,7 @@ def task_tensors(network: Network) -> dict[str, Tensor]:
 def _put(network: Network, tensors: dict[str, Tensor], folder: Path) -> None:
     require_finite(network, tensors, folder)
     head = {name: tensor for name, tensor in tensors.items() if network.anatomy.is_head(name)}
-    backbone = {name: p for name, p in network.model.named_parameters() if name not in network.trained}
+    backbone = {name: p for name, p in network.model.named_parameters() if name not in network.tensors}
     if network.identity.weights != "none":
         backbone = {}
     network.attached.load({name: t for name, t in tensors.items() if name not in head and name not in backbone})

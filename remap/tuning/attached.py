@@ -1,6 +1,6 @@
 """A model with its tuning methods: what is trained and saved, and how they come off again."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,12 @@ class Attached:
 
     Attributes:
         methods: What each method said, by name.
-        trainable, no_decay, identity_at_init, extra_tokens, tokens_from, tuned_modules, added, seam: As in
+        trainable, no_decay, identity_at_init, extra_tokens, tokens_from, tuned_modules, added, seam, trains_head: As in
             ``Attachment``. A combination has no seam.
         buffers: Full names of the buffers that training changes (running statistics) or that a method inserted.
         mergeable: Whether ``merge`` can fold the methods into plain backbone weights.
         wants_sample: Whether ``prepare`` must be called before the first step.
+        sample_images: How many images it is shown at most.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, methods: Mapping[str, Attachment]) -> None:
@@ -37,8 +38,10 @@ class Attached:
         self.tuned_modules = _each_once(member.tuned_modules for member in members)
         self.added = _each_once(member.edits.added for member in members if member.edits is not None)
         self.seam = members[0].seam if len(members) == 1 else None
+        self.trains_head = all(member.trains_head for member in members)
         self.mergeable = all(member.fold is not None for member in members)
         self.wants_sample = any(member.hooks.wants_sample for member in members)
+        self.sample_images = max(member.hooks.sample_images for member in members)
         tuned = self.added_prefixes + tuple(f"{path}." if path else "" for path in self.tuned_modules)
         persistent = set(model.state_dict())
         self.buffers = tuple(
@@ -117,6 +120,11 @@ class Attached:
         """The methods that act between steps: they choose in training what stays."""
         hooks = {name: member.hooks for name, member in self.methods.items()}
         return [name for name, one in hooks.items() if type(one).after_step is not TrainingHooks.after_step]
+
+    def before_step(self, average: Callable[[list[Tensor]], None]) -> None:
+        """Let the methods change the gradients of the whole batch (see ``TrainingHooks``)."""
+        for member in self.methods.values():
+            member.hooks.before_step(average)
 
     def after_step(self, step: int, total: int) -> None:
         """Let the methods act after optimiser step ``step`` of ``total``."""

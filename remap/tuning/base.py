@@ -129,14 +129,23 @@ class TrainingHooks:
 
     Attributes:
         wants_sample: Whether ``prepare`` must be called with training images before the first step.
+        sample_images: How many of them there are at most.
     """
 
     wants_sample: bool = False
+    sample_images: int = 512
 
     def prepare(self, sample: Sample) -> None:
         """Look at training images before the first step (not again when a run is resumed).
 
         All that this decides must be in the trained parameters or the buffers, so that a task holds it.
+        """
+
+    def before_step(self, average: Callable[[list[Tensor]], None]) -> None:
+        """Change the gradients of a step, which are those of the whole batch.
+
+        Args:
+            average: Sets tensors to their mean over all processes, in place; every process calls it alike.
         """
 
     def after_step(self, step: int, total: int) -> None:
@@ -198,6 +207,7 @@ class Attachment:
         seam: Where the frozen part ends, for methods whose frozen part does not depend on what they train.
         fold: How the method becomes part of the backbone's weights; None where it cannot.
         hooks: What it does in the course of training.
+        trains_head: Whether the classifier trains. Where it does not, the method writes it, and a task holds it.
     """
 
     edits: Edits | None = None
@@ -211,6 +221,7 @@ class Attachment:
     seam: Seam | None = None
     fold: Fold | None = None
     hooks: TrainingHooks = NO_HOOKS
+    trains_head: bool = True
 
 
 class Method(ABC):

@@ -13,8 +13,13 @@ CATEGORIES = {
 }
 
 
+# The survey's kinds of prompt tuning.
+VISION, LANGUAGE, BOTH = "2a vision-driven", "2b language-driven", "2c vision-language"
+
 # Blocks, width and MLP width of ViT-B/16, for the counts in the rows.
 L, D, H = 12, 768, 3072
+# Width of CLIP's text tower beside ViT-B/16, and dimensions that images and texts share.
+T = E = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,7 @@ class MethodEntry(Entry):
         vit_base: The same for ViT-B/16 at 224 pixels with default options; None where it does not fit a ViT.
         mergeable: Whether the tuned model can be saved as plain timm weights (with default options).
         lr: Default learning rate for a backbone 128 wide (AdamW, global batch 64); others scale it by 128 / width.
+        kind: Of the category, where the survey divides it.
         needs: What it asks of a backbone; keys of ``backbones.families.PARTS``.
         unchanged: Signals of the student it cannot change ("attention", "tokens", "pooled"): losses on them are idle.
         alone: Cannot be combined with another method (``a+b``).
@@ -37,6 +43,7 @@ class MethodEntry(Entry):
     vit_base: int | None
     mergeable: bool = True
     lr: float = 1e-2
+    kind: str = ""
     needs: frozenset[str] = frozenset()
     unchanged: frozenset[str] = frozenset()
     alone: bool = False

@@ -114,6 +114,7 @@ CONFORMANCE: dict[str, dict[str, Any]] = {
         "variants": [{"projector": "mlp", "size": 2}],
         "alike": {"projector": "none", "temperature": 0.1, "teacher_temperature": 0.1},
     },
+    "clip_feature": {"variants": [{"projector": "mlp"}], "alike": {"projector": "none"}},
     "rkd": {"variants": [{"distance": 0.0}, {"angle": 0.0}]},
     "pkt": {"variants": [{"self_similarity": True}]},
     "crd": {"variants": [{"width": 8, "temperature": 0.5}], "at_best": far_apart},
@@ -184,6 +185,17 @@ def generate(tokens_BND: Array, generator: torch.nn.Sequential, grid: tuple[int,
     images, _, width = tokens_BND.shape
     hidden = np.maximum(0.0, conv(tokens_BND.reshape(images, *grid, width), generator[0]))
     return conv(hidden, generator[2]).reshape(images, -1, width)
+
+
+def test_clip_feature(pair: Pair) -> None:
+    # Source: CLIP-KD's formula in numpy, and its other form, 2 (1 - cosine) / D.
+    term = make("clip_feature", pair)
+    s, t = pooled(torch.randn(6, pair.student.width), torch.randn(6, pair.teacher.width))
+    ours, theirs = f64(s.pooled_BD) @ f64(term.projector.weight).T, f64(t.pooled_BD)
+    units = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (ours, theirs)]
+    found = run(term, s, t)
+    assert found == pytest.approx(((units[0] - units[1]) ** 2).mean(), rel=1e-5)
+    assert found == pytest.approx(2 * one_minus_cosine(ours, theirs).mean() / pair.teacher.width, rel=1e-5)
 
 
 # --- token by token ---------------------------------------------------------------------------------------------------

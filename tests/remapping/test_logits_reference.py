@@ -27,7 +27,7 @@ Array = NDArray[np.float64]
 BATCH, CLASSES = 6, 5
 CLASSES_B = torch.tensor([0, 3, 1, 4, 2, 2])
 LABELS = Labels(CLASSES_B)
-LABEL_FREE = ("kd", "hard", "mlkd", "dist", "logit_std")
+LABEL_FREE = ("kd", "hard", "mlkd", "dist", "logit_std", "affinity")
 LABEL_BOUND = (("dkd", {}), ("nkd", {}), ("logit_std", {"of": "dkd"}), ("logit_std", {"of": "nkd"}))
 
 
@@ -81,6 +81,13 @@ def nkd_at_best(term: LossTerm, teacher: Signals, labels: Labels) -> tuple[Signa
     return teacher, student, term.config.gamma * temperature**2 * entropy(others)
 
 
+def affinity_at_best(term: LossTerm, teacher: Signals, labels: Labels) -> tuple[Signals, Signals, float]:
+    """The teacher's own entropies, of each image over classes and of each class over images."""
+    logits_BC = teacher.logits_BC.double() / term.config.temperature
+    over_images = entropy(logits_BC.mT.softmax(dim=1))
+    return teacher, teacher, entropy(logits_BC.softmax(dim=1)) + term.config.text_to_image * over_images
+
+
 # For test_losses_conformance.py, which explains the keys.
 CONFORMANCE: dict[str, dict[str, Any]] = {
     "kd": {
@@ -96,6 +103,7 @@ CONFORMANCE: dict[str, dict[str, Any]] = {
     "dkd": {"variants": [{"alpha": 0.5, "beta": 0.5, "temperature": 1.0}]},
     "nkd": {"variants": [{"gamma": 1.5, "temperature": 2.0}], "at_best": nkd_at_best},
     "mlkd": {"variants": [{"temperatures": [1.0, 4.0], "instance": 0.5, "batch": 2.0}]},
+    "affinity": {"variants": [{"temperature": 2.0, "text_to_image": 0.5}], "at_best": affinity_at_best},
     "logit_std": {"variants": [{"of": "dkd"}, {"of": "dist"}, {"of": "mlkd", "options": {"temperatures": [3.0]}}]},
 }
 
@@ -293,6 +301,21 @@ def test_order_of_images_and_of_classes_does_not_matter(pair: Pair, logits: tupl
     assert loss(name, pair, moved).item() == pytest.approx(loss(name, pair, logits).item(), rel=1e-5)
 
 
+# affinity
+
+
+@pytest.mark.parametrize(("temperature", "weight"), [(1.0, 1.0), (2.0, 0.5)])
+def test_affinity(
+    pair: Pair, logits: tuple[Signals, Signals], arrays: tuple[Array, Array], temperature: float, weight: float
+) -> None:
+    # Source: TinyCLIP's equations 1 to 3 in numpy, sums written out: -sum t log s over classes, and over images.
+    s, t = (x / temperature for x in arrays)
+    over_classes = -(softmax(t) * np.log(softmax(s))).sum() / BATCH
+    over_images = -(softmax(t.T) * np.log(softmax(s.T))).sum() / CLASSES
+    found = loss("affinity", pair, logits, temperature=temperature, text_to_image=weight).item()
+    assert found == pytest.approx(over_classes + weight * over_images, rel=1e-6)
+
+
 # logit_std
 
 
@@ -393,7 +416,7 @@ def test_wrong_options_are_one_clear_line(name: str, options: dict[str, Any], li
     assert line in found and found.startswith("losses[0]")
 
 
-@pytest.mark.parametrize("name", ["kd", "hard", "dkd", "nkd", "mlkd", "logit_std"])
+@pytest.mark.parametrize("name", ["kd", "hard", "dkd", "nkd", "mlkd", "logit_std", "affinity"])
 def test_extreme_bfloat16_logits_under_autocast(pair: Pair, name: str) -> None:
     # Source: the same numbers in float32 without autocast; both must be finite and agree.
     values, grads = [], []

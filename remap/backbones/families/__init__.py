@@ -11,6 +11,7 @@ PARTS = {
     "attention": "blocks of attention and MLP with a residual stream, each behind a norm",
     "linears": "blocks with linear layers, or convolutions that count as such",
     "convolutions": "blocks with spatial convolutions",
+    "words": "a text tower beside it (a model named clip:NAME)",
     "late_attention": "blocks behind which every patch has attended to all others, in some stages",
 }
 

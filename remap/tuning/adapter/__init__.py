@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from remap.tuning.entry import D, L, MethodEntry
+from remap.tuning.entry import D, E, L, MethodEntry
 
 _BLOCKS = frozenset({"attention"})
 _row = partial(MethodEntry, category="adapter", mergeable=False, needs=_BLOCKS)
@@ -89,6 +89,28 @@ ROWS = [
         vit_base=L * (12 * 96**2 + 13 * 96) + (L + 1) * (D * 96 + 96) + 96 * D + D,
         needs=frozenset({"sequence"}),
         unchanged=frozenset({"attention", "tokens"}),
+        alone=True,
+    ),
+    _row(
+        name="clip_adapter",
+        target="remap.tuning.adapter.clip_adapter:CLIPAdapter",
+        summary="a bottleneck between the image tower and the words",
+        paper="Gao et al. 2021, arXiv 2110.04544",
+        trains="2*E*E/r, E dimensions shared with texts",
+        vit_base=2 * E * E // 4,
+        needs=frozenset({"words"}),
+        unchanged=frozenset({"attention", "tokens"}),
+        alone=True,
+    ),
+    _row(
+        name="tip_adapter",
+        target="remap.tuning.adapter.tip_adapter:TipAdapter",
+        summary="features of a few images a class, which vote beside the words",
+        paper="Zhang et al. 2022, arXiv 2207.09519",
+        trains="C*s*E, C classes, s shots, E dimensions shared with texts",
+        vit_base=None,
+        needs=frozenset({"words"}),
+        unchanged=frozenset({"attention", "tokens", "pooled"}),
         alone=True,
     ),
 ]

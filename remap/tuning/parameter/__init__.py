@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from remap.tuning.entry import D, H, L, MethodEntry
+from remap.tuning.entry import D, H, L, MethodEntry, T
 from remap.tuning.parameter.peft_rows import ROWS as PEFT_ROWS
 
 _row = partial(MethodEntry, category="parameter")
@@ -136,5 +136,26 @@ ROWS = [
         trains="L*(m*D*b + 3*D), m factors, blocks of b",
         vit_base=101_376,
         lr=3e-2,
+    ),
+    _row(
+        name="taskres",
+        target="remap.tuning.parameter.taskres:TaskRes",
+        summary="a residual of the words' features",
+        paper="Yu et al. 2023, arXiv 2211.10277",
+        trains="C*E, C classes, E dimensions shared with texts",
+        vit_base=None,
+        needs=frozenset({"words"}),
+        unchanged=frozenset({"attention", "tokens", "pooled"}),
+        alone=True,
+    ),
+    _row(
+        name="clip_lora",
+        target="remap.tuning.parameter.clip_lora:CLIPLoRA",
+        summary="LoRA in both towers of a vision-language model",
+        paper="Zanella and Ben Ayed 2024, arXiv 2405.18541",
+        trains="6*r*L*(D + Dt), Dt width of the text tower",
+        vit_base=6 * 2 * L * (D + T),
+        needs=frozenset({"words", "linears"}),
+        alone=True,
     ),
 ]

@@ -2,10 +2,29 @@
 
 from functools import partial
 
-from remap.tuning.entry import D, L, MethodEntry
+from remap.tuning.entry import BOTH, LANGUAGE, VISION, D, E, L, MethodEntry, T
 
 _VPT = "Jia et al. 2022, arXiv 2203.12119"
-_row = partial(MethodEntry, category="prompt", mergeable=False, lr=3e-2)
+_row = partial(MethodEntry, category="prompt", kind=VISION, mergeable=False, lr=3e-2)
+_words = partial(
+    MethodEntry,
+    category="prompt",
+    kind=LANGUAGE,
+    lr=1e-2,
+    needs=frozenset({"words"}),
+    unchanged=frozenset({"attention", "tokens", "pooled"}),
+    alone=True,
+)
+_both = partial(
+    MethodEntry,
+    category="prompt",
+    kind=BOTH,
+    mergeable=False,
+    lr=1e-2,
+    needs=frozenset({"words", "sequence"}),
+    alone=True,
+    adds_tokens=True,
+)
 
 ROWS = [
     _row(
@@ -98,5 +117,78 @@ ROWS = [
         vit_base=5 * 100 * (8 + 2) * D,
         needs=frozenset({"sequence"}),
         alone=True,
+    ),
+    _words(
+        name="coop",
+        target="remap.tuning.prompt.coop:CoOp",
+        summary="learned words in front of the class names",
+        paper="Zhou et al. 2022, arXiv 2109.01134",
+        trains="m*D, m context vectors, D width of the text tower",
+        vit_base=16 * T,
+    ),
+    _words(
+        name="cocoop",
+        target="remap.tuning.prompt.cocoop:CoCoOp",
+        summary="learned words that a small network shifts by the image",
+        paper="Zhou et al. 2022, arXiv 2203.05557",
+        trains="m*D + E*h + h + h*D + D, h hidden, E dimensions shared with texts",
+        vit_base=4 * T + (E + 1) * (E // 16) + (E // 16 + 1) * T,
+        mergeable=False,
+    ),
+    _words(
+        name="kgcoop",
+        target="remap.tuning.prompt.coop:KgCoOp",
+        summary="learned words that are kept near hand-written ones",
+        paper="Yao et al. 2023, arXiv 2303.13283",
+        trains="m*D",
+        vit_base=4 * T,
+    ),
+    _words(
+        name="prograd",
+        target="remap.tuning.prompt.coop:ProGrad",
+        summary="learned words whose steps do not contradict the zero-shot model",
+        paper="Zhu et al. 2023, arXiv 2205.14865",
+        trains="m*D",
+        vit_base=16 * T,
+    ),
+    _words(
+        name="tcp",
+        target="remap.tuning.prompt.tcp:TCP",
+        summary="words made of each class's zero-shot feature, inside the text tower",
+        paper="Yao et al. 2024, arXiv 2311.18231",
+        trains="m*D + E*h + h + (h + 1)*m*D, h hidden",
+        vit_base=4 * T + (E + 1) * (E // 4) + (E // 4 + 1) * 4 * T,
+    ),
+    _both(
+        name="maple",
+        target="remap.tuning.prompt.maple:MaPLe",
+        summary="prompts of the words, and linear maps of them in the image tower",
+        paper="Khattak et al. 2023, arXiv 2210.03117",
+        trains="l*(m*Dt + Dt*D + D), l blocks, m prompts, Dt width of the text tower",
+        vit_base=9 * (2 * T + T * D + D),
+    ),
+    _both(
+        name="promptsrc",
+        target="remap.tuning.prompt.promptsrc:PromptSRC",
+        summary="prompts of both towers, kept near the zero-shot model and averaged over the run",
+        paper="Khattak et al. 2023, arXiv 2307.06948",
+        trains="l*m*(Dt + D)",
+        vit_base=9 * 4 * (T + D),
+    ),
+    _both(
+        name="mmrl",
+        target="remap.tuning.prompt.mmrl:MMRL",
+        summary="tokens of one learned space in the upper blocks of both towers",
+        paper="Guo and Gu 2025, arXiv 2503.08497",
+        trains="K*R + l*(R + 1)*(D + Dt) + D*E, R width of the space, l blocks",
+        vit_base=5 * 512 + 7 * (512 + 1) * (D + T) + D * E,
+    ),
+    _both(
+        name="promptkd",
+        target="remap.tuning.prompt.promptkd:PromptKD",
+        summary="image prompts and a projector that answer in the words of a larger teacher",
+        paper="Li et al. 2024, arXiv 2403.02781",
+        trains="l*m*D + (E + 3)*T + (T + 1)*T, T dimensions of the teacher's words",
+        vit_base=9 * 4 * D + (E + 3) * E + (E + 1) * E,
     ),
 ]

@@ -16,6 +16,14 @@ ROWS = [
         paper="Miles et al. 2024, arXiv 2403.06213",
         mismatch="widths by a projector that is dropped after training",
     ),
+    _pooled(
+        name="clip_feature",
+        target="remap.remapping.knowledge.features.pooled:UnitFeature",
+        summary="squared error of projected pooled features of length 1",
+        paper="Yang et al. 2024, arXiv 2307.12732",
+        mismatch="widths by a projector that is dropped after training",
+        weight=2000.0,
+    ),
     _tokens(
         name="tokens",
         target="remap.remapping.knowledge.features.tokens:TokenFeature",

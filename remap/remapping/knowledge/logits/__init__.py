@@ -73,4 +73,12 @@ ROWS = [
         needs="logits of both",
         over_batch=True,
     ),
+    _row(
+        name="affinity",
+        target="remap.remapping.knowledge.logits.affinity:Affinity",
+        summary="cross-entropy of each image's classes, and of each class's images in the batch",
+        paper="Wu et al. 2023, arXiv 2309.12314",
+        needs="logits of both",
+        over_batch=True,
+    ),
 ]

@@ -131,7 +131,7 @@ class KnowledgeDistillation(LogitsTerm):
     def compare(self, student_BC: Tensor, teacher_BC: Tensor, labels: Labels) -> Tensor:
         temperature, scale = self.config.temperature, self.config.scale
         if scale == "torchtune":
-            return F.cross_entropy(student_BC, teacher_BC.softmax(dim=-1))
+            return cross_entropy_with(student_BC, teacher_BC)
         loss = kl_at_temperature(student_BC, teacher_BC, temperature)
         if scale == "deit":
             return loss / student_BC.shape[1]
@@ -161,3 +161,8 @@ def kl_at_temperature(student_BC: Tensor, teacher_BC: Tensor, temperature: float
     """Return KL(teacher || student) of the softened distributions, batch mean, times ``temperature`` squared."""
     log_student, log_teacher = (F.log_softmax(x_BC.float() / temperature, dim=-1) for x_BC in (student_BC, teacher_BC))
     return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def cross_entropy_with(student_BC: Tensor, teacher_BC: Tensor) -> Tensor:
+    """Return the cross-entropy of softmax(student) with softmax(teacher), mean over rows."""
+    return F.cross_entropy(student_BC, teacher_BC.softmax(dim=-1))

@@ -1,0 +1,84 @@
+"""CLIP-LoRA (Zanella and Ben Ayed 2024, arXiv 2405.18541): LoRA in both towers of a vision-language model.
+
+Letters: C classes, L positions of a text, E dimensions that images and texts share.
+"""
+
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from remap.backbones.anatomy import Anatomy
+from remap.language.pair import require_language
+from remap.language.text_tower import TextTower, text_anatomy
+from remap.tuning.base import Attachment, Edits, Fold, Method
+from remap.tuning.dropout import SampleDropout
+from remap.tuning.layers import Target
+from remap.tuning.parameter.lora import LoRA
+from remap.tuning.words import WordHead, attach_words, insert_words
+
+TOWER = "remap_text"
+
+
+class CLIPLoRA(Method):
+    """LoRA of rank 2 in the query, key and value weights of every block of both towers: rank * 6 * (L_t D_t + L_v D_v).
+
+    The text of a class is the first of its texts (data.templates). The text tower folds into the classifier and LoRA
+    into the image tower, so a tuned model is a plain one. The scale is alpha / rank, as in Hu et al. 2021.
+    """
+
+    class Config(LoRA.Config):
+        rank: int = Field(default=2, ge=1, description="Rank of the update.")
+        alpha: float | None = Field(default=1.0, gt=0.0, description="Scale is alpha / rank; null is alpha = rank.")
+        targets: tuple[Target, ...] | None = Field(
+            default=("q", "k", "v"), min_length=1, description="Layers to change."
+        )
+        dropout: float = Field(default=0.25, ge=0.0, lt=1.0, description="Dropout probability on the input of A.")
+        towers: Literal["both", "image", "text"] = Field(default="both", description="Towers that are tuned.")
+
+    config: Config
+
+    def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
+        language = require_language(model, "clip_lora")
+        lora = LoRA(LoRA.Config(**self.config.model_dump(exclude={"towers"})))
+        image = None if self.config.towers == "text" else lora.attach(model, anatomy)
+        if self.config.towers == "image":
+            assert image is not None
+            return replace(image, trains_head=False)
+        edits = Edits(model) if image is None or image.edits is None else image.edits
+        before = set(edits.parameters())
+        tower = edits.insert(TOWER, deepcopy(language.tower))
+        inner = lora.attach(tower, text_anatomy(tower)).edits
+        assert inner is not None
+        words = TunedTower(model, anatomy, tower)
+        trained = [*before, *(f"{TOWER}.{name}" for name in inner.parameters())]
+        if image is None:
+            return replace(attach_words(model, anatomy, words, edits=edits), trainable=trained, no_decay=())
+        insert_words(edits, anatomy, words)
+        assert image.fold is not None
+        fold = Fold(partial(_fold, words, image.fold))
+        return replace(image, trainable=trained, no_decay=(), fold=fold, trains_head=False, identity_at_init=False)
+
+
+class TunedTower(WordHead):
+    """Texts of the classes through a text tower that is a module of the model."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, tower: TextTower) -> None:
+        super().__init__(model, anatomy, "clip_lora")
+        self._tower = (tower,)
+
+    def texts(self) -> Tensor:
+        tower = self._tower[0]
+        ids_CL = self.language.ids([texts[0] for texts in self.language.texts]).to(tower.positions.device)
+        for module in tower.modules():
+            if isinstance(module, SampleDropout):  # rows are classes here, not images
+                module.keys_B = None
+        return tower(ids_CL)
+
+
+def _fold(words: WordHead, image: Fold) -> None:
+    words.train(False)
+    image.write()

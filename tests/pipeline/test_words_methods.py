@@ -1,0 +1,62 @@
+"""Methods on vision-language students in complete runs: with labels, with a teacher, and with neither label."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_pairs import Pair, transformers_clip
+
+from remap.pipeline.run import start
+from remap.recipe import resolve, resolve_distill
+from remap.runs.task import load_task
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return transformers_clip(tmp_path_factory.mktemp("pairs") / "clip")
+
+
+CASES = [
+    ("coop", "labels", ("method.num_context=4",)),
+    ("prograd", "labels", ("method.num_context=4", "train.accumulation=2")),
+    ("tip_adapter", "labels", ("method.shots=4",)),
+    ("cocoop", "teacher", ("method.words=null",)),
+    ("clip_lora", "teacher", ("train.keep=best",)),
+    ("taskres", "unlabeled", ("train.ema=0.5",)),
+    ("maple", "unlabeled", ()),
+    ("mmrl", "labels", ("method.first=1",)),
+    ("promptkd", "unlabeled", ("losses.kd.temperature=1",)),
+    ("promptsrc", "teacher", ("data.augment=shift",)),
+]
+
+
+@pytest.mark.parametrize(("method", "by", "settings"), CASES, ids=[case[0] for case in CASES])
+def test_a_run_and_its_task(
+    tiny: Any, pair: Pair, tmp_path: Path, method: str, by: str, settings: tuple[str, ...]
+) -> None:
+    settings = (
+        ("train.epochs=1", "teacher.allow_weak=true", *settings) if by != "labels" else ("train.epochs=1", *settings)
+    )
+    if by == "unlabeled":
+        words = {"student": pair.word, "teacher": pair.word, "unlabeled": f"{tiny.data}/train", "method": method}
+        words["classes"] = "green,red|hat,blue"
+        recipe = resolve_distill(None, words, [*tiny.SETTINGS, *settings])
+    else:
+        kind = {"losses": "ce"} if by == "labels" else {"losses": "ce,kd,affinity", "teacher": pair.word}
+        words = {"data": tiny.data, "student": pair.word, "method": method, **kind}
+        recipe = resolve(words=words, settings=[*tiny.SETTINGS, *settings])
+    result = start(recipe, tmp_path / "run")
+    assert not [name for name in result.summary["trainables"] if name.startswith("head.")]
+    loaded, _ = load_task(tmp_path / "run")
+    images = torch.randn(3, 3, 32, 32)
+    model = result.student.model.eval()
+    with torch.no_grad():
+        assert torch.equal(loaded.model.eval()(images), model(images))
+
+
+def test_compare_takes_a_kind() -> None:
+    from remap.pipeline.comparison_cells import chosen_methods
+
+    assert chosen_methods("2c") == ["maple", "promptsrc", "mmrl", "promptkd"]
+    assert "coop" in chosen_methods("2b") and "coop" not in chosen_methods("prompt")

@@ -1,0 +1,151 @@
+"""What every method on a vision-language model keeps: what trains, what a task holds, merging and export."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from remap.backbones.anatomy import anatomy_of
+from remap.backbones.build import Backbone
+from remap.data.views import View
+from remap.errors import BackboneError
+from remap.network import Network
+from remap.runs.task import network_of, save_task
+from remap.runs.task_file import read_meta, read_tensors
+from remap.tuning import METHODS
+from remap.tuning.attaching import attach_method
+from remap.tuning.base import Sample
+
+ROWS = [row for row in METHODS if "words" in row.needs]
+OPTIONS = {
+    "coop": {"position": "middle", "num_context": 4},
+    "prograd": {"num_context": 4},
+    "tip_adapter": {"shots": 2},
+    "mmrl": {"first": 1},
+    "cocoop": {"reduction": 2},
+    "tcp": {"layer": 1},
+}
+# What stays in the network, and one method of which nothing stays.
+EXPORTED = ("coop", "cocoop", "maple", "mmrl", "promptkd", "clip_adapter", "tip_adapter")
+# What the paper trains, by the end of a parameter's name.
+TRAINED = {
+    "coop": {"context"},
+    "kgcoop": {"context"},
+    "prograd": {"context"},
+    "cocoop": {"context", "meta.0.weight", "meta.0.bias", "meta.2.weight", "meta.2.bias"},
+    "tcp": {"context", "down.weight", "down.bias", "up.weight", "up.bias"},
+    "maple": {"context", "deep", *(f"maps.{block}.{kind}" for block in range(3) for kind in ("weight", "bias"))},
+    "promptsrc": {"context", "deep", "prompts"},
+    "mmrl": {"space", "proj.weight", *(f"maps.{block}.{kind}" for block in range(3) for kind in ("weight", "bias"))},
+    "promptkd": {"prompts", *(f"projector.{layer}.{kind}" for layer in (0, 1, 3) for kind in ("weight", "bias"))},
+    "clip_adapter": {"down.weight", "up.weight"},
+    "tip_adapter": {"keys"},
+    "taskres": {"residual"},
+    "clip_lora": {"down", "up"},
+}
+
+
+def step(network: Network, images: Tensor, steps: int = 4) -> None:
+    """Train on labels as the loop does."""
+    attached, labels = network.attached, torch.tensor([0, 1, 2, 1])
+    optimizer = torch.optim.AdamW(network.trained.values(), lr=0.01)
+    for number in range(steps):
+        attached.train()
+        attached.set_sample_keys(torch.arange(4) + 4 * number)
+        loss = nn.functional.cross_entropy(network.model(images), labels)
+        penalty = attached.penalty()
+        (loss if penalty is None else loss + penalty).backward()
+        attached.before_step(lambda _tensors: None)
+        assert all(parameter.grad is not None for parameter in network.trained.values())
+        optimizer.step()
+        attached.after_step(number, steps)
+        optimizer.zero_grad()
+    network.model.eval()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_method_on_words(
+    plain: nn.Module,
+    tune: Callable[..., Network],
+    build: Callable[..., Backbone],
+    images: Tensor,
+    tmp_path: Path,
+    row: object,
+    subtests: pytest.Subtests,
+) -> None:
+    options = OPTIONS.get(row.name, {})
+    network = tune(row.name, **options)
+    if network.attached.wants_sample:
+        shots = torch.randn(6, 3, 32, 32)
+        network.attached.prepare(Sample(lambda: iter([(shots, torch.tensor([0, 1, 2, 0, 1, 2]))]), 3))
+    before = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
+    step(network, images)
+    with subtests.test("only what the paper names trains, and all of it"):
+        ends = {name[name.rindex("remap_") :].partition(".")[2] for name in network.trained}
+        assert ends == TRAINED[row.name]
+        after = network.model.state_dict()
+        moved = {name for name in before if not torch.equal(before[name], after[name])} - set(network.attached.buffers)
+        assert moved - {"head.classifier.weight"} == set(network.trained)
+    logits = network.model(images).detach()
+    with subtests.test("the network answers otherwise than before"):
+        assert not torch.allclose(logits, plain(images), rtol=1e-3, atol=1e-3)
+    with subtests.test("a task reloads to the same logits, without the names of its classes"):
+        network.classes = ("ant", "red bee", "hat")
+        network.identity = replace(network.identity, weights="pretrained", sha256="0" * 64)
+        save_task(tmp_path, network, View(32, 1.0, "bicubic"), row.name, options)
+        backbone = build(of_task=True)
+        backbone.identity = network.identity
+        meta = read_meta(tmp_path)
+        loaded = network_of(tmp_path, meta, read_tensors(tmp_path, meta), backbone)
+        assert torch.equal(loaded.model.eval()(images), logits)
+        assert not any(name.startswith("remap_text") and "lora" not in name for name in loaded.tensors)
+    if row.name in EXPORTED:
+        sizes = ({0: torch.export.Dim("batch", min=1)},)
+        with torch.no_grad():
+            program = torch.export.export(loaded.model, (images[:3],), dynamic_shapes=sizes).module()
+            torch.testing.assert_close(program(images), logits, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(program(images[:1]), logits[:1], rtol=1e-4, atol=1e-5)
+    with subtests.test("it becomes a plain model, or says no"):
+        if not row.mergeable:
+            with pytest.raises(BackboneError, match="cannot be folded"):
+                loaded.attached.merge()
+            return
+        merged = loaded.attached.merge()
+        assert list(merged.state_dict()) == list(plain.state_dict())
+        torch.testing.assert_close(merged(images), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_linear_starts_from_the_words(plain: nn.Module, tune: Callable[..., Network], images: Tensor) -> None:
+    network = tune("linear")
+    assert set(network.trained) == {"head.classifier.weight", "head.classifier.bias"}
+    assert torch.equal(network.model(images), plain(images))
+
+
+def test_rows_say_what_attaching_gives(tune: Callable[..., Network]) -> None:
+    for row in ROWS:
+        attached = tune(row.name, **OPTIONS.get(row.name, {})).attached
+        assert attached.mergeable == row.mergeable and not attached.trains_head
+        assert (attached.extra_tokens > 0) == row.adds_tokens
+
+
+def test_a_model_without_words_is_refused(plain: nn.Module) -> None:
+    model = deepcopy(plain)
+    model.head = nn.Linear(24, 3)
+    with pytest.raises(BackboneError, match="it needs a text tower"):
+        attach_method(model, anatomy_of(model), "coop", {})
+
+
+def test_names_longer_than_the_text_tower_are_refused(tune: Callable[..., Network]) -> None:
+    with pytest.raises(BackboneError, match="too few for 12 context vectors"):
+        tune("coop", num_context=12)
+
+
+def test_token_ids_of_a_stranger_are_checked(tune: Callable[..., Network], images: Tensor) -> None:
+    network = tune("cocoop", reduction=2, of_task=True)
+    network.model.remap_words.name_ids[0, 0] = 1000
+    with pytest.raises(BackboneError, match="token ids"):
+        network.model(images)
