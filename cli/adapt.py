@@ -1,7 +1,7 @@
 """``remap adapt``: a finished run meets another domain."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,8 +37,15 @@ def adapt(
     with console.Reporter() as progress:
         with progress.wait("loading PyTorch"):
             from remap.pipeline.adapt import adapt as adapt_run
-        options = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "val_data": val_data}
-        found = adapt_run(run, target, by=by, output=output, progress=progress, **options)
+        options: dict[str, Any] = {
+            "by": by,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "lr": lr,
+            "seed": seed,
+            "val_data": val_data,
+        }
+        found = adapt_run(run, target, output=output, progress=progress, **options)
     if json:
         console.emit(found)
         return

@@ -122,9 +122,17 @@ class TaskSource:
         try:
             data = open_data(
                 *(spec.source, spec.val_source, spec.val_fraction),
-                *(spec.unlabeled if spec.source is None else None, spec.labels, spec.depth),
-                *(spec.held_out, spec.per_class, spec.selection, spec.only, spec.known_classes, self.meta.classes),
-                *(spec.per_class_seed, spec.subset),
+                unlabeled=spec.unlabeled if spec.source is None else None,
+                labels=spec.labels,
+                depth=spec.depth,
+                held_out=spec.held_out,
+                per_class=spec.per_class,
+                selection=spec.selection,
+                only=spec.only,
+                known_classes=spec.known_classes,
+                classes=self.meta.classes,
+                per_class_seed=spec.per_class_seed,
+                subset=spec.subset,
             )
         except DataError as error:
             return f"the images of the run cannot be opened ({error.what})"

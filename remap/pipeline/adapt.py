@@ -91,7 +91,9 @@ def adapt(
     judged = None if val_data is None else ViewSource(_labeled(val_data, network, settings), view, memory_bytes=0.0)
 
     def evaluation(what: str) -> Evaluation | None:
-        return judged and evaluate_as(settings, network, judged, accelerator(), progress, what)
+        if judged is None:
+            return None
+        return evaluate_as(settings, network, judged, accelerator(), progress, what)
 
     before = evaluation("the run")
     if by == "shot":

@@ -61,11 +61,11 @@ def run_on_slurm(
             while waiting:
                 for name, task in [(name, task) for name, task in waiting.items() if task.done()]:
                     del waiting[name]
-                    error = task.exception()
-                    accuracy = math.nan if error else task.result()
-                    if error:
-                        failed[name] = str(error)
-                        progress.say(f"{name} failed: {error}")
+                    raised = task.exception()
+                    accuracy = math.nan if raised else task.result()
+                    if raised:
+                        failed[name] = str(raised)
+                        progress.say(f"{name} failed: {raised}")
                     shown.advance(1, **{name: accuracy})
                 time.sleep(LOOK_EVERY_S if waiting else 0)
     except BaseException:

@@ -88,9 +88,9 @@ class Pool:
                         shown.advance(0, **{cell.name: math.inf})
                         with suppress(OSError):  # it has died, which the next look finds
                             connection.send(cell)
-                for connection in wait(list(self._running)):
-                    assert isinstance(connection, Connection)
-                    self._hear(connection, shown)
+                for heard in wait(list(self._running)):
+                    assert isinstance(heard, Connection)
+                    self._hear(heard, shown)
         require_all(self._failed, len(cells))
 
     def _start(self, slot: Slot) -> None:

@@ -155,7 +155,8 @@ def extension_recipe(
     run, folder = found.old.run, folder_of(found.old.run.path)
     meta, old = read_meta(folder), run.recipe()
     values = old.model_dump(mode="json")
-    at_once, method = way in AT_ONCE, {"name": meta.method.name, **meta.method.options}
+    at_once = way in AT_ONCE
+    method: dict[str, Any] = {"name": meta.method.name, **meta.method.options}
     if way == "ranpac" and "ranpac" not in parts_of(meta.method.name):
         alone = meta.method.name == "linear"
         options = {} if alone else {**_by_part(meta.method.name, meta.method.options), "ranpac": {}}
@@ -170,7 +171,11 @@ def extension_recipe(
     if meta.view.pixels.value_range is not None:
         data["value_range"] = list(meta.view.pixels.value_range)
     weights = "none" if meta.holds_backbone else meta.backbone.weights
-    student = {"model": beside(folder, meta.backbone.model), "weights": weights, "preset": meta.backbone.preset}
+    student: dict[str, Any] = {
+        "model": beside(folder, meta.backbone.model),
+        "weights": weights,
+        "preset": meta.backbone.preset,
+    }
     student |= {"image_size": meta.backbone.image_size, "extends": absolute(str(run.path))}
     train = {**values["train"], "keep": "last", "patience": None, "metric": "accuracy", "processes": None}
     if at_once:

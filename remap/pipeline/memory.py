@@ -83,7 +83,7 @@ def herding(features_ND: np.ndarray, count: int) -> np.ndarray:
     iCaRL (Rebuffi et al. 2017, arXiv 1611.07725, algorithm 4), on features of length 1.
     """
     x_ND = features_ND / np.maximum(np.linalg.norm(features_ND, axis=1, keepdims=True), 1e-300)
-    mean_D, total_D, chosen = x_ND.mean(0), np.zeros(x_ND.shape[1]), []
+    mean_D, total_D, chosen = x_ND.mean(0), np.zeros(x_ND.shape[1]), list[int]()
     for step in range(1, min(count, len(x_ND)) + 1):
         distance_N = np.linalg.norm(mean_D - (total_D + x_ND) / step, axis=1)
         distance_N[chosen] = np.inf

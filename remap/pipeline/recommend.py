@@ -141,7 +141,7 @@ def ranked(candidates: Sequence[Candidate], epochs: Sequence[int]) -> dict[str, 
     """
     order = sorted(candidates, key=lambda one: (-len(one.accuracies), -one.accuracies[-1], one.parameters))
     best, finalists = order[0], [one for one in order if len(one.accuracies) == len(order[0].accuracies)]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for one in order:
         last = len(one.accuracies) - 1
         gain = float(np.mean([other.accuracies[-1] - other.accuracies[last] for other in finalists]))

@@ -121,15 +121,15 @@ def measure_sessions(
             progress.say(f"the images of {session.run.path} are not at hand, so it is not measured: {error.given}")
             answers.append(None)
             continue
-        found = evaluate_as(recipe, components.student, val, accelerator(), progress, f"session {len(answers) + 1}")
-        answers.append((found, val.split.labels))
+        answered = evaluate_as(recipe, components.student, val, accelerator(), progress, f"session {len(answers) + 1}")
+        answers.append((answered, val.split.labels))
     answers.append((own, components.views.val.split.labels))
     same_classes, matrix = earlier[-1].classes == classes, _before(earlier)
     if same_classes:
         matrix[-1] = [*matrix[-1][: len(earlier)], before]
     matrix = [*matrix, [None if one is None else one[0].accuracy for one in answers]]
     known = [one for one in answers if one is not None]
-    count = sum(found.count for found, _ in known)
+    count = sum(one.count for one, _ in known)
     listed = [*earlier, Session(run_dir, classes)]
     rows = [
         {
@@ -144,7 +144,7 @@ def measure_sessions(
         "sessions": rows,
         "accuracy": matrix,
         **figures(matrix, same_classes=same_classes),
-        "overall": sum(found.correct for found, _ in known) / count if count else None,
+        "overall": sum(one.correct for one, _ in known) / count if count else None,
         "calibration_error": {"old": _calibration(answers[:-1]), "new": _calibration(answers[-1:])},
     }
     return {"sessions": found}
@@ -157,8 +157,8 @@ def _before(earlier: list[Session]) -> list[list[float | None]]:
         matrix = summary["sessions"]["accuracy"] if "sessions" in summary else [[summary["student"]["accuracy"]]]
     except (RemapError, KeyError, TypeError):
         matrix = None
-    if is_matrix(matrix) and len(matrix) == len(earlier):
-        return matrix
+    if matrix is not None and is_matrix(matrix) and len(matrix) == len(earlier):
+        return list(matrix)
     return [[None] * (number + 1) for number in range(len(earlier))]
 
 

@@ -43,7 +43,7 @@ def verify_sessions(path: str | Path) -> list[SessionRow]:
     """
     sessions = sessions_of(expanded(path))
     found = sessions[-1].run.summary().get("sessions")
-    if len(sessions) < 2 or sessions_problem(found) is not None:
+    if found is None or len(sessions) < 2 or sessions_problem(found) is not None:
         raise RunError(f"{path} is neither a shelf of tasks nor a run that extends another", do="see `remap extend`")
     networks = [load_task(one.run.path)[0] for one in sessions]
     digests, matrix = [features_digest(network) for network in networks], found["accuracy"]

@@ -102,6 +102,10 @@ def _read(words: WordHead, stored_CE: Tensor) -> Tensor:
     return words.read(stored_CE)
 
 
+def _write(words: WordHead) -> None:
+    words.eval()
+
+
 def attach_words(
     model: nn.Module, anatomy: Anatomy, words: WordHead, hooks: TrainingHooks = NO_HOOKS, *, edits: Edits | None = None
 ) -> Attachment:
@@ -114,7 +118,7 @@ def attach_words(
         identity_at_init=False,
         seam=feature_seam(model, anatomy),
         # Where it was not trained it is written already.
-        fold=Fold(partial(words.train, False)),
+        fold=Fold(partial(_write, words)),
         hooks=hooks,
         trains_head=False,
     )
