@@ -15,8 +15,8 @@ HEAD = """# remap
 > command line (`remap`) and a Python package of the same name. Methods and losses have one name everywhere: on the
 > command line, in recipes, in Python.
 
-Commands: `remap distill`, `tune`, `compare`, `lr`, `shrink`, `init`, `eval`, `predict`, `report`, `export`, `repeat`,
-`tasks`, `data check`, `methods`, `losses`, `remappings`, `models`, `recipes`, `cache`, `doctor`. Each has `--help`,
+Commands: `remap distill`, `tune`, `extend`, `adapt`, `recommend`, `compare`, `lr`, `shrink`, `init`, `eval`, `predict`,
+`report`, `export`, `repeat`, `tasks`, `data check`, `methods`, `losses`, `remappings`, `models`, `recipes`, `cache`, `doctor`. Each has `--help`,
 most have `--json`. `--dry-run` trains nothing. Errors have exit code 2 and say what is allowed and what to do.
 """
 
