@@ -55,7 +55,7 @@ def test_words_alone_make_a_classifier(
     assert found["images"] == 9 and [row["class"] for row in found["classes"]] == ["green", "red", "blue"]
     with pytest.raises(RunError, match="no evaluation images"):
         evaluate_run(tmp_path / "run", None, False, Silent())
-    exported = load_student(tmp_path / "run").export("torch", tmp_path / "program")
+    exported = load_student(tmp_path / "run").export("torch", tmp_path / "program", input="uint8")
     assert exported.file.is_file() and exported.comparison is not None
 
 
