@@ -36,7 +36,7 @@ def run_in_passes(
 
     Args:
         run: Computes rows (size, ...) of images.
-        images_BCHW: Raw pixels.
+        images_BCHW: Raw pixels; or anything else that has a row for each image.
         size: Images of a pass.
         passes: The least number of passes; of black images, where there is no image.
 
@@ -48,7 +48,7 @@ def run_in_passes(
     if not count:
         images_BCHW = images_BCHW.new_zeros(filled, *images_BCHW.shape[1:])
     elif count < filled:
-        images_BCHW = images_BCHW.repeat(-(-filled // count), 1, 1, 1)[:filled]
+        images_BCHW = torch.cat([images_BCHW] * -(-filled // count))[:filled]
     rows = [run(part) for part in images_BCHW.split(size)]
     if len(rows) == 1:  # most often, and then nothing needs a copy
         return {name: value[:count] for name, value in rows[0].items()}

@@ -84,7 +84,7 @@ def _jpeg(data: bytes, pixels: Pixels, height: int, width: int, crop_pct: float)
         return None
     try:
         with open_picture(data) as image:
-            turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1  # of Exif or XMP
             plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not turned
             if not plain or image.width * image.height < SMALL:
                 return None

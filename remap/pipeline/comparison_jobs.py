@@ -95,6 +95,8 @@ def _free_memory() -> int:
 
 def prepare_teachers(cells: Sequence[Cell], output: Path, resources: Resources, progress: Progress) -> None:
     """Prepare and judge each teacher once, where the processes of the cells find it."""
+    # What a comparison left that was killed may be of other images.
+    shutil.rmtree(output / FOLDER, ignore_errors=True)
     by_folder = {id(resources.of(cell, output)): cell for cell in reversed(cells) if cell.with_teacher}
     for cell in by_folder.values():
         with prepared_components(cell.recipe.written_out(), progress, resources.of(cell, output)):

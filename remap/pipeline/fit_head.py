@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from remap.distributed.launch import accelerator, use_bf16
+from remap.io.versions import version_of
 from remap.network import Network
 from remap.pipeline import probe
 from remap.pipeline.judged import digest_of_network
@@ -53,6 +54,7 @@ def fit_head(
             "view": views.view.to_dict(),
             "precision": "bf16" if bf16 else "fp32",
             "attention": recipe.train.fused_attention,
+            "scikit-learn": version_of("scikit-learn"),
         }
 
     stored = StoredTeacher.made_by(key, spec, shared, progress)

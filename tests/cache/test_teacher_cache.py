@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from remap.cache import teacher_cache
+from remap.cache.passes import run_in_passes
 from remap.data import batches
 from remap.data.fingerprint import Contents
 from remap.data.splits import Split
@@ -63,6 +64,14 @@ def test_two_processes_compute_a_share_each_and_hold_all(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("shape", "count"), [((5,), 3), ((5,), 9), ((3, 2, 2), 9), ((5,), 8)])
+def test_passes_have_one_size_and_rows_stay_in_order(shape: tuple[int, ...], count: int) -> None:
+    """Of images, and of features, which have no height and width."""
+    rows, sizes = torch.arange(count * 20.0).reshape(count, 20)[:, : torch.Size(shape).numel()].reshape(-1, *shape), []
+    made = run_in_passes(lambda part: {"twice": (sizes.append(len(part)), part * 2)[1]}, rows, 4)
+    assert torch.equal(made["twice"], rows * 2) and set(sizes) == {4}
+
+
 def test_outputs_are_computed_in_parts_where_memory_runs_out(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest_difference: Callable[..., float]
 ) -> None:

@@ -52,19 +52,21 @@ def test_torchvision_decodes_what_pillow_would_and_pillow_the_rest(monkeypatch: 
         "progressive": encoded(picture(), progressive=True),
         "grey": encoded(picture().convert("L")),
         "turned": encoded(picture(), exif=turned),
+        "turned by XMP": encoded(picture(), xmp=b'<rdf:Description tiff:Orientation="6"/>'),
         "CMYK": encoded(picture().convert("CMYK")),
     }
     made = {name: VIEW.read(data).astype(int) for name, data in files.items()}
     decode, calls = fast_views._decoder(), list[int]()
     monkeypatch.setattr(fast_views, "_decoder", lambda: lambda data: calls.append(1) or decode(data))
     counts = {name: (calls.clear(), VIEW.read(data), len(calls))[2] for name, data in files.items()}
-    assert counts == {"plain": 1, "progressive": 1, "grey": 1, "turned": 0, "CMYK": 0}
+    assert counts == {"plain": 1, "progressive": 1, "grey": 1, "turned": 0, "turned by XMP": 0, "CMYK": 0}
     # A torchvision without decoders, as is announced: the same pixels.
     monkeypatch.setattr(fast_views, "_decoder", lambda: None)
     assert all(np.array_equal(VIEW.read(data), made[name]) for name, data in files.items())
-    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(files["turned"])))
-    assert upright.size == (96, 128)
-    assert np.abs(made["turned"] - pillow(upright, (6, 22, 90, 106))).max() <= 1
+    for name in ("turned", "turned by XMP"):
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(files[name])))
+        assert upright.size == (96, 128)
+        assert np.abs(made[name] - pillow(upright, (6, 22, 90, 106))).max() <= 1
 
 
 def test_a_much_larger_jpeg_is_decoded_at_reduced_size() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from remap.cache.shared_outputs import SharedOutputs
+from remap.cache.shared_outputs import FOLDER, SharedOutputs
 from remap.cache.teacher_cache import InMemory
 from remap.errors import Interrupted, RecipeError, RunError
 from remap.pipeline import comparison_jobs as jobs
@@ -210,3 +210,12 @@ def test_outputs_of_one_process_are_those_of_the_others(tmp_path: Path) -> None:
     first["a", 1] = outputs
     assert ("a", 1) in second and ("a", 2) not in second
     assert torch.equal(second["a", 1].rows(rows, 1)["logits"], torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+
+
+def test_outputs_that_a_killed_comparison_left_are_not_read(tmp_path: Path) -> None:
+    """Its images may have been changed since."""
+    outputs = SharedOutputs(tmp_path / FOLDER)
+    assert ("a", 1) not in outputs
+    outputs["a", 1] = InMemory()
+    jobs.prepare_teachers([], tmp_path, None, Silent())  # type: ignore[arg-type]
+    assert ("a", 1) not in SharedOutputs(tmp_path / FOLDER)

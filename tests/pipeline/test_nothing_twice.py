@@ -62,6 +62,14 @@ def test_one_pass_gives_features_outputs_and_the_next_run_reads_the_head(
         assert largest_difference(twice.student.trained, first.student.trained) == 0.0
 
 
+def test_the_last_batch_of_one_pass_need_not_be_full(tiny: Any, tmp_path: Path, largest_difference: Any) -> None:
+    """24 images in batches of 10; source: the same run with a pass for each."""
+    settings = (*ONE_EPOCH, "train.batch_size=10")
+    once = start(tiny.recipe(*settings, losses="ce,kd"), tmp_path / "once")
+    twice = start(tiny.recipe(*settings, "teacher.cache=off", losses="ce,kd"), tmp_path / "twice")
+    assert largest_difference(once.student.trained, twice.student.trained) == 0.0
+
+
 @pytest.mark.parametrize(
     ("settings", "more"),
     [
