@@ -117,8 +117,8 @@ def opened(job: Job, *, resume: bool) -> Iterator[Training]:
             _begin(training, resume=resume)
             yield training
             training.finish_writing()
-        except Exception as error:
-            if not isinstance(error, Interrupted):  # which has saved, or leaves at once
+        except BaseException as error:
+            if not (isinstance(error, Interrupted) and error.at_once):  # no thread writes once the run's lock is free
                 training.writer.finish()
             raise
         finally:
