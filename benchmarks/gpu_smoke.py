@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 HERE = Path(__file__).parent
-TINY = ("train.epochs=3", "train.batch_size=8", "train.warmup_epochs=1", "train.precision=fp32")
+TINY = ("train.epochs=1", "train.batch_size=8", "train.warmup_epochs=0", "train.precision=fp32")
 
 
 def main() -> None:

@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="the mini pair, a few steps: only that all of it runs")
     options = parser.parse_args()
     until = time.monotonic() + options.seconds
-    small = {"pair": "mini", "batch": 4, "steps": 3, "repeats": 1, "precision": "fp32"}
+    small = {"pair": "mini", "batch": 2, "steps": 2, "repeats": 1, "precision": "fp32"}
     large = {"pair": "large", "batch": options.batch, "steps": 6, "repeats": 2, "precision": "bf16"}
     found: dict[str, Any] = {"card": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
     with TemporaryDirectory() as folder:

@@ -52,7 +52,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=c
   echo "no GPU" > "$work/environment.txt"
 cat "$work/environment.txt"
 if [ $smoke ]; then
-  stage 150 smoke $python benchmarks/gpu_smoke.py "$work"
+  stage 1000 smoke $python benchmarks/gpu_smoke.py "$work"
 elif grep -q "no GPU" "$work/environment.txt"; then
   skip "everything: this machine has no GPU (--cpu-smoke needs none)"
 else
