@@ -160,7 +160,10 @@ user can mend: its text says what was wrong, what was given, what is allowed and
 after steps and epochs, and ten lines with the losses in a loop of your own, are in [tracking.md](tracking.md).
 """
 # In the order in which one meets them.
-NAMES = ("distill", "tune", "evaluate", "predict", "compare", "shrink", "load_student", "attach", "losses", "register")
+NAMES = (
+    *("distill", "tune", "extend", "adapt", "evaluate", "predict", "recommend", "compare", "shrink"),
+    *("load_student", "attach", "losses", "register"),
+)
 CLASSES = ("Result", "Callback", "Student", "MultiTask", "Shelf")
 
 
