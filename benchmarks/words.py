@@ -50,6 +50,8 @@ ROWS = (
 )
 # What trains numbers for each class beside the classifier, which mean nothing for other classes.
 PER_CLASS = ("taskres", "tip_adapter")
+# What a method on words keeps of the classes that it was trained on.
+WORDS = ("remap_words.name_ids", "remap_promptkd.weight", "remap_promptkd.bias")
 # What learns from a teacher: options and settings.
 TAUGHT = {"promptkd": ({"teacher": "clip:mini", "losses": "kd"}, ["losses.kd.temperature=1"])}
 SETTINGS = ("train.batch_size=32", "train.epochs=10", "train.eval_every=1000")
@@ -80,7 +82,8 @@ def reworded(run: Path, classes: Sequence[str], data: DataSpec) -> tuple[Network
     backbone = open_backbone(spec, len(classes))
     network = network_of(backbone, classes, data, meta.method.name, meta.method.options)
     trained = {k: v for k, v in read_tensors(folder, meta).items() if not network.anatomy.is_head(k)}
-    network.attached.load(trained)
+    words = {k: v for k, v in network.attached.state().items() if k in WORDS}  # of the new classes
+    network.attached.load(trained | words)
     network.model.train()
     network.model.eval()  # a method that writes the classifier does it now
     return network, meta.view

@@ -16,8 +16,9 @@ HEAD = """# remap
 > command line, in recipes, in Python.
 
 Commands: `remap distill`, `tune`, `extend`, `adapt`, `recommend`, `compare`, `lr`, `shrink`, `init`, `eval`, `predict`,
-`report`, `export`, `repeat`, `tasks`, `data check`, `methods`, `losses`, `remappings`, `models`, `recipes`, `cache`, `doctor`. Each has `--help`,
-most have `--json`. `--dry-run` trains nothing. Errors have exit code 2 and say what is allowed and what to do.
+`report`, `export`, `repeat`, `tasks`, `data check`, `methods`, `losses`, `remappings`, `models`, `recipes`, `cache`,
+`doctor`. Each has `--help`, most have `--json`. `--dry-run` trains nothing. Errors have exit code 2 and say what is
+allowed and what to do.
 """
 
 

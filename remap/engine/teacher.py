@@ -17,6 +17,7 @@ from remap.network import Network, Runner
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Objective
 from remap.remapping.signals import Needs
+from remap.tuning.words import WordHead
 
 
 class CachedOutputs(Protocol):
@@ -161,6 +162,9 @@ class AverageTeacher(Teacher):
         if self._average is None:  # once, in the first step: before, both networks may be moved or sharded
             self._average = Average(average_pairs(self.network, student), self.decay)
         self._average.follow(update)
+        for module in self.network.model.modules():
+            if isinstance(module, WordHead) and module.language.names:
+                module.write()  # the student writes its own where an epoch ends: the average would lag
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"teacher{self.number}.{name}": tensor for name, tensor in self.network.tensors.items()}

@@ -57,6 +57,9 @@ def of_open_clip(config: Mapping[str, Any]) -> TextSide:
         if strange or vision.get("timm_proj") == "mlp":
             raise ValueError(strange[0] if strange else "timm_proj 'mlp'")
         width = int(text.get("width", 512))
+        clean = (text.get("tokenizer_kwargs") or {}).get("clean", "whitespace" if _hf(text) else "lower")
+        if clean not in ("lower", "canonicalize", "whitespace"):
+            raise ValueError(f"clean {str(clean)[:40]!r}")
         return TextSide(
             TextConfig(
                 vocab=int(text.get("vocab_size", CLIP_VOCABULARY)),
@@ -74,10 +77,10 @@ def of_open_clip(config: Mapping[str, Any]) -> TextSide:
                 eos=int(text.get("eos_id", 2)) if text.get("pool_type") == "eos" else None,
                 layer_scale=text.get("ls_init_value") is not None,
             ),
-            clean=(text.get("tokenizer_kwargs") or {}).get("clean", "whitespace" if _hf(text) else "lower"),
+            clean=clean,
             pads_with_zero=not _hf(text),
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"the text tower lacks, or has what is not read: {error}") from error
 
 

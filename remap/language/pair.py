@@ -182,9 +182,13 @@ def _read_projection(folder: Path, width: int) -> nn.Module:
     if not found:
         return nn.Identity()
     bias = next((tensor for name, tensor in found.items() if name.endswith(".bias")), None)
-    weight = found[_TURNED].mT if _TURNED in found else next(t for name, t in found.items() if name.endswith("weight"))
-    if weight.ndim != 2 or weight.shape[1] != width:
-        raise WeightsError(f"the projection in {folder} does not fit its image tower", given=f"{tuple(weight.shape)}")
+    weight = found.get(_TURNED, next((t for name, t in found.items() if name.endswith(".weight")), torch.empty(0)))
+    if _TURNED in found and weight.ndim == 2:
+        weight = weight.mT
+    shapes = [tuple(tensor.shape) for tensor in (weight, bias) if tensor is not None]
+    if weight.ndim != 2 or weight.shape[1] != width or shapes[1:] not in ([], [(len(weight),)]):
+        given = " and ".join(map(str, shapes))
+        raise WeightsError(f"the projection in {folder} does not fit its image tower", given=given)
     layer = nn.Linear(width, len(weight), bias=bias is not None)
     tensors = {"weight": weight.float().contiguous()} | ({} if bias is None else {"bias": bias.float()})
     layer.load_state_dict(tensors)
@@ -209,6 +213,6 @@ def _read_tower(folder: Path, side: TextSide) -> TextTower:
         with bounded(str(folder), stored_bytes(file)):
             tower = TextTower(side.config)
         tower.load_state_dict(tensors, assign=True)
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except (RuntimeError, ValueError, AssertionError, ArithmeticError) as error:
         raise WeightsError(f"the text tower in {file} does not fit its config", given=first_lines(error)) from error
     return tower.requires_grad_(False).eval()

@@ -120,10 +120,7 @@ def descriptions_of(file: str | None, classes: Sequence[str]) -> dict[str, tuple
     """
     if file is None:
         return {}
-    found = {
-        str(name): tuple(map(str, value if isinstance(value, list) else [value]))
-        for name, value in _mapping(file).items()
-    }
+    found = _mapping(file, _json(file))
     strange = [name for name in found if name not in classes]
     if strange:
         raise DataError(
@@ -145,21 +142,26 @@ def texts_of(
 def _listed(file: str) -> Sequence[str]:
     if expanded(file).suffix != ".json":
         return [line.strip() for line in _text(file).splitlines() if line.strip()]
-    return entries(
-        {str(name): list(map(str, v)) if isinstance(v, list) else [str(v)] for name, v in _mapping(file).items()}
-    )
+    values = _json(file)
+    if isinstance(values, list) and all(isinstance(value, str) for value in values):
+        return values
+    return entries(_mapping(file, values))
 
 
-def _mapping(file: str) -> Mapping[str, Any]:
+def _json(file: str) -> Any:
     try:
-        values = parse_json(_text(file))
-        if isinstance(values, list):
-            return {str(value).split("|")[0]: str(value).split("|") for value in values}
-        if not isinstance(values, dict):
-            raise ValueError("it is not a mapping of classes")
+        return parse_json(_text(file))
     except ValueError as error:
         raise DataError(f"cannot read {file}: {plain(str(error))}") from error
-    return values
+
+
+def _mapping(file: str, values: Any) -> dict[str, tuple[str, ...]]:
+    """Return one text or several of each class, by its name."""
+    if isinstance(values, dict):
+        found = {name: tuple(value) if isinstance(value, list) else (value,) for name, value in values.items()}
+        if all(isinstance(text, str) for several in found.values() for text in several):
+            return found
+    raise DataError(f"cannot read {file}: it is not a mapping of classes to a text each, or a list of texts")
 
 
 def _text(file: str) -> str:

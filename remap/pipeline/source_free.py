@@ -29,6 +29,8 @@ from remap.remapping.knowledge.logits.distillation import CrossEntropy
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Objective, Pair
 from remap.remapping.signals import Needs
+from remap.tuning.parameter.clip_lora import TOWER
+from remap.tuning.words import PATH
 
 # Of the cross-entropy with the pseudo-labels, beside 1 of the information (the paper's beta).
 PSEUDO_LABELS = 0.3
@@ -59,7 +61,9 @@ def by_information(
     """
     student = _HeadFrozen(**vars(network))
     attached = student.attached
-    if not student.trained:
+    # Learned words were written into the classifier.
+    written = attached.mergeable and all(name.startswith((f"{PATH}.", f"{TOWER}.")) for name in student.trained)
+    if written or not student.trained:
         raise RunError(
             f"there is nothing to adapt: {recipe.method.name} trained the classifier of {run} alone, which is kept",
             do="adapt a run of a method that changes the features, such as lora",

@@ -40,7 +40,8 @@ def data_problems(recipe: Recipe) -> Iterator[str]:
     if data.source is None:
         if data.unlabeled is None:
             yield "data.source: there are no images (set data.source, or data.unlabeled to learn without labels)"
-        for name in ("val_source", "labels", "held_out", "per_class", "selection", "subset"):
+        needed = ("val_source", "labels", "held_out", "per_class", "selection", "subset", "only", "known_classes")
+        for name in needed:
             if getattr(data, name) is not None and not (name == "val_source" and data.classes is not None):
                 yield f"data.{name}: there are no labelled images (set data.source, or leave data.{name} out)"
         if not recipe.teachers:

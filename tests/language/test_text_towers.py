@@ -10,7 +10,7 @@ import pytest
 import torch
 from open_clip.tokenizer import canonicalize_text
 from tiny_pairs import LAYOUTS, Pair, open_clip_clip, transformers_clip
-from torch import nn
+from torch import Tensor, nn
 
 from remap.backbones.build import Backbone, build
 from remap.cache.text_features import class_features
@@ -147,6 +147,17 @@ def _without(*keys: str) -> Callable[[Path], None]:
     return remove
 
 
+def _change(key: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        path = next(folder.glob("*.safetensors"))
+        tensors = load_file(path)
+        save_file(tensors | {key: change(tensors[key]).contiguous()}, path)
+
+    return write
+
+
 def _config(name: str, change: Callable[[dict], None]) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         values = json.loads((folder / name).read_text())
@@ -177,6 +188,14 @@ _OPEN_CLIP = "open_clip_config.json"
             _config(_OPEN_CLIP, lambda c: c["model_cfg"]["text_cfg"].update(layers=10**6)),
             "does not fit its config",
         ),
+        (
+            open_clip_clip,
+            _config(_OPEN_CLIP, lambda c: c["model_cfg"]["text_cfg"].update(tokenizer_kwargs={"clean": "none"})),
+            "clean 'none'",
+        ),
+        (open_clip_clip, _config(_OPEN_CLIP, lambda c: c["model_cfg"]["text_cfg"].update(heads=0)), "does not fit"),
+        (open_clip_clip, _change("visual.proj", lambda tensor: tensor[0]), "projection .* does not fit"),
+        (open_clip_clip, _change("visual.proj", lambda tensor: tensor.mT), "projection .* does not fit"),
     ],
 )
 def test_a_folder_that_is_not_one_is_refused_in_a_sentence(

@@ -16,7 +16,9 @@ WORDS = {"ant": ("ant",), "hat": ("hat", "cap"), "n01": ("bee, a small one",)}
 
 def test_classes_are_read_from_options_and_files_alike(tmp_path: Path) -> None:
     listed = ["ant", "hat|cap", "n01: bee, a small one"]
-    text, mapping = tmp_path / "classes.txt", tmp_path / "classes.json"
+    text, mapping, array = (tmp_path / name for name in ("classes.txt", "classes.json", "listed.json"))
+    array.write_text(json.dumps(listed))
+    assert class_words(str(array)) == WORDS
     text.write_text("\n".join([*listed, ""]))
     mapping.write_text(json.dumps({"ant": "ant", "hat": ["hat", "cap"], "n01": "bee, a small one"}))
     assert class_words(listed) == class_words(str(text)) == class_words(str(mapping)) == WORDS
@@ -59,6 +61,13 @@ def test_words_of_other_classes_and_templates_without_a_word_are_refused(tmp_pat
     (tmp_path / "t.txt").write_text("a photo")
     with pytest.raises(DataError, match="has not one {}"):
         templates_of(str(tmp_path / "t.txt"))
+    (tmp_path / "d.json").write_text('["hat", "hat", "ant"]')
+    with pytest.raises(DataError, match="is given twice"):
+        class_words(str(tmp_path / "d.json"))
+    for wrong in ('["ant"]', '{"ant": null}', '{"ant": [1]}', '{"ant": {"a": "b"}}'):
+        (tmp_path / "d.json").write_text(wrong)
+        with pytest.raises(DataError, match="not a mapping of classes to a text"):
+            descriptions_of(str(tmp_path / "d.json"), ["ant"])
     (tmp_path / "d.json").write_text('{"wasp": "it stings"}')
     with pytest.raises(DataError, match="describes other classes"):
         descriptions_of(str(tmp_path / "d.json"), ["ant"])
@@ -78,6 +87,11 @@ def test_words_of_other_classes_and_templates_without_a_word_are_refused(tmp_pat
             {"unlabeled": "U", "classes": "a,b", "teacher": "clip:mini", "losses": "ce"},
             [],
             "learns from images without",
+        ),
+        (
+            {"unlabeled": "U", "classes": "a,b", "teacher": "clip:mini"},
+            ["data.only=a"],
+            "data.only: there are no labelled images",
         ),
         ({"data": "D", "teacher": "clip:mini"}, ["teacher.prepare=none"], "brings no classifier"),
         ({"data": "D", "teacher": "vit_tiny"}, ["teacher.prepare=words"], "reads no words"),

@@ -40,7 +40,7 @@ class FeatureAdapter(nn.Module):
 
     def __init__(self, width: int, config: CLIPAdapter.Config) -> None:
         super().__init__()
-        hidden = width // config.reduction
+        hidden = max(1, width // config.reduction)
         self.down, self.up = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False)
         self.alpha = config.alpha
 

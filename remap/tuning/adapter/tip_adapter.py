@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy
 from remap.backbones.typed import evaluating
+from remap.errors import TrainingError
 from remap.tuning.base import Attachment, Edits, Method, Options, Sample, TrainingHooks
 from remap.tuning.seam import feature_seam
 from remap.tuning.words import classifier_of
@@ -92,6 +93,11 @@ class Keys(TrainingHooks):
         try:
             with evaluating(self.model):
                 for images_BCHW, labels_B in sample.batches():
+                    if int(labels_B.min()) < 0:
+                        raise TrainingError(
+                            "tip_adapter takes its keys from training images with labels, and these have none",
+                            do="name labelled images (--data), or take clip_adapter",
+                        )
                     self.model(images_BCHW)
                     for unit_E, label in zip(seen.pop(), labels_B.tolist(), strict=True):
                         if found[label] < shots:

@@ -18,7 +18,7 @@ from remap.tuning.base import Attachment, Edits, Fold, Method
 from remap.tuning.dropout import SampleDropout
 from remap.tuning.layers import Target
 from remap.tuning.parameter.lora import LoRA
-from remap.tuning.words import WordHead, attach_words, insert_words
+from remap.tuning.words import WordHead, attach_words, classifier_of, insert_words
 
 TOWER = "remap_text"
 
@@ -50,7 +50,8 @@ class CLIPLoRA(Method):
             return replace(image, trains_head=False)
         edits = Edits(model) if image is None or image.edits is None else image.edits
         before = set(edits.parameters())
-        tower = edits.insert(TOWER, deepcopy(language.tower))
+        like = classifier_of(model, anatomy, "clip_lora").weight
+        tower = edits.insert(TOWER, deepcopy(language.tower), like)
         inner = lora.attach(tower, text_anatomy(tower)).edits
         assert inner is not None
         words = TunedTower(model, anatomy, tower)

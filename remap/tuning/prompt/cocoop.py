@@ -58,7 +58,7 @@ class Conditional(Context):
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, config: CoCoOp.Config) -> None:
         super().__init__(model, anatomy, "cocoop", config)
-        shared, hidden = self.head.in_features, self.head.in_features // config.reduction
+        shared, hidden = self.head.in_features, max(1, self.head.in_features // config.reduction)
         # A task does not know the names of its classes, and needs their texts.
         shape = self.head.out_features, self.language.side.config.context
         ids_CL = (
@@ -68,9 +68,11 @@ class Conditional(Context):
         self.meta = nn.Sequential(nn.Linear(shared, hidden), nn.ReLU(), nn.Linear(hidden, self.context.shape[1]))
 
     def ids(self) -> Tensor:
-        ids_CL, vocabulary = self.name_ids.cpu(), self.language.side.config.vocab
-        if int(ids_CL.min()) < 0 or int(ids_CL.max()) >= vocabulary:  # of a task that may be anybody's
-            raise BackboneError("the task has token ids that its text tower lacks", allowed=f"0 to {vocabulary - 1}")
+        ids_CL, config = self.name_ids.cpu(), self.language.side.config
+        if int(ids_CL.min()) < 0 or int(ids_CL.max()) >= config.vocab:  # of a task that may be anybody's
+            raise BackboneError("the task has token ids that its text tower lacks", allowed=f"0 to {config.vocab - 1}")
+        if config.pool == "end" and int(self.language.tower.ends(ids_CL).max()) + self.count >= config.context:
+            raise BackboneError("a text of the task is too long for its text tower", allowed=f"{config.context} tokens")
         return ids_CL
 
     def write(self) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from remap.backbones.anatomy import Anatomy, admit_tokens
 from remap.tuning.base import Edits
 from remap.tuning.dropout import SampleDropout
-from remap.tuning.prompt.prompts import CARRIED, PATH, PromptOptions, carried, patch_bound
+from remap.tuning.prompt.prompts import CARRIED, PATH, PromptOptions, carried, patch_bound, weight_like
 
 
 class Prompts(nn.Module):
@@ -145,7 +145,7 @@ class Room:
 
 def attach_prompts(edits: Edits, anatomy: Anatomy, prompts: Prompts) -> Room:
     """Insert the module and let the blocks prepend its prompts; return the room that was made for them."""
-    edits.insert(PATH, prompts)
+    edits.insert(PATH, prompts, weight_like(edits.model, anatomy))
     for index in range(prompts.own.start, anatomy.depth):
         block = anatomy.blocks[index].block
         edits.before(block, partial(prompts.put_in, index, prompts.dropout(index)))

@@ -42,7 +42,7 @@ class ClassAware(Context):
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, config: TCP.Config) -> None:
         super().__init__(model, anatomy, "tcp", config)
-        shared, hidden = self.head.in_features, self.head.in_features // config.reduction
+        shared, hidden = self.head.in_features, max(1, self.head.in_features // config.reduction)
         self.layer = min(config.layer, self.language.side.config.depth - 1)
         self.down, self.up = nn.Linear(shared, hidden), nn.Linear(hidden, self.context.numel())
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 from remap.backbones.anatomy import anatomy_of
 from remap.backbones.build import Backbone
 from remap.data.views import View
-from remap.errors import BackboneError
-from remap.network import Network
+from remap.engine.self_teachers import averaged_copy
+from remap.engine.teacher import AverageTeacher
+from remap.errors import BackboneError, TrainingError
+from remap.network import Network, tuned
+from remap.remapping.signals import Needs
 from remap.runs.task import network_of, save_task
 from remap.runs.task_file import read_meta, read_tensors
 from remap.tuning import METHODS
@@ -149,3 +153,45 @@ def test_token_ids_of_a_stranger_are_checked(tune: Callable[..., Network], image
     network.model.remap_words.name_ids[0, 0] = 1000
     with pytest.raises(BackboneError, match="token ids"):
         network.model(images)
+
+
+def test_texts_of_a_stranger_fit_the_text_tower(tune: Callable[..., Network], images: Tensor) -> None:
+    network = tune("cocoop", reduction=2, of_task=True)
+    network.model.remap_words.name_ids[0, -1] = 15  # the end token, in the last place
+    with pytest.raises(BackboneError, match="is too long for its text tower"):
+        network.model(images)
+
+
+def test_keys_need_labels(tune: Callable[..., Network], images: Tensor) -> None:
+    network = tune("tip_adapter", shots=2)
+    with pytest.raises(TrainingError, match="images with labels"):
+        network.attached.prepare(Sample(lambda: iter([(images, torch.full((4,), -1))]), 3))
+
+
+def test_what_is_inserted_has_the_type_of_the_model(build: Callable[..., Backbone]) -> None:
+    """And so lies on its device, too."""
+    for row in ROWS:
+        backbone = build(of_task=True)
+        backbone.model.double()
+        network = tuned(backbone, row.name, OPTIONS.get(row.name, {}))
+        assert {parameter.dtype for parameter in network.model.parameters()} == {torch.float64}, row.name
+
+
+def test_a_bottleneck_is_never_empty(tune: Callable[..., Network]) -> None:
+    for method in ("cocoop", "tcp", "clip_adapter"):
+        assert all(parameter.numel() for parameter in tune(method, reduction=1000).trained.values())
+
+
+def test_an_average_answers_in_its_own_words(tune: Callable[..., Network], images: Tensor) -> None:
+    """The student's classifier is written where an epoch ends; that of its average follows in each step."""
+    network, other = tune("coop", num_context=4), tune("coop", num_context=4)
+    start, average = network.model.remap_words.context.detach().clone(), averaged_copy(network)
+    objective = SimpleNamespace(teacher_needs=lambda _number: Needs())
+    teacher = AverageTeacher(average, objective, 0, SimpleNamespace(device="cpu"), bf16=False, decay=0.9)
+    network.attached.train()
+    with torch.no_grad():
+        network.model.remap_words.context.add_(1.0)
+        teacher.after_step(network, 0)
+        other.attached.train()
+        other.model.remap_words.context.copy_(start + 0.9)  # of the first step a tenth stays
+        torch.testing.assert_close(average.model(images), other.model.eval()(images))
