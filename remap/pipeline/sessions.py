@@ -11,7 +11,7 @@ from remap.backbones.anatomy import module_at
 from remap.distributed.launch import accelerator
 from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.metrics import calibration_error
-from remap.errors import MissingData, RemapError, RunError
+from remap.errors import DataError, RemapError, RunError
 from remap.io.paths import absolute, expanded
 from remap.network import Network
 from remap.pipeline.components import RunComponents
@@ -117,11 +117,13 @@ def measure_sessions(
     for session in earlier:
         try:
             val = images_of(session, classes, components, shared, progress).val
-        except MissingData as error:
-            progress.say(f"the images of {session.run.path} are not at hand, so it is not measured: {error.given}")
+            what = f"session {len(answers) + 1}"
+            answered = evaluate_as(recipe, components.student, val, accelerator(), progress, what)
+        except DataError as error:  # what was trained is not lost over them
+            why = error.what if error.given is None else f"{error.what}: {error.given}"
+            progress.say(f"the images of {session.run.path} cannot be used, so it is not measured: {why}")
             answers.append(None)
             continue
-        answered = evaluate_as(recipe, components.student, val, accelerator(), progress, f"session {len(answers) + 1}")
         answers.append((answered, val.split.labels))
     answers.append((own, components.views.val.split.labels))
     same_classes, matrix = earlier[-1].classes == classes, _before(earlier)
