@@ -80,7 +80,7 @@ def _sessions(values: dict[str, Any]) -> None:
     from remap.pipeline.session_protocol import DEFAULT_WAYS, compare_sessions
     from remap.runs.run_dir import default_path
 
-    given = [name for name in ("sweeps", "loss_sets", "budget", "search") if values[name]]
+    given = [name for name in ("sweeps", "loss_sets", "budget", "search", "jobs", "slurm") if values[name]]
     if given:
         raise RecipeError([f"--sessions: takes no {', '.join(given)}"], "command line")
     with console.Reporter() as progress:

@@ -57,7 +57,12 @@ def test_sessions_from_the_first_to_a_report(remap: Callable[..., Result], three
 
 
 @pytest.mark.parametrize(
-    ("words", "said"), [(["--sessions", "2"], "2 sessions of 2 classes"), (["--ways", "lwf"], "--ways")]
+    ("words", "said"),
+    [
+        (["--sessions", "2"], "2 sessions of 2 classes"),
+        (["--ways", "lwf"], "--ways"),
+        (["--sessions", "2", "--jobs", "2"], "takes no jobs"),
+    ],
 )
 def test_mistakes_of_a_comparison_over_sessions(
     remap: Callable[..., Result], pictures: Path, words: list[str], said: str
