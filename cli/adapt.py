@@ -18,7 +18,7 @@ def adapt(
     by: Annotated[
         str, typer.Option(help="shot trains what the method tuned; statistics are those of batch norms.")
     ] = "shot",
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the images.")] = 15,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the images.", show_default="15")] = None,
     batch_size: Annotated[int, typer.Option(min=2, help="Images per update.")] = 64,
     lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default="a tenth of the run's")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides every random choice.")] = 0,

@@ -12,9 +12,9 @@ from remap_cli import console, report
 from remap_cli import options as opt
 
 if TYPE_CHECKING:
-    from remap.pipeline.extend import Situation
+    from remap.pipeline.extend import Advice, Situation
 
-_HOW = "ranpac, prototypes, lwf, or finetune (the lower bound of a comparison); see --explain."
+_HOW = "ranpac, prototypes, lwf, masked, or finetune (the lower bound of a comparison); see --explain."
 
 
 def extend(
@@ -48,8 +48,9 @@ def extend(
             from remap.pipeline.extend import situation
         if explain:
             found = situation(run, spec)
-            advice = [vars(one) for one in found.advice()]
-            console.emit({"situation": found.text, "ways": advice}) if json else _explain(found)
+            advice = found.advice(memory=memory > 0)
+            ways = [vars(one) for one in advice]
+            console.emit({"situation": found.text, "ways": ways}) if json else _explain(found, advice)
             return
         if choose not in ("herding", "random"):
             raise RecipeError([f"--choose: unknown word '{choose}' (allowed: herding, random)"], "extend")
@@ -61,9 +62,9 @@ def extend(
         report.write_at_end(Path(summary["run_dir"]), progress)
 
 
-def _explain(found: "Situation") -> None:
+def _explain(found: "Situation", advice: "list[Advice]") -> None:
     console.line(found.text)
-    rows = [["yes" if one.fits else "no", one.way, one.why] for one in found.advice()]
+    rows = [["yes" if one.fits else "no", one.way, one.why] for one in advice]
     console.table("ways to extend it, the first that fits first", ["fits", "--how", "why"], rows, wrap=(2,))
     run = shlex.quote(str(found.old.run.path))
     console.line(

@@ -61,9 +61,9 @@ class Source(ABC):
     def read_all(self, word: str, classes: Sequence[str]) -> tuple[Split, Skipped]:
         """Return all images, of all splits, labelled by a task's class names, and what was left out."""
         data = self.open(word, None, 0.5)
-        if data.classes != tuple(classes):
-            raise unknown_classes([word], classes)
-        return data.everything, data.skipped
+        if unknown := sorted(set(data.classes) - set(classes)):
+            raise unknown_classes(unknown, classes)
+        return data.with_classes(classes).everything, data.skipped
 
     def images(self, word: str) -> tuple[Sequence[tuple[str, Listing]], Skipped]:
         """Return all images of all splits, whatever their labels, each with what reads it; and what was left out."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from remap.data.sources import open_unlabeled, read_all
 from remap.data.splits import Split
 from remap.data.views import View, ViewSource, listed
-from remap.distributed.launch import accelerator, require_one_process
+from remap.distributed.launch import accelerator, require_one_process, use_bf16
 from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.metrics import metrics
 from remap.errors import DataError, RecipeError
@@ -31,6 +31,7 @@ from remap.runs.task_file import folder_of, read_meta
 By = Literal["shot", "statistics"]
 # Of the run's learning rate: its parameters are near their place already.
 RATE = 0.1
+EPOCHS = 15
 
 
 def adapt(
@@ -38,7 +39,7 @@ def adapt(
     target: str,
     *,
     by: By = "shot",
-    epochs: int = 15,
+    epochs: int | None = None,
     batch_size: int = 64,
     lr: float | None = None,
     seed: int = 0,
@@ -55,7 +56,8 @@ def adapt(
     Args:
         run: The run directory.
         target: Folder or archive of images without labels.
-        epochs, batch_size, lr, seed: Of the training; lr None is a tenth of the run's.
+        epochs, lr, seed: Of the training by "shot"; epochs None is 15, lr None a tenth of the run's.
+        batch_size: Images of one pass.
         val_data: Labelled images of the other domain, to say what it brought; nothing is chosen by them.
         output: The run directory to make; by default the next number under ``runs/``.
 
@@ -69,6 +71,8 @@ def adapt(
     require_one_process("a run is adapted in one process", "call it without a launcher")
     if by not in get_args(By):
         raise RecipeError([f"by: '{by}' is not a way to adapt (allowed: {', '.join(get_args(By))})"], "remap.adapt")
+    if by == "statistics" and (epochs is not None or lr is not None):
+        raise RecipeError(["by: statistics takes no steps (leave epochs and lr out)"], "remap.adapt")
     began, old = time.perf_counter(), RunDir.open(expanded(run))
     recipe = old.recipe()
     known = recipe.data.source
@@ -79,9 +83,11 @@ def adapt(
     network, view = load_task(old.path)
     require_classifier(network, old.path)
     network.model.to(accelerator().device)
-    choose_attention(network, recipe.train.fused_attention, accelerator().device)
+    bf16 = use_bf16(recipe.train.precision, accelerator().device)
+    choose_attention(network, recipe.train.fused_attention, accelerator().device, bf16=bf16)
     rate = RATE * recipe.learning_rate(network.anatomy.width) if lr is None else lr
-    options = {"epochs": epochs, "batch_size": batch_size, "lr": rate, "precision": recipe.train.precision}
+    options = {"epochs": EPOCHS if epochs is None else epochs, "batch_size": batch_size, "lr": rate}
+    options |= {name: getattr(recipe.train, name) for name in ("optimizer", "precision")}  # the rate is for that one
     spec = checked(TrainSpec, options, "remap.adapt")
     # Pixels are augmented as in the run; its other data options name images that are not here.
     data = recipe.data.labeled_part().model_copy(update={"mixup": 0.0, "cutmix": 0.0, "views": None})

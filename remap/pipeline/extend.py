@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from remap.backbones.names import is_pair
 from remap.data.sources import open_data, open_labeled
 from remap.errors import RecipeError, RemapError
 from remap.io import atomic_write
@@ -31,6 +32,7 @@ WAYS = {
     "finetune": "steps on the new images alone, which forget: the lower bound of a comparison",
 }
 AT_ONCE = ("ranpac", "prototypes")
+WITH_MEMORY = ("lwf", "finetune")
 # Methods whose prompts are chosen for each image.
 POOLS = ("l2p", "dualprompt", "coda_prompt")
 # Temperature of the old answers, as in Li and Hoiem 2016 (arXiv 1606.09282).
@@ -95,7 +97,7 @@ class Situation:
         domain = "" if self.added else "; the classes are the same, so one classifier learns the new look too"
         found = [ranpac, self._at_once("prototypes", self.has_statistics)]
         found.append(Advice("lwf", True, f"needs no old image{domain}"))
-        if method in POOLS:
+        if method in POOLS and not memory:
             why = f"{method} keeps the prompts of earlier sessions, and each image finds its own; no old image"
             found.insert(0, Advice("masked", True, why))
         elif memory or not self.added:  # features that do not change cannot take up a new look as well
@@ -163,20 +165,20 @@ def extension_recipe(
         method = {"name": "ranpac" if alone else f"{meta.method.name}+ranpac", **options}
     elif not at_once and "session" in config_of(meta.method.name).model_fields:
         method["session"] = len(found.sessions)
-    kept = ("alpha", "value_range", "max_megapixels", "max_bad", "skip_bad", "memory_gib", "workers")
+    kept = ("alpha", "value_range", "max_megapixels", "decode", "max_bad", "skip_bad", "memory_gib", "workers")
     looks = {} if at_once else {name: values["data"][name] for name in ("augment", *old.data.operations, "views")}
-    data = (
-        {name: values["data"][name] for name in kept} | looks | found.data.model_dump(mode="json", exclude_unset=True)
-    )
+    images = found.data.model_dump(mode="json", exclude_unset=True)
+    data = {name: values["data"][name] for name in kept} | looks | images
     if meta.view.pixels.value_range is not None:
         data["value_range"] = list(meta.view.pixels.value_range)
     weights = "none" if meta.holds_backbone else meta.backbone.weights
-    student: dict[str, Any] = {
-        "model": beside(folder, meta.backbone.model),
-        "weights": weights,
-        "preset": meta.backbone.preset,
-    }
-    student |= {"image_size": meta.backbone.image_size, "extends": absolute(str(run.path))}
+    student: dict[str, Any] = {"model": beside(folder, meta.backbone.model), "weights": weights}
+    student |= {"preset": meta.backbone.preset, "image_size": meta.backbone.image_size}
+    student["extends"] = absolute(str(run.path))
+    if is_pair(student["model"]):  # which reads what classes are called
+        data = {name: values["data"][name] for name in ("templates", "descriptions")} | data
+        if old.data.classes is not None and found.data.classes is None:
+            data["classes"] = [*old.data.classes, *(f"{name}: {name.replace('_', ' ')}" for name in found.added)]
     train = {**values["train"], "keep": "last", "patience": None, "metric": "accuracy", "processes": None}
     if at_once:
         train |= {"fit": "ridge" if way == "ranpac" else "prototypes", "ema": None, "class_weight_power": 0.0}
@@ -186,8 +188,7 @@ def extension_recipe(
     teacher = {"model": absolute(str(run.path)), "prepare": "none", "allow_weak": True} if way == "lwf" else None
     # What the new images say of old classes is left to the old answers. One new class has no other to compare with.
     masked = way in ("lwf", "masked") and len(found.added) > 1 and memory is None
-    first = len(found.known) if masked else 0
-    losses: list[dict[str, Any]] = [{"name": "ce", "first_class": first}]
+    losses: list[dict[str, Any]] = [{"name": "ce", "first_class": len(found.known) if masked else 0}]
     if teacher is not None:
         losses.append({"name": "kd", "temperature": TEMPERATURE})
     data["known_classes"] = [*found.known, *found.added]
@@ -238,8 +239,8 @@ def extend(
         progress.say(f"extending by {way}: {WAYS.get(way)}")
     if not memory:
         return start(extension_recipe(found, way, settings, **words), output, progress)
-    if way in AT_ONCE:
-        raise RecipeError([f"--memory: {way} knows the old classes by their statistics (take lwf)"], "extend")
+    if way in WAYS and way not in WITH_MEMORY:
+        raise RecipeError([f"--memory: {way} takes no old images (take {' or '.join(WITH_MEMORY)})"], "extend")
     old = found.old.run.recipe()
     path = expanded(output) if output is not None else next_path(default_path(), f"{old.name}-{way}")
     RunDir(path).require_free()

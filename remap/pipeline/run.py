@@ -119,7 +119,6 @@ def run(
         if main:
             require_space(run_dir, job)
             run_dir.write_trainables(job.parameters())
-        progress.say(trained_text(job.parameters(), student))
         begun = clock.here
         try:
             state = _learn(components, tracker, job, shared, progress, resuming=resuming)
@@ -269,6 +268,7 @@ def _learn(
     """Train by steps, or fit the classifier at once."""
     if components.recipe.train.fit != "gradient":
         return fit_at_once(components, tracker, shared, progress)
+    progress.say(trained_text(job.parameters(), components.student))
     state = train(job, resume=resuming)
     if components.recipe.train.align:
         align_to_known(components, progress)

@@ -8,12 +8,13 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from remap.errors import RecipeError
+from remap.data.augmentation import Augmentation
+from remap.errors import RecipeError, RunError
 from remap.io import atomic_write
 from remap.io.names import plain
 from remap.pipeline.compare import resumable
 from remap.pipeline.comparison_files import percent
-from remap.pipeline.extend import AT_ONCE, WAYS, extend
+from remap.pipeline.extend import AT_ONCE, WAYS, WITH_MEMORY, extend
 from remap.pipeline.labels_only import labels_only
 from remap.pipeline.run import Result, resume, start
 from remap.pipeline.shared import SharedResources
@@ -26,6 +27,8 @@ RECORD = "sessions.json"
 JOINT = "joint"
 DEFAULT_WAYS = (*WAYS, JOINT)
 FIGURES = ("overall", "average", "forgetting", "seconds", "bytes")
+# How training images are changed before they are seen.
+LOOKS = {*Augmentation.model_fields, "augment", "views", "mixup", "cutmix", "mix_probability"}
 
 
 def compare_sessions(
@@ -103,7 +106,7 @@ def groups_of(split: str, classes: Sequence[str]) -> list[list[str]]:
 def _way(word: str) -> tuple[str, int]:
     """Read "lwf:20" as a way and a number of images a class."""
     way, colon, count = word.partition(":")
-    if way not in DEFAULT_WAYS or (colon and (not count.isdigit() or way in (*AT_ONCE, JOINT))):
+    if way not in DEFAULT_WAYS or (colon and (not count.isdigit() or way not in WITH_MEMORY)):
         raise RecipeError([f"--ways: unknown word '{word}' (allowed: {', '.join(DEFAULT_WAYS)}, lwf:20)"], "compare")
     return way, int(count or 0)
 
@@ -118,28 +121,46 @@ def _sessions(
         return recipe.model_copy(update={"data": recipe.data.model_copy(update={"only": tuple(names)})})
 
     if way == JOINT:
-        joint = _finished(folder / JOINT, lambda path: start(recipe, path, progress), progress)
+        joint = _finished(folder / JOINT, lambda path: start(recipe, path, progress), progress, recipe)
         figures = {"overall": joint["student"]["accuracy"], "average": None, "forgetting": None}
         return {**figures, "seconds": joint["seconds"], "bytes": joint["student"]["task_bytes"]}
     last = folder / "first"
-    _finished(last, lambda path: start(only(groups[0]), path, progress), progress)
+    _finished(last, lambda path: start(only(groups[0]), path, progress), progress, only(groups[0]))
     seconds, found = 0.0, dict[str, Any]()
     for number, names in enumerate(groups[1:], 2):
         make = partial(_extend, recipe.seed, last, only(names).data, way, memory, progress)
         last = folder / word.replace(":", "-") / str(number)
-        found = _finished(last, make, progress)
+        found = _finished(last, make, progress, only(names))
         seconds += found["seconds"]
     sizes = sum(session["bytes"] for session in found["sessions"]["sessions"][1:])
     return {**{name: found["sessions"][name] for name in FIGURES[:3]}, "seconds": seconds, "bytes": sizes}
 
 
 def _extend(seed: int, run: Path, data: DataSpec, way: str, memory: int, progress: Progress, path: Path) -> Result:
+    # No epoch of an extended run is chosen, and a classifier that is fitted at once sees the images as they are.
+    unread = {"selection", *(LOOKS if way in AT_ONCE else ())}
+    data = DataSpec(**data.model_dump(exclude_unset=True, exclude=unread))
     return extend(run, data, how=way, memory=memory, output=path, progress=progress, seed=seed)
 
 
-def _finished(path: Path, make: Callable[[Path], Any], progress: Progress) -> dict[str, Any]:
-    """Return the summary of a run; one that was interrupted is resumed."""
+def _finished(path: Path, make: Callable[[Path], Any], progress: Progress, recipe: Recipe) -> dict[str, Any]:
+    """Return the summary of a run; one that was interrupted is resumed.
+
+    Args:
+        recipe: That of the run; of one that extends another, the classes in it count, since the other was looked at.
+
+    Raises:
+        RunError: The run there was made with another recipe.
+    """
     run = RunDir(path)
+    if (path / "recipe.yaml").is_file():
+        made = run.recipe()
+        alone = made.student.extends is None
+        if made.data.only != recipe.data.only or (alone and made.digest(places=False) != recipe.digest(places=False)):
+            raise RunError(
+                f"{path} was made with other settings; nothing in it was touched",
+                do="name another --output, or remove that folder",
+            )
     if run.is_done:
         return run.summary()
     progress.say(str(path))

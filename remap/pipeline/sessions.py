@@ -8,16 +8,18 @@ import numpy as np
 import torch
 
 from remap.backbones.anatomy import module_at
+from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
 from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.metrics import calibration_error
-from remap.errors import MissingData, RemapError, RunError
+from remap.errors import DataError, RemapError, RunError
 from remap.io.paths import absolute, expanded
 from remap.network import Network
 from remap.pipeline.components import RunComponents
 from remap.pipeline.probe import last_layer
 from remap.pipeline.shared import DataViews, SharedResources
 from remap.progress import Progress
+from remap.recipe.schema import DataSpec
 from remap.runs import class_statistics
 from remap.runs.run_dir import RunDir
 from remap.runs.session_figures import figures, is_matrix
@@ -61,9 +63,12 @@ def images_of(
     Raises:
         MissingData: They are not at hand.
     """
-    spec = session.run.recipe().data.labeled_part()
-    spec = spec.model_copy(update={"known_classes": classes, "memory": None, "augment": "none"})
-    return shared.open(spec, components.views.view, progress)
+    return shared.open(_data_of(session, classes), components.views.view, progress)
+
+
+def _data_of(session: Session, classes: tuple[str, ...]) -> DataSpec:
+    update = {"known_classes": classes, "memory": None, "augment": "none"}
+    return session.run.recipe().data.labeled_part().model_copy(update=update)
 
 
 def align_to_known(components: RunComponents, progress: Progress) -> None:
@@ -116,12 +121,15 @@ def measure_sessions(
     answers: list[tuple[Evaluation, np.ndarray] | None] = []
     for session in earlier:
         try:
-            val = images_of(session, classes, components, shared, progress).val
-        except MissingData as error:
-            progress.say(f"the images of {session.run.path} are not at hand, so it is not measured: {error.given}")
+            spec = _data_of(session, classes)  # the training images need not be decoded
+            val = ViewSource(shared.index(spec).val, components.views.view, memory_bytes=0.0, workers=spec.workers)
+            what = f"session {len(answers) + 1}"
+            answered = evaluate_as(recipe, components.student, val, accelerator(), progress, what)
+        except DataError as error:  # what was trained is not lost over them
+            why = error.what if error.given is None else f"{error.what}: {error.given}"
+            progress.say(f"the images of {session.run.path} cannot be used, so it is not measured: {why}")
             answers.append(None)
             continue
-        answered = evaluate_as(recipe, components.student, val, accelerator(), progress, f"session {len(answers) + 1}")
         answers.append((answered, val.split.labels))
     answers.append((own, components.views.val.split.labels))
     same_classes, matrix = earlier[-1].classes == classes, _before(earlier)

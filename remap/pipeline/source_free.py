@@ -123,7 +123,7 @@ def pseudo_labels(features_ND: Tensor, probabilities_NC: Tensor) -> Tensor:
     to them. Classes that are no image's are left out of the second round.
     """
     directions_ND = F.normalize(features_ND, dim=1)
-    centroids_CD = probabilities_NC.T @ features_ND / probabilities_NC.sum(dim=0)[:, None]
+    centroids_CD = probabilities_NC.T @ features_ND / probabilities_NC.sum(dim=0)[:, None].clamp_min(1e-30)
     labels_N = (directions_ND @ F.normalize(centroids_CD, dim=1).T).argmax(dim=1)
     members_NC = F.one_hot(labels_N, probabilities_NC.shape[1]).to(features_ND)
     counts_C = members_NC.sum(dim=0)

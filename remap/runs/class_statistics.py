@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from remap.errors import RunError
+from remap.errors import RunError, TrainingError
 from remap.io import atomic_write
 from remap.io.checked_read import open_regular
 
@@ -60,10 +60,18 @@ class ClassStatistics:
         return self.sums_CF / np.maximum(np.linalg.norm(self.sums_CF, axis=1, keepdims=True), 1e-300)
 
     def ridge(self, penalty: float) -> np.ndarray:
-        """Return the weights (C, F) of least squares on one-hot labels with a penalty, without intercept."""
+        """Return the weights (C, F) of least squares on one-hot labels with a penalty, without intercept.
+
+        Raises:
+            TrainingError: The penalty is so small that there is no one solution.
+        """
         from scipy.linalg import solve
 
-        return solve(self.gram_FF + penalty * np.eye(len(self.gram_FF)), self.sums_CF.T, assume_a="pos").T
+        try:
+            return solve(self.gram_FF + penalty * np.eye(len(self.gram_FF)), self.sums_CF.T, assume_a="pos").T
+        except np.linalg.LinAlgError as error:
+            what = "the penalty is too small for these features"
+            raise TrainingError(what, given=penalty, do="raise train.ridge") from error
 
     def save(self, folder: Path, features: str) -> None:
         """Write them into a run directory, with the digest of what makes the features."""
@@ -88,7 +96,7 @@ class ClassStatistics:
                 found = cls(*(file.get_tensor(name) for name in ("gram", "sums", "counts")))
         except (OSError, SafetensorError) as error:
             raise RunError(f"cannot read {path}: {error}", do=_AGAIN) from error
-        width = len(found.gram_FF)
+        width = found.sums_CF.shape[-1] if found.sums_CF.ndim else 0
         shapes = found.gram_FF.shape, found.sums_CF.shape, found.counts_C.shape
         finite = all(np.isfinite(array).all() for array in vars(found).values())
         if not finite or shapes != ((width, width), (classes, width), (classes,)):

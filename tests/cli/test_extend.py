@@ -60,8 +60,8 @@ def test_sessions_from_the_first_to_a_report(remap: Callable[..., Result], three
     ("words", "said"),
     [
         (["--sessions", "2"], "2 sessions of 2 classes"),
-        (["--sessions", "2", "--jobs", "2"], "--sessions: takes no jobs"),
         (["--ways", "lwf"], "--ways"),
+        (["--sessions", "2", "--jobs", "2"], "takes no jobs"),
     ],
 )
 def test_mistakes_of_a_comparison_over_sessions(

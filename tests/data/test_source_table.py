@@ -70,8 +70,16 @@ def test_a_source_of_another_package_is_opened_by_its_row(greys: None) -> None:
     with pytest.raises(DataError, match="holds the labelled ones"):
         open_data("greys:10", None, 0.2, "greys:10")
     assert read_all("greys:10", ["dark", "light"])[0].labels.tolist() == [0, 1, 0, 1, 0, 1]
+    assert read_all("greys:10", ["light", "dark"])[0].labels.tolist() == [
+        1,
+        0,
+        1,
+        0,
+        1,
+        0,
+    ]  # as a run that was extended
     with pytest.raises(DataError, match="classes the task does not know"):
-        read_all("greys:10", ["light", "dark"])
+        read_all("greys:10", ["light", "grey"])
 
 
 def test_a_path_is_read_by_the_source_that_recognises_it(greys: None, tmp_path: Path) -> None:

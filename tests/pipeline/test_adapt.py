@@ -116,6 +116,8 @@ def test_pseudo_labels_are_those_of_the_nearest_centroids() -> None:
     second = nearest({k: x[rows].mean(axis=0) for k, rows in members.items()})
     assert pseudo_labels(torch.from_numpy(x), torch.from_numpy(p)).tolist() == second
     assert second != p.argmax(axis=1).tolist()
+    never = torch.from_numpy(np.pad(p, ((0, 0), (0, 1))))  # a class of probability 0 for all images
+    assert pseudo_labels(torch.from_numpy(x), never).tolist() == second
 
 
 def test_statistics_are_means_over_batches(camera: Path, model_folder: Callable[..., str], tmp_path: Path) -> None:
@@ -141,6 +143,7 @@ def test_statistics_are_means_over_batches(camera: Path, model_folder: Callable[
         ({"target": "source"}, "the run learned from these images"),
         ({"by": "magic"}, "not a way to adapt"),
         ({"by": "statistics"}, "no batch norm of its own"),
+        ({"by": "statistics", "epochs": 3}, "takes no steps"),
         ({"epochs": 0}, "epochs"),
         ({"val_data": "empty"}, "no images"),
     ],

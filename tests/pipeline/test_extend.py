@@ -1,6 +1,7 @@
 """Runs that are extended: what they keep, what a kill leaves, and that resuming and repeating hold across sessions."""
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -155,6 +156,8 @@ def test_mistakes_are_named(first: Path, red: DataSpec, tiny: Any) -> None:
         extension_recipe(situation(first, red), "magic")
     with pytest.raises(RecipeError, match="takes no steps"):
         extension_recipe(situation(first, red), "ranpac", epochs=3)
+    with pytest.raises(RecipeError, match="--memory: masked"):
+        extend(first, red, how="masked", memory=2)
     with pytest.raises(DataError, match="no such classes"):
         situation(first, DataSpec(source=tiny.data, only=("pink",)))
     with pytest.raises(RecipeError, match=r"train\.fit"):
@@ -192,6 +195,20 @@ def test_the_terms_of_learning_without_forgetting(tiny: Any) -> None:
     of_new = np.exp(student.double().numpy()[:, 3:])
     expected = -np.log(of_new / of_new.sum(1, keepdims=True))[np.arange(4), labels.numpy() - 3].mean()
     assert float(ce(given, {}, Labels(labels))) == pytest.approx(expected, rel=1e-5)
+    # Images of a class before the new ones count 0: four of eight, so half of the mean.
+    twice = Labels(torch.cat([labels, torch.tensor([0, 1, 2, 2])]))
+    assert float(ce(Signals(torch.cat([student, student])), {}, twice)) == pytest.approx(expected / 2, rel=1e-5)
+
+
+def test_old_images_that_cannot_be_used_are_not_measured(first: Path, red: DataSpec, tmp_path: Path) -> None:
+    old = shutil.copytree(first, tmp_path / "old")
+    recipe = RunDir(old).recipe()
+    RunDir(old).settle(
+        recipe.model_copy(update={"data": recipe.data.model_copy(update={"only": ("pink",), "decode": "fast"})})
+    )
+    found = extend(old, red, how="lwf", settings=["train.epochs=1"], output=tmp_path / "new").summary["sessions"]
+    assert found["accuracy"][1][0] is None and found["accuracy"][1][1] is not None
+    assert RunDir(tmp_path / "new").recipe().data.decode == "fast"  # pixels are read as those of the old run
 
 
 def test_weight_alignment_by_hand(first: Path) -> None:

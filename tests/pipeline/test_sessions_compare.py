@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from remap.data.memory import Memory, open_memory, read_memory
-from remap.errors import DataError, MissingData, RecipeError
+from remap.errors import DataError, MissingData, RecipeError, RunError
 from remap.pipeline import session_protocol
 from remap.pipeline.extend import extend
 from remap.pipeline.memory import choose_memory, herding
@@ -79,7 +79,7 @@ def test_sessions_are_even_or_as_they_are_named() -> None:
 
 
 def test_ways_under_one_protocol(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = tiny.recipe("train.epochs=1", method="linear")
+    recipe = tiny.recipe("train.epochs=1", "train.keep=best", "data.augment=light", method="linear")
     arguments = (recipe, "blue,green/red", ["linear"], ["prototypes", "joint"], 2, tmp_path, Silent())
     table = compare_sessions(*arguments)
     rows = {row["way"]: row for row in table["rows"]}
@@ -89,5 +89,11 @@ def test_ways_under_one_protocol(tiny: Any, tmp_path: Path, monkeypatch: pytest.
     assert summary["seed"] == 1 and "prototypes" in (tmp_path / "sessions.md").read_text()
     monkeypatch.setattr(session_protocol, "start", None)  # what is finished is not run again
     assert compare_sessions(*arguments)["rows"] == table["rows"]
-    with pytest.raises(RecipeError, match="joint:3"):
-        compare_sessions(*arguments[:3], ["joint:3"], *arguments[4:])
+    for word in ("joint:3", "masked:3"):
+        with pytest.raises(RecipeError, match=word):
+            compare_sessions(*arguments[:3], [word], *arguments[4:])
+    other = tiny.recipe("train.epochs=2", "train.keep=best", "data.augment=light", method="linear")
+    with pytest.raises(RunError, match="made with other settings"):
+        compare_sessions(other, *arguments[1:])
+    with pytest.raises(RunError, match="made with other settings"):
+        compare_sessions(recipe, "blue,red/green", *arguments[2:])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
-from remap.errors import RunError
+from remap.errors import RunError, TrainingError
 from remap.runs.class_statistics import FILE, ClassStatistics
 
 
@@ -21,6 +21,12 @@ def test_ridge_is_that_of_scikit_learn(penalty: float) -> None:
     x, labels = drawn(40, range(4), seed=1)
     expected = Ridge(alpha=penalty, fit_intercept=False, solver="svd").fit(x, np.eye(4)[labels]).coef_
     assert np.allclose(ClassStatistics.of(x, labels, 4).ridge(penalty), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_penalty_that_leaves_no_one_solution_is_named() -> None:
+    empty = ClassStatistics.of(np.zeros((4, 3)), np.array([0, 1, 0, 1]), 2)
+    with pytest.raises(TrainingError, match="too small"):
+        empty.ridge(0.0)
 
 
 def test_prototypes_rank_as_the_cosine_with_class_means() -> None:
@@ -51,6 +57,9 @@ def test_they_are_read_back_for_the_same_features_alone(tmp_path: Path) -> None:
     assert ClassStatistics.load(tmp_path, "b", 3) is None
     with pytest.raises(RunError, match="does not fit"):
         ClassStatistics.load(tmp_path, "a", 4)
+    ClassStatistics(np.array(1.0), np.array(1.0), np.array(1.0)).save(tmp_path, "a")
+    with pytest.raises(RunError, match="does not fit"):
+        ClassStatistics.load(tmp_path, "a", 3)
     (tmp_path / FILE).write_bytes(b"nothing")
     with pytest.raises(RunError, match="cannot read"):
         ClassStatistics.load(tmp_path, "a", 3)

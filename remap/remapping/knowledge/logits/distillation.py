@@ -55,7 +55,8 @@ class CrossEntropy(LossTerm):
         if first := self.config.first_class:
             logits_BC, wanted = (
                 logits_BC[:, first:],
-                (wanted[:, first:] if wanted.ndim == 2 else torch.where(labels.known_B, wanted - first, 0)),
+                # What images say of classes before is left to the teacher: they count 0 (cross_entropy's ignore_index).
+                (wanted[:, first:] if wanted.ndim == 2 else torch.where(wanted < first, -100, wanted - first)),
             )
             weights_C = None if weights_C is None else weights_C[first:]
         # Divided by the number of images, not by their weights: the parts of a batch add up.
