@@ -192,8 +192,10 @@ def test_every_other_field_changes_the_digest() -> None:
                 if isinstance(value, bool)
                 else other[type(value)]
                 if value is not None
+                else ("other",)
+                if section == "data" and name in ("only", "classes")
                 else "other"
-                if name in ("val_source", "unlabeled", "classes")
+                if name in ("val_source", "unlabeled", "classes", "memory", "extends")
                 else 5
             )
             spec = getattr(base, section).model_copy(update={name: changed})
