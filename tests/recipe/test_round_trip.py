@@ -197,7 +197,7 @@ def test_every_other_field_changes_the_digest() -> None:
                 if name in ("val_source", "unlabeled", "target", "descriptions", "memory", "extends")
                 or (section, name) == ("teacher", "classes")
                 else ("one", "other")
-                if name in ("classes", "known_classes")
+                if name in ("classes", "known_classes", "only")
                 else 5
             )
             spec = getattr(base, section).model_copy(update={name: changed})
