@@ -40,7 +40,7 @@ def _commands() -> Iterator[tuple[str, list[str]]]:
     for name, text in TEXTS.items():
         for block in _blocks(text, "bash"):
             for line in block.replace("\\\n", " ").splitlines():
-                for part in re.split(r"&&|\|", line.partition(" #")[0]):
+                for part in re.split(r"&&| \| ", line.partition(" #")[0]):
                     words = [word for word in shlex.split(part) if word != "..."]
                     start = next((i for i, word in enumerate(words) if word in ("remap", "remap_cli")), None)
                     if start is not None and (start == 0 or words[start - 1] == "-m" or "=" in words[start - 1]):

@@ -79,7 +79,7 @@ def run(
     main = accelerator().is_main_process
     with run_dir.held() if main else nullcontext(), track_status(run_dir, resuming) as clock, ExitStack() as locks:
         heard = locks.enter_context(called(callbacks, recipe, run_dir, clock))
-        _require_checkpoints(run_dir, resuming)
+        _require_checkpoints(recipe, run_dir, resuming)
 
         # The steps of this run and of its baseline, which has as many.
         own = shared.training_steps(recipe)
@@ -322,9 +322,9 @@ def _choose_losses(
     return recipe
 
 
-def _require_checkpoints(run_dir: RunDir, resuming: bool) -> None:
+def _require_checkpoints(recipe: Recipe, run_dir: RunDir, resuming: bool) -> None:
     """A run that was trained before must not start from its beginning without a word."""
-    by_steps = run_dir.recipe().train.fit == "gradient"
+    by_steps = recipe.train.fit == "gradient"
     if by_steps and resuming and (run_dir.path / "metrics.jsonl").is_file() and not has_checkpoint(run_dir.checkpoint):
         raise RunError(
             f"the checkpoints of {run_dir.path} are gone; it had been trained for {len(run_dir.metrics())} epochs",

@@ -89,7 +89,7 @@ def test_a_path_is_read_by_the_source_that_recognises_it(greys: None, tmp_path: 
     assert isinstance(find_source(str(tmp_path / "a.list")), Lists)
     assert isinstance(find_source(str(tmp_path / "digits")), ClassFolders)
     with pytest.raises(
-        MissingData, match="digits, csv:, vtab:, parquet:, hf:, webdataset:, torchvision:, greys, a folder of"
+        MissingData, match="digits, drawings, csv:, vtab:, parquet:, hf:, webdataset:, torchvision:, greys, a folder of"
     ):
         find_source(str(tmp_path / "nowhere"))
 
