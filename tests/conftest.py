@@ -187,6 +187,12 @@ def watch() -> type[Watch]:
 
 
 @pytest.fixture
+def two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher's outputs are computed apart from the features that its head is fitted on."""
+    monkeypatch.setattr("remap.pipeline.components.run_once", lambda *_arguments, **_named: None)
+
+
+@pytest.fixture
 def largest_difference() -> Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], float]:
     """Over two sets of tensors of the same names."""
 

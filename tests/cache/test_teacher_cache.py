@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from remap.cache import teacher_cache
+from remap.cache import passes, teacher_cache
 from remap.cache.passes import run_in_passes
 from remap.data import batches
 from remap.data.fingerprint import Contents
@@ -72,6 +72,7 @@ def test_passes_have_one_size_and_rows_stay_in_order(shape: tuple[int, ...], cou
     assert torch.equal(made["twice"], rows * 2) and set(sizes) == {4}
 
 
+@pytest.mark.usefixtures("two_passes")
 def test_outputs_are_computed_in_parts_where_memory_runs_out(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest_difference: Callable[..., float]
 ) -> None:
@@ -91,12 +92,13 @@ def test_outputs_are_computed_in_parts_where_memory_runs_out(
     assert sizes[:4] == [1, 8, 4, 2] and set(sizes[4:]) == {2}, "halved until it fits, and kept at that"
     assert largest_difference(plain.student.tensors, parts.student.tensors) < 1e-4
 
-    monkeypatch.setattr(teacher_cache, "is_sharded", lambda network: True)
+    monkeypatch.setattr(passes, "is_sharded", lambda network: True)
     monkeypatch.setattr(Teacher, "items", short)
     with pytest.raises(Exception, match="out of memory"):
         start(tiny.recipe(), tmp_path / "sharded")
 
 
+@pytest.mark.usefixtures("two_passes")
 def test_an_image_that_had_no_outputs_is_no_lesson_without_them(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest_difference: Callable[..., float]
 ) -> None:
@@ -144,10 +146,10 @@ def test_what_the_machine_lacks_is_no_fault_of_an_image(
 
         opened(contents, replace(split, read=read), workers)
 
-    def short_of_memory(source: Any, plan: Any, epoch: int, indices: Any, partners: Any) -> Any:
-        if len(indices) > 4:
+    def short_of_memory(source: Any, plan: Any, epoch: int, pair: Any) -> Any:
+        if len(pair[0]) > 4:
             raise MemoryError("Unable to allocate 3.00 MiB for an array")
-        return made(source, plan, epoch, indices, partners)
+        return made(source, plan, epoch, pair)
 
     if place == "bytes":
         monkeypatch.setattr(Contents, "__init__", short_of_files)

@@ -181,7 +181,10 @@ def test_refusals(tree: Tree, files: dict[str, int | bytes | None], expected: st
 def test_no_such_place(tmp_path: Path) -> None:
     text = refusal(tmp_path / "nowhere")
     words = " ".join(text.split())
-    assert "no such data" in words and "digits, drawings, csv:, vtab:, parquet:, hf:, webdataset:, torchvision:, a" in words
+    assert (
+        "no such data" in words
+        and "digits, drawings, csv:, vtab:, parquet:, hf:, webdataset:, torchvision:, a" in words
+    )
     hint = "relative paths start at the current folder"
     assert hint not in text and hint in refusal(Path("nowhere-at-all"))
 

@@ -38,6 +38,7 @@ def test_kept_teacher_outputs_train_the_student_of_an_online_teacher(
     assert kept.summary["final_losses"] == online.summary["final_losses"]
 
 
+@pytest.mark.usefixtures("two_passes")
 def test_kept_outputs_are_worth_it(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """24 images, batches of 8: three teacher batches once (and one to size memory), or one in each of six steps."""
     from remap.remapping.objective import Objective
@@ -115,7 +116,7 @@ def test_the_dry_run_counts_the_disk_that_the_run_asks_for(
         if not name.startswith("optimizer/step/") and name.partition("/")[0] in sizes:
             sizes[name.partition("/")[0]] += tensor.nbytes
     expected = 3 * sum(sizes.values()) + sizes["parameter"]
-    assert asked == [said["run_bytes"]] == [expected]
+    assert max(asked) == said["run_bytes"] == expected  # the stored head of a teacher is small
     assert said["disk_bytes"] >= expected > said["task_bytes"]
 
 

@@ -246,6 +246,7 @@ def test_a_full_disk_does_not_hide_the_fault(tiny: Any, tmp_path: Path, monkeypa
     assert "could not be saved: no room" in str(caught.value)
 
 
+@pytest.mark.usefixtures("two_passes")
 def test_outputs_that_are_not_finite_are_not_kept(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither in memory nor on disk, where every later run would read them."""
     items = Teacher.items
