@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from remap.cache import passes, teacher_cache
+from remap.cache import passes
 from remap.cache.passes import run_in_passes
 from remap.data import batches
 from remap.data.fingerprint import Contents
