@@ -141,11 +141,11 @@ def require_comparable(recipe: Recipe, methods: Sequence[str]) -> None:
 
 
 @contextmanager
-def resumable(output: Path) -> Iterator[None]:
-    """Say of an interruption how the comparison goes on."""
+def resumable(output: Path, command: str = "compare") -> Iterator[None]:
+    """Say of an interruption how a command with several runs is resumed."""
     try:
         yield
     except Interrupted as error:
-        command = f"remap compare ... --output {shlex.quote(str(output))}"
-        do = f"resume with the options it was started with: {command}; finished runs are not run again"
+        line = f"remap {command} ... --output {shlex.quote(str(output))}"
+        do = f"resume with the options it was started with: {line}; finished runs are not run again"
         raise Interrupted(error.what, exit_code=error.exit_code, do=do, at_once=error.at_once) from error

@@ -40,7 +40,7 @@ def fit_at_once(components: RunComponents, tracker: RunTracker, shared: SharedRe
     """Fit the student's classifier by the recipe's ``train.fit``, and write the statistics beside the run.
 
     Of a run that is extended, its statistics are added; where it has none, they are computed from its images. The
-    penalty, and the scale of the logits, are chosen on a fifth of this session's training images; then all count.
+    penalty, and the scale of the logits, are chosen on a fifth of the new training images; then all count.
 
     Raises:
         MissingData: Statistics of an earlier session are missing, and so are its images.

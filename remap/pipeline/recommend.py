@@ -4,7 +4,7 @@ Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943): all methods 
 better half for a quarter, the better half of those for all. The evaluation images are not looked at.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from remap.errors import Interrupted, RecipeError, RunError
+from remap.errors import RecipeError, RunError
 from remap.io import atomic_write, links
-from remap.pipeline.compare import require_comparable
+from remap.pipeline.compare import require_comparable, resumable
 from remap.pipeline.comparison_budget import of_length, read_budget, trained_parameters, with_epochs, within_parameters
 from remap.pipeline.comparison_cells import DEFAULT_METHODS, Cell, comparison_cells, split_word
 from remap.pipeline.comparison_folder import TEACHER, claim, fingerprint_of, is_done
@@ -25,7 +25,7 @@ from remap.pipeline.run import run
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_tuning import open_or_create
 from remap.progress import Progress, Within
-from remap.recipe.schema import Recipe
+from remap.recipe.schema import DataSpec, Recipe
 from remap.runs.answers import read_evidence
 from remap.runs.interval import paired, wilson
 from remap.runs.run_dir import RunDir
@@ -79,17 +79,14 @@ def recommend(
     candidates = _candidates(cells, classes, left_out)
     claim(output, recipe)
     epochs = sorted({max(1, round(share * recipe.train.epochs)) for share in ROUNDS})
-    left = candidates
-    try:
+    left, held_by = candidates, cache(partial(fingerprint_of, progress=progress))
+    with resumable(output, "recommend"):
         for number, count in enumerate(epochs, 1):
             progress.say(f"round {number}/{len(epochs)}: {len(left)} methods, {count} epochs each")
             for candidate in left:
-                _try(candidate, count, output / f"round-{number}", shared, progress)
+                _try(candidate, count, output / f"round-{number}", shared, held_by, progress)
             left = sorted(left, key=lambda one: (-one.accuracies[-1], one.parameters))
             left = left[: max(FEWEST, (len(left) + 1) // 2)] if number < len(epochs) else left
-    except Interrupted as error:
-        do = "resume with the options it was started with; finished trials are not run again"
-        raise Interrupted(error.what, exit_code=error.exit_code, do=do, at_once=error.at_once) from error
     found = ranked(candidates, epochs) | {
         "recipe": recipe.name,
         "output": str(output),
@@ -118,11 +115,18 @@ def _candidates(cells: Sequence[Cell], classes: int, left_out: dict[str, str]) -
     return found
 
 
-def _try(candidate: Candidate, epochs: int, folder: Path, shared: SharedResources, progress: Progress) -> None:
+def _try(
+    candidate: Candidate,
+    epochs: int,
+    folder: Path,
+    shared: SharedResources,
+    held_by: Callable[[DataSpec], str],
+    progress: Progress,
+) -> None:
     cell = replace(candidate.cell, recipe=held_out(of_length(candidate.cell.recipe, epochs)))
     path = folder / cell.name
     links.require_no_link(path)
-    if not is_done(path, cell, cache(partial(fingerprint_of, progress=progress))):
+    if not is_done(path, cell, held_by):
         run(cell.recipe, open_or_create(path, cell.recipe), Within(progress, cell.label), shared, resuming=True)
     summary, evidence = RunDir.open(path).summary(), read_evidence(path)
     if evidence is None:

@@ -106,7 +106,7 @@ def measure_sessions(
     """Return what the student answers on the evaluation images of each session, and the figures of the whole chain.
 
     Args:
-        before: The accuracy on this session's images before it was learned.
+        before: The accuracy on the new images before they were learned.
         own: What the student answers on them.
 
     Returns:

@@ -48,7 +48,10 @@ def _auto(recipe: Recipe, folder: Path, progress: Progress) -> None:
 def test_a_weak_teacher_is_found_before_anything_is_trained(
     tiny: Any, noise: str, tmp_path: Path, watch: Callable[..., Any], command: Callable[..., None]
 ) -> None:
-    """Twelve images: the message says that they are few, and gives the interval."""
+    """Twelve images: the message says that they are few, and gives the interval.
+
+    The head that was fitted may be cached; no outputs are, and nothing is trained.
+    """
     progress = watch(lambda done: None)
     with pytest.raises(
         TrainingError, match=r"on 12 evaluation images is \d+\.\d % \(.*not clearly above chance"

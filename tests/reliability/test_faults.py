@@ -23,6 +23,7 @@ from remap.engine.teacher import Teacher
 from remap.engine.training import Training
 from remap.errors import DiskFull, TrainingError
 from remap.network import Runner
+from remap.pipeline import one_pass
 from remap.pipeline.run import resume, start
 from remap.remapping.objective import Objective
 from remap.runs.run_dir import RunDir
@@ -246,10 +247,14 @@ def test_a_full_disk_does_not_hide_the_fault(tiny: Any, tmp_path: Path, monkeypa
     assert "could not be saved: no room" in str(caught.value)
 
 
-@pytest.mark.usefixtures("two_passes")
-def test_outputs_that_are_not_finite_are_not_kept(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither in memory nor on disk, where every later run would read them."""
-    items = Teacher.items
+@pytest.mark.parametrize("kind", [Teacher, one_pass._Headless])
+def test_outputs_that_are_not_finite_are_not_kept(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, kind: type[Teacher]
+) -> None:
+    """Neither in memory nor on disk, where every later run would read them; nor is a head fitted on such features."""
+    if kind is Teacher:
+        request.getfixturevalue("two_passes")
+    items = kind.items
 
     def poisoned(teacher: Teacher, images: Tensor) -> dict[str, Tensor]:
         found = items(teacher, images)
@@ -257,7 +262,7 @@ def test_outputs_that_are_not_finite_are_not_kept(tiny: Any, tmp_path: Path, mon
             next(iter(found.values()))[2, 0] = NAN
         return found
 
-    monkeypatch.setattr(Teacher, "items", poisoned)
+    monkeypatch.setattr(kind, "items", poisoned)
     monkeypatch.setenv("REMAP_CACHE", str(tmp_path / "cache"))
     for place in ("memory", "disk"):
         with pytest.raises(TrainingError, match="is not finite for 1 image") as caught:
