@@ -58,7 +58,7 @@ def test_advice_can_be_pasted(tiny: Any, tmp_path: Path, monkeypatch: pytest.Mon
         raise Interrupted("stopped", exit_code=143)
 
     folder = tmp_path / "a; touch made"
-    monkeypatch.setattr("remap.pipeline.run.run", stopped)
+    monkeypatch.setattr("remap.pipeline.comparison_workers.run", stopped)
     with pytest.raises(Interrupted) as caught:
         compare(tiny.recipe(method="bitfit", losses="ce,kd"), ["bitfit"], 1, folder, Silent())
     assert f"remap compare ... --output {shlex.quote(str(folder))};" in (caught.value.do or "")
