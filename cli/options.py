@@ -136,7 +136,7 @@ RECIPE_OPTIONS = (
         "templates", str, _ALL, "one", "Sentences around the words: one, clip (its 80), or a file of lines with {}."
     ),
     _models("weights", str, _ALL, "pretrained", "For teacher and student: pretrained or none."),
-    _training("epochs", int, _LONG, "30; digits 20", "Passes over the training images."),
+    _training("epochs", int, _LONG, "30; digits 10", "Passes over the training images."),
     _training("batch_size", int, _ALL, "64; digits 32", "Images per update, over all processes."),
     _training("lr", float, _RUNS, "the method's own, by the student's width", "Peak learning rate."),
     _training("seed", int, _ALL, "0", "Decides every random choice."),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import drawings
+import first_run
 import first_steps
 import llms
 import pytest
@@ -28,6 +29,10 @@ def test_the_page_is_up_to_date(name: str) -> None:
 
 def test_the_options_that_listings_show_are_those_of_the_classes() -> None:
     assert TABLE.read_text(encoding="utf-8") == options(), "run `python tools/reference_pages.py`"
+
+
+def test_the_pages_give_the_figures_of_the_first_run() -> None:
+    assert not first_run.problems(json.loads(first_run.FIGURES.read_text()))
 
 
 def test_the_drawings_are_up_to_date() -> None:

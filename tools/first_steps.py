@@ -19,7 +19,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "first_steps.ipynb"
 CELLS = [
     """# First steps
 
-A small vision transformer learns scanned digits from a larger one. 100 of the 1,000 training digits have a label: the
+A small vision transformer learns scanned digits from a larger one. 200 of the 1,000 training digits have a label: the
 teacher is tuned on those, and the student learns from its answers for all 1,000, while 2.5 % of it is trained. All that
 is needed is in the package. Written by `tools/first_steps.py`; the outputs are those of a real run on one CPU core,
 shortened to three epochs of the student.""",

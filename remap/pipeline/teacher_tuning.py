@@ -171,7 +171,10 @@ def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
     # The teacher's rate and warm-up belong to its method, not to the student's.
     own = {"lr": spec.lr, "base_lr": None, "warmup_epochs": None, "optimizer": "adamw", "track": ()}
     own |= {"checkpoint_blocks": False}  # which its blocks may not allow, and only the student's memory asks for
-    train = recipe.train.model_copy(update={"epochs": spec.epochs or recipe.train.epochs, **own})
+    epochs = spec.epochs or recipe.train.epochs
+    if not recipe.train.selects:  # evaluated as many times as its student: the figures between serve the eye alone
+        own["eval_every"] = -(-recipe.train.eval_every * epochs // recipe.train.epochs)
+    train = recipe.train.model_copy(update={"epochs": epochs, **own})
     shared = ("model", "weights", "preset", "image_size")
     held_out = HELD_OUT if spec.calibrate else recipe.data.held_out
     return recipe.model_copy(

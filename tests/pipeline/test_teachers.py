@@ -213,6 +213,14 @@ def test_a_teacher_is_tuned_with_its_own_readout(tiny: Any) -> None:
     assert (student.model, student.weights, student.preset) == (recipe.teacher.model, "none", "mae")
 
 
+@pytest.mark.parametrize(("keep", "every"), [("last", 20), ("best", 5)])
+def test_a_teacher_is_evaluated_as_many_times_as_its_student(tiny: Any, keep: str, every: int) -> None:
+    """40 epochs beside 10 that are evaluated every 5; each evaluation counts where one of them is chosen."""
+    settings = ("train.epochs=10", "train.eval_every=5", f"train.keep={keep}")
+    recipe = tiny.recipe("teacher.prepare=full", "teacher.epochs=40", *settings)
+    assert teacher_recipe(recipe, recipe.teacher).train.eval_every == every
+
+
 def test_a_combination_prepares_a_teacher_and_the_dry_run_counts_it(tiny: Any, tmp_path: Path) -> None:
     recipe = tiny.recipe("teacher.prepare=lora+bitfit", "teacher.allow_weak=true", "train.epochs=1")
     preparing = {"lora+bitfit": estimate(recipe, Silent())["estimate"]}
