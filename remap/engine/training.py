@@ -52,7 +52,8 @@ class Training:
         self.module = StudentStep(job.student, job.objective, bf16=job.bf16).to(self.accelerator.device)
         self.parameters = job.parameters()
         # Projectors of the objective, and what teachers train, go with the student's parameters.
-        extra = [(name, p) for name, p in self.parameters.items() if name not in job.student.trained]
+        trained = job.student.trained
+        extra = [(name, p) for name, p in self.parameters.items() if name not in trained]
         self.optimizer = make_optimizer(job.student, extra, job.peak_lr, self.spec.weight_decay, self.spec.optimizer)
         self.average: Average | None = None
         self._average: dict[str, Tensor] = {}

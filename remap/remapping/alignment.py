@@ -141,8 +141,8 @@ class Resize:
         return torch.cat([tokens_xSD[..., :split, :], patches], dim=-2)
 
     def _matrix(self, like: Tensor) -> Tensor:
-        """Return ``_make_matrix`` for a tensor, kept but where a program is exported: tensors hold no numbers there."""
-        make = _make_matrix.__wrapped__ if torch.compiler.is_exporting() else _make_matrix
+        """Return ``_make_matrix`` for a tensor, kept but where a program is traced: tensors hold no numbers there."""
+        make = _make_matrix.__wrapped__ if torch.compiler.is_compiling() else _make_matrix
         return make(self.source, self.target, self.interpolation, like.device, like.dtype)
 
 

@@ -307,13 +307,14 @@ def task_tensors(network: Network) -> dict[str, Tensor]:
 def _put(network: Network, tensors: dict[str, Tensor], folder: Path) -> None:
     require_finite(network, tensors, folder)
     head = {name: tensor for name, tensor in tensors.items() if network.anatomy.is_head(name)}
-    backbone = {name: p for name, p in network.model.named_parameters() if name not in network.tensors}
+    own = network.tensors
+    backbone = {name: p for name, p in network.model.named_parameters() if name not in own}
     if network.identity.weights != "none":
         backbone = {}
     network.attached.load({name: t for name, t in tensors.items() if name not in head and name not in backbone})
     if {name: p.shape for name, p in backbone.items()} != {n: tensors[n].shape for n in backbone if n in tensors}:
         raise RunError(f"the backbone in {folder} does not fit {network.identity.model}")
-    classifier = {name: tensor for name, tensor in network.tensors.items() if network.anatomy.is_head(name)}
+    classifier = {name: tensor for name, tensor in own.items() if network.anatomy.is_head(name)}
     wanted = {name: tensor.shape for name, tensor in classifier.items()}
     if wanted != {name: tensor.shape for name, tensor in head.items()}:
         raise RunError(f"the classifier in {folder} does not fit the backbone")

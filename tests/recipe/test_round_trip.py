@@ -198,6 +198,8 @@ def test_every_other_field_changes_the_digest() -> None:
                 or (section, name) == ("teacher", "classes")
                 else ("one", "other")
                 if name in ("classes", "known_classes", "only")
+                else [0.0, 5.0]
+                if name == "value_range"
                 else 5
             )
             spec = getattr(base, section).model_copy(update={name: changed})

@@ -50,13 +50,15 @@ def test_other_threads_are_named_before_and_after(tiny: Any, tmp_path: Path, wat
 
 @pytest.mark.guarantee(23)
 def test_a_run_of_two_processes_is_repeated_by_two(
-    tiny: Any, tmp_path: Path, start_process: Callable[..., subprocess.Popen], figure: Callable[..., None]
+    tiny: Any,
+    tmp_path: Path,
+    fork_command: Callable[..., Any],
+    start_process: Callable[..., subprocess.Popen],
+    figure: Callable[..., None],
 ) -> None:
     """Without being told how many: the run's summary says so."""
     run = tmp_path / "run"
-    first = start_process("remap_cli", "distill", *tiny.arguments(*SETTINGS), "--devices=2", f"--output={run}")
-    _, errors = first.communicate(timeout=120)
-    assert first.returncode == 0, errors
+    fork_command("remap_cli", "distill", *tiny.arguments(*SETTINGS), f"--output={run}", count=2).end()
     again = start_process("remap_cli", "repeat", str(run), "--json")
     output, errors = again.communicate(timeout=120)
     assert again.returncode == 0, errors

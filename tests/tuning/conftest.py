@@ -179,10 +179,10 @@ def tools() -> SimpleNamespace:
     )
 
 
-def _traced_depth(method: str) -> int:
+def _traced_depth(method: str, variant: str) -> int:
     """Tracing takes as long as a network is deep. What changes layers one by one needs one block; tokens, side
-    networks and adapters may pass something from block to block."""
-    return 1 if METHODS.row(method).category == "parameter" else 2
+    networks and adapters may pass something from block to block, or from stage to stage where there are stages."""
+    return 1 if METHODS.row(method).category == "parameter" or "depth" not in VARIANTS[variant].options else 2
 
 
 def _images(batch: int = 2, seed: int = 7) -> Tensor:

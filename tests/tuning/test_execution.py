@@ -72,7 +72,7 @@ def test_compiled_model_gives_equal_output(
 ) -> None:
     """In one graph: a hook that dynamo cannot trace would break it."""
     torch._dynamo.reset()
-    depth = tools.traced_depth(compiled_pair.method)
+    depth = tools.traced_depth(compiled_pair.method, compiled_pair.variant)
     attached = attach(compiled_pair.method, build(compiled_pair.variant, depth=depth))
     tools.shake(attached)
     compiled = torch.compile(attached.model, backend="eager", fullgraph=compiled_pair.method not in IN_PIECES)
@@ -90,7 +90,7 @@ def test_compiled_blocks_give_equal_gradients(
     found = []
     for compiled in (False, True):
         torch._dynamo.reset()
-        attached = attach(method, build(variant, depth=tools.traced_depth(method)))
+        attached = attach(method, build(variant, depth=tools.traced_depth(method, variant)))
         tools.shake(attached)
         if compiled:
             for block in attached.anatomy.blocks:

@@ -90,9 +90,8 @@ class AttentionCopy(Method):
                 norm = f"{block.attn}.norm"
                 reader = norm if norm in block.norms else block.proj
                 edits.before(reader, partial(maps.replace, index, block.heads), first=True)
-            if index + 1 < anatomy.depth:
-                handle = edits.after(block.block, maps.leave)
-                maps.late.append((module_at(model, block.block), handle.id))
+            handle = edits.after(block.block, maps.leave)
+            maps.late.append((module_at(model, block.block), handle.id))
         return replace(tuned, edits=edits, identity_at_init=False)
 
 
