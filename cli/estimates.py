@@ -97,4 +97,4 @@ def _terms(found: dict[str, Any]) -> None:
         wrap=(6,),
     )
     if any(term["blocks"] for term in found["terms"]):
-        console.line("Blocks count from 0; the number of blocks stands for what is behind the final norm.")
+        console.line("Blocks are counted from 0; the number after the last block is the output of the final norm.")

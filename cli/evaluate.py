@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from remap.runs.interval import with_interval
-from remap.runs.summary_schema import METRICS
+from remap.runs.summary_schema import metrics_in_words
 from remap_cli import console, launch
 from remap_cli import options as opt
 
@@ -38,6 +38,7 @@ def _show(run: Path, found: dict[str, Any]) -> None:
     ]
     rows.append(["all", found["images"], with_interval(found["accuracy"], found["images"])])
     console.table(f"{run} on {found['data']}", ["class", "images", "accuracy"], rows, right=(1, 2))
-    console.line(", ".join(f"{METRICS[name]} {value:.1%}" for name, value in found["metrics"].items()))
+    metrics = metrics_in_words(found["metrics"], len(found["classes"]))
+    console.line(", ".join(f"{words} {value:.1%}" for words, value in metrics.items()))
     for name, reason in found["skipped"]:
         console.note(f"skipped: {name} ({reason})")

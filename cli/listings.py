@@ -175,11 +175,11 @@ def _families(json: bool) -> None:
         return
     rows = [{"name": row.name, "category": CATEGORIES[row.category], **support[row.name]} for row in METHODS]
     columns: Columns = {"method": itemgetter("name")} | {family: _fits(family) for family in FAMILIES.names}
-    _list("Which method fits which family", rows, columns)
-    console.line("\n".join(f"{row.name:9}{row.summary}: {row.examples}" for row in FAMILIES))
-    console.line(
-        "Every yes is a run of the conformance suite (tests/tuning); every - is an error that names a method that fits."
-    )
+    if console.out.width < WIDE:
+        columns = {"method": itemgetter("name"), "fits": lambda row: ", ".join(filter(row.get, FAMILIES.names))}
+    _list("Which method fits which family", rows, columns, wrap=("fits",))
+    console.line("\n".join(f"{row.name:10}{row.summary}: {row.examples}" for row in FAMILIES))
+    console.line("The conformance suite (tests/tuning) runs all that fit; any other pair is an error that names one.")
 
 
 def _fits(family: str) -> Callable[[Row], str]:

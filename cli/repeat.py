@@ -32,8 +32,9 @@ def repeat(
 ) -> None:
     """Run a finished run's recipe again and compare, bit for bit.
 
-    Starts as many processes as the run had. Exit code 0: equal. 4: it ran, and something differs. 2: it could not be
-    repeated.
+    Starts as many processes as the run had.
+
+    Exit code 0: equal. 2: it could not be repeated. 4: it ran, and something differs.
     """
     if not launch.has_launcher():
         _take_threads_of(expanded(run))

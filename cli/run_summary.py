@@ -24,9 +24,10 @@ def announce(recipe: "Recipe", progress: console.Reporter) -> None:
         progress.say(f"{role:8} {word}{_meaning(word, SHORT_NAMES)}{weight}")
     shipped = [word for _, word, _ in [*teachers, ("", recipe.student.model, "")] if word.startswith("mini_")]
     if shipped and recipe.data.source != "digits":
+        larger = "--teacher vit_large --student vit_small" if teachers else "--student vit_small"
         progress.say(
             f"note: {' and '.join(dict.fromkeys(shipped))}: shipped to try things out, trained on images of 32 pixels"
-            " (CIFAR-10); for your own photographs name larger models: --teacher vit_large --student vit_small"
+            f" (CIFAR-10); for your own photographs name larger models: {larger}"
         )
     losses = ", ".join(f"{loss.name} x {loss.weight:g}" for loss in recipe.losses or ())
     chosen = "chosen by trials (auto)" if recipe.choose_losses else losses

@@ -32,8 +32,9 @@ def add(
     from remap.tasks.shelf import Shelf
 
     named = [run.partition("=") for run in runs]
-    if not all(name and path for name, _, path in named):
-        raise RecipeError(["tasks are given as NAME=RUN"], "command line")
+    wrong = [f"a task is given as NAME=RUN, got {''.join(task)!r}" for task in named if not all(task)]
+    if wrong:
+        raise RecipeError(wrong, "command line")
     for name, _, path in named:
         Shelf.with_task(shelf, name, path)
     _show(shelf, _open(shelf).rows())

@@ -15,7 +15,7 @@ from remap.io.paths import path_problem
 
 # What ``replace_file`` writes before it renames.
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
-_ELSEWHERE = "choose another --output, or make this folder writable"
+_ELSEWHERE = "choose another path, in a folder that exists and can be written"
 
 
 def replace_file(path: Path, data: bytes) -> None:

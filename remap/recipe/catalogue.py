@@ -56,7 +56,9 @@ def find(word: str, *, suite: bool = False) -> Path:
     if word in shipped:
         return folder() / f"{word}.yaml"
     raise RecipeError(
-        [f"no shipped {what} of that name{did_you_mean(word, shipped)} (shipped: {', '.join(shipped)})"], word
+        [f"no shipped {what} of that name{did_you_mean(word, shipped)} (shipped: {', '.join(shipped)})"],
+        word,
+        do="take one of these, or name a file that ends in .yaml",
     )
 
 

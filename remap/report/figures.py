@@ -187,7 +187,7 @@ def reliability(name: str, bins: Sequence[tuple[float, float, int]]) -> Drawing:
 
 
 def blocks(name: str, pairs: Mapping[str, Sequence[tuple[int, int]]], student: int, teacher: int) -> Drawing:
-    """Draw which teacher block taught which student block; blocks are counted from 1."""
+    """Draw which teacher block taught which student block; blocks are counted from 0."""
 
     def paint(axes: Axes) -> None:
         for number, (loss, chosen) in enumerate(pairs.items()):
@@ -201,7 +201,7 @@ def blocks(name: str, pairs: Mapping[str, Sequence[tuple[int, int]]], student: i
                 x = (block + 0.5) / (depth + 1)
                 axes.scatter([x], [height], s=60, color=COLOURS["surface"], edgecolor=COLOURS["muted"], zorder=3)
                 if block == depth or block % step == 0:
-                    text = "norm" if block == depth else str(block + 1)
+                    text = "norm" if block == depth else str(block)
                     axes.text(x, height + (0.14 if height else -0.14), text, ha="center", va="center", fontsize=9)
             axes.text(-0.02, height, who, ha="right", va="center", color=COLOURS["muted"])
         axes.set_xlim(-0.16, 1)

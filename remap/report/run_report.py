@@ -17,7 +17,7 @@ from remap.runs.answers import read_evidence
 from remap.runs.interval import difference, wilson, with_interval
 from remap.runs.run_dir import RunDir
 from remap.runs.session_figures import FIGURES
-from remap.runs.summary_schema import METRICS, choice_in_words, summary_problem
+from remap.runs.summary_schema import choice_in_words, metrics_in_words, summary_problem
 
 # Above it, a matrix is no longer read, and the pairs that are most confused are listed.
 MOST_CLASSES_IN_MATRIX = 20
@@ -145,8 +145,8 @@ def _compared(ours: float, theirs: float, images: int, who: str) -> str:
     """Return how a share compares with another one, and whether so few images can tell them apart."""
     low, high = difference(ours, theirs, images)
     gap = 100 * (ours - theirs)
-    side = "better than" if gap > 0 else "below"
-    text = f"It is {abs(gap):.1f} points {side} {who} ({percent(theirs)})"
+    side = f"{abs(gap):.1f} points {'better than' if gap > 0 else 'below'}" if gap else "as often right as"
+    text = f"It is {side} {who} ({percent(theirs)})"
     if low <= 0 <= high:
         return text + f": {images:,} images do not tell the two apart."
     return text + "."
@@ -171,8 +171,8 @@ def _bars(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _tiles(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    found = summary["student"].get("metrics", {})
-    tiles = [(words, percent(found[name])) for name, words in METRICS.items() if name in found]
+    found = metrics_in_words(summary["student"].get("metrics", {}), summary["data"]["classes"])
+    tiles = [(words, percent(share)) for words, share in found.items()]
     return [*tiles, ("saved size of the task", size(summary["student"]["task_bytes"]))]
 
 

@@ -19,6 +19,11 @@ METRICS = {
 }
 
 
+def metrics_in_words(metrics: Mapping[str, float], classes: int) -> dict[str, float]:
+    """Return the metrics to show by their words; of five classes or fewer, any label is among the first five."""
+    return {words: metrics[key] for key, words in METRICS.items() if key in metrics and (key != "top5" or classes > 5)}
+
+
 def _is_word(value: object) -> bool:
     return isinstance(value, str)
 
@@ -33,7 +38,7 @@ _SUMMARY: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("run_dir", "method", "data.source"), _is_word),
     **dict.fromkeys(("seconds", "train_seconds", "learning_rate"), is_number),
     "student.accuracy": _is_share,
-    **dict.fromkeys(("data.train_images", "data.labeled_images", "data.val_images"), is_count),
+    **dict.fromkeys(("data.classes", "data.train_images", "data.labeled_images", "data.val_images"), is_count),
     **dict.fromkeys(("student.trainable_parameters", "student.task_bytes"), is_count),
     "student.total_parameters": lambda value: is_count(value) and value != 0,
 }

@@ -145,6 +145,10 @@ def read_meta(folder: Path) -> TaskMeta:
         RunError: task.json is missing, damaged or of another version.
     """
     path = folder / "task.json"
+    if not any(os.path.lexists(folder / name) for name in ("task.json", "task.safetensors")):
+        given = "it has neither recipe.yaml nor task.json" if os.path.isdir(folder) else "no such folder"
+        what = f"{plain(str(folder))} is not a run directory or task folder"
+        raise RunError(what, given=given, do="see `ls runs`")
     try:
         values, sealed = parse_sealed(read_regular(path, _most_bytes(folder)))
     except (OSError, ValueError) as error:

@@ -114,6 +114,16 @@ def test_a_narrow_terminal_gets_no_formulas(
     assert any(line.split()[:1] == ["vpt_deep"] and "2203.12119" in line for line in lines)
 
 
+def test_a_narrow_terminal_names_the_families_of_a_method(
+    remap: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column for each of the eleven families needs more than 80 characters."""
+    monkeypatch.setattr(console.out, "width", 80)
+    lines = remap("methods", "--families").stdout.splitlines()
+    fits = [name for name in FAMILIES.names if METHODS.row("vpt_deep").fits(FAMILIES.row(name).parts)]
+    assert ["vpt_deep", *", ".join(fits).split()] in [line.split() for line in lines]
+
+
 def test_models_are_listed_with_what_they_can_do(remap: Callable[..., Result], run_json: Callable[..., dict]) -> None:
     found = {row["name"]: row for row in run_json("models", "swin")["timm"]}
     assert found["swin_tiny_patch4_window7_224.ms_in22k"]["family"] == "swin"

@@ -100,6 +100,20 @@ def test_what_is_not_there_is_named_and_a_run_that_began_says_failed(
         assert status["status"] == "failed" and all(part in status["message"] for part in parts)
 
 
+@pytest.mark.parametrize(("name", "given"), [("absent", "no such folder"), (".", "it has neither recipe.yaml nor")])
+@pytest.mark.parametrize("command", ["predict RUN photo.png", "export RUN --to onnx", "tasks add shelf name=RUN"])
+def test_what_is_not_a_run_is_named_by_what_was_given(
+    remap: Callable[..., Result], command: str, name: str, given: str, tmp_path: Path
+) -> None:
+    result = remap(*command.replace("RUN", name).split())
+    assert result.exit_code == 2 and f"{name} is not a run directory or task folder" in result.message
+    assert f"given:   {given}" in result.message and list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_that_is_not_shipped_says_how_a_file_is_named(remap: Callable[..., Result]) -> None:
+    assert "name a file that ends in .yaml" in remap("recipes", "validate", ".").message
+
+
 def test_all_mistakes_come_at_once(remap: Callable[..., Result]) -> None:
     result = remap("distill", "--method", "vpt_dep", "--losses", "ce,kdd", "--set", "data.augment=flip", "--set", "foo")
     assert "4 problems" in result.message

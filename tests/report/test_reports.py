@@ -125,6 +125,21 @@ def test_a_run_in_one_page(run: RunDir) -> None:
     assert drawn >= {"confusion", "reliability", "blocks", "curve-accuracy"}
 
 
+def test_equal_shares_and_few_classes_say_nothing_empty(run: RunDir) -> None:
+    """Any label is among the first five of three classes; a difference of nothing has no side."""
+    edit(run.path / "summary.json", lambda found: found.update(baseline={"accuracy": found["student"]["accuracy"]}))
+    text = Page(report_run(run, pngs=False)).text
+    assert "It is as often right as the same student without a teacher" in text
+    assert "balanced accuracy" in text and "among the first five" not in text
+
+
+def test_blocks_have_the_numbers_of_the_summary(run: RunDir) -> None:
+    """As in --dry-run and in recipes, the first block is 0."""
+    text = Page(report_run(run, pngs=False)).text
+    block = json.loads((run.path / "answers.json").read_text())["attention"]["blocks"]["student"]
+    assert "counted from 0" in text and f"student: block {block}" in text
+
+
 def test_the_worst_images_have_the_largest_losses(run: RunDir) -> None:
     found = json.loads((run.path / "answers.json").read_text())
     losses = found["student"]["losses"]
