@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy
+from remap.backbones.projected_head import exact_linear
 from remap.backbones.typed import evaluating
-from remap.errors import TrainingError
 from remap.tuning.base import Attachment, Edits, Method, Options, Sample, TrainingHooks
 from remap.tuning.seam import feature_seam
 from remap.tuning.words import classifier_of
@@ -66,7 +66,7 @@ class Votes(nn.Module):
 
     def forward(self, unit_BE: Tensor) -> Tensor:
         """Return votes (B, C)."""
-        cosines_BCS = torch.einsum("be,cse->bcs", unit_BE, self.keys.to(unit_BE.dtype))
+        cosines_BCS = exact_linear(unit_BE, self.keys.flatten(0, 1)).unflatten(1, self.keys.shape[:2])
         return self.alpha * ((self.beta * (cosines_BCS - 1)).exp() * self.counted).sum(dim=-1)
 
     def add_votes(self, head: nn.Module, args: tuple, logits_BC: Tensor) -> Tensor:
@@ -92,12 +92,7 @@ class Keys(TrainingHooks):
         self.votes.counted.zero_()
         try:
             with evaluating(self.model):
-                for images_BCHW, labels_B in sample.batches():
-                    if int(labels_B.min()) < 0:
-                        raise TrainingError(
-                            "tip_adapter takes its keys from training images with labels, and these have none",
-                            do="name labelled images (--data), or take clip_adapter",
-                        )
+                for images_BCHW, labels_B in sample.labeled("tip_adapter"):
                     self.model(images_BCHW)
                     for unit_E, label in zip(seen.pop(), labels_B.tolist(), strict=True):
                         if found[label] < shots:

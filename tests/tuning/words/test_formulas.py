@@ -184,8 +184,8 @@ def test_tcp(plain: nn.Module, tune: Tune, images: Tensor) -> None:
     close(network.attached.penalty(), 8.0 * (texts - plain.language.features_CE.double()).square().sum() / 3)
 
 
-def prompted_images(plain: nn.Module, images: Tensor, prompts: list[Tensor]) -> Tensor:
-    """Unit features (B, E) with prompts of the first blocks, whose outputs the blocks behind go on with."""
+def prompted_images(plain: nn.Module, images: Tensor, prompts: list[Tensor], *, unit: bool = True) -> Tensor:
+    """Features (B, E) with prompts of the first blocks, whose outputs the blocks behind go on with."""
     model = deepcopy(plain).double()
     x = model.norm_pre(model._pos_embed(model.patch_embed(images.double())))
     count = len(prompts[0])
@@ -195,7 +195,8 @@ def prompted_images(plain: nn.Module, images: Tensor, prompts: list[Tensor]) -> 
             own = (model.norm_pre(own) if index == 0 else own).expand(len(x), -1, -1)
             x = torch.cat([x[:, :1], own, x[:, 1 + (count if index else 0) :]], dim=1)
         x = block(x)
-    return F.normalize(model.head.proj(model.norm(x)[:, 0]), dim=-1)
+    features = model.head.proj(model.norm(x)[:, 0])
+    return F.normalize(features, dim=-1) if unit else features
 
 
 @pytest.mark.parametrize("depth", [1, 2, 9])
@@ -272,10 +273,13 @@ def test_mmrl(plain: nn.Module, tune: Tune, images: Tensor) -> None:
     close(F.cross_entropy(answer, LABELS) + network.attached.penalty(), expected)
     network.model.eval()
     close(network.model(images), 0.6 * z + 0.4 * other)
+    early = tune("mmrl", first=0).model
+    torch.testing.assert_close(early.remap_prompts.tokens(0), early.remap_prompts.maps[0](early.remap_words.space))
 
 
 def test_promptkd(build: Callable[..., Backbone], plain: nn.Module, images: Tensor) -> None:
-    # Source: equation 3 with the projector's four steps written out; batch statistics are those of the batch.
+    # Source: equation 3 with the projector's four steps written out, as the authors order them: features are not
+    # normalised in front of it. Batch statistics are those of the batch.
     backbone = build()
     theirs = F.normalize(torch.randn(3, 20), dim=-1)
     backbone.model.language.teacher = Language(
@@ -285,7 +289,7 @@ def test_promptkd(build: Callable[..., Backbone], plain: nn.Module, images: Tens
         tuned(build_with(backbone), "promptkd", {})
     network = tuned(backbone, "promptkd", {"width": 20, "depth": 2, "num_prompts": 3})
     first, norm, _, last = deepcopy(network.model.remap_promptkd.projector).double()
-    features = prompted_images(plain, images, list(network.model.remap_prompts.prompts))
+    features = prompted_images(plain, images, list(network.model.remap_prompts.prompts), unit=False)
     hidden = features @ first.weight.mT + first.bias
     hidden = (hidden - hidden.mean(0)) / (hidden.var(0, unbiased=False) + norm.eps).sqrt()
     projected = F.normalize(hidden.clamp_min(0.0) @ last.weight.mT + last.bias, dim=-1)
