@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remap.backbones.build import Backbone
-from remap.errors import BackboneError
+from remap.errors import BackboneError, TrainingError
 from remap.language.pair import Language
 from remap.network import Network, tuned
 from remap.tuning.base import Sample
@@ -322,6 +323,25 @@ def test_tip_adapter(plain: nn.Module, tune: Tune, images: Tensor) -> None:
     for index in (0, 1, 2, 3, 5):
         expected[:, labels[index]] += 1.3 * torch.exp(-2.0 * (1 - features @ keys[index]))
     close(network.model(images), expected)
+
+
+def test_tip_adapter_searches_alpha_and_beta(plain: nn.Module, tune: Tune) -> None:
+    # Source: equation 7 of each pair of the grid, one key answered by the others after the other.
+    network, shots = tune("tip_adapter", shots=4, search=True), torch.randn(12, 3, 32, 32)
+    labels = torch.arange(3).repeat(4)
+    network.attached.prepare(Sample(lambda: iter([(shots, labels)]), 3))
+    keys, best = image_features(plain, shots), (-1, 0.0, 0.0)
+    answers = plain.language.scale * keys @ plain.language.features_CE.double().mT
+    for beta in torch.linspace(0.1, 7.0, 24).tolist():
+        votes = torch.zeros(12, 3, dtype=torch.float64)
+        for own, other in permutations(range(12), 2):
+            votes[own, labels[other]] += math.exp(-beta * (1 - float(keys[own].detach() @ keys[other].detach())))
+        for alpha in torch.linspace(0.1, 3.0, 30).tolist():
+            right = int(((answers + alpha * votes).argmax(1) == labels).sum())
+            best = max(best, (right, -beta, -alpha))
+    assert network.model.remap_tip_adapter.factors.tolist() == pytest.approx([-best[2], -best[1]])
+    with pytest.raises(TrainingError, match="two training images of each class"):
+        network.attached.prepare(Sample(lambda: iter([(shots[:4], labels[:4])]), 3))
 
 
 def test_taskres(plain: nn.Module, tune: Tune, images: Tensor) -> None:
