@@ -3,6 +3,7 @@
 Letters: C classes, L positions of a text, E dimensions that images and texts share.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import replace
@@ -31,12 +32,12 @@ class CLIPLoRA(Method):
     """LoRA of rank 2 in the query, key and value weights of every block of both towers: rank * 6 * (L_t D_t + L_v D_v).
 
     The text of a class is the first of its texts (data.templates). The text tower folds into the classifier and LoRA
-    into the image tower, so a tuned model is a plain one. The scale is alpha / rank, as in Hu et al. 2021.
+    into the image tower, so a tuned model is a plain one. The scale is that of the authors' code, alpha / sqrt(rank).
     """
 
     class Config(LoRA.Config):
         rank: int = Field(default=2, ge=1, description="Rank of the update.")
-        alpha: float | None = Field(default=1.0, gt=0.0, description="Scale is alpha / rank; null is alpha = rank.")
+        alpha: float | None = Field(default=1.0, gt=0.0, description="Scale is alpha / sqrt(rank); null is 1.")
         targets: tuple[Target, ...] | None = Field(
             default=("q", "k", "v"), min_length=1, description="Layers to change."
         )
@@ -47,7 +48,8 @@ class CLIPLoRA(Method):
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         language = require_language(model, "clip_lora")
-        lora = LoRA(LoRA.Config(**self.config.model_dump(exclude={"towers"})))
+        alpha = None if self.config.alpha is None else self.config.alpha * math.sqrt(self.config.rank)
+        lora = LoRA(LoRA.Config(**self.config.model_dump(exclude={"towers", "alpha"}), alpha=alpha))
         image = None if self.config.towers == "text" else lora.attach(model, anatomy)
         if self.config.towers == "image":
             assert image is not None

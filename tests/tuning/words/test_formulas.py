@@ -356,7 +356,7 @@ def test_taskres(plain: nn.Module, tune: Tune, images: Tensor) -> None:
 
 
 def test_clip_lora(plain: nn.Module, tune: Tune, images: Tensor, build: Callable[..., Backbone]) -> None:
-    # Source: W + alpha / rank * B A in the rows of q, k and v of both towers, written into their weights.
+    # Source: W + alpha / sqrt(rank) * B A in the rows of q, k and v of both towers, written into their weights.
     network = tune("clip_lora", dropout=0.0)
     first = plain.language.features([f"a photo of a {name}." for name in plain.language.names])
     close(network.model(images), logits(plain, images, first.double()))  # nothing is changed at first
@@ -369,7 +369,10 @@ def test_clip_lora(plain: nn.Module, tune: Tune, images: Tensor, build: Callable
     for model, ours, count in ((reference, network.model, 4), (tower, network.model.remap_text, 3)):
         for index in range(count):
             lora = ours.blocks[index].attn.qkv.remap_lora
-            changes = [0.5 * up.double() @ down.double() for up, down in zip(lora.up, lora.down.chunk(3), strict=True)]
+            changes = [
+                math.sqrt(0.5) * up.double() @ down.double()
+                for up, down in zip(lora.up, lora.down.chunk(3), strict=True)
+            ]
             model.blocks[index].attn.qkv.weight.data += torch.cat(changes)
     rows = [[*embedded(plain, "start", "a", "photo", "of", "a", *name, ".", "end")] for name in CLASSES]
     expected = logits(reference, images, text_features(tower, rows))
