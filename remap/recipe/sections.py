@@ -226,8 +226,7 @@ class TrainSpec(Section):
     )
     fit: Annotated[Literal["gradient", "prototypes", "ridge", "none"], LATER] = Field(
         default="gradient",
-        description="By steps, or the classifier alone at once: from class means, or by ridge regression; none trains"
-        " nothing: the result is what the method starts from.",
+        description="By steps; the classifier alone at once, by class means or ridge regression; or none: no training.",
     )
     ridge: Annotated[float | None, LATER] = Field(
         default=None, gt=0.0, description="Penalty of fit=ridge; null chooses it on a fifth of the training images."
