@@ -1,6 +1,6 @@
 """Vision-language tuning by the protocols of its papers, on the embedded pair and drawings, or on your own images.
 
-Run: python benchmarks/words.py PROTOCOL --results DIR [--methods coop,maple] [--seeds 3] [--set train.epochs=20]
+Run: python benchmarks/words.py PROTOCOL --results DIR [--methods coop,maple] [--seeds 3] [--minutes 10]
 
 - labels: no label, then 1, 4 and 16 a class, for a student that `clip:mini` teaches (images of ``drawings:train``).
 - few_shot: 1, 2, 4, 8 and 16 labelled images a class, seed s taking draw s (Zhou et al. 2022, arXiv 2109.01134).
@@ -11,13 +11,15 @@ Run: python benchmarks/words.py PROTOCOL --results DIR [--methods coop,maple] [-
 A method answers for new classes through their words: what it trained is attached to the same model with the new words.
 A classifier that trains is left out: the zero-shot one reads the tuned features. Methods with other numbers for each
 class (`taskres`, `tip_adapter`) have no such answer, and the table shows -. No choice is made on the test images: all
-settings are fixed beforehand, the last epoch is the result. A cell that ended is one JSON file, and not run again.
+settings are fixed beforehand, the last epoch is the result. A cell that ended is one JSON file, and not run again;
+one that was killed continues. All methods have a first seed before any has a second; the table is of what is there.
 """
 
 import argparse
 import json
 import shutil
 import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from remap.data.splits import ImageData, Split
 from remap.data.views import View, ViewSource
 from remap.distributed.launch import accelerator
 from remap.engine.evaluate import evaluate
+from remap.errors import RemapError
 from remap.network import Network, tuned
 from remap.pipeline.class_words import write_words
 from remap.pipeline.evaluation import evaluate_run
@@ -97,17 +100,24 @@ class Protocol:
         self.results: Path = options.results
         self.words = DataSpec(templates=options.templates)
 
-    def cell(self, method: str, shots: int, seed: int) -> dict[str, float | None]:
-        """The figures of one run; they are read where it has ended."""
-        name = self.options.protocol
-        done = self.results / f"{name}-{method}-{shots}-{seed}.json"
-        if not done.exists():
-            folder = self.results / "runs" / done.stem
-            found = getattr(self, name)(method, shots, seed, folder)
-            done.write_text(json.dumps(found))
-            shutil.rmtree(folder, ignore_errors=True)
-            print(done.stem, found, flush=True)
-        return json.loads(done.read_text())
+    def file(self, method: str, shots: int, seed: int) -> Path:
+        """Where the figures of one run are, once it has ended."""
+        return self.results / f"{self.options.protocol}-{method}-{shots}-{seed}.json"
+
+    def cell(self, method: str, shots: int, seed: int) -> None:
+        """One run, unless it has ended before; an error costs this cell only."""
+        done, started = self.file(method, shots, seed), time.perf_counter()
+        if done.exists():
+            return
+        folder = self.results / "runs" / done.stem
+        try:
+            found = getattr(self, self.options.protocol)(method, shots, seed, folder)
+        except RemapError as error:
+            print(done.stem, error, flush=True)
+            return
+        done.write_text(json.dumps(found))
+        shutil.rmtree(folder, ignore_errors=True)
+        print(f"{done.stem} {found}, {time.perf_counter() - started:.0f} s", flush=True)
 
     def run(self, method: str, shots: int, seed: int, folder: Path, *settings: str, **words: Any) -> dict[str, Any]:
         """Train, or resume, and return the summary."""
@@ -210,7 +220,7 @@ def harmonic(found: dict[str, float | None]) -> dict[str, float | None]:
 def shown(values: Sequence[float | None]) -> str:
     """Mean and standard deviation over seeds, in percent."""
     known = [100 * value for value in values if value is not None]
-    if len(known) < len(values):
+    if not known or len(known) < len(values):
         return "-"
     spread = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
     return f"{statistics.mean(known):.1f}{spread}"
@@ -227,6 +237,7 @@ def main() -> None:
     words.add_argument("--student", default="clip:mini", help="of labels")
     words.add_argument("--templates", default="one")
     words.add_argument("--on", default="", help="other sets, of cross")
+    words.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after these")
     words.add_argument("--set", action="append", default=[], help="further settings, as train.epochs=20")
     options = words.parse_args()
     options.on = [word for word in options.on.split(",") if word]
@@ -234,17 +245,21 @@ def main() -> None:
     options.results.mkdir(parents=True, exist_ok=True)
     protocol = Protocol(options)
     shots = [int(one) for one in options.shots.split(",") if one] or list(SHOTS[options.protocol])
-    rows = {}
-    if options.protocol != "labels":
-        rows["zero-shot"] = {key: [value] for key, value in protocol.zero_shot().items()}
-    for method in options.methods.split(","):
-        for count in shots:
-            cells = [protocol.cell(method, count, seed) for seed in range(options.seeds)]
-            rows[f"{method}, {count}"] = {key: [cell[key] for cell in cells] for key in cells[0]}
-    columns = list(next(iter(rows.values())))
-    print(f"| method, labels a class | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
-    for title, found in rows.items():
-        print(f"| {title} | {' | '.join(shown(found[key]) for key in columns)} |")
+    pairs = [(method, count) for method in options.methods.split(",") for count in shots]
+    end = time.monotonic() + 60 * options.minutes
+    for seed in range(options.seeds):
+        for method, count in pairs:
+            if time.monotonic() < end:
+                protocol.cell(method, count, seed)
+    rows = {} if options.protocol == "labels" else {("zero-shot", ""): [protocol.zero_shot()]}
+    for method, count in pairs:
+        files = [protocol.file(method, count, seed) for seed in range(options.seeds)]
+        rows[method, count] = [json.loads(file.read_text()) for file in files if file.exists()]
+    columns = list(next((cells[0] for cells in rows.values() if cells), {}))
+    print(f"| method | labels a class | {' | '.join(columns)} | seeds |\n|---|{'---:|' * (len(columns) + 2)}")
+    for (method, count), cells in rows.items():
+        figures = " | ".join(shown([cell[key] for cell in cells]) for key in columns)
+        print(f"| {method} | {count} | {figures} | {len(cells)} |")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,29 @@
 Letters: B batch, D width of the pooled features, E dimensions of the shared space, C classes.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x W^T + b in float32 or the inputs' wider type, also under autocast.
+
+    bfloat16 has 8 significant bits: times CLIP's scale of 100, a cosine of 0.3 is off by up to 0.06.
+    """
+    kind = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    x, weight, bias = x.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, weight, bias)
+
+
+class ExactLinear(nn.Linear):
+    """A classifier whose logits are never in half precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return exact_linear(x, self.weight, self.bias)
 
 
 class ProjectedHead(nn.Module):
@@ -27,9 +48,11 @@ class ProjectedHead(nn.Module):
     def reset(self, num_classes: int) -> None:
         """Put in a new classifier; 0 takes it out."""
         like = next(self.parameters(), None)
-        self.classifier = nn.Linear(self.width, num_classes) if num_classes else nn.Identity()
+        self.classifier = ExactLinear(self.width, num_classes) if num_classes else nn.Identity()
         if like is not None:
             self.classifier.to(like.device, like.dtype)
 
     def forward(self, pooled_BD: Tensor) -> Tensor:
-        return self.classifier(F.normalize(self.proj(pooled_BD), dim=-1))
+        embedded_BE = self.proj(pooled_BD)
+        kind = torch.promote_types(embedded_BE.dtype, torch.float32)
+        return self.classifier(F.normalize(embedded_BE.to(kind), dim=-1))

@@ -6,7 +6,7 @@ The key is the text tower's tensors, the texts' tokens and the kind of device. D
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,7 +30,9 @@ def texts_root() -> Path:
     return cache_root().with_name("texts")
 
 
-def class_features(language: Language, texts: Sequence[Sequence[str]], root: Path) -> Tensor:
+def class_features(
+    language: Language, texts: Sequence[Sequence[str]], root: Path, done: Callable[[int], None] = lambda _count: None
+) -> Tensor:
     """Return what ``Language.class_features`` does, from the disk where it is known; equal bit for bit.
 
     A cache saves time: where it cannot be read or written, features are computed.
@@ -40,7 +42,7 @@ def class_features(language: Language, texts: Sequence[Sequence[str]], root: Pat
         features_CE = load(read_own(path, MOST_BYTES))[_NAME]
         if features_CE.shape[0] == len(texts) and bool(features_CE.isfinite().all()):
             return features_CE
-    features_CE = language.class_features(texts)
+    features_CE = language.class_features(texts, done)
     with suppress(OSError):
         make_own_folder(root)
         replace_file(path, save({_NAME: features_CE.contiguous()}))

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # One number for each use, so that order, augmentation and dropout draw from unrelated streams.
-ORDER, AUGMENT, DROPOUT, SPLIT, STEP, MIX, DRAW = 1, 2, 3, 4, 5, 6, 7
+ORDER, AUGMENT, DROPOUT, SPLIT, STEP, MIX, DRAW, TEXT = 1, 2, 3, 4, 5, 6, 7, 8
 
 
 def keys(seed: int, epoch: int, indices_B: NDArray[np.int64], stream: int) -> NDArray[np.uint64]:

@@ -3,7 +3,7 @@
 Letters: N texts, L positions, C classes, E dimensions that images and texts share.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -79,18 +79,25 @@ class Language:
         return ids_NL[:, :longest]
 
     @torch.no_grad()
-    def features(self, texts: Sequence[str]) -> Tensor:
-        """Return features (N, E) of unit length, float32 on the CPU, computed in batches on the tower's device."""
+    def features(self, texts: Sequence[str], done: Callable[[int], None] = lambda _count: None) -> Tensor:
+        """Return features (N, E) of unit length, float32 on the CPU, computed in batches on the tower's device.
+
+        Args:
+            done: Called with the number of texts of each batch.
+        """
         device, found = next(self.tower.parameters()).device, []
         for start in range(0, len(texts), BATCH):
             ids_NL = self.ids(texts[start : start + BATCH]).to(device)
             found.append(F.normalize(self.tower(ids_NL).float(), dim=-1).cpu())
+            done(len(ids_NL))
         return torch.cat(found)
 
-    def class_features(self, texts: Sequence[Sequence[str]]) -> Tensor:
+    def class_features(
+        self, texts: Sequence[Sequence[str]], done: Callable[[int], None] = lambda _count: None
+    ) -> Tensor:
         """Return features (C, E) of unit length: of each class the mean of its texts' (section 3.1.4 of CLIP)."""
         sizes = [len(one) for one in texts]
-        features_NE = self.features([text for one in texts for text in one])
+        features_NE = self.features([text for one in texts for text in one], done)
         return F.normalize(torch.stack([part.mean(dim=0) for part in features_NE.split(sizes)]), dim=-1)
 
     def head(self, features_CE: Tensor) -> tuple[Tensor, Tensor]:

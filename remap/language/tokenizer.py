@@ -1,7 +1,8 @@
 """Texts to token ids: tokenizer.json of the tokenizers library, or CLIP's byte pairs, which open_clip brings."""
 
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,33 +32,36 @@ class Tokenizer:
 
     def __init__(self, folder: Path, side: TextSide) -> None:
         self.side, self.context = side, side.config.context
-        path = folder / FILE
+        self.path = path = folder / FILE
         self._clip: Any = None
         if not path.is_file():
             self._clip = _clips_own(folder, side)
             return
         from tokenizers import Tokenizer as Library
 
-        try:
+        with _readable(path):
             self._library = Library.from_str(read_regular(path, MOST_TOKENIZER_BYTES).decode())
             self._library.no_padding()
             self._library.enable_truncation(self.context)
-        except Exception as error:  # of a file that may come from anybody, a library in Rust
-            raise WeightsError(f"cannot read {path}: {plain(str(error))[:200]}") from error
         self.pad = 0 if side.pads_with_zero else self._padding(folder)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Return ids (N, L), int64.
 
         Raises:
-            WeightsError: The text tower lacks one of the tokens.
+            WeightsError: The text tower lacks one of the tokens or positions, or the file's rules break on a text.
         """
         cleaned = [clean(text, self.side.clean) for text in texts]
         if self._clip is not None:
             return self._clip(cleaned, self.context)
         ids_NL = torch.full((len(texts), self.context), self.pad)
-        for row, found in zip(ids_NL, self._library.encode_batch(cleaned), strict=True):
-            row[: len(found.ids)] = torch.tensor(found.ids)
+        with _readable(self.path):
+            rows = [found.ids for found in self._library.encode_batch(cleaned)]
+        if (longest := max(map(len, rows), default=0)) > self.context:
+            given = f"{longest} tokens, and a context of {self.context}"
+            raise WeightsError("the tokenizer is that of another text tower", given=given)
+        for row_L, found in zip(ids_NL, rows, strict=True):
+            row_L[: len(found)] = torch.tensor(found)
         if len(texts) and not 0 <= (most := int(ids_NL.max())) < self.side.config.vocab:
             given = f"token {most:,}, and embeddings of {self.side.config.vocab:,}"
             raise WeightsError("the tokenizer is that of another text tower", given=given)
@@ -72,6 +76,21 @@ class Tokenizer:
         if found is None:
             raise WeightsError(f"{folder / FILE} has no token {plain(str(word))[:40]}, which {OPTIONS} fills up with")
         return int(found)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn errors of a library in Rust into one: the file may come from anybody, and a panic is not an ``Exception``.
+
+    Raises:
+        WeightsError: There was an error.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise WeightsError(f"cannot read {path}: {plain(str(error))[:200]}") from error
 
 
 def tokenizer_options(folder: Path) -> dict[str, Any]:

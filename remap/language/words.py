@@ -1,5 +1,6 @@
 """What classes are called: words, templates and descriptions, from options and files. Imports no torch."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,17 +36,15 @@ def class_words(given: Sequence[str] | str) -> dict[str, tuple[str, ...]]:
 
     Args:
         given: Classes, or a file of them (a line each, or JSON: a list, or name: word or list). A class is
-            "hat|cap", whose name is its first word, or "NAME: hat|cap".
+            "hat|cap", whose name is its first word, "NAME: hat|cap", or for any name and words JSON: {"NAME": ["hat"]}.
 
     Raises:
         DataError: The file cannot be read, a name is given twice or is none, or there are fewer than two.
     """
     found: dict[str, tuple[str, ...]] = {}
     for entry in _listed(given) if isinstance(given, str) else given:
-        name, colon, rest = entry.partition(": ")
-        words = tuple(word for part in (rest if colon else entry).split("|") if (word := part.strip()))
-        name = name.strip() if colon else words[0] if words else ""
-        unfit = name_problem(entry)
+        name, words = _parts(entry)
+        unfit = next(filter(None, map(name_problem, (name, *words))), None)
         if not words or not name or unfit or name in found:
             why = f"holds {unfit}" if unfit else "is given twice" if name in found else "has no word"
             raise DataError(f"a class {why}", given=plain(entry)[:80], allowed="ant, hat|cap, or NAME: hat|cap")
@@ -57,9 +56,26 @@ def class_words(given: Sequence[str] | str) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def _parts(entry: str) -> tuple[str, tuple[str, ...]]:
+    """Return the name and the words of a class."""
+    if entry.startswith('{"'):
+        several = _mapping(entry[:80], _parsed(entry[:80], entry))
+        if len(several) == 1:
+            return next(iter(several.items()))
+    name, colon, rest = entry.partition(": ")
+    words = tuple(word for part in (rest if colon else entry).split("|") if (word := part.strip()))
+    return name.strip() if colon else words[0] if words else "", words
+
+
 def entries(words: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """Return what ``class_words`` reads back."""
-    return tuple(f"{name}: {'|'.join(several)}" for name, several in words.items())
+    """Return what ``class_words`` reads back; in JSON where a name or a word holds what divides them."""
+
+    def entry(name: str, several: tuple[str, ...]) -> str:
+        plainly = f"{name}: {'|'.join(several)}"
+        divides = plainly.startswith('{"') or _parts(plainly) != (name, several)
+        return json.dumps({name: several}, ensure_ascii=False) if divides else plainly
+
+    return tuple(entry(name, tuple(several)) for name, several in words.items())
 
 
 def words_of(classes: Sequence[str], given: Sequence[str] | str | None) -> dict[str, tuple[str, ...]]:
@@ -88,11 +104,11 @@ def words_of(classes: Sequence[str], given: Sequence[str] | str | None) -> dict[
     return {name: found[name] for name in classes}
 
 
-def templates_of(word: str) -> tuple[str, ...]:
+def templates_of(word: str | Sequence[str]) -> tuple[str, ...]:
     """Return templates, in which {} stands for a word.
 
     Args:
-        word: "one", "clip" or a file of a template a line.
+        word: "one", "clip", a file of a template a line, or its lines.
 
     Raises:
         DataError: The file cannot be read, or a line has no {}.
@@ -105,26 +121,41 @@ def templates_of(word: str) -> tuple[str, ...]:
         except ImportError as error:
             raise DataError("the 80 templates of CLIP come with open_clip", do="pip install 'remap[clip]'") from error
         return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
-    lines = tuple(line for line in _text(word).splitlines() if line.strip())
+    lines = tuple(line for line in (_text(word).splitlines() if isinstance(word, str) else word) if line.strip())
     wrong = next((line for line in lines if line.count("{}") != 1), None)
     if not lines or wrong is not None:
-        raise DataError(f"a template of {word} has not one {{}}", given=plain(wrong or "no line")[:80], allowed=ONE[1])
+        where = word if isinstance(word, str) else "data.templates"
+        raise DataError(f"a template of {where} has not one {{}}", given=plain(wrong or "no line")[:80], allowed=ONE[1])
     return lines
 
 
-def descriptions_of(file: str | None, classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Return sentences on classes, by name: JSON of class: sentence, or a list of them; none without a file.
+def described(given: str | Mapping[str, Sequence[str]] | None) -> dict[str, tuple[str, ...]]:
+    """Return sentences on classes, by name.
+
+    Args:
+        given: A file: JSON of class: sentence, or a list of them; or what it says; None for none.
 
     Raises:
-        DataError: The file cannot be read, or is about other classes.
+        DataError: The file cannot be read.
     """
-    if file is None:
-        return {}
-    found = _mapping(file, _json(file))
+    if isinstance(given, str):
+        return _mapping(given, _json(given))
+    return {name: tuple(several) for name, several in (given or {}).items()}
+
+
+def descriptions_of(
+    given: str | Mapping[str, Sequence[str]] | None, classes: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """Return what ``described`` does.
+
+    Raises:
+        DataError: It cannot be read, or is about other classes.
+    """
+    found = described(given)
     strange = [name for name in found if name not in classes]
     if strange:
         raise DataError(
-            f"{file} describes other classes", given=plain(", ".join(strange[:8])), allowed=list(classes)[:20]
+            "data.descriptions are of other classes", given=plain(", ".join(strange[:8])), allowed=list(classes)[:20]
         )
     return found
 
@@ -149,8 +180,12 @@ def _listed(file: str) -> Sequence[str]:
 
 
 def _json(file: str) -> Any:
+    return _parsed(file, _text(file))
+
+
+def _parsed(file: str, text: str) -> Any:
     try:
-        return parse_json(_text(file))
+        return parse_json(text)
     except ValueError as error:
         raise DataError(f"cannot read {file}: {plain(str(error))}") from error
 

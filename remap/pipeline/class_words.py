@@ -39,9 +39,9 @@ def write_words(backbone: Backbone, data: DataSpec, classes: Sequence[str], prog
     language.names = tuple(several[0] for several in words.values())
     language.texts = texts_of(words, templates_of(data.templates), descriptions_of(data.descriptions, classes))
     count = sum(map(len, language.texts))
-    with progress.wait(f"reading {count:,} texts of {len(classes):,} classes"):
+    with progress.wait(f"reading {count:,} texts of {len(classes):,} classes", count) as shown:
         language.tower.to(accelerator().device)
-        language.features_CE = class_features(language, language.texts, texts_root())
+        language.features_CE = class_features(language, language.texts, texts_root(), shown.advance)
         language.tower.to("cpu")  # it is not needed again, unless a method takes it
     write_zero_shot_head(backbone.model, backbone.anatomy, language.features_CE)
     return True

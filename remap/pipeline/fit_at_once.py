@@ -1,4 +1,4 @@
-"""Classifiers that are found at once on frozen features, without steps: class means and ridge regression.
+"""Students without steps: classifiers that are found at once on frozen features, and what methods start from.
 
 Letters: N images, F features, C classes.
 """
@@ -18,6 +18,7 @@ from remap.data.splits import stratified
 from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
 from remap.engine.evaluate import batch_size_of_evaluation
+from remap.engine.job import Job
 from remap.engine.state import State
 from remap.errors import MissingData, TrainingError
 from remap.io.paths import expanded
@@ -74,6 +75,17 @@ def fit_at_once(components: RunComponents, tracker: RunTracker, shared: SharedRe
     progress.say(f"fitted by {how} on {features_NF.shape[1]:,} features in {seconds:.1f} s")
     record = {"epoch": 1, **tracker.after_epoch(), "seconds": seconds}
     return State(digest="", epoch=1, seconds=seconds, history=[record])
+
+
+def leave_untrained(job: Job, tracker: RunTracker) -> State:
+    """Take no step: the words are the classifier, and training images are looked at by methods that begin so."""
+    started = time.perf_counter()
+    job.student.model.to(job.accelerator.device)
+    if job.sample is not None:
+        with job.progress.wait(f"{job.recipe.method.name} looks at training images"):
+            job.student.attached.prepare(job.sample)
+    record = {"epoch": 1, **tracker.after_epoch(), "seconds": time.perf_counter() - started}
+    return State(digest="", epoch=1, seconds=record["seconds"], history=[record])
 
 
 def features_digest(network: Network) -> str:

@@ -22,7 +22,7 @@ from remap.pipeline.callbacks import called
 from remap.pipeline.comparison_folder import shared_teacher
 from remap.pipeline.components import RunComponents, build_components, require_student
 from remap.pipeline.evidence import write_evidence
-from remap.pipeline.fit_at_once import fit_at_once
+from remap.pipeline.fit_at_once import fit_at_once, leave_untrained
 from remap.pipeline.frozen_check import FrozenWeights, trained_text
 from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.results import require_space, write_results, write_summary
@@ -265,7 +265,9 @@ def _learn(
     *,
     resuming: bool,
 ) -> State:
-    """Train by steps, or fit the classifier at once."""
+    """Train by steps, fit the classifier at once, or leave the student as its method starts it."""
+    if components.recipe.train.fit == "none":
+        return leave_untrained(job, tracker)
     if components.recipe.train.fit != "gradient":
         return fit_at_once(components, tracker, shared, progress)
     progress.say(trained_text(job.parameters(), components.student))

@@ -44,7 +44,7 @@ def data_problems(recipe: Recipe) -> Iterator[str]:
         for name in needed:
             if getattr(data, name) is not None and not (name == "val_source" and data.classes is not None):
                 yield f"data.{name}: there are no labelled images (set data.source, or leave data.{name} out)"
-        if not recipe.teachers:
+        if not recipe.teachers and recipe.train.fit != "none":
             yield "data.unlabeled: nothing can be learned from images without labels alone (set teacher.model)"
         return
     if data.unlabeled_only and data.unlabeled is None and data.labels is None:

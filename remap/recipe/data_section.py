@@ -8,7 +8,7 @@ from remap.data.augmentation import PRESETS, Augmentation, Crop, Erasing, Jitter
 from remap.data.pixels import MOST_MEGAPIXELS
 from remap.data.words import of_images
 from remap.io.paths import absolute
-from remap.language.words import CLIP, ONE, class_words, entries, split_classes
+from remap.language.words import CLIP, ONE, class_words, described, entries, split_classes, templates_of
 from remap.recipe.paths import absolute_data
 from remap.recipe.sections import PathOrName, Section
 from remap.registry import LATER
@@ -30,6 +30,13 @@ def _names(value: Any) -> Any:
     elif isinstance(value, int):
         value = [value]
     return tuple(str(name).strip() for name in value) if isinstance(value, list) else value
+
+
+def _lists(value: Any) -> Any:
+    """Read lists of texts, and those of a mapping, as tuples."""
+    if isinstance(value, dict):
+        return {name: _lists(texts) for name, texts in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 class DataSpec(Section):
@@ -55,10 +62,10 @@ class DataSpec(Section):
         description='What vision-language models are told of the classes: "ant,hat|cap" or a file; null is their names.'
         " Without labelled images these are the classes.",
     )
-    templates: Annotated[PathOrName, LATER] = Field(
+    templates: Annotated[tuple[str, ...] | PathOrName, BeforeValidator(_lists), LATER] = Field(
         default=ONE[0], description='Sentences around the words: "one", "clip" (its 80) or a file of lines with {}.'
     )
-    descriptions: Annotated[PathOrName | None, LATER] = Field(
+    descriptions: Annotated[dict[str, tuple[str, ...]] | PathOrName | None, BeforeValidator(_lists), LATER] = Field(
         default=None, description="JSON of class: sentence, or a list of them, used beside the templates."
     )
     depth: Annotated[int | None, LATER] = Field(
@@ -197,7 +204,7 @@ class DataSpec(Section):
         return 1 if self.augment == "none" else self.views or 0
 
     def written_out(self) -> "DataSpec":
-        """Return the same data with absolute paths, and with the classes that a file lists: it may change."""
+        """Return the same data with absolute paths, and with the words that files hold: these may change or stay."""
         paths: dict[str, Any] = {}
         for name in ("source", "val_source", "unlabeled", "target"):
             word = getattr(self, name)
@@ -206,10 +213,11 @@ class DataSpec(Section):
         if isinstance(self.classes, str):
             paths["classes"] = entries(class_words(self.classes))
         if self.templates not in (ONE[0], CLIP):
-            paths["templates"] = absolute(self.templates)
-        for name in ("descriptions", "memory"):
-            if getattr(self, name) is not None:
-                paths[name] = absolute(getattr(self, name))
+            paths["templates"] = templates_of(self.templates)
+        if self.descriptions is not None:
+            paths["descriptions"] = described(self.descriptions)
+        if self.memory is not None:
+            paths["memory"] = absolute(self.memory)
         return self.model_copy(update=paths)
 
     def labeled_part(self) -> "DataSpec":

@@ -46,7 +46,7 @@ LABEL_FREE_METHOD = "full"
 AUTO = "auto"
 # Fields that change no result.
 _SILENT = {"workers", "memory_gib"}
-_DATA_PATHS = {"source", "val_source", "unlabeled", "target", "memory", "templates", "descriptions"}
+_DATA_PATHS = {"source", "val_source", "unlabeled", "target", "memory"}
 
 
 def as_list(value: Any) -> list[Any]:

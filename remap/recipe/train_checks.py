@@ -52,8 +52,9 @@ def _fit_problems(recipe: Recipe) -> Iterator[str]:
     if train.fit != "gradient":
         names = ", ".join(loss.name for loss in recipe.losses if loss.name != "ce")
         if recipe.teachers or names:
-            yield f"train.fit: {train.fit} learns from labels alone (leave the teacher and {names or 'its losses'} out)"
-        if recipe.data.source is None or recipe.data.augment != "none" or recipe.data.mixes:
+            learns = "learns from labels alone" if train.fit != "none" else "learns nothing"
+            yield f"train.fit: {train.fit} {learns} (leave the teacher and {names or 'its losses'} out)"
+        if (recipe.data.source is None and train.fit != "none") or recipe.data.augment != "none" or recipe.data.mixes:
             yield f"train.fit: {train.fit} sees each labelled image once, as it is (leave augmentation and mixing out)"
         if recipe.data.memory is not None:
             yield f"train.fit: {train.fit} counts each image once, and knows the old ones (leave data.memory out)"

@@ -23,7 +23,7 @@ def word_problems(recipe: Recipe) -> Iterator[str]:
     if data.source is None and data.classes is not None and recipe.label_free:
         yield "data.classes: no loss is about classes (add one on logits, say kd, or leave it out)"
     elif data.source is None and data.classes is not None:
-        if recipe.needs_labels and recipe.losses:
+        if recipe.needs_labels and recipe.losses and recipe.train.fit != "none":
             yield "losses: none of them learns from images without labels (add one on a teacher's logits, say kd)"
         for spec in recipe.teachers:
             needs_labels = spec.prepare not in ("none", WORDS) and not is_run(spec.model) and not spec.is_student

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from remap.backbones.anatomy import Anatomy
-from remap.errors import BackboneError
+from remap.errors import BackboneError, TrainingError
 from remap.tuning.seam import Seam
 
 # What the name of every inserted module begins with, so that methods can tell it from the backbone's own.
@@ -41,6 +41,27 @@ class Sample:
 
     batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]
     num_classes: int
+
+    def labeled(self, what: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ``batches``, whose images must have labels.
+
+        Args:
+            what: That reads them, for the message.
+
+        Raises:
+            TrainingError: One has none, or there is no image.
+        """
+        found = False
+        for images_BCHW, labels_B in self.batches():
+            found = int(labels_B.min()) >= 0
+            if not found:
+                break
+            yield images_BCHW, labels_B
+        if not found:
+            raise TrainingError(
+                f"{what} reads training images with labels, and these have none",
+                do="name labelled images (--data), or take another method or option",
+            )
 
 
 class Edits:
@@ -156,7 +177,7 @@ class TrainingHooks:
         return None
 
     def memory(self) -> dict[str, Tensor]:
-        """Return what ``after_step`` remembers from step to step besides trained tensors, for checkpoints."""
+        """Return what is remembered from step to step besides trained tensors, for checkpoints."""
         return {}
 
     def recall(self, memory: Mapping[str, Tensor]) -> None:

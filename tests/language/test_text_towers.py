@@ -106,7 +106,7 @@ def test_many_texts_are_encoded_in_batches(pairs: Callable[[str], Pair], monkeyp
     assert sizes == [2, 1]
 
 
-@pytest.mark.parametrize("method", ["lora", "bitfit", "adaptformer", "vpt_deep", "norm"])
+@pytest.mark.parametrize("method", ["lora", "bitfit", "adaptformer", "vpt_deep", "norm", "ssf"])
 def test_methods_attach_to_the_text_tower(method: str, pairs: Callable[[str], Pair]) -> None:
     """By the same code as to an image tower: only what they name trains, and detaching gives the tower back."""
     _, language = opened(pairs("open_clip CLIP"))
@@ -167,6 +167,18 @@ def _config(name: str, change: Callable[[dict], None]) -> Callable[[Path], None]
     return write
 
 
+def _tokenizer(**parts: object) -> Callable[[Path], None]:
+    """Among what breaks: rules that make the library panic, which is no ``Exception`` of Python."""
+    return _config("tokenizer.json", lambda values: values.update(parts))
+
+
+def _ends(count: int) -> dict[str, object]:
+    """Return a rule that puts many end tokens behind each text."""
+    ends = {"id": "</s>", "ids": [1] * count, "tokens": ["</s>"] * count}
+    single = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
+    return {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {"</s>": ends}}
+
+
 _OPEN_CLIP = "open_clip_config.json"
 
 
@@ -176,6 +188,17 @@ _OPEN_CLIP = "open_clip_config.json"
         (transformers_clip, lambda folder: (folder / "config.json").unlink(), "is not a folder of a vision-language"),
         (transformers_clip, lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (transformers_clip, lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot read .*tokenizer"),
+        (
+            transformers_clip,
+            _tokenizer(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+            "cannot read .*",
+        ),
+        (
+            transformers_clip,
+            _tokenizer(model={"type": "WordLevel", "vocab": {"<pad>": 0}, "unk_token": "?"}),
+            "cannot read .*",
+        ),
+        (transformers_clip, _tokenizer(post_processor=_ends(30)), "that of another text tower"),
         (transformers_clip, _without("logit_scale"), "has no logit_scale"),
         (transformers_clip, _without("text_model.encoder"), "no text tower"),
         (transformers_clip, _without("text_model.final"), "does not fit its config"),

@@ -10,6 +10,7 @@ from open_clip import OPENAI_IMAGENET_TEMPLATES
 from remap.errors import DataError, RecipeError
 from remap.language.words import class_words, descriptions_of, entries, templates_of, texts_of, words_of
 from remap.recipe import resolve_distill
+from remap.recipe.resolve import dump, load
 
 WORDS = {"ant": ("ant",), "hat": ("hat", "cap"), "n01": ("bee, a small one",)}
 
@@ -25,6 +26,15 @@ def test_classes_are_read_from_options_and_files_alike(tmp_path: Path) -> None:
     assert class_words(entries(WORDS)) == WORDS
     assert words_of(("n01", "hat", "ant"), listed) == {name: WORDS[name] for name in ("n01", "hat", "ant")}
     assert words_of(("a_bee", "hat"), None) == {"a_bee": ("a bee",), "hat": ("hat",)}
+
+
+def test_names_and_words_may_hold_what_divides_them(tmp_path: Path) -> None:
+    words = {"n01: a bee": ("bee",), "b": ("x|y", "z: w"), '{"c': ("é",), "d": ("d",)}
+    (tmp_path / "classes.json").write_text(json.dumps(words))
+    written = entries(words)
+    assert written[3] == "d: d" and class_words(written) == class_words(str(tmp_path / "classes.json")) == words
+    with pytest.raises(DataError, match="holds the control character"):
+        class_words(['{"a": ["b\\u0000"]}', "b"])
 
 
 def test_texts_are_words_in_templates_and_descriptions(tmp_path: Path) -> None:
@@ -69,7 +79,7 @@ def test_words_of_other_classes_and_templates_without_a_word_are_refused(tmp_pat
         with pytest.raises(DataError, match="not a mapping of classes to a text"):
             descriptions_of(str(tmp_path / "d.json"), ["ant"])
     (tmp_path / "d.json").write_text('{"wasp": "it stings"}')
-    with pytest.raises(DataError, match="describes other classes"):
+    with pytest.raises(DataError, match="are of other classes"):
         descriptions_of(str(tmp_path / "d.json"), ["ant"])
 
 
@@ -108,13 +118,24 @@ def test_what_nothing_reads_is_refused(words: dict[str, Any], settings: list[str
 
 
 def test_a_recipe_says_what_was_chosen(tmp_path: Path) -> None:
-    """A file of classes may change: the run's recipe has what it said."""
-    (tmp_path / "classes.txt").write_text("ant\nhat|cap\n")
-    words = {"unlabeled": "U", "classes": str(tmp_path / "classes.txt"), "teacher": "clip:mini", "method": "lora"}
-    recipe = resolve_distill(None, words)
+    """Files of words may change, or be on another machine: the run's recipe has what they said."""
+    files = {name: tmp_path / name for name in ("classes.txt", "templates.txt", "descriptions.json")}
+    files["classes.txt"].write_text("ant\nhat|cap\n")
+    files["templates.txt"].write_text("a {}\nthe {}\n")
+    files["descriptions.json"].write_text('{"hat": "it is worn"}')
+    words = {
+        "unlabeled": "U", "teacher": "clip:mini", "method": "lora", "classes": str(files["classes.txt"]),
+        "templates": str(files["templates.txt"]),
+    }  # fmt: skip
+    recipe = resolve_distill(None, words, [f"data.descriptions={files['descriptions.json']}"])
     assert (recipe.teachers[0].prepare, [loss.name for loss in recipe.losses]) == ("words", ["kd"])
     assert recipe.data.unlabeled_only and not recipe.label_free
     written = recipe.written_out()
     assert written.data.classes == ("ant: ant", "hat: hat|cap")
-    (tmp_path / "classes.txt").unlink()
-    assert written.digest() == written.written_out().digest()
+    assert written.data.templates == ("a {}", "the {}") and written.data.descriptions == {"hat": ("it is worn",)}
+    digest = recipe.digest()
+    for file in files.values():
+        file.unlink()
+    (tmp_path / "recipe.yaml").write_text(dump(written))
+    again = load(tmp_path / "recipe.yaml")
+    assert again == written == again.written_out() and again.digest() == digest

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_pairs import Pair, transformers_clip
 
+from remap.errors import RecipeError
 from remap.pipeline.run import start
 from remap.recipe import resolve, resolve_distill
 from remap.runs.task import load_task
@@ -53,6 +54,31 @@ def test_a_run_and_its_task(
     model = result.student.model.eval()
     with torch.no_grad():
         assert torch.equal(loaded.model.eval()(images), model(images))
+
+
+def test_nothing_is_trained_where_the_words_are_enough(tiny: Any, pair: Pair, tmp_path: Path) -> None:
+    """The zero-shot model itself, which the accuracy before training is of, and the training-free Tip-Adapter."""
+    settings, data = [*tiny.SETTINGS, "train.fit=none"], {"data": tiny.data, "student": pair.word, "losses": "ce"}
+    plain = start(resolve(words={**data, "method": "linear"}, settings=settings), tmp_path / "plain")
+    student = plain.summary["student"]
+    assert student["accuracy"] == student["initial_accuracy"]
+    words = {"unlabeled": f"{tiny.data}/train", "classes": "green,red|hat,blue", "val_data": f"{tiny.data}/val"}
+    of_words = start(
+        resolve(words={**words, "student": pair.word, "method": "linear", "losses": "ce"}, settings=settings),
+        tmp_path / "words",
+    )
+    assert of_words.summary["data"]["labeled_images"] == 0 and of_words.summary["student"]["accuracy"] is not None
+    words = {**data, "method": "tip_adapter"}
+    votes = start(resolve(words=words, settings=[*settings, "method.shots=2"]), tmp_path / "votes").student
+    assert torch.equal(votes.model.get_submodule("remap_tip_adapter").counted, torch.ones(3, 2))
+    loaded, _ = load_task(tmp_path / "votes")
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        logits = loaded.model.eval()(images)
+        assert torch.equal(logits, votes.model.eval()(images))
+        assert not torch.allclose(logits, plain.student.model.eval()(images))
+    with pytest.raises(RecipeError, match="train.fit: none learns nothing"):
+        resolve(words={**words, "teacher": pair.word, "losses": "ce,kd"}, settings=settings)
 
 
 def test_compare_takes_a_kind() -> None:

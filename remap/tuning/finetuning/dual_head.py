@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, module_at
+from remap.backbones.projected_head import ExactLinear
 from remap.errors import BackboneError
 from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.seam import feature_seam
@@ -45,7 +46,8 @@ class DualHead(Method):
                     "a second classifier needs a first one that is a linear layer",
                     given=f"{path} is {type(head).__name__}",
                 )
-            second = nn.Linear(head.in_features, head.out_features, head.bias is not None)
+            kind = ExactLinear if isinstance(head, ExactLinear) else nn.Linear
+            second = kind(head.in_features, head.out_features, head.bias is not None)
             second.load_state_dict({name: tensor.detach() for name, tensor in head.named_parameters(recurse=False)})
             # Inside the first: a part of the classifier, which a task stores with it.
             edits.insert(f"{path}.remap_dual_head", second, head.weight)

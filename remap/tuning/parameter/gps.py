@@ -150,12 +150,12 @@ class ChoiceByGradient(TrainingHooks):
     @torch.no_grad()
     def _all_features(self, sample: Sample) -> tuple[Tensor, Tensor]:
         """Return features (B, F) and labels (B,) of all images of the sample."""
-        batches = [(self._features(pixels_BCHW), labels_B) for pixels_BCHW, labels_B in sample.batches()]
+        batches = [(self._features(pixels_BCHW), labels_B) for pixels_BCHW, labels_B in sample.labeled("gps")]
         features_BF, labels_B = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        if (labels_B < 0).any() or len(labels_B.unique()) == len(labels_B):
+        if len(labels_B.unique()) == len(labels_B):
             raise RunError(
                 "gps chooses weights by pairs of training images of one class, and there are none",
-                given=f"{len(labels_B)} images{', without labels' if (labels_B < 0).any() else ''}",
+                given=f"{len(labels_B)} images",
                 do="take another method, or more images a class",
             )
         return features_BF, labels_B

@@ -91,7 +91,6 @@ class Conditional(Context):
     def _logits(self, unit_BE: Tensor) -> Tensor:
         context_B1MD = (self.context + self.meta(unit_BE.to(self.context.dtype))[:, None])[:, None]
         texts_BCE = self.encode(context_B1MD).unflatten(0, (-1, self.head.out_features))
-        cosines_BC = torch.einsum(
-            "be,bce->bc", at_least_float32(unit_BE), F.normalize(at_least_float32(texts_BCE), dim=-1)
-        )
+        # No matrix product, which autocast would round.
+        cosines_BC = (at_least_float32(unit_BE)[:, None] * F.normalize(at_least_float32(texts_BCE), dim=-1)).sum(dim=-1)
         return self.language.scale * cosines_BC + self.language.bias

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remap.backbones.anatomy import Anatomy
+from remap.backbones.projected_head import exact_linear
 from remap.tuning.base import Attachment, Edits, Method, TrainingHooks
 from remap.tuning.prompt.context import Context, ContextOptions, Position
 from remap.tuning.words import WordHead, attach_words, zero_shot
@@ -110,7 +111,7 @@ class ProjectedGradient(TrainingHooks):
         if context.grad is None:  # the first images of a step
             self._general = None
         with torch.no_grad():
-            plain_BC = F.linear(unit_BE, *self._zero_shot_head(unit_BE))
+            plain_BC = exact_linear(unit_BE, *self._zero_shot_head(unit_BE))
         temperature = self.config.temperature
         log_BC, wanted_BC = (F.log_softmax(x.float() / temperature, dim=-1) for x in (logits_BC, plain_BC))
         divergence = F.kl_div(log_BC, wanted_BC, reduction="sum", log_target=True)

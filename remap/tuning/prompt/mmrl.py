@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remap.backbones.anatomy import Anatomy, module_at
+from remap.backbones.projected_head import exact_linear
 from remap.errors import BackboneError
 from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.prompt.maple import ImagePrompts, attach_both
@@ -92,6 +93,7 @@ class SpaceTokens(ImagePrompts):
         first = min(config.first, anatomy.depth - 1)
         super().__init__(model, anatomy, config.num_tokens, anatomy.depth, first=first)
         del self.prompts
+        self._norms = ()  # these tokens enter inside block 0, not in front of its norm
         self.share, self._words = config.share, (words,)
         self.maps = nn.ModuleList(nn.Linear(config.width, block.width) for block in anatomy.blocks[first:])
         head = module_at(model, anatomy.classifier_heads[0].rpartition(".")[0])
@@ -147,6 +149,6 @@ def _answer(prompts: SpaceTokens, words: Space, _head: nn.Module, _args: tuple, 
     """Forward hook of the classifier."""
     stored_CE = registered(words.head, "weight")
     weight_CE = stored_CE if words.unit_CE is None else (words.language.scale * words.unit_CE).to(stored_CE.dtype)
-    other_BC = F.linear(prompts.unit(), weight_CE, words.head.bias)
+    other_BC = exact_linear(prompts.unit(), weight_CE, words.head.bias)
     prompts.other_BC = other_BC if words.learns else None
     return prompts.share * logits_BC + (1.0 - prompts.share) * other_BC

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remap.backbones.anatomy import Anatomy
+from remap.backbones.projected_head import ProjectedHead, exact_linear
 from remap.errors import BackboneError
 from remap.language.pair import Language, require_language
 from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.finetuning.mlp import BatchNorm
 from remap.tuning.prompt.maple import ImagePrompts
 from remap.tuning.prompt.sequence_prompts import attach_prompts
-from remap.tuning.words import classifier_of, without_decay
+from remap.tuning.words import at_least_float32, classifier_of, without_decay
 
 PATH = "remap_promptkd"
 
@@ -24,7 +25,8 @@ PATH = "remap_promptkd"
 class PromptKD(Method):
     """logits = scale * cos(h(f), t_c): f the student's image feature, t_c the teacher's text feature (equation 3).
 
-    The prompts of the first blocks and h, two layers with a batch norm and a ReLU between them, are trained:
+    f is not normalised. The prompts of the first blocks and h, two layers with a batch norm and a ReLU between them,
+    are trained:
     depth*M*D + (E + 3)*T + (T + 1)*T parameters. The paper learns from images without labels by kd at a temperature of
     1 (``--losses kd --set losses.kd.temperature=1``). Without a vision-language teacher the words are the student's.
     """
@@ -45,7 +47,7 @@ class PromptKD(Method):
         prompts = ImagePrompts(model, anatomy, config.num_prompts, min(config.depth, anatomy.depth))
         words = TeacherWords(head, config.width or head.in_features, language.teacher or language)
         edits.insert(PATH, words, head.weight)
-        edits.after(anatomy.classifier_heads[0], words.replace_logits)
+        edits.after(anatomy.classifier_heads[0].rpartition(".")[0], words.replace_logits)
         attach_prompts(edits, anatomy, prompts)
         return Attachment(
             edits,
@@ -81,10 +83,11 @@ class TeacherWords(nn.Module):
         layers = nn.Linear(head.in_features, width), BatchNorm(width), nn.ReLU(), nn.Linear(width, width)
         self.projector = nn.Sequential(*layers)
 
-    def forward(self, unit_BE: Tensor) -> Tensor:
-        """Return logits (B, C)."""
-        return F.linear(F.normalize(self.projector(unit_BE), dim=-1), self.weight, self.bias)
+    def forward(self, features_BE: Tensor) -> Tensor:
+        """Return logits (B, C) of features in the shared space, of any length."""
+        projected_BT = at_least_float32(self.projector(features_BE))
+        return exact_linear(F.normalize(projected_BT, dim=-1), self.weight, self.bias)
 
-    def replace_logits(self, head: nn.Module, args: tuple, logits_BC: Tensor) -> Tensor:
-        """Forward hook of the classifier, whose own logits are not used."""
-        return self(args[0])
+    def replace_logits(self, head: ProjectedHead, args: tuple, logits_BC: Tensor) -> Tensor:
+        """Forward hook of the projected head, whose own logits are not used."""
+        return self(head.proj(args[0]))

@@ -85,7 +85,7 @@ class ClassMeans(TrainingHooks):
         sums_CD = counts_C = torch.zeros(())
         try:
             with evaluating(self.model):
-                for images_BCHW, labels_B in sample.batches():
+                for images_BCHW, labels_B in sample.labeled("init: class_mean"):
                     pooled_BD = pooled_features(self.model, images_BCHW)
                     chosen_BC = F.one_hot(labels_B, sample.num_classes).to(pooled_BD.dtype)
                     sums_CD, counts_C = chosen_BC.T @ pooled_BD + sums_CD, chosen_BC.sum(0) + counts_C

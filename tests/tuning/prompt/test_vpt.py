@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remap.backbones.anatomy import anatomy_of
-from remap.errors import BackboneError
+from remap.errors import BackboneError, TrainingError
 from remap.remapping.signals import Needs
 from remap.remapping.tap import Tap
 from remap.tuning import METHODS
@@ -145,6 +145,17 @@ def test_prompts_start_as_class_means(build: Build, attach: Attach, tools: Simpl
     assert not attached.model.blocks.training
     attached.detach()
     assert torch.equal(attached.model.eval()(images), base(images))
+
+
+@pytest.mark.parametrize(("method", "options"), [("vpt_deep", {"init": "class_mean"}), ("gps", {})])
+@pytest.mark.parametrize("batches", [[-1], []], ids=["no label", "no image"])
+def test_class_means_and_weights_chosen_by_classes_need_labels(
+    build: Build, attach: Attach, tools: SimpleNamespace, method: str, options: dict[str, str], batches: list[int]
+) -> None:
+    attached = attach(method, build("plain"), **options)
+    sample = Sample(lambda: iter((tools.images(2), torch.tensor([label, label])) for label in batches), 3)
+    with pytest.raises(TrainingError, match="reads training images with labels"):
+        attached.prepare(sample)
 
 
 def test_without_class_means_no_sample_is_wanted(build: Build, attach: Attach) -> None:

@@ -164,7 +164,7 @@ def test_texts_of_a_stranger_fit_the_text_tower(tune: Callable[..., Network], im
 
 def test_keys_need_labels(tune: Callable[..., Network], images: Tensor) -> None:
     network = tune("tip_adapter", shots=2)
-    with pytest.raises(TrainingError, match="images with labels"):
+    with pytest.raises(TrainingError, match="tip_adapter reads training images with labels"):
         network.attached.prepare(Sample(lambda: iter([(images, torch.full((4,), -1))]), 3))
 
 
@@ -175,6 +175,38 @@ def test_what_is_inserted_has_the_type_of_the_model(build: Callable[..., Backbon
         backbone.model.double()
         network = tuned(backbone, row.name, OPTIONS.get(row.name, {}))
         assert {parameter.dtype for parameter in network.model.parameters()} == {torch.float64}, row.name
+
+
+@pytest.mark.parametrize("method", ["linear", "lora+dual_head", *(row.name for row in ROWS)])
+def test_logits_are_not_rounded_to_bfloat16(tune: Callable[..., Network], images: Tensor, method: str) -> None:
+    """Under autocast too: with CLIP's scale of 100 a rounded cosine is a wrong answer."""
+    network = tune(method, **OPTIONS.get(method, {}))
+    network.attached.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = network.model(images)
+    assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
+    for other in getattr(logits, "remap_head_logits", ()):
+        assert other.dtype == torch.float32
+
+
+def test_dropout_in_the_text_tower_is_keyed_by_step_and_class(tune: Callable[..., Network]) -> None:
+    """It is one tower for all images: processes and micro-batches draw alike, a resumed run as one that went on."""
+    network, other = tune("clip_lora", towers="text", dropout=0.5), tune("clip_lora", towers="text", dropout=0.5)
+    for one in (network, other):
+        one.attached.train()
+        with torch.no_grad():
+            for name in one.attached.trainable:
+                one.model.get_parameter(name).fill_(0.1)
+    network.attached.set_sample_keys(torch.arange(4))
+    other.attached.set_sample_keys(torch.arange(7))
+    torch.manual_seed(9)
+    first = network.model.remap_words()
+    assert torch.equal(first, other.model.remap_words())
+    network.attached.before_step(lambda _tensors: None)
+    second = network.model.remap_words()
+    assert not torch.equal(first, second)
+    other.attached.recall(network.attached.memory())
+    assert torch.equal(second, other.model.remap_words())
 
 
 def test_a_bottleneck_is_never_empty(tune: Callable[..., Network]) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remap.backbones.build import Backbone
-from remap.errors import BackboneError
+from remap.errors import BackboneError, TrainingError
 from remap.language.pair import Language
 from remap.network import Network, tuned
 from remap.tuning.base import Sample
@@ -184,8 +185,8 @@ def test_tcp(plain: nn.Module, tune: Tune, images: Tensor) -> None:
     close(network.attached.penalty(), 8.0 * (texts - plain.language.features_CE.double()).square().sum() / 3)
 
 
-def prompted_images(plain: nn.Module, images: Tensor, prompts: list[Tensor]) -> Tensor:
-    """Unit features (B, E) with prompts of the first blocks, whose outputs the blocks behind go on with."""
+def prompted_images(plain: nn.Module, images: Tensor, prompts: list[Tensor], *, unit: bool = True) -> Tensor:
+    """Features (B, E) with prompts of the first blocks, whose outputs the blocks behind go on with."""
     model = deepcopy(plain).double()
     x = model.norm_pre(model._pos_embed(model.patch_embed(images.double())))
     count = len(prompts[0])
@@ -195,7 +196,8 @@ def prompted_images(plain: nn.Module, images: Tensor, prompts: list[Tensor]) -> 
             own = (model.norm_pre(own) if index == 0 else own).expand(len(x), -1, -1)
             x = torch.cat([x[:, :1], own, x[:, 1 + (count if index else 0) :]], dim=1)
         x = block(x)
-    return F.normalize(model.head.proj(model.norm(x)[:, 0]), dim=-1)
+    features = model.head.proj(model.norm(x)[:, 0])
+    return F.normalize(features, dim=-1) if unit else features
 
 
 @pytest.mark.parametrize("depth", [1, 2, 9])
@@ -272,10 +274,13 @@ def test_mmrl(plain: nn.Module, tune: Tune, images: Tensor) -> None:
     close(F.cross_entropy(answer, LABELS) + network.attached.penalty(), expected)
     network.model.eval()
     close(network.model(images), 0.6 * z + 0.4 * other)
+    early = tune("mmrl", first=0).model
+    torch.testing.assert_close(early.remap_prompts.tokens(0), early.remap_prompts.maps[0](early.remap_words.space))
 
 
 def test_promptkd(build: Callable[..., Backbone], plain: nn.Module, images: Tensor) -> None:
-    # Source: equation 3 with the projector's four steps written out; batch statistics are those of the batch.
+    # Source: equation 3 with the projector's four steps written out, as the authors order them: features are not
+    # normalised in front of it. Batch statistics are those of the batch.
     backbone = build()
     theirs = F.normalize(torch.randn(3, 20), dim=-1)
     backbone.model.language.teacher = Language(
@@ -285,7 +290,7 @@ def test_promptkd(build: Callable[..., Backbone], plain: nn.Module, images: Tens
         tuned(build_with(backbone), "promptkd", {})
     network = tuned(backbone, "promptkd", {"width": 20, "depth": 2, "num_prompts": 3})
     first, norm, _, last = deepcopy(network.model.remap_promptkd.projector).double()
-    features = prompted_images(plain, images, list(network.model.remap_prompts.prompts))
+    features = prompted_images(plain, images, list(network.model.remap_prompts.prompts), unit=False)
     hidden = features @ first.weight.mT + first.bias
     hidden = (hidden - hidden.mean(0)) / (hidden.var(0, unbiased=False) + norm.eps).sqrt()
     projected = F.normalize(hidden.clamp_min(0.0) @ last.weight.mT + last.bias, dim=-1)
@@ -320,6 +325,25 @@ def test_tip_adapter(plain: nn.Module, tune: Tune, images: Tensor) -> None:
     close(network.model(images), expected)
 
 
+def test_tip_adapter_searches_alpha_and_beta(plain: nn.Module, tune: Tune) -> None:
+    # Source: equation 7 of each pair of the grid, one key answered by the others after the other.
+    network, shots = tune("tip_adapter", shots=4, search=True), torch.randn(12, 3, 32, 32)
+    labels = torch.arange(3).repeat(4)
+    network.attached.prepare(Sample(lambda: iter([(shots, labels)]), 3))
+    keys, best = image_features(plain, shots), (-1, 0.0, 0.0)
+    answers = plain.language.scale * keys @ plain.language.features_CE.double().mT
+    for beta in torch.linspace(0.1, 7.0, 24).tolist():
+        votes = torch.zeros(12, 3, dtype=torch.float64)
+        for own, other in permutations(range(12), 2):
+            votes[own, labels[other]] += math.exp(-beta * (1 - float(keys[own].detach() @ keys[other].detach())))
+        for alpha in torch.linspace(0.1, 3.0, 30).tolist():
+            right = int(((answers + alpha * votes).argmax(1) == labels).sum())
+            best = max(best, (right, -beta, -alpha))
+    assert network.model.remap_tip_adapter.factors.tolist() == pytest.approx([-best[2], -best[1]])
+    with pytest.raises(TrainingError, match="two training images of each class"):
+        network.attached.prepare(Sample(lambda: iter([(shots[:4], labels[:4])]), 3))
+
+
 def test_taskres(plain: nn.Module, tune: Tune, images: Tensor) -> None:
     network = tune("taskres", alpha=0.3)
     torch.testing.assert_close(network.model(images), plain(images), rtol=1e-5, atol=1e-6)
@@ -332,7 +356,7 @@ def test_taskres(plain: nn.Module, tune: Tune, images: Tensor) -> None:
 
 
 def test_clip_lora(plain: nn.Module, tune: Tune, images: Tensor, build: Callable[..., Backbone]) -> None:
-    # Source: W + alpha / rank * B A in the rows of q, k and v of both towers, written into their weights.
+    # Source: W + alpha / sqrt(rank) * B A in the rows of q, k and v of both towers, written into their weights.
     network = tune("clip_lora", dropout=0.0)
     first = plain.language.features([f"a photo of a {name}." for name in plain.language.names])
     close(network.model(images), logits(plain, images, first.double()))  # nothing is changed at first
@@ -345,7 +369,10 @@ def test_clip_lora(plain: nn.Module, tune: Tune, images: Tensor, build: Callable
     for model, ours, count in ((reference, network.model, 4), (tower, network.model.remap_text, 3)):
         for index in range(count):
             lora = ours.blocks[index].attn.qkv.remap_lora
-            changes = [0.5 * up.double() @ down.double() for up, down in zip(lora.up, lora.down.chunk(3), strict=True)]
+            changes = [
+                math.sqrt(0.5) * up.double() @ down.double()
+                for up, down in zip(lora.up, lora.down.chunk(3), strict=True)
+            ]
             model.blocks[index].attn.qkv.weight.data += torch.cat(changes)
     rows = [[*embedded(plain, "start", "a", "photo", "of", "a", *name, ".", "end")] for name in CLASSES]
     expected = logits(reference, images, text_features(tower, rows))
