@@ -14,18 +14,20 @@ from remap.io import atomic_write
 from remap.io.names import plain
 from remap.pipeline.compare import resumable
 from remap.pipeline.comparison_files import percent
-from remap.pipeline.extend import AT_ONCE, WAYS, WITH_MEMORY, extend
+from remap.pipeline.extend import extend
 from remap.pipeline.labels_only import labels_only
 from remap.pipeline.run import Result, resume, start
+from remap.pipeline.session_advice import ALONE, AT_ONCE, METHOD_WAYS, WAYS, WITH_MEMORY
 from remap.pipeline.shared import SharedResources
 from remap.progress import Progress, Within
 from remap.recipe import Recipe
 from remap.recipe.schema import DataSpec, MethodSpec
 from remap.runs.run_dir import RunDir
+from remap.tuning import config_of
 
 RECORD = "sessions.json"
 JOINT = "joint"
-DEFAULT_WAYS = (*WAYS, JOINT)
+DEFAULT_WAYS = (*(way for way in WAYS if way not in METHOD_WAYS), JOINT)
 FIGURES = ("overall", "average", "forgetting", "seconds", "bytes")
 # How training images are changed before they are seen.
 LOOKS = {*Augmentation.model_fields, "augment", "views", "mixup", "cutmix", "mix_probability"}
@@ -47,7 +49,8 @@ def compare_sessions(
     Args:
         split: A number of sessions, or the classes of each: "cat,dog/bird".
         methods: How the student of the first session is tuned.
-        ways: Of ``WAYS``; "lwf:20" has a memory of 20 images a class.
+        ways: Of ``WAYS``; "lwf:20" has a memory of 20 images a class, "lwf:20:bias" corrects the bias of the classifier
+            by it. Those that are methods have a first session of their own.
         folder: Finished runs in it are not run again.
 
     Returns:
@@ -59,20 +62,15 @@ def compare_sessions(
     """
     base, shared = labels_only(recipe), SharedResources()
     groups = groups_of(split, shared.index(base.data).classes)
-    for way in ways:
-        _way(way)
-    rows = []
+    pairs = _pairs(methods, ways)
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {pair: [] for pair in pairs}
     with resumable(folder):
-        for method in methods:
-            # Options in the recipe are those of its own method.
-            spec = base.method if base.method.name == method else MethodSpec(name=method)
-            found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
-            for seed in range(recipe.seed, recipe.seed + seeds):
-                of_seed = base.model_copy(update={"method": spec, "seed": seed})
+        for seed in range(recipe.seed, recipe.seed + seeds):
+            for method, way in pairs:
+                of_seed = base.model_copy(update={"method": _method(base.method, method, len(groups)), "seed": seed})
                 at, title = folder / method / f"seed-{seed}", Within(progress, f"{method}, seed {seed}")
-                for way in ways:
-                    found[way].append(_sessions(of_seed, way, groups, at, title))
-            rows += [{"method": method, "way": way, **_over_seeds(found[way])} for way in ways]
+                found[method, way].append(_sessions(of_seed, way, groups, at, title))
+    rows = [{"method": method, "way": way, **_over_seeds(found[method, way])} for method, way in pairs]
     table = {"data": base.data.source, "sessions": groups, "seeds": seeds, "rows": rows, "output": str(folder)}
     atomic_write.write_json(folder / RECORD, table)
     atomic_write.write_text(folder / "sessions.md", markdown(table))
@@ -103,19 +101,44 @@ def groups_of(split: str, classes: Sequence[str]) -> list[list[str]]:
     return groups
 
 
-def _way(word: str) -> tuple[str, int]:
-    """Read "lwf:20" as a way and a number of images a class."""
-    way, colon, count = word.partition(":")
-    if way not in DEFAULT_WAYS or (colon and (not count.isdigit() or way not in WITH_MEMORY)):
-        raise RecipeError([f"--ways: unknown word '{word}' (allowed: {', '.join(DEFAULT_WAYS)}, lwf:20)"], "compare")
-    return way, int(count or 0)
+def _way(word: str) -> tuple[str, int, bool]:
+    """Read "lwf:20:bias" as a way, a number of images a class, and whether the bias is corrected by them."""
+    way, *more = word.split(":")
+    memory, bias = (more[0] if more else "0"), more[1:] == ["bias"]
+    if way not in (*WAYS, JOINT) or len(more) > 1 + bias or (more and way not in WITH_MEMORY) or not memory.isdigit():
+        allowed = f"{', '.join((*WAYS, JOINT))}, lwf:20, lwf:20:bias"
+        raise RecipeError([f"--ways: unknown word '{word}' (allowed: {allowed})"], "compare")
+    return way, int(memory), bias
+
+
+def _pairs(methods: Sequence[str], ways: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the rows of the table, each a method and a way; ways that are methods go with themselves.
+
+    Raises:
+        RecipeError: A way is unknown, or learns no new classes, or does not go on from a method.
+    """
+    words = [(word, _way(word)[0]) for word in ways]
+    if any(way == "domains" for _, way in words):
+        raise RecipeError(["--ways: domains is for a new look of the same classes, and these are new ones"], "compare")
+    for method in set(methods) & set(ALONE):
+        if other := [word for word, way in words if way not in (*METHOD_WAYS, JOINT)]:
+            raise RecipeError([f"--methods: {method} is extended by itself alone, not by {other[0]}"], "compare")
+    shared = [(method, word) for method in methods for word, way in words if way not in METHOD_WAYS]
+    return [*shared, *((way, word) for word, way in words if way in METHOD_WAYS)]
+
+
+def _method(given: MethodSpec, name: str, sessions: int) -> MethodSpec:
+    """Return a method with its options in the recipe, and as many sessions as there are where it divides a pool."""
+    spec = given if given.name == name else MethodSpec(name=name)  # options in the recipe are those of its own method
+    divides = "sessions" in config_of(name).model_fields and "sessions" not in spec.options
+    return MethodSpec(name=name, **spec.options, sessions=sessions) if divides else spec
 
 
 def _sessions(
     recipe: Recipe, word: str, groups: Sequence[Sequence[str]], folder: Path, progress: Progress
 ) -> dict[str, Any]:
     """Run what is not there yet of one way and seed, and return its figures."""
-    way, memory = _way(word)
+    way, memory, bias = _way(word)
 
     def only(names: Sequence[str]) -> Recipe:
         return recipe.model_copy(update={"data": recipe.data.model_copy(update={"only": tuple(names)})})
@@ -128,7 +151,8 @@ def _sessions(
     _finished(last, lambda path: start(only(groups[0]), path, progress), progress, only(groups[0]))
     seconds, found = 0.0, dict[str, Any]()
     for number, names in enumerate(groups[1:], 2):
-        make = partial(_extend, recipe.seed, last, only(names).data, way, memory, progress)
+        settings = ("train.align=bias",) if bias else ()
+        make = partial(_extend, recipe.seed, last, only(names).data, way, memory, settings, progress)
         last = folder / word.replace(":", "-") / str(number)
         found = _finished(last, make, progress, only(names))
         seconds += found["seconds"]
@@ -136,11 +160,13 @@ def _sessions(
     return {**{name: found["sessions"][name] for name in FIGURES[:3]}, "seconds": seconds, "bytes": sizes}
 
 
-def _extend(seed: int, run: Path, data: DataSpec, way: str, memory: int, progress: Progress, path: Path) -> Result:
+def _extend(
+    seed: int, run: Path, data: DataSpec, way: str, memory: int, settings: Sequence[str], progress: Progress, path: Path
+) -> Result:
     # No epoch of an extended run is chosen, and a classifier that is fitted at once sees the images as they are.
     unread = {"selection", *(LOOKS if way in AT_ONCE else ())}
     data = DataSpec(**data.model_dump(exclude_unset=True, exclude=unread))
-    return extend(run, data, how=way, memory=memory, output=path, progress=progress, seed=seed)
+    return extend(run, data, how=way, memory=memory, settings=settings, output=path, progress=progress, seed=seed)
 
 
 def _finished(path: Path, make: Callable[[Path], Any], progress: Progress, recipe: Recipe) -> dict[str, Any]:
