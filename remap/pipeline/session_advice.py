@@ -140,12 +140,12 @@ def situation(run: str | Path, data: DataSpec) -> Situation:
     where = data.source or "", data.val_source, data.val_fraction
     images = open_labeled(*where, data.depth, data.only, least=1)
     added = tuple(name for name in images.classes if name not in known)
-    _require_new_names(run, known, added)
+    require_new_names(run, known, added)
     has_statistics = (sessions[-1].run.path / class_statistics.FILE).is_file()
     return Situation(tuple(sessions), data, known, added, len(images.train), _at_hand(sessions), has_statistics)
 
 
-def _require_new_names(run: str | Path, known: Sequence[str], added: Sequence[str]) -> None:
+def require_new_names(run: str | Path, known: Sequence[str], added: Sequence[str]) -> None:
     """Refuse a class that a person would read as a known one: nothing says whether it is meant."""
 
     def form(name: str) -> str:

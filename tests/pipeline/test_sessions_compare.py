@@ -89,7 +89,7 @@ def test_ways_under_one_protocol(tiny: Any, tmp_path: Path, monkeypatch: pytest.
     assert summary["seed"] == 1 and "prototypes" in (tmp_path / "sessions.md").read_text()
     monkeypatch.setattr(session_protocol, "start", None)  # what is finished is not run again
     assert compare_sessions(*arguments)["rows"] == table["rows"]
-    for word in ("joint:3", "masked:3"):
+    for word in ("joint:3", "ease:3", "lwf:bias", "lwf:3:4"):
         with pytest.raises(RecipeError, match=word):
             compare_sessions(*arguments[:3], [word], *arguments[4:])
     other = tiny.recipe("train.epochs=2", "train.keep=best", "data.augment=light", method="linear")
