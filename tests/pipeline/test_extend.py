@@ -340,7 +340,7 @@ def test_a_look_has_parts_of_its_own_and_earlier_answers_stay(tiny: Any, tmp_pat
     for network in (old, new):
         network.model.eval()
     before, after = (Runner(network)(pixels).logits_BC for network in (old, new))
-    same = new.model.remap_domains.session_B == 0
+    same = new.model.remap_domains.query.session_B == 0
     assert same.any() and torch.equal(before[same], after[same])
     assert not torch.equal(*(network.model.blocks[0].remap_domains.sets[-1].up.weight for network in (old, new)))
     with pytest.raises(RecipeError, match="there are new classes"):

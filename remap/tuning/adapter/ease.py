@@ -61,7 +61,9 @@ class Ease(Method):
             if not isinstance(head, nn.Linear | nn.Conv2d):
                 raise BackboneError("ease needs a classifier of one layer", given=type(head).__name__)
             means = ClassMeans(*head.weight.shape[:2], config.alpha, spaces)
-            spaces.heads.append((head, edits.insert(f"{path}.{PATH}", means, head.weight)))
+            edits.insert(f"{path}.{PATH}", means, head.weight)
+            spaces.heads.append((head, means))
+            spaces.seen.append([])
             edits.after(path, means.change_logits)
         return Attachment(edits, hooks=Means(model, spaces))
 
@@ -71,18 +73,19 @@ class Spaces:
 
     Attributes:
         heads: Each classifier with its class means.
+        seen: What each of them was given of the newest images, (B, D) for each session.
     """
 
     def __init__(self, model: nn.Module, session: int) -> None:
         self.model, self.session, self.active = model, session, session
         self.heads: list[tuple[nn.Linear | nn.Conv2d, ClassMeans]] = []
+        self.seen: list[list[Tensor]] = []
 
     def see(self, module: nn.Module, args: tuple) -> None:
         """Forward pre-hook of the module that takes the images."""
         if self.active != self.session:
             return
-        for _, means in self.heads:
-            means.seen.clear()
+        self.seen = [[] for _ in self.heads]
         if not self.heads or self.heads[0][1].training:
             return
         try:
@@ -91,6 +94,10 @@ class Spaces:
                 as_timm(self.model).forward_head(as_timm(self.model).forward_features(args[0]))
         finally:
             self.active = self.session
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a forward pass leaves behind may have a graph, which can be neither copied nor saved.
+        return {**self.__dict__, "seen": [[] for _ in self.heads]}
 
 
 class SessionAdapter(Beside):
@@ -110,7 +117,6 @@ class ClassMeans(nn.Module):
     Attributes:
         session_C: The session that a class came with; -1 for one that has no means yet.
         scale: What all logits are multiplied by, (1,).
-        seen: Features (B, D) of the newest images, one tensor a session.
     """
 
     session_C: Tensor
@@ -118,8 +124,7 @@ class ClassMeans(nn.Module):
 
     def __init__(self, classes: int, width: int, alpha: float, spaces: Spaces) -> None:
         super().__init__()
-        self.alpha, self._spaces = alpha, spaces
-        self.seen: list[Tensor] = []
+        self.alpha, self._spaces, self._number = alpha, spaces, len(spaces.heads)
         self.register_buffer("session_C", torch.full((classes,), -1))
         self.register_buffer("scale", torch.ones(1))
         for session in range(spaces.session + 1):
@@ -141,14 +146,11 @@ class ClassMeans(nn.Module):
         """Forward hook of the classifier."""
         if self.training:
             return logits_BC
-        self.seen.append(args[0].flatten(1))
+        seen = self._spaces.seen[self._number]
+        seen.append(args[0].flatten(1))
         if self._spaces.active != self._spaces.session:
             return logits_BC
-        return logits_BC + self(self.seen).to(logits_BC.dtype).view_as(logits_BC)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What a forward pass leaves behind may have a graph, which can be neither copied nor saved.
-        return {**self.__dict__, "seen": []}
+        return logits_BC + self(seen).to(logits_BC.dtype).view_as(logits_BC)
 
 
 class Means(TrainingHooks):
@@ -159,7 +161,7 @@ class Means(TrainingHooks):
 
     @torch.no_grad()
     def finish(self, sample: Sample) -> None:
-        seen: list[list[np.ndarray]] = [[] for _ in self.spaces.heads]
+        features: list[list[np.ndarray]] = [[] for _ in self.spaces.heads]
         labels: list[np.ndarray] = []
         with evaluating(self.model):
             for images_BCHW, labels_B in sample.batches():
@@ -167,10 +169,10 @@ class Means(TrainingHooks):
                     raise TrainingError("ease takes class means of images with labels, and these have none")
                 self.model(images_BCHW)
                 labels.append(labels_B.cpu().numpy())
-                for features, (_, means) in zip(seen, self.spaces.heads, strict=True):
-                    features.append(torch.stack(means.seen).double().cpu().numpy())
-        for features, (head, means) in zip(seen, self.spaces.heads, strict=True):
-            self._take(means, np.concatenate(features, 1), np.concatenate(labels))
+                for rows, seen in zip(features, self.spaces.seen, strict=True):
+                    rows.append(torch.stack(seen).double().cpu().numpy())
+        for rows, (head, means) in zip(features, self.spaces.heads, strict=True):
+            self._take(means, np.concatenate(rows, 1), np.concatenate(labels))
             for parameter in head.parameters(recurse=False):
                 parameter.zero_()
 

@@ -44,7 +44,7 @@ class Domains(Method):
 
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         config, like, edits = self.config, weight_like(model, anatomy), Edits(model)
-        query = Query(model, anatomy)
+        query = Looks(model, anatomy)
         router = edits.insert(PATH, Router(anatomy.width, config, query), like)
         edits.before(anatomy.input_module, router.ask)
         for site, block in enumerate(anatomy.attention_blocks):
@@ -69,17 +69,22 @@ class Domains(Method):
         )
 
 
-class Router(nn.Module):
-    """The centroids, and the session whose set each image of a batch gets.
+class Looks(Query):
+    """The frozen features of a batch.
 
     Attributes:
-        session_B: Those of the newest images.
+        session_B: The session whose set each image gets.
     """
 
-    def __init__(self, width: int, config: Domains.Config, query: Query) -> None:
+    session_B: Tensor
+
+
+class Router(nn.Module):
+    """The centroids of all sessions."""
+
+    def __init__(self, width: int, config: Domains.Config, query: Looks) -> None:
         super().__init__()
         self.session, self.count, self.query = config.session, config.centroids, query
-        self.session_B = torch.zeros(0, dtype=torch.long)
         for session in range(config.session + 1):
             self.register_buffer(f"centroids_{session}", torch.zeros(config.centroids, width))
 
@@ -91,7 +96,7 @@ class Router(nn.Module):
         centroids_KD = torch.cat([getattr(self, f"centroids_{session}") for session in range(self.session + 1)])
         # One by one, so that an image's distances do not depend on the images beside it.
         distance_BK = (self.query.features_BD[:, None].to(centroids_KD.dtype) - centroids_KD).square().sum(-1)
-        self.session_B = distance_BK.argmin(1) // self.count
+        self.query.session_B = distance_BK.argmin(1) // self.count
 
     @torch.no_grad()
     def take(self, features_ND: Tensor) -> None:
@@ -123,7 +128,7 @@ class BySession(nn.Module):
         if self.training:
             return of(self.sets[-1])
         every = torch.stack([of(one) for one in self.sets])
-        return every[self._router[0].session_B, torch.arange(every.shape[1], device=every.device)]
+        return every[self._router[0].query.session_B, torch.arange(every.shape[1], device=every.device)]
 
 
 class Prompts(nn.Module):
@@ -145,7 +150,7 @@ class SessionPrompts(BySession):
         """Return keys and values (B, H, l, h) for a batch with these keys of tokens."""
         if self.idle:
             return k_BHTh[:, :, :0], k_BHTh[:, :, :0]
-        own = self.pick(lambda one: one.prompts.expand(len(k_BHTh), -1, -1, -1, -1))
+        own = self.pick(lambda one: one.prompts.expand(k_BHTh.shape[0], -1, -1, -1, -1))
         return own[:, 0], own[:, 1]
 
 
