@@ -149,7 +149,7 @@ _SWEEP = "An option of methods, or any recipe field: method.num_prompts=5,10,50.
 _LOSS_SET = "Losses with the teacher, compared with the other sets: ce,kd:0.5. Repeatable."
 _BUDGET = "Of each cell: epochs=12, minutes=10 of training, or parameters=50000 trained."
 _SUITE = "Compare on each set of a suite: offline, five_categories, vtab1k, fgvc, fewshot11, words or a YAML file."
-_SESSIONS = "Learn the classes in so many sessions, or in groups (a,b/c,d), by each way of `remap extend`."
+_SESSIONS = "Learn in so many sessions, groups of classes (a,b/c,d) or `folders` of looks, by ways of `remap extend`."
 _WAYS = "Of --sessions: ranpac,prototypes,lwf,ease,l2p,finetune,joint ...; lwf:20 has a memory of 20 images a class."
 _SEARCH = "Trials of learning rate and weight decay for each cell, on held-out training images: 20, or random:20."
 _JOBS = "Cells at once: a number, or auto, by cores, GPUs and memory."
