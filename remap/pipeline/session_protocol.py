@@ -115,7 +115,7 @@ def _method(given: MethodSpec, name: str, sessions: int) -> MethodSpec:
     """Return a method with its options in the recipe, and as many sessions as there are where it divides a pool."""
     spec = given if given.name == name else MethodSpec(name=name)  # options in the recipe are those of its own method
     divides = "sessions" in config_of(name).model_fields and "sessions" not in spec.options
-    return MethodSpec(name=name, **spec.options, sessions=sessions) if divides else spec
+    return MethodSpec.model_validate({"name": name, **spec.options, "sessions": sessions}) if divides else spec
 
 
 def _sessions(recipe: Recipe, word: str, parts: Sequence[DataSpec], folder: Path, progress: Progress) -> dict[str, Any]:

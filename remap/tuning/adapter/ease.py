@@ -60,7 +60,8 @@ class Ease(Method):
                 continue
             if not isinstance(head, nn.Linear | nn.Conv2d):
                 raise BackboneError("ease needs a classifier of one layer", given=type(head).__name__)
-            means = ClassMeans(*head.weight.shape[:2], config.alpha, spaces)
+            classes, width = head.weight.shape[:2]
+            means = ClassMeans(classes, width, config.alpha, spaces)
             edits.insert(f"{path}.{PATH}", means, head.weight)
             spaces.heads.append((head, means))
             spaces.seen.append([])

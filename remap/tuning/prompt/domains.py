@@ -139,6 +139,10 @@ class Prompts(nn.Module):
         self.prompts = nn.Parameter(torch.empty(2, block.heads, length, block.head_dim))
         nn.init.uniform_(self.prompts, -1.0, 1.0)
 
+    def forward(self, images: int) -> Tensor:
+        """Return them for so many images (B, 2, H, l, h)."""
+        return self.prompts.expand(images, -1, -1, -1, -1)
+
 
 class SessionPrompts(BySession):
     """The keys and values of one block."""
@@ -150,7 +154,7 @@ class SessionPrompts(BySession):
         """Return keys and values (B, H, l, h) for a batch with these keys of tokens."""
         if self.idle:
             return k_BHTh[:, :, :0], k_BHTh[:, :, :0]
-        own = self.pick(lambda one: one.prompts.expand(k_BHTh.shape[0], -1, -1, -1, -1))
+        own = self.pick(lambda one: one(k_BHTh.shape[0]))
         return own[:, 0], own[:, 1]
 
 
