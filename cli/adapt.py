@@ -21,7 +21,7 @@ def adapt(
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the images.", show_default="15")] = None,
     batch_size: Annotated[int, typer.Option(min=2, help="Images per update.")] = 64,
     lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default="a tenth of the run's")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Decides every random choice.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Decides every random choice.", show_default="0")] = None,
     val_data: Annotated[
         str | None, typer.Option(help="Labelled images of the other domain, to say what it brought.")
     ] = None,

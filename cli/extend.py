@@ -12,9 +12,9 @@ from remap_cli import console, report
 from remap_cli import options as opt
 
 if TYPE_CHECKING:
-    from remap.pipeline.extend import Advice, Situation
+    from remap.pipeline.session_advice import Advice, Situation
 
-_HOW = "ranpac, prototypes, lwf, masked, or finetune (the lower bound of a comparison); see --explain."
+_HOW = "ranpac, prototypes, lwf, finetune (the lower bound), or the run's method (ease, l2p ...); see --explain."
 
 
 def extend(
@@ -25,7 +25,9 @@ def extend(
     how: Annotated[str | None, typer.Option(help=_HOW, show_default="the first that fits")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say which way fits, and why; train nothing.")] = False,
     memory: Annotated[int, typer.Option(min=0, help="Old images of each class to learn from as well, of lwf.")] = 0,
-    choose: Annotated[str, typer.Option(help="How these are chosen: herding or random.")] = "herding",
+    choose: Annotated[
+        str | None, typer.Option(help="How these are chosen: herding or random.", show_default="herding")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Of lwf.", show_default="the run's")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of lwf.", show_default="the run's")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of all draws.", show_default="the run's")] = None,
@@ -45,14 +47,14 @@ def extend(
     with console.Reporter() as progress:
         with progress.wait("loading PyTorch"):
             from remap.pipeline.extend import extend as extend_run
-            from remap.pipeline.extend import situation
+            from remap.pipeline.session_advice import situation
         if explain:
             found = situation(run, spec)
             advice = found.advice(memory=memory > 0)
             ways = [vars(one) for one in advice]
             console.emit({"situation": found.text, "ways": ways}) if json else _explain(found, advice)
             return
-        if choose not in ("herding", "random"):
+        if choose not in (None, "herding", "random"):
             raise RecipeError([f"--choose: unknown word '{choose}' (allowed: herding, random)"], "extend")
         options = {"how": how, "memory": memory, "choose": choose, "settings": settings or (), "output": output}
         words: dict[str, Any] = {**options, "epochs": epochs, "lr": lr, "seed": seed}

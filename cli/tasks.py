@@ -58,8 +58,8 @@ def switch(shelf: ShelfPath, name: Annotated[str, typer.Argument(help="A task.",
 def verify(shelf: ShelfPath, json: opt.Json = False) -> None:
     """Compare every file with the hash it was added with; exit code 2 where one differs.
 
-    Of a run that extends others: whether the features of each session are still the same bits, and the drop of its
-    accuracy.
+    Of a run that extends others: whether the features of each session, or its answers to images that get its own set of
+    parts, are still the same bits, and the drop of its accuracy.
     """
     from remap.tasks.shelf import Shelf
 
@@ -80,14 +80,15 @@ def _verify_sessions(run: Path, json: bool) -> None:
     else:
         cells = [
             [
-                *(number, row.classes, "bit for bit" if row.same_features else "changed"),
+                *(number, row.classes),
+                *("bit for bit" if same else "changed" for same in (row.same_features, row.same_answers)),
                 *("-" if share is None else f"{share:.1%}" for share in (row.then, row.now, row.drop)),
                 row.problem or "as written",
             ]
             for number, row in enumerate(rows, 1)
         ]
-        columns = ["session", "classes", "features", "then", "now", "drop", "files"]
-        console.table(f"the sessions of {run}", columns, cells, right=(1, 3, 4, 5), wrap=(6,))
+        columns = ["session", "classes", "features", "its answers", "then", "now", "drop", "files"]
+        console.table(f"the sessions of {run}", columns, cells, right=(1, 4, 5, 6), wrap=(7,))
     if any(row.problem for row in rows):
         raise typer.Exit(2)
 

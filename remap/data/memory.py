@@ -2,13 +2,14 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from remap.data.sources import open_labeled, unknown_classes
-from remap.data.splits import Split
+from remap.data.splits import ImageData, Split, stratified
 from remap.errors import DataError, MissingData
 from remap.io import atomic_write
 from remap.io.checked_json import MOST_JSON_BYTES
@@ -104,6 +105,15 @@ def open_memory(path: Path, classes: Sequence[str]) -> Split:
         labels = np.array([classes.index(image.label) for image in part.images], dtype=np.int64)
         together = together.joined(Split(chosen.names, labels, chosen.read))
     return together
+
+
+def with_memory(data: ImageData, path: Path, share: float | None) -> ImageData:
+    """Return data with the images of a memory to learn from; where a share is held out for selection, of these too."""
+    more = open_memory(path, data.classes)
+    if share is None or data.selection is None:
+        return replace(data, train=data.train.joined(more))
+    fit, check = stratified(more.labels, round((1.0 - share) * len(more)))
+    return replace(data, train=data.train.joined(more.take(fit)), selection=data.selection.joined(more.take(check)))
 
 
 def part_classes(part: MemoryPart) -> list[str]:

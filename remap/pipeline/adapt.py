@@ -42,7 +42,7 @@ def adapt(
     epochs: int | None = None,
     batch_size: int = 64,
     lr: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     val_data: str | None = None,
     output: str | Path | None = None,
     progress: Progress = Silent(),
@@ -56,7 +56,7 @@ def adapt(
     Args:
         run: The run directory.
         target: Folder or archive of images without labels.
-        epochs, lr, seed: Of the training by "shot"; epochs None is 15, lr None a tenth of the run's.
+        epochs, lr, seed: Of the training by "shot"; epochs None is 15, lr None a tenth of the run's, seed None 0.
         batch_size: Images of one pass.
         val_data: Labelled images of the other domain, to say what it brought; nothing is chosen by them.
         output: The run directory to make; by default the next number under ``runs/``.
@@ -71,8 +71,11 @@ def adapt(
     require_one_process("a run is adapted in one process", "call it without a launcher")
     if by not in get_args(By):
         raise RecipeError([f"by: '{by}' is not a way to adapt (allowed: {', '.join(get_args(By))})"], "remap.adapt")
-    if by == "statistics" and (epochs is not None or lr is not None):
-        raise RecipeError(["by: statistics takes no steps (leave epochs and lr out)"], "remap.adapt")
+    if by == "statistics" and not (epochs is lr is seed is None):
+        raise RecipeError(
+            ["by: statistics takes no steps and draws nothing (leave epochs, lr and seed out)"], "remap.adapt"
+        )
+    seed = seed or 0
     began, old = time.perf_counter(), RunDir.open(expanded(run))
     recipe = old.recipe()
     known = recipe.data.source

@@ -25,9 +25,11 @@ from remap.pipeline.evidence import write_evidence
 from remap.pipeline.fit_at_once import fit_at_once, leave_untrained
 from remap.pipeline.frozen_check import FrozenWeights, trained_text
 from remap.pipeline.objective import without_idle_losses
+from remap.pipeline.rebalancing import rebalance
 from remap.pipeline.results import require_space, write_results, write_summary
 from remap.pipeline.run_status import track_status
-from remap.pipeline.sessions import align_to_known, measure_sessions
+from remap.pipeline.samples import method_sample
+from remap.pipeline.sessions import measure_sessions
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.student_features import cache_features
 from remap.pipeline.summary import evaluate_at_end, summarize
@@ -272,8 +274,12 @@ def _learn(
         return fit_at_once(components, tracker, shared, progress)
     progress.say(trained_text(job.parameters(), components.student))
     state = train(job, resume=resuming)
-    if components.recipe.train.align:
-        align_to_known(components, progress)
+    rebalanced = rebalance(components, progress)
+    if hooks := components.student.attached.finishing:
+        with progress.wait(f"{components.recipe.method.name} looks at all training images"):
+            for one in hooks:
+                one.finish(method_sample(components.student, components.views, components.recipe.seed, everything=True))
+    if rebalanced or hooks:
         tracker.last = None  # it was measured before
     return state
 

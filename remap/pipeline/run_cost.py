@@ -112,7 +112,7 @@ def run_cost(
     passes = 1 + -(-spec.epochs // spec.eval_every)  # before the first epoch, and always after the last
     test = components.views.test
     evaluated = passes * len(val.split) + (0 if test is None else len(test.split))
-    if (selection := components.views.selection) is not None:
+    if (selection := components.views.selection) is not None and spec.selects:
         evaluated += (passes - 1) * len(selection.split)
     # Evaluation divides images among processes, too.
     checks = profile.forward_seconds * evaluated / processes

@@ -20,15 +20,16 @@ from remap.tuning.base import Sample
 METHOD_BATCH = 32
 
 
-def method_sample(student: Network, views: DataViews, seed: int) -> Sample:
-    """Return training images for a method that looks at some; the same ones for a seed.
+def method_sample(student: Network, views: DataViews, seed: int, *, everything: bool = False) -> Sample:
+    """Return training images for a method that looks at some, or at everything; the same ones for a seed.
 
     They are labelled ones, unless the student learns without labels.
     """
     labeled = student.classes and len(views.train.split)
     source, preprocess = views.train if labeled else views.training_source, Runner(student).preprocess
     # Keyed by the seed, so that a resumed run and other processes see the same ones.
-    order = keyed_random.permutation(seed, 0, len(source.split))[: student.attached.sample_images]
+    count = len(source.split) if everything else student.attached.sample_images
+    order = keyed_random.permutation(seed, 0, len(source.split))[:count]
     device = accelerator().device
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:

@@ -3,7 +3,6 @@
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,24 @@ from remap.io import atomic_write
 from remap.io.names import plain
 from remap.pipeline.compare import resumable
 from remap.pipeline.comparison_files import percent
-from remap.pipeline.extend import AT_ONCE, WAYS, WITH_MEMORY, extend
+from remap.pipeline.extend import extend
 from remap.pipeline.labels_only import labels_only
 from remap.pipeline.run import Result, resume, start
+from remap.pipeline.session_advice import ALONE, AT_ONCE, METHOD_WAYS, WAYS, WITH_MEMORY
+from remap.pipeline.session_split import FOLDERS, name_of, parts_of
 from remap.pipeline.shared import SharedResources
 from remap.progress import Progress, Within
 from remap.recipe import Recipe
 from remap.recipe.schema import DataSpec, MethodSpec
 from remap.runs.run_dir import RunDir
+from remap.tuning import config_of
 
 RECORD = "sessions.json"
 JOINT = "joint"
-DEFAULT_WAYS = (*WAYS, JOINT)
-FIGURES = ("overall", "average", "forgetting", "seconds", "bytes")
+DEFAULT_WAYS = (*(way for way in WAYS if way not in METHOD_WAYS), JOINT)
+SHOWN = ("overall", "average", "forgetting")
+FIGURES = (*SHOWN, "last", "backward_transfer", "forward_transfer", "calibration_old", "calibration_new")
+COSTS = ("seconds", "bytes")
 # How training images are changed before they are seen.
 LOOKS = {*Augmentation.model_fields, "augment", "views", "mixup", "cutmix", "mix_probability"}
 
@@ -45,109 +49,112 @@ def compare_sessions(
     The first session is a run on the first classes, which all ways extend; "joint" is a run on all classes at once.
 
     Args:
-        split: A number of sessions, or the classes of each: "cat,dog/bird".
+        split: A number of sessions, or the classes of each: "cat,dog/bird"; or "folders", each folder in that of the
+            data a session with a look of its own of the same classes.
         methods: How the student of the first session is tuned.
-        ways: Of ``WAYS``; "lwf:20" has a memory of 20 images a class.
+        ways: Of ``WAYS``; "lwf:20" has a memory of 20 images a class, "lwf:20:bias" corrects the bias of the classifier
+            by it. Those that are methods have a first session of their own.
         folder: Finished runs in it are not run again.
 
     Returns:
         The content of sessions.json: for each way its figures (``remap.runs.session_figures``), seconds and bytes of
-        the sessions behind the first, each with mean, spread and 95 % interval over seeds (Student's t).
+        the sessions behind the first, each with mean, spread and 95 % interval over seeds (Student's t), and the matrix
+        of accuracies of each seed.
 
     Raises:
         RemapError: Anything a user can mend.
     """
     base, shared = labels_only(recipe), SharedResources()
-    groups = groups_of(split, shared.index(base.data).classes)
-    for way in ways:
-        _way(way)
-    rows = []
+    parts = parts_of(base.data, split, shared)
+    if split == FOLDERS:
+        base = base.model_copy(update={"data": base.data.model_copy(update={"depth": (base.data.depth or 1) + 1})})
+    pairs = _pairs(methods, ways, same_classes=split == FOLDERS)
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {pair: [] for pair in pairs}
     with resumable(folder):
-        for method in methods:
-            # Options in the recipe are those of its own method.
-            spec = base.method if base.method.name == method else MethodSpec(name=method)
-            found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
-            for seed in range(recipe.seed, recipe.seed + seeds):
-                of_seed = base.model_copy(update={"method": spec, "seed": seed})
+        for seed in range(recipe.seed, recipe.seed + seeds):
+            for method, way in pairs:
+                of_seed = base.model_copy(update={"method": _method(base.method, method, len(parts)), "seed": seed})
                 at, title = folder / method / f"seed-{seed}", Within(progress, f"{method}, seed {seed}")
-                for way in ways:
-                    found[way].append(_sessions(of_seed, way, groups, at, title))
-            rows += [{"method": method, "way": way, **_over_seeds(found[way])} for way in ways]
-    table = {"data": base.data.source, "sessions": groups, "seeds": seeds, "rows": rows, "output": str(folder)}
+                found[method, way].append(_sessions(of_seed, way, parts, at, title))
+    rows = [{"method": method, "way": way, **_over_seeds(found[method, way])} for method, way in pairs]
+    sessions = [name_of(one) for one in parts]
+    table = {"data": base.data.source, "sessions": sessions, "seeds": seeds, "rows": rows, "output": str(folder)}
     atomic_write.write_json(folder / RECORD, table)
     atomic_write.write_text(folder / "sessions.md", markdown(table))
     return table
 
 
-def groups_of(split: str, classes: Sequence[str]) -> list[list[str]]:
-    """Return the classes of each session, as even as they can be where a number is given.
+def _way(word: str) -> tuple[str, int, bool]:
+    """Read "lwf:20:bias" as a way, a number of images a class, and whether the bias is corrected by them."""
+    way, *more = word.split(":")
+    memory, bias = (more[0] if more else "0"), more[1:] == ["bias"]
+    if way not in (*WAYS, JOINT) or len(more) > 1 + bias or (more and way not in WITH_MEMORY) or not memory.isdigit():
+        allowed = f"{', '.join((*WAYS, JOINT))}, lwf:20, lwf:20:bias"
+        raise RecipeError([f"--ways: unknown word '{word}' (allowed: {allowed})"], "compare")
+    return way, int(memory), bias
+
+
+def _pairs(methods: Sequence[str], ways: Sequence[str], *, same_classes: bool) -> list[tuple[str, str]]:
+    """Return the rows of the table, each a method and a way; ways that are methods go with themselves.
 
     Raises:
-        RecipeError: There are too few classes, or a class is unknown or missing.
+        RecipeError: A way is unknown, or learns no new classes, or does not go on from a method.
     """
-    if split.isdigit():
-        count = int(split)
-        if not 2 <= count <= len(classes) // 2:
-            allowed = f"2 to {len(classes) // 2}, each of two classes or more"
-            raise RecipeError(
-                [f"--sessions: {count} sessions of {len(classes)} classes (allowed: {allowed})"], "compare"
-            )
-        ends = [round(number * len(classes) / count) for number in range(count + 1)]
-        return [list(classes[first:last]) for first, last in pairwise(ends)]
-    groups = [[name.strip() for name in group.split(",")] for group in split.split("/")]
-    if sorted(name for group in groups for name in group) != sorted(classes) or len(groups) < 2 or len(groups[0]) < 2:
-        raise RecipeError(
-            [f"--sessions: '{split}' is not a number or each of the {len(classes)} classes once, as in a,b/c,d"],
-            "compare",
-        )
-    return groups
+    words = [(word, _way(word)[0]) for word in ways]
+    if misfit := {"ease" if same_classes else "domains"} & {way for _, way in words}:
+        what = "new classes, and these are the same" if same_classes else "a new look of the same classes"
+        raise RecipeError([f"--ways: {misfit.pop()} is for {what} (see --sessions)"], "compare")
+    for method in set(methods) & set(ALONE):
+        if other := [word for word, way in words if way not in (*METHOD_WAYS, JOINT)]:
+            raise RecipeError([f"--methods: {method} is extended by itself alone, not by {other[0]}"], "compare")
+    shared = [(method, word) for method in methods for word, way in words if way not in METHOD_WAYS]
+    return [*shared, *((way, word) for word, way in words if way in METHOD_WAYS)]
 
 
-def _way(word: str) -> tuple[str, int]:
-    """Read "lwf:20" as a way and a number of images a class."""
-    way, colon, count = word.partition(":")
-    if way not in DEFAULT_WAYS or (colon and (not count.isdigit() or way not in WITH_MEMORY)):
-        raise RecipeError([f"--ways: unknown word '{word}' (allowed: {', '.join(DEFAULT_WAYS)}, lwf:20)"], "compare")
-    return way, int(count or 0)
+def _method(given: MethodSpec, name: str, sessions: int) -> MethodSpec:
+    """Return a method with its options in the recipe, and as many sessions as there are where it divides a pool."""
+    spec = given if given.name == name else MethodSpec(name=name)  # options in the recipe are those of its own method
+    divides = "sessions" in config_of(name).model_fields and "sessions" not in spec.options
+    return MethodSpec.model_validate({"name": name, **spec.options, "sessions": sessions}) if divides else spec
 
 
-def _sessions(
-    recipe: Recipe, word: str, groups: Sequence[Sequence[str]], folder: Path, progress: Progress
-) -> dict[str, Any]:
+def _sessions(recipe: Recipe, word: str, parts: Sequence[DataSpec], folder: Path, progress: Progress) -> dict[str, Any]:
     """Run what is not there yet of one way and seed, and return its figures."""
-    way, memory = _way(word)
-
-    def only(names: Sequence[str]) -> Recipe:
-        return recipe.model_copy(update={"data": recipe.data.model_copy(update={"only": tuple(names)})})
+    way, memory, bias = _way(word)
+    settings = ("train.align=bias",) if bias else ()
 
     if way == JOINT:
         joint = _finished(folder / JOINT, lambda path: start(recipe, path, progress), progress, recipe)
-        figures = {"overall": joint["student"]["accuracy"], "average": None, "forgetting": None}
+        figures = {**dict.fromkeys(FIGURES), "overall": joint["student"]["accuracy"], "accuracy": None}
         return {**figures, "seconds": joint["seconds"], "bytes": joint["student"]["task_bytes"]}
-    last = folder / "first"
-    _finished(last, lambda path: start(only(groups[0]), path, progress), progress, only(groups[0]))
+    last, recipes = folder / "first", [recipe.model_copy(update={"data": data}) for data in parts]
+    _finished(last, lambda path: start(recipes[0], path, progress), progress, recipes[0])
     seconds, found = 0.0, dict[str, Any]()
-    for number, names in enumerate(groups[1:], 2):
-        make = partial(_extend, recipe.seed, last, only(names).data, way, memory, progress)
+    for number, session in enumerate(recipes[1:], 2):
+        make = partial(_extend, recipe.seed, last, session.data, way, memory, settings, progress)
         last = folder / word.replace(":", "-") / str(number)
-        found = _finished(last, make, progress, only(names))
+        found = _finished(last, make, progress, session)
         seconds += found["seconds"]
-    sizes = sum(session["bytes"] for session in found["sessions"]["sessions"][1:])
-    return {**{name: found["sessions"][name] for name in FIGURES[:3]}, "seconds": seconds, "bytes": sizes}
+    of_all = found["sessions"]
+    figures = {name: of_all[name] for name in (*FIGURES[:-2], "accuracy")}
+    figures |= {f"calibration_{name}": of_all["calibration_error"][name] for name in ("old", "new")}
+    return {**figures, "seconds": seconds, "bytes": sum(one["bytes"] for one in of_all["sessions"][1:])}
 
 
-def _extend(seed: int, run: Path, data: DataSpec, way: str, memory: int, progress: Progress, path: Path) -> Result:
+def _extend(
+    seed: int, run: Path, data: DataSpec, way: str, memory: int, settings: Sequence[str], progress: Progress, path: Path
+) -> Result:
     # No epoch of an extended run is chosen, and a classifier that is fitted at once sees the images as they are.
     unread = {"selection", *(LOOKS if way in AT_ONCE else ())}
     data = DataSpec(**data.model_dump(exclude_unset=True, exclude=unread))
-    return extend(run, data, how=way, memory=memory, output=path, progress=progress, seed=seed)
+    return extend(run, data, how=way, memory=memory, settings=settings, output=path, progress=progress, seed=seed)
 
 
 def _finished(path: Path, make: Callable[[Path], Any], progress: Progress, recipe: Recipe) -> dict[str, Any]:
     """Return the summary of a run; one that was interrupted is resumed.
 
     Args:
-        recipe: That of the run; of one that extends another, the classes in it count, since the other was looked at.
+        recipe: That of the run; of one that extends another, its images count, since the other was looked at.
 
     Raises:
         RunError: The run there was made with another recipe.
@@ -155,8 +162,11 @@ def _finished(path: Path, make: Callable[[Path], Any], progress: Progress, recip
     run = RunDir(path)
     if (path / "recipe.yaml").is_file():
         made = run.recipe()
-        alone = made.student.extends is None
-        if made.data.only != recipe.data.only or (alone and made.digest(places=False) != recipe.digest(places=False)):
+        if made.student.extends is None:
+            same = made.digest(places=False) == recipe.digest(places=False)
+        else:
+            same = name_of(made.data) == name_of(recipe.data)
+        if not same:
             raise RunError(
                 f"{path} was made with other settings; nothing in it was touched",
                 do="name another --output, or remove that folder",
@@ -168,7 +178,8 @@ def _finished(path: Path, make: Callable[[Path], Any], progress: Progress, recip
 
 
 def _over_seeds(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {name: over_seeds([one[name] for one in found]) for name in FIGURES}
+    figures = {name: over_seeds([one[name] for one in found]) for name in (*FIGURES, *COSTS)}
+    return {**figures, "accuracy": [one["accuracy"] for one in found]}
 
 
 def over_seeds(values: Sequence[float | None]) -> dict[str, Any] | None:
@@ -197,7 +208,7 @@ def markdown(table: dict[str, Any]) -> str:
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in table["rows"]:
-        shares = ["-" if row[name] is None else percent(row[name]) for name in FIGURES[:3]]
+        shares = ["-" if row[name] is None else percent(row[name]) for name in SHOWN]
         rest = [f"{row['seconds']['mean']:.0f}", f"{row['bytes']['mean'] / 1024:.0f}"]
         lines.append(f"| {' | '.join(map(plain, [row['method'], row['way'], *shares, *rest]))} |")
     return "\n".join(lines) + "\n"

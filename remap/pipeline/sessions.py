@@ -5,18 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from remap.backbones.anatomy import module_at
 from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
 from remap.engine.evaluate import Evaluation, evaluate_as
 from remap.engine.metrics import calibration_error
 from remap.errors import DataError, RemapError, RunError
 from remap.io.paths import absolute, expanded
-from remap.network import Network
 from remap.pipeline.components import RunComponents
-from remap.pipeline.probe import last_layer
 from remap.pipeline.shared import DataViews, SharedResources
 from remap.progress import Progress
 from remap.recipe.schema import DataSpec
@@ -69,30 +65,6 @@ def images_of(
 def _data_of(session: Session, classes: tuple[str, ...]) -> DataSpec:
     update = {"known_classes": classes, "memory": None, "augment": "none"}
     return session.run.recipe().data.labeled_part().model_copy(update=update)
-
-
-def align_to_known(components: RunComponents, progress: Progress) -> None:
-    """Align the rows of new classes to those that the extended run knew, where there are new ones."""
-    known = len(sessions_of(expanded(components.recipe.student.extends or ""))[-1].classes)
-    if known < len(components.student.classes or ()):
-        factor = align_classifier(components.student, known)
-        progress.say(f"the rows of new classes are scaled by {factor:.3f} to the norm of those before")
-
-
-def align_classifier(network: Network, known: int) -> float:
-    """Scale the rows of new classes to the mean norm of the ``known`` first ones, and return the factor.
-
-    Weight alignment (Zhao et al. 2020, arXiv 1911.07053, equations 6 to 8); the bias is scaled with its row.
-    """
-    layers = [last_layer(module_at(network.model, path)) for path in network.anatomy.classifier_heads]
-    with torch.no_grad():
-        norms_C = torch.stack([layer.weight.flatten(1).norm(dim=1) for layer in layers]).mean(0)
-        factor = float(norms_C[:known].mean() / norms_C[known:].mean())
-        for layer in layers:
-            for parameter in (layer.weight, layer.bias):
-                if parameter is not None:
-                    parameter[known:] *= factor
-    return factor
 
 
 def measure_sessions(

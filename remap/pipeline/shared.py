@@ -8,7 +8,7 @@ from typing import Any
 
 from remap.backbones.preprocess import PreprocessSpec
 from remap.data.fingerprint import Contents, fingerprint
-from remap.data.memory import open_memory
+from remap.data.memory import with_memory
 from remap.data.pixels import Pixels
 from remap.data.sources import open_data
 from remap.data.splits import ImageData
@@ -106,7 +106,7 @@ class SharedResources:
             # A folder on a network drive takes minutes to list.
             data = open_data(*arguments)
             if spec.memory is not None:
-                data = replace(data, train=data.train.joined(open_memory(expanded(spec.memory), data.classes)))
+                data = with_memory(data, expanded(spec.memory), spec.selection)
             self.data[key] = data
         return self.data[key]
 

@@ -119,7 +119,7 @@ def summarize(
         "peak_memory_bytes": peak_bytes(accelerator().device),
         "final_losses": {name: value for name, value in kept.items() if name in ("loss", *components.objective.terms)},
     }
-    if views.selection is not None:
+    if views.selection is not None and recipe.train.selects:
         summary["choice"] = described(state, recipe.train, len(views.selection.split))
     if recipe.train.ema is not None:
         summary["ema"] = recipe.train.ema

@@ -87,7 +87,7 @@ class RunTracker:
             return {}
         self.last = self.evaluate()
         found = {"accuracy": self.last.accuracy, "val_ce": self.last.loss}
-        if (chosen_by := views.selection) is not None:
+        if (chosen_by := views.selection) is not None and self.components.recipe.train.selects:
             what = "the student on selection images"
             answers = self.evaluate(what, chosen_by, self.selection_features)
             found[SELECTION] = selection_metric(self.components.recipe.train.metric, answers, chosen_by.split.labels)

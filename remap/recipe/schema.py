@@ -127,7 +127,7 @@ class Recipe(Section):
             object.__setattr__(self, "data", self.data.model_copy(update={"augment": "strong"}))
         if label_free or not labels:
             object.__setattr__(self, "data", self.data.model_copy(update={"unlabeled_only": True}))
-        if self.train.selects and self.data.selection is None:
+        if (self.train.selects or self.train.align == "bias") and self.data.selection is None:
             object.__setattr__(self, "data", self.data.model_copy(update={"selection": SELECTION}))
         return self
 

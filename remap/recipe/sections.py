@@ -231,8 +231,8 @@ class TrainSpec(Section):
     ridge: Annotated[float | None, LATER] = Field(
         default=None, gt=0.0, description="Penalty of fit=ridge; null chooses it on a fifth of the training images."
     )
-    align: Annotated[bool, LATER] = Field(
-        default=False, description="Scale the rows of new classes to the norm of those the run knew (student.extends)."
+    align: Annotated[bool | Literal["bias"], LATER] = Field(
+        default=False, description="Scale rows of new classes to the old norm; bias fits them on a held-out memory."
     )
 
     @model_validator(mode="after")

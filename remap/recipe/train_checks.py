@@ -30,7 +30,7 @@ def train_problems(recipe: Recipe) -> Iterator[str]:
         yield "baseline: a run without a teacher learns from labels alone already (set teacher.model, or leave it out)"
     if train.warmup_epochs is not None and train.warmup_epochs >= train.epochs:
         yield f"train.warmup_epochs: {train.warmup_epochs} must be less than train.epochs {train.epochs}"
-    if recipe.data.selection is not None and not train.selects:
+    if recipe.data.selection is not None and not train.selects and train.align != "bias":
         yield "data.selection: nothing is chosen by it (set train.keep=best or train.patience, or leave it out)"
     if train.selects and recipe.label_free:
         yield "train.keep, train.patience: a student without a classifier has no accuracy to go by (leave them out)"
@@ -64,6 +64,8 @@ def _fit_problems(recipe: Recipe) -> Iterator[str]:
         yield "train.ridge: nothing is fitted by ridge regression (set train.fit=ridge, or leave it out)"
     if train.align and (student.extends is None or train.fit != "gradient"):
         yield "train.align: there are no rows of new classes that steps have trained (set student.extends)"
+    if train.align == "bias" and recipe.data.memory is None:
+        yield "train.align: bias is fitted on held-out images of a memory, and there is none (name its size: --memory)"
     if student.extends is not None and (student.init is not None or student.shrink is not None):
         yield "student.extends: the student has the weights of that run (leave init and shrink out)"
 

@@ -193,7 +193,7 @@ def start_from(network: Network, path: Path, classes: tuple[str, ...], *, head: 
         network.identity = replace(network.identity, weights="none", sha256=meta.backbone.sha256)
     elif network.identity.sha256 != meta.backbone.sha256:
         raise RunError(f"{folder} was tuned on another backbone than {network.identity.model}")
-    network.attached.wants_sample = False  # what looking at images decides is in the task
+    network.attached.wants_sample = network.attached.each_session  # else what looking at images decides is in the task
     named = dict(network.model.named_parameters()) | network.tensors
     for name, tensor in tensors.items():
         rows = network.anatomy.is_head(name) and len(tensor) == known
@@ -204,6 +204,7 @@ def start_from(network: Network, path: Path, classes: tuple[str, ...], *, head: 
                 part.copy_(tensor)
         elif head or not network.anatomy.is_head(name):
             raise RunError(f"{name} of {folder} does not fit the student", do="keep the method of that run")
+    network.attached.start_session()
     return known
 
 

@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from remap.errors import RunError
 from remap.io.paths import expanded
+from remap.network import Network
 from remap.pipeline.fit_at_once import features_digest
 from remap.pipeline.sessions import sessions_of
 from remap.runs.session_figures import sessions_problem
@@ -18,6 +21,8 @@ class SessionRow:
     Attributes:
         same_features: Whether its features are those of the newest session bit for bit; so it is after sessions that
             fit the classifier at once.
+        same_answers: Whether all it learned, its classifier too, stands in the newest session bit for bit, and an image
+            that gets its set of ``domains`` has the same answer as then.
         then, now: Accuracy on its images right after it, and by the newest run; None where it was not measured.
         problem: What is wrong with its files; empty where nothing is.
     """
@@ -25,6 +30,7 @@ class SessionRow:
     run: str
     classes: int
     same_features: bool
+    same_answers: bool
     then: float | None
     now: float | None
     problem: str = ""
@@ -52,9 +58,17 @@ def verify_sessions(path: str | Path) -> list[SessionRow]:
             str(one.run.path),
             len(one.classes),
             digest == digests[-1],
+            _is_kept(networks[number], networks[-1]),
             matrix[number][number],
             matrix[-1][number],
             one.run.damage() or "",
         )
         for number, (one, digest) in enumerate(zip(sessions, digests, strict=True))
     ]
+
+
+def _is_kept(old: Network, new: Network) -> bool:
+    """Whether all that a run learned is part of a later one, with the same backbone, classes and pixels."""
+    same = (old.identity.sha256, old.classes, old.preprocess) == (new.identity.sha256, new.classes, new.preprocess)
+    now = new.tensors
+    return same and all(name in now and torch.equal(tensor, now[name]) for name, tensor in old.tensors.items())

@@ -22,6 +22,7 @@ class Attached:
         mergeable: Whether ``merge`` can fold the methods into plain backbone weights.
         wants_sample: Whether ``prepare`` must be called before the first step.
         sample_images: How many images it is shown at most.
+        each_session: Whether it must be called in a run that extends another too.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, methods: Mapping[str, Attachment]) -> None:
@@ -42,6 +43,7 @@ class Attached:
         self.mergeable = all(member.fold is not None for member in members)
         self.wants_sample = any(member.hooks.wants_sample for member in members)
         self.sample_images = max(member.hooks.sample_images for member in members)
+        self.each_session = any(member.hooks.each_session for member in members)
         tuned = self.added_prefixes + tuple(f"{path}." if path else "" for path in self.tuned_modules)
         persistent = set(model.state_dict())
         self.buffers = tuple(
@@ -114,6 +116,17 @@ class Attached:
         for member in self.methods.values():
             if member.hooks.wants_sample:
                 member.hooks.prepare(sample)
+
+    def start_session(self) -> None:
+        """Let the methods act once the tensors of the run that is extended are in place."""
+        for member in self.methods.values():
+            member.hooks.start_session()
+
+    @property
+    def finishing(self) -> list[TrainingHooks]:
+        """The hooks of methods that look at all training images after the last step."""
+        hooks = [member.hooks for member in self.methods.values()]
+        return [one for one in hooks if type(one).finish is not TrainingHooks.finish]
 
     @property
     def pruning(self) -> list[str]:

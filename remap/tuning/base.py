@@ -151,16 +151,24 @@ class TrainingHooks:
     Attributes:
         wants_sample: Whether ``prepare`` must be called with training images before the first step.
         sample_images: How many of them there are at most.
+        each_session: Whether it must be called in a run that extends another too (``remap extend``), with its images.
     """
 
     wants_sample: bool = False
     sample_images: int = 512
+    each_session: bool = False
 
     def prepare(self, sample: Sample) -> None:
         """Look at training images before the first step (not again when a run is resumed).
 
         All that this decides must be in the trained parameters or the buffers, so that a task holds it.
         """
+
+    def start_session(self) -> None:
+        """Act in a run that extends another, once the tensors of that run are in place."""
+
+    def finish(self, sample: Sample) -> None:
+        """Look at all training images after the last step. All that this decides must be in a task, as in prepare."""
 
     def before_step(self, average: Callable[[list[Tensor]], None]) -> None:
         """Change the gradients of a step, which are those of the whole batch.

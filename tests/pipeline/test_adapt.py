@@ -145,6 +145,7 @@ def test_statistics_are_means_over_batches(camera: Path, model_folder: Callable[
         ({"by": "magic"}, "not a way to adapt"),
         ({"by": "statistics"}, "no batch norm of its own"),
         ({"by": "statistics", "epochs": 3}, "takes no steps"),
+        ({"by": "statistics", "seed": 0}, "draws nothing"),
         ({"epochs": 0}, "epochs"),
         ({"val_data": "empty"}, "no images"),
     ],

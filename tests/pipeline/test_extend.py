@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,24 +11,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 from safetensors.numpy import load_file
 
 import remap
+from remap.data.sources import open_data
+from remap.data.views import ViewSource
 from remap.errors import DataError, Interrupted, MissingData, RecipeError
+from remap.network import Runner, tuned
 from remap.pipeline.evaluation import evaluate_run
-from remap.pipeline.extend import extend, extension_recipe, situation
+from remap.pipeline.extend import extend, extension_recipe
+from remap.pipeline.rebalancing import align_classifier, fit_bias
 from remap.pipeline.repeat import repeat
 from remap.pipeline.run import resume, start
-from remap.pipeline.sessions import align_classifier
+from remap.pipeline.session_advice import require_new_names, situation
 from remap.progress import Silent
 from remap.recipe.schema import DataSpec, ModelSpec
 from remap.remapping.knowledge.logits.distillation import CrossEntropy, KnowledgeDistillation
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Pair
-from remap.remapping.signals import Signals
+from remap.remapping.signals import Needs, Signals
 from remap.runs.class_statistics import ClassStatistics
 from remap.runs.run_dir import RunDir
 from remap.runs.task import load_task, open_backbone
+from remap.tasks.sessions import verify_sessions
+from remap.tuning.base import Sample
 
 Extended = Callable[[str], dict[str, Any]]
 # Random features that are few.
@@ -156,8 +164,17 @@ def test_mistakes_are_named(first: Path, red: DataSpec, tiny: Any) -> None:
         extension_recipe(situation(first, red), "magic")
     with pytest.raises(RecipeError, match="takes no steps"):
         extension_recipe(situation(first, red), "ranpac", epochs=3)
-    with pytest.raises(RecipeError, match="--memory: masked"):
-        extend(first, red, how="masked", memory=2)
+    with pytest.raises(RecipeError, match="--memory: prototypes"):
+        extend(first, red, how="prototypes", memory=2)
+    with pytest.raises(RecipeError, match="--choose"):
+        extend(first, red, how="lwf", choose="random")
+    for way in ("ease", "domains", "coda_prompt"):
+        with pytest.raises(RecipeError, match=f"tuned by {way} from the first session"):
+            extension_recipe(situation(first, red), way)
+    with pytest.raises(RecipeError, match="lwf learns by kd too"):
+        extension_recipe(situation(first, red), "lwf", ["losses=ce,feature"])
+    with pytest.raises(RecipeError, match=r"train\.align: bias"):
+        extension_recipe(situation(first, red), "lwf", ["train.align=bias"])
     with pytest.raises(DataError, match="no such classes"):
         situation(first, DataSpec(source=tiny.data, only=("pink",)))
     with pytest.raises(RecipeError, match=r"train\.fit"):
@@ -233,3 +250,164 @@ def test_a_pool_counts_its_sessions_on_and_leaves_those_before(tiny: Any, red: D
         assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1]), name
     with pytest.raises(RecipeError, match="start with more sessions"):
         extend(tmp_path / "second", red, output=tmp_path / "third")
+
+
+def test_named_losses_keep_the_options_of_the_way(first: Path, tiny: Any) -> None:
+    two = situation(first, DataSpec(source=tiny.data, only=("red",)))
+    two = replace(two, added=("pink", "red"))  # as if there were another
+    losses = {loss.name: loss for loss in extension_recipe(two, "lwf", ["losses=ce,kd:2,feature"]).losses}
+    assert losses["ce"].options["first_class"] == 2 and losses["kd"].options["temperature"] == 2.0
+    assert losses["kd"].weight == 2.0 and "feature" in losses
+    asked = extension_recipe(two, "lwf", ["losses=[{name: ce, first_class: 0}, kd]"]).losses
+    assert asked[0].options.get("first_class", 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("known", "name", "shown"),
+    [("blue", "Blue", "Blue"), ("caf\u00e9", "cafe\u0301", r"'cafe\u0301'"), ("caf\u00e9", "CAFE\u0301", "CAFE\u0301")],
+)
+def test_a_class_that_reads_like_a_known_one_is_refused(known: str, name: str, shown: str) -> None:
+    """Capitals, and a letter that is composed of two characters; what looks the same is shown by its code points."""
+    with pytest.raises(DataError, match="case or Unicode form") as refused:
+        require_new_names("old", (known, "green"), ("red", name))
+    assert refused.value.given == f"{shown}, known: {ascii(known) if shown.startswith(chr(39)) else known}"
+    require_new_names("old", (known, "green"), ("red", "blue2"))
+
+
+def test_a_class_in_capitals_is_not_a_new_one(first: Path, tiny: Any, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        shutil.copytree(Path(tiny.data) / part / "blue", tmp_path / part / "Blue")
+    with pytest.raises(DataError, match="exactly the known name"):
+        extend(first, str(tmp_path), how="lwf")
+
+
+def test_bias_correction_is_the_least_of_its_loss() -> None:
+    """BiC, equation 5, by a grid in float64: on as many images of each class, whose new logits are too small."""
+    draws = np.random.default_rng(3)
+    labels = np.repeat(np.arange(4), [20, 20, 60, 60])
+    logits = draws.normal(size=(160, 4)) + 2.0 * np.eye(4)[labels]
+    logits[:, 2:] = 0.5 * logits[:, 2:] - 1.0
+    scale, shift = fit_bias(logits, labels, 2, 4)
+    rows = np.concatenate([np.flatnonzero(labels == label)[:20] for label in range(4)])
+
+    def loss(a: float, b: float) -> float:
+        z = logits[rows].copy()
+        z[:, 2:] = a * z[:, 2:] + b
+        return float(-np.log(np.exp(z)[np.arange(80), labels[rows]] / np.exp(z).sum(1)).mean())
+
+    grid = {(a, b): loss(a, b) for a in np.linspace(0.5, 4, 15) for b in np.linspace(-1, 5, 25)}
+    best = min(grid, key=grid.__getitem__)
+    assert loss(scale, shift) <= grid[best] and abs(scale - best[0]) < 0.4 and abs(shift - best[1]) < 0.4
+    with pytest.raises(DataError, match="larger --memory"):
+        fit_bias(logits, labels, 2, 5)
+
+
+def test_bias_is_fitted_on_images_that_steps_did_not_see(
+    first: Path, red: DataSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 8 old images a class and a quarter held out: 6 + 6 old and 6 new ones to learn from, 2 of each to fit on."""
+    seen = []
+
+    def noted(logits: np.ndarray, labels: np.ndarray, *rest: int) -> tuple[float, float]:
+        seen.append(np.bincount(labels).tolist())
+        return 2.0, 0.5
+
+    monkeypatch.setattr("remap.pipeline.rebalancing.fit_bias", noted)
+    settings = ["train.align=bias", "data.selection=0.25", "train.epochs=1"]
+    found = extend(first, red, how="lwf", memory=8, settings=settings, output=tmp_path / "bias")
+    assert found.summary["data"]["train_images"] == 18 and seen == [[2, 2, 2]]
+    assert "choice" not in found.summary  # no epoch is chosen by them
+
+
+def test_a_look_has_parts_of_its_own_and_earlier_answers_stay(tiny: Any, tmp_path: Path) -> None:
+    """Images that get the set of the first session have the same bits, and `tasks verify` finds all of it there."""
+    small = ("method.parts=adapters", "method.centroids=2", "train.epochs=1", "data.only=blue,green")
+    words = {"method": "domains", "teacher": None, "losses": "ce"}
+    start(tiny.recipe(*small, **words), tmp_path / "one")
+    for path in (Path(tiny.data)).glob("*/*/*"):  # another look: negatives
+        if path.parent.name != "red":
+            (target := tmp_path / "dark" / path.relative_to(tiny.data)).parent.mkdir(parents=True, exist_ok=True)
+            ImageOps.invert(Image.open(path)).save(target)
+    advice = situation(tmp_path / "one", DataSpec(source=str(tmp_path / "dark"))).advice()
+    assert advice[0].way == "domains" and not any(one.fits for one in advice[1:])
+    found = extend(tmp_path / "one", str(tmp_path / "dark"), output=tmp_path / "two").summary["sessions"]
+    assert found["forward_transfer"] is not None and [len(row) for row in found["accuracy"]] == [2, 2]
+    rows = verify_sessions(tmp_path / "two")
+    assert [(row.same_answers, row.drop) for row in rows] == [(True, rows[0].then - rows[0].now), (True, 0.0)]
+    (old, view), (new, _) = (load_task(tmp_path / name) for name in ("one", "two"))
+    split = open_data(tiny.data, None, 0.2, only=("blue", "green")).val
+    pixels, _ = ViewSource(split, view, memory_bytes=0.0).batch(np.arange(len(split)))
+    for network in (old, new):
+        network.model.eval()
+    before, after = (Runner(network)(pixels).logits_BC for network in (old, new))
+    same = new.model.remap_domains.query.session_B == 0
+    assert same.any() and torch.equal(before[same], after[same])
+    assert not torch.equal(*(network.model.blocks[0].remap_domains.sets[-1].up.weight for network in (old, new)))
+    with pytest.raises(RecipeError, match="there are new classes"):
+        extension_recipe(situation(tmp_path / "one", DataSpec(source=tiny.data, only=("red",))), "domains")
+    with pytest.raises(RecipeError, match="extended by it alone"):
+        extension_recipe(situation(tmp_path / "one", DataSpec(source=tiny.data, only=("red",))), "lwf")
+
+
+def test_an_adapter_each_session_and_class_means_in_all_spaces(
+    tiny: Any, red: DataSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EASE by the formulas of sections 4.2 and 4.3 in float64, from features that other networks make.
+
+    Features of the first session are those of its run, and those of the second that of AdaptFormer with its tensors.
+    """
+    small = ("method.bottleneck=3", "train.epochs=1", "data.only=blue,green")
+    first = start(tiny.recipe(*small, method="ease", teacher=None, losses="ce"), tmp_path / "one").student
+    with monkeypatch.context() as patch:  # killed when all steps are taken
+
+        def stop(*_args: Any) -> None:
+            raise Interrupted("stopped by a test")
+
+        patch.setattr("remap.tuning.adapter.ease.Means.finish", stop)
+        with pytest.raises(Interrupted):
+            extend(tmp_path / "one", red, how="ease", settings=["train.epochs=1"], output=tmp_path / "two")
+    student, (_, view) = resume(tmp_path / "two").student, load_task(tmp_path / "two")
+    for name, tensor in first.tensors.items():
+        if ".sets.0." in name:
+            assert torch.equal(student.tensors[name], tensor)
+    assert not student.tensors["blocks.0.remap_ease.sets.1.up.weight"].any()  # one class teaches nothing
+    with torch.no_grad():  # as if it had taught
+        for name, tensor in student.tensors.items():
+            if ".sets.1.up" in name:
+                tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)))
+    data = open_data(tiny.data, None, 0.2)
+
+    def pixels(part: Any, label: int) -> Any:
+        rows = np.flatnonzero(part.labels == label)
+        return ViewSource(part, view, memory_bytes=0.0).batch(rows)[0]
+
+    def features(session: int, images: Any) -> np.ndarray:
+        plain = open_backbone(ModelSpec(model=tiny.student), 3)
+        network = tuned(plain, "adaptformer", {"bottleneck": 3})
+        with torch.no_grad():
+            for index, block in enumerate(network.model.blocks):
+                for key in ("down.weight", "down.bias", "up.weight", "up.bias"):
+                    source = f"blocks.{index}.remap_ease.sets.{session}.{key}"
+                    block.remap_adaptformer.get_parameter(key).copy_(student.tensors[source])
+        network.model.eval()
+        runner = Runner(network, Needs(pooled=True))
+        return runner(images).pooled_BD.detach().double().numpy()
+
+    hooks = student.attached.finishing[0]
+    means = student.model.head.remap_ease
+    means.session_C[2] = -1  # the class means of the second session are taken again
+    preprocess = Runner(student).preprocess
+    sample = Sample(lambda: iter([(preprocess(pixels(data.train, 2)), torch.full((8,), 2))]), 3)
+    hooks.finish(sample)
+
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    own = np.stack([features(0, pixels(data.train, label)).mean(0) for label in (0, 1, 2)])
+    new = features(1, pixels(data.train, 2)).mean(0)
+    share = np.exp(unit(own[:2]) @ unit(own[2:]).T)
+    later = np.concatenate([share / share.sum(1, keepdims=True) @ new[None], new[None]])
+    images = pixels(data.val, 1)
+    cosines = [unit(features(0, images)) @ unit(own).T, unit(features(1, images)) @ unit(later).T]
+    expected = cosines[0] * [1, 1, 0.1] + cosines[1] * [0.1, 0.1, 1]
+    got = Runner(student)(images).logits_BC.detach().numpy() / float(means.scale)
+    assert np.allclose(got, expected, atol=1e-5)
+    assert not student.tensors["head.weight"].any()

@@ -1,6 +1,7 @@
 """A comparison over sessions, and the memory of old images. Herding by hand is the rule of iCaRL in float64."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from remap.pipeline import session_protocol
 from remap.pipeline.extend import extend
 from remap.pipeline.memory import choose_memory, herding
 from remap.pipeline.run import start
-from remap.pipeline.session_protocol import compare_sessions, groups_of
+from remap.pipeline.session_protocol import compare_sessions
+from remap.pipeline.session_split import groups_of
 from remap.pipeline.sessions import sessions_of
 from remap.progress import Silent
 from remap.recipe.schema import DataSpec
@@ -89,11 +91,42 @@ def test_ways_under_one_protocol(tiny: Any, tmp_path: Path, monkeypatch: pytest.
     assert summary["seed"] == 1 and "prototypes" in (tmp_path / "sessions.md").read_text()
     monkeypatch.setattr(session_protocol, "start", None)  # what is finished is not run again
     assert compare_sessions(*arguments)["rows"] == table["rows"]
-    for word in ("joint:3", "masked:3"):
+    for word in ("joint:3", "ease:3", "lwf:bias", "lwf:3:4"):
         with pytest.raises(RecipeError, match=word):
             compare_sessions(*arguments[:3], [word], *arguments[4:])
+    with pytest.raises(RecipeError, match="extended by itself alone"):
+        compare_sessions(*arguments[:2], ["ease"], ["lwf"], *arguments[4:])
+    with pytest.raises(RecipeError, match="domains is for a new look"):
+        compare_sessions(*arguments[:3], ["domains"], *arguments[4:])
     other = tiny.recipe("train.epochs=2", "train.keep=best", "data.augment=light", method="linear")
     with pytest.raises(RunError, match="made with other settings"):
         compare_sessions(other, *arguments[1:])
     with pytest.raises(RunError, match="made with other settings"):
         compare_sessions(recipe, "blue,red/green", *arguments[2:])
+
+
+def test_folders_are_sessions_with_a_look_of_their_own(tiny: Any, tmp_path: Path) -> None:
+    for look in ("day", "night"):
+        for label in ("blue", "red"):
+            for part in ("train", "val"):
+                folder = tmp_path / "looks" / look / label
+                folder.mkdir(parents=True, exist_ok=True)
+                for path in (Path(tiny.data) / part / label).iterdir():
+                    shutil.copy(path, folder / f"{part}-{path.name}")
+    data = f"data.source={tmp_path / 'looks'}"
+    recipe = tiny.recipe(data, "data.val_fraction=0.3", "train.epochs=1", method="linear", teacher=None, losses="ce")
+    arguments = (recipe, "folders", ["linear"], ["domains", "joint"], 1, tmp_path / "out", Silent())
+    table = compare_sessions(*arguments)
+    rows = {(row["method"], row["way"]): row for row in table["rows"]}
+    assert table["sessions"] == [["day"], ["night"]] and set(rows) == {("linear", "joint"), ("domains", "domains")}
+    (matrix,) = rows["domains", "domains"]["accuracy"]
+    assert [len(row) for row in matrix] == [2, 2]
+    assert rows["domains", "domains"]["forward_transfer"]["mean"] == matrix[0][1]
+    first = json.loads((tmp_path / "out" / "domains" / "seed-0" / "first" / "summary.json").read_text())
+    joint = json.loads((tmp_path / "out" / "linear" / "seed-0" / "joint" / "summary.json").read_text())
+    images = [run["data"]["train_images"] + run["data"]["val_images"] for run in (first, joint)]
+    assert images[1] == 2 * images[0]
+    with pytest.raises(RecipeError, match="ease is for new classes"):
+        compare_sessions(*arguments[:3], ["ease"], *arguments[4:])
+    with pytest.raises(RecipeError, match="a folder of two or more"):
+        compare_sessions(tiny.recipe("data.source=digits"), *arguments[1:])

@@ -127,6 +127,8 @@ SMALL: dict[str, dict[str, object]] = {
     "l2p": {"pool": 4, "length": 2, "top": 2},
     "dualprompt": {"sessions": 2, "general": 2, "general_blocks": 1, "length": 3},
     "coda_prompt": {"sessions": 2, "pool": 6, "length": 4},
+    "domains": {"length": 3, "centroids": 2},
+    "ease": {"bottleneck": 4},
     "adalora": {"rank": 4, "initial_rank": 6},
     "lst": {"reduction": 4},
     "gralora": {"rank": 4, "alpha": 4},

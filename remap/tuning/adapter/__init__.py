@@ -43,6 +43,15 @@ ROWS = [
         vit_base=L * (2 * D * 64 + 64 + D),
     ),
     _row(
+        name="ease",
+        target="remap.tuning.adapter.ease:Ease",
+        summary="a bottleneck beside every MLP for each session, and class means in the features of all sessions",
+        paper="Zhou et al. 2024, arXiv 2403.12030",
+        trains="L*(2*D*r + r + D), of one session",
+        vit_base=L * (2 * D * 16 + 16 + D),
+        alone=True,
+    ),
+    _row(
         name="convpass",
         target="remap.tuning.adapter.convpass:Convpass",
         summary="a convolutional bottleneck beside attention and MLP",

@@ -118,6 +118,16 @@ ROWS = [
         needs=frozenset({"sequence"}),
         alone=True,
     ),
+    _row(
+        name="domains",
+        target="remap.tuning.prompt.domains:Domains",
+        summary="prompts, norms or adapters for each look of the images, those of the nearest centroid",
+        paper="Wang et al. 2022, arXiv 2207.12819",
+        trains="L*2*l*D, l keys and values of one look",
+        vit_base=L * 2 * 10 * D,
+        needs=frozenset({"sequence"}),
+        alone=True,
+    ),
     _words(
         name="coop",
         target="remap.tuning.prompt.coop:CoOp",

@@ -21,7 +21,7 @@ class CODAPrompt(Method):
 
     In each of the first blocks p = sum_m cos(q * A_m, K_m) P_m (equations 4 and 5), whose first half of tokens are keys
     and the others values: M*(l + 2)*D parameters a block. A session trains its own M / sessions components, sums those
-    of the sessions up to it, and is kept orthogonal (equation 7).
+    of the sessions up to it, and is kept orthogonal (equation 7), as it starts by Gram-Schmidt.
     """
 
     class Config(SessionOptions):
@@ -68,6 +68,17 @@ class Components(nn.Module):
         every = (self.prompts, self.keys, self.attention)
         return [torch.cat([one[: self.first].detach(), one[self.first : self.stop]]) for one in every]
 
+    @torch.no_grad()
+    def start_session(self) -> None:
+        """Make the components of this session orthonormal, and orthogonal to those before, which training has moved."""
+        for one in (self.prompts, self.keys, self.attention):
+            rows = one.view(len(one), -1)
+            if self.stop > rows.shape[1]:  # there is no direction left
+                continue
+            before = torch.linalg.qr(rows[: self.first].T).Q
+            new = rows[self.first : self.stop]
+            rows[self.first : self.stop] = torch.linalg.qr((new - new @ before @ before.T).T).Q.T
+
     def forward(self, k_BHTh: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values (B, H, l / 2, h) for a batch with these keys of tokens."""
         if self.query.idle:
@@ -88,10 +99,14 @@ class Components(nn.Module):
 
 
 class Orthogonal(TrainingHooks):
-    """The term that keeps components orthogonal."""
+    """The term that keeps components orthogonal, and Gram-Schmidt at the start of a session."""
 
     def __init__(self, sums: Sequence[Components], weight: float) -> None:
         self.sums, self.weight = sums, weight
+
+    def start_session(self) -> None:
+        for one in self.sums:
+            one.start_session()
 
     def penalty(self) -> Tensor:
         return self.weight * torch.stack([one.penalty() for one in self.sums]).sum()

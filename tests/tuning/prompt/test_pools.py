@@ -100,6 +100,23 @@ def test_coda_prompt_sums_components_up_to_its_session(build: Build, attach: Att
         assert [bool(row.abs().sum() > 0) for row in parameter.grad] == [False, False, True, True, False, False]
 
 
+def test_coda_prompt_starts_a_session_by_gram_schmidt(build: Build, attach: Attach) -> None:
+    """Orthonormal to each other and orthogonal to components that training has moved, which stay; those to come too."""
+    options = {"sessions": 3, "session": 1, "pool": 6, "length": 4, "num_blocks": 1}
+    attached = attach("coda_prompt", build("plain").double(), **options)
+    part = attached.model.blocks[0].attn.remap_pool
+    with torch.no_grad():
+        for one in (part.prompts, part.keys, part.attention):
+            one[:2] = 0.3 + torch.randn(one[:2].shape, generator=torch.Generator().manual_seed(2), dtype=one.dtype)
+    before = {name: tensor.clone() for name, tensor in attached.state().items()}
+    attached.start_session()
+    for name, tensor in attached.state().items():
+        rows, old = tensor.flatten(1), before[name].flatten(1)
+        assert torch.equal(rows[:2], old[:2]) and torch.equal(rows[4:], old[4:])
+        assert torch.allclose(rows[2:4] @ rows[2:4].T, torch.eye(2).double(), atol=1e-9), name
+        assert torch.allclose(rows[2:4] @ rows[:2].T, torch.zeros(2, 2).double(), atol=1e-9), name
+
+
 def test_sizes_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValidationError, match="top 3"):
         L2P.Config(pool=2, top=3)

@@ -1,0 +1,100 @@
+"""Bring the logits of new classes to the scale of old ones, of which there were few images to learn from.
+
+Letters: N images, C classes.
+"""
+
+import numpy as np
+import torch
+
+from remap.backbones.anatomy import module_at
+from remap.backbones.families.watching import Layer
+from remap.distributed.launch import accelerator
+from remap.engine.evaluate import batch_size_of_evaluation
+from remap.errors import BackboneError, DataError
+from remap.io.paths import expanded
+from remap.network import Network
+from remap.pipeline.components import RunComponents
+from remap.pipeline.probe import last_layer, signals_of
+from remap.pipeline.sessions import sessions_of
+from remap.progress import Progress
+
+
+def rebalance(components: RunComponents, progress: Progress) -> bool:
+    """Change the classifier as ``train.align`` says, and return whether it was: there may be no new class.
+
+    Raises:
+        DataError: There are no held-out images of some class to fit the bias on.
+    """
+    how, student = components.recipe.train.align, components.student
+    if not how or (run := components.recipe.student.extends) is None:
+        return False
+    known = len(sessions_of(expanded(run))[-1].classes)
+    if known == len(student.classes or ()):
+        return False
+    if how == "bias":
+        held_out, batch = components.views.selection, batch_size_of_evaluation(components.recipe)
+        assert held_out is not None, "the recipe holds images out"
+        what = "logits of held-out images"
+        found = signals_of(student, held_out, accelerator(), batch, progress, what, pooled=False)
+        scale, shift = fit_bias(*found, known, len(student.classes or ()))
+        _change_rows(student, known, scale, shift)
+        progress.say(f"the logits of new classes are corrected to {scale:.3f} x {shift:+.3f}")
+    else:
+        progress.say(f"the rows of new classes are scaled by {align_classifier(student, known):.3f} to the old norm")
+    return True
+
+
+def align_classifier(network: Network, known: int) -> float:
+    """Scale the rows of new classes to the mean norm of the ``known`` first ones, and return the factor.
+
+    Weight alignment (Zhao et al. 2020, arXiv 1911.07053, equations 6 to 8); the bias is scaled with its row.
+    """
+    norms_C = torch.stack([layer.weight.detach().flatten(1).norm(dim=1) for layer in _layers(network)]).mean(0)
+    factor = float(norms_C[:known].mean() / norms_C[known:].mean())
+    _change_rows(network, known, factor, 0.0)
+    return factor
+
+
+def fit_bias(logits_NC: np.ndarray, labels_N: np.ndarray, known: int, classes: int) -> tuple[float, float]:
+    """Return a factor and a summand for the logits of new classes, of the least cross-entropy on held-out images.
+
+    Bias correction (BiC, Wu et al. 2019, arXiv 1905.13260, equations 4 and 5). As many images of each class count.
+
+    Raises:
+        DataError: There is none of some class.
+    """
+    from scipy.optimize import minimize
+    from scipy.special import logsumexp
+
+    counts_C = np.bincount(labels_N, minlength=classes)
+    if not counts_C.min():
+        raise DataError(
+            "the bias is fitted on held-out images of each class, and some have none",
+            given=f"{int((counts_C == 0).sum())} of {classes} classes without",
+            do="take a larger --memory, or hold more out (data.selection)",
+        )
+    rows = np.concatenate([np.flatnonzero(labels_N == label)[: counts_C.min()] for label in range(classes)])
+    logits_NC, labels_N = logits_NC[rows].astype(np.float64), labels_N[rows]
+
+    def loss(parameters: np.ndarray) -> float:
+        scale, shift = parameters
+        changed_NC = np.concatenate([logits_NC[:, :known], scale * logits_NC[:, known:] + shift], axis=1)
+        return float((logsumexp(changed_NC, axis=1) - changed_NC[np.arange(len(rows)), labels_N]).mean())
+
+    found = minimize(loss, [1.0, 0.0], method="L-BFGS-B", bounds=[(0.01, 100.0), (-100.0, 100.0)])
+    return float(found.x[0]), float(found.x[1])
+
+
+def _layers(network: Network) -> list[Layer]:
+    return [last_layer(module_at(network.model, path)) for path in network.anatomy.classifier_heads]
+
+
+@torch.no_grad()
+def _change_rows(network: Network, known: int, scale: float, shift: float) -> None:
+    """Make logit z of each new class scale * z + shift."""
+    for layer in _layers(network):
+        layer.weight[known:] *= scale
+        if layer.bias is not None:
+            layer.bias[known:] = scale * layer.bias[known:] + shift
+        elif shift:
+            raise BackboneError("the classifier has no bias to correct", do="align its rows (train.align=true)")
