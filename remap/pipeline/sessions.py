@@ -10,7 +10,8 @@ import torch
 from remap.backbones.anatomy import module_at
 from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
-from remap.engine.evaluate import Evaluation, evaluate_as
+from remap.engine.evaluate import evaluate_as
+from remap.engine.evaluation import Evaluation
 from remap.engine.metrics import calibration_error
 from remap.errors import DataError, RemapError, RunError
 from remap.io.paths import absolute, expanded

@@ -42,6 +42,8 @@ def confused_pairs(evidence: Evidence) -> list[dict[str, Any]]:
 
 def class_rows(evidence: Evidence) -> list[dict[str, Any]]:
     """Return the least accurate classes first: images, accuracy with interval, the teacher's, the usual mistake."""
+    if evidence.student.precision is not None:
+        return _precision_rows(evidence, evidence.student.precision)
     rows: list[dict[str, Any]] = []
     for label, name in enumerate(evidence.classes):
         chosen = [i for i, one in enumerate(evidence.labels) if one == label and evidence.student.predictions[i] >= 0]
@@ -65,6 +67,17 @@ def class_rows(evidence: Evidence) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["share"])[:MOST_CLASSES]
 
 
+def _precision_rows(evidence: Evidence, precision: list[float | None]) -> list[dict[str, Any]]:
+    images = Counter(label for labels in evidence.labels if isinstance(labels, list) for label in labels)
+    teacher = evidence.teacher.precision if evidence.teacher else None
+    rows = [
+        {"name": name, "images": images[label], "share": share, "interval": None, "teacher": teacher and teacher[label]}
+        for label, (name, share) in enumerate(zip(evidence.classes, precision, strict=True))
+        if share is not None
+    ]
+    return sorted(rows, key=lambda row: row["share"])[:MOST_CLASSES]
+
+
 def bins_of(answers: Answers, labels: list[int]) -> list[tuple[float, float, int]]:
     """Return mean confidence, share that is right and number of images, of each bin of confidence that has any."""
     bins: dict[int, list[tuple[float, bool]]] = {}
@@ -85,7 +98,7 @@ def worst_images(evidence: Evidence, run: Path) -> list[dict[str, Any]]:
                 {
                     "uri": uri,
                     "name": evidence.names[index],
-                    "label": evidence.classes[evidence.labels[index]],
+                    "label": evidence.label_of(index),
                     "student": _said(evidence, evidence.student, index),
                     "teacher": evidence.teacher and _said(evidence, evidence.teacher, index),
                 }
@@ -94,11 +107,13 @@ def worst_images(evidence: Evidence, run: Path) -> list[dict[str, Any]]:
 
 
 def _said(evidence: Evidence, answers: Answers, index: int) -> dict[str, Any] | None:
-    answer = answers.predictions[index]
-    if answer < 0:
+    """Return what is said of an image: its classes, how sure the least sure is, and whether all are right."""
+    named = answers.of(index)
+    if named is None:
         return None
-    right = answer == evidence.labels[index]
-    return {"name": evidence.classes[answer], "confidence": answers.confidences[index], "right": right}
+    name = ", ".join(evidence.classes[label] for label, _ in named) or "none"
+    right = answers.predictions[index] == evidence.labels[index]
+    return {"name": name, "confidence": min((sure for _, sure in named), default=None), "right": right}
 
 
 def overlays(evidence: Evidence, run: Path) -> list[dict[str, Any]]:
@@ -108,6 +123,7 @@ def overlays(evidence: Evidence, run: Path) -> list[dict[str, Any]]:
         names = [f"image-{index}.jpg", *(f"attention-{index}-{name}.jpg" for name in evidence.attention.blocks)]
         uris = [picture(run, name) for name in names]
         if None not in uris:
-            label = evidence.classes[evidence.labels[index]]
-            found.append({"label": label, "uris": uris, "student": _said(evidence, evidence.student, index)})
+            found.append(
+                {"label": evidence.label_of(index), "uris": uris, "student": _said(evidence, evidence.student, index)}
+            )
     return found

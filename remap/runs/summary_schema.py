@@ -6,7 +6,9 @@ Imports no torch.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from remap.data import CLASSES, METRIC
 from remap.io.checked_json import is_count, is_number
+from remap.runs.interval import with_interval
 from remap.runs.session_figures import sessions_problem
 
 # The entries of student.metrics, in words.
@@ -16,7 +18,22 @@ METRICS = {
     "f1": "F1, mean over classes",
     "calibration_error": "calibration error",
     "teacher_agreement": "agreement with the teacher",
+    "mAP": "mean average precision",
+    "f1_micro": "F1 of all answers",
+    "f1_macro": "F1, mean over classes",
+    "exact_match": "all classes of an image right",
 }
+
+
+def metric_of(summary: Mapping[str, Any]) -> str:
+    """Return what the entries of a summary that are called accuracy are: "accuracy", or "mAP"."""
+    return str(summary.get("metric", METRIC[CLASSES]))
+
+
+def shown(summary: Mapping[str, Any], value: float) -> str:
+    """Return such an entry in words: a share of images with its interval, a mean average precision alone."""
+    is_share = metric_of(summary) == METRIC[CLASSES]
+    return with_interval(value, summary["data"]["val_images"]) if is_share else f"{100 * value:.1f} %"
 
 
 def _is_word(value: object) -> bool:
