@@ -78,7 +78,7 @@ def predict(
     from remap.prediction.predictions import Wanted, predictions
 
     inputs = Inputs(words, list_file or [])
-    wanted = Wanted(top, threshold, probabilities, embeddings, batch_size, adapt=adapt)
+    wanted = Wanted(top, probabilities, embeddings, batch_size, adapt=adapt, threshold=threshold)
     with console.Reporter(quiet=not launch.is_first()) as progress:
         if output is not None:
             counts = predict_to_file(runs, inputs, output, wanted, progress)

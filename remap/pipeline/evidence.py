@@ -71,8 +71,11 @@ def _answers(found: Evaluation) -> Answers:
             losses=found.losses_N.round(4).tolist(),
             precision=found.precision_C,
         )
-    columns = (found.predictions_N, found.confidences_N.round(5), found.losses_N.round(4))
-    return Answers(**dict(zip(Answers.model_fields, (column.tolist() for column in columns), strict=True)))
+    return Answers(
+        predictions=found.predictions_N.tolist(),
+        confidences=found.confidences_N.round(5).tolist(),
+        losses=found.losses_N.round(4).tolist(),
+    )
 
 
 def _write_picture(source: ViewSource, index: int, folder: Path) -> bool:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from remap.backbones.names import is_pair
-from remap.data import MULTILABEL
 from remap.data.sources import open_data, open_labeled
 from remap.errors import RecipeError, RemapError
 from remap.io import atomic_write
@@ -120,12 +119,10 @@ def situation(run: str | Path, data: DataSpec) -> Situation:
     """
     sessions = sessions_of(expanded(run))
     known = sessions[-1].classes
-    if not known:
-        raise RecipeError([f"{run} has no classifier, so there is nothing to extend"], "extend")
-    if read_meta(folder_of(sessions[-1].run.path)).task == MULTILABEL:
-        raise RecipeError([f"{run} answers with any number of classes; one class an image is extended"], "extend")
-    where = data.source or "", data.val_source, data.val_fraction
-    images = open_labeled(*where, data.depth, data.only, least=1)
+    if not known or sessions[-1].run.recipe().data.multilabel:
+        why = "answers with any number of classes an image" if known else "has no classifier"
+        raise RecipeError([f"{run} {why}, so there is nothing to extend"], "extend")
+    images = open_labeled(data.source or "", data.val_source, data.val_fraction, data.depth, data.only, least=1)
     added = tuple(name for name in images.classes if name not in known)
     has_statistics = (sessions[-1].run.path / class_statistics.FILE).is_file()
     return Situation(tuple(sessions), data, known, added, len(images.train), _at_hand(sessions), has_statistics)

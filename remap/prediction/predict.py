@@ -65,7 +65,7 @@ def predict(
     """
     students = open_students(run, device)
     bf16 = runs_in_bf16(run, students)
-    wanted = Wanted(top, threshold, probabilities, embeddings, batch_size, bf16=bf16, adapt=adapt)
+    wanted = Wanted(top, probabilities, embeddings, batch_size, bf16=bf16, adapt=adapt, threshold=threshold)
     inputs = Inputs([images] if isinstance(images, str | Path) else images)
     for rows in _with_progress(students, inputs, wanted, progress):
         yield from rows

@@ -70,22 +70,23 @@ class Wanted:
 
     Attributes:
         top: Number of likeliest classes; of a student with fewer, all. None is one; of task multilabel all that are as
-            likely as ``threshold``, which is 0.5 where it is None and for that task alone.
+            likely as ``threshold``.
         batch_size: Images of one forward pass.
         workers: Threads that decode; None for one a core, at most 8.
         bf16: Whether networks run under bfloat16 autocast.
         adapt: "tent" adapts a single student to the images on the way (``remap.prediction.tent``): rows depend on the
             order of the images and on the batch size.
+        threshold: For students of task multilabel alone; None is 0.5.
     """
 
     top: int | None = None
-    threshold: float | None = None
     probabilities: bool = False
     embeddings: bool = False
     batch_size: int = 64
     workers: int | None = None
     bf16: bool = False
     adapt: str | None = None
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         if self.adapt not in (None, "tent"):

@@ -22,9 +22,7 @@ from remap.runs.summary_schema import METRICS, choice_in_words, metric_of, summa
 
 # Above it, a matrix is no longer read, and the pairs that are most confused are listed.
 MOST_CLASSES_IN_MATRIX = 20
-# Losses on labels, and what they are called on the evaluation images.
-_EVALUATED = ("val_ce", "val_bce")
-_NOT_LOSSES = ("epoch", "seconds", *METRIC.values(), *_EVALUATED, "selection")
+_NOT_LOSSES = ("epoch", "seconds", *METRIC.values(), "val_ce", "val_bce", "selection")
 
 
 def report_run(run: RunDir, *, pngs: bool = True) -> Path:
@@ -103,8 +101,8 @@ def _curves(history: list[dict[str, Any]]) -> list[figures.Drawing]:
     names = [name for name in dict.fromkeys(n for record in history for n in record) if name not in _NOT_LOSSES]
     for number, name in enumerate(name for name in names if not is_scheduled(name)):
         lines = {"training": line(name)}
-        if name == "ce" and any(map(line, _EVALUATED)):
-            lines["evaluation"] = line("val_ce") or line("val_bce")
+        if name == "ce" and (evaluated := line("val_ce") or line("val_bce")):
+            lines["evaluation"] = evaluated
         title = "loss (weighted sum)" if name == "loss" else name
         drawn.append(figures.curve(f"curve-{number}", title, lines))
     return drawn
@@ -149,14 +147,13 @@ def _answer(summary: dict[str, Any], recipe: Recipe) -> str:
 
 def _precise(summary: dict[str, Any], found: float) -> str:
     """Return the answer where an image has any number of classes: a mean average precision and those beside it."""
-    images, others = summary["data"]["val_images"], []
-    if "baseline" in summary:
-        others.append(f"the same student without a teacher {percent(summary['baseline']['accuracy'])}")
-    if summary.get("teacher", {}).get("accuracy") is not None:
-        others.append(f"its teacher {percent(summary['teacher']['accuracy'])}")
-    if "test_accuracy" in summary["student"]:
-        others.append(f"the student on the test images, looked at once, {percent(summary['student']['test_accuracy'])}")
-    text = f"has a mean average precision of {percent(found)} on {images:,} evaluation images."
+    beside = {
+        "the same student without a teacher": summary.get("baseline", {}).get("accuracy"),
+        "its teacher": summary.get("teacher", {}).get("accuracy"),
+        "the student on the test images, looked at once,": summary["student"].get("test_accuracy"),
+    }
+    others = [f"{who} {percent(share)}" for who, share in beside.items() if share is not None]
+    text = f"has a mean average precision of {percent(found)} on {summary['data']['val_images']:,} evaluation images."
     return f"{text} Beside it: {'; '.join(others)}." if others else text
 
 

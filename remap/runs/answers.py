@@ -115,7 +115,7 @@ class Evidence(_Record):
             DiskFull: There is no room.
             RunError: It cannot be written.
         """
-        atomic_write.write_text(run / NAME, self.model_dump_json() + "\n")
+        atomic_write.write_text(run / NAME, self.model_dump_json(exclude_none=True) + "\n")
 
 
 def read_evidence(run: Path) -> Evidence | None:
