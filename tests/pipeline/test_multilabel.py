@@ -187,6 +187,7 @@ REFUSED = {
     "metric": (("train.keep=best", "train.metric=top5"), r"top5 is not a metric of task multilabel \(allowed: mAP, "),
     "fit": (("train.fit=ridge", "losses=[ce]"), "train.fit: is for one class an image"),
     "top_k": (("teacher.top_k=2",), "teacher.top_k: is for one class an image"),
+    "unknown": (("task=several",), "data.task: .*multilabel"),
     "twice": (("data.task=classes",), "task is 'multilabel', and data.task 'classes'"),
 }  # fmt: skip
 
