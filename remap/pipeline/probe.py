@@ -1,6 +1,6 @@
 """A linear classifier fitted on features: the quickest way to give a teacher these classes, or to judge a backbone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -17,7 +17,7 @@ from remap.data.views import ViewSource
 from remap.distributed.interrupts import defer_signals, raise_if_interrupted
 from remap.errors import BackboneError, DataError
 from remap.network import Network, Runner
-from remap.pipeline.logistic import STRENGTHS, fit_each_class, fit_logistic
+from remap.pipeline.logistic import STRENGTHS, EachClass, Probe, fit_each_class, fit_logistic
 from remap.progress import Progress
 from remap.remapping.signals import Needs
 
@@ -56,7 +56,7 @@ def fit_probe(
         raise DataError("a head needs readable training images of two classes at least", do="repair the images")
     features_ND = _into_last_layer(network, features_ND)
     with progress.wait("fitting the teacher's head", len(STRENGTHS) + 1) as step:
-        fit = fit_logistic if labels_N.ndim == 1 else fit_each_class
+        fit: Callable[..., Probe | EachClass] = fit_logistic if labels_N.ndim == 1 else fit_each_class
         probe = fit(features_ND, labels_N, step)
     write_head(network, *probe.rows(len(network.classes or ())))
     return probe.strength

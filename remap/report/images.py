@@ -12,20 +12,25 @@ from remap.runs.interval import wilson
 MOST_CLASSES, MOST_PAIRS, BINS = 50, 15, 15
 
 
+def _one(column: list[Any]) -> list[Any]:
+    """Return labels or answers of one class an image."""
+    return column
+
+
 def confusion_counts(evidence: Evidence) -> list[list[int]]:
     """Return how many images of each class (row) were given each answer (column)."""
-    found = Counter(zip(evidence.labels, evidence.student.predictions, strict=True))
+    found = Counter(zip(_one(evidence.labels), _one(evidence.student.predictions), strict=True))
     classes = range(len(evidence.classes))
     return [[found[row, column] for column in classes] for row in classes]
 
 
 def confused_pairs(evidence: Evidence) -> list[dict[str, Any]]:
     """Return the wrong answers that were given most often, with how often the teacher gave them too."""
-    teacher = evidence.teacher.predictions if evidence.teacher else None
-    rows = enumerate(zip(evidence.labels, evidence.student.predictions, strict=True))
+    teacher = _one(evidence.teacher.predictions) if evidence.teacher else None
+    rows = enumerate(zip(_one(evidence.labels), _one(evidence.student.predictions), strict=True))
     wrong = [(index, pair) for index, pair in rows if pair[1] not in (pair[0], -1)]
     counts = Counter(pair for _, pair in wrong)
-    images = Counter(evidence.labels)
+    images = Counter(_one(evidence.labels))
     return [
         {
             "label": evidence.classes[label],
@@ -45,15 +50,16 @@ def class_rows(evidence: Evidence) -> list[dict[str, Any]]:
     if evidence.student.precision is not None:
         return _precision_rows(evidence, evidence.student.precision)
     rows: list[dict[str, Any]] = []
+    answered = _one(evidence.student.predictions)
     for label, name in enumerate(evidence.classes):
-        chosen = [i for i, one in enumerate(evidence.labels) if one == label and evidence.student.predictions[i] >= 0]
+        chosen = [i for i, one in enumerate(_one(evidence.labels)) if one == label and answered[i] >= 0]
         if not chosen:
             continue
-        answers = Counter(evidence.student.predictions[i] for i in chosen)
+        answers = Counter(answered[i] for i in chosen)
         share = answers[label] / len(chosen)
         mistakes = Counter({answer: number for answer, number in answers.items() if answer != label})
         usual = mistakes.most_common(1)
-        teacher = evidence.teacher and sum(evidence.teacher.predictions[i] == label for i in chosen) / len(chosen)
+        teacher = evidence.teacher and sum(_one(evidence.teacher.predictions)[i] == label for i in chosen) / len(chosen)
         rows.append(
             {
                 "name": name,
@@ -78,10 +84,10 @@ def _precision_rows(evidence: Evidence, precision: list[float | None]) -> list[d
     return sorted(rows, key=lambda row: row["share"])[:MOST_CLASSES]
 
 
-def bins_of(answers: Answers, labels: list[int]) -> list[tuple[float, float, int]]:
+def bins_of(answers: Answers, labels: list[Any]) -> list[tuple[float, float, int]]:
     """Return mean confidence, share that is right and number of images, of each bin of confidence that has any."""
     bins: dict[int, list[tuple[float, bool]]] = {}
-    for answer, confidence, label in zip(answers.predictions, answers.confidences, labels, strict=True):
+    for answer, confidence, label in zip(_one(answers.predictions), _one(answers.confidences), labels, strict=True):
         if answer >= 0:
             bins.setdefault(min(int(confidence * BINS), BINS - 1), []).append((confidence, answer == label))
     columns = [tuple(zip(*rows, strict=True)) for _, rows in sorted(bins.items())]

@@ -22,6 +22,7 @@ class BinaryCrossEntropy(LossTerm):
     """
 
     Config = OfOneClass.Config
+    config: OfOneClass.Config
     uses_teacher = False
     classifier = "labels"
 
@@ -40,6 +41,7 @@ class BernoulliDistillation(LogitsTerm):
     """
 
     Config = KnowledgeDistillation.Config
+    config: KnowledgeDistillation.Config
 
     def compare(self, student_BC: Tensor, teacher_BC: Tensor, labels: Labels) -> Tensor:
         return bernoulli_kl(student_BC, teacher_BC, self.config.temperature)
