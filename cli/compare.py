@@ -113,14 +113,14 @@ def _show(table: dict[str, Any]) -> None:
     count = len(table["seeds"])
     seeds = f"{count} seeds (mean ± standard deviation)" if count > 1 else "1 seed"
     console.table(
-        f"{table['student']} on {table['data']}: accuracy in %, {table['epochs']} epochs, {seeds}",
+        f"{table['student']} on {table['data']}: {table['metric']} in %, {table['epochs']} epochs, {seeds}",
         ["method", "trained", "labels only", "with teacher", "gain", "to full tuning", "seconds", "saved size"],
         console.grouped(rows),
         right=(1, 2, 3, 4, 5, 6, 7),
     )
     console.line(f"{_UNCLEAR} not distinguishable: 0 is within the 95 % interval. * on the Pareto front")
     for teacher in (table["teacher"], *table["more_teachers"]):
-        accuracy = "" if teacher["accuracy"] is None else f", accuracy {teacher['accuracy']:.1%}"
+        accuracy = "" if teacher["accuracy"] is None else f", {table['metric']} {teacher['accuracy']:.1%}"
         console.line(f"teacher: {teacher['model']} (head: {teacher['head']}){accuracy}")
     console.line(
         f"table: {table['output']}/compare.json, .csv, .md, .tex; each cell is a run directory in the same folder"

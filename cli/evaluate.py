@@ -36,8 +36,11 @@ def _show(run: Path, found: dict[str, Any]) -> None:
     rows = [
         [r["class"], r["images"], "-" if r["accuracy"] is None else f"{r['accuracy']:.1%}"] for r in found["classes"]
     ]
-    rows.append(["all", found["images"], with_interval(found["accuracy"], found["images"])])
-    console.table(f"{run} on {found['data']}", ["class", "images", "accuracy"], rows, right=(1, 2))
+    alone = found["interval"] is None
+    everything = f"{found['accuracy']:.1%}" if alone else with_interval(found["accuracy"], found["images"])
+    rows.append(["all", found["images"], everything])
+    name = "average precision" if alone else found["metric"]
+    console.table(f"{run} on {found['data']}", ["class", "images", name], rows, right=(1, 2))
     metrics = metrics_in_words(found["metrics"], len(found["classes"]))
     console.line(", ".join(f"{words} {value:.1%}" for words, value in metrics.items()))
     for name, reason in found["skipped"]:

@@ -11,13 +11,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from remap.data import METRIC
 from remap.io.human_size import duration, size
 from remap.progress import CELLS
 
 WIDEST_BAR, NARROWEST_BAR = 30, 8
 # Lines of the terminal that bars and figures may take; the rest is for the cells of a comparison.
 LINES_BELOW = 9
-_SHOWN = {"left": duration, "memory": size, "accuracy": "{:.1%}".format, "best": "{:.1%}".format}
+_SHOWN = {"left": duration, "memory": size, "best": "{:.1%}".format}
+_SHOWN |= dict.fromkeys(METRIC.values(), "{:.1%}".format)
 
 
 def figures(values: Mapping[str, float], separator: str, space: str = " ") -> str:

@@ -34,7 +34,19 @@ def predict(
     list_file: Annotated[
         list[Path] | None, typer.Option("--list", help="Text file of images, folders and so on, one a line.")
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 1,
+    top: Annotated[
+        int | None,
+        typer.Option(min=1, help="Likeliest classes to show for each image; by default 1.", show_default=False),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Of task multilabel: show all classes that are as likely; by default 0.5.",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
     adapt: Annotated[
         str | None,
@@ -65,7 +77,8 @@ def predict(
     from remap.prediction.predict import open_students, predict_to_file, runs_in_bf16
     from remap.prediction.predictions import Wanted, predictions
 
-    inputs, wanted = Inputs(words, list_file or []), Wanted(top, probabilities, embeddings, batch_size, adapt=adapt)
+    inputs = Inputs(words, list_file or [])
+    wanted = Wanted(top, probabilities, embeddings, batch_size, adapt=adapt, threshold=threshold)
     with console.Reporter(quiet=not launch.is_first()) as progress:
         if output is not None:
             counts = predict_to_file(runs, inputs, output, wanted, progress)
@@ -105,7 +118,7 @@ def _show(found: list[dict[str, Any]]) -> None:
     rows = []
     for row in found:
         best = ", ".join(f"{one['class']} {one['probability']:.1%}" for one in row["top"])
-        answer = best or f"cannot be read: {row['error']}"
+        answer = best or ("none" if row["error"] is None else f"cannot be read: {row['error']}")
         rows.append([row["path"], *([row["task"]] if several else []), answer])
     columns = ["image", *(["task"] if several else []), "class"]
     console.table(f"{len({row['path'] for row in found})} image(s)", columns, rows, wrap=(0, len(columns) - 1))

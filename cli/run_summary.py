@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remap.io.human_size import size
-from remap.runs.interval import with_interval
-from remap.runs.summary_schema import choice_in_words
+from remap.runs.summary_schema import choice_in_words, metric_of, shown
 from remap_cli import console
 
 if TYPE_CHECKING:
@@ -65,34 +64,35 @@ def show(summary: dict[str, Any]) -> None:
     teachers = [summary["teacher"], *more] if "teacher" in summary else []
     label_free = "backbone" in student
     share = student["trainable_parameters"] / student["total_parameters"]
-    rows, images = [], summary["data"]["val_images"]
+    rows = []
     for number, teacher in enumerate(teachers, start=1):
-        accuracy = "-" if teacher["accuracy"] is None else with_interval(teacher["accuracy"], images)
+        accuracy = "-" if teacher["accuracy"] is None else shown(summary, teacher["accuracy"])
         name = f"teacher {number}" if more else "teacher"
         rows.append([name, accuracy, console.count(teacher["total_parameters"]), "0", "-"])
     if "baseline" in summary:
-        rows.append(["labels only", with_interval(summary["baseline"]["accuracy"], images), "", "", ""])
+        rows.append(["labels only", shown(summary, summary["baseline"]["accuracy"]), "", "", ""])
     rows.append(
         [
             f"student + {summary['method']}",
-            "-" if label_free or student["accuracy"] is None else with_interval(student["accuracy"], images),
+            "-" if label_free or student["accuracy"] is None else shown(summary, student["accuracy"]),
             console.count(student["total_parameters"]),
             f"{console.count(student['trainable_parameters'])} ({share:.1%})",
             size(student["task_bytes"]),
         ]
     )
     data = summary["data"]
-    title = f"{Path(data['source']).name}: accuracy on {data['val_images']} images, trained on {data['train_images']}"
+    name = metric_of(summary)
+    title = f"{Path(data['source']).name}: {name} on {data['val_images']} images, trained on {data['train_images']}"
     if label_free or student["accuracy"] is None:
         title = f"trained on {data['train_images']} images without labels"
     elif data["labeled_images"] < data["train_images"]:
         title += f" ({data['labeled_images']} with labels)"
-    console.table(title, ["", "accuracy", "parameters", "trained", "saved size"], rows, right=(1, 2, 3, 4))
+    console.table(title, ["", name, "parameters", "trained", "saved size"], rows, right=(1, 2, 3, 4))
     if label_free:
         _show_backbone(summary)
         return
     if "test_accuracy" in student:
-        console.line(f"accuracy on the test folder, looked at once: {student['test_accuracy']:.1%}")
+        console.line(f"{name} on the test folder, looked at once: {student['test_accuracy']:.1%}")
     if "choice" in summary:
         console.line(choice_in_words(summary))
     from remap.pipeline.rule_of_thumb import losing_case  # imports the recipe's schema, which listings do not need

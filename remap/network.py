@@ -12,6 +12,8 @@ from remap.backbones.anatomy import Anatomy, classifier_parameters, set_fused_at
 from remap.backbones.build import Backbone, Identity
 from remap.backbones.kernels import fused_attention
 from remap.backbones.preprocess import Preprocess, PreprocessSpec
+from remap.data import CLASSES, MULTILABEL
+from remap.errors import RunError
 from remap.remapping.signals import Needs, Signals
 from remap.remapping.tap import Tap
 from remap.tuning.attached import Attached
@@ -25,6 +27,7 @@ class Network:
     Attributes:
         classes: Class names its head was trained for; None while the head is not.
         attention_kernel: Which one runs it, and why; empty where none was chosen.
+        task: What it answers: one class an image, or with MULTILABEL any number of them.
     """
 
     model: nn.Module
@@ -34,6 +37,7 @@ class Network:
     attached: Attached
     classes: tuple[str, ...] | None = None
     attention_kernel: str = ""
+    task: str = CLASSES
 
     @property
     def head(self) -> dict[str, nn.Parameter]:
@@ -66,6 +70,19 @@ class Network:
     @property
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
+
+    def require_one_class(self, what: str) -> None:
+        """Refuse a network that answers with any number of classes.
+
+        Raises:
+            RunError: ``what`` is for one class an image.
+        """
+        if self.task == MULTILABEL:
+            raise RunError(f"{what} is for students of one class an image", given=f"a student of task {MULTILABEL}")
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the probability of each class: of one class an image they sum to 1, else each is of a yes or no."""
+        return logits.sigmoid() if self.task == MULTILABEL else logits.softmax(dim=-1)
 
     def tap(self, needs: Needs = Needs()) -> Tap:
         attached = self.attached

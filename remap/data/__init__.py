@@ -1,8 +1,22 @@
 """Images, labels, views and the order they are seen in. The table of data sources; listing it imports no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from remap.registry import Entry, Registry
+
+# What an image's label is: one class, or any number of them.
+CLASSES, MULTILABEL = "classes", "multilabel"
+# What networks are compared by, in summaries and on the screen.
+METRIC = {CLASSES: "accuracy", MULTILABEL: "mAP"}
+# What makes probabilities of logits.
+ACTIVATION = {CLASSES: "softmax", MULTILABEL: "sigmoid"}
+
+
+def metric_in(record: Mapping[str, Any]) -> str | None:
+    """Return which of these a record of metrics has; None where it has none."""
+    return next((name for name in METRIC.values() if name in record), None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,14 +2,14 @@
 
 import errno
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from posixpath import basename, splitext
 from typing import Any
 
 from remap.data.file_listing import Listing
 from remap.data.image_files import why_not_read
 from remap.data.images import MAX_BYTES
-from remap.data.rows import LABEL, LABELS, Row, one_label
+from remap.data.rows import LABEL, LABELS, Row
 from remap.errors import DataError
 from remap.io.names import plain
 
@@ -58,7 +58,9 @@ def table_rows(table: Any, where: str, split: str | None, options: Mapping[str, 
         return content
 
     listing = Listing((), (), read, lambda name: int(sizes_N[index_of(name)]))
-    labels = [""] * len(table) if label_at is None else _labels(table, label_at, where)
+    labels: Iterable[str | tuple[str, ...]] = [""] * len(table)
+    if label_at is not None:
+        labels = _labels(table, label_at, where)
     for index, (path, label) in enumerate(zip(paths, labels, strict=True)):
         suffix = splitext(path or "")[1]  # without one the content decides alone
         name = f"{where}/{index:07d}{suffix}"
@@ -108,19 +110,21 @@ def _one(
 
 
 def class_names(schema: Any, column: str) -> tuple[str, ...]:
-    """Return the class names that ``datasets`` stores with a column of class numbers; none where it does not."""
+    """Return the class names that ``datasets`` stores with a column of class numbers or of lists of them; else none."""
     try:
-        names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]["names"]
+        feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]
+        names = feature["names"] if "names" in feature else feature["feature"]["names"]
         return tuple(names) if all(isinstance(name, str) for name in names) else ()
     except (ValueError, KeyError, TypeError, RecursionError):
         return ()
 
 
-def _labels(table: Any, column: str, where: str) -> Iterator[str]:
+def _labels(table: Any, column: str, where: str) -> Iterator[str | tuple[str, ...]]:
+    """Yield the label of each row; of lists all labels. Without a value, or with class -1, there is none."""
     names = class_names(table.schema, column)
     for index, value in enumerate(table[column].to_pylist()):
         values = value if isinstance(value, list) else [value]
         if names and not all(one is None or (isinstance(one, int) and -1 <= one < len(names)) for one in values):
             raise DataError("a label has no class name", given=plain(f"{where}, row {index}: {value}")[:200])
-        texts = (names[one] if names else str(one) for one in values if one is not None and not (names and one < 0))
-        yield one_label(f"{where}, row {index}", tuple(text for text in texts if text))
+        texts = [names[one] if names else str(one) for one in values if one is not None and not (names and one < 0)]
+        yield tuple(text for text in texts if text) if isinstance(value, list) else "".join(texts)

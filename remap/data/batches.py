@@ -25,7 +25,7 @@ class Batch:
 
     Attributes:
         images_BCHW: Raw pixels, uint8.
-        labels_B: Class indices, int64; -1 without a label.
+        labels_B: Class indices, int64, or multi-hot (B, C), int8; -1 without a label.
         indices_B: Positions in the split, int64 on the CPU.
         keys_B: One key an image for dropout, int64.
         share: The part of the step's global batch that this micro-batch stands for.
@@ -105,5 +105,6 @@ def _mixed(
         chance=plan.mix_probability,
     )
     labels = source.split.labels
-    other = np.where(share.numpy() < 1.0, labels[others], labels[indices])
+    mixed_B = (share.numpy() < 1.0).reshape(-1, *(1,) * (labels.ndim - 1))
+    other = np.where(mixed_B, labels[others], labels[indices])
     return images, indices, torch.from_numpy(other), share

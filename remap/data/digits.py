@@ -5,7 +5,8 @@ from PIL import Image
 
 from remap.data.images import encoded
 from remap.data.sources import Source
-from remap.data.splits import ImageData, Split, stratified
+from remap.data.splits import ImageData, Split
+from remap.data.stratify import stratified
 from remap.errors import DataError
 
 

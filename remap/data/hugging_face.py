@@ -24,6 +24,8 @@ class HuggingFace(Rows):
     No code of a data set is run. Other options: ``config=`` and ``revision=`` of a data set on the hub.
     """
 
+    several_labels = True
+
     def recognises(self, path: Path) -> bool:
         return any(all(os.path.isfile(path / name) for name in names) for names in SAVED)
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from posixpath import basename, splitext
 
+from remap.data import MULTILABEL
 from remap.data.file_listing import files_of, list_folder, require_few
 from remap.data.image_files import why_left_out, why_not_read
-from remap.data.rows import LABEL, LABELS, Row, Rows, labels_of, one_label
+from remap.data.rows import LABEL, LABELS, Row, Rows, labels_of
 from remap.data.sources import LISTS, TABLES
 from remap.data.words import Word
 from remap.errors import DataError
@@ -27,8 +28,11 @@ class LabelTable(Rows):
     """Plain text in UTF-8, whose files lie in its own folder or below, or in the folder that ``folder=`` names.
 
     Other options: ``path=``, ``label=`` and ``split_column=`` name columns; ``separator=`` stands between the labels
-    of an image.
+    of an image. With ``task: multilabel`` the labels may also be columns of 0 and 1, one a class: those that ``label=``
+    lists (A|B|C), or all others where no column has the usual name of a label.
     """
+
+    several_labels = True
 
     def recognises(self, path: Path) -> bool:
         return path.suffix.lower() in TABLES + LISTS and os.path.isfile(path)
@@ -38,10 +42,13 @@ class LabelTable(Rows):
         rows = _cells(word.rest)
         header = [name.strip().lower() for name in (rows[0] if rows else ())]
         file_at = _column("files", options.get("path"), FILE, header, word.rest, needed=True)
-        label_at = _column("labels", options.get("label"), LABEL + LABELS, header, word.rest, needed=labeled)
         split_at = _column("splits", options.get("split_column"), SPLIT, header, word.rest, needed=False)
+        several = labeled and self.task == MULTILABEL
+        classes = _class_columns(options.get("label"), rows[0], {file_at, split_at}) if several else {}
+        named, needed = None if classes else options.get("label"), labeled and not classes
+        label_at = _column("labels", named, LABEL + LABELS, header, word.rest, needed=needed)
         separator = options.get("separator")
-        if labeled and separator is None and header[label_at] in LABELS:
+        if needed and separator is None and (several or header[label_at] in LABELS):
             do = f"state what stands between them: csv:{word.rest},separator=;"
             raise DataError("a column of several labels needs a separator", given=header[label_at], do=do)
         root = expanded(options.get("folder", expanded(word.rest).parent))
@@ -54,8 +61,35 @@ class LabelTable(Rows):
                     f"line {number} of the table has {len(row)} cells, not {len(header)}", given=plain(str(row))[:200]
                 )
             path = find(row[file_at].strip())
-            label = one_label(path, labels_of(row[label_at], separator)) if labeled else ""
-            yield Row(path, listing, label, None if split_at < 0 else row[split_at], why_left_out(path))
+            labels: tuple[str, ...] = ()
+            if labeled:
+                labels = _set_classes(row, classes, number) if classes else labels_of(row[label_at], separator)
+            yield Row(path, listing, labels, None if split_at < 0 else row[split_at], why_left_out(path))
+
+
+def _class_columns(named: str | None, header: list[str], others: set[int]) -> dict[str, int]:
+    """Return the columns of 0 and 1 by their class; none where one column holds all labels."""
+    names = [name.strip() for name in header]
+    if named is not None:
+        listed = [name.strip() for name in named.split("|")] if "|" in named else []
+        if missing := [name for name in listed if name not in names]:
+            raise DataError(
+                "there are no such columns", given=", ".join(missing), allowed=plain(", ".join(names))[:200]
+            )
+        return {name: names.index(name) for name in listed}
+    if any(name.lower() in LABEL + LABELS for name in names):
+        return {}
+    return {name: at for at, name in enumerate(names) if at not in others}
+
+
+def _set_classes(row: list[str], classes: dict[str, int], line: int) -> tuple[str, ...]:
+    """Return the classes that a row marks with 1."""
+    for name, at in classes.items():
+        if row[at].strip() not in ("0", "1"):
+            given = plain(f"line {line}, column {name}: {row[at]}")[:200]
+            do = "name the columns of 0 and 1: csv:FILE,label=A|B|C, or the one column of labels: label=COLUMN"
+            raise DataError("a column of a class holds something other than 0 and 1", given=given, do=do)
+    return tuple(name for name, at in classes.items() if row[at].strip() == "1")
 
 
 def _cells(word: str) -> list[list[str]]:
@@ -86,7 +120,8 @@ def _column(what: str, named: str | None, names: Sequence[str], header: list[str
             "the columns of the table are not known",
             given=f"{word}: {plain(', '.join(header))[:200] or 'empty'}",
             allowed=f"a column of {what}: {', '.join(wanted)}",
-            do="write such a name into its first line, or name the columns: csv:FILE,path=COLUMN,label=COLUMN",
+            do="write such a name into its first line, or name the columns: csv:FILE,path=COLUMN,label=COLUMN"
+            " (of a column of 0 and 1 a class: --set task=multilabel)",
         )
     return at
 

@@ -1,7 +1,8 @@
 """Labelled images in files: divided into splits by their source, or by remap with all copies of a file on one side."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -9,7 +10,8 @@ from remap.data.copies import first_copies
 from remap.data.file_listing import Listing
 from remap.data.image_files import Skipped, counted
 from remap.data.sources import PATHS, TABLES, Source, find_source, unknown_classes
-from remap.data.splits import ImageData, Split, stratified
+from remap.data.splits import ImageData, Split
+from remap.data.stratify import stratified
 from remap.errors import DataError
 from remap.io.names import name_problem, plain, same_name
 
@@ -17,6 +19,7 @@ from remap.io.names import name_problem, plain, same_name
 ByClass = dict[str, list[tuple[str, Listing]]]
 # By "train", "val" and "test"; "all" where there are no splits. A split that holds no image is empty.
 BySplit = dict[str, ByClass]
+Images = TypeVar("Images")
 
 
 class LabeledFiles(Source):
@@ -80,10 +83,19 @@ def _to_evaluate_on(word: str, depth: int) -> tuple[ByClass, Skipped]:
     if not isinstance(source, LabeledFiles):
         raise DataError("images to evaluate on come from a path", given=word, allowed=PATHS)
     splits, skipped = source.read(word, depth)
-    val = next((splits[name] for name in ("val", "test", "all") if splits.get(name)), None)
-    if val is None:
+    return to_evaluate_on(splits, word), skipped
+
+
+def to_evaluate_on(splits: Mapping[str, Images], word: str) -> Images:
+    """Return the images of the split of a source that is evaluated on.
+
+    Raises:
+        DataError: There are none.
+    """
+    found = next((splits[name] for name in ("val", "test", "all") if splits.get(name)), None)
+    if found is None:
         raise DataError("no images to evaluate on", given=word)
-    return val, skipped
+    return found
 
 
 def _split(by_class: ByClass, classes: Sequence[str]) -> Split:

@@ -22,6 +22,8 @@ CHUNK = 64
 class Parquet(Rows):
     """A file, a folder or a pattern of files, whose names may say their split: train-00000-of-00004.parquet."""
 
+    several_labels = True
+
     def recognises(self, path: Path) -> bool:
         return path.suffix.lower() == ".parquet" and os.path.isfile(path)
 

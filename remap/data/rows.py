@@ -1,14 +1,19 @@
 """Sources that list their images one by one, each with its label and split: tables, lists, shards."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
 
+from remap.data import MULTILABEL
 from remap.data.file_listing import Listing
 from remap.data.folder_layout import split_named
 from remap.data.image_files import Skipped
-from remap.data.labeled_files import BySplit, LabeledFiles, merged
+from remap.data.label_sets import BySplit as SetsBySplit
+from remap.data.label_sets import divided, multi_hot
+from remap.data.labeled_files import BySplit, LabeledFiles, merged, to_evaluate_on
+from remap.data.sources import PATHS, find_source
+from remap.data.splits import ImageData, Split
 from remap.data.words import Word, parsed
 from remap.errors import DataError
 from remap.io.names import plain
@@ -23,20 +28,60 @@ class Row(NamedTuple):
 
     Attributes:
         name: Different for each image of the source; ``listing.read(name)`` gives its encoded bytes.
-        label: Empty where it has none.
+        label: Empty where it has none; of a source that holds several labels an image, all of them.
         split: What the source calls its split; None where it has no splits.
         reason: Why it is left out; None where it is not.
     """
 
     name: str
     listing: Listing
-    label: str
+    label: str | tuple[str, ...]
     split: str | None = None
     reason: str | None = None
 
 
 class Rows(LabeledFiles):
     """A source by rows. Its option ``split=NAME`` takes one split as if it were everything."""
+
+    def open(self, word: str, val_source: str | None, val_fraction: float) -> ImageData:
+        if self.task != MULTILABEL:
+            return super().open(word, val_source, val_fraction)
+        splits, skipped = self._read_sets(word)
+        if val_source is not None:
+            other = find_source(val_source, task=MULTILABEL)
+            if not isinstance(other, Rows):
+                raise DataError("images to evaluate on come from a path", given=val_source, allowed=PATHS)
+            val, more = other._read_sets(val_source)
+            splits = {"train": splits.get("train") or splits.get("all", []), "val": to_evaluate_on(val, val_source)}
+            skipped = [*skipped, *more]
+        return divided(word, splits, skipped, val_fraction)
+
+    def read_all(self, word: str, classes: Sequence[str]) -> tuple[Split, Skipped]:
+        if self.task != MULTILABEL:
+            return super().read_all(word, classes)
+        splits, skipped = self._read_sets(word)
+        return multi_hot([image for images in splits.values() for image in images], classes), skipped
+
+    def _read_sets(self, word: str) -> tuple[SetsBySplit, Skipped]:
+        """Return the images by split, each with all of its labels, and what was left out."""
+        splits: SetsBySplit = {}
+        skipped: list[tuple[str, str]] = []
+        seen: dict[str, frozenset[str]] = {}
+        for row in self._chosen(word, labeled=True):
+            split = "all" if row.split is None else split_named(row.split)
+            labels = (row.label,) if isinstance(row.label, str) else row.label
+            reason = (
+                row.reason or ("without a label" if labels == ("",) else None) or (None if split else "in no split")
+            )
+            if split is None or reason is not None:
+                skipped.append((plain(row.name), reason or ""))
+            elif row.name not in seen:
+                splits.setdefault(split, []).append((row.name, row.listing, labels))
+            elif seen[row.name] != frozenset(labels):
+                do = "write all labels of a file into one row"
+                raise DataError("a file stands in several rows", given=plain(row.name), do=do)
+            seen.setdefault(row.name, frozenset(labels))
+        return splits, skipped
 
     @abstractmethod
     def rows(self, word: Word, labeled: bool) -> Iterator[Row]:
@@ -54,14 +99,15 @@ class Rows(LabeledFiles):
         labels: dict[str, str] = {}
         for row in self._chosen(word, labeled=True):
             split = "all" if row.split is None else split_named(row.split)
-            reason = row.reason or (None if row.label else "without a label") or (None if split else "in no split")
+            label = one_label(row)
+            reason = row.reason or (None if label else "without a label") or (None if split else "in no split")
             if split is None or reason is not None:
                 skipped.append((plain(row.name), reason or ""))
-            elif labels.setdefault(row.name, row.label) != row.label:
-                given = f"{plain(row.name)}: {plain(labels[row.name])}, {plain(row.label)}"
+            elif labels.setdefault(row.name, label) != label:
+                given = f"{plain(row.name)}: {plain(labels[row.name])}, {plain(label)}"
                 raise DataError("a file has two labels", given=given)
             else:
-                splits.setdefault(split, {}).setdefault(row.label, []).append((row.name, row.listing))
+                splits.setdefault(split, {}).setdefault(label, []).append((row.name, row.listing))
         return {split: merged(by_class) for split, by_class in splits.items()}, skipped
 
     def images(self, word: str) -> tuple[list[tuple[str, Listing]], Skipped]:
@@ -88,15 +134,17 @@ def labels_of(cell: str, separator: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in parts if part.strip())
 
 
-def one_label(name: str, labels: tuple[str, ...]) -> str:
+def one_label(row: Row) -> str:
     """Return the label of an image; empty where it has none.
 
     Raises:
-        DataError: It has several, which no task learns yet.
+        DataError: It has several.
     """
+    labels = (row.label,) if isinstance(row.label, str) else row.label
     if len(labels) > 1:
-        given = plain(f"{name}: {', '.join(labels)}")[:200]
-        raise DataError("an image has several labels; one is learned", given=given, do="give each image one label")
+        given = plain(f"{row.name}: {', '.join(labels)}")[:200]
+        do = "learn all of them (task: multilabel in the recipe, --set task=multilabel), or give each image one label"
+        raise DataError("an image has several labels; one is learned", given=given, do=do)
     return labels[0] if labels else ""
 
 

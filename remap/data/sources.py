@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from remap.data import SOURCES, is_source
+from remap.data import CLASSES, MULTILABEL, SOURCES, is_source
 from remap.data.file_listing import Listing, list_folder
 from remap.data.image_files import Skipped, counted
 from remap.data.images import SUFFIXES
@@ -40,8 +40,12 @@ class Source(ABC):
     Attributes:
         depth: The recipe's ``data.depth``, for sources by path.
         least_classes: How few classes of images there may be, for sources of files.
+        task: The recipe's ``task``: what a label is.
+        several_labels: Whether an image of it can have several labels.
     """
 
+    task: str = CLASSES
+    several_labels: bool = False
     depth: int | None = None
     least_classes: int = 2
 
@@ -78,13 +82,26 @@ class Source(ABC):
         return False
 
 
-def find_source(word: str, depth: int | None = None) -> Source:
+def find_source(word: str, depth: int | None = None, task: str = CLASSES) -> Source:
     """Return the source that a word names, or the one that reads what lies at the path it is.
 
     Raises:
         MissingData: There is nothing at the path.
-        DataError: A ``depth`` for a source that has no folders.
+        DataError: A ``depth`` for a source that has no folders, or several labels of one whose images have one each.
     """
+    source = _find_source(word, depth)
+    source.task = task
+    if task == MULTILABEL and not source.several_labels:
+        raise DataError(
+            "images of this source have one class each, and task: multilabel learns any number of them",
+            given=word,
+            allowed="a CSV or TSV, a data set of Hugging Face, Parquet files, or WebDataset shards with JSON",
+            do="list the images with their labels in a CSV, or leave task out",
+        )
+    return source
+
+
+def _find_source(word: str, depth: int | None) -> Source:
     if is_source(word):
         if depth not in (None, 1):
             raise DataError("data.depth is for folders of class folders", given=f"data.depth={depth}, {word}")
@@ -115,6 +132,7 @@ def open_data(
     classes: tuple[str, ...] = (),
     per_class_seed: int = 0,
     subset: str | None = None,
+    task: str = CLASSES,
 ) -> ImageData:
     """Open a data source.
 
@@ -133,6 +151,7 @@ def open_data(
         classes: What a teacher tells apart, where no image to learn from has a label.
         per_class_seed: Which draw of ``per_class`` images.
         subset: "base" or "new": half of the classes; None is all.
+        task: What a label is: one class, or with MULTILABEL any number of them.
 
     Raises:
         DataError: There is nothing, fewer than two classes, an empty class, classes that differ between splits, or an
@@ -148,7 +167,7 @@ def open_data(
         return ImageData(unlabeled, classes, Split.empty(), val, None, files, "no labels", more)
     words = (source, val_source, val_fraction)
     least = 2 if known_classes is None else 1  # the classifier knows others
-    data = open_labeled(*words, depth, only, least)
+    data = open_labeled(*words, depth, only, least, task)
     if subset is not None:
         data = data.with_subset(subset)
     if per_class is not None:
@@ -171,10 +190,16 @@ def open_data(
 
 
 def open_labeled(
-    source: str, val_source: str | None, val_fraction: float, depth: int | None, only: Sequence[str] | None, least: int
+    source: str,
+    val_source: str | None,
+    val_fraction: float,
+    depth: int | None,
+    only: Sequence[str] | None,
+    least: int,
+    task: str = CLASSES,
 ) -> ImageData:
     """Open the labelled images of a source, of all classes or some: of ``least`` at least."""
-    found = find_source(source, depth)
+    found = find_source(source, depth, task)
     found.least_classes = least
     data = found.open(source, val_source, val_fraction)
     if only is None:
@@ -185,13 +210,15 @@ def open_labeled(
     return data
 
 
-def read_all(source: str, classes: Sequence[str], depth: int | None = None) -> tuple[Split, Skipped]:
+def read_all(
+    source: str, classes: Sequence[str], depth: int | None = None, task: str = CLASSES
+) -> tuple[Split, Skipped]:
     """Return all images of a source, of all its splits, labelled by a task's class names; and what was left out.
 
     Raises:
         DataError: It has classes the task does not know.
     """
-    return find_source(source, depth).read_all(source, classes)
+    return find_source(source, depth, task).read_all(source, classes)
 
 
 def open_unlabeled(source: str) -> tuple[Split, Skipped]:

@@ -3,11 +3,12 @@
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from remap.data import keyed_random
+from remap.data.stratify import few_of_each, stratified
 from remap.errors import DataError
 
 # The label of an image without one.
@@ -18,11 +19,12 @@ NO_LABEL = -1
 class Split:
     """Images with labels. ``read(i)`` gives encoded bytes of image i; ``names[i]`` is what messages call it.
 
-    The label of an image without one is -1.
+    Labels are classes, int64 (N,), or where an image has any number of them multi-hot, int8 (N, C). That of an image
+    without one is -1.
     """
 
     names: tuple[str, ...]
-    labels: NDArray[np.int64]
+    labels: NDArray[Any]
     read: Callable[[int], bytes]
 
     @classmethod
@@ -103,7 +105,8 @@ class ImageData:
 
     def with_unlabeled(self, more: Split) -> "ImageData":
         """Return the same data with more images without labels."""
-        more = more.without_labels()
+        shape = (len(more), *self.train.labels.shape[1:])
+        more = replace(more, labels=np.full(shape, NO_LABEL, self.train.labels.dtype))
         return replace(self, unlabeled=more if self.unlabeled is None else self.unlabeled.joined(more))
 
     def with_held_out(self, share: float) -> "ImageData":
@@ -158,8 +161,7 @@ class ImageData:
     def with_per_class(self, count: int, draw: int = 0) -> "ImageData":
         """Return the data with at most ``count`` training images of each class, the same ones for the same ``draw``."""
         labels = self.train.labels
-        order = np.argsort(keyed_random.keys(draw, 0, np.arange(len(labels)), keyed_random.SPLIT), kind="stable")
-        chosen = np.sort(np.concatenate([order[labels[order] == label][:count] for label in range(len(self.classes))]))
+        chosen = few_of_each(labels, count, draw)
         rule = f"{self.split_rule}; {len(chosen)} of {len(labels)} training images"
         return replace(self, train=self.train.take(chosen), split_rule=rule)
 
@@ -221,25 +223,3 @@ class ImageData:
 def _bytes_of(names: Iterable[str]) -> bytes:
     """File names need not be UTF-8; Python keeps stray bytes as surrogates."""
     return "\0".join(names).encode(errors="surrogatepass")
-
-
-def stratified(labels: NDArray[np.int64], first: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Divide into ``first`` images and the rest, each class in proportion (largest remainder), the same every time.
-
-    Each class is on the first side, and one of two images or more is on both, as far as ``first`` allows.
-    """
-    counts = np.bincount(labels)
-    exact = counts * (first / len(labels))
-    low = np.minimum(counts, 1)
-    high = np.maximum(counts - 1, low)
-    if first < low.sum():
-        low = np.zeros_like(counts)
-    if first > high.sum():
-        high = counts
-    share = np.clip(np.floor(exact).astype(int), low, high)
-    while (step := int(np.sign(first - share.sum()))) != 0:
-        room = share < high if step > 0 else share > low
-        share[np.argmax(np.where(room, (exact - share) * step, -np.inf))] += step
-    order = np.argsort(keyed_random.keys(0, 0, np.arange(len(labels)), keyed_random.SPLIT), kind="stable")
-    chosen = np.concatenate([order[labels[order] == label][: share[label]] for label in range(len(counts))])
-    return np.sort(chosen), np.setdiff1d(np.arange(len(labels)), chosen)

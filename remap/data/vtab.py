@@ -15,6 +15,8 @@ LISTS = {"train": "train800val200.txt", "test": "test.txt"}
 class Vtab(LabelTable):
     """A folder with the lists of one task. Their paths are relative to it."""
 
+    several_labels = False
+
     def recognises(self, path: Path) -> bool:
         return all(os.path.isfile(path / name) for name in LISTS.values())
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from remap.data.file_listing import Listing
 from remap.data.image_files import is_leftover, why_not_read
-from remap.data.rows import LABEL, LABELS, Row, Rows, one_label
+from remap.data.rows import LABEL, LABELS, Row, Rows
 from remap.data.shards import Shard, shards
 from remap.data.tar_listing import list_tar
 from remap.data.words import Word
@@ -25,8 +25,10 @@ class WebDataset(Rows):
     """A shard, a folder or a pattern of shards, whose names may say their split. Read as any tar; nothing is unpickled.
 
     Opening reads the headers and labels of all shards once. Other options: ``image=png`` where a sample has several
-    images, ``label=EXTENSION`` or ``label=KEY`` of its JSON.
+    images, ``label=EXTENSION`` or ``label=KEY`` of its JSON, where a list holds several labels.
     """
+
+    several_labels = True
 
     def rows(self, word: Word, labeled: bool) -> Iterator[Row]:
         for shard in shards(word.rest, SUFFIXES):
@@ -48,7 +50,7 @@ def _rows_of(shard: Shard, word: Word, labeled: bool) -> Iterator[Row]:
     for key, files in samples.items():
         image = _image(key, files, word.options.get("image"))
         if image is not None:
-            label = _label(in_tar, key, files, word.options.get("label")) if labeled else ""
+            label = _label(in_tar, files, word.options.get("label")) if labeled else ""
             yield Row(prefix + image, listing, label, shard.split, why_not_read(image))
 
 
@@ -65,8 +67,8 @@ def _image(key: str, files: Mapping[str, str], chosen: str | None) -> str | None
     return next(iter(images or others), None)
 
 
-def _label(in_tar: Listing, key: str, files: Mapping[str, str], chosen: str | None) -> str:
-    """Return the label of a sample from its text file or JSON; empty without one."""
+def _label(in_tar: Listing, files: Mapping[str, str], chosen: str | None) -> str | tuple[str, ...]:
+    """Return the label of a sample from its text file, or the labels from its JSON; empty without one."""
     kind = next((one for one in ([chosen] if chosen else LABEL_FILES) if one in files), None)
     name = files.get(kind or "json")
     if name is None:
@@ -78,8 +80,11 @@ def _label(in_tar: Listing, key: str, files: Mapping[str, str], chosen: str | No
         if kind is not None:
             return text.strip()
         content = json.loads(text)
-        value = next((content[one] for one in ([chosen] if chosen else ("cls", *LABEL, *LABELS)) if one in content), "")
+        value = next(
+            (content[one] for one in ([chosen] if chosen else ("cls", *LABEL, *LABELS)) if one in content), None
+        )
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DataError("a label cannot be read", given=plain(f"{name}: {error}")[:200]) from error
-    values = value if isinstance(value, list) else [value]
-    return one_label(key, tuple(str(one) for one in values if one is not None))
+    if isinstance(value, list):
+        return tuple(str(one) for one in value if one is not None)
+    return "" if value is None else str(value)

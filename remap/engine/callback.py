@@ -5,6 +5,8 @@ from typing import Any, Protocol
 
 from accelerate import Accelerator
 
+from remap.data import metric_in
+
 
 class Callback(Protocol):
     """What a run calls, on its main process alone. Every method does nothing: override those you need.
@@ -18,9 +20,9 @@ class Callback(Protocol):
 
         Args:
             step: Its number over the whole run, from 1.
-            values: ``loss`` and each of its terms, ``accuracy`` of the newest evaluation and the ``best`` so far,
-                ``lr``, ``images/s``, ``left`` (seconds) and ``memory`` (bytes at the peak); empty for a step that was
-                skipped since a number was not finite.
+            values: ``loss`` and each of its terms, ``accuracy`` (or ``mAP``) of the newest evaluation and the ``best``
+                so far, ``lr``, ``images/s``, ``left`` (seconds) and ``memory`` (bytes at the peak); empty for a step
+                that was skipped since a number was not finite.
         """
 
     def on_epoch(self, step: int, record: Mapping[str, Any]) -> None:
@@ -28,8 +30,8 @@ class Callback(Protocol):
 
         Args:
             step: The number of the last step.
-            record: The line of metrics.jsonl: ``epoch``, mean losses, ``accuracy`` and ``val_ce`` where it was
-                evaluated, ``seconds``.
+            record: The line of metrics.jsonl: ``epoch``, mean losses, ``accuracy`` and ``val_ce`` (or ``mAP`` and
+                ``val_bce``) where it was evaluated, ``seconds``.
         """
 
     def on_end(self, summary: Mapping[str, Any] | None) -> None:
@@ -51,6 +53,6 @@ def raised_in(accelerator: Accelerator, call: Callable[..., None], *arguments: A
 
 
 def newest_and_best(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the accuracy of the newest epoch that was evaluated and the best so far; nothing where none was."""
-    found = [epoch["accuracy"] for epoch in history if "accuracy" in epoch]
-    return {"accuracy": found[-1], "best": max(found)} if found else {}
+    """Return the accuracy (or mAP) of the newest epoch that was evaluated and the best so far; nothing without one."""
+    measured = [(name, epoch[name]) for epoch in history if (name := metric_in(epoch)) is not None]
+    return {measured[-1][0]: measured[-1][1], "best": max(value for _, value in measured)} if measured else {}

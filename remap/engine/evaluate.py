@@ -1,6 +1,6 @@
 """Accuracy with the exact number of images, on any number of processes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,41 +16,11 @@ from remap.distributed.device_memory import is_out_of_memory
 from remap.distributed.interrupts import defer_signals, raise_if_interrupted
 from remap.distributed.launch import ProcessLost, use_bf16
 from remap.distributed.sharding import is_sharded
+from remap.engine.evaluation import ClassScoring, Evaluation, Scoring
+from remap.engine.multilabel import SetScoring
 from remap.network import Network, Runner
 from remap.progress import Progress
 from remap.recipe.schema import Recipe
-
-# The loss of an answer that is not a finite number.
-MOST = 1e4
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Counts of one pass over a split, and of each image what all metrics are computed from; -1 where it was left out.
-
-    Attributes:
-        predictions_N: Its class as the network sees it.
-        ranks_N: How many classes the network finds likelier than its label.
-        confidences_N: Probability of the predicted class.
-        losses_N: Cross-entropy, -log of its label's probability.
-    """
-
-    correct: int
-    count: int
-    predictions_N: np.ndarray
-    ranks_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    confidences_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
-    losses_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
-
-    @property
-    def accuracy(self) -> float:
-        """Share of correct answers, from 0 to 1."""
-        return self.correct / self.count if self.count else 0.0
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy; 0 where no image was read."""
-        return float(self.losses_N[self.predictions_N >= 0].mean(dtype=np.float64)) if self.count else 0.0
 
 
 @torch.no_grad()
@@ -78,20 +48,18 @@ def evaluate(
     # The student comes back from a training step; the next epoch puts it into train mode.
     network.model.eval()
     runner = Runner(network, bf16=bf16)
+    scoring = ClassScoring() if source.split.labels.ndim == 1 else SetScoring()
     try:
         with defer_signals():
-            one_pass = _Pass(network, runner, source, features, accelerator, progress, what, skip_bad)
+            one_pass = _Pass(network, runner, scoring, source, features, accelerator, progress, what, skip_bad)
             while (answers := one_pass.run(batch_size)) is None:
                 batch_size //= 2  # from the start: the counts of the failed pass are thrown away
                 progress.say(f"out of memory: {what} is evaluated in batches of {batch_size}")
     finally:
         runner.tap.close()
-    # Exactly one process has the answers for each image, the others -1.
-    whole_2N, real_2N = (all_reduce_max_(accelerator, rows).cpu().numpy() for rows in answers)
-    classes, seen = whole_2N[0], whole_2N[0] >= 0
-    return Evaluation(
-        int((classes == source.split.labels)[seen].sum()), int(seen.sum()), classes, whole_2N[1], *real_2N
-    )
+    # Exactly one process has the answers for each image, the others the blank.
+    whole = tuple(all_reduce_max_(accelerator, rows).cpu().numpy() for rows in answers)
+    return scoring.evaluation(whole, source.split.labels)
 
 
 @dataclass(frozen=True)
@@ -103,6 +71,7 @@ class _Pass:
 
     network: Network
     runner: Runner
+    scoring: Scoring
     source: ViewSource
     features: FrozenFeatures | None
     accelerator: Accelerator
@@ -110,16 +79,12 @@ class _Pass:
     what: str
     skip_bad: bool
 
-    def run(self, batch_size: int) -> tuple[Tensor, Tensor] | None:
-        """Return what ``Evaluation`` has of each image, -1 for those of other processes; None where memory ran out.
-
-        Returns:
-            Class and rank, int64 (2, N); confidence and loss, float32 (2, N).
-        """
-        shape, device = (2, len(self.source.split)), self.accelerator.device
-        answers = torch.full(shape, -1, device=device), torch.full(shape, -1.0, dtype=torch.float32, device=device)
+    def run(self, batch_size: int) -> tuple[Tensor, ...] | None:
+        """Return what is kept of each image, the blank for those of other processes; None where memory ran out."""
+        images, classes = len(self.source.split), len(self.network.classes or ())
+        answers = self.scoring.blank(images, classes, self.accelerator.device)
         # Whole chunks go to processes, so that each pass has the same shape on any number of them.
-        chunks = index_chunks(shape[1], batch_size)
+        chunks = index_chunks(images, batch_size)
         with self.progress.wait(f"evaluating {self.what}", -(-len(chunks) // self.accelerator.num_processes)) as step:
             rounds = rounds_of_chunks(self.accelerator, chunks)
             for _, (images, readable) in made_ahead(self._read, rounds):
@@ -141,7 +106,7 @@ class _Pass:
         chunk = of_round[1]
         return (self.features or self.source).batch(np.arange(0) if chunk is None else chunk)
 
-    def _classify(self, images: Tensor, readable: np.ndarray, answers: tuple[Tensor, Tensor], may_shrink: bool) -> bool:
+    def _classify(self, images: Tensor, readable: np.ndarray, answers: tuple[Tensor, ...], may_shrink: bool) -> bool:
         """Fill in the answers for some images; return whether memory ran out instead."""
         shown = readable
         if not len(readable) and is_sharded(self.network):
@@ -157,15 +122,10 @@ class _Pass:
             if not is_out_of_memory(error) or not may_shrink or is_sharded(self.network):
                 raise
             return True
-        at_B, logits_BC = torch.from_numpy(readable), logits[: len(readable)].float()
-        labels_B1 = torch.from_numpy(self.source.split.labels[readable]).to(logits.device)[:, None]
-        log_BC = logits_BC.log_softmax(dim=-1)
-        losses_B1 = -log_BC.gather(1, labels_B1)
-        ranks_B = (log_BC > -losses_B1).sum(dim=-1)
-        # An answer that is not finite is as wrong as can be.
-        scores_2B = torch.stack([log_BC.amax(dim=-1).exp().nan_to_num(0.0), losses_B1[:, 0].nan_to_num(MOST, MOST)])
-        answers[0][:, at_B] = torch.stack([logits.argmax(dim=-1)[: len(readable)], ranks_B])
-        answers[1][:, at_B] = scores_2B
+        at_B, labels = torch.from_numpy(readable), torch.from_numpy(self.source.split.labels[readable])
+        kept = self.scoring.of(logits[: len(readable)].float(), labels.to(logits.device))
+        for answer, rows in zip(answers, kept, strict=True):
+            answer[:, at_B] = rows
         return False
 
 

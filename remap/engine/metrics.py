@@ -6,7 +6,8 @@ classes squared.
 
 import numpy as np
 
-from remap.engine.evaluate import Evaluation
+from remap.engine.evaluation import Evaluation
+from remap.engine.multilabel import SetEvaluation
 
 # Bins of the expected calibration error, as in Guo et al. 2017 (arXiv 1706.04599).
 BINS = 15
@@ -19,8 +20,10 @@ def metrics(found: Evaluation, labels_N: np.ndarray, teacher: Evaluation | None 
         top5 (of five classes or fewer it is 1), balanced_accuracy (mean over classes of the share that is right), f1
         (mean over classes), calibration_error (expected, over 15 bins of confidence), and teacher_agreement (how often
         both name the same class) where there is a teacher. Classes without an image count in no mean, but f1 counts
-        those that were predicted.
+        those that were predicted. Of several classes an image, ``SetEvaluation.metrics``.
     """
+    if isinstance(found, SetEvaluation):
+        return found.metrics(teacher)
     seen_N = found.predictions_N >= 0
     if not seen_N.any():
         return {}

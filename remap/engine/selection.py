@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from remap.engine.evaluate import Evaluation
+from remap.engine.evaluation import Evaluation
 from remap.engine.metrics import metrics
 from remap.engine.state import State
 from remap.recipe.schema import TrainSpec
@@ -14,8 +14,8 @@ SELECTION = "selection"
 
 def selection_metric(name: str, found: Evaluation, labels_N: Any) -> float:
     """Return a metric of the selection images, by its name in ``train.metric``; a loss is a mean cross-entropy."""
-    if name in ("accuracy", "loss"):
-        return found.accuracy if name == "accuracy" else found.loss
+    if name in (found.metric, "loss"):
+        return found.merit if name == found.metric else found.loss
     return metrics(found, labels_N).get(name, 0.0)  # 0 where no image could be read, as the accuracy
 
 

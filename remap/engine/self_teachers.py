@@ -4,6 +4,7 @@ Both share the student's frozen tensors.
 """
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ def averaged_copy(student: Network) -> Network:
     everything: tuple[Tensor, ...] = (*student.model.parameters(), *student.model.buffers())
     memo = {id(tensor): tensor for tensor in everything if id(tensor) not in changing}
     model = copy.deepcopy(student.model, memo)
-    return Network(model, student.anatomy, student.preprocess, student.identity, student.attached, student.classes)
+    return replace(student, model=model, attention_kernel="")
 
 
 def _replace(model: nn.Module, name: str, tensor: Tensor) -> None:

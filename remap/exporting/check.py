@@ -54,7 +54,7 @@ def student_answer(source: TaskSource, options: ExportOptions) -> Answer:
     @torch.no_grad()
     def answer(views_BCHW: Tensor) -> Tensor:
         logits_BC = runner(views_BCHW).logits_BC.float()
-        return logits_BC.softmax(dim=-1) if options.softmax else logits_BC
+        return source.tuned.probabilities(logits_BC) if options.softmax else logits_BC
 
     return answer
 
@@ -64,18 +64,33 @@ def in_batches(answer: Answer, views_NCHW: Tensor) -> Tensor:
     return torch.cat([answer(batch) for batch in views_NCHW.split(BATCHES[-1])])
 
 
-def compare(student: Answer, exported: Answer, images: SourceImages, sizes: tuple[int, int]) -> Comparison:
-    """Compare on all images, at each size of a batch; ``sizes`` are the bytes of both."""
+def compare(
+    student: Answer, exported: Answer, images: SourceImages, sizes: tuple[int, int], cut: float | None = None
+) -> Comparison:
+    """Compare on all images, at each size of a batch.
+
+    Args:
+        sizes: Bytes of both.
+        cut: An answer above it names a class; None where the likeliest class is the answer.
+    """
     views = images.views_NCHW
     expected_NK = in_batches(student, views)
     found = [exported(views[:size]) for size in BATCHES[:-1]] + [in_batches(exported, views)]
     differences = torch.cat([(one - expected_NK[: len(one)]).abs().flatten() for one in found])
     difference = float(differences.max())  # torch's, which keeps not-a-number where Python's max may lose it
-    same = min(len(views) - int((one.argmax(1) != expected_NK[: len(one)].argmax(1)).sum()) for one in found)
+    allowed = TOLERANCE * max(1.0, float(expected_NK.abs().max()))
+    same = min(len(views) - _others(one, expected_NK[: len(one)], cut, allowed) for one in found)
     with one_thread():
         seconds = (seconds_of(student, views[:1]), seconds_of(exported, views[:1]))
-    allowed = TOLERANCE * max(1.0, float(expected_NK.abs().max()))
     return Comparison(images.what, len(views), same, difference, allowed, sizes, seconds)
+
+
+def _others(one_BK: Tensor, expected_BK: Tensor, cut: float | None, allowed: float) -> int:
+    """Return how many images get another class, or another set: what is as near to the cut as allowed is in either."""
+    if cut is None:
+        return int((one_BK.argmax(1) != expected_BK.argmax(1)).sum())
+    clear_BK = (expected_BK - cut).abs() > allowed
+    return int((((one_BK > cut) != (expected_BK > cut)) & clear_BK).any(dim=1).sum())
 
 
 def require_equal(found: Comparison, name: str) -> None:

@@ -73,6 +73,8 @@ def export_student(
     form: Format = row.load()(row)
     form.require_packages()
     source = TaskSource(run)
+    if chosen.int8 is not None:
+        source.tuned.require_one_class("--int8, which is judged by the accuracy of each class,")
     if row.folded:
         source.require_mergeable()
     output = source.path / "export" / to if output is None else expanded(output)
@@ -86,7 +88,9 @@ def export_student(
                 if chosen.int8 is not None:
                     require_labels(images)  # before hours of rounding
                 size = bytes_of(source.tuned.model)
-                comparison = compare(student, answer, images, (size, bytes_below(folder / form.file)))
+                comparison = compare(
+                    student, answer, images, (size, bytes_below(folder / form.file)), source.cut(chosen.softmax)
+                )
             require_equal(comparison, to)
             if chosen.int8 is not None:
                 quantise(source, folder / form.file, chosen, progress)

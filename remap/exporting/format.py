@@ -27,7 +27,7 @@ class ExportOptions:
     Attributes:
         input: What the graph takes: normalised floats, or uint8 of the view's size, resized and normalised inside.
         layout: Order of the input's axes.
-        softmax: Answer with probabilities instead of logits.
+        softmax: Answer with probabilities instead of logits; of task multilabel by a sigmoid.
         int8: Quantise to 8 bits: dynamic (weights, and activations as they come), static (calibrated) or qat (static,
             after quantisation-aware distillation).
         int8_epochs: Passes of qat over the training images.

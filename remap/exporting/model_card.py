@@ -34,7 +34,8 @@ def model_card(source: TaskSource, row: FormatEntry, record: dict[str, Any], usa
     ]
     rows = [
         ("classes", shown),
-        ("accuracy", "unknown" if accuracy is None else f"{accuracy:.2%} on images it was not trained on"),
+        *([("task", "multilabel: any number of them, each by a sigmoid")] if record["task"] != "classes" else []),
+        (record["metric"], "unknown" if accuracy is None else f"{accuracy:.2%} on images it was not trained on"),
         ("method", f"`{json.dumps(record['method'])}`"),
         ("base model", f"{record['base_model']}, licence: {record['licence_of_base_model']}"),
         *(("teacher", f"{one['model']}, licence: {one['licence']}") for one in record["teachers"]),

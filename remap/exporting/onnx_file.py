@@ -40,7 +40,9 @@ def write_graph(source: TaskSource, path: Path, options: ExportOptions, model: n
     """Write a student's model, and return what the file says of itself besides what is known of the source."""
     spec, view = source.meta.preprocess, source.view
     facts = {"input": input_in_words(view, options), "output": output_name(options), "opset": OPSET}
-    graph = traced(Program(model, spec, view, options), example(spec, view, options), [output_name(options)])
+    graph = traced(
+        Program(model, spec, view, options, source.meta.task), example(spec, view, options), [output_name(options)]
+    )
     save_graph(graph, path, source.facts | facts)
     return facts
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remap.backbones.preprocess import LUMA, Preprocess, PreprocessSpec
+from remap.data import CLASSES
 from remap.data.views import View
 from remap.errors import RunError
 from remap.exporting.format import ExportOptions
@@ -20,7 +21,9 @@ class Program(nn.Module):
         RunError: Normalised floats are asked for, and the model's input has another size than the view.
     """
 
-    def __init__(self, model: nn.Module, spec: PreprocessSpec, view: View, options: ExportOptions) -> None:
+    def __init__(
+        self, model: nn.Module, spec: PreprocessSpec, view: View, options: ExportOptions, task: str = CLASSES
+    ) -> None:
         super().__init__()
         if options.input == "float" and spec.shape != view.shape:
             raise RunError(
@@ -28,7 +31,7 @@ class Program(nn.Module):
                 given=f"views {view.shape}, network {spec.shape}",
                 do="add --input uint8, which puts resizing and normalisation into the file",
             )
-        self.options = options
+        self.options, self.task = options, task
         self.model = model
         self.prepare = PrepareInGraph(spec, view) if options.input == "uint8" else nn.Identity()
 
@@ -36,7 +39,9 @@ class Program(nn.Module):
         if self.options.layout == "nhwc":
             images = images.permute(0, 3, 1, 2)
         logits_BC = self.model(self.prepare(images))
-        return logits_BC.softmax(dim=-1) if self.options.softmax else logits_BC
+        if not self.options.softmax:
+            return logits_BC
+        return logits_BC.softmax(dim=-1) if self.task == CLASSES else logits_BC.sigmoid()
 
 
 class PrepareInGraph(nn.Module):

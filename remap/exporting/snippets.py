@@ -50,7 +50,8 @@ from PIL import Image, ImageOps
 session = onnxruntime.InferenceSession("{file}")
 metadata = session.get_modelmeta().custom_metadata_map
 classes, view = json.loads(metadata["classes"]), json.loads(metadata["preprocessing"])
-{images}print(classes[session.run(None, {{"images": images}})[0].argmax()])
+{images}answer = session.run(None, {{"images": images}})[0][0]
+{say}
 """
 _TASKS = """\
 import json, sys
@@ -73,7 +74,8 @@ extra = {{"metadata.json": ""}}
 model = torch.export.load("{file}", extra_files=extra).module()
 metadata = json.loads(extra["metadata.json"])
 classes, view = metadata["classes"], metadata["preprocessing"]
-{images}print(classes[model(torch.from_numpy(images))[0].argmax()])
+{images}answer = model(torch.from_numpy(images))[0]
+{say}
 """
 _OF_MODEL = """\
 import json, sys
@@ -83,7 +85,8 @@ from PIL import Image, ImageOps
 {model}
 facts = json.load(open("export.json"))
 view = facts["preprocessing"] | {{"size": {size}}}
-{images}print(facts["classes"][model(torch.from_numpy(images))[0].argmax()])
+{images}answer, classes = model(torch.from_numpy(images))[0], facts["classes"]
+{say}
 """
 _TIMM = 'model = timm.create_model("local-dir:.", pretrained=True).eval()'
 _PEFT = """\
@@ -93,13 +96,13 @@ _TASK = """\
 import sys
 import remap
 
-print(remap.load_student(".").predict([sys.argv[1]]))
+print(remap.load_student(".").{predict}([sys.argv[1]]))
 """
 
 
 def onnx(source: TaskSource, options: ExportOptions, file: str) -> str:
     """Return Python for an ONNX file: onnxruntime, numpy and Pillow."""
-    return _ONNX.format(file=file, images=_images(source.view, options))
+    return _ONNX.format(file=file, images=_images(source.view, options), say=_say(source, options))
 
 
 def many_tasks(view: View, options: ExportOptions, file: str) -> str:
@@ -109,7 +112,7 @@ def many_tasks(view: View, options: ExportOptions, file: str) -> str:
 
 def torch_program(source: TaskSource, options: ExportOptions, file: str) -> str:
     """Return Python for a program of torch.export."""
-    return _TORCH.format(file=file, images=_images(source.view, options))
+    return _TORCH.format(file=file, images=_images(source.view, options), say=_say(source, options))
 
 
 def timm_model(source: TaskSource) -> str:
@@ -123,14 +126,23 @@ def peft_adapter(source: TaskSource) -> str:
     return _of_model(source, "peft, timm", model)
 
 
-def task() -> str:
+def task(source: TaskSource) -> str:
     """Return Python for a task folder."""
-    return _TASK
+    return _TASK.format(predict="predict" if source.cut(False) is None else "predict_all")
 
 
 def _of_model(source: TaskSource, packages: str, model: str) -> str:
     size = list(source.meta.preprocess.shape[1:])
-    return _OF_MODEL.format(packages=packages, model=model, size=size, images=_images(source.view, ExportOptions()))
+    images, say = _images(source.view, ExportOptions()), _say(source, ExportOptions())
+    return _OF_MODEL.format(packages=packages, model=model, size=size, images=images, say=say)
+
+
+def _say(source: TaskSource, options: ExportOptions) -> str:
+    """Return the line that prints the likeliest class, or all that are named."""
+    cut = source.cut(options.softmax)
+    if cut is None:
+        return "print(classes[answer.argmax()])"
+    return f"print([name for name, one in zip(classes, answer) if one > {cut:g}])"
 
 
 def _images(view: View, options: ExportOptions) -> str:

@@ -32,4 +32,4 @@ class TaskFolder(Format):
         return lambda views_BCHW: runner(views_BCHW).logits_BC.detach()
 
     def usage(self, source: TaskSource, options: ExportOptions) -> str:
-        return snippets.task()
+        return snippets.task(source)

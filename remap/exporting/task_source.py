@@ -15,6 +15,7 @@ from remap import __version__
 from remap.backbones.hub import licence_of
 from remap.backbones.preprocess import PreprocessSpec
 from remap.backbones.typed import as_timm
+from remap.data import ACTIVATION, CLASSES, METRIC
 from remap.data.sources import open_data
 from remap.data.splits import ImageData, Split
 from remap.data.views import View, ViewSource
@@ -88,6 +89,10 @@ class TaskSource:
                 do=f"remap export {shlex.quote(str(self.path))} --to onnx, which has prompts and adapters in its graph",
             )
 
+    def cut(self, probabilities: bool) -> float | None:
+        """Return above which answer a class is named; None where the likeliest class is the answer."""
+        return None if self.meta.task == CLASSES else 0.5 if probabilities else 0.0
+
     def images(self, most: int) -> SourceImages:
         """Return images that the student was evaluated on, evenly chosen; drawn ones where there are none at hand."""
         if isinstance(self._data, str):
@@ -133,6 +138,7 @@ class TaskSource:
                 classes=self.meta.classes,
                 per_class_seed=spec.per_class_seed,
                 subset=spec.subset,
+                task=spec.task,
             )
         except DataError as error:
             return f"the images of the run cannot be opened ({error.what})"
@@ -155,6 +161,9 @@ class TaskSource:
         teachers = [one for one in (summary.get("teacher"), *summary.get("more_teachers", [])) if one]
         return {
             "classes": list(meta.classes),
+            "task": meta.task,
+            "activation": ACTIVATION[meta.task],
+            "metric": METRIC[meta.task],
             "preprocessing": preprocessing_facts(meta.preprocess, self.view),
             "base_model": meta.backbone.model,
             "base_model_sha256": meta.backbone.sha256,

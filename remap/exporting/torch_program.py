@@ -27,7 +27,7 @@ class TorchProgram(Format):
         facts = {"input": input_in_words(view, options), "output": output_name(options)}
         sizes = ({0: torch.export.Dim("batch", min=1)},)
         program = torch.export.export(
-            Program(source.plain_model(), spec, view, options).eval(),
+            Program(source.plain_model(), spec, view, options, source.meta.task).eval(),
             (example(spec, view, options),),
             dynamic_shapes=sizes,
         )

@@ -13,7 +13,8 @@ from remap.data.sources import open_unlabeled, read_all
 from remap.data.splits import Split
 from remap.data.views import View, ViewSource, listed
 from remap.distributed.launch import accelerator, require_one_process, use_bf16
-from remap.engine.evaluate import Evaluation, evaluate_as
+from remap.engine.evaluate import evaluate_as
+from remap.engine.evaluation import Evaluation
 from remap.engine.metrics import metrics
 from remap.errors import DataError, RecipeError
 from remap.io.paths import expanded
@@ -85,6 +86,7 @@ def adapt(
     RunDir(path).require_free()
     network, view = load_task(old.path)
     require_classifier(network, old.path)
+    network.require_one_class("adapting to another domain")
     network.model.to(accelerator().device)
     bf16 = use_bf16(recipe.train.precision, accelerator().device)
     choose_attention(network, recipe.train.fused_attention, accelerator().device, bf16=bf16)

@@ -83,13 +83,13 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def _notes(table: dict[str, Any]) -> list[str]:
     """Return what a reader has to know of the figures."""
     seeds, teacher = len(table["seeds"]), table["teacher"]
-    known = "" if teacher["accuracy"] is None else f", accuracy {teacher['accuracy']:.1%}"
+    known = "" if teacher["accuracy"] is None else f", {table['metric']} {teacher['accuracy']:.1%}"
     notes = [
-        f"{table['student']} on {table['data']}: accuracy in % on {table['images']} evaluation images, {seeds} seeds"
-        f" (mean, standard deviation), {table['epochs']} epochs. Teacher: {teacher['model']}{known}.",
+        f"{table['student']} on {table['data']}: {table['metric']} in % on {table['images']} evaluation images,"
+        f" {seeds} seeds (mean, standard deviation), {table['epochs']} epochs. Teacher: {teacher['model']}{known}.",
         "Differences are in points, with the teacher less labels alone, and with the teacher less full tuning on labels"
         f" alone; 95 % intervals over the same images and seeds, {_UNCLEAR} where 0 is inside."
-        " A star is on the Pareto front of trained parameters and accuracy with the teacher.",
+        f" A star is on the Pareto front of trained parameters and {table['metric']} with the teacher.",
     ]
     pairs = sorted(table["pairs"], key=lambda pair: -pair["ensemble_gain"])[:3]
     if pairs:

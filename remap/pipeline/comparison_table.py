@@ -16,6 +16,7 @@ from remap.recipe.schema import Recipe
 from remap.runs.answers import read_evidence
 from remap.runs.interval import paired
 from remap.runs.run_dir import RunDir
+from remap.runs.summary_schema import metric_of
 from remap.tuning import CATEGORIES
 
 # Normalising constant of the performance-parameter trade-off.
@@ -80,6 +81,7 @@ def tabulate(recipe: Recipe, cells: Sequence[Cell], output: Path) -> dict[str, A
         "output": str(output),
         "data": recipe.data.source,
         "images": first["data"]["val_images"],
+        "metric": metric_of(first),
         "epochs": _range([row["epochs"] for row in rows]),
         "batch_size": recipe.train.batch_size,
         "seeds": sorted({cell.seed for cell in cells}),
@@ -137,8 +139,8 @@ def _alike(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[int]:
 def _answers(runs: Sequence[Path]) -> _Answered | None:
     """Return predictions (S, N), their probabilities and the labels (N,) of the runs of all seeds."""
     found = [one for run in runs if (one := read_evidence(run)) is not None]
-    if len(found) < len(runs) or any(one.labels != found[0].labels for one in found):
-        return None  # runs of earlier versions
+    if len(found) < len(runs) or any(one.labels != found[0].labels or one.multilabel for one in found):
+        return None  # runs of earlier versions, or answers that are not right or wrong
     predictions_SN = np.array([one.student.predictions for one in found], np.int64)
     confidences_SN = np.array([one.student.confidences for one in found], np.float64)
     return predictions_SN, confidences_SN, np.array(found[0].labels, np.int64)

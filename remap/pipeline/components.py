@@ -213,7 +213,7 @@ def _load_teachers(
 
 def _tune(recipe: Recipe, classes: tuple[str, ...], backbone: Backbone) -> Network:
     student, train = tuned(backbone, recipe.method.name, recipe.method.options), recipe.train
-    student.classes = classes
+    student.classes, student.task = classes, recipe.data.task
     if recipe.student.extends is not None:
         start_from(student, expanded(recipe.student.extends), classes, head=train.fit == "gradient")
     require_trainable(student, train)

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from remap.data import CLASSES
 from remap.data.fingerprint import Contents
 from remap.data.image_files import Skipped, counted
 from remap.data.sources import open_data, read_all
@@ -33,7 +34,8 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
 
     Returns:
         accuracy, correct, images, interval (of the accuracy, 95 %), metrics (see ``remap.engine.metrics``), per class:
-        name, images, accuracy; and how many files were left out for which reason.
+        name, images, accuracy; and how many files were left out for which reason. Where an image has any number of
+        classes, accuracy is the mean average precision, without an interval, and that of a class its own.
     """
     run = RunDir.open(path)
     recipe = run.recipe()
@@ -69,21 +71,18 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
             images.contents.learn(*known)
         if accelerator().is_main_process:
             _say_if_others(run, images.contents, found.count, progress)
-    seen = found.predictions_N >= 0
     classes = []
     for label, name in enumerate(network.classes or ()):
-        chosen = seen & (split.labels == label)
-        # Per class over readable images, as the overall accuracy.
-        right = int((found.predictions_N[chosen] == label).sum())
-        count = int(chosen.sum())
-        classes.append({"class": name, "images": count, "accuracy": right / count if count else None})
+        count, share = found.of_class(label, split.labels)
+        classes.append({"class": name, "images": count, "accuracy": share})
     return {
         "run_dir": str(run.path),
         "data": source,
-        "accuracy": found.accuracy,
+        "metric": found.metric,
+        "accuracy": found.merit,
         "correct": found.correct,
         "images": found.count,
-        "interval": list(wilson(found.accuracy, found.count)),
+        "interval": list(wilson(found.accuracy, found.count)) if network.task == CLASSES else None,
         "metrics": metrics(found, split.labels),
         "left_out": dict(Counter(reason for _, reason in left_out)),
         "skipped": [list(item) for item in images.bad_names()],
@@ -111,5 +110,5 @@ def _split(spec: DataSpec, data: str | None, classes: tuple[str, ...]) -> tuple[
     if data is None:
         opened = open_data(*source_arguments(spec.model_copy(update={"unlabeled": None, "target": None})))
         return opened.val, opened.source, opened.skipped
-    split, left_out = read_all(data, classes, spec.depth)
+    split, left_out = read_all(data, classes, spec.depth, spec.task)
     return split, data, left_out

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from remap.data.views import ViewSource
 from remap.distributed.sharding import is_sharded
-from remap.engine.evaluate import Evaluation
+from remap.engine.evaluation import Evaluation
+from remap.engine.multilabel import SetEvaluation
 from remap.errors import RemapError, RunError
 from remap.io import atomic_write
 from remap.io.names import plain
@@ -36,7 +37,7 @@ def write_evidence(components: RunComponents, run: Path, found: Evaluation | Non
         evaluation = components.teachers[0].evaluation
     readable = np.flatnonzero(found.predictions_N >= 0)
     worst = readable[np.argsort(-found.losses_N[readable], kind="stable")][:WORST]
-    right = np.setdiff1d(np.flatnonzero(found.ranks_N == 0), worst)
+    right = np.setdiff1d(np.flatnonzero(found.right_N), worst)
     examples = right[np.linspace(0, len(right) - 1, min(len(right), LOOKED_INTO // 2)).astype(int)]
     try:
         atomic_write.make_folder(run / PICTURES)
@@ -47,7 +48,7 @@ def write_evidence(components: RunComponents, run: Path, found: Evaluation | Non
         Evidence(
             classes=[plain(name) for name in components.views.data.classes],
             names=[plain(name) for name in source.split.names],
-            labels=source.split.labels.tolist(),
+            labels=_sets(source.split.labels == 1) if source.split.labels.ndim == 2 else source.split.labels.tolist(),
             student=_answers(found),
             teacher=_answers(evaluation) if evaluation is not None else None,
             worst=shown,
@@ -57,9 +58,24 @@ def write_evidence(components: RunComponents, run: Path, found: Evaluation | Non
         progress.say(f"the report of this run will show no images: {error.what}")
 
 
+def _sets(has_NC: np.ndarray) -> list[list[int]]:
+    return [np.flatnonzero(has_C).tolist() for has_C in has_NC]
+
+
 def _answers(found: Evaluation) -> Answers:
-    columns = (found.predictions_N, found.confidences_N.round(5), found.losses_N.round(4))
-    return Answers(**dict(zip(Answers.model_fields, (column.tolist() for column in columns), strict=True)))
+    if isinstance(found, SetEvaluation):
+        named, sure_NC = _sets(found.named_NC), (1 / (1 + np.exp(-found.scores_NC.astype(np.float64)))).round(5)
+        return Answers(
+            predictions=named,
+            confidences=[sure_C[classes].tolist() for sure_C, classes in zip(sure_NC, named, strict=True)],
+            losses=found.losses_N.round(4).tolist(),
+            precision=found.precision_C,
+        )
+    return Answers(
+        predictions=found.predictions_N.tolist(),
+        confidences=found.confidences_N.round(5).tolist(),
+        losses=found.losses_N.round(4).tolist(),
+    )
 
 
 def _write_picture(source: ViewSource, index: int, folder: Path) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from remap.backbones.anatomy import module_at
 from remap.backbones.build import add_tensors
 from remap.backbones.families.watching import Layer
-from remap.data.splits import stratified
+from remap.data.stratify import stratified
 from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
 from remap.engine.evaluate import batch_size_of_evaluation

@@ -8,7 +8,8 @@ from remap.data.views import ViewSource, require_readable
 from remap.distributed.launch import accelerator
 from remap.engine.evaluate import batch_size_of_evaluation
 from remap.pipeline.components import RunComponents
-from remap.pipeline.probe import fit_logistic, pooled_features
+from remap.pipeline.logistic import fit_logistic
+from remap.pipeline.probe import pooled_features
 from remap.progress import Progress
 
 # Neighbours and temperature of Wu et al. 2018, arXiv 1805.01978, as DINO (2104.14294) uses them.

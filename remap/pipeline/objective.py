@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 from remap.backbones.anatomy import Anatomy
 from remap.io import checked_json
@@ -60,6 +61,15 @@ def pairs_of(student: Network, teachers: Sequence[Network]) -> list[Pair]:
     return [Pair(student.anatomy, anatomy, len(student.classes or ())) for anatomy in anatomies or [None]]
 
 
+def loss_class(loss: LossSpec, *, multilabel: bool) -> type[LossTerm]:
+    """Return the class of a loss term: where an image has any number of classes, what its row names for that."""
+    row = LOSSES.row(loss.name)
+    if multilabel and row.multilabel != "itself":
+        row = replace(row, target=row.multilabel)
+    found: type[LossTerm] = row.load()
+    return found
+
+
 def build_objective(recipe: Recipe, pairs: Sequence[Pair]) -> Objective:
     """Build the recipe's loss terms, for the student with each of its teachers.
 
@@ -72,7 +82,7 @@ def build_objective(recipe: Recipe, pairs: Sequence[Pair]) -> Objective:
     loss_of: dict[str, LossSpec] = {}
     averages, models = recipe.brings_average, [spec.model for spec in recipe.teachers]
     for loss in recipe.losses:
-        cls = LOSSES.load(loss.name)
+        cls = loss_class(loss, multilabel=recipe.data.multilabel)
         config, weight = cls.Config(**loss.options), loss.weight
         assert weight is not None  # filled in when the recipe was validated
         taught_by = [n for n, model in enumerate(models) if not averages or (model == EMA) == loss.of_average] or [0]

@@ -1,10 +1,7 @@
 """A linear classifier fitted on features: the quickest way to give a teacher these classes, or to judge a backbone."""
 
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,20 +12,14 @@ from remap.backbones.anatomy import Anatomy, module_at
 from remap.backbones.families.watching import Layer
 from remap.backbones.typed import input_channels
 from remap.cache.passes import run_in_passes
-from remap.data.splits import stratified
 from remap.data.thread_pool import made_ahead
 from remap.data.views import ViewSource
 from remap.distributed.interrupts import defer_signals, raise_if_interrupted
 from remap.errors import BackboneError, DataError
 from remap.network import Network, Runner
-from remap.progress import Progress, Step
+from remap.pipeline.logistic import STRENGTHS, EachClass, Probe, fit_each_class, fit_logistic
+from remap.progress import Progress
 from remap.remapping.signals import Needs
-
-if TYPE_CHECKING:
-    from sklearn.linear_model import LogisticRegression
-
-# Inverse strengths of the L2 penalty that are tried on a fifth of the training images.
-STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 
 
 def fit_probe(
@@ -43,6 +34,7 @@ def fit_probe(
 ) -> float:
     """Fit the classifier by logistic regression (scikit-learn, L-BFGS) on standardised pooled features.
 
+    Where an image has any number of classes, by one for each class against the rest.
     Of a classifier with hidden layers (MetaFormer's) the last layer is fitted, on what the others make of the features.
     The penalty is chosen on a held-out fifth of the training images; the evaluation split is never looked at.
 
@@ -64,54 +56,10 @@ def fit_probe(
         raise DataError("a head needs readable training images of two classes at least", do="repair the images")
     features_ND = _into_last_layer(network, features_ND)
     with progress.wait("fitting the teacher's head", len(STRENGTHS) + 1) as step:
-        probe = fit_logistic(features_ND, labels_N, step)
-    weight, bias = _all_classes(probe, network)
-    write_head(network, weight, bias)
+        fit: Callable[..., Probe | EachClass] = fit_logistic if labels_N.ndim == 1 else fit_each_class
+        probe = fit(features_ND, labels_N, step)
+    write_head(network, *probe.rows(len(network.classes or ())))
     return probe.strength
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A logistic regression on standardised features; ``strength`` is the inverse of its penalty."""
-
-    model: "LogisticRegression"
-    mean_D: np.ndarray
-    std_D: np.ndarray
-    strength: float
-
-    def predict(self, features_ND: np.ndarray) -> np.ndarray:
-        """Return the class of each image (N,)."""
-        return self.model.predict((features_ND - self.mean_D) / self.std_D)
-
-
-def fit_logistic(features_ND: np.ndarray, labels_N: np.ndarray, step: Step | None = None) -> Probe:
-    """Fit a probe with the penalty that does best on a held-out fifth of these images.
-
-    Args:
-        step: Advanced for each of the fits, one more than ``STRENGTHS``.
-    """
-    mean_D, std_D = features_ND.mean(0), features_ND.std(0) + 1e-6
-    # L2 penalties compare weights, so features need one scale.
-    standard_ND = (features_ND - mean_D) / std_D
-    advance = step.advance if step is not None else lambda: None
-    best = _choose(standard_ND, labels_N, advance)
-    model = _fit(best, standard_ND, labels_N)
-    advance()
-    return Probe(model, mean_D, std_D, best)
-
-
-def _choose(standard_ND: np.ndarray, labels_N: np.ndarray, advance: Callable[[], None]) -> float:
-    """Return the inverse strength that does best on a fifth of the images; 1 where a class has a single image."""
-    if np.unique(labels_N, return_counts=True)[1].min() < 2:
-        return 1.0
-    # The evaluation split stays unseen: it judges the teacher later.
-    fit, check = stratified(labels_N, round(0.8 * len(labels_N)))
-    scores = []
-    for strength in STRENGTHS:
-        model = _fit(strength, standard_ND[fit], labels_N[fit])
-        scores.append(model.score(standard_ND[check], labels_N[check]))
-        advance()
-    return STRENGTHS[int(np.argmax(scores))]
 
 
 def pooled_features(
@@ -164,29 +112,6 @@ def signals_of(
             step.advance(len(indices))
     runner.tap.close()
     return np.concatenate(rows).astype(np.float64), source.split.labels[np.concatenate(readable)]
-
-
-def _fit(strength: float, x_ND: np.ndarray, labels_N: np.ndarray) -> "LogisticRegression":
-    from sklearn.linear_model import LogisticRegression
-
-    with warnings.catch_warnings():  # stopping before full convergence is fine for a probe
-        warnings.simplefilter("ignore")
-        return LogisticRegression(C=strength, max_iter=500).fit(x_ND, labels_N)
-
-
-def _all_classes(probe: Probe, network: Network) -> tuple[np.ndarray, np.ndarray]:
-    """Weights on raw features for every class; two-class models have one row, worth -z/2 and +z/2."""
-    model, mean, std = probe.model, probe.mean_D, probe.std_D
-    coefficients, intercept = model.coef_, model.intercept_
-    if len(coefficients) == 1:
-        coefficients = np.concatenate([-coefficients, coefficients]) / 2
-        intercept = np.concatenate([-intercept, intercept]) / 2
-    classes = len(network.classes or ())
-    # Back on raw features. A class without readable training images gets a logit that never wins.
-    weight, bias = np.zeros((classes, len(mean))), np.full(classes, intercept.min() - 20.0)
-    weight[model.classes_] = coefficients / std
-    bias[model.classes_] = intercept - (coefficients / std) @ mean
-    return weight, bias
 
 
 @torch.no_grad()

@@ -64,6 +64,10 @@ def recommend(
         RecipeError: Nothing is left to rank, or the budget is another one.
         RunError: The folder holds trials of another recipe.
     """
+    if recipe.data.multilabel:
+        raise RecipeError(
+            ["task: multilabel: methods are ranked for one class an image (remap compare takes it)"], recipe.name
+        )
     require_comparable(recipe, methods)
     require_searchable(recipe)
     kind, value = read_budget(budget) or ("", 0.0)

@@ -135,10 +135,10 @@ def situation(run: str | Path, data: DataSpec) -> Situation:
     """
     sessions = sessions_of(expanded(run))
     known = sessions[-1].classes
-    if not known:
-        raise RecipeError([f"{run} has no classifier, so there is nothing to extend"], "extend")
-    where = data.source or "", data.val_source, data.val_fraction
-    images = open_labeled(*where, data.depth, data.only, least=1)
+    if not known or sessions[-1].run.recipe().data.multilabel:
+        why = "answers with any number of classes an image" if known else "has no classifier"
+        raise RecipeError([f"{run} {why}, so there is nothing to extend"], "extend")
+    images = open_labeled(data.source or "", data.val_source, data.val_fraction, data.depth, data.only, least=1)
     added = tuple(name for name in images.classes if name not in known)
     require_new_names(run, known, added)
     has_statistics = (sessions[-1].run.path / class_statistics.FILE).is_file()

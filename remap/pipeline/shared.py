@@ -156,7 +156,7 @@ def source_arguments(spec: DataSpec) -> tuple:
     some = (spec.labels, spec.depth, spec.held_out, spec.per_class, spec.selection)
     alone = spec.source is None and spec.classes is not None
     classes = tuple(class_words(spec.classes or ())) if alone else ()
-    return (*images, *some, spec.only, spec.known_classes, classes, spec.per_class_seed, spec.subset)
+    return (*images, *some, spec.only, spec.known_classes, classes, spec.per_class_seed, spec.subset, spec.task)
 
 
 _TITLES = {

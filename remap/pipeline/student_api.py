@@ -83,8 +83,15 @@ class Student:
 
     def predict(self, images: Sequence[Image.Image | bytes | Path | str]) -> list[tuple[str, float]]:
         """Return the likeliest class of each image and its probability."""
-        best = self.logits(images).softmax(dim=-1).max(dim=-1)
+        best = self.network.probabilities(self.logits(images)).max(dim=-1)
         return [(self.classes[i], float(p)) for p, i in zip(best.values, best.indices, strict=True)]
+
+    def predict_all(
+        self, images: Sequence[Image.Image | bytes | Path | str], threshold: float = 0.5
+    ) -> list[list[tuple[str, float]]]:
+        """Return all classes of each image that are as likely as ``threshold``, with their probabilities."""
+        rows = self.network.probabilities(self.logits(images)).tolist()
+        return [[(name, p) for name, p in zip(self.classes, row, strict=True) if p >= threshold] for row in rows]
 
     def export(self, to: str, output: str | Path | None = None, **options: Any) -> Exported:
         """Write files that other programs load, and check them; see ``remap.exporting.export.export_student``."""

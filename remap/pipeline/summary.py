@@ -7,11 +7,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from remap.backbones.kernels import compiled
+from remap.data import METRIC
 from remap.data.views import listed
 from remap.distributed.device_memory import peak_bytes
 from remap.distributed.launch import accelerator
 from remap.distributed.sharding import is_sharded
-from remap.engine.evaluate import Evaluation, evaluate_as
+from remap.engine.evaluate import evaluate_as
+from remap.engine.evaluation import Evaluation
 from remap.engine.metrics import metrics
 from remap.engine.selection import described, kept_epoch
 from remap.engine.state import State
@@ -43,7 +45,7 @@ def evaluate_at_end(
     for number, teacher in enumerate(components.teachers):
         if teacher.spec.learns and components.judges:
             after = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, "the teacher at the end")
-            components.teachers[number] = replace(teacher, accuracy=after.accuracy, evaluation=after)
+            components.teachers[number] = replace(teacher, accuracy=after.merit, evaluation=after)
     for teacher in components.teachers[:1]:
         if teacher.accuracy is not None and teacher.evaluation is None:
             # A resumed run read its accuracy from a file; which images it is right on stands in none.
@@ -81,6 +83,8 @@ def summarize(
         "digest": recipe.digest(),
         "seed": recipe.seed,
         "method": recipe.method.name,
+        # What "accuracy" is everywhere below; not there in the summaries of earlier versions.
+        "metric": METRIC[recipe.data.task],
         "losses": {loss.name: loss.weight for loss in recipe.losses},
         "learning_rate": recipe.learning_rate(student.anatomy.width),
         "epochs": recipe.train.epochs,
@@ -124,7 +128,7 @@ def summarize(
     if recipe.train.ema is not None:
         summary["ema"] = recipe.train.ema
     if final.test is not None:
-        summary["student"]["test_accuracy"] = final.test.accuracy
+        summary["student"]["test_accuracy"] = final.test.merit
     terms: Any = components.objective.terms  # a ModuleDict does not say what its modules are
     taught = {name: [list(pair) for pair in term.blocks] for name, term in terms.items() if term.blocks}
     if taught and components.teachers:
@@ -180,7 +184,7 @@ def _accuracy(
         labels, teachers = components.views.val.split.labels, components.teachers
         teacher = teachers[0].evaluation if teachers else None
         return {
-            "accuracy": final.val.accuracy,
+            "accuracy": final.val.merit,
             "correct": final.val.correct,
             "initial_accuracy": untrained,
             "metrics": metrics(final.val, labels, teacher),

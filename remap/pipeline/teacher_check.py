@@ -7,6 +7,7 @@ import numpy as np
 from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
 from remap.engine.evaluate import evaluate_as
+from remap.engine.multilabel import base_rate
 from remap.errors import TrainingError
 from remap.pipeline.components import RunComponents
 from remap.pipeline.judged import evaluate_once
@@ -30,7 +31,7 @@ def check_teachers(components: RunComponents, progress: Progress) -> None:
         recipe, views, what = components.recipe, components.views, "the network before training"
         student = components.student
         evaluate = partial(evaluate_as, recipe, student, views.val, accelerator(), progress, what)
-        untrained = evaluate_once(recipe, student, views, evaluate).accuracy
+        untrained = evaluate_once(recipe, student, views, evaluate).merit
         for prepared in components.teachers:
             require_useful(prepared, untrained, views.val)
 
@@ -40,7 +41,8 @@ def require_useful(teacher: PreparedTeacher, untrained: float, source: ViewSourc
 
     Chance is the share of the most frequent class. "Clearly" is by 95 % intervals (Wilson, Newcombe), which few images
     make wide; a teacher that is right on all images is never refused for chance, and one that is wrong anywhere has to
-    be above it.
+    be above it. A mean average precision has no such interval: it has to be above that of chance, and not below the
+    untrained student's.
 
     Args:
         untrained: The untrained student's accuracy.
@@ -52,6 +54,9 @@ def require_useful(teacher: PreparedTeacher, untrained: float, source: ViewSourc
     if teacher.accuracy is None or teacher.spec.allow_weak:
         return
     count = len(source.split)
+    if source.split.labels.ndim == 2:
+        _require_precise(teacher, untrained, base_rate(source.split.labels), count)
+        return
     # The most frequent class, not 1/C: classes may be imbalanced.
     chance = np.bincount(source.split.labels).max() / count
     above = wilson(teacher.accuracy, count)[0] > chance or teacher.accuracy == 1.0
@@ -70,6 +75,19 @@ def require_useful(teacher: PreparedTeacher, untrained: float, source: ViewSourc
         given=f"{teacher.network.identity.model}, head: {teacher.head}; in brackets 95 % intervals",
         do=f"start a new run: {few}{_remedy(teacher)}\n           or allow it: --set teacher.allow_weak=true",
     )
+
+
+def _require_precise(teacher: PreparedTeacher, untrained: float, chance: float, count: int) -> None:
+    assert teacher.accuracy is not None
+    least, of = max(
+        (chance, "of chance (the mean share of images of a class)"), (untrained, "of the untrained student")
+    )
+    if teacher.accuracy <= chance or teacher.accuracy < untrained:
+        raise TrainingError(
+            f"the teacher's mAP on {count} evaluation images is {teacher.accuracy:.1%}; that {of} is {least:.1%}",
+            given=f"{teacher.network.identity.model}, head: {teacher.head}",
+            do=f"start a new run: {_remedy(teacher)}\n           or allow it: --set teacher.allow_weak=true",
+        )
 
 
 def _remedy(teacher: PreparedTeacher) -> str:

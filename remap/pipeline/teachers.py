@@ -11,8 +11,10 @@ import torch
 from remap.backbones.build import Backbone
 from remap.distributed.launch import accelerator, use_bf16
 from remap.distributed.sharding import is_sharded, shard, wants_sharding
-from remap.engine.evaluate import Evaluation, evaluate_as
+from remap.engine.evaluate import evaluate_as
+from remap.engine.evaluation import Evaluation
 from remap.engine.self_teachers import averaged_copy, untuned_copy
+from remap.errors import RunError
 from remap.io.paths import expanded
 from remap.network import Network, choose_attention, tuned
 from remap.pipeline.calibration import calibrate
@@ -94,11 +96,18 @@ def load_teacher(
     """
     if spec.model == SELF:
         network = untuned_copy(student, classes)
+        network.task = recipe.data.task
         return PreparedTeacher(network, spec, _key(network, "none", spec, recipe), "none")
     if is_run(spec.model):
         require_size_of_run(spec)
         network, _ = load_task(expanded(spec.model))
         known = network.classes or ()
+        if known == classes and network.task != recipe.data.task:
+            tasks = f"task {network.task}, and this recipe is of task {recipe.data.task}"
+            raise RunError(
+                f"the run {spec.model} was tuned for {tasks}",
+                do="name a run of the same task, or the model that was tuned",
+            )
         # One that knows the first classes only teaches those (``LogitsTerm``).
         if known == classes or (spec.prepare == "none" and known and known == classes[: len(known)]):
             key = _key(network, "its own", spec, recipe)
@@ -114,7 +123,7 @@ def load_teacher(
         progress.say(match_classes(backbone, classes, spec.classes))
     by_words = spec.prepare == WORDS and needs_logits(recipe) and write_words(backbone, recipe.data, classes, progress)
     network = tuned(backbone, "linear", {})
-    network.classes = classes
+    network.classes, network.task = classes, recipe.data.task
     if not needs_logits(recipe):  # an unread head: zero for every seed, so that cached outputs are found again
         with torch.no_grad():
             for parameter in network.head.values():
@@ -183,7 +192,7 @@ def prepare_teacher(
 
     def evaluated() -> float:
         found.append(evaluate_once(recipe, network, views, evaluate))
-        return found[0].accuracy
+        return found[0].merit
 
     # Judged once; the check against chance and the summary both use it.
     accuracy = judged_once(folder, "the teacher", of, evaluated) if len(views.val.split) else None

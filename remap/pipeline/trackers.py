@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
+from remap.data import METRIC
 from remap.engine.callback import Callback
 from remap.errors import RunError
 from remap.io import atomic_write, checked_json
@@ -16,7 +17,7 @@ from remap.runs.run_dir import RunDir
 
 # Steps between two that are logged; epochs all are. What of a step is not logged: of the screen, or of epochs.
 STEPS_BETWEEN = 10
-NOT_LOGGED = ("left", "accuracy", "best")
+NOT_LOGGED = ("left", "best", *METRIC.values())
 
 
 def require_installed(recipe: Recipe) -> None:

@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from remap.cache.frozen_features import FrozenFeatures
+from remap.data import metric_in
 from remap.data.views import ViewSource
 from remap.distributed.collectives import share_unreadable
 from remap.distributed.launch import accelerator
 from remap.engine.callback import Callback
-from remap.engine.evaluate import Evaluation, evaluate_as
+from remap.engine.evaluate import evaluate_as
+from remap.engine.evaluation import Evaluation
 from remap.engine.selection import SELECTION, selection_metric
 from remap.engine.state import State, digest_of
 from remap.errors import RunError
@@ -54,7 +56,7 @@ class RunTracker:
         parts, what = self.components, "the network before training"
         of = digest_of(parts.recipe, parts.views.digest(self.progress), parts.weights_digest())
         if parts.judges:
-            return judged_once(self.run_dir.path, what, of, lambda: self.once(what).accuracy)
+            return judged_once(self.run_dir.path, what, of, lambda: self.once(what).merit)
         if parts.recipe.label_free:
             self.judged_before = judged_once(self.run_dir.path, what, of, lambda: judge(parts, what, self.progress))
         return None
@@ -86,7 +88,8 @@ class RunTracker:
         if not self.components.judges:
             return {}
         self.last = self.evaluate()
-        found = {"accuracy": self.last.accuracy, "val_ce": self.last.loss}
+        loss = "val_bce" if self.components.recipe.data.multilabel else "val_ce"
+        found = {self.last.metric: self.last.merit, loss: self.last.loss}
         if (chosen_by := views.selection) is not None and self.components.recipe.train.selects:
             what = "the student on selection images"
             answers = self.evaluate(what, chosen_by, self.selection_features)
@@ -126,15 +129,16 @@ class RunTracker:
 def epoch_line(history: Sequence[dict[str, Any]], epochs: int) -> str:
     """Return the newest epoch in one line: losses, accuracy and the best so far, and its seconds of training."""
     last, earlier = history[-1], history[-2]["seconds"] if len(history) > 1 else 0.0
-    others = ("epoch", "loss", "accuracy", "val_ce", SELECTION, "seconds")
-    terms = {name: value for name, value in last.items() if name not in others and not is_scheduled(name)}
+    name = metric_in(last)
+    others = ("epoch", "loss", name, "val_ce", "val_bce", SELECTION, "seconds")
+    terms = {term: value for term, value in last.items() if term not in others and not is_scheduled(term)}
     parts = [f"loss {last['loss']:.4g}"] if "loss" in last else []
     if parts and len(terms) > 1:
-        parts[0] += f" ({', '.join(f'{name} {value:.3g}' for name, value in terms.items())})"
-    if "accuracy" in last:
-        best = max((one for one in history if "accuracy" in one), key=lambda one: one["accuracy"])
+        parts[0] += f" ({', '.join(f'{term} {value:.3g}' for term, value in terms.items())})"
+    if name is not None:
+        best = max((one for one in history if name in one), key=lambda one: one[name])
         where = "" if best is last else f" (epoch {best['epoch']})"
-        parts += [f"accuracy {last['accuracy']:.1%}", f"best {best['accuracy']:.1%}{where}"]
+        parts += [f"{name} {last[name]:.1%}", f"best {best[name]:.1%}{where}"]
     if SELECTION in last:
         parts.append(f"selection {last[SELECTION]:.4g}")
     parts.append(f"{last['seconds'] - earlier:.1f} s")

@@ -60,7 +60,7 @@ def write_rows(
 def _columns(settings: Mapping[str, Any]) -> list[str]:
     given = {
         "task": any(settings["tasks"]),
-        "top": settings["top"] > 1,
+        "top": settings.get("top") != 1,  # not there where an image has any number of classes
         "probabilities": settings["probabilities"],
         "embedding": settings["embeddings"],
     }

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from remap.data import CLASSES
 from remap.distributed import launcher_env
 from remap.distributed.launch import accelerator, use_bf16
 from remap.errors import BackboneError, RunError
@@ -29,7 +30,8 @@ def predict(
     run: Runs,
     images: str | Path | Iterable[str | Path],
     *,
-    top: int = 1,
+    top: int | None = None,
+    threshold: float | None = None,
     probabilities: bool = False,
     embeddings: bool = False,
     batch_size: int = 64,
@@ -47,7 +49,9 @@ def predict(
     Args:
         run: A run directory, a task folder, or a shelf (its current task); or several runs on one backbone by name.
         images: Files, folders, tars, zips, patterns such as ``"photos/**/*.jpg"``; or an iterable of these.
-        top: Classes of a row, the likeliest first.
+        top: Classes of a row, the likeliest first; None is one, and of a student of task multilabel all that are as
+            likely as ``threshold``.
+        threshold: Of that task; None is 0.5.
         probabilities: Let rows hold the probabilities of all classes.
         embeddings: Let rows hold what the classifier is given (pooled features).
         batch_size: Images per forward pass.
@@ -61,7 +65,7 @@ def predict(
     """
     students = open_students(run, device)
     bf16 = runs_in_bf16(run, students)
-    wanted = Wanted(top, probabilities, embeddings, batch_size, bf16=bf16, adapt=adapt)
+    wanted = Wanted(top, probabilities, embeddings, batch_size, bf16=bf16, adapt=adapt, threshold=threshold)
     inputs = Inputs([images] if isinstance(images, str | Path) else images)
     for rows in _with_progress(students, inputs, wanted, progress):
         yield from rows
@@ -93,7 +97,10 @@ def predict_to_file(
     students = open_students(run, accelerator().device if several else None)
     wanted = replace(wanted, bf16=runs_in_bf16(run, students))
     silent = {"workers", *(() if wanted.adapt else ("batch_size", "adapt")), *(() if wanted.bf16 else ("bf16",))}
+    silent |= {name for name in ("top", "threshold") if getattr(wanted, name) is None}
     settings = {"tasks": _digests(run), **{key: value for key, value in asdict(wanted).items() if key not in silent}}
+    if wanted.top is None and all(student.network.task == CLASSES for student in students.values()):
+        settings["top"] = 1
     make = partial(PredictionFile, path, settings, process, processes)
     file = make() if process == 0 else None
     if several:

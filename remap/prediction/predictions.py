@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from remap.backbones.anatomy import set_fused_attention
+from remap.data import MULTILABEL
 from remap.data.image_files import why_not_read
 from remap.data.images import BadImage, reason_of
 from remap.data.thread_pool import AHEAD, map_ahead, threads
@@ -36,7 +37,8 @@ class Prediction:
 
     Attributes:
         path: The file, as it was named; a member of an archive as ARCHIVE/MEMBER.
-        top: The likeliest classes with their probabilities, the likeliest first.
+        top: The likeliest classes with their probabilities, the likeliest first; of a student of task multilabel those
+            that are as likely as the threshold, where no number of them is wanted.
         error: Why there are none; empty where there are.
         task: The name of the task, where there are several.
         indices: Positions of the classes in ``top`` among the student's classes.
@@ -67,25 +69,44 @@ class Wanted:
     """What rows hold, and how the images are computed.
 
     Attributes:
-        top: Number of likeliest classes; of a student with fewer, all.
+        top: Number of likeliest classes; of a student with fewer, all. None is one; of task multilabel all that are as
+            likely as ``threshold``.
         batch_size: Images of one forward pass.
         workers: Threads that decode; None for one a core, at most 8.
         bf16: Whether networks run under bfloat16 autocast.
         adapt: "tent" adapts a single student to the images on the way (``remap.prediction.tent``): rows depend on the
             order of the images and on the batch size.
+        threshold: For students of task multilabel alone; None is 0.5.
     """
 
-    top: int = 1
+    top: int | None = None
     probabilities: bool = False
     embeddings: bool = False
     batch_size: int = 64
     workers: int | None = None
     bf16: bool = False
     adapt: str | None = None
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         if self.adapt not in (None, "tent"):
             raise RecipeError([f"adapt: '{self.adapt}' is not a way to adapt (allowed: tent)"], "prediction")
+        if self.threshold is not None and (self.top is not None or not 0 <= self.threshold <= 1):
+            raise RecipeError(
+                [f"threshold: {self.threshold} (allowed: 0 to 1, without a number of classes)"], "prediction"
+            )
+
+    def require_fit(self, students: Mapping[str, Student]) -> None:
+        """Refuse a threshold for students of one class an image, whose likeliest class is the answer.
+
+        Raises:
+            RecipeError: A student is one.
+        """
+        alone = [name or "this run" for name, one in students.items() if one.network.task != MULTILABEL]
+        if self.threshold is not None and alone:
+            raise RecipeError(
+                [f"threshold: is for task multilabel, and {', '.join(alone)} has one class an image"], "prediction"
+            )
 
 
 def predictions(students: Mapping[str, Student], items: Iterable[Item], wanted: Wanted) -> Iterator[list[Prediction]]:
@@ -98,6 +119,7 @@ def predictions(students: Mapping[str, Student], items: Iterable[Item], wanted: 
         students: By name of the task; a single one may have the empty name.
     """
     views = list(dict.fromkeys(student.view for student in students.values()))
+    wanted.require_fit(students)
     answer = _Answers(students, views, wanted)
     with answer.adapting(), threads(wanted.workers or min(8, os.cpu_count() or 1)) as pool:
         decoded = map_ahead(pool, partial(_read, views), items, AHEAD * wanted.batch_size)
@@ -174,16 +196,20 @@ class _Answers:
                 yield name, runner(images_BCHW)
 
     def _predictions(self, name: str, signals: Signals) -> Iterator[dict[str, Any]]:
-        classes, wanted = self.students[name].classes, self.wanted
-        probabilities_BC = signals.logits_BC.detach().float().softmax(dim=-1).cpu()
+        classes, wanted, network = self.students[name].classes, self.wanted, self.students[name].network
+        probabilities_BC = network.probabilities(signals.logits_BC.detach().float()).cpu()
         # Asking for more classes than there are is not an error worth stopping for.
-        best_BK, indices_BK = probabilities_BC.topk(min(wanted.top, len(classes)), dim=-1)
+        count, least = wanted.top or 1, 0.0
+        if network.task == MULTILABEL and wanted.top is None:
+            count, least = len(classes), 0.5 if wanted.threshold is None else wanted.threshold
+        best_BK, indices_BK = probabilities_BC.topk(min(count, len(classes)), dim=-1)
         pooled_BD = signals.pooled_BD.detach().float().cpu() if signals.pooled_BD is not None else None
-        for row, (best, indices) in enumerate(zip(best_BK.tolist(), indices_BK.tolist(), strict=True)):
+        for row, found in enumerate(zip(indices_BK.tolist(), best_BK.tolist(), strict=True)):
+            best = [(i, p) for i, p in zip(*found, strict=True) if not p < least]  # not a number stays
             yield {
                 "task": name,
-                "top": tuple((classes[i], p) for i, p in zip(indices, best, strict=True)),
-                "indices": tuple(indices),
+                "top": tuple((classes[i], p) for i, p in best),
+                "indices": tuple(i for i, _ in best),
                 "probabilities": tuple(probabilities_BC[row].tolist()) if wanted.probabilities else None,
                 "embedding": tuple(pooled_BD[row].tolist()) if pooled_BD is not None and wanted.embeddings else None,
             }

@@ -62,6 +62,7 @@ def adapting(network: Network, runner: Runner) -> Iterator[Tent]:
     Raises:
         RunError: It has nothing that could adapt.
     """
+    network.require_one_class("tent")
     tent = Tent(network, runner)
     tensors = [*tent.parameters, *(buffer for norm in tent.norms for buffer in norm.buffers(recurse=False))]
     before = [tensor.detach().clone() for tensor in tensors]

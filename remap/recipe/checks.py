@@ -6,6 +6,7 @@ from pydantic import BaseModel, ValidationError
 
 from remap.errors import RecipeError
 from remap.recipe.data_checks import augment_problems, data_problems, target_problems
+from remap.recipe.multilabel_checks import multilabel_problems
 from remap.recipe.option_listing import surely_valid
 from remap.recipe.paths import is_run
 from remap.recipe.problems import lines_of
@@ -23,6 +24,7 @@ def name_problems(recipe: Recipe) -> list[str]:
     checks = (
         *(_loss_problems, _teacher_problems, _init_problems, _shrink_problems),
         *(data_problems, target_problems, augment_problems, train_problems, word_problems),
+        multilabel_problems,
     )
     unknown = [
         f"losses[{index}].name: unknown loss {_unknown(loss.name, LOSSES.names)}"

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from remap.data import CLASSES, MULTILABEL
 from remap.data.augmentation import PRESETS, Augmentation, Crop, Erasing, Jitter, RandAugment
 from remap.data.pixels import MOST_MEGAPIXELS
 from remap.data.words import of_images
@@ -50,6 +51,10 @@ class DataSpec(Section):
         default="digits",
         description='"digits" (built in), class folders, a tar or zip of them, a CSV, or NAME:REST of another source'
         " (docs/data.md); null is none, if unlabeled.",
+    )
+    task: Annotated[Literal["classes", "multilabel"], LATER] = Field(
+        default=CLASSES,
+        description="What is learned: one class an image, or multilabel, any number of them; task in recipes.",
     )
     val_source: PathOrName | None = Field(
         default=None, description="Images to evaluate on, written as source; null is the source's own split."
@@ -174,6 +179,11 @@ class DataSpec(Section):
         if self.unlabeled is not None and "source" not in self.model_fields_set:
             object.__setattr__(self, "source", None)
         return self
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether an image has any number of classes."""
+        return self.task == MULTILABEL
 
     @property
     def speaks(self) -> bool:

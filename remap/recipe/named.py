@@ -133,6 +133,22 @@ def _loss_word(word: str) -> dict[str, Any]:
         raise ValueError(f"'{word}': the weight after the colon must be a number, got '{weight}'") from None
 
 
+def with_task(values: dict[str, Any]) -> dict[str, Any]:
+    """Move ``task: multilabel`` of a recipe to the section of the images, which are opened by it.
+
+    Raises:
+        ValueError: That section says otherwise.
+    """
+    data, task = values.get("data", {}), values["task"]
+    if isinstance(data, BaseModel):
+        data = data.model_dump(exclude_unset=True)
+    if not isinstance(data, dict):  # which is refused later
+        return values
+    if data.get("task", task) != task:
+        raise ValueError(f"task is '{task}', and data.task '{data['task']}' (leave one of them out)")
+    return {**{key: value for key, value in values.items() if key != "task"}, "data": {**data, "task": task}}
+
+
 def default_losses(method: str, *, labels: bool = True, teacher: bool = True, target: bool = False) -> tuple[str, ...]:
     """Return the default objective, without the terms that a method cannot follow.
 

@@ -131,6 +131,7 @@ def _checked(values: Mapping[str, Any], check_options: bool) -> tuple[Recipe | N
         if sum(len(as_list(values.get(key))) for key in _TEACHERS) == 1:
             lines = [re.sub(r"^teachers\[0\]", "teacher", line) for line in lines]
         broken = {finding["loc"][0] for finding in error.errors() if finding["loc"]}
+        broken |= {"task"} if "data" in broken else set()  # which is read into it
         sound = {key: value for key, value in values.items() if key not in broken}
         if "teachers" in broken:
             sound = {key: value for key, value in sound.items() if key not in _TEACHERS} | {"teacher": {}}

@@ -6,6 +6,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from remap.data import METRIC, MULTILABEL
 from remap.data.augmentation import Augmentation
 from remap.io.paths import absolute
 from remap.recipe import named
@@ -97,9 +98,11 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _read_older_spellings(cls, values: Any) -> Any:
-        """Join the keys of teachers in one list; losses that are null or "auto" were not chosen."""
+        """Join the keys of teachers in one list; losses of null or "auto" were not chosen; ``task`` is of data."""
         if not isinstance(values, dict):
             return values
+        if "task" in values:
+            values = named.with_task(values)
         keys = [key for key in ("teacher", "teachers", "more_teachers") if key in values]
         kept = {key: value for key, value in values.items() if key not in keys}
         if kept.get("losses") == AUTO:
@@ -127,6 +130,8 @@ class Recipe(Section):
             object.__setattr__(self, "data", self.data.model_copy(update={"augment": "strong"}))
         if label_free or not labels:
             object.__setattr__(self, "data", self.data.model_copy(update={"unlabeled_only": True}))
+        if self.data.multilabel and self.train.selects and "metric" not in self.train.model_fields_set:
+            object.__setattr__(self, "train", self.train.model_copy(update={"metric": METRIC[MULTILABEL]}))
         if (self.train.selects or self.train.align == "bias") and self.data.selection is None:
             object.__setattr__(self, "data", self.data.model_copy(update={"selection": SELECTION}))
         return self

@@ -200,8 +200,12 @@ class TrainSpec(Section):
     keep: Annotated[Literal["last", "best"], LATER] = Field(
         default="last", description="Epoch whose student is the result; best is by metric on selection images."
     )
-    metric: Annotated[Literal["accuracy", "balanced_accuracy", "f1", "top5", "loss"], LATER] = Field(
-        default="accuracy", description="Metric on the selection images that keep and patience go by."
+    metric: Annotated[
+        Literal["accuracy", "balanced_accuracy", "f1", "top5", "loss", "mAP", "f1_micro", "f1_macro"], LATER
+    ] = Field(
+        default="accuracy",
+        description="Metric on the selection images that keep and patience go by; of task multilabel mAP, f1_micro,"
+        " f1_macro or loss.",
     )
     patience: Annotated[int | None, LATER] = Field(
         default=None, ge=1, description="Epochs without a better metric after which training stops; null is never."

@@ -29,6 +29,8 @@ class LossEntry(RemappingEntry):
         weight: Default weight in the objective.
         of_average: Learns from the student's running average, which a recipe with it has as a teacher, and no other.
         over_batch: Compares all images of a batch with each other, whatever process and micro-batch they are in.
+        multilabel: What it is where an image has any number of classes: "itself", another target, or empty where it
+            makes sense for one class an image alone.
     """
 
     signal: str
@@ -36,3 +38,4 @@ class LossEntry(RemappingEntry):
     weight: float = 1.0
     over_batch: bool = False
     of_average: bool = False
+    multilabel: str = ""

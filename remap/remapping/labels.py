@@ -12,7 +12,8 @@ class Labels:
     """Labels of a batch.
 
     Attributes:
-        classes_B: Class of each image, int64; -1 where it has no label.
+        classes_B: Class of each image, int64; -1 where it has no label. Where an image has any number of classes,
+            multi-hot (B, C), int8, and -1 in all of its row; ``other_B`` likewise.
         other_B: Class of the image that was mixed into it (mixup, CutMix), -1 without a label; None where nothing is
             mixed.
         share_B: How much of each image is its own, float32 in [0, 1]; None where nothing is mixed.
@@ -29,8 +30,8 @@ class Labels:
     @property
     def known_B(self) -> Tensor:
         """Whether the label is known; of a mixed image, both labels."""
-        known = self.classes_B >= 0
-        return known if self.other_B is None else known & (self.other_B >= 0)
+        known = _known(self.classes_B)
+        return known if self.other_B is None else known & _known(self.other_B)
 
     @property
     def main_B(self) -> Tensor:
@@ -48,11 +49,11 @@ class Labels:
         return torch.where(self.share_B >= 0.5, self.classes_B, self.other_B)
 
     def probabilities_BC(self, num_classes: int) -> Tensor:
-        """Return the label as a distribution, float32; rows without a label mean nothing."""
-        own = F.one_hot(self.classes_B.clamp_min(0), num_classes).float()
+        """Return the label as a distribution, or as one for each class, float32; rows without one mean nothing."""
+        own = _probabilities(self.classes_B, num_classes)
         if self.other_B is None or self.share_B is None:
             return own
-        other = F.one_hot(self.other_B.clamp_min(0), num_classes).float()
+        other = _probabilities(self.other_B, num_classes)
         share = self.share_B[:, None]
         return share * own + (1.0 - share) * other
 
@@ -67,3 +68,12 @@ class Labels:
             return losses_B.mean()
         expected = losses_B.shape[0] * max(self.labeled, torch.finfo(torch.float32).tiny)
         return torch.where(self.known_B, losses_B, 0.0).sum() / expected
+
+
+def _known(classes: Tensor) -> Tensor:
+    return (classes if classes.ndim == 1 else classes[:, 0]) >= 0
+
+
+def _probabilities(classes: Tensor, num_classes: int) -> Tensor:
+    known = classes.clamp_min(0)
+    return (F.one_hot(known, num_classes) if classes.ndim == 1 else known).float()

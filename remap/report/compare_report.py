@@ -4,6 +4,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from remap.data import CLASSES, METRIC
 from remap.errors import RunError
 from remap.io.checked_json import read_run_json
 from remap.io.human_size import size
@@ -31,6 +32,7 @@ def report_comparison(folder: Path, *, pngs: bool = True) -> Path:
 
 
 def _write(folder: Path, table: dict[str, Any], pngs: bool) -> Path:
+    metric = table.get("metric", METRIC[CLASSES])  # earlier versions had one
     rows, several = table["rows"], len(table["seeds"]) if len(table["seeds"]) > 1 else 0
     points = [
         Point(
@@ -69,11 +71,12 @@ def _write(folder: Path, table: dict[str, Any], pngs: bool) -> Path:
     return write_page(
         folder,
         "compare.html.j2",
-        [tradeoff("tradeoff", points, lines)],
+        [tradeoff("tradeoff", points, lines, metric)],
         pngs=pngs,
         title=plain(folder.resolve().name),
         answer=_answer(table),
         several=several,
+        metric={"accuracy": "Accuracy"}.get(metric, metric),
         gains=_gains(rows),
         groups=[(name, list(members)) for name, members in groupby(shown, key=lambda row: row["category"])],
         facts=_facts(table),

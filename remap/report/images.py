@@ -12,20 +12,25 @@ from remap.runs.interval import wilson
 MOST_CLASSES, MOST_PAIRS, BINS = 50, 15, 15
 
 
+def _one(column: list[Any]) -> list[Any]:
+    """Return labels or answers of one class an image."""
+    return column
+
+
 def confusion_counts(evidence: Evidence) -> list[list[int]]:
     """Return how many images of each class (row) were given each answer (column)."""
-    found = Counter(zip(evidence.labels, evidence.student.predictions, strict=True))
+    found = Counter(zip(_one(evidence.labels), _one(evidence.student.predictions), strict=True))
     classes = range(len(evidence.classes))
     return [[found[row, column] for column in classes] for row in classes]
 
 
 def confused_pairs(evidence: Evidence) -> list[dict[str, Any]]:
     """Return the wrong answers that were given most often, with how often the teacher gave them too."""
-    teacher = evidence.teacher.predictions if evidence.teacher else None
-    rows = enumerate(zip(evidence.labels, evidence.student.predictions, strict=True))
+    teacher = _one(evidence.teacher.predictions) if evidence.teacher else None
+    rows = enumerate(zip(_one(evidence.labels), _one(evidence.student.predictions), strict=True))
     wrong = [(index, pair) for index, pair in rows if pair[1] not in (pair[0], -1)]
     counts = Counter(pair for _, pair in wrong)
-    images = Counter(evidence.labels)
+    images = Counter(_one(evidence.labels))
     return [
         {
             "label": evidence.classes[label],
@@ -42,16 +47,19 @@ def confused_pairs(evidence: Evidence) -> list[dict[str, Any]]:
 
 def class_rows(evidence: Evidence) -> list[dict[str, Any]]:
     """Return the least accurate classes first: images, accuracy with interval, the teacher's, the usual mistake."""
+    if evidence.student.precision is not None:
+        return _precision_rows(evidence, evidence.student.precision)
     rows: list[dict[str, Any]] = []
+    answered = _one(evidence.student.predictions)
     for label, name in enumerate(evidence.classes):
-        chosen = [i for i, one in enumerate(evidence.labels) if one == label and evidence.student.predictions[i] >= 0]
+        chosen = [i for i, one in enumerate(_one(evidence.labels)) if one == label and answered[i] >= 0]
         if not chosen:
             continue
-        answers = Counter(evidence.student.predictions[i] for i in chosen)
+        answers = Counter(answered[i] for i in chosen)
         share = answers[label] / len(chosen)
         mistakes = Counter({answer: number for answer, number in answers.items() if answer != label})
         usual = mistakes.most_common(1)
-        teacher = evidence.teacher and sum(evidence.teacher.predictions[i] == label for i in chosen) / len(chosen)
+        teacher = evidence.teacher and sum(_one(evidence.teacher.predictions)[i] == label for i in chosen) / len(chosen)
         rows.append(
             {
                 "name": name,
@@ -65,10 +73,21 @@ def class_rows(evidence: Evidence) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["share"])[:MOST_CLASSES]
 
 
-def bins_of(answers: Answers, labels: list[int]) -> list[tuple[float, float, int]]:
+def _precision_rows(evidence: Evidence, precision: list[float | None]) -> list[dict[str, Any]]:
+    images = Counter(label for labels in evidence.labels if isinstance(labels, list) for label in labels)
+    teacher = evidence.teacher.precision if evidence.teacher else None
+    rows = [
+        {"name": name, "images": images[label], "share": share, "interval": None, "teacher": teacher and teacher[label]}
+        for label, (name, share) in enumerate(zip(evidence.classes, precision, strict=True))
+        if share is not None
+    ]
+    return sorted(rows, key=lambda row: row["share"])[:MOST_CLASSES]
+
+
+def bins_of(answers: Answers, labels: list[Any]) -> list[tuple[float, float, int]]:
     """Return mean confidence, share that is right and number of images, of each bin of confidence that has any."""
     bins: dict[int, list[tuple[float, bool]]] = {}
-    for answer, confidence, label in zip(answers.predictions, answers.confidences, labels, strict=True):
+    for answer, confidence, label in zip(_one(answers.predictions), _one(answers.confidences), labels, strict=True):
         if answer >= 0:
             bins.setdefault(min(int(confidence * BINS), BINS - 1), []).append((confidence, answer == label))
     columns = [tuple(zip(*rows, strict=True)) for _, rows in sorted(bins.items())]
@@ -85,7 +104,7 @@ def worst_images(evidence: Evidence, run: Path) -> list[dict[str, Any]]:
                 {
                     "uri": uri,
                     "name": evidence.names[index],
-                    "label": evidence.classes[evidence.labels[index]],
+                    "label": evidence.label_of(index),
                     "student": _said(evidence, evidence.student, index),
                     "teacher": evidence.teacher and _said(evidence, evidence.teacher, index),
                 }
@@ -94,11 +113,13 @@ def worst_images(evidence: Evidence, run: Path) -> list[dict[str, Any]]:
 
 
 def _said(evidence: Evidence, answers: Answers, index: int) -> dict[str, Any] | None:
-    answer = answers.predictions[index]
-    if answer < 0:
+    """Return what is said of an image: its classes, how sure the least sure is, and whether all are right."""
+    named = answers.of(index)
+    if named is None:
         return None
-    right = answer == evidence.labels[index]
-    return {"name": evidence.classes[answer], "confidence": answers.confidences[index], "right": right}
+    name = ", ".join(evidence.classes[label] for label, _ in named) or "none"
+    right = answers.predictions[index] == evidence.labels[index]
+    return {"name": name, "confidence": min((sure for _, sure in named), default=None), "right": right}
 
 
 def overlays(evidence: Evidence, run: Path) -> list[dict[str, Any]]:
@@ -108,6 +129,7 @@ def overlays(evidence: Evidence, run: Path) -> list[dict[str, Any]]:
         names = [f"image-{index}.jpg", *(f"attention-{index}-{name}.jpg" for name in evidence.attention.blocks)]
         uris = [picture(run, name) for name in names]
         if None not in uris:
-            label = evidence.classes[evidence.labels[index]]
-            found.append({"label": label, "uris": uris, "student": _said(evidence, evidence.student, index)})
+            found.append(
+                {"label": evidence.label_of(index), "uris": uris, "student": _said(evidence, evidence.student, index)}
+            )
     return found

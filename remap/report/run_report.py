@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from remap.data import CLASSES, METRIC
 from remap.errors import RunError
 from remap.io.human_size import size
 from remap.io.names import plain
@@ -17,11 +18,11 @@ from remap.runs.answers import read_evidence
 from remap.runs.interval import difference, wilson, with_interval
 from remap.runs.run_dir import RunDir
 from remap.runs.session_figures import FIGURES
-from remap.runs.summary_schema import choice_in_words, metrics_in_words, summary_problem
+from remap.runs.summary_schema import choice_in_words, metric_of, metrics_in_words, summary_problem
 
 # Above it, a matrix is no longer read, and the pairs that are most confused are listed.
 MOST_CLASSES_IN_MATRIX = 20
-_NOT_LOSSES = ("epoch", "seconds", "accuracy", "val_ce", "selection")
+_NOT_LOSSES = ("epoch", "seconds", *METRIC.values(), "val_ce", "val_bce", "selection")
 
 
 def report_run(run: RunDir, *, pngs: bool = True) -> Path:
@@ -38,7 +39,7 @@ def report_run(run: RunDir, *, pngs: bool = True) -> Path:
     if problem is not None:
         raise RunError(f"{run.path / 'summary.json'} cannot be shown: {problem}", do="name a run that `remap` finished")
     drawn = [*_curves(history)]
-    if evidence is not None:
+    if evidence is not None and not evidence.multilabel:
         if len(evidence.classes) <= MOST_CLASSES_IN_MATRIX:
             drawn.append(figures.confusion("confusion", evidence.classes, confusion_counts(evidence)))
         if bins_of(evidence.student, evidence.labels):
@@ -66,7 +67,8 @@ def report_run(run: RunDir, *, pngs: bool = True) -> Path:
         ),
         calibration=summary["student"].get("metrics", {}).get("calibration_error"),
         classes=class_rows(evidence) if evidence is not None else [],
-        pairs=confused_pairs(evidence) if evidence is not None else [],
+        metric=metric_of(summary),
+        pairs=confused_pairs(evidence) if evidence is not None and not evidence.multilabel else [],
         worst=worst_images(evidence, run.path) if evidence is not None else [],
         overlays=overlays(evidence, run.path) if evidence is not None else [],
         sessions=_sessions(summary),
@@ -84,7 +86,7 @@ def _text(path: Path) -> str:
 
 
 def _curves(history: list[dict[str, Any]]) -> list[figures.Drawing]:
-    """Draw accuracy, then each loss; beside the cross-entropy in training that on the evaluation images."""
+    """Draw accuracy (or mAP), then each loss; beside the cross-entropy in training that on the evaluation images."""
     if not history:
         return []
 
@@ -92,15 +94,15 @@ def _curves(history: list[dict[str, Any]]) -> list[figures.Drawing]:
         return [(record["epoch"], factor * record[name]) for record in history if name in record]
 
     drawn = []
-    if line("accuracy"):
-        drawn.append(
-            figures.curve("curve-accuracy", "accuracy, %", {"evaluation": line("accuracy", 100)}, percent=True)
-        )
+    for name in METRIC.values():
+        if line(name):
+            lines = {"evaluation": line(name, 100)}
+            drawn.append(figures.curve("curve-accuracy", f"{name}, %", lines, percent=True))
     names = [name for name in dict.fromkeys(n for record in history for n in record) if name not in _NOT_LOSSES]
     for number, name in enumerate(name for name in names if not is_scheduled(name)):
         lines = {"training": line(name)}
-        if name == "ce" and line("val_ce"):
-            lines["evaluation"] = line("val_ce")
+        if name == "ce" and (evaluated := line("val_ce") or line("val_bce")):
+            lines["evaluation"] = evaluated
         title = "loss (weighted sum)" if name == "loss" else name
         drawn.append(figures.curve(f"curve-{number}", title, lines))
     return drawn
@@ -128,6 +130,8 @@ def _answer(summary: dict[str, Any], recipe: Recipe) -> str:
             f"{who}, learned from {data['train_images']:,} images without labels; there are no images with labels to"
             " evaluate it on (remap eval --data FOLDER does)."
         )
+    if metric_of(summary) != METRIC[CLASSES]:
+        return f"{who}, {_precise(summary, accuracy)}"
     text = (
         f"{who}, is right on {student['correct']:,} of {images:,} evaluation images:"
         f" {with_interval(accuracy, images)}, with the 95\u00a0% interval."
@@ -139,6 +143,18 @@ def _answer(summary: dict[str, Any], recipe: Recipe) -> str:
     if "test_accuracy" in student:
         text += f" On the test images, looked at once, it is right on {percent(student['test_accuracy'])}."
     return text
+
+
+def _precise(summary: dict[str, Any], found: float) -> str:
+    """Return the answer where an image has any number of classes: a mean average precision and those beside it."""
+    beside = {
+        "the same student without a teacher": summary.get("baseline", {}).get("accuracy"),
+        "its teacher": summary.get("teacher", {}).get("accuracy"),
+        "the student on the test images, looked at once,": summary["student"].get("test_accuracy"),
+    }
+    others = [f"{who} {percent(share)}" for who, share in beside.items() if share is not None]
+    text = f"has a mean average precision of {percent(found)} on {summary['data']['val_images']:,} evaluation images."
+    return f"{text} Beside it: {'; '.join(others)}." if others else text
 
 
 def _compared(ours: float, theirs: float, images: int, who: str) -> str:
@@ -164,9 +180,11 @@ def _bars(summary: dict[str, Any]) -> list[dict[str, Any]]:
     if "baseline" in summary:
         rows.append(("labels only", summary["baseline"]["accuracy"], "other"))
     rows.append(("before training", student.get("initial_accuracy"), "other"))
-    known = [(name, share, kind) for name, share, kind in rows if share is not None]
+    is_share = metric_of(summary) == METRIC[CLASSES]
     return [
-        {"name": name, "share": share, "kind": kind, "interval": wilson(share, images)} for name, share, kind in known
+        {"name": name, "share": share, "kind": kind, "interval": wilson(share, images) if is_share else None}
+        for name, share, kind in rows
+        if share is not None
     ]
 
 

@@ -33,8 +33,8 @@ class Point:
     on_front: bool = False
 
 
-def tradeoff(name: str, points: Sequence[Point], lines: Mapping[str, float]) -> Drawing:
-    """Draw accuracy against trained parameters; colour is the category, filled is with the teacher."""
+def tradeoff(name: str, points: Sequence[Point], lines: Mapping[str, float], metric: str) -> Drawing:
+    """Draw a metric against trained parameters; colour is the category, filled is with the teacher."""
     groups = list(dict.fromkeys(point.group for point in points))
 
     def paint(axes: Axes) -> None:
@@ -68,13 +68,13 @@ def tradeoff(name: str, points: Sequence[Point], lines: Mapping[str, float]) -> 
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.14, y=0.12)
         axes.set_xlabel("trained parameters")
-        axes.set_ylabel("accuracy, %")
+        axes.set_ylabel(f"{metric}, %")
         _label(axes, points)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize=9.5)
 
     below = 0.75 + 0.21 * ceil((len(lines) + len(groups) + 1) / 2)
     size, margins = (WIDTH, 3.2 + below), (0.58, below, 0.1, 0.1)
-    return Drawing(name, "accuracy against trained parameters", paint, size, margins)
+    return Drawing(name, f"{metric} against trained parameters", paint, size, margins)
 
 
 def _thousands(value: float) -> str:

@@ -4,7 +4,7 @@ With the pictures beside it, in ``report/``, it is all that a report shows of th
 """
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,11 +22,27 @@ class _Record(BaseModel):
 
 
 class Answers(_Record):
-    """Of one network: the class of each image, its probability, and the cross-entropy; -1 where it was left out."""
+    """Of one network: the class of each image, its probability, and the cross-entropy; -1 where it was left out.
 
-    predictions: list[int]
-    confidences: list[float]
+    Where an image has any number of classes: those that are named, their probabilities, and the binary cross-entropy;
+    ``precision`` is the average precision of each class, None without an image of it.
+    """
+
+    predictions: list[int] | list[list[int]]
+    confidences: list[float] | list[list[float]]
     losses: list[float]
+    precision: list[float | None] | None = None
+
+    def of(self, index: int) -> list[tuple[int, float]] | None:
+        """Return the classes that an image was given, with their probabilities; None where it was left out."""
+        if self.losses[index] < 0:
+            return None
+        named, sure = self.predictions[index], self.confidences[index]
+        return list(zip(_listed(named), _listed(sure), strict=True))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 class Overlays(_Record):
@@ -55,7 +71,7 @@ class Evidence(_Record):
 
     classes: list[str]
     names: list[str]
-    labels: list[int]
+    labels: list[int] | list[list[int]]
     student: Answers
     teacher: Answers | None = None
     worst: list[int] = []
@@ -65,18 +81,37 @@ class Evidence(_Record):
     def _fits(self) -> Self:
         count, classes = len(self.names), len(self.classes)
         networks = [self.student, *([self.teacher] if self.teacher else [])]
-        columns = [self.labels, *(getattr(one, name) for one in networks for name in Answers.model_fields)]
+        names = ("predictions", "confidences", "losses")
+        columns = [self.labels, *(getattr(one, name) for one in networks for name in names)]
         if any(len(column) != count for column in columns):
             raise ValueError("its lists differ in length")
-        if any(not 0 <= label < classes for label in self.labels):
+        if any(not 0 <= label < classes for labels in self.labels for label in _listed(labels)):
             raise ValueError("a label is not one of its classes")
-        if any(not -1 <= label < classes for one in networks for label in one.predictions):
+        if any(not -1 <= label < classes for one in networks for said in one.predictions for label in _listed(said)):
             raise ValueError("an answer is not one of its classes")
+        pairs = [pair for one in networks for pair in zip(one.predictions, one.confidences, strict=True)]
+        if any(isinstance(value, list) != self.multilabel for value in (*self.labels, *(v for p in pairs for v in p))):
+            raise ValueError("labels and answers are of two kinds")
+        if any(len(_listed(named)) != len(_listed(sure)) for named, sure in pairs):
+            raise ValueError("its lists differ in length")
+        if any((one.precision is not None) != self.multilabel for one in networks) or any(
+            len(one.precision) != classes for one in networks if one.precision is not None
+        ):
+            raise ValueError("the precision of its classes is not there, or of others")
         if any(not 0 <= index < count for index in (*self.worst, *self.attention.images)):
             raise ValueError("a picture is of none of its images")
         if not self.attention.blocks.keys() <= {"student", "teacher"}:  # they become parts of file names
             raise ValueError("attention is of student and teacher only")
         return self
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether an image has any number of classes."""
+        return any(isinstance(labels, list) for labels in self.labels)
+
+    def label_of(self, index: int) -> str:
+        """Return the label of an image, or all of them."""
+        return ", ".join(self.classes[label] for label in _listed(self.labels[index])) or "none"
 
     def write(self, run: Path) -> None:
         """Write it into a run directory.
@@ -85,7 +120,7 @@ class Evidence(_Record):
             DiskFull: There is no room.
             RunError: It cannot be written.
         """
-        atomic_write.write_text(run / NAME, self.model_dump_json() + "\n")
+        atomic_write.write_text(run / NAME, self.model_dump_json(exclude_none=True) + "\n")
 
 
 def read_evidence(run: Path) -> Evidence | None:

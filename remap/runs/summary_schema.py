@@ -6,7 +6,9 @@ Imports no torch.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from remap.data import CLASSES, METRIC
 from remap.io.checked_json import is_count, is_number
+from remap.runs.interval import with_interval
 from remap.runs.session_figures import sessions_problem
 
 # The entries of student.metrics, in words.
@@ -16,12 +18,27 @@ METRICS = {
     "f1": "F1, mean over classes",
     "calibration_error": "calibration error",
     "teacher_agreement": "agreement with the teacher",
+    "mAP": "mean average precision",
+    "f1_micro": "F1 of all answers",
+    "f1_macro": "F1, mean over classes",
+    "exact_match": "all classes of an image right",
 }
 
 
 def metrics_in_words(metrics: Mapping[str, float], classes: int) -> dict[str, float]:
     """Return the metrics to show by their words; of five classes or fewer, any label is among the first five."""
     return {words: metrics[key] for key, words in METRICS.items() if key in metrics and (key != "top5" or classes > 5)}
+
+
+def metric_of(summary: Mapping[str, Any]) -> str:
+    """Return what the entries of a summary that are called accuracy are: "accuracy", or "mAP"."""
+    return str(summary.get("metric", METRIC[CLASSES]))
+
+
+def shown(summary: Mapping[str, Any], value: float) -> str:
+    """Return such an entry in words: a share of images with its interval, a mean average precision alone."""
+    is_share = metric_of(summary) == METRIC[CLASSES]
+    return with_interval(value, summary["data"]["val_images"]) if is_share else f"{100 * value:.1f} %"
 
 
 def _is_word(value: object) -> bool:

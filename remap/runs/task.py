@@ -22,6 +22,7 @@ from remap.backbones.build import (
     resolve_name,
     state_hash,
 )
+from remap.data import CLASSES
 from remap.data.views import View
 from remap.distributed.sharding import copy_full_, gather_full
 from remap.errors import BackboneError, RunError
@@ -80,6 +81,7 @@ def save_task(
         "classes": list(network.classes or ()),
         "preprocess": network.preprocess.to_dict(),
         "view": view.to_dict(),
+        **({"task": network.task} if network.task != CLASSES else {}),  # as earlier versions wrote and read it
         "holds_backbone": set(tensors) >= {name for name, _ in network.model.named_parameters()},
         "sha256": hashlib.sha256(data).hexdigest(),
     }
@@ -135,7 +137,7 @@ def network_of(folder: Path, meta: TaskMeta, tensors: dict[str, Tensor], backbon
     if meta.holds_backbone and not tensors.keys() >= dict(network.model.named_parameters()).keys():
         raise RunError(f"{folder} does not hold the backbone that its task.json says it holds")
     _put(network, tensors, folder)
-    network.classes, network.preprocess = meta.classes, meta.preprocess
+    network.classes, network.preprocess, network.task = meta.classes, meta.preprocess, meta.task
     return network
 
 

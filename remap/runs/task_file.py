@@ -18,6 +18,7 @@ from torch import Tensor
 
 from remap.backbones.names import is_weights_file
 from remap.backbones.preprocess import PreprocessSpec
+from remap.data import CLASSES
 from remap.data.views import FILTERS, View
 from remap.errors import RemapWarning, RunError
 from remap.io.checked_json import MOST_JSON_BYTES
@@ -98,6 +99,8 @@ class TaskMeta(BaseModel):
     preprocess: Annotated[PreprocessSpec, AfterValidator(_sized_preprocess)]
     view: Annotated[View, AfterValidator(_sized_view)]
     holds_backbone: bool
+    # Not in the files of earlier versions, whose students answer with one class.
+    task: Literal["classes", "multilabel"] = CLASSES
     sha256: _Sha256
 
 

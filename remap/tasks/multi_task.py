@@ -126,7 +126,8 @@ class MultiTask:
             tasks: The task of each image, or one for all; None is the current one.
         """
         names = self._names(len(images), tasks)
-        best = [logits.softmax(dim=-1).max(dim=-1) for logits in self.logits(images, names)]
+        answers = zip(names, self.logits(images, names), strict=True)
+        best = [self.students[name].network.probabilities(logits).max(dim=-1) for name, logits in answers]
         return [(self.students[n].classes[int(b.indices)], float(b.values)) for n, b in zip(names, best, strict=True)]
 
     def logits(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from remap import __version__
+from remap.data import ACTIVATION, MULTILABEL
 from remap.errors import RunError
 from remap.exporting import FORMATS, snippets
 from remap.exporting.check import Comparison, bytes_of, compare, require_equal
@@ -76,6 +77,7 @@ def export_tasks(
     facts = {
         "tasks": list(students),
         "classes": {name: list(student.classes) for name, student in students.items()},
+        "activation": {name: ACTIVATION[student.network.task] for name, student in students.items()},
         "preprocessing": preprocessing_facts(spec, view),
         "input": input_in_words(view, chosen),
         "base_model": first.network.identity.model,
@@ -94,7 +96,8 @@ def export_tasks(
         images, found = SourceImages(views, None, f"{DRAWN} random images"), {}
         for name, student in students.items():
             answer = answer_of(spec, folder / FILE, chosen, name)
-            found[name] = compare(student.logits_of_views, answer, images, (bytes_of(student.model), size))
+            cut, sizes = 0.0 if student.network.task == MULTILABEL else None, (bytes_of(student.model), size)
+            found[name] = compare(student.logits_of_views, answer, images, sizes, cut)
             require_equal(found[name], f"onnx (task {name})")
         atomic_write.write_text(folder / CARD, _card(facts, snippets.many_tasks(view, chosen, FILE)))
         record = facts | {"format": "onnx", "files": [CARD, RECORD, FILE]}

@@ -8,7 +8,8 @@ import pytest
 
 from remap.data.images import decode
 from remap.data.sources import open_data
-from remap.data.splits import ImageData, Split, stratified
+from remap.data.splits import ImageData, Split
+from remap.data.stratify import stratified
 from remap.errors import DataError
 
 Tree = Callable[..., Path]

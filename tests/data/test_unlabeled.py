@@ -11,7 +11,8 @@ import torch
 from remap.data import views as views_module
 from remap.data.images import decode, decode_channels
 from remap.data.sources import open_data, open_unlabeled
-from remap.data.splits import Split, stratified
+from remap.data.splits import Split
+from remap.data.stratify import stratified
 from remap.data.views import JoinedSource, View, ViewSource
 from remap.errors import DataError
 from remap.pipeline.shared import DataViews, SharedResources

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from remap.engine.evaluate import Evaluation
+from remap.engine.evaluation import Evaluation
 from remap.engine.metrics import metrics
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from remap.data.splits import Split, stratified
+from remap.data.splits import Split
+from remap.data.stratify import stratified
 from remap.data.views import View, ViewSource
 from remap.distributed.launch import accelerator
 from remap.errors import DataError, TrainingError

@@ -114,6 +114,8 @@ def test_a_field_in_the_wrong_section_is_refused_there() -> None:
     names = {section: set(schema.model_fields) for section, schema in SECTIONS.items()}
     for section, own in names.items():
         for name in set().union(*names.values()) - own:
+            if (section, name) == ("", "task"):  # which is read into the section of the images
+                continue
             place = f"{section}.{name}" if section else name
             assert any(line.startswith(f"{place}: unknown key") for line in problems(section, {name: 1}))
 

@@ -5,7 +5,7 @@ from functools import partial
 
 from remap.remapping.entries import LossEntry
 
-_row = partial(LossEntry, category="attention", signal="attention")
+_row = partial(LossEntry, category="attention", signal="attention", multilabel="itself")
 
 ROWS = [
     _row(

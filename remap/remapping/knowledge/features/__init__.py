@@ -5,8 +5,9 @@ from functools import partial
 from remap.remapping.entries import LossEntry
 
 _GRID = "grids by resizing the teacher's tokens; prompts and prefix tokens cut"
-_pooled = partial(LossEntry, category="features", needs="pooled features of both", signal="pooled")
-_tokens = partial(LossEntry, category="features", needs="tokens of both", signal="tokens")
+_row = partial(LossEntry, category="features", multilabel="itself")
+_pooled = partial(_row, needs="pooled features of both", signal="pooled")
+_tokens = partial(_row, needs="tokens of both", signal="tokens")
 
 ROWS = [
     _pooled(
@@ -94,6 +95,7 @@ ROWS = [
         summary="tell an image's teacher feature from those of the other images of the batch, and the reverse",
         paper="Tian et al. 2020, arXiv 1910.10699",
         needs="pooled features of both, labels where there are any",
+        multilabel="",
         mismatch="widths by linear maps of both sides that are dropped after training",
         mixed="both networks see the mixed image; its class is that of the larger share",
         over_batch=True,

@@ -16,6 +16,7 @@ ROWS = [
         paper="-",
         needs="labels, student logits",
         mixed="cross-entropy with the mixed distribution",
+        multilabel="remap.remapping.knowledge.logits.multilabel:BinaryCrossEntropy",
     ),
     _row(
         name="kd",
@@ -23,6 +24,7 @@ ROWS = [
         summary="KL of softened class probabilities, times T^2; or on the scale of another tool",
         paper="Hinton et al. 2015, arXiv 1503.02531",
         needs="logits of both",
+        multilabel="remap.remapping.knowledge.logits.multilabel:BernoulliDistillation",
     ),
     _row(
         name="hard",
