@@ -230,8 +230,9 @@ def card_code(folder: Path) -> str:
     return (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
 
 
+@pytest.mark.slow
 @needs_onnx
-@pytest.mark.parametrize("kind", ["qat", pytest.param("dynamic", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["qat", "dynamic"])
 def test_int8_is_smaller_products_of_bytes(finished: Finished, tmp_path: Path, kind: str) -> None:
     """Source: the types in the file, and the labels of the 9 images (all of which the float student need not know)."""
     found = export_student(finished("vpt_deep"), "onnx", tmp_path / "out", int8=kind, max_drop=100.0)
