@@ -101,11 +101,11 @@ def test_what_is_not_there_is_named_and_a_run_that_began_says_failed(
 
 
 @pytest.mark.parametrize(("name", "given"), [("absent", "no such folder"), (".", "it has neither recipe.yaml nor")])
-@pytest.mark.parametrize("command", ["predict RUN photo.png", "export RUN --to onnx", "tasks add shelf name=RUN"])
+@pytest.mark.parametrize("command", ["predict RUN PICTURES", "export RUN --to onnx", "tasks add shelf name=RUN"])
 def test_what_is_not_a_run_is_named_by_what_was_given(
-    remap: Callable[..., Result], command: str, name: str, given: str, tmp_path: Path
+    remap: Callable[..., Result], pictures: Path, command: str, name: str, given: str, tmp_path: Path
 ) -> None:
-    result = remap(*command.replace("RUN", name).split())
+    result = remap(*command.replace("RUN", name).replace("PICTURES", str(pictures)).split())
     assert result.exit_code == 2 and f"{name} is not a run directory or task folder" in result.message
     assert f"given:   {given}" in result.message and list(tmp_path.iterdir()) == []
 
