@@ -191,10 +191,12 @@ def test_every_other_field_changes_the_digest() -> None:
             changed = (
                 not value
                 if isinstance(value, bool)
+                else {"templates": ("a {}",), "descriptions": {"one": ("it is one",)}}[name]
+                if name in ("templates", "descriptions")  # written out as what the files say
                 else other[type(value)]
                 if value is not None
                 else "other"
-                if name in ("val_source", "unlabeled", "target", "descriptions", "memory", "extends")
+                if name in ("val_source", "unlabeled", "target", "memory", "extends")
                 or (section, name) == ("teacher", "classes")
                 else ("one", "other")
                 if name in ("classes", "known_classes", "only")
