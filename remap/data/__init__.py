@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from remap.registry import Entry, Registry
 
 # What an image's label is: one class, or any number of them.
-CLASSES, MULTILABEL = "classes", "multilabel"
+CLASSES: Final = "classes"
+MULTILABEL: Final = "multilabel"
 # What networks are compared by, in summaries and on the screen.
 METRIC = {CLASSES: "accuracy", MULTILABEL: "mAP"}
 # What makes probabilities of logits.

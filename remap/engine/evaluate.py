@@ -81,10 +81,10 @@ class _Pass:
 
     def run(self, batch_size: int) -> tuple[Tensor, ...] | None:
         """Return what is kept of each image, the blank for those of other processes; None where memory ran out."""
-        images, classes = len(self.source.split), len(self.network.classes or ())
-        answers = self.scoring.blank(images, classes, self.accelerator.device)
+        count, classes = len(self.source.split), len(self.network.classes or ())
+        answers = self.scoring.blank(count, classes, self.accelerator.device)
         # Whole chunks go to processes, so that each pass has the same shape on any number of them.
-        chunks = index_chunks(images, batch_size)
+        chunks = index_chunks(count, batch_size)
         with self.progress.wait(f"evaluating {self.what}", -(-len(chunks) // self.accelerator.num_processes)) as step:
             rounds = rounds_of_chunks(self.accelerator, chunks)
             for _, (images, readable) in made_ahead(self._read, rounds):
@@ -124,8 +124,8 @@ class _Pass:
             return True
         at_B, labels = torch.from_numpy(readable), torch.from_numpy(self.source.split.labels[readable])
         kept = self.scoring.of(logits[: len(readable)].float(), labels.to(logits.device))
-        for answer, rows in zip(answers, kept, strict=True):
-            answer[:, at_B] = rows
+        for answer, part in zip(answers, kept, strict=True):
+            answer[:, at_B] = part
         return False
 
 

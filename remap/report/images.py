@@ -76,7 +76,7 @@ def class_rows(evidence: Evidence) -> list[dict[str, Any]]:
 def _precision_rows(evidence: Evidence, precision: list[float | None]) -> list[dict[str, Any]]:
     images = Counter(label for labels in evidence.labels if isinstance(labels, list) for label in labels)
     teacher = evidence.teacher.precision if evidence.teacher else None
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": name, "images": images[label], "share": share, "interval": None, "teacher": teacher and teacher[label]}
         for label, (name, share) in enumerate(zip(evidence.classes, precision, strict=True))
         if share is not None
