@@ -9,6 +9,7 @@ from typing import IO, Any
 from safetensors.torch import save
 
 from remap.cache.teacher_cache import InMemory
+from remap.errors import RunError
 from remap.io import atomic_write
 from remap.io.tensor_files import read_safetensors
 
@@ -30,10 +31,10 @@ class SharedOutputs(dict[tuple, Any]):
         self.release()
         if super().__contains__(key):
             return True
-        atomic_write.make_folder(self._folder)
         path = self._path(key)
-        self._lock = open(path.with_suffix(".lock"), "ab")  # noqa: SIM115 - held until the outputs are stored
-        with suppress(OSError):  # a file system without locks: each process computes them
+        with suppress(OSError, RunError):  # a file system without locks or room: each process computes them
+            atomic_write.make_folder(self._folder)
+            self._lock = open(path.with_suffix(".lock"), "ab")  # noqa: SIM115 - held until the outputs are stored
             fcntl.flock(self._lock, fcntl.LOCK_EX)
         if not path.is_file():
             return False
@@ -44,8 +45,11 @@ class SharedOutputs(dict[tuple, Any]):
 
     def __setitem__(self, key: tuple, value: InMemory) -> None:
         super().__setitem__(key, value)
-        atomic_write.write_bytes(self._path(key), save(value.tensors()))
-        self.release()
+        try:
+            with suppress(RunError):  # a full disk: each process computes them
+                atomic_write.write_bytes(self._path(key), save(value.tensors()))
+        finally:
+            self.release()
 
     def release(self) -> None:
         """Let another process compute what this one was about to."""

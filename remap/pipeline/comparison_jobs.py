@@ -4,13 +4,12 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from remap.cache.shared_outputs import FOLDER
-from remap.distributed.device_memory import peak_bytes, reset_peak
+from remap.distributed.device_memory import free_bytes, peak_bytes, reset_peak
 from remap.distributed.interrupts import watch_signals
 from remap.distributed.launch import accelerator
 from remap.io.human_size import size
@@ -75,7 +74,7 @@ def auto_slots(cells: Sequence[Cell], progress: Progress) -> list[Slot]:
             needed = estimate(cells[0].recipe, Silent())["estimate"]["memory_bytes"] + OVERHEAD
         free, most = torch.cuda.mem_get_info()[0], gpus * max(1, cores() // gpus)
     else:
-        needed, free, most = peak_bytes(accelerator().device) + OVERHEAD, _free_memory(), cores()
+        needed, free, most = peak_bytes(accelerator().device) + OVERHEAD, free_bytes(), cores()
     fitting = max(1, int(MEMORY_SHARE * free / needed)) * max(1, gpus)
     if fitting < min(most, len(cells)):
         progress.say(f"memory holds {fitting} cells at once: about {size(needed)} each, {size(free)} free")
@@ -86,18 +85,15 @@ def _gpus() -> int:
     return torch.cuda.device_count() if accelerator().device.type == "cuda" else 0
 
 
-def _free_memory() -> int:
-    with suppress(OSError):  # Linux
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def prepare_teachers(cells: Sequence[Cell], output: Path, resources: Resources, progress: Progress) -> None:
     """Prepare and judge each teacher once, where the processes of the cells find it."""
     # What a comparison left that was killed may be of other images.
     shutil.rmtree(output / FOLDER, ignore_errors=True)
-    by_folder = {id(resources.of(cell, output)): cell for cell in reversed(cells) if cell.with_teacher}
-    for cell in by_folder.values():
-        with prepared_components(cell.recipe.written_out(), progress, resources.of(cell, output)):
+    taught = [(cell, resources.of(cell, output)) for cell in reversed(cells) if cell.with_teacher]
+    by_folder = {id(shared): (cell, shared) for cell, shared in taught}
+    for cell, shared in by_folder.values():
+        with prepared_components(cell.recipe.written_out(), progress, shared):
             pass
+    for _, shared in by_folder.values():  # the processes read teachers from the disk, and decode images themselves
+        shared.teachers.clear()
+        shared.views.clear()

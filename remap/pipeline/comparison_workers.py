@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -41,14 +42,15 @@ class Slot:
 
 
 def run_cell(cell: Cell, output: Path, resources: Resources, progress: Progress, steps_after: int = 0) -> float:
-    """Run one cell, or continue it from its checkpoint; return its student's accuracy."""
+    """Run one cell, or continue it from its checkpoint; return its student's accuracy (NaN: not judged)."""
     path = output / cell.name
     links.require_no_link(path)
     shared = resources.of(cell, output)
     resuming = (path / "recipe.yaml").is_file()
     run_dir = RunDir.open(path) if resuming else RunDir.create(path, cell.recipe)
     found = run(cell.recipe, run_dir, progress, shared, resuming=resuming, steps_after=steps_after)
-    return found.summary["student"]["accuracy"]
+    accuracy = found.summary["student"]["accuracy"]
+    return math.nan if accuracy is None else accuracy
 
 
 def require_all(failed: Mapping[str, str], count: int) -> None:
@@ -62,6 +64,28 @@ def require_all(failed: Mapping[str, str], count: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Done:
+    """How a cell ended: with its student's accuracy, or why it failed."""
+
+    accuracy: float = math.nan
+    failed: str | None = None
+
+
+# What a process sends: a line to show, None where it begins the cell that it was sent, and how that ended.
+Message = str | Done | None
+
+
+@dataclass
+class Worker:
+    """A process, and the cell that it was sent."""
+
+    process: Any
+    slot: Slot
+    cell: Cell | None = None
+    has_begun: bool = False
+
+
 class Pool:
     """Processes, one a slot, and the cells that wait."""
 
@@ -70,25 +94,26 @@ class Pool:
         self._context: Any = multiprocessing.get_context(START_METHOD)
         if START_METHOD == "forkserver":
             self._context.set_forkserver_preload([__name__])
-        self._running: dict[Connection, tuple[Any, Slot, Cell | None]] = {}
+        self._workers: dict[Connection, Worker] = {}
+        self._waiting: list[Cell] = []
+        self._returned: set[str] = set()
         self._failed: dict[str, str] = {}
 
     def run(self, cells: Sequence[Cell]) -> None:
-        waiting = list(reversed(cells))
+        self._waiting = waiting = list(reversed(cells))
         with self._progress.wait(CELLS, len(cells)) as shown, self._ended():
             shown.advance(0, **{cell.name: math.nan for cell in cells})
-            while waiting or any(cell for _, _, cell in self._running.values()):
+            while waiting or any(worker.cell for worker in self._workers.values()):
                 while self._free and waiting:
                     self._start(self._free.pop(0))
-                for connection, (process, slot, cell) in list(self._running.items()):
-                    if cell is None and waiting:
-                        cell = waiting.pop()
-                        self._running[connection] = (process, slot, cell)
-                        self._progress.say(f"[{len(cells) - len(waiting)}/{len(cells)}] {cell.name}")
-                        shown.advance(0, **{cell.name: math.inf})
+                for connection, worker in self._workers.items():
+                    if worker.cell is None and waiting:
+                        worker.cell, worker.has_begun = waiting.pop(), False
+                        self._progress.say(f"[{len(cells) - len(waiting)}/{len(cells)}] {worker.cell.name}")
+                        shown.advance(0, **{worker.cell.name: math.inf})
                         with suppress(OSError):  # it has died, which the next look finds
-                            connection.send(cell)
-                for heard in wait(list(self._running)):
+                            connection.send(worker.cell)
+                for heard in wait(list(self._workers)):
                     assert isinstance(heard, Connection)
                     self._hear(heard, shown)
         require_all(self._failed, len(cells))
@@ -99,30 +124,41 @@ class Pool:
         process = self._context.Process(target=work, args=words, daemon=False)
         process.start()
         theirs.close()
-        self._running[ours] = (process, slot, None)
+        self._workers[ours] = Worker(process, slot)
 
     def _hear(self, connection: Connection, shown: Step) -> None:
-        """Take one message: (text, None), (None, accuracy) of a cell that is done, or (error, NaN)."""
-        process, slot, cell = self._running[connection]
+        """Take one message, or the end of a process."""
+        worker = self._workers[connection]
         try:
-            text, accuracy = connection.recv()
+            message: Message = connection.recv()
         except (EOFError, OSError):
-            process.join()
-            del self._running[connection]
-            self._free.append(slot)
-            hint = "; the system kills processes when memory runs out" if process.exitcode == -9 else ""
-            text, accuracy = f"its process ended with exit code {process.exitcode}{hint}", math.nan
-        else:
-            if accuracy is None:
-                self._progress.say(text)
-                return
-            self._running[connection] = (process, slot, None)
-        if cell is None:
-            return
-        if text is not None:
-            self._failed[cell.name] = text
-            self._progress.say(f"{cell.name} failed: {text}")
-        shown.advance(1, **{cell.name: accuracy})
+            message = self._lost(connection)
+        if isinstance(message, str):
+            self._progress.say(message)
+        elif message is None:
+            worker.has_begun = True
+        elif (cell := worker.cell) is not None:
+            worker.cell = None
+            if message.failed is not None:
+                self._failed[cell.name] = message.failed
+                self._progress.say(f"{cell.name} failed: {message.failed}")
+            shown.advance(1, **{cell.name: message.accuracy})
+
+    def _lost(self, connection: Connection) -> Message:
+        """Give up a process that has ended; return how its cell did. One that it had not begun waits again, once."""
+        worker = self._workers.pop(connection)
+        connection.close()
+        worker.process.join()
+        self._free.append(worker.slot)
+        if worker.cell is not None and not worker.has_begun and worker.cell.name not in self._returned:
+            self._returned.add(worker.cell.name)
+            self._waiting.append(worker.cell)
+            return None
+        code = worker.process.exitcode
+        hint = "; the system kills processes when memory runs out" if code == -9 else ""
+        # Of SIGTERM, whether it came to a run, which saves its state and ends, or before.
+        how = "was stopped" if code in (0, -15) else f"ended with exit code {code}{hint}"
+        return Done(failed=f"its process {how}")
 
     @contextmanager
     def _ended(self) -> Iterator[None]:
@@ -130,18 +166,30 @@ class Pool:
         try:
             yield
         finally:
-            for connection, (process, _, cell) in self._running.items():
-                if cell is not None:
-                    process.terminate()
+            for connection, worker in self._workers.items():
+                if worker.cell is not None:
+                    worker.process.terminate()
                 else:
                     with suppress(OSError):
                         connection.send(None)
             try:
-                for process, *_ in self._running.values():
-                    process.join(SAVING_S)
+                self._join()
             finally:  # a second signal
-                for process, *_ in self._running.values():
-                    process.kill()
+                for worker in self._workers.values():
+                    worker.process.kill()
+
+    def _join(self) -> None:
+        """Wait for all processes, as long as saving may take; what they say is read, or a full pipe would stop them."""
+        until, speaking = time.monotonic() + SAVING_S, set(self._workers)
+        while speaking and (left := until - time.monotonic()) > 0:
+            for connection in wait(list(speaking), left):
+                assert isinstance(connection, Connection)
+                try:
+                    connection.recv()
+                except (EOFError, OSError):
+                    speaking.remove(connection)
+        for worker in self._workers.values():
+            worker.process.join(max(0.0, until - time.monotonic()))
 
 
 class _Sent(Silent):
@@ -152,7 +200,7 @@ class _Sent(Silent):
 
     def say(self, text: str) -> None:
         with suppress(OSError):
-            self._connection.send((text, None))
+            self._connection.send(text)
 
 
 def work(connection: Connection, slot: Slot, output: Path, recipe: Recipe) -> None:
@@ -165,22 +213,21 @@ def work(connection: Connection, slot: Slot, output: Path, recipe: Recipe) -> No
     progress = _Sent(connection)
     outputs = SharedOutputs(output / FOLDER)
     resources = Resources(recipe, output, progress, outputs)
-    with suppress(EOFError, Interrupted, KeyboardInterrupt):
+    # OSError: of the connection, when the first process is gone.
+    with suppress(EOFError, OSError, Interrupted, KeyboardInterrupt):
         while (cell := connection.recv()) is not None:
-            reset_peak(accelerator().device)
+            connection.send(None)
             try:
-                answer: tuple[str | None, float] = (
-                    None,
-                    run_cell(cell, output, resources, Within(progress, cell.name)),
-                )
+                reset_peak(accelerator().device)
+                done = Done(run_cell(cell, output, resources, Within(progress, cell.name)))
             except Interrupted:
                 raise
             except RemapError as error:
-                answer = (str(error), math.nan)
+                done = Done(failed=str(error))
             except Exception:
-                answer = (traceback.format_exc(), math.nan)
+                done = Done(failed=traceback.format_exc())
             outputs.release()
-            connection.send(answer)
+            connection.send(done)
 
 
 def _visible(gpu: int) -> str:

@@ -3,16 +3,21 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from remap.cache import shared_outputs
 from remap.cache.shared_outputs import FOLDER, SharedOutputs
 from remap.cache.teacher_cache import InMemory
-from remap.errors import Interrupted, RecipeError, RunError
+from remap.distributed import device_memory
+from remap.distributed.interrupts import watch_signals
+from remap.errors import DiskFull, Interrupted, RecipeError, RunError
 from remap.pipeline import comparison_jobs as jobs
 from remap.pipeline import comparison_slurm, teacher_outputs
 from remap.pipeline import comparison_workers as workers
@@ -159,7 +164,7 @@ def test_cores_and_memory_decide_how_many_cells_run(
 ) -> None:
     """Of 12 GiB, 80 % hold four processes of 1 + 1 GiB."""
     monkeypatch.setattr(jobs, "cores", lambda: cores)
-    monkeypatch.setattr(jobs, "_free_memory", lambda: free_gib * 2**30)
+    monkeypatch.setattr(jobs, "free_bytes", lambda: free_gib * 2**30)
     monkeypatch.setattr(jobs, "peak_bytes", lambda _: 2**30)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
     assert [slot.threads for slot in jobs.auto_slots([None] * cells, Silent())] == slots  # type: ignore[list-item]
@@ -219,3 +224,127 @@ def test_outputs_that_a_killed_comparison_left_are_not_read(tmp_path: Path) -> N
     outputs["a", 1] = InMemory()
     jobs.prepare_teachers([], tmp_path, None, Silent())  # type: ignore[arg-type]
     assert ("a", 1) not in SharedOutputs(tmp_path / FOLDER)
+
+
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., workers.Pool]:
+    """Makes a pool of one process whose cells are functions."""
+    monkeypatch.setattr(workers, "Resources", lambda *_: None)
+
+    def pool(run_cell: Callable[..., float]) -> workers.Pool:
+        monkeypatch.setattr(workers, "run_cell", run_cell)
+        return workers.Pool([workers.Slot(1)], tmp_path, None, Silent())  # type: ignore[arg-type]
+
+    return pool
+
+
+CELLS = [SimpleNamespace(name=name) for name in "abc"]
+
+
+def test_a_process_that_ends_between_two_cells_costs_none(
+    light: Callable[..., workers.Pool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hear, killed = workers.Pool._hear, []
+
+    def run_cell(cell: Any, *_: Any) -> float:
+        with (tmp_path / "ran").open("a") as file:
+            file.write(cell.name)
+        return 0.5
+
+    def then_kill(pool: workers.Pool, connection: Any, shown: Any) -> None:
+        worker = pool._workers[connection]
+        hear(pool, connection, shown)
+        if worker.has_begun and worker.cell is None and not killed:
+            killed.append(worker.process.kill())
+            worker.process.join()
+
+    monkeypatch.setattr(workers.Pool, "_hear", then_kill)
+    light(run_cell).run(CELLS)  # type: ignore[arg-type]
+    assert killed and (tmp_path / "ran").read_text() == "abc"
+
+
+def test_a_process_that_cannot_begin_fails_its_cells(
+    light: Callable[..., workers.Pool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = light(lambda *_: 0.5)
+    monkeypatch.setattr(workers, "Resources", lambda *_: os._exit(7))
+    with pytest.raises(RunError, match="3 of 3 cells failed") as caught:
+        pool.run(CELLS)  # type: ignore[arg-type]
+    assert "its process ended with exit code 7" in str(caught.value)
+
+
+def test_a_cell_that_says_much_while_it_is_stopped_saves_its_state(
+    light: Callable[..., workers.Pool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Far more than a pipe holds (64 KiB), which nobody would read after the signal."""
+    parent = os.getpid()
+
+    def run_cell(cell: Any, output: Path, resources: Any, progress: Any) -> float:
+        try:
+            os.kill(parent, signal.SIGTERM)
+            time.sleep(60)
+        except Interrupted:
+            for _ in range(200):
+                progress.say(1000 * "x")
+            (tmp_path / "saved").touch()
+            raise
+        return 0.5
+
+    monkeypatch.setattr(workers, "SAVING_S", 10.0)
+    with pytest.raises(Interrupted), watch_signals():
+        light(run_cell).run(CELLS[:1])  # type: ignore[arg-type]
+    assert (tmp_path / "saved").exists() and not workers.multiprocessing.active_children()
+
+
+def test_outputs_that_find_no_room_are_computed_by_each_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise DiskFull("no room")
+
+    monkeypatch.setattr(shared_outputs.atomic_write, "write_bytes", full)
+    first, second = SharedOutputs(tmp_path), SharedOutputs(tmp_path)
+    assert ("a", 1) not in first
+    first["a", 1] = InMemory()
+    assert ("a", 1) in first and ("a", 1) not in second, "which would wait here if the first one held its lock"
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "free"),
+    [
+        ("1:name=systemd:/a", {}, 8 * GIB),
+        # Of the limit of a job, less what it uses; a quarter of that are cached files. An inner group is without one.
+        (
+            "0::/job/step",
+            {
+                **{"job/memory.max": 4 * GIB, "job/memory.current": 2 * GIB, "job/memory.stat": f"inactive_file {GIB}"},
+                **{"job/step/memory.max": "max", "job/step/memory.current": GIB, "job/step/memory.stat": "anon 1"},
+            },
+            3 * GIB,
+        ),
+        # Version 1 in a container, where the group's own path is not there.
+        (
+            "3:cpu:/a\n4:hugetlb,memory:/docker/ab\n0::/",
+            {
+                **{"memory/memory.limit_in_bytes": 3 * GIB, "memory/memory.usage_in_bytes": GIB},
+                "memory/memory.stat": "inactive_file 5\ntotal_inactive_file 0",
+            },
+            2 * GIB,
+        ),
+        ("0::/", {"memory.max": GIB, "memory.current": 2 * GIB, "memory.stat": "x 0"}, 0),
+    ],
+)
+def test_free_memory_is_what_control_groups_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, files: dict[str, Any], free: int
+) -> None:
+    """By the kernel's documents (cgroup-v2, cgroup-v1/memory, proc); 8 GiB without any, of a kernel before 3.14."""
+    meminfo = f"MemTotal: {16 * 2**20} kB\nMemFree: {5 * 2**20} kB\nBuffers: {2**20} kB\nCached: {2 * 2**20} kB"
+    for name, text in {"self/cgroup": groups, "meminfo": meminfo, **{f"g/{n}": t for n, t in files.items()}}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(device_memory, "PROC", tmp_path)
+    monkeypatch.setattr(device_memory, "CGROUPS", tmp_path / "g")
+    assert device_memory.free_bytes() == free
