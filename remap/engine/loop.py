@@ -20,7 +20,7 @@ from remap.engine.late import may_read_late, rate_factor, step_if_finite
 from remap.engine.non_finite import BrokenWeights, go_back, require_finite_weights, skip_step, weights_are_finite
 from remap.engine.optim import clip_gradients, learning_rate, set_learning_rate
 from remap.engine.overtaken import compare_with_teachers
-from remap.engine.saving import end_if, is_due, is_wanted, save, save_if_due
+from remap.engine.saving import is_due, is_wanted, save, save_if_due, save_or_end
 from remap.engine.selection import is_over
 from remap.engine.state import State
 from remap.engine.statistics import estimate_statistics
@@ -219,5 +219,4 @@ def _finish_epoch(training: Training) -> None:
     due = is_due(training) or is_over(state, training.spec)
     stop, any_due = all_reduce_max(training.accelerator, CALLBACK if raised else 0, due)
     if stop or any_due:
-        save(training, must=bool(stop))
-    end_if(training, stop, raised)
+        save_or_end(training, stop, raised)

@@ -32,7 +32,21 @@ def save_if_due(training: Training, raised: Exception | None) -> None:
     if training.unread:
         return  # a signal came just now, or the clock ran out: the next step is counted at once
     if stop or any_due:
+        save_or_end(training, stop, raised)
+
+
+def save_or_end(training: Training, stop: int, raised: Exception | None) -> None:
+    """Write a checkpoint; end the run then if a signal came or a callback raised, whose error counts more than others.
+
+    Raises:
+        Interrupted, RunError, Exception: As ``save_if_due``; a state that cannot be saved; what the callback raised.
+    """
+    try:
         save(training, must=bool(stop))
+    except Exception as error:
+        if raised is None:
+            raise
+        raised.add_note(f"and the state was not saved: {error}")
     end_if(training, stop, raised)
 
 

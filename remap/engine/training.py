@@ -161,7 +161,8 @@ class Training:
         """
         error = self.writer.finish()
         if isinstance(error, RunError):
-            self.job.progress.say(f"no checkpoint was written, the previous one stays: {error.what} ({error.given})")
+            reason = f"{error.what} ({error.given})" if error.given else error.what
+            self.job.progress.say(f"no checkpoint was written, the previous one stays: {reason}")
         elif error is not None:
             raise error
 

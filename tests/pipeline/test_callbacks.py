@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import remap
+from remap.errors import RunError
 from remap.pipeline import run
 from remap.runs.run_dir import RunDir
 
@@ -81,3 +82,27 @@ def test_an_exception_stops_the_run_which_resumes_to_the_same_student(
     assert RunDir(path).status() == "done" and len(again.ends) == 1
     task = "task/task.safetensors"
     assert (path / task).read_bytes() == (undisturbed[1] / task).read_bytes()
+
+
+def test_an_exception_is_raised_also_where_the_state_cannot_be_saved(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RunError("the disk is full")
+
+    recipe = tiny.recipe(method="bitfit", losses="ce", teacher=None)
+    for call in ("on_step", "on_epoch"):
+        monkeypatch.setattr("remap.engine.saving.save", full)
+        with pytest.raises(ZeroDivisionError, match="the user's own") as caught:
+            remap.distill(recipe, output=tmp_path / call, callbacks=[Recorder((call, STEPS))])
+        assert caught.value.__notes__ == ["and the state was not saved: the disk is full"]
+        assert caught.traceback[-1].name == "_stop", "the traceback leads to the user's own line"
+        assert RunDir(tmp_path / call).status() == "stopped"
+
+
+def test_errors_of_several_callbacks_are_all_named(tiny: Any, tmp_path: Path) -> None:
+    recorders = [Recorder(("on_step", 1)), Recorder(), Recorder(("on_step", 1))]
+    with pytest.raises(ZeroDivisionError) as caught:
+        remap.distill(tiny.recipe(losses="ce", teacher=None), output=tmp_path / "run", callbacks=recorders)
+    assert caught.value.__notes__ == ['and another callback: ZeroDivisionError("the user\'s own")']
+    assert list(recorders[1].steps) == [1]
