@@ -18,8 +18,11 @@ _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 _ELSEWHERE = "choose another path, in a folder that exists and can be written"
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Replace ``path`` atomically; a crash, a power cut or a full disk leaves the earlier file as it was.
+
+    Args:
+        durable: Wait for the disk. Without, a power cut may cost the file: for what is written many times a second.
 
     Raises:
         OSError: It cannot be written.
@@ -29,16 +32,18 @@ def replace_file(path: Path, data: bytes) -> None:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        if durable:
+            _sync_folder(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
     """``replace_file`` for what a user has to mend.
 
     Raises:
@@ -46,7 +51,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         RunError: It cannot be written.
     """
     try:
-        replace_file(path, data)
+        replace_file(path, data, durable=durable)
     except OSError as error:
         what, unchanged = f"cannot write {path}: {error.strerror}", "files written earlier are unchanged"
         if error.errno in FULL:
@@ -55,9 +60,9 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise RunError(what, do=f"{_ELSEWHERE}; {unchanged}") from error
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     """``write_bytes`` for UTF-8 text."""
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(), durable=durable)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -15,8 +15,8 @@ from remap.pipeline.run import run, validate_inputs
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_check import check_teachers
 from remap.pipeline.teacher_outputs import choose_storage, make_teacher, store_on_disk
-from remap.pipeline.teacher_tuning import teachers_to_tune
-from remap.progress import Progress, Silent, Within
+from remap.pipeline.teacher_tuning import OfTeacher, teachers_to_tune
+from remap.progress import Progress, Silent
 from remap.recipe import Recipe
 from remap.recipe.checks import what_changes
 from remap.recipe.schema import EMA
@@ -33,6 +33,8 @@ def build_cache(recipe: Recipe, progress: Progress = Silent()) -> list[dict[str,
     """
     check_processes(recipe.train.processes)
     shared = SharedResources()
+    # Nothing is tracked, so trackers need not be installed.
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"track": ()})})
     validate_inputs(recipe, shared)
     _require_cacheable(recipe)
     # As ``start`` does it, or the run would ask for other outputs.
@@ -50,7 +52,7 @@ def prepared_components(recipe: Recipe, progress: Progress, shared: SharedResour
         run_dir = RunDir.create(path, recipe) if accelerator().is_main_process else RunDir(path)
         accelerator().wait_for_everyone()
         for title, teacher_dir, tuning in teachers_to_tune(recipe, run_dir, progress, shared):
-            run(tuning, teacher_dir, Within(progress, title), shared, resuming=True)
+            run(tuning, teacher_dir, OfTeacher(progress, title), shared, resuming=True)
         components = build_components(recipe, run_dir, progress, shared)
         check_teachers(components, progress)
         yield components

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from remap.errors import RemapError
 from remap.io.links import require_no_link, require_no_links
 from remap.io.paths import expanded
 from remap.pipeline.shared import SharedResources
-from remap.progress import Progress
+from remap.progress import Progress, Step, Within
 from remap.recipe.paths import is_run
 from remap.recipe.schema import EMA, SELF, WORDS, LossSpec, MethodSpec, Recipe, StudentSpec, TeacherSpec
 from remap.remapping import LOSSES
@@ -26,6 +27,20 @@ from remap.runs.task_file import folder_of, read_meta, read_tensors
 PROBE = "probe"
 # Share of the labelled training images that a teacher's temperature is fitted on.
 HELD_OUT = 0.2
+
+
+class OfTeacher(Within):
+    """The progress of a run that tunes a teacher, which is the student there."""
+
+    def say(self, text: str) -> None:
+        super().say(_of_teacher(text))
+
+    def wait(self, what: str, total: int | None = None) -> AbstractContextManager[Step]:
+        return super().wait(_of_teacher(what), total)
+
+
+def _of_teacher(text: str) -> str:
+    return text.replace("the student", "the teacher")
 
 
 def teachers_to_tune(

@@ -18,6 +18,8 @@ from remap.runs.run_dir import RunDir
 # Steps between two that are logged; epochs all are. What of a step is not logged: of the screen, or of epochs.
 STEPS_BETWEEN = 10
 NOT_LOGGED = ("left", "best", *METRIC.values())
+# In the order in which those of one step are logged.
+KINDS = ("step", "epoch", "summary")
 
 
 def require_installed(recipe: Recipe) -> None:
@@ -36,13 +38,17 @@ class Tracker(Callback):
     """Logs a run to one tracker: its recipe, ``step/...``, ``epoch/...`` and, at the end, ``summary/...``.
 
     It starts with the first figures, so that a run that is refused leaves nothing there. A resumed run continues the
-    same run of the tracker.
+    same run of the tracker, after the last figures that it has: those after the checkpoint come again.
     """
 
     def __init__(self, name: str, recipe: Recipe, run_dir: RunDir) -> None:
         self.name, self._recipe, self._run_dir = name, recipe, run_dir
         self._tracker: GeneralTracker | None = None
-        self._step: int | None = None
+        self._path = run_dir.path / "trackers.json"
+        # Of each tracker its run's id, and under "NAME logged" step and kind of the last figures.
+        self._known: dict[str, Any] = checked_json.read_run_json(self._path) if self._path.is_file() else {}
+        self._logged: list[int] = self._known.get(f"{name} logged", [0, 0])
+        self._step: int | None = self._logged[0] or None
 
     def on_step(self, step: int, values: Mapping[str, float]) -> None:
         if step == 1 or step % STEPS_BETWEEN == 0:
@@ -65,11 +71,20 @@ class Tracker(Callback):
             for name, value in flat(values)
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
-        if not numbers:
+        now = [step or 0, 1 + KINDS.index(kind)]
+        if not numbers or now <= self._logged:
             return
         with self._explained():
             self._tracker, self._step = self._tracker or self._started(step), step
             self._tracker.log(numbers, step=step)
+        if self.name != "tensorboard":
+            self._logged = now
+            self._write({f"{self.name} logged": now})
+
+    def _write(self, values: Mapping[str, Any]) -> None:
+        """Add to trackers.json; other trackers of the run have their own keys in it."""
+        known = checked_json.read_run_json(self._path) if self._path.is_file() else {}
+        atomic_write.write_text(self._path, atomic_write.json_text(known | values), durable=False)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -85,12 +100,10 @@ class Tracker(Callback):
 
     def _started(self, step: int | None) -> GeneralTracker:
         """Start the tracker's run, or continue the one that its id in trackers.json names."""
-        path, name = self._run_dir.path / "trackers.json", self._run_dir.path.name
-        ids = checked_json.read_run_json(path) if path.is_file() else {}
-        known = ids.get(self.name)
+        name, known = self._run_dir.path.name, self._known.get(self.name)
         make = LOGGER_TYPE_TO_CLASS[self.name]
         project = os.environ.get("WANDB_PROJECT", self._recipe.name) if self.name == "wandb" else self._recipe.name
-        if self.name == "tensorboard":  # what was logged after the checkpoint is logged again
+        if self.name == "tensorboard":  # its files may lack what was logged last: they are cut, and it is logged again
             tracker = make(self.name, self._run_dir.path, **({"purge_step": step} if known else {}))
         elif self.name == "mlflow":
             tracker = make(project, **({"run_id": known} if known else {"run_name": name}))
@@ -100,7 +113,7 @@ class Tracker(Callback):
         tracker.start()
         if known is None:
             tracker.store_init_configuration({key: value for key, value in flat(self._recipe.model_dump(mode="json"))})
-            atomic_write.write_json(path, ids | {self.name: _id(tracker, name)})
+            self._write({self.name: _id(tracker, name)})
         return tracker
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 import remap
 from remap.errors import RunError
 from remap.pipeline import trackers
+from remap.pipeline.build_cache import build_cache
 from remap.pipeline.run import resume
 from remap.recipe import Recipe
 from remap.runs.run_dir import RunDir
@@ -68,7 +70,7 @@ def test_mlflow_continues_its_run(tracked: Any) -> None:
     tracked("mlflow")
     (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
     client = mlflow.MlflowClient()
-    assert sorted({m.step for m in client.get_metric_history(run.info.run_id, "step/loss")}) == STEPS
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "step/loss")] == STEPS
     assert run.data.params["train.batch_size"] == "8" and "summary/student.accuracy" in run.data.metrics
     assert run.info.run_name == "run" and run.info.status == "FINISHED"
 
@@ -109,3 +111,49 @@ def test_a_recipe_names_trackers_as_a_word_or_a_list(tiny: Any) -> None:
     assert both.digest() == tiny.recipe().digest()
     with pytest.raises(remap.RemapError, match="tensorboard"):
         tiny.recipe("train.track=tensorbord")
+
+
+class Logged:
+    """A tracker of Accelerate that notes what it is given; ``runs`` has what each start continued."""
+
+    runs: list[str | None] = []
+    rows: list[tuple[int | None, set[str]]] = []
+
+    def __init__(self, project: str, run_id: str | None = None, run_name: str | None = None) -> None:
+        self.name, self.tracker = "mlflow", SimpleNamespace(info=SimpleNamespace(run_id="ab"))
+        self.runs.append(run_id)
+
+    def start(self) -> None: ...
+
+    def store_init_configuration(self, values: Mapping[str, Any]) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def log(self, values: Mapping[str, float], step: int | None) -> None:
+        self.rows.append((step, {name.partition("/")[0] for name in values}))
+
+
+def test_what_a_killed_run_has_logged_is_not_logged_again(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run goes back to its checkpoint, here behind step 2, and does the steps after it once more."""
+    monkeypatch.setattr(trackers, "STEPS_BETWEEN", 1)
+    monkeypatch.setattr(trackers, "LOGGER_TYPE_TO_CLASS", {"mlflow": Logged})
+    recipe = tiny.recipe("train.track=mlflow")
+    run_dir = RunDir.create(tmp_path / "run", recipe)
+    for first, last in ((1, 5), (3, 6), (4, 3)):  # killed after step 5, and once more behind the last epoch
+        tracker = trackers.Tracker("mlflow", recipe, run_dir)
+        for step in range(first, last + 1):
+            tracker.on_step(step, {"loss": 1.0})
+            if step % 3 == 0:
+                tracker.on_epoch(step, {"loss": 1.0})
+    tracker.on_end({"accuracy": 0.5})
+    steps, epochs, end = [{"step"}, {"epoch"}, {"summary"}]
+    expected = [*((n, steps) for n in (1, 2, 3)), (3, epochs), *((n, steps) for n in (4, 5, 6)), (6, epochs), (6, end)]
+    assert Logged.rows == expected and Logged.runs == [None, "ab", "ab"]
+
+
+def test_building_a_cache_tracks_nothing(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    (found,) = build_cache(tiny.recipe("train.track=trackio", losses="ce,kd"))
+    assert found["computed"] == 24
