@@ -53,8 +53,10 @@ def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
         }
     profile = profile_step(components, teachers, progress)
     costs = [
-        preparation_cost(components, teacher, profile.teacher_seconds.get(number, 0.0), progress, shared)
-        for number, teacher in enumerate(components.teachers)
+        preparation_cost(
+            components, number, profile.teacher_seconds.get(number, 0.0), storages.get(number), progress, shared
+        )
+        for number in range(len(components.teachers))
     ]
     preparing, prepared = sum(seconds for seconds, _ in costs), sum(nbytes for _, nbytes in costs)
     cost = run_cost(components, teachers, storages, profile, building, preparing, prepared)

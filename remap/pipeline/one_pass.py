@@ -1,5 +1,6 @@
 """One pass of a frozen teacher over the training images: features for its head, and what losses read of it."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from remap.pipeline.objective import build_objective, pairs_of
 from remap.pipeline.shared import DataViews
 from remap.progress import Progress
 from remap.recipe.checks import what_changes
-from remap.recipe.schema import EMA, Recipe
+from remap.recipe.schema import EMA, DataSpec, Recipe
 from remap.remapping.objective import Objective
 from remap.remapping.signals import Needs, Signals
 from remap.remapping.targets import LOGITS, POOLED, pooled_of
@@ -96,8 +97,31 @@ def run_once(
     None where that would not save a pass: outputs are not cached, the student sees other images than the head is fitted
     on, or logits are not what one layer makes of the features.
     """
-    spec, network, data = recipe.teachers[number], teachers[number], recipe.data
+    network, data = teachers[number], recipe.data
     source, batch = views.training_source, min(recipe.train.batch_size, len(views.training_source.split))
+    objectives = objectives_of_one_pass(recipe, student, teachers, number)
+    if objectives is None:
+        return None
+    silent, of_logits = objectives
+    bf16 = use_bf16(recipe.train.precision, accelerator().device)
+    network.model.eval()
+    teacher = _Headless(network, silent, number, accelerator(), bf16=bf16, needs=Needs(pooled=True))
+    try:
+        shapes = teacher.shapes(views.view.shape)
+        if LOGITS in shapes or not teacher.exact or not fits_in_memory(shapes, views, data):
+            return None
+        wanted = FiniteViews(source, data.augmentation, recipe.seed, 1)
+        rows = cache_in_memory(teacher, wanted, batch, batch, accelerator(), progress)
+    finally:
+        teacher.close()
+    return OnePass(teacher, of_logits, wanted, batch, rows)
+
+
+def objectives_of_one_pass(
+    recipe: Recipe, student: Network, teachers: list[Network], number: int
+) -> tuple[Objective, Objective] | None:
+    """Return the losses that read no logits and those that do, where one pass serves the head and both; else None."""
+    spec, network, data = recipe.teachers[number], teachers[number], recipe.data
     once = data.augment == "none" and not data.unlabeled_only and recipe.train.accumulation == 1 and not spec.calibrate
     cached = spec.cache != "off" and what_changes(spec, data) is None
     alone = accelerator().num_processes == 1 and not is_sharded(network)
@@ -105,24 +129,17 @@ def run_once(
         return None
     if len(network.anatomy.classifier_heads) > 1:
         return None
-    bf16 = use_bf16(recipe.train.precision, accelerator().device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         silent, of_logits = (_objective(recipe, student, teachers, reads) for reads in (False, True))
-    if of_logits.teacher_needs(number) | Needs(pooled=True) != Needs(pooled=True):
-        return None
-    network.model.eval()
-    teacher = _Headless(network, silent, number, accelerator(), bf16=bf16, needs=Needs(pooled=True))
-    try:
-        shapes = teacher.shapes(views.view.shape)
-        fits = len(source.split) * sum(4 * torch.Size(shape).numel() for shape in shapes.values())
-        if LOGITS in shapes or not teacher.exact or fits > data.memory_gib * 2**30:
-            return None
-        wanted = FiniteViews(source, data.augmentation, recipe.seed, 1)
-        rows = cache_in_memory(teacher, wanted, batch, batch, accelerator(), progress)
-    finally:
-        teacher.close()
-    return OnePass(teacher, of_logits, wanted, batch, rows)
+    needs = of_logits.teacher_needs(number) | Needs(pooled=True)
+    return (silent, of_logits) if needs == Needs(pooled=True) else None
+
+
+def fits_in_memory(shapes: Mapping[str, Sequence[int]], views: DataViews, data: DataSpec) -> bool:
+    """Return whether outputs of these shapes, float32, of all images that the student learns from fit in memory."""
+    each = sum(4 * torch.Size(shape).numel() for shape in shapes.values())
+    return len(views.training_source.split) * each <= data.memory_gib * 2**30
 
 
 def _objective(recipe: Recipe, student: Network, teachers: list[Network], reads_logits: bool) -> Objective:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from remap.data import keyed_random
+from remap.data.views import listed
 from remap.distributed.launch import accelerator
 from remap.engine.block_checkpoints import checkpointed_blocks
 from remap.engine.job import StudentStep
 from remap.engine.teacher import Teacher
 from remap.engine.timing import Timer
+from remap.errors import DataError
 from remap.pipeline.components import RunComponents
 from remap.pipeline.student_features import feature_bytes
 from remap.progress import Progress
@@ -97,7 +99,7 @@ def _of_sizes(
         profile = _measure(components, teachers, count)
     # Each batch runs twice: once to warm up.
     each = 2 * (sum(profile.teacher_seconds.values()) + profile.stem_seconds + profile.student_seconds)
-    larger = min(most, int(SECOND_SECONDS / each))
+    larger = min(most, int(SECOND_SECONDS / max(each, 1e-9)))  # which a coarse clock does not see
     # A batch that is hardly larger would tell nothing new.
     if larger < 2 * count:
         return profile
@@ -118,7 +120,9 @@ def _measure(components: RunComponents, teachers: dict[int, Teacher], count: int
         images, good = source.batch(order[start : start + count])
         if len(good):
             break
-    reading = time.perf_counter() - started
+    else:
+        raise DataError("none of the training images can be read", given=listed(source.bad_names()))
+    reading = (time.perf_counter() - started) / min(start + count, len(order))
     images, classes = images.to(device), torch.from_numpy(source.split.labels[good]).to(device)
     labels = Labels(classes, labeled=components.labeled_share)
     step = StudentStep(components.student, components.objective, bf16=components.bf16).to(device)
@@ -159,7 +163,7 @@ def _measure(components: RunComponents, teachers: dict[int, Teacher], count: int
         saved.nbytes // len(good),
         losses,
         terms,
-        reading / count,
+        reading,
     )
 
 

@@ -33,8 +33,8 @@ from remap.pipeline.sessions import measure_sessions
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.student_features import cache_features
 from remap.pipeline.summary import evaluate_at_end, summarize
-from remap.pipeline.teacher_check import check_teachers, require_useful
-from remap.pipeline.teacher_tuning import lend_teachers, open_or_create, teachers_to_tune
+from remap.pipeline.teacher_check import check_teachers, require_all_useful
+from remap.pipeline.teacher_tuning import OfTeacher, lend_teachers, open_or_create, teachers_to_tune
 from remap.pipeline.trackers import require_installed
 from remap.pipeline.tracking import RunTracker
 from remap.pipeline.training_job import training_job, warn_before_training
@@ -91,32 +91,32 @@ def run(
         for title, teacher_dir, tuning in teachers_to_tune(recipe, run_dir, progress, shared):
             require_student(recipe, shared)  # before a teacher is tuned for hours
             later = own + baseline + steps_after
-            run(tuning, teacher_dir, Within(progress, title), shared, resuming=True, steps_after=later)
+            run(tuning, teacher_dir, OfTeacher(progress, title), shared, resuming=True, steps_after=later)
 
         if recipe.choose_losses:
             recipe = _choose_losses(recipe, run_dir, progress, shared, locks)
 
         # Open the data, build teachers and student as they see it, and the objective.
         components = build_components(recipe, run_dir, progress, shared)
-        student, views = components.student, components.views
+        student = components.student
+        require_all_useful(components, None)  # chance is known before anything of the student is computed
         features = cache_features(components, progress, shared)
         tracker = RunTracker(components, features, run_dir, clock, progress, heard)
-        if resuming and not has_checkpoint(run_dir.checkpoint):
+        continues = resuming and has_checkpoint(run_dir.checkpoint)
+        if resuming and not continues:
             tracker.record_machine()  # here, and not where the checkpoint is loaded
         warn_before_training(components, progress)
 
         # A teacher that knows nothing must not teach.
         untrained = tracker.before()
-        for prepared in components.teachers:
-            if untrained is not None:  # without a classifier, no loss reads logits
-                require_useful(prepared, untrained, views.val)
+        require_all_useful(components, untrained)
 
         # Train, and prove that what is frozen did not change.
         job = training_job(
             components, tracker, features.get("train"), shared, progress, untrained, baseline + steps_after
         )
         frozen = FrozenWeights.of(student)
-        if resuming and any(prepared.outputs == "memory" for prepared in components.teachers):
+        if continues and any(prepared.outputs == "memory" for prepared in components.teachers):
             progress.say("the teacher's outputs were held in memory and computed again; teacher.cache=disk stores them")
         if main:
             require_space(run_dir, job)

@@ -8,11 +8,11 @@ from remap.engine.teacher import Teacher
 from remap.network import Network
 from remap.pipeline.baseline import why_none
 from remap.pipeline.components import RunComponents, build_components
+from remap.pipeline.one_pass import fits_in_memory, objectives_of_one_pass
 from remap.pipeline.profile_step import StepProfile
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_outputs import OutputStorage
 from remap.pipeline.teacher_tuning import needs_logits, teacher_recipe
-from remap.pipeline.teachers import PreparedTeacher
 from remap.pipeline.trials import EPOCHS, HELD_OUT, objectives
 from remap.progress import Progress, Within
 
@@ -54,21 +54,34 @@ class Estimate:
 
 
 def preparation_cost(
-    components: RunComponents, teacher: PreparedTeacher, each: float, progress: Progress, shared: SharedResources
+    components: RunComponents,
+    number: int,
+    each: float,
+    storage: OutputStorage | None,
+    progress: Progress,
+    shared: SharedResources,
 ) -> tuple[float, int]:
     """Return seconds and bytes on disk of giving a teacher a head.
 
-    That is a forward pass over the labelled images for a probe, else a run, which is estimated by that pass.
+    That is a forward pass over the labelled images for a probe, unless the pass that caches its outputs serves for
+    both; else a run, which is estimated by that pass.
 
     Args:
         each: Seconds of the teacher's forward pass for one image.
+        storage: Where its outputs are cached, which is counted elsewhere.
     """
-    recipe, spec = components.recipe, teacher.spec
+    recipe, teacher = components.recipe, components.teachers[number]
+    spec = teacher.spec
     if not needs_logits(recipe) or teacher.head != "none":
         return 0.0, 0
     if spec.prepare == "probe":
-        head = sum(p.nbytes for p in teacher.network.head.values())
-        return each * len(components.views.train.split) / accelerator().num_processes, head + TASK_RECORD
+        head = sum(p.nbytes for p in teacher.network.head.values()) + TASK_RECORD
+        networks = [one.network for one in components.teachers]
+        if storage is not None and storage.where != "each step":
+            fits = fits_in_memory(storage.shapes, components.views, recipe.data)
+            if fits and objectives_of_one_pass(recipe, components.student, networks, number) is not None:
+                return 0.0, head
+        return each * len(components.views.train.split) / accelerator().num_processes, head
     # A tuned teacher costs a whole run by itself.
     named = Within(progress, "tuning the teacher")
     tuning = build_components(teacher_recipe(recipe, spec).written_out(), None, named, shared)

@@ -27,16 +27,22 @@ def check_teachers(components: RunComponents, progress: Progress) -> None:
     Raises:
         TrainingError: See ``require_useful``.
     """
+    require_all_useful(components, None)
     if any(prepared.accuracy is not None and not prepared.spec.allow_weak for prepared in components.teachers):
         recipe, views, what = components.recipe, components.views, "the network before training"
         student = components.student
         evaluate = partial(evaluate_as, recipe, student, views.val, accelerator(), progress, what)
         untrained = evaluate_once(recipe, student, views, evaluate).merit
-        for prepared in components.teachers:
-            require_useful(prepared, untrained, views.val)
+        require_all_useful(components, untrained)
 
 
-def require_useful(teacher: PreparedTeacher, untrained: float, source: ViewSource) -> None:
+def require_all_useful(components: RunComponents, untrained: float | None) -> None:
+    """Call ``require_useful`` for each teacher."""
+    for prepared in components.teachers:
+        require_useful(prepared, untrained, components.views.val)
+
+
+def require_useful(teacher: PreparedTeacher, untrained: float | None, source: ViewSource) -> None:
     """Refuse a teacher whose accuracy is not clearly above chance, or clearly below the untrained student's.
 
     Chance is the share of the most frequent class. "Clearly" is by 95 % intervals (Wilson, Newcombe), which few images
@@ -45,7 +51,7 @@ def require_useful(teacher: PreparedTeacher, untrained: float, source: ViewSourc
     untrained student's.
 
     Args:
-        untrained: The untrained student's accuracy.
+        untrained: The untrained student's accuracy; None compares with chance alone, before the student is evaluated.
 
     Raises:
         TrainingError: The teacher is too weak.
@@ -55,19 +61,17 @@ def require_useful(teacher: PreparedTeacher, untrained: float, source: ViewSourc
         return
     count = len(source.split)
     if source.split.labels.ndim == 2:
-        _require_precise(teacher, untrained, base_rate(source.split.labels), count)
+        _require_precise(teacher, untrained or 0.0, base_rate(source.split.labels), count)
         return
     # The most frequent class, not 1/C: classes may be imbalanced.
     chance = np.bincount(source.split.labels).max() / count
     above = wilson(teacher.accuracy, count)[0] > chance or teacher.accuracy == 1.0
-    below = difference(teacher.accuracy, untrained, count)[1] < 0
+    below = untrained is not None and difference(teacher.accuracy, untrained, count)[1] < 0
     if above and not below:
         return
-    why = (
-        f"clearly below the untrained student's {with_interval(untrained, count)}"
-        if above
-        else f"not clearly above chance (always naming the most frequent class gives {chance:.1%})"
-    )
+    why = f"not clearly above chance (always naming the most frequent class gives {chance:.1%})"
+    if above and untrained is not None:
+        why = f"clearly below the untrained student's {with_interval(untrained, count)}"
     images = "one evaluation image" if count == 1 else f"{count} evaluation images"
     few = "judge it by more images (--val-data), " if count < FEW_IMAGES else ""
     raise TrainingError(

@@ -1,12 +1,14 @@
 """A dry run looks at a few images, needs no weights, and says what takes seconds."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from remap.data.views import ViewSource
-from remap.errors import UnknownName, WeightsError
+from remap.errors import DataError, UnknownName, WeightsError
 from remap.pipeline import dry_run
 from remap.recipe import resolve_distill
 
@@ -40,3 +42,22 @@ def test_weights_that_are_not_here_are_random_ones(monkeypatch: pytest.MonkeyPat
     assert dry_run._at_hand(recipe.model_copy(update={"student": own}), progress).student == own
     with pytest.raises(UnknownName):
         dry_run._at_hand(resolve_distill(None, {"teacher": "vit_larg"}), progress)
+
+
+def test_a_pass_that_serves_head_and_outputs_is_counted_once(tiny: Any, watch: Callable[..., Any]) -> None:
+    """As in ``test_nothing_twice``: two passes where outputs are not cached, or another head of the teacher is read."""
+
+    def preparing(*settings: str) -> float:
+        recipe = tiny.recipe(*settings, losses="ce,kd")
+        return dry_run.estimate(recipe, watch(lambda step: None))["estimate"]["preparing_seconds"]
+
+    assert preparing() == 0.0 == preparing("teacher.cache=disk")
+    assert preparing("teacher.cache=off") > 0.0 < preparing("data.augment=light", "data.views=2")
+
+
+def test_images_that_cannot_be_read_are_an_error(tmp_path: Path, tiny: Any, watch: Callable[..., Any]) -> None:
+    shutil.copytree(tiny.data, tmp_path / "data")
+    for path in (tmp_path / "data" / "train").rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError, match="none of the training images can be read"):
+        dry_run.estimate(tiny.recipe(data=str(tmp_path / "data")), watch(lambda step: None))

@@ -25,6 +25,8 @@ def test_a_second_run_reads_the_teacher_and_gives_the_same_bits(
     start(tiny.recipe(*TUNED), tmp_path / "first", first)
     start(tiny.recipe(*TUNED), tmp_path / "second", second)
     assert _said(first, TUNING) and not _said(second, TUNING) and _said(second, STORED)
+    assert {"the teacher: evaluating the teacher", "the teacher: building the teacher"} <= set(first.waited)
+    assert not any(text.startswith("the teacher:") and "the student" in text for text in first.waited + first.said)
     assert _task(tmp_path / "first") == _task(tmp_path / "second")
     assert _task(tmp_path / "first" / "teacher") == _task(tmp_path / "second" / "teacher")
     start(tiny.recipe(*TUNED, method="bitfit"), tmp_path / "other", own)

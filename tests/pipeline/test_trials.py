@@ -64,8 +64,8 @@ def test_the_best_is_taken_and_of_equal_ones_the_first(tiny: Any) -> None:
 
 
 def test_the_choice_is_in_the_recipe_and_resumes(tiny: Any, tmp_path: Path, watch: Callable[..., Any]) -> None:
-    """A trial takes three steps here: the signal comes in the second."""
-    recipe = auto(tiny, "train.batch_size=6")
+    """A trial takes three steps here: the signal comes in the second. The run then chooses among its epochs."""
+    recipe = auto(tiny, "train.batch_size=6", "train.keep=best")
     locked = []
 
     def lock(step: int) -> None:
@@ -74,7 +74,9 @@ def test_the_choice_is_in_the_recipe_and_resumes(tiny: Any, tmp_path: Path, watc
                 pass
             locked.append(step)
 
-    first = start(recipe, tmp_path / "first", watch(lock))
+    progress = watch(lock)
+    first = start(recipe, tmp_path / "first", progress)
+    assert not any("computed again" in text for text in progress.said), "which is of a run that is resumed"
     assert locked, "the recipe with the choice is another file, and locked as the one before was"
     kept = RunDir(first.run_dir).recipe()
     assert not kept.choose_losses and {loss.name: loss.weight for loss in kept.losses} == first.summary["losses"]

@@ -61,3 +61,17 @@ def test_a_weak_teacher_is_found_before_anything_is_trained(
     assert progress.steps == 0 and not list(tmp_path.rglob("metrics.jsonl"))
     assert not any("teacher outputs" in what for what in progress.waited)
     assert not [one for one in list_caches(cache_root()) if one.outputs]
+
+
+def test_a_head_that_was_refused_is_kept_and_refused_at_once(
+    tiny: Any, noise: str, tmp_path: Path, watch: Callable[..., Any]
+) -> None:
+    """It is what fitting gives on these images. What costs is not paid twice, and for the student not at all."""
+    recipe, waited = tiny.recipe(data=noise, method="linear", losses="ce,kd"), list[set[str]]()
+    for name in ("first", "second"):
+        progress = watch(lambda done: None)
+        with pytest.raises(TrainingError, match="not clearly above chance"):
+            start(recipe, tmp_path / name, progress)
+        waited.append({what for what in progress.waited if what.startswith(("teacher", "fitting", "frozen", "eval"))})
+    assert waited[0] == {"teacher outputs", "fitting the teacher's head", "evaluating the teacher"}
+    assert waited[1] == {"evaluating the teacher"}
