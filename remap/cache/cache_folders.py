@@ -99,6 +99,11 @@ def prepared_root(outputs: Path | None = None) -> Path:
     return (cache_root() if outputs is None else outputs).with_name("prepared")
 
 
+def texts_root(outputs: Path | None = None) -> Path:
+    """Return where features of class texts are stored: beside the teachers' outputs."""
+    return (cache_root() if outputs is None else outputs).with_name("texts")
+
+
 def library_versions() -> dict[str, str]:
     """Return the versions whose change may change outputs: remap's own, major.minor of torch and timm."""
     versions = {name: ".".join(version_of(name).split(".")[:2]) for name in ("torch", "timm")}

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,9 @@ from remap.cache.cache_folders import DATA_FILE, KEY_FILE, ROWS_FILE, TASK_FILES
 from remap.errors import RunError
 from remap.io.checked_json import parse_json
 from remap.io.own_files import open_own, read_own
+
+# The id of all features of class texts together, and the name of one file of them.
+TEXTS, _TEXT_FILE = "texts", re.compile(r"[0-9a-f]{24}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class CachedOutput:
 
 @dataclass(frozen=True)
 class Cache:
-    """One cache folder: a teacher's outputs, or its tuned weights.
+    """One cache folder: a teacher's outputs, its tuned weights, or features of class texts.
 
     Attributes:
         id: The folder's name.
@@ -79,6 +83,7 @@ def list_caches(root: Path) -> list[Cache]:
             continue
         except OSError as error:
             raise RunError(f"cannot read the teacher cache: {error.strerror}", given=place) from error
+    caches.append(_texts(cache_folders.texts_root(root)))
     return sorted((cache for cache in caches if cache is not None), key=lambda cache: -cache.last_used)
 
 
@@ -132,10 +137,12 @@ def clear(caches: Iterable[Cache]) -> Cleared:
     in_use: list[Cache] = []
     for cache in caches:
         # Between listing and clearing, a person may have confirmed: the folder may be gone, or another one by now.
-        if read_key(cache.folder) is None:
-            continue
         try:
-            (removed if _remove(cache.folder) else in_use).append(cache)
+            if cache.id == TEXTS:
+                _remove_texts(cache.folder)
+                removed.append(cache)
+            elif read_key(cache.folder) is not None:
+                (removed if _remove(cache.folder) else in_use).append(cache)
         except OSError as error:
             raise RunError(f"cannot delete a teacher cache: {error.strerror}", given=cache.folder) from error
     return Cleared(tuple(removed), tuple(in_use))
@@ -155,6 +162,31 @@ def _remove(folder: Path) -> bool:
     finally:
         os.close(lock)
     return True
+
+
+def _text_files(folder: Path) -> list[Path]:
+    """Return the files of ``remap.cache.text_features``, through no link."""
+    if not folder.is_dir() or folder.is_symlink():
+        return []
+    return [path for path in folder.iterdir() if _TEXT_FILE.fullmatch(path.name) and not path.is_symlink()]
+
+
+def _texts(folder: Path) -> Cache | None:
+    """Return the features of class texts as one cache; None where there are none."""
+    try:
+        found = [path.stat() for path in _text_files(folder)]
+    except OSError as error:
+        raise RunError(f"cannot read the features of class texts: {error.strerror}", given=folder) from error
+    if not found:
+        return None
+    nbytes, last_used = sum(one.st_size for one in found), max(one.st_mtime for one in found)
+    return Cache(TEXTS, folder, {"teacher": "class texts", "texts": len(found)}, (), 0, nbytes, last_used)
+
+
+def _remove_texts(folder: Path) -> None:
+    """Delete features of class texts. Whoever uses them has read them completely."""
+    for path in _text_files(folder):
+        path.unlink(missing_ok=True)
 
 
 def _cache(folder: Path) -> Cache | None:

@@ -15,7 +15,6 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from remap.backbones.build import add_tensors
-from remap.cache.cache_folders import cache_root
 from remap.io.atomic_write import replace_file
 from remap.io.own_files import make_own_folder, read_own
 from remap.language.pair import Language
@@ -23,11 +22,6 @@ from remap.language.pair import Language
 # Of 100,000 classes and 1,024 dimensions.
 MOST_BYTES = 2**29
 _NAME = "features_CE"
-
-
-def texts_root() -> Path:
-    """Return where features of texts are stored: beside the teachers' outputs."""
-    return cache_root().with_name("texts")
 
 
 def class_features(

@@ -7,7 +7,8 @@ import numpy as np
 from torch import nn
 
 from remap.backbones.build import Backbone
-from remap.cache.text_features import class_features, texts_root
+from remap.cache.cache_folders import texts_root
+from remap.cache.text_features import class_features
 from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
 from remap.io.names import plain

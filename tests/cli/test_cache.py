@@ -168,3 +168,20 @@ def test_an_interrupted_build_says_how_to_continue(
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     result = remap(*words)
     assert result.exit_code == 143 and result.message.endswith(f"continue with: {shlex.join(['remap', *words])}")
+
+
+def test_features_of_texts_are_listed_and_cleared(
+    remap: Callable[..., Result], run_json: Callable[..., Any], root: Path
+) -> None:
+    """As one cache; other files in the folder, and what a link leads to, stay."""
+    texts, name = root.with_name("texts"), fill(root, "vit", 1)
+    texts.mkdir()
+    for number in range(2):
+        (texts / f"{number:024x}.safetensors").write_bytes(bytes(100))
+    (texts / "notes.txt").touch()
+    (texts / f"{9:024x}.safetensors").symlink_to(texts / "notes.txt")
+    found = {row["id"]: row for row in run_json("cache", "ls")}
+    assert set(found) == {name, "texts"} and found["texts"]["bytes"] == 200
+    assert "2 set(s) of texts" in remap("cache", "ls").stdout
+    assert run_json("cache", "clear", "texts", "--yes")["bytes"] == 200
+    assert [row["id"] for row in run_json("cache", "ls")] == [name] and len(list(texts.iterdir())) == 2
