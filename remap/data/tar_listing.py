@@ -8,6 +8,7 @@ import lzma
 import os
 import tarfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from remap.data.file_listing import Listing, member_path, require_few
@@ -16,7 +17,8 @@ from remap.data.images import MAX_BYTES
 from remap.errors import DataError, RemapError
 from remap.io.checked_read import open_regular
 
-# A compressed archive cannot be read from the middle, so its images are held in memory, up to this many bytes.
+# A compressed archive cannot be read from the middle, so its images are held in memory: of all archives of a source
+# together up to this many bytes.
 HELD_BYTES = 2 * 2**30
 # What a compressed archive may grow to: images hardly shrink, while bombs shrink a thousandfold. Small ones may.
 MOST_GROWTH, FREE_GROWTH, MOST_DECOMPRESSED = 200, 64 * 2**20, 16 * 2**30
@@ -32,11 +34,19 @@ _DECOMPRESSORS: tuple[tuple[bytes, Callable[[io.BufferedReader], io.BufferedIOBa
 Members = dict[str, tuple[int, int]]
 
 
-def list_tar(path: Path, also: tuple[str, ...] = ()) -> Listing:
+@dataclass
+class Held:
+    """Bytes of compressed archives that are held in memory."""
+
+    bytes: int = 0
+
+
+def list_tar(path: Path, also: tuple[str, ...] = (), held_so_far: Held | None = None) -> Listing:
     """List the regular files of a tar, to be read where they lie; links, devices and files with holes are ignored.
 
     Args:
         also: Ends of names of other files than images that are read, too.
+        held_so_far: What earlier archives of the source hold; this one is added.
 
     Raises:
         DataError: It is not a complete tar, it grows out of bounds, or it is compressed with too many images to hold.
@@ -46,7 +56,7 @@ def list_tar(path: Path, also: tuple[str, ...] = ()) -> Listing:
             stream, compressed = _stream(path, file)
             files, folders = _members(path, stream)
             if compressed:
-                held = _held(path, stream, files, also)
+                held = _held(path, stream, files, also, held_so_far or Held())
 
                 def read_held(name: str) -> bytes:
                     if name not in held:
@@ -156,14 +166,16 @@ def _members(path: Path, stream: _Bounded) -> tuple[Members, tuple[str, ...]]:
     return files, tuple(sorted(folders))
 
 
-def _held(path: Path, stream: _Bounded, files: Members, also: tuple[str, ...]) -> dict[str, bytes]:
+def _held(path: Path, stream: _Bounded, files: Members, also: tuple[str, ...], so_far: Held) -> dict[str, bytes]:
     """Return the content of a compressed archive's images; other members are not read."""
     images = {name: at for name, at in files.items() if why_not_read(name) is None or name.lower().endswith(also)}
-    total = sum(size for _, size in images.values())
-    if total > HELD_BYTES:
+    total, before = sum(size for _, size in images.values()), so_far.bytes
+    so_far.bytes += total
+    if so_far.bytes > HELD_BYTES:
+        more = f" beside {before / 2**30:.1f} GiB of the archives before it" if before else ""
         raise DataError(
             f"{path} is compressed and holds more images than fit in memory",
-            given=f"{total / 2**30:.1f} GiB",
+            given=f"{total / 2**30:.1f} GiB{more}",
             allowed=f"{HELD_BYTES / 2**30:.1f} GiB; a plain tar or a folder may have any size",
             do="decompress the archive (gunzip, unxz, bunzip2), or unpack it and name the folder",
         )

@@ -8,7 +8,7 @@ from remap.data.file_listing import Listing
 from remap.data.image_files import is_leftover, why_not_read
 from remap.data.rows import LABEL, LABELS, Row, Rows
 from remap.data.shards import Shard, shards
-from remap.data.tar_listing import list_tar
+from remap.data.tar_listing import Held, list_tar
 from remap.data.words import Word
 from remap.errors import DataError
 from remap.io.names import plain
@@ -31,14 +31,16 @@ class WebDataset(Rows):
     several_labels = True
 
     def rows(self, word: Word, labeled: bool) -> Iterator[Row]:
+        held = Held()
         for shard in shards(word.rest, SUFFIXES):
-            yield from _rows_of(shard, word, labeled)
+            yield from _rows_of(shard, word, labeled, held)
 
 
-def _rows_of(shard: Shard, word: Word, labeled: bool) -> Iterator[Row]:
+def _rows_of(shard: Shard, word: Word, labeled: bool, held: Held) -> Iterator[Row]:
     """Yield the rows of one tar; their names begin with its own, since keys may repeat."""
     chosen = word.options.get("label", "cls").lower()
-    in_tar, prefix = list_tar(shard.path, also=(".cls", ".label", ".txt", ".json", f".{chosen}")), f"{shard.name}/"
+    also, prefix = (".cls", ".label", ".txt", ".json", f".{chosen}"), f"{shard.name}/"
+    in_tar = list_tar(shard.path, also, held)
     listing = Listing(
         (), (), lambda name: in_tar.read(name[len(prefix) :]), lambda name: in_tar.size(name[len(prefix) :])
     )

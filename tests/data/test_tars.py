@@ -145,3 +145,21 @@ def test_a_compressed_tar_holds_its_images_only_and_not_without_bound(
     monkeypatch.setattr(tar_listing, "HELD_BYTES", total - 1)
     with pytest.raises(DataError, match="decompress the archive"):
         open_data(str(path), None, 0.5)
+
+
+def test_compressed_shards_share_one_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the two holds half of what fits, and then one byte more than half of what fits is too much."""
+    total = 0
+    for shard in "ab":
+        with tarfile.open(tmp_path / f"{shard}.tar.gz", "w:gz") as archive:
+            for label in range(2):
+                for name, content in ((f"{shard}{label}.png", png(label)), (f"{shard}{label}.cls", b"%d" % label)):
+                    member = tarfile.TarInfo(name)
+                    member.size, total = len(content), total + len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    monkeypatch.setattr(tar_listing, "HELD_BYTES", total)
+    data = open_data(f"webdataset:{tmp_path}", None, 0.5)
+    assert len(data.train) + len(data.val) == 4
+    monkeypatch.setattr(tar_listing, "HELD_BYTES", total - 1)
+    with pytest.raises(DataError, match=r"b.tar.gz is compressed and holds more images than fit in memory"):
+        open_data(f"webdataset:{tmp_path}", None, 0.5)
