@@ -6,6 +6,7 @@ from posixpath import splitext
 
 from remap.data.images import HEIC, HEIC_SUFFIXES, SUFFIXES
 from remap.io.names import plain
+from remap.io.versions import install_command
 
 # What systems, drives, file servers and archivers make, in lower case; also whatever begins with a dot.
 _FILES = ("_ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
@@ -36,7 +37,7 @@ def why_not_read(name: str) -> str | None:
     if suffix.lower() in SUFFIXES or (HEIC and suffix.lower() in HEIC_SUFFIXES):
         return None
     if suffix.lower() in HEIC_SUFFIXES:
-        return f"{suffix} files need pillow-heif: pip install 'remap[heic]'"
+        return f"{suffix} files need pillow-heif: {install_command('heic')}"
     return f"{plain(suffix)[:20]} files are not read" if suffix else "files without a suffix are not read"
 
 

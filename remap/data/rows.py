@@ -17,6 +17,7 @@ from remap.data.splits import ImageData, Split
 from remap.data.words import Word, parsed
 from remap.errors import DataError
 from remap.io.names import plain
+from remap.io.versions import install_command
 
 # Names of columns and keys that hold a label, in lower case; of several labels an image.
 LABEL = ("label", "class", "category", "target", "class_name", "label_name")
@@ -151,4 +152,4 @@ def one_label(row: Row) -> str:
 def require_package(package: str, extra: str, what: str) -> None:
     """Raise a DataError where a package is not installed that reads ``what``."""
     if find_spec(package) is None:
-        raise DataError(f"{what} needs {package}, which is not installed", do=f"pip install 'remap[{extra}]'")
+        raise DataError(f"{what} needs {package}, which is not installed", do=install_command(extra))

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, TiffImagePlugin
 
+from remap.io.versions import install_command
+
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Tags of TIFF 6.0, and what they hold where 0 stands for white, and in unsigned numbers.
 _BITS, _PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT = 258, 262, 284, 339
@@ -126,7 +128,7 @@ def of_tiff(data: bytes, channels: int, most_bytes: float) -> StoredValues:
         ValueError: tifffile is missing, or the values take more memory.
     """
     if find_spec("tifffile") is None:
-        raise ValueError("a TIFF that Pillow does not read: pip install 'remap[tiff]'")
+        raise ValueError(f"a TIFF that Pillow does not read: {install_command('tiff')}")
     import tifffile  # an extra
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it finds damaged is said once, as the reason

@@ -6,6 +6,7 @@ a subclass of ``remap.exporting.format.Format``, and a row.
 
 from dataclasses import dataclass
 
+from remap.io.versions import install_command
 from remap.registry import Entry, Registry
 
 
@@ -17,7 +18,7 @@ class FormatEntry(Entry):
         folded: It holds plain weights of the backbone, so only methods that can be merged fit.
         options: The fields of ``ExportOptions`` that it takes.
         packages: What must be installed.
-        install: What pip installs for it.
+        install: What pip installs for it; empty is what the extra of its name does.
     """
 
     category: str = "format"
@@ -26,6 +27,11 @@ class FormatEntry(Entry):
     options: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     install: str = ""
+
+    @property
+    def install_command(self) -> str:
+        """Return the command that installs ``packages``."""
+        return f"pip install {self.install}" if self.install else install_command(self.name)
 
 
 _GRAPH = ("input", "layout", "softmax")
@@ -49,7 +55,6 @@ FORMATS: Registry[FormatEntry] = Registry(
             summary="one ONNX file, prompts and adapters inside; runs without torch and remap",
             options=(*_GRAPH, "int8", "int8_epochs", "max_drop"),
             packages=("onnx", "onnxscript", "onnxruntime"),
-            install="remap[onnx]",
         ),
         FormatEntry(
             name="torch",
@@ -81,7 +86,7 @@ FORMATS: Registry[FormatEntry] = Registry(
                 folded=True,
                 packages=("timmx",),
                 # TensorRT is no extra of it: its wheel comes from NVIDIA.
-                install="timmx' 'tensorrt" if name == "tensorrt" else f"timmx[{name}]",
+                install="timmx tensorrt" if name == "tensorrt" else f"'timmx[{name}]'",
             )
             for name, summary in _RUNTIMES
         ),

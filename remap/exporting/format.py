@@ -93,7 +93,7 @@ class Format(ABC):
         if missing:
             raise RemapError(
                 f"the format {self.row.name} needs {', '.join(missing)}, which is not installed",
-                do=f"pip install '{self.row.install}'",
+                do=self.row.install_command,
             )
 
     @abstractmethod

@@ -37,7 +37,7 @@ class OtherRuntime(Format):
             folder.mkdir()
             timmx.export_model(self.row.name, f"local-dir:{plain}", pretrained=True, output=str(folder / self.file))
         except timmx.TimmxError as error:
-            do = f"see `timmx doctor`; pip install '{self.row.install}'"
+            do = f"see `timmx doctor`; {self.row.install_command}"
             raise RunError(f"timmx cannot write {self.row.name}", given=str(error), do=do) from error
         finally:
             shutil.rmtree(plain, ignore_errors=True)

@@ -1,8 +1,9 @@
-"""Versions of the packages that a result depends on. Imports none of them."""
+"""Versions of the packages that a result depends on, and how others are installed. Imports none of them."""
 
 import functools
 import importlib.metadata
 import re
+import shlex
 
 PACKAGES = (
     "torch",
@@ -46,6 +47,16 @@ def _requirements(package: str, seen: set[tuple[str, ...]], extras: frozenset[st
         seen.add((name, *sorted(inner)))
         versions |= {name: version} | _requirements(name, seen, inner)
     return dict(sorted(versions.items()))
+
+
+@functools.cache
+def install_command(extra: str) -> str:
+    """Return the command that installs what an extra of remap adds, by name: it fits wherever remap came from."""
+    words = [word.partition(";") for word in importlib.metadata.requires("remap") or []]
+    packages = [
+        package.strip() for package, _, marker in words if (found := _EXTRA.search(marker)) and found[1] == extra
+    ]
+    return f"pip install {shlex.join(packages)}"
 
 
 def version_of(package: str) -> str:

@@ -7,6 +7,7 @@ from remap.backbones.hub import out_of_reach
 from remap.backbones.names import PAIR
 from remap.errors import UnknownName, WeightsError
 from remap.io.paths import expanded
+from remap.io.versions import install_command
 from remap.registry import did_you_mean
 
 MINI = "clip:mini"
@@ -57,7 +58,7 @@ def _repository(name: str) -> str:
         raise WeightsError(
             f"{PAIR}{name} is a name of open_clip, which is not installed",
             allowed=f"{MINI}, {PAIR}local-dir:FOLDER, {PAIR}OWNER/REPOSITORY",
-            do="pip install 'remap[clip]'",
+            do=install_command("clip"),
         ) from error
     model, _, tag = name.partition(".")
     known = open_clip.list_models()

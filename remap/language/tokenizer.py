@@ -13,6 +13,7 @@ from remap.errors import WeightsError
 from remap.io.checked_json import read_json
 from remap.io.checked_read import read_regular
 from remap.io.names import plain
+from remap.io.versions import install_command
 from remap.language.configs import CLIP_VOCABULARY, TextSide
 
 # SigLIP 2's has 34 MB, for 256,000 tokens.
@@ -125,6 +126,6 @@ def _clips_own(folder: Path, side: TextSide) -> Any:
     try:
         from open_clip.tokenizer import SimpleTokenizer
     except ImportError as error:
-        do = "pip install 'remap[clip]', or copy tokenizer.json beside the weights"
+        do = f"{install_command('clip')}, or copy tokenizer.json beside the weights"
         raise WeightsError(f"{folder} has no {FILE}, and open_clip is not installed", do=do) from error
     return SimpleTokenizer(context_length=side.config.context)

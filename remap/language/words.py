@@ -10,6 +10,7 @@ from remap.io.checked_json import parse_json
 from remap.io.checked_read import read_regular
 from remap.io.names import name_problem, plain
 from remap.io.paths import expanded
+from remap.io.versions import install_command
 
 # A template of CLIP, and the word for its 80 (Radford et al. 2021, arXiv 2103.00020, section 3.1.4).
 ONE, CLIP = ("one", "a photo of a {}."), "clip"
@@ -119,7 +120,7 @@ def templates_of(word: str | Sequence[str]) -> tuple[str, ...]:
         try:
             from open_clip import OPENAI_IMAGENET_TEMPLATES
         except ImportError as error:
-            raise DataError("the 80 templates of CLIP come with open_clip", do="pip install 'remap[clip]'") from error
+            raise DataError("the 80 templates of CLIP come with open_clip", do=install_command("clip")) from error
         return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
     lines = tuple(line for line in (_text(word).splitlines() if isinstance(word, str) else word) if line.strip())
     wrong = next((line for line in lines if line.count("{}") != 1), None)

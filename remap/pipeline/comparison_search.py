@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remap.errors import RecipeError, RunError
+from remap.io.versions import install_command
 from remap.pipeline.comparison_cells import Cell
 from remap.pipeline.comparison_folder import is_done
 from remap.progress import Progress, Within
@@ -114,7 +115,7 @@ def _study(search: Search, recipe: Recipe) -> Any:
     try:
         import optuna
     except ImportError:
-        do = 'pip install "remap[search]"'
+        do = install_command("search")
         raise RunError("--search needs Optuna, which is not installed", do=do) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     kinds = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}

@@ -10,6 +10,7 @@ from typing import Any
 from remap.cache.shared_outputs import FOLDER, SharedOutputs
 from remap.distributed.interrupts import watch_signals
 from remap.errors import RecipeError, RunError
+from remap.io.versions import install_command
 from remap.pipeline.comparison_cells import Cell
 from remap.pipeline.comparison_jobs import prepare_teachers
 from remap.pipeline.comparison_resources import AUTO, Resources
@@ -38,7 +39,7 @@ def run_on_slurm(
     try:
         import submitit
     except ImportError:
-        do = 'pip install "remap[slurm]"'
+        do = install_command("slurm")
         raise RunError("--slurm needs submitit, which is not installed", do=do) from None
     given = read_words(words)
     cluster = given.pop("cluster", "slurm")

@@ -12,6 +12,7 @@ from typing import Any
 from remap.errors import RunError
 from remap.io.checked_json import parse_json
 from remap.io.names import plain
+from remap.io.versions import install_command
 
 FORMATS = (".jsonl", ".csv", ".parquet")
 # Rows of one row group of a Parquet file.
@@ -31,7 +32,7 @@ def require_writable(path: Path) -> None:
             allowed=f"a name that ends in {', '.join(FORMATS)}",
         )
     if path.suffix == ".parquet" and find_spec("pyarrow") is None:
-        raise RunError("Parquet needs pyarrow", given=path, do="pip install 'remap[parquet]', or write .jsonl or .csv")
+        raise RunError("Parquet needs pyarrow", given=path, do=f"{install_command('parquet')}, or write .jsonl or .csv")
 
 
 def write_rows(

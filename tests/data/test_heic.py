@@ -20,7 +20,7 @@ def test_without_pillow_heif_they_are_left_out_and_it_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(image_files, "HEIC", False)
     reason = why_left_out(name)
-    assert reason is not None and reason.endswith("files need pillow-heif: pip install 'remap[heic]'")
+    assert reason is not None and reason.endswith("files need pillow-heif: pip install 'pillow-heif>=1.0'")
     monkeypatch.setattr(image_files, "HEIC", True)
     assert why_left_out(name) is None
 
