@@ -21,7 +21,7 @@ import torch
 
 from remap.data import keyed_random
 from remap.pipeline.run import start
-from remap.recipe.resolve import resolve
+from remap.recipe.resolution import resolve
 
 # Where the training images of each set begin.
 SETS = {"clothing": "train", "cifar10-train": "", "fashion-mnist": "train", "ants-bees": "train"}

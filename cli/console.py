@@ -11,13 +11,11 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from rich import box
 from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from remap.errors import Interrupted, RemapWarning
 from remap.io.human_size import duration as duration
@@ -91,14 +89,36 @@ def table(
                 "\n".join(f"{name}: {cell}".removeprefix(": ") for name, cell in zip(names, cells, strict=True)) + "\n"
             )
         return
-    result = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for index, (column, width) in enumerate(zip(columns, widths, strict=True)):
-        justify: Literal["left", "right"] = "right" if index in right else "left"
-        result.add_column(escape(_plain(column)), justify=justify, width=width, overflow="fold")
+    # Not rich's table, which takes as long for a hundred rows as Python takes to start.
+    rule = "\u2500" * (sum(widths) + 2 * len(widths) - 2)
+    printed = ["", *_cells(list(map(_plain, columns)), widths, right, "bold"), f" {rule}"]
     for row, cells in zip(rows, lines, strict=True):
-        styled = f"[bold cyan]{escape(cells[0])}[/]" if isinstance(row, str) else escape(cells[0])
-        result.add_row(styled, *map(escape, cells[1:]))
-    out.print(result)
+        printed += _cells(cells, widths, right, "bold cyan" if isinstance(row, str) else "")
+    out.print("\n".join(printed) + "\n", soft_wrap=True)
+
+
+def _cells(cells: list[str], widths: list[int], right: tuple[int, ...], style: str) -> Iterator[str]:
+    """Yield the lines of a row, as markup: cells side by side, broken between words."""
+    broken = [_broken(cell, width) for cell, width in zip(cells, widths, strict=False)]
+    for parts in itertools.zip_longest(*broken, fillvalue=""):
+        padded = []
+        for index, (part, width) in enumerate(zip(parts, widths, strict=False)):
+            blanks = " " * (width - cell_len(part))
+            padded.append(blanks + part if index in right else part + blanks)
+        text = escape("  ".join(padded).rstrip())
+        yield f" [{style}]{text}[/]" if style else f" {text}"
+
+
+def _broken(cell: str, width: int) -> list[str]:
+    if cell_len(cell) <= width:
+        return [cell]
+    lines = [""]
+    for word in cell.split():
+        if lines[-1] and cell_len(f"{lines[-1]} {word}") > width:
+            lines.append(word)
+        else:
+            lines[-1] = f"{lines[-1]} {word}".lstrip()
+    return lines
 
 
 def _widths(rows: list[list[str]], room: int, wrap: tuple[int, ...]) -> list[int] | None:

@@ -111,8 +111,7 @@ def _fields(row: "MethodEntry") -> dict[str, Any]:
 def _method(name: str, json: bool) -> None:
     """Show one method, or several that are combined, with every option."""
     from remap.errors import RecipeError
-    from remap.recipe.checks import method_problems
-    from remap.tuning import parts_of, rows_of
+    from remap.tuning import method_problems, parts_of, rows_of
 
     if all(parts_of(name)) and "," not in name:
         rows_of(name)  # an unknown name says what is meant

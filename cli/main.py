@@ -29,10 +29,12 @@ def main() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _stop)
         _open_streams()
-        from remap_cli import launch
         from remap_cli.app import app
 
-        launch.watch_parent()
+        if "REMAP_LAUNCHED" in os.environ:  # as ``launch`` sets it, which help and listings do not need
+            from remap_cli import launch
+
+            launch.watch_parent()
         try:
             app()
         finally:

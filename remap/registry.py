@@ -9,6 +9,7 @@ import importlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 from remap.errors import PluginError, UnknownName
@@ -172,9 +173,7 @@ def _plugin_rows(group: str) -> Iterator[Any]:
     Raises:
         PluginError: A package cannot be imported, or gives something else than rows.
     """
-    import importlib.metadata  # tens of milliseconds, which `remap --help` does not need
-
-    points = [(point.dist.name if point.dist else "?", point) for point in importlib.metadata.entry_points(group=group)]
+    points = [(point.dist.name if point.dist else "?", point) for point in installed_entry_points().select(group=group)]
     for package, point in sorted(points, key=lambda pair: (pair[0], pair[1].name)):
         try:
             given = point.load()
@@ -190,6 +189,14 @@ def _plugin_rows(group: str) -> Iterator[Any]:
                     do=f"update it, or remove it: pip uninstall {package}",
                 )
             yield replace(row, origin=package)
+
+
+@cache
+def installed_entry_points() -> Any:
+    """Return the entry points of all installed packages, which takes a look at each of them."""
+    import importlib.metadata  # tens of milliseconds, which `remap --help` does not need
+
+    return importlib.metadata.entry_points()
 
 
 def _cannot_load(package: str, what: str, error: Exception) -> PluginError:

@@ -18,7 +18,7 @@ import yaml
 
 import remap
 from remap.recipe import catalogue, resolve
-from remap.recipe.resolve import resolve_distill
+from remap.recipe.resolution import resolve_distill
 from remap.remapping import LOSSES
 from remap.tuning import METHODS
 from remap_cli.app import app

@@ -1,6 +1,5 @@
 """Methods, losses and data sources of other packages: by entry points, and by ``remap.register``."""
 
-import importlib.metadata
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 import remap
+from remap import registry
 from remap.errors import PluginError, UnknownName
 from remap.plugins import _TABLES
 from remap.registry import PLUGIN_GROUPS, Entry, Registry
@@ -135,7 +135,8 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Registry]:
     """A table with the built-in row "mine", and entry points as given."""
 
     def make(*points: SimpleNamespace) -> Registry:
-        monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points if "methods" in group else ())
+        found = SimpleNamespace(select=lambda group: points if "methods" in group else ())
+        monkeypatch.setattr(registry, "installed_entry_points", lambda: found)
         return Registry("method", "methods", [row("mine", "remap.mine:Mine")])
 
     return make

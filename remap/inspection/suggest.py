@@ -15,7 +15,7 @@ from remap.errors import RemapError, RunError
 from remap.io import atomic_write
 from remap.io.names import plain
 from remap.recipe.paths import absolute_data
-from remap.recipe.resolve import load
+from remap.recipe.resolution import load
 from remap.recipe.schema import Recipe
 
 # Images that are opened to learn their size.

@@ -21,11 +21,10 @@ from remap.pipeline.comparison_sweeps import (
     words_of,
 )
 from remap.pipeline.labels_only import labels_only, same_steps
-from remap.recipe.checks import method_problems
 from remap.recipe.named import InitSpec
 from remap.recipe.schema import LossSpec, MethodSpec, Recipe
 from remap.remapping.weights import INITS
-from remap.tuning import CATEGORIES, METHODS, category_of, parts_of, rows_of
+from remap.tuning import CATEGORIES, METHODS, category_of, method_problems, parts_of, rows_of
 
 # Two well-known methods of each category, and a student that starts from the teacher's weights.
 DEFAULT_METHODS = (

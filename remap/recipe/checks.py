@@ -16,7 +16,7 @@ from remap.recipe.word_checks import word_problems
 from remap.registry import did_you_mean
 from remap.remapping import LOSSES
 from remap.remapping.weights import INITS
-from remap.tuning import METHODS, combination_problems, config_of, parts_of
+from remap.tuning import METHODS, config_of, method_problems
 
 
 def name_problems(recipe: Recipe) -> list[str]:
@@ -48,21 +48,6 @@ def require_held_out_once(recipe: Recipe) -> None:
     if names and recipe.data.held_out is not None:
         line = f"data.held_out: {' and '.join(names)} cannot hold out training images besides (leave data.held_out out)"
         raise RecipeError([line], recipe.name)
-
-
-def method_problems(key: str, method: str) -> list[str]:
-    """Return what is wrong with a method's name or combination."""
-    parts = parts_of(method)
-    if len(parts) > 1 and not all(parts):
-        where = "after" if parts[0] else "before"
-        return [f"{key}: a name is missing {where} '+' in '{method}'"]
-    listed = [word.strip() for word in method.split(",")]
-    if len(listed) > 1 and all(word in METHODS for word in listed):
-        return [f"{key}: '{method}' is a list; did you mean '{'+'.join(listed)}', one combination of them?"]
-    unknown = [part for part in parts if part not in METHODS]
-    if unknown:
-        return [f"{key}: unknown method {_unknown(part, METHODS.names)}" for part in unknown]
-    return [f"{key}: {problem}" for problem in combination_problems(method)]
 
 
 def _unknown(word: str, allowed: tuple[str, ...]) -> str:

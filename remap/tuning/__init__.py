@@ -5,7 +5,7 @@ A method's name may also be a combination: "vpt_deep+lora".
 
 from typing import Any
 
-from remap.registry import Registry
+from remap.registry import Registry, did_you_mean
 from remap.tuning import adapter, finetuning, parameter, prompt, remapping
 from remap.tuning.entry import CATEGORIES as CATEGORIES
 from remap.tuning.entry import MethodEntry
@@ -41,6 +41,22 @@ def combination_problems(method: str) -> list[str]:
     if len(tokens) > 1:
         problems.append(f"{' and '.join(tokens)} both add tokens to the sequence; keep one of them")
     return problems
+
+
+def method_problems(key: str, method: str) -> list[str]:
+    """Return what is wrong with a method's name or combination, which ``key`` names."""
+    parts = parts_of(method)
+    if len(parts) > 1 and not all(parts):
+        where = "after" if parts[0] else "before"
+        return [f"{key}: a name is missing {where} '+' in '{method}'"]
+    listed = [word.strip() for word in method.split(",")]
+    if len(listed) > 1 and all(word in METHODS for word in listed):
+        return [f"{key}: '{method}' is a list; did you mean '{'+'.join(listed)}', one combination of them?"]
+    known = METHODS.names
+    unknown = [f"'{part}'{did_you_mean(part, known)}" for part in parts if part not in known]
+    if unknown:
+        return [f"{key}: unknown method {one} (allowed: {', '.join(known)})" for one in unknown]
+    return [f"{key}: {problem}" for problem in combination_problems(method)]
 
 
 def category_of(method: str) -> str:

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import Result
 
 from remap.backbones.families import FAMILIES
 from remap.remapping import LOSSES
 from remap.tuning import CATEGORIES, METHODS
 from remap_cli import console
+from remap_cli.app import COMMANDS, app
 
 HEAVY = {"torch", "timm", "accelerate", "peft", "sklearn", "torchdistill", "transformers", "matplotlib", "numpy"}
 LISTINGS = """--help; --version; distill --help; compare --help; methods; methods --families; methods lora;
@@ -36,6 +38,32 @@ for words in {LISTINGS!r}.split(";"):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert all(word in done.stdout for word in ("Usage:", "294,912", "temperature", "digits: ok"))
+
+
+def test_help_imports_no_command() -> None:
+    """Nor what prints tables, reads recipes and checks options: together as long as Python and Typer take to start."""
+    code = """
+import sys
+from remap_cli.main import main
+sys.argv = ["remap", "--help"]
+try:
+    main()
+except SystemExit as leave:
+    assert not leave.code
+slow = {"rich.console", "rich.table", "rich.markdown", "pydantic", "yaml", "importlib.metadata"} & sys.modules.keys()
+commands = {name for name in sys.modules if name.startswith("remap_cli.")} - {"remap_cli.main", "remap_cli.options"}
+assert not slow and commands == {"remap_cli.app"}, (slow, commands)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_of_commands_says_what_each_says_of_itself(name: str, remap: Callable[..., Result]) -> None:
+    row, command = COMMANDS[name], typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    assert command.help.strip().splitlines()[0] == row.about and command.rich_help_panel == row.panel
+    listed = " ".join(remap("--help").stdout.split())
+    assert f" {name} {row.about} " in f"{listed} "
 
 
 def test_methods_are_those_of_the_table(run_json: Callable[..., list]) -> None:

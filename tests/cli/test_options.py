@@ -8,7 +8,7 @@ from typer.testing import Result
 
 from remap.errors import RemapError
 from remap.recipe import Recipe, resolve_distill
-from remap.recipe.resolve import WORDS
+from remap.recipe.resolution import WORDS
 from remap_cli.options import BUILD, COMPARE, DISTILL, OPTIONS, RECIPE_OPTIONS, TUNE, OptionRow, recipe_words
 
 # Values other than the defaults; of strings that are names, one that exists.

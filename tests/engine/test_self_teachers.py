@@ -164,14 +164,14 @@ def test_mistakes_are_said(tiny: Any, settings: list[str], words: dict, says: st
 
 
 def test_a_list_of_teachers_is_one_and_more() -> None:
-    from remap.recipe.resolve import validate
+    from remap.recipe.resolution import validate
 
     recipe = validate({"teacher": ["mini_teacher", {"model": "self", "weight": 0.5}]}, "test")
     assert recipe.teachers == (TeacherSpec(), TeacherSpec(model="self", weight=0.5))
 
 
 def test_both_fields_of_teachers_go_together() -> None:
-    from remap.recipe.resolve import validate
+    from remap.recipe.resolution import validate
 
     lists = {"teacher": ["mini_teacher", "self"]}
     assert validate({**lists, "more_teachers": None}, "test") == validate(lists, "test")

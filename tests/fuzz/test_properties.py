@@ -26,7 +26,7 @@ from remap.io.sealed_json import sealed_text
 from remap.pipeline.run import start
 from remap.recipe import Recipe, dump, resolve, strict_yaml
 from remap.recipe.paths import absolute, absolute_data, absolute_model, absolute_weights, is_run
-from remap.recipe.resolve import WORDS
+from remap.recipe.resolution import WORDS
 from remap.recipe.schema import DataSpec, StudentSpec, TeacherSpec, TrainSpec
 from remap.remapping import LOSSES
 from remap.runs.run_dir import RunDir

@@ -19,7 +19,7 @@ from remap.pipeline.compare import compare
 from remap.pipeline.shrink_student import cut, take_out_skipped
 from remap.progress import Silent
 from remap.recipe import Recipe, resolve
-from remap.recipe.resolve import dump, validate
+from remap.recipe.resolution import dump, validate
 from remap.recipe.strict_yaml import parse
 from remap.runs.task import load_task
 from remap_cli.app import app

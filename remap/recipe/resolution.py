@@ -13,12 +13,12 @@ from remap.data.words import parts_of
 from remap.errors import RecipeError
 from remap.io.names import plain
 from remap.recipe import catalogue, overrides, strict_yaml
-from remap.recipe.checks import method_problems, name_problems, option_problems
+from remap.recipe.checks import name_problems, option_problems
 from remap.recipe.option_listing import listed
 from remap.recipe.overrides import WORDS
 from remap.recipe.problems import lines_of, option_keys
 from remap.recipe.schema import DataSpec, Recipe, Section, StudentSpec, TeacherSpec, TrainSpec, as_list
-from remap.tuning import METHODS, config_of
+from remap.tuning import METHODS, config_of, method_problems
 
 __all__ = ["COMMAND_LINE", "WORDS", "dump", "load", "resolve", "resolve_distill", "validate"]
 
