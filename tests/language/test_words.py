@@ -10,7 +10,7 @@ from open_clip import OPENAI_IMAGENET_TEMPLATES
 from remap.errors import DataError, RecipeError
 from remap.language.words import class_words, descriptions_of, entries, templates_of, texts_of, words_of
 from remap.recipe import resolve_distill
-from remap.recipe.resolve import dump, load
+from remap.recipe.resolution import dump, load
 
 WORDS = {"ant": ("ant",), "hat": ("hat", "cap"), "n01": ("bee, a small one",)}
 
