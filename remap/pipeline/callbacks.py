@@ -40,8 +40,8 @@ class Callbacks(Callback):
                 call(callback)
             except Exception as error:
                 raised.append(error)
-        for error in raised[1:]:
-            raised[0].add_note(f"and another callback: {error!r}")
+        for another in raised[1:]:
+            raised[0].add_note(f"and another callback: {another!r}")
         if raised:
             self._clock.ended_by = raised[0]
             raise raised[0]

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,10 @@ class OfTeacher(Within):
     def say(self, text: str) -> None:
         super().say(_of_teacher(text))
 
-    def wait(self, what: str, total: int | None = None) -> AbstractContextManager[Step]:
-        return super().wait(_of_teacher(what), total)
+    @contextmanager
+    def wait(self, what: str, total: int | None = None) -> Iterator[Step]:
+        with super().wait(_of_teacher(what), total) as step:
+            yield step
 
 
 def _of_teacher(text: str) -> str:

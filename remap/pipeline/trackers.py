@@ -81,7 +81,7 @@ class Tracker(Callback):
             self._logged = now
             self._write({f"{self.name} logged": now})
 
-    def _write(self, values: Mapping[str, Any]) -> None:
+    def _write(self, values: dict[str, Any]) -> None:
         """Add to trackers.json; other trackers of the run have their own keys in it."""
         known = checked_json.read_run_json(self._path) if self._path.is_file() else {}
         atomic_write.write_text(self._path, atomic_write.json_text(known | values), durable=False)
