@@ -85,13 +85,12 @@ def table(
     if widths is None:  # not even the longest words fit side by side
         for row, cells in zip(rows, lines, strict=True):
             names = [""] if isinstance(row, str) else columns
-            line(
-                "\n".join(f"{name}: {cell}".removeprefix(": ") for name, cell in zip(names, cells, strict=True)) + "\n"
-            )
+            pairs = zip(names, cells, strict=True)
+            line("\n".join(f"{name}: {cell}".removeprefix(": ") for name, cell in pairs) + "\n")
         return
     # Not rich's table, which takes as long for a hundred rows as Python takes to start.
-    rule = "\u2500" * (sum(widths) + 2 * len(widths) - 2)
-    printed = ["", *_cells(list(map(_plain, columns)), widths, right, "bold"), f" {rule}"]
+    rule = " " + "\u2500" * (sum(widths) + 2 * len(widths) - 2)
+    printed = ["", *_cells(list(map(_plain, columns)), widths, right, "bold"), rule]
     for row, cells in zip(rows, lines, strict=True):
         printed += _cells(cells, widths, right, "bold cyan" if isinstance(row, str) else "")
     out.print("\n".join(printed) + "\n", soft_wrap=True)
@@ -99,25 +98,18 @@ def table(
 
 def _cells(cells: list[str], widths: list[int], right: tuple[int, ...], style: str) -> Iterator[str]:
     """Yield the lines of a row, as markup: cells side by side, broken between words."""
-    broken = [_broken(cell, width) for cell, width in zip(cells, widths, strict=False)]
-    for parts in itertools.zip_longest(*broken, fillvalue=""):
-        padded = []
-        for index, (part, width) in enumerate(zip(parts, widths, strict=False)):
-            blanks = " " * (width - cell_len(part))
-            padded.append(blanks + part if index in right else part + blanks)
+    for parts in itertools.zip_longest(*map(_broken, cells, widths), fillvalue=""):
+        blanks = [" " * (width - cell_len(part)) for part, width in zip(parts, widths, strict=False)]
+        padded = [b + part if n in right else part + b for n, (part, b) in enumerate(zip(parts, blanks, strict=True))]
         text = escape("  ".join(padded).rstrip())
         yield f" [{style}]{text}[/]" if style else f" {text}"
 
 
 def _broken(cell: str, width: int) -> list[str]:
-    if cell_len(cell) <= width:
-        return [cell]
     lines = [""]
-    for word in cell.split():
-        if lines[-1] and cell_len(f"{lines[-1]} {word}") > width:
-            lines.append(word)
-        else:
-            lines[-1] = f"{lines[-1]} {word}".lstrip()
+    for word in [cell] if cell_len(cell) <= width else cell.split():
+        longer = f"{lines[-1]} {word}" if lines[-1] else word
+        lines[-1:] = [longer] if cell_len(longer) <= width or not lines[-1] else [lines[-1], word]
     return lines
 
 
