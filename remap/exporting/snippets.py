@@ -50,8 +50,7 @@ from PIL import Image, ImageOps
 session = onnxruntime.InferenceSession("{file}")
 metadata = session.get_modelmeta().custom_metadata_map
 classes, view = json.loads(metadata["classes"]), json.loads(metadata["preprocessing"])
-{images}answer = session.run(None, {{"images": images}})[0][0]
-{say}
+{images}{say}
 """
 _TASKS = """\
 import json, sys
@@ -74,8 +73,7 @@ extra = {{"metadata.json": ""}}
 model = torch.export.load("{file}", extra_files=extra).module()
 metadata = json.loads(extra["metadata.json"])
 classes, view = metadata["classes"], metadata["preprocessing"]
-{images}answer = model(torch.from_numpy(images))[0]
-{say}
+{images}{say}
 """
 _OF_MODEL = """\
 import json, sys
@@ -85,13 +83,15 @@ from PIL import Image, ImageOps
 {model}
 facts = json.load(open("export.json"))
 view = facts["preprocessing"] | {{"size": {size}}}
-{images}answer, classes = model(torch.from_numpy(images))[0], facts["classes"]
+{images}classes = facts["classes"]
 {say}
 """
 _TIMM = 'model = timm.create_model("local-dir:.", pretrained=True).eval()'
 _PEFT = """\
 model = timm.create_model("{base}", pretrained=True, num_classes={count})
 model = peft.PeftModel.from_pretrained(model, ".").eval()"""
+# The answer to the one picture in ``images``.
+_PYTORCH = "model(torch.from_numpy(images))[0]"
 _TASK = """\
 import sys
 import remap
@@ -102,7 +102,8 @@ print(remap.load_student(".").{predict}([sys.argv[1]]))
 
 def onnx(source: TaskSource, options: ExportOptions, file: str) -> str:
     """Return Python for an ONNX file: onnxruntime, numpy and Pillow."""
-    return _ONNX.format(file=file, images=_images(source.view, options), say=_say(source, options))
+    say = _say(source, options, 'session.run(None, {"images": images})[0][0]')
+    return _ONNX.format(file=file, images=_images(source.view, options), say=say)
 
 
 def many_tasks(view: View, options: ExportOptions, file: str) -> str:
@@ -112,7 +113,7 @@ def many_tasks(view: View, options: ExportOptions, file: str) -> str:
 
 def torch_program(source: TaskSource, options: ExportOptions, file: str) -> str:
     """Return Python for a program of torch.export."""
-    return _TORCH.format(file=file, images=_images(source.view, options), say=_say(source, options))
+    return _TORCH.format(file=file, images=_images(source.view, options), say=_say(source, options, _PYTORCH))
 
 
 def timm_model(source: TaskSource) -> str:
@@ -133,16 +134,16 @@ def task(source: TaskSource) -> str:
 
 def _of_model(source: TaskSource, packages: str, model: str) -> str:
     size = list(source.meta.preprocess.shape[1:])
-    images, say = _images(source.view, ExportOptions()), _say(source, ExportOptions())
+    images, say = _images(source.view, ExportOptions()), _say(source, ExportOptions(), _PYTORCH)
     return _OF_MODEL.format(packages=packages, model=model, size=size, images=images, say=say)
 
 
-def _say(source: TaskSource, options: ExportOptions) -> str:
-    """Return the line that prints the likeliest class, or all that are named."""
+def _say(source: TaskSource, options: ExportOptions, answer: str) -> str:
+    """Return the line that prints the likeliest class, or all that are named, of what the code ``answer`` gives."""
     cut = source.cut(options.softmax)
     if cut is None:
-        return "print(classes[answer.argmax()])"
-    return f"print([name for name, one in zip(classes, answer) if one > {cut:g}])"
+        return f"print(classes[{answer}.argmax()])"
+    return f"print([name for name, one in zip(classes, {answer}) if one > {cut:g}])"
 
 
 def _images(view: View, options: ExportOptions) -> str:

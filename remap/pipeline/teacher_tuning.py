@@ -10,6 +10,7 @@ from typing import Any
 from remap.cache.cache_folders import library_versions, prepared_root
 from remap.cache.prepared_teachers import fetch_teacher, store_teacher
 from remap.data.fingerprint import fingerprint
+from remap.distributed.collectives import all_reduce_max
 from remap.distributed.launch import accelerator, broadcast_str
 from remap.errors import RemapError
 from remap.io.links import require_no_link, require_no_links
@@ -149,8 +150,11 @@ def _brings_head(spec: TeacherSpec, recipe: Recipe, shared: SharedResources) -> 
 
 
 def is_prepared(folder: Path) -> bool:
-    """Return whether a teacher is stored there, fitted or tuned."""
-    return (folder / "task" / "task.json").is_file()
+    """Return whether a teacher is stored there, fitted or tuned; every process calls it."""
+    # As the main process sees it: it copies teachers out of the cache, and the others may look after that.
+    here = accelerator().is_main_process and (folder / "task" / "task.json").is_file()
+    (found,) = all_reduce_max(accelerator(), here)
+    return bool(found)
 
 
 def teacher_folder(spec: TeacherSpec, number: int, run_dir: RunDir, shared: SharedResources) -> Path:

@@ -149,6 +149,8 @@ def read_meta(folder: Path) -> TaskMeta:
     """
     path = folder / "task.json"
     if not any(os.path.lexists(folder / name) for name in ("task.json", "task.safetensors")):
+        if os.path.isfile(folder.parent / "recipe.yaml"):
+            raise _unfinished(folder.parent)
         given = "it has neither recipe.yaml nor task.json" if os.path.isdir(folder) else "no such folder"
         what = f"{plain(str(folder))} is not a run directory or task folder"
         raise RunError(what, given=given, do="see `ls runs`")

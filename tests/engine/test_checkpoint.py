@@ -472,7 +472,7 @@ def test_the_file_holds_what_is_trained_and_no_backbone(stopped: Path) -> None:
 def test_a_disk_that_refuses_everything_still_gives_the_first_message(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Callable[..., Any]
 ) -> None:
-    def refuse(path: Path, data: bytes) -> None:
+    def refuse(path: Path, data: bytes, **_: Any) -> None:
         raise RunError(f"cannot write {path}: Input/output error")
 
     def fill(done: int) -> None:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,10 @@ from remap.data.views import View, ViewSource
 from remap.distributed.launch import accelerator
 from remap.errors import DataError, TrainingError
 from remap.network import Network, Runner
-from remap.pipeline import probe, run
+from remap.pipeline import probe, teacher_check, teacher_tuning
 from remap.pipeline.components import build_components
 from remap.pipeline.dry_run import estimate
-from remap.pipeline.run import Result, start
+from remap.pipeline.run import Result, resume, start
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_check import require_useful
 from remap.pipeline.teacher_tuning import teacher_recipe
@@ -37,7 +38,7 @@ def test_the_teacher_is_the_same_to_the_last_bit_after_training(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Callable[..., Any], cache: str, prepare: str
 ) -> None:
     kept: list[tuple[Network, dict]] = []
-    keep = run.require_useful
+    keep = teacher_check.require_useful
 
     def note(teacher: PreparedTeacher, *rest: Any) -> None:
         kept.append((teacher.network, copy.deepcopy(teacher.network.model.state_dict())))
@@ -49,7 +50,7 @@ def test_the_teacher_is_the_same_to_the_last_bit_after_training(
         if kept:
             modes.append(any(module.training for module in kept[0][0].model.modules()))
 
-    monkeypatch.setattr(run, "require_useful", note)
+    monkeypatch.setattr(teacher_check, "require_useful", note)
     settings = (f"teacher.cache={cache}", f"teacher.prepare={prepare}", "teacher.lr=0.01", "data.augment=shift")
     start(tiny.recipe(*settings, method="full", losses="ce,kd,attention,feature"), tmp_path / "run", watch(look))
     teacher, before = kept[0]
@@ -123,7 +124,7 @@ def test_the_prepared_teacher_is_kept_and_found_again(tiny: Any, tmp_path: Path,
     assert result.summary["teacher"]["accuracy"] == 1.0, "colours are linear in the pixels"
     (tmp_path / "run" / "summary.json").unlink()
     remarks = watch(lambda done: None)
-    again = run.resume(tmp_path / "run", remarks)
+    again = resume(tmp_path / "run", remarks)
     assert not any("preparing" in line for line in remarks.said)
     assert again.summary["teacher"] == result.summary["teacher"]
 
@@ -214,6 +215,18 @@ def test_a_teacher_is_tuned_with_its_own_readout(tiny: Any) -> None:
     assert (student.model, student.weights, student.preset) == (recipe.teacher.model, "none", "mae")
 
 
+def test_whether_a_teacher_is_stored_is_what_the_main_process_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may look after the main one has copied it from the cache, and would then wait elsewhere."""
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "task.json").write_text("{}")
+    assert teacher_tuning.is_prepared(tmp_path)
+    other = SimpleNamespace(is_main_process=False, num_processes=1)
+    monkeypatch.setattr(teacher_tuning, "accelerator", lambda: other)
+    assert not teacher_tuning.is_prepared(tmp_path)
+
+
 @pytest.mark.parametrize(("keep", "every"), [("last", 20), ("best", 5)])
 def test_a_teacher_is_evaluated_as_many_times_as_its_student(tiny: Any, keep: str, every: int) -> None:
     """40 epochs beside 10 that are evaluated every 5; each evaluation counts where one of them is chosen."""
@@ -227,7 +240,8 @@ def test_a_combination_prepares_a_teacher_and_the_dry_run_counts_it(tiny: Any, t
     preparing = {"lora+bitfit": estimate(recipe, Silent())["estimate"]}
     assert start(recipe, tmp_path / "run").summary["teacher"]["head"] == "lora+bitfit"
     for prepare in ("probe", "none"):
-        settings = (f"teacher.prepare={prepare}", "train.epochs=1")
+        # Of a probed teacher with cached outputs, one pass serves both, and counts as caching.
+        settings = (f"teacher.prepare={prepare}", "train.epochs=1", "teacher.cache=off")
         words = {"teacher": str(tmp_path / "run")} if prepare == "none" else {}
         preparing[prepare] = estimate(tiny.recipe(*settings, **words), Silent())["estimate"]
     seconds = {prepare: found["preparing_seconds"] for prepare, found in preparing.items()}

@@ -54,10 +54,12 @@ def test_a_run_of_two_processes_is_repeated_by_two(
     tmp_path: Path,
     fork_command: Callable[..., Any],
     start_process: Callable[..., subprocess.Popen],
+    monkeypatch: pytest.MonkeyPatch,
     figure: Callable[..., None],
 ) -> None:
     """Without being told how many: the run's summary says so."""
     run = tmp_path / "run"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as ``start_process`` sets it: a run records it
     fork_command("remap_cli", "distill", *tiny.arguments(*SETTINGS), f"--output={run}", count=2).end()
     again = start_process("remap_cli", "repeat", str(run), "--json")
     output, errors = again.communicate(timeout=120)
