@@ -308,6 +308,7 @@ def soak(runs: int, seed: int, folder: Path, recipes: Sequence[str] = tuple(RECI
     import torch
 
     torch.set_num_threads(1)
+    sys.path.insert(0, str(ROOT / "tests"))  # what conftest.py imports from beside it
     helpers = runpy.run_path(str(ROOT / "tests" / "conftest.py"))
     with _places(folder):
         helpers["draw_images"](folder / "data" / "train", 8, seed=1)
