@@ -133,6 +133,12 @@ class Commands(TyperGroup):
         super().__init__(**options)
         self.commands = _Loaded(self.commands)  # type: ignore[assignment]
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:  # Typer's way to show the help prints by its own ``format_help``
+            typer.echo(self.get_help(ctx))
+            raise typer.Exit(2)
+        return super().parse_args(ctx, args)
+
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
         if args and args[0] in MEANT:
             raise UnknownName(f"no such command '{args[0]}'", do=MEANT[args[0]])
@@ -159,7 +165,6 @@ app = typer.Typer(
     name="remap",
     cls=Commands,
     help="Distil a large vision transformer into a small one tuned by a parameter-efficient method.",
-    no_args_is_help=True,
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},

@@ -9,12 +9,14 @@ from remap.errors import DataError
 from remap.io.checked_json import parse_json
 from remap.io.checked_read import read_regular
 from remap.io.names import name_problem, plain
-from remap.io.paths import expanded
+from remap.io.paths import LONGEST_PATH, expanded
 from remap.io.versions import install_command
 
 # A template of CLIP, and the word for its 80 (Radford et al. 2021, arXiv 2103.00020, section 3.1.4).
 ONE, CLIP = ("one", "a photo of a {}."), "clip"
 MOST_BYTES = 2**26
+# Texts, lists of them counted too, and letters as JSON that a recipe holds of these files. More stay in the files.
+MOST_TEXTS, MOST_LETTERS = 1_500, 100_000
 
 
 def split_classes(value: Any) -> Any:
@@ -159,6 +161,37 @@ def descriptions_of(
             "data.descriptions are of other classes", given=plain(", ".join(strange[:8])), allowed=list(classes)[:20]
         )
     return found
+
+
+def read_words(
+    classes: Sequence[str] | str | None,
+    templates: Sequence[str] | str,
+    descriptions: Mapping[str, Sequence[str]] | str | None,
+) -> dict[str, Any]:
+    """Return what classes in a file, templates and descriptions say, by field, where there are any.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    found: dict[str, Any] = {"classes": entries(class_words(classes))} if isinstance(classes, str) else {}
+    if templates not in (ONE[0], CLIP):
+        found["templates"] = templates_of(templates)
+    if descriptions is not None:
+        found["descriptions"] = described(descriptions)
+    return found
+
+
+def that_fit(words: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of ``read_words``, one after the other, that leave room in a recipe: its reader has bounds."""
+    kept: dict[str, Any] = {}
+    texts: list[str] = []
+    for field, said in words.items():
+        each = [one for name in said for one in (name, "", *said[name])] if isinstance(said, Mapping) else said
+        more = [*texts, *each]
+        few = len(more) <= MOST_TEXTS and len(json.dumps(more)) <= MOST_LETTERS
+        if few and max(map(len, more), default=0) <= LONGEST_PATH:
+            kept[field], texts = said, more
+    return kept
 
 
 def texts_of(

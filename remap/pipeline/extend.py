@@ -8,6 +8,7 @@ from remap.backbones.names import is_pair
 from remap.errors import RecipeError
 from remap.io import atomic_write
 from remap.io.paths import absolute, expanded
+from remap.language.words import entries
 from remap.pipeline.memory import Choice, choose_memory
 from remap.pipeline.run import Result, start
 from remap.pipeline.session_advice import ALONE, AT_ONCE, METHOD_WAYS, WAYS, WITH_MEMORY, Situation, situation
@@ -62,7 +63,8 @@ def extension_recipe(
     if is_pair(student["model"]):  # which reads what classes are called
         data = {name: values["data"][name] for name in ("templates", "descriptions")} | data
         if old.data.classes is not None and found.data.classes is None:
-            data["classes"] = [*old.data.classes, *(f"{name}: {name.replace('_', ' ')}" for name in found.added)]
+            known = old.data.words().get("classes", old.data.classes)
+            data["classes"] = [*known, *entries({name: (name.replace("_", " "),) for name in found.added})]
     train = {**values["train"], "keep": "last", "patience": None, "metric": "accuracy", "processes": None}
     train["align"] = False  # that of the run was for its memory
     if at_once:

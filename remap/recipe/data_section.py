@@ -9,7 +9,7 @@ from remap.data.augmentation import PRESETS, Augmentation, Crop, Erasing, Jitter
 from remap.data.pixels import MOST_MEGAPIXELS
 from remap.data.words import of_images
 from remap.io.paths import absolute
-from remap.language.words import CLIP, ONE, class_words, described, entries, split_classes, templates_of
+from remap.language.words import ONE, read_words, split_classes, that_fit
 from remap.recipe.paths import absolute_data
 from remap.recipe.sections import PathOrName, Section
 from remap.registry import LATER
@@ -213,19 +213,22 @@ class DataSpec(Section):
             return 0
         return 1 if self.augment == "none" else self.views or 0
 
+    def words(self) -> dict[str, Any]:
+        """Return what files and lists of words say; see ``read_words``."""
+        return read_words(self.classes, self.templates, self.descriptions)
+
     def written_out(self) -> "DataSpec":
-        """Return the same data with absolute paths, and with the words that files hold: these may change or stay."""
+        """Return the same data with absolute paths, and with the words that files hold, where they are few enough."""
         paths: dict[str, Any] = {}
         for name in ("source", "val_source", "unlabeled", "target"):
             word = getattr(self, name)
             if word is not None:
                 paths[name] = absolute_data(of_images(word) if name in ("unlabeled", "target") else word)
-        if isinstance(self.classes, str):
-            paths["classes"] = entries(class_words(self.classes))
-        if self.templates not in (ONE[0], CLIP):
-            paths["templates"] = templates_of(self.templates)
-        if self.descriptions is not None:
-            paths["descriptions"] = described(self.descriptions)
+        words = self.words()
+        fitting = that_fit(words)
+        for name, said in words.items():
+            given = getattr(self, name)
+            paths[name] = absolute(given) if isinstance(given, str) and name not in fitting else said
         if self.memory is not None:
             paths["memory"] = absolute(self.memory)
         return self.model_copy(update=paths)

@@ -221,7 +221,8 @@ class Recipe(Section):
             places: Whether the paths of the images count; their content decides, and they may be moved.
         """
         recipe = self.written_out()
-        data, student, init = recipe.data, named.without_later(recipe.student), recipe.student.init
+        data = recipe.data.model_copy(update=recipe.data.words())
+        student, init = named.without_later(recipe.student), recipe.student.init
         if data.depth == 1:  # where null is read at all it means 1
             data = data.model_copy(update={"depth": None})
         if init is not None:

@@ -160,5 +160,21 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def dump(value: Any) -> str:
-    """Return YAML text that ``parse`` reads back to an equal value."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    """Return YAML text that ``parse`` reads back to an equal value.
+
+    Raises:
+        RecipeError: It is longer than what is read back.
+    """
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    if (count := _count(value)) > MAX_VALUES or len(text.encode()) > MAX_BYTES:
+        what = f"{count:,} values in {len(text.encode()):,} bytes could not be read back from a recipe"
+        allowed = f"allowed: {MAX_VALUES:,} values, {MAX_BYTES:,} bytes"
+        raise RecipeError([f"{what} ({allowed}; lists of classes, templates and descriptions can be files)"], "recipe")
+    return text
+
+
+def _count(value: Any) -> int:
+    """Return how many values the reader counts: words, numbers, lists and mappings, keys too."""
+    if isinstance(value, dict):
+        return 1 + sum(1 + _count(one) for one in value.values())
+    return 1 + sum(map(_count, value)) if isinstance(value, list | tuple) else 1

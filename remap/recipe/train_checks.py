@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 
+from remap.backbones.names import is_pair
 from remap.errors import RecipeError
+from remap.recipe.paths import is_run
 from remap.recipe.schema import Recipe
 from remap.remapping import LOSSES
 
@@ -56,6 +58,8 @@ def _fit_problems(recipe: Recipe) -> Iterator[str]:
             yield f"train.fit: {train.fit} {learns} (leave the teacher and {names or 'its losses'} out)"
         if (recipe.data.source is None and train.fit != "none") or recipe.data.augment != "none" or recipe.data.mixes:
             yield f"train.fit: {train.fit} sees each labelled image once, as it is (leave augmentation and mixing out)"
+        if train.fit == "none" and not (is_pair(student.model) or is_run(student.model) or student.extends):
+            yield f"train.fit: none leaves {student.model} a random classifier (name one that reads words: clip:NAME)"
         if recipe.data.memory is not None:
             yield f"train.fit: {train.fit} counts each image once, and knows the old ones (leave data.memory out)"
         if train.selects or train.ema is not None or train.class_weight_power:

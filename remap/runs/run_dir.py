@@ -38,6 +38,7 @@ class RunDir(RunRecords):
         unfit = path_problem(run.path) or _unfit_for_tensors(run.path)
         if unfit:
             raise RunError("a run directory cannot be made there", given=plain(f"{path}: {unfit}"), do="name another")
+        text = dump(recipe.written_out())
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             taken = any(not _DRAFT.fullmatch(entry.name) for entry in run.path.iterdir())
@@ -47,7 +48,7 @@ class RunDir(RunRecords):
             raise RunError(f"cannot make {path}: {error.strerror}", do="choose another --output") from error
         if taken:
             raise run._exists_already()
-        run._claim(dump(recipe.written_out()))
+        run._claim(text)
         # File names on the command line need not be UTF-8; their bytes stay what they are.
         atomic_write.write_bytes(
             run.path / "command.txt", f"{shlex.join(command())}\n".encode(errors="surrogateescape")

@@ -41,11 +41,17 @@ def attach_method(model: nn.Module, anatomy: Anatomy, method: str, options: Mapp
 
 
 def require_fit(row: MethodEntry, anatomy: Anatomy) -> None:
-    """Refuse a method that makes no sense on a family.
+    """Refuse a method that makes no sense on a family, or on a text tower.
 
     Raises:
         BackboneError: With the nearest method that fits.
     """
+    if row.of_images and not anatomy.classifier_heads:
+        raise BackboneError(
+            f"{row.name} reads images or acts on their classifier",
+            given="a text tower, which has neither",
+            do="take a method of its blocks, such as lora, adaptformer or vpt_deep",
+        )
     if row.fits(anatomy.parts):
         return
     fitting = nearest(row, anatomy.family)

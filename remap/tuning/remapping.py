@@ -26,5 +26,6 @@ ROWS = [
         lr=1e-1,
         unchanged=frozenset({"attention"}),
         needs=frozenset({"sequence"}),
+        of_images=True,
     ),
 ]

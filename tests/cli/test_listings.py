@@ -66,6 +66,11 @@ def test_the_list_of_commands_says_what_each_says_of_itself(name: str, remap: Ca
     assert f" {name} {row.about} " in f"{listed} "
 
 
+def test_without_a_command_the_help_is_shown(remap: Callable[..., Result]) -> None:
+    result = remap()
+    assert result.exit_code == 2 and result.stdout == remap("--help").stdout
+
+
 def test_methods_are_those_of_the_table(run_json: Callable[..., list]) -> None:
     rows = run_json("methods")
     assert [row["name"] for row in rows] == list(METHODS.names)

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import Result
 
 from remap.errors import RemapError
+from remap.pipeline import build_cache, compare, objective
 from remap.recipe import Recipe, resolve_distill
 from remap.recipe.resolution import WORDS
 from remap_cli.options import BUILD, COMPARE, DISTILL, OPTIONS, RECIPE_OPTIONS, TUNE, OptionRow, recipe_words
@@ -35,8 +36,10 @@ def recipe_of(remap: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> 
     def see(recipe: Recipe, *_: Any) -> None:
         raise Seen(recipe)
 
-    monkeypatch.setattr("remap.pipeline.objective.without_idle_losses", see)
-    monkeypatch.setattr("remap.pipeline.compare.compare", see)
+    # All imported above: a module that is imported while a name is patched would keep the patch for later tests.
+    functions = ((objective, "without_idle_losses"), (compare, "compare"), (build_cache, "build_cache"))
+    for module, name in functions:
+        monkeypatch.setattr(module, name, see)
 
     def call(*words: str) -> Recipe:
         result = remap(*words)

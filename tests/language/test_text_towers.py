@@ -20,6 +20,7 @@ from remap.language import pair as language_part
 from remap.language.pair import Language, language_of, require_language, write_zero_shot_head
 from remap.language.text_tower import text_anatomy
 from remap.language.tokenizer import clean
+from remap.tuning import METHODS
 from remap.tuning.attaching import attach_method
 
 TEXTS = ("a photo of the big ant", "a bee", "it is a red hat")
@@ -122,6 +123,19 @@ def test_methods_attach_to_the_text_tower(method: str, pairs: Callable[[str], Pa
     assert grads and grads <= set(attached.trainable)
     attached.detach()
     assert torch.equal(tower.eval()(ids), before)
+
+
+def test_every_method_runs_on_the_text_tower_or_says_why_not(pairs: Callable[[str], Pair]) -> None:
+    _, language = opened(pairs("open_clip CLIP"))
+    ids = language.ids(TEXTS)
+    for row in METHODS:
+        tower = copy.deepcopy(language.tower)
+        try:
+            attach_method(tower, text_anatomy(tower), row.name, {})
+        except BackboneError as error:
+            assert row.of_images == ("reads images or acts on their classifier" in error.what), row.name
+        else:
+            assert not row.of_images and tower(ids).shape == (len(TEXTS), 24), row.name
 
 
 def test_methods_of_images_attach_to_its_image_tower(pairs: Callable[[str], Pair]) -> None:

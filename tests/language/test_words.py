@@ -139,3 +139,20 @@ def test_a_recipe_says_what_was_chosen(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(dump(written))
     again = load(tmp_path / "recipe.yaml")
     assert again == written == again.written_out() and again.digest() == digest
+
+
+def test_many_words_stay_in_their_file(tmp_path: Path) -> None:
+    """A recipe that lists 600 classes with two sentences each is longer than its reader takes, and could not resume."""
+    classes, file = [f"c{number}" for number in range(600)], tmp_path / "descriptions.json"
+    (tmp_path / "classes.txt").write_text("\n".join(classes))
+    file.write_text(json.dumps({name: ["it is red", "it is small"] for name in classes}))
+    words = {"unlabeled": "U", "teacher": "clip:mini", "method": "lora", "classes": str(tmp_path / "classes.txt")}
+    recipe = resolve_distill(None, words, [f"data.descriptions={file}"])
+    written = recipe.written_out()
+    assert written.data.classes == tuple(f"{name}: {name}" for name in classes)
+    assert written.data.descriptions == str(file)
+    (tmp_path / "recipe.yaml").write_text(dump(written))
+    again, digest = load(tmp_path / "recipe.yaml"), recipe.digest()
+    assert again == written and again.digest() == digest
+    file.write_text(json.dumps({name: ["it is red", "it is large"] for name in classes}))
+    assert again.digest() != digest, "what the file says counts"

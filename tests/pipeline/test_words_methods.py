@@ -77,6 +77,8 @@ def test_nothing_is_trained_where_the_words_are_enough(tiny: Any, pair: Pair, tm
         logits = loaded.model.eval()(images)
         assert torch.equal(logits, votes.model.eval()(images))
         assert not torch.allclose(logits, plain.student.model.eval()(images))
+    with pytest.raises(RecipeError, match=r"train.fit: none leaves local-dir:.* a random classifier"):
+        resolve(words={**data, "student": tiny.student, "method": "linear"}, settings=settings)
     with pytest.raises(RecipeError, match="train.fit: none learns nothing"):
         resolve(words={**words, "teacher": pair.word, "losses": "ce,kd"}, settings=settings)
 

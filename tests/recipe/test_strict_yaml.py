@@ -1,5 +1,6 @@
 """Strict YAML: numbers and words as YAML 1.2 reads them, and nothing that is more than data."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +163,14 @@ def test_words_that_other_readers_take_for_something_else_are_quoted() -> None:
     """YAML 1.1, which most readers still speak, has off and yes as booleans and 1:30 in base sixty."""
     for word in ("off", "yes", "1:30", "0x10", "2020-01-01"):
         assert strict_yaml.dump({"a": word}) == f"a: '{word}'\n"
+
+
+@pytest.mark.parametrize("value", [["b"] * 1_997, [{"b": n} for n in range(665)], {f"k{n}": [n] for n in range(665)}])
+def test_what_is_written_can_be_read(value: Any) -> None:
+    """The writer counts as the reader does, and refuses what that would refuse."""
+    assert parse(strict_yaml.dump({"a": value})) == {"a": value}
+    more = [*value, *value[:2]] if isinstance(value, list) else value | {"more": [1, 2, 3]}
+    with pytest.raises(RecipeError, match="2,000 values"):
+        parse(json.dumps({"a": more}))
+    with pytest.raises(RecipeError, match="could not be read back"):
+        strict_yaml.dump({"a": more})

@@ -50,6 +50,7 @@ ROWS = [
         trains="L*(2*D*r + r + D), of one session",
         vit_base=L * (2 * D * 16 + 16 + D),
         alone=True,
+        of_images=True,
     ),
     _row(
         name="convpass",
@@ -58,6 +59,7 @@ ROWS = [
         paper="Jie and Deng 2022, arXiv 2207.07039",
         trains="2*L*(2*D*r + 9*r*r + 2*r + D)",
         vit_base=2 * L * (2 * D * 8 + 9 * 8 * 8 + 2 * 8 + D),
+        of_images=True,
     ),
     _row(
         name="repadapter",
@@ -99,6 +101,7 @@ ROWS = [
         needs=frozenset({"sequence"}),
         unchanged=frozenset({"attention", "tokens"}),
         alone=True,
+        of_images=True,
     ),
     _row(
         name="clip_adapter",

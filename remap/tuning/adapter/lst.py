@@ -79,7 +79,7 @@ class Ladder(nn.Module):
         self.by_token = len(anatomy.classifier_heads) > 1
         self.downs = nn.ModuleList(nn.Linear(width, side) for _ in range(anatomy.depth + 1))
         self.blocks = nn.ModuleList(SideBlock(side, heads) for _ in range(anatomy.depth))
-        self.up = nn.Linear(side, width)
+        self.up = nn.Linear(side, anatomy.feature_width)
         self.gates = nn.Parameter(torch.zeros(anatomy.depth)) if config.gates == "learned" else None
         for linear in (*self.downs, self.up):  # keeps the variance of its input
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)

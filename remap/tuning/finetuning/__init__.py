@@ -31,6 +31,7 @@ ROWS = [
         lr=1e-1,
         unchanged=frozenset({"attention", "tokens", "pooled"}),
         alone=True,
+        of_images=True,
     ),
     _row(
         name="dual_head",
@@ -42,6 +43,7 @@ ROWS = [
         mergeable=False,
         lr=1e-1,
         unchanged=frozenset({"attention", "tokens", "pooled"}),
+        of_images=True,
     ),
     _row(
         name="mlp",
@@ -53,6 +55,7 @@ ROWS = [
         mergeable=False,
         unchanged=frozenset({"attention", "tokens"}),
         alone=True,
+        of_images=True,
     ),
     _row(
         name="ranpac",
@@ -64,6 +67,7 @@ ROWS = [
         lr=1e-1,
         mergeable=False,
         unchanged=frozenset({"attention", "tokens", "pooled"}),
+        of_images=True,
     ),
     _row(
         name="partial",
@@ -84,5 +88,6 @@ ROWS = [
         mergeable=False,
         unchanged=frozenset({"attention", "tokens"}),
         alone=True,
+        of_images=True,
     ),
 ]

@@ -35,7 +35,7 @@ class RanPAC(Method):
     def attach(self, model: nn.Module, anatomy: Anatomy) -> Attachment:
         require_one_feature(anatomy, "ranpac")
         edits, like = Edits(model), next(model.parameters())
-        random = edits.insert(PATH, RandomFeatures(anatomy.width, self.config), like)
+        random = edits.insert(PATH, RandomFeatures(anatomy.feature_width, self.config), like)
         for path in anatomy.classifier_heads:
             head = module_at(model, path)
             if isinstance(head, nn.Identity):  # a model without classifier

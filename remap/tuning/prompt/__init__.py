@@ -66,6 +66,7 @@ ROWS = [
         paper="Bahng et al. 2022, arXiv 2203.17274",
         trains="12*b*(S - b), b border and S image side in pixels",
         vit_base=12 * 30 * (224 - 30),
+        of_images=True,
     ),
     _row(
         name="e2vpt",
@@ -87,6 +88,7 @@ ROWS = [
         needs=frozenset({"sequence"}),
         unchanged=frozenset({"attention", "tokens", "pooled"}),
         alone=True,
+        of_images=True,
     ),
     _row(
         name="l2p",
@@ -97,6 +99,7 @@ ROWS = [
         vit_base=10 * 2 * 5 * D + 10 * D,
         needs=frozenset({"sequence"}),
         alone=True,
+        of_images=True,
     ),
     _row(
         name="dualprompt",
@@ -107,6 +110,7 @@ ROWS = [
         vit_base=2 * 2 * 5 * D + 3 * 10 * 2 * 20 * D + 10 * D,
         needs=frozenset({"sequence"}),
         alone=True,
+        of_images=True,
     ),
     _row(
         name="coda_prompt",
@@ -117,6 +121,7 @@ ROWS = [
         vit_base=5 * 100 * (8 + 2) * D,
         needs=frozenset({"sequence"}),
         alone=True,
+        of_images=True,
     ),
     _row(
         name="domains",
@@ -127,6 +132,7 @@ ROWS = [
         vit_base=L * 2 * 10 * D,
         needs=frozenset({"sequence"}),
         alone=True,
+        of_images=True,
     ),
     _words(
         name="coop",

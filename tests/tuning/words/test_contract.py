@@ -227,3 +227,11 @@ def test_an_average_answers_in_its_own_words(tune: Callable[..., Network], image
         other.attached.train()
         other.model.remap_words.context.copy_(start + 0.9)  # of the first step a tenth stays
         torch.testing.assert_close(average.model(images), other.model.eval()(images))
+
+
+def test_other_methods_read_the_features_behind_the_projection(tune: Callable[..., Network], images: Tensor) -> None:
+    """12 dimensions that images and texts share, of an image tower 24 wide."""
+    for row in METHODS:
+        if row.of_images:
+            model = tune(row.name).model
+            assert model(images).shape == (4, 3) and model.head.classifier.in_features == 12, row.name
