@@ -54,6 +54,13 @@ def test_only_images_without_labels_must_come_from_somewhere() -> None:
     assert line == "data.unlabeled_only: all images have labels (set data.unlabeled or data.labels)"
 
 
+@pytest.mark.parametrize("data", [{"source": None, "unlabeled": "more"}, {}])
+def test_class_means_need_labelled_images(data: dict[str, Any]) -> None:
+    """They are taken after the last step, when all steps would be lost."""
+    lines = problems(data=data, teacher="a", losses="feature", method="ease")
+    assert any(line.startswith("method: ease answers by class means of labelled images") for line in lines)
+
+
 def test_views_without_augmentation_are_one() -> None:
     (line,) = problems(data={"views": 4})
     assert line.startswith("data.views: without augmentation an image has one view only")
