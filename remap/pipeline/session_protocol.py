@@ -64,6 +64,8 @@ def compare_sessions(
     Raises:
         RemapError: Anything a user can mend.
     """
+    if recipe.data.multilabel:
+        raise RecipeError(["task: multilabel: sessions are learned for one class an image"], recipe.name)
     base, shared = labels_only(recipe), SharedResources()
     parts = parts_of(base.data, split, shared)
     if split == FOLDERS:
