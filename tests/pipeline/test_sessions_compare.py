@@ -113,6 +113,7 @@ def test_folders_are_sessions_with_a_look_of_their_own(tiny: Any, tmp_path: Path
                 folder.mkdir(parents=True, exist_ok=True)
                 for path in (Path(tiny.data) / part / label).iterdir():
                     shutil.copy(path, folder / f"{part}-{path.name}")
+    (tmp_path / "looks" / ".cache").mkdir()  # of a tool, and not a session
     data = f"data.source={tmp_path / 'looks'}"
     recipe = tiny.recipe(data, "data.val_fraction=0.3", "train.epochs=1", method="linear", teacher=None, losses="ce")
     arguments = (recipe, "folders", ["linear"], ["domains", "joint"], 1, tmp_path / "out", Silent())
