@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from remap.runs.interval import with_interval
+from remap.data import CLASSES, METRIC
+from remap.runs.interval import in_words
 from remap.runs.summary_schema import metrics_in_words
 from remap_cli import console, launch
 from remap_cli import options as opt
@@ -36,10 +37,8 @@ def _show(run: Path, found: dict[str, Any]) -> None:
     rows = [
         [r["class"], r["images"], "-" if r["accuracy"] is None else f"{r['accuracy']:.1%}"] for r in found["classes"]
     ]
-    alone = found["interval"] is None
-    everything = f"{found['accuracy']:.1%}" if alone else with_interval(found["accuracy"], found["images"])
-    rows.append(["all", found["images"], everything])
-    name = "average precision" if alone else found["metric"]
+    rows.append(["all", found["images"], in_words(found["accuracy"], *found["interval"])])
+    name = found["metric"] if found["metric"] == METRIC[CLASSES] else "average precision"
     console.table(f"{run} on {found['data']}", ["class", "images", name], rows, right=(1, 2))
     metrics = metrics_in_words(found["metrics"], len(found["classes"]))
     console.line(", ".join(f"{words} {value:.1%}" for words, value in metrics.items()))

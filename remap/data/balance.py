@@ -17,6 +17,17 @@ def class_weights(labels_N: NDArray[np.int64], classes: int, power: float) -> ND
     return weights_C * (counts_C.sum() / (counts_C @ weights_C))
 
 
+def answer_weights(labels_NC: NDArray[np.int8], power: float) -> NDArray[np.float64]:
+    """Return what a yes counts beside a no, (C,): (images without the class / images with it)^power.
+
+    It is 1 where one of them is 0. Images without labels (-1) count nothing.
+    """
+    known_KC = labels_NC[labels_NC[:, 0] >= 0]
+    with_C = (known_KC == 1).sum(axis=0)
+    without_C = len(known_KC) - with_C
+    return np.where(with_C * without_C > 0, without_C / np.maximum(with_C, 1), 1.0) ** power
+
+
 def draw(seed: int, epoch: int, expected_N: NDArray[np.float64]) -> NDArray[np.int64]:
     """Return the N images of an epoch, in order; image i is among them floor or ceil of ``expected_N[i]`` times.
 

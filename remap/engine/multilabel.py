@@ -52,6 +52,33 @@ class SetEvaluation(Evaluation):
         columns = zip(self.scores_NC[seen_N].T, self.labels_NC[seen_N].T == 1, strict=True)
         return [average_precision(scores_N, has_N) if has_N.any() else None for scores_N, has_N in columns]
 
+    def interval(self, draws: int = 1000) -> tuple[float, float]:
+        """Return the 95 % interval of ``merit``: percentiles over draws of as many images with replacement.
+
+        The percentile bootstrap (Efron 1979), the same every time. A draw without an image of a class leaves it out.
+        """
+        seen_N = self.predictions_N >= 0
+        scores_CN, has_CN = self.scores_NC[seen_N].T, self.labels_NC[seen_N].T == 1
+        scores_CN, has_CN = scores_CN[has_CN.any(1)], has_CN[has_CN.any(1)]
+        if not len(has_CN):
+            return 0.0, 1.0
+        order_CN = np.argsort(-scores_CN, axis=1, kind="stable")
+        scores_CN, has_CN = (np.take_along_axis(rows, order_CN, 1) for rows in (scores_CN, has_CN))
+        # Images of equal scores share a threshold: the precision at the last of them counts for each.
+        ends = np.append(np.diff(scores_CN, axis=1) != 0, np.ones((len(has_CN), 1), bool), axis=1)
+        count = has_CN.shape[1]
+        last_CN = np.minimum.accumulate(np.where(ends, np.arange(count), count)[:, ::-1], axis=1)[:, ::-1]
+        generator, found = np.random.default_rng(0), []
+        for _ in range(draws):
+            times_CN = np.bincount(generator.integers(count, size=count), minlength=count)[order_CN]
+            hits_CN = times_CN * has_CN
+            precision_CN = hits_CN.cumsum(1) / np.maximum(times_CN.cumsum(1), 1)
+            total_C = hits_CN.sum(1)
+            sums_C = (hits_CN * np.take_along_axis(precision_CN, last_CN, 1)).sum(1)
+            found.append(float((sums_C[total_C > 0] / total_C[total_C > 0]).mean()) if total_C.any() else 0.0)
+        low, high = np.percentile(found, (2.5, 97.5))
+        return float(low), float(high)
+
     @property
     def named_NC(self) -> np.ndarray:
         """Which classes are named, of the images that could be read."""

@@ -60,9 +60,11 @@ from PIL import Image, ImageOps
 session, one = onnxruntime.InferenceSession("{file}"), onnxruntime.RunOptions()
 one.only_execute_path_to_fetches = True  # what other tasks need is not computed
 metadata = session.get_modelmeta().custom_metadata_map
-classes, view = json.loads(metadata["classes"]), json.loads(metadata["preprocessing"])
+classes, view, activation = (json.loads(metadata[key]) for key in ("classes", "preprocessing", "activation"))
 {images}task = sys.argv[2]
-print(classes[task][session.run([task], {{"images": images}}, one)[0][0].argmax()])
+names, answer = classes[task], session.run([task], {{"images": images}}, one)[0][0]
+several = activation[task] == "sigmoid"  # any number of classes
+print([name for name, one in zip(names, answer) if one > 0] if several else names[answer.argmax()])
 """
 _TORCH = """\
 import json, sys

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from remap.data import CLASSES
 from remap.data.fingerprint import Contents
 from remap.data.image_files import Skipped, counted
 from remap.data.sources import open_data, read_all
@@ -16,6 +15,7 @@ from remap.distributed.interrupts import watch_signals
 from remap.distributed.launch import accelerator, use_bf16
 from remap.engine.evaluate import batch_size_of_evaluation, evaluate
 from remap.engine.metrics import metrics
+from remap.engine.multilabel import SetEvaluation
 from remap.errors import RunError
 from remap.network import choose_attention
 from remap.pipeline.shared import source_arguments
@@ -35,7 +35,7 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
     Returns:
         accuracy, correct, images, interval (of the accuracy, 95 %), metrics (see ``remap.engine.metrics``), per class:
         name, images, accuracy; and how many files were left out for which reason. Where an image has any number of
-        classes, accuracy is the mean average precision, without an interval, and that of a class its own.
+        classes, accuracy is the mean average precision, and that of a class its own.
     """
     run = RunDir.open(path)
     recipe = run.recipe()
@@ -82,7 +82,7 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
         "accuracy": found.merit,
         "correct": found.correct,
         "images": found.count,
-        "interval": list(wilson(found.accuracy, found.count)) if network.task == CLASSES else None,
+        "interval": list(found.interval() if isinstance(found, SetEvaluation) else wilson(found.merit, found.count)),
         "metrics": metrics(found, split.labels),
         "left_out": dict(Counter(reason for _, reason in left_out)),
         "skipped": [list(item) for item in images.bad_names()],

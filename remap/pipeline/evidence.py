@@ -64,7 +64,9 @@ def _sets(has_NC: np.ndarray) -> list[list[int]]:
 
 def _answers(found: Evaluation) -> Answers:
     if isinstance(found, SetEvaluation):
-        named, sure_NC = _sets(found.named_NC), (1 / (1 + np.exp(-found.scores_NC.astype(np.float64)))).round(5)
+        from scipy.special import expit  # loads slowly
+
+        named, sure_NC = _sets(found.named_NC), expit(found.scores_NC.astype(np.float64)).round(5)
         return Answers(
             predictions=named,
             confidences=[sure_C[classes].tolist() for sure_C, classes in zip(sure_NC, named, strict=True)],

@@ -84,7 +84,10 @@ def extension_recipe(
     if memory is not None:  # a few old images beside many new ones
         data["memory"], train["align"] = str(memory), bool(found.added)
     whole = {"name": old.name, "seed": old.seed, "data": data, "student": student, "method": method, "train": train}
-    return resolve(None, words, settings, start={**whole, "teacher": teacher, "losses": losses})
+    recipe = resolve(None, words, settings, start={**whole, "teacher": teacher, "losses": losses})
+    if recipe.train.align and not found.added:
+        raise RecipeError(["train.align: there is no new class whose row it would change (leave it out)"], "extend")
+    return recipe
 
 
 def _require_fit(found: Situation, way: str, words: dict[str, Any]) -> None:

@@ -19,19 +19,31 @@ from remap.pipeline.sessions import sessions_of
 from remap.progress import Progress
 
 
+def require_correctable(components: RunComponents) -> None:
+    """Refuse a bias that cannot be fitted, before any step is taken.
+
+    Raises:
+        DataError: There are no held-out images of some class.
+        BackboneError: The classifier has no bias.
+    """
+    held_out, student = components.views.selection, components.student
+    if components.recipe.train.align != "bias" or held_out is None or _known(components) is None:
+        return
+    _require_each_class(held_out.split.labels, len(student.classes or ()))
+    if any(layer.bias is None for layer in _layers(student)):
+        raise BackboneError("the classifier has no bias to correct", do="align its rows (train.align=true)")
+
+
 def rebalance(components: RunComponents, progress: Progress) -> bool:
     """Change the classifier as ``train.align`` says, and return whether it was: there may be no new class.
 
     Raises:
         DataError: There are no held-out images of some class to fit the bias on.
     """
-    how, student = components.recipe.train.align, components.student
-    if not how or (run := components.recipe.student.extends) is None:
+    student, known = components.student, _known(components)
+    if known is None:
         return False
-    known = len(sessions_of(expanded(run))[-1].classes)
-    if known == len(student.classes or ()):
-        return False
-    if how == "bias":
+    if components.recipe.train.align == "bias":
         held_out, batch = components.views.selection, batch_size_of_evaluation(components.recipe)
         assert held_out is not None, "the recipe holds images out"
         what = "logits of held-out images"
@@ -42,6 +54,15 @@ def rebalance(components: RunComponents, progress: Progress) -> bool:
     else:
         progress.say(f"the rows of new classes are scaled by {align_classifier(student, known):.3f} to the old norm")
     return True
+
+
+def _known(components: RunComponents) -> int | None:
+    """Return how many classes the run that is extended knows; None where nothing is aligned, or no class is new."""
+    run = components.recipe.student.extends
+    if not components.recipe.train.align or run is None:
+        return None
+    known = len(sessions_of(expanded(run))[-1].classes)
+    return None if known == len(components.student.classes or ()) else known
 
 
 def align_classifier(network: Network, known: int) -> float:
@@ -66,13 +87,7 @@ def fit_bias(logits_NC: np.ndarray, labels_N: np.ndarray, known: int, classes: i
     from scipy.optimize import minimize
     from scipy.special import logsumexp
 
-    counts_C = np.bincount(labels_N, minlength=classes)
-    if not counts_C.min():
-        raise DataError(
-            "the bias is fitted on held-out images of each class, and some have none",
-            given=f"{int((counts_C == 0).sum())} of {classes} classes without",
-            do="take a larger --memory, or hold more out (data.selection)",
-        )
+    counts_C = _require_each_class(labels_N, classes)
     rows = np.concatenate([np.flatnonzero(labels_N == label)[: counts_C.min()] for label in range(classes)])
     logits_NC, labels_N = logits_NC[rows].astype(np.float64), labels_N[rows]
 
@@ -83,6 +98,18 @@ def fit_bias(logits_NC: np.ndarray, labels_N: np.ndarray, known: int, classes: i
 
     found = minimize(loss, [1.0, 0.0], method="L-BFGS-B", bounds=[(0.01, 100.0), (-100.0, 100.0)])
     return float(found.x[0]), float(found.x[1])
+
+
+def _require_each_class(labels_N: np.ndarray, classes: int) -> np.ndarray:
+    """Return how many images there are of each class (C,)."""
+    counts_C = np.bincount(labels_N, minlength=classes)
+    if not counts_C.min():
+        raise DataError(
+            "the bias is fitted on held-out images of each class, and some have none",
+            given=f"{int((counts_C == 0).sum())} of {classes} classes without",
+            do="take a larger --memory, or hold more out (data.selection)",
+        )
+    return counts_C
 
 
 def _layers(network: Network) -> list[Layer]:
@@ -96,5 +123,3 @@ def _change_rows(network: Network, known: int, scale: float, shift: float) -> No
         layer.weight[known:] *= scale
         if layer.bias is not None:
             layer.bias[known:] = scale * layer.bias[known:] + shift
-        elif shift:
-            raise BackboneError("the classifier has no bias to correct", do="align its rows (train.align=true)")

@@ -25,7 +25,7 @@ from remap.pipeline.evidence import write_evidence
 from remap.pipeline.fit_at_once import fit_at_once, leave_untrained
 from remap.pipeline.frozen_check import FrozenWeights, trained_text
 from remap.pipeline.objective import without_idle_losses
-from remap.pipeline.rebalancing import rebalance
+from remap.pipeline.rebalancing import rebalance, require_correctable
 from remap.pipeline.results import require_space, write_results, write_summary
 from remap.pipeline.run_status import track_status
 from remap.pipeline.samples import method_sample
@@ -272,6 +272,7 @@ def _learn(
         return leave_untrained(job, tracker)
     if components.recipe.train.fit != "gradient":
         return fit_at_once(components, tracker, shared, progress)
+    require_correctable(components)
     progress.say(trained_text(job.parameters(), components.student))
     state = train(job, resume=resuming)
     rebalanced = rebalance(components, progress)

@@ -10,6 +10,7 @@ from safetensors.torch import load
 from remap.io import human_size
 from remap.runs.environment import plain_environment
 from remap.runs.run_dir import RunDir
+from remap.runs.summary_schema import metric_of
 
 _TASK = Path("task") / "task.safetensors"
 # Entries of an environment that decide the last bits of sums.
@@ -34,8 +35,8 @@ def compare(first: RunDir, second: RunDir) -> dict[str, Any]:
         checks.append(_file_check(f"{name} file", *(path / name / _TASK for path in pair)))
     # The first number that differs tells where two runs parted.
     checks.append(_history_check(history(first), history(second)))
-    for what, read in FIGURES.items():
-        values = read(before), read(after)
+    for name, read in FIGURES.items():
+        what, values = name.replace("accuracy", metric_of(before)), (read(before), read(after))
         # Not every run has every figure: no test folder, no teacher.
         if values != (None, None):
             checks.append(_check(what, *map(_words, values), equal=values[0] == values[1]))

@@ -64,6 +64,8 @@ def compare_sessions(
     Raises:
         RemapError: Anything a user can mend.
     """
+    if recipe.data.multilabel:
+        raise RecipeError(["task: multilabel: sessions are learned for one class an image"], recipe.name)
     base, shared = labels_only(recipe), SharedResources()
     parts = parts_of(base.data, split, shared)
     if split == FOLDERS:
@@ -88,7 +90,8 @@ def _way(word: str) -> tuple[str, int, bool]:
     """Read "lwf:20:bias" as a way, a number of images a class, and whether the bias is corrected by them."""
     way, *more = word.split(":")
     memory, bias = (more[0] if more else "0"), more[1:] == ["bias"]
-    if way not in (*WAYS, JOINT) or len(more) > 1 + bias or (more and way not in WITH_MEMORY) or not memory.isdigit():
+    known = way in (*WAYS, JOINT) and memory.isdigit() and int(memory) >= bias
+    if not known or len(more) > 1 + bias or (more and way not in WITH_MEMORY):
         allowed = f"{', '.join((*WAYS, JOINT))}, lwf:20, lwf:20:bias"
         raise RecipeError([f"--ways: unknown word '{word}' (allowed: {allowed})"], "compare")
     return way, int(memory), bias
@@ -104,6 +107,8 @@ def _pairs(methods: Sequence[str], ways: Sequence[str], *, same_classes: bool) -
     if misfit := {"ease" if same_classes else "domains"} & {way for _, way in words}:
         what = "new classes, and these are the same" if same_classes else "a new look of the same classes"
         raise RecipeError([f"--ways: {misfit.pop()} is for {what} (see --sessions)"], "compare")
+    if same_classes and (biased := [word for word in ways if _way(word)[2]]):
+        raise RecipeError([f"--ways: {biased[0]} corrects the bias of new classes, and these are the same"], "compare")
     for method in set(methods) & set(ALONE):
         if other := [word for word, way in words if way not in (*METHOD_WAYS, JOINT)]:
             raise RecipeError([f"--methods: {method} is extended by itself alone, not by {other[0]}"], "compare")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from remap.data.image_files import is_leftover
 from remap.errors import RecipeError
 from remap.io.paths import absolute, expanded
 from remap.pipeline.shared import SharedResources
@@ -18,7 +19,8 @@ def parts_of(data: DataSpec, split: str, shared: SharedResources) -> list[DataSp
         groups = groups_of(split, shared.index(data).classes)
         return [data.model_copy(update={"only": tuple(names)}) for names in groups]
     root = expanded(data.source or "")
-    folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    found = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    folders = sorted(path for path in found if not is_leftover(path.name))
     if len(folders) < 2 or data.val_source is not None:
         problem = f"--sessions: folders needs a folder of two or more, and no --val-data (given {data.source})"
         raise RecipeError([problem], "compare")

@@ -102,14 +102,15 @@ def load_teacher(
         require_size_of_run(spec)
         network, _ = load_task(expanded(spec.model))
         known = network.classes or ()
-        if known == classes and network.task != recipe.data.task:
+        # One that knows the first classes only teaches those (``LogitsTerm``).
+        brings_head = known == classes or (spec.prepare == "none" and known and known == classes[: len(known)])
+        if brings_head and network.task != recipe.data.task:
             tasks = f"task {network.task}, and this recipe is of task {recipe.data.task}"
             raise RunError(
                 f"the run {spec.model} was tuned for {tasks}",
                 do="name a run of the same task, or the model that was tuned",
             )
-        # One that knows the first classes only teaches those (``LogitsTerm``).
-        if known == classes or (spec.prepare == "none" and known and known == classes[: len(known)]):
+        if brings_head:
             key = _key(network, "its own", spec, recipe)
             return placed(PreparedTeacher(network, spec, key, "its own"), recipe, device)
     # A fresh head is drawn here; the generator is forked by the caller.

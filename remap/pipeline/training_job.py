@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from remap.cache.frozen_features import FrozenFeatures
-from remap.data.balance import class_weights
+from remap.data.balance import answer_weights, class_weights
 from remap.data.copies import copies_across
 from remap.distributed.launch import accelerator
 from remap.engine.job import Job
@@ -75,10 +75,14 @@ def class_balance(components: RunComponents, progress: Progress) -> dict[str, An
     if spec.class_weight_power == 0.0:
         return {}
     labels_N, in_loss = components.training_source.split.labels, spec.class_weight_by == "loss"
-    weights_C = class_weights(labels_N, len(names), spec.class_weight_power)
-    low, high, how = int(weights_C.argmin()), int(weights_C.argmax()), "counts" if in_loss else "is drawn"
+    if labels_N.ndim == 2:
+        weights_C, what, how = answer_weights(labels_N, spec.class_weight_power), "a yes to", "counts as a no"
+    else:
+        weights_C, what = class_weights(labels_N, len(names), spec.class_weight_power), "an image of"
+        how = "counts" if in_loss else "is drawn"
+    low, high = int(weights_C.argmin()), int(weights_C.argmax())
     progress.say(
-        f"an image of {names[low]} {how} {weights_C[low]:.3g} times, one of {names[high]} {weights_C[high]:.3g} times"
+        f"{what} {names[low]} {how} {weights_C[low]:.3g} times, one of {names[high]} {weights_C[high]:.3g} times"
     )
     if not in_loss:
         return {"expected_N": weights_C[labels_N]}

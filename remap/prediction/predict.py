@@ -95,6 +95,7 @@ def predict_to_file(
             do=f"use one process, and remove {path}.parts if it is there",
         )
     students = open_students(run, accelerator().device if several else None)
+    wanted.require_fit(students)  # before the folder is made, which other options would not continue
     wanted = replace(wanted, bf16=runs_in_bf16(run, students))
     silent = {"workers", *(() if wanted.adapt else ("batch_size", "adapt")), *(() if wanted.bf16 else ("bf16",))}
     silent |= {name for name in ("top", "threshold") if getattr(wanted, name) is None}

@@ -37,6 +37,8 @@ def data_problems(recipe: Recipe) -> Iterator[str]:
     if data.per_class_seed and data.per_class is None:
         yield "data.per_class_seed: all images are taken (set data.per_class, or leave data.per_class_seed out)"
     known = all(loss.name in LOSSES for loss in recipe.losses)
+    if recipe.method.name == "ease" and (data.source is None or recipe.label_free):
+        yield "method: ease answers by class means of labelled images, and there are none (take another)"
     if data.source is None:
         if data.unlabeled is None:
             yield "data.source: there are no images (set data.source, or data.unlabeled to learn without labels)"

@@ -10,8 +10,8 @@ from remap.tuning import METHODS, parts_of
 
 # Metrics of either task, and those of multilabel.
 EITHER, OF_SETS = ("loss",), (METRIC[MULTILABEL], "f1_micro", "f1_macro")
-# A method that compares images by their one class.
-_BY_CLASS = ("gps",)
+# Methods that compare images by their one class, or answer with a distribution over classes.
+_BY_CLASS = ("gps", "ease", "dual_head")
 
 
 def multilabel_problems(recipe: Recipe) -> Iterator[str]:
@@ -35,7 +35,7 @@ def multilabel_problems(recipe: Recipe) -> Iterator[str]:
     unfit = [part for part in known if "words" in METHODS.row(part).needs or part in _BY_CLASS]
     if unfit or "class_mean" in str(recipe.method.options.values()):
         what = ", ".join(unfit) or f"{recipe.method.name} with init=class_mean"
-        yield f"method: {what} reads one class an image (take one that reads none, such as lora or vpt_deep)"
+        yield f"method: {what} is for one class an image (take another, such as lora or vpt_deep)"
     if data.source is None or recipe.label_free:
         yield f"task: {MULTILABEL} learns from labelled images with a classifier (set data.source, and add ce or kd)"
     given = {
@@ -46,7 +46,7 @@ def multilabel_problems(recipe: Recipe) -> Iterator[str]:
         "data.memory": data.memory is not None,
         "data.classes, data.templates, data.descriptions": data.speaks,
         "train.fit": train.fit != "gradient",
-        "train.class_weight_power": train.class_weight_power != 0.0,
+        "train.class_weight_by": train.class_weight_by != "loss",
         "student.extends": student.extends is not None,
         "teacher.top_k": any(one.top_k is not None for one in recipe.teachers),
         "teacher.calibrate": any(one.calibrate for one in recipe.teachers),

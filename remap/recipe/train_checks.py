@@ -70,6 +70,8 @@ def _fit_problems(recipe: Recipe) -> Iterator[str]:
         yield "train.align: there are no rows of new classes that steps have trained (set student.extends)"
     if train.align == "bias" and recipe.data.memory is None:
         yield "train.align: bias is fitted on held-out images of a memory, and there is none (name its size: --memory)"
+    if student.extends is None and recipe.method.options.get("session"):
+        yield "method.session: a later session learns beside what a run has learned before (name it: `remap extend`)"
     if student.extends is not None and (student.init is not None or student.shrink is not None):
         yield "student.extends: the student has the weights of that run (leave init and shrink out)"
 

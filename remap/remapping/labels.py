@@ -18,7 +18,8 @@ class Labels:
             mixed.
         share_B: How much of each image is its own, float32 in [0, 1]; None where nothing is mixed.
         labeled: Share of all training images (not of this batch) whose label is known; of mixed ones, both labels.
-        weights_C: What an image of each class counts in a loss on labels, float32; None counts them alike.
+        weights_C: What an image of each class counts in a loss on labels, float32; None counts them alike. Where an
+            image has any number of classes, what a yes counts beside a no.
     """
 
     classes_B: Tensor

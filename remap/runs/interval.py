@@ -32,7 +32,11 @@ def difference(first: float, second: float, count: int) -> tuple[float, float]:
 
 def with_interval(share: float, count: int) -> str:
     """Return a share in words with its interval: "94.4 % (92.6-95.8)"."""
-    low, high = wilson(share, count)
+    return in_words(share, *wilson(share, count))
+
+
+def in_words(share: float, low: float, high: float) -> str:
+    """Return a share and its interval in words."""
     return f"{100 * share:.1f} % ({100 * low:.1f}-{100 * high:.1f})"
 
 

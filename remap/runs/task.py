@@ -35,6 +35,7 @@ from remap.recipe.schema import ModelSpec
 from remap.runs.run_records import STUDENT_MODEL
 from remap.runs.task_file import (
     FORMAT,
+    FORMAT_OF_SETS,
     TaskMeta,
     folder_of,
     read_meta,
@@ -68,7 +69,7 @@ def save_task(
     data = save(dict(tensors), metadata={"format": f"remap task {FORMAT}"})
     atomic_write.write_bytes(folder / "task.safetensors", data)
     body = {
-        "format": FORMAT,
+        "format": FORMAT if network.task == CLASSES else FORMAT_OF_SETS,
         "remap": __version__,
         "backbone": {
             "model": network.identity.model,
@@ -138,6 +139,7 @@ def network_of(folder: Path, meta: TaskMeta, tensors: dict[str, Tensor], backbon
         raise RunError(f"{folder} does not hold the backbone that its task.json says it holds")
     _put(network, tensors, folder)
     network.classes, network.preprocess, network.task = meta.classes, meta.preprocess, meta.task
+    network.model.eval()  # in train mode methods answer as in a step: by the newest session alone
     return network
 
 

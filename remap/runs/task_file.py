@@ -30,7 +30,7 @@ from remap.network import Network
 from remap.recipe.schema import LARGEST_SIDE, MethodSpec, PathOrName
 from remap.runs.run_dir import RunDir
 
-FORMAT = 1
+FORMAT, FORMAT_OF_SETS = 1, 2  # of task multilabel, which earlier versions would read as one class an image
 MOST_CLASSES = 1_000_000
 # Sizes that a method's options may ask for whatever the file holds; larger ones must be a size of one of its tensors.
 FREE_SIZE = 4096
@@ -91,7 +91,7 @@ class _Source(BaseModel):
 class TaskMeta(BaseModel):
     """The content of task.json."""
 
-    format: Literal[1]  # FORMAT
+    format: Literal[1, 2]  # FORMAT, FORMAT_OF_SETS
     backbone: _Source
     method: MethodSpec
     # None where there is no classifier.
@@ -170,7 +170,7 @@ def read_meta(folder: Path) -> TaskMeta:
         raise RunError(
             f"{path} is not a task of this version of remap",
             given=f"{json.dumps(values)[:80]} (wrong, missing or unknown: {names})",
-            allowed=f"format {FORMAT}",
+            allowed=f"format {FORMAT} or {FORMAT_OF_SETS}",
         )
     if not sealed:
         what = f"{path} is not sealed: an earlier version of remap wrote it, and changes of its text cannot be noticed"

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from remap.data.augmentation import PRESETS
-from remap.data.balance import class_weights, draw
+from remap.data.balance import answer_weights, class_weights, draw
 from remap.data.order import EpochPlan
 from remap.remapping.knowledge.logits.distillation import CrossEntropy
 from remap.remapping.labels import Labels
@@ -27,6 +27,13 @@ def test_weights_are_powers_of_the_counts_with_a_mean_of_one(power: float) -> No
     if power == 1.0:
         assert [weights[label] * (label == LABELS).sum() for label in range(3)] == pytest.approx([100 / 3] * 3)
     assert class_weights(np.append(LABELS, -1), 4, power).tolist() == pytest.approx([*weights, 0.0])
+
+
+def test_a_yes_counts_a_power_of_images_without_to_images_with_the_class() -> None:
+    """By hand: 1 of 4 images, 3 of 4, none and all of them; the last has no labels."""
+    sets = np.array([[1, 1, 0, 1], [0, 1, 0, 1], [0, 1, 0, 1], [0, 0, 0, 1], [-1, -1, -1, -1]], np.int8)
+    assert answer_weights(sets, 1.0).tolist() == pytest.approx([3.0, 1 / 3, 1.0, 1.0])
+    assert answer_weights(sets, 0.5).tolist() == pytest.approx([3**0.5, 3**-0.5, 1.0, 1.0])
 
 
 def test_an_image_is_drawn_as_often_as_expected_to_within_one() -> None:

@@ -8,7 +8,7 @@ from torchmetrics.functional.classification import multilabel_average_precision
 
 from remap.engine.evaluation import Evaluation
 from remap.engine.metrics import metrics
-from remap.engine.multilabel import SetScoring, average_precision, base_rate
+from remap.engine.multilabel import SetEvaluation, SetScoring, average_precision, base_rate
 from remap.engine.selection import selection_metric
 
 DRAWS = np.random.default_rng(0)
@@ -38,6 +38,20 @@ def test_all_metrics_are_those_of_the_libraries() -> None:
     assert found["f1_micro"] == pytest.approx(f1_score(SETS, named, average="micro"))
     assert found["f1_macro"] == pytest.approx(f1_score(SETS, named, average="macro"))
     assert found["exact_match"] == pytest.approx((named == SETS).all(axis=1).mean())
+
+
+def test_the_interval_is_of_images_drawn_with_replacement() -> None:
+    """Each draw against scikit-learn, with how often an image was drawn as its weight."""
+    found, draws, expected = evaluated(left_out=10), np.random.default_rng(0), []
+    for _ in range(20):
+        times = np.bincount(draws.integers(40, size=40), minlength=40)
+        known = [label for label in range(4) if (times * SETS[10:, label]).any()]
+        pairs = [(SETS[10:, label], LOGITS[10:, label]) for label in known]
+        expected.append(np.mean([average_precision_score(*pair, sample_weight=times) for pair in pairs]))
+    assert isinstance(found, SetEvaluation)
+    assert found.interval(20) == pytest.approx(tuple(np.percentile(expected, (2.5, 97.5))), abs=1e-9)
+    low, high = found.interval()
+    assert low < found.merit < high and (low, high) == found.interval()
 
 
 def test_what_is_left_out_counts_nothing() -> None:

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 import remap
 from remap.data.sources import open_data
 from remap.data.views import ViewSource
-from remap.errors import DataError, Interrupted, MissingData, RecipeError
+from remap.errors import DataError, Interrupted, MissingData, RecipeError, TrainingError
 from remap.network import Runner, tuned
 from remap.pipeline.evaluation import evaluate_run
 from remap.pipeline.extend import extend, extension_recipe
@@ -188,6 +188,9 @@ def test_a_new_look_of_the_same_classes_has_a_forward_transfer(first: Path, tiny
     matrix = found["sessions"]["accuracy"]
     assert [len(row) for row in matrix] == [2, 2]
     assert found["sessions"]["forward_transfer"] == matrix[0][1] == found["student"]["initial_accuracy"]
+    look = situation(first, DataSpec(source=tiny.data, only=("blue", "green")))
+    with pytest.raises(RecipeError, match=r"train\.align: there is no new class"):
+        extension_recipe(look, "lwf", ["train.align=true"])
 
 
 def test_the_terms_of_learning_without_forgetting(tiny: Any) -> None:
@@ -317,6 +320,9 @@ def test_bias_is_fitted_on_images_that_steps_did_not_see(
     found = extend(first, red, how="lwf", memory=8, settings=settings, output=tmp_path / "bias")
     assert found.summary["data"]["train_images"] == 18 and seen == [[2, 2, 2]]
     assert "choice" not in found.summary  # no epoch is chosen by them
+    monkeypatch.setattr("remap.pipeline.run.train", None)  # too few are refused before any step
+    with pytest.raises(DataError, match="larger --memory"):
+        extend(first, red, how="lwf", memory=1, settings=["train.align=bias"], output=tmp_path / "few")
 
 
 def test_a_look_has_parts_of_its_own_and_earlier_answers_stay(tiny: Any, tmp_path: Path) -> None:
@@ -337,12 +343,12 @@ def test_a_look_has_parts_of_its_own_and_earlier_answers_stay(tiny: Any, tmp_pat
     (old, view), (new, _) = (load_task(tmp_path / name) for name in ("one", "two"))
     split = open_data(tiny.data, None, 0.2, only=("blue", "green")).val
     pixels, _ = ViewSource(split, view, memory_bytes=0.0).batch(np.arange(len(split)))
-    for network in (old, new):
-        network.model.eval()
     before, after = (Runner(network)(pixels).logits_BC for network in (old, new))
     same = new.model.remap_domains.query.session_B == 0
     assert same.any() and torch.equal(before[same], after[same])
     assert not torch.equal(*(network.model.blocks[0].remap_domains.sets[-1].up.weight for network in (old, new)))
+    with pytest.raises(RecipeError, match=r"method\.session: a later session learns beside"):
+        tiny.recipe("method.session=1", **words)
     with pytest.raises(RecipeError, match="there are new classes"):
         extension_recipe(situation(tmp_path / "one", DataSpec(source=tiny.data, only=("red",))), "domains")
     with pytest.raises(RecipeError, match="extended by it alone"):
@@ -399,6 +405,8 @@ def test_an_adapter_each_session_and_class_means_in_all_spaces(
     preprocess = Runner(student).preprocess
     sample = Sample(lambda: iter([(preprocess(pixels(data.train, 2)), torch.full((8,), 2))]), 3)
     hooks.finish(sample)
+    with pytest.raises(TrainingError, match="reads training images with labels"):
+        hooks.finish(Sample(lambda: iter([(preprocess(pixels(data.train, 2)), torch.full((8,), -1))]), 3))
 
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
     own = np.stack([features(0, pixels(data.train, label)).mean(0) for label in (0, 1, 2)])

@@ -22,10 +22,14 @@ from remap.pipeline.extend import situation
 from remap.pipeline.logistic import fit_each_class
 from remap.pipeline.recommend import recommend
 from remap.pipeline.run import Result, resume, start
+from remap.pipeline.run_differences import compare
+from remap.pipeline.session_protocol import compare_sessions
+from remap.pipeline.teachers import load_teacher
 from remap.progress import Silent
 from remap.recipe import Recipe, resolve
-from remap.recipe.schema import DataSpec
+from remap.recipe.schema import DataSpec, TeacherSpec
 from remap.runs.answers import read_evidence
+from remap.runs.run_dir import RunDir
 from remap.runs.task_file import read_meta
 from remap_cli.app import app
 
@@ -68,10 +72,13 @@ def test_a_run_says_map_and_its_student_repeats_it(done: Result, tmp_path: Path)
     assert student["accuracy"] == student["metrics"]["mAP"] and done.summary["teacher"]["accuracy"] > 0.9
     records = [json.loads(line) for line in (done.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert all({"mAP", "val_bce"} <= record.keys() and "accuracy" not in record for record in records)
-    assert read_meta(done.run_dir / "task").task == "multilabel"
+    meta = read_meta(done.run_dir / "task")
+    assert (meta.task, meta.format) == ("multilabel", 2), "versions that do not know the task refuse its format"
 
     found = evaluate(done.run_dir)
-    assert (found["accuracy"], found["correct"], found["interval"]) == (student["accuracy"], student["correct"], None)
+    assert (found["accuracy"], found["correct"]) == (student["accuracy"], student["correct"])
+    assert 0.0 <= found["interval"][0] <= found["interval"][1] <= 1.0
+    assert "mAP" in {check["what"] for check in compare(RunDir(done.run_dir), RunDir(done.run_dir))["checks"]}
     evidence = read_evidence(done.run_dir)
     assert evidence is not None
     folder = Path(done.summary["data"]["source"].split(":", 1)[1].split("/labels.csv")[0])
@@ -102,7 +109,8 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(
     watch: Callable[..., Any],
     largest_difference: Callable[..., float],
 ) -> None:
-    made = recipe("data.cutmix=1.0", "data.labels=20", losses="ce,kd", method="lora")
+    balanced = "train.class_weight_power=0.5"
+    made = recipe("data.cutmix=1.0", "data.labels=20", balanced, losses="ce,kd", method="lora")
     complete = start(made, tmp_path / "complete")
 
     def stop(step: int) -> None:
@@ -147,9 +155,9 @@ def test_from_the_command_line_to_a_report_and_a_program(done: Result, tmp_path:
 
 
 def test_a_comparison_names_the_metric(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    from remap.pipeline.compare import compare
+    from remap.pipeline.compare import compare as tabulated
 
-    table = compare(recipe(losses="ce,kd"), ["linear"], 1, tmp_path / "table", Silent())
+    table = tabulated(recipe(losses="ce,kd"), ["linear"], 1, tmp_path / "table", Silent())
     assert table["metric"] == "mAP" and table["rows"][0]["difference"]["to_alone"] is None
     assert ": mAP in %" in (tmp_path / "table" / "compare.md").read_text()
 
@@ -181,9 +189,11 @@ REFUSED = {
     "losses": (("losses=[ce,dkd,crd]",), "losses: dkd, crd cannot learn several classes .*takes ce, kd, "),
     "torchdistill": (("losses=[ce,{name: torchdistill, loss: PKTLoss, signal: logits}]",), "torchdistill cannot learn"),
     "scale": (("losses=[{name: kd, scale: deit}]",), r"losses\[0\].scale: is for one class"),
-    "method": (("method=gps",), "method: gps reads one class an image"),
+    "method": (("method=gps",), "method: gps is for one class an image"),
+    "means": (("method=ease",), "method: ease is for one class an image"),
+    "mixture": (("method=lora+dual_head",), "method: dual_head is for one class an image"),
     "words": (("data.templates=clip",), "data.classes, data.templates, data.descriptions: is for one class"),
-    "weights": (("train.class_weight_power=0.5",), "train.class_weight_power: is for one class an image"),
+    "draws": (("train.class_weight_power=1", "train.class_weight_by=sampling"), "class_weight_by: is for one class"),
     "metric": (("train.keep=best", "train.metric=top5"), r"top5 is not a metric of task multilabel \(allowed: mAP, "),
     "fit": (("train.fit=ridge", "losses=[ce]"), "train.fit: is for one class an image"),
     "top_k": (("teacher.top_k=2",), "teacher.top_k: is for one class an image"),
@@ -218,5 +228,10 @@ def test_commands_for_one_class_say_so(done: Result, recipe: Callable[..., Recip
         remap.load_student(done.run_dir, "cpu").export("onnx", tmp_path / "int8", int8="dynamic")
     with pytest.raises(RecipeError, match="methods are ranked for one class an image"):
         recommend(recipe(), ["linear"], tmp_path / "ranked", Silent())
+    with pytest.raises(RecipeError, match="sessions are learned for one class an image"):
+        compare_sessions(recipe(), "2", ["linear"], ["lwf"], 1, tmp_path / "sessions", Silent())
     with pytest.raises(RunError, match="was tuned for task multilabel, and this recipe is of task classes"):
         start(tiny.recipe(teacher=str(done.run_dir), losses="ce,kd"), tmp_path / "taught")
+    spec, cpu, student = TeacherSpec(model=str(done.run_dir), prepare="none"), torch.device("cpu"), done.student
+    with pytest.raises(RunError, match="was tuned for task multilabel"):  # of the first classes alone
+        load_teacher(spec, tiny.recipe(), (*COLOURS, "yellow"), cpu, student, Silent())  # type: ignore[arg-type]

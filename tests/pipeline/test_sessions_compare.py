@@ -91,7 +91,7 @@ def test_ways_under_one_protocol(tiny: Any, tmp_path: Path, monkeypatch: pytest.
     assert summary["seed"] == 1 and "prototypes" in (tmp_path / "sessions.md").read_text()
     monkeypatch.setattr(session_protocol, "start", None)  # what is finished is not run again
     assert compare_sessions(*arguments)["rows"] == table["rows"]
-    for word in ("joint:3", "ease:3", "lwf:bias", "lwf:3:4"):
+    for word in ("joint:3", "ease:3", "lwf:bias", "lwf:3:4", "lwf:0:bias"):
         with pytest.raises(RecipeError, match=word):
             compare_sessions(*arguments[:3], [word], *arguments[4:])
     with pytest.raises(RecipeError, match="extended by itself alone"):
@@ -113,6 +113,7 @@ def test_folders_are_sessions_with_a_look_of_their_own(tiny: Any, tmp_path: Path
                 folder.mkdir(parents=True, exist_ok=True)
                 for path in (Path(tiny.data) / part / label).iterdir():
                     shutil.copy(path, folder / f"{part}-{path.name}")
+    (tmp_path / "looks" / ".cache").mkdir()  # of a tool, and not a session
     data = f"data.source={tmp_path / 'looks'}"
     recipe = tiny.recipe(data, "data.val_fraction=0.3", "train.epochs=1", method="linear", teacher=None, losses="ce")
     arguments = (recipe, "folders", ["linear"], ["domains", "joint"], 1, tmp_path / "out", Silent())
@@ -128,5 +129,7 @@ def test_folders_are_sessions_with_a_look_of_their_own(tiny: Any, tmp_path: Path
     assert images[1] == 2 * images[0]
     with pytest.raises(RecipeError, match="ease is for new classes"):
         compare_sessions(*arguments[:3], ["ease"], *arguments[4:])
+    with pytest.raises(RecipeError, match="lwf:3:bias corrects the bias of new classes"):
+        compare_sessions(*arguments[:3], ["lwf:3:bias"], *arguments[4:])
     with pytest.raises(RecipeError, match="a folder of two or more"):
         compare_sessions(tiny.recipe("data.source=digits"), *arguments[1:])

@@ -14,7 +14,7 @@ from PIL import Image
 
 import remap
 from remap.data.thread_pool import map_ahead, threads
-from remap.errors import RunError
+from remap.errors import RecipeError, RunError
 from remap.pipeline.student_api import load_student
 from remap.prediction.formats import write_rows
 from remap.prediction.inputs import Inputs
@@ -53,6 +53,18 @@ def test_python_iterates_over_what_the_student_says(make_task: MakeTask, photos:
         assert [p for _, p in row.top] == sorted((row.probabilities or ()), reverse=True)
         logits = student.network.model.head(__import__("torch").tensor(row.embedding))
         assert logits.softmax(-1).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_a_threshold_is_for_any_number_of_classes(make_task: MakeTask, photos: Path) -> None:
+    """Its refusal leaves nothing behind that the next command would not continue."""
+    run, path = make_task("one", "linear"), photos.parent / "rows.jsonl"
+    with pytest.raises(RecipeError, match="this run has one class an image"):
+        predict_to_file(run, Inputs([photos]), path, Wanted(threshold=0.3), Silent())
+    assert predict_to_file(run, Inputs([photos]), path, Wanted(), Silent()) == (11, 1)
+    several = make_task("several", "linear", task="multilabel")
+    (row, *_) = remap.predict(several, photos, threshold=0.0, device="cpu")
+    expected = load_student(several, "cpu").logits([row.path]).sigmoid()[0]
+    assert [p for _, p in row.top] == pytest.approx(sorted(expected.tolist(), reverse=True), abs=1e-6)
 
 
 def test_several_tasks_answer_in_one_pass(make_task: MakeTask, photos: Path) -> None:

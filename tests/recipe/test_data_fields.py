@@ -54,6 +54,14 @@ def test_only_images_without_labels_must_come_from_somewhere() -> None:
     assert line == "data.unlabeled_only: all images have labels (set data.unlabeled or data.labels)"
 
 
+@pytest.mark.parametrize("source", [None, "photos"])
+def test_class_means_need_labelled_images(source: str | None) -> None:
+    """They are taken after the last step, when all steps would be lost."""
+    data = {"source": source, "unlabeled": "more", "unlabeled_only": True}
+    lines = problems(data=data, teacher="a", losses="feature", method="ease")
+    assert any(line.startswith("method: ease answers by class means of labelled images") for line in lines)
+
+
 def test_views_without_augmentation_are_one() -> None:
     (line,) = problems(data={"views": 4})
     assert line.startswith("data.views: without augmentation an image has one view only")

@@ -57,6 +57,12 @@ def test_images_without_labels_count_nothing() -> None:
     assert value("ce", sets(rows, labeled=0.5)) == pytest.approx(cross_entropy(SETS)[:3].mean(), rel=1e-6)
 
 
+def test_a_yes_counts_the_weight_of_its_class() -> None:
+    weights, p = np.array([0.5, 1.0, 3.0, 9.0]), sigmoid(STUDENT)
+    expected = -(weights * SETS * np.log(p) + (1 - SETS) * np.log(1 - p)).mean()
+    assert value("ce", sets(weights_C=torch.tensor(weights))) == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_kd_is_the_kl_of_each_class_times_the_square_of_the_temperature(temperature: float) -> None:
     t, s = sigmoid(TEACHER / temperature), sigmoid(STUDENT / temperature)

@@ -17,7 +17,7 @@ MakeTask = Callable[..., Path]
 
 @pytest.fixture
 def make_task(tiny: Any, tmp_path: Path) -> MakeTask:
-    """Write a task folder: name, method, classes, share of a picture that is seen, and the method's options."""
+    """Write a task folder: name, method, classes, share of a picture that is seen, task, and the method's options."""
 
     def make(
         name: str,
@@ -25,6 +25,7 @@ def make_task(tiny: Any, tmp_path: Path) -> MakeTask:
         classes: tuple[str, ...] = ("a", "b", "c"),
         model: str = "",
         crop: float = 1.0,
+        task: str = "classes",
         **options: Any,
     ) -> Path:
         torch.manual_seed(len(name) + 7 * len(method))
@@ -33,7 +34,7 @@ def make_task(tiny: Any, tmp_path: Path) -> MakeTask:
         with torch.no_grad():
             for parameter in network.trained.values():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        network.classes = classes
+        network.classes, network.task = classes, task
         side = network.preprocess.size
         save_task(tmp_path / name, network, View(side, crop, "bicubic"), method, options)
         return tmp_path / name

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from remap.backbones.anatomy import Anatomy, module_at
 from remap.backbones.typed import as_timm, evaluating
-from remap.errors import BackboneError, TrainingError
+from remap.errors import BackboneError
 from remap.tuning.adapter.adaptformer import AdaptFormer, ParallelBottleneck
 from remap.tuning.adapter.bottleneck import Beside, insert_adapter
 from remap.tuning.base import Attachment, Edits, Method, Sample, TrainingHooks
@@ -165,9 +165,7 @@ class Means(TrainingHooks):
         features: list[list[np.ndarray]] = [[] for _ in self.spaces.heads]
         labels: list[np.ndarray] = []
         with evaluating(self.model):
-            for images_BCHW, labels_B in sample.batches():
-                if int(labels_B.min()) < 0:
-                    raise TrainingError("ease takes class means of images with labels, and these have none")
+            for images_BCHW, labels_B in sample.labeled("ease"):
                 self.model(images_BCHW)
                 labels.append(labels_B.cpu().numpy())
                 for rows, seen in zip(features, self.spaces.seen, strict=True):

@@ -102,10 +102,12 @@ class Router(nn.Module):
     def take(self, features_ND: Tensor) -> None:
         """Take the centroids of this session's images; of fewer images than centroids, each is one."""
         from sklearn.cluster import KMeans
+        from threadpoolctl import threadpool_limits
 
         x_ND = features_ND.double().cpu().numpy()
         count = min(self.count, len(x_ND))
-        found = torch.from_numpy(KMeans(count, n_init=4, random_state=0).fit(x_ND).cluster_centers_)
+        with threadpool_limits(1):  # several threads add up in any order, and all processes need the same bits
+            found = torch.from_numpy(KMeans(count, n_init=4, random_state=0).fit(x_ND).cluster_centers_)
         centroids_KD = getattr(self, f"centroids_{self.session}")
         centroids_KD.copy_(found[torch.arange(self.count) % count])
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from remap.backbones.families.key_values import extend_attention
@@ -34,6 +35,17 @@ def test_centroids_are_means_of_the_images_nearest_to_them(
     assert torch.allclose(router.centroids_1, means, atol=1e-5) and not router.centroids_0.any()
     attached.prepare(Sample(lambda: iter([(images[:2], torch.zeros(2))]), 5))  # fewer images than centroids
     assert torch.allclose(router.centroids_1[0], router.centroids_1[2])
+
+
+def test_centroids_are_the_same_bits_on_any_number_of_threads(build: Build, attach: Attach) -> None:
+    """Threads of K-means add up their parts in the order in which they end; there is one part in 256 images."""
+    router = attach("domains", build("plain")).model.remap_domains
+    features, found = torch.randn(3000, router.centroids_0.shape[1], generator=torch.Generator().manual_seed(0)), []
+    for threads in (1, 4, 4):
+        with threadpool_limits(threads):
+            router.take(features)
+        found.append(router.centroids_0.clone())
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("parts", ["prompts", "norms", "adapters"])

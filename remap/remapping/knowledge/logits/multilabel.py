@@ -16,9 +16,10 @@ from remap.remapping.signals import Signals
 
 
 class BinaryCrossEntropy(LossTerm):
-    """-[y log sigmoid(s) + (1 - y) log sigmoid(-s)], mean over classes, then over the labelled images.
+    """-[w y log sigmoid(s) + (1 - y) log sigmoid(-s)], mean over classes, then over the labelled images.
 
-    ``label_smoothing`` e makes y (1 - e) + e / 2 of y, as for two classes; a mixed image has the mixed y.
+    ``label_smoothing`` e makes y (1 - e) + e / 2 of y, as for two classes; a mixed image has the mixed y. w is what a
+    yes counts (``train.class_weight_power``), else 1.
     """
 
     Config = OfOneClass.Config
@@ -30,7 +31,10 @@ class BinaryCrossEntropy(LossTerm):
         logits_BC = answer_to_labels(student).float()
         smoothing = self.config.label_smoothing
         wanted_BC = labels.probabilities_BC(logits_BC.shape[1]) * (1.0 - smoothing) + smoothing / 2
-        return labels.mean(F.binary_cross_entropy_with_logits(logits_BC, wanted_BC, reduction="none").mean(dim=1))
+        losses_BC = F.binary_cross_entropy_with_logits(
+            logits_BC, wanted_BC, pos_weight=labels.weights_C, reduction="none"
+        )
+        return labels.mean(losses_BC.mean(dim=1))
 
 
 class BernoulliDistillation(LogitsTerm):
