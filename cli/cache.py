@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from remap.io.human_size import size
+from remap.io.human_size import number_of, size
 from remap_cli import console, launch
 from remap_cli import options as opt
 from remap_cli.options import BUILD, training_command
@@ -35,7 +35,7 @@ def cache_ls(json: opt.Json = False) -> None:
         return
     total = size(sum(row.bytes for row in found))
     console.table(
-        f"{len(found)} teacher cache(s) in {root.parent}: {total}",
+        f"{number_of(len(found), 'teacher cache')} in {root.parent}: {total}",
         ["id", "teacher", "view", "cached", "images", "size", "used"],
         [
             [
@@ -110,7 +110,7 @@ def cache_clear(
             }
         )
     else:
-        console.line(f"{len(cleared.removed)} teacher cache(s) cleared, {size(cleared.bytes)}.")
+        console.line(f"{number_of(len(cleared.removed), 'teacher cache')} cleared, {size(cleared.bytes)}.")
     for row in cleared.in_use:
         console.note(f"not cleared, because a running command uses it: {row.id[:8]} ({row.key.get('teacher', '-')})")
 
@@ -123,7 +123,7 @@ def _confirm(chosen: "list[Cache]") -> None:
         console.note(f"{row.id[:8]}  {row.key.get('teacher', '-')}, {what}, {size(row.bytes)}")
     if not sys.stdin.isatty():
         raise RemapError("clearing asks for confirmation, and stdin is not a terminal", do="confirm with --yes")
-    typer.confirm(f"Delete {len(chosen)} teacher cache(s)?", abort=True, err=True)
+    typer.confirm(f"Delete {number_of(len(chosen), 'teacher cache')}?", abort=True, err=True)
 
 
 @cache.command("build")

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from remap.errors import RecipeError
+from remap.io.human_size import number_of
 from remap_cli import console, launch
 from remap_cli import options as opt
 
@@ -89,12 +90,14 @@ def predict(
             found = [row.to_dict() for rows in predictions(students, inputs, wanted) for row in rows]
             counts = (len(found), sum(row["error"] is not None for row in found))
         if inputs.left_out:
-            progress.say(f"left out {inputs.left_out.total()} other file(s): {inputs.left_out_text}")
+            progress.say(f"left out {number_of(inputs.left_out.total(), 'other file')}: {inputs.left_out_text}")
     if counts is None:
         return
     if output is not None:
         summary = {"output": str(output), "images": counts[0], "unreadable": counts[1]}
-        console.emit(summary) if json else console.line(f"{counts[0]:,} image(s), {counts[1]:,} unreadable: {output}")
+        console.emit(summary) if json else console.line(
+            f"{number_of(counts[0], 'image')}, {counts[1]:,} unreadable: {output}"
+        )
     else:
         console.emit(found) if json else _show(found)
     if counts[1]:
@@ -121,4 +124,4 @@ def _show(found: list[dict[str, Any]]) -> None:
         answer = best or ("none" if row["error"] is None else f"cannot be read: {row['error']}")
         rows.append([row["path"], *([row["task"]] if several else []), answer])
     columns = ["image", *(["task"] if several else []), "class"]
-    console.table(f"{len({row['path'] for row in found})} image(s)", columns, rows, wrap=(0, len(columns) - 1))
+    console.table(number_of(len({row["path"] for row in found}), "image"), columns, rows, wrap=(0, len(columns) - 1))

@@ -30,6 +30,7 @@ from remap.data.augmentation import (
 from remap.data.thread_pool import threads
 from remap.data.views import ViewSource
 from remap.errors import DataError
+from remap.io.human_size import number_of
 
 Raw = NDArray[np.uint8]
 Draws = NDArray[np.float64]
@@ -102,7 +103,7 @@ def require_colours(augmentation: Augmentation, channels: int) -> None:
     if coloured and channels != 3:
         raise DataError(
             f"what changes colours ({', '.join(coloured)}) is for images of red, green and blue",
-            given=f"{channels} channel(s)",
+            given=number_of(channels, "channel"),
             do="set data.augment=light, or leave it out",
         )
 

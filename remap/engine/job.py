@@ -18,6 +18,7 @@ from remap.data.views import ViewSource
 from remap.engine.state import State
 from remap.engine.teacher import AverageTeacher, Teacher
 from remap.errors import TrainingError
+from remap.io.human_size import number_of
 from remap.network import Network, Runner
 from remap.progress import Progress
 from remap.recipe.schema import Recipe
@@ -211,7 +212,7 @@ def require_divisible(images: int, processes: int, accumulation: int) -> None:
     """
     if images < processes * accumulation:
         raise TrainingError(
-            f"a step of {images} image(s) cannot be divided",
-            given=f"{processes} process(es), each with {accumulation} micro-batches (train.accumulation)",
+            f"a step of {number_of(images, 'image')} cannot be divided",
+            given=f"{number_of(processes, 'process')}, each with {accumulation} micro-batches (train.accumulation)",
             do="use a larger --batch-size, fewer processes, or less accumulation",
         )

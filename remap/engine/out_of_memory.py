@@ -4,6 +4,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from remap.engine.training import Training
 from remap.errors import TrainingError
+from remap.io.human_size import number_of
 
 MAX_HALVINGS = 3
 
@@ -33,7 +34,7 @@ def halve_micro_batches(training: Training, error: str) -> None:
     state.accumulation *= 2
     training.job.progress.say(
         f"out of memory: from now on {state.accumulation} micro-batches per step, of up to "
-        f"{-(-plan.step_images // count)} image(s); {_what_changes(training)}"
+        f"{number_of(-(-plan.step_images // count), 'image')}; {_what_changes(training)}"
     )
 
 

@@ -13,6 +13,7 @@ from remap.data.splits import ImageData
 from remap.distributed.launch import use_bf16
 from remap.errors import RemapError, RunError
 from remap.io import atomic_write
+from remap.io.human_size import number_of
 from remap.io.names import plain
 from remap.recipe.paths import absolute_data
 from remap.recipe.resolution import load
@@ -75,7 +76,10 @@ def recipe_text(source: str, data: ImageData, device: torch.device) -> str:
     lines = [
         f"# {plain(source)}: {len(data.classes)} classes, {images:,} training and {len(data.val):,} evaluation images.",
         f"# Training images by class: {', '.join(listed[:20])}{more}",
-        *(f"# Left out: {len(data.skipped)} other file(s); `remap data check` lists them." for _ in data.skipped[:1]),
+        *(
+            f"# Left out: {number_of(len(data.skipped), 'other file')}; `remap data check` lists them."
+            for _ in data.skipped[:1]
+        ),
         "# Start: remap distill --recipe THIS_FILE. Every field: `remap recipes show digits --resolved`.",
         "data:",
         f"  source: {_quoted(absolute_data(source))}",

@@ -1,4 +1,9 @@
-"""Numbers of bytes and seconds in words."""
+"""Numbers of bytes, seconds and things in words."""
+
+
+def number_of(count: int, noun: str) -> str:
+    """Return a number with its noun: "1 image", "2,000 images", "2 processes"."""
+    return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def size(nbytes: float) -> str:

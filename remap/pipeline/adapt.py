@@ -17,6 +17,7 @@ from remap.engine.evaluate import evaluate_as
 from remap.engine.evaluation import Evaluation
 from remap.engine.metrics import metrics
 from remap.errors import DataError, RecipeError
+from remap.io.human_size import number_of
 from remap.io.paths import expanded
 from remap.network import Network, choose_attention
 from remap.pipeline.source_free import by_information, by_statistics
@@ -150,12 +151,12 @@ def _opened(target: str, view: View, recipe: Recipe, progress: Progress) -> View
     source = ViewSource(split, view, memory_bytes=recipe.data.memory_gib * 2**30, workers=recipe.data.workers)
     source.load(progress, "images of the other domain")
     if bad := source.bad_names():
-        progress.say(f"left out {len(bad)} image(s) that cannot be read: {listed(bad)}")
+        progress.say(f"left out {number_of(len(bad), 'image')} that cannot be read: {listed(bad)}")
     source = source.without_bad()
     if not len(source.split):
         raise DataError("no image of the other domain can be read", given=target, do="check the files")
     if left_out:
-        progress.say(f"left out {len(left_out)} other file(s)")
+        progress.say(f"left out {number_of(len(left_out), 'other file')}")
     return source
 
 

@@ -17,6 +17,7 @@ from remap.engine.evaluate import batch_size_of_evaluation, evaluate
 from remap.engine.metrics import metrics
 from remap.engine.multilabel import SetEvaluation
 from remap.errors import RunError
+from remap.io.human_size import number_of
 from remap.network import choose_attention
 from remap.pipeline.shared import source_arguments
 from remap.progress import Progress
@@ -48,7 +49,7 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
     with run.images(instead=", or name others with --data") if data is None else nullcontext():
         split, source, left_out = _split(recipe.data, data, network.classes or ())
     if left_out:
-        progress.say(f"left out {len(left_out)} other file(s): {counted(left_out)}")
+        progress.say(f"left out {number_of(len(left_out), 'other file')}: {counted(left_out)}")
     images = ViewSource(split, view, memory_bytes=recipe.data.memory_gib * 2**30, workers=recipe.data.workers)
     # Decoded once, so that unreadable files are known before the first batch.
     images.load(progress, "evaluation images")

@@ -11,6 +11,7 @@ from remap.data.fingerprint import fingerprint
 from remap.distributed.launch import accelerator
 from remap.errors import DataError, Interrupted, RunError
 from remap.io.checked_json import is_count
+from remap.io.human_size import number_of
 from remap.io.paths import absolute, expanded
 from remap.pipeline.comparison_folder import shared_teacher
 from remap.pipeline.run import run as run_in
@@ -124,8 +125,8 @@ def _require_processes(run: RunDir, wanted: int) -> None:
     running = accelerator().num_processes
     if running != wanted:
         raise RunError(
-            f"{run.path} was made by {wanted} process(es), and a repeat needs as many",
-            given=f"{running} process(es)",
+            f"{run.path} was made by {number_of(wanted, 'process')}, and a repeat needs as many",
+            given=number_of(running, "process"),
             do=f"`remap repeat {shlex.quote(str(run.path))}` without a launcher starts as many",
         )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from remap.data.sources import open_data, open_labeled
 from remap.errors import DataError, RecipeError, RemapError
+from remap.io.human_size import number_of
 from remap.io.paths import expanded
 from remap.pipeline.sessions import Session, sessions_of
 from remap.pipeline.shared import source_arguments
@@ -81,7 +82,8 @@ class Situation:
         statistics = "has" if self.has_statistics else "does not have"
         return (
             f"{self.images:,} new training images with {what}; {self.old.run.path} knows {len(self.known)}, after"
-            f" {len(self.sessions)} session(s); its images are {old}, and it {statistics} statistics of its classes"
+            f" {number_of(len(self.sessions), 'session')}; its images are {old}, and it {statistics} statistics of its"
+            " classes"
         )
 
     def advice(self, *, memory: bool = False) -> list[Advice]:

@@ -17,6 +17,7 @@ from remap.engine.evaluation import Evaluation
 from remap.engine.metrics import metrics
 from remap.engine.selection import described, kept_epoch
 from remap.engine.state import State
+from remap.io.human_size import number_of
 from remap.network import Network
 from remap.pipeline.components import RunComponents
 from remap.pipeline.judge import Judgement, judge
@@ -54,7 +55,7 @@ def evaluate_at_end(
     # Where images are not held in memory, unreadable ones are found during training.
     bad = components.training_source.bad_names()
     if bad:
-        progress.say(f"skipped {len(bad)} training image(s) that cannot be read: {listed(bad)}")
+        progress.say(f"skipped {number_of(len(bad), 'training image')} that cannot be read: {listed(bad)}")
     if recipe.label_free:
         return FinalEvaluations(None, None, judge(components, "the student", progress))
     if not components.judges:

@@ -44,7 +44,7 @@ SIZE = 5 * 4 + 4 + 5 * 2 + 20 + 4 * 4 * 4 + 20
 def test_nothing_is_kept_at_first(remap: Callable[..., Result], run_json: Callable[..., Any], root: Path) -> None:
     assert f"No teachers are cached in {root.parent}" in remap("cache", "ls").stdout.replace("\n", "")
     assert run_json("cache", "ls") == [] and not root.exists()
-    assert "0 teacher cache(s) cleared" in remap("cache", "clear", "--all").stdout
+    assert "0 teacher caches cleared" in remap("cache", "clear", "--all").stdout
 
 
 def test_a_listing_has_all_that_decides(
@@ -99,7 +99,7 @@ def test_a_person_is_asked(root: Path, answer: str, left: int) -> None:
     command = [sys.executable, "-m", "remap_cli", "cache", "clear", "--all"]
     done = subprocess.run(command, stdin=terminal, capture_output=True, text=True, check=False)
     os.close(keyboard), os.close(terminal)
-    assert "Delete 1 teacher cache(s)?" in done.stderr and "vit, 2 images" in done.stderr
+    assert "Delete 1 teacher cache?" in done.stderr and "vit, 2 images" in done.stderr
     assert done.returncode == left and len(list(root.iterdir())) == left
 
 
@@ -108,7 +108,7 @@ def test_clearing_by_id_and_by_age(remap: Callable[..., Result], run_json: Calla
     os.utime(root / three / "key.json", (1e9, 1e9))
     found = run_json("cache", "clear", "--older-than", "30", "--yes")
     assert [row["id"] for row in found["removed"]] == [three] and found["bytes"] == 3 * SIZE
-    assert "1 teacher cache(s) cleared" in remap("cache", "clear", one[:12], "--yes").stdout
+    assert "1 teacher cache cleared" in remap("cache", "clear", one[:12], "--yes").stdout
     assert [row["id"] for row in run_json("cache", "ls")] == [two]
 
 
@@ -118,7 +118,7 @@ def test_a_cache_in_use_is_left_and_named(
     name = fill(root, "vit", 1)
     with open_folder(root, CacheKey("vit", "ab", {}, {"size": 32}, "bf16", {}).to_dict()):
         result = remap("cache", "clear", "--all", "--yes")
-    assert "0 teacher cache(s) cleared" in result.stdout and (root / name).exists()
+    assert "0 teacher caches cleared" in result.stdout and (root / name).exists()
     assert name[:8] in result.stderr and "running command" in result.stderr
 
 

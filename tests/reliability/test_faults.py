@@ -338,7 +338,7 @@ def test_batch_statistics_of_an_attempt_that_failed_do_not_count(
     result = start(tiny.recipe("train.accumulation=2", **words), tmp_path / "run", progress)
     assert largest_difference(result.student.tensors, twin.student.tensors) == 0.0
     (told,) = [line for line in progress.said if line.startswith("out of memory")]
-    assert "4 micro-batches" in told and "up to 2 image(s); that changes batch statistics" in told
+    assert "4 micro-batches" in told and "up to 2 images; that changes batch statistics" in told
 
 
 def test_evaluation_takes_smaller_batches_when_memory_runs_out(
