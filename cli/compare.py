@@ -118,7 +118,7 @@ def _show(table: dict[str, Any]) -> None:
         console.grouped(rows),
         right=(1, 2, 3, 4, 5, 6, 7),
     )
-    console.line(f"{_UNCLEAR} not distinguishable: 0 is within the 95 % interval. * on the Pareto front")
+    console.line(f"{_UNCLEAR} not distinguishable: 0 is within the 95% interval. * on the Pareto front")
     for teacher in (table["teacher"], *table["more_teachers"]):
         accuracy = "" if teacher["accuracy"] is None else f", {table['metric']} {teacher['accuracy']:.1%}"
         console.line(f"teacher: {teacher['model']} (head: {teacher['head']}){accuracy}")

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from remap.exporting import FORMATS
+from remap.io.human_size import size
 from remap_cli import console, launch
 from remap_cli import options as opt
 
@@ -57,10 +58,10 @@ def export(
     if comparison := found.comparison:
         names = ("student", to if int8 is None else f"{to} int8 ({int8})")
         rows = [
-            [name, f"{size / 2**20:.2f}", f"{seconds * 1000:.2f}"]
-            for name, size, seconds in zip(names, comparison.bytes, comparison.seconds, strict=True)
+            [name, size(count), f"{seconds * 1000:.2f}"]
+            for name, count, seconds in zip(names, comparison.bytes, comparison.seconds, strict=True)
         ]
-        console.table(f"{run} as {to}", ["", "MiB", "ms an image, one thread"], rows, right=(1, 2))
+        console.table(f"{run} as {to}", ["", "size", "ms an image, one thread"], rows, right=(1, 2))
         console.line(
             f"checked on {comparison.images}: {comparison.same_labels} of {comparison.count} labels the same,"
             f" answers differ by at most {comparison.difference:.1e}"

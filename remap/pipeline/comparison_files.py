@@ -30,7 +30,7 @@ def percent(found: dict[str, Any]) -> str:
 
 
 def interval(found: dict[str, Any] | None, unclear: str = _UNCLEAR) -> str:
-    """Return a difference in points with its 95 % interval, and whether that leaves 0 out."""
+    """Return a difference in points with its 95% interval, and whether that leaves 0 out."""
     if found is None:
         return "-"
     text = f"{100 * found['mean']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
@@ -88,7 +88,7 @@ def _notes(table: dict[str, Any]) -> list[str]:
         f"{table['student']} on {table['data']}: {table['metric']} in % on {table['images']} evaluation images,"
         f" {seeds} seeds (mean, standard deviation), {table['epochs']} epochs. Teacher: {teacher['model']}{known}.",
         "Differences are in points, with the teacher less labels alone, and with the teacher less full tuning on labels"
-        f" alone; 95 % intervals over the same images and seeds, {_UNCLEAR} where 0 is inside."
+        f" alone; 95% intervals over the same images and seeds, {_UNCLEAR} where 0 is inside."
         f" A star is on the Pareto front of trained parameters and {table['metric']} with the teacher.",
     ]
     pairs = sorted(table["pairs"], key=lambda pair: -pair["ensemble_gain"])[:3]

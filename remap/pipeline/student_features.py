@@ -6,6 +6,7 @@ from remap.cache.frozen_features import FrozenFeatures
 from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
 from remap.engine.evaluate import batch_size_of_evaluation
+from remap.io.human_size import duration, size
 from remap.pipeline.components import RunComponents
 from remap.pipeline.shared import SharedResources
 from remap.progress import Progress
@@ -44,7 +45,7 @@ def cache_features(components: RunComponents, progress: Progress, shared: Shared
                 others[name].compute(batch_size_of_evaluation(components.recipe), 0, progress, title)
     count = sum(len(one.split) for one in (train, *others.values()))
     progress.say(
-        f"cached frozen features of {count} images: {needed / 2**20:.1f} MiB in {time.perf_counter() - started:.1f} s"
+        f"cached frozen features of {count} images: {size(needed)} in {duration(time.perf_counter() - started)}"
     )
     shared.features = {key: {"train": train, **others}}  # the newest alone: they may take all the memory there is
     return shared.features[key]

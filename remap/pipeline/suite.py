@@ -123,7 +123,7 @@ def _means(found: Mapping[str, dict[str, Any]], group_of: Mapping[str, str | Non
 
 
 def _over_sets(differences: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """Return the mean of a difference with its 95 % interval over sets (Student's t), and on how many it is clear."""
+    """Return the mean of a difference with its 95% interval over sets (Student's t), and on how many it is clear."""
     known = [one for one in differences if one is not None]
     if len(known) < len(differences):
         return None
@@ -167,7 +167,7 @@ def _markdown(found: dict[str, Any]) -> str:
             lines.append(f"| {' | '.join(map(plain, cells))} |")
     note = (
         f"Accuracy in %, mean over {len(found['seeds'])} seeds. The difference to full tuning on labels alone is the"
-        f" mean over {len(names)} sets, in points, with a 95 % interval over sets; the last column says on how many of"
+        f" mean over {len(names)} sets, in points, with a 95% interval over sets; the last column says on how many of"
         " them the paired interval leaves 0 out."
     )
     return f"{note}\n\n" + "\n".join(lines) + "\n"

@@ -45,7 +45,7 @@ def require_all_useful(components: RunComponents, untrained: float | None) -> No
 def require_useful(teacher: PreparedTeacher, untrained: float | None, source: ViewSource) -> None:
     """Refuse a teacher whose accuracy is not clearly above chance, or clearly below the untrained student's.
 
-    Chance is the share of the most frequent class. "Clearly" is by 95 % intervals (Wilson, Newcombe), which few images
+    Chance is the share of the most frequent class. "Clearly" is by 95% intervals (Wilson, Newcombe), which few images
     make wide; a teacher that is right on all images is never refused for chance, and one that is wrong anywhere has to
     be above it. A mean average precision has no such interval: it has to be above that of chance, and not below the
     untrained student's.
@@ -76,7 +76,7 @@ def require_useful(teacher: PreparedTeacher, untrained: float | None, source: Vi
     few = "judge it by more images (--val-data), " if count < FEW_IMAGES else ""
     raise TrainingError(
         f"the teacher's accuracy on {images} is {with_interval(teacher.accuracy, count)}: {why}",
-        given=f"{teacher.network.identity.model}, head: {teacher.head}; in brackets 95 % intervals",
+        given=f"{teacher.network.identity.model}, head: {teacher.head}; in brackets 95% intervals",
         do=f"start a new run: {few}{_remedy(teacher)}\n           or allow it: --set teacher.allow_weak=true",
     )
 

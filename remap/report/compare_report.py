@@ -106,7 +106,7 @@ def _answer(table: dict[str, Any]) -> str:
     rows = sorted(table["rows"], key=lambda row: -row["teacher"]["mean"])
     first = rows[0]
     text = (
-        f"With the teacher, {first['name']} is the most accurate of {len(rows)} methods: {_cell(first['teacher'])} %,"
+        f"With the teacher, {first['name']} is the most accurate of {len(rows)} methods: {_cell(first['teacher'])}%,"
         f" training {count(first['trainable_parameters'])} parameters"
         f" ({percent(first['trainable_parameters'] / first['total_parameters'])})."
     )
@@ -124,7 +124,7 @@ def _answer(table: dict[str, Any]) -> str:
     full = next((row for row in rows if row["method"] == "full"), None)
     if full is not None and full is not first:
         gap = 100 * (first["teacher"]["mean"] - full["alone"]["mean"])
-        text += f" Full tuning on labels alone reaches {_cell(full['alone'])} %, {abs(gap):.1f} points"
+        text += f" Full tuning on labels alone reaches {_cell(full['alone'])}%, {abs(gap):.1f} points"
         text += " less." if gap > 0 else " more."
     gains = [100 * row["gain"] for row in rows]
     helped = sum(gain > 0 for gain in gains)

@@ -15,6 +15,7 @@ from remap.io.checked_read import read_regular
 from remap.io.names import plain
 from remap.report.figures import Drawing
 from remap.runs.answers import PICTURES
+from remap.runs.interval import limits
 
 NAME = "report.html"
 # Far above what a picture of a report takes.
@@ -36,7 +37,7 @@ def write_page(folder: Path, template: str, figures: Sequence[Drawing], *, pngs:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "count": count, "plain": plain}
+    environment.filters |= {"percent": percent, "limits": limits, "count": count, "plain": plain}
     drawn: dict[str, Markup] = {figure.name: Markup(figure.svg()) for figure in figures}
     text = environment.get_template(template).render(
         **values, pngs=pngs, figures=drawn, alts={figure.name: figure.alt for figure in figures}, version=__version__
@@ -59,8 +60,8 @@ def picture(run: Path, name: str) -> str | None:
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """Return 0.944 as "94.4 %", which no line breaks; a dash for None."""
-    return "–" if share is None else f"{100 * share:.{digits}f}\u00a0%"
+    """Return 0.944 as "94.4%"; a dash for None."""
+    return "–" if share is None else f"{share:.{digits}%}"
 
 
 def count(number: int) -> str:

@@ -134,7 +134,7 @@ def _answer(summary: dict[str, Any], recipe: Recipe) -> str:
         return f"{who}, {_precise(summary, accuracy)}"
     text = (
         f"{who}, is right on {student['correct']:,} of {images:,} evaluation images:"
-        f" {with_interval(accuracy, images)}, with the 95\u00a0% interval."
+        f" {with_interval(accuracy, images)}, with the 95% interval."
     )
     if "baseline" in summary:
         text += " " + _compared(accuracy, summary["baseline"]["accuracy"], images, "the same student without a teacher")

@@ -31,13 +31,18 @@ def difference(first: float, second: float, count: int) -> tuple[float, float]:
 
 
 def with_interval(share: float, count: int) -> str:
-    """Return a share in words with its interval: "94.4 % (92.6-95.8)"."""
+    """Return a share in words with its interval: "94.4% (92.6-95.8)"."""
     return in_words(share, *wilson(share, count))
 
 
 def in_words(share: float, low: float, high: float) -> str:
     """Return a share and its interval in words."""
-    return f"{100 * share:.1f} % ({100 * low:.1f}-{100 * high:.1f})"
+    return f"{share:.1%} ({limits((low, high))})"
+
+
+def limits(interval: tuple[float, float], digits: int = 1) -> str:
+    """Return the ends of an interval of a share in percent: "92.6-95.8"."""
+    return "-".join(f"{100 * end:.{digits}f}" for end in interval)
 
 
 def paired(first_SN: Any, second_SN: Any) -> tuple[float, float, float]:

@@ -38,7 +38,7 @@ def metric_of(summary: Mapping[str, Any]) -> str:
 def shown(summary: Mapping[str, Any], value: float) -> str:
     """Return such an entry in words: a share of images with its interval, a mean average precision alone."""
     is_share = metric_of(summary) == METRIC[CLASSES]
-    return with_interval(value, summary["data"]["val_images"]) if is_share else f"{100 * value:.1f} %"
+    return with_interval(value, summary["data"]["val_images"]) if is_share else f"{value:.1%}"
 
 
 def _is_word(value: object) -> bool:

@@ -156,7 +156,7 @@ def test_allow_weak_goes_on(tiny: Any, tmp_path: Path) -> None:
     [
         (0.64, 0.2, "not clearly above chance"),  # 60 of 100: 0.6 + 1.96 * 0.049 = 0.696
         (0.59, 0.2, "not clearly above chance"),  # 50 of 100: 0.5 + 1.96 * 0.05 = 0.598
-        (0.90, 0.99, "clearly below the untrained student's 99.0 %"),  # the difference is at most -0.027
+        (0.90, 0.99, "clearly below the untrained student's 99.0%"),  # the difference is at most -0.027
         (0.90, 0.95, None),  # or at least 0.026: they cannot be told apart
         (0.60, 0.2, None),
         (1.00, 0.2, None),

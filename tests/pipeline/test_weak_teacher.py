@@ -54,7 +54,7 @@ def test_a_weak_teacher_is_found_before_anything_is_trained(
     """
     progress = watch(lambda done: None)
     with pytest.raises(
-        TrainingError, match=r"on 12 evaluation images is \d+\.\d % \(.*not clearly above chance"
+        TrainingError, match=r"on 12 evaluation images is \d+\.\d% \(.*not clearly above chance"
     ) as caught:
         command(tiny.recipe(data=noise, method="bitfit", losses="ce,kd"), tmp_path / "out", progress)
     assert "judge it by more images (--val-data)" in (caught.value.do or "")

@@ -27,7 +27,7 @@ def test_the_interval_of_a_difference_is_newcombes() -> None:
 
 def test_an_interval_in_words() -> None:
     """340 of 360: Wilson's bounds by hand are 0.9156 and 0.9637."""
-    assert with_interval(340 / 360, 360) == "94.4 % (91.6-96.4)"
+    assert with_interval(340 / 360, 360) == "94.4% (91.6-96.4)"
 
 
 def test_the_paired_interval_is_that_of_crossed_seeds_and_images() -> None:
