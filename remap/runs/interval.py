@@ -17,7 +17,8 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     scale = 1 + Z * Z / count
     centre = (share + Z * Z / (2 * count)) / scale
     half = Z / scale * sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Of none and of all images, one end is exact, and rounding would miss it.
+    return (max(0.0, centre - half) if share > 0 else 0.0), (min(1.0, centre + half) if share < 1 else 1.0)
 
 
 def difference(first: float, second: float, count: int) -> tuple[float, float]:

@@ -20,6 +20,12 @@ def test_the_interval_is_wilsons(right: int, count: int, low: float, high: float
     assert wilson(right / count, count) == pytest.approx((low, high), abs=5e-5)
 
 
+@pytest.mark.parametrize("count", [1, 3, 10, 97, 360, 797])
+def test_of_all_or_none_of_the_images_one_end_is_exact(count: int) -> None:
+    """Wilson's formula with a share of 1: (1 + z^2 / 2n + z^2 / 2n) / (1 + z^2 / n) is 1."""
+    assert wilson(1.0, count)[1] == 1.0 and wilson(0.0, count)[0] == 0.0
+
+
 def test_the_interval_of_a_difference_is_newcombes() -> None:
     """Newcombe 1998, Statistics in Medicine 17, 873-890, table II, method 10: 9/10 - 3/10."""
     assert difference(0.9, 0.3, 10) == pytest.approx((0.1705, 0.8090), abs=5e-5)
