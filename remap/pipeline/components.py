@@ -1,7 +1,7 @@
 """Everything a run is made of, before its first step: the networks, the data as they see it, and the objective."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +16,7 @@ from remap.distributed.launch import accelerator, use_bf16
 from remap.distributed.sharding import bytes_held, gather_full, is_sharded
 from remap.engine.self_teachers import copy_trained_tensors
 from remap.errors import TrainingError
-from remap.io.human_size import size
+from remap.io.human_size import number_of, size
 from remap.io.paths import expanded
 from remap.network import Network, choose_attention, tuned
 from remap.pipeline.class_words import lend_words, write_words
@@ -36,7 +36,7 @@ from remap.pipeline.teachers import (
 )
 from remap.progress import Progress
 from remap.recipe import Recipe
-from remap.recipe.schema import EMA, SELF, TrainSpec
+from remap.recipe.schema import EMA, SELF, DataSpec, TrainSpec
 from remap.remapping.knowledge.attention import transfer_warning
 from remap.remapping.objective import Objective
 from remap.runs.run_dir import RunDir
@@ -139,12 +139,11 @@ def build_components(
     require_colours(recipe.data.augmentation, view.shape[0])
     if view.pixels.value_range is not None:
         low, high = view.pixels.value_range
-        progress.say(f"images of more than 8 bits: values from {low:g} to {high:g} become 0 to 255 (data.value_range)")
+        text = f"images of more than 8 bits: values from {low:g} to {high:g} become 0 to 255 (data.value_range)"
+        shared.say_once(progress, text)
     views = shared.open(recipe.data, view, progress)
-    if views.unreadable:
-        progress.say(f"left out {len(views.unreadable)} image(s) that cannot be read: {listed(views.unreadable)}")
-    if views.data.skipped:
-        progress.say(f"left out {len(views.data.skipped)} other file(s): {counted(views.data.skipped)}")
+    for note in _notes(views, recipe.data):
+        shared.say_once(progress, note)
 
     # A dry run builds the same networks, but fits and tunes nothing.
     if run_dir is not None:
@@ -160,6 +159,17 @@ def build_components(
     objective = build_objective(recipe, pairs_of(student, [teacher.network for teacher in teachers]))
     bf16 = use_bf16(recipe.train.precision, device)
     return RunComponents(recipe, views, student, teachers, objective, bf16, init)
+
+
+def _notes(views: DataViews, spec: DataSpec) -> Iterator[str]:
+    """Yield what a user should know of the files that are left out."""
+    if views.unreadable:
+        yield f"left out {number_of(len(views.unreadable), 'image')} that cannot be read: {listed(views.unreadable)}"
+    labeled, read = len(views.data.train), len(views.train.split)
+    if read < labeled and (spec.labels is not None or spec.per_class is not None):
+        yield f"{read} of the {labeled} labels that were chosen are used: no others replace those of unreadable images"
+    if views.data.skipped:
+        yield f"left out {number_of(len(views.data.skipped), 'other file')}: {counted(views.data.skipped)}"
 
 
 def require_student(recipe: Recipe, shared: SharedResources) -> None:

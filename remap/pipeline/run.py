@@ -105,7 +105,7 @@ def run(
         continues = resuming and has_checkpoint(run_dir.checkpoint)
         if resuming and not continues:
             tracker.record_machine()  # here, and not where the checkpoint is loaded
-        warn_before_training(components, progress)
+        warn_before_training(components, shared, progress)
 
         # A teacher that knows nothing must not teach.
         untrained = tracker.before()
@@ -308,7 +308,10 @@ def _choose_losses(
     """Try some objectives, each a short run by itself, and return the recipe with the best, also in recipe.yaml."""
     # What the trials hold in memory goes with them; teachers that are tuned serve the run too.
     own = SharedResources(
-        data=shared.data, tuned_teachers=shared.tuned_teachers, use_stored_teachers=shared.use_stored_teachers
+        data=shared.data,
+        tuned_teachers=shared.tuned_teachers,
+        use_stored_teachers=shared.use_stored_teachers,
+        said=shared.said,
     )
     accuracies, several = {}, list(trials(recipe, own))
     epochs = several[-1][1].train.epochs

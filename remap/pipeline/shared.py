@@ -84,6 +84,7 @@ class SharedResources:
         tuned_teachers: Folder of each teacher that was tuned, by the digest of its recipe.
         read_ahead: Whether images are decoded when they are opened, which finds those that cannot be read; a dry run
             looks at a few alone.
+        said: What was said of the images already.
         use_stored_teachers: Whether tuned teachers are taken from and put into the cache; a repeat tunes its own.
     """
 
@@ -97,6 +98,13 @@ class SharedResources:
     use_stored_teachers: bool = True
     read_ahead: bool = True
     features: dict[tuple, dict[str, Any]] = field(default_factory=dict)
+    said: set[str] = field(default_factory=set)
+
+    def say_once(self, progress: Progress, text: str) -> None:
+        """Report what is known of the images, unless another run said it."""
+        if text not in self.said:
+            self.said.add(text)
+            progress.say(text)
 
     def index(self, spec: DataSpec) -> ImageData:
         """List a data source, once; no image is decoded."""

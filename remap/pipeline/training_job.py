@@ -89,11 +89,11 @@ def class_balance(components: RunComponents, progress: Progress) -> dict[str, An
     return {"class_weights_C": torch.tensor(weights_C, dtype=torch.float32, device=accelerator().device)}
 
 
-def warn_before_training(components: RunComponents, progress: Progress) -> None:
+def warn_before_training(components: RunComponents, shared: SharedResources, progress: Progress) -> None:
     """Say what of this run teaches nothing, is learned from and evaluated on, or depends on how a batch is divided."""
     copies = copies_across(components.views.contents, progress)
     if copies is not None:
-        progress.say(copies)
+        shared.say_once(progress, copies)
     losses = [(loss.name, LOSSES.row(loss.name)) for loss in components.recipe.losses]
     if components.recipe.label_free:
         count, method = len(components.training_source.split), components.recipe.method.name

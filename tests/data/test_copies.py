@@ -10,6 +10,7 @@ import pytest
 from remap.data.copies import copies_across
 from remap.data.fingerprint import Contents
 from remap.data.sources import open_data
+from remap.pipeline.shared import SharedResources
 from remap.pipeline.training_job import warn_before_training
 from remap.progress import Silent
 
@@ -68,5 +69,6 @@ def test_a_run_says_so_before_it_trains(tree: Make) -> None:
     views = SimpleNamespace(contents={"train": Contents(data.train), "val": Contents(data.val)})
     progress = Silent()
     progress.say = said.append  # type: ignore[method-assign]
-    warn_before_training(SimpleNamespace(recipe=recipe, views=views, labeled_share=1.0), progress)  # type: ignore[arg-type]
+    components = SimpleNamespace(recipe=recipe, views=views, labeled_share=1.0)
+    warn_before_training(components, SharedResources(), progress)  # type: ignore[arg-type]
     assert said[0].startswith("2 image(s) to evaluate on are copies of training images")

@@ -1,5 +1,6 @@
 """Labels only beside the student with a teacher: the same steps, the same student bits, and resumable."""
 
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
+from remap.data.sources import open_data
 from remap.errors import Interrupted, RecipeError
 from remap.pipeline.baseline import baseline_recipe
 from remap.pipeline.labels_only import same_steps
@@ -89,3 +91,16 @@ def test_a_baseline_that_fails_leaves_a_finished_run(
     monkeypatch.setattr("remap.pipeline.run.baseline_recipe", damaged)
     run = start(tiny.recipe("baseline=true", "teacher.allow_weak=true"), tmp_path / "run")
     assert "baseline" not in run.summary and RunDir(tmp_path / "run").is_done
+
+
+def test_what_is_known_of_the_images_is_said_once(tiny: Any, tmp_path: Path, watch: Watch) -> None:
+    """Of the 9 images that keep their label one is broken."""
+    shutil.copytree(tiny.data, tmp_path / "data")
+    labeled = open_data(str(tmp_path / "data"), None, 0.2, labels=9).train
+    (tmp_path / "data" / labeled.names[0]).write_bytes(b"text")
+    (tmp_path / "data" / "train" / "red" / "notes.gif").write_bytes(b"GIF89a")
+    progress = watch(lambda _step: None)
+    settings = ("baseline=true", "teacher.allow_weak=true", "data.max_bad=0.5", "data.labels=9", "train.epochs=1")
+    start(tiny.recipe(*settings, data=str(tmp_path / "data")), tmp_path / "run", progress)
+    for text in ("1 image that cannot be read", "left out 1 other file:", "8 of the 9 labels that were chosen"):
+        assert sum(text in line for line in progress.said) == 1, progress.said
