@@ -266,6 +266,9 @@ def _list_file(path: Path) -> Listing:
         start = b""  # which ``list_tar`` explains
     if start.startswith((b"PK\3\4", b"PK\5\6")):
         return list_zip(path)
+    if path.suffix.lower() in SUFFIXES:
+        do = "name the folder whose sub-folders are the classes, or a table that lists images with their labels"
+        raise DataError("this is an image, and not a set of images", given=path, allowed=PATHS, do=do)
     kind = next((kind for magic, kind in _OTHER_FILES.items() if start.startswith(magic)), None)
     if kind is not None:
         do = "name it as parquet:FILE" if start.startswith(b"PAR1") else "unpack it and name the folder"

@@ -72,6 +72,7 @@ def list_tar(path: Path, also: tuple[str, ...] = (), held_so_far: Held | None = 
         raise DataError(
             f"cannot read {path} as a tar archive: {reason}",
             allowed="a folder of class folders, or a tar or zip of one",
+            do=None if isinstance(error, OSError) else "if it is another kind of file, name the folder of the images",
         ) from error
 
     def read(name: str) -> bytes:

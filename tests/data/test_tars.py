@@ -116,7 +116,15 @@ def test_what_is_no_whole_tar_is_the_users_error(make: Callable, tar: Make, tmp_
     with pytest.raises(DataError) as caught:
         open_data(str(path), None, 0.2)
     text = str(caught.value)
-    assert text.startswith(f"cannot read {path} as a tar archive: ") and len(text.splitlines()) == 2
+    assert text.startswith(f"cannot read {path} as a tar archive: ") and len(text.splitlines()) in (2, 3)
+
+
+def test_a_file_that_is_not_an_archive_says_what_is_read(tree: Make) -> None:
+    root = tree({"a/1.png": 1, "notes.pdf": b"text" * 200})
+    with pytest.raises(DataError, match=r"this is an image(.|\n)*given: .*1\.png\n  allowed: a folder(.|\n)*do: "):
+        open_data(str(root / "a" / "1.png"), None, 0.2)
+    with pytest.raises(DataError, match=r"as a tar archive(.|\n)*another kind of file, name the folder"):
+        open_data(str(root / "notes.pdf"), None, 0.2)
 
 
 def test_the_first_of_two_members_of_one_name_is_replaced(tar: Make) -> None:
