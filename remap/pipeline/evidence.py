@@ -35,9 +35,9 @@ def write_evidence(components: RunComponents, run: Path, found: Evaluation | Non
     source, evaluation = components.views.val, None
     if components.teachers:
         evaluation = components.teachers[0].evaluation
-    readable = np.flatnonzero(found.predictions_N >= 0)
-    worst = readable[np.argsort(-found.losses_N[readable], kind="stable")][:WORST]
-    right = np.setdiff1d(np.flatnonzero(found.right_N), worst)
+    right = np.flatnonzero(found.right_N)
+    wrong = np.setdiff1d(np.flatnonzero(found.predictions_N >= 0), right)
+    worst = wrong[np.argsort(-found.losses_N[wrong], kind="stable")][:WORST]
     examples = right[np.linspace(0, len(right) - 1, min(len(right), LOOKED_INTO // 2)).astype(int)]
     try:
         atomic_write.make_folder(run / PICTURES)

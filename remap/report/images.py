@@ -95,11 +95,11 @@ def bins_of(answers: Answers, labels: list[Any]) -> list[tuple[float, float, int
 
 
 def worst_images(evidence: Evidence, run: Path) -> list[dict[str, Any]]:
-    """Return the images whose label the student finds least likely, with both networks' answers."""
-    found = []
+    """Return the images answered wrong whose label the student finds least likely, with both networks' answers."""
+    found, wrong = [], set(evidence.wrong)  # earlier versions stored pictures of others too
     for index in evidence.worst:
         uri = picture(run, f"image-{index}.jpg")
-        if uri is not None:
+        if uri is not None and index in wrong:
             found.append(
                 {
                     "uri": uri,

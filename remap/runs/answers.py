@@ -66,7 +66,8 @@ class Evidence(_Record):
 
     Attributes:
         names: What messages call each image.
-        worst: Numbers of the images whose label the student finds least likely, shown as ``image-IMAGE.jpg``.
+        worst: Numbers of the images answered wrong whose label the student finds least likely; ``image-IMAGE.jpg``
+            shows one.
     """
 
     classes: list[str]
@@ -108,6 +109,12 @@ class Evidence(_Record):
     def multilabel(self) -> bool:
         """Whether an image has any number of classes."""
         return any(isinstance(labels, list) for labels in self.labels)
+
+    @property
+    def wrong(self) -> list[int]:
+        """Numbers of the images that the student answers wrong; those that were left out are not among them."""
+        answers = zip(self.labels, self.student.predictions, self.student.losses, strict=True)
+        return [index for index, (label, said, loss) in enumerate(answers) if loss >= 0 and said != label]
 
     def label_of(self, index: int) -> str:
         """Return the label of an image, or all of them."""

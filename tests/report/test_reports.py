@@ -142,8 +142,26 @@ def test_blocks_have_the_numbers_of_the_summary(run: RunDir) -> None:
 
 def test_the_worst_images_have_the_largest_losses(run: RunDir) -> None:
     found = json.loads((run.path / "answers.json").read_text())
-    losses = found["student"]["losses"]
-    assert found["worst"] == sorted(range(9), key=lambda index: -losses[index])[:12]
+    losses, answers = found["student"]["losses"], found["student"]["predictions"]
+    wrong = [index for index in range(9) if answers[index] != found["labels"][index]]
+    assert found["worst"] == sorted(wrong, key=lambda index: -losses[index])
+
+
+def test_what_is_answered_right_is_not_among_the_worst(run: RunDir) -> None:
+    """Of the pictures of an earlier version, the only wrong one is shown; then none is wrong."""
+    edit(run.path / "answers.json", lambda found: found.update(worst=found["attention"]["images"][:2]))
+    edit(run.path / "answers.json", lambda found: found["student"].update(predictions=[*found["labels"]]))
+    text = Page(report_run(run, pngs=False)).text
+    assert "None: every evaluation image that could be read is answered right" in text
+    edit(run.path / "answers.json", lambda found: _miss(found, found["worst"][1]))
+    page = Page(report_run(run, pngs=False))
+    assert "evaluation images that are answered wrong (1)" in page.text
+    shown = json.loads((run.path / "answers.json").read_text())["names"]
+    assert sum(name in page.texts for name in shown) == 1
+
+
+def _miss(found: dict[str, Any], index: int) -> None:
+    found["student"]["predictions"][index] = (found["labels"][index] + 1) % 3
 
 
 def test_pictures_that_are_gone_are_left_out(run: RunDir) -> None:
