@@ -89,7 +89,9 @@ COMMANDS = {
         "List the loss terms that transfer the teacher's knowledge (category 5), or show one with its options.",
     ),
     "remappings": Row(
-        LOOK, "listings", "List how a student gets its weights or its architecture from the teacher (category 5)."
+        LOOK,
+        "remappings",
+        "List how a student gets its weights or its architecture from the teacher (category 5), or show one.",
     ),
     "models": Row(LOOK, "models", "List built-in models. With a search word, also list matching timm models."),
     "doctor": Row(LOOK, "doctor", "Check this machine: versions, devices, precision, caches and disk."),

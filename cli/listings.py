@@ -1,4 +1,4 @@
-"""``remap methods``, ``remap losses`` and ``remap remappings``. None needs torch."""
+"""``remap methods`` and ``remap losses``. Neither needs torch."""
 
 from collections.abc import Callable
 from operator import itemgetter
@@ -45,13 +45,13 @@ def methods(
         "ViT-B/16": lambda row: _number(row["trainable_vit_base"]),
         "merges": lambda row: "yes" if row["mergeable"] else "no",
         "lr": lambda row: f"{row['learning_rate']:g}",
-        "arXiv": _arxiv,
+        "arXiv": arxiv,
     }
     formulas = "parameters: trained besides the head; L depth, D width, H MLP width, p prompts, r bottleneck or rank;\n"
     if console.out.width < WIDE:
         del columns["parameters"]
         formulas = ""
-    _list(f"{len(rows)} tuning methods", rows, columns, ("ViT-B/16", "lr"), ("what is trained", "parameters"))
+    list_rows(f"{len(rows)} tuning methods", rows, columns, ("ViT-B/16", "lr"), ("what is trained", "parameters"))
     console.line(
         f"{formulas}ViT-B/16: parameters trained there besides the head, with default options.\n"
         "merges: with default options, can be folded into plain timm weights.\n"
@@ -61,7 +61,7 @@ def methods(
     _show_origins(rows)
 
 
-def _list(
+def list_rows(
     title: str, rows: list[Row], columns: Columns, right: tuple[str, ...] = (), wrap: tuple[str, ...] = ()
 ) -> None:
     """Print rows in groups of their category."""
@@ -83,12 +83,13 @@ def _number(count: int | None) -> str:
     return "-" if count is None else f"{count:,}"
 
 
-def _arxiv(row: Row) -> str:
+def arxiv(row: Row) -> str:
+    """Return the number of a row's paper."""
     return row["paper"].rpartition(" ")[2]
 
 
 # Columns of the listings of category 5.
-_ABOUT: Columns = {"what it is": itemgetter("summary"), "where the models differ": itemgetter("mismatch")}
+ABOUT: Columns = {"what it is": itemgetter("summary"), "where the models differ": itemgetter("mismatch")}
 
 
 def _fields(row: "MethodEntry") -> dict[str, Any]:
@@ -176,7 +177,7 @@ def _families(json: bool) -> None:
     columns: Columns = {"method": itemgetter("name")} | {family: _fits(family) for family in FAMILIES.names}
     if console.out.width < WIDE:
         columns = {"method": itemgetter("name"), "fits": lambda row: ", ".join(filter(row.get, FAMILIES.names))}
-    _list("Which method fits which family", rows, columns, wrap=("fits",))
+    list_rows("Which method fits which family", rows, columns, wrap=("fits",))
     console.line("\n".join(f"{row.name:10}{row.summary}: {row.examples}" for row in FAMILIES))
     console.line("The conformance suite (tests/tuning) runs all that fit; any other pair is an error that names one.")
 
@@ -202,11 +203,11 @@ def losses(
         return
     columns: Columns = {
         "loss": itemgetter("name"),
-        **_ABOUT,
+        **ABOUT,
         "weight": lambda row: f"{row['weight']:g}",
-        "arXiv": _arxiv,
+        "arXiv": arxiv,
     }
-    _list(f"{len(rows)} loss terms", rows, columns, right=("weight",), wrap=tuple(_ABOUT))
+    list_rows(f"{len(rows)} loss terms", rows, columns, right=("weight",), wrap=tuple(ABOUT))
     console.line(
         "weight: default in the objective. All about one, with its options: remap losses NAME.\n"
         "The other parts of category 5, weights and architecture: remap remappings."
@@ -219,32 +220,22 @@ def _loss(row: dict[str, Any], json: bool) -> None:
     from remap.recipe.option_listing import listed
     from remap.remapping import LOSSES
 
-    options = listed(LOSSES, row["name"])["options"]
+    facts = {
+        "reads": row["needs"],
+        "models differ": row["mismatch"],
+        "mixed images": row["mixed"],
+        "within a batch": "compares its images with each other" if row["over_batch"] else "each image by itself",
+        "weight": f"{row['weight']:g}",
+    }
+    show_row(row, facts, listed(LOSSES, row["name"])["options"], f"losses.{row['name']}", json)
+
+
+def show_row(row: Row, facts: dict[str, str], options: list[dict[str, Any]], section: str, json: bool) -> None:
+    """Show one row with every option."""
     if json:
         console.emit({**row, "options": options})
         return
     paper = "" if row["paper"] == "-" else f" ({row['paper']})"
-    console.line(
-        f"{row['name']}: {row['summary']}{paper}\n"
-        f"  reads            {row['needs']}\n"
-        f"  models differ    {row['mismatch']}\n"
-        f"  mixed images     {row['mixed']}\n"
-        f"  within a batch   {'compares its images with each other' if row['over_batch'] else 'each image by itself'}\n"
-        f"  weight           {row['weight']:g}"
-    )
-    _show_options(options, f"losses.{row['name']}")
-
-
-def remappings(json: opt.Json = False) -> None:
-    """List how a student gets its weights or its architecture from the teacher (category 5)."""
-    from remap.remapping.architecture import ARCHITECTURES
-    from remap.remapping.weights import INITS
-
-    fields = ("name", "category", "summary", "paper", "needs", "mismatch")
-    rows = [{field: getattr(row, field) for field in fields} for table in (INITS, ARCHITECTURES) for row in table]
-    if json:
-        console.emit(rows)
-        return
-    columns: Columns = {"name": itemgetter("name"), **_ABOUT, "arXiv": _arxiv}
-    _list("Remapping weights and architecture", rows, columns, wrap=tuple(_ABOUT))
-    console.line("Knowledge is carried over by losses: remap losses. Options of each: docs/remapping.md.")
+    lines = [f"  {name:15}  {value}" for name, value in facts.items()]
+    console.line("\n".join([f"{row['name']}: {row['summary']}{paper}", *lines]))
+    _show_options(options, section)

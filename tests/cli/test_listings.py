@@ -18,7 +18,8 @@ from remap_cli.app import COMMANDS, app
 
 HEAVY = {"torch", "timm", "accelerate", "peft", "sklearn", "torchdistill", "transformers", "matplotlib", "numpy"}
 LISTINGS = """--help; --version; distill --help; compare --help; methods; methods --families; methods lora;
-methods vpt_deep+lora; losses; losses kd; losses tokens --json; remappings; models; recipes ls; recipes show digits;
+methods vpt_deep+lora; losses; losses kd; losses tokens --json; remappings; remappings layers;
+remappings shrink; models; recipes ls; recipes show digits;
 recipes show digits --resolved; recipes validate digits pretrain_mini_teacher; cache ls"""
 
 
@@ -237,3 +238,27 @@ def test_module_entry_point_equals_the_command() -> None:
     from remap import __version__
 
     assert done.stdout.strip() == f"remap {__version__}"
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "sets"),
+    [
+        ("layers", "which", "--set student.init.which=uniform"),
+        ("shrink", "depth", "--set student.shrink.depth=null"),
+        ("skip", "cost", "--set method.cost=1.0"),
+        ("weight_selection", None, "no options"),
+    ],
+)
+def test_one_remapping_has_its_options(
+    remap: Callable[..., Result], run_json: Callable[..., dict], name: str, option: str | None, sets: str
+) -> None:
+    found = run_json("remappings", name)
+    assert found["name"] == name and (option is None) == (not found["options"])
+    assert option is None or option in [one["name"] for one in found["options"]]
+    assert sets in remap("remappings", name).stdout
+    unknown = remap("remappings", "shrnk")
+    assert unknown.exit_code == 2 and "unknown remapping 'shrnk'; did you mean 'shrink'?" in unknown.message
+
+
+def test_sizes_of_models_are_numbers(run_json: Callable[..., dict]) -> None:
+    assert {row["name"]: row["parameters_m"] for row in run_json("models")["short_names"]}["vit_base"] == 85.8
