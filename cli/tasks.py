@@ -33,10 +33,12 @@ def add(
 
     named = [run.partition("=") for run in runs]
     wrong = [f"a task is given as NAME=RUN, got {''.join(task)!r}" for task in named if not all(task)]
+    paths = {name: path for name, _, path in named}
+    if len(paths) < len(named):
+        wrong.append("a name is given twice")
     if wrong:
         raise RecipeError(wrong, "command line")
-    for name, _, path in named:
-        Shelf.with_task(shelf, name, path)
+    Shelf.with_tasks(shelf, paths)
     _show(shelf, _open(shelf).rows())
 
 

@@ -7,6 +7,7 @@ SHELF/tasks/NAME/          a copy of a run's task folder, byte for byte
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -106,18 +107,34 @@ class Shelf:
         Raises:
             RunError: The task was tuned on another backbone than those of the shelf, or the name is taken or unfit.
         """
-        shelf_path, folder = expanded(path), folder_of(expanded(run))
-        meta = read_meta(folder)
-        require_shared(folder, meta)
-        try:
-            _name(name)
-        except ValueError as error:
-            raise RunError("a task cannot have this name", given=plain(name), allowed=str(error)) from None
-        read_tensors(folder, meta)  # a damaged file is not taken in
-        if not cls.is_at(shelf_path):
-            _store_backbone(shelf_path, meta)
-        shelf = cls(shelf_path)
-        shelf._add(name, folder, meta)
+        return cls.with_tasks(path, {name: run})
+
+    @classmethod
+    def with_tasks(cls, path: str | Path, runs: Mapping[str, str | Path]) -> "Shelf":
+        """Add the tasks of several runs by name, as ``with_task``; where one cannot be added, none is."""
+        shelf_path = expanded(path)
+        shelf = cls(shelf_path) if cls.is_at(shelf_path) else None
+        folders = {name: folder_of(expanded(run)) for name, run in runs.items()}
+        tasks = {name: _readable(name, folder) for name, folder in folders.items()}
+        first = next(iter(tasks.values()))
+        model, sha256 = first.backbone.model, first.backbone.sha256
+        if shelf is not None:
+            model, sha256 = shelf._content.backbone.model, shelf._content.backbone.sha256
+        for name, meta in tasks.items():
+            if shelf is not None and name in shelf.names:
+                raise RunError(f"{shelf_path} has a task {name} already", do="choose another name")
+            if meta.backbone.sha256 != sha256:
+                raise RunError(
+                    f"{folders[name]} was tuned on another backbone than the tasks of {shelf_path}",
+                    given=f"{meta.backbone.model}, {meta.backbone.sha256[:16]}",
+                    allowed=f"{model}, {sha256[:16]}",
+                    do="make another shelf for it",
+                )
+        if shelf is None:
+            _store_backbone(shelf_path, first)
+            shelf = cls(shelf_path)
+        for name, folder in folders.items():
+            shelf._add(name, folder)
         return shelf
 
     @property
@@ -208,16 +225,7 @@ class Shelf:
                 return self._row(name, f"{file}: {error.strerror}")
         return self._row(name)
 
-    def _add(self, name: str, folder: Path, meta: TaskMeta) -> None:
-        if name in self._content.tasks:
-            raise RunError(f"{self.path} has a task {name} already", do="choose another name")
-        if meta.backbone.sha256 != self._content.backbone.sha256:
-            raise RunError(
-                f"{folder} was tuned on another backbone than the tasks of {self.path}",
-                given=f"{meta.backbone.model}, {meta.backbone.sha256[:16]}",
-                allowed=f"{self._content.backbone.model}, {self._content.backbone.sha256[:16]}",
-                do="make another shelf for it",
-            )
+    def _add(self, name: str, folder: Path) -> None:
         target = self.path / "tasks" / name
         atomic_write.make_folder(target)
         for file in FILES:
@@ -228,6 +236,18 @@ class Shelf:
     def _write(self, **changes: Any) -> None:
         self._content = self._content.model_copy(update=changes)
         _write_content(self.path, self._content)
+
+
+def _readable(name: str, folder: Path) -> TaskMeta:
+    """Return what a task is, once its name and its files are known to be right."""
+    meta = read_meta(folder)
+    require_shared(folder, meta)
+    try:
+        _name(name)
+    except ValueError as error:
+        raise RunError("a task cannot have this name", given=plain(name), allowed=str(error)) from None
+    read_tensors(folder, meta)  # a damaged file is not taken in
+    return meta
 
 
 def _write_content(path: Path, content: _Content) -> None:

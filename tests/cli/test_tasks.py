@@ -56,9 +56,10 @@ def test_a_shelf_from_add_to_predict(run: str, remap: Callable[..., Result], pic
         ["predict", "--task", "run", "x.png"],
         ["predict", "run", "x.png", "--embeddings"],
         ["tasks", "add", "shelf", "run"],
+        ["tasks", "add", "shelf", "a=one", "a=two"],
     ],
 )
 def test_commands_that_lack_something_say_what(remap: Callable[..., Result], words: list[str]) -> None:
     found = remap(*words)
     assert found.exit_code == 2 and "1 problem" in found.message
-    assert words[0] == "predict" or "got 'run'" in found.message
+    assert words[0] == "predict" or "got 'run'" in found.message or "a name is given twice" in found.message

@@ -58,6 +58,18 @@ def test_another_task_changes_no_file_of_an_earlier_one(shelf: Path, make_task: 
     assert [row.problem for row in Shelf(shelf).verify()] == [""] * 5
 
 
+def test_of_several_tasks_none_is_added_where_one_cannot_be(make_task: MakeTask, tiny: object, tmp_path: Path) -> None:
+    good, other = make_task("good", "lora"), make_task("other", "lora", model=tiny.teacher)  # type: ignore[attr-defined]
+    for wrong in ({"other": other}, {"two words": good}, {"absent": tmp_path / "absent"}):
+        with pytest.raises(RunError):
+            Shelf.with_tasks(tmp_path / "new", {"good": good, **wrong})
+        assert not (tmp_path / "new").exists()
+    Shelf.with_tasks(tmp_path / "new", {"one": good, "two": good})
+    with pytest.raises(RunError, match="has a task two already"):
+        Shelf.with_tasks(tmp_path / "new", {"three": good, "two": good})
+    assert Shelf(tmp_path / "new").names == ["one", "two"]
+
+
 @pytest.mark.parametrize("file", ["tasks/cars/task.safetensors", "tasks/cars/task.json", "backbone/model.safetensors"])
 def test_a_changed_byte_is_found(shelf: Path, file: str) -> None:
     data = bytearray((shelf / file).read_bytes())
