@@ -104,13 +104,14 @@ class Registry(Generic[Row]):
         """Return the row of that name.
 
         Raises:
-            UnknownName: With the nearest names and all names.
+            UnknownName: With the nearest name, or where none is near all names.
         """
         rows = self._complete()
         if name not in rows:
+            meant = did_you_mean(name, rows)
             raise UnknownName(
-                f"unknown {self.kind} '{name}'{did_you_mean(name, rows)}",
-                allowed=rows,
+                f"unknown {self.kind} '{name}'{meant}",
+                allowed=None if meant else rows,
                 do=f"`remap {self.plural}` lists them; those of other packages must be installed",
             )
         return rows[name]
@@ -212,6 +213,13 @@ def nearest(word: str, candidates: Iterable[str]) -> str | None:
     by_lower = {candidate.lower(): candidate for candidate in candidates}
     matches = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.55)
     return by_lower[matches[0]] if matches else None
+
+
+def choices(word: str, candidates: Iterable[str], listing: str) -> str:
+    """Return the name that was probably meant and the command that lists all, or where none is near all names."""
+    names = list(candidates)
+    meant = did_you_mean(word, names)
+    return f"{meant} (`remap {listing}` lists all)" if meant else f" (allowed: {', '.join(names)})"
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:

@@ -25,12 +25,13 @@ def test_a_name_cannot_stand_in_the_table_twice() -> None:
         Registry("method", "methods", [row("a"), row("a")])
 
 
-def test_unknown_name_says_the_nearest_all_names_and_the_command() -> None:
+@pytest.mark.parametrize(("word", "nearest"), [("vpt_dep", "; did you mean 'vpt_deep'?"), ("zzzz", "")])
+def test_unknown_name_says_the_nearest_or_all_names_and_the_command(word: str, nearest: str) -> None:
     with pytest.raises(UnknownName) as caught:
-        METHODS.row("vpt_dep")
+        METHODS.row(word)
     text = " ".join(str(caught.value).split())  # the list breaks between names
-    assert "unknown method 'vpt_dep'; did you mean 'vpt_deep'?" in text
-    assert ", ".join(METHODS.names) in text and "`remap methods`" in text
+    assert f"unknown method '{word}'{nearest}" in text and "`remap methods`" in text
+    assert (", ".join(METHODS.names) in text) == (not nearest)
     assert caught.value.exit_code == 2
 
 

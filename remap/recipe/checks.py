@@ -1,5 +1,6 @@
 """Checks across fields: names that must be in a table, combinations that cannot work, options of methods and losses."""
 
+import re
 from collections.abc import Iterator
 
 from pydantic import BaseModel, ValidationError
@@ -13,7 +14,7 @@ from remap.recipe.problems import lines_of
 from remap.recipe.schema import EMA, OF_OTHERS, WORDS, DataSpec, Named, Recipe, StudentSpec, TeacherSpec
 from remap.recipe.train_checks import train_problems
 from remap.recipe.word_checks import word_problems
-from remap.registry import did_you_mean
+from remap.registry import choices
 from remap.remapping import LOSSES
 from remap.remapping.weights import INITS
 from remap.tuning import METHODS, config_of, method_problems
@@ -27,7 +28,7 @@ def name_problems(recipe: Recipe) -> list[str]:
         multilabel_problems,
     )
     unknown = [
-        f"losses[{index}].name: unknown loss {_unknown(loss.name, LOSSES.names)}"
+        f"losses[{index}].name: unknown loss '{loss.name}'{choices(loss.name, LOSSES.names, 'losses')}"
         for index, loss in enumerate(recipe.losses)
         if loss.name not in LOSSES
     ]
@@ -48,10 +49,6 @@ def require_held_out_once(recipe: Recipe) -> None:
     if names and recipe.data.held_out is not None:
         line = f"data.held_out: {' and '.join(names)} cannot hold out training images besides (leave data.held_out out)"
         raise RecipeError([line], recipe.name)
-
-
-def _unknown(word: str, allowed: tuple[str, ...]) -> str:
-    return f"'{word}'{did_you_mean(word, allowed)} (allowed: {', '.join(allowed)})"
 
 
 def _loss_problems(recipe: Recipe) -> Iterator[str]:
@@ -94,7 +91,7 @@ def _teacher_problems(recipe: Recipe) -> Iterator[str]:
         elif "+" in spec.prepare or "," in spec.prepare:
             yield from method_problems(f"{key}.prepare", spec.prepare)
         elif spec.prepare not in (allowed := ("probe", "none", WORDS, *METHODS.names)):
-            yield f"{key}.prepare: unknown word {_unknown(spec.prepare, allowed)}"
+            yield f"{key}.prepare: unknown word '{spec.prepare}'{choices(spec.prepare, allowed, 'methods')}"
         if spec.calibrate and (spec.is_student or spec.joint or not any(loss.reads_logits for loss in recipe.losses)):
             yield f"{key}.calibrate: is for the logits of a teacher that stays as it was prepared (leave it out)"
         if spec.joint:
@@ -176,7 +173,7 @@ def _init_problems(recipe: Recipe) -> Iterator[str]:
         return
     name = student.init.name
     if name not in INITS:
-        yield f"student.init: unknown initialisation {_unknown(name, INITS.names)}"
+        yield f"student.init: unknown initialisation '{name}'{choices(name, INITS.names, 'remappings')}"
     elif student.shrink is not None:
         yield f"student.init: a student that is cut from the teacher has its weights already (leave '{name}' out)"
     elif teacher is None:
@@ -219,5 +216,6 @@ def _options_of(key: str, config: type[BaseModel], spec: Named) -> list[str]:
     try:
         config(**spec.options)
     except ValidationError as error:
-        return lines_of(error, config, key, also=type(spec).model_fields)
+        lines = lines_of(error, config, key, also=type(spec).model_fields)
+        return [re.sub(r"(: unknown key.*) \(allowed:", rf"\1 (allowed for {spec.name}:", line) for line in lines]
     return []

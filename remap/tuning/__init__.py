@@ -5,7 +5,7 @@ A method's name may also be a combination: "vpt_deep+lora".
 
 from typing import Any
 
-from remap.registry import Registry, did_you_mean
+from remap.registry import Registry, choices
 from remap.tuning import adapter, finetuning, parameter, prompt, remapping
 from remap.tuning.entry import CATEGORIES as CATEGORIES
 from remap.tuning.entry import MethodEntry
@@ -53,9 +53,8 @@ def method_problems(key: str, method: str) -> list[str]:
     if len(listed) > 1 and all(word in METHODS for word in listed):
         return [f"{key}: '{method}' is a list; did you mean '{'+'.join(listed)}', one combination of them?"]
     known = METHODS.names
-    unknown = [f"'{part}'{did_you_mean(part, known)}" for part in parts if part not in known]
-    if unknown:
-        return [f"{key}: unknown method {one} (allowed: {', '.join(known)})" for one in unknown]
+    if unknown := [part for part in parts if part not in known]:
+        return [f"{key}: unknown method '{part}'{choices(part, known, 'methods')}" for part in unknown]
     return [f"{key}: {problem}" for problem in combination_problems(method)]
 
 

@@ -365,7 +365,19 @@ def test_defaults_need_nothing() -> None:
 
 
 def test_a_list_of_all_methods_is_several_lines_with_every_name_complete() -> None:
-    with pytest.raises(RecipeError, match="did you mean 'lora'") as caught:
-        resolve(words={"method": "loraa"})
+    with pytest.raises(RecipeError, match="unknown method 'zzzzzz'") as caught:
+        resolve(words={"method": "zzzzzz"})
     text = str(caught.value)
     assert max(map(len, text.splitlines())) <= LINE and set(METHODS.names) <= set(re.findall(r"\w+", text))
+
+
+@pytest.mark.parametrize("option", ["lora.rank", "rank"])
+def test_an_option_of_another_method_names_the_method_that_is_set(option: str) -> None:
+    (line,) = problems(words={"method": "bitfit"}, settings=[f"method.{option}=4"])
+    assert line.startswith(f"method.{option.partition('.')[0]}: unknown key") and "(allowed for bitfit: name" in line
+
+
+def test_an_unknown_method_names_all_only_where_none_is_near() -> None:
+    (near,), (far,) = (problems(words={"method": name}) for name in ("vpt_dep", "zzzzzz"))
+    assert near.endswith("did you mean 'vpt_deep'? (`remap methods` lists all)")
+    assert far.startswith("method.name: unknown method 'zzzzzz' (allowed: ") and "vpt_deep, " in far
