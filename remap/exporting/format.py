@@ -57,9 +57,8 @@ class ExportOptions:
                 continue
             flag = f"--{field.name.replace('_', '-')}"
             takes = [other.name for other in FORMATS if field.name in other.options]
-            raise RunError(
-                f"the format {row.name} does not take {flag}", given=getattr(self, field.name), allowed=", ".join(takes)
-            )
+            given = flag if field.type is bool else f"{flag} {getattr(self, field.name)}"
+            raise RunError(f"the format {row.name} does not take {flag}", given=given, allowed=", ".join(takes))
         if not 0 <= self.max_drop <= 100:  # False for NaN too
             raise RunError("--max-drop is a number of percentage points", given=self.max_drop, allowed="0 to 100")
         if self.int8_epochs < 1:
