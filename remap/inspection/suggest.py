@@ -96,8 +96,8 @@ def recipe_text(source: str, data: ImageData, device: torch.device) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return text as YAML reads it: characters as they are, only stray bytes of a file name as escapes."""
-    return json.dumps(text, ensure_ascii=False).encode(errors="backslashreplace").decode()
+    """Return text as YAML reads it."""
+    return atomic_write.utf8_json(text).decode()
 
 
 def _models(side: int, device: torch.device) -> tuple[Choice, Choice]:

@@ -79,6 +79,11 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
+def utf8_json(value: Any) -> bytes:
+    """Return JSON in one line of UTF-8; only stray bytes of a file name are escapes."""
+    return json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace")
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and those above it, if they are not there yet.
 

@@ -5,7 +5,6 @@ continues from its parts when it is given again: a row that was cut off is dropp
 is compared with the images even when it was finished, since what failed may have been the merging.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -73,7 +72,7 @@ class PredictionFile:
             with open(part, "r+b") as file:
                 self._skip(file, share)
                 for rows in rows_of(share):
-                    file.writelines(json.dumps(row.to_dict()).encode() + b"\n" for row in rows)
+                    file.writelines(atomic_write.utf8_json(row.to_dict()) + b"\n" for row in rows)
                     file.flush()
                 os.fsync(file.fileno())
             os.replace(part, self._done(self.process))

@@ -210,3 +210,15 @@ def test_names_that_are_not_text_are_written_as_escapes(tmp_path: Path, kind: st
     else:
         row = parquet.read_table(tmp_path / "rows.parquet").to_pylist()[0]
     assert (row["path"], row["class"]) == (r"a\udcff.png", r"b\udcff")
+
+
+def test_rows_hold_letters_as_they_are(photos: Path, tmp_path: Path) -> None:
+    """As RFC 8259 allows; only a stray byte of a name, which UTF-8 has no form for, is an escape."""
+    file = PredictionFile(tmp_path / "rows.jsonl", {"tasks": {"": "x"}, "top": 1})
+    name = "\u65e5\u672c\udcff"
+    file.predict(
+        Inputs([photos]), lambda items: ([Prediction(item.path, ((name, 1.0),), indices=(0,))] for item in items)
+    )
+    assert file.merge({}) == (11, 0)
+    first = (tmp_path / "rows.jsonl").read_bytes().splitlines()[0]
+    assert "\u65e5\u672c".encode() + rb"\udcff" in first and json.loads(first)["top"][0]["class"] == name
