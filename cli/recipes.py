@@ -49,7 +49,7 @@ def recipes_copy(
 ) -> None:
     """Copy a shipped recipe to edit it."""
     from remap.errors import RecipeError, RunError
-    from remap.io.atomic_write import write_text
+    from remap.io.atomic_write import make_folder, write_text
     from remap.io.names import plain
     from remap.io.paths import expanded, path_problem
     from remap.recipe import catalogue, strict_yaml
@@ -62,6 +62,7 @@ def recipes_copy(
     if os.path.lexists(target):
         raise RecipeError(["exists already and was not changed; name another file"], str(target))
     try:
+        make_folder(target.parent)
         write_text(target, strict_yaml.read_text(source))
     except RunError as error:
         elsewhere = "name a file or folder where it can be written: remap recipes copy NAME FILE"

@@ -46,6 +46,7 @@ def init_recipe(source: str, path: Path) -> Recipe:
         raise RunError(f"{path} is there already", do="choose another --output, or remove it")
     data = open_data(source, None, 0.2)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    atomic_write.make_folder(path.parent)
     atomic_write.write_text(path, recipe_text(source, data, device))
     return load(path)
 

@@ -205,6 +205,7 @@ def test_copy_then_validate(remap: Callable[..., Result], tmp_path: Path) -> Non
 
 
 def test_copy_to_a_place_that_cannot_be_written_advises_what_copy_has(remap: Callable[..., Result]) -> None:
+    assert remap("recipes", "copy", "digits", "new/folder/mine.yaml").exit_code == 0
     result = remap("recipes", "copy", "digits", "/proc/version.yaml")
     assert result.exit_code == 2 and "recipes copy NAME FILE" in result.message and "--output" not in result.message
 

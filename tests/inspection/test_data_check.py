@@ -80,8 +80,8 @@ def test_copies_across_splits_come_first(report: Report) -> None:
 
 def test_the_contact_sheet_loads_nothing_and_runs_nothing(folder: Path, tmp_path: Path) -> None:
     found, data = check_data(str(folder))
-    write_contact_sheet(tmp_path / "page.html", found, data)
-    page = (tmp_path / "page.html").read_text()
+    write_contact_sheet(tmp_path / "new" / "page.html", found, data)  # as other commands do, it makes the folder
+    page = (tmp_path / "new" / "page.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 8 + 3 and "http" not in page and "<script" not in page
     assert "broken.png (not an image)" in page and "look the same" in page
 
