@@ -62,6 +62,9 @@ def predict(
         bool, _into_file("--probabilities", "Let rows hold the probabilities of all classes.")
     ] = False,
     embeddings: Annotated[bool, _into_file("--embeddings", "Let rows hold the pooled features.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Exit with 0 although files cannot be read; they are still reported.")
+    ] = False,
     devices: opt.Devices = None,
     json: opt.Json = False,
 ) -> None:
@@ -100,7 +103,7 @@ def predict(
         )
     else:
         console.emit(found) if json else _show(found)
-    if counts[1]:
+    if counts[1] and not skip_bad:
         raise typer.Exit(2)
 
 

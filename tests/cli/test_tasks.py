@@ -36,8 +36,9 @@ def test_a_shelf_from_add_to_predict(run: str, remap: Callable[..., Result], pic
     assert again.exit_code == 2 and "is there already" in again.message
     (pictures / "bad.png").write_bytes(b"text")
     summary = remap("predict", run, pictures / "bad.png", "--output", "bad.csv", "--json")
+    assert remap("predict", run, pictures / "bad.png", "--output", "skipped.csv", "--skip-bad").exit_code == 0
     (pictures / "bad.png").unlink()
-    assert summary.exit_code == 2
+    assert summary.exit_code == 2 and "not an image" in Path("skipped.csv").read_text()
     assert json.loads(summary.stdout) == {"output": "bad.csv", "images": 1, "unreadable": 1}
 
     Path("shelf/tasks/one/task.safetensors").write_bytes(b"")
