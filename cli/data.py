@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from remap.data import CLASSES, MULTILABEL
 from remap_cli import console
 from remap_cli import options as opt
 
@@ -28,6 +29,7 @@ def check(
         Path | None, typer.Option(help="Also write a page with images of every class.", show_default=False)
     ] = None,
     depth: Annotated[int | None, typer.Option(min=1, help="Level of the folders that are the classes.")] = None,
+    multilabel: opt.Multilabel = False,
     json: opt.Json = False,
 ) -> None:
     """Count images; find broken, copied, near-equal and odd ones; say what to do. Exit code 2 for serious findings."""
@@ -35,7 +37,7 @@ def check(
     from remap.inspection.data_check import check_data
 
     with console.Reporter() as progress:
-        report, images = check_data(source, depth, progress)
+        report, images = check_data(source, depth, progress, task=MULTILABEL if multilabel else CLASSES)
     console.emit(report.to_dict()) if json else _show(report)
     if html is not None:  # afterwards: reading takes long, and what was found is not lost where this cannot be written
         write_contact_sheet(html, report, images)

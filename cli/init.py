@@ -6,17 +6,20 @@ from typing import Annotated
 
 import typer
 
+from remap.data import CLASSES, MULTILABEL
 from remap_cli import console
+from remap_cli import options as opt
 
 
 def init(
     source: Annotated[str, typer.Argument(help="Folder of class folders, tar, zip or CSV.", show_default=False)],
     output: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("recipe.yaml"),
+    multilabel: opt.Multilabel = False,
 ) -> None:
     """Look at your images and this machine, and write a commented recipe that `remap distill` runs."""
     from remap.inspection.suggest import init_recipe
 
     with console.Reporter():
-        recipe = init_recipe(source, output)
+        recipe = init_recipe(source, output, task=MULTILABEL if multilabel else CLASSES)
     console.line(f"{output}: {recipe.teachers[0].model} teaches {recipe.student.model}, {recipe.method.name}")
     console.line(f"next: remap distill --recipe {shlex.quote(str(output))}")

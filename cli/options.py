@@ -31,6 +31,9 @@ Devices = Annotated[
         rich_help_panel=_RUN,
     ),
 ]
+Multilabel = Annotated[
+    bool, typer.Option("--multilabel", help="Images have any number of labels (task: multilabel in a recipe).")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.", rich_help_panel=_RUN)]
 
 

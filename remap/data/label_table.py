@@ -121,7 +121,7 @@ def _column(what: str, named: str | None, names: Sequence[str], header: list[str
             given=f"{word}: {plain(', '.join(header))[:200] or 'empty'}",
             allowed=f"a column of {what}: {', '.join(wanted)}",
             do="write such a name into its first line, or name the columns: csv:FILE,path=COLUMN,label=COLUMN"
-            " (of a column of 0 and 1 a class: --set task=multilabel)",
+            " (of a column of 0 and 1 a class: --set task=multilabel; remap data check and init: --multilabel)",
         )
     return at
 

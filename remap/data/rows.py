@@ -144,7 +144,10 @@ def one_label(row: Row) -> str:
     labels = (row.label,) if isinstance(row.label, str) else row.label
     if len(labels) > 1:
         given = plain(f"{row.name}: {', '.join(labels)}")[:200]
-        do = "learn all of them (task: multilabel in the recipe, --set task=multilabel), or give each image one label"
+        do = (
+            "learn all of them (task: multilabel in the recipe, --set task=multilabel; remap data check and init:"
+            " --multilabel), or give each image one label"
+        )
         raise DataError("an image has several labels; one is learned", given=given, do=do)
     return labels[0] if labels else ""
 

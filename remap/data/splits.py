@@ -93,6 +93,12 @@ class ImageData:
         labeled = self.train.joined(self.val)
         return labeled if self.test is None else labeled.joined(self.test)
 
+    def count(self, split: Split) -> list[int]:
+        """Return how many images of a split each class has; an image with several counts for each of them."""
+        if split.labels.ndim == 2:
+            return list((split.labels == 1).sum(axis=0).tolist())
+        return list(np.bincount(split.labels[split.labels >= 0], minlength=len(self.classes)).tolist())
+
     def fingerprint(self) -> str:
         """Return a hash of class names, file names, labels and order; ``remap.data.fingerprint`` adds the contents."""
         digest = hashlib.sha256(_bytes_of(self.classes))

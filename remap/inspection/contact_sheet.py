@@ -42,7 +42,7 @@ def write_contact_sheet(path: Path, report: Report, data: ImageData) -> None:
         parts.append(f"<div class='finding {finding.severity}'>{head}{files}</div>")
     if not report.findings:
         parts.append("<p>Nothing odd was found.</p>")
-    for label, indices in sorted(sample_indices(data.train.labels.tolist(), EACH).items()):
+    for label, indices in sample_indices(data.train, len(data.classes), EACH).items():
         parts.append(f"<h3>{_text(data.classes[label])}</h3>{''.join(_picture(data, index) for index in indices)}")
     atomic_write.make_folder(path.parent)
     atomic_write.write_text(path, "\n".join(parts) + "\n")

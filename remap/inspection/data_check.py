@@ -1,7 +1,7 @@
 """Check labelled images before a run: what is broken, copied, uneven or odd, and what to do about it."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import blake2b
@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from remap.data import CLASSES
 from remap.data.image_files import counted
 from remap.data.images import BadImage, decode, reason_of, wide_values
 from remap.data.pixels import RGB
 from remap.data.sources import open_data
-from remap.data.splits import ImageData
+from remap.data.splits import ImageData, Split
 from remap.data.thread_pool import map_ahead, threads
 from remap.inspection.near_duplicates import FLAT, dhash, near_pairs
 from remap.progress import Progress, Silent
@@ -48,12 +49,13 @@ class Seen:
 
     Attributes:
         name: SPLIT/NAME.
+        label: Its class, or 0 and 1 for each class.
         reason: Why it cannot be read; empty where it can.
     """
 
     name: str
     split: str
-    label: int
+    label: int | list[int]
     index: int
     reason: str = ""
     size: tuple[int, int] = (0, 0)
@@ -82,16 +84,19 @@ class Report:
         return asdict(self)
 
 
-def check_data(source: str, depth: int | None = None, progress: Progress = Silent()) -> tuple[Report, ImageData]:
+def check_data(
+    source: str, depth: int | None = None, progress: Progress = Silent(), *, task: str = CLASSES
+) -> tuple[Report, ImageData]:
     """Read every image of a source and report.
 
     Args:
         source: As ``--data`` takes it.
+        task: What a label is; with MULTILABEL an image counts for each of its classes.
 
     Raises:
         DataError: The source cannot be opened, as a run would say.
     """
-    data = open_data(source, None, 0.2, depth=depth)
+    data = open_data(source, None, 0.2, depth=depth, task=task)
     splits = {"train": data.train, "val": data.val, "test": data.test}
     seen: list[Seen] = []
     for name, split in splits.items():
@@ -101,10 +106,7 @@ def check_data(source: str, depth: int | None = None, progress: Progress = Silen
             for _, one in map_ahead(pool, partial(_look, name, split), range(len(split)), 64):
                 seen.append(one)
                 step.advance()
-    labels = {
-        name: np.bincount(split.labels, minlength=len(data.classes)).tolist() for name, split in splits.items() if split
-    }
-    counts = {name: dict(zip(data.classes, numbers, strict=True)) for name, numbers in labels.items()}
+    counts = {name: dict(zip(data.classes, data.count(split), strict=True)) for name, split in splits.items() if split}
     order = {"bad": 0, "note": 1}
     findings = sorted(_findings(data, seen, counts), key=lambda finding: order[finding.severity])
     sides = np.array([one.size for one in seen if not one.reason] or [(0, 0)])
@@ -115,9 +117,9 @@ def check_data(source: str, depth: int | None = None, progress: Progress = Silen
     return Report(source, data.split_rule, counts, sizes, tuple(findings)), data
 
 
-def _look(name: str, split: Any, index: int) -> Seen:
+def _look(name: str, split: Split, index: int) -> Seen:
     found = partial(
-        Seen, f"{name}/{split.names[index].removeprefix(f'{name}/')}", name, int(split.labels[index]), index
+        Seen, f"{name}/{split.names[index].removeprefix(f'{name}/')}", name, split.labels[index].tolist(), index
     )
     try:
         content = split.read(index)
@@ -203,10 +205,11 @@ def _uneven(train: dict[str, int]) -> Iterator[Finding]:
         yield Finding("imbalance", "note", what, do, 1, (largest, smallest))
 
 
-def sample_indices(labels: Iterable[int], each: int) -> dict[int, list[int]]:
-    """Return the first ``each`` images of every label."""
-    found: defaultdict[int, list[int]] = defaultdict(list)
-    for index, label in enumerate(labels):
-        if len(found[label]) < each:
-            found[label].append(index)
-    return dict(found)
+def sample_indices(split: Split, classes: int, each: int) -> dict[int, list[int]]:
+    """Return the first ``each`` images of every class that has any."""
+    found: dict[int, list[int]] = {}
+    for label in range(classes):
+        has_N = split.labels[:, label] == 1 if split.labels.ndim == 2 else split.labels == label
+        if len(indices_K := np.flatnonzero(has_N)[:each]):
+            found[label] = indices_K.tolist()
+    return found

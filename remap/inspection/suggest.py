@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from remap.backbones.build import require_at_hand
+from remap.data import CLASSES
 from remap.data.images import BadImage, decode
 from remap.data.sources import open_data
 from remap.data.splits import ImageData
@@ -35,8 +36,8 @@ class Choice:
     why: str
 
 
-def init_recipe(source: str, path: Path) -> Recipe:
-    """Write a commented recipe for the images of a source, and return it.
+def init_recipe(source: str, path: Path, task: str = CLASSES) -> Recipe:
+    """Write a commented recipe for the images of a source, and return it; ``task`` is what a label is.
 
     Raises:
         RunError: There is a file at the path already, or it cannot be written.
@@ -44,7 +45,7 @@ def init_recipe(source: str, path: Path) -> Recipe:
     """
     if path.exists() or path.is_symlink():
         raise RunError(f"{path} is there already", do="choose another --output, or remove it")
-    data = open_data(source, None, 0.2)
+    data = open_data(source, None, 0.2, task=task)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     atomic_write.make_folder(path.parent)
     atomic_write.write_text(path, recipe_text(source, data, device))
@@ -71,8 +72,7 @@ def recipe_text(source: str, data: ImageData, device: torch.device) -> str:
         "train.batch_size": Choice(batch, "images per update; halves itself where memory runs out"),
         "train.precision": Choice("auto", f"on this machine {'bf16' if bf16 else 'fp32'}"),
     }
-    counts = [int((data.train.labels == label).sum()) for label in range(len(data.classes))]
-    listed = [f"{plain(name)} ({count:,})" for name, count in zip(data.classes, counts, strict=True)]
+    listed = [f"{plain(name)} ({count:,})" for name, count in zip(data.classes, data.count(data.train), strict=True)]
     more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
     lines = [
         f"# {plain(source)}: {len(data.classes)} classes, {images:,} training and {len(data.val):,} evaluation images.",
@@ -82,6 +82,7 @@ def recipe_text(source: str, data: ImageData, device: torch.device) -> str:
             for _ in data.skipped[:1]
         ),
         "# Start: remap distill --recipe THIS_FILE. Every field: `remap recipes show digits --resolved`.",
+        *(["task: multilabel  # any number of classes an image"] if data.train.labels.ndim == 2 else []),
         "data:",
         f"  source: {_quoted(absolute_data(source))}",
         f"  # {plain(data.split_rule)}",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from remap.errors import RunError
+from remap.errors import DataError, RunError
 from remap.inspection.contact_sheet import write_contact_sheet
 from remap.inspection.data_check import Report, check_data
 from remap.inspection.near_duplicates import dhash, near_pairs
@@ -127,3 +127,34 @@ def test_a_recipe_to_begin_with_is_read_as_it_stands(folder: Path, tmp_path: Pat
     with pytest.raises(RunError, match="is there already"):
         init_recipe(str(folder), tmp_path / "recipe.yaml")
     assert (tmp_path / "recipe.yaml").read_text() == text
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> str:
+    """Eight images with any number of labels; the last two are copies with different ones."""
+    draws = np.random.default_rng(3)
+    labels = ["ant", "ant;bee", "bee", "ant;bee", "ant", "bee", "ant", "ant;bee"]
+    rows = ["path,labels,split"]
+    for index, text in enumerate(labels):
+        Image.fromarray(draws.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / f"{index}.png")
+        rows.append(f"{index}.png,{text},{'val' if index in (4, 5) else 'train'}")
+    (tmp_path / "7.png").write_bytes((tmp_path / "6.png").read_bytes())
+    (tmp_path / "sets.csv").write_text("\n".join(rows))
+    return f"csv:{tmp_path}/sets.csv,separator=;"
+
+
+def test_images_of_several_labels_count_for_each(table: str, tmp_path: Path) -> None:
+    """By hand: to learn from ant, ant;bee, bee, ant;bee, ant, ant;bee; to evaluate on ant and bee."""
+    found, data = check_data(table, task="multilabel")
+    assert found.counts == {"train": {"ant": 5, "bee": 4}, "val": {"ant": 1, "bee": 1}}
+    (copies,) = [one for one in found.findings if one.kind == "copies"]
+    assert copies.files == ("train/6.png = train/7.png",) and "different labels" in copies.what
+    write_contact_sheet(tmp_path / "page.html", found, data)
+    assert (tmp_path / "page.html").read_text().count("data:image/jpeg;base64,") == 5 + 4
+    with pytest.raises(DataError, match=r"remap data check and init: --multilabel"):
+        check_data(table)
+
+
+def test_a_recipe_for_several_labels_states_the_task(table: str, tmp_path: Path) -> None:
+    recipe = init_recipe(table, tmp_path / "new" / "recipe.yaml", task="multilabel")
+    assert recipe.data.multilabel and "ant (5), bee (4)" in (tmp_path / "new" / "recipe.yaml").read_text()
