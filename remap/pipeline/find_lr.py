@@ -51,7 +51,7 @@ def find_lr(
     if chosen.choose_losses:
         raise RecipeError(["losses: a range test is of one objective (name the losses)"], chosen.name)
     if steps < 10:
-        raise RecipeError([f"steps: {steps} are too few to see a loss fall (10 or more)"], "remap.find_lr")
+        raise RecipeError([f"steps: {steps} are too few to see a loss fall (10 or more)"], "remap lr")
     chosen, shared = without_idle_losses(chosen, progress).written_out(), SharedResources()
     validate_inputs(chosen, shared)
     with tempfile.TemporaryDirectory() as folder:  # a probe is fitted for the teacher, and gone afterwards

@@ -103,8 +103,8 @@ class RunDir(RunRecords):
         if not os.path.isfile(run.path / "recipe.yaml"):
             name = plain(str(path))
             if not os.path.lexists(run.path):
-                raise RunError(f"there is no run directory {name}", given="no such folder", do="see `ls runs`")
-            raise RunError(f"{name} is not a run directory", given="recipe.yaml is missing", do="see `ls runs`")
+                raise RunError(f"there is no run directory {name}", given="no such folder", do=see_runs(run.path))
+            raise RunError(f"{name} is not a run directory", given="recipe.yaml is missing", do=see_runs(run.path))
         return run
 
     @contextmanager
@@ -167,6 +167,12 @@ def _unfit_for_tensors(path: Path) -> str | None:
     except UnicodeEncodeError:
         return "it holds a byte that is not UTF-8"
     return None
+
+
+def see_runs(path: Path) -> str:
+    """Return what to do about a path that is not a run: name one of the runs in it, or look where runs usually are."""
+    inside = min(path.glob("*/recipe.yaml"), default=None) if os.path.isdir(path) else None
+    return "see `ls runs`" if inside is None else f"name a run in it, such as {shlex.quote(plain(str(inside.parent)))}"
 
 
 def default_path() -> Path:

@@ -100,6 +100,13 @@ def test_what_is_not_there_is_named_and_a_run_that_began_says_failed(
         assert status["status"] == "failed" and all(part in status["message"] for part in parts)
 
 
+@pytest.mark.parametrize("words", ["eval runs", "tasks add shelf a=runs"])
+def test_of_a_folder_of_runs_one_is_named(remap: Callable[..., Result], tmp_path: Path, words: str) -> None:
+    (tmp_path / "runs" / "photos-001").mkdir(parents=True)
+    (tmp_path / "runs" / "photos-001" / "recipe.yaml").touch()
+    assert "runs/photos-001" in remap(*words.split()).message.partition("name a run in it, such as ")[2]
+
+
 @pytest.mark.parametrize(("name", "given"), [("absent", "no such folder"), (".", "it has neither recipe.yaml nor")])
 @pytest.mark.parametrize("command", ["predict RUN PICTURES", "export RUN --to onnx", "tasks add shelf name=RUN"])
 def test_what_is_not_a_run_is_named_by_what_was_given(

@@ -36,7 +36,7 @@ def test_a_rate_is_found_for_a_recipe(tiny: Any) -> None:
 
 
 def test_mistakes_are_said(tiny: Any) -> None:
-    with pytest.raises(RecipeError, match="steps: 3 are too few"):
+    with pytest.raises(RecipeError, match=r"remap lr: 1 problem\n.*steps: 3 are too few"):
         remap.find_lr(tiny.recipe(), steps=3)
     with pytest.raises(RecipeError, match="name the losses"):
         remap.find_lr(tiny.recipe(losses="auto"))
