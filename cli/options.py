@@ -97,6 +97,10 @@ _TEACHER = (
 )
 _LOSSES = "ce,kd,attention, of these what the method can follow; without a teacher ce"
 
+_DATA = (
+    "Folder of class folders, tar or zip of one, CSV of labels, Parquet file, hf:NAME, webdataset:TARS or digits; see"
+    " docs/data.md."
+)
 _TRACKERS = "Experiment tracker: tensorboard, wandb, mlflow or trackio"
 
 # Those that set a recipe field.
@@ -116,9 +120,7 @@ RECIPE_OPTIONS = (
     _models(
         "losses", str, _ALL, _LOSSES, "Comma-separated, with weights after a colon: ce,kd:0.5. See `remap losses`."
     ),
-    _training(
-        "data", str, _ALL, "digits", "Folder of class folders (with or without train/ and val/), a tar, or digits."
-    ),
+    _training("data", str, _ALL, "digits", _DATA),
     _training("val_data", str, _ALL, None, "Separate folder or tar to evaluate on."),
     _training(
         "unlabeled",
