@@ -55,7 +55,7 @@ def problems(runs: list[dict[str, float]]) -> list[str]:
             found.append(f"{page} does not say: {sentence(runs)}")
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     for role, title in ROWS.items():
-        start = f" {title:14}  {100 * runs[0][role]:.1f} % ("
+        start = f" {title:14}  {100 * runs[0][role]:.1f}% ("
         if not any(line.startswith(start) for line in lines):
             found.append(f"README.md has no line that begins with {start!r}")
     if not any(line.endswith(f" {runs[0]['task_bytes'] / 1000:.1f} kB") for line in lines):
