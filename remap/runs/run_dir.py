@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from remap.errors import MissingData, RunError
+from remap.errors import DiskFull, MissingData, RunError
 from remap.io import atomic_write, links
 from remap.io.names import plain
 from remap.io.paths import path_problem
@@ -70,7 +70,12 @@ class RunDir(RunRecords):
     def _claim(self, recipe: str) -> None:
         """Write recipe.yaml, which makes a folder a run: atomically, and by one process only."""
         draft = self.path / f"recipe.yaml.{os.getpid()}.tmp"
-        atomic_write.write_text(draft, recipe)
+        try:
+            atomic_write.write_text(draft, recipe)
+        except DiskFull:
+            raise
+        except RunError as error:  # the first file of a run: the command can be given another folder
+            raise RunError(error.what, do="choose another --output, or make this folder writable") from error
         try:
             os.link(draft, self.path / "recipe.yaml")
         except (FileExistsError, FileNotFoundError):  # another process made it, and removed the draft
