@@ -97,6 +97,8 @@ class Answers:
             f"the teacher's answers on {self.images:,} images without labels are {balance} (evenness {entropy:.2f}):"
             f" {', '.join(parts)}{rest}"
         ]
+        if balance == "not balanced":
+            said.append("if there are about as many images of each class, let it answer so: --set teacher.balance=0.5")
         rare = [plain(self.classes[i]) for i in order[::-1] if self.shares[i] < NEARLY_NOTHING / count]
         if rare:
             more = f" and {len(rare) - 8} more" if len(rare) > 8 else ""

@@ -18,7 +18,7 @@ def losing_case(summary: Mapping[str, Any]) -> str | None:
     teachers = [summary[name] for name in ("teacher",) if name in summary] + summary.get("more_teachers", [])
     teachers = [one for one in teachers if not one["model"].startswith((f"{SELF} (", f"{EMA} ("))]
     best = max((one["accuracy"] for one in teachers if one["accuracy"] is not None), default=None)
-    if student is None or best is None:
+    if student is None or best is None or not data["labeled_images"]:  # without labels it can hardly be passed
         return None
     if baseline is not None and student > baseline["accuracy"]:
         return None

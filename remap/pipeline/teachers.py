@@ -17,6 +17,7 @@ from remap.engine.self_teachers import averaged_copy, untuned_copy
 from remap.errors import RunError
 from remap.io.paths import expanded
 from remap.network import Network, choose_attention, tuned
+from remap.pipeline.balancing import balance
 from remap.pipeline.calibration import calibrate
 from remap.pipeline.class_matching import match_classes
 from remap.pipeline.class_words import Answers, answers_of, write_words
@@ -178,10 +179,7 @@ def prepare_teacher(
         else:
             network, _ = load_task(shared.tuned_teachers[teacher_recipe(recipe, spec).digest()])
         teacher = placed(replace(teacher, network=network, head=spec.prepare), recipe, accelerator().device)
-    if spec.calibrate:  # where it brought its head, on images that it may have seen
-        temperature = calibrate(teacher.network, part.val, recipe.train.batch_size, progress)
-        how = f"on {len(part.val.split)} training images: temperature {temperature:.2f}"
-        progress.say(f"{title_of(spec, recipe)} is calibrated {how}")
+    _adjust_logits(teacher, recipe, views, part, progress)
     if teacher.head == WORDS and views.unlabeled is not None:
         answers = answers_of(teacher.network, views.unlabeled, recipe.train.batch_size, progress)
         teacher = replace(teacher, answers=answers)
@@ -203,13 +201,28 @@ def prepare_teacher(
     return teacher
 
 
+def _adjust_logits(
+    teacher: PreparedTeacher, recipe: Recipe, views: DataViews, held_out: DataViews, progress: Progress
+) -> None:
+    """Change a prepared classifier as the recipe says, in place, and say how."""
+    spec, batch_size = teacher.spec, recipe.train.batch_size
+    if spec.calibrate:  # where it brought its head, on images that it may have seen
+        temperature = calibrate(teacher.network, held_out.val, batch_size, progress)
+        how = f"on {len(held_out.val.split)} training images: temperature {temperature:.2f}"
+        progress.say(f"{title_of(spec, recipe)} is calibrated {how}")
+    if spec.balance:
+        source = views.train if views.unlabeled is None else views.unlabeled
+        how = balance(teacher.network, source, spec.balance, batch_size, progress)
+        progress.say(f"{title_of(spec, recipe)} is balanced {how}")
+
+
 def _key(network: Network, head: str, spec: TeacherSpec, recipe: Recipe) -> str:
     """Return backbone, origin of the head, and all that decides how it is fitted."""
     return "|".join(
         [
             network.identity.sha256,
             head,
-            f"{spec.model} {spec.weights} {spec.image_size} {spec.classes} {spec.calibrate}"
+            f"{spec.model} {spec.weights} {spec.image_size} {spec.classes} {spec.calibrate} {spec.balance}"
             if head == "its own"
             else str(spec.model_dump(mode="json", exclude={"weight", "cache", "cache_dtype", "shard"})),
             str(recipe.data.model_dump(mode="json")),

@@ -92,8 +92,10 @@ def _teacher_problems(recipe: Recipe) -> Iterator[str]:
             yield from method_problems(f"{key}.prepare", spec.prepare)
         elif spec.prepare not in (allowed := ("probe", "none", WORDS, *METHODS.names)):
             yield f"{key}.prepare: unknown word '{spec.prepare}'{choices(spec.prepare, allowed, 'methods')}"
-        if spec.calibrate and (spec.is_student or spec.joint or not any(loss.reads_logits for loss in recipe.losses)):
-            yield f"{key}.calibrate: is for the logits of a teacher that stays as it was prepared (leave it out)"
+        if spec.is_student or spec.joint or not any(loss.reads_logits for loss in recipe.losses):
+            given = (name for name in ("calibrate", "balance") if getattr(spec, name))
+            why = "is for the logits of a teacher that stays as it was prepared (leave it out)"
+            yield from (f"{key}.{name}: {why}" for name in given)
         if spec.joint:
             yield from _joint_problems(f"{key}.joint", spec, recipe)
         if spec.overtaken == "fade" and (spec.is_student or spec.joint):

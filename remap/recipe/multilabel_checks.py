@@ -50,6 +50,7 @@ def multilabel_problems(recipe: Recipe) -> Iterator[str]:
         "student.extends": student.extends is not None,
         "teacher.top_k": any(one.top_k is not None for one in recipe.teachers),
         "teacher.calibrate": any(one.calibrate for one in recipe.teachers),
+        "teacher.balance": any(one.balance for one in recipe.teachers),
         "teacher.overtaken": any(one.overtaken != "keep" for one in recipe.teachers),
         "teacher.joint": any(one.joint for one in recipe.teachers),
         "teacher.prepare": any(one.prepare == WORDS for one in recipe.teachers),

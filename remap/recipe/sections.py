@@ -77,6 +77,9 @@ class TeacherSpec(ModelSpec):
     lr: float | None = Field(default=None, gt=0.0, description="Learning rate of tuning; null is the method's.")
     allow_weak: bool = Field(default=False, description="Continue even if the teacher is no better than chance.")
     calibrate: Annotated[bool, LATER] = Field(default=False, description="Fit its temperature on held-out images.")
+    balance: Annotated[float, LATER] = Field(
+        default=0.0, ge=0.0, le=1.0, description="Part of the log of a class's mean probability that its logits lose."
+    )
     overtaken: Annotated[Literal["keep", "fade"], LATER] = Field(
         default="keep", description="fade: its losses lose weight once the student is better on evaluation images."
     )

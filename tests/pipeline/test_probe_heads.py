@@ -21,6 +21,7 @@ from remap.data.splits import Split
 from remap.distributed.launch import accelerator
 from remap.errors import BackboneError
 from remap.network import Network, Runner, tuned
+from remap.pipeline.balancing import balance
 from remap.pipeline.calibration import calibrate
 from remap.pipeline.probe import fit_probe
 from remap.progress import Silent
@@ -90,6 +91,13 @@ def test_the_logits_are_those_of_the_fitted_regression(name: str) -> None:
     temperature = calibrate(network, source, 8, Silent())  # type: ignore[arg-type]
     calibrated = Runner(network)(source.images).logits_BC.double()
     torch.testing.assert_close(calibrated * temperature, logits, rtol=1e-3, atol=1e-3)
+    if len(network.anatomy.classifier_heads) > 1:
+        with pytest.raises(BackboneError, match="which has several classifiers"):
+            balance(network, source, 0.5, 8, Silent())  # type: ignore[arg-type]
+        return
+    balance(network, source, 0.5, 8, Silent())  # type: ignore[arg-type]
+    balanced, mean_C = Runner(network)(source.images).logits_BC.double(), calibrated.softmax(-1).mean(0)
+    torch.testing.assert_close(balanced, calibrated - 0.5 * mean_C.log(), rtol=1e-3, atol=1e-3)
 
 
 def test_a_classifier_without_bias_is_refused() -> None:

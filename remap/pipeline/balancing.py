@@ -1,0 +1,57 @@
+"""Answers of a teacher that favour some classes, made more even (Wang et al. 2022, arXiv 2201.01490, section 3.2).
+
+Letters: N images, C classes.
+"""
+
+import numpy as np
+import torch
+
+from remap.backbones.anatomy import module_at
+from remap.data.views import ViewSource
+from remap.distributed.launch import accelerator
+from remap.errors import BackboneError
+from remap.network import Network
+from remap.pipeline.class_words import LOOKED_AT
+from remap.pipeline.probe import last_layer, signals_of
+from remap.progress import Progress
+
+# The smallest mean probability that counts, as a part of an even share: a class that the teacher never thinks of would
+# else be raised without bound.
+LEAST = 0.01
+
+
+def balance(network: Network, source: ViewSource, share: float, batch_size: int, progress: Progress) -> str:
+    """Take ``share`` of log p from the classifier's logits, with p the mean probability of each class; return a note.
+
+    The paper's p is a running average over training; here it is that of the teacher on the images before training.
+
+    Raises:
+        BackboneError: The classifier has no bias, or there are several, whose biases add up in ways of their own.
+    """
+    first, *others = (last_layer(module_at(network.model, path)) for path in network.anatomy.classifier_heads)
+    if first.bias is None or others:
+        why = "has several classifiers" if others else "has a classifier without bias"
+        given = f"{network.identity.model}, which {why}"
+        raise BackboneError("the teacher's answers cannot be balanced", given=given, do="leave teacher.balance out")
+    logits_NC, _ = signals_of(
+        network, source, accelerator(), batch_size, progress, "the teacher's answers", pooled=False, at_most=LOOKED_AT
+    )
+    shift_C = shift_of(logits_NC, share)
+    with torch.no_grad():
+        first.bias.add_(torch.from_numpy(shift_C).to(first.bias))
+    before, after = (mean_probabilities(one).max() * len(shift_C) for one in (logits_NC, logits_NC + shift_C))
+    return (
+        f"on {len(logits_NC):,} images: the most frequent class had {before:.1f} times an even share, now {after:.1f}"
+    )
+
+
+def shift_of(logits_NC: np.ndarray, share: float) -> np.ndarray:
+    """Return what is added to the logits of each class, (C,)."""
+    mean_C = mean_probabilities(logits_NC)
+    return -share * np.log(np.maximum(mean_C, LEAST / len(mean_C)))
+
+
+def mean_probabilities(logits_NC: np.ndarray) -> np.ndarray:
+    """Return the mean probability of each class, (C,)."""
+    exponentials_NC = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
+    return (exponentials_NC / exponentials_NC.sum(axis=1, keepdims=True)).mean(axis=0)
