@@ -186,7 +186,12 @@ def require_stored(word: str, stored: int, *, image_size: int | None = None) -> 
 
 
 def state_hash(model: nn.Module, anatomy: Anatomy) -> str:
-    """Return the SHA-256 over names, shapes and bytes of all parameters and buffers, classifier left out."""
+    """Return the SHA-256 over names, shapes and bytes of all parameters and buffers, classifier left out.
+
+    Empty for a model on the meta device, which has no bytes.
+    """
+    if any(p.is_meta for p in model.parameters()):
+        return ""
     digest = hashlib.sha256()
     add_tensors(digest, {name: tensor for name, tensor in model.state_dict().items() if not anatomy.is_head(name)})
     return digest.hexdigest()

@@ -227,9 +227,10 @@ def _tune(recipe: Recipe, classes: tuple[str, ...], backbone: Backbone) -> Netwo
     if recipe.student.extends is not None:
         start_from(student, expanded(recipe.student.extends), classes, head=train.fit == "gradient")
     require_trainable(student, train)
-    # Attached on the CPU first, so that draws do not depend on the device.
-    student.model.to(accelerator().device)
     device = accelerator().device
+    # Attached on the CPU first, so that draws do not depend on the device.
+    if not any(p.is_meta for p in student.model.parameters()):
+        student.model.to(device)
     bf16 = use_bf16(train.precision, device)
     choose_attention(student, train.fused_attention, device, bf16=bf16, trains=True)
     return student

@@ -1,6 +1,6 @@
 """What a run costs on this machine: time, memory and disk, from the profile of one training step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from remap.distributed.launch import accelerator
 from remap.engine.job import bytes_of_a_run
@@ -84,7 +84,9 @@ def preparation_cost(
         return each * len(components.views.train.split) / accelerator().num_processes, head
     # A tuned teacher costs a whole run by itself.
     named = Within(progress, "tuning the teacher")
-    tuning = build_components(teacher_recipe(recipe, spec).written_out(), None, named, shared)
+    tuning = build_components(
+        teacher_recipe(recipe, spec).written_out(), None, named, replace(shared, shapes_only=True)
+    )
     # By the forward pass that was measured: gradients of activations cost as much again, and so do those of weights.
     share = tuning.student.num_trainable / tuning.student.num_parameters
     profile = StepProfile({}, (2 + share) * each, each, 0.0, 0, 0, {}, {}, 0.0)

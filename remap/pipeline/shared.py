@@ -84,6 +84,7 @@ class SharedResources:
         tuned_teachers: Folder of each teacher that was tuned, by the digest of its recipe.
         read_ahead: Whether images are decoded when they are opened, which finds those that cannot be read; a dry run
             looks at a few alone.
+        shapes_only: Whether students with random weights have shapes alone (on the meta device): for counting them.
         said: What was said of the images already.
         use_stored_teachers: Whether tuned teachers are taken from and put into the cache; a repeat tunes its own.
     """
@@ -97,6 +98,7 @@ class SharedResources:
     teacher_folder: Path | None = None
     use_stored_teachers: bool = True
     read_ahead: bool = True
+    shapes_only: bool = False
     features: dict[tuple, dict[str, Any]] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
 

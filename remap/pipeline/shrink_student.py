@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,7 +39,9 @@ def open_student(recipe: Recipe, run_dir: RunDir | None, progress: Progress, sha
     """
     num_classes = len(shared.classes(recipe))
     if recipe.student.shrink is None:
-        backbone = open_backbone(recipe.student, num_classes)
+        # Drawing the weights of a ViT-L takes longer than its forward pass.
+        with torch.device("meta") if shared.shapes_only and recipe.student.weights == "none" else nullcontext():
+            backbone = open_backbone(recipe.student, num_classes)
         for note in backbone.notes:
             progress.say(f"the student: {note}")
         return backbone

@@ -10,6 +10,9 @@ import pytest
 from remap.data.views import ViewSource
 from remap.errors import DataError, UnknownName, WeightsError
 from remap.pipeline import dry_run
+from remap.pipeline.components import build_components
+from remap.pipeline.shared import SharedResources
+from remap.progress import Silent
 from remap.recipe import resolve_distill
 
 
@@ -61,3 +64,13 @@ def test_images_that_cannot_be_read_are_an_error(tmp_path: Path, tiny: Any, watc
         path.write_bytes(b"no image")
     with pytest.raises(DataError, match="none of the training images can be read"):
         dry_run.estimate(tiny.recipe(data=str(tmp_path / "data")), watch(lambda step: None))
+
+
+def test_a_teacher_that_would_be_tuned_is_counted_by_its_shapes(tiny: Any) -> None:
+    recipe = tiny.recipe("student.weights=none", method="lora", losses="ce")
+    real, shapes = (
+        build_components(recipe, None, Silent(), SharedResources(shapes_only=one)).student for one in (False, True)
+    )
+    assert {p.device.type for p in shapes.model.parameters()} == {"meta"}
+    assert (shapes.num_trainable, shapes.num_parameters) == (real.num_trainable, real.num_parameters)
+    assert {k: v.shape for k, v in shapes.trained.items()} == {k: v.shape for k, v in real.trained.items()}
