@@ -432,7 +432,7 @@ def test_an_adapter_each_session_and_class_means_in_all_spaces(
     saved, _ = load_task(tmp_path / "two")  # the student is another now
     logits = Runner(saved)(pixels(data.val, 2)).logits_BC.detach().double()
     last = RunDir(tmp_path / "two").metrics()[-1]  # of the classifier that is saved
-    assert last["val_ce"] == pytest.approx(float((logits.logsumexp(1) - logits[:, 2]).mean()))
+    assert last["val_ce"] == pytest.approx(float((logits.logsumexp(1) - logits[:, 2]).mean()), abs=1e-6)
     assert last["accuracy"] == float((logits.argmax(1) == 2).double().mean())
     means = student.model.head.remap_ease
     for name in ("session_C", "count_0", "count_1"):  # the class means of the second session are taken again
