@@ -63,14 +63,15 @@ def fit_at_once(components: RunComponents, tracker: RunTracker, shared: SharedRe
         fit_K, check_K = stratified(labels_N, round(0.8 * len(labels_N)))
         check_K = check_K if len(check_K) else fit_K  # of a single image
         part, check_NF = statistics(fit_K), features_NF[check_K]
-        tried = [train.ridge] if train.ridge is not None else [share * part.scale for share in PENALTIES]
-        logits = {one: check_NF @ weights(part, one).T for one in tried[: None if train.fit == "ridge" else 1]}
-        chosen = max(logits, key=lambda one: float((logits[one].argmax(1) == labels_N[check_K]).mean()))
+        penalty = train.ridge or 0.0
+        if train.fit == "ridge" and train.ridge is None:
+            penalty = best_penalty(part, check_NF, labels_N[check_K])
+        scale = scale_of(check_NF @ weights(part, penalty).T, labels_N[check_K])
         complete = statistics(np.arange(len(labels_N)))
-        _write(student, scale_of(logits[chosen], labels_N[check_K]) * weights(complete, chosen))
+        _write(student, scale * weights(complete, penalty))
     if accelerator().is_main_process:
         complete.save(tracker.run_dir.path, digest)
-    how = f"ridge regression, penalty {chosen:.3g}" if train.fit == "ridge" else "class means"
+    how = f"ridge regression, penalty {penalty:.3g}" if train.fit == "ridge" else "class means"
     seconds = time.perf_counter() - started
     progress.say(f"fitted by {how} on {features_NF.shape[1]:,} features in {seconds:.1f} s")
     record = {"epoch": 1, **tracker.after_epoch(), "seconds": seconds}
@@ -170,6 +171,16 @@ def _write(network: Network, weights_CF: np.ndarray) -> None:
         layer.weight.copy_(torch.from_numpy(weights_CF).view_as(layer.weight))
         if layer.bias is not None:
             layer.bias.zero_()
+
+
+def best_penalty(found: ClassStatistics, features_NF: np.ndarray, labels_N: np.ndarray) -> float:
+    """Return the penalty of the least squared error on other images (RanPAC's code, ``optimise_ridge_parameter``)."""
+    wanted_NC = np.equal(labels_N[:, None], np.arange(len(found.counts_C)))
+
+    def error(penalty: float) -> float:
+        return float(np.square(features_NF @ found.ridge(penalty).T - wanted_NC).mean())
+
+    return min((share * found.scale for share in PENALTIES), key=error)
 
 
 def scale_of(logits_NC: np.ndarray, labels_N: np.ndarray) -> float:

@@ -275,13 +275,13 @@ def _learn(
     require_correctable(components)
     progress.say(trained_text(job.parameters(), components.student))
     state = train(job, resume=resuming)
-    rebalanced = rebalance(components, progress)
+    changed = rebalance(components, progress)
     if hooks := components.student.attached.finishing:
         with progress.wait(f"{components.recipe.method.name} looks at all training images"):
             for one in hooks:
                 one.finish(method_sample(components.student, components.views, components.recipe.seed, everything=True))
-    if rebalanced or hooks:
-        tracker.last = None  # it was measured before
+    if changed or hooks:
+        tracker.evaluate_last(state)
     return state
 
 

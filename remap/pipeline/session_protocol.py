@@ -22,6 +22,7 @@ from remap.pipeline.shared import SharedResources
 from remap.progress import Progress, Within
 from remap.recipe import Recipe
 from remap.recipe.schema import DataSpec, MethodSpec
+from remap.recipe.train_checks import train_problems
 from remap.runs.run_dir import RunDir
 from remap.tuning import config_of
 
@@ -71,11 +72,15 @@ def compare_sessions(
     if split == FOLDERS:
         base = base.model_copy(update={"data": base.data.model_copy(update={"depth": (base.data.depth or 1) + 1})})
     pairs = _pairs(methods, ways, same_classes=split == FOLDERS)
+    specs = {method: _method(base.method, method, len(parts)) for method, _ in pairs}
+    recipes = {method: base.model_copy(update={"method": spec}) for method, spec in specs.items()}
+    if problems := [problem for one in recipes.values() for problem in train_problems(one)]:
+        raise RecipeError(problems, recipe.name)
     found: dict[tuple[str, str], list[dict[str, Any]]] = {pair: [] for pair in pairs}
     with resumable(folder):
         for seed in range(recipe.seed, recipe.seed + seeds):
             for method, way in pairs:
-                of_seed = base.model_copy(update={"method": _method(base.method, method, len(parts)), "seed": seed})
+                of_seed = recipes[method].model_copy(update={"seed": seed})
                 at, title = folder / method / f"seed-{seed}", Within(progress, f"{method}, seed {seed}")
                 found[method, way].append(_sessions(of_seed, way, parts, at, title))
     rows = [{"method": method, "way": way, **_over_seeds(found[method, way])} for method, way in pairs]

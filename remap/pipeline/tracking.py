@@ -96,6 +96,13 @@ class RunTracker:
             found[SELECTION] = selection_metric(self.components.recipe.train.metric, answers, chosen_by.split.labels)
         return found
 
+    def evaluate_last(self, state: State) -> None:
+        """Put the figures of a classifier that was changed after the last step in the place of those before it."""
+        found = self.after_epoch()
+        state.history[-1] |= found
+        if name := metric_in(found):
+            self.progress.say(f"{name} with the classifier that is saved: {found[name]:.1%}")
+
     def record_epoch(self, step: int, history: Sequence[dict[str, Any]]) -> None:
         """Write the metrics so far, and say the last. A full disk does not end a run: they are written again later.
 

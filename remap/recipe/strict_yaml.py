@@ -16,6 +16,8 @@ from remap.io.paths import LONGEST_PATH
 MAX_BYTES, MAX_DEPTH = 256_000, 32
 # Words, numbers, lists and mappings, keys counted too: a large recipe has two hundred. And letters of one of them.
 MAX_VALUES, MAX_WORD = 2_000, LONGEST_PATH
+# Lists of class names, which may be long: a name in one counts a tenth.
+NAME_LISTS = ("classes", "known_classes", "only")
 # The largest whole number; sizes and seeds are far below.
 MAX_NUMBER = 2**64
 
@@ -23,7 +25,8 @@ MAX_NUMBER = 2**64
 class _Loader(yaml.SafeLoader):
     """Safe loader with YAML 1.2's numbers and booleans and without aliases, anchors and tags."""
 
-    _depth = _values = 0
+    _depth = _tenths = 0
+    _names = False  # whether the items of this list are class names
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -35,14 +38,17 @@ class _Loader(yaml.SafeLoader):
             raise _error("tags (!name) are not allowed", event)
         if self._depth == MAX_DEPTH:
             raise _error(f"more than {MAX_DEPTH} levels deep", event)
-        self._values += 1
-        if self._values > MAX_VALUES:
+        listed = self._names and isinstance(event, yaml.events.ScalarEvent)
+        self._tenths += 1 if listed else 10
+        if self._tenths > 10 * MAX_VALUES:
             raise _error(f"more than {MAX_VALUES:,} values", event)
         if len(getattr(event, "value", "")) > MAX_WORD:
             raise _error(f"a word of more than {MAX_WORD:,} letters", event)
         self._depth += 1
+        outside = self._names
+        self._names = isinstance(parent, yaml.MappingNode) and getattr(index, "value", None) in NAME_LISTS
         node = super().compose_node(parent, index)
-        self._depth -= 1
+        self._depth, self._names = self._depth - 1, outside
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
@@ -166,15 +172,18 @@ def dump(value: Any) -> str:
         RecipeError: It is longer than what is read back.
     """
     text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
-    if (count := _count(value)) > MAX_VALUES or len(text.encode()) > MAX_BYTES:
-        what = f"{count:,} values in {len(text.encode()):,} bytes could not be read back from a recipe"
+    if (count := _tenths(value) / 10) > MAX_VALUES or len(text.encode()) > MAX_BYTES:
+        what = f"{count:,.0f} values in {len(text.encode()):,} bytes could not be read back from a recipe"
         allowed = f"allowed: {MAX_VALUES:,} values, {MAX_BYTES:,} bytes"
         raise RecipeError([f"{what} ({allowed}; lists of classes, templates and descriptions can be files)"], "recipe")
     return text
 
 
-def _count(value: Any) -> int:
-    """Return how many values the reader counts: words, numbers, lists and mappings, keys too."""
+def _tenths(value: Any, key: Any = None) -> int:
+    """Return what the reader counts, in tenths: words, numbers, lists and mappings, keys too."""
     if isinstance(value, dict):
-        return 1 + sum(1 + _count(one) for one in value.values())
-    return 1 + sum(map(_count, value)) if isinstance(value, list | tuple) else 1
+        return 10 + sum(10 + _tenths(one, name) for name, one in value.items())
+    if not isinstance(value, list | tuple):
+        return 10
+    plain_words = sum(not isinstance(one, dict | list | tuple) for one in value) if key in NAME_LISTS else 0
+    return 10 + sum(map(_tenths, value)) - 9 * plain_words

@@ -34,8 +34,8 @@ def train_problems(recipe: Recipe) -> Iterator[str]:
         yield f"train.warmup_epochs: {train.warmup_epochs} must be less than train.epochs {train.epochs}"
     if recipe.data.selection is not None and not train.selects and train.align != "bias":
         yield "data.selection: nothing is chosen by it (set train.keep=best or train.patience, or leave it out)"
-    if train.selects and recipe.label_free:
-        yield "train.keep, train.patience: a student without a classifier has no accuracy to go by (leave them out)"
+    if train.selects:
+        yield from _choice_problems(recipe)
     if train.checkpoint_blocks and train.compile not in (False, "auto"):
         yield "train.checkpoint_blocks: compiled blocks save memory in their own way (leave one of the two out)"
     if train.parallel == "fsdp2" and train.optimizer not in ("adamw", "sgd"):
@@ -46,6 +46,16 @@ def train_problems(recipe: Recipe) -> Iterator[str]:
         yield "train.metric: nothing is chosen by it (set train.keep=best or train.patience, or leave it out)"
     if train.batch_size % train.accumulation:
         yield f"train.batch_size: {train.batch_size} is not a multiple of accumulation {train.accumulation}"
+
+
+def _choice_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield why an epoch cannot be chosen by the classifier that it ends with."""
+    key = "train.keep, train.patience"
+    if recipe.label_free:
+        yield f"{key}: a student without a classifier has no accuracy to go by (leave them out)"
+    for name, on in (("train.align", recipe.train.align), ("method ease", recipe.method.name == "ease")):
+        if on:
+            yield f"{key}: {name} changes the classifier after the epochs are judged (leave them out)"
 
 
 def _fit_problems(recipe: Recipe) -> Iterator[str]:

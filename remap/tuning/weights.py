@@ -223,3 +223,8 @@ def _zeros(like: Tensor, dim: int, size: int) -> Tensor:
     shape = list(like.shape)
     shape[dim] = size
     return like.new_zeros(()).expand(shape)
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """Switch autocast off for the device of a tensor."""
+    return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from safetensors.numpy import load_file
+from sklearn.linear_model import Ridge
 
 import remap
 from remap.data.sources import open_data
@@ -21,6 +22,7 @@ from remap.errors import DataError, Interrupted, MissingData, RecipeError, Train
 from remap.network import Runner, tuned
 from remap.pipeline.evaluation import evaluate_run
 from remap.pipeline.extend import extend, extension_recipe
+from remap.pipeline.fit_at_once import PENALTIES, best_penalty
 from remap.pipeline.rebalancing import align_classifier, fit_bias
 from remap.pipeline.repeat import repeat
 from remap.pipeline.run import resume, start
@@ -109,6 +111,19 @@ def test_statistics_of_sessions_are_those_of_all_images(tiny: Any, first: Path, 
     assert (tmp_path / "two" / "recipe.yaml").read_text().count("ranpac") == 1  # the projection is not added twice
 
 
+def test_the_penalty_is_that_of_the_least_squared_error() -> None:
+    """By scikit-learn's ridge regression; images that all penalties put into the right class still tell them apart."""
+    draws, labels = np.random.default_rng(0), np.arange(60) % 3
+    features = draws.normal(size=(60, 30)) + 9.0 * np.eye(3, 30)[labels]
+    found, one_hot = ClassStatistics.of(features[:40], labels[:40], 3), np.eye(3)[labels]
+    errors = {}
+    for penalty in (share * found.scale for share in PENALTIES):
+        answers = Ridge(alpha=penalty, fit_intercept=False).fit(features[:40], one_hot[:40]).predict(features[40:])
+        assert (answers.argmax(1) == labels[40:]).all()
+        errors[penalty] = np.square(answers - one_hot[40:]).mean()
+    assert best_penalty(found, features[40:], labels[40:]) == min(errors, key=errors.__getitem__) != min(errors)
+
+
 def test_a_kill_leaves_the_old_run_and_resuming_gives_the_same_student(
     first: Path,
     red: DataSpec,
@@ -177,6 +192,11 @@ def test_mistakes_are_named(first: Path, red: DataSpec, tiny: Any) -> None:
         extension_recipe(situation(first, red), "lwf", ["train.align=bias"])
     with pytest.raises(DataError, match="no such classes"):
         situation(first, DataSpec(source=tiny.data, only=("pink",)))
+    selecting = ["train.keep=best", "data.selection=0.25"]
+    with pytest.raises(RecipeError, match=r"train\.keep, train\.patience: train\.align changes the classifier after"):
+        extension_recipe(situation(first, red), "lwf", ["train.align=true", *selecting])
+    with pytest.raises(RecipeError, match=r"train\.keep, train\.patience: method ease changes"):
+        tiny.recipe(*selecting, method="ease", teacher=None, losses="ce")
     with pytest.raises(RecipeError, match=r"train\.fit"):
         tiny.recipe("train.fit=ridge")  # with a teacher
     with pytest.raises(RecipeError, match=r"train\.align"):
@@ -265,6 +285,13 @@ def test_named_losses_keep_the_options_of_the_way(first: Path, tiny: Any) -> Non
     assert asked[0].options.get("first_class", 0) == 0
 
 
+def test_a_thousand_classes_are_extended_by_a_thousand(first: Path, red: DataSpec, tmp_path: Path) -> None:
+    names = tuple(f"class {number}" for number in range(2_000))
+    many = replace(situation(first, red), known=names[:1_000], added=names[1_000:])
+    recipe = extension_recipe(many, "lwf")
+    assert RunDir.create(tmp_path / "many", recipe).recipe().data.known_classes == names
+
+
 @pytest.mark.parametrize(
     ("known", "name", "shown"),
     [("blue", "Blue", "Blue"), ("caf\u00e9", "cafe\u0301", r"'cafe\u0301'"), ("caf\u00e9", "CAFE\u0301", "CAFE\u0301")],
@@ -320,6 +347,8 @@ def test_bias_is_fitted_on_images_that_steps_did_not_see(
     found = extend(first, red, how="lwf", memory=8, settings=settings, output=tmp_path / "bias")
     assert found.summary["data"]["train_images"] == 18 and seen == [[2, 2, 2]]
     assert "choice" not in found.summary  # no epoch is chosen by them
+    assert evaluate_run(tmp_path / "bias", None, False, Silent())["accuracy"] == found.summary["student"]["accuracy"]
+    assert RunDir(tmp_path / "bias").metrics()[-1]["accuracy"] == found.summary["student"]["accuracy"]
     monkeypatch.setattr("remap.pipeline.run.train", None)  # too few are refused before any step
     with pytest.raises(DataError, match="larger --memory"):
         extend(first, red, how="lwf", memory=1, settings=["train.align=bias"], output=tmp_path / "few")
@@ -400,8 +429,14 @@ def test_an_adapter_each_session_and_class_means_in_all_spaces(
         return runner(images).pooled_BD.detach().double().numpy()
 
     hooks = student.attached.finishing[0]
+    saved, _ = load_task(tmp_path / "two")  # the student is another now
+    logits = Runner(saved)(pixels(data.val, 2)).logits_BC.detach().double()
+    last = RunDir(tmp_path / "two").metrics()[-1]  # of the classifier that is saved
+    assert last["val_ce"] == pytest.approx(float((logits.logsumexp(1) - logits[:, 2]).mean()), abs=1e-6)
+    assert last["accuracy"] == float((logits.argmax(1) == 2).double().mean())
     means = student.model.head.remap_ease
-    means.session_C[2] = -1  # the class means of the second session are taken again
+    for name in ("session_C", "count_0", "count_1"):  # the class means of the second session are taken again
+        getattr(means, name)[2] = -1 if name == "session_C" else 0
     preprocess = Runner(student).preprocess
     sample = Sample(lambda: iter([(preprocess(pixels(data.train, 2)), torch.full((8,), 2))]), 3)
     hooks.finish(sample)

@@ -98,6 +98,8 @@ def test_ways_under_one_protocol(tiny: Any, tmp_path: Path, monkeypatch: pytest.
         compare_sessions(*arguments[:2], ["ease"], ["lwf"], *arguments[4:])
     with pytest.raises(RecipeError, match="domains is for a new look"):
         compare_sessions(*arguments[:3], ["domains"], *arguments[4:])
+    with pytest.raises(RecipeError, match="method ease changes the classifier"):  # and keep=best judges the one before
+        compare_sessions(*arguments[:3], ["ease"], *arguments[4:])
     other = tiny.recipe("train.epochs=2", "train.keep=best", "data.augment=light", method="linear")
     with pytest.raises(RunError, match="made with other settings"):
         compare_sessions(other, *arguments[1:])

@@ -159,6 +159,21 @@ def test_a_number_comes_back_as_the_same_number(value: Any) -> None:
     assert repr(found) == repr(value)
 
 
+def test_names_of_classes_count_a_tenth() -> None:
+    """A thousand classes extended by a thousand; other values in their lists, and other lists, count in full."""
+    names = [f"class {n}" for n in range(2_000)]
+    recipe = {"data": {"known_classes": names, "only": names[1_000:]}}
+    assert parse(strict_yaml.dump(recipe)) == recipe
+    most = {"data": {"only": ["b"] * 19_950}}  # two mappings and two keys, and the list: 5 values
+    assert parse(json.dumps(most)) == most
+    nested = {"only": [[name] for name in names]}
+    for value in ({"data": {"only": ["b"] * 19_951}}, {"losses": names}, nested, {"only": {"names": names}}):
+        with pytest.raises(RecipeError, match="2,000 values"):
+            parse(json.dumps(value))
+        with pytest.raises(RecipeError, match="could not be read back"):
+            strict_yaml.dump(value)
+
+
 def test_words_that_other_readers_take_for_something_else_are_quoted() -> None:
     """YAML 1.1, which most readers still speak, has off and yes as booleans and 1:30 in base sixty."""
     for word in ("off", "yes", "1:30", "0x10", "2020-01-01"):

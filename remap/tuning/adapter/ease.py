@@ -20,6 +20,7 @@ from remap.tuning.adapter.bottleneck import Beside, insert_adapter
 from remap.tuning.base import Attachment, Edits, Method, Sample, TrainingHooks
 from remap.tuning.finetuning.mlp import require_one_feature
 from remap.tuning.one_a_session import one_a_session
+from remap.tuning.weights import full_precision
 
 PATH = "remap_ease"
 # Images whose logits are scaled for the least cross-entropy.
@@ -30,16 +31,16 @@ class Ease(Method):
     """AdaptFormer's bottlenecks, one set a session, of which the newest learns: L*(2*D*r + r + D) parameters.
 
     An image passes the network once with the adapters of each session (section 4.1). A class has a mean feature in each
-    of these spaces; in those of later sessions, where it has no image, that is made of the new classes' means, weighted
-    by the softmax of their cosines with it in its own space (section 4.2). A logit is the cosine in the space of the
-    class's own session, and ``alpha`` times those in the others (section 4.3; the authors' code divides alpha by their
-    number), times a scale that suits the training images. Steps train the adapter with the linear classifier, which is
-    zero afterwards.
+    of these spaces. Where no image of it has passed a space, that is made of the means of all classes of which some
+    have, weighted by the softmax of their cosines with it in its own space (section 4.2), again in each session, as in
+    the authors' settings. A logit is the cosine in the space of the class's own session, and ``alpha`` times the mean
+    of those in the others (section 4.3 has their sum; the authors' code, of the published figures, the mean), times a
+    scale that suits the training images. Steps train the adapter with the linear classifier, which is zero afterwards.
     """
 
     class Config(AdaptFormer.Config):
         bottleneck: int = Field(default=16, ge=1, description="Width of the bottleneck.")
-        alpha: float = Field(default=0.1, ge=0.0, description="Weight of the spaces of other sessions.")
+        alpha: float = Field(default=0.1, ge=0.0, description="Weight of the other sessions' spaces together.")
         session: int = Field(default=0, ge=0, description="Which session is learned, from 0; `remap extend` counts on.")
 
     config: Config
@@ -130,18 +131,25 @@ class ClassMeans(nn.Module):
         self.register_buffer("scale", torch.ones(1))
         for session in range(spaces.session + 1):
             self.register_buffer(f"mean_{session}", torch.zeros(classes, width))
+            self.register_buffer(f"count_{session}", torch.zeros(classes, dtype=torch.long))
 
     def of(self, session: int) -> Tensor:
         """Return the means (C, D) in the space of a session."""
         return getattr(self, f"mean_{session}")
 
+    def images(self, session: int) -> Tensor:
+        """Return how many images each of them is the mean of (C,); 0 where it is made of other classes' means."""
+        return getattr(self, f"count_{session}")
+
     def forward(self, features: list[Tensor]) -> Tensor:
-        """Return logits (B, C) from the features of each session."""
-        total_BC = torch.zeros_like(self.scale)
-        for session, x_BD in enumerate(features):
-            weight_C = torch.where(self.session_C == session, 1.0, self.alpha)
-            total_BC = total_BC + weight_C * (F.normalize(x_BD) @ F.normalize(self.of(session)).T.to(x_BD.dtype))
-        return self.scale * total_BC
+        """Return logits (B, C) from the features of each session, float32 at least."""
+        total_BC, alpha = torch.zeros_like(self.scale), self.alpha / max(len(features) - 1, 1)
+        with full_precision(self.scale):  # in bfloat16, classes that are near each other would change places
+            for session, x_BD in enumerate(features):
+                dtype = torch.promote_types(x_BD.dtype, torch.float32)
+                cosines_BC = F.normalize(x_BD.to(dtype)) @ F.normalize(self.of(session).to(dtype)).T
+                total_BC = total_BC + torch.where(self.session_C == session, 1.0, alpha) * cosines_BC
+            return self.scale * total_BC
 
     def change_logits(self, head: nn.Module, args: tuple, logits_BC: Tensor) -> Tensor:
         """Forward hook of the classifier."""
@@ -151,7 +159,7 @@ class ClassMeans(nn.Module):
         seen.append(args[0].flatten(1))
         if self._spaces.active != self._spaces.session:
             return logits_BC
-        return logits_BC + self(seen).to(logits_BC.dtype).view_as(logits_BC)
+        return logits_BC + self(seen).view_as(logits_BC)
 
 
 class Means(TrainingHooks):
@@ -162,37 +170,39 @@ class Means(TrainingHooks):
 
     @torch.no_grad()
     def finish(self, sample: Sample) -> None:
-        features: list[list[np.ndarray]] = [[] for _ in self.spaces.heads]
-        labels: list[np.ndarray] = []
+        features: list[list[Tensor]] = [[] for _ in self.spaces.heads]
+        labels: list[Tensor] = []
         with evaluating(self.model):
             for images_BCHW, labels_B in sample.labeled("ease"):
                 self.model(images_BCHW)
-                labels.append(labels_B.cpu().numpy())
+                labels.append(labels_B.long().cpu())
                 for rows, seen in zip(features, self.spaces.seen, strict=True):
-                    rows.append(torch.stack(seen).double().cpu().numpy())
+                    rows.append(torch.stack(seen).double().cpu())
         for rows, (head, means) in zip(features, self.spaces.heads, strict=True):
-            self._take(means, np.concatenate(rows, 1), np.concatenate(labels))
+            self._take(means, torch.cat(rows, 1), torch.cat(labels))
             for parameter in head.parameters(recurse=False):
                 parameter.zero_()
 
-    def _take(self, means: ClassMeans, features_SND: np.ndarray, labels_N: np.ndarray) -> None:
-        """Write the means of classes that have none, then those that old classes lack in the newest space."""
-        now, session_C = self.spaces.session, means.session_C.cpu().numpy()
-        new = [int(c) for c in np.unique(labels_N) if session_C[c] < 0]
+    def _take(self, means: ClassMeans, features_SND: Tensor, labels_N: Tensor) -> None:
+        """Add images to the means of their classes, then write those of classes of which none has passed a space."""
+        now, classes = self.spaces.session, len(means.session_C)
+        one_hot_NC = F.one_hot(labels_N, classes).double()
+        means.session_C[(one_hot_NC.sum(0) > 0).to(means.session_C.device) & (means.session_C < 0)] = now
+        session_C, mean_CD = means.session_C.cpu(), dict[int, Tensor]()
         for session, x_ND in enumerate(features_SND):
-            for c in new:
-                means.of(session)[c] = torch.from_numpy(x_ND[labels_N == c].mean(0))
-        means.session_C[new] = now
-        for session in range(now if new else 0):
-            old = np.flatnonzero(session_C == session)
-            own = F.normalize(means.of(session).double())
-            share = torch.softmax(own[old] @ own[new].T, 1)
-            means.of(now)[old] = (share @ means.of(now)[new].double()).to(means.scale.dtype)
+            before_C = means.images(session).cpu()
+            count_C = before_C + one_hot_NC.sum(0).long()
+            sums_CD = before_C[:, None] * means.of(session).double().cpu() + one_hot_NC.T @ x_ND
+            mean_CD[session], shown_C = sums_CD / count_C.clamp_min(1)[:, None], count_C > 0
+            for own in range(session):
+                old_C, own_CD = (session_C == own) & ~shown_C, F.normalize(mean_CD[own])
+                share = torch.softmax(own_CD[old_C] @ own_CD[shown_C].T, 1)
+                mean_CD[session][old_C] = share @ mean_CD[session][shown_C]
+            means.of(session).copy_(mean_CD[session])
+            means.images(session).copy_(count_C)
         means.scale.fill_(1.0)
-        some = np.isin(labels_N, new).nonzero()[0][:_SCALED]
-        if len(some):
-            logits_NC = means([torch.from_numpy(x_ND[some]).to(means.scale) for x_ND in features_SND])
-            means.scale.fill_(best_scale(logits_NC.double().cpu().numpy(), labels_N[some]))
+        logits_NC = means([x_ND[:_SCALED].to(means.scale) for x_ND in features_SND])
+        means.scale.fill_(best_scale(logits_NC.double().cpu().numpy(), labels_N[:_SCALED].numpy()))
 
 
 def best_scale(cosines_NC: np.ndarray, labels_N: np.ndarray) -> float:

@@ -12,7 +12,8 @@ from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
 from remap.tuning.base import Attachment, Method, Options
 from remap.tuning.layers import LayerTargets, layers_of
-from remap.tuning.parameter.peft_layer import SharedLinear, attach_changes, full_precision, shared_linears
+from remap.tuning.parameter.peft_layer import SharedLinear, attach_changes, shared_linears
+from remap.tuning.weights import full_precision
 
 
 class BOFT(Method):

@@ -19,7 +19,7 @@ from remap.backbones.anatomy import Projection, module_at, plain_class
 from remap.errors import BackboneError
 from remap.tuning.base import Attachment, Edits, Fold
 from remap.tuning.layers import Layer
-from remap.tuning.weights import channels_first, recompute_at, registered, registered_at
+from remap.tuning.weights import channels_first, full_precision, recompute_at, registered, registered_at
 
 # Called as run(change, x); ``bias`` may be handed on to the shared layer.
 Run = Callable[..., Tensor]
@@ -213,8 +213,3 @@ def _changed_bias(run: Run, change: nn.Module, projection: Projection, bias: Ten
     with full_precision(bias):
         changed = run(change, nothing, bias=padded)[0, projection.start : projection.stop]
     return torch.cat([bias[: rows.start], changed, bias[rows.stop :]])
-
-
-def full_precision(like: Tensor) -> torch.autocast:
-    """Switch autocast off."""
-    return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)

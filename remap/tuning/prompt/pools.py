@@ -18,6 +18,7 @@ from remap.backbones.families.key_values import extend_attention
 from remap.backbones.typed import as_timm
 from remap.tuning.base import Attachment, Edits, Method, Options, TrainingHooks
 from remap.tuning.prompt.prompts import weight_like
+from remap.tuning.weights import full_precision
 
 POOL = "remap_pool"
 # Tokens carry their queries from block to block under this attribute.
@@ -161,8 +162,9 @@ class Query:
             setattr(output_BTD, _QUERY, self.features_BD)
 
     def similarity(self, keys_MD: Tensor) -> Tensor:
-        """Return the cosine of each query with each key (B, M)."""
-        return F.normalize(self.features_BD.to(keys_MD.dtype), dim=-1) @ F.normalize(keys_MD, dim=-1).T
+        """Return the cosine of each query with each key (B, M), also under autocast in the precision of the keys."""
+        with full_precision(keys_MD):
+            return F.normalize(self.features_BD.to(keys_MD.dtype), dim=-1) @ F.normalize(keys_MD, dim=-1).T
 
     def __getstate__(self) -> dict[str, Any]:
         # What a forward pass leaves behind has a graph, which can be neither copied nor saved.

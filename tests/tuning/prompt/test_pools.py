@@ -56,6 +56,17 @@ def test_l2p_takes_the_prompts_of_the_nearest_keys(
     assert moved.tolist() == [int(m) in chosen.unique().tolist() for m in range(5)]
 
 
+def test_keys_are_matched_in_float32(build: Build, attach: Attach, tools: SimpleNamespace) -> None:
+    """Also where the network runs in bfloat16, whose steps are wider than what tells near keys apart."""
+    pool = attach("l2p", build("plain"), pool=5, length=2, top=2).model
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        pool(tools.images(3))
+        query, keys = pool.remap_pool.query, pool.remap_pool.keys
+        near = query.similarity(keys)
+    expected = torch.stack([cosine(query.features_BD.double(), key) for key in keys.double()], dim=1)
+    assert torch.allclose(near.double(), expected, atol=1e-6)
+
+
 def test_dualprompt_trains_its_session_and_answers_by_the_nearest_key(
     build: Build, attach: Attach, tools: SimpleNamespace
 ) -> None:
