@@ -33,17 +33,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as quick the first case of each test, and all cases in this folder, except tests that are marked slow.
+    """Mark as quick the first case of each test, and all cases in this folder.
+
+    Except tests that are marked slow, and those of not_quick.txt (``tools/quick_tests.py``), which take longer than others.
 
     Files with slow tests come first: workers take file by file, and end together if those at the end are short.
     """
+    longer = set(Path(__file__).with_name("not_quick.txt").read_text().split())
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
     seen: set[str] = set()
     for item in items:
         test = item.nodeid.partition("[")[0]
         first = test not in seen or item.path.parent == Path(__file__).parent
-        if first and item.get_closest_marker("slow") is None:
+        if first and item.get_closest_marker("slow") is None and test.removeprefix("../") not in longer:
             item.add_marker(pytest.mark.quick)
         seen.add(test)
 
