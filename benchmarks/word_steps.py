@@ -93,7 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     images, labels = torch.randn(options.batch, 3, 96, 96), torch.arange(options.batch) % options.classes
     for method, count, depth in (("coop", 16, 0), ("maple", 2, 6)):
-        attached = remap.attach(clip(options.classes), method, num_context=count)
+        attached = remap.attach(clip(options.classes), method, num_context=count, words=None)
         attached.train()
         lean = Lean(clip(options.classes), count, depth)
         versions: dict[str, tuple[Callable[[Tensor], Tensor], list[nn.Parameter]]] = {

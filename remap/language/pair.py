@@ -79,16 +79,20 @@ class Language:
         return ids_NL[:, :longest]
 
     @torch.no_grad()
-    def features(self, texts: Sequence[str], done: Callable[[int], None] = lambda _count: None) -> Tensor:
-        """Return features (N, E) of unit length, float32 on the CPU, computed in batches on the tower's device.
+    def features(
+        self, texts: Sequence[str], done: Callable[[int], None] = lambda _count: None, *, unit: bool = True
+    ) -> Tensor:
+        """Return features (N, E), float32 on the CPU, computed in batches on the tower's device.
 
         Args:
             done: Called with the number of texts of each batch.
+            unit: Whether they get length 1.
         """
         device, found = next(self.tower.parameters()).device, []
         for start in range(0, len(texts), BATCH):
             ids_NL = self.ids(texts[start : start + BATCH]).to(device)
-            found.append(F.normalize(self.tower(ids_NL).float(), dim=-1).cpu())
+            features_NE = self.tower(ids_NL).float()
+            found.append((F.normalize(features_NE, dim=-1) if unit else features_NE).cpu())
             done(len(ids_NL))
         return torch.cat(found)
 

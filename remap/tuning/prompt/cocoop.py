@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
 from remap.tuning.base import Attachment, Edits, Method
-from remap.tuning.prompt.context import Context, ContextOptions, ids_of_names
+from remap.tuning.prompt.context import Context, ContextOptions
 from remap.tuning.seam import feature_seam
 from remap.tuning.words import PATH, at_least_float32, without_decay
 
@@ -61,9 +61,7 @@ class Conditional(Context):
         shared, hidden = self.head.in_features, max(1, self.head.in_features // config.reduction)
         # A task does not know the names of its classes, and needs their texts.
         shape = self.head.out_features, self.language.side.config.context
-        ids_CL = (
-            ids_of_names(self.language, self.count) if self.language.names else torch.zeros(shape, dtype=torch.long)
-        )
+        ids_CL = super().ids() if self.language.names else torch.zeros(shape, dtype=torch.long)
         self.register_buffer("name_ids", ids_CL)
         self.meta = nn.Sequential(nn.Linear(shared, hidden), nn.ReLU(), nn.Linear(hidden, self.context.shape[1]))
 

@@ -4,6 +4,7 @@ Letters: C classes, L positions of a text, M context vectors, D width of the tex
 texts share; x any leading dimensions.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -22,9 +23,14 @@ Position = Literal["end", "middle", "front"]
 class ContextOptions(Options):
     """Options of learned context."""
 
-    num_context: int = Field(default=16, ge=1, description="Context vectors.")
+    num_context: int | None = Field(
+        default=None,
+        ge=1,
+        description="Context vectors; null is 16, or a quarter of the text tower's positions where that is less.",
+    )
     words: str | None = Field(
-        default=None, description="Words whose first num_context embeddings they start from; null is N(0, 0.02^2)."
+        default=None,
+        description="Words that they start from, behind zeros where the words are fewer; null is N(0, 0.02^2).",
     )
 
 
@@ -32,9 +38,10 @@ class Sentences(nn.Module):
     """Embeddings of the classes' texts, with room for M context vectors.
 
     Args:
-        ids_CL: Token ids of "NAME." of each class, filled up to the context of the text tower.
+        ids_CL: Token ids as ``ids_of_names`` gives them.
         count: Context vectors M.
         position: Where the class name stands among them: behind ("end"), before ("front") or in the "middle".
+        between: Tokens in front of each name, which stay with it.
     """
 
     tokens: Tensor
@@ -42,14 +49,15 @@ class Sentences(nn.Module):
     rows: Tensor
     ends: Tensor
 
-    def __init__(self, language: Language, ids_CL: Tensor, count: int, position: Position = "end") -> None:
+    def __init__(
+        self, language: Language, ids_CL: Tensor, count: int, position: Position = "end", between: int = 0
+    ) -> None:
         super().__init__()
         tower, context, empty_L = language.tower, ids_CL.shape[1], language.tokenizer([""])[0]
-        # A start token is the one that an empty text begins with as well.
-        self.start = int(bool((ids_CL[:, 0] == empty_L[0]).all()))
+        self.start = _start(ids_CL, empty_L)
         # Only where the name is not last its length counts, and is asked for: a task does not know the names.
         names = ids_CL if position == "end" else language.tokenizer(language.names)
-        lengths = [_filled(ids_L) - _filled(empty_L) for ids_L in names]
+        lengths = [between + _filled(ids_L) - _filled(empty_L) for ids_L in names]
         order_CL = torch.tensor([self._order(context, count, position, length) for length in lengths])
         moves = language.side.config.pool == "end"
         ends_C = tower.ends(ids_CL) + (count if moves else 0)
@@ -77,8 +85,11 @@ class Sentences(nn.Module):
         return torch.cat([tokens, context], dim=-2)[..., self.rows, self.order, :]
 
 
-def ids_of_names(language: Language, count: int) -> Tensor:
-    """Return token ids (C, L) of "NAME." of each class.
+def ids_of_names(language: Language, count: int, between: Sequence[int] = ()) -> Tensor:
+    """Return token ids (C, L) of "NAME." of each class, filled up to the context of the text tower.
+
+    Args:
+        between: Ids of tokens in front of each name.
 
     Raises:
         BackboneError: A name is not known, or with M = ``count`` context vectors longer than the text tower takes.
@@ -89,14 +100,21 @@ def ids_of_names(language: Language, count: int) -> Tensor:
             do="train with data of named classes, or give --classes",
         )
     ids_CL = language.tokenizer([f"{name}." for name in language.names])
-    too_long = [n for n, ids in zip(language.names, ids_CL, strict=True) if _filled(ids) + count > len(ids)]
+    room = ids_CL.shape[1] - count - len(between)
+    too_long = [name for name, ids_L in zip(language.names, ids_CL, strict=True) if _filled(ids_L) > room]
     if too_long:
         raise BackboneError(
             f"the text tower reads {ids_CL.shape[1]} tokens, too few for {count} context vectors and a class's name",
             given=too_long[0],
             do="take fewer context vectors (method.num_context) or shorter words",
         )
-    return ids_CL
+    start, fixed = _start(ids_CL, language.tokenizer([""])[0]), ids_CL.new_tensor(between).expand(len(ids_CL), -1)
+    return torch.cat([ids_CL[:, :start], fixed, ids_CL[:, start : ids_CL.shape[1] - len(between)]], dim=1)
+
+
+def _start(ids_NL: Tensor, empty_L: Tensor) -> int:
+    """Return 1 where texts have a start token, the one that an empty text begins with as well, or 0."""
+    return int(bool((ids_NL[:, 0] == empty_L[0]).all()))
 
 
 def _filled(ids_L: Tensor) -> int:
@@ -122,35 +140,43 @@ class Context(WordHead):
         sets: bool = False,
     ) -> None:
         super().__init__(model, anatomy, method)
-        self.count, self.position = config.num_context, position
-        width = self.language.side.config.width
+        side = self.language.side.config
+        # 16: Zhou et al. 2022; in a short text so many leave no room for a name.
+        self.count, self.position, width = config.num_context or min(16, side.context // 4), position, side.width
         lead = (self.head.out_features,) if sets else ()
         self.context = nn.Parameter(torch.empty(*lead, self.count, width))
         nn.init.normal_(self.context, std=0.02)
-        if config.words is not None and self.language.names:  # a task brings its own
-            self._start_from(config.words)
+        words = config.words if self.language.names else None  # a task brings its own
+        self.between = [] if words is None else self._start_from(words)
         self._sentences: Sentences | None = None
 
     @torch.no_grad()
-    def _start_from(self, words: str) -> None:
-        """Let the last vectors be the first tokens of some words; those before them stay random."""
-        (ids_L,), (empty_L,) = self.language.tokenizer([words]), self.language.tokenizer([""])
-        start, length = int(ids_L[0] == empty_L[0]), _filled(ids_L) - _filled(empty_L)
+    def _start_from(self, words: str) -> list[int]:
+        """Let the vectors be the first tokens of some words, behind zeros where there are fewer (ProGrad's code).
+
+        Returns:
+            The ids of the words' other tokens, which stay between context and name (MaPLe's code).
+        """
+        ids_1L, empty_L = self.language.tokenizer([words]), self.language.tokenizer([""])[0]
+        start = _start(ids_1L, empty_L)
+        ids_n = ids_1L[0, start : start + _filled(ids_1L[0]) - _filled(empty_L)]
         table_VD = self.language.tower.token_embedding.weight
-        found_nD = table_VD[ids_L[start : start + min(length, self.count)].to(table_VD.device)]
-        self.context[..., self.count - len(found_nD) :, :] = found_nD.to(self.context)
+        found_nD = table_VD[ids_n[: self.count].to(table_VD.device)]
+        self.context.zero_()[..., self.count - len(found_nD) :, :] = found_nD.to(self.context)
+        return ids_n[self.count :].tolist()
 
     @property
     def sentences(self) -> Sentences:
         """The texts of the classes, built when they are first needed: a task that only predicts needs none."""
         if self._sentences is None:
             # Past nn.Module: buffers that are made late would change what a model consists of.
-            self.__dict__["_sentences"] = Sentences(self.language, self.ids(), self.count, self.position)
+            between = len(self.between)
+            self.__dict__["_sentences"] = Sentences(self.language, self.ids(), self.count, self.position, between)
         return self.__dict__["_sentences"].to(self.context.device)
 
     def ids(self) -> Tensor:
-        """Return token ids (C, L) of the classes' names."""
-        return ids_of_names(self.language, self.count)
+        """Return token ids (C, L) of the classes' names, and of the words in front of them that stay."""
+        return ids_of_names(self.language, self.count, self.between)
 
     def encode(self, context_xMD: Tensor) -> Tensor:
         """Return features (N, E) of texts with a context, N of them in the order of ``Sentences.forward``."""

@@ -40,8 +40,8 @@ class CoOp(Method):
 class KgCoOp(Method):
     """CoOp with the words kept near the hand-written ones (Yao et al. 2023, arXiv 2303.13283, equations 4 and 5).
 
-    The loss gets strength * mean_c ||t_c - w_c||^2, w_c the zero-shot feature of the class. The authors' code has
-    1 - cosine there, half of it.
+    The loss gets strength * mean_c (1 - cos(t_c, w_c)), w_c the zero-shot feature of the class, as in the authors'
+    code: half of the ||t_c - w_c||^2 of equation 4.
     """
 
     class Config(ContextOptions):
@@ -59,15 +59,15 @@ class KgCoOp(Method):
 
 
 class NearZeroShot(TrainingHooks):
-    """A penalty on the squared distance of the words to the zero-shot ones."""
+    """A penalty on 1 - cosine of the words and the zero-shot ones."""
 
     def __init__(self, words: WordHead, strength: float) -> None:
         self.words, self.strength = words, strength
 
     def penalty(self) -> Tensor | None:
         unit_CE = self.words.unit_now()
-        gap_C = (unit_CE - zero_shot(self.words.language, unit_CE)).square().sum(dim=-1)
-        return self.strength * gap_C.mean()
+        cosines_C = (unit_CE * zero_shot(self.words.language, unit_CE)).sum(dim=-1)
+        return self.strength * (1 - cosines_C.mean())
 
 
 class ProGrad(Method):
@@ -79,6 +79,9 @@ class ProGrad(Method):
     """
 
     class Config(ContextOptions):
+        words: str | None = Field(
+            default="a photo of a", description="Words that the context starts from, behind zeros."
+        )
         strength: float = Field(
             default=1.0, ge=0.0, le=1.0, description="Share lambda of the conflict that is removed."
         )

@@ -52,7 +52,9 @@ class MaPLe(Method):
 
     class Config(ContextOptions):
         num_context: int = Field(default=2, ge=1, description="Prompts of a block, in either tower.")
-        words: str | None = Field(default="a photo", description="Words that the context starts from.")
+        words: str | None = Field(
+            default="a photo of a", description="Words in front of the name; the first num_context tokens are learned."
+        )
         depth: int = Field(default=9, ge=1, description="First blocks with prompts of their own, at most all.")
 
     config: Config

@@ -29,9 +29,14 @@ LABELS = torch.tensor([0, 1, 2, 1])
 
 
 def text_features(
-    tower: nn.Module, rows: list[list[Tensor]], prompts: Mapping[int, Tensor] | None = None, *, longer: bool = False
+    tower: nn.Module,
+    rows: list[list[Tensor]],
+    prompts: Mapping[int, Tensor] | None = None,
+    *,
+    longer: bool = False,
+    unit: bool = True,
 ) -> Tensor:
-    """Unit features (C, E) of texts of vectors, each to the end token.
+    """Features (C, E), of length 1 or as they are, of texts of vectors, each to the end token.
 
     Prompts by block stand behind the first token: in the place of those there, or ``longer``, in front of them.
     """
@@ -53,7 +58,7 @@ def text_features(
             hidden = block.mlp.fc1(block.norm2(x))
             x = x + block.mlp.fc2(hidden * torch.sigmoid(1.702 * hidden))
         found.append(tower.proj(tower.norm(x[-1])))
-    return F.normalize(torch.stack(found), dim=-1)
+    return F.normalize(torch.stack(found), dim=-1) if unit else torch.stack(found)
 
 
 def embedded(model: nn.Module, *words: str) -> list[Tensor]:
@@ -61,11 +66,11 @@ def embedded(model: nn.Module, *words: str) -> list[Tensor]:
     return [table[IDS[word]] for word in words]
 
 
-def texts_of(model: nn.Module, context: Tensor) -> list[list[Tensor]]:
-    """start, context (M, D) or (C, M, D), name, full stop, end."""
+def texts_of(model: nn.Module, context: Tensor, *between: str) -> list[list[Tensor]]:
+    """start, context (M, D) or (C, M, D), some words, name, full stop, end."""
     sets = context if context.ndim == 3 else context.expand(len(CLASSES), -1, -1)
-    start, stop, end = embedded(model, "start", ".", "end")
-    return [[start, *own, *embedded(model, *name), stop, end] for own, name in zip(sets, CLASSES, strict=True)]
+    start, *fixed, stop, end = embedded(model, "start", *between, ".", "end")
+    return [[start, *own, *fixed, *embedded(model, *name), stop, end] for own, name in zip(sets, CLASSES, strict=True)]
 
 
 def image_features(plain: nn.Module, images: Tensor) -> Tensor:
@@ -116,15 +121,33 @@ def test_context_that_starts_from_words_is_the_zero_shot_text(plain: nn.Module, 
     words = tune("coop", num_context=4, words="a photo of a").model.remap_words
     whole = plain.language.features([f"a photo of a {name}." for name in plain.language.names])
     torch.testing.assert_close(words(), whole, rtol=1e-4, atol=1e-5)
-    shorter = tune("coop", num_context=6, words="a photo of a").model.remap_words.context
-    torch.testing.assert_close(shorter[2:], torch.stack(embedded(plain, "a", "photo", "of", "a")))
+    part = tune("coop", num_context=2, words="a photo of a").model.remap_words  # "of a" stays in front of the name
+    assert part.context.shape == (2, 16)
+    torch.testing.assert_close(part(), whole, rtol=1e-4, atol=1e-5)
+    longer = tune("prograd", num_context=6).model.remap_words.context  # its code starts so, too
+    assert not longer[:2].any()
+    torch.testing.assert_close(longer[2:], torch.stack(embedded(plain, "a", "photo", "of", "a")))
+
+
+@pytest.mark.parametrize("position", ["middle", "front"])
+def test_words_that_stay_go_with_the_name(plain: nn.Module, tune: Tune, position: str) -> None:
+    words = tune("coop", num_context=3, words="a photo of a", position=position).model.remap_words
+    before = {"middle": 1, "front": 0}[position]
+    learned = list(words.context)
+    start, kept, stop, end = embedded(plain, "start", "a", ".", "end")
+    rows = [[start, *learned[:before], kept, *embedded(plain, *n), *learned[before:], stop, end] for n in CLASSES]
+    close(words(), text_features(plain.language.tower, rows))
+
+
+def test_a_short_text_tower_has_fewer_context_vectors(tune: Tune) -> None:
+    assert tune("coop").model.remap_words.context.shape == (3, 16)  # of 14 positions a quarter
 
 
 def test_kgcoop_pays_for_the_distance(plain: nn.Module, tune: Tune, images: Tensor) -> None:
-    # Source: equations 4 and 5 of the paper: lambda / C * sum_c |t_c - w_c|^2.
+    # Source: the authors' code, lambda (1 - mean_c cos(t_c, w_c)); equation 4 has twice that, |t_c - w_c|^2.
     network = tune("kgcoop", strength=3.0, num_context=4, words=None)
     texts = text_features(plain.language.tower, texts_of(plain, network.model.remap_words.context))
-    expected = 3.0 * (texts - plain.language.features_CE.double()).square().sum() / 3
+    expected = 3.0 / 2 * (texts - plain.language.features_CE.double()).square().sum() / 3
     network.attached.train()
     network.model(images)
     close(network.attached.penalty(), expected)
@@ -132,7 +155,7 @@ def test_kgcoop_pays_for_the_distance(plain: nn.Module, tune: Tune, images: Tens
 
 def test_prograd_takes_the_conflict_out(plain: nn.Module, tune: Tune, images: Tensor) -> None:
     # Source: both gradients by autograd of losses written out, projected by equation 5; in two micro-batches.
-    network = tune("prograd", num_context=4, strength=0.7, temperature=2.0)
+    network = tune("prograd", num_context=4, words=None, strength=0.7, temperature=2.0)
     model, context = network.model, network.model.remap_words.context
     zero = logits(plain, images, plain.language.features_CE.double())
     wanted = (-zero).softmax(-1).float()  # a loss that contradicts the zero-shot model
@@ -182,7 +205,7 @@ def test_tcp(plain: nn.Module, tune: Tune, images: Tensor) -> None:
     training, written = both_modes(network, images)
     close(training, logits(plain, images, texts))
     close(written, logits(plain, images, texts))
-    close(network.attached.penalty(), 8.0 * (texts - plain.language.features_CE.double()).square().sum() / 3)
+    close(network.attached.penalty(), 4.0 * (texts - plain.language.features_CE.double()).square().sum() / 3)
 
 
 def prompted_images(plain: nn.Module, images: Tensor, prompts: list[Tensor], *, unit: bool = True) -> Tensor:
@@ -207,7 +230,8 @@ def test_maple(plain: nn.Module, tune: Tune, images: Tensor, depth: int) -> None
     depth = min(depth, 3)  # blocks of the text tower
     own = [words.context, *words.deep]
     assert len(own) == len(maps) == depth
-    texts = text_features(plain.language.tower, texts_of(plain, words.context), dict(enumerate(words.deep, start=1)))
+    rows = texts_of(plain, words.context, "of", "a")  # the rest of "a photo of a", as in the authors' code
+    texts = text_features(plain.language.tower, rows, dict(enumerate(words.deep, start=1)))
     features = prompted_images(plain, images, [layer(one.double()) for layer, one in zip(maps, own, strict=True)])
     for found in both_modes(network, images):
         close(found, plain.language.scale * features @ texts.mT)
@@ -217,7 +241,7 @@ def test_promptsrc(plain: nn.Module, tune: Tune, images: Tensor) -> None:
     # Source: equations 3 and 4 with means written out.
     network = tune("promptsrc", num_context=3, depth=2, image=2.0, text=3.0, logits=0.5)
     words, own = network.model.remap_words, list(network.model.remap_prompts.prompts)
-    texts = text_features(plain.language.tower, texts_of(plain, words.context), {1: words.deep[0]})
+    texts = text_features(plain.language.tower, texts_of(plain, words.context, "a"), {1: words.deep[0]})
     features, frozen = prompted_images(plain, images, own), image_features(plain, images)
     scale, zero = plain.language.scale, plain.language.features_CE.double()
     network.attached.train()
@@ -350,7 +374,10 @@ def test_taskres(plain: nn.Module, tune: Tune, images: Tensor) -> None:
     residual = network.model.remap_words.residual
     with torch.no_grad():
         residual.normal_()
-    texts = F.normalize(plain.language.features_CE.double() + 0.3 * residual.double(), dim=-1)
+    context = torch.stack(embedded(plain, "a", "photo", "of", "a"))
+    first = text_features(plain.language.tower, texts_of(plain, context), unit=False)  # not normalised: authors' code
+    zero_shot = first.norm(dim=-1, keepdim=True) * plain.language.features_CE.double()
+    texts = F.normalize(zero_shot + 0.3 * residual.double(), dim=-1)
     for found in both_modes(network, images):
         close(found, logits(plain, images, texts))
 
