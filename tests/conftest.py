@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as quick the first case of each test, and all cases in this folder.
 
-    Except tests that are marked slow, and those of not_quick.txt (``tools/quick_tests.py``), which take longer than others.
+    Except tests that are marked slow, and the longest others, which ``tools/quick_tests.py`` lists in not_quick.txt.
 
     Files with slow tests come first: workers take file by file, and end together if those at the end are short.
     """
