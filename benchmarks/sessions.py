@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--method", default="lora", help="of the ways that are not methods themselves")
     parser.add_argument("--student", default="mini_student")
     parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--set", action="append", default=[], help="further settings, as train.batch_size=16")
     parser.add_argument("--per-class", type=int, help="training images of each class; all by default")
     for name, default in (("sessions", 5), ("seeds", 3), ("epochs", 10)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -58,7 +59,7 @@ def cell(given: argparse.Namespace, data: str, seed: int, way: str) -> dict[str,
     source, _, evaluation = (rest or name).partition(",")
     words = {"data": source, "val_data": evaluation or None, "student": given.student, "method": given.method}
     words |= {"epochs": given.epochs, "seed": seed, "losses": "ce"}
-    settings = [] if given.per_class is None else [f"data.per_class={given.per_class}"]
+    settings = [*given.set, *([] if given.per_class is None else [f"data.per_class={given.per_class}"])]
     recipe, folder = resolve(None, words, settings), given.results / name
     arguments = (recipe, str(given.sessions), [given.method], [way], 1, folder, Silent())
     (row,) = compare_sessions(*arguments)["rows"]
