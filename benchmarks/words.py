@@ -4,7 +4,8 @@ Run: python benchmarks/words.py PROTOCOL --results DIR [--methods coop,maple] [-
 
 - labels: no label, then 1, 4 and 16 a class, for a student that `clip:mini` teaches (images of ``drawings:train``).
 - few_shot: 1, 2, 4, 8 and 16 labelled images a class, seed s taking draw s (Zhou et al. 2022, arXiv 2109.01134).
-- base_to_new: 16 images of each class of the first half; accuracy on both halves, and their harmonic mean (2203.05557).
+- base_to_new: 16 images of each class of the first half; accuracy on both halves, and their harmonic mean (2203.05557);
+  for promptkd, as in its paper, the training images of all classes without labels.
 - domains: 16 a class of all classes; the same test names as another vendor draws them (``drawings:fluent``).
 - cross: the same, on the classes of other sets (--on ants-bees.tar,cifar10-test.tar), whose images it never sees.
 
@@ -145,18 +146,18 @@ class Protocol:
 
     def labels(self, method: str, shots: int, seed: int, folder: Path) -> dict[str, float | None]:
         """A student of clip:mini, with and without labels, and its teacher."""
-        unlabeled: dict[str, Any] = {
-            "unlabeled": f"{DATA}:train",
-            "teacher": "clip:mini",
-            "student": self.options.student,
-        }
+        taught = {"teacher": "clip:mini", "student": self.options.student}
         if shots:
-            found = self.run(method, shots, seed, folder, losses="ce,kd", **unlabeled)
+            found = self.run(method, shots, seed, folder, losses="ce,kd", unlabeled=f"{DATA}:train", **taught)
         else:
-            classes = ",".join(open_data(DATA, None, 0.2).classes)
-            words = {"data": None, "val_data": f"{DATA}:test", "classes": classes, "losses": "kd"}
-            found = self.run(method, shots, seed, folder, **unlabeled, **words)
+            found = self.without_labels(method, seed, folder, losses="kd", **taught)
         return {"student": found["student"]["accuracy"], "teacher": found["teacher"]["accuracy"]}
+
+    def without_labels(self, method: str, seed: int, folder: Path, **words: Any) -> dict[str, Any]:
+        """All training images, none of their labels."""
+        classes = ",".join(open_data(DATA, None, 0.2).classes)
+        images = {"data": None, "unlabeled": f"{DATA}:train", "val_data": f"{DATA}:test", "classes": classes}
+        return self.run(method, 0, seed, folder, **images, **words)
 
     def few_shot(self, method: str, shots: int, seed: int, folder: Path) -> dict[str, float | None]:
         """All classes, few images."""
@@ -164,10 +165,13 @@ class Protocol:
 
     def base_to_new(self, method: str, shots: int, seed: int, folder: Path) -> dict[str, float | None]:
         """Half of the classes, then the others by their words."""
+        halves = {name: open_data(DATA, None, 0.2, subset=name) for name in ("base", "new")}
+        if method in TAUGHT:
+            self.without_labels(method, seed, folder)
+            found = {name: self.by_words(folder, data.classes, data.val) for name, data in halves.items()}
+            return found | harmonic(found)
         base = self.run(method, shots, seed, folder, "data.subset=base")["student"]["accuracy"]
-        data = open_data(DATA, None, 0.2, subset="new")
-        new = self.by_words(folder, data.classes, data.val)
-        found = {"base": base, "new": new}
+        found = {"base": base, "new": self.by_words(folder, halves["new"].classes, halves["new"].val)}
         return found | harmonic(found)
 
     def domains(self, method: str, shots: int, seed: int, folder: Path) -> dict[str, float | None]:
