@@ -2,9 +2,10 @@
 
 Run: python benchmarks/every_export.py [--methods lora,vpt_deep] [--formats onnx,torch,timm]
 
-Each method is attached to a tiny vision transformer (to a tiny ResNet where it changes convolutions), and what it
-trains is moved away from its initial values. The check of ``remap export`` itself decides: 71 random images in batches
-of 1, 7 and 64, every label equal, logits within 1e-4 (of the largest logit, where that is above 1).
+Each method is attached to a tiny vision transformer (to a tiny ResNet where it changes convolutions, to ``clip:mini``
+where it needs words), and what it trains is moved away from its initial values. The check of ``remap export`` itself
+decides: 71 random images in batches of 1, 7 and 64, every label equal, logits within 1e-4 (of the largest logit, where
+that is above 1).
 """
 
 import argparse
@@ -20,7 +21,9 @@ from remap.data.views import View
 from remap.errors import RemapError
 from remap.exporting.export import export_student
 from remap.network import tuned
-from remap.recipe.schema import ModelSpec
+from remap.pipeline.class_words import write_words
+from remap.progress import Silent
+from remap.recipe.schema import DataSpec, ModelSpec
 from remap.runs.task import open_backbone, save_task
 from remap.tuning import METHODS
 from remap.tuning.base import Sample
@@ -55,8 +58,12 @@ OPTIONS: dict[str, dict[str, object]] = {
 def write_task(folder: Path, method: str) -> None:
     """Write a task folder of a method that has moved, on the model beside it that the method fits."""
     torch.manual_seed(1)
-    name = "vit" if METHODS.row(method).fits(FAMILIES.row("vit").parts) else "resnet"
-    backbone = open_backbone(ModelSpec(model=f"local-dir:{folder.with_name(name)}", image_size=32), len(CLASSES))
+    fitting = (name for name in MODELS if METHODS.row(method).fits(FAMILIES.row(name).parts))
+    if name := next(fitting, None):
+        backbone = open_backbone(ModelSpec(model=f"local-dir:{folder.with_name(name)}", image_size=32), len(CLASSES))
+    else:  # it needs words
+        backbone = open_backbone(ModelSpec(model="clip:mini"), len(CLASSES))
+        write_words(backbone, DataSpec(), CLASSES, Silent())
     network = tuned(backbone, method, OPTIONS.get(method, {}))
     if network.attached.wants_sample:
         batches = [(torch.randn(5, 3, 32, 32), torch.arange(5)) for _ in range(2)]

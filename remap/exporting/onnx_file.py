@@ -13,7 +13,7 @@ from remap.backbones.preprocess import PreprocessSpec
 from remap.errors import RemapError
 from remap.exporting import snippets
 from remap.exporting.format import Answer, ExportOptions, Format
-from remap.exporting.program import Program, example, input_in_words, outside
+from remap.exporting.program import Program, example, input_in_words, outside, run_once
 from remap.exporting.task_source import TaskSource
 
 # The lowest that torch's exporter writes, and so what most runtimes read.
@@ -52,7 +52,7 @@ def traced(program: Program, images: Tensor, outputs: Sequence[str]) -> torch.on
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch about itself
         graph = torch.onnx.export(
-            program.eval(),
+            run_once(program, images),
             (images,),
             dynamo=True,
             opset_version=OPSET,

@@ -44,6 +44,13 @@ class Program(nn.Module):
         return logits_BC.softmax(dim=-1) if self.task == CLASSES else logits_BC.sigmoid()
 
 
+@torch.no_grad()
+def run_once(program: Program, images: Tensor) -> Program:
+    """Let a program answer before it is traced: texts that it reads when they are first needed cannot be read then."""
+    program.eval()(images)
+    return program
+
+
 class PrepareInGraph(nn.Module):
     """``Preprocess`` in operations that every exporter knows: resizing is a product with a matrix from each side.
 

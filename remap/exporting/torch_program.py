@@ -10,7 +10,7 @@ from torch import Tensor
 from remap.exporting import snippets
 from remap.exporting.format import Answer, ExportOptions, Format
 from remap.exporting.onnx_file import output_name
-from remap.exporting.program import Program, example, input_in_words, outside
+from remap.exporting.program import Program, example, input_in_words, outside, run_once
 from remap.exporting.task_source import TaskSource
 
 METADATA = "metadata.json"
@@ -26,11 +26,9 @@ class TorchProgram(Format):
         spec, view = source.meta.preprocess, source.view
         facts = {"input": input_in_words(view, options), "output": output_name(options)}
         sizes = ({0: torch.export.Dim("batch", min=1)},)
-        program = torch.export.export(
-            Program(source.plain_model(), spec, view, options, source.meta.task).eval(),
-            (example(spec, view, options),),
-            dynamic_shapes=sizes,
-        )
+        images = example(spec, view, options)
+        answers = run_once(Program(source.plain_model(), spec, view, options, source.meta.task), images)
+        program = torch.export.export(answers, (images,), dynamic_shapes=sizes)
         torch.export.save(program, folder / self.file, extra_files={METADATA: json.dumps(source.facts | facts)})
         return facts
 

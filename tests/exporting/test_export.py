@@ -26,7 +26,9 @@ from remap.exporting.int8_training import RoundedInput, RoundedWeight
 from remap.exporting.model_card import table
 from remap.exporting.task_source import SourceImages, TaskSource
 from remap.network import tuned
-from remap.recipe.schema import ModelSpec
+from remap.pipeline.class_words import write_words
+from remap.progress import Silent
+from remap.recipe.schema import DataSpec, ModelSpec
 from remap.runs.task import open_backbone, save_task
 
 Finished = Callable[[str], Path]
@@ -292,3 +294,14 @@ def test_rounding_while_training() -> None:
     np.testing.assert_allclose(rounded.detach().numpy(), (steps - zero) * scale, atol=1e-6)
     rounded.sum().backward()
     assert inputs.grad is not None and inputs.grad.sum() >= 19, "gradients pass where nothing is clipped"
+
+
+def test_texts_that_a_student_needs_are_read_before_it_is_traced(tmp_path: Path) -> None:
+    """A task of ``cocoop``, just opened, has not read its text tower yet."""
+    backbone = open_backbone(ModelSpec(model="clip:mini"), 2)
+    write_words(backbone, DataSpec(), ("ant", "bee"), Silent())
+    network = tuned(backbone, "cocoop", {})
+    network.classes = ("ant", "bee")
+    save_task(tmp_path / "task", network, View(network.preprocess.size, 1.0, "bicubic"), "cocoop", {})
+    comparison = export_student(tmp_path / "task", "torch", tmp_path / "out").comparison
+    assert comparison is not None and comparison.difference < 1e-4

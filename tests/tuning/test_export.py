@@ -18,6 +18,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "resnet_bottleneck": {"layers": (1, 1, 1, 1)},
     "swin": {"depths": (1, 1)},
 }
+# Whose blocks are of two kinds.
+DEEPER = {"dualprompt": {"depth": 2}}
 TINY = tiny_models("methods")
 
 
@@ -38,7 +40,7 @@ def test_exports_with_a_batch_of_any_size(
 ) -> None:
     """Source: the network itself, on batches of other sizes than that of the export."""
     torch.manual_seed(0)
-    model = TINY[variant].build(5, **MODELS[variant]).eval()
+    model = TINY[variant].build(5, **(MODELS[variant] | DEEPER.get(method, {}))).eval()
     model.pretrained_cfg = {"input_size": (3, 32, 32)}
     attached = attach(method, model)
     tools.shake(attached)

@@ -219,7 +219,8 @@ class Prefix(nn.Module):
         if keys.query.idle:
             return k_BHTh[:, :, :0], k_BHTh[:, :, :0]
         if len(self.prompts) == 1:
-            own = self.prompts[:, None].expand(len(k_BHTh), -1, -1, -1, -1, -1)
+            batch = k_BHTh.shape[0]  # len() would fix the batch of an exported program
+            own = self.prompts[:, None].expand(batch, -1, -1, -1, -1, -1)
         else:
             own = self.prompts[keys.of_images()]
         own = own.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)
