@@ -50,14 +50,18 @@ from remap.tuning import METHODS
 SHOTS = {"labels": (0, 1, 4, 16), "few_shot": (1, 2, 4, 8, 16), "base_to_new": (16,), "domains": (16,), "cross": (16,)}
 ROWS = (
     *("linear", "bitfit", "lora", "vpt_deep", "coop", "cocoop", "kgcoop", "prograd", "tcp", "maple", "promptsrc"),
-    *("mmrl", "clip_adapter", "tip_adapter", "taskres", "clip_lora", "promptkd"),
+    *("mmrl", "clip_adapter", "tip_adapter", "tip_adapter:free", "taskres", "clip_lora", "promptkd", "lora:clip_kd"),
 )
 # What trains numbers for each class beside the classifier, which mean nothing for other classes.
 PER_CLASS = ("taskres", "tip_adapter")
 # What a method on words keeps of the classes that it was trained on.
 WORDS = ("remap_words.name_ids", "remap_promptkd.weight", "remap_promptkd.bias")
-# What learns from a teacher: options and settings.
-TAUGHT = {"promptkd": ({"teacher": "clip:mini", "losses": "kd"}, ["losses.kd.temperature=1"])}
+# Rows with options and settings of their own; what is behind the colon names one of several rows of a method.
+VARIANTS: dict[str, tuple[dict[str, str], list[str]]] = {
+    "promptkd": ({"teacher": "clip:mini", "losses": "kd"}, ["losses.kd.temperature=1"]),
+    "tip_adapter:free": ({}, ["train.fit=none"]),
+    "lora:clip_kd": ({"teacher": "clip:mini", "losses": "ce,kd,clip_feature,affinity"}, []),
+}
 # Of its 16 vectors the paper of these protocols leaves coop 4, which start from words (2203.05557, section 4).
 FEWER = ("base_to_new", "domains", "cross")
 SETTINGS = ("train.batch_size=32", "train.epochs=10", "train.eval_every=1000")
@@ -105,7 +109,7 @@ class Protocol:
 
     def file(self, method: str, shots: int, seed: int) -> Path:
         """Where the figures of one run are, once it has ended."""
-        return self.results / f"{self.options.protocol}-{method}-{shots}-{seed}.json"
+        return self.results / f"{self.options.protocol}-{method.replace(':', '_')}-{shots}-{seed}.json"
 
     def cell(self, method: str, shots: int, seed: int) -> None:
         """One run, unless it has ended before; an error costs this cell only."""
@@ -127,14 +131,14 @@ class Protocol:
         if (folder / "recipe.yaml").exists():
             run_dir = RunDir.open(folder)
             return run_dir.summary() if run_dir.is_done else dict(resume(folder).summary)
-        taught, needed = TAUGHT.get(method, ({}, []))
+        own, needed = VARIANTS.get(method, ({}, []))
         words = {
             "data": DATA,
-            "method": method,
+            "method": method.partition(":")[0],
             "student": "clip:mini",
             "losses": "ce",
             "seed": seed,
-            **taught,
+            **own,
             **words,
         }
         few = [f"data.per_class={shots}", f"data.per_class_seed={seed}"] if shots else []
@@ -166,7 +170,7 @@ class Protocol:
     def base_to_new(self, method: str, shots: int, seed: int, folder: Path) -> dict[str, float | None]:
         """Half of the classes, then the others by their words."""
         halves = {name: open_data(DATA, None, 0.2, subset=name) for name in ("base", "new")}
-        if method in TAUGHT:
+        if method == "promptkd":
             self.without_labels(method, seed, folder)
             found = {name: self.by_words(folder, data.classes, data.val) for name, data in halves.items()}
             return found | harmonic(found)
@@ -239,7 +243,7 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("protocol", choices=list(SHOTS))
     words.add_argument("--results", type=Path, required=True)
-    words.add_argument("--methods", default=",".join(name for name in ROWS if name in METHODS.names))
+    words.add_argument("--methods", default=",".join(name for name in ROWS if name.partition(":")[0] in METHODS.names))
     words.add_argument("--seeds", type=int, default=3)
     words.add_argument("--shots", default="", help="of those of the protocol")
     words.add_argument("--student", default="clip:mini", help="of labels")
