@@ -36,7 +36,9 @@ class Average:
 
     @torch.no_grad()
     def _exchange(self) -> None:
+        # In place: the optimiser and the module of the step hold these very tensors.
         for average, current in self.pairs:
+            # By copies and not by arithmetic, which would round.
             before = current.clone()
             current.copy_(average)
             average.copy_(before)
@@ -45,6 +47,7 @@ class Average:
 def copy_of(tensor: Tensor) -> Tensor:
     """Return a copy without a gradient; of a parameter, a parameter."""
     copied = tensor.detach().clone()
+    # ``Training.start_epoch`` tells buffers, which are broadcast in each step, from parameters by this type.
     return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
 
 
@@ -61,4 +64,4 @@ def move_average(pairs: Sequence[tuple[Tensor, Tensor]], decay: float) -> None:
         if average.is_floating_point():
             average.lerp_(current, 1.0 - decay)
         else:
-            average.copy_(current)
+            average.copy_(current)  # a count of batches is an integer, which lerp_ does not take

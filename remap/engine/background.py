@@ -26,6 +26,7 @@ class BackgroundWriter:
         """Wait for the write that was begun, if any; return what it raised."""
         if self._thread is not None:
             self._thread.join()
+        # Returned, not raised: a disk that refuses does not end training (``Training.finish_writing``).
         error, self._thread, self._error = self._error, None, None
         return error
 

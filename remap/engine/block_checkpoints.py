@@ -31,6 +31,7 @@ def checkpointed_blocks(network: Network) -> Iterator[None]:
     finally:
         for block, forward in zip(blocks, replaced, strict=True):
             if forward is None:
+                # Any attribute of the instance would go on hiding the forward of its class.
                 del block.__dict__["forward"]
             else:
                 block.forward = forward
@@ -39,7 +40,8 @@ def checkpointed_blocks(network: Network) -> Iterator[None]:
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
+            return forward(*args, **kwargs)  # without gradients no activations are held, so there is nothing to save
+        # The reentrant kind gives no gradients to a block whose input needs none, as behind a frozen beginning.
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     return run

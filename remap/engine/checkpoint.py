@@ -41,9 +41,11 @@ def snapshot(
     """
 
     def gathered(value: Any) -> Tensor:
+        # A copy also of what is on the CPU already: training changes it while a thread writes.
         return gather_full(stored_number(value).detach()).to("cpu", copy=True).contiguous()
 
     tensors: dict[str, Tensor] = {}
+    # In one order on all processes: gathering a sharded tensor is a collective call.
     for name, parameter in trained.items():
         tensors[f"parameter/{name}"] = gathered(parameter)
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -62,6 +64,7 @@ def save_checkpoint(folder: Path, state: State, tensors: Mapping[str, Tensor]) -
         RunError: The folder cannot be written.
     """
     content = asdict(state)
+    # A method's memory and ``best`` are checked here alone: ``weights_are_finite`` does not look at them.
     bad = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     try:
         if bad:
@@ -110,6 +113,7 @@ def load_checkpoint(
     # All processes have to continue from the same generation, so from the newest that each of them can read.
     while True:
         low, high = all_reduce_min_max(number, device)
+        # Below every number: the minimum tells all processes that one of them cannot read.
         if low == checkpoint_files.UNREADABLE:
             raise reader.refusal or ProcessLost(f"another process cannot read the checkpoints in {folder}")
         if low == high:
@@ -125,6 +129,7 @@ def load_checkpoint(
         )
     (state, tensors), path = reader.loaded, checkpoint_files.path_of(folder, number)
     if state.digest != digest:
+        # The file may be anybody's: what it says is cut, and made printable, before a message shows it.
         raise _belongs_elsewhere(path, plain(state.digest[:100]), digest)
     layout = state_after_a_step(optimizer)
     _require_fit(path, trained, student, tensors, layout)
@@ -133,9 +138,10 @@ def load_checkpoint(
         say(f"{problem}; continuing from {path.name}, what came after is trained again")
     for name, parameter in trained.items():
         copy_full_(parameter, tensors[f"parameter/{name}"])
-        if isinstance(parameter, nn.Parameter):
+        if isinstance(parameter, nn.Parameter):  # buffers have no moments
             _load_optimizer_state(optimizer, name, parameter, tensors, layout.get(id(parameter), {}))
     if is_main_process():
+        # Damaged ones have manifests too: left there, they would count as the newest two when the next is written.
         checkpoint_files.sweep(folder, number)
     memory, best = (
         {key.removeprefix(kind): value.clone() for key, value in tensors.items() if key.startswith(kind)}
@@ -187,12 +193,14 @@ def _require_fit(
     Args:
         layout: ``state_after_a_step``.
     """
+    # The shapes of a method's memory are known to the method alone: ``recall`` checks them.
     given = {key: (tuple(t.shape), t.dtype) for key, t in tensors.items() if not key.startswith("memory/")}
     expected = {f"parameter/{name}": (tuple(t.shape), t.dtype) for name, t in trained.items()}
     stepped = {key.split("/", 2)[-1] for key in given if key.startswith("optimizer/")}
     for name in stepped.intersection(trained):
         stored = {key: stored_number(value) for key, value in layout.get(id(trained[name]), {}).items()}
         expected |= {f"optimizer/{key}/{name}": (tuple(t.shape), t.dtype) for key, t in stored.items()}
+    # Whether it has to be there follows from the history, which ``Training.load`` looks at.
     if any(key.startswith("best/") for key in given):
         expected |= {f"best/{name}": (tuple(t.shape), t.dtype) for name, t in student.items()}
     if given != expected:

@@ -32,6 +32,7 @@ from remap.io.sealed_json import seal
 
 # Changes when files of another version could be read wrongly.
 FORMAT = 1
+# The older one stands in where the newest turns out to be damaged.
 GENERATIONS = 2
 _NAME = re.compile(r"(\d{6,15})\.(safetensors|json)")
 # What reading raises where a file is gone, or not as it was written; any other OSError says nothing about its content.
@@ -67,7 +68,7 @@ def write(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor])
     body = {"format": FORMAT, "generation": number, "tensors": digest, "state": state}
     text = json.dumps({**body, "sha256": seal(body)}, indent=1, allow_nan=False)
     write_bytes(path_of(folder, number, "json"), text.encode())
-    sweep(folder)
+    sweep(folder)  # only now: the oldest counts until the new manifest is there
 
 
 def any_finished(folder: Path) -> bool:
@@ -83,7 +84,7 @@ def sweep(folder: Path, last: int | None = None) -> None:
     for path, number, _ in _files(folder):  # sorted: a manifest goes before its tensors
         if number not in newest:
             with contextlib.suppress(OSError):
-                path.unlink()
+                path.unlink()  # what cannot be deleted costs room only, and the next sweep tries again
 
 
 class Reader(Generic[S]):
@@ -143,6 +144,7 @@ class Reader(Generic[S]):
             state = self.parse(content["state"])
             expected = content["tensors"]["bytes"], content["tensors"]["sha256"]
         with _judging(path):
+            # The size costs no reading, so a file that was cut short is found before it is hashed.
             if _require_plain(path, self.limit) != expected[0]:
                 raise ValueError("it is longer or shorter than its manifest says")
             if sha256_of(path) != expected[1]:
@@ -204,13 +206,16 @@ def _require_plain(path: Path, limit: int) -> int:
 
 def _files(folder: Path) -> Iterator[tuple[Path, int, str]]:
     """Yield what checkpoints left in a folder: path, generation and "json" or "safetensors"."""
+    # A listing that fails must not look like an empty folder, which would be a new start.
     for path in _retry(folder, lambda: sorted(folder.iterdir()) if folder.is_dir() else []):
         if match := _NAME.fullmatch(path.name):
             number, kind = match.groups()
+            # A second spelling of a number would be a second file of one generation.
             if f"{int(number):06d}" == number:
                 yield path, int(number), kind
 
 
 def _numbers(folder: Path) -> list[int]:
     """Return the generations that have a manifest."""
+    # 0 says in ``Reader.newest`` that there is none, so no generation has that number.
     return [number for _, number, kind in _files(folder) if kind == "json" and number]

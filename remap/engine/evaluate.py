@@ -50,13 +50,14 @@ def evaluate(
     runner = Runner(network, bf16=bf16)
     scoring = ClassScoring() if source.split.labels.ndim == 1 else SetScoring()
     try:
+        # A process that left in the middle of a round would leave the others waiting: ``run`` looks between rounds.
         with defer_signals():
             one_pass = _Pass(network, runner, scoring, source, features, accelerator, progress, what, skip_bad)
             while (answers := one_pass.run(batch_size)) is None:
                 batch_size //= 2  # from the start: the counts of the failed pass are thrown away
                 progress.say(f"out of memory: {what} is evaluated in batches of {batch_size}")
     finally:
-        runner.tap.close()
+        runner.tap.close()  # else its hooks would stay on a network that is trained further
     # Exactly one process has the answers for each image, the others the blank.
     whole = tuple(all_reduce_max_(accelerator, rows).cpu().numpy() for rows in answers)
     return scoring.evaluation(whole, source.split.labels)
@@ -93,9 +94,10 @@ class _Pass:
                 unreadable = bool(self.source.bad) and not self.skip_bad
                 any_out_of_memory, any_unreadable = all_reduce_max(self.accelerator, out_of_memory, unreadable)
                 if any_unreadable:  # on all processes at once, or the others would wait for the one that raises
-                    require_readable(self.source, self.what, self.skip_bad)
+                    require_readable(self.source, self.what, self.skip_bad)  # raises where this process is the one
                     raise ProcessLost(f"another process cannot read one of the {self.what} images")
                 if any_out_of_memory:
+                    # Fragments of the failed pass would make the smaller one fail too.
                     clear_device_cache(garbage_collection=True)
                     return None
                 step.advance()
@@ -123,6 +125,7 @@ class _Pass:
                 raise
             return True
         at_B, labels = torch.from_numpy(readable), torch.from_numpy(self.source.split.labels[readable])
+        # Without the row of the black image; in float32, as bf16 would round probabilities to 8 bits.
         kept = self.scoring.of(logits[: len(readable)].float(), labels.to(logits.device))
         for answer, part in zip(answers, kept, strict=True):
             answer[:, at_B] = part

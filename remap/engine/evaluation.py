@@ -61,6 +61,7 @@ class Evaluation:
     @property
     def loss(self) -> float:
         """Mean cross-entropy; 0 where no image was read."""
+        # A sum of float32 over many images would lose digits.
         return float(self.losses_N[self.predictions_N >= 0].mean(dtype=np.float64)) if self.count else 0.0
 
 
@@ -84,12 +85,14 @@ class ClassScoring(Scoring):
     """Keeps the class, its probability, and the rank and loss of the label."""
 
     def blank(self, images: int, classes: int, device: torch.device) -> tuple[Tensor, ...]:
+        # No answer is below 0, so the largest over all processes is that of the one which saw the image.
         shape = (2, images)
         return torch.full(shape, -1, device=device), torch.full(shape, -1.0, dtype=torch.float32, device=device)
 
     def of(self, logits_BC: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         log_BC = logits_BC.log_softmax(dim=-1)
         losses_B1 = -log_BC.gather(1, labels[:, None])
+        # The loss is the negative of an entry, to the bit, so the label itself does not count.
         ranks_B = (log_BC > -losses_B1).sum(dim=-1)
         # An answer that is not finite is as wrong as can be.
         scores_2B = torch.stack([log_BC.amax(dim=-1).exp().nan_to_num(0.0), losses_B1[:, 0].nan_to_num(MOST, MOST)])

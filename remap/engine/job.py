@@ -189,6 +189,7 @@ def epoch_plan(job: Job, accumulation: int) -> EpochPlan:
         cutmix=job.recipe.data.cutmix,
         mix_probability=job.recipe.data.mix_probability,
         expected=job.expected_N,
+        # Images without labels of the same domain lie in one order with the others; another domain takes turns.
         source_images=source_images(job) if job.recipe.data.target is not None else None,
         plain=any(teacher.sees_plain for teacher in job.teachers),
     )

@@ -36,18 +36,21 @@ class JointTeacher(Teacher):
         super().__init__(network, objective, number, accelerator, bf16=bf16)
         self.labels_term = CrossEntropy(Pair(network.anatomy, None, len(network.classes or ())), CrossEntropy.Config())
         shared = {id(parameter) for parameter in student.model.parameters()}
+        # Shared cores are listed by the student: twice, the optimiser would hold them under two names.
         self._own = {f"teacher{number}.{name}": p for name, p in network.trained.items() if id(p) not in shared}
         self._signals: Signals | None = None
 
     def targets(self, images_BCHW: Tensor, indices_B: np.ndarray, view: int) -> dict[str, Tensor]:
+        # With a graph, unlike other teachers' signals: ``learn`` goes back through it.
         self._signals = self.runner(images_BCHW)
         return self.objective.targets(self._signals, self.number)
 
     def learn(self, labels: Labels, share: float) -> None:
         assert self._signals is not None
         loss = self.labels_term(self._signals, {}, labels)
-        self._signals = None
+        self._signals = None  # else the graph would hold all activations until the next batch
         if loss.requires_grad:  # not without a single label
+            # At once, before the student runs: so one graph is in memory at a time.
             (loss * share).backward()
 
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -18,10 +18,10 @@ def may_read_late(training: Training) -> bool:
     job, optimizer = training.job, training.optimizer
     return (
         training.accelerator.device.type in DEVICES
-        and training.accelerator.num_processes == 1
+        and training.accelerator.num_processes == 1  # several wait for each other in each step
         and isinstance(optimizer, torch.optim.AdamW)
-        and bool(optimizer.defaults["fused"])
-        and not training.buffers
+        and bool(optimizer.defaults["fused"])  # no other kind takes ``found_inf``
+        and not training.buffers  # which ``skip_step`` restores, and a later step has changed by then
         and training.average is None
         and not job.student.attached.pruning
         and all(type(teacher).after_step is Teacher.after_step for teacher in job.teachers)
@@ -36,6 +36,7 @@ def step_if_finite(training: Training, pending: Pending) -> None:
     try:
         optimizer.step()
     finally:
+        # Left there, it would be in copies of the optimiser too, which step on the CPU (``state_after_a_step``).
         del optimizer.found_inf  # type: ignore[attr-defined]
     optimizer.zero_grad(set_to_none=True)
 

@@ -44,7 +44,7 @@ def train(job: Job, *, resume: bool = False) -> State:
         pace = Pace()
         while not is_over(training.state, spec):
             training.start_epoch()
-            training.reads_late = may_read_late(training)
+            training.reads_late = may_read_late(training)  # after start_epoch, which lists the buffers
             # Looked up once an epoch: going back to a checkpoint puts another state in the place of this one.
             state, optimizer, steps = training.state, training.optimizer, training.plan.steps
             accuracies = newest_and_best(state.history)
@@ -77,7 +77,7 @@ def train(job: Job, *, resume: bool = False) -> State:
                             job.objective.after_step()
                             if training.average is not None:
                                 training.average.follow(update)
-                            optimizer.zero_grad(set_to_none=True)
+                            optimizer.zero_grad(set_to_none=True)  # last: hooks after the step read gradients
                         else:
                             skip_step(training, result)
                         state.step += 1

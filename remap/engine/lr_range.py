@@ -45,16 +45,20 @@ def lr_range_test(job: Job, first: float, last: float, steps: int) -> LrRange:
     with opened(job, resume=False) as training, job.progress.wait("learning-rate range test", steps) as shown:
         for update in range(steps):
             raise_if_interrupted(training.accelerator, "learning rates were tested")
+            # By hand, as nothing is counted here: images and seeds are keyed by both.
             training.state.epoch, training.state.step = divmod(update, training.plan.steps)
             if training.state.step == 0:
                 training.start_epoch()
             rate = _rate(first, last, steps, update)
             set_learning_rate(training.optimizer, rate)
+            # Schedules stay at their beginning, so that the rate is all that changes.
             job.objective.set_progress(0, training.plan.steps, training.spec.epochs, {})
             broadcast_(training.accelerator, training.buffers)
+            # No gradient is averaged over processes: ``find_lr`` allows one only.
             sums = forward_backward(training, update)
             norm = clip_gradients(training.parameters.values(), training.spec.clip_norm)
             result = gather_result(training, sums, norm, rate).read()
+            # A rate that is too high is what the test looks for, so here it is no error.
             if not result.finite:
                 break
             losses.append(result.losses["loss"])
@@ -89,9 +93,10 @@ def smoothed(losses: list[float]) -> list[float]:
     means, total, weight = [], 0.0, 0.0
     for loss in losses:
         total, weight = SMOOTHING * total + loss, SMOOTHING * weight + 1.0
-        means.append(total / weight)
+        means.append(total / weight)  # by the weights so far, or the first means would be too small
     return means
 
 
 def _rate(first: float, last: float, steps: int, update: int) -> float:
+    # ``find_lr`` asks for 10 steps or more.
     return first * (last / first) ** (update / (steps - 1))

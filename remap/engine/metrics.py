@@ -29,6 +29,7 @@ def metrics(found: Evaluation, labels_N: np.ndarray, teacher: Evaluation | None 
         return {}
     predictions_N, labels_N, confidences_N = found.predictions_N[seen_N], labels_N[seen_N], found.confidences_N[seen_N]
     right_N = predictions_N == labels_N
+    # The last classes may be missing in the labels or in the predictions.
     classes = int(max(predictions_N.max(), labels_N.max())) + 1
     images_C, predicted_C = (np.bincount(rows, minlength=classes) for rows in (labels_N, predictions_N))
     right_C = np.bincount(labels_N[right_N], minlength=classes)
@@ -47,6 +48,8 @@ def metrics(found: Evaluation, labels_N: np.ndarray, teacher: Evaluation | None 
 
 def calibration_error(confidences_N: np.ndarray, right_N: np.ndarray) -> float:
     """Return sum over bins of |share that is right - mean confidence|, weighted by their images."""
+    # A confidence of 1 is in the last bin.
     bins_N = np.minimum((confidences_N * BINS).astype(int), BINS - 1)
+    # |mean - mean| times the images of a bin is |sum - sum|, so images need not be counted.
     surplus = np.bincount(bins_N, weights=right_N - confidences_N.astype(np.float64))
     return float(np.abs(surplus).sum() / len(bins_N))

@@ -39,6 +39,7 @@ def inputs_of(training: Training, batch: Batch, bad_targets: list[Tensor]) -> In
     job, device = training.job, training.accelerator.device
     images = to_device(batch.images_BCHW, device)
     labels = _labels(batch, training.plan.labeled_share(job.labeled), job.class_weights_C, device)
+    # By number, with gaps: a teacher that no loss reads has a number too.
     targets: list[Mapping[str, Tensor]] = [{}] * (1 + max((teacher.number for teacher in job.teachers), default=0))
     for teacher in job.teachers:
         shown = images
@@ -47,7 +48,9 @@ def inputs_of(training: Training, batch: Batch, bad_targets: list[Tensor]) -> In
             shown = batch.plain_BCHW.to(device, non_blocking=True)
         items = targets[teacher.number] = teacher.targets(shown, batch.indices_B, batch.view)
         if teacher.cached is None:  # cached outputs were checked when they were computed
+            # On the device, and read once for the complete step: each test here would wait for a GPU.
             bad_targets += [(~torch.isfinite(value)).any().float() for value in items.values()]
+        # Gradients are averaged over processes afterwards; shares are those of the global batch.
         teacher.learn(labels, batch.share * training.accelerator.num_processes)
     features = job.features.rows(batch.indices_B) if job.features is not None else None
     return Inputs(images, targets, labels, to_device(batch.keys_B, device), features)

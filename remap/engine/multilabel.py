@@ -70,8 +70,10 @@ class SetEvaluation(Evaluation):
         last_CN = np.minimum.accumulate(np.where(ends, np.arange(count), count)[:, ::-1], axis=1)[:, ::-1]
         generator, found = np.random.default_rng(0), []
         for _ in range(draws):
+            # How often each image is drawn, in the order of scores: so all draws share one sorting.
             times_CN = np.bincount(generator.integers(count, size=count), minlength=count)[order_CN]
             hits_CN = times_CN * has_CN
+            # Before the first image that is drawn there are no hits: 1 avoids 0 / 0.
             precision_CN = hits_CN.cumsum(1) / np.maximum(times_CN.cumsum(1), 1)
             total_C = hits_CN.sum(1)
             sums_C = (hits_CN * np.take_along_axis(precision_CN, last_CN, 1)).sum(1)
@@ -117,7 +119,7 @@ class SetScoring(Scoring):
     """Keeps the loss and the logits of each image."""
 
     def blank(self, images: int, classes: int, device: torch.device) -> tuple[Tensor, ...]:
-        return (torch.full((1 + classes, images), float("-inf"), device=device),)
+        return (torch.full((1 + classes, images), float("-inf"), device=device),)  # any finite number may be a logit
 
     def of(self, logits_BC: Tensor, labels_BC: Tensor) -> tuple[Tensor, ...]:
         wanted_BC = labels_BC.float()
@@ -130,6 +132,7 @@ class SetScoring(Scoring):
     def evaluation(self, answers: tuple[np.ndarray, ...], labels: np.ndarray) -> Evaluation:
         losses_N, scores_NC = answers[0][0], answers[0][1:].T
         seen_N = losses_N >= 0
+        # ``right_N`` counts what is right, and needs the object: so ``correct`` comes second.
         found = SetEvaluation(0, int(seen_N.sum()), np.where(seen_N, 0, -1), scores_NC=scores_NC, labels_NC=labels)
         return replace(found, correct=int(found.right_N.sum()), losses_N=np.where(seen_N, losses_N, -1.0))
 

@@ -52,12 +52,14 @@ def state_after_a_step(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, 
 
     Found out by a step of zeros on the CPU; parameters of one shape in one group have the same.
     """
+    # Shallow, and with other groups and state below: no real parameter or moment is touched.
     probe, stand_of, groups = copy.copy(optimizer), dict[int, nn.Parameter](), []
     for group in optimizer.param_groups:
         stands: dict[tuple[torch.Size, torch.dtype], nn.Parameter] = {}
         for parameter in group["params"]:
             kind = (parameter.shape, parameter.dtype)
             if kind not in stands:
+                # The shape of a sharded parameter is the full one, as in a file.
                 stands[kind] = nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype))
                 stands[kind].grad = torch.zeros_like(stands[kind])
             stand_of[id(parameter)] = stands[kind]
@@ -96,6 +98,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> T
     """Scale all gradients so that their joint norm is at most ``limit`` (None: no limit); return the norm before."""
     kinds = _by_kind(p for p in parameters if p.grad is not None)
     gradients = [[p.grad for p in kind if p.grad is not None] for kind in kinds]
+    # Of shards each process has a part of the norm, and all need the complete one.
     norms = [gather_full(torch.nn.utils.get_total_norm(kind)) for kind in gradients]
     norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
     # Without a limit the factor is 1, and the same operations run.

@@ -23,6 +23,7 @@ def untuned_copy(backbone: Backbone, classes: tuple[str, ...]) -> Network:
     memo |= {id(tensor): tensor for tensor in backbone.model.buffers()}
     # Tensors in the memo are shared, only the structure is copied.
     model = copy.deepcopy(backbone.model, memo)
+    # The teacher's classifier is fitted apart from the student's.
     for path in backbone.anatomy.classifier_heads:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, copy.deepcopy(backbone.model.get_submodule(path)))
@@ -38,6 +39,7 @@ def copy_trained_tensors(teacher: Network, student: Network) -> None:
     """Replace the shared backbone tensors that the student is going to change by copies in the teacher."""
     names = {name for name, _ in (*teacher.model.named_parameters(), *teacher.model.named_buffers())}
     for name, tensor in student.tensors.items():
+        # The teacher has no modules that the method inserted, and a head of its own already.
         if name in names and not student.anatomy.is_head(name):
             _replace(teacher.model, name, tensor.detach().clone())
 

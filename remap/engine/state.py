@@ -63,6 +63,7 @@ _STATE = TypeAdapter(State)
 
 def digest_of(recipe: Recipe, images: str, weights: str) -> str:
     """Return what a checkpoint belongs to: digests of recipe, images and the models' weights, joined by pluses."""
+    # Without the paths of images, which may be moved: their digest says whether they are the same.
     return f"{recipe.digest(places=False)}+{images}+{weights}"
 
 

@@ -12,6 +12,7 @@ IMAGES = 1024
 def estimate_statistics(job: Job) -> None:
     """Settle the objective's normalisers; every process sees the same images, as they are without augmentation."""
     size = max(1, epoch_plan(job, job.recipe.train.accumulation).step_images // job.recipe.train.accumulation)
+    # Drawn, since sources may list images class by class.
     order = keyed_random.permutation(job.recipe.seed, 0, len(job.source.split))[:IMAGES]
     for teacher in job.teachers:
         norms = job.objective.unsettled(teacher.number)

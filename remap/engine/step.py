@@ -63,6 +63,7 @@ class StepResult:
     def finite(self) -> bool:
         """Whether the optimiser may use the gradients."""
         numbers = (*self.losses.values(), self.gradient_norm)
+        # NaN is below nothing, so this finds it as well as infinity.
         return not self.bad_targets and all(abs(number) < float("inf") for number in numbers)
 
 

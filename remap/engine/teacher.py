@@ -79,6 +79,7 @@ class Teacher:
 
     def shapes(self, view: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
         """Return the shape of one image's row of each item, for views of this shape (C, H, W)."""
+        # Shapes follow from the model, so no image has to be read.
         images = torch.zeros(1, *view, dtype=torch.uint8)
         return {key: tuple(value.shape[1:]) for key, value in self.items(images).items()}
 
@@ -100,10 +101,12 @@ class Teacher:
         if self.network.attached.trainable or is_sharded(self.network):
             return
         for path, module in self.network.model.named_modules():
+            # Not isinstance: a subclass may read its weight in another way.
             if type(module) in (nn.Linear, nn.Conv2d) and not self.network.anatomy.is_head(f"{path}."):
                 for name, weight in module._parameters.items():
                     if weight is not None and weight.dtype == torch.float32:
                         self._replaced.append((module, name, weight))
+                        # Another parameter, not other numbers in this one: ``close`` puts it back as it was.
                         module._parameters[name] = nn.Parameter(weight.detach().bfloat16(), requires_grad=False)
 
     def learn(self, labels: Labels, share: float) -> None:
@@ -167,4 +170,5 @@ class AverageTeacher(Teacher):
                 module.write()  # the student writes its own where an epoch ends: the average would lag
 
     def tensors(self) -> dict[str, Tensor]:
+        # The student's tensors have the same names.
         return {f"teacher{self.number}.{name}": tensor for name, tensor in self.network.tensors.items()}

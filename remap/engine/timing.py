@@ -14,7 +14,7 @@ class Timer:
         self._device = device
 
     def __enter__(self) -> "Timer":
-        self._wait()
+        self._wait()  # what was begun before is not counted
         self._started = time.perf_counter()
         return self
 
@@ -23,5 +23,5 @@ class Timer:
         self.seconds = time.perf_counter() - self._started
 
     def _wait(self) -> None:
-        if self._device.type != "cpu":
+        if self._device.type != "cpu":  # the CPU has no queue: a call returns when its work is done
             torch.accelerator.synchronize(self._device)

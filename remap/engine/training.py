@@ -90,6 +90,7 @@ class Training:
     @torch.no_grad()
     def deliver(self) -> None:
         """Give the student the numbers of the result; nothing is trained or saved afterwards."""
+        # Empty where the result is the last epoch without an average: the student is that already.
         chosen = self.best if kept_epoch(self.state, self.spec) != self.state.epoch else self._average
         for name, tensor in self.job.student.tensors.items():
             if name in chosen:
@@ -103,6 +104,7 @@ class Training:
     def start_epoch(self) -> None:
         """Prepare for the remaining steps of epoch ``state.epoch``."""
         self.job.student.attached.train()  # the evaluation before left the model in eval mode
+        # Opened again at ``state.step``, which going back to a checkpoint may have changed.
         self.stream, tensors = None, self.tensors().values()
         self.buffers = [t for t in tensors if not isinstance(t, (nn.Parameter, DTensor))]
         self._counted_at = time.perf_counter()  # evaluation is not training time
@@ -151,6 +153,7 @@ class Training:
         if must:
             save_checkpoint(job.checkpoint, self.state, tensors)
         else:
+            # A copy of the state too: training counts on while the thread writes.
             self.writer.begin(partial(save_checkpoint, job.checkpoint, deepcopy(self.state), tensors))
 
     def finish_writing(self) -> None:
@@ -162,6 +165,7 @@ class Training:
         error = self.writer.finish()
         if isinstance(error, RunError):
             reason = f"{error.what} ({error.given})" if error.given else error.what
+            # The earlier generations are complete, so a full disk does not end training.
             self.job.progress.say(f"no checkpoint was written, the previous one stays: {reason}")
         elif error is not None:
             raise error
@@ -174,8 +178,9 @@ class Training:
         """
         job = self.job
         assert job.checkpoint is not None
+        # Steps after the checkpoint are done again: counted now, they would count twice.
         self.unread.clear()
-        self.finish_writing()
+        self.finish_writing()  # the newest one may be on its way to the disk
         self.accelerator.wait_for_everyone()  # all read what the first process has written
         self.state, memory, best = load_checkpoint(
             job.checkpoint, self.state.digest, self.tensors(), self.optimizer, job.progress.say, job.student.tensors
@@ -188,6 +193,7 @@ class Training:
         self.best = {}
         for name, tensor in job.student.tensors.items():
             if name in best:
+                # Laid out as the student's tensor, which may be sharded.
                 self.best[name] = torch.empty_like(tensor, requires_grad=False)
                 copy_full_(self.best[name], best[name])
         try:

@@ -57,6 +57,7 @@ def forward_backward_whole(
     first = _first_row(accelerator, sum(len(batch.indices_B) for batch in batches))
 
     for rows in leaves.values():
+        # The first backward pass ends here, at the gathered signals of all processes.
         rows.requires_grad_()
     total, values = objective(_with(signals[0], leaves), targets, labels, over_batch=True)
     total.backward()  # projectors have the same gradient on every process, as their mean has then
@@ -73,6 +74,7 @@ def forward_backward_whole(
         for name, rows in _rows(signals[number], needs).items():
             gradient = leaves[name].grad
             if gradient is not None and rows.requires_grad:
+                # The gradient of this product with respect to the rows is that of the loss over the batch.
                 loss_of_part = loss_of_part + (rows.float() * gradient[mine].float()).sum()
         # Gradients are averaged over processes afterwards.
         (loss_of_part * accelerator.num_processes).backward()
@@ -101,6 +103,7 @@ def _first_pass(
         failed = str(error)
     (any_failed,) = all_reduce_max(training.accelerator, bool(failed))
     if any_failed:
+        # An error that ``forward_backward`` knows: all processes then halve their micro-batches.
         raise torch.OutOfMemoryError(failed or "reported by another process")
     if twice:
         training.restore_buffers()  # batch statistics count the second pass
