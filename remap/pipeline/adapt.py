@@ -77,14 +77,16 @@ def adapt(
         raise RecipeError(
             ["by: statistics takes no steps and draws nothing (leave epochs, lr and seed out)"], "remap.adapt"
         )
+    # Only here: up to this line None says that no seed was given.
     seed = seed or 0
     began, old = time.perf_counter(), RunDir.open(expanded(run))
     recipe = old.recipe()
     known = recipe.data.source
+    # Links and relative paths are followed: one folder can be named in several ways.
     if known is not None and expanded(target).resolve() == expanded(known).resolve():
         raise DataError("the run learned from these images", given=target, do="name images of another domain")
     path = expanded(output) if output is not None else next_path(default_path(), f"{old.path.name}-adapted")
-    RunDir(path).require_free()
+    RunDir(path).require_free()  # refused now, not once everything is computed
     network, view = load_task(old.path)
     require_classifier(network, old.path)
     network.require_one_class("adapting to another domain")
@@ -94,6 +96,7 @@ def adapt(
     rate = RATE * recipe.learning_rate(network.anatomy.width) if lr is None else lr
     options = {"epochs": EPOCHS if epochs is None else epochs, "batch_size": batch_size, "lr": rate}
     options |= {name: getattr(recipe.train, name) for name in ("optimizer", "precision")}  # the rate is for that one
+    # Values of a caller, checked as those of a recipe are.
     spec = checked(TrainSpec, options, "remap.adapt")
     # Pixels are augmented as in the run; its other data options name images that are not here.
     data = recipe.data.labeled_part().model_copy(update={"mixup": 0.0, "cutmix": 0.0, "views": None})
@@ -107,6 +110,7 @@ def adapt(
             return None
         return evaluate_as(settings, network, judged, accelerator(), progress, what)
 
+    # Before anything else: both ways change the network in place.
     before = evaluation("the run")
     if by == "shot":
         found = by_information(network, source, settings, old.path, progress)
@@ -138,6 +142,7 @@ def adapt(
         },
         "adapted": {"run": str(old.path), "by": by, "target": target},
     }
+    # Epochs belong into metrics.jsonl, and the count to the figures of the student.
     history = found.pop("history")
     summary["student"]["trainable_parameters"] = found.pop("trainable_parameters")
     summary |= found
@@ -149,6 +154,7 @@ def _opened(target: str, view: View, recipe: Recipe, progress: Progress) -> View
     """Return the readable images of the other domain, with room for their pseudo-labels."""
     split, left_out = open_unlabeled(target)
     source = ViewSource(split, view, memory_bytes=recipe.data.memory_gib * 2**30, workers=recipe.data.workers)
+    # Decoded before the first step, so that files that cannot be read are named and left out at once.
     source.load(progress, "images of the other domain")
     if bad := source.bad_names():
         progress.say(f"left out {number_of(len(bad), 'image')} that cannot be read: {listed(bad)}")
@@ -176,6 +182,7 @@ def _write(
 ) -> None:
     """Write the run directory whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A draft in the same file system: one rename then makes the complete run appear.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".adapting-") as folder:
         draft = RunDir.create(Path(folder) / "run", recipe)
         draft.note_machine(machine(), resuming=False)

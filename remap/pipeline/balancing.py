@@ -38,7 +38,8 @@ def balance(network: Network, source: ViewSource, share: float, batch_size: int,
     )
     shift_C = shift_of(logits_NC, share)
     with torch.no_grad():
-        first.bias.add_(torch.from_numpy(shift_C).to(first.bias))
+        first.bias.add_(torch.from_numpy(shift_C).to(first.bias))  # computed in float64 on the CPU
+    # These are the logits that the changed bias gives: no second pass over the images.
     before, after = (mean_probabilities(one).max() * len(shift_C) for one in (logits_NC, logits_NC + shift_C))
     return (
         f"on {len(logits_NC):,} images: the most frequent class had {before:.1f} times an even share, now {after:.1f}"
@@ -53,5 +54,6 @@ def shift_of(logits_NC: np.ndarray, share: float) -> np.ndarray:
 
 def mean_probabilities(logits_NC: np.ndarray) -> np.ndarray:
     """Return the mean probability of each class, (C,)."""
+    # Less the largest logit, which changes no probability and lets no exponential overflow.
     exponentials_NC = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
     return (exponentials_NC / exponentials_NC.sum(axis=1, keepdims=True)).mean(axis=0)

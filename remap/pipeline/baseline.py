@@ -20,9 +20,12 @@ def baseline_recipe(components: RunComponents, progress: Progress) -> Recipe | N
     if (why := why_none(components)) is not None:
         progress.say(f"the student is not trained on labels alone, to compare with: {why}")
         return None
+    # Fewer images where some have no label, so more epochs for the same number of steps.
     train = same_steps(recipe.train, len(components.training_source.split), labeled)
+    # Where no epoch is chosen, figures between serve the eye alone: it is evaluated at its end.
     eval_every = train.eval_every if train.selects else train.epochs
     train = train.model_copy(update={"eval_every": eval_every, "track": ()})
+    # A name has at most 64 characters (``Recipe.name``), nine of which are the suffix.
     return labels_only(recipe).model_copy(update={"name": f"{recipe.name[:55]}-baseline", "train": train})
 
 
@@ -36,5 +39,6 @@ def why_none(components: RunComponents) -> str | None:
 def baseline_figures(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the summary of a run says of its baseline, from the baseline's own."""
     names = ("accuracy", "correct", "test_accuracy")
+    # There is a test accuracy only where the data has test images.
     figures = {name: summary["student"][name] for name in names if name in summary["student"]}
     return {**figures, **{name: summary[name] for name in ("losses", "epochs", "seconds")}}

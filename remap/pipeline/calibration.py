@@ -21,6 +21,7 @@ def calibrate(network: Network, source: ViewSource, batch_size: int, progress: P
     )
     factor = best_factor(torch.from_numpy(logits_NC), torch.from_numpy(labels_N))
     with torch.no_grad():
+        # All of them: logits that are the mean or sum of several classifiers scale with those together.
         for path in network.anatomy.classifier_heads:
             head = last_layer(module_at(network.model, path))
             head.weight.mul_(factor)
@@ -36,6 +37,7 @@ def best_factor(logits_NC: Tensor, labels_N: Tensor) -> float:
     """
     low, high = LEAST, MOST
     right_N = logits_NC.gather(1, labels_N[:, None])[:, 0]
+    # 60 halvings of a range of 20 end below what float64 tells apart.
     for _ in range(60):
         middle = (low + high) / 2
         expected_N = (torch.softmax(middle * logits_NC, 1) * logits_NC).sum(1)

@@ -40,10 +40,11 @@ class Callbacks(Callback):
                 call(callback)
             except Exception as error:
                 raised.append(error)
+        # One error ends the run; the others are named in it, so that none is lost.
         for another in raised[1:]:
             raised[0].add_note(f"and another callback: {another!r}")
         if raised:
-            self._clock.ended_by = raised[0]
+            self._clock.ended_by = raised[0]  # the status of the run is then "stopped", not "failed"
             raise raised[0]
 
 
@@ -57,6 +58,7 @@ def called(callbacks: Sequence[Callback], recipe: Recipe, run_dir: RunDir, clock
     require_installed(recipe)
     main = accelerator().is_main_process
     trackers = [Tracker(name, recipe, run_dir) for name in recipe.train.track]
+    # In the main process alone: each process would log the same run once more.
     all_of_them = Callbacks([*trackers, *callbacks] if main else [], clock)
     try:
         yield all_of_them
@@ -65,7 +67,8 @@ def called(callbacks: Sequence[Callback], recipe: Recipe, run_dir: RunDir, clock
         try:
             all_of_them.on_end(None)
         except Exception as another:  # the first error counts
-            clock.ended_by = ended_by
+            clock.ended_by = ended_by  # or a callback would count as what ended the run
             error.add_note(f"and a callback at the end: {another!r}")
         raise
+    # Outside of the try: what is raised here does not call on_end a second time.
     all_of_them.on_end(all_of_them.summary)

@@ -15,6 +15,7 @@ from remap.io.checked_json import read_json
 from remap.io.paths import expanded
 from remap.recipe.strict_yaml import read_mapping
 
+# Class names that a message shows of each list.
 _SHOWN = 8
 _DO = f"say which is which: --set teacher.classes=FILE (YAML: our class: its class, or a list), or {PREPARE}"
 
@@ -26,6 +27,7 @@ class GroupedClassifier(nn.Linear):
     """
 
     def __init__(self, classifier: nn.Linear, groups: Sequence[Sequence[int]]) -> None:
+        # Rows of one group lie side by side, so that ``forward`` can split the logits by the sizes of the groups.
         rows = [row for group in groups for row in group]
         super().__init__(classifier.in_features, len(rows), classifier.bias is not None)
         self.sizes = tuple(map(len, groups))
@@ -37,8 +39,9 @@ class GroupedClassifier(nn.Linear):
     def forward(self, features: Tensor) -> Tensor:
         """Return the logits of the groups, (..., C)."""
         members = super().forward(features).split(self.sizes, dim=-1)
-        return torch.stack([group.logsumexp(dim=-1) for group in members], dim=-1)
+        return torch.stack([group.logsumexp(dim=-1) for group in members], dim=-1)  # large logits do not overflow
 
+    # Part of the fingerprint of cached outputs: other groups give other logits.
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, sizes={self.sizes}"
 
@@ -67,6 +70,7 @@ def match_classes(backbone: Backbone, classes: Sequence[str], file: str | None) 
     elif sorted(classes) == sorted(map(str, range(outputs))):  # "10" comes before "2" here
         groups = [(int(name),) for name in classes]
     elif outputs == len(classes):
+        # Nothing tells whether the order is right, and a wrong one teaches wrong classes: the assumption is reported.
         return (
             f"the outputs of {backbone.identity.model} have no names: they are taken in the order of the classes here"
             f" ({_some(classes)}); teacher.classes=FILE says otherwise"
@@ -102,6 +106,7 @@ def _of_file(backbone: Backbone, classes: Sequence[str], file: str, outputs: int
     except ValueError as error:
         raise BackboneError(f"cannot read teacher.classes {path}: {error}") from error
     ours = {_plain(str(key)): value for key, value in values.items()} if isinstance(values, dict) else {}
+    # 0 is the number of an output; an empty text, an empty list and null name none.
     missing = [name for name in classes if not ours.get(_plain(name)) and ours.get(_plain(name)) != 0]
     if missing:
         raise BackboneError(f"{file} does not say what {_some(missing)} is for the teacher", given=_some(list(ours)))
@@ -111,11 +116,12 @@ def _of_file(backbone: Backbone, classes: Sequence[str], file: str, outputs: int
         wanted = ours[_plain(name)]
         rows: list[int] = []
         for one in wanted if isinstance(wanted, list) else [wanted]:
+            # By ``type``: YAML's true is an int too, and no number of an output.
             found = [one] if type(one) is int and 0 <= one < outputs else index.get(_plain(str(one)), [])
             if len(found) != 1:
                 raise _mismatch(backbone, classes, [str(one)], "has several called" if found else "has no")
             rows += found
-        groups.append(tuple(dict.fromkeys(rows)))
+        groups.append(tuple(dict.fromkeys(rows)))  # a class named twice adds up once
     return groups
 
 
@@ -156,6 +162,7 @@ def _index(names: Sequence[str]) -> dict[str, list[int]]:
 
 def _plain(name: str) -> str:
     """Return a name without differences of case, spaces, underscores, hyphens and Unicode form."""
+    # NFC: macOS may store the names of folders decomposed, files of labels are mostly composed.
     return " ".join(unicodedata.normalize("NFC", name).casefold().replace("_", " ").replace("-", " ").split())
 
 

@@ -81,6 +81,7 @@ class Answers:
 
     def lines(self) -> list[str]:
         """Return what to say of it."""
+        # stable: classes of equal shares keep their order.
         count, order = len(self.classes), np.argsort(-self.shares, kind="stable")
         listed = order if count <= LISTED else np.concatenate([order[: LISTED // 2], order[-LISTED // 2 :]])
         parts = [
@@ -115,11 +116,13 @@ def answers_of(network: Network, source: ViewSource, batch_size: int, progress: 
     logits_NC, _ = signals_of(
         network, source, accelerator(), batch_size, progress, what, pooled=False, at_most=LOOKED_AT
     )
+    # Less the largest logit, which changes no probability and lets no exponential overflow.
     exponentials_NC = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
     probabilities_NC = exponentials_NC / exponentials_NC.sum(axis=1, keepdims=True)
     answers_N, classes = probabilities_NC.argmax(axis=1), logits_NC.shape[1]
     counts_C = np.bincount(answers_N, minlength=classes)
     sums_C = np.bincount(answers_N, weights=probabilities_NC.max(axis=1), minlength=classes)
+    # 0 / 0 for a class that is never the answer: the NaN that ``Answers`` names.
     with np.errstate(invalid="ignore"):
         confidences_C = sums_C / counts_C
     found = Answers(network.classes or (), len(answers_N), counts_C / len(answers_N), confidences_C)

@@ -46,6 +46,7 @@ def tune(
         RemapError: Anything else a user can mend.
     """
     options = isinstance(recipe, Mapping)
+    # Options are resolved here: ``as_recipe`` would add the embedded teacher to them.
     chosen = resolve(None, recipe, settings) if isinstance(recipe, Mapping) else as_recipe(recipe, settings)
     if chosen.named_teachers:
         where = "options" if options else chosen.name
@@ -109,8 +110,10 @@ def compare(
         RemapError: Anything a user can mend.
     """
     chosen, checked = chosen_methods(_words(methods)), as_recipe(recipe, settings)
+    # A recipe without a teacher is valid, for ``tune``.
     if checked.teacher is None:
         raise RecipeError(["teacher: missing; a comparison has one"], checked.name)
+    # Without a number, unlike a run: the same call finds its finished cells again.
     folder = expanded(output or default_path() / f"compare-{checked.name}")
     plan = Plan(sweeps, loss_sets, budget, search, str(jobs))
     return comparison.compare(checked, chosen, seeds, folder, progress, plan)
@@ -142,6 +145,7 @@ def recommend(
         RemapError: Anything a user can mend.
     """
     checked = as_recipe(recipe, settings)
+    # Without a number, as in ``compare``.
     folder = expanded(output or default_path() / f"recommend-{checked.name}")
     words = _words(methods)
     return rank(checked, RANKED if words is None else chosen_methods(words), folder, progress, budget)

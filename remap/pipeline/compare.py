@@ -60,12 +60,14 @@ def compare(
         RunError: The folder holds another comparison, or the recipe is without labels.
         RecipeError: The plan cannot be carried out.
     """
+    # Mistakes in the options are found before the folder is claimed and any image is decoded.
     require_comparable(recipe, methods)
     budget, search = read_budget(plan.budget), Search.read(plan.search)
     jobs = read_jobs(plan.jobs, budget)
     if search is not None:
         require_searchable(recipe)
     recipe = without_idle_losses(recipe, progress)
+    # Before the cells are made: labels alone take as many steps as these epochs have.
     if budget is not None and budget[0] == "epochs":
         recipe = with_epochs(recipe, int(budget[1]))
     resources = Resources(recipe, output, progress)
@@ -74,14 +76,18 @@ def compare(
     left_out: dict[str, str] = {}
     if budget is not None and budget[0] == "parameters":
         cells, left_out = within_parameters(cells, int(budget[1]), len(resources.first.classes(recipe)))
+    # Only now: what is refused above leaves the folder as it is.
     claim(output, recipe)
+    # After the claim, since what is measured is written into the folder.
     if budget is not None and budget[0] == "minutes":
         cells = within_minutes(cells, budget[1], output, progress)
+    # A fingerprint reads all images: once for each data section, not once for each cell.
     held_by = cache(partial(fingerprint_of, progress=progress))
     found: dict[str, dict[str, Any]] = {}
     with resumable(output):
         if search is not None:
             cells, found = searched(cells, search, output / SEARCH, resources.of, held_by, progress)
+        # Cells with equal recipes share a name, and so a run directory.
         unique = {cell.name: cell for cell in cells}
         missing = [cell for cell in unique.values() if not is_done(output / cell.name, cell, held_by)]
         if missing:

@@ -36,6 +36,7 @@ SIZES = (
     "num_weights",
     "num_blocks",
 )
+# Values of an option are looked for below this one.
 _MOST = 2**14
 
 
@@ -50,7 +51,7 @@ def read_budget(text: str | None) -> tuple[str, float] | None:
     kind, _, value = text.partition("=")
     try:
         found = KINDS[kind.strip()](value)
-        if not (math.isfinite(found) and found > 0):
+        if not (math.isfinite(found) and found > 0):  # float() reads "inf" and "nan" too
             raise ValueError(value)
     except (KeyError, ValueError):
         allowed = "epochs=12, minutes=10 or parameters=50000"
@@ -77,13 +78,16 @@ def within_minutes(cells: Sequence[Cell], minutes: float, output: Path, progress
         raise RunError(f"{path} is of another budget", given=f"minutes={minutes:g}", do=do)
     found: list[Cell] = []
     for cell in cells:
+        # By group: all seeds of a cell get the epochs that the first one was measured for.
         if cell.group not in known["epochs"]:
+            # Imported here, since a resumed comparison has its measurements and needs no torch.
             from remap.pipeline.dry_run import estimate
 
             with progress.wait(f"timing a step of {cell.group}"):
                 one = estimate(cell.recipe, Silent())["estimate"]
             epoch = one["step_seconds"] * one["steps"] / cell.recipe.train.epochs
             known["epochs"][cell.group] = max(1, int(60 * minutes / epoch))
+            # After each measurement: a resumed comparison must not time a cell again, to other epochs.
             atomic_write.write_json(path, known)
         found.append(replace(cell, recipe=of_length(cell.recipe, int(known["epochs"][cell.group]))))
     return found
@@ -111,6 +115,7 @@ def within_parameters(cells: Sequence[Cell], most: int, classes: int) -> tuple[l
     for cell in cells:
         if cell.label not in sizes:
             spec = cell.recipe.student
+            # What weights a student starts from changes no count: one backbone serves all of one architecture.
             key = repr(spec.model_copy(update={"init": None, "force_init": False}))
             students[key] = students.get(key) or open_backbone(spec, classes)
             sizes[cell.label] = _size_within(cell, most, students[key])
@@ -153,9 +158,11 @@ def _size_within(cell: Cell, most: int, student: "Backbone") -> dict[str, int] |
         count = trained_parameters(student, spec.name, {**spec.options, option: taken}) if taken else None
         return count is not None and count <= most
 
+    # Not 1 alone, which a method may refuse: ranks may have to be even.
     low = next((value for value in (1, 2, 4, 8, 16) if fits(value)), 0)
     if not low:
         return f"{cell.label} trains more parameters with any {option}"
+    # Doubled, then halved between: each count copies the student and attaches the method.
     high = 2 * low
     while high < _MOST and fits(high):
         low, high = high, 2 * high
@@ -170,6 +177,6 @@ def trained_parameters(student: "Backbone", method: str, options: dict[str, Any]
     from remap.network import tuned
 
     try:
-        return tuned(deepcopy(student), method, options).num_trainable
-    except (RemapError, ValueError):
+        return tuned(deepcopy(student), method, options).num_trainable  # attaching changes the model
+    except (RemapError, ValueError):  # ValueError: options that the method refuses
         return None

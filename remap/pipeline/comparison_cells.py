@@ -114,6 +114,7 @@ class Cell:
     def name(self) -> str:
         """The name of its run directory."""
         words = f"{_slug(self.label)}-{_slug(self.objective)}"
+        # A hash of the complete name keeps long ones apart that begin alike.
         if len(words) > _LONGEST:
             words = f"{words[: _LONGEST - 9]}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
         return self.same_as or f"{words}-s{self.seed}"
@@ -171,6 +172,7 @@ def comparison_cells(
                         # Labels alone, say, are the same run for each temperature of a loss on logits.
                         name = names.setdefault((word, repr(cell.recipe)), cell.name)
                         cells.append(replace(cell, same_as=name))
+    # Names leave characters out and shorten weights of losses: two cells could share a run directory.
     recipes: dict[str, str] = {}
     for cell in cells:
         if recipes.setdefault(cell.name, repr(cell.recipe)) != repr(cell.recipe):
@@ -188,7 +190,7 @@ def _cell_recipe(
     alone: bool,
 ) -> Recipe:
     method, init = split_word(word)
-    same = method == recipe.method.name
+    same = method == recipe.method.name  # a recipe's options are those of its own method
     spec = MethodSpec(name=method, **{**(recipe.method.options if same else {}), **options})
     require_options(spec)
     student = recipe.student

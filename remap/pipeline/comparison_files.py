@@ -41,6 +41,7 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     """Return one line a row, shares as numbers from 0 to 1."""
     file = io.StringIO()
     lines = [_flat(row) for row in rows]
+    # Rows differ in their keys, swept options among them: the header holds the keys of all.
     writer = csv.DictWriter(file, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
@@ -54,6 +55,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
             line |= {f"{key}_{name}": one for name, one in _flat(value).items()}
         else:
             text = " ".join(map(str, value)) if isinstance(value, list) else value
+            # Names come from files and folders, and may hold control characters.
             line[key] = plain(text) if isinstance(text, str) else text
     return line
 
@@ -103,12 +105,14 @@ def _notes(table: dict[str, Any]) -> list[str]:
 
 
 def _by_category(table: dict[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
+    # ``groupby`` joins neighbours alone: ``tabulate`` sorts the rows by category.
     for category, rows in groupby(table["rows"], key=lambda row: row["category"]):
         yield category, [_cells(row) for row in rows]
 
 
 def _markdown(table: dict[str, Any]) -> str:
     def line(cells: Sequence[str]) -> str:
+        # chr(92) is a backslash, which Python 3.11 does not allow between the braces of an f-string.
         return f"| {' | '.join(plain(cell).replace('|', chr(92) + '|') for cell in cells)} |"
 
     empty = [""] * (len(_COLUMNS) - 1)
@@ -119,6 +123,7 @@ def _markdown(table: dict[str, Any]) -> str:
 
 
 _ESCAPES = {char: f"\\{char}" for char in "&%$#_{}"}
+# The braces end the command, which would swallow the space behind it.
 _ESCAPES |= {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "±": "$\\pm$"}
 
 
@@ -126,6 +131,7 @@ def _latex(table: dict[str, Any]) -> str:
     """Return a table for the package booktabs."""
 
     def line(cells: Sequence[str]) -> str:
+        # One pass over the characters, so that the backslash of an escape is not escaped again.
         return " & ".join("".join(_ESCAPES.get(char, char) for char in plain(cell)) for cell in cells) + " \\\\"
 
     lines = [f"% {plain(note)}" for note in _notes(table)]

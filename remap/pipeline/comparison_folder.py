@@ -40,6 +40,7 @@ def shared_teacher(run: RunDir) -> Path | None:
     Repeats next to the runs of a comparison have their names and a suffix, and learn from the same teacher.
     """
     recipe, place = run.recipe(), Path(absolute(run.path))
+    # No digit may follow: a run of seed 10 is not one of seed 1.
     is_part = place.name.startswith(recipe.method.name) and re.search(rf"-s{recipe.seed}(?!\d)", place.name)
     if not is_part or not (place.parent / MARKER).is_file():
         return None
@@ -55,9 +56,11 @@ def claim(output: Path, recipe: Recipe) -> None:
     """
     atomic_write.make_folder(output)
     marker = output / MARKER
+    # Always with the same method, so that methods can be added to a comparison.
     digest = recipe.model_copy(update={"method": MethodSpec(name="linear")}).digest(places=False)
     # A folder whose first run failed may be claimed anew.
     begun = sorted(path.parent for path in output.glob("*/summary.json"))
+    # lexists: a marker that is a broken link is not of this recipe, and is refused too.
     if begun and os.path.lexists(marker) and _recipe_in(marker) != digest:
         raise RunError(
             f"{output} holds a comparison of another recipe; nothing in it was touched",

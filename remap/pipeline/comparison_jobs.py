@@ -40,7 +40,7 @@ def run_cells(cells: Sequence[Cell], jobs: str, output: Path, resources: Resourc
             shown.advance(0, **{cell.name: math.nan for cell in cells})
             for number, cell in enumerate(cells, 1):
                 progress.say(f"[{number}/{len(cells)}] {cell.name}")
-                reset_peak(accelerator().device)
+                reset_peak(accelerator().device)  # each cell reports a peak of its own
                 accuracy = run_cell(cell, output, resources, progress, sum(steps[number:]))
                 shown.advance(1, **{cell.name: accuracy})
         return
@@ -62,6 +62,7 @@ def cores() -> int:
 
 def slots_of(count: int) -> list[Slot]:
     """Divide cores and GPUs among ``count`` cells."""
+    # No more threads than PyTorch has here, which the user may have limited.
     gpus, threads = _gpus(), max(1, min(cores() // count, torch.get_num_threads()))
     return [Slot(threads, index % gpus if gpus else None) for index in range(count)]
 
@@ -71,9 +72,11 @@ def auto_slots(cells: Sequence[Cell], progress: Progress) -> list[Slot]:
     gpus = _gpus()
     if gpus:
         with progress.wait("estimating the memory of a cell"):
+            # Cells with a teacher come first (``compare``): where there is one, this is such a cell.
             needed = estimate(cells[0].recipe, Silent())["estimate"]["memory_bytes"] + OVERHEAD
         free, most = torch.cuda.mem_get_info()[0], gpus * max(1, cores() // gpus)
     else:
+        # Without a GPU the peak of this process, which prepared the teachers, stands for that of a cell.
         needed, free, most = peak_bytes(accelerator().device) + OVERHEAD, free_bytes(), cores()
     fitting = max(1, int(MEMORY_SHARE * free / needed)) * max(1, gpus)
     if fitting < min(most, len(cells)):
@@ -89,6 +92,7 @@ def prepare_teachers(cells: Sequence[Cell], output: Path, resources: Resources, 
     """Prepare and judge each teacher once, where the processes of the cells find it."""
     # What a comparison left that was killed may be of other images.
     shutil.rmtree(output / FOLDER, ignore_errors=True)
+    # Reversed, so that of each folder the first cell stays: its seed prepares the teacher, as in one process.
     taught = [(cell, resources.of(cell, output)) for cell in reversed(cells) if cell.with_teacher]
     by_folder = {id(shared): (cell, shared) for cell, shared in taught}
     for cell, shared in by_folder.values():

@@ -26,6 +26,7 @@ def read_jobs(jobs: str, budget: tuple[str, float] | None) -> str:
         raise RecipeError([f"--jobs {jobs}: how many cells run at once (allowed: auto, or 1 and more)"], "command line")
     if budget is None or budget[0] != "minutes":
         return jobs
+    # The epochs are measured with the machine free; cells side by side would take longer than their minutes.
     if jobs not in (AUTO, "1"):
         raise RecipeError(["--jobs: a cell that is given minutes has the machine to itself (--jobs 1)"], "command line")
     return "1"
@@ -64,6 +65,7 @@ class Resources:
         if path not in self._by_folder:
             if key != self._key:  # by which a cell that is resumed alone knows its teacher
                 atomic_write.make_folder(path)
+            # The same tables for all: no folder is listed and no image is decoded twice.
             data = (self.first.data, self.first.value_ranges, self.first.views)
             self._by_folder[path] = SharedResources(*data, targets=self._outputs, teacher_folder=path)
         return self._by_folder[path]
@@ -84,6 +86,7 @@ class Resources:
             RemapError: The teacher cannot give a student its weights.
         """
         impossible: set[str] = set()
+        # One cell of each label: whether the weights fit depends on neither objective nor seed.
         for cell in {cell.label: cell for cell in cells if cell.recipe.student.init is not None}.values():
             if (self._output / cell.name / "recipe.yaml").is_file():  # it was possible when it was begun
                 continue

@@ -95,6 +95,7 @@ def _best(
     for number in range(search.trials):
         trial = study.ask()
         values = {"learning_rate_factor": trial.suggest_float("learning_rate_factor", *RATES, log=True)}
+        # A logarithmic range holds no 0: a cell without weight decay stays without.
         if cell.recipe.train.weight_decay:
             values["weight_decay"] = trial.suggest_float("weight_decay", *DECAYS, log=True)
         one = replace(cell, recipe=held_out(_tried(cell.recipe, values)))
@@ -120,6 +121,7 @@ def _study(search: Search, recipe: Recipe) -> Any:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     kinds = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
     study = optuna.create_study(direction="maximize", sampler=kinds[search.sampler](seed=recipe.seed))
+    # Into the range of the trials, which a declared value may lie outside of.
     decay = min(max(recipe.train.weight_decay, DECAYS[0]), DECAYS[1])
     study.enqueue_trial({"learning_rate_factor": 1.0, **({"weight_decay": decay} if recipe.train.weight_decay else {})})
     return study

@@ -50,7 +50,9 @@ def run_on_slurm(
         executor.update_parameters(name="remap-compare", **given)
     except (NameError, ValueError, RuntimeError) as error:  # what submitit raises for words and without SLURM
         raise RecipeError([f"--slurm: {error}"], "command line") from error
+    # Before anything is submitted: the tasks read the teachers, and a weak one is refused before they wait in a queue.
     prepare_teachers(cells, output, resources, progress)
+    # As one batch, which submitit makes one job array.
     with executor.batch():
         tasks = {cell.name: executor.submit(run_task, resources.recipe, cell, output.absolute()) for cell in cells}
     progress.say(f"{len(cells)} cells as SLURM tasks; logs in {output / LOGS}")
@@ -70,6 +72,7 @@ def run_on_slurm(
                     shown.advance(1, **{name: accuracy})
                 time.sleep(LOOK_EVERY_S if waiting else 0)
     except BaseException:
+        # Tasks outlive this process: they would wait and run without anyone who reads their results.
         for task in tasks.values():
             task.cancel()
         raise

@@ -13,6 +13,7 @@ from remap.recipe.schema import LossSpec, MethodSpec, Recipe
 from remap.remapping import LOSSES
 from remap.tuning import config_of, parts_of
 
+# Fields whose values become cells by options of their own.
 _NOT_SWEPT = {"seed": "--seeds", "method": "--methods", "method.name": "--methods", "losses": "--loss-set"}
 # Swept keys and one value of each.
 Settings = tuple[tuple[str, Any], ...]
@@ -30,7 +31,9 @@ def read_sweep(text: str) -> tuple[str, list[Any]]:
         raise RecipeError([f"--sweep {text}: write KEY=VALUE,VALUE"], "command line")
     if key in _NOT_SWEPT:
         raise RecipeError([f"--sweep {text}: it has an option of its own, {_NOT_SWEPT[key]}"], "command line")
+    # Read as a list of YAML, so that values have the types that they have in a recipe.
     found = strict_yaml.parse(f"[{values}]", f"--sweep {text}")
+    # As JSON: to Python 1, 1.0 and true are equal, and a list has no hash.
     if len({json.dumps(value) for value in found}) < len(found):
         raise RecipeError([f"--sweep {text}: a value is given twice"], "command line")
     return key, found

@@ -32,6 +32,7 @@ def ppt(accuracy: float, parameters: int) -> float:
 def tabulate(recipe: Recipe, cells: Sequence[Cell], output: Path) -> dict[str, Any]:
     """Return the content of compare.json: a row for each method, swept value and loss set, by category."""
 
+    # A run counts in several rows and pairs: that of full tuning in many.
     @cache
     def summary(name: str) -> dict[str, Any]:
         return RunDir.open(output / name).summary()
@@ -45,6 +46,7 @@ def tabulate(recipe: Recipe, cells: Sequence[Cell], output: Path) -> dict[str, A
 
     rows: list[dict[str, Any]] = []
     runs: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+    # One cell stands for its seeds, which differ in nothing that is read of it.
     firsts = {(cell.label, cell.objective): cell for cell in cells if cell.with_teacher}
     order = list(CATEGORIES.values())  # of the survey
     for (label, objective), cell in sorted(firsts.items(), key=lambda one: order.index(category_title(one[1].method))):
@@ -65,6 +67,7 @@ def tabulate(recipe: Recipe, cells: Sequence[Cell], output: Path) -> dict[str, A
     for row, (alone, taught) in zip(rows, runs, strict=True):
         full = next((i for i in _alike(rows, row) if rows[i]["method"] == "full"), None)
         right = {key: answers(found) for key, found in (("alone", alone), ("teacher", taught))}
+        # Full tuning on labels alone, whatever the row learns from.
         of_full = None if full is None else answers(runs[full][0])
         row["gain"] = row["teacher"]["mean"] - row["alone"]["mean"]
         row["difference"] = {
@@ -75,6 +78,7 @@ def tabulate(recipe: Recipe, cells: Sequence[Cell], output: Path) -> dict[str, A
         row["ppt"] = ppt(row["teacher"]["mean"], row["trainable_parameters"])
     for row in rows:
         row["pareto"] = not any(_dominates(other, row) for other in rows)
+    # A run with the teacher, whose summary names it.
     first = summary(runs[0][1][0])
     return {
         "recipe": recipe.name,
@@ -148,6 +152,7 @@ def _answers(runs: Sequence[Path]) -> _Answered | None:
 
 def _difference(first: _Answered | None, second: _Answered | None) -> dict[str, Any] | None:
     """Return the mean difference of accuracy, its interval, and whether that leaves 0 out."""
+    # Paired by image and seed: both need the same images in the same order, and as many seeds.
     if first is None or second is None or not np.array_equal(first[2], second[2]) or len(first[0]) != len(second[0]):
         return None
     mean, low, high = paired(first[0] == first[2], second[0] == second[2])
@@ -156,6 +161,7 @@ def _difference(first: _Answered | None, second: _Answered | None) -> dict[str, 
 
 def _dominates(first: dict[str, Any], second: dict[str, Any]) -> bool:
     """Whether a row is nowhere worse in trained parameters and accuracy, and better in one."""
+    # Negative accuracy, so that less is better in both numbers.
     one, two = ((row["trainable_parameters"], -row["teacher"]["mean"]) for row in (first, second))
     return one != two and one[0] <= two[0] and one[1] <= two[1]
 

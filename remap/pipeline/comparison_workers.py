@@ -44,7 +44,7 @@ class Slot:
 def run_cell(cell: Cell, output: Path, resources: Resources, progress: Progress, steps_after: int = 0) -> float:
     """Run one cell, or continue it from its checkpoint; return its student's accuracy (NaN: not judged)."""
     path = output / cell.name
-    links.require_no_link(path)
+    links.require_no_link(path)  # or the run would be written elsewhere
     shared = resources.of(cell, output)
     resuming = (path / "recipe.yaml").is_file()
     run_dir = RunDir.open(path) if resuming else RunDir.create(path, cell.recipe)
@@ -100,7 +100,7 @@ class Pool:
         self._failed: dict[str, str] = {}
 
     def run(self, cells: Sequence[Cell]) -> None:
-        self._waiting = waiting = list(reversed(cells))
+        self._waiting = waiting = list(reversed(cells))  # taken from the end, the first cell first
         with self._progress.wait(CELLS, len(cells)) as shown, self._ended():
             shown.advance(0, **{cell.name: math.nan for cell in cells})
             while waiting or any(worker.cell for worker in self._workers.values()):
@@ -123,7 +123,7 @@ class Pool:
         words = (theirs, slot, self._output, self._recipe)
         process = self._context.Process(target=work, args=words, daemon=False)
         process.start()
-        theirs.close()
+        theirs.close()  # else the end of the process would not end the connection
         self._workers[ours] = Worker(process, slot)
 
     def _hear(self, connection: Connection, shown: Step) -> None:
@@ -208,6 +208,7 @@ def work(connection: Connection, slot: Slot, output: Path, recipe: Recipe) -> No
     os.setpgid(0, 0)  # Ctrl-C reaches the first process alone, which stops the others
     threading.Thread(target=_follow_parent, daemon=True).start()
     if slot.gpu is not None:
+        # Before the first CUDA call of this process, which reads it once.
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible(slot.gpu)
     torch.set_num_threads(slot.threads)
     progress = _Sent(connection)
@@ -220,13 +221,13 @@ def work(connection: Connection, slot: Slot, output: Path, recipe: Recipe) -> No
             try:
                 reset_peak(accelerator().device)
                 done = Done(run_cell(cell, output, resources, Within(progress, cell.name)))
-            except Interrupted:
+            except Interrupted:  # the cell has not failed: its state is saved
                 raise
             except RemapError as error:
                 done = Done(failed=str(error))
             except Exception:
-                done = Done(failed=traceback.format_exc())
-            outputs.release()
+                done = Done(failed=traceback.format_exc())  # a fault of the code: its lines tell where
+            outputs.release()  # a cell that failed may still hold the lock of outputs
             connection.send(done)
 
 
@@ -240,4 +241,4 @@ def _follow_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        os.kill(os.getpid(), 15)
+        os.kill(os.getpid(), 15)  # a parent that is killed sends no signal; by this one a run saves its state

@@ -120,7 +120,7 @@ def build_components(
     with progress.wait("building the student"):
         torch.manual_seed(recipe.seed)
         backbone = open_student(recipe, run_dir, progress, shared)
-    init = init_from_teacher(backbone, recipe, shared, progress)
+    init = init_from_teacher(backbone, recipe, shared, progress)  # before a method changes the modules
     teachers = _load_teachers(recipe, classes, backbone, progress)
     write_words(backbone, recipe.data, classes, progress)
     lend_words(backbone, [teacher.network.model for teacher in teachers])
@@ -179,7 +179,7 @@ def require_student(recipe: Recipe, shared: SharedResources) -> None:
         BackboneError: The student cannot be built, or the method does not fit it.
     """
     if recipe.student.shrink is None:  # else it comes from the teacher
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):  # the draws of the run stay as they are
             backbone = open_backbone(recipe.student, len(shared.classes(recipe)))
             require_trainable(tuned(backbone, recipe.method.name, recipe.method.options), recipe.train)
 
@@ -229,7 +229,7 @@ def _tune(recipe: Recipe, classes: tuple[str, ...], backbone: Backbone) -> Netwo
     require_trainable(student, train)
     device = accelerator().device
     # Attached on the CPU first, so that draws do not depend on the device.
-    if not any(p.is_meta for p in student.model.parameters()):
+    if not any(p.is_meta for p in student.model.parameters()):  # those have shapes alone, and no values to move
         student.model.to(device)
     bf16 = use_bf16(train.precision, device)
     choose_attention(student, train.fused_attention, device, bf16=bf16, trains=True)

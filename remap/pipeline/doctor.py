@@ -67,6 +67,7 @@ def _kernels() -> list[dict[str, str]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16, texts = use_bf16("auto", device), []
     for word, trains in (("training", True), ("forward", False)):
+        # 197: at 224 px a ViT has 14 x 14 patches of 16 px, and a class token.
         fused, why = fused_attention("auto", device.type, bf16=bf16, trains=trains, tokens=197)
         texts.append(f"{word}: {'fused' if fused else 'explicit'} ({why})")
     least = COMPILED_FROM.get(device.type)
@@ -97,6 +98,7 @@ def _disk() -> dict[str, str]:
 
 def _writable() -> dict[str, str]:
     try:
+        # By making a file: permission bits do not tell of a disk that is mounted read-only.
         with tempfile.TemporaryFile(dir="."):
             return _row("ok", "this folder", "can be written")
     except OSError as error:

@@ -33,6 +33,7 @@ def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
         parameters), ``losses``, ``terms`` (what each loss costs, and which block teaches which) and ``estimate``;
         plain values, ready for JSON.
     """
+    # Checked as ``start`` does it, before any network is built.
     check_processes(recipe.train.processes)
     require_rate(recipe)
     require_installed(recipe)
@@ -44,6 +45,7 @@ def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     building = time.perf_counter() - started
     device = accelerator().device
     components.objective.to(device)
+    # A teacher that no loss reads is never run, and stores nothing.
     read = [number for number in range(len(components.teachers)) if components.objective.reads_teacher(number)]
     teachers = {number: make_teacher(components, number) for number in read}
     with progress.wait("looking for cached teacher outputs"):  # by a hash of the weights
@@ -89,6 +91,7 @@ def _at_hand(recipe: Recipe, progress: Progress) -> Recipe:
     """Return the recipe with random weights for models whose weights are not on this machine: they cost the same."""
 
     def estimated(spec: Any) -> Any:
+        # Random weights, files, runs and the student itself need no download.
         if spec.weights != "pretrained" or is_run(spec.model) or getattr(spec, "is_student", False):
             return spec
         try:
@@ -98,6 +101,7 @@ def _at_hand(recipe: Recipe, progress: Progress) -> Recipe:
             return spec.model_copy(update={"weights": "none"})
         return spec
 
+    # A student that is cut comes from its teacher, and has no weights of its own to look for.
     student = recipe.student if recipe.student.shrink is not None else estimated(recipe.student)
     return recipe.model_copy(update={"student": student, "teachers": tuple(map(estimated, recipe.teachers))})
 

@@ -45,6 +45,7 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
     device = accelerator().device
     network.model.to(device)
     bf16 = use_bf16(recipe.train.precision, device)
+    # trains: a student keeps the kernel that it was trained with, also where it only answers.
     choose_attention(network, recipe.train.fused_attention, device, bf16=bf16, trains=True)
     with run.images(instead=", or name others with --data") if data is None else nullcontext():
         split, source, left_out = _split(recipe.data, data, network.classes or ())
@@ -67,6 +68,7 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
     # Each process read its share; the report lists all bad files.
     share_unreadable(accelerator(), images)
     if data is None:
+        # A collective call: every process makes it, whether or not it has anything to say.
         indices, digests = (all_gather_rows(accelerator(), rows) for rows in images.contents.known())
         for known in zip(indices, digests, strict=True):  # each process has read its own share
             images.contents.learn(*known)
@@ -109,6 +111,7 @@ def _split(spec: DataSpec, data: str | None, classes: tuple[str, ...]) -> tuple[
         if data is None:
             raise RunError("the run has no evaluation images, no image has a label", do="name some: --data FOLDER")
     if data is None:
+        # Images without labels are not evaluated, and need not be at hand any more.
         opened = open_data(*source_arguments(spec.model_copy(update={"unlabeled": None, "target": None})))
         return opened.val, opened.source, opened.skipped
     split, left_out = read_all(data, classes, spec.depth, spec.task)

@@ -36,7 +36,9 @@ def write_evidence(components: RunComponents, run: Path, found: Evaluation | Non
     if components.teachers:
         evaluation = components.teachers[0].evaluation
     right = np.flatnonzero(found.right_N)
+    # -1 is no answer: the image could not be read.
     wrong = np.setdiff1d(np.flatnonzero(found.predictions_N >= 0), right)
+    # stable: of equal losses the first images, so that a repeat shows the same ones.
     worst = wrong[np.argsort(-found.losses_N[wrong], kind="stable")][:WORST]
     examples = right[np.linspace(0, len(right) - 1, min(len(right), LOOKED_INTO // 2)).astype(int)]
     try:
@@ -97,6 +99,7 @@ def _picture(view_CHW: Tensor) -> np.ndarray:
 def _write(path: Path, pixels_HW3: np.ndarray) -> None:
     image, file = Image.fromarray(pixels_HW3), io.BytesIO()
     factor = SIDE / max(image.size)
+    # Of a very long and thin picture at least one pixel stays.
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
     image.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=80)
     atomic_write.write_bytes(path, file.getvalue())
@@ -108,6 +111,7 @@ def _write_attention(components: RunComponents, source: ViewSource, chosen: Sequ
     networks = {"student": components.student}
     if components.teachers:
         networks["teacher"] = components.teachers[0].network
+    # Only the main process is here, and a pass of a sharded network needs all of them.
     if any(map(is_sharded, networks.values())):
         return Overlays(missing="the weights are divided over several processes")
     images, readable = source.batch(chosen)
@@ -123,6 +127,7 @@ def _write_attention(components: RunComponents, source: ViewSource, chosen: Sequ
             if len(readable):
                 maps[name] = _attention(network, images, blocks[name], bf16=components.bf16)
         except RemapError as error:
+            # What one network cannot show does not hide the other.
             missing = f"{name}: {error.what}"
     if not maps:
         return Overlays(missing=missing)
@@ -148,9 +153,10 @@ def _attention(network: Network, images_BCHW: Tensor, block: int, *, bf16: bool)
         device = next(network.model.parameters()).device
         found: Attention = runner(images_BCHW.to(device)).attention[block]
     finally:
-        runner.tap.close()
+        runner.tap.close()  # or its hooks would stay in the network
     rows_BSS = found.map_BHSS().mean(dim=1).cpu()
     rows_BN = rows_BSS[:, 0, 1:] if found.has_class_token else rows_BSS.mean(dim=1)
+    # The class token, and what was cut, took shares of the attention: patches alone sum to 1 again.
     rows_BN = rows_BN / rows_BN.sum(dim=1, keepdim=True)
     return rows_BN.unflatten(1, found.grid) * rows_BN.shape[1]
 

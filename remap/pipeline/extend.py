@@ -50,12 +50,16 @@ def extension_recipe(
         method = {"name": "ranpac" if alone else f"{meta.method.name}+ranpac", **options}
     elif not at_once and "session" in config_of(meta.method.name).model_fields:
         method["session"] = len(found.sessions)
+    # Pixels are read as the old run read them, on which its features rest.
     kept = ("alpha", "value_range", "max_megapixels", "decode", "max_bad", "skip_bad", "memory_gib", "workers")
     looks = {} if at_once else {name: values["data"][name] for name in ("augment", *old.data.operations, "views")}
+    # Only what the caller set: defaults would override what the old run was given.
     images = found.data.model_dump(mode="json", exclude_unset=True)
     data = {name: values["data"][name] for name in kept} | looks | images
+    # The range that the old task scales by, also where the old run found it from its images.
     if meta.view.pixels.value_range is not None:
         data["value_range"] = list(meta.view.pixels.value_range)
+    # A task that holds its backbone brings all of its weights.
     weights = "none" if meta.holds_backbone else meta.backbone.weights
     student: dict[str, Any] = {"model": beside(folder, meta.backbone.model), "weights": weights}
     student |= {"preset": meta.backbone.preset, "image_size": meta.backbone.image_size}
@@ -80,6 +84,7 @@ def extension_recipe(
     if teacher is not None:
         losses.append({"name": "kd", "temperature": TEMPERATURE})
     losses, settings = _losses(way, losses, settings)
+    # Old classes first and in their order: their rows of the classifier stay where they are.
     data["known_classes"] = [*found.known, *found.added]
     if memory is not None:  # a few old images beside many new ones
         data["memory"], train["align"] = str(memory), bool(found.added)
@@ -176,7 +181,7 @@ def extend(
         raise RecipeError([f"--memory: {way} takes no old images (take {' or '.join(WITH_MEMORY)})"], "extend")
     old = found.old.run.recipe()
     path = expanded(output) if output is not None else next_path(default_path(), f"{old.name}-{way}")
-    RunDir(path).require_free()
+    RunDir(path).require_free()  # refused before features are computed to choose images by
     file = path.with_name(f"{path.name}.memory.json")
     atomic_write.make_folder(file.parent)
     choose_memory(found.sessions, memory, choose or "herding", progress).write(file)

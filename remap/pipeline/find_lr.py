@@ -56,6 +56,7 @@ def find_lr(
     validate_inputs(chosen, shared)
     with tempfile.TemporaryDirectory() as folder:  # a probe is fitted for the teacher, and gone afterwards
         run_dir = RunDir.create(Path(folder) / "run", chosen)
+        # Only teachers that are not tuned yet are yielded; a test of some steps does not wait hours for one.
         for title, _, _ in teachers_to_tune(chosen, run_dir, progress, shared):
             raise RunError(
                 f"{title} has to be tuned before a range test",
@@ -76,7 +77,7 @@ def find_lr(
             accelerator=accelerator(),
             bf16=components.bf16,
             progress=progress,
-            evaluate=dict,
+            evaluate=dict,  # no figures: nothing is evaluated between the steps
             on_epoch=lambda _step, _history: None,
             labeled=components.labeled_share,
             sample=method_sample(student, components.views, chosen.seed) if student.attached.wants_sample else None,

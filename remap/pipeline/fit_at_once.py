@@ -66,15 +66,18 @@ def fit_at_once(components: RunComponents, tracker: RunTracker, shared: SharedRe
         penalty = train.ridge or 0.0
         if train.fit == "ridge" and train.ridge is None:
             penalty = best_penalty(part, check_NF, labels_N[check_K])
+        # It changes no answer, only how sure it is; so it is chosen on images that were not fitted, as the penalty is.
         scale = scale_of(check_NF @ weights(part, penalty).T, labels_N[check_K])
         complete = statistics(np.arange(len(labels_N)))
         _write(student, scale * weights(complete, penalty))
+    # All processes have seen all images and have the same statistics; one writes them.
     if accelerator().is_main_process:
         complete.save(tracker.run_dir.path, digest)
     how = f"ridge regression, penalty {penalty:.3g}" if train.fit == "ridge" else "class means"
     seconds = time.perf_counter() - started
     progress.say(f"fitted by {how} on {features_NF.shape[1]:,} features in {seconds:.1f} s")
     record = {"epoch": 1, **tracker.after_epoch(), "seconds": seconds}
+    # No digest: a run that was stopped takes up no state, it is fitted again.
     return State(digest="", epoch=1, seconds=seconds, history=[record])
 
 
@@ -92,6 +95,7 @@ def leave_untrained(job: Job, tracker: RunTracker) -> State:
 def features_digest(network: Network) -> str:
     """Return a hash of all that makes the features that the classifier reads."""
     digest = hashlib.sha256(f"{network.identity.sha256} {network.preprocess}".encode())
+    # Without the classifier, which is fitted on these features and does not change them.
     add_tensors(digest, {name: t for name, t in network.tensors.items() if not network.anatomy.is_head(name)})
     return digest.hexdigest()
 
@@ -103,6 +107,7 @@ def _earlier(
     if (run := components.recipe.student.extends) is None:
         return None
     sessions = sessions_of(expanded(run))
+    # Each session saves its statistics added to those before: the last ones are of all.
     known = ClassStatistics.load(sessions[-1].run.path, digest, len(sessions[-1].classes))
     if known is not None:
         return known
@@ -140,6 +145,7 @@ def _features(
             handle.remove()
     if not student.anatomy.averaged_heads:
         return pooled_ND, labels_N
+    # In the order of the passes, which is that of labels_N.
     inputs = [torch.cat([rows.flatten(1).float().cpu() for rows in found]) for found in seen.values()]
     return torch.stack(inputs).mean(0).double().numpy(), labels_N
 
@@ -185,5 +191,6 @@ def best_penalty(found: ClassStatistics, features_NF: np.ndarray, labels_N: np.n
 
 def scale_of(logits_NC: np.ndarray, labels_N: np.ndarray) -> float:
     """Return what logits are multiplied by for the least cross-entropy, looked for near a deviation of 1."""
+    # ``best_factor`` looks between fixed bounds: logits of any size are first brought to a deviation of 1.
     unit = 1.0 / max(float(logits_NC.std(axis=1).mean()), 1e-12)
     return unit * best_factor(torch.from_numpy(unit * logits_NC), torch.from_numpy(labels_N))

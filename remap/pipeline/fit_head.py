@@ -42,6 +42,7 @@ def fit_head(
     batch = max(1, min(recipe.train.batch_size, len(views.training_source.split)) // recipe.train.accumulation)
     require_unlinked(folder)
 
+    # A function, since hashes are computed only where the cache is used (``StoredTeacher.made_by``).
     def key() -> dict[str, Any]:
         return {
             "teacher": network.identity.model,
@@ -54,7 +55,7 @@ def fit_head(
             "view": views.view.to_dict(),
             "precision": "bf16" if bf16 else "fp32",
             "attention": recipe.train.fused_attention,
-            "scikit-learn": version_of("scikit-learn"),
+            "scikit-learn": version_of("scikit-learn"),  # another version of its solver ends at other bits
         }
 
     stored = StoredTeacher.made_by(key, spec, shared, progress)
@@ -65,6 +66,7 @@ def fit_head(
     once = run_once()
     features = once.features(views) if once is not None else None
     strength = probe.fit_probe(network, views.train, accelerator(), batch, progress, bf16=bf16, features=features)
+    # In every process: tensors of a sharded network are gathered from all of them.
     tensors = task_tensors(network)
     if accelerator().is_main_process:
         save_task(folder / "task", network, views.view, "linear", {}, tensors)

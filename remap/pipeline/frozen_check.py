@@ -57,6 +57,7 @@ def trained_text(trained: Mapping[str, Parameter], student: Network) -> str:
     """Return in a line how much is trained, of the student, in the losses and in the teacher."""
     count = sum(parameter.numel() for parameter in trained.values())
     in_losses = sum(p.numel() for name, p in trained.items() if name.startswith("objective."))
+    # What belongs neither to the student nor to a loss is a joint teacher's.
     in_teacher = count - student.num_trainable - in_losses
     total = student.num_parameters + in_losses + in_teacher
     parts = (("losses", in_losses), ("teacher", in_teacher))
