@@ -64,6 +64,7 @@ def init_from_teacher(
     same = (theirs.mean, theirs.std) == (mine.mean, mine.std)
     # Inherited weights expect the pixels that the teacher was trained on.
     student.preprocess = replace(mine, mean=theirs.mean, std=theirs.std)
+    # The hash so far is that of the weights before, which are gone.
     student.identity = replace(student.identity, weights="none", sha256=state_hash(student.model, student.anatomy))
     words = None if same else f"mean {_listed(theirs.mean)}, standard deviation {_listed(theirs.std)}"
     inherited = InitReport(teacher.identity.model, report, words)

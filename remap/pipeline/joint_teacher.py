@@ -29,6 +29,7 @@ def frozen_or_joint(teacher: PreparedTeacher, student: Network, recipe: Recipe) 
     given = teacher.network  # other runs of a comparison may use it too
     model = frozen(replace(given, model=copy.deepcopy(given.model))).model
     with torch.random.fork_rng(devices=[]):
+        # In a fork: what is drawn after this is the same as with a frozen teacher.
         torch.manual_seed(recipe.seed)
         backbone = Backbone(model, given.anatomy, given.preprocess, given.identity, head_is_fresh=False)
         network = tuned(backbone, recipe.method.name, recipe.method.options)
@@ -43,6 +44,7 @@ def frozen_or_joint(teacher: PreparedTeacher, student: Network, recipe: Recipe) 
                 do="choose two sizes of one family, or other targets (method.targets)",
             )
         for change, partner in zip(changes, partners, strict=True):
+            # The same parameter, and no copy: it gets the gradients of both networks.
             change.core = partner.core
     return replace(teacher, network=network)
 

@@ -43,6 +43,7 @@ def judge(components: RunComponents, what: str, progress: Progress) -> Judgement
     for name, source in (("val", views.val), ("test", views.test)):
         if source is not None:
             x_MD, labels_M = features(source, name)
+            # After the pass: where images are not held in memory, only that finds the unreadable ones.
             require_readable(source, name, components.recipe.data.skip_bad)
             answers = {"knn": nearest(train_ND, labels_N, x_MD), "linear_probe": probe.predict(x_MD)}
             found[name] = {"images": len(labels_M)} | {
@@ -53,6 +54,7 @@ def judge(components: RunComponents, what: str, progress: Progress) -> Judgement
 
 def nearest(train_ND: np.ndarray, labels_N: np.ndarray, x_MD: np.ndarray) -> np.ndarray:
     """Return the class of each image (M,) by its nearest training images: votes of exp(cosine / temperature)."""
+    # Features of zeros stay zeros: the bound is that of torch.nn.functional.normalize.
     train_ND, x_MD = (
         rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) for rows in (train_ND, x_MD)
     )
@@ -60,9 +62,11 @@ def nearest(train_ND: np.ndarray, labels_N: np.ndarray, x_MD: np.ndarray) -> np.
     answers = []
     for start in range(0, len(x_MD), CHUNK):
         cosines_BN = x_MD[start : start + CHUNK] @ train_ND.T
+        # In any order: votes are added up, so sorting the neighbours changes nothing.
         nearest_BK = np.argpartition(-cosines_BN, neighbours - 1, axis=1)[:, :neighbours]
         weight_BK = np.exp(np.take_along_axis(cosines_BN, nearest_BK, axis=1) / TEMPERATURE)
         votes_BC = np.zeros((len(weight_BK), classes))
+        # With `votes[...] += weight` a class that several neighbours have would get one vote alone.
         np.add.at(votes_BC, (np.arange(len(weight_BK))[:, None], labels_N[nearest_BK]), weight_BK)
         answers.append(votes_BC.argmax(axis=1))
     return np.concatenate(answers)

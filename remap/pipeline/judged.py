@@ -42,6 +42,7 @@ def digest_of_network(network: Network, without: Collection[Tensor] = ()) -> str
     # The repr of a module shows its structure: heads and patch size do not show in the weights.
     digest = hashlib.sha256(" ".join(map(repr, parts)).encode())
     tensors = {name: tensor for name, tensor in network.tensors.items() if all(tensor is not one for one in without)}
+    # Gathered, so that a sharded network has the same hash on any number of processes.
     add_tensors(digest, {name: gather_full(tensor) for name, tensor in tensors.items()})
     return digest.hexdigest()
 
@@ -49,6 +50,7 @@ def digest_of_network(network: Network, without: Collection[Tensor] = ()) -> str
 def evaluate_once(recipe: Recipe, network: Network, views: DataViews, evaluate: Callable[[], Evaluation]) -> Evaluation:
     """Return a network's evaluation on the evaluation images; computed where this process has none of it."""
     how = f"{recipe.train.precision} {recipe.train.fused_attention} {batch_size_of_evaluation(recipe)}"
+    # Precision, attention kernel and shape of a pass may decide the last bits, so they belong to the key.
     key = f"{digest_of_network(network)} {how}"
     if key not in views.evaluations:
         views.evaluations[key] = evaluate()
@@ -67,6 +69,7 @@ def judged_once(folder: Path, what: str, of: str, compute: Callable[[], Figure])
     """
     path, key = folder / JUDGED, f"{what} {hashlib.sha256(of.encode()).hexdigest()[:16]}"
     main = accelerator().is_main_process
+    # One process reads for all: if they saw different files, some would wait in the collective calls of `compute`.
     known = json.loads(broadcast_str(json.dumps(_read(path) if main else {})))
     if key not in known:
         known[key] = compute()
@@ -77,6 +80,7 @@ def judged_once(folder: Path, what: str, of: str, compute: Callable[[], Figure])
 
 
 def _read(path: Path) -> dict[str, object]:
+    # Not `exists`: a link that leads nowhere is refused below, and not replaced by a file.
     if not os.path.lexists(path):
         return {}
     try:

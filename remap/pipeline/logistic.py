@@ -39,6 +39,7 @@ class Probe:
     def rows(self, classes: int) -> tuple[np.ndarray, np.ndarray]:
         """Return weights (C, D) and constants (C,) on raw features; of two classes one row is worth -z/2 and +z/2."""
         coefficients, intercept = self.model.coef_, self.model.intercept_
+        # Of two classes scikit-learn has one logit z; the softmax of -z/2 and z/2 is its sigmoid.
         if len(coefficients) == 1:
             coefficients = np.concatenate([-coefficients, coefficients]) / 2
             intercept = np.concatenate([-intercept, intercept]) / 2
@@ -55,11 +56,13 @@ def fit_logistic(features_ND: np.ndarray, labels_N: np.ndarray, step: Step | Non
     Args:
         step: Advanced for each of the fits, one more than ``STRENGTHS``.
     """
+    # A feature that is equal in all images has a deviation of 0.
     mean_D, std_D = features_ND.mean(0), features_ND.std(0) + 1e-6
     # L2 penalties compare weights, so features need one scale.
     standard_ND = (features_ND - mean_D) / std_D
     advance = step.advance if step is not None else lambda: None
     best = _choose(standard_ND, labels_N, advance)
+    # Once more, on all images: a fifth was held out for the choice alone.
     model = _fit(best, standard_ND, labels_N)
     advance()
     return Probe(model, mean_D, std_D, best)
@@ -67,6 +70,7 @@ def fit_logistic(features_ND: np.ndarray, labels_N: np.ndarray, step: Step | Non
 
 def _choose(standard_ND: np.ndarray, labels_N: np.ndarray, advance: Callable[[], None]) -> float:
     """Return the inverse strength that does best on a fifth of the images; 1 where a class has a single image."""
+    # A class with one image cannot be both fitted and checked.
     if np.unique(labels_N, return_counts=True)[1].min() < 2:
         return 1.0
     # The evaluation split stays unseen: it judges the teacher later.
@@ -76,6 +80,7 @@ def _choose(standard_ND: np.ndarray, labels_N: np.ndarray, advance: Callable[[],
         model = _fit(strength, standard_ND[fit], labels_N[fit])
         scores.append(model.score(standard_ND[check], labels_N[check]))
         advance()
+    # Of equal ones the first, which has the strongest penalty.
     return STRENGTHS[int(np.argmax(scores))]
 
 
@@ -103,6 +108,7 @@ def fit_each_class(features_ND: np.ndarray, labels_NC: np.ndarray, step: Step | 
     mean_D, std_D = features_ND.mean(0), features_ND.std(0) + 1e-6
     standard_ND = (features_ND - mean_D) / std_D
     fit, check = stratified(labels_NC, round(0.8 * len(labels_NC)))
+    # A class without a held-out image has no average precision.
     known_C = np.flatnonzero(labels_NC[check].any(axis=0))
     best, scores = 1.0, []
     if len(known_C):
@@ -122,6 +128,7 @@ def fit_each_class(features_ND: np.ndarray, labels_NC: np.ndarray, step: Step | 
 def _each(strength: float, x_ND: np.ndarray, labels_NC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     weight_CD, bias_C = np.zeros((labels_NC.shape[1], x_ND.shape[1])), np.zeros(labels_NC.shape[1])
     for label, has_N in enumerate(labels_NC.T == 1):
+        # scikit-learn refuses labels of one class alone.
         if has_N.all() or not has_N.any():
             bias_C[label] = _SURE if has_N.all() else -_SURE
             continue

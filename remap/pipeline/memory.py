@@ -32,11 +32,14 @@ def choose_memory(sessions: Sequence[Session], per_class: int, by: Choice, progr
         MissingData: Images to choose from are not at hand.
     """
     before = sessions[-1].run.recipe().data.memory
+    # A smaller memory has the first images of each class: herding puts the best first (iCaRL, algorithm 5).
     memory = read_memory(expanded(before)).at_most(per_class) if before is not None else Memory()
     known, parts, shared = set(memory.classes), list(memory.parts), SharedResources()
     for session in sessions:
+        # Without the memory of that session: its images are those of sessions before, which are looked at themselves.
         spec = session.run.recipe().data.labeled_part().model_copy(update={"memory": None})
         data = shared.index(spec)
+        # Of a class that several sessions show, the first of them gives the images.
         missing = [name for name in data.classes if name not in known and name in session.classes]
         images = data.train.take(np.flatnonzero(np.isin(data.train.labels, [data.classes.index(n) for n in missing])))
         if not len(images):
@@ -44,6 +47,7 @@ def choose_memory(sessions: Sequence[Session], per_class: int, by: Choice, progr
         known |= set(missing)
         order = _herded(session.run.path, images, per_class, progress) if by == "herding" else _drawn(images, per_class)
         chosen = tuple(
+            # The hash lets a later run refuse an image that has changed since (`open_memory`).
             MemoryImage(name=images.names[i], label=data.classes[images.labels[i]], sha256=digest_of(images, int(i)))
             for i in order
         )
@@ -60,6 +64,7 @@ def choose_memory(sessions: Sequence[Session], per_class: int, by: Choice, progr
 
 
 def _drawn(images: Split, per_class: int) -> list[int]:
+    # The same seed for every run: a command that is given again chooses the same images.
     order = np.argsort(keyed_random.keys(0, 0, np.arange(len(images)), keyed_random.SPLIT), kind="stable")
     return [int(i) for label in np.unique(images.labels) for i in order[images.labels[order] == label][:per_class]]
 
@@ -67,8 +72,10 @@ def _drawn(images: Split, per_class: int) -> list[int]:
 def _herded(run: Path, images: Split, per_class: int, progress: Progress) -> list[int]:
     network, view = load_task(run)
     network.model.to(accelerator().device)
+    # Nothing is held in memory: each image is read once.
     source, what = ViewSource(images, view, memory_bytes=0.0), "features to choose a memory by"
     features_ND, labels_N = pooled_features(network, source, accelerator(), _BATCH, progress, what)
+    # Rows are those of readable images; `bad` is complete now that all were read.
     at_N = np.array([index for index in range(len(images)) if index not in source.bad])
     return [
         int(at_N[i])
@@ -86,6 +93,7 @@ def herding(features_ND: np.ndarray, count: int) -> np.ndarray:
     mean_D, total_D, chosen = x_ND.mean(0), np.zeros(x_ND.shape[1]), list[int]()
     for step in range(1, min(count, len(x_ND)) + 1):
         distance_N = np.linalg.norm(mean_D - (total_D + x_ND) / step, axis=1)
+        # Each image is taken once.
         distance_N[chosen] = np.inf
         chosen.append(int(distance_N.argmin()))
         total_D = total_D + x_ND[chosen[-1]]

@@ -49,6 +49,7 @@ def _backbone_of(word: str) -> str:
     if not is_run(word):
         return word
     path = expanded(word)
+    # A run directory has its task in a folder; a copied task is that folder itself.
     task = path / "task" / "task.json"
     values = checked_json.read_run_json(task if os.path.isfile(task) else path / "task.json")
     source = values.get("backbone") if isinstance(values, dict) else None
@@ -85,7 +86,9 @@ def build_objective(recipe: Recipe, pairs: Sequence[Pair]) -> Objective:
         cls = loss_class(loss, multilabel=recipe.data.multilabel)
         config, weight = cls.Config(**loss.options), loss.weight
         assert weight is not None  # filled in when the recipe was validated
+        # Without any teacher there is still the pair of the student alone, number 0.
         taught_by = [n for n, model in enumerate(models) if not averages or (model == EMA) == loss.of_average] or [0]
+        # A term that reads no teacher would be computed once for each, and is the same each time.
         if len(taught_by) == 1 or not cls.uses_teacher:
             number = teacher_of[loss.name] = taught_by[0]
             terms[loss.name], weights[loss.name], loss_of[loss.name] = cls(pairs[number], config), weight, loss

@@ -38,6 +38,7 @@ class _Headless(Teacher):
     def items(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         signals = self.runner(images_BCHW.to(self.device))
         found = self.objective.targets(signals, self.number) | pooled_of(signals)
+        # Every batch is compared, bit for bit: one that differs costs a second pass instead of other outputs.
         self.exact = self.exact and torch.equal(self.logits(found[POOLED]), signals.logits_BC)
         return found
 
@@ -45,6 +46,7 @@ class _Headless(Teacher):
     def logits(self, pooled_BD: Tensor) -> Tensor:
         """Return what the network makes of the features that enter its classifier."""
         head = module_at(self.network.model, self.network.anatomy.classifier_heads[0])
+        # As `Runner` runs the whole network, or the last bits would be others.
         with torch.autocast(pooled_BD.device.type, torch.bfloat16, enabled=self.runner.bf16):
             return head(pooled_BD)
 
@@ -68,6 +70,7 @@ class OnePass:
     def features(self, images: DataViews) -> tuple[np.ndarray, np.ndarray]:
         """Return the features of the labelled images, float64 (N, D), and their labels (N,)."""
         readable = self.rows.readable()
+        # Labelled images come first in the training source.
         labeled = readable[readable < len(images.train.split)]
         return self.rows.rows(labeled, 0)[POOLED].double().numpy(), images.train.split.labels[labeled]
 
@@ -83,6 +86,7 @@ class OnePass:
             if len(indices):
                 pooled_BD = self.rows.rows(indices, 0)[POOLED].to(self.teacher.device)
                 found.put(0, indices, run_in_passes(self._of_logits, pooled_BD, batch), count)
+        # A loss may read what neither half gave; then the caller computes all of it.
         return found if set(found.rows(readable[:1], 0)) == names else None
 
     def _of_logits(self, pooled_BD: Tensor) -> dict[str, Tensor]:
@@ -107,12 +111,14 @@ def run_once(
     network.model.eval()
     teacher = _Headless(network, silent, number, accelerator(), bf16=bf16, needs=Needs(pooled=True))
     try:
+        # By one black image, which sets `exact` too: a network that does not fit is found before the pass.
         shapes = teacher.shapes(views.view.shape)
         if LOGITS in shapes or not teacher.exact or not fits_in_memory(shapes, views, data):
             return None
         wanted = FiniteViews(source, data.augmentation, recipe.seed, 1)
         rows = cache_in_memory(teacher, wanted, batch, batch, accelerator(), progress)
     finally:
+        # Hooks would stay on a network that other passes use; `logits` runs its head without them.
         teacher.close()
     return OnePass(teacher, of_logits, wanted, batch, rows)
 
@@ -128,11 +134,14 @@ def objectives_of_one_pass(
     alone = accelerator().num_processes == 1 and not is_sharded(network)
     if not (once and cached and alone) or any(one.model == EMA for one in recipe.teachers):
         return None
+    # `_Headless.logits` runs the first classifier alone, whose logits are not those of the network then.
     if len(network.anatomy.classifier_heads) > 1:
         return None
     with torch.random.fork_rng(devices=[]):
+        # Losses draw projectors: in a fork, so that those of the run are drawn as without this pass.
         torch.manual_seed(recipe.seed)
         silent, of_logits = (_objective(recipe, student, teachers, reads) for reads in (False, True))
+    # A loss that reads logits and more than the features does not follow from the features alone.
     needs = of_logits.teacher_needs(number) | Needs(pooled=True)
     return (silent, of_logits) if needs == Needs(pooled=True) else None
 

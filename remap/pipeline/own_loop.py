@@ -70,6 +70,7 @@ def losses(
     Raises:
         RemapError: A loss is unknown, or does not fit the networks.
     """
+    # The teacher of the recipe stands for the given model: losses are built for each that a recipe lists.
     spec = {"losses": words, "teachers": () if teacher is None else (TeacherSpec(),)}
     recipe = checked(Recipe, spec, "remap.losses")
     taught_by = [loss.name for loss in recipe.losses if LOSSES.row(loss.name).category not in ("labels", "domains")]

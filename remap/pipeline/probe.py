@@ -98,11 +98,14 @@ def signals_of(
 
     def run(images: Tensor) -> dict[str, Tensor]:
         found = runner(images.to(accelerator.device))
+        # float32, since NumPy has no bfloat16.
         return {"rows": (found.pooled_BD if pooled else found.logits_BC).float().cpu()}
 
     rows, readable, count = [], [], len(source.split)
+    # Evenly over the listing, which is in order of names: the first images may all be of one kind.
     chosen = np.linspace(0, count - 1, min(count, at_most or count)).astype(np.int64)
     chunks = (chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size))
+    # A signal is deferred to the check in the loop, where all processes learn of it and leave together.
     with defer_signals(), progress.wait(what, len(chosen)) as step:
         for indices, (images, good) in made_ahead(source.batch, chunks):
             raise_if_interrupted(accelerator, f"{what} were being computed")
@@ -121,6 +124,7 @@ def _into_last_layer(network: Network, features_ND: np.ndarray) -> np.ndarray:
     if isinstance(head, Layer):
         return features_ND
     last, seen = last_layer(head), []
+    # Caught on the way in: classifiers differ in what stands in front of their last layer.
     handle = last.register_forward_pre_hook(lambda _layer, args: seen.append(args[0]))
     head(torch.from_numpy(features_ND).to(last.weight))
     handle.remove()
@@ -151,12 +155,15 @@ def write_head(network: Network, weight_CD: np.ndarray, bias_C: np.ndarray) -> N
     """Write a linear map of the pooled features; of joined features each classifier gets its own columns."""
     model, anatomy, weight, bias = network.model, network.anatomy, torch.from_numpy(weight_CD), torch.from_numpy(bias_C)
     heads = [_with_bias(last_layer(module_at(model, path))) for path in anatomy.classifier_heads]
+    # The mean of classifiers that all have the whole map is that map.
     parts = [(weight, bias)] * len(heads)
     if not anatomy.averaged_heads:
         ends = list(accumulate(head.weight[0].numel() for head in heads))
         columns = [weight[:, start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        # Measured before anything is written, since `_share` overwrites all classifiers.
         shares = [_share(model, anatomy, heads, head) for head in heads]
         parts = [(part / share, bias * 0) for part, share in zip(columns, shares, strict=True)]
+        # Logits are added up, so that one of the classifiers has the constant.
         parts[0] = (parts[0][0], bias / shares[0])
     for head, (rows, constant) in zip(heads, parts, strict=True):
         assert head.bias is not None
@@ -169,6 +176,7 @@ def _share(model: nn.Module, anatomy: Anatomy, heads: Sequence[Layer], head: Lay
     """Return what each logit of a network grows by with that of one of its classifiers, which it adds up."""
     for other in heads:
         assert other.bias is not None
+        # Weights of 0 and one bias of 1: for any image, what comes out is the factor.
         other.weight.zero_()
         other.bias.fill_(float(other is head))
     images = head.weight.new_zeros(1, input_channels(model), *anatomy.image_size)

@@ -61,6 +61,7 @@ def _known(components: RunComponents) -> int | None:
     run = components.recipe.student.extends
     if not components.recipe.train.align or run is None:
         return None
+    # New classes come behind the old ones, so their number tells them apart.
     known = len(sessions_of(expanded(run))[-1].classes)
     return None if known == len(components.student.classes or ()) else known
 
@@ -70,6 +71,7 @@ def align_classifier(network: Network, known: int) -> float:
 
     Weight alignment (Zhao et al. 2020, arXiv 1911.07053, equations 6 to 8); the bias is scaled with its row.
     """
+    # One factor for all classifiers of a network. Flattened, since a layer may be a 1 x 1 convolution.
     norms_C = torch.stack([layer.weight.detach().flatten(1).norm(dim=1) for layer in _layers(network)]).mean(0)
     factor = float(norms_C[:known].mean() / norms_C[known:].mean())
     _change_rows(network, known, factor, 0.0)
@@ -88,7 +90,9 @@ def fit_bias(logits_NC: np.ndarray, labels_N: np.ndarray, known: int, classes: i
     from scipy.special import logsumexp
 
     counts_C = _require_each_class(labels_N, classes)
+    # Else classes with more held-out images would weigh more in the loss.
     rows = np.concatenate([np.flatnonzero(labels_N == label)[: counts_C.min()] for label in range(classes)])
+    # float64: SciPy takes the gradient by differences of about 1e-8, which float32 does not resolve.
     logits_NC, labels_N = logits_NC[rows].astype(np.float64), labels_N[rows]
 
     def loss(parameters: np.ndarray) -> float:
@@ -96,6 +100,7 @@ def fit_bias(logits_NC: np.ndarray, labels_N: np.ndarray, known: int, classes: i
         changed_NC = np.concatenate([logits_NC[:, :known], scale * logits_NC[:, known:] + shift], axis=1)
         return float((logsumexp(changed_NC, axis=1) - changed_NC[np.arange(len(rows)), labels_N]).mean())
 
+    # The factor stays positive: a negative one would turn the order of the new classes around.
     found = minimize(loss, [1.0, 0.0], method="L-BFGS-B", bounds=[(0.01, 100.0), (-100.0, 100.0)])
     return float(found.x[0]), float(found.x[1])
 

@@ -81,14 +81,18 @@ def recommend(
     if kind == "parameters":
         cells, left_out = within_parameters(cells, int(value), classes)
     candidates = _candidates(cells, classes, left_out)
+    # After what can be refused, so that a mistake does not claim the folder.
     claim(output, recipe)
+    # A set: rounds of few epochs may be equal, and are run once.
     epochs = sorted({max(1, round(share * recipe.train.epochs)) for share in ROUNDS})
+    # Cached: all trials have the same images, and a fingerprint reads every file.
     left, held_by = candidates, cache(partial(fingerprint_of, progress=progress))
     with resumable(output, "recommend"):
         for number, count in enumerate(epochs, 1):
             progress.say(f"round {number}/{len(epochs)}: {len(left)} methods, {count} epochs each")
             for candidate in left:
                 _try(candidate, count, output / f"round-{number}", shared, held_by, progress)
+            # Of equally good methods the smaller one comes first.
             left = sorted(left, key=lambda one: (-one.accuracies[-1], one.parameters))
             left = left[: max(FEWEST, (len(left) + 1) // 2)] if number < len(epochs) else left
     found = ranked(candidates, epochs) | {
@@ -129,9 +133,11 @@ def _try(
 ) -> None:
     cell = replace(candidate.cell, recipe=held_out(of_length(candidate.cell.recipe, epochs)))
     path = folder / cell.name
+    # Before anything is written: a link could lead out of the folder.
     links.require_no_link(path)
     if not is_done(path, cell, held_by):
         run(cell.recipe, open_or_create(path, cell.recipe), Within(progress, cell.label), shared, resuming=True)
+    # From its files, whether it ran now or earlier: a resumed command ranks by the same figures.
     summary, evidence = RunDir.open(path).summary(), read_evidence(path)
     if evidence is None:
         raise RunError(f"{path} has no answers.json", do="remove that folder: the trial is run again")
@@ -147,6 +153,7 @@ def ranked(candidates: Sequence[Candidate], epochs: Sequence[int]) -> dict[str, 
     interval (Wilson, 95 %) is that of the held-out images alone. Two methods are told apart where the paired interval
     of their last common round leaves 0 out.
     """
+    # Rounds count before accuracies: those after different numbers of epochs do not compare.
     order = sorted(candidates, key=lambda one: (-len(one.accuracies), -one.accuracies[-1], one.parameters))
     best, finalists = order[0], [one for one in order if len(one.accuracies) == len(order[0].accuracies)]
     rows: list[dict[str, Any]] = []
@@ -154,6 +161,7 @@ def ranked(candidates: Sequence[Candidate], epochs: Sequence[int]) -> dict[str, 
         last = len(one.accuracies) - 1
         gain = float(np.mean([other.accuracies[-1] - other.accuracies[last] for other in finalists]))
         expected = min(1.0, max(0.0, one.accuracies[-1] + gain))
+        # In the last round of the weaker one, where both had as many epochs; a trial has one seed, hence the axis.
         mean, low, high = paired(one.right[last][None], best.right[last][None])
         rows.append(
             {

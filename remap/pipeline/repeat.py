@@ -112,6 +112,7 @@ def _problem(summary: dict[str, Any]) -> str | None:
         for read in (lambda s: s["precision"], outputs_on_disk, *FIGURES.values()):
             read(summary)
         counts = summary["data"]
+        # Not compared, but named in the message about other images.
         _ = counts["labeled_images"], counts["val_images"]
         fits = is_count(summary["processes"]) and isinstance(counts["fingerprint"], str)
     except KeyError as error:
@@ -156,6 +157,7 @@ def _target(run: RunDir, recipe: Recipe, output: Path | None) -> Path:
             "a repeat cannot be stored in the run that it repeats", given=str(target), do="choose another --output"
         )
     if os.path.isfile(target / "recipe.yaml"):
+        # Without paths: the images may have moved since.
         found, wanted = (one.digest(places=False) for one in (RunDir.open(target).recipe(), recipe))
         if found != wanted:
             raise RunError(

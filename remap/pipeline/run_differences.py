@@ -30,6 +30,7 @@ def compare(first: RunDir, second: RunDir) -> dict[str, Any]:
     checks = [_file_check("task file", first.path / _TASK, second.path / _TASK)]
     pair = (first.path, second.path)
     for name in sorted(
+        # Of both: a teacher that one of the runs lacks is a difference.
         {folder.name for path in pair for folder in path.glob("teacher*") if (folder / _TASK).is_file()}
     ):
         checks.append(_file_check(f"{name} file", *(path / name / _TASK for path in pair)))
@@ -115,6 +116,7 @@ def _differing_numbers(first: list[dict[str, Any]], second: list[dict[str, Any]]
     """Yield epochs, from 0, and names of numbers that differ, over the epochs that both histories have."""
     for number, (one, other) in enumerate(zip(first, second, strict=False)):
         for key in {**one, **other}:
+            # An entry that is null differs from one that is missing.
             if (key in one, one.get(key)) != (key in other, other.get(key)):
                 yield number, key
 

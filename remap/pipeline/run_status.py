@@ -63,11 +63,11 @@ def track_status(run_dir: RunDir, resuming: bool) -> Iterator[RunClock]:
             _record(run_dir, "stopped", error.what, clock)
         do = f"resume with: {resume}"
         raise Interrupted(error.what, exit_code=error.exit_code, do=do, at_once=error.at_once) from error
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # where Ctrl-C had Python's own handler before, as in a program that calls remap
         if main:
             _record(run_dir, "stopped", "interrupted", clock)
         raise
-    except BaseException as error:
+    except BaseException as error:  # of any kind: a run that has ended must not be left as running
         if error is clock.ended_by:
             if main:
                 _record(run_dir, "stopped", f"by a callback: {error!r}", clock)
@@ -115,4 +115,5 @@ def _record_failure(run_dir: RunDir, error: BaseException, message: str, clock: 
     if lost is None:
         _record(run_dir, "failed", message, clock)
     elif accelerator().is_main_process and run_dir.status() == "running":
+        # Else the process that failed has recorded the cause, which says more.
         _record(run_dir, "failed", str(lost), clock)

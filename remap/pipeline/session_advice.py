@@ -96,6 +96,7 @@ class Situation:
         found = [self._at_once(way) for way in AT_ONCE]
         found.append(Advice("lwf", self.method not in ALONE, self._alone or f"needs no old image{domain}"))
         if memory or not self.added:  # features that do not change cannot take up a new look as well
+            # Sorting is stable: lwf comes first, and the others stay in order.
             found.sort(key=lambda one: one.way != "lwf")
         own = [self.of_method(way) for way in METHOD_WAYS]
         return sorted([*found, *own] if memory else [*own, *found], key=lambda one: not one.fits)
@@ -153,6 +154,7 @@ def require_new_names(run: str | Path, known: Sequence[str], added: Sequence[str
     def form(name: str) -> str:
         return unicodedata.normalize("NFC", name)
 
+    # Normalised again after folding, which can leave NFC (canonical caseless match, Unicode D145).
     same = {form(form(name).casefold()): name for name in known}
     for name in added:
         if (old := same.get(form(form(name).casefold()))) is not None:

@@ -67,13 +67,16 @@ def compare_sessions(
     """
     if recipe.data.multilabel:
         raise RecipeError(["task: multilabel: sessions are learned for one class an image"], recipe.name)
+    # Ways bring their own teacher: of lwf it is the run that is extended.
     base, shared = labels_only(recipe), SharedResources()
     parts = parts_of(base.data, split, shared)
     if split == FOLDERS:
+        # For the joint run, which reads the folder above: classes are one level deeper there than in `parts`.
         base = base.model_copy(update={"data": base.data.model_copy(update={"depth": (base.data.depth or 1) + 1})})
     pairs = _pairs(methods, ways, same_classes=split == FOLDERS)
     specs = {method: _method(base.method, method, len(parts)) for method, _ in pairs}
     recipes = {method: base.model_copy(update={"method": spec}) for method, spec in specs.items()}
+    # For all methods before the first run: else a mistake is found after hours of training.
     if problems := [problem for one in recipes.values() for problem in train_problems(one)]:
         raise RecipeError(problems, recipe.name)
     found: dict[tuple[str, str], list[dict[str, Any]]] = {pair: [] for pair in pairs}
@@ -81,6 +84,7 @@ def compare_sessions(
         for seed in range(recipe.seed, recipe.seed + seeds):
             for method, way in pairs:
                 of_seed = recipes[method].model_copy(update={"seed": seed})
+                # Ways of one method and seed share a folder, and in it the first session that they all extend.
                 at, title = folder / method / f"seed-{seed}", Within(progress, f"{method}, seed {seed}")
                 found[method, way].append(_sessions(of_seed, way, parts, at, title))
     rows = [{"method": method, "way": way, **_over_seeds(found[method, way])} for method, way in pairs]
@@ -95,6 +99,7 @@ def _way(word: str) -> tuple[str, int, bool]:
     """Read "lwf:20:bias" as a way, a number of images a class, and whether the bias is corrected by them."""
     way, *more = word.split(":")
     memory, bias = (more[0] if more else "0"), more[1:] == ["bias"]
+    # `bias` is 1 where it is corrected: that takes an old image of each class at least.
     known = way in (*WAYS, JOINT) and memory.isdigit() and int(memory) >= bias
     if not known or len(more) > 1 + bias or (more and way not in WITH_MEMORY):
         allowed = f"{', '.join((*WAYS, JOINT))}, lwf:20, lwf:20:bias"
@@ -135,12 +140,14 @@ def _sessions(recipe: Recipe, word: str, parts: Sequence[DataSpec], folder: Path
 
     if way == JOINT:
         joint = _finished(folder / JOINT, lambda path: start(recipe, path, progress), progress, recipe)
+        # Without sessions nothing is forgotten or transferred: these figures are None.
         figures = {**dict.fromkeys(FIGURES), "overall": joint["student"]["accuracy"], "accuracy": None}
         return {**figures, "seconds": joint["seconds"], "bytes": joint["student"]["task_bytes"]}
     last, recipes = folder / "first", [recipe.model_copy(update={"data": data}) for data in parts]
     _finished(last, lambda path: start(recipes[0], path, progress), progress, recipes[0])
     seconds, found = 0.0, dict[str, Any]()
     for number, session in enumerate(recipes[1:], 2):
+        # Bound here, since `last` becomes the folder of this session in the next line.
         make = partial(_extend, recipe.seed, last, session.data, way, memory, settings, progress)
         last = folder / word.replace(":", "-") / str(number)
         found = _finished(last, make, progress, session)
@@ -148,6 +155,7 @@ def _sessions(recipe: Recipe, word: str, parts: Sequence[DataSpec], folder: Path
     of_all = found["sessions"]
     figures = {name: of_all[name] for name in (*FIGURES[:-2], "accuracy")}
     figures |= {f"calibration_{name}": of_all["calibration_error"][name] for name in ("old", "new")}
+    # Without the first session, which all ways share.
     return {**figures, "seconds": seconds, "bytes": sum(one["bytes"] for one in of_all["sessions"][1:])}
 
 
@@ -156,6 +164,7 @@ def _extend(
 ) -> Result:
     # No epoch of an extended run is chosen, and a classifier that is fitted at once sees the images as they are.
     unread = {"selection", *(LOOKS if way in AT_ONCE else ())}
+    # What was not set stays unset: extend takes that from the run.
     data = DataSpec(**data.model_dump(exclude_unset=True, exclude=unread))
     return extend(run, data, how=way, memory=memory, settings=settings, output=path, progress=progress, seed=seed)
 
@@ -195,9 +204,11 @@ def _over_seeds(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def over_seeds(values: Sequence[float | None]) -> dict[str, Any] | None:
     """Return mean, spread (standard deviation) and 95 % interval (Student's t) over seeds; None of what has none."""
     known = [value for value in values if value is not None]
+    # A mean over some of the seeds would not compare with one over all.
     if not known or len(known) < len(values):
         return None
     mean, count = statistics.fmean(known), len(known)
+    # The spread of one value is undefined.
     if count == 1:
         return {"values": known, "mean": mean, "spread": None, "low": None, "high": None}
     from scipy.stats import t

@@ -20,6 +20,8 @@ def parts_of(data: DataSpec, split: str, shared: SharedResources) -> list[DataSp
         return [data.model_copy(update={"only": tuple(names)}) for names in groups]
     root = expanded(data.source or "")
     found = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    # Systems make folders too (@eaDir, lost+found), which are not sessions. Sorted, since a file system lists in any
+    # order, and that of the sessions decides what is forgotten.
     folders = sorted(path for path in found if not is_leftover(path.name))
     if len(folders) < 2 or data.val_source is not None:
         problem = f"--sessions: folders needs a folder of two or more, and no --val-data (given {data.source})"
@@ -43,6 +45,7 @@ def groups_of(split: str, classes: Sequence[str]) -> list[list[str]]:
         ends = [round(number * len(classes) / count) for number in range(count + 1)]
         return [list(classes[first:last]) for first, last in pairwise(ends)]
     groups = [[name.strip() for name in group.split(",")] for group in split.split("/")]
+    # The first session is a run by itself, whose classifier needs two classes.
     if sorted(name for group in groups for name in group) != sorted(classes) or len(groups) < 2 or len(groups[0]) < 2:
         raise RecipeError(
             [f"--sessions: '{split}' is not a number or each of the {len(classes)} classes once, as in a,b/c,d"],

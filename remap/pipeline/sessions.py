@@ -64,6 +64,7 @@ def images_of(
 
 
 def _data_of(session: Session, classes: tuple[str, ...]) -> DataSpec:
+    # Labels count in the student's classes; a memory adds no evaluation images, and its file may be gone.
     update = {"known_classes": classes, "memory": None, "augment": "none"}
     return session.run.recipe().data.labeled_part().model_copy(update=update)
 
@@ -95,6 +96,7 @@ def measure_sessions(
     for session in earlier:
         try:
             spec = _data_of(session, classes)  # the training images need not be decoded
+            # Read once, so not held in memory beside the images that are learned from.
             val = ViewSource(shared.index(spec).val, components.views.view, memory_bytes=0.0, workers=spec.workers)
             what = f"session {len(answers) + 1}"
             answered = evaluate_as(recipe, components.student, val, accelerator(), progress, what)
@@ -107,6 +109,7 @@ def measure_sessions(
     answers.append((own, components.views.val.split.labels))
     same_classes, matrix = earlier[-1].classes == classes, _before(earlier)
     if same_classes:
+        # The run before was measured on these images before training: one column more, for forward transfer.
         matrix[-1] = [*matrix[-1][: len(earlier)], before]
     matrix = [*matrix, [None if one is None else one[0].accuracy for one in answers]]
     known = [one for one in answers if one is not None]
@@ -115,6 +118,7 @@ def measure_sessions(
     rows = [
         {
             "run": str(session.run.path),
+            # A student knows all classes up to its session: here are those that it added.
             "classes": [name for name in session.classes if number == 0 or name not in listed[number - 1].classes],
             "images": None if one is None else one[0].count,
             "bytes": bytes_of(session.run),
@@ -136,7 +140,7 @@ def _before(earlier: list[Session]) -> list[list[float | None]]:
     try:
         summary = earlier[-1].run.summary()
         matrix = summary["sessions"]["accuracy"] if "sessions" in summary else [[summary["student"]["accuracy"]]]
-    except (RemapError, KeyError, TypeError):
+    except (RemapError, KeyError, TypeError):  # damage to an earlier run must not cost the figures of this one
         matrix = None
     if matrix is not None and is_matrix(matrix) and len(matrix) == len(earlier):
         return list(matrix)
@@ -148,6 +152,7 @@ def _calibration(answers: list[tuple[Evaluation, np.ndarray] | None]) -> float |
     if not seen:
         return None
     confidences_N, predictions_N, labels_N = (np.concatenate(rows) for rows in zip(*seen, strict=True))
+    # -1 stands for an image that was left out.
     readable_N = predictions_N >= 0
     if not readable_N.any():
         return None

@@ -111,6 +111,7 @@ class SharedResources:
     def index(self, spec: DataSpec) -> ImageData:
         """List a data source, once; no image is decoded."""
         arguments = source_arguments(spec)
+        # The memory is joined after the source is opened, so it is not one of the arguments.
         key = (*arguments, spec.memory)
         if key not in self.data:
             # A folder on a network drive takes minutes to list.
@@ -164,6 +165,7 @@ def source_arguments(spec: DataSpec) -> tuple:
     """Return what decides which images there are: the arguments of ``open_data``."""
     images = (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled or spec.target)
     some = (spec.labels, spec.depth, spec.held_out, spec.per_class, spec.selection)
+    # Words name the classes only where no labelled image does.
     alone = spec.source is None and spec.classes is not None
     classes = tuple(class_words(spec.classes or ())) if alone else ()
     return (*images, *some, spec.only, spec.known_classes, classes, spec.per_class_seed, spec.subset, spec.task)

@@ -49,6 +49,7 @@ def open_student(recipe: Recipe, run_dir: RunDir | None, progress: Progress, sha
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / STUDENT_MODEL
             _derive(recipe, folder, progress, shared)
+            # Inside the block: the weights are read before the folder is removed.
             backbone = open_backbone(_opened_from(recipe.student, folder), num_classes)
         # The temporary folder is gone by the time anyone reads the name.
         backbone.identity = replace(backbone.identity, model=recipe.student.model)
@@ -57,6 +58,7 @@ def open_student(recipe: Recipe, run_dir: RunDir | None, progress: Progress, sha
     # One process cuts; a resumed run finds the folder and must not cut again.
     if accelerator().is_main_process and not folder.is_dir():
         _derive(recipe, folder, progress, shared)
+    # The others open the folder once it is complete.
     accelerator().wait_for_everyone()
     return open_backbone(_opened_from(recipe.student, folder), num_classes)
 
@@ -106,6 +108,7 @@ def _cut(
     progress: Progress,
     shared: SharedResources,
 ) -> Shrunk:
+    # The classifier is not used: one row is the smallest.
     backbone = open_backbone(teacher, 1)
     # A shape that cannot be is refused before any image is read.
     target_shape(backbone, spec)

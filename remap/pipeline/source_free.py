@@ -59,6 +59,7 @@ def by_information(
     Raises:
         RunError: The method tunes no more than the classifier, or chooses in training what it keeps.
     """
+    # Of the same model and tensors: what is trained here is what the caller saves of `network`.
     student = _HeadFrozen(**vars(network))
     attached = student.attached
     # Learned words were written into the classifier.
@@ -81,6 +82,7 @@ def by_information(
         indices_N, features_ND, probabilities_NC = _answers(network, source, recipe, progress)
         labels_N = pseudo_labels(features_ND, probabilities_NC).numpy()
         changed = float((source.split.labels[indices_N] != labels_N).mean())
+        # In place: training reads the labels of this very source.
         source.split.labels[indices_N] = labels_N
         return {"relabeled": changed}
 
@@ -98,6 +100,7 @@ def by_information(
         on_epoch=lambda _step, history: progress.say(epoch_line(history, recipe.train.epochs)),
     )
     progress.say(trained_text(job.parameters(), student))
+    # For the first epoch; after each epoch the job's `evaluate` gives new ones.
     relabel()
     try:
         state = train(job)
@@ -123,12 +126,14 @@ def pseudo_labels(features_ND: Tensor, probabilities_NC: Tensor) -> Tensor:
     to them. Classes that are no image's are left out of the second round.
     """
     directions_ND = F.normalize(features_ND, dim=1)
+    # The bound keeps the centroid of a class without any probability at 0, where it would be NaN.
     centroids_CD = probabilities_NC.T @ features_ND / probabilities_NC.sum(dim=0)[:, None].clamp_min(1e-30)
     labels_N = (directions_ND @ F.normalize(centroids_CD, dim=1).T).argmax(dim=1)
     members_NC = F.one_hot(labels_N, probabilities_NC.shape[1]).to(features_ND)
     counts_C = members_NC.sum(dim=0)
     centroids_CD = members_NC.T @ features_ND / counts_C.clamp_min(1.0)[:, None]
     cosines_NC = directions_ND @ F.normalize(centroids_CD, dim=1).T
+    # Below every cosine, so that no image gets such a class.
     return cosines_NC.masked_fill(counts_C == 0, -2.0).argmax(dim=1)
 
 
@@ -162,6 +167,7 @@ def by_statistics(
     norms = [
         module
         for name, module in modules
+        # Norms that the task does not store would come back with the old statistics.
         if isinstance(module, _BatchNorm) and f"{name}.running_mean" in network.tensors
     ]
     if not norms:
@@ -172,8 +178,10 @@ def by_statistics(
         )
     network.model.eval()
     for norm in norms:
+        # Else the batches of the old domain would count in the mean too.
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all batches
+        # The norms alone: everything else, such as dropout, stays in eval.
         norm.train()
     runner = Runner(network)
     for _, images_BCHW in _batches(source, batch_size, "statistics", progress):

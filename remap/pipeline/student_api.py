@@ -107,6 +107,7 @@ class Student:
         Raises:
             RunError: The method cannot be folded.
         """
+        # Opened anew: folding writes into the weights, and this student keeps its own.
         source = TaskSource(self.path)
         source.require_mergeable()
         return source.plain_model().to(self.device)
@@ -126,5 +127,6 @@ def load_student(run_dir: str | Path, device: str | torch.device | None = None) 
     network, view = load_task(path)
     require_classifier(network, path)
     if device is None:
+        # Checked: a PyTorch that was built for GPUs also runs where there is none.
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     return Student(network, view, torch.device(device), path)

@@ -48,6 +48,7 @@ def run_suite(
         RemapError: Anything else a user can mend.
     """
     recipes = {name: suite.recipe_of(name, folder, words, settings) for name in suite.sets}
+    # All sets before the first run: else a wrong one is found after hours of training.
     for name, recipe in recipes.items():
         require_counts(name, suite.sets[name], recipe)
     search = plan.search or (None if suite.search is None else str(suite.search))
@@ -92,6 +93,7 @@ def require_counts(name: str, expected: SuiteSet, recipe: Recipe) -> None:
 def summarize_suite(tables: Mapping[str, dict[str, Any]], group_of: Mapping[str, str | None]) -> dict[str, Any]:
     """Return each method's mean over the sets, over each group, and over the means of groups."""
     by_name = {name: {row["name"]: row for row in table["rows"]} for name, table in tables.items()}
+    # Means over different sets do not compare, so a method has to be in all of them.
     names = [name for name in next(iter(by_name.values())) if all(name in rows for rows in by_name.values())]
     rows = []
     for name in names:
@@ -115,6 +117,7 @@ def _means(found: Mapping[str, dict[str, Any]], group_of: Mapping[str, str | Non
     means = {name: row[side]["mean"] for name, row in found.items()}
     groups = {
         group: statistics.fmean(mean for name, mean in means.items() if group_of[name] == group)
+        # Each group once, in the order of the suite; a set has no order.
         for group in dict.fromkeys(group_of.values())
         if group is not None
     }
@@ -125,6 +128,7 @@ def _means(found: Mapping[str, dict[str, Any]], group_of: Mapping[str, str | Non
 def _over_sets(differences: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
     """Return the mean of a difference with its 95% interval over sets (Student's t), and on how many it is clear."""
     known = [one for one in differences if one is not None]
+    # One set lacks it, and a mean over the others would look like one over all.
     if len(known) < len(differences):
         return None
     means, count = [one["mean"] for one in known], len(known)
@@ -134,6 +138,7 @@ def _over_sets(differences: Sequence[dict[str, Any] | None]) -> dict[str, Any] |
         from scipy.stats import t
 
         half = float(t.ppf(0.975, count - 1)) * statistics.stdev(means) / sqrt(count)
+    # One set has no spread over sets; it has its own interval over seeds and images.
     low, high = (known[0]["low"], known[0]["high"]) if half is None else (mean - half, mean + half)
     better = sum(one["low"] > 0 for one in known)
     worse = sum(one["high"] < 0 for one in known)
@@ -143,6 +148,7 @@ def _over_sets(differences: Sequence[dict[str, Any] | None]) -> dict[str, Any] |
 
 def _csv(found: dict[str, Any]) -> str:
     file = io.StringIO()
+    # By default csv ends lines with \r\n, on every system.
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["method", "category", "set", "labels only", "with teacher"])
     for row in found["rows"]:

@@ -27,7 +27,9 @@ def check_teachers(components: RunComponents, progress: Progress) -> None:
     Raises:
         TrainingError: See ``require_useful``.
     """
+    # Chance first: for that, the student need not be evaluated.
     require_all_useful(components, None)
+    # The untrained student is evaluated only where a teacher will be compared with it.
     if any(prepared.accuracy is not None and not prepared.spec.allow_weak for prepared in components.teachers):
         recipe, views, what = components.recipe, components.views, "the network before training"
         student = components.student
@@ -66,6 +68,7 @@ def require_useful(teacher: PreparedTeacher, untrained: float | None, source: Vi
     # The most frequent class, not 1/C: classes may be imbalanced.
     chance = np.bincount(source.split.labels).max() / count
     above = wilson(teacher.accuracy, count)[0] > chance or teacher.accuracy == 1.0
+    # The upper end of the interval of teacher minus student.
     below = untrained is not None and difference(teacher.accuracy, untrained, count)[1] < 0
     if above and not below:
         return

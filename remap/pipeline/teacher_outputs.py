@@ -121,7 +121,7 @@ def choose_storage(components: RunComponents, prepared: PreparedTeacher, teacher
 def _disk_if_it_fits(needed: int, shapes: dict[str, tuple[int, ...]]) -> OutputStorage:
     try:
         require_space(cache_root(), needed)
-    except RemapError:
+    except RemapError:  # the recipe leaves the choice open, so a full disk is no error
         return OutputStorage("each step", 0, shapes)
     return OutputStorage("disk", needed, shapes)
 

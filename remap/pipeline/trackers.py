@@ -69,6 +69,7 @@ class Tracker(Callback):
         numbers = {
             f"{kind}/{name.replace('@', '.')}": value
             for name, value in flat(values)
+            # A bool is an int in Python, and is no figure.
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
         now = [step or 0, 1 + KINDS.index(kind)]
@@ -77,6 +78,7 @@ class Tracker(Callback):
         with self._explained():
             self._tracker, self._step = self._tracker or self._started(step), step
             self._tracker.log(numbers, step=step)
+        # TensorBoard's files are cut where a run resumes (purge_step), so all that follows is logged again.
         if self.name != "tensorboard":
             self._logged = now
             self._write({f"{self.name} logged": now})
@@ -84,6 +86,7 @@ class Tracker(Callback):
     def _write(self, values: dict[str, Any]) -> None:
         """Add to trackers.json; other trackers of the run have their own keys in it."""
         known = checked_json.read_run_json(self._path) if self._path.is_file() else {}
+        # Not durable: it is written with every figure, and waiting for the disk would slow the steps down.
         atomic_write.write_text(self._path, atomic_write.json_text(known | values), durable=False)
 
     @contextmanager

@@ -54,6 +54,7 @@ class RunTracker:
         One without a classifier is judged by its features, where there are labels.
         """
         parts, what = self.components, "the network before training"
+        # All that decides the figure, so that one of other images or weights is not read back.
         of = digest_of(parts.recipe, parts.views.digest(self.progress), parts.weights_digest())
         if parts.judges:
             return judged_once(self.run_dir.path, what, of, lambda: self.once(what).merit)
@@ -116,6 +117,7 @@ class RunTracker:
             self.run_dir.set_status("running", seconds=self.clock.seconds)
         except RunError as error:
             self.progress.say(f"the metrics of this epoch are not written yet: {error.what}")
+        # Last: a callback may end the run, and the files are written by then.
         self.callbacks.on_epoch(step, history[-1])
 
     def record_resume(self, state: State, steps: int) -> None:
@@ -135,6 +137,7 @@ class RunTracker:
 
 def epoch_line(history: Sequence[dict[str, Any]], epochs: int) -> str:
     """Return the newest epoch in one line: losses, accuracy and the best so far, and its seconds of training."""
+    # Records have the seconds since the start of training; the line has those of the epoch.
     last, earlier = history[-1], history[-2]["seconds"] if len(history) > 1 else 0.0
     name = metric_in(last)
     others = ("epoch", "loss", name, "val_ce", "val_bce", SELECTION, "seconds")

@@ -86,12 +86,14 @@ def class_balance(components: RunComponents, progress: Progress) -> dict[str, An
     )
     if not in_loss:
         return {"expected_N": weights_C[labels_N]}
+    # float32 as the logits: the cross-entropy of PyTorch refuses weights of another dtype.
     return {"class_weights_C": torch.tensor(weights_C, dtype=torch.float32, device=accelerator().device)}
 
 
 def warn_before_training(components: RunComponents, shared: SharedResources, progress: Progress) -> None:
     """Say what of this run teaches nothing, is learned from and evaluated on, or depends on how a batch is divided."""
     copies = copies_across(components.views.contents, progress)
+    # The runs of a comparison have the same images: it is said once.
     if copies is not None:
         shared.say_once(progress, copies)
     losses = [(loss.name, LOSSES.row(loss.name)) for loss in components.recipe.losses]
