@@ -31,7 +31,7 @@ FULL_WIDTH = 160
 
 def _width() -> int | None:
     """Return the width of stdout where rich does not know it: of a pipe, as to ``less``, that of its terminal."""
-    if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit():
+    if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal():
         return None  # rich looks
     with suppress(OSError, ValueError, AttributeError):
         if stat.S_ISFIFO(os.fstat(1).st_mode):

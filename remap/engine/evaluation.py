@@ -92,8 +92,9 @@ class ClassScoring(Scoring):
     def of(self, logits_BC: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         log_BC = logits_BC.log_softmax(dim=-1)
         losses_B1 = -log_BC.gather(1, labels[:, None])
-        # The loss is the negative of an entry, to the bit, so the label itself does not count.
-        ranks_B = (log_BC > -losses_B1).sum(dim=-1)
+        # The loss is the negative of an entry, to the bit, so the label itself does not count; but where nothing is
+        # finite, everything does.
+        ranks_B = (~(log_BC <= -losses_B1)).sum(dim=-1)
         # An answer that is not finite is as wrong as can be.
         scores_2B = torch.stack([log_BC.amax(dim=-1).exp().nan_to_num(0.0), losses_B1[:, 0].nan_to_num(MOST, MOST)])
         return torch.stack([logits_BC.argmax(dim=-1), ranks_B]), scores_2B

@@ -4,13 +4,18 @@ from remap.data import keyed_random
 from remap.distributed.collectives import index_chunks
 from remap.distributed.interrupts import raise_if_interrupted
 from remap.engine.job import Job, epoch_plan
+from remap.errors import DataError
 
 # Training images that are looked at, at most.
 IMAGES = 1024
 
 
 def estimate_statistics(job: Job) -> None:
-    """Settle the objective's normalisers; every process sees the same images, as they are without augmentation."""
+    """Settle the objective's normalisers; every process sees the same images, as they are without augmentation.
+
+    Raises:
+        DataError: None of them can be read.
+    """
     size = max(1, epoch_plan(job, job.recipe.train.accumulation).step_images // job.recipe.train.accumulation)
     # Drawn, since sources may list images class by class.
     order = keyed_random.permutation(job.recipe.seed, 0, len(job.source.split))[:IMAGES]
@@ -18,14 +23,18 @@ def estimate_statistics(job: Job) -> None:
         norms = job.objective.unsettled(teacher.number)
         if not norms:
             continue
+        seen = 0
         with job.progress.wait("statistics of the teacher's features", len(order)) as step:
             for chunk in index_chunks(len(order), size):
                 raise_if_interrupted(job.accelerator, "statistics of the teacher's features were being computed")
                 images, readable = job.source.batch(order[chunk])
+                seen += len(readable)
                 if len(readable):
                     items = teacher.targets(images, readable, 0)
                     for name, norm in norms:
                         norm.observe(items[name])
                 step.advance(len(chunk))
+        if not seen:
+            raise DataError(f"none of {len(order):,} training images can be read", do="repair the images")
         for _, norm in norms:
             norm.settle()

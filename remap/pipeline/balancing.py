@@ -11,6 +11,7 @@ from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
 from remap.errors import BackboneError
 from remap.network import Network
+from remap.pipeline.class_matching import GroupedClassifier
 from remap.pipeline.class_words import LOOKED_AT
 from remap.pipeline.probe import last_layer, signals_of
 from remap.progress import Progress
@@ -38,7 +39,9 @@ def balance(network: Network, source: ViewSource, share: float, batch_size: int,
     )
     shift_C = shift_of(logits_NC, share)
     with torch.no_grad():
-        first.bias.add_(torch.from_numpy(shift_C).to(first.bias))  # computed in float64 on the CPU
+        # Of a group of classes every member moves, and so does the log of their summed exponentials.
+        sizes = first.sizes if isinstance(first, GroupedClassifier) else 1
+        first.bias.add_(torch.from_numpy(np.repeat(shift_C, sizes)).to(first.bias))
     # These are the logits that the changed bias gives: no second pass over the images.
     before, after = (mean_probabilities(one).max() * len(shift_C) for one in (logits_NC, logits_NC + shift_C))
     return (

@@ -6,7 +6,9 @@ from torch import Tensor
 from remap.backbones.anatomy import module_at
 from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
+from remap.errors import BackboneError
 from remap.network import Network
+from remap.pipeline.class_matching import GroupedClassifier
 from remap.pipeline.probe import last_layer, signals_of
 from remap.progress import Progress
 
@@ -15,15 +17,24 @@ LEAST, MOST = 0.05, 20.0
 
 
 def calibrate(network: Network, source: ViewSource, batch_size: int, progress: Progress) -> float:
-    """Divide the classifier's logits by the temperature that suits these images best, and return it."""
+    """Divide the classifier's logits by the temperature that suits these images best, and return it.
+
+    Raises:
+        BackboneError: Its classes are groups of others, whose summed probabilities no common factor gives.
+    """
+    heads = [last_layer(module_at(network.model, path)) for path in network.anatomy.classifier_heads]
+    if any(isinstance(head, GroupedClassifier) for head in heads):
+        raise BackboneError(
+            "a temperature cannot be fitted to a teacher whose classes are groups of others",
+            do="leave teacher.calibrate out, or map each class to one (teacher.classes)",
+        )
     logits_NC, labels_N = signals_of(
         network, source, accelerator(), batch_size, progress, "teacher logits", pooled=False
     )
     factor = best_factor(torch.from_numpy(logits_NC), torch.from_numpy(labels_N))
     with torch.no_grad():
         # All of them: logits that are the mean or sum of several classifiers scale with those together.
-        for path in network.anatomy.classifier_heads:
-            head = last_layer(module_at(network.model, path))
+        for head in heads:
             head.weight.mul_(factor)
             if head.bias is not None:
                 head.bias.mul_(factor)

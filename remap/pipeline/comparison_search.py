@@ -40,7 +40,7 @@ class Search:
         if text is None:
             return None
         sampler, colon, count = text.rpartition(":")
-        if (sampler or "tpe") not in ("tpe", "random") or bool(colon) != bool(sampler) or not count.isdigit():
+        if (sampler or "tpe") not in ("tpe", "random") or bool(colon) != bool(sampler) or not count.isdecimal():
             raise RecipeError([f"--search {text}: write a number of trials: 20, or random:20"], "command line")
         if int(count) < 1:
             raise RecipeError([f"--search {text}: at least one trial"], "command line")

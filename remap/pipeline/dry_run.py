@@ -113,7 +113,8 @@ def _teacher(teacher: PreparedTeacher, storage: OutputStorage | None) -> dict[st
 
 def _terms(components: RunComponents, profile: StepProfile, storages: dict[int, OutputStorage]) -> list[dict[str, Any]]:
     """Return what each term costs by itself: seconds and bytes of a step, bytes of its cached outputs."""
-    rows, size = [], components.recipe.train.batch_size // components.recipe.train.accumulation
+    # A step takes the time of all its passes, and the memory of one.
+    rows, step, one_pass = [], components.process_images, components.pass_images
     views = len(components.training_source.split) * components.recipe.data.finite_views
     for name, term in components.objective.terms.items():
         assert isinstance(term, LossTerm)
@@ -124,8 +125,8 @@ def _terms(components: RunComponents, profile: StepProfile, storages: dict[int, 
             {
                 "name": name,
                 "weight": components.objective.weights[name],
-                "seconds": cost.seconds * size,
-                "memory_bytes": cost.memory_bytes * size,
+                "seconds": cost.seconds * step,
+                "memory_bytes": cost.memory_bytes * one_pass,
                 "cache_bytes": cost.item_bytes * views if cached else 0,
                 "blocks": [list(pair) for pair in term.blocks],
             }

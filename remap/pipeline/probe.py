@@ -92,6 +92,9 @@ def signals_of(
     Args:
         filled: Fill the last batch up to ``batch_size``, as ``run_in_passes`` does.
         at_most: Look at so many images, evenly spaced; None looks at all.
+
+    Raises:
+        DataError: None of them can be read.
     """
     network.model.eval()
     runner = Runner(network, Needs(pooled=pooled), bf16=bf16)
@@ -114,6 +117,8 @@ def signals_of(
                 readable.append(good)
             step.advance(len(indices))
     runner.tap.close()
+    if not rows:
+        raise DataError(f"none of the {len(chosen):,} images can be read", do="repair the images")
     return np.concatenate(rows).astype(np.float64), source.split.labels[np.concatenate(readable)]
 
 

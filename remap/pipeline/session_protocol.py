@@ -100,7 +100,7 @@ def _way(word: str) -> tuple[str, int, bool]:
     way, *more = word.split(":")
     memory, bias = (more[0] if more else "0"), more[1:] == ["bias"]
     # `bias` is 1 where it is corrected: that takes an old image of each class at least.
-    known = way in (*WAYS, JOINT) and memory.isdigit() and int(memory) >= bias
+    known = way in (*WAYS, JOINT) and memory.isdecimal() and int(memory) >= bias
     if not known or len(more) > 1 + bias or (more and way not in WITH_MEMORY):
         allowed = f"{', '.join((*WAYS, JOINT))}, lwf:20, lwf:20:bias"
         raise RecipeError([f"--ways: unknown word '{word}' (allowed: {allowed})"], "compare")

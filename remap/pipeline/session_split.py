@@ -35,7 +35,7 @@ def groups_of(split: str, classes: Sequence[str]) -> list[list[str]]:
     Raises:
         RecipeError: There are too few classes, or a class is unknown or missing.
     """
-    if split.isdigit():
+    if split.isdecimal():
         count = int(split)
         if not 2 <= count <= len(classes) // 2:
             allowed = f"2 to {len(classes) // 2}, each of two classes or more"

@@ -50,7 +50,6 @@ class Student:
     """A tuned student, ready for images.
 
     Attributes:
-        # A view is what training saw: the same crop, size and interpolation.
         model: The timm model with its method attached; takes preprocessed pixels.
         classes: Class names in the order of the logits.
         path: The run directory or task folder it was loaded from.

@@ -4,16 +4,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
 from remap.backbones.build import Backbone, build
+from remap.data.splits import Split
 from remap.errors import BackboneError
+from remap.network import tuned
+from remap.pipeline.balancing import balance
+from remap.pipeline.calibration import calibrate
 from remap.pipeline.class_matching import match_classes
 from remap.pipeline.components import build_components
 from remap.pipeline.shared import SharedResources
+from remap.progress import Silent
 
 NAME = "vit_mini_student_patch4_32"
 
@@ -27,6 +33,15 @@ def _teacher(folder: Path, outputs: int, labels: tuple[str, ...] = ()) -> Backbo
     config = {"architecture": NAME, "num_classes": outputs, "pretrained_cfg": {"input_size": [3, 32, 32]}}
     (folder / "config.json").write_text(json.dumps({**config, "label_names": labels} if labels else config))
     return build(f"local-dir:{folder}", "pretrained", 3, keep_head=True)
+
+
+class Blank:
+    """Three black images."""
+
+    split = Split(("",) * 3, np.zeros(3, dtype=np.int64), lambda index: b"")
+
+    def batch(self, indices: Any) -> tuple[torch.Tensor, np.ndarray]:
+        return torch.zeros(len(indices), 3, 32, 32, dtype=torch.uint8), np.asarray(indices)
 
 
 def _logits(backbone: Backbone) -> torch.Tensor:
@@ -73,6 +88,12 @@ def test_a_file_says_which_is_which_and_several_add_up(tmp_path: Path) -> None:
     expected = torch.tensor([[5.0], [0.0]], dtype=torch.float64)
     expected[1] = torch.tensor([0.0, 2.0, 4.0], dtype=torch.float64).exp().sum().log()
     torch.testing.assert_close(_logits(backbone).double(), expected.flatten(), rtol=1e-6, atol=1e-6)
+    network, source = tuned(backbone, "linear", {}), Blank()
+    balance(network, source, 0.5, 8, Silent())  # type: ignore[arg-type]
+    balanced = expected.flatten() - 0.5 * expected.flatten().log_softmax(0)
+    torch.testing.assert_close(_logits(backbone).double(), balanced, rtol=1e-6, atol=1e-6)
+    with pytest.raises(BackboneError, match="whose classes are groups of others"):
+        calibrate(network, source, 8, Silent())  # type: ignore[arg-type]
     assert "sizes=(1, 3)" in repr(backbone.model)  # part of the fingerprint of cached outputs
 
 

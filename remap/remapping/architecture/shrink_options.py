@@ -32,7 +32,7 @@ def read_shrink_word(word: str) -> dict[str, Any]:
             raise ValueError(f"'{other.strip()}' in '{word}' cannot be read (write {EXAMPLE})")
         if option["key"] in found:
             raise ValueError(f"'{option['key']}' is given twice in '{word}'")
-        found[option["key"]] = int(option["value"]) if option["value"].isdigit() else option["value"]
+        found[option["key"]] = int(option["value"]) if option["value"].isdecimal() else option["value"]
     return found
 
 
