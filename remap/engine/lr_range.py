@@ -1,8 +1,9 @@
 """The learning-rate range test: a few steps at growing rates (Smith 2017, WACV, arXiv 1506.01186, section 3.3)."""
 
 from dataclasses import dataclass
+from functools import partial
 
-from remap.distributed.collectives import broadcast_
+from remap.distributed.collectives import all_reduce_mean_, broadcast_
 from remap.distributed.interrupts import raise_if_interrupted
 from remap.engine.job import Job
 from remap.engine.loop import opened
@@ -56,6 +57,8 @@ def lr_range_test(job: Job, first: float, last: float, steps: int) -> LrRange:
             broadcast_(training.accelerator, training.buffers)
             # No gradient is averaged over processes: ``find_lr`` allows one only.
             sums = forward_backward(training, update)
+            # What methods, teachers and losses do around a step belongs to the loss that is tested.
+            job.student.attached.before_step(partial(all_reduce_mean_, training.accelerator))
             norm = clip_gradients(training.parameters.values(), training.spec.clip_norm)
             result = gather_result(training, sums, norm, rate).read()
             # A rate that is too high is what the test looks for, so here it is no error.
@@ -67,6 +70,10 @@ def lr_range_test(job: Job, first: float, last: float, steps: int) -> LrRange:
             if means[-1] > DIVERGED * min(means):
                 break
             training.optimizer.step()
+            job.student.attached.after_step(update, training.plan.steps * training.spec.epochs)
+            for teacher in job.teachers:
+                teacher.after_step(job.student, update)
+            job.objective.after_step()
             training.optimizer.zero_grad(set_to_none=True)
     return suggestion([_rate(first, last, steps, update) for update in range(len(losses))], losses, steps)
 
