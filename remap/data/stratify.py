@@ -63,16 +63,18 @@ def few_of_each(labels: NDArray[Any], count: int, draw: int) -> NDArray[np.int64
     """Return at most ``count`` images of each class, the same ones for the same ``draw``.
 
     Of multi-hot labels (N, C), an image is taken in its turn if one of its classes has fewer so far: each class gets
-    ``count`` where it has as many, and one that comes with others gets more.
+    ``count`` where it has as many, and one that comes with others gets more. No class counts as one more: without such
+    images, networks would learn that every image has one.
     """
     order = _drawn(len(labels), draw)
     if labels.ndim == 1:
         return np.sort(np.concatenate([order[labels[order] == label][:count] for label in np.unique(labels)]))
-    taken_C, chosen = np.zeros(labels.shape[1], np.int64), []
+    groups_NG, chosen = np.column_stack([labels, ~labels.any(axis=1)]), []
+    taken_G = np.zeros(groups_NG.shape[1], np.int64)
     for index in order:
-        if (taken_C[labels[index] == 1] < count).any():
+        if (taken_G[groups_NG[index] == 1] < count).any():
             chosen.append(index)
-            taken_C += labels[index]
+            taken_G += groups_NG[index]
     return np.sort(np.array(chosen, dtype=np.int64))
 
 

@@ -115,7 +115,7 @@ def test_a_part_of_the_labels_and_few_of_each_class(folder: Path) -> None:
     assert some.unlabeled is not None and some.unlabeled.labels.tolist() == [[-1] * 3] * 3
     assert (some.train.labels.sum(axis=0) >= 1).all()
     few = data.with_per_class(1).train
-    assert (few.labels.sum(axis=0) >= 1).all() and len(few) <= 3, "one image at least of each class, none beyond"
+    assert (few.labels.sum(axis=0) >= 1).all() and len(few) <= 4, "one image at least of each class, none beyond"
 
 
 def test_sides_have_their_sizes_and_their_share_of_each_class() -> None:
@@ -133,6 +133,14 @@ def test_sides_have_their_sizes_and_their_share_of_each_class() -> None:
 def test_few_of_one_class_an_image_are_those_of_each_class() -> None:
     labels_N = np.array([0, 1, 1, 0, 2, 1])
     assert sorted(labels_N[few_of_each(labels_N, 2, 7)]) == [0, 0, 1, 1, 2]
+
+
+def test_few_images_without_a_class_are_taken_too() -> None:
+    """By hand: two images have class 0, four have none, and none has class 1."""
+    labels_NC = np.array([[1, 0], [0, 0], [0, 0], [1, 0], [0, 0], [0, 0]], np.int8)
+    assert labels_NC[few_of_each(labels_NC, 1, 3)].sum(axis=1).tolist().count(0) == 1
+    assert labels_NC[few_of_each(labels_NC, 3, 3)].sum(axis=1).tolist().count(0) == 3
+    assert few_of_each(labels_NC, 4, 3).tolist() == list(range(6))
 
 
 def test_copies_stay_on_one_side(tmp_path: Path) -> None:
