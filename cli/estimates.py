@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from remap.io.human_size import size
+from remap.io.human_size import number_of, size
 from remap_cli import console
 
 
@@ -24,22 +24,25 @@ def show(found: dict[str, Any]) -> None:
     console.table(
         "Trained parameters", ["part", "tensors", "shapes", "parameters", "share"], rows, right=(1, 3, 4), wrap=(2,)
     )
-    _terms(found)
     guess, data = found["estimate"], found["data"]
+    if guess["steps"]:
+        _terms(found)
     alone, trying = guess["baseline_seconds"], guess["trials_seconds"]
-    time = f"{console.duration(guess['seconds'])} ({guess['steps']:,} steps of {guess['step_seconds']:.3g} s)"
+    steps = f"{number_of(guess['steps'], 'step')} of {guess['step_seconds']:.3g} s"
+    time = f"{console.duration(guess['seconds'])} ({steps if guess['steps'] else 'no training steps'})"
+    memory = f" (activations {size(guess['activation_bytes'])})" if guess["steps"] else ""
     labeled = "" if data["labeled_images"] == data["train_images"] else f", {data['labeled_images']} of them labelled"
     console.table(
         f"One batch of {data['source']} ({data['train_images']} training{labeled}, {data['val_images']} evaluation "
         f"images, {data['classes']} classes) on {found['device']} in {found['precision']}",
         ["estimated", "value"],
         [
-            ["learning rate", f"{found['learning_rate']:.3g}"],
+            *([["learning rate", f"{found['learning_rate']:.3g}"]] if guess["steps"] else []),
             ["time", time],
-            ["preparing the teacher", f"{console.duration(guess['preparing_seconds'])} of it"],
+            *([["preparing the teacher", f"{console.duration(guess['preparing_seconds'])} of it"]] if teachers else []),
             *([["trials (losses: auto)", f"{console.duration(trying)} of it"]] if trying else []),
             *([["labels only, to compare", f"{console.duration(alone)} of it (--no-baseline: none)"]] if alone else []),
-            ["memory", f"{size(guess['memory_bytes'])} (activations {size(guess['activation_bytes'])})"],
+            ["memory", f"{size(guess['memory_bytes'])}{memory}"],
             ["cached teacher outputs", _cached(found)],
             ["cached frozen features", size(guess["features_bytes"])],
             ["disk", _disk(guess)],
@@ -53,7 +56,8 @@ def _disk(guess: dict[str, Any]) -> str:
     more = guess["disk_bytes"] - guess["run_bytes"]
     what = "teachers and other runs" if guess.get("baseline_seconds") or guess.get("trials_seconds") else "teachers"
     teachers = f" + {size(more)} of {what}" if more else ""
-    return f"{size(guess['run_bytes'])} (checkpoints + task){teachers}; saved: {size(guess['task_bytes'])}"
+    files = "checkpoints + task" if guess["steps"] else "task"
+    return f"{size(guess['run_bytes'])} ({files}){teachers}; saved: {size(guess['task_bytes'])}"
 
 
 def _model(model: dict[str, Any]) -> str:

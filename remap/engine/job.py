@@ -21,7 +21,7 @@ from remap.errors import TrainingError
 from remap.io.human_size import number_of
 from remap.network import Network, Runner
 from remap.progress import Progress
-from remap.recipe.schema import Recipe
+from remap.recipe.schema import Recipe, TrainSpec
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Objective
 from remap.remapping.signals import Signals
@@ -160,17 +160,16 @@ def tensors_of(student: Network, objective: Objective, teachers: Sequence[Teache
     return student.tensors | changing | parameters_of(student, objective)
 
 
-def bytes_of_a_run(student: Network, objective: Objective, teachers: Sequence[Teacher], copies: int = 0) -> int:
+def bytes_of_a_run(student: Network, objective: Objective, teachers: Sequence[Teacher], spec: TrainSpec) -> int:
     """Return the bytes on disk of three checkpoints (two stay while the next is written) and the task.
 
-    Args:
-        copies: How many more copies of what the student trains are in a checkpoint.
+    There are no checkpoints of a student that takes no step.
     """
-    more = copies * sum(tensor.nbytes for tensor in student.tensors.values())
+    more = spec.copies * sum(tensor.nbytes for tensor in student.tensors.values())
     changing = sum(tensor.nbytes for tensor in tensors_of(student, objective, teachers).values())
     # AdamW's two moments; its step counts are too small to matter.
     moments = 2 * sum(parameter.nbytes for parameter in parameters_of(student, objective).values())
-    return 3 * (changing + more + moments) + changing
+    return (3 * (changing + more + moments) if spec.by_steps else 0) + changing
 
 
 def epoch_plan(job: Job, accumulation: int) -> EpochPlan:

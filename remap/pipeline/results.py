@@ -31,7 +31,7 @@ def require_space(run_dir: RunDir, job: Job) -> None:
     """
     # A resumed run already has most of what it needs.
     written = sum(path.stat().st_size for path in run_dir.checkpoint.glob("*"))
-    missing = max(0, bytes_of_a_run(job.student, job.objective, job.teachers, job.recipe.train.copies) - written)
+    missing = max(0, bytes_of_a_run(job.student, job.objective, job.teachers, job.recipe.train) - written)
     disk_space.require_space(run_dir.path, missing, "its checkpoints and the tuned student")
 
 

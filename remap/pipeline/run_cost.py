@@ -31,6 +31,7 @@ class Estimate:
             also what is held in memory of images, outputs and features.
         run_bytes: Checkpoints and task: the free space that the run requires before it trains.
         disk_bytes: ``run_bytes`` (also of a baseline and of trials), a prepared teacher and teacher outputs on disk.
+        steps: 0 for a student that is fitted at once, or left as it is.
         seconds: Of the whole run: building networks, reading images, preparing the teacher, training, evaluation.
         preparing_seconds: Part of ``seconds``: giving the teacher its head.
         baseline_seconds: Part of ``seconds``: training the student by labels alone, to compare.
@@ -114,14 +115,16 @@ def run_cost(
     weights = _weight_bytes([components.student, *(teacher.network for teacher in components.teachers)])
     cached = {number for number, storage in storages.items() if storage.where != "each step"}
     # What does not fill a batch is left out of the epoch, as in training.
-    steps = max(1, len(training_source.split) // spec.batch_size) * spec.epochs
+    steps = max(1, len(training_source.split) // spec.batch_size) * spec.epochs if spec.by_steps else 0
     online = sum(seconds for number, seconds in profile.teacher_seconds.items() if number not in cached)
-    step_seconds = (profile.student_seconds + online) * spec.batch_size / processes
+    step_seconds = (profile.student_seconds + online) * spec.batch_size / processes if spec.by_steps else 0.0
+    fits = spec.fit in ("prototypes", "ridge")
     once = (
         sum(profile.teacher_seconds[number] for number in cached)
         * len(training_source.split)
         * recipe.data.finite_views
     )
+    once += profile.forward_seconds * len(training_source.split) / processes if fits else 0.0
     once += profile.stem_seconds * (len(training_source.split) + len(val.split))
     # The untrained student is evaluated too.
     passes = 1 + -(-spec.epochs // spec.eval_every)  # before the first epoch, and always after the last
@@ -142,7 +145,12 @@ def run_cost(
     trials = len(objectives(recipe)) if recipe.choose_losses else 0
     trying = trials * EPOCHS * (1 - HELD_OUT) * step_seconds * steps
     task = sum(p.numel() * p.element_size() for p in components.student.trained.values()) + TASK_RECORD
-    of_run = bytes_of_a_run(components.student, components.objective, list(teachers.values()), spec.copies)
+    of_run = bytes_of_a_run(components.student, components.objective, list(teachers.values()), spec)
+    width = max((p[0].numel() for p in components.student.head.values() if p.ndim > 1), default=0)
+    # Gradients and activations of steps, or features of all images and their products, both float64.
+    working = (3 + spec.copies) * trained_bytes + profile.activation_bytes * micro
+    if not spec.by_steps:
+        working = trained_bytes + (8 * width * (len(training_source.split) + width) if fits else 0)
     # Several teachers may be cached in different ways.
     in_memory = sum(storage.bytes for storage in storages.values() if storage.where == "memory")
     on_disk = sum(storage.bytes for storage in storages.values() if storage.where == "disk")
@@ -154,15 +162,14 @@ def run_cost(
         baseline_seconds=alone,
         trials_seconds=trying,
         memory_bytes=weights
-        + (3 + spec.copies) * trained_bytes
-        + profile.activation_bytes * micro
+        + working
         + (
             # On a GPU these are in the memory of the machine.
             in_memory + profile.features_bytes + training_source.cached_bytes
             if accelerator().device.type == "cpu"
             else 0
         ),
-        activation_bytes=profile.activation_bytes * micro,
+        activation_bytes=profile.activation_bytes * micro if spec.by_steps else 0,
         cache_bytes=in_memory,
         disk_cache_bytes=on_disk,
         features_bytes=profile.features_bytes,

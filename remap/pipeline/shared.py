@@ -128,6 +128,8 @@ class SharedResources:
 
     def training_steps(self, recipe: Recipe) -> int:
         """Return the steps that a run trains its student for, as far as a listing of its images tells."""
+        if not recipe.train.by_steps:
+            return 0
         data = self.index(recipe.data)
         others = 0 if data.unlabeled is None else len(data.unlabeled)
         images = others if recipe.data.unlabeled_only else len(data.train) + others

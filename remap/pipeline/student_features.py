@@ -19,7 +19,7 @@ def cache_features(components: RunComponents, progress: Progress, shared: Shared
     Empty where the method changes the network from its first layer on, where views change, where a loss reads
     attention inside the frozen part, or where memory does not suffice.
     """
-    needed = feature_bytes(components) if components.recipe.train.fit == "gradient" else None
+    needed = feature_bytes(components)
     if needed is None:
         return {}
     if needed > components.recipe.data.memory_gib * 2**30:
@@ -54,8 +54,8 @@ def cache_features(components: RunComponents, progress: Progress, shared: Shared
 def feature_bytes(components: RunComponents) -> int | None:
     """Return what caching the frozen features of all images takes; None where they cannot be cached."""
     seam, data, depth = components.student.attached.seam, components.recipe.data, components.student.anatomy.depth
-    # Augmented images change in every epoch, and with them their features.
-    if seam is None or data.augment != "none" or not data.finite_views:
+    # Augmented images change in every epoch, and with them their features. Without steps they are read once.
+    if not components.recipe.train.by_steps or seam is None or data.augment != "none" or not data.finite_views:
         return None
     # Signals inside the frozen part come from its forward pass, and the last block's from the whole network.
     if any(index < seam.first_block or index == depth for index in components.objective.student_needs().blocks):

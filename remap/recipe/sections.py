@@ -245,10 +245,15 @@ class TrainSpec(Section):
     @model_validator(mode="after")
     def _one_pass(self) -> Self:
         """A classifier that is fitted at once sees the images once."""
-        if self.fit != "gradient":
+        if not self.by_steps:
             object.__setattr__(self, "epochs", 1)
             object.__setattr__(self, "warmup_epochs", 0.0)
         return self
+
+    @property
+    def by_steps(self) -> bool:
+        """Whether the student is trained by steps, not fitted at once or left as it is."""
+        return self.fit == "gradient"
 
     @property
     def selects(self) -> bool:

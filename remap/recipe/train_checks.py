@@ -61,7 +61,7 @@ def _choice_problems(recipe: Recipe) -> Iterator[str]:
 def _fit_problems(recipe: Recipe) -> Iterator[str]:
     """Yield what a classifier that is fitted at once cannot follow, and what aligning lacks."""
     train, student = recipe.train, recipe.student
-    if train.fit != "gradient":
+    if not train.by_steps:
         names = ", ".join(loss.name for loss in recipe.losses if loss.name != "ce")
         if recipe.teachers or names:
             learns = "learns from labels alone" if train.fit != "none" else "learns nothing"
@@ -76,7 +76,7 @@ def _fit_problems(recipe: Recipe) -> Iterator[str]:
             yield f"train.fit: {train.fit} has no epochs to choose or average, nor weights of classes (leave them out)"
     if train.ridge is not None and train.fit != "ridge":
         yield "train.ridge: nothing is fitted by ridge regression (set train.fit=ridge, or leave it out)"
-    if train.align and (student.extends is None or train.fit != "gradient"):
+    if train.align and (student.extends is None or not train.by_steps):
         yield "train.align: there are no rows of new classes that steps have trained (set student.extends)"
     if train.align == "bias" and recipe.data.memory is None:
         yield "train.align: bias is fitted on held-out images of a memory, and there is none (name its size: --memory)"

@@ -14,6 +14,7 @@ from remap.pipeline.components import build_components
 from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
 from remap.recipe import resolve_distill
+from remap_cli import estimates
 
 
 def test_a_few_images_are_decoded(tiny: Any, monkeypatch: pytest.MonkeyPatch, watch: Callable[..., Any]) -> None:
@@ -56,6 +57,28 @@ def test_a_pass_that_serves_head_and_outputs_is_counted_once(tiny: Any, watch: C
 
     assert preparing() == 0.0 == preparing("teacher.cache=disk")
     assert preparing("teacher.cache=off") > 0.0 < preparing("data.augment=light", "data.views=2")
+
+
+def test_a_student_without_steps_costs_none(
+    tiny: Any, watch: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Batches of 8. By hand, three checkpoints with two moments of AdamW, and the task, are ten times the task."""
+    disk = {}
+    for fit, method in (("ridge", "ranpac"), ("prototypes", "linear"), ("gradient", "linear")):
+        recipe = tiny.recipe(f"train.fit={fit}", "train.batch_size=8", method=method, teacher=None, losses="ce")
+        found = dry_run.estimate(recipe, watch(lambda step: None))
+        guess, by_steps = found["estimate"], fit == "gradient"
+        disk[fit] = guess["run_bytes"]
+        assert guess["steps"] == (found["data"]["train_images"] // 8 * recipe.train.epochs if by_steps else 0)
+        assert (guess["step_seconds"] > 0, guess["activation_bytes"] > 0) == (by_steps, by_steps)
+        assert guess["seconds"] > 0 < guess["memory_bytes"]
+        assert (SharedResources().training_steps(recipe) > 0) == by_steps
+        estimates.show(found)
+        printed = capsys.readouterr().out
+        assert [word in printed for word in ("no training steps", "learning rate", "checkpoints")] == [
+            *(not by_steps, by_steps, by_steps)
+        ]
+    assert disk["gradient"] == 10 * disk["prototypes"]
 
 
 def test_images_that_cannot_be_read_are_an_error(tmp_path: Path, tiny: Any, watch: Callable[..., Any]) -> None:
