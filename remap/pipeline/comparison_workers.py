@@ -119,10 +119,16 @@ class Pool:
         require_all(self._failed, len(cells))
 
     def _start(self, slot: Slot) -> None:
-        ours, theirs = self._context.Pipe()
-        words = (theirs, slot, self._output, self._recipe)
-        process = self._context.Process(target=work, args=words, daemon=False)
-        process.start()
+        """Start a process; where the system refuses one, raise a RunError."""
+        try:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=work, args=(theirs, slot, self._output, self._recipe), daemon=False)
+            process.start()
+        except (OSError, EOFError) as error:  # EOFError: of the fork server, which could not start it
+            reason = (isinstance(error, OSError) and error.strerror) or "the system refuses it"
+            what = f"cannot start another process for the cells, beside {len(self._workers)}: {reason}"
+            do = "start the same comparison again with fewer: --jobs N (finished cells are not run again)"
+            raise RunError(what, do=do) from error
         theirs.close()  # else the end of the process would not end the connection
         self._workers[ours] = Worker(process, slot)
 

@@ -1,6 +1,7 @@
 """Cells side by side: the same tasks and table as one after the other, and what a process that ends takes with it."""
 
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -348,3 +349,25 @@ def test_free_memory_is_what_control_groups_leave(
     monkeypatch.setattr(device_memory, "PROC", tmp_path)
     monkeypatch.setattr(device_memory, "CGROUPS", tmp_path / "g")
     assert device_memory.free_bytes() == free
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (BlockingIOError(11, "Resource temporarily unavailable"), "Resource temporarily unavailable"),
+        (EOFError(), "refuses"),
+    ],
+)
+def test_a_process_that_the_system_refuses_is_one_error(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, says: str
+) -> None:
+    """By itself, or through the fork server, of which there is no more than the end of a file."""
+
+    def refused(**_: Any) -> None:
+        raise error
+
+    pool = workers.Pool([workers.Slot(1)], tmp_path, tiny.recipe(), Silent())
+    monkeypatch.setattr(pool, "_context", SimpleNamespace(Pipe=multiprocessing.Pipe, Process=refused))
+    with pytest.raises(RunError, match=f"cannot start another process for the cells, beside 0: .*{says}") as caught:
+        pool.run([SimpleNamespace(name="cell")])  # type: ignore[list-item]
+    assert "--jobs N" in (caught.value.do or "")
