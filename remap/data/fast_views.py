@@ -1,4 +1,4 @@
-"""Faster views: torchvision's decoder of JPEG and PyTorch's resize. Their pixels differ a little from Pillow's.
+"""Faster views: PyTorch's decoders of JPEG (torchcodec, torchvision) and its resize, which is not quite Pillow's.
 
 The centre crop begins and ends at whole pixels (torchvision's does too), and a JPEG far larger than the view is decoded
 at a quarter or eighth of its size. Letters: C channels, H and W height and width in pixels.
@@ -19,10 +19,13 @@ from torch.nn import functional as F
 
 from remap.data.images import MAX_BYTES, decode_channels, open_picture, require_small
 from remap.data.pixels import Pixels
-from remap.errors import RemapError
+from remap.errors import DataError, RemapError
 from remap.io.checked_read import read_regular
+from remap.io.versions import install_command
 
-warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision are deprecated")
+# Of torchvision from 0.29 on: what comes after it is taken where it is installed.
+_SUPERSEDED = "The image decoding and encoding capabilities of TorchVision are deprecated"
+warnings.filterwarnings("ignore", message=_SUPERSEDED, category=DeprecationWarning)
 
 # What PyTorch resizes like Pillow; views of other interpolations are Pillow's.
 INTERPOLATIONS = ("bicubic", "bilinear")
@@ -106,9 +109,31 @@ def _jpeg(data: bytes, pixels: Pixels, height: int, width: int, crop_pct: float)
 
 @cache
 def _decoder() -> Callable[[Tensor], Tensor] | None:
-    """Return torchvision's decoder of JPEG, whose pixels are Pillow's; None in versions that have none any more."""
+    """Return a decoder of JPEG whose pixels are Pillow's: torchcodec's where it is installed, else torchvision's.
+
+    None without either: Pillow makes the same views, more slowly.
+    """
+    try:
+        from torchcodec.decoders import decode_jpeg as decode  # from 0.16 on
+
+        return partial(decode, mode="RGB")
+    except (ImportError, OSError, RuntimeError):  # not here, or built for another PyTorch
+        pass
     try:
         from torchvision.io import ImageReadMode, decode_jpeg  # half a second
     except ImportError:
         return None
     return partial(decode_jpeg, mode=ImageReadMode.RGB)
+
+
+def require_decoder() -> None:
+    """Refuse to train with ``data.decode=fast`` where it is not faster.
+
+    Raises:
+        DataError: There is no decoder.
+    """
+    if _decoder() is None:
+        raise DataError(
+            "data.decode=fast: this torchvision decodes no JPEG any more, and there is no torchcodec",
+            do=f"{install_command('fast')}, or set data.decode=exact, whose pixels differ a little",
+        )

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from remap.backbones.build import require_at_hand
+from remap.data.fast_views import require_decoder
 from remap.distributed.launch import accelerator, check_processes
 from remap.errors import WeightsError
 from remap.network import Network
@@ -37,6 +38,8 @@ def estimate(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     check_processes(recipe.train.processes)
     require_rate(recipe)
     require_installed(recipe)
+    if recipe.data.decode == "fast":
+        require_decoder()
     recipe = _at_hand(without_idle_losses(recipe, progress).written_out(), progress)
     shared = SharedResources(read_ahead=False)
     started = time.perf_counter()

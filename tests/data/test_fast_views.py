@@ -1,18 +1,25 @@
 """``data.decode=fast``: torchvision's decoder and PyTorch's resize against Pillow's own calls on the same files."""
 
 import io
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 from remap.data import fast_views
 from remap.data.images import BadImage
 from remap.data.pixels import Pixels
 from remap.data.views import View
+from remap.errors import DataError
+from remap.pipeline.run import validate_inputs
+from remap.pipeline.shared import SharedResources
+from remap.recipe import resolve
 
 VIEW = View(32, 0.875, "bicubic", Pixels(decode="fast"))
 
@@ -67,6 +74,38 @@ def test_torchvision_decodes_what_pillow_would_and_pillow_the_rest(monkeypatch: 
         upright = ImageOps.exif_transpose(Image.open(io.BytesIO(files[name])))
         assert upright.size == (96, 128)
         assert np.abs(made[name] - pillow(upright, (6, 22, 90, 106))).max() <= 1
+
+
+def test_training_without_a_decoder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torchvision without decoders, and no torchcodec; a run checks before it makes its folder."""
+    monkeypatch.setattr(fast_views, "_decoder", lambda: None)
+    with pytest.raises(DataError, match="decodes no JPEG any more") as caught:
+        validate_inputs(resolve(None, {}, ["data.decode=fast"]), SharedResources())
+    assert "data.decode=exact" in (caught.value.do or "")
+
+
+def test_torchcodec_decodes_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torchcodec from before 0.16, or for another PyTorch, leaves it to torchvision."""
+    calls: list[dict[str, Any]] = []
+    codec = ModuleType("torchcodec.decoders")
+    monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", codec)
+    decoder = fast_views._decoder.__wrapped__
+    assert decoder().func.__module__.startswith("torchvision")
+    codec.decode_jpeg = lambda data, **options: calls.append(options)  # type: ignore[attr-defined]
+    decoder()(b"")
+    assert calls == [{"mode": "RGB"}]
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0, "quality": 95}], ids=str)
+def test_a_decoder_has_the_pixels_of_pillow(options: dict[str, Any]) -> None:
+    """Of torchcodec where it is installed, else of torchvision."""
+    for image in (picture(), picture().convert("L"), picture((131, 97))):
+        data = encoded(image, **options)
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).transpose(2, 0, 1)
+        decode = fast_views._decoder()
+        assert decode is not None
+        assert np.array_equal(decode(torch.frombuffer(bytearray(data), dtype=torch.uint8)).numpy(), expected)
 
 
 def test_a_much_larger_jpeg_is_decoded_at_reduced_size() -> None:
