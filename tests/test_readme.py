@@ -17,6 +17,7 @@ from remap.remapping import LOSSES
 from remap.remapping.architecture import ARCHITECTURES
 from remap.remapping.weights import INITS
 from remap.tuning import CATEGORIES, METHODS
+from remap_cli import run_summary
 from remap_cli.app import app
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +88,31 @@ def test_names_in_the_table_of_category_5_exist() -> None:
         (line,) = re.findall(rf"^\| {title} \|.*$", README, flags=re.MULTILINE)
         names = set(re.findall(r"`(\w+)`", line))
         assert names and names <= known, names - known
+
+
+def test_the_first_output_is_all_that_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without figures and widths, which tools/first_run.py checks; the report comes after the table."""
+    (block,) = [one for one in _blocks("text") if "student + " in one]
+    (method,) = re.findall(r"student \+ (\w+)", block)
+    share = {"accuracy": 0.9, "interval": [0.8, 1.0]}
+    counts = {"trainable_parameters": 1_000, "total_parameters": 10_000, "task_bytes": 2_000}
+    summary = {
+        "run_dir": f"runs/digits-{method}-001",
+        "method": method,
+        "seconds": 162.0,
+        "data": {"source": "digits", "val_images": 797, "train_images": 1000, "labeled_images": 200},
+        "teacher": {**share, "model": "mini_teacher", "total_parameters": 1_500_000},
+        "student": {**counts, "accuracy": 0.95, "interval": [0.9, 1.0]},
+        "baseline": share,
+    }
+    run_summary.show(summary)
+
+    def words(text: str) -> list[str]:
+        lines = [re.sub(r"[\d.,]*\d[\d.,]*", "N", line).replace("─", "") for line in text.splitlines()]
+        return [" ".join(line.split()) for line in lines if line.strip()]
+
+    *shown, report = words(block)
+    assert shown == words(capsys.readouterr().out) and report == f"report: runs/digits-{method}-N/report.html"
 
 
 def test_linked_files_exist() -> None:
