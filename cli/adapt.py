@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from remap.runs.interval import with_interval
+from remap.runs.summary_schema import measured_of
 from remap_cli import console
 from remap_cli import options as opt
 
@@ -52,6 +52,6 @@ def adapt(
     data, student = found["data"], found["student"]
     rows = [["images", f"{data['train_images']:,}"], ["run directory", found["run_dir"]]]
     if student["accuracy"] is not None:
-        before, after = (with_interval(student[key], data["val_images"]) for key in ("initial_accuracy", "accuracy"))
+        before, after = (str(measured_of(found, student, key)) for key in ("initial_accuracy", "accuracy"))
         rows = [["accuracy before", before], ["accuracy after", after], *rows]
     console.table(f"{run} adapted to {target}", ["", by], rows)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remap.io.human_size import size
-from remap.runs.summary_schema import choice_in_words, metric_of, shown
+from remap.runs.summary_schema import choice_in_words, measured_of, metric_of
 from remap_cli import console
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def announce(recipe: "Recipe", progress: console.Reporter) -> None:
     chosen = "chosen by trials (auto)" if recipe.choose_losses else losses
     progress.say(f"method   {recipe.method.name}{_changed(recipe)}, losses {chosen}")
     if recipe.baseline:
-        progress.say("baseline the same student by labels alone, trained afterwards (--no-baseline leaves it out)")
+        progress.say("baseline the same student by labels alone, as many steps, trained last (--no-baseline: none)")
 
 
 def _meaning(word: str, short_names: dict[str, str]) -> str:
@@ -66,15 +66,15 @@ def show(summary: dict[str, Any]) -> None:
     share = student["trainable_parameters"] / student["total_parameters"]
     rows = []
     for number, teacher in enumerate(teachers, start=1):
-        accuracy = "-" if teacher["accuracy"] is None else shown(summary, teacher["accuracy"])
+        accuracy = "-" if teacher["accuracy"] is None else str(measured_of(summary, teacher))
         name = f"teacher {number}" if more else "teacher"
         rows.append([name, accuracy, console.count(teacher["total_parameters"]), "0", "-"])
     if "baseline" in summary:
-        rows.append(["labels only", shown(summary, summary["baseline"]["accuracy"]), "", "", ""])
+        rows.append(["labels only", str(measured_of(summary, summary["baseline"])), "", "", ""])
     rows.append(
         [
             f"student + {summary['method']}",
-            "-" if label_free or student["accuracy"] is None else shown(summary, student["accuracy"]),
+            "-" if label_free or student["accuracy"] is None else str(measured_of(summary, student)),
             console.count(student["total_parameters"]),
             f"{console.count(student['trainable_parameters'])} ({share:.1%})",
             size(student["task_bytes"]),

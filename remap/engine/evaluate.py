@@ -94,8 +94,8 @@ class _Pass:
                 unreadable = bool(self.source.bad) and not self.skip_bad
                 any_out_of_memory, any_unreadable = all_reduce_max(self.accelerator, out_of_memory, unreadable)
                 if any_unreadable:  # on all processes at once, or the others would wait for the one that raises
-                    require_readable(self.source, self.what, self.skip_bad)  # raises where this process is the one
-                    raise ProcessLost(f"another process cannot read one of the {self.what} images")
+                    require_readable(self.source, "evaluation", self.skip_bad)  # raises where this process is the one
+                    raise ProcessLost("another process cannot read one of the evaluation images")
                 if any_out_of_memory:
                     # Fragments of the failed pass would make the smaller one fail too.
                     clear_device_cache(garbage_collection=True)

@@ -16,6 +16,9 @@ from torch.nn import functional as F
 from remap.data import METRIC, MULTILABEL
 from remap.engine.evaluation import MOST, Evaluation, Scoring
 
+# Draws of the bootstrap; of so many answers or more, a fifth of them: of 400,000, one takes 15 ms.
+DRAWS, LARGE = 1000, 200_000
+
 
 @dataclass(frozen=True)
 class SetEvaluation(Evaluation):
@@ -52,16 +55,24 @@ class SetEvaluation(Evaluation):
         columns = zip(self.scores_NC[seen_N].T, self.labels_NC[seen_N].T == 1, strict=True)
         return [average_precision(scores_N, has_N) if has_N.any() else None for scores_N, has_N in columns]
 
-    def interval(self, draws: int = 1000) -> tuple[float, float]:
-        """Return the 95 % interval of ``merit``: percentiles over draws of as many images with replacement.
+    def interval(self) -> tuple[float, float]:
+        """Return the 95 % interval of ``merit`` by the percentile bootstrap (Efron 1979)."""
+        low, high = map(float, np.percentile(self.draws_K, (2.5, 97.5))) if len(self.draws_K) else (0.0, 1.0)
+        return min(low, self.merit), max(high, self.merit)
 
-        The percentile bootstrap (Efron 1979), the same every time. A draw without an image of a class leaves it out.
+    @cached_property
+    def draws_K(self) -> np.ndarray:
+        """``merit`` on K draws of as many images with replacement; none where no image has a class.
+
+        The same images every time, so that networks which saw the same ones can be compared draw by draw. A draw
+        without an image of a class leaves it out.
         """
         seen_N = self.predictions_N >= 0
         scores_CN, has_CN = self.scores_NC[seen_N].T, self.labels_NC[seen_N].T == 1
         scores_CN, has_CN = scores_CN[has_CN.any(1)], has_CN[has_CN.any(1)]
         if not len(has_CN):
-            return 0.0, 1.0
+            return np.zeros(0)
+        draws = DRAWS if scores_CN.size < LARGE else DRAWS // 5
         order_CN = np.argsort(-scores_CN, axis=1, kind="stable")
         scores_CN, has_CN = (np.take_along_axis(rows, order_CN, 1) for rows in (scores_CN, has_CN))
         # Images of equal scores share a threshold: the precision at the last of them counts for each.
@@ -78,8 +89,7 @@ class SetEvaluation(Evaluation):
             total_C = hits_CN.sum(1)
             sums_C = (hits_CN * np.take_along_axis(precision_CN, last_CN, 1)).sum(1)
             found.append(float((sums_C[total_C > 0] / total_C[total_C > 0]).mean()) if total_C.any() else 0.0)
-        low, high = np.percentile(found, (2.5, 97.5))
-        return float(low), float(high)
+        return np.array(found)
 
     @property
     def named_NC(self) -> np.ndarray:

@@ -38,7 +38,7 @@ def why_none(components: RunComponents) -> str | None:
 
 def baseline_figures(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the summary of a run says of its baseline, from the baseline's own."""
-    names = ("accuracy", "correct", "test_accuracy")
+    names = ("accuracy", "interval", "correct", "test_accuracy")
     # There is a test accuracy only where the data has test images.
     figures = {name: summary["student"][name] for name in names if name in summary["student"]}
     return {**figures, **{name: summary[name] for name in ("losses", "epochs", "seconds")}}

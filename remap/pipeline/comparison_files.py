@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from remap.io import atomic_write
-from remap.io.human_size import size
+from remap.io.human_size import number_of, size
 from remap.io.names import plain
 
 RECORD = "compare.json"
@@ -84,16 +84,17 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 def _notes(table: dict[str, Any]) -> list[str]:
     """Return what a reader has to know of the figures."""
-    seeds, teacher = len(table["seeds"]), table["teacher"]
+    seeds, teacher = number_of(len(table["seeds"]), "seed"), table["teacher"]
     known = "" if teacher["accuracy"] is None else f", {table['metric']} {teacher['accuracy']:.1%}"
     notes = [
         f"{table['student']} on {table['data']}: {table['metric']} in % on {table['images']} evaluation images,"
-        f" {seeds} seeds (mean, standard deviation), {table['epochs']} epochs. Teacher: {teacher['model']}{known}.",
+        f" {seeds} (mean, standard deviation), {table['epochs']} epochs. Teacher: {teacher['model']}{known}.",
         "Differences are in points, with the teacher less labels alone, and with the teacher less full tuning on labels"
         f" alone; 95% intervals over the same images and seeds, {_UNCLEAR} where 0 is inside."
         f" A star is on the Pareto front of trained parameters and {table['metric']} with the teacher.",
     ]
-    pairs = sorted(table["pairs"], key=lambda pair: -pair["ensemble_gain"])[:3]
+    together = [pair for pair in table["pairs"] if "ensemble_gain" in pair]  # not of mAP
+    pairs = sorted(together, key=lambda pair: -pair["ensemble_gain"])[:3]
     if pairs:
         best = "; ".join(
             f"{' and '.join(pair['methods'])} {100 * pair['ensemble_gain']:+.1f} points"

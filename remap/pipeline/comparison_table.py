@@ -6,22 +6,31 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from remap.pipeline.comparison_cells import ALONE, TEACHER, Cell, category_title
 from remap.recipe.schema import Recipe
-from remap.runs.answers import read_evidence
-from remap.runs.interval import paired
+from remap.runs.answers import Evidence, read_evidence
+from remap.runs.interval import paired, paired_draws
 from remap.runs.run_dir import RunDir
 from remap.runs.summary_schema import metric_of
 from remap.tuning import CATEGORIES
 
 # Normalising constant of the performance-parameter trade-off.
 PPT_PARAMETERS = 1e7
+# Predictions (S, N), their probabilities, and the labels (N,); of seeds S and images N.
 _Answered = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]
+
+
+class _Ranked(NamedTuple):
+    """The mAP of S seeds, also on K resamples of their images, which ``images`` tells from others."""
+
+    images: Any
+    figures_S: NDArray[np.float64]
+    draws_SK: NDArray[np.float64]
 
 
 def ppt(accuracy: float, parameters: int) -> float:
@@ -38,7 +47,7 @@ def tabulate(recipe: Recipe, cells: Sequence[Cell], output: Path) -> dict[str, A
         return RunDir.open(output / name).summary()
 
     @cache
-    def answers(names: tuple[str, ...]) -> _Answered | None:
+    def answers(names: tuple[str, ...]) -> _Answered | _Ranked | None:
         return _answers([output / name for name in names])
 
     def names(label: str, objective: str) -> tuple[str, ...]:
@@ -140,22 +149,42 @@ def _alike(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[int]:
     return [index for index, one in enumerate(rows) if key(one) == key(row)]
 
 
-def _answers(runs: Sequence[Path]) -> _Answered | None:
-    """Return predictions (S, N), their probabilities and the labels (N,) of the runs of all seeds."""
+def _answers(runs: Sequence[Path]) -> _Answered | _Ranked | None:
+    """Return what the runs of all seeds answered; None where they cannot be compared image by image."""
     found = [one for run in runs if (one := read_evidence(run)) is not None]
-    if len(found) < len(runs) or any(one.labels != found[0].labels or one.multilabel for one in found):
-        return None  # runs of earlier versions, or answers that are not right or wrong
+    if len(found) < len(runs) or any(one.labels != found[0].labels for one in found):
+        return None  # runs of earlier versions
+    if found[0].multilabel:
+        return _ranked(found)
     predictions_SN = np.array([one.student.predictions for one in found], np.int64)
     confidences_SN = np.array([one.student.confidences for one in found], np.float64)
     return predictions_SN, confidences_SN, np.array(found[0].labels, np.int64)
 
 
-def _difference(first: _Answered | None, second: _Answered | None) -> dict[str, Any] | None:
-    """Return the mean difference of accuracy, its interval, and whether that leaves 0 out."""
+def _ranked(found: Sequence[Evidence]) -> _Ranked | None:
+    seen = [[loss >= 0 for loss in one.student.losses] for one in found]
+    draws = [one.student.draws for one in found]
+    if not all(draws) or any(one != seen[0] for one in seen):
+        return None  # runs of earlier versions, or draws of other images
+    known = [[share for share in one.student.precision or () if share is not None] for one in found]
+    return _Ranked((found[0].labels, seen[0]), np.array([statistics.fmean(one) for one in known]), np.array(draws))
+
+
+def _difference(first: _Answered | _Ranked | None, second: _Answered | _Ranked | None) -> dict[str, Any] | None:
+    """Return the mean difference of accuracy or mAP, its interval, and whether that leaves 0 out."""
     # Paired by image and seed: both need the same images in the same order, and as many seeds.
-    if first is None or second is None or not np.array_equal(first[2], second[2]) or len(first[0]) != len(second[0]):
+    if first is None or second is None:
         return None
-    mean, low, high = paired(first[0] == first[2], second[0] == second[2])
+    if isinstance(first, _Ranked) or isinstance(second, _Ranked):
+        if not (isinstance(first, _Ranked) and isinstance(second, _Ranked)):
+            return None
+        if first.images != second.images or first.draws_SK.shape != second.draws_SK.shape:
+            return None
+        mean, low, high = paired_draws(first.figures_S - second.figures_S, first.draws_SK - second.draws_SK)
+    elif not np.array_equal(first[2], second[2]) or len(first[0]) != len(second[0]):
+        return None
+    else:
+        mean, low, high = paired(first[0] == first[2], second[0] == second[2])
     return {"mean": mean, "low": low, "high": high, "distinguishable": low > 0 or high < 0}
 
 
@@ -166,10 +195,16 @@ def _dominates(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return one != two and one[0] <= two[0] and one[1] <= two[1]
 
 
-def _pairs(answered: Sequence[tuple[str, _Answered | None]]) -> list[dict[str, Any]]:
-    """Return difference, agreement and ensemble (the surer answer) of every two methods, with the teacher."""
-    pairs = []
+def _pairs(answered: Sequence[tuple[str, _Answered | _Ranked | None]]) -> list[dict[str, Any]]:
+    """Return difference, agreement and ensemble (the surer answer) of every two methods, with the teacher.
+
+    Where an image has any number of classes, the difference alone.
+    """
+    pairs: list[dict[str, Any]] = []
     for (first, one), (second, two) in combinations(answered, 2):
+        if isinstance(one, _Ranked) or isinstance(two, _Ranked):
+            pairs.append({"methods": [first, second], "difference": _difference(one, two)})
+            continue
         if one is None or two is None or one[0].shape != two[0].shape:
             continue
         right = one[2]

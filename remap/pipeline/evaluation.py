@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from remap.data.fingerprint import Contents
-from remap.data.image_files import Skipped, counted
+from remap.data.image_files import Skipped, left_out
 from remap.data.sources import open_data, read_all
 from remap.data.splits import Split
 from remap.data.views import ViewSource
@@ -15,14 +15,12 @@ from remap.distributed.interrupts import watch_signals
 from remap.distributed.launch import accelerator, use_bf16
 from remap.engine.evaluate import batch_size_of_evaluation, evaluate
 from remap.engine.metrics import metrics
-from remap.engine.multilabel import SetEvaluation
 from remap.errors import RunError
-from remap.io.human_size import number_of
 from remap.network import choose_attention
+from remap.pipeline.judged import measured
 from remap.pipeline.shared import source_arguments
 from remap.progress import Progress
 from remap.recipe.schema import DataSpec
-from remap.runs.interval import wilson
 from remap.runs.run_dir import RunDir
 from remap.runs.task import load_task, require_classifier
 
@@ -48,9 +46,9 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
     # trains: a student keeps the kernel that it was trained with, also where it only answers.
     choose_attention(network, recipe.train.fused_attention, device, bf16=bf16, trains=True)
     with run.images(instead=", or name others with --data") if data is None else nullcontext():
-        split, source, left_out = _split(recipe.data, data, network.classes or ())
-    if left_out:
-        progress.say(f"left out {number_of(len(left_out), 'other file')}: {counted(left_out)}")
+        split, source, others = _split(recipe.data, data, network.classes or ())
+    if others:
+        progress.say(left_out(others))
     images = ViewSource(split, view, memory_bytes=recipe.data.memory_gib * 2**30, workers=recipe.data.workers)
     # Decoded once, so that unreadable files are known before the first batch.
     images.load(progress, "evaluation images")
@@ -62,7 +60,7 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
             batch_size=batch_size_of_evaluation(recipe),
             bf16=bf16,
             progress=progress,
-            what="held-out" if data is None else Path(data).name,
+            what="the student" if data is None else f"the student on {Path(data).name}",
             skip_bad=skip_bad or recipe.data.skip_bad,
         )
     # Each process read its share; the report lists all bad files.
@@ -85,9 +83,9 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
         "accuracy": found.merit,
         "correct": found.correct,
         "images": found.count,
-        "interval": list(found.interval() if isinstance(found, SetEvaluation) else wilson(found.merit, found.count)),
+        "interval": list(measured(found)[1:]),
         "metrics": metrics(found, split.labels),
-        "left_out": dict(Counter(reason for _, reason in left_out)),
+        "left_out": dict(Counter(reason for _, reason in others)),
         "skipped": [list(item) for item in images.bad_names()],
         "classes": classes,
     }
@@ -114,5 +112,5 @@ def _split(spec: DataSpec, data: str | None, classes: tuple[str, ...]) -> tuple[
         # Images without labels are not evaluated, and need not be at hand any more.
         opened = open_data(*source_arguments(spec.model_copy(update={"unlabeled": None, "target": None})))
         return opened.val, opened.source, opened.skipped
-    split, left_out = read_all(data, classes, spec.depth, spec.task)
-    return split, data, left_out
+    split, others = read_all(data, classes, spec.depth, spec.task)
+    return split, data, others

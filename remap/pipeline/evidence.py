@@ -74,6 +74,7 @@ def _answers(found: Evaluation) -> Answers:
             confidences=[sure_C[classes].tolist() for sure_C, classes in zip(sure_NC, named, strict=True)],
             losses=found.losses_N.round(4).tolist(),
             precision=found.precision_C,
+            draws=found.draws_K.round(6).tolist(),
         )
     return Answers(
         predictions=found.predictions_N.tolist(),

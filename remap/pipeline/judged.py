@@ -15,6 +15,7 @@ from remap.distributed.launch import accelerator, broadcast_str
 from remap.distributed.sharding import gather_full
 from remap.engine.evaluate import batch_size_of_evaluation
 from remap.engine.evaluation import Evaluation
+from remap.engine.multilabel import SetEvaluation
 from remap.errors import RunError
 from remap.io import atomic_write
 from remap.io.checked_read import read_regular
@@ -22,12 +23,14 @@ from remap.io.sealed_json import parse_sealed, sealed_text
 from remap.network import Network
 from remap.pipeline.shared import DataViews
 from remap.recipe.schema import Recipe
+from remap.runs.interval import Measured, share_of
 from remap.runs.run_records import JUDGED
 
 Figure = TypeVar("Figure")
-# Accuracies, and what ``remap.pipeline.judge`` returns.
+# Accuracies, those with their intervals, and what ``remap.pipeline.judge`` returns.
 _FIGURES = TypeAdapter(
-    dict[str, float | dict[str, dict[str, float]] | None], config=ConfigDict(strict=True, allow_inf_nan=False)
+    dict[str, float | list[float] | dict[str, dict[str, float]] | None],
+    config=ConfigDict(strict=True, allow_inf_nan=False),
 )
 _MOST_BYTES = 2**20
 
@@ -77,6 +80,18 @@ def judged_once(folder: Path, what: str, of: str, compute: Callable[[], Figure])
             atomic_write.make_folder(folder)
             atomic_write.write_text(path, sealed_text(known))
     return known[key]
+
+
+def measured(found: Evaluation) -> Measured:
+    """Return the figure that networks are compared by with its interval: Wilson's, or of mAP the bootstrap's."""
+    if isinstance(found, SetEvaluation):
+        return Measured(found.merit, *found.interval())
+    return share_of(found.merit, found.count)
+
+
+def measured_once(folder: Path, what: str, of: str, evaluate: Callable[[], Evaluation]) -> Measured:
+    """Return the figure of an evaluation with its interval as ``judged_once`` does."""
+    return Measured(*judged_once(folder, f"{what}, with its interval,", of, lambda: list(measured(evaluate()))))
 
 
 def _read(path: Path) -> dict[str, object]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from remap.backbones.build import require_at_hand
 from remap.cache.output_format import OutputFormat
+from remap.data import METRIC
+from remap.data.fast_views import require_decoder
 from remap.distributed.launch import accelerator, broadcast_str, check_processes
 from remap.engine.callback import Callback
 from remap.engine.checkpoint import has_checkpoint
@@ -15,6 +17,7 @@ from remap.engine.job import Job, require_divisible
 from remap.engine.loop import train
 from remap.engine.state import State
 from remap.errors import RecipeError, RunError, TrainingError
+from remap.io.human_size import number_of
 from remap.io.paths import expanded
 from remap.network import Network
 from remap.pipeline.baseline import baseline_figures, baseline_recipe
@@ -135,7 +138,8 @@ def run(
         evaluations = evaluate_at_end(components, tracker, progress, state)
         summary = summarize(components, tracker, untrained, evaluations, state)
         summary |= {"frozen": unchanged, "trainables": list(job.parameters()), **tried(run_dir)}
-        summary |= measure_sessions(components, run_dir, untrained, evaluations.val, shared, progress)
+        before = untrained and untrained.value
+        summary |= measure_sessions(components, run_dir, before, evaluations.val, shared, progress)
         if main:
             write_evidence(components, run_dir.path, evaluations.val, progress)
             write_results(components, run_dir, summary, state, clock, fitting, progress)
@@ -241,6 +245,8 @@ def validate_inputs(recipe: Recipe, shared: SharedResources) -> None:
     """
     require_held_out_once(recipe)
     require_installed(recipe)
+    if recipe.data.decode == "fast":
+        require_decoder()
     classes = shared.classes(recipe)
     for spec in recipe.teachers:
         OutputFormat((len(classes),), top_k=spec.top_k)
@@ -270,7 +276,7 @@ def _learn(
     """Train by steps, fit the classifier at once, or leave the student as its method starts it."""
     if components.recipe.train.fit == "none":
         return leave_untrained(job, tracker)
-    if components.recipe.train.fit != "gradient":
+    if not components.recipe.train.by_steps:
         return fit_at_once(components, tracker, shared, progress)
     require_correctable(components)
     progress.say(trained_text(job.parameters(), components.student))
@@ -316,7 +322,8 @@ def _choose_losses(
     accuracies, several = {}, list(trials(recipe, own))
     epochs = several[-1][1].train.epochs
     check_teachers(build_components(recipe, run_dir, progress, shared), progress)  # before any trial
-    progress.say(f"choosing the losses: {len(several)} objectives, {epochs} epochs each, by held-out training images")
+    each = number_of(epochs, "epoch")
+    progress.say(f"choosing the losses: {len(several)} objectives, {each} each, by held-out training images")
     for name, trial in several:
         lend_teachers(recipe, trial, own)
         folder = open_or_create(run_dir.trials / name, trial)
@@ -325,8 +332,8 @@ def _choose_losses(
         accuracies[name] = found["student"]["accuracy"]
     recipe = chosen(recipe, accuracies, shared).written_out()
     losses = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in accuracies.items())
-    names = " and ".join(loss.name for loss in recipe.losses)
-    progress.say(f"chosen: {names}{'' if recipe.teachers else ', without the teacher'} (held-out accuracy: {losses})")
+    names = " and ".join(loss.name for loss in recipe.losses) + ("" if recipe.teachers else ", without the teacher")
+    progress.say(f"chosen: {names} (held-out {METRIC[recipe.data.task]}: {losses})")
     if accelerator().is_main_process:
         run_dir.settle(recipe)
         locks.enter_context(run_dir.held())  # recipe.yaml is another file now; the lock is on the one before
@@ -336,8 +343,8 @@ def _choose_losses(
 
 def _require_checkpoints(recipe: Recipe, run_dir: RunDir, resuming: bool) -> None:
     """A run that was trained before must not start from its beginning without a word."""
-    by_steps = recipe.train.fit == "gradient"
-    if by_steps and resuming and (run_dir.path / "metrics.jsonl").is_file() and not has_checkpoint(run_dir.checkpoint):
+    trained = recipe.train.by_steps and resuming and (run_dir.path / "metrics.jsonl").is_file()
+    if trained and not has_checkpoint(run_dir.checkpoint):
         raise RunError(
             f"the checkpoints of {run_dir.path} are gone; it had been trained for {len(run_dir.metrics())} epochs",
             do=f"bring {run_dir.checkpoint} back, or start the run again in another --output",

@@ -11,6 +11,7 @@ from typing import Any
 
 from remap.errors import DataError
 from remap.io import atomic_write
+from remap.io.human_size import number_of
 from remap.io.names import plain
 from remap.pipeline.compare import Plan, compare, resumable
 from remap.pipeline.comparison_cells import chosen_methods
@@ -18,6 +19,7 @@ from remap.pipeline.comparison_files import interval
 from remap.progress import Progress, Within
 from remap.recipe.schema import Recipe
 from remap.recipe.suite import Suite, SuiteSet
+from remap.runs.summary_schema import metric_of
 
 RECORD = "suite.json"
 
@@ -110,7 +112,8 @@ def summarize_suite(tables: Mapping[str, dict[str, Any]], group_of: Mapping[str,
             }
         )
     sets = {name: {"group": group_of[name], "images": table["images"]} for name, table in tables.items()}
-    return {"sets": sets, "seeds": next(iter(tables.values()))["seeds"], "rows": rows}
+    metric = " or ".join(dict.fromkeys(map(metric_of, tables.values())))
+    return {"sets": sets, "metric": metric, "seeds": next(iter(tables.values()))["seeds"], "rows": rows}
 
 
 def _means(found: Mapping[str, dict[str, Any]], group_of: Mapping[str, str | None], side: str) -> dict[str, Any]:
@@ -172,8 +175,8 @@ def _markdown(found: dict[str, Any]) -> str:
             cells = [title, *(f"{100 * value:.1f}" for value in values), interval(gap), clear]
             lines.append(f"| {' | '.join(map(plain, cells))} |")
     note = (
-        f"Accuracy in %, mean over {len(found['seeds'])} seeds. The difference to full tuning on labels alone is the"
-        f" mean over {len(names)} sets, in points, with a 95% interval over sets; the last column says on how many of"
-        " them the paired interval leaves 0 out."
+        f"The {found['metric']} in %, mean over {number_of(len(found['seeds']), 'seed')}. The difference to full tuning"
+        f" on labels alone is the mean over {len(names)} sets, in points, with a 95% interval over sets; the last"
+        " column says on how many of them the paired interval leaves 0 out."
     )
     return f"{note}\n\n" + "\n".join(lines) + "\n"

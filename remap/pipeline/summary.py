@@ -21,8 +21,10 @@ from remap.io.human_size import number_of
 from remap.network import Network
 from remap.pipeline.components import RunComponents
 from remap.pipeline.judge import Judgement, judge
+from remap.pipeline.judged import measured
 from remap.pipeline.tracking import RunTracker
 from remap.progress import Progress, Silent
+from remap.runs.interval import Measured
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def evaluate_at_end(
     for number, teacher in enumerate(components.teachers):
         if teacher.spec.learns and components.judges:
             after = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, "the teacher at the end")
-            components.teachers[number] = replace(teacher, accuracy=after.merit, evaluation=after)
+            components.teachers[number] = replace(teacher, accuracy=measured(after), evaluation=after)
     for teacher in components.teachers[:1]:
         if teacher.accuracy is not None and teacher.evaluation is None:
             # A resumed run read its accuracy from a file; which images it is right on stands in none.
@@ -72,7 +74,7 @@ def evaluate_at_end(
 
 
 def summarize(
-    components: RunComponents, tracker: RunTracker, untrained: float | None, final: FinalEvaluations, state: State
+    components: RunComponents, tracker: RunTracker, untrained: Measured | None, final: FinalEvaluations, state: State
 ) -> dict[str, Any]:
     """Return all that is known once training has ended."""
     recipe, student, views = components.recipe, components.student, components.views
@@ -129,7 +131,8 @@ def summarize(
     if recipe.train.ema is not None:
         summary["ema"] = recipe.train.ema
     if final.test is not None:
-        summary["student"]["test_accuracy"] = final.test.merit
+        test = measured(final.test)
+        summary["student"] |= {"test_accuracy": test.value, "test_interval": list(test[1:])}
     terms: Any = components.objective.terms  # a ModuleDict does not say what its modules are
     taught = {name: [list(pair) for pair in term.blocks] for name, term in terms.items() if term.blocks}
     if taught and components.teachers:
@@ -178,16 +181,21 @@ def forward_flops(student: Network) -> int | None:
 
 
 def _accuracy(
-    components: RunComponents, untrained: float | None, final: FinalEvaluations, before: Judgement | None
+    components: RunComponents, untrained: Measured | None, final: FinalEvaluations, before: Judgement | None
 ) -> dict[str, Any]:
-    """Return the accuracy before and after: of the classifier, or of a linear probe; None where there are no labels."""
+    """Return the accuracy before and after: of the classifier, or of a linear probe; None where there are no labels.
+
+    Intervals are those of 95 %.
+    """
     if final.val is not None and untrained is not None:
         labels, teachers = components.views.val.split.labels, components.teachers
         teacher = teachers[0].evaluation if teachers else None
         return {
             "accuracy": final.val.merit,
+            "interval": list(measured(final.val)[1:]),
             "correct": final.val.correct,
-            "initial_accuracy": untrained,
+            "initial_accuracy": untrained.value,
+            "initial_interval": list(untrained[1:]),
             "metrics": metrics(final.val, labels, teacher),
         }
     if final.judged is None or before is None:

@@ -4,18 +4,20 @@ from functools import partial
 
 import numpy as np
 
+from remap.data import CLASSES, METRIC, MULTILABEL
 from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
 from remap.engine.evaluate import evaluate_as
 from remap.engine.multilabel import base_rate
 from remap.errors import TrainingError
+from remap.io.human_size import number_of
 from remap.pipeline.components import RunComponents
-from remap.pipeline.judged import evaluate_once
+from remap.pipeline.judged import evaluate_once, measured
 from remap.pipeline.teachers import PreparedTeacher
 from remap.progress import Progress
 from remap.recipe.paths import is_run
 from remap.recipe.schema import WORDS
-from remap.runs.interval import difference, wilson, with_interval
+from remap.runs.interval import Measured, difference
 
 # Below so many images, intervals are so wide that a message says what to do about it.
 FEW_IMAGES = 100
@@ -34,26 +36,25 @@ def check_teachers(components: RunComponents, progress: Progress) -> None:
         recipe, views, what = components.recipe, components.views, "the network before training"
         student = components.student
         evaluate = partial(evaluate_as, recipe, student, views.val, accelerator(), progress, what)
-        untrained = evaluate_once(recipe, student, views, evaluate).merit
+        untrained = measured(evaluate_once(recipe, student, views, evaluate))
         require_all_useful(components, untrained)
 
 
-def require_all_useful(components: RunComponents, untrained: float | None) -> None:
+def require_all_useful(components: RunComponents, untrained: Measured | None) -> None:
     """Call ``require_useful`` for each teacher."""
     for prepared in components.teachers:
         require_useful(prepared, untrained, components.views.val)
 
 
-def require_useful(teacher: PreparedTeacher, untrained: float | None, source: ViewSource) -> None:
-    """Refuse a teacher whose accuracy is not clearly above chance, or clearly below the untrained student's.
+def require_useful(teacher: PreparedTeacher, untrained: Measured | None, source: ViewSource) -> None:
+    """Refuse a teacher whose accuracy, or mAP, is not clearly above chance, or clearly below the untrained student's.
 
-    Chance is the share of the most frequent class. "Clearly" is by 95% intervals (Wilson, Newcombe), which few images
-    make wide; a teacher that is right on all images is never refused for chance, and one that is wrong anywhere has to
-    be above it. A mean average precision has no such interval: it has to be above that of chance, and not below the
-    untrained student's.
+    Chance is the share of the most frequent class, or the mAP of a ranking at random. "Clearly" is by 95% intervals
+    (``remap.pipeline.judged.measured``, ``remap.runs.interval.difference``), which few images make wide; a teacher that
+    is right on all images is never refused for chance, and one that is wrong anywhere has to be above it.
 
     Args:
-        untrained: The untrained student's accuracy; None compares with chance alone, before the student is evaluated.
+        untrained: The untrained student's figure; None compares with chance alone, before the student is evaluated.
 
     Raises:
         TrainingError: The teacher is too weak.
@@ -61,40 +62,26 @@ def require_useful(teacher: PreparedTeacher, untrained: float | None, source: Vi
     # A teacher without a head gives features only; there is nothing to compare.
     if teacher.accuracy is None or teacher.spec.allow_weak:
         return
-    count = len(source.split)
-    if source.split.labels.ndim == 2:
-        _require_precise(teacher, untrained or 0.0, base_rate(source.split.labels), count)
-        return
-    # The most frequent class, not 1/C: classes may be imbalanced.
-    chance = np.bincount(source.split.labels).max() / count
-    above = wilson(teacher.accuracy, count)[0] > chance or teacher.accuracy == 1.0
+    labels, count, metric = source.split.labels, len(source.split), METRIC[CLASSES]
+    if labels.ndim == 2:
+        metric, how, chance = METRIC[MULTILABEL], "a ranking at random", base_rate(labels)
+    else:  # the most frequent class, not 1/C: classes may be imbalanced
+        how, chance = "always naming the most frequent class", float(np.bincount(labels).max() / count)
+    above = teacher.accuracy.low > chance or teacher.accuracy.value == 1.0
     # The upper end of the interval of teacher minus student.
-    below = untrained is not None and difference(teacher.accuracy, untrained, count)[1] < 0
+    below = untrained is not None and difference(teacher.accuracy, untrained)[1] < 0
     if above and not below:
         return
-    why = f"not clearly above chance (always naming the most frequent class gives {chance:.1%})"
-    if above and untrained is not None:
-        why = f"clearly below the untrained student's {with_interval(untrained, count)}"
-    images = "one evaluation image" if count == 1 else f"{count} evaluation images"
+    why = f"not clearly above chance ({how} gives {chance:.1%})"
+    if above:
+        why = f"clearly below the untrained student's {untrained}"
+    images = number_of(count, "evaluation image")
     few = "judge it by more images (--val-data), " if count < FEW_IMAGES else ""
     raise TrainingError(
-        f"the teacher's accuracy on {images} is {with_interval(teacher.accuracy, count)}: {why}",
+        f"the teacher's {metric} on {images} is {teacher.accuracy}: {why}",
         given=f"{teacher.network.identity.model}, head: {teacher.head}; in brackets 95% intervals",
         do=f"start a new run: {few}{_remedy(teacher)}\n           or allow it: --set teacher.allow_weak=true",
     )
-
-
-def _require_precise(teacher: PreparedTeacher, untrained: float, chance: float, count: int) -> None:
-    assert teacher.accuracy is not None
-    least, of = max(
-        (chance, "of chance (the mean share of images of a class)"), (untrained, "of the untrained student")
-    )
-    if teacher.accuracy <= chance or teacher.accuracy < untrained:
-        raise TrainingError(
-            f"the teacher's mAP on {count} evaluation images is {teacher.accuracy:.1%}; that {of} is {least:.1%}",
-            given=f"{teacher.network.identity.model}, head: {teacher.head}",
-            do=f"start a new run: {_remedy(teacher)}\n           or allow it: --set teacher.allow_weak=true",
-        )
 
 
 def _remedy(teacher: PreparedTeacher) -> str:

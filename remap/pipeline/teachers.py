@@ -22,7 +22,7 @@ from remap.pipeline.calibration import calibrate
 from remap.pipeline.class_matching import match_classes
 from remap.pipeline.class_words import Answers, answers_of, write_words
 from remap.pipeline.fit_head import fit_head
-from remap.pipeline.judged import digest_of_network, evaluate_once, judged_once
+from remap.pipeline.judged import digest_of_network, evaluate_once, measured_once
 from remap.pipeline.one_pass import OnePass
 from remap.pipeline.shared import DataViews, SharedResources
 from remap.pipeline.teacher_tuning import (
@@ -35,6 +35,7 @@ from remap.pipeline.teacher_tuning import (
 from remap.progress import Progress
 from remap.recipe.paths import is_run
 from remap.recipe.schema import EMA, SELF, WORDS, Recipe, TeacherSpec
+from remap.runs.interval import Measured
 from remap.runs.task import load_task, open_backbone, put_task, require_size_of_run
 
 
@@ -56,7 +57,7 @@ class PreparedTeacher:
     spec: TeacherSpec
     key: str
     head: str
-    accuracy: float | None = None
+    accuracy: Measured | None = None
     outputs: str | None = None
     evaluation: Evaluation | None = None
     one_pass: OnePass | None = None
@@ -74,7 +75,8 @@ class PreparedTeacher:
             "weight": self.spec.weight,
             "backbone_sha256": self.network.identity.sha256,
             "head": self.head,
-            "accuracy": self.accuracy,
+            "accuracy": self.accuracy and self.accuracy.value,
+            **({"interval": list(self.accuracy[1:])} if self.accuracy else {}),
             "total_parameters": self.network.num_parameters,
             "outputs": self.outputs,
             **({"answers": self.answers.to_dict()} if self.answers is not None else {}),
@@ -189,12 +191,12 @@ def prepare_teacher(
     found: list[Evaluation] = []
     evaluate = partial(evaluate_as, recipe, network, views.val, accelerator(), progress, "the teacher")
 
-    def evaluated() -> float:
+    def evaluated() -> Evaluation:
         found.append(evaluate_once(recipe, network, views, evaluate))
-        return found[0].merit
+        return found[0]
 
     # Judged once; the check against chance and the summary both use it.
-    accuracy = judged_once(folder, "the teacher", of, evaluated) if len(views.val.split) else None
+    accuracy = measured_once(folder, "the teacher", of, evaluated) if len(views.val.split) else None
     teacher = replace(teacher, accuracy=accuracy, evaluation=found[0] if found else None)
     if reusable:
         shared.teachers[teacher.key] = teacher

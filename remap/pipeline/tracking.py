@@ -16,11 +16,12 @@ from remap.engine.state import State, digest_of
 from remap.errors import RunError
 from remap.pipeline.components import RunComponents
 from remap.pipeline.judge import Judgement, judge
-from remap.pipeline.judged import evaluate_once, judged_once
+from remap.pipeline.judged import evaluate_once, judged_once, measured_once
 from remap.pipeline.run_status import RunClock
 from remap.progress import Progress
 from remap.remapping.schedule import is_scheduled
 from remap.runs.hardware import machine
+from remap.runs.interval import Measured
 from remap.runs.run_dir import RunDir
 
 
@@ -48,7 +49,7 @@ class RunTracker:
         self.last: Evaluation | None = None
         self.judged_before: Judgement | None = None
 
-    def before(self) -> float | None:
+    def before(self) -> Measured | None:
         """Return the untrained student's accuracy, computed once in a run.
 
         One without a classifier is judged by its features, where there are labels.
@@ -57,7 +58,7 @@ class RunTracker:
         # All that decides the figure, so that one of other images or weights is not read back.
         of = digest_of(parts.recipe, parts.views.digest(self.progress), parts.weights_digest())
         if parts.judges:
-            return judged_once(self.run_dir.path, what, of, lambda: self.once(what).merit)
+            return measured_once(self.run_dir.path, what, of, lambda: self.once(what))
         if parts.recipe.label_free:
             self.judged_before = judged_once(self.run_dir.path, what, of, lambda: judge(parts, what, self.progress))
         return None

@@ -16,6 +16,7 @@ from remap.pipeline.teacher_outputs import teachers_in_training
 from remap.pipeline.tracking import RunTracker
 from remap.progress import Progress
 from remap.remapping import LOSSES
+from remap.runs.interval import Measured
 
 
 def training_job(
@@ -24,7 +25,7 @@ def training_job(
     features: FrozenFeatures | None,
     shared: SharedResources,
     progress: Progress,
-    untrained: float | None = None,
+    untrained: Measured | None = None,
     steps_after: int = 0,
 ) -> Job:
     """Return what ``remap.engine.loop.train`` works on.
@@ -59,12 +60,12 @@ def training_job(
         features=features,
         sample=method_sample(student, components.views, recipe.seed) if student.attached.wants_sample else None,
         may_be_overtaken={
-            number: teacher.accuracy
+            number: teacher.accuracy.value
             for number, teacher in enumerate(components.teachers)
             if teacher.spec.overtaken == "fade" and teacher.accuracy is not None
         },
         evaluation_images=len(components.views.val.split),
-        initial_accuracy=untrained,
+        initial_accuracy=untrained and untrained.value,
         **class_balance(components, progress),
     )
 

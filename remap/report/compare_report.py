@@ -4,13 +4,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from remap.data import CLASSES, METRIC
 from remap.errors import RunError
 from remap.io.checked_json import read_run_json
 from remap.io.human_size import size
 from remap.io.names import plain
 from remap.report.page import count, percent, rows_of, write_page
 from remap.report.tradeoff import Point, tradeoff
+from remap.runs.summary_schema import metric_of
 
 RECORD = "compare.json"
 
@@ -32,7 +32,7 @@ def report_comparison(folder: Path, *, pngs: bool = True) -> Path:
 
 
 def _write(folder: Path, table: dict[str, Any], pngs: bool) -> Path:
-    metric = table.get("metric", METRIC[CLASSES])  # earlier versions had one
+    metric = metric_of(table)
     rows, several = table["rows"], len(table["seeds"]) if len(table["seeds"]) > 1 else 0
     points = [
         Point(
@@ -103,10 +103,10 @@ def _cell(found: dict[str, Any]) -> str:
 
 def _answer(table: dict[str, Any]) -> str:
     """Return what to choose, in one paragraph; a difference within the spread over seeds is called that."""
-    rows = sorted(table["rows"], key=lambda row: -row["teacher"]["mean"])
+    rows, metric = sorted(table["rows"], key=lambda row: -row["teacher"]["mean"]), metric_of(table)
     first = rows[0]
     text = (
-        f"With the teacher, {first['name']} is the most accurate of {len(rows)} methods: {_cell(first['teacher'])}%,"
+        f"With the teacher, {first['name']} has the best {metric} of {len(rows)} methods: {_cell(first['teacher'])}%,"
         f" training {count(first['trainable_parameters'])} parameters"
         f" ({percent(first['trainable_parameters'] / first['total_parameters'])})."
     )

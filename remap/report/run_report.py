@@ -15,10 +15,10 @@ from remap.report import figures
 from remap.report.images import bins_of, class_rows, confused_pairs, confusion_counts, overlays, worst_images
 from remap.report.page import count, percent, rows_of, write_page
 from remap.runs.answers import read_evidence
-from remap.runs.interval import difference, wilson, with_interval
+from remap.runs.interval import Measured, difference
 from remap.runs.run_dir import RunDir
 from remap.runs.session_figures import FIGURES
-from remap.runs.summary_schema import choice_in_words, metric_of, metrics_in_words, summary_problem
+from remap.runs.summary_schema import choice_in_words, measured_of, metric_of, metrics_in_words, summary_problem
 
 # Above it, a matrix is no longer read, and the pairs that are most confused are listed.
 MOST_CLASSES_IN_MATRIX = 20
@@ -130,39 +130,28 @@ def _answer(summary: dict[str, Any], recipe: Recipe) -> str:
             f"{who}, learned from {data['train_images']:,} images without labels; there are no images with labels to"
             " evaluate it on (remap eval --data FOLDER does)."
         )
-    if metric_of(summary) != METRIC[CLASSES]:
-        return f"{who}, {_precise(summary, accuracy)}"
-    text = (
-        f"{who}, is right on {student['correct']:,} of {images:,} evaluation images:"
-        f" {with_interval(accuracy, images)}, with the 95% interval."
-    )
+    ours, of_shares = measured_of(summary, student), metric_of(summary) == METRIC[CLASSES]
+    what = f"has a mean average precision of {ours} on {images:,} evaluation images"
+    if of_shares:
+        what = f"is right on {student['correct']:,} of {images:,} evaluation images: {ours}"
+    text = f"{who}, {what}, with the 95% interval."
     if "baseline" in summary:
-        text += " " + _compared(accuracy, summary["baseline"]["accuracy"], images, "the same student without a teacher")
+        theirs = measured_of(summary, summary["baseline"])
+        text += " " + _compared(ours, theirs, images, "the same student without a teacher")
     if "teacher" in summary and summary["teacher"]["accuracy"] is not None:
-        text += " " + _compared(accuracy, summary["teacher"]["accuracy"], images, "its teacher")
+        text += " " + _compared(ours, measured_of(summary, summary["teacher"]), images, "its teacher")
     if "test_accuracy" in student:
-        text += f" On the test images, looked at once, it is right on {percent(student['test_accuracy'])}."
+        is_what = "it is right on" if of_shares else "it has one of"
+        text += f" On the test images, looked at once, {is_what} {percent(student['test_accuracy'])}."
     return text
 
 
-def _precise(summary: dict[str, Any], found: float) -> str:
-    """Return the answer where an image has any number of classes: a mean average precision and those beside it."""
-    beside = {
-        "the same student without a teacher": summary.get("baseline", {}).get("accuracy"),
-        "its teacher": summary.get("teacher", {}).get("accuracy"),
-        "the student on the test images, looked at once,": summary["student"].get("test_accuracy"),
-    }
-    others = [f"{who} {percent(share)}" for who, share in beside.items() if share is not None]
-    text = f"has a mean average precision of {percent(found)} on {summary['data']['val_images']:,} evaluation images."
-    return f"{text} Beside it: {'; '.join(others)}." if others else text
-
-
-def _compared(ours: float, theirs: float, images: int, who: str) -> str:
-    """Return how a share compares with another one, and whether so few images can tell them apart."""
-    low, high = difference(ours, theirs, images)
-    gap = 100 * (ours - theirs)
-    side = f"{abs(gap):.1f} points {'better than' if gap > 0 else 'below'}" if gap else "as often right as"
-    text = f"It is {side} {who} ({percent(theirs)})"
+def _compared(ours: Measured, theirs: Measured, images: int, who: str) -> str:
+    """Return how a figure compares with another one, and whether so few images can tell them apart."""
+    low, high = difference(ours, theirs)
+    gap = 100 * (ours.value - theirs.value)
+    side = f"{abs(gap):.1f} points {'better than' if gap > 0 else 'below'}" if gap else "as good as"
+    text = f"It is {side} {who} ({percent(theirs.value)})"
     if low <= 0 <= high:
         return text + f": {images:,} images do not tell the two apart."
     return text + "."
@@ -170,22 +159,20 @@ def _compared(ours: float, theirs: float, images: int, who: str) -> str:
 
 def _bars(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the accuracies to compare, each with its interval."""
-    student, images = summary["student"], summary["data"]["val_images"]
+    student = summary["student"]
     teachers = [summary["teacher"], *summary.get("more_teachers", [])] if "teacher" in summary else []
     rows = [
-        (f"teacher {number}" if len(teachers) > 1 else "teacher", teacher["accuracy"], "teacher")
+        (f"teacher {number}" if len(teachers) > 1 else "teacher", teacher, "accuracy", "teacher")
         for number, teacher in enumerate(teachers, 1)
     ]
-    rows.append(("student", student["accuracy"], "student"))
+    rows.append(("student", student, "accuracy", "student"))
     if "baseline" in summary:
-        rows.append(("labels only", summary["baseline"]["accuracy"], "other"))
-    rows.append(("before training", student.get("initial_accuracy"), "other"))
-    is_share = metric_of(summary) == METRIC[CLASSES]
-    return [
-        {"name": name, "share": share, "kind": kind, "interval": wilson(share, images) if is_share else None}
-        for name, share, kind in rows
-        if share is not None
+        rows.append(("labels only", summary["baseline"], "accuracy", "other"))
+    rows.append(("before training", student, "initial_accuracy", "other"))
+    found = [
+        (name, kind, measured_of(summary, entry, key)) for name, entry, key, kind in rows if entry.get(key) is not None
     ]
+    return [{"name": name, "kind": kind, "share": one.value, "interval": one[1:]} for name, kind, one in found]
 
 
 def _tiles(summary: dict[str, Any]) -> list[tuple[str, str]]:

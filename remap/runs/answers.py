@@ -25,13 +25,15 @@ class Answers(_Record):
     """Of one network: the class of each image, its probability, and the cross-entropy; -1 where it was left out.
 
     Where an image has any number of classes: those that are named, their probabilities, and the binary cross-entropy;
-    ``precision`` is the average precision of each class, None without an image of it.
+    ``precision`` is the average precision of each class, None without an image of it, and ``draws`` its mean over
+    classes on resampled images, the same ones in all runs (``SetEvaluation.draws_K``); earlier versions stored none.
     """
 
     predictions: list[int] | list[list[int]]
     confidences: list[float] | list[list[float]]
     losses: list[float]
     precision: list[float | None] | None = None
+    draws: list[float] | None = None
 
     def of(self, index: int) -> list[tuple[int, float]] | None:
         """Return the classes that an image was given, with their probabilities; None where it was left out."""

@@ -2,9 +2,20 @@
 
 from math import hypot, sqrt
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 Z = NormalDist().inv_cdf(0.975)  # of 95 % intervals
+
+
+class Measured(NamedTuple):
+    """A figure of some images, from 0 to 1, and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return in_words(*self)
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
@@ -21,23 +32,25 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     return (max(0.0, centre - half) if share > 0 else 0.0), (min(1.0, centre + half) if share < 1 else 1.0)
 
 
-def difference(first: float, second: float, count: int) -> tuple[float, float]:
-    """Return the 95 % interval of ``first - second``, two shares of ``count`` images each (Newcombe 1998, method 10).
+def share_of(share: float, count: int) -> Measured:
+    """Return a share of ``count`` images with its interval."""
+    return Measured(share, *wilson(share, count))
 
-    The two are taken as independent, which is wider than a paired interval where the same images were answered.
+
+def difference(first: Measured, second: Measured) -> tuple[float, float]:
+    """Return the 95 % interval of ``first - second`` from the intervals of both.
+
+    Of shares it is Newcombe's (1998, method 10), of any figure that of Zou and Donner (2008, Statistics in Medicine
+    27:1693). The two are taken as independent, which is wider than a paired interval where the same images were
+    answered.
     """
-    (low, high), (other_low, other_high) = wilson(first, count), wilson(second, count)
-    gap = first - second
-    return gap - hypot(first - low, other_high - second), gap + hypot(high - first, second - other_low)
-
-
-def with_interval(share: float, count: int) -> str:
-    """Return a share in words with its interval: "94.4% (92.6-95.8)"."""
-    return in_words(share, *wilson(share, count))
+    gap = first.value - second.value
+    below, above = first.value - first.low, first.high - first.value
+    return gap - hypot(below, second.high - second.value), gap + hypot(above, second.value - second.low)
 
 
 def in_words(share: float, low: float, high: float) -> str:
-    """Return a share and its interval in words."""
+    """Return a share and its interval in words: "94.4% (92.6-95.8)"."""
     return f"{share:.1%} ({limits((low, high))})"
 
 
@@ -80,4 +93,31 @@ def paired(first_SN: Any, second_SN: Any) -> tuple[float, float, float]:
 
     freedom = total**2 / (of_seeds**2 / (seeds - 1)) if of_seeds else np.inf
     half = float(t.ppf(0.975, freedom)) * sqrt(total / (seeds * images))
+    return mean, mean - half, mean + half
+
+
+def paired_draws(gap_S: Any, gap_SK: Any) -> tuple[float, float, float]:
+    """Return what ``paired`` does, of figures that are not a mean over images, such as mAP: by the bootstrap.
+
+    Of several seeds, the variances of seeds and of images are added, with the degrees of freedom of Satterthwaite 1946;
+    that of images has many. Of one seed, the interval is of percentiles (Efron 1979).
+
+    Args:
+        gap_S: Difference of the two methods for each seed.
+        gap_SK: The same on K resamples of the images, each of which is the same one for both methods and all seeds.
+    """
+    import numpy as np
+
+    mean, of_draws_K = float(np.mean(gap_S)), np.mean(gap_SK, axis=0)
+    if len(gap_S) == 1:
+        low, high = map(float, np.percentile(of_draws_K, (2.5, 97.5)))
+        return mean, min(mean, low), max(mean, high)
+    of_seeds = float(np.var(gap_S, ddof=1)) / len(gap_S)
+    total = of_seeds + float(np.var(of_draws_K, ddof=1))
+    if not total:
+        return mean, mean, mean
+    from scipy.stats import t
+
+    freedom = (len(gap_S) - 1) * (total / of_seeds) ** 2 if of_seeds else np.inf
+    half = float(t.ppf(0.975, freedom)) * sqrt(total)
     return mean, mean - half, mean + half

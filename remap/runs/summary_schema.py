@@ -8,19 +8,19 @@ from typing import Any
 
 from remap.data import CLASSES, METRIC
 from remap.io.checked_json import is_count, is_number
-from remap.runs.interval import with_interval
+from remap.runs.interval import Measured, wilson
 from remap.runs.session_figures import sessions_problem
 
 # The entries of student.metrics, in words.
 METRICS = {
     "top5": "label among the first five",
     "balanced_accuracy": "balanced accuracy",
-    "f1": "F1, mean over classes",
+    "f1": "F1 (mean over classes)",
     "calibration_error": "calibration error",
     "teacher_agreement": "agreement with the teacher",
     "mAP": "mean average precision",
     "f1_micro": "F1 of all answers",
-    "f1_macro": "F1, mean over classes",
+    "f1_macro": "F1 (mean over classes)",
     "exact_match": "all classes of an image right",
 }
 
@@ -31,18 +31,27 @@ def metrics_in_words(metrics: Mapping[str, float], classes: int) -> dict[str, fl
 
 
 def metric_of(summary: Mapping[str, Any]) -> str:
-    """Return what the entries of a summary that are called accuracy are: "accuracy", or "mAP"."""
+    """Return what the entries of a summary or comparison that are called accuracy are: "accuracy", or "mAP"."""
     return str(summary.get("metric", METRIC[CLASSES]))
 
 
-def shown(summary: Mapping[str, Any], value: float) -> str:
-    """Return such an entry in words: a share of images with its interval, a mean average precision alone."""
-    is_share = metric_of(summary) == METRIC[CLASSES]
-    return with_interval(value, summary["data"]["val_images"]) if is_share else f"{value:.1%}"
+def measured_of(summary: Mapping[str, Any], entry: Mapping[str, Any], name: str = "accuracy") -> Measured:
+    """Return such a figure of a part of a summary, with its interval.
+
+    Earlier versions stored none. That of an accuracy follows from the number of images, of mAP nothing is known.
+    """
+    ends = entry.get(name.replace("accuracy", "interval"))
+    if ends is None and metric_of(summary) == METRIC[CLASSES]:
+        ends = wilson(entry[name], summary["data"]["val_images"])
+    return Measured(entry[name], *(ends or (0.0, 1.0)))
 
 
 def _is_word(value: object) -> bool:
     return isinstance(value, str)
+
+
+def _is_interval(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(is_number, value))
 
 
 def _is_share(value: object) -> bool:
@@ -107,7 +116,14 @@ def summary_problem(summary: object) -> str | None:
     if not isinstance(more, list) or (more and not teachers):
         return "more_teachers is not a list of further teachers"
     teachers += [(f"more_teachers.{number}", teacher) for number, teacher in enumerate(more)]
-    return next(filter(None, [problem, *(_problem(teacher, _TEACHER, f"{name}.") for name, teacher in teachers)]), None)
+    problems = [problem, *(_problem(teacher, _TEACHER, f"{name}.") for name, teacher in teachers)]
+    if any(problems):
+        return next(filter(None, problems))
+    for name, part in [("student", summary["student"]), ("baseline", summary.get("baseline", {})), *teachers]:
+        wrong = [key for key, value in part.items() if key.endswith("interval") and not _is_interval(value)]
+        if wrong:
+            return f"{name}.{wrong[0]} is not two numbers"
+    return None
 
 
 def _problem(record: object, kinds: Mapping[str, Callable[[object], bool]], prefix: str) -> str | None:

@@ -6,6 +6,7 @@ import torch
 from sklearn.metrics import average_precision_score, f1_score
 from torchmetrics.functional.classification import multilabel_average_precision
 
+from remap.engine import multilabel
 from remap.engine.evaluation import Evaluation
 from remap.engine.metrics import metrics
 from remap.engine.multilabel import SetEvaluation, SetScoring, average_precision, base_rate
@@ -40,8 +41,9 @@ def test_all_metrics_are_those_of_the_libraries() -> None:
     assert found["exact_match"] == pytest.approx((named == SETS).all(axis=1).mean())
 
 
-def test_the_interval_is_of_images_drawn_with_replacement() -> None:
+def test_the_interval_is_of_images_drawn_with_replacement(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each draw against scikit-learn, with how often an image was drawn as its weight."""
+    monkeypatch.setattr(multilabel, "DRAWS", 20)
     found, draws, expected = evaluated(left_out=10), np.random.default_rng(0), []
     for _ in range(20):
         times = np.bincount(draws.integers(40, size=40), minlength=40)
@@ -49,9 +51,15 @@ def test_the_interval_is_of_images_drawn_with_replacement() -> None:
         pairs = [(SETS[10:, label], LOGITS[10:, label]) for label in known]
         expected.append(np.mean([average_precision_score(*pair, sample_weight=times) for pair in pairs]))
     assert isinstance(found, SetEvaluation)
-    assert found.interval(20) == pytest.approx(tuple(np.percentile(expected, (2.5, 97.5))), abs=1e-9)
-    low, high = found.interval()
-    assert low < found.merit < high and (low, high) == found.interval()
+    assert found.draws_K == pytest.approx(np.array(expected), abs=1e-9)
+    assert found.interval() == pytest.approx(tuple(np.percentile(expected, (2.5, 97.5))), abs=1e-9)
+
+
+def test_few_images_give_an_interval_all_the_same() -> None:
+    """A ranking without a mistake has none in any draw; of no image, nothing is known."""
+    perfect, nothing = evaluated(SETS - 0.5), evaluated(LOGITS, np.zeros_like(SETS))
+    assert isinstance(perfect, SetEvaluation) and isinstance(nothing, SetEvaluation)
+    assert perfect.interval() == (1.0, 1.0) and nothing.interval() == (0.0, 1.0)
 
 
 def test_what_is_left_out_counts_nothing() -> None:

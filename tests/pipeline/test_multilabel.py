@@ -28,7 +28,9 @@ from remap.pipeline.teachers import load_teacher
 from remap.progress import Silent
 from remap.recipe import Recipe, resolve
 from remap.recipe.schema import DataSpec, TeacherSpec
+from remap.report.compare_report import report_comparison
 from remap.runs.answers import read_evidence
+from remap.runs.interval import Measured
 from remap.runs.run_dir import RunDir
 from remap.runs.task_file import read_meta
 from remap_cli.app import app
@@ -151,6 +153,9 @@ def test_from_the_command_line_to_a_report_and_a_program(done: Result, tmp_path:
     assert {name for name, _ in student.predict_all([black], 0.0)[0]} == set(COLOURS)
     call("report", run)
     page = (done.run_dir / "report.html").read_text()
+    low, high = done.summary["student"]["interval"]
+    assert f"({100 * low:.1f}-{100 * high:.1f}) on 8 evaluation images, with the 95% interval" in page
+    assert "bootstrap over images" in page
     assert "Mean average precision" in page and "confusion" not in page and "usual mistake" not in page
 
 
@@ -158,8 +163,18 @@ def test_a_comparison_names_the_metric(recipe: Callable[..., Recipe], tmp_path: 
     from remap.pipeline.compare import compare as tabulated
 
     table = tabulated(recipe(losses="ce,kd"), ["linear"], 1, tmp_path / "table", Silent())
-    assert table["metric"] == "mAP" and table["rows"][0]["difference"]["to_alone"] is None
+    (row,) = table["rows"]
+    found, cells = (
+        row["difference"]["to_alone"],
+        [tmp_path / "table" / f"linear-{side}-s0" for side in ("teacher", "alone")],
+    )
+    taught, alone = (np.array(json.loads((cell / "answers.json").read_text())["student"]["draws"]) for cell in cells)
+    assert found["mean"] == pytest.approx(row["gain"])
+    assert (found["low"], found["high"]) == pytest.approx(np.percentile(taught - alone, (2.5, 97.5)), abs=1e-9)
     assert ": mAP in %" in (tmp_path / "table" / "compare.md").read_text()
+    report_comparison(tmp_path / "table", pngs=False)
+    page = (tmp_path / "table" / "report.html").read_text()
+    assert "has the best mAP of" in page and "ccura" not in page.split("</style>")[1]
 
 
 def test_a_head_is_fitted_for_each_class_against_the_rest() -> None:
@@ -180,8 +195,10 @@ def test_a_head_is_fitted_for_each_class_against_the_rest() -> None:
 def test_a_weak_teacher_is_refused_by_its_map(
     recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("remap.pipeline.teacher_check.base_rate", lambda labels_NC: 1.0)
-    with pytest.raises(TrainingError, match=r"mAP on 8 evaluation images is .*%; that of chance .* is 100.0%"):
+    monkeypatch.setattr("remap.pipeline.judged.measured", lambda found: Measured(0.3, 0.2, 0.4))
+    with pytest.raises(
+        TrainingError, match=r"mAP on 8 evaluation images is 30.0% \(20.0-40.0\): not clearly above chance \(a ranking"
+    ):
         start(recipe(losses="ce,kd"), tmp_path / "run")
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from remap.pipeline.teacher_tuning import teacher_recipe
 from remap.pipeline.teachers import PreparedTeacher
 from remap.progress import Silent
 from remap.recipe.schema import TeacherSpec
+from remap.runs.interval import Measured, share_of
 from remap.runs.run_dir import RunDir
 from remap.runs.task import load_task
 
@@ -171,13 +173,14 @@ def test_the_interval_has_to_lie_above_chance(tiny: Any, accuracy: float, untrai
     largest = 60 if accuracy == 0.64 else 50
     labels = np.asarray([0] * largest + [1] * (100 - largest))
     source = ViewSource(Split(("",) * 100, labels, lambda index: b""), View(16, 1.0, "bicubic"), memory_bytes=0)
-    teacher = PreparedTeacher(_network(tiny, 2), TeacherSpec(), "key", "probe", accuracy)
+    teacher = PreparedTeacher(_network(tiny, 2), TeacherSpec(), "key", "probe", share_of(accuracy, 100))
+    student = share_of(untrained, 100)
     if says is None:
-        require_useful(teacher, untrained, source)
+        require_useful(teacher, student, source)
         return
     with pytest.raises(TrainingError, match=says):
-        require_useful(teacher, untrained, source)
-    require_useful(replace(teacher, spec=TeacherSpec(allow_weak=True)), untrained, source)
+        require_useful(teacher, student, source)
+    require_useful(replace(teacher, spec=TeacherSpec(allow_weak=True)), student, source)
 
 
 @pytest.mark.parametrize("labels", [[0], [0, 1], [0, 0, 1], [0, 0, 0, 0, 1], [0, 0, 0]])
@@ -187,10 +190,34 @@ def test_a_teacher_that_is_right_on_few_images_may_teach(tiny: Any, labels: list
     source = ViewSource(
         Split(("",) * count, np.asarray(labels), lambda i: b""), View(16, 1.0, "bicubic"), memory_bytes=0
     )
-    network = _network(tiny, 2)
-    require_useful(PreparedTeacher(network, TeacherSpec(), "key", "probe", 1.0), 0.0, source)
+    perfect, other = (
+        PreparedTeacher(_network(tiny, 2), TeacherSpec(), "key", "probe", share_of(right / count, count))
+        for right in (count, count - 1)
+    )
+    require_useful(perfect, None, source)
     with pytest.raises(TrainingError, match="not clearly above chance"):
-        require_useful(PreparedTeacher(network, TeacherSpec(), "key", "probe", (count - 1) / count), 0.0, source)
+        require_useful(other, None, source)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "untrained", "says"),
+    [
+        ((0.7, 0.55, 0.8), None, r"mAP on 40 evaluation images is 70.0% \(55.0-80.0\): not clearly above chance"),
+        ((0.7, 0.65, 0.8), (0.72, 0.6, 0.8), None),  # 0.02 less, which the intervals cannot tell from 0
+        ((0.7, 0.65, 0.8), (0.95, 0.9, 1.0), r"clearly below the untrained student's 95.0% \(90.0-100.0\)"),
+    ],
+)
+def test_a_map_is_judged_by_its_interval_too(
+    tiny: Any, teacher: tuple[float, ...], untrained: tuple[float, ...] | None, says: str | None
+) -> None:
+    """By hand: 24 of 40 images have each class, so a ranking at random has 60 %."""
+    labels = np.zeros((40, 2), np.int8)
+    labels[:24] = 1
+    source = ViewSource(Split(("",) * 40, labels, lambda index: b""), View(16, 1.0, "bicubic"), memory_bytes=0)
+    prepared = PreparedTeacher(_network(tiny, 2), TeacherSpec(), "key", "probe", Measured(*teacher))
+    student = None if untrained is None else Measured(*untrained)
+    with nullcontext() if says is None else pytest.raises(TrainingError, match=says):
+        require_useful(prepared, student, source)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +232,8 @@ def test_a_teacher_that_is_right_on_few_images_may_teach(tiny: Any, labels: list
 def test_the_advice_is_nothing_that_was_done(tiny: Any, head: str, advice: str, done: str) -> None:
     source = ViewSource(Split(("",) * 2, np.asarray([0, 1]), lambda i: b""), View(16, 1.0, "bicubic"), memory_bytes=0)
     with pytest.raises(TrainingError) as caught:
-        require_useful(PreparedTeacher(_network(tiny, 2), TeacherSpec(), "key", head, 0.5), 0.0, source)
+        half = share_of(0.5, 2)
+        require_useful(PreparedTeacher(_network(tiny, 2), TeacherSpec(), "key", head, half), None, source)
     assert advice in caught.value.do and done not in caught.value.do.replace(advice, "")
 
 

@@ -135,6 +135,8 @@ def test_a_summary_of_a_run_can_be_shown(made: Path, tiny: Any, tmp_path: Path) 
         (lambda s: s["student"].update(test_accuracy=[]), "student.test_accuracy is not a number"),
         (lambda s: s.update(teacher=None), "it has no teacher.model"),
         (lambda s: s["teacher"].update(accuracy="x"), "teacher.accuracy is not what"),
+        (lambda s: s["student"].update(interval=[0.1, "x"]), "student.interval is not two numbers"),
+        (lambda s: s["teacher"].update(interval=[]), "teacher.interval is not two numbers"),
         (lambda s: s.update(more_teachers=5), "more_teachers is not a list"),
         (lambda s: s.update(more_teachers=[{}]), "it has no more_teachers.0.model"),
     ],

@@ -129,7 +129,7 @@ def test_equal_shares_and_few_classes_say_nothing_empty(run: RunDir) -> None:
     """Any label is among the first five of three classes; a difference of nothing has no side."""
     edit(run.path / "summary.json", lambda found: found.update(baseline={"accuracy": found["student"]["accuracy"]}))
     text = Page(report_run(run, pngs=False)).text
-    assert "It is as often right as the same student without a teacher" in text
+    assert "It is as good as the same student without a teacher" in text
     assert "balanced accuracy" in text and "among the first five" not in text
 
 
@@ -211,7 +211,7 @@ def test_a_comparison_in_one_page(comparison: Path) -> None:
     """By hand: lora 87.0 is best, and of the others only bitfit is not distinguishable from it on the same images."""
     page = Page(report_comparison(comparison))
     require_self_contained(page)
-    assert "lora is the most accurate of 4 methods: 87.0 ± 1.4" in page.text
+    assert "lora has the best accuracy of 4 methods: 87.0 ± 1.4" in page.text
     assert "bitfit cannot be told from it; of these, bitfit trains the fewest parameters" in page.text
     assert "Full tuning on labels alone reaches 81.0 ± 1.4%, 6.0 points less" in page.text
     assert "+1.5 [+0.5, +2.5]" in page.text and "(+0.5 [-0.5, +1.5])" in page.text and page.text.count("★") == 1 + 3
