@@ -19,7 +19,7 @@ def init(
     """Look at your images and this machine, and write a commented recipe that `remap distill` runs."""
     from remap.inspection.suggest import init_recipe
 
-    with console.Reporter():
-        recipe = init_recipe(source, output, task=MULTILABEL if multilabel else CLASSES)
+    with console.Reporter() as progress:
+        recipe = init_recipe(source, output, MULTILABEL if multilabel else CLASSES, progress)
     console.line(f"{output}: {recipe.teachers[0].model} teaches {recipe.student.model}, {recipe.method.name}")
     console.line(f"next: remap distill --recipe {shlex.quote(str(output))}")

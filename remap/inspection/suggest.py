@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from remap.backbones.build import require_at_hand
-from remap.data import CLASSES
+from remap.data import CLASSES, METRIC, MULTILABEL
 from remap.data.images import BadImage, decode
 from remap.data.sources import open_data
 from remap.data.splits import ImageData
@@ -16,6 +16,7 @@ from remap.errors import RemapError, RunError
 from remap.io import atomic_write
 from remap.io.human_size import number_of
 from remap.io.names import plain
+from remap.progress import Progress, Silent
 from remap.recipe.paths import absolute_data
 from remap.recipe.resolution import load
 from remap.recipe.schema import Recipe
@@ -36,8 +37,10 @@ class Choice:
     why: str
 
 
-def init_recipe(source: str, path: Path, task: str = CLASSES) -> Recipe:
+def init_recipe(source: str, path: Path, task: str = CLASSES, progress: Progress = Silent()) -> Recipe:
     """Write a commented recipe for the images of a source, and return it; ``task`` is what a label is.
+
+    Where models that suit photographs cannot be had, it names the embedded pair, which is said.
 
     Raises:
         RunError: There is a file at the path already, or it cannot be written.
@@ -48,17 +51,17 @@ def init_recipe(source: str, path: Path, task: str = CLASSES) -> Recipe:
     data = open_data(source, None, 0.2, task=task)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     atomic_write.make_folder(path.parent)
-    atomic_write.write_text(path, recipe_text(source, data, device))
+    atomic_write.write_text(path, recipe_text(source, data, device, progress))
     return load(path)
 
 
-def recipe_text(source: str, data: ImageData, device: torch.device) -> str:
+def recipe_text(source: str, data: ImageData, device: torch.device, progress: Progress = Silent()) -> str:
     """Return the YAML, every choice with a comment that says why."""
-    teacher, student = _models(_longer_side(data), device)
+    teacher, student = _models(_longer_side(data), device, progress)
     images, gpu = len(data.train), device.type != "cpu"
     epochs = 60 if images < 1_000 else 30 if images < 20_000 else 10
     batch = 32 if images < 2_000 else 64 if images < 50_000 or not gpu else 128
-    bf16 = use_bf16("auto", device)
+    bf16, metric = use_bf16("auto", device), METRIC[MULTILABEL if data.train.labels.ndim == 2 else CLASSES]
     choices = {
         "teacher.model": teacher,
         "teacher.prepare": Choice(
@@ -68,7 +71,7 @@ def recipe_text(source: str, data: ImageData, device: torch.device) -> str:
         "method": Choice(
             "vpt_deep", "trains prompts and head only; `remap methods` lists others, `remap compare` tries some"
         ),
-        "train.epochs": Choice(epochs, f"for {images:,} training images; more if the accuracy still rises at the end"),
+        "train.epochs": Choice(epochs, f"for {images:,} training images; more if the {metric} still rises at the end"),
         "train.batch_size": Choice(batch, "images per update; halves itself where memory runs out"),
         "train.precision": Choice("auto", f"on this machine {'bf16' if bf16 else 'fp32'}"),
     }
@@ -102,7 +105,7 @@ def _quoted(text: str) -> str:
     return atomic_write.utf8_json(text).decode()
 
 
-def _models(side: int, device: torch.device) -> tuple[Choice, Choice]:
+def _models(side: int, device: torch.device, progress: Progress) -> tuple[Choice, Choice]:
     """Return teacher and student: the embedded pair for small pictures, or where no others can be had."""
     if side <= SMALL:
         why = f"the pictures have about {side} pixels; the embedded pair takes 32"
@@ -114,6 +117,10 @@ def _models(side: int, device: torch.device) -> tuple[Choice, Choice]:
             require_at_hand(name, "pretrained")
     except RemapError:
         why = f"embedded; {wanted[0]} with {wanted[1]} suits photographs better, but cannot be downloaded now"
+        progress.say(
+            f"note: {wanted[0]} and {wanted[1]} cannot be downloaded now, so the recipe names the embedded pair, which"
+            " was trained on images of 32 pixels; where there is a network, remove the recipe and run this again"
+        )
         return Choice("mini_teacher", why), Choice("mini_student", why)
     memory = "this GPU's memory" if device.type == "cuda" else "this machine"
     return Choice(wanted[0], f"as large as suits {memory}"), Choice(wanted[1], "what you will use afterwards")
