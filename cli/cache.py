@@ -67,7 +67,7 @@ def _view(key: dict[str, Any]) -> str:
 def _prepared(key: dict[str, Any]) -> str:
     """Return how a teacher was given its head, or how many texts there are; empty for outputs."""
     if "texts" in key:
-        return f"{key['texts']} set(s) of texts"
+        return f"sets of texts: {key['texts']}"
     made = "fitted" if key.get("method") == "probe" else "tuned"
     return f"{made}: {key['method']}" if "method" in key else ""
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from remap.distributed import launcher_env
 from remap.errors import Interrupted, RemapError
+from remap.io.human_size import number_of
 from remap.io.names import plain
 from remap_cli import console
 
@@ -74,7 +75,7 @@ def start_processes(count: int | None) -> None:
         raise RemapError("too many processes", given=f"--devices {count}", allowed=f"1 to {MOST}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if count > cores:
-        console.note(f"{count} processes share {cores} CPU core{'s' if cores > 1 else ''}")
+        console.note(f"{count} processes share {number_of(cores, 'CPU core')}")
     _set_environment(count, cores)
     with tempfile.TemporaryDirectory(prefix="remap-", ignore_cleanup_errors=True) as folder:
         try:

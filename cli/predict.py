@@ -93,7 +93,7 @@ def predict(
             found = [row.to_dict() for rows in predictions(students, inputs, wanted) for row in rows]
             counts = (len(found), sum(row["error"] is not None for row in found))
         if inputs.left_out:
-            progress.say(f"left out {number_of(inputs.left_out.total(), 'other file')}: {inputs.left_out_text}")
+            progress.say(inputs.left_out_text)
     if counts is None:
         return
     if output is not None:

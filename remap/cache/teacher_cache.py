@@ -20,6 +20,7 @@ from remap.distributed.collectives import all_reduce_max, all_reduce_sum, comput
 from remap.distributed.interrupts import defer_signals, raise_if_interrupted
 from remap.distributed.sharding import is_sharded
 from remap.errors import DataError, TrainingError
+from remap.io.human_size import number_of
 from remap.progress import Progress
 
 MASS_IMAGES = 1000  # over which the mean probability of the stored classes is taken
@@ -73,7 +74,7 @@ class InMemory:
         lacking = int((~self._filled[view][indices_B]).sum()) if view in self._filled else len(indices_B)
         if lacking:
             raise DataError(
-                f"there are no teacher outputs for {lacking} image(s), which could not be read when they were computed",
+                f"{number_of(lacking, 'image')} without teacher outputs: not readable when they were computed",
                 do="make sure that the images stay readable; then resume the run with --resume",
             )
         rows = torch.from_numpy(indices_B)
@@ -247,8 +248,9 @@ def _require_finite(outputs: Mapping[str, Tensor], views: FiniteViews, indices_B
     for name, value in outputs.items():
         finite = torch.isfinite(value).flatten(1).all(dim=1).cpu().numpy()
         if not finite.all():
+            images = number_of(int((~finite).sum()), "image")
             raise TrainingError(
-                f"the teacher's {name} is not finite for {int((~finite).sum())} image(s); none of it was cached",
+                f"the teacher's {name} is not finite for {images}; none of it was cached",
                 given=", ".join(views.source.split.names[index] for index in indices_B[~finite][:5]),
                 do="set train.precision=fp32, or choose other weights for the teacher",
             )

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from remap.data.file_listing import Listing
 from remap.data.folder_layout import Layout, find_layout
-from remap.data.image_files import Skipped, counted, is_leftover, why_left_out
+from remap.data.image_files import Skipped, also_left_out, counted, is_leftover, why_left_out
 from remap.data.images import SUFFIXES
 from remap.data.labeled_files import BySplit, LabeledFiles, merged, table_hint
 from remap.data.sources import PATHS, list_files
 from remap.errors import DataError
+from remap.io.human_size import number_of
 from remap.io.names import plain, same_name
 
 OUTSIDE = "lies outside the class folders"
@@ -52,13 +53,13 @@ class ClassFolders(LabeledFiles):
 
 
 def _require_images(word: str, inside: Listing, layout: Layout, splits: BySplit, skipped: Skipped, level: int) -> None:
-    left_out = f"; left out: {counted(skipped)}" if skipped else ""
     if not any(splits.values()):
         raise DataError(
             "no images in class folders",
-            given=f"{word} ({len(inside.paths)} files{left_out})",
+            given=f"{word} ({number_of(len(inside.paths), 'file')}{also_left_out(skipped)})",
             allowed=f"CLASS/NAME with one of {' '.join(SUFFIXES)}, also below train/ and val/",
-            do=table_hint(word, skipped),
+            do=table_hint(word, skipped)
+            or "put the images of each class into a folder of its name; images without labels: --unlabeled",
         )
     names = {same_name(name) for by_class in splits.values() for name in by_class}
     empty: dict[str, str] = {}
@@ -74,7 +75,7 @@ def _require_images(word: str, inside: Listing, layout: Layout, splits: BySplit,
         shown = ", ".join(empty[name] for name in sorted(empty)[:20])
         raise DataError("a class folder holds no images", given=shown, do="fill it, convert its files, or remove it")
     if not splits.get("train", True):
-        raise DataError("the train folder holds no images", given=f"{word}{left_out}")
+        raise DataError("the train folder holds no images", given=word + also_left_out(skipped))
 
 
 def _deeper(word: str, layout: Layout, splits: BySplit, level: int) -> DataError:

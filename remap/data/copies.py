@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from remap.data.fingerprint import Contents
 from remap.data.splits import Split
 from remap.data.thread_pool import threads
+from remap.io.human_size import number_of
 from remap.progress import Progress
 
 # Files that are looked at between two steps, so that millions do not wait in memory.
@@ -58,4 +59,5 @@ def copies_across(contents: Mapping[str, Contents], progress: Progress) -> str |
     if not pairs:
         return None
     shown = ", ".join(pairs[:3]) + (f" and {len(pairs) - 3} more" if len(pairs) > 3 else "")
-    return f"{len(pairs)} image(s) to evaluate on are copies of training images, which raises the accuracy: {shown}"
+    found = number_of(len(pairs), "copy of a training image", "copies of training images")
+    return f"{found} among the images to evaluate on, which makes figures too good: {shown}"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from posixpath import splitext
 
 from remap.data.images import HEIC, HEIC_SUFFIXES, SUFFIXES
+from remap.io.human_size import number_of
 from remap.io.names import plain
 from remap.io.versions import install_command
 
@@ -46,3 +47,15 @@ def counted(skipped: Skipped) -> str:
     kinds = Counter(reason for _, reason in skipped).most_common()
     more = [f"{sum(count for _, count in kinds[8:])} of other kinds"] if len(kinds) > 8 else []
     return ", ".join([f"{count} ({reason})" for reason, count in kinds[:8]] + more)
+
+
+def also_left_out(skipped: Skipped) -> str:
+    """Return it as the end of what was given to a command; empty where nothing was left out."""
+    return f"; left out: {counted(skipped)}" if skipped else ""
+
+
+def left_out(skipped: Skipped) -> str:
+    """Return how many files were left out and why, in one line."""
+    reasons = {reason for _, reason in skipped}
+    why = reasons.pop() if len(reasons) == 1 else counted(skipped)
+    return f"left out {number_of(len(skipped), 'other file')}: {why}"

@@ -10,7 +10,7 @@ import numpy as np
 
 from remap.data.copies import first_copies
 from remap.data.file_listing import Listing
-from remap.data.image_files import Skipped, counted
+from remap.data.image_files import Skipped, also_left_out
 from remap.data.labeled_files import merged
 from remap.data.sources import unknown_classes
 from remap.data.splits import ImageData, Split
@@ -48,7 +48,7 @@ def divided(word: str, splits: BySplit, skipped: Skipped, fraction: float) -> Im
     everything = splits.get("train") or splits.get("all") or []
     classes = tuple(sorted(merged({label: [] for _, _, labels in everything for label in labels})))
     if len(classes) < 2:
-        given = f"{word} has {', '.join(classes) or 'none'}; left out: {counted(skipped)}"
+        given = f"{word} has {', '.join(classes) or 'none'}{also_left_out(skipped)}"
         raise DataError("at least two classes are needed", given=given)
     if "val" in splits or "test" in splits:
         val = multi_hot(splits.get("val") or splits["test"], classes)

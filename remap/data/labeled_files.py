@@ -8,7 +8,7 @@ import numpy as np
 
 from remap.data.copies import first_copies
 from remap.data.file_listing import Listing
-from remap.data.image_files import Skipped, counted
+from remap.data.image_files import Skipped, also_left_out
 from remap.data.sources import PATHS, TABLES, Source, find_source, unknown_classes
 from remap.data.splits import ImageData, Split
 from remap.data.stratify import stratified
@@ -41,13 +41,13 @@ class LabeledFiles(Source):
         elif "val" not in splits and splits.get("test"):
             splits = {"train": splits.get("train", {}), "val": splits["test"]}
         if not (splits.get("train") or splits.get("all")):
-            raise DataError("there are no labelled images to learn from", given=f"{word}; left out: {counted(skipped)}")
+            raise DataError("there are no labelled images to learn from", given=word + also_left_out(skipped))
         if "val" not in splits:
             return _hold_out(word, splits.get("all") or splits["train"], val_fraction, skipped, self.least_classes)
         if not splits["val"]:
             raise DataError(
                 "the folder to evaluate on holds no images in class folders",
-                given=f"{word}; left out: {counted(skipped)}",
+                given=word + also_left_out(skipped),
                 do="sort its images into class folders, name others with --val-data, or move it elsewhere",
             )
         return _with_splits(word, splits, skipped, self.least_classes)

@@ -11,7 +11,7 @@ import numpy as np
 
 from remap.data import CLASSES, MULTILABEL, SOURCES, is_source
 from remap.data.file_listing import Listing, list_folder
-from remap.data.image_files import Skipped, counted
+from remap.data.image_files import Skipped, also_left_out
 from remap.data.images import SUFFIXES
 from remap.data.splits import NO_LABEL, ImageData, Split
 from remap.data.tar_listing import list_tar
@@ -19,6 +19,7 @@ from remap.data.words import of_images, parsed, place_of
 from remap.data.zip_listing import list_zip
 from remap.errors import DataError, MissingData
 from remap.io.checked_read import open_regular
+from remap.io.human_size import number_of
 from remap.io.names import look_alike, plain
 from remap.io.paths import absolute, expanded
 
@@ -236,7 +237,7 @@ def open_unlabeled(source: str) -> tuple[Split, Skipped]:
     if not files:
         raise DataError(
             "no images to learn from without labels",
-            given=f"{source} ({len(skipped)} files{'; left out: ' if skipped else ''}{counted(skipped)})",
+            given=f"{source} ({number_of(len(skipped), 'file')}{also_left_out(skipped)})",
             allowed=f"files with one of {' '.join(SUFFIXES)}, in any folders",
         )
     names = tuple(plain(f"{name}/{path}") for path, _ in files)

@@ -39,7 +39,7 @@ def parsed(word: str) -> Word:
         if not found.options[key]:
             raise DataError(f"the option '{key}' has no value", given=word)
     if not found.rest:
-        raise DataError(f"a {row.takes} follows '{row.name}:'", given=word)
+        raise DataError(f"'{row.name}:' is not followed by a {row.takes}", given=word)
     return found
 
 

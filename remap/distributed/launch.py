@@ -13,6 +13,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from remap.distributed import launcher_env
 from remap.distributed.collectives import all_gather_json
 from remap.errors import RunError, TrainingError
+from remap.io.human_size import number_of
 
 # Seconds that a process waits for the others at the start, when one may still read PyTorch from a slow disk; and
 # afterwards, unless the variable says otherwise.
@@ -85,7 +86,7 @@ def _require_supported() -> None:
     gpus = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     if gpus and count > gpus:
         raise TrainingError(
-            f"{count} processes on a machine with {gpus} GPU{'s' if gpus > 1 else ''}",
+            f"{count} processes on a machine with {number_of(gpus, 'GPU')}",
             allowed=f"one process a GPU: --devices {gpus}",
         )
 

@@ -102,7 +102,7 @@ class TaskSource:
         if unlabeled is not None and not len(self._data.val):
             views, _ = self._read(unlabeled, most)
             return SourceImages(views, None, f"{len(views)} images without labels of {self._data.source}")
-        split, name = (self._data.val, "validation") if test is None else (test, "test")
+        split, name = (self._data.val, "evaluation") if test is None else (test, "test")
         views, labels = self._read(split, most)
         return SourceImages(views, labels, f"{len(views)} {name} images of {self._data.source}")
 

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from remap.data import CLASSES
-from remap.data.image_files import counted
+from remap.data.image_files import left_out
 from remap.data.images import BadImage, decode, reason_of, wide_values
 from remap.data.pixels import RGB
 from remap.data.sources import open_data
 from remap.data.splits import ImageData, Split
 from remap.data.thread_pool import map_ahead, threads
 from remap.inspection.near_duplicates import FLAT, dhash, near_pairs
+from remap.io.human_size import number_of
 from remap.progress import Progress, Silent
 
 # Files that a finding names; the count has all.
@@ -138,21 +139,21 @@ def _findings(data: ImageData, seen: list[Seen], counts: dict[str, dict[str, int
     broken = [f"{one.name} ({one.reason})" for one in seen if one.reason]
     yield from _some("broken", "bad", "cannot be read", "repair or remove them, or train with --skip-bad", broken)
     if data.skipped:
-        what = f"not taken for images: {counted(data.skipped)}"
         names = [f"{name} ({reason})" for name, reason in data.skipped]
-        yield from _some("left_out", "note", what, "convert what is meant to be an image; remove the rest", names)
+        do = "convert what is meant to be an image; remove the rest"
+        yield Finding("left_out", "note", left_out(data.skipped), do, len(names), tuple(names[:SHOWN]))
     yield from _copies(good)
     flat = [one.name for one in good if one.flat]
-    yield from _some("flat", "note", "show one colour", "look whether they are placeholders; remove them", flat)
+    yield from _some("flat", "note", "of one colour", "look whether they are placeholders; remove them", flat)
     small = [f"{one.name} ({one.size[0]} x {one.size[1]})" for one in good if min(one.size) < SMALL_SIDE]
-    what = f"have a side below {SMALL_SIDE} pixels"
+    what = f"with a side below {SMALL_SIDE} pixels"
     do = "look whether they are thumbnails; for data of such images take a small model (mini_student)"
     yield from _some("small", "note", what, do, small)
     long = [f"{one.name} ({one.size[0]} x {one.size[1]})" for one in good if max(one.size) > LONG_SHAPE * min(one.size)]
     do = "crop them: a run sees the square in the centre only"
-    yield from _some("shape", "note", f"are more than {LONG_SHAPE:g} times as long as wide", do, long)
+    yield from _some("shape", "note", f"more than {LONG_SHAPE:g} times as long as wide", do, long)
     wide = [f"{one.name} ({one.wide})" for one in good if one.wide]
-    what = "have more than 8 bits, of which the range is taken from their type"
+    what = "of more than 8 bits, whose range is taken from the type"
     do = "say which values are black and white: --set data.value_range=[LOW,HIGH]"
     yield from _some("range", "note", what, do, wide)
     yield from _uneven(counts["train"])
@@ -160,7 +161,7 @@ def _findings(data: ImageData, seen: list[Seen], counts: dict[str, dict[str, int
 
 def _some(kind: str, severity: str, what: str, do: str, names: list[str]) -> Iterator[Finding]:
     if names:
-        yield Finding(kind, severity, f"{len(names)} file(s) {what}", do, len(names), tuple(names[:SHOWN]))
+        yield Finding(kind, severity, f"{number_of(len(names), 'file')} {what}", do, len(names), tuple(names[:SHOWN]))
 
 
 def _copies(good: list[Seen]) -> Iterator[Finding]:
@@ -177,9 +178,10 @@ def _copies(good: list[Seen]) -> Iterator[Finding]:
         for relation, group in groupby(kinds, key=lambda one: one[0]):
             names = [f"{one.name} = {other.name}" for _, (one, other) in group]
             what, do = _RELATIONS[relation]
-            same = "are equal byte for byte" if word == "copies" else "look the same (difference hash)"
+            same = "equal byte for byte" if word == "copies" else "that look the same (difference hash)"
             severity = "bad" if relation < 2 else "note"
-            yield Finding(word, severity, f"{len(names)} pair(s) {same} {what}", do, len(names), tuple(names[:SHOWN]))
+            what = f"{number_of(len(names), 'pair')} {same} {what}"
+            yield Finding(word, severity, what, do, len(names), tuple(names[:SHOWN]))
 
 
 _RELATIONS = (
@@ -196,12 +198,12 @@ def _relation(one: Seen, other: Seen) -> int:
 def _uneven(train: dict[str, int]) -> Iterator[Finding]:
     few = [f"{name} ({count})" for name, count in train.items() if count < FEW_IMAGES]
     if few:
-        what = f"{len(few)} class(es) have fewer than {FEW_IMAGES} training images"
+        what = f"{number_of(len(few), 'class')} with fewer than {FEW_IMAGES} training images"
         yield Finding("few", "note", what, "collect more, or merge them into others", len(few), tuple(few[:SHOWN]))
     (largest, most), (smallest, least) = (Counter(train).most_common()[index] for index in (0, -1))
     if most > UNEVEN * least:
         what = f"{largest} has {most / max(least, 1):.0f} times as many training images as {smallest} ({most}, {least})"
-        do = "look at the accuracy of each class (remap eval), not only at the overall one; collect more images"
+        do = "look at the figure of each class (remap eval), not only at that of all; collect more images"
         yield Finding("imbalance", "note", what, do, 1, (largest, smallest))
 
 

@@ -1,9 +1,10 @@
 """Numbers of bytes, seconds and things in words."""
 
 
-def number_of(count: int, noun: str) -> str:
-    """Return a number with its noun: "1 image", "2,000 images", "2 processes"."""
-    return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
+def number_of(count: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun: "1 image", "2,000 images", "2 processes"; ``plural`` where that rule fails."""
+    several = plural or f"{noun}{'es' if noun.endswith('s') else 's'}"
+    return f"{count:,} {noun if count == 1 else several}"
 
 
 def size(nbytes: float) -> str:

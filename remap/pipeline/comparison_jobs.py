@@ -12,7 +12,7 @@ from remap.cache.shared_outputs import FOLDER
 from remap.distributed.device_memory import free_bytes, peak_bytes, reset_peak
 from remap.distributed.interrupts import watch_signals
 from remap.distributed.launch import accelerator
-from remap.io.human_size import size
+from remap.io.human_size import number_of, size
 from remap.pipeline.build_cache import prepared_components
 from remap.pipeline.comparison_cells import Cell
 from remap.pipeline.comparison_resources import AUTO, Resources
@@ -46,8 +46,9 @@ def run_cells(cells: Sequence[Cell], jobs: str, output: Path, resources: Resourc
         return
     prepare_teachers(cells, output, resources, progress)
     slots = auto_slots(cells, progress) if jobs == AUTO else slots_of(most)
-    where = f", {len({slot.gpu for slot in slots})} GPU(s)" if slots[0].gpu is not None else ""
-    progress.say(f"{len(slots)} cells side by side, {slots[0].threads} CPU thread(s) each{where} (--jobs {jobs})")
+    where = f", {number_of(len({slot.gpu for slot in slots}), 'GPU')}" if slots[0].gpu is not None else ""
+    threads = number_of(slots[0].threads, "CPU thread")
+    progress.say(f"{number_of(len(slots), 'cell')} side by side, {threads} each{where} (--jobs {jobs})")
     try:
         with watch_signals():
             Pool(slots, output, resources.recipe, progress).run(cells)

@@ -10,7 +10,7 @@ import torch
 from remap.backbones.build import Backbone, add_tensors
 from remap.backbones.preprocess import require_channels
 from remap.data.augment import require_colours
-from remap.data.image_files import counted
+from remap.data.image_files import left_out
 from remap.data.views import ViewSource, listed
 from remap.distributed.launch import accelerator, use_bf16
 from remap.distributed.sharding import bytes_held, gather_full, is_sharded
@@ -169,7 +169,7 @@ def _notes(views: DataViews, spec: DataSpec) -> Iterator[str]:
     if read < labeled and (spec.labels is not None or spec.per_class is not None):
         yield f"{read} of the {labeled} labels that were chosen are used: no others replace those of unreadable images"
     if views.data.skipped:
-        yield f"left out {number_of(len(views.data.skipped), 'other file')}: {counted(views.data.skipped)}"
+        yield left_out(views.data.skipped)
 
 
 def require_student(recipe: Recipe, shared: SharedResources) -> None:
@@ -225,7 +225,7 @@ def _tune(recipe: Recipe, classes: tuple[str, ...], backbone: Backbone) -> Netwo
     student, train = tuned(backbone, recipe.method.name, recipe.method.options), recipe.train
     student.classes, student.task = classes, recipe.data.task
     if recipe.student.extends is not None:
-        start_from(student, expanded(recipe.student.extends), classes, head=train.fit == "gradient")
+        start_from(student, expanded(recipe.student.extends), classes, head=train.by_steps)
     require_trainable(student, train)
     device = accelerator().device
     # Attached on the CPU first, so that draws do not depend on the device.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from remap import __version__
+from remap.io.human_size import number_of
 from remap.io.versions import PACKAGES, version_of
 
 
@@ -39,7 +40,8 @@ def _devices() -> list[dict[str, str]]:
     import torch
 
     if not torch.cuda.is_available():
-        return [_row("note", "GPU", f"none; {os.cpu_count()} CPU cores, {torch.get_num_threads()} thread(s)")]
+        cores, threads = number_of(os.cpu_count() or 1, "CPU core"), number_of(torch.get_num_threads(), "thread")
+        return [_row("note", "GPU", f"none; {cores}, {threads}")]
     return [
         _row("ok", f"GPU {i}", f"{p.name}, {p.total_memory / 1e9:.1f} GB")
         for i, p in enumerate(map(torch.cuda.get_device_properties, range(torch.cuda.device_count())))
@@ -81,7 +83,9 @@ def _hub() -> dict[str, str]:
     folder = Path(HF_HUB_CACHE)
     # Only counted: nothing is downloaded to find out.
     count = len(list(folder.glob("models--*"))) if folder.is_dir() else 0
-    return _row("ok", "hub cache", f"{folder}: {count} model(s){', offline by setting' if HF_HUB_OFFLINE else ''}")
+    return _row(
+        "ok", "hub cache", f"{folder}: {number_of(count, 'model')}{', offline by setting' if HF_HUB_OFFLINE else ''}"
+    )
 
 
 def _token() -> dict[str, str]:
@@ -110,4 +114,5 @@ def _mini() -> dict[str, str]:
 
     files = {name: configs.default.file for name, configs in default_cfgs.items()}
     missing = [name for name, file in files.items() if file is not None and not Path(file).is_file()]
-    return _row("bad" if missing else "ok", "embedded weights", f"missing: {', '.join(missing)}" if missing else "both")
+    found = f"missing: {', '.join(missing)}" if missing else "all there"
+    return _row("bad" if missing else "ok", "embedded weights", found)

@@ -143,7 +143,9 @@ def _say_what_decides(run: RunDir, progress: Progress) -> None:
         )
     own, theirs = torch.get_num_threads(), run.environment().get("threads", "?")
     if own != theirs:
-        progress.say(f"PyTorch has {own} thread(s) here and had {theirs} in {run.path}: last bits may differ")
+        progress.say(
+            f"PyTorch has {number_of(own, 'thread')} here and had {theirs} in {run.path}: last bits may differ"
+        )
 
 
 def _target(run: RunDir, recipe: Recipe, output: Path | None) -> Path:

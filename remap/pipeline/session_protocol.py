@@ -10,6 +10,7 @@ from typing import Any
 from remap.data.augmentation import Augmentation
 from remap.errors import RecipeError, RunError
 from remap.io import atomic_write
+from remap.io.human_size import number_of
 from remap.io.names import plain
 from remap.pipeline.compare import resumable
 from remap.pipeline.comparison_files import percent
@@ -222,8 +223,8 @@ def markdown(table: dict[str, Any]) -> str:
     """Return the table as Markdown, shares in %."""
     lines = [
         f"Accuracy in % over the images of all {len(table['sessions'])} sessions after the last one, its mean over"
-        f" sessions, and forgetting in points; {table['seeds']} seed(s), mean ± standard deviation. Seconds and KiB are"
-        " those of the sessions behind the first.",
+        f" sessions, and forgetting in points; {number_of(table['seeds'], 'seed')}, mean ± standard deviation. Seconds"
+        " and KiB are those of the sessions behind the first.",
         "",
         "| method | way | accuracy | average | forgetting | seconds | KiB |",
         "|---|---|---:|---:|---:|---:|---:|",

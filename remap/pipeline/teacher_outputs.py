@@ -17,7 +17,7 @@ from remap.distributed.launch import accelerator
 from remap.engine.joint_teacher import JointTeacher
 from remap.engine.teacher import AverageTeacher, Teacher
 from remap.errors import DataError, RemapError
-from remap.io.human_size import duration, size
+from remap.io.human_size import duration, number_of, size
 from remap.pipeline.components import RunComponents
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teachers import PreparedTeacher
@@ -182,7 +182,8 @@ def store_on_disk(
             batches = missing / batch / accelerator().num_processes
             cost += f", about {duration(batches * _batch_seconds(teacher, views, batch, components.pass_images))}"
         progress.say(
-            f"caching teacher outputs on disk: {len(views.source.split):,} images x {views.views} view(s), "
+            f"caching teacher outputs on disk: {number_of(len(views.source.split), 'image')} x"
+            f" {number_of(views.views, 'view')}, "
             f"{missing:,} of {views.count:,} to compute, {cost}"
         )
     # Only what is missing has to fit.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from remap.data import is_source
 from remap.data.file_listing import walk_folder
-from remap.data.image_files import counted, why_left_out
+from remap.data.image_files import Skipped, also_left_out, left_out, why_left_out
 from remap.data.images import SUFFIXES
 from remap.data.sources import TABLES, find_source, list_files
 from remap.data.words import of_images, parsed
@@ -69,13 +69,16 @@ class Inputs:
                 yield item
         if empty:
             given = ", ".join([*self.words, *map(str, self.lists)])
-            left_out = f"; left out: {self.left_out_text}" if self.left_out else ""
-            raise DataError("no images there", given=given + left_out, allowed=" ".join(SUFFIXES))
+            raise DataError("no images there", given=given + also_left_out(self._skipped), allowed=" ".join(SUFFIXES))
 
     @property
     def left_out_text(self) -> str:
         """Return how many files were left out for which reason, in words."""
-        return counted([("", reason) for reason in self.left_out.elements()])
+        return left_out(self._skipped)
+
+    @property
+    def _skipped(self) -> Skipped:
+        return [("", reason) for reason in self.left_out.elements()]
 
     def _all_words(self) -> Iterator[str]:
         for word in self.words:

@@ -131,6 +131,13 @@ def test_a_pickle_that_needs_more_is_refused_with_the_line_that_converts_it(mode
     assert _is(build(NAME, str(tmp_path / "x.safetensors"), 3), model)
 
 
+def test_what_pytorch_did_not_write_is_not_converted(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_text("hello")
+    with pytest.raises(WeightsError, match="is not a file that PyTorch wrote") as caught:
+        build(NAME, str(tmp_path / "x.pt"), 3)
+    assert "python -c" not in str(caught.value)
+
+
 def test_a_pickle_with_code_runs_nothing(tmp_path: Path) -> None:
     torch.save({"state_dict": {"head.weight": _Ran(tmp_path / "mark")}}, tmp_path / "x.ckpt")
     with pytest.raises(WeightsError, match="convert it once"):

@@ -182,6 +182,6 @@ def test_features_of_texts_are_listed_and_cleared(
     (texts / f"{9:024x}.safetensors").symlink_to(texts / "notes.txt")
     found = {row["id"]: row for row in run_json("cache", "ls")}
     assert set(found) == {name, "texts"} and found["texts"]["bytes"] == 200
-    assert "2 set(s) of texts" in remap("cache", "ls").stdout
+    assert "sets of texts: 2" in remap("cache", "ls").stdout
     assert run_json("cache", "clear", "texts", "--yes")["bytes"] == 200
     assert [row["id"] for row in run_json("cache", "ls")] == [name] and len(list(texts.iterdir())) == 2

@@ -54,7 +54,7 @@ def test_copies_across_a_split_of_the_user_are_counted_and_named(tree: Make) -> 
         splits = {"train": data.train, "val": data.val, "test": data.test}
         lines.append(copies_across({name: Contents(split) for name, split in splits.items() if split}, Silent()))
     assert lines[0] is None and lines[1] is not None
-    assert lines[1].startswith("3 image(s) to evaluate on are copies of training images")
+    assert lines[1].startswith("3 copies of training images among the images to evaluate on")
     assert lines[1].endswith(
         "val/a/x.png is train/a/2.png, val/b/y.png is train/a/2.png, test/a/z.png is train/b/4.png"
     )
@@ -71,4 +71,4 @@ def test_a_run_says_so_before_it_trains(tree: Make) -> None:
     progress.say = said.append  # type: ignore[method-assign]
     components = SimpleNamespace(recipe=recipe, views=views, labeled_share=1.0)
     warn_before_training(components, SharedResources(), progress)  # type: ignore[arg-type]
-    assert said[0].startswith("2 image(s) to evaluate on are copies of training images")
+    assert said[0].startswith("2 copies of training images among the images to evaluate on")

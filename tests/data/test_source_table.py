@@ -122,7 +122,7 @@ def test_paths_in_words_become_absolute(tmp_path: Path, monkeypatch: pytest.Monk
         "csv:": "csv:",
     }.items():
         assert with_absolute_paths(word) == with_absolute_paths(with_absolute_paths(word)) == expected
-    with pytest.raises(DataError, match="a path follows 'csv:'"):
+    with pytest.raises(DataError, match="'csv:' is not followed by a path"):
         open_data("csv:", None, 0.2)
     with pytest.raises(MissingData):
         open_unlabeled("digits")  # a folder of that name

@@ -143,7 +143,7 @@ def test_task_is_copied_as_it_was_sealed(finished: Finished, tmp_path: Path) -> 
     assert torch.equal(again, student.logits_of_views(views))
     with pytest.raises(RunError, match="is there already"):
         student.save(tmp_path / "out")
-    assert student.save(tmp_path / "out", force=True).comparison.images.startswith("9 validation images")
+    assert student.save(tmp_path / "out", force=True).comparison.images.startswith("9 evaluation images")
     copied = export_student(tmp_path / "out", "task", tmp_path / "copy")
     assert copied.comparison.images.startswith("random pixels"), "a task folder does not say where its images are"
 

@@ -1,12 +1,15 @@
 """What is wrong with images is found, and named with what to do."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from remap.errors import DataError, RunError
+from remap.errors import DataError, RunError, WeightsError
+from remap.inspection import suggest
 from remap.inspection.contact_sheet import write_contact_sheet
 from remap.inspection.data_check import Report, check_data
 from remap.inspection.near_duplicates import dhash, near_pairs
@@ -127,6 +130,23 @@ def test_a_recipe_to_begin_with_is_read_as_it_stands(folder: Path, tmp_path: Pat
     with pytest.raises(RunError, match="is there already"):
         init_recipe(str(folder), tmp_path / "recipe.yaml")
     assert (tmp_path / "recipe.yaml").read_text() == text
+
+
+def test_models_that_cannot_be_had_are_said(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Callable[..., Any]
+) -> None:
+    def away(model: str, weights: str) -> None:
+        raise WeightsError("out of reach")
+
+    monkeypatch.setattr(suggest, "require_at_hand", away)
+    progress = watch(lambda step: None)
+    init_recipe(str(folder), tmp_path / "small.yaml", progress=progress)
+    assert progress.said == [], "small pictures are what the embedded pair is for"
+    monkeypatch.setattr(suggest, "SMALL", 8)
+    recipe = init_recipe(str(folder), tmp_path / "recipe.yaml", progress=progress)
+    assert recipe.student.model == "mini_student"
+    (said,) = progress.said
+    assert "cannot be downloaded now" in said and "embedded pair" in said
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def test_other_threads_are_named_before_and_after(tiny: Any, tmp_path: Path, wat
         found = repeat(run, progress=reporter)
     finally:
         torch.set_num_threads(threads)
-    assert any(f"has {threads + 1} thread(s) here and had {threads}" in line for line in reporter.said)
+    assert any(f"has {threads + 1} threads here and had {threads}" in line for line in reporter.said)
     assert found["environment"] == [{"what": "threads", "first": str(threads), "repeat": str(threads + 1)}]
     assert all(row["largest_difference"] < 1e-5 for row in found["tensors"])
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from remap.backbones.names import WEIGHTS_FILES
 from remap.errors import WeightsError
+from remap.io.human_size import number_of
 from remap.io.names import plain
 from remap.io.tensor_files import (
     FREE_BYTES,
@@ -90,11 +91,11 @@ def stripped(tensors: dict[str, Tensor], fits: Any) -> tuple[dict[str, Tensor], 
             break
         others = [key for key in tensors if not key.startswith(prefix)]
         if others:
-            notes.append(f"{len(others)} tensor(s) beside those of '{prefix}' are left out: {_some(others)}")
+            notes.append(f"left out {number_of(len(others), 'tensor')} beside those of '{prefix}': {_some(others)}")
         tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     unused = [key for key in tensors if key.startswith(_PRETRAINING)]
     if unused:
-        notes.append(f"{len(unused)} tensor(s) that only pre-training needs are left out: {_some(unused)}")
+        notes.append(f"left out {number_of(len(unused), 'tensor')} only for pre-training: {_some(unused)}")
     return {key: tensor for key, tensor in tensors.items() if key not in unused}, tuple(notes)
 
 
@@ -107,6 +108,11 @@ def _unpickled(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # torch's unpickler raises many kinds; what it advises is not safe
+        with open(path, "rb") as file:
+            start = file.read(2)
+        if start != b"PK" and start[:1] != b"\x80":  # of a zip, and of a pickle, as torch.save wrote before
+            do = f"name a file of weights: {', '.join(WEIGHTS_FILES)}"
+            raise WeightsError(f"{path} is not a file that PyTorch wrote", do=do) from error
         raise WeightsError(
             f"{path} cannot be read as tensors alone (torch.load with weights_only=True)",
             given=first_lines(error).partition("In PyTorch 2.6")[0][:160],
