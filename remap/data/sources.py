@@ -77,6 +77,10 @@ class Source(ABC):
         listing = Listing(everything.names, (), lambda name: everything.read(index[name]), lambda _name: -1)
         return [(name, listing) for name in everything.names], data.skipped
 
+    def by_shard(self, word: str) -> "list[Source]":
+        """Return a source for each shard of the word that can be listed by itself; none where there are no shards."""
+        return []
+
     def recognises(self, path: Path) -> bool:
         """Return whether a source with ``by_path`` reads what lies at this path."""
         return False

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from remap.data.fast_views import INTERPOLATIONS, fast_view
-from remap.data.fingerprint import Contents
+from remap.data.fingerprint import Contents, ranges
 from remap.data.images import BadImage, decode_channels, reason_of
 from remap.data.pixels import RGB, Pixels
 from remap.data.splits import Split
@@ -50,6 +50,11 @@ class View:
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a view."""
         return (self.pixels.channels, *((self.size, self.size) if isinstance(self.size, int) else self.size))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a view."""
+        return prod(self.shape)
 
     def read(self, source: bytes | Path | Image.Image) -> NDArray[np.uint8]:
         """Decode an image and return its view, (C, H, W) uint8.
@@ -92,14 +97,22 @@ class ViewSource:
         contents: Digests of what was read so far.
     """
 
-    def __init__(self, split: Split, view: View, *, memory_bytes: float, workers: int | None = None) -> None:
+    def __init__(
+        self,
+        split: Split,
+        view: View,
+        *,
+        memory_bytes: float,
+        workers: int | None = None,
+        contents: Contents | None = None,
+    ) -> None:
         self.split, self.view = split, view
         self._bad: dict[int, str] = {}
         self.workers = workers or min(8, os.cpu_count() or 1)
         self._cached: Tensor | None = None
         self._in_memory = self.nbytes <= memory_bytes
         self._lock = threading.Lock()
-        self.contents = Contents(split, self.workers)
+        self.contents = contents or Contents(split, self.workers)
 
     @property
     def bad(self) -> dict[int, str]:
@@ -107,24 +120,31 @@ class ViewSource:
 
     @property
     def nbytes(self) -> int:
-        return len(self.split) * prod(self.view.shape)
+        return len(self.split) * self.view.nbytes
 
     @property
     def cached_bytes(self) -> int:
         """Bytes that ``load`` caches in memory."""
         return self.nbytes if self._in_memory else 0
 
-    def load(self, progress: Progress, what: str) -> None:
-        """Decode everything once, when it fits in memory; afterwards ``bad`` is complete."""
+    def load(self, progress: Progress, what: str, rank: int = 0, processes: int = 1) -> Sequence[Tensor]:
+        """Decode everything once, when it fits in memory; afterwards ``bad`` is complete.
+
+        Returns:
+            The memory of the views, in a part for each process: that of ``rank`` is filled here, the others by the
+            caller (``remap.distributed.reading.load_together``). Nothing where nothing had to be decoded.
+        """
         if not self._in_memory or self._cached is not None:
-            return
+            return ()
         pixels_NCHW = torch.zeros(len(self.split), *self.view.shape, dtype=torch.uint8)
-        with progress.wait(f"reading {what}", len(self.split)) as step, threads(self.workers) as pool:
-            for index, pixels in enumerate(pool.map(self._read, range(len(self.split)))):
+        parts = ranges(len(self.split), processes)
+        with progress.wait(f"reading {what}", len(parts[rank])) as step, threads(self.workers) as pool:
+            for index, pixels in zip(parts[rank], pool.map(self._read, parts[rank]), strict=True):
                 if pixels is not None:
                     pixels_NCHW[index] = torch.from_numpy(pixels)
                 step.advance()
         self._cached = pixels_NCHW
+        return [pixels_NCHW[part.start : part.stop] for part in parts]
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
         """Return views of some images and the indices that could be read: uint8 (B', C, H, W), int64 (B',)."""
@@ -192,9 +212,8 @@ class JoinedSource(ViewSource):
     def cached_bytes(self) -> int:
         return self.first.cached_bytes + self.second.cached_bytes
 
-    def load(self, progress: Progress, what: str) -> None:
-        self.first.load(progress, what)
-        self.second.load(progress, what)
+    def load(self, progress: Progress, what: str, rank: int = 0, processes: int = 1) -> Sequence[Tensor]:
+        return [part for one in (self.first, self.second) for part in one.load(progress, what, rank, processes)]
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
         chosen, images, readable, positions = np.asarray(indices, dtype=np.int64), [], [], []

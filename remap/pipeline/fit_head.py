@@ -58,7 +58,7 @@ def fit_head(
             "scikit-learn": version_of("scikit-learn"),  # another version of its solver ends at other bits
         }
 
-    stored = StoredTeacher.made_by(key, spec, shared, progress)
+    stored = StoredTeacher.made_by(key, {"training": views.train.contents}, spec, shared, progress)
     if stored.fetch(folder):
         return None
     title, classes = title_of(spec, recipe), len(views.data.classes)

@@ -84,6 +84,7 @@ def run(
         _require_checkpoints(recipe, run_dir, resuming)
 
         # The steps of this run and of its baseline, which has as many.
+        shared.list_together(recipe.data)
         own = shared.training_steps(recipe)
         baseline = own if recipe.baseline else 0
 
@@ -241,6 +242,7 @@ def validate_inputs(recipe: Recipe, shared: SharedResources) -> None:
     """
     require_held_out_once(recipe)
     require_installed(recipe)
+    shared.list_together(recipe.data)
     classes = shared.classes(recipe)
     for spec in recipe.teachers:
         OutputFormat((len(classes),), top_k=spec.top_k)

@@ -1,6 +1,6 @@
 """What several runs can share: listed data, decoded views, prepared teachers and their outputs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
@@ -14,6 +14,8 @@ from remap.data.sources import open_data
 from remap.data.splits import ImageData
 from remap.data.value_range import find_value_range
 from remap.data.views import JoinedSource, View, ViewSource, listed, require_readable
+from remap.distributed.launch import accelerator
+from remap.distributed.reading import listing_together, load_together, read_digests
 from remap.errors import DataError
 from remap.io.paths import expanded
 from remap.language.words import class_words
@@ -60,8 +62,14 @@ class DataViews:
         return float((self.training_source.split.labels >= 0).mean())
 
     def fingerprint(self, progress: Progress = Silent()) -> str:
-        """Class names, file names, labels, order and content. What was decoded into memory is not read again."""
-        self._fingerprint = self._fingerprint or fingerprint(self.data, progress, known=self.contents)
+        """Class names, file names, labels, order and content. What was decoded into memory is not read again.
+
+        Every process has to call it when it is called first: each reads a part.
+        """
+        if not self._fingerprint:
+            for name, contents in self.contents.items():
+                read_digests(accelerator(), contents, progress, _TITLES[name])
+            self._fingerprint = fingerprint(self.data, progress, known=self.contents)
         return self._fingerprint
 
     def digest(self, progress: Progress = Silent()) -> str:
@@ -101,6 +109,7 @@ class SharedResources:
     shapes_only: bool = False
     features: dict[tuple, dict[str, Any]] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
+    _contents: dict[tuple, dict[str, Contents]] = field(default_factory=dict)
 
     def say_once(self, progress: Progress, text: str) -> None:
         """Report what is known of the images, unless another run said it."""
@@ -120,6 +129,19 @@ class SharedResources:
                 data = with_memory(data, expanded(spec.memory), spec.selection)
             self.data[key] = data
         return self.data[key]
+
+    def list_together(self, spec: DataSpec) -> ImageData:
+        """Return ``index``, for which each process lists its part of many shards; every process has to call it."""
+        with listing_together(accelerator()):
+            return self.index(spec)
+
+    def contents(self, spec: DataSpec) -> dict[str, Contents]:
+        """Return what is known of the files of each split, in whatever view, so that none is read twice for it."""
+        data, key = self.index(spec), (*source_arguments(spec), spec.memory)
+        if key not in self._contents:
+            splits = {name: getattr(data, name) for name in _TITLES if getattr(data, name) is not None}
+            self._contents[key] = {name: Contents(split, spec.workers) for name, split in splits.items()}
+        return self._contents[key]
 
     def classes(self, recipe: Recipe) -> tuple[str, ...]:
         """Return the classes that teachers and student answer with; none where no loss is about classes."""
@@ -157,7 +179,8 @@ class SharedResources:
         # Only what changes the views is part of the key; cells of a comparison differ elsewhere.
         key = (*source_arguments(spec), spec.memory, spec.unlabeled_only, spec.skip_bad, spec.max_bad, view)
         if key not in self.views:
-            self.views[key] = _open(self.index(spec), spec, view, progress if self.read_ahead else None)
+            contents = self.contents(spec)
+            self.views[key] = _open(self.index(spec), spec, view, contents, progress if self.read_ahead else None)
         return self.views[key]
 
 
@@ -180,19 +203,19 @@ _TITLES = {
 }
 
 
-def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress | None) -> DataViews:
+def _open(
+    data: ImageData, spec: DataSpec, view: View, contents: Mapping[str, Contents], progress: Progress | None
+) -> DataViews:
     # One budget for all splits, in the order in which training reads them most often.
     budget = spec.memory_gib * 2**30
     sources: dict[str, ViewSource] = {}
-    for name in _TITLES:
-        split = getattr(data, name)
-        if split is not None:
-            sources[name] = ViewSource(split, view, memory_bytes=budget, workers=spec.workers)
-            budget -= sources[name].cached_bytes
+    for name, known in contents.items():
+        sources[name] = ViewSource(known.split, view, memory_bytes=budget, workers=spec.workers, contents=known)
+        budget -= sources[name].cached_bytes
     for name, source in sources.items():
         # Decoding everything once finds unreadable images before training, where memory suffices.
         if len(source.split) and progress is not None:
-            source.load(progress, _TITLES[name])
+            load_together(accelerator(), source, progress, _TITLES[name])
     train, unlabeled = sources["train"], sources.get("unlabeled")
     # A few bad files are normal in a large folder; many mean a wrong path or a damaged disk.
     _require_few_bad(train, unlabeled, spec.max_bad)
@@ -214,7 +237,7 @@ def _open(data: ImageData, spec: DataSpec, view: View, progress: Progress | None
         unreadable,
         unlabeled,
         _training_source(train, unlabeled, spec.unlabeled_only),
-        {name: source.contents for name, source in sources.items()},
+        dict(contents),
         good.get("selection"),
     )
 
