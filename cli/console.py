@@ -1,5 +1,6 @@
 """Everything that is printed: results on stdout, progress and messages on stderr."""
 
+import gc
 import itertools
 import json
 import os
@@ -184,6 +185,7 @@ class Reporter:
     """progress.Progress on stderr: bars on a terminal, otherwise lines during long waits."""
 
     def __init__(self, *, quiet: bool = False) -> None:
+        gc.enable()  # listings do without, and use no reporter
         self._quiet = quiet
         self._bars: Progress | None = None
         if err.is_terminal and not quiet:
