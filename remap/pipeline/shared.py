@@ -10,7 +10,7 @@ from remap.backbones.preprocess import PreprocessSpec
 from remap.data.fingerprint import Contents, fingerprint
 from remap.data.memory import with_memory
 from remap.data.pixels import Pixels
-from remap.data.sources import open_data
+from remap.data.sources import add_unlabeled, open_data
 from remap.data.splits import ImageData
 from remap.data.value_range import find_value_range
 from remap.data.views import JoinedSource, View, ViewSource, listed, require_readable
@@ -109,7 +109,8 @@ class SharedResources:
     shapes_only: bool = False
     features: dict[tuple, dict[str, Any]] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
-    _contents: dict[tuple, dict[str, Contents]] = field(default_factory=dict)
+    _contents: dict[int, Contents] = field(default_factory=dict)
+    _in_memory: dict[tuple[int, View], ViewSource] = field(default_factory=dict)
 
     def say_once(self, progress: Progress, text: str) -> None:
         """Report what is known of the images, unless another run said it."""
@@ -123,10 +124,15 @@ class SharedResources:
         # The memory is joined after the source is opened, so it is not one of the arguments.
         key = (*arguments, spec.memory)
         if key not in self.data:
-            # A folder on a network drive takes minutes to list.
-            data = open_data(*arguments)
-            if spec.memory is not None:
-                data = with_memory(data, expanded(spec.memory), spec.selection)
+            more = spec.unlabeled or spec.target
+            if spec.source is not None and more is not None:
+                # The labelled ones by themselves are the images of its teachers and its baseline.
+                data = add_unlabeled(self.index(spec.labeled_part()), spec.source, spec.val_source, more)
+            else:
+                # A folder on a network drive takes minutes to list.
+                data = open_data(*arguments)
+                if spec.memory is not None:
+                    data = with_memory(data, expanded(spec.memory), spec.selection)
             self.data[key] = data
         return self.data[key]
 
@@ -136,12 +142,13 @@ class SharedResources:
             return self.index(spec)
 
     def contents(self, spec: DataSpec) -> dict[str, Contents]:
-        """Return what is known of the files of each split, in whatever view, so that none is read twice for it."""
-        data, key = self.index(spec), (*source_arguments(spec), spec.memory)
-        if key not in self._contents:
-            splits = {name: getattr(data, name) for name in _TITLES if getattr(data, name) is not None}
-            self._contents[key] = {name: Contents(split, spec.workers) for name, split in splits.items()}
-        return self._contents[key]
+        """Return what is known of the files of each split, in whatever view and data, so that none is read again."""
+        data = self.index(spec)
+        splits = {name: getattr(data, name) for name in _TITLES if getattr(data, name) is not None}
+        for split in splits.values():
+            if id(split) not in self._contents:
+                self._contents[id(split)] = Contents(split, spec.workers)
+        return {name: self._contents[id(split)] for name, split in splits.items()}
 
     def classes(self, recipe: Recipe) -> tuple[str, ...]:
         """Return the classes that teachers and student answer with; none where no loss is about classes."""
@@ -179,9 +186,23 @@ class SharedResources:
         # Only what changes the views is part of the key; cells of a comparison differ elsewhere.
         key = (*source_arguments(spec), spec.memory, spec.unlabeled_only, spec.skip_bad, spec.max_bad, view)
         if key not in self.views:
-            contents = self.contents(spec)
-            self.views[key] = _open(self.index(spec), spec, view, contents, progress if self.read_ahead else None)
+            sources = self._sources(spec, view)
+            self.views[key] = _open(self.index(spec), spec, view, sources, progress if self.read_ahead else None)
         return self.views[key]
+
+    def _sources(self, spec: DataSpec, view: View) -> dict[str, ViewSource]:
+        """Return the images of each split; what is held in memory for other data serves again."""
+        # One budget for all splits, in the order in which training reads them most often.
+        budget, sources = spec.memory_gib * 2**30, dict[str, ViewSource]()
+        for name, known in self.contents(spec).items():
+            source = self._in_memory.get((id(known.split), view)) or ViewSource(
+                known.split, view, memory_bytes=budget, workers=spec.workers, contents=known
+            )
+            if source.cached_bytes:
+                self._in_memory[id(known.split), view] = source
+            budget -= source.cached_bytes
+            sources[name] = source
+        return sources
 
 
 def source_arguments(spec: DataSpec) -> tuple:
@@ -204,14 +225,8 @@ _TITLES = {
 
 
 def _open(
-    data: ImageData, spec: DataSpec, view: View, contents: Mapping[str, Contents], progress: Progress | None
+    data: ImageData, spec: DataSpec, view: View, sources: Mapping[str, ViewSource], progress: Progress | None
 ) -> DataViews:
-    # One budget for all splits, in the order in which training reads them most often.
-    budget = spec.memory_gib * 2**30
-    sources: dict[str, ViewSource] = {}
-    for name, known in contents.items():
-        sources[name] = ViewSource(known.split, view, memory_bytes=budget, workers=spec.workers, contents=known)
-        budget -= sources[name].cached_bytes
     for name, source in sources.items():
         # Decoding everything once finds unreadable images before training, where memory suffices.
         if len(source.split) and progress is not None:
@@ -237,7 +252,7 @@ def _open(
         unreadable,
         unlabeled,
         _training_source(train, unlabeled, spec.unlabeled_only),
-        dict(contents),
+        {name: source.contents for name, source in sources.items()},
         good.get("selection"),
     )
 
