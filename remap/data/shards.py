@@ -31,7 +31,6 @@ class Shard(NamedTuple):
 # What lists each shard where several processes do it together (``remap.distributed.reading``); what it finds of a shard
 # goes through JSON. None where each process lists all of them.
 Deal = Callable[[Sequence[Shard], Callable[[Shard], Any]], list[Any]]
-Deal = Callable[[Sequence[Shard], Callable[[Shard], Any]], list[Any]]
 DEALT: ContextVar[Deal | None] = ContextVar("dealt", default=None)
 
 
