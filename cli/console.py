@@ -1,5 +1,6 @@
 """Everything that is printed: results on stdout, progress and messages on stderr."""
 
+import gc
 import itertools
 import json
 import os
@@ -184,6 +185,7 @@ class Reporter:
     """progress.Progress on stderr: bars on a terminal, otherwise lines during long waits."""
 
     def __init__(self, *, quiet: bool = False) -> None:
+        gc.enable()  # listings do without, and use no reporter
         self._quiet = quiet
         self._bars: Progress | None = None
         if err.is_terminal and not quiet:
@@ -215,10 +217,7 @@ class Reporter:
 
 
 class _Wait:
-    """A bar, or without a terminal a line at most every ``LINE_EVERY_S`` seconds and one at the end of a long wait.
-
-    A wait with figures is training, which says its end itself.
-    """
+    """A bar, or without a terminal a line at most every ``LINE_EVERY_S`` seconds and one at the end of a long wait."""
 
     def __init__(self, reporter: Reporter, bars: "Progress | None", what: str, total: int | None) -> None:
         self._say, self._bars, self._what, self._total, self._done = reporter.say, bars, what, total, 0
@@ -246,5 +245,5 @@ class _Wait:
 
     def say_duration(self) -> None:
         seconds = time.perf_counter() - self._started
-        if self._bars is None and seconds > CLOSING_LINE_S and not self._values:
+        if self._bars is None and seconds > CLOSING_LINE_S and not self._values:  # training says its end itself
             self._say(f"{self._what}: {duration(seconds)}")

@@ -2,8 +2,8 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from remap.data.images import MAX_BYTES
@@ -23,13 +23,14 @@ MOST_VISITS = 16
 class Listing:
     """Files and folders of a folder or archive as relative paths, what reads a file, and what tells its size in bytes.
 
-    The size of what cannot be read is -1.
+    The size of what cannot be read is -1. ``spans`` are offset and bytes of each file in a plain tar.
     """
 
     paths: tuple[str, ...]
     folders: tuple[str, ...]
     read: Callable[[str], bytes]
     size: Callable[[str], int]
+    spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def inside(self, prefix: str) -> "Listing":
         """Return what lies below a folder ("photos/"), relative to it."""

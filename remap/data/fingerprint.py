@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from itertools import pairwise, starmap
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,12 @@ DIGEST_BYTES = 16
 CHUNK = 256
 # The system lacks something: the image itself may be sound.
 _LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def ranges(images: int, processes: int) -> list[range]:
+    """Return the indices of images that each of several processes reads: as many, one after the other."""
+    ends = [number * images // processes for number in range(processes + 1)]
+    return list(starmap(range, pairwise(ends)))
 
 
 class Contents:
@@ -63,9 +70,11 @@ class Contents:
                 list(pool.map(self._try_to_read, missing.tolist()))
         return [row.tobytes() for row in self._digests_N16[chosen]]
 
-    def complete(self, progress: Progress, what: str) -> NDArray[np.uint8]:
-        """Return the digests of all images, (N, 16)."""
+    def complete(self, progress: Progress, what: str, part: range | None = None) -> NDArray[np.uint8]:
+        """Return the digests of all images, (N, 16), once those of a part of them are known; None is all of them."""
         missing = np.flatnonzero(~self._known_N)
+        if part is not None:
+            missing = missing[(missing >= part.start) & (missing < part.stop)]
         if len(missing):
             with progress.wait(f"checking the content of {what}", len(missing)) as step:
                 for start in range(0, len(missing), CHUNK):

@@ -3,10 +3,12 @@
 import glob
 import os
 import re
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from itertools import islice
 from pathlib import Path
 from posixpath import splitext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from remap.data.file_listing import list_folder
 from remap.data.folder_layout import split_named
@@ -24,6 +26,12 @@ class Shard(NamedTuple):
     path: Path
     name: str
     split: str | None
+
+
+# What lists each shard where several processes do it together (``remap.distributed.reading``); what it finds of a shard
+# goes through JSON. None where each process lists all of them.
+Deal = Callable[[Sequence[Shard], Callable[[Shard], Any]], list[Any]]
+DEALT: ContextVar[Deal | None] = ContextVar("dealt", default=None)
 
 
 def shards(word: str, suffixes: tuple[str, ...]) -> list[Shard]:

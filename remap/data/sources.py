@@ -78,6 +78,10 @@ class Source(ABC):
         listing = Listing(everything.names, (), lambda name: everything.read(index[name]), lambda _name: -1)
         return [(name, listing) for name in everything.names], data.skipped
 
+    def by_shard(self, word: str) -> "list[Source]":
+        """Return a source for each shard of the word that can be listed by itself; none where there are no shards."""
+        return []
+
     def recognises(self, path: Path) -> bool:
         """Return whether a source with ``by_path`` reads what lies at this path."""
         return False
@@ -181,8 +185,18 @@ def open_data(
         data = data.with_selection(selection)
     if known_classes is not None:
         data = data.with_classes(known_classes)
-    if unlabeled is None:
-        return data
+    return data if unlabeled is None else add_unlabeled(data, source, val_source, unlabeled)
+
+
+def add_unlabeled(data: ImageData, source: str, val_source: str | None, unlabeled: str) -> ImageData:
+    """Return labelled data with more images without labels.
+
+    Args:
+        source, val_source: Where the labelled images come from.
+
+    Raises:
+        DataError: There are no more images, or images to evaluate on are among them.
+    """
     for labeled in (source, val_source):
         if labeled is not None:
             _require_apart(data, labeled, unlabeled)

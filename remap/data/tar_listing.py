@@ -74,6 +74,20 @@ def list_tar(path: Path, also: tuple[str, ...] = (), held_so_far: Held | None = 
             allowed="a folder of class folders, or a tar or zip of one",
             do=None if isinstance(error, OSError) else "if it is another kind of file, name the folder of the images",
         ) from error
+    return listing_of_spans(path, files, folders)
+
+
+def is_compressed(path: Path) -> bool:
+    """Return whether a file is a compressed archive; one that cannot be read is none."""
+    try:
+        with open_regular(path) as file:
+            return file.read(8).startswith(tuple(magic for magic, _ in _DECOMPRESSORS))
+    except OSError:
+        return False
+
+
+def listing_of_spans(path: Path, files: Members, folders: tuple[str, ...] = ()) -> Listing:
+    """Return the listing of files that lie in a tar at these offsets."""
 
     def read(name: str) -> bytes:
         offset, size = files[name]
@@ -83,7 +97,7 @@ def list_tar(path: Path, also: tuple[str, ...] = (), held_so_far: Held | None = 
             file.seek(offset)
             return file.read(size)
 
-    return Listing(tuple(sorted(files)), folders, read, lambda name: files[name][1])
+    return Listing(tuple(sorted(files)), folders, read, lambda name: files[name][1], files)
 
 
 def _stream(path: Path, file: io.BufferedReader) -> tuple["_Bounded", bool]:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from remap.data.fast_views import INTERPOLATIONS, fast_view
-from remap.data.fingerprint import Contents
+from remap.data.fingerprint import Contents, ranges
 from remap.data.images import BadImage, decode_channels, reason_of
 from remap.data.pixels import RGB, Pixels
 from remap.data.splits import Split
@@ -50,6 +50,11 @@ class View:
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a view."""
         return (self.pixels.channels, *((self.size, self.size) if isinstance(self.size, int) else self.size))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a view."""
+        return prod(self.shape)
 
     def read(self, source: bytes | Path | Image.Image) -> NDArray[np.uint8]:
         """Decode an image and return its view, (C, H, W) uint8.
@@ -92,14 +97,22 @@ class ViewSource:
         contents: Digests of what was read so far.
     """
 
-    def __init__(self, split: Split, view: View, *, memory_bytes: float, workers: int | None = None) -> None:
+    def __init__(
+        self,
+        split: Split,
+        view: View,
+        *,
+        memory_bytes: float,
+        workers: int | None = None,
+        contents: Contents | None = None,
+    ) -> None:
         self.split, self.view = split, view
         self._bad: dict[int, str] = {}
         self.workers = workers or min(8, os.cpu_count() or 1)
         self._cached: Tensor | None = None
         self._in_memory = self.nbytes <= memory_bytes
         self._lock = threading.Lock()
-        self.contents = Contents(split, self.workers)
+        self.contents = contents or Contents(split, self.workers)
 
     @property
     def bad(self) -> dict[int, str]:
@@ -107,24 +120,31 @@ class ViewSource:
 
     @property
     def nbytes(self) -> int:
-        return len(self.split) * prod(self.view.shape)
+        return len(self.split) * self.view.nbytes
 
     @property
     def cached_bytes(self) -> int:
         """Bytes that ``load`` caches in memory."""
         return self.nbytes if self._in_memory else 0
 
-    def load(self, progress: Progress, what: str) -> None:
-        """Decode everything once, when it fits in memory; afterwards ``bad`` is complete."""
+    def load(self, progress: Progress, what: str, rank: int = 0, processes: int = 1) -> Sequence[Tensor]:
+        """Decode everything once, when it fits in memory; afterwards ``bad`` is complete.
+
+        Returns:
+            The memory of the views, in a part for each process: that of ``rank`` is filled here, the others by the
+            caller (``remap.distributed.reading.load_together``). Nothing where nothing had to be decoded.
+        """
         if not self._in_memory or self._cached is not None:
-            return
+            return ()
         pixels_NCHW = torch.zeros(len(self.split), *self.view.shape, dtype=torch.uint8)
-        with progress.wait(f"reading {what}", len(self.split)) as step, threads(self.workers) as pool:
-            for index, pixels in enumerate(pool.map(self._read, range(len(self.split)))):
+        parts = ranges(len(self.split), processes)
+        with progress.wait(f"reading {what}", len(parts[rank])) as step, threads(self.workers) as pool:
+            for index, pixels in zip(parts[rank], pool.map(self._read, parts[rank]), strict=True):
                 if pixels is not None:
                     pixels_NCHW[index] = torch.from_numpy(pixels)
                 step.advance()
         self._cached = pixels_NCHW
+        return [pixels_NCHW[part.start : part.stop] for part in parts]
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
         """Return views of some images and the indices that could be read: uint8 (B', C, H, W), int64 (B',)."""
@@ -170,62 +190,6 @@ class ViewSource:
             with self._lock:
                 self._bad[int(index)] = error.reason if isinstance(error, BadImage) else reason_of(error)
             return None
-
-
-class JoinedSource(ViewSource):
-    """The views of two sources one after the other.
-
-    It caches nothing: what either has in memory, and which images it found unreadable, are those of both.
-    """
-
-    def __init__(self, first: ViewSource, second: ViewSource) -> None:
-        assert first.view == second.view
-        self.first, self.second = first, second
-        self.view, self.workers = first.view, first.workers
-        self.split = first.split.joined(second.split)
-
-    @property
-    def bad(self) -> dict[int, str]:
-        return self.first.bad | {len(self.first.split) + index: why for index, why in self.second.bad.items()}
-
-    @property
-    def cached_bytes(self) -> int:
-        return self.first.cached_bytes + self.second.cached_bytes
-
-    def load(self, progress: Progress, what: str) -> None:
-        self.first.load(progress, what)
-        self.second.load(progress, what)
-
-    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
-        chosen, images, readable, positions = np.asarray(indices, dtype=np.int64), [], [], []
-        for source, offset, at in self._parts(chosen):
-            if len(at):
-                pixels, found = source.batch(chosen[at] - offset)
-                images.append(pixels)
-                readable.append(found + offset)
-                positions.append(at[np.isin(chosen[at] - offset, found)])
-        if len(images) < 2:
-            return (images[0], readable[0]) if images else self.first.batch(chosen)
-        # Each part is in the order of ``indices``, less its bad images; merge them back into it.
-        order = np.argsort(np.concatenate(positions))
-        return torch.cat(images).index_select(0, torch.from_numpy(order)), np.concatenate(readable)[order]
-
-    def without_bad(self) -> "JoinedSource":
-        return JoinedSource(self.first.without_bad(), self.second.without_bad()) if self.bad else self
-
-    def digests(self, indices: Sequence[int] | NDArray[np.int64]) -> list[bytes]:
-        chosen = np.asarray(indices, dtype=np.int64)
-        digests = [b""] * len(chosen)
-        for source, offset, at in self._parts(chosen):
-            for position, digest in zip(at.tolist(), source.digests(chosen[at] - offset), strict=True):
-                digests[position] = digest
-        return digests
-
-    def _parts(self, indices: NDArray[np.int64]) -> list[tuple[ViewSource, int, NDArray[np.int64]]]:
-        """Return both sources, the index of their first image here, and where in ``indices`` theirs are."""
-        count = len(self.first.split)
-        in_first = indices < count
-        return [(self.first, 0, np.flatnonzero(in_first)), (self.second, count, np.flatnonzero(~in_first))]
 
 
 def listed(files: Sequence[tuple[str, str]]) -> str:

@@ -2,14 +2,17 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
 
 from remap.data.file_listing import Listing
 from remap.data.image_files import is_leftover, why_not_read
 from remap.data.rows import LABEL, LABELS, Row, Rows
-from remap.data.shards import Shard, shards
-from remap.data.tar_listing import Held, list_tar
-from remap.data.words import Word
+from remap.data.shards import DEALT, Shard, shards
+from remap.data.sources import Source
+from remap.data.tar_listing import Held, is_compressed, list_tar, listing_of_spans
+from remap.data.words import Word, parsed
 from remap.errors import DataError
 from remap.io.names import plain
 
@@ -29,21 +32,60 @@ class WebDataset(Rows):
     """
 
     several_labels = True
+    only: Shard | None = None
 
     def rows(self, word: Word, labeled: bool) -> Iterator[Row]:
-        held = Held()
-        for shard in shards(word.rest, SUFFIXES):
-            yield from _rows_of(shard, word, labeled, held)
+        held, list_together = Held(), DEALT.get()
+        found = [self.only] if self.only else shards(word.rest, SUFFIXES)
+        # A compressed shard is held in memory by each process, which therefore reads it itself.
+        plain_shards = [one for one in found if not is_compressed(one.path)] if list_together else []
+        dealt = list_together(plain_shards, partial(_found, word, labeled)) if list_together else []
+        known = dict(zip(plain_shards, dealt, strict=True))
+        for shard in found:
+            yield from _rows_of(shard, word, labeled, held, known.get(shard))
+
+    def by_shard(self, word: str) -> list[Source]:
+        found, sources = parsed(word), list[Source]()
+        for shard in shards(found.rest, SUFFIXES):
+            if found.options.get("split") in (None, shard.split):
+                sources.append(one := type(self)())
+                one.only = shard
+        return sources
 
 
-def _rows_of(shard: Shard, word: Word, labeled: bool, held: Held) -> Iterator[Row]:
-    """Yield the rows of one tar; their names begin with its own, since keys may repeat."""
-    chosen = word.options.get("label", "cls").lower()
-    also, prefix = (".cls", ".label", ".txt", ".json", f".{chosen}"), f"{shard.name}/"
-    in_tar = list_tar(shard.path, also, held)
+def _rows_of(shard: Shard, word: Word, labeled: bool, held: Held, known: list[Any] | None) -> Iterator[Row]:
+    """Yield the rows of one tar; their names begin with its own, since keys may repeat.
+
+    Args:
+        known: What ``_found`` returned for it, in another process.
+    """
+    if known is None:
+        in_tar = _listed(shard, word, held)
+        samples: Iterable[Any] = _samples(in_tar, word, labeled)
+    else:
+        in_tar = listing_of_spans(shard.path, {member: (offset, size) for member, _, offset, size in known})
+        samples = ((member, tuple(label) if isinstance(label, list) else label) for member, label, _, _ in known)
+    prefix = f"{shard.name}/"
     listing = Listing(
         (), (), lambda name: in_tar.read(name[len(prefix) :]), lambda name: in_tar.size(name[len(prefix) :])
     )
+    for member, label in samples:
+        yield Row(prefix + member, listing, label, shard.split, why_not_read(member))
+
+
+def _found(word: Word, labeled: bool, shard: Shard) -> list[Any]:
+    """Return name, label, offset and bytes of each image of a plain tar, for all processes."""
+    in_tar = _listed(shard, word, Held())
+    return [(member, label, *in_tar.spans[member]) for member, label in _samples(in_tar, word, labeled)]
+
+
+def _listed(shard: Shard, word: Word, held: Held) -> Listing:
+    chosen = word.options.get("label", "cls").lower()
+    return list_tar(shard.path, (".cls", ".label", ".txt", ".json", f".{chosen}"), held)
+
+
+def _samples(in_tar: Listing, word: Word, labeled: bool) -> Iterator[tuple[str, str | tuple[str, ...]]]:
+    """Yield the image and the label of each sample of a tar."""
     samples: dict[str, dict[str, str]] = {}
     for member in in_tar.paths:
         match = _MEMBER.fullmatch(member)
@@ -52,8 +94,7 @@ def _rows_of(shard: Shard, word: Word, labeled: bool, held: Held) -> Iterator[Ro
     for key, files in samples.items():
         image = _image(key, files, word.options.get("image"))
         if image is not None:
-            label = _label(in_tar, files, word.options.get("label")) if labeled else ""
-            yield Row(prefix + image, listing, label, shard.split, why_not_read(image))
+            yield image, _label(in_tar, files, word.options.get("label")) if labeled else ""
 
 
 def _image(key: str, files: Mapping[str, str], chosen: str | None) -> str | None:

@@ -80,7 +80,7 @@ def gather_rows(accelerator: Accelerator, rows: Tensor) -> Tensor:
     if accelerator.num_processes == 1:
         return rows
     counts = [len(count) for count in all_gather_rows(accelerator, np.zeros(len(rows), np.uint8))]
-    return torch.cat([_broadcast_rows(accelerator, rows, rank, count) for rank, count in enumerate(counts)])
+    return torch.cat([broadcast_rows(accelerator, rows, rank, count) for rank, count in enumerate(counts)])
 
 
 def all_gather_json(accelerator: Accelerator, value: Any) -> list[Any]:
@@ -148,10 +148,10 @@ def compute_and_gather(
         rows = compute(images)
         gathered = all_gather_rows(accelerator, readable)
         for rank, (chunk, indices) in enumerate(zip(taken, gathered, strict=False)):  # the last round may be short
-            yield chunk, indices, {k: _broadcast_rows(accelerator, own, rank, len(indices)) for k, own in rows.items()}
+            yield chunk, indices, {k: broadcast_rows(accelerator, own, rank, len(indices)) for k, own in rows.items()}
 
 
-def _broadcast_rows(accelerator: Accelerator, own: Tensor, rank: int, count: int) -> Tensor:
+def broadcast_rows(accelerator: Accelerator, own: Tensor, rank: int, count: int) -> Tensor:
     """Return the ``count`` rows of one process on all; ``own`` has the shape of a row and its type everywhere."""
     mine = rank == accelerator.process_index
     rows = own[:count].contiguous() if mine else own.new_empty(count, *own.shape[1:])

@@ -20,11 +20,12 @@ from remap.io.human_size import number_of, size
 from remap.io.paths import expanded
 from remap.network import Network, choose_attention, tuned
 from remap.pipeline.class_words import lend_words, write_words
+from remap.pipeline.data_views import DataViews
 from remap.pipeline.init_student import InitReport, init_from_teacher
 from remap.pipeline.joint_teacher import frozen_or_joint
 from remap.pipeline.objective import build_objective, pairs_of
 from remap.pipeline.one_pass import run_once
-from remap.pipeline.shared import DataViews, SharedResources
+from remap.pipeline.shared import SharedResources
 from remap.pipeline.shrink_student import open_student
 from remap.pipeline.teacher_tuning import teacher_folder
 from remap.pipeline.teachers import (

@@ -10,9 +10,10 @@ from remap.data.image_files import Skipped, left_out
 from remap.data.sources import open_data, read_all
 from remap.data.splits import Split
 from remap.data.views import ViewSource
-from remap.distributed.collectives import all_gather_rows, share_unreadable
+from remap.distributed.collectives import share_unreadable
 from remap.distributed.interrupts import watch_signals
 from remap.distributed.launch import accelerator, use_bf16
+from remap.distributed.reading import listing_together, load_together, share_digests
 from remap.engine.evaluate import batch_size_of_evaluation, evaluate
 from remap.engine.metrics import metrics
 from remap.errors import RunError
@@ -45,13 +46,14 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
     bf16 = use_bf16(recipe.train.precision, device)
     # trains: a student keeps the kernel that it was trained with, also where it only answers.
     choose_attention(network, recipe.train.fused_attention, device, bf16=bf16, trains=True)
-    with run.images(instead=", or name others with --data") if data is None else nullcontext():
+    of_run = run.images(instead=", or name others with --data") if data is None else nullcontext()
+    with of_run, listing_together(accelerator()):
         split, source, others = _split(recipe.data, data, network.classes or ())
     if others:
         progress.say(left_out(others))
     images = ViewSource(split, view, memory_bytes=recipe.data.memory_gib * 2**30, workers=recipe.data.workers)
     # Decoded once, so that unreadable files are known before the first batch.
-    images.load(progress, "evaluation images")
+    load_together(accelerator(), images, progress, "evaluation images")
     with watch_signals():
         found = evaluate(
             network,
@@ -67,9 +69,7 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
     share_unreadable(accelerator(), images)
     if data is None:
         # A collective call: every process makes it, whether or not it has anything to say.
-        indices, digests = (all_gather_rows(accelerator(), rows) for rows in images.contents.known())
-        for known in zip(indices, digests, strict=True):  # each process has read its own share
-            images.contents.learn(*known)
+        share_digests(accelerator(), images.contents)  # each process has read its own share
         if accelerator().is_main_process:
             _say_if_others(run, images.contents, found.count, progress)
     classes = []

@@ -8,9 +8,10 @@ from remap.distributed.launch import accelerator, use_bf16
 from remap.io.versions import version_of
 from remap.network import Network
 from remap.pipeline import probe
+from remap.pipeline.data_views import DataViews
 from remap.pipeline.judged import digest_of_network
 from remap.pipeline.one_pass import OnePass
-from remap.pipeline.shared import DataViews, SharedResources
+from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_tuning import PROBE, StoredTeacher, require_unlinked, title_of
 from remap.progress import Progress
 from remap.recipe.schema import Recipe, TeacherSpec
@@ -58,7 +59,7 @@ def fit_head(
             "scikit-learn": version_of("scikit-learn"),  # another version of its solver ends at other bits
         }
 
-    stored = StoredTeacher.made_by(key, spec, shared, progress)
+    stored = StoredTeacher.made_by(key, {"training": views.train.contents}, spec, shared, progress)
     if stored.fetch(folder):
         return None
     title, classes = title_of(spec, recipe), len(views.data.classes)

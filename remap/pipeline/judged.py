@@ -21,7 +21,7 @@ from remap.io import atomic_write
 from remap.io.checked_read import read_regular
 from remap.io.sealed_json import parse_sealed, sealed_text
 from remap.network import Network
-from remap.pipeline.shared import DataViews
+from remap.pipeline.data_views import DataViews
 from remap.recipe.schema import Recipe
 from remap.runs.interval import Measured, share_of
 from remap.runs.run_records import JUDGED

@@ -15,8 +15,8 @@ from remap.distributed.launch import accelerator, use_bf16
 from remap.distributed.sharding import is_sharded
 from remap.engine.teacher import Teacher
 from remap.network import Network
+from remap.pipeline.data_views import DataViews
 from remap.pipeline.objective import build_objective, pairs_of
-from remap.pipeline.shared import DataViews
 from remap.progress import Progress
 from remap.recipe.checks import what_changes
 from remap.recipe.schema import EMA, DataSpec, Recipe

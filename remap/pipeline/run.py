@@ -87,6 +87,7 @@ def run(
         _require_checkpoints(recipe, run_dir, resuming)
 
         # The steps of this run and of its baseline, which has as many.
+        shared.list_together(recipe.data)
         own = shared.training_steps(recipe)
         baseline = own if recipe.baseline else 0
 
@@ -247,6 +248,7 @@ def validate_inputs(recipe: Recipe, shared: SharedResources) -> None:
     require_installed(recipe)
     if recipe.data.decode == "fast":
         require_decoder()
+    shared.list_together(recipe.data)
     classes = shared.classes(recipe)
     for spec in recipe.teachers:
         OutputFormat((len(classes),), top_k=spec.top_k)

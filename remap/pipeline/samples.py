@@ -12,7 +12,8 @@ from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
 from remap.errors import DataError
 from remap.network import Network, Runner
-from remap.pipeline.shared import DataViews, SharedResources
+from remap.pipeline.data_views import DataViews
+from remap.pipeline.shared import SharedResources
 from remap.recipe.schema import DataSpec
 from remap.tuning.base import Sample
 

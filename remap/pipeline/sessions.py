@@ -14,7 +14,8 @@ from remap.engine.metrics import calibration_error
 from remap.errors import DataError, RemapError, RunError
 from remap.io.paths import absolute, expanded
 from remap.pipeline.components import RunComponents
-from remap.pipeline.shared import DataViews, SharedResources
+from remap.pipeline.data_views import DataViews
+from remap.pipeline.shared import SharedResources
 from remap.progress import Progress
 from remap.recipe.schema import DataSpec
 from remap.runs import class_statistics

@@ -1,7 +1,7 @@
 """Teachers that are tuned before the run: which, by what recipe, and where they are stored."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +9,10 @@ from typing import Any
 
 from remap.cache.cache_folders import library_versions, prepared_root
 from remap.cache.prepared_teachers import fetch_teacher, store_teacher
-from remap.data.fingerprint import fingerprint
+from remap.data.fingerprint import Contents, fingerprint
 from remap.distributed.collectives import all_reduce_max
 from remap.distributed.launch import accelerator, broadcast_str
+from remap.distributed.reading import read_digests
 from remap.errors import RemapError
 from remap.io.links import require_no_link, require_no_links
 from remap.io.paths import expanded
@@ -85,6 +86,7 @@ class StoredTeacher:
     @classmethod
     def of(cls, tuning: Recipe, spec: TeacherSpec, shared: SharedResources, progress: Progress) -> "StoredTeacher":
         """Return the teacher that a recipe tunes."""
+        contents = shared.contents(tuning.data)
 
         def key() -> dict[str, Any]:
             backbone = open_backbone(spec, len(shared.classes(tuning))).identity
@@ -93,20 +95,31 @@ class StoredTeacher:
                 "method": spec.prepare,
                 "backbone": backbone.sha256,
                 "recipe": tuning.digest(places=False),
-                "images": fingerprint(shared.index(tuning.data), progress, tuning.data.workers),
+                "images": fingerprint(shared.index(tuning.data), progress, tuning.data.workers, contents),
                 "precision": tuning.train.precision,
             }
 
-        return cls.made_by(key, spec, shared, progress)
+        return cls.made_by(key, contents, spec, shared, progress)
 
     @classmethod
     def made_by(
-        cls, key: Callable[[], dict[str, Any]], spec: TeacherSpec, shared: SharedResources, progress: Progress
+        cls,
+        key: Callable[[], dict[str, Any]],
+        images: Mapping[str, Contents],
+        spec: TeacherSpec,
+        shared: SharedResources,
+        progress: Progress,
     ) -> "StoredTeacher":
-        """Return the teacher of a key: all that decides its tensors besides the machine and the versions."""
+        """Return the teacher of a key: all that decides its tensors besides the machine and the versions.
+
+        Args:
+            images: Those whose contents the key is made of, by split; each process reads a part of them.
+        """
         # "self" has the weights of one student, which may be random.
         if spec.cache == "off" or spec.model == SELF or not shared.use_stored_teachers:
             return cls(None, progress)
+        for name, contents in images.items():
+            read_digests(accelerator(), contents, progress, f"{name} images")
         if not accelerator().is_main_process:
             return cls(None, progress)
         return cls({**key(), "machine": machine(), "versions": library_versions()}, progress)

@@ -21,10 +21,11 @@ from remap.pipeline.balancing import balance
 from remap.pipeline.calibration import calibrate
 from remap.pipeline.class_matching import match_classes
 from remap.pipeline.class_words import Answers, answers_of, write_words
+from remap.pipeline.data_views import DataViews
 from remap.pipeline.fit_head import fit_head
 from remap.pipeline.judged import digest_of_network, evaluate_once, measured_once
 from remap.pipeline.one_pass import OnePass
-from remap.pipeline.shared import DataViews, SharedResources
+from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_tuning import (
     HELD_OUT,
     is_prepared,

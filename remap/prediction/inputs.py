@@ -13,7 +13,7 @@ from remap.data import is_source
 from remap.data.file_listing import walk_folder
 from remap.data.image_files import Skipped, also_left_out, left_out, why_left_out
 from remap.data.images import SUFFIXES
-from remap.data.sources import TABLES, find_source, list_files
+from remap.data.sources import TABLES, Source, find_source, list_files
 from remap.data.words import of_images, parsed
 from remap.errors import DataError
 from remap.io.checked_read import open_regular
@@ -46,6 +46,7 @@ class Inputs:
 
     Attributes:
         left_out: How many files of folders and archives were not taken for images, by reason.
+        left_out_here: Those of them that no other process of ``share`` counts.
 
     Raises:
         DataError: No word names anything; while iterating: there is no image, or a folder or list cannot be read.
@@ -54,6 +55,7 @@ class Inputs:
     def __init__(self, words: Iterable[str | Path], lists: Iterable[str | Path] = ()) -> None:
         self.words, self.lists = [of_images(os.fspath(word)) for word in words], [expanded(path) for path in lists]
         self.left_out: Counter[str] = Counter()
+        self.left_out_here: Counter[str] = Counter()
         plain = [word for word in self.words if word != STDIN and not glob.has_magic(word) and not is_source(word)]
         if not self.words and not self.lists:
             raise DataError("no images are named", allowed="files, folders, archives, patterns, --list FILE, or -")
@@ -61,12 +63,24 @@ class Inputs:
             raise DataError("no such file or folder", given=", ".join(plain))
 
     def __iter__(self) -> Iterator[Item]:
+        return (item for _, item in self.share(0, 1))
+
+    def share(self, process: int, processes: int) -> Iterator[tuple[int, Item]]:
+        """Yield the images that one of several processes reads, each with the number of the turn that it is of.
+
+        In a turn each process has one image; or, of a WebDataset with as many shards as processes, all images of a
+        shard, which no other process lists or reads. A single process has one turn.
+        """
         self.left_out.clear()
-        empty = True
+        self.left_out_here.clear()
+        units, empty = 0, True
         for word in self._all_words():
-            for item in self._items(word):
-                empty = False
-                yield item
+            for items in self._units(word, processes):
+                mine = units % processes == process
+                for item in items if mine else ():
+                    empty = False
+                    yield (units // processes if processes > 1 else 0), item
+                empty, units = empty and mine, units + 1
         if empty:
             given = ", ".join([*self.words, *map(str, self.lists)])
             raise DataError("no images there", given=given + also_left_out(self._skipped), allowed=" ".join(SUFFIXES))
@@ -97,15 +111,27 @@ class Inputs:
                     f"cannot read {path}: {error.strerror}", do="name a text file, one path a line"
                 ) from None
 
+    def _units(self, word: str, processes: int) -> Iterator[Iterable[Item]]:
+        """Yield what is dealt out to processes: shards, or else single images."""
+        shards = find_source(word).by_shard(word) if is_source(word := of_images(word)) else []
+        if len(shards) < processes:
+            yield from ((item,) for item in self._items(word))
+        else:
+            yield from (self._of_source(shard, word, self.left_out_here) for shard in shards)
+
+    def _of_source(self, source: Source, word: str, left_out: Counter[str]) -> Iterator[Item]:
+        files, skipped = source.images(word)
+        for counter in (self.left_out, left_out):
+            counter.update(reason for _, reason in skipped)
+        for name, listing in files:
+            yield Item(f"{parsed(word).rest}/{name}", partial(listing.read, name), judged=True)
+
     def _items(self, word: str) -> Iterator[Item]:
         path = expanded(word := of_images(word))
         # A table that a pattern matches lies beside the images it names.
         is_named = word in self.words and word.lower().endswith(FILES_OF_IMAGES) and os.path.isfile(path)
         if is_source(word) or is_named:
-            files, skipped = find_source(word).images(word)
-            self.left_out.update(reason for _, reason in skipped)
-            for name, listing in files:
-                yield Item(f"{parsed(word).rest}/{name}", partial(listing.read, name), judged=True)
+            yield from self._of_source(find_source(word), word, Counter())
         elif os.path.isdir(path):
             for prefix, _, names in walk_folder(path):
                 for name in filter(self._is_image, (prefix + name for name in names)):

@@ -7,7 +7,8 @@ is compared with the images even when it was finished, since what failed may hav
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +19,7 @@ from remap.io.checked_json import parse_json, read_run_json
 from remap.io.disk_space import FULL, MAKE_ROOM
 from remap.io.names import plain
 from remap.prediction.formats import require_writable, write_rows
-from remap.prediction.inputs import Item
+from remap.prediction.inputs import Inputs, Item
 from remap.prediction.predictions import Prediction
 
 LOOK_EVERY_S = 0.2
@@ -32,6 +33,9 @@ class PredictionFile:
         settings: What decides the rows; parts of other settings are not continued.
         process, processes: Number of this process, and how many share the images.
 
+    Attributes:
+        left_out: What the other processes alone have left out, by reason; known once the parts are merged.
+
     Raises:
         RunError: The file is there already, its ending is unknown, or its parts are of other settings.
     """
@@ -39,6 +43,9 @@ class PredictionFile:
     def __init__(self, path: Path, settings: dict[str, Any], process: int = 0, processes: int = 1) -> None:
         self.path, self.process, self.processes = path, process, processes
         self.settings = {**settings, "processes": processes}
+        if processes > 1:
+            self.settings["parts"] = "by turns"  # earlier versions wrote no empty lines
+        self.left_out: Counter[str] = Counter()
         self.rows_an_image = max(1, len(settings["tasks"]))
         self.folder = path.with_name(f"{path.name}.parts")
         require_writable(path)
@@ -59,22 +66,33 @@ class PredictionFile:
                 if self._done(number).exists():
                     os.replace(self._done(number), self._part(number))
 
-    def predict(self, items: Iterable[Item], rows_of: Callable[[Iterator[Item]], Iterator[list[Prediction]]]) -> None:
+    def predict(self, inputs: Inputs, rows_of: Callable[[Iterator[Item]], Iterator[list[Prediction]]]) -> None:
         """Write the rows of this process's share of the images that have none yet.
+
+        Rows of one turn of ``inputs.share`` stand together; an empty line ends each.
 
         Args:
             rows_of: Makes the rows of each image from items.
         """
-        part = self._part(self.process)
-        share = (item for number, item in enumerate(items) if number % self.processes == self.process)
+        part, turns = self._part(self.process), deque[int]()
+        share = inputs.share(self.process, self.processes)
+
+        def items() -> Iterator[Item]:
+            for turn, item in share:
+                turns.append(turn)
+                yield item
+
         with _writing(part):
             part.touch()
             with open(part, "r+b") as file:
-                self._skip(file, share)
-                for rows in rows_of(share):
+                turn = self._skip(file, share)
+                for rows in rows_of(items()):
+                    before, turn = turn, turns.popleft()
+                    file.write(b"\n" * (turn - before))
                     file.writelines(atomic_write.utf8_json(row.to_dict()) + b"\n" for row in rows)
                     file.flush()
                 os.fsync(file.fileno())
+            atomic_write.write_json(self._left_out(self.process), dict(inputs.left_out_here))
             os.replace(part, self._done(self.process))
 
     def merge(self, classes: dict[str, Sequence[str]]) -> tuple[int, int]:
@@ -96,7 +114,10 @@ class PredictionFile:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
-            for own in (*parts, self.folder / SETTINGS):
+            left_out = [self._left_out(process) for process in range(self.processes)]
+            for path in left_out[1:]:
+                self.left_out.update(read_run_json(path))
+            for own in (*parts, *left_out, self.folder / SETTINGS):
                 own.unlink()
             atomic_write.remove_temporary_files(self.folder)
             with suppress(OSError):  # holds a file that is not ours
@@ -109,17 +130,23 @@ class PredictionFile:
     def _done(self, process: int) -> Path:
         return self.folder / f"{process}.jsonl"
 
-    def _skip(self, file: BinaryIO, items: Iterator[Item]) -> None:
-        """Take the images that have rows off ``items``, and cut off rows that are not complete."""
+    def _left_out(self, process: int) -> Path:
+        return self.folder / f"{process}.left_out.json"
+
+    def _skip(self, file: BinaryIO, share: Iterator[tuple[int, Item]]) -> int:
+        """Take the images that have rows off ``share``, cut off incomplete rows, and return the turn of the last."""
+        turn = 0
         while True:
-            start = file.tell()
-            lines = [file.readline() for _ in range(self.rows_an_image)]
+            start, now = file.tell(), turn
+            while (line := file.readline()) == b"\n":
+                now += 1
+            lines = [line, *(file.readline() for _ in range(self.rows_an_image - 1))]
             if not all(line.endswith(b"\n") for line in lines):
                 file.seek(start)
                 file.truncate()
-                return
-            item, before = next(items, None), _row(lines[0])["path"]
-            if item is None or item.path != before:
+                return turn
+            (turn, item), before = next(share, (now, None)), _row(lines[0])["path"]
+            if item is None or (turn, item.path) != (now, before):
                 raise RunError(
                     f"the images are not those that {self.folder} was begun with",
                     given=f"{plain(item.path) if item else 'fewer'}, where {plain(before)} was",
@@ -129,14 +156,14 @@ class PredictionFile:
     def _merged(self, parts: Sequence[Path], counts: list[int]) -> Iterator[bytes]:
         with ExitStack() as stack:
             files = [stack.enter_context(open(part, "rb")) for part in parts]
-            while True:
-                for file in files:
-                    lines = [file.readline() for _ in range(self.rows_an_image)]
-                    if not lines[0]:  # the first part that ends is the first one without a further image
-                        return
-                    counts[0] += 1
-                    counts[1] += bool(_row(lines[0])["error"])
-                    yield from lines
+            while files:
+                for file in tuple(files):  # one turn of each
+                    while (line := file.readline()) not in (b"", b"\n"):
+                        counts[0] += 1
+                        counts[1] += bool(_row(line)["error"])
+                        yield from (line, *(file.readline() for _ in range(self.rows_an_image - 1)))
+                    if not line:
+                        files.remove(file)
 
 
 def _row(line: bytes) -> dict[str, Any]:

@@ -110,7 +110,9 @@ def predict_to_file(
     file.predict(inputs, lambda items: _with_progress(students, items, wanted, progress))
     if process > 0:
         return None
-    return file.merge({name: student.classes for name, student in students.items()})
+    counts = file.merge({name: student.classes for name, student in students.items()})
+    inputs.left_out += file.left_out
+    return counts
 
 
 def open_students(run: Runs, device: Any = None) -> dict[str, Student]:

@@ -93,11 +93,12 @@ class Evidence(_Record):
         if any(not -1 <= label < classes for one in networks for said in one.predictions for label in _listed(said)):
             raise ValueError("an answer is not one of its classes")
         pairs = [pair for one in networks for pair in zip(one.predictions, one.confidences, strict=True)]
-        if any(isinstance(value, list) != self.multilabel for value in (*self.labels, *(v for p in pairs for v in p))):
+        multilabel = self.multilabel  # which looks at all labels
+        if any(isinstance(value, list) != multilabel for value in (*self.labels, *(v for p in pairs for v in p))):
             raise ValueError("labels and answers are of two kinds")
         if any(len(_listed(named)) != len(_listed(sure)) for named, sure in pairs):
             raise ValueError("its lists differ in length")
-        if any((one.precision is not None) != self.multilabel for one in networks) or any(
+        if any((one.precision is not None) != multilabel for one in networks) or any(
             len(one.precision) != classes for one in networks if one.precision is not None
         ):
             raise ValueError("the precision of its classes is not there, or of others")

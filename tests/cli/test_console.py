@@ -1,5 +1,6 @@
 """What is printed: names as they are, progress now and then, and a clean end by signal."""
 
+import gc
 import io
 import math
 import os
@@ -347,3 +348,13 @@ def test_a_pipe_is_as_wide_as_its_terminal(
     monkeypatch.setattr(stat, "S_ISFIFO", lambda mode: is_pipe)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     assert Console(width=console._width()).width == width
+
+
+def test_what_takes_long_collects_its_garbage() -> None:
+    """`remap` switches it off for listings, which end at once."""
+    gc.disable()
+    try:
+        console.Reporter(quiet=True)
+        assert gc.isenabled()
+    finally:
+        gc.enable()

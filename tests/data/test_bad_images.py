@@ -8,7 +8,8 @@ import pytest
 
 from remap.data.views import View, require_readable
 from remap.errors import DataError
-from remap.pipeline.shared import DataViews, SharedResources
+from remap.pipeline.data_views import DataViews
+from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
 from remap.recipe.schema import DataSpec
 

@@ -10,12 +10,14 @@ import torch
 
 from remap.data import views as views_module
 from remap.data.images import decode, decode_channels
+from remap.data.joined_source import JoinedSource
 from remap.data.sources import open_data, open_unlabeled
 from remap.data.splits import Split
 from remap.data.stratify import stratified
-from remap.data.views import JoinedSource, View, ViewSource
+from remap.data.views import View, ViewSource
 from remap.errors import DataError
-from remap.pipeline.shared import DataViews, SharedResources
+from remap.pipeline.data_views import DataViews
+from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
 from remap.recipe.schema import DataSpec
 

@@ -1,5 +1,6 @@
 """How often images pass through each network: counted in the forward pass itself, by the width of the network."""
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from remap.cache.cache_folders import cache_root
 from remap.cache.cache_listing import list_caches
 from remap.cache.teacher_cache import InMemory
+from remap.data import sources
+from remap.data.fingerprint import Contents
 from remap.network import Runner
 from remap.pipeline.one_pass import OnePass
 from remap.pipeline.run import start
@@ -104,6 +107,20 @@ def test_a_baseline_and_a_tuned_teacher_are_evaluated_once(tiny: Any, tmp_path: 
     start(tiny.recipe(*ONE_EPOCH, *settings, losses="ce,kd"), tmp_path / "run")
     assert seen[TEACHER, False] == 2 * VAL + TRAIN
     assert seen[STUDENT, False] == 3 * VAL
+
+
+def test_images_are_listed_and_decoded_once(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that learns without labels too, for its tuned teacher, itself and its baseline: a file a read."""
+    listed, read, list_all, look = list[Any](), Counter[str](), sources.open_labeled, Contents.read
+    monkeypatch.setattr(sources, "open_labeled", lambda *given: listed.append(given) or list_all(*given))
+    monkeypatch.setattr(Contents, "read", lambda self, i: read.update([self.split.names[i]]) or look(self, i))
+    shutil.copytree(Path(tiny.data) / "train", tmp_path / "more")
+    words = {"losses": "ce,kd", "unlabeled": str(tmp_path / "more")}
+    start(
+        tiny.recipe(*ONE_EPOCH, "teacher.prepare=linear", "baseline=true", "teacher.cache=off", **words),
+        tmp_path / "run",
+    )
+    assert len(listed) == 1 and len(read) == 2 * TRAIN + VAL and set(read.values()) == {1}
 
 
 def test_cells_with_other_losses_share_the_head(tiny: Any, tmp_path: Path, seen: Counter) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from remap.data import webdataset
 from remap.errors import DataError
 from remap.prediction.inputs import Inputs
 
@@ -78,3 +79,26 @@ def test_words_that_name_nothing_are_refused(photos: Path, tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"cannot read .*list.txt: No such file"):
         list(Inputs([], [tmp_path / "list.txt"]))
     assert [item.path for item in Inputs([photos / "a.png", "absent.png"])][1] == "absent.png"
+
+
+@pytest.mark.parametrize("processes", [1, 2, 5, 6])
+def test_a_shard_is_listed_and_read_by_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    """Five shards, the first and the last one without images. Six processes are too many: they share single images."""
+    counts = (0, 3, 1, 2, 0)
+    expected = [f"{tmp_path}/{number}.tar/{i}.png" for number, count in enumerate(counts) for i in range(count)]
+    for number, count in enumerate(counts):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for name in (*(f"{i}.png" for i in range(count)), "other.gif"):
+                tar.addfile(tarfile.TarInfo(name))
+    opened, list_tar = list[str](), webdataset.list_tar
+    monkeypatch.setattr(webdataset, "list_tar", lambda path, *more: opened.append(path.name) or list_tar(path, *more))
+    inputs = [Inputs([f"webdataset:{tmp_path}"]) for _ in range(processes)]
+    shares = [list(one.share(rank, processes)) for rank, one in enumerate(inputs)]
+    by_turn = sorted((turn, rank, item.path) for rank, share in enumerate(shares) for turn, item in share)
+    assert [path for _, _, path in by_turn] == expected
+    assert {one.left_out.total() for one in inputs} == {1: {5}, 2: {3, 2}, 5: {1}, 6: {5}}[processes]
+    if processes < 6:
+        assert sorted(opened) == [f"{number}.tar" for number in range(5)]
+        assert sum(one.left_out_here.total() for one in inputs) == 5

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import tarfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -173,6 +174,36 @@ def test_the_parts_of_several_processes_are_merged(
         assert [(b["class"], pytest.approx(b["probability"], abs=1e-6)) for b in one["top"]] == [
             (b["class"], b["probability"]) for b in other["top"]
         ]
+
+
+def test_parts_that_hold_whole_shards_are_merged_in_order(tmp_path: Path) -> None:
+    """Also of a process that was killed between any two bytes. Expected: the order of the shards."""
+    (tmp_path / "shards").mkdir()
+    for number, count in enumerate((1, 0, 3, 2, 0, 1, 2)):
+        with tarfile.open(tmp_path / "shards" / f"{number}.tar", "w") as tar:
+            for name in (*(f"{i}.png" for i in range(count)), "other.gif"):
+                tar.addfile(tarfile.TarInfo(name))
+    word, path = f"webdataset:{tmp_path}/shards", tmp_path / "rows.jsonl"
+    expected = [item.path for item in Inputs([word])]
+    make = partial(PredictionFile, path, {"tasks": {"one": "x", "two": "y"}, "top": 1}, processes=2)
+
+    def run(process: int) -> PredictionFile:
+        file = make(process=process)
+        file.predict(
+            Inputs([word]), lambda items: ([Prediction(item.path, task=t) for t in ("one", "two")] for item in items)
+        )
+        return file
+
+    whole = (run(0).folder / "0.jsonl").read_bytes()
+    for cut in (0, 9, *(at for at, byte in enumerate(whole) if byte == ord("\n"))):
+        first = make(process=0)  # takes back what is done
+        (first.folder / "0.part").write_bytes(whole[:cut])
+        run(0)
+        assert (first.folder / "0.jsonl").read_bytes() == whole
+    run(1)
+    assert first.merge({}) == (9, 0) and first.left_out == {".gif files are not read": 3}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["path"], row["task"]) for row in rows] == [(one, task) for one in expected for task in ("one", "two")]
 
 
 def test_no_more_images_wait_than_are_decoded_ahead() -> None:
