@@ -118,7 +118,7 @@ def test_an_image_that_had_no_outputs_is_no_lesson_without_them(
 
     with monkeypatch.context() as patch:
         patch.setattr(training_job, "teachers_in_training", keeping_with_one_missed)
-        with pytest.raises(DataError, match="no teacher outputs for 1 image.*\n.*--resume"):
+        with pytest.raises(DataError, match="1 image without teacher outputs: not readable.*\n.*--resume"):
             start(recipe, tmp_path / "run")
     found, sound = resume(tmp_path / "run"), start(recipe, tmp_path / "sound")
     assert largest_difference(found.student.tensors, sound.student.tensors) == 0

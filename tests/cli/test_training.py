@@ -79,7 +79,8 @@ def test_eval_names_its_images(run: dict, remap: Callable[..., Result], tmp_path
     (tmp_path / "other" / "red").mkdir(parents=True)
     (tmp_path / "other" / "red" / "0.png").write_bytes(b"text")
     result = remap("eval", run["run_dir"], "--data", "other")
-    assert result.exit_code == 2 and result.message.startswith("1 of 1 other images cannot be read")
+    assert result.exit_code == 2
+    assert result.message.startswith("1 of 1 evaluation images cannot be read\n  given:   red/0.png (not an image)")
 
 
 def test_eval_on_other_data_counts_all_of_it(run: dict, run_json: Callable[..., dict], pictures: Path) -> None:
@@ -186,9 +187,10 @@ def test_distill_compares_with_labels_only(
 
 
 def test_the_dry_run_says_what_lies_on_the_disk() -> None:
-    guess = {"run_bytes": 27_100_000, "disk_bytes": 27_100_000, "task_bytes": 2_700_000}
+    guess = {"steps": 1, "run_bytes": 27_100_000, "disk_bytes": 27_100_000, "task_bytes": 2_700_000}
     assert _disk(guess) == "27.1 MB (checkpoints + task); saved: 2.7 MB"
     assert _disk(guess | {"disk_bytes": 28_100_000}).startswith("27.1 MB (checkpoints + task) + 1.0 MB of teachers;")
+    assert _disk(guess | {"steps": 0}).startswith("27.1 MB (task);")
 
 
 @pytest.mark.slow

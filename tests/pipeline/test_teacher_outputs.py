@@ -73,7 +73,7 @@ def test_what_was_built_is_used_and_completed(tiny: Any, tmp_path: Path, asked: 
     """``auto`` goes on with what is on disk: the item of another loss is computed when it is first wanted."""
     reporter = watch(lambda step: None)
     (built,) = build_cache(tiny.recipe(losses="ce,kd"), reporter)
-    cost = r"caching teacher outputs on disk: 24 images x 1 view\(s\), 24 of 24 to compute, \d.* B, about [\d.]+ s"
+    cost = r"caching teacher outputs on disk: 24 images x 1 view, 24 of 24 to compute, \d.* B, about [\d.]+ s"
     assert [line for line in reporter.said if re.fullmatch(cost, line)], "before it is paid"
     assert (built["computed"], built["images"]) == (24, 24)
     assert [item["name"] for item in built["items"]] == ["logits"]
