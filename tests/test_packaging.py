@@ -57,6 +57,7 @@ def test_package_data_is_every_other_file() -> None:
     assert {ROOT / "remap" / "py.typed", ROOT / "recipes" / "digits.yaml"} <= matched
 
 
+@pytest.mark.slow
 def test_packages_are_imported_by_their_installed_names() -> None:
     nodes = [(path, node) for path in SOURCES for node in ast.walk(ast.parse(path.read_text()))]
     for path, node in nodes:
