@@ -71,11 +71,32 @@ def test_onnx_runs_without_torch_and_remap(
     assert classified(output, pictures, without=("remap", "torch", "timm")) == expected
 
 
-def classified(folder: Path, pictures: list[Path], without: tuple[str, ...]) -> list[str]:
+@pytest.mark.slow
+def test_the_file_alone_answers_in_a_clean_environment(finished: Finished, tiny: Any, tmp_path: Path) -> None:
+    """A virtual environment that holds numpy, Pillow and onnxruntime, as links to those here, and nothing else."""
+    run, pictures = finished("vpt_deep"), sorted(Path(tiny.data, "val").rglob("*.png"))
+    output = tmp_path / "onnx"
+    export_student(run, "onnx", output)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    for name in ("numpy", "PIL", "onnxruntime"):
+        spec = find_spec(name)
+        assert spec is not None and spec.origin is not None
+        here = Path(spec.origin).parent
+        (packages / name).symlink_to(here)
+        for libraries in here.parent.glob(f"{'pillow' if name == 'PIL' else name}.libs"):
+            (packages / libraries.name).symlink_to(libraries)
+    python = str(tmp_path / "venv/bin/python")
+    assert subprocess.run([python, "-c", "import remap"], capture_output=True, cwd=output).returncode == 1
+    expected = [name for name, _ in remap.load_student(run, "cpu").predict(pictures)]
+    assert classified(output, pictures, (), python) == expected
+
+
+def classified(folder: Path, pictures: list[Path], without: tuple[str, ...], python: str = sys.executable) -> list[str]:
     """Return what the card's Python prints in a process that cannot import some packages."""
     blocked = f"import sys\nfor name in {without}: sys.modules[name] = None\n"
     loop = f"{blocked}for name in sys.argv[1:]:\n    sys.argv[1] = name\n    exec({card_code(folder)!r})"
-    words = [sys.executable, "-c", loop, *map(str, pictures)]
+    words = [python, "-c", loop, *map(str, pictures)]
     ran = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.split()
