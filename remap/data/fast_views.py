@@ -134,6 +134,6 @@ def require_decoder() -> None:
     """
     if _decoder() is None:
         raise DataError(
-            "data.decode=fast: this torchvision decodes no JPEG any more, and there is no torchcodec",
+            "data.decode=fast: this torchvision does not decode JPEG, and torchcodec is not installed",
             do=f"{install_command('fast')}, or set data.decode=exact, whose pixels differ a little",
         )

@@ -79,7 +79,7 @@ def test_torchvision_decodes_what_pillow_would_and_pillow_the_rest(monkeypatch: 
 def test_training_without_a_decoder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torchvision without decoders, and no torchcodec; a run checks before it makes its folder."""
     monkeypatch.setattr(fast_views, "_decoder", lambda: None)
-    with pytest.raises(DataError, match="decodes no JPEG any more") as caught:
+    with pytest.raises(DataError, match="torchcodec is not installed") as caught:
         validate_inputs(resolve(None, {}, ["data.decode=fast"]), SharedResources())
     assert "data.decode=exact" in (caught.value.do or "")
 
