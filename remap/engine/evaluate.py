@@ -35,12 +35,14 @@ def evaluate(
     what: str,
     skip_bad: bool = False,
     features: FrozenFeatures | None = None,
+    images: str = "evaluation",
 ) -> Evaluation:
     """Evaluate in eval mode; every process takes each n-th batch and the counts are added up.
 
     Args:
         what: Whose accuracy this is, for messages.
         features: The network's frozen features of ``source``, where they are cached.
+        images: Which images these are, for messages.
 
     Raises:
         DataError: An image cannot be read and ``skip_bad`` is off.
@@ -52,7 +54,7 @@ def evaluate(
     try:
         # A process that left in the middle of a round would leave the others waiting: ``run`` looks between rounds.
         with defer_signals():
-            one_pass = _Pass(network, runner, scoring, source, features, accelerator, progress, what, skip_bad)
+            one_pass = _Pass(network, runner, scoring, source, features, accelerator, progress, what, images, skip_bad)
             while (answers := one_pass.run(batch_size)) is None:
                 batch_size //= 2  # from the start: the counts of the failed pass are thrown away
                 progress.say(f"out of memory: {what} is evaluated in batches of {batch_size}")
@@ -78,6 +80,7 @@ class _Pass:
     accelerator: Accelerator
     progress: Progress
     what: str
+    images: str
     skip_bad: bool
 
     def run(self, batch_size: int) -> tuple[Tensor, ...] | None:
@@ -94,8 +97,8 @@ class _Pass:
                 unreadable = bool(self.source.bad) and not self.skip_bad
                 any_out_of_memory, any_unreadable = all_reduce_max(self.accelerator, out_of_memory, unreadable)
                 if any_unreadable:  # on all processes at once, or the others would wait for the one that raises
-                    require_readable(self.source, "evaluation", self.skip_bad)  # raises where this process is the one
-                    raise ProcessLost("another process cannot read one of the evaluation images")
+                    require_readable(self.source, self.images, self.skip_bad)  # raises where this process is the one
+                    raise ProcessLost(f"another process cannot read one of the {self.images} images")
                 if any_out_of_memory:
                     # Fragments of the failed pass would make the smaller one fail too.
                     clear_device_cache(garbage_collection=True)

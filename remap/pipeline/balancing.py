@@ -12,7 +12,7 @@ from remap.distributed.launch import accelerator
 from remap.errors import BackboneError
 from remap.network import Network
 from remap.pipeline.class_matching import GroupedClassifier
-from remap.pipeline.class_words import LOOKED_AT
+from remap.pipeline.class_words import LOOKED_AT, probabilities
 from remap.pipeline.probe import last_layer, signals_of
 from remap.progress import Progress
 
@@ -21,10 +21,15 @@ from remap.progress import Progress
 LEAST = 0.01
 
 
-def balance(network: Network, source: ViewSource, share: float, batch_size: int, progress: Progress) -> str:
-    """Take ``share`` of log p from the classifier's logits, with p the mean probability of each class; return a note.
+def balance(
+    network: Network, source: ViewSource, share: float, batch_size: int, progress: Progress
+) -> tuple[str, np.ndarray]:
+    """Take ``share`` of log p from the classifier's logits, with p the mean probability of each class.
 
     The paper's p is a running average over training; here it is that of the teacher on the images before training.
+
+    Returns:
+        A note, and the logits (N, C) of the images that were looked at, as they are now.
 
     Raises:
         BackboneError: The classifier has no bias, or there are several, whose biases add up in ways of their own.
@@ -43,20 +48,13 @@ def balance(network: Network, source: ViewSource, share: float, batch_size: int,
         sizes = first.sizes if isinstance(first, GroupedClassifier) else 1
         first.bias.add_(torch.from_numpy(np.repeat(shift_C, sizes)).to(first.bias))
     # These are the logits that the changed bias gives: no second pass over the images.
-    before, after = (mean_probabilities(one).max() * len(shift_C) for one in (logits_NC, logits_NC + shift_C))
-    return (
-        f"on {len(logits_NC):,} images: the most frequent class had {before:.1f} times an even share, now {after:.1f}"
-    )
+    balanced_NC = logits_NC + shift_C
+    before, after = (probabilities(one).mean(axis=0).max() * len(shift_C) for one in (logits_NC, balanced_NC))
+    images = f"on {len(logits_NC):,} images"
+    return f"{images}: the most frequent class had {before:.1f} times an even share, now {after:.1f}", balanced_NC
 
 
 def shift_of(logits_NC: np.ndarray, share: float) -> np.ndarray:
     """Return what is added to the logits of each class, (C,)."""
-    mean_C = mean_probabilities(logits_NC)
+    mean_C = probabilities(logits_NC).mean(axis=0)
     return -share * np.log(np.maximum(mean_C, LEAST / len(mean_C)))
-
-
-def mean_probabilities(logits_NC: np.ndarray) -> np.ndarray:
-    """Return the mean probability of each class, (C,)."""
-    # Less the largest logit, which changes no probability and lets no exponential overflow.
-    exponentials_NC = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
-    return (exponentials_NC / exponentials_NC.sum(axis=1, keepdims=True)).mean(axis=0)

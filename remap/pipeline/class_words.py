@@ -110,15 +110,31 @@ class Answers:
         return said
 
 
-def answers_of(network: Network, source: ViewSource, batch_size: int, progress: Progress) -> Answers:
-    """Say and return how sure a teacher is, class by class, on some images."""
-    what = "the teacher's answers"
-    logits_NC, _ = signals_of(
-        network, source, accelerator(), batch_size, progress, what, pooled=False, at_most=LOOKED_AT
-    )
+def probabilities(logits_NC: np.ndarray) -> np.ndarray:
+    """Return the softmax of each row."""
     # Less the largest logit, which changes no probability and lets no exponential overflow.
     exponentials_NC = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
-    probabilities_NC = exponentials_NC / exponentials_NC.sum(axis=1, keepdims=True)
+    return exponentials_NC / exponentials_NC.sum(axis=1, keepdims=True)
+
+
+def answers_of(
+    network: Network,
+    source: ViewSource,
+    batch_size: int,
+    progress: Progress,
+    logits_NC: np.ndarray | None = None,
+) -> Answers:
+    """Say and return how sure a teacher is, class by class, on some images.
+
+    Args:
+        logits_NC: What it answers on these images, where that is known already.
+    """
+    if logits_NC is None:
+        what = "the teacher's answers"
+        logits_NC, _ = signals_of(
+            network, source, accelerator(), batch_size, progress, what, pooled=False, at_most=LOOKED_AT
+        )
+    probabilities_NC = probabilities(logits_NC)
     answers_N, classes = probabilities_NC.argmax(axis=1), logits_NC.shape[1]
     counts_C = np.bincount(answers_N, minlength=classes)
     sums_C = np.bincount(answers_N, weights=probabilities_NC.max(axis=1), minlength=classes)

@@ -64,6 +64,7 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
             progress=progress,
             what="the student" if data is None else f"the student on {Path(data).name}",
             skip_bad=skip_bad or recipe.data.skip_bad,
+            images="evaluation" if data is None else Path(data).name,
         )
     # Each process read its share; the report lists all bad files.
     share_unreadable(accelerator(), images)

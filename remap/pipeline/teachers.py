@@ -6,6 +6,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from remap.backbones.build import Backbone
@@ -182,9 +183,9 @@ def prepare_teacher(
         else:
             network, _ = load_task(shared.tuned_teachers[teacher_recipe(recipe, spec).digest()])
         teacher = placed(replace(teacher, network=network, head=spec.prepare), recipe, accelerator().device)
-    _adjust_logits(teacher, recipe, views, part, progress)
+    logits_NC = _adjust_logits(teacher, recipe, views, part, progress)
     if teacher.head == WORDS and views.unlabeled is not None:
-        answers = answers_of(teacher.network, views.unlabeled, recipe.train.batch_size, progress)
+        answers = answers_of(teacher.network, views.unlabeled, recipe.train.batch_size, progress, logits_NC)
         teacher = replace(teacher, answers=answers)
     of = f"{views.digest(progress)} {views.view} {recipe.data.skip_bad} {recipe.train.precision} {teacher.fingerprint}"
     network = teacher.network
@@ -206,17 +207,23 @@ def prepare_teacher(
 
 def _adjust_logits(
     teacher: PreparedTeacher, recipe: Recipe, views: DataViews, held_out: DataViews, progress: Progress
-) -> None:
-    """Change a prepared classifier as the recipe says, in place, and say how."""
+) -> np.ndarray | None:
+    """Change a prepared classifier as the recipe says, in place, and say how.
+
+    Returns:
+        Its logits (N, C) on the images that it was balanced on, which nothing has to compute again; else None.
+    """
     spec, batch_size = teacher.spec, recipe.train.batch_size
     if spec.calibrate:  # where it brought its head, on images that it may have seen
         temperature = calibrate(teacher.network, held_out.val, batch_size, progress)
         how = f"on {len(held_out.val.split)} training images: temperature {temperature:.2f}"
         progress.say(f"{title_of(spec, recipe)} is calibrated {how}")
-    if spec.balance:
-        source = views.train if views.unlabeled is None else views.unlabeled
-        how = balance(teacher.network, source, spec.balance, batch_size, progress)
-        progress.say(f"{title_of(spec, recipe)} is balanced {how}")
+    if not spec.balance:
+        return None
+    source = views.train if views.unlabeled is None else views.unlabeled
+    how, logits_NC = balance(teacher.network, source, spec.balance, batch_size, progress)
+    progress.say(f"{title_of(spec, recipe)} is balanced {how}")
+    return logits_NC
 
 
 def _key(network: Network, head: str, spec: TeacherSpec, recipe: Recipe) -> str:

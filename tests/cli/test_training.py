@@ -80,7 +80,7 @@ def test_eval_names_its_images(run: dict, remap: Callable[..., Result], tmp_path
     (tmp_path / "other" / "red" / "0.png").write_bytes(b"text")
     result = remap("eval", run["run_dir"], "--data", "other")
     assert result.exit_code == 2
-    assert result.message.startswith("1 of 1 evaluation images cannot be read\n  given:   red/0.png (not an image)")
+    assert result.message.startswith("1 of 1 other images cannot be read\n  given:   red/0.png (not an image)")
 
 
 def test_eval_on_other_data_counts_all_of_it(run: dict, run_json: Callable[..., dict], pictures: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 from scipy.special import log_softmax, logsumexp
 
 from remap.errors import RecipeError
-from remap.pipeline.balancing import mean_probabilities, shift_of
+from remap.pipeline.balancing import shift_of
+from remap.pipeline.class_words import probabilities
 from remap.pipeline.run import start
 from remap.progress import Silent
 
@@ -18,7 +19,7 @@ def test_the_shift_is_a_share_of_the_log_of_the_mean_probability() -> None:
     logits_NC = np.random.default_rng(0).normal(0, 3, (50, 4))
     logs_C = logsumexp(log_softmax(logits_NC, axis=1), axis=0) - np.log(50)
     np.testing.assert_allclose(shift_of(logits_NC, 0.5), -0.5 * logs_C, atol=1e-12)
-    spread = [mean_probabilities(logits_NC + shift_of(logits_NC, share)).std() for share in (0.0, 0.5, 1.0)]
+    spread = [probabilities(logits_NC + shift_of(logits_NC, share)).mean(0).std() for share in (0.0, 0.5, 1.0)]
     assert spread == sorted(spread, reverse=True)
 
 
