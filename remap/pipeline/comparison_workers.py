@@ -175,14 +175,15 @@ class Pool:
             for connection, worker in self._workers.items():
                 if worker.cell is not None:
                     worker.process.terminate()
-                else:
-                    with suppress(OSError):
-                        connection.send(None)
+                # Also after the signal: a cell that was about to end does so, and its process then waits for another.
+                with suppress(OSError):
+                    connection.send(None)
             try:
                 self._join()
             finally:  # a second signal
                 for worker in self._workers.values():
                     worker.process.kill()
+                    worker.process.join()
 
     def _join(self) -> None:
         """Wait for all processes, as long as saving may take; what they say is read, or a full pipe would stop them."""

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -295,6 +296,29 @@ def test_a_cell_that_says_much_while_it_is_stopped_saves_its_state(
     with pytest.raises(Interrupted), watch_signals():
         light(run_cell).run(CELLS[:1])  # type: ignore[arg-type]
     assert (tmp_path / "saved").exists() and not workers.multiprocessing.active_children()
+
+
+def test_a_cell_that_ends_in_spite_of_the_signal_ends_its_process(
+    light: Callable[..., workers.Pool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It came after the last look at signals; the process would wait for another cell until it is killed."""
+    parent = os.getpid()
+
+    def run_cell(cell: Any, output: Path, resources: Any, progress: Any) -> float:
+        with suppress(Interrupted):
+            os.kill(parent, signal.SIGTERM)
+            time.sleep(60)
+        return 0.5
+
+    ended: list[int] = []
+    monkeypatch.setattr(workers, "SAVING_S", 30.0)
+    with pytest.raises(Interrupted), watch_signals():
+        pool = light(run_cell)
+        try:
+            pool.run(CELLS[:1])  # type: ignore[arg-type]
+        finally:
+            ended = [worker.process.exitcode for worker in pool._workers.values()]
+    assert ended == [0], "a process that is killed has the exit code -9"
 
 
 def test_outputs_that_find_no_room_are_computed_by_each_process(
