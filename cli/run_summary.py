@@ -32,7 +32,7 @@ def announce(recipe: "Recipe", progress: console.Reporter) -> None:
     chosen = "chosen by trials (auto)" if recipe.choose_losses else losses
     progress.say(f"method   {recipe.method.name}{_changed(recipe)}, losses {chosen}")
     if recipe.baseline:
-        progress.say("baseline the same student by labels alone, as many steps, trained last (--no-baseline: none)")
+        progress.say("baseline the same student by labels alone, as many steps (--no-baseline: none)")
 
 
 def _meaning(word: str, short_names: dict[str, str]) -> str:

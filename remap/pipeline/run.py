@@ -21,6 +21,7 @@ from remap.io.human_size import number_of
 from remap.io.paths import expanded
 from remap.network import Network
 from remap.pipeline.baseline import baseline_figures, baseline_recipe
+from remap.pipeline.baseline_process import BaselineProcess, baseline_beside, fits_beside
 from remap.pipeline.callbacks import called
 from remap.pipeline.comparison_folder import shared_teacher
 from remap.pipeline.components import RunComponents, build_components, require_student
@@ -89,7 +90,8 @@ def run(
         # The steps of this run and of its baseline, which has as many.
         shared.list_together(recipe.data)
         own = shared.training_steps(recipe)
-        baseline = own if recipe.baseline else 0
+        is_beside = recipe.baseline and fits_beside(recipe.train.by_steps, own)
+        baseline = own if recipe.baseline and not is_beside else 0
 
         # Tune teachers: each is a run by itself, finished before anything of this one is built.
         for title, teacher_dir, tuning in teachers_to_tune(recipe, run_dir, progress, shared):
@@ -114,6 +116,11 @@ def run(
         # A teacher that knows nothing must not teach.
         untrained = tracker.before()
         require_all_useful(components, untrained)
+
+        # The same student by labels alone, beside this one or after it.
+        alone = baseline_recipe(components, progress)
+        alone_dir = None if alone is None else open_or_create(run_dir.baseline, alone)
+        beside = locks.enter_context(baseline_beside(alone_dir)) if alone_dir is not None and is_beside else None
 
         # Train, and prove that what is frozen did not change.
         job = training_job(
@@ -146,8 +153,8 @@ def run(
             write_results(components, run_dir, summary, state, clock, fitting, progress)
         accelerator().wait_for_everyone()
 
-        # The same student by labels alone. What is killed from here on has the student, and lacks the comparison only.
-        found = _train_baseline(components, run_dir, progress, shared, steps_after)
+        # What is killed from here on has the student, and lacks the comparison only.
+        found = None if alone_dir is None else _train_baseline(alone_dir, beside, progress, shared, steps_after)
         if found is not None:
             summary["baseline"] = found
             if main:
@@ -294,16 +301,16 @@ def _learn(
 
 
 def _train_baseline(
-    components: RunComponents, run_dir: RunDir, progress: Progress, shared: SharedResources, steps_after: int
+    baseline: RunDir, beside: BaselineProcess | None, progress: Progress, shared: SharedResources, steps_after: int
 ) -> dict[str, Any] | None:
-    """Train by labels alone and return the figures; None where there is nothing to compare with, or it failed."""
-    alone = baseline_recipe(components, progress)
-    if alone is None:
-        return None
-    baseline = open_or_create(run_dir.baseline, alone)
+    """Train by labels alone, if no other process did, and return the figures; None if it failed."""
+    if beside is not None:
+        beside.wait(progress)
+        if baseline.is_done:
+            return baseline_figures(baseline.summary())
     try:
         title = Within(progress, "labels only")
-        found = run(alone, baseline, title, shared, resuming=True, steps_after=steps_after)
+        found = run(baseline.recipe(), baseline, title, shared, resuming=True, steps_after=steps_after)
     except (RunError, TrainingError) as error:  # the student is there, and the run is not lost with this
         progress.say(f"training on labels alone, to compare with, ended early: {error}")
         return None

@@ -1,0 +1,101 @@
+"""The baseline beside its student, in a process of its own: the same bits, and nothing is lost with that process."""
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from remap.errors import Interrupted
+from remap.pipeline import baseline_process
+from remap.pipeline.run import resume, start
+
+Watch = Callable[..., Any]
+SETTINGS = ("baseline=true", "teacher.allow_weak=true")
+NO_IMPORTS = (sys.executable, "-S", "-c")
+
+
+@pytest.fixture
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Half of them is one, as in all other tests."""
+    monkeypatch.setattr(baseline_process, "LEAST_STEPS", 1)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def tasks(run: Path) -> dict[str, Any]:
+    names = ("task", "baseline/task")
+    return {f"{name} {key}": one for name in names for key, one in load_file(run / name / "task.safetensors").items()}
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_both_have_the_bits_of_one_after_the_other(
+    tiny: Any, tmp_path: Path, largest_difference: Callable, watch: Watch
+) -> None:
+    trained: list[int] = []
+    beside = start(tiny.recipe(*SETTINGS), tmp_path / "beside", watch(trained.append))
+    assert len(trained) == 6, "twelve where this process trains the baseline too"
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    after = start(tiny.recipe(*SETTINGS), tmp_path / "after", watch(trained.append))
+    assert len(trained) == 18
+    assert largest_difference(tasks(beside.run_dir), tasks(after.run_dir)) == 0.0
+    same = ("accuracy", "interval", "losses", "epochs")
+    assert all(beside.summary["baseline"][name] == after.summary["baseline"][name] for name in same)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("command", [(*NO_IMPORTS, "raise SystemExit(1)"), ("no-such-program",)], ids=["ends", "none"])
+def test_without_that_process_it_is_trained_afterwards(
+    tiny: Any, tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(baseline_process, "COMMAND", command)
+    trained: list[int] = []
+    run = start(tiny.recipe(*SETTINGS), tmp_path / "run", watch(trained.append))
+    assert len(trained) == 12 and run.summary["baseline"]["accuracy"] is not None
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_signal_stops_both_and_the_run_can_be_resumed(
+    tiny: Any, tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch, largest_difference: Callable
+) -> None:
+    saves = (
+        "import signal, sys, time\n"
+        "def save(*_):\n    open(sys.argv[1] + '/saved', 'w'); sys.exit()\n"
+        "signal.signal(signal.SIGTERM, save); open(sys.argv[1] + '/ready', 'w')\n"
+        "time.sleep(60)"
+    )
+    monkeypatch.setattr(baseline_process, "COMMAND", (*NO_IMPORTS, saves))
+    folder = tmp_path / "run"
+
+    def interrupt(step: int) -> None:
+        if step == 4:
+            while not (folder / "baseline/ready").exists():
+                pass
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        start(tiny.recipe(*SETTINGS), folder, watch(interrupt))
+    assert (folder / "baseline/saved").exists(), "the process has been ended, and before that could save its state"
+    assert torch.get_num_threads() == 2
+    monkeypatch.setattr(baseline_process, "COMMAND", (*NO_IMPORTS, "raise SystemExit(1)"))
+    resume(folder)
+    torch.set_num_threads(1)
+    whole = start(tiny.recipe(*SETTINGS), tmp_path / "whole")
+    assert largest_difference(tasks(folder), tasks(whole.run_dir)) == 0.0
+
+
+def test_the_process_ends_with_the_one_that_started_it(tiny: Any, tmp_path: Path) -> None:
+    """Which may be killed, and then ends nothing itself: the input of the process is closed."""
+    from remap.runs.run_dir import RunDir
+
+    run_dir = RunDir.create(tmp_path / "run", tiny.recipe("teacher.allow_weak=true", "train.epochs=100000"))
+    process = baseline_process.BaselineProcess(run_dir, 1)._process
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(120) != 0
