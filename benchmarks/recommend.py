@@ -1,67 +1,79 @@
-"""What `remap recommend` loses against running every method to the end, and what it costs.
+"""What `remap recommend` loses against a finished comparison of all methods, and what it costs.
 
-Run: python benchmarks/recommend.py --sets DIR --results DIR [--seeds 1] [--minutes 60]
+Run: python benchmarks/recommend.py --sets DIR --compared DIR --results DIR
 
-On each set of the suite "offline" (DIR holds its archives), the ranking of `remap recommend`, which sees training
-images alone, is held against the accuracy of all methods on the evaluation images. Regret: the best method's mean
-accuracy less that of the method it names. Nothing in the ranking is fitted to any set, so no set has to be left out.
+--compared is the folder of `remap compare --suite offline --sets DIR`; of its sets those that are finished count. On
+each the ranking of `remap recommend`, which sees training images alone, is held against the mean accuracies with the
+teacher. Regret: the best method's mean less that of the method it names. Nothing in the ranking is fitted to a set.
+Beside it stands the choice without looking at the set: the method whose mean over all other sets is highest. Time is
+that of the ranking over that of one seed of all methods with the teacher.
 """
 
 import argparse
+import json
 import os
 import statistics
-import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from remap.pipeline.comparison_cells import comparison_cells
-from remap.pipeline.recommend import METHODS, recommend
-from remap.pipeline.run import run
-from remap.pipeline.shared import SharedResources
-from remap.pipeline.teacher_tuning import open_or_create
+from remap.pipeline.comparison_files import RECORD
+from remap.pipeline.recommend import recommend
 from remap.progress import Silent
 from remap.recipe.suite import load_suite
 from remap.runs.run_dir import RunDir
 
 
+def accuracies(folder: Path) -> dict[str, float]:
+    """Return the mean accuracy in % of each method with the teacher; recommend ranks on the student's own weights."""
+    rows = json.loads((folder / RECORD).read_text())["rows"]
+    return {row["name"]: 100 * row["teacher"]["mean"] for row in rows if "@" not in row["name"]}
+
+
+def seconds(folder: Path, methods: Mapping[str, float]) -> float:
+    """Return the mean seconds of a seed of all methods with the teacher, without their search."""
+    each = [
+        statistics.fmean(RunDir.open(run).summary()["seconds"] for run in folder.glob(f"{method}-teacher-s*"))
+        for method in methods
+    ]
+    return sum(each)
+
+
+def row(name: str, found: Mapping[str, Any], compared: Mapping[str, Mapping[str, float]], cost: float) -> list[Any]:
+    """Return one set's cells of the table; the numbers among them are averaged over sets."""
+    means = compared[name]
+    others = [one for key, one in compared.items() if key != name]
+    elsewhere = max(means, key=lambda method: sum(one[method] for one in others)) if others else "-"
+    best, taken = max(means, key=lambda method: means[method]), found["best"]
+    return [
+        *(name, f"`{taken}`", means[taken], f"`{best}`", means[best], means[best] - means[taken]),
+        *(len(found["cannot_tell"]), "yes" if best in {taken, *found["cannot_tell"]} else "no"),
+        *(f"`{elsewhere}`", means[best] - means[elsewhere] if others else 0.0, cost),
+    ]
+
+
 def main() -> None:
-    """Run what is missing until the minutes are over, and print the table of the sets that are complete."""
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--sets", type=Path, required=True)
-    words.add_argument("--results", type=Path, required=True)
-    words.add_argument("--seeds", type=int, default=1)
-    words.add_argument("--minutes", type=float, default=60.0)
-    options = words.parse_args()
+    """Rank on each finished set, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("sets", "compared", "results"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    end = time.monotonic() + 60 * options.minutes
     suite = load_suite("offline")
-    print("| set | recommended | accuracy | best method | accuracy | regret | cannot tell | best among them | time |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for name in suite.sets:
-        recipe = suite.recipe_of(name, options.sets)
-        folder, shared = options.results / name, SharedResources(teacher_folder=options.results / name / "teacher")
-        found = recommend(recipe, METHODS, folder / "recommend", Silent())
-        accuracies: dict[str, list[float]] = {}
-        seconds = 0.0
-        for cell in (one for one in comparison_cells(recipe, METHODS, options.seeds) if one.with_teacher):
-            run_dir = open_or_create(folder / cell.name, cell.recipe)
-            if not run_dir.is_done:
-                if time.monotonic() > end:
-                    return
-                run(cell.recipe, run_dir, Silent(), shared, resuming=True)
-            summary = RunDir.open(folder / cell.name).summary()
-            seconds += summary["seconds"]
-            accuracies.setdefault(cell.label, []).append(100 * summary["student"]["accuracy"])
-        means = {label: statistics.fmean(values) for label, values in accuracies.items()}
-        best, taken = max(means, key=lambda label: means[label]), found["best"]
-        alike = {taken, *found["cannot_tell"]}
-        row = [
-            *(name, f"`{taken}`", f"{means[taken]:.1f}", f"`{best}`", f"{means[best]:.1f}"),
-            *(f"{means[best] - means[taken]:.1f}", len(alike) - 1, "yes" if best in alike else "no"),
-            f"{found['seconds'] / (seconds / options.seeds):.2f}",
-        ]
-        print("| " + " | ".join(map(str, row)) + " |", flush=True)
+    names = [name for name in suite.sets if (options.compared / name / RECORD).is_file()]
+    compared = {name: accuracies(options.compared / name) for name in names}
+    rows = []
+    for name in names:
+        found = recommend(suite.recipe_of(name, options.sets), list(compared[name]), options.results / name, Silent())
+        rows.append(row(name, found, compared, found["seconds"] / seconds(options.compared / name, compared[name])))
+        print(*rows[-1], flush=True)
+    print("| set | recommended | its accuracy | best | its accuracy | regret | cannot tell | holds the best |", end="")
+    print(" best elsewhere | regret | time |\n|---|---|---|---|---|---|---|---|---|---|---|")
+    means = [statistics.fmean(column) if isinstance(column[0], float) else "" for column in zip(*rows, strict=True)]
+    for one in (*rows, ["**mean**", *means[1:]]):
+        print(f"| {' | '.join(f'{cell:.2f}' if isinstance(cell, float) else str(cell) for cell in one)} |")
 
 
 if __name__ == "__main__":
