@@ -175,8 +175,7 @@ class Pool:
             for connection, worker in self._workers.items():
                 if worker.cell is not None:
                     worker.process.terminate()
-                # Also after the signal: a cell that was about to end does so, and its process then waits for another.
-                with suppress(OSError):
+                with suppress(OSError):  # also after the signal, which comes too late for a cell that is about to end
                     connection.send(None)
             try:
                 self._join()
