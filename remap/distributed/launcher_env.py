@@ -33,6 +33,12 @@ def number(name: str, default: int) -> int:
     return value
 
 
+def without_launcher() -> dict[str, str]:
+    """Return the environment for a process that is not one of the launcher's, and must not join their group."""
+    names = {*_LEAST, *_MPI_RANKS, "MASTER_ADDR", "MASTER_PORT"}
+    return {name: value for name, value in os.environ.items() if name not in names and "ELASTIC" not in name}
+
+
 def require_complete() -> None:
     """Check that the variables of a launcher are all set and fit together.
 

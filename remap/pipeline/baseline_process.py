@@ -6,10 +6,8 @@ depends on nothing that changes between a run and its repetition or resumption, 
 """
 
 import os
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,8 +15,8 @@ from pathlib import Path
 import torch
 
 from remap.distributed.launch import accelerator
-from remap.errors import RemapError
-from remap.progress import Progress, Silent
+from remap.distributed.launcher_env import without_launcher
+from remap.progress import Progress
 from remap.runs.run_dir import RunDir
 
 # Steps below which starting Python and PyTorch takes longer than it saves.
@@ -26,7 +24,7 @@ LEAST_STEPS = 200
 # Seconds that the process has for saving its state when the run is stopped.
 SAVING_S = 600.0
 # The folder of the package is named, so that the process finds this very code.
-COMMAND = (sys.executable, "-P", "-c", "from remap.pipeline.baseline_process import main; main()")
+COMMAND = (sys.executable, "-P", "-c", "from remap.pipeline.baseline_worker import main; main()")
 
 
 def fits_beside(by_steps: bool, steps: int) -> bool:
@@ -40,7 +38,7 @@ class BaselineProcess:
 
     def __init__(self, run_dir: RunDir, threads: int) -> None:
         places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
+        environment = {**without_launcher(), "PYTHONPATH": os.pathsep.join(filter(None, places))}
         # Ctrl-C reaches the first process alone, which stops this one. Its input is closed when that one is killed.
         self._process = subprocess.Popen(
             [*COMMAND, str(run_dir.path.resolve()), str(threads)],
@@ -87,25 +85,3 @@ def baseline_beside(run_dir: RunDir) -> Iterator[BaselineProcess | None]:
         torch.set_num_threads(threads)
         if process is not None:
             process.stop()
-
-
-def main() -> None:
-    """Run, or resume, the run directory that the command line names, on so many threads."""
-    from remap.pipeline.run import run
-
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    with suppress(OSError):  # where memory runs out, the system ends this process, and not the student's
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    path, threads = sys.argv[1:]
-    torch.set_num_threads(int(threads))
-    run_dir = RunDir.open(Path(path))
-    try:
-        run(run_dir.recipe(), run_dir, Silent(), resuming=True)
-    except RemapError:  # what it is, the first process finds and says when it trains the baseline itself
-        sys.exit(1)
-
-
-def _follow_parent() -> None:
-    while os.read(0, 1):  # until its other end is closed; sys.stdin would hold a lock when Python ends
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)  # by which a run saves its state and ends

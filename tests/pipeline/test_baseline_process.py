@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from remap.distributed.launcher_env import without_launcher
 from remap.errors import Interrupted
 from remap.pipeline import baseline_process
 from remap.pipeline.run import resume, start
@@ -99,3 +100,11 @@ def test_the_process_ends_with_the_one_that_started_it(tiny: Any, tmp_path: Path
     assert process.stdin is not None
     process.stdin.close()
     assert process.wait(120) != 0
+
+
+def test_it_does_not_join_the_group_of_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    left = without_launcher()
+    assert "OMP_NUM_THREADS" in left and "PATH" in left
+    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & left.keys()

@@ -1,0 +1,35 @@
+"""What the process of ``baseline_process`` does: train the baseline in its run directory."""
+
+import os
+import signal
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from remap.errors import RemapError
+from remap.pipeline.run import run
+from remap.progress import Silent
+from remap.runs.run_dir import RunDir
+
+
+def main() -> None:
+    """Run, or resume, the run directory that the command line names, on so many threads."""
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    with suppress(OSError):  # where memory runs out, the system ends this process, and not the student's
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    path, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    run_dir = RunDir.open(Path(path))
+    try:
+        run(run_dir.recipe(), run_dir, Silent(), resuming=True)
+    except RemapError:  # what it is, the first process finds and says when it trains the baseline itself
+        sys.exit(1)
+
+
+def _follow_parent() -> None:
+    while os.read(0, 1):  # until its other end is closed; sys.stdin would hold a lock when Python ends
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)  # by which a run saves its state and ends
