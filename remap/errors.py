@@ -120,3 +120,8 @@ class Interrupted(RemapError):
     def add(self, what: str) -> None:
         """Add a clause to the message."""
         self.what = f"{self.what}; {what}"
+
+
+def is_at_once(error: BaseException) -> bool:
+    """Return whether a second signal raised an error: nothing is saved, and nobody is waited for."""
+    return isinstance(error, Interrupted) and error.at_once

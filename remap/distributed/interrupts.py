@@ -118,6 +118,19 @@ def defer_signals() -> Iterator[None]:
         watch.deferring -= 1
 
 
+@contextmanager
+def never_held() -> Iterator[None]:
+    """Raise what a second signal raised in the block, also where the code in it held it or made another error of it."""
+    watch = _watch
+    before = None if watch is None else watch.raised
+    try:
+        yield
+    finally:
+        raised = None if watch is None else watch.raised
+        if raised is not None and raised is not before and raised.at_once:
+            raise raised
+
+
 def requested_signal(accelerator: Accelerator) -> int:
     """Return the signal that this process received, for ``signal_name`` and ``signal_exit_code``; 0 for none."""
     if _watch is None:

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 
 from remap.data import metric_in
+from remap.distributed.interrupts import never_held
+from remap.errors import is_at_once
 
 
 class Callback(Protocol):
@@ -43,11 +45,18 @@ class Callback(Protocol):
 
 
 def raised_in(accelerator: Accelerator, call: Callable[..., None], *arguments: Any) -> Exception | None:
-    """Call on the main process; return what was raised, since all processes save the state before it is raised."""
+    """Call on the main process; return what was raised, since all processes save the state before it is raised.
+
+    Raises:
+        Interrupted: A second signal came meanwhile, which waits for nothing.
+    """
     try:
         if accelerator.is_main_process:
-            call(*arguments)
+            with never_held():
+                call(*arguments)
     except Exception as error:
+        if is_at_once(error):
+            raise
         return error
     return None
 

@@ -48,5 +48,5 @@ def rate_factor(training: Training, update: int) -> float:
     rate also where a checkpoint made the host read at once, or a resumed run would not have the same bits.
     """
     state = training.state
-    unknown = training.reads_late and state.recoveries > 1 and update == state.last_fault
+    unknown = training.reads_late and 0 < state.outrun_fault == update
     return state.lr_factor * (2.0 if unknown else 1.0)

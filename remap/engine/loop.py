@@ -26,7 +26,7 @@ from remap.engine.state import State
 from remap.engine.statistics import estimate_statistics
 from remap.engine.step import forward_backward, gather_result
 from remap.engine.training import Training
-from remap.errors import Interrupted, RunError, TrainingError
+from remap.errors import Interrupted, RunError, TrainingError, is_at_once
 from remap.progress import Pace, Step
 
 
@@ -118,7 +118,7 @@ def opened(job: Job, *, resume: bool) -> Iterator[Training]:
             yield training
             training.finish_writing()
         except BaseException as error:
-            if not (isinstance(error, Interrupted) and error.at_once):  # no thread writes once the run's lock is free
+            if not is_at_once(error):  # no thread writes once the run's lock is free
                 training.writer.finish()
             raise
         finally:

@@ -78,7 +78,8 @@ def go_back(training: Training) -> None:
     names = ("lr_factor", "recoveries", "last_fault", "skipped", "accumulation")
     kept = {name: getattr(training.state, name) for name in names}
     training.load()
-    vars(training.state).update(kept)
+    # No step from here on was begun before the fault was known.
+    vars(training.state).update(kept, outrun_fault=0)
     state = training.state
     training.job.progress.say(
         f"back to the checkpoint of epoch {state.epoch + 1}, step {state.step}, "
@@ -105,6 +106,7 @@ def _recover(training: Training, result: StepResult) -> None:
     broken = result.broken_weights or not weights_are_finite(training)
     if state.recoveries > 1 or broken:
         state.lr_factor /= 2
+    state.outrun_fault = state.last_fault if state.recoveries > 1 else 0
     halved = f", and the learning rate is halved (now x {state.lr_factor:g})" if state.recoveries > 1 else ""
     job.progress.say(
         f"{what} ({_numbers(result)}): " + ("the weights cannot be used" if broken else f"the step is skipped{halved}")

@@ -6,7 +6,7 @@ from remap.distributed.collectives import all_reduce_max
 from remap.distributed.interrupts import CALLBACK, requested_signal, signal_exit_code, signal_name
 from remap.engine.non_finite import require_finite_weights
 from remap.engine.training import Training
-from remap.errors import Interrupted
+from remap.errors import Interrupted, is_at_once
 
 
 def save(training: Training, *, must: bool = False) -> None:
@@ -44,7 +44,7 @@ def save_or_end(training: Training, stop: int, raised: Exception | None) -> None
     try:
         save(training, must=bool(stop))
     except Exception as error:
-        if raised is None:
+        if raised is None or is_at_once(error):
             raise
         raised.add_note(f"and the state was not saved: {error}")
     end_if(training, stop, raised)

@@ -29,6 +29,7 @@ class State:
         lr_factor: What the learning rate is multiplied by after non-finite steps.
         recoveries: Non-finite steps that are not forgotten.
         last_fault: Updates up to the last non-finite step, that one included; 0 for none.
+        outrun_fault: The same, where the rate was halved then and the next step could be begun before; else 0.
         skipped: Non-finite steps over the whole run.
         teacher_shares: By its number, the share of its weight that a teacher has left which the student has overtaken.
         overtaken: After which epoch that was first so, by the same numbers; 0 is before training.
@@ -47,6 +48,7 @@ class State:
     lr_factor: Annotated[Number, Field(ge=0)] = 1.0
     recoveries: Count = 0
     last_fault: Count = 0
+    outrun_fault: Count = 0
     skipped: Count = 0
     teacher_shares: dict[str, Annotated[Number, Field(ge=0, le=1)]] = field(default_factory=dict)
     overtaken: dict[str, Count] = field(default_factory=dict)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from remap.distributed.launch import accelerator
-from remap.engine.callback import Callback
+from remap.engine.callback import Callback, raised_in
 from remap.pipeline.run_status import RunClock
 from remap.pipeline.trackers import Tracker, require_installed
 from remap.recipe import Recipe
@@ -36,9 +36,7 @@ class Callbacks(Callback):
         """Call all of them, also where one raises; then raise the first error."""
         raised: list[Exception] = []
         for callback in self._callbacks:
-            try:
-                call(callback)
-            except Exception as error:
+            if (error := raised_in(accelerator(), call, callback)) is not None:
                 raised.append(error)
         # One error ends the run; the others are named in it, so that none is lost.
         for another in raised[1:]:

@@ -13,7 +13,7 @@ from remap.data.views import ViewSource
 from remap.distributed.sharding import is_sharded
 from remap.engine.evaluation import Evaluation
 from remap.engine.multilabel import SetEvaluation
-from remap.errors import RemapError, RunError
+from remap.errors import Interrupted, RemapError, RunError
 from remap.io import atomic_write
 from remap.io.names import plain
 from remap.network import Network, Runner
@@ -127,6 +127,8 @@ def _write_attention(components: RunComponents, source: ViewSource, chosen: Sequ
         try:
             if len(readable):
                 maps[name] = _attention(network, images, blocks[name], bf16=components.bf16)
+        except Interrupted:
+            raise
         except RemapError as error:
             # What one network cannot show does not hide the other.
             missing = f"{name}: {error.what}"

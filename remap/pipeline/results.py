@@ -12,6 +12,7 @@ from remap.errors import BackboneError
 from remap.io import disk_space
 from remap.pipeline.components import RunComponents
 from remap.pipeline.run_status import RunClock
+from remap.pipeline.sessions import bytes_of
 from remap.progress import Progress
 from remap.recipe.schema import ModelSpec
 from remap.remapping.architecture.shrink import Shape
@@ -61,8 +62,8 @@ def write_results(
     summary["student"]["task_bytes"] = write(
         lambda: save_task(run_dir.task, components.student, view, method.name, method.options)
     )
-    if "sessions" in summary:  # so far its statistics
-        summary["sessions"]["sessions"][-1]["bytes"] += summary["student"]["task_bytes"]
+    if "sessions" in summary:  # counted before the task was there, or with one that a killed end of this run wrote
+        summary["sessions"]["sessions"][-1]["bytes"] = bytes_of(run_dir)
     if components.recipe.label_free:
         mergeable = components.student.attached.mergeable
         summary["student"]["backbone"] = write(lambda: save_backbone(run_dir, progress)) if mergeable else None

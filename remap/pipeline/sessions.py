@@ -85,9 +85,9 @@ def measure_sessions(
         own: What the student answers on them.
 
     Returns:
-        Nothing where the run extends no other; else under "sessions": sessions (run, classes, images, bytes), accuracy
-        (see ``remap.runs.session_figures``), its figures, overall (over all images), and calibration_error of old and
-        of new images.
+        Nothing where the run extends no other; else under "sessions": sessions (run, classes, images, and the bytes
+        that are there by now), accuracy (see ``remap.runs.session_figures``), its figures, overall (over all images),
+        and calibration_error of old and of new images.
     """
     recipe, classes = components.recipe, components.student.classes or ()
     if recipe.student.extends is None or own is None:

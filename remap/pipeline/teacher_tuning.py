@@ -13,7 +13,7 @@ from remap.data.fingerprint import Contents, fingerprint
 from remap.distributed.collectives import all_reduce_max
 from remap.distributed.launch import accelerator, broadcast_str
 from remap.distributed.reading import read_digests
-from remap.errors import RemapError
+from remap.errors import Interrupted, RemapError
 from remap.io.links import require_no_link, require_no_links
 from remap.io.paths import expanded
 from remap.pipeline.shared import SharedResources
@@ -135,6 +135,8 @@ class StoredTeacher:
                     self.progress.say(
                         f"the teacher was {self._made} on these images before, and is read from the cache"
                     )
+            except Interrupted:
+                raise
             except RemapError as error:  # a cache saves time; what is wrong with it must not cost the run
                 shutil.rmtree(folder / "task", ignore_errors=True)
                 self.progress.say(
@@ -148,6 +150,8 @@ class StoredTeacher:
         if self.key is not None:
             try:
                 store_teacher(prepared_root(), self.key, folder / "task")
+            except Interrupted:
+                raise
             except RemapError as error:
                 self.progress.say(f"the {self._made} teacher is not stored for later runs: {error}")
 

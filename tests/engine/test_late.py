@@ -145,6 +145,37 @@ def test_weights_that_broke_and_a_run_that_stays_bad(
         start(recipe_of(tiny, NEVER), tmp_path / "bad")
 
 
+def test_no_step_after_going_back_has_the_earlier_rate(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads_late: None
+) -> None:
+    """The weights break in the second step, twice: each time the run begins again at half the rate. Source: the rates
+    of a run in which nothing breaks."""
+    rates, calls = list[float](), [0]
+    step, set_rate = torch.optim.AdamW.step, loop.set_learning_rate
+
+    def overflow(optimizer: torch.optim.AdamW, *args: Any) -> Any:
+        found = step(optimizer, *args)
+        calls[0] += 1
+        if calls[0] in (2, 5):  # each way back is three steps later
+            with torch.no_grad():
+                optimizer.param_groups[0]["params"][0].fill_(float("inf"))
+        return found
+
+    monkeypatch.setattr(
+        loop, "set_learning_rate", lambda optimizer, rate: rates.append(rate) or set_rate(optimizer, rate)
+    )
+    start(recipe_of(tiny, NEVER), tmp_path / "undisturbed")
+    undisturbed = rates.copy()
+    rates.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", overflow)
+        result = start(recipe_of(tiny, NEVER), tmp_path / "run")
+    assert result.summary["faults"]["learning_rate_factor"] == 0.25
+    factors = [1.0] * 3 + [0.5] * 3 + [0.25] * 6
+    begun = undisturbed[:3] * 2 + undisturbed
+    assert rates == pytest.approx([rate * factor for rate, factor in zip(begun, factors, strict=True)], rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

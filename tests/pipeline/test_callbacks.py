@@ -1,6 +1,7 @@
 """One's own Python in a run, and a run that it ends."""
 
 import json
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 import remap
-from remap.errors import RunError
+from remap.errors import Interrupted, RunError
 from remap.pipeline import run
 from remap.runs.run_dir import RunDir
 
@@ -106,3 +107,73 @@ def test_errors_of_several_callbacks_are_all_named(tiny: Any, tmp_path: Path) ->
         remap.distill(tiny.recipe(losses="ce", teacher=None), output=tmp_path / "run", callbacks=recorders)
     assert caught.value.__notes__ == ['and another callback: ZeroDivisionError("the user\'s own")']
     assert list(recorders[1].steps) == [1]
+
+
+class Impatient(remap.Callback):
+    """Gets two signals in a call, and makes something of what they raise."""
+
+    def __init__(self, call: str, makes: str) -> None:
+        self._call, self._makes = call, makes
+
+    def on_step(self, step: int, values: Mapping[str, float]) -> None:
+        self._told_twice("on_step")
+
+    def on_epoch(self, step: int, record: Mapping[str, Any]) -> None:
+        self._told_twice("on_epoch")
+
+    def _told_twice(self, call: str) -> None:
+        if call != self._call:
+            return
+        try:
+            twice()
+        except Exception as error:
+            if self._makes == "another error":
+                raise ValueError("a service was not reached") from error
+            if self._makes == "the same":
+                raise
+
+
+def twice(*_: Any, **__: Any) -> None:
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("call", "makes"),
+    [("on_step", "the same"), ("on_step", "another error"), ("on_step", "nothing"), ("on_epoch", "the same")],
+)
+def test_a_second_signal_in_a_callback_ends_the_run_at_once(tiny: Any, tmp_path: Path, call: str, makes: str) -> None:
+    """No other callback is told of the step, and nothing is saved: the run begins again where it was saved before."""
+    recorder, path = Recorder(), tmp_path / "run"
+    recipe = tiny.recipe("train.checkpoint_seconds=1000", method="bitfit", losses="ce", teacher=None)
+    with pytest.raises(Interrupted) as caught:
+        remap.distill(recipe, output=path, callbacks=[Impatient(call, makes), recorder])
+    assert caught.value.at_once and caught.value.exit_code == 143
+    assert RunDir(path).outcome() == ("was stopped", "stopped at once; nothing more was saved")
+    assert (list(recorder.steps), list(recorder.epochs)) == ([] if call == "on_step" else [1, 2, 3], [])
+    again = Recorder()
+    run.resume(path, callbacks=[again])
+    assert list(again.steps) == list(range(1, EPOCHS * STEPS + 1))
+
+
+def test_a_second_signal_while_the_state_is_saved_after_an_exception(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny.recipe(method="bitfit", losses="ce", teacher=None)
+    waited = list[Any]()
+    monkeypatch.setattr("remap.engine.saving.save", twice)
+    monkeypatch.setattr("remap.engine.saving.end_if", lambda *given: waited.append(given))  # for other processes
+    with pytest.raises(Interrupted) as caught:
+        remap.distill(recipe, output=tmp_path / "run", callbacks=[Recorder(("on_step", 1))])
+    assert caught.value.at_once and not waited
+
+
+@pytest.mark.parametrize("where", ["teacher_tuning.fetch_teacher", "teacher_tuning.store_teacher", "evidence.Runner"])
+def test_a_signal_is_not_taken_for_what_a_run_can_do_without(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """A cache that fails, or maps that a network does not have, end no run; a signal there does."""
+    monkeypatch.setattr(f"remap.pipeline.{where}", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted, match=r"stopped by SIGTERM(\n|$)"):  # not "while", later
+        remap.distill(tiny.recipe("train.epochs=1", losses="ce,kd"), output=tmp_path / "run")
+    assert RunDir(tmp_path / "run").status() == "stopped"

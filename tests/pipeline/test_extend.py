@@ -87,6 +87,26 @@ def test_a_new_class_is_learned_and_the_old_run_stays(first: Path, extended: Ext
         assert found["last"] == found["overall"] == 1.0 and found["forgetting"] == 0.0
 
 
+def test_bytes_of_a_session_are_counted_once_after_a_kill_before_the_summary(
+    first: Path, red: DataSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The task was written by then. Source: the sizes of the files."""
+
+    class Killed(BaseException): ...
+
+    def kill(*_: Any) -> None:
+        raise Killed
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunDir, "write_summary", kill)
+        extend(first, red, how="prototypes", output=run)
+    assert (run / "task" / "task.json").is_file() and not (run / "summary.json").exists()
+    found = resume(run).summary["sessions"]["sessions"]
+    files = [*run.glob("task/task.*"), *run.glob("statistics.*")]
+    assert len(files) == 3 and found[1]["bytes"] == sum(file.stat().st_size for file in files)
+
+
 def test_at_once_means_the_features_of_the_old_run_to_the_bit(first: Path, extended: Extended) -> None:
     extended("prototypes")
     old, new = (load_task(path)[0] for path in (first, first.parent / "prototypes"))
