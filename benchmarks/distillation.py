@@ -1,7 +1,9 @@
-"""What a teacher costs in training: kept outputs against asking it in every step, logit distillation against timm's
-own task, what one attention term adds, and how near the dry run's estimates come.
+"""What a teacher costs in training, and what the engine adds: a step of remap against the same step by hand, as timm's
+own task and as torchdistill's box; cached outputs against running the teacher in every step; what one attention term
+adds; and how near the dry run's estimates come.
 
-Run: python benchmarks/distillation.py [--what cached,timm,attention,estimate] [--pair mini|base|large] [--repeats 5]
+Run: python benchmarks/distillation.py [--what bare,timm,torchdistill,cached,views,attention,estimate]
+    [--precision fp32,bf16] [--pair mini|base|large] [--repeats 5]
 """
 
 import argparse
@@ -23,6 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from remap.cache.cache_folders import DATA_FILE, ROWS_FILE
@@ -34,7 +37,7 @@ from remap.engine.job import Job, StudentStep
 from remap.engine.loop import train
 from remap.engine.optim import make_optimizer
 from remap.engine.teacher import CachedOutputs
-from remap.network import Runner
+from remap.network import Network, Runner
 from remap.pipeline.components import build_components
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_outputs import finite_views, make_teacher
@@ -59,8 +62,9 @@ PAIRS = {
     "base": Pair("vit_base_patch16_224", "vit_small_patch16_224", 224, 8, 1),
     "large": Pair("vit_large_patch16_224", "vit_small_patch16_224", 224, 128, 20),
 }
-CLASSES, PEAK, CLIP, TEMPERATURE = 10, 1e-4, 1.0, 4.0
-ATTENTION = ("attention", "attention_cls", "relations")
+CLASSES, PEAK, CLIP, TEMPERATURE, FLOOR = 10, 1e-4, 1.0, 4.0, 1e-6
+ATTENTION, BARE_LOSSES = ("attention", "attention_cls", "relations"), "ce,kd,attention"
+WHERE = {"memory": "cached", "online": "online"}
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,12 @@ class Setting:
     methods: tuple[str, ...]
     runs: tuple[str, ...]
     folder: Path
+    losses: tuple[str, ...] = ("ce,kd", "ce,kd,feature")
+    views: int = 0  # random crops of each image, one an epoch; 0 is the image itself, in one epoch
+
+    @property
+    def epochs(self) -> int:
+        return self.views or 1
 
     @property
     def data(self) -> Path:
@@ -85,9 +95,12 @@ class Setting:
         words = {"teacher": pair.teacher, "student": pair.student, "data": str(self.data), "method": method}
         optimiser = [f"train.lr={PEAK}", "train.warmup_epochs=0", f"train.clip_norm={CLIP}", "train.weight_decay=0"]
         models = ["teacher.weights=none", "student.weights=none", "teacher.allow_weak=true"]
+        crop = "data.crop={scale: [0.08, 1.0], ratio: [0.75, 1.3333333333333333]}"
+        views = ["data.augment=custom", crop, f"data.views={self.views}"] if self.views else []
+        run = [f"train.precision={self.precision}", "train.checkpoint_seconds=1000000"]
         return resolve(
-            words={**words, "losses": losses, "batch_size": self.batch, "epochs": 1},
-            settings=[*optimiser, *models, f"train.precision={self.precision}", "train.checkpoint_seconds=1000000"],
+            words={**words, "losses": losses, "batch_size": self.batch, "epochs": self.epochs},
+            settings=[*optimiser, *models, *views, *run],
         )
 
     def draw(self) -> None:
@@ -113,8 +126,9 @@ class Engine:
 
     def cache_in_memory(self) -> None:
         size = self.setting.batch
-        cache_in_memory(self.teacher, finite_views(self.parts), size, size, accelerator(), Silent())
-        self.kept["memory"] = self.teacher.cached
+        self.kept["memory"] = cache_in_memory(
+            self.teacher, finite_views(self.parts), size, size, accelerator(), Silent()
+        )
 
     def cache_on_disk(self) -> None:
         items = {name: OutputFormat(shape) for name, shape in self.teacher.shapes(self.parts.views.view.shape).items()}
@@ -125,7 +139,7 @@ class Engine:
         self.kept["disk"] = cache_on_disk(self.teacher, store, views, size, size, accelerator(), Silent())
 
     def run(self, where: str) -> None:
-        """One epoch."""
+        """Train for the recipe's epochs."""
         self.teacher.cached = self.kept[where]
         job = Job(
             recipe=self.recipe,
@@ -162,12 +176,12 @@ class Alone:
         self.optimizer = make_optimizer(parts.student, extra, PEAK, 0.0)
 
     def ask_teacher(self) -> None:
-        for _ in range(self.engine.setting.steps):
+        for _ in range(self.engine.setting.steps * self.engine.setting.epochs):
             self.engine.teacher.items(self.images)
 
     def train_student(self) -> None:
         self.engine.parts.student.attached.train()
-        for _ in range(self.engine.setting.steps):
+        for _ in range(self.engine.setting.steps * self.engine.setting.epochs):
             self._gradients()
             torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
             self.optimizer.step()
@@ -237,6 +251,12 @@ def milliseconds(seconds: Sequence[float], steps: int) -> str:
     return f"{1000 * statistics.median(seconds) / steps:,.1f} ms"
 
 
+def compared(what: str, against: str, setting: Setting, times: dict[str, list[float]]) -> None:
+    """Print a row of ``COMPARED``; remap's times come first."""
+    shown = [milliseconds(seconds, setting.steps) for seconds in times.values()]
+    row(f"{what}, batch {setting.batch}", against, setting.precision, *shown, ratio(*times.values())[1])
+
+
 def table(*columns: str) -> None:
     print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns), flush=True)
 
@@ -245,17 +265,18 @@ def row(*cells: object) -> None:
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
-# --- kept outputs against online
+# --- cached outputs against online
 
 
 def cached(setting: Setting) -> None:
-    """Online over kept, beside the bound: (teacher's forward + student's step) / student's step."""
-    table(
-        *("method", "losses", "online", "kept in memory", "on disk", "speed-up, memory", "speed-up, disk"),
-        *("bound by time", "bound by FLOPs (student's step in forward passes)", "share of the bound by time, by FLOPs"),
-    )
+    """Online over cached, beside the bound: (teacher's forward + student's step) / student's step.
+
+    The bound by FLOPs takes each operation of both networks for equally fast. Where the step runs at a lower rate than
+    the teacher's forward pass (operations on elements, the optimiser, small matrices), no code can reach it.
+    """
+    steps = setting.steps * setting.epochs
     for method in setting.methods:
-        for losses in ("ce,kd", "ce,kd,feature"):
+        for losses in setting.losses:
             engine = Engine(setting, method, losses)
             engine.cache_in_memory()
             engine.cache_on_disk()
@@ -270,14 +291,106 @@ def cached(setting: Setting) -> None:
             by_flops = 1 + teacher / step
             in_memory, shown_memory = ratio(times["online"], times["memory"])
             _, shown_disk = ratio(times["online"], times["disk"])
+            rates = [
+                f"{flops * steps / statistics.median(times[side]) / 1e9:.0f}"
+                for side, flops in (("teacher", teacher), ("student", step))
+            ]
             row(
-                *(f"`{method}`", losses, *(milliseconds(times[where], setting.steps) for where in sides)),
+                *(f"`{method}`", losses, setting.precision, *(milliseconds(times[where], steps) for where in sides)),
                 *(shown_memory, shown_disk, shown_bound, f"{by_flops:.2f} ({step / forward:.2f})"),
-                f"{in_memory / by_time:.0%}, {in_memory / by_flops:.0%}",
+                *(f"{in_memory / by_time:.0%}, {in_memory / by_flops:.0%}", ", ".join(rates)),
             )
 
 
-# --- against timm
+def cached_views(setting: Setting) -> None:
+    """The same with four random crops of each image, a quarter of the steps in each epoch."""
+    setting = replace(setting, steps=max(1, setting.steps // 4), views=4, folder=setting.folder / "views")
+    setting.draw()
+    cached(setting)
+
+
+# --- against other loops
+
+
+class Bare:
+    """What one would write in a script: tensors, a permutation, three losses, AdamW, clipping."""
+
+    def __init__(self, setting: Setting, *, online: bool) -> None:
+        self.setting = setting
+        self.parts = build_components(setting.recipe("vpt_deep", BARE_LOSSES), None, Silent(), SharedResources())
+        student, teacher = self.parts.student, self.parts.teachers[0].network
+        source = self.parts.views.train
+        self.device, self.bf16 = accelerator().device, self.parts.bf16
+        self.pixels, _ = source.batch(range(len(source.split)))
+        self.labels = torch.from_numpy(source.split.labels)
+        self.student, self.teacher = Runner(student).to(self.device), Runner(teacher).to(self.device)
+        self.caught: dict[str, Tensor] = {}
+        for name, network in (("student", student), ("teacher", teacher)):
+            network.model.blocks[-1].attn.qkv.register_forward_hook(
+                lambda module, args, output, name=name: self.caught.update({name: output})
+            )
+        self.trained = list(student.trained.values())
+        self.targets: list[Tensor] | None = None
+        if not online:
+            parts = [self._teacher(part.to(self.device)) for part in self.pixels.split(setting.batch)]
+            self.targets = [torch.cat([one.cpu() for one in column]) for column in zip(*parts, strict=True)]
+
+    def run(self) -> None:
+        """One epoch."""
+        optimizer = torch.optim.AdamW(self.trained, lr=PEAK, weight_decay=0.0, fused=True)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.setting.steps)
+        self.parts.student.attached.train()
+        for rows in torch.randperm(len(self.labels)).split(self.setting.batch)[: self.setting.steps]:
+            self._step(optimizer, rows)
+            schedule.step()
+
+    def _step(self, optimizer: torch.optim.Optimizer, rows: Tensor) -> float:
+        images, labels = self.pixels[rows].to(self.device), self.labels[rows].to(self.device)
+        if self.targets is None:
+            wanted, wanted_map = self._teacher(images)
+        else:
+            wanted, wanted_map = (stored[rows].to(self.device) for stored in self.targets)
+        with self._autocast():
+            logits = self.student(images).logits_BC.float()
+        found_map = self._map("student", self.parts.student, 10)
+        soft = F.log_softmax(logits / TEMPERATURE, -1), F.log_softmax(wanted / TEMPERATURE, -1)
+        kd = F.kl_div(*soft, reduction="batchmean", log_target=True) * TEMPERATURE**2
+        attention = F.kl_div((found_map + FLOOR).log(), wanted_map, reduction="sum") / found_map.shape[:-1].numel()
+        loss = F.cross_entropy(logits, labels) + kd + attention
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()  # a script shows its loss, too
+
+    @torch.no_grad()
+    def _teacher(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        with self._autocast():
+            logits = self.teacher(images).logits_BC.float()
+        return logits, self._map("teacher", self.parts.teachers[0].network, 0)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def _map(self, name: str, network: Network, prompts: int) -> Tensor:
+        """Attention of the last block over {class, patches}, mean over heads: (B, S, S)."""
+        attention, qkv_BTE = network.model.blocks[-1].attn, self.caught[name]
+        shape = (*qkv_BTE.shape[:2], 3, attention.num_heads, attention.head_dim)
+        q, k, _ = qkv_BTE.reshape(shape).permute(2, 0, 3, 1, 4).float().unbind(0)
+        if prompts:
+            q, k = (torch.cat([x[:, :, :1], x[:, :, 1 + prompts :]], dim=2) for x in (q, k))
+        return (q * attention.scale @ k.mT).softmax(-1).mean(1)
+
+
+def against_bare(setting: Setting) -> None:
+    """Deep prompts with labels, KD and attention; the teacher's outputs computed beforehand, and in every step."""
+    for where in ("memory", "online"):
+        engine, bare = Engine(setting, "vpt_deep", BARE_LOSSES), Bare(setting, online=where == "online")
+        if where == "memory":
+            engine.cache_in_memory()
+        times = in_turns({"remap": partial(engine.run, where), "bare": bare.run}, setting.repeats)
+        compared(f"`vpt_deep`, {BARE_LOSSES}, teacher {WHERE[where]}", "a loop by hand", setting, times)
+        engine.teacher.close()
 
 
 class TimmTask:
@@ -305,47 +418,90 @@ class TimmTask:
         self.source = self.parts.views.train
         self.labels = torch.from_numpy(self.source.split.labels)
 
+    def begin(self) -> None:
+        self.task.train()
+        self.optimizer = torch.optim.AdamW(self.trained, lr=PEAK, weight_decay=0.0, fused=True)
+
     def loss(self, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.parts.bf16):
             return self.task(self.preprocess(images_BCHW), labels_B)["loss"]
 
+    def update(self, loss: Tensor) -> None:
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
     def run(self) -> None:
         """One epoch."""
-        self.task.train()
-        optimizer = torch.optim.AdamW(self.trained, lr=PEAK, weight_decay=0.0, fused=True)
+        self.begin()
         order, size = np.random.default_rng(0).permutation(len(self.labels)), self.setting.batch
         for start in range(0, self.setting.steps * size, size):
             images, good = self.source.batch(order[start : start + size])
-            loss = self.loss(
-                images.to(self.device, non_blocking=True), self.labels[good].to(self.device, non_blocking=True)
-            )
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            images, labels = (one.to(self.device, non_blocking=True) for one in (images, self.labels[good]))
+            self.update(self.loss(images, labels))
 
 
-def against_timm(setting: Setting) -> None:
+class TorchdistillBox(TimmTask):
+    """torchdistill's ``DistillationBox`` with its ``KDLoss``, on the same networks; its losses are not read back."""
+
+    def __init__(self, setting: Setting) -> None:
+        from torchdistill.core.distillation import DistillationBox
+
+        super().__init__(setting)
+        output = {"student_module_path": ".", "student_module_io": "output"}
+        output |= {"teacher_module_path": ".", "teacher_module_io": "output"}
+        # Labels and KD with weight 1 each, as in remap.
+        weights = {"temperature": TEMPERATURE, "alpha": 1.0, "beta": 1.0, "reduction": "batchmean"}
+        term = {"criterion": {"key": "KDLoss", "kwargs": {**output, **weights}}, "weight": 1.0}
+        forward = {"forward_proc": "forward_batch_only"}
+        self.config = {
+            "num_epochs": 1,
+            "teacher": {**forward, "requires_grad": False},
+            "student": {**forward, "requires_grad": True},
+            "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"kd": term}}},
+        }
+        optimizer = {"key": "AdamW", "kwargs": {"lr": PEAK, "weight_decay": 0.0, "fused": True}, "max_grad_norm": CLIP}
+        self.config["optimizer"] = optimizer
+        models = self.parts.teachers[0].network.model, self.parts.student.model
+        self.box = DistillationBox(*models, {}, self.config, self.device, [], False, 1.0)
+
+    def begin(self) -> None:
+        self.box.pre_epoch_process(epoch=0)
+
+    def loss(self, images_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.parts.bf16):
+            return self.box.forward_process(self.preprocess(images_BCHW), labels_B, None)
+
+    def update(self, loss: Tensor) -> None:
+        self.box.post_forward_process(loss)
+
+
+OTHERS = {"timm": TimmTask, "torchdistill": TorchdistillBox}
+
+
+def against_other(name: str, setting: Setting) -> None:
     """Online logit distillation of the whole student, labels + KD."""
-    engine, task = Engine(setting, "full", "ce,kd"), TimmTask(setting)
+    engine, other = Engine(setting, "full", "ce,kd"), OTHERS[name](setting)
     alone = Alone(engine)
     ours = alone.step(alone.images, alone.targets, alone.labels)[0]
-    task.task.train()
-    theirs = task.loss(alone.images, alone.labels.classes_B)
+    other.begin()
+    theirs = other.loss(alone.images, alone.labels.classes_B)
     torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-2 if engine.parts.bf16 else 1e-4, atol=0.0)
     alone.close()
     del ours, theirs
-    times = in_turns({"remap": lambda: engine.run("online"), "timm": task.run}, setting.repeats)
-    table("what", "remap", "timm", "ratio (range, pairs)")
-    shown = [milliseconds(seconds, setting.steps) for seconds in times.values()]
-    row(f"step, batch {setting.batch}", *shown, ratio(*times.values())[1])
+    times = in_turns({"remap": lambda: engine.run("online"), name: other.run}, setting.repeats)
+    compared("`full`, ce,kd, teacher online", name, setting, times)
+    if name != "timm":
+        return
     found: dict[str, list[dict]] = {"remap": [], "timm": []}
     for _ in range(max(1, setting.repeats // 2)):
         for side, peaks in found.items():
             peaks.append(in_a_process(f"peak:{side}", setting))
     for key, what in (("peak", "peak memory"), ("growth", "of it, since training began")):
         sides = {side: [one[key] for one in peaks] for side, peaks in found.items()}
-        row(what, *(_size(statistics.median(sides[side])) for side in found), ratio(*sides.values())[1])
+        shown = [_size(statistics.median(sides[side])) for side in found]
+        row(what, name, setting.precision, *shown, ratio(*sides.values())[1])
 
 
 def peak_of(side: str, setting: Setting) -> dict[str, int]:
@@ -367,26 +523,23 @@ def peak_of(side: str, setting: Setting) -> dict[str, int]:
 def attention(setting: Setting) -> None:
     """A step with one term on the last block's attention over a step without it."""
     without = "ce,kd"
-    table("method", "precision", "teacher", "loss", "step without", "step with", "ratio (range, pairs)")
     for method in setting.methods:
-        for precision in ("fp32", "bf16") if setting.precision == "auto" else (setting.precision,):
-            exact = replace(setting, precision=precision)
-            engines = {"": Engine(exact, method, without)}
-            engines |= {name: Engine(exact, method, f"{without},{name}") for name in ATTENTION}
-            for where in ("memory", "online"):
-                if where == "memory":
-                    for engine in engines.values():
-                        engine.cache_in_memory()
-                sides = {name: partial(engine.run, where) for name, engine in engines.items()}
-                times = in_turns(sides, setting.repeats)
-                for name in ATTENTION:
-                    row(
-                        *(f"`{method}`", precision, "kept" if where == "memory" else where, f"`{name}`"),
-                        *(milliseconds(times[side], setting.steps) for side in ("", name)),
-                        ratio(times[name], times[""])[1],
-                    )
-            for engine in engines.values():
-                engine.teacher.close()
+        engines = {"": Engine(setting, method, without)}
+        engines |= {name: Engine(setting, method, f"{without},{name}") for name in ATTENTION}
+        for where in ("memory", "online"):
+            if where == "memory":
+                for engine in engines.values():
+                    engine.cache_in_memory()
+            sides = {name: partial(engine.run, where) for name, engine in engines.items()}
+            times = in_turns(sides, setting.repeats)
+            for name in ATTENTION:
+                row(
+                    *(f"`{method}`", setting.precision, WHERE[where], f"`{name}`"),
+                    *(milliseconds(times[side], setting.steps) for side in ("", name)),
+                    ratio(times[name], times[""])[1],
+                )
+        for engine in engines.values():
+            engine.teacher.close()
 
 
 # --- estimates
@@ -404,7 +557,6 @@ RUNS = {
 def estimates(setting: Setting) -> None:
     """What the dry run says over what the run then takes, both in one process. Memory is measured in another one,
     where the allocator gives freed memory back at once, which takes time."""
-    table("run", *(f"{what}, estimate / run" for what in ("step", "whole run", "memory", "kept outputs", "task")))
     for name in setting.runs:
         pairs: dict[str, list[tuple[float, float]]] = {}
         for _ in range(setting.repeats):
@@ -413,7 +565,7 @@ def estimates(setting: Setting) -> None:
             for key, found in (*((key, of_time) for key in ("step", "whole", "kept", "task")), ("memory", of_memory)):
                 pairs.setdefault(key, []).append(found[key])
         row(
-            f"`{name}`",
+            *(f"`{name}`", setting.precision),
             *(_said_and_true(pairs[key], _seconds) for key in ("step", "whole")),
             *(_said_and_true(pairs[key], _size) for key in ("memory", "kept", "task")),
         )
@@ -436,6 +588,7 @@ def estimate_and_run(name: str, setting: Setting) -> dict[str, tuple[float, floa
 
     words, settings = RUNS[name]
     models = {"teacher": "mini_teacher", "student": "mini_student"}
+    settings = [*settings, f"train.precision={setting.precision}"]
     recipe = resolve(words={**models, **words, "batch_size": setting.batch, "epochs": 2}, settings=settings)
     bench = SharedResources()
     with TemporaryDirectory() as folder:
@@ -503,7 +656,22 @@ def _seconds(seconds: float) -> str:
 
 
 ONLY = {"peak": peak_of, "estimate": estimate_and_run}
-WHAT = {"cached": cached, "timm": against_timm, "attention": attention, "estimate": estimates}
+COMPARED = ("what", "against", "precision", "remap", "other side", "ratio (range, pairs)")
+CACHED = (
+    *("method", "losses", "precision", "online", "cached in memory", "on disk", "speed-up, memory", "speed-up, disk"),
+    *("bound by time", "bound by FLOPs (student's step in forward passes)", "share of the bound by time, by FLOPs"),
+    "GFLOP/s of the teacher's forward, the student's step",
+)
+ADDED = ("method", "precision", "teacher", "loss", "step without", "step with", "ratio (range, pairs)")
+ESTIMATED = (f"{what}, estimate / run" for what in ("step", "whole run", "memory", "cached outputs", "task"))
+WHAT: dict[str, tuple[Sequence[str], Callable[[Setting], None]]] = {
+    "bare": (COMPARED, against_bare),
+    **{name: (COMPARED, partial(against_other, name)) for name in OTHERS},
+    "cached": (CACHED, cached),
+    "views": (CACHED, cached_views),
+    "attention": (ADDED, attention),
+    "estimate": (("run", "precision", *ESTIMATED), estimates),
+}
 
 
 def main() -> None:
@@ -511,11 +679,12 @@ def main() -> None:
     parser.add_argument("--what", default=",".join(WHAT), help="sections, with commas between")
     parser.add_argument("--pair", choices=PAIRS, default="mini")
     parser.add_argument("--methods", default="full,vpt_deep")
+    parser.add_argument("--losses", default="ce,kd;ce,kd,feature", help="of the cached sections, with ; between")
     parser.add_argument("--runs", help=f"of the section estimate, with ; between: {'; '.join(RUNS)}")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch-size", type=int, help="by default the pair's own")
     parser.add_argument("--steps", type=int, help="of one repeat; by default the pair's own")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.add_argument("--precision", default="fp32", help="fp32, bf16, or both with a comma between")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--setting", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -528,13 +697,20 @@ def main() -> None:
     batch, steps = arguments.batch_size or pair.batch, arguments.steps or pair.steps
     with TemporaryDirectory() as folder:
         methods, runs = tuple(arguments.methods.split(",")), tuple((arguments.runs or ";".join(RUNS)).split(";"))
-        setting = Setting(
-            arguments.pair, batch, steps, arguments.repeats, arguments.precision, methods, runs, Path(folder)
-        )
-        setting.draw()
+        some = (methods, runs, Path(folder), tuple(arguments.losses.split(";")))
+        settings = [
+            Setting(arguments.pair, batch, steps, arguments.repeats, precision, *some)
+            for precision in arguments.precision.split(",")
+        ]
+        settings[0].draw()
         print(f"{pair.teacher} -> {pair.student}, batch {batch}, device {device}, {torch.get_num_threads()} thread(s)")
+        columns: Sequence[str] = ()
         for name in arguments.what.split(","):
-            WHAT[name](setting)
+            before, (columns, section) = columns, WHAT[name]
+            if columns != before:  # sections of one form are one table
+                table(*columns)
+            for setting in settings:
+                section(setting)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Time of a training step of every tuning method: attached by remap, against the method written by hand.
 
-Run: python benchmarks/methods.py [--methods lora,ssf] [--repeats 15] [--batch 32] [--json FILE]
+Run: python benchmarks/methods.py [--methods lora,ssf|peft] [--precision fp32,bf16] [--repeats 15] [--batch 32]
+    [--json FILE]
 """
 
 import argparse
 import copy
 import gc
+import itertools
 import json
 import statistics
 import time
@@ -27,6 +29,7 @@ from remap.tuning import METHODS, config_of
 from remap.tuning.base import Sample
 from remap.tuning.layers import layers_of
 from remap.tuning.parameter.peft_bridge.base import ADAPTER, PeftMethod
+from remap.tuning.parameter.peft_rows import PeftEntry
 
 VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 4, "num_heads": 3, "num_classes": 10}
 LR, TOTAL = 1e-3, 1_000_000  # the length of training, which some methods want to know
@@ -699,12 +702,16 @@ class Step:
         trained: list[nn.Parameter],
         penalty: Callable[[], Tensor | None],
         after: Callable[[int], None],
+        precision: str,
     ) -> None:
+        self.bf16 = precision == "bf16"
         self.forward, self.penalty, self.after, self.count = forward, penalty, after, 0
         self.optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
 
     def __call__(self, images: Tensor, labels: Tensor) -> float:
-        loss = F.cross_entropy(self.forward(images), labels)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = self.forward(images)
+        loss = F.cross_entropy(logits.float(), labels)
         penalty = self.penalty()
         (loss if penalty is None else loss + penalty).backward()
         self.optimizer.step()
@@ -714,7 +721,7 @@ class Step:
         return loss.item()
 
 
-def pair_of(name: str, images: Tensor, labels: Tensor) -> tuple[Step, Step]:
+def pair_of(name: str, precision: str, images: Tensor, labels: Tensor) -> tuple[Step, Step]:
     """The step of remap and that of the other side, on networks that give the same output."""
     method = "lora" if name == AGAINST_PEFT else name
     torch.manual_seed(0)
@@ -745,8 +752,8 @@ def pair_of(name: str, images: Tensor, labels: Tensor) -> tuple[Step, Step]:
     assert name == AGAINST_PEFT or sum(map(torch.numel, hand.trained)) == sum(map(torch.numel, trained.values()))
     after = lambda step: attached.after_step(step, TOTAL)  # noqa: E731
     return (
-        Step(model, list(trained.values()), attached.penalty, after),
-        Step(hand, hand.trained, hand.penalty, hand.after_step),
+        Step(model, list(trained.values()), attached.penalty, after, precision),
+        Step(hand, hand.trained, hand.penalty, hand.after_step, precision),
     )
 
 
@@ -757,7 +764,7 @@ def _other_side(name: str, plain: nn.Module, found: dict[str, Tensor], trained: 
     if name in BY_HAND:
         return BY_HAND[name](plain, found, trained, config)
     cls: type[PeftMethod] = METHODS.load(name)
-    layers = layers_of(anatomy_of(plain), config.targets, cls.default_targets)
+    layers = layers_of(anatomy_of(plain), config.targets, cls.row.default_targets)
     options = cls(config).peft_config({layer.path: layer.words for layer in layers})
     if name == "adalora":
         options.orth_reg_weight = config.orthogonality
@@ -765,12 +772,17 @@ def _other_side(name: str, plain: nn.Module, found: dict[str, Tensor], trained: 
     return Peft(plain, found, trained, options)
 
 
-def measure(name: str, repeats: int, images: Tensor, labels: Tensor) -> dict[str, object]:
+def against(name: str) -> str:
+    return "by hand" if name in BY_HAND else "peft"
+
+
+def measure(name: str, precision: str, repeats: int, images: Tensor, labels: Tensor) -> dict[str, object]:
     """Milliseconds of single steps of both sides, in turns; which goes first alternates."""
-    steps, times = pair_of(name, images, labels), ([], [])
+    steps, times = pair_of(name, precision, images, labels), ([], [])
     for _ in range(3):
         losses = [step(images, labels) for step in steps]
-    same = name == AGAINST_PEFT or abs(losses[0] - losses[1]) < 1e-3 * losses[1]
+    apart = 1e-3 if precision == "fp32" else 5e-2  # bf16 has 8 bits, and the sides round at other operations
+    same = name == AGAINST_PEFT or abs(losses[0] - losses[1]) < apart * losses[1]
     assert same, f"{name}: the losses part in training, {losses}"
     clock = time.process_time if images.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     gc.collect()  # of the model before, which is a cycle
@@ -786,7 +798,8 @@ def measure(name: str, repeats: int, images: Tensor, labels: Tensor) -> dict[str
     ratios = [ours / theirs for ours, theirs in zip(*times, strict=True)]
     return {
         "method": name,
-        "against": "peft" if name not in BY_HAND else "by hand",
+        "against": against(name),
+        "precision": precision,
         "remap_ms": statistics.median(times[0]),
         "other_ms": statistics.median(times[1]),
         "ratio": statistics.median(ratios),
@@ -802,15 +815,21 @@ def _wait(device: torch.device) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", help="names with commas between them; all that fit a plain ViT by default")
+    parser.add_argument(
+        "--methods", help="names with commas, or peft for its own; by default those that are written here"
+    )
+    parser.add_argument("--precision", default="fp32", help="fp32, bf16, or both with a comma between")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--json", type=Path, help="write the results there, too")
     arguments = parser.parse_args()
     parts = FAMILIES.row("vit").parts
-    names = [row.name for row in METHODS if row.fits(parts)]
+    rows = [row for row in METHODS if row.fits(parts)]
+    names = [row.name for row in rows if row.name in BY_HAND or isinstance(row, PeftEntry) or row.name in BY_LORA]
     names.insert(names.index("lora") + 1, AGAINST_PEFT)
-    if arguments.methods:
+    if arguments.methods == "peft":
+        names = [name for name in names if against(name) == "peft"]
+    elif arguments.methods:
         names = [name.strip() for name in arguments.methods.split(",")]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = torch.randn(arguments.batch, 3, 32, 32, device=device)
@@ -818,20 +837,21 @@ def main() -> None:
     print(
         f"width {VIT['embed_dim']}, {VIT['depth']} blocks, {(VIT['img_size'] // VIT['patch_size']) ** 2 + 1} tokens, "
         f"batch {arguments.batch}, device {device}, {torch.get_num_threads()} thread(s)\n\n"
-        "| method | against | remap | other | ratio (range, pairs) |\n|---|---|---|---|---|",
+        "| what | against | precision | remap | other side | ratio (range, pairs) |\n|---|---|---|---|---|---|",
         flush=True,
     )
     results, failed = [], []
-    for name in names:
+    for name, precision in itertools.product(names, arguments.precision.split(",")):
         try:
-            found = measure(name, arguments.repeats, images, labels)
+            found = measure(name, precision, arguments.repeats, images, labels)
         except Exception as error:  # the other methods are worth their time
             failed.append(name)
-            print(f"| `{name}` | failed: {type(error).__name__} {str(error).splitlines()[:1]} | | | |", flush=True)
+            reason = f"failed: {type(error).__name__} {str(error).splitlines()[:1]}"
+            print(f"| `{name}` | {against(name)} | {precision} | {reason} | | |", flush=True)
             continue
         ratios = found["ratios"]
         print(
-            f"| `{name}` | {found['against']} | {found['remap_ms']:.1f} ms | {found['other_ms']:.1f} ms | "
+            f"| `{name}` | {against(name)} | {precision} | {found['remap_ms']:.1f} ms | {found['other_ms']:.1f} ms | "
             f"{found['ratio']:.3f} ({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)}) |",
             flush=True,
         )
