@@ -74,11 +74,12 @@ def _ignore_signals() -> None:
 
 def _report(error: BaseException) -> int:
     """Report what ended the command, once; return the exit code."""
-    from remap.errors import Interrupted, RemapError
+    from remap.errors import Interrupted, RemapError, refused_thread
     from remap_cli import launch
 
     distributed = sys.modules.get("remap.distributed.launch")  # a broken connection means that another process ended
     problem = error if isinstance(error, RemapError) else distributed and distributed.lost_process(error)
+    problem = problem or refused_thread(error)  # of a library: the progress bars' for one
     if _signal and not isinstance(problem, Interrupted):  # whatever error it is, the signal caused it
         word = "interrupted" if _signal == signal.SIGINT else "terminated"
         what = f"{word}; there was nothing to save, and what was saved before is kept"

@@ -1,7 +1,8 @@
 """Errors a user can cause. Each says what was wrong, what was given, what is allowed and what to do."""
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 # Letters in a line of a message. Of a long list no name is broken, and its lines begin below each other.
@@ -100,6 +101,34 @@ class RunError(RemapError):
 
 class DiskFull(RunError):
     """There is not enough space for a file; files written earlier are complete."""
+
+
+class ThreadRefused(RunError):
+    """The system starts no more threads for this process."""
+
+
+MORE_THREADS = (
+    "end other programs, raise the limit of processes (ulimit -u, or that of the container), or decode with fewer"
+    " threads (--set data.workers=1)"
+)
+
+
+def refused_thread(error: BaseException) -> ThreadRefused | None:
+    """Return an error with what to do where Python, in anybody's code, could not start a thread; else None."""
+    if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
+        return ThreadRefused("the system refuses to start another thread", do=MORE_THREADS)
+    return None
+
+
+@contextmanager
+def starting_threads() -> Iterator[None]:
+    """Raise what ``refused_thread`` returns where the block cannot start a thread."""
+    try:
+        yield
+    except RuntimeError as error:
+        if (refused := refused_thread(error)) is not None:
+            raise refused from error
+        raise
 
 
 class TrainingError(RemapError):

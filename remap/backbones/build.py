@@ -17,7 +17,7 @@ from remap.backbones.lookup import require_known
 from remap.backbones.model_source import named_file
 from remap.backbones.names import is_pair, preset_of, resolve_name
 from remap.backbones.preprocess import PreprocessSpec
-from remap.backbones.projected_head import ProjectedHead
+from remap.backbones.projected_head import projected_head
 from remap.backbones.typed import as_timm, input_channels
 from remap.errors import BackboneError, WeightsError
 from remap.language.names import pair_folder
@@ -244,7 +244,7 @@ def _require_all_weights(name: str, missing: list[str]) -> None:
 
 def fresh_head(model: nn.Module, anatomy: Anatomy, num_classes: int) -> None:
     """Put in a new classifier: weights N(0, 0.02^2), timm's choice for transformers, and biases zero."""
-    head = next((module for module in model.modules() if isinstance(module, ProjectedHead)), None)
+    head = projected_head(model)
     if head is not None:
         head.reset(num_classes)
         model.num_classes = num_classes  # type: ignore[assignment]  # a plain attribute of timm's models

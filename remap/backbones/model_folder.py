@@ -11,6 +11,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import anatomy_of
+from remap.backbones.projected_head import HEAD_OF_A_PAIR, projected_head
 from remap.backbones.typed import as_timm, input_channels
 from remap.errors import BackboneError, RunError
 from remap.io import atomic_write
@@ -33,8 +34,15 @@ def save_model_folder(model: nn.Module, folder: Path, shape: Mapping[str, object
 
     Raises:
         RunError: There is such a folder already, or it cannot be written.
-        BackboneError: What timm builds from the folder is another function.
+        BackboneError: What timm builds from the folder is another function, as always of an image tower whose
+            classifier is in the space of texts.
     """
+    if projected_head(model) is not None:
+        raise BackboneError(
+            "timm cannot build the image tower of a vision-language model, so it cannot be saved as a model folder",
+            given=f"{type(model).__name__}: {HEAD_OF_A_PAIR}",
+            do="use the run or its task folder, or write a file by `remap export RUN --to onnx`",
+        )
     require_free(folder)
     atomic_write.make_folder(folder.parent)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# For messages: why a network with such a head is not one of timm's.
+HEAD_OF_A_PAIR = "its classifier reads features of length 1, behind the projection into the space of the texts"
+
 
 def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b in float32 or the inputs' wider type, also under autocast.
@@ -56,3 +59,8 @@ class ProjectedHead(nn.Module):
         embedded_BE = self.proj(pooled_BD)
         kind = torch.promote_types(embedded_BE.dtype, torch.float32)
         return self.classifier(F.normalize(embedded_BE.to(kind), dim=-1))
+
+
+def projected_head(model: nn.Module) -> ProjectedHead | None:
+    """Return the head of a vision-language model's image tower; None of any other model."""
+    return next((module for module in model.modules() if isinstance(module, ProjectedHead)), None)

@@ -4,7 +4,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from remap.errors import starting_threads
 
 # Batches that are decoded while one is computed.
 AHEAD = 2
@@ -12,10 +14,20 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class _Pool(ThreadPoolExecutor):
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        with starting_threads():  # each of them starts with the work that needs it
+            return super().submit(fn, *args, **kwargs)
+
+
 @contextmanager
 def threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Yield a pool. A block that is left early does not wait for it: a signal must not wait for slow reads."""
-    pool = ThreadPoolExecutor(count)
+    """Yield a pool. A block that is left early does not wait for it: a signal must not wait for slow reads.
+
+    Raises:
+        ThreadRefused: In the block, where the system starts no more threads.
+    """
+    pool = _Pool(count)
     try:
         yield pool
     except BaseException:

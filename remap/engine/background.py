@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from threading import Thread
 
+from remap.errors import starting_threads
+
 
 class BackgroundWriter:
     """Runs a function in a thread. The thread is a daemon: a second signal does not wait for the disk."""
@@ -17,10 +19,16 @@ class BackgroundWriter:
         return self._thread is None or not self._thread.is_alive()
 
     def begin(self, write: Callable[[], None]) -> None:
-        """Start a write; the one before has to be finished."""
+        """Start a write; the one before has to be finished.
+
+        Raises:
+            ThreadRefused: The system starts no more threads.
+        """
         assert self._thread is None, "finish() the write before"
-        self._thread = Thread(target=self._run, args=(write,), name="checkpoint", daemon=True)
-        self._thread.start()
+        thread = Thread(target=self._run, args=(write,), name="checkpoint", daemon=True)
+        with starting_threads():
+            thread.start()
+        self._thread = thread
 
     def finish(self) -> Exception | None:
         """Wait for the write that was begun, if any; return what it raised."""

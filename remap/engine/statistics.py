@@ -16,7 +16,8 @@ def estimate_statistics(job: Job) -> None:
     Raises:
         DataError: None of them can be read.
     """
-    size = max(1, epoch_plan(job, job.recipe.train.accumulation).step_images // job.recipe.train.accumulation)
+    plan = epoch_plan(job, job.recipe.train.accumulation)
+    size = max(1, plan.step_images // (plan.processes * plan.accumulation))  # a pass of training, for its memory
     # Drawn, since sources may list images class by class.
     order = keyed_random.permutation(job.recipe.seed, 0, len(job.source.split))[:IMAGES]
     for teacher in job.teachers:

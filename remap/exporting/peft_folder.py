@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import module_at
+from remap.backbones.projected_head import HEAD_OF_A_PAIR, projected_head
 from remap.errors import RunError
 from remap.exporting import FORMATS, snippets
 from remap.exporting.format import Answer, ExportOptions, Format
@@ -57,9 +58,12 @@ def _base(source: TaskSource) -> nn.Module:
     """Return the backbone as it was before tuning, with a new classifier.
 
     Raises:
-        RunError: Its weights are in the task alone, so no name leads to them.
+        RunError: Its weights are in the task alone, so no name leads to them; or timm does not build it.
     """
     spec = source.meta.backbone
+    if projected_head(source.tuned.model) is not None:
+        what = "an adapter of PEFT is put on a model of timm, and this is the image tower of a vision-language model"
+        raise source.refusal(what, f"{spec.model}: {HEAD_OF_A_PAIR}")
     if spec.weights == "none":
         raise RunError("an adapter of PEFT names its base model, and this one's weights were random", given=spec.model)
     model = ModelSpec(model=spec.model, weights=spec.weights, preset=spec.preset, image_size=spec.image_size)

@@ -82,12 +82,17 @@ class TaskSource:
             RunError: Names the formats that work.
         """
         if not self.mergeable:
-            whole = [row.name for row in FORMATS if not row.folded and row.name != "peft"]
-            raise RunError(
-                f"{self.meta.method.name} cannot be folded into the backbone's weights, which this format needs",
-                allowed=f"--to {', '.join(whole)}",
-                do=f"remap export {shlex.quote(str(self.path))} --to onnx, which has prompts and adapters in its graph",
-            )
+            name = self.meta.method.name
+            raise self.refusal(f"{name} cannot be folded into the backbone's weights, which this format needs")
+
+    def refusal(self, what: str, given: str | None = None) -> RunError:
+        """Return an error that names the formats which take any student."""
+        return RunError(
+            what,
+            given=given,
+            allowed=f"--to {', '.join(row.name for row in FORMATS if not row.folded and row.name != 'peft')}",
+            do=f"remap export {shlex.quote(str(self.path))} --to onnx, which has prompts and adapters in its graph",
+        )
 
     def cut(self, probabilities: bool) -> float | None:
         """Return above which answer a class is named; None where the likeliest class is the answer."""

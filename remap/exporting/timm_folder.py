@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from remap.backbones.model_folder import is_known_to_timm, open_model_folder, save_model_folder
 from remap.backbones.preprocess import Preprocess
 from remap.backbones.typed import as_timm
+from remap.errors import BackboneError
 from remap.exporting import snippets
 from remap.exporting.format import Answer, ExportOptions, Format
 from remap.exporting.task_source import TaskSource
@@ -24,7 +25,10 @@ class TimmFolder(Format):
         model, anatomy = network.attached.merge().eval(), network.anatomy
         shape = {} if is_known_to_timm(model) else Shape.of(anatomy).arguments(anatomy)
         as_timm(model).pretrained_cfg = source.pretrained_cfg | preprocessing(source)
-        save_model_folder(model, folder, shape, source.meta.classes)
+        try:
+            save_model_folder(model, folder, shape, source.meta.classes)
+        except BackboneError as error:
+            raise source.refusal(error.what, str(error.given)) from error
         return {}
 
     def open(self, source: TaskSource, folder: Path, options: ExportOptions) -> Answer:

@@ -212,7 +212,8 @@ class _Sent(Silent):
 def work(connection: Connection, slot: Slot, output: Path, recipe: Recipe) -> None:
     """Run the cells that come through a connection until there is None, in a process of its own."""
     os.setpgid(0, 0)  # Ctrl-C reaches the first process alone, which stops the others
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    with suppress(RuntimeError):  # a system that refuses this thread refuses those of the cell, whose error says more
+        threading.Thread(target=_follow_parent, daemon=True).start()
     if slot.gpu is not None:
         # Before the first CUDA call of this process, which reads it once.
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible(slot.gpu)

@@ -36,7 +36,8 @@ class DataViews:
         unreadable: Images of all splits that were left out, with the reason.
         contents: What is known of the files' content, unreadable ones included, by split.
         selection: Images held out of the labelled training images, that the epoch is chosen by.
-        evaluations: What networks answered on the evaluation images, see ``evaluate_once``.
+        evaluations: What networks answered on the evaluation images, see ``evaluate_once``; one with other data that
+            has the same ones.
     """
 
     data: ImageData

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 from remap.distributed.device_memory import is_out_of_memory
 from remap.distributed.interrupts import watch_signals
 from remap.distributed.launch import accelerator, lost_process
-from remap.errors import DiskFull, Interrupted, RemapError, TrainingError
+from remap.errors import (
+    MORE_THREADS,
+    DiskFull,
+    Interrupted,
+    RemapError,
+    ThreadRefused,
+    TrainingError,
+    refused_thread,
+)
 from remap.runs.hardware import machine
 from remap.runs.run_dir import RunDir
 
@@ -99,6 +107,9 @@ def _explained(error: BaseException, resume: str) -> RemapError | None:
     """
     if isinstance(error, DiskFull):
         return DiskFull(error.what, given=error.given, do=f"free some space; then resume with: {resume}")
+    refused = error if isinstance(error, ThreadRefused) else refused_thread(error)
+    if refused is not None:
+        return ThreadRefused(refused.what, do=f"{MORE_THREADS}; then resume with: {resume}")
     if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
         return TrainingError(
             "out of memory",

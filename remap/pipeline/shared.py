@@ -51,6 +51,7 @@ class SharedResources:
     said: set[str] = field(default_factory=set)
     _contents: dict[int, Contents] = field(default_factory=dict)
     _in_memory: dict[tuple[int, View], ViewSource] = field(default_factory=dict)
+    _evaluations: dict[tuple[int, View, bool], dict[str, Any]] = field(default_factory=dict)
 
     def say_once(self, progress: Progress, text: str) -> None:
         """Report what is known of the images, unless another run said it."""
@@ -128,8 +129,11 @@ class SharedResources:
         # Only what changes the views is part of the key; cells of a comparison differ elsewhere.
         key = (*source_arguments(spec), spec.memory, spec.unlabeled_only, spec.skip_bad, spec.max_bad, view)
         if key not in self.views:
-            sources = self._sources(spec, view)
-            self.views[key] = open_views(self.index(spec), spec, view, sources, progress if self.read_ahead else None)
+            sources, data = self._sources(spec, view), self.index(spec)
+            views = open_views(data, spec, view, sources, progress if self.read_ahead else None)
+            # Other data may have the same evaluation images: a run with images without labels, and its teacher's.
+            views.evaluations = self._evaluations.setdefault((id(data.val), view, spec.skip_bad), views.evaluations)
+            self.views[key] = views
         return self.views[key]
 
     def _sources(self, spec: DataSpec, view: View) -> dict[str, ViewSource]:

@@ -1,6 +1,7 @@
 """The last evaluations of a run, and what summary.json says of it."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from remap.io.human_size import number_of
 from remap.network import Network
 from remap.pipeline.components import RunComponents
 from remap.pipeline.judge import Judgement, judge
-from remap.pipeline.judged import measured
+from remap.pipeline.judged import evaluate_once, measured
 from remap.pipeline.tracking import RunTracker
 from remap.progress import Progress, Silent
 from remap.runs.interval import Measured
@@ -53,7 +54,8 @@ def evaluate_at_end(
         if teacher.accuracy is not None and teacher.evaluation is None:
             # A resumed run read its accuracy from a file; which images it is right on stands in none.
             what = "the teacher's answers"
-            teacher.evaluation = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, what)
+            evaluate = partial(evaluate_as, recipe, teacher.network, views.val, accelerator(), progress, what)
+            teacher.evaluation = evaluate_once(recipe, teacher.network, views, evaluate)
     # Where images are not held in memory, unreadable ones are found during training.
     bad = components.training_source.bad_names()
     if bad:

@@ -358,3 +358,29 @@ def test_what_takes_long_collects_its_garbage() -> None:
         assert gc.isenabled()
     finally:
         gc.enable()
+
+
+REFUSED = """
+import threading
+from remap_cli.app import app
+from remap_cli.main import main
+
+def refuse(_):
+    raise RuntimeError("can't start new thread")
+
+@app.command("read")
+def read() -> None:
+    threading.Thread.start = refuse
+    threading.Thread(target=print).start()
+
+main()
+"""
+
+
+def test_a_library_that_is_refused_a_thread_is_a_mistake_that_can_be_mended() -> None:
+    words = [sys.executable, "-c", REFUSED, "read"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith(
+        "error: the system refuses to start another thread\n  do:      end other programs, raise"
+    )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from remap.data.thread_pool import made_ahead, threads
-from remap.errors import Interrupted
+from remap.errors import Interrupted, ThreadRefused
 
 
 def test_a_block_that_is_left_early_waits_for_no_thread() -> None:
@@ -51,3 +51,19 @@ def test_the_next_ones_are_made_while_one_is_worked_on() -> None:
 
     assert list(made_ahead(make, numbers(), ahead=2)) == [(n, n * n) for n in range(6)]
     assert readers == {threading.current_thread()}
+
+
+def test_a_system_that_starts_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")  # CPython's words
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(ThreadRefused) as caught:
+            list(made_ahead(abs, range(3)))
+        with pytest.raises(ThreadRefused), threads(2) as pool:
+            list(pool.map(abs, range(3)))
+    assert caught.value.exit_code == 2 and "ulimit -u" in (caught.value.do or "")
+    with pytest.raises(RuntimeError, match="after shutdown"), threads(2) as pool:  # any other error stays what it is
+        pool.shutdown()
+        pool.submit(abs, 1)

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from remap.engine import training
 from remap.engine.background import BackgroundWriter
 from remap.engine.checkpoint import snapshot
-from remap.errors import RunError, TrainingError
+from remap.errors import RunError, ThreadRefused, TrainingError
 from remap.pipeline.run import resume, start
 from remap.recipe import Recipe
 from remap.runs.run_dir import RunDir
@@ -39,6 +39,17 @@ def test_the_writer_runs_beside_and_hands_errors_over() -> None:
 
     writer.begin(fail)
     assert str(writer.finish()) == "the disk is gone" and writer.finish() is None
+
+
+def test_a_writer_without_a_thread_leaves_nothing_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    writer = BackgroundWriter()
+    with monkeypatch.context() as patch, pytest.raises(ThreadRefused):
+        patch.setattr(Thread, "start", refuse)
+        writer.begin(lambda: None)
+    assert writer.is_done and writer.finish() is None
 
 
 def test_a_snapshot_is_of_its_moment() -> None:

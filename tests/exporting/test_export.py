@@ -326,3 +326,17 @@ def test_texts_that_a_student_needs_are_read_before_it_is_traced(tmp_path: Path)
     save_task(tmp_path / "task", network, View(network.preprocess.size, 1.0, "bicubic"), "cocoop", {})
     comparison = export_student(tmp_path / "task", "torch", tmp_path / "out").comparison
     assert comparison is not None and comparison.difference < 1e-4
+
+
+@pytest.mark.parametrize("to", ["timm", "peft"])
+def test_the_image_tower_of_a_pair_is_not_a_model_of_timm(tmp_path: Path, to: str) -> None:
+    """Why, and what takes it instead."""
+    network = tuned(open_backbone(ModelSpec(model="clip:mini"), 2), "lora", {})
+    network.classes, size = ("ant", "bee"), network.preprocess.size
+    save_task(tmp_path / "task", network, View(size, 1.0, "bicubic"), "lora", {})
+    with pytest.raises(RunError) as caught:
+        export_student(tmp_path / "task", to, tmp_path / to)
+    assert "the image tower of a vision-language model" in caught.value.what
+    assert "behind the projection into the space of the texts" in str(caught.value.given)
+    assert caught.value.allowed == "--to onnx, torch, task" and not (tmp_path / to).exists()
+    assert export_student(tmp_path / "task", "torch", tmp_path / "torch").comparison is not None

@@ -109,6 +109,16 @@ def test_a_baseline_and_a_tuned_teacher_are_evaluated_once(tiny: Any, tmp_path: 
     assert seen[STUDENT, False] == 3 * VAL
 
 
+def test_images_without_labels_make_no_other_evaluation(tiny: Any, tmp_path: Path, seen: Counter) -> None:
+    """The teacher and the baseline learn from labelled images alone, and are evaluated on the same ones as the run: as
+    above, with the images without labels in the teacher's outputs."""
+    shutil.copytree(Path(tiny.data) / "train", tmp_path / "more")
+    settings = ("teacher.prepare=bitfit", "teacher.epochs=1", "teacher.lr=0.01", "baseline=true")
+    start(tiny.recipe(*ONE_EPOCH, *settings, losses="ce,kd", unlabeled=str(tmp_path / "more")), tmp_path / "run")
+    assert seen[TEACHER, False] == 2 * VAL + 2 * TRAIN
+    assert seen[STUDENT, False] == 3 * VAL
+
+
 def test_images_are_listed_and_decoded_once(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a run that learns without labels too, for its tuned teacher, itself and its baseline: a file a read."""
     listed, read, list_all, look = list[Any](), Counter[str](), sources.open_labeled, Contents.read

@@ -1,5 +1,6 @@
 """Whole runs: shared teacher outputs, evaluation of what was saved, and what a run leaves on a disk."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 
 from remap.distributed.launch import accelerator
 from remap.engine.evaluate import evaluate
-from remap.errors import RecipeError, RunError
+from remap.errors import RecipeError, RunError, ThreadRefused
 from remap.io import disk_space
 from remap.pipeline.dry_run import estimate
 from remap.pipeline.run import as_recipe, distill, resume, start
@@ -143,3 +144,19 @@ def test_a_directory_that_is_being_worked_in_is_left_alone(tiny: Any, tmp_path: 
     result = start(tiny.recipe(), run, watch(intrude))
     assert f"touch {run / 'stop'}" in str(refused[0])
     assert result.summary["student"] == {**start(tiny.recipe(), tmp_path / "twin").summary["student"]}
+
+
+def test_a_run_that_is_refused_a_thread_says_how_it_goes_on(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(ThreadRefused) as caught:
+        patch.setattr(threading.Thread, "start", refuse)
+        start(tiny.recipe(method="bitfit", losses="ce", teacher=None), path)
+    assert f"then resume with: remap tune --resume {path}" in str(caught.value)
+    assert RunDir(path).status() == "failed"
+    resume(path)
+    assert RunDir(path).is_done
