@@ -158,7 +158,8 @@ def default_losses(method: str, *, labels: bool = True, teacher: bool = True, ta
         target: Whether there is another domain to adapt to.
     """
     names: tuple[str, ...] = (DEFAULT_LOSSES if labels else LABEL_FREE_LOSSES) if teacher else ("ce",)
-    names += ("mean_teacher",) if target else ()
+    # Of those tried the one that gained on every kind of images (docs/new-camera.md).
+    names += ("infomax",) if target else ()
     return tuple(name for name in names if not is_idle(name, method))
 
 

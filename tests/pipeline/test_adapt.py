@@ -53,9 +53,11 @@ def test_losses_between_domains_train_with_and_without_a_teacher(tiny: Any, came
     assert all(np.isfinite(value) for value in both["final_losses"].values())
     assert all(both["final_losses"][name] > 0 for name in ("kd", "coral", "mmd", "mean_teacher"))
     assert (both["data"]["train_images"], both["data"]["labeled_images"]) == (36, 24)
-    # By default the average teaches, and the student sees what it sees augmented.
-    recipe = tiny.recipe("train.epochs=1", **{**words, "losses": None, "teacher": None})
-    assert [loss.name for loss in recipe.losses] == ["ce", "mean_teacher"] and recipe.data.augment == "strong"
+    default = tiny.recipe("train.epochs=1", **{**words, "losses": None, "teacher": None})
+    assert [loss.name for loss in default.losses] == ["ce", "infomax"] and default.data.augment == "none"
+    # Where the average teaches, the student sees what it sees augmented.
+    recipe = tiny.recipe("train.epochs=1", **{**words, "losses": "ce,mean_teacher", "teacher": None})
+    assert recipe.data.augment == "strong"
     assert not recipe.named_teachers and [spec.model for spec in recipe.teachers] == ["ema"]
 
 
@@ -63,7 +65,7 @@ def test_a_run_with_a_mean_teacher_resumes_to_the_same_bits(
     tiny: Any, camera: Path, tmp_path: Path, watch: Any, largest_difference: Any
 ) -> None:
     settings = ("losses.mean_teacher.threshold=0", "data.augment=light")
-    recipe = tiny.recipe(*settings, method="lora", target=str(camera), teacher=None)
+    recipe = tiny.recipe(*settings, method="lora", target=str(camera), teacher=None, losses="ce,mean_teacher")
     straight = start(recipe, tmp_path / "straight")
 
     def stop_at(step: int) -> None:
