@@ -177,7 +177,10 @@ def _unfit_for_tensors(path: Path) -> str | None:
 def see_runs(path: Path) -> str:
     """Return what to do about a path that is not a run: name one of the runs in it, or look where runs usually are."""
     inside = min(path.glob("*/recipe.yaml"), default=None) if os.path.isdir(path) else None
-    return "see `ls runs`" if inside is None else f"name a run in it, such as {shlex.quote(plain(str(inside.parent)))}"
+    if inside is not None:
+        return f"name a run in it, such as {shlex.quote(plain(str(inside.parent)))}"
+    printed = "name a folder that `remap distill` or `remap tune` has printed"
+    return "see `ls runs`" if default_path().is_dir() else printed
 
 
 def default_path() -> Path:

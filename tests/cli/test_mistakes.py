@@ -107,6 +107,19 @@ def test_of_a_folder_of_runs_one_is_named(remap: Callable[..., Result], tmp_path
     assert "runs/photos-001" in remap(*words.split()).message.partition("name a run in it, such as ")[2]
 
 
+def test_of_a_folder_of_comparisons_one_is_named(remap: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "suite" / "digits").mkdir(parents=True)
+    (tmp_path / "suite" / "digits" / "compare.json").touch()
+    result = remap("report", "suite")
+    assert result.exit_code == 2 and "name a comparison in it, such as suite/digits" in result.message
+
+
+def test_a_folder_that_is_not_there_is_not_advised(remap: Callable[..., Result], tmp_path: Path) -> None:
+    assert "ls runs" not in remap("eval", "absent").message
+    (tmp_path / "runs").mkdir()
+    assert "see `ls runs`" in remap("eval", "absent").message
+
+
 @pytest.mark.parametrize(("name", "given"), [("absent", "no such folder"), (".", "it has neither recipe.yaml nor")])
 @pytest.mark.parametrize("command", ["predict RUN PICTURES", "export RUN --to onnx", "tasks add shelf name=RUN"])
 def test_what_is_not_a_run_is_named_by_what_was_given(

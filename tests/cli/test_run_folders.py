@@ -45,6 +45,13 @@ def test_one_of_two_at_the_same_instant_gets_the_folder(tmp_path: Path) -> None:
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("recipe.yaml", "first")]
 
 
+def test_an_empty_recipe_is_not_that_of_a_default_run(tmp_path: Path) -> None:
+    RunDir.create(tmp_path, RECIPE)
+    (tmp_path / "recipe.yaml").write_text("")
+    with pytest.raises(RunError, match="recipe.yaml is empty"):
+        RunDir.open(tmp_path).recipe()
+
+
 def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
