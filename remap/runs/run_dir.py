@@ -108,8 +108,9 @@ class RunDir(RunRecords):
         if not os.path.isfile(run.path / "recipe.yaml"):
             name = plain(str(path))
             if not os.path.lexists(run.path):
-                raise RunError(f"there is no run directory {name}", given="no such folder", do=see_runs(run.path))
-            raise RunError(f"{name} is not a run directory", given="recipe.yaml is missing", do=see_runs(run.path))
+                raise RunError(f"there is no run directory {name}", given=not_a_folder(run.path), do=see_runs(run.path))
+            given = "recipe.yaml is missing" if os.path.isdir(run.path) else not_a_folder(run.path)
+            raise RunError(f"{name} is not a run directory", given=given, do=see_runs(run.path))
         return run
 
     @contextmanager
@@ -172,6 +173,11 @@ def _unfit_for_tensors(path: Path) -> str | None:
     except UnicodeEncodeError:
         return "it holds a byte that is not UTF-8"
     return None
+
+
+def not_a_folder(path: Path) -> str:
+    """Return what is at a path where a folder is meant."""
+    return "it is a file" if os.path.lexists(path) else "no such folder"
 
 
 def see_runs(path: Path) -> str:

@@ -130,6 +130,13 @@ def test_what_is_not_a_run_is_named_by_what_was_given(
     assert f"given:   {given}" in result.message and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["eval", "report", "export --to task", "tasks add shelf"])
+def test_a_file_in_place_of_a_run_is_called_one(remap: Callable[..., Result], command: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    result = remap(*command.split(), "name=notes.txt" if command.startswith("tasks") else "notes.txt")
+    assert result.exit_code == 2 and "given:   it is a file" in result.message
+
+
 def test_a_recipe_that_is_not_shipped_says_how_a_file_is_named(remap: Callable[..., Result]) -> None:
     assert "name a file that ends in .yaml" in remap("recipes", "validate", ".").message
 
