@@ -95,7 +95,7 @@ def test_clearing_asks_for_a_choice_and_a_yes(remap: Callable[..., Result], root
     for words, says in (
         ([], "nothing was chosen"),
         (["--all"], "--yes"),
-        (["zzz", "--yes"], "no teacher cache of this id"),
+        (["zzz", "--yes"], f"no teacher cache of this id in {root.parent}\n"),
         ([name, "--all", "--yes"], "either name caches or take all"),
     ):
         result = remap("cache", "clear", *words)
