@@ -8,6 +8,7 @@ import pytest
 from typer.testing import Result
 
 from remap.data.sources import find_source
+from remap.engine.lr_range import LrRange
 from remap.errors import DataError
 from remap.prediction.inputs import Inputs
 
@@ -28,6 +29,7 @@ IGNORED = [
     (["compare", "--ways", "lwf"], ["--ways", "--sessions"]),
     (["compare", "--epochs", "1", "--budget", "epochs=2"], ["--epochs: the epochs follow from the budget epochs=2"]),
     (["compare", "--set", "train.epochs=1", "--budget", "minutes=2"], ["--set train.epochs", "minutes=2"]),
+    (["lr", "--set", "train.lr=0.1"], ["--set train.lr: the test tries rates of its own"]),
     (["recommend", "--epochs", "1", "--budget", "epochs=2"], ["--epochs: the epochs follow"]),
 ]
 
@@ -96,3 +98,11 @@ def test_predictions_need_the_name_of_a_file(remap: Callable[..., Result], name:
     (tmp_path / "x.png").touch()
     result = remap("predict", "run", "x.png", "--output", name)
     assert result.exit_code == 2 and "predictions are not written in such a file" in result.message
+
+
+def test_a_short_range_test_shows_every_step(remap: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = [10.0**power for power in range(-9, 1)]
+    found = LrRange(rates, list(map(float, range(10))), lowest=1e-2, suggested=1e-3, diverged=False)
+    monkeypatch.setattr("remap.pipeline.find_lr.find_lr", lambda *_, **__: found)
+    shown = remap("lr", "--steps", "10").stdout
+    assert [rate for rate in rates if f"{rate:.2e}" not in shown] == []
