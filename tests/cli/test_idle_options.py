@@ -92,6 +92,12 @@ def test_in_python_an_empty_word_is_not_the_current_folder() -> None:
         find_source("")
 
 
+def test_words_of_slurm_are_read_before_the_folder_is_made(remap: Callable[..., Result], tmp_path: Path) -> None:
+    result = remap("compare", "--methods", "linear", "--slurm", "gpu", "--output", "c")
+    assert result.exit_code == 2 and "'gpu' has no value" in result.message
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", [".", "..", "out", "out.txt"])
 def test_predictions_need_the_name_of_a_file(remap: Callable[..., Result], name: str, tmp_path: Path) -> None:
     """Before the run is opened: here is none."""
