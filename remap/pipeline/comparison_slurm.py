@@ -5,7 +5,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from remap.cache.shared_outputs import FOLDER, SharedOutputs
 from remap.distributed.interrupts import watch_signals
