@@ -4,6 +4,7 @@ A command's file is imported when it is called, and heavy packages inside of it,
 there and need no torch.
 """
 
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -15,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from remap import __version__
-from remap.errors import UnknownName
+from remap.errors import RemapError, UnknownName
 from remap_cli.options import LOOK, TRAIN, USE
 
 # What other tools call their commands.
@@ -128,6 +129,17 @@ def _load(name: str) -> Any:
     return typer.main.get_group(alone).commands[name]
 
 
+def _require_words(args: list[str]) -> None:
+    """Refuse empty words, as of variables that are not set: as paths they would be the current folder.
+
+    Raises:
+        RemapError: There is one.
+    """
+    if any(not word or (word.startswith("--") and word.find("=") == len(word) - 1) for word in args):
+        given = f"remap {shlex.join(args)}"
+        raise RemapError("a word of the command line is empty", given=given, do="check the variable that it came from")
+
+
 class Commands(TyperGroup):
     """The commands, and what is meant by some words that are none of them."""
 
@@ -139,6 +151,8 @@ class Commands(TyperGroup):
         if not args and not ctx.resilient_parsing:  # Typer's way to show the help prints by its own ``format_help``
             typer.echo(self.get_help(ctx))
             raise typer.Exit(2)
+        if not ctx.resilient_parsing:  # which completion is
+            _require_words(args)
         return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]

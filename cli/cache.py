@@ -60,16 +60,19 @@ def _view(key: dict[str, Any]) -> str:
     seen = seen if isinstance(seen, dict) else {}
     size, augmented = seen.get("size"), seen.get("augment")
     augmented = "+".join(augmented) if isinstance(augmented, dict) else augmented
-    parts = (size and f"{size} px", augmented != "none" and augmented, key.get("precision"))
+    precision = "precision auto" if key.get("precision") == "auto" else key.get("precision")
+    parts = (size and f"{size} px", augmented != "none" and augmented, precision)
     return ", ".join(str(part) for part in parts if part) or "-"
 
 
 def _prepared(key: dict[str, Any]) -> str:
-    """Return how a teacher was given its head, or how many texts there are; empty for outputs."""
+    """Return how a teacher was given its head, on which images, or how many texts there are; empty for outputs."""
     if "texts" in key:
         return f"sets of texts: {key['texts']}"
     made = "fitted" if key.get("method") == "probe" else "tuned"
-    return f"{made}: {key['method']}" if "method" in key else ""
+    # Teachers tuned for different runs differ in these digests alone.
+    digests = [f"{name} {str(key[name])[:8]}" for name in ("images", "recipe") if name in key]
+    return ", ".join([f"{made}: {key['method']}", *digests]) if "method" in key else ""
 
 
 def _item(item: "CachedOutput") -> str:

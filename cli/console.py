@@ -43,6 +43,7 @@ def _width() -> int | None:
 out = Console(highlight=False, emoji=False, width=_width())
 err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
+HELD = "\ue000"  # a blank in the cell of a table at which no line ends; a character that nobody writes
 # The label of a line of a message, and a command in it.
 _LABEL, _COMMAND = re.compile(r" *(?:\w+: +)?"), re.compile(r"(?:^|(?<=: ))(?:remap|touch|pip|torchrun) .*")
 # Without a terminal: seconds between two lines of a wait, and the shortest wait that gets a closing line.
@@ -80,21 +81,21 @@ def table(
 
     Columns in ``right`` are aligned right, those in ``wrap`` give way first when the terminal is narrow.
     """
-    lines = [[plain(str(cell)) for cell in ([row] if isinstance(row, str) else row)] for row in rows]  # one line each
+    lines = [[plain(str(cell), keep=HELD) for cell in ([row] if isinstance(row, str) else row)] for row in rows]
     widths = _widths([columns, *lines], out.width - 2 * len(columns), wrap)
     out.print(f"[bold]{escape(_wrapped(_plain(title), out))}[/]", soft_wrap=True)
     if widths is None:  # not even the longest words fit side by side
         for row, cells in zip(rows, lines, strict=True):
             names = [""] if isinstance(row, str) else columns
             pairs = zip(names, cells, strict=True)
-            line("\n".join(f"{name}: {cell}".removeprefix(": ") for name, cell in pairs) + "\n")
+            line("\n".join(f"{name}: {cell}".removeprefix(": ") for name, cell in pairs).replace(HELD, " ") + "\n")
         return
     # Not rich's table, which takes as long for a hundred rows as Python takes to start.
     rule = " " + "\u2500" * (sum(widths) + 2 * len(widths) - 2)
     printed = ["", *_cells(list(map(_plain, columns)), widths, right, "bold"), rule]
     for row, cells in zip(rows, lines, strict=True):
         printed += _cells(cells, widths, right, "bold cyan" if isinstance(row, str) else "")
-    out.print("\n".join(printed) + "\n", soft_wrap=True)
+    out.print("\n".join(printed).replace(HELD, " ") + "\n", soft_wrap=True)
 
 
 def _cells(cells: list[str], widths: list[int], right: tuple[int, ...], style: str) -> Iterator[str]:

@@ -35,9 +35,10 @@ def evaluate(
 
 def _show(run: Path, found: dict[str, Any]) -> None:
     rows = [
-        [r["class"], r["images"], "-" if r["accuracy"] is None else f"{r['accuracy']:.1%}"] for r in found["classes"]
+        [r["class"], f"{r['images']:,}", "-" if r["accuracy"] is None else f"{r['accuracy']:.1%}"]
+        for r in found["classes"]
     ]
-    rows.append(["all", found["images"], in_words(found["accuracy"], *found["interval"])])
+    rows.append(["all", f"{found['images']:,}", in_words(found["accuracy"], *found["interval"])])
     name = found["metric"] if found["metric"] == METRIC[CLASSES] else "average precision"
     console.table(f"{run} on {found['data']}", ["class", "images", name], rows, right=(1, 2))
     metrics = metrics_in_words(found["metrics"], len(found["classes"]))

@@ -6,8 +6,8 @@ from typing import Any
 from remap_cli import console
 from remap_cli.options import LR, recipe_words, training_command
 
-# Rows of the table: every so many steps.
-_EVERY = 5
+# Rows of the table, about.
+_ROWS = 20
 
 
 @training_command(LR)
@@ -16,8 +16,12 @@ def lr(values: dict[str, Any]) -> None:
 
     [dim]remap lr --student vit_small --method lora --data FOLDER[/dim]
     """
+    from remap.errors import RecipeError
     from remap.recipe import resolve
 
+    keys = [setting.partition("=")[0].strip() for setting in values["settings"] or []]
+    if rates := [key for key in keys if key in ("train.lr", "train.base_lr")]:
+        raise RecipeError([f"--set {rates[0]}: the test tries rates of its own"], "command line")
     recipe = resolve(values["recipe"], recipe_words(values), values["settings"] or [])
     with console.Reporter() as progress:
         with progress.wait("loading PyTorch"):
@@ -26,7 +30,8 @@ def lr(values: dict[str, Any]) -> None:
     if values["json"]:
         console.emit(asdict(found))
         return
-    shown = zip(found.rates[::_EVERY], found.losses[::_EVERY], strict=True)
+    every = max(1, len(found.rates) // _ROWS)
+    shown = zip(found.rates[::every], found.losses[::every], strict=True)
     rows = [[f"{rate:.2e}", f"{loss:.4g}"] for rate, loss in shown]
     console.table("learning-rate range test", ["learning rate", "loss so far (mean)"], rows, right=(0, 1))
     console.line(f"suggested: --lr {found.suggested:.2g} (a tenth of {found.lowest:.2g}, where the loss was lowest)")

@@ -8,6 +8,7 @@ import typer
 
 from remap.errors import RecipeError
 from remap.io.human_size import number_of
+from remap.io.names import plain
 from remap_cli import console, launch
 from remap_cli import options as opt
 
@@ -116,6 +117,9 @@ def _runs(run: Path | None, images: list[str], tasks: list[str]) -> tuple[Path |
     named = [task.partition("=") for task in tasks]
     if not all(name and path for name, _, path in named) or len({name for name, _, _ in named}) < len(named):
         raise RecipeError(["--task is NAME=RUN, each name once"], "command line")
+    if run is not None and any((run / name).is_file() for name in ("recipe.yaml", "task.json", "shelf.json")):
+        what = f"{plain(str(run))}: a run beside --task, which names all of them (--task NAME={plain(str(run))})"
+        raise RecipeError([what], "command line")
     return {name: path for name, _, path in named}, [*([str(run)] if run is not None else []), *images]
 
 
@@ -123,7 +127,7 @@ def _show(found: list[dict[str, Any]]) -> None:
     several = any("task" in row for row in found)
     rows = []
     for row in found:
-        best = ", ".join(f"{one['class']} {one['probability']:.1%}" for one in row["top"])
+        best = ", ".join(f"{one['class']}{console.HELD}{one['probability']:.1%}" for one in row["top"])
         answer = best or ("none" if row["error"] is None else f"cannot be read: {row['error']}")
         rows.append([row["path"], *([row["task"]] if several else []), answer])
     columns = ["image", *(["task"] if several else []), "class"]

@@ -4,7 +4,7 @@ from typing import Any
 
 from remap_cli import console
 from remap_cli.options import RECOMMEND, training_command
-from remap_cli.training import read_recipe
+from remap_cli.training import read_recipe, require_one_length
 
 
 @training_command(RECOMMEND)
@@ -17,7 +17,8 @@ def recommend(values: dict[str, Any]) -> None:
     from remap.pipeline.comparison_cells import chosen_methods
     from remap.runs.run_dir import default_path
 
-    methods = chosen_methods(values["methods"]) if values["methods"] else None
+    require_one_length(values, values["budget"])
+    methods = None if values["methods"] is None else chosen_methods(values["methods"])
     with console.Reporter() as progress:
         recipe = read_recipe(values, with_teacher=True)
         with progress.wait("loading PyTorch"):
@@ -44,11 +45,18 @@ def _show(found: dict[str, Any]) -> None:
     epochs = max((row["epochs"] for row in found["rows"]), key=len)
     console.table(
         f"{found['student']} on {found['data']}: accuracy in % on {found['held_out_images']} held-out training images",
-        ["method", "trained", f"after {', '.join(map(str, epochs))} epochs", "expected", "to the best"],
+        [
+            "method",
+            "trained",
+            f"after {', '.join(map(str, epochs))} epoch{'s' * (epochs != [1])}",
+            "expected",
+            "to the best",
+        ],
         rows,
         right=(1, 2, 3),
     )
-    console.line("~ not trained to the end: it is expected to gain what the others gained")
+    if not all(row["measured"] for row in found["rows"]):
+        console.line("~ not trained to the end: it is expected to gain what the others gained")
     for why in found["left_out"].values():
         console.line(f"left out: {why}")
     best, cheapest = found["best"], found["cheapest"]

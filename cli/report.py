@@ -1,5 +1,6 @@
 """``remap report``: one page about a run or a comparison."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,8 @@ def report(
 
 def write(folder: Path, *, pngs: bool = True) -> Path:
     """Write the report of a run or comparison; return its path."""
+    from remap.errors import RunError
+    from remap.io.names import plain
     from remap.io.paths import expanded
     from remap.report.compare_report import RECORD, report_comparison
     from remap.report.run_report import report_run
@@ -25,6 +28,9 @@ def write(folder: Path, *, pngs: bool = True) -> Path:
     folder = expanded(folder)
     if not (folder / "recipe.yaml").is_file() and (folder / RECORD).is_file():
         return report_comparison(folder, pngs=pngs)
+    if not (folder / "recipe.yaml").is_file() and (inside := min(folder.glob(f"*/{RECORD}"), default=None)):
+        do = f"name a comparison in it, such as {shlex.quote(plain(str(inside.parent)))}"
+        raise RunError(f"{plain(str(folder))} is a folder of comparisons, of which each has its report", do=do)
     return report_run(RunDir.open(folder), pngs=pngs)
 
 

@@ -100,6 +100,22 @@ def _run_dir(run: Path) -> "RunDir":
     return RunDir.open(expanded(run))
 
 
+def require_one_length(values: dict[str, Any], budget: str | None) -> None:
+    """Refuse epochs on the command line beside a budget that decides them, which would ignore them.
+
+    Raises:
+        RecipeError: Names both.
+    """
+    from remap.errors import RecipeError
+
+    kind = (budget or "").partition("=")[0].strip()
+    keys = [setting.partition("=")[0].strip() for setting in values["settings"] or []]
+    given = ["--epochs"] * (values["epochs"] is not None) + ["--set train.epochs"] * ("train.epochs" in keys)
+    if kind in ("epochs", "minutes") and given:
+        do = "leave out the one that you do not mean" if values["budget"] else "name another budget: --budget epochs=N"
+        raise RecipeError([f"{given[0]}: the epochs follow from the budget {budget}"], "command line", do=do)
+
+
 def read_recipe(values: dict[str, Any], *, with_teacher: bool) -> "Recipe":
     """Return the recipe of a training command; ``distill`` starts from the built-in default, ``tune`` has no teacher.
 

@@ -120,7 +120,7 @@ def _named(caches: Sequence[Cache], word: str, root: Path) -> Cache:
     if len(fitting) == 1:
         return fitting[0]
     raise RunError(
-        f"{len(fitting)} caches begin with this id" if fitting else f"no teacher cache of this id in {root}",
+        f"{len(fitting)} caches begin with this id" if fitting else f"no teacher cache of this id in {root.parent}",
         given=word,
         allowed=[cache.id for cache in fitting or caches] or None,
         do="list the caches: remap cache ls",

@@ -107,6 +107,8 @@ def find_source(word: str, depth: int | None = None, task: str = CLASSES) -> Sou
 
 
 def _find_source(word: str, depth: int | None) -> Source:
+    if not word.strip():  # as a path it is the current folder
+        raise MissingData("no such data", given="an empty word", allowed=PATHS, do="name the images")
     if is_source(word):
         if depth not in (None, 1):
             raise DataError("data.depth is for folders of class folders", given=f"data.depth={depth}, {word}")

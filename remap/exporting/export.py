@@ -116,6 +116,10 @@ def making(output: Path, force: bool) -> Iterator[Path]:
         raise RunError(f"{output} is there already", do="choose another --output, or replace that export with --force")
     if earlier:
         _require_own(output)
+    elif force and os.path.lexists(output):
+        raise RunError(
+            f"{output} is there already", given="--force replaces exports alone", do="choose another --output"
+        )
     else:
         require_free(output)
     atomic_write.make_folder(output.parent)

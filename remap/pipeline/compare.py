@@ -13,7 +13,7 @@ from remap.pipeline.comparison_budget import read_budget, with_epochs, within_mi
 from remap.pipeline.comparison_cells import DEFAULT_METHODS, comparison_cells, split_word
 from remap.pipeline.comparison_files import write_tables
 from remap.pipeline.comparison_folder import claim, fingerprint_of, is_done
-from remap.pipeline.comparison_resources import Resources, read_jobs
+from remap.pipeline.comparison_resources import Resources, read_jobs, read_slurm
 from remap.pipeline.comparison_search import FOLDER as SEARCH
 from remap.pipeline.comparison_search import Search, require_searchable, searched
 from remap.pipeline.comparison_table import tabulate
@@ -64,6 +64,8 @@ def compare(
     require_comparable(recipe, methods)
     budget, search = read_budget(plan.budget), Search.read(plan.search)
     jobs = read_jobs(plan.jobs, budget)
+    if plan.slurm is not None:
+        read_slurm(plan.slurm)
     if search is not None:
         require_searchable(recipe)
     recipe = without_idle_losses(recipe, progress)

@@ -45,10 +45,10 @@ def chosen_methods(words: str | None) -> list[str]:
 
     Raises:
         UnknownName: A word is none of these.
-        RecipeError: A method is named twice, or a combination cannot be made.
+        RecipeError: A method is named twice, a combination cannot be made, or there is no word.
     """
     found: list[str] = []
-    for word in [word.strip() for word in words.split(",") if word.strip()] if words else DEFAULT_METHODS:
+    for word in DEFAULT_METHODS if words is None else [word.strip() for word in words.split(",") if word.strip()]:
         # Duplicates from "all" and a name are reported below, not dropped.
         if word == "all":
             found += [row.name for row in METHODS if "words" not in row.needs]
@@ -66,6 +66,8 @@ def chosen_methods(words: str | None) -> list[str]:
     problems = [line for name in found for line in method_problems("--methods", split_word(name)[0])]
     if len(set(found)) < len(found):
         problems.append("--methods: a method is named twice")
+    if not found:
+        problems.append(f"--methods: no method in '{words}'")
     if problems:
         raise RecipeError(problems, "command line")
     return found

@@ -29,6 +29,11 @@ def percent(found: dict[str, Any]) -> str:
     return f"{100 * found['mean']:.1f}{spread}"
 
 
+def epochs_in_words(table: dict[str, Any]) -> str:
+    """Return the epochs of a comparison: "1 epoch", "12 epochs", "7 to 12 epochs"."""
+    return f"{table['epochs']} epoch{'' if table['epochs'] == 1 else 's'}"
+
+
 def interval(found: dict[str, Any] | None, unclear: str = _UNCLEAR) -> str:
     """Return a difference in points with its 95% interval, and whether that leaves 0 out."""
     if found is None:
@@ -88,7 +93,8 @@ def _notes(table: dict[str, Any]) -> list[str]:
     known = "" if teacher["accuracy"] is None else f", {table['metric']} {teacher['accuracy']:.1%}"
     notes = [
         f"{table['student']} on {table['data']}: {table['metric']} in % on {table['images']} evaluation images,"
-        f" {seeds} (mean, standard deviation), {table['epochs']} epochs. Teacher: {teacher['model']}{known}.",
+        f" {seeds} (mean, standard deviation), {epochs_in_words(table)}."
+        f" Teacher: {teacher['model']}{known}.",
         "Differences are in points, with the teacher less labels alone, and with the teacher less full tuning on labels"
         f" alone; 95% intervals over the same images and seeds, {_UNCLEAR} where 0 is inside."
         f" A star is on the Pareto front of trained parameters and {table['metric']} with the teacher.",

@@ -52,8 +52,10 @@ def claim(output: Path, recipe: Recipe) -> None:
     """Claim the folder for one recipe, apart from method and number of seeds, once one of its runs is finished.
 
     Raises:
-        RunError: It holds runs of a recipe that differs elsewhere; all differences are named.
+        RunError: It is a run, or holds runs of a recipe that differs elsewhere; all differences are named.
     """
+    if os.path.isfile(output / "recipe.yaml"):
+        raise RunError(f"{output} is a run directory; nothing in it was touched", do="name another --output")
     atomic_write.make_folder(output)
     marker = output / MARKER
     # Always with the same method, so that methods can be added to a comparison.

@@ -81,7 +81,7 @@ def auto_slots(cells: Sequence[Cell], progress: Progress) -> list[Slot]:
         needed, free, most = peak_bytes(accelerator().device) + OVERHEAD, free_bytes(), cores()
     fitting = max(1, int(MEMORY_SHARE * free / needed)) * max(1, gpus)
     if fitting < min(most, len(cells)):
-        progress.say(f"memory holds {fitting} cells at once: about {size(needed)} each, {size(free)} free")
+        progress.say(f"memory holds {number_of(fitting, 'cell')} at once: about {size(needed)} each, {size(free)} free")
     return slots_of(min(len(cells), most, fitting))
 
 

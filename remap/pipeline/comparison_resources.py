@@ -32,6 +32,19 @@ def read_jobs(jobs: str, budget: tuple[str, float] | None) -> str:
     return "1"
 
 
+def read_slurm(words: str) -> dict[str, Any]:
+    """Read the words of --slurm, "KEY=VALUE,..."; whole numbers become numbers.
+
+    Raises:
+        RecipeError: A word is without "=".
+    """
+    pairs = [word.partition("=") for word in words.split(",")]
+    for key, sign, _ in pairs:
+        if not sign:
+            raise RecipeError([f"--slurm: '{key}' has no value (write slurm_partition=NAME,...)"], "command line")
+    return {key.strip(): int(value) if value.isdecimal() else value for key, _, value in pairs}
+
+
 class Resources:
     """What the cells share: data and views all of them, teachers those whose recipes prepare them alike.
 

@@ -5,7 +5,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from remap.cache.shared_outputs import FOLDER, SharedOutputs
 from remap.distributed.interrupts import watch_signals
@@ -13,7 +12,7 @@ from remap.errors import RecipeError, RunError
 from remap.io.versions import install_command
 from remap.pipeline.comparison_cells import Cell
 from remap.pipeline.comparison_jobs import prepare_teachers
-from remap.pipeline.comparison_resources import AUTO, Resources
+from remap.pipeline.comparison_resources import AUTO, Resources, read_slurm
 from remap.pipeline.comparison_workers import require_all, run_cell
 from remap.progress import CELLS, Progress, Silent
 from remap.recipe.schema import Recipe
@@ -41,7 +40,7 @@ def run_on_slurm(
     except ImportError:
         do = install_command("slurm")
         raise RunError("--slurm needs submitit, which is not installed", do=do) from None
-    given = read_words(words)
+    given = read_slurm(words)
     cluster = given.pop("cluster", "slurm")
     if cluster == "slurm":
         given.setdefault("slurm_array_parallelism", AT_ONCE if jobs == AUTO else int(jobs))
@@ -79,19 +78,6 @@ def run_on_slurm(
     finally:
         shutil.rmtree(output / FOLDER, ignore_errors=True)
     require_all(failed, len(cells))
-
-
-def read_words(words: str) -> dict[str, Any]:
-    """Read "KEY=VALUE,..."; whole numbers become numbers.
-
-    Raises:
-        RecipeError: A word is without "=".
-    """
-    pairs = [word.partition("=") for word in words.split(",")]
-    for key, sign, _ in pairs:
-        if not sign:
-            raise RecipeError([f"--slurm: '{key}' has no value (write slurm_partition=NAME,...)"], "command line")
-    return {key.strip(): int(value) if value.isdecimal() else value for key, _, value in pairs}
 
 
 def run_task(recipe: Recipe, cell: Cell, output: Path) -> float:

@@ -14,6 +14,7 @@ import numpy as np
 
 from remap.errors import RecipeError, RunError
 from remap.io import atomic_write, links
+from remap.io.human_size import number_of
 from remap.pipeline.compare import require_comparable, resumable
 from remap.pipeline.comparison_budget import of_length, read_budget, trained_parameters, with_epochs, within_parameters
 from remap.pipeline.comparison_cells import DEFAULT_METHODS, Cell, comparison_cells, split_word
@@ -89,7 +90,9 @@ def recommend(
     left, held_by = candidates, cache(partial(fingerprint_of, progress=progress))
     with resumable(output, "recommend"):
         for number, count in enumerate(epochs, 1):
-            progress.say(f"round {number}/{len(epochs)}: {len(left)} methods, {count} epochs each")
+            progress.say(
+                f"round {number}/{len(epochs)}: {number_of(len(left), 'method')}, {number_of(count, 'epoch')} each"
+            )
             for candidate in left:
                 _try(candidate, count, output / f"round-{number}", shared, held_by, progress)
             # Of equally good methods the smaller one comes first.

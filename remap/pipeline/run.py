@@ -355,6 +355,7 @@ def _require_checkpoints(recipe: Recipe, run_dir: RunDir, resuming: bool) -> Non
     trained = recipe.train.by_steps and resuming and (run_dir.path / "metrics.jsonl").is_file()
     if trained and not has_checkpoint(run_dir.checkpoint):
         raise RunError(
-            f"the checkpoints of {run_dir.path} are gone; it had been trained for {len(run_dir.metrics())} epochs",
+            f"the checkpoints of {run_dir.path} are gone; it had been trained for"
+            f" {number_of(len(run_dir.metrics()), 'epoch')}",
             do=f"bring {run_dir.checkpoint} back, or start the run again in another --output",
         )

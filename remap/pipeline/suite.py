@@ -49,13 +49,13 @@ def run_suite(
         DataError: A set holds other images than the suite says; nothing was trained.
         RemapError: Anything else a user can mend.
     """
+    chosen = chosen_methods(suite.methods if methods is None else methods)
     recipes = {name: suite.recipe_of(name, folder, words, settings) for name in suite.sets}
     # All sets before the first run: else a wrong one is found after hours of training.
     for name, recipe in recipes.items():
         require_counts(name, suite.sets[name], recipe)
     search = plan.search or (None if suite.search is None else str(suite.search))
     plan = replace(plan, budget=plan.budget or suite.budget, search=search)
-    chosen = chosen_methods(methods or suite.methods)
     with resumable(output):
         tables = {
             name: compare(recipe, chosen, seeds or suite.seeds, output / name, Within(progress, name), plan)

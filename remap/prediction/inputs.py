@@ -57,7 +57,7 @@ class Inputs:
         self.left_out: Counter[str] = Counter()
         self.left_out_here: Counter[str] = Counter()
         plain = [word for word in self.words if word != STDIN and not glob.has_magic(word) and not is_source(word)]
-        if not self.words and not self.lists:
+        if not all(self.words) or not (self.words or self.lists):  # an empty word would be the current folder
             raise DataError("no images are named", allowed="files, folders, archives, patterns, --list FILE, or -")
         if plain == self.words and not self.lists and not any(os.path.lexists(expanded(word)) for word in plain):
             raise DataError("no such file or folder", given=", ".join(plain))

@@ -41,6 +41,7 @@ class PredictionFile:
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], process: int = 0, processes: int = 1) -> None:
+        require_writable(path)
         self.path, self.process, self.processes = path, process, processes
         self.settings = {**settings, "processes": processes}
         if processes > 1:
@@ -48,7 +49,6 @@ class PredictionFile:
         self.left_out: Counter[str] = Counter()
         self.rows_an_image = max(1, len(settings["tasks"]))
         self.folder = path.with_name(f"{path.name}.parts")
-        require_writable(path)
         if os.path.lexists(path):
             raise RunError(f"{path} is there already", do="remove it, or choose another --output")
         noted = self.folder / SETTINGS

@@ -13,6 +13,7 @@ from remap.distributed.launch import accelerator, use_bf16
 from remap.errors import BackboneError, RunError
 from remap.io.paths import expanded
 from remap.pipeline.student_api import Student, load_student
+from remap.prediction.formats import require_writable
 from remap.prediction.inputs import STDIN, Inputs, Item
 from remap.prediction.output import PredictionFile
 from remap.prediction.predictions import Prediction, Wanted, predictions
@@ -84,6 +85,7 @@ def predict_to_file(
     Raises:
         RunError: The file is there already or cannot be written, or was begun with other options or images.
     """
+    require_writable(path)  # before anything is loaded
     several = launcher_env.number("WORLD_SIZE", 1) > 1
     process, processes = (accelerator().process_index, accelerator().num_processes) if several else (0, 1)
     if several and STDIN in inputs.words:

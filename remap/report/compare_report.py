@@ -6,7 +6,7 @@ from typing import Any
 
 from remap.errors import RunError
 from remap.io.checked_json import read_run_json
-from remap.io.human_size import size
+from remap.io.human_size import number_of, size
 from remap.io.names import plain
 from remap.report.page import count, percent, rows_of, write_page
 from remap.report.tradeoff import Point, tradeoff
@@ -104,9 +104,9 @@ def _cell(found: dict[str, Any]) -> str:
 def _answer(table: dict[str, Any]) -> str:
     """Return what to choose, in one paragraph; a difference within the spread over seeds is called that."""
     rows, metric = sorted(table["rows"], key=lambda row: -row["teacher"]["mean"]), metric_of(table)
-    first = rows[0]
+    first, methods = rows[0], number_of(len(rows), "method")
     text = (
-        f"With the teacher, {first['name']} has the best {metric} of {len(rows)} methods: {_cell(first['teacher'])}%,"
+        f"With the teacher, {first['name']} has the best {metric} of {methods}: {_cell(first['teacher'])}%,"
         f" training {count(first['trainable_parameters'])} parameters"
         f" ({percent(first['trainable_parameters'] / first['total_parameters'])})."
     )
@@ -128,9 +128,7 @@ def _answer(table: dict[str, Any]) -> str:
         text += " less." if gap > 0 else " more."
     gains = [100 * row["gain"] for row in rows]
     helped = sum(gain > 0 for gain in gains)
-    return (
-        f"{text} The teacher helped {helped} of {len(rows)} methods, {sum(gains) / len(gains):+.1f} points on average."
-    )
+    return f"{text} The teacher helped {helped} of {methods}, {sum(gains) / len(gains):+.1f} points on average."
 
 
 def _clear(gap: dict[str, Any] | None) -> bool:

@@ -108,8 +108,9 @@ class RunDir(RunRecords):
         if not os.path.isfile(run.path / "recipe.yaml"):
             name = plain(str(path))
             if not os.path.lexists(run.path):
-                raise RunError(f"there is no run directory {name}", given="no such folder", do=see_runs(run.path))
-            raise RunError(f"{name} is not a run directory", given="recipe.yaml is missing", do=see_runs(run.path))
+                raise RunError(f"there is no run directory {name}", given=not_a_folder(run.path), do=see_runs(run.path))
+            given = "recipe.yaml is missing" if os.path.isdir(run.path) else not_a_folder(run.path)
+            raise RunError(f"{name} is not a run directory", given=given, do=see_runs(run.path))
         return run
 
     @contextmanager
@@ -174,10 +175,18 @@ def _unfit_for_tensors(path: Path) -> str | None:
     return None
 
 
+def not_a_folder(path: Path) -> str:
+    """Return what is at a path where a folder is meant."""
+    return "it is a file" if os.path.lexists(path) else "no such folder"
+
+
 def see_runs(path: Path) -> str:
     """Return what to do about a path that is not a run: name one of the runs in it, or look where runs usually are."""
     inside = min(path.glob("*/recipe.yaml"), default=None) if os.path.isdir(path) else None
-    return "see `ls runs`" if inside is None else f"name a run in it, such as {shlex.quote(plain(str(inside.parent)))}"
+    if inside is not None:
+        return f"name a run in it, such as {shlex.quote(plain(str(inside.parent)))}"
+    printed = "name a folder that `remap distill` or `remap tune` has printed"
+    return "see `ls runs`" if default_path().is_dir() else printed
 
 
 def default_path() -> Path:

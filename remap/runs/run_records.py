@@ -95,8 +95,17 @@ class RunRecords:
         return self.path / "checkpoint"
 
     def recipe(self) -> Recipe:
-        """Return the recipe; its images were read once, so that their level is no longer in question."""
+        """Return the recipe; its images were read once, so that their level is no longer in question.
+
+        Raises:
+            RunError: The file is empty, which elsewhere is a recipe of defaults.
+            RecipeError: It is not a recipe.
+        """
         recipe = load(self.path / "recipe.yaml")
+        if not recipe.model_fields_set:
+            raise RunError(
+                f"{self.path / 'recipe.yaml'} is empty", do="copy that file again: a run cannot be known without it"
+            )
         return recipe.model_copy(update={"data": recipe.data.model_copy(update={"depth": recipe.data.depth or 1})})
 
     def settle(self, recipe: Recipe) -> None:

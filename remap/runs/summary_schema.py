@@ -13,7 +13,7 @@ from remap.runs.session_figures import sessions_problem
 
 # The entries of student.metrics, in words.
 METRICS = {
-    "top5": "label among the first five",
+    "top5": "top-5 accuracy",
     "balanced_accuracy": "balanced accuracy",
     "f1": "F1 (mean over classes)",
     "calibration_error": "calibration error",
@@ -26,7 +26,7 @@ METRICS = {
 
 
 def metrics_in_words(metrics: Mapping[str, float], classes: int) -> dict[str, float]:
-    """Return the metrics to show by their words; of five classes or fewer, any label is among the first five."""
+    """Return the metrics to show by their words; top-5 accuracy of five classes or fewer is always 100 %."""
     return {words: metrics[key] for key, words in METRICS.items() if key in metrics and (key != "top5" or classes > 5)}
 
 

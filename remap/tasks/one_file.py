@@ -19,6 +19,7 @@ from remap.exporting.onnx_file import answer_of, save_graph, traced
 from remap.exporting.program import Program, example, input_in_words
 from remap.exporting.task_source import DRAWN, SourceImages, preprocessing_facts
 from remap.io import atomic_write
+from remap.io.human_size import number_of
 from remap.io.paths import expanded
 from remap.pipeline.student_api import Student
 from remap.progress import Progress, Silent
@@ -84,7 +85,7 @@ def export_tasks(
         "remap": __version__,
     }
     with making(expanded(output), force) as folder:
-        with progress.wait(f"writing {len(students)} tasks as one graph"):
+        with progress.wait(f"writing {number_of(len(students), 'task')} as one graph"):
             folder.mkdir()
             program = Program(_EveryTask([one.model for one in students.values()]), spec, view, chosen)
             graph = traced(program, example(spec, view, chosen), list(students))
@@ -141,5 +142,10 @@ def _card(facts: dict[str, Any], usage: str) -> str:
     shape = " x ".join(map(str, facts["input"]["shape"]))
     rows += [("base model", facts["base_model"]), ("input", f"`images`: {facts['input']['type']}, {shape}")]
     save = "Save this as `classify.py` in this folder, then run `python classify.py PHOTO TASK`."
-    lines = [f"# {len(facts['tasks'])} tasks on one backbone", "", f"Written by remap {facts['remap']}.", ""]
+    lines = [
+        f"# {number_of(len(facts['tasks']), 'task')} on one backbone",
+        "",
+        f"Written by remap {facts['remap']}.",
+        "",
+    ]
     return "\n".join([*lines, *table(rows), "", save, "", "```python", usage.rstrip(), "```", ""])

@@ -131,6 +131,7 @@ class Shelf:
                     do="make another shelf for it",
                 )
         if shelf is None:
+            _require_unused(shelf_path)
             _store_backbone(shelf_path, first)
             shelf = cls(shelf_path)
         for name, folder in folders.items():
@@ -252,6 +253,19 @@ def _readable(name: str, folder: Path) -> TaskMeta:
 
 def _write_content(path: Path, content: _Content) -> None:
     atomic_write.write_text(path / "shelf.json", sealed_text(content.model_dump(mode="json")))
+
+
+def _require_unused(path: Path) -> None:
+    """Refuse a folder of something else, such as a run or images, which would become a shelf as well."""
+    try:
+        others = sorted(entry.name for entry in path.iterdir() if entry.name != "backbone" and entry.name[0] != ".")
+    except OSError:  # not there yet, or what ``make_folder`` explains
+        return
+    if others:
+        given = plain(", ".join(others[:5]) + (", ..." if len(others) > 5 else ""))
+        raise RunError(
+            f"{path} is not a shelf, and not empty", given=given, do="name a folder of its own for the shelf"
+        )
 
 
 def _store_backbone(path: Path, meta: TaskMeta) -> None:

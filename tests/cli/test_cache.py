@@ -64,6 +64,19 @@ def test_a_listing_has_all_that_decides(
     assert "d ago" in remap("cache", "ls").stdout
 
 
+def test_tuned_teachers_are_told_apart(
+    remap: Callable[..., Result], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console.out, "width", 200)
+    for images in ("a1", "b2"):
+        key = {"teacher": "vit", "method": "full", "images": images * 16, "recipe": "c3" * 8, "precision": "auto"}
+        with open_folder(root.with_name("prepared"), key):
+            pass
+    shown = remap("cache", "ls").stdout
+    for images in ("a1a1a1a1", "b2b2b2b2"):
+        assert f"precision auto  tuned: full, images {images}, recipe c3c3c3c3" in shown
+
+
 @pytest.mark.parametrize("words", [["cache", "--help"], ["cache", "ls"], ["cache", "clear", "--all", "--yes"]])
 def test_looking_and_clearing_import_nothing_heavy(root: Path, words: list[str]) -> None:
     fill(root, "vit", 1)
@@ -82,7 +95,7 @@ def test_clearing_asks_for_a_choice_and_a_yes(remap: Callable[..., Result], root
     for words, says in (
         ([], "nothing was chosen"),
         (["--all"], "--yes"),
-        (["zzz", "--yes"], "no teacher cache of this id"),
+        (["zzz", "--yes"], f"no teacher cache of this id in {root.parent}\n"),
         ([name, "--all", "--yes"], "either name caches or take all"),
     ):
         result = remap("cache", "clear", *words)

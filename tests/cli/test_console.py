@@ -191,6 +191,14 @@ def test_tables_lose_no_word(width: int, terminal: Callable[[int], io.StringIO])
     assert ("method: vpt_shallow" in text.getvalue()) == (width == 60)
 
 
+def test_what_is_held_together_stays_on_one_line(terminal: Callable[[int], io.StringIO]) -> None:
+    text = terminal(40)
+    answer = ", ".join(f"{name}{console.HELD}12.3%" for name in ("tabby", "siamese", "sphynx"))
+    console.table("1 image", ["image", "class"], [["a/rather/long/name.png", answer]], wrap=(1,))
+    for name in ("tabby", "siamese", "sphynx"):
+        assert f"{name} 12.3%" in text.getvalue()
+
+
 def test_a_short_wait_says_nothing_and_a_quiet_reporter_neither(printed: io.StringIO, clock: list[float]) -> None:
     with console.Reporter() as progress, progress.wait("short") as step:
         clock[0] += 1.9

@@ -61,7 +61,7 @@ def test_sessions_from_the_first_to_a_report(remap: Callable[..., Result], three
     [
         (["--sessions", "2"], "2 sessions of 2 classes"),
         (["--ways", "lwf"], "--ways"),
-        (["--sessions", "2", "--jobs", "2"], "takes no jobs"),
+        (["--sessions", "2", "--jobs", "2"], "--jobs: not for --sessions"),
     ],
 )
 def test_mistakes_of_a_comparison_over_sessions(

@@ -107,6 +107,19 @@ def test_of_a_folder_of_runs_one_is_named(remap: Callable[..., Result], tmp_path
     assert "runs/photos-001" in remap(*words.split()).message.partition("name a run in it, such as ")[2]
 
 
+def test_of_a_folder_of_comparisons_one_is_named(remap: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "suite" / "digits").mkdir(parents=True)
+    (tmp_path / "suite" / "digits" / "compare.json").touch()
+    result = remap("report", "suite")
+    assert result.exit_code == 2 and "name a comparison in it, such as suite/digits" in result.message
+
+
+def test_a_folder_that_is_not_there_is_not_advised(remap: Callable[..., Result], tmp_path: Path) -> None:
+    assert "ls runs" not in remap("eval", "absent").message
+    (tmp_path / "runs").mkdir()
+    assert "see `ls runs`" in remap("eval", "absent").message
+
+
 @pytest.mark.parametrize(("name", "given"), [("absent", "no such folder"), (".", "it has neither recipe.yaml nor")])
 @pytest.mark.parametrize("command", ["predict RUN PICTURES", "export RUN --to onnx", "tasks add shelf name=RUN"])
 def test_what_is_not_a_run_is_named_by_what_was_given(
@@ -115,6 +128,13 @@ def test_what_is_not_a_run_is_named_by_what_was_given(
     result = remap(*command.replace("RUN", name).replace("PICTURES", str(pictures)).split())
     assert result.exit_code == 2 and f"{name} is not a run directory or task folder" in result.message
     assert f"given:   {given}" in result.message and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["eval", "report", "export --to task", "tasks add shelf"])
+def test_a_file_in_place_of_a_run_is_called_one(remap: Callable[..., Result], command: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    result = remap(*command.split(), "name=notes.txt" if command.startswith("tasks") else "notes.txt")
+    assert result.exit_code == 2 and "given:   it is a file" in result.message
 
 
 def test_a_recipe_that_is_not_shipped_says_how_a_file_is_named(remap: Callable[..., Result]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import remap
 from remap.errors import RunError
 from remap.pipeline import doctor
+from remap.pipeline.comparison_folder import claim
 from remap.recipe import resolve
 from remap.runs import environment
 from remap.runs.run_dir import RunDir
@@ -43,6 +44,20 @@ def test_one_of_two_at_the_same_instant_gets_the_folder(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="exists already"):
         runs[1]._claim("second")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("recipe.yaml", "first")]
+
+
+def test_an_empty_recipe_is_not_that_of_a_default_run(tmp_path: Path) -> None:
+    RunDir.create(tmp_path, RECIPE)
+    (tmp_path / "recipe.yaml").write_text("")
+    with pytest.raises(RunError, match="recipe.yaml is empty"):
+        RunDir.open(tmp_path).recipe()
+
+
+def test_a_comparison_does_not_claim_a_run(tmp_path: Path) -> None:
+    before = sorted(RunDir.create(tmp_path, RECIPE).path.iterdir())
+    with pytest.raises(RunError, match="is a run directory"):
+        claim(tmp_path, RECIPE)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

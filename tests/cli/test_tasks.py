@@ -22,6 +22,9 @@ def test_a_shelf_from_add_to_predict(run: str, remap: Callable[..., Result], pic
     listed = json.loads(remap("tasks", "ls", "shelf", "--json").stdout)
     assert [(row["name"], row["current"]) for row in listed] == [("one", False), ("two", True)]
     assert remap("tasks", "verify", "shelf").exit_code == 0
+    misplaced = remap("tasks", "add", run, f"one={run}")
+    assert misplaced.exit_code == 2 and "is not a shelf, and not empty" in misplaced.message
+    assert not Path(run, "shelf.json").exists()
     unknown = remap("tasks", "export", "shelf", "--task", "three", "--output", "one_file")
     assert unknown.exit_code == 2 and "there is no task 'three'" in unknown.message
     by_run = remap("predict", run, pictures / "val", "--json")
@@ -32,6 +35,8 @@ def test_a_shelf_from_add_to_predict(run: str, remap: Callable[..., Result], pic
     assert out.exit_code == 0, getattr(out, "message", out.output)
     rows = [json.loads(line) for line in Path("o.jsonl").read_text().splitlines()]
     assert [row["task"] for row in rows] == ["a", "b"] * 12
+    beside = remap("predict", run, "--task", f"a={run}", pictures / "val")
+    assert beside.exit_code == 2 and "run: a run beside --task" in beside.message
     again = remap("predict", run, pictures / "val", "--output", "o.jsonl")
     assert again.exit_code == 2 and "is there already" in again.message
     (pictures / "bad.png").write_bytes(b"text")

@@ -205,7 +205,7 @@ def test_an_export_that_answers_otherwise_is_removed(
 def test_force_replaces_nothing_but_an_export(finished: Finished, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(RunError, match="is there already"):
+    with pytest.raises(RunError, match="is there already\n  given:   --force replaces exports alone"):
         export_student(finished("vpt_deep"), "task", tmp_path / "mine", force=True)
     assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
     export_student(finished("vpt_deep"), "task", tmp_path / "out")

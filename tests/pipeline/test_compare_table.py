@@ -16,6 +16,7 @@ from forked import fork, wait
 
 from remap.errors import DataError, RecipeError, RemapError, RunError
 from remap.pipeline.compare import Plan, compare
+from remap.pipeline.comparison_files import epochs_in_words
 from remap.pipeline.comparison_folder import shared_teacher
 from remap.pipeline.comparison_search import FOLDER
 from remap.pipeline.comparison_table import _dominates, ppt
@@ -174,6 +175,11 @@ def test_every_cell_is_searched_alike_and_evaluation_images_decide_nothing(
     seen = watch(lambda step: None)
     again = compare(recipe, ["linear"], 1, tmp_path / "cmp", seen, Plan(search="random:2"))
     assert again == found and seen.steps == 0
+
+
+@pytest.mark.parametrize(("epochs", "words"), [(1, "1 epoch"), (12, "12 epochs"), ("7 to 12", "7 to 12 epochs")])
+def test_epochs_have_a_true_plural(epochs: int | str, words: str) -> None:
+    assert epochs_in_words({"epochs": epochs}) == words
 
 
 def test_minutes_are_measured_once(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Ranking methods by short runs on held-out training images."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,9 +53,10 @@ def test_half_go_on_and_no_evaluation_image_is_looked_at(tiny: Any, tmp_path: Pa
     assert {run.path: (run.path / "summary.json").stat().st_mtime_ns for run in runs} == written
 
 
-def test_a_budget_of_parameters_leaves_methods_out(tiny: Any, tmp_path: Path) -> None:
-    recipe = tiny.recipe("train.epochs=1", "teacher.allow_weak=true")
-    found = remap.recommend(recipe, "full,linear", budget="parameters=100", output=tmp_path / "r")
+def test_a_budget_of_parameters_leaves_methods_out(tiny: Any, tmp_path: Path, watch: Callable[..., Any]) -> None:
+    recipe, seen = tiny.recipe("train.epochs=1", "teacher.allow_weak=true"), watch(lambda step: None)
+    found = remap.recommend(recipe, "full,linear", budget="parameters=100", output=tmp_path / "r", progress=seen)
+    assert "round 1/1: 1 method, 1 epoch each" in seen.said
     assert [row["method"] for row in found["rows"]] == ["linear"] and "full" in found["left_out"]
     # A classifier of 16 features for 3 classes.
     assert found["rows"][0]["parameters"] == 16 * 3 + 3
