@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from remap.data.stratify import folds, without_fold
 from remap.distributed.launch import accelerator
@@ -38,13 +39,14 @@ from remap.runs.task_file import folder_of, read_meta
 
 @dataclass
 class FoldTeachers:
-    """The teachers of all folds, as tasks on the disk: one of them is in memory at a time.
+    """The teachers of all folds, as tasks on the disk: one of those that were tuned is in memory at a time.
 
     Attributes:
         fold_of_N: The fold of each labelled training image that can be read, from 1.
         folders: Task folders, in the order of the folds.
         network: The teacher of all labels; where heads were fitted, the one network that each of them is put into.
         placed: Moves a network to the device.
+        heads: Fitted classifiers as the recipe changes them, in the order of the folds; none where they were tuned.
     """
 
     recipe: Recipe
@@ -54,6 +56,7 @@ class FoldTeachers:
     folders: tuple[Path, ...]
     network: Network
     placed: Callable[[Network], Network]
+    heads: tuple[dict[str, Tensor], ...] = ()
     _fingerprints: dict[int, str] = field(default_factory=dict)
 
     @property
@@ -77,16 +80,24 @@ class FoldTeachers:
     @contextmanager
     def opened(self, fold: int, progress: Progress) -> Iterator[Network]:
         """Give the teacher of a fold, from 1, until the block ends."""
-        folder = self.folders[fold - 1]
-        if self.spec.prepare == PROBE:
+        if self.heads:
             with holding_head(self.network):
-                put_task(self.network, folder)
-                self._adjust(self.network, fold, progress)
+                _put_head(self.network, self.heads[fold - 1])
                 yield self.network
         else:
-            network = frozen(self.placed(load_task(folder)[0]))
+            network = frozen(self.placed(load_task(self.folders[fold - 1])[0]))
             self._adjust(network, fold, progress)
             yield network
+
+    def read_heads(self, progress: Progress) -> None:
+        """Read the fitted heads, before the network is prepared for training, which may round its weights."""
+        heads = []
+        with holding_head(self.network):
+            for fold, folder in enumerate(self.folders, 1):
+                put_task(self.network, folder)
+                self._adjust(self.network, fold, progress)
+                heads.append(_head(self.network))
+        self.heads = tuple(heads)
 
     def _adjust(self, network: Network, fold: int, progress: Progress) -> None:
         """Change its classifier as that of the teacher of all labels, by images outside of the fold."""
@@ -100,13 +111,22 @@ class FoldTeachers:
 @contextmanager
 def holding_head(network: Network) -> Iterator[None]:
     """Give a network its classifier back when the block ends."""
-    held = {name: tensor.detach().clone() for name, tensor in network.tensors.items() if network.anatomy.is_head(name)}
+    held = _head(network)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for name, tensor in held.items():
-                network.tensors[name].copy_(tensor)
+        _put_head(network, held)
+
+
+def _head(network: Network) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in network.tensors.items() if network.anatomy.is_head(name)}
+
+
+@torch.no_grad()
+def _put_head(network: Network, head: dict[str, Tensor]) -> None:
+    tensors = network.tensors
+    for name, tensor in head.items():
+        tensors[name].copy_(tensor)
 
 
 def prepare_folds(
@@ -143,4 +163,7 @@ def prepare_folds(
         accelerator().wait_for_everyone()
     else:  # tuned before this run, or by an earlier one
         folders = [shared.tuned_teachers[teacher_recipe(recipe, spec, fold).digest()] for fold in numbers]
-    return FoldTeachers(recipe, spec, views, shared, tuple(folders), network, placed)
+    found = FoldTeachers(recipe, spec, views, shared, tuple(folders), network, placed)
+    if spec.prepare == PROBE:
+        found.read_heads(progress)
+    return found

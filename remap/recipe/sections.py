@@ -48,6 +48,13 @@ class Fold(Section):
         default=None, gt=0.0, lt=1.0, description="Share of the other images to evaluate on, by which none is tuned."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _require_both(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not {"number", "of"} <= set(values):
+            raise ValueError("should have number and of, as in {number: 1, of: 5}")
+        return values
+
     @model_validator(mode="after")
     def _require_one_of_them(self) -> Self:
         if self.number > self.of:
