@@ -31,22 +31,32 @@ NO_IMAGES: Chunk = (0, np.arange(0))
 
 @dataclass(frozen=True)
 class FiniteViews:
-    """All images of a source in a finite number of views, numbered from 0."""
+    """All images of a source, or some, in a finite number of views, numbered from 0.
+
+    Attributes:
+        chosen: Which images, in ascending order; None is all.
+    """
 
     source: ViewSource
     augmentation: Augmentation
     seed: int
     views: int
+    chosen: NDArray[np.int64] | None = None
+
+    @property
+    def indices(self) -> NDArray[np.int64]:
+        """The images, as numbers in the source."""
+        return np.arange(len(self.source.split)) if self.chosen is None else self.chosen
 
     @property
     def count(self) -> int:
-        return len(self.source.split) * self.views
+        return len(self.indices) * self.views
 
     def chunks(self, size: int) -> Iterator[Chunk]:
         """Yield (view, indices) over everything."""
         for view in range(self.views):
-            for indices in index_chunks(len(self.source.split), size):
-                yield view, indices
+            for chunk in index_chunks(len(self.indices), size):
+                yield view, self.indices[chunk]
 
     def images(self, view: int, indices: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
         """Return what training sees in that view, and which images could be read."""
@@ -149,6 +159,29 @@ class OnDisk:
         self.store.close()
 
 
+class OnDiskByFold:
+    """Outputs in several stores on disk, each of a teacher that answers a part of the images.
+
+    Args:
+        stores: By the number that ``fold_of_N`` has for the images of each.
+    """
+
+    def __init__(self, fold_of_N: NDArray[np.int64], stores: Mapping[int, OnDisk]) -> None:
+        self._fold_of_N, self._stores = fold_of_N, stores
+
+    def rows(self, indices_B: NDArray[np.int64], view: int) -> dict[str, Tensor]:
+        fold_B = self._fold_of_N[indices_B]
+        parts = [(np.flatnonzero(fold_B == fold), self._stores[fold]) for fold in np.unique(fold_B).tolist()]
+        rows = [store.rows(indices_B[at_b], view) for at_b, store in parts]
+        # Back in the order of ``indices_B``.
+        order = torch.from_numpy(np.argsort(np.concatenate([at_b for at_b, _ in parts])))
+        return {name: torch.cat([one[name] for one in rows])[order] for name in rows[0]}
+
+    def close(self) -> None:
+        for store in self._stores.values():
+            store.close()
+
+
 def cache_in_memory(
     teacher: OutputModel,
     views: FiniteViews,
@@ -156,15 +189,19 @@ def cache_in_memory(
     at_once: int,
     accelerator: Accelerator,
     progress: Progress,
+    cached: InMemory | None = None,
 ) -> InMemory:
     """Run a teacher once over all views, each process over its share; then all hold all outputs.
 
     The teacher sees ``at_once`` images a pass; ``batch_size`` are read, and sent to the other processes, together.
 
+    Args:
+        cached: Outputs of other images of the same source, to be completed.
+
     Raises:
         TrainingError: An output is not finite.
     """
-    cached = InMemory()
+    cached = InMemory() if cached is None else cached
 
     def load(chunk: Chunk | None) -> tuple[Tensor, NDArray[np.int64]]:
         return views.images(*(chunk or NO_IMAGES))
@@ -233,7 +270,7 @@ def cache_on_disk(
     cached.computed = int(all_reduce_sum(accelerator, torch.tensor(cached.computed, device=accelerator.device)))
     store.refresh()
     if any(form.top_k for form in store.formats.values()):
-        some = views.digests(0, np.arange(min(MASS_IMAGES, len(views.source.split))))
+        some = views.digests(0, views.indices[:MASS_IMAGES])
         cached.mass = store.mass(np.delete(some, store.missing(some), axis=0))  # unreadable images have no rows
     return cached
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from remap.data.stratify import few_of_each, stratified
+from remap.data.stratify import few_of_each, stratified, without_fold
 from remap.errors import DataError
 
 # The label of an image without one.
@@ -134,6 +134,23 @@ class ImageData:
         train, selection = self._held_out(share, "selection")
         rule = f"{self.split_rule}; {len(selection)} of {len(self.train)} training images choose the epoch"
         return replace(self, train=train, selection=selection, split_rule=rule)
+
+    def without_fold(self, fold: int, count: int, held_out: float | None) -> "ImageData":
+        """Return the same data without one of ``count`` folds of the training images (from 0).
+
+        Args:
+            held_out: Share of the others to evaluate on, as ``with_held_out`` does.
+
+        Raises:
+            DataError: No image to learn from or to evaluate on is left.
+        """
+        fit, check = without_fold(self.train.labels, fold, count, held_out)
+        if not len(fit) or (held_out is not None and not len(check)):
+            given = f"{len(self.train)} (fold {fold + 1} of {count})"
+            raise DataError("there are too few labelled images to leave a fold out", given=given)
+        rule = f"{self.split_rule}; without fold {fold + 1} of {count} of the training images"
+        data = replace(self, train=self.train.take(fit), split_rule=rule)
+        return data if held_out is None else replace(data, val=self.train.take(check), test=None)
 
     def _held_out(self, share: float, name: str) -> tuple[Split, Split]:
         fit, check = stratified(self.train.labels, round((1.0 - share) * len(self.train)))

@@ -59,6 +59,36 @@ def _iterative(labels_NC: NDArray[Any], first: int) -> tuple[NDArray[np.int64], 
     return np.flatnonzero(side_N == 0), np.flatnonzero(side_N == 1)
 
 
+def folds(labels: NDArray[Any], count: int) -> NDArray[np.int64]:
+    """Divide into ``count`` folds, each class in proportion, the same every time; return the fold of each image, (N,).
+
+    Of one class an image, the sizes of two folds, and how many images of a class they hold, differ by one at most. Of
+    multi-hot labels (N, C) fold after fold is taken by ``stratified``.
+    """
+    fold_N = np.full(len(labels), count - 1, dtype=np.int64)
+    if labels.ndim == 1:
+        order = _drawn(len(labels), 0)
+        # Dealt out class after class, so that the remainders of classes do not all go to the first folds.
+        fold_N[order[np.argsort(labels[order], kind="stable")]] = np.arange(len(labels)) % count
+        return fold_N
+    left = np.arange(len(labels))
+    for fold in range(count - 1):
+        chosen, rest = stratified(labels[left], round(len(left) / (count - fold)))
+        fold_N[left[chosen]], left = fold, left[rest]
+    return fold_N
+
+
+def without_fold(
+    labels: NDArray[Any], fold: int, count: int, held_out: float | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the images outside of one of ``count`` folds, less a share of them, and that share (none where None)."""
+    left = np.flatnonzero(folds(labels, count) != fold)
+    if held_out is None:
+        return left, left[:0]
+    fit, check = stratified(labels[left], round((1.0 - held_out) * len(left)))
+    return left[fit], left[check]
+
+
 def few_of_each(labels: NDArray[Any], count: int, draw: int) -> NDArray[np.int64]:
     """Return at most ``count`` images of each class, the same ones for the same ``draw``.
 

@@ -10,16 +10,17 @@ from remap.distributed.interrupts import watch_signals
 from remap.distributed.launch import accelerator, broadcast_str, check_processes
 from remap.errors import RecipeError
 from remap.pipeline.components import RunComponents, build_components
+from remap.pipeline.disk_outputs import store_on_disk
 from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.run import run, validate_inputs
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_check import check_teachers
-from remap.pipeline.teacher_outputs import choose_storage, make_teacher, store_on_disk
+from remap.pipeline.teacher_outputs import choose_storage, make_teacher
 from remap.pipeline.teacher_tuning import OfTeacher, teachers_to_tune
 from remap.progress import Progress, Silent
 from remap.recipe import Recipe
-from remap.recipe.checks import what_changes
 from remap.recipe.schema import EMA
+from remap.recipe.teacher_checks import what_changes
 from remap.runs.run_dir import RunDir
 
 
@@ -29,7 +30,8 @@ def build_cache(recipe: Recipe, progress: Progress = Silent()) -> list[dict[str,
     Says what they take before they are computed: images, views, bytes, time. A build that was stopped continues.
 
     Returns:
-        One entry per teacher: teacher, key, folder, items, images, computed, bytes, seconds.
+        One entry per teacher: teacher, key, folder, items, images, computed, bytes, seconds. With ``teacher.folds``
+        one for each fold, and one (fold 0) for images without labels, where there are any.
     """
     check_processes(recipe.train.processes)
     shared = SharedResources()
@@ -74,8 +76,8 @@ def store_outputs(components: RunComponents, progress: Progress) -> list[dict[st
         teacher = make_teacher(components, number)
         try:
             storage = choose_storage(components, prepared, teacher)
-            report = store_on_disk(components, teacher, prepared, storage, progress, timed=True)
-            stored.append({"teacher": prepared.spec.model, **report})
+            reports = store_on_disk(components, teacher, prepared, storage.shapes, progress, timed=True)
+            stored += [{"teacher": prepared.spec.model, **report} for report in reports]
         finally:
             teacher.close()
     return stored

@@ -25,16 +25,11 @@ from remap.pipeline.init_student import InitReport, init_from_teacher
 from remap.pipeline.joint_teacher import frozen_or_joint
 from remap.pipeline.objective import build_objective, pairs_of
 from remap.pipeline.one_pass import run_once
+from remap.pipeline.prepared_teacher import PreparedTeacher, placed
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.shrink_student import open_student
 from remap.pipeline.teacher_tuning import teacher_folder
-from remap.pipeline.teachers import (
-    PreparedTeacher,
-    averaging_teacher,
-    load_teacher,
-    placed,
-    prepare_teacher,
-)
+from remap.pipeline.teachers import averaging_teacher, load_teacher, prepare_teacher
 from remap.progress import Progress
 from remap.recipe import Recipe
 from remap.recipe.schema import EMA, SELF, DataSpec, TrainSpec
@@ -102,6 +97,8 @@ class RunComponents:
             digest.update(teacher.network.identity.sha256.encode())
             if teacher.spec.model != EMA:  # which changes in training
                 add_tensors(digest, {name: gather_full(tensor) for name, tensor in teacher.network.tensors.items()})
+            if teacher.folds is not None:
+                digest.update(teacher.folds.digest.encode())
         return digest.hexdigest()[:16]
 
 

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from remap.data.fingerprint import Contents, fingerprint
 from remap.data.joined_source import JoinedSource
 from remap.data.splits import ImageData
@@ -38,6 +41,7 @@ class DataViews:
         selection: Images held out of the labelled training images, that the epoch is chosen by.
         evaluations: What networks answered on the evaluation images, see ``evaluate_once``; one with other data that
             has the same ones.
+        readable: Which of ``data.train`` the images of ``train`` are.
     """
 
     data: ImageData
@@ -51,6 +55,7 @@ class DataViews:
     contents: dict[str, Contents] = field(default_factory=dict)
     selection: ViewSource | None = None
     evaluations: dict[str, Any] = field(default_factory=dict)
+    readable: NDArray[np.int64] = field(default_factory=lambda: np.arange(0))
     _fingerprint: str = ""
 
     @property
@@ -122,6 +127,7 @@ def open_views(
         _training_source(train, unlabeled, spec.unlabeled_only),
         {name: source.contents for name, source in sources.items()},
         good.get("selection"),
+        readable=np.delete(np.arange(len(sources["train"].split)), list(sources["train"].bad)),
     )
 
 

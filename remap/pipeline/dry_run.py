@@ -13,11 +13,11 @@ from remap.errors import WeightsError
 from remap.network import Network
 from remap.pipeline.components import RunComponents, build_components
 from remap.pipeline.objective import without_idle_losses
+from remap.pipeline.prepared_teacher import PreparedTeacher
 from remap.pipeline.profile_step import StepProfile, profile_step
 from remap.pipeline.run_cost import preparation_cost, run_cost
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_outputs import OutputStorage, choose_storage, make_teacher
-from remap.pipeline.teachers import PreparedTeacher
 from remap.pipeline.trackers import require_installed
 from remap.progress import Progress
 from remap.recipe.paths import is_run

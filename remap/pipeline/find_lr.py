@@ -52,6 +52,9 @@ def find_lr(
         raise RecipeError(["losses: a range test is of one objective (name the losses)"], chosen.name)
     if steps < 10:
         raise RecipeError([f"steps: {steps} are too few to see a loss fall (10 or more)"], "remap lr")
+    # Some steps need no answers of other teachers: that of all labels runs in each.
+    teachers = tuple(spec.model_copy(update={"folds": None}) for spec in chosen.teachers)
+    chosen = chosen.model_copy(update={"teachers": teachers})
     chosen, shared = without_idle_losses(chosen, progress).written_out(), SharedResources()
     validate_inputs(chosen, shared)
     with tempfile.TemporaryDirectory() as folder:  # a probe is fitted for the teacher, and gone afterwards

@@ -9,7 +9,7 @@ import torch
 from remap.backbones.build import Backbone
 from remap.errors import BackboneError
 from remap.network import Network, frozen, tuned
-from remap.pipeline.teachers import PreparedTeacher
+from remap.pipeline.prepared_teacher import PreparedTeacher
 from remap.recipe import Recipe
 from remap.remapping.alignment import pair_blocks
 from remap.tuning.parameter.lora import WithCore

@@ -10,7 +10,6 @@ from torch import Tensor
 from remap.backbones.anatomy import module_at
 from remap.cache.passes import run_in_passes
 from remap.cache.teacher_cache import FiniteViews, InMemory, cache_in_memory
-from remap.distributed.collectives import index_chunks
 from remap.distributed.launch import accelerator, use_bf16
 from remap.distributed.sharding import is_sharded
 from remap.engine.teacher import Teacher
@@ -18,8 +17,8 @@ from remap.network import Network
 from remap.pipeline.data_views import DataViews
 from remap.pipeline.objective import build_objective, pairs_of
 from remap.progress import Progress
-from remap.recipe.checks import what_changes
 from remap.recipe.schema import EMA, DataSpec, Recipe
+from remap.recipe.teacher_checks import what_changes
 from remap.remapping.objective import Objective
 from remap.remapping.signals import Needs, Signals
 from remap.remapping.targets import LOGITS, POOLED, pooled_of
@@ -68,20 +67,33 @@ class OnePass:
     rows: InMemory
 
     def features(self, images: DataViews) -> tuple[np.ndarray, np.ndarray]:
-        """Return the features of the labelled images, float64 (N, D), and their labels (N,)."""
+        """Return the features of the labelled images, float64 (N, D), and which of them can be read (N,)."""
         readable = self.rows.readable()
         # Labelled images come first in the training source.
         labeled = readable[readable < len(images.train.split)]
-        return self.rows.rows(labeled, 0)[POOLED].double().numpy(), images.train.split.labels[labeled]
+        return self.rows.rows(labeled, 0)[POOLED].double().numpy(), labeled
 
-    def outputs(self, names: set[str], views: FiniteViews, batch: int, at_once: int, bf16: bool) -> InMemory | None:
-        """Return what ``cache_in_memory`` would, to the last bit; None where it is not this pass that is wanted."""
+    def outputs(
+        self,
+        names: set[str],
+        views: FiniteViews,
+        batch: int,
+        at_once: int,
+        bf16: bool,
+        found: InMemory | None = None,
+    ) -> InMemory | None:
+        """Return what ``cache_in_memory`` would, to the last bit; None where it is not this pass that is wanted.
+
+        Args:
+            found: What it returned for other images of the same source, to be completed.
+        """
         same = views.source is self.views.source and (batch, at_once) == (self.batch, self.batch)
         as_asked = bf16 == self.teacher.runner.bf16 and not self.teacher.at_once  # else memory ran out
         if not (same and as_asked and self.teacher.exact):
             return None
-        found, count, readable = self.rows.only(names), len(views.source.split), self.rows.readable()
-        for chunk in index_chunks(count, batch):
+        found = self.rows.only(names) if found is None else found
+        count, readable = len(views.source.split), self.rows.readable()
+        for _, chunk in views.chunks(batch):
             indices = np.intersect1d(chunk, readable)
             if len(indices):
                 pooled_BD = self.rows.rows(indices, 0)[POOLED].to(self.teacher.device)

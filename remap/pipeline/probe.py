@@ -6,6 +6,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, module_at
@@ -73,7 +74,6 @@ def pooled_features(
     return signals_of(network, source, accelerator, batch_size, progress, what, pooled=True)
 
 
-@torch.no_grad()
 def signals_of(
     network: Network,
     source: ViewSource,
@@ -87,7 +87,27 @@ def signals_of(
     filled: bool = False,
     at_most: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return pooled features or else logits, float64 (N, D or C), and labels (N,), of all readable images.
+    """Return what ``readable_signals_of`` does, and labels (N,) in place of the numbers of images."""
+    where = (network, source, accelerator, batch_size, progress, what)
+    rows, readable = readable_signals_of(*where, pooled=pooled, bf16=bf16, filled=filled, at_most=at_most)
+    return rows, source.split.labels[readable]
+
+
+@torch.no_grad()
+def readable_signals_of(
+    network: Network,
+    source: ViewSource,
+    accelerator: Accelerator,
+    batch_size: int,
+    progress: Progress,
+    what: str,
+    *,
+    pooled: bool,
+    bf16: bool = False,
+    filled: bool = False,
+    at_most: int | None = None,
+) -> tuple[np.ndarray, NDArray[np.int64]]:
+    """Return pooled features or else logits, float64 (N, D or C), of all readable images, and which these are (N,).
 
     Args:
         filled: Fill the last batch up to ``batch_size``, as ``run_in_passes`` does.
@@ -119,7 +139,7 @@ def signals_of(
     runner.tap.close()
     if not rows:
         raise DataError(f"none of the {len(chosen):,} images can be read", do="repair the images")
-    return np.concatenate(rows).astype(np.float64), source.split.labels[np.concatenate(readable)]
+    return np.concatenate(rows).astype(np.float64), np.concatenate(readable)
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ from remap.pipeline.shared import SharedResources
 from remap.pipeline.student_features import cache_features
 from remap.pipeline.summary import evaluate_at_end, summarize
 from remap.pipeline.teacher_check import check_teachers, require_all_useful
-from remap.pipeline.teacher_tuning import OfTeacher, lend_teachers, open_or_create, teachers_to_tune
+from remap.pipeline.teacher_tuning import OfTeacher, lend_teachers, open_or_create, require_folds, teachers_to_tune
 from remap.pipeline.trackers import require_installed
 from remap.pipeline.tracking import RunTracker
 from remap.pipeline.training_job import training_job, warn_before_training
@@ -257,6 +257,7 @@ def validate_inputs(recipe: Recipe, shared: SharedResources) -> None:
         require_decoder()
     shared.list_together(recipe.data)
     classes = shared.classes(recipe)
+    require_folds(recipe, shared)
     for spec in recipe.teachers:
         OutputFormat((len(classes),), top_k=spec.top_k)
     if recipe.train.selects and recipe.train.metric == "top5" and len(classes) <= 5:

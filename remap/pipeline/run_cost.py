@@ -65,7 +65,7 @@ def preparation_cost(
     """Return seconds and bytes on disk of giving a teacher a head.
 
     That is a forward pass over the labelled images for a probe, unless the pass that caches its outputs serves for
-    both; else a run, which is estimated by that pass.
+    both; else a run, which is estimated by that pass, and one more for each of ``teacher.folds``.
 
     Args:
         each: Seconds of the teacher's forward pass for one image.
@@ -77,6 +77,7 @@ def preparation_cost(
         return 0.0, 0
     if spec.prepare == "probe":
         head = sum(p.nbytes for p in teacher.network.head.values()) + TASK_RECORD
+        head *= 1 + (spec.folds or 0)
         networks = [one.network for one in components.teachers]
         if storage is not None and storage.where != "each step":
             fits = fits_in_memory(storage.shapes, components.views, recipe.data)
@@ -84,15 +85,18 @@ def preparation_cost(
                 return 0.0, head
         return each * len(components.views.train.split) / accelerator().num_processes, head
     # A tuned teacher costs a whole run by itself.
-    named = Within(progress, "tuning the teacher")
-    tuning = build_components(
-        teacher_recipe(recipe, spec).written_out(), None, named, replace(shared, shapes_only=True)
-    )
-    # By the forward pass that was measured: gradients of activations cost as much again, and so do those of weights.
-    share = tuning.student.num_trainable / tuning.student.num_parameters
-    profile = StepProfile({}, (2 + share) * each, each, 0.0, 0, 0, {}, {}, 0.0)
-    cost = run_cost(tuning, {}, {}, profile)
-    return cost.seconds, cost.disk_bytes
+    named, seconds, nbytes = Within(progress, "tuning the teacher"), 0.0, 0
+    # The teachers of folds have equally many images: the first stands for all.
+    for fold, count in ((0, 1), *([(1, spec.folds)] if spec.folds else [])):
+        tuning = build_components(
+            teacher_recipe(recipe, spec, fold).written_out(), None, named, replace(shared, shapes_only=True)
+        )
+        # By the forward pass that was measured: gradients of activations cost as much again, as do those of weights.
+        share = tuning.student.num_trainable / tuning.student.num_parameters
+        profile = StepProfile({}, (2 + share) * each, each, 0.0, 0, 0, {}, {}, 0.0)
+        cost = run_cost(tuning, {}, {}, profile)
+        seconds, nbytes = seconds + count * cost.seconds, nbytes + count * cost.disk_bytes
+    return seconds, nbytes
 
 
 def run_cost(

@@ -8,9 +8,11 @@ from typing import Any
 from remap.backbones.preprocess import PreprocessSpec
 from remap.data.fingerprint import Contents
 from remap.data.memory import with_memory
+from remap.data.part_source import PartSource
 from remap.data.pixels import Pixels
 from remap.data.sources import add_unlabeled, open_data
 from remap.data.splits import ImageData
+from remap.data.stratify import without_fold
 from remap.data.value_range import find_value_range
 from remap.data.views import View, ViewSource
 from remap.distributed.launch import accelerator
@@ -62,11 +64,13 @@ class SharedResources:
     def index(self, spec: DataSpec) -> ImageData:
         """List a data source, once; no image is decoded."""
         arguments = source_arguments(spec)
-        # The memory is joined after the source is opened, so it is not one of the arguments.
-        key = (*arguments, spec.memory)
+        # The memory is joined after the source is opened, and a fold left out last: neither is one of the arguments.
+        key = (*arguments, spec.memory, spec.fold)
         if key not in self.data:
             more = spec.unlabeled or spec.target
-            if spec.source is not None and more is not None:
+            if spec.fold is not None:
+                data = self.index(spec.without_folds()).without_fold(*_fold(spec))
+            elif spec.source is not None and more is not None:
                 # The labelled ones by themselves are the images of its teachers and its baseline.
                 data = add_unlabeled(self.index(spec.labeled_part()), spec.source, spec.val_source, more)
             else:
@@ -86,9 +90,14 @@ class SharedResources:
         """Return what is known of the files of each split, in whatever view and data, so that none is read again."""
         data = self.index(spec)
         splits = {name: getattr(data, name) for name in TITLES if getattr(data, name) is not None}
-        for split in splits.values():
+        parts = {}
+        if spec.fold is not None:
+            whole = self.contents(spec.without_folds())["train"]
+            fit, check = without_fold(whole.split.labels, *_fold(spec))
+            parts = {"train": whole.taken(fit), "val": whole.taken(check)}
+        for name, split in splits.items():
             if id(split) not in self._contents:
-                self._contents[id(split)] = Contents(split, spec.workers)
+                self._contents[id(split)] = parts.get(name) or Contents(split, spec.workers)
         return {name: self._contents[id(split)] for name, split in splits.items()}
 
     def classes(self, recipe: Recipe) -> tuple[str, ...]:
@@ -120,15 +129,19 @@ class SharedResources:
         else:
             key = (*source_arguments(spec), pixels)
             if key not in self.value_ranges:
-                self.value_ranges[key] = find_value_range(self.index(spec).to_look_at, pixels, spec.workers)
+                images = self.index(spec.without_folds()).to_look_at  # the same range for the teacher of each fold
+                self.value_ranges[key] = find_value_range(images, pixels, spec.workers)
             pixels = replace(pixels, value_range=self.value_ranges[key])
         return View(size[0] if size[0] == size[1] else size, first.crop_pct, first.interpolation, pixels)
 
     def open(self, spec: DataSpec, view: View, progress: Progress) -> DataViews:
         """Open, decode and check a data source, once."""
         # Only what changes the views is part of the key; cells of a comparison differ elsewhere.
-        key = (*source_arguments(spec), spec.memory, spec.unlabeled_only, spec.skip_bad, spec.max_bad, view)
+        some = (spec.memory, spec.fold, spec.unlabeled_only, spec.skip_bad, spec.max_bad)
+        key = (*source_arguments(spec), *some, view)
         if key not in self.views:
+            if spec.fold is not None:
+                self.open(spec.without_folds(), view, progress)  # decoded once, for all folds
             sources, data = self._sources(spec, view), self.index(spec)
             views = open_views(data, spec, view, sources, progress if self.read_ahead else None)
             # Other data may have the same evaluation images: a run with images without labels, and its teacher's.
@@ -138,8 +151,14 @@ class SharedResources:
 
     def _sources(self, spec: DataSpec, view: View) -> dict[str, ViewSource]:
         """Return the images of each split; what is held in memory for other data serves again."""
+        if spec.fold is not None:
+            sources = self._sources(spec.without_folds(), view)
+            fit, check = without_fold(sources["train"].split.labels, *_fold(spec))
+            parts = {"train": fit} if spec.fold.held_out is None else {"train": fit, "val": check}
+            named = {name: sources[name] for name in sources if name != "test" or spec.fold.held_out is None}
+            return {**named, **{name: PartSource(sources["train"], part) for name, part in parts.items()}}
         # One budget for all splits, in the order in which training reads them most often.
-        budget, sources = spec.memory_gib * 2**30, dict[str, ViewSource]()
+        budget, sources = spec.memory_gib * 2**30, {}
         for name, known in self.contents(spec).items():
             source = self._in_memory.get((id(known.split), view)) or ViewSource(
                 known.split, view, memory_bytes=budget, workers=spec.workers, contents=known
@@ -159,3 +178,9 @@ def source_arguments(spec: DataSpec) -> tuple:
     alone = spec.source is None and spec.classes is not None
     classes = tuple(class_words(spec.classes or ())) if alone else ()
     return (*images, *some, spec.only, spec.known_classes, classes, spec.per_class_seed, spec.subset, spec.task)
+
+
+def _fold(spec: DataSpec) -> tuple[int, int, float | None]:
+    """Return which fold is left out, from 0, of how many, and the share held out of the others."""
+    assert spec.fold is not None
+    return spec.fold.number - 1, spec.fold.of, spec.fold.held_out

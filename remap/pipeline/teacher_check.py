@@ -13,7 +13,7 @@ from remap.errors import TrainingError
 from remap.io.human_size import number_of
 from remap.pipeline.components import RunComponents
 from remap.pipeline.judged import evaluate_once, measured
-from remap.pipeline.teachers import PreparedTeacher
+from remap.pipeline.prepared_teacher import PreparedTeacher
 from remap.progress import Progress
 from remap.recipe.paths import is_run
 from remap.recipe.schema import WORDS

@@ -1,32 +1,25 @@
 """Teachers that are tuned before the run: which, by what recipe, and where they are stored."""
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from remap.cache.cache_folders import library_versions, prepared_root
-from remap.cache.prepared_teachers import fetch_teacher, store_teacher
-from remap.data.fingerprint import Contents, fingerprint
 from remap.distributed.collectives import all_reduce_max
-from remap.distributed.launch import accelerator, broadcast_str
-from remap.distributed.reading import read_digests
-from remap.errors import Interrupted, RemapError
+from remap.distributed.launch import accelerator
+from remap.errors import DataError, RunError
+from remap.io.human_size import number_of
 from remap.io.links import require_no_link, require_no_links
 from remap.io.paths import expanded
 from remap.pipeline.shared import SharedResources
+from remap.pipeline.stored_teacher import StoredTeacher
 from remap.progress import Progress, Step, Within
 from remap.recipe.paths import is_run
-from remap.recipe.schema import EMA, SELF, WORDS, LossSpec, MethodSpec, Recipe, StudentSpec, TeacherSpec
+from remap.recipe.schema import EMA, SELF, WORDS, DataSpec, LossSpec, MethodSpec, Recipe, StudentSpec, TeacherSpec
+from remap.recipe.sections import Fold
 from remap.remapping import LOSSES
-from remap.runs.hardware import machine
 from remap.runs.run_dir import RunDir
-from remap.runs.task import open_backbone
-from remap.runs.task_file import folder_of, read_meta, read_tensors
+from remap.runs.task_file import folder_of, read_meta
 
-PROBE = "probe"
 # Share of the labelled training images that a teacher's temperature is fitted on.
 HELD_OUT = 0.2
 
@@ -58,106 +51,23 @@ def teachers_to_tune(
     for number, spec in enumerate(spec for spec in recipe.teachers if spec.model != EMA):
         if spec.prepare in ("probe", "none", WORDS) or not needs_logits(recipe) or _brings_head(spec, recipe, shared):
             continue
-        tuning, folder = teacher_recipe(recipe, spec), teacher_folder(spec, number, run_dir, shared)
-        key = tuning.digest()
-        # Tuned by an earlier run of this command, or by this run before it was interrupted.
-        if key not in shared.tuned_teachers and not is_prepared(folder):
-            require_unlinked(folder)
-            stored = StoredTeacher.of(tuning, spec, shared, progress)
-            if not stored.fetch(folder):
-                classes = len(shared.classes(recipe))
-                progress.say(
-                    f"{title_of(spec, recipe)} has no head for these {classes} classes: tuning it ({spec.prepare})"
-                )
-                yield title_of(spec, recipe), open_or_create(folder, tuning), tuning
-                # A run that was resumed may have begun on another machine, whose bits differ.
-                if stored.key is not None and not RunDir(folder).environment().get("resumed"):
-                    stored.store(folder)
-        shared.tuned_teachers.setdefault(key, folder)
-
-
-@dataclass(frozen=True)
-class StoredTeacher:
-    """A tuned or probed teacher in the cache, where later runs find it; without a key it is for this run alone."""
-
-    key: dict[str, Any] | None
-    progress: Progress
-
-    @classmethod
-    def of(cls, tuning: Recipe, spec: TeacherSpec, shared: SharedResources, progress: Progress) -> "StoredTeacher":
-        """Return the teacher that a recipe tunes."""
-        contents = shared.contents(tuning.data)
-
-        def key() -> dict[str, Any]:
-            backbone = open_backbone(spec, len(shared.classes(tuning))).identity
-            return {
-                "teacher": backbone.model,
-                "method": spec.prepare,
-                "backbone": backbone.sha256,
-                "recipe": tuning.digest(places=False),
-                "images": fingerprint(shared.index(tuning.data), progress, tuning.data.workers, contents),
-                "precision": tuning.train.precision,
-            }
-
-        return cls.made_by(key, contents, spec, shared, progress)
-
-    @classmethod
-    def made_by(
-        cls,
-        key: Callable[[], dict[str, Any]],
-        images: Mapping[str, Contents],
-        spec: TeacherSpec,
-        shared: SharedResources,
-        progress: Progress,
-    ) -> "StoredTeacher":
-        """Return the teacher of a key: all that decides its tensors besides the machine and the versions.
-
-        Args:
-            images: Those whose contents the key is made of, by split; each process reads a part of them.
-        """
-        # "self" has the weights of one student, which may be random.
-        if spec.cache == "off" or spec.model == SELF or not shared.use_stored_teachers:
-            return cls(None, progress)
-        for name, contents in images.items():
-            read_digests(accelerator(), contents, progress, f"{name} images")
-        if not accelerator().is_main_process:
-            return cls(None, progress)
-        return cls({**key(), "machine": machine(), "versions": library_versions()}, progress)
-
-    def fetch(self, folder: Path) -> bool:
-        """Copy it into a teacher's folder, for all processes; return whether it was there."""
-        found = False
-        if self.key is not None:
-            try:
-                found = fetch_teacher(prepared_root(), self.key, folder / "task")
-                if found:
-                    read_tensors(folder / "task", read_meta(folder / "task"))
-                    self.progress.say(
-                        f"the teacher was {self._made} on these images before, and is read from the cache"
-                    )
-            except Interrupted:
-                raise
-            except RemapError as error:  # a cache saves time; what is wrong with it must not cost the run
-                shutil.rmtree(folder / "task", ignore_errors=True)
-                self.progress.say(
-                    f"a {self._made} teacher in the cache cannot be used, and is {self._made} again: {error}"
-                )
-                found = False
-        return broadcast_str(str(found)) == "True"
-
-    def store(self, folder: Path) -> None:
-        """Store it, once it is complete."""
-        if self.key is not None:
-            try:
-                store_teacher(prepared_root(), self.key, folder / "task")
-            except Interrupted:
-                raise
-            except RemapError as error:
-                self.progress.say(f"the {self._made} teacher is not stored for later runs: {error}")
-
-    @property
-    def _made(self) -> str:
-        return "fitted" if self.key is not None and self.key["method"] == PROBE else "tuned"
+        # 0 is the teacher of all labels; the others are each tuned without one fold.
+        for fold in range((spec.folds or 0) + 1):
+            tuning = teacher_recipe(recipe, spec, fold)
+            folder, key = fold_folder(teacher_folder(spec, number, run_dir, shared), fold), tuning.digest()
+            title = title_of(spec, recipe, fold)
+            # Tuned by an earlier run of this command, or by this run before it was interrupted.
+            if key not in shared.tuned_teachers and not is_prepared(folder):
+                require_unlinked(folder)
+                stored = StoredTeacher.of(tuning, spec, shared, progress)
+                if not stored.fetch(folder):
+                    classes = len(shared.classes(recipe))
+                    progress.say(f"{title} has no head for these {classes} classes: tuning it ({spec.prepare})")
+                    yield title, open_or_create(folder, tuning), tuning
+                    # A run that was resumed may have begun on another machine, whose bits differ.
+                    if stored.key is not None and not RunDir(folder).environment().get("resumed"):
+                        stored.store(folder)
+            shared.tuned_teachers.setdefault(key, folder)
 
 
 def _brings_head(spec: TeacherSpec, recipe: Recipe, shared: SharedResources) -> bool:
@@ -185,6 +95,39 @@ def teacher_folder(spec: TeacherSpec, number: int, run_dir: RunDir, shared: Shar
     return first if number == 0 else first.with_name(f"{first.name}-{number + 1}")
 
 
+def require_folds(recipe: Recipe, shared: SharedResources) -> None:
+    """Refuse folds of a teacher that brings its head, and of labelled images that are too few.
+
+    Raises:
+        RunError: It is a run on the same classes.
+        DataError: There are fewer images than folds, or a class has one image, which its teacher would not know.
+    """
+    for spec in recipe.teachers:
+        if spec.folds is None:
+            continue
+        if _brings_head(spec, recipe, shared):
+            raise RunError(
+                f"the run {spec.model} brings its head, and has seen the images of every fold",
+                do="leave teacher.folds out, or name the model that was tuned",
+            )
+        data = shared.index(recipe.data)
+        if len(data.train) < spec.folds:
+            given = f"{number_of(len(data.train), 'labelled image')}, teacher.folds={spec.folds}"
+            raise DataError("there are fewer labelled images than folds", given=given)
+        alone = [name for name, count in zip(data.classes, data.count(data.train), strict=True) if count == 1]
+        if alone:
+            raise DataError(
+                "a class of one labelled image would be answered by a teacher that does not know it",
+                given=", ".join(alone[:10]),
+                do="label another image of each class, or leave teacher.folds out",
+            )
+
+
+def fold_folder(folder: Path, fold: int) -> Path:
+    """Return where the teacher that was prepared without a fold is stored, beside that of all labels (fold 0)."""
+    return folder.with_name(f"{folder.name}-fold-{fold}") if fold else folder
+
+
 def open_or_create(folder: Path, recipe: Recipe) -> RunDir:
     """Return a run directory inside another one, made by the main process where it is not there yet."""
     if accelerator().is_main_process and not (folder / "recipe.yaml").exists():
@@ -199,13 +142,28 @@ def require_unlinked(folder: Path) -> None:
     require_no_links(folder)
 
 
-def title_of(spec: TeacherSpec, recipe: Recipe) -> str:
+def title_of(spec: TeacherSpec, recipe: Recipe, fold: int = 0) -> str:
     """Return how messages call a teacher."""
-    return f"the teacher {spec.model}" if len(recipe.teachers) > 1 else "the teacher"
+    title = f"the teacher {spec.model}" if len(recipe.teachers) > 1 else "the teacher"
+    return f"{title} without fold {fold} of {spec.folds}" if fold else title
 
 
-def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
-    """Return the recipe that tunes a teacher: the run's labelled images and loop, its method, cross-entropy."""
+def data_of_teacher(recipe: Recipe, spec: TeacherSpec, fold: int) -> DataSpec:
+    """Return the labelled images that a teacher is prepared on, without a fold (0 is none), in the run's views."""
+    data = recipe.data.labeled_part()
+    share = HELD_OUT if spec.calibrate else None
+    if fold:  # held out of the other folds, so that no image of this one counts
+        assert spec.folds is not None
+        return data.model_copy(update={"fold": Fold(number=fold, of=spec.folds, held_out=share)})
+    return data if share is None else data.model_copy(update={"held_out": share})
+
+
+def teacher_recipe(recipe: Recipe, spec: TeacherSpec, fold: int = 0) -> Recipe:
+    """Return the recipe that tunes a teacher: the run's labelled images and loop, its method, cross-entropy.
+
+    Args:
+        fold: Which fold of the images it is tuned without; 0 is none.
+    """
     # The teacher's rate and warm-up belong to its method, not to the student's.
     own = {"lr": spec.lr, "base_lr": None, "warmup_epochs": None, "optimizer": "adamw", "track": ()}
     own |= {"checkpoint_blocks": False}  # which its blocks may not allow, and only the student's memory asks for
@@ -214,14 +172,11 @@ def teacher_recipe(recipe: Recipe, spec: TeacherSpec) -> Recipe:
         own["eval_every"] = -(-recipe.train.eval_every * epochs // recipe.train.epochs)
     train = recipe.train.model_copy(update={"epochs": epochs, **own})
     shared = ("model", "weights", "preset", "image_size")
-    held_out = HELD_OUT if spec.calibrate else recipe.data.held_out
     return recipe.model_copy(
         update={
             "name": f"{recipe.name[:56]}-teacher",
             # It is tuned on labelled images as they are: mixed or unlabelled ones are for the student.
-            "data": recipe.data.labeled_part().model_copy(
-                update={"views": None, "mixup": 0.0, "cutmix": 0.0, "held_out": held_out}
-            ),
+            "data": data_of_teacher(recipe, spec, fold).model_copy(update={"views": None, "mixup": 0.0, "cutmix": 0.0}),
             "baseline": False,
             "choose_losses": False,
             "teachers": (),

@@ -1,34 +1,32 @@
 """Teachers: load them, and give those a head for these classes that have none, by a linear probe or by tuning."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from remap.backbones.build import Backbone
-from remap.distributed.launch import accelerator, use_bf16
-from remap.distributed.sharding import is_sharded, shard, wants_sharding
+from remap.distributed.launch import accelerator
 from remap.engine.evaluate import evaluate_as
 from remap.engine.evaluation import Evaluation
 from remap.engine.self_teachers import averaged_copy, untuned_copy
 from remap.errors import RunError
 from remap.io.paths import expanded
-from remap.network import Network, choose_attention, tuned
-from remap.pipeline.balancing import balance
-from remap.pipeline.calibration import calibrate
+from remap.network import Network, tuned
+from remap.pipeline.adjusting import adjust_logits
 from remap.pipeline.class_matching import match_classes
-from remap.pipeline.class_words import Answers, answers_of, write_words
+from remap.pipeline.class_words import answers_of, write_words
 from remap.pipeline.data_views import DataViews
-from remap.pipeline.fit_head import fit_head
-from remap.pipeline.judged import digest_of_network, evaluate_once, measured_once
+from remap.pipeline.fit_head import LabeledFeatures, fit_head
+from remap.pipeline.fold_teachers import prepare_folds
+from remap.pipeline.judged import evaluate_once, measured_once
 from remap.pipeline.one_pass import OnePass
+from remap.pipeline.prepared_teacher import PreparedTeacher, placed, placed_network
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_tuning import (
-    HELD_OUT,
+    data_of_teacher,
     is_prepared,
     needs_logits,
     teacher_recipe,
@@ -37,52 +35,7 @@ from remap.pipeline.teacher_tuning import (
 from remap.progress import Progress
 from remap.recipe.paths import is_run
 from remap.recipe.schema import EMA, SELF, WORDS, Recipe, TeacherSpec
-from remap.runs.interval import Measured
 from remap.runs.task import load_task, open_backbone, put_task, require_size_of_run
-
-
-@dataclass
-class PreparedTeacher:
-    """A teacher and what is known of it.
-
-    Attributes:
-        key: Equal for teachers that are prepared in the same way.
-        head: Where its classifier comes from: "its own", "probe", "words", a method's name, or "none".
-        accuracy: On the evaluation split; None when no loss reads its logits, or no image has a label.
-        outputs: Where they came from in training: "each step", "memory" or "disk".
-        evaluation: What ``accuracy`` was counted from.
-        one_pass: What it made of the training images before it had a head, until the first run has taken it.
-        answers: How sure it is, class by class, on images without labels; None where its classifier is not of words.
-    """
-
-    network: Network
-    spec: TeacherSpec
-    key: str
-    head: str
-    accuracy: Measured | None = None
-    outputs: str | None = None
-    evaluation: Evaluation | None = None
-    one_pass: OnePass | None = None
-    answers: Answers | None = None
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Return a hash that is equal for teachers with equal outputs."""
-        return digest_of_network(self.network)
-
-    def to_dict(self) -> dict[str, Any]:
-        model = self.network.identity.model
-        return {
-            "model": f"{self.spec.model} ({model})" if self.spec.is_student else model,
-            "weight": self.spec.weight,
-            "backbone_sha256": self.network.identity.sha256,
-            "head": self.head,
-            "accuracy": self.accuracy and self.accuracy.value,
-            **({"interval": list(self.accuracy[1:])} if self.accuracy else {}),
-            "total_parameters": self.network.num_parameters,
-            "outputs": self.outputs,
-            **({"answers": self.answers.to_dict()} if self.answers is not None else {}),
-        }
 
 
 def load_teacher(
@@ -168,22 +121,12 @@ def prepare_teacher(
     if reusable and teacher.key in shared.teachers:
         return shared.teachers[teacher.key]
     if spec.calibrate:
-        held_out = recipe.data.labeled_part().model_copy(update={"held_out": HELD_OUT})
-        part = shared.open(held_out, views.view, progress)
+        part = shared.open(data_of_teacher(recipe, spec, 0), views.view, progress)
     if teacher.head == "none":
-        if spec.prepare == "probe":
-            one_pass = None
-            if not is_prepared(folder):
-                one_pass = fit_head(teacher.network, spec, recipe, folder, part, progress, shared, run_once)
-            # The main process makes the folder; the others must not look for it earlier.
-            accelerator().wait_for_everyone()
-            # Read back from the file by every process, also by the one that fitted it: all have the same bits.
-            put_task(teacher.network, folder)
-            network, teacher.one_pass = teacher.network, one_pass
-        else:
-            network, _ = load_task(shared.tuned_teachers[teacher_recipe(recipe, spec).digest()])
-        teacher = placed(replace(teacher, network=network, head=spec.prepare), recipe, accelerator().device)
-    logits_NC = _adjust_logits(teacher, recipe, views, part, progress)
+        teacher = _with_head(teacher, recipe, folder, views, part, progress, shared, run_once)
+    source = views.train if views.unlabeled is None else views.unlabeled
+    title, batch_size = title_of(spec, recipe), recipe.train.batch_size
+    logits_NC = adjust_logits(teacher.network, spec, title, source, part.val, batch_size, progress)
     if teacher.head == WORDS and views.unlabeled is not None:
         answers = answers_of(teacher.network, views.unlabeled, recipe.train.batch_size, progress, logits_NC)
         teacher = replace(teacher, answers=answers)
@@ -205,25 +148,40 @@ def prepare_teacher(
     return teacher
 
 
-def _adjust_logits(
-    teacher: PreparedTeacher, recipe: Recipe, views: DataViews, held_out: DataViews, progress: Progress
-) -> np.ndarray | None:
-    """Change a prepared classifier as the recipe says, in place, and say how.
+def _with_head(
+    teacher: PreparedTeacher,
+    recipe: Recipe,
+    folder: Path,
+    views: DataViews,
+    part: DataViews,
+    progress: Progress,
+    shared: SharedResources,
+    run_once: Callable[[], OnePass | None],
+) -> PreparedTeacher:
+    """Return the teacher with a fitted head, or as it was tuned; and with those of its folds.
 
-    Returns:
-        Its logits (N, C) on the images that it was balanced on, which nothing has to compute again; else None.
+    Args:
+        part: The images that a head is fitted on: ``views``, or less those held out for its temperature.
     """
-    spec, batch_size = teacher.spec, recipe.train.batch_size
-    if spec.calibrate:  # where it brought its head, on images that it may have seen
-        temperature = calibrate(teacher.network, held_out.val, batch_size, progress)
-        how = f"on {len(held_out.val.split)} training images: temperature {temperature:.2f}"
-        progress.say(f"{title_of(spec, recipe)} is calibrated {how}")
-    if not spec.balance:
-        return None
-    source = views.train if views.unlabeled is None else views.unlabeled
-    how, logits_NC = balance(teacher.network, source, spec.balance, batch_size, progress)
-    progress.say(f"{title_of(spec, recipe)} is balanced {how}")
-    return logits_NC
+    spec, network = teacher.spec, teacher.network
+    features = LabeledFeatures(network, recipe, part, progress, run_once)
+    if spec.prepare == "probe":
+        if not is_prepared(folder):
+            fit_head(network, spec, recipe, folder, part, progress, shared, features)
+        # The main process makes the folder; the others must not look for it earlier.
+        accelerator().wait_for_everyone()
+        # Read back from the file by every process, also by the one that fitted it: all have the same bits.
+        put_task(network, folder)
+    else:
+        network, _ = load_task(shared.tuned_teachers[teacher_recipe(recipe, spec).digest()])
+    teacher = placed(replace(teacher, network=network, head=spec.prepare), recipe, accelerator().device)
+    if spec.folds:
+        if part is not views:
+            features = LabeledFeatures(network, recipe, views, progress, run_once)
+        place = partial(placed_network, teacher, recipe)
+        own = prepare_folds(network, spec, recipe, folder, views, progress, shared, features, place)
+        teacher = replace(teacher, folds=own)
+    return replace(teacher, one_pass=features.once)
 
 
 def _key(network: Network, head: str, spec: TeacherSpec, recipe: Recipe) -> str:
@@ -239,19 +197,3 @@ def _key(network: Network, head: str, spec: TeacherSpec, recipe: Recipe) -> str:
             str(recipe.seed) if spec.prepare not in ("probe", "none") else "",
         ]
     )
-
-
-def placed(teacher: PreparedTeacher, recipe: Recipe, device: torch.device) -> PreparedTeacher:
-    """Move a teacher to the device, or shard it over those of all processes; choose the run's attention kernel."""
-    network = teacher.network
-    # Before sharding: the setting is an attribute of modules that FSDP wraps.
-    apart = not (teacher.spec.is_student or teacher.spec.joint)  # the others have tensors of the student
-    bf16 = use_bf16(recipe.train.precision, device)
-    choose_attention(network, recipe.train.fused_attention, device, bf16=bf16, trains=not apart)
-    if is_sharded(network):
-        return teacher
-    if apart and wants_sharding(network, teacher.spec.shard, accelerator()):
-        shard([network], device)
-    else:
-        network.model.to(device)
-    return teacher

@@ -11,7 +11,8 @@ from remap.recipe.multilabel_checks import multilabel_problems
 from remap.recipe.option_listing import surely_valid
 from remap.recipe.paths import is_run
 from remap.recipe.problems import lines_of
-from remap.recipe.schema import EMA, OF_OTHERS, WORDS, DataSpec, Named, Recipe, StudentSpec, TeacherSpec
+from remap.recipe.schema import Named, Recipe, StudentSpec
+from remap.recipe.teacher_checks import folds_problems, teacher_problems
 from remap.recipe.train_checks import train_problems
 from remap.recipe.word_checks import word_problems
 from remap.registry import choices
@@ -23,7 +24,7 @@ from remap.tuning import METHODS, config_of, method_problems
 def name_problems(recipe: Recipe) -> list[str]:
     """Return names that are in no table and combinations that cannot work, one line each."""
     checks = (
-        *(_loss_problems, _teacher_problems, _init_problems, _shrink_problems),
+        *(_loss_problems, teacher_problems, folds_problems, _init_problems, _shrink_problems),
         *(data_problems, target_problems, augment_problems, train_problems, word_problems),
         multilabel_problems,
     )
@@ -81,73 +82,6 @@ def _loss_problems(recipe: Recipe) -> Iterator[str]:
     if needing and not recipe.named_teachers:
         need = "need" if len(needing) > 1 else "needs"
         yield f"losses: {', '.join(needing)} {need} a teacher (set teacher.model, or use ce alone)"
-
-
-def _teacher_problems(recipe: Recipe) -> Iterator[str]:
-    for number, spec in enumerate(recipe.teachers):
-        key = "teacher" if len(recipe.teachers) == 1 else f"teachers[{number}]"
-        if spec.is_student:
-            yield from _self_teacher_problems(key, spec)
-        elif "+" in spec.prepare or "," in spec.prepare:
-            yield from method_problems(f"{key}.prepare", spec.prepare)
-        elif spec.prepare not in (allowed := ("probe", "none", WORDS, *METHODS.names)):
-            yield f"{key}.prepare: unknown word '{spec.prepare}'{choices(spec.prepare, allowed, 'methods')}"
-        if spec.is_student or spec.joint or not any(loss.reads_logits for loss in recipe.losses):
-            given = (name for name in ("calibrate", "balance") if getattr(spec, name))
-            why = "is for the logits of a teacher that stays as it was prepared (leave it out)"
-            yield from (f"{key}.{name}: {why}" for name in given)
-        if spec.joint:
-            yield from _joint_problems(f"{key}.joint", spec, recipe)
-        if spec.overtaken == "fade" and (spec.is_student or spec.joint):
-            yield f"{key}.overtaken: the teacher '{spec.model}' is made of the student or learns with it (leave out)"
-        elif spec.overtaken == "fade" and not any(
-            loss.weight and loss.name in LOSSES and LOSSES.row(loss.name).category == "labels" for loss in recipe.losses
-        ):
-            yield f"{key}.overtaken: without a loss on labels nothing would be left to learn (add ce, or leave it out)"
-        if spec.classes is not None and spec.prepare != "none":
-            yield f"{key}.classes: is for the teacher's own classifier (set {key}.prepare=none)"
-        if spec.keeps_less and spec.cache in ("memory", "off"):
-            yield f"{key}.cache: top_k and cache_dtype are for outputs on disk, not for '{spec.cache}'"
-        if spec.cache in ("memory", "disk") and (changing := what_changes(spec, recipe.data)):
-            yield f"{key}.cache: nothing can be cached, since {changing}"
-
-
-def _self_teacher_problems(key: str, spec: TeacherSpec) -> Iterator[str]:
-    """Yield options that a teacher made of the student does not have."""
-    for name in OF_OTHERS:
-        if getattr(spec, name) is not None:
-            yield f"{key}.{name}: the teacher '{spec.model}' does not have this option (leave it out)"
-    if spec.prepare != "probe":
-        yield f"{key}.prepare: the teacher '{spec.model}' cannot be prepared by '{spec.prepare}' (leave it out)"
-    if spec.shard != "auto":
-        yield f"{key}.shard: the teacher '{spec.model}' is sharded with the student (set train.parallel)"
-    if spec.weights != "pretrained":
-        yield f"{key}.weights: the teacher '{spec.model}' has the student's weights (leave it out)"
-
-
-def _joint_problems(key: str, spec: TeacherSpec, recipe: Recipe) -> Iterator[str]:
-    """Yield why a teacher cannot be trained along with the student."""
-    if recipe.method.name != "slad":
-        yield f"{key}: only the adapters of slad have a part to share, not {recipe.method.name} (--method slad)"
-    if spec.is_student:
-        yield f"{key}: the teacher '{spec.model}' is made of the student (name another model)"
-    if recipe.label_free or not any(loss.reads_logits for loss in recipe.losses if loss.name in LOSSES):
-        yield f"{key}: it learns from labels, so it needs a classifier (add a loss on its logits, say kd, and labels)"
-    if recipe.train.parallel == "fsdp2" or spec.shard == "on":
-        yield f"{key}: shared cores cannot be sharded (set train.parallel=ddp, and leave {key[:-6]}.shard out)"
-
-
-def what_changes(spec: TeacherSpec, data: DataSpec) -> str | None:
-    """Return why a teacher's outputs cannot be cached, and what to do; None if they can."""
-    if spec.model == EMA:
-        return "the running average of the student changes in every step (leave it out)"
-    if spec.joint:
-        return "a joint teacher learns in every step (leave it out)"
-    if data.mixes:
-        return "mixed images are new in every epoch (set data.mixup and data.cutmix to 0)"
-    if data.augment != "none" and data.views is None:
-        return "views are new in every epoch (set data.augment=none, or a number of views: data.views=4)"
-    return None
 
 
 def _shrink_problems(recipe: Recipe) -> Iterator[str]:

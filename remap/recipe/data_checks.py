@@ -42,8 +42,8 @@ def data_problems(recipe: Recipe) -> Iterator[str]:
     if data.source is None:
         if data.unlabeled is None:
             yield "data.source: there are no images (set data.source, or data.unlabeled to learn without labels)"
-        needed = ("val_source", "labels", "held_out", "per_class", "selection", "subset", "only", "known_classes")
-        for name in needed:
+        needed = ("val_source", "labels", "held_out", "per_class", "fold", "selection")
+        for name in (*needed, "subset", "only", "known_classes"):
             if getattr(data, name) is not None and not (name == "val_source" and data.classes is not None):
                 yield f"data.{name}: there are no labelled images (set data.source, or leave data.{name} out)"
         if not recipe.teachers and recipe.train.fit != "none":

@@ -11,7 +11,7 @@ from remap.data.words import of_images
 from remap.io.paths import absolute
 from remap.language.words import ONE, read_words, split_classes, that_fit
 from remap.recipe.paths import absolute_data
-from remap.recipe.sections import PathOrName, Section
+from remap.recipe.sections import Fold, PathOrName, Section
 from remap.registry import LATER
 
 # Share of the labelled training images that the epoch is chosen by, where a recipe does not say it.
@@ -111,6 +111,9 @@ class DataSpec(Section):
     )
     held_out: Annotated[float | None, LATER] = Field(
         default=None, gt=0.0, lt=1.0, description="Share of the labelled training images to evaluate on instead."
+    )
+    fold: Annotated[Fold | None, LATER] = Field(
+        default=None, description="Fold of the labelled training images to leave out; a run sets it (teacher.folds)."
     )
     selection: Annotated[float | None, LATER] = Field(
         default=None,
@@ -232,6 +235,10 @@ class DataSpec(Section):
         if self.memory is not None:
             paths["memory"] = absolute(self.memory)
         return self.model_copy(update=paths)
+
+    def without_folds(self) -> "DataSpec":
+        """Return the same data with all labelled training images, of every fold."""
+        return self if self.fold is None else self.model_copy(update={"fold": None})
 
     def labeled_part(self) -> "DataSpec":
         """Return the same data without the images that come without labels."""

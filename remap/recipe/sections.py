@@ -39,6 +39,29 @@ class Section(BaseModel):
         return super().model_copy(update=update, deep=deep)
 
 
+class Fold(Section):
+    """A fold of the labelled training images, which are divided the same way for every seed."""
+
+    number: int = Field(ge=1, description="Which one, from 1.")
+    of: int = Field(ge=2, description="How many there are.")
+    held_out: float | None = Field(
+        default=None, gt=0.0, lt=1.0, description="Share of the other images to evaluate on, by which none is tuned."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _require_both(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not {"number", "of"} <= set(values):
+            raise ValueError("should have number and of, as in {number: 1, of: 5}")
+        return values
+
+    @model_validator(mode="after")
+    def _require_one_of_them(self) -> Self:
+        if self.number > self.of:
+            raise ValueError(f"there is no fold {self.number} of {self.of}")
+        return self
+
+
 class ModelSpec(Section):
     """A backbone and where its weights come from."""
 
@@ -79,6 +102,11 @@ class TeacherSpec(ModelSpec):
     calibrate: Annotated[bool, LATER] = Field(default=False, description="Fit its temperature on held-out images.")
     balance: Annotated[float, LATER] = Field(
         default=0.0, ge=0.0, le=1.0, description="Part of the log of a class's mean probability that its logits lose."
+    )
+    folds: Annotated[int | None, LATER] = Field(
+        default=None,
+        ge=2,
+        description="A teacher for each of so many folds of the labelled images, prepared without it; null is one.",
     )
     overtaken: Annotated[Literal["keep", "fade"], LATER] = Field(
         default="keep", description="fade: its losses lose weight once the student is better on evaluation images."

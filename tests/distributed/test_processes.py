@@ -93,6 +93,27 @@ def test_two_processes_share_teachers_and_lessons(
     assert choices[0] == choices[1]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [("teacher.cache=memory", "data.labels=15"), ("teacher.cache=disk", "teacher.prepare=bitfit", "teacher.lr=0.01")],
+    ids=["probes, few labels", "tuned teachers on disk"],
+)
+def test_two_processes_prepare_the_teachers_of_all_folds(
+    tiny: Any, tmp_path: Path, fork_command: Fork, settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which images are in which fold decides every answer, and so the student."""
+    settings = (*settings, "teacher.folds=3", "teacher.epochs=1", "teacher.allow_weak=true", "train.precision=fp32")
+    words = {"losses": "ce,kd,feature"}
+    command = ("remap_cli", "distill", *tiny.arguments(*settings, **words), f"--output={tmp_path / 'two'}")
+    fork_command(*command, count=2).end()
+    monkeypatch.setenv("REMAP_CACHE", str(tmp_path / "own"))
+    start(tiny.recipe(*settings, **words), tmp_path / "one")
+    for folder in ("teacher-fold-1", "teacher-fold-2", "teacher-fold-3", "."):
+        one, two = _tensors(tmp_path / "one" / folder), _tensors(tmp_path / "two" / folder)
+        for name, tensor in one.items():
+            assert torch.allclose(two[name], tensor, atol=1e-5, rtol=0), (folder, name)
+
+
 def test_processes_that_nobody_started_are_missed(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TrainingError, match="asks for 2 processes and has 1") as caught:
         start(tiny.recipe("train.processes=2"), tmp_path / "run")

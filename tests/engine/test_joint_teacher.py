@@ -17,10 +17,10 @@ from remap.errors import RecipeError
 from remap.network import Network, Runner
 from remap.pipeline import teacher_check
 from remap.pipeline.components import RunComponents, build_components
+from remap.pipeline.prepared_teacher import PreparedTeacher
 from remap.pipeline.run import resume, start
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_outputs import make_teacher
-from remap.pipeline.teachers import PreparedTeacher
 from remap.progress import Silent
 from remap.remapping.labels import Labels
 from remap.runs.run_dir import RunDir

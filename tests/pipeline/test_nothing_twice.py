@@ -13,8 +13,9 @@ import torch
 
 from remap.cache.cache_folders import cache_root
 from remap.cache.cache_listing import list_caches
-from remap.cache.teacher_cache import InMemory
+from remap.cache.teacher_cache import FiniteViews, InMemory
 from remap.data import sources
+from remap.data.augmentation import Augmentation
 from remap.data.fingerprint import Contents
 from remap.network import Runner
 from remap.pipeline.one_pass import OnePass
@@ -73,7 +74,7 @@ def test_one_pass_gives_features_outputs_and_the_next_run_reads_the_head(
 def test_the_last_batch_of_one_pass_need_not_be_full() -> None:
     """5 images in batches of 3, the third unreadable; source: the product of all features with the head's weights."""
     pooled, weight, good = torch.arange(20.0).reshape(5, 4), torch.eye(4)[:, :2], np.array([0, 1, 3, 4])
-    rows, views = InMemory(), SimpleNamespace(source=SimpleNamespace(split=range(5)))
+    rows, views = InMemory(), FiniteViews(SimpleNamespace(split=range(5)), Augmentation(), 0, 1)  # type: ignore[arg-type]
     rows.put(0, good, {POOLED: pooled[good]}, 5)
     runner = SimpleNamespace(bf16=False)
     teacher: Any = SimpleNamespace(

@@ -22,11 +22,11 @@ from remap.network import Network, Runner
 from remap.pipeline import probe, teacher_check, teacher_tuning
 from remap.pipeline.components import build_components
 from remap.pipeline.dry_run import estimate
+from remap.pipeline.prepared_teacher import PreparedTeacher
 from remap.pipeline.run import Result, resume, start
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_check import require_useful
 from remap.pipeline.teacher_tuning import teacher_recipe
-from remap.pipeline.teachers import PreparedTeacher
 from remap.progress import Silent
 from remap.recipe.schema import TeacherSpec
 from remap.runs.interval import Measured, share_of
