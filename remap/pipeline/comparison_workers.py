@@ -240,8 +240,7 @@ def work(connection: Connection, slot: Slot, output: Path, recipe: Recipe) -> No
 
 def _visible(gpu: int) -> str:
     """Return the name of a GPU by its number among those that the user made visible."""
-    names = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return names.split(",")[gpu] if names else str(gpu)
+    return names.split(",")[gpu] if (names := os.environ.get("CUDA_VISIBLE_DEVICES", "")) else str(gpu)
 
 
 def _follow_parent() -> None:
