@@ -1,12 +1,12 @@
 """What `remap recommend` loses against a finished comparison of all methods, and what it costs.
 
-Run: python benchmarks/recommend.py --sets DIR --compared DIR --results DIR
+Run: python benchmarks/recommend.py --sets DIR --results DIR
 
---compared is the folder of `remap compare --suite offline --sets DIR`; of its sets those that are finished count. On
-each the ranking of `remap recommend`, which sees training images alone, is held against the mean accuracies with the
-teacher. Regret: the best method's mean less that of the method it names. Nothing in the ranking is fitted to a set.
-Beside it stands the choice without looking at the set: the method whose mean over all other sets is highest. Time is
-that of the ranking over that of one seed of all methods with the teacher.
+On each set that `benchmarks/offline.py` has finished, the ranking of `remap recommend`, which sees training images
+alone, is held against the mean accuracies with the teacher. Regret: the best method's mean less that of the method it
+names. Nothing in the ranking is fitted to a set. Beside it stands the choice without looking at the set: the method
+whose mean over all other sets is highest. Time is that of the ranking over that of one seed of all methods with the
+teacher, as they took when they were compared.
 """
 
 import argparse
@@ -19,26 +19,20 @@ from typing import Any
 
 import torch
 
-from remap.pipeline.comparison_files import RECORD
 from remap.pipeline.recommend import recommend
 from remap.progress import Silent
 from remap.recipe.suite import load_suite
-from remap.runs.run_dir import RunDir
+
+# What benchmarks/offline.py writes.
+RESULTS = Path(__file__).parent / "results" / "offline"
 
 
-def accuracies(folder: Path) -> dict[str, float]:
-    """Return the mean accuracy in % of each method with the teacher; recommend ranks on the student's own weights."""
-    rows = json.loads((folder / RECORD).read_text())["rows"]
-    return {row["name"]: 100 * row["teacher"]["mean"] for row in rows if "@" not in row["name"]}
-
-
-def seconds(folder: Path, methods: Mapping[str, float]) -> float:
-    """Return the mean seconds of a seed of all methods with the teacher, without their search."""
-    each = [
-        statistics.fmean(RunDir.open(run).summary()["seconds"] for run in folder.glob(f"{method}-teacher-s*"))
-        for method in methods
-    ]
-    return sum(each)
+def with_teacher(file: Path) -> dict[str, dict[str, float]]:
+    """Return accuracy in % and seconds of each method with the teacher, for students with weights of their own."""
+    rows = [row for row in json.loads(file.read_text())["rows"] if "@" not in row["name"]]
+    return {
+        row["name"]: {"accuracy": 100 * row["teacher"]["mean"], "seconds": row["teacher"]["seconds"]} for row in rows
+    }
 
 
 def row(name: str, found: Mapping[str, Any], compared: Mapping[str, Mapping[str, float]], cost: float) -> list[Any]:
@@ -57,17 +51,19 @@ def row(name: str, found: Mapping[str, Any], compared: Mapping[str, Mapping[str,
 def main() -> None:
     """Rank on each finished set, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("sets", "compared", "results"):
+    for name in ("sets", "results"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     suite = load_suite("offline")
-    names = [name for name in suite.sets if (options.compared / name / RECORD).is_file()]
-    compared = {name: accuracies(options.compared / name) for name in names}
+    files = {name: RESULTS / f"{name}.json" for name in suite.sets}
+    found = {name: with_teacher(file) for name, file in files.items() if file.is_file()}
+    compared = {name: {key: one["accuracy"] for key, one in rows.items()} for name, rows in found.items()}
     rows = []
-    for name in names:
-        found = recommend(suite.recipe_of(name, options.sets), list(compared[name]), options.results / name, Silent())
-        rows.append(row(name, found, compared, found["seconds"] / seconds(options.compared / name, compared[name])))
+    for name, methods in found.items():
+        ranking = recommend(suite.recipe_of(name, options.sets), list(methods), options.results / name, Silent())
+        cost = ranking["seconds"] / sum(one["seconds"] for one in methods.values())
+        rows.append(row(name, ranking, compared, cost))
         print(*rows[-1], flush=True)
     print("| set | recommended | its accuracy | best | its accuracy | regret | cannot tell | holds the best |", end="")
     print(" best elsewhere | regret | time |\n|---|---|---|---|---|---|---|---|---|---|---|")

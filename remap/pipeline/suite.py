@@ -63,7 +63,7 @@ def run_suite(
         }
     found = summarize_suite(tables, {name: one.group for name, one in suite.sets.items()})
     atomic_write.write_json(output / RECORD, found)
-    atomic_write.write_text(output / "suite.md", _markdown(found))
+    atomic_write.write_text(output / "suite.md", markdown(found))
     atomic_write.write_text(output / "suite.csv", _csv(found))
     return found
 
@@ -161,7 +161,8 @@ def _csv(found: dict[str, Any]) -> str:
     return file.getvalue()
 
 
-def _markdown(found: dict[str, Any]) -> str:
+def markdown(found: dict[str, Any]) -> str:
+    """Return the content of suite.md: each method with and without the teacher on every set, and the means."""
     names, groups = list(found["sets"]), list(found["rows"][0]["teacher"]["groups"])
     columns = ["method", *names, *groups, *(["mean of groups"] if groups else []), "mean", "to full tuning", "sets"]
     lines = [f"| {' | '.join(map(plain, columns))} |", f"|---|{'---:|' * (len(columns) - 1)}"]
