@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from tiny_models import tiny_models
 from torch import Tensor
 
+from remap.distributed import launch
 from remap.progress import Step
 from remap.recipe import Recipe, resolve
 
@@ -279,6 +280,15 @@ def _own_cache(_caches: Iterator[str], monkeypatch: pytest.MonkeyPatch) -> None:
 def _one_thread() -> None:
     """Tiny tensors are faster on one thread. For the whole session: runs made by wider fixtures must add up alike."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def native_bf16() -> Iterator[Callable[[], bool]]:
+    """Whether the processor multiplies bf16, which no run here takes by itself: tolerances are those of float32."""
+    check = launch.cpu_multiplies_bf16
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "cpu_multiplies_bf16", lambda: False)
+        yield check
 
 
 @pytest.fixture(scope="session", autouse=True)

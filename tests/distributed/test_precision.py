@@ -1,5 +1,6 @@
 """Which precision "auto" is."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ def test_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch: pytest.Monk
     assert row["found"].startswith(f"{word}: the processor has")
 
 
-def test_the_check_agrees_with_the_flags_that_the_kernel_lists() -> None:
+def test_the_check_agrees_with_the_flags_that_the_kernel_lists(native_bf16: Callable[[], bool]) -> None:
     listed = Path("/proc/cpuinfo")
     if not listed.is_file():
         pytest.skip("not Linux")
-    assert launch.cpu_multiplies_bf16() == bool({"avx512_bf16", "amx_tile"} & set(listed.read_text().split()))
+    assert native_bf16() == bool({"avx512_bf16", "amx_tile"} & set(listed.read_text().split()))
