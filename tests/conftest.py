@@ -88,6 +88,8 @@ class Tiny:
     teacher: str
 
     SETTINGS = ("data.workers=1", "train.epochs=2", "train.batch_size=8", "train.warmup_epochs=0.5", "train.lr=0.01")
+    # Commands may run in processes that do not have ``native_bf16``.
+    COMMANDS = ("baseline=false", "train.precision=fp32")
 
     def words(self, **words: object) -> dict[str, object]:
         return {"data": self.data, "student": self.student, "teacher": self.teacher, **words}
@@ -99,7 +101,7 @@ class Tiny:
     def arguments(self, *settings: str, **words: object) -> list[str]:
         """The same recipe for the command line, which adds a baseline to it otherwise."""
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in self.words(**words).items()]
-        return [*flags, *(f"--set={setting}" for setting in (*self.SETTINGS, "baseline=false", *settings))]
+        return [*flags, *(f"--set={setting}" for setting in (*self.SETTINGS, *self.COMMANDS, *settings))]
 
 
 @pytest.fixture(scope="session")

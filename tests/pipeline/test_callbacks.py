@@ -168,7 +168,7 @@ def test_a_second_signal_while_the_state_is_saved_after_an_exception(
     assert caught.value.at_once and not waited
 
 
-@pytest.mark.parametrize("where", ["teacher_tuning.fetch_teacher", "teacher_tuning.store_teacher", "evidence.Runner"])
+@pytest.mark.parametrize("where", ["stored_teacher.fetch_teacher", "stored_teacher.store_teacher", "evidence.Runner"])
 def test_a_signal_is_not_taken_for_what_a_run_can_do_without(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
