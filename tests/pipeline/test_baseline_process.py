@@ -16,7 +16,8 @@ from remap.pipeline import baseline_process
 from remap.pipeline.run import resume, start
 
 Watch = Callable[..., Any]
-SETTINGS = ("baseline=true", "teacher.allow_weak=true")
+# The precision is named, since the other process does not have ``native_bf16``.
+SETTINGS = ("baseline=true", "teacher.allow_weak=true", "train.precision=fp32")
 NO_IMPORTS = (sys.executable, "-S", "-c")
 
 
