@@ -120,7 +120,11 @@ def run(
         # The same student by labels alone, beside this one or after it.
         alone = baseline_recipe(components, progress)
         alone_dir = None if alone is None else open_or_create(run_dir.baseline, alone)
-        beside = locks.enter_context(baseline_beside(alone_dir)) if alone_dir is not None and is_beside else None
+        beside = (
+            locks.enter_context(baseline_beside(alone_dir, recipe.data))
+            if alone_dir is not None and is_beside
+            else None
+        )
 
         # Train, and prove that what is frozen did not change.
         job = training_job(
@@ -154,7 +158,9 @@ def run(
         accelerator().wait_for_everyone()
 
         # What is killed from here on has the student, and lacks the comparison only.
-        found = None if alone_dir is None else _train_baseline(alone_dir, beside, progress, shared, steps_after)
+        found = None
+        if alone is not None and alone_dir is not None:
+            found = _train_baseline(alone, alone_dir, beside, progress, shared, steps_after)
         if found is not None:
             summary["baseline"] = found
             if main:
@@ -302,7 +308,12 @@ def _learn(
 
 
 def _train_baseline(
-    baseline: RunDir, beside: BaselineProcess | None, progress: Progress, shared: SharedResources, steps_after: int
+    recipe: Recipe,
+    baseline: RunDir,
+    beside: BaselineProcess | None,
+    progress: Progress,
+    shared: SharedResources,
+    steps_after: int,
 ) -> dict[str, Any] | None:
     """Train by labels alone, if no other process did, and return the figures; None if it failed."""
     if beside is not None:
@@ -311,7 +322,7 @@ def _train_baseline(
             return baseline_figures(baseline.summary())
     try:
         title = Within(progress, "labels only")
-        found = run(baseline.recipe(), baseline, title, shared, resuming=True, steps_after=steps_after)
+        found = run(recipe, baseline, title, shared, resuming=True, steps_after=steps_after)
     except (RunError, TrainingError) as error:  # the student is there, and the run is not lost with this
         progress.say(f"training on labels alone, to compare with, ended early: {error}")
         return None
