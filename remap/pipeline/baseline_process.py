@@ -5,7 +5,6 @@ share a step, the less each of them does. Which cores a run uses decides the las
 depends on nothing that changes between a run and its repetition or resumption, such as the free memory.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -18,7 +17,6 @@ import torch
 from remap.distributed.launch import accelerator
 from remap.distributed.launcher_env import without_launcher
 from remap.progress import Progress
-from remap.recipe.schema import DataSpec
 from remap.runs.run_dir import RunDir
 
 # Steps below which starting Python and PyTorch takes longer than it saves.
@@ -38,14 +36,12 @@ def fits_beside(by_steps: bool, steps: int) -> bool:
 class BaselineProcess:
     """A process that trains the baseline in its run directory."""
 
-    def __init__(self, run_dir: RunDir, data: DataSpec, threads: int) -> None:
+    def __init__(self, run_dir: RunDir, threads: int) -> None:
         places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         environment = {**without_launcher(), "PYTHONPATH": os.pathsep.join(filter(None, places))}
-        # What changes no result is in no recipe.yaml.
-        own = json.dumps({"workers": data.workers, "memory_gib": data.memory_gib})
         # Ctrl-C reaches the first process alone, which stops this one. Its input is closed when that one is killed.
         self._process = subprocess.Popen(
-            [*COMMAND, str(run_dir.path.resolve()), str(threads), own],
+            [*COMMAND, str(run_dir.path.resolve()), str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -70,7 +66,7 @@ class BaselineProcess:
 
 
 @contextmanager
-def baseline_beside(run_dir: RunDir, data: DataSpec) -> Iterator[BaselineProcess | None]:
+def baseline_beside(run_dir: RunDir) -> Iterator[BaselineProcess | None]:
     """Train a baseline in another process while the block runs, on half of the threads each.
 
     Yields:
@@ -82,7 +78,7 @@ def baseline_beside(run_dir: RunDir, data: DataSpec) -> Iterator[BaselineProcess
     process = None
     if not run_dir.is_done:
         with suppress(OSError):
-            process = BaselineProcess(run_dir, data, threads // 2)
+            process = BaselineProcess(run_dir, threads // 2)
     try:
         yield process
     finally:

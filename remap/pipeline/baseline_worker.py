@@ -1,6 +1,5 @@
 """What the process of ``baseline_process`` does: train the baseline in its run directory."""
 
-import json
 import os
 import signal
 import sys
@@ -17,17 +16,15 @@ from remap.runs.run_dir import RunDir
 
 
 def main() -> None:
-    """Run, or resume, the run directory that the command line names, on so many threads, with these fields of data."""
+    """Run, or resume, the run directory that the command line names, on so many threads."""
     threading.Thread(target=_follow_parent, daemon=True).start()
     with suppress(OSError):  # where memory runs out, the system ends this process, and not the student's
         Path("/proc/self/oom_score_adj").write_text("1000")
-    path, threads, fields = sys.argv[1:]
+    path, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     run_dir = RunDir.open(Path(path))
-    recipe = run_dir.recipe()
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=json.loads(fields))})
     try:
-        run(recipe, run_dir, Silent(), resuming=True)
+        run(run_dir.recipe(), run_dir, Silent(), resuming=True)
     except RemapError:  # what it is, the first process finds and says when it trains the baseline itself
         sys.exit(1)
 

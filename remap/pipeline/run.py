@@ -120,11 +120,7 @@ def run(
         # The same student by labels alone, beside this one or after it.
         alone = baseline_recipe(components, progress)
         alone_dir = None if alone is None else open_or_create(run_dir.baseline, alone)
-        beside = (
-            locks.enter_context(baseline_beside(alone_dir, recipe.data))
-            if alone_dir is not None and is_beside
-            else None
-        )
+        beside = locks.enter_context(baseline_beside(alone_dir)) if alone_dir is not None and is_beside else None
 
         # Train, and prove that what is frozen did not change.
         job = training_job(

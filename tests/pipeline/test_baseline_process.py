@@ -96,8 +96,8 @@ def test_the_process_ends_with_the_one_that_started_it(tiny: Any, tmp_path: Path
     """Which may be killed, and then ends nothing itself: the input of the process is closed."""
     from remap.runs.run_dir import RunDir
 
-    recipe = tiny.recipe("teacher.allow_weak=true", "train.epochs=100000")
-    process = baseline_process.BaselineProcess(RunDir.create(tmp_path / "run", recipe), recipe.data, 1)._process
+    run_dir = RunDir.create(tmp_path / "run", tiny.recipe("teacher.allow_weak=true", "train.epochs=100000"))
+    process = baseline_process.BaselineProcess(run_dir, 1)._process
     assert process.stdin is not None
     process.stdin.close()
     assert process.wait(120) != 0
