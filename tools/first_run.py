@@ -30,7 +30,8 @@ def measure() -> None:
     runs = []
     for seed in range(SEEDS):
         with tempfile.TemporaryDirectory() as folder:
-            summary = remap.distill({"seed": seed}, output=Path(folder) / "run").summary
+            # As the command does; in Python a run has no baseline unless it is named.
+            summary = remap.distill({"seed": seed}, settings=["baseline=true"], output=Path(folder) / "run").summary
         found = {role: summary[role]["accuracy"] for role in ROWS}
         runs.append({"seed": seed, **found, "task_bytes": summary["student"]["task_bytes"]})
         print(runs[-1], flush=True)
