@@ -99,7 +99,7 @@ def test_the_first_output_is_all_that_the_command_prints(capsys: pytest.CaptureF
     summary = {
         "run_dir": f"runs/digits-{method}-001",
         "method": method,
-        "seconds": 162.0,
+        "seconds": 60.0,
         "data": {"source": "digits", "val_images": 797, "train_images": 1000, "labeled_images": 200},
         "teacher": {**share, "model": "mini_teacher", "total_parameters": 1_500_000},
         "student": {**counts, "accuracy": 0.95, "interval": [0.9, 1.0]},
