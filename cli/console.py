@@ -43,7 +43,7 @@ def _width() -> int | None:
 out = Console(highlight=False, emoji=False, width=_width())
 err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
-HELD = "\ue000"  # a blank in the cell of a table at which no line ends; a character that nobody writes
+HELD = "\ue000"  # a blank in the cell of a table at which no line ends; a character that no text has
 # The label of a line of a message, and a command in it.
 _LABEL, _COMMAND = re.compile(r" *(?:\w+: +)?"), re.compile(r"(?:^|(?<=: ))(?:remap|touch|pip|torchrun) .*")
 # Without a terminal: seconds between two lines of a wait, and the shortest wait that gets a closing line.

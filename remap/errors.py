@@ -152,5 +152,5 @@ class Interrupted(RemapError):
 
 
 def is_at_once(error: BaseException) -> bool:
-    """Return whether a second signal raised an error: nothing is saved, and nobody is waited for."""
+    """Return whether a second signal raised an error: nothing is saved, and no process is waited for."""
     return isinstance(error, Interrupted) and error.at_once

@@ -1,4 +1,4 @@
-"""Train the baseline (``baseline``) beside the student, in a process of its own, where a CPU has cores for both.
+"""Train the baseline (see ``baseline``) beside the student, in a process of its own, where a CPU has cores for both.
 
 Two small networks, each on half of the cores, take less time than one after the other on all of them: the more threads
 share a step, the less each of them does. Which cores a run uses decides the last bits of its sums, so the choice
