@@ -23,7 +23,6 @@ from remap.runs.run_dir import RunDir
 LEAST_STEPS = 200
 # Seconds that the process has for saving its state when the run is stopped.
 SAVING_S = 600.0
-# The folder of the package is named, so that the process finds this very code.
 COMMAND = (sys.executable, "-P", "-c", "from remap.pipeline.baseline_worker import main; main()")
 
 
@@ -37,8 +36,10 @@ class BaselineProcess:
     """A process that trains the baseline in its run directory."""
 
     def __init__(self, run_dir: RunDir, threads: int) -> None:
-        places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-        environment = {**without_launcher(), "PYTHONPATH": os.pathsep.join(filter(None, places))}
+        environment, root = without_launcher(), Path(__file__).parents[2]
+        if root.name not in ("site-packages", "dist-packages"):  # a checkout; an installed package is found as it is
+            places = (str(root), environment.get("PYTHONPATH", ""))
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, places))
         # Ctrl-C reaches the first process alone, which stops this one. Its input is closed when that one is killed.
         self._process = subprocess.Popen(
             [*COMMAND, str(run_dir.path.resolve()), str(threads)],
@@ -59,7 +60,8 @@ class BaselineProcess:
         """End the process, which saves its state first; a second signal to this one ends it at once."""
         try:
             self._process.terminate()
-            self._process.wait(SAVING_S)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(SAVING_S)
         finally:
             self._process.kill()
             self._process.communicate()
