@@ -73,7 +73,7 @@ def tradeoff(name: str, points: Sequence[Point], lines: Mapping[str, float], met
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize=9.5)
 
     below = 0.75 + 0.21 * ceil((len(lines) + len(groups) + 1) / 2)
-    size, margins = (WIDTH, 3.2 + below), (0.58, below, 0.1, 0.1)
+    size, margins = (WIDTH, 3.2 + below), (0.74, below, 0.1, 0.1)
     return Drawing(name, f"{metric} against trained parameters", paint, size, margins)
 
 
