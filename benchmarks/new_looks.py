@@ -101,7 +101,8 @@ def main() -> None:
                     cell = {"set": name, "loss": loss, "seed": seed, "accuracy": found[key]}
                     with record.open("a") as file:
                         file.write(json.dumps(cell) + "\n")
-    print("| images | source only |" + "".join(f" `{loss}` |" for loss in columns[1:]) + "\n" + "|---" * 6 + "|")
+    print("| images | source only |" + "".join(f" `{loss}` |" for loss in columns[1:]))
+    print("|---" * (len(columns) + 1) + "|")
     for name in LOOKS:
         cells = [", ".join(f"{found[name, loss, seed]:.1f}" for seed in range(options.seeds)) for loss in columns]
         print(f"| {name} | {' | '.join(cells)} |")

@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--only", help="names of sets; all by default")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
+    if not options.table and None in (options.sets, options.runs):
+        parser.error("name --sets and --runs, or --table")
     suite = load_suite("offline")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     for name in [] if options.table else options.only.split(",") if options.only else suite.sets:

@@ -24,6 +24,8 @@ from remap.errors import Interrupted
 _FILE, CALLBACK = 1000, 1001
 # Seconds between two checks for the file: on a network drive each one costs a round trip.
 CHECK_EVERY = 1.0
+# Seconds that a process which this one has started may take to save its state when it is stopped.
+SAVING_S = 600.0
 
 
 Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None

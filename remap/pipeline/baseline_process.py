@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from remap.distributed.interrupts import SAVING_S
 from remap.distributed.launch import accelerator
 from remap.distributed.launcher_env import without_launcher
 from remap.progress import Progress
@@ -21,8 +22,6 @@ from remap.runs.run_dir import RunDir
 
 # Steps below which starting Python and PyTorch takes longer than it saves.
 LEAST_STEPS = 200
-# Seconds that the process has for saving its state when the run is stopped.
-SAVING_S = 600.0
 COMMAND = (sys.executable, "-P", "-c", "from remap.pipeline.baseline_worker import main; main()")
 
 

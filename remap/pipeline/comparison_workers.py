@@ -17,6 +17,7 @@ import torch
 
 from remap.cache.shared_outputs import FOLDER, SharedOutputs
 from remap.distributed.device_memory import reset_peak
+from remap.distributed.interrupts import SAVING_S
 from remap.distributed.launch import accelerator
 from remap.errors import Interrupted, RemapError, RunError
 from remap.io import links
@@ -29,8 +30,6 @@ from remap.runs.run_dir import RunDir
 
 # Clean processes that have imported everything once. A fork of this one would inherit locks and the state of a GPU.
 START_METHOD = "forkserver"
-# Seconds that cells have for saving when the comparison is stopped.
-SAVING_S = 600.0
 
 
 @dataclass(frozen=True)
