@@ -177,7 +177,7 @@ def markdown(found: dict[str, Any]) -> str:
             lines.append(f"| {' | '.join(map(plain, cells))} |")
     note = (
         f"The {found['metric']} in %, mean over {number_of(len(found['seeds']), 'seed')}. The difference to full tuning"
-        f" on labels alone is the mean over {number_of(len(names), 'set')}, in points, with a 95% interval over sets; the last"
-        " column says on how many of them the paired interval leaves 0 out."
+        f" on labels alone is the mean over {number_of(len(names), 'set')}, in points, with a 95% interval over sets;"
+        " the last column says on how many of them the paired interval leaves 0 out."
     )
     return f"{note}\n\n" + "\n".join(lines) + "\n"
