@@ -1,6 +1,5 @@
 """``remap predict``: classes of images."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,6 +55,12 @@ def predict(
             help="tent: adapt the norms to these images on the way; the run stays as it is.", show_default=False
         ),
     ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, fp32 or bf16; by default that of the run, and auto for tasks and shelves.", show_default=False
+        ),
+    ] = None,
     output: Annotated[
         Path | None, _into_file("--output", "Write rows to a .jsonl, .csv or .parquet file; continues if killed.")
     ] = None,
@@ -79,18 +84,18 @@ def predict(
         return
     launch.start_processes(devices)
     from remap.prediction.inputs import Inputs
-    from remap.prediction.predict import open_students, predict_to_file, runs_in_bf16
+    from remap.prediction.predict import in_precision_of, open_students, predict_to_file
     from remap.prediction.predictions import Wanted, predictions
 
     inputs = Inputs(words, list_file or [])
-    wanted = Wanted(top, probabilities, embeddings, batch_size, adapt=adapt, threshold=threshold)
+    wanted = Wanted(top, probabilities, embeddings, batch_size, precision=precision, adapt=adapt, threshold=threshold)
     with console.Reporter(quiet=not launch.is_first()) as progress:
         if output is not None:
             counts = predict_to_file(runs, inputs, output, wanted, progress)
             found = []
         else:
             students = open_students(runs)
-            wanted = replace(wanted, bf16=runs_in_bf16(runs, students))
+            wanted = in_precision_of(runs, students, wanted)
             found = [row.to_dict() for rows in predictions(students, inputs, wanted) for row in rows]
             counts = (len(found), sum(row["error"] is not None for row in found))
         if inputs.left_out:

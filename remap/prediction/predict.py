@@ -37,6 +37,7 @@ def predict(
     embeddings: bool = False,
     batch_size: int = 64,
     adapt: str | None = None,
+    precision: str | None = None,
     device: str | None = None,
     progress: Progress = Silent(),
 ) -> Iterator[Prediction]:
@@ -58,15 +59,17 @@ def predict(
         batch_size: Images per forward pass.
         adapt: "tent" adapts the student to these images on the way (``remap.prediction.tent``); rows then depend on the
             order of the images and on ``batch_size``. The run stays as it is.
+        precision: "fp32", "bf16", or "auto": bfloat16 where the device computes in it. None is that of the run's
+            recipe, and auto for task folders, shelves and several runs.
         device: Where to compute; None is the accelerator if there is one, else the CPU.
 
     Raises:
         RunError: The run's files are damaged, or the runs are on different backbones.
         DataError: There is no image, or a folder or archive cannot be read. An image that cannot be read is a row.
     """
+    wanted = Wanted(top, probabilities, embeddings, batch_size, precision=precision, adapt=adapt, threshold=threshold)
     students = open_students(run, device)
-    bf16 = runs_in_bf16(run, students)
-    wanted = Wanted(top, probabilities, embeddings, batch_size, bf16=bf16, adapt=adapt, threshold=threshold)
+    wanted = in_precision_of(run, students, wanted)
     inputs = Inputs([images] if isinstance(images, str | Path) else images)
     for rows in _with_progress(students, inputs, wanted, progress):
         yield from rows
@@ -98,10 +101,12 @@ def predict_to_file(
         )
     students = open_students(run, accelerator().device if several else None)
     wanted.require_fit(students)  # before the folder is made, which other options would not continue
-    wanted = replace(wanted, bf16=runs_in_bf16(run, students))
-    silent = {"workers", *(() if wanted.adapt else ("batch_size", "adapt")), *(() if wanted.bf16 else ("bf16",))}
+    wanted = in_precision_of(run, students, wanted)
+    silent = {"workers", "precision", *(() if wanted.adapt else ("batch_size", "adapt"))}
     silent |= {name for name in ("top", "threshold") if getattr(wanted, name) is None}
     settings = {"tasks": _digests(run), **{key: value for key, value in asdict(wanted).items() if key not in silent}}
+    if wanted.precision == "bf16":
+        settings["bf16"] = True
     if wanted.top is None and all(student.network.task == CLASSES for student in students.values()):
         settings["top"] = 1
     make = partial(PredictionFile, path, settings, process, processes)
@@ -134,15 +139,14 @@ def _folded(student: Student) -> Student:
     return student
 
 
-def runs_in_bf16(run: Runs, students: Mapping[str, Student]) -> bool:
-    """Whether predictions are made in bfloat16, as ``remap eval`` evaluates a run: by its recipe and the device.
-
-    Task folders, shelves and several runs at once have no recipe; they are run in float32.
-    """
-    if isinstance(run, Mapping) or not (expanded(run) / "recipe.yaml").is_file():
-        return False
-    (student,) = students.values()
-    return use_bf16(RunDir(expanded(run)).recipe().train.precision, student.device)
+def in_precision_of(run: Runs, students: Mapping[str, Student], wanted: Wanted) -> Wanted:
+    """Return the options with "fp32" or "bf16", which the recipe of a run and the device decide where none is named."""
+    precision = wanted.precision
+    if precision is None:
+        has_recipe = not isinstance(run, Mapping) and (expanded(run) / "recipe.yaml").is_file()
+        precision = RunDir(expanded(run)).recipe().train.precision if has_recipe else "auto"
+    device = next(iter(students.values())).device
+    return replace(wanted, precision="bf16" if use_bf16(precision, device) else "fp32")
 
 
 def _digests(run: Runs) -> dict[str, str]:

@@ -22,6 +22,7 @@ from remap.data.image_files import why_not_read
 from remap.data.images import BadImage, reason_of
 from remap.data.thread_pool import AHEAD, map_ahead, threads
 from remap.data.views import View
+from remap.distributed.launch import use_bf16
 from remap.errors import RecipeError, RunError
 from remap.network import Runner
 from remap.pipeline.student_api import Student
@@ -29,6 +30,8 @@ from remap.prediction.inputs import Item
 from remap.prediction.tent import Tent, adapting
 from remap.remapping.signals import Needs, Signals
 from remap.tuning.seam import FeatureSeam
+
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ class Wanted:
             likely as ``threshold``.
         batch_size: Images of one forward pass.
         workers: Threads that decode; None for one a core, at most 8.
-        bf16: Whether networks run under bfloat16 autocast.
+        precision: "fp32", "bf16" (autocast), or "auto": bfloat16 where the device computes in it. None is that of the
+            run's recipe, and auto for task folders, shelves and several runs.
         adapt: "tent" adapts a single student to the images on the way (``remap.prediction.tent``): rows depend on the
             order of the images and on the batch size.
         threshold: For students of task multilabel alone; None is 0.5.
@@ -84,13 +88,16 @@ class Wanted:
     embeddings: bool = False
     batch_size: int = 64
     workers: int | None = None
-    bf16: bool = False
+    precision: str | None = None
     adapt: str | None = None
     threshold: float | None = None
 
     def __post_init__(self) -> None:
         if self.adapt not in (None, "tent"):
             raise RecipeError([f"adapt: '{self.adapt}' is not a way to adapt (allowed: tent)"], "prediction")
+        if self.precision not in (None, *PRECISIONS):
+            allowed = ", ".join(PRECISIONS)
+            raise RecipeError([f"precision: '{self.precision}' is not one (allowed: {allowed})"], "prediction")
         if self.threshold is not None and (self.top is not None or not 0 <= self.threshold <= 1):
             raise RecipeError(
                 [f"threshold: {self.threshold} (allowed: 0 to 1, without a number of classes)"], "prediction"
@@ -148,7 +155,9 @@ class _Answers:
         for student in students.values():  # without a backward pass, the fused kernel is the faster one everywhere
             set_fused_attention(student.network.model, student.network.anatomy, True)
         self.runners = {
-            name: Runner(student.network, needs, bf16=wanted.bf16).to(student.device)
+            name: Runner(student.network, needs, bf16=use_bf16(wanted.precision or "auto", student.device)).to(
+                student.device
+            )
             for name, student in students.items()
         }
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import remap
 from remap.data.thread_pool import map_ahead, threads
+from remap.distributed import launch
 from remap.errors import RecipeError, RunError
 from remap.pipeline.student_api import load_student
 from remap.prediction.formats import write_rows
@@ -52,8 +54,32 @@ def test_python_iterates_over_what_the_student_says(make_task: MakeTask, photos:
         assert row.probabilities == pytest.approx(expected.tolist(), abs=1e-6)
         assert sorted(row.indices) == [0, 1, 2, 3] and [name for name, _ in row.top] == ["abcd"[i] for i in row.indices]
         assert [p for _, p in row.top] == sorted((row.probabilities or ()), reverse=True)
-        logits = student.network.model.head(__import__("torch").tensor(row.embedding))
+        logits = student.network.model.head(torch.tensor(row.embedding))
         assert logits.softmax(-1).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_precision_is_chosen_by_the_device_or_by_name(
+    make_task: MakeTask, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Expected: PyTorch's autocast around the student's own forward."""
+    run = make_task("one", "linear")
+
+    def first(precision: str | None = None) -> list[float]:
+        row = next(iter(remap.predict(run, photos, probabilities=True, precision=precision, device="cpu")))
+        return list(row.probabilities or ())
+
+    student, image = load_student(run, "cpu"), photos / "00.png"
+    in_fp32 = student.logits([image]).softmax(-1)[0].tolist()
+    with torch.autocast("cpu", torch.bfloat16):
+        in_bf16 = student.logits([image]).float().softmax(-1)[0].tolist()
+    assert in_fp32 != pytest.approx(in_bf16, abs=1e-6)
+    assert first("fp32") == first("auto") == first() == pytest.approx(in_fp32, abs=1e-6)
+    monkeypatch.setattr(launch, "cpu_multiplies_bf16", lambda: True)
+    assert first("fp32") == pytest.approx(in_fp32, abs=1e-6)
+    assert first() == first("auto") == first("bf16") == pytest.approx(in_bf16, abs=2e-3)
+    assert first() != pytest.approx(in_fp32, abs=1e-6)
+    with pytest.raises(RecipeError, match="precision: 'half' is not one"):
+        first("half")
 
 
 def test_a_threshold_is_for_any_number_of_classes(make_task: MakeTask, photos: Path) -> None:
