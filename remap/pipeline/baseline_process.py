@@ -5,6 +5,7 @@ share a step, the less each of them does. Which cores a run uses decides the las
 depends on nothing that changes between a run and its repetition or resumption, such as the free memory.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -32,22 +33,29 @@ def fits_beside(by_steps: bool, steps: int) -> bool:
 
 
 class BaselineProcess:
-    """A process that trains the baseline in its run directory."""
+    """A process that loads its libraries and then waits until it is given a baseline to train."""
 
-    def __init__(self, run_dir: RunDir, threads: int) -> None:
+    def __init__(self) -> None:
         environment, root = without_launcher(), Path(__file__).parents[2]
         if root.name not in ("site-packages", "dist-packages"):  # a checkout; an installed package is found as it is
             places = (str(root), environment.get("PYTHONPATH", ""))
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, places))
         # Ctrl-C reaches the first process alone, which stops this one. Its input is closed when that one is killed.
         self._process = subprocess.Popen(
-            [*COMMAND, str(run_dir.path.resolve()), str(threads)],
+            COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=environment,
             start_new_session=True,
         )
+
+    def begin(self, run_dir: RunDir, threads: int) -> None:
+        """Let it train the baseline in its run directory."""
+        assert self._process.stdin is not None
+        with suppress(OSError):  # it has ended: the caller trains the baseline
+            self._process.stdin.write(json.dumps([threads, str(run_dir.path.resolve())]).encode() + b"\n")
+            self._process.stdin.flush()
 
     def wait(self, progress: Progress) -> None:
         """Wait until the baseline is trained, or the process has given up."""
@@ -67,22 +75,37 @@ class BaselineProcess:
 
 
 @contextmanager
-def baseline_beside(run_dir: RunDir) -> Iterator[BaselineProcess | None]:
-    """Train a baseline in another process while the block runs, on half of the threads each.
+def waiting_process(baseline: Path) -> Iterator[BaselineProcess | None]:
+    """Start a process for the baseline in this folder, and end it after the block.
+
+    It loads while the teacher is prepared: begun with the student, it would end as much later than the student as
+    loading takes.
 
     Yields:
-        The process; None if the baseline is finished, or the system starts no other process: the caller trains it.
+        The process; None if the baseline is finished, or the system starts no other process.
     """
-    threads = torch.get_num_threads()
-    # Also where the baseline is finished already: the student's sums stay as they were.
-    torch.set_num_threads(threads // 2)
     process = None
-    if not run_dir.is_done:
+    if not RunDir(baseline).is_done:
         with suppress(OSError):
-            process = BaselineProcess(run_dir, threads // 2)
+            process = BaselineProcess()
     try:
         yield process
     finally:
-        torch.set_num_threads(threads)
         if process is not None:
             process.stop()
+
+
+@contextmanager
+def beside_student(process: BaselineProcess | None, run_dir: RunDir) -> Iterator[None]:
+    """Let the process train the baseline while the block runs, on half of the threads each.
+
+    Without a process too, where the baseline is finished or is trained later: the student's sums stay as they were.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads // 2)
+    if process is not None:
+        process.begin(run_dir, threads // 2)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

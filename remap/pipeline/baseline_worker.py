@@ -1,5 +1,6 @@
 """What the process of ``baseline_process`` does: train the baseline in its run directory."""
 
+import json
 import os
 import signal
 import sys
@@ -16,17 +17,31 @@ from remap.runs.run_dir import RunDir
 
 
 def main() -> None:
-    """Run, or resume, the run directory that the command line names, on so many threads."""
+    """Run, or resume, the run directory that the first line of the input names, on so many threads."""
+    line = _first_line()
+    if not line:
+        return
+    threads, path = json.loads(line)
     threading.Thread(target=_follow_parent, daemon=True).start()
     with suppress(OSError):  # where memory runs out, the system ends this process, and not the student's
         Path("/proc/self/oom_score_adj").write_text("1000")
-    path, threads = sys.argv[1:]
-    torch.set_num_threads(int(threads))
+    torch.set_num_threads(threads)
     run_dir = RunDir.open(Path(path))
     try:
         run(run_dir.recipe(), run_dir, Silent(), resuming=True)
     except RemapError:  # what it is, the first process finds and says when it trains the baseline itself
         sys.exit(1)
+
+
+def _first_line() -> bytes:
+    """Return the first line of the input; empty where it was closed before, since no baseline is to be trained."""
+    line = b""
+    while not line.endswith(b"\n"):
+        more = os.read(0, 4096)
+        if not more:
+            return b""
+        line += more
+    return line
 
 
 def _follow_parent() -> None:

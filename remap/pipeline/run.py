@@ -21,7 +21,7 @@ from remap.io.human_size import number_of
 from remap.io.paths import expanded
 from remap.network import Network
 from remap.pipeline.baseline import baseline_figures, baseline_recipe
-from remap.pipeline.baseline_process import BaselineProcess, baseline_beside, fits_beside
+from remap.pipeline.baseline_process import BaselineProcess, beside_student, fits_beside, waiting_process
 from remap.pipeline.callbacks import called
 from remap.pipeline.comparison_folder import shared_teacher
 from remap.pipeline.components import RunComponents, build_components, require_student
@@ -92,6 +92,7 @@ def run(
         own = shared.training_steps(recipe)
         is_beside = recipe.baseline and fits_beside(recipe.train.by_steps, own)
         baseline = own if recipe.baseline and not is_beside else 0
+        beside = locks.enter_context(waiting_process(run_dir.baseline)) if is_beside else None
 
         # Tune teachers: each is a run by itself, finished before anything of this one is built.
         for title, teacher_dir, tuning in teachers_to_tune(recipe, run_dir, progress, shared):
@@ -120,7 +121,8 @@ def run(
         # The same student by labels alone, beside this one or after it.
         alone = baseline_recipe(components, progress)
         alone_dir = None if alone is None else open_or_create(run_dir.baseline, alone)
-        beside = locks.enter_context(baseline_beside(alone_dir)) if alone_dir is not None and is_beside else None
+        if alone_dir is not None and is_beside:
+            locks.enter_context(beside_student(beside, alone_dir))
 
         # Train, and prove that what is frozen did not change.
         job = training_job(

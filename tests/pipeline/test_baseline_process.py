@@ -2,10 +2,12 @@
 
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -67,9 +69,10 @@ def test_a_signal_stops_both_and_the_run_can_be_resumed(
     tiny: Any, tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch, largest_difference: Callable
 ) -> None:
     saves = (
-        "import signal, sys, time\n"
-        "def save(*_):\n    open(sys.argv[1] + '/saved', 'w'); sys.exit()\n"
-        "signal.signal(signal.SIGTERM, save); open(sys.argv[1] + '/ready', 'w')\n"
+        "import json, signal, sys, time\n"
+        "_, folder = json.loads(sys.stdin.readline())\n"
+        "def save(*_):\n    open(folder + '/saved', 'w'); sys.exit()\n"
+        "signal.signal(signal.SIGTERM, save); open(folder + '/ready', 'w')\n"
         "time.sleep(60)"
     )
     monkeypatch.setattr(baseline_process, "COMMAND", (*NO_IMPORTS, saves))
@@ -97,10 +100,28 @@ def test_the_process_ends_with_the_one_that_started_it(tiny: Any, tmp_path: Path
     from remap.runs.run_dir import RunDir
 
     run_dir = RunDir.create(tmp_path / "run", tiny.recipe("teacher.allow_weak=true", "train.epochs=100000"))
-    process = baseline_process.BaselineProcess(run_dir, 1)._process
-    assert process.stdin is not None
-    process.stdin.close()
-    assert process.wait(120) != 0
+    begun, waiting = baseline_process.BaselineProcess(), baseline_process.BaselineProcess()
+    begun.begin(run_dir, 1)
+    while not (run_dir.path / "metrics.jsonl").is_file():
+        assert begun._process.poll() is None
+        time.sleep(0.1)
+    for one, is_killed in ((begun, True), (waiting, False)):
+        assert one._process.stdin is not None
+        one._process.stdin.close()
+        assert (one._process.wait(120) != 0) == is_killed
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_it_loads_while_the_teacher_is_prepared(tiny: Any, tmp_path: Path, watch: Watch) -> None:
+    seen: list[tuple[int, bool]] = []
+
+    def look(step: int) -> None:
+        children = psutil.Process().children()
+        seen.append((step, any("baseline_worker" in " ".join(child.cmdline()) for child in children)))
+
+    start(tiny.recipe(*SETTINGS, "teacher.prepare=full", "teacher.epochs=1"), tmp_path / "run", watch(look))
+    teacher, student = seen[: -len(seen) // 2], seen[-len(seen) // 2 :]
+    assert teacher[-1][1] and student[-1][1]
 
 
 def test_it_does_not_join_the_group_of_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
