@@ -9,7 +9,7 @@ import torch
 
 from remap.backbones.build import Backbone, add_tensors
 from remap.backbones.preprocess import require_channels
-from remap.data.augment import require_colours
+from remap.data.augmented_pixels import require_colours
 from remap.data.image_files import left_out
 from remap.data.views import ViewSource, listed
 from remap.distributed.launch import accelerator, use_bf16
