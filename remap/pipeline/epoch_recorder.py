@@ -25,7 +25,7 @@ from remap.runs.interval import Measured
 from remap.runs.run_dir import RunDir
 
 
-class RunTracker:
+class EpochRecorder:
     """Evaluates the student after each epoch, and writes the metrics that a run directory shows while the run lasts.
 
     Attributes:
