@@ -15,8 +15,8 @@ from remap.engine.selection import SELECTION, selection_metric
 from remap.engine.state import State, digest_of
 from remap.errors import RunError
 from remap.pipeline.components import RunComponents
-from remap.pipeline.judge import Judgement, judge
-from remap.pipeline.judged import evaluate_once, judged_once, measured_once
+from remap.pipeline.computed_once import evaluate_once, judged_once, measured_once
+from remap.pipeline.judge_features import Judgement, judge
 from remap.pipeline.run_status import RunClock
 from remap.progress import Progress
 from remap.remapping.schedule import is_scheduled

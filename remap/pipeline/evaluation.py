@@ -18,7 +18,7 @@ from remap.engine.evaluate import batch_size_of_evaluation, evaluate
 from remap.engine.metrics import metrics
 from remap.errors import RunError
 from remap.network import choose_attention
-from remap.pipeline.judged import measured
+from remap.pipeline.computed_once import measured
 from remap.pipeline.shared import source_arguments
 from remap.progress import Progress
 from remap.recipe.schema import DataSpec

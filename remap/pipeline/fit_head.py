@@ -11,8 +11,8 @@ from remap.distributed.launch import accelerator, use_bf16
 from remap.io.versions import version_of
 from remap.network import Network
 from remap.pipeline import probe
+from remap.pipeline.computed_once import digest_of_network
 from remap.pipeline.data_views import DataViews
-from remap.pipeline.judged import digest_of_network
 from remap.pipeline.one_pass import OnePass
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.stored_teacher import PROBE, StoredTeacher

@@ -11,8 +11,8 @@ from remap.distributed.sharding import is_sharded, shard, wants_sharding
 from remap.engine.evaluation import Evaluation
 from remap.network import Network, choose_attention
 from remap.pipeline.class_words import Answers
+from remap.pipeline.computed_once import digest_of_network
 from remap.pipeline.fold_teachers import FoldTeachers
-from remap.pipeline.judged import digest_of_network
 from remap.pipeline.one_pass import OnePass
 from remap.recipe.schema import Recipe, TeacherSpec
 from remap.runs.interval import Measured

@@ -21,9 +21,9 @@ from remap.engine.state import State
 from remap.io.human_size import number_of
 from remap.network import Network
 from remap.pipeline.components import RunComponents
+from remap.pipeline.computed_once import evaluate_once, measured
 from remap.pipeline.epoch_recorder import EpochRecorder
-from remap.pipeline.judge import Judgement, judge
-from remap.pipeline.judged import evaluate_once, measured
+from remap.pipeline.judge_features import Judgement, judge
 from remap.progress import Progress, Silent
 from remap.runs.interval import Measured
 

@@ -12,7 +12,7 @@ from remap.engine.multilabel import base_rate
 from remap.errors import TrainingError
 from remap.io.human_size import number_of
 from remap.pipeline.components import RunComponents
-from remap.pipeline.judged import evaluate_once, measured
+from remap.pipeline.computed_once import evaluate_once, measured
 from remap.pipeline.prepared_teacher import PreparedTeacher
 from remap.progress import Progress
 from remap.recipe.paths import is_run
@@ -50,8 +50,8 @@ def require_useful(teacher: PreparedTeacher, untrained: Measured | None, source:
     """Refuse a teacher whose accuracy, or mAP, is not clearly above chance, or clearly below the untrained student's.
 
     Chance is the share of the most frequent class, or the mAP of a ranking at random. "Clearly" is by 95% intervals
-    (``remap.pipeline.judged.measured``, ``remap.runs.interval.difference``), which few images make wide; a teacher that
-    is right on all images is never refused for chance, and one that is wrong anywhere has to be above it.
+    (``computed_once.measured``, ``remap.runs.interval.difference``), which few images make wide; a teacher that is right
+    on all images is never refused for chance, and one that is wrong anywhere has to be above it.
 
     Args:
         untrained: The untrained student's figure; None compares with chance alone, before the student is evaluated.

@@ -18,10 +18,10 @@ from remap.network import Network, tuned
 from remap.pipeline.adjusting import adjust_logits
 from remap.pipeline.class_matching import match_classes
 from remap.pipeline.class_words import answers_of, write_words
+from remap.pipeline.computed_once import evaluate_once, measured_once
 from remap.pipeline.data_views import DataViews
 from remap.pipeline.fit_head import LabeledFeatures, fit_head
 from remap.pipeline.fold_teachers import prepare_folds
-from remap.pipeline.judged import evaluate_once, measured_once
 from remap.pipeline.one_pass import OnePass
 from remap.pipeline.prepared_teacher import PreparedTeacher, placed, placed_network
 from remap.pipeline.shared import SharedResources

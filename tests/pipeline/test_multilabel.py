@@ -195,7 +195,7 @@ def test_a_head_is_fitted_for_each_class_against_the_rest() -> None:
 def test_a_weak_teacher_is_refused_by_its_map(
     recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("remap.pipeline.judged.measured", lambda found: Measured(0.3, 0.2, 0.4))
+    monkeypatch.setattr("remap.pipeline.computed_once.measured", lambda found: Measured(0.3, 0.2, 0.4))
     with pytest.raises(
         TrainingError, match=r"mAP on 8 evaluation images is 30.0% \(20.0-40.0\): not clearly above chance \(a ranking"
     ):

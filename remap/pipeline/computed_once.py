@@ -27,7 +27,7 @@ from remap.runs.interval import Measured, share_of
 from remap.runs.run_records import JUDGED
 
 Figure = TypeVar("Figure")
-# Accuracies, those with their intervals, and what ``remap.pipeline.judge`` returns.
+# Accuracies, those with their intervals, and what ``remap.pipeline.judge_features`` returns.
 _FIGURES = TypeAdapter(
     dict[str, float | list[float] | dict[str, dict[str, float]] | None],
     config=ConfigDict(strict=True, allow_inf_nan=False),
