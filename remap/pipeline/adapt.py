@@ -13,8 +13,8 @@ from remap.data.sources import open_unlabeled, read_all
 from remap.data.splits import Split
 from remap.data.views import View, ViewSource, listed
 from remap.distributed.launch import accelerator, require_one_process, use_bf16
-from remap.engine.evaluate import evaluate_as
 from remap.engine.evaluation import Evaluation
+from remap.engine.evaluation_pass import evaluate_as
 from remap.engine.metrics import metrics
 from remap.errors import DataError, RecipeError
 from remap.io.human_size import number_of

@@ -13,8 +13,8 @@ from torch import Tensor
 from remap.backbones.build import add_tensors
 from remap.distributed.launch import accelerator, broadcast_str
 from remap.distributed.sharding import gather_full
-from remap.engine.evaluate import batch_size_of_evaluation
 from remap.engine.evaluation import Evaluation
+from remap.engine.evaluation_pass import batch_size_of_evaluation
 from remap.engine.multilabel import SetEvaluation
 from remap.errors import RunError
 from remap.io import atomic_write

@@ -9,8 +9,8 @@ from remap.data.views import ViewSource
 from remap.distributed.collectives import share_unreadable
 from remap.distributed.launch import accelerator
 from remap.engine.callback import Callback
-from remap.engine.evaluate import evaluate_as
 from remap.engine.evaluation import Evaluation
+from remap.engine.evaluation_pass import evaluate_as
 from remap.engine.selection import SELECTION, selection_metric
 from remap.engine.state import State, digest_of
 from remap.errors import RunError

@@ -17,7 +17,7 @@ from remap.backbones.families.watching import Layer
 from remap.data.stratify import stratified
 from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
-from remap.engine.evaluate import batch_size_of_evaluation
+from remap.engine.evaluation_pass import batch_size_of_evaluation
 from remap.engine.job import Job
 from remap.engine.state import State
 from remap.errors import MissingData, TrainingError

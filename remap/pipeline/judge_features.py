@@ -6,7 +6,7 @@ import numpy as np
 
 from remap.data.views import ViewSource, require_readable
 from remap.distributed.launch import accelerator
-from remap.engine.evaluate import batch_size_of_evaluation
+from remap.engine.evaluation_pass import batch_size_of_evaluation
 from remap.pipeline.components import RunComponents
 from remap.pipeline.logistic import fit_logistic
 from remap.pipeline.probe import pooled_features

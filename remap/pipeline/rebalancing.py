@@ -9,7 +9,7 @@ import torch
 from remap.backbones.anatomy import module_at
 from remap.backbones.families.watching import Layer
 from remap.distributed.launch import accelerator
-from remap.engine.evaluate import batch_size_of_evaluation
+from remap.engine.evaluation_pass import batch_size_of_evaluation
 from remap.errors import BackboneError, DataError
 from remap.io.paths import expanded
 from remap.network import Network

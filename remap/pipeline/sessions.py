@@ -8,8 +8,8 @@ import numpy as np
 
 from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
-from remap.engine.evaluate import evaluate_as
 from remap.engine.evaluation import Evaluation
+from remap.engine.evaluation_pass import evaluate_as
 from remap.engine.metrics import calibration_error
 from remap.errors import DataError, RemapError, RunError
 from remap.io.paths import absolute, expanded

@@ -13,8 +13,8 @@ from remap.data.views import listed
 from remap.distributed.device_memory import peak_bytes
 from remap.distributed.launch import accelerator
 from remap.distributed.sharding import is_sharded
-from remap.engine.evaluate import evaluate_as
 from remap.engine.evaluation import Evaluation
+from remap.engine.evaluation_pass import evaluate_as
 from remap.engine.metrics import metrics
 from remap.engine.selection import described, kept_epoch
 from remap.engine.state import State

@@ -7,7 +7,7 @@ import numpy as np
 from remap.data import CLASSES, METRIC, MULTILABEL
 from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
-from remap.engine.evaluate import evaluate_as
+from remap.engine.evaluation_pass import evaluate_as
 from remap.engine.multilabel import base_rate
 from remap.errors import TrainingError
 from remap.io.human_size import number_of

@@ -9,8 +9,8 @@ import torch
 
 from remap.backbones.build import Backbone
 from remap.distributed.launch import accelerator
-from remap.engine.evaluate import evaluate_as
 from remap.engine.evaluation import Evaluation
+from remap.engine.evaluation_pass import evaluate_as
 from remap.engine.self_teachers import averaged_copy, untuned_copy
 from remap.errors import RunError
 from remap.io.paths import expanded
