@@ -50,8 +50,8 @@ def require_useful(teacher: PreparedTeacher, untrained: Measured | None, source:
     """Refuse a teacher whose accuracy, or mAP, is not clearly above chance, or clearly below the untrained student's.
 
     Chance is the share of the most frequent class, or the mAP of a ranking at random. "Clearly" is by 95% intervals
-    (``computed_once.measured``, ``remap.runs.interval.difference``), which few images make wide; a teacher that is right
-    on all images is never refused for chance, and one that is wrong anywhere has to be above it.
+    (``computed_once.measured``, ``remap.runs.interval.difference``), which few images make wide; a teacher that is
+    right on all images is never refused for chance, and one that is wrong anywhere has to be above it.
 
     Args:
         untrained: The untrained student's figure; None compares with chance alone, before the student is evaluated.
