@@ -9,7 +9,7 @@ from remap.errors import RecipeError
 from remap.io import atomic_write
 from remap.io.paths import absolute, expanded
 from remap.language.words import entries
-from remap.pipeline.memory import Choice, choose_memory
+from remap.pipeline.choose_memory import Choice, choose_memory
 from remap.pipeline.run import Result, start
 from remap.pipeline.session_advice import ALONE, AT_ONCE, METHOD_WAYS, WAYS, WITH_MEMORY, Situation, situation
 from remap.progress import Progress, Silent
