@@ -108,7 +108,7 @@ def adapt(
     def evaluation(what: str) -> Evaluation | None:
         if judged is None:
             return None
-        return evaluate_as(settings, network, judged, accelerator(), progress, what)
+        return evaluate_as(settings, network, judged, progress, what)
 
     # Before anything else: both ways change the network in place.
     before = evaluation("the run")

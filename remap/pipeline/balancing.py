@@ -6,14 +6,12 @@ Letters: N images, C classes.
 import numpy as np
 import torch
 
-from remap.backbones.anatomy import module_at
 from remap.data.views import ViewSource
-from remap.distributed.launch import accelerator
 from remap.errors import BackboneError
 from remap.network import Network
 from remap.pipeline.class_matching import GroupedClassifier
 from remap.pipeline.class_words import LOOKED_AT, probabilities
-from remap.pipeline.probe import last_layer, signals_of
+from remap.pipeline.probe import last_layers, signals_of
 from remap.progress import Progress
 
 # The smallest mean probability that counts, as a part of an even share: a class that the teacher never thinks of would
@@ -34,13 +32,13 @@ def balance(
     Raises:
         BackboneError: The classifier has no bias, or there are several, whose biases add up in ways of their own.
     """
-    first, *others = (last_layer(module_at(network.model, path)) for path in network.anatomy.classifier_heads)
+    first, *others = last_layers(network)
     if first.bias is None or others:
         why = "has several classifiers" if others else "has a classifier without bias"
         given = f"{network.identity.model}, which {why}"
         raise BackboneError("the teacher's answers cannot be balanced", given=given, do="leave teacher.balance out")
     logits_NC, _ = signals_of(
-        network, source, accelerator(), batch_size, progress, "the teacher's answers", pooled=False, at_most=LOOKED_AT
+        network, source, batch_size, progress, "the teacher's answers", pooled=False, at_most=LOOKED_AT
     )
     shift_C = shift_of(logits_NC, share)
     with torch.no_grad():

@@ -3,13 +3,11 @@
 import torch
 from torch import Tensor
 
-from remap.backbones.anatomy import module_at
 from remap.data.views import ViewSource
-from remap.distributed.launch import accelerator
 from remap.errors import BackboneError
 from remap.network import Network
 from remap.pipeline.class_matching import GroupedClassifier
-from remap.pipeline.probe import last_layer, signals_of
+from remap.pipeline.probe import last_layers, signals_of
 from remap.progress import Progress
 
 # Inverse temperatures that are looked at.
@@ -22,16 +20,14 @@ def calibrate(network: Network, source: ViewSource, batch_size: int, progress: P
     Raises:
         BackboneError: Its classes are groups of others, whose summed probabilities no common factor gives.
     """
-    heads = [last_layer(module_at(network.model, path)) for path in network.anatomy.classifier_heads]
+    heads = last_layers(network)
     if any(isinstance(head, GroupedClassifier) for head in heads):
         raise BackboneError(
             "a temperature cannot be fitted to a teacher whose classes are groups of others",
             do="leave teacher.calibrate out, or map each class to one (teacher.classes)",
         )
-    logits_NC, labels_N = signals_of(
-        network, source, accelerator(), batch_size, progress, "teacher logits", pooled=False
-    )
-    factor = best_factor(torch.from_numpy(logits_NC), torch.from_numpy(labels_N))
+    logits_NC, readable = signals_of(network, source, batch_size, progress, "teacher logits", pooled=False)
+    factor = best_factor(torch.from_numpy(logits_NC), torch.from_numpy(source.split.labels[readable]))
     with torch.no_grad():
         # All of them: logits that are the mean or sum of several classifiers scale with those together.
         for head in heads:

@@ -131,9 +131,7 @@ def answers_of(
     """
     if logits_NC is None:
         what = "the teacher's answers"
-        logits_NC, _ = signals_of(
-            network, source, accelerator(), batch_size, progress, what, pooled=False, at_most=LOOKED_AT
-        )
+        logits_NC, _ = signals_of(network, source, batch_size, progress, what, pooled=False, at_most=LOOKED_AT)
     probabilities_NC = probabilities(logits_NC)
     answers_N, classes = probabilities_NC.argmax(axis=1), logits_NC.shape[1]
     counts_C = np.bincount(answers_N, minlength=classes)

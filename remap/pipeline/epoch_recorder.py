@@ -73,7 +73,7 @@ class EpochRecorder:
         parts = self.components
         if source is None:
             source, features = parts.views.val, self.features
-        return evaluate_as(parts.recipe, parts.student, source, accelerator(), self.progress, title, features)
+        return evaluate_as(parts.recipe, parts.student, source, self.progress, title, features)
 
     def once(self, title: str = "the student", known: Evaluation | None = None) -> Evaluation:
         """Evaluate the student as it is on the evaluation images, unless that is known."""

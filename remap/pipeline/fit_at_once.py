@@ -26,7 +26,7 @@ from remap.network import Network
 from remap.pipeline.calibration import best_factor
 from remap.pipeline.components import RunComponents
 from remap.pipeline.epoch_recorder import EpochRecorder
-from remap.pipeline.probe import last_layer, pooled_features, write_head
+from remap.pipeline.probe import last_layers, pooled_features, write_head
 from remap.pipeline.sessions import images_of, sessions_of
 from remap.pipeline.shared import SharedResources
 from remap.progress import Progress
@@ -141,7 +141,7 @@ def _features(
     seen: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
     handles = [layer.register_forward_pre_hook(lambda layer, args: seen[layer].append(args[0])) for layer in layers]
     try:
-        pooled_ND, labels_N = pooled_features(student, source, accelerator(), batch_size, progress, what)
+        pooled_ND, labels_N = pooled_features(student, source, batch_size, progress, what)
     finally:
         for handle in handles:
             handle.remove()
@@ -162,7 +162,7 @@ def _last_layers(network: Network) -> list[Layer]:
                 given=", ".join(more),
                 do="train by steps (--how lwf), or take another method",
             )
-    return [last_layer(head) for head in heads]
+    return last_layers(network)
 
 
 @torch.no_grad()

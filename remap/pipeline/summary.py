@@ -48,13 +48,13 @@ def evaluate_at_end(
     recipe, views = components.recipe, components.views
     for number, teacher in enumerate(components.teachers):
         if teacher.spec.learns and components.judges:
-            after = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, "the teacher at the end")
+            after = evaluate_as(recipe, teacher.network, views.val, progress, "the teacher at the end")
             components.teachers[number] = replace(teacher, accuracy=measured(after), evaluation=after)
     for teacher in components.teachers[:1]:
         if teacher.accuracy is not None and teacher.evaluation is None:
             # A resumed run read its accuracy from a file; which images it is right on stands in none.
             what = "the teacher's answers"
-            evaluate = partial(evaluate_as, recipe, teacher.network, views.val, accelerator(), progress, what)
+            evaluate = partial(evaluate_as, recipe, teacher.network, views.val, progress, what)
             teacher.evaluation = evaluate_once(recipe, teacher.network, views, evaluate)
     # Where images are not held in memory, unreadable ones are found during training.
     bad = components.training_source.bad_names()
@@ -71,7 +71,7 @@ def evaluate_at_end(
     test = None
     if views.test is not None:
         # The test images are looked at once, after everything else is decided.
-        test = evaluate_as(recipe, components.student, views.test, accelerator(), progress, "the test split")
+        test = evaluate_as(recipe, components.student, views.test, progress, "the test split")
     return FinalEvaluations(val, test)
 
 

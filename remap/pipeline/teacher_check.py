@@ -6,7 +6,6 @@ import numpy as np
 
 from remap.data import CLASSES, METRIC, MULTILABEL
 from remap.data.views import ViewSource
-from remap.distributed.launch import accelerator
 from remap.engine.evaluation_pass import evaluate_as
 from remap.engine.multilabel import base_rate
 from remap.errors import TrainingError
@@ -35,7 +34,7 @@ def check_teachers(components: RunComponents, progress: Progress) -> None:
     if any(prepared.accuracy is not None and not prepared.spec.allow_weak for prepared in components.teachers):
         recipe, views, what = components.recipe, components.views, "the network before training"
         student = components.student
-        evaluate = partial(evaluate_as, recipe, student, views.val, accelerator(), progress, what)
+        evaluate = partial(evaluate_as, recipe, student, views.val, progress, what)
         untrained = measured(evaluate_once(recipe, student, views, evaluate))
         require_all_useful(components, untrained)
 

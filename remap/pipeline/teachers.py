@@ -134,7 +134,7 @@ def prepare_teacher(
     network = teacher.network
 
     found: list[Evaluation] = []
-    evaluate = partial(evaluate_as, recipe, network, views.val, accelerator(), progress, "the teacher")
+    evaluate = partial(evaluate_as, recipe, network, views.val, progress, "the teacher")
 
     def evaluated() -> Evaluation:
         found.append(evaluate_once(recipe, network, views, evaluate))
