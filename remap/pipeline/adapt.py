@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from remap.data.sources import open_unlabeled, read_all
-from remap.data.splits import Split
 from remap.data.views import View, ViewSource, listed
 from remap.distributed.launch import accelerator, require_one_process, use_bf16
 from remap.engine.evaluation import Evaluation
@@ -103,7 +102,10 @@ def adapt(
     settings = recipe.model_copy(update={"seed": seed, "train": spec, "data": data, "teachers": ()})
 
     source = _opened(target, view, settings, progress)
-    judged = None if val_data is None else ViewSource(_labeled(val_data, network, settings), view, memory_bytes=0.0)
+    judged = None
+    if val_data is not None:
+        labeled, _ = read_all(val_data, network.classes or (), recipe.data.depth)
+        judged = ViewSource(labeled, view, memory_bytes=0.0)
 
     def evaluation(what: str) -> Evaluation | None:
         if judged is None:
@@ -164,10 +166,6 @@ def _opened(target: str, view: View, recipe: Recipe, progress: Progress) -> View
     if left_out:
         progress.say(f"left out {number_of(len(left_out), 'other file')}")
     return source
-
-
-def _labeled(val_data: str, network: Network, recipe: Recipe) -> Split:
-    return read_all(val_data, network.classes or (), recipe.data.depth)[0]
 
 
 def _write(

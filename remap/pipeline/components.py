@@ -110,7 +110,6 @@ def build_components(
     Args:
         run_dir: Where prepared teachers are stored; None (dry run, benchmarks) prepares none.
     """
-    device = accelerator().device
     # Only names and labels are listed here; images are decoded once the size of a view is known.
     classes = shared.classes(recipe)
 
@@ -127,7 +126,7 @@ def build_components(
         # Frozen tensors stay shared with the student; what it will train is copied before the first step.
         if teacher.spec.model == SELF:
             copy_trained_tensors(teacher.network, student)
-            placed(teacher, recipe, device)
+            placed(teacher, recipe)
     _warn_of_transfers(recipe, student, teachers, progress)
 
     networks = (student, *(teacher.network for teacher in teachers))
@@ -155,7 +154,7 @@ def build_components(
     teachers = [frozen_or_joint(teacher, student, recipe) for teacher in teachers]
     torch.manual_seed(recipe.seed)  # projectors of losses do not depend on what was prepared before
     objective = build_objective(recipe, pairs_of(student, [teacher.network for teacher in teachers]))
-    bf16 = use_bf16(recipe.train.precision, device)
+    bf16 = use_bf16(recipe.train.precision, accelerator().device)
     return RunComponents(recipe, views, student, teachers, objective, bf16, init)
 
 
@@ -211,7 +210,7 @@ def _load_teachers(
         return []
     what = "building the teacher" if len(specs) == 1 else f"building {len(specs)} teachers"
     with progress.wait(what), torch.random.fork_rng(devices=[]):
-        teachers = [load_teacher(spec, recipe, classes, accelerator().device, student, progress) for spec in specs]
+        teachers = [load_teacher(spec, recipe, classes, student, progress) for spec in specs]
     for teacher in teachers:
         if is_sharded(teacher.network):
             held = size(bytes_held(teacher.network))

@@ -23,7 +23,7 @@ from remap.engine.state import State
 from remap.errors import MissingData, TrainingError
 from remap.io.paths import expanded
 from remap.network import Network
-from remap.pipeline.calibration import best_factor
+from remap.pipeline.adjusting import best_factor
 from remap.pipeline.components import RunComponents
 from remap.pipeline.epoch_recorder import EpochRecorder
 from remap.pipeline.probe import last_layers, pooled_features, write_head

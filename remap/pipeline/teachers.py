@@ -39,12 +39,7 @@ from remap.runs.task import load_task, open_backbone, put_task, require_size_of_
 
 
 def load_teacher(
-    spec: TeacherSpec,
-    recipe: Recipe,
-    classes: tuple[str, ...],
-    device: torch.device,
-    student: Backbone,
-    progress: Progress,
+    spec: TeacherSpec, recipe: Recipe, classes: tuple[str, ...], student: Backbone, progress: Progress
 ) -> PreparedTeacher:
     """Load a teacher from its source; a run directory with the same classes brings its head.
 
@@ -70,7 +65,7 @@ def load_teacher(
             )
         if brings_head:
             key = _key(network, "its own", spec, recipe)
-            return placed(PreparedTeacher(network, spec, key, "its own"), recipe, device)
+            return placed(PreparedTeacher(network, spec, key, "its own"), recipe)
     # A fresh head is drawn here; the generator is forked by the caller.
     torch.manual_seed(recipe.seed)
     # With prepare=none the user vouches for the model's head.
@@ -88,7 +83,7 @@ def load_teacher(
             for parameter in network.head.values():
                 parameter.zero_()
     head = "its own" if keep_head else WORDS if by_words else "none"
-    return placed(PreparedTeacher(network, spec, _key(network, head, spec, recipe), head), recipe, device)
+    return placed(PreparedTeacher(network, spec, _key(network, head, spec, recipe), head), recipe)
 
 
 def averaging_teacher(spec: TeacherSpec, student: Network) -> PreparedTeacher:
@@ -174,7 +169,7 @@ def _with_head(
         put_task(network, folder)
     else:
         network, _ = load_task(shared.tuned_teachers[teacher_recipe(recipe, spec).digest()])
-    teacher = placed(replace(teacher, network=network, head=spec.prepare), recipe, accelerator().device)
+    teacher = placed(replace(teacher, network=network, head=spec.prepare), recipe)
     if spec.folds:
         if part is not views:
             features = LabeledFeatures(network, recipe, views, progress, run_once)

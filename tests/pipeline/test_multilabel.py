@@ -249,6 +249,6 @@ def test_commands_for_one_class_say_so(done: Result, recipe: Callable[..., Recip
         compare_sessions(recipe(), "2", ["linear"], ["lwf"], 1, tmp_path / "sessions", Silent())
     with pytest.raises(RunError, match="was tuned for task multilabel, and this recipe is of task classes"):
         start(tiny.recipe(teacher=str(done.run_dir), losses="ce,kd"), tmp_path / "taught")
-    spec, cpu, student = TeacherSpec(model=str(done.run_dir), prepare="none"), torch.device("cpu"), done.student
+    spec, student = TeacherSpec(model=str(done.run_dir), prepare="none"), done.student
     with pytest.raises(RunError, match="was tuned for task multilabel"):  # of the first classes alone
-        load_teacher(spec, tiny.recipe(), (*COLOURS, "yellow"), cpu, student, Silent())  # type: ignore[arg-type]
+        load_teacher(spec, tiny.recipe(), (*COLOURS, "yellow"), student, Silent())  # type: ignore[arg-type]

@@ -20,8 +20,7 @@ from remap.backbones.preprocess import Preprocess, PreprocessSpec
 from remap.data.splits import Split
 from remap.errors import BackboneError
 from remap.network import Network, Runner, tuned
-from remap.pipeline.balancing import balance
-from remap.pipeline.calibration import calibrate
+from remap.pipeline.adjusting import balance, calibrate
 from remap.pipeline.probe import fit_probe
 from remap.progress import Silent
 
