@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, module_at
 from remap.backbones.families.watching import Layer
-from remap.backbones.typed import input_channels
+from remap.backbones.typed import input_channels, inputs_of
 from remap.cache.passes import run_in_passes
 from remap.data.thread_pool import made_ahead
 from remap.data.views import ViewSource
@@ -130,11 +130,10 @@ def _into_last_layer(network: Network, features_ND: np.ndarray) -> np.ndarray:
     head = module_at(network.model, network.anatomy.classifier_heads[0])
     if isinstance(head, Layer):
         return features_ND
-    last, seen = last_layer(head), []
+    last = last_layer(head)
     # Caught on the way in: classifiers differ in what stands in front of their last layer.
-    handle = last.register_forward_pre_hook(lambda _layer, args: seen.append(args[0]))
-    head(torch.from_numpy(features_ND).to(last.weight))
-    handle.remove()
+    with inputs_of(last) as seen:
+        head(torch.from_numpy(features_ND).to(last.weight))
     return seen[0].cpu().double().numpy()
 
 
