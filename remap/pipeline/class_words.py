@@ -118,11 +118,7 @@ def probabilities(logits_NC: np.ndarray) -> np.ndarray:
 
 
 def answers_of(
-    network: Network,
-    source: ViewSource,
-    batch_size: int,
-    progress: Progress,
-    logits_NC: np.ndarray | None = None,
+    network: Network, source: ViewSource, batch_size: int, progress: Progress, logits_NC: np.ndarray | None = None
 ) -> Answers:
     """Say and return how sure a teacher is, class by class, on some images.
 

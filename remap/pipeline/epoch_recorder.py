@@ -64,10 +64,7 @@ class EpochRecorder:
         return None
 
     def evaluate(
-        self,
-        title: str = "the student",
-        source: ViewSource | None = None,
-        features: FrozenFeatures | None = None,
+        self, title: str = "the student", source: ViewSource | None = None, features: FrozenFeatures | None = None
     ) -> Evaluation:
         """Evaluate the student on images; by default on the evaluation images."""
         parts = self.components

@@ -24,13 +24,7 @@ from remap.pipeline.data_views import DataViews
 from remap.pipeline.fit_head import LabeledFeatures, fit_head
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.stored_teacher import PROBE
-from remap.pipeline.teacher_tuning import (
-    data_of_teacher,
-    fold_folder,
-    is_prepared,
-    teacher_recipe,
-    title_of,
-)
+from remap.pipeline.teacher_tuning import data_of_teacher, fold_folder, is_prepared, teacher_recipe, title_of
 from remap.progress import Progress
 from remap.recipe.schema import Recipe, TeacherSpec
 from remap.runs.task import load_task, put_task

@@ -25,13 +25,7 @@ from remap.pipeline.fold_teachers import prepare_folds
 from remap.pipeline.one_pass import OnePass
 from remap.pipeline.prepared_teacher import PreparedTeacher, placed, placed_network
 from remap.pipeline.shared import SharedResources
-from remap.pipeline.teacher_tuning import (
-    data_of_teacher,
-    is_prepared,
-    needs_logits,
-    teacher_recipe,
-    title_of,
-)
+from remap.pipeline.teacher_tuning import data_of_teacher, is_prepared, needs_logits, teacher_recipe, title_of
 from remap.progress import Progress
 from remap.recipe.paths import is_run
 from remap.recipe.schema import EMA, SELF, WORDS, Recipe, TeacherSpec

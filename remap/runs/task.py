@@ -13,15 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from remap import __version__
-from remap.backbones.build import (
-    Backbone,
-    Identity,
-    build,
-    fresh_head,
-    require_stored,
-    resolve_name,
-    state_hash,
-)
+from remap.backbones.build import Backbone, Identity, build, fresh_head, require_stored, resolve_name, state_hash
 from remap.data import CLASSES
 from remap.data.views import View
 from remap.distributed.sharding import copy_full_, gather_full

@@ -16,14 +16,7 @@ from remap.backbones.names import WEIGHTS_FILES
 from remap.errors import WeightsError
 from remap.io.human_size import number_of
 from remap.io.names import plain
-from remap.io.tensor_files import (
-    FREE_BYTES,
-    MOST_UNPACKED,
-    first_lines,
-    read_metadata,
-    read_safetensors,
-    stored_bytes,
-)
+from remap.io.tensor_files import FREE_BYTES, MOST_UNPACKED, first_lines, read_metadata, read_safetensors, stored_bytes
 
 SOURCES = f"pretrained, none, or a file: {', '.join(WEIGHTS_FILES)}"
 # Where a checkpoint has several sets of weights the first of these is taken: running averages come before what was
