@@ -12,7 +12,7 @@ from remap.data import METRIC
 from remap.data.fast_views import require_decoder
 from remap.distributed.launch import accelerator, broadcast_str, check_processes
 from remap.engine.callback import Callback
-from remap.engine.checkpoint import has_checkpoint
+from remap.engine.checkpoint_files import has_checkpoint
 from remap.engine.job import Job, require_divisible
 from remap.engine.loop import train
 from remap.engine.state import State
