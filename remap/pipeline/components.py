@@ -22,11 +22,11 @@ from remap.network import Network, choose_attention, tuned
 from remap.pipeline.class_words import lend_words, write_words
 from remap.pipeline.data_views import DataViews
 from remap.pipeline.init_student import InitReport, init_from_teacher
-from remap.pipeline.joint_teacher import frozen_or_joint
 from remap.pipeline.objective import build_objective, pairs_of
 from remap.pipeline.one_pass import run_once
 from remap.pipeline.prepared_teacher import PreparedTeacher, placed
 from remap.pipeline.shared import SharedResources
+from remap.pipeline.shared_cores import frozen_or_joint
 from remap.pipeline.shrink_student import open_student
 from remap.pipeline.teacher_tuning import teacher_folder
 from remap.pipeline.teachers import averaging_teacher, load_teacher, prepare_teacher

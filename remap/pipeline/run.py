@@ -22,7 +22,6 @@ from remap.io.paths import expanded
 from remap.network import Network
 from remap.pipeline.baseline import baseline_figures, baseline_recipe
 from remap.pipeline.baseline_process import BaselineProcess, baseline_beside, fits_beside
-from remap.pipeline.callbacks import called
 from remap.pipeline.comparison_folder import shared_teacher
 from remap.pipeline.components import RunComponents, build_components, require_student
 from remap.pipeline.epoch_recorder import EpochRecorder
@@ -32,17 +31,18 @@ from remap.pipeline.frozen_check import FrozenWeights, trained_text
 from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.rebalancing import rebalance, require_correctable
 from remap.pipeline.results import require_space, write_results, write_summary
+from remap.pipeline.run_callbacks import called
 from remap.pipeline.run_status import track_status
 from remap.pipeline.samples import method_sample
 from remap.pipeline.sessions import measure_sessions
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.student_features import cache_features
 from remap.pipeline.summary import evaluate_at_end, summarize
-from remap.pipeline.teacher_check import check_teachers, require_all_useful
 from remap.pipeline.teacher_tuning import OfTeacher, lend_teachers, open_or_create, require_folds, teachers_to_tune
 from remap.pipeline.trackers import require_installed
 from remap.pipeline.training_job import training_job, warn_before_training
 from remap.pipeline.trials import chosen, trials, tried
+from remap.pipeline.weak_teachers import check_teachers, require_all_useful
 from remap.progress import Progress, Silent, Within
 from remap.recipe import Recipe, resolve, resolve_distill
 from remap.recipe.checks import require_held_out_once

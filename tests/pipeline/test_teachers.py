@@ -18,14 +18,14 @@ from remap.data.stratify import stratified
 from remap.data.views import View, ViewSource
 from remap.errors import DataError, TrainingError
 from remap.network import Network, Runner
-from remap.pipeline import probe, teacher_check, teacher_tuning
+from remap.pipeline import probe, teacher_tuning, weak_teachers
 from remap.pipeline.components import build_components
 from remap.pipeline.dry_run import estimate
 from remap.pipeline.prepared_teacher import PreparedTeacher
 from remap.pipeline.run import Result, resume, start
 from remap.pipeline.shared import SharedResources
-from remap.pipeline.teacher_check import require_useful
 from remap.pipeline.teacher_tuning import teacher_recipe
+from remap.pipeline.weak_teachers import require_useful
 from remap.progress import Silent
 from remap.recipe.schema import TeacherSpec
 from remap.runs.interval import Measured, share_of
@@ -39,7 +39,7 @@ def test_the_teacher_is_the_same_to_the_last_bit_after_training(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Callable[..., Any], cache: str, prepare: str
 ) -> None:
     kept: list[tuple[Network, dict]] = []
-    keep = teacher_check.require_useful
+    keep = weak_teachers.require_useful
 
     def note(teacher: PreparedTeacher, *rest: Any) -> None:
         kept.append((teacher.network, copy.deepcopy(teacher.network.model.state_dict())))
@@ -51,7 +51,7 @@ def test_the_teacher_is_the_same_to_the_last_bit_after_training(
         if kept:
             modes.append(any(module.training for module in kept[0][0].model.modules()))
 
-    monkeypatch.setattr(teacher_check, "require_useful", note)
+    monkeypatch.setattr(weak_teachers, "require_useful", note)
     settings = (f"teacher.cache={cache}", f"teacher.prepare={prepare}", "teacher.lr=0.01", "data.augment=shift")
     start(tiny.recipe(*settings, method="full", losses="ce,kd,attention,feature"), tmp_path / "run", watch(look))
     teacher, before = kept[0]
