@@ -43,9 +43,14 @@ class Segment:
         """Records that this process knows, those that wait included."""
         return len(self._crcs_N) + len(self._waiting)
 
+    @property
+    def is_flushed(self) -> bool:
+        """Whether all records count."""
+        return not self._waiting
+
     def load(self) -> NDArray[np.uint8]:
         """Return the digests (N, 16) of the rows that others wrote since the last call."""
-        assert not self._waiting, "records wait to be flushed"
+        assert self.is_flushed
         try:
             with self._read(ROWS_FILE) as file, self._read(DATA_FILE) as data:
                 sizes = [os.fstat(opened.fileno()).st_size for opened in (file, data)]
