@@ -40,7 +40,8 @@ from remap.engine.teacher import CachedOutputs
 from remap.network import Network, Runner
 from remap.pipeline.components import build_components
 from remap.pipeline.shared import SharedResources
-from remap.pipeline.teacher_outputs import finite_views, make_teacher
+from remap.pipeline.teacher_outputs import make_teacher
+from remap.pipeline.teacher_shares import finite_views
 from remap.progress import Silent
 from remap.recipe import Recipe, resolve
 from remap.remapping.labels import Labels

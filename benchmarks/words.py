@@ -32,11 +32,11 @@ from remap.data.sources import find_source, open_data
 from remap.data.splits import ImageData, Split
 from remap.data.views import View, ViewSource
 from remap.distributed.launch import accelerator
-from remap.engine.evaluate import evaluate
+from remap.engine.evaluation_pass import evaluate
 from remap.errors import RemapError
 from remap.network import Network, tuned
 from remap.pipeline.class_words import write_words
-from remap.pipeline.evaluation import evaluate_run
+from remap.pipeline.evaluate_run import evaluate_run
 from remap.pipeline.run import resume, start
 from remap.pipeline.shared import SharedResources
 from remap.progress import Silent

@@ -24,7 +24,7 @@ def evaluate(
     """Evaluate a finished run. On its own split this gives exactly the reported accuracy."""
     launch.start_processes(devices)
     from remap.distributed.launch import check_processes
-    from remap.pipeline.evaluation import evaluate_run
+    from remap.pipeline.evaluate_run import evaluate_run
 
     with console.Reporter(quiet=not launch.is_first()) as progress:
         check_processes(devices)

@@ -187,8 +187,7 @@ def _fits(family: str) -> Callable[[Row], str]:
 
 
 def losses(
-    name: Annotated[str, typer.Argument(help="A loss: show it with its options.")] = "",
-    json: opt.Json = False,
+    name: Annotated[str, typer.Argument(help="A loss: show it with its options.")] = "", json: opt.Json = False
 ) -> None:
     """List the loss terms that transfer the teacher's knowledge (category 5), or show one with its options."""
     from remap.remapping import LOSSES
@@ -201,12 +200,7 @@ def losses(
     if json:
         console.emit(rows)
         return
-    columns: Columns = {
-        "loss": itemgetter("name"),
-        **ABOUT,
-        "weight": lambda row: f"{row['weight']:g}",
-        "arXiv": arxiv,
-    }
+    columns: Columns = {"loss": itemgetter("name"), **ABOUT, "weight": lambda row: f"{row['weight']:g}", "arXiv": arxiv}
     list_rows(f"{len(rows)} loss terms", rows, columns, right=("weight",), wrap=tuple(ABOUT))
     console.line(
         "weight: default in the objective. All about one, with its options: remap losses NAME.\n"

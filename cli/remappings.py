@@ -12,8 +12,7 @@ from remap_cli.listings import ABOUT, Columns, Row, arxiv, list_rows, show_row
 
 
 def remappings(
-    name: Annotated[str, typer.Argument(help="One of them: show it with its options.")] = "",
-    json: opt.Json = False,
+    name: Annotated[str, typer.Argument(help="One of them: show it with its options.")] = "", json: opt.Json = False
 ) -> None:
     """List how a student gets its weights or its architecture from the teacher (category 5), or show one."""
     from remap.remapping.architecture import ARCHITECTURES

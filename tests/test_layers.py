@@ -51,7 +51,6 @@ HOMES = {
         "remap.distributed",
         "remap.cache",
         "remap.engine",
-        "remap.pipeline.probe",
         "remap.pipeline.trackers",
     ),
     "matplotlib": ("remap.report",),

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_image
 
-from remap.data.augment import augmented, draws
 from remap.data.augmentation import PRESETS, Augmentation, Crop, Erasing, Jitter, RandAugment
+from remap.data.augmented_pixels import augmented, draws
 
 ROOT = Path(__file__).parents[1]
 SIDE, VIEWS, LABEL = 64, 8, 110

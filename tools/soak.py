@@ -226,7 +226,7 @@ class Soak:
         self.seen["evaluations that repeat the run's"] += 1
 
     def evaluate(self, run: Path) -> tuple[int, int]:
-        from remap.pipeline.evaluation import evaluate_run
+        from remap.pipeline.evaluate_run import evaluate_run
         from remap.progress import Silent
 
         found = evaluate_run(run, None, False, Silent())

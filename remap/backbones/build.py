@@ -107,10 +107,7 @@ def build(
     name = resolve_name(word)
     require_known(word, name)
     if keep_head and preset != "none":
-        raise BackboneError(
-            f"self-supervised weights ({preset}) bring no classifier",
-            do=PREPARE,
-        )
+        raise BackboneError(f"self-supervised weights ({preset}) bring no classifier", do=PREPARE)
     arguments = _sized(name, {} if keep_head else {"num_classes": num_classes}, image_size)
     loaded = create(name, weights, arguments, preset)
     model, missing = loaded.model, loaded.missing

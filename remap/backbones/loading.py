@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from remap.backbones.checkpoints import open_clip, torchvision_keys, transformers_keys
 from remap.backbones.checkpoints.layout import Described
-from remap.backbones.checkpoints.read import SOURCES, Checkpoint, read_checkpoint, stripped
+from remap.backbones.checkpoints.read import SOURCES, Checkpoint, read_checkpoint, some_of, stripped
 from remap.backbones.checkpoints.self_supervised import encoder_of
 from remap.backbones.hub import in_cache_or_reachable, out_of_reach
 from remap.backbones.label_names import label_names
@@ -21,7 +21,6 @@ from remap.backbones.names import is_weights_file
 from remap.backbones.size_bound import bounded
 from remap.backbones.typed import as_timm
 from remap.errors import BackboneError, RemapError, WeightsError
-from remap.io.names import plain
 from remap.io.tensor_files import first_lines, stored_bytes
 
 # Other libraries' layouts; at most one of them fits.
@@ -189,7 +188,7 @@ def _require_used(name: str, file: str, model: nn.Module, unexpected: list[str])
     if left:
         raise WeightsError(
             f"{file} holds {len(left)} tensors that '{name}' has no use for: it is the file of another model",
-            given=", ".join(plain(key)[:60] for key in left[:3]) + (" ..." if len(left) > 3 else ""),
+            given=some_of(left),
             do="name the model that these weights belong to",
         )
 

@@ -47,6 +47,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def inputs_of(*modules: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what modules are given while the block runs, in the order of their calls."""
+    found: list[Tensor] = []
+    handles = [one.register_forward_pre_hook(lambda _module, args: found.append(args[0])) for one in modules]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def pooled_features(model: nn.Module, images_BCHW: Tensor) -> Tensor:
     """Return what enters the classifier, (B, D)."""
     return pool(model, as_timm(model).forward_features(images_BCHW))

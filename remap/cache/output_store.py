@@ -28,7 +28,7 @@ from remap.cache.cache_folders import (
     open_folder,
 )
 from remap.cache.output_format import OutputFormat
-from remap.cache.segments import Segments
+from remap.cache.record_folder import RecordFolder
 from remap.errors import RunError
 from remap.io.own_files import require_own_folder
 
@@ -189,7 +189,7 @@ class OutputStore:
                 self._open.callback(segments.close)  # all are closed, and the first error is raised
 
 
-def _segments(folder: Path, name: str, form: OutputFormat) -> Segments:
+def _segments(folder: Path, name: str, form: OutputFormat) -> RecordFolder:
     """Open the folder of an output in one format, made if need be."""
     description = {"name": name, **asdict(form)}
     # Names hold spaces, slashes and more, and may differ only there; the hash also knows shape and dtype.
@@ -200,4 +200,4 @@ def _segments(folder: Path, name: str, form: OutputFormat) -> Segments:
         require_own_folder(path)
     except OSError as error:
         raise cannot_read(error, path) from error
-    return Segments(path, form.record_bytes)
+    return RecordFolder(path, form.record_bytes)

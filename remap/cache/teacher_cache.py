@@ -11,8 +11,8 @@ from torch import Tensor
 
 from remap.cache.output_store import OutputStore, row_digests
 from remap.cache.passes import OutputModel, outputs_of
-from remap.data import augment
 from remap.data.augmentation import Augmentation
+from remap.data.augmented_pixels import augmented_view, draws
 from remap.data.thread_pool import made_ahead
 from remap.data.views import ViewSource
 from remap.distributed import collectives
@@ -60,12 +60,12 @@ class FiniteViews:
 
     def images(self, view: int, indices: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
         """Return what training sees in that view, and which images could be read."""
-        return augment.augmented_view(self.source, self.augmentation, self.seed, view, indices)
+        return augmented_view(self.source, self.augmentation, self.seed, view, indices)
 
     def digests(self, view: int, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return what a view shows of some images, as (B, 16): equal digests, equal pixels."""
         # The very draws that the pixels are made with: another augmentation has other digests.
-        return row_digests(self.source.digests(indices), augment.draws(self.augmentation, self.seed, view, indices))
+        return row_digests(self.source.digests(indices), draws(self.augmentation, self.seed, view, indices))
 
 
 class InMemory:

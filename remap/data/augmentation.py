@@ -1,4 +1,4 @@
-"""Augmentation as values: which operations change an image, how far, and the presets. ``augment`` makes the pixels.
+"""Augmentation as values: what changes an image, how far, and the presets. ``augmented_pixels`` makes the pixels.
 
 Every number that a view takes has a fixed column among its draws, so that an operation draws the same with and without
 the others: ``light`` and ``strong`` see the same corner of an image in the same view.

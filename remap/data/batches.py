@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from remap.data import keyed_random, mixing
-from remap.data.augment import seen
+from remap.data.augmented_pixels import seen
 from remap.data.order import EpochPlan
 from remap.data.thread_pool import made_ahead
 from remap.data.views import ViewSource

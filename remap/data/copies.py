@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from remap.data.fingerprint import Contents
 from remap.data.splits import Split
+from remap.data.stratify import stratified
 from remap.data.thread_pool import threads
 from remap.io.human_size import number_of
 from remap.progress import Progress
@@ -39,6 +40,18 @@ def first_copies(images: Split, size: Callable[[int], int]) -> NDArray[np.int64]
         if len(np.unique(first_N[of_class])) == 1:
             first_N[of_class] = of_class
     return first_N
+
+
+def copies_together(images: Split, first_N: NDArray[np.int64], count: int) -> tuple[Split, Split]:
+    """Divide images into those with ``count`` of the contents, each class in proportion, and those with the others.
+
+    Args:
+        first_N: What ``first_copies`` returned.
+    """
+    distinct_K = np.unique(first_N)
+    learned_K, _ = stratified(images.labels[distinct_K], count)
+    learned_N = np.isin(first_N, distinct_K[learned_K])
+    return images.take(np.flatnonzero(learned_N)), images.take(np.flatnonzero(~learned_N))
 
 
 def copies_across(contents: Mapping[str, Contents], progress: Progress) -> str | None:

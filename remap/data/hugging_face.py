@@ -11,7 +11,7 @@ from remap.data.rows import Row, Rows, require_package
 from remap.data.shards import shards
 from remap.data.words import Word
 from remap.errors import DataError, RemapError
-from remap.io.names import plain
+from remap.io.names import first_line, plain
 from remap.io.paths import expanded
 
 # What ``save_to_disk`` writes into a folder of splits, or of one data set.
@@ -59,7 +59,7 @@ def _opened(source: HuggingFace, word: Word) -> dict[str | None, Any]:
     except RemapError:
         raise
     except Exception as error:  # of its many kinds; all mean that there is no such data set, or no way to it
-        reason = plain(str(error).splitlines()[0] if str(error) else type(error).__name__)[:300]
+        reason = plain(first_line(error))[:300]
         raise DataError(
             f"cannot open the data set: {reason}",
             given=word.rest,

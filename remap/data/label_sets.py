@@ -8,13 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from remap.data.copies import first_copies
+from remap.data.copies import copies_together, first_copies
 from remap.data.file_listing import Listing
 from remap.data.image_files import Skipped, also_left_out
 from remap.data.labeled_files import merged
 from remap.data.sources import unknown_classes
 from remap.data.splits import ImageData, Split
-from remap.data.stratify import stratified
 from remap.errors import DataError
 from remap.io.names import plain, same_name
 
@@ -59,12 +58,10 @@ def divided(word: str, splits: BySplit, skipped: Skipped, fraction: float) -> Im
     # As one class: what is equal byte for byte stays on one side, whatever its labels.
     alike = replace(images, labels=np.zeros(len(images), np.int64))
     first_N = first_copies(alike, lambda index: everything[index][1].size(everything[index][0]))
-    distinct_K = np.unique(first_N)
-    count = len(distinct_K) - max(1, round(len(distinct_K) * fraction))
+    distinct = len(np.unique(first_N))
+    count = distinct - max(1, round(distinct * fraction))
     if count < 1:
-        raise DataError("there are too few images to hold some out", given=f"{word}: {len(distinct_K)}")
-    learned_K, _ = stratified(images.labels[distinct_K], count)
-    in_train_N = np.isin(first_N, distinct_K[learned_K])
-    train, val = images.take(np.flatnonzero(in_train_N)), images.take(np.flatnonzero(~in_train_N))
+        raise DataError("there are too few images to hold some out", given=f"{word}: {distinct}")
+    train, val = copies_together(images, first_N, count)
     rule = f"{fraction:.0%} of the images held out for evaluation, of each class as far as its images allow"
     return ImageData(word, classes, train, val, skipped=tuple(skipped), split_rule=rule)

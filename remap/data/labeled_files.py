@@ -6,12 +6,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from remap.data.copies import first_copies
+from remap.data.copies import copies_together, first_copies
 from remap.data.file_listing import Listing
 from remap.data.image_files import Skipped, also_left_out
 from remap.data.sources import PATHS, TABLES, Source, find_source, unknown_classes
 from remap.data.splits import ImageData, Split
-from remap.data.stratify import stratified
 from remap.errors import DataError
 from remap.io.names import name_problem, plain, same_name
 
@@ -136,14 +135,12 @@ def _hold_out(word: str, by_class: ByClass, fraction: float, skipped: Skipped, l
         raise DataError("a class needs two images at least, one to learn from and one to check", given=", ".join(small))
     files = [file for name in classes for file in by_class[name]]
     first_N = first_copies(images, lambda index: files[index][1].size(files[index][0]))
-    distinct_K = np.unique(first_N)
-    first = len(distinct_K) - max(len(classes), round(len(distinct_K) * fraction))
-    learned_K, _ = stratified(images.labels[distinct_K], max(first, len(classes)))
-    in_train_N = np.isin(first_N, distinct_K[learned_K])
-    train, val = images.take(np.flatnonzero(in_train_N)), images.take(np.flatnonzero(~in_train_N))
+    distinct = len(np.unique(first_N))
+    count = distinct - max(len(classes), round(distinct * fraction))
+    train, val = copies_together(images, first_N, max(count, len(classes)))
     rule = f"{fraction:.0%} of each class held out for evaluation"
-    if len(distinct_K) < len(images):
-        rule += f"; {len(images) - len(distinct_K)} copies are on the side of the file they equal"
+    if distinct < len(images):
+        rule += f"; {len(images) - distinct} copies are on the side of the file they equal"
     return ImageData(word, classes, train, val, skipped=tuple(skipped), split_rule=rule)
 
 

@@ -90,7 +90,7 @@ def open_memory(path: Path, classes: Sequence[str]) -> Split:
     """
     together = Split.empty()
     for part in read_memory(path).parts:
-        names = part_classes(part)
+        names = sorted({image.label for image in part.images})
         if unknown := sorted(set(names) - set(classes)):
             raise unknown_classes(unknown, classes)
         train = open_labeled(part.source, part.val_source, part.val_fraction, part.depth, names, least=1).train
@@ -114,11 +114,6 @@ def with_memory(data: ImageData, path: Path, share: float | None) -> ImageData:
         return replace(data, train=data.train.joined(more))
     fit, check = stratified(more.labels, round((1.0 - share) * len(more)))
     return replace(data, train=data.train.joined(more.take(fit)), selection=data.selection.joined(more.take(check)))
-
-
-def part_classes(part: MemoryPart) -> list[str]:
-    """Return the classes that a part has images of."""
-    return sorted({image.label for image in part.images})
 
 
 def digest_of(split: Split, number: int) -> str:

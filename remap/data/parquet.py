@@ -14,6 +14,7 @@ from remap.data.tar_listing import FREE_GROWTH, MOST_GROWTH
 from remap.data.words import Word
 from remap.errors import DataError
 from remap.io.checked_read import open_regular
+from remap.io.names import first_line
 
 # Rows that are in memory while a file is copied.
 CHUNK = 64
@@ -58,6 +59,5 @@ def _copied(path: Path, options: Mapping[str, str], labeled: bool) -> Any:
             mapped = mmap.mmap(target.fileno(), 0, access=mmap.ACCESS_READ)
         return pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
     except (OSError, pa.ArrowException) as error:  # ArrowInvalid among them
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         do = f"it is copied to {tempfile.gettempdir()} when it is opened; TMPDIR names another disk"
-        raise DataError(f"cannot read {path} as a Parquet file: {reason[:200]}", do=do) from error
+        raise DataError(f"cannot read {path} as a Parquet file: {first_line(error)[:200]}", do=do) from error

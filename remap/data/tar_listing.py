@@ -16,6 +16,7 @@ from remap.data.image_files import why_not_read
 from remap.data.images import MAX_BYTES
 from remap.errors import DataError, RemapError
 from remap.io.checked_read import open_regular
+from remap.io.names import first_line
 
 # A compressed archive cannot be read from the middle, so its images are held in memory: of all archives of a source
 # together up to this many bytes.
@@ -67,8 +68,7 @@ def list_tar(path: Path, also: tuple[str, ...] = (), held_so_far: Held | None = 
     except RemapError:
         raise
     except Exception as error:  # Python's readers raise many kinds; all mean the file is no usable archive
-        reason = str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else reason
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error).rstrip(":")
         raise DataError(
             f"cannot read {path} as a tar archive: {reason}",
             allowed="a folder of class folders, or a tar or zip of one",

@@ -13,7 +13,7 @@ from remap.data.images import encoded
 from remap.data.rows import Row, Rows
 from remap.data.words import Word
 from remap.errors import DataError
-from remap.io.names import plain
+from remap.io.names import first_line, plain
 from remap.io.paths import expanded
 from remap.registry import did_you_mean
 
@@ -68,7 +68,7 @@ def _opened(name: str, root: str, arguments: dict[str, Any]) -> Any:
     try:
         return kind(root, download=False, **arguments)
     except Exception as error:  # RuntimeError where it is not there; others where it is damaged
-        reason = plain(str(error).splitlines()[0] if str(error) else type(error).__name__)[:200]
+        reason = plain(first_line(error))[:200]
         do = f"check the folder, or download it in Python: torchvision.datasets.{name}({root!r}, download=True)"
         raise DataError(f"cannot open {name} of torchvision: {reason}", given=root, do=do) from error
 

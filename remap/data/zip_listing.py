@@ -14,6 +14,7 @@ from remap.data.images import MAX_BYTES
 from remap.data.tar_listing import FREE_GROWTH, MOST_GROWTH
 from remap.errors import DataError, RemapError
 from remap.io.checked_read import open_regular
+from remap.io.names import first_line
 
 # What Python's reader may read at once: the list of all files, about 100 bytes each.
 _LIST_BYTES = 192 * 2**20
@@ -41,9 +42,9 @@ def list_zip(path: Path) -> Listing:
     except RemapError:
         raise
     except Exception as error:  # Python's reader raises many kinds; all mean the file is no usable archive
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise DataError(
-            f"cannot read {path} as a zip archive: {reason.splitlines()[0] if reason else type(error).__name__}",
+            f"cannot read {path} as a zip archive: {reason}",
             allowed="a folder of class folders, or a tar or zip of one",
         ) from error
     if any(member.flag_bits & _ENCRYPTED_FLAG for member in files.values()):

@@ -78,11 +78,6 @@ def save_checkpoint(folder: Path, state: State, tensors: Mapping[str, Tensor]) -
     checkpoint_files.write(folder, content, tensors)
 
 
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a checkpoint was ever completed here, even if it is damaged by now."""
-    return checkpoint_files.any_finished(folder)
-
-
 def load_checkpoint(
     folder: Path,
     digest: str,

@@ -71,8 +71,8 @@ def write(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor])
     sweep(folder)  # only now: the oldest counts until the new manifest is there
 
 
-def any_finished(folder: Path) -> bool:
-    """Whether a generation was ever written here, even if it is damaged by now."""
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a checkpoint was ever completed here, even if it is damaged by now."""
     # A writer that was killed in its first save leaves tensors number 1 only.
     return bool(_numbers(folder)) or any(kind == "safetensors" and number > 1 for _, number, kind in _files(folder))
 

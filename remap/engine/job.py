@@ -54,11 +54,7 @@ class StudentStep(nn.Module):
         return self.losses(self.runner(images_BCHW, features), targets, labels)
 
     def losses(
-        self,
-        signals: Signals,
-        targets: Sequence[Mapping[str, Tensor]],
-        labels: Labels,
-        over_batch: bool | None = None,
+        self, signals: Signals, targets: Sequence[Mapping[str, Tensor]], labels: Labels, over_batch: bool | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the same of signals; of the terms that ``over_batch`` names, see ``Objective``."""
         total, parts = self.objective(signals, targets, labels, over_batch)

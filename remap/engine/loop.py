@@ -13,7 +13,7 @@ from remap.distributed.interrupts import CALLBACK, defer_signals, watch_signals
 from remap.distributed.sharding import sharded
 from remap.engine.block_checkpoints import checkpointed_blocks
 from remap.engine.callback import newest_and_best, raised_in
-from remap.engine.checkpoint import has_checkpoint
+from remap.engine.checkpoint_files import has_checkpoint
 from remap.engine.compiling import compile_networks
 from remap.engine.job import Job
 from remap.engine.late import may_read_late, rate_factor, step_if_finite

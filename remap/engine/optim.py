@@ -17,11 +17,7 @@ from remap.recipe.schema import TrainSpec
 
 
 def make_optimizer(
-    network: Network,
-    extra: Iterable[tuple[str, nn.Parameter]],
-    lr: float,
-    weight_decay: float,
-    name: str = "adamw",
+    network: Network, extra: Iterable[tuple[str, nn.Parameter]], lr: float, weight_decay: float, name: str = "adamw"
 ) -> torch.optim.Optimizer:
     """Return the optimiser over what is trained: frozen parameters hold no gradient and no optimiser state.
 

@@ -71,7 +71,9 @@ def save_graph(graph: torch.onnx.ONNXProgram, path: Path, facts: dict[str, Any])
     Raises:
         RemapError: The network is too large for one file.
     """
-    graph.model.metadata_props.update(as_texts(facts))
+    # As texts, which is all that these files hold: lists and objects as JSON.
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+    graph.model.metadata_props.update(texts)
     try:
         graph.save(path, external_data=False)
     except ValueError as error:  # of protobuf
@@ -83,11 +85,6 @@ def save_graph(graph: torch.onnx.ONNXProgram, path: Path, facts: dict[str, Any])
 def output_name(options: ExportOptions) -> str:
     """Return what the output is called."""
     return "probabilities" if options.softmax else "logits"
-
-
-def as_texts(facts: dict[str, Any]) -> dict[str, str]:
-    """Return metadata as texts, which is all that these files hold: lists and objects as JSON."""
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
 
 
 def answer_of(spec: PreprocessSpec, file: Path, options: ExportOptions, output: str | None = None) -> Answer:

@@ -15,7 +15,6 @@ from remap.exporting.format import Answer, ExportOptions, Format
 from remap.exporting.task_source import TaskSource
 from remap.exporting.timm_folder import answer_of
 from remap.network import Network
-from remap.recipe.schema import ModelSpec
 from remap.runs.task import open_backbone
 from remap.tuning import METHODS
 from remap.tuning.layers import layers_of
@@ -66,8 +65,7 @@ def _base(source: TaskSource) -> nn.Module:
         raise source.refusal(what, f"{spec.model}: {HEAD_OF_A_PAIR}")
     if spec.weights == "none":
         raise RunError("an adapter of PEFT names its base model, and this one's weights were random", given=spec.model)
-    model = ModelSpec(model=spec.model, weights=spec.weights, preset=spec.preset, image_size=spec.image_size)
-    return open_backbone(model, len(source.meta.classes)).model.eval()
+    return open_backbone(spec.to_open(), len(source.meta.classes)).model.eval()
 
 
 def _put(layer: nn.Module, state: State) -> None:

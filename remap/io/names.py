@@ -17,6 +17,11 @@ def plain(text: str, *, keep: str = "") -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its kind where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def name_problem(text: str) -> str | None:
     """Return the control character that makes a text unfit to be a name people read and type; None without one."""
     for c in text:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from remap.data.sources import open_unlabeled, read_all
-from remap.data.splits import Split
 from remap.data.views import View, ViewSource, listed
 from remap.distributed.launch import accelerator, require_one_process, use_bf16
-from remap.engine.evaluate import evaluate_as
 from remap.engine.evaluation import Evaluation
+from remap.engine.evaluation_pass import evaluate_as
 from remap.engine.metrics import metrics
 from remap.errors import DataError, RecipeError
 from remap.io.human_size import number_of
@@ -103,12 +102,15 @@ def adapt(
     settings = recipe.model_copy(update={"seed": seed, "train": spec, "data": data, "teachers": ()})
 
     source = _opened(target, view, settings, progress)
-    judged = None if val_data is None else ViewSource(_labeled(val_data, network, settings), view, memory_bytes=0.0)
+    judged = None
+    if val_data is not None:
+        labeled, _ = read_all(val_data, network.classes or (), recipe.data.depth)
+        judged = ViewSource(labeled, view, memory_bytes=0.0)
 
     def evaluation(what: str) -> Evaluation | None:
         if judged is None:
             return None
-        return evaluate_as(settings, network, judged, accelerator(), progress, what)
+        return evaluate_as(settings, network, judged, progress, what)
 
     # Before anything else: both ways change the network in place.
     before = evaluation("the run")
@@ -164,10 +166,6 @@ def _opened(target: str, view: View, recipe: Recipe, progress: Progress) -> View
     if left_out:
         progress.say(f"left out {number_of(len(left_out), 'other file')}")
     return source
-
-
-def _labeled(val_data: str, network: Network, recipe: Recipe) -> Split:
-    return read_all(val_data, network.classes or (), recipe.data.depth)[0]
 
 
 def _write(

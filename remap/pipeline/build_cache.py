@@ -14,9 +14,9 @@ from remap.pipeline.disk_outputs import store_on_disk
 from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.run import run, validate_inputs
 from remap.pipeline.shared import SharedResources
-from remap.pipeline.teacher_check import check_teachers
 from remap.pipeline.teacher_outputs import choose_storage, make_teacher
 from remap.pipeline.teacher_tuning import OfTeacher, teachers_to_tune
+from remap.pipeline.weak_teachers import check_teachers
 from remap.progress import Progress, Silent
 from remap.recipe import Recipe
 from remap.recipe.schema import EMA

@@ -118,11 +118,7 @@ def probabilities(logits_NC: np.ndarray) -> np.ndarray:
 
 
 def answers_of(
-    network: Network,
-    source: ViewSource,
-    batch_size: int,
-    progress: Progress,
-    logits_NC: np.ndarray | None = None,
+    network: Network, source: ViewSource, batch_size: int, progress: Progress, logits_NC: np.ndarray | None = None
 ) -> Answers:
     """Say and return how sure a teacher is, class by class, on some images.
 
@@ -131,9 +127,7 @@ def answers_of(
     """
     if logits_NC is None:
         what = "the teacher's answers"
-        logits_NC, _ = signals_of(
-            network, source, accelerator(), batch_size, progress, what, pooled=False, at_most=LOOKED_AT
-        )
+        logits_NC, _ = signals_of(network, source, batch_size, progress, what, pooled=False, at_most=LOOKED_AT)
     probabilities_NC = probabilities(logits_NC)
     answers_N, classes = probabilities_NC.argmax(axis=1), logits_NC.shape[1]
     counts_C = np.bincount(answers_N, minlength=classes)

@@ -10,7 +10,7 @@ from remap.io.paths import expanded
 from remap.pipeline import compare as comparison
 from remap.pipeline.compare import Plan
 from remap.pipeline.comparison_cells import DEFAULT_SEEDS, chosen_methods
-from remap.pipeline.evaluation import evaluate_run
+from remap.pipeline.evaluate_run import evaluate_run
 from remap.pipeline.recommend import METHODS as RANKED
 from remap.pipeline.recommend import recommend as rank
 from remap.pipeline.run import Result, as_recipe, start

@@ -9,7 +9,7 @@ import torch
 
 from remap.backbones.build import Backbone, add_tensors
 from remap.backbones.preprocess import require_channels
-from remap.data.augment import require_colours
+from remap.data.augmented_pixels import require_colours
 from remap.data.image_files import left_out
 from remap.data.views import ViewSource, listed
 from remap.distributed.launch import accelerator, use_bf16
@@ -22,11 +22,11 @@ from remap.network import Network, choose_attention, tuned
 from remap.pipeline.class_words import lend_words, write_words
 from remap.pipeline.data_views import DataViews
 from remap.pipeline.init_student import InitReport, init_from_teacher
-from remap.pipeline.joint_teacher import frozen_or_joint
 from remap.pipeline.objective import build_objective, pairs_of
 from remap.pipeline.one_pass import run_once
 from remap.pipeline.prepared_teacher import PreparedTeacher, placed
 from remap.pipeline.shared import SharedResources
+from remap.pipeline.shared_cores import frozen_or_joint
 from remap.pipeline.shrink_student import open_student
 from remap.pipeline.teacher_tuning import teacher_folder
 from remap.pipeline.teachers import averaging_teacher, load_teacher, prepare_teacher
@@ -110,7 +110,6 @@ def build_components(
     Args:
         run_dir: Where prepared teachers are stored; None (dry run, benchmarks) prepares none.
     """
-    device = accelerator().device
     # Only names and labels are listed here; images are decoded once the size of a view is known.
     classes = shared.classes(recipe)
 
@@ -127,7 +126,7 @@ def build_components(
         # Frozen tensors stay shared with the student; what it will train is copied before the first step.
         if teacher.spec.model == SELF:
             copy_trained_tensors(teacher.network, student)
-            placed(teacher, recipe, device)
+            placed(teacher, recipe)
     _warn_of_transfers(recipe, student, teachers, progress)
 
     networks = (student, *(teacher.network for teacher in teachers))
@@ -155,7 +154,7 @@ def build_components(
     teachers = [frozen_or_joint(teacher, student, recipe) for teacher in teachers]
     torch.manual_seed(recipe.seed)  # projectors of losses do not depend on what was prepared before
     objective = build_objective(recipe, pairs_of(student, [teacher.network for teacher in teachers]))
-    bf16 = use_bf16(recipe.train.precision, device)
+    bf16 = use_bf16(recipe.train.precision, accelerator().device)
     return RunComponents(recipe, views, student, teachers, objective, bf16, init)
 
 
@@ -211,7 +210,7 @@ def _load_teachers(
         return []
     what = "building the teacher" if len(specs) == 1 else f"building {len(specs)} teachers"
     with progress.wait(what), torch.random.fork_rng(devices=[]):
-        teachers = [load_teacher(spec, recipe, classes, accelerator().device, student, progress) for spec in specs]
+        teachers = [load_teacher(spec, recipe, classes, student, progress) for spec in specs]
     for teacher in teachers:
         if is_sharded(teacher.network):
             held = size(bytes_held(teacher.network))

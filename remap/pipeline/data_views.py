@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from remap.data.composed_sources import JoinedSource
 from remap.data.fingerprint import Contents, fingerprint
-from remap.data.joined_source import JoinedSource
 from remap.data.splits import ImageData
 from remap.data.views import View, ViewSource, listed, require_readable
 from remap.distributed.launch import accelerator

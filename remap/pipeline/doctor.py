@@ -14,17 +14,14 @@ from remap.io.versions import PACKAGES, version_of
 
 def examine() -> dict[str, Any]:
     """Return checks with a state ("ok", "note", "bad"); ``ok`` is False when one is bad. Needs no network."""
-    checks = [_python(), *_packages(), *_devices(), _precision(), *_kernels()]
+    python = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    checks = [_row("ok", "python", python), *_packages(), *_devices(), _precision(), *_kernels()]
     checks += [_hub(), _token(), _disk(), _writable(), _mini()]
     return {"ok": all(check["state"] != "bad" for check in checks), "checks": checks}
 
 
 def _row(state: str, what: str, found: str) -> dict[str, str]:
     return {"state": state, "what": what, "found": found}
-
-
-def _python() -> dict[str, str]:
-    return _row("ok", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
 
 
 def _packages() -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ from remap.errors import RecipeError
 from remap.io import atomic_write
 from remap.io.paths import absolute, expanded
 from remap.language.words import entries
-from remap.pipeline.memory import Choice, choose_memory
+from remap.pipeline.choose_memory import Choice, choose_memory
 from remap.pipeline.run import Result, start
 from remap.pipeline.session_advice import ALONE, AT_ONCE, METHOD_WAYS, WAYS, WITH_MEMORY, Situation, situation
 from remap.progress import Progress, Silent
@@ -45,8 +45,9 @@ def extension_recipe(
     at_once = way in AT_ONCE
     method: dict[str, Any] = {"name": meta.method.name, **meta.method.options}
     if way == "ranpac" and "ranpac" not in parts_of(meta.method.name):
-        alone = meta.method.name == "linear"
-        options = {} if alone else {**_by_part(meta.method.name, meta.method.options), "ranpac": {}}
+        alone, several = meta.method.name == "linear", len(parts_of(meta.method.name)) > 1
+        by_part = meta.method.options if several else {meta.method.name: meta.method.options}
+        options = {} if alone else {**by_part, "ranpac": {}}
         method = {"name": "ranpac" if alone else f"{meta.method.name}+ranpac", **options}
     elif not at_once and "session" in config_of(meta.method.name).model_fields:
         method["session"] = len(found.sessions)
@@ -132,10 +133,6 @@ def _losses(way: str, own: list[dict[str, Any]], settings: Iterable[str]) -> tup
     if problems:
         raise RecipeError(problems, "extend")
     return given, rest
-
-
-def _by_part(method: str, options: dict[str, Any]) -> dict[str, Any]:
-    return options if len(parts_of(method)) > 1 else {method: options}
 
 
 def extend(

@@ -17,18 +17,18 @@ from remap.backbones.families.watching import Layer
 from remap.data.stratify import stratified
 from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
-from remap.engine.evaluate import batch_size_of_evaluation
+from remap.engine.evaluation_pass import batch_size_of_evaluation
 from remap.engine.job import Job
 from remap.engine.state import State
 from remap.errors import MissingData, TrainingError
 from remap.io.paths import expanded
 from remap.network import Network
-from remap.pipeline.calibration import best_factor
+from remap.pipeline.adjusting import best_factor
 from remap.pipeline.components import RunComponents
-from remap.pipeline.probe import last_layer, pooled_features, write_head
+from remap.pipeline.epoch_recorder import EpochRecorder
+from remap.pipeline.probe import last_layers, pooled_features, write_head
 from remap.pipeline.sessions import images_of, sessions_of
 from remap.pipeline.shared import SharedResources
-from remap.pipeline.tracking import RunTracker
 from remap.progress import Progress
 from remap.runs.class_statistics import ClassStatistics
 from remap.tuning.finetuning.ranpac import PATH
@@ -37,7 +37,9 @@ from remap.tuning.finetuning.ranpac import PATH
 PENALTIES = tuple(10.0**power for power in range(-6, 2))
 
 
-def fit_at_once(components: RunComponents, tracker: RunTracker, shared: SharedResources, progress: Progress) -> State:
+def fit_at_once(
+    components: RunComponents, recorder: EpochRecorder, shared: SharedResources, progress: Progress
+) -> State:
     """Fit the student's classifier by the recipe's ``train.fit``, and write the statistics beside the run.
 
     Of a run that is extended, its statistics are added; where it has none, they are computed from its images. The
@@ -72,23 +74,23 @@ def fit_at_once(components: RunComponents, tracker: RunTracker, shared: SharedRe
         _write(student, scale * weights(complete, penalty))
     # All processes have seen all images and have the same statistics; one writes them.
     if accelerator().is_main_process:
-        complete.save(tracker.run_dir.path, digest)
+        complete.save(recorder.run_dir.path, digest)
     how = f"ridge regression, penalty {penalty:.3g}" if train.fit == "ridge" else "class means"
     seconds = time.perf_counter() - started
     progress.say(f"fitted by {how} on {features_NF.shape[1]:,} features in {seconds:.1f} s")
-    record = {"epoch": 1, **tracker.after_epoch(), "seconds": seconds}
+    record = {"epoch": 1, **recorder.after_epoch(), "seconds": seconds}
     # No digest: a run that was stopped takes up no state, it is fitted again.
     return State(digest="", epoch=1, seconds=seconds, history=[record])
 
 
-def leave_untrained(job: Job, tracker: RunTracker) -> State:
+def leave_untrained(job: Job, recorder: EpochRecorder) -> State:
     """Take no step: the words are the classifier, and training images are looked at by methods that begin so."""
     started = time.perf_counter()
     job.student.model.to(job.accelerator.device)
     if job.sample is not None:
         with job.progress.wait(f"{job.recipe.method.name} looks at training images"):
             job.student.attached.prepare(job.sample)
-    record = {"epoch": 1, **tracker.after_epoch(), "seconds": time.perf_counter() - started}
+    record = {"epoch": 1, **recorder.after_epoch(), "seconds": time.perf_counter() - started}
     return State(digest="", epoch=1, seconds=record["seconds"], history=[record])
 
 
@@ -139,7 +141,7 @@ def _features(
     seen: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
     handles = [layer.register_forward_pre_hook(lambda layer, args: seen[layer].append(args[0])) for layer in layers]
     try:
-        pooled_ND, labels_N = pooled_features(student, source, accelerator(), batch_size, progress, what)
+        pooled_ND, labels_N = pooled_features(student, source, batch_size, progress, what)
     finally:
         for handle in handles:
             handle.remove()
@@ -160,7 +162,7 @@ def _last_layers(network: Network) -> list[Layer]:
                 given=", ".join(more),
                 do="train by steps (--how lwf), or take another method",
             )
-    return [last_layer(head) for head in heads]
+    return last_layers(network)
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from remap.distributed.launch import accelerator, use_bf16
 from remap.io.versions import version_of
 from remap.network import Network
 from remap.pipeline import probe
+from remap.pipeline.computed_once import digest_of_network
 from remap.pipeline.data_views import DataViews
-from remap.pipeline.judged import digest_of_network
 from remap.pipeline.one_pass import OnePass
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.stored_teacher import PROBE, StoredTeacher
@@ -66,11 +66,8 @@ class LabeledFeatures:
         return features_ND[chosen], labels_N[chosen]
 
     def _compute(self) -> tuple[np.ndarray, NDArray[np.int64]]:
-        network, source, sizes = self._network, self._views.train, (accelerator(), self.batch)
-        what, bf16 = "teacher features", self.bf16
-        return probe.readable_signals_of(
-            network, source, *sizes, self._progress, what, pooled=True, bf16=bf16, filled=True
-        )
+        where = (self._network, self._views.train, self.batch, self._progress, "teacher features")
+        return probe.signals_of(*where, pooled=True, bf16=self.bf16, filled=True)
 
 
 def fit_head(
@@ -121,7 +118,7 @@ def fit_head(
         else f"{title}: fitting a head without fold {fold} of {spec.folds}"
     )
     strength = probe.fit_probe(
-        network, views.train, accelerator(), features.batch, progress, bf16=features.bf16, features=features.of(images)
+        network, views.train, features.batch, progress, bf16=features.bf16, features=features.of(images)
     )
     # In every process: tensors of a sharded network are gathered from all of them.
     tensors = task_tensors(network)

@@ -19,18 +19,12 @@ from remap.data.stratify import folds, without_fold
 from remap.distributed.launch import accelerator
 from remap.network import Network, frozen
 from remap.pipeline.adjusting import adjust_logits
+from remap.pipeline.computed_once import digest_of_network
 from remap.pipeline.data_views import DataViews
 from remap.pipeline.fit_head import LabeledFeatures, fit_head
-from remap.pipeline.judged import digest_of_network
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.stored_teacher import PROBE
-from remap.pipeline.teacher_tuning import (
-    data_of_teacher,
-    fold_folder,
-    is_prepared,
-    teacher_recipe,
-    title_of,
-)
+from remap.pipeline.teacher_tuning import data_of_teacher, fold_folder, is_prepared, teacher_recipe, title_of
 from remap.progress import Progress
 from remap.recipe.schema import Recipe, TeacherSpec
 from remap.runs.task import load_task, put_task

@@ -1,10 +1,8 @@
 """Start the student's backbone from the teacher's weights, inside a run."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from remap.backbones.build import Backbone, state_hash
 from remap.distributed.launch import accelerator
@@ -58,7 +56,10 @@ def init_from_teacher(
         teacher = open_backbone(recipe.teacher, len(shared.classes(recipe)))
         # Importance is measured by forward passes.
         teacher.model.to(accelerator().device).requires_grad_(False)
-        sample = _sample(teacher, recipe, shared) if row.reads_images else None
+        sample = None
+        if row.reads_images:
+            size, instead = {"images": IMAGES, "batch_size": BATCH}, "--init weight_selection"
+            sample = training_pixels(teacher, recipe.data, recipe.seed, shared, **size, without_images=instead)()
         report = remap_weights(cls(cls.Config(**spec.options)), teacher, student, sample)
     theirs, mine = teacher.preprocess, student.preprocess
     same = (theirs.mean, theirs.std) == (mine.mean, mine.std)
@@ -70,13 +71,6 @@ def init_from_teacher(
     inherited = InitReport(teacher.identity.model, report, words)
     progress.say(inherited.text)
     return inherited
-
-
-def _sample(teacher: Backbone, recipe: Recipe, shared: SharedResources) -> Iterator[Tensor]:
-    without_images = "--init weight_selection"
-    return training_pixels(
-        teacher, recipe.data, recipe.seed, shared, images=IMAGES, batch_size=BATCH, without_images=without_images
-    )()
 
 
 def _listed(values: tuple[float, ...]) -> str:

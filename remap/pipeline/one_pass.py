@@ -74,13 +74,7 @@ class OnePass:
         return self.rows.rows(labeled, 0)[POOLED].double().numpy(), labeled
 
     def outputs(
-        self,
-        names: set[str],
-        views: FiniteViews,
-        batch: int,
-        at_once: int,
-        bf16: bool,
-        found: InMemory | None = None,
+        self, names: set[str], views: FiniteViews, batch: int, at_once: int, bf16: bool, found: InMemory | None = None
     ) -> InMemory | None:
         """Return what ``cache_in_memory`` would, to the last bit; None where it is not this pass that is wanted.
 

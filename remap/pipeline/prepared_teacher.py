@@ -4,15 +4,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from remap.distributed.launch import accelerator, use_bf16
 from remap.distributed.sharding import is_sharded, shard, wants_sharding
 from remap.engine.evaluation import Evaluation
 from remap.network import Network, choose_attention
 from remap.pipeline.class_words import Answers
+from remap.pipeline.computed_once import digest_of_network
 from remap.pipeline.fold_teachers import FoldTeachers
-from remap.pipeline.judged import digest_of_network
 from remap.pipeline.one_pass import OnePass
 from remap.recipe.schema import Recipe, TeacherSpec
 from remap.runs.interval import Measured
@@ -67,12 +65,12 @@ class PreparedTeacher:
 
 def placed_network(teacher: PreparedTeacher, recipe: Recipe, network: Network) -> Network:
     """Move another network to the device as that of a teacher."""
-    return placed(replace(teacher, network=network), recipe, accelerator().device).network
+    return placed(replace(teacher, network=network), recipe).network
 
 
-def placed(teacher: PreparedTeacher, recipe: Recipe, device: torch.device) -> PreparedTeacher:
+def placed(teacher: PreparedTeacher, recipe: Recipe) -> PreparedTeacher:
     """Move a teacher to the device, or shard it over those of all processes; choose the run's attention kernel."""
-    network = teacher.network
+    network, device = teacher.network, accelerator().device
     # Before sharding: the setting is an attribute of modules that FSDP wraps.
     apart = not (teacher.spec.is_student or teacher.spec.joint)  # the others have tensors of the student
     bf16 = use_bf16(recipe.train.precision, device)

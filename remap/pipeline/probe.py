@@ -5,17 +5,17 @@ from itertools import accumulate
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy, module_at
 from remap.backbones.families.watching import Layer
-from remap.backbones.typed import input_channels
+from remap.backbones.typed import input_channels, inputs_of
 from remap.cache.passes import run_in_passes
 from remap.data.thread_pool import made_ahead
 from remap.data.views import ViewSource
 from remap.distributed.interrupts import defer_signals, raise_if_interrupted
+from remap.distributed.launch import accelerator
 from remap.errors import BackboneError, DataError
 from remap.network import Network, Runner
 from remap.pipeline.logistic import STRENGTHS, EachClass, Probe, fit_each_class, fit_logistic
@@ -26,7 +26,6 @@ from remap.remapping.signals import Needs
 def fit_probe(
     network: Network,
     source: ViewSource,
-    accelerator: Accelerator,
     batch_size: int,
     progress: Progress,
     *,
@@ -50,8 +49,8 @@ def fit_probe(
     Raises:
         DataError: Fewer than two classes have readable images.
     """
-    features_ND, labels_N = features or signals_of(
-        network, source, accelerator, batch_size, progress, "teacher features", pooled=True, bf16=bf16, filled=True
+    features_ND, labels_N = features or pooled_features(
+        network, source, batch_size, progress, "teacher features", bf16=bf16, filled=True
     )
     if len(np.unique(labels_N)) < 2:
         raise DataError("a head needs readable training images of two classes at least", do="repair the images")
@@ -64,40 +63,22 @@ def fit_probe(
 
 
 def pooled_features(
-    network: Network, source: ViewSource, accelerator: Accelerator, batch_size: int, progress: Progress, what: str
+    network: Network, source: ViewSource, batch_size: int, progress: Progress, what: str, **how: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the features that enter the classifier, float64 (N, D), and labels (N,), of all readable images.
 
     Args:
         what: Which features these are, for messages.
+        how: As for ``signals_of``.
     """
-    return signals_of(network, source, accelerator, batch_size, progress, what, pooled=True)
-
-
-def signals_of(
-    network: Network,
-    source: ViewSource,
-    accelerator: Accelerator,
-    batch_size: int,
-    progress: Progress,
-    what: str,
-    *,
-    pooled: bool,
-    bf16: bool = False,
-    filled: bool = False,
-    at_most: int | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return what ``readable_signals_of`` does, and labels (N,) in place of the numbers of images."""
-    where = (network, source, accelerator, batch_size, progress, what)
-    rows, readable = readable_signals_of(*where, pooled=pooled, bf16=bf16, filled=filled, at_most=at_most)
-    return rows, source.split.labels[readable]
+    features_ND, readable = signals_of(network, source, batch_size, progress, what, pooled=True, **how)
+    return features_ND, source.split.labels[readable]
 
 
 @torch.no_grad()
-def readable_signals_of(
+def signals_of(
     network: Network,
     source: ViewSource,
-    accelerator: Accelerator,
     batch_size: int,
     progress: Progress,
     what: str,
@@ -110,6 +91,7 @@ def readable_signals_of(
     """Return pooled features or else logits, float64 (N, D or C), of all readable images, and which these are (N,).
 
     Args:
+        bf16: Whether the network runs under bfloat16 autocast.
         filled: Fill the last batch up to ``batch_size``, as ``run_in_passes`` does.
         at_most: Look at so many images, evenly spaced; None looks at all.
 
@@ -120,7 +102,7 @@ def readable_signals_of(
     runner = Runner(network, Needs(pooled=pooled), bf16=bf16)
 
     def run(images: Tensor) -> dict[str, Tensor]:
-        found = runner(images.to(accelerator.device))
+        found = runner(images.to(accelerator().device))
         # float32, since NumPy has no bfloat16.
         return {"rows": (found.pooled_BD if pooled else found.logits_BC).float().cpu()}
 
@@ -131,7 +113,7 @@ def readable_signals_of(
     # A signal is deferred to the check in the loop, where all processes learn of it and leave together.
     with defer_signals(), progress.wait(what, len(chosen)) as step:
         for indices, (images, good) in made_ahead(source.batch, chunks):
-            raise_if_interrupted(accelerator, f"{what} were being computed")
+            raise_if_interrupted(accelerator(), f"{what} were being computed")
             if len(good):
                 rows.append(run_in_passes(run, images, batch_size if filled else len(images))["rows"].numpy())
                 readable.append(good)
@@ -148,18 +130,16 @@ def _into_last_layer(network: Network, features_ND: np.ndarray) -> np.ndarray:
     head = module_at(network.model, network.anatomy.classifier_heads[0])
     if isinstance(head, Layer):
         return features_ND
-    last, seen = last_layer(head), []
+    last = last_layer(head)
     # Caught on the way in: classifiers differ in what stands in front of their last layer.
-    handle = last.register_forward_pre_hook(lambda _layer, args: seen.append(args[0]))
-    head(torch.from_numpy(features_ND).to(last.weight))
-    handle.remove()
+    with inputs_of(last) as seen:
+        head(torch.from_numpy(features_ND).to(last.weight))
     return seen[0].cpu().double().numpy()
 
 
 def fitted_tensors(network: Network) -> list[Tensor]:
     """Return the parameters that ``fit_probe`` writes."""
-    heads = [last_layer(module_at(network.model, path)) for path in network.anatomy.classifier_heads]
-    return [parameter for head in heads for parameter in head.parameters()]
+    return [parameter for layer in last_layers(network) for parameter in layer.parameters()]
 
 
 def last_layer(head: nn.Module) -> Layer:
@@ -167,19 +147,19 @@ def last_layer(head: nn.Module) -> Layer:
     return [module for module in head.modules() if isinstance(module, Layer)][-1]
 
 
-def _with_bias(layer: Layer) -> Layer:
-    if layer.bias is None:
-        raise BackboneError(
-            "a head cannot be fitted: the classifier has no bias", do="let a method tune it (teacher.prepare=full)"
-        )
-    return layer
+def last_layers(network: Network) -> list[Layer]:
+    """Return the ``last_layer`` of each classifier."""
+    return [last_layer(module_at(network.model, path)) for path in network.anatomy.classifier_heads]
 
 
 @torch.no_grad()
 def write_head(network: Network, weight_CD: np.ndarray, bias_C: np.ndarray) -> None:
     """Write a linear map of the pooled features; of joined features each classifier gets its own columns."""
     model, anatomy, weight, bias = network.model, network.anatomy, torch.from_numpy(weight_CD), torch.from_numpy(bias_C)
-    heads = [_with_bias(last_layer(module_at(model, path))) for path in anatomy.classifier_heads]
+    heads = last_layers(network)
+    if any(head.bias is None for head in heads):
+        do = "let a method tune it (teacher.prepare=full)"
+        raise BackboneError("a head cannot be fitted: the classifier has no bias", do=do)
     # The mean of classifiers that all have the whole map is that map.
     parts = [(weight, bias)] * len(heads)
     if not anatomy.averaged_heads:

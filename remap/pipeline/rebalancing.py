@@ -6,15 +6,12 @@ Letters: N images, C classes.
 import numpy as np
 import torch
 
-from remap.backbones.anatomy import module_at
-from remap.backbones.families.watching import Layer
-from remap.distributed.launch import accelerator
-from remap.engine.evaluate import batch_size_of_evaluation
+from remap.engine.evaluation_pass import batch_size_of_evaluation
 from remap.errors import BackboneError, DataError
 from remap.io.paths import expanded
 from remap.network import Network
 from remap.pipeline.components import RunComponents
-from remap.pipeline.probe import last_layer, signals_of
+from remap.pipeline.probe import last_layers, signals_of
 from remap.pipeline.sessions import sessions_of
 from remap.progress import Progress
 
@@ -30,7 +27,7 @@ def require_correctable(components: RunComponents) -> None:
     if components.recipe.train.align != "bias" or held_out is None or _known(components) is None:
         return
     _require_each_class(held_out.split.labels, len(student.classes or ()))
-    if any(layer.bias is None for layer in _layers(student)):
+    if any(layer.bias is None for layer in last_layers(student)):
         raise BackboneError("the classifier has no bias to correct", do="align its rows (train.align=true)")
 
 
@@ -47,8 +44,8 @@ def rebalance(components: RunComponents, progress: Progress) -> bool:
         held_out, batch = components.views.selection, batch_size_of_evaluation(components.recipe)
         assert held_out is not None, "the recipe holds images out"
         what = "logits of held-out images"
-        found = signals_of(student, held_out, accelerator(), batch, progress, what, pooled=False)
-        scale, shift = fit_bias(*found, known, len(student.classes or ()))
+        logits_NC, readable = signals_of(student, held_out, batch, progress, what, pooled=False)
+        scale, shift = fit_bias(logits_NC, held_out.split.labels[readable], known, len(student.classes or ()))
         _change_rows(student, known, scale, shift)
         progress.say(f"the logits of new classes are corrected to {scale:.3f} x {shift:+.3f}")
     else:
@@ -72,7 +69,7 @@ def align_classifier(network: Network, known: int) -> float:
     Weight alignment (Zhao et al. 2020, arXiv 1911.07053, equations 6 to 8); the bias is scaled with its row.
     """
     # One factor for all classifiers of a network. Flattened, since a layer may be a 1 x 1 convolution.
-    norms_C = torch.stack([layer.weight.detach().flatten(1).norm(dim=1) for layer in _layers(network)]).mean(0)
+    norms_C = torch.stack([layer.weight.detach().flatten(1).norm(dim=1) for layer in last_layers(network)]).mean(0)
     factor = float(norms_C[:known].mean() / norms_C[known:].mean())
     _change_rows(network, known, factor, 0.0)
     return factor
@@ -117,14 +114,10 @@ def _require_each_class(labels_N: np.ndarray, classes: int) -> np.ndarray:
     return counts_C
 
 
-def _layers(network: Network) -> list[Layer]:
-    return [last_layer(module_at(network.model, path)) for path in network.anatomy.classifier_heads]
-
-
 @torch.no_grad()
 def _change_rows(network: Network, known: int, scale: float, shift: float) -> None:
     """Make logit z of each new class scale * z + shift."""
-    for layer in _layers(network):
+    for layer in last_layers(network):
         layer.weight[known:] *= scale
         if layer.bias is not None:
             layer.bias[known:] = scale * layer.bias[known:] + shift

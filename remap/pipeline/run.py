@@ -12,7 +12,7 @@ from remap.data import METRIC
 from remap.data.fast_views import require_decoder
 from remap.distributed.launch import accelerator, broadcast_str, check_processes
 from remap.engine.callback import Callback
-from remap.engine.checkpoint import has_checkpoint
+from remap.engine.checkpoint_files import has_checkpoint
 from remap.engine.job import Job, require_divisible
 from remap.engine.loop import train
 from remap.engine.state import State
@@ -22,27 +22,27 @@ from remap.io.paths import expanded
 from remap.network import Network
 from remap.pipeline.baseline import baseline_figures, baseline_recipe
 from remap.pipeline.baseline_process import BaselineProcess, beside_student, fits_beside, waiting_process
-from remap.pipeline.callbacks import called
 from remap.pipeline.comparison_folder import shared_teacher
 from remap.pipeline.components import RunComponents, build_components, require_student
+from remap.pipeline.epoch_recorder import EpochRecorder
 from remap.pipeline.evidence import write_evidence
 from remap.pipeline.fit_at_once import fit_at_once, leave_untrained
 from remap.pipeline.frozen_check import FrozenWeights, trained_text
 from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.rebalancing import rebalance, require_correctable
 from remap.pipeline.results import require_space, write_results, write_summary
+from remap.pipeline.run_callbacks import called
 from remap.pipeline.run_status import track_status
 from remap.pipeline.samples import method_sample
 from remap.pipeline.sessions import measure_sessions
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.student_features import cache_features
 from remap.pipeline.summary import evaluate_at_end, summarize
-from remap.pipeline.teacher_check import check_teachers, require_all_useful
 from remap.pipeline.teacher_tuning import OfTeacher, lend_teachers, open_or_create, require_folds, teachers_to_tune
 from remap.pipeline.trackers import require_installed
-from remap.pipeline.tracking import RunTracker
 from remap.pipeline.training_job import training_job, warn_before_training
 from remap.pipeline.trials import chosen, trials, tried
+from remap.pipeline.weak_teachers import check_teachers, require_all_useful
 from remap.progress import Progress, Silent, Within
 from remap.recipe import Recipe, resolve, resolve_distill
 from remap.recipe.checks import require_held_out_once
@@ -108,14 +108,14 @@ def run(
         student = components.student
         require_all_useful(components, None)  # chance is known before anything of the student is computed
         features = cache_features(components, progress, shared)
-        tracker = RunTracker(components, features, run_dir, clock, progress, heard)
+        recorder = EpochRecorder(components, features, run_dir, clock, progress, heard)
         continues = resuming and has_checkpoint(run_dir.checkpoint)
         if resuming and not continues:
-            tracker.record_machine()  # here, and not where the checkpoint is loaded
+            recorder.record_machine()  # here, and not where the checkpoint is loaded
         warn_before_training(components, shared, progress)
 
         # A teacher that knows nothing must not teach.
-        untrained = tracker.before()
+        untrained = recorder.before()
         require_all_useful(components, untrained)
 
         # The same student by labels alone, beside this one or after it.
@@ -126,7 +126,7 @@ def run(
 
         # Train, and prove that what is frozen did not change.
         job = training_job(
-            components, tracker, features.get("train"), shared, progress, untrained, baseline + steps_after
+            components, recorder, features.get("train"), shared, progress, untrained, baseline + steps_after
         )
         frozen = FrozenWeights.of(student)
         if continues and any(prepared.outputs == "memory" for prepared in components.teachers):
@@ -136,7 +136,7 @@ def run(
             run_dir.write_trainables(job.parameters())
         begun = clock.here
         try:
-            state = _learn(components, tracker, job, shared, progress, resuming=resuming)
+            state = _learn(components, recorder, job, shared, progress, resuming=resuming)
         finally:
             for teacher_outputs in job.teachers:
                 teacher_outputs.close()  # other runs may share the network
@@ -145,8 +145,8 @@ def run(
         unchanged = frozen.require_unchanged(student)
 
         # Evaluate, and write the tuned student before the summary that says it is there.
-        evaluations = evaluate_at_end(components, tracker, progress, state)
-        summary = summarize(components, tracker, untrained, evaluations, state)
+        evaluations = evaluate_at_end(components, recorder, progress, state)
+        summary = summarize(components, recorder, untrained, evaluations, state)
         summary |= {"frozen": unchanged, "trainables": list(job.parameters()), **tried(run_dir)}
         before = untrained and untrained.value
         summary |= measure_sessions(components, run_dir, before, evaluations.val, shared, progress)
@@ -280,7 +280,7 @@ def validate_inputs(recipe: Recipe, shared: SharedResources) -> None:
 
 def _learn(
     components: RunComponents,
-    tracker: RunTracker,
+    recorder: EpochRecorder,
     job: Job,
     shared: SharedResources,
     progress: Progress,
@@ -289,9 +289,9 @@ def _learn(
 ) -> State:
     """Train by steps, fit the classifier at once, or leave the student as its method starts it."""
     if components.recipe.train.fit == "none":
-        return leave_untrained(job, tracker)
+        return leave_untrained(job, recorder)
     if not components.recipe.train.by_steps:
-        return fit_at_once(components, tracker, shared, progress)
+        return fit_at_once(components, recorder, shared, progress)
     require_correctable(components)
     progress.say(trained_text(job.parameters(), components.student))
     state = train(job, resume=resuming)
@@ -301,7 +301,7 @@ def _learn(
             for one in hooks:
                 one.finish(method_sample(components.student, components.views, components.recipe.seed, everything=True))
     if changed or hooks:
-        tracker.evaluate_last(state)
+        recorder.evaluate_last(state)
     return state
 
 

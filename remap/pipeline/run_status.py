@@ -8,15 +8,7 @@ from dataclasses import dataclass, field
 from remap.distributed.device_memory import is_out_of_memory
 from remap.distributed.interrupts import watch_signals
 from remap.distributed.launch import accelerator, lost_process
-from remap.errors import (
-    MORE_THREADS,
-    DiskFull,
-    Interrupted,
-    RemapError,
-    ThreadRefused,
-    TrainingError,
-    refused_thread,
-)
+from remap.errors import MORE_THREADS, DiskFull, Interrupted, RemapError, ThreadRefused, TrainingError, refused_thread
 from remap.runs.hardware import machine
 from remap.runs.run_dir import RunDir
 

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from remap.data.views import ViewSource
-from remap.distributed.launch import accelerator
-from remap.engine.evaluate import evaluate_as
 from remap.engine.evaluation import Evaluation
+from remap.engine.evaluation_pass import evaluate_as
 from remap.engine.metrics import calibration_error
 from remap.errors import DataError, RemapError, RunError
 from remap.io.paths import absolute, expanded
@@ -100,7 +99,7 @@ def measure_sessions(
             # Read once, so not held in memory beside the images that are learned from.
             val = ViewSource(shared.index(spec).val, components.views.view, memory_bytes=0.0, workers=spec.workers)
             what = f"session {len(answers) + 1}"
-            answered = evaluate_as(recipe, components.student, val, accelerator(), progress, what)
+            answered = evaluate_as(recipe, components.student, val, progress, what)
         except DataError as error:  # what was trained is not lost over them
             why = error.what if error.given is None else f"{error.what}: {error.given}"
             progress.say(f"the images of {session.run.path} cannot be used, so it is not measured: {why}")

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from remap.backbones.preprocess import PreprocessSpec
+from remap.data.composed_sources import PartSource
 from remap.data.fingerprint import Contents
 from remap.data.memory import with_memory
-from remap.data.part_source import PartSource
 from remap.data.pixels import Pixels
 from remap.data.sources import add_unlabeled, open_data
 from remap.data.splits import ImageData

@@ -77,12 +77,7 @@ def _derive(recipe: Recipe, folder: Path, progress: Progress, shared: SharedReso
 
 
 def cut(
-    teacher: ModelSpec,
-    spec: ShrinkSpec,
-    data: DataSpec,
-    folder: Path,
-    seed: int = 0,
-    progress: Progress = Silent(),
+    teacher: ModelSpec, spec: ShrinkSpec, data: DataSpec, folder: Path, seed: int = 0, progress: Progress = Silent()
 ) -> Shrunk:
     """Cut a student from a teacher and write it as a model folder of timm.
 

@@ -20,8 +20,8 @@ from remap.engine.job import Job
 from remap.engine.loop import train
 from remap.errors import Interrupted, RunError
 from remap.network import Network, Runner
+from remap.pipeline.epoch_recorder import epoch_line
 from remap.pipeline.frozen_check import FrozenWeights, trained_text
-from remap.pipeline.tracking import epoch_line
 from remap.progress import Progress
 from remap.recipe import Recipe
 from remap.remapping.knowledge.domains.infomax import InformationMaximization

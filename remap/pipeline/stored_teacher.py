@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from remap.cache.cache_folders import library_versions, prepared_root
-from remap.cache.prepared_teachers import fetch_teacher, store_teacher
+from remap.cache.tuned_teachers import fetch_teacher, store_teacher
 from remap.data.fingerprint import Contents, fingerprint
 from remap.distributed.launch import accelerator, broadcast_str
 from remap.distributed.reading import read_digests

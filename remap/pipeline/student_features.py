@@ -5,7 +5,7 @@ import time
 from remap.cache.frozen_features import FrozenFeatures
 from remap.data.views import ViewSource
 from remap.distributed.launch import accelerator
-from remap.engine.evaluate import batch_size_of_evaluation
+from remap.engine.evaluation_pass import batch_size_of_evaluation
 from remap.io.human_size import duration, size
 from remap.pipeline.components import RunComponents
 from remap.pipeline.shared import SharedResources

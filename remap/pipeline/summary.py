@@ -13,17 +13,17 @@ from remap.data.views import listed
 from remap.distributed.device_memory import peak_bytes
 from remap.distributed.launch import accelerator
 from remap.distributed.sharding import is_sharded
-from remap.engine.evaluate import evaluate_as
 from remap.engine.evaluation import Evaluation
+from remap.engine.evaluation_pass import evaluate_as
 from remap.engine.metrics import metrics
 from remap.engine.selection import described, kept_epoch
 from remap.engine.state import State
 from remap.io.human_size import number_of
 from remap.network import Network
 from remap.pipeline.components import RunComponents
-from remap.pipeline.judge import Judgement, judge
-from remap.pipeline.judged import evaluate_once, measured
-from remap.pipeline.tracking import RunTracker
+from remap.pipeline.computed_once import evaluate_once, measured
+from remap.pipeline.epoch_recorder import EpochRecorder
+from remap.pipeline.judge_features import Judgement, judge
 from remap.progress import Progress, Silent
 from remap.runs.interval import Measured
 
@@ -42,19 +42,19 @@ class FinalEvaluations:
 
 
 def evaluate_at_end(
-    components: RunComponents, tracker: RunTracker, progress: Progress, state: State
+    components: RunComponents, recorder: EpochRecorder, progress: Progress, state: State
 ) -> FinalEvaluations:
     """Evaluate what has not been evaluated yet: a teacher that changed, and the test images, once."""
     recipe, views = components.recipe, components.views
     for number, teacher in enumerate(components.teachers):
         if teacher.spec.learns and components.judges:
-            after = evaluate_as(recipe, teacher.network, views.val, accelerator(), progress, "the teacher at the end")
+            after = evaluate_as(recipe, teacher.network, views.val, progress, "the teacher at the end")
             components.teachers[number] = replace(teacher, accuracy=measured(after), evaluation=after)
     for teacher in components.teachers[:1]:
         if teacher.accuracy is not None and teacher.evaluation is None:
             # A resumed run read its accuracy from a file; which images it is right on stands in none.
             what = "the teacher's answers"
-            evaluate = partial(evaluate_as, recipe, teacher.network, views.val, accelerator(), progress, what)
+            evaluate = partial(evaluate_as, recipe, teacher.network, views.val, progress, what)
             teacher.evaluation = evaluate_once(recipe, teacher.network, views, evaluate)
     # Where images are not held in memory, unreadable ones are found during training.
     bad = components.training_source.bad_names()
@@ -67,22 +67,26 @@ def evaluate_at_end(
     is_last = kept_epoch(state, recipe.train) == state.epoch
     # A resumed run may have had no epoch left to train.
     # A teacher that was tuned by this run is evaluated on the same images by the next one.
-    val = tracker.once(known=tracker.last if is_last else None)
+    val = recorder.once(known=recorder.last if is_last else None)
     test = None
     if views.test is not None:
         # The test images are looked at once, after everything else is decided.
-        test = evaluate_as(recipe, components.student, views.test, accelerator(), progress, "the test split")
+        test = evaluate_as(recipe, components.student, views.test, progress, "the test split")
     return FinalEvaluations(val, test)
 
 
 def summarize(
-    components: RunComponents, tracker: RunTracker, untrained: Measured | None, final: FinalEvaluations, state: State
+    components: RunComponents,
+    recorder: EpochRecorder,
+    untrained: Measured | None,
+    final: FinalEvaluations,
+    state: State,
 ) -> dict[str, Any]:
     """Return all that is known once training has ended."""
     recipe, student, views = components.recipe, components.student, components.views
     kept = state.history[kept_epoch(state, recipe.train) - 1]
     summary: dict[str, Any] = {
-        "run_dir": str(tracker.run_dir.path),
+        "run_dir": str(recorder.run_dir.path),
         "recipe": recipe.name,
         # Comparisons and repeats find a run by it.
         "digest": recipe.digest(),
@@ -114,7 +118,7 @@ def summarize(
         "student": {
             "model": student.identity.model,
             "backbone_sha256": student.identity.sha256,
-            **_accuracy(components, untrained, final, tracker.judged_before),
+            **_accuracy(components, untrained, final, recorder.judged_before),
             "trainable_parameters": student.num_trainable,
             "total_parameters": student.num_parameters,
             "flops": forward_flops(student),

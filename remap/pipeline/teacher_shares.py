@@ -11,7 +11,7 @@ from remap.distributed.launch import accelerator
 from remap.engine.teacher import Teacher
 from remap.network import Network
 from remap.pipeline.components import RunComponents
-from remap.pipeline.judged import digest_of_network
+from remap.pipeline.computed_once import digest_of_network
 from remap.pipeline.prepared_teacher import PreparedTeacher
 from remap.progress import Progress
 

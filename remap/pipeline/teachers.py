@@ -9,8 +9,8 @@ import torch
 
 from remap.backbones.build import Backbone
 from remap.distributed.launch import accelerator
-from remap.engine.evaluate import evaluate_as
 from remap.engine.evaluation import Evaluation
+from remap.engine.evaluation_pass import evaluate_as
 from remap.engine.self_teachers import averaged_copy, untuned_copy
 from remap.errors import RunError
 from remap.io.paths import expanded
@@ -18,20 +18,14 @@ from remap.network import Network, tuned
 from remap.pipeline.adjusting import adjust_logits
 from remap.pipeline.class_matching import match_classes
 from remap.pipeline.class_words import answers_of, write_words
+from remap.pipeline.computed_once import evaluate_once, measured_once
 from remap.pipeline.data_views import DataViews
 from remap.pipeline.fit_head import LabeledFeatures, fit_head
 from remap.pipeline.fold_teachers import prepare_folds
-from remap.pipeline.judged import evaluate_once, measured_once
 from remap.pipeline.one_pass import OnePass
 from remap.pipeline.prepared_teacher import PreparedTeacher, placed, placed_network
 from remap.pipeline.shared import SharedResources
-from remap.pipeline.teacher_tuning import (
-    data_of_teacher,
-    is_prepared,
-    needs_logits,
-    teacher_recipe,
-    title_of,
-)
+from remap.pipeline.teacher_tuning import data_of_teacher, is_prepared, needs_logits, teacher_recipe, title_of
 from remap.progress import Progress
 from remap.recipe.paths import is_run
 from remap.recipe.schema import EMA, SELF, WORDS, Recipe, TeacherSpec
@@ -39,12 +33,7 @@ from remap.runs.task import load_task, open_backbone, put_task, require_size_of_
 
 
 def load_teacher(
-    spec: TeacherSpec,
-    recipe: Recipe,
-    classes: tuple[str, ...],
-    device: torch.device,
-    student: Backbone,
-    progress: Progress,
+    spec: TeacherSpec, recipe: Recipe, classes: tuple[str, ...], student: Backbone, progress: Progress
 ) -> PreparedTeacher:
     """Load a teacher from its source; a run directory with the same classes brings its head.
 
@@ -70,7 +59,7 @@ def load_teacher(
             )
         if brings_head:
             key = _key(network, "its own", spec, recipe)
-            return placed(PreparedTeacher(network, spec, key, "its own"), recipe, device)
+            return placed(PreparedTeacher(network, spec, key, "its own"), recipe)
     # A fresh head is drawn here; the generator is forked by the caller.
     torch.manual_seed(recipe.seed)
     # With prepare=none the user vouches for the model's head.
@@ -88,7 +77,7 @@ def load_teacher(
             for parameter in network.head.values():
                 parameter.zero_()
     head = "its own" if keep_head else WORDS if by_words else "none"
-    return placed(PreparedTeacher(network, spec, _key(network, head, spec, recipe), head), recipe, device)
+    return placed(PreparedTeacher(network, spec, _key(network, head, spec, recipe), head), recipe)
 
 
 def averaging_teacher(spec: TeacherSpec, student: Network) -> PreparedTeacher:
@@ -134,7 +123,7 @@ def prepare_teacher(
     network = teacher.network
 
     found: list[Evaluation] = []
-    evaluate = partial(evaluate_as, recipe, network, views.val, accelerator(), progress, "the teacher")
+    evaluate = partial(evaluate_as, recipe, network, views.val, progress, "the teacher")
 
     def evaluated() -> Evaluation:
         found.append(evaluate_once(recipe, network, views, evaluate))
@@ -174,7 +163,7 @@ def _with_head(
         put_task(network, folder)
     else:
         network, _ = load_task(shared.tuned_teachers[teacher_recipe(recipe, spec).digest()])
-    teacher = placed(replace(teacher, network=network, head=spec.prepare), recipe, accelerator().device)
+    teacher = placed(replace(teacher, network=network, head=spec.prepare), recipe)
     if spec.folds:
         if part is not views:
             features = LabeledFeatures(network, recipe, views, progress, run_once)

@@ -10,10 +10,10 @@ from remap.data.copies import copies_across
 from remap.distributed.launch import accelerator
 from remap.engine.job import Job
 from remap.pipeline.components import RunComponents
+from remap.pipeline.epoch_recorder import EpochRecorder
 from remap.pipeline.samples import method_sample
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_outputs import teachers_in_training
-from remap.pipeline.tracking import RunTracker
 from remap.progress import Progress
 from remap.remapping import LOSSES
 from remap.runs.interval import Measured
@@ -21,7 +21,7 @@ from remap.runs.interval import Measured
 
 def training_job(
     components: RunComponents,
-    tracker: RunTracker,
+    recorder: EpochRecorder,
     features: FrozenFeatures | None,
     shared: SharedResources,
     progress: Progress,
@@ -35,7 +35,7 @@ def training_job(
         untrained: The student's accuracy before training, if it has a classifier.
         steps_after: Steps of what is trained after this run.
     """
-    recipe, student, run_dir = components.recipe, components.student, tracker.run_dir
+    recipe, student, run_dir = components.recipe, components.student, recorder.run_dir
     return Job(
         recipe=recipe,
         student=student,
@@ -47,11 +47,11 @@ def training_job(
         progress=progress,
         data_digest=components.views.digest(progress),
         weights_digest=components.weights_digest(),
-        evaluate=tracker.after_epoch,
-        on_step=tracker.callbacks.on_step,
-        on_epoch=tracker.record_epoch,
+        evaluate=recorder.after_epoch,
+        on_step=recorder.callbacks.on_step,
+        on_epoch=recorder.record_epoch,
         steps_after=steps_after,
-        on_resume=tracker.record_resume,
+        on_resume=recorder.record_resume,
         # Both folders belong to the run directory, so that moving it moves them.
         checkpoint=run_dir.checkpoint,
         faults=run_dir.fault,

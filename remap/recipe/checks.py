@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pydantic import BaseModel, ValidationError
 
 from remap.errors import RecipeError
-from remap.recipe.data_checks import augment_problems, data_problems, target_problems
+from remap.recipe.data_checks import augment_problems, data_problems, target_problems, word_problems
 from remap.recipe.multilabel_checks import multilabel_problems
 from remap.recipe.option_listing import surely_valid
 from remap.recipe.paths import is_run
@@ -14,7 +14,6 @@ from remap.recipe.problems import lines_of
 from remap.recipe.schema import Named, Recipe, StudentSpec
 from remap.recipe.teacher_checks import folds_problems, teacher_problems
 from remap.recipe.train_checks import train_problems
-from remap.recipe.word_checks import word_problems
 from remap.registry import choices
 from remap.remapping import LOSSES
 from remap.remapping.weights import INITS

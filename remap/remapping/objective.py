@@ -210,11 +210,7 @@ class Objective(nn.Module):
         return [(name, norm) for name, norm in found if norm.wants_statistics]
 
     def forward(
-        self,
-        student: Signals,
-        targets: Sequence[Mapping[str, Tensor]],
-        labels: Labels,
-        over_batch: bool | None = None,
+        self, student: Signals, targets: Sequence[Mapping[str, Tensor]], labels: Labels, over_batch: bool | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the total and each term's unweighted value (detached).
 

@@ -13,15 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from remap import __version__
-from remap.backbones.build import (
-    Backbone,
-    Identity,
-    build,
-    fresh_head,
-    require_stored,
-    resolve_name,
-    state_hash,
-)
+from remap.backbones.build import Backbone, Identity, build, fresh_head, require_stored, resolve_name, state_hash
 from remap.data import CLASSES
 from remap.data.views import View
 from remap.distributed.sharding import copy_full_, gather_full
@@ -105,10 +97,8 @@ def load_task(path: Path, *, behind: tuple[str, ...] = ()) -> tuple[Network, Vie
     meta = read_meta(folder)
     tensors = read_tensors(folder, meta)
     require_sizes(folder, meta, tensors)
-    spec = meta.backbone
-    weights = "none" if meta.holds_backbone else spec.weights
-    model = beside(folder, spec.model)
-    source = ModelSpec(model=model, weights=weights, preset=spec.preset, image_size=spec.image_size)
+    weights = "none" if meta.holds_backbone else meta.backbone.weights
+    source = meta.backbone.to_open(model=beside(folder, meta.backbone.model), weights=weights)
     if weights == "none":
         _require_held(folder, meta, source)
     backbone = open_backbone(source, len(meta.classes), behind=(*behind, absolute(folder)))

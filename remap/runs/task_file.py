@@ -27,7 +27,7 @@ from remap.io.names import name_problem, plain
 from remap.io.sealed_json import parse_sealed
 from remap.io.tensor_files import read_safetensors
 from remap.network import Network
-from remap.recipe.schema import LARGEST_SIDE, MethodSpec, PathOrName
+from remap.recipe.schema import LARGEST_SIDE, MethodSpec, ModelSpec, PathOrName
 from remap.runs.run_dir import RunDir, not_a_folder, see_runs
 
 FORMAT, FORMAT_OF_SETS = 1, 2  # of task multilabel, which earlier versions would read as one class an image
@@ -86,6 +86,10 @@ class _Source(BaseModel):
     sha256: _Sha256
     preset: Literal["none", "mae", "moco_v3"]
     image_size: int | None = Field(default=None, ge=1, le=LARGEST_SIDE)
+
+    def to_open(self, **instead: str) -> ModelSpec:
+        """Return the model that ``open_backbone`` takes, with another ``model`` or ``weights`` where one is named."""
+        return ModelSpec(**{**self.model_dump(exclude={"sha256"}), **instead})
 
 
 class TaskMeta(BaseModel):

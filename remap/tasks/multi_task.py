@@ -20,7 +20,6 @@ from remap.errors import RunError, UnknownName
 from remap.io.paths import expanded
 from remap.network import frozen
 from remap.pipeline.student_api import Student
-from remap.recipe.schema import ModelSpec
 from remap.runs.task import network_of, open_backbone, require_classifier
 from remap.runs.task_file import TaskMeta, folder_of, read_meta, read_tensors, require_sizes
 from remap.tasks.routing import Router, why_not_together
@@ -194,10 +193,8 @@ class MultiTask:
 
 def _open(word: str | Path | None, meta: TaskMeta, folder: Path) -> Backbone:
     require_shared(folder, meta)
-    spec = meta.backbone
-    model, weights = (str(word), "pretrained") if word is not None else (spec.model, spec.weights)
-    source = ModelSpec(model=model, weights=weights, preset=spec.preset, image_size=spec.image_size)
-    return open_backbone(source, 1)
+    instead = {} if word is None else {"model": str(word), "weights": "pretrained"}
+    return open_backbone(meta.backbone.to_open(**instead), 1)
 
 
 def require_shared(folder: Path, meta: TaskMeta) -> None:

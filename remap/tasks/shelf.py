@@ -271,10 +271,9 @@ def _require_unused(path: Path) -> None:
 def _store_backbone(path: Path, meta: TaskMeta) -> None:
     """Write the backbone of a task, without classifier, and a shelf.json without tasks."""
     spec = meta.backbone
-    source = ModelSpec(model=spec.model, weights=spec.weights, preset=spec.preset, image_size=spec.image_size)
     if (path / "backbone" / _WEIGHTS).exists():
         raise RunError(f"{path / 'backbone'} holds weights of something else", do="name another folder")
-    backbone = open_backbone(source, 1)
+    backbone = open_backbone(spec.to_open(), 1)
     if backbone.identity.sha256 != spec.sha256:
         raise RunError(f"the weights of {spec.model} are not those that the task was tuned on any more")
     state = backbone.model.state_dict().items()

@@ -112,16 +112,13 @@ def attach_words(
     """Let a module make the classifier of a frozen image tower."""
     edits = edits or Edits(model)
     insert_words(edits, anatomy, words)
-    return Attachment(
-        edits,
-        no_decay=without_decay(edits),
-        identity_at_init=False,
-        seam=feature_seam(model, anatomy),
-        # Where it was not trained it is written already.
-        fold=Fold(partial(_write, words)),
-        hooks=hooks,
-        trains_head=False,
-    )
+    # Where it was not trained it is written already.
+    return in_place_of_head(edits, seam=feature_seam(model, anatomy), fold=Fold(partial(_write, words)), hooks=hooks)
+
+
+def in_place_of_head(edits: Edits, **more: Any) -> Attachment:
+    """Return what is said of a method that stands in for the classifier, and what ``more`` there is to say."""
+    return Attachment(edits, no_decay=without_decay(edits), identity_at_init=False, trains_head=False, **more)
 
 
 def without_decay(edits: Edits) -> list[str]:

@@ -19,12 +19,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from remap.cache import cache_folders, digest_index, segments
+from remap.cache import cache_folders, digest_index, record_folder
 from remap.cache.cache_folders import CacheKey, cache_id, cache_root, open_folder
 from remap.cache.cache_listing import chosen_caches, clear, list_caches
 from remap.cache.output_format import OutputFormat
 from remap.cache.output_store import OutputStore, bytes_for, row_digests
-from remap.cache.segments import Segments
+from remap.cache.record_folder import RecordFolder
 from remap.errors import DataError, RunError
 
 KEY = CacheKey("vit", "5e1f", {"size": 224}, {"size": 224, "augment": "none"}, "fp32", {"torch": "2.15"})
@@ -246,13 +246,13 @@ BUILD = """
 import sys, time
 import numpy as np
 from pathlib import Path
-from remap.cache import segments
-from remap.cache.segments import Segments
+from remap.cache import record_folder
+from remap.cache.record_folder import RecordFolder
 
-segments.FLUSH_SECONDS = 0.002
+record_folder.FLUSH_SECONDS = 0.002
 folder, size, pause = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 names = np.asarray([list(bytes.fromhex(word)) for word in sys.stdin.read().split()], np.uint8)
-records = Segments(folder, size)
+records = RecordFolder(folder, size)
 print("start", len(records), flush=True)
 for at in range(0, len(names), 8):
     rows = names[at : at + 8]
@@ -281,7 +281,7 @@ def building(folder: Path, names: np.ndarray, size: int, pause: float = 0.001) -
 
 
 def require_all(folder: Path, names: np.ndarray, size: int) -> None:
-    records = Segments(folder, size)
+    records = RecordFolder(folder, size)
     places = records.find(names)
     assert (places >= 0).all() and records.damaged == 0
     assert (records.read(places) == record_rows(names, size)).all()
@@ -371,10 +371,10 @@ def test_writers_see_each_other_after_flush_and_refresh(open_store: Callable[...
 def test_each_writer_has_a_segment(tmp_path: Path) -> None:
     """Also one that comes later: nothing is ever written into the segment of another process."""
     names, size = digests(9), 50
-    one = Segments(tmp_path, size)
+    one = RecordFolder(tmp_path, size)
     one.append(names[:2], record_rows(names[:2], size))
     one.flush()
-    two = Segments(tmp_path, size)
+    two = RecordFolder(tmp_path, size)
     two.append(names[2:4], record_rows(names[2:4], size))
     one.append(names[4:7], record_rows(names[4:7], size))
     one.close(), two.close()
@@ -391,13 +391,13 @@ def test_each_writer_has_a_segment(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [1, 20, 33, 10_000])
 def test_cut_files_keep_their_whole_records(tmp_path: Path, name: str, cut: int) -> None:
     names, size = digests(10), 33
-    records = Segments(tmp_path, size)
+    records = RecordFolder(tmp_path, size)
     records.append(names, record_rows(names, size))
     records.close()
     path = tmp_path / "seg-0" / name
     os.truncate(path, max(0, path.stat().st_size - cut))
     left = path.stat().st_size // (size if name == "data.bin" else 20)
-    records = Segments(tmp_path, size)
+    records = RecordFolder(tmp_path, size)
     assert (records.find(names) >= 0).tolist() == [index < left for index in range(10)]
     require_all(tmp_path, names[:left], size)
     new = digests(3, 50)
@@ -414,17 +414,17 @@ def test_cut_files_keep_their_whole_records(tmp_path: Path, name: str, cut: int)
 def test_a_flipped_bit_costs_that_record_alone(tmp_path: Path, name: str, at: int, counted: int) -> None:
     """Of a digest nothing fits any more: it is not found, so nothing is counted as damaged."""
     names, size = digests(6), 33
-    records = Segments(tmp_path, size)
+    records = RecordFolder(tmp_path, size)
     records.append(names, record_rows(names, size))
     records.close()
     path = tmp_path / "seg-0" / name
     content = bytearray(path.read_bytes())
     content[at] ^= 4
     path.write_bytes(content)
-    records = Segments(tmp_path, size)
+    records = RecordFolder(tmp_path, size)
     twice = np.concatenate([names, names])
     assert (np.flatnonzero(records.find(twice) < 0) % 6).tolist() == [2, 2] and records.damaged == counted
-    later = Segments(tmp_path, size)
+    later = RecordFolder(tmp_path, size)
     assert later.find(names).tolist().count(-1) == 1 and later.damaged == 0  # known once and for all
     records.append(names[2:3], record_rows(names[2:3], size))
     assert (records.read(records.find(twice)) == record_rows(twice, size)).all()
@@ -466,7 +466,7 @@ def test_a_full_disk_ends_in_one_error_and_a_whole_store(
         monkeypatch.setattr(os, "pwrite", half)
     with pytest.raises(RunError, match=r"No space left[\s\S]*cache clear[\s\S]*teacher.cache=off"), store:
         if step == "rows":
-            monkeypatch.setattr(segments, "FLUSH_SECONDS", math.inf)
+            monkeypatch.setattr(record_folder, "FLUSH_SECONDS", math.inf)
         store.append(names[4:], {"logits": values[4:]})
         monkeypatch.setattr(os, *(("fsync", refuse) if step == "fsync" else ("pwrite", half)))
         store.flush()
@@ -490,7 +490,7 @@ def test_records_are_on_the_disk_before_their_rows_count(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(os, "pwrite", lambda *all: calls.append(("write", name(all[0]))) or pwrite(*all))
     monkeypatch.setattr(os, "fsync", lambda file: calls.append(("sync", name(file))) or fsync(file))
-    records = Segments(tmp_path, 40)
+    records = RecordFolder(tmp_path, 40)
     for some in (digests(2), digests(2, 2)):
         records.append(some, record_rows(some, 40))
     assert calls == [("write", "data.bin")] * 2
@@ -510,7 +510,7 @@ def test_a_refusal_of_the_system_is_met(tmp_path: Path) -> None:
         check=False,
     )
     assert process.returncode == 1 and "remap.errors.RunError: cannot write" in process.stderr
-    kept = len(Segments(tmp_path, 300))
+    kept = len(RecordFolder(tmp_path, 300))
     assert kept == 32  # four times eight records of 300 bytes; a fifth eight would need 12,000
     require_all(tmp_path, digests(kept), 300)
     building(tmp_path, digests(100), 300, pause=0).wait()

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from remap.data.augment import augmented_view
 from remap.data.augmentation import PRESETS
+from remap.data.augmented_pixels import augmented_view
 from remap.data.batches import Batch, batches
 from remap.data.order import EpochPlan
 from remap.data.views import ViewSource

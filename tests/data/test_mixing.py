@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from remap.data import keyed_random
-from remap.data.augment import augmented_view
 from remap.data.augmentation import PRESETS
+from remap.data.augmented_pixels import augmented_view
 from remap.data.batches import Batch, batches
 from remap.data.mixing import DRAWS, mix
 from remap.data.order import EpochPlan

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from remap.data import views as views_module
+from remap.data.composed_sources import JoinedSource
 from remap.data.images import decode, decode_channels
-from remap.data.joined_source import JoinedSource
 from remap.data.sources import open_data, open_unlabeled
 from remap.data.splits import Split
 from remap.data.stratify import stratified

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from remap.engine import checkpoint_files
-from remap.engine.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint, snapshot
+from remap.engine.checkpoint import load_checkpoint, save_checkpoint, snapshot
+from remap.engine.checkpoint_files import has_checkpoint
 from remap.engine.state import State
 from remap.errors import RunError, TrainingError
 from remap.io import atomic_write

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from remap.engine.joint_teacher import JointTeacher
 from remap.errors import RecipeError
 from remap.network import Network, Runner
-from remap.pipeline import teacher_check
+from remap.pipeline import weak_teachers
 from remap.pipeline.components import RunComponents, build_components
 from remap.pipeline.prepared_teacher import PreparedTeacher
 from remap.pipeline.run import resume, start
@@ -109,7 +109,7 @@ def test_both_learn_and_what_is_frozen_stays(tiny: Any, tmp_path: Path, monkeypa
     def note(teacher: PreparedTeacher, *_rest: Any) -> None:
         seen.append((teacher.network, copy.deepcopy(teacher.network.model.state_dict())))
 
-    monkeypatch.setattr(teacher_check, "require_useful", note)
+    monkeypatch.setattr(weak_teachers, "require_useful", note)
     result = start(recipe_of(tiny), tmp_path / "run")
     (teacher, before), after = seen[0], seen[0][0].model.state_dict()
     trained = set(teacher.trained)

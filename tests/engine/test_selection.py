@@ -86,21 +86,21 @@ def test_what_is_kept_is_the_student_of_that_epoch(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: float | None
 ) -> None:
     """Source: the tensors that were evaluated after each epoch, copied there; an average also by hand in float64."""
-    from remap.pipeline import tracking
+    from remap.pipeline import epoch_recorder
 
     evaluated, steps = [], []
-    evaluate, step = tracking.RunTracker.after_epoch, torch.optim.AdamW.step
+    evaluate, step = epoch_recorder.EpochRecorder.after_epoch, torch.optim.AdamW.step
 
-    def after_epoch(tracker: Any) -> dict[str, float]:
-        tensors = tracker.components.student.trained
+    def after_epoch(recorder: Any) -> dict[str, float]:
+        tensors = recorder.components.student.trained
         evaluated.append({name: tensor.detach().clone() for name, tensor in tensors.items()})
-        return evaluate(tracker)
+        return evaluate(recorder)
 
     def stepping(optimizer: torch.optim.AdamW) -> None:
         step(optimizer)
         steps.append([p.detach().double() for group in optimizer.param_groups for p in group["params"]])
 
-    monkeypatch.setattr(tracking.RunTracker, "after_epoch", after_epoch)
+    monkeypatch.setattr(epoch_recorder.EpochRecorder, "after_epoch", after_epoch)
     monkeypatch.setattr(torch.optim.AdamW, "step", stepping)
     settings = ("train.keep=best", "train.epochs=4", "train.lr=0.2", "train.metric=loss", f"train.ema={ema or 'null'}")
     recipe = tiny.recipe(*settings, method="linear", losses="ce", teacher=None)

@@ -10,7 +10,7 @@ import torch
 from tiny_pairs import Pair, transformers_clip
 
 from remap.errors import RunError
-from remap.pipeline.evaluation import evaluate_run
+from remap.pipeline.evaluate_run import evaluate_run
 from remap.pipeline.run import start
 from remap.pipeline.student_api import load_student
 from remap.progress import Silent

@@ -8,7 +8,7 @@ import pytest
 from scipy.special import log_softmax, logsumexp
 
 from remap.errors import RecipeError
-from remap.pipeline.balancing import shift_of
+from remap.pipeline.adjusting import shift_of
 from remap.pipeline.class_words import probabilities
 from remap.pipeline.run import start
 from remap.progress import Silent

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch.nn import functional as F
 
-from remap.pipeline.calibration import best_factor
+from remap.pipeline.adjusting import best_factor
 from remap.pipeline.run import start
 
 

@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 
 from remap.errors import BackboneError
 from remap.network import Runner
-from remap.pipeline.evaluation import evaluate_run
+from remap.pipeline.evaluate_run import evaluate_run
 from remap.pipeline.run import start
 from remap.pipeline.student_api import load_student
 from remap.progress import Silent

@@ -14,8 +14,7 @@ from remap.backbones.build import Backbone, build
 from remap.data.splits import Split
 from remap.errors import BackboneError
 from remap.network import tuned
-from remap.pipeline.balancing import balance
-from remap.pipeline.calibration import calibrate
+from remap.pipeline.adjusting import balance, calibrate
 from remap.pipeline.class_matching import match_classes
 from remap.pipeline.components import build_components
 from remap.pipeline.shared import SharedResources

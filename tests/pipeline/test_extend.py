@@ -20,7 +20,7 @@ from remap.data.sources import open_data
 from remap.data.views import ViewSource
 from remap.errors import DataError, Interrupted, MissingData, RecipeError, TrainingError
 from remap.network import Runner, tuned
-from remap.pipeline.evaluation import evaluate_run
+from remap.pipeline.evaluate_run import evaluate_run
 from remap.pipeline.extend import extend, extension_recipe
 from remap.pipeline.fit_at_once import PENALTIES, best_penalty
 from remap.pipeline.rebalancing import align_classifier, fit_bias

@@ -90,7 +90,7 @@ def test_answers_are_those_of_a_regression_on_the_other_folds(tiny: Any, cache: 
     recipe = tiny.recipe(*FOLDS, f"teacher.cache={cache}", losses="ce,kd,feature")
     components, teacher = in_training(recipe)
     train = components.views.train
-    features_ND, labels_N = pooled_features(teacher.network, train, teacher_accelerator(), 8, Silent(), "features")
+    features_ND, labels_N = pooled_features(teacher.network, train, 8, Silent(), "features")
     found, fold_N = rows(teacher), folds(labels_N, 3)
     for fold in range(3):
         others, own = fold_N != fold, fold_N == fold
@@ -103,12 +103,6 @@ def test_answers_are_those_of_a_regression_on_the_other_folds(tiny: Any, cache: 
         assert torch.allclose(found[own].log_softmax(1), expected, atol=2e-3)
         of_all = logits_of(teacher.network, components)[own].log_softmax(1)
         assert not torch.allclose(of_all, expected, atol=2e-3), "the teacher of all labels answers otherwise"
-
-
-def teacher_accelerator() -> Any:
-    from remap.distributed.launch import accelerator
-
-    return accelerator()
 
 
 @pytest.mark.parametrize("settings", [(), ("teacher.calibrate=true", "teacher.balance=0.5"), ("train.keep=best",)])

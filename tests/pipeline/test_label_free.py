@@ -16,7 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from remap.errors import Interrupted, RecipeError, RunError
 from remap.pipeline.build_cache import build_cache
 from remap.pipeline.dry_run import estimate
-from remap.pipeline.judge import TEMPERATURE, nearest
+from remap.pipeline.judge_features import TEMPERATURE, nearest
 from remap.pipeline.repeat import repeat
 from remap.pipeline.run import resume, start
 from remap.pipeline.student_api import load_student

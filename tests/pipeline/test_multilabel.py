@@ -195,7 +195,7 @@ def test_a_head_is_fitted_for_each_class_against_the_rest() -> None:
 def test_a_weak_teacher_is_refused_by_its_map(
     recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("remap.pipeline.judged.measured", lambda found: Measured(0.3, 0.2, 0.4))
+    monkeypatch.setattr("remap.pipeline.computed_once.measured", lambda found: Measured(0.3, 0.2, 0.4))
     with pytest.raises(
         TrainingError, match=r"mAP on 8 evaluation images is 30.0% \(20.0-40.0\): not clearly above chance \(a ranking"
     ):
@@ -249,6 +249,6 @@ def test_commands_for_one_class_say_so(done: Result, recipe: Callable[..., Recip
         compare_sessions(recipe(), "2", ["linear"], ["lwf"], 1, tmp_path / "sessions", Silent())
     with pytest.raises(RunError, match="was tuned for task multilabel, and this recipe is of task classes"):
         start(tiny.recipe(teacher=str(done.run_dir), losses="ce,kd"), tmp_path / "taught")
-    spec, cpu, student = TeacherSpec(model=str(done.run_dir), prepare="none"), torch.device("cpu"), done.student
+    spec, student = TeacherSpec(model=str(done.run_dir), prepare="none"), done.student
     with pytest.raises(RunError, match="was tuned for task multilabel"):  # of the first classes alone
-        load_teacher(spec, tiny.recipe(), (*COLOURS, "yellow"), cpu, student, Silent())  # type: ignore[arg-type]
+        load_teacher(spec, tiny.recipe(), (*COLOURS, "yellow"), student, Silent())  # type: ignore[arg-type]

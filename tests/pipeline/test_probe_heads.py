@@ -18,11 +18,9 @@ from remap.backbones.anatomy import anatomy_of
 from remap.backbones.build import Backbone, Identity, fresh_head
 from remap.backbones.preprocess import Preprocess, PreprocessSpec
 from remap.data.splits import Split
-from remap.distributed.launch import accelerator
 from remap.errors import BackboneError
 from remap.network import Network, Runner, tuned
-from remap.pipeline.balancing import balance
-from remap.pipeline.calibration import calibrate
+from remap.pipeline.adjusting import balance, calibrate
 from remap.pipeline.probe import fit_probe
 from remap.progress import Silent
 
@@ -73,7 +71,7 @@ class Colours:
 def test_the_logits_are_those_of_the_fitted_regression(name: str) -> None:
     """Expected: scikit-learn's Newton solver on the features that timm's own ``pre_logits`` gives."""
     network, source = network_of(name), Colours()
-    strength = fit_probe(network, source, accelerator(), 8, Silent())  # type: ignore[arg-type]
+    strength = fit_probe(network, source, 8, Silent())  # type: ignore[arg-type]
     model: Any = network.model
     pixels = Preprocess(network.preprocess)(source.images)
     features = model.forward_head(model.forward_features(pixels), pre_logits=True)
@@ -105,4 +103,4 @@ def test_a_classifier_without_bias_is_refused() -> None:
     model: Any = network.model
     model.head = nn.Linear(24, CLASSES, bias=False)
     with pytest.raises(BackboneError, match="no bias"):
-        fit_probe(network, Colours(), accelerator(), 8, Silent())  # type: ignore[arg-type]
+        fit_probe(network, Colours(), 8, Silent())  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from remap.data.fingerprint import fingerprint
 from remap.data.sources import open_data
 from remap.errors import DataError, Interrupted, RunError
 from remap.pipeline.compare import compare as compare_methods
-from remap.pipeline.evaluation import evaluate_run
+from remap.pipeline.evaluate_run import evaluate_run
 from remap.pipeline.repeat import repeat
 from remap.pipeline.run import start
 from remap.pipeline.run_differences import compare, differing, differing_tensors

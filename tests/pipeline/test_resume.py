@@ -11,7 +11,7 @@ import torch
 
 from remap.errors import Interrupted, RunError
 from remap.io.sealed_json import sealed_text
-from remap.pipeline.judged import judged_once
+from remap.pipeline.computed_once import judged_once
 from remap.pipeline.run import resume, start
 from remap.pipeline.run_differences import changed_on_the_way
 from remap.recipe import dump, load

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from remap.distributed.launch import accelerator
-from remap.engine.evaluate import evaluate
+from remap.engine.evaluation_pass import evaluate
 from remap.errors import RecipeError, RunError, ThreadRefused
 from remap.io import disk_space
 from remap.pipeline.dry_run import estimate

@@ -11,8 +11,8 @@ import pytest
 from remap.data.memory import Memory, open_memory, read_memory
 from remap.errors import DataError, MissingData, RecipeError, RunError
 from remap.pipeline import session_protocol
+from remap.pipeline.choose_memory import choose_memory, herding
 from remap.pipeline.extend import extend
-from remap.pipeline.memory import choose_memory, herding
 from remap.pipeline.run import start
 from remap.pipeline.session_protocol import compare_sessions
 from remap.pipeline.session_split import groups_of

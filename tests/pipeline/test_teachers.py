@@ -16,17 +16,16 @@ from sklearn.linear_model import LogisticRegression
 from remap.data.splits import Split
 from remap.data.stratify import stratified
 from remap.data.views import View, ViewSource
-from remap.distributed.launch import accelerator
 from remap.errors import DataError, TrainingError
 from remap.network import Network, Runner
-from remap.pipeline import probe, teacher_check, teacher_tuning
+from remap.pipeline import probe, teacher_tuning, weak_teachers
 from remap.pipeline.components import build_components
 from remap.pipeline.dry_run import estimate
 from remap.pipeline.prepared_teacher import PreparedTeacher
 from remap.pipeline.run import Result, resume, start
 from remap.pipeline.shared import SharedResources
-from remap.pipeline.teacher_check import require_useful
 from remap.pipeline.teacher_tuning import teacher_recipe
+from remap.pipeline.weak_teachers import require_useful
 from remap.progress import Silent
 from remap.recipe.schema import TeacherSpec
 from remap.runs.interval import Measured, share_of
@@ -40,7 +39,7 @@ def test_the_teacher_is_the_same_to_the_last_bit_after_training(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Callable[..., Any], cache: str, prepare: str
 ) -> None:
     kept: list[tuple[Network, dict]] = []
-    keep = teacher_check.require_useful
+    keep = weak_teachers.require_useful
 
     def note(teacher: PreparedTeacher, *rest: Any) -> None:
         kept.append((teacher.network, copy.deepcopy(teacher.network.model.state_dict())))
@@ -52,7 +51,7 @@ def test_the_teacher_is_the_same_to_the_last_bit_after_training(
         if kept:
             modes.append(any(module.training for module in kept[0][0].model.modules()))
 
-    monkeypatch.setattr(teacher_check, "require_useful", note)
+    monkeypatch.setattr(weak_teachers, "require_useful", note)
     settings = (f"teacher.cache={cache}", f"teacher.prepare={prepare}", "teacher.lr=0.01", "data.augment=shift")
     start(tiny.recipe(*settings, method="full", losses="ce,kd,attention,feature"), tmp_path / "run", watch(look))
     teacher, before = kept[0]
@@ -68,7 +67,7 @@ def test_the_teacher_is_the_same_to_the_last_bit_after_training(
 def test_the_probe_equals_scikit_learn_on_standardised_features(tiny: Any, classes: int) -> None:
     """Expected: the same penalised problem solved by Newton's method, with features standardised by hand."""
     network, source = _network(tiny, classes), _Noise(30, classes)
-    strength = probe.fit_probe(network, source, accelerator(), 7, Silent())
+    strength = probe.fit_probe(network, source, 7, Silent())
     assert strength in probe.STRENGTHS
     features, labels = _features(network, source), source.split.labels
     mean, std = features.mean(0), features.std(0)
@@ -83,7 +82,7 @@ def test_the_probe_equals_scikit_learn_on_standardised_features(tiny: Any, class
 def test_the_penalty_is_chosen_without_the_evaluation_images(tiny: Any) -> None:
     """Expected: the best score on the held-out fifth, by hand, first one of equals."""
     network, source = _network(tiny, 3), _Noise(60, 3)
-    found = probe.fit_probe(network, source, accelerator(), 16, Silent())
+    found = probe.fit_probe(network, source, 16, Silent())
     features, labels = _features(network, source), source.split.labels
     standard = (features - features.mean(0)) / features.std(0)
     fit, check = stratified(labels, 48)
@@ -95,7 +94,7 @@ def test_the_penalty_is_chosen_without_the_evaluation_images(tiny: Any) -> None:
 
 def test_a_class_without_readable_images_never_wins(tiny: Any) -> None:
     network, source = _network(tiny, 3), _Noise(30, 3, missing=1)
-    probe.fit_probe(network, source, accelerator(), 8, Silent())
+    probe.fit_probe(network, source, 8, Silent())
     images, good = source.batch(range(30))
     with torch.no_grad():
         said = Runner(network)(images).logits_BC.argmax(-1)
@@ -107,7 +106,7 @@ def test_very_few_images_still_give_a_head(tiny: Any) -> None:
     """One image a class: the held-out fifth is empty or holds no class that was fitted."""
     for classes in (2, 3):
         network, source = _network(tiny, classes), _Noise(classes, classes)
-        probe.fit_probe(network, source, accelerator(), 8, Silent())
+        probe.fit_probe(network, source, 8, Silent())
         images, _ = source.batch(range(classes))
         with torch.no_grad():
             assert Runner(network)(images).logits_BC.argmax(-1).tolist() == list(range(classes))
@@ -115,7 +114,7 @@ def test_very_few_images_still_give_a_head(tiny: Any) -> None:
 
 def test_one_readable_class_is_too_few(tiny: Any) -> None:
     with pytest.raises(DataError, match="two classes at least"):
-        probe.fit_probe(_network(tiny, 2), _Noise(10, 2, missing=1), accelerator(), 8, Silent())
+        probe.fit_probe(_network(tiny, 2), _Noise(10, 2, missing=1), 8, Silent())
 
 
 def test_the_prepared_teacher_is_kept_and_found_again(tiny: Any, tmp_path: Path, watch: Callable[..., Any]) -> None:

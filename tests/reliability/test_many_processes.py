@@ -19,7 +19,7 @@ from forked import Forked
 from safetensors.torch import load_file
 
 from remap.distributed.launch import accelerator
-from remap.engine.evaluate import evaluate
+from remap.engine.evaluation_pass import evaluate
 from remap.engine.teacher import Teacher
 from remap.errors import Interrupted
 from remap.pipeline.components import build_components

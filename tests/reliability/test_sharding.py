@@ -22,7 +22,7 @@ from tiny_models import tiny_models
 
 from remap.backbones.families import FAMILIES
 from remap.errors import Interrupted
-from remap.pipeline import tracking
+from remap.pipeline import epoch_recorder
 from remap.pipeline.run import resume, start
 from remap.recipe import resolve
 from remap.recipe.schema import Recipe
@@ -161,7 +161,7 @@ def pair(cases: list[Case], tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def stopped_in_second_epoch(recipe: Recipe, run: Path) -> None:
-    evaluate, count = tracking.evaluate_as, 0
+    evaluate, count = epoch_recorder.evaluate_as, 0
 
     def stopping(*arguments: Any, **more: Any) -> Any:
         nonlocal count
@@ -171,14 +171,14 @@ def stopped_in_second_epoch(recipe: Recipe, run: Path) -> None:
         return evaluate(*arguments, **more)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(tracking, "evaluate_as", stopping)
+        patch.setattr(epoch_recorder, "evaluate_as", stopping)
         start(recipe, run)
 
 
 @pytest.fixture
 def one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Case], tuple[Path, list[list[int]]]]:
     """Does a case in this process; gives its run directory, and (correct, count) of each evaluation."""
-    evaluate = tracking.evaluate_as
+    evaluate = epoch_recorder.evaluate_as
 
     def run(case: Case) -> tuple[Path, list[list[int]]]:
         counts: list[list[int]] = []
@@ -188,7 +188,7 @@ def one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Case], tup
             counts.append([found.correct, found.count])
             return found
 
-        monkeypatch.setattr(tracking, "evaluate_as", counting)
+        monkeypatch.setattr(epoch_recorder, "evaluate_as", counting)
         return start(case.recipe(), tmp_path / "one").run_dir, counts
 
     return run

@@ -16,14 +16,7 @@ from remap.backbones.names import WEIGHTS_FILES
 from remap.errors import WeightsError
 from remap.io.human_size import number_of
 from remap.io.names import plain
-from remap.io.tensor_files import (
-    FREE_BYTES,
-    MOST_UNPACKED,
-    first_lines,
-    read_metadata,
-    read_safetensors,
-    stored_bytes,
-)
+from remap.io.tensor_files import FREE_BYTES, MOST_UNPACKED, first_lines, read_metadata, read_safetensors, stored_bytes
 
 SOURCES = f"pretrained, none, or a file: {', '.join(WEIGHTS_FILES)}"
 # Where a checkpoint has several sets of weights the first of these is taken: running averages come before what was
@@ -69,7 +62,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     values = _unpickled(path)
     tensors, notes = _unwrapped(values, path.name)
     if not tensors:
-        raise WeightsError(f"{path} holds no tensors", given=f"keys {_some(values)}", allowed=", ".join(WRAPPERS))
+        raise WeightsError(f"{path} holds no tensors", given=f"keys {some_of(values)}", allowed=", ".join(WRAPPERS))
     if sum(tensor.nbytes for tensor in tensors.values()) > MOST_UNPACKED * stored_bytes(path) + FREE_BYTES:
         raise WeightsError(f"{path} describes tensors far larger than the file", given=f"{stored_bytes(path):,} bytes")
     return Checkpoint(tensors, _architecture(values), _labels(values), notes)
@@ -91,11 +84,11 @@ def stripped(tensors: dict[str, Tensor], fits: Any) -> tuple[dict[str, Tensor], 
             break
         others = [key for key in tensors if not key.startswith(prefix)]
         if others:
-            notes.append(f"left out {number_of(len(others), 'tensor')} beside those of '{prefix}': {_some(others)}")
+            notes.append(f"left out {number_of(len(others), 'tensor')} beside those of '{prefix}': {some_of(others)}")
         tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     unused = [key for key in tensors if key.startswith(_PRETRAINING)]
     if unused:
-        notes.append(f"left out {number_of(len(unused), 'tensor')} only for pre-training: {_some(unused)}")
+        notes.append(f"left out {number_of(len(unused), 'tensor')} only for pre-training: {some_of(unused)}")
     return {key: tensor for key, tensor in tensors.items() if key not in unused}, tuple(notes)
 
 
@@ -177,6 +170,7 @@ def _labels(values: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(map(str, names)) if isinstance(names, (list, tuple)) else ()
 
 
-def _some(keys: Any) -> str:
+def some_of(keys: Any) -> str:
+    """Return the first three keys in words."""
     names = [plain(str(key))[:60] for key in keys]
     return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")

@@ -1,12 +1,12 @@
 """What a config.json of Hugging Face transformers says of a vision model, in timm's words."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from timm.layers import SwiGLUPacked
 
 from remap.backbones.checkpoints.layout import Described
+from remap.backbones.families.vit import mlp_ratio
 
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -61,7 +61,7 @@ def _plain(architecture: str, config: Mapping[str, Any], **more: Any) -> Describ
         "embed_dim": width,
         "depth": config["num_hidden_layers"],
         "num_heads": config["num_attention_heads"],
-        "mlp_ratio": _ratio(hidden, width),
+        "mlp_ratio": mlp_ratio(hidden, width),
         **more,
     }
     return Described(architecture, arguments, eps={"": float(config["layer_norm_eps"])})
@@ -238,9 +238,3 @@ def _side(value: Any) -> int:
     if len(sides) != 1 or not isinstance(side := sides.pop(), int):
         raise ValueError(f"a square size, not {str(value)[:40]}")
     return side
-
-
-def _ratio(hidden: int, width: int) -> float:
-    """Return the number from which timm computes ``int(width * ratio) == hidden``."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

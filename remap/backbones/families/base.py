@@ -24,9 +24,11 @@ class Family(ABC, Generic[M]):
 
     Attributes:
         name: Of its row in the table.
+        no_attention: Why there is nothing to show, or to take more tokens, of most families.
     """
 
     name: ClassVar[str]
+    no_attention: ClassVar[str] = "it has no attention over the whole image"
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
@@ -134,7 +136,7 @@ class Family(ABC, Generic[M]):
 
     def _no_sequence(self, what: str, do: str) -> BackboneError:
         return BackboneError(
-            f"a backbone of the family '{self.name}' cannot {what}: it has no attention over the whole image",
+            f"a backbone of the family '{self.name}' cannot {what}: {self.no_attention}",
             allowed="families with one sequence of tokens: plain, rotary and relative-position vision transformers",
             do=do,
         )

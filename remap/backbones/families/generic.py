@@ -28,6 +28,7 @@ class Generic(Family[nn.Module]):
     """
 
     name = "generic"
+    no_attention = "it has no attention over the whole image, or none that is known exactly"
 
     def matches(self, model: nn.Module) -> bool:
         return all(callable(getattr(model, name, None)) for name in ("forward_intermediates", "get_classifier"))
@@ -76,14 +77,6 @@ class Generic(Family[nn.Module]):
     def stage_outputs(self, model: nn.Module, images_BCHW: Tensor, stages: Sequence[int]) -> tuple[Any, list[Tensor]]:
         interface: Any = model
         return interface.forward_intermediates(images_BCHW, indices=list(stages), output_fmt="NCHW")
-
-    def _no_sequence(self, what: str, do: str) -> BackboneError:
-        return BackboneError(
-            f"a backbone of the family '{self.name}' cannot {what}: it has no attention over the whole image, or none "
-            "that is known exactly",
-            allowed="families with one sequence of tokens: plain, rotary and relative-position vision transformers",
-            do=do,
-        )
 
 
 def _classifiers(model: nn.Module) -> tuple[list[str], bool]:

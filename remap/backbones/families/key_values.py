@@ -43,10 +43,7 @@ def extend_attention(attention: nn.Module, more: MoreKeysAndValues) -> Undo:
         AttentionRope: _rotary_forward,
         BeitAttention: _biased_forward,
     }
-    own = {
-        "forward": MethodType(forwards[plain_class(attention)], attention),
-        "more_keys_and_values": more,
-    }
+    own = {"forward": MethodType(forwards[plain_class(attention)], attention), "more_keys_and_values": more}
     attention.__dict__.update(own)
 
     def undo() -> None:

@@ -9,12 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from timm.layers import Mlp, PatchEmbed
-from timm.models.swin_transformer import (
-    PatchMerging,
-    SwinTransformer,
-    SwinTransformerBlock,
-    WindowAttention,
-)
+from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTransformerBlock, WindowAttention
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
 from timm.models.swin_transformer_v2 import WindowAttention as CosineAttention
 from torch import Tensor, nn
@@ -55,11 +50,7 @@ class Swin(Family[SwinTransformer]):
     def read(self, model: SwinTransformer) -> Anatomy:
         blocks = tuple(
             attention_block(
-                model,
-                f"layers.{stage}.blocks.{index}",
-                width=block.dim,
-                grid=pair(block.input_resolution),
-                stage=stage,
+                model, f"layers.{stage}.blocks.{index}", width=block.dim, grid=pair(block.input_resolution), stage=stage
             )
             for stage, layer in enumerate(_stages(model))
             for index, block in enumerate(layer.blocks)

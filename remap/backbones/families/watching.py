@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from remap.backbones.families.reading import norm_paths
-from remap.backbones.typed import input_channels
+from remap.backbones.typed import evaluating, input_channels
 from remap.errors import BackboneError
 
 Layer = nn.Linear | nn.Conv2d
@@ -53,28 +53,23 @@ def watched(model: nn.Module, heads: Sequence[str], size: tuple[int, int]) -> Se
     """
     like = next(p for p in model.parameters() if p.is_floating_point())
     tensors = {f"model.{name}": t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
-    modes = [(module, module.training) for module in model.modules()]
+    shape = (1, input_channels(model), *size)
     try:
-        model.eval()
-        for device in ("meta", like.device):
-            # A graph leads from the image to all that it gets to in other ways than through a module that takes it.
-            images = (
-                torch.zeros(1, input_channels(model), *size, dtype=like.dtype, device=device, requires_grad=True) + 0
-            )
-            moved = {name: t.to(device) for name, t in tensors.items()}
-            try:
-                with _watching(model, heads, images) as seen:
-                    # Untied: a module that stands at two paths would be swapped twice, and not come back.
-                    outputs = functional_call(_WholePass(model), moved, (images,), tie_weights=False)
-                break
-            except Exception:  # few networks read values of tensors, or hold some that are not parameters
-                if like.device == device:
-                    raise
+        with evaluating(model):
+            for device in ("meta", like.device):
+                # A graph leads from the image to all that it gets to in other ways than through a module that takes it.
+                images = torch.zeros(shape, dtype=like.dtype, device=device, requires_grad=True) + 0
+                moved = {name: t.to(device) for name, t in tensors.items()}
+                try:
+                    with _watching(model, heads, images) as seen:
+                        # Untied: a module that stands at two paths would be swapped twice, and not come back.
+                        outputs = functional_call(_WholePass(model), moved, (images,), tie_weights=False)
+                    break
+                except Exception:  # few networks read values of tensors, or hold some that are not parameters
+                    if like.device == device:
+                        raise
     except Exception as error:  # networks of timm refuse a size in many ways
         raise unfit_size(type(model).__name__, size, " ".join(str(error).split())[:200]) from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
     logits, *maps = outputs
     seen.maps = [tuple(output.shape[1:]) for output in maps]
     if logits.requires_grad:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import anatomy_of, module_at, rest_of_forward
 from remap.backbones.families.base import family_of
-from remap.backbones.typed import as_timm, pool, pooled_features
+from remap.backbones.typed import as_timm, inputs_of, pool, pooled_features
 
 Batches = Callable[[], Iterable[Tensor]]
 
@@ -61,16 +61,8 @@ def take_out(model: nn.Module, indices: Sequence[int]) -> None:
 def _change_without_each(model: nn.Module, images: Tensor, f0_BD: Tensor) -> Tensor:
     """Return the summed squared change of the features without each of the blocks, (L,)."""
     anatomy = anatomy_of(model)
-    inputs: list[Tensor] = []
-    handles = [
-        module_at(model, block.block).register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
-        for block in anatomy.blocks
-    ]
-    try:
+    with inputs_of(*(module_at(model, block.block) for block in anatomy.blocks)) as inputs:
         as_timm(model).forward_features(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     # Without block i its input is what block i + 1 is given.
     found = [pool(model, rest_of_forward(model, anatomy, index + 1, x)) for index, x in enumerate(inputs)]
     return torch.stack([(one_BD - f0_BD).double().square().sum() for one_BD in found])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy
-from remap.backbones.families.layout import POOL, Place, Rotary, Unit, layout_of
+from remap.backbones.families.tensor_axes import POOL, Place, Rotary, Unit, layout_of
 from remap.errors import BackboneError
 from remap.remapping.weights.transfer import Plan, Side, Transferred, UnitPlan, transfer
 from remap.tuning.base import Options

@@ -4,7 +4,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from remap.backbones.families.layout import Place
+from remap.backbones.families.tensor_axes import Place
 from remap.backbones.typed import evaluating, input_channels, pooled_features
 from remap.errors import BackboneError
 from remap.remapping.weights.base import Images, WeightInit, differences, plan_units

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from remap.backbones.families.layout import Place
+from remap.backbones.families.tensor_axes import Place
 from remap.errors import BackboneError
 from remap.remapping.weights.base import (
     Images,

@@ -8,17 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import module_at
-from remap.backbones.families.layout import POOL, Place
+from remap.backbones.families.tensor_axes import POOL, Place
 from remap.backbones.typed import as_timm, evaluating
 from remap.errors import BackboneError
-from remap.remapping.weights.base import (
-    Images,
-    WeightInit,
-    differences,
-    dimensions,
-    plan_units,
-    require_nowhere_larger,
-)
+from remap.remapping.weights.base import Images, WeightInit, differences, dimensions, plan_units, require_nowhere_larger
 from remap.remapping.weights.selection import even_unit
 from remap.remapping.weights.transfer import Plan, Side, UnitPlan
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy
-from remap.backbones.families.layout import OUTSIDE, Axis, Layout, Place, resized
+from remap.backbones.families.tensor_axes import OUTSIDE, Axis, Layout, Place, resized
 
 # What a new block writes into the residual stream: without it the block passes its input on.
 SILENT = ("o.weight", "o.bias", "fc2.weight", "fc2.bias")

@@ -12,13 +12,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remap.backbones.anatomy import Anatomy, module_at
+from remap.backbones.anatomy import Anatomy
 from remap.backbones.typed import as_timm, evaluating
-from remap.errors import BackboneError
 from remap.tuning.adapter.adaptformer import AdaptFormer, ParallelBottleneck
 from remap.tuning.adapter.bottleneck import Beside, insert_adapter
 from remap.tuning.base import Attachment, Edits, Method, Sample, TrainingHooks
-from remap.tuning.finetuning.mlp import require_one_feature
+from remap.tuning.finetuning.mlp import one_layer_heads, require_one_feature
 from remap.tuning.one_a_session import one_a_session
 from remap.tuning.weights import full_precision
 
@@ -55,12 +54,7 @@ class Ease(Method):
             adapter = insert_adapter(edits, block, PATH, SessionAdapter(make, spaces))
             edits.before(block.norm2, adapter.keep_input)
             edits.after(block.mlp_branch_end, adapter.add_to_branch)
-        for path in anatomy.classifier_heads:
-            head = module_at(model, path)
-            if isinstance(head, nn.Identity):  # a model without classifier
-                continue
-            if not isinstance(head, nn.Linear | nn.Conv2d):
-                raise BackboneError("ease needs a classifier of one layer", given=type(head).__name__)
+        for path, head in one_layer_heads(model, anatomy, "ease"):
             classes, width = head.weight.shape[:2]
             means = ClassMeans(classes, width, config.alpha, spaces)
             edits.insert(f"{path}.{PATH}", means, head.weight)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy
 from remap.backbones.projected_head import exact_linear
-from remap.backbones.typed import evaluating
+from remap.backbones.typed import evaluating, inputs_of
 from remap.errors import TrainingError
 from remap.tuning.base import Attachment, Edits, Method, Options, Sample, TrainingHooks
 from remap.tuning.seam import feature_seam
@@ -120,24 +120,19 @@ class Keys(TrainingHooks):
     def prepare(self, sample: Sample) -> None:
         classes, shots, _ = self.votes.keys.shape
         found = [0] * classes
-        seen: list[Tensor] = []
-        handle = self.model.get_submodule(self.path).register_forward_pre_hook(lambda _head, args: seen.append(args[0]))
         self.votes.keys.zero_()
         self.votes.counted.zero_()
-        try:
-            with evaluating(self.model):
-                for images_BCHW, labels_B in sample.labeled("tip_adapter"):
-                    self.model(images_BCHW)
-                    for unit_E, label in zip(seen.pop(), labels_B.tolist(), strict=True):
-                        if found[label] < shots:
-                            self.votes.keys[label, found[label]] = unit_E
-                            self.votes.counted[label, found[label]] = 1.0
-                            found[label] += 1
-                    if min(found) == shots:
-                        break
-        finally:
-            handle.remove()
+        head = self.model.get_submodule(self.path)
+        with inputs_of(head) as seen, evaluating(self.model):
+            for images_BCHW, labels_B in sample.labeled("tip_adapter"):
+                self.model(images_BCHW)
+                for unit_E, label in zip(seen.pop(), labels_B.tolist(), strict=True):
+                    if found[label] < shots:
+                        self.votes.keys[label, found[label]] = unit_E
+                        self.votes.counted[label, found[label]] = 1.0
+                        found[label] += 1
+                if min(found) == shots:
+                    break
         if self.search:
-            head = self.model.get_submodule(self.path)
             assert isinstance(head, nn.Linear)
             self.votes.search(head)

@@ -3,6 +3,8 @@
 Letters: B batch, D width of the features, k hidden layers.
 """
 
+from collections.abc import Iterator
+
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,6 +48,20 @@ def require_one_feature(anatomy: Anatomy, method: str) -> None:
             given=f"classifiers {', '.join(anatomy.classifier_heads)}",
             do="take linear, norm, partial, lora or full",
         )
+
+
+def one_layer_heads(model: nn.Module, anatomy: Anatomy, method: str) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
+    """Yield path and layer of each classifier; a model without one has none.
+
+    Raises:
+        BackboneError: A classifier has several layers.
+    """
+    for path in anatomy.classifier_heads:
+        head = module_at(model, path)
+        if isinstance(head, nn.Linear | nn.Conv2d):
+            yield path, head
+        elif not isinstance(head, nn.Identity):
+            raise BackboneError(f"{method} needs a classifier of one layer", given=type(head).__name__)
 
 
 class HiddenLayers(nn.Module):

@@ -9,10 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from remap.backbones.anatomy import Anatomy, module_at
-from remap.errors import BackboneError
+from remap.backbones.anatomy import Anatomy
 from remap.tuning.base import Attachment, Edits, Method, Options
-from remap.tuning.finetuning.mlp import require_one_feature
+from remap.tuning.finetuning.mlp import one_layer_heads, require_one_feature
 from remap.tuning.seam import FeatureSeam
 
 PATH = "remap_ranpac"
@@ -36,12 +35,7 @@ class RanPAC(Method):
         require_one_feature(anatomy, "ranpac")
         edits, like = Edits(model), next(model.parameters())
         random = edits.insert(PATH, RandomFeatures(anatomy.feature_width, self.config), like)
-        for path in anatomy.classifier_heads:
-            head = module_at(model, path)
-            if isinstance(head, nn.Identity):  # a model without classifier
-                continue
-            if not isinstance(head, nn.Linear | nn.Conv2d):
-                raise BackboneError("ranpac needs a classifier of one layer", given=type(head).__name__)
+        for path, head in one_layer_heads(model, anatomy, "ranpac"):
             rows = nn.Linear(self.config.dim, len(head.weight))
             nn.init.zeros_(rows.weight)
             nn.init.zeros_(rows.bias)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from remap.backbones.anatomy import Anatomy, module_at
 from remap.backbones.families.reading import norm_paths
-from remap.backbones.typed import evaluating
+from remap.backbones.typed import evaluating, inputs_of
 from remap.errors import BackboneError, RunError
 from remap.tuning.base import Attachment, Edits, Fold, Method, Options, Sample, TrainingHooks, is_inserted
 from remap.tuning.parameter.bitfit import bias_parameters
@@ -162,15 +162,9 @@ class ChoiceByGradient(TrainingHooks):
 
     def _features(self, pixels_BCHW: Tensor) -> Tensor:
         """Return (B, F): what the classifier's linear layers take, side by side where a model has two."""
-        kept: list[Tensor] = []
         heads = [module_at(self.model, path) for path in self.anatomy.classifier_heads]
-        handles = [head.register_forward_pre_hook(lambda _module, args: kept.append(args[0])) for head in heads]
-        try:
-            with torch.autocast(pixels_BCHW.device.type, enabled=False):
-                self.model(pixels_BCHW)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with inputs_of(*heads) as kept, torch.autocast(pixels_BCHW.device.type, enabled=False):
+            self.model(pixels_BCHW)
         return torch.cat([features.flatten(1) for features in kept], dim=1)
 
 

@@ -78,7 +78,7 @@ class SLAD(LoRA):
     """W x + b + alpha / rank * B M A x: LoRA with a core M of rank x rank, the part that a teacher's adapters share.
 
     M is the identity at first, so that alone this starts as LoRA does. With ``teacher.joint`` the same M stands
-    in the teacher (``remap.pipeline.joint_teacher``). The paper's abstract does not say what of the
+    in the teacher (``remap.pipeline.shared_cores``). The paper's abstract does not say what of the
     adapters is shared: the core is ours.
     """
 

@@ -299,9 +299,7 @@ ROWS = [
         lr=3e-2,
         formula="W' = W H_1 ... H_r with Householder reflections H_k = I - 2 u_k u_k^T / ||u_k||^2 (equation 5)."
         " Vectors start in equal pairs, which cancel up to rounding, hence the even rank.",
-        options={
-            "rank": _option("r", 8, "Number of reflections, which start in equal pairs.", ge=2, multiple_of=2),
-        },
+        options={"rank": _option("r", 8, "Number of reflections, which start in equal pairs.", ge=2, multiple_of=2)},
         rank_within="inputs",
         exact_start=False,
     ),

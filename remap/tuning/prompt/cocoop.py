@@ -13,7 +13,7 @@ from remap.errors import BackboneError
 from remap.tuning.base import Attachment, Edits, Method
 from remap.tuning.prompt.context import Context, ContextOptions
 from remap.tuning.seam import feature_seam
-from remap.tuning.words import PATH, at_least_float32, without_decay
+from remap.tuning.words import PATH, at_least_float32, in_place_of_head
 
 # Texts that are encoded at once: each image has one for each class.
 TEXTS = 512
@@ -38,13 +38,7 @@ class CoCoOp(Method):
         words = Conditional(model, anatomy, self.config)
         edits.insert(PATH, words, words.head.weight)
         edits.after(anatomy.classifier_heads[0], words.replace_logits)
-        return Attachment(
-            edits,
-            no_decay=without_decay(edits),
-            identity_at_init=False,
-            seam=feature_seam(model, anatomy),
-            trains_head=False,
-        )
+        return in_place_of_head(edits, seam=feature_seam(model, anatomy))
 
 
 class Conditional(Context):

@@ -12,7 +12,7 @@ from remap.tuning.base import Attachment, Edits, Method
 from remap.tuning.prompt.context import ContextOptions, DeepContext
 from remap.tuning.prompt.prompts import PromptOptions, weight_like
 from remap.tuning.prompt.sequence_prompts import Prompts, attach_prompts
-from remap.tuning.words import WordHead, insert_words, without_decay
+from remap.tuning.words import WordHead, in_place_of_head, insert_words
 
 
 class ImagePrompts(Prompts):
@@ -87,10 +87,4 @@ def attach_both(edits: Edits, anatomy: Anatomy, words: WordHead, prompts: ImageP
     """Attach prompts of the words and of the image tower."""
     insert_words(edits, anatomy, words)
     attach_prompts(edits, anatomy, prompts)
-    return Attachment(
-        edits,
-        no_decay=without_decay(edits),
-        identity_at_init=False,
-        extra_tokens=prompts.length,
-        trains_head=False,
-    )
+    return in_place_of_head(edits, extra_tokens=prompts.length)

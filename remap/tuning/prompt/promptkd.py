@@ -17,7 +17,7 @@ from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.finetuning.mlp import BatchNorm
 from remap.tuning.prompt.maple import ImagePrompts
 from remap.tuning.prompt.sequence_prompts import attach_prompts
-from remap.tuning.words import at_least_float32, classifier_of, without_decay
+from remap.tuning.words import at_least_float32, classifier_of, in_place_of_head
 
 PATH = "remap_promptkd"
 
@@ -49,13 +49,7 @@ class PromptKD(Method):
         edits.insert(PATH, words, head.weight)
         edits.after(anatomy.classifier_heads[0].rpartition(".")[0], words.replace_logits)
         attach_prompts(edits, anatomy, prompts)
-        return Attachment(
-            edits,
-            no_decay=without_decay(edits),
-            identity_at_init=False,
-            extra_tokens=prompts.length,
-            trains_head=False,
-        )
+        return in_place_of_head(edits, extra_tokens=prompts.length)
 
 
 class TeacherWords(nn.Module):

@@ -10,7 +10,7 @@ import torch
 
 from remap.distributed.launch import accelerator
 from remap.engine import loop
-from remap.engine.evaluate import evaluate
+from remap.engine.evaluation_pass import evaluate
 from remap.engine.teacher import Teacher
 from remap.errors import Interrupted
 from remap.pipeline.components import build_components

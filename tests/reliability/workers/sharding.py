@@ -15,7 +15,7 @@ from remap.engine import loop
 from remap.engine.job import Job
 from remap.engine.training import Training
 from remap.errors import Interrupted
-from remap.pipeline import run, tracking
+from remap.pipeline import epoch_recorder, run
 from remap.recipe import resolve
 from remap.tuning import METHODS
 
@@ -58,7 +58,7 @@ def shares(job: Job, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     }
 
 
-evaluate, finish = tracking.evaluate_as, loop._finish_epoch
+evaluate, finish = epoch_recorder.evaluate_as, loop._finish_epoch
 
 
 def evaluating(*arguments, **more):
@@ -75,7 +75,7 @@ def finishing(training: Training) -> None:
     finish(training)
 
 
-tracking.evaluate_as, loop._finish_epoch = evaluating, finishing
+epoch_recorder.evaluate_as, loop._finish_epoch = evaluating, finishing
 os.fsync = lambda _file: None  # as tests/conftest.py
 for entry in plan:
     now = noted[entry["name"]] = {}

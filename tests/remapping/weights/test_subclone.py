@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from remap.backbones.families.layout import layout_of
+from remap.backbones.families.tensor_axes import layout_of
 from remap.errors import BackboneError
 from remap.remapping.weights.base import Side
 from remap.remapping.weights.subclone import Importance, outer_blocks

@@ -3,13 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from remap.remapping.knowledge.features.terms import (
-    PooledTerm,
-    ProjectedOptions,
-    ProjectorOptions,
-    distance,
-    projector,
-)
+from remap.remapping.knowledge.features.terms import PooledTerm, ProjectedOptions, ProjectorOptions, distance, projector
 from remap.remapping.labels import Labels
 from remap.remapping.normalization import TargetNorm
 from remap.remapping.objective import Pair

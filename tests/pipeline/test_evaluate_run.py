@@ -11,7 +11,7 @@ import pytest
 
 from remap.data.fingerprint import Contents
 from remap.data.splits import Split
-from remap.pipeline.evaluation import evaluate_run
+from remap.pipeline.evaluate_run import evaluate_run
 from remap.pipeline.run import start
 from remap.progress import Silent
 
@@ -52,12 +52,12 @@ import json, os, sys
 from pathlib import Path
 from remap.data.fingerprint import Contents
 from remap.progress import Silent
-from remap.pipeline import evaluation
+from remap.pipeline import evaluate_run
 
 run, read, look = Path(sys.argv[1]), [], Contents.read
 Contents.read = lambda contents, index: read.append(index) or look(contents, index)
-evaluation.batch_size_of_evaluation = lambda recipe: 2
-found = evaluation.evaluate_run(run, None, True, Silent())
+evaluate_run.batch_size_of_evaluation = lambda recipe: 2
+found = evaluate_run.evaluate_run(run, None, True, Silent())
 (run / f"read-{os.environ['RANK']}").write_text(json.dumps([sorted(read), found["skipped"]]))
 """
 

@@ -11,9 +11,9 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from remap.cache.output_store import row_digests
-from remap.data import augment, keyed_random
-from remap.data.augment import POLICIES, apply_policy, augmented
+from remap.data import augmented_pixels, keyed_random
 from remap.data.augmentation import PRESETS, Augmentation, Crop, Erasing, Jitter, RandAugment
+from remap.data.augmented_pixels import POLICIES, apply_policy, augmented
 from remap.errors import DataError
 
 BILINEAR = InterpolationMode.BILINEAR
@@ -34,7 +34,7 @@ def test_teacher_outputs_that_were_cached_earlier_stay_valid(kind: str, view: in
     """A cached output is found by the digest of its image and of the draws behind its view."""
     indices = np.asarray([0, 7])
     files = [hashlib.blake2b(bytes([index]), digest_size=16).digest() for index in indices]
-    digests = row_digests(files, augment.draws(PRESETS[kind], 3, view, indices))
+    digests = row_digests(files, augmented_pixels.draws(PRESETS[kind], 3, view, indices))
     assert tuple(row.tobytes().hex() for row in digests) == RECORDED[kind, view]
 
 
@@ -133,7 +133,9 @@ def test_a_crop_is_torchvisions(channels: int) -> None:
 
 def test_crops_have_the_areas_and_shapes_of_their_ranges() -> None:
     """Area uniform in [0.2, 0.4], log of the shape in [1/2, 2]: means 0.3 and 0, by five deviations."""
-    boxes = np.array([augment._box([0.2, 0.4], [0.5, 2.0], d) for d in keyed_random.uniform(0, 0, np.arange(2000), 4)])
+    boxes = np.array(
+        [augmented_pixels._box([0.2, 0.4], [0.5, 2.0], d) for d in keyed_random.uniform(0, 0, np.arange(2000), 4)]
+    )
     top, left, height, width = boxes.T
     assert (boxes >= 0).all() and (top + height <= 1).all() and (left + width <= 1).all()
     assert abs((height * width).mean() - 0.3) < 5 * 0.2 / (12 * 2000) ** 0.5
@@ -164,8 +166,8 @@ def test_colours_are_torchvisions() -> None:
 def test_presets_see_the_same_corner_and_threads_change_nothing() -> None:
     """An operation has its own columns of draws: others beside it do not move it."""
     indices, strong = np.arange(8), PRESETS["strong"]
-    draws = augment.draws(strong, 3, 1, indices)
-    assert (draws[:, :7] == augment.draws(PRESETS["light"], 3, 1, indices)).all()
+    draws = augmented_pixels.draws(strong, 3, 1, indices)
+    assert (draws[:, :7] == augmented_pixels.draws(PRESETS["light"], 3, 1, indices)).all()
     images = pictures(8, 96)
     one, three = augmented(images, strong, draws), augmented(images, strong, draws, workers=3)
     assert torch.equal(one, three) and not torch.equal(one, images)
@@ -176,10 +178,10 @@ def test_trivial_augment_draws_one_operation_of_any_strength() -> None:
     """Fourteen operations, as often each: 2800 draws, 200 each (deviation 13.6)."""
     trivial = Augmentation(trivial_augment=True)
     assert trivial.draws == 19 and Augmentation(rand_augment=RandAugment(ops=3)).draws == 25
-    column = augment.draws(trivial, 0, 0, np.arange(2800))[:, 16]
+    column = augmented_pixels.draws(trivial, 0, 0, np.arange(2800))[:, 16]
     assert len(POLICIES) == 14 and np.abs(np.bincount((column * 14).astype(int)) - 200).max() < 5 * 13.6
 
 
 def test_colours_need_three_channels() -> None:
     with pytest.raises(DataError, match=r"colours \(data.rand_augment\) is for images of red, green and blue"):
-        augmented(pictures(1, 8, 1), PRESETS["strong"], augment.draws(PRESETS["strong"], 0, 0, np.arange(1)))
+        augmented(pictures(1, 8, 1), PRESETS["strong"], augmented_pixels.draws(PRESETS["strong"], 0, 0, np.arange(1)))

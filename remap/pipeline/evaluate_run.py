@@ -14,11 +14,11 @@ from remap.distributed.collectives import share_unreadable
 from remap.distributed.interrupts import watch_signals
 from remap.distributed.launch import accelerator, use_bf16
 from remap.distributed.reading import listing_together, load_together, share_digests
-from remap.engine.evaluate import batch_size_of_evaluation, evaluate
+from remap.engine.evaluation_pass import batch_size_of_evaluation, evaluate
 from remap.engine.metrics import metrics
 from remap.errors import RunError
 from remap.network import choose_attention
-from remap.pipeline.judged import measured
+from remap.pipeline.computed_once import measured
 from remap.pipeline.shared import source_arguments
 from remap.progress import Progress
 from remap.recipe.schema import DataSpec

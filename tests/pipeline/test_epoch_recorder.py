@@ -1,6 +1,6 @@
 """The line of an epoch."""
 
-from remap.pipeline.tracking import epoch_line
+from remap.pipeline.epoch_recorder import epoch_line
 
 
 def test_an_epoch_in_one_line() -> None:

@@ -74,7 +74,7 @@ def _herded(run: Path, images: Split, per_class: int, progress: Progress) -> lis
     network.model.to(accelerator().device)
     # Nothing is held in memory: each image is read once.
     source, what = ViewSource(images, view, memory_bytes=0.0), "features to choose a memory by"
-    features_ND, labels_N = pooled_features(network, source, accelerator(), _BATCH, progress, what)
+    features_ND, labels_N = pooled_features(network, source, _BATCH, progress, what)
     # Rows are those of readable images; `bad` is complete now that all were read.
     at_N = np.array([index for index in range(len(images)) if index not in source.bad])
     return [

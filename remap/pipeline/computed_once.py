@@ -13,8 +13,8 @@ from torch import Tensor
 from remap.backbones.build import add_tensors
 from remap.distributed.launch import accelerator, broadcast_str
 from remap.distributed.sharding import gather_full
-from remap.engine.evaluate import batch_size_of_evaluation
 from remap.engine.evaluation import Evaluation
+from remap.engine.evaluation_pass import batch_size_of_evaluation
 from remap.engine.multilabel import SetEvaluation
 from remap.errors import RunError
 from remap.io import atomic_write
@@ -27,7 +27,7 @@ from remap.runs.interval import Measured, share_of
 from remap.runs.run_records import JUDGED
 
 Figure = TypeVar("Figure")
-# Accuracies, those with their intervals, and what ``remap.pipeline.judge`` returns.
+# Accuracies, those with their intervals, and what ``remap.pipeline.judge_features`` returns.
 _FIGURES = TypeAdapter(
     dict[str, float | list[float] | dict[str, dict[str, float]] | None],
     config=ConfigDict(strict=True, allow_inf_nan=False),

@@ -14,7 +14,7 @@ from remap.data.views import ViewSource, require_readable
 from remap.distributed.collectives import all_reduce_max, all_reduce_max_, index_chunks, rounds_of_chunks
 from remap.distributed.device_memory import is_out_of_memory
 from remap.distributed.interrupts import defer_signals, raise_if_interrupted
-from remap.distributed.launch import ProcessLost, use_bf16
+from remap.distributed.launch import ProcessLost, accelerator, use_bf16
 from remap.distributed.sharding import is_sharded
 from remap.engine.evaluation import ClassScoring, Evaluation, Scoring
 from remap.engine.multilabel import SetScoring
@@ -144,7 +144,6 @@ def evaluate_as(
     recipe: Recipe,
     network: Network,
     source: ViewSource,
-    accelerator: Accelerator,
     progress: Progress,
     what: str,
     features: FrozenFeatures | None = None,
@@ -153,9 +152,9 @@ def evaluate_as(
     return evaluate(
         network,
         source,
-        accelerator,
+        accelerator(),
         batch_size=batch_size_of_evaluation(recipe),
-        bf16=use_bf16(recipe.train.precision, accelerator.device),
+        bf16=use_bf16(recipe.train.precision, accelerator().device),
         progress=progress,
         what=what,
         skip_bad=recipe.data.skip_bad,

@@ -9,14 +9,14 @@ from remap.data.views import ViewSource
 from remap.distributed.collectives import share_unreadable
 from remap.distributed.launch import accelerator
 from remap.engine.callback import Callback
-from remap.engine.evaluate import evaluate_as
 from remap.engine.evaluation import Evaluation
+from remap.engine.evaluation_pass import evaluate_as
 from remap.engine.selection import SELECTION, selection_metric
 from remap.engine.state import State, digest_of
 from remap.errors import RunError
 from remap.pipeline.components import RunComponents
-from remap.pipeline.judge import Judgement, judge
-from remap.pipeline.judged import evaluate_once, judged_once, measured_once
+from remap.pipeline.computed_once import evaluate_once, judged_once, measured_once
+from remap.pipeline.judge_features import Judgement, judge
 from remap.pipeline.run_status import RunClock
 from remap.progress import Progress
 from remap.remapping.schedule import is_scheduled
@@ -25,7 +25,7 @@ from remap.runs.interval import Measured
 from remap.runs.run_dir import RunDir
 
 
-class RunTracker:
+class EpochRecorder:
     """Evaluates the student after each epoch, and writes the metrics that a run directory shows while the run lasts.
 
     Attributes:
@@ -64,16 +64,13 @@ class RunTracker:
         return None
 
     def evaluate(
-        self,
-        title: str = "the student",
-        source: ViewSource | None = None,
-        features: FrozenFeatures | None = None,
+        self, title: str = "the student", source: ViewSource | None = None, features: FrozenFeatures | None = None
     ) -> Evaluation:
         """Evaluate the student on images; by default on the evaluation images."""
         parts = self.components
         if source is None:
             source, features = parts.views.val, self.features
-        return evaluate_as(parts.recipe, parts.student, source, accelerator(), self.progress, title, features)
+        return evaluate_as(parts.recipe, parts.student, source, self.progress, title, features)
 
     def once(self, title: str = "the student", known: Evaluation | None = None) -> Evaluation:
         """Evaluate the student as it is on the evaluation images, unless that is known."""

@@ -23,7 +23,7 @@ _SHIFT = 40
 _ROW_MASK = (1 << _SHIFT) - 1
 
 
-class Segments:
+class RecordFolder:
     """All records of one folder.
 
     Args:

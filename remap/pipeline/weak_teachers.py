@@ -6,13 +6,12 @@ import numpy as np
 
 from remap.data import CLASSES, METRIC, MULTILABEL
 from remap.data.views import ViewSource
-from remap.distributed.launch import accelerator
-from remap.engine.evaluate import evaluate_as
+from remap.engine.evaluation_pass import evaluate_as
 from remap.engine.multilabel import base_rate
 from remap.errors import TrainingError
 from remap.io.human_size import number_of
 from remap.pipeline.components import RunComponents
-from remap.pipeline.judged import evaluate_once, measured
+from remap.pipeline.computed_once import evaluate_once, measured
 from remap.pipeline.prepared_teacher import PreparedTeacher
 from remap.progress import Progress
 from remap.recipe.paths import is_run
@@ -35,7 +34,7 @@ def check_teachers(components: RunComponents, progress: Progress) -> None:
     if any(prepared.accuracy is not None and not prepared.spec.allow_weak for prepared in components.teachers):
         recipe, views, what = components.recipe, components.views, "the network before training"
         student = components.student
-        evaluate = partial(evaluate_as, recipe, student, views.val, accelerator(), progress, what)
+        evaluate = partial(evaluate_as, recipe, student, views.val, progress, what)
         untrained = measured(evaluate_once(recipe, student, views, evaluate))
         require_all_useful(components, untrained)
 
@@ -50,8 +49,8 @@ def require_useful(teacher: PreparedTeacher, untrained: Measured | None, source:
     """Refuse a teacher whose accuracy, or mAP, is not clearly above chance, or clearly below the untrained student's.
 
     Chance is the share of the most frequent class, or the mAP of a ranking at random. "Clearly" is by 95% intervals
-    (``remap.pipeline.judged.measured``, ``remap.runs.interval.difference``), which few images make wide; a teacher that
-    is right on all images is never refused for chance, and one that is wrong anywhere has to be above it.
+    (``computed_once.measured``, ``remap.runs.interval.difference``), which few images make wide; a teacher that is
+    right on all images is never refused for chance, and one that is wrong anywhere has to be above it.
 
     Args:
         untrained: The untrained student's figure; None compares with chance alone, before the student is evaluated.

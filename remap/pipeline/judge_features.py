@@ -5,8 +5,7 @@ from typing import Any
 import numpy as np
 
 from remap.data.views import ViewSource, require_readable
-from remap.distributed.launch import accelerator
-from remap.engine.evaluate import batch_size_of_evaluation
+from remap.engine.evaluation_pass import batch_size_of_evaluation
 from remap.pipeline.components import RunComponents
 from remap.pipeline.logistic import fit_logistic
 from remap.pipeline.probe import pooled_features
@@ -32,9 +31,7 @@ def judge(components: RunComponents, what: str, progress: Progress) -> Judgement
 
     def features(source: ViewSource, name: str) -> tuple[np.ndarray, np.ndarray]:
         batch_size = batch_size_of_evaluation(components.recipe)
-        return pooled_features(
-            components.student, source, accelerator(), batch_size, progress, f"the {name} features of {what}"
-        )
+        return pooled_features(components.student, source, batch_size, progress, f"the {name} features of {what}")
 
     train_ND, labels_N = features(views.train, "training")
     with progress.wait(f"fitting a linear probe on {what}"):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from remap.distributed.launch import accelerator
-from remap.engine.evaluate import evaluate
 from remap.engine.evaluation import Evaluation
+from remap.engine.evaluation_pass import evaluate
 from remap.errors import DataError
 from remap.network import Network
 from remap.pipeline.components import build_components
