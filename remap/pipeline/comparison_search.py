@@ -71,6 +71,16 @@ def searched(
     Each method and loss set is searched by itself, with the first seed; all its seeds use what was best. The first
     trial is the declared default. The evaluation images are not looked at.
     """
+    by_teacher: dict[int, tuple[SharedResources, list[Cell]]] = {}
+    for cell in cells:
+        # A finished trial has left its teacher in the folder.
+        if cell.with_teacher and not any((folder / cell.group).glob("*/summary.json")):
+            shared = shared_by(cell, folder)
+            by_teacher.setdefault(id(shared), (shared, []))[1].append(cell)
+    for shared, taught in by_teacher.values():
+        from remap.pipeline.build_cache import prepare_shared_teacher
+
+        prepare_shared_teacher((held_out(cell.recipe) for cell in taught), progress, shared)
     best: dict[str, tuple[dict[str, float], float]] = {}
     for cell in cells:
         if cell.group not in best:

@@ -15,6 +15,7 @@ import numpy as np
 from remap.errors import RecipeError, RunError
 from remap.io import atomic_write, links
 from remap.io.human_size import number_of
+from remap.pipeline.build_cache import prepare_shared_teacher
 from remap.pipeline.compare import require_comparable, resumable
 from remap.pipeline.comparison_budget import of_length, read_budget, trained_parameters, with_epochs, within_parameters
 from remap.pipeline.comparison_cells import DEFAULT_METHODS, Cell, comparison_cells, split_word
@@ -89,6 +90,9 @@ def recommend(
     # Cached: all trials have the same images, and a fingerprint reads every file.
     left, held_by = candidates, cache(partial(fingerprint_of, progress=progress))
     with resumable(output, "recommend"):
+        # As long as the last round trains. A finished trial has left it in the folder.
+        if not any(output.glob("round-*/*/summary.json")):
+            prepare_shared_teacher((held_out(one.cell.recipe) for one in candidates), progress, shared)
         for number, count in enumerate(epochs, 1):
             progress.say(
                 f"round {number}/{len(epochs)}: {number_of(len(left), 'method')}, {number_of(count, 'epoch')} each"

@@ -161,6 +161,11 @@ def test_every_cell_is_searched_alike_and_evaluation_images_decide_nothing(
     recipe: Recipe, tmp_path: Path, watch: Callable[..., Any]
 ) -> None:
     pytest.importorskip("optuna")
+    full = recipe.model_copy(update={"teachers": (recipe.teachers[0].model_copy(update={"prepare": "full"}),)})
+    spoken = watch(lambda step: None)
+    compare(full, ["linear"], 1, tmp_path / "full", spoken, Plan(search="random:1"))
+    tuning = [line for line in spoken.said if "tuning it" in line]
+    assert tuning and not [line for line in tuning if line.startswith("search")]  # all trials share it
     found = compare(recipe, ["linear"], 1, tmp_path / "cmp", Silent(), Plan(search="random:2"))
     trials = sorted((tmp_path / "cmp" / FOLDER).glob("*/0*"))
     assert [path.parent.name for path in trials] == ["linear-alone"] * 2 + ["linear-teacher"] * 2
