@@ -7,6 +7,7 @@ from pathlib import Path
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -50,9 +51,10 @@ def save_model_folder(model: nn.Module, folder: Path, shape: Mapping[str, object
         _write(model, temporary, dict(shape), list(classes))
         _require_equal(model, temporary)
         os.replace(temporary, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the second of a full disk
+        reason = isinstance(error, OSError) and error.strerror
         raise RunError(
-            f"cannot write {folder}: {error.strerror or error}", do="free some space or choose another --output"
+            f"cannot write {folder}: {reason or error}", do="free some space or choose another --output"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from remap.backbones.model_folder import require_free
-from remap.errors import DiskFull, RunError
+from remap.errors import DiskFull, RunError, naming
 from remap.exporting import FORMATS
 from remap.exporting.check import Comparison, bytes_below, bytes_of, compare, require_equal, student_answer
 from remap.exporting.format import ExportOptions, Format
@@ -125,7 +127,8 @@ def making(output: Path, force: bool) -> Iterator[Path]:
     atomic_write.make_folder(output.parent)
     temporary, old = (output.with_name(f".{output.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
-        yield temporary
+        with naming(output, temporary):
+            yield temporary
         if output.is_dir():
             if earlier:
                 _require_own(output)  # again: making an export may take an hour
@@ -136,9 +139,10 @@ def making(output: Path, force: bool) -> Iterator[Path]:
             if old.is_dir():
                 os.replace(old, output)
             raise
-    except OSError as error:
-        kind, do = (DiskFull, MAKE_ROOM) if error.errno in FULL else (RunError, "choose another --output")
-        raise kind(f"cannot write {output}: {error.strerror or error}", do=do) from error
+    except (OSError, SafetensorError) as error:
+        known = error if isinstance(error, OSError) else OSError()
+        kind, do = (DiskFull, MAKE_ROOM) if known.errno in FULL else (RunError, "choose another --output")
+        raise kind(f"cannot write {output}: {known.strerror or error}", do=do) from error
     finally:
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
