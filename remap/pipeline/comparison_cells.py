@@ -13,7 +13,7 @@ from remap.pipeline.comparison_sweeps import (
     loss_set,
     options_of,
     products,
-    read_sweep,
+    read_sweeps,
     require_options,
     require_owners,
     shown_setting,
@@ -151,7 +151,7 @@ def comparison_cells(
         RecipeError: A sweep or loss set cannot be used.
     """
     recipe = recipe.model_copy(update={"baseline": False})  # each method has a run without the teacher
-    grid = dict(read_sweep(sweep) for sweep in sweeps)
+    grid = read_sweeps(sweeps)
     options = {key.removeprefix("method."): grid.pop(key) for key in list(grid) if key.startswith("method.")}
     require_owners(options, methods)
     cells: list[Cell] = []

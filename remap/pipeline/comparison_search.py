@@ -47,15 +47,15 @@ class Search:
         return Search(int(count), sampler or "tpe")
 
 
-def require_searchable(recipe: Recipe) -> None:
-    """Refuse to search where images are held out already.
+def require_searchable(recipe: Recipe, trials: str = "--search") -> None:
+    """Refuse trials, of a search or of what is named, where images are held out already.
 
     Raises:
         RecipeError: What else holds images out.
     """
     others = {"data.held_out": recipe.data.held_out, "teacher.calibrate": any(one.calibrate for one in recipe.teachers)}
     for name in [name for name, given in others.items() if given]:
-        raise RecipeError([f"--search: {name} holds training images out already (leave it out)"], recipe.name)
+        raise RecipeError([f"{trials}: {name} holds training images out already (leave it out)"], recipe.name)
 
 
 def searched(

@@ -14,6 +14,7 @@ from remap.io.human_size import number_of
 from remap.io.names import plain
 from remap.pipeline.compare import resumable
 from remap.pipeline.comparison_files import percent
+from remap.pipeline.comparison_folder import require_folder
 from remap.pipeline.extend import extend
 from remap.pipeline.labels_only import labels_only
 from remap.pipeline.run import Result, resume, start
@@ -68,6 +69,7 @@ def compare_sessions(
     """
     if recipe.data.multilabel:
         raise RecipeError(["task: multilabel: sessions are learned for one class an image"], recipe.name)
+    require_folder(folder)
     # Ways bring their own teacher: of lwf it is the run that is extended.
     base, shared = labels_only(recipe), SharedResources()
     parts = parts_of(base.data, split, shared)

@@ -64,6 +64,8 @@ class RunDir(RunRecords):
             RunError: Something is there already.
         """
         with contextlib.suppress(OSError):  # which ``create`` explains
+            if os.path.lexists(self.path) and not os.path.isdir(self.path):
+                raise self._exists_already()
             if self.path.is_dir() and any(not _DRAFT.fullmatch(entry.name) for entry in self.path.iterdir()):
                 raise self._exists_already()
 
