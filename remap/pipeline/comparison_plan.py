@@ -12,7 +12,7 @@ from remap.pipeline.comparison_resources import read_jobs, read_slurm
 from remap.pipeline.comparison_search import Search, require_searchable
 from remap.recipe.checks import require_held_out_once
 from remap.recipe.schema import Recipe
-from remap.recipe.train_checks import require_rate
+from remap.recipe.train_checks import require_no_processes, require_rate
 
 # What `remap recommend` ranks if no methods are named: those of a comparison, on the student's own weights.
 RANKED = tuple(word for word in DEFAULT_METHODS if split_word(word)[1] is None)
@@ -47,6 +47,7 @@ def require_possible(recipe: Recipe, methods: Sequence[str], seeds: int, output:
         RecipeError: The plan cannot be carried out.
     """
     require_folder(output)
+    require_no_processes(recipe, "remap compare")
     require_comparable(recipe, methods)
     budget = read_budget(plan.budget)
     read_jobs(plan.jobs, budget)
@@ -72,6 +73,7 @@ def require_rankable(recipe: Recipe, methods: Sequence[str], output: Path, budge
         raise RecipeError(
             ["task: multilabel: methods are ranked for one class an image (remap compare takes it)"], recipe.name
         )
+    require_no_processes(recipe, "remap recommend")
     require_comparable(recipe, methods)
     require_searchable(recipe, "remap recommend")
     kind, value = read_budget(budget) or ("", 0.0)

@@ -24,7 +24,7 @@ from remap.pipeline.shared import SharedResources
 from remap.progress import Progress, Within
 from remap.recipe import Recipe
 from remap.recipe.schema import DataSpec, MethodSpec
-from remap.recipe.train_checks import train_problems
+from remap.recipe.train_checks import require_no_processes, train_problems
 from remap.runs.run_dir import RunDir
 from remap.tuning import config_of
 
@@ -70,6 +70,7 @@ def compare_sessions(
     if recipe.data.multilabel:
         raise RecipeError(["task: multilabel: sessions are learned for one class an image"], recipe.name)
     require_folder(folder)
+    require_no_processes(recipe, "remap compare --sessions")
     # Ways bring their own teacher: of lwf it is the run that is extended.
     base, shared = labels_only(recipe), SharedResources()
     parts = parts_of(base.data, split, shared)
