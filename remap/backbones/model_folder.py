@@ -1,7 +1,6 @@
 """Write a model folder as timm does, config.json and weights."""
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def save_model_folder(model: nn.Module, folder: Path, shape: Mapping[str, object
         classes: Names of the classifier's outputs.
 
     Raises:
-        RunError: There is such a folder already, or it cannot be written.
+        RunError: There is such a folder already, with something in it, or it cannot be written.
         BackboneError: What timm builds from the folder is another function, as always of an image tower whose
             classifier is in the space of texts.
     """
@@ -46,18 +45,15 @@ def save_model_folder(model: nn.Module, folder: Path, shape: Mapping[str, object
         )
     require_free(folder)
     atomic_write.make_folder(folder.parent)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        _write(model, temporary, dict(shape), list(classes))
-        _require_equal(model, temporary)
-        os.replace(temporary, folder)
+        with atomic_write.new_folder(folder, last="config.json") as temporary:
+            _write(model, temporary, dict(shape), list(classes))
+            _require_equal(model, temporary)
     except (OSError, SafetensorError) as error:  # the second of a full disk
         reason = isinstance(error, OSError) and error.strerror
         raise RunError(
             f"cannot write {folder}: {reason or error}", do="free some space or choose another --output"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def open_model_folder(folder: Path) -> nn.Module:
@@ -66,7 +62,7 @@ def open_model_folder(folder: Path) -> nn.Module:
 
 
 def require_free(folder: Path) -> None:
-    """Check that a folder can be made under this name.
+    """Check that a folder can be made under this name; an empty one may be there.
 
     Raises:
         RunError: There is something of that name, or nothing can have it.
@@ -80,7 +76,8 @@ def require_free(folder: Path) -> None:
         return
     except OSError as error:
         raise RunError(f"cannot make {folder}: {error.strerror}", do="choose another --output") from error
-    raise RunError(f"{folder} is there already", do="choose another --output, or remove it")
+    if not atomic_write.is_empty(folder):
+        raise RunError(f"{folder} is there already", do="choose another --output, or remove it")
 
 
 def _write(model: nn.Module, folder: Path, shape: dict[str, object], classes: list[str]) -> None:

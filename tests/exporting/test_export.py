@@ -19,7 +19,7 @@ from remap.data.pixels import Pixels
 from remap.data.views import View
 from remap.errors import RemapError, RunError
 from remap.exporting import export
-from remap.exporting.export import export_student
+from remap.exporting.export import export_student, making
 from remap.exporting.format import ExportOptions
 from remap.exporting.int8 import require_gate
 from remap.exporting.int8_training import RoundedInput, RoundedWeight
@@ -213,6 +213,36 @@ def test_force_replaces_nothing_but_an_export(finished: Finished, tmp_path: Path
     with pytest.raises(RunError, match=r"did not write(.|\n)*task/notes.txt"):
         export_student(finished("vpt_deep"), "task", tmp_path / "out", force=True)
     assert (tmp_path / "out" / "task" / "notes.txt").read_text() == "of a user"
+
+
+def test_an_empty_folder_is_filled(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a run directory may be. It stays the same folder, which may be a mount, or where a shell is."""
+    run, mine = finished("vpt_deep"), tmp_path / "mine"
+    mine.mkdir()
+    before = mine.stat().st_ino
+    monkeypatch.chdir(mine)
+    export_student(run, "task", ".")
+    assert sorted(path.name for path in mine.iterdir()) == ["README.md", "export.json", "task"]
+    assert mine.stat().st_ino == before and list(tmp_path.iterdir()) == [mine]
+    assert remap.load_student(mine, "cpu").classes == ("blue", "green", "red")
+    export_student(run, "task", tmp_path / "new")
+    with pytest.raises(RunError, match="is there already"):
+        export_student(run, "task", ".")
+    export_student(run, "task", ".", force=True)
+    assert (mine / "export.json").is_file() and list(mine.parent.glob(".*")) == []
+
+
+def test_what_came_into_the_folder_meanwhile_stays(finished: Finished, tmp_path: Path) -> None:
+    for made_before in (True, False):
+        output = tmp_path / f"mine-{made_before}"
+        if made_before:
+            output.mkdir()
+        with pytest.raises(RunError, match="Directory not empty"), making(output, force=False) as folder:
+            folder.mkdir()
+            (folder / "model").touch()
+            output.mkdir(exist_ok=True)
+            (output / "letter.txt").write_text("dear")
+        assert [path.name for path in output.iterdir()] == ["letter.txt"]
 
 
 def test_a_bar_in_a_name_stays_in_its_cell() -> None:
