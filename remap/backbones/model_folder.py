@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -59,6 +60,14 @@ def save_model_folder(model: nn.Module, folder: Path, shape: Mapping[str, object
 def open_model_folder(folder: Path) -> nn.Module:
     """Open a model folder as a user of timm does; in eval."""
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+def opened_by_timm(word: str, arguments: Mapping[str, Any]) -> nn.Module | None:
+    """Build a model as a user of timm does; None where timm or torch refuses, as for weights in a layout of others."""
+    try:
+        return timm.create_model(word, **arguments)
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError):
+        return None
 
 
 def require_free(folder: Path) -> None:

@@ -1,6 +1,8 @@
 """Exports answer as the student does, by code that is not remap's: onnxruntime, torch.export, timm and peft."""
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 import remap
@@ -151,6 +154,41 @@ def test_peft_loads_the_adapter_with_its_classifier(finished: Finished, tmp_path
     config = json.loads((found.output / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["head"] and config["base_model_name_or_path"].startswith("local-dir:")
     assert found.comparison is not None and found.comparison.same_labels == 9
+
+
+@pytest.mark.parametrize("layout", ["timm's", "of a script"])
+def test_the_card_says_which_file_the_weights_are_of(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    """And its Python takes that file, where timm reads it; the student's own answer is expected."""
+    folder = Path(tiny.student.removeprefix("local-dir:"))
+    state = {name: tensor + 0.1 for name, tensor in load_file(folder / "model.safetensors").items()}
+    if layout == "of a script":
+        state = {f"student.backbone.{name}": tensor for name, tensor in state.items()}
+    weights = tmp_path / "elsewhere" / "mine.safetensors"
+    weights.parent.mkdir()
+    save_file(state, weights)
+    network = tuned(open_backbone(ModelSpec(model=tiny.student, weights=str(weights)), 3), "lora", {})
+    with torch.no_grad():
+        for parameter in network.trained.values():
+            parameter.add_(torch.randn_like(parameter))
+    network.classes = ("blue", "green", "red")
+    save_task(tmp_path / "task", network, View(network.preprocess.size, 1.0, "bicubic"), "lora", {})
+    found = export_student(tmp_path / "task", "peft", tmp_path / "out")
+    card, digest = (found.output / "README.md").read_text(), hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert f"weights of the file mine.safetensors (SHA-256 {digest}), licence: unknown, check" in card
+    assert str(weights.parent) not in card and found.record["base_weights"] == "mine.safetensors"
+    if layout == "of a script":
+        assert "```python" not in card
+        return
+    shutil.copy(weights, found.output)
+    monkeypatch.chdir(found.output)
+    picture, known = next(Path(tiny.data, "val").rglob("*.png")), dict[str, Any]()
+    monkeypatch.setattr(sys, "argv", ["classify.py", str(picture)])
+    exec(card_code(found.output), known)
+    answer = known["model"](torch.from_numpy(known["images"]))
+    expected = remap.load_student(tmp_path / "task", "cpu").logits([picture])
+    torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_task_is_copied_as_it_was_sealed(finished: Finished, tmp_path: Path) -> None:
