@@ -18,6 +18,7 @@ from remap.pipeline.comparison_search import FOLDER as SEARCH
 from remap.pipeline.comparison_search import Search, searched
 from remap.pipeline.comparison_table import tabulate
 from remap.pipeline.objective import without_idle_losses
+from remap.pipeline.teacher_tuning import require_folds
 from remap.progress import Progress
 from remap.recipe.schema import Recipe
 
@@ -48,6 +49,8 @@ def compare(
     resources = Resources(recipe, output, progress)
     cells = comparison_cells(recipe, methods, seeds, plan.sweeps, plan.loss_sets, resources.images_of)
     cells = resources.with_possible_inits(cells, optional=tuple(methods) == DEFAULT_METHODS)
+    for cell in cells:
+        require_folds(cell.recipe, resources.first)
     left_out: dict[str, str] = {}
     if budget is not None and budget[0] == "parameters":
         cells, left_out = within_parameters(cells, int(budget[1]), len(resources.first.classes(recipe)))
