@@ -29,7 +29,7 @@ from remap.tuning import METHODS, config_of
 from remap.tuning.base import Sample
 from remap.tuning.layers import layers_of
 from remap.tuning.parameter.peft_bridge.base import ADAPTER, PeftMethod
-from remap.tuning.parameter.peft_rows import PeftEntry
+from remap.tuning.parameter.peft_rows import PeftEntry, PeftLayer
 
 VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 4, "num_heads": 3, "num_classes": 10}
 LR, TOTAL = 1e-3, 1_000_000  # the length of training, which some methods want to know
@@ -598,10 +598,17 @@ class Peft(ByHand):
             at = ".".join(part for part in name.split(".") if not part.startswith("remap_"))
             if at != name:  # what all layers share belongs to each of them
                 same = [tensor for other, tensor in tensors.items() if other == at or other.endswith(f".{at}")]
+                same = same or self.unregistered(at)
                 missing |= set() if same else {name}
                 for tensor in same:
                     tensor.copy_(value)
         assert not missing, f"peft has no {sorted(missing)}"
+
+    def unregistered(self, name: str) -> list[Tensor]:
+        """Random places, which peft draws anew on loading and keeps in plain dicts of its layers."""
+        layer, word, adapter = name.rsplit(".", 2)
+        held = getattr(self.model.get_submodule(layer), word, {})
+        return [held[adapter]] if isinstance(held, dict) and adapter in held else []
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.model(images)
@@ -765,7 +772,10 @@ def _other_side(name: str, plain: nn.Module, found: dict[str, Tensor], trained: 
         return BY_HAND[name](plain, found, trained, config)
     cls: type[PeftMethod] = METHODS.load(name)
     layers = layers_of(anatomy_of(plain), config.targets, cls.row.default_targets)
-    options = cls(config).peft_config({layer.path: layer.words for layer in layers})
+    linears = {layer.path: plain.get_submodule(layer.path) for layer in layers}
+    options = cls(config).peft_config(
+        {at.path: PeftLayer(at.words, linears[at.path].out_features, linears[at.path].in_features) for at in layers}
+    )
     if name == "adalora":
         options.orth_reg_weight = config.orthogonality
         return PeftAdaLoRA(plain, found, trained, options)

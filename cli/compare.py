@@ -11,7 +11,7 @@ from remap_cli.options import COMPARE, OPTIONS, recipe_words, training_command
 from remap_cli.training import read_recipe, require_one_length
 
 if TYPE_CHECKING:
-    from remap.pipeline.compare import Plan
+    from remap.pipeline.comparison_plan import Plan
     from remap.recipe import Recipe
 
 # Options as they are typed, by name.
@@ -42,9 +42,8 @@ _UNCLEAR = "n.d."
 @training_command(COMPARE)
 def compare(values: dict[str, Any]) -> None:
     """Compare methods, each with and without the teacher, on the same data, budget and seeds."""
-    from remap.pipeline.compare import Plan
-    from remap.pipeline.compare import compare as run_compare
     from remap.pipeline.comparison_cells import DEFAULT_SEEDS, chosen_methods
+    from remap.pipeline.comparison_plan import Plan, require_possible
     from remap.runs.run_dir import default_path
 
     _require_used(values)
@@ -63,6 +62,9 @@ def compare(values: dict[str, Any]) -> None:
             own = f"--budget epochs={recipe.train.epochs}"
             progress.say(f"{QUICK} of each cell, to be quick; {own} is what the recipe says")
         folder = expanded(values["output"] or default_path() / f"compare-{recipe.name}")
+        require_possible(recipe, chosen, seeds, folder, plan)
+        with progress.wait("loading PyTorch"):
+            from remap.pipeline.compare import compare as run_compare
         table = run_compare(recipe, chosen, seeds, folder, progress, plan)
     console.emit(table) if values["json"] else _show(table)
     with console.Reporter() as progress:  # after the result, which an error in the report must not hide
@@ -109,7 +111,7 @@ def _require_label_losses(values: dict[str, Any], recipe: "Recipe") -> None:
 
 
 def _suite(values: dict[str, Any], plan: "Plan") -> None:
-    from remap.pipeline.suite import run_suite
+    from remap.pipeline.comparison_folder import require_folder
     from remap.recipe.suite import load_suite
     from remap.runs.run_dir import default_path
 
@@ -118,7 +120,10 @@ def _suite(values: dict[str, Any], plan: "Plan") -> None:
     folder = expanded(values["output"] or default_path() / f"suite-{Path(values['suite']).stem}")
     words, settings = recipe_words(values), values["settings"] or []
     sets = None if values["sets"] is None else expanded(values["sets"])
+    require_folder(folder)
     with console.Reporter() as progress:
+        with progress.wait("loading PyTorch"):
+            from remap.pipeline.suite import run_suite
         found = run_suite(suite, sets, folder, progress, words, settings, plan, values["methods"], values["seeds"])
     console.emit(found) if values["json"] else console.line((folder / "suite.md").read_text())
     with console.Reporter() as progress:
@@ -128,15 +133,18 @@ def _suite(values: dict[str, Any], plan: "Plan") -> None:
 
 def _sessions(values: dict[str, Any]) -> None:
     from remap.pipeline.comparison_cells import DEFAULT_SEEDS, chosen_methods
-    from remap.pipeline.session_protocol import DEFAULT_WAYS, compare_sessions
+    from remap.pipeline.comparison_folder import require_folder
     from remap.runs.run_dir import default_path
 
     with console.Reporter() as progress:
         recipe = read_recipe(values, with_teacher=True)
         _require_label_losses(values, recipe)
         methods = [recipe.method.name] if values["methods"] is None else chosen_methods(values["methods"])
-        ways = DEFAULT_WAYS if values["ways"] is None else values["ways"].split(",")
         folder = expanded(values["output"] or default_path() / f"sessions-{recipe.name}")
+        require_folder(folder)
+        with progress.wait("loading PyTorch"):
+            from remap.pipeline.session_protocol import DEFAULT_WAYS, compare_sessions
+        ways = DEFAULT_WAYS if values["ways"] is None else values["ways"].split(",")
         seeds = values["seeds"] or DEFAULT_SEEDS
         found = compare_sessions(recipe, values["sessions"], methods, ways, seeds, folder, progress)
     console.emit(found) if values["json"] else console.line((folder / "sessions.md").read_text())

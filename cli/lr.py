@@ -18,11 +18,13 @@ def lr(values: dict[str, Any]) -> None:
     """
     from remap.errors import RecipeError
     from remap.recipe import resolve
+    from remap.recipe.train_checks import require_no_processes
 
     keys = [setting.partition("=")[0].strip() for setting in values["settings"] or []]
     if rates := [key for key in keys if key in ("train.lr", "train.base_lr")]:
         raise RecipeError([f"--set {rates[0]}: the test tries rates of its own"], "command line")
     recipe = resolve(values["recipe"], recipe_words(values), values["settings"] or [])
+    require_no_processes(recipe, "a range test")
     with console.Reporter() as progress:
         with progress.wait("loading PyTorch"):
             from remap.pipeline.find_lr import find_lr

@@ -15,17 +15,18 @@ def recommend(values: dict[str, Any]) -> None:
     """
     from remap.io.paths import expanded
     from remap.pipeline.comparison_cells import chosen_methods
+    from remap.pipeline.comparison_plan import RANKED, require_rankable
     from remap.runs.run_dir import default_path
 
     require_one_length(values, values["budget"])
-    methods = None if values["methods"] is None else chosen_methods(values["methods"])
+    methods = RANKED if values["methods"] is None else chosen_methods(values["methods"])
     with console.Reporter() as progress:
         recipe = read_recipe(values, with_teacher=True)
-        with progress.wait("loading PyTorch"):
-            from remap.pipeline.recommend import METHODS
-            from remap.pipeline.recommend import recommend as rank
         folder = expanded(values["output"] or default_path() / f"recommend-{recipe.name}")
-        found = rank(recipe, methods or METHODS, folder, progress, values["budget"])
+        require_rankable(recipe, methods, folder, values["budget"])
+        with progress.wait("loading PyTorch"):
+            from remap.pipeline.recommend import recommend as rank
+        found = rank(recipe, methods, folder, progress, values["budget"])
     console.emit(found) if values["json"] else _show(found)
 
 

@@ -45,6 +45,19 @@ class RemapError(Exception):
         return "\n".join(lines)
 
 
+@contextmanager
+def naming(path: object, temporary: object) -> Iterator[None]:
+    """Name a path that the user knows in errors of the block, in place of the temporary one that stands for it."""
+    try:
+        yield
+    except RemapError as error:
+        error.what = error.what.replace(str(temporary), str(path))
+        if error.given is not None:
+            error.given = str(error.given).replace(str(temporary), str(path))
+        error.args = (error._text(),)
+        raise
+
+
 class RemapWarning(UserWarning):
     """Something that a user should know and that stops nothing; the command line prints it as a remark."""
 

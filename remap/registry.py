@@ -7,7 +7,7 @@ Installed packages add rows to the tables of methods, losses and data sources by
 import difflib
 import importlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Generic, TypeVar
@@ -106,15 +106,20 @@ class Registry(Generic[Row]):
         Raises:
             UnknownName: With the nearest name, or where none is near all names.
         """
-        rows = self._complete()
-        if name not in rows:
-            meant = did_you_mean(name, rows)
-            raise UnknownName(
-                f"unknown {self.kind} '{name}'{meant}",
-                allowed=None if meant else rows,
-                do=f"`remap {self.plural}` lists them; those of other packages must be installed",
-            )
-        return rows[name]
+        return self.rows([name])[0]
+
+    def rows(self, names: Iterable[str], also: Iterable[str] = ()) -> list[Row]:
+        """Return the rows of those names; ``also`` are further words that a user may have meant.
+
+        Raises:
+            UnknownName: With all that are unknown, as ``row`` says of one.
+        """
+        rows, names = self._complete(), list(names)
+        if wrong := [name for name in names if name not in rows]:
+            what, near = _unknown(self, wrong, [*rows, *also])
+            do = f"`remap {self.plural}` lists them; those of other packages must be installed"
+            raise UnknownName(what, allowed=None if near else rows, do=do)
+        return [rows[name] for name in names]
 
     def load(self, name: str) -> Any:
         """Import and return the class behind ``name``."""
@@ -213,6 +218,22 @@ def nearest(word: str, candidates: Iterable[str]) -> str | None:
     by_lower = {candidate.lower(): candidate for candidate in candidates}
     matches = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.55)
     return by_lower[matches[0]] if matches else None
+
+
+def unknown_names(table: Registry[Any], words: Iterable[str]) -> str:
+    """Return one text for words that are not in a table: what is probably meant, or where none is near all names."""
+    what, near = _unknown(table, words, table.names)
+    return f"{what} (`remap {table.plural}` lists all)" if near else f"{what} (allowed: {', '.join(table.names)})"
+
+
+def _unknown(table: Registry[Any], words: Iterable[str], candidates: Sequence[str]) -> tuple[str, bool]:
+    """Return a text that names all words, and whether a candidate is near to one of them."""
+    meant = {word: nearest(word, candidates) for word in words}
+    if len(meant) == 1:
+        (word,) = meant
+        return f"unknown {table.kind} '{word}'{did_you_mean(word, candidates)}", meant[word] is not None
+    shown = [f"'{word}'" + (f" (did you mean '{near}'?)" if near else "") for word, near in meant.items()]
+    return f"unknown {table.plural} {', '.join(shown)}", any(meant.values())
 
 
 def choices(word: str, candidates: Iterable[str], listing: str) -> str:

@@ -2,10 +2,12 @@
 
 import pytest
 
-from remap.errors import UnknownName
+from remap.errors import RecipeError, UnknownName
+from remap.pipeline.comparison_cells import chosen_methods
+from remap.recipe import resolve
 from remap.registry import Entry, Registry, did_you_mean, nearest
 from remap.remapping import LOSSES
-from remap.tuning import CATEGORIES, METHODS
+from remap.tuning import CATEGORIES, METHODS, method_problems
 
 
 def row(name: str, target: str = "no.such.module:Nothing") -> Entry:
@@ -33,6 +35,27 @@ def test_unknown_name_says_the_nearest_or_all_names_and_the_command(word: str, n
     assert f"unknown method '{word}'{nearest}" in text and "`remap methods`" in text
     assert (", ".join(METHODS.names) in text) == (not nearest)
     assert caught.value.exit_code == 2
+
+
+def test_all_unknown_names_are_one_error_and_the_table_is_listed_once() -> None:
+    with pytest.raises(UnknownName) as caught:
+        chosen_methods("vpt_dep,xyz,zzzz+lora,promt")
+    meant = "'vpt_dep' (did you mean 'vpt_deep'?), 'xyz', 'zzzz', 'promt' (did you mean 'prompt'?)"
+    assert caught.value.what == f"unknown methods {meant}" and caught.value.allowed is None
+    with pytest.raises(UnknownName) as far:
+        chosen_methods("xyz,zzzz")
+    assert str(far.value).count("vpt_deep,") == 1 and far.value.what == "unknown methods 'xyz', 'zzzz'"
+    with pytest.raises(UnknownName, match=r"unknown remappings 'subclon' \(did you mean 'subclone'\?\), 'xyz'"):
+        chosen_methods("full@subclon,lora@xyz")
+    for word in ("xyz+zzzz", "xyz,zzzz", "xyz+lora,zzzz"):
+        (line,) = method_problems("method.name", word)
+        assert line.startswith("method.name: unknown methods 'xyz', 'zzzz' (allowed: ") and line.count("vpt_deep,") == 1
+    (line,) = method_problems("method.name", "lora,")
+    assert line.startswith("method.name: unknown method 'lora,'; did you mean 'lora'?")
+    with pytest.raises(RecipeError) as losses:
+        resolve(words={"losses": "ce,xyz,kdd"})
+    (line,) = losses.value.problems
+    assert line.startswith("losses[1].name, losses[2].name: unknown losses 'xyz', 'kdd' (did you mean 'kd'?)")
 
 
 @pytest.mark.parametrize(

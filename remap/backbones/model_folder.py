@@ -1,12 +1,13 @@
 """Write a model folder as timm does, config.json and weights."""
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ def save_model_folder(model: nn.Module, folder: Path, shape: Mapping[str, object
         classes: Names of the classifier's outputs.
 
     Raises:
-        RunError: There is such a folder already, or it cannot be written.
+        RunError: There is such a folder already, with something in it, or it cannot be written.
         BackboneError: What timm builds from the folder is another function, as always of an image tower whose
             classifier is in the space of texts.
     """
@@ -45,17 +46,15 @@ def save_model_folder(model: nn.Module, folder: Path, shape: Mapping[str, object
         )
     require_free(folder)
     atomic_write.make_folder(folder.parent)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        _write(model, temporary, dict(shape), list(classes))
-        _require_equal(model, temporary)
-        os.replace(temporary, folder)
-    except OSError as error:
+        with atomic_write.new_folder(folder, last="config.json") as temporary:
+            _write(model, temporary, dict(shape), list(classes))
+            _require_equal(model, temporary)
+    except (OSError, SafetensorError) as error:  # the second of a full disk
+        reason = isinstance(error, OSError) and error.strerror
         raise RunError(
-            f"cannot write {folder}: {error.strerror or error}", do="free some space or choose another --output"
+            f"cannot write {folder}: {reason or error}", do="free some space or choose another --output"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def open_model_folder(folder: Path) -> nn.Module:
@@ -63,8 +62,16 @@ def open_model_folder(folder: Path) -> nn.Module:
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
+def opened_by_timm(word: str, arguments: Mapping[str, Any]) -> nn.Module | None:
+    """Build a model as a user of timm does; None where timm or torch refuses, as for weights in a layout of others."""
+    try:
+        return timm.create_model(word, **arguments)
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError):
+        return None
+
+
 def require_free(folder: Path) -> None:
-    """Check that a folder can be made under this name.
+    """Check that a folder can be made under this name; an empty one may be there.
 
     Raises:
         RunError: There is something of that name, or nothing can have it.
@@ -78,7 +85,8 @@ def require_free(folder: Path) -> None:
         return
     except OSError as error:
         raise RunError(f"cannot make {folder}: {error.strerror}", do="choose another --output") from error
-    raise RunError(f"{folder} is there already", do="choose another --output, or remove it")
+    if not atomic_write.is_empty(folder):
+        raise RunError(f"{folder} is there already", do="choose another --output, or remove it")
 
 
 def _write(model: nn.Module, folder: Path, shape: dict[str, object], classes: list[str]) -> None:

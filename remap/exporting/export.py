@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from remap.backbones.model_folder import require_free
-from remap.errors import DiskFull, RunError
+from remap.errors import DiskFull, RunError, naming
 from remap.exporting import FORMATS
 from remap.exporting.check import Comparison, bytes_below, bytes_of, compare, require_equal, student_answer
 from remap.exporting.format import ExportOptions, Format
@@ -110,35 +112,43 @@ def export_student(
 
 @contextmanager
 def making(output: Path, force: bool) -> Iterator[Path]:
-    """Let a folder appear complete or not at all: yield the temporary one to fill."""
+    """Let a folder appear complete or not at all: yield the temporary one to fill; an empty one may be there."""
     earlier = (output / RECORD).is_file() and not output.is_symlink()
     if earlier and not force:
         raise RunError(f"{output} is there already", do="choose another --output, or replace that export with --force")
     if earlier:
         _require_own(output)
-    elif force and os.path.lexists(output):
+    elif force and os.path.lexists(output) and not atomic_write.is_empty(output):
         raise RunError(
             f"{output} is there already", given="--force replaces exports alone", do="choose another --output"
         )
     else:
         require_free(output)
     atomic_write.make_folder(output.parent)
-    temporary, old = (output.with_name(f".{output.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
-        yield temporary
-        if output.is_dir():
-            if earlier:
-                _require_own(output)  # again: making an export may take an hour
-            os.replace(output, old)
+        with _replacing(output) if earlier else atomic_write.new_folder(output, last=RECORD) as folder:
+            yield folder
+    except (OSError, SafetensorError) as error:
+        known = error if isinstance(error, OSError) else OSError()
+        kind, do = (DiskFull, MAKE_ROOM) if known.errno in FULL else (RunError, "choose another --output")
+        raise kind(f"cannot write {output}: {known.strerror or error}", do=do) from error
+
+
+@contextmanager
+def _replacing(output: Path) -> Iterator[Path]:
+    """Yield the path of a folder to fill, which takes the place of an earlier export at the end."""
+    place = Path(os.path.abspath(output))  # "." has no name
+    temporary, old = (place.with_name(f".{place.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    try:
+        with naming(output, temporary):
+            yield temporary
+        _require_own(output)  # again: making an export may take an hour
+        os.replace(place, old)
         try:
-            os.replace(temporary, output)
+            os.replace(temporary, place)
         except BaseException:
-            if old.is_dir():
-                os.replace(old, output)
+            os.replace(old, place)
             raise
-    except OSError as error:
-        kind, do = (DiskFull, MAKE_ROOM) if error.errno in FULL else (RunError, "choose another --output")
-        raise kind(f"cannot write {output}: {error.strerror or error}", do=do) from error
     finally:
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)

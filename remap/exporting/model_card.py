@@ -37,7 +37,7 @@ def model_card(source: TaskSource, row: FormatEntry, record: dict[str, Any], usa
         *([("task", "multilabel: any number of them, each by a sigmoid")] if record["task"] != "classes" else []),
         (record["metric"], "unknown" if accuracy is None else f"{accuracy:.2%} on images it was not trained on"),
         ("method", f"`{json.dumps(record['method'])}`"),
-        ("base model", f"{record['base_model']}, licence: {record['licence_of_base_model']}"),
+        ("base model", f"{record['base_model']}{_weights(record)}, licence: {record['licence_of_base_model']}"),
         *(("teacher", f"{one['model']}, licence: {one['licence']}") for one in record["teachers"]),
         (
             "preprocessing",
@@ -64,6 +64,16 @@ def model_card(source: TaskSource, row: FormatEntry, record: dict[str, Any], usa
         lines += ["## Classify a photograph", "", save, "", "```python"]
         lines += [usage.rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+def _weights(record: dict[str, Any]) -> str:
+    """Return where the base model's weights are from, unless its name says it."""
+    if record["base_weights"] == "pretrained":
+        return ""
+    if record["base_weights"] == "none":
+        return ", from random weights"
+    known = record["base_weights_sha256"]
+    return f", weights of the file {record['base_weights']}" + (f" (SHA-256 {known})" if known else "")
 
 
 def table(rows: Sequence[tuple[str, str]]) -> list[str]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import module_at
+from remap.backbones.model_folder import opened_by_timm
+from remap.backbones.names import is_weights_file
 from remap.backbones.projected_head import HEAD_OF_A_PAIR, projected_head
 from remap.errors import RunError
 from remap.exporting import FORMATS, snippets
@@ -50,7 +52,14 @@ class PeftFolder(Format):
         return answer_of(source, peft.PeftModel.from_pretrained(_base(source), str(folder)).eval())
 
     def usage(self, source: TaskSource, options: ExportOptions) -> str:
-        return snippets.peft_adapter(source)
+        arguments, note = _arguments_of_timm(source), ""
+        if not _opens_with(source, arguments):
+            return ""  # by remap alone: Python for the card would answer from other weights
+        if (overlay := arguments.get("pretrained_cfg_overlay")) is not None:
+            name = Path(overlay["file"]).name
+            arguments["pretrained_cfg_overlay"] = {**overlay, "file": name}
+            note = f"Put {name}, the base model's weights, into this folder: the table names its SHA-256."
+        return snippets.peft_adapter(source, arguments, note)
 
 
 def _base(source: TaskSource) -> nn.Module:
@@ -66,6 +75,26 @@ def _base(source: TaskSource) -> nn.Module:
     if spec.weights == "none":
         raise RunError("an adapter of PEFT names its base model, and this one's weights were random", given=spec.model)
     return open_backbone(spec.to_open(), len(source.meta.classes)).model.eval()
+
+
+def _arguments_of_timm(source: TaskSource) -> dict[str, Any]:
+    """Return with which arguments timm may open the base model as remap does."""
+    spec = source.meta.backbone
+    arguments: dict[str, Any] = {"pretrained": True, "num_classes": len(source.meta.classes)}
+    if spec.image_size is not None:
+        arguments["img_size"] = spec.image_size
+    if is_weights_file(spec.weights):
+        # An empty source keeps timm from preferring what it finds in a folder or on the hub.
+        arguments["pretrained_cfg_overlay"] = {"file": spec.weights, "source": "", "custom_load": False}
+    return arguments
+
+
+def _opens_with(source: TaskSource, arguments: dict[str, Any]) -> bool:
+    """Return whether timm opens the same base model: of files it reads fewer layouts."""
+    model, heads = opened_by_timm(source.meta.backbone.model, arguments), tuple(source.tuned.anatomy.classifier_heads)
+    theirs = {} if model is None else model.state_dict()
+    ours = {name: tensor for name, tensor in _base(source).state_dict().items() if not name.startswith(heads)}
+    return all(name in theirs and torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def _put(layer: nn.Module, state: State) -> None:

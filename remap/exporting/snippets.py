@@ -1,5 +1,8 @@
 """Python for the card of each format: it classifies a picture with what was exported, without remap where it can."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from remap.data.views import View
 from remap.exporting.format import ExportOptions
 from remap.exporting.task_source import TaskSource
@@ -90,7 +93,7 @@ view = facts["preprocessing"] | {{"size": {size}}}
 """
 _TIMM = 'model = timm.create_model("local-dir:.", pretrained=True).eval()'
 _PEFT = """\
-model = timm.create_model("{base}", pretrained=True, num_classes={count})
+{note}model = timm.create_model("{base}", {arguments})
 model = peft.PeftModel.from_pretrained(model, ".").eval()"""
 # The answer to the one picture in ``images``.
 _PYTORCH = "model(torch.from_numpy(images))[0]"
@@ -123,9 +126,15 @@ def timm_model(source: TaskSource) -> str:
     return _of_model(source, "timm", _TIMM)
 
 
-def peft_adapter(source: TaskSource) -> str:
-    """Return Python for an adapter folder of PEFT."""
-    model = _PEFT.format(base=source.meta.backbone.model, count=len(source.meta.classes))
+def peft_adapter(source: TaskSource, arguments: Mapping[str, Any], note: str) -> str:
+    """Return Python for an adapter folder of PEFT.
+
+    Args:
+        arguments: Of ``timm.create_model``, for the base model.
+        note: A comment above it; empty for none.
+    """
+    given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    model = _PEFT.format(base=source.meta.backbone.model, arguments=given, note=f"# {note}\n" if note else "")
     return _of_model(source, "peft, timm", model)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from remap import __version__
 from remap.backbones.hub import licence_of
+from remap.backbones.names import is_weights_file
 from remap.backbones.preprocess import PreprocessSpec
 from remap.backbones.typed import as_timm
 from remap.data import ACTIVATION, CLASSES, METRIC
@@ -21,6 +22,7 @@ from remap.data.splits import ImageData, Split
 from remap.data.views import View, ViewSource
 from remap.errors import DataError, RemapError, RunError
 from remap.exporting import FORMATS
+from remap.io.checked_read import sha256_of
 from remap.io.paths import expanded
 from remap.network import Network
 from remap.runs.run_dir import RunDir
@@ -172,16 +174,29 @@ class TaskSource:
             "preprocessing": preprocessing_facts(meta.preprocess, self.view),
             "base_model": meta.backbone.model,
             "base_model_sha256": meta.backbone.sha256,
+            **self._weights(),
             "method": {"name": meta.method.name, **meta.method.options},
             "accuracy": student.get("test_accuracy", student.get("accuracy")),
             "data": summary.get("data", {}).get("source"),
-            "licence_of_base_model": str(self.pretrained_cfg.get("license") or UNKNOWN_LICENCE),
+            # The licence that timm names is that of its own weights, not of those in a file.
+            "licence_of_base_model": str(
+                (not is_weights_file(meta.backbone.weights) and self.pretrained_cfg.get("license")) or UNKNOWN_LICENCE
+            ),
             "teachers": [
                 {"model": one["model"], "licence": licence_of(one["model"]) or UNKNOWN_LICENCE} for one in teachers
             ],
             "command": self._command(),
             "remap": __version__,
         }
+
+    def _weights(self) -> dict[str, str | None]:
+        """Return where the base model's weights are from: "pretrained", "none", or a file by its name and hash."""
+        weights = self.meta.backbone.weights
+        if not is_weights_file(weights):
+            return {"base_weights": weights}
+        file = Path(weights)
+        # Where the task holds all weights itself, the file may be gone.
+        return {"base_weights": file.name, "base_weights_sha256": sha256_of(file) if file.is_file() else None}
 
     def _summary(self) -> dict[str, Any]:
         try:

@@ -1,6 +1,7 @@
 """``--to torch``: a program of ``torch.export``, which torch loads without the code that made it."""
 
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ class TorchProgram(Format):
         images = example(spec, view, options)
         answers = run_once(Program(source.plain_model(), spec, view, options, source.meta.task), images)
         program = torch.export.export(answers, (images,), dynamic_shapes=sizes)
-        torch.export.save(program, folder / self.file, extra_files={METADATA: json.dumps(source.facts | facts)})
+        # Through memory: where the disk is full, torch's writer of files aborts the process.
+        packed = BytesIO()
+        torch.export.save(program, packed, extra_files={METADATA: json.dumps(source.facts | facts)})
+        (folder / self.file).write_bytes(packed.getbuffer())
         return facts
 
     def open(self, source: TaskSource, folder: Path, options: ExportOptions) -> Answer:

@@ -1,13 +1,16 @@
 """Files that are either complete or absent: write to a temporary file, flush to disk, rename."""
 
 import contextlib
+import errno
 import json
 import os
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from remap.errors import DiskFull, RunError
+from remap.errors import DiskFull, RunError, naming
 from remap.io.disk_space import FULL, MAKE_ROOM, free_bytes
 from remap.io.links import files_below
 from remap.io.names import plain
@@ -99,6 +102,42 @@ def make_folder(path: Path) -> None:
     except OSError as error:
         kind, do = (DiskFull, MAKE_ROOM) if error.errno in FULL else (RunError, _ELSEWHERE)
         raise kind(f"cannot make {path}: {error.strerror}", do=do) from error
+
+
+def is_empty(folder: Path) -> bool:
+    """Return whether a folder is there and holds nothing but what killed writers left."""
+    try:
+        return all(_TEMPORARY.fullmatch(name) for name in os.listdir(folder))
+    except OSError:  # not there, not a folder, or not for this user
+        return False
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, last: str = "") -> Iterator[Path]:
+    """Yield a path where a folder is to be made and filled; it becomes ``path`` when the block ends without an error.
+
+    An empty folder may be there. It stays the same one and is filled, since it may be a mount, or where a shell is.
+
+    Args:
+        last: The file that says that such a folder is complete: it comes after all others.
+
+    Raises:
+        OSError: The folder cannot be made, or others have filled it meanwhile.
+    """
+    fills = is_empty(path)
+    temporary = path / f".new.{os.getpid()}.tmp" if fills else path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with naming(path, temporary):
+            yield temporary
+        if not fills:
+            os.rename(temporary, path)
+            return
+        if not is_empty(path):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        for name in sorted(os.listdir(temporary), key=lambda name: name == last):
+            os.rename(temporary / name, path / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_temporary_files(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Compute and store teacher outputs before any training: ``remap cache build``."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,7 @@ from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.run import run, validate_inputs
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_outputs import choose_storage, make_teacher
-from remap.pipeline.teacher_tuning import OfTeacher, teachers_to_tune
+from remap.pipeline.teacher_tuning import OfTeacher, needs_logits, teachers_to_tune
 from remap.pipeline.weak_teachers import check_teachers
 from remap.progress import Progress, Silent
 from remap.recipe import Recipe
@@ -59,6 +59,18 @@ def prepared_components(recipe: Recipe, progress: Progress, shared: SharedResour
         check_teachers(components, progress)
         yield components
         accelerator().wait_for_everyone()  # the folder is removed with the main process
+
+
+def prepare_shared_teacher(recipes: Iterable[Recipe], progress: Progress, shared: SharedResources) -> None:
+    """Prepare the teachers that several runs share, before the first of them and so under no run's name.
+
+    Args:
+        recipes: Of the runs; the first whose losses need a prepared teacher stands for all.
+    """
+    for recipe in recipes:
+        if needs_logits(recipe) and not all(spec.is_student for spec in recipe.teachers):
+            with watch_signals(), prepared_components(recipe.written_out(), progress, shared):
+                return
 
 
 def store_outputs(components: RunComponents, progress: Progress) -> list[dict[str, Any]]:

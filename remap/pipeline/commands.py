@@ -8,10 +8,9 @@ from remap.engine.callback import Callback
 from remap.errors import RecipeError
 from remap.io.paths import expanded
 from remap.pipeline import compare as comparison
-from remap.pipeline.compare import Plan
 from remap.pipeline.comparison_cells import DEFAULT_SEEDS, chosen_methods
+from remap.pipeline.comparison_plan import RANKED, Plan
 from remap.pipeline.evaluate_run import evaluate_run
-from remap.pipeline.recommend import METHODS as RANKED
 from remap.pipeline.recommend import recommend as rank
 from remap.pipeline.run import Result, as_recipe, start
 from remap.pipeline.shrink_student import cut

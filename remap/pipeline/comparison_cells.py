@@ -13,7 +13,7 @@ from remap.pipeline.comparison_sweeps import (
     loss_set,
     options_of,
     products,
-    read_sweep,
+    read_sweeps,
     require_options,
     require_owners,
     shown_setting,
@@ -24,7 +24,7 @@ from remap.pipeline.labels_only import labels_only, same_steps
 from remap.recipe.named import InitSpec
 from remap.recipe.schema import LossSpec, MethodSpec, Recipe
 from remap.remapping.weights import INITS
-from remap.tuning import CATEGORIES, METHODS, category_of, method_problems, parts_of, rows_of
+from remap.tuning import CATEGORIES, METHODS, category_of, method_problems, parts_of
 
 # Two well-known methods of each category, and a student that starts from the teacher's weights.
 DEFAULT_METHODS = (
@@ -44,10 +44,10 @@ def chosen_methods(words: str | None) -> list[str]:
     the teacher's weights.
 
     Raises:
-        UnknownName: A word is none of these.
+        UnknownName: Words are none of these; all are named.
         RecipeError: A method is named twice, a combination cannot be made, or there is no word.
     """
-    found: list[str] = []
+    found, named = list[str](), list[tuple[str, str | None]]()
     for word in DEFAULT_METHODS if words is None else [word.strip() for word in words.split(",") if word.strip()]:
         # Duplicates from "all" and a name are reported below, not dropped.
         if word == "all":
@@ -57,12 +57,11 @@ def chosen_methods(words: str | None) -> list[str]:
         elif kind := [row.name for row in METHODS if row.kind.partition(" ")[0] == word]:
             found += kind
         else:
-            method, init = split_word(word)
-            if all(parts_of(method)):
-                rows_of(method)
-            if init is not None:
-                INITS.row(init)
             found.append(word)
+            named.append(split_word(word))
+    # All at once; a combination with a name missing is refused below.
+    METHODS.rows([part for method, _ in named for part in parts_of(method) if part], also=("all", *CATEGORIES))
+    INITS.rows([init for _, init in named if init is not None])
     problems = [line for name in found for line in method_problems("--methods", split_word(name)[0])]
     if len(set(found)) < len(found):
         problems.append("--methods: a method is named twice")
@@ -151,7 +150,7 @@ def comparison_cells(
         RecipeError: A sweep or loss set cannot be used.
     """
     recipe = recipe.model_copy(update={"baseline": False})  # each method has a run without the teacher
-    grid = dict(read_sweep(sweep) for sweep in sweeps)
+    grid = read_sweeps(sweeps)
     options = {key.removeprefix("method."): grid.pop(key) for key in list(grid) if key.startswith("method.")}
     require_owners(options, methods)
     cells: list[Cell] = []

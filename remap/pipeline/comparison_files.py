@@ -30,8 +30,13 @@ def percent(found: dict[str, Any]) -> str:
 
 
 def epochs_in_words(table: dict[str, Any]) -> str:
-    """Return the epochs of a comparison: "1 epoch", "12 epochs", "7 to 12 epochs"."""
-    return f"{table['epochs']} epoch{'' if table['epochs'] == 1 else 's'}"
+    """Return the epochs of a comparison, "12 epochs", and those by labels alone where they are others."""
+    taught, alone = table["epochs"], table.get("epochs_alone", table["epochs"])  # earlier versions have the first alone
+
+    def words(epochs: int | str) -> str:
+        return f"{epochs} epoch{'' if epochs == 1 else 's'}"
+
+    return words(taught) if alone == taught else f"{words(taught)} with the teacher, {words(alone)} by labels only"
 
 
 def interval(found: dict[str, Any] | None, unclear: str = _UNCLEAR) -> str:

@@ -48,14 +48,27 @@ def shared_teacher(run: RunDir) -> Path | None:
     return own if own.is_dir() else place.parent / TEACHER
 
 
+def require_folder(output: Path) -> None:
+    """Refuse what cannot be, or become, the folder of a comparison; whose it is shows later (``claim``).
+
+    Raises:
+        RunError: It is a run, or it or a path above it is a file.
+    """
+    if os.path.isfile(output / "recipe.yaml"):
+        raise RunError(f"{output} is a run directory; nothing in it was touched", do="name another --output")
+    there = next((path for path in (output, *output.parents) if os.path.lexists(path)), None)
+    if there is not None and not os.path.isdir(there):
+        given = "it is not a folder" if there == output else f"{there} is not a folder"
+        raise RunError(f"{output} cannot be the folder of a comparison", given=given, do="name another --output")
+
+
 def claim(output: Path, recipe: Recipe) -> None:
     """Claim the folder for one recipe, apart from method and number of seeds, once one of its runs is finished.
 
     Raises:
         RunError: It is a run, or holds runs of a recipe that differs elsewhere; all differences are named.
     """
-    if os.path.isfile(output / "recipe.yaml"):
-        raise RunError(f"{output} is a run directory; nothing in it was touched", do="name another --output")
+    require_folder(output)
     atomic_write.make_folder(output)
     marker = output / MARKER
     # Always with the same method, so that methods can be added to a comparison.

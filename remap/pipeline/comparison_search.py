@@ -47,15 +47,15 @@ class Search:
         return Search(int(count), sampler or "tpe")
 
 
-def require_searchable(recipe: Recipe) -> None:
-    """Refuse to search where images are held out already.
+def require_searchable(recipe: Recipe, trials: str = "--search") -> None:
+    """Refuse trials, of a search or of what is named, where images are held out already.
 
     Raises:
         RecipeError: What else holds images out.
     """
     others = {"data.held_out": recipe.data.held_out, "teacher.calibrate": any(one.calibrate for one in recipe.teachers)}
     for name in [name for name, given in others.items() if given]:
-        raise RecipeError([f"--search: {name} holds training images out already (leave it out)"], recipe.name)
+        raise RecipeError([f"{trials}: {name} holds training images out already (leave it out)"], recipe.name)
 
 
 def searched(
@@ -71,6 +71,16 @@ def searched(
     Each method and loss set is searched by itself, with the first seed; all its seeds use what was best. The first
     trial is the declared default. The evaluation images are not looked at.
     """
+    by_teacher: dict[int, tuple[SharedResources, list[Cell]]] = {}
+    for cell in cells:
+        # A finished trial has left its teacher in the folder.
+        if cell.with_teacher and not any((folder / cell.group).glob("*/summary.json")):
+            shared = shared_by(cell, folder)
+            by_teacher.setdefault(id(shared), (shared, []))[1].append(cell)
+    for shared, taught in by_teacher.values():
+        from remap.pipeline.build_cache import prepare_shared_teacher
+
+        prepare_shared_teacher((held_out(cell.recipe) for cell in taught), progress, shared)
     best: dict[str, tuple[dict[str, float], float]] = {}
     for cell in cells:
         if cell.group not in best:

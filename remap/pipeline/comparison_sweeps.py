@@ -2,16 +2,17 @@
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from remap.errors import RecipeError
 from remap.recipe import overrides, strict_yaml, validate
 from remap.recipe.named import loss_words
+from remap.recipe.option_listing import listed, surely_valid
 from remap.recipe.problems import checked
 from remap.recipe.schema import LossSpec, MethodSpec, Recipe
 from remap.remapping import LOSSES
-from remap.tuning import config_of, parts_of
+from remap.tuning import METHODS, config_of, parts_of
 
 # Fields whose values become cells by options of their own.
 _NOT_SWEPT = {"seed": "--seeds", "method": "--methods", "method.name": "--methods", "losses": "--loss-set"}
@@ -37,6 +38,20 @@ def read_sweep(text: str) -> tuple[str, list[Any]]:
     if len({json.dumps(value) for value in found}) < len(found):
         raise RecipeError([f"--sweep {text}: a value is given twice"], "command line")
     return key, found
+
+
+def read_sweeps(texts: Iterable[str]) -> dict[str, list[Any]]:
+    """Read several sweeps as keys and their values.
+
+    Raises:
+        RecipeError: One cannot be read, or two are of the same key.
+    """
+    found: dict[str, list[Any]] = {}
+    for key, values in map(read_sweep, texts):
+        if key in found:
+            raise RecipeError([f"--sweep {key}: it is given twice (write all values in one)"], "command line")
+        found[key] = values
+    return found
 
 
 def products(grid: Mapping[str, Sequence[Any]]) -> list[Settings]:
@@ -86,7 +101,7 @@ def words_of(losses: Sequence[LossSpec]) -> str:
 
 def options_of(method: str) -> set[str]:
     """Return the names of a method's own options; a combination has none, since they are those of its methods."""
-    return set(config_of(method).model_fields) if len(parts_of(method)) == 1 else set()
+    return {row["name"] for row in listed(METHODS, method)["options"]} if len(parts_of(method)) == 1 else set()
 
 
 def require_owners(options: Mapping[str, Any], methods: Sequence[str]) -> None:
@@ -107,7 +122,8 @@ def require_options(spec: MethodSpec) -> None:
     Raises:
         RecipeError: It does not take them.
     """
-    if spec.options:
+    sure = "+" not in spec.name and surely_valid(METHODS, spec.name, spec.options)
+    if spec.options and not sure:  # the class tells, which imports torch
         checked(config_of(spec.name), spec.options, f"method {spec.name}")
 
 

@@ -57,6 +57,7 @@ def tabulate(recipe: Recipe, cells: Sequence[Cell], output: Path) -> dict[str, A
     runs: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
     # One cell stands for its seeds, which differ in nothing that is read of it.
     firsts = {(cell.label, cell.objective): cell for cell in cells if cell.with_teacher}
+    epochs_alone = {cell.label: cell.recipe.train.epochs for cell in cells if not cell.with_teacher}
     order = list(CATEGORIES.values())  # of the survey
     for (label, objective), cell in sorted(firsts.items(), key=lambda one: order.index(category_title(one[1].method))):
         alone, taught = names(label, ALONE), names(label, objective)
@@ -71,6 +72,7 @@ def tabulate(recipe: Recipe, cells: Sequence[Cell], output: Path) -> dict[str, A
                 "alone": _statistics([summary(name) for name in alone]),
                 "teacher": _statistics([summary(name) for name in taught]),
                 **_costs([summary(name) for name in taught], cell.recipe),
+                "epochs_alone": epochs_alone[label],
             }
         )
     for row, (alone, taught) in zip(rows, runs, strict=True):
@@ -96,6 +98,8 @@ def tabulate(recipe: Recipe, cells: Sequence[Cell], output: Path) -> dict[str, A
         "images": first["data"]["val_images"],
         "metric": metric_of(first),
         "epochs": _range([row["epochs"] for row in rows]),
+        # Labels alone take as many steps: of fewer images, these are more epochs.
+        "epochs_alone": _range([row["epochs_alone"] for row in rows]),
         "batch_size": recipe.train.batch_size,
         "seeds": sorted({cell.seed for cell in cells}),
         "losses": {loss.name: loss.weight for loss in recipe.losses},
@@ -108,7 +112,7 @@ def tabulate(recipe: Recipe, cells: Sequence[Cell], output: Path) -> dict[str, A
 
 
 def _range(epochs: Sequence[int]) -> int | str:
-    """Return the epochs of all rows with the teacher, or "7 to 12" where a budget or sweep makes them differ."""
+    """Return the epochs of all rows, or "7 to 12" where a budget or sweep makes them differ."""
     return epochs[0] if len(set(epochs)) == 1 else f"{min(epochs)} to {max(epochs)}"
 
 

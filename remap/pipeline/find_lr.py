@@ -19,6 +19,7 @@ from remap.pipeline.teacher_tuning import teachers_to_tune
 from remap.pipeline.training_job import class_balance
 from remap.progress import Progress, Silent
 from remap.recipe import Recipe, resolve
+from remap.recipe.train_checks import require_no_processes
 from remap.runs.run_dir import RunDir
 
 # Rates of the test: from one that changes nothing to one that no method bears.
@@ -50,6 +51,9 @@ def find_lr(
     chosen = resolve(None, recipe, settings) if isinstance(recipe, Mapping) else as_recipe(recipe, settings)
     if chosen.choose_losses:
         raise RecipeError(["losses: a range test is of one objective (name the losses)"], chosen.name)
+    require_no_processes(chosen, "a range test")
+    if not chosen.train.by_steps:
+        raise RecipeError([f"train.fit: {chosen.train.fit} takes no steps, and needs no learning rate"], chosen.name)
     if steps < 10:
         raise RecipeError([f"steps: {steps} are too few to see a loss fall (10 or more)"], "remap lr")
     # Some steps need no answers of other teachers: that of all labels runs in each.

@@ -15,11 +15,13 @@ import numpy as np
 from remap.errors import RecipeError, RunError
 from remap.io import atomic_write, links
 from remap.io.human_size import number_of
-from remap.pipeline.compare import require_comparable, resumable
+from remap.pipeline.build_cache import prepare_shared_teacher
+from remap.pipeline.compare import resumable
 from remap.pipeline.comparison_budget import of_length, read_budget, trained_parameters, with_epochs, within_parameters
-from remap.pipeline.comparison_cells import DEFAULT_METHODS, Cell, comparison_cells, split_word
+from remap.pipeline.comparison_cells import Cell, comparison_cells
 from remap.pipeline.comparison_folder import TEACHER, claim, fingerprint_of, is_done
-from remap.pipeline.comparison_search import held_out, require_searchable
+from remap.pipeline.comparison_plan import require_rankable
+from remap.pipeline.comparison_search import held_out
 from remap.pipeline.labels_only import images_of
 from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.run import run
@@ -32,8 +34,6 @@ from remap.runs.interval import paired, wilson
 from remap.runs.run_dir import RunDir
 from remap.runs.task import open_backbone
 
-# Methods that are ranked if none are named: the default set of a comparison, on the student's own weights.
-METHODS = tuple(word for word in DEFAULT_METHODS if split_word(word)[1] is None)
 # Shares of the epochs that the rounds take. Half of the methods go on, two at least.
 ROUNDS = (1 / 8, 1 / 4, 1.0)
 FEWEST = 2
@@ -65,15 +65,8 @@ def recommend(
         RecipeError: Nothing is left to rank, or the budget is another one.
         RunError: The folder holds trials of another recipe.
     """
-    if recipe.data.multilabel:
-        raise RecipeError(
-            ["task: multilabel: methods are ranked for one class an image (remap compare takes it)"], recipe.name
-        )
-    require_comparable(recipe, methods)
-    require_searchable(recipe)
+    require_rankable(recipe, methods, output, budget)
     kind, value = read_budget(budget) or ("", 0.0)
-    if kind == "minutes":
-        raise RecipeError([f"--budget {budget}: not a budget of this command"], "command line", do="epochs=N")
     recipe = without_idle_losses(with_epochs(recipe, int(value)) if kind == "epochs" else recipe, progress)
     shared = SharedResources(teacher_folder=output / TEACHER)
     cells = comparison_cells(recipe, methods, 1, images_of=partial(images_of, shared=shared))
@@ -89,6 +82,9 @@ def recommend(
     # Cached: all trials have the same images, and a fingerprint reads every file.
     left, held_by = candidates, cache(partial(fingerprint_of, progress=progress))
     with resumable(output, "recommend"):
+        # As long as the last round trains. A finished trial has left it in the folder.
+        if not any(output.glob("round-*/*/summary.json")):
+            prepare_shared_teacher((held_out(one.cell.recipe) for one in candidates), progress, shared)
         for number, count in enumerate(epochs, 1):
             progress.say(
                 f"round {number}/{len(epochs)}: {number_of(len(left), 'method')}, {number_of(count, 'epoch')} each"

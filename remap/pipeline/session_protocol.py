@@ -14,6 +14,7 @@ from remap.io.human_size import number_of
 from remap.io.names import plain
 from remap.pipeline.compare import resumable
 from remap.pipeline.comparison_files import percent
+from remap.pipeline.comparison_folder import require_folder
 from remap.pipeline.extend import extend
 from remap.pipeline.labels_only import labels_only
 from remap.pipeline.run import Result, resume, start
@@ -23,7 +24,7 @@ from remap.pipeline.shared import SharedResources
 from remap.progress import Progress, Within
 from remap.recipe import Recipe
 from remap.recipe.schema import DataSpec, MethodSpec
-from remap.recipe.train_checks import train_problems
+from remap.recipe.train_checks import require_no_processes, train_problems
 from remap.runs.run_dir import RunDir
 from remap.tuning import config_of
 
@@ -68,6 +69,8 @@ def compare_sessions(
     """
     if recipe.data.multilabel:
         raise RecipeError(["task: multilabel: sessions are learned for one class an image"], recipe.name)
+    require_folder(folder)
+    require_no_processes(recipe, "remap compare --sessions")
     # Ways bring their own teacher: of lwf it is the run that is extended.
     base, shared = labels_only(recipe), SharedResources()
     parts = parts_of(base.data, split, shared)

@@ -84,7 +84,7 @@ def cut(
     Args:
         teacher: Any model or run whose weights can be plain; its classifier is not used.
         data: Whose training images are looked at, without their labels, where the spec measures anything.
-        folder: Must not be there yet.
+        folder: Not there yet, or empty.
         seed: Decides which of the images.
 
     Raises:

@@ -13,9 +13,11 @@ from remap.errors import DataError
 from remap.io import atomic_write
 from remap.io.human_size import number_of
 from remap.io.names import plain
-from remap.pipeline.compare import Plan, compare, resumable
+from remap.pipeline.compare import compare, resumable
 from remap.pipeline.comparison_cells import chosen_methods
 from remap.pipeline.comparison_files import interval
+from remap.pipeline.comparison_folder import require_folder
+from remap.pipeline.comparison_plan import Plan
 from remap.progress import Progress, Within
 from remap.recipe.schema import Recipe
 from remap.recipe.suite import Suite, SuiteSet
@@ -49,6 +51,7 @@ def run_suite(
         DataError: A set holds other images than the suite says; nothing was trained.
         RemapError: Anything else a user can mend.
     """
+    require_folder(output)
     chosen = chosen_methods(suite.methods if methods is None else methods)
     recipes = {name: suite.recipe_of(name, folder, words, settings) for name in suite.sets}
     # All sets before the first run: else a wrong one is found after hours of training.

@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
+from remap.data.stratify import folds
 from remap.distributed.collectives import all_reduce_max
 from remap.distributed.launch import accelerator
 from remap.errors import DataError, RunError
@@ -47,6 +50,7 @@ def teachers_to_tune(
 
     The caller runs each recipe before it asks for the next one.
     """
+    require_folds(recipe, shared)
     # Numbers count without a running average, which is never stored.
     for number, spec in enumerate(spec for spec in recipe.teachers if spec.model != EMA):
         if spec.prepare in ("probe", "none", WORDS) or not needs_logits(recipe) or _brings_head(spec, recipe, shared):
@@ -100,7 +104,7 @@ def require_folds(recipe: Recipe, shared: SharedResources) -> None:
 
     Raises:
         RunError: It is a run on the same classes.
-        DataError: There are fewer images than folds, or a class has one image, which its teacher would not know.
+        DataError: There are fewer images than folds, or a class is in one fold alone, whose teacher would not know it.
     """
     for spec in recipe.teachers:
         if spec.folds is None:
@@ -114,10 +118,15 @@ def require_folds(recipe: Recipe, shared: SharedResources) -> None:
         if len(data.train) < spec.folds:
             given = f"{number_of(len(data.train), 'labelled image')}, teacher.folds={spec.folds}"
             raise DataError("there are fewer labelled images than folds", given=given)
-        alone = [name for name, count in zip(data.classes, data.count(data.train), strict=True) if count == 1]
-        if alone:
+        labels, what = data.train.labels, "a class of one labelled image"
+        in_one_C = [count == 1 for count in data.count(data.train)]
+        if labels.ndim == 2:  # images are divided by their rarest class, which may take all of another one along
+            what, fold_N = "a class whose labelled images are all in one fold", folds(labels, spec.folds)
+            found_KC = np.stack([(labels[fold_N == fold] == 1).any(axis=0) for fold in range(spec.folds)])
+            in_one_C = list(found_KC.sum(axis=0) == 1)
+        if alone := [name for name, in_one in zip(data.classes, in_one_C, strict=True) if in_one]:
             raise DataError(
-                "a class of one labelled image would be answered by a teacher that does not know it",
+                f"{what} would be answered by a teacher that does not know it",
                 given=", ".join(alone[:10]),
                 do="label another image of each class, or leave teacher.folds out",
             )

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from remap.errors import DiskFull, RunError
+from remap.errors import DiskFull, RunError, naming
 from remap.io import atomic_write
 from remap.io.checked_json import parse_json, read_run_json
 from remap.io.disk_space import FULL, MAKE_ROOM
@@ -53,8 +53,10 @@ class PredictionFile:
             raise RunError(f"{path} is there already", do="remove it, or choose another --output")
         noted = self.folder / SETTINGS
         if process == 0 and not noted.is_file():
-            atomic_write.make_folder(self.folder)
-            atomic_write.write_json(noted, self.settings)
+            with naming(path, self.folder):
+                atomic_write.make_folder(self.folder)
+            with _writing(path):
+                atomic_write.replace_file(noted, atomic_write.json_text(self.settings).encode())
         if process == 0 and read_run_json(noted) != self.settings:
             raise RunError(
                 f"{self.folder} holds rows of another command",
@@ -82,7 +84,7 @@ class PredictionFile:
                 turns.append(turn)
                 yield item
 
-        with _writing(part):
+        with _writing(self.path):
             part.touch()
             with open(part, "r+b") as file:
                 turn = self._skip(file, share)
@@ -92,7 +94,8 @@ class PredictionFile:
                     file.writelines(atomic_write.utf8_json(row.to_dict()) + b"\n" for row in rows)
                     file.flush()
                 os.fsync(file.fileno())
-            atomic_write.write_json(self._left_out(self.process), dict(inputs.left_out_here))
+            left_out = atomic_write.json_text(dict(inputs.left_out_here))
+            atomic_write.replace_file(self._left_out(self.process), left_out.encode())
             os.replace(part, self._done(self.process))
 
     def merge(self, classes: dict[str, Sequence[str]]) -> tuple[int, int]:

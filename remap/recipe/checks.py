@@ -14,7 +14,7 @@ from remap.recipe.problems import lines_of
 from remap.recipe.schema import Named, Recipe, StudentSpec
 from remap.recipe.teacher_checks import folds_problems, teacher_problems
 from remap.recipe.train_checks import train_problems
-from remap.registry import choices
+from remap.registry import choices, unknown_names
 from remap.remapping import LOSSES
 from remap.remapping.weights import INITS
 from remap.tuning import METHODS, config_of, method_problems
@@ -27,11 +27,8 @@ def name_problems(recipe: Recipe) -> list[str]:
         *(data_problems, target_problems, augment_problems, train_problems, word_problems),
         multilabel_problems,
     )
-    unknown = [
-        f"losses[{index}].name: unknown loss '{loss.name}'{choices(loss.name, LOSSES.names, 'losses')}"
-        for index, loss in enumerate(recipe.losses)
-        if loss.name not in LOSSES
-    ]
+    wrong = {f"losses[{index}].name": one.name for index, one in enumerate(recipe.losses) if one.name not in LOSSES}
+    unknown = [f"{', '.join(wrong)}: {unknown_names(LOSSES, wrong.values())}"] if wrong else []
     others = [problem for check in checks for problem in check(recipe)]
     return [*method_problems("method.name", recipe.method.name), *unknown, *others]
 

@@ -46,15 +46,6 @@ def lines_of(error: ValidationError, schema: type[BaseModel], key: str = "", als
     return [_line(group, schema, key, list(also)) for group in groups.values()]
 
 
-def option_keys(schema: type[BaseModel]) -> list[str]:
-    """Return options by name; those of a combination's parts as ``part.name``."""
-    keys = []
-    for name, field in schema.model_fields.items():
-        inner = _model_in(field.annotation)
-        keys += [name] if inner is None else [f"{name}.{key}" for key in option_keys(inner)]
-    return keys
-
-
 def _path(finding: Any) -> list[Any]:
     *parents, last = finding["loc"] or ("",)
     path = [part for part in parents if not _is_union_label(part)]

@@ -14,11 +14,11 @@ from remap.errors import RecipeError
 from remap.io.names import plain
 from remap.recipe import catalogue, overrides, strict_yaml
 from remap.recipe.checks import name_problems, option_problems
-from remap.recipe.option_listing import listed
+from remap.recipe.option_listing import listed, options_of
 from remap.recipe.overrides import WORDS
-from remap.recipe.problems import lines_of, option_keys
+from remap.recipe.problems import lines_of
 from remap.recipe.schema import DataSpec, Recipe, Section, StudentSpec, TeacherSpec, TrainSpec, as_list
-from remap.tuning import METHODS, config_of, method_problems
+from remap.tuning import METHODS, method_problems
 
 __all__ = ["COMMAND_LINE", "WORDS", "dump", "load", "resolve", "resolve_distill", "validate"]
 
@@ -155,7 +155,7 @@ def _with_sections(lines: list[str], values: Mapping[str, Any], *, check_options
     keys = [f"{section}.{name}" for section, spec in sections.items() for name in spec.model_fields]
     method = overrides.method_of(values)
     if check_options and not method_problems("method", method):
-        keys[:0] = [f"method.{option}" for option in option_keys(config_of(method))]
+        keys[:0] = [f"method.{row['name']}" for row in options_of(method)]
     found = []
     for line in lines:
         key, unknown, rest = line.partition(": unknown key")

@@ -23,6 +23,19 @@ def require_rate(recipe: Recipe) -> None:
         raise RecipeError([line], recipe.name)
 
 
+def require_no_processes(recipe: Recipe, command: str) -> None:
+    """Refuse a number of processes for a command that runs in one.
+
+    Apart from ``train_problems``: a run may have them.
+
+    Raises:
+        RecipeError: Names both.
+    """
+    if (count := recipe.train.processes) not in (None, 1):
+        line = f"train.processes: {command} runs in one process, and {count} are asked for (set train.processes=null)"
+        raise RecipeError([line], recipe.name)
+
+
 def train_problems(recipe: Recipe) -> Iterator[str]:
     """Yield what is wrong with the section ``train``, alone or with others."""
     train = recipe.train

@@ -163,6 +163,7 @@ def _facts(table: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
             {
                 "losses": ", ".join(f"{name} × {weight:g}" for name, weight in table["losses"].items()),
                 "epochs": table["epochs"],
+                "epochs by labels only": table.get("epochs_alone"),  # earlier versions have none
                 "batch size": table["batch_size"],
                 "seeds": ", ".join(map(str, table["seeds"])),
             }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from remap.errors import DiskFull, MissingData, RunError
+from remap.errors import DiskFull, MissingData, RunError, naming
 from remap.io import atomic_write, links
 from remap.io.names import plain
 from remap.io.paths import path_problem
@@ -64,6 +64,8 @@ class RunDir(RunRecords):
             RunError: Something is there already.
         """
         with contextlib.suppress(OSError):  # which ``create`` explains
+            if os.path.lexists(self.path) and not os.path.isdir(self.path):
+                raise self._exists_already()
             if self.path.is_dir() and any(not _DRAFT.fullmatch(entry.name) for entry in self.path.iterdir()):
                 raise self._exists_already()
 
@@ -71,7 +73,8 @@ class RunDir(RunRecords):
         """Write recipe.yaml, which makes a folder a run: atomically, and by one process only."""
         draft = self.path / f"recipe.yaml.{os.getpid()}.tmp"
         try:
-            atomic_write.write_text(draft, recipe)
+            with naming(self.path / "recipe.yaml", draft):
+                atomic_write.write_text(draft, recipe)
         except DiskFull:
             raise
         except RunError as error:  # the first file of a run: the command can be given another folder

@@ -5,7 +5,7 @@ A method's name may also be a combination: "vpt_deep+lora".
 
 from typing import Any
 
-from remap.registry import Registry, choices
+from remap.registry import Registry, unknown_names
 from remap.tuning import adapter, finetuning, parameter, prompt, remapping
 from remap.tuning.entry import CATEGORIES as CATEGORIES
 from remap.tuning.entry import MethodEntry
@@ -24,9 +24,9 @@ def rows_of(method: str) -> list[MethodEntry]:
     """Return the rows behind a name or a combination.
 
     Raises:
-        UnknownName: There is no such method.
+        UnknownName: There is no such method; all that are unknown are named.
     """
-    return [METHODS.row(part) for part in parts_of(method)]
+    return METHODS.rows(parts_of(method))
 
 
 def combination_problems(method: str) -> list[str]:
@@ -50,11 +50,13 @@ def method_problems(key: str, method: str) -> list[str]:
         where = "after" if parts[0] else "before"
         return [f"{key}: a name is missing {where} '+' in '{method}'"]
     listed = [word.strip() for word in method.split(",")]
-    if len(listed) > 1 and all(word in METHODS for word in listed):
+    if len(listed) > 1 and all(part in METHODS for word in listed for part in parts_of(word)):
         return [f"{key}: '{method}' is a list; did you mean '{'+'.join(listed)}', one combination of them?"]
-    known = METHODS.names
-    if unknown := [part for part in parts if part not in known]:
-        return [f"{key}: unknown method '{part}'{choices(part, known, 'methods')}" for part in unknown]
+    # A list is not a method either way; its words that are not methods say more than all of it.
+    words = [part for word in listed for part in parts_of(word) if part]
+    unknown = [word for word in words if word not in METHODS]
+    if unknown or not words or len(listed) > 1:
+        return [f"{key}: {unknown_names(METHODS, unknown or [method])}"]
     return [f"{key}: {problem}" for problem in combination_problems(method)]
 
 

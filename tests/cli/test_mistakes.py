@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -155,6 +157,52 @@ def test_a_run_directory_that_exists_is_left_alone(
     assert result.exit_code == 2 and "exists already" in result.message and "--resume" not in result.message
     assert result.stderr == "", "nothing is announced before"
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+REFUSED = {
+    "compare --output FILE": "FILE cannot be the folder of a comparison",
+    "compare --output FILE/deeper": "FILE is not a folder",
+    "compare --output run": "run is a run directory",
+    "compare --sweep train.lr": "--sweep train.lr: write KEY=VALUE,VALUE",
+    "compare --sweep train.lrr=1": "train.lrr: unknown key",
+    "compare --methods lora,vpt_deep --sweep method.ranks=4": "method.ranks: none of lora, vpt_deep has it",
+    "compare --sweep train.epochs=1 --sweep train.epochs=2": "--sweep train.epochs: it is given twice",
+    "compare --loss-set ce,kdd": "unknown loss 'kdd'",
+    "compare --loss-set ce:x": "--loss-set ce:x: 'ce:x': the weight",
+    "compare --budget epoch=1": "--budget epoch=1: not a budget",
+    "compare --suite five_categories --output FILE": "FILE cannot be the folder of a comparison",
+    "compare --sessions 2 --output FILE": "FILE cannot be the folder of a comparison",
+    "recommend --output FILE": "FILE cannot be the folder of a comparison",
+    "recommend --budget minutes=1": "--budget minutes=1: not a budget of this command",
+    "recommend --set data.held_out=0.1": "remap recommend: data.held_out holds training images out already",
+    "lr --set train.processes=2": "train.processes: a range test runs in one process, and 2 are asked for",
+    "compare --set train.processes=2": "train.processes: remap compare runs in one process",
+    "recommend --set train.processes=2": "train.processes: remap recommend runs in one process",
+    "distill --output FILE": "FILE exists already",
+}
+
+
+def test_what_cannot_be_compared_is_refused_before_pytorch_is_loaded(tmp_path: Path) -> None:
+    """All in one process, which has none of it yet; nothing is written."""
+    (tmp_path / "FILE").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").touch()
+    code = f"""
+import sys
+from remap.errors import RemapError
+from remap_cli.app import app
+for words, part in {REFUSED!r}.items():
+    try:
+        app(words.split(), standalone_mode=False)
+    except RemapError as error:
+        assert part in str(error) and error.exit_code == 2, (words, str(error))
+    else:
+        raise AssertionError(words)
+    assert not {{"torch", "timm"}} & sys.modules.keys(), words
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["FILE", "run"]
 
 
 def test_a_weak_teacher_stops_the_run(

@@ -1,6 +1,8 @@
 """Exports answer as the student does, by code that is not remap's: onnxruntime, torch.export, timm and peft."""
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 import remap
@@ -19,7 +22,7 @@ from remap.data.pixels import Pixels
 from remap.data.views import View
 from remap.errors import RemapError, RunError
 from remap.exporting import export
-from remap.exporting.export import export_student
+from remap.exporting.export import export_student, making
 from remap.exporting.format import ExportOptions
 from remap.exporting.int8 import require_gate
 from remap.exporting.int8_training import RoundedInput, RoundedWeight
@@ -153,6 +156,41 @@ def test_peft_loads_the_adapter_with_its_classifier(finished: Finished, tmp_path
     assert found.comparison is not None and found.comparison.same_labels == 9
 
 
+@pytest.mark.parametrize("layout", ["timm's", "of a script"])
+def test_the_card_says_which_file_the_weights_are_of(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    """And its Python takes that file, where timm reads it; the student's own answer is expected."""
+    folder = Path(tiny.student.removeprefix("local-dir:"))
+    state = {name: tensor + 0.1 for name, tensor in load_file(folder / "model.safetensors").items()}
+    if layout == "of a script":
+        state = {f"student.backbone.{name}": tensor for name, tensor in state.items()}
+    weights = tmp_path / "elsewhere" / "mine.safetensors"
+    weights.parent.mkdir()
+    save_file(state, weights)
+    network = tuned(open_backbone(ModelSpec(model=tiny.student, weights=str(weights)), 3), "lora", {})
+    with torch.no_grad():
+        for parameter in network.trained.values():
+            parameter.add_(torch.randn_like(parameter))
+    network.classes = ("blue", "green", "red")
+    save_task(tmp_path / "task", network, View(network.preprocess.size, 1.0, "bicubic"), "lora", {})
+    found = export_student(tmp_path / "task", "peft", tmp_path / "out")
+    card, digest = (found.output / "README.md").read_text(), hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert f"weights of the file mine.safetensors (SHA-256 {digest}), licence: unknown, check" in card
+    assert str(weights.parent) not in card and found.record["base_weights"] == "mine.safetensors"
+    if layout == "of a script":
+        assert "```python" not in card
+        return
+    shutil.copy(weights, found.output)
+    monkeypatch.chdir(found.output)
+    picture, known = next(Path(tiny.data, "val").rglob("*.png")), dict[str, Any]()
+    monkeypatch.setattr(sys, "argv", ["classify.py", str(picture)])
+    exec(card_code(found.output), known)
+    answer = known["model"](torch.from_numpy(known["images"]))
+    expected = remap.load_student(tmp_path / "task", "cpu").logits([picture])
+    torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_task_is_copied_as_it_was_sealed(finished: Finished, tmp_path: Path) -> None:
     run = finished("vpt_deep")
     student = remap.load_student(run, "cpu")
@@ -213,6 +251,36 @@ def test_force_replaces_nothing_but_an_export(finished: Finished, tmp_path: Path
     with pytest.raises(RunError, match=r"did not write(.|\n)*task/notes.txt"):
         export_student(finished("vpt_deep"), "task", tmp_path / "out", force=True)
     assert (tmp_path / "out" / "task" / "notes.txt").read_text() == "of a user"
+
+
+def test_an_empty_folder_is_filled(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a run directory may be. It stays the same folder, which may be a mount, or where a shell is."""
+    run, mine = finished("vpt_deep"), tmp_path / "mine"
+    mine.mkdir()
+    before = mine.stat().st_ino
+    monkeypatch.chdir(mine)
+    export_student(run, "task", ".")
+    assert sorted(path.name for path in mine.iterdir()) == ["README.md", "export.json", "task"]
+    assert mine.stat().st_ino == before and list(tmp_path.iterdir()) == [mine]
+    assert remap.load_student(mine, "cpu").classes == ("blue", "green", "red")
+    export_student(run, "task", tmp_path / "new")
+    with pytest.raises(RunError, match="is there already"):
+        export_student(run, "task", ".")
+    export_student(run, "task", ".", force=True)
+    assert (mine / "export.json").is_file() and list(mine.parent.glob(".*")) == []
+
+
+def test_what_came_into_the_folder_meanwhile_stays(finished: Finished, tmp_path: Path) -> None:
+    for made_before in (True, False):
+        output = tmp_path / f"mine-{made_before}"
+        if made_before:
+            output.mkdir()
+        with pytest.raises(RunError, match="Directory not empty"), making(output, force=False) as folder:
+            folder.mkdir()
+            (folder / "model").touch()
+            output.mkdir(exist_ok=True)
+            (output / "letter.txt").write_text("dear")
+        assert [path.name for path in output.iterdir()] == ["letter.txt"]
 
 
 def test_a_bar_in_a_name_stays_in_its_cell() -> None:

@@ -86,6 +86,18 @@ def test_cells_side_by_side_give_the_same_bits(
     assert computed.read_text() == "x", "the outputs are computed once for both processes"
 
 
+def test_teachers_of_folds_are_prepared_once_for_cells_side_by_side(
+    tiny: Any, tmp_path: Path, watch: Callable[..., Any]
+) -> None:
+    recipe, said = tiny.recipe(*SETTINGS, "teacher.folds=2", losses="ce,kd"), watch(lambda step: None)
+    compare(recipe, ["linear"], 2, tmp_path / "one", Silent())
+    compare(recipe, ["linear"], 2, tmp_path / "two", said, Plan(jobs="2"))
+    tasks = _tasks(tmp_path / "one")
+    assert {"teacher/task/task.safetensors", "teacher-fold-2/task/task.safetensors"} < tasks.keys()
+    assert _tasks(tmp_path / "two") == tasks and _table(tmp_path / "two") == _table(tmp_path / "one")
+    assert any(text.startswith("2 cells side by side, ") for text in said.said)
+
+
 def test_a_process_that_is_killed_loses_its_cell_alone(
     recipe: Recipe, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

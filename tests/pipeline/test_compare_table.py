@@ -24,6 +24,7 @@ from remap.pipeline.suite import run_suite, summarize_suite
 from remap.progress import Silent
 from remap.recipe import Recipe
 from remap.recipe.suite import Suite, load_suite
+from remap.report.compare_report import report_comparison
 from remap.runs.answers import read_evidence
 from remap.runs.interval import paired
 from remap.runs.run_dir import RunDir
@@ -160,6 +161,11 @@ def test_every_cell_is_searched_alike_and_evaluation_images_decide_nothing(
     recipe: Recipe, tmp_path: Path, watch: Callable[..., Any]
 ) -> None:
     pytest.importorskip("optuna")
+    full = recipe.model_copy(update={"teachers": (recipe.teachers[0].model_copy(update={"prepare": "full"}),)})
+    spoken = watch(lambda step: None)
+    compare(full, ["linear"], 1, tmp_path / "full", spoken, Plan(search="random:1"))
+    tuning = [line for line in spoken.said if "tuning it" in line]
+    assert tuning and not [line for line in tuning if line.startswith("search")]  # all trials share it
     found = compare(recipe, ["linear"], 1, tmp_path / "cmp", Silent(), Plan(search="random:2"))
     trials = sorted((tmp_path / "cmp" / FOLDER).glob("*/0*"))
     assert [path.parent.name for path in trials] == ["linear-alone"] * 2 + ["linear-teacher"] * 2
@@ -180,6 +186,17 @@ def test_every_cell_is_searched_alike_and_evaluation_images_decide_nothing(
 @pytest.mark.parametrize(("epochs", "words"), [(1, "1 epoch"), (12, "12 epochs"), ("7 to 12", "7 to 12 epochs")])
 def test_epochs_have_a_true_plural(epochs: int | str, words: str) -> None:
     assert epochs_in_words({"epochs": epochs}) == words
+
+
+def test_epochs_by_labels_only_are_named_where_they_are_more(tiny: Any, tmp_path: Path) -> None:
+    """24 images in batches of 8 are 3 steps; 8 of them with a label make a step an epoch, so 3 epochs."""
+    settings = ("train.batch_size=8", "train.epochs=1", "data.labels=8", "teacher.allow_weak=true")
+    table = compare(tiny.recipe(*settings, losses="ce,kd"), ["linear"], 1, tmp_path / "cmp", Silent())
+    assert (table["rows"][0]["epochs"], table["rows"][0]["epochs_alone"]) == (1, 3)
+    words = "1 epoch with the teacher, 3 epochs by labels only"
+    assert epochs_in_words(table) == words and words in (tmp_path / "cmp" / "compare.md").read_text()
+    text = report_comparison(tmp_path / "cmp", pngs=False).read_text()
+    assert "epochs by labels only" in text
 
 
 def test_minutes_are_measured_once(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,30 +4,34 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from remap.cache.cache_folders import cache_root
 from remap.cache.cache_listing import list_caches
 from remap.cache.teacher_cache import InMemory
+from remap.data.splits import ImageData, Split
 from remap.data.stratify import folds
 from remap.engine.teacher import Teacher
 from remap.errors import DataError, RecipeError, RunError
 from remap.network import Network, Runner
 from remap.pipeline.build_cache import build_cache, prepared_components
+from remap.pipeline.compare import compare
 from remap.pipeline.components import RunComponents
 from remap.pipeline.dry_run import estimate
-from remap.pipeline.logistic import STRENGTHS, fit_logistic
+from remap.pipeline.logistic import STRENGTHS, fit_each_class, fit_logistic
 from remap.pipeline.probe import pooled_features
 from remap.pipeline.repeat import repeat
 from remap.pipeline.run import resume, run, start
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_outputs import teachers_in_training
-from remap.pipeline.teacher_tuning import teacher_recipe
+from remap.pipeline.teacher_tuning import require_folds, teacher_recipe
 from remap.progress import Silent
 from remap.recipe import Recipe
 from remap.remapping.targets import LOGITS
@@ -103,6 +107,64 @@ def test_answers_are_those_of_a_regression_on_the_other_folds(tiny: Any, cache: 
         assert torch.allclose(found[own].log_softmax(1), expected, atol=2e-3)
         of_all = logits_of(teacher.network, components)[own].log_softmax(1)
         assert not torch.allclose(of_all, expected, atol=2e-3), "the teacher of all labels answers otherwise"
+
+
+@pytest.fixture(scope="module")
+def of_sets(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recipe]:
+    """30 images of noise in which any of three channels are raised."""
+    root, draws = tmp_path_factory.mktemp("sets"), np.random.default_rng(0)
+    lines = ["file,labels"]
+    for number in range(30):
+        has = draws.random(3) < 0.5
+        pixels = draws.integers(0, 120, (16, 16, 3)) + 110 * has
+        Image.fromarray(pixels.astype(np.uint8)).save(root / f"{number}.png")
+        lines.append(f"{number}.png,{'|'.join(np.array(['red', 'green', 'blue'])[has])}")
+    (root / "labels.csv").write_text("\n".join(lines) + "\n")
+
+    def make(*settings: str) -> Recipe:
+        return tiny.recipe("task=multilabel", *settings, losses="ce,kd", data=f"csv:{root}/labels.csv,separator=|")
+
+    return make
+
+
+@pytest.mark.parametrize("prepare", ["probe", "bitfit"])
+def test_answers_of_several_labels_are_those_of_the_other_folds(
+    of_sets: Callable[..., Recipe], tmp_path: Path, prepare: str
+) -> None:
+    """Source: scikit-learn's regression of each class on the complement, or a teacher tuned on it by hand."""
+    recipe = of_sets(*(FOLDS if prepare == "probe" else TUNED), "teacher.folds=2").written_out()
+    components, teacher = in_training(recipe)
+    train = components.views.train
+    found, labels_NC = rows(teacher, len(train.split)), train.split.labels
+    features_ND, _ = pooled_features(teacher.network, train, teacher_accelerator(), 8, Silent(), "features")
+    for fold in (0, 1):
+        others, own = folds(labels_NC, 2) != fold, np.flatnonzero(folds(labels_NC, 2) == fold)
+        if prepare == "probe":
+            mean_D, std_D = features_ND[others].mean(0), features_ND[others].std(0) + 1e-6
+            standard_ND, strength = (
+                (features_ND - mean_D) / std_D,
+                fit_each_class(features_ND[others], labels_NC[others]),
+            )
+            models = [
+                LogisticRegression(C=strength.strength, max_iter=5000).fit(
+                    standard_ND[others], labels_NC[others, label]
+                )
+                for label in range(3)
+            ]
+            expected = torch.from_numpy(np.stack([one.decision_function(standard_ND[own]) for one in models], 1))
+        else:
+            by_hand = teacher_recipe(recipe, recipe.teachers[0], fold + 1)
+            run(
+                by_hand, RunDir.create(tmp_path / f"{fold}", by_hand), shared=SharedResources(use_stored_teachers=False)
+            )
+            expected = logits_of_images(load_task(tmp_path / f"{fold}")[0], components, own)
+        assert torch.allclose(found[own], expected, atol=2e-3)
+
+
+def teacher_accelerator() -> Any:
+    from remap.distributed.launch import accelerator
+
+    return accelerator()
 
 
 @pytest.mark.parametrize("settings", [(), ("teacher.calibrate=true", "teacher.balance=0.5"), ("train.keep=best",)])
@@ -291,6 +353,28 @@ def test_too_few_images_and_teachers_that_bring_a_head_are_refused(tiny: Any, tm
     with pytest.raises(RunError, match="brings its head"):
         start(tiny.recipe("teacher.folds=2", teacher=str(tmp_path / "tuned"), losses="ce,kd"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_comparison_refuses_them_before_its_folder_is_made(tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="a class of one labelled image"):
+        compare(
+            tiny.recipe("teacher.folds=2", "data.labels=3", losses="ce,kd"), ["linear"], 1, tmp_path / "c", Silent()
+        )
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_class_whose_images_are_all_in_one_fold_is_refused(of_sets: Callable[..., Recipe]) -> None:
+    """The four images of the third class follow rarer classes into one fold; found by trying random labels."""
+    rows = ["11111", "00011", "01101", "01000", "01100", "00011", "00100", "11011", "10000"]
+    labels_NC = np.array([list(map(int, row)) for row in rows], np.int8)
+    fold_N = folds(labels_NC, 2)
+    assert labels_NC[:, 2].sum() == 4 and len(set(fold_N[labels_NC[:, 2] == 1])) == 1
+    train = Split(tuple("abcdefghi"), labels_NC, lambda _index: b"")
+    data: Any = ImageData("set", tuple("vwxyz"), train, train)
+    shared: Any = SimpleNamespace(index=lambda _spec: data)
+    with pytest.raises(DataError, match="a class whose labelled images are all in one fold") as caught:
+        require_folds(of_sets("teacher.folds=2"), shared)
+    assert caught.value.given == "x"
 
 
 def test_a_dry_run_counts_the_teachers_of_all_folds(tiny: Any) -> None:

@@ -53,6 +53,16 @@ def test_half_go_on_and_no_evaluation_image_is_looked_at(tiny: Any, tmp_path: Pa
     assert {run.path: (run.path / "summary.json").stat().st_mtime_ns for run in runs} == written
 
 
+def test_the_shared_teacher_belongs_to_no_method(tiny: Any, tmp_path: Path, watch: Callable[..., Any]) -> None:
+    """It is tuned once, before the trials, and for the epochs of the recipe: those of the first round are fewer."""
+    recipe, seen = tiny.recipe("train.epochs=8", "teacher.prepare=full"), watch(lambda step: None)
+    recommend(recipe, ["linear", "bitfit"], tmp_path / "r", seen)
+    of_teacher = [line for line in (*seen.said, *seen.waited) if "the teacher" in line]
+    tuned = [line for line in of_teacher if "epoch" in line or "tuning" in line]
+    assert tuned and not [line for line in tuned if line.startswith(("linear", "bitfit"))]
+    assert len(RunDir.open(tmp_path / "r" / "teacher").metrics()) == 8
+
+
 def test_a_budget_of_parameters_leaves_methods_out(tiny: Any, tmp_path: Path, watch: Callable[..., Any]) -> None:
     recipe, seen = tiny.recipe("train.epochs=1", "teacher.allow_weak=true"), watch(lambda step: None)
     found = remap.recommend(recipe, "full,linear", budget="parameters=100", output=tmp_path / "r", progress=seen)
