@@ -136,7 +136,7 @@ def test_answers_of_several_labels_are_those_of_the_other_folds(
     components, teacher = in_training(recipe)
     train = components.views.train
     found, labels_NC = rows(teacher, len(train.split)), train.split.labels
-    features_ND, _ = pooled_features(teacher.network, train, teacher_accelerator(), 8, Silent(), "features")
+    features_ND, _ = pooled_features(teacher.network, train, 8, Silent(), "features")
     for fold in (0, 1):
         others, own = folds(labels_NC, 2) != fold, np.flatnonzero(folds(labels_NC, 2) == fold)
         if prepare == "probe":
@@ -159,12 +159,6 @@ def test_answers_of_several_labels_are_those_of_the_other_folds(
             )
             expected = logits_of_images(load_task(tmp_path / f"{fold}")[0], components, own)
         assert torch.allclose(found[own], expected, atol=2e-3)
-
-
-def teacher_accelerator() -> Any:
-    from remap.distributed.launch import accelerator
-
-    return accelerator()
 
 
 @pytest.mark.parametrize("settings", [(), ("teacher.calibrate=true", "teacher.balance=0.5"), ("train.keep=best",)])

@@ -267,6 +267,7 @@ def test_nothing_is_left_of_a_cut_that_timm_cannot_build(
         shrink(as_teacher(make("plain")), ShrinkSpec(depth=2), batches, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="there already"):
         shrink(as_teacher(make("plain")), ShrinkSpec(depth=2), batches, tmp_path / "out")
 

@@ -166,9 +166,11 @@ def test_what_cannot_be_taken_out_is_said(make: Make, tmp_path: Path) -> None:
         save_remaining(closed, tmp_path / "out")
     with pytest.raises(BackboneError, match="adaptformer cannot be folded"):
         save_remaining(attached_to(make("plain"), "skip+adaptformer"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="there already"):
         save_remaining(attached_to(make("plain")), tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_squeeze_and_excitation_is_gated_but_not_folded() -> None:
