@@ -117,41 +117,48 @@ def tasks(count: int) -> None:
         print(f"mixed batch of {2 * count}: {seconds:.2f} s in one pass; largest difference to solo {difference:.1e}")
 
 
-# What either checkout runs: a file of predictions, once to warm up and once on the clock.
-ONCE = """
-import shutil, sys, time
-from pathlib import Path
-from remap.prediction.inputs import Inputs
-from remap.prediction.predict import predict_to_file
-from remap.prediction.predictions import Wanted
-from remap.progress import Silent
-run, folder, count, output = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-words = sorted(map(str, folder.iterdir()))[:count]
-for words in (words[:200], words):
-    output.unlink(missing_ok=True)
-    started, processor = time.perf_counter(), time.process_time()
-    predict_to_file(run, Inputs(words), output, Wanted(), Silent())
-print(time.perf_counter() - started, time.process_time() - processor)
-"""
+def command(checkout: Path, words: list[str], places: Path) -> tuple[float, float]:
+    """Run `remap` of a checkout; return seconds on the wall and of the processor."""
+    place = places / checkout.absolute().as_posix().strip("/").replace("/", "-")
+    if not place.is_dir():
+        place.mkdir(parents=True)
+        for package, folder in (("remap_cli", "cli"), ("remap_recipes", "recipes")):
+            (place / package).symlink_to(checkout.absolute() / folder)
+    environment = {**os.environ, "PYTHONPATH": f"{place}{os.pathsep}{checkout.absolute()}"}
+    started, before = time.perf_counter(), os.times()
+    subprocess.run([sys.executable, "-m", "remap_cli", *words], env=environment, stdout=subprocess.DEVNULL, check=True)
+    after = os.times()
+    processor = after.children_user - before.children_user + after.children_system - before.children_system
+    return time.perf_counter() - started, processor
 
 
 def speed(folder: Path, against: Path, images: int, methods: list[str], repeats: int) -> None:
-    """Predict a folder of images with this checkout and another one, in turns."""
+    """Predict a folder of images with the command of this checkout and of another one, in turns.
+
+    Both read a run that the other one made. What one image takes is start-up, and is taken off.
+    """
     print("| method | images | wall there | wall here | here / there: wall (range, pairs) | processor (range, pairs) |")
     print("|---|---|---|---|---|---|")
+    sides = (against, Path(__file__).parents[1])
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
+        words = sorted(map(str, folder.iterdir()))[:images]
+        (root / "images").mkdir()
+        for word in words:
+            os.link(word, root / "images" / Path(word).name)
         for method in methods:
-            run = task(root / method, "mini_student", method, 10)
-            sides: tuple[list[list[float]], list[list[float]]] = ([], [])
+            short = ["--set", "train.epochs=1", "--set", "teacher.epochs=1", "--output", str(root / method)]
+            command(against, ["distill", "--method", method, *short], root / "places")
+            found: list[list[tuple[float, float]]] = [[], []]
             for _ in range(repeats):
-                for side, checkout in zip(sides, (against, Path(__file__).parents[1]), strict=True):
-                    words = [sys.executable, "-c", ONCE, str(run), str(folder), str(images), str(root / "rows.jsonl")]
-                    environment = {**os.environ, "PYTHONPATH": str(checkout.absolute())}
-                    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
-                    side.append([float(word) for word in done.stdout.split()])
-            walls = [f"{median(wall for wall, _ in side):.1f} s" for side in sides]
-            ratios = [[new[clock] / old[clock] for old, new in zip(*sides, strict=True)] for clock in (0, 1)]
+                for side, checkout in zip(found, sides, strict=True):
+                    one, all_ = (
+                        command(checkout, ["predict", str(root / method), what, "--json"], root / "places")
+                        for what in (words[0], str(root / "images"))
+                    )
+                    side.append((all_[0] - one[0], all_[1] - one[1]))
+            walls = [f"{median(wall for wall, _ in side):.1f} s" for side in found]
+            ratios = [[new[clock] / old[clock] for old, new in zip(*found, strict=True)] for clock in (0, 1)]
             shown = [f"{median(one):.2f} ({min(one):.2f} to {max(one):.2f}, {len(one)})" for one in ratios]
             print(f"| `{method}` | {images:,} | {' | '.join(walls)} | {' | '.join(shown)} |", flush=True)
 
