@@ -1,6 +1,6 @@
 """The options of the training commands, one row each: the commands take their signatures from this table.
 
-A new option is a row here, its recipe field in ``remap.recipe.resolution.WORDS`` if it sets one, and a line of
+A new option is a row here, its recipe field in ``remap.recipe.overrides.WORDS`` if it sets one, and a line of
 tests/cli/flags.txt.
 """
 
@@ -50,7 +50,7 @@ class OptionRow:
         panel: The panel of the help.
         default: The value when the option is not given.
         least: The smallest number it takes.
-        word: The key of ``remap.recipe.resolution.WORDS`` that it sets, where it is not ``name``.
+        word: The key of ``remap.recipe.overrides.WORDS`` that it sets, where it is not ``name``.
     """
 
     name: str

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from remap.tasks.shelf import Shelf, ShelfRow
 
 tasks = typer.Typer(help="Keep many tasks on one backbone in a folder.", no_args_is_help=True)
-ShelfPath = Annotated[Path, typer.Argument(metavar="SHELF", help="Folder of the tasks.", show_default=False)]
+ShelfPath = Annotated[Path, typer.Argument(metavar="SHELF", help="Folder of the tasks, which `remap tasks add` makes.", show_default=False)]
 
 
 def _open(path: Path) -> "Shelf":
@@ -57,7 +57,12 @@ def switch(shelf: ShelfPath, name: Annotated[str, typer.Argument(help="A task.",
 
 
 @tasks.command()
-def verify(shelf: ShelfPath, json: opt.Json = False) -> None:
+def verify(
+    shelf: Annotated[
+        Path, typer.Argument(metavar="SHELF", help="A shelf, or a run that extends others.", show_default=False)
+    ],
+    json: opt.Json = False,
+) -> None:
     """Compare every file with the hash it was added with; exit code 2 where one differs.
 
     Of a run that extends others: whether the features of each session, or its answers to images that get its own set of
