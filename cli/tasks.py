@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from remap.tasks.shelf import Shelf, ShelfRow
 
 tasks = typer.Typer(help="Keep many tasks on one backbone in a folder.", no_args_is_help=True)
-ShelfPath = Annotated[Path, typer.Argument(metavar="SHELF", help="Folder of the tasks, which `remap tasks add` makes.", show_default=False)]
+ShelfPath = Annotated[Path, typer.Argument(metavar="SHELF", help="Folder of the tasks.", show_default=False)]
 
 
 def _open(path: Path) -> "Shelf":

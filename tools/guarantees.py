@@ -110,8 +110,8 @@ ROWS = (
         12,
         "Many tasks share one backbone",
         "Twenty tasks load one after another, in any order, into one process or one network: each gives the logits that"
-        " it gives alone, and the frozen weights do not change. One batch may mix images of several tasks: each image gets"
-        " the logits of its task alone, within 1e-5.",
+        " it gives alone, and the frozen weights do not change. One batch may mix images of several tasks: each image"
+        " gets the logits of its task alone, within 1e-5.",
     ),
     Row(
         13,
@@ -128,7 +128,7 @@ ROWS = (
         15,
         "A misspelt recipe is refused with a suggestion",
         "Every key with one wrong letter, every value of a wrong type and every key in a wrong section is refused with"
-        " one message, which names the right key for at least 95 % of the misspelt ones.",
+        " one message, which names the right key for at least 95 % of them.",
     ),
     Row(
         16,

@@ -50,9 +50,10 @@ def adapt(
 ) -> dict[str, Any]:
     """Adapt a run's student to images of another domain; the result is a new run directory, the run stays as it is.
 
-    "shot" (Liang et al. 2020, arXiv 2002.08546) trains what the method tuned and keeps the classifier: sure answers of
-    all classes (Eq. 2), and pseudo-labels by centroids, made again in each epoch. "statistics" (Li et al. 2016, AdaBN,
-    arXiv 1603.04779) trains nothing: the batch norms get the means and variances of these images.
+    "shot" (Liang et al. 2020, arXiv 2002.08546) trains what the method tuned and keeps the classifier: confident
+    outputs over all classes (Eq. 2), and pseudo-labels by centroids, computed anew in each epoch. "statistics"
+    (Li et al. 2016, AdaBN, arXiv 1603.04779) trains nothing: the batch norms get the means and variances of these
+    images.
 
     Args:
         run: The run directory.
