@@ -60,7 +60,7 @@ def adapt(
         target: Folder or archive of images without labels.
         epochs, lr, seed: Of the training by "shot"; epochs None is 15, lr None a tenth of the run's, seed None 0.
         batch_size: Images of one pass.
-        val_data: Labelled images of the other domain, to say what it brought; nothing is chosen by them.
+        val_data: Labelled images of the other domain, to measure the gain; nothing is chosen by them.
         output: The run directory to make; by default the next number under ``runs/``.
 
     Returns:
