@@ -20,8 +20,8 @@ CELLS = [
     """# First steps
 
 A small vision transformer learns scanned digits from a larger one. 200 of the 1,000 training digits have a label: the
-teacher is tuned on those, and the student learns from its outputs for all 1,000, while 2.5 % of the student's parameters
-are trained. All that is needed is in the package. Written by `tools/first_steps.py`; the outputs are those of a real
+teacher is tuned on those, and the student learns from its outputs for all 1,000, while 2.5 % of its parameters are
+trained. All that is needed is in the package. Written by `tools/first_steps.py`; the outputs are those of a real
 run on one CPU core, shortened to three epochs of the student.""",
     """import remap
 
