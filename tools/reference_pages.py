@@ -35,7 +35,7 @@ options. L depth, D width, H MLP width, p prompts, r bottleneck or rank. *Merges
 can be saved as plain timm weights. *lr*: default for AdamW at batch size 64 and width 128; wider backbones get
 lr · 128 / width ([how they were chosen](defaults.md)).
 
-A method's name leads to its formula, its drawing and its options.
+A method's name leads to its formula and options, and for most to a drawing.
 """
 
 METHOD_TABLE = (
