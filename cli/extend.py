@@ -24,12 +24,18 @@ def extend(
     only: Annotated[str | None, typer.Option(help="Classes of --data to learn, with commas; all by default.")] = None,
     how: Annotated[str | None, typer.Option(help=_HOW, show_default="the first that fits")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say which way fits, and why; train nothing.")] = False,
-    memory: Annotated[int, typer.Option(min=0, help="Old images of each class to learn from as well, of lwf.")] = 0,
+    memory: Annotated[
+        int, typer.Option(min=0, help="Old images of each class to learn from as well, of lwf and finetune.")
+    ] = 0,
     choose: Annotated[
         str | None, typer.Option(help="How these are chosen: herding or random.", show_default="herding")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Of lwf.", show_default="the run's")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate of lwf.", show_default="the run's")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Of ways that take steps.", show_default="the run's")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate, of ways that take steps.", show_default="the run's")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of all draws.", show_default="the run's")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any recipe field. Repeatable.")] = None,
     output: Annotated[Path | None, typer.Option(help="Run directory to make.", show_default="runs/NAME-001")] = None,

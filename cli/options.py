@@ -1,6 +1,6 @@
 """The options of the training commands, one row each: the commands take their signatures from this table.
 
-A new option is a row here, its recipe field in ``remap.recipe.resolution.WORDS`` if it sets one, and a line of
+A new option is a row here, its recipe field in ``remap.recipe.overrides.WORDS`` if it sets one, and a line of
 tests/cli/flags.txt.
 """
 
@@ -50,7 +50,7 @@ class OptionRow:
         panel: The panel of the help.
         default: The value when the option is not given.
         least: The smallest number it takes.
-        word: The key of ``remap.recipe.resolution.WORDS`` that it sets, where it is not ``name``.
+        word: The key of ``remap.recipe.overrides.WORDS`` that it sets, where it is not ``name``.
     """
 
     name: str
@@ -155,7 +155,7 @@ _LOSS_SET = "Losses with the teacher, compared with the other sets: ce,kd:0.5. R
 _BUDGET = "Of each cell: epochs=12, minutes=10 of training, or parameters=50000 trained."
 _SUITE = "Compare on each set of a suite: offline, five_categories, vtab1k, fgvc, fewshot11, words or a YAML file."
 _SESSIONS = "Learn in so many sessions, groups of classes (a,b/c,d) or `folders` of looks, by ways of `remap extend`."
-_WAYS = "Of --sessions: ranpac,prototypes,lwf,ease,l2p,finetune,joint ...; lwf:20 has a memory of 20 images a class."
+_WAYS = "Of --sessions: those of `remap extend --how`, or joint; lwf:20 has a memory of 20 images a class."
 _SEARCH = "Trials of learning rate and weight decay for each cell, on held-out training images: 20, or random:20."
 _JOBS = "Cells at once: a number, or auto, by cores, GPUs and memory."
 _SLURM = "Run the cells as a SLURM job array: slurm_partition=gpu,gpus_per_node=1,timeout_min=240 (submitit)."
@@ -178,7 +178,7 @@ OPTIONS = (
     _comparison("suite", str, (COMPARE,), None, _SUITE),
     _comparison("sets", Path, (COMPARE,), None, "Folder of the sets of a suite."),
     _comparison("sessions", str, (COMPARE,), None, _SESSIONS),
-    _comparison("ways", str, (COMPARE,), "all", _WAYS),
+    _comparison("ways", str, (COMPARE,), "ranpac,prototypes,lwf,finetune,joint", _WAYS),
     OptionRow("steps", int, (LR,), None, "Steps of the test.", _TRAINING, default=100, least=1),
     OptionRow("recipe", str, _ALL, None, "A shipped recipe's name or a YAML file; other options override it."),
     OptionRow("settings", list[str], _ALL, None, "Any recipe field: --set train.lr=0.1. Repeatable.", flag="--set"),

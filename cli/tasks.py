@@ -57,7 +57,12 @@ def switch(shelf: ShelfPath, name: Annotated[str, typer.Argument(help="A task.",
 
 
 @tasks.command()
-def verify(shelf: ShelfPath, json: opt.Json = False) -> None:
+def verify(
+    shelf: Annotated[
+        Path, typer.Argument(metavar="SHELF", help="A shelf, or a run that extends others.", show_default=False)
+    ],
+    json: opt.Json = False,
+) -> None:
     """Compare every file with the hash it was added with; exit code 2 where one differs.
 
     Of a run that extends others: whether the features of each session, or its answers to images that get its own set of

@@ -22,6 +22,11 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 
 
+def test_the_page_of_python_has_every_public_name() -> None:
+    explained = re.findall(r"^## remap\.(\w+)$", (DOCS / "python.md").read_text(), flags=re.MULTILINE)
+    assert {*explained, "RemapError", "__version__"} == set(remap.__all__)  # the errors are in the text above
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_the_page_is_up_to_date(name: str) -> None:
     assert (DOCS / name).read_text() == PAGES[name](), "run `python tools/reference_pages.py`"

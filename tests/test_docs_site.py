@@ -68,6 +68,37 @@ def test_every_command_parses(group: Any) -> None:
             pytest.fail(f"{page}: remap {shlex.join(words)}: {error!r}")
 
 
+def test_commands_within_a_sentence_have_these_options(group: Any) -> None:
+    """`remap tune --student X`: its flags are those of the command; arguments may be left out there."""
+    named = [
+        (page, " ".join(words.split()))
+        for page, text in TEXTS.items()
+        for words in re.findall(r"`(remap [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    ]
+    assert len(named) > 100
+    for page, words in named:
+        command, rest = group, words.split()[1:]
+        while rest and rest[0] in getattr(command, "commands", {}):
+            command, rest = command.commands[rest[0]], rest[1:]
+        known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+        unknown = {flag for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", words)} - known
+        assert command is not group or words.startswith("remap --"), f"{page}: {words} is not a command"
+        assert not unknown, f"{page}: {words} has no {', '.join(sorted(unknown))}"
+
+
+def test_links_lead_to_headings() -> None:
+    """The anchor of a heading as GitHub makes it: small letters, hyphens for spaces, no punctuation."""
+    checked = 0
+    for page in [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "AGENTS.md"]:
+        for address, anchor in re.findall(r"\]\((?!http)([\w./-]*)#([^)]+)\)", page.read_text()):
+            target = (page.parent / address) if address else page
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), flags=re.MULTILINE)
+            known = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in known, f"{page.name}: {address}#{anchor}"
+            checked += 1
+    assert checked > 50
+
+
 def test_every_training_command_makes_a_recipe(group: Any) -> None:
     """Resolved as the command does it: methods, losses, fields and their values exist. Images are not opened."""
     checked = 0

@@ -20,9 +20,9 @@ CELLS = [
     """# First steps
 
 A small vision transformer learns scanned digits from a larger one. 200 of the 1,000 training digits have a label: the
-teacher is tuned on those, and the student learns from its answers for all 1,000, while 2.5 % of it is trained. All that
-is needed is in the package. Written by `tools/first_steps.py`; the outputs are those of a real run on one CPU core,
-shortened to three epochs of the student.""",
+teacher is tuned on those, and the student learns from its outputs for all 1,000, while 2.5 % of its parameters are
+trained. All that is needed is in the package. Written by `tools/first_steps.py`; the outputs are those of a real
+run on one CPU core, shortened to three epochs of the student.""",
     """import remap
 
 result = remap.distill({"data": "digits", "epochs": 3}, settings=["teacher.epochs=20", "train.eval_every=3"])
@@ -42,7 +42,7 @@ figure, axis = plt.subplots(figsize=(4, 2.2), layout="constrained")
 axis.plot([epoch["epoch"] for epoch in epochs], [epoch["loss"] for epoch in epochs], marker="o")
 axis.set(xlabel="epoch", ylabel="loss", xticks=[epoch["epoch"] for epoch in epochs])
 figure""",
-    """## Ask the student
+    """## Predict with the student
 
 `load_student` reads the run's task folder: tuned parameters, classifier, class names and preprocessing. The frozen
 network is named there, and checked by its hash.""",

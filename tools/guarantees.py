@@ -110,7 +110,8 @@ ROWS = (
         12,
         "Many tasks share one backbone",
         "Twenty tasks load one after another, in any order, into one process or one network: each gives the logits that"
-        " it gives alone, and the frozen weights do not change. One batch of images of several tasks is not supported.",
+        " it gives alone, and the frozen weights do not change. One batch may mix images of several tasks: each image"
+        " gets the logits of its task alone, within 1e-5.",
     ),
     Row(
         13,
@@ -127,7 +128,7 @@ ROWS = (
         15,
         "A misspelt recipe is refused with a suggestion",
         "Every key with one wrong letter, every value of a wrong type and every key in a wrong section is refused with"
-        " one message, and the right key is among the suggestions.",
+        " one message, which names the right key for at least 95 % of them.",
     ),
     Row(
         16,
@@ -153,7 +154,7 @@ ROWS = (
         19,
         "Evaluation counts each image once",
         "On one, two and three processes, for any number of images, counts are exact and metrics equal; `remap eval`"
-        " gives the figure that training ended with. Export to ONNX is not supported and not compared.",
+        " gives the figure that training ended with. Exported files have [a check](export.md#the-check) of their own.",
     ),
     Row(
         20,
@@ -188,8 +189,9 @@ BESIDES = (
     Row(
         24,
         "A dead process ends the others",
-        "With several processes, one that is killed, fails or stops responding ends all of them within the timeout, and"
-        " its error is the one that is shown.",
+        "With several processes, one that is killed or fails ends all of them, one that stops responding after"
+        " `REMAP_TIMEOUT` and the 30 seconds that the launcher gives the others to save, and its error is the one that"
+        " is shown.",
     ),
     Row(
         25,
@@ -240,7 +242,6 @@ LIMITS = """
 - **Files you chose to trust.** Weights are numbers and are never executed, but a model trained to mislead will.
 - **Small files for methods with frozen random bases.** `vera` and `randlora` store their bases in the task file, so
   that it does not depend on a random generator; the bound of guarantee 10 counts them.
-- **One batch of several tasks.** Tasks are switched, not mixed (guarantee 12).
 - **Several machines, DeepSpeed.** Not part of the tests.
 """
 

@@ -35,7 +35,7 @@ options. L depth, D width, H MLP width, p prompts, r bottleneck or rank. *Merges
 can be saved as plain timm weights. *lr*: default for AdamW at batch size 64 and width 128; wider backbones get
 lr · 128 / width ([how they were chosen](defaults.md)).
 
-A method's name leads to its formula, its drawing and its options.
+A method's name leads to its formula and options, and for most to a drawing.
 """
 
 METHOD_TABLE = (
@@ -153,15 +153,24 @@ PYTHON = """# Python
 
 Written by `tools/reference_pages.py` from the docstrings.
 
-`import remap` imports no torch; the first use of a name below does. Every function raises a `RemapError` for what a
-user can mend: its text says what was wrong, what was given, what is allowed and what to do. Functions that take
-`progress` tell it what happens: an object with `say(text)` and `wait(what, total)`, a context manager whose value has
-`advance(amount, **values)` (`remap.progress.Progress`). The library prints nothing itself. How your own Python runs
-after steps and epochs, and ten lines with the losses in a loop of your own, are in [tracking.md](tracking.md).
+```python
+import remap
+
+result = remap.distill({"data": "photos", "teacher": "vit_large", "student": "vit_small", "method": "vpt_deep"})
+print(result.summary["student"]["accuracy"], result.run_dir)
+print(remap.load_student(result.run_dir).predict(["photo.jpg"]))
+```
+
+`import remap` imports no torch; the first use of a name below does. Every function raises `remap.RemapError` for what a
+user can mend; its attributes `what`, `given`, `allowed` and `do` say what was wrong, what was given, what is allowed
+and what to do. The library prints nothing itself: functions that take `progress` report to it, an object with
+`say(text)` and `wait(what, total)`, a context manager whose value has `advance(amount, **values)`
+(`remap.progress.Progress`).
+[tracking.md](tracking.md) shows callbacks after steps and epochs, and the losses in a training loop of your own.
 """
 # In the order in which one meets them.
 NAMES = (
-    *("distill", "tune", "extend", "adapt", "evaluate", "predict", "recommend", "compare", "shrink"),
+    *("distill", "tune", "extend", "adapt", "evaluate", "predict", "recommend", "compare", "find_lr", "shrink"),
     *("load_student", "attach", "losses", "register"),
 )
 CLASSES = ("Result", "Callback", "Student", "MultiTask", "Shelf")

@@ -50,16 +50,17 @@ def adapt(
 ) -> dict[str, Any]:
     """Adapt a run's student to images of another domain; the result is a new run directory, the run stays as it is.
 
-    "shot" (Liang et al. 2020, arXiv 2002.08546) trains what the method tuned and keeps the classifier: sure answers of
-    all classes (Eq. 2), and pseudo-labels by centroids, made again in each epoch. "statistics" (Li et al. 2016, AdaBN,
-    arXiv 1603.04779) trains nothing: the batch norms get the means and variances of these images.
+    "shot" (Liang et al. 2020, arXiv 2002.08546) trains what the method tuned and keeps the classifier: confident
+    outputs over all classes (Eq. 2), and pseudo-labels by centroids, computed anew in each epoch. "statistics"
+    (Li et al. 2016, AdaBN, arXiv 1603.04779) trains nothing: the batch norms get the means and variances of these
+    images.
 
     Args:
         run: The run directory.
         target: Folder or archive of images without labels.
         epochs, lr, seed: Of the training by "shot"; epochs None is 15, lr None a tenth of the run's, seed None 0.
         batch_size: Images of one pass.
-        val_data: Labelled images of the other domain, to say what it brought; nothing is chosen by them.
+        val_data: Labelled images of the other domain, to measure the gain; nothing is chosen by them.
         output: The run directory to make; by default the next number under ``runs/``.
 
     Returns:

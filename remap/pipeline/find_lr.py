@@ -42,6 +42,9 @@ def find_lr(
         settings: As ``--set``.
         steps: Of the test, over seven powers of ten.
 
+    Returns:
+        The rates and the running mean of the loss at each, and ``suggested``.
+
     Raises:
         TrainingError: The loss does not fall at any rate.
         RunError: A teacher would have to be tuned first.

@@ -57,8 +57,8 @@ def predict(
         probabilities: Let rows hold the probabilities of all classes.
         embeddings: Let rows hold what the classifier is given (pooled features).
         batch_size: Images per forward pass.
-        adapt: "tent" adapts the student to these images on the way (``remap.prediction.tent``); rows then depend on the
-            order of the images and on ``batch_size``. The run stays as it is.
+        adapt: "tent" adapts the student to these images while predicting (``remap.prediction.tent``); rows then depend
+            on the order of the images and on ``batch_size``. The run stays as it is.
         precision: "fp32", "bf16", or "auto": bfloat16 where the device computes in it. None is that of the run's
             recipe, and auto for task folders, shelves and several runs.
         device: Where to compute; None is the accelerator if there is one, else the CPU.

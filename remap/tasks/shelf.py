@@ -77,7 +77,7 @@ class ShelfRow:
 
 
 class Shelf:
-    """The tasks of one folder; see the module.
+    """A folder with a frozen backbone and the task files of many tasks on it, each with its hash.
 
     Raises:
         RunError: There is no shelf, or shelf.json is damaged.

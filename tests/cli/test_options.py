@@ -8,6 +8,7 @@ from typer.testing import Result
 
 from remap.errors import RemapError
 from remap.pipeline import build_cache, compare, objective
+from remap.pipeline.session_protocol import DEFAULT_WAYS
 from remap.recipe import Recipe, resolve_distill
 from remap.recipe.resolution import WORDS
 from remap_cli.options import BUILD, COMPARE, DISTILL, OPTIONS, RECIPE_OPTIONS, TUNE, OptionRow, recipe_words
@@ -111,3 +112,8 @@ def test_the_help_says_that_the_method_decides_about_the_default_losses() -> Non
     usual = str(row.shown).partition(", ")[0]
     assert ",".join(loss.name for loss in resolve_distill(None, {"method": "linear"}).losses) != usual
     assert "of these what the method can follow" in str(row.shown)
+
+
+def test_the_help_shows_the_default_ways() -> None:
+    (shown,) = [row.shown for row in OPTIONS if row.name == "ways"]
+    assert shown == ",".join(DEFAULT_WAYS)

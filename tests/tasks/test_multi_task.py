@@ -35,6 +35,7 @@ def images(count: int) -> list[torch.Tensor]:
     return [torch.randint(0, 256, (3, 16, 16), generator=draws, dtype=torch.uint8) for _ in range(count)]
 
 
+@pytest.mark.guarantee(12)
 @pytest.mark.filterwarnings("ignore:.*is not sealed")
 def test_a_mixed_batch_gives_each_image_its_own_tasks_logits(make_task: MakeTask) -> None:
     """Expected: the task alone, loaded by itself with a backbone of its own (within 1e-5, the bound of issue 15)."""

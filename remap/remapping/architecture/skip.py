@@ -29,18 +29,18 @@ class Skip(Method):
 
     c_l is the block's share of the multiply-adds of all gated layers. The fraction is the share of the network that is
     effectively open: 1 for equal gates, c_l where block l alone is open (the Hoyer-square measure of Yang et al. 2020,
-    arXiv 1908.09979, with these weights). It does not see a common factor of all gates. A plain sum would be paid
-    less by making all of them small together, which the norms behind the blocks hardly notice. The gate is the
-    parameter itself, 1 at the start (the pretrained network), and one that falls below 0 is set to 0 after the step:
-    by this projection it reaches 0 exactly, where the block is gone, and can come back, while a sigmoid would neither
-    begin at 1 nor end at 0. Nothing keeps it below 1.
+    arXiv 1908.09979, with these weights). A common factor of all gates does not change it. A plain sum would fall by
+    making all of them small together, which the norms behind the blocks nearly undo. The gate is the parameter itself,
+    1 at the start (the pretrained network); one that falls below 0 is set to 0 after the step. By this projection it
+    reaches 0 exactly, where the block has no effect, and can grow again, while a sigmoid would neither begin at 1 nor
+    end at 0. It has no upper bound.
     NetTailor's gates are a softmax over a block and small layers next to it, trained for the task. Here such a layer is
     another method of a combination: ``skip+adaptformer`` keeps an adapter where a block closes, ``skip+lora`` tunes
     what stays.
     """
 
     class Config(Options):
-        cost: float = Field(default=1.0, ge=0.0, description="Price of the fully open network, in units of the loss.")
+        cost: float = Field(default=1.0, ge=0.0, description="Cost of the fully open network, in units of the loss.")
         gates: Literal["block", "branch"] = Field(
             default="block", description="One gate per block, or per branch (attention, MLP)."
         )

@@ -94,7 +94,7 @@ ROWS = [
     _row(
         name="lst",
         target="remap.tuning.adapter.lst:LadderSideTuning",
-        summary="a narrow transformer that climbs beside the frozen one",
+        summary="a narrow transformer beside the frozen one, which reads its blocks",
         paper="Sung et al. 2022, arXiv 2206.06522",
         trains="L*(12*d*d + 13*d) + (L + 1)*(D*d + d) + d*D + D, d = D/r",
         vit_base=L * (12 * 96**2 + 13 * 96) + (L + 1) * (D * 96 + 96) + 96 * D + D,

@@ -1,4 +1,4 @@
-"""Ladder side-tuning (Sung et al. 2022, arXiv 2206.06522): a narrow transformer climbs beside the frozen one.
+"""Ladder side-tuning (Sung et al. 2022, arXiv 2206.06522): a narrow transformer beside the frozen one.
 
 Letters: B batch, T tokens, P prefix tokens, D width, d side width, L depth.
 """

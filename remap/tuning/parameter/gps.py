@@ -24,7 +24,7 @@ class GPS(Method):
     """K weights of every neuron of every linear and convolutional layer, and the biases that are not of norms.
 
     Chosen are the weights with the largest |gradient| of a supervised contrastive loss on training images, at the
-    pretrained network. Stored are their places and what is added to them; the weights themselves stay as they are.
+    pretrained network. Stored are their positions and what is added to them; the weights themselves stay as they are.
     On ViT-B/16 83,712 weights (K = 1) and 83,712 biases.
     """
 

@@ -114,7 +114,7 @@ def _not_zero(factor: int) -> int:
 
 _RANK = {"rank": _whole("r", 8, "Rank of the update.")}
 _LOW_RANK = {**_RANK, "alpha": _alpha()}
-_SEED = "Seed of the random places."
+_SEED = "Seed of the random positions."
 
 ROWS = [
     PeftEntry(
@@ -144,12 +144,12 @@ ROWS = [
         name="adalora",
         config="AdaLoraConfig",
         target=f"{BRIDGE}.adalora:AdaLoRA",
-        summary="LoRA whose ranks training deals out among the layers",
+        summary="LoRA whose ranks are distributed among the layers in training",
         paper="Zhang et al. 2023, arXiv 2303.10512",
         trains="L*(4*D*r + r), r at first",
         vit_base=442_512,
         lr=3e-2,
-        formula="W' = W + alpha / r P diag(E) Q with a rank that training deals out among the layers (section 3).",
+        formula="W' = W + alpha / r P diag(E) Q with ranks distributed among the layers in training (section 3).",
         options={
             "rank": _whole("target_r", 8, "Mean rank per layer after shrinking."),
             "initial_rank": _whole("init_r", 12, "Rank per layer at the start."),
@@ -379,8 +379,8 @@ ROWS = [
         trains="L*n, n coefficients",
         vit_base=12 * 1000,
         lr=1e-1,
-        formula="W' = W + scale * Re(F^-1(S)), S zero but for n trained coefficients at random places (equations 2 to"
-        " 4). They start at 0, so that the student starts as its backbone; the paper draws them from N(0, 1).",
+        formula="W' = W + scale * Re(F^-1(S)), S zero but for n trained coefficients at random positions (equations 2"
+        " to 4). They start at 0, so that the student starts as its backbone; the paper draws them from N(0, 1).",
         options={
             "coefficients": _whole("n_frequency", 1000, "Trained coefficients of a layer."),
             "scale": _option("scaling", 150.0, "Factor on the change.", gt=0.0),
@@ -398,7 +398,7 @@ ROWS = [
         vit_base=12 * 2592,
         lr=3e-4,
         formula="W' = W + scale * the inverse wavelet transform of S, zero but for n trained coefficients at random"
-        " places, which start at 0.",
+        " positions, which start at 0.",
         options={
             "coefficients": _whole("n_frequency", 2592, "Trained coefficients of a layer."),
             "scale": _option("scaling", 25.0, "Factor on the change.", gt=0.0),
@@ -436,7 +436,7 @@ ROWS = [
         paper="Bhardwaj et al. 2024, arXiv 2406.13175",
         trains="L*4*D*r",
         vit_base=294_912,
-        formula="W' = W + a sparse matrix: r * (i + o) elements at random places are trained (SHiRA-Rand).",
+        formula="W' = W + a sparse matrix: r * (i + o) elements at random positions are trained (SHiRA-Rand).",
         options={"rank": _whole("r", 8, "As many elements as LoRA of this rank.")},
         kept=("shira_indices",),
     ),

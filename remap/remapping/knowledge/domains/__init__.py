@@ -11,7 +11,7 @@ ROWS = [
     _row(
         name="mean_teacher",
         target="remap.remapping.knowledge.domains.mean_teacher:MeanTeacher",
-        summary="cross-entropy with the class of which the student's running average is sure, on images without labels",
+        summary="cross-entropy with confident pseudo-labels of the student's running average, on images without labels",
         paper="Tarvainen and Valpola 2017, arXiv 1703.01780; Sohn et al. 2020, arXiv 2001.07685",
         needs="logits of the student and of its running average, which sees the images without augmentation",
         signal="logits",
@@ -32,7 +32,7 @@ ROWS = [
     _row(
         name="infomax",
         target="remap.remapping.knowledge.domains.infomax:InformationMaximization",
-        summary="sure answers on images without labels, that differ from image to image",
+        summary="confident outputs on images without labels, spread over the classes",
         paper="Liang et al. 2020, arXiv 2002.08546",
         needs="student logits",
         signal="logits",

@@ -14,8 +14,8 @@ from remap.remapping.signals import Signals
 class InformationMaximization(LossTerm):
     """Liang et al. 2020 (SHOT), arXiv 2002.08546, Eq. 2: entropy of each answer, minus that of the mean answer.
 
-    The first makes answers sure, the second keeps them from being all the same. It is minus the mutual information of
-    image and class, from -log C to 0; the images of a batch should be of all classes.
+    The first makes outputs confident, the second keeps them from being all the same. It is minus the mutual information
+    of image and class, from -log C to 0; the images of a batch should be of all classes.
     """
 
     uses_teacher = False

@@ -10,7 +10,7 @@ from remap.tuning.base import Options
 
 
 class MeanTeacher(LogitsTerm):
-    """Cross-entropy with the running average's class, where it is sure of it; mean over all images without labels.
+    """Cross-entropy with the running average's class, where it is confident; mean over all images without labels.
 
     The average as a teacher is Tarvainen and Valpola 2017, arXiv 1703.01780. The class of the weak view as the target
     of the strong one, and the threshold, are Eq. 4 of Sohn et al. 2020 (FixMatch), arXiv 2001.07685. The weak view here

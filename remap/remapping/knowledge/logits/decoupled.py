@@ -19,7 +19,7 @@ class DecoupledDistillation(LogitsTerm):
 
     TCKD is the KL between the two-way distributions (the class, all others together), NCKD the KL over the other
     classes alone, made to sum to 1. ``alpha`` = 1 and ``beta`` = the teacher's probability of all other classes would
-    be ordinary distillation; a separate ``beta`` does not fade where the teacher is sure.
+    be ordinary distillation; a separate ``beta`` does not fade where the teacher is confident.
 
     Defaults are the authors' for CIFAR-100 (temperature 4, ``beta`` 8); for ImageNet they use temperature 1 and
     ``beta`` 0.5. Their warm-up of the weight over 20 epochs is ``weight_schedule: {warmup_epochs: 20}``. With two

@@ -21,7 +21,7 @@ class MultiLevelDistillation(LogitsTerm):
 
     Different from the authors' training: they add up the five temperatures, so their weight is a fifth of ours, and
     they use a weak and a strong view of each image in one step, we the one view of the step. Their masks of the images
-    and classes that the teacher is less sure of than the median are left out: in the released code they multiply a
+    and classes that the teacher is less confident of than the median are left out: in the released code they multiply a
     loss that is averaged already, and so do no more than halve it. No label is needed; the class level takes C * C
     numbers.
     """

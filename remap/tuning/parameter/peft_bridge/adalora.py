@@ -1,4 +1,4 @@
-"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): low ranks that training deals out among the layers."""
+"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): low ranks that are distributed among the layers in training."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from remap.tuning.parameter.peft_rows import PeftLayer
 
 
 class AdaLoRA(PeftMethod):
-    """All layers begin with ``initial_rank``, and training deals out ``rank`` a layer on average.
+    """All layers begin with ``initial_rank``; at the end they have ``rank`` each on average.
 
     Entries of E with the least importance are set to 0 and stay 0 from then on. P and Q are pulled towards orthogonal
     matrices.
