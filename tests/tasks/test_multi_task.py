@@ -38,7 +38,7 @@ def images(count: int) -> list[torch.Tensor]:
 @pytest.mark.guarantee(12)
 @pytest.mark.filterwarnings("ignore:.*is not sealed")
 def test_a_mixed_batch_gives_each_image_its_own_tasks_logits(make_task: MakeTask) -> None:
-    """Expected: the task alone, loaded by itself with a backbone of its own (within 1e-5, the bound of issue 15)."""
+    """Expected: the task alone, loaded by itself with a backbone of its own (within 1e-5)."""
     paths = {
         name: make_task(name, method, tuple("abcdefgh"[: 2 + number % 3]), **options)
         for number, (name, (method, options)) in enumerate(METHODS.items())
@@ -76,7 +76,6 @@ def test_another_task_changes_no_earlier_one(make_task: MakeTask) -> None:
 
 
 def test_switching_takes_less_than_10_ms(make_task: MakeTask) -> None:
-    """The bound of issue 15."""
     multi = MultiTask(None, {name: make_task(name, "lora") for name in ("one", "two")}, device="cpu")
     begun = time.perf_counter()
     for index in range(100):

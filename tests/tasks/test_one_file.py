@@ -33,7 +33,7 @@ def shelf_of(make_task: MakeTask, folder: Path, tasks: dict[str, str]) -> Path:
 def test_each_output_is_the_task_alone(
     make_task: MakeTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Expected: each task folder by itself, on a backbone of its own (within 1e-5, the bound of issue 15)."""
+    """Expected: each task folder by itself, on a backbone of its own (within 1e-5)."""
     shelf = shelf_of(make_task, tmp_path / "shelf", TASKS)
     export_tasks(shelf, tmp_path / "out", input="uint8")
 

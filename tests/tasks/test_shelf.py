@@ -34,7 +34,7 @@ def test_tasks_answer_from_the_shelf_as_they_did_before(shelf: Path, tmp_path: P
 
 
 def test_the_shelf_is_no_larger_than_backbone_and_tasks(shelf: Path, tmp_path: Path) -> None:
-    """Bound of issue 15: the backbone, and 1.1 times what each task trains; JSON apart, which tiny tasks outweigh."""
+    """At most the backbone, and 1.1 times what each task trains; JSON apart, which tiny tasks outweigh."""
     weights = (shelf / "backbone" / "model.safetensors").stat().st_size
     tasks = sum((tmp_path / name / "task.safetensors").stat().st_size for name in TASKS)
     every = sum(path.stat().st_size for path in shelf.rglob("*") if path.is_file() and path.suffix != ".json")
