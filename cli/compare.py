@@ -121,6 +121,8 @@ def _suite(values: dict[str, Any], plan: "Plan") -> None:
     words, settings = recipe_words(values), values["settings"] or []
     sets = None if values["sets"] is None else expanded(values["sets"])
     require_folder(folder)
+    for name in suite.sets:  # what cannot be used is said before PyTorch is loaded
+        suite.recipe_of(name, sets, words, settings)
     with console.Reporter() as progress:
         with progress.wait("loading PyTorch"):
             from remap.pipeline.suite import run_suite

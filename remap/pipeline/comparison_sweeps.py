@@ -11,6 +11,7 @@ from remap.recipe.named import loss_words
 from remap.recipe.option_listing import listed, surely_valid
 from remap.recipe.problems import checked
 from remap.recipe.schema import LossSpec, MethodSpec, Recipe
+from remap.registry import did_you_mean
 from remap.remapping import LOSSES
 from remap.tuning import METHODS, config_of, parts_of
 
@@ -111,7 +112,11 @@ def require_owners(options: Mapping[str, Any], methods: Sequence[str]) -> None:
         RecipeError: Which ones.
     """
     of_all = set().union(*(options_of(word.partition("@")[0]) for word in methods)) if options else set()
-    missing = [f"--sweep method.{name}: none of {', '.join(methods)} has it" for name in options if name not in of_all]
+    missing = [
+        f"--sweep method.{name}: none of {', '.join(methods)} has it{did_you_mean(name, of_all)}"
+        for name in options
+        if name not in of_all
+    ]
     if missing:
         raise RecipeError(missing, "command line")
 

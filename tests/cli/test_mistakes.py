@@ -165,12 +165,16 @@ REFUSED = {
     "compare --output run": "run is a run directory",
     "compare --sweep train.lr": "--sweep train.lr: write KEY=VALUE,VALUE",
     "compare --sweep train.lrr=1": "train.lrr: unknown key",
-    "compare --methods lora,vpt_deep --sweep method.ranks=4": "method.ranks: none of lora, vpt_deep has it",
+    "compare --methods lora,vpt_deep --sweep method.ranks=4": (
+        "method.ranks: none of lora, vpt_deep has it; did you mean 'rank'?"
+    ),
     "compare --sweep train.epochs=1 --sweep train.epochs=2": "--sweep train.epochs: it is given twice",
     "compare --loss-set ce,kdd": "unknown loss 'kdd'",
     "compare --loss-set ce:x": "--loss-set ce:x: 'ce:x': the weight",
     "compare --budget epoch=1": "--budget epoch=1: not a budget",
     "compare --suite five_categories --output FILE": "FILE cannot be the folder of a comparison",
+    "compare --suite offline": "sets.cifar10: its images are not built in",
+    "compare --suite five_categories --set train.lrr=1": "train.lrr: unknown key",
     "compare --sessions 2 --output FILE": "FILE cannot be the folder of a comparison",
     "recommend --output FILE": "FILE cannot be the folder of a comparison",
     "recommend --budget minutes=1": "--budget minutes=1: not a budget of this command",
