@@ -1,6 +1,6 @@
 """A backbone, the method attached to it and its preprocessing: what a run trains, saves, loads and predicts with."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from remap.remapping.signals import Needs, Signals
 from remap.remapping.tap import Tap
 from remap.tuning.attached import Attached
 from remap.tuning.attaching import attach_method
+from remap.tuning.dropout import drawn_rate
 
 
 @dataclass
@@ -60,8 +61,16 @@ class Network:
     @property
     def learns_batch_statistics(self) -> bool:
         """Whether training depends on which images are in a batch together."""
-        paths = (*self.attached.tuned_modules, *self.attached.added)
-        return any(isinstance(m, _BatchNorm) for path in paths for m in self.model.get_submodule(path).modules())
+        return any(isinstance(module, _BatchNorm) for module in self._in_training())
+
+    @property
+    def draws_masks(self) -> bool:
+        """Whether the backbone's own dropout or drop-path is active, which draws for all rows of a pass at once."""
+        return any(drawn_rate(module) > 0 for module in self._in_training())
+
+    def _in_training(self) -> Iterator[nn.Module]:
+        for path in (*self.attached.tuned_modules, *self.attached.added):
+            yield from self.model.get_submodule(path).modules()
 
     @property
     def num_trainable(self) -> int:

@@ -230,8 +230,8 @@ LIMITS = """
   kind of device. Other processors, GPUs and versions of PyTorch round differently; `environment.json` in the run
   directory records what a run was made with.
 - **Equal bits for another number of processes.** Sums are taken in another order, so float32 results agree to about
-  1e-5 (guarantee 3). Batch statistics are those of each process's own part of the batch; the run reports this at its
-  start.
+  1e-5 (guarantee 3). Batch statistics are those of each process's own part of the batch, and so is the dropout or
+  drop-path that a tuned backbone was itself built with; the run reports this at its start.
 - **GPUs.** The tests above run on the CPU, with gloo between processes. NCCL, mixed precision and real exhaustion of
   GPU memory are not part of them.
 - **SIGKILL and power cuts between two saves.** The steps since the last checkpoint are repeated; nothing else is lost.

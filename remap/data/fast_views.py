@@ -91,8 +91,8 @@ def _jpeg(data: bytes, pixels: Pixels, height: int, width: int, crop_pct: float)
             plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not turned
             if not plain or image.width * image.height < SMALL:
                 return None
-            with require_small(image, pixels):
-                size = image.size
+            size = image.size
+            with require_small(image, pixels):  # may already reduce it
                 down, across = _box(size[1], size[0], height, width, crop_pct)
                 share = OVERSAMPLING * max(height / down, width / across)
                 if share <= 1 / 4:  # at half the size, torchvision is as fast with all of it

@@ -42,7 +42,7 @@ class JointTeacher(Teacher):
 
     def targets(self, images_BCHW: Tensor, indices_B: np.ndarray, view: int) -> dict[str, Tensor]:
         # With a graph, unlike other teachers' signals: ``learn`` goes back through it.
-        self._signals = self.runner(images_BCHW)
+        self._signals = self.runner(images_BCHW.to(self.device))
         return self.objective.targets(self._signals, self.number)
 
     def learn(self, labels: Labels, share: float) -> None:

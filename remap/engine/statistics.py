@@ -1,5 +1,7 @@
 """Statistics of the teachers' outputs on a sample of the training images, before the first step."""
 
+import torch
+
 from remap.data import keyed_random
 from remap.distributed.collectives import index_chunks
 from remap.distributed.interrupts import raise_if_interrupted
@@ -10,6 +12,7 @@ from remap.errors import DataError
 IMAGES = 1024
 
 
+@torch.no_grad()  # a joint teacher's outputs have a graph otherwise
 def estimate_statistics(job: Job) -> None:
     """Settle the objective's normalisers; every process sees the same images, as they are without augmentation.
 

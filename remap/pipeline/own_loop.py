@@ -1,6 +1,7 @@
 """The losses of remap in a training loop of one's own."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Losses(nn.Module):
 
         Args:
             images_BCHW: As the student takes them: of its size, normalised as timm says.
-            labels_B: Class of each image, int64; -1 for an image without a label.
+            labels_B: Class of each image, int64; -1 for an image without a label, which losses on labels leave out.
             teacher_images_BCHW: The same images as the teacher takes them, where it has another size or normalisation.
         """
         targets: dict[str, Tensor] = {}
@@ -42,7 +43,10 @@ class Losses(nn.Module):
             with torch.no_grad():
                 seen = self._teacher(images_BCHW if teacher_images_BCHW is None else teacher_images_BCHW)
             targets = self.objective.targets(seen)
-        total, terms = self.objective(self._student(images_BCHW), [targets], Labels(labels_B))
+        # A loop of one's own does not tell how many of all images have a label: losses are means over those of a batch.
+        labels = Labels(labels_B)
+        labels = replace(labels, labeled=float(labels.known_B.float().mean()))
+        total, terms = self.objective(self._student(images_BCHW), [targets], labels)
         return total, terms
 
     def after_step(self) -> None:

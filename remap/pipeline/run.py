@@ -16,7 +16,7 @@ from remap.engine.checkpoint_files import has_checkpoint
 from remap.engine.job import Job, require_divisible
 from remap.engine.loop import train
 from remap.engine.state import State
-from remap.errors import RecipeError, RunError, TrainingError
+from remap.errors import Interrupted, RecipeError, RemapError, RunError
 from remap.io.human_size import number_of
 from remap.io.paths import expanded
 from remap.network import Network
@@ -321,7 +321,9 @@ def _train_baseline(
     try:
         title = Within(progress, "labels only")
         found = run(recipe, baseline, title, shared, resuming=True, steps_after=steps_after)
-    except (RunError, TrainingError) as error:  # the student is there, and the run is not lost with this
+    except Interrupted:
+        raise
+    except RemapError as error:  # the student is there, and the run is not lost with this
         progress.say(f"training on labels alone, to compare with, ended early: {error}")
         return None
     return baseline_figures(found.summary)

@@ -19,7 +19,7 @@ from remap.pipeline.extend import extend
 from remap.pipeline.labels_only import labels_only
 from remap.pipeline.run import Result, resume, start
 from remap.pipeline.session_advice import ALONE, AT_ONCE, METHOD_WAYS, WAYS, WITH_MEMORY
-from remap.pipeline.session_split import FOLDERS, name_of, parts_of
+from remap.pipeline.session_split import FOLDERS, joint_data, name_of, parts_of
 from remap.pipeline.shared import SharedResources
 from remap.progress import Progress, Within
 from remap.recipe import Recipe
@@ -74,15 +74,15 @@ def compare_sessions(
     # Ways bring their own teacher: of lwf it is the run that is extended.
     base, shared = labels_only(recipe), SharedResources()
     parts = parts_of(base.data, split, shared)
-    if split == FOLDERS:
-        # For the joint run, which reads the folder above: classes are one level deeper there than in `parts`.
-        base = base.model_copy(update={"data": base.data.model_copy(update={"depth": (base.data.depth or 1) + 1})})
     pairs = _pairs(methods, ways, same_classes=split == FOLDERS)
     specs = {method: _method(base.method, method, len(parts)) for method, _ in pairs}
     recipes = {method: base.model_copy(update={"method": spec}) for method, spec in specs.items()}
     # For all methods before the first run: else a mistake is found after hours of training.
     if problems := [problem for one in recipes.values() for problem in train_problems(one)]:
         raise RecipeError(problems, recipe.name)
+    if split == FOLDERS and JOINT in ways:
+        data = joint_data(base.data, parts, folder / f"{JOINT}.csv", shared)
+        recipes = {method: one.model_copy(update={"data": data}) for method, one in recipes.items()}
     found: dict[tuple[str, str], list[dict[str, Any]]] = {pair: [] for pair in pairs}
     with resumable(folder):
         for seed in range(recipe.seed, recipe.seed + seeds):

@@ -1,11 +1,16 @@
 """How ``remap compare --sessions`` divides one data set: by classes, or by folders of looks."""
 
+import csv
+import io
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from remap.data.file_listing import list_folder
+from remap.data.folder_layout import find_layout
 from remap.data.image_files import is_leftover
 from remap.errors import RecipeError
+from remap.io import atomic_write
 from remap.io.paths import absolute, expanded
 from remap.pipeline.shared import SharedResources
 from remap.recipe.schema import DataSpec
@@ -52,6 +57,32 @@ def groups_of(split: str, classes: Sequence[str]) -> list[list[str]]:
             "compare",
         )
     return groups
+
+
+def joint_data(data: DataSpec, parts: Sequence[DataSpec], table: Path, shared: SharedResources) -> DataSpec:
+    """Return the images of all looks as those of one run: of the same classes and splits, which a table lists.
+
+    As class folders one level deeper, a class of each look would be a class of its own.
+
+    Args:
+        table: The CSV to write.
+    """
+    root, file = absolute(data.source or ""), io.StringIO()
+    rows = csv.writer(file, lineterminator="\n")
+    rows.writerow(("path", "label", "split"))
+    for part in parts:
+        # What is held out to choose the epoch, the joint run holds out of all looks.
+        images, folder = shared.index(part.model_copy(update={"selection": None})), Path(part.source or "")
+        above = f"{folder.name}/{find_layout(str(folder), list_folder(folder)).prefix}"
+        for name in ("train", "val", "test"):
+            if (split := getattr(images, name)) is not None:
+                labels = (images.classes[label] for label in split.labels)
+                rows.writerows((above + path, label, name) for path, label in zip(split.names, labels, strict=True))
+    atomic_write.make_folder(table.parent)
+    atomic_write.write_text(table, file.getvalue())
+    # What chooses among the images has chosen them.
+    chosen = {**dict.fromkeys(("depth", "only", "subset", "labels", "per_class", "held_out")), "per_class_seed": 0}
+    return data.model_copy(update={"source": f"csv:{absolute(str(table))},folder={root}", **chosen})
 
 
 def name_of(data: DataSpec) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from remap.data.views import ViewSource
+from remap.distributed.launch import ProcessLost
 from remap.engine.evaluation import Evaluation
 from remap.engine.evaluation_pass import evaluate_as
 from remap.engine.metrics import calibration_error
@@ -100,7 +101,7 @@ def measure_sessions(
             val = ViewSource(shared.index(spec).val, components.views.view, memory_bytes=0.0, workers=spec.workers)
             what = f"session {len(answers) + 1}"
             answered = evaluate_as(recipe, components.student, val, progress, what)
-        except DataError as error:  # what was trained is not lost over them
+        except (DataError, ProcessLost) as error:  # here or on another process; what was trained is not lost over them
             why = error.what if error.given is None else f"{error.what}: {error.given}"
             progress.say(f"the images of {session.run.path} cannot be used, so it is not measured: {why}")
             answers.append(None)

@@ -3,7 +3,7 @@
 Letters: N images of the domain, C classes, D width of the pooled features.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,8 @@ def _answers(
     """Return indices (N,), pooled features (N, D) and probabilities (N, C) of all readable images, on the CPU."""
     network.model.eval()
     parts: list[tuple[np.ndarray, Tensor, Tensor]] = []
-    for readable, images_BCHW in _batches(source, recipe.train.batch_size, "pseudo-labels", progress):
+    chunks = index_chunks(len(source.split), recipe.train.batch_size)
+    for readable, images_BCHW in _batches(source, chunks, "pseudo-labels", progress):
         runner = Runner(network, Needs(pooled=True))
         signals = runner(images_BCHW)
         runner.tap.close()
@@ -158,7 +159,7 @@ def _answers(
 def by_statistics(
     network: Network, source: ViewSource, batch_size: int, run: Path, progress: Progress
 ) -> dict[str, Any]:
-    """Set the statistics of the batch norms to the means over batches of the other domain.
+    """Set the statistics of the batch norms to means over images of the other domain, of batches from all of it.
 
     Raises:
         RunError: The task stores no batch norm.
@@ -180,11 +181,16 @@ def by_statistics(
     for norm in norms:
         # Else the batches of the old domain would count in the mean too.
         norm.reset_running_stats()
-        norm.momentum = None  # the mean over all batches
         # The norms alone: everything else, such as dropout, stays in eval.
         norm.train()
     runner = Runner(network)
-    for _, images_BCHW in _batches(source, batch_size, "statistics", progress):
+    # Every n-th image: folders that are sorted by class would make batches of one, whose variances are too small.
+    number, seen = -(-len(source.split) // batch_size), 0
+    chunks = [np.arange(first, len(source.split), number) for first in range(number)]
+    for readable, images_BCHW in _batches(source, chunks, "statistics", progress):
+        seen += len(readable)
+        for norm in norms:
+            norm.momentum = len(readable) / seen  # the mean over all images so far
         runner(images_BCHW)
     runner.tap.close()
     network.model.eval()
@@ -194,9 +200,11 @@ def by_statistics(
     }
 
 
-def _batches(source: ViewSource, size: int, what: str, progress: Progress) -> Iterator[tuple[np.ndarray, Tensor]]:
+def _batches(
+    source: ViewSource, chunks: Sequence[np.ndarray], what: str, progress: Progress
+) -> Iterator[tuple[np.ndarray, Tensor]]:
     with progress.wait(what, len(source.split)) as step:
-        for chunk in index_chunks(len(source.split), size):
+        for chunk in chunks:
             images_BCHW, readable = source.batch(chunk)
             if len(readable):
                 yield readable, images_BCHW.to(accelerator().device)

@@ -113,6 +113,8 @@ def warn_before_training(components: RunComponents, shared: SharedResources, pro
         return
     if components.student.learns_batch_statistics:
         progress.say("batch statistics are computed within each part of a batch, so results depend on the parts")
+    if components.student.draws_masks:
+        progress.say("the backbone's own dropout is drawn within each part of a batch, so results depend on the parts")
     over_batch = [loss.name for loss in components.recipe.losses if loss.over_batch]
     if over_batch and components.recipe.train.accumulation > 1:
         progress.say(f"{', '.join(over_batch)}: the whole batch is compared, so the student runs twice in each step")

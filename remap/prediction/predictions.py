@@ -193,11 +193,11 @@ class _Answers:
         images = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*readable, strict=True)]
         stems: dict[Any, Mapping[str, Tensor]] = {}
         for name, student in self.students.items():
-            runner, network = self.runners[name], student.network
+            runner, network, seam = self.runners[name], student.network, self.runners[name].tap.seam
             images_BCHW = images[self.views.index(student.view)].to(student.device)
             if self._tent is not None:
                 yield name, self._tent(images_BCHW)
-            elif len(self.students) > 1 and isinstance(runner.tap.seam, FeatureSeam):
+            elif len(self.students) > 1 and isinstance(seam, FeatureSeam) and seam.plain:
                 key = (student.view, network.preprocess, network.identity.sha256)
                 stems[key] = stems.get(key) or runner.stem(images_BCHW)
                 yield name, runner(images_BCHW, stems[key])

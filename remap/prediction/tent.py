@@ -24,8 +24,9 @@ def norms_of(model: nn.Module) -> list[nn.Module]:
 class Tent:
     """Wang et al. 2021, arXiv 2006.10726: after each batch, one step down the mean entropy of its answers.
 
-    Scales and shifts of the normalisation layers are trained and nothing else; batch norms normalise by the batch. The
-    answers are those before the step, as in the paper's algorithm: of the batches so far, not of the later ones.
+    Scales and shifts of the normalisation layers are trained and nothing else; batch norms normalise by the batch, but
+    a single image, such as may be left over at the end, by the running statistics: it has no variance. The answers are
+    those before the step, as in the paper's algorithm: of the batches so far, not of the later ones.
 
     Args:
         network: In eval mode; ``adapting`` puts it back as it was.
@@ -44,6 +45,8 @@ class Tent:
     @torch.enable_grad()
     def __call__(self, images_BCHW: Tensor) -> Signals:
         """Return the signals of a batch, and learn from it."""
+        for norm in self.norms:
+            norm.train(isinstance(norm, _BatchNorm) and len(images_BCHW) > 1)
         signals = self.runner(images_BCHW)
         log_BC = signals.logits_BC.float().log_softmax(dim=-1)
         entropy = -(log_BC.exp() * log_BC).sum(dim=-1).mean()
@@ -72,8 +75,6 @@ def adapting(network: Network, runner: Runner) -> Iterator[Tent]:
         network.model.requires_grad_(False)
         for parameter in tent.parameters:
             parameter.requires_grad_(True)
-        for norm in tent.norms:
-            norm.train(isinstance(norm, _BatchNorm))
         yield tent
     finally:
         with torch.no_grad():

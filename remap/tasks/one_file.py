@@ -26,6 +26,8 @@ from remap.progress import Progress, Silent
 from remap.tasks.shelf import Shelf
 
 FILE = "tasks.onnx"
+# Of ``ExportOptions``: what one graph can do for all tasks at once.
+OPTIONS = ("input", "layout")
 # A task that tunes more of the backbone than this brings most of a second backbone into the file.
 MOST_OWN = 0.5
 
@@ -63,8 +65,12 @@ def export_tasks(
         What the check found, by task.
 
     Raises:
-        RemapError: A task takes other images than the first, or tunes most of the backbone, or a package is missing.
+        RemapError: A task takes other images than the first, or tunes most of the backbone, a package is missing, or
+            options are of one network's file only.
     """
+    if others := [name for name in options if name not in OPTIONS]:
+        what = "one file of many tasks does not take every option of an export"
+        raise RunError(what, given=", ".join(others), allowed=OPTIONS, do="export the task by itself: remap export RUN")
     chosen, progress = ExportOptions(**options), progress or Silent()
     row = FORMATS.row("onnx")
     chosen.require_fit(row)

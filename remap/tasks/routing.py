@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from remap.backbones.anatomy import Anatomy
 from remap.backbones.typed import as_timm
+from remap.remapping.knowledge.attention.attention_copy import CopiedMaps
 from remap.tuning.prompt.sequence_prompts import Prompts
 
 # Attributes that say nothing of what a backbone's forward computes.
@@ -36,6 +37,8 @@ def why_not_together(tuned: nn.Module, plain: nn.Module, anatomy: Anatomy) -> st
     """
     if any(isinstance(m, Prompts) and m.own.stop < m.depth for m in tuned.modules()):
         return "its prompts pass from block to block"
+    if any(isinstance(m, CopiedMaps) for m in tuned.modules()):
+        return "its attention maps pass from block to block"
     if tuned._forward_hooks or tuned._forward_pre_hooks:
         return "it hooks into the complete network"
     others = dict(tuned.named_modules())

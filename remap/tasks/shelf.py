@@ -5,6 +5,7 @@ SHELF/backbone/            the frozen weights, once; and config.json where timm 
 SHELF/tasks/NAME/          a copy of a run's task folder, byte for byte
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -271,15 +272,17 @@ def _require_unused(path: Path) -> None:
 def _store_backbone(path: Path, meta: TaskMeta) -> None:
     """Write the backbone of a task, without classifier, and a shelf.json without tasks."""
     spec = meta.backbone
-    if (path / "backbone" / _WEIGHTS).exists():
-        raise RunError(f"{path / 'backbone'} holds weights of something else", do="name another folder")
     backbone = open_backbone(spec.to_open(), 1)
     if backbone.identity.sha256 != spec.sha256:
         raise RunError(f"the weights of {spec.model} are not those that the task was tuned on any more")
     state = backbone.model.state_dict().items()
     tensors = {name: tensor.contiguous() for name, tensor in state if not backbone.anatomy.is_head(name)}
-    atomic_write.make_folder(path / "backbone")
-    atomic_write.write_bytes(path / "backbone" / _WEIGHTS, save(tensors))
+    data, weights = save(tensors), path / "backbone" / _WEIGHTS
+    # A shelf whose making was stopped left these very weights.
+    if weights.exists() and sha256_of(weights) != hashlib.sha256(data).hexdigest():
+        raise RunError(f"{weights.parent} holds weights of something else", do="name another folder")
+    atomic_write.make_folder(weights.parent)
+    atomic_write.write_bytes(weights, data)
     if spec.model.startswith("local-dir:"):
         config = read_regular(Path(spec.model.removeprefix("local-dir:")) / _CONFIG, MOST_JSON_BYTES)
         atomic_write.write_bytes(path / "backbone" / _CONFIG, config)

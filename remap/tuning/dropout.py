@@ -42,6 +42,11 @@ class SampleDropout(nn.Module):
         return f"p={self.p}, site={self.site}"
 
 
+def drawn_rate(module: nn.Module) -> float:
+    """Return the rate of a backbone's own dropout or drop-path, whose masks are drawn for all rows at once; else 0."""
+    return float(getattr(module, "p" if isinstance(module, nn.Dropout) else "drop_prob", 0.0) or 0.0)
+
+
 def site_offset(site: int) -> Tensor:
     """Return the int32 scalar by which a site's masks differ from those of others."""
     return torch.tensor(_wrap(site * 0x9E3779B1), dtype=torch.int32)

@@ -42,10 +42,14 @@ class Seam(ABC):
 
 
 class FeatureSeam(Seam):
-    """The complete backbone is frozen: cached are the inputs of the classifier's linear layers, before any hook."""
+    """The complete backbone is frozen: cached are the inputs of the classifier's linear layers, before any hook.
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
-        self.model, self.anatomy, self.first_block = model, anatomy, anatomy.depth
+    Attributes:
+        plain: Whether they are those of the backbone without the method, so that tasks of other methods share them.
+    """
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, *, plain: bool = True) -> None:
+        self.model, self.anatomy, self.first_block, self.plain = model, anatomy, anatomy.depth, plain
 
     def stem(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         return _inputs_of(self.model, self.anatomy.classifier_heads, images_BCHW)

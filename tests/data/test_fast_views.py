@@ -119,6 +119,21 @@ def test_a_much_larger_jpeg_is_decoded_at_reduced_size() -> None:
     assert np.abs(made - whole).mean() < 4.0
 
 
+def test_a_jpeg_above_the_limit_of_megapixels_is_reduced_as_for_exact_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    """400 x 304 pixels, 0.05 megapixels allowed: half the size is decoded, by Pillow, and the whole of it by nothing.
+
+    The expected view is Pillow's of its own decoding at half the size: 133 of 152 pixels, from 34 and 10 on.
+    """
+    monkeypatch.setattr(fast_views, "_decoder", lambda: pytest.fail("decoded whole"))
+    data = encoded(picture((400, 304)))
+    view = View(128, 0.875, "bicubic", Pixels(decode="fast", megapixels=0.05))
+    half = Image.open(io.BytesIO(data))
+    half.draft("RGB", (200, 152))
+    assert half.size == (200, 152)
+    made = view.read(data).astype(int)
+    assert np.abs(made - pillow(half, (34, 10, 167, 143), 128)).max() <= 1
+
+
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"text", encoded(picture())[:200], encoded(picture())[:-40]])
 def test_what_pillow_refuses_is_refused_in_the_same_words(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "image.jpg").write_bytes(data)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from remap.distributed import launch
 from remap.engine.joint_teacher import JointTeacher
+from remap.engine.statistics import estimate_statistics
 from remap.errors import RecipeError
 from remap.network import Network, Runner
 from remap.pipeline import weak_teachers
@@ -55,6 +58,26 @@ def test_blocks_share_cores_and_nothing_else(tiny: Any, tmp_path: Path) -> None:
     trains = {name for name, p in teacher.model.named_parameters() if p.requires_grad}
     assert trains == set(teacher.trained) and {"head.weight", "head.bias"} < trains
     assert not teacher.model.training
+
+
+def test_statistics_of_its_features_are_taken_on_its_device_without_a_graph(tiny: Any, tmp_path: Path) -> None:
+    """Images are decoded on the CPU; "meta" stands for a GPU, where each operation refuses those of another device."""
+    recipe = recipe_of(tiny, losses=["ce", "kd", {"name": "feature", "normalize": "standard"}])
+    parts = build_components(recipe, RunDir.create(tmp_path / "run", recipe), Silent(), SharedResources())
+    joint, seen = make_teacher(parts, 0), list[tuple[str, bool]]()
+    usual, joint.device = joint.runner, torch.device("meta")
+
+    def runner(images_BCHW: Tensor) -> Any:
+        signals = usual(torch.zeros(images_BCHW.shape, dtype=torch.uint8))
+        seen.append((images_BCHW.device.type, signals.logits_BC.requires_grad))
+        return signals
+
+    joint.runner = runner
+    source = parts.training_source
+    job: Any = SimpleNamespace(recipe=recipe, accelerator=launch.accelerator(), source=source, teachers=[joint])
+    job.objective, job.progress, job.expected_N = parts.objective, Silent(), None
+    estimate_statistics(job)
+    assert set(seen) == {("meta", False)}
 
 
 def test_the_shared_core_gets_the_gradients_of_both(tiny: Any, tmp_path: Path) -> None:

@@ -98,6 +98,19 @@ def test_a_step_that_cannot_be_divided_is_refused(tiny: Any, tmp_path: Path) -> 
         start(recipe, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("method", "accumulation", "said"), [("partial", 2, True), ("partial", 1, False), ("adapter_plus", 2, False)]
+)
+def test_what_is_drawn_within_a_part_of_a_batch_is_reported(
+    tiny: Any, tmp_path: Path, watch: Any, method: str, accumulation: int, said: bool
+) -> None:
+    """The tiny student was built with dropout and drop-path, which draw for all rows; a method's own goes by image."""
+    progress = watch(lambda _step: None)
+    settings = ("train.epochs=1", f"train.accumulation={accumulation}")
+    start(tiny.recipe(*settings, method=method, teacher=None), tmp_path / "run", progress)
+    assert any("own dropout is drawn within each part" in line for line in progress.said) is said
+
+
 def test_the_learning_rate_follows_the_closed_form() -> None:
     """Warm-up k/w of the peak, then min + (peak - min) * (1 + cos(pi * t)) / 2 (Loshchilov & Hutter, 1608.03983)."""
     spec = TrainSpec(epochs=5, warmup_epochs=1.5, min_lr=1e-4)

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from remap.data.sources import open_unlabeled
 from remap.data.views import View, ViewSource
 from remap.errors import DataError, Interrupted, RecipeError, RemapError, RunError
-from remap.network import tuned
+from remap.network import Runner, tuned
 from remap.pipeline.adapt import adapt
 from remap.pipeline.repeat import repeat
 from remap.pipeline.run import resume, start
@@ -123,20 +123,25 @@ def test_pseudo_labels_are_those_of_the_nearest_centroids() -> None:
     assert pseudo_labels(torch.from_numpy(x), never).tolist() == second
 
 
-def test_statistics_are_means_over_batches(camera: Path, model_folder: Callable[..., str], tmp_path: Path) -> None:
-    # Source: the mean and unbiased variance of what enters the first batch norm, batch by batch, in numpy.
+def test_statistics_are_means_over_images(camera: Path, model_folder: Callable[..., str], tmp_path: Path) -> None:
+    """11 images, 5 at a time: batches of 4, 4 and 3 that are spread over all. A batch counts by its images.
+
+    Source: the mean and unbiased variance of what enters the first batch norm, batch by batch, in numpy.
+    """
     network = tuned(open_backbone(ModelSpec(model=model_folder("resnet10t", {}, 32)), 3), "full", {})
     split, _ = open_unlabeled(str(camera))
-    source = ViewSource(split, View(32, 1.0, "bicubic"), memory_bytes=1e9, workers=1)
+    source = ViewSource(split.take(np.arange(11)), View(32, 1.0, "bicubic"), memory_bytes=1e9, workers=1)
     norm = next(module for module in network.model.modules() if isinstance(module, _BatchNorm))
     entering: list[np.ndarray] = []
     norm.register_forward_pre_hook(lambda _, args: entering.append(args[0].detach().double().numpy()))
     assert by_statistics(network, source, 5, tmp_path, Silent())["batch_norms"] > 1
-    assert [len(batch) for batch in entering] == [5, 5, 2] and not norm.training
-    means = [batch.mean(axis=(0, 2, 3)) for batch in entering]
-    variances = [batch.var(axis=(0, 2, 3), ddof=1) for batch in entering]
-    np.testing.assert_allclose(norm.running_mean.numpy(), np.mean(means, axis=0), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(norm.running_var.numpy(), np.mean(variances, axis=0), rtol=1e-4)
+    assert [len(batch) for batch in entering] == [4, 4, 3] and not norm.training
+    Runner(network)(source.batch(np.arange(0, 11, 3))[0])
+    np.testing.assert_allclose(entering[3], entering[0], atol=1e-6)  # the first batch is every third image
+    mean = np.concatenate(entering[:3]).mean(axis=(0, 2, 3))
+    variances = [batch.var(axis=(0, 2, 3), ddof=1) for batch in entering[:3]]
+    np.testing.assert_allclose(norm.running_mean.numpy(), mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(norm.running_var.numpy(), np.average(variances, axis=0, weights=[4, 4, 3]), rtol=1e-4)
 
 
 @pytest.mark.parametrize(

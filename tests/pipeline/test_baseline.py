@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from remap.data.sources import open_data
-from remap.errors import Interrupted, RecipeError
+from remap.errors import DataError, Interrupted, RecipeError
 from remap.pipeline.baseline import baseline_recipe
 from remap.pipeline.labels_only import same_steps
-from remap.pipeline.run import resume, start
+from remap.pipeline.run import resume, run, start
 from remap.pipeline.run_differences import compare
 from remap.recipe import resolve
 from remap.recipe.schema import TrainSpec
@@ -91,6 +91,21 @@ def test_a_baseline_that_fails_leaves_a_finished_run(
     monkeypatch.setattr("remap.pipeline.run.baseline_recipe", damaged)
     run = start(tiny.recipe("baseline=true", "teacher.allow_weak=true"), tmp_path / "run")
     assert "baseline" not in run.summary and RunDir(tmp_path / "run").is_done
+
+
+def test_a_baseline_whose_images_cannot_be_read_leaves_a_finished_run(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where they are lost while the student trains."""
+
+    def train(recipe: Any, run_dir: RunDir, *rest: Any, **options: Any) -> Any:
+        if run_dir.path.name == "baseline":
+            raise DataError("no image of the step can be read")
+        return run(recipe, run_dir, *rest, **options)
+
+    monkeypatch.setattr("remap.pipeline.run.run", train)
+    found = start(tiny.recipe("baseline=true", "teacher.allow_weak=true"), tmp_path / "run")
+    assert "baseline" not in found.summary and RunDir(tmp_path / "run").is_done
 
 
 def test_what_is_known_of_the_images_is_said_once(tiny: Any, tmp_path: Path, watch: Watch) -> None:

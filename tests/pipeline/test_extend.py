@@ -18,6 +18,7 @@ from sklearn.linear_model import Ridge
 import remap
 from remap.data.sources import open_data
 from remap.data.views import ViewSource
+from remap.distributed.launch import ProcessLost
 from remap.errors import DataError, Interrupted, MissingData, RecipeError, TrainingError
 from remap.network import Runner, tuned
 from remap.pipeline.evaluate_run import evaluate_run
@@ -192,6 +193,23 @@ def test_ways_follow_from_what_is_at_hand(first: Path, red: DataSpec, tiny: Any,
             extend(first, red, how="ranpac", output=tmp_path / "impossible")
     finally:
         (first / "recipe.yaml").write_bytes(kept)
+
+
+@pytest.mark.parametrize(
+    "error", [DataError("one image cannot be read"), ProcessLost("another process cannot read it")]
+)
+def test_a_session_that_cannot_be_measured_costs_its_figures_alone(
+    first: Path, red: DataSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Of several processes one says which image it is, and the others that it was another."""
+
+    def unreadable(*_args: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("remap.pipeline.sessions.evaluate_as", unreadable)
+    found = extend(first, red, how="prototypes", output=tmp_path / "second").summary["sessions"]
+    assert [one["images"] for one in found["sessions"]][0] is None and RunDir(tmp_path / "second").is_done
+    assert found["accuracy"][-1][0] is None and found["accuracy"][-1][1] is not None
 
 
 def test_mistakes_are_named(first: Path, red: DataSpec, tiny: Any) -> None:

@@ -40,6 +40,21 @@ def test_the_sum_is_that_of_the_formulas() -> None:
     assert not [1 for model in (student, teacher) for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
 
 
+def test_an_image_without_a_label_counts_in_the_teacher_s_losses_alone() -> None:
+    """Expected: ce of the two labelled images, kd of all four; of a batch without any label, ce is nothing."""
+    student, teacher = _pair()
+    images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, -1, 1, -1])
+    losses = remap.losses("ce,kd", student.eval(), teacher)
+    of_labels = F.cross_entropy(student(images[::2]).double(), labels[::2])
+    total, terms = losses(images, labels)
+    assert terms["ce"].item() == pytest.approx(of_labels.item(), rel=1e-5)
+    assert terms["kd"].item() == losses(images, torch.tensor([0, 2, 1, 1]))[1]["kd"].item() > 0
+    assert total.item() == pytest.approx((terms["ce"] + terms["kd"]).item(), rel=1e-6)
+    total, terms = losses(images, torch.full((4,), -1))
+    assert terms["ce"].item() == 0 and total.isfinite()
+    losses.close()
+
+
 def test_the_ten_lines_of_the_docs_train(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run as they stand there, on tiny models: the loss falls, only prompts, head and projector change."""
     (lines,) = re.findall(r"```python\n(import timm.*?)```", PAGE.read_text(), flags=re.DOTALL)

@@ -129,6 +129,9 @@ def test_folders_are_sessions_with_a_look_of_their_own(tiny: Any, tmp_path: Path
     joint = json.loads((tmp_path / "out" / "linear" / "seed-0" / "joint" / "summary.json").read_text())
     images = [run["data"]["train_images"] + run["data"]["val_images"] for run in (first, joint)]
     assert images[1] == 2 * images[0]
+    # Of the classes of each look, and judged by the images that the sessions are judged by.
+    counts = [{name: run["data"][name] for name in ("classes", "val_images")} for run in (first, joint)]
+    assert counts[1] == {"classes": 2, "val_images": 2 * counts[0]["val_images"]}
     with pytest.raises(RecipeError, match="ease is for new classes"):
         compare_sessions(*arguments[:3], ["ease"], *arguments[4:])
     with pytest.raises(RecipeError, match="lwf:3:bias corrects the bias of new classes"):

@@ -95,14 +95,15 @@ def test_a_threshold_is_for_any_number_of_classes(make_task: MakeTask, photos: P
 
 
 def test_several_tasks_answer_in_one_pass(make_task: MakeTask, photos: Path) -> None:
-    """Expected: each run alone. Two of them share the frozen backbone's features."""
+    """Expected: each run alone. The first two share the frozen backbone's features; copied maps give others."""
     runs = {
         "one": make_task("one", "linear"),
         "two": make_task("two", "mlp", ("x", "y")),
         "v": make_task("v", "vpt_deep"),
+        "maps": make_task("maps", "attention_copy"),
     }
     together = list(remap.predict(runs, photos, top=3, device="cpu"))
-    assert [row.task for row in together[:3]] == list(runs) and len(together) == 33
+    assert [row.task for row in together[:4]] == list(runs) and len(together) == 44
     for name, run in runs.items():
         alone = remap.predict(run, photos, top=3, device="cpu")
         for row, expected in zip([row for row in together if row.task == name], alone, strict=True):

@@ -13,13 +13,15 @@ from torch import nn
 
 import remap
 from remap.errors import RecipeError, RunError
-from remap.network import Runner
+from remap.network import Runner, tuned
 from remap.pipeline.student_api import load_student
 from remap.prediction.inputs import Inputs
 from remap.prediction.predict import predict_to_file
 from remap.prediction.predictions import Wanted
 from remap.prediction.tent import adapting
 from remap.progress import Silent
+from remap.recipe.schema import ModelSpec
+from remap.runs.task import open_backbone
 
 MakeTask = Callable[..., Path]
 
@@ -75,6 +77,19 @@ def test_norms_alone_change_and_come_back(make_task: MakeTask) -> None:
         raise KeyError
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert required == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+def test_an_image_that_is_left_over_is_normalised_by_the_running_statistics(model_folder: Callable[..., str]) -> None:
+    """The last maps of 32 pixels have one pixel: over one image alone there is no variance."""
+    network = tuned(open_backbone(ModelSpec(model=model_folder("resnet10t", {}, 32)), 3), "full", {})
+    network.model.eval()
+    images, runner = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8), Runner(network)
+    with adapting(network, runner) as tent:
+        of_batch = tent(images[:4]).logits_BC.detach()
+        still = copy.deepcopy(network.model).eval()
+        expected = still(runner.preprocess(images[4:])).detach()
+        torch.testing.assert_close(tent(images[4:]).logits_BC.detach(), expected)
+    assert not torch.allclose(of_batch, runner(images[:4]).logits_BC, atol=1e-3), "a batch normalises by itself"
 
 
 def test_what_cannot_adapt_is_refused(make_task: MakeTask, photos: Path, tmp_path: Path) -> None:

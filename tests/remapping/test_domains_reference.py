@@ -97,11 +97,12 @@ def test_mean_teacher(pair: Pair, threshold: float) -> None:
     expected = -sum(log_p[n, q[n].argmax()] for n in counted) / len(TARGET)
     found = value("mean_teacher", pair, Signals(student), MIXED, {"logits": teacher}, threshold=threshold)
     assert found == pytest.approx(expected, rel=1e-5)
-    # The parts of a batch add up, whatever images without labels each has.
+    # The parts of a batch add up, whatever images without labels each has, and were they of one image.
     kind = LOSSES.load("mean_teacher")
     term = kind(pair, kind.Config(threshold=threshold))
-    parts = 0.0
-    for rows in (slice(0, 4), slice(4, 11)):
-        part = replace(MIXED, classes_B=MIXED.classes_B[rows])
-        parts += term(Signals(student[rows]), {"logits": teacher[rows]}, part).item() * len(part.classes_B) / 11
-    assert parts == pytest.approx(expected, rel=1e-5)
+    for cuts in ([0, 4, 11], range(12)):
+        parts = 0.0
+        for rows in map(slice, cuts[:-1], cuts[1:]):
+            part = replace(MIXED, classes_B=MIXED.classes_B[rows])
+            parts += term(Signals(student[rows]), {"logits": teacher[rows]}, part).item() * len(part.classes_B) / 11
+        assert parts == pytest.approx(expected, rel=1e-5)

@@ -26,8 +26,9 @@ METHODS = {
     "shallow": ("vpt_shallow", {"num_prompts": 2}),
     "bias": ("bitfit", {}),
     "boft": ("hra", {}),
+    "maps": ("attention_copy", {}),
 }
-ALONE = {"shallow", "bias", "boft"}
+ALONE = {"shallow", "bias", "boft", "maps"}
 
 
 def images(count: int) -> list[torch.Tensor]:

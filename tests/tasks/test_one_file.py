@@ -74,3 +74,11 @@ def test_what_would_share_little_is_refused(make_task: MakeTask, tmp_path: Path)
     with pytest.raises(RunError, match="near takes other images than birds"):
         export_tasks(shelf, tmp_path / "out", tasks=["birds", "near"])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", [{"softmax": True}, {"int8": "dynamic"}, {"images": 8}])
+def test_an_option_of_one_network_s_file_is_refused(make_task: MakeTask, tmp_path: Path, option: dict) -> None:
+    shelf = shelf_of(make_task, tmp_path / "shelf", {"birds": "linear"})
+    with pytest.raises(RunError, match=f"given:   {next(iter(option))}\n  allowed: input, layout"):
+        export_tasks(shelf, tmp_path / "out", input="uint8", **option)
+    assert not (tmp_path / "out").exists()

@@ -79,6 +79,19 @@ def test_a_changed_byte_is_found(shelf: Path, file: str) -> None:
     assert list(wrong) == ["cars" if "cars" in file else "(backbone)"], wrong
 
 
+def test_a_shelf_whose_making_was_stopped_is_made_by_the_same_command(
+    make_task: MakeTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped between the weights, which may take minutes, and shelf.json."""
+    birds = make_task("birds", "lora")
+    with monkeypatch.context() as patch:
+        patch.setattr("remap.tasks.shelf._write_content", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            Shelf.with_task(tmp_path / "shelf", "birds", birds)
+    assert [path.name for path in (tmp_path / "shelf" / "backbone").glob("*.safetensors")] == ["model.safetensors"]
+    assert not [row.problem for row in Shelf.with_task(tmp_path / "shelf", "birds", birds).verify() if row.problem]
+
+
 def test_what_does_not_belong_is_refused(shelf: Path, make_task: MakeTask, tiny: object, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="has a task cars already"):
         Shelf.with_task(shelf, "cars", make_task("again", "lora"))

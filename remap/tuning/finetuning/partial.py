@@ -15,6 +15,7 @@ from remap.backbones.families.stages import StageBlock
 from remap.backbones.typed import as_timm
 from remap.errors import BackboneError
 from remap.tuning.base import IN_PLACE, Attachment, Method, Options, names_where
+from remap.tuning.dropout import drawn_rate
 from remap.tuning.seam import BlockSeam
 
 
@@ -125,5 +126,4 @@ class ClassRowSeam(BlockSeam):
 
 def _drops(block: nn.Module) -> bool:
     """Return whether dropout or drop-path is active: its masks are drawn for all rows."""
-    rates = ((m, "p" if isinstance(m, nn.Dropout) else "drop_prob") for m in block.modules() if m.training)
-    return any((getattr(module, name, 0.0) or 0.0) > 0 for module, name in rates)
+    return any(drawn_rate(module) > 0 for module in block.modules() if module.training)

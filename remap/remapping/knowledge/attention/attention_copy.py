@@ -76,7 +76,7 @@ class AttentionCopy(Method):
         if self.config.trains == "all":
             tuned = replace(Full().attach(model, anatomy), fold=None)
         else:
-            tuned = Attachment(trainable=(), seam=FeatureSeam(model, anatomy))
+            tuned = Attachment(trainable=(), seam=FeatureSeam(model, anatomy, plain=False))
         config, images = self.config, PreprocessSpec.of(model)
         found = TeacherMaps(teacher, images, anatomy, config.layers, config.heads, config.resize)
         maps = CopiedMaps(found, config.teacher, anatomy)

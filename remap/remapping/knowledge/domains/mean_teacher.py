@@ -1,5 +1,6 @@
 """Self-training by the student's running average. B batch, C classes."""
 
+import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,4 +33,4 @@ class MeanTeacher(LogitsTerm):
         # As Labels.mean: divided by how many a batch of this size has on average, so that its parts add up.
         unlabeled = len(student_BC) * (1.0 - labels.labeled)
         losses_B = F.cross_entropy(student_BC, class_B, reduction="none") * counts_B
-        return losses_B.sum() / max(unlabeled, 1.0)
+        return losses_B.sum() / max(unlabeled, torch.finfo(torch.float32).tiny)
