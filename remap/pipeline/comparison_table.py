@@ -86,6 +86,8 @@ def tabulate(recipe: Recipe, cells: Sequence[Cell], output: Path) -> dict[str, A
             "to_full": _difference(right["teacher"], of_full),
             "alone_to_full": _difference(right["alone"], of_full),
         }
+        if full is not None and runs[full][0] == alone:  # full tuning on labels alone does not differ from itself
+            row["difference"]["alone_to_full"] = None
         row["ppt"] = ppt(row["teacher"]["mean"], row["trainable_parameters"])
     for row in rows:
         row["pareto"] = not any(_dominates(other, row) for other in rows)

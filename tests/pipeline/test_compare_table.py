@@ -74,6 +74,8 @@ def test_differences_are_over_the_same_images_and_seeds(compared: Path) -> None:
         assert (found["mean"], found["low"], found["high"]) == pytest.approx(paired(first, second))
         assert found["distinguishable"] == (found["low"] > 0 or found["high"] < 0)
     assert row["gain"] == pytest.approx(row["difference"]["to_alone"]["mean"])
+    rows = {row["name"]: row["difference"]["alone_to_full"] for row in read(compared)["rows"]}
+    assert [name for name, found in rows.items() if found is None] == ["full"], "it does not differ from itself"
 
 
 def test_agreement_and_the_surer_answer_of_two(compared: Path) -> None:
