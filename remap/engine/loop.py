@@ -80,6 +80,8 @@ def train(job: Job, *, resume: bool = False) -> State:
                             optimizer.zero_grad(set_to_none=True)  # last: hooks after the step read gradients
                         else:
                             skip_step(training, result)
+                            # What a method does at a certain step is due all the same.
+                            job.student.attached.after_step(update, spec.epochs * steps)
                         state.step += 1
                         training.unread.append(pending)
 

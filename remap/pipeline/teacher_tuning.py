@@ -173,8 +173,8 @@ def teacher_recipe(recipe: Recipe, spec: TeacherSpec, fold: int = 0) -> Recipe:
     Args:
         fold: Which fold of the images it is tuned without; 0 is none.
     """
-    # The teacher's rate and warm-up belong to its method, not to the student's.
-    own = {"lr": spec.lr, "base_lr": None, "warmup_epochs": None, "optimizer": "adamw", "track": ()}
+    # The teacher's rate, from warm-up to end, belongs to its method, not to the student's.
+    own = {"lr": spec.lr, "base_lr": None, "min_lr": 0.0, "warmup_epochs": None, "optimizer": "adamw", "track": ()}
     own |= {"checkpoint_blocks": False}  # which its blocks may not allow, and only the student's memory asks for
     epochs = spec.epochs or recipe.train.epochs
     if not recipe.train.selects:  # evaluated as many times as its student: the figures between serve the eye alone

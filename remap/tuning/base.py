@@ -178,7 +178,10 @@ class TrainingHooks:
         """
 
     def after_step(self, step: int, total: int) -> None:
-        """Act after optimiser step ``step`` (from 0) of ``total``, while the gradients are still there."""
+        """Act after optimiser step ``step`` (from 0) of ``total``, while the gradients are still there.
+
+        A step that was left out, as it was not finite, has none: every gradient is None.
+        """
 
     def penalty(self) -> Tensor | None:
         """Return a term that is added to the loss, a float32 scalar."""

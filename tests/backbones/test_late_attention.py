@@ -105,3 +105,13 @@ def test_a_student_is_compared_on_its_last_grid() -> None:
     assert AttentionTransfer(pair, AttentionTransfer.Config()).blocks == ((3, 3),)
     with pytest.raises(BackboneError, match="grid of the student's last stage"):
         AttentionTransfer(pair, AttentionTransfer.Config(layers=((2, 3),)))
+
+
+@pytest.mark.parametrize("name", ["hiera", "tiny_vit"])
+@torch.no_grad()
+def test_the_logits_do_not_depend_on_the_stage_that_is_read(name: str) -> None:
+    model, images = built(name, 64), torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with Tap(model, anatomy_of(model), Needs(tokens=frozenset({1}), pooled=True)) as tap:
+        found = tap(images)
+    torch.testing.assert_close(found.logits_BC, model(images))
+    assert found.tokens[1].grid == anatomy_of(model).blocks[1].grid

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from remap.engine import late, loop
@@ -93,6 +94,18 @@ def test_the_device_leaves_out_a_step_that_is_not_finite(
     late.DEVICES = ()
     start(recipe_of(tiny, NEVER), tmp_path / "at_once")
     assert tensors_of(tmp_path / "later") == tensors_of(tmp_path / "at_once")
+
+
+def test_what_a_method_does_at_a_step_is_done_where_the_step_is_left_out(
+    tiny: Any, tmp_path: Path, poison: Callable[[set[int]], None]
+) -> None:
+    """Half of six steps is the third: half of four tokens go then, whether it is finite or not."""
+    poison({2})
+    settings = ("method.num_prompts=4", "method.prune_tokens=0.5", "method.prune_at=0.5")
+    recipe = tiny.recipe(*settings, method="e2vpt", losses="ce", teacher=None)
+    assert start(recipe, tmp_path / "run").summary["faults"]["skipped_steps"] == 1
+    mask_p = load_file(RunDir(tmp_path / "run").task / "task.safetensors")["remap_prompts.token_mask"]
+    assert sorted(mask_p.tolist()) == [0.0, 0.0, 1.0, 1.0]
 
 
 @pytest.mark.slow

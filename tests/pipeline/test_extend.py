@@ -278,6 +278,17 @@ def test_the_terms_of_learning_without_forgetting(tiny: Any) -> None:
     assert float(ce(Signals(torch.cat([student, student])), {}, twice)) == pytest.approx(expected / 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_of_a_mixed_image_only_the_share_of_a_new_class_counts(smoothing: float) -> None:
+    """Cross-entropy is linear in the label: with 0.7 of a new class and an old one, 0.7 of the new one's."""
+    ce = CrossEntropy(Pair(None, None, 5), CrossEntropy.Config(first_class=3, label_smoothing=smoothing))
+    student = Signals(torch.randn(1, 5, generator=torch.Generator().manual_seed(1)))
+    new, old = torch.tensor([4]), torch.tensor([1])
+    alone = float(ce(student, {}, Labels(new)))
+    assert float(ce(student, {}, Labels(old, new, torch.tensor([0.3])))) == pytest.approx(0.7 * alone, rel=1e-5)
+    assert float(ce(student, {}, Labels(old, old, torch.tensor([0.3])))) == 0.0
+
+
 def test_old_images_that_cannot_be_used_are_not_measured(first: Path, red: DataSpec, tmp_path: Path) -> None:
     old = shutil.copytree(first, tmp_path / "old")
     recipe = RunDir(old).recipe()

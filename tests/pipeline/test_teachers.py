@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from remap.data.splits import Split
 from remap.data.stratify import stratified
 from remap.data.views import View, ViewSource
+from remap.engine.optim import learning_rate
 from remap.errors import DataError, TrainingError
 from remap.network import Network, Runner
 from remap.pipeline import probe, teacher_tuning, weak_teachers
@@ -260,6 +261,14 @@ def test_a_teacher_is_evaluated_as_many_times_as_its_student(tiny: Any, keep: st
     settings = ("train.epochs=10", "train.eval_every=5", f"train.keep={keep}")
     recipe = tiny.recipe("teacher.prepare=full", "teacher.epochs=40", *settings)
     assert teacher_recipe(recipe, recipe.teacher).train.eval_every == every
+
+
+def test_a_tuned_teacher_ends_at_a_rate_of_its_own(tiny: Any) -> None:
+    """The student's last rate is a hundred times the teacher's first: the cosine would rise to it."""
+    recipe = tiny.recipe("train.lr=0.1", "train.min_lr=1e-3", "teacher.prepare=full", "teacher.lr=1e-5")
+    train = teacher_recipe(recipe, recipe.teacher).train
+    rates = [learning_rate(train, 1e-5, step, 10) for step in range(10 * train.epochs)]
+    assert max(rates) == pytest.approx(1e-5) and rates[-1] < 1e-6
 
 
 def test_a_combination_prepares_a_teacher_and_the_dry_run_counts_it(tiny: Any, tmp_path: Path) -> None:

@@ -30,6 +30,11 @@ def test_a_warm_up_is_linear_and_a_cosine_ends_where_it_says() -> None:
         ([{"name": "kd", "temperature_schedule": {"warmup_epochs": 1}}], "a temperature cannot be 0"),
         ([{"name": "kd", "temperature": 1.0, "scale": "torchtune", "temperature_schedule": {}}], "has no temperature"),
         (["kd", {"name": "feature", "temperature_schedule": {}}], "feature has no temperature"),
+        (
+            [{"name": "attention_cls", "temperature": 5.0, "temperature_schedule": {}}],
+            "attention_cls has no temperature",
+        ),
+        ([{"name": "gram", "loss": "mse", "temperature_schedule": {}}], "gram has no temperature"),
         ([{"name": "kd", "weight_schedule": {"end": 0.5}}], "set decay: cosine"),
         ([{"name": "kd", "weight_schedule": {"warmup": 1}}], "unknown key"),
     ],

@@ -76,7 +76,8 @@ class Generic(Family[nn.Module]):
 
     def stage_outputs(self, model: nn.Module, images_BCHW: Tensor, stages: Sequence[int]) -> tuple[Any, list[Tensor]]:
         interface: Any = model
-        return interface.forward_intermediates(images_BCHW, indices=list(stages), output_fmt="NCHW")
+        # Hiera stops behind the last of these stages unless it is told not to, and has no features for a classifier.
+        return interface.forward_intermediates(images_BCHW, indices=list(stages), output_fmt="NCHW", stop_early=False)
 
 
 def _classifiers(model: nn.Module) -> tuple[list[str], bool]:

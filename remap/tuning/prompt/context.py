@@ -210,10 +210,15 @@ class DeepContext(Context):
         deep: (depth - 1, M, D).
     """
 
+    deep: Tensor
+
     def __init__(self, model: nn.Module, anatomy: Anatomy, method: str, config: ContextOptions, depth: int) -> None:
         super().__init__(model, anatomy, method, config)
-        self.deep = nn.Parameter(torch.empty(depth - 1, *self.context.shape))
-        nn.init.normal_(self.deep, std=0.02)
+        deep = torch.empty(depth - 1, *self.context.shape)
+        if depth > 1:
+            self.deep = nn.Parameter(nn.init.normal_(deep, std=0.02))
+        else:  # no parameter: what is trained must get a gradient
+            self.register_buffer("deep", deep, persistent=False)
 
     def of_block(self, index: int) -> Tensor:
         """Return (M, D)."""

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from remap.backbones.anatomy import Anatomy, AttentionBlock
+from remap.backbones.anatomy import Anatomy, AttentionBlock, module_at
 from remap.backbones.typed import evaluating
 from remap.tuning.adapter.adaptformer import AdaptFormer, ParallelBottleneck
 from remap.tuning.adapter.bottleneck import Beside, insert_adapter
@@ -19,6 +19,7 @@ from remap.tuning.base import Attachment, Edits, Method, Options, Sample, Traini
 from remap.tuning.one_a_session import one_a_session
 from remap.tuning.prompt.pools import Query, extend
 from remap.tuning.prompt.prompts import weight_like
+from remap.tuning.weights import registered
 
 PATH = "remap_domains"
 
@@ -58,7 +59,9 @@ class Domains(Method):
                 edits.after(block.mlp_branch_end, adapter.add_to_branch)
         norms = [norm for block in anatomy.blocks for norm in block.norms]
         for path in norms if config.parts == "norms" else ():
-            affine = SessionAffine(partial(Affine, anatomy.width), router)
+            # Norms of queries and keys, and of hidden units, have widths of their own.
+            width = registered(module_at(model, path), "weight").numel()
+            affine = SessionAffine(partial(Affine, width), router)
             edits.after(path, edits.insert(f"{path}.{PATH}", affine, like).change_output)
         return Attachment(
             edits,

@@ -126,7 +126,7 @@ class SelfRegulation(BesideFrozen):
         divergence = F.kl_div(log_BC, frozen_BC, reduction="sum", log_target=True) / log_BC.numel()
         return total + self.config.image * F.l1_loss(*images) + self.config.logits * divergence
 
-    def _trained(self) -> dict[str, nn.Parameter]:
+    def _trained(self) -> dict[str, Tensor]:
         return {"context": self.words.context, "deep": self.words.deep, "prompts": self.prompts.prompts}
 
     @torch.no_grad()

@@ -565,6 +565,20 @@ def test_adalora_keeps_the_most_important_triplets(
     assert budgets[10:] == [6] * 10
 
 
+def test_adalora_settles_its_ranks_at_a_step_that_is_left_out(
+    build: Callable[..., nn.Module], attach: Callable[..., Attached], tools: SimpleNamespace
+) -> None:
+    """Two a layer from the eleventh step on, without its gradients."""
+    attached = attach("adalora", build("plain"), initial_rank=6, rank=2, interval=4)
+    tools.shake(attached)
+    for step in range(11):
+        with_gradients(attached, step)
+        if step == 10:
+            attached.model.zero_grad()
+        attached.after_step(step, 20)
+    assert int((entries(attached) != 0).sum()) == 6
+
+
 def test_adalora_continues_from_its_memory(
     build: Callable[..., nn.Module], attach: Callable[..., Attached], tools: SimpleNamespace
 ) -> None:

@@ -48,6 +48,16 @@ def test_centroids_are_the_same_bits_on_any_number_of_threads(build: Build, atta
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("variant", ["avg_pool", "eva02_separate"])
+def test_norms_inside_attention_and_mlp_have_their_own_width(
+    build: Build, attach: Attach, tools: SimpleNamespace, variant: str
+) -> None:
+    """Of queries and keys that of a head, of hidden units theirs; a scale of 1 and a shift of 0 change nothing."""
+    base, attached = build(variant), attach("domains", build(variant), parts="norms")
+    assert torch.equal(attached.model(tools.images()), base(tools.images()))
+    assert attached.trainable and tools.step(attached)
+
+
 @pytest.mark.parametrize("parts", ["prompts", "norms", "adapters"])
 def test_an_image_gets_the_set_of_the_nearest_centroid(
     build: Build, attach: Attach, tools: SimpleNamespace, parts: str

@@ -123,6 +123,13 @@ def test_a_method_on_words(
         torch.testing.assert_close(merged(images), logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["maple", "promptsrc"])
+def test_prompts_of_one_block_train(tune: Callable[..., Network], images: Tensor, method: str) -> None:
+    network = tune(method, depth=1)
+    assert not any(name.endswith("deep") for name in network.trained)
+    step(network, images)  # which wants a gradient of each
+
+
 def test_linear_starts_from_the_words(plain: nn.Module, tune: Callable[..., Network], images: Tensor) -> None:
     network = tune("linear")
     assert set(network.trained) == {"head.classifier.weight", "head.classifier.bias"}

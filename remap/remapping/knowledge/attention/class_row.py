@@ -1,6 +1,6 @@
 """Attention distillation on the class token's row. B batch, H heads, S the tokens {class, patches}."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -10,6 +10,7 @@ from remap.remapping.alignment import Interpolation, class_row
 from remap.remapping.knowledge.attention.block_term import RowTerm, log_mean
 from remap.remapping.objective import Pair
 from remap.remapping.signals import Attention
+from remap.tuning.base import Options
 
 # Added to a head's resized probabilities in front of their logarithm: the cubic filter leaves zeros, and one of them
 # would take an entry out of the product of all heads.
@@ -52,6 +53,10 @@ class ClassRow(RowTerm):
         if config.heads == "each":
             self.require_equal_heads("product or heads: mean")
         self.temperature = config.temperature or (10.0 if config.heads == "product" else 1.0)
+
+    @classmethod
+    def temperatures_of(cls, config: Options) -> dict[str, Any]:  # noqa: ARG003 - of the interface
+        return {}  # none that may change: it is in the teacher's rows, which are cached
 
     def details(self) -> tuple[str, ...]:
         return (f"heads={self.config.heads}", f"T={self.temperature:g}")

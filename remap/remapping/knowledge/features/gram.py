@@ -1,7 +1,7 @@
 """Relations of tokens within an image. B batch, N patches of the student's grid."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
@@ -35,6 +35,10 @@ class TokenGram(TokenTerm):
 
     def __init__(self, pair: Pair, config: Config) -> None:
         super().__init__(pair, config, token_pairs(config.layers, pair, "gram"))
+
+    @classmethod
+    def temperatures_of(cls, config: Options) -> dict[str, Any]:
+        return {} if cast(TokenGram.Config, config).loss == "mse" else super().temperatures_of(config)
 
     @torch.no_grad()
     def target(self, teacher: Signals) -> dict[str, Tensor]:

@@ -51,18 +51,19 @@ class CrossEntropy(LossTerm):
     def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
         logits_BC = answer_to_labels(student).float()
         wanted = labels.main_B if labels.other_B is None else labels.probabilities_BC(logits_BC.shape[1])
-        weights_C = labels.weights_C
+        weights_C, smoothing = labels.weights_C, self.config.label_smoothing
         if first := self.config.first_class:
-            logits_BC, wanted = (
-                logits_BC[:, first:],
-                # What images say of classes before is left to the teacher: they count 0 (cross_entropy's ignore_index).
-                (wanted[:, first:] if wanted.ndim == 2 else torch.where(wanted < first, -100, wanted - first)),
-            )
+            logits_BC = logits_BC[:, first:]
             weights_C = None if weights_C is None else weights_C[first:]
+            # What images say of classes before is left to the teacher: they count 0 (cross_entropy's ignore_index).
+            if wanted.ndim == 1:
+                wanted = torch.where(wanted < first, -100, wanted - first)
+            else:  # smoothed here: cross_entropy would also smooth what says nothing of these classes
+                wanted = wanted[:, first:]
+                known_B1 = wanted.sum(dim=1, keepdim=True)
+                wanted, smoothing = (1.0 - smoothing) * wanted + smoothing * known_B1 / wanted.shape[1], 0.0
         # Divided by the number of images, not by their weights: the parts of a batch add up.
-        losses_B = F.cross_entropy(
-            logits_BC, wanted, weights_C, reduction="none", label_smoothing=self.config.label_smoothing
-        )
+        losses_B = F.cross_entropy(logits_BC, wanted, weights_C, reduction="none", label_smoothing=smoothing)
         return labels.mean(losses_B)
 
 

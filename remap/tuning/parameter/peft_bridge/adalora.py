@@ -58,7 +58,7 @@ class RankSchedule(TrainingHooks):
         schedule = self.allocator.peft_config
         schedule.total_step, schedule.tfinal = total, total - settled
         schedule.tinit = min(int(self.options.warmup * total), settled - 1)
-        if step <= settled:
+        if step <= settled and all(parameter.grad is not None for parameter in self.layers.parameters()):
             self.allocator.update_ipt(self.layers)
         if step < settled:
             budget, due = self.allocator.budget_schedule(step)
