@@ -1,6 +1,7 @@
 """A folder of tasks: each is what was added, byte for byte, and the backbone is there once."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,6 +78,26 @@ def test_a_changed_byte_is_found(shelf: Path, file: str) -> None:
     (shelf / file).write_bytes(data)
     wrong = {row.name: row.problem for row in Shelf(shelf).verify() if row.problem}
     assert list(wrong) == ["cars" if "cars" in file else "(backbone)"], wrong
+
+
+def test_what_others_add_meanwhile_stays(shelf: Path, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One adds a task while another has just begun to: that one waits, and writes what both have added."""
+    one, two = make_task("one", "linear"), make_task("two", "linear")
+    before, waiting = Shelf(shelf), threading.Thread(target=Shelf.with_task, args=(shelf, "two", two))
+    store = Shelf._add
+
+    def slow(self: Shelf, name: str, folder: Path) -> None:
+        if name == "one":
+            waiting.start()
+            waiting.join(0.5)
+        store(self, name, folder)
+
+    monkeypatch.setattr(Shelf, "_add", slow)
+    Shelf.with_task(shelf, "one", one)
+    waiting.join()
+    before.switch("cars")
+    assert Shelf(shelf).names == [*TASKS, "one", "two"] and Shelf(shelf).current == "cars"
+    assert not [row.problem for row in Shelf(shelf).verify() if row.problem]
 
 
 def test_a_shelf_whose_making_was_stopped_is_made_by_the_same_command(
