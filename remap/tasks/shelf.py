@@ -25,7 +25,7 @@ from remap.io import atomic_write
 from remap.io.checked_json import MOST_JSON_BYTES
 from remap.io.checked_read import read_regular, sha256_of
 from remap.io.locks import one_by_one
-from remap.io.names import plain
+from remap.io.names import look_alike, plain
 from remap.io.paths import expanded
 from remap.io.sealed_json import parse_sealed, sealed_text
 from remap.pipeline.student_api import Student
@@ -143,6 +143,10 @@ class Shelf:
         for name, meta in tasks.items():
             if shelf is not None and name in shelf.names:
                 raise RunError(f"{path} has a task {name} already", do="choose another name")
+            # Where the file system takes both for one folder, the second task would replace the first.
+            others = [*(shelf.names if shelf else ()), *tasks]
+            if alike := look_alike(name, [other for other in others if other != name]):
+                raise RunError(f"two tasks of {path} cannot have such names", given=alike, do="choose another name")
             if meta.backbone.sha256 != sha256:
                 raise RunError(
                     f"{folders[name]} was tuned on another backbone than the tasks of {path}",

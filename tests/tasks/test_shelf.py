@@ -123,6 +123,9 @@ def test_what_does_not_belong_is_refused(shelf: Path, make_task: MakeTask, tiny:
     with pytest.raises(RunError, match="cannot have this name"):
         Shelf.with_task(tmp_path / "new", "two words", make_task("words", "lora"))
     assert not (tmp_path / "new").exists(), "nothing is made for a task that is refused"
+    for runs in ({"Cars": make_task("capital", "lora")}, {name: tmp_path / "cars" for name in ("new", "New")}):
+        with pytest.raises(RunError, match="two tasks of .* cannot have such names"):
+            Shelf.with_tasks(shelf, runs)
     (tmp_path / "mine" / "backbone").mkdir(parents=True)
     (tmp_path / "mine" / "backbone" / "model.safetensors").write_text("mine")
     with pytest.raises(RunError, match="holds weights of something else"):
