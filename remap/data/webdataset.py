@@ -112,7 +112,7 @@ def _image(key: str, files: Mapping[str, str], chosen: str | None) -> str | None
 
 def _label(in_tar: Listing, files: Mapping[str, str], chosen: str | None) -> str | tuple[str, ...]:
     """Return the label of a sample from its text file, or the labels from its JSON; empty without one."""
-    kind = next((one for one in ([chosen] if chosen else LABEL_FILES) if one in files), None)
+    kind = next((one for one in ([chosen.lower()] if chosen else LABEL_FILES) if one in files), None)
     name = files.get(kind or "json")
     if name is None:
         return ""
