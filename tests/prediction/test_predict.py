@@ -76,6 +76,21 @@ def test_an_answer_that_is_not_finite_is_an_error_in_its_row(make_task: MakeTask
     assert errors[2] == "the network's answer is not finite" and errors.count(None) == 9
 
 
+def test_two_commands_do_not_write_one_file(make_task: MakeTask, photos: Path, tmp_path: Path) -> None:
+    run, path = make_task("one", "linear"), tmp_path / "rows.jsonl"
+    wanted, said = Wanted(top=1, precision="fp32"), []
+
+    class Second(Silent):
+        def wait(self, *_: Any) -> Any:
+            with pytest.raises(RunError, match=r"another process is writing .*rows\.jsonl") as caught:
+                predict_to_file(run, Inputs([photos]), path, wanted, Silent())
+            said.append(caught.value)
+            return Silent().wait("predicting")
+
+    assert predict_to_file(run, Inputs([photos]), path, wanted, Second()) == (11, 1)
+    assert len(said) == 1 and len(path.read_text().splitlines()) == 11
+
+
 def test_precision_is_chosen_by_the_device_or_by_name(
     make_task: MakeTask, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
