@@ -119,7 +119,7 @@ def _label(in_tar: Listing, files: Mapping[str, str], chosen: str | None) -> str
     try:
         if in_tar.size(name) > MOST_LABEL_BYTES:
             raise ValueError(f"larger than {MOST_LABEL_BYTES:,} bytes")
-        text = in_tar.read(name).decode()
+        text = in_tar.read(name).decode("utf-8-sig")  # editors on Windows put a mark first
         if kind is not None:
             return text.strip()
         content = json.loads(text)
