@@ -2,6 +2,7 @@
 
     <root>/<24 hex of the key>/key.json                        what decides the weights, for people too
                               /task.safetensors, task.json     the teacher, as in a run directory
+                              /.lock                           held by the process that writes them
 
 As with outputs, a changed image, setting, backbone, machine or version is another key, and so another folder.
 """
@@ -15,6 +16,7 @@ from remap.cache.cache_folders import TASK_FILES, cache_id, has_cache, open_fold
 from remap.errors import RunError
 from remap.io import disk_space
 from remap.io.atomic_write import make_folder
+from remap.io.locks import one_by_one
 from remap.io.own_files import open_own
 
 
@@ -40,7 +42,8 @@ def store_teacher(root: Path, key: Mapping[str, Any], folder: Path) -> int:
     """
     nbytes = sum((folder / name).stat().st_size for name in TASK_FILES)
     disk_space.require_space(root, nbytes, "the tuned teacher")
-    with open_folder(root, key) as stored:
+    # Else two runs that tuned the same teacher would rename each other's half-written copies.
+    with open_folder(root, key) as stored, one_by_one(stored / ".lock"):
         _copy(folder, stored)
     return nbytes
 

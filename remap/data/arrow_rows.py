@@ -3,6 +3,7 @@
 import errno
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import isnan
 from posixpath import basename, splitext
 from typing import Any
 
@@ -120,11 +121,22 @@ def class_names(schema: Any, column: str) -> tuple[str, ...]:
 
 
 def _labels(table: Any, column: str, where: str) -> Iterator[str | tuple[str, ...]]:
-    """Yield the label of each row; of lists all labels. Without a value, or with class -1, there is none."""
+    """Yield the label of each row; of lists all labels. Without a value, with NaN or class -1, there is none."""
     names = class_names(table.schema, column)
     for index, value in enumerate(table[column].to_pylist()):
         values = value if isinstance(value, list) else [value]
         if names and not all(one is None or (isinstance(one, int) and -1 <= one < len(names)) for one in values):
             raise DataError("a label has no class name", given=plain(f"{where}, row {index}: {value}")[:200])
-        texts = [names[one] if names else str(one) for one in values if one is not None and not (names and one < 0)]
+        try:
+            texts = [
+                names[one] if names else _text(one) for one in values if one is not None and not (names and one < 0)
+            ]
+        except UnicodeDecodeError as error:
+            raise DataError("a label is not text", given=plain(f"{where}, row {index}: {value}")[:200]) from error
         yield tuple(text for text in texts if text) if isinstance(value, list) else "".join(texts)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bytes):  # what some writers store texts as
+        return value.decode()
+    return "" if isinstance(value, float) and isnan(value) else str(value)

@@ -15,7 +15,7 @@ from remap.data.sources import LISTS, TABLES
 from remap.data.words import Word
 from remap.errors import DataError
 from remap.io.checked_read import read_regular
-from remap.io.names import plain
+from remap.io.names import plain, same_name
 from remap.io.paths import absolute, expanded
 
 MOST_BYTES = 2**30
@@ -149,11 +149,14 @@ def _finder(root: Path) -> Callable[[str], str]:
         if not by_name:
             for found in list_folder(root).paths:
                 if why_left_out(found) is None:
-                    for name in {basename(found), splitext(basename(found))[0]}:
+                    for name in {same_name(basename(found)), same_name(splitext(basename(found))[0])}:
                         by_name[name] = found if name not in by_name else None
-        named = by_name.get(basename(path))
+        path_there = same_name(path)  # tables are typed on one system, and files come from another
+        named = by_name.get(basename(path_there))
         # With its folders, or train/1.jpg that is missing would be test/1.jpg.
-        fits = named is not None and any(f"/{one}".endswith(f"/{path}") for one in (named, splitext(named)[0]))
+        fits = named is not None and any(
+            f"/{same_name(one)}".endswith(f"/{path_there}") for one in (named, splitext(named)[0])
+        )
         return named if named is not None and fits else path
 
     return find

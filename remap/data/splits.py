@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from remap.data.stratify import few_of_each, stratified, without_fold
 from remap.errors import DataError
+from remap.io.names import same_name
 
 # The label of an image without one.
 NO_LABEL = -1
@@ -183,21 +184,22 @@ class ImageData:
 
     def with_per_class(self, count: int, draw: int = 0) -> "ImageData":
         """Return the data with at most ``count`` training images of each class, the same ones for the same ``draw``."""
-        labels = self.train.labels
-        chosen = few_of_each(labels, count, draw)
-        rule = f"{self.split_rule}; {len(chosen)} of {len(labels)} training images"
+        chosen = few_of_each(self.train.labels, count, draw)
+        rule = f"{self.split_rule}; {len(chosen)} of {len(self.train)} training images"
         return replace(self, train=self.train.take(chosen), split_rule=rule)
 
     def with_only(self, names: Sequence[str]) -> "ImageData":
-        """Return the images of some classes alone.
+        """Return the images of some classes alone, named in any Unicode form.
 
         Raises:
             DataError: There is no such class.
         """
-        if unknown := sorted(set(names) - set(self.classes)):
+        own = {same_name(name): name for name in self.classes}
+        if unknown := sorted(name for name in set(names) if same_name(name) not in own):
             raise DataError("there are no such classes", given=", ".join(unknown), allowed=", ".join(self.classes[:20]))
-        rule = f"{self.split_rule}; {len(set(names))} of {len(self.classes)} classes"
-        return replace(self._classified(sorted(set(names))), split_rule=rule)
+        chosen = sorted({own[same_name(name)] for name in names})
+        rule = f"{self.split_rule}; {len(chosen)} of {len(self.classes)} classes"
+        return replace(self._classified(chosen), split_rule=rule)
 
     def with_classes(self, names: Sequence[str]) -> "ImageData":
         """Return the same images with labels that count these class names, of which the images may lack some.

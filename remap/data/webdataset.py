@@ -112,14 +112,14 @@ def _image(key: str, files: Mapping[str, str], chosen: str | None) -> str | None
 
 def _label(in_tar: Listing, files: Mapping[str, str], chosen: str | None) -> str | tuple[str, ...]:
     """Return the label of a sample from its text file, or the labels from its JSON; empty without one."""
-    kind = next((one for one in ([chosen] if chosen else LABEL_FILES) if one in files), None)
+    kind = next((one for one in ([chosen.lower()] if chosen else LABEL_FILES) if one in files), None)
     name = files.get(kind or "json")
     if name is None:
         return ""
     try:
         if in_tar.size(name) > MOST_LABEL_BYTES:
             raise ValueError(f"larger than {MOST_LABEL_BYTES:,} bytes")
-        text = in_tar.read(name).decode()
+        text = in_tar.read(name).decode("utf-8-sig")  # editors on Windows put a mark first
         if kind is not None:
             return text.strip()
         content = json.loads(text)

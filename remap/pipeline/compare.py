@@ -21,6 +21,7 @@ from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.teacher_tuning import require_folds
 from remap.progress import Progress
 from remap.recipe.schema import Recipe
+from remap.recipe.teacher_checks import idle_options
 
 
 def compare(
@@ -43,6 +44,8 @@ def compare(
     budget, search = read_budget(plan.budget), Search.read(plan.search)
     jobs = read_jobs(plan.jobs, budget)
     recipe = without_idle_losses(recipe, progress)
+    for line in idle_options(recipe):
+        progress.say(f"note: {line}")
     # Before the cells are made: labels alone take as many steps as these epochs have.
     if budget is not None and budget[0] == "epochs":
         recipe = with_epochs(recipe, int(budget[1]))

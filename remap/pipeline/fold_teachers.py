@@ -24,7 +24,14 @@ from remap.pipeline.data_views import DataViews
 from remap.pipeline.fit_head import LabeledFeatures, fit_head
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.stored_teacher import PROBE
-from remap.pipeline.teacher_tuning import data_of_teacher, fold_folder, is_prepared, teacher_recipe, title_of
+from remap.pipeline.teacher_tuning import (
+    data_of_teacher,
+    fold_folder,
+    is_prepared,
+    require_several_folds,
+    teacher_recipe,
+    title_of,
+)
 from remap.progress import Progress
 from remap.recipe.schema import Recipe, TeacherSpec
 from remap.runs.task import load_task, put_task
@@ -140,8 +147,14 @@ def prepare_folds(
         network: The teacher of all labels.
         folder: Where that is stored; theirs are beside it.
         features: Of all labelled training images.
+
+    Raises:
+        DataError: The images of a class that can be read are all in one fold.
     """
     assert spec.folds is not None
+    labels = views.data.train.labels
+    what = "a class whose labelled images are all in one fold, as far as they can be read,"
+    require_several_folds(views.data.classes, labels[views.readable], folds(labels, spec.folds)[views.readable], what)
     numbers = range(1, spec.folds + 1)
     folders = [fold_folder(folder, fold) for fold in numbers]
     if spec.prepare == PROBE:

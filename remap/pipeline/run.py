@@ -47,6 +47,7 @@ from remap.progress import Progress, Silent, Within
 from remap.recipe import Recipe, resolve, resolve_distill
 from remap.recipe.checks import require_held_out_once
 from remap.recipe.paths import is_run
+from remap.recipe.teacher_checks import idle_options
 from remap.recipe.train_checks import require_rate
 from remap.runs.run_dir import RunDir, default_path, next_path
 from remap.runs.task import load_task, require_size_of_run, require_tuned
@@ -182,6 +183,8 @@ def start(
     require_rate(recipe)
     validate_inputs(recipe, shared)
     recipe = without_idle_losses(recipe, progress)
+    for line in idle_options(recipe):
+        progress.say(f"note: {line}")
     path = expanded(output) if output is not None else next_path(default_path(), f"{recipe.name}-{recipe.method.name}")
     path = Path(broadcast_str(str(path)))  # another run may have taken the name that the other processes saw free
     run_dir = RunDir.create(path, recipe) if accelerator().is_main_process else RunDir(path)

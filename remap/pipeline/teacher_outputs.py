@@ -1,22 +1,24 @@
 """Where a teacher's outputs come from in training: computed in every step, or cached in memory or on disk."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from remap.cache.cache_folders import cache_root, has_cache, require_space
-from remap.cache.output_store import bytes_for
-from remap.cache.teacher_cache import InMemory, cache_in_memory
+from remap.cache.output_format import OutputFormat
+from remap.cache.output_store import OutputStore, bytes_for
+from remap.cache.teacher_cache import InMemory, cache_in_memory, missing_rows
 from remap.distributed.launch import accelerator
 from remap.engine.joint_teacher import JointTeacher
 from remap.engine.teacher import AverageTeacher, Teacher
-from remap.errors import DataError, RemapError
+from remap.errors import DataError, RemapError, RunError
 from remap.pipeline.components import RunComponents
 from remap.pipeline.disk_outputs import items_on_disk, key_on_disk, store_on_disk
 from remap.pipeline.prepared_teacher import PreparedTeacher
 from remap.pipeline.shared import SharedResources
-from remap.pipeline.teacher_shares import frozen_teacher, known_outputs, shares
+from remap.pipeline.teacher_shares import finite_views, frozen_teacher, known_outputs, shares
 from remap.progress import Progress, Silent
 from remap.recipe.schema import EMA
 from remap.recipe.teacher_checks import what_changes
@@ -92,7 +94,8 @@ def choose_storage(components: RunComponents, prepared: PreparedTeacher, teacher
     count = len(components.training_source.split) * data.finite_views
     # Items are float32 in memory, in the dtype of the recipe on disk.
     in_memory = count * sum(4 * torch.Size(shape).numel() for shape in shapes.values())
-    on_disk = bytes_for(items_on_disk(spec, shapes, bf16=components.bf16), count)
+    items = items_on_disk(spec, shapes, bf16=components.bf16)
+    on_disk = bytes_for(items, count)
     fits = in_memory <= data.memory_gib * 2**30
     if spec.cache == "memory" and not fits:
         raise DataError(
@@ -107,9 +110,10 @@ def choose_storage(components: RunComponents, prepared: PreparedTeacher, teacher
     # The first fold's outputs stand for those of all.
     folds = prepared.folds
     fingerprint = prepared.fingerprint if folds is None else folds.fingerprint(1, Silent())
-    if has_cache(
-        cache_root(), key_on_disk(components, prepared, fingerprint)
-    ):  # room is checked once it is known what lacks
+    key = key_on_disk(components, prepared, fingerprint)
+    may_hold = fits and spec.cache == "auto" and not spec.keeps_less and folds is None
+    # Where there is no choice, room is checked once it is known what lacks.
+    if has_cache(cache_root(), key) and not (may_hold and _lacks_room(components, key, items, on_disk)):
         return OutputStorage("disk", on_disk, shapes)
     # top_k and cache_dtype only have a meaning on disk.
     if spec.cache == "disk" or spec.keeps_less:
@@ -120,6 +124,21 @@ def choose_storage(components: RunComponents, prepared: PreparedTeacher, teacher
     if spec.folds:  # which have no teacher that could run in every step
         require_space(cache_root(), on_disk)
     return _disk_if_it_fits(on_disk, shapes)
+
+
+def _lacks_room(
+    components: RunComponents, key: Mapping[str, Any], items: Mapping[str, OutputFormat], needed: int
+) -> bool:
+    """Return whether the disk has no room for the rows that a store lacks, of ``needed`` bytes in all."""
+    if _disk_if_it_fits(needed, {}).where == "disk":
+        return False  # without a look at each row
+    try:
+        with OutputStore.open(cache_root(), key, items) as store:
+            lacking = missing_rows(store, finite_views(components), components.process_images)
+        require_space(cache_root(), bytes_for(items, lacking))
+    except RunError:  # the recipe leaves the choice open, so a full disk is no error
+        return True
+    return False
 
 
 def _disk_if_it_fits(needed: int, shapes: dict[str, tuple[int, ...]]) -> OutputStorage:

@@ -1,10 +1,12 @@
 """Teachers that are tuned before the run: which, by what recipe, and where they are stored."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from remap.data.stratify import folds
 from remap.distributed.collectives import all_reduce_max
@@ -104,7 +106,7 @@ def require_folds(recipe: Recipe, shared: SharedResources) -> None:
 
     Raises:
         RunError: It is a run on the same classes.
-        DataError: There are fewer images than folds, or a class is in one fold alone, whose teacher would not know it.
+        DataError: There are fewer images than folds, or a class is in one fold alone.
     """
     for spec in recipe.teachers:
         if spec.folds is None:
@@ -119,17 +121,32 @@ def require_folds(recipe: Recipe, shared: SharedResources) -> None:
             given = f"{number_of(len(data.train), 'labelled image')}, teacher.folds={spec.folds}"
             raise DataError("there are fewer labelled images than folds", given=given)
         labels, what = data.train.labels, "a class of one labelled image"
-        in_one_C = [count == 1 for count in data.count(data.train)]
         if labels.ndim == 2:  # images are divided by their rarest class, which may take all of another one along
-            what, fold_N = "a class whose labelled images are all in one fold", folds(labels, spec.folds)
-            found_KC = np.stack([(labels[fold_N == fold] == 1).any(axis=0) for fold in range(spec.folds)])
-            in_one_C = list(found_KC.sum(axis=0) == 1)
-        if alone := [name for name, in_one in zip(data.classes, in_one_C, strict=True) if in_one]:
-            raise DataError(
-                f"{what} would be answered by a teacher that does not know it",
-                given=", ".join(alone[:10]),
-                do="label another image of each class, or leave teacher.folds out",
-            )
+            what = "a class whose labelled images are all in one fold"
+        require_several_folds(data.classes, labels, folds(labels, spec.folds), what)
+
+
+def require_several_folds(classes: Sequence[str], labels: NDArray[Any], fold_N: NDArray[np.int64], what: str) -> None:
+    """Refuse a class whose images are all in one fold: the teacher that answers them would not know it.
+
+    Args:
+        labels: Of some images, (N,), or (N, C) where an image has several.
+        what: What such a class is, for the message.
+
+    Raises:
+        DataError: There is one.
+    """
+    parts = [labels[fold_N == fold] for fold in np.unique(fold_N)]
+    has_KC = [
+        (part == 1).any(axis=0) if part.ndim == 2 else np.bincount(part, minlength=len(classes)) > 0 for part in parts
+    ]
+    alone = [classes[label] for label in np.flatnonzero(np.sum(has_KC, axis=0) == 1).tolist()]
+    if alone:
+        raise DataError(
+            f"{what} would be answered by a teacher that does not know it",
+            given=", ".join(alone[:10]),
+            do="label another image of each class, or leave teacher.folds out",
+        )
 
 
 def fold_folder(folder: Path, fold: int) -> Path:

@@ -1,5 +1,6 @@
 """The images that words name, one after the other: files, folders, patterns, archives, lists and standard input."""
 
+import codecs
 import glob
 import os
 import sys
@@ -161,4 +162,7 @@ def _matches(pattern: str) -> Iterator[str]:
 
 
 def _lines(file: Iterable[bytes]) -> Iterator[str]:
-    return (word for line in file if (word := os.fsdecode(line).strip("\r\n")))
+    for number, line in enumerate(file):
+        content = line if number else line.removeprefix(codecs.BOM_UTF8)  # which editors on Windows put first
+        if word := os.fsdecode(content).strip("\r\n"):
+            yield word

@@ -5,6 +5,7 @@ continues from its parts when it is given again: a row that was cut off is dropp
 is compared with the images even when it was finished, since what failed may have been the merging.
 """
 
+import fcntl
 import os
 import time
 from collections import Counter, deque
@@ -32,21 +33,26 @@ class PredictionFile:
     Args:
         settings: What decides the rows; parts of other settings are not continued.
         process, processes: Number of this process, and how many share the images.
+        alone: Let no other command write the same parts until ``close``.
 
     Attributes:
         left_out: What the other processes alone have left out, by reason; known once the parts are merged.
 
     Raises:
-        RunError: The file is there already, its ending is unknown, or its parts are of other settings.
+        RunError: The file is there already, its ending is unknown, its parts are of other settings, or another command
+            writes them.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], process: int = 0, processes: int = 1) -> None:
+    def __init__(
+        self, path: Path, settings: dict[str, Any], process: int = 0, processes: int = 1, *, alone: bool = False
+    ) -> None:
         require_writable(path)
         self.path, self.process, self.processes = path, process, processes
         self.settings = {**settings, "processes": processes}
         if processes > 1:
             self.settings["parts"] = "by turns"  # earlier versions wrote no empty lines
         self.left_out: Counter[str] = Counter()
+        self._open = ExitStack()
         self.rows_an_image = max(1, len(settings["tasks"]))
         self.folder = path.with_name(f"{path.name}.parts")
         if os.path.lexists(path):
@@ -64,9 +70,30 @@ class PredictionFile:
                 do="give the same options to continue, remove that folder, or choose another --output",
             )
         if process == 0:  # before the other processes begin
+            if alone:
+                self._hold(noted)
             for number in range(processes):
                 if self._done(number).exists():
                     os.replace(self._done(number), self._part(number))
+
+    def _hold(self, noted: Path) -> None:
+        """Lock the parts: two commands would write over each other's rows."""
+        file = open(noted, "r+b")  # noqa: SIM115 - some network drives lock only what may be written
+        self._open.callback(file.close)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise RunError(
+                f"another process is writing {self.path}; nothing of it was touched",
+                do="wait for it, or choose another --output",
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+
+    def close(self) -> None:
+        """Let another command continue."""
+        self._open.close()
 
     def predict(self, inputs: Inputs, rows_of: Callable[[Iterator[Item]], Iterator[list[Prediction]]]) -> None:
         """Write the rows of this process's share of the images that have none yet.

@@ -1,7 +1,7 @@
 """Predict images with a tuned student, or with several tasks on one backbone."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -109,15 +109,15 @@ def predict_to_file(
         settings["bf16"] = True
     if wanted.top is None and all(student.network.task == CLASSES for student in students.values()):
         settings["top"] = 1
-    make = partial(PredictionFile, path, settings, process, processes)
+    make = partial(PredictionFile, path, settings, process, processes, alone=True)
     file = make() if process == 0 else None
     if several:
         accelerator().wait_for_everyone()  # until the folder is there
-    file = file or make()
-    file.predict(inputs, lambda items: _with_progress(students, items, wanted, progress))
-    if process > 0:
-        return None
-    counts = file.merge({name: student.classes for name, student in students.items()})
+    with closing(file or make()) as file:
+        file.predict(inputs, lambda items: _with_progress(students, items, wanted, progress))
+        if process > 0:
+            return None
+        counts = file.merge({name: student.classes for name, student in students.items()})
     inputs.left_out += file.left_out
     return counts
 

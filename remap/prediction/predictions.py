@@ -213,8 +213,14 @@ class _Answers:
             count, least = len(classes), 0.5 if wanted.threshold is None else wanted.threshold
         best_BK, indices_BK = probabilities_BC.topk(min(count, len(classes)), dim=-1)
         pooled_BD = signals.pooled_BD.detach().float().cpu() if signals.pooled_BD is not None else None
+        finite_B = probabilities_BC.isfinite().all(dim=-1)
+        if pooled_BD is not None:
+            finite_B &= pooled_BD.isfinite().all(dim=-1)
         for row, found in enumerate(zip(indices_BK.tolist(), best_BK.tolist(), strict=True)):
-            best = [(i, p) for i, p in zip(*found, strict=True) if not p < least]  # not a number stays
+            if not finite_B[row]:  # no JSON number says so
+                yield {"task": name, "error": "the network's answer is not finite"}
+                continue
+            best = [(i, p) for i, p in zip(*found, strict=True) if p >= least]
             yield {
                 "task": name,
                 "top": tuple((classes[i], p) for i, p in best),

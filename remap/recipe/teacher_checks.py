@@ -71,6 +71,18 @@ def _teachers(recipe: Recipe) -> Iterator[tuple[str, TeacherSpec]]:
     yield from ((f"teachers[{number}]" if several else "teacher", spec) for number, spec in enumerate(recipe.teachers))
 
 
+def idle_options(recipe: Recipe) -> Iterator[str]:
+    """Yield options that others leave without effect: recipes of earlier runs have them, so they are no problem."""
+    for key, spec in _teachers(recipe):
+        if spec.prepare in ("none", "probe", WORDS) and not spec.joint:
+            given = [f"{key}.{name}" for name in ("epochs", "lr") if getattr(spec, name) is not None]
+            yield from (f"{name} has no effect: {key}.prepare={spec.prepare} tunes nothing" for name in given)
+        if spec.decay != TeacherSpec.model_fields["decay"].default and spec.model != EMA:
+            yield f'{key}.decay has no effect: it is of the teacher "{EMA}", not of {spec.model}'
+    if recipe.data.mix_probability != 1 and not recipe.data.mixes:
+        yield "data.mix_probability has no effect: data.mixup and data.cutmix are 0"
+
+
 def _self_teacher_problems(key: str, spec: TeacherSpec) -> Iterator[str]:
     """Yield options that a teacher made of the student does not have."""
     for name in OF_OTHERS:

@@ -3,12 +3,14 @@
 SHELF/shelf.json           what is in it (sealed): the backbone, the tasks' hashes, and the current task
 SHELF/backbone/            the frozen weights, once; and config.json where timm does not know the model by name
 SHELF/tasks/NAME/          a copy of a run's task folder, byte for byte
+SHELF/.lock                held by the process that changes it
 """
 
 import hashlib
 import os
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +24,8 @@ from remap.errors import RemapError, RunError, UnknownName
 from remap.io import atomic_write
 from remap.io.checked_json import MOST_JSON_BYTES
 from remap.io.checked_read import read_regular, sha256_of
-from remap.io.names import plain
+from remap.io.locks import one_by_one
+from remap.io.names import look_alike, plain
 from remap.io.paths import expanded
 from remap.io.sealed_json import parse_sealed, sealed_text
 from remap.pipeline.student_api import Student
@@ -114,29 +117,43 @@ class Shelf:
     def with_tasks(cls, path: str | Path, runs: Mapping[str, str | Path]) -> "Shelf":
         """Add the tasks of several runs by name, as ``with_task``; where one cannot be added, none is."""
         shelf_path = expanded(path)
-        shelf = cls(shelf_path) if cls.is_at(shelf_path) else None
         folders = {name: folder_of(expanded(run)) for name, run in runs.items()}
         tasks = {name: _readable(name, folder) for name, folder in folders.items()}
+        cls._before_adding(shelf_path, folders, tasks)  # what is refused leaves no folder
+        atomic_write.make_folder(shelf_path)
+        with _changing(shelf_path):
+            shelf = cls._before_adding(shelf_path, folders, tasks)
+            if shelf is None:
+                _store_backbone(shelf_path, next(iter(tasks.values())))
+                shelf = cls(shelf_path)
+            for name, folder in folders.items():
+                shelf._add(name, folder)
+        return shelf
+
+    @classmethod
+    def _before_adding(cls, path: Path, folders: Mapping[str, Path], tasks: Mapping[str, TaskMeta]) -> "Shelf | None":
+        """Return the shelf that tasks can be added to; None where it has to be made."""
+        shelf = cls(path) if cls.is_at(path) else None
         first = next(iter(tasks.values()))
         model, sha256 = first.backbone.model, first.backbone.sha256
-        if shelf is not None:
+        if shelf is None:
+            _require_unused(path)
+        else:
             model, sha256 = shelf._content.backbone.model, shelf._content.backbone.sha256
         for name, meta in tasks.items():
             if shelf is not None and name in shelf.names:
-                raise RunError(f"{shelf_path} has a task {name} already", do="choose another name")
+                raise RunError(f"{path} has a task {name} already", do="choose another name")
+            # Where the file system takes both for one folder, the second task would replace the first.
+            others = [*(shelf.names if shelf else ()), *tasks]
+            if alike := look_alike(name, [other for other in others if other != name]):
+                raise RunError(f"two tasks of {path} cannot have such names", given=alike, do="choose another name")
             if meta.backbone.sha256 != sha256:
                 raise RunError(
-                    f"{folders[name]} was tuned on another backbone than the tasks of {shelf_path}",
+                    f"{folders[name]} was tuned on another backbone than the tasks of {path}",
                     given=f"{meta.backbone.model}, {meta.backbone.sha256[:16]}",
                     allowed=f"{model}, {sha256[:16]}",
                     do="make another shelf for it",
                 )
-        if shelf is None:
-            _require_unused(shelf_path)
-            _store_backbone(shelf_path, first)
-            shelf = cls(shelf_path)
-        for name, folder in folders.items():
-            shelf._add(name, folder)
         return shelf
 
     @property
@@ -172,8 +189,10 @@ class Shelf:
 
     def switch(self, name: str) -> None:
         """Make a task the current one."""
-        self.folder(name)
-        self._write(current=name)
+        with _changing(self.path):
+            self._content = Shelf(self.path)._content  # another process may have added tasks meanwhile
+            self.folder(name)
+            self._write(current=name)
 
     def rows(self) -> list[ShelfRow]:
         """Return what is in it; no file is hashed."""
@@ -238,6 +257,11 @@ class Shelf:
     def _write(self, **changes: Any) -> None:
         self._content = self._content.model_copy(update=changes)
         _write_content(self.path, self._content)
+
+
+def _changing(path: Path) -> AbstractContextManager[None]:
+    """Let one process at a time change a shelf: each writes all of shelf.json, with what it has read there before."""
+    return one_by_one(path.resolve() / ".lock")
 
 
 def _readable(name: str, folder: Path) -> TaskMeta:

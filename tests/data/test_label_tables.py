@@ -55,6 +55,15 @@ def test_tables_as_people_write_them(tree: Tree, text: str) -> None:
     assert pairs(read_all(word, ("ant", "bee"))[0]) == pairs(data.train, data.val)
 
 
+@pytest.mark.parametrize("prefix", ["caf\u00e9/\u00e9", "\u00e9"], ids=["with its folder", "the name alone"])
+def test_names_of_files_may_be_of_another_unicode_form(tree: Tree, prefix: str) -> None:
+    """A Mac writes é of a file as e and an accent (NFD), the table has it as one letter (NFC)."""
+    root = tree({f"cafe\u0301/e\u0301{i}.png": 10 * i for i in range(8)})
+    word = table(root, "file,label\n" + "".join(f"{prefix}{i}.png,{'ab'[i % 2]}\n" for i in range(8)))
+    data = open_data(word, None, 0.25)
+    assert pairs(data.train, data.val) == {(10 * i, i % 2) for i in range(8)}
+
+
 def test_a_column_of_splits_and_a_second_table(tree: Tree) -> None:
     root = tree(IMAGES)
     lines = [

@@ -53,6 +53,15 @@ def test_images_and_labels_are_those_that_pyarrow_reads(write: Callable[..., Pat
         assert len(read_all(f"parquet:{path}", ("ant", "bee"))[0]) == len(open_unlabeled(str(path))[0]) == 8
 
 
+def test_labels_are_texts_in_bytes_or_missing_as_nan(write: Callable[..., Path]) -> None:
+    data = open_data(str(write("bytes.parquet", ["b\u00fc".encode(), b"ant"] * 2)), None, 0.5)
+    assert data.classes == ("ant", "b\u00fc")
+    data = open_data(str(write("nan.parquet", [1.0, 2.0, float("nan")] * 2)), None, 0.5)
+    assert data.classes == ("1.0", "2.0") and [reason for _, reason in data.skipped] == ["without a label"] * 2
+    with pytest.raises(DataError, match="a label is not text"):
+        open_data(str(write("wrong.parquet", [b"\xff", b"ant"] * 2)), None, 0.5)
+
+
 def test_shards_have_splits_by_their_names_and_class_names_by_their_metadata(
     write: Callable[..., Path], seen: Callable[..., list]
 ) -> None:

@@ -203,3 +203,13 @@ def test_links_are_followed_once_and_never_round(tree: Tree) -> None:
 def test_names_that_are_no_text_can_be_hashed(tree: Tree) -> None:
     data = opened(tree({"a/\udce9.png": 1, "a/2.png": 2, "b/1.png": 1, "b/2.png": 1}))
     assert len(data.fingerprint()) == 64
+
+
+def test_classes_are_named_in_any_unicode_form(tree: Callable[..., Path]) -> None:
+    """A Mac writes é of a folder as e and an accent (NFD), a keyboard as one letter (NFC)."""
+    folder, typed = "cafe\u0301", "caf\u00e9"
+    root = tree({f"{name}/{i}.png": 10 * i for i in range(4) for name in (folder, "bar", "inn")})
+    data = open_data(str(root), None, 0.5, only=[typed, "bar"])
+    assert data.classes == ("bar", folder) and set(data.train.labels) == {0, 1}
+    with pytest.raises(DataError, match="there are no such classes"):
+        open_data(str(root), None, 0.5, only=["cafe", "bar"])

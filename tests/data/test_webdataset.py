@@ -104,6 +104,20 @@ def test_one_of_several_images_may_be_named(shards: Path, tmp_path: Path) -> Non
     assert {data.train.read(i) for i in range(2)} == {b"png"} and data.classes == ("a", "cls")
 
 
+@pytest.mark.parametrize(("kind", "text"), [("cls", "b"), ("json", '{"label": "b"}')])
+def test_a_label_may_begin_with_a_byte_order_mark(tmp_path: Path, kind: str, text: str) -> None:
+    files = {f"{i}.jpg": b"image %d" % i for i in range(4)} | {f"{i}.cls": b"a" for i in range(2)}
+    files |= {f"2.{kind}": text.encode(), f"3.{kind}": text.encode("utf-8-sig")}
+    data = open_data(pack(tmp_path / "x.tar", files), None, 0.5)
+    assert data.classes == ("a", "b") and sorted(data.count(data.train)) == [1, 1]
+
+
+def test_the_name_of_a_label_may_have_capitals(tmp_path: Path) -> None:
+    files = {f"{i}.{kind}": f"{kind}{i % 2}".encode() for i in range(4) for kind in ("jpg", "Name")}
+    data = open_data(f"{pack(tmp_path / 'x.tar', files)},label=Name", None, 0.5)
+    assert data.classes == ("Name0", "Name1")
+
+
 def test_labels_of_a_compressed_shard_are_read_under_any_name(tmp_path: Path, tree: Callable[..., Path]) -> None:
     root = tree({f"{i}.png": 10 * i for i in range(4)})
     with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:

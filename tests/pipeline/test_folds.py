@@ -1,6 +1,7 @@
 """``teacher.folds``: each labelled image is answered by a teacher that was prepared without it (cross-fitting)."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -347,6 +348,20 @@ def test_too_few_images_and_teachers_that_bring_a_head_are_refused(tiny: Any, tm
     with pytest.raises(RunError, match="brings its head"):
         start(tiny.recipe("teacher.folds=2", teacher=str(tmp_path / "tuned"), losses="ce,kd"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_class_with_one_readable_image_is_refused(tiny: Any, tmp_path: Path) -> None:
+    """It has two; the teacher that answers the sound one would have learned from no image of the class."""
+    shutil.copytree(tiny.data, tmp_path / "data")
+    bad, _, *others = sorted((tmp_path / "data" / "train" / "red").iterdir())
+    bad.write_bytes(b"not an image")
+    for path in others:
+        path.unlink()
+    recipe = tiny.recipe("teacher.folds=2", losses="ce,kd")
+    data = recipe.data.model_copy(update={"source": str(tmp_path / "data")})
+    with pytest.raises(DataError, match="all in one fold, as far as they can be read") as caught:
+        start(recipe.model_copy(update={"data": data}), tmp_path / "run")
+    assert caught.value.given == "red"
 
 
 def test_a_comparison_refuses_them_before_its_folder_is_made(tiny: Any, tmp_path: Path) -> None:

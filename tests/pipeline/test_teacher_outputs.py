@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import remap.io.disk_space
 from remap.cache.cache_folders import cache_root
 from remap.cache.cache_listing import list_caches
 from remap.errors import DataError, RecipeError, RemapError
@@ -228,6 +229,28 @@ def test_a_full_disk_is_noticed_before_the_work(tiny: Any, tmp_path: Path, monke
     with pytest.raises(RemapError, match="will not fit on the disk"):
         start(tiny.recipe("teacher.cache=disk", losses="ce,kd"), tmp_path / "run")
     assert not list(tmp_path.glob("cache/**/data.bin"))
+
+
+def test_auto_holds_outputs_in_memory_where_the_disk_has_no_room_for_what_lacks(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Any
+) -> None:
+    """With complete rows on it, a full disk serves; a loss that reads other outputs has them in memory."""
+    progress = watch(lambda step: None)
+    build_cache(tiny.recipe(losses="ce,kd"), progress)
+    usage, room = shutil.disk_usage(tmp_path), remap.io.disk_space.require_space
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+
+    def only_outputs(folder: Path, needed: int, what: str, **rest: Any) -> None:
+        if "outputs" in what:  # runs need room, too
+            room(folder, needed, what, **rest)
+
+    monkeypatch.setattr(remap.io.disk_space, "require_space", only_outputs)
+    progress.said.clear()
+    start(tiny.recipe(losses="ce,kd"), tmp_path / "one", progress)
+    assert any("teacher outputs on disk" in text for text in progress.said)
+    progress.said.clear()
+    start(tiny.recipe(losses="ce,kd,feature"), tmp_path / "two", progress)
+    assert not any("teacher outputs on disk" in text for text in progress.said)
 
 
 def test_without_room_in_memory_the_disk_is_taken(tiny: Any, tmp_path: Path, watch: Any) -> None:

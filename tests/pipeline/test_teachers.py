@@ -28,7 +28,9 @@ from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_tuning import teacher_recipe
 from remap.pipeline.weak_teachers import require_useful
 from remap.progress import Silent
+from remap.recipe import resolve_distill
 from remap.recipe.schema import TeacherSpec
+from remap.recipe.teacher_checks import idle_options
 from remap.runs.interval import Measured, share_of
 from remap.runs.run_dir import RunDir
 from remap.runs.task import load_task
@@ -129,6 +131,29 @@ def test_the_prepared_teacher_is_kept_and_found_again(tiny: Any, tmp_path: Path,
     again = resume(tmp_path / "run", remarks)
     assert not any("preparing" in line for line in remarks.said)
     assert again.summary["teacher"] == result.summary["teacher"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "idle"),
+    [
+        (("teacher.prepare=probe", "teacher.epochs=2", "teacher.lr=0.1"), ["teacher.epochs", "teacher.lr"]),
+        (("teacher.prepare=full", "teacher.epochs=2", "teacher.lr=0.1"), []),
+        (("teacher.decay=0.9", "data.mix_probability=0.5"), ["teacher.decay", "data.mix_probability"]),
+        (("teacher=ema", "teacher.decay=0.9", "data.mix_probability=0.5", "data.mixup=1"), []),
+    ],
+)
+def test_options_without_effect_are_named(settings: tuple[str, ...], idle: list[str]) -> None:
+    teacher = {"teacher": "ema"} if settings[0] == "teacher=ema" else {}
+    recipe = resolve_distill(None, teacher, settings[1:] if teacher else settings)
+    assert [line.partition(" has no effect: ")[0] for line in idle_options(recipe)] == idle
+
+
+def test_a_run_says_which_options_have_no_effect(tiny: Any, tmp_path: Path, watch: Callable[..., Any]) -> None:
+    progress = watch(lambda done: None)
+    start(tiny.recipe("teacher.epochs=2"), tmp_path / "run", progress)
+    assert [line for line in progress.said if "no effect" in line] == [
+        "note: teacher.epochs has no effect: teacher.prepare=probe tunes nothing"
+    ]
 
 
 def test_a_teacher_on_random_weights_reloads(tiny: Any, tmp_path: Path) -> None:

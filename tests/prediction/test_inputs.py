@@ -38,6 +38,9 @@ def test_folders_patterns_and_lists_name_the_same_files(photos: Path, monkeypatc
     assert paths(Inputs([photos / "a.png", photos / "b"]), photos) == expected
     (photos.parent / "list.txt").write_text(f"{photos}/a.png\n\n{photos}/b\r\n")
     assert paths(Inputs([], [photos.parent / "list.txt"]), photos) == expected
+    # As Notepad saves it.
+    (photos.parent / "list.txt").write_text(f"{photos}/a.png\r\n{photos}/b\r\n", "utf-8-sig", newline="")
+    assert paths(Inputs([], [photos.parent / "list.txt"]), photos) == expected
     lines = io.TextIOWrapper(io.BytesIO(f"{photos}\n".encode()))
     monkeypatch.setattr(sys, "stdin", lines)
     assert paths(Inputs(["-"]), photos) == expected

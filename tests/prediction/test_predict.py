@@ -58,6 +58,39 @@ def test_python_iterates_over_what_the_student_says(make_task: MakeTask, photos:
         assert logits.softmax(-1).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
 
 
+def test_an_answer_that_is_not_finite_is_an_error_in_its_row(make_task: MakeTask, photos: Path, tmp_path: Path) -> None:
+    """NaN is not a number of JSON; the other rows are written."""
+    run, file = make_task("one", "linear"), tmp_path / "rows.jsonl"
+    student = load_student(run, "cpu")
+
+    def rows_of(items: Iterator[Any]) -> Iterator[list[Prediction]]:
+        for number, rows in enumerate(predictions({"": student}, items, Wanted(top=1, batch_size=1))):
+            with torch.no_grad():
+                student.network.model.head.bias.fill_(torch.nan if number == 1 else 0.0)
+            yield rows
+
+    output = PredictionFile(file, {"tasks": {"": "x"}, "top": 1, "probabilities": False, "embeddings": False})
+    output.predict(Inputs([photos]), rows_of)
+    assert output.merge({"": student.classes}) == (11, 2)
+    errors = [json.loads(line)["error"] for line in file.read_text().splitlines()]
+    assert errors[2] == "the network's answer is not finite" and errors.count(None) == 9
+
+
+def test_two_commands_do_not_write_one_file(make_task: MakeTask, photos: Path, tmp_path: Path) -> None:
+    run, path = make_task("one", "linear"), tmp_path / "rows.jsonl"
+    wanted, said = Wanted(top=1, precision="fp32"), []
+
+    class Second(Silent):
+        def wait(self, *_: Any) -> Any:
+            with pytest.raises(RunError, match=r"another process is writing .*rows\.jsonl") as caught:
+                predict_to_file(run, Inputs([photos]), path, wanted, Silent())
+            said.append(caught.value)
+            return Silent().wait("predicting")
+
+    assert predict_to_file(run, Inputs([photos]), path, wanted, Second()) == (11, 1)
+    assert len(said) == 1 and len(path.read_text().splitlines()) == 11
+
+
 def test_precision_is_chosen_by_the_device_or_by_name(
     make_task: MakeTask, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

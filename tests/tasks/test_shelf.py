@@ -1,6 +1,7 @@
 """A folder of tasks: each is what was added, byte for byte, and the backbone is there once."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,6 +80,26 @@ def test_a_changed_byte_is_found(shelf: Path, file: str) -> None:
     assert list(wrong) == ["cars" if "cars" in file else "(backbone)"], wrong
 
 
+def test_what_others_add_meanwhile_stays(shelf: Path, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One adds a task while another has just begun to: that one waits, and writes what both have added."""
+    one, two = make_task("one", "linear"), make_task("two", "linear")
+    before, waiting = Shelf(shelf), threading.Thread(target=Shelf.with_task, args=(shelf, "two", two))
+    store = Shelf._add
+
+    def slow(self: Shelf, name: str, folder: Path) -> None:
+        if name == "one":
+            waiting.start()
+            waiting.join(0.5)
+        store(self, name, folder)
+
+    monkeypatch.setattr(Shelf, "_add", slow)
+    Shelf.with_task(shelf, "one", one)
+    waiting.join()
+    before.switch("cars")
+    assert Shelf(shelf).names == [*TASKS, "one", "two"] and Shelf(shelf).current == "cars"
+    assert not [row.problem for row in Shelf(shelf).verify() if row.problem]
+
+
 def test_a_shelf_whose_making_was_stopped_is_made_by_the_same_command(
     make_task: MakeTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +123,9 @@ def test_what_does_not_belong_is_refused(shelf: Path, make_task: MakeTask, tiny:
     with pytest.raises(RunError, match="cannot have this name"):
         Shelf.with_task(tmp_path / "new", "two words", make_task("words", "lora"))
     assert not (tmp_path / "new").exists(), "nothing is made for a task that is refused"
+    for runs in ({"Cars": make_task("capital", "lora")}, {name: tmp_path / "cars" for name in ("new", "New")}):
+        with pytest.raises(RunError, match="two tasks of .* cannot have such names"):
+            Shelf.with_tasks(shelf, runs)
     (tmp_path / "mine" / "backbone").mkdir(parents=True)
     (tmp_path / "mine" / "backbone" / "model.safetensors").write_text("mine")
     with pytest.raises(RunError, match="holds weights of something else"):
