@@ -111,6 +111,7 @@ def _require_label_losses(values: dict[str, Any], recipe: "Recipe") -> None:
 
 
 def _suite(values: dict[str, Any], plan: "Plan") -> None:
+    from remap.pipeline.comparison_cells import chosen_methods
     from remap.pipeline.comparison_folder import require_folder
     from remap.recipe.suite import load_suite
     from remap.runs.run_dir import default_path
@@ -121,7 +122,10 @@ def _suite(values: dict[str, Any], plan: "Plan") -> None:
     words, settings = recipe_words(values), values["settings"] or []
     sets = None if values["sets"] is None else expanded(values["sets"])
     require_folder(folder)
-    for name in suite.sets:  # what cannot be used is said before PyTorch is loaded
+    # What cannot be used is said before PyTorch is loaded.
+    if values["methods"] is not None:
+        chosen_methods(values["methods"])
+    for name in suite.sets:
         suite.recipe_of(name, sets, words, settings)
     with console.Reporter() as progress:
         with progress.wait("loading PyTorch"):

@@ -173,6 +173,7 @@ REFUSED = {
     "compare --loss-set ce:x": "--loss-set ce:x: 'ce:x': the weight",
     "compare --budget epoch=1": "--budget epoch=1: not a budget",
     "compare --suite five_categories --output FILE": "FILE cannot be the folder of a comparison",
+    "compare --suite offline --methods foo": "unknown method 'foo'",
     "compare --suite offline": "sets.cifar10: its images are not built in",
     "compare --suite five_categories --set train.lrr=1": "train.lrr: unknown key",
     "compare --sessions 2 --output FILE": "FILE cannot be the folder of a comparison",
