@@ -80,7 +80,7 @@ def train(job: Job, *, resume: bool = False) -> State:
                             optimizer.zero_grad(set_to_none=True)  # last: hooks after the step read gradients
                         else:
                             skip_step(training, result)
-                            # What a method does at a certain step is due all the same.
+                            # What a method does at a certain step still has to be done.
                             job.student.attached.after_step(update, spec.epochs * steps)
                         state.step += 1
                         training.unread.append(pending)
