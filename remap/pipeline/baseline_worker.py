@@ -18,8 +18,9 @@ from remap.runs.run_dir import RunDir
 
 def main() -> None:
     """Run, or resume, the run directory that the first line of the input names, on so many threads."""
-    line = _first_line()
-    if not line:
+    with open(0, "rb", buffering=0, closefd=False) as stream:  # nothing of what follows is read ahead
+        line = stream.readline()
+    if not line:  # closed before: no baseline is to be trained
         return
     threads, path = json.loads(line)
     threading.Thread(target=_follow_parent, daemon=True).start()
@@ -31,17 +32,6 @@ def main() -> None:
         run(run_dir.recipe(), run_dir, Silent(), resuming=True)
     except RemapError:  # what it is, the first process finds and says when it trains the baseline itself
         sys.exit(1)
-
-
-def _first_line() -> bytes:
-    """Return the first line of the input; empty where it was closed before, since no baseline is to be trained."""
-    line = b""
-    while not line.endswith(b"\n"):
-        more = os.read(0, 4096)
-        if not more:
-            return b""
-        line += more
-    return line
 
 
 def _follow_parent() -> None:

@@ -112,7 +112,7 @@ def choose_storage(components: RunComponents, prepared: PreparedTeacher, teacher
     fingerprint = prepared.fingerprint if folds is None else folds.fingerprint(1, Silent())
     key = key_on_disk(components, prepared, fingerprint)
     may_hold = fits and spec.cache == "auto" and not spec.keeps_less and folds is None
-    # Where there is no choice, room is checked once it is known what lacks.
+    # Where there is no choice, room is checked once it is known what is missing.
     if has_cache(cache_root(), key) and not (may_hold and _lacks_room(components, key, items, on_disk)):
         return OutputStorage("disk", on_disk, shapes)
     # top_k and cache_dtype only have a meaning on disk.

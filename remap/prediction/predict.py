@@ -143,9 +143,9 @@ def in_precision_of(run: Runs, students: Mapping[str, Student], wanted: Wanted) 
     """Return the options with "fp32" or "bf16", which the recipe of a run and the device decide where none is named."""
     precision = wanted.precision
     if precision is None:
-        run_dir = None if isinstance(run, Mapping) else RunDir(expanded(run))
-        has_recipe = run_dir is not None and (run_dir.path / "recipe.yaml").is_file()
-        precision = run_dir.recipe().train.precision if run_dir is not None and has_recipe else "auto"
+        precision = "auto"
+        if not isinstance(run, Mapping) and (expanded(run) / "recipe.yaml").is_file():
+            precision = RunDir(expanded(run)).recipe().train.precision
     device = next(iter(students.values())).device
     return replace(wanted, precision="bf16" if use_bf16(precision, device) else "fp32")
 
