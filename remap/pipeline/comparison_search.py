@@ -71,22 +71,38 @@ def searched(
     Each method and loss set is searched by itself, with the first seed; all its seeds use what was best. The first
     trial is the declared default. The evaluation images are not looked at.
     """
-    by_teacher: dict[int, tuple[SharedResources, list[Cell]]] = {}
-    for cell in cells:
-        # A finished trial has left its teacher in the folder.
-        if cell.with_teacher and not any((folder / cell.group).glob("*/summary.json")):
-            shared = shared_by(cell, folder)
-            by_teacher.setdefault(id(shared), (shared, []))[1].append(cell)
-    for shared, taught in by_teacher.values():
-        from remap.pipeline.build_cache import prepare_shared_teacher
-
-        prepare_shared_teacher((held_out(cell.recipe) for cell in taught), progress, shared)
+    # A finished trial has left its teacher in the folder.
+    fresh = [cell for cell in cells if not any((folder / cell.group).glob("*/summary.json"))]
+    prepare_teachers(fresh, folder, shared_by, progress, held_out)
     best: dict[str, tuple[dict[str, float], float]] = {}
     for cell in cells:
         if cell.group not in best:
             best[cell.group] = _best(cell, search, folder, shared_by, held_by, progress)
     found = [replace(cell, recipe=_tried(cell.recipe, best[cell.group][0])) for cell in cells]
     return found, {group: {**values, "held_out_accuracy": accuracy} for group, (values, accuracy) in best.items()}
+
+
+def prepare_teachers(
+    cells: Sequence[Cell],
+    folder: Path,
+    shared_by: Callable[[Cell, Path], "SharedResources"],
+    progress: Progress,
+    recipe_of: Callable[[Recipe], Recipe] = lambda recipe: recipe,
+) -> None:
+    """Prepare and judge each teacher of these cells once, in this process.
+
+    Raises:
+        TrainingError: A teacher is too weak.
+    """
+    by_teacher: dict[int, tuple[SharedResources, list[Cell]]] = {}
+    for cell in cells:
+        if cell.with_teacher:
+            shared = shared_by(cell, folder)
+            by_teacher.setdefault(id(shared), (shared, []))[1].append(cell)
+    for shared, taught in by_teacher.values():
+        from remap.pipeline.build_cache import prepare_shared_teacher
+
+        prepare_shared_teacher((recipe_of(cell.recipe) for cell in taught), progress, shared)
 
 
 def _best(

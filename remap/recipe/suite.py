@@ -25,6 +25,7 @@ class SuiteSet(Section):
     val: int | None = Field(default=None, ge=1, description="Evaluation images there must be; null is any number.")
     classes: int | None = Field(default=None, ge=2, description="Classes there must be; null is any number.")
     class_ids: bool = Field(default=False, description="Class names must be the whole numbers from 0.")
+    recipe: dict[str, Any] = Field(default={}, description="Sections in place of those of the suite's recipe.")
     group: str | None = Field(default=None, description="Group whose mean is shown besides that of all sets.")
 
 
@@ -56,7 +57,7 @@ class Suite(Section):
                     do = "name the folder that the sets are in: --sets DIR"
                     raise RecipeError([f"sets.{name}: its images are not built in"], "suite", do=do)
                 data[key] = below(folder, data[key])
-        values = deepcopy({**self.recipe, "name": name})
+        values = deepcopy({**self.recipe, **self.sets[name].recipe, "name": name})
         given = [*overrides.of_words(words or {}, values, problems), *overrides.of_settings(settings, problems)]
         problems += [
             f"{key}: each set of a suite has its own images" for key, _ in given if key.removeprefix("data.") in _PATHS

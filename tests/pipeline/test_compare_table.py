@@ -270,6 +270,14 @@ def test_both_averages_of_a_suite() -> None:
     assert row["to_full"]["better"] == 3 and not row["to_full"]["distinguishable"]
 
 
+def test_a_set_of_a_suite_has_sections_of_its_own() -> None:
+    """CIFAR-10's classes are those of the pair: its teacher is probed there, and tuned on the other sets."""
+    suite = load_suite("offline")
+    found = {name: suite.recipe_of(name, Path("sets")).teachers[0] for name in suite.sets}
+    assert {name for name, teacher in found.items() if teacher.prepare == "probe"} == {"cifar10"}
+    assert found["cifar10"].epochs is None and found["digits"].epochs == 10  # in place of the section, not merged
+
+
 @pytest.mark.parametrize("name", ["offline", "five_categories", "vtab1k", "fgvc", "fewshot11", "words"])
 def test_shipped_suites_are_valid(name: str) -> None:
     """Sets: 7 + 4 + 8 of VTAB (Zhai et al. 2019), 5 of VPT (Jia et al. 2022), 11 and 15 of CoOp (Zhou et al. 2022)."""

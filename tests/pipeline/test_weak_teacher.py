@@ -13,6 +13,7 @@ from remap.cache.cache_listing import list_caches
 from remap.errors import TrainingError
 from remap.pipeline.build_cache import build_cache
 from remap.pipeline.compare import compare
+from remap.pipeline.comparison_plan import Plan
 from remap.pipeline.run import start
 from remap.progress import Progress
 from remap.recipe import Recipe
@@ -35,6 +36,10 @@ def _compare(recipe: Recipe, folder: Path, progress: Progress) -> None:
     compare(recipe, ["bitfit", "linear"], 1, folder, progress)
 
 
+def _search(recipe: Recipe, folder: Path, progress: Progress) -> None:
+    compare(recipe, ["bitfit", "linear"], 1, folder, progress, Plan(search="random:1"))
+
+
 def _cache(recipe: Recipe, folder: Path, progress: Progress) -> None:
     build_cache(recipe, progress)
 
@@ -43,7 +48,7 @@ def _auto(recipe: Recipe, folder: Path, progress: Progress) -> None:
     start(recipe.model_copy(update={"choose_losses": True}), folder, progress)
 
 
-@pytest.mark.parametrize("command", [_compare, _cache, _auto, start])
+@pytest.mark.parametrize("command", [_compare, _search, _cache, _auto, start])
 @pytest.mark.usefixtures("two_passes")
 def test_a_weak_teacher_is_found_before_anything_is_trained(
     tiny: Any, noise: str, tmp_path: Path, watch: Callable[..., Any], command: Callable[..., None]
