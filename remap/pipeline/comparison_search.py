@@ -113,8 +113,8 @@ def _best(
     held_by: Callable[[DataSpec], str],
     progress: Progress,
 ) -> tuple[dict[str, float], float]:
+    from remap.pipeline.nested_runs import open_or_create
     from remap.pipeline.run import run
-    from remap.pipeline.teacher_tuning import open_or_create
 
     study = _study(search, cell.recipe)
     results: list[tuple[float, dict[str, float]]] = []

@@ -13,10 +13,11 @@ from remap.network import Network
 from remap.pipeline import probe
 from remap.pipeline.computed_once import digest_of_network
 from remap.pipeline.data_views import DataViews
+from remap.pipeline.nested_runs import require_unlinked
 from remap.pipeline.one_pass import OnePass
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.stored_teacher import PROBE, StoredTeacher
-from remap.pipeline.teacher_tuning import require_unlinked, title_of
+from remap.pipeline.teacher_tuning import title_of
 from remap.progress import Progress
 from remap.recipe.schema import Recipe, TeacherSpec
 from remap.runs.task import save_task, task_tensors

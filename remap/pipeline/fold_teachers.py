@@ -29,8 +29,8 @@ from remap.pipeline.teacher_tuning import (
     fold_folder,
     is_prepared,
     require_several_folds,
-    teacher_recipe,
     title_of,
+    tuned_key,
 )
 from remap.progress import Progress
 from remap.recipe.schema import Recipe, TeacherSpec
@@ -169,7 +169,7 @@ def prepare_folds(
         # As of the teacher of all labels: the main process makes the folders.
         accelerator().wait_for_everyone()
     else:  # tuned before this run, or by an earlier one
-        folders = [shared.tuned_teachers[teacher_recipe(recipe, spec, fold).digest()] for fold in numbers]
+        folders = [shared.tuned_teachers[tuned_key(recipe, spec, fold)] for fold in numbers]
     found = FoldTeachers(recipe, spec, views, shared, tuple(folders), network, placed)
     if spec.prepare == PROBE:
         found.read_heads(progress)

@@ -23,10 +23,10 @@ from remap.pipeline.comparison_folder import TEACHER, claim, fingerprint_of, is_
 from remap.pipeline.comparison_plan import require_rankable
 from remap.pipeline.comparison_search import held_out
 from remap.pipeline.labels_only import images_of
+from remap.pipeline.nested_runs import open_or_create
 from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.run import run
 from remap.pipeline.shared import SharedResources
-from remap.pipeline.teacher_tuning import open_or_create
 from remap.progress import Progress, Within
 from remap.recipe.schema import DataSpec, Recipe
 from remap.runs.answers import read_evidence

@@ -28,6 +28,7 @@ from remap.pipeline.epoch_recorder import EpochRecorder
 from remap.pipeline.evidence import write_evidence
 from remap.pipeline.fit_at_once import fit_at_once, leave_untrained
 from remap.pipeline.frozen_check import FrozenWeights, trained_text
+from remap.pipeline.nested_runs import open_or_create
 from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.rebalancing import rebalance, require_correctable
 from remap.pipeline.results import require_space, write_results, write_summary
@@ -38,7 +39,7 @@ from remap.pipeline.sessions import measure_sessions
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.student_features import cache_features
 from remap.pipeline.summary import evaluate_at_end, summarize
-from remap.pipeline.teacher_tuning import OfTeacher, lend_teachers, open_or_create, require_folds, teachers_to_tune
+from remap.pipeline.teacher_tuning import OfTeacher, lend_teachers, require_folds, teachers_to_tune
 from remap.pipeline.trackers import require_installed
 from remap.pipeline.training_job import training_job, warn_before_training
 from remap.pipeline.trials import chosen, trials, tried

@@ -9,12 +9,15 @@ from remap.network import Network
 from remap.pipeline.baseline import why_none
 from remap.pipeline.components import RunComponents, build_components
 from remap.pipeline.one_pass import fits_in_memory, objectives_of_one_pass
+from remap.pipeline.preparation_trials import HELD_OUT as HELD_OUT_OF_TEACHER
+from remap.pipeline.preparation_trials import ways_to_prepare
 from remap.pipeline.profile_step import StepProfile
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_outputs import OutputStorage
 from remap.pipeline.teacher_tuning import needs_logits, teacher_recipe
 from remap.pipeline.trials import EPOCHS, HELD_OUT, objectives
 from remap.progress import Progress, Within
+from remap.recipe.schema import AUTO
 
 # Bytes of task.json, about.
 TASK_RECORD = 4096
@@ -87,7 +90,10 @@ def preparation_cost(
     # A tuned teacher costs a whole run by itself.
     named, seconds, nbytes = Within(progress, "tuning the teacher"), 0.0, 0
     # The teachers of folds have equally many images: the first stands for all.
-    for fold, count in ((0, 1), *([(1, spec.folds)] if spec.folds else [])):
+    trials = 0.0
+    if spec.prepare == AUTO:  # a head alone takes next to nothing
+        trials = (1.0 - HELD_OUT_OF_TEACHER) * (len(ways_to_prepare(teacher_recipe(recipe, spec))) - 1)
+    for fold, count in ((0, 1 + trials), *([(1, spec.folds)] if spec.folds else [])):
         tuning = build_components(
             teacher_recipe(recipe, spec, fold).written_out(), None, named, replace(shared, shapes_only=True)
         )
@@ -95,7 +101,7 @@ def preparation_cost(
         share = tuning.student.num_trainable / tuning.student.num_parameters
         profile = StepProfile({}, (2 + share) * each, each, 0.0, 0, 0, {}, {}, 0.0)
         cost = run_cost(tuning, {}, {}, profile)
-        seconds, nbytes = seconds + count * cost.seconds, nbytes + count * cost.disk_bytes
+        seconds, nbytes = seconds + count * cost.seconds, nbytes + round(count * cost.disk_bytes)
     return seconds, nbytes
 
 

@@ -13,13 +13,14 @@ from remap.distributed.collectives import all_reduce_max
 from remap.distributed.launch import accelerator
 from remap.errors import DataError, RunError
 from remap.io.human_size import number_of
-from remap.io.links import require_no_link, require_no_links
 from remap.io.paths import expanded
+from remap.pipeline.nested_runs import open_or_create, require_unlinked
+from remap.pipeline.preparation_trials import best_way, remove_trials
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.stored_teacher import StoredTeacher
 from remap.progress import Progress, Step, Within
 from remap.recipe.paths import is_run
-from remap.recipe.schema import EMA, SELF, WORDS, DataSpec, LossSpec, MethodSpec, Recipe, StudentSpec, TeacherSpec
+from remap.recipe.schema import AUTO, EMA, SELF, WORDS, DataSpec, LossSpec, MethodSpec, Recipe, StudentSpec, TeacherSpec
 from remap.recipe.sections import Fold
 from remap.remapping import LOSSES
 from remap.runs.run_dir import RunDir
@@ -48,7 +49,7 @@ def _of_teacher(text: str) -> str:
 def teachers_to_tune(
     recipe: Recipe, run_dir: RunDir, progress: Progress, shared: SharedResources
 ) -> Iterator[tuple[str, RunDir, Recipe]]:
-    """Yield the teachers that have to be tuned before this run: title, run directory and recipe of each.
+    """Yield what has to be tuned before this run, teachers and their trials: title, run directory and recipe of each.
 
     The caller runs each recipe before it asks for the next one.
     """
@@ -60,8 +61,8 @@ def teachers_to_tune(
         # 0 is the teacher of all labels; the others are each tuned without one fold.
         for fold in range((spec.folds or 0) + 1):
             tuning = teacher_recipe(recipe, spec, fold)
-            folder, key = fold_folder(teacher_folder(spec, number, run_dir, shared), fold), tuning.digest()
-            title = title_of(spec, recipe, fold)
+            folder = fold_folder(teacher_folder(spec, number, run_dir, shared), fold)
+            key, title = tuned_key(recipe, spec, fold), title_of(spec, recipe, fold)
             # Tuned by an earlier run of this command, or by this run before it was interrupted.
             if key not in shared.tuned_teachers and not is_prepared(folder):
                 require_unlinked(folder)
@@ -69,7 +70,11 @@ def teachers_to_tune(
                 if not stored.fetch(folder):
                     classes = len(shared.classes(recipe))
                     progress.say(f"{title} has no head for these {classes} classes: tuning it ({spec.prepare})")
+                    if spec.prepare == AUTO:
+                        tuning = yield from best_way(tuning, folder, title, progress)
                     yield title, open_or_create(folder, tuning), tuning
+                    if spec.prepare == AUTO:
+                        remove_trials(folder)
                     # A run that was resumed may have begun on another machine, whose bits differ.
                     if stored.key is not None and not RunDir(folder).environment().get("resumed"):
                         stored.store(folder)
@@ -154,20 +159,6 @@ def fold_folder(folder: Path, fold: int) -> Path:
     return folder.with_name(f"{folder.name}-fold-{fold}") if fold else folder
 
 
-def open_or_create(folder: Path, recipe: Recipe) -> RunDir:
-    """Return a run directory inside another one, made by the main process where it is not there yet."""
-    if accelerator().is_main_process and not (folder / "recipe.yaml").exists():
-        RunDir.create(folder, recipe)
-    accelerator().wait_for_everyone()
-    return RunDir(folder)
-
-
-def require_unlinked(folder: Path) -> None:
-    """Refuse links at and below the folder of a teacher, which may lie outside of the run directory."""
-    require_no_link(folder)
-    require_no_links(folder)
-
-
 def title_of(spec: TeacherSpec, recipe: Recipe, fold: int = 0) -> str:
     """Return how messages call a teacher."""
     title = f"the teacher {spec.model}" if len(recipe.teachers) > 1 else "the teacher"
@@ -189,6 +180,9 @@ def teacher_recipe(recipe: Recipe, spec: TeacherSpec, fold: int = 0) -> Recipe:
 
     Args:
         fold: Which fold of the images it is tuned without; 0 is none.
+
+    Returns:
+        With ``prepare: auto`` that of ``full``, from which the ways are made (``preparation_trials``).
     """
     # The teacher's rate, from warm-up to end, belongs to its method, not to the student's.
     own = {"lr": spec.lr, "base_lr": None, "min_lr": 0.0, "warmup_epochs": None, "optimizer": "adamw", "track": ()}
@@ -207,20 +201,26 @@ def teacher_recipe(recipe: Recipe, spec: TeacherSpec, fold: int = 0) -> Recipe:
             "choose_losses": False,
             "teachers": (),
             "student": StudentSpec(**{name: getattr(spec, name) for name in shared}),
-            "method": MethodSpec(name=spec.prepare),
+            "method": MethodSpec(name="full" if spec.prepare == AUTO else spec.prepare),
             "losses": (LossSpec(name="ce", weight=LOSSES.row("ce").weight),),
             "train": train,
         }
     )
 
 
+def tuned_key(recipe: Recipe, spec: TeacherSpec, fold: int = 0) -> str:
+    """Return the key of a tuned teacher in ``SharedResources.tuned_teachers``."""
+    digest = teacher_recipe(recipe, spec, fold).digest()
+    return f"{AUTO} {digest}" if spec.prepare == AUTO else digest
+
+
 def lend_teachers(recipe: Recipe, trial: Recipe, shared: SharedResources) -> None:
     """Let a trial of a run, which has images and epochs of its own, learn from the teachers tuned for the run."""
     for spec in recipe.teachers:
         if spec.prepare not in ("probe", "none"):
-            folder = shared.tuned_teachers.get(teacher_recipe(recipe, spec).digest())
+            folder = shared.tuned_teachers.get(tuned_key(recipe, spec))
             if folder is not None:  # None of a run that brings its head
-                shared.tuned_teachers[teacher_recipe(trial, spec).digest()] = folder
+                shared.tuned_teachers[tuned_key(trial, spec)] = folder
 
 
 def needs_logits(recipe: Recipe) -> bool:

@@ -25,10 +25,10 @@ from remap.pipeline.fold_teachers import prepare_folds
 from remap.pipeline.one_pass import OnePass
 from remap.pipeline.prepared_teacher import PreparedTeacher, placed, placed_network
 from remap.pipeline.shared import SharedResources
-from remap.pipeline.teacher_tuning import data_of_teacher, is_prepared, needs_logits, teacher_recipe, title_of
+from remap.pipeline.teacher_tuning import data_of_teacher, is_prepared, needs_logits, title_of, tuned_key
 from remap.progress import Progress
 from remap.recipe.paths import is_run
-from remap.recipe.schema import EMA, SELF, WORDS, Recipe, TeacherSpec
+from remap.recipe.schema import AUTO, EMA, SELF, WORDS, Recipe, TeacherSpec
 from remap.runs.task import load_task, open_backbone, put_task, require_size_of_run
 
 
@@ -162,8 +162,9 @@ def _with_head(
         # Read back from the file by every process, also by the one that fitted it: all have the same bits.
         put_task(network, folder)
     else:
-        network, _ = load_task(shared.tuned_teachers[teacher_recipe(recipe, spec).digest()])
-    teacher = placed(replace(teacher, network=network, head=spec.prepare), recipe)
+        network, _ = load_task(shared.tuned_teachers[tuned_key(recipe, spec)])
+    head = "+".join(network.attached.methods) if spec.prepare == AUTO else spec.prepare
+    teacher = placed(replace(teacher, network=network, head=head), recipe)
     if spec.folds:
         if part is not views:
             features = LabeledFeatures(network, recipe, views, progress, run_once)

@@ -11,7 +11,7 @@ from remap.recipe.multilabel_checks import multilabel_problems
 from remap.recipe.option_listing import surely_valid
 from remap.recipe.paths import is_run
 from remap.recipe.problems import lines_of
-from remap.recipe.schema import Named, Recipe, StudentSpec
+from remap.recipe.schema import AUTO, Named, Recipe, StudentSpec
 from remap.recipe.teacher_checks import folds_problems, teacher_problems
 from remap.recipe.train_checks import train_problems
 from remap.registry import choices, unknown_names
@@ -41,7 +41,11 @@ def require_held_out_once(recipe: Recipe) -> None:
     Raises:
         RecipeError: What else holds images out.
     """
-    others = {"losses: auto": recipe.choose_losses, "teacher.calibrate": any(one.calibrate for one in recipe.teachers)}
+    others = {
+        "losses: auto": recipe.choose_losses,
+        "teacher.prepare: auto": any(one.prepare == AUTO for one in recipe.teachers),
+        "teacher.calibrate": any(one.calibrate for one in recipe.teachers),
+    }
     names = [name for name, given in others.items() if given]
     if names and recipe.data.held_out is not None:
         line = f"data.held_out: {' and '.join(names)} cannot hold out training images besides (leave data.held_out out)"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from remap.recipe.schema import EMA, OF_OTHERS, WORDS, DataSpec, Recipe, TeacherSpec
+from remap.recipe.schema import AUTO, EMA, OF_OTHERS, WORDS, DataSpec, Recipe, TeacherSpec
 from remap.registry import choices
 from remap.remapping import LOSSES
 from remap.tuning import METHODS, method_problems
@@ -11,12 +11,7 @@ from remap.tuning import METHODS, method_problems
 def teacher_problems(recipe: Recipe) -> Iterator[str]:
     """Yield what is wrong with the teachers."""
     for key, spec in _teachers(recipe):
-        if spec.is_student:
-            yield from _self_teacher_problems(key, spec)
-        elif "+" in spec.prepare or "," in spec.prepare:
-            yield from method_problems(f"{key}.prepare", spec.prepare)
-        elif spec.prepare not in (allowed := ("probe", "none", WORDS, *METHODS.names)):
-            yield f"{key}.prepare: unknown word '{spec.prepare}'{choices(spec.prepare, allowed, 'methods')}"
+        yield from _preparation_problems(key, spec)
         if spec.is_student or spec.joint or not any(loss.reads_logits for loss in recipe.losses):
             given = (name for name in ("calibrate", "balance") if getattr(spec, name))
             why = "is for the logits of a teacher that stays as it was prepared (leave it out)"
@@ -35,6 +30,19 @@ def teacher_problems(recipe: Recipe) -> Iterator[str]:
             yield f"{key}.cache: top_k and cache_dtype are for outputs on disk, not for '{spec.cache}'"
         if spec.cache in ("memory", "disk") and (changing := what_changes(spec, recipe.data)):
             yield f"{key}.cache: nothing can be cached, since {changing}"
+
+
+def _preparation_problems(key: str, spec: TeacherSpec) -> Iterator[str]:
+    """Yield why a teacher cannot be given its head as named."""
+    if spec.is_student:
+        yield from _self_teacher_problems(key, spec)
+    elif "+" in spec.prepare or "," in spec.prepare:
+        yield from method_problems(f"{key}.prepare", spec.prepare)
+    elif spec.prepare not in (allowed := ("probe", AUTO, "none", WORDS, *METHODS.names)):
+        yield f"{key}.prepare: unknown word '{spec.prepare}'{choices(spec.prepare, allowed, 'methods')}"
+    if spec.prepare == AUTO:
+        given = [name for name in ("calibrate", "folds") if getattr(spec, name)]
+        yield from (f"{key}.{name}: holds images out, as {key}.prepare=auto does (name the way)" for name in given)
 
 
 def folds_problems(recipe: Recipe) -> Iterator[str]:

@@ -33,10 +33,11 @@ class RunRecords:
     recipe.yaml (resolved), command.txt, environment.json, status.json, metrics.jsonl (one line an epoch), summary.json,
     answers.json and the pictures in report/ (what report.html is made from), trainables.json (what is trained),
     judged.json (accuracies before training), task/ (what the tuned student costs to keep), teacher/ (the prepared
-    teacher), teacher-fold-1/ ... (those of ``teacher.folds``), baseline/ (the same student by labels alone), trials/
-    (short runs of the objectives that one was chosen of), checkpoint/, student_model/ (a student that was cut from its
-    teacher), backbone/ (the student of a run without labels, for timm), fault/ (the batch that broke training), stop
-    (a file that asks the run to save and leave; removed when it is seen).
+    teacher), teacher-fold-1/ ... (those of ``teacher.folds``), teacher-trial-full/ ... (while the way to prepare it is
+    chosen), baseline/ (the same student by labels alone), trials/ (short runs of the objectives that one was chosen
+    of), checkpoint/, student_model/ (a student that was cut from its teacher), backbone/ (the student of a run without
+    labels, for timm), fault/ (the batch that broke training), stop (a file that asks the run to save and leave; removed
+    when it is seen).
 
     ``seconds`` in status.json and summary.json is the time of all parts of a run that was stopped and resumed; a part
     that was killed counts up to its last epoch.

@@ -1,0 +1,127 @@
+"""``teacher.prepare: auto``: ways to prepare a teacher are judged by held-out training images."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from remap.errors import RecipeError, RemapError
+from remap.io import atomic_write
+from remap.pipeline.compare import compare
+from remap.pipeline.dry_run import estimate
+from remap.pipeline.preparation_trials import FASTER, HELD_OUT, best_way, ways_to_prepare
+from remap.pipeline.run import start, validate_inputs
+from remap.pipeline.shared import SharedResources
+from remap.pipeline.teacher_tuning import teacher_recipe
+from remap.progress import Progress, Silent
+from remap.recipe import Recipe
+from remap.recipe.schema import BASE_WIDTH
+from remap.runs.task import load_task
+
+AUTO = ("teacher.prepare=auto", "teacher.epochs=2", "train.epochs=1")
+
+
+def _tuning(recipe: Recipe) -> Recipe:
+    return teacher_recipe(recipe, recipe.teachers[0])
+
+
+def _choose(recipe: Recipe, folder: Path, accuracies: dict[str, float]) -> tuple[Recipe, list[str]]:
+    """Drive the trials as a run does, with accuracies that are given; return the choice and what was run."""
+    ways, ran = best_way(_tuning(recipe), folder, "the teacher", Silent()), []
+    try:
+        while True:
+            title, run_dir, trial = next(ways)
+            name = title.rpartition(", ")[2]
+            assert run_dir.path == folder.with_name(f"teacher-trial-{name}")
+            assert (trial.data.held_out, trial.train.eval_every) == (HELD_OUT, trial.train.epochs)
+            atomic_write.write_json(run_dir.path / "summary.json", {"student": {"accuracy": accuracies[name]}})
+            atomic_write.write_json(run_dir.path / "status.json", {"status": "done"})
+            ran.append(name)
+    except StopIteration as ended:
+        return ended.value, ran
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "best"),
+    [
+        ({"linear": 0.5, "full": 0.7, "full-fast": 0.6}, "full"),
+        ({"linear": 0.5, "full": 0.7, "full-fast": 0.8}, "full-fast"),
+        ({"linear": 0.7, "full": 0.7, "full-fast": 0.7}, "linear"),  # of equal ones the cheapest
+    ],
+)
+def test_the_best_on_held_out_images_is_taken(
+    tiny: Any, tmp_path: Path, accuracies: dict[str, float], best: str
+) -> None:
+    recipe, folder = tiny.recipe(*AUTO, losses="ce,kd"), tmp_path / "teacher"
+    chosen, ran = _choose(recipe, folder, accuracies)
+    assert ran == ["linear", "full", "full-fast"]
+    rate = _tuning(recipe).learning_rate(BASE_WIDTH)
+    wanted = {"linear": ("linear", None), "full": ("full", None), "full-fast": ("full", FASTER * rate)}[best]
+    assert (chosen.method.name, chosen.train.base_lr) == wanted
+    assert chosen.data.held_out is None and chosen.train.epochs == 2  # by all labelled images
+    # What has ended is not run again.
+    assert _choose(recipe, folder, accuracies) == (chosen, [])
+
+
+def test_a_named_rate_is_the_only_one(tiny: Any) -> None:
+    ways = ways_to_prepare(_tuning(tiny.recipe(*AUTO, "teacher.lr=1e-3", losses="ce,kd")))
+    assert {name: way.train.lr for name, way in ways.items()} == {"linear": None, "full": 1e-3}
+
+
+def test_the_teacher_is_the_one_that_its_way_gives(tiny: Any, tmp_path: Path, watch: Callable[..., Any]) -> None:
+    """Bit for bit that of the way by name; the trials, as large as the teacher, are removed."""
+    spoken = watch(lambda done: None)
+    run = tmp_path / "auto"
+    summary = start(tiny.recipe(*AUTO, losses="ce,kd"), run, spoken).summary
+    (said,) = [line for line in spoken.said if "is tuned by" in line]
+    best = said.partition("is tuned by ")[2].partition(" (")[0]
+    accuracies = {
+        name: float(share.rstrip("%)"))
+        for name, share in (pair.rsplit(" ", 1) for pair in said.partition(": ")[2].split(", "))
+    }
+    assert best == max(accuracies, key=lambda name: accuracies[name])
+    assert not list(run.glob("teacher-trial-*"))
+    way = ways_to_prepare(_tuning(tiny.recipe(*AUTO, losses="ce,kd")))[best]
+    assert summary["teacher"]["head"] == way.method.name
+    by_hand = tmp_path / "by-hand"
+    start(way, by_hand)
+    ours, theirs = (load_task(folder)[0].model.state_dict() for folder in (run / "teacher", by_hand))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_a_comparison_chooses_once(tiny: Any, tmp_path: Path, watch: Callable[..., Progress]) -> None:
+    spoken: Any = watch(lambda done: None)
+    table = compare(tiny.recipe(*AUTO, losses="ce,kd"), ["linear", "bitfit"], 2, tmp_path / "cmp", spoken)
+    assert len([line for line in spoken.said if "is tuned by" in line]) == 1
+    assert table["teacher"]["head"] in ("linear", "full")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("teacher.calibrate=true", "teacher.calibrate: holds images out, as teacher.prepare=auto does"),
+        ("teacher.folds=2", "teacher.folds: holds images out, as teacher.prepare=auto does"),
+        ("data.held_out=0.5", "data.held_out: teacher.prepare: auto cannot hold out training images besides"),
+    ],
+)
+def test_images_are_held_out_once(tiny: Any, setting: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        validate_inputs(tiny.recipe(*AUTO, setting, losses="ce,kd"), SharedResources())
+    assert message in str(caught.value)
+
+
+def test_the_dry_run_counts_the_trials(tiny: Any) -> None:
+    """Two of the three ways tune all weights, on 80 % of the images; disk is measured, time is not."""
+    costs = {
+        way: estimate(tiny.recipe(*AUTO, f"teacher.prepare={way}", losses="ce,kd"), Silent())["estimate"]["disk_bytes"]
+        for way in ("auto", "full", "probe")
+    }
+    trials = costs["auto"] - costs["full"]
+    assert trials == pytest.approx(2 * (1 - HELD_OUT) * (costs["full"] - costs["probe"]), rel=0.1)
+
+
+def test_an_unknown_way_is_refused(tiny: Any) -> None:
+    with pytest.raises(RemapError, match=r"teacher\.prepare: unknown word 'automatic'"):
+        tiny.recipe("teacher.prepare=automatic", losses="ce,kd")
