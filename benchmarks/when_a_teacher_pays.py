@@ -1,11 +1,11 @@
 """When a teacher pays: labels only against distillation, over six sets, six methods and all or few labels.
 
-Run: python benchmarks/when_a_teacher_pays.py --sets DIR --results DIR [--minutes 60] [--seeds 3] [--table]
+Run: python benchmarks/when_a_teacher_pays.py --sets DIR --results DIR [--labels 0.1] [--minutes 60] [--table]
 
 DIR holds cifar10-train.tar, cifar10-test.tar, fashion-mnist.tar, ants-bees.tar, clothing.tar and emoji.tar. Of each set
 at most 1,000 images are learned from. All cells of a set take the same number of steps and the same augmentation, and
-learn from one teacher that was tuned whole on the same labels. A cell that has ended is one JSON file and is not run
-again; several such processes share the cells. ``--table`` prints what is there, cells that lose included.
+learn from one teacher that was prepared on the same labels (``teacher.prepare=auto``) and is found in the cache. A cell
+that has ended is one JSON file and is not run again. ``--table`` prints what is there, cells that lose included.
 """
 
 import argparse
@@ -45,7 +45,9 @@ METHODS = ("lora", "vpt_deep", "bitfit", "adaptformer", "full", "linear")
 ALONE, KD, DEFAULT, AUTO = "labels only", "kd", "default", "auto"
 LOSSES = {ALONE: "ce", KD: "ce,kd", DEFAULT: None, AUTO: "auto"}
 ALL, FEW = 1.0, 0.1
-BATCH, STEPS, TEACHER_STEPS = 32, 300, 900
+BATCH, STEPS = 32, 300
+# Few labels are learned by heart long before.
+TEACHER_STEPS = {ALL: 900, FEW: 300}
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,9 @@ class Cell:
         return f"{self.images}-{self.labels:g}-{self.method}-{self.objective.replace(' ', '_')}-{self.seed}"
 
 
-def cells(seeds: int, objectives: list[str]) -> Iterator[Cell]:
+def cells(seeds: int, objectives: list[str], shares: list[float]) -> Iterator[Cell]:
     """Yield all cells, the most telling ones first: seed by seed, methods of different kinds, then more of each."""
-    for seed, method, labels, images in itertools.product(range(seeds), METHODS, (ALL, FEW), SETS):
+    for seed, method, labels, images in itertools.product(range(seeds), METHODS, shares, SETS):
         for objective in objectives:
             if objective == KD and default_losses(method) == ("ce", "kd"):
                 continue  # the same run as the default
@@ -133,10 +135,12 @@ class Bench:
         seen = labels if cell.objective == ALONE else images
         words: dict[str, Any] = {"data": data, "seed": cell.seed, "method": cell.method}
         words["losses"] = LOSSES[cell.objective]
+        settings = settings_of(STEPS, seen, self.augment)
+        if cell.objective != ALONE:
+            epochs = max(1, round(TEACHER_STEPS[cell.labels] / max(1, labels // BATCH)))
+            words["teacher"] = {"model": "mini_teacher", "prepare": "auto", "epochs": epochs}
         try:
-            if cell.objective != ALONE:
-                words["teacher"] = str(self.teacher(cell, data, labels))
-            summary = self._finish(folder, words, settings_of(STEPS, seen, self.augment))
+            summary = self._finish(folder, words, settings)
         except RunError as error:
             print(f"{cell.name}: {error}", flush=True)
             return
@@ -144,13 +148,6 @@ class Bench:
         found |= {"losses": summary["losses"], "teacher": summary.get("teacher", {}).get("accuracy")}
         done.write_text(json.dumps(found))
         shutil.rmtree(folder, ignore_errors=True)
-
-    def teacher(self, cell: Cell, data: dict[str, Any], labels: int) -> Path:
-        """Return the run directory of the set's teacher, tuned whole on the same labels; all cells share it."""
-        folder = self.results / "teachers" / f"{cell.images}-{cell.labels:g}"
-        words = {"data": data, "student": "mini_teacher", "method": "full", "losses": "ce", "lr": 1e-3}
-        self._finish(folder, words, settings_of(TEACHER_STEPS, labels, self.augment))
-        return folder
 
     @staticmethod
     def _finish(folder: Path, words: dict[str, Any], settings: list[str]) -> dict[str, Any]:
@@ -201,10 +198,19 @@ def _row(
 ) -> Iterator[str]:
     files = [results / f"{Cell(images, labels, method, ALONE, seed).name}.json" for seed in range(seeds)]
     alone = [100 * json.loads(file.read_text())["accuracy"] for file in files if file.exists()]
-    teacher = results / "teachers" / f"{images}-{labels:g}" / "summary.json"
-    known = f"{100 * json.loads(teacher.read_text())['student']['accuracy']:.1f}" if teacher.exists() else "-"
+    known = _teacher(results, images, labels)
     shown = [f"{statistics.mean(one):+.1f} ± {standard_error(one):.1f}" if one else "-" for one in columns]
     yield from (images, f"`{method}`", f"{statistics.mean(alone):.1f}", known, *shown, str(max(map(len, columns))))
+
+
+def _teacher(results: Path, images: str, labels: float) -> str:
+    """Return the accuracy in % of a set's teacher, the mean over the seeds that prepared one."""
+    seeds = defaultdict(list)
+    for file in results.glob(f"{images}-{labels:g}-*.json"):
+        accuracy = json.loads(file.read_text())["teacher"]
+        if accuracy is not None:
+            seeds[file.stem.rpartition("-")[2]].append(accuracy)
+    return f"{100 * statistics.mean(map(statistics.mean, seeds.values())):.1f}" if seeds else "-"
 
 
 def _count(found: dict[tuple[str, float, str], list[float]]) -> str:
@@ -235,6 +241,7 @@ def main() -> None:
     words.add_argument("--minutes", type=float, default=60.0)
     words.add_argument("--seeds", type=int, default=3)
     words.add_argument("--augment", default="shift")
+    words.add_argument("--labels", nargs="+", type=float, default=[ALL, FEW], choices=[ALL, FEW])
     words.add_argument("--objectives", nargs="+", default=list(LOSSES), choices=list(LOSSES))
     words.add_argument("--table", action="store_true")
     options = words.parse_args()
@@ -242,7 +249,7 @@ def main() -> None:
     (options.results / "runs").mkdir(parents=True, exist_ok=True)
     bench, end = Bench(options.sets, options.results, options.augment), time.monotonic() + 60 * options.minutes
     if not options.table:
-        for cell in cells(options.seeds, options.objectives):
+        for cell in cells(options.seeds, options.objectives, options.labels):
             if time.monotonic() < end:
                 bench.run(cell)
     table(options.results, options.seeds)
