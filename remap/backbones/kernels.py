@@ -43,8 +43,14 @@ def fused_attention(setting: str, device: str, *, bf16: bool, trains: bool, toke
     return fused, f"fused takes {table[row]:.2f} of the time of explicit at {row} tokens in {precision}{close}"
 
 
-def compiled(setting: bool | str, device: str, steps: int) -> tuple[bool, str]:
-    """Return whether blocks are compiled in a run of so many steps, and why in words."""
+def compiled(setting: bool | str, device: str, steps: int, *, checkpointed: bool = False) -> tuple[bool, str]:
+    """Return whether blocks are compiled in a run of so many steps, and why in words.
+
+    Args:
+        checkpointed: Whether they are computed again in the backward pass, and so not compiled.
+    """
+    if checkpointed:
+        return False, "train.checkpoint_blocks"
     if setting != "auto":
         return bool(setting), "train.compile"
     least = COMPILED_FROM.get(device)

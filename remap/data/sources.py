@@ -183,6 +183,14 @@ def open_data(
         data = data.with_labels(labels)
     if held_out is not None:
         data = data.with_held_out(held_out)
+    if not len(data.val):  # of some classes there may be training images alone
+        raise DataError(
+            "there are no images to evaluate on of these classes",
+            given=", ".join(data.classes[:20]),
+            do="name some (data.val_source), or hold training images out (data.held_out)",
+        )
+    if data.test is not None and not len(data.test):
+        data = replace(data, test=None)
     if selection is not None:
         data = data.with_selection(selection)
     if known_classes is not None:

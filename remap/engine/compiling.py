@@ -13,8 +13,9 @@ def compile_networks(training: Training) -> None:
     """Compile the blocks of the student and of teachers that run in every step, if the recipe or the table says so."""
     job, spec = training.job, training.spec
     steps = spec.epochs * training.plan.steps
-    on, _ = compiled(spec.compile, training.accelerator.device.type, steps)
-    if not on or spec.checkpoint_blocks:
+    device = training.accelerator.device.type
+    on, _ = compiled(spec.compile, device, steps, checkpointed=spec.checkpoint_blocks)
+    if not on:
         return
     compile_blocks(job.student, "reduce-overhead" if spec.compile == "graphs" else None)
     for teacher in job.teachers:

@@ -34,7 +34,9 @@ def estimate_statistics(job: Job) -> None:
                 images, readable = job.source.batch(order[chunk])
                 seen += len(readable)
                 if len(readable):
-                    items = teacher.targets(images, readable, 0)
+                    # What is cached of augmented views has other statistics than the images as they are.
+                    augmented = plan.augmentation.on
+                    items = teacher.items(images) if augmented else teacher.targets(images, readable, 0)
                     for name, norm in norms:
                         norm.observe(items[name])
                 step.advance(len(chunk))

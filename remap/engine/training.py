@@ -95,6 +95,9 @@ class Training:
         for name, tensor in self.job.student.tensors.items():
             if name in chosen:
                 tensor.copy_(chosen[name])
+        # Learned words are written into the classifier where this mode ends; a resumed run may never have begun it.
+        self.job.student.attached.train()
+        self.job.student.model.eval()
 
     @property
     def plan(self) -> EpochPlan:

@@ -39,7 +39,7 @@ from remap.pipeline.sessions import measure_sessions
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.student_features import cache_features
 from remap.pipeline.summary import evaluate_at_end, summarize
-from remap.pipeline.teacher_tuning import OfTeacher, lend_teachers, require_folds, teachers_to_tune
+from remap.pipeline.teacher_tuning import OfTeacher, lend_teachers, require_folds, require_unjudged, teachers_to_tune
 from remap.pipeline.trackers import require_installed
 from remap.pipeline.training_job import training_job, warn_before_training
 from remap.pipeline.trials import chosen, trials, tried
@@ -266,6 +266,7 @@ def validate_inputs(recipe: Recipe, shared: SharedResources) -> None:
     shared.list_together(recipe.data)
     classes = shared.classes(recipe)
     require_folds(recipe, shared)
+    require_unjudged(recipe, shared)
     for spec in recipe.teachers:
         OutputFormat((len(classes),), top_k=spec.top_k)
     if recipe.train.selects and recipe.train.metric == "top5" and len(classes) <= 5:

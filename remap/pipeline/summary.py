@@ -165,7 +165,8 @@ def _kernels(components: RunComponents) -> dict[str, str]:
     networks = {"student": components.student}
     networks |= {f"teacher{number or ''}": one.network for number, one in enumerate(components.teachers)}
     found = {f"attention of the {name}": network.attention_kernel for name, network in networks.items()}
-    on, why = compiled(components.recipe.train.compile, accelerator().device.type, components.steps)
+    spec, device = components.recipe.train, accelerator().device.type
+    on, why = compiled(spec.compile, device, components.steps, checkpointed=spec.checkpoint_blocks)
     return {**found, "blocks": f"{'compiled' if on else 'not compiled'}: {why}"}
 
 

@@ -54,6 +54,7 @@ def teachers_to_tune(
     The caller runs each recipe before it asks for the next one.
     """
     require_folds(recipe, shared)
+    require_unjudged(recipe, shared)
     # Numbers count without a running average, which is never stored.
     for number, spec in enumerate(spec for spec in recipe.teachers if spec.model != EMA):
         if spec.prepare in ("probe", "none", WORDS) or not needs_logits(recipe) or _brings_head(spec, recipe, shared):
@@ -129,6 +130,27 @@ def require_folds(recipe: Recipe, shared: SharedResources) -> None:
         if labels.ndim == 2:  # images are divided by their rarest class, which may take all of another one along
             what = "a class whose labelled images are all in one fold"
         require_several_folds(data.classes, labels, folds(labels, spec.folds), what)
+
+
+def require_unjudged(recipe: Recipe, shared: SharedResources) -> None:
+    """Refuse what follows from a teacher's accuracy, where it is a run that knows the first of the classes alone.
+
+    Raises:
+        RunError: The recipe asks for that.
+    """
+    for spec in recipe.teachers:
+        judged = {"calibrate": spec.calibrate, "balance": spec.balance, "overtaken": spec.overtaken == "fade"}
+        given = [f"teacher.{name}" for name, on in judged.items() if on]
+        if not given or not is_run(spec.model) or spec.prepare != "none":
+            continue
+        classes, known = shared.classes(recipe), read_meta(folder_of(expanded(spec.model))).classes
+        if len(known) < len(classes) and known == classes[: len(known)]:
+            raise RunError(
+                f"the teacher {spec.model} knows {len(known)} of the {len(classes)} classes, and is not judged by these"
+                " images",
+                given=", ".join(given),
+                do="leave it out, or take a teacher that knows all classes",
+            )
 
 
 def require_several_folds(classes: Sequence[str], labels: NDArray[Any], fold_N: NDArray[np.int64], what: str) -> None:

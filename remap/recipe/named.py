@@ -93,6 +93,13 @@ class LossSpec(Named):
         known = self.name in LOSSES and LOSSES.row(self.name).category == "logits"
         return known or self.options.get("signal") == "logits"
 
+    @property
+    def compares_logits(self) -> bool:
+        """Whether it compares logits of different images: one that all of an image are shifted by changes it."""
+        if self.name == "torchdistill":
+            return self.options.get("signal") == "logits" and self.options.get("loss") in ("PKTLoss", "RKDLoss", None)
+        return self.name == "affinity" and self.options.get("text_to_image") != 0
+
     def is_idle(self, method: str) -> bool:
         """Whether it is about a signal that no part of the method can change."""
         return is_idle(self.name, method, self.options.get("signal"))

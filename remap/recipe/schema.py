@@ -227,6 +227,9 @@ class Recipe(Section):
             data = data.model_copy(update={"depth": None})
         if init is not None:
             student["init"] = named.of_digest(init, INITS.load(init.name).Config)
+        silent = recipe.train.silent
+        if recipe.train.eval_every != 1 and any(spec.overtaken == "fade" for spec in recipe.teachers):
+            silent = silent - {"eval_every"}  # teachers lose weight where the student is evaluated
         # As recipes of one teacher and more were written first, so that runs of that time can be resumed.
         teachers = [named.without_later(spec, "shard") for spec in recipe.teachers]
         values = recipe.model_dump(mode="json", exclude={"name", "baseline", "choose_losses", "teachers"}) | {
@@ -238,7 +241,7 @@ class Recipe(Section):
             "student": student,
             "method": named.of_digest(recipe.method, config_of(recipe.method.name)),
             "losses": [named.of_digest(loss, LOSSES.load(loss.name).Config) for loss in recipe.losses],
-            "train": named.without_later(recipe.train, *recipe.train.silent),
+            "train": named.without_later(recipe.train, *silent),
         }
         if recipe.train.compile == "auto":  # as it was written before there was a choice
             values["train"]["compile"] = False

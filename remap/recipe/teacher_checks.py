@@ -18,18 +18,33 @@ def teacher_problems(recipe: Recipe) -> Iterator[str]:
             yield from (f"{key}.{name}: {why}" for name in given)
         if spec.joint:
             yield from _joint_problems(f"{key}.joint", spec, recipe)
-        if spec.overtaken == "fade" and (spec.is_student or spec.joint):
-            yield f"{key}.overtaken: the teacher '{spec.model}' is made of the student or learns with it (leave out)"
-        elif spec.overtaken == "fade" and not any(
-            loss.weight and loss.name in LOSSES and LOSSES.row(loss.name).category == "labels" for loss in recipe.losses
-        ):
-            yield f"{key}.overtaken: without a loss on labels nothing would be left to learn (add ce, or leave it out)"
+        yield from _fade_problems(f"{key}.overtaken", spec, recipe)
         if spec.classes is not None and spec.prepare != "none":
             yield f"{key}.classes: is for the teacher's own classifier (set {key}.prepare=none)"
-        if spec.keeps_less and spec.cache in ("memory", "off"):
-            yield f"{key}.cache: top_k and cache_dtype are for outputs on disk, not for '{spec.cache}'"
-        if spec.cache in ("memory", "disk") and (changing := what_changes(spec, recipe.data)):
-            yield f"{key}.cache: nothing can be cached, since {changing}"
+        yield from _cache_problems(key, spec, recipe)
+
+
+def _fade_problems(key: str, spec: TeacherSpec, recipe: Recipe) -> Iterator[str]:
+    """Yield why a teacher cannot lose weight to its student."""
+    on_labels = [loss for loss in recipe.losses if loss.name in LOSSES and LOSSES.row(loss.name).category == "labels"]
+    if spec.overtaken == "keep":
+        return
+    if spec.is_student or spec.joint:
+        yield f"{key}: the teacher '{spec.model}' is made of the student or learns with it (leave out)"
+    elif not any(loss.weight for loss in on_labels):
+        yield f"{key}: without a loss on labels nothing would be left to learn (add ce, or leave it out)"
+    elif not any(loss.reads_logits for loss in recipe.losses):
+        yield f"{key}: no loss reads logits, so the teacher has no accuracy to compare (add kd, or leave it out)"
+
+
+def _cache_problems(key: str, spec: TeacherSpec, recipe: Recipe) -> Iterator[str]:
+    """Yield why outputs cannot be cached as the recipe says."""
+    if spec.keeps_less and spec.cache in ("memory", "off"):
+        yield f"{key}.cache: top_k and cache_dtype are for outputs on disk, not for '{spec.cache}'"
+    if spec.cache in ("memory", "disk") and (changing := what_changes(spec, recipe.data)):
+        yield f"{key}.cache: nothing can be cached, since {changing}"
+    if spec.top_k is not None and (names := [loss.name for loss in recipe.losses if loss.compares_logits]):
+        yield f"{key}.top_k: {', '.join(names)} compares logits of images, and probabilities are stored (leave it out)"
 
 
 def _preparation_problems(key: str, spec: TeacherSpec) -> Iterator[str]:

@@ -34,6 +34,7 @@ def test_blocks_are_compiled_where_the_run_is_long_enough() -> None:
     least = kernels.COMPILED_FROM["cuda"]
     assert [compiled("auto", "cuda", steps)[0] for steps in (least - 1, least)] == [False, True]
     assert compiled("auto", "cpu", 10 * least)[0] is False
+    assert compiled("auto", "cuda", least, checkpointed=True) == (False, "train.checkpoint_blocks")
     assert [compiled(setting, "cpu", 1)[0] for setting in (True, False, "graphs")] == [True, False, True]
 
 

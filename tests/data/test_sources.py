@@ -205,6 +205,19 @@ def test_names_that_are_no_text_can_be_hashed(tree: Tree) -> None:
     assert len(data.fingerprint()) == 64
 
 
+def test_classes_without_images_to_evaluate_on(tree: Tree) -> None:
+    """A table may have evaluation and test images of some classes alone; those of others cannot be judged by them."""
+    rows = [f"{name}{i}.png,{name},train" for name in "abc" for i in range(2)]
+    rows += ["v.png,a,val", "w.png,b,val", "t.png,a,test"]
+    root = tree({row.split(",")[0]: number for number, row in enumerate(rows)})
+    (root / "t.csv").write_text("\n".join(["path,label,split", *rows]))
+    assert open_data(str(root / "t.csv"), None, 0.5, only=["a", "b"]).test is not None
+    data = open_data(str(root / "t.csv"), None, 0.5, only=["b", "c"])
+    assert len(data.val) == 1 and data.test is None
+    with pytest.raises(DataError, match="no images to evaluate on of these classes"):
+        open_data(str(root / "t.csv"), None, 0.5, only=["c"], known_classes=["a", "c"])
+
+
 def test_classes_are_named_in_any_unicode_form(tree: Callable[..., Path]) -> None:
     """A Mac writes é of a folder as e and an accent (NFD), a keyboard as one letter (NFC)."""
     folder, typed = "cafe\u0301", "caf\u00e9"

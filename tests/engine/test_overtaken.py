@@ -71,7 +71,11 @@ def test_a_run_records_the_weight_that_is_left(
 
 @pytest.mark.parametrize(
     ("words", "says"),
-    [({"losses": "kd"}, "nothing would be left to learn"), ({"teacher": "ema"}, "made of the student")],
+    [
+        ({"losses": "kd"}, "nothing would be left to learn"),
+        ({"losses": "ce,feature"}, "no loss reads logits"),
+        ({"teacher": "ema"}, "made of the student"),
+    ],
 )
 def test_what_cannot_fade_is_refused(tiny: Any, words: dict[str, str], says: str) -> None:
     with pytest.raises(RecipeError, match=says):

@@ -193,4 +193,6 @@ def test_what_is_evaluated_decides_only_where_it_chooses(tiny: Any) -> None:
     rare = "train.eval_every=2"
     assert tiny.recipe(rare).digest() == tiny.recipe().digest()
     assert tiny.recipe(rare, "train.keep=best").digest() != tiny.recipe("train.keep=best").digest()
+    fade = "teacher.overtaken=fade"
+    assert tiny.recipe(rare, fade).digest() != tiny.recipe(fade).digest()
     assert tiny.recipe("train.keep=best").data.selection == 0.1

@@ -153,6 +153,7 @@ def test_several_teachers_train_a_student(tiny: Any, tmp_path: Path) -> None:
         (["teacher.prepare=full"], {"teacher": "self"}, "cannot be prepared by 'full'"),
         (["teacher.epochs=3"], {"teacher": "ema"}, "epochs: the teacher 'ema' does not have this option"),
         (["teacher.top_k=2", "teacher.cache=memory"], {}, "are for outputs on disk"),
+        (["teacher.top_k=2"], {"losses": "ce,affinity"}, "teacher.top_k: affinity compares logits of images"),
         ([], {"teacher": "self,vit_smal"}, "unknown"),
     ],
 )

@@ -66,6 +66,16 @@ def test_cached_and_online_outputs_train_the_same_bits(
     assert largest_difference(cached.student.trained, online.student.trained) == 0.0
 
 
+def test_statistics_are_those_of_the_images_as_they_are(tiny: Any, tmp_path: Path, largest_difference: Any) -> None:
+    """Of a teacher whose outputs of augmented views are cached, too: as of one that runs in every step."""
+    views = ("data.augment=shift_flip", "data.views=2", "losses.feature.normalize=standard")
+    cached, online = (
+        start(tiny.recipe("train.epochs=1", *views, f"teacher.cache={cache}", losses="ce,feature"), tmp_path / cache)
+        for cache in ("memory", "off")
+    )
+    assert largest_difference(cached.student.trained, online.student.trained) == 0.0
+
+
 def test_patch_14_with_registers_and_rotation_teaches_patch_16_with_prompts(
     tiny: Any, tmp_path: Path, model_folder: Callable[..., str]
 ) -> None:

@@ -19,7 +19,7 @@ import remap
 from remap.data.sources import open_data
 from remap.data.views import ViewSource
 from remap.distributed.launch import ProcessLost
-from remap.errors import DataError, Interrupted, MissingData, RecipeError, TrainingError
+from remap.errors import BackboneError, DataError, Interrupted, MissingData, RecipeError, RunError, TrainingError
 from remap.network import Runner, tuned
 from remap.pipeline.evaluate_run import evaluate_run
 from remap.pipeline.extend import extend, extension_recipe
@@ -230,6 +230,9 @@ def test_mistakes_are_named(first: Path, red: DataSpec, tiny: Any) -> None:
         extension_recipe(situation(first, red), "lwf", ["train.align=bias"])
     with pytest.raises(DataError, match="no such classes"):
         situation(first, DataSpec(source=tiny.data, only=("pink",)))
+    with pytest.raises(RunError, match="knows 2 of the 3 classes"):
+        extend(first, red, how="lwf", settings=["teacher.calibrate=true"], output=first.parent / "judged")
+    assert not (first.parent / "judged").exists()
     selecting = ["train.keep=best", "data.selection=0.25"]
     with pytest.raises(RecipeError, match=r"train\.keep, train\.patience: train\.align changes the classifier after"):
         extension_recipe(situation(first, red), "lwf", ["train.align=true", *selecting])
@@ -287,6 +290,8 @@ def test_of_a_mixed_image_only_the_share_of_a_new_class_counts(smoothing: float)
     alone = float(ce(student, {}, Labels(new)))
     assert float(ce(student, {}, Labels(old, new, torch.tensor([0.3])))) == pytest.approx(0.7 * alone, rel=1e-5)
     assert float(ce(student, {}, Labels(old, old, torch.tensor([0.3])))) == 0.0
+    with pytest.raises(BackboneError, match="first_class leaves no class"):
+        CrossEntropy(Pair(None, None, 5), CrossEntropy.Config(first_class=5))
 
 
 def test_old_images_that_cannot_be_used_are_not_measured(first: Path, red: DataSpec, tmp_path: Path) -> None:

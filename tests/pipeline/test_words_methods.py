@@ -8,7 +8,7 @@ import torch
 from tiny_pairs import Pair, transformers_clip
 
 from remap.errors import RecipeError
-from remap.pipeline.run import start
+from remap.pipeline.run import resume, start
 from remap.recipe import resolve, resolve_distill
 from remap.runs.task import load_task
 
@@ -54,6 +54,18 @@ def test_a_run_and_its_task(
     model = result.student.model.eval()
     with torch.no_grad():
         assert torch.equal(loaded.model.eval()(images), model(images))
+
+
+def test_a_run_whose_results_are_lost_has_the_words_it_learned(tiny: Any, pair: Pair, tmp_path: Path) -> None:
+    """Without images to evaluate on, nothing but the end of training writes the words into the classifier."""
+    words = {"student": pair.word, "teacher": pair.word, "unlabeled": f"{tiny.data}/train", "method": "coop"}
+    settings = [*tiny.SETTINGS, "train.epochs=1", "teacher.allow_weak=true"]
+    start(resolve_distill(None, {**words, "classes": "green,red|hat,blue"}, settings), tmp_path / "run")
+    task = tmp_path / "run" / "task" / "task.safetensors"
+    before = task.read_bytes()
+    task.unlink()
+    resume(tmp_path / "run")
+    assert task.read_bytes() == before
 
 
 def test_nothing_is_trained_where_the_words_are_enough(tiny: Any, pair: Pair, tmp_path: Path) -> None:

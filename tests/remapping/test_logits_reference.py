@@ -247,6 +247,18 @@ def test_nkd(
 
 
 @pytest.mark.parametrize(("name", "options"), LABEL_BOUND)
+def test_a_class_that_the_teacher_does_not_know(
+    pair: Pair, logits: tuple[Signals, Signals], name: str, options: dict[str, Any]
+) -> None:
+    # Source: the loss among the three classes that the teacher knows, with its argmax written out for the others.
+    student, teacher = logits[0], replace(logits[1], logits_BC=logits[1].logits_BC[:, :3])
+    written = torch.where(CLASSES_B < 3, CLASSES_B, teacher.logits_BC.argmax(dim=1))
+    found = loss(name, pair, (student, teacher), **options)
+    both = (replace(student, logits_BC=student.logits_BC[:, :3]), teacher)
+    assert found.item() == loss(name, pair, both, Labels(written), **options).item()
+
+
+@pytest.mark.parametrize(("name", "options"), LABEL_BOUND)
 def test_one_class_of_mixed_and_unlabelled_images(
     pair: Pair, logits: tuple[Signals, Signals], name: str, options: dict[str, Any]
 ) -> None:

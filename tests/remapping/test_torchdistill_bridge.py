@@ -89,6 +89,15 @@ def test_runs_the_class_itself(
     assert set(term.target(both[1])) == {signal}
 
 
+@pytest.mark.parametrize("name", ["DISTLoss", "SKDInstanceLoss"])
+def test_a_teacher_of_the_first_classes_is_compared_on_those(
+    name: str, pair: Pair, both: tuple[Signals, Signals]
+) -> None:
+    student, teacher = (Signals(signals.logits_BC[:, :3]) for signals in both)
+    term = make("torchdistill", pair, loss=name, signal="logits")
+    assert run(term, both[0], teacher) == run(term, student, teacher)
+
+
 @pytest.mark.parametrize("mode", ["paper", "code"])
 def test_at_is_given_maps(pair: Pair, mode: str) -> None:
     # Source: Zagoruyko and Komodakis 2017, in numpy: energy of each place, over its length; "paper": the length of

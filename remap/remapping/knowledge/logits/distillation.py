@@ -9,9 +9,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
+from remap.errors import BackboneError
 from remap.registry import LATER
 from remap.remapping.labels import Labels
-from remap.remapping.objective import LossTerm
+from remap.remapping.objective import LossTerm, Pair
 from remap.remapping.signals import Signals
 from remap.remapping.targets import LOGITS, logits_of
 from remap.tuning.base import Options
@@ -47,6 +48,15 @@ class CrossEntropy(LossTerm):
     config: Config
     uses_teacher = False
     classifier = "labels"
+
+    def __init__(self, pair: Pair, config: Config) -> None:
+        super().__init__(pair, config)
+        if config.first_class and config.first_class >= pair.num_classes:
+            raise BackboneError(
+                "losses.ce.first_class leaves no class to compare among",
+                given=config.first_class,
+                allowed=f"0 to {pair.num_classes - 1}",
+            )
 
     def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
         logits_BC = answer_to_labels(student).float()
