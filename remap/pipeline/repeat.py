@@ -48,7 +48,7 @@ def repeat(
     run = RunDir.open(path)
     _require_whole(run)
     # Read before the new run begins: the first run is never written to.
-    recipe, summary = run.recipe(), run.summary()
+    recipe, summary = run.recipe(to_run=True), run.summary()
     if "adapted" in summary:
         raise RunError(f"{run.path} was adapted, which its recipe does not say", do="give `remap adapt` again")
     command = "distill" if recipe.named_teachers else "tune"

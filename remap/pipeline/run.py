@@ -201,7 +201,6 @@ def resume(
     """
     path = expanded(path)
     run_dir = RunDir.open(path)
-    recipe = run_dir.recipe()
     check_processes(processes)
     # A finished run whose files were damaged later is written again from its checkpoint.
     damage = run_dir.damage() if run_dir.is_done else None
@@ -211,6 +210,7 @@ def resume(
         progress.say(f"{path} is finished already")
         student, _ = load_task(path)
         return Result(path, run_dir.summary(), student)
+    recipe = run_dir.recipe(to_run=True)
     with run_dir.images():
         shared = SharedResources(teacher_folder=shared_teacher(run_dir))
         return run(recipe, run_dir, progress, shared, resuming=True, callbacks=callbacks)
