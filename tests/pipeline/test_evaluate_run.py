@@ -13,6 +13,7 @@ import yaml
 from remap.data.fingerprint import Contents
 from remap.data.splits import Split
 from remap.errors import RecipeError
+from remap.exporting.task_source import DRAWN, TaskSource
 from remap.pipeline.evaluate_run import evaluate_run
 from remap.pipeline.repeat import repeat
 from remap.pipeline.run import resume, start
@@ -49,6 +50,17 @@ def test_other_evaluation_images_are_said(tiny: Any, tmp_path: Path, watch: Watc
     assert said() == []
     (run / "summary.json").unlink()
     assert said() == []
+
+
+def test_images_that_a_fold_holds_out_are_evaluated_and_exported_again(tiny: Any, tmp_path: Path, watch: Watch) -> None:
+    settings = ("data.fold={number: 1, of: 2, held_out: 0.25}", "train.epochs=1", "train.warmup_epochs=0")
+    run = start(tiny.recipe(*settings, losses="ce", teacher=None), tmp_path / "run")
+    progress = watch(lambda done: None)
+    found = evaluate_run(run.run_dir, None, False, progress)
+    assert found["images"] == run.summary["data"]["val_images"] == 3, "a quarter of the 12 that are not in the fold"
+    assert found["correct"] == run.summary["student"]["correct"]
+    assert not any("not those of the run" in line for line in progress.said)
+    assert TaskSource(run.run_dir).images(DRAWN).what.startswith("3 evaluation images")
 
 
 def test_a_finished_run_is_read_whose_recipe_is_refused_now(tiny: Any, tmp_path: Path) -> None:
