@@ -101,6 +101,28 @@ def test_json_refuses_what_is_no_number(tmp_path: Path, value: float) -> None:
     assert json.loads(path.read_text()) == 1
 
 
+@pytest.mark.parametrize("empty", [True, False], ids=["an empty folder is there", "none is there"])
+def test_what_a_killed_process_began_goes_with_the_next_one(tmp_path: Path, empty: bool) -> None:
+    path = tmp_path / "student"
+    if empty:
+        path.mkdir()
+    if not (child := os.fork()):
+        with atomic_write.new_folder(path) as begun:
+            begun.mkdir()
+            (begun / "weights").write_text("half")
+            os._exit(9)
+    os.waitpid(child, 0)
+    beside, name = (path, "new") if empty else (tmp_path, "student")
+    assert [entry.name for entry in beside.iterdir()] == [f".{name}.{child}.tmp"]
+    living = beside / f".{name}.{os.getppid()}.tmp"
+    living.mkdir()
+    with atomic_write.new_folder(path) as folder:
+        folder.mkdir()
+        (folder / "weights").write_text("complete")
+    assert {entry.name for entry in beside.iterdir()} == {living.name, "weights" if empty else "student"}
+    assert (path / "weights").read_text() == "complete"
+
+
 def test_folders_are_made_or_refused_with_a_reason(tmp_path: Path) -> None:
     atomic_write.make_folder(tmp_path / "a" / "b")
     atomic_write.make_folder(tmp_path / "a" / "b")

@@ -200,7 +200,8 @@ class Torchdistill(TokenTerm):
 
     def forward(self, student: Signals, target: Mapping[str, Tensor], labels: Labels) -> Tensor:
         if self.config.signal == "logits":
-            ours, theirs = answer_to_teacher(student), target[LOGITS]
+            theirs = target[LOGITS]
+            ours = answer_to_teacher(student)[:, : theirs.shape[1]]  # as LogitsTerm: it may know the first classes only
         elif self.config.signal == "pooled":
             ours, theirs = pooled(student), target[POOLED]
         else:

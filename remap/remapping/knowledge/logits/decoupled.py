@@ -1,7 +1,8 @@
 """Distillation taken apart into the class of the image and all others. B batch, C classes; all in float32.
 
 Both losses want one class an image. Of a mixed image (mixup, CutMix) it is the class with the larger share; of an
-image without a label, the teacher's most likely one. So every image of a batch counts.
+image without a label, or of a class that the teacher does not know (a run that is extended), the teacher's most likely
+one. So every image of a batch counts.
 """
 
 import torch
@@ -35,7 +36,7 @@ class DecoupledDistillation(LogitsTerm):
 
     def compare(self, student_BC: Tensor, teacher_BC: Tensor, labels: Labels) -> Tensor:
         temperature = self.config.temperature
-        class_B = labels.main_or(teacher_BC.argmax(dim=1))
+        class_B = _known_class(labels, teacher_BC)
         student_BO, teacher_BO = _others(student_BC, class_B), _others(teacher_BC, class_B)
         of_student, of_teacher = (
             # logsumexp of the others' logits is the one logit that stands for all of them.
@@ -63,12 +64,19 @@ class NormalizedDistillation(LogitsTerm):
 
     def compare(self, student_BC: Tensor, teacher_BC: Tensor, labels: Labels) -> Tensor:
         temperature = self.config.temperature
-        class_B = labels.main_or(teacher_BC.argmax(dim=1))
+        class_B = _known_class(labels, teacher_BC)
         sure_B = _of_class(teacher_BC.softmax(dim=1), class_B)
         of_class = -(sure_B * _of_class(student_BC.log_softmax(dim=1), class_B)).mean()
         wanted_BO = (_others(teacher_BC, class_B) / temperature).softmax(dim=1)
         of_others = F.cross_entropy(_others(student_BC, class_B) / temperature, wanted_BO)
         return of_class + self.config.gamma * temperature**2 * of_others
+
+
+def _known_class(labels: Labels, teacher_BC: Tensor) -> Tensor:
+    """Return one class an image (B,), of those that the teacher knows."""
+    likely_B = teacher_BC.argmax(dim=1)
+    class_B = labels.main_or(likely_B)
+    return torch.where(class_B < teacher_BC.shape[1], class_B, likely_B)
 
 
 def _of_class(x_BC: Tensor, class_B: Tensor) -> Tensor:
