@@ -77,7 +77,7 @@ def _is_blocks(value: object) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("pairs"), dict):
         return False
     pairs = [pair for taught in value["pairs"].values() for pair in (taught if isinstance(taught, list) else [None])]
-    depths = [value.get("student"), value.get("teacher")]
+    depths: list[Any] = [value.get("student"), value.get("teacher")]
     # Each block is drawn.
     return all(is_count(depth) and depth < MOST_BLOCKS for depth in depths) and all(
         isinstance(pair, list) and len(pair) == 2 and all(map(is_count, pair)) for pair in pairs
