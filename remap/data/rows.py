@@ -22,6 +22,8 @@ from remap.io.versions import install_command
 # Names of columns and keys that hold a label, in lower case; of several labels an image.
 LABEL = ("label", "class", "category", "target", "class_name", "label_name")
 LABELS = ("labels", "tags", "classes", "categories")
+# Why a row is left out whose file has a row with the same label, in the same split.
+REPEATED = "in a row above already"
 
 
 class Row(NamedTuple):
@@ -68,6 +70,7 @@ class Rows(LabeledFiles):
         splits: SetsBySplit = {}
         skipped: list[tuple[str, str]] = []
         seen: dict[str, frozenset[str]] = {}
+        taken: set[tuple[str, str]] = set()
         for row in self._chosen(word, labeled=True):
             split = "all" if row.split is None else split_named(row.split)
             labels = (row.label,) if isinstance(row.label, str) else row.label
@@ -76,11 +79,14 @@ class Rows(LabeledFiles):
             )
             if split is None or reason is not None:
                 skipped.append((plain(row.name), reason or ""))
-            elif row.name not in seen:
-                splits.setdefault(split, []).append((row.name, row.listing, labels))
-            elif seen[row.name] != frozenset(labels):
+            elif seen.get(row.name, frozenset(labels)) != frozenset(labels):
                 do = "write all labels of a file into one row"
                 raise DataError("a file stands in several rows", given=plain(row.name), do=do)
+            elif (split, row.name) in taken:
+                skipped.append((plain(row.name), REPEATED))
+            else:
+                taken.add((split, row.name))
+                splits.setdefault(split, []).append((row.name, row.listing, labels))
             seen.setdefault(row.name, frozenset(labels))
         return splits, skipped
 
@@ -98,6 +104,7 @@ class Rows(LabeledFiles):
         splits: BySplit = {}
         skipped: list[tuple[str, str]] = []
         labels: dict[str, str] = {}
+        taken: set[tuple[str, str]] = set()
         for row in self._chosen(word, labeled=True):
             split = "all" if row.split is None else split_named(row.split)
             label = one_label(row)
@@ -107,7 +114,10 @@ class Rows(LabeledFiles):
             elif labels.setdefault(row.name, label) != label:
                 given = f"{plain(row.name)}: {plain(labels[row.name])}, {plain(label)}"
                 raise DataError("a file has two labels", given=given)
+            elif (split, row.name) in taken:  # it would count twice
+                skipped.append((plain(row.name), REPEATED))
             else:
+                taken.add((split, row.name))
                 splits.setdefault(split, {}).setdefault(label, []).append((row.name, row.listing))
         return {split: merged(by_class) for split, by_class in splits.items()}, skipped
 

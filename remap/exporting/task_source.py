@@ -17,7 +17,6 @@ from remap.backbones.names import is_weights_file
 from remap.backbones.preprocess import PreprocessSpec
 from remap.backbones.typed import as_timm
 from remap.data import ACTIVATION, CLASSES, METRIC
-from remap.data.sources import open_data
 from remap.data.splits import ImageData, Split
 from remap.data.views import View, ViewSource
 from remap.errors import DataError, RemapError, RunError
@@ -26,6 +25,7 @@ from remap.io.checked_read import sha256_of
 from remap.io.paths import expanded
 from remap.network import Network
 from remap.runs.run_dir import RunDir
+from remap.runs.run_images import images_of_run
 from remap.runs.task import load_task, require_classifier
 from remap.runs.task_file import folder_of, read_meta
 
@@ -132,21 +132,7 @@ class TaskSource:
             return "a task folder does not say where its images are"
         spec = self.run.recipe().data
         try:
-            data = open_data(
-                *(spec.source, spec.val_source, spec.val_fraction),
-                unlabeled=spec.unlabeled if spec.source is None else None,
-                labels=spec.labels,
-                depth=spec.depth,
-                held_out=spec.held_out,
-                per_class=spec.per_class,
-                selection=spec.selection,
-                only=spec.only,
-                known_classes=spec.known_classes,
-                classes=self.meta.classes,
-                per_class_seed=spec.per_class_seed,
-                subset=spec.subset,
-                task=spec.task,
-            )
+            data = images_of_run(spec)
         except DataError as error:
             return f"the images of the run cannot be opened ({error.what})"
         if data.classes != self.meta.classes:

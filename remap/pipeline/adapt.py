@@ -17,15 +17,16 @@ from remap.engine.evaluation_pass import evaluate_as
 from remap.engine.metrics import metrics
 from remap.errors import DataError, RecipeError
 from remap.io.human_size import number_of
-from remap.io.paths import expanded
+from remap.io.paths import absolute, expanded
 from remap.network import Network, choose_attention
+from remap.pipeline.run_path import run_path
 from remap.pipeline.source_free import by_information, by_statistics
 from remap.progress import Progress, Silent
 from remap.recipe import Recipe
 from remap.recipe.problems import checked
 from remap.recipe.schema import TrainSpec
 from remap.runs.hardware import machine
-from remap.runs.run_dir import RunDir, default_path, next_path
+from remap.runs.run_dir import RunDir, default_path
 from remap.runs.task import load_task, require_classifier, save_task
 from remap.runs.task_file import folder_of, read_meta
 
@@ -85,8 +86,8 @@ def adapt(
     # Links and relative paths are followed: one folder can be named in several ways.
     if known is not None and expanded(target).resolve() == expanded(known).resolve():
         raise DataError("the run learned from these images", given=target, do="name images of another domain")
-    path = expanded(output) if output is not None else next_path(default_path(), f"{old.path.name}-adapted")
-    RunDir(path).require_free()  # refused now, not once everything is computed
+    if output is not None:
+        RunDir(expanded(output)).require_free()  # refused now, not once everything is computed
     network, view = load_task(old.path)
     require_classifier(network, old.path)
     network.require_one_class("adapting to another domain")
@@ -121,7 +122,6 @@ def adapt(
         found = by_statistics(network, source, batch_size, old.path, progress)
     after = evaluation("the result")
     summary: dict[str, Any] = {
-        "run_dir": str(path),
         "recipe": recipe.name,
         "seed": seed,
         "method": recipe.method.name,
@@ -149,7 +149,9 @@ def adapt(
     history = found.pop("history")
     summary["student"]["trainable_parameters"] = found.pop("trainable_parameters")
     summary |= found
-    _write(path, recipe, network, view, read_meta(folder_of(old.path)).method.options, summary, history, began)
+    with run_path(output, default_path(), f"{Path(absolute(old.path)).name}-adapted") as path:
+        summary = {"run_dir": str(path), **summary}
+        _write(path, recipe, network, view, read_meta(folder_of(old.path)).method.options, summary, history, began)
     return summary
 
 

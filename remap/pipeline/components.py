@@ -32,7 +32,7 @@ from remap.pipeline.teacher_tuning import teacher_folder
 from remap.pipeline.teachers import averaging_teacher, load_teacher, prepare_teacher
 from remap.progress import Progress
 from remap.recipe import Recipe
-from remap.recipe.schema import EMA, SELF, DataSpec, TrainSpec
+from remap.recipe.schema import EMA, SELF, DataSpec
 from remap.remapping.knowledge.attention import transfer_warning
 from remap.remapping.objective import Objective
 from remap.runs.run_dir import RunDir
@@ -178,15 +178,23 @@ def require_student(recipe: Recipe, shared: SharedResources) -> None:
     if recipe.student.shrink is None:  # else it comes from the teacher
         with torch.random.fork_rng(devices=[]):  # the draws of the run stay as they are
             backbone = open_backbone(recipe.student, len(shared.classes(recipe)))
-            require_trainable(tuned(backbone, recipe.method.name, recipe.method.options), recipe.train)
+            require_trainable(tuned(backbone, recipe.method.name, recipe.method.options), recipe)
 
 
-def require_trainable(student: Network, train: TrainSpec) -> None:
-    """Refuse options of training that the student's method or blocks cannot follow.
+def require_trainable(student: Network, recipe: Recipe) -> None:
+    """Refuse options of training that the student's method, width or blocks cannot follow.
 
     Raises:
-        TrainingError: The method prunes while an earlier student may be kept, or blocks cannot be computed twice.
+        TrainingError: The method prunes while an earlier student may be kept, blocks cannot be computed twice, or the
+            learning rate would rise to ``min_lr``.
     """
+    train, peak = recipe.train, recipe.learning_rate(student.anatomy.width)
+    if train.by_steps and train.min_lr > peak:
+        raise TrainingError(
+            "train.min_lr is above the peak learning rate, which would not fall",
+            given=f"train.min_lr={train.min_lr:g}, peak {peak:g} for {recipe.method.name} at {student.identity.model}",
+            do="lower train.min_lr, or set train.lr",
+        )
     if (names := student.attached.pruning) and (train.selects or train.ema is not None):
         raise TrainingError(
             f"{' and '.join(names)} chooses in training what it keeps, so only its last student is complete",
@@ -223,7 +231,7 @@ def _tune(recipe: Recipe, classes: tuple[str, ...], backbone: Backbone) -> Netwo
     student.classes, student.task = classes, recipe.data.task
     if recipe.student.extends is not None:
         start_from(student, expanded(recipe.student.extends), classes, head=train.by_steps)
-    require_trainable(student, train)
+    require_trainable(student, recipe)
     device = accelerator().device
     # Attached on the CPU first, so that draws do not depend on the device.
     if not any(p.is_meta for p in student.model.parameters()):  # those have shapes alone, and no values to move

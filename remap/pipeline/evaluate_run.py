@@ -7,7 +7,7 @@ from typing import Any
 
 from remap.data.fingerprint import Contents
 from remap.data.image_files import Skipped, left_out
-from remap.data.sources import open_data, read_all
+from remap.data.sources import read_all
 from remap.data.splits import Split
 from remap.data.views import ViewSource
 from remap.distributed.collectives import share_unreadable
@@ -19,10 +19,10 @@ from remap.engine.metrics import metrics
 from remap.errors import RunError
 from remap.network import choose_attention
 from remap.pipeline.computed_once import measured
-from remap.pipeline.shared import source_arguments
 from remap.progress import Progress
 from remap.recipe.schema import DataSpec
 from remap.runs.run_dir import RunDir
+from remap.runs.run_images import images_of_run
 from remap.runs.task import load_task, require_classifier
 
 
@@ -110,8 +110,7 @@ def _split(spec: DataSpec, data: str | None, classes: tuple[str, ...]) -> tuple[
         if data is None:
             raise RunError("the run has no evaluation images, no image has a label", do="name some: --data FOLDER")
     if data is None:
-        # Images without labels are not evaluated, and need not be at hand any more.
-        opened = open_data(*source_arguments(spec.model_copy(update={"unlabeled": None, "target": None})))
+        opened = images_of_run(spec)
         return opened.val, opened.source, opened.skipped
     split, others = read_all(data, classes, spec.depth, spec.task)
     return split, data, others

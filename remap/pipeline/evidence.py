@@ -13,7 +13,7 @@ from remap.data.views import ViewSource
 from remap.distributed.sharding import is_sharded
 from remap.engine.evaluation import Evaluation
 from remap.engine.multilabel import SetEvaluation
-from remap.errors import Interrupted, RemapError, RunError
+from remap.errors import BackboneError, Interrupted, RemapError, RunError
 from remap.io import atomic_write
 from remap.io.names import plain
 from remap.network import Network, Runner
@@ -161,6 +161,8 @@ def _attention(network: Network, images_BCHW: Tensor, block: int, *, bf16: bool)
     rows_BN = rows_BSS[:, 0, 1:] if found.has_class_token else rows_BSS.mean(dim=1)
     # The class token, and what was cut, took shares of the attention: patches alone sum to 1 again.
     rows_BN = rows_BN / rows_BN.sum(dim=1, keepdim=True)
+    if not rows_BN.isfinite().all():  # nor where nothing but what was cut is attended to: 0 / 0
+        raise BackboneError(f"the attention in block {block} is not a finite number everywhere")
     return rows_BN.unflatten(1, found.grid) * rows_BN.shape[1]
 
 

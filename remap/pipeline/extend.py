@@ -7,17 +7,18 @@ from typing import Any
 from remap.backbones.names import is_pair
 from remap.errors import RecipeError
 from remap.io import atomic_write
-from remap.io.paths import absolute, expanded
+from remap.io.paths import absolute
 from remap.language.words import entries
 from remap.pipeline.choose_memory import Choice, choose_memory
 from remap.pipeline.run import Result, start
+from remap.pipeline.run_path import run_path
 from remap.pipeline.session_advice import ALONE, AT_ONCE, METHOD_WAYS, WAYS, WITH_MEMORY, Situation, situation
 from remap.progress import Progress, Silent
 from remap.recipe import Recipe, resolve
 from remap.recipe.named import loss_words
 from remap.recipe.overrides import of_settings
 from remap.recipe.schema import DataSpec
-from remap.runs.run_dir import RunDir, default_path, next_path
+from remap.runs.run_dir import RunDir, default_path
 from remap.runs.task import beside
 from remap.runs.task_file import folder_of, read_meta
 from remap.tuning import config_of, parts_of
@@ -177,9 +178,9 @@ def extend(
     if way in WAYS and way not in WITH_MEMORY:
         raise RecipeError([f"--memory: {way} takes no old images (take {' or '.join(WITH_MEMORY)})"], "extend")
     old = found.old.run.recipe()
-    path = expanded(output) if output is not None else next_path(default_path(), f"{old.name}-{way}")
-    RunDir(path).require_free()  # refused before features are computed to choose images by
-    file = path.with_name(f"{path.name}.memory.json")
-    atomic_write.make_folder(file.parent)
-    choose_memory(found.sessions, memory, choose or "herding", progress).write(file)
-    return start(extension_recipe(found, way, settings, file, **words), path, progress)
+    with run_path(output, default_path(), f"{old.name}-{way}") as path:
+        RunDir(path).require_free()  # refused before features are computed to choose images by
+        file = path.with_name(f"{path.name}.memory.json")
+        atomic_write.make_folder(file.parent)
+        choose_memory(found.sessions, memory, choose or "herding", progress).write(file)
+        return start(extension_recipe(found, way, settings, file, **words), path, progress)

@@ -12,15 +12,16 @@ from remap.distributed.launch import accelerator
 from remap.errors import DataError, Interrupted, RunError
 from remap.io.checked_json import is_count
 from remap.io.human_size import number_of
-from remap.io.paths import absolute, expanded
+from remap.io.paths import absolute
 from remap.pipeline.comparison_folder import shared_teacher
 from remap.pipeline.run import run as run_in
 from remap.pipeline.run import start
 from remap.pipeline.run_differences import FIGURES, changed_on_the_way, compare, history, outputs_on_disk
+from remap.pipeline.run_path import run_path
 from remap.pipeline.shared import SharedResources
 from remap.progress import Progress, Silent
 from remap.recipe import Recipe
-from remap.runs.run_dir import RunDir, next_path
+from remap.runs.run_dir import RunDir
 from remap.runs.task import load_task
 
 
@@ -47,7 +48,7 @@ def repeat(
     run = RunDir.open(path)
     _require_whole(run)
     # Read before the new run begins: the first run is never written to.
-    recipe, summary = run.recipe(), run.summary()
+    recipe, summary = run.recipe(to_run=True), run.summary()
     if "adapted" in summary:
         raise RunError(f"{run.path} was adapted, which its recipe does not say", do="give `remap adapt` again")
     command = "distill" if recipe.named_teachers else "tune"
@@ -61,11 +62,29 @@ def repeat(
         )
     if workers is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
+    # `.` has no name.
+    first = run.path if run.path.name not in ("", "..") else Path(absolute(run.path))
     # Chosen before anything is computed, so that a taken folder is an early error.
-    target = _target(run, recipe, output)
+    with run_path(output, first.parent, f"{first.name}-repeat") as target:
+        if output is not None:
+            _require_fit(target, run, recipe)
+        _run_again(run, recipe, target, summary["data"]["fingerprint"], progress)
+    # One process compares the files.
+    if not accelerator().is_main_process:
+        return {}
+    _require_figures(RunDir.open(target), do="remove that folder, or choose another --output")
+    return compare(run, RunDir.open(target))
+
+
+def _run_again(run: RunDir, recipe: Recipe, target: Path, images: str, progress: Progress) -> None:
+    """Run in ``target``, or resume the repeat that was interrupted there.
+
+    Args:
+        images: The fingerprint of the first run's images.
+    """
     # A comparison prepared its teacher for the first seed; a new one would differ.
     shared = SharedResources(teacher_folder=_prepared_teacher(run), use_stored_teachers=False)
-    _require_same_images(run, recipe, shared, summary["data"]["fingerprint"], progress)
+    _require_same_images(run, recipe, shared, images, progress)
     _say_what_decides(run, progress)
     with progress.wait("comparing the frozen weights with those of the run"):
         load_task(run.path)  # refuses a backbone that is not the run's
@@ -79,11 +98,6 @@ def repeat(
         raise Interrupted(
             error.what, exit_code=error.exit_code, do=f"resume with: {command}", at_once=error.at_once
         ) from error
-    # One process compares the files.
-    if not accelerator().is_main_process:
-        return {}
-    _require_figures(RunDir.open(target), do="remove that folder, or choose another --output")
-    return compare(run, RunDir.open(target))
 
 
 def _require_whole(run: RunDir) -> None:
@@ -148,12 +162,8 @@ def _say_what_decides(run: RunDir, progress: Progress) -> None:
         )
 
 
-def _target(run: RunDir, recipe: Recipe, output: Path | None) -> Path:
-    """Return where to run; refuse the first run's folder, and a folder of another run."""
-    if output is None:
-        path = run.path if run.path.name not in ("", "..") else Path(absolute(run.path))  # `.` has no name
-        return next_path(path.parent, f"{path.name}-repeat")
-    target = expanded(output)
+def _require_fit(target: Path, run: RunDir, recipe: Recipe) -> None:
+    """Refuse the first run's folder, and a folder of another run."""
     if Path(absolute(target)).is_relative_to(absolute(run.path)):
         raise RunError(
             "a repeat cannot be stored in the run that it repeats", given=str(target), do="choose another --output"
@@ -165,7 +175,6 @@ def _target(run: RunDir, recipe: Recipe, output: Path | None) -> Path:
             raise RunError(
                 f"{target} is a run of another recipe; nothing in it was touched", do="choose another --output"
             )
-    return target
 
 
 def _prepared_teacher(run: RunDir) -> Path | None:

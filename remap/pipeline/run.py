@@ -10,7 +10,7 @@ from remap.backbones.build import require_at_hand
 from remap.cache.output_format import OutputFormat
 from remap.data import METRIC
 from remap.data.fast_views import require_decoder
-from remap.distributed.launch import accelerator, broadcast_str, check_processes
+from remap.distributed.launch import accelerator, check_processes
 from remap.engine.callback import Callback
 from remap.engine.checkpoint_files import has_checkpoint
 from remap.engine.job import Job, require_divisible
@@ -33,6 +33,7 @@ from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.rebalancing import rebalance, require_correctable
 from remap.pipeline.results import require_space, write_results, write_summary
 from remap.pipeline.run_callbacks import called
+from remap.pipeline.run_path import run_path
 from remap.pipeline.run_status import track_status
 from remap.pipeline.samples import method_sample
 from remap.pipeline.sessions import measure_sessions
@@ -50,7 +51,7 @@ from remap.recipe.checks import require_held_out_once
 from remap.recipe.paths import is_run
 from remap.recipe.teacher_checks import idle_options
 from remap.recipe.train_checks import require_rate
-from remap.runs.run_dir import RunDir, default_path, next_path
+from remap.runs.run_dir import RunDir, default_path
 from remap.runs.task import load_task, require_size_of_run, require_tuned
 
 
@@ -186,9 +187,8 @@ def start(
     recipe = without_idle_losses(recipe, progress)
     for line in idle_options(recipe):
         progress.say(f"note: {line}")
-    path = expanded(output) if output is not None else next_path(default_path(), f"{recipe.name}-{recipe.method.name}")
-    path = Path(broadcast_str(str(path)))  # another run may have taken the name that the other processes saw free
-    run_dir = RunDir.create(path, recipe) if accelerator().is_main_process else RunDir(path)
+    with run_path(output, default_path(), f"{recipe.name}-{recipe.method.name}") as path:
+        run_dir = RunDir.create(path, recipe) if accelerator().is_main_process else RunDir(path)
     return run(recipe, run_dir, progress, shared, callbacks=callbacks)
 
 
@@ -202,7 +202,6 @@ def resume(
     """
     path = expanded(path)
     run_dir = RunDir.open(path)
-    recipe = run_dir.recipe()
     check_processes(processes)
     # A finished run whose files were damaged later is written again from its checkpoint.
     damage = run_dir.damage() if run_dir.is_done else None
@@ -212,6 +211,7 @@ def resume(
         progress.say(f"{path} is finished already")
         student, _ = load_task(path)
         return Result(path, run_dir.summary(), student)
+    recipe = run_dir.recipe(to_run=True)
     with run_dir.images():
         shared = SharedResources(teacher_folder=shared_teacher(run_dir))
         return run(recipe, run_dir, progress, shared, resuming=True, callbacks=callbacks)

@@ -10,9 +10,9 @@ from remap.errors import DataError, RecipeError, RemapError
 from remap.io.human_size import number_of
 from remap.io.paths import expanded
 from remap.pipeline.sessions import Session, sessions_of
-from remap.pipeline.shared import source_arguments
 from remap.recipe.schema import DataSpec
 from remap.runs import class_statistics
+from remap.runs.run_images import source_arguments
 from remap.runs.task_file import folder_of, read_meta
 from remap.tuning import parts_of, rows_of
 

@@ -18,10 +18,10 @@ from remap.data.views import View, ViewSource
 from remap.distributed.launch import accelerator
 from remap.distributed.reading import listing_together
 from remap.io.paths import expanded
-from remap.language.words import class_words
 from remap.pipeline.data_views import TITLES, DataViews, open_views
 from remap.progress import Progress
 from remap.recipe.schema import DataSpec, Recipe
+from remap.runs.run_images import source_arguments
 
 
 @dataclass
@@ -69,7 +69,7 @@ class SharedResources:
         if key not in self.data:
             more = spec.unlabeled or spec.target
             if spec.fold is not None:
-                data = self.index(spec.without_folds()).without_fold(*_fold(spec))
+                data = self.index(spec.without_folds()).without_fold(*spec.fold.left_out)
             elif spec.source is not None and more is not None:
                 # The labelled ones by themselves are the images of its teachers and its baseline.
                 data = add_unlabeled(self.index(spec.labeled_part()), spec.source, spec.val_source, more)
@@ -93,7 +93,7 @@ class SharedResources:
         parts = {}
         if spec.fold is not None:
             whole = self.contents(spec.without_folds())["train"]
-            fit, check = without_fold(whole.split.labels, *_fold(spec))
+            fit, check = without_fold(whole.split.labels, *spec.fold.left_out)
             parts = {"train": whole.taken(fit), "val": whole.taken(check)}
         for name, split in splits.items():
             if id(split) not in self._contents:
@@ -153,7 +153,7 @@ class SharedResources:
         """Return the images of each split; what is held in memory for other data serves again."""
         if spec.fold is not None:
             sources = self._sources(spec.without_folds(), view)
-            fit, check = without_fold(sources["train"].split.labels, *_fold(spec))
+            fit, check = without_fold(sources["train"].split.labels, *spec.fold.left_out)
             parts = {"train": fit} if spec.fold.held_out is None else {"train": fit, "val": check}
             named = {name: sources[name] for name in sources if name != "test" or spec.fold.held_out is None}
             return {**named, **{name: PartSource(sources["train"], part) for name, part in parts.items()}}
@@ -168,19 +168,3 @@ class SharedResources:
             budget -= source.cached_bytes
             sources[name] = source
         return sources
-
-
-def source_arguments(spec: DataSpec) -> tuple:
-    """Return what decides which images there are: the arguments of ``open_data``."""
-    images = (spec.source, spec.val_source, spec.val_fraction, spec.unlabeled or spec.target)
-    some = (spec.labels, spec.depth, spec.held_out, spec.per_class, spec.selection)
-    # Words name the classes only where no labelled image does.
-    alone = spec.source is None and spec.classes is not None
-    classes = tuple(class_words(spec.classes or ())) if alone else ()
-    return (*images, *some, spec.only, spec.known_classes, classes, spec.per_class_seed, spec.subset, spec.task)
-
-
-def _fold(spec: DataSpec) -> tuple[int, int, float | None]:
-    """Return which fold is left out, from 0, of how many, and the share held out of the others."""
-    assert spec.fold is not None
-    return spec.fold.number - 1, spec.fold.of, spec.fold.held_out

@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from remap.recipe.resolution import dump, load, resolve, resolve_distill, validate
+    from remap.recipe.resolution import dump, load, load_finished, resolve, resolve_distill, validate
     from remap.recipe.schema import Recipe
 
-__all__ = ["Recipe", "dump", "load", "resolve", "resolve_distill", "validate"]
+__all__ = ["Recipe", "dump", "load", "load_finished", "resolve", "resolve_distill", "validate"]
 
 
 def __getattr__(name: str) -> Any:

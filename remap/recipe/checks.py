@@ -21,22 +21,26 @@ from remap.tuning import METHODS, config_of, method_problems
 
 
 def name_problems(recipe: Recipe) -> list[str]:
-    """Return names that are in no table and combinations that cannot work, one line each."""
+    """Return names that are in no table, one line each."""
+    wrong = {f"losses[{index}].name": one.name for index, one in enumerate(recipe.losses) if one.name not in LOSSES}
+    unknown = [f"{', '.join(wrong)}: {unknown_names(LOSSES, wrong.values())}"] if wrong else []
+    return [*method_problems("method.name", recipe.method.name), *unknown]
+
+
+def combination_problems(recipe: Recipe) -> list[str]:
+    """Return combinations that cannot work, one line each."""
     checks = (
         *(_loss_problems, teacher_problems, folds_problems, _init_problems, _shrink_problems),
         *(data_problems, target_problems, augment_problems, train_problems, word_problems),
         multilabel_problems,
     )
-    wrong = {f"losses[{index}].name": one.name for index, one in enumerate(recipe.losses) if one.name not in LOSSES}
-    unknown = [f"{', '.join(wrong)}: {unknown_names(LOSSES, wrong.values())}"] if wrong else []
-    others = [problem for check in checks for problem in check(recipe)]
-    return [*method_problems("method.name", recipe.method.name), *unknown, *others]
+    return [problem for check in checks for problem in check(recipe)]
 
 
 def require_held_out_once(recipe: Recipe) -> None:
     """Refuse to hold out two parts of the training images: each is drawn by itself, so images of one would be learned.
 
-    Apart from ``name_problems``: in a trial (losses: auto) both are the same images.
+    Apart from ``combination_problems``: in a trial (losses: auto) both are the same images.
 
     Raises:
         RecipeError: What else holds images out.
@@ -62,6 +66,9 @@ def _loss_problems(recipe: Recipe) -> Iterator[str]:
         yield "losses: every weight is 0, nothing would be learned"
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"losses: '{name}' is given twice"
+    for index, loss in enumerate(recipe.losses):
+        if loss.temperature_schedule is not None and loss.temperature_schedule.reaches_zero:
+            yield f"losses[{index}].temperature_schedule: a temperature cannot be 0 (set start and end above 0)"
     for name in dict.fromkeys(loss.name for loss in recipe.losses if loss.is_idle(recipe.method.name)):
         yield f"losses: {name} cannot teach {recipe.method.name}, which does not change what it compares (leave it out)"
     on_classes = [loss.name for loss in counting if loss.teaches_classes]
@@ -136,16 +143,22 @@ def option_problems(recipe: Recipe) -> list[str]:
         sure = not method.options if "+" in method.name else surely_valid(METHODS, method.name, method.options)
         problems += [] if sure else _options_of("method", config_of(method.name), method)
     for index, loss in enumerate(recipe.losses):
-        if loss.name not in LOSSES or (not loss.temperature_schedule and surely_valid(LOSSES, loss.name, loss.options)):
-            continue
-        key, kind = f"losses[{index}]", LOSSES.load(loss.name)
-        problems += (found := _options_of(key, kind.Config, loss))
-        if loss.temperature_schedule and not found and not kind.temperatures_of(kind.Config(**loss.options)):
-            problems.append(f"{key}.temperature_schedule: {loss.name} has no temperature here (leave it out)")
+        if loss.name in LOSSES and not surely_valid(LOSSES, loss.name, loss.options):
+            problems += _options_of(f"losses[{index}]", LOSSES.load(loss.name).Config, loss)
     init = recipe.student.init
     if init is not None and init.name in INITS and not surely_valid(INITS, init.name, init.options):
         problems += _options_of("student.init", INITS.load(init.name).Config, init)
     return problems
+
+
+def schedule_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield schedules of temperatures of losses that have none, by their options. Imports the losses, and so torch."""
+    for index, loss in enumerate(recipe.losses):
+        if loss.temperature_schedule is None or loss.name not in LOSSES:
+            continue
+        key, kind = f"losses[{index}]", LOSSES.load(loss.name)
+        if not _options_of(key, kind.Config, loss) and not kind.temperatures_of(kind.Config(**loss.options)):
+            yield f"{key}.temperature_schedule: {loss.name} has no temperature here (leave it out)"
 
 
 def _options_of(key: str, config: type[BaseModel], spec: Named) -> list[str]:

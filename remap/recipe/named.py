@@ -1,6 +1,6 @@
 """Names from the tables of methods, losses and initialisations, with their options."""
 
-from typing import Any, Self
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -54,12 +54,6 @@ class LossSpec(Named):
             return values
         name = values.get("name")
         return {**values, "weight": LOSSES.row(name).weight if isinstance(name, str) and name in LOSSES else 1.0}
-
-    @model_validator(mode="after")
-    def _temperatures_above_zero(self) -> Self:
-        if self.temperature_schedule is not None and self.temperature_schedule.reaches_zero:
-            raise ValueError("temperature_schedule: a temperature cannot be 0 (set start and end above 0)")
-        return self
 
     @model_serializer(mode="wrap")
     def _leave_out_no_schedule(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -129,8 +129,11 @@ def apply(values: dict[str, Any], key: str, value: Any, problems: list[str]) -> 
     """Set a dotted key.
 
     ``losses.kd.weight`` reaches into the list by name, ``teacher.prepare`` is that of the first teacher; ``method``
-    given as a word has none of another method's options.
+    given as a word has none of another method's options, and all of its own.
     """
+    own = values.get("method")
+    if key == "method" and isinstance(own, dict) and own.get("name") == value:
+        return
     *parents, last = key.split(".")
     here: Any = values
     for depth, part in enumerate(parents):

@@ -13,7 +13,7 @@ from remap.data.words import parts_of
 from remap.errors import RecipeError
 from remap.io.names import plain
 from remap.recipe import catalogue, overrides, strict_yaml
-from remap.recipe.checks import name_problems, option_problems
+from remap.recipe.checks import combination_problems, name_problems, option_problems, schedule_problems
 from remap.recipe.option_listing import listed, options_of
 from remap.recipe.overrides import WORDS
 from remap.recipe.problems import lines_of
@@ -105,24 +105,33 @@ def load(path: Path) -> Recipe:
     return validate(strict_yaml.read_mapping(path), str(path))
 
 
+def load_finished(path: Path) -> Recipe:
+    """Read the recipe of a run that is done: combinations that are refused now may have worked when it was made."""
+    return validate(strict_yaml.read_mapping(path), str(path), check_combinations=False)
+
+
 def dump(recipe: Recipe) -> str:
     """Return YAML that ``load`` reads back to an equal recipe."""
     return strict_yaml.dump(recipe.model_dump(mode="json"))
 
 
-def validate(values: Mapping[str, Any], where: str, *, check_options: bool = True) -> Recipe:
+def validate(
+    values: Mapping[str, Any], where: str, *, check_options: bool = True, check_combinations: bool = True
+) -> Recipe:
     """Check plain values against the schema and the tables.
 
     Raises:
         RecipeError: With every problem found.
     """
-    result, found = _checked(values, check_options)
+    result, found = _checked(values, check_options, check_combinations)
     if found or result is None:
         raise _refusal(found, where)
     return result
 
 
-def _checked(values: Mapping[str, Any], check_options: bool) -> tuple[Recipe | None, list[str]]:
+def _checked(
+    values: Mapping[str, Any], check_options: bool, check_combinations: bool = True
+) -> tuple[Recipe | None, list[str]]:
     """Return the recipe, if its fields are right, and every problem found; broken sections hide none of the others."""
     try:
         recipe = Recipe.model_validate(values)
@@ -137,7 +146,13 @@ def _checked(values: Mapping[str, Any], check_options: bool) -> tuple[Recipe | N
             sound = {key: value for key, value in sound.items() if key not in _TEACHERS} | {"teacher": {}}
         others = _checked(sound, check_options)[1] if broken else []
         return None, _with_sections(lines, values, check_options=check_options) + others
-    return recipe, name_problems(recipe) + (option_problems(recipe) if check_options else [])
+    checks = (
+        (name_problems, True),
+        (combination_problems, check_combinations),
+        (option_problems, check_options),
+        (schedule_problems, check_options and check_combinations),
+    )
+    return recipe, [problem for check, wanted in checks if wanted for problem in check(recipe)]
 
 
 def _refusal(problems: list[str], where: str) -> RecipeError:

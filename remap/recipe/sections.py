@@ -55,6 +55,11 @@ class Fold(Section):
             raise ValueError("should have number and of, as in {number: 1, of: 5}")
         return values
 
+    @property
+    def left_out(self) -> tuple[int, int, float | None]:
+        """Which fold is left out, from 0, of how many, and the share held out of the others."""
+        return self.number - 1, self.of, self.held_out
+
     @model_validator(mode="after")
     def _require_one_of_them(self) -> Self:
         if self.number > self.of:

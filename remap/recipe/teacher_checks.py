@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from remap.io.human_size import number_of
 from remap.recipe.schema import AUTO, EMA, OF_OTHERS, WORDS, DataSpec, Recipe, TeacherSpec
 from remap.registry import choices
 from remap.remapping import LOSSES
@@ -95,13 +96,19 @@ def _teachers(recipe: Recipe) -> Iterator[tuple[str, TeacherSpec]]:
 
 
 def idle_options(recipe: Recipe) -> Iterator[str]:
-    """Yield options that others leave without effect: recipes of earlier runs have them, so they are no problem."""
+    """Yield options that others leave without effect or cut short, which is no error: recipes of earlier runs do."""
     for key, spec in _teachers(recipe):
         if spec.prepare in ("none", "probe", WORDS) and not spec.joint:
             given = [f"{key}.{name}" for name in ("epochs", "lr") if getattr(spec, name) is not None]
             yield from (f"{name} has no effect: {key}.prepare={spec.prepare} tunes nothing" for name in given)
         if spec.decay != TeacherSpec.model_fields["decay"].default and spec.model != EMA:
             yield f'{key}.decay has no effect: it is of the teacher "{EMA}", not of {spec.model}'
+    for loss in recipe.losses:
+        schedules = {"weight_schedule": loss.weight_schedule, "temperature_schedule": loss.temperature_schedule}
+        for key, schedule in schedules.items():
+            if schedule is not None and schedule.warmup_epochs > recipe.train.epochs:
+                epochs = f"the run of {number_of(recipe.train.epochs, 'epoch')} ends before it"
+                yield f"losses.{loss.name}.{key}: {epochs} (warmup_epochs: {schedule.warmup_epochs:g})"
     if recipe.data.mix_probability != 1 and not recipe.data.mixes:
         yield "data.mix_probability has no effect: data.mixup and data.cutmix are 0"
 

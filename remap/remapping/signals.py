@@ -95,7 +95,8 @@ class Signals:
     """Outputs of one forward pass. A field that was not requested is None or absent.
 
     ``logits_BC`` is what the network answers; with two classifiers (distilled DeiT) that is their mean, and
-    ``head_logits`` has those of the class token and of the distillation token, or of the two of ``dual_head``.
+    ``head_logits`` has those of the class token and of the distillation token, or of the two of ``dual_head``
+    (of both, those of ``dual_head``, averaged over the tokens).
     """
 
     logits_BC: Tensor

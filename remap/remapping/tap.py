@@ -110,9 +110,7 @@ class Tap:
                 self._mean_pooled() if self.needs.pooled else None,
                 {index: self._attention(index) for index in sorted(self.needs.attention | self.needs.values)},
                 {index: self._tokens_at(index) for index in sorted(self.needs.tokens)},
-                tuple(self._logits[path] for path in self.anatomy.classifier_heads)
-                if self._several
-                else getattr(logits, HEADS, ()),
+                self._head_logits() if self._several else getattr(logits, HEADS, ()),
             )
         finally:
             self._running = False
@@ -131,6 +129,15 @@ class Tap:
         if depth in self.needs.tokens:
             self._tokens[depth] = features
         return features
+
+    def _head_logits(self) -> tuple[Tensor, ...]:
+        """Return the logits of each classifier of an averaged answer: one a token, or one a loss (``dual_head``)."""
+        heads = [self._logits[path] for path in self.anatomy.classifier_heads]
+        pairs = [getattr(mixed_BC, HEADS) for mixed_BC in heads if hasattr(mixed_BC, HEADS)]
+        # Each token has both classifiers then, and what they answer to one loss is averaged as their mixtures are.
+        return (
+            tuple(torch.stack(of_loss).mean(dim=0) for of_loss in zip(*pairs, strict=True)) if pairs else tuple(heads)
+        )
 
     def _mean_pooled(self) -> Tensor:
         """Return what the classifier is given; with two heads (distilled DeiT), the mean of both.

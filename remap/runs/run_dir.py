@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import IO
 
@@ -197,8 +198,17 @@ def default_path() -> Path:
     return Path("runs")
 
 
-def next_path(root: Path, stem: str) -> Path:
-    """Return ``root/stem-001``, or the first number that is free."""
-    taken = {entry.name for entry in root.iterdir()} if root.is_dir() else set()
-    number = next(n for n in range(1, len(taken) + 2) if f"{stem}-{n:03d}" not in taken)
-    return root / f"{stem}-{number:03d}"
+def make_next(root: Path, stem: str) -> Path:
+    """Make the folder ``root/stem-001``, or that of the first number that is free, and return its path.
+
+    No other process gets the same one. Where it cannot be made, ``RunDir.create`` says why.
+    """
+    for number in count(1):
+        path = root / f"{stem}-{number:03d}"
+        try:
+            path.mkdir(parents=True)
+        except (OSError, ValueError):
+            if os.path.lexists(path):
+                continue
+        return path
+    raise AssertionError("numbers do not end")

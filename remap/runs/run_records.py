@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from remap.errors import RemapError, RunError
+from remap.errors import RecipeError, RemapError, RunError
 from remap.io import atomic_write, checked_json
 from remap.io.checked_json import MOST_JSON_BYTES, is_number, parse_json, read_json
 from remap.io.checked_read import read_regular, sha256_of
 from remap.io.names import plain
 from remap.io.paths import expanded
 from remap.io.sealed_json import parse_sealed
-from remap.recipe import Recipe, dump, load
+from remap.recipe import Recipe, dump, load, load_finished
 from remap.runs.environment import command, environment, now, plain_environment
 from remap.runs.summary_schema import summary_problem
 
@@ -95,14 +95,22 @@ class RunRecords:
         """The folder of checkpoints; see ``remap.engine.checkpoint``."""
         return self.path / "checkpoint"
 
-    def recipe(self) -> Recipe:
+    def recipe(self, *, to_run: bool = False) -> Recipe:
         """Return the recipe; its images were read once, so that their level is no longer in question.
+
+        Args:
+            to_run: It is to be run again: a combination that this version refuses is an error for a finished run too.
 
         Raises:
             RunError: The file is empty, which elsewhere is a recipe of defaults.
             RecipeError: It is not a recipe.
         """
-        recipe = load(self.path / "recipe.yaml")
+        try:
+            recipe = load(self.path / "recipe.yaml")
+        except RecipeError:
+            if to_run or not self.is_done:
+                raise
+            recipe = load_finished(self.path / "recipe.yaml")
         if not recipe.model_fields_set:
             raise RunError(
                 f"{self.path / 'recipe.yaml'} is empty", do="copy that file again: a run cannot be known without it"

@@ -11,6 +11,9 @@ from remap.io.checked_json import is_count, is_number
 from remap.runs.interval import Measured, wilson
 from remap.runs.session_figures import sessions_problem
 
+# More than any network has.
+MOST_BLOCKS = 10_000
+_MISSING = object()
 # The entries of student.metrics, in words.
 METRICS = {
     "top5": "top-5 accuracy",
@@ -55,18 +58,47 @@ def _is_interval(value: object) -> bool:
 
 
 def _is_share(value: object) -> bool:
-    """Whether it is an accuracy, or None where there is nothing to judge by."""
-    return value is None or is_number(value)
+    """Whether it is an accuracy from 0 to 1, or None where there is nothing to judge by."""
+    return value is None or (isinstance(value, int | float) and is_number(value) and 0 <= value <= 1)
+
+
+def _is_count_or_none(value: object) -> bool:
+    return value is None or is_count(value)
+
+
+def _is_skipped(value: object) -> bool:
+    """Whether it lists files with the reason why each was left out."""
+    pairs = value if isinstance(value, list) else [None]
+    return all(isinstance(pair, list) and len(pair) == 2 and all(map(_is_word, pair)) for pair in pairs)
+
+
+def _is_blocks(value: object) -> bool:
+    """Whether it says which blocks were compared by which loss, and how many each network has."""
+    if not isinstance(value, dict) or not isinstance(value.get("pairs"), dict):
+        return False
+    pairs = [pair for taught in value["pairs"].values() for pair in (taught if isinstance(taught, list) else [None])]
+    depths: list[Any] = [value.get("student"), value.get("teacher")]
+    # Each block is drawn.
+    return all(is_count(depth) and depth < MOST_BLOCKS for depth in depths) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(map(is_count, pair)) for pair in pairs
+    )
 
 
 # What commands show of a summary: each entry and its check. Dots lead into nested objects.
 _SUMMARY: dict[str, Callable[[object], bool]] = {
-    **dict.fromkeys(("run_dir", "method", "data.source"), _is_word),
+    **dict.fromkeys(("run_dir", "method", "data.source", "student.model"), _is_word),
     **dict.fromkeys(("seconds", "train_seconds", "learning_rate"), is_number),
     "student.accuracy": _is_share,
     **dict.fromkeys(("data.classes", "data.train_images", "data.labeled_images", "data.val_images"), is_count),
     **dict.fromkeys(("student.trainable_parameters", "student.task_bytes"), is_count),
     "student.total_parameters": lambda value: is_count(value) and value != 0,
+}
+# Entries that some runs lack, or earlier versions.
+_IF_THERE: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("student.correct", "peak_memory_bytes"), _is_count_or_none),
+    "student.initial_accuracy": _is_share,
+    "data.skipped": _is_skipped,
+    "blocks": _is_blocks,
 }
 _TEACHER: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("model", "head"), _is_word),
@@ -99,14 +131,16 @@ def summary_problem(summary: object) -> str | None:
     """Return what is wrong with a summary; None if it can be shown."""
     if not isinstance(summary, dict):
         return "it is not a JSON object"
-    problem = _problem(summary, _SUMMARY, "")
+    problem = _problem(summary, _SUMMARY, "") or _problem(summary, _IF_THERE, "", needed=False)
+    if problem is None and summary["student"]["accuracy"] is not None and summary["student"].get("correct") is None:
+        problem = "it has no student.correct"
     if problem is None and not is_number(summary["student"].get("test_accuracy", 0)):
         problem = "student.test_accuracy is not a number"
     found = summary["student"].get("metrics", {}) if problem is None else {}
     if not isinstance(found, dict) or not all(map(is_number, found.values())):
         problem = "student.metrics is not an object of numbers"
     if problem is None and "baseline" in summary:
-        problem = _problem(summary, {"baseline.accuracy": is_number}, "")
+        problem = _problem(summary, {"baseline.accuracy": lambda value: value is not None and _is_share(value)}, "")
     if problem is None and "choice" in summary:
         problem = _problem(summary, {"epochs": is_count, **_CHOICE}, "")
     if problem is None and "sessions" in summary:
@@ -126,13 +160,15 @@ def summary_problem(summary: object) -> str | None:
     return None
 
 
-def _problem(record: object, kinds: Mapping[str, Callable[[object], bool]], prefix: str) -> str | None:
+def _problem(
+    record: object, kinds: Mapping[str, Callable[[object], bool]], prefix: str, *, needed: bool = True
+) -> str | None:
     for name, fits in kinds.items():
         value: Any = record
         for key in name.split("."):
-            if not isinstance(value, dict) or key not in value:
-                return f"it has no {prefix}{name}"
-            value = value[key]
-        if not fits(value):
+            value = value.get(key, _MISSING) if isinstance(value, dict) else _MISSING
+        if value is _MISSING and needed:
+            return f"it has no {prefix}{name}"
+        if value is not _MISSING and not fits(value):
             return f"{prefix}{name} is not what the summary of a run has there"
     return None

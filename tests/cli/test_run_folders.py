@@ -11,6 +11,7 @@ import remap
 from remap.errors import RunError
 from remap.pipeline import doctor
 from remap.pipeline.comparison_folder import claim
+from remap.pipeline.run_path import run_path
 from remap.recipe import resolve
 from remap.runs import environment
 from remap.runs.run_dir import RunDir
@@ -44,6 +45,22 @@ def test_one_of_two_at_the_same_instant_gets_the_folder(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="exists already"):
         runs[1]._claim("second")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("recipe.yaml", "first")]
+
+
+def test_commands_of_the_same_instant_take_different_numbers(tmp_path: Path) -> None:
+    """The second one chooses its folder while the first one has written nothing yet."""
+    (tmp_path / "digits-001").mkdir()
+    with run_path(None, tmp_path, "digits") as first, run_path(None, tmp_path, "digits") as second:
+        RunDir.create(first, RECIPE)
+        assert (first.name, second.name) == ("digits-002", "digits-003")
+    assert RunDir.open(first).recipe().digest() == RECIPE.digest()
+    assert not second.exists(), "nothing was stored in it"
+
+
+def test_a_folder_that_cannot_be_made_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with run_path(None, tmp_path / "runs", "digits") as path, pytest.raises(RunError, match="Not a directory"):
+        RunDir.create(path, RECIPE)
 
 
 def test_an_empty_recipe_is_not_that_of_a_default_run(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from remap.data import CLASSES, MULTILABEL
 from remap.data.image_files import counted
 from remap.data.images import decode
 from remap.data.rows import labels_of
@@ -62,6 +63,17 @@ def test_names_of_files_may_be_of_another_unicode_form(tree: Tree, prefix: str) 
     word = table(root, "file,label\n" + "".join(f"{prefix}{i}.png,{'ab'[i % 2]}\n" for i in range(8)))
     data = open_data(word, None, 0.25)
     assert pairs(data.train, data.val) == {(10 * i, i % 2) for i in range(8)}
+
+
+@pytest.mark.parametrize("task", [CLASSES, MULTILABEL])
+def test_a_file_that_a_table_repeats_counts_once(tree: Tree, task: str) -> None:
+    """Under whichever of its names; in two splits it is in both, which is said by its content."""
+    lines = [f"{path},{label},{'train' if n < 6 else 'val'}" for n, (path, label) in enumerate(LABELS)]
+    again = ["images/1.png,bee,train", "1.png,bee,train", "images/7.png,bee,val", "images/0.png,ant,val"]
+    word = table(tree(IMAGES), "\n".join(["file,label,split", *lines, *again]))
+    data = open_data(f"csv:{word},separator=;", None, 0.25, task=task)
+    assert (len(data.train), len(data.val)) == (6, 3)
+    assert counted(data.skipped) == "3 (in a row above already)"
 
 
 def test_a_column_of_splits_and_a_second_table(tree: Tree) -> None:

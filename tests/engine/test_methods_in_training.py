@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from remap.errors import TrainingError
 from remap.network import Runner
 from remap.pipeline.run import start
 from remap.runs.task import load_task
@@ -23,6 +24,15 @@ def test_the_default_rate_is_scaled_to_the_students_width(
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"lr": None})})
     rate = start(recipe, tmp_path / "run").summary["learning_rate"]
     assert rate == pytest.approx(expected * (METHODS.row("linear").lr if not settings else 1.0))
+
+
+def test_a_rate_that_would_rise_to_its_end_is_refused(tiny: Any, tmp_path: Path) -> None:
+    """The peak follows from the method and the student's width; the table's rate of linear is below 1 / 8."""
+    with pytest.raises(TrainingError, match="above the peak learning rate"):
+        start(
+            tiny.recipe("train.lr=null", "train.min_lr=1.0", method="linear", losses="ce", teacher=None),
+            tmp_path / "run",
+        )
 
 
 def test_a_penalty_is_part_of_the_loss_and_is_recorded(tiny: Any, tmp_path: Path) -> None:

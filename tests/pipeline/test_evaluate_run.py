@@ -8,12 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from remap.data.fingerprint import Contents
 from remap.data.splits import Split
+from remap.errors import RecipeError
+from remap.exporting.task_source import DRAWN, TaskSource
 from remap.pipeline.evaluate_run import evaluate_run
-from remap.pipeline.run import start
+from remap.pipeline.repeat import repeat
+from remap.pipeline.run import resume, start
 from remap.progress import Silent
+from remap.report.run_report import report_run
+from remap.runs.run_dir import RunDir
 
 Watch = Callable[..., Any]
 
@@ -44,6 +50,34 @@ def test_other_evaluation_images_are_said(tiny: Any, tmp_path: Path, watch: Watc
     assert said() == []
     (run / "summary.json").unlink()
     assert said() == []
+
+
+def test_images_that_a_fold_holds_out_are_evaluated_and_exported_again(tiny: Any, tmp_path: Path, watch: Watch) -> None:
+    settings = ("data.fold={number: 1, of: 2, held_out: 0.25}", "train.epochs=1", "train.warmup_epochs=0")
+    run = start(tiny.recipe(*settings, losses="ce", teacher=None), tmp_path / "run")
+    progress = watch(lambda done: None)
+    found = evaluate_run(run.run_dir, None, False, progress)
+    assert found["images"] == run.summary["data"]["val_images"] == 3, "a quarter of the 12 that are not in the fold"
+    assert found["correct"] == run.summary["student"]["correct"]
+    assert not any("not those of the run" in line for line in progress.said)
+    assert TaskSource(run.run_dir).images(DRAWN).what.startswith("3 evaluation images")
+
+
+def test_a_finished_run_is_read_whose_recipe_is_refused_now(tiny: Any, tmp_path: Path) -> None:
+    """Earlier versions took a temperature that warms up from 0, and a rate that rises to min_lr."""
+    run = start(tiny.recipe("teacher.cache=off", "train.epochs=1", "train.warmup_epochs=0"), tmp_path / "run").run_dir
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (kd,) = (loss for loss in recipe["losses"] if loss["name"] == "kd")
+    kd["temperature_schedule"] = {"warmup_epochs": 1.0}
+    recipe["train"] |= {"lr": 1e-4, "min_lr": 1e-3}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert evaluate_run(run, None, False, Silent())["images"] == 9
+    assert report_run(RunDir.open(run)).is_file()
+    with pytest.raises(RecipeError, match="a temperature cannot be 0"):
+        repeat(run)
+    (run / "status.json").write_text('{"status": "stopped"}')
+    with pytest.raises(RecipeError, match="a temperature cannot be 0"):
+        resume(run)
 
 
 # One of two processes, in batches of two images; notes which it has read, and which are said to be skipped.

@@ -139,6 +139,14 @@ def test_the_prepared_teacher_is_kept_and_found_again(tiny: Any, tmp_path: Path,
         (("teacher.prepare=probe", "teacher.epochs=2", "teacher.lr=0.1"), ["teacher.epochs", "teacher.lr"]),
         (("teacher.prepare=full", "teacher.epochs=2", "teacher.lr=0.1"), []),
         (("teacher.decay=0.9", "data.mix_probability=0.5"), ["teacher.decay", "data.mix_probability"]),
+        (
+            (
+                "losses.kd.weight_schedule={warmup_epochs: 20}",
+                "losses.ce.weight_schedule={warmup_epochs: 4}",
+                "train.epochs=4",
+            ),
+            ["losses.kd.weight_schedule: the run of 4 epochs ends before it (warmup_epochs: 20)"],
+        ),
         (("teacher=ema", "teacher.decay=0.9", "data.mix_probability=0.5", "data.mixup=1"), []),
     ],
 )

@@ -226,8 +226,10 @@ def test_an_option_of_a_method_given_as_a_word(method: str) -> None:
     assert (spec.name, spec.options) == (method, {"num_prompts": 5})
 
 
-def test_another_method_takes_none_of_the_recipes_options(tmp_path: Path) -> None:
+def test_a_method_takes_its_own_options_of_the_recipe_and_no_others(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("method: {name: vpt_deep, num_prompts: 3}")
+    assert resolve(tmp_path / "a.yaml", {"method": "vpt_deep"}).method.options == {"num_prompts": 3}
+    assert resolve(tmp_path / "a.yaml", settings=["method=vpt_deep"]).method.options == {"num_prompts": 3}
     assert resolve(tmp_path / "a.yaml", {"method": "bitfit"}).method.options == {}
 
 
@@ -295,6 +297,7 @@ REFUSED = {
     "losses=ce:0": "losses: every weight is 0, nothing would be learned",
     "losses=ce,ce": "losses: 'ce' is given twice",
     "losses=kd": "losses: kd needs a teacher (set teacher.model, or use ce alone)",
+    "train={lr: 1e-4, min_lr: 1e-3}": "train.min_lr: 0.001 is above the peak, train.lr 0.0001: the rate would not fall",
     "train.warmup_epochs=30": "train.warmup_epochs: 30.0 must be less than train.epochs 30",
     "train.accumulation=7": "train.batch_size: 64 is not a multiple of accumulation 7",
     "name=a/b": "name: 'a/b' may hold letters",

@@ -600,3 +600,9 @@ def test_queue_is_seeds_divergence_over_the_last_features(pair: Pair) -> None:
         assert run(term, *signals) == pytest.approx(wanted, rel=1e-4), "a pass changes nothing"
         term.after_step()
     assert np.abs(f64(term.queue_KD) - entries).max() < 1e-6 and int(term.filled) == 8
+    # A schedule scales both temperatures.
+    scaled, half = (make("queue", pair, size=8, temperature=t, teacher_temperature=2 * t) for t in (0.2, 0.1))
+    for one in (scaled, half):
+        one.load_state_dict(term.state_dict())
+    scaled.scale_temperature(0.5)
+    assert run(scaled, *signals) == run(half, *signals)

@@ -1,6 +1,7 @@
 """report.html: what it says, what it leaves out, that names in it are only text, and how a browser shows it."""
 
 import json
+import math
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -9,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from remap.engine.evaluation_pass import evaluate_as
 from remap.errors import RunError
+from remap.pipeline.components import build_components
+from remap.pipeline.evidence import write_evidence
 from remap.pipeline.run import start
+from remap.pipeline.shared import SharedResources
+from remap.progress import Silent
 from remap.report.compare_report import report_comparison
 from remap.report.run_report import report_run
+from remap.runs.answers import read_evidence
 from remap.runs.run_dir import RunDir
 
 HOSTILE = "<script>alert(1)</script>"
@@ -172,6 +180,20 @@ def test_pictures_that_are_gone_are_left_out(run: RunDir) -> None:
     (run.path / "answers.json").unlink()
     page = Page(report_run(run, pngs=False))
     assert "answers.json is not in this folder" in page.text and "Classes" not in page.texts
+
+
+def test_attention_that_is_not_finite_is_left_out(tiny: Any, tmp_path: Path) -> None:
+    """It must not cost the run that has just been trained."""
+    recipe = tiny.recipe(losses="ce,kd,attention")
+    run = RunDir.create(tmp_path / "run", recipe)
+    components = build_components(recipe, run, Silent(), SharedResources())
+    found = evaluate_as(recipe, components.student, components.views.val, Silent(), "the student")
+    with torch.no_grad():
+        components.student.model.get_parameter("blocks.1.attn.qkv.bias").fill_(math.nan)
+    write_evidence(components, run.path, found, Silent())
+    evidence = read_evidence(run.path)
+    assert evidence is not None and evidence.attention.blocks.keys() == {"teacher"}
+    assert "student: the attention in block 1 is not a finite number" in evidence.attention.missing
 
 
 @pytest.mark.parametrize(

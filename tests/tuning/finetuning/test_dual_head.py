@@ -12,6 +12,32 @@ from remap.remapping.tap import Tap
 from remap.tuning.attaching import attach_method
 
 
+def test_losses_read_their_own_classifiers_of_both_tokens(build: Callable[..., nn.Module]) -> None:
+    """A distilled DeiT answers with the mean over its two tokens; each of them has a classifier for either loss."""
+    model = build("deit_distilled")
+    anatomy = anatomy_of(model)
+    attach_method(model, anatomy, "dual_head", {})
+    heads = [model.head, model.head_dist]
+    with torch.no_grad():
+        for head in heads:
+            head.remap_dual_head.weight.normal_()
+    inputs: list[torch.Tensor] = []
+    for head in heads:
+        head.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
+    with Tap(model, anatomy, Needs()) as tap:
+        signals = tap(torch.randn(2, 3, 32, 32))
+
+    def mean_of(linears: list[nn.Module]) -> torch.Tensor:
+        return sum(linear.double()(x.double()) for linear, x in zip(linears, inputs, strict=True)) / 2
+
+    seconds = [head.remap_dual_head for head in heads]
+    torch.testing.assert_close(answer_to_teacher(signals).double(), mean_of(seconds), rtol=1e-5, atol=1e-5)
+    plain = [nn.Linear(head.in_features, head.out_features) for head in heads]
+    for one, head in zip(plain, heads, strict=True):
+        one.load_state_dict({"weight": head.weight, "bias": head.bias})
+    torch.testing.assert_close(answer_to_labels(signals).double(), mean_of(plain), rtol=1e-5, atol=1e-5)
+
+
 def test_probabilities_are_mixed_and_each_loss_reads_its_own(build: Callable[..., nn.Module]) -> None:
     model = build("plain")
     anatomy = anatomy_of(model)

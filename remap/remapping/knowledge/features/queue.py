@@ -1,5 +1,7 @@
 """Similarity to a queue of the teacher's features. B batch, D the teacher's width, K entries of the queue."""
 
+from typing import Any, cast
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -8,6 +10,7 @@ from torch.nn import functional as F
 from remap.remapping.knowledge.features.terms import PooledTerm, ProjectorOptions, projector
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Pair
+from remap.tuning.base import Options
 
 
 class SimilarityToQueue(PooledTerm):
@@ -37,6 +40,11 @@ class SimilarityToQueue(PooledTerm):
         self.register_buffer("queue_KD", torch.zeros(config.size, self.widths[1]))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
         self._batch_BD: Tensor | None = None
+
+    @classmethod
+    def temperatures_of(cls, config: Options) -> dict[str, Any]:
+        teacher = cast(SimilarityToQueue.Config, config).teacher_temperature
+        return super().temperatures_of(config) | {"teacher_temperature": teacher}
 
     def compare(self, ours_BD: Tensor, theirs_BD: Tensor, labels: Labels) -> Tensor:
         theirs_BD = F.normalize(theirs_BD, dim=1)
