@@ -28,8 +28,10 @@ def methods(
     """List the tuning methods by the survey's categories, or the options of one."""
     from remap.tuning import METHODS
 
+    if name:
+        _require_methods(name)
     if families:
-        _families(json)
+        _families(name, json)
         return
     if name:
         _method(name, json)
@@ -109,8 +111,8 @@ def _fields(row: "MethodEntry") -> dict[str, Any]:
     }
 
 
-def _method(name: str, json: bool) -> None:
-    """Show one method, or several that are combined, with every option."""
+def _require_methods(name: str) -> None:
+    """Refuse what is not a method or a combination of methods."""
     from remap.errors import RecipeError
     from remap.tuning import method_problems, parts_of, rows_of
 
@@ -119,7 +121,12 @@ def _method(name: str, json: bool) -> None:
     problems = method_problems("methods", name)
     if problems:
         raise RecipeError(problems, "command line")
+
+
+def _method(name: str, json: bool) -> None:
+    """Show one method, or several that are combined, with every option."""
     from remap.recipe.option_listing import notes_of, options_of
+    from remap.tuning import rows_of
 
     rows, options, notes = rows_of(name), options_of(name), notes_of(name)
     if json:
@@ -163,17 +170,19 @@ def takes(option: dict[str, Any]) -> str:
     return f"{kind}, or {rest}" if rest else kind
 
 
-def _families(json: bool) -> None:
+def _families(name: str, json: bool) -> None:
+    """Show which family each method fits, or those that are named."""
     from remap.backbones.families import FAMILIES
-    from remap.tuning import CATEGORIES, METHODS
+    from remap.tuning import CATEGORIES, METHODS, rows_of
 
+    chosen = rows_of(name) if name else list(METHODS)
     fields = ("name", "summary", "examples", "paper")
     families = [{field: getattr(row, field) for field in fields} for row in FAMILIES]
-    support = {row.name: {family.name: row.fits(family.parts) for family in FAMILIES} for row in METHODS}
+    support = {row.name: {family.name: row.fits(family.parts) for family in FAMILIES} for row in chosen}
     if json:
         console.emit({"families": families, "methods": [{"name": name, **fits} for name, fits in support.items()]})
         return
-    rows = [{"name": row.name, "category": CATEGORIES[row.category], **support[row.name]} for row in METHODS]
+    rows = [{"name": row.name, "category": CATEGORIES[row.category], **support[row.name]} for row in chosen]
     columns: Columns = {"method": itemgetter("name")} | {family: _fits(family) for family in FAMILIES.names}
     if console.out.width < WIDE:
         columns = {"method": itemgetter("name"), "fits": lambda row: ", ".join(filter(row.get, FAMILIES.names))}

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from remap.errors import UnknownName
+from remap.errors import RecipeError, UnknownName
 from remap_cli import console
 from remap_cli import options as opt
 
@@ -21,6 +21,9 @@ def models(
     from remap.backbones.families import FAMILIES
     from remap.backbones.names import MODELS
 
+    if search and support:
+        what = f"--support: is about one model alone (leave '{search}' out, which lists models)"
+        raise RecipeError([what], "command line")
     if support:
         _support(support, json)
         return

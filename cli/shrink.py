@@ -36,9 +36,11 @@ def shrink(
         str | None, _choice("sensitivity (those whose removal changes least go) or uniform.", "sensitivity")
     ] = None,
     images: Annotated[int | None, _choice("Images to measure on.", "64", least=1)] = None,
-    data: Annotated[str, _choice("Their source: a folder of class folders, a tar, or digits.")] = "digits",
-    seed: Annotated[int, _choice("Decides which images.", least=0)] = 0,
-    weights: Annotated[str, typer.Option(help="Of the teacher: pretrained or none.")] = "pretrained",
+    data: Annotated[str | None, _choice("Their source: a folder of class folders, a tar, or digits.", "digits")] = None,
+    seed: Annotated[int | None, _choice("Decides which images.", "0", least=0)] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Of the teacher: pretrained or none.", show_default="pretrained")
+    ] = None,
     gates: Annotated[
         float | None,
         typer.Option(
@@ -59,7 +61,8 @@ def shrink(
     given = {name: value for name, value in options.items() if value is not None}
     output = expanded(output)
     if gates is not None:
-        _take_out(teacher, output, gates, list(given), json)
+        others = {"data": data, "seed": seed, "weights": weights}
+        _take_out(teacher, output, gates, [*given, *(name for name in others if others[name] is not None)], json)
         return
     if not {"depth", "width", "heads", "mlp"} & set(given):
         what = "nothing is to be cut (give --depth, --width, --heads or --mlp; for a run of the method skip, --gates)"
@@ -67,15 +70,16 @@ def shrink(
     from remap.recipe.problems import checked
     from remap.recipe.schema import DataSpec, ShrinkSpec, TeacherSpec
 
+    data = data or "digits"
     spec = checked(ShrinkSpec, given, "command line")
     source = checked(DataSpec, {"source": data}, "command line")
-    larger = checked(TeacherSpec, {"model": teacher, "weights": weights}, "command line")
+    larger = checked(TeacherSpec, {"model": teacher, "weights": weights or "pretrained"}, "command line")
     from remap.pipeline.shrink_student import cut
     from remap.runs.task import require_tuned
 
     require_tuned(teacher)
     with console.Reporter() as progress:
-        found = cut(larger, spec, source, output, seed, progress)
+        found = cut(larger, spec, source, output, seed or 0, progress)
     if json:
         console.emit({"output": str(output), **found.to_dict()})
         return

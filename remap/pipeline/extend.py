@@ -97,12 +97,23 @@ def extension_recipe(
     return recipe
 
 
+def _first_that_fits(found: Situation, *, memory: bool) -> str:
+    fitting = [one.way for one in found.advice(memory=memory) if one.fits]
+    if not fitting:  # what lwf does not fit has a way of its own alone, or none
+        why = found.closed or found.of_method(found.method).why
+        do = "tune a run on all images, or one on the new images, and keep both: remap tasks add"
+        raise RecipeError([f"no way fits this run and these images: {why}"], "extend", do=do)
+    return fitting[0]
+
+
 def _require_fit(found: Situation, way: str, words: dict[str, Any]) -> None:
     problems = []
     if way not in WAYS:
         problems.append(f"--how: unknown word '{way}' (allowed: {', '.join(WAYS)})")
     elif way in METHOD_WAYS and not (own := found.of_method(way)).fits:
         problems.append(f"--how {way}: {own.why}")
+    elif found.closed:
+        problems.append(f"--how {way}: {found.closed}")
     elif found.method in ALONE and way != found.method:
         problems.append(f"--how {way}: a run that is tuned by {found.method} is extended by it alone")
     elif way in AT_ONCE:
@@ -170,7 +181,7 @@ def extend(
     if choose is not None and not memory:
         raise RecipeError(["--choose: there is no memory to choose images for (name its size with --memory)"], "extend")
     found = situation(run, data if isinstance(data, DataSpec) else DataSpec(source=data))
-    way = how or next(one for one in found.advice(memory=memory > 0) if one.fits).way
+    way = how or _first_that_fits(found, memory=memory > 0)
     if how is None:
         progress.say(f"extending by {way}: {WAYS.get(way)}")
     if not memory:

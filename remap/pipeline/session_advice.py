@@ -34,6 +34,8 @@ WITH_MEMORY = ("lwf", "finetune")
 METHOD_WAYS = ("ease", "l2p", "dualprompt", "coda_prompt", "domains")
 # Those whose classifier no other way continues.
 ALONE = ("ease", "domains")
+# Methods with tensors of each class besides the classifier; coop has them with per_class.
+OF_CLASSES = ("cocoop", "promptkd", "tip_adapter", "taskres")
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ class Situation:
         """
         domain = "" if self.added else "; the classes are the same, so one classifier learns the new look too"
         found = [self._at_once(way) for way in AT_ONCE]
-        found.append(Advice("lwf", self.method not in ALONE, self._alone or f"needs no old image{domain}"))
+        why_not = self._alone or self.closed
+        found.append(Advice("lwf", not why_not, why_not or f"needs no old image{domain}"))
         if memory or not self.added:  # features that do not change cannot take up a new look as well
             # Sorting is stable: lwf comes first, and the others stay in order.
             found.sort(key=lambda one: one.way != "lwf")
@@ -105,9 +108,17 @@ class Situation:
     def _alone(self) -> str:
         return f"a run that is tuned by {self.method} is extended by it alone" if self.method in ALONE else ""
 
+    @property
+    def closed(self) -> str:
+        """Why no way brings the run new classes; empty where one does, or where there are none."""
+        method = read_meta(folder_of(self.old.run.path)).method
+        if not self.added or not (method.name in OF_CLASSES or method.options.get("per_class")):
+            return ""
+        return f"{method.name} holds tensors of each class besides the classifier, and none of the new ones"
+
     def _at_once(self, way: str) -> Advice:
-        if self._alone:
-            return Advice(way, False, self._alone)
+        if why_not := self._alone or self.closed:
+            return Advice(way, False, why_not)
         method, has_statistics = self.method, self.has_statistics
         if way == "ranpac" and "ranpac" not in parts_of(method):
             has_statistics = False  # those are of other features

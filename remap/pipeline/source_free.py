@@ -69,6 +69,12 @@ def by_information(
             f"there is nothing to adapt: {recipe.method.name} trained the classifier of {run} alone, which is kept",
             do="adapt a run of a method that changes the features, such as lora",
         )
+    if attached.finishing:
+        # Steps would train by a classifier that is not the one that answers.
+        raise RunError(
+            f"the student in {run} answers by what {recipe.method.name} saw of its labelled images after the last step",
+            do="adapt a run of another method, such as lora",
+        )
     if attached.pruning:
         raise RunError(f"{' and '.join(attached.pruning)} chose in training what it keeps, and would choose again")
     attached.wants_sample = False  # what it decided by training images is in the task

@@ -30,6 +30,11 @@ IGNORED = [
     (["compare", "--epochs", "1", "--budget", "epochs=2"], ["--epochs: the epochs follow from the budget epochs=2"]),
     (["compare", "--set", "train.epochs=1", "--budget", "minutes=2"], ["--set train.epochs", "minutes=2"]),
     (["lr", "--set", "train.lr=0.1"], ["--set train.lr: the test tries rates of its own"]),
+    (
+        ["shrink", "run", "--output", "new", "--gates", "0.1", "--data", "digits", "--seed", "0", "--weights", "none"],
+        ["3 problems", "--data: --gates removes blocks of a run", "--seed:", "--weights:"],
+    ),
+    (["models", "vit", "--support", "mini_student"], ["--support: is about one model alone"]),
     (["recommend", "--epochs", "1", "--budget", "epochs=2"], ["--epochs: the epochs follow"]),
 ]
 

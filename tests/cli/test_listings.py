@@ -148,6 +148,14 @@ def test_a_narrow_terminal_gets_no_formulas(
     assert any(line.split()[:1] == ["vpt_deep"] and "2203.12119" in line for line in lines)
 
 
+def test_the_families_of_one_method_or_of_a_combination(remap: Callable[..., Result]) -> None:
+    rows = json.loads(remap("methods", "lora+vpt_deep", "--families", "--json").stdout)["methods"]
+    assert [row["name"] for row in rows] == ["lora", "vpt_deep"]
+    assert "lora" in remap("methods", "lora", "--families").stdout.split()
+    assert "bitfit" not in remap("methods", "lora", "--families").stdout.split()
+    assert "did you mean 'lora'" in remap("methods", "lore", "--families").message
+
+
 def test_a_narrow_terminal_names_the_families_of_a_method(
     remap: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -168,9 +168,13 @@ def test_what_cannot_be_adapted_is_one_error(
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
-def test_a_method_that_trains_the_classifier_alone_is_refused(tiny: Any, camera: Path, tmp_path: Path) -> None:
-    run = start(tiny.recipe("train.epochs=1", method="linear", teacher=None), tmp_path / "run").run_dir
-    with pytest.raises(RunError, match="nothing to adapt"):
+@pytest.mark.parametrize(("method", "says"), [("linear", "nothing to adapt"), ("ease", "answers by what ease saw")])
+def test_a_method_that_steps_would_not_adapt_is_refused(
+    tiny: Any, camera: Path, tmp_path: Path, method: str, says: str
+) -> None:
+    """Of linear the classifier alone was trained; ease answers by class means, and its own classifier is zero."""
+    run = start(tiny.recipe("train.epochs=1", method=method, teacher=None), tmp_path / "run").run_dir
+    with pytest.raises(RunError, match=says):
         adapt(run, str(camera), output=tmp_path / "new")
 
 

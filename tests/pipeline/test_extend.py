@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from remap.pipeline.repeat import repeat
 from remap.pipeline.run import resume, start
 from remap.pipeline.session_advice import require_new_names, situation
 from remap.progress import Silent
-from remap.recipe.schema import DataSpec, ModelSpec
+from remap.recipe.schema import DataSpec, MethodSpec, ModelSpec
 from remap.remapping.knowledge.logits.distillation import CrossEntropy, KnowledgeDistillation
 from remap.remapping.labels import Labels
 from remap.remapping.objective import Pair
@@ -193,6 +194,28 @@ def test_ways_follow_from_what_is_at_hand(first: Path, red: DataSpec, tiny: Any,
             extend(first, red, how="ranpac", output=tmp_path / "impossible")
     finally:
         (first / "recipe.yaml").write_bytes(kept)
+
+
+def test_no_way_that_fits_says_why(first: Path, red: DataSpec, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, same = situation(first, red), DataSpec(source=tiny.data, only=("blue", "green"))
+
+    def tuned_by(name: str, **options: Any) -> None:
+        meta = SimpleNamespace(method=MethodSpec(name=name, **options))
+        monkeypatch.setattr("remap.pipeline.session_advice.read_meta", lambda _folder: meta)
+
+    # Of the way of a method alone: no new class, and new classes.
+    for name, images, why in (("ease", same, "there are none"), ("domains", red, "there are new classes")):
+        tuned_by(name)
+        with pytest.raises(RecipeError, match=f"no way fits this run .*{why}"):
+            extend(first, images)
+    for name, options in (("taskres", {}), ("tip_adapter", {}), ("coop", {"per_class": True})):
+        tuned_by(name, **options)
+        assert not any(one.fits for one in found.advice())
+        for how in (None, "lwf", "finetune", "prototypes"):
+            with pytest.raises(RecipeError, match=f"{name} holds tensors of each class"):
+                extend(first, red, how=how)
+    tuned_by("coop")
+    assert any(one.fits for one in found.advice())
 
 
 @pytest.mark.parametrize(

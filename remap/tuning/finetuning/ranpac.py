@@ -40,7 +40,8 @@ class RanPAC(Method):
             nn.init.zeros_(rows.weight)
             nn.init.zeros_(rows.bias)
             edits.insert(f"{path}.{PATH}", rows, head.weight)
-            edits.after(path, partial(add_logits, random))
+            # In front of what others make of the logits: a mixture of two classifiers (dual_head) is of the sum.
+            edits.after(path, partial(add_logits, random), first=True)
         return Attachment(edits, trainable=(), seam=FeatureSeam(model, anatomy))
 
 

@@ -101,7 +101,10 @@ def ids_of_names(language: Language, count: int, between: Sequence[int] = ()) ->
         )
     ids_CL = language.tokenizer([f"{name}." for name in language.names])
     room = ids_CL.shape[1] - count - len(between)
-    too_long = [name for name, ids_L in zip(language.names, ids_CL, strict=True) if _filled(ids_L) > room]
+    # Not always to be seen by what fills up: that may be the end token itself (CLIP's files of transformers).
+    by_end = language.side.config.pool == "end"
+    lengths = (language.tower.ends(ids_CL) + 1).tolist() if by_end else [_filled(ids_L) for ids_L in ids_CL]
+    too_long = [name for name, length in zip(language.names, lengths, strict=True) if length > room]
     if too_long:
         raise BackboneError(
             f"the text tower reads {ids_CL.shape[1]} tokens, too few for {count} context vectors and a class's name",

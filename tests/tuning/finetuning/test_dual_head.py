@@ -58,3 +58,19 @@ def test_probabilities_are_mixed_and_each_loss_reads_its_own(build: Callable[...
     torch.testing.assert_close(signals.logits_BC.double().exp(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(answer_to_labels(signals).double(), first, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(answer_to_teacher(signals).double(), other, rtol=1e-5, atol=1e-5)
+
+
+def test_random_features_belong_to_the_classifier_of_the_labels(build: Callable[..., nn.Module]) -> None:
+    """Whichever is attached first: behind the mixture they would leave each loss the same answer."""
+    images, found = torch.randn(2, 3, 32, 32), []
+    for method in ("dual_head+ranpac", "ranpac+dual_head"):
+        model = build("plain")
+        anatomy = anatomy_of(model)
+        attach_method(model, anatomy, method, {})
+        with torch.no_grad():
+            model.head.remap_ranpac.weight.fill_(0.1)
+        with Tap(model, anatomy, Needs()) as tap:
+            found.append(tap(images))
+    assert torch.equal(found[0].logits_BC, found[1].logits_BC)
+    assert all(torch.equal(one, other) for one, other in zip(*(s.head_logits for s in found), strict=True))
+    assert len(found[0].head_logits) == 2 and not torch.equal(*found[0].head_logits)

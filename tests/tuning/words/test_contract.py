@@ -155,6 +155,22 @@ def test_names_longer_than_the_text_tower_are_refused(tune: Callable[..., Networ
         tune("coop", num_context=12)
 
 
+def test_names_are_as_long_where_texts_are_filled_up_with_the_end_token(build: Callable[..., Backbone]) -> None:
+    """As in CLIP's files of transformers: the end token takes a place there too."""
+
+    def network(free: int) -> Network:
+        backbone = build()
+        language = backbone.model.language
+        tokenize = language.tokenizer
+        language.__dict__["tokenizer"] = lambda texts: tokenize(texts).masked_fill(tokenize(texts) == 0, 15)
+        return tuned(backbone, "coop", {"num_context": language.side.config.context - free})
+
+    # The longest name takes five tokens: start, two words, full stop and end.
+    assert torch.isfinite(network(5).model.head.classifier.weight).all()
+    with pytest.raises(BackboneError, match="too few for 10 context vectors"):
+        network(4)
+
+
 def test_token_ids_of_a_stranger_are_checked(tune: Callable[..., Network], images: Tensor) -> None:
     network = tune("cocoop", reduction=2, of_task=True)
     network.model.remap_words.name_ids[0, 0] = 1000
