@@ -81,7 +81,7 @@ def by_information(
     for parameter in network.head.values():
         parameter.requires_grad_(False)
     pair, weights = Pair(student.anatomy, None, len(student.classes or ())), {"infomax": 1.0, "ce": PSEUDO_LABELS}
-    terms = {kind: cls(pair, cls.Config()) for kind, cls in (("infomax", _OfAll), ("ce", CrossEntropy))}
+    terms = {"infomax": _OfAll(pair, _OfAll.Config()), "ce": CrossEntropy(pair, CrossEntropy.Config())}
 
     def relabel() -> dict[str, float]:
         """Give the images their pseudo-labels; return the share that has others than before."""
