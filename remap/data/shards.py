@@ -56,7 +56,10 @@ def shards(word: str, suffixes: tuple[str, ...]) -> list[Shard]:
     folder = os.path.commonpath([file.parent for file in files])
     names = [os.path.relpath(file, folder).replace(os.sep, "/") for file in files]
     parts = [_parts(name, suffixes) for name in names]
-    splits = [next(filter(None, map(_said_split, one)), None) for one in parts]
+    splits: list[str | None] = [None] * len(files)
+    for says in (_is_split, _has_split):  # beside "train", "train_small" is another one
+        if not any(splits):
+            splits = [next(filter(None, map(says, one)), None) for one in parts]
     if any(splits):  # what says none of the usual ones has another: "unsupervised"
         splits = [split or next(filter(None, one), "") for split, one in zip(splits, parts, strict=True)]
     return [Shard(*one) for one in zip(files, names, splits, strict=True)]
@@ -70,10 +73,13 @@ def _parts(name: str, suffixes: tuple[str, ...]) -> list[str]:
     return [part.strip("-_.") for part in (stem, *reversed(folders))]
 
 
-def _said_split(part: str) -> str | None:
-    """Return what says the split: all of "train_set", or the one such word in "imagenet1k-train"."""
-    if split_named(part):
-        return part
+def _is_split(part: str) -> str | None:
+    """Return what says a split as a whole: "train_set"."""
+    return part if split_named(part) else None
+
+
+def _has_split(part: str) -> str | None:
+    """Return the one word that says a split: "train" of "imagenet1k-train"."""
     words = [word for word in re.split(r"[\W\d_]+", part) if split_named(word)]
     return words[0] if len({split_named(word) for word in words}) == 1 else None
 

@@ -226,6 +226,7 @@ def test_classes_are_named_in_any_unicode_form(tree: Callable[..., Path]) -> Non
         (("default/train/0000.parquet", "default/validation/0000.parquet"), ("train", "validation")),
         (("imagenet1k-train-0000.tar", "imagenet1k-validation-00.tar"), ("train", "validation")),
         (("train-0.tar", "unsupervised-0.tar"), ("train", "unsupervised")),
+        (("train-0.tar", "train_small-0.tar", "test-0.tar"), ("train", "train_small", "test")),
         (("train-test-0.tar", "birds-0.tar"), (None, None)),
     ],
 )
