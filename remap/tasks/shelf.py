@@ -217,12 +217,11 @@ class Shelf:
     def backbone(self) -> Backbone:
         """Open the frozen backbone."""
         spec, folder = self._content.backbone, (self.path / "backbone").absolute()
-        weights = folder / _WEIGHTS
+        weights, size = folder / _WEIGHTS, spec.image_size
         if is_pair(spec.model):  # the language part is in its own files
-            return _filled(open_backbone(ModelSpec(model=spec.model, image_size=spec.image_size), 1), weights)
+            return _filled(open_backbone(ModelSpec(model=spec.model, image_size=size), 1), weights)
         model = f"local-dir:{folder}" if any((folder / name).is_file() for name in CONFIGS) else spec.model
-        values = {"model": model, "weights": str(weights), "preset": spec.preset, "image_size": spec.image_size}
-        return open_backbone(ModelSpec(**values), 1)
+        return open_backbone(ModelSpec(model=model, weights=str(weights), preset=spec.preset, image_size=size), 1)
 
     def open(self, device: str | torch.device | None = None) -> MultiTask:
         """Load all tasks on the shelf's backbone, the current one first in use."""
