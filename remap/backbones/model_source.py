@@ -39,7 +39,7 @@ def describe(name: str) -> Described:
     if not name.startswith("local-dir:"):
         return Described(name)
     folder = Path(name.removeprefix("local-dir:"))
-    path = folder / next((name for name in CONFIGS if os.path.lexists(folder / name)), CONFIGS[0])
+    path = config_in(folder)
     library = "timm" if path.name == CONFIGS[0] else "open_clip"
     try:
         config = read_json(path, MOST_CONFIG_BYTES)
@@ -58,6 +58,11 @@ def describe(name: str) -> Described:
             do="see docs/weights.md for the folders that are read, or write one with timm's save_for_hf",
         ) from error
     return Described(name)
+
+
+def config_in(folder: Path) -> Path:
+    """Return the description that is read of a model folder."""
+    return folder / next((name for name in CONFIGS if os.path.lexists(folder / name)), CONFIGS[0])
 
 
 def weights_in(folder: Path) -> Path:

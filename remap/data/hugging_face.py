@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from remap.data.arrow_rows import table_rows
+from remap.data.folder_layout import split_named
 from remap.data.rows import Row, Rows, require_package
 from remap.data.shards import shards
 from remap.data.words import Word
@@ -45,7 +46,10 @@ def _opened(source: HuggingFace, word: Word) -> dict[str | None, Any]:
     try:
         if source.recognises(path):
             found = datasets.load_from_disk(str(path))
-            return found if isinstance(found, dict) else {found.split and str(found.split): found}
+            if isinstance(found, dict):
+                return found
+            name = str(found.split)  # "train[:1000]" of a part, which is everything there is
+            return {name if split_named(name) or name == options.get("split") else None: found}
         if os.path.exists(path):
             files: dict[str, list[str]] = {}
             for file, _, split in shards(word.rest, (".parquet",)):

@@ -109,6 +109,16 @@ def wide_values(data: bytes, pixels: Pixels) -> StoredValues | None:
     return None if values is None or values.values_HWC.dtype.itemsize == 1 else values
 
 
+def stored_channels(data: bytes) -> int | None:
+    """Return how many channels an .npy file or a TIFF of many holds; None for others, and for what cannot be read."""
+    try:
+        return None if (values := _of_array(data, RGB)) is None else values.values_HWC.shape[2]
+    except RemapError:
+        raise
+    except Exception:  # decoding says why
+        return None
+
+
 def open_picture(data: bytes) -> ImageFile.ImageFile:
     """Open as ``PIL.Image.open`` does, but for its limit of pixels, which is one for the whole process."""
     for name in _formats():

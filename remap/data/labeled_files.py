@@ -40,7 +40,8 @@ class LabeledFiles(Source):
         elif "val" not in splits and splits.get("test"):
             splits = {"train": splits.get("train", {}), "val": splits["test"]}
         if not (splits.get("train") or splits.get("all")):
-            raise DataError("there are no labelled images to learn from", given=word + also_left_out(skipped))
+            text, given = "there are no labelled images to learn from", word + also_left_out(skipped)
+            raise DataError(text, given=given, do=_all_the_same(splits))
         if "val" not in splits:
             return _hold_out(word, splits.get("all") or splits["train"], val_fraction, skipped, self.least_classes)
         if not splits["val"]:
@@ -93,8 +94,15 @@ def to_evaluate_on(splits: Mapping[str, Images], word: str) -> Images:
     """
     found = next((splits[name] for name in ("val", "test", "all") if splits.get(name)), None)
     if found is None:
-        raise DataError("no images to evaluate on", given=word)
+        raise DataError("no images to evaluate on", given=word, do=_all_the_same(splits))
     return found
+
+
+def _all_the_same(splits: Mapping[str, object]) -> str | None:
+    """Return how to take images that are of other splits than is wanted; None where there are none."""
+    names = " and ".join(name for name, images in splits.items() if images)
+    do = "name their folder, or of tables and shards add ,split=NAME (as NAME:REST,split=NAME)"
+    return f"its images are those of {names}; to take them all the same {do}" if names else None
 
 
 def _split(by_class: ByClass, classes: Sequence[str]) -> Split:

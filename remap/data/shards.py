@@ -21,7 +21,7 @@ _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{},]*(?:,[^{},]*)+))\}")
 
 
 class Shard(NamedTuple):
-    """A file, its path below the folder of all, and its split; None where no file's name says one."""
+    """A file, its path below the folder of all, and its split; None where no file's path there says one."""
 
     path: Path
     name: str
@@ -35,7 +35,9 @@ DEALT: ContextVar[Deal | None] = ContextVar("dealt", default=None)
 
 
 def shards(word: str, suffixes: tuple[str, ...]) -> list[Shard]:
-    """Return the files that a word names, with their splits: train-00000-of-00004.parquet is of "train".
+    """Return the files that a word names, with their splits as their names, or the folders they lie in, say them.
+
+    ``train-00000-of-00004.parquet``, ``imagenet1k-train-0000.tar`` and ``train/0000.parquet`` are of "train".
 
     Args:
         word: A file, a folder of such files, or a pattern: ``shards-{000..009}.tar``, ``{a,b}.tar``, ``data/*.tar``.
@@ -51,13 +53,35 @@ def shards(word: str, suffixes: tuple[str, ...]) -> list[Shard]:
         files = [file for pattern in expand_braces(str(path)) for file in _matching(pattern)]
     if not files:
         raise MissingData("no such files", given=word, allowed=f"files that end in {' or '.join(suffixes)}")
-    stems = [re.sub(r"\d+(?:-of-\d+)?", "", splitext(file.name)[0]) for file in files]
-    named = any(split_named(stem) for stem in stems)
     folder = os.path.commonpath([file.parent for file in files])
-    return [
-        Shard(file, os.path.relpath(file, folder).replace(os.sep, "/"), stem.strip("-_.") if named else None)
-        for file, stem in zip(files, stems, strict=True)
-    ]
+    names = [os.path.relpath(file, folder).replace(os.sep, "/") for file in files]
+    parts = [_parts(name, suffixes) for name in names]
+    splits: list[str | None] = [None] * len(files)
+    for says in (_is_split, _has_split):  # beside "train", "train_small" is another one
+        if not any(splits):
+            splits = [next(filter(None, map(says, one)), None) for one in parts]
+    if any(splits):  # what says none of the usual ones has another: "unsupervised"
+        splits = [split or next(filter(None, one), "") for split, one in zip(splits, parts, strict=True)]
+    return [Shard(*one) for one in zip(files, names, splits, strict=True)]
+
+
+def _parts(name: str, suffixes: tuple[str, ...]) -> list[str]:
+    """Return what may say a split: the file's name without numbers and hashes, and its folders, the nearest first."""
+    *folders, file = name.split("/")
+    ending = next((suffix for suffix in suffixes if file.lower().endswith(suffix)), splitext(file)[1])
+    stem = re.sub(r"\d+-of-\d+.*|\d+", "", file[: len(file) - len(ending)])
+    return [part.strip("-_.") for part in (stem, *reversed(folders))]
+
+
+def _is_split(part: str) -> str | None:
+    """Return what says a split as a whole: "train_set"."""
+    return part if split_named(part) else None
+
+
+def _has_split(part: str) -> str | None:
+    """Return the one word that says a split: "train" of "imagenet1k-train"."""
+    words = [word for word in re.split(r"[\W\d_]+", part) if split_named(word)]
+    return words[0] if len({split_named(word) for word in words}) == 1 else None
 
 
 def expand_braces(pattern: str) -> list[str]:

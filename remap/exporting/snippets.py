@@ -1,6 +1,7 @@
 """Python for the card of each format: it classifies a picture with what was exported, without remap where it can."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from remap.data.views import View
@@ -27,6 +28,8 @@ assert not picture.has_transparency_data, "transparent pixels on squares: remap 
 planes = [picture.convert("RGB")]
 """
 )
+# Pillow gives the upper 8 bits of colours of 16, which a range of values does not fit.
+_NOT_WIDE = 'assert ";16" not in str(Image.open(sys.argv[1]).tile), "colours of 16 bits: remap predict reads them"\n'
 _BY_ALPHA = {"drop": _OPAQUE, "checker": _ON_SQUARES}
 _OF_MANY_CHANNELS = """\
 values = np.load(sys.argv[1]) if sys.argv[1].endswith(".npy") else np.asarray(Image.open(sys.argv[1]))
@@ -144,8 +147,10 @@ def task(source: TaskSource) -> str:
 
 
 def _of_model(source: TaskSource, packages: str, model: str) -> str:
-    size = list(source.meta.preprocess.shape[1:])
-    images, say = _images(source.view, ExportOptions()), _say(source, ExportOptions(), _PYTORCH)
+    (channels, *size), view = source.meta.preprocess.shape, source.view
+    if channels == 1:  # of a view in colours, remap's networks make greys themselves
+        view = replace(view, pixels=replace(view.pixels, channels=1))
+    images, say = _images(view, ExportOptions()), _say(source, ExportOptions(), _PYTORCH)
     return _OF_MODEL.format(packages=packages, model=model, size=size, images=images, say=say)
 
 
@@ -161,7 +166,8 @@ def _images(view: View, options: ExportOptions) -> str:
     """Return lines that read a picture and make the network's input, ``images``, of the description ``view``."""
     channels, alpha = view.pixels.channels, view.pixels.alpha
     if channels in (1, 3):
-        lines = _BY_ALPHA.get(alpha, _ON_COLOUR).replace("{alpha}", alpha)
+        lines = _NOT_WIDE if view.pixels.value_range else ""
+        lines += _BY_ALPHA.get(alpha, _ON_COLOUR).replace("{alpha}", alpha)
         lines += 'planes = [planes[0].convert("L")]\n' if channels == 1 else ""
     else:
         lines = _OF_MANY_CHANNELS.format(channels=channels)

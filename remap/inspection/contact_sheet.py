@@ -7,9 +7,9 @@ from pathlib import Path
 
 from PIL import ImageOps
 
-from remap.data.images import BadImage, decode
+from remap.data.images import BadImage
 from remap.data.splits import ImageData
-from remap.inspection.data_check import Report, sample_indices
+from remap.inspection.data_check import Range, Report, decoded, sample_indices
 from remap.io import atomic_write
 from remap.io.names import plain
 
@@ -43,7 +43,8 @@ def write_contact_sheet(path: Path, report: Report, data: ImageData) -> None:
     if not report.findings:
         parts.append("<p>Nothing odd was found.</p>")
     for label, indices in sample_indices(data.train, len(data.classes), EACH).items():
-        parts.append(f"<h3>{_text(data.classes[label])}</h3>{''.join(_picture(data, index) for index in indices)}")
+        pictures = "".join(_picture(data, index, report.value_range) for index in indices)
+        parts.append(f"<h3>{_text(data.classes[label])}</h3>{pictures}")
     atomic_write.make_folder(path.parent)
     atomic_write.write_text(path, "\n".join(parts) + "\n")
 
@@ -52,9 +53,9 @@ def _text(text: str) -> str:
     return escape(plain(text))
 
 
-def _picture(data: ImageData, index: int) -> str:
+def _picture(data: ImageData, index: int, value_range: Range) -> str:
     try:
-        image = ImageOps.contain(decode(data.train.read(index)), (SIDE, SIDE))
+        image = ImageOps.contain(decoded(data.train.read(index), value_range)[0], (SIDE, SIDE))
     except (BadImage, OSError):
         return ""
     encoded = io.BytesIO()

@@ -2,27 +2,30 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from itertools import groupby
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from remap.data import CLASSES
 from remap.data.image_files import left_out
-from remap.data.images import BadImage, decode, reason_of, wide_values
+from remap.data.images import BadImage, decode, reason_of, stored_channels, wide_values
 from remap.data.pixels import RGB
 from remap.data.sources import open_data
 from remap.data.splits import ImageData, Split
 from remap.data.thread_pool import map_ahead, threads
+from remap.data.value_range import find_value_range
 from remap.inspection.near_duplicates import FLAT, dhash, near_pairs
 from remap.io.human_size import number_of
 from remap.progress import Progress, Silent
 
 # Files that a finding names; the count has all.
 SHOWN = 20
+Range = tuple[float, float] | None
 FEW_IMAGES, UNEVEN, SMALL_SIDE, LONG_SHAPE = 10, 10.0, 32, 4.0
 
 
@@ -31,7 +34,7 @@ class Finding:
     """One thing that is odd.
 
     Attributes:
-        kind: One word: broken, left_out, copies, near_copies, labels, imbalance, few, small, shape, range, flat.
+        kind: One word: broken, left_out, copies, near_copies, imbalance, few, small, shape, range, channels, flat.
         severity: "bad" raises or spoils the accuracy; "note" may be meant so.
         files: Some of them; a pair is "ONE = OTHER".
     """
@@ -64,6 +67,7 @@ class Seen:
     dhash: int = 0
     flat: bool = False
     wide: str = ""
+    channels: int = 3
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Report:
     Attributes:
         counts: Images of each class by split.
         sizes: Smallest, median and largest width and height in pixels.
+        value_range: The values of images with more than 8 bits that a run takes for black and white; None without such.
     """
 
     source: str
@@ -80,6 +85,7 @@ class Report:
     counts: dict[str, dict[str, int]]
     sizes: dict[str, tuple[int, int]]
     findings: tuple[Finding, ...]
+    value_range: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -100,41 +106,61 @@ def check_data(
     data = open_data(source, None, 0.2, depth=depth, task=task)
     splits = {"train": data.train, "val": data.val, "test": data.test}
     seen: list[Seen] = []
+    value_range = find_value_range(data.train, RGB)
     for name, split in splits.items():
         if split is None:
             continue
         with threads(8) as pool, progress.wait(f"reading {name} images", len(split)) as step:
-            for _, one in map_ahead(pool, partial(_look, name, split), range(len(split)), 64):
+            for _, one in map_ahead(pool, partial(_look, name, split, value_range), range(len(split)), 64):
                 seen.append(one)
                 step.advance()
     counts = {name: dict(zip(data.classes, data.count(split), strict=True)) for name, split in splits.items() if split}
     order = {"bad": 0, "note": 1}
-    findings = sorted(_findings(data, seen, counts), key=lambda finding: order[finding.severity])
+    findings = sorted(_findings(data, seen, counts, value_range), key=lambda finding: order[finding.severity])
     sides = np.array([one.size for one in seen if not one.reason] or [(0, 0)])
     sizes = {
         word: (int(value[0]), int(value[1]))
         for word, value in (("smallest", sides.min(0)), ("median", np.median(sides, 0)), ("largest", sides.max(0)))
     }
-    return Report(source, data.split_rule, counts, sizes, tuple(findings)), data
+    return Report(source, data.split_rule, counts, sizes, tuple(findings), value_range), data
 
 
-def _look(name: str, split: Split, index: int) -> Seen:
+def decoded(content: bytes, value_range: Range) -> tuple[Image.Image, int]:
+    """Return a picture as a run sees it, and its channels: 3, or as many as a file holds that is no grey and no colour.
+
+    Of other than 3 channels the picture is the first.
+
+    Raises:
+        BadImage: It cannot be read.
+    """
+    pixels = replace(RGB, value_range=value_range)
+    try:
+        return decode(content, pixels), 3
+    except BadImage:
+        if (channels := stored_channels(content)) in (None, 1, 3):
+            raise
+        return decode(content, replace(pixels, channels=channels)), channels
+
+
+def _look(name: str, split: Split, value_range: Range, index: int) -> Seen:
     found = partial(
         Seen, f"{name}/{split.names[index].removeprefix(f'{name}/')}", name, split.labels[index].tolist(), index
     )
     try:
         content = split.read(index)
-        image = decode(content)
+        image, channels = decoded(content, value_range)
     except (BadImage, OSError) as error:
         return found(reason=error.reason if isinstance(error, BadImage) else reason_of(error))
     spread = int(np.ptp(np.asarray(image.convert("L"))))
     wide = wide_values(content, RGB)
     values = "" if wide is None else str(wide.values_HWC.dtype)
     digest = blake2b(content, digest_size=16).digest()
-    return found("", image.size, digest, dhash(image), spread < FLAT, values)
+    return found("", image.size, digest, dhash(image), spread < FLAT, values, channels)
 
 
-def _findings(data: ImageData, seen: list[Seen], counts: dict[str, dict[str, int]]) -> Iterator[Finding]:
+def _findings(
+    data: ImageData, seen: list[Seen], counts: dict[str, dict[str, int]], value_range: Range
+) -> Iterator[Finding]:
     good = [one for one in seen if not one.reason]
     broken = [f"{one.name} ({one.reason})" for one in seen if one.reason]
     yield from _some("broken", "bad", "cannot be read", "repair or remove them, or train with --skip-bad", broken)
@@ -154,8 +180,14 @@ def _findings(data: ImageData, seen: list[Seen], counts: dict[str, dict[str, int
     yield from _some("shape", "note", f"more than {LONG_SHAPE:g} times as long as wide", do, long)
     wide = [f"{one.name} ({one.wide})" for one in good if one.wide]
     what = "of more than 8 bits, whose range is taken from the type"
-    do = "say which values are black and white: --set data.value_range=[LOW,HIGH]"
+    if value_range is not None:
+        low, high = value_range
+        what = f"of more than 8 bits: a run takes {low:g} for black and {high:g} for white, by its training images"
+    do = "where others are black and white, say so: --set data.value_range=[LOW,HIGH]"
     yield from _some("range", "note", what, do, wide)
+    many = [f"{one.name} ({one.channels})" for one in good if one.channels != 3]
+    what, do = "of other channels than grey or colours", "take a model of as many channels; no other reads them"
+    yield from _some("channels", "note", what, do, many)
     yield from _uneven(counts["train"])
 
 

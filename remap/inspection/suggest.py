@@ -8,11 +8,11 @@ import torch
 
 from remap.backbones.build import require_at_hand
 from remap.data import CLASSES, METRIC, MULTILABEL
-from remap.data.images import BadImage, decode
+from remap.data.images import BadImage, decode, reason_of
 from remap.data.sources import open_data
 from remap.data.splits import ImageData
 from remap.distributed.launch import use_bf16
-from remap.errors import RemapError, RunError
+from remap.errors import DataError, RemapError, RunError
 from remap.io import atomic_write
 from remap.io.human_size import number_of
 from remap.io.names import plain
@@ -44,7 +44,7 @@ def init_recipe(source: str, path: Path, task: str = CLASSES, progress: Progress
 
     Raises:
         RunError: There is a file at the path already, or it cannot be written.
-        DataError: The source cannot be opened, as a run would say.
+        DataError: The source cannot be opened, as a run would say, or none of its images can be read.
     """
     if path.exists() or path.is_symlink():
         raise RunError(f"{path} is there already", do="choose another --output, or remove it")
@@ -127,11 +127,18 @@ def _models(side: int, device: torch.device, progress: Progress) -> tuple[Choice
 
 
 def _longer_side(data: ImageData) -> int:
-    """Return the median of the longer sides of some images, in pixels."""
-    step, sides = max(1, len(data.train) // SAMPLE), []
+    """Return the median of the longer sides of some images, in pixels.
+
+    Raises:
+        DataError: None of them can be read by models of colours.
+    """
+    step, sides, reasons = max(1, len(data.train) // SAMPLE), [], list[str]()
     for index in range(0, len(data.train), step):
         try:
             sides.append(max(decode(data.train.read(index)).size))
-        except (BadImage, OSError):
-            continue
-    return sorted(sides)[len(sides) // 2] if sides else 0
+        except (BadImage, OSError) as error:
+            reasons.append(error.reason if isinstance(error, BadImage) else reason_of(error))
+    if not sides:
+        given, do = f"{reasons[0]} ({number_of(len(reasons), 'image')})", "`remap data check` lists all with the reason"
+        raise DataError("none of the images that were looked at can be read", given=given, do=do)
+    return sorted(sides)[len(sides) // 2]

@@ -20,7 +20,7 @@ from remap.errors import RunError, UnknownName
 from remap.io.paths import expanded
 from remap.network import frozen
 from remap.pipeline.student_api import Student
-from remap.runs.task import network_of, open_backbone, require_classifier
+from remap.runs.task import beside, network_of, open_backbone, require_classifier
 from remap.runs.task_file import TaskMeta, folder_of, read_meta, read_tensors, require_sizes
 from remap.tasks.routing import Router, why_not_together
 
@@ -193,7 +193,8 @@ class MultiTask:
 
 def _open(word: str | Path | None, meta: TaskMeta, folder: Path) -> Backbone:
     require_shared(folder, meta)
-    instead = {} if word is None else {"model": str(word), "weights": "pretrained"}
+    own = {"model": beside(folder, meta.backbone.model)}
+    instead = own if word is None else {"model": str(word), "weights": "pretrained"}
     return open_backbone(meta.backbone.to_open(**instead), 1)
 
 

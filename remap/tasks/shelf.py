@@ -1,7 +1,7 @@
 """A shelf: one folder with a frozen backbone and the task files of many tasks on it, each with its hash.
 
 SHELF/shelf.json           what is in it (sealed): the backbone, the tasks' hashes, and the current task
-SHELF/backbone/            the frozen weights, once; and config.json where timm does not know the model by name
+SHELF/backbone/            the frozen weights, once; and the model's config where timm does not know it by name
 SHELF/tasks/NAME/          a copy of a run's task folder, byte for byte
 SHELF/.lock                held by the process that changes it
 """
@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +19,9 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save
 
-from remap.backbones.build import Backbone
+from remap.backbones.build import Backbone, state_hash
+from remap.backbones.model_source import CONFIGS, config_in
+from remap.backbones.names import is_pair
 from remap.errors import RemapError, RunError, UnknownName
 from remap.io import atomic_write
 from remap.io.checked_json import MOST_JSON_BYTES
@@ -28,14 +30,15 @@ from remap.io.locks import one_by_one
 from remap.io.names import look_alike, plain
 from remap.io.paths import expanded
 from remap.io.sealed_json import parse_sealed, sealed_text
+from remap.io.tensor_files import first_lines, read_safetensors
 from remap.pipeline.student_api import Student
 from remap.recipe.schema import ModelSpec
-from remap.runs.task import open_backbone
+from remap.runs.task import beside, open_backbone
 from remap.runs.task_file import TaskMeta, folder_of, read_meta, read_tensors
 from remap.tasks.multi_task import MultiTask, require_shared
 
 FILES = ("task.json", "task.safetensors")
-_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+_WEIGHTS = "model.safetensors"
 
 
 def _name(name: str) -> str:
@@ -124,7 +127,7 @@ class Shelf:
         with _changing(shelf_path):
             shelf = cls._before_adding(shelf_path, folders, tasks)
             if shelf is None:
-                _store_backbone(shelf_path, next(iter(tasks.values())))
+                _store_backbone(shelf_path, next(iter(folders.values())), next(iter(tasks.values())))
                 shelf = cls(shelf_path)
             for name, folder in folders.items():
                 shelf._add(name, folder)
@@ -213,10 +216,12 @@ class Shelf:
 
     def backbone(self) -> Backbone:
         """Open the frozen backbone."""
-        spec, folder = self._content.backbone, self.path / "backbone"
-        model = f"local-dir:{folder.absolute()}" if (folder / _CONFIG).is_file() else spec.model
-        weights = str(folder.absolute() / _WEIGHTS)
-        return open_backbone(ModelSpec(model=model, weights=weights, preset=spec.preset, image_size=spec.image_size), 1)
+        spec, folder = self._content.backbone, (self.path / "backbone").absolute()
+        weights, size = folder / _WEIGHTS, spec.image_size
+        if is_pair(spec.model):  # the language part is in its own files
+            return _filled(open_backbone(ModelSpec(model=spec.model, image_size=size), 1), weights)
+        model = f"local-dir:{folder}" if any((folder / name).is_file() for name in CONFIGS) else spec.model
+        return open_backbone(ModelSpec(model=model, weights=str(weights), preset=spec.preset, image_size=size), 1)
 
     def open(self, device: str | torch.device | None = None) -> MultiTask:
         """Load all tasks on the shelf's backbone, the current one first in use."""
@@ -293,10 +298,10 @@ def _require_unused(path: Path) -> None:
         )
 
 
-def _store_backbone(path: Path, meta: TaskMeta) -> None:
+def _store_backbone(path: Path, task: Path, meta: TaskMeta) -> None:
     """Write the backbone of a task, without classifier, and a shelf.json without tasks."""
-    spec = meta.backbone
-    backbone = open_backbone(spec.to_open(), 1)
+    spec, model = meta.backbone, beside(task, meta.backbone.model)
+    backbone = open_backbone(spec.to_open(model=model), 1)
     if backbone.identity.sha256 != spec.sha256:
         raise RunError(f"the weights of {spec.model} are not those that the task was tuned on any more")
     state = backbone.model.state_dict().items()
@@ -307,8 +312,18 @@ def _store_backbone(path: Path, meta: TaskMeta) -> None:
         raise RunError(f"{weights.parent} holds weights of something else", do="name another folder")
     atomic_write.make_folder(weights.parent)
     atomic_write.write_bytes(weights, data)
-    if spec.model.startswith("local-dir:"):
-        config = read_regular(Path(spec.model.removeprefix("local-dir:")) / _CONFIG, MOST_JSON_BYTES)
-        atomic_write.write_bytes(path / "backbone" / _CONFIG, config)
+    if model.startswith("local-dir:"):
+        config = config_in(Path(model.removeprefix("local-dir:")))
+        atomic_write.write_bytes(weights.with_name(config.name), read_regular(config, MOST_JSON_BYTES))
     kept = _Backbone(model=spec.model, sha256=spec.sha256, preset=spec.preset, image_size=spec.image_size)
     _write_content(path, _Content(backbone=kept))
+
+
+def _filled(backbone: Backbone, weights: Path) -> Backbone:
+    """Return a vision-language model with the weights that a shelf has of its image tower."""
+    try:
+        backbone.model.load_state_dict(read_safetensors(weights), strict=False)
+    except RuntimeError as error:
+        raise RunError(f"{weights} does not fit {backbone.identity.model}", given=first_lines(error)) from error
+    digest = state_hash(backbone.model, backbone.anatomy)
+    return replace(backbone, identity=replace(backbone.identity, sha256=digest))

@@ -16,6 +16,7 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
 from remap.backbones.build import build
+from remap.backbones.checkpoints.transformers_config import describe
 from remap.backbones.loading import Loaded, create
 from remap.backbones.lookup import family_of_name
 from remap.errors import WeightsError
@@ -119,6 +120,15 @@ def test_preprocessing_is_the_folders(tmp_path: Path) -> None:
     spec = build(f"local-dir:{tmp_path}", "pretrained", 3).preprocess
     assert (spec.mean, spec.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert (spec.size, spec.interpolation, spec.crop_pct) == (32, "bilinear", 0.8)
+
+
+@pytest.mark.parametrize(("side", "share"), [(224, 0.875), (384, 1.0)])
+def test_a_convnext_has_the_size_and_crop_of_its_processor(side: int, share: float) -> None:
+    """As transformers' ConvNextImageProcessor: crop_pct below 384 pixels only. Published configs say 224 of all."""
+    config = hf.ConvNextConfig(**{**STAGES, "image_size": 224}).to_dict()
+    processor = {"crop_pct": 0.875, "do_normalize": False, "resample": 3, "size": {"shortest_edge": side}}
+    found = describe(config, processor).config
+    assert (found["input_size"], found["crop_pct"]) == ((3, side, side), share)
 
 
 @pytest.mark.parametrize(

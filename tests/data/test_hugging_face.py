@@ -46,6 +46,17 @@ def test_a_saved_data_set_has_the_images_and_labels_that_datasets_reads(
     assert len(more) == 8
 
 
+@pytest.mark.parametrize("part", ["train[:75%]", "train+test"])
+def test_a_part_of_a_split_that_was_saved_is_everything(part: str, whole: Any, tmp_path: Path) -> None:
+    """What ``load_dataset(..., split="train[:75%]")`` gives calls itself so (datasets/arrow_reader.py)."""
+    some = datasets.Dataset(whole.data, info=whole.info, split=datasets.NamedSplit(part))
+    some.save_to_disk(tmp_path / "some")
+    assert str(datasets.load_from_disk(tmp_path / "some").split) == part
+    for word in (str(tmp_path / "some"), f"hf:{tmp_path / 'some'},split={part}"):
+        data = open_data(word, None, 0.25)
+        assert (len(data.train), len(data.val), data.skipped) == (6, 2, ())
+
+
 def test_unlabelled_images_may_be_another_split_and_not_that_to_evaluate_on(whole: Any, tmp_path: Path) -> None:
     parts = {"train": range(4), "test": range(4, 6), "unsupervised": range(6, 8)}
     datasets.DatasetDict({name: whole.select(rows) for name, rows in parts.items()}).save_to_disk(tmp_path / "set")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from remap.data.images import decode
+from remap.data.shards import shards
 from remap.data.sources import open_data
 from remap.data.splits import ImageData, Split
 from remap.data.stratify import stratified
@@ -226,3 +227,27 @@ def test_classes_are_named_in_any_unicode_form(tree: Callable[..., Path]) -> Non
     assert data.classes == ("bar", folder) and set(data.train.labels) == {0, 1}
     with pytest.raises(DataError, match="there are no such classes"):
         open_data(str(root), None, 0.5, only=["cafe", "bar"])
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        # As datasets wrote until 2023, with a hash.
+        (("train-00000-of-00001-a09b74b3ef9c3b56.parquet", "test-00000-of-00001-b0f1.parquet"), ("train", "test")),
+        (("train-000.tar.gz", "val-000.TAR.GZ"), ("train", "val")),
+        # The hub's own conversions, and those of timm's organisation there.
+        (("default/train/0000.parquet", "default/validation/0000.parquet"), ("train", "validation")),
+        (("imagenet1k-train-0000.tar", "imagenet1k-validation-00.tar"), ("train", "validation")),
+        (("train-0.tar", "unsupervised-0.tar"), ("train", "unsupervised")),
+        (("train-0.tar", "train_small-0.tar", "test-0.tar"), ("train", "train_small", "test")),
+        (("train-test-0.tar", "birds-0.tar"), (None, None)),
+    ],
+)
+def test_the_split_of_a_shard_is_in_its_name_or_its_folder(
+    names: tuple[str, ...], splits: tuple[str | None, ...], tmp_path: Path
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = {shard.path: shard.split for shard in shards(str(tmp_path), (".tar", ".tar.gz", ".parquet"))}
+    assert [found[tmp_path / name] for name in names] == list(splits)

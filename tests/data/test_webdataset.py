@@ -128,3 +128,13 @@ def test_labels_of_a_compressed_shard_are_read_under_any_name(tmp_path: Path, tr
                 archive.addfile(info, io.BytesIO(content))
     data = open_data(f"webdataset:{tmp_path}/x.tar.gz", None, 0.5)
     assert data.classes == ("a", "b") and len(data.train) + len(data.val) == 4
+
+
+def test_a_split_alone_can_be_taken_as_everything(tmp_path: Path) -> None:
+    files = {f"{i}.{kind}": f"{kind}{i % 2}".encode() for i in range(4) for kind in ("jpg", "cls")}
+    word = pack(tmp_path / "val-0.tar", files)
+    with pytest.raises(
+        DataError, match="no labelled images to learn from\n.*\n.*images are those of val;.*,split=NAME"
+    ):
+        open_data(word, None, 0.5)
+    assert len(open_data(f"{word},split=val", None, 0.5).train) == 2

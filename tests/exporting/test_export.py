@@ -3,8 +3,10 @@
 import hashlib
 import json
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
@@ -288,34 +291,72 @@ def test_a_bar_in_a_name_stays_in_its_cell() -> None:
     assert table([("classes", "cat|dog, a\nb")])[2:] == [r"| classes | cat\|dog, a\nb |"]
 
 
-def test_the_card_reads_images_of_many_channels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Expected: the student's own label of a 16-bit array of five channels."""
+def _task(folder: Path, channels: int, pixels: Pixels) -> Path:
+    """A task folder of a tiny network of so many channels, drawn at random."""
     torch.manual_seed(0)
-    shape = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "in_chans": 5}
+    shape = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "in_chans": channels}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **shape)
-    model.pretrained_cfg.update(input_size=(5, 16, 16), mean=(0.4,) * 5, std=(0.3,) * 5, crop_pct=1.0)
-    save_for_hf(model, str(tmp_path / "model"), model_args=shape, safe_serialization=True)
-    network = tuned(open_backbone(ModelSpec(model=f"local-dir:{tmp_path / 'model'}"), 3), "lora", {})
+    values = {"mean": (0.4,) * channels, "std": (0.3,) * channels}
+    model.pretrained_cfg.update(input_size=(channels, 16, 16), crop_pct=1.0, **values)
+    save_for_hf(model, str(folder / "model"), model_args=shape, safe_serialization=True)
+    network = tuned(open_backbone(ModelSpec(model=f"local-dir:{folder / 'model'}"), 3), "lora", {})
     with torch.no_grad():
         for parameter in network.trained.values():
             parameter.add_(torch.randn_like(parameter))
     network.classes = ("a", "b", "c")
-    save_task(tmp_path / "task", network, View(16, 0.8, "bicubic", Pixels(channels=5)), "lora", {})
-    draws = np.random.default_rng(0)
+    save_task(folder / "task", network, View(16, 0.8, "bicubic", pixels), "lora", {})
+    return folder / "task"
+
+
+def _here(folder: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the card's Python on each file, in this process."""
+    monkeypatch.chdir(folder)
+    for file in files:
+        monkeypatch.setattr(sys, "argv", ["classify.py", str(file)])
+        exec(card_code(folder), {})
+
+
+def test_the_card_reads_images_of_many_channels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Expected: the student's own label of a 16-bit array of five channels."""
+    task, draws = _task(tmp_path, 5, Pixels(channels=5)), np.random.default_rng(0)
     files = [tmp_path / f"{number}.npy" for number in range(6)]
     for number, file in enumerate(files):
         np.save(file, draws.integers(0, 9_000 * (number + 1), (20, 24, 5)).astype(np.uint16))
-    export_student(tmp_path / "task", "torch", tmp_path / "out")
-    code = card_code(tmp_path / "out")
-    monkeypatch.chdir(tmp_path / "out")
-    for file in files:
-        monkeypatch.setattr(sys, "argv", ["classify.py", str(file)])
-        exec(code, {})
+    export_student(task, "torch", tmp_path / "out")
+    _here(tmp_path / "out", files, monkeypatch)
     found = capsys.readouterr().out.split()
-    assert found == [name for name, _ in remap.load_student(tmp_path / "task", "cpu").predict(files)]
+    assert found == [name for name, _ in remap.load_student(task, "cpu").predict(files)]
     assert len(set(found)) > 1
+
+
+def test_the_card_makes_greys_for_a_student_of_greys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A teacher in colours has its student's views in colours too; a model of timm takes greys alone."""
+    task, draws = _task(tmp_path, 1, Pixels()), np.random.default_rng(0)
+    files = [tmp_path / f"{number}.png" for number in range(4)]
+    for number, file in enumerate(files):
+        Image.fromarray(draws.integers(0, 60 * (number + 1), (20, 24, 3)).astype(np.uint8)).save(file)
+    export_student(task, "timm", tmp_path / "out")
+    _here(tmp_path / "out", files, monkeypatch)
+    found = capsys.readouterr().out.split()
+    assert found == [name for name, _ in remap.load_student(task, "cpu").predict(files)]
+    assert len(set(found)) > 1
+
+
+def test_the_card_refuses_colours_whose_values_it_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 12 bits in 16, Pillow's upper 8 are nearly black. The file is a PNG of one pixel (PNG 3, section 11.2)."""
+    task = _task(tmp_path, 3, Pixels(value_range=(0.0, 4095.0)))
+    head, rows = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0), zlib.compress(b"\0" + struct.pack(">3H", 4000, 9, 9))
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", head), (b"IDAT", rows), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    (tmp_path / "wide.png").write_bytes(content)
+    export_student(task, "torch", tmp_path / "out")
+    with pytest.raises(AssertionError, match="colours of 16 bits: remap predict reads them"):
+        _here(tmp_path / "out", [tmp_path / "wide.png"], monkeypatch)
 
 
 def card_code(folder: Path) -> str:

@@ -1,5 +1,8 @@
 """What is wrong with images is found, and named with what to do."""
 
+import base64
+import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +90,39 @@ def test_the_contact_sheet_loads_nothing_and_runs_nothing(folder: Path, tmp_path
     page = (tmp_path / "new" / "page.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 8 + 3 and "http" not in page and "<script" not in page
     assert "broken.png (not an image)" in page and "look the same" in page
+
+
+def _arrays(root: Path, suffix: str, channels: int) -> Path:
+    """Two classes of six pictures of 10 bits in 16, all of them different."""
+    draws = np.random.default_rng(0)
+    for index in range(12):
+        blocks = draws.integers(0, 1024, (6, 6, channels)).astype(np.uint16).repeat(8, 0).repeat(8, 1)
+        file = root / ("ant", "bee")[index % 2] / f"{index}{suffix}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, blocks) if suffix == ".npy" else Image.fromarray(blocks[:, :, 0]).save(file)
+    return root
+
+
+@pytest.mark.parametrize(("suffix", "channels", "kinds"), [(".png", 1, []), (".npy", 5, ["channels"])])
+def test_pictures_are_looked_at_as_a_run_sees_them(
+    suffix: str, channels: int, kinds: list[str], tmp_path: Path
+) -> None:
+    """By the type, 10 bits in 16 are within 4 of 255 greys: of one colour, and alike. Five channels are not damage."""
+    report, data = check_data(str(_arrays(tmp_path / "images", suffix, channels)))
+    assert [one.kind for one in report.findings] == ["range", *kinds, "few"]
+    assert report.value_range is not None and f"{report.value_range[1]:g} for white" in report.findings[0].what
+    assert report.sizes["smallest"] == (48, 48)
+    write_contact_sheet(tmp_path / "page.html", report, data)
+    pictures = re.findall(r"base64,([^\"]+)", (tmp_path / "page.html").read_text())
+    assert len(pictures) == 10
+    assert all(np.ptp(np.asarray(Image.open(io.BytesIO(base64.b64decode(one))))) > 100 for one in pictures)
+
+
+def test_no_recipe_is_suggested_for_what_its_models_cannot_read(tmp_path: Path) -> None:
+    images = _arrays(tmp_path / "images", ".npy", 5)
+    with pytest.raises(DataError, match=r"none of the images .* can be read\n.*5 channels; the model takes 3"):
+        init_recipe(str(images), tmp_path / "recipe.yaml")
+    assert not (tmp_path / "recipe.yaml").exists()
 
 
 def test_the_hash_is_that_of_neighbours_in_nine_by_eight_pixels() -> None:

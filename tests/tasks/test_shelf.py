@@ -1,15 +1,20 @@
 """A folder of tasks: each is what was added, byte for byte, and the backbone is there once."""
 
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from remap.errors import RunError, UnknownName
 from remap.pipeline.student_api import load_student
+from remap.tasks.multi_task import MultiTask
 from remap.tasks.shelf import Shelf
 
 MakeTask = Callable[..., Path]
@@ -32,6 +37,40 @@ def test_tasks_answer_from_the_shelf_as_they_did_before(shelf: Path, tmp_path: P
         expected = load_student(tmp_path / name, "cpu").logits_of_views(views)
         assert torch.equal(multi.student(name).logits_of_views(views), expected)
     assert multi.current == "birds"
+
+
+def _open_clip(tmp_path: Path, _tiny: Any) -> str:
+    """A folder of open_clip, which has no config.json."""
+    shape = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "mlp_ratio": 2.0}
+    tower = timm.create_model("vit_base_patch16_clip_224", num_classes=0, **shape)
+    (tmp_path / "model").mkdir()
+    tensors = {f"visual.trunk.{name}": tensor for name, tensor in tower.state_dict().items()}
+    save_file(tensors, tmp_path / "model/open_clip_model.safetensors")
+    vision = {"image_size": 16, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16, "mlp_ratio": 2.0}
+    config = {"model_cfg": {"embed_dim": 8, "vision_cfg": vision}, "preprocess_cfg": {}}
+    (tmp_path / "model/open_clip_config.json").write_text(json.dumps(config))
+    return f"local-dir:{tmp_path / 'model'}"
+
+
+def _cut(tmp_path: Path, tiny: Any) -> str:
+    """The folder of a student that was cut for its run, which lies beside the task."""
+    shutil.copytree(tiny.student.removeprefix("local-dir:"), tmp_path / "run/student_model")
+    return f"local-dir:{tmp_path / 'run/student_model'}"
+
+
+@pytest.mark.parametrize("model", [_open_clip, _cut, lambda *_: "clip:mini"], ids=["open_clip", "cut", "pair"])
+def test_backbones_of_any_source_are_put_on_a_shelf(
+    model: Callable[..., str], make_task: MakeTask, tiny: Any, tmp_path: Path
+) -> None:
+    """Expected: the task by itself. The run is moved in between, with the student in it."""
+    make_task("run/task", "lora", ("a", "b"), model(tmp_path, tiny))
+    run = (tmp_path / "run").rename(tmp_path / "moved")
+    student = load_student(run / "task", "cpu")
+    views = torch.randint(0, 256, (2, *student.view.shape), dtype=torch.uint8)
+    shelf = Shelf.with_task(tmp_path / "shelf", "one", run / "task")
+    assert [row.problem for row in shelf.verify()] == ["", ""]
+    for multi in (shelf.open("cpu"), MultiTask(None, {"one": run / "task"}, "cpu")):
+        assert torch.equal(multi.student("one").logits_of_views(views), student.logits_of_views(views))
 
 
 def test_the_shelf_is_no_larger_than_backbone_and_tasks(shelf: Path, tmp_path: Path) -> None:

@@ -42,11 +42,12 @@ def describe(config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None) 
         side = _side(vision.get("image_size", 224))
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise ValueError(f"the configuration of {kind!r} lacks or misstates {error}") from error
+    any_size = "convnext" in found.architecture
     notes = () if preprocessor else ("preprocessor_config.json is missing: timm's normalisation is used",)
     return Described(
         found.architecture,
-        {"img_size": side, **found.arguments} if "convnext" not in found.architecture else found.arguments,
-        {"input_size": (3, side, side), "crop_pct": 1.0, **_preprocessing(preprocessor or {})},
+        found.arguments if any_size else {"img_size": side, **found.arguments},
+        {"input_size": (3, side, side), "crop_pct": 1.0, **_preprocessing(preprocessor or {}, any_size)},
         labels=_labels(config.get("id2label")),
         eps=found.eps,
         library="transformers",
@@ -202,8 +203,12 @@ _KINDS: dict[str, Callable[[Mapping[str, Any]], Described]] = {
 }
 
 
-def _preprocessing(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what preprocessor_config.json says, in the words of timm's pretrained_cfg."""
+def _preprocessing(values: Mapping[str, Any], any_size: bool) -> dict[str, Any]:
+    """Return what preprocessor_config.json says, in the words of timm's pretrained_cfg.
+
+    Args:
+        any_size: The model is a ConvNeXt: the config.json of all published ones says 224, also of those for 384 pixels.
+    """
     found: dict[str, Any] = {}
     if values.get("do_normalize", True) and "image_mean" in values:
         found |= {"mean": tuple(map(float, values["image_mean"])), "std": tuple(map(float, values["image_std"]))}
@@ -212,8 +217,10 @@ def _preprocessing(values: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("resample") in _FILTERS:
         found["interpolation"] = _FILTERS[values["resample"]]
     edge, crop = (_edge(values.get(key)) for key in ("size", "crop_size"))
-    if "crop_pct" in values:  # ConvNeXt's
-        found["crop_pct"] = float(values["crop_pct"] or 1.0)
+    if any_size and edge:
+        found["input_size"] = (3, int(edge), int(edge))
+    if "crop_pct" in values:  # ConvNeXt's, which has an effect below 384 pixels only
+        found["crop_pct"] = float(values["crop_pct"] or 1.0) if (edge or 0) < 384 else 1.0
     elif values.get("do_center_crop") and edge and crop:
         found["crop_pct"] = min(1.0, crop / edge)
     return found
