@@ -1,7 +1,9 @@
 """report.html: what it says, what it leaves out, that names in it are only text, and how a browser shows it."""
 
+import html
 import json
 import math
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -249,43 +251,89 @@ def test_a_damaged_comparison_is_one_error(comparison: Path) -> None:
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-# Shows a page at a width, and writes what runs over it into a document that is dumped.
+# Shows a page at a width, and writes what is wrong into a document that is dumped: what runs over the page, lines
+# of text on each other, text that is hard to read on its ground (below 4.5 : 1, WCAG 2.2), and missing pictures.
 FRAME = """<body><iframe src="{page}" style="border:0;width:{width}px;height:9000px"></iframe><p id="found"></p>
 <script>
+const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
+const luminance = (colour) => channels(colour).slice(0, 3).map((value) => value / 255).map(
+  (value) => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4).reduce(
+  (sum, value, index) => sum + [0.2126, 0.7152, 0.0722][index] * value, 0);
 onload = () => {{
   const inside = document.querySelector("iframe").contentDocument, root = inside.documentElement;
+  const styleOf = (one) => inside.defaultView.getComputedStyle(one);
   const clipped = [...inside.querySelectorAll("h1, h2, p, figure, dl, .bar, .tile, pre")].filter(
     (one) => one.scrollWidth > one.clientWidth + 1 || one.getBoundingClientRect().right > {width} + 1);
+  const words = (one) => [...one.childNodes].filter((node) => node.nodeType === 3 && node.textContent.trim());
+  const texts = [...inside.body.querySelectorAll("*")].filter(
+    (one) => words(one).length && one.getClientRects().length && !one.closest("pre, .scroll"));
+  const lines = texts.flatMap((one) => words(one).flatMap((node) => {{
+    const range = inside.createRange();
+    range.selectNodeContents(node);
+    return [...range.getClientRects()].map((box) => [one, box]);
+  }}));
+  const over = lines.flatMap(([one, a], index) => lines.slice(index + 1).filter(([other, b]) => one !== other &&
+    Math.min(a.right, b.right) - Math.max(a.left, b.left) > 2 &&
+    Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 2 + Math.min(a.height, b.height) / 4
+  ).map(([other]) => [one.textContent.slice(0, 40), other.textContent.slice(0, 40)]));
+  const ground = (one) => channels(styleOf(one).backgroundColor)[3] === 0 && one.parentElement
+    ? ground(one.parentElement) : styleOf(one).backgroundColor;
+  const faint = texts.filter((one) => !one.closest("svg")).filter((one) => {{
+    const [low, high] = [styleOf(one).color, ground(one)].map(luminance).sort((x, y) => x - y);
+    return (high + 0.05) / (low + 0.05) < 4.5;
+  }});
   const missing = [...inside.images].filter((one) => !one.naturalWidth);
-  document.querySelector("#found").textContent = JSON.stringify(
-    [root.scrollWidth, clipped.map((one) => one.outerHTML.slice(0, 80)), missing.length, inside.images.length]);
+  document.querySelector("#found").textContent = JSON.stringify({{
+    width: root.scrollWidth, clipped: clipped.map((one) => one.outerHTML.slice(0, 80)), over: over,
+    faint: faint.map((one) => one.outerHTML.slice(0, 80)), missing: missing.length, pictures: inside.images.length,
+    lines: lines.length, dark: luminance(styleOf(inside.body).backgroundColor) < 0.1}});
 }};
 </script>"""
+OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--enable-logging=stderr")
+
+
+def _browse(*options: str, profile: Path) -> str:
+    """Open a page in Chromium, which says nothing on its console; return what it prints."""
+    command = [str(CHROMIUM), *OPTIONS, "--virtual-time-budget=3000", f"--user-data-dir={profile}", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    return done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
 @pytest.mark.parametrize("kind", ["run", "comparison"])
-def test_a_browser_shows_it_complete(kind: str, width: int, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """Nothing is wider than the page, no picture is missing, and nothing is said on the console.
+def test_a_browser_shows_it_complete(
+    kind: str, width: int, dark: bool, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Nothing is wider than the page or on other text, all text can be read, and no picture is missing.
 
-    The page's own policy forbids every request, so one would be a message there.
+    The page's own policy forbids every request, so one would be a message on the console.
     """
     folder = request.getfixturevalue(kind)
     page = report_run(folder, pngs=False) if kind == "run" else report_comparison(folder, pngs=False)
     (tmp_path / "frame.html").write_text(FRAME.format(page=page.as_uri(), width=width))
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--allow-file-access-from-files",
-        "--enable-logging=stderr",
-    ]
-    size = ["--window-size=1500,9100", "--virtual-time-budget=3000", f"--user-data-dir={tmp_path / 'profile'}"]
-    command = [str(CHROMIUM), *options, *size, "--dump-dom", (tmp_path / "frame.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    found = json.loads(done.stdout.partition('<p id="found">')[2].partition("</p>")[0].replace("&lt;", "<"))
-    assert found[:3] == [width, [], 0], found
-    assert (found[3] > 0) == (kind == "run")
-    assert "CONSOLE" not in done.stderr, done.stderr
+    scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
+    shown = _browse(
+        *scheme,
+        "--window-size=1500,9100",
+        *("--dump-dom", (tmp_path / "frame.html").as_uri()),
+        profile=tmp_path / "profile",
+    )
+    found = json.loads(html.unescape(shown.partition('<p id="found">')[2].partition("</p>")[0]))
+    assert (found.pop("pictures") > 0) == (kind == "run")
+    assert found.pop("lines") > 50
+    assert found == {"width": width, "dark": dark, "clipped": [], "over": [], "faint": [], "missing": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+@pytest.mark.parametrize("kind", ["run", "comparison"])
+def test_a_browser_prints_it(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    folder, paper = request.getfixturevalue(kind), tmp_path / "report.pdf"
+    page = report_run(folder, pngs=False) if kind == "run" else report_comparison(folder, pngs=False)
+    _browse(f"--print-to-pdf={paper}", page.as_uri(), profile=tmp_path / "profile")
+    content = paper.read_bytes()
+    assert content.startswith(b"%PDF") and 1 <= len(re.findall(rb"/Type\s*/Page\b", content)) <= 12
