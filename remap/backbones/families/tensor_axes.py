@@ -114,9 +114,9 @@ def layout_of(model: nn.Module, anatomy: Anatomy) -> Layout:
         )
     if tensor_path(model, "patch_embed.proj.weight") is None:
         raise BackboneError(
-            f"weights of the family '{anatomy.family}' cannot be remapped: its embedding has a layout of its own",
-            allowed="plain, rotary and relative-position vision transformers",
-            do="leave student.init out, or choose two models of one of these families",
+            f"weights of this '{anatomy.family}' cannot be remapped: its patches do not come from one convolution",
+            allowed="vision transformers with one convolution for patches",
+            do="leave student.init out, or choose two such models",
         )
     blocks = anatomy.attention_blocks
     units: dict[Place, Unit] = {i: Unit(b.heads, b.head_dim, b.mlp_hidden) for i, b in enumerate(blocks)}
