@@ -23,6 +23,9 @@ from remap.tuning import config_of, rows_of
 from remap.tuning.attached import Attached
 from remap.tuning.attaching import attach_method
 
+# Images of one forward pass of ``Student.logits``.
+AT_ONCE = 64
+
 
 def attach(model: nn.Module, method: str, **options: Any) -> Attached:
     """Attach a tuning method to a timm model, in place.
@@ -72,8 +75,12 @@ class Student:
 
     @torch.no_grad()
     def logits(self, images: Sequence[Image.Image | bytes | Path | str]) -> Tensor:
-        """Return logits (B, C), float32, on the CPU."""
-        return self.logits_of_views(torch.from_numpy(np.stack([self.pixels(image) for image in images])))
+        """Return logits (B, C), float32, on the CPU; of many images, as many at once as ``AT_ONCE``."""
+        found = [torch.empty(0, len(self.classes))]
+        for start in range(0, len(images), AT_ONCE):
+            views = [self.pixels(image) for image in images[start : start + AT_ONCE]]
+            found.append(self.logits_of_views(torch.from_numpy(np.stack(views))))
+        return torch.cat(found)
 
     @torch.no_grad()
     def logits_of_views(self, images_BCHW: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import remap
 from remap.data.thread_pool import map_ahead, threads
 from remap.distributed import launch
 from remap.errors import RecipeError, RunError
+from remap.pipeline import student_api
 from remap.pipeline.student_api import load_student
 from remap.prediction.formats import write_rows
 from remap.prediction.inputs import Inputs
@@ -40,6 +41,21 @@ def photos(tmp_path: Path) -> Path:
         Image.fromarray(pixels).save(tmp_path / "photos" / f"{index:02d}.png")
     (tmp_path / "photos" / BROKEN).write_bytes(b"text")
     return tmp_path / "photos"
+
+
+def test_a_student_takes_any_number_of_images(
+    make_task: MakeTask, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Expected: one image at a time."""
+    (photos / BROKEN).unlink()
+    student, files = load_student(make_task("one", "lora", tuple("abcd")), "cpu"), sorted(photos.iterdir())
+    sizes: list[int] = []
+    student._runner.register_forward_hook(lambda runner, inputs, signals: sizes.append(len(inputs[0])))
+    monkeypatch.setattr(student_api, "AT_ONCE", 4)
+    found = student.predict(files)
+    assert sizes == [4, 4, 2]
+    assert [(name, pytest.approx(p, abs=1e-5)) for name, p in found] == [student.predict([one])[0] for one in files]
+    assert student.predict([]) == student.predict_all([]) == []
 
 
 def test_python_iterates_over_what_the_student_says(make_task: MakeTask, photos: Path) -> None:
