@@ -302,11 +302,13 @@ def _browse(*options: str, profile: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize(
+    ("width", "medium"),
+    [(390, "light"), (390, "dark"), (1440, "light"), (1440, "dark"), (718, "paper")],  # A4 less margins of 1 cm
+)
 @pytest.mark.parametrize("kind", ["run", "comparison"])
 def test_a_browser_shows_it_complete(
-    kind: str, width: int, dark: bool, request: pytest.FixtureRequest, tmp_path: Path
+    kind: str, width: int, medium: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """Nothing is wider than the page or on other text, all text can be read, and no picture is missing.
 
@@ -314,8 +316,13 @@ def test_a_browser_shows_it_complete(
     """
     folder = request.getfixturevalue(kind)
     page = report_run(folder, pngs=False) if kind == "run" else report_comparison(folder, pngs=False)
+    if medium == "paper":
+        rules = page.read_text()
+        assert rules.count("@media print") == 1
+        page = tmp_path / "paper.html"
+        page.write_text(rules.replace("@media print", "@media all"))
     (tmp_path / "frame.html").write_text(FRAME.format(page=page.as_uri(), width=width))
-    scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
+    scheme = ["--blink-settings=preferredColorScheme=0"] if medium == "dark" else []
     shown = _browse(
         *scheme,
         "--window-size=1500,9100",
@@ -325,6 +332,7 @@ def test_a_browser_shows_it_complete(
     found = json.loads(html.unescape(shown.partition('<p id="found">')[2].partition("</p>")[0]))
     assert (found.pop("pictures") > 0) == (kind == "run")
     assert found.pop("lines") > 50
+    dark = medium == "dark"
     assert found == {"width": width, "dark": dark, "clipped": [], "over": [], "faint": [], "missing": 0}
 
 
