@@ -126,7 +126,7 @@ def check_data(
 
 
 def decoded(content: bytes, value_range: Range) -> tuple[Image.Image, int]:
-    """Return a picture as a run sees it, and its channels: 3, or as many as a file holds that is no grey and no colour.
+    """Return a picture as a run sees it, and its channels: 3, or as many as a file of other kinds holds.
 
     Of other than 3 channels the picture is the first.
 
