@@ -32,5 +32,7 @@ def compile_blocks(network: Network, mode: str | None = None) -> None:
     # Methods that replace a layer's forward have one graph per block; PyTorch would give up at the ninth.
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, 2 * network.anatomy.depth)
+    # Hooks that come later count: reports and other runs of this process attach theirs to blocks compiled before.
+    config.skip_nnmodule_hook_guards = False
     for path in dict.fromkeys(block.block for block in network.anatomy.blocks if block.block):
         network.model.get_submodule(path).compile(mode=mode)
