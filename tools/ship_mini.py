@@ -1,8 +1,8 @@
-"""Turn the two pre-training runs into the shipped bf16 weights and their model card.
+"""Turn pre-training runs into the shipped bf16 weights and rows of their model card.
 
-    python tools/ship_mini.py STUDENT_RUN TEACHER_RUN CIFAR10_TEST_TAR
+    python tools/ship_mini.py CIFAR10_TEST_TAR [student=RUN] [teacher=RUN] [conv=RUN]
 
-The accuracy in the card is measured on the shipped file itself, after rounding to bf16.
+The accuracy in the card is measured on the shipped file itself, after rounding to bf16. Rows of others stay.
 """
 
 import sys
@@ -13,7 +13,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from remap.backbones.mini import WEIGHTS
+from remap.backbones.mini import WEIGHTS, fold_norms
 from remap.backbones.preprocess import Preprocess, PreprocessSpec
 from remap.data.sources import read_all
 from remap.data.views import View, ViewSource
@@ -23,7 +23,11 @@ from remap.recipe.paths import is_run
 from remap.runs.run_dir import RunDir
 from remap.runs.task import load_task
 
-NAMES = {"student": "vit_mini_student_patch4_32", "teacher": "vit_mini_teacher_patch4_32"}
+NAMES = {
+    "student": "vit_mini_student_patch4_32",
+    "teacher": "vit_mini_teacher_patch4_32",
+    "conv": "vit_mini_conv_patch4_32",
+}
 
 
 def ship(role: str, run: Path, test: str) -> str:
@@ -35,7 +39,9 @@ def ship(role: str, run: Path, test: str) -> str:
     network, _ = load_task(run)
     name, stages = NAMES[role], _stages(run)
     path = WEIGHTS / f"{name}.safetensors"
-    save_file({k: v.to(torch.bfloat16).contiguous() for k, v in network.model.state_dict().items()}, path)
+    state = network.model.state_dict()
+    state = fold_norms(state) if role == "conv" else state
+    save_file({k: v.to(torch.bfloat16).contiguous() for k, v in state.items()}, path)
     size, count = path.stat().st_size, sum(v.numel() for v in load_file(path).values())
     shape = f"width {network.anatomy.width}, {network.anatomy.depth} blocks, {network.anatomy.heads} heads"
     accuracy = measure(name, test, network.classes or ())
@@ -70,10 +76,11 @@ def measure(name: str, test: str, classes: tuple[str, ...]) -> float:
     return right / len(source.split)
 
 
-CARD = """# Model card: the embedded mini pair
+CARD = """# Model card: the embedded mini networks
 
-Two plain vision transformers (32x32 pixels, patch 4, class token), pre-trained on CIFAR-10 by `remap tune` itself, so
-that the whole tool runs without a download. They are small on purpose and stand in for nothing else.
+Small vision transformers (32x32 pixels, patches of 4x4, class token), pre-trained on CIFAR-10 by `remap tune` itself, so
+that the whole tool runs without a download: the pair `mini_student` and `mini_teacher`, which are plain, and `mini_conv`,
+whose patches come from four convolutions. They are small on purpose and stand in for nothing else.
 
 | timm name | shape | parameters with head | file (bf16) | epochs | seed | CIFAR-10 test accuracy | recipe |
 |---|---|---|---|---|---|---|---|
@@ -82,8 +89,9 @@ that the whole tool runs without a download. They are small on purpose and stand
 - **Data**: CIFAR-10 (Krizhevsky 2009), 50,000 training images; the accuracy is of the last epoch on the 10,000 test
   images, measured on the shipped file after rounding to bf16. No choice was made on the test images.
 - **Command**: `remap tune --recipe pretrain_mini_student --data CIFAR10_TRAIN --val-data CIFAR10_TEST` (each a folder
-  or tar of class folders), likewise `pretrain_mini_teacher`, then `pretrain_mini_teacher_2 --student FIRST_RUN`; then
-  `python tools/ship_mini.py STUDENT_RUN TEACHER_RUN CIFAR10_TEST`.
+  or tar of class folders), likewise `pretrain_mini_teacher` and `pretrain_mini_conv`, then `pretrain_mini_teacher_2
+  --student FIRST_RUN`; then `python tools/ship_mini.py CIFAR10_TEST student=RUN teacher=RUN conv=RUN`, which also folds
+  the batch norms of `mini_conv` into its convolutions.
 - **Input**: RGB, pixels scaled to [0, 1], mean and std 0.5; bicubic resizing.
 - **Limits**: they know ten kinds of small pictures. Use them to try the tool and to test; for work there are
   `vit_small` and `vit_large`.
@@ -92,10 +100,13 @@ that the whole tool runs without a download. They are small on purpose and stand
 
 
 def main() -> None:
-    student, teacher, test = sys.argv[1:]
-    rows = [ship("student", Path(student), test), ship("teacher", Path(teacher), test)]
-    (WEIGHTS / "README.md").write_text(CARD.format(rows="\n".join(rows)))
-    print("\n".join(rows))
+    test, *runs = sys.argv[1:]
+    card = WEIGHTS / "README.md"
+    rows = {line.split("`")[1]: line for line in card.read_text().splitlines() if line.startswith("| `vit_mini_")}
+    for role, run in (one.split("=", 1) for one in runs):
+        rows[f"{NAMES[role]}.cifar10"] = ship(role, Path(run), test)
+    card.write_text(CARD.format(rows="\n".join(rows.values())))
+    print("\n".join(rows.values()))
 
 
 if __name__ == "__main__":

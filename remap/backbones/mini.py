@@ -1,17 +1,19 @@
 """The embedded pair of plain vision transformers, registered with timm: 32x32 pixels, patch 4, CIFAR-10 weights.
 
-They exist so that the whole tool runs without a download; their model card is ``weights/README.md``. A third one, with
-convolutions for patches, is there to be trained (``benchmarks/stronger_mini_teacher.yaml``); it has no weights yet.
+They exist so that the whole tool runs without a download; their model card is ``weights/README.md``. A third one cuts
+its patches by convolutions, and is the better teacher.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from timm.layers import HybridEmbed, LayerNorm2d
+from timm.layers import HybridEmbed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from timm.models.vision_transformer_hybrid import ConvStem
+from torch import Tensor, nn
 
 WEIGHTS = Path(__file__).parent / "weights"
 # In the order of the classifier's outputs, which is the alphabet's.
@@ -39,7 +41,11 @@ default_cfgs = generate_default_cfgs(
     {
         "vit_mini_student_patch4_32.cifar10": _cfg("vit_mini_student_patch4_32"),
         "vit_mini_teacher_patch4_32.cifar10": _cfg("vit_mini_teacher_patch4_32"),
-        "vit_mini_conv_patch4_32": {**_cfg(""), "file": None, "first_conv": "patch_embed.backbone.0.conv"},
+        "vit_mini_conv_patch4_32.cifar10": {
+            **_cfg("vit_mini_conv_patch4_32"),
+            "first_conv": "patch_embed.backbone.0",
+        },
+        "vit_mini_convbn_patch4_32": {**_cfg(""), "file": None, "first_conv": "patch_embed.backbone.0.conv"},
     }
 )
 
@@ -69,14 +75,55 @@ def vit_mini_teacher_patch4_32(pretrained: bool = False, **kwargs: Any) -> Visio
     return _mini("vit_mini_teacher_patch4_32", pretrained, **{**shape, **kwargs})
 
 
+# The convolutions for patches of 4x4 pixels, as in Xiao et al. 2021 (arXiv 2106.14881): channels (the last is the
+# width) and strides. The blocks are those of the teacher.
+_STEM, _STRIDES = (48, 96, 96), (1, 2, 1, 2)
+_CONV = {"embed_dim": 192, "depth": 4, "num_heads": 3, "mlp_ratio": 3}
+
+
 @register_model
 def vit_mini_conv_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """Build a larger teacher, 4.3 M parameters: three convolutions, width 256, 6 blocks, 4 heads, MLP ratio 3.
+    """Build a stronger teacher, 1.79 M parameters: four convolutions, width 192, 4 blocks, 3 heads, MLP ratio 3."""
+    shape = {**_CONV, **kwargs}
+    channels, layers = shape.get("in_chans", 3), list[nn.Module]()
+    for width, stride in zip((*_STEM, shape["embed_dim"]), _STRIDES, strict=True):
+        layers += [nn.Conv2d(channels, width, 3, stride, padding=1), nn.ReLU()]
+        channels = width
+    return _behind(nn.Sequential(*layers[:-1]), "vit_mini_conv_patch4_32", pretrained, shape)
 
-    Convolutions for patches as in Xiao et al. 2021 (arXiv 2106.14881); layer norms, so that no batch matters.
+
+@register_model
+def vit_mini_convbn_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """Build the same with a batch norm behind each convolution but the last, to be trained from random weights.
+
+    ``tools/ship_mini.py`` folds them into the convolutions (``fold_norms``), so that no batch matters afterwards.
     """
-    shape = {"embed_dim": 256, "depth": 6, "num_heads": 4, "mlp_ratio": 3, **kwargs}
-    width, channels = shape["embed_dim"], shape.get("in_chans", 3)
-    stem = ConvStem(channels, channels=(64, 128, width), stride=(1, 2, 2), norm_layer=LayerNorm2d)
+    shape = {**_CONV, **kwargs}
+    widths = (*_STEM, shape["embed_dim"])
+    stem = ConvStem(shape.get("in_chans", 3), len(widths), widths, kernel_size=3, stride=_STRIDES)
+    return _behind(stem, "vit_mini_convbn_patch4_32", pretrained, shape)
+
+
+def _behind(stem: nn.Sequential, variant: str, pretrained: bool, shape: dict[str, Any]) -> VisionTransformer:
     embed = partial(HybridEmbed, backbone=stem, proj=False)
-    return _mini("vit_mini_conv_patch4_32", pretrained, **{"patch_size": 1, "embed_layer": embed, **shape})
+    return _mini(variant, pretrained, **{"patch_size": 1, "embed_layer": embed, **shape})
+
+
+def fold_norms(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of ``vit_mini_conv_patch4_32`` that compute what trained ones of ``convbn`` do in evaluation.
+
+    A batch norm maps y to (y - mean) / sqrt(var + eps) * weight + bias: a scale and a shift of the convolution before it.
+    """
+    stem = "patch_embed.backbone"
+    folded = {name: value for name, value in state.items() if not name.startswith(f"{stem}.")}
+    for number in range(len(_STRIDES)):
+        old, new = f"{stem}.{number}", f"{stem}.{2 * number}"
+        weight = state[f"{old}.conv.weight"]
+        if f"{old}.bn.weight" in state:
+            scale = state[f"{old}.bn.weight"] / (state[f"{old}.bn.running_var"] + nn.BatchNorm2d(1).eps).sqrt()
+            weight = weight * scale[:, None, None, None]
+            bias = state[f"{old}.bn.bias"] - state[f"{old}.bn.running_mean"] * scale
+        else:
+            bias = state[f"{old}.conv.bias"]
+        folded |= {f"{new}.weight": weight, f"{new}.bias": bias}
+    return folded
