@@ -78,9 +78,9 @@ def measure(name: str, test: str, classes: tuple[str, ...]) -> float:
 
 CARD = """# Model card: the embedded mini networks
 
-Small vision transformers (32x32 pixels, patches of 4x4, class token), pre-trained on CIFAR-10 by `remap tune` itself, so
-that the whole tool runs without a download: the pair `mini_student` and `mini_teacher`, which are plain, and `mini_conv`,
-whose patches come from four convolutions. They are small on purpose and stand in for nothing else.
+Small vision transformers (32x32 pixels, patches of 4x4, class token), pre-trained on CIFAR-10 by `remap tune` itself,
+so that the whole tool runs without a download: the pair `mini_student` and `mini_teacher`, which are plain, and
+`mini_conv`, whose patches come from four convolutions. They are small on purpose and stand in for nothing else.
 
 | timm name | shape | parameters with head | file (bf16) | epochs | seed | CIFAR-10 test accuracy | recipe |
 |---|---|---|---|---|---|---|---|

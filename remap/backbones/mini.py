@@ -112,7 +112,7 @@ def _behind(stem: nn.Sequential, variant: str, pretrained: bool, shape: dict[str
 def fold_norms(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of ``vit_mini_conv_patch4_32`` that compute what trained ones of ``convbn`` do in evaluation.
 
-    A batch norm maps y to (y - mean) / sqrt(var + eps) * weight + bias: a scale and a shift of the convolution before it.
+    A batch norm maps y to (y - mean) / sqrt(var + eps) * weight + bias: it scales and shifts the convolution before it.
     """
     stem = "patch_embed.backbone"
     folded = {name: value for name, value in state.items() if not name.startswith(f"{stem}.")}

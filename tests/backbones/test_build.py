@@ -17,6 +17,7 @@ from torch import nn
 from remap.backbones.anatomy import anatomy_of, module_at
 from remap.backbones.build import build, require_at_hand, require_stored, state_hash
 from remap.backbones.families import FAMILIES
+from remap.backbones.mini import WEIGHTS, fold_norms
 from remap.backbones.names import MODELS, PRESETS, SHORT_NAMES
 from remap.errors import BackboneError, UnknownName, WeightsError
 
@@ -169,11 +170,31 @@ def test_the_tables_of_names_agree() -> None:
     assert set(PRESETS) <= set(SHORT_NAMES)
 
 
+def test_folded_norms_compute_what_they_did_in_evaluation() -> None:
+    """In float64; the statistics, scales and shifts are those of no fresh layer."""
+    trained, plain = (timm.create_model(f"vit_mini_{name}_patch4_32").double() for name in ("convbn", "conv"))
+    torch.manual_seed(0)
+    for module in trained.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                tensor.data.copy_(torch.rand_like(tensor) + 0.5)
+    plain.load_state_dict(fold_norms(trained.state_dict()))
+    images_BCHW = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(images_BCHW), trained.eval()(images_BCHW), rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize(("short", "limit"), [("mini_student", 0.7e6), ("mini_teacher", 5e6)])
 def test_the_mini_pair_is_as_small_as_promised(short: str, limit: float) -> None:
     model = build(short, "none", 10).model
     assert sum(p.numel() for p in model.parameters()) <= limit
     assert model.patch_embed.patch_size == (4, 4) and model.patch_embed.img_size == (32, 32)
+
+
+def test_the_mini_teacher_with_convolutions_has_the_tokens_of_the_pair() -> None:
+    built = build("mini_conv", "pretrained", 10)
+    assert built.anatomy.grid == (8, 8) and sum(p.numel() for p in built.model.parameters()) <= 5e6
+    assert sum(file.stat().st_size for file in WEIGHTS.glob("*.safetensors")) <= 12e6
 
 
 # --- another size of images
