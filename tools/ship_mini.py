@@ -94,7 +94,8 @@ so that the whole tool runs without a download: the pair `mini_student` and `min
   the batch norms of `mini_conv` into its convolutions.
 - **Input**: RGB, pixels scaled to [0, 1], mean and std 0.5; bicubic resizing.
 - **Limits**: they know ten kinds of small pictures. Use them to try the tool and to test; for work there are
-  `vit_small` and `vit_large`.
+  `vit_small` and `vit_large`. Knowing CIFAR-10 better does not make `mini_conv` a better teacher of other pictures: in
+  the first run of the README (digits, seed 0) it has 94.4 % and its student 97.1 %, `mini_teacher` 94.9 % and 97.9 %.
 - **Licence**: Apache-2.0, as the rest of the package.
 """
 

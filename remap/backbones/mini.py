@@ -1,7 +1,7 @@
 """The embedded pair of plain vision transformers, registered with timm: 32x32 pixels, patch 4, CIFAR-10 weights.
 
 They exist so that the whole tool runs without a download; their model card is ``weights/README.md``. A third one cuts
-its patches by convolutions, and is the better teacher.
+its patches by convolutions, and knows CIFAR-10 better.
 """
 
 from collections.abc import Mapping
@@ -83,7 +83,7 @@ _CONV = {"embed_dim": 192, "depth": 4, "num_heads": 3, "mlp_ratio": 3}
 
 @register_model
 def vit_mini_conv_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """Build a stronger teacher, 1.79 M parameters: four convolutions, width 192, 4 blocks, 3 heads, MLP ratio 3."""
+    """Build a teacher of 1.79 M parameters: four convolutions, width 192, 4 blocks, 3 heads, MLP ratio 3."""
     shape = {**_CONV, **kwargs}
     channels, layers = shape.get("in_chans", 3), list[nn.Module]()
     for width, stride in zip((*_STEM, shape["embed_dim"]), _STRIDES, strict=True):
