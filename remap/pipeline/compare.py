@@ -15,7 +15,7 @@ from remap.pipeline.comparison_folder import claim, fingerprint_of, is_done
 from remap.pipeline.comparison_plan import Plan, require_possible
 from remap.pipeline.comparison_resources import Resources, read_jobs
 from remap.pipeline.comparison_search import FOLDER as SEARCH
-from remap.pipeline.comparison_search import Search, prepare_teachers, searched
+from remap.pipeline.comparison_search import Search, judge_teachers, searched
 from remap.pipeline.comparison_table import tabulate
 from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.teacher_tuning import require_folds
@@ -69,7 +69,7 @@ def compare(
         if search is not None:
             # Before any trial, whose few images find no teacher weak.
             taught = [cell for cell in cells if not (output / cell.name / "summary.json").is_file()]
-            prepare_teachers(taught, output, resources.of, progress)
+            judge_teachers(taught, output, resources.of, progress)
             cells, found = searched(cells, search, output / SEARCH, resources.of, held_by, progress)
         # Cells with equal recipes share a name, and so a run directory.
         unique = {cell.name: cell for cell in cells}

@@ -73,7 +73,7 @@ def searched(
     """
     # A finished trial has left its teacher in the folder.
     fresh = [cell for cell in cells if not any((folder / cell.group).glob("*/summary.json"))]
-    prepare_teachers(fresh, folder, shared_by, progress, held_out)
+    judge_teachers(fresh, folder, shared_by, progress, held_out)
     best: dict[str, tuple[dict[str, float], float]] = {}
     for cell in cells:
         if cell.group not in best:
@@ -82,7 +82,7 @@ def searched(
     return found, {group: {**values, "held_out_accuracy": accuracy} for group, (values, accuracy) in best.items()}
 
 
-def prepare_teachers(
+def judge_teachers(
     cells: Sequence[Cell],
     folder: Path,
     shared_by: Callable[[Cell, Path], "SharedResources"],
