@@ -1,11 +1,13 @@
 """When a teacher pays: labels only against distillation, over six sets, six methods and all or few labels.
 
-Run: python benchmarks/when_a_teacher_pays.py --sets DIR --results DIR [--labels 0.1] [--minutes 60] [--table]
+Run: python benchmarks/when_a_teacher_pays.py --sets DIR --results DIR [--teacher mini_conv] [--prepare full] [--labels 0.1]
+    [--minutes 60] [--table]
 
 DIR holds cifar10-train.tar, cifar10-test.tar, fashion-mnist.tar, ants-bees.tar, clothing.tar and emoji.tar. Of each set
 at most 1,000 images are learned from. All cells of a set take the same number of steps and the same augmentation, and
-learn from one teacher that was prepared on the same labels (``teacher.prepare=auto``) and is found in the cache. A cell
+learn from one teacher that was prepared on the same labels (``--prepare``) and is found in the cache. A cell
 that has ended is one JSON file and is not run again. ``--table`` prints what is there, cells that lose included.
+Seeds are 1, 2, ...: the embedded pair was trained on CIFAR-10 by seed 0, whose draws of a classifier it has learned.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 
 from remap.data.sources import open_data
-from remap.errors import RunError
+from remap.errors import RunError, TrainingError
 from remap.pipeline.run import resume, start
 from remap.recipe import resolve
 from remap.recipe.schema import default_losses
@@ -47,7 +49,7 @@ LOSSES = {ALONE: "ce", KD: "ce,kd", DEFAULT: None, AUTO: "auto"}
 ALL, FEW = 1.0, 0.1
 BATCH, STEPS = 32, 300
 # Few labels are learned by heart long before.
-TEACHER_STEPS = {ALL: 900, FEW: 300}
+TEACHER_STEPS = {ALL: 900, FEW: 150}
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,13 @@ class Cell:
         return f"{self.images}-{self.labels:g}-{self.method}-{self.objective.replace(' ', '_')}-{self.seed}"
 
 
+def seeds_of(count: int) -> range:
+    return range(1, count + 1)
+
+
 def cells(seeds: int, objectives: list[str], shares: list[float]) -> Iterator[Cell]:
     """Yield all cells, the most telling ones first: seed by seed, methods of different kinds, then more of each."""
-    for seed, method, labels, images in itertools.product(range(seeds), METHODS, shares, SETS):
+    for seed, method, labels, images in itertools.product(seeds_of(seeds), METHODS, shares, SETS):
         for objective in objectives:
             if objective == KD and default_losses(method) == ("ce", "kd"):
                 continue  # the same run as the default
@@ -122,6 +128,8 @@ class Bench:
     sets: Path
     results: Path
     augment: str
+    teacher: str
+    prepare: str
 
     def run(self, cell: Cell) -> None:
         """Run a cell, or resume it, unless it has ended or another process has it."""
@@ -138,10 +146,10 @@ class Bench:
         settings = settings_of(STEPS, seen, self.augment)
         if cell.objective != ALONE:
             epochs = max(1, round(TEACHER_STEPS[cell.labels] / max(1, labels // BATCH)))
-            words["teacher"] = {"model": "mini_teacher", "prepare": "auto", "epochs": epochs}
+            words["teacher"] = {"model": self.teacher, "prepare": self.prepare, "epochs": epochs}
         try:
             summary = self._finish(folder, words, settings)
-        except RunError as error:
+        except (RunError, TrainingError) as error:  # as of a teacher that is worse than the untrained student
             print(f"{cell.name}: {error}", flush=True)
             return
         found = {"accuracy": summary["student"]["accuracy"], "seconds": summary["seconds"]}
@@ -160,7 +168,7 @@ class Bench:
 def differences(results: Path, seeds: int, objective: str) -> dict[tuple[str, float, str], list[float]]:
     """Return accuracy minus that of labels only in points, one number a seed, by set, labels and method."""
     found = defaultdict(list)
-    for images, labels, method, seed in itertools.product(SETS, (ALL, FEW), METHODS, range(seeds)):
+    for images, labels, method, seed in itertools.product(SETS, (ALL, FEW), METHODS, seeds_of(seeds)):
         same = objective == KD and default_losses(method) == ("ce", "kd")
         pair = [Cell(images, labels, method, one, seed) for one in (ALONE, DEFAULT if same else objective)]
         files = [results / f"{cell.name}.json" for cell in pair]
@@ -196,7 +204,7 @@ def table(results: Path, seeds: int) -> None:
 def _row(
     results: Path, seeds: int, images: str, labels: float, method: str, columns: list[list[float]]
 ) -> Iterator[str]:
-    files = [results / f"{Cell(images, labels, method, ALONE, seed).name}.json" for seed in range(seeds)]
+    files = [results / f"{Cell(images, labels, method, ALONE, seed).name}.json" for seed in seeds_of(seeds)]
     alone = [100 * json.loads(file.read_text())["accuracy"] for file in files if file.exists()]
     known = _teacher(results, images, labels)
     shown = [f"{statistics.mean(one):+.1f} ± {standard_error(one):.1f}" if one else "-" for one in columns]
@@ -241,13 +249,16 @@ def main() -> None:
     words.add_argument("--minutes", type=float, default=60.0)
     words.add_argument("--seeds", type=int, default=3)
     words.add_argument("--augment", default="shift")
+    words.add_argument("--teacher", default="mini_teacher", help="results of another one belong in a folder of its own")
+    words.add_argument("--prepare", default="auto", help="teacher.prepare")
     words.add_argument("--labels", nargs="+", type=float, default=[ALL, FEW], choices=[ALL, FEW])
     words.add_argument("--objectives", nargs="+", default=list(LOSSES), choices=list(LOSSES))
     words.add_argument("--table", action="store_true")
     options = words.parse_args()
     torch.set_num_threads(1)
     (options.results / "runs").mkdir(parents=True, exist_ok=True)
-    bench, end = Bench(options.sets, options.results, options.augment), time.monotonic() + 60 * options.minutes
+    bench = Bench(options.sets, options.results, options.augment, options.teacher, options.prepare)
+    end = time.monotonic() + 60 * options.minutes
     if not options.table:
         for cell in cells(options.seeds, options.objectives, options.labels):
             if time.monotonic() < end:

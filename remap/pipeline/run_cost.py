@@ -10,7 +10,7 @@ from remap.pipeline.baseline import why_none
 from remap.pipeline.components import RunComponents, build_components
 from remap.pipeline.one_pass import fits_in_memory, objectives_of_one_pass
 from remap.pipeline.preparation_trials import HELD_OUT as HELD_OUT_OF_TEACHER
-from remap.pipeline.preparation_trials import ways_to_prepare
+from remap.pipeline.preparation_trials import judged_parts, ways_to_prepare
 from remap.pipeline.profile_step import StepProfile
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_outputs import OutputStorage
@@ -89,11 +89,13 @@ def preparation_cost(
         return each * len(components.views.train.split) / accelerator().num_processes, head
     # A tuned teacher costs a whole run by itself.
     named, seconds, nbytes = Within(progress, "tuning the teacher"), 0.0, 0
-    # The teachers of folds have equally many images: the first stands for all.
     trials = 0.0
     if spec.prepare == AUTO:  # a head alone takes next to nothing
-        trials = (1.0 - HELD_OUT_OF_TEACHER) * (len(ways_to_prepare(teacher_recipe(recipe, spec))) - 1)
-    for fold, count in ((0, 1 + trials), *([(1, spec.folds)] if spec.folds else [])):
+        whole = teacher_recipe(recipe, spec)
+        parts = judged_parts(whole, len(shared.index(whole.data).train))
+        trials = (1.0 - HELD_OUT_OF_TEACHER) * parts * (len(ways_to_prepare(whole)) - 1)
+    # The teachers of folds have equally many images: the first stands for all.
+    for fold, count in ((0, 1), *([(1, spec.folds)] if spec.folds else [])):
         tuning = build_components(
             teacher_recipe(recipe, spec, fold).written_out(), None, named, replace(shared, shapes_only=True)
         )
@@ -101,7 +103,8 @@ def preparation_cost(
         share = tuning.student.num_trainable / tuning.student.num_parameters
         profile = StepProfile({}, (2 + share) * each, each, 0.0, 0, 0, {}, {}, 0.0)
         cost = run_cost(tuning, {}, {}, profile)
-        seconds, nbytes = seconds + count * cost.seconds, nbytes + round(count * cost.disk_bytes)
+        # The weights of a trial go when it ends, before those of the next one are written.
+        seconds, nbytes = seconds + (count + trials) * cost.seconds, nbytes + count * cost.disk_bytes
     return seconds, nbytes
 
 

@@ -72,7 +72,8 @@ def teachers_to_tune(
                     classes = len(shared.classes(recipe))
                     progress.say(f"{title} has no head for these {classes} classes: tuning it ({spec.prepare})")
                     if spec.prepare == AUTO:
-                        tuning = yield from best_way(tuning, folder, title, progress)
+                        images = len(shared.index(tuning.data).train)
+                        tuning = yield from best_way(tuning, images, folder, title, progress)
                     yield title, open_or_create(folder, tuning), tuning
                     if spec.prepare == AUTO:
                         remove_trials(folder)

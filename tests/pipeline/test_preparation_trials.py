@@ -9,10 +9,12 @@ import torch
 
 from remap.errors import RecipeError, RemapError
 from remap.io import atomic_write
+from remap.pipeline import preparation_trials
 from remap.pipeline.compare import compare
-from remap.pipeline.dry_run import estimate
-from remap.pipeline.preparation_trials import FASTER, HELD_OUT, best_way, ways_to_prepare
+from remap.pipeline.components import build_components
+from remap.pipeline.preparation_trials import FASTER, FEW, FOLDS, HELD_OUT, best_way, judged_parts, ways_to_prepare
 from remap.pipeline.run import start, validate_inputs
+from remap.pipeline.run_cost import preparation_cost
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_tuning import teacher_recipe
 from remap.progress import Progress, Silent
@@ -27,17 +29,23 @@ def _tuning(recipe: Recipe) -> Recipe:
     return teacher_recipe(recipe, recipe.teachers[0])
 
 
-def _choose(recipe: Recipe, folder: Path, accuracies: dict[str, float]) -> tuple[Recipe, list[str]]:
+def _choose(recipe: Recipe, folder: Path, accuracies: dict[str, float], images: int = FEW) -> tuple[Recipe, list[str]]:
     """Drive the trials as a run does, with accuracies that are given; return the choice and what was run."""
-    ways, ran = best_way(_tuning(recipe), folder, "the teacher", Silent()), []
+    ways, ran = best_way(_tuning(recipe), images, folder, "the teacher", Silent()), []
     try:
         while True:
             title, run_dir, trial = next(ways)
             name = title.rpartition(", ")[2]
             assert run_dir.path == folder.with_name(f"teacher-trial-{name}")
-            assert (trial.data.held_out, trial.train.eval_every) == (HELD_OUT, trial.train.epochs)
+            fold = trial.data.fold
+            assert (fold is None, trial.data.held_out) == ((True, HELD_OUT) if images == FEW else (False, None))
+            assert fold is None or name.endswith(f"-{fold.number}")
+            assert trial.train.eval_every == trial.train.epochs
+            for weights in (run_dir.task, run_dir.checkpoint):
+                weights.mkdir()
             atomic_write.write_json(run_dir.path / "summary.json", {"student": {"accuracy": accuracies[name]}})
             atomic_write.write_json(run_dir.path / "status.json", {"status": "done"})
+            assert list(folder.parent.glob("*/task")) == [run_dir.task]  # those before are gone
             ran.append(name)
     except StopIteration as ended:
         return ended.value, ran
@@ -63,6 +71,26 @@ def test_the_best_on_held_out_images_is_taken(
     assert chosen.data.held_out is None and chosen.train.epochs == 2  # by all labelled images
     # What has ended is not run again.
     assert _choose(recipe, folder, accuracies) == (chosen, [])
+
+
+def test_few_labels_are_judged_by_each_of_them(tiny: Any, tmp_path: Path) -> None:
+    """The mean over folds decides, where one fold alone would decide otherwise; weights of trials go as they end."""
+    recipe, folder = tiny.recipe(*AUTO, losses="ce,kd"), tmp_path / "teacher"
+    of_way = {"linear": (0.9, 0.1, 0.1, 0.1, 0.1), "full": (0.5,) * 5, "full-fast": (0.4,) * 5}
+    accuracies = {f"{way}-{fold}": found[fold - 1] for way, found in of_way.items() for fold in range(1, FOLDS + 1)}
+    chosen, ran = _choose(recipe, folder, accuracies, FEW - 1)
+    assert ran == list(accuracies) and chosen.data.fold is None
+    assert (chosen.method.name, chosen.train.base_lr) == ("full", None)
+    assert not [*tmp_path.glob("*/task"), *tmp_path.glob("*/checkpoint")]
+    assert len(list(tmp_path.glob("*/summary.json"))) == len(ran)
+
+
+@pytest.mark.parametrize(("images", "parts"), [(FOLDS - 1, 1), (FOLDS, FOLDS), (FEW - 1, FOLDS), (FEW, 1)])
+def test_many_labels_are_judged_by_a_share_of_them(tiny: Any, images: int, parts: int) -> None:
+    tuning = _tuning(tiny.recipe(*AUTO, losses="ce,kd"))
+    assert judged_parts(tuning, images) == parts
+    held_out = tuning.data.model_copy(update={"held_out": 0.5})  # a trial of a run that is judged by these
+    assert judged_parts(tuning.model_copy(update={"data": held_out}), images) == 1
 
 
 def test_a_named_rate_is_the_only_one(tiny: Any) -> None:
@@ -91,7 +119,10 @@ def test_the_teacher_is_the_one_that_its_way_gives(tiny: Any, tmp_path: Path, wa
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-def test_a_comparison_chooses_once(tiny: Any, tmp_path: Path, watch: Callable[..., Progress]) -> None:
+def test_a_comparison_chooses_once(
+    tiny: Any, tmp_path: Path, watch: Callable[..., Progress], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation_trials, "FEW", 0)
     spoken: Any = watch(lambda done: None)
     table = compare(tiny.recipe(*AUTO, losses="ce,kd"), ["linear", "bitfit"], 2, tmp_path / "cmp", spoken)
     assert len([line for line in spoken.said if "is tuned by" in line]) == 1
@@ -112,14 +143,17 @@ def test_images_are_held_out_once(tiny: Any, setting: str, message: str) -> None
     assert message in str(caught.value)
 
 
-def test_the_dry_run_counts_the_trials(tiny: Any) -> None:
-    """Two of the three ways tune all weights, on 80 % of the images; disk is measured, time is not."""
-    costs = {
-        way: estimate(tiny.recipe(*AUTO, f"teacher.prepare={way}", losses="ce,kd"), Silent())["estimate"]["disk_bytes"]
-        for way in ("auto", "full", "probe")
-    }
-    trials = costs["auto"] - costs["full"]
-    assert trials == pytest.approx(2 * (1 - HELD_OUT) * (costs["full"] - costs["probe"]), rel=0.1)
+@pytest.mark.parametrize(("few", "parts"), [(0, 1), (10_000, FOLDS)])
+def test_the_dry_run_counts_the_trials(tiny: Any, monkeypatch: pytest.MonkeyPatch, few: int, parts: int) -> None:
+    """Two of the three ways tune all weights, on 80 % of the images; the disk holds one teacher at a time."""
+    monkeypatch.setattr(preparation_trials, "FEW", few)
+    costs = {}
+    for way in ("auto", "full"):
+        recipe, shared = tiny.recipe(*AUTO, f"teacher.prepare={way}", losses="ce,kd"), SharedResources()
+        components = build_components(recipe, None, Silent(), shared)
+        costs[way] = preparation_cost(components, 0, 1.0, None, Silent(), shared)
+    assert costs["auto"][0] == pytest.approx((1 + 2 * (1 - HELD_OUT) * parts) * costs["full"][0])
+    assert costs["auto"][1] == costs["full"][1]
 
 
 def test_an_unknown_way_is_refused(tiny: Any) -> None:
