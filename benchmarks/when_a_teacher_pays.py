@@ -1,7 +1,7 @@
 """When a teacher pays: labels only against distillation, over six sets, six methods and all or few labels.
 
-Run: python benchmarks/when_a_teacher_pays.py --sets DIR --results DIR [--teacher mini_conv] [--prepare full] [--labels 0.1]
-    [--minutes 60] [--table]
+Run: python benchmarks/when_a_teacher_pays.py --sets DIR --results DIR [--teacher mini_conv] [--prepare full]
+    [--labels 0.1] [--minutes 60] [--table]
 
 DIR holds cifar10-train.tar, cifar10-test.tar, fashion-mnist.tar, ants-bees.tar, clothing.tar and emoji.tar. Of each set
 at most 1,000 images are learned from. All cells of a set take the same number of steps and the same augmentation, and
