@@ -24,8 +24,9 @@ def losing_case(summary: Mapping[str, Any]) -> str | None:
         return None
     if best <= student:
         return (
-            f"the teacher is not better than its student on these images ({best:.1%} and {student:.1%}): tune it, for"
-            f" longer or with augmentation (teacher.prepare, teacher.epochs), or take a better one; {RULE}"
+            f"the teacher is not better than its student on these images ({best:.1%} and {student:.1%}): tune it"
+            " (--set teacher.prepare=auto), for longer or with augmentation (teacher.epochs, data.augment), or take a"
+            f" better one; {RULE}"
         )
     prompts = any(row.category == "prompt" for row in rows_of(summary["method"]))
     if data["labeled_images"] == data["train_images"] and prompts:

@@ -52,7 +52,7 @@ from remap.recipe.paths import is_run
 from remap.recipe.teacher_checks import idle_options
 from remap.recipe.train_checks import require_rate
 from remap.runs.run_dir import RunDir, default_path
-from remap.runs.task import load_task, require_size_of_run, require_tuned
+from remap.runs.task import load_task, require_as_run, require_tuned
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ def validate_inputs(recipe: Recipe, shared: SharedResources) -> None:
     for spec in (*(teacher for teacher in recipe.teachers if not teacher.is_student), *students):
         require_tuned(spec.model)
         if is_run(spec.model) or is_run(spec.weights):
-            require_size_of_run(spec)
+            require_as_run(spec)
         else:
             require_at_hand(spec.model, spec.weights, spec.image_size)
 

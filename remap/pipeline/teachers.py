@@ -29,7 +29,7 @@ from remap.pipeline.teacher_tuning import data_of_teacher, is_prepared, needs_lo
 from remap.progress import Progress
 from remap.recipe.paths import is_run
 from remap.recipe.schema import AUTO, EMA, SELF, WORDS, Recipe, TeacherSpec
-from remap.runs.task import load_task, open_backbone, put_task, require_size_of_run
+from remap.runs.task import load_task, open_backbone, put_task, require_as_run
 
 
 def load_teacher(
@@ -46,7 +46,7 @@ def load_teacher(
         network.task = recipe.data.task
         return PreparedTeacher(network, spec, _key(network, "none", spec, recipe), "none")
     if is_run(spec.model):
-        require_size_of_run(spec)
+        require_as_run(spec)
         network, _ = load_task(expanded(spec.model))
         known = network.classes or ()
         # One that knows the first classes only teaches those (``LogitsTerm``).

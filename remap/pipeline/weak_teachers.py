@@ -86,7 +86,7 @@ def require_useful(teacher: PreparedTeacher, untrained: Measured | None, source:
 def _remedy(teacher: PreparedTeacher) -> str:
     """Return what has not been tried yet."""
     if teacher.head == "probe":
-        return "tune all of it (--set teacher.prepare=full), choose another teacher or other weights,"
+        return "tune it (--set teacher.prepare=full, or auto), choose another teacher or other weights,"
     if teacher.head == WORDS:
         return "find other words (--classes, --templates), choose another model,"
     if teacher.head != "its own":

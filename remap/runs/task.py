@@ -236,10 +236,8 @@ def open_backbone(
         BackboneError: A run's method cannot be merged into plain weights, or model and weights contradict.
     """
     run = _run_named(spec, by_task=bool(behind))
-    if run == spec.model and spec.weights != "pretrained":
-        raise BackboneError(f"{run} is a run directory, which already has weights", given=f"weights: {spec.weights}")
     if run is not None:
-        require_size_of_run(spec, by_task=bool(behind))
+        require_as_run(spec, by_task=bool(behind))
         if keep_head:
             raise BackboneError(f"the head of {run} is for other classes", do="let teacher.prepare fit one")
         backbone = _backbone_of_run(Path(absolute(run)), num_classes, behind)
@@ -259,18 +257,24 @@ def _run_named(spec: ModelSpec, *, by_task: bool) -> str | None:
     return next(filter(is_run, words), None)
 
 
-def require_size_of_run(spec: ModelSpec, *, by_task: bool = False) -> None:
-    """Require the image size that a run directory's weights were tuned at; other weights pass.
+def require_as_run(spec: ModelSpec, *, by_task: bool = False) -> None:
+    """Require the weights of a run directory that is named, at the image size that they were tuned at.
 
     Args:
         by_task: Whether ``spec`` comes from a task, not from the user.
 
     Raises:
-        BackboneError: ``spec`` asks for another one.
+        BackboneError: ``spec`` asks for others.
     """
     run = _run_named(spec, by_task=by_task)
     if run is None:
         return
+    if run == spec.model and spec.weights != "pretrained":
+        raise BackboneError(
+            f"{run} is a run directory, which already has weights",
+            given=f"weights: {spec.weights}",
+            do="leave weights out, or name the model that the run has tuned",
+        )
     own = read_meta(folder_of(expanded(run))).preprocess.size
     if spec.image_size not in (None, own):
         raise BackboneError(

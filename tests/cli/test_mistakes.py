@@ -246,7 +246,7 @@ def test_a_teacher_at_chance_asks_for_a_new_run_and_for_no_word_that_was_not_giv
     data = _folder(tmp_path / "data", {"train/a": 8, "train/b": 8, "val/a": 3, "val/b": 3})
     stopped = remap("distill", "--data", data, *tiny)
     assert stopped.exit_code == 2 and "  do:      start a new run: judge it by more images" in stopped.message
-    assert "tune all of it" in stopped.message
+    assert "teacher.prepare=full" in stopped.message
     assert "--output" not in stopped.message
 
 

@@ -288,6 +288,15 @@ def test_a_run_keeps_its_size_as_a_student(run_of: Callable[..., Result], tiny: 
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("of", ["student", "teacher"])
+def test_a_run_has_its_weights(run_of: Callable[..., Result], tiny: Any, tmp_path: Path, of: str) -> None:
+    run = str(run_of("bitfit").run_dir)
+    recipe = tiny.recipe(f"{of}.weights=none", **{of: run})
+    with pytest.raises(BackboneError, match=r"already has weights\n.*weights: none\n.*leave weights out"):
+        start(recipe, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("prepare", ["probe", "full"])
 def test_a_teacher_at_its_own_size(tiny: Any, tmp_path: Path, prepare: str) -> None:
     """Expected grids: 32 / 8 = 4 for the teacher, 16 / 8 = 2 for the student; images are read at the larger size."""
