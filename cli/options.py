@@ -114,7 +114,7 @@ RECIPE_OPTIONS = (
         "method",
         str,
         (*_RUNS, BUILD, LR),
-        "vpt_deep; digits hira",
+        "lora; digits hira",
         "Tuning method of the student; see `remap methods`.",
     ),
     _models(

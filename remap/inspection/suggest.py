@@ -69,7 +69,7 @@ def recipe_text(source: str, data: ImageData, device: torch.device, progress: Pr
         ),
         "student": student,
         "method": Choice(
-            "vpt_deep", "trains prompts and head only; `remap methods` lists others, `remap compare` tries some"
+            "lora", "trains a few percent and merges; `remap methods` lists others, `remap compare` tries some"
         ),
         "train.epochs": Choice(epochs, f"for {images:,} training images; more if the {metric} still rises at the end"),
         "train.batch_size": Choice(batch, "images per update; halves itself where memory runs out"),

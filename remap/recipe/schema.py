@@ -81,7 +81,7 @@ class Recipe(Section):
         default=StudentSpec(), description="The student."
     )
     method: Annotated[MethodSpec, BeforeValidator(name_only)] = Field(
-        default=MethodSpec(name="vpt_deep"), description="How the student is tuned."
+        default=MethodSpec(name="lora"), description="How the student is tuned."
     )
     losses: Annotated[tuple[LossSpec, ...], BeforeValidator(loss_words)] = Field(
         default=(),

@@ -193,7 +193,7 @@ def test_a_file_that_is_no_yaml_and_a_broken_setting_come_together(tmp_path: Pat
 
 
 def test_options_are_reported_beside_broken_fields() -> None:
-    found = problems(settings=["train.epochs=0", "method.num_prompt=3", "losses=[{name: ce, wieght: 1}]"])
+    found = problems(settings=["train.epochs=0", "method=vpt_deep", "method.num_prompt=3", "losses=[{name: ce, wieght: 1}]"])
     assert len(found) == 3
     assert any(line.startswith("method.num_prompt: unknown key; did you mean 'num_prompts'?") for line in found)
     assert any(line.startswith("losses[0].wieght: unknown key; did you mean 'weight'?") for line in found)
@@ -306,7 +306,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("setting", "expected"), REFUSED.items(), ids=list(REFUSED))
 def test_a_setting_that_cannot_be_is_one_line(setting: str, expected: str) -> None:
-    (line,) = problems(settings=[setting])
+    (line,) = problems(words={"method": "vpt_deep"}, settings=[setting])
     assert line.startswith(expected)
 
 

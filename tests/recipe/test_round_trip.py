@@ -97,18 +97,26 @@ def test_recipes_that_mean_the_same_have_one_digest(left: dict[str, Any], right:
 
 
 # Source: the digests that version 0.1 at commit ea074a7 computed for the same recipes. A run whose digest changes
-# cannot be resumed, nor can a comparison reuse its cells.
+# cannot be resumed, nor can a comparison reuse its cells. The method is spelled out: the default was vpt_deep then.
 RECORDED = {
-    "c3792f060b173e56": {},
-    "23443628102a5590": {"name": "two", "teacher": ["a", {"model": "b", "weight": 2}]},
-    "e6637e10b4c85516": {"teacher": ["a", "b"], "more_teachers": ["ema"]},
-    "ba1b634a085d4d26": {"teacher": {"model": "a", "prepare": "full", "epochs": 2}, "student": "vit_tiny"},
+    "c3792f060b173e56": {"method": "vpt_deep"},
+    "23443628102a5590": {"name": "two", "method": "vpt_deep", "teacher": ["a", {"model": "b", "weight": 2}]},
+    "e6637e10b4c85516": {"method": "vpt_deep", "teacher": ["a", "b"], "more_teachers": ["ema"]},
+    "ba1b634a085d4d26": {
+        "teacher": {"model": "a", "prepare": "full", "epochs": 2},
+        "student": "vit_tiny",
+        "method": "vpt_deep",
+    },
     "ca8a498481aa8a7a": {
         "teacher": "a",
         "method": {"name": "vpt_deep+lora", "lora": {"rank": 4}},
         "losses": ["ce", {"name": "kd", "weight": 0.5, "temperature": 2}],
     },
-    "8b1e7fe3413dd244": {"teacher": "vit_base", "student": "shrink(teacher, depth=6, width=384)"},
+    "8b1e7fe3413dd244": {
+        "teacher": "vit_base",
+        "student": "shrink(teacher, depth=6, width=384)",
+        "method": "vpt_deep",
+    },
 }
 
 
@@ -125,7 +133,11 @@ def test_options_added_later_leave_the_digest_at_their_defaults() -> None:
     losses = ["ce", "kd"]
     recipes: dict[str, Callable[[str], dict[str, Any]]] = {
         "method": lambda name: {"method": name, "losses": ["ce"]},
-        "loss": lambda name: {"teacher": "mini_teacher", "losses": list(dict.fromkeys(["ce", name]))},
+        "loss": lambda name: {
+            "teacher": "mini_teacher",
+            "method": "vpt_deep",
+            "losses": list(dict.fromkeys(["ce", name])),
+        },
         "init": lambda name: {"teacher": "mini_teacher", "student": {"init": name}, "method": "lora", "losses": losses},
     }
     recorded = json.loads((Path(__file__).parent / "recorded_digests.json").read_text())
