@@ -11,10 +11,9 @@ from remap.errors import Interrupted
 from remap.pipeline.comparison_budget import read_budget, with_epochs, within_minutes, within_parameters
 from remap.pipeline.comparison_cells import DEFAULT_METHODS, comparison_cells
 from remap.pipeline.comparison_files import write_tables
-from remap.pipeline.comparison_folder import claim, fingerprint_of, is_done
+from remap.pipeline.comparison_folder import SEARCH, claim, fingerprint_of, is_done
 from remap.pipeline.comparison_plan import Plan, require_possible
 from remap.pipeline.comparison_resources import Resources, read_jobs
-from remap.pipeline.comparison_search import FOLDER as SEARCH
 from remap.pipeline.comparison_search import Search, judge_teachers, searched
 from remap.pipeline.comparison_table import tabulate
 from remap.pipeline.objective import without_idle_losses
