@@ -67,7 +67,9 @@ def recommend(
     """
     require_rankable(recipe, methods, output, budget)
     kind, value = read_budget(budget) or ("", 0.0)
-    recipe = without_idle_losses(with_epochs(recipe, int(value)) if kind == "epochs" else recipe, progress)
+    recipe = without_idle_losses(recipe, progress)  # before its losses are checked, and count as chosen
+    if kind == "epochs":
+        recipe = with_epochs(recipe, int(value))
     shared = SharedResources(teacher_folder=output / TEACHER)
     cells = comparison_cells(recipe, methods, 1, images_of=partial(images_of, shared=shared))
     cells = [cell for cell in cells if cell.with_teacher]
