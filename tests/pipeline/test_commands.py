@@ -45,3 +45,5 @@ def test_shrink_cuts_a_folder(tiny: Any, tmp_path: Path) -> None:
         remap.shrink(tiny.teacher, tmp_path / "other")
     with pytest.raises(RecipeError, match="depth"):
         remap.shrink(tiny.teacher, tmp_path / "other", depth=0)
+    with pytest.raises(RecipeError, match="images: chooses nothing"):
+        remap.shrink(tiny.teacher, tmp_path / "other", depth=2, blocks="uniform", images=8)
