@@ -72,6 +72,8 @@ def shrink(
 
     data = data or "digits"
     spec = checked(ShrinkSpec, given, "command line")
+    if idle := spec.idle_problems([*given, *(["seed"] if seed is not None else [])]):
+        raise RecipeError([f"--{problem}" for problem in idle], "command line")
     source = checked(DataSpec, {"source": data}, "command line")
     larger = checked(TeacherSpec, {"model": teacher, "weights": weights or "pretrained"}, "command line")
     from remap.pipeline.shrink_student import cut

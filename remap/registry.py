@@ -23,6 +23,8 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 # In the type of an option, ``Annotated[..., LATER]``: it was added when runs without it existed. At its default it is
 # not in the digest of a recipe, so that those runs can be resumed and compared.
 LATER = object()
+# In the type of an option: it may name a file or folder, which a saved recipe names by its absolute path.
+MAY_BE_PATH = object()
 
 
 @dataclass(frozen=True, kw_only=True)

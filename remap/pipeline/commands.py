@@ -193,6 +193,8 @@ def shrink(
         raise RecipeError(["nothing is to be cut: give depth, width, heads or mlp"], "remap.shrink")
     where = "remap.shrink"
     spec = checked(ShrinkSpec, {**given, "importance": importance, "blocks": blocks, "images": images}, where)
+    if problems := spec.idle_problems():
+        raise RecipeError(problems, where)
     larger = checked(TeacherSpec, {"model": teacher, "weights": weights}, where)
     source = checked(DataSpec, {"source": data}, where)
     require_tuned(teacher)

@@ -11,12 +11,12 @@ from remap.errors import Interrupted
 from remap.pipeline.comparison_budget import read_budget, with_epochs, within_minutes, within_parameters
 from remap.pipeline.comparison_cells import DEFAULT_METHODS, comparison_cells
 from remap.pipeline.comparison_files import write_tables
-from remap.pipeline.comparison_folder import claim, fingerprint_of, is_done
+from remap.pipeline.comparison_folder import SEARCH, claim, fingerprint_of, is_done
 from remap.pipeline.comparison_plan import Plan, require_possible
 from remap.pipeline.comparison_resources import Resources, read_jobs
-from remap.pipeline.comparison_search import FOLDER as SEARCH
-from remap.pipeline.comparison_search import Search, judge_teachers, searched
+from remap.pipeline.comparison_search import Search, held_out, judge_teachers, searched
 from remap.pipeline.comparison_table import tabulate
+from remap.pipeline.held_out_classes import require_each_class
 from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.teacher_tuning import require_folds
 from remap.progress import Progress
@@ -53,6 +53,7 @@ def compare(
     cells = comparison_cells(recipe, methods, seeds, plan.sweeps, plan.loss_sets, resources.images_of)
     cells = resources.with_possible_inits(cells, optional=tuple(methods) == DEFAULT_METHODS)
     for cell in cells:
+        require_each_class(cell.recipe if search is None else held_out(cell.recipe), resources.first)
         require_folds(cell.recipe, resources.first)
     left_out: dict[str, str] = {}
     if budget is not None and budget[0] == "parameters":

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,22 @@ from remap.data.fingerprint import fingerprint
 from remap.errors import RemapError, RunError
 from remap.io import atomic_write
 from remap.io.checked_read import read_regular
+from remap.io.links import require_no_link
 from remap.io.names import plain
 from remap.io.paths import absolute
 from remap.pipeline.comparison_cells import ALONE, Cell, teacher_key
 from remap.progress import Progress
 from remap.recipe.schema import DataSpec, MethodSpec, Recipe
 from remap.runs.run_dir import RunDir
+from remap.runs.run_records import JUDGED
 
-# The file that names the recipe of a comparison, and the folder of the teacher that its runs share.
-MARKER, TEACHER = "compare-of.txt", "teacher"
+# The file that names the recipe of a comparison, and the folders of the teacher that its runs share, and of trials.
+MARKER, TEACHER, SEARCH = "compare-of.txt", "teacher", "search"
+# What is not done again for another recipe: finished runs and trials, and a teacher that is being tuned.
+_BEGUN = (
+    *("*/summary.json", f"{SEARCH}/*/summary.json", f"{SEARCH}/*/*/summary.json", "round-*/*/summary.json"),
+    *(f"{TEACHER}*/recipe.yaml", f"{SEARCH}/{TEACHER}*/recipe.yaml"),
+)
 MOST_MARKER_BYTES = 1000
 # Fields in which the cells of one comparison differ.
 _OF_CELLS = (
@@ -73,16 +81,33 @@ def claim(output: Path, recipe: Recipe) -> None:
     marker = output / MARKER
     # Always with the same method, so that methods can be added to a comparison.
     digest = recipe.model_copy(update={"method": MethodSpec(name="linear")}).digest(places=False)
-    # A folder whose first run failed may be claimed anew.
-    begun = sorted(path.parent for path in output.glob("*/summary.json"))
     # lexists: a marker that is a broken link is not of this recipe, and is refused too.
-    if begun and os.path.lexists(marker) and _recipe_in(marker) != digest:
-        raise RunError(
-            f"{output} holds a comparison of another recipe; nothing in it was touched",
-            given=_differences(recipe, [path for path in begun if not path.name.startswith(TEACHER)]),
-            do="name another --output, or repeat the options it was started with",
-        )
+    if os.path.lexists(marker) and (then := _recipe_in(marker)) != digest:
+        # A folder whose first run failed may be claimed anew.
+        if any(path for inside in _BEGUN for path in output.glob(inside)):
+            cells = sorted(path.parent for path in output.glob("*/summary.json"))
+            raise RunError(
+                f"{output} holds a comparison of another recipe; nothing in it was touched",
+                given=_differences(recipe, [path for path in cells if not path.name.startswith(TEACHER)]),
+                do="name another --output, or repeat the options it was started with",
+            )
+        if then:
+            _remove_teachers(output)
     atomic_write.write_text(marker, digest + "\n")
+
+
+def _remove_teachers(output: Path) -> None:
+    """Remove teachers that were prepared and judged for another recipe: they would teach this one."""
+    for folder in (*output.glob(f"{TEACHER}*"), *output.glob(f"{SEARCH}/{TEACHER}*")):
+        if not any((folder / name).exists() for name in ("task", JUDGED)):  # a folder of the user's
+            continue
+        for path in (folder, *folder.parents[: len(folder.relative_to(output).parts) - 1]):
+            require_no_link(path)
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            do = "remove it, or name another --output"
+            raise RunError(f"cannot remove {folder}: {error.strerror}", do=do) from error
 
 
 def _differences(recipe: Recipe, runs: Sequence[Path]) -> str | None:

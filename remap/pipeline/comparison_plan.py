@@ -49,6 +49,8 @@ def require_possible(recipe: Recipe, methods: Sequence[str], seeds: int, output:
     require_folder(output)
     require_no_processes(recipe, "remap compare")
     require_comparable(recipe, methods)
+    if seeds < 1:
+        raise RecipeError([f"seeds: {seeds} runs of each cell leave nothing to compare (one or more)"], recipe.name)
     budget = read_budget(plan.budget)
     read_jobs(plan.jobs, budget)
     if plan.slurm is not None:

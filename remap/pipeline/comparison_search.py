@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 HELD_OUT = 0.2
 # Factors of the learning rate, and weight decays, that are tried.
 RATES, DECAYS = (0.1, 10.0), (1e-6, 1e-1)
-FOLDER = "search"
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,11 @@ def loss_set(recipe: Recipe, words: str) -> tuple[LossSpec, ...]:
         raise RecipeError([f"--loss-set {words}: {error}"], "command line") from None
     own = {loss.name: loss.model_dump(mode="json") for loss in recipe.losses}  # with their temperature and the like
     values = recipe.model_dump(mode="json") | {"losses": [{**own.get(one["name"], {}), **one} for one in chosen]}
-    # Idle ones are left out for each method; a method that is free to change everything hides none.
-    return validate(values | {"method": {"name": "full"}}, f"--loss-set {words}").losses
+    # Idle ones are left out for each method; a method that is free to change everything hides none. A joint teacher
+    # goes with slad alone, which is.
+    if not any(spec.joint for spec in recipe.teachers):
+        values["method"] = {"name": "full"}
+    return validate(values, f"--loss-set {words}").losses
 
 
 def words_of(losses: Sequence[LossSpec]) -> str:

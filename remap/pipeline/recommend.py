@@ -22,6 +22,7 @@ from remap.pipeline.comparison_cells import Cell, comparison_cells
 from remap.pipeline.comparison_folder import TEACHER, claim, fingerprint_of, is_done
 from remap.pipeline.comparison_plan import require_rankable
 from remap.pipeline.comparison_search import held_out
+from remap.pipeline.held_out_classes import require_each_class
 from remap.pipeline.labels_only import images_of
 from remap.pipeline.nested_runs import open_or_create
 from remap.pipeline.objective import without_idle_losses
@@ -67,7 +68,9 @@ def recommend(
     """
     require_rankable(recipe, methods, output, budget)
     kind, value = read_budget(budget) or ("", 0.0)
-    recipe = without_idle_losses(with_epochs(recipe, int(value)) if kind == "epochs" else recipe, progress)
+    recipe = without_idle_losses(recipe, progress)  # before its losses are checked, and count as chosen
+    if kind == "epochs":
+        recipe = with_epochs(recipe, int(value))
     shared = SharedResources(teacher_folder=output / TEACHER)
     cells = comparison_cells(recipe, methods, 1, images_of=partial(images_of, shared=shared))
     cells = [cell for cell in cells if cell.with_teacher]
@@ -75,6 +78,7 @@ def recommend(
     if kind == "parameters":
         cells, left_out = within_parameters(cells, int(value), classes)
     candidates = _candidates(cells, classes, left_out)
+    require_each_class(held_out(recipe), shared)
     # After what can be refused, so that a mistake does not claim the folder.
     claim(output, recipe)
     # A set: rounds of few epochs may be equal, and are run once.

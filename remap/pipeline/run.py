@@ -28,6 +28,7 @@ from remap.pipeline.epoch_recorder import EpochRecorder
 from remap.pipeline.evidence import write_evidence
 from remap.pipeline.fit_at_once import fit_at_once, leave_untrained
 from remap.pipeline.frozen_check import FrozenWeights, trained_text
+from remap.pipeline.held_out_classes import require_each_class
 from remap.pipeline.nested_runs import open_or_create
 from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.rebalancing import rebalance, require_correctable
@@ -92,6 +93,7 @@ def run(
 
         # The steps of this run and of its baseline, which has as many.
         shared.list_together(recipe.data)
+        require_each_class(recipe, shared)
         own = shared.training_steps(recipe)
         is_beside = recipe.baseline and fits_beside(recipe.train.by_steps, own)
         baseline = own if recipe.baseline and not is_beside else 0
@@ -265,6 +267,7 @@ def validate_inputs(recipe: Recipe, shared: SharedResources) -> None:
         require_decoder()
     shared.list_together(recipe.data)
     classes = shared.classes(recipe)
+    require_each_class(recipe, shared)
     require_folds(recipe, shared)
     require_unjudged(recipe, shared)
     for spec in recipe.teachers:

@@ -1,9 +1,10 @@
 """Which ways there are to extend a run, and which of them fit it and the new images."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from remap.data.sources import open_data, open_labeled
 from remap.errors import DataError, RecipeError, RemapError
@@ -111,19 +112,18 @@ class Situation:
     @property
     def closed(self) -> str:
         """Why no way brings the run new classes; empty where one does, or where there are none."""
+        return self._closed_to(None)
+
+    def _closed_to(self, way: str | None) -> str:
         method = read_meta(folder_of(self.old.run.path)).method
-        if not self.added or not (method.name in OF_CLASSES or method.options.get("per_class")):
-            return ""
-        return f"{method.name} holds tensors of each class besides the classifier, and none of the new ones"
+        return closed_to(way, method.name, method.options, new_classes=bool(self.added))
 
     def _at_once(self, way: str) -> Advice:
-        if why_not := self._alone or self.closed:
+        if why_not := self._alone or self._closed_to(way):
             return Advice(way, False, why_not)
         method, has_statistics = self.method, self.has_statistics
         if way == "ranpac" and "ranpac" not in parts_of(method):
             has_statistics = False  # those are of other features
-            if method != "linear" and any(row.alone for row in rows_of(method)):
-                return Advice(way, False, f"random features do not go with {method}")
         fits = has_statistics or self.old_images
         source = "adds to the statistics of the run" if has_statistics else "reads the old images once more"
         why = f"seconds; {source}; the features stay" if fits else "needs the old images once, for statistics"
@@ -138,6 +138,20 @@ class Situation:
         if way == "domains" and self.added:
             return Advice(way, False, "its classifier stays that of the first session, and there are new classes")
         return Advice(way, True, "what earlier sessions learned stays, and each image finds its own; no old image")
+
+
+def closed_to(way: str | None, method: str, options: Mapping[str, Any], *, new_classes: bool) -> str:
+    """Return why a run that is tuned by a method is not extended in a way, or for None in any; empty where it is.
+
+    Args:
+        options: Of the method.
+        new_classes: Whether the run is to learn some.
+    """
+    if new_classes and (method in OF_CLASSES or options.get("per_class")):
+        return f"{method} holds tensors of each class besides the classifier, and none of the new ones"
+    own = {"linear", "ranpac"}.intersection(parts_of(method))
+    alone = way == "ranpac" and not own and any(row.alone for row in rows_of(method))
+    return f"random features do not go with {method}" if alone else ""
 
 
 def situation(run: str | Path, data: DataSpec) -> Situation:

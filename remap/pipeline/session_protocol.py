@@ -18,7 +18,7 @@ from remap.pipeline.comparison_folder import require_folder
 from remap.pipeline.extend import extend
 from remap.pipeline.labels_only import labels_only
 from remap.pipeline.run import Result, resume, start
-from remap.pipeline.session_advice import ALONE, AT_ONCE, METHOD_WAYS, WAYS, WITH_MEMORY
+from remap.pipeline.session_advice import ALONE, AT_ONCE, METHOD_WAYS, WAYS, WITH_MEMORY, closed_to
 from remap.pipeline.session_split import FOLDERS, joint_data, name_of, parts_of
 from remap.pipeline.shared import SharedResources
 from remap.progress import Progress, Within
@@ -80,6 +80,15 @@ def compare_sessions(
     # For all methods before the first run: else a mistake is found after hours of training.
     if problems := [problem for one in recipes.values() for problem in train_problems(one)]:
         raise RecipeError(problems, recipe.name)
+    closed = {
+        why: word
+        for method, word in pairs
+        if (way := _way(word)[0]) != JOINT
+        and (why := closed_to(way, method, specs[method].options, new_classes=split != FOLDERS))
+    }
+    if closed:
+        problems = [f"--methods: {why} (leave it out, or the way {word})" for why, word in closed.items()]
+        raise RecipeError(problems, "compare")
     if split == FOLDERS and JOINT in ways:
         data = joint_data(base.data, parts, folder / f"{JOINT}.csv", shared)
         recipes = {method: one.model_copy(update={"data": data}) for method, one in recipes.items()}

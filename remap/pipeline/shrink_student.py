@@ -17,7 +17,7 @@ from remap.pipeline.shared import SharedResources
 from remap.progress import Progress, Silent
 from remap.recipe.paths import is_run
 from remap.recipe.schema import DataSpec, ModelSpec, Recipe, ShrinkSpec, StudentSpec
-from remap.remapping.architecture.shrink import Shrunk, needs_images, shrink, target_shape
+from remap.remapping.architecture.shrink import Shrunk, shrink, target_shape
 from remap.remapping.architecture.skip import gates_of, save_remaining
 from remap.runs.run_dir import RunDir
 from remap.runs.run_records import STUDENT_MODEL
@@ -109,7 +109,7 @@ def _cut(
     target_shape(backbone, spec)
     backbone.model.to(accelerator().device)
     batches: Callable[[], Iterator[Tensor]] = _no_images
-    if needs_images(spec):
+    if spec.needs_images:
         without_images = "importance=magnitude, blocks=uniform"
         batches = training_pixels(
             backbone, data, seed, shared, images=spec.images, batch_size=_BATCH, without_images=without_images

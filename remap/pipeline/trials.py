@@ -33,9 +33,6 @@ def objectives(recipe: Recipe) -> dict[str, tuple[LossSpec, ...] | None]:
 
 def trials(recipe: Recipe, shared: SharedResources) -> Iterator[tuple[str, Recipe]]:
     """Yield name and recipe of each trial: the run itself on fewer images, for a quarter of its epochs."""
-    labeled, images = images_of(recipe, shared)
-    fewer = round((1.0 - HELD_OUT) * labeled)
-    images -= 0 if recipe.data.unlabeled_only else labeled - fewer
     epochs, warmup = max(1, ceil(EPOCHS * recipe.train.epochs)), recipe.train.warmup_epochs
     # All trials train for as long, and are judged after their last epoch.
     train = recipe.train.model_copy(
@@ -52,8 +49,9 @@ def trials(recipe: Recipe, shared: SharedResources) -> Iterator[tuple[str, Recip
     teachers = tuple(spec.model_copy(update={"allow_weak": True}) for spec in recipe.teachers)
     update = {"data": held_out, "train": train, "teachers": teachers, "baseline": False, "choose_losses": False}
     short = recipe.model_copy(update=update)
+    counts = images_of(short, shared)
     for name, losses in objectives(recipe).items():
-        trial = _with(short, losses, fewer, images)
+        trial = _with(short, losses, *counts)
         yield name, trial.model_copy(update={"name": f"trial-{name}"})
 
 

@@ -103,6 +103,7 @@ def _shrink_problems(recipe: Recipe) -> Iterator[str]:
     for name in ("weights", "preset"):
         if getattr(recipe.student, name) != StudentSpec.model_fields[name].default:
             yield f"student.{name}: a student that is shrunk has its teacher's weights (set teacher.{name})"
+    yield from (f"student.shrink.{problem}" for problem in spec.idle_problems())
     if spec.width is not None and spec.heads is not None and spec.width % spec.heads:
         yield f"student.shrink.width: {spec.width} is not a multiple of heads {spec.heads}"
 

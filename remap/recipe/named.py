@@ -4,7 +4,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from remap.registry import LATER
+from remap.recipe.paths import absolute_model
+from remap.registry import LATER, MAY_BE_PATH
 from remap.remapping import LOSSES
 from remap.remapping.schedule import Schedule
 from remap.tuning import METHODS, parts_of
@@ -189,5 +190,18 @@ def of_digest(spec: Named, config: type[BaseModel]) -> dict[str, Any]:
 
 
 def with_defaults(config: type[BaseModel], spec: Named) -> dict[str, Any]:
-    """Return all options behind a name, also those that are not given."""
-    return config(**spec.options).model_dump(mode="json")
+    """Return all options behind a name, also those that are not given, with absolute paths."""
+    options = config(**spec.options)
+    return options.model_dump(mode="json") | _absolute_paths(options)
+
+
+def _absolute_paths(options: BaseModel) -> dict[str, Any]:
+    """Return the options that may be paths, and those of the methods of a combination."""
+    found: dict[str, Any] = {}
+    for name, field in type(options).model_fields.items():
+        value = getattr(options, name)
+        if isinstance(value, BaseModel):
+            found[name] = value.model_dump(mode="json") | _absolute_paths(value)
+        elif MAY_BE_PATH in field.metadata:
+            found[name] = absolute_model(value)
+    return found

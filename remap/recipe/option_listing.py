@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from remap.registry import BUILT_IN, LATER, Registry
+from remap.registry import BUILT_IN, LATER, MAY_BE_PATH, Registry
 from remap.tuning import METHODS, parts_of
 
 TABLE = Path(__file__).with_name("options.json")
@@ -56,7 +56,7 @@ def described(config: type[BaseModel]) -> dict[str, Any]:
 
 
 def _is_plain(field: Any) -> bool:
-    rules = [rule for rule in field.metadata if rule is not LATER]
+    rules = [rule for rule in field.metadata if rule is not LATER and rule is not MAY_BE_PATH]
     limits = all(type(rule).__name__ in ("Ge", "Gt", "Le", "Lt") for rule in rules)
     return limits and _type(field.annotation) in _KINDS
 

@@ -8,6 +8,9 @@ from remap.recipe.paths import is_run
 from remap.recipe.schema import Recipe
 from remap.remapping import LOSSES
 
+# Methods that answer by texts of their own, whatever the classifier is.
+_BY_TEXTS = ("cocoop", "promptkd")
+
 
 def require_rate(recipe: Recipe) -> None:
     """Refuse to train by another optimiser at a rate that a method has for AdamW.
@@ -57,6 +60,7 @@ def train_problems(recipe: Recipe) -> Iterator[str]:
         yield f"train.optimizer: {train.optimizer} may need complete tensors (take adamw or sgd with fsdp2)"
     yield from _balance_problems(recipe)
     yield from _fit_problems(recipe)
+    yield from _extension_problems(recipe)
     if train.metric != "accuracy" and not train.selects:
         yield "train.metric: nothing is chosen by it (set train.keep=best or train.patience, or leave it out)"
     if train.batch_size % train.accumulation:
@@ -74,21 +78,29 @@ def _choice_problems(recipe: Recipe) -> Iterator[str]:
 
 
 def _fit_problems(recipe: Recipe) -> Iterator[str]:
-    """Yield what a classifier that is fitted at once cannot follow, and what aligning lacks."""
+    """Yield what a classifier that is fitted at once, or left as it is, cannot follow."""
+    train, student, method, key = recipe.train, recipe.student, recipe.method.name, f"train.fit: {recipe.train.fit}"
+    if train.by_steps:
+        return
+    names = ", ".join(loss.name for loss in recipe.losses if loss.name != "ce")
+    if recipe.teachers or names:
+        learns = "learns from labels alone" if train.fit != "none" else "learns nothing"
+        yield f"{key} {learns} (leave the teacher and {names or 'its losses'} out)"
+    if (recipe.data.source is None and train.fit != "none") or recipe.data.augment != "none" or recipe.data.mixes:
+        yield f"{key} sees each labelled image once, as it is (leave augmentation and mixing out)"
+    if train.fit != "none" and method in _BY_TEXTS:
+        yield f"{key} fits a classifier, and {method} does not answer by it (train by steps, or take another method)"
+    if train.fit == "none" and not (is_pair(student.model) or is_run(student.model) or student.extends):
+        yield f"{key} leaves {student.model} a random classifier (name one that reads words: clip:NAME)"
+    if recipe.data.memory is not None:
+        yield f"{key} counts each image once, and knows the old ones (leave data.memory out)"
+    if train.selects or train.ema is not None or train.class_weight_power:
+        yield f"{key} has no epochs to choose or average, nor weights of classes (leave them out)"
+
+
+def _extension_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield what is only for a run that extends another, or for a fit that is not asked for."""
     train, student = recipe.train, recipe.student
-    if not train.by_steps:
-        names = ", ".join(loss.name for loss in recipe.losses if loss.name != "ce")
-        if recipe.teachers or names:
-            learns = "learns from labels alone" if train.fit != "none" else "learns nothing"
-            yield f"train.fit: {train.fit} {learns} (leave the teacher and {names or 'its losses'} out)"
-        if (recipe.data.source is None and train.fit != "none") or recipe.data.augment != "none" or recipe.data.mixes:
-            yield f"train.fit: {train.fit} sees each labelled image once, as it is (leave augmentation and mixing out)"
-        if train.fit == "none" and not (is_pair(student.model) or is_run(student.model) or student.extends):
-            yield f"train.fit: none leaves {student.model} a random classifier (name one that reads words: clip:NAME)"
-        if recipe.data.memory is not None:
-            yield f"train.fit: {train.fit} counts each image once, and knows the old ones (leave data.memory out)"
-        if train.selects or train.ema is not None or train.class_weight_power:
-            yield f"train.fit: {train.fit} has no epochs to choose or average, nor weights of classes (leave them out)"
     if train.ridge is not None and train.fit != "ridge":
         yield "train.ridge: nothing is fitted by ridge regression (set train.fit=ridge, or leave it out)"
     if train.align and (student.extends is None or not train.by_steps):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from remap.data import CLASSES, METRIC
+from remap.data import CLASSES, METRIC, metric_in
 from remap.errors import RunError
 from remap.io.human_size import size
 from remap.io.names import plain
@@ -57,6 +57,7 @@ def report_run(run: RunDir, *, pngs: bool = True) -> Path:
         bars=_bars(summary),
         tiles=_tiles(summary),
         curves=[one.name for one in drawn if one.name.startswith("curve-")],
+        once=sum(metric_in(record) is not None for record in history) == 1,
         evidence=evidence,
         no_evidence=(
             "a backbone without a classifier answers with no class"
@@ -86,7 +87,10 @@ def _text(path: Path) -> str:
 
 
 def _curves(history: list[dict[str, Any]]) -> list[figures.Drawing]:
-    """Draw accuracy (or mAP), then each loss; beside the cross-entropy in training that on the evaluation images."""
+    """Draw accuracy (or mAP), then each loss; beside the cross-entropy in training that on the evaluation images.
+
+    An accuracy that was measured once is no curve, and stands above.
+    """
     if not history:
         return []
 
@@ -95,7 +99,7 @@ def _curves(history: list[dict[str, Any]]) -> list[figures.Drawing]:
 
     drawn = []
     for name in METRIC.values():
-        if line(name):
+        if len(line(name)) > 1:
             lines = {"evaluation": line(name, 100)}
             drawn.append(figures.curve("curve-accuracy", f"{name}, %", lines, percent=True))
     names = [name for name in dict.fromkeys(n for record in history for n in record) if name not in _NOT_LOSSES]

@@ -34,6 +34,31 @@ IGNORED = [
         ["shrink", "run", "--output", "new", "--gates", "0.1", "--data", "digits", "--seed", "0", "--weights", "none"],
         ["3 problems", "--data: --gates removes blocks of a run", "--seed:", "--weights:"],
     ),
+    (
+        ["shrink", "vit_large", "--output", "new", "--depth", "6", "--importance", "taylor"],
+        ["--importance: chooses nothing, since only blocks are removed"],
+    ),
+    (
+        ["shrink", "vit_large", "--output", "new", "--mlp", "64", "--blocks", "uniform"],
+        ["--blocks: chooses nothing, since no block is removed"],
+    ),
+    (
+        [
+            "shrink",
+            "vit_large",
+            "--output",
+            "new",
+            "--depth",
+            "6",
+            "--blocks",
+            "uniform",
+            "--images",
+            "8",
+            "--seed",
+            "1",
+        ],
+        ["2 problems", "--images: chooses nothing, since nothing is measured on images", "--seed:"],
+    ),
     (["models", "vit", "--support", "mini_student"], ["--support: is about one model alone"]),
     (["recommend", "--epochs", "1", "--budget", "epochs=2"], ["--epochs: the epochs follow"]),
 ]

@@ -77,6 +77,23 @@ def test_a_comparison_does_not_claim_a_run(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    "begun", ["cell/summary.json", "search/cell/000/summary.json", "round-1/cell/summary.json", "teacher/recipe.yaml"]
+)
+def test_what_was_begun_is_not_claimed_for_another_recipe(tmp_path: Path, begun: str) -> None:
+    claim(tmp_path, RECIPE)
+    (tmp_path / begun).parent.mkdir(parents=True)
+    (tmp_path / begun).write_text("{}")
+    (tmp_path / "teacher" / "task").mkdir(parents=True)
+    claim(tmp_path, RECIPE)
+    with pytest.raises(RunError, match="another recipe; nothing in it was touched"):
+        claim(tmp_path, RECIPE.model_copy(update={"seed": 1}))
+    (tmp_path / begun).unlink()
+    assert (tmp_path / "teacher" / "task").is_dir()
+    claim(tmp_path, RECIPE.model_copy(update={"seed": 1}))
+    assert not (tmp_path / "teacher").exists()
+
+
 def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)

@@ -34,6 +34,8 @@ def test_compare_gives_a_row_a_method(tiny: Any, tmp_path: Path) -> None:
     assert [row["method"] for row in table["rows"]] == ["linear"] and table["seeds"] == [0]
     with pytest.raises(RecipeError, match="a comparison has one"):
         remap.compare(tiny.recipe(teacher=None, losses="ce"), ["linear"])
+    with pytest.raises(RecipeError, match="seeds: 0 runs of each cell"):
+        remap.compare(tiny.recipe(), ["linear"], seeds=0)
 
 
 def test_shrink_cuts_a_folder(tiny: Any, tmp_path: Path) -> None:
@@ -45,3 +47,5 @@ def test_shrink_cuts_a_folder(tiny: Any, tmp_path: Path) -> None:
         remap.shrink(tiny.teacher, tmp_path / "other")
     with pytest.raises(RecipeError, match="depth"):
         remap.shrink(tiny.teacher, tmp_path / "other", depth=0)
+    with pytest.raises(RecipeError, match="images: chooses nothing"):
+        remap.shrink(tiny.teacher, tmp_path / "other", depth=2, blocks="uniform", images=8)

@@ -9,6 +9,7 @@ from remap.errors import RecipeError
 from remap.pipeline.comparison_budget import read_budget, within_parameters
 from remap.pipeline.comparison_cells import category_title, chosen_methods, comparison_cells
 from remap.pipeline.comparison_search import Search, require_searchable
+from remap.recipe import resolve
 from remap.tuning import CATEGORIES
 
 
@@ -28,6 +29,13 @@ def test_options_are_swept_where_a_method_has_them(tiny: Any) -> None:
     assert len(cells) == len({cell.name for cell in cells}) == 5 * 2 * 2
     assert {cell.recipe.method.options.get("num_prompts") for cell in cells} == {5, 10, None}
     assert cells[0].name == "vpt_deep-num_prompts=5-place=prepend-alone-s0"
+
+
+def test_a_joint_teacher_is_compared_with_several_loss_sets() -> None:
+    """Only slad goes with it."""
+    cells = comparison_cells(resolve("slad"), ["slad"], 1, loss_sets=["ce,kd", "ce,kd:0.5"])
+    weights = [[loss.weight for loss in cell.recipe.losses] for cell in cells if cell.with_teacher]
+    assert weights == [[1.0, 1.0], [1.0, 0.5]]
 
 
 def test_what_a_swept_value_does_not_change_is_run_once(tiny: Any) -> None:

@@ -17,8 +17,7 @@ from forked import fork, wait
 from remap.errors import DataError, RecipeError, RemapError, RunError
 from remap.pipeline.compare import Plan, compare
 from remap.pipeline.comparison_files import epochs_in_words
-from remap.pipeline.comparison_folder import shared_teacher
-from remap.pipeline.comparison_search import FOLDER
+from remap.pipeline.comparison_folder import SEARCH, shared_teacher
 from remap.pipeline.comparison_table import _dominates, ppt
 from remap.pipeline.suite import run_suite, summarize_suite
 from remap.progress import Silent
@@ -169,7 +168,7 @@ def test_every_cell_is_searched_alike_and_evaluation_images_decide_nothing(
     tuning = [line for line in spoken.said if "tuning it" in line]
     assert tuning and not [line for line in tuning if line.startswith("search")]  # all trials share it
     found = compare(recipe, ["linear"], 1, tmp_path / "cmp", Silent(), Plan(search="random:2"))
-    trials = sorted((tmp_path / "cmp" / FOLDER).glob("*/0*"))
+    trials = sorted((tmp_path / "cmp" / SEARCH).glob("*/0*"))
     assert [path.parent.name for path in trials] == ["linear-alone"] * 2 + ["linear-teacher"] * 2
     assert {RunDir(path).recipe().data.held_out for path in trials} == {0.2}
     for group, values in found["search"].items():

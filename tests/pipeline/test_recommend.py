@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import remap
-from remap.errors import RecipeError
+from remap.errors import RecipeError, RunError
 from remap.pipeline.recommend import Candidate, ranked, recommend
 from remap.progress import Silent
+from remap.recipe import Recipe
 from remap.runs.interval import wilson
 from remap.runs.run_dir import RunDir
 
@@ -70,6 +71,21 @@ def test_a_budget_of_parameters_leaves_methods_out(tiny: Any, tmp_path: Path, wa
     assert [row["method"] for row in found["rows"]] == ["linear"] and "full" in found["left_out"]
     # A classifier of 16 features for 3 classes.
     assert found["rows"][0]["parameters"] == 16 * 3 + 3
+
+
+def test_a_budget_of_epochs_chooses_no_losses(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention, one of the default losses, is left out for a student that has none, as it is without a budget."""
+    seen: list[list[str]] = []
+
+    def stop(recipe: Recipe, *_arguments: Any, **_named: Any) -> None:
+        seen.append([loss.name for loss in recipe.losses])
+        raise RunError("far enough")
+
+    monkeypatch.setattr("remap.pipeline.recommend.comparison_cells", stop)
+    recipe = tiny.recipe("student.weights=none", student="convnext_atto", method="full")
+    with pytest.raises(RunError, match="far enough"):
+        recommend(recipe, ["full"], tmp_path / "r", Silent(), "epochs=1")
+    assert "attention" in [loss.name for loss in recipe.losses] and seen == [["ce", "kd"]]
 
 
 def test_minutes_are_not_a_budget(tiny: Any, tmp_path: Path) -> None:

@@ -107,6 +107,22 @@ def test_ways_under_one_protocol(tiny: Any, tmp_path: Path, monkeypatch: pytest.
         compare_sessions(recipe, "blue,red/green", *arguments[2:])
 
 
+@pytest.mark.parametrize(
+    ("method", "ways", "why"),
+    [
+        ("taskres", ["lwf", "joint"], "taskres holds tensors of each class .*or the way lwf"),
+        ("coop", ["lwf", "ranpac"], "random features do not go with coop .*or the way ranpac"),
+    ],
+)
+def test_a_method_that_no_way_extends_is_refused_before_its_first_session(
+    tiny: Any, tmp_path: Path, method: str, ways: list[str], why: str
+) -> None:
+    recipe = tiny.recipe("train.epochs=1", method="linear")
+    with pytest.raises(RecipeError, match=why):
+        compare_sessions(recipe, "blue,green/red", [method], ways, 1, tmp_path, Silent())
+    assert not [*tmp_path.iterdir()]
+
+
 def test_folders_are_sessions_with_a_look_of_their_own(tiny: Any, tmp_path: Path) -> None:
     for look in ("day", "night"):
         for label in ("blue", "red"):

@@ -39,6 +39,12 @@ def test_trials_are_short_and_by_labels_alone_as_long(tiny: Any) -> None:
     assert (found["kd1"].train.epochs, found["labels"].train.epochs) == (2, 5)
     assert found["labels"].train.warmup_epochs == pytest.approx(0.5 * 11 / 5)
     assert not found["labels"].teachers and all(one.data.held_out == 0.2 for one in found.values())
+    # A trial chooses no epoch, so the images that the run holds out for that are learned from.
+    chooses = auto(
+        tiny, "data.labels=12", "train.epochs=8", "train.batch_size=2", "data.selection=0.4", "train.keep=best"
+    )
+    found = dict(trials(chooses, SharedResources()))
+    assert (found["kd1"].train.epochs, found["labels"].train.epochs) == (2, 5)
     # The 12 without labels alone: 6 steps an epoch.
     alone = auto(tiny, "data.labels=12", "data.unlabeled_only=true", "train.batch_size=2")
     found = dict(trials(alone, SharedResources()))

@@ -68,6 +68,20 @@ def test_a_weak_teacher_is_found_before_anything_is_trained(
     assert not [one for one in list_caches(cache_root()) if one.outputs]
 
 
+def test_another_recipe_does_not_learn_from_the_teacher_that_was_refused(
+    tiny: Any, noise: str, tmp_path: Path, watch: Callable[..., Any]
+) -> None:
+    """The advice is followed in the same folder: the head that was fitted there is not taken for a tuned teacher."""
+    out, options = tmp_path / "out", {"data": noise, "method": "bitfit", "losses": "ce,kd"}
+    with pytest.raises(TrainingError, match="not clearly above chance"):
+        _search(tiny.recipe(**options), out, watch(lambda done: None))
+    assert (out / "teacher" / "task" / "task.json").is_file()
+    progress = watch(lambda done: None)
+    with pytest.raises(TrainingError, match="not clearly above chance"):
+        _search(tiny.recipe("teacher.prepare=full", "teacher.epochs=1", **options), out, progress)
+    assert any("tuning it (full)" in line for line in progress.said)
+
+
 def test_a_head_that_was_refused_is_kept_and_refused_at_once(
     tiny: Any, noise: str, tmp_path: Path, watch: Callable[..., Any]
 ) -> None:

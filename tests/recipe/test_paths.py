@@ -25,6 +25,18 @@ def test_paths_become_absolute_and_names_stay(tmp_path: Path, monkeypatch: pytes
     assert recipe.written_out() == recipe
 
 
+def test_paths_in_options_of_methods_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a task could be opened from one folder alone."""
+    monkeypatch.chdir(tmp_path)
+    one = resolve(words={"method": "sidetune"}, settings=["method.side_weights=w.safetensors"]).written_out()
+    assert one.method.options == {"side": "lcnet_075", "side_weights": str(tmp_path / "w.safetensors")}
+    settings = [f"method.attention_copy.{option}" for option in ("teacher=local-dir:m", "weights=w.safetensors")]
+    several = resolve(words={"method": "lora+attention_copy"}, settings=settings).written_out()
+    options = several.method.options["attention_copy"]
+    assert (options["teacher"], options["weights"]) == (f"local-dir:{tmp_path / 'm'}", str(tmp_path / "w.safetensors"))
+    assert options["layers"] == "uniform" and several.written_out() == several
+
+
 def test_the_digest_does_not_depend_on_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "vit_small").mkdir()
     before = resolve(words={"student": "vit_small"}).digest()

@@ -135,6 +135,14 @@ def test_a_run_in_one_page(run: RunDir) -> None:
     assert drawn >= {"confusion", "reliability", "blocks", "curve-accuracy"}
 
 
+def test_an_accuracy_that_was_measured_once_is_no_curve(run: RunDir) -> None:
+    *earlier, last = run.metrics()
+    assert earlier and "accuracy, %" in Page(report_run(run, pngs=False)).text
+    run.write_metrics([*({"epoch": one["epoch"], "loss": one["loss"], "seconds": 1.0} for one in earlier), last])
+    text = Page(report_run(run, pngs=False)).text
+    assert "cross-entropy are computed, once, after the last epoch." in text and "accuracy, %" not in text
+
+
 def test_equal_shares_and_few_classes_say_nothing_empty(run: RunDir) -> None:
     """The top-5 accuracy of three classes is 100 %; a difference of nothing has no side."""
     edit(run.path / "summary.json", lambda found: found.update(baseline={"accuracy": found["student"]["accuracy"]}))

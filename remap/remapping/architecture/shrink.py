@@ -109,12 +109,6 @@ def shrink(teacher: Backbone, spec: ShrinkSpec, batches: Batches, folder: Path) 
     )
 
 
-def needs_images(spec: ShrinkSpec) -> bool:
-    """Return whether anything is measured on images."""
-    inside = any(value is not None for value in (spec.width, spec.heads, spec.mlp))
-    return (spec.depth is not None and spec.blocks == "sensitivity") or (inside and spec.importance == "taylor")
-
-
 def target_shape(teacher: Backbone, spec: ShrinkSpec) -> Shape:
     """Return the shape that is asked for; width or heads alone keep the teacher's head dimension.
 

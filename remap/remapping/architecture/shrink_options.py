@@ -1,6 +1,7 @@
 """What a student that is cut from its teacher keeps, and its short form ``shrink(teacher, depth=6, width=384)``."""
 
 import re
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -61,6 +62,31 @@ class ShrinkSpec(BaseModel):
         if all(size is None for size in (self.depth, self.width, self.heads, self.mlp)):
             raise ValueError("nothing is to be cut (give at least one of depth, width, heads, mlp)")
         return self
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether anything is measured on images."""
+        return (self.depth is not None and self.blocks == "sensitivity") or (
+            self._cuts_inside and self.importance == "taylor"
+        )
+
+    @property
+    def _cuts_inside(self) -> bool:
+        return any(size is not None for size in (self.width, self.heads, self.mlp))
+
+    def idle_problems(self, given: Iterable[str] | None = None) -> list[str]:
+        """Return a line for each option that chooses nothing: of those ``given``, or of those that are no default.
+
+        Among those given may be a seed, which draws the images.
+        """
+        fields = type(self).model_fields
+        named = [name for name in fields if getattr(self, name) != fields[name].default] if given is None else given
+        why = {
+            "importance": "" if self._cuts_inside else "only blocks are removed",
+            "blocks": "no block is removed" if self.depth is None else "",
+            **dict.fromkeys(("images", "seed"), "" if self.needs_images else "nothing is measured on images"),
+        }
+        return [f"{name}: chooses nothing, since {why[name]} (leave it out)" for name in named if why.get(name)]
 
     @property
     def word(self) -> str:

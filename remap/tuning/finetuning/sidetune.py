@@ -5,7 +5,7 @@ Letters: B batch, D width of the backbone's features, F of the side network's.
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -15,6 +15,7 @@ from remap.backbones.anatomy import Anatomy
 from remap.backbones.feature_network import side_network
 from remap.backbones.typed import input_channels
 from remap.errors import BackboneError
+from remap.registry import MAY_BE_PATH
 from remap.tuning.base import Attachment, Edits, Method, Options
 from remap.tuning.finetuning.mlp import require_one_feature
 from remap.tuning.seam import FeatureSeam
@@ -29,8 +30,12 @@ class SideTune(Method):
     """
 
     class Config(Options):
-        side: str = Field(default="lcnet_075", min_length=1, description="Name of the side network in timm.")
-        side_weights: str = Field(default="none", description='"none" (random), "pretrained" or a .safetensors file.')
+        side: Annotated[str, MAY_BE_PATH] = Field(
+            default="lcnet_075", min_length=1, description="Name of the side network in timm."
+        )
+        side_weights: Annotated[str, MAY_BE_PATH] = Field(
+            default="none", description='"none" (random), "pretrained" or a .safetensors file.'
+        )
 
     config: Config
 

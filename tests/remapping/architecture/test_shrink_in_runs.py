@@ -52,6 +52,8 @@ MISTAKES = [
     ({"student": "shrink(teacher, depth=0)", "teacher": "mini_teacher"}, "greater than or equal to 1"),
     ({"student": "shrink(teacher, depth=2, importance=size)", "teacher": "mini_teacher"}, "not one of taylor"),
     ({"student": "shrink(teacher, width=100, heads=3)", "teacher": "mini_teacher"}, "not a multiple of heads 3"),
+    ({"student": "shrink(teacher, depth=2, importance=magnitude)", "teacher": "mini_teacher"}, "chooses nothing"),
+    ({"student": "shrink(teacher, mlp=64, blocks=uniform)", "teacher": "mini_teacher"}, "no block is removed"),
     ({"student": "shrink(teacher, depth=2)", "teacher": "self"}, "made of the student"),
     ({"student": "shrink(teacher, depth=2)", "teacher": "mini_teacher", "weights": "none"}, "its teacher's weights"),
 ]

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import Field
@@ -20,6 +20,7 @@ from remap.backbones.build import build
 from remap.backbones.preprocess import PreprocessSpec
 from remap.backbones.typed import layer_at
 from remap.errors import BackboneError, RunError
+from remap.registry import MAY_BE_PATH
 from remap.remapping.alignment import Interpolation
 from remap.remapping.knowledge.attention.teacher_maps import TeacherMaps
 from remap.tuning.base import Attachment, Edits, Method, Options
@@ -45,8 +46,12 @@ class AttentionCopy(Method):
     """
 
     class Config(Options):
-        teacher: str = Field(default="mini_teacher", min_length=1, description="Short or timm name of the teacher.")
-        weights: str = Field(default="pretrained", min_length=1, description='"pretrained" or a .safetensors file.')
+        teacher: Annotated[str, MAY_BE_PATH] = Field(
+            default="mini_teacher", min_length=1, description="Short or timm name of the teacher."
+        )
+        weights: Annotated[str, MAY_BE_PATH] = Field(
+            default="pretrained", min_length=1, description='"pretrained" or a .safetensors file.'
+        )
         preset: Literal["none", "mae", "moco_v3"] | None = Field(
             default=None,
             description="How self-supervised weights are read; null is what the teacher's short name implies.",
