@@ -172,6 +172,7 @@ def on_meta(name: str) -> nn.Module:
     ("name", "method", "options", "words"),
     [
         ("test_nfnet", "norm", {}, "no norms"),
+        ("dm_nfnet_f0", "norm", {}, "no norms"),  # whose blocks own a gain
         ("starnet_s050", "vpt_deep", {}, "it needs blocks of attention"),
         ("levit_128s", "vpt_pad", {}, "takes no images of 234 x 234"),
         ("starnet_s050", "lora", {"targets": ["q"]}, "no block of this backbone has a layer called q"),
