@@ -45,7 +45,8 @@ def describe(config: Mapping[str, Any]) -> Described:
             pool = str(vision.get("timm_pool", "avg"))
             if pool in _OWN_POOLS:
                 raise ValueError(f"timm_pool {pool!r}")
-            architecture, arguments = str(vision["timm_model_name"]), {"global_pool": pool} if pool else {}
+            architecture = str(vision["timm_model_name"])
+            arguments: dict[str, Any] = {"global_pool": pool} if pool else {}
         else:
             architecture = "vit_base_patch16_clip_224"
             arguments = {
