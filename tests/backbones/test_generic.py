@@ -15,6 +15,7 @@ from remap.backbones.build import Backbone, build
 from remap.backbones.families import FAMILIES
 from remap.backbones.families.stages import StageBlock
 from remap.backbones.lookup import family_of_name
+from remap.backbones.projected_head import ProjectedHead
 from remap.errors import BackboneError
 from remap.network import Network, tuned
 from remap.remapping.knowledge.features.tokens import TokenFeature
@@ -172,6 +173,7 @@ def on_meta(name: str) -> nn.Module:
     ("name", "method", "options", "words"),
     [
         ("test_nfnet", "norm", {}, "no norms"),
+        ("dm_nfnet_f0", "norm", {}, "no norms"),  # whose blocks own a gain
         ("starnet_s050", "vpt_deep", {}, "it needs blocks of attention"),
         ("levit_128s", "vpt_pad", {}, "takes no images of 234 x 234"),
         ("starnet_s050", "lora", {"targets": ["q"]}, "no block of this backbone has a layer called q"),
@@ -184,6 +186,16 @@ def test_what_does_not_fit_is_refused_with_a_reason(name: str, method: str, opti
     model = on_meta(name)
     with pytest.raises(BackboneError, match=words):
         attach_method(model, anatomy_of(model), method, options)
+
+
+def test_scales_of_a_network_with_two_embeddings_leave_its_classifiers_alone() -> None:
+    """Source: timm's CrossViT has a patch embedding, a first stage and a classifier for each of its branches."""
+    model = on_meta("crossvit_tiny_240")
+    anatomy = anatomy_of(model)
+    with torch.device("meta"):
+        added = attach_method(model, anatomy, "ssf", {}).added
+    assert {f"patch_embed.{branch}.proj.remap_ssf" for branch in (0, 1)} <= set(added)
+    assert not any(anatomy.is_head(path) for path in added)
 
 
 def test_sizes_are_passed_on_or_refused() -> None:
@@ -202,3 +214,15 @@ def test_variants_that_exact_families_do_not_read_fall_through() -> None:
         model = timm.create_model("vit_tiny_patch16_224", block_fn=timm.models.vision_transformer.ResPostBlock)
     anatomy = anatomy_of(model)
     assert anatomy.family == "generic" and all(isinstance(block, StageBlock) for block in anatomy.blocks)
+
+
+@pytest.mark.parametrize("projected", [True, False])
+def test_a_classifier_behind_a_projection_is_one(projected: bool) -> None:
+    """Also where it has as many classes as the projection has dimensions, and where there is no projection."""
+    model = timm.create_model("test_efficientnet", num_classes=0)
+    shared = 7 if projected else model.num_features
+    proj = nn.Linear(model.num_features, shared, bias=False) if projected else nn.Identity()
+    model.classifier = ProjectedHead(proj, shared, 7)
+    anatomy = anatomy_of(model)
+    assert (anatomy.classifier_heads, anatomy.projected_width) == (("classifier.classifier",), shared)
+    assert anatomy.averaged_heads and anatomy.width == model.num_features

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from tiny_models import tiny_models
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import anatomy_of, module_at
 from remap.errors import BackboneError
 from remap.remapping.knowledge.attention.maps import AttentionTransfer
+from remap.remapping.knowledge.attention.relations import Relations
 from remap.remapping.objective import Pair
 from remap.remapping.signals import Attention, Needs, Signals
 from remap.remapping.tap import Tap
@@ -105,6 +107,16 @@ def test_a_student_is_compared_on_its_last_grid() -> None:
     assert AttentionTransfer(pair, AttentionTransfer.Config()).blocks == ((3, 3),)
     with pytest.raises(BackboneError, match="grid of the student's last stage"):
         AttentionTransfer(pair, AttentionTransfer.Config(layers=((2, 3),)))
+
+
+def test_relation_heads_divide_the_widths_of_both() -> None:
+    """6 heads of 8 channels and 5 of 8: the divisors of 48 and 40 up to the teacher's 6 heads end with 4."""
+    sizes = {"embed_dims": (16, 16, 32, 48), "num_heads": (1, 1, 2, 6)}
+    teacher = anatomy_of(tiny_models("methods")["tiny_vit"].build(3, **sizes))
+    student = anatomy_of(VisionTransformer(img_size=64, patch_size=32, embed_dim=40, depth=1, num_heads=5))
+    assert Relations(Pair(student, teacher, 3), Relations.Config()).heads == 4
+    with pytest.raises(BackboneError, match="must divide the attention widths of both"):
+        Relations(Pair(student, teacher, 3), Relations.Config(relation_heads=5))
 
 
 @pytest.mark.parametrize("name", ["hiera", "tiny_vit"])

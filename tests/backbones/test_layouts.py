@@ -16,6 +16,7 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
 from remap.backbones.build import build
+from remap.backbones.checkpoints.open_clip import describe as describe_open_clip
 from remap.backbones.checkpoints.transformers_config import describe
 from remap.backbones.loading import Loaded, create
 from remap.backbones.lookup import family_of_name
@@ -53,6 +54,11 @@ FOLDERS: dict[str, tuple[type[nn.Module], Any, str]] = {
     "convnext": (hf.ConvNextForImageClassification, hf.ConvNextConfig(**STAGES, **LABELS), "convnext"),
     "convnextv2": (hf.ConvNextV2ForImageClassification, hf.ConvNextV2Config(**STAGES, **LABELS), "convnext"),
     "clip": (hf.CLIPModel, hf.CLIPConfig(vision_config=PLAIN, text_config=TEXT), "vit"),
+    "clip, classifier": (
+        hf.CLIPForImageClassification,
+        hf.CLIPConfig(vision_config=PLAIN, text_config=TEXT, **LABELS),
+        "vit",
+    ),
     "clip, vision": (hf.CLIPVisionModel, hf.CLIPVisionConfig(**PLAIN), "vit"),
     "siglip, vision": (hf.SiglipVisionModel, hf.SiglipVisionConfig(**PLAIN), "vit"),
     "siglip, classifier": (
@@ -193,6 +199,54 @@ def test_the_image_tower_of_a_folder_of_open_clip(quick: bool, tmp_path: Path) -
     images = torch.randn(2, 3, SIDE, SIDE)
     _agree(loaded.model.eval()(images), _theirs(model, images))
     assert build(f"local-dir:{tmp_path}", "pretrained", 3).preprocess.mean == (0.1, 0.2, 0.3)
+
+
+def _towers_of_open_clip() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+    """Towers whose pooling is not the one that timm's model has by itself, with their entries of the configuration."""
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import VisionTransformer as OpenClipTower
+
+    own: Any = _random(lambda: OpenClipTower(SIDE, 8, 32, 2, 2, 2.0, output_dim=8, pool_type="avg"))
+    own.proj = None  # it is not part of the tower
+    sizes = {"layers": 2, "width": 32, "patch_size": 8, "head_width": 16, "mlp_ratio": 2.0}
+    return {
+        "open_clip's, mean": (own, {**sizes, "image_size": SIDE, "pool_type": "avg"}),
+        "timm's, mean": (
+            _random(lambda: TimmModel("test_vit", 64, 160, pool="avg", proj="none")),
+            {"timm_model_name": "test_vit", "image_size": 160, "timm_pool": "avg", "timm_proj": "none"},
+        ),
+    }
+
+
+@pytest.mark.parametrize("tower", ["open_clip's, mean", "timm's, mean"])
+@torch.no_grad()
+def test_a_tower_of_open_clip_pools_as_its_configuration_says(tower: str, tmp_path: Path) -> None:
+    model, vision = _towers_of_open_clip()[tower]
+    save_file({f"visual.{key}": t for key, t in model.state_dict().items()}, tmp_path / "open_clip_model.safetensors")
+    whole = {"model_cfg": {"embed_dim": 8, "vision_cfg": vision}, "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(whole))
+    images = torch.randn(2, 3, vision["image_size"], vision["image_size"])
+    _agree(create(f"local-dir:{tmp_path}", "pretrained", {}).model.eval()(images), model(images))
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({"timm_model_name": "resnet18", "timm_pool": "abs_attn"}, "timm_pool 'abs_attn'"),
+        ({"norm_kwargs": {"eps": 1e-6}}, "norm_kwargs"),
+        ({"act_kwargs": {"approximate": "tanh"}}, "act_kwargs"),
+    ],
+)
+def test_what_changes_a_tower_of_open_clip_is_refused(entry: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        describe_open_clip({"model_cfg": {"vision_cfg": {"layers": 2, "width": 64, "patch_size": 8, **entry}}})
+
+
+def test_the_second_name_of_a_vision_configuration_counts() -> None:
+    """Older files of CLIP have both, and transformers takes this one where they differ."""
+    values = {"model_type": "clip", "vision_config": {**PLAIN, "num_attention_heads": 4}, "vision_config_dict": PLAIN}
+    ours = describe(values, None).arguments["num_heads"]  # first: transformers changes what it is given
+    assert ours == hf.CLIPConfig(**values).vision_config.num_attention_heads == 2
 
 
 NARROW = {"img_size": SIDE, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2}

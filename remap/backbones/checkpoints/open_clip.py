@@ -5,8 +5,13 @@ from typing import Any
 
 from remap.backbones.checkpoints.layout import Described, Layout, rules
 
-# What changes the forward pass of open_clip's own tower, and timm's has no argument for.
-_UNKNOWN = ("attentional_pool", "attn_pooler_queries", "input_patchnorm", "pos_embed_type", "final_ln_after_pool")
+# What changes the forward pass of open_clip's own tower, and is not read here.
+_UNKNOWN = (
+    "attentional_pool", "attn_pooler_queries", "input_patchnorm", "pos_embed_type", "final_ln_after_pool",
+    "act_kwargs", "norm_kwargs",
+)  # fmt: skip
+# Poolings of open_clip's own behind a network of timm.
+_OWN_POOLS = ("abs_attn", "rot_attn")
 _WIDTH_OF_HEAD, _MLP_RATIO, _SIDE = 64, 4.0, 224
 
 LAYOUT = Layout(
@@ -37,7 +42,11 @@ def describe(config: Mapping[str, Any]) -> Described:
         if "timm_model_name" in vision:
             if vision.get("timm_proj") not in (None, "", "none", "linear", "mlp"):
                 raise ValueError("timm_proj")
-            architecture, arguments = str(vision["timm_model_name"]), {}
+            pool = str(vision.get("timm_pool", "avg"))
+            if pool in _OWN_POOLS:
+                raise ValueError(f"timm_pool {pool!r}")
+            architecture = str(vision["timm_model_name"])
+            arguments: dict[str, Any] = {"global_pool": pool} if pool else {}
         else:
             architecture = "vit_base_patch16_clip_224"
             arguments = {
@@ -49,7 +58,9 @@ def describe(config: Mapping[str, Any]) -> Described:
                 "mlp_ratio": vision.get("mlp_ratio", _MLP_RATIO),
                 "pre_norm": not vision.get("no_ln_pre", False),
                 "act_layer": "quick_gelu" if model.get("quick_gelu") else "gelu",
+                # Its last norm stands in front of the pooling, also of the mean.
                 "global_pool": {"tok": "token", "avg": "avg"}[vision.get("pool_type", "tok")],
+                "fc_norm": False,
             }
             if "ls_init_value" in vision and vision["ls_init_value"] is not None:
                 raise ValueError("ls_init_value")

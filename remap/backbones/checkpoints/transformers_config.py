@@ -37,7 +37,8 @@ def describe(config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None) 
         raise ValueError(f"model_type {kind[:40]!r} is not one of {', '.join(_KINDS)}")
     # Of a model of images and texts, a part describes the images; what the weights are for stands outside.
     try:
-        vision = {**config.get("vision_config", config), "architectures": config.get("architectures") or []}
+        vision = {**config.get("vision_config", config), **(config.get("vision_config_dict") or {})}
+        vision["architectures"] = config.get("architectures") or []
         found = _KINDS[kind](vision)
         side = _side(vision.get("image_size", 224))
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
@@ -174,9 +175,12 @@ _SIGLIP = {**_TOWER, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer
 
 
 def _clip(config: Mapping[str, Any]) -> Described:
+    """Of a classifier, which reads the mean of the patches in front of the last norm, timm's model has no such norm."""
     config = {**_CLIP, **config}
-    more = {"act_layer": _act(config), "pre_norm": True, "global_pool": "token"}
-    return _plain("vit_base_patch16_clip_224", config, **more)
+    pool: dict[str, Any] = {"global_pool": "token"}
+    if "ForImageClassification" in str(config["architectures"]):
+        pool = {"global_pool": "avg", "final_norm": False, "fc_norm": False}
+    return _plain("vit_base_patch16_clip_224", config, act_layer=_act(config), pre_norm=True, **pool)
 
 
 def _siglip(config: Mapping[str, Any]) -> Described:

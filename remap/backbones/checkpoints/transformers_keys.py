@@ -161,12 +161,16 @@ _CONVNEXT = Layout(
 
 
 def _of_clip(tensors: Tensors) -> Tensors:
-    """Give the tokens their batch axis, and divide the pooling's in-projection; a classifier pools by the mean."""
+    """Give the tokens their batch axis, and divide the pooling's in-projection.
+
+    A classifier pools by the mean: SigLIP's leaves the attention pooling out, CLIP's the norm behind the blocks.
+    """
     if "cls_token" in tensors:
         tensors["cls_token"] = tensors["cls_token"].reshape(1, 1, -1)
     tensors["pos_embed"] = tensors["pos_embed"].unsqueeze(0)
     if "head.weight" in tensors:
-        return {name: tensor for name, tensor in tensors.items() if not name.startswith("attn_pool.")}
+        unused = "norm." if "cls_token" in tensors else "attn_pool."
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
     width = tensors["pos_embed"].shape[-1]
     for kind in ("weight", "bias"):
         joined = tensors.pop(f"attn_pool.in_proj_{kind}", None)

@@ -15,6 +15,7 @@ from remap.backbones.families.base import Family
 from remap.backbones.families.reading import configured_image_size
 from remap.backbones.families.stages import stage_blocks
 from remap.backbones.families.watching import Layer, deepest, unfit_size, watched
+from remap.backbones.projected_head import ProjectedHead
 from remap.backbones.typed import as_timm
 from remap.errors import BackboneError
 
@@ -110,7 +111,8 @@ def _classifiers(model: nn.Module) -> tuple[list[str], bool]:
 def _layers(classifier: nn.Module) -> list[nn.Module]:
     """Return the layers of a classifier that is a pooling or a norm and such layers; else, and if it has none, itself.
 
-    A hidden layer begins anew with the classifier, and is a part of it.
+    A hidden layer begins anew with the classifier, and is a part of it. Behind a projection it stands as a whole.
     """
     layers = [module for module in classifier.modules() if isinstance(module, Layer)]
-    return [*layers] if len({layer.weight.shape[0] for layer in layers}) == 1 else [classifier]
+    one_size = len({layer.weight.shape[0] for layer in layers}) == 1
+    return [*layers] if one_size and not isinstance(classifier, ProjectedHead) else [classifier]

@@ -27,11 +27,14 @@ class _LateAttention(Generic):
     def read(self, model: Any) -> Anatomy:
         anatomy = super().read(model)
         stages = [block for block in anatomy.blocks if isinstance(block, StageBlock)]
-        blocks = tuple(replace(stage, heads=heads) for stage, heads in zip(stages, self._heads(model), strict=True))
+        blocks = tuple(
+            replace(stage, heads=heads, head_dim=head_dim)
+            for stage, (heads, head_dim) in zip(stages, self._heads(model), strict=True)
+        )
         return replace(anatomy, family=self.name, blocks=blocks)
 
-    def _heads(self, model: Any) -> list[int]:
-        """Return the heads of each stage's last block, 0 where it has no attention."""
+    def _heads(self, model: Any) -> list[tuple[int, int]]:
+        """Return the heads of each stage's last block and their width; 0 and 0 where it has no attention."""
         raise NotImplementedError
 
     def _no_attention(self, index: int, why: str) -> BackboneError:
@@ -58,8 +61,9 @@ class TinyViT(_LateAttention):
             for block in getattr(stage, "blocks", [None])
         )
 
-    def _heads(self, model: Any) -> list[int]:
-        return [0, *(stage.blocks[-1].num_heads for stage in model.stages[1:])]
+    def _heads(self, model: Any) -> list[tuple[int, int]]:
+        attentions = [stage.blocks[-1].attn for stage in model.stages[1:]]
+        return [(0, 0), *((attention.num_heads, attention.key_dim) for attention in attentions)]
 
     def watch_attention(
         self, model: Any, index: int, keep: KeepScores, *, values: bool = False
@@ -99,8 +103,9 @@ class Hiera(_LateAttention):
             and all(exactly(block, HieraBlock) and exactly(block.attn, MaskUnitAttention) for block in model.blocks)
         )
 
-    def _heads(self, model: Any) -> list[int]:
-        return [model.blocks[end].attn.heads for end in model.stage_ends]
+    def _heads(self, model: Any) -> list[tuple[int, int]]:
+        attentions = [model.blocks[end].attn for end in model.stage_ends]
+        return [(attention.heads, attention.head_dim) for attention in attentions]
 
     def watch_attention(
         self, model: Any, index: int, keep: KeepScores, *, values: bool = False

@@ -113,11 +113,15 @@ def real(model: nn.Module, paths: Iterable[str]) -> tuple[str, ...]:
 
 
 def norm_paths(model: nn.Module) -> set[str]:
-    """Return the paths of the norms that own parameters. Modules that only hold norms have no parameters."""
+    """Return the paths of the norms that own a weight or a bias.
+
+    Modules that only hold norms do not, and blocks without norms (``NormFreeBlock``) own a gain at most.
+    """
     return {
         path
         for path, module in model.named_modules()
-        if "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
+        if "norm" in type(module).__name__.lower()
+        and {"weight", "bias"} & {name for name, _ in module.named_parameters(recurse=False)}
     }
 
 

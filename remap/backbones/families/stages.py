@@ -22,11 +22,13 @@ class StageBlock(ConvBlock):
 
     ``block`` is the module at whose output the stage ends, "" where that is unknown. ``projections`` are all its linear
     layers and convolutions, by "linear:" or "conv:" and a name; ``norms`` are in no certain order. ``parameters`` are
-    the names of all that the stage has. ``heads`` counts those of its last attention, where that is known.
+    the names of all that the stage has. ``heads`` and ``head_dim`` are those of its last attention, where they are
+    known.
     """
 
     parameters: tuple[str, ...] = ()
     heads: int = 0
+    head_dim: int = 0
 
 
 def stage_blocks(model: nn.Module, heads: Sequence[str], seen: Seen) -> tuple[StageBlock, ...]:

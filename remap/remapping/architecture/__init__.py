@@ -22,7 +22,8 @@ ARCHITECTURES: Registry[RemappingEntry] = Registry(
             category="architecture",
             summary="gates learn which frozen blocks to skip, with a cost of those that stay open (a tuning method)",
             paper="Morgado and Vasconcelos 2019, arXiv 1907.00274",
-            needs="any backbone; taking closed blocks out, one list of equal blocks (vit, eva, beit)",
+            needs="a backbone that is not read by its stages; taking closed blocks out, one list of equal blocks "
+            "(vit, eva, beit)",
             mismatch="whole blocks go; gates of those that stay are folded into their weights",
         ),
     ],

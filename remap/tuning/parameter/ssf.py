@@ -96,7 +96,8 @@ def _fold(model: nn.Module, scaled: list[tuple[_ScaledLayer, ScaleShift]]) -> No
 def _scaled_layers(model: nn.Module, anatomy: Anatomy) -> Iterator[_ScaledLayer]:
     embedding = module_at(model, anatomy.input_module)
     layers = [name for name, module in embedding.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    if layers:  # a text tower looks its tokens up
+    # A text tower looks its tokens up; where several modules take the image, they are layers of the first stage.
+    if layers and anatomy.input_module:
         yield _called(model, ".".join(filter(None, (anatomy.input_module, layers[-1]))))
     for norm in (*anatomy.embedding_norms, anatomy.final_norm):
         if norm is not None and module_at(model, norm)._parameters.get("weight") is not None:

@@ -6,18 +6,18 @@ Letters: B batch, C channels, b border in pixels, H and W what the frame surroun
 import torch
 from torch import Tensor, nn
 
-from remap.backbones.anatomy import Anatomy, module_at
+from remap.backbones.typed import input_channels
 from remap.errors import BackboneError
 
 
 class Frame(nn.Module):
     """``rows`` (1, C, 2b, W) holds the upper and the lower rows, ``columns`` (1, C, H, 2b) those at the sides."""
 
-    def __init__(self, border: int, inner_height: int, width: int, like: Tensor) -> None:
+    def __init__(self, border: int, inner_height: int, width: int, model: nn.Module) -> None:
         super().__init__()
-        self.border = border
+        self.border, channels, like = border, input_channels(model), next(model.parameters())
         shapes = ((2 * border, width), (inner_height, 2 * border))
-        empty = (torch.empty(1, like.shape[1], *shape, device=like.device, dtype=like.dtype) for shape in shapes)
+        empty = (torch.empty(1, channels, *shape, device=like.device, dtype=like.dtype) for shape in shapes)
         self.rows, self.columns = map(nn.Parameter, empty)
 
     def around(self, rows: Tensor, columns: Tensor, inner_BCHW: Tensor) -> Tensor:
@@ -26,11 +26,6 @@ class Frame(nn.Module):
         above, below = rows.to(dtype).expand(batch, -1, -1, -1).split(self.border, dim=2)
         left, right = columns.to(dtype).expand(batch, -1, -1, -1).split(self.border, dim=3)
         return torch.cat([above, torch.cat([left, inner_BCHW, right], dim=3), below], dim=2)
-
-
-def input_weight(model: nn.Module, anatomy: Anatomy) -> Tensor:
-    """Return the weight (D, C, kernel height, kernel width) of the module that takes the image."""
-    return next(module_at(model, anatomy.input_module).parameters())
 
 
 def require_size(images_BCHW: Tensor, size: tuple[int, int]) -> None:

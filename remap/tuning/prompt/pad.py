@@ -11,7 +11,7 @@ from remap.backbones.anatomy import Anatomy
 from remap.backbones.families.base import family_of
 from remap.backbones.preprocess import PreprocessSpec
 from remap.tuning.base import Attachment, Edits, Method, Options
-from remap.tuning.prompt.border import Frame, input_weight, require_size
+from remap.tuning.prompt.border import Frame, require_size
 
 
 class VPTPad(Method):
@@ -30,7 +30,7 @@ class VPTPad(Method):
         height, width = (side + 2 * self.config.border for side in anatomy.image_size)
         family_of(anatomy).require_size(model, anatomy, (height, width))
         spec = PreprocessSpec.of(model)
-        frame = _Enlarging(self.config.border, anatomy.image_size, spec, input_weight(model, anatomy))
+        frame = _Enlarging(self.config.border, anatomy.image_size, spec, model)
         edits = Edits(model)
         edits.insert("remap_vpt_pad", frame)
         edits.before(anatomy.input_module, frame.enlarge)
@@ -41,12 +41,12 @@ class _Enlarging(Frame):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, border: int, image_size: tuple[int, int], spec: PreprocessSpec, like: Tensor) -> None:
+    def __init__(self, border: int, image_size: tuple[int, int], spec: PreprocessSpec, model: nn.Module) -> None:
         height, width = image_size
-        super().__init__(border, height, width + 2 * border, like)
+        super().__init__(border, height, width + 2 * border, model)
         self.image_size = image_size
         for name in ("mean", "std"):
-            value = torch.tensor(getattr(spec, name), device=like.device, dtype=like.dtype)
+            value = torch.tensor(getattr(spec, name), device=self.rows.device, dtype=self.rows.dtype)
             self.register_buffer(name, value.view(1, -1, 1, 1), persistent=False)
         for pixels in (self.rows, self.columns):
             nn.init.uniform_(pixels, 0.0, 1.0)

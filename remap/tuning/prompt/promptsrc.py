@@ -18,6 +18,7 @@ from remap.backbones.typed import as_timm
 from remap.tuning.base import Attachment, Edits, Method, TrainingHooks
 from remap.tuning.prompt.context import ContextOptions, DeepContext
 from remap.tuning.prompt.maple import ImagePrompts, attach_both, common_depth
+from remap.tuning.prompt.sequence_prompts import without_prompts
 from remap.tuning.words import WordHead, zero_shot
 
 
@@ -63,7 +64,7 @@ class BesideFrozen(TrainingHooks):
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, words: WordHead, prompts: ImagePrompts) -> None:
-        self.model, self.words, self.prompts = model, words, prompts
+        self.model, self.anatomy, self.words, self.prompts = model, anatomy, words, prompts
         head = module_at(model, anatomy.classifier_heads[0].rpartition(".")[0])
         assert isinstance(head, ProjectedHead)
         self.head = head
@@ -79,14 +80,10 @@ class BesideFrozen(TrainingHooks):
         """Forward pre-hook of the module that takes the image: run the frozen model on it."""
         if self.prompts.idle or not (self.words.learns and torch.is_grad_enabled()):
             return
-        self.prompts.idle = True
-        try:
-            with torch.no_grad():
-                model = as_timm(self.model)
-                pooled_BD = model.forward_head(model.forward_features(args[0]), pre_logits=True)
-                self.frozen_BE = F.normalize(self.head.proj(pooled_BD), dim=-1)
-        finally:
-            self.prompts.idle = False
+        with without_prompts(self.model, self.anatomy, self.prompts), torch.no_grad():
+            model = as_timm(self.model)
+            pooled_BD = model.forward_head(model.forward_features(args[0]), pre_logits=True)
+            self.frozen_BE = F.normalize(self.head.proj(pooled_BD), dim=-1)
 
     def see_features(self, module: nn.Module, args: tuple) -> None:
         """Forward pre-hook of the classifier."""

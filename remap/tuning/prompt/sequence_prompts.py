@@ -4,6 +4,8 @@ Letters: B batch, T tokens of the backbone (prefix and patches), P prefix tokens
 (h, w) patch size.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -127,29 +129,23 @@ class Prompts(nn.Module):
         return tokens.reshape(images * rows * columns, -1)[: self.length]
 
 
-class Room:
-    """Room for the prompts in the blocks that have them, from the start; rotary models and others need it."""
-
-    def __init__(self, model: nn.Module, anatomy: Anatomy, prompts: Prompts) -> None:
-        self._make = partial(admit_tokens, model, anatomy, prompts.length, prompts.own.start)
-        self.open()
-
-    def open(self) -> None:
-        """Make it, also again."""
-        self._undo = self._make()
-
-    def close(self) -> None:
-        """Take it away."""
-        self._undo()
-
-
-def attach_prompts(edits: Edits, anatomy: Anatomy, prompts: Prompts) -> Room:
-    """Insert the module and let the blocks prepend its prompts; return the room that was made for them."""
+def attach_prompts(edits: Edits, anatomy: Anatomy, prompts: Prompts) -> None:
+    """Insert the module and let the blocks, which get room for them, prepend its prompts."""
     edits.insert(PATH, prompts, weight_like(edits.model, anatomy))
     for index in range(prompts.own.start, anatomy.depth):
         block = anatomy.blocks[index].block
         edits.before(block, partial(prompts.put_in, index, prompts.dropout(index)))
         edits.after(block, partial(prompts.take_out, index))
-    room = Room(edits.model, anatomy, prompts)
-    edits.undo_by(room.close)
-    return room
+    edits.undo_by(admit_tokens(edits.model, anatomy, prompts.length, prompts.own.start))
+
+
+@contextmanager
+def without_prompts(model: nn.Module, anatomy: Anatomy, prompts: Prompts) -> Iterator[None]:
+    """Leave the prompts out while the block runs, and the room for them: rotary models count their tokens."""
+    give_back = admit_tokens(model, anatomy, -prompts.length, prompts.own.start)
+    prompts.idle = True
+    try:
+        yield
+    finally:
+        prompts.idle = False
+        give_back()

@@ -4,12 +4,12 @@ Letters: B batch, b border, (H, W) image size.
 """
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
 from remap.tuning.base import Attachment, Edits, Method, Options
-from remap.tuning.prompt.border import Frame, input_weight, require_size
+from remap.tuning.prompt.border import Frame, require_size
 
 
 class VP(Method):
@@ -32,7 +32,7 @@ class VP(Method):
             raise BackboneError(
                 "the border covers the whole image", given=f"border={border}", allowed=f"1 to {(side - 1) // 2}"
             )
-        frame = _Added(border, anatomy.image_size, input_weight(model, anatomy))
+        frame = _Added(border, anatomy.image_size, model)
         for pixels in frame.parameters():
             nn.init.normal_(pixels, std=self.config.init_std)
         edits = Edits(model)
@@ -43,8 +43,8 @@ class VP(Method):
 
 
 class _Added(Frame):
-    def __init__(self, border: int, image_size: tuple[int, int], like: Tensor) -> None:
-        super().__init__(border, image_size[0] - 2 * border, image_size[1], like)
+    def __init__(self, border: int, image_size: tuple[int, int], model: nn.Module) -> None:
+        super().__init__(border, image_size[0] - 2 * border, image_size[1], model)
         self.image_size = image_size
 
     def add(self, module: nn.Module, args: tuple) -> tuple:

@@ -15,7 +15,7 @@ from remap.backbones.typed import evaluating, pooled_features
 from remap.errors import BackboneError
 from remap.tuning.base import NO_HOOKS, Attachment, Edits, Method, Sample, TrainingHooks, vectors
 from remap.tuning.prompt.prompts import PATH, PromptOptions, weight_like
-from remap.tuning.prompt.sequence_prompts import Prompts, Room, attach_prompts
+from remap.tuning.prompt.sequence_prompts import Prompts, attach_prompts, without_prompts
 from remap.tuning.prompt.vpt_swin import attach_to_windows
 from remap.tuning.seam import BlockSeam
 
@@ -68,8 +68,8 @@ class ClassMeans(TrainingHooks):
 
     wants_sample = True
 
-    def __init__(self, model: nn.Module, prompts: Prompts, room: Room) -> None:
-        self.model, self.prompts, self.room = model, prompts, room
+    def __init__(self, model: nn.Module, anatomy: Anatomy, prompts: Prompts) -> None:
+        self.model, self.anatomy, self.prompts = model, anatomy, prompts
 
     @torch.no_grad()
     def prepare(self, sample: Sample) -> None:
@@ -79,19 +79,12 @@ class ClassMeans(TrainingHooks):
 
     def _class_means(self, sample: Sample) -> Tensor:
         """Return (C, D), pooled features of the frozen backbone; classes without an image are left out."""
-        # Without the prompts, and so without the room that was made for them.
-        self.room.close()
-        self.prompts.idle = True
         sums_CD = counts_C = torch.zeros(())
-        try:
-            with evaluating(self.model):
-                for images_BCHW, labels_B in sample.labeled("init: class_mean"):
-                    pooled_BD = pooled_features(self.model, images_BCHW)
-                    chosen_BC = F.one_hot(labels_B, sample.num_classes).to(pooled_BD.dtype)
-                    sums_CD, counts_C = chosen_BC.T @ pooled_BD + sums_CD, chosen_BC.sum(0) + counts_C
-        finally:
-            self.prompts.idle = False
-            self.room.open()
+        with without_prompts(self.model, self.anatomy, self.prompts), evaluating(self.model):
+            for images_BCHW, labels_B in sample.labeled("init: class_mean"):
+                pooled_BD = pooled_features(self.model, images_BCHW)
+                chosen_BC = F.one_hot(labels_B, sample.num_classes).to(pooled_BD.dtype)
+                sums_CD, counts_C = chosen_BC.T @ pooled_BD + sums_CD, chosen_BC.sum(0) + counts_C
         seen = counts_C > 0
         return sums_CD[seen] / counts_C[seen, None]
 
@@ -116,7 +109,7 @@ def _attach(model: nn.Module, anatomy: Anatomy, config: PromptOptions, own: rang
             add = partial(prompts.add_to_tokens, index, prompts.dropouts[index - own.start])
             edits.before(anatomy.blocks[index].block, add)
         return Attachment(edits, no_decay=_without_decay(edits), identity_at_init=False, seam=seam)
-    room = attach_prompts(edits, anatomy, prompts)
+    attach_prompts(edits, anatomy, prompts)
     return Attachment(
         edits,
         no_decay=_without_decay(edits),
@@ -124,7 +117,7 @@ def _attach(model: nn.Module, anatomy: Anatomy, config: PromptOptions, own: rang
         extra_tokens=prompts.length,
         tokens_from=own.start,
         seam=seam,
-        hooks=ClassMeans(model, prompts, room) if config.init == "class_mean" else NO_HOOKS,
+        hooks=ClassMeans(model, anatomy, prompts) if config.init == "class_mean" else NO_HOOKS,
     )
 
 

@@ -15,7 +15,7 @@ from remap.tuning.attaching import attach_method
 
 Build = Callable[..., nn.Module]
 
-ONE_OF_EACH = ["plain", "dinov3", "beit", "swin", "convnext", "resnet"]
+ONE_OF_EACH = ["plain", "naflexvit", "dinov3", "beit", "swin", "convnext", "resnet"]
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_a_border_without_an_inside_is_refused(attach_vp: Callable[..., Attached
         attach_vp("plain", border=border)
 
 
-@pytest.mark.parametrize("backbone", ["vit_base_patch16_224", "resnet50", "swin_base_patch4_window7_224"])
+@pytest.mark.parametrize("backbone", ["vit_base_patch16_224", "resnet50", "swin_base_patch4_window7_224", "tresnet_m"])
 def test_trained_parameters(count_on_meta: Callable[..., int], backbone: str) -> None:
     """2*C*b*(H + W - 2b) at b = 30 and 224 pixels, the paper's 69,840."""
     assert count_on_meta(backbone, "vp", {}) == 2 * 3 * 30 * (224 + 224 - 60) == METHODS.row("vp").vit_base

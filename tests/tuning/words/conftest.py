@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -39,12 +40,11 @@ def tokenize(texts: Sequence[str]) -> Tensor:
     return torch.tensor(rows)
 
 
-@pytest.fixture(scope="session")
-def plain() -> nn.Module:
-    """The image tower with its projection and zero-shot classifier."""
+def _paired(kind: type[nn.Module], **options: object) -> nn.Module:
+    """Return an image tower with its projection, the language part and the zero-shot classifier."""
     torch.manual_seed(0)
-    options = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2, "mlp_ratio": 2.0}
-    model = VisionTransformer(**options, num_classes=0, pre_norm=True)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2, "mlp_ratio": 2.0}
+    model = kind(**sizes, num_classes=0, **options)
     model.head = ProjectedHead(nn.Linear(24, SHARED, bias=False), SHARED, len(NAMES))
     model.num_classes, model.pretrained_cfg = len(NAMES), {"input_size": (3, 32, 32)}
     tower = TextTower(SIDE.config)
@@ -58,6 +58,18 @@ def plain() -> nn.Module:
     model.language = language
     write_zero_shot_head(model, anatomy_of(model), language.features_CE)
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def plain() -> nn.Module:
+    """The image tower with its projection and zero-shot classifier."""
+    return _paired(VisionTransformer, pre_norm=True)
+
+
+@pytest.fixture
+def rotary() -> nn.Module:
+    """The same with a tower like EVA-02's and Perception Encoder's."""
+    return _paired(Eva, use_rot_pos_emb=True, ref_feat_shape=(4, 4), global_pool="token")
 
 
 @pytest.fixture

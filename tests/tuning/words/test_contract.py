@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import anatomy_of
-from remap.backbones.build import Backbone
+from remap.backbones.build import Backbone, Identity
+from remap.backbones.preprocess import PreprocessSpec
 from remap.data.views import View
 from remap.engine.self_teachers import averaged_copy
 from remap.engine.teacher import AverageTeacher
@@ -128,6 +129,22 @@ def test_prompts_of_one_block_train(tune: Callable[..., Network], images: Tensor
     network = tune(method, depth=1)
     assert not any(name.endswith("deep") for name in network.trained)
     step(network, images)  # which wants a gradient of each
+
+
+@pytest.mark.parametrize("method", ["promptsrc", "mmrl"])
+def test_the_frozen_model_beside_a_rotary_tower_has_no_room_for_prompts(
+    rotary: nn.Module, images: Tensor, method: str
+) -> None:
+    """Its blocks count the tokens that they rotate. Expected: features of the tower before prompts came."""
+    expected = rotary.head.proj(rotary.forward_head(rotary.forward_features(images), pre_logits=True))
+    identity = Identity("clip:rotary", "none", "")
+    backbone = Backbone(rotary, anatomy_of(rotary), PreprocessSpec.of(rotary), identity, head_is_fresh=True)
+    network = tuned(backbone, method, OPTIONS.get(method, {}))
+    network.attached.train()
+    network.model(images)
+    found = network.attached.methods[method].hooks.frozen_BE
+    torch.testing.assert_close(found, nn.functional.normalize(expected, dim=-1))
+    step(network, images)
 
 
 def test_linear_starts_from_the_words(plain: nn.Module, tune: Callable[..., Network], images: Tensor) -> None:
