@@ -152,7 +152,7 @@ def test_greys_confirm_what_hashes_find() -> None:
     """Expected: numpy's correlation of each pair, all of whose hashes are 2 bits apart."""
     draws = np.random.default_rng(4)
     scenes = draws.integers(60, 190, (3, SIDE**2))
-    noise = draws.random((12, SIDE**2)) * np.tile([0, 8, 16, 40], 3)[:, None]
+    noise = draws.random((12, SIDE**2)) * np.tile([0, 6, 10, 40], 3)[:, None]
     greys = (scenes.repeat(4, 0) + noise).astype(np.uint8)
     alike = np.corrcoef(greys) >= 0.995
     expected = [(i, j) for i in range(12) for j in range(i + 1, 12) if alike[i, j]]
@@ -191,6 +191,17 @@ def test_a_recipe_to_begin_with_is_read_as_it_stands(folder: Path, tmp_path: Pat
     with pytest.raises(RunError, match="is there already"):
         init_recipe(str(folder), tmp_path / "recipe.yaml")
     assert (tmp_path / "recipe.yaml").read_text() == text
+
+
+def test_a_recipe_states_the_level_of_the_classes(tmp_path: Path) -> None:
+    for name in ("ant/red", "ant/wood", "bee/honey"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(2):
+            Image.new("L", (40, 40), 10 * index).save(tmp_path / "images" / name / f"{index}.png")
+    with pytest.raises(DataError, match=r"remap data check and init: --depth"):
+        init_recipe(str(tmp_path / "images"), tmp_path / "recipe.yaml")
+    recipe = init_recipe(str(tmp_path / "images"), tmp_path / "recipe.yaml", depth=2)
+    assert recipe.data.depth == 2 and "3 classes" in (tmp_path / "recipe.yaml").read_text()
 
 
 def test_models_that_cannot_be_had_are_said(
