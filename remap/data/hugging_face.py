@@ -9,7 +9,7 @@ from typing import Any
 from remap.data.arrow_rows import table_rows
 from remap.data.folder_layout import split_named
 from remap.data.rows import Row, Rows, require_package
-from remap.data.shards import shards
+from remap.data.shards import of_split, shards
 from remap.data.words import Word
 from remap.errors import DataError, RemapError
 from remap.io.names import first_line, plain
@@ -56,7 +56,7 @@ def _opened(source: HuggingFace, word: Word) -> list[tuple[str | None, Any]]:
         if os.path.exists(path):
             files: dict[str, list[str]] = {}
             names: dict[str, str | None] = {}
-            for file, _, split in shards(word.rest, (".parquet",)):
+            for file, _, split in of_split(shards(word.rest, (".parquet",)), options.get("split")):
                 # datasets wants letters; of files beside others that say a split, "" is one that has no name.
                 key = re.sub(r"\W", "_", split or "all")
                 files.setdefault(key, []).append(str(file))

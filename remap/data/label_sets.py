@@ -46,10 +46,10 @@ def divided(word: str, splits: BySplit, skipped: Skipped, fraction: float) -> Im
     Raises:
         DataError: There are too few images or classes, or no image to evaluate on has a class.
     """
-    test = splits.get("test", [])
-    if not any(labels for _, _, labels in test):
+    tests = splits.get("test", [])
+    if not any(labels for _, _, labels in tests):
         splits = {name: images for name, images in splits.items() if name != "test"}
-        skipped = [*skipped, *((plain(name), "without a label") for name, _, _ in test)]
+        skipped = [*skipped, *((plain(name), "without a label") for name, _, _ in tests)]
     if "val" in splits and not any(labels for _, _, labels in splits["val"]):
         do = "name images with labels (--val-data), or leave these out: some of the others are then held out"
         raise DataError("no image to evaluate on has a class", given=word, do=do)
