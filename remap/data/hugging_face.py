@@ -38,7 +38,8 @@ class HuggingFace(Rows):
                 split = None  # everything there is
             # The table itself, not a copy; its metadata name the classes.
             table = one.with_format("arrow")[:].replace_schema_metadata(one.features.arrow_schema.metadata)
-            yield from table_rows(table, split or "all", split, word.options, labeled)
+            where = "all" if split is None else split or "unnamed"
+            yield from table_rows(table, where, split, word.options, labeled)
 
 
 def _opened(source: HuggingFace, word: Word) -> list[tuple[str | None, Any]]:
@@ -57,8 +58,8 @@ def _opened(source: HuggingFace, word: Word) -> list[tuple[str | None, Any]]:
             files: dict[str, list[str]] = {}
             names: dict[str, str | None] = {}
             for file, _, split in of_split(shards(word.rest, (".parquet",)), options.get("split")):
-                # datasets wants letters; of files beside others that say a split, "" is one that has no name.
-                key = re.sub(r"\W", "_", split or "all")
+                # datasets wants letters, and not "all"; "" is the split of files that say none beside others that do.
+                key = re.sub(r"\W|^all$", "_", split or "unnamed")
                 files.setdefault(key, []).append(str(file))
                 names[key] = key if split else split
             return [(names[key], one) for key, one in datasets.load_dataset("parquet", data_files=files).items()]
