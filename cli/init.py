@@ -14,12 +14,13 @@ from remap_cli import options as opt
 def init(
     source: Annotated[str, typer.Argument(help="Folder of class folders, tar, zip or CSV.", show_default=False)],
     output: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("recipe.yaml"),
+    depth: Annotated[int | None, typer.Option(min=1, help="Level of the folders that are the classes.")] = None,
     multilabel: opt.Multilabel = False,
 ) -> None:
     """Look at your images and this machine, and write a commented recipe that `remap distill` runs."""
     from remap.inspection.suggest import init_recipe
 
     with console.Reporter() as progress:
-        recipe = init_recipe(source, output, MULTILABEL if multilabel else CLASSES, progress)
+        recipe = init_recipe(source, output, MULTILABEL if multilabel else CLASSES, progress, depth)
     console.line(f"{output}: {recipe.teachers[0].model} teaches {recipe.student.model}, {recipe.method.name}")
     console.line(f"next: remap distill --recipe {shlex.quote(str(output))}")

@@ -102,11 +102,12 @@ def _one(
     sure = named is not None or not usually or found[0] in usually if found else False  # else two may be meant
     if len(found) == 1 and sure:
         return found[0]
+    or_split = "; or take the split that has labels: ,split=NAME" if what == "label" else ""
     raise DataError(
         f"the column of the {what}s is not known",
         given=plain(", ".join(f"{field.name} ({field.type})" for field in schema))[:300],
         allowed=plain(", ".join(allowed)) or None,
-        do=f"name it: parquet:FILE,{what}=COLUMN (or hf: in place of parquet:)",
+        do=f"name it: parquet:FILE,{what}=COLUMN (or hf: in place of parquet:){or_split}",
     )
 
 

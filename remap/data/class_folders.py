@@ -89,7 +89,7 @@ def _deeper(word: str, layout: Layout, splits: BySplit, level: int) -> DataError
     deeper = [f"{name}/{below}" for name in names for below in sorted(inner[name])]
     do = (
         f"for {', '.join(deeper[:3])} as classes add --set data.depth={level};"
-        f" for {', '.join(names[:3])} as classes add --set data.depth=1"
+        f" for {', '.join(names[:3])} as classes add --set data.depth=1 (remap data check and init: --depth)"
     )
     if len(names) > 1 and set.intersection(*inner.values()):
         do += f"; if these are splits, name them: --data {word}/{names[0]} --val-data {word}/{names[-1]}"

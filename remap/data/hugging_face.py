@@ -9,7 +9,7 @@ from typing import Any
 from remap.data.arrow_rows import table_rows
 from remap.data.folder_layout import split_named
 from remap.data.rows import Row, Rows, require_package
-from remap.data.shards import shards
+from remap.data.shards import of_split, shards
 from remap.data.words import Word
 from remap.errors import DataError, RemapError
 from remap.io.names import first_line, plain
@@ -32,13 +32,17 @@ class HuggingFace(Rows):
 
     def rows(self, word: Word, labeled: bool) -> Iterator[Row]:
         require_package("datasets", "datasets", "a data set of Hugging Face")
-        for split, one in _opened(self, word).items():
+        opened = _opened(self, word)
+        for split, one in opened:
+            if split == "all" and len(opened) == 1 and "split" not in word.options:
+                split = None  # everything there is
             # The table itself, not a copy; its metadata name the classes.
             table = one.with_format("arrow")[:].replace_schema_metadata(one.features.arrow_schema.metadata)
-            yield from table_rows(table, split or "all", None if split == "all" else split, word.options, labeled)
+            where = "all" if split is None else split or "unnamed"
+            yield from table_rows(table, where, split, word.options, labeled)
 
 
-def _opened(source: HuggingFace, word: Word) -> dict[str | None, Any]:
+def _opened(source: HuggingFace, word: Word) -> list[tuple[str | None, Any]]:
     """Return the ``datasets.Dataset`` of each split; of None where there are no splits."""
     import datasets
 
@@ -47,19 +51,23 @@ def _opened(source: HuggingFace, word: Word) -> dict[str | None, Any]:
         if source.recognises(path):
             found = datasets.load_from_disk(str(path))
             if isinstance(found, dict):
-                return found
+                return list(found.items())
             name = str(found.split)  # "train[:1000]" of a part, which is everything there is
-            return {name if split_named(name) or name == options.get("split") else None: found}
+            return [(name if split_named(name) or name == options.get("split") else None, found)]
         if os.path.exists(path):
             files: dict[str, list[str]] = {}
-            for file, _, split in shards(word.rest, (".parquet",)):
-                files.setdefault(re.sub(r"\W", "_", split or "all"), []).append(str(file))
-            return datasets.load_dataset("parquet", data_files=files)
+            names: dict[str, str | None] = {}
+            for file, _, split in of_split(shards(word.rest, (".parquet",)), options.get("split")):
+                # datasets wants letters, and not "all"; "" is the split of files that say none beside others that do.
+                key = re.sub(r"\W|^all$", "_", split or "unnamed")
+                files.setdefault(key, []).append(str(file))
+                names[key] = key if split else split
+            return [(names[key], one) for key, one in datasets.load_dataset("parquet", data_files=files).items()]
         if word.rest.count("/") != 1:  # datasets would take "imagefolder" for a reader of the current folder
             raise DataError("not the name of a data set on the hub", given=word.rest, allowed="OWNER/NAME, or a folder")
         names = {"name": options.get("config"), "split": options.get("split"), "revision": options.get("revision")}
         found = datasets.load_dataset(word.rest, **names)
-        return found if isinstance(found, dict) else {options.get("split"): found}
+        return list(found.items()) if isinstance(found, dict) else [(options.get("split"), found)]
     except RemapError:
         raise
     except Exception as error:  # of its many kinds; all mean that there is no such data set, or no way to it

@@ -10,10 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, ImageOps
+from PIL import Image, ImageFile
 
 from remap.data.pixels import MOST_MEGAPIXELS, RGB, Pixels
-from remap.data.stored_values import StoredValues, needs_tifffile, of_image, of_npy, of_tiff
+from remap.data.stored_values import StoredValues, needs_tifffile, of_image, of_npy, of_tiff, upright
 from remap.errors import RemapError
 from remap.io.checked_read import read_regular
 from remap.io.names import plain
@@ -162,9 +162,7 @@ def _of_image(image: Image.Image, pixels: Pixels, data: bytes) -> tuple[Image.Im
             return _scaled(values, pixels)
         image.load()
         # What is upright need not be copied, unless it is the caller's.
-        if not data or image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        return _in_channels(image, pixels)
+        return _in_channels(upright(image), pixels)
 
 
 def _limit(pixels: Pixels) -> float:

@@ -41,9 +41,18 @@ def multi_hot(files: Sequence[Labeled], classes: Sequence[str]) -> Split:
 def divided(word: str, splits: BySplit, skipped: Skipped, fraction: float) -> ImageData:
     """Return the images to learn from and to evaluate on: by the source's own splits, else with some held out.
 
+    Test images of which none has a class are without labels, as those of contests, and are left out.
+
     Raises:
-        DataError: There are too few images or classes.
+        DataError: There are too few images or classes, or no image to evaluate on has a class.
     """
+    tests = splits.get("test", [])
+    if not any(labels for _, _, labels in tests):
+        splits = {name: images for name, images in splits.items() if name != "test"}
+        skipped = [*skipped, *((plain(name), "without a label") for name, _, _ in tests)]
+    if "val" in splits and not any(labels for _, _, labels in splits["val"]):
+        do = "name images with labels (--val-data), or leave these out: some of the others are then held out"
+        raise DataError("no image to evaluate on has a class", given=word, do=do)
     everything = splits.get("train") or splits.get("all") or []
     classes = tuple(sorted(merged({label: [] for _, _, labels in everything for label in labels})))
     if len(classes) < 2:

@@ -131,7 +131,7 @@ def _finder(root: Path) -> Callable[[str], str]:
 
     The name may lack its suffix. What is not found stays as it is, and is an unreadable image.
     """
-    by_name: dict[str, str | None] = {}
+    by_name: dict[str, list[str]] = {}
 
     def find(cell: str) -> str:
         path = cell.replace("\\", "/")
@@ -144,19 +144,27 @@ def _finder(root: Path) -> Callable[[str], str]:
                 given=plain(cell)[:200],
                 do="write paths from the folder that the table is in, or name another: csv:FILE,folder=FOLDER",
             )
+        path = "/".join(part for part in path.split("/") if part not in ("", "."))  # ./images/1.jpg, as find writes
         if os.path.isfile(root / path):
             return path
         if not by_name:
             for found in list_folder(root).paths:
                 if why_left_out(found) is None:
                     for name in {same_name(basename(found)), same_name(splitext(basename(found))[0])}:
-                        by_name[name] = found if name not in by_name else None
+                        by_name.setdefault(name, []).append(found)
         path_there = same_name(path)  # tables are typed on one system, and files come from another
-        named = by_name.get(basename(path_there))
         # With its folders, or train/1.jpg that is missing would be test/1.jpg.
-        fits = named is not None and any(
-            f"/{same_name(one)}".endswith(f"/{path_there}") for one in (named, splitext(named)[0])
-        )
-        return named if named is not None and fits else path
+        fitting = [
+            found
+            for found in by_name.get(basename(path_there), ())
+            if any(f"/{same_name(one)}".endswith(f"/{path_there}") for one in (found, splitext(found)[0]))
+        ]
+        if len(fitting) > 1:
+            raise DataError(
+                "a name in the table fits several files",
+                given=plain(f"{cell}: {', '.join(fitting[:3])}")[:200],
+                do="write its folder before it, or name the folder of the images: csv:FILE,folder=FOLDER",
+            )
+        return fitting[0] if fitting else path
 
     return find

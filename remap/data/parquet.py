@@ -9,7 +9,7 @@ from typing import Any
 
 from remap.data.arrow_rows import columns, table_rows
 from remap.data.rows import Row, Rows, require_package
-from remap.data.shards import shards
+from remap.data.shards import of_split, shards
 from remap.data.tar_listing import FREE_GROWTH, MOST_GROWTH
 from remap.data.words import Word
 from remap.errors import DataError
@@ -30,7 +30,7 @@ class Parquet(Rows):
 
     def rows(self, word: Word, labeled: bool) -> Iterator[Row]:
         require_package("pyarrow", "parquet", "Parquet")
-        for path, name, split in shards(word.rest, (".parquet",)):
+        for path, name, split in of_split(shards(word.rest, (".parquet",)), word.options.get("split")):
             yield from table_rows(_copied(path, word.options, labeled), name, split, word.options, labeled)
 
 

@@ -65,6 +65,11 @@ def shards(word: str, suffixes: tuple[str, ...]) -> list[Shard]:
     return [Shard(*one) for one in zip(files, names, splits, strict=True)]
 
 
+def of_split(found: list[Shard], split: str | None) -> list[Shard]:
+    """Return the shards of a split alone, the only ones to be read; all of them where none is of it."""
+    return [one for one in found if one.split == split] or found
+
+
 def _parts(name: str, suffixes: tuple[str, ...]) -> list[str]:
     """Return what may say a split: the file's name without numbers and hashes, and its folders, the nearest first."""
     *folders, file = name.split("/")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps, TiffImagePlugin
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
 
 from remap.io.versions import install_command
 
@@ -26,6 +26,16 @@ for (_order, _photometric, *_rest), _modes in list(TiffImagePlugin.OPEN_INFO.ite
     if _photometric == 1 and _modes[0] in ("I;16", "I;16B", "I", "F"):
         _table: dict[Any, Any] = TiffImagePlugin.OPEN_INFO
         _table.setdefault((_order, _WHITE_IS_ZERO, *_rest), _modes)
+# What makes a picture upright, by the orientation that EXIF or XMP says (EXIF 2.32, tag 0x0112).
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # Of the header of an .npy file, and how many values are scaled at once.
 _NPY_HEADER_BYTES, _AT_ONCE = 10_000, 2**22
 
@@ -74,6 +84,16 @@ def _range_of_type(values: NDArray) -> tuple[float, float]:
     return (0.0, 1.0) if values.dtype.kind == "f" and largest <= 1 else (0.0, 255.0)
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """Return a picture as it is meant to be seen.
+
+    Unlike ``ImageOps.exif_transpose`` it writes no EXIF, which fails where any tag is odd.
+    """
+    image.load()  # some formats say it at their end, and a TIFF is turned when it is read
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
+
+
 def of_image(image: Image.Image, open_again: Callable[[], ImageFile.ImageFile] | None) -> StoredValues | None:
     """Return the upright values of a picture with more than 8 bits a channel; None where there are only 8.
 
@@ -83,7 +103,7 @@ def of_image(image: Image.Image, open_again: Callable[[], ImageFile.ImageFile] |
     """
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         tags = getattr(image, "tag_v2", {})
-        values = np.asarray(ImageOps.exif_transpose(image))[:, :, None]
+        values = np.asarray(upright(image))[:, :, None]
         if image.mode == "I" and tags.get(_BITS) == (32,) and tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))[0] == _UNSIGNED:
             values = values.view(np.uint32)
         return StoredValues(values, tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO)
@@ -91,7 +111,7 @@ def of_image(image: Image.Image, open_again: Callable[[], ImageFile.ImageFile] |
         return None
     again = open_again()
     again.tile = [tile._replace(args=_swapped(tile.args)) for tile in again.tile]
-    upper, lower = (ImageOps.exif_transpose(one) for one in (image, again))
+    upper, lower = (upright(one) for one in (image, again))
     values = np.asarray(upper)[:, :, :3].astype(np.uint16) * 256 + np.asarray(lower)[:, :, :3]
     return StoredValues(values, alpha=upper.getchannel("A") if upper.mode == "RGBA" else None)
 

@@ -9,7 +9,7 @@ from typing import Any
 from remap.data.file_listing import Listing
 from remap.data.image_files import is_leftover, why_not_read
 from remap.data.rows import LABEL, LABELS, Row, Rows
-from remap.data.shards import DEALT, Shard, shards
+from remap.data.shards import DEALT, Shard, of_split, shards
 from remap.data.sources import Source
 from remap.data.tar_listing import Held, is_compressed, list_tar, listing_of_spans
 from remap.data.words import Word, parsed
@@ -36,7 +36,7 @@ class WebDataset(Rows):
 
     def rows(self, word: Word, labeled: bool) -> Iterator[Row]:
         held, list_together = Held(), DEALT.get()
-        found = [self.only] if self.only else shards(word.rest, SUFFIXES)
+        found = [self.only] if self.only else of_split(shards(word.rest, SUFFIXES), word.options.get("split"))
         # A compressed shard is held in memory by each process, which therefore reads it itself.
         plain_shards = [one for one in found if not is_compressed(one.path)] if list_together else []
         dealt = list_together(plain_shards, partial(_found, word, labeled)) if list_together else []

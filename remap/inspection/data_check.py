@@ -19,7 +19,7 @@ from remap.data.sources import open_data
 from remap.data.splits import ImageData, Split
 from remap.data.thread_pool import map_ahead, threads
 from remap.data.value_range import find_value_range
-from remap.inspection.near_duplicates import FLAT, dhash, near_pairs
+from remap.inspection.near_duplicates import FLAT, SIDE, dhash, near_pairs, small_greys
 from remap.io.human_size import number_of
 from remap.progress import Progress, Silent
 
@@ -65,6 +65,7 @@ class Seen:
     size: tuple[int, int] = (0, 0)
     digest: bytes = b""
     dhash: int = 0
+    greys: bytes = b""
     flat: bool = False
     wide: str = ""
     channels: int = 3
@@ -155,7 +156,7 @@ def _look(name: str, split: Split, value_range: Range, index: int) -> Seen:
     wide = wide_values(content, RGB)
     values = "" if wide is None else str(wide.values_HWC.dtype)
     digest = blake2b(content, digest_size=16).digest()
-    return found("", image.size, digest, dhash(image), spread < FLAT, values, channels)
+    return found("", image.size, digest, dhash(image), small_greys(image), spread < FLAT, values, channels)
 
 
 def _findings(
@@ -204,16 +205,16 @@ def _copies(good: list[Seen]) -> Iterator[Finding]:
     exact = [(group[0], other) for group in by_digest.values() for other in group[1:]]
     firsts = [group[0] for group in by_digest.values() if not group[0].flat]
     hashes = np.array([one.dhash for one in firsts], np.uint64)
-    near = [(firsts[i], firsts[j]) for i, j in near_pairs(hashes)]
+    greys = np.frombuffer(b"".join(one.greys for one in firsts), np.uint8).reshape(-1, SIDE * SIDE)
+    near = [(firsts[i], firsts[j]) for i, j in near_pairs(hashes, greys)]
     for word, pairs in (("copies", exact), ("near_copies", near)):
         kinds = sorted(((_relation(*pair), pair) for pair in pairs), key=lambda one: one[0])
         for relation, group in groupby(kinds, key=lambda one: one[0]):
             names = [f"{one.name} = {other.name}" for _, (one, other) in group]
             what, do = _RELATIONS[relation]
-            same = "equal byte for byte" if word == "copies" else "that look the same (difference hash)"
-            severity = "bad" if relation < 2 else "note"
+            same = "equal byte for byte" if word == "copies" else "that look the same (difference hash, greys)"
             what = f"{number_of(len(names), 'pair')} {same} {what}"
-            yield Finding(word, severity, what, do, len(names), tuple(names[:SHOWN]))
+            yield Finding(word, "bad" if relation < 2 else "note", what, do, len(names), tuple(names[:SHOWN]))
 
 
 _RELATIONS = (

@@ -37,10 +37,16 @@ class Choice:
     why: str
 
 
-def init_recipe(source: str, path: Path, task: str = CLASSES, progress: Progress = Silent()) -> Recipe:
-    """Write a commented recipe for the images of a source, and return it; ``task`` is what a label is.
+def init_recipe(
+    source: str, path: Path, task: str = CLASSES, progress: Progress = Silent(), depth: int | None = None
+) -> Recipe:
+    """Write a commented recipe for the images of a source, and return it.
 
     Where models that suit photographs cannot be had, it names the embedded pair, which is said.
+
+    Args:
+        task: What a label is.
+        depth: Level of the folders that are the classes; None is 1, and refuses class folders that hold only folders.
 
     Raises:
         RunError: There is a file at the path already, or it cannot be written.
@@ -48,14 +54,16 @@ def init_recipe(source: str, path: Path, task: str = CLASSES, progress: Progress
     """
     if path.exists() or path.is_symlink():
         raise RunError(f"{path} is there already", do="choose another --output, or remove it")
-    data = open_data(source, None, 0.2, task=task)
+    data = open_data(source, None, 0.2, depth=depth, task=task)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     atomic_write.make_folder(path.parent)
-    atomic_write.write_text(path, recipe_text(source, data, device, progress))
+    atomic_write.write_text(path, recipe_text(source, data, device, progress, depth))
     return load(path)
 
 
-def recipe_text(source: str, data: ImageData, device: torch.device, progress: Progress = Silent()) -> str:
+def recipe_text(
+    source: str, data: ImageData, device: torch.device, progress: Progress = Silent(), depth: int | None = None
+) -> str:
     """Return the YAML, every choice with a comment that says why."""
     teacher, student = _models(_longer_side(data), device, progress)
     images, gpu = len(data.train), device.type != "cpu"
@@ -88,6 +96,7 @@ def recipe_text(source: str, data: ImageData, device: torch.device, progress: Pr
         *(["task: multilabel  # any number of classes an image"] if data.train.labels.ndim == 2 else []),
         "data:",
         f"  source: {_quoted(absolute_data(source))}",
+        *([f"  depth: {depth}  # level of the folders that are the classes"] if depth is not None else []),
         f"  # {plain(data.split_rule)}",
     ]
     section = ""

@@ -117,6 +117,7 @@ def new_folder(path: Path, last: str = "") -> Iterator[Path]:
     """Yield a path where a folder is to be made and filled; it becomes ``path`` when the block ends without an error.
 
     An empty folder may be there. It stays the same one and is filled, since it may be a mount, or where a shell is.
+    What killed writers of the same folder left goes at the end; one that still writes cannot succeed any more.
 
     Args:
         last: The file that says that such a folder is complete: it comes after all others.
@@ -125,17 +126,22 @@ def new_folder(path: Path, last: str = "") -> Iterator[Path]:
         OSError: The folder cannot be made, or others have filled it meanwhile.
     """
     fills = is_empty(path)
-    temporary = path / f".new.{os.getpid()}.tmp" if fills else path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder, word = (path, "new") if fills else (path.parent, path.name)
+    temporary = folder / f".{word}.{os.getpid()}.tmp"
     try:
         with naming(path, temporary):
             yield temporary
         if not fills:
             os.rename(temporary, path)
-            return
-        if not is_empty(path):
+        elif not is_empty(path):
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
-        for name in sorted(os.listdir(temporary), key=lambda name: name == last):
-            os.rename(temporary / name, path / name)
+        else:
+            for name in sorted(os.listdir(temporary), key=lambda name: name == last):
+                os.rename(temporary / name, path / name)
+        with contextlib.suppress(OSError):  # one may write in a folder that one may not list
+            for name in os.listdir(folder):
+                if re.fullmatch(rf"\.{re.escape(word)}\.\d+\.tmp", name):
+                    shutil.rmtree(folder / name, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from remap.data import is_source
 from remap.data.file_listing import walk_folder
+from remap.data.hugging_face import HuggingFace
 from remap.data.image_files import Skipped, also_left_out, left_out, why_left_out
 from remap.data.images import SUFFIXES
 from remap.data.sources import TABLES, Source, find_source, list_files
@@ -131,7 +132,7 @@ class Inputs:
         path = expanded(word := of_images(word))
         # A table that a pattern matches lies beside the images it names.
         is_named = word in self.words and word.lower().endswith(FILES_OF_IMAGES) and os.path.isfile(path)
-        if is_source(word) or is_named:
+        if is_source(word) or is_named or HuggingFace().recognises(path):
             yield from self._of_source(find_source(word), word, Counter())
         elif os.path.isdir(path):
             for prefix, _, names in walk_folder(path):

@@ -82,6 +82,15 @@ def test_parquet_of_datasets_and_names_of_the_hub(
         data = open_data(word, None, 0.2)
         assert seen(data.classes, data.train) == read_by_datasets(whole.select(range(6)))
         assert seen(data.classes, data.val) == read_by_datasets(whole.select([6, 7]))
+    whole.select([0, 1]).to_parquet(str(tmp_path / "files/0001.parquet"))  # of no split, beside others that say theirs
+    for word in (f"hf:{tmp_path / 'files'}", f"parquet:{tmp_path / 'files'}"):
+        data = open_data(word, None, 0.2)
+        assert (len(data.train), len(data.val)) == (6, 2)
+        assert [reason for _, reason in data.skipped] == ["in no split"] * 2
+    (tmp_path / "plain").mkdir()
+    whole.to_parquet(str(tmp_path / "plain/0000.parquet"))
+    data = open_data(f"hf:{tmp_path / 'plain'}", None, 0.25)
+    assert seen(data.classes, data.train, data.val) == read_by_datasets(whole)
     asked: list[Any] = []
     monkeypatch.setattr(datasets, "load_dataset", lambda path, **more: asked.append((path, more)) or whole)
     assert len(open_data("hf:owner/name,config=small,split=train,revision=abc", None, 0.25).train) == 6

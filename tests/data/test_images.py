@@ -1,6 +1,7 @@
 """Every mode a picture can have, with pixel values worked out by hand."""
 
 import io
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,13 @@ def test_every_exif_rotation_comes_out_upright(orientation: int) -> None:
     exif[0x0112] = orientation
     image = Image.fromarray(np.ascontiguousarray(STORED[orientation]))
     assert pixels(encoded(image, exif=exif)) == UPRIGHT.tolist()
+
+
+def test_a_picture_is_turned_whatever_else_its_exif_says() -> None:
+    """A resolution in letters, which Pillow reads and cannot write again; the bytes by TIFF 6.0, section 2."""
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x011A, 2, 4, b"one")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    assert pixels(encoded(Image.fromarray(np.ascontiguousarray(STORED[6])), exif=exif)) == UPRIGHT.tolist()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1)])

@@ -109,6 +109,21 @@ def test_images_of_another_table_are_evaluated_on(folder: Path) -> None:
         open_sets(word, f"csv:{folder}/val.csv,separator=;")
 
 
+def test_test_images_without_any_label_are_not_evaluated_on(folder: Path) -> None:
+    """As those of a contest: every mAP on them would be 0. Single images without a class count."""
+
+    def word(split: str) -> str:
+        rows = [f"{n}.png,{labels if n < 7 else ''},{'train' if n < 7 else split}" for n, labels in enumerate(SETS)]
+        (folder / "contest.csv").write_text("\n".join(["file,labels,split", *rows]))
+        return f"csv:{folder}/contest.csv,separator=;"
+
+    data = open_sets(word("test"))
+    assert len(data.train) + len(data.val) == 7 and data.test is None and "held out" in data.split_rule
+    assert [reason for _, reason in data.skipped] == ["without a label"] * 3
+    with pytest.raises(DataError, match="no image to evaluate on has a class"):
+        open_sets(word("val"))
+
+
 def test_a_part_of_the_labels_and_few_of_each_class(folder: Path) -> None:
     data = open_sets(by_table(folder))
     some = data.with_labels(4)

@@ -41,6 +41,8 @@ WRITTEN = {
     "names without folder": rows("path,label", prefix=""),
     "names without folder and suffix, as Kaggle's": rows("id,label", prefix="", suffix=""),
     "backslashes": rows("file,label", prefix="images\\"),
+    "from the current folder, as find writes": rows("file,label", prefix="./images/"),
+    "from the current folder, with backslashes": rows("file,label", prefix=".\\images\\\\"),
     "more columns, quoted": "n,label,file\n"
     + "".join(f'{i},"{label}","{path}"\n' for i, (path, label) in enumerate(LABELS)),
 }
@@ -220,6 +222,19 @@ def test_a_missing_file_is_not_another_of_its_name(tree: Tree) -> None:
     data = open_data(table(root, "\n".join(lines)), None, 0.25)
     names = {*data.train.names, *data.val.names}
     assert "train/1.png" in names and not any(name.startswith("test/") for name in names)
+
+
+def test_a_name_of_several_files_is_said_and_its_folder_tells_them_apart(tree: Tree) -> None:
+    """As of CIFAR-10 at Kaggle: train/1.png and test/1.png, and a table of the ids of the training images."""
+    root = tree({f"{part}/{i}.png": i + at for part, at in (("all/train", 0), ("all/test", 100)) for i in range(4)})
+    ids = "id,label\n" + "".join(f"{i},{'ab'[i % 2]}\n" for i in range(4))
+    for text in (ids, ids.replace(",a", ".png,a")):
+        with pytest.raises(DataError, match=r"fits several files\n.*: all/test/\d.png, all/train/\d.png\n.*folder="):
+            open_data(table(root, text), None, 0.5)
+    named = "file,label\n" + "".join(f"train/{i}.png,{'ab'[i % 2]}\n" for i in range(4))
+    for word in (f"csv:{table(root, ids)},folder={root}/all/train", table(root, named, "named.csv")):
+        data = open_data(word, None, 0.5)
+        assert pairs(data.train, data.val) == {(i, i % 2) for i in range(4)}
 
 
 def test_a_table_without_labels_may_not_list_images_to_evaluate_on(tree: Tree) -> None:

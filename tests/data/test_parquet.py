@@ -85,6 +85,16 @@ def test_shards_have_splits_by_their_names_and_class_names_by_their_metadata(
         expand_braces("{0..999999999999}")
 
 
+def test_a_split_without_labels_does_not_keep_others_from_being_taken(write: Callable[..., Path]) -> None:
+    path = write("data/train-0.parquet", ["bee", "ant"] * 4)
+    images = pq.read_table(path).select(["image"])
+    pq.write_table(images, path.with_name("test-0.parquet"))
+    with pytest.raises(DataError, match=r"column of the labels is not known\n(.*\n)*.*,split=NAME"):
+        open_data(f"parquet:{path.parent}", None, 0.25)
+    data = open_data(f"parquet:{path.parent},split=train", None, 0.25)
+    assert (len(data.train), len(data.val)) == (6, 2)
+
+
 def test_what_cannot_be_meant_is_refused(
     write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

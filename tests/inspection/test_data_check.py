@@ -15,7 +15,7 @@ from remap.errors import DataError, RunError, WeightsError
 from remap.inspection import suggest
 from remap.inspection.contact_sheet import write_contact_sheet
 from remap.inspection.data_check import Report, check_data
-from remap.inspection.near_duplicates import dhash, near_pairs
+from remap.inspection.near_duplicates import SIDE, dhash, near_pairs
 from remap.inspection.suggest import init_recipe
 from remap.recipe import load
 
@@ -142,16 +142,41 @@ def test_all_near_pairs_are_found() -> None:
     expected = [
         (i, j) for i in range(60) for j in range(i + 1, 60) if (int(hashes[i]) ^ int(hashes[j])).bit_count() <= 3
     ]
-    assert sorted(near_pairs(hashes)) == expected and len(expected) == 18
-    assert sorted(near_pairs(np.repeat(hashes[:3], 2))) == [(0, 1), (2, 3), (4, 5)]
-    assert list(near_pairs(hashes[:0])) == []
+    greys = np.tile(np.arange(SIDE**2).astype(np.uint8), (60, 1))
+    assert sorted(near_pairs(hashes, greys)) == expected and len(expected) == 18
+    assert sorted(near_pairs(np.repeat(hashes[:3], 2), greys[:6])) == [(0, 1), (2, 3), (4, 5)]
+    assert list(near_pairs(hashes[:0], greys[:0])) == []
+
+
+def test_greys_confirm_what_hashes_find() -> None:
+    """Expected: numpy's correlation of each pair, all of whose hashes are 2 bits apart."""
+    draws = np.random.default_rng(4)
+    scenes = draws.integers(60, 190, (3, SIDE**2))
+    noise = draws.random((12, SIDE**2)) * np.tile([0, 6, 10, 40], 3)[:, None]
+    greys = (scenes.repeat(4, 0) + noise).astype(np.uint8)
+    alike = np.corrcoef(greys) >= 0.995
+    expected = [(i, j) for i in range(12) for j in range(i + 1, 12) if alike[i, j]]
+    assert 3 < len(expected) < 18, "some pairs of a scene, none of two"
+    assert sorted(near_pairs(np.uint64(1) << np.arange(12, dtype=np.uint64), greys)) == expected
+
+
+def test_frames_of_one_scene_are_paired_with_the_first_one() -> None:
+    """Of 20,000 frames all pairs are 200 million, which no memory holds."""
+    greys = np.tile(np.arange(SIDE**2).astype(np.uint8), (20_000, 1))
+    assert list(near_pairs(np.zeros(20_000, np.uint64), greys)) == [(0, other) for other in range(1, 20_000)]
+
+
+def test_small_pictures_of_one_kind_are_not_copies() -> None:
+    """The 1,797 digits: thousands of pairs have nearly equal hashes."""
+    assert [one.kind for one in check_data("digits")[0].findings] == ["small"]
 
 
 def test_many_images_that_share_a_band_are_not_compared_with_each_other() -> None:
     """50,000 hashes with 16 equal bits, and one pair: by all pairs of a band a billion comparisons."""
     hashes = np.random.default_rng(2).integers(0, 2**48, 50_000, dtype=np.uint64) << np.uint64(16)
     hashes[77] = hashes[40_000] ^ np.uint64(0b111 << 20)
-    assert list(near_pairs(hashes)) == [(77, 40_000)]
+    greys = np.tile(np.arange(SIDE**2).astype(np.uint8), (50_000, 1))
+    assert list(near_pairs(hashes, greys)) == [(77, 40_000)]
 
 
 def test_a_recipe_to_begin_with_is_read_as_it_stands(folder: Path, tmp_path: Path) -> None:
@@ -166,6 +191,17 @@ def test_a_recipe_to_begin_with_is_read_as_it_stands(folder: Path, tmp_path: Pat
     with pytest.raises(RunError, match="is there already"):
         init_recipe(str(folder), tmp_path / "recipe.yaml")
     assert (tmp_path / "recipe.yaml").read_text() == text
+
+
+def test_a_recipe_states_the_level_of_the_classes(tmp_path: Path) -> None:
+    for name in ("ant/red", "ant/wood", "bee/honey"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(2):
+            Image.new("L", (40, 40), 10 * index).save(tmp_path / "images" / name / f"{index}.png")
+    with pytest.raises(DataError, match=r"remap data check and init: --depth"):
+        init_recipe(str(tmp_path / "images"), tmp_path / "recipe.yaml")
+    recipe = init_recipe(str(tmp_path / "images"), tmp_path / "recipe.yaml", depth=2)
+    assert recipe.data.depth == 2 and "3 classes" in (tmp_path / "recipe.yaml").read_text()
 
 
 def test_models_that_cannot_be_had_are_said(

@@ -108,3 +108,19 @@ def test_folders_are_made_or_refused_with_a_reason(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot make"):
         atomic_write.make_folder(tmp_path / "file" / "c")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_a_killed_writer_left_of_a_folder_goes_with_the_next_one(tmp_path: Path, there: bool) -> None:
+    """Weights of any size, in a folder that is hidden; what other writers left of other folders stays."""
+    path = tmp_path / "model"
+    left = (path / ".new.99999.tmp") if there else (tmp_path / ".model.99999.tmp")
+    for folder in (left, tmp_path / ".models.99999.tmp"):
+        folder.mkdir(parents=True)
+        (folder / "weights").write_bytes(b"half")
+    with atomic_write.new_folder(path, last="b") as temporary:
+        temporary.mkdir()
+        for name in "ba":
+            (temporary / name).touch()
+    assert sorted(os.listdir(path)) == ["a", "b"]
+    assert sorted(os.listdir(tmp_path)) == [".models.99999.tmp", "model"]

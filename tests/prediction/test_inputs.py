@@ -46,6 +46,14 @@ def test_folders_patterns_and_lists_name_the_same_files(photos: Path, monkeypatc
     assert paths(Inputs(["-"]), photos) == expected
 
 
+def test_a_saved_data_set_is_recognised_by_its_folder(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    rows = [{"bytes": str(number).encode(), "path": None} for number in range(3)]
+    datasets.Dataset.from_dict({"image": rows}, features=features).save_to_disk(tmp_path / "set")
+    assert [item.read() for item in Inputs([tmp_path / "set"])] == [b"0", b"1", b"2"]
+
+
 @pytest.mark.parametrize("kind", [".tar", ".tar.gz", ".zip"])
 def test_archives_are_read_where_they_lie(photos: Path, tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"photos{kind}"
