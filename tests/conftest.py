@@ -1,10 +1,12 @@
 """Tiny images and tiny models on disk, so that whole runs take a fraction of a second. Random, offline, on the CPU."""
 
+import gc
 import json
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -24,6 +26,10 @@ from torch import Tensor
 from remap.distributed import launch
 from remap.progress import Step
 from remap.recipe import Recipe, resolve
+
+# pytest hears loggers that do not propagate by a handler of its own. Given one, this one of PyTorch's writes down
+# the graphs, guards and stacks of every compilation and export.
+logging.getLogger("torch.__trace").propagate = True
 
 # Where measured figures of the guarantees are noted, one JSON object a line; see tools/guarantees.py.
 FIGURES = "--figures"
@@ -50,6 +56,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if first and item.get_closest_marker("slow") is None and test.removeprefix("../") not in longer:
             item.add_marker(pytest.mark.quick)
         seen.add(test)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Half a million objects of imports and collection live to the end: no garbage collection needs to look at them.
+
+    One that looks at all takes half a second, and makes a forked process copy the memory that it shares.
+    """
+    gc.disable()
+    result = yield
+    gc.enable()
+    gc.freeze()
+    return result
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries look for leaks when they are unloaded
 
 
 @pytest.fixture
