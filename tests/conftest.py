@@ -178,14 +178,18 @@ def other_family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     return request.param, f"local-dir:{folder}"
 
 
-@pytest.fixture
-def model_folder(tmp_path: Path) -> Callable[..., str]:
-    """Makes a model of timm by architecture, arguments and pixels; gives local-dir:FOLDER."""
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Makes a model of timm by architecture, arguments and pixels, once each; gives local-dir:FOLDER."""
+    root, made = tmp_path_factory.mktemp("models"), dict[str, Path]()
 
     def make(architecture: str, arguments: dict[str, Any], size: int) -> str:
-        folder = tmp_path / f"model-{architecture}-{size}"
-        write_folder(folder, 6, architecture, arguments, size)
-        return f"local-dir:{folder}"
+        key = json.dumps([architecture, arguments, size])
+        if key not in made:
+            made[key] = root / f"{len(made)}-{architecture}-{size}"
+            write_folder(made[key], 6, architecture, arguments, size)
+        torch.manual_seed(6)  # what a test draws next does not depend on the tests before
+        return f"local-dir:{made[key]}"
 
     return make
 
