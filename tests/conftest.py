@@ -1,10 +1,12 @@
 """Tiny images and tiny models on disk, so that whole runs take a fraction of a second. Random, offline, on the CPU."""
 
+import gc
 import json
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -24,6 +26,10 @@ from torch import Tensor
 from remap.distributed import launch
 from remap.progress import Step
 from remap.recipe import Recipe, resolve
+
+# pytest hears loggers that do not propagate by a handler of its own. Given one, this one of PyTorch's writes down
+# the graphs, guards and stacks of every compilation and export.
+logging.getLogger("torch.__trace").propagate = True
 
 # Where measured figures of the guarantees are noted, one JSON object a line; see tools/guarantees.py.
 FIGURES = "--figures"
@@ -50,6 +56,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if first and item.get_closest_marker("slow") is None and test.removeprefix("../") not in longer:
             item.add_marker(pytest.mark.quick)
         seen.add(test)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Half a million objects of imports and collection live to the end: no garbage collection needs to look at them.
+
+    One that looks at all takes half a second, and makes a forked process copy the memory that it shares.
+    """
+    gc.disable()
+    result = yield
+    gc.enable()
+    gc.freeze()
+    return result
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries look for leaks when they are unloaded
 
 
 @pytest.fixture
@@ -155,14 +178,18 @@ def other_family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     return request.param, f"local-dir:{folder}"
 
 
-@pytest.fixture
-def model_folder(tmp_path: Path) -> Callable[..., str]:
-    """Makes a model of timm by architecture, arguments and pixels; gives local-dir:FOLDER."""
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Makes a model of timm by architecture, arguments and pixels, once each; gives local-dir:FOLDER."""
+    root, made = tmp_path_factory.mktemp("models"), dict[str, Path]()
 
     def make(architecture: str, arguments: dict[str, Any], size: int) -> str:
-        folder = tmp_path / f"model-{architecture}-{size}"
-        write_folder(folder, 6, architecture, arguments, size)
-        return f"local-dir:{folder}"
+        key = json.dumps([architecture, arguments, size])
+        if key not in made:
+            made[key] = root / f"{len(made)}-{architecture}-{size}"
+            write_folder(made[key], 6, architecture, arguments, size)
+        torch.manual_seed(6)  # what a test draws next does not depend on the tests before
+        return f"local-dir:{made[key]}"
 
     return make
 
@@ -225,6 +252,10 @@ def history() -> Callable[[Path], list[dict]]:
     return read
 
 
+# For real processes; messages of theirs are not wrapped.
+ON_ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+
+
 @pytest.fixture
 def started() -> Iterator[list[subprocess.Popen]]:
     """Processes that a test started; what still runs at its end is killed."""
@@ -241,7 +272,7 @@ def start_process(started: list[subprocess.Popen]) -> Callable[..., subprocess.P
     """Start ``python -m ...`` on one thread."""
 
     def start(*arguments: str) -> subprocess.Popen:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+        environment = {**os.environ, **ON_ONE_THREAD}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen([sys.executable, "-m", *arguments], env=environment, **pipes))
         return started[-1]
@@ -261,6 +292,14 @@ def fork_command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     yield start
     for forked in started:
         forked.kill()
+
+
+@pytest.fixture
+def fork_launcher(fork_command: Callable[..., Forked], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Forked]:
+    """Start a command with ``--devices``: the processes that it launches are real ones, it alone is forked."""
+    for name, word in ON_ONE_THREAD.items():
+        monkeypatch.setenv(name, word)
+    return fork_command
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -57,7 +57,8 @@ def test_figures_that_break_a_guarantee_are_not_written(what: str, value: float,
 
 
 @pytest.mark.parametrize(
-    "name", ["SECURITY.md", "README.md", *sorted(f"docs/{p.name}" for p in PAGE.parent.glob("*.md"))]
+    "name",
+    ["SECURITY.md", "README.md", "tests/not_quick.txt", *sorted(f"docs/{p.name}" for p in PAGE.parent.glob("*.md"))],
 )
 def test_tests_that_a_page_names_exist(tests: set[str], name: str) -> None:
     known = tests | {test.partition("::")[0] for test in tests}

@@ -74,7 +74,7 @@ def test_onnx_runs_without_torch_and_remap(
     assert len(card_code(output).splitlines()) <= 20
     pictures = sorted(Path(tiny.data, "val").rglob("*.png"))
     expected = [name for name, _ in remap.load_student(run, "cpu").predict(pictures)]
-    assert classified(output, pictures, without=("remap", "torch", "timm")) == expected
+    assert classified({output: ("remap", "torch", "timm")}, pictures) == expected
 
 
 @pytest.mark.slow
@@ -95,30 +95,43 @@ def test_the_file_alone_answers_in_a_clean_environment(finished: Finished, tiny:
     python = str(tmp_path / "venv/bin/python")
     assert subprocess.run([python, "-c", "import remap"], capture_output=True, cwd=output).returncode == 1
     expected = [name for name, _ in remap.load_student(run, "cpu").predict(pictures)]
-    assert classified(output, pictures, (), python) == expected
+    assert classified({output: ()}, pictures, python) == expected
 
 
-def classified(folder: Path, pictures: list[Path], without: tuple[str, ...], python: str = sys.executable) -> list[str]:
-    """Return what the card's Python prints in a process that cannot import some packages."""
-    blocked = f"import sys\nfor name in {without}: sys.modules[name] = None\n"
-    loop = f"{blocked}for name in sys.argv[1:]:\n    sys.argv[1] = name\n    exec({card_code(folder)!r})"
-    words = [python, "-c", loop, *map(str, pictures)]
-    ran = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+# Runs the code of each card on each file, in a process that cannot import some packages.
+CARDS = """
+import os, sys
+files = sys.argv[1:]
+for folder, code, without in {cards}:
+    os.chdir(folder)
+    sys.modules.update(dict.fromkeys(without))
+    for sys.argv[1] in files:
+        exec(code, dict())
+    for name in without:
+        del sys.modules[name]
+"""
+
+
+def classified(cards: dict[Path, tuple[str, ...]], pictures: list[Path], python: str = sys.executable) -> list[str]:
+    """Return what the cards of some folders print in one process, each without the packages it must do without."""
+    loop = CARDS.format(cards=[(str(folder), card_code(folder), without) for folder, without in cards.items()])
+    ran = subprocess.run([python, "-c", loop, *map(str, pictures)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.split()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("to", "without"), [("torch", ("remap", "timm")), ("timm", ("remap",)), ("peft", ("remap",))])
-def test_the_card_classifies_without_remap(
-    finished: Finished, tiny: Any, tmp_path: Path, to: str, without: tuple[str, ...]
-) -> None:
-    """Source: the student's own labels of one validation picture a class; the card loads the model for each."""
+def test_cards_classify_without_remap(finished: Finished, tiny: Any, tmp_path: Path) -> None:
+    """Source: the student's own labels of one validation picture a class; a card loads the model for each.
+
+    One process for all, which imports torch once; the first card must do without timm too.
+    """
     run, pictures = finished("lora"), sorted(Path(tiny.data, "val").rglob("*.png"))[::3]
-    found = export_student(run, to, tmp_path / "out")
+    without = {"torch": ("remap", "timm"), "timm": ("remap",), "peft": ("remap",)}
+    cards = {export_student(run, to, tmp_path / to).output: names for to, names in without.items()}
+    assert all(len(card_code(folder).splitlines()) <= 25 for folder in cards)
     expected = [name for name, _ in remap.load_student(run, "cpu").predict(pictures)]
-    assert len(card_code(found.output).splitlines()) <= 25
-    assert classified(found.output, pictures, without) == expected
+    assert classified(cards, pictures) == 3 * expected
 
 
 def test_torch_program_takes_any_batch(finished: Finished, tmp_path: Path) -> None:

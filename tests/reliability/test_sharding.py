@@ -5,11 +5,8 @@ gradient is 0 by nature and AdamW makes a step of its rounding (key biases). Exp
 """
 
 import json
-import os
 import runpy
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 from safetensors.torch import load_file
 from tiny_models import tiny_models
 
@@ -85,14 +83,12 @@ class Pair:
         self.folder, self.cases = folder, {case.name: case for case in cases}
         plan = [{**vars(case), "settings": [*case.settings, SHARDED]} for case in cases]
         (folder / "plan.json").write_text(json.dumps(plan))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        with open(folder / "output.txt", "w") as output:
-            pipes = {"stdout": output, "stderr": subprocess.STDOUT}
-            self.process = subprocess.Popen([sys.executable, str(WORKER), str(folder)], env=environment, **pipes)
+        self.process = Forked(folder, [str(WORKER), str(folder)], 1)
 
     def noted(self, name: str) -> list[dict]:
         """By each process, once both have ended."""
-        assert self.process.wait(timeout=300) == 0, (self.folder / "output.txt").read_text()[-4000:]
+        if not self.process.codes:
+            self.process.end(300)
         return [json.loads((self.folder / f"noted-{rank}.json").read_text())[name] for rank in (0, 1)]
 
 
@@ -155,9 +151,7 @@ def pair(cases: list[Case], tmp_path_factory: pytest.TempPathFactory) -> Iterato
             stopped_in_second_epoch(case.recipe(SHARDED), folder / case.name)
     found = Pair(folder, cases)
     yield found
-    if found.process.poll() is None:
-        found.process.kill()
-        found.process.wait()
+    found.process.kill()
 
 
 def stopped_in_second_epoch(recipe: Recipe, run: Path) -> None:

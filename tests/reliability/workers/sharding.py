@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 torch.distributed.distributed_c10d._object_to_tensor = torch.distributed.distributed_c10d._tensor_to_object = None
 torch.set_default_dtype(torch.float64)
 
-# Forked from one process that has imported everything already.
+# Forked from one process that has imported everything already, as that one is from the tests'.
 for row in METHODS:
     METHODS.load(row.name)
 with socket.socket() as free:
@@ -76,7 +76,6 @@ def finishing(training: Training) -> None:
 
 
 epoch_recorder.evaluate_as, loop._finish_epoch = evaluating, finishing
-os.fsync = lambda _file: None  # as tests/conftest.py
 for entry in plan:
     now = noted[entry["name"]] = {}
     output = folder / entry["name"]
