@@ -193,7 +193,8 @@ def test_a_file_that_is_no_yaml_and_a_broken_setting_come_together(tmp_path: Pat
 
 
 def test_options_are_reported_beside_broken_fields() -> None:
-    found = problems(settings=["train.epochs=0", "method=vpt_deep", "method.num_prompt=3", "losses=[{name: ce, wieght: 1}]"])
+    settings = ["train.epochs=0", "method=vpt_deep", "method.num_prompt=3", "losses=[{name: ce, wieght: 1}]"]
+    found = problems(settings=settings)
     assert len(found) == 3
     assert any(line.startswith("method.num_prompt: unknown key; did you mean 'num_prompts'?") for line in found)
     assert any(line.startswith("losses[0].wieght: unknown key; did you mean 'weight'?") for line in found)
