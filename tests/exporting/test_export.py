@@ -209,7 +209,7 @@ def test_the_card_opens_a_base_model_that_timm_does_not_have(tiny: Any, tmp_path
     assert classified(found.output, pictures, ()) == expected
 
 
-def test_task_is_copied_as_it_was_sealed(finished: Finished, tmp_path: Path) -> None:
+def test_task_is_copied_as_it_was_sealed(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = finished("vpt_deep")
     student = remap.load_student(run, "cpu")
     student.save(tmp_path / "out")
@@ -221,7 +221,9 @@ def test_task_is_copied_as_it_was_sealed(finished: Finished, tmp_path: Path) -> 
     with pytest.raises(RunError, match="is there already"):
         student.save(tmp_path / "out")
     assert student.save(tmp_path / "out", force=True).comparison.images.startswith("9 evaluation images")
-    copied = export_student(tmp_path / "out", "task", tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "out")
+    copied = export_student(".", "task", tmp_path / "copy")
+    assert "# out: 3 classes" in (tmp_path / "copy" / "README.md").read_text()
     assert copied.comparison.images.startswith("random pixels"), "a task folder does not say where its images are"
 
 
