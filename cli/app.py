@@ -95,7 +95,11 @@ COMMANDS = {
         "List how a student gets its weights or its architecture from the teacher (category 5), or show one.",
     ),
     "models": Row(LOOK, "models", "List built-in models. With a search word, also list matching timm models."),
-    "doctor": Row(LOOK, "doctor", "Check this machine: versions, devices, precision, caches and disk."),
+    "doctor": Row(
+        LOOK,
+        "doctor",
+        "Check this machine: versions, devices, precision, caches and disk. Exit code 2 where something is missing.",
+    ),
     "data": Row(LOOK, "data", "Look at images before a run."),
     "recipes": Row(LOOK, "recipes", "List, show, copy and check recipes."),
     "cache": Row(LOOK, "cache", "List, build and clear cached outputs of teachers, and tuned teachers."),

@@ -5,13 +5,12 @@ import itertools
 import json
 import os
 import re
-import stat
 import sys
 import textwrap
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.cells import cell_len
@@ -22,25 +21,12 @@ from remap.errors import Interrupted, RemapWarning
 from remap.io.human_size import duration as duration
 from remap.io.names import plain
 from remap.progress import CELLS
+from remap_cli.width import rule_of, width_of_stdout
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-# Of a file, and of a pipe without a terminal anywhere: what the cells of all tables need.
-FULL_WIDTH = 160
-
-
-def _width() -> int | None:
-    """Return the width of stdout where rich does not know it: of a pipe, as to ``less``, that of its terminal."""
-    if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal():
-        return None  # rich looks
-    with suppress(OSError, ValueError, AttributeError):
-        if stat.S_ISFIFO(os.fstat(1).st_mode):
-            return os.get_terminal_size(2).columns
-    return FULL_WIDTH
-
-
-out = Console(highlight=False, emoji=False, width=_width())
+out = Console(highlight=False, emoji=False, width=width_of_stdout())
 err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 HELD = "\ue000"  # a blank in the cell of a table at which no line ends; a character that no text has
@@ -91,7 +77,7 @@ def table(
             line("\n".join(f"{name}: {cell}".removeprefix(": ") for name, cell in pairs).replace(HELD, " ") + "\n")
         return
     # Not rich's table, which takes as long for a hundred rows as Python takes to start.
-    rule = " " + "\u2500" * (sum(widths) + 2 * len(widths) - 2)
+    rule = " " + rule_of(sum(widths) + 2 * len(widths) - 2)
     printed = ["", *_cells(list(map(_plain, columns)), widths, right, "bold"), rule]
     for row, cells in zip(rows, lines, strict=True):
         printed += _cells(cells, widths, right, "bold cyan" if isinstance(row, str) else "")

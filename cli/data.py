@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from remap.data import CLASSES, MULTILABEL
+from remap.io.paths import expanded
 from remap_cli import console
 from remap_cli import options as opt
 
@@ -40,7 +41,7 @@ def check(
         report, images = check_data(source, depth, progress, task=MULTILABEL if multilabel else CLASSES)
     console.emit(report.to_dict()) if json else _show(report)
     if html is not None:  # afterwards: reading takes long, and what was found is not lost where this cannot be written
-        write_contact_sheet(html, report, images)
+        write_contact_sheet(expanded(html), report, images)
     if any(finding.severity == "bad" for finding in report.findings):
         raise typer.Exit(2)
 

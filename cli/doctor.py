@@ -7,7 +7,7 @@ from remap_cli import options as opt
 
 
 def doctor(json: opt.Json = False) -> None:
-    """Check this machine: versions, devices, precision, caches and disk."""
+    """Check this machine: versions, devices, precision, caches and disk. Exit code 2 where something is missing."""
     from remap.pipeline.doctor import examine
 
     found = examine()
@@ -21,4 +21,4 @@ def doctor(json: opt.Json = False) -> None:
             wrap=(2,),
         )
     if not found["ok"]:
-        raise typer.Exit(1)
+        raise typer.Exit(2)

@@ -1,6 +1,7 @@
 """``remap recipes``: list, print, copy and check recipes."""
 
 import os
+import shlex
 from typing import Annotated
 
 import typer
@@ -59,15 +60,17 @@ def recipes_copy(
     unfit = path_problem(target)
     if unfit:
         raise RecipeError([plain(f"cannot be made: {unfit}")], plain(str(target)))
+    catalogue.require_findable(target)
     if os.path.lexists(target):
         raise RecipeError(["exists already and was not changed; name another file"], str(target))
+    command = "distill" if "teacher" in strict_yaml.read_mapping(source) else "tune"
     try:
         make_folder(target.parent)
         write_text(target, strict_yaml.read_text(source))
     except RunError as error:
         elsewhere = "name a file or folder where it can be written: remap recipes copy NAME FILE"
         raise RunError(error.what, given=error.given, do=elsewhere) from error
-    console.note(f"wrote {target}; run it with: remap distill --recipe {target}")
+    console.note(f"wrote {target}; run it with: remap {command} --recipe {shlex.quote(str(target))}")
 
 
 @recipes.command("validate")

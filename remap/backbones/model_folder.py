@@ -105,8 +105,13 @@ def _write(model: nn.Module, folder: Path, shape: dict[str, object], classes: li
 
 def is_known_to_timm(model: nn.Module) -> bool:
     """Whether a model's architecture is timm's own; the embedded pair is not, and needs its shape as arguments."""
+    return registering_module(model).startswith("timm.")
+
+
+def registering_module(model: nn.Module) -> str:
+    """Return the name of the Python module whose import tells timm the model's architecture."""
     architecture = str(as_timm(model).pretrained_cfg["architecture"])
-    return timm.models.model_entrypoint(architecture).__module__.startswith("timm.")
+    return str(timm.models.model_entrypoint(architecture).__module__)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ def model_card(source: TaskSource, row: FormatEntry, record: dict[str, Any], usa
         "tags: [image-classification, remap, knowledge-distillation]",
         "---",
         "",
-        f"# {plain(source.path.name)}: {len(classes)} classes, as {row.name}",
+        f"# {plain(source.path.resolve().name)}: {len(classes)} classes, as {row.name}",
         "",
         f"{row.summary[0].upper()}{row.summary[1:]}. Written by remap {record['remap']}.",
         "",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from remap.backbones.anatomy import module_at
-from remap.backbones.model_folder import opened_by_timm
+from remap.backbones.model_folder import is_known_to_timm, opened_by_timm, registering_module
 from remap.backbones.names import is_weights_file
 from remap.backbones.projected_head import HEAD_OF_A_PAIR, projected_head
 from remap.errors import RunError
@@ -52,14 +52,16 @@ class PeftFolder(Format):
         return answer_of(source, peft.PeftModel.from_pretrained(_base(source), str(folder)).eval())
 
     def usage(self, source: TaskSource, options: ExportOptions) -> str:
-        arguments, note = _arguments_of_timm(source), ""
+        arguments, above = _arguments_of_timm(source), ""
         if not _opens_with(source, arguments):
             return ""  # by remap alone: Python for the card would answer from other weights
         if (overlay := arguments.get("pretrained_cfg_overlay")) is not None:
             name = Path(overlay["file"]).name
             arguments["pretrained_cfg_overlay"] = {**overlay, "file": name}
-            note = f"Put {name}, the base model's weights, into this folder: the table names its SHA-256."
-        return snippets.peft_adapter(source, arguments, note)
+            above = f"# Put {name}, the base model's weights, into this folder: the table names its SHA-256.\n"
+        if not is_known_to_timm(source.tuned.model):
+            above += f"import {registering_module(source.tuned.model)}  # timm itself does not have the base model\n"
+        return snippets.peft_adapter(source, arguments, above)
 
 
 def _base(source: TaskSource) -> nn.Module:

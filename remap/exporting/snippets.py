@@ -96,7 +96,7 @@ view = facts["preprocessing"] | {{"size": {size}}}
 """
 _TIMM = 'model = timm.create_model("local-dir:.", pretrained=True).eval()'
 _PEFT = """\
-{note}model = timm.create_model("{base}", {arguments})
+{above}model = timm.create_model("{base}", {arguments})
 model = peft.PeftModel.from_pretrained(model, ".").eval()"""
 # The answer to the one picture in ``images``.
 _PYTORCH = "model(torch.from_numpy(images))[0]"
@@ -129,15 +129,15 @@ def timm_model(source: TaskSource) -> str:
     return _of_model(source, "timm", _TIMM)
 
 
-def peft_adapter(source: TaskSource, arguments: Mapping[str, Any], note: str) -> str:
+def peft_adapter(source: TaskSource, arguments: Mapping[str, Any], above: str) -> str:
     """Return Python for an adapter folder of PEFT.
 
     Args:
         arguments: Of ``timm.create_model``, for the base model.
-        note: A comment above it; empty for none.
+        above: Complete lines above it; empty for none.
     """
     given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-    model = _PEFT.format(base=source.meta.backbone.model, arguments=given, note=f"# {note}\n" if note else "")
+    model = _PEFT.format(base=source.meta.backbone.model, arguments=given, above=above)
     return _of_model(source, "peft, timm", model)
 
 

@@ -16,7 +16,9 @@ from remap.errors import DataError, RemapError, RunError
 from remap.io import atomic_write
 from remap.io.human_size import number_of
 from remap.io.names import plain
+from remap.io.paths import expanded
 from remap.progress import Progress, Silent
+from remap.recipe.catalogue import require_findable
 from remap.recipe.paths import absolute_data
 from remap.recipe.resolution import load
 from remap.recipe.schema import Recipe
@@ -49,9 +51,12 @@ def init_recipe(
         depth: Level of the folders that are the classes; None is 1, and refuses class folders that hold only folders.
 
     Raises:
+        RecipeError: The path does not end in .yaml.
         RunError: There is a file at the path already, or it cannot be written.
         DataError: The source cannot be opened, as a run would say, or none of its images can be read.
     """
+    path = expanded(path)
+    require_findable(path)
     if path.exists() or path.is_symlink():
         raise RunError(f"{path} is there already", do="choose another --output, or remove it")
     data = open_data(source, None, 0.2, depth=depth, task=task)

@@ -79,7 +79,7 @@ def adapt(
             ["by: statistics takes no steps and draws nothing (leave epochs, lr and seed out)"], "remap.adapt"
         )
     # Only here: up to this line None says that no seed was given.
-    seed = seed or 0
+    seed = checked(Recipe, {"seed": seed or 0}, "remap.adapt").seed
     began, old = time.perf_counter(), RunDir.open(expanded(run))
     recipe = old.recipe()
     known = recipe.data.source

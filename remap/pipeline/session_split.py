@@ -42,8 +42,10 @@ def groups_of(split: str, classes: Sequence[str]) -> list[list[str]]:
     """
     if split.isdecimal():
         count = int(split)
-        if not 2 <= count <= len(classes) // 2:
-            allowed = f"2 to {len(classes) // 2}, each of two classes or more"
+        if not 2 <= count <= (most := len(classes) // 2):
+            allowed = f"2 to {most}, each of two classes or more"
+            if most < 2:
+                allowed = "from 4 classes on; or name the groups, the first of two classes or more: a,b/c"
             raise RecipeError(
                 [f"--sessions: {count} sessions of {len(classes)} classes (allowed: {allowed})"], "compare"
             )

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from remap.backbones.build import Backbone
+from remap.backbones.model_folder import require_free
 from remap.distributed.launch import accelerator, require_one_process
 from remap.errors import BackboneError
 from remap.pipeline.samples import training_pixels
 from remap.pipeline.shared import SharedResources
 from remap.progress import Progress, Silent
 from remap.recipe.paths import is_run
+from remap.recipe.problems import checked
 from remap.recipe.schema import DataSpec, ModelSpec, Recipe, ShrinkSpec, StudentSpec
 from remap.remapping.architecture.shrink import Shrunk, shrink, target_shape
 from remap.remapping.architecture.skip import gates_of, save_remaining
@@ -91,6 +93,8 @@ def cut(
         RemapError: A mistake in the names or the shape, no readable images, no place to write, or several processes.
     """
     _require_one_process()
+    require_free(folder)  # now, not once everything is measured
+    seed = checked(Recipe, {"seed": seed}, "shrink").seed
     return _cut(teacher, spec, data, folder, seed, progress, SharedResources())
 
 

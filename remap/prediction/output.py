@@ -90,9 +90,19 @@ class PredictionFile:
             ) from None
         except OSError:  # a file system without locks
             pass
+        else:
+            self._open.callback(self._forget_nothing)
+
+    def _forget_nothing(self) -> None:
+        """Remove a part without a row: commands with other options could not continue it. The lock is still held."""
+        if self.processes == 1 and not any(_size_of(path) for path in (self._part(0), self._done(0))):
+            for own in (self._part(0), self._done(0), self._left_out(0), self.folder / SETTINGS):
+                own.unlink(missing_ok=True)
+            with suppress(OSError):  # holds a file that is not ours, or is merged and gone
+                self.folder.rmdir()
 
     def close(self) -> None:
-        """Let another command continue."""
+        """Let another command continue, or begin anew where there is no row yet."""
         self._open.close()
 
     def predict(self, inputs: Inputs, rows_of: Callable[[Iterator[Item]], Iterator[list[Prediction]]]) -> None:
@@ -194,6 +204,11 @@ class PredictionFile:
                         yield from (line, *(file.readline() for _ in range(self.rows_an_image - 1)))
                     if not line:
                         files.remove(file)
+
+
+def _size_of(path: Path) -> int:
+    """Return the bytes of a file; 0 where there is none."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def _row(line: bytes) -> dict[str, Any]:

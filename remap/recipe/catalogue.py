@@ -17,6 +17,8 @@ def folder() -> Path:
     return Path(str(files("remap_recipes")))
 
 
+# What tells a file from the name of a shipped recipe.
+ENDINGS = (".yaml", ".yml")
 # The sub-folder of suites, which are recipes on several sets of images; see ``remap.recipe.suite``.
 SUITES = "compare"
 
@@ -42,7 +44,7 @@ def find(word: str, *, suite: bool = False) -> Path:
     Raises:
         RecipeError: Neither exists, or it is not a readable file.
     """
-    if word.endswith((".yaml", ".yml")):
+    if word.endswith(ENDINGS):
         path = expanded(word)
         try:
             open_regular(path).close()
@@ -60,6 +62,16 @@ def find(word: str, *, suite: bool = False) -> Path:
         word,
         do="take one of these, or name a file that ends in .yaml",
     )
+
+
+def require_findable(path: Path) -> None:
+    """Refuse to write a recipe under a name that ``find`` would take for a shipped one.
+
+    Raises:
+        RecipeError: It does not end in .yaml or .yml.
+    """
+    if not path.name.endswith(ENDINGS):
+        raise RecipeError(["a recipe's file ends in .yaml: any other word is the name of a shipped one"], str(path))
 
 
 def summary(name: str) -> str:

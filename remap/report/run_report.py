@@ -22,6 +22,8 @@ from remap.runs.summary_schema import choice_in_words, measured_of, metric_of, m
 
 # Above it, a matrix is no longer read, and the pairs that are most confused are listed.
 MOST_CLASSES_IN_MATRIX = 20
+# What ``train.fit`` does where it takes no steps.
+_AT_ONCE = {"prototypes": "classifier by class means", "ridge": "classifier by ridge regression", "none": "no training"}
 _NOT_LOSSES = ("epoch", "seconds", *METRIC.values(), "val_ce", "val_bce", "selection")
 
 
@@ -64,6 +66,8 @@ def report_run(run: RunDir, *, pngs: bool = True) -> Path:
             if recipe.label_free
             else "no evaluation image has a label"
             if summary["student"]["accuracy"] is None
+            else "`remap adapt` stores no answers to single images"
+            if "adapted" in summary
             else "answers.json is not in this folder; earlier versions did not write it"
         ),
         calibration=summary["student"].get("metrics", {}).get("calibration_error"),
@@ -74,6 +78,7 @@ def report_run(run: RunDir, *, pngs: bool = True) -> Path:
         overlays=overlays(evidence, run.path) if evidence is not None else [],
         sessions=_sessions(summary),
         facts=_facts(run, summary, recipe),
+        repeats="adapted" not in summary,  # its recipe is that of the run before
         command=_text(run.path / "command.txt"),
         recipe=_text(run.path / "recipe.yaml"),
     )
@@ -203,6 +208,11 @@ def _facts(run: RunDir, summary: dict[str, Any], recipe: Recipe) -> dict[str, li
     data, environment = summary["data"], run.environment()
     skipped = Counter(reason for _, reason in data.get("skipped", []))
     get: Callable[[str], Any] = summary.get
+    adapted, by_steps = get("adapted"), recipe.train.by_steps
+    how = _AT_ONCE.get(recipe.train.fit)
+    if adapted:
+        how = f"{adapted['run']}, adapted by {adapted['by']}"
+    own_steps = by_steps and not adapted
     facts: dict[str, dict[str, Any]] = {
         "Data": {
             "images": data["source"],
@@ -216,12 +226,13 @@ def _facts(run: RunDir, summary: dict[str, Any], recipe: Recipe) -> dict[str, li
         "Training": {
             "teacher": summary["teacher"]["model"] if "teacher" in summary else "none",
             "head of the teacher": summary["teacher"]["head"] if "teacher" in summary else None,
-            "losses": ", ".join(f"{loss.name} × {loss.weight:g}" for loss in recipe.losses),
-            "epochs": get("epochs"),
+            "how": how,
+            "losses": ", ".join(f"{loss.name} × {loss.weight:g}" for loss in recipe.losses) if own_steps else None,
+            "epochs": get("epochs") if by_steps else None,
             "result": choice_in_words(summary) if "choice" in summary else None,
             "running average": get("ema"),
-            "batch size": recipe.train.batch_size,
-            "learning rate": f"{summary['learning_rate']:g}",
+            "batch size": recipe.train.batch_size if own_steps else None,
+            "learning rate": f"{summary['learning_rate']:g}" if by_steps and summary["learning_rate"] else None,
             "seed": get("seed"),
             "time": f"{summary['train_seconds']:.0f} s of training, {summary['seconds']:.0f} s in all",
             "peak memory": size(get("peak_memory_bytes")) if get("peak_memory_bytes") else None,

@@ -19,6 +19,7 @@ from remap.errors import Interrupted, RemapError
 from remap.progress import CELLS
 from remap_cli import console
 from remap_cli.live import grid
+from remap_cli.width import width_of_stdout
 
 WAITS = """
 import time
@@ -338,8 +339,11 @@ def test_a_signal_that_a_library_turned_into_an_error_is_still_the_reason() -> N
 
 @pytest.mark.parametrize(
     ("columns", "is_pipe", "terminal", "width"),
-    [("72", True, 90, 72), ("", True, 90, 90), ("", True, None, 160), ("", False, 90, 160)],
-    ids=["COLUMNS", "a pipe of a terminal", "a pipe alone", "a file"],
+    [
+        *(("72", True, 90, 72), ("", True, 90, 90), ("", True, None, 160), ("", False, 90, 160)),
+        *(("0", True, 90, 90), ("", True, 0, 160), ("0", False, 90, 160)),
+    ],
+    ids=["COLUMNS", "a pipe of a terminal", "a pipe alone", "a file", "unknown", "unknown too", "unknown of a file"],
 )
 def test_a_pipe_is_as_wide_as_its_terminal(
     columns: str, is_pipe: bool, terminal: int | None, width: int, monkeypatch: pytest.MonkeyPatch
@@ -355,7 +359,7 @@ def test_a_pipe_is_as_wide_as_its_terminal(
     monkeypatch.setattr(os, "get_terminal_size", size)
     monkeypatch.setattr(stat, "S_ISFIFO", lambda mode: is_pipe)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    assert Console(width=console._width()).width == width
+    assert Console(width=width_of_stdout()).width == width
 
 
 def test_what_takes_long_collects_its_garbage() -> None:

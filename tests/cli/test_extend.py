@@ -59,7 +59,7 @@ def test_sessions_from_the_first_to_a_report(remap: Callable[..., Result], three
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--sessions", "2"], "2 sessions of 2 classes"),
+        (["--sessions", "2"], "2 sessions of 2 classes (allowed: from 4 classes on"),
         (["--ways", "lwf"], "--ways"),
         (["--sessions", "2", "--jobs", "2"], "--jobs: not for --sessions"),
     ],

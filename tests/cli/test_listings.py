@@ -1,6 +1,7 @@
 """Commands that look things up: instant, without torch, and complete."""
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -212,6 +213,16 @@ def test_copy_then_validate(remap: Callable[..., Result], tmp_path: Path) -> Non
         assert part in broken.message
 
 
+def test_a_copy_is_run_by_the_command_that_is_advised(remap: Callable[..., Result]) -> None:
+    """By the comments in the recipes; the words are those that a shell makes of the line."""
+    for name, command in (("digits", "distill"), ("pretrain_mini_student", "tune")):
+        result = remap("recipes", "copy", name, f"my {name}.yaml")
+        advice = shlex.split(" ".join(result.stderr.split()).partition("run it with: ")[2])
+        assert result.exit_code == 0 and advice == ["remap", command, "--recipe", f"my {name}.yaml"]
+    result = remap("recipes", "copy", "digits", "mine")
+    assert result.exit_code == 2 and "ends in .yaml" in result.message and not Path("mine").exists()
+
+
 def test_copy_to_a_place_that_cannot_be_written_advises_what_copy_has(remap: Callable[..., Result]) -> None:
     assert remap("recipes", "copy", "digits", "new/folder/mine.yaml").exit_code == 0
     result = remap("recipes", "copy", "digits", "/proc/version.yaml")
@@ -240,6 +251,14 @@ def test_doctor_runs_without_network(remap: Callable[..., Result], monkeypatch: 
     checks = {row["what"]: row for row in json.loads(result.stdout)["checks"]}
     assert checks["torch"]["state"] == "ok" and checks["embedded weights"]["state"] == "ok"
     assert result.exit_code == 0
+
+
+def test_doctor_ends_as_mistakes_do_where_something_is_missing(
+    remap: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 is what a user can mend, 1 a bug: the table of docs/many-processes.md."""
+    monkeypatch.setattr("remap.pipeline.doctor.version_of", lambda name: "missing")
+    assert remap("doctor").exit_code == 2
 
 
 def test_module_entry_point_equals_the_command() -> None:

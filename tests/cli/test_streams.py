@@ -71,6 +71,7 @@ def test_letters_that_the_output_cannot_show_are_escaped(environment: dict[str, 
     assert done.returncode == code and b"Traceback" not in done.stderr
     shown = rb"\u043a\u043e\u0442"
     assert shown in done.stderr and (code or shown in done.stdout)
+    assert code or b"\n ---\n" in done.stdout, "the rule of a table is in letters that can be shown"
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])

@@ -207,7 +207,22 @@ def test_the_card_says_which_file_the_weights_are_of(
     torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_task_is_copied_as_it_was_sealed(finished: Finished, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_card_opens_a_base_model_that_timm_does_not_have(tiny: Any, tmp_path: Path) -> None:
+    """That of the shipped student, in a process that has imported nothing of remap; the student's own labels."""
+    network = tuned(open_backbone(ModelSpec(model="mini_student"), 3), "lora", {})
+    with torch.no_grad():
+        for parameter in network.trained.values():
+            parameter.add_(torch.randn_like(parameter))
+    network.classes = ("blue", "green", "red")
+    save_task(tmp_path / "task", network, View(network.preprocess.size, 1.0, "bicubic"), "lora", {})
+    found = export_student(tmp_path / "task", "peft", tmp_path / "out")
+    pictures = sorted(Path(tiny.data, "val").rglob("*.png"))[::3]
+    expected = [name for name, _ in remap.load_student(tmp_path / "task", "cpu").predict(pictures)]
+    assert classified(found.output, pictures, ()) == expected
+
+
+def test_task_is_copied_as_it_was_sealed(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = finished("vpt_deep")
     student = remap.load_student(run, "cpu")
     student.save(tmp_path / "out")
@@ -219,7 +234,9 @@ def test_task_is_copied_as_it_was_sealed(finished: Finished, tmp_path: Path) -> 
     with pytest.raises(RunError, match="is there already"):
         student.save(tmp_path / "out")
     assert student.save(tmp_path / "out", force=True).comparison.images.startswith("9 evaluation images")
-    copied = export_student(tmp_path / "out", "task", tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "out")
+    copied = export_student(".", "task", tmp_path / "copy")
+    assert "# out: 3 classes" in (tmp_path / "copy" / "README.md").read_text()
     assert copied.comparison.images.startswith("random pixels"), "a task folder does not say where its images are"
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from remap.errors import DataError, RunError, WeightsError
+from remap.errors import DataError, RecipeError, RunError, WeightsError
 from remap.inspection import suggest
 from remap.inspection.contact_sheet import write_contact_sheet
 from remap.inspection.data_check import Report, check_data
@@ -202,6 +202,17 @@ def test_a_recipe_states_the_level_of_the_classes(tmp_path: Path) -> None:
         init_recipe(str(tmp_path / "images"), tmp_path / "recipe.yaml")
     recipe = init_recipe(str(tmp_path / "images"), tmp_path / "recipe.yaml", depth=2)
     assert recipe.data.depth == 2 and "3 classes" in (tmp_path / "recipe.yaml").read_text()
+
+
+def test_a_recipe_is_written_where_a_run_finds_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without .yaml `--recipe digits` would be the shipped recipe; the shell leaves the ~ of --output=~/x as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(RecipeError, match=r"a recipe's file ends in \.yaml"):
+        init_recipe(str(folder), tmp_path / "digits")
+    assert init_recipe(str(folder), Path("~/mine.yml")) == load(tmp_path / "home" / "mine.yml")
+    assert not (tmp_path / "digits").exists()
 
 
 def test_models_that_cannot_be_had_are_said(

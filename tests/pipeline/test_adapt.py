@@ -153,6 +153,7 @@ def test_statistics_are_means_over_images(camera: Path, model_folder: Callable[.
         ({"by": "statistics"}, "no batch norm of its own"),
         ({"by": "statistics", "epochs": 3}, "takes no steps"),
         ({"by": "statistics", "seed": 0}, "draws nothing"),
+        ({"seed": 2**32}, "seed: should be less than 4294967296"),  # as of a recipe
         ({"epochs": 0}, "epochs"),
         ({"val_data": "empty"}, "no images"),
     ],

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import remap
-from remap.errors import RecipeError
+from remap.errors import RecipeError, RunError
 from remap.runs.run_dir import RunDir
 
 
@@ -49,3 +49,7 @@ def test_shrink_cuts_a_folder(tiny: Any, tmp_path: Path) -> None:
         remap.shrink(tiny.teacher, tmp_path / "other", depth=0)
     with pytest.raises(RecipeError, match="images: chooses nothing"):
         remap.shrink(tiny.teacher, tmp_path / "other", depth=2, blocks="uniform", images=8)
+    with pytest.raises(RecipeError, match="seed: should be less than 4294967296"):
+        remap.shrink(tiny.teacher, tmp_path / "other", depth=2, seed=2**32)
+    with pytest.raises(RunError, match="is there already"):  # and not the model, which would be opened first
+        remap.shrink("local-dir:absent", tmp_path / "small", depth=2)

@@ -17,7 +17,7 @@ from PIL import Image
 import remap
 from remap.data.thread_pool import map_ahead, threads
 from remap.distributed import launch
-from remap.errors import RecipeError, RunError
+from remap.errors import DataError, RecipeError, RunError
 from remap.pipeline import student_api
 from remap.pipeline.student_api import load_student
 from remap.prediction.formats import write_rows
@@ -229,6 +229,16 @@ def test_parts_of_other_commands_are_not_continued(make_task: MakeTask, photos: 
         PredictionFile(path, {"tasks": {"": "x"}, "top": 1})
     with pytest.raises(RunError, match=r"allowed: .*\.jsonl"):
         PredictionFile(tmp_path / "rows.txt", {"tasks": {}})
+
+
+def test_a_command_that_read_no_image_leaves_nothing(make_task: MakeTask, photos: Path, tmp_path: Path) -> None:
+    """It would otherwise be "rows of another command" for the next one, which names images and other options."""
+    run, path = make_task("one", "linear"), tmp_path / "rows.jsonl"
+    with pytest.raises(DataError, match="no images there"):
+        predict_to_file(run, Inputs([str(photos / "*.jpg")]), path, Wanted(), Silent())
+    assert not (tmp_path / "rows.jsonl.parts").exists()
+    assert predict_to_file(run, Inputs([photos]), path, Wanted(top=2), Silent()) == (11, 1)
+    assert not (tmp_path / "rows.jsonl.parts").exists()
 
 
 @pytest.mark.parametrize("processes", [2, 3, 12])

@@ -223,6 +223,26 @@ def test_damaged_answers_are_one_error(run: RunDir, change: Any) -> None:
         report_run(run)
 
 
+def test_an_adapted_run_is_not_told_as_its_recipe(run: RunDir) -> None:
+    """Its losses and batches are not those of the recipe, `remap repeat` refuses it, and it stores no answers."""
+    before = Page(report_run(run)).text
+    assert "remap repeat" in before and "batch size" in before and "kd × " in before
+    adapted = {"run": "runs/old", "by": "shot", "target": "camera"}
+    edit(run.path / "summary.json", lambda found: found.update(adapted=adapted))
+    (run.path / "answers.json").unlink()
+    page = Page(report_run(run)).text
+    assert "runs/old, adapted by shot" in page and "`remap adapt` stores no answers" in page
+    assert not any(words in page for words in ("remap repeat", "batch size", "kd × ", "earlier versions"))
+
+
+def test_a_classifier_that_is_fitted_at_once_has_no_steps_to_tell(run: RunDir) -> None:
+    recipe = run.path / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("fit: gradient", "fit: prototypes"))
+    page = Page(report_run(RunDir.open(run.path))).text
+    assert "classifier by class means" in page
+    assert not any(words in page for words in ("batch size", "learning rate", "kd × "))
+
+
 def test_a_run_without_a_result_has_no_report(run: RunDir) -> None:
     (run.path / "summary.json").unlink()
     with pytest.raises(RunError, match="has no result yet"):
