@@ -1,10 +1,12 @@
 """Where a teacher that knows more pays: an ImageNet classifier teaches small students photographs with few labels.
 
-Run: python benchmarks/stronger_teacher.py --sets DIR --results DIR [--minutes 60] [--seeds 3] [--table]
+Run: python benchmarks/stronger_teacher.py --sets DIR --results DIR [--minutes 60] [--seeds 3]
+    [--steps 2000] [--students mini_student] [--methods lora full] [--labels 20] [--table]
 
-DIR holds clothing.tar, ants-bees.tar and efficientnet_lite0.safetensors. Each cell is one run of about 200 steps of 32
-images. A cell that has ended is one JSON file and is not run again; one that was stopped starts anew. Cells of one set
-and student follow each other and share images, teachers and their outputs. ``--table`` prints complete rows.
+DIR holds clothing.tar, ants-bees.tar and efficientnet_lite0.safetensors. Each cell is one run of about ``--steps``
+steps of 32 images. A cell that has ended is a line of cells.jsonl and is not run again; one that was stopped starts
+anew. Cells of one set and student follow each other and share images, teachers and their outputs. ``--table`` prints
+complete rows. What was measured so far lies in results/stronger_teacher.
 """
 
 import argparse
@@ -43,7 +45,8 @@ ARGUMENTS = {"tiny_vit_5m_224": {"window_sizes": [8, 8, 4, 2]}}
 # The defaults are for weights that know something, and fall with the width.
 RATES_FROM_RANDOM = {"full": 1e-3, "lora": 3e-3, "linear": 1e-1}
 TEACHER, TEACHER_FILE, TEACHER_SIDE = "tf_efficientnet_lite0", "efficientnet_lite0.safetensors", 96
-BATCH, STEPS = 32, 200
+BATCH = 32
+CELLS = "cells.jsonl"
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,12 @@ class Cell:
     method: str
     taught: bool
     seed: int
+    steps: int
 
     @property
     def name(self) -> str:
         taught = "taught" if self.taught else "alone"
-        return f"{self.images}-{self.labels}-{self.student}-{self.method}-{taught}-{self.seed}"
+        return f"{self.images}-{self.labels}-{self.student}-{self.method}-{taught}-{self.seed}-{self.steps}"
 
     def recipe(self, sets: Path, results: Path) -> Recipe:
         """Return the recipe; all cells take about as many steps, however many images an epoch has."""
@@ -76,7 +80,7 @@ class Cell:
             file = str(sets / TEACHER_FILE)
             words["teacher"] = {"model": TEACHER, "weights": file, "image_size": TEACHER_SIDE, "cache": "disk"}
         seen = images if self.taught else min(self.labels * classes, images)
-        epochs = round(STEPS / (seen // BATCH))
+        epochs = round(self.steps / (seen // BATCH))
         settings = [f"train.epochs={epochs}", f"train.batch_size={BATCH}", f"train.eval_every={epochs}"]
         if weights == "none":
             settings.append(f"train.lr={RATES_FROM_RANDOM[self.method]}")
@@ -94,11 +98,26 @@ def _model(name: str, results: Path) -> str:
     return f"local-dir:{folder}"
 
 
-def slices(seeds: int) -> Iterator[list[Cell]]:
-    """Yield the cells of one set and student, which give complete rows of the table."""
-    for student, images in itertools.product(STUDENTS, SETS):
-        rows = itertools.product(LABELS, METHODS, range(seeds), (True, False))
-        yield [Cell(images, labels, student, method, taught, seed) for labels, method, seed, taught in rows]
+def rows(options: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
+    """Yield set, student, method and labels a class of the rows of the table that were asked for."""
+    for student, images in itertools.product(options.students, SETS):
+        yield from ((images, student, *one) for one in itertools.product(options.methods, options.labels))
+
+
+def cells(row: tuple[str, str, str, int], options: argparse.Namespace) -> list[tuple[Cell, Cell]]:
+    """Return the cells of a row, with and without the teacher, by seed."""
+    images, student, method, labels = row
+    return [
+        tuple(Cell(images, labels, student, method, taught, seed, options.steps) for taught in (True, False))
+        for seed in range(options.seeds)
+    ]
+
+
+def ended(results: Path) -> dict[str, dict[str, Any]]:
+    """Return what cells gave, by their names."""
+    path = results / CELLS
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {found.pop("cell"): found for found in map(json.loads, lines)}
 
 
 def run(cell: Cell, sets: Path, results: Path, shared: SharedResources) -> None:
@@ -108,42 +127,29 @@ def run(cell: Cell, sets: Path, results: Path, shared: SharedResources) -> None:
     summary = start(cell.recipe(sets, results), folder, Silent(), shared).summary
     student = summary["student"]
     accuracy = student.get("test_accuracy", student["accuracy"])
-    found: dict[str, Any] = {"accuracy": accuracy, "seconds": summary["seconds"]}
+    found: dict[str, Any] = {"cell": cell.name, "accuracy": accuracy, "seconds": summary["seconds"]}
     if cell.taught:
         found["teacher"] = summary["teacher"]["accuracy"]
-    (results / f"{cell.name}.json").write_text(json.dumps(found))
+    with (results / CELLS).open("a") as file:
+        file.write(json.dumps(found) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def table(results: Path, seeds: int) -> None:
+def table(options: argparse.Namespace) -> None:
     """Print accuracy in % as mean and standard deviation over the seeds, where all of them have ended."""
-    for images in SETS:
-        print(
-            f"\n{images}\n\n| student | method | labels a class | alone | with teacher | difference | teacher | seeds |"
-        )
-        print("|---|---|---|---|---|---|---|---|")
-        for student, method, labels in itertools.product(STUDENTS, METHODS, sorted(LABELS)):
-            found: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
-            for seed in range(seeds):
-                files = {t: results / f"{Cell(images, labels, student, method, t, seed).name}.json" for t in found}
-                if all(file.exists() for file in files.values()):
-                    for taught, file in files.items():
-                        found[taught].append(json.loads(file.read_text()))
-            if len(found[True]) < seeds:
-                continue
-            taught, alone = ([100 * one["accuracy"] for one in found[side]] for side in (True, False))
-            gains = [with_one - without for with_one, without in zip(taught, alone, strict=True)]
-            teacher = statistics.mean(100 * one["teacher"] for one in found[True])
-            row = [
-                f"`{student}`",
-                f"`{method}`",
-                labels,
-                spread(alone),
-                spread(taught),
-                spread(gains, "+"),
-                f"{teacher:.1f}",
-            ]
-            print("| " + " | ".join(map(str, [*row, len(taught)])) + " |")
+    known = ended(options.results)
+    print("| set | student | method | labels a class | alone | with teacher | difference | teacher |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows(options):
+        pairs = [tuple(known.get(cell.name) for cell in pair) for pair in cells(row, options)]
+        if any(one is None for pair in pairs for one in pair):
+            continue
+        taught, alone = ([100 * one["accuracy"] for one in side if one] for side in zip(*pairs, strict=True))
+        gains = [with_one - without for with_one, without in zip(taught, alone, strict=True)]
+        teacher = statistics.mean(100 * pair[0]["teacher"] for pair in pairs if pair[0])
+        images, student, method, labels = row
+        cells_of = (images, f"`{student}`", f"`{method}`", str(labels), spread(alone), spread(taught))
+        print("| " + " | ".join((*cells_of, spread(gains, "+"), f"{teacher:.1f}")) + " |")
 
 
 def spread(values: list[float], sign: str = "") -> str:
@@ -159,20 +165,25 @@ def main() -> None:
     words.add_argument("--results", type=Path, required=True)
     words.add_argument("--minutes", type=float, default=60.0)
     words.add_argument("--seeds", type=int, default=3)
+    words.add_argument("--steps", type=int, default=200)
+    words.add_argument("--students", nargs="+", default=list(STUDENTS), choices=list(STUDENTS))
+    words.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    words.add_argument("--labels", nargs="+", type=int, default=list(LABELS))
     words.add_argument("--table", action="store_true")
     options = words.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    (options.results / "runs").mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * options.minutes
-    for cells in [] if options.table else slices(options.seeds):
-        shared = SharedResources()
-        for cell in cells:
-            if time.monotonic() < end and not (options.results / f"{cell.name}.json").exists():
+    end, known = time.monotonic() + 60 * options.minutes, ended(options.results)
+    before, shared = None, SharedResources()
+    for row in () if options.table else rows(options):
+        if row[:2] != before:
+            before, shared = row[:2], SharedResources()
+        for cell in itertools.chain.from_iterable(cells(row, options)):
+            if time.monotonic() < end and cell.name not in known:
                 try:
                     run(cell, options.sets, options.results, shared)
                 except (RunError, TrainingError) as error:
                     print(f"{cell.name}: {error}", flush=True)
-    table(options.results, options.seeds)
+    table(options)
 
 
 if __name__ == "__main__":
