@@ -53,7 +53,8 @@ def compare(
     cells = comparison_cells(recipe, methods, seeds, plan.sweeps, plan.loss_sets, resources.images_of)
     cells = resources.with_possible_inits(cells, optional=tuple(methods) == DEFAULT_METHODS)
     for cell in cells:
-        require_each_class(cell.recipe if search is None else held_out(cell.recipe), resources.first)
+        if not (output / cell.name / "summary.json").is_file():  # a finished one is shown without its images
+            require_each_class(cell.recipe if search is None else held_out(cell.recipe), resources.first)
         require_folds(cell.recipe, resources.first)
     left_out: dict[str, str] = {}
     if budget is not None and budget[0] == "parameters":

@@ -167,7 +167,7 @@ def test_the_test_folder_is_in_the_summary_and_shown(
 def test_the_dry_run_writes_nothing(
     run_json: Callable[..., dict], pictures: Path, tmp_path: Path, tiny: list[str]
 ) -> None:
-    found = run_json("distill", "--data", pictures, "--dry-run", *tiny)
+    found = run_json("distill", "--data", pictures, "--method", "vpt_deep", "--dry-run", *tiny)
     assert list(tmp_path.iterdir()) == []
     parts = {row["part"]: row["parameters"] for row in found["trainable"]}
     # vpt_deep: depth 4 x 10 prompts x width 128; head: 128 x 2 weights and 2 biases.

@@ -219,7 +219,7 @@ def test_the_card_opens_a_base_model_that_timm_does_not_have(tiny: Any, tmp_path
     found = export_student(tmp_path / "task", "peft", tmp_path / "out")
     pictures = sorted(Path(tiny.data, "val").rglob("*.png"))[::3]
     expected = [name for name, _ in remap.load_student(tmp_path / "task", "cpu").predict(pictures)]
-    assert classified(found.output, pictures, ()) == expected
+    assert classified({found.output: ()}, pictures) == expected
 
 
 def test_task_is_copied_as_it_was_sealed(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
