@@ -252,10 +252,6 @@ def history() -> Callable[[Path], list[dict]]:
     return read
 
 
-# For real processes; messages of theirs are not wrapped.
-ON_ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
-
-
 @pytest.fixture
 def started() -> Iterator[list[subprocess.Popen]]:
     """Processes that a test started; what still runs at its end is killed."""
@@ -272,7 +268,7 @@ def start_process(started: list[subprocess.Popen]) -> Callable[..., subprocess.P
     """Start ``python -m ...`` on one thread."""
 
     def start(*arguments: str) -> subprocess.Popen:
-        environment = {**os.environ, **ON_ONE_THREAD}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen([sys.executable, "-m", *arguments], env=environment, **pipes))
         return started[-1]
@@ -292,14 +288,6 @@ def fork_command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     yield start
     for forked in started:
         forked.kill()
-
-
-@pytest.fixture
-def fork_launcher(fork_command: Callable[..., Forked], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Forked]:
-    """Start a command with ``--devices``: the processes that it launches are real ones, it alone is forked."""
-    for name, word in ON_ONE_THREAD.items():
-        monkeypatch.setenv(name, word)
-    return fork_command
 
 
 @pytest.fixture(scope="session", autouse=True)

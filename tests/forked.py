@@ -1,8 +1,7 @@
 """Commands in processes that are forked from the test's, which has imported everything: PyTorch and timm take 10 s.
 
 For what one or several processes compute or leave when they are killed. Tests whose subject is how processes are
-started, or what they write where, start real ones (``start_process``). A command that launches others may be forked
-(``fork_launcher``): those that it launches are real ones.
+started, or what they write where, start real ones (``start_process``).
 """
 
 import io
@@ -30,19 +29,14 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def forget_processes() -> None:
-    """Read what a launcher says anew: the process that this one is forked from was a single one."""
-    accelerator.cache_clear()
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
 def be_one_of(count: int, rank: int, port: int) -> None:
     """What a launcher says to its processes; whatever this process knew as a single one is forgotten."""
     for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", count), ("LOCAL_WORLD_SIZE", count)):
         os.environ[name] = str(value)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    forget_processes()
+    accelerator.cache_clear()
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
 
 
 class Forked:
@@ -65,14 +59,9 @@ class Forked:
 
     def end(self, seconds: float = 200.0) -> str:
         """Wait until all have ended well; what the first one printed."""
-        _, output, _ = self.left(seconds)
-        assert not any(self.codes), (self.codes, [path.read_text() for path in self.errors])
-        return output
-
-    def left(self, seconds: float = 200.0) -> tuple[int | None, str, str]:
-        """Wait until all have ended; the exit code of the first one, what it printed, and its messages."""
         self.codes = [wait(pid, seconds) for pid in self.pids]
-        return self.codes[0], self.outputs[0].read_text(), self.errors[0].read_text()
+        assert not any(self.codes), (self.codes, [path.read_text() for path in self.errors])
+        return self.outputs[0].read_text()
 
     def kill(self) -> None:
         """End all as SIGKILL does, if they still run."""
@@ -88,8 +77,6 @@ def _run(command: Sequence[str], output: Path, count: int, rank: int, port: int)
     sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)
     if count > 1:
         be_one_of(count, rank, port)
-    else:
-        forget_processes()
     sys.argv = list(command)
     try:
         if command[0].endswith(".py"):

@@ -1,7 +1,6 @@
 """``--devices N`` without a run: a small command starts itself, fails, is stopped and killed, by real signals.
 
-The command is forked from this process, which has imported PyTorch; those that it starts are new ones. Expected values
-are the rules of docs/many-processes.md, section "How it ends".
+Expected values are the rules of docs/many-processes.md, section "How it ends".
 """
 
 import json
@@ -14,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forked import Forked
 
 from remap.errors import RemapError
 from remap_cli import launch
@@ -50,36 +48,28 @@ def work(words: list[str]) -> None:
 main()
 """
 NOTES = "signal.signal(signal.SIGINT, note); signal.signal(signal.SIGTERM, note); (folder / f'ready-{rank}').touch()"
-Begin = Callable[..., Forked]
-Ended = tuple[int | None, str, str]
+Ended = tuple[int, str, str]
 
 
 @pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Write the command, and set what it finds in the environment."""
-
-    def write(body: str, count: int = 2, **environment: str) -> str:
+def begin(tmp_path: Path, started: list[subprocess.Popen]) -> Callable[..., subprocess.Popen]:
+    def start(body: str, count: int = 2, *words: str, **environment: str) -> subprocess.Popen:
         (tmp_path / "script.py").write_text(SCRIPT.replace("BODY", body.replace("\n", "\n    ")))
-        for name, word in {"FOLDER": str(tmp_path), "COUNT": str(count), **environment}.items():
-            monkeypatch.setenv(name, word)
-        return str(tmp_path / "script.py")
-
-    return write
-
-
-@pytest.fixture
-def begin(script: Callable[..., str], fork_launcher: Begin) -> Begin:
-    def start(body: str, count: int = 2, *words: str, **environment: str) -> Forked:
-        return fork_launcher(script(body, count, **environment), "work", *(words or ("word",)))
+        command = [sys.executable, str(tmp_path / "script.py"), "work", *(words or ("word",))]
+        own = {"FOLDER": str(tmp_path), "COUNT": str(count), "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env={**os.environ, **own, **environment}, **pipes))
+        return started[-1]
 
     return start
 
 
 @pytest.fixture
-def run(begin: Begin) -> Callable[..., Ended]:
-    def start(body: str, count: int = 2) -> Ended:
-        code, output, errors = begin(body, count).left()
-        return code, output, "".join(errors.splitlines(True)[_shared(errors) :])
+def run(begin: Callable[..., subprocess.Popen]) -> Callable[..., Ended]:
+    def start(body: str, count: int = 2, *words: str, **environment: str) -> Ended:
+        process = begin(body, count, *words, **environment)
+        output, errors = process.communicate(timeout=120)
+        return process.returncode, output, "".join(errors.splitlines(True)[_shared(errors) :])
 
     return start
 
@@ -114,7 +104,9 @@ def listening(port: int) -> set[str]:
     return {address for address, number in places if int(number, 16) == port}
 
 
-def test_each_process_has_its_place_and_only_the_first_prints(begin: Begin, tmp_path: Path) -> None:
+def test_each_process_has_its_place_and_only_the_first_prints(
+    begin: Callable[..., subprocess.Popen], tmp_path: Path
+) -> None:
     """The variables are those that torchrun sets; words reach each process as they were typed."""
     body = f"""
 import json
@@ -137,25 +129,24 @@ while not (folder / "go").exists():
         assert not environment.keys() & {"PMI_SIZE", "OMPI_COMM_WORLD_SIZE"}  # Accelerate would believe them
     assert listening(int(found[0]["MASTER_PORT"])) == {"0100007F"}, "127.0.0.1 and no other interface"
     (tmp_path / "go").touch()
-    code, output, errors = process.left()
-    assert (code, output) == (0, "['a$$b', '${local_rank}']\n"), errors
+    output, errors = process.communicate(timeout=120)
+    assert (process.returncode, output) == (0, "['a$$b', '${local_rank}']\n"), errors
     assert "".join(errors.splitlines(True)[_shared(errors) :]) == ""
 
 
-def test_more_processes_than_cores_are_said(begin: Begin) -> None:
+def test_more_processes_than_cores_are_said(run: Callable[..., Ended], begin: Callable[..., subprocess.Popen]) -> None:
     cores = len(os.sched_getaffinity(0))
-    code, _, errors = begin("pass", cores + 1).left()
-    assert code == 0 and f"{cores + 1} processes share {cores} CPU core" in errors
+    process = begin("pass", cores + 1)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and f"{cores + 1} processes share {cores} CPU core" in errors
 
 
 @pytest.mark.parametrize(
     "variables",
     [{"RANK": "0", "WORLD_SIZE": "1"}, {"ACCELERATE_DYNAMO_MODE": "default", "RANK": "0"}, {"WORLD_SIZE": "2"}],
 )
-def test_under_a_launcher_nothing_is_started(script: Callable[..., str], variables: dict[str, str]) -> None:
-    file = script("print(launch.MARK in os.environ, 'torch' in sys.modules)", **variables)
-    ended = subprocess.run([sys.executable, file, "work", "word"], capture_output=True, text=True)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "False False\n", "")
+def test_under_a_launcher_nothing_is_started(run: Callable[..., Ended], variables: dict[str, str]) -> None:
+    assert run("print(launch.MARK in os.environ, 'torch' in sys.modules)", **variables) == (0, "False False\n", "")
 
 
 def test_an_error_of_all_is_said_once(run: Callable[..., Ended]) -> None:
@@ -204,33 +195,37 @@ def test_a_process_that_a_signal_ended_is_named(run: Callable[..., Ended], numbe
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_reaches_each_process_once(begin: Begin, tmp_path: Path, number: int) -> None:
+def test_a_signal_reaches_each_process_once(
+    begin: Callable[..., subprocess.Popen], tmp_path: Path, number: int
+) -> None:
     """A second one would mean: leave at once. What the first process saved is said."""
     process = begin(f"{NOTES}\ntime.sleep(60)")
     wait_for(all_ready(tmp_path))
-    os.kill(process.pids[0], number)
-    code, _, errors = process.left()
-    assert code == 128 + number
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
     assert "".join(errors.splitlines(True)[_shared(errors) :]) == "stopped, and saved\n"
     for rank in (0, 1):
         assert (tmp_path / f"signals-{rank}").read_text() == f"{int(number)} "
 
 
-def test_a_signal_that_finds_nothing_to_save_is_said_once(begin: Begin, tmp_path: Path) -> None:
+def test_a_signal_that_finds_nothing_to_save_is_said_once(
+    begin: Callable[..., subprocess.Popen], tmp_path: Path
+) -> None:
     process = begin("(folder / f'ready-{rank}').touch()\ntime.sleep(60)")
     wait_for(all_ready(tmp_path))
-    os.kill(process.pids[0], signal.SIGINT)
-    code, _, errors = process.left()
-    assert code == 130 and errors.count("interrupted; there was nothing to save") == 1
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and errors.count("interrupted; there was nothing to save") == 1
     assert "Traceback" not in errors
 
 
-def test_processes_leave_when_their_parent_is_gone(begin: Begin, tmp_path: Path) -> None:
+def test_processes_leave_when_their_parent_is_gone(begin: Callable[..., subprocess.Popen], tmp_path: Path) -> None:
     """SIGKILL cannot be passed on; they are asked to stop as by SIGTERM, and may save."""
     process = begin(f"{NOTES}\ntime.sleep(60)")
     wait_for(all_ready(tmp_path))
     pids = [int((tmp_path / f"pid-{rank}").read_text()) for rank in (0, 1)]
-    os.kill(process.pids[0], signal.SIGKILL)
+    process.kill()
     wait_for(lambda: not any(map(is_alive, pids)), 60)
     for rank in (0, 1):
         assert (tmp_path / f"signals-{rank}").read_text() == f"{int(signal.SIGTERM)} "

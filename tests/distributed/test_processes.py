@@ -1,8 +1,8 @@
 """Real processes: killed, interrupted, and two in place of one. Expected values: an undisturbed single process."""
 
 import json
-import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +21,7 @@ from remap.runs.run_dir import RunDir
 
 pytestmark = pytest.mark.slow
 
+Start = Callable[..., subprocess.Popen]
 Fork = Callable[..., Forked]
 # Long enough to be caught in the middle; a checkpoint after every step.
 EPOCHS = 40
@@ -43,14 +44,14 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny: Any, tmp_path: Path, fork_
 
 
 @pytest.mark.guarantee(5)
-def test_ctrl_c_says_how_to_go_on(tiny: Any, tmp_path: Path, fork_launcher: Fork) -> None:
+def test_ctrl_c_says_how_to_go_on(tiny: Any, tmp_path: Path, start_process: Start) -> None:
     """To the command that started two processes; one goes on."""
     run = tmp_path / "run"
-    process = fork_launcher("remap_cli", "distill", *tiny.arguments(*LONG), "--devices=2", f"--output={run}")
-    before = _wait_for_steps(run, process.alive, epoch=1)
-    os.kill(process.pids[0], signal.SIGINT)
-    code, _, errors = process.left()
-    assert code == 130, errors
+    process = start_process("remap_cli", "distill", *tiny.arguments(*LONG), "--devices=2", f"--output={run}")
+    before = _wait_for_steps(run, lambda: process.poll() is None, epoch=1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 130, errors
     assert f"remap distill --resume {run}" in errors and "Traceback" not in errors and errors.count("stopped by") == 1
     assert RunDir(run).status() == "stopped"
     after = _state(run)
@@ -138,16 +139,16 @@ def test_a_run_goes_on_with_any_number_of_processes_but_the_one_asked_for_counts
 
 
 def test_a_launcher_that_starts_one_process_in_silence_is_caught(
-    tiny: Any, tmp_path: Path, fork_launcher: Fork
+    tiny: Any, tmp_path: Path, start_process: Start
 ) -> None:
     """``accelerate launch --cpu --num_processes 2`` is known to. Nothing else is started inside a launcher."""
-    process = fork_launcher(
+    process = start_process(
         *("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
         *("--mixed_precision", "no", "--dynamo_backend", "no", "-m", "remap_cli", "distill"),
         *(*tiny.arguments(), "--devices=2", f"--output={tmp_path / 'run'}"),
     )
-    code, _, errors = process.left()
-    assert code != 0
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode != 0
     assert "asks for 2 processes and has 1" in errors
     assert not (tmp_path / "run").exists()
 

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,7 +31,6 @@ from remap.runs.run_dir import RunDir
 pytestmark = pytest.mark.slow
 
 Start = Callable[..., subprocess.Popen]
-Fork = Callable[..., Forked]
 History = Callable[[Path], list[dict]]
 WORKERS = Path(__file__).parent / "workers"
 SIZES = (1, 7, 97, 101)
@@ -145,12 +145,12 @@ def test_what_is_averaged_is_what_is_trained(
 
 @pytest.mark.guarantee(17)
 def test_a_trainable_that_no_loss_reaches_is_named_before_the_first_step(
-    tiny: Any, tmp_path: Path, fork_launcher: Fork, figure: Callable[..., None]
+    tiny: Any, tmp_path: Path, figure: Callable[..., None]
 ) -> None:
     """Both processes find out; it is said once."""
-    run, worker = tmp_path / "run", str(WORKERS / "spare_trainable.py")
-    process = fork_launcher(worker, "distill", *tiny.arguments(), "--devices=2", f"--output={run}")
-    code, _, errors = process.left()
+    run = tmp_path / "run"
+    worker = [sys.executable, str(WORKERS / "spare_trainable.py")]
+    code, _, errors = _run([*worker, "distill", *tiny.arguments(), "--devices=2", f"--output={run}"])
     assert code == 2, errors
     assert re.search(r"error: no loss reaches 1 of \d+ trained parameters; nothing was stepped", errors)
     assert "remap_spare" in errors and errors.count("error:") == 1
@@ -182,7 +182,7 @@ def test_evaluation_counts_each_image_once(
 
 @pytest.mark.guarantee(3)
 def test_devices_and_accelerate_launch_give_the_task_of_one_process(
-    tiny: Any, tmp_path: Path, start_process: Start, fork_launcher: Fork, history: History, figure: Callable[..., None]
+    tiny: Any, tmp_path: Path, start_process: Start, history: History, figure: Callable[..., None]
 ) -> None:
     """The same global batch, dropout on: float sums in another order is all that may differ."""
     settings = ("data.augment=shift_flip", "train.accumulation=2")
@@ -193,10 +193,10 @@ def test_devices_and_accelerate_launch_give_the_task_of_one_process(
     accelerate = ["accelerate.commands.launch", "--config_file", str(tmp_path / "config.yaml"), "-m", "remap_cli"]
     accelerate += [*arguments, f"--output={tmp_path / 'accelerate'}"]
     expected = start(tiny.recipe(*settings, **words), tmp_path / "one")
-    process = start_process(*devices)
-    printed, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
-    for name, output in (("devices", printed), ("accelerate", fork_launcher(*accelerate).end())):
+    for name, command in (("devices", devices), ("accelerate", accelerate)):
+        process = start_process(*command)
+        output, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
         summary = json.loads(output)  # one object: only the first process prints
         assert (summary["processes"], summary["precision"]) == (2, "fp32")
         for field in ("correct", "accuracy", "initial_accuracy"):
@@ -215,25 +215,25 @@ def test_devices_and_accelerate_launch_give_the_task_of_one_process(
 
 @pytest.mark.guarantee(24)
 def test_a_killed_process_ends_all_and_a_silent_one_too(
-    tiny: Any, tmp_path: Path, fork_launcher: Fork, monkeypatch: pytest.MonkeyPatch, figure: Callable[..., None]
+    tiny: Any, tmp_path: Path, start_process: Start, monkeypatch: pytest.MonkeyPatch, figure: Callable[..., None]
 ) -> None:
     """SIGKILL to one of two; then the run goes on, and one of them is halted by SIGSTOP."""
     monkeypatch.setenv("REMAP_TIMEOUT", "5")
     run = tmp_path / "run"
-    process = fork_launcher("remap_cli", "distill", *tiny.arguments(*LONG), "--devices=2", f"--output={run}")
+    process = start_process("remap_cli", "distill", *tiny.arguments(*LONG), "--devices=2", f"--output={run}")
     _wait_for_epochs(run, process, 2)
-    code, seconds, errors = _end(process, signal.SIGKILL)
-    assert code == 128 + signal.SIGKILL
+    seconds, errors = _end(process, signal.SIGKILL)
+    assert process.returncode == 128 + signal.SIGKILL
     assert "error: [process 1] was ended by SIGKILL" in errors
     assert errors.count("error:") == 1 and "Traceback" not in errors and "gloo" not in errors
     assert seconds < 60
     figure("seconds from SIGKILL of one process to the end of all", round(seconds, 1))
 
     done = _epochs(run)
-    process = fork_launcher("remap_cli", "distill", "--resume", str(run))  # with as many as before
+    process = start_process("remap_cli", "distill", "--resume", str(run))  # with as many as before
     _wait_for_epochs(run, process, done + 2)
-    code, seconds, errors = _end(process, signal.SIGSTOP)
-    assert code == 3
+    seconds, errors = _end(process, signal.SIGSTOP)
+    assert process.returncode == 3
     assert "error: another process of this run does not answer" in errors
     assert errors.count("error:") == 1 and "Traceback" not in errors
     assert 5 <= seconds < 120  # a halted process gets the launcher's 30 s for leaving
@@ -241,35 +241,41 @@ def test_a_killed_process_ends_all_and_a_silent_one_too(
 
 
 @pytest.mark.guarantee(24)
-def test_an_error_of_one_process_is_what_the_user_sees(tiny: Any, tmp_path: Path, fork_launcher: Fork) -> None:
+def test_an_error_of_one_process_is_what_the_user_sees(tiny: Any, tmp_path: Path) -> None:
     """The first process meets a broken connection, which is not the news."""
-    words = ("distill", *tiny.arguments(), "--devices=2", f"--output={tmp_path / 'run'}")
-    code, output, errors = fork_launcher(str(WORKERS / "one_fails.py"), *words).left()
+    worker = [sys.executable, str(WORKERS / "one_fails.py")]
+    code, output, errors = _run([*worker, "distill", *tiny.arguments(), "--devices=2", f"--output={tmp_path / 'run'}"])
     assert (code, output) == (2, "")
     assert "error: [process 1] the disk of this machine is gone\n  given:   /data\n" in errors
     assert errors.count("error:") == 1 and "Traceback" not in errors
 
 
-def _end(process: Forked, number: int) -> tuple[int | None, float, str]:
-    """Send a signal to the second process of a command; its exit code, seconds until then, and its messages."""
-    children = _children(process.pids[0])
+def _run(command: list[str]) -> tuple[int, str, str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stdout, done.stderr
+
+
+def _end(process: subprocess.Popen, number: int) -> tuple[float, str]:
+    """Send a signal to the second process of a command; seconds until the command has ended, and its messages."""
+    children = _children(process.pid)
     assert len(children) == 2
     started = time.monotonic()
     os.kill(children[1], number)
-    code, _, errors = process.left()
+    _, errors = process.communicate(timeout=200)
     seconds = time.monotonic() - started
     assert not any(Path(f"/proc/{child}").exists() for child in children)
-    return code, seconds, errors
+    return seconds, errors
 
 
 def _children(pid: int) -> list[int]:
     return sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
-def _wait_for_epochs(run: Path, process: Forked, count: int) -> None:
+def _wait_for_epochs(run: Path, process: subprocess.Popen, count: int) -> None:
     deadline = time.monotonic() + 200
     while _epochs(run) < count:
-        assert process.alive(), process.errors[0].read_text()
+        assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

@@ -1,6 +1,7 @@
 """The same recipe and seed give the same bits on one machine, whatever the number of workers; and it can be checked."""
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,19 @@ def test_other_threads_are_named_before_and_after(tiny: Any, tmp_path: Path, wat
 def test_a_run_of_two_processes_is_repeated_by_two(
     tiny: Any,
     tmp_path: Path,
-    fork_launcher: Callable[..., Any],
+    fork_command: Callable[..., Any],
+    start_process: Callable[..., subprocess.Popen],
+    monkeypatch: pytest.MonkeyPatch,
     figure: Callable[..., None],
 ) -> None:
     """Without being told how many: the run's summary says so."""
     run = tmp_path / "run"
-    fork_launcher("remap_cli", "distill", *tiny.arguments(*SETTINGS), f"--output={run}", count=2).end()
-    found = json.loads(fork_launcher("remap_cli", "repeat", str(run), "--json").end())
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as ``start_process`` sets it: a run records it
+    fork_command("remap_cli", "distill", *tiny.arguments(*SETTINGS), f"--output={run}", count=2).end()
+    again = start_process("remap_cli", "repeat", str(run), "--json")
+    output, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    found = json.loads(output)
     assert found["equal"] and found["environment"] == []
     assert json.loads((tmp_path / "run-repeat-001" / "summary.json").read_text())["processes"] == 2
     figure("runs of two processes repeated to the same bytes", 1, 1)

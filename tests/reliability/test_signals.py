@@ -346,14 +346,15 @@ def test_a_signal_to_one_of_two_stops_both(
 
 @pytest.mark.guarantee(6)
 def test_under_a_launcher_nobody_leaves_before_the_state_is_saved(
-    house: House, twin_of_two: Path, tmp_path: Path, fork_launcher: Callable[..., Any], figure: Callable[..., None]
+    house: House, twin_of_two: Path, tmp_path: Path, start_process: Callable[..., Any], figure: Callable[..., None]
 ) -> None:
     """torchrun sends SIGTERM to all that are left as soon as one has left, which for a process that had one already
     means: at once. The save of an evaluation that is stopped takes 2 s here."""
     run, worker = tmp_path / "run", Path(__file__).parent / "workers" / "slow_save.py"
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker))
-    code, _, errors = fork_launcher(*torchrun, "distill", *house.arguments, f"--output={run}").left()
-    assert code != 0 and f"remap distill --resume {run}" in " ".join(errors.split()), errors
+    process = start_process(*torchrun, "distill", *house.arguments, f"--output={run}")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and f"remap distill --resume {run}" in " ".join(errors.split()), errors
     assert RunDir(run).status() == "stopped" and _saved(run) == STEPS
     for child in house.pair("distill", f"--resume={run}"):
         assert child.leave()[0] == 0, child.output.read_text()
