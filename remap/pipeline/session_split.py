@@ -42,7 +42,8 @@ def groups_of(split: str, classes: Sequence[str]) -> list[list[str]]:
     """
     if split.isdecimal():
         count = int(split)
-        if not 2 <= count <= (most := len(classes) // 2):
+        most = len(classes) // 2
+        if not 2 <= count <= most:
             allowed = f"2 to {most}, each of two classes or more"
             if most < 2:
                 allowed = "from 4 classes on; or name the groups, the first of two classes or more: a,b/c"

@@ -40,7 +40,7 @@ def stopped(tiny: Any, tmp_path: Path, watch: Callable[..., Any]) -> Path:
             raise RuntimeError("power cut")
 
     with pytest.raises(RuntimeError, match="power cut"):
-        start(tiny.recipe("train.checkpoint_seconds=0"), tmp_path / "run", watch(crash))
+        start(tiny.recipe("train.checkpoint_seconds=0", method="vpt_deep"), tmp_path / "run", watch(crash))
     return tmp_path / "run"
 
 
@@ -98,7 +98,7 @@ def test_going_back_to_the_start_forgets_the_moments(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(stopped: Path, tiny: Any) -> None:
-    (stopped / "recipe.yaml").write_text(dump(tiny.recipe("train.checkpoint_seconds=0", seed=9)))
+    (stopped / "recipe.yaml").write_text(dump(tiny.recipe("train.checkpoint_seconds=0", method="vpt_deep", seed=9)))
     before = sorted(os.listdir(RunDir(stopped).checkpoint))
     with pytest.raises(RunError, match="belongs to another recipe"):
         resume(stopped)
@@ -272,7 +272,7 @@ def test_a_run_goes_on_from_the_older_generation(
     newest.write_bytes(_flip(newest.read_bytes(), newest.stat().st_size - 10, 0))
     progress = watch(lambda done: None)
     result = resume(stopped, progress)
-    expected = start(tiny.recipe("train.checkpoint_seconds=0"), tmp_path / "twin")
+    expected = start(tiny.recipe("train.checkpoint_seconds=0", method="vpt_deep"), tmp_path / "twin")
     assert any(f"{newest} is damaged: its SHA-256 differs" in text for text in progress.said)
     assert largest_difference(result.student.trained, expected.student.trained) == 0.0
 
