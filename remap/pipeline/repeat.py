@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from remap.data.fingerprint import fingerprint
+from remap.distributed.collectives import all_reduce_max
 from remap.distributed.launch import accelerator
 from remap.errors import DataError, Interrupted, RunError
 from remap.io.checked_json import is_count
@@ -88,10 +89,14 @@ def _run_again(run: RunDir, recipe: Recipe, target: Path, images: str, progress:
     _say_what_decides(run, progress)
     with progress.wait("comparing the frozen weights with those of the run"):
         load_task(run.path)  # refuses a backbone that is not the run's
+    # As the main process sees it, which makes the folder: another one may look later, and go another way.
+    main = accelerator().is_main_process
+    begun = main and os.path.isfile(target / "recipe.yaml")
+    begun, complete = all_reduce_max(accelerator(), begun, begun and RunDir.open(target).is_complete)
     try:
-        if not os.path.isfile(target / "recipe.yaml"):
+        if not begun:
             start(recipe, target, progress, shared)
-        elif not RunDir.open(target).is_complete:
+        elif not complete:
             run_in(recipe, RunDir.open(target), progress, shared, resuming=True)
     except Interrupted as error:
         command = shlex.join(["remap", "repeat", str(run.path), "--output", str(target)])
