@@ -102,7 +102,7 @@ class PredictionFile:
                 self.folder.rmdir()
 
     def close(self) -> None:
-        """Let another command continue, or begin anew where there is no row yet."""
+        """Let another command continue, or start again where no row was written yet."""
         self._open.close()
 
     def predict(self, inputs: Inputs, rows_of: Callable[[Iterator[Item]], Iterator[list[Prediction]]]) -> None:

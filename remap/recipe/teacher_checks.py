@@ -104,7 +104,7 @@ def idle_options(recipe: Recipe) -> Iterator[str]:
         if spec.decay != TeacherSpec.model_fields["decay"].default and spec.model != EMA:
             yield f'{key}.decay has no effect: it is of the teacher "{EMA}", not of {spec.model}'
         if spec.weight != 1.0 and len(recipe.named_teachers) == 1 and spec in recipe.named_teachers:
-            yield f"{key}.weight has no effect: there is no other teacher (set the weight of a loss)"
+            yield f"{key}.weight has no effect: it is the only teacher (set the weight of a loss)"
     for loss in recipe.losses:
         schedules = {"weight_schedule": loss.weight_schedule, "temperature_schedule": loss.temperature_schedule}
         for key, schedule in schedules.items():

@@ -94,7 +94,7 @@ def _text(path: Path) -> str:
 def _curves(history: list[dict[str, Any]]) -> list[figures.Drawing]:
     """Draw accuracy (or mAP), then each loss; beside the cross-entropy in training that on the evaluation images.
 
-    An accuracy that was measured once is no curve, and stands above.
+    An accuracy that was measured once is not a curve: the bars above show it.
     """
     if not history:
         return []

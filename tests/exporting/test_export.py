@@ -25,7 +25,7 @@ from remap.data.pixels import Pixels
 from remap.data.views import View
 from remap.errors import RemapError, RunError
 from remap.exporting import export
-from remap.exporting.export import export_student, making
+from remap.exporting.export import Exported, export_student, making
 from remap.exporting.format import ExportOptions
 from remap.exporting.int8 import require_gate
 from remap.exporting.int8_training import RoundedInput, RoundedWeight
@@ -120,6 +120,17 @@ def classified(cards: dict[Path, tuple[str, ...]], pictures: list[Path], python:
     return ran.stdout.split()
 
 
+def exported_to_peft(base: ModelSpec, folder: Path) -> Exported:
+    """Write a task of LoRA with random values on a backbone into ``task``, and its adapter folder into ``out``."""
+    network = tuned(open_backbone(base, 3), "lora", {})
+    with torch.no_grad():
+        for parameter in network.trained.values():
+            parameter.add_(torch.randn_like(parameter))
+    network.classes = ("blue", "green", "red")
+    save_task(folder / "task", network, View(network.preprocess.size, 1.0, "bicubic"), "lora", {})
+    return export_student(folder / "task", "peft", folder / "out")
+
+
 @pytest.mark.slow
 def test_cards_classify_without_remap(finished: Finished, tiny: Any, tmp_path: Path) -> None:
     """Source: the student's own labels of one validation picture a class; a card loads the model for each.
@@ -184,13 +195,7 @@ def test_the_card_says_which_file_the_weights_are_of(
     weights = tmp_path / "elsewhere" / "mine.safetensors"
     weights.parent.mkdir()
     save_file(state, weights)
-    network = tuned(open_backbone(ModelSpec(model=tiny.student, weights=str(weights)), 3), "lora", {})
-    with torch.no_grad():
-        for parameter in network.trained.values():
-            parameter.add_(torch.randn_like(parameter))
-    network.classes = ("blue", "green", "red")
-    save_task(tmp_path / "task", network, View(network.preprocess.size, 1.0, "bicubic"), "lora", {})
-    found = export_student(tmp_path / "task", "peft", tmp_path / "out")
+    found = exported_to_peft(ModelSpec(model=tiny.student, weights=str(weights)), tmp_path)
     card, digest = (found.output / "README.md").read_text(), hashlib.sha256(weights.read_bytes()).hexdigest()
     assert f"weights of the file mine.safetensors (SHA-256 {digest}), licence: unknown, check" in card
     assert str(weights.parent) not in card and found.record["base_weights"] == "mine.safetensors"
@@ -210,13 +215,7 @@ def test_the_card_says_which_file_the_weights_are_of(
 @pytest.mark.slow
 def test_the_card_opens_a_base_model_that_timm_does_not_have(tiny: Any, tmp_path: Path) -> None:
     """That of the shipped student, in a process that has imported nothing of remap; the student's own labels."""
-    network = tuned(open_backbone(ModelSpec(model="mini_student"), 3), "lora", {})
-    with torch.no_grad():
-        for parameter in network.trained.values():
-            parameter.add_(torch.randn_like(parameter))
-    network.classes = ("blue", "green", "red")
-    save_task(tmp_path / "task", network, View(network.preprocess.size, 1.0, "bicubic"), "lora", {})
-    found = export_student(tmp_path / "task", "peft", tmp_path / "out")
+    found = exported_to_peft(ModelSpec(model="mini_student"), tmp_path)
     pictures = sorted(Path(tiny.data, "val").rglob("*.png"))[::3]
     expected = [name for name, _ in remap.load_student(tmp_path / "task", "cpu").predict(pictures)]
     assert classified({found.output: ()}, pictures) == expected

@@ -75,7 +75,7 @@ class ShrinkSpec(BaseModel):
         return any(size is not None for size in (self.width, self.heads, self.mlp))
 
     def idle_problems(self, given: Iterable[str] | None = None) -> list[str]:
-        """Return a line for each option that chooses nothing: of those ``given``, or of those that are no default.
+        """Return a line for each option that chooses nothing, of those ``given`` or of those not at their default.
 
         Among those given may be a seed, which draws the images.
         """
