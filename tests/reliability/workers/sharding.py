@@ -3,11 +3,11 @@
 import json
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
 import torch
+from forked import be_one_of, free_port
 from torch.distributed.tensor import DTensor
 
 from remap.distributed.sharding import bytes_held
@@ -29,12 +29,9 @@ torch.set_default_dtype(torch.float64)
 # Forked from one process that has imported everything already, as that one is from the tests'.
 for row in METHODS:
     METHODS.load(row.name)
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
+port = free_port()
 rank = int(os.fork() == 0)
-group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-os.environ.update({key: str(value) for key, value in group.items()}, MASTER_ADDR="127.0.0.1")
+be_one_of(2, rank, port)
 
 noted: dict[str, dict] = {}
 now: dict = {}
