@@ -1,5 +1,6 @@
 """Compare methods with the same data, teacher, budget and seeds; every cell is a run directory like any other."""
 
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import Any
 
 from remap.errors import Interrupted
 from remap.pipeline.comparison_budget import read_budget, with_epochs, within_minutes, within_parameters
-from remap.pipeline.comparison_cells import DEFAULT_METHODS, comparison_cells
+from remap.pipeline.comparison_cells import DEFAULT_METHODS, Cell, comparison_cells
 from remap.pipeline.comparison_files import write_tables
 from remap.pipeline.comparison_folder import SEARCH, claim, fingerprint_of, is_done
 from remap.pipeline.comparison_plan import Plan, require_possible
@@ -53,7 +54,7 @@ def compare(
     cells = comparison_cells(recipe, methods, seeds, plan.sweeps, plan.loss_sets, resources.images_of)
     cells = resources.with_possible_inits(cells, optional=tuple(methods) == DEFAULT_METHODS)
     for cell in cells:
-        if not (output / cell.name / "summary.json").is_file():  # a finished one is shown without its images
+        if not _has_ended(output, cell):  # a finished one is shown without its images
             require_each_class(cell.recipe if search is None else held_out(cell.recipe), resources.first)
         require_folds(cell.recipe, resources.first)
     left_out: dict[str, str] = {}
@@ -70,7 +71,7 @@ def compare(
     with resumable(output):
         if search is not None:
             # Before any trial, whose few images find no teacher weak.
-            taught = [cell for cell in cells if not (output / cell.name / "summary.json").is_file()]
+            taught = [cell for cell in cells if not _has_ended(output, cell)]
             judge_teachers(taught, output, resources.of, progress)
             cells, found = searched(cells, search, output / SEARCH, resources.of, held_by, progress)
         # Cells with equal recipes share a name, and so a run directory.
@@ -91,6 +92,10 @@ def compare(
     table = tabulate(recipe, cells, output) | {"budget": plan.budget, "search": found, "left_out": left_out}
     write_tables(table, output)
     return table
+
+
+def _has_ended(output: Path, cell: Cell) -> bool:
+    return os.path.isfile(output / cell.name / "summary.json")  # False also for names that no folder can have
 
 
 @contextmanager
