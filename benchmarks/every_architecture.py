@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from remap.backbones.build import Backbone, build
+from remap.backbones.kernels import channels_last
 from remap.errors import RemapError
 from remap.network import tuned
 from remap.remapping.signals import Needs
@@ -58,7 +59,10 @@ def opened(name: str) -> Backbone:
 
 def images_for(backbone: Backbone) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(IMAGES, 3, *backbone.anatomy.image_size, generator=generator)
+    images = torch.randn(IMAGES, 3, *backbone.anatomy.image_size, generator=generator)
+    # In the layout that runs in bfloat16 give them, which not every network's code takes.
+    last = channels_last(backbone.model, "cpu", bf16=True)
+    return images.contiguous(memory_format=torch.channels_last) if last else images
 
 
 @torch.no_grad()

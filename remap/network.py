@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from remap.backbones.anatomy import Anatomy, classifier_parameters, set_fused_attention
 from remap.backbones.build import Backbone, Identity
-from remap.backbones.kernels import fused_attention
+from remap.backbones.kernels import channels_last, fused_attention, train_depthwise_in_float32
 from remap.backbones.preprocess import Preprocess, PreprocessSpec
 from remap.data import CLASSES, MULTILABEL
 from remap.errors import RunError
@@ -121,6 +121,7 @@ class Runner(nn.Module):
         self.preprocess = Preprocess(network.preprocess).to(next(network.model.parameters()).device)
         self.tap = network.tap(needs)
         self.bf16 = bf16
+        self.channels_last = channels_last(network.model, next(network.model.parameters()).device.type, bf16=bf16)
 
     def forward(self, images_BCHW: Tensor, kept: Mapping[str, Tensor] | None = None) -> Signals:
         """Return the signals of uint8 images (B, 3, V, V).
@@ -129,7 +130,7 @@ class Runner(nn.Module):
             kept: What ``stem`` gave for these images: the frozen part is then not run again. Images of no pixels
                 stand for images that the rest does not read.
         """
-        pixels = self.preprocess(images_BCHW) if images_BCHW.numel() else None
+        pixels = self._pixels(images_BCHW) if images_BCHW.numel() else None
         with self._precision(images_BCHW):
             return self.tap(pixels, kept)
 
@@ -137,7 +138,12 @@ class Runner(nn.Module):
         """Run the frozen beginning alone, for networks that have a seam."""
         assert self.tap.seam is not None
         with self._precision(images_BCHW):
-            return self.tap.seam.stem(self.preprocess(images_BCHW))
+            return self.tap.seam.stem(self._pixels(images_BCHW))
+
+    def _pixels(self, images_BCHW: Tensor) -> Tensor:
+        pixels = self.preprocess(images_BCHW)
+        # What a convolution gives has the layout of what it was given, so this holds to the end of the network.
+        return pixels.contiguous(memory_format=torch.channels_last) if self.channels_last else pixels
 
     def _precision(self, images_BCHW: Tensor) -> AbstractContextManager:
         return torch.autocast(images_BCHW.device.type, torch.bfloat16) if self.bf16 else nullcontext()
@@ -151,10 +157,10 @@ def frozen(network: Network) -> Network:
     return network
 
 
-def choose_attention(
+def choose_kernels(
     network: Network, setting: str, device: torch.device, *, bf16: bool = False, trains: bool = True
 ) -> None:
-    """Choose fused attention or not (``remap.backbones.kernels``), and note why in ``network.attention_kernel``.
+    """Choose kernels by ``remap.backbones.kernels``, and note that of attention in ``network.attention_kernel``.
 
     Args:
         trains: Whether it is, or was, trained with gradients through its blocks: a student keeps its kernel.
@@ -163,3 +169,5 @@ def choose_attention(
     fused, why = fused_attention(setting, device.type, bf16=bf16, trains=trains, tokens=anatomy.sequence)
     set_fused_attention(network.model, anatomy, fused)
     network.attention_kernel = f"{'fused' if fused else 'explicit'}: {why}"
+    if bf16 and trains and device.type == "cpu":
+        train_depthwise_in_float32(network.model)

@@ -1,8 +1,11 @@
-"""Which kernels run a network: attention fused or not, blocks compiled or not; by tables that were measured before.
+"""Which kernels run a network, by tables that were measured before: of attention, of convolutions; compiled or not.
 
 There is no trial at the start of a run: its noise would decide the last bits, and a resumed or repeated run would
 differ from the first.
 """
+
+import torch
+from torch import Tensor, nn
 
 # Time of a ViT-S block with PyTorch's fused attention over that with the explicit one, by number of tokens; for a
 # device, a precision and whether it trains. From benchmarks/kernels.py, one thread: fp32 on an AMD EPYC with AVX2 (the
@@ -19,6 +22,44 @@ RESOLVED = 0.1
 # Steps from which on compiling pays by kind of device: about a minute of compiling against a quarter of a 25 ms step.
 # An estimate: benchmarks/gpu_step.py measures both.
 COMPILED_FROM = {"cuda": 10_000}
+
+
+class _InFloat32(nn.Conv2d):
+    """A depthwise convolution whose backward pass does not run in bfloat16; mixed in before its own class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # What a backward pass does not reach stays as it is, and equals what was cached of it.
+        if not torch.is_autocast_enabled(x.device.type) or not (x.requires_grad or self.weight.requires_grad):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+# By the class that it is mixed into.
+_IN_FLOAT32: dict[type, type] = {}
+
+
+def train_depthwise_in_float32(model: nn.Module) -> None:
+    """Let the depthwise convolutions of a model that trains under bfloat16 autocast on a CPU compute in float32.
+
+    The class of the layers changes, and not their ``forward``: copies of them, compiled blocks and blocks that are
+    computed again in the backward pass then do as they do.
+    """
+    for layer in model.modules():
+        depthwise = isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels
+        if depthwise and not isinstance(layer, _InFloat32):
+            kind = type(layer)
+            layer.__class__ = _IN_FLOAT32.setdefault(kind, type(kind.__name__, (_InFloat32, kind), {}))
+
+
+def channels_last(model: nn.Module, device: str, *, bf16: bool) -> bool:
+    """Return whether images go through a model with their channels last.
+
+    On a CPU, if its convolutions overlap; in float32 only if some are grouped too, since others become slower.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    overlap = any(layer.kernel_size > layer.stride for layer in layers)
+    return device == "cpu" and overlap and (bf16 or any(layer.groups > 1 for layer in layers))
 
 
 def fused_attention(setting: str, device: str, *, bf16: bool, trains: bool, tokens: int | None) -> tuple[bool, str]:

@@ -18,7 +18,7 @@ from remap.engine.metrics import metrics
 from remap.errors import DataError, RecipeError
 from remap.io.human_size import number_of
 from remap.io.paths import absolute, expanded
-from remap.network import Network, choose_attention
+from remap.network import Network, choose_kernels
 from remap.pipeline.run_path import run_path
 from remap.pipeline.source_free import by_information, by_statistics
 from remap.progress import Progress, Silent
@@ -93,7 +93,7 @@ def adapt(
     network.require_one_class("adapting to another domain")
     network.model.to(accelerator().device)
     bf16 = use_bf16(recipe.train.precision, accelerator().device)
-    choose_attention(network, recipe.train.fused_attention, accelerator().device, bf16=bf16)
+    choose_kernels(network, recipe.train.fused_attention, accelerator().device, bf16=bf16)
     rate = RATE * recipe.learning_rate(network.anatomy.width) if lr is None else lr
     options = {"epochs": EPOCHS if epochs is None else epochs, "batch_size": batch_size, "lr": rate}
     options |= {name: getattr(recipe.train, name) for name in ("optimizer", "precision")}  # the rate is for that one

@@ -18,7 +18,7 @@ from remap.engine.self_teachers import copy_trained_tensors
 from remap.errors import TrainingError
 from remap.io.human_size import number_of, size
 from remap.io.paths import expanded
-from remap.network import Network, choose_attention, tuned
+from remap.network import Network, choose_kernels, tuned
 from remap.pipeline.class_words import lend_words, write_words
 from remap.pipeline.data_views import DataViews
 from remap.pipeline.init_student import InitReport, init_from_teacher
@@ -237,7 +237,7 @@ def _tune(recipe: Recipe, classes: tuple[str, ...], backbone: Backbone) -> Netwo
     if not any(p.is_meta for p in student.model.parameters()):  # those have shapes alone, and no values to move
         student.model.to(device)
     bf16 = use_bf16(train.precision, device)
-    choose_attention(student, train.fused_attention, device, bf16=bf16, trains=True)
+    choose_kernels(student, train.fused_attention, device, bf16=bf16, trains=True)
     return student
 
 

@@ -17,7 +17,7 @@ from remap.distributed.reading import listing_together, load_together, share_dig
 from remap.engine.evaluation_pass import batch_size_of_evaluation, evaluate
 from remap.engine.metrics import metrics
 from remap.errors import RunError
-from remap.network import choose_attention
+from remap.network import choose_kernels
 from remap.pipeline.computed_once import measured
 from remap.progress import Progress
 from remap.recipe.schema import DataSpec
@@ -45,7 +45,7 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
     network.model.to(device)
     bf16 = use_bf16(recipe.train.precision, device)
     # trains: a student keeps the kernel that it was trained with, also where it only answers.
-    choose_attention(network, recipe.train.fused_attention, device, bf16=bf16, trains=True)
+    choose_kernels(network, recipe.train.fused_attention, device, bf16=bf16, trains=True)
     of_run = run.images(instead=", or name others with --data") if data is None else nullcontext()
     with of_run, listing_together(accelerator()):
         split, source, others = _split(recipe.data, data, network.classes or ())

@@ -7,7 +7,7 @@ from typing import Any
 from remap.distributed.launch import accelerator, use_bf16
 from remap.distributed.sharding import is_sharded, shard, wants_sharding
 from remap.engine.evaluation import Evaluation
-from remap.network import Network, choose_attention
+from remap.network import Network, choose_kernels
 from remap.pipeline.class_words import Answers
 from remap.pipeline.computed_once import digest_of_network
 from remap.pipeline.fold_teachers import FoldTeachers
@@ -74,7 +74,7 @@ def placed(teacher: PreparedTeacher, recipe: Recipe) -> PreparedTeacher:
     # Before sharding: the setting is an attribute of modules that FSDP wraps.
     apart = not (teacher.spec.is_student or teacher.spec.joint)  # the others have tensors of the student
     bf16 = use_bf16(recipe.train.precision, device)
-    choose_attention(network, recipe.train.fused_attention, device, bf16=bf16, trains=not apart)
+    choose_kernels(network, recipe.train.fused_attention, device, bf16=bf16, trains=not apart)
     if is_sharded(network):
         return teacher
     if apart and wants_sharding(network, teacher.spec.shard, accelerator()):

@@ -16,7 +16,7 @@ from remap.errors import RecipeError
 from remap.exporting.export import Exported, export_student
 from remap.exporting.task_source import TaskSource
 from remap.io.paths import expanded
-from remap.network import Network, Runner, choose_attention
+from remap.network import Network, Runner, choose_kernels
 from remap.recipe.problems import lines_of
 from remap.runs.task import load_task, require_classifier
 from remap.tuning import config_of, rows_of
@@ -62,7 +62,7 @@ class Student:
         self.network, self.view, self.device, self.path = network, view, device, path
         self.model, self.classes = network.model.eval().to(device), network.classes or ()
         # Inference has no backward pass, but the device decides as in training.
-        choose_attention(network, "auto", device)
+        choose_kernels(network, "auto", device)
         self._runner = Runner(network).to(device)
 
     def pixels(self, image: Image.Image | bytes | Path | str) -> np.ndarray:

@@ -21,7 +21,7 @@ from remap.errors import BackboneError, RunError
 from remap.io import atomic_write
 from remap.io.paths import absolute, expanded
 from remap.io.sealed_json import sealed_text
-from remap.network import Network, choose_attention, tuned
+from remap.network import Network, choose_kernels, tuned
 from remap.recipe.paths import is_run
 from remap.recipe.schema import ModelSpec
 from remap.runs.run_records import STUDENT_MODEL
@@ -103,7 +103,7 @@ def load_task(path: Path, *, behind: tuple[str, ...] = ()) -> tuple[Network, Vie
         _require_held(folder, meta, source)
     backbone = open_backbone(source, len(meta.classes), behind=(*behind, absolute(folder)))
     network = network_of(folder, meta, tensors, backbone)
-    choose_attention(network, "auto", torch.device("cpu"))  # the kernel it was trained with, unless it is moved
+    choose_kernels(network, "auto", torch.device("cpu"))  # the kernel it was trained with, unless it is moved
     return network, meta.view
 
 

@@ -1,12 +1,15 @@
 """Kernels are chosen by the table, and the same choice comes out every time."""
 
+import copy
 from typing import Any
 
 import pytest
+import timm
 import torch
+from torch import nn
 
 from remap.backbones import kernels
-from remap.backbones.kernels import compiled, fused_attention
+from remap.backbones.kernels import channels_last, compiled, fused_attention, train_depthwise_in_float32
 from remap.distributed.launch import accelerator
 from remap.engine.teacher import Teacher
 from remap.pipeline import doctor
@@ -28,6 +31,45 @@ def test_attention_is_chosen_by_the_row_of_the_most_tokens(
     assert fused_attention("auto", "cuda", bf16=False, trains=True, tokens=tokens)[0] is True, "as PyTorch has it"
     for setting in ("on", "off"):
         assert fused_attention(setting, "cpu", bf16=False, trains=True, tokens=tokens)[0] is (setting == "on")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "fp32", "bf16"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 32}, False, False),  # patches do not overlap
+        ("test_resnet", {}, False, True),  # no grouped convolution
+        ("test_efficientnet", {}, True, True),
+    ],
+)
+def test_channels_come_last_where_convolutions_overlap(
+    name: str, options: dict[str, int], fp32: bool, bf16: bool
+) -> None:
+    model = timm.create_model(name, **options)
+    assert [channels_last(model, "cpu", bf16=precision) for precision in (False, True)] == [fp32, bf16]
+    assert not channels_last(model, "cuda", bf16=True), "not measured"
+
+
+def test_depthwise_convolutions_compute_in_float32_where_a_backward_pass_reaches_them() -> None:
+    """Source: the same layers with their inputs and weights in float32, outside of autocast."""
+    first, second = (nn.Conv2d(4, 4, 3, groups=4) for _ in range(2))
+    other = nn.Conv2d(4, 8, 1)
+    first.requires_grad_(False)
+    model = nn.Sequential(first, second, other)
+    names = [name for name, _ in model.named_modules()]
+    plain = copy.deepcopy(model)
+    for _ in range(2):
+        train_depthwise_in_float32(model)
+    assert len(type(second).__mro__) == len(nn.Conv2d.__mro__) + 2, "once"
+    assert [name for name, _ in model.named_modules()] == names and repr(model) == repr(plain)
+    images = torch.rand(2, 4, 8, 8)
+    for network in (model, copy.deepcopy(model)):
+        with torch.autocast("cpu", torch.bfloat16):
+            frozen, trained = network[0](images), network[1](images)
+            assert network[2](images).dtype is frozen.dtype is torch.bfloat16
+        assert torch.equal(trained, plain[1](images))
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            assert torch.equal(frozen, plain[0](images))
+        assert torch.equal(network[1](images), plain[1](images)), "without autocast nothing changes"
 
 
 def test_blocks_are_compiled_where_the_run_is_long_enough() -> None:

@@ -15,7 +15,7 @@ from remap.backbones.families import FAMILIES
 from remap.data.views import View
 from remap.engine.optim import make_optimizer
 from remap.errors import RunError
-from remap.network import Network, Runner, choose_attention, tuned
+from remap.network import Network, Runner, choose_kernels, tuned
 from remap.recipe.schema import ModelSpec
 from remap.runs.task import load_task, open_backbone, put_task, save_task
 from remap.tuning import METHODS
@@ -180,7 +180,7 @@ def test_a_task_of_another_backbone_is_not_put_into_this_one(folder_of: Callable
 def _build(word: str, method: str) -> Network:
     torch.manual_seed(0)
     network = tuned(open_backbone(ModelSpec(model=word), len(CLASSES)), method, OPTIONS.get(method, {}))
-    choose_attention(network, "auto", torch.device("cpu"))  # as a run does, and as a task is loaded
+    choose_kernels(network, "auto", torch.device("cpu"))  # as a run does, and as a task is loaded
     network.classes = CLASSES
     if network.attached.wants_sample:
         images = torch.randn(6, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5))
