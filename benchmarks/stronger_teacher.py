@@ -38,10 +38,10 @@ STUDENTS: dict[str, tuple[str, int | None]] = {
     "mini_student": ("pretrained", None),
     "mobilenetv4_conv_small": ("none", 64),
     "vit_tiny_patch16_224": ("none", 64),
-    "tiny_vit_5m_224": ("none", 64),
+    "tiny_vit_5m_224": ("none", 32),
 }
-# Windows as large as the maps of 64 pixels; as built they are padded to 14 x 14, which costs four times as much.
-ARGUMENTS = {"tiny_vit_5m_224": {"window_sizes": [8, 8, 4, 2]}}
+# Windows as large as the maps of 32 pixels; as built they are padded to 14 x 14, which costs many times as much.
+ARGUMENTS = {"tiny_vit_5m_224": {"window_sizes": [4, 4, 2, 1]}}
 # The defaults are for weights that know something, and fall with the width.
 RATES_FROM_RANDOM = {"full": 1e-3, "lora": 3e-3, "linear": 1e-1}
 TEACHER, TEACHER_FILE, TEACHER_SIDE = "tf_efficientnet_lite0", "efficientnet_lite0.safetensors", 96
@@ -136,20 +136,38 @@ def run(cell: Cell, sets: Path, results: Path, shared: SharedResources) -> None:
 
 
 def table(options: argparse.Namespace) -> None:
-    """Print accuracy in % as mean and standard deviation over the seeds, where all of them have ended."""
+    """Print a table of each set: accuracy in % without and with the teacher, where all seeds of both have ended."""
     known = ended(options.results)
-    print("| set | student | method | labels a class | alone | with teacher | difference | teacher |")
-    print("|---|---|---|---|---|---|---|---|")
-    for row in rows(options):
-        pairs = [tuple(known.get(cell.name) for cell in pair) for pair in cells(row, options)]
-        if any(one is None for pair in pairs for one in pair):
-            continue
-        taught, alone = ([100 * one["accuracy"] for one in side if one] for side in zip(*pairs, strict=True))
-        gains = [with_one - without for with_one, without in zip(taught, alone, strict=True)]
-        teacher = statistics.mean(100 * pair[0]["teacher"] for pair in pairs if pair[0])
-        images, student, method, labels = row
-        cells_of = (images, f"`{student}`", f"`{method}`", str(labels), spread(alone), spread(taught))
-        print("| " + " | ".join((*cells_of, spread(gains, "+"), f"{teacher:.1f}")) + " |")
+    for images in SETS:
+        teachers: dict[int, list[float]] = {count: [] for count in options.labels}
+        lines = []
+        for student, method in itertools.product(options.students, options.methods):
+            texts = []
+            for labels in options.labels:
+                pairs = [
+                    tuple(known.get(cell.name) for cell in pair)
+                    for pair in cells((images, student, method, labels), options)
+                ]
+                complete = all(one is not None for pair in pairs for one in pair)
+                texts.append(both(pairs) if complete else "-")
+                teachers[labels] += [100 * pair[0]["teacher"] for pair in pairs if complete and pair[0]]
+            if set(texts) != {"-"}:
+                lines.append(" | ".join((f"| `{student}`", f"`{method}`", *texts)) + " |")
+        if lines:
+            known_of = [f"{statistics.mean(found):.1f}" if found else "-" for found in teachers.values()]
+            print(
+                "| " + " | ".join((images, "method", *(f"{count} labels a class" for count in options.labels))) + " |"
+            )
+            print("|---|---|" + "---|" * len(options.labels))
+            print("| the teacher | | " + " | ".join(known_of) + " |")
+            print(*lines, "", sep="\n")
+
+
+def both(pairs: list[tuple[dict[str, Any] | None, ...]]) -> str:
+    """Return "alone -> taught, difference" of the seeds of a row."""
+    taught, alone = ([100 * one["accuracy"] for one in side if one] for side in zip(*pairs, strict=True))
+    gains = [with_one - without for with_one, without in zip(taught, alone, strict=True)]
+    return f"{statistics.mean(alone):.1f} → {statistics.mean(taught):.1f}, {spread(gains, '+')}"
 
 
 def spread(values: list[float], sign: str = "") -> str:
