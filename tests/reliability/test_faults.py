@@ -1,6 +1,7 @@
 """Numbers that are not finite, and memory that runs out. Expected: weights before the step, an undisturbed twin."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +80,22 @@ class Poison:
 
 
 PLACES = [(place, value) for place in ("loss", "gradient", "teacher") for value in (NAN, INFINITE)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_one_number_that_is_not_finite_is_found(number: float, dtype: torch.dtype) -> None:
+    ends = torch.finfo(dtype)
+    fine = [
+        torch.tensor([ends.min, ends.max, 0.0], dtype=dtype),
+        torch.tensor(1.0, dtype=dtype),
+        torch.zeros(0),
+        torch.tensor(7),
+    ]
+    assert all_finite(fine) and all_finite([])
+    bad = torch.zeros(3, 5, dtype=dtype)
+    bad[1, 2] = number
+    assert not all_finite([*fine, bad]) and not all_finite([torch.tensor(number, dtype=dtype)])
 
 
 @pytest.mark.guarantee(8)
