@@ -56,7 +56,7 @@ def compare(
     for cell in cells:
         if not _has_ended(output, cell):  # a finished one is shown without its images
             require_each_class(cell.recipe if search is None else held_out(cell.recipe), resources.first)
-        require_folds(cell.recipe, resources.first)
+            require_folds(cell.recipe, resources.first)
     left_out: dict[str, str] = {}
     if budget is not None and budget[0] == "parameters":
         cells, left_out = within_parameters(cells, int(budget[1]), len(resources.first.classes(recipe)))
