@@ -51,7 +51,8 @@ def compare(
     if budget is not None and budget[0] == "epochs":
         recipe = with_epochs(recipe, int(budget[1]))
     resources = Resources(recipe, output, progress)
-    cells = comparison_cells(recipe, methods, seeds, plan.sweeps, plan.loss_sets, resources.images_of)
+    settled = partial(without_idle_losses, progress=progress)
+    cells = comparison_cells(recipe, methods, seeds, plan.sweeps, plan.loss_sets, resources.images_of, settled)
     cells = resources.with_possible_inits(cells, optional=tuple(methods) == DEFAULT_METHODS)
     for cell in cells:
         if not _has_ended(output, cell):  # a finished one is shown without its images

@@ -74,7 +74,10 @@ def with_settings(recipe: Recipe, settings: Settings) -> Recipe:
     where = f"--sweep {' '.join(map(shown_setting, settings))}"
     if problems:
         raise RecipeError(problems, where)
-    return validate(values, where)
+    found = validate(values, where)
+    if recipe.has_default_losses and not any(key.startswith("losses.") for key, _ in settings):
+        found.model_fields_set.discard("losses")  # written out above, and still not chosen
+    return found
 
 
 def loss_set(recipe: Recipe, words: str) -> tuple[LossSpec, ...]:

@@ -36,6 +36,13 @@ def same_steps(train: TrainSpec, images: int, fewer: int) -> TrainSpec:
     return train.model_copy(update=update)
 
 
+def of_same_steps(recipe: Recipe, images: int, fewer: int) -> Recipe:
+    """Return the recipe for fewer images with the steps of that for ``images``; see ``same_steps``."""
+    train = same_steps(recipe.train, images, fewer)
+    losses = tuple(loss.over(train.epochs / recipe.train.epochs) for loss in recipe.losses)
+    return recipe.model_copy(update={"train": train, "losses": losses})
+
+
 def images_of(recipe: Recipe, shared: "SharedResources") -> tuple[int, int]:
     """Return how many training images have a label, and how many a run learns from in an epoch."""
     data = shared.index(recipe.data)
