@@ -10,8 +10,9 @@ if TYPE_CHECKING:
 
 
 def labels_only(recipe: Recipe) -> Recipe:
-    """Return the same recipe without teachers: losses on labels alone (ce where there are none), labelled images."""
+    """Return the same recipe without teachers: losses on labels alone (ce where none counts), labelled images."""
     default = LossSpec(name="ce", weight=LOSSES.row("ce").weight)
+    on_labels = (loss for loss in recipe.losses if loss.weight and LOSSES.row(loss.name).category == "labels")
     return recipe.model_copy(
         update={
             "baseline": False,
@@ -20,7 +21,7 @@ def labels_only(recipe: Recipe) -> Recipe:
             "teachers": (),
             # Without a teacher the student does not start from its weights either.
             "student": recipe.student.model_copy(update={"init": None, "force_init": False}),
-            "losses": tuple(one for one in recipe.losses if LOSSES.row(one.name).category == "labels") or (default,),
+            "losses": tuple(on_labels) or (default,),
         }
     )
 

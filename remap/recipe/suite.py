@@ -58,7 +58,9 @@ class Suite(Section):
                     raise RecipeError([f"sets.{name}: its images are not built in"], "suite", do=do)
                 data[key] = below(folder, data[key])
         values = deepcopy({**self.recipe, **self.sets[name].recipe, "name": name})
-        values["data"] = {**values.get("data", {}), **data}
+        if not isinstance(own := values.get("data", {}), dict):
+            raise RecipeError(["data: should be a mapping, as each set has its own images"], f"suite, set {name}")
+        values["data"] = {**own, **data}
         given = [*overrides.of_words(words or {}, values, problems), *overrides.of_settings(settings, problems)]
         problems += [
             f"{key}: each set of a suite has its own images"

@@ -54,6 +54,13 @@ def test_what_a_swept_value_does_not_change_is_run_once(tiny: Any) -> None:
     assert found == {(words, t): (weight, t) for words, weight in weights.items() for t in (1, 2.5)}
 
 
+def test_labels_alone_are_learned_where_a_loss_on_them_counts_nothing(tiny: Any) -> None:
+    """A weight of 0 left the column "labels only" a student that had learned nothing."""
+    cells = comparison_cells(tiny.recipe(losses="ce,kd"), ["lora"], 1, ["losses.ce.weight=0,1"], ["kd", "ce:0,kd"])
+    assert {loss.weight for cell in cells if not cell.with_teacher for loss in cell.recipe.losses} == {1.0}
+    assert len({cell.name for cell in cells if not cell.with_teacher}) == 1
+
+
 def test_a_remapped_student_without_the_teachers_losses_keeps_its_weights(tiny: Any) -> None:
     alone, taught = comparison_cells(tiny.recipe(losses="ce,kd"), ["full@layers"], 1)
     assert alone.recipe.student.init == taught.recipe.student.init and alone.recipe.student.init.name == "layers"
@@ -78,7 +85,8 @@ def test_losses_warm_up_for_the_same_part_of_a_run(tiny: Any) -> None:
 
 
 def test_default_losses_are_those_that_swept_models_can_learn() -> None:
-    settled, sweeps = partial(without_idle_losses, progress=Silent()), ["student.model=mini_student,resnet18"]
+    settled = partial(without_idle_losses, progress=Silent())
+    sweeps = ["student.model=mini_student,resnet18", "losses.kd.temperature=2"]
 
     def losses(words: str | None) -> list[list[str]]:
         recipe = resolve_distill(None, {"student": "mini_student", "losses": words}, ["student.weights=none"])

@@ -283,6 +283,8 @@ def test_a_setting_takes_the_place_of_what_a_set_says_of_its_images() -> None:
     assert suite.recipe_of("emoji", Path("sets"), settings=["data.per_class=20"]).data.per_class == 20
     with pytest.raises(RecipeError, match="data: each set of a suite has its own images"):
         suite.recipe_of("emoji", Path("sets"), settings=["data=digits"])
+    with pytest.raises(RecipeError, match="data: should be a mapping"):
+        Suite(recipe={"data": "digits"}, sets=suite.sets).recipe_of("emoji", Path("sets"))
 
 
 @pytest.mark.parametrize("name", ["offline", "five_categories", "vtab1k", "fgvc", "fewshot11", "words"])
