@@ -136,22 +136,22 @@ class ImageData:
         rule = f"{self.split_rule}; {len(selection)} of {len(self.train)} training images choose the epoch"
         return replace(self, train=train, selection=selection, split_rule=rule)
 
-    def without_fold(self, fold: int, count: int, held_out: float | None) -> "ImageData":
+    def without_fold(self, fold: int, count: int, held_out: float | None, judges: bool = False) -> "ImageData":
         """Return the same data without one of ``count`` folds of the training images (from 0).
 
         Args:
-            held_out: Share of the others to evaluate on, as ``with_held_out`` does.
+            held_out, judges: Which of them to evaluate on instead, as for ``stratify.without_fold``.
 
         Raises:
             DataError: No image to learn from or to evaluate on is left.
         """
-        fit, check = without_fold(self.train.labels, fold, count, held_out)
-        if not len(fit) or (held_out is not None and not len(check)):
+        fit, check = without_fold(self.train.labels, fold, count, held_out, judges)
+        if not len(fit) or ((judges or held_out is not None) and not len(check)):
             given = f"{len(self.train)} (fold {fold + 1} of {count})"
             raise DataError("there are too few labelled images to leave a fold out", given=given)
         rule = f"{self.split_rule}; without fold {fold + 1} of {count} of the training images"
         data = replace(self, train=self.train.take(fit), split_rule=rule)
-        return data if held_out is None else replace(data, val=self.train.take(check), test=None)
+        return replace(data, val=self.train.take(check), test=None) if len(check) else data
 
     def _held_out(self, share: float, name: str) -> tuple[Split, Split]:
         fit, check = stratified(self.train.labels, round((1.0 - share) * len(self.train)))

@@ -79,12 +79,18 @@ def folds(labels: NDArray[Any], count: int) -> NDArray[np.int64]:
 
 
 def without_fold(
-    labels: NDArray[Any], fold: int, count: int, held_out: float | None
+    labels: NDArray[Any], fold: int, count: int, held_out: float | None, judges: bool = False
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the images outside of one of ``count`` folds, less a share of them, and that share (none where None)."""
-    left = np.flatnonzero(folds(labels, count) != fold)
+    """Return the images outside of one of ``count`` folds, and those to evaluate on.
+
+    Args:
+        held_out: Share of the images outside to evaluate on, which is taken from the first; None is none.
+        judges: Whether the fold itself is to evaluate on.
+    """
+    fold_N = folds(labels, count)
+    left = np.flatnonzero(fold_N != fold)
     if held_out is None:
-        return left, left[:0]
+        return left, np.flatnonzero(fold_N == fold) if judges else left[:0]
     fit, check = stratified(labels[left], round((1.0 - held_out) * len(left)))
     return left[fit], left[check]
 

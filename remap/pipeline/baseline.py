@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from remap.pipeline.components import RunComponents
-from remap.pipeline.labels_only import labels_only, same_steps
+from remap.pipeline.labels_only import labels_only, of_same_steps
 from remap.progress import Progress
 from remap.recipe.schema import Recipe
 
@@ -21,12 +21,12 @@ def baseline_recipe(components: RunComponents, progress: Progress) -> Recipe | N
         progress.say(f"the student is not trained on labels alone, to compare with: {why}")
         return None
     # Fewer images where some have no label, so more epochs for the same number of steps.
-    train = same_steps(recipe.train, len(components.training_source.split), labeled)
+    alone = of_same_steps(labels_only(recipe), len(components.training_source.split), labeled)
     # Where no epoch is chosen, figures between serve the eye alone: it is evaluated at its end.
-    eval_every = train.eval_every if train.selects else train.epochs
-    train = train.model_copy(update={"eval_every": eval_every, "track": ()})
+    eval_every = alone.train.eval_every if alone.train.selects else alone.train.epochs
+    train = alone.train.model_copy(update={"eval_every": eval_every, "track": ()})
     # A name has at most 64 characters (``Recipe.name``), nine of which are the suffix.
-    return labels_only(recipe).model_copy(update={"name": f"{recipe.name[:55]}-baseline", "train": train})
+    return alone.model_copy(update={"name": f"{recipe.name[:55]}-baseline", "train": train})
 
 
 def why_none(components: RunComponents) -> str | None:

@@ -51,12 +51,13 @@ def compare(
     if budget is not None and budget[0] == "epochs":
         recipe = with_epochs(recipe, int(budget[1]))
     resources = Resources(recipe, output, progress)
-    cells = comparison_cells(recipe, methods, seeds, plan.sweeps, plan.loss_sets, resources.images_of)
+    settled = partial(without_idle_losses, progress=progress)
+    cells = comparison_cells(recipe, methods, seeds, plan.sweeps, plan.loss_sets, resources.images_of, settled)
     cells = resources.with_possible_inits(cells, optional=tuple(methods) == DEFAULT_METHODS)
     for cell in cells:
         if not _has_ended(output, cell):  # a finished one is shown without its images
             require_each_class(cell.recipe if search is None else held_out(cell.recipe), resources.first)
-        require_folds(cell.recipe, resources.first)
+            require_folds(cell.recipe, resources.first)
     left_out: dict[str, str] = {}
     if budget is not None and budget[0] == "parameters":
         cells, left_out = within_parameters(cells, int(budget[1]), len(resources.first.classes(recipe)))

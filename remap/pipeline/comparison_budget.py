@@ -94,12 +94,13 @@ def within_minutes(cells: Sequence[Cell], minutes: float, output: Path, progress
 
 
 def of_length(recipe: Recipe, epochs: int) -> Recipe:
-    """Return the recipe with other epochs, and warm-up and patience of the same share of them."""
+    """Return the recipe with other epochs, and warm-ups and patience of the same share of them."""
     train, share = recipe.train, epochs / recipe.train.epochs
     warmup = None if train.warmup_epochs is None else train.warmup_epochs * share
     patience = None if train.patience is None else max(1, round(train.patience * share))
     update = {"epochs": epochs, "warmup_epochs": warmup, "patience": patience}
-    return recipe.model_copy(update={"train": train.model_copy(update=update)})
+    losses = tuple(loss.over(share) for loss in recipe.losses)
+    return recipe.model_copy(update={"train": train.model_copy(update=update), "losses": losses})
 
 
 def within_parameters(cells: Sequence[Cell], most: int, classes: int) -> tuple[list[Cell], dict[str, str]]:

@@ -20,7 +20,7 @@ from remap.pipeline.comparison_sweeps import (
     with_settings,
     words_of,
 )
-from remap.pipeline.labels_only import labels_only, same_steps
+from remap.pipeline.labels_only import labels_only, of_same_steps
 from remap.recipe.named import InitSpec
 from remap.recipe.schema import LossSpec, MethodSpec, Recipe
 from remap.remapping.weights import INITS
@@ -133,6 +133,7 @@ def comparison_cells(
     sweeps: Iterable[str] = (),
     loss_sets: Iterable[str] = (),
     images_of: Callable[[Recipe], tuple[int, int]] | None = None,
+    settled: Callable[[Recipe], Recipe] = lambda recipe: recipe,
 ) -> list[Cell]:
     """Return every method without the teacher and with it, for ``seeds`` seeds from the recipe's seed upwards.
 
@@ -145,6 +146,7 @@ def comparison_cells(
         loss_sets: Objectives with the teacher, as words ("ce,kd:0.5"); none is the recipe's own.
         images_of: Returns how many training images of a recipe have a label, and how many an epoch has: labels alone
             then take as many steps as with the teacher. None leaves them the epochs.
+        settled: Leaves out of the default losses what swept models cannot teach or learn (``without_idle_losses``).
 
     Raises:
         RecipeError: A sweep or loss set cannot be used.
@@ -156,7 +158,7 @@ def comparison_cells(
     cells: list[Cell] = []
     names: dict[tuple[str, str], str] = {}
     for of_recipe in products(grid):
-        changed = with_settings(recipe, of_recipe)
+        changed = settled(with_settings(recipe, of_recipe))
         sets = {words_of(losses): losses for losses in (loss_set(changed, words) for words in loss_sets)}
         data = changed.data
         partly = (data.labels, data.unlabeled, data.target) != (None, None, None)  # else nothing is looked up
@@ -200,7 +202,7 @@ def _cell_recipe(
     # An idle loss would only add a constant.
     kept = tuple(loss for loss in losses if not loss.is_idle(method))
     if alone and images is not None and images[0] < images[1]:
-        recipe = recipe.model_copy(update={"train": same_steps(recipe.train, images[1], images[0])})
+        recipe = of_same_steps(recipe, images[1], images[0])
     if alone and init is None:
         return labels_only(recipe).model_copy(update={"method": spec})
     if alone:  # the teacher gives its weights, and teaches nothing

@@ -18,6 +18,7 @@ from remap.pipeline.comparison_cells import Cell
 from remap.pipeline.comparison_resources import AUTO, Resources
 from remap.pipeline.comparison_workers import Pool, Slot, run_cell
 from remap.pipeline.dry_run import estimate
+from remap.pipeline.teacher_tuning import needs_logits
 from remap.progress import CELLS, Progress, Silent
 
 # Training steps of all cells below which starting processes takes longer than they save.
@@ -93,9 +94,10 @@ def prepare_teachers(cells: Sequence[Cell], output: Path, resources: Resources, 
     """Prepare and judge each teacher once, where the processes of the cells find it."""
     # What a comparison left that was killed may be of other images.
     shutil.rmtree(output / FOLDER, ignore_errors=True)
-    # Reversed, so that of each folder the first cell stays: its seed prepares the teacher, as in one process.
-    taught = [(cell, resources.of(cell, output)) for cell in reversed(cells) if cell.with_teacher]
-    by_folder = {id(shared): (cell, shared) for cell, shared in taught}
+    # Reversed, so that of each folder the first cell stays: its seed prepares the teacher, as in one process. One whose
+    # losses read logits, if there is any: for the others a teacher needs no head.
+    taught = sorted((cell for cell in reversed(cells) if cell.with_teacher), key=lambda cell: needs_logits(cell.recipe))
+    by_folder = {id(shared := resources.of(cell, output)): (cell, shared) for cell in taught}
     for cell, shared in by_folder.values():
         with prepared_components(cell.recipe.written_out(), progress, shared):
             pass

@@ -10,6 +10,7 @@ from remap.pipeline.comparison_cells import DEFAULT_METHODS, comparison_cells, s
 from remap.pipeline.comparison_folder import require_folder
 from remap.pipeline.comparison_resources import read_jobs, read_slurm
 from remap.pipeline.comparison_search import Search, require_searchable
+from remap.pipeline.comparison_sweeps import read_sweeps
 from remap.recipe.checks import require_held_out_once
 from remap.recipe.schema import Recipe
 from remap.recipe.train_checks import require_no_processes, require_rate
@@ -53,6 +54,8 @@ def require_possible(recipe: Recipe, methods: Sequence[str], seeds: int, output:
         raise RecipeError([f"seeds: {seeds} runs of each cell leave nothing to compare (one or more)"], recipe.name)
     budget = read_budget(plan.budget)
     read_jobs(plan.jobs, budget)
+    if budget is not None and budget[0] == "minutes" and "train.epochs" in read_sweeps(plan.sweeps):
+        raise RecipeError([f"--sweep train.epochs: the epochs follow from the budget {plan.budget}"], "command line")
     if plan.slurm is not None:
         read_slurm(plan.slurm)
     if Search.read(plan.search) is not None:

@@ -10,6 +10,7 @@ from remap.recipe import overrides, strict_yaml, validate
 from remap.recipe.named import loss_words
 from remap.recipe.option_listing import listed, surely_valid
 from remap.recipe.problems import checked
+from remap.recipe.resolution import chooses_losses
 from remap.recipe.schema import LossSpec, MethodSpec, Recipe
 from remap.registry import did_you_mean
 from remap.remapping import LOSSES
@@ -74,7 +75,10 @@ def with_settings(recipe: Recipe, settings: Settings) -> Recipe:
     where = f"--sweep {' '.join(map(shown_setting, settings))}"
     if problems:
         raise RecipeError(problems, where)
-    return validate(values, where)
+    found = validate(values, where)
+    if recipe.has_default_losses and not any(chooses_losses(key) for key, _ in settings):
+        found.model_fields_set.discard("losses")  # written out above, and still not chosen
+    return found
 
 
 def loss_set(recipe: Recipe, words: str) -> tuple[LossSpec, ...]:

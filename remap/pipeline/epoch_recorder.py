@@ -48,6 +48,8 @@ class EpochRecorder:
         self.clock, self.progress, self.callbacks = clock, progress, callbacks
         self.last: Evaluation | None = None
         self.judged_before: Judgement | None = None
+        # Now: while it trains, a run may have half of the threads, and its baseline the others.
+        self._machine = machine()
 
     def before(self) -> Measured | None:
         """Return the untrained student's accuracy, computed once in a run.
@@ -130,7 +132,7 @@ class EpochRecorder:
     def record_machine(self) -> None:
         """Add this machine to the environment of a resumed run."""
         if accelerator().is_main_process:
-            self.run_dir.note_machine(machine(), resuming=True)
+            self.run_dir.note_machine(self._machine, resuming=True)
 
 
 def epoch_line(history: Sequence[dict[str, Any]], epochs: int) -> str:

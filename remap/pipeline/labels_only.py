@@ -10,8 +10,9 @@ if TYPE_CHECKING:
 
 
 def labels_only(recipe: Recipe) -> Recipe:
-    """Return the same recipe without teachers: losses on labels alone (ce where there are none), labelled images."""
+    """Return the same recipe without teachers: losses on labels alone (ce where none counts), labelled images."""
     default = LossSpec(name="ce", weight=LOSSES.row("ce").weight)
+    on_labels = (loss for loss in recipe.losses if loss.weight and LOSSES.row(loss.name).category == "labels")
     return recipe.model_copy(
         update={
             "baseline": False,
@@ -20,7 +21,7 @@ def labels_only(recipe: Recipe) -> Recipe:
             "teachers": (),
             # Without a teacher the student does not start from its weights either.
             "student": recipe.student.model_copy(update={"init": None, "force_init": False}),
-            "losses": tuple(one for one in recipe.losses if LOSSES.row(one.name).category == "labels") or (default,),
+            "losses": tuple(on_labels) or (default,),
         }
     )
 
@@ -34,6 +35,13 @@ def same_steps(train: TrainSpec, images: int, fewer: int) -> TrainSpec:
     every = -(-train.eval_every * steps // steps_of_fewer)  # as often, counted in steps
     update = {"epochs": epochs, "warmup_epochs": warmup, "patience": patience, "eval_every": every}
     return train.model_copy(update=update)
+
+
+def of_same_steps(recipe: Recipe, images: int, fewer: int) -> Recipe:
+    """Return the recipe for fewer images with the steps of that for ``images``; see ``same_steps``."""
+    train = same_steps(recipe.train, images, fewer)
+    losses = tuple(loss.over(train.epochs / recipe.train.epochs) for loss in recipe.losses)
+    return recipe.model_copy(update={"train": train, "losses": losses})
 
 
 def images_of(recipe: Recipe, shared: "SharedResources") -> tuple[int, int]:

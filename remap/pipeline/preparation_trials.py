@@ -98,7 +98,7 @@ def _beside(folder: Path, name: str) -> Path:
 def _judged_by_held_out(way: Recipe, fold: int | None) -> Recipe:
     """Return the recipe of a trial, which is judged by a share of the training images, or by one of the folds."""
     if fold is not None:
-        held_out: dict[str, object] = {"fold": Fold(number=fold, of=FOLDS)}
+        held_out: dict[str, object] = {"fold": Fold(number=fold, of=FOLDS, judges=True)}
     else:  # a trial of a run that is itself judged by held-out images learns from as few, and is judged by the same
         held_out = {"held_out": way.data.held_out or HELD_OUT}
     data = way.data.model_copy(update={**held_out, "selection": None})

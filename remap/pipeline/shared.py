@@ -154,8 +154,8 @@ class SharedResources:
         if spec.fold is not None:
             sources = self._sources(spec.without_folds(), view)
             fit, check = without_fold(sources["train"].split.labels, *spec.fold.left_out)
-            parts = {"train": fit} if spec.fold.held_out is None else {"train": fit, "val": check}
-            named = {name: sources[name] for name in sources if name != "test" or spec.fold.held_out is None}
+            parts = {"train": fit, "val": check} if spec.fold.evaluates else {"train": fit}
+            named = {name: sources[name] for name in sources if name != "test" or not spec.fold.evaluates}
             return {**named, **{name: PartSource(sources["train"], part) for name, part in parts.items()}}
         # One budget for all splits, in the order in which training reads them most often.
         budget, sources = spec.memory_gib * 2**30, {}

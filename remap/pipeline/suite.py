@@ -91,7 +91,10 @@ def require_counts(name: str, expected: SuiteSet, recipe: Recipe) -> None:
         odd = sorted(set(data.classes) - ids)
         wrong.append(f"class ids: not the whole numbers from 0 to {len(data.classes) - 1} ({', '.join(odd[:5])})")
     if wrong:
-        do = "check that the set is complete and in the layout of the documentation (docs/comparing.md)"
+        do = (
+            "check that the set is complete, in the layout of the documentation (docs/comparing.md), and read as the"
+            " suite says (--set data.FIELD)"
+        )
         raise DataError(f"the set '{name}' is not the one of the suite", given=plain("; ".join(wrong)), do=do)
 
 

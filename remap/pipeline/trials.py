@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from math import ceil
 from typing import Any
 
-from remap.pipeline.labels_only import images_of, labels_only, same_steps
+from remap.pipeline.labels_only import images_of, labels_only, of_same_steps
 from remap.pipeline.shared import SharedResources
 from remap.recipe.schema import LossSpec, Recipe
 from remap.runs.run_dir import RunDir
@@ -72,4 +72,4 @@ def _with(recipe: Recipe, losses: tuple[LossSpec, ...] | None, labeled: int, ima
     """Return the recipe with an objective; by labels alone it is without a teacher and has as many steps."""
     if losses is not None:
         return recipe.model_copy(update={"losses": losses})
-    return labels_only(recipe).model_copy(update={"train": same_steps(recipe.train, images, labeled)})
+    return of_same_steps(labels_only(recipe), images, labeled)

@@ -95,6 +95,16 @@ class LossSpec(Named):
             return self.options.get("signal") == "logits" and self.options.get("loss") in ("PKTLoss", "RKDLoss", None)
         return self.name == "affinity" and self.options.get("text_to_image") != 0
 
+    def over(self, share: float) -> "LossSpec":
+        """Return the same loss in a run of ``share`` times as many epochs, whose warm-ups are as much of it."""
+        given = {"weight_schedule": self.weight_schedule, "temperature_schedule": self.temperature_schedule}
+        schedules = {
+            name: one.model_copy(update={"warmup_epochs": share * one.warmup_epochs})
+            for name, one in given.items()
+            if one is not None
+        }
+        return self.model_copy(update=schedules)
+
     def is_idle(self, method: str) -> bool:
         """Whether it is about a signal that no part of the method can change."""
         return is_idle(self.name, method, self.options.get("signal"))

@@ -63,7 +63,7 @@ def resolve(
     if "teachers" in values:
         values["teacher"] = [*as_list(values.get("teacher")), *as_list(values.pop("teachers"))]
     given = [*overrides.of_words(words or {}, values, problems), *later]
-    chosen = values.get("losses") is not None or any(_chooses_losses(key) for key, _ in given)
+    chosen = values.get("losses") is not None or any(chooses_losses(key) for key, _ in given)
     for key, value in given:
         overrides.apply(values, key, value, problems)
     if "name" not in values:
@@ -189,7 +189,7 @@ def _owners(option: str) -> list[str]:
     return [row.name for row in METHODS if any(one["name"] == option for one in listed(METHODS, row.name)["options"])]
 
 
-def _chooses_losses(key: str) -> bool:
+def chooses_losses(key: str) -> bool:
     """Whether a key is the list of losses, or of the one that may be left out by default."""
     return key == "losses" or key.startswith("losses.attention.")
 

@@ -47,6 +47,7 @@ class Fold(Section):
     held_out: float | None = Field(
         default=None, gt=0.0, lt=1.0, description="Share of the other images to evaluate on, by which none is tuned."
     )
+    judges: Annotated[bool, LATER] = Field(default=False, description="Evaluate on the fold that is left out.")
 
     @model_validator(mode="before")
     @classmethod
@@ -56,14 +57,21 @@ class Fold(Section):
         return values
 
     @property
-    def left_out(self) -> tuple[int, int, float | None]:
-        """Which fold is left out, from 0, of how many, and the share held out of the others."""
-        return self.number - 1, self.of, self.held_out
+    def left_out(self) -> tuple[int, int, float | None, bool]:
+        """Which fold is left out, from 0, of how many, the share held out of the others, and whether it judges."""
+        return self.number - 1, self.of, self.held_out, self.judges
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether labelled training images are evaluated on, in place of the evaluation images."""
+        return self.judges or self.held_out is not None
 
     @model_validator(mode="after")
     def _require_one_of_them(self) -> Self:
         if self.number > self.of:
             raise ValueError(f"there is no fold {self.number} of {self.of}")
+        if self.judges and self.held_out is not None:
+            raise ValueError("judges evaluates on the fold, and held_out on others (leave one of them out)")
         return self
 
 

@@ -58,15 +58,20 @@ class Suite(Section):
                     raise RecipeError([f"sets.{name}: its images are not built in"], "suite", do=do)
                 data[key] = below(folder, data[key])
         values = deepcopy({**self.recipe, **self.sets[name].recipe, "name": name})
+        if not isinstance(own := values.get("data", {}), dict):
+            raise RecipeError(["data: should be a mapping, as each set has its own images"], f"suite, set {name}")
+        values["data"] = {**own, **data}
         given = [*overrides.of_words(words or {}, values, problems), *overrides.of_settings(settings, problems)]
         problems += [
-            f"{key}: each set of a suite has its own images" for key, _ in given if key.removeprefix("data.") in _PATHS
+            f"{key}: each set of a suite has its own images"
+            for key, _ in given
+            if key == "data" or key.removeprefix("data.") in _PATHS
         ]
         for key, value in given:
             overrides.apply(values, key, value, problems)
         if problems:
             raise RecipeError(problems, f"suite, set {name}")
-        return validate({**values, "data": {**values.get("data", {}), **data}}, f"suite, set {name}")
+        return validate(values, f"suite, set {name}")
 
 
 def load_suite(word: str) -> Suite:

@@ -16,6 +16,7 @@ from remap.distributed.launcher_env import without_launcher
 from remap.errors import Interrupted
 from remap.pipeline import baseline_process
 from remap.pipeline.run import resume, start
+from remap.runs.run_dir import RunDir
 
 Watch = Callable[..., Any]
 # The precision is named, since the other process does not have ``native_bf16``.
@@ -90,6 +91,7 @@ def test_a_signal_stops_both_and_the_run_can_be_resumed(
     assert torch.get_num_threads() == 2
     monkeypatch.setattr(baseline_process, "COMMAND", (*NO_IMPORTS, "raise SystemExit(1)"))
     resume(folder)
+    assert "resumed" not in RunDir(folder).environment(), "as many threads as before, half of them for each"
     torch.set_num_threads(1)
     whole = start(tiny.recipe(*SETTINGS), tmp_path / "whole")
     assert largest_difference(tasks(folder), tasks(whole.run_dir)) == 0.0
@@ -97,8 +99,6 @@ def test_a_signal_stops_both_and_the_run_can_be_resumed(
 
 def test_the_process_ends_with_the_one_that_started_it(tiny: Any, tmp_path: Path) -> None:
     """Which may be killed, and then ends nothing itself: the input of the process is closed."""
-    from remap.runs.run_dir import RunDir
-
     run_dir = RunDir.create(tmp_path / "run", tiny.recipe("teacher.allow_weak=true", "train.epochs=100000"))
     begun, waiting = baseline_process.BaselineProcess(), baseline_process.BaselineProcess()
     begun.begin(run_dir, 1)

@@ -1,15 +1,20 @@
 """Which runs a comparison has: methods, sweeps, loss sets, budgets; nothing is trained."""
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from remap.data.sources import open_data
 from remap.errors import RecipeError
-from remap.pipeline.comparison_budget import read_budget, within_parameters
+from remap.pipeline.comparison_budget import of_length, read_budget, within_parameters
 from remap.pipeline.comparison_cells import category_title, chosen_methods, comparison_cells
+from remap.pipeline.comparison_plan import Plan, require_possible
 from remap.pipeline.comparison_search import Search, require_searchable
-from remap.recipe import resolve
+from remap.pipeline.objective import without_idle_losses
+from remap.progress import Silent
+from remap.recipe import resolve, resolve_distill
 from remap.tuning import CATEGORIES
 
 
@@ -49,6 +54,13 @@ def test_what_a_swept_value_does_not_change_is_run_once(tiny: Any) -> None:
     assert found == {(words, t): (weight, t) for words, weight in weights.items() for t in (1, 2.5)}
 
 
+def test_labels_alone_are_learned_where_a_loss_on_them_counts_nothing(tiny: Any) -> None:
+    """A weight of 0 left the column "labels only" a student that had learned nothing."""
+    cells = comparison_cells(tiny.recipe(losses="ce,kd"), ["lora"], 1, ["losses.ce.weight=0,1"], ["kd", "ce:0,kd"])
+    assert {loss.weight for cell in cells if not cell.with_teacher for loss in cell.recipe.losses} == {1.0}
+    assert len({cell.name for cell in cells if not cell.with_teacher}) == 1
+
+
 def test_a_remapped_student_without_the_teachers_losses_keeps_its_weights(tiny: Any) -> None:
     alone, taught = comparison_cells(tiny.recipe(losses="ce,kd"), ["full@layers"], 1)
     assert alone.recipe.student.init == taught.recipe.student.init and alone.recipe.student.init.name == "layers"
@@ -61,6 +73,34 @@ def test_labels_alone_take_as_many_steps_as_with_the_teacher(tiny: Any) -> None:
     alone, taught = comparison_cells(recipe, ["lora"], 1, images_of=lambda recipe: (8, 24))
     assert (alone.recipe.train.epochs, taught.recipe.train.epochs) == (6, 2)
     assert (alone.recipe.train.eval_every, taught.recipe.train.eval_every) == (3, 1), "evaluated as often"
+
+
+def test_losses_warm_up_for_the_same_part_of_a_run(tiny: Any) -> None:
+    """1 of 2 epochs of 3 steps are 3 of 6 epochs of 1 step by labels alone, and half of the 4 epochs of a budget."""
+    schedule = "losses.ce.weight_schedule={warmup_epochs: 1}"
+    recipe = tiny.recipe("train.batch_size=8", "train.epochs=2", "data.labels=8", schedule, losses="ce,kd")
+    alone, taught = comparison_cells(recipe, ["lora"], 1, images_of=lambda recipe: (8, 24))
+    found = [cell.losses[0].weight_schedule for cell in (alone.recipe, taught.recipe, of_length(taught.recipe, 4))]
+    assert [one and one.warmup_epochs for one in found] == [3, 1, 2]
+
+
+def test_default_losses_are_those_that_swept_models_can_learn() -> None:
+    settled = partial(without_idle_losses, progress=Silent())
+    sweeps = ["student.model=mini_student,resnet18", "losses.kd.temperature=2"]
+
+    def losses(words: str | None) -> list[list[str]]:
+        recipe = resolve_distill(None, {"student": "mini_student", "losses": words}, ["student.weights=none"])
+        cells = comparison_cells(recipe, ["full"], 1, sweeps, settled=settled)
+        return [[loss.name for loss in cell.recipe.losses] for cell in cells if cell.with_teacher]
+
+    assert losses(None) == [["ce", "kd", "attention"], ["ce", "kd"]]
+    assert losses("ce,kd,attention") == [["ce", "kd", "attention"]] * 2, "what is named stays"
+
+
+def test_a_budget_of_minutes_decides_the_epochs(tiny: Any, tmp_path: Path) -> None:
+    plan = Plan(["train.epochs=1,2"], budget="minutes=1")
+    with pytest.raises(RecipeError, match=r"--sweep train\.epochs: the epochs follow from the budget minutes=1"):
+        require_possible(tiny.recipe(losses="ce,kd"), ["lora"], 1, tmp_path / "c", plan)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from remap.pipeline import comparison_jobs as jobs
 from remap.pipeline import comparison_slurm, teacher_outputs
 from remap.pipeline import comparison_workers as workers
 from remap.pipeline.compare import Plan, compare
+from remap.pipeline.shared import SharedResources
 from remap.progress import Silent
 from remap.recipe import Recipe
 
@@ -87,7 +88,7 @@ def test_cells_side_by_side_give_the_same_bits(
 
 
 def test_teachers_of_folds_are_prepared_once_for_cells_side_by_side(
-    tiny: Any, tmp_path: Path, watch: Callable[..., Any]
+    tiny: Any, tmp_path: Path, watch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, said = tiny.recipe(*SETTINGS, "teacher.folds=2", losses="ce,kd"), watch(lambda step: None)
     compare(recipe, ["linear"], 2, tmp_path / "one", Silent())
@@ -96,6 +97,19 @@ def test_teachers_of_folds_are_prepared_once_for_cells_side_by_side(
     assert {"teacher/task/task.safetensors", "teacher-fold-2/task/task.safetensors"} < tasks.keys()
     assert _tasks(tmp_path / "two") == tasks and _table(tmp_path / "two") == _table(tmp_path / "one")
     assert any(text.startswith("2 cells side by side, ") for text in said.said)
+    monkeypatch.setattr(SharedResources, "index", lambda *_: pytest.fail("a finished comparison needs no images"))
+    compare(recipe, ["linear"], 2, tmp_path / "two", Silent())
+
+
+def test_the_teacher_is_prepared_first_whatever_the_first_cell_learns_from(
+    recipe: Recipe, tmp_path: Path, watch: Callable[..., Any]
+) -> None:
+    """The first loss set reads no logits: two cells of the second one began the same teacher, and one failed."""
+    progress = watch(lambda step: None)
+    compare(recipe, ["linear"], 1, tmp_path / "sets", progress, Plan(jobs="2", loss_sets=["ce,feature", "ce,kd"]))
+    (tuned,) = [text for text in progress.said if "tuning it" in text]
+    (begun,) = [text for text in progress.said if text.startswith("2 cells side by side, ")]
+    assert progress.said.index(tuned) < progress.said.index(begun)
 
 
 def test_a_process_that_is_killed_loses_its_cell_alone(

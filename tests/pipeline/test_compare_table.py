@@ -277,6 +277,16 @@ def test_a_set_of_a_suite_has_sections_of_its_own() -> None:
     assert found["cifar10"].epochs is None and found["digits"].epochs == 10  # in place of the section, not merged
 
 
+def test_a_setting_takes_the_place_of_what_a_set_says_of_its_images() -> None:
+    suite = load_suite("offline")
+    assert suite.recipe_of("emoji", Path("sets")).data.per_class == 300
+    assert suite.recipe_of("emoji", Path("sets"), settings=["data.per_class=20"]).data.per_class == 20
+    with pytest.raises(RecipeError, match="data: each set of a suite has its own images"):
+        suite.recipe_of("emoji", Path("sets"), settings=["data=digits"])
+    with pytest.raises(RecipeError, match="data: should be a mapping"):
+        Suite(recipe={"data": "digits"}, sets=suite.sets).recipe_of("emoji", Path("sets"))
+
+
 @pytest.mark.parametrize("name", ["offline", "five_categories", "vtab1k", "fgvc", "fewshot11", "words"])
 def test_shipped_suites_are_valid(name: str) -> None:
     """Sets: 7 + 4 + 8 of VTAB (Zhai et al. 2019), 5 of VPT (Jia et al. 2022), 11 and 15 of CoOp (Zhou et al. 2022)."""

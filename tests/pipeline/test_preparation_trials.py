@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from remap.data.views import View
 from remap.errors import RecipeError, RemapError
 from remap.io import atomic_write
 from remap.pipeline import preparation_trials
@@ -29,7 +30,9 @@ def _tuning(recipe: Recipe) -> Recipe:
     return teacher_recipe(recipe, recipe.teachers[0])
 
 
-def _choose(recipe: Recipe, folder: Path, accuracies: dict[str, float], images: int = FEW) -> tuple[Recipe, list[str]]:
+def _choose(
+    recipe: Recipe, folder: Path, accuracies: dict[str, float], images: int = FEW, trials: list[Recipe] | None = None
+) -> tuple[Recipe, list[str]]:
     """Drive the trials as a run does, with accuracies that are given; return the choice and what was run."""
     ways, ran = best_way(_tuning(recipe), images, folder, "the teacher", Silent()), []
     try:
@@ -47,6 +50,8 @@ def _choose(recipe: Recipe, folder: Path, accuracies: dict[str, float], images: 
             atomic_write.write_json(run_dir.path / "status.json", {"status": "done"})
             assert list(folder.parent.glob("*/task")) == [run_dir.task]  # those before are gone
             ran.append(name)
+            if trials is not None:
+                trials.append(trial)
     except StopIteration as ended:
         return ended.value, ran
 
@@ -78,11 +83,19 @@ def test_few_labels_are_judged_by_each_of_them(tiny: Any, tmp_path: Path) -> Non
     recipe, folder = tiny.recipe(*AUTO, losses="ce,kd"), tmp_path / "teacher"
     of_way = {"linear": (0.9, 0.1, 0.1, 0.1, 0.1), "full": (0.5,) * 5, "full-fast": (0.4,) * 5}
     accuracies = {f"{way}-{fold}": found[fold - 1] for way, found in of_way.items() for fold in range(1, FOLDS + 1)}
-    chosen, ran = _choose(recipe, folder, accuracies, FEW - 1)
+    trials: list[Recipe] = []
+    chosen, ran = _choose(recipe, folder, accuracies, FEW - 1, trials)
     assert ran == list(accuracies) and chosen.data.fold is None
     assert (chosen.method.name, chosen.train.base_lr) == ("full", None)
     assert not [*tmp_path.glob("*/task"), *tmp_path.glob("*/checkpoint")]
     assert len(list(tmp_path.glob("*/summary.json"))) == len(ran)
+    # Each training image judges once what was learned from those of the other folds; no evaluation image judges.
+    labeled, judging = SharedResources().index(_tuning(recipe).data).train.names, list[str]()
+    for trial in trials[:FOLDS]:
+        views = SharedResources().open(trial.data, View(32, 1.0, "bicubic"), Silent())
+        assert sorted(views.train.split.names + views.val.split.names) == sorted(labeled)
+        judging += views.val.split.names
+    assert sorted(judging) == sorted(labeled)
 
 
 @pytest.mark.parametrize(("images", "parts"), [(FOLDS - 1, 1), (FOLDS, FOLDS), (FEW - 1, FOLDS), (FEW, 1)])
