@@ -207,9 +207,7 @@ def add_unlabeled(data: ImageData, source: str, val_source: str | None, unlabele
     Raises:
         DataError: There are no more images, or images to evaluate on are among them.
     """
-    for labeled in (source, val_source):
-        if labeled is not None:
-            _require_apart(data, labeled, unlabeled)
+    _require_apart(data, source if val_source is None else val_source, unlabeled)
     more, skipped = open_unlabeled(unlabeled)
     return replace(data.with_unlabeled(more), skipped=(*data.skipped, *skipped))
 
@@ -318,7 +316,7 @@ def unknown_classes(names: Iterable[str], classes: Sequence[str]) -> DataError:
 
 
 def _require_apart(data: ImageData, labeled: str, unlabeled: str) -> None:
-    """Refuse to learn from images to evaluate on, also without their labels."""
+    """Refuse to learn from images to evaluate on, also without their labels; these come from ``labeled``."""
     (outer, _), (inner, listed) = _root_of(labeled), _root_of(of_images(unlabeled))
     if listed:  # a table or an option names single files below a folder
         there = {inner / plain(name) for name, _ in find_source(of_images(unlabeled)).images(of_images(unlabeled))[0]}

@@ -74,6 +74,8 @@ def test_a_folder_that_holds_the_labelled_images_is_refused(tree: Tree) -> None:
             open_data(str(source), val and str(val), 0.2, str(inner))
     assert len(open_data(str(root), None, 0.2, str(root / "train")).unlabeled) == 8
     assert len(open_data(str(root), None, 0.2, str(other)).unlabeled) == 4
+    train, val = root / "train", root / "val"
+    assert len(open_data(str(train), str(val), 0.2, str(train)).unlabeled) == 8, "they have a folder of their own"
 
 
 @pytest.mark.parametrize(
