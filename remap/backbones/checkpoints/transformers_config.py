@@ -88,7 +88,9 @@ def _vit(config: Mapping[str, Any]) -> Described:
 def _deit(config: Mapping[str, Any]) -> Described:
     """With one classifier the distillation token is one that is not read, a register; with two, timm's own DeiT."""
     if "WithTeacher" in str(config["architectures"]):
-        return _plain("deit_base_distilled_patch16_224", config, qkv_bias=config["qkv_bias"], act_layer=_act(config))
+        return _plain(
+            "deit_base_distilled_patch16_224", config, qkv_bias=config.get("qkv_bias", True), act_layer=_act(config)
+        )
     found = _vit(config)
     return Described(found.architecture, {**found.arguments, "reg_tokens": 1}, eps=found.eps)
 
