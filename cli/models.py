@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from remap.errors import RecipeError, UnknownName
+from remap.io.paths import expanded
 from remap_cli import console
 from remap_cli import options as opt
 
@@ -99,9 +100,13 @@ def _found(search: str, has_short_name: bool) -> list[dict]:
 
 
 def _support(name: str, json: bool) -> None:
+    from remap.recipe.paths import absolute_model, is_run
+    from remap.runs.task_file import folder_of, read_meta
     from remap.tuning.support import support_of
 
-    found = support_of(name)
+    while is_run(name):  # its method is merged into the model that it tuned
+        name = read_meta(folder_of(expanded(name))).backbone.model
+    found = support_of(absolute_model(name))
     anatomy = found.anatomy
     if json:
         stages = [{"width": block.width, "grid": list(block.grid)} for block in anatomy.blocks]

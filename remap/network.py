@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from remap.backbones.anatomy import Anatomy, classifier_parameters, set_fused_attention
 from remap.backbones.build import Backbone, Identity
-from remap.backbones.kernels import channels_last, fused_attention, train_depthwise_in_float32
+from remap.backbones.kernels import channels_last, fused_attention, train_depthwise_in_float32, with_channels_last
 from remap.backbones.preprocess import Preprocess, PreprocessSpec
 from remap.data import CLASSES, MULTILABEL
 from remap.errors import RunError
@@ -131,6 +131,8 @@ class Runner(nn.Module):
                 stand for images that the rest does not read.
         """
         pixels = self._pixels(images_BCHW) if images_BCHW.numel() else None
+        if kept is not None and self.channels_last:  # what was cached of maps has its channels first
+            kept = {name: with_channels_last(x) if x.ndim == 4 else x for name, x in kept.items()}
         with self._precision(images_BCHW):
             return self.tap(pixels, kept)
 
@@ -143,7 +145,7 @@ class Runner(nn.Module):
     def _pixels(self, images_BCHW: Tensor) -> Tensor:
         pixels = self.preprocess(images_BCHW)
         # What a convolution gives has the layout of what it was given, so this holds to the end of the network.
-        return pixels.contiguous(memory_format=torch.channels_last) if self.channels_last else pixels
+        return with_channels_last(pixels) if self.channels_last else pixels
 
     def _precision(self, images_BCHW: Tensor) -> AbstractContextManager:
         return torch.autocast(images_BCHW.device.type, torch.bfloat16) if self.bf16 else nullcontext()

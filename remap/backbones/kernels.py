@@ -62,6 +62,12 @@ def channels_last(model: nn.Module, device: str, *, bf16: bool) -> bool:
     return device == "cpu" and overlap and (bf16 or any(layer.groups > 1 for layer in layers))
 
 
+def with_channels_last(x_BCHW: Tensor) -> Tensor:
+    """Return (B, C, H, W) with the channels last in memory: convolutions go by the strides of what they are given."""
+    # Not ``contiguous``: it returns images of one channel as they are, with strides that count as channels first.
+    return torch.empty_like(x_BCHW, memory_format=torch.channels_last).copy_(x_BCHW)
+
+
 def fused_attention(setting: str, device: str, *, bf16: bool, trains: bool, tokens: int | None) -> tuple[bool, str]:
     """Return whether attention is fused, and why in words.
 

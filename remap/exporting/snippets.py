@@ -35,7 +35,7 @@ _OF_MANY_CHANNELS = """\
 values = np.load(sys.argv[1]) if sys.argv[1].endswith(".npy") else np.asarray(Image.open(sys.argv[1]))
 values = values if values.shape[-1] == {channels} else np.moveaxis(values, 0, -1)
 top = 1 if values.dtype.kind == "f" and values.max() <= 1 else 255
-low, high = view["value_range"] or (0, 65535 if values.dtype == np.uint16 or values.max() > 255 else top)
+low, high = view["value_range"] or (0, 65535 if values.dtype.str[1:] == "u2" or values.max() > 255 else top)
 scaled = np.rint(((values - float(low)) * (255 / (high - low))).clip(0, 255)).astype(np.uint8)
 scaled = values if values.dtype == np.uint8 else scaled
 planes = [Image.fromarray(np.ascontiguousarray(scaled[..., channel])) for channel in range({channels})]

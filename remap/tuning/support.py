@@ -8,6 +8,7 @@ from remap.backbones.anatomy import Anatomy, anatomy_of
 from remap.backbones.families import signals_of
 from remap.backbones.loading import require_fit
 from remap.backbones.lookup import require_known
+from remap.backbones.model_source import named_file
 from remap.backbones.names import is_pair, resolve_name
 from remap.errors import BackboneError
 from remap.language.names import pair_folder
@@ -36,8 +37,10 @@ def support_of(word: str) -> Support:
 
     Raises:
         UnknownName: timm has no such model.
+        WeightsError: A file or folder does not say which model it is of.
         BackboneError: It cannot be read.
     """
+    word, _ = named_file(word, "pretrained")
     name = f"local-dir:{pair_folder(word)}" if is_pair(word) else resolve_name(word)
     require_known(word, name)
     model = require_fit(name, {"num_classes": 2}, None)

@@ -53,6 +53,9 @@ def _other(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         (lambda good, bad: {"student": bad, "teacher": good}, "teacher"),  # DINO: the running average
         (lambda good, bad: {"state_dict": {"model": good}}, None),
         (lambda good, bad: {"model": good, "model_ema": None}, None),
+        # Settings of the teacher; and torch_ema's averages, which have no names.
+        (lambda good, bad: {"state_dict": good, "teacher": {"model": {"name": "vit"}, "weight": 0.5}}, None),
+        (lambda good, bad: {"model": good, "ema": {"decay": 0.9, "shadow_params": [*bad.values()]}}, None),
     ],
 )
 def test_wrappers_and_which_of_several_is_taken(wrap: Any, taken: str | None, model: nn.Module, tmp_path: Path) -> None:
@@ -145,10 +148,19 @@ def test_a_pickle_with_code_runs_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "mark").exists()
 
 
+HOLDS_ITSELF: dict[str, Any] = {}
+HOLDS_ITSELF.update(model=HOLDS_ITSELF, ema=HOLDS_ITSELF)
+DEEP: dict[str, Any] = {}
+for _ in range(300):
+    DEEP = {"model": DEEP}
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [
         ({"epoch": 3}, "holds no tensors"),
+        (HOLDS_ITSELF, "holds no tensors"),
+        (DEEP, "holds no tensors"),
         ([1, 2], "no mapping of names to tensors"),
         ({"state_dict": {"head.weight": torch.zeros(1).expand(2**20, 2**10)}}, "far larger than the file"),
     ],

@@ -9,14 +9,20 @@ import torch
 from torch import nn
 
 from remap.backbones import kernels
+from remap.backbones.anatomy import anatomy_of
+from remap.backbones.build import Backbone, Identity
 from remap.backbones.kernels import channels_last, compiled, fused_attention, train_depthwise_in_float32
+from remap.backbones.preprocess import PreprocessSpec
 from remap.distributed.launch import accelerator
 from remap.engine.teacher import Teacher
+from remap.network import Runner, tuned
 from remap.pipeline import doctor
 from remap.pipeline.components import build_components
 from remap.pipeline.shared import SharedResources
 from remap.pipeline.teacher_outputs import make_teacher
 from remap.progress import Silent
+
+LAST = torch.channels_last
 
 
 @pytest.mark.parametrize(
@@ -47,6 +53,30 @@ def test_channels_come_last_where_convolutions_overlap(
     model = timm.create_model(name, **options)
     assert [channels_last(model, "cpu", bf16=precision) for precision in (False, True)] == [fp32, bf16]
     assert not channels_last(model, "cuda", bf16=True), "not measured"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_convolution_gives_its_channels_last(channels: int) -> None:
+    """Of images of one channel too, and behind a map that was cached, which has its channels first."""
+    model = timm.create_model("test_convnext", in_chans=channels)
+    model.pretrained_cfg |= {"input_size": (channels, 64, 64)}
+    identity = Identity("test_convnext", "none", "")
+    backbone = Backbone(model, anatomy_of(model), PreprocessSpec.of(model), identity, head_is_fresh=True)
+    runner = Runner(tuned(backbone, "partial", {}), bf16=True)
+    images = torch.randint(0, 256, (2, channels, 64, 64), dtype=torch.uint8)
+    last: list[bool] = []
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(
+                lambda _layer, _args, y: last.append(y.stride(1) == 1 and y.is_contiguous(memory_format=LAST))
+            )
+    complete = runner(images).logits_BC
+    count = len(last)
+    kept = {name: value.contiguous() for name, value in runner.stem(images).items()}
+    assert kept["input"].stride(1) > 1 and all(last)
+    del last[:]
+    assert torch.equal(runner(images[:, :, :0, :0], kept).logits_BC, complete)
+    assert all(last) and 0 < len(last) < count
 
 
 def test_depthwise_convolutions_compute_in_float32_where_a_backward_pass_reaches_them() -> None:

@@ -191,6 +191,31 @@ def test_support_is_what_attaching_says(run_json: Callable[..., dict]) -> None:
     assert set(found["tuned_by"]) | set(found["refused"]) == set(METHODS.names)
 
 
+def test_support_takes_every_word_that_names_a_student(
+    run_json: Callable[..., dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import timm
+    from timm.models import save_for_hf
+
+    from remap.backbones.build import build
+    from remap.data.views import View
+    from remap.network import tuned
+    from remap.runs.task import save_task
+
+    made = timm.create_model("test_resnet", in_chans=2)
+    made.pretrained_cfg |= {"input_size": (2, 160, 160), "mean": (0.5,), "std": (0.5,)}
+    save_for_hf(made, str(tmp_path / "net"), model_args={"in_chans": 2}, safe_serialization=True)
+    folder = f"local-dir:{tmp_path / 'net'}"
+    network = tuned(build(folder, "pretrained", 2), "lora", {})
+    network.classes = ("a", "b")
+    save_task(tmp_path / "run" / "task", network, View(160, 1.0, "bicubic"), "lora", {})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ("local-dir:~/net", "~/net/model.safetensors", "~/run")
+    found = [run_json("models", "--support", word) for word in words]
+    assert [one.pop("name") for one in found] == [*words[:2], folder]
+    assert found[0]["family"] == "resnet" and found[0] == found[1] == found[2]
+
+
 def test_losses_are_those_of_the_table(run_json: Callable[..., list]) -> None:
     assert [row["name"] for row in run_json("losses")] == list(LOSSES.names)
 

@@ -118,6 +118,15 @@ def test_white_is_zero_at_every_depth(kind: type, sample_format: int, order: str
     assert (found == (wanted if photometric else 255 - wanted)).all()
 
 
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("kind", ["npy", "tiff"])
+def test_a_dark_picture_of_16_bits_is_dark_in_either_order_of_bytes(order: str, kind: str) -> None:
+    """255 and 129 of 65,535 are 0.99 and 0.502 of 255. No range: no training image had more than 8 bits."""
+    values = np.array([[255, 129, 0]], np.dtype(f"{order}u2"))
+    data = npy(values) if kind == "npy" else tiff(values, 1, order=order)
+    assert np.asarray(decode(data).convert("L")).tolist() == [[1, 1, 0]]
+
+
 def test_unsigned_32_bits_are_not_read_as_signed() -> None:
     values = np.array([[0, 2**31, 2**32 - 1]], np.uint32)
     assert np.asarray(decode(tiff(values, 1), Pixels(value_range=(0, 2**32 - 1))))[0, :, 0].tolist() == [0, 128, 255]

@@ -25,6 +25,8 @@ WRAPPERS = (
     "state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "target_encoder",
     "state_dict", "model_state_dict", "model", "student", "network", "net", "backbone", "encoder", "module", "weights",
 )  # fmt: skip
+# Entries that are looked into for tensors.
+_MOST_ENTRIES = 100
 # What frameworks put in front of every key, in the order in which they are taken away.
 PREFIXES = ("module.", "_orig_mod.", "ema.", "teacher.", "model.", "student.", "backbone.", "encoder.")
 # Only pre-training needs it. A mask token stays: timm's filters know DINOv2 by it.
@@ -143,13 +145,27 @@ def _line(path: Path) -> str:
 def _unwrapped(values: Mapping[str, Any], name: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     notes = []
     for _ in range(len(WRAPPERS)):
-        found = [key for key in WRAPPERS if isinstance(values.get(key), Mapping) and values[key]]
+        found = [key for key in WRAPPERS if _holds_tensors(values.get(key), set())]
         if not found:
             break
         if len(found) > 1:
             notes.append(f"{name} has the weights {', '.join(found)}: '{found[0]}' is taken")
         values = values[found[0]]
     return {key: t for key, t in values.items() if isinstance(key, str) and isinstance(t, Tensor)}, tuple(notes)
+
+
+def _holds_tensors(values: Any, seen: set[int]) -> bool:
+    """Whether an entry holds tensors by name: "teacher" may be settings, "ema" a decay and a list.
+
+    Args:
+        seen: Identities of what was looked into: an entry may hold itself, or very many inside one another.
+    """
+    if not isinstance(values, Mapping) or id(values) in seen or len(seen) == _MOST_ENTRIES:
+        return False
+    seen.add(id(values))
+    if any(isinstance(one, Tensor) for one in values.values()):
+        return True
+    return any(_holds_tensors(values.get(key), seen) for key in WRAPPERS)
 
 
 def _architecture(values: Mapping[str, Any]) -> str | None:

@@ -64,6 +64,7 @@ def _plain(architecture: str, config: Mapping[str, Any], **more: Any) -> Describ
         "depth": config["num_hidden_layers"],
         "num_heads": config["num_attention_heads"],
         "mlp_ratio": mlp_ratio(hidden, width),
+        "qkv_bias": config.get("qkv_bias", True),  # files from before there was this word are of layers with one
         **more,
     }
     return Described(architecture, arguments, eps={"": float(config["layer_norm_eps"])})
@@ -79,16 +80,13 @@ def _require_act(config: Mapping[str, Any], allowed: str = "gelu") -> None:
 
 
 def _vit(config: Mapping[str, Any]) -> Described:
-    bias = config.get("qkv_bias", True)
-    return _plain(
-        "vit_base_patch16_224", config, qkv_bias=bias, global_pool="token", act_layer=_act(config), pre_norm=False
-    )
+    return _plain("vit_base_patch16_224", config, global_pool="token", act_layer=_act(config), pre_norm=False)
 
 
 def _deit(config: Mapping[str, Any]) -> Described:
     """With one classifier the distillation token is one that is not read, a register; with two, timm's own DeiT."""
     if "WithTeacher" in str(config["architectures"]):
-        return _plain("deit_base_distilled_patch16_224", config, qkv_bias=config["qkv_bias"], act_layer=_act(config))
+        return _plain("deit_base_distilled_patch16_224", config, act_layer=_act(config))
     found = _vit(config)
     return Described(found.architecture, {**found.arguments, "reg_tokens": 1}, eps=found.eps)
 
@@ -105,7 +103,7 @@ def _dinov2(config: Mapping[str, Any]) -> Described:
     return _plain(
         "vit_base_patch14_dinov2",
         {**config, "intermediate_size": hidden},
-        **{**mlp, **tokens, "global_pool": "token", "init_values": 1.0, "qkv_bias": config.get("qkv_bias", True)},
+        **{**mlp, **tokens, "global_pool": "token", "init_values": 1.0},
     )
 
 

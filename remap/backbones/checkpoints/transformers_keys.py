@@ -1,4 +1,8 @@
-"""The names that Hugging Face transformers gives to tensors (its modeling_*.py), and timm's for them."""
+"""The names that Hugging Face transformers gives to tensors (its modeling_*.py), and timm's for them.
+
+Version 5 calls attention and MLP by other names in a model, and by the older ones in the files of ``save_pretrained``:
+the new ones are in files that a script of one's own wrote (``torch.save(model.state_dict(), ...)``).
+"""
 
 from remap.backbones.checkpoints.layout import Layout, Rules, Tensors, rules
 
@@ -15,6 +19,7 @@ _CLASSIFIERS = rules(
 )
 _PATCHES = ("embeddings.patch_embeddings.projection.*", "patch_embed.proj.$")
 _TABLE = "relative_position_bias.relative_position_bias_table"
+_VIT_LAYER = "(?:encoder.layer|layers).@"
 
 
 def _of_vit(tensors: Tensors) -> Tensors:
@@ -33,7 +38,7 @@ def _of_vit(tensors: Tensors) -> Tensors:
 
 _VIT = Layout(
     "transformers ViT, DeiT, DINOv2, BEiT",
-    f"{_ROOT}encoder.layer.0.attention.attention.query.weight",
+    f"{_ROOT}(?:encoder.layer.0.attention.attention.query|(?:encoder.layer|layers).0.attention.q_proj).weight",
     (
         *_CLASSIFIERS,
         *_rooted(
@@ -43,18 +48,23 @@ _VIT = Layout(
             ("embeddings.register_tokens", "reg_token"),
             ("embeddings.position_embeddings", "pos_embed"),
             ("embeddings.mask_token", None),
-            ("encoder.layer.@.attention.attention.query.*", r"blocks.\1.attn.qkv.$#0"),
-            ("encoder.layer.@.attention.attention.key.*", r"blocks.\1.attn.qkv.$#1"),
-            ("encoder.layer.@.attention.attention.value.*", r"blocks.\1.attn.qkv.$#2"),
-            (f"encoder.layer.@.attention.attention.{_TABLE}", r"blocks.\1.attn.relative_position_bias_table"),
-            ("encoder.layer.@.attention.output.dense.*", r"blocks.\1.attn.proj.$"),
-            ("encoder.layer.@.(?:layernorm_before|norm1).*", r"blocks.\1.norm1.$"),
-            ("encoder.layer.@.(?:layernorm_after|norm2).*", r"blocks.\1.norm2.$"),
-            ("encoder.layer.@.(?:intermediate.dense|mlp.fc1|mlp.weights_in).*", r"blocks.\1.mlp.fc1.$"),
-            ("encoder.layer.@.(?:output.dense|mlp.fc2|mlp.weights_out).*", r"blocks.\1.mlp.fc2.$"),
-            ("encoder.layer.@.layer_scale@.lambda1", r"blocks.\1.ls\2.gamma"),
-            ("encoder.layer.@.lambda_@", r"blocks.\1.gamma_\2"),
-            (f"encoder.{_TABLE}", "rel_pos_bias.relative_position_bias_table"),
+            (f"{_VIT_LAYER}.attention.(?:attention.query|q_proj).*", r"blocks.\1.attn.qkv.$#0"),
+            (f"{_VIT_LAYER}.attention.(?:attention.key|k_proj).*", r"blocks.\1.attn.qkv.$#1"),
+            (f"{_VIT_LAYER}.attention.(?:attention.value|v_proj).*", r"blocks.\1.attn.qkv.$#2"),
+            (f"{_VIT_LAYER}.(?:attention.attention.)?{_TABLE}", r"blocks.\1.attn.relative_position_bias_table"),
+            (f"{_VIT_LAYER}.attention.(?:output.dense|o_proj).*", r"blocks.\1.attn.proj.$"),
+            (f"{_VIT_LAYER}.(?:layernorm_before|norm1).*", r"blocks.\1.norm1.$"),
+            (f"{_VIT_LAYER}.(?:layernorm_after|norm2).*", r"blocks.\1.norm2.$"),
+            (f"{_VIT_LAYER}.(?:intermediate.dense|mlp.fc1|mlp.weights_in).*", r"blocks.\1.mlp.fc1.$"),
+            (f"{_VIT_LAYER}.mlp.gate_proj.*", r"blocks.\1.mlp.fc1.$#0"),
+            (f"{_VIT_LAYER}.mlp.up_proj.*", r"blocks.\1.mlp.fc1.$#1"),
+            (f"{_VIT_LAYER}.(?:output.dense|mlp.fc2|mlp.weights_out|mlp.down_proj).*", r"blocks.\1.mlp.fc2.$"),
+            (f"{_VIT_LAYER}.layer_scale@.lambda1", r"blocks.\1.ls\2.gamma"),
+            (f"{_VIT_LAYER}.lambda_@", r"blocks.\1.gamma_\2"),
+            (
+                f"(?:encoder.{_TABLE}|shared_position_bias.relative_position_bias_table)",
+                "rel_pos_bias.relative_position_bias_table",
+            ),
             ("~relative_position_index", None),
             ("layernorm.*", "norm.$"),
             ("pooler.layernorm.*", "fc_norm.$"),
@@ -110,26 +120,26 @@ def _of_swin(tensors: Tensors) -> Tensors:
 _BLOCK = "encoder.layers.@.blocks.@"
 _SWIN = Layout(
     "transformers Swin",
-    f"{_ROOT}encoder.layers.0.blocks.0.attention.self.query.weight",
+    f"{_ROOT}encoder.layers.0.blocks.0.attention.(?:self.query|q_proj).weight",
     (
         *rules(("classifier.*", "head.fc.$")),
         *_rooted(
             _PATCHES,
             ("embeddings.norm.*", "patch_embed.norm.$"),
             ("embeddings.mask_token", None),
-            (f"{_BLOCK}.attention.self.query.*", r"layers.\1.blocks.\2.attn.qkv.$#0"),
-            (f"{_BLOCK}.attention.self.key.*", r"layers.\1.blocks.\2.attn.qkv.$#1"),
-            (f"{_BLOCK}.attention.self.value.*", r"layers.\1.blocks.\2.attn.qkv.$#2"),
+            (f"{_BLOCK}.attention.(?:self.query|q_proj).*", r"layers.\1.blocks.\2.attn.qkv.$#0"),
+            (f"{_BLOCK}.attention.(?:self.key|k_proj).*", r"layers.\1.blocks.\2.attn.qkv.$#1"),
+            (f"{_BLOCK}.attention.(?:self.value|v_proj).*", r"layers.\1.blocks.\2.attn.qkv.$#2"),
             (
-                f"{_BLOCK}.attention.self.relative_position_bias_table",
+                f"{_BLOCK}.attention.(?:self|relative_position_bias).relative_position_bias_table",
                 r"layers.\1.blocks.\2.attn.relative_position_bias_table",
             ),
             ("~relative_position_index", None),
-            (f"{_BLOCK}.attention.output.dense.*", r"layers.\1.blocks.\2.attn.proj.$"),
+            (f"{_BLOCK}.attention.(?:output.dense|o_proj).*", r"layers.\1.blocks.\2.attn.proj.$"),
             (f"{_BLOCK}.layernorm_before.*", r"layers.\1.blocks.\2.norm1.$"),
             (f"{_BLOCK}.layernorm_after.*", r"layers.\1.blocks.\2.norm2.$"),
-            (f"{_BLOCK}.intermediate.dense.*", r"layers.\1.blocks.\2.mlp.fc1.$"),
-            (f"{_BLOCK}.output.dense.*", r"layers.\1.blocks.\2.mlp.fc2.$"),
+            (f"{_BLOCK}.(?:intermediate.dense|mlp.fc1).*", r"layers.\1.blocks.\2.mlp.fc1.$"),
+            (f"{_BLOCK}.(?:output.dense|mlp.fc2).*", r"layers.\1.blocks.\2.mlp.fc2.$"),
             ("encoder.layers.@.downsample.norm.*", r"layers.\1.downsample.norm.$"),
             ("encoder.layers.@.downsample.reduction.weight", r"layers.\1.downsample.reduction.weight"),
             ("layernorm.*", "norm.$"),
