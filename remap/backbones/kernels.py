@@ -7,6 +7,8 @@ differ from the first.
 import torch
 from torch import Tensor, nn
 
+from remap.backbones.anatomy import PLAIN_CLASS, plain_class
+
 # Time of a ViT-S block with PyTorch's fused attention over that with the explicit one, by number of tokens; for a
 # device, a precision and whether it trains. From benchmarks/kernels.py, one thread: fp32 on an AMD EPYC with AVX2 (the
 # Xeon decides alike), bf16 on an Intel Xeon with AMX, where PyTorch's fused backward pass is slow. Kept to avx512_bf16
@@ -48,8 +50,8 @@ def train_depthwise_in_float32(model: nn.Module) -> None:
     for layer in model.modules():
         depthwise = isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels
         if depthwise and not isinstance(layer, _InFloat32):
-            kind = type(layer)
-            layer.__class__ = _IN_FLOAT32.setdefault(kind, type(kind.__name__, (_InFloat32, kind), {}))
+            kind, plain = type(layer), {PLAIN_CLASS: plain_class(layer)}
+            layer.__class__ = _IN_FLOAT32.setdefault(kind, type(kind.__name__, (_InFloat32, kind), plain))
 
 
 def channels_last(model: nn.Module, device: str, *, bf16: bool) -> bool:

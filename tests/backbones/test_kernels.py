@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from remap.backbones import kernels
-from remap.backbones.anatomy import anatomy_of
+from remap.backbones.anatomy import anatomy_of, plain_class
 from remap.backbones.build import Backbone, Identity
 from remap.backbones.kernels import channels_last, compiled, fused_attention, train_depthwise_in_float32
 from remap.backbones.preprocess import PreprocessSpec
@@ -90,6 +90,7 @@ def test_depthwise_convolutions_compute_in_float32_where_a_backward_pass_reaches
     for _ in range(2):
         train_depthwise_in_float32(model)
     assert len(type(second).__mro__) == len(nn.Conv2d.__mro__) + 2, "once"
+    assert plain_class(second) is nn.Conv2d, "families see the layer that it was"
     assert [name for name, _ in model.named_modules()] == names and repr(model) == repr(plain)
     images = torch.rand(2, 4, 8, 8)
     for network in (model, copy.deepcopy(model)):
