@@ -1,7 +1,6 @@
 """Tables of lazy rows: names, what they are, and where the class is. Listing a table imports no class.
 
-Installed packages add rows to the tables of methods, losses and data sources by entry points (``PLUGIN_GROUPS``), and
-``remap.register`` adds them from Python.
+Installed packages add rows by entry points (``PLUGIN_GROUPS``), and ``remap.register`` adds them from Python.
 """
 
 import difflib

@@ -236,8 +236,7 @@ def _tune(recipe: Recipe, classes: tuple[str, ...], backbone: Backbone) -> Netwo
     # Attached on the CPU first, so that draws do not depend on the device.
     if not any(p.is_meta for p in student.model.parameters()):  # those have shapes alone, and no values to move
         student.model.to(device)
-    bf16 = use_bf16(train.precision, device)
-    choose_kernels(student, train.fused_attention, device, bf16=bf16, trains=True)
+    choose_kernels(student, train.fused_attention, device, bf16=use_bf16(train.precision, device), trains=True)
     return student
 
 

@@ -240,10 +240,9 @@ def tuned_key(recipe: Recipe, spec: TeacherSpec, fold: int = 0) -> str:
 def lend_teachers(recipe: Recipe, trial: Recipe, shared: SharedResources) -> None:
     """Let a trial of a run, which has images and epochs of its own, learn from the teachers tuned for the run."""
     for spec in recipe.teachers:
-        if spec.prepare not in ("probe", "none"):
-            folder = shared.tuned_teachers.get(tuned_key(recipe, spec))
-            if folder is not None:  # None of a run that brings its head
-                shared.tuned_teachers[tuned_key(trial, spec)] = folder
+        # No folder of a run that brings its head.
+        if spec.prepare not in ("probe", "none") and (folder := shared.tuned_teachers.get(tuned_key(recipe, spec))):
+            shared.tuned_teachers[tuned_key(trial, spec)] = folder
 
 
 def needs_logits(recipe: Recipe) -> bool:

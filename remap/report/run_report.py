@@ -160,10 +160,8 @@ def _compared(ours: Measured, theirs: Measured, images: int, who: str) -> str:
     low, high = difference(ours, theirs)
     gap = 100 * (ours.value - theirs.value)
     side = f"{abs(gap):.1f} points {'better than' if gap > 0 else 'below'}" if gap else "as good as"
-    text = f"It is {side} {who} ({percent(theirs.value)})"
-    if low <= 0 <= high:
-        return text + f": {images:,} images do not tell the two apart."
-    return text + "."
+    chance = f": {images:,} images do not tell the two apart" if low <= 0 <= high else ""
+    return f"It is {side} {who} ({percent(theirs.value)}){chance}."
 
 
 def _bars(summary: dict[str, Any]) -> list[dict[str, Any]]:
