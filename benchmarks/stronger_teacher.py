@@ -1,7 +1,7 @@
 """Where a teacher that knows more pays: an ImageNet classifier teaches small students photographs with few labels.
 
 Run: python benchmarks/stronger_teacher.py --sets DIR --results DIR [--minutes 60] [--seeds 3]
-    [--steps 2000] [--students mini_student] [--methods lora full] [--labels 20] [--table]
+    [--steps 2000] [--images clothing] [--students mini_student] [--methods lora full] [--labels 20] [--table]
 
 DIR holds clothing.tar, ants-bees.tar and efficientnet_lite0.safetensors. Each cell is one run of about ``--steps``
 steps of 32 images. A cell that has ended is a line of cells.jsonl and is not run again; one that was stopped starts
@@ -100,7 +100,7 @@ def _model(name: str, results: Path) -> str:
 
 def rows(options: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
     """Yield set, student, method and labels a class of the rows of the table that were asked for."""
-    for student, images in itertools.product(options.students, SETS):
+    for student, images in itertools.product(options.students, options.images):
         yield from ((images, student, *one) for one in itertools.product(options.methods, options.labels))
 
 
@@ -138,7 +138,7 @@ def run(cell: Cell, sets: Path, results: Path, shared: SharedResources) -> None:
 def table(options: argparse.Namespace) -> None:
     """Print a table of each set: accuracy in % without and with the teacher, where all seeds of both have ended."""
     known = ended(options.results)
-    for images in SETS:
+    for images in options.images:
         teachers: dict[int, list[float]] = {count: [] for count in options.labels}
         lines = []
         for student, method in itertools.product(options.students, options.methods):
@@ -184,6 +184,7 @@ def main() -> None:
     words.add_argument("--minutes", type=float, default=60.0)
     words.add_argument("--seeds", type=int, default=3)
     words.add_argument("--steps", type=int, default=200)
+    words.add_argument("--images", nargs="+", default=list(SETS), choices=list(SETS))
     words.add_argument("--students", nargs="+", default=list(STUDENTS), choices=list(STUDENTS))
     words.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     words.add_argument("--labels", nargs="+", type=int, default=list(LABELS))
