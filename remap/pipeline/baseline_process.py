@@ -33,16 +33,20 @@ def fits_beside(by_steps: bool, steps: int) -> bool:
 
 
 class BaselineProcess:
-    """A process that loads its libraries and then waits until it is given a baseline to train."""
+    """A process that loads its libraries and then waits until it is given a baseline to train.
 
-    def __init__(self) -> None:
+    Args:
+        method: Of the student, whose libraries are loaded too: peft takes four seconds.
+    """
+
+    def __init__(self, method: str) -> None:
         environment, root = without_launcher(), Path(__file__).parents[2]
         if root.name not in ("site-packages", "dist-packages"):  # a checkout; an installed package is found as it is
             places = (str(root), environment.get("PYTHONPATH", ""))
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, places))
         # Ctrl-C reaches the first process alone, which stops this one. Its input is closed when that one is killed.
         self._process = subprocess.Popen(
-            COMMAND,
+            (*COMMAND, method),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -75,7 +79,7 @@ class BaselineProcess:
 
 
 @contextmanager
-def waiting_process(baseline: Path) -> Iterator[BaselineProcess | None]:
+def waiting_process(baseline: Path, method: str) -> Iterator[BaselineProcess | None]:
     """Start a process for the baseline in this folder, and end it after the block.
 
     It loads while the teacher is prepared: begun with the student, it would end as much later than the student as
@@ -87,7 +91,7 @@ def waiting_process(baseline: Path) -> Iterator[BaselineProcess | None]:
     process = None
     if not RunDir(baseline).is_done:
         with suppress(OSError):
-            process = BaselineProcess()
+            process = BaselineProcess(method)
     try:
         yield process
     finally:

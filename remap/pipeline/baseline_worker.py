@@ -14,10 +14,13 @@ from remap.errors import RemapError
 from remap.pipeline.run import run
 from remap.progress import Silent
 from remap.runs.run_dir import RunDir
+from remap.tuning import METHODS, parts_of
 
 
 def main() -> None:
-    """Run, or resume, the run directory that the first line of the input names, on so many threads."""
+    """Load the method that is named; run, or resume, the run directory of the first line, on so many threads."""
+    for method in parts_of(sys.argv[1]):
+        METHODS.load(method)
     with open(0, "rb", buffering=0, closefd=False) as stream:  # nothing of what follows is read ahead
         line = stream.readline()
     if not line:  # closed before: no baseline is to be trained

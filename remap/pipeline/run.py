@@ -97,7 +97,8 @@ def run(
         own = shared.training_steps(recipe)
         is_beside = recipe.baseline and fits_beside(recipe.train.by_steps, own)
         baseline = own if recipe.baseline and not is_beside else 0
-        beside = locks.enter_context(waiting_process(run_dir.baseline)) if is_beside else None
+        waiting = waiting_process(run_dir.baseline, recipe.method.name)
+        beside = locks.enter_context(waiting) if is_beside else None
 
         # Tune teachers: each is a run by itself, finished before anything of this one is built.
         for title, teacher_dir, tuning in teachers_to_tune(recipe, run_dir, progress, shared):

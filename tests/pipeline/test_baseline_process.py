@@ -100,7 +100,7 @@ def test_a_signal_stops_both_and_the_run_can_be_resumed(
 def test_the_process_ends_with_the_one_that_started_it(tiny: Any, tmp_path: Path) -> None:
     """Which may be killed, and then ends nothing itself: the input of the process is closed."""
     run_dir = RunDir.create(tmp_path / "run", tiny.recipe("teacher.allow_weak=true", "train.epochs=100000"))
-    begun, waiting = baseline_process.BaselineProcess(), baseline_process.BaselineProcess()
+    begun, waiting = (baseline_process.BaselineProcess("lora") for _ in range(2))
     begun.begin(run_dir, 1)
     while not (run_dir.path / "metrics.jsonl").is_file():
         assert begun._process.poll() is None
@@ -109,6 +109,12 @@ def test_the_process_ends_with_the_one_that_started_it(tiny: Any, tmp_path: Path
         assert one._process.stdin is not None
         one._process.stdin.close()
         assert (one._process.wait(120) != 0) == is_killed
+
+
+def test_it_loads_the_method_before_it_waits() -> None:
+    process = baseline_process.BaselineProcess("a_method_that_is_not_there")
+    assert process._process.wait(120) != 0
+    process.stop()
 
 
 @pytest.mark.usefixtures("two_threads")
