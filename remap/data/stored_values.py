@@ -79,7 +79,7 @@ class StoredValues:
 
 def _range_of_type(values: NDArray) -> tuple[float, float]:
     largest = values.max(initial=0)
-    # In either order of bytes: 16 bits from a file of the other order are no np.uint16.
+    # In either order of bytes: 16 bits of the other order are not np.uint16.
     if values.dtype.newbyteorder("=") == np.uint16 or largest > 255:
         return 0.0, 65535.0
     return (0.0, 1.0) if values.dtype.kind == "f" and largest <= 1 else (0.0, 255.0)
