@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from remap.backbones.build import Backbone, build
-from remap.backbones.kernels import channels_last
+from remap.backbones.kernels import channels_last, with_channels_last
 from remap.errors import RemapError
 from remap.network import tuned
 from remap.remapping.signals import Needs
@@ -62,7 +62,7 @@ def images_for(backbone: Backbone) -> torch.Tensor:
     images = torch.randn(IMAGES, 3, *backbone.anatomy.image_size, generator=generator)
     # In the layout that runs in bfloat16 give them, which not every network's code takes.
     last = channels_last(backbone.model, "cpu", bf16=True)
-    return images.contiguous(memory_format=torch.channels_last) if last else images
+    return with_channels_last(images) if last else images
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import timm
 import torch
 from timm.models.vision_transformer import Block
 
-from remap.backbones.kernels import channels_last, train_depthwise_in_float32
+from remap.backbones.kernels import channels_last, train_depthwise_in_float32, with_channels_last
 
 WIDTH, HEADS = 384, 6
 # Images in a batch and their side, for --models: those of the runs that benchmarks/stronger_teacher.py does.
@@ -77,7 +77,7 @@ def compare_convolutions(
     if bf16 and trains:
         train_depthwise_in_float32(networks[True])
     last = channels_last(networks[True], device.type, bf16=bf16)
-    inputs = {True: images.contiguous(memory_format=torch.channels_last) if last else images, False: images}
+    inputs = {True: with_channels_last(images) if last else images, False: images}
 
     def with_kernel(chosen: bool, count: int) -> float:
         def step() -> None:

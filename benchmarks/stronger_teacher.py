@@ -155,9 +155,8 @@ def table(options: argparse.Namespace) -> None:
                 lines.append(" | ".join((f"| `{student}`", f"`{method}`", *texts)) + " |")
         if lines:
             known_of = [f"{statistics.mean(found):.1f}" if found else "-" for found in teachers.values()]
-            print(
-                "| " + " | ".join((images, "method", *(f"{count} labels a class" for count in options.labels))) + " |"
-            )
+            columns = " | ".join(f"{count} labels a class" for count in options.labels)
+            print(f"| {images} | method | {columns} |")
             print("|---|---|" + "---|" * len(options.labels))
             print("| the teacher | | " + " | ".join(known_of) + " |")
             print(*lines, "", sep="\n")

@@ -118,10 +118,11 @@ class Runner(nn.Module):
     def __init__(self, network: Network, needs: Needs = Needs(), *, bf16: bool = False) -> None:
         super().__init__()
         self.model = network.model
-        self.preprocess = Preprocess(network.preprocess).to(next(network.model.parameters()).device)
+        device = next(network.model.parameters()).device
+        self.preprocess = Preprocess(network.preprocess).to(device)
         self.tap = network.tap(needs)
         self.bf16 = bf16
-        self.channels_last = channels_last(network.model, next(network.model.parameters()).device.type, bf16=bf16)
+        self.channels_last = channels_last(network.model, device.type, bf16=bf16)
 
     def forward(self, images_BCHW: Tensor, kept: Mapping[str, Tensor] | None = None) -> Signals:
         """Return the signals of uint8 images (B, 3, V, V).

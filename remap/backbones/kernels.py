@@ -50,8 +50,10 @@ def train_depthwise_in_float32(model: nn.Module) -> None:
     for layer in model.modules():
         depthwise = isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels
         if depthwise and not isinstance(layer, _InFloat32):
-            kind, plain = type(layer), {PLAIN_CLASS: plain_class(layer)}
-            layer.__class__ = _IN_FLOAT32.setdefault(kind, type(kind.__name__, (_InFloat32, kind), plain))
+            kind = type(layer)
+            if kind not in _IN_FLOAT32:
+                _IN_FLOAT32[kind] = type(kind.__name__, (_InFloat32, kind), {PLAIN_CLASS: plain_class(layer)})
+            layer.__class__ = _IN_FLOAT32[kind]
 
 
 def channels_last(model: nn.Module, device: str, *, bf16: bool) -> bool:
