@@ -1,10 +1,13 @@
 """Threads that read and decode."""
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
+
+import torch
 
 from remap.errors import starting_threads
 
@@ -12,6 +15,18 @@ from remap.errors import starting_threads
 AHEAD = 2
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def _renew_pool() -> None:
+    """Make PyTorch's own pool of threads, which a forked process has lost, in the one thread that it has.
+
+    PyTorch makes it when a thread first computes; of two that do so at once, one finds none ("Invalid thread pool!").
+    """
+    torch.set_num_threads(torch.get_num_threads())
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_renew_pool)
 
 
 class _Pool(ThreadPoolExecutor):

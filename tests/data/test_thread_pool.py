@@ -1,9 +1,11 @@
 """Threads that read: nobody waits for a slow one after a signal."""
 
+import os
 import threading
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from remap.data.thread_pool import made_ahead, threads
 from remap.errors import Interrupted, ThreadRefused
@@ -41,7 +43,7 @@ def test_the_next_ones_are_made_while_one_is_worked_on() -> None:
     together, readers = threading.Barrier(2, timeout=30), set()
 
     def make(number: int) -> int:
-        together.wait()  # fails unless two are made at the same time
+        together.wait(30)  # fails unless two are made at the same time
         return number * number
 
     def numbers() -> Iterator[int]:
@@ -67,3 +69,34 @@ def test_a_system_that_starts_no_more_threads(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(RuntimeError, match="after shutdown"), threads(2) as pool:  # any other error stays what it is
         pool.shutdown()
         pool.submit(abs, 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_threads_of_a_forked_process_compute_at_once() -> None:
+    """Without the hook, two first computations at once end with "Invalid thread pool!" every second time."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(4)  # takes a while to make anew
+    try:
+        torch.ones(1_000_000).mul(2.0)  # so that there is a pool to lose
+        assert [_compute_in_a_fork() for _ in range(20)] == [0] * 20
+    finally:
+        torch.set_num_threads(count)
+
+
+def _compute_in_a_fork() -> int:
+    """The status of a child whose first computations are two at once."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    code = 1
+    try:
+        together = threading.Barrier(2)
+
+        def compute(number: int) -> float:
+            together.wait(30)
+            return float(torch.arange(400_000).index_select(0, torch.arange(300_000))[number])
+
+        with threads(2) as pool:
+            code = int(list(pool.map(compute, range(2))) != [0.0, 1.0])
+    finally:
+        os._exit(code)
