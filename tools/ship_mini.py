@@ -1,6 +1,6 @@
 """Turn pre-training runs into the shipped bf16 weights and rows of their model card.
 
-    python tools/ship_mini.py CIFAR10_TEST_TAR [student=RUN] [teacher=RUN] [conv=RUN]
+    python tools/ship_mini.py CIFAR10_TEST_TAR [student=RUN] [teacher=RUN] [conv=RUN] [distilled=RUN]
 
 The accuracy in the card is measured on the shipped file itself, after rounding to bf16. Rows of others stay.
 """
@@ -23,10 +23,12 @@ from remap.recipe.paths import is_run
 from remap.runs.run_dir import RunDir
 from remap.runs.task import load_task
 
+# Role -> the name in timm, and the file.
 NAMES = {
-    "student": "vit_mini_student_patch4_32",
-    "teacher": "vit_mini_teacher_patch4_32",
-    "conv": "vit_mini_conv_patch4_32",
+    "student": ("vit_mini_student_patch4_32.cifar10", "vit_mini_student_patch4_32"),
+    "teacher": ("vit_mini_teacher_patch4_32.cifar10", "vit_mini_teacher_patch4_32"),
+    "conv": ("vit_mini_conv_patch4_32.cifar10", "vit_mini_conv_patch4_32"),
+    "distilled": ("vit_mini_student_patch4_32.cifar10_distilled", "vit_mini_student_patch4_32.distilled"),
 }
 
 
@@ -37,8 +39,8 @@ def ship(role: str, run: Path, test: str) -> str:
         Its row of the model card.
     """
     network, _ = load_task(run)
-    name, stages = NAMES[role], _stages(run)
-    path = WEIGHTS / f"{name}.safetensors"
+    (name, file), stages = NAMES[role], _stages(run)
+    path = WEIGHTS / f"{file}.safetensors"
     state = network.model.state_dict()
     state = fold_norms(state) if role == "conv" else state
     save_file({k: v.to(torch.bfloat16).contiguous() for k, v in state.items()}, path)
@@ -48,10 +50,7 @@ def ship(role: str, run: Path, test: str) -> str:
     epochs = " + ".join(str(recipe.train.epochs) for recipe in stages)
     seeds = ", ".join(str(recipe.seed) for recipe in stages)
     recipes = ", ".join(f"`{recipe.name.replace('-', '_')}`" for recipe in stages)
-    return (
-        f"| `{name}.cifar10` | {shape} | {count:,} | {size / 1e6:.2f} MB | {epochs} | {seeds} "
-        f"| {accuracy:.2%} | {recipes} |"
-    )
+    return f"| `{name}` | {shape} | {count:,} | {size / 1e6:.2f} MB | {epochs} | {seeds} | {accuracy:.2%} | {recipes} |"
 
 
 def _stages(run: Path) -> list[Recipe]:
@@ -79,8 +78,9 @@ def measure(name: str, test: str, classes: tuple[str, ...]) -> float:
 CARD = """# Model card: the embedded mini networks
 
 Small vision transformers (32x32 pixels, patches of 4x4, class token), pre-trained on CIFAR-10 by `remap tune` itself,
-so that the whole tool runs without a download: the pair `mini_student` and `mini_teacher`, which are plain, and
-`mini_conv`, whose patches come from four convolutions. They are small on purpose and stand in for nothing else.
+so that the whole tool runs without a download: the pair `mini_student` and `mini_teacher`, which are plain,
+`mini_conv`, whose patches come from four convolutions, and `mini_distilled`, the student once more, distilled from
+`mini_conv` by `remap distill`. They are small on purpose and stand in for nothing else.
 
 | timm name | shape | parameters with head | file (bf16) | epochs | seed | CIFAR-10 test accuracy | recipe |
 |---|---|---|---|---|---|---|---|
@@ -90,8 +90,9 @@ so that the whole tool runs without a download: the pair `mini_student` and `min
   images, measured on the shipped file after rounding to bf16. No choice was made on the test images.
 - **Command**: `remap tune --recipe pretrain_mini_student --data CIFAR10_TRAIN --val-data CIFAR10_TEST` (each a folder
   or tar of class folders), likewise `pretrain_mini_teacher` and `pretrain_mini_conv`, then `pretrain_mini_teacher_2
-  --student FIRST_RUN` and `pretrain_mini_conv_2 --student FIRST_RUN`; then `python tools/ship_mini.py CIFAR10_TEST
-  student=RUN teacher=RUN conv=RUN`, which also folds the batch norms of `mini_conv` into its convolutions.
+  --student FIRST_RUN` and `pretrain_mini_conv_2 --student FIRST_RUN`, and `remap distill --recipe
+  pretrain_mini_distilled` with the same data; then `python tools/ship_mini.py CIFAR10_TEST student=RUN teacher=RUN
+  conv=RUN distilled=RUN`, which also folds the batch norms of `mini_conv` into its convolutions.
 - **Input**: RGB, pixels scaled to [0, 1], mean and std 0.5; bicubic resizing.
 - **Limits**: they know ten kinds of small pictures. Use them to try the tool and to test; for work there are
   `vit_small` and `vit_large`. Knowing CIFAR-10 better does not make `mini_conv` a better teacher of all pictures: with
@@ -107,7 +108,7 @@ def main() -> None:
     card = WEIGHTS / "README.md"
     rows = {line.split("`")[1]: line for line in card.read_text().splitlines() if line.startswith("| `vit_mini_")}
     for role, run in (one.split("=", 1) for one in runs):
-        rows[f"{NAMES[role]}.cifar10"] = ship(role, Path(run), test)
+        rows[NAMES[role][0]] = ship(role, Path(run), test)
     card.write_text(CARD.format(rows="\n".join(rows.values())))
     print("\n".join(rows.values()))
 

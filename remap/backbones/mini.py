@@ -1,7 +1,7 @@
 """The embedded pair of plain vision transformers, registered with timm: 32x32 pixels, patch 4, CIFAR-10 weights.
 
 They exist so that the whole tool runs without a download; their model card is ``weights/README.md``. A third one cuts
-its patches by convolutions, and knows CIFAR-10 better.
+its patches by convolutions, and knows CIFAR-10 better; the student has a second file of weights, distilled from it.
 """
 
 from collections.abc import Mapping
@@ -40,6 +40,7 @@ def _cfg(name: str) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(
     {
         "vit_mini_student_patch4_32.cifar10": _cfg("vit_mini_student_patch4_32"),
+        "vit_mini_student_patch4_32.cifar10_distilled": _cfg("vit_mini_student_patch4_32.distilled"),
         "vit_mini_teacher_patch4_32.cifar10": _cfg("vit_mini_teacher_patch4_32"),
         "vit_mini_conv_patch4_32.cifar10": {
             **_cfg("vit_mini_conv_patch4_32"),

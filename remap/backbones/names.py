@@ -23,6 +23,9 @@ MODELS = {
     "mini_student": ShortName("vit_mini_student_patch4_32.cifar10", 0.7, 32, "CIFAR-10, shipped"),
     "mini_teacher": ShortName("vit_mini_teacher_patch4_32.cifar10", 1.5, 32, "CIFAR-10, shipped"),
     "mini_conv": ShortName("vit_mini_conv_patch4_32.cifar10", 1.8, 32, "CIFAR-10, shipped"),
+    "mini_distilled": ShortName(
+        "vit_mini_student_patch4_32.cifar10_distilled", 0.7, 32, "CIFAR-10 under mini_conv, shipped"
+    ),
     "vit_tiny": ShortName("vit_tiny_patch16_224.augreg_in21k", 5.5, 224, "IN-21k, AugReg"),
     "vit_small": ShortName("vit_small_patch16_224.augreg_in21k", 21.7, 224, "IN-21k, AugReg"),
     "vit_base": ShortName("vit_base_patch16_224.augreg_in21k", 85.8, 224, "IN-21k, AugReg"),

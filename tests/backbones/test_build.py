@@ -197,6 +197,14 @@ def test_the_mini_teacher_with_convolutions_has_the_tokens_of_the_pair() -> None
     assert sum(file.stat().st_size for file in WEIGHTS.glob("*.safetensors")) <= 12e6
 
 
+def test_the_distilled_student_is_the_student_with_other_weights() -> None:
+    student, distilled = (
+        build(short, "pretrained", 10).model.state_dict() for short in ("mini_student", "mini_distilled")
+    )
+    assert {name: one.shape for name, one in student.items()} == {name: one.shape for name, one in distilled.items()}
+    assert not any(torch.equal(student[name], distilled[name]) for name in student if name.endswith("weight"))
+
+
 # --- another size of images
 
 
