@@ -95,7 +95,10 @@ _TEACHER = (
     "Short name, timm name, local-dir:FOLDER, file, clip:NAME or run directory; self or ema, made of the student; or"
     " several with"
 )
-_LOSSES = "ce,kd,attention, of these what the method can follow; without a teacher ce"
+_LOSSES = (
+    "ce,kd,attention, of these what the method can follow, with few labels ce:0.1 and kd at a temperature of 2; without"
+    " a teacher ce"
+)
 
 _DATA = (
     "Folder of class folders, tar or zip of one, CSV of labels, Parquet file, hf:NAME, webdataset:TARS or digits; see"

@@ -70,14 +70,17 @@ def with_settings(recipe: Recipe, settings: Settings) -> Recipe:
     if not settings:
         return recipe
     values, problems = recipe.model_dump(mode="json"), list[str]()
+    by_default = recipe.has_default_losses and not any(chooses_losses(key) for key, _ in settings)
+    if by_default:
+        del values["losses"]  # what they are may follow from what is swept
     for key, value in settings:
         overrides.apply(values, key, value, problems)
     where = f"--sweep {' '.join(map(shown_setting, settings))}"
     if problems:
         raise RecipeError(problems, where)
     found = validate(values, where)
-    if recipe.has_default_losses and not any(chooses_losses(key) for key, _ in settings):
-        found.model_fields_set.discard("losses")  # written out above, and still not chosen
+    if by_default:
+        found.model_fields_set.discard("losses")  # written out where an option of theirs is swept, and still not chosen
     return found
 
 

@@ -10,9 +10,14 @@ if TYPE_CHECKING:
 
 
 def labels_only(recipe: Recipe) -> Recipe:
-    """Return the same recipe without teachers: losses on labels alone (ce where none counts), labelled images."""
-    default = LossSpec(name="ce", weight=LOSSES.row("ce").weight)
-    on_labels = (loss for loss in recipe.losses if loss.weight and LOSSES.row(loss.name).category == "labels")
+    """Return the same recipe without teachers: losses on labels alone (ce where none counts), labelled images.
+
+    A loss that is left alone has its usual weight: what it counted beside the teacher would be a small learning rate.
+    """
+    on_labels = [loss for loss in recipe.losses if loss.weight and LOSSES.row(loss.name).category == "labels"]
+    if len(on_labels) < 2:
+        alone = on_labels[0] if on_labels else LossSpec(name="ce")
+        on_labels = [alone.model_copy(update={"weight": LOSSES.row(alone.name).weight})]
     return recipe.model_copy(
         update={
             "baseline": False,
@@ -21,7 +26,7 @@ def labels_only(recipe: Recipe) -> Recipe:
             "teachers": (),
             # Without a teacher the student does not start from its weights either.
             "student": recipe.student.model_copy(update={"init": None, "force_init": False}),
-            "losses": tuple(on_labels) or (default,),
+            "losses": tuple(on_labels),
         }
     )
 

@@ -19,15 +19,17 @@ def objectives(recipe: Recipe) -> dict[str, tuple[LossSpec, ...] | None]:
 
     Of equal ones the first is taken, so labels alone come first.
     """
-    ce = LossSpec(name="ce")
+    named = {loss.name: loss for loss in recipe.losses}  # those of the default
+    ce = named.get("ce", LossSpec(name="ce"))
     kd = {one: LossSpec.model_validate({"name": "kd", "temperature": one}) for one in TEMPERATURES}
     # A student that is cut from its teacher cannot be without it.
     found: dict[str, tuple[LossSpec, ...] | None] = {} if recipe.student.shrink is not None else {"labels": None}
     found |= {f"labels-kd{one:g}": (ce, kd[one]) for one in TEMPERATURES}
     if all(spec.overtaken == "keep" for spec in recipe.teachers):  # a teacher that fades needs a loss on labels
         found["kd1"] = (kd[1.0],)
-    if any(loss.name == "attention" for loss in recipe.losses):  # of the default, where method and models allow
-        found["labels-kd4-attention"] = (ce, kd[4.0], LossSpec(name="attention"))
+    if "attention" in named:  # where method and models allow
+        temperature = named["kd"].options.get("temperature", 4.0)
+        found[f"labels-kd{temperature:g}-attention"] = (ce, kd[temperature], named["attention"])
     return found
 
 

@@ -143,7 +143,7 @@ def option_problems(recipe: Recipe) -> list[str]:
     if not method_problems("method.name", method.name):
         sure = not method.options if "+" in method.name else surely_valid(METHODS, method.name, method.options)
         problems += [] if sure else _options_of("method", config_of(method.name), method)
-    for index, loss in enumerate(recipe.losses):
+    for index, loss in enumerate(() if recipe.has_default_losses else recipe.losses):
         if loss.name in LOSSES and not surely_valid(LOSSES, loss.name, loss.options):
             problems += _options_of(f"losses[{index}]", LOSSES.load(loss.name).Config, loss)
     init = recipe.student.init

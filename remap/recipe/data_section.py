@@ -240,6 +240,11 @@ class DataSpec(Section):
         """Return the same data with all labelled training images, of every fold."""
         return self if self.fold is None else self.model_copy(update={"fold": None})
 
+    @property
+    def labels_are_few(self) -> bool:
+        """Whether there are training images without labels beside those with labels."""
+        return self.labels is not None or self.unlabeled is not None
+
     def labeled_part(self) -> "DataSpec":
         """Return the same data without the images that come without labels."""
         return self.model_copy(update={"unlabeled": None, "unlabeled_only": False, "target": None})

@@ -12,6 +12,9 @@ from remap.tuning import METHODS, parts_of
 
 DEFAULT_LOSSES = ("ce", "kd", "attention")
 LABEL_FREE_LOSSES = ("feature", "tokens")
+# Where only a part of the training images has labels: a batch holds few of them, soon known by heart, and by their full
+# weight they would drown what the teacher says of the others (docs/objectives.md).
+FEW_LABELS: dict[str, dict[str, Any]] = {"ce": {"weight": 0.1}, "kd": {"temperature": 2.0}}
 
 
 class Named(BaseModel):
@@ -154,18 +157,23 @@ def with_task(values: dict[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in values.items() if key != "task"}, "data": {**data, "task": task}}
 
 
-def default_losses(method: str, *, labels: bool = True, teacher: bool = True, target: bool = False) -> tuple[str, ...]:
+def default_losses(
+    method: str, *, labels: bool = True, teacher: bool = True, target: bool = False, few: bool = False
+) -> tuple[LossSpec, ...]:
     """Return the default objective, without the terms that a method cannot follow.
 
     Args:
         labels: Whether there are labelled images.
         teacher: Whether there is a teacher.
         target: Whether there is another domain to adapt to.
+        few: Whether there are training images without labels, too.
     """
     names: tuple[str, ...] = (DEFAULT_LOSSES if labels else LABEL_FREE_LOSSES) if teacher else ("ce",)
     # Of those tried the one that gained on every kind of images (docs/new-camera.md).
     names += ("infomax",) if target else ()
-    return tuple(name for name in names if not is_idle(name, method))
+    options = FEW_LABELS if few and labels and teacher else {}
+    chosen = (name for name in names if not is_idle(name, method))
+    return tuple(LossSpec.model_validate({"name": name, **options.get(name, {})}) for name in chosen)
 
 
 def is_idle(loss: str, method: str, signal: str | None = None) -> bool:

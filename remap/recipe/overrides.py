@@ -193,8 +193,11 @@ def _losses_as_list(values: Mapping[str, Any]) -> Any:
     losses = values.get("losses")
     if losses is None:
         data = values.get("data")
-        target = isinstance(data, dict) and data.get("target") is not None
-        losses = list(default_losses(method_of(values), teacher=bool(_teachers_in(values)), target=target))
+        given = {key for key, value in data.items() if value is not None} if isinstance(data, dict) else set()
+        teachers = [spec.get("model") if isinstance(spec, dict) else spec for spec in _teachers_in(values)]
+        few = bool(given & {"labels", "unlabeled"}) and not {SELF, EMA} & set(map(str, teachers))
+        default = default_losses(method_of(values), teacher=bool(teachers), target="target" in given, few=few)
+        losses = [loss.model_dump(mode="json") for loss in default]
     try:
         return list(loss_words(losses)) if isinstance(losses, (str, list)) else losses
     except ValueError:

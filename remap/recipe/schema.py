@@ -120,10 +120,12 @@ class Recipe(Section):
             object.__setattr__(self, "method", MethodSpec(name=LABEL_FREE_METHOD))
         if self.has_default_losses:
             kinds = {"labels": labels, "teacher": bool(self.teachers), "target": self.data.target is not None}
-            names = default_losses(self.method.name, **kinds)
+            # A teacher that is the student itself knows no more of the others than it.
+            few = self.data.labels_are_few and not any(spec.is_student for spec in self.teachers)
+            losses = default_losses(self.method.name, **kinds, few=few)
             if not labels and self.data.classes is not None:
-                names = ("kd",)
-            object.__setattr__(self, "losses", tuple(LossSpec(name=name) for name in names))
+                losses = (LossSpec(name="kd"),)
+            object.__setattr__(self, "losses", losses)
         if self.brings_average and EMA not in (spec.model for spec in self.teachers):
             object.__setattr__(self, "teachers", (*self.teachers, TeacherSpec(model=EMA)))
         if self.brings_average and "augment" not in self.data.model_fields_set:

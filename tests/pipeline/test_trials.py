@@ -34,7 +34,7 @@ def test_held_out_images_are_training_images(tiny: Any) -> None:
 def test_trials_are_short_and_by_labels_alone_as_long(tiny: Any) -> None:
     recipe = auto(tiny, "data.labels=12", "train.epochs=8", "train.warmup_epochs=2", "train.batch_size=2")
     found = dict(trials(recipe, SharedResources()))
-    assert list(found) == ["labels", "labels-kd1", "labels-kd2", "labels-kd4", "kd1", "labels-kd4-attention"]
+    assert list(found) == ["labels", "labels-kd1", "labels-kd2", "labels-kd4", "kd1", "labels-kd2-attention"]
     # 10 labels and 12 images without: 11 steps an epoch with a teacher, 5 by labels alone; a quarter of 8 epochs.
     assert (found["kd1"].train.epochs, found["labels"].train.epochs) == (2, 5)
     assert found["labels"].train.warmup_epochs == pytest.approx(0.5 * 11 / 5)

@@ -15,6 +15,7 @@ from remap.backbones.names import SHORT_NAMES
 from remap.errors import BackboneError
 from remap.pipeline import dry_run, run
 from remap.pipeline.compare import compare
+from remap.pipeline.labels_only import labels_only
 from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.run import start
 from remap.progress import Silent
@@ -106,3 +107,27 @@ def test_who_chose_the_losses_survives_no_file(tmp_path: Path) -> None:
     assert not recipe.written_out().has_default_losses
     run = RunDir.create(tmp_path / "r", recipe)
     assert not run.recipe().has_default_losses and json.loads((run.path / "status.json").read_text())
+
+
+@pytest.mark.parametrize("data", [{"source": "d", "labels": 8}, {"source": "d", "unlabeled": "u"}])
+def test_with_images_without_labels_the_teacher_counts_more(data: dict[str, Any]) -> None:
+    """By default only, whichever way a recipe comes to its losses, and not where the teacher is the student itself."""
+    few = [("ce", 0.1, {}), ("kd", 1.0, {"temperature": 2.0}), ("attention", 1.0, {})]
+    whole = [("ce", 1.0, {}), ("kd", 1.0, {}), ("attention", 1.0, {})]
+
+    def losses(*settings: str, **words: Any) -> list[tuple[str, float, dict[str, Any]]]:
+        recipe = resolve(None, {"teacher": "a", "data": data, **words}, settings)
+        return [(loss.name, loss.weight, loss.options) for loss in recipe.losses]
+
+    assert losses() == few
+    assert losses("losses.attention.weight=0.5") == [*few[:2], ("attention", 0.5, {})]
+    assert losses(teacher=["a", "b"]) == few and losses(method="linear") == few[:2]
+    assert losses(losses="ce,kd,attention") == losses(teacher="ema") == whole
+    assert losses("losses.attention.weight=1", teacher="ema") == whole
+
+
+def test_labels_alone_count_in_full() -> None:
+    words: dict[str, Any] = {"teacher": "a", "data": {"source": "d", "labels": 8}}
+    recipe = resolve(words=words)
+    assert [(loss.name, loss.weight) for loss in labels_only(recipe).losses] == [("ce", 1.0)]
+    assert labels_only(recipe).losses == resolve(words={**words, "teacher": None}).losses
