@@ -3,9 +3,11 @@
 Run: python benchmarks/when_a_teacher_pays.py --sets DIR --results DIR [--teacher mini_conv] [--prepare full]
     [--labels 0.1] [--minutes 60] [--table]
 
-DIR holds cifar10-train.tar, cifar10-test.tar, fashion-mnist.tar, ants-bees.tar, clothing.tar and emoji.tar. Of each set
-at most 1,000 images are learned from. All cells of a set take the same number of steps and the same augmentation, and
-learn from one teacher that was prepared on the same labels (``--prepare``) and is found in the cache. A cell
+DIR holds cifar10-train.tar, cifar10-test.tar, fashion-mnist.tar, ants-bees.tar, clothing.tar and emoji.tar, and
+efficientnet_lite0.safetensors for ``--teacher chosen``. Of each set at most 1,000 images are learned from. All cells of
+a set take the same number of steps and the same augmentation, and learn from one teacher that was prepared on the same
+labels (``--prepare``) and is found in the cache. ``--teacher chosen`` takes of three the one that was best on the other
+half of each set's training images (docs/objectives.md), and lets it answer for eight views of each image. A cell
 that has ended is one JSON file and is not run again. ``--table`` prints what is there, cells that lose included.
 Seeds are 1, 2, ...: the embedded pair was trained on CIFAR-10 by seed 0, whose draws of a classifier it has learned.
 """
@@ -47,6 +49,12 @@ METHODS = ("lora", "vpt_deep", "bitfit", "adaptformer", "full", "linear")
 ALONE, KD, DEFAULT, AUTO = "labels only", "kd", "default", "auto"
 LOSSES = {ALONE: "ce", KD: "ce,kd", DEFAULT: None, AUTO: "auto"}
 ALL, FEW = 1.0, 0.1
+# With a tenth of the labels: an ImageNet classifier at 96 pixels with a probed head, or mini_conv tuned whole.
+CHOSEN, VIEWS = "chosen", 8
+BY_PROBE = {"model": "tf_efficientnet_lite0", "prepare": "probe", "image_size": 96}
+BY_FULL = {"model": "mini_conv", "prepare": "full"}
+TEACHERS = {name: BY_FULL if name in ("cifar10", "digits") else BY_PROBE for name in SETS}
+WEIGHTS = "efficientnet_lite0.safetensors"
 BATCH, STEPS = 32, 300
 # Few labels are learned by heart long before.
 TEACHER_STEPS = {ALL: 900, FEW: 150}
@@ -71,11 +79,16 @@ def seeds_of(count: int) -> range:
     return range(1, count + 1)
 
 
+def _is_kd(method: str) -> bool:
+    """Whether the default with all labels is ce and kd."""
+    return [loss.name for loss in default_losses(method)] == ["ce", "kd"]
+
+
 def cells(seeds: int, objectives: list[str], shares: list[float]) -> Iterator[Cell]:
     """Yield all cells, the most telling ones first: seed by seed, methods of different kinds, then more of each."""
     for seed, method, labels, images in itertools.product(seeds_of(seeds), METHODS, shares, SETS):
         for objective in objectives:
-            if objective == KD and default_losses(method) == ("ce", "kd"):
+            if objective == KD and labels == ALL and _is_kd(method):
                 continue  # the same run as the default
             yield Cell(images, labels, method, objective, seed)
 
@@ -147,6 +160,13 @@ class Bench:
         if cell.objective != ALONE:
             epochs = max(1, round(TEACHER_STEPS[cell.labels] / max(1, labels // BATCH)))
             words["teacher"] = {"model": self.teacher, "prepare": self.prepare, "epochs": epochs}
+            if self.teacher == CHOSEN:
+                words["teacher"] |= TEACHERS[cell.images]
+                settings.append(f"data.views={VIEWS}")
+            if words["teacher"]["prepare"] == "probe":
+                del words["teacher"]["epochs"]
+            if words["teacher"]["model"] == BY_PROBE["model"]:
+                words["teacher"] |= {"weights": str(self.sets / WEIGHTS), "cache": "disk"}
         try:
             summary = self._finish(folder, words, settings)
         except (RunError, TrainingError) as error:  # as of a teacher that is worse than the untrained student
@@ -169,7 +189,7 @@ def differences(results: Path, seeds: int, objective: str) -> dict[tuple[str, fl
     """Return accuracy minus that of labels only in points, one number a seed, by set, labels and method."""
     found = defaultdict(list)
     for images, labels, method, seed in itertools.product(SETS, (ALL, FEW), METHODS, seeds_of(seeds)):
-        same = objective == KD and default_losses(method) == ("ce", "kd")
+        same = objective == KD and labels == ALL and _is_kd(method)
         pair = [Cell(images, labels, method, one, seed) for one in (ALONE, DEFAULT if same else objective)]
         files = [results / f"{cell.name}.json" for cell in pair]
         if all(file.exists() for file in files):
@@ -249,7 +269,7 @@ def main() -> None:
     words.add_argument("--minutes", type=float, default=60.0)
     words.add_argument("--seeds", type=int, default=3)
     words.add_argument("--augment", default="shift")
-    words.add_argument("--teacher", default="mini_teacher", help="results of another one belong in a folder of its own")
+    words.add_argument("--teacher", default="mini_teacher", help=f"or {CHOSEN}; each has results of its own")
     words.add_argument("--prepare", default="auto", help="teacher.prepare")
     words.add_argument("--labels", nargs="+", type=float, default=[ALL, FEW], choices=[ALL, FEW])
     words.add_argument("--objectives", nargs="+", default=list(LOSSES), choices=list(LOSSES))

@@ -1,13 +1,12 @@
 """Threads that read and decode."""
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
-
-import torch
 
 from remap.errors import starting_threads
 
@@ -22,7 +21,8 @@ def _renew_pool() -> None:
 
     PyTorch makes it when a thread first computes; of two that do so at once, one finds none ("Invalid thread pool!").
     """
-    torch.set_num_threads(torch.get_num_threads())
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(torch.get_num_threads())
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork

@@ -143,8 +143,8 @@ def option_problems(recipe: Recipe) -> list[str]:
     if not method_problems("method.name", method.name):
         sure = not method.options if "+" in method.name else surely_valid(METHODS, method.name, method.options)
         problems += [] if sure else _options_of("method", config_of(method.name), method)
-    for index, loss in enumerate(() if recipe.has_default_losses else recipe.losses):
-        if loss.name in LOSSES and not surely_valid(LOSSES, loss.name, loss.options):
+    for index, loss in enumerate(recipe.losses):
+        if loss.name in LOSSES and not (loss.has_default_options or surely_valid(LOSSES, loss.name, loss.options)):
             problems += _options_of(f"losses[{index}]", LOSSES.load(loss.name).Config, loss)
     init = recipe.student.init
     if init is not None and init.name in INITS and not surely_valid(INITS, init.name, init.options):

@@ -69,6 +69,11 @@ class LossSpec(Named):
         }
 
     @property
+    def has_default_options(self) -> bool:
+        """Whether it has no options but those of a default objective, which are right."""
+        return self.options.items() <= FEW_LABELS.get(self.name, {}).items()
+
+    @property
     def over_batch(self) -> bool:
         """Whether it compares the images of a batch with each other; of logit_std, whether the loss behind it does."""
         return LOSSES.row(self.options.get("of", "kd") if self.name == "logit_std" else self.name).over_batch
