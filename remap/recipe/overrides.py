@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
+from pydantic import ValidationError
+
 from remap.errors import RecipeError
 from remap.recipe import strict_yaml
 from remap.recipe.schema import EMA, OF_OTHERS, SELF, Recipe, as_list, default_losses, loss_words
@@ -192,13 +194,19 @@ def _losses_as_list(values: Mapping[str, Any]) -> Any:
     """Return the losses as a list of mappings; what cannot be read so is left for the schema to report."""
     losses = values.get("losses")
     if losses is None:
-        data = values.get("data")
-        given = {key for key, value in data.items() if value is not None} if isinstance(data, dict) else set()
-        teachers = [spec.get("model") if isinstance(spec, dict) else spec for spec in _teachers_in(values)]
-        few = bool(given & {"labels", "unlabeled"}) and not {SELF, EMA} & set(map(str, teachers))
-        default = default_losses(method_of(values), teacher=bool(teachers), target="target" in given, few=few)
-        losses = [loss.model_dump(mode="json") for loss in default]
+        losses = _default_losses(values)
     try:
         return list(loss_words(losses)) if isinstance(losses, (str, list)) else losses
     except ValueError:
         return losses
+
+
+def _default_losses(values: Mapping[str, Any]) -> list[Any]:
+    """Return the losses of a recipe that chooses none; while a section cannot be read, those of its method."""
+    try:
+        recipe = Recipe.model_validate({key: value for key, value in values.items() if key != "losses"})
+    except ValidationError:
+        losses = default_losses(method_of(values), teacher=bool(_teachers_in(values)))
+    else:
+        losses = recipe.losses
+    return [loss.model_dump(mode="json") for loss in losses]

@@ -120,9 +120,7 @@ class Recipe(Section):
             object.__setattr__(self, "method", MethodSpec(name=LABEL_FREE_METHOD))
         if self.has_default_losses:
             kinds = {"labels": labels, "teacher": bool(self.teachers), "target": self.data.target is not None}
-            # A teacher that is the student itself knows no more of the others than it.
-            few = self.data.labels_are_few and not any(spec.is_student for spec in self.teachers)
-            losses = default_losses(self.method.name, **kinds, few=few)
+            losses = default_losses(self.method.name, **kinds, few=self._labels_are_few)
             if not labels and self.data.classes is not None:
                 losses = (LossSpec(name="kd"),)
             object.__setattr__(self, "losses", losses)
@@ -173,6 +171,12 @@ class Recipe(Section):
     def label_free(self) -> bool:
         """Whether the student learns without labels and without a classifier; labels, if there are any, judge it."""
         return self.data.unlabeled_only and self._teaches_no_classes
+
+    @property
+    def _labels_are_few(self) -> bool:
+        """Whether training images without labels are answered by teachers that were prepared on those with labels."""
+        prepared = all(not spec.is_student and spec.prepare not in ("none", WORDS) for spec in self.teachers)
+        return self.data.labels_are_few and prepared and not self.data.multilabel
 
     @property
     def _teaches_no_classes(self) -> bool:

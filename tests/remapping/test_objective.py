@@ -111,7 +111,7 @@ def test_who_chose_the_losses_survives_no_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("data", [{"source": "d", "labels": 8}, {"source": "d", "unlabeled": "u"}])
 def test_with_images_without_labels_the_teacher_counts_more(data: dict[str, Any]) -> None:
-    """By default only, whichever way a recipe comes to its losses, and not where the teacher is the student itself."""
+    """By default only, however a recipe comes to its losses, and under teachers that were prepared on the labels."""
     few = [("ce", 0.1, {}), ("kd", 1.0, {"temperature": 2.0}), ("attention", 1.0, {})]
     whole = [("ce", 1.0, {}), ("kd", 1.0, {}), ("attention", 1.0, {})]
 
@@ -123,6 +123,8 @@ def test_with_images_without_labels_the_teacher_counts_more(data: dict[str, Any]
     assert losses("losses.attention.weight=0.5") == [*few[:2], ("attention", 0.5, {})]
     assert losses(teacher=["a", "b"]) == few and losses(method="linear") == few[:2]
     assert losses(losses="ce,kd,attention") == losses(teacher="ema") == whole
+    by_words = losses(teacher="clip:ViT-B-32.openai")
+    assert by_words == losses(teacher={"model": "a", "prepare": "none"}) == whole, "whose answers hold no labels"
     assert losses("losses.attention.weight=1", teacher="ema") == whole
 
 
