@@ -43,7 +43,7 @@ def test_the_next_ones_are_made_while_one_is_worked_on() -> None:
     together, readers = threading.Barrier(2, timeout=30), set()
 
     def make(number: int) -> int:
-        together.wait(30)  # fails unless two are made at the same time
+        together.wait()  # fails unless two are made at the same time
         return number * number
 
     def numbers() -> Iterator[int]:
