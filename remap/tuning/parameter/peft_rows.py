@@ -185,6 +185,7 @@ ROWS = [
     PeftEntry(
         name="hira",
         config="HiraConfig",
+        target=f"{BRIDGE}.base:HiRA",
         summary="a low-rank matrix multiplied into the weight elementwise",
         paper="Huang et al. 2025, ICLR, openreview TwJrTz9cRS",
         trains="L*4*D*r",
@@ -374,6 +375,7 @@ ROWS = [
     PeftEntry(
         name="fourierft",
         config="FourierFTConfig",
+        target=f"{BRIDGE}.base:AddedDelta",
         summary="few Fourier coefficients of a change of the weight",
         paper="Gao et al. 2024, arXiv 2405.03003",
         trains="L*n, n coefficients",
@@ -392,6 +394,7 @@ ROWS = [
     PeftEntry(
         name="waveft",
         config="WaveFTConfig",
+        target=f"{BRIDGE}.base:AddedDelta",
         summary="few wavelet coefficients of a change of the weight",
         paper="Bilican et al. 2025, arXiv 2505.12532",
         trains="L*n, n coefficients",

@@ -16,7 +16,6 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import create_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from remap.backbones.anatomy import Anatomy
 from remap.errors import BackboneError
@@ -136,11 +135,28 @@ class Flattened(PeftMethod):
 
 # peft's layers are of many classes, of which only names are shared: Any.
 class AddedDelta(PeftMethod):
-    """peft's own forward draws random numbers in training even without dropout."""
+    """W' x in one product; peft adds that of the change to that of W, which costs one more forward and one backward.
+
+    Of loha and lokr, peft's own forward also draws random numbers in training, even without dropout.
+    """
 
     @staticmethod
     def run(change: Any, x: Tensor, **bias: Tensor) -> Tensor:
-        return base_of(change)(x, **bias) + F.linear(x, change.get_delta_weight(ADAPTER))
+        return _changed(change, x, change.get_delta_weight(ADAPTER), **bias)
+
+
+class HiRA(PeftMethod):
+    """One product, as of ``AddedDelta``; peft's own delta is only B A, which multiplies the weight elementwise."""
+
+    @staticmethod
+    def run(change: Any, x: Tensor, **bias: Tensor) -> Tensor:
+        factor_oi = change.hira_B[ADAPTER] @ change.hira_A[ADAPTER]
+        return _changed(change, x, base_of(change).weight * factor_oi, **bias)
+
+
+def _changed(change: nn.Module, x: Tensor, delta_oi: Tensor, **bias: Tensor) -> Tensor:
+    base = base_of(change)
+    return base(x, weight=base.weight + delta_oi.to(base.weight.dtype), **bias)
 
 
 def _random_mask(base: nn.Linear, r: int, **_: object) -> Tensor:
@@ -157,7 +173,7 @@ class SHiRA(PeftMethod):
     def run(change: Any, x: Tensor, **bias: Tensor) -> Tensor:
         base, values = base_of(change), change.shira_weight[ADAPTER]
         places = tuple(change.shira_indices[ADAPTER].long())
-        return base(x, **bias) + F.linear(x, values.new_zeros(base.weight.shape).index_put(places, values))
+        return _changed(change, x, values.new_zeros(base.weight.shape).index_put(places, values), **bias)
 
     def peft_config(self, layers: Mapping[str, PeftLayer]) -> PeftConfig:
         config: Any = super().peft_config(layers)
