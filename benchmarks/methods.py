@@ -16,7 +16,7 @@ from pathlib import Path
 
 import timm
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import HiraConfig, LoraConfig, get_peft_model
 from peft.tuners.adalora import RankAllocator
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -770,6 +770,8 @@ def _other_side(name: str, plain: nn.Module, found: dict[str, Tensor], trained: 
         return BY_LORA[name](plain, found, trained, options)
     if name in BY_HAND:
         return BY_HAND[name](plain, found, trained, config)
+    if name == "hira":  # written in remap, with peft's names
+        return Peft(plain, found, trained, HiraConfig(r=config.rank, target_modules=["qkv"]))
     cls: type[PeftMethod] = METHODS.load(name)
     layers = layers_of(anatomy_of(plain), config.targets, cls.row.default_targets)
     linears = {layer.path: plain.get_submodule(layer.path) for layer in layers}
@@ -835,7 +837,8 @@ def main() -> None:
     arguments = parser.parse_args()
     parts = FAMILIES.row("vit").parts
     rows = [row for row in METHODS if row.fits(parts)]
-    names = [row.name for row in rows if row.name in BY_HAND or isinstance(row, PeftEntry) or row.name in BY_LORA]
+    against_peft = (*BY_LORA, "hira")
+    names = [row.name for row in rows if row.name in BY_HAND or isinstance(row, PeftEntry) or row.name in against_peft]
     names.insert(names.index("lora") + 1, AGAINST_PEFT)
     if arguments.methods == "peft":
         names = [name for name in names if against(name) == "peft"]

@@ -7,8 +7,10 @@ DIR holds cifar10-train.tar, cifar10-test.tar, fashion-mnist.tar, ants-bees.tar,
 efficientnet_lite0.safetensors for ``--teacher chosen``. Of each set at most 1,000 images are learned from. All cells of
 a set take the same number of steps and the same augmentation, and learn from one teacher that was prepared on the same
 labels (``--prepare``) and is found in the cache. ``--teacher chosen`` takes of three the one that was best on the other
-half of each set's training images (docs/objectives.md), and lets it answer for eight views of each image. A cell
-that has ended is one JSON file and is not run again. ``--table`` prints what is there, cells that lose included.
+half of each set's training images (docs/objectives.md), and lets it answer for eight views of each image.
+``--teacher given`` does the same with a teacher that was trained before, in a run of its own, on all labels of the set,
+also where its students have a tenth of them. A cell that has ended is one JSON file and is not run again. ``--table``
+prints what is there, cells that lose included.
 Seeds are 1, 2, ...: the embedded pair was trained on CIFAR-10 by seed 0, whose draws of a classifier it has learned.
 """
 
@@ -50,11 +52,13 @@ ALONE, KD, DEFAULT, AUTO = "labels only", "kd", "default", "auto"
 LOSSES = {ALONE: "ce", KD: "ce,kd", DEFAULT: None, AUTO: "auto"}
 ALL, FEW = 1.0, 0.1
 # With a tenth of the labels: an ImageNet classifier at 96 pixels with a probed head, or mini_conv tuned whole.
-CHOSEN, VIEWS = "chosen", 8
+CHOSEN, GIVEN, VIEWS = "chosen", "given", 8
 BY_PROBE = {"model": "tf_efficientnet_lite0", "prepare": "probe", "image_size": 96}
 BY_FULL = {"model": "mini_conv", "prepare": "full"}
 TEACHERS = {name: BY_FULL if name in ("cifar10", "digits") else BY_PROBE for name in SETS}
 WEIGHTS = "efficientnet_lite0.safetensors"
+# With all labels: the same classifier's head, or mini_conv as a whole, by the held-out half again.
+GIVEN_FULL = ("cifar10", "digits", "emoji")
 BATCH, STEPS = 32, 300
 # Few labels are learned by heart long before.
 TEACHER_STEPS = {ALL: 900, FEW: 150}
@@ -162,8 +166,11 @@ class Bench:
             words["teacher"] = {"model": self.teacher, "prepare": self.prepare, "epochs": epochs}
             if self.teacher == CHOSEN:
                 words["teacher"] |= TEACHERS[cell.images]
+            if self.teacher == GIVEN:
+                words["teacher"] = {"model": str(self.given(cell.images)), "cache": "disk"}
+            if self.teacher in (CHOSEN, GIVEN):
                 settings.append(f"data.views={VIEWS}")
-            if words["teacher"]["prepare"] == "probe":
+            if words["teacher"].get("prepare") == "probe":
                 del words["teacher"]["epochs"]
             if words["teacher"]["model"] == BY_PROBE["model"]:
                 words["teacher"] |= {"weights": str(self.sets / WEIGHTS), "cache": "disk"}
@@ -176,6 +183,20 @@ class Bench:
         found |= {"losses": summary["losses"], "teacher": summary.get("teacher", {}).get("accuracy")}
         done.write_text(json.dumps(found))
         shutil.rmtree(folder, ignore_errors=True)
+
+    def given(self, images: str) -> Path:
+        """Return the run of a set's teacher, which learns from all labels; it is trained once."""
+        folder = self.results / "teachers" / images
+        source = source_of(images, self.sets, self.results)
+        full = images in GIVEN_FULL
+        student = {"model": "mini_conv"} if full else {"model": BY_PROBE["model"], "image_size": 96}
+        if not full:
+            student["weights"] = str(self.sets / WEIGHTS)
+        words = {"data": {"source": source, "labels": None}, "seed": 1, "method": "full" if full else "linear"}
+        words |= {"losses": "ce", "student": student}
+        settings = settings_of(TEACHER_STEPS[ALL], len(open_data(source, None, 0.2).train), "shift" if full else "none")
+        self._finish(folder, words, [*settings, *([] if full else ["train.lr=0.01"])])
+        return folder
 
     @staticmethod
     def _finish(folder: Path, words: dict[str, Any], settings: list[str]) -> dict[str, Any]:
@@ -269,7 +290,7 @@ def main() -> None:
     words.add_argument("--minutes", type=float, default=60.0)
     words.add_argument("--seeds", type=int, default=3)
     words.add_argument("--augment", default="shift")
-    words.add_argument("--teacher", default="mini_teacher", help=f"or {CHOSEN}; each has results of its own")
+    words.add_argument("--teacher", default="mini_teacher", help=f"or {CHOSEN}, {GIVEN}; each has results of its own")
     words.add_argument("--prepare", default="auto", help="teacher.prepare")
     words.add_argument("--labels", nargs="+", type=float, default=[ALL, FEW], choices=[ALL, FEW])
     words.add_argument("--objectives", nargs="+", default=list(LOSSES), choices=list(LOSSES))

@@ -133,7 +133,7 @@ KINDS = {
 OF = {
     **dict.fromkeys(("lora", "krona", "slad"), "delta_qv"),
     **dict.fromkeys(("fact_tt", "fact_tk"), "delta_all"),
-    **dict.fromkeys(("mlae", "pissa", "olora", "boft"), "delta_qkv"),
+    **dict.fromkeys(("mlae", "hira", "pissa", "olora", "boft"), "delta_qkv"),
     "compacter": "houlsby",
 }
 # Boxes of a lane: name, left edge, width, words.

@@ -111,6 +111,15 @@ ROWS = [
         trains="2*L*(2*D*r + r*r)",
         vit_base=2 * L * (2 * D * 8 + 8 * 8),
     ),
+    _of_linears(
+        name="hira",
+        target="remap.tuning.parameter.hira:HiRA",
+        summary="a low-rank matrix multiplied into the weight elementwise",
+        paper="Huang et al. 2025, ICLR, openreview TwJrTz9cRS",
+        trains="L*4*D*r",
+        vit_base=294_912,
+        lr=1e-1,
+    ),
     *PEFT_ROWS,
     _of_linears(
         name="pissa",

@@ -183,18 +183,6 @@ ROWS = [
         },
     ),
     PeftEntry(
-        name="hira",
-        config="HiraConfig",
-        target=f"{BRIDGE}.base:HiRA",
-        summary="a low-rank matrix multiplied into the weight elementwise",
-        paper="Huang et al. 2025, ICLR, openreview TwJrTz9cRS",
-        trains="L*4*D*r",
-        vit_base=294_912,
-        lr=1e-1,
-        formula="W' = W + W * (B A), an elementwise product with the frozen weight: a change of high rank.",
-        options={"rank": _whole("r", 8, "Rank of the matrix that multiplies the weight.")},
-    ),
-    PeftEntry(
         name="loha",
         config="LoHaConfig",
         target=f"{BRIDGE}.base:AddedDelta",

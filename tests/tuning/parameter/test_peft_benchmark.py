@@ -22,7 +22,7 @@ def benchmark() -> ModuleType:
 
 
 # Those whose peft configuration depends on the layers, and those with random places, which peft holds in plain dicts.
-@pytest.mark.parametrize("name", ["fourierft", "ia3", "vblora", "c3a", "waveft", "shira"])
+@pytest.mark.parametrize("name", ["fourierft", "ia3", "vblora", "c3a", "waveft", "shira", "hira"])
 def test_a_step_is_that_of_peft(benchmark: ModuleType, name: str) -> None:
     """Source: peft's own model on the same layers, with the same values."""
     draws = torch.Generator().manual_seed(0)

@@ -29,7 +29,7 @@ from remap.tuning.parameter.peft_layer import SharedLinear
 
 Weights = dict[str, Tensor]
 PEFT = [row.name for row in METHODS if "peft_bridge" in row.target]
-ALL = [*PEFT, "pissa", "olora", "boft"]
+ALL = [*PEFT, "pissa", "olora", "boft", "hira"]
 
 
 def block_diagonal(blocks: Tensor, indices: list[list[int]], size: int) -> Tensor:

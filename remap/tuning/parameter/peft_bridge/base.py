@@ -145,15 +145,6 @@ class AddedDelta(PeftMethod):
         return _changed(change, x, change.get_delta_weight(ADAPTER), **bias)
 
 
-class HiRA(PeftMethod):
-    """One product, as of ``AddedDelta``; peft's own delta is only B A, which multiplies the weight elementwise."""
-
-    @staticmethod
-    def run(change: Any, x: Tensor, **bias: Tensor) -> Tensor:
-        factor_oi = change.hira_B[ADAPTER] @ change.hira_A[ADAPTER]
-        return _changed(change, x, base_of(change).weight * factor_oi, **bias)
-
-
 def _changed(change: nn.Module, x: Tensor, delta_oi: Tensor, **bias: Tensor) -> Tensor:
     base = base_of(change)
     return base(x, weight=base.weight + delta_oi.to(base.weight.dtype), **bias)
