@@ -11,6 +11,7 @@ from remap.backbones.anatomy import module_at
 from remap.backbones.model_folder import is_known_to_timm, opened_by_timm, registering_module
 from remap.backbones.names import is_weights_file
 from remap.backbones.projected_head import HEAD_OF_A_PAIR, projected_head
+from remap.backbones.typed import M
 from remap.errors import RunError
 from remap.exporting import FORMATS, snippets
 from remap.exporting.format import Answer, ExportOptions, Format
@@ -20,6 +21,7 @@ from remap.network import Network
 from remap.runs.task import open_backbone
 from remap.tuning import METHODS
 from remap.tuning.layers import layers_of
+from remap.tuning.parameter.hira import ElementwiseProduct
 from remap.tuning.parameter.lora import LowRank
 from remap.tuning.parameter.peft_rows import PeftEntry, PeftLayer
 from remap.tuning.weights import registered
@@ -34,7 +36,8 @@ class PeftFolder(Format):
     def write(self, source: TaskSource, folder: Path, options: ExportOptions) -> dict[str, Any]:
         network = source.network()
         config: Any
-        config, states = _of_lora(network) if source.meta.method.name == "lora" else _of_row(source, network)
+        of_network = OWN.get(source.meta.method.name)
+        config, states = of_network(network) if of_network else _of_row(source, network)
         config.modules_to_save = list(network.anatomy.classifier_heads)
         model: Any = peft.get_peft_model(_base(source), config)
         model.peft_config["default"].base_model_name_or_path = source.meta.backbone.model  # peft takes timm's: None
@@ -107,12 +110,7 @@ def _put(layer: nn.Module, state: State) -> None:
 
 def _of_lora(network: Network) -> tuple[peft.PeftConfig, dict[str, State]]:
     """Return remap's LoRA in PEFT's terms: the ranks of the projections that one layer makes stand side by side."""
-    name = "remap_lora"
-    changes = {
-        path.removesuffix(f".{name}"): module
-        for path, module in network.model.named_modules()
-        if isinstance(module, LowRank) and path.endswith(f".{name}")
-    }
+    changes = _changes(network, "remap_lora", LowRank)
     ranks = {path: len(change.down) for path, change in changes.items()}
     config = peft.LoraConfig(
         target_modules=list(changes),
@@ -125,6 +123,23 @@ def _of_lora(network: Network) -> tuple[peft.PeftConfig, dict[str, State]]:
         for path, change in changes.items()
     }
     return config, states
+
+
+def _of_hira(network: Network) -> tuple[peft.PeftConfig, dict[str, State]]:
+    """Return remap's HiRA in PEFT's terms; its tensors have PEFT's names."""
+    changes = _changes(network, "remap_hira", ElementwiseProduct)
+    rank = len(next(iter(changes.values())).hira_A["default"])
+    config = peft.HiraConfig(target_modules=list(changes), r=rank)
+    return config, {path: change.state_dict() for path, change in changes.items()}
+
+
+def _changes(network: Network, name: str, kind: type[M]) -> dict[str, M]:
+    """Return the modules that a method inserted under this name, by the path of the layer that each changes."""
+    return {
+        path.removesuffix(f".{name}"): module
+        for path, module in network.model.named_modules()
+        if isinstance(module, kind) and path.endswith(f".{name}")
+    }
 
 
 def _of_row(source: TaskSource, network: Network) -> tuple[peft.PeftConfig, dict[str, State]]:
@@ -148,3 +163,7 @@ def _of_row(source: TaskSource, network: Network) -> tuple[peft.PeftConfig, dict
     common = network.model.get_submodule(name).state_dict() if row.shared else {}
     states = {path: {**network.model.get_submodule(f"{path}.{name}").state_dict(), **common} for path in layers}
     return method.peft_config(layers), states
+
+
+# Methods of PEFT that remap has written itself.
+OWN = {"lora": _of_lora, "hira": _of_hira}

@@ -174,7 +174,7 @@ def test_timm_folder_is_a_model_of_timm(finished: Finished, tmp_path: Path) -> N
         assert any("remap_" in name for name, _ in student.model.named_parameters()), "merge left the student alone"
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3"])
+@pytest.mark.parametrize("method", ["lora", "ia3", "hira"])
 def test_peft_loads_the_adapter_with_its_classifier(finished: Finished, tmp_path: Path, method: str) -> None:
     """Source: peft's own forward on timm's own model; the check of the export compares with the student."""
     found = export_student(finished(method), "peft", tmp_path / "out")
