@@ -195,6 +195,8 @@ def default_losses(
     # Of those tried the one that gained on every kind of images (docs/new-camera.md).
     names += ("infomax",) if target else ()
     options = FEW_LABELS if few and labels and teacher else {}
+    if any(part in METHODS and METHODS.row(part).two_classifiers for part in parts_of(method)):
+        options = {name: one for name, one in options.items() if name != "ce"}  # whose classifier is its own
     chosen = (name for name in names if not is_idle(name, method))
     return tuple(LossSpec.model_validate({"name": name, **options.get(name, {})}) for name in chosen)
 

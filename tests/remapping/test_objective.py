@@ -124,6 +124,8 @@ def test_with_images_without_labels_the_teacher_counts_more(data: dict[str, Any]
     assert losses() == few
     assert losses("losses.attention.weight=0.5") == [*few[:2], ("attention", 0.5, {})]
     assert losses(teacher=["a", "b"]) == few and losses(method="linear") == few[:2]
+    # Each has a classifier of its own, and the share of their mixture is for equal weights (arXiv 2505.07675).
+    assert losses(method="lora+dual_head") == [whole[0], *few[1:]] and losses(method="dual_head") == [whole[0], few[1]]
     assert losses(losses="ce,kd,attention") == losses(teacher="ema") == whole
     by_words = losses(teacher="clip:ViT-B-32.openai")
     assert by_words == losses(teacher={"model": "a", "prepare": "none"}) == whole, "whose answers hold no labels"
