@@ -17,6 +17,9 @@ def teacher_problems(recipe: Recipe) -> Iterator[str]:
             given = (name for name in ("calibrate", "balance") if getattr(spec, name))
             why = "is for the logits of a teacher that stays as it was prepared (leave it out)"
             yield from (f"{key}.{name}: {why}" for name in given)
+        if spec.calibrate and recipe.choose_losses:
+            why = "losses: auto judges its trials by the images that the temperature would be fitted on"
+            yield f"{key}.calibrate: {why} (name the losses, or leave it out)"
         if spec.joint:
             yield from _joint_problems(f"{key}.joint", spec, recipe)
         yield from _fade_problems(f"{key}.overtaken", spec, recipe)
