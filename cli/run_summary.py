@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 def announce(recipe: "Recipe", progress: console.Reporter) -> None:
     """Say on stderr what is going to be trained."""
     from remap.backbones.names import SHORT_NAMES
-    from remap.recipe.named import losses_in_words
-    from remap.recipe.option_listing import behind
+    from remap.recipe.in_words import behind, losses_in_words
 
     several = len(recipe.teachers) > 1
     weights = [f" x {spec.weight:g}" if several else "" for spec in recipe.teachers]

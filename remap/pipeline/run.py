@@ -49,7 +49,7 @@ from remap.pipeline.weak_teachers import check_teachers, require_all_useful
 from remap.progress import Progress, Silent, Within
 from remap.recipe import Recipe, resolve, resolve_distill
 from remap.recipe.checks import require_held_out_once
-from remap.recipe.named import losses_in_words
+from remap.recipe.in_words import losses_in_words
 from remap.recipe.paths import is_run
 from remap.recipe.teacher_checks import idle_options
 from remap.recipe.train_checks import require_rate

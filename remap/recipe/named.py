@@ -1,11 +1,9 @@
 """Names from the tables of methods, losses and initialisations, with their options."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from remap.recipe.option_listing import behind
 from remap.recipe.paths import absolute_model
 from remap.registry import LATER, MAY_BE_PATH
 from remap.remapping import LOSSES
@@ -105,17 +103,6 @@ class LossSpec(Named):
             return self.options.get("signal") == "logits" and self.options.get("loss") in ("PKTLoss", "RKDLoss", None)
         return self.name == "affinity" and self.options.get("text_to_image") != 0
 
-    def in_words(self, times: str) -> str:
-        """Return what it is to a reader, as "kd x 1 (temperature 2)": what is not the loss's default. Imports torch."""
-        changed = self.options
-        if self.name in LOSSES:  # the report of an old comparison may name one that no longer is
-            config = LOSSES.load(self.name).Config
-            own, given = (config(**options).model_dump(mode="json") for options in ({}, self.options))
-            changed = {name: value for name, value in given.items() if value != own.get(name)}
-        schedules = {"weight_schedule": self.weight_schedule, "temperature_schedule": self.temperature_schedule}
-        changed |= {name: one.model_dump(exclude_defaults=True) for name, one in schedules.items() if one is not None}
-        return behind(f"{self.name} {times} {self.weight:g}", changed)
-
     def over(self, share: float) -> "LossSpec":
         """Return the same loss in a run of ``share`` times as many epochs, whose warm-ups are as much of it."""
         given = {"weight_schedule": self.weight_schedule, "temperature_schedule": self.temperature_schedule}
@@ -129,11 +116,6 @@ class LossSpec(Named):
     def is_idle(self, method: str) -> bool:
         """Whether it is about a signal that no part of the method can change."""
         return is_idle(self.name, method, self.options.get("signal"))
-
-
-def losses_in_words(losses: Iterable[LossSpec], times: str = "x") -> str:
-    """Return a list of losses as messages and reports show it: "ce x 0.1, kd x 1 (temperature 2)"."""
-    return ", ".join(loss.in_words(times) for loss in losses)
 
 
 def name_only(value: Any) -> Any:

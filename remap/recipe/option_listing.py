@@ -128,23 +128,6 @@ def shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value}"
 
 
-def behind(name: str, options: Mapping[str, Any]) -> str:
-    """Return a name with options as a run says them, "lora (rank 4, targets [q, v])"; without any, the name."""
-    return f"{name} ({_pairs(options)})" if options else name
-
-
-def _pairs(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {_in_words(value)}" for name, value in options.items())
-
-
-def _in_words(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return f"{{{_pairs(value)}}}"
-    if isinstance(value, (tuple, list)):
-        return f"[{', '.join(map(_in_words, value))}]"
-    return f"{value:g}" if isinstance(value, float) else shown(value)
-
-
 def _notes(config: type[BaseModel]) -> str:
     """Return the first docstring of the class and its bases that says more than "Options."."""
     from remap.tuning.base import Options  # imports torch

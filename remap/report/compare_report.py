@@ -8,7 +8,7 @@ from remap.errors import RunError
 from remap.io.checked_json import read_run_json
 from remap.io.human_size import number_of, size
 from remap.io.names import plain
-from remap.recipe.named import losses_in_words
+from remap.recipe.in_words import losses_in_words
 from remap.recipe.schema import LossSpec
 from remap.report.page import count, percent, rows_of, write_page
 from remap.report.tradeoff import Point, tradeoff

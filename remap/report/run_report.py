@@ -10,7 +10,7 @@ from remap.errors import RunError
 from remap.io.human_size import size
 from remap.io.names import plain
 from remap.recipe import Recipe
-from remap.recipe.named import losses_in_words
+from remap.recipe.in_words import losses_in_words
 from remap.remapping.schedule import is_scheduled
 from remap.report import figures
 from remap.report.images import bins_of, class_rows, confused_pairs, confusion_counts, overlays, worst_images

@@ -20,7 +20,8 @@ from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.run import start
 from remap.progress import Silent
 from remap.recipe import load, resolve
-from remap.recipe.named import LossSpec, losses_in_words, with_defaults
+from remap.recipe.in_words import losses_in_words
+from remap.recipe.named import LossSpec, with_defaults
 from remap.remapping import LOSSES
 from remap.runs.run_dir import RunDir
 
