@@ -68,6 +68,7 @@ _NOTHING = ": got nothing after '=' (to set no value, write"
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
+        (["--losses", "ce,,kd"], "losses: a name is missing, got 'ce,,kd'"),
         (["--losses", "ce,kd:x"], "losses: 'kd:x': the weight after the colon must be a number, got 'x'"),
         (["--set", "train.epochs=null"], "train.epochs: should be a valid integer, got nothing"),
         (["--set", "train.epochs="], f"--set train.epochs={_NOTHING} train.epochs=null)"),
