@@ -189,7 +189,7 @@ def start(
     require_rate(recipe)
     validate_inputs(recipe, shared)
     recipe = without_idle_losses(recipe, progress)
-    for line in idle_options(recipe):
+    for line in idle_options(recipe, accelerator().num_processes):
         progress.say(f"note: {line}")
     with run_path(output, default_path(), f"{recipe.name}-{recipe.method.name}") as path:
         run_dir = RunDir.create(path, recipe) if accelerator().is_main_process else RunDir(path)
