@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 def announce(recipe: "Recipe", progress: console.Reporter) -> None:
     """Say on stderr what is going to be trained."""
     from remap.backbones.names import SHORT_NAMES
+    from remap.recipe.in_words import behind, losses_in_words
 
     several = len(recipe.teachers) > 1
     weights = [f" x {spec.weight:g}" if several else "" for spec in recipe.teachers]
@@ -28,9 +29,8 @@ def announce(recipe: "Recipe", progress: console.Reporter) -> None:
             f"note: {' and '.join(dict.fromkeys(shipped))}: shipped to try things out, trained on images of 32 pixels"
             f" (CIFAR-10); for your own photographs name larger models: {larger}"
         )
-    losses = ", ".join(f"{loss.name} x {loss.weight:g}" for loss in recipe.losses or ())
-    chosen = "chosen by trials (auto)" if recipe.choose_losses else losses
-    progress.say(f"method   {recipe.method.name}{_changed(recipe)}, losses {chosen}")
+    chosen = "chosen by trials (auto)" if recipe.choose_losses else losses_in_words(recipe.losses)
+    progress.say(f"method   {behind(recipe.method.name, _changed(recipe))}, losses {chosen}")
     if recipe.baseline:
         progress.say("baseline the same student by labels alone, as many steps (--no-baseline: none)")
 
@@ -41,7 +41,7 @@ def _meaning(word: str, short_names: dict[str, str]) -> str:
     return f" = {meaning}" if meaning else ""
 
 
-def _changed(recipe: "Recipe") -> str:
+def _changed(recipe: "Recipe") -> dict[str, Any]:
     """Return the options that differ from the method's own defaults; of a combination as ``method.option``."""
     from remap.tuning import config_of
 
@@ -49,13 +49,7 @@ def _changed(recipe: "Recipe") -> str:
     flat: dict[str, Any] = {}
     for name, value in options.items():
         flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
-    return f" ({', '.join(f'{name} {_plain(value)}' for name, value in flat.items())})" if flat else ""
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        return f"[{', '.join(map(_plain, value))}]"
-    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+    return flat
 
 
 def show(summary: dict[str, Any]) -> None:

@@ -45,7 +45,7 @@ def compare(
     budget, search = read_budget(plan.budget), Search.read(plan.search)
     jobs = read_jobs(plan.jobs, budget)
     recipe = without_idle_losses(recipe, progress)
-    for line in idle_options(recipe):
+    for line in idle_options(recipe, processes=1):
         progress.say(f"note: {line}")
     # Before the cells are made: labels alone take as many steps as these epochs have.
     if budget is not None and budget[0] == "epochs":

@@ -45,10 +45,13 @@ def chosen_methods(words: str | None) -> list[str]:
 
     Raises:
         UnknownName: Words are none of these; all are named.
-        RecipeError: A method is named twice, a combination cannot be made, or there is no word.
+        RecipeError: A method is named twice, a combination cannot be made, or a name is missing.
     """
+    given = DEFAULT_METHODS if words is None else [word.strip() for word in words.split(",")]
+    if not all(given):
+        raise RecipeError([f"--methods: a name is missing in '{words}'"], "command line")
     found, named = list[str](), list[tuple[str, str | None]]()
-    for word in DEFAULT_METHODS if words is None else [word.strip() for word in words.split(",") if word.strip()]:
+    for word in given:
         # Duplicates from "all" and a name are reported below, not dropped.
         if word == "all":
             found += [row.name for row in METHODS if "words" not in row.needs]
@@ -65,8 +68,6 @@ def chosen_methods(words: str | None) -> list[str]:
     problems = [line for name in found for line in method_problems("--methods", split_word(name)[0])]
     if len(set(found)) < len(found):
         problems.append("--methods: a method is named twice")
-    if not found:
-        problems.append(f"--methods: no method in '{words}'")
     if problems:
         raise RecipeError(problems, "command line")
     return found

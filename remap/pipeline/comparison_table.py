@@ -105,6 +105,7 @@ def tabulate(recipe: Recipe, cells: Sequence[Cell], output: Path) -> dict[str, A
         "batch_size": recipe.train.batch_size,
         "seeds": sorted({cell.seed for cell in cells}),
         "losses": {loss.name: loss.weight for loss in recipe.losses},
+        "objective": [loss.model_dump(mode="json") for loss in recipe.losses],
         "student": recipe.student.model,
         "teacher": first["teacher"],
         "more_teachers": first.get("more_teachers", []),

@@ -21,7 +21,7 @@ def require_each_class(recipe: Recipe, shared: SharedResources) -> None:
     for spec in _parts(recipe):
         data = shared.index(spec)
         held = [data.selection] if data.selection is not None else []
-        if spec.held_out is not None or (spec.fold is not None and spec.fold.held_out is not None):
+        if spec.held_out is not None or (spec.fold is not None and spec.fold.evaluates):
             held.append(data.val)
         lost = np.any([_has(data, split) for split in held], axis=0) & ~_has(data, data.train) if held else np.zeros(0)
         if lost.any():

@@ -49,6 +49,7 @@ from remap.pipeline.weak_teachers import check_teachers, require_all_useful
 from remap.progress import Progress, Silent, Within
 from remap.recipe import Recipe, resolve, resolve_distill
 from remap.recipe.checks import require_held_out_once
+from remap.recipe.in_words import losses_in_words
 from remap.recipe.paths import is_run
 from remap.recipe.teacher_checks import idle_options
 from remap.recipe.train_checks import require_rate
@@ -188,7 +189,7 @@ def start(
     require_rate(recipe)
     validate_inputs(recipe, shared)
     recipe = without_idle_losses(recipe, progress)
-    for line in idle_options(recipe):
+    for line in idle_options(recipe, accelerator().num_processes):
         progress.say(f"note: {line}")
     with run_path(output, default_path(), f"{recipe.name}-{recipe.method.name}") as path:
         run_dir = RunDir.create(path, recipe) if accelerator().is_main_process else RunDir(path)
@@ -362,7 +363,7 @@ def _choose_losses(
         accuracies[name] = found["student"]["accuracy"]
     recipe = chosen(recipe, accuracies, shared).written_out()
     losses = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in accuracies.items())
-    names = " and ".join(loss.name for loss in recipe.losses) + ("" if recipe.teachers else ", without the teacher")
+    names = losses_in_words(recipe.losses) + ("" if recipe.teachers else ", without the teacher")
     progress.say(f"chosen: {names} (held-out {METRIC[recipe.data.task]}: {losses})")
     if accelerator().is_main_process:
         run_dir.settle(recipe)

@@ -93,8 +93,7 @@ def is_prepared(folder: Path) -> bool:
     """Return whether a teacher is stored there, fitted or tuned; every process calls it."""
     # As the main process sees it: it copies teachers out of the cache, and the others may look after that.
     here = accelerator().is_main_process and (folder / "task" / "task.json").is_file()
-    (found,) = all_reduce_max(accelerator(), here)
-    return bool(found)
+    return bool(all_reduce_max(accelerator(), here)[0])
 
 
 def teacher_folder(spec: TeacherSpec, number: int, run_dir: RunDir, shared: SharedResources) -> Path:
@@ -190,11 +189,12 @@ def title_of(spec: TeacherSpec, recipe: Recipe, fold: int = 0) -> str:
 
 def data_of_teacher(recipe: Recipe, spec: TeacherSpec, fold: int) -> DataSpec:
     """Return the labelled images that a teacher is prepared on, without a fold (0 is none), in the run's views."""
-    data = recipe.data.labeled_part()
-    share = HELD_OUT if spec.calibrate else None
+    data, share = recipe.data.labeled_part(), HELD_OUT if spec.calibrate else None
     if fold:  # held out of the other folds, so that no image of this one counts
         assert spec.folds is not None
         return data.model_copy(update={"fold": Fold(number=fold, of=spec.folds, held_out=share)})
+    if share is not None and data.selection is not None:  # ``held_out`` would take the images that judge the student
+        return data.model_copy(update={"fold": Fold(number=1, of=round(1 / share), judges=True)})
     return data if share is None else data.model_copy(update={"held_out": share})
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from remap.pipeline.labels_only import images_of, labels_only, of_same_steps
 from remap.pipeline.shared import SharedResources
 from remap.recipe.schema import LossSpec, Recipe
+from remap.remapping import LOSSES
 from remap.runs.run_dir import RunDir
 
 # Share of the labelled training images that a trial is judged by, and of the run's epochs that it takes.
@@ -27,9 +28,9 @@ def objectives(recipe: Recipe) -> dict[str, tuple[LossSpec, ...] | None]:
     found |= {f"labels-kd{one:g}": (ce, kd[one]) for one in TEMPERATURES}
     if all(spec.overtaken == "keep" for spec in recipe.teachers):  # a teacher that fades needs a loss on labels
         found["kd1"] = (kd[1.0],)
-    if "attention" in named:  # where method and models allow
-        temperature = named["kd"].options.get("temperature", 4.0)
-        found[f"labels-kd{temperature:g}-attention"] = (ce, kd[temperature], named["attention"])
+    if {"kd", "attention"} <= named.keys():  # where method and models allow
+        temperature = LOSSES.load("kd").Config(**named["kd"].options).temperature
+        found[f"labels-kd{temperature:g}-attention"] = (ce, named["kd"], named["attention"])
     return found
 
 

@@ -127,10 +127,13 @@ def loss_words(value: Any) -> Any:
     """Read "ce,kd:0.5", or a list of names and mappings, as mappings.
 
     Raises:
-        ValueError: What follows a colon is not a number.
+        ValueError: A name is missing, or what follows a colon is not a number.
     """
     if isinstance(value, str):
-        value = [word.strip() for word in value.split(",") if word.strip()]
+        words = [word.strip() for word in value.split(",")]
+        if any(words) and not all(words):
+            raise ValueError("a name is missing")
+        value = words if any(words) else []
     if not isinstance(value, (list, tuple)):
         return value
     return tuple(_loss_word(item) if isinstance(item, str) else item for item in value)
@@ -177,6 +180,8 @@ def default_losses(
     # Of those tried the one that gained on every kind of images (docs/new-camera.md).
     names += ("infomax",) if target else ()
     options = FEW_LABELS if few and labels and teacher else {}
+    if any(part in METHODS and METHODS.row(part).two_classifiers for part in parts_of(method)):
+        options = {name: one for name, one in options.items() if name != "ce"}  # whose classifier is its own
     chosen = (name for name in names if not is_idle(name, method))
     return tuple(LossSpec.model_validate({"name": name, **options.get(name, {})}) for name in chosen)
 

@@ -46,6 +46,9 @@ def of_settings(settings: Iterable[str], problems: list[str]) -> list[Override]:
         if not equals or not all(part.strip() for part in key.split(".")):
             problems.append(f"--set {setting}: write section.field=value")
             continue
+        if not text.strip():  # as of a variable that is not set; YAML would read null
+            problems.append(f"--set {setting}: got nothing after '=' (to set no value, write {key.strip()}=null)")
+            continue
         first, *rest = key.strip().split(".")
         key = ".".join(["teacher" if first == "teachers" else first, *rest])
         try:

@@ -17,6 +17,9 @@ def teacher_problems(recipe: Recipe) -> Iterator[str]:
             given = (name for name in ("calibrate", "balance") if getattr(spec, name))
             why = "is for the logits of a teacher that stays as it was prepared (leave it out)"
             yield from (f"{key}.{name}: {why}" for name in given)
+        if spec.calibrate and recipe.choose_losses:
+            why = "losses: auto judges its trials by the images that the temperature would be fitted on"
+            yield f"{key}.calibrate: {why} (name the losses, or leave it out)"
         if spec.joint:
             yield from _joint_problems(f"{key}.joint", spec, recipe)
         yield from _fade_problems(f"{key}.overtaken", spec, recipe)
@@ -95,14 +98,20 @@ def _teachers(recipe: Recipe) -> Iterator[tuple[str, TeacherSpec]]:
     yield from ((f"teachers[{number}]" if several else "teacher", spec) for number, spec in enumerate(recipe.teachers))
 
 
-def idle_options(recipe: Recipe) -> Iterator[str]:
-    """Yield options that others leave without effect or cut short, which is no error: recipes of earlier runs do."""
+def idle_options(recipe: Recipe, processes: int) -> Iterator[str]:
+    """Yield options that others leave without effect or cut short, which is no error: recipes of earlier runs do.
+
+    Args:
+        processes: How many the run has.
+    """
     for key, spec in _teachers(recipe):
         if spec.prepare in ("none", "probe", WORDS) and not spec.joint:
             given = [f"{key}.{name}" for name in ("epochs", "lr") if getattr(spec, name) is not None]
             yield from (f"{name} has no effect: {key}.prepare={spec.prepare} tunes nothing" for name in given)
         if spec.decay != TeacherSpec.model_fields["decay"].default and spec.model != EMA:
             yield f'{key}.decay has no effect: it is of the teacher "{EMA}", not of {spec.model}'
+        if spec.shard == "on" and processes == 1:
+            yield f"{key}.shard has no effect: there is one process, which has all weights"
         if spec.weight != 1.0 and len(recipe.named_teachers) == 1 and spec in recipe.named_teachers:
             yield f"{key}.weight has no effect: it is the only teacher (set the weight of a loss)"
     for loss in recipe.losses:

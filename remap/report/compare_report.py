@@ -8,6 +8,8 @@ from remap.errors import RunError
 from remap.io.checked_json import read_run_json
 from remap.io.human_size import number_of, size
 from remap.io.names import plain
+from remap.recipe.in_words import losses_in_words
+from remap.recipe.schema import LossSpec
 from remap.report.page import count, percent, rows_of, write_page
 from remap.report.tradeoff import Point, tradeoff
 from remap.runs.summary_schema import metric_of
@@ -149,6 +151,9 @@ def _listed(names: list[str]) -> str:
 
 def _facts(table: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
     teachers = [table["teacher"], *table.get("more_teachers", [])]
+    # Earlier versions have the weights alone.
+    weights = [{"name": name, "weight": weight} for name, weight in table["losses"].items()]
+    losses = map(LossSpec.model_validate, table.get("objective", weights))
     return {
         "Data": rows_of({"images": table["data"], "recipe": table["recipe"]}),
         "Networks": rows_of(
@@ -161,7 +166,7 @@ def _facts(table: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
         ),
         "Training": rows_of(
             {
-                "losses": ", ".join(f"{name} × {weight:g}" for name, weight in table["losses"].items()),
+                "losses": losses_in_words(losses, "×"),
                 "epochs": table["epochs"],
                 "epochs by labels only": table.get("epochs_alone"),  # earlier versions have none
                 "batch size": table["batch_size"],

@@ -10,6 +10,7 @@ from remap.errors import RunError
 from remap.io.human_size import size
 from remap.io.names import plain
 from remap.recipe import Recipe
+from remap.recipe.in_words import losses_in_words
 from remap.remapping.schedule import is_scheduled
 from remap.report import figures
 from remap.report.images import bins_of, class_rows, confused_pairs, confusion_counts, overlays, worst_images
@@ -225,7 +226,7 @@ def _facts(run: RunDir, summary: dict[str, Any], recipe: Recipe) -> dict[str, li
             "teacher": summary["teacher"]["model"] if "teacher" in summary else "none",
             "head of the teacher": summary["teacher"]["head"] if "teacher" in summary else None,
             "how": how,
-            "losses": ", ".join(f"{loss.name} × {loss.weight:g}" for loss in recipe.losses) if own_steps else None,
+            "losses": losses_in_words(recipe.losses, "×") if own_steps else None,
             "epochs": get("epochs") if by_steps else None,
             "result": choice_in_words(summary) if "choice" in summary else None,
             "running average": get("ema"),

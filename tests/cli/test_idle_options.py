@@ -99,6 +99,21 @@ def test_a_list_of_nothing_is_not_the_default(remap: Callable[..., Result], word
 
 
 @pytest.mark.parametrize(
+    ("command", "option", "names"),
+    [
+        *[(command, "--methods", names) for command in ("compare", "recommend") for names in (",linear", "linear,")],
+        ("compare", "--loss-set", "ce,,kd"),
+    ],
+)
+def test_a_name_that_is_missing_in_a_list_is_said(
+    remap: Callable[..., Result], command: str, option: str, names: str, tmp_path: Path
+) -> None:
+    result = remap(command, option, names)
+    assert result.exit_code == 2 and list(tmp_path.iterdir()) == []
+    assert [part for part in (option, names, "a name is missing") if part not in result.message] == []
+
+
+@pytest.mark.parametrize(
     "words",
     [["predict", "run", ""], ["tune", "--output", ""], ["tune", "--output="], ["eval", ""], ["compare", "--data", ""]],
 )

@@ -62,11 +62,17 @@ def test_a_wrong_word_is_named_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+_NOTHING = ": got nothing after '=' (to set no value, write"
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
+        (["--losses", "ce,,kd"], "losses: a name is missing, got 'ce,,kd'"),
         (["--losses", "ce,kd:x"], "losses: 'kd:x': the weight after the colon must be a number, got 'x'"),
-        (["--set", "train.epochs="], "train.epochs: should be a valid integer, got nothing"),
+        (["--set", "train.epochs=null"], "train.epochs: should be a valid integer, got nothing"),
+        (["--set", "train.epochs="], f"--set train.epochs={_NOTHING} train.epochs=null)"),
+        (["--set", "data.labels= "], f"--set data.labels= {_NOTHING} data.labels=null)"),
     ],
 )
 def test_what_was_given_is_said_once_and_as_it_was_typed(

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from typer.testing import Result
 
 from remap.errors import RemapError
 from remap.pipeline.student_api import load_student
+from remap.recipe import resolve
 from remap_cli.estimates import _disk
+from remap_cli.run_summary import announce
 
 WANTED = {
     "run_dir",
@@ -149,6 +152,12 @@ def test_options_that_are_not_the_methods_own_are_said(
         words = [word for setting in settings for word in ("--set", f"method.{setting}")]
         result = remap("tune", "--data", pictures, "--method", method, *tiny, *words, "--dry-run")
         assert f"method   {said}" in result.stderr, result.stderr
+
+
+def test_options_that_are_not_the_losses_own_are_said(watch: Any) -> None:
+    said = watch(lambda done: None)
+    announce(resolve(words={"teacher": "mini_teacher"}, settings=["data.labels=100"]), said)
+    assert "method   lora, losses ce x 0.1, kd x 1 (temperature 2), attention x 1" in said.said
 
 
 def test_the_test_folder_is_in_the_summary_and_shown(

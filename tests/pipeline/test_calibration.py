@@ -9,8 +9,11 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch.nn import functional as F
 
+from remap.errors import RecipeError
 from remap.pipeline.adjusting import best_factor
 from remap.pipeline.run import start
+from remap.pipeline.shared import SharedResources
+from remap.pipeline.teacher_tuning import data_of_teacher
 
 
 def test_it_is_the_temperature_of_least_cross_entropy() -> None:
@@ -36,3 +39,30 @@ def test_a_run_fits_it_on_images_that_the_teacher_did_not_see(
     (line,) = [text for text in said.said if "calibrated" in text]
     assert "is calibrated on 5 training images: temperature" in line
     assert np.isfinite(float(line.rpartition(" ")[2]))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_images_that_judge_the_student_are_not_seen(tiny: Any, share: float) -> None:
+    """Neither by the teacher, nor by its temperature, fitted on a fifth of the others, nor by the teachers of folds."""
+    settings = ("teacher.calibrate=true", "teacher.folds=2", "train.keep=best", f"data.selection={share}")
+    recipe, shared = tiny.recipe(*settings, losses="ce,kd"), SharedResources()
+    own = shared.index(recipe.data)
+    assert own.selection is not None and recipe.teacher is not None
+    for fold in (0, 1, 2):
+        data = shared.index(data_of_teacher(recipe, recipe.teacher, fold))
+        assert not {*data.train.names, *data.val.names} & set(own.selection.names)
+        assert len(data.val) and not set(data.train.names) & set(data.val.names)
+        assert fold or {*data.train.names, *data.val.names} == set(own.train.names)
+
+
+def test_a_run_that_chooses_its_epoch_fits_it_on_others(tiny: Any, tmp_path: Path, watch: Any) -> None:
+    """7 of 24 images choose the epoch, and a fifth of the other 17 are 4."""
+    said = watch(lambda done: None)
+    settings = ("teacher.calibrate=true", "teacher.allow_weak=true", "train.keep=best", "data.selection=0.3")
+    start(tiny.recipe(*settings, losses="ce,kd"), tmp_path / "run", said)
+    assert [text for text in said.said if "is calibrated on 4 training images: temperature" in text]
+
+
+def test_trials_of_losses_would_be_judged_by_its_images(tiny: Any) -> None:
+    with pytest.raises(RecipeError, match=r"teacher\.calibrate: losses: auto judges its trials by the images that"):
+        tiny.recipe("teacher.calibrate=true", losses="auto")

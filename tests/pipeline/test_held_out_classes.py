@@ -35,6 +35,14 @@ def test_a_class_of_which_all_labels_would_be_held_out_is_named(tiny: Any, setti
     validate(tiny.recipe("data.labels=6", *settings, losses="ce,kd"))
 
 
+def test_a_temperature_beside_selection_images_takes_no_class_either(tiny: Any) -> None:
+    """Half of two labels a class choose the epoch, and of one a class a fifth would be held out."""
+    settings = ("data.labels=6", "train.keep=best", "data.selection=0.5")
+    validate(tiny.recipe(*settings, losses="ce,kd"))
+    with pytest.raises(DataError, match="all labelled images of a class would be held out"):
+        validate(tiny.recipe(*settings, "teacher.calibrate=true", losses="ce,kd"))
+
+
 def test_losses_cannot_be_chosen_by_classes_that_are_not_learned(tiny: Any) -> None:
     with pytest.raises(DataError, match="all labelled images of a class"):
         validate(tiny.recipe("data.labels=3", losses="auto"))

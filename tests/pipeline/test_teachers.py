@@ -139,7 +139,7 @@ def test_the_prepared_teacher_is_kept_and_found_again(tiny: Any, tmp_path: Path,
         (("teacher.prepare=probe", "teacher.epochs=2", "teacher.lr=0.1"), ["teacher.epochs", "teacher.lr"]),
         (("teacher.prepare=full", "teacher.epochs=2", "teacher.lr=0.1"), []),
         (("teacher.decay=0.9", "data.mix_probability=0.5"), ["teacher.decay", "data.mix_probability"]),
-        (("teacher.weight=0.5",), ["teacher.weight"]),
+        (("teacher.weight=0.5", "teacher.shard=on"), ["teacher.shard", "teacher.weight"]),
         (
             (
                 "losses.kd.weight_schedule={warmup_epochs: 20}",
@@ -154,7 +154,8 @@ def test_the_prepared_teacher_is_kept_and_found_again(tiny: Any, tmp_path: Path,
 def test_options_without_effect_are_named(settings: tuple[str, ...], idle: list[str]) -> None:
     teacher = {"teacher": "ema"} if settings[0] == "teacher=ema" else {}
     recipe = resolve_distill(None, teacher, settings[1:] if teacher else settings)
-    assert [line.partition(" has no effect: ")[0] for line in idle_options(recipe)] == idle
+    assert [line.partition(" has no effect: ")[0] for line in idle_options(recipe, 1)] == idle
+    assert not any(line.startswith("teacher.shard") for line in idle_options(recipe, 2))
 
 
 def test_a_run_says_which_options_have_no_effect(tiny: Any, tmp_path: Path, watch: Callable[..., Any]) -> None:

@@ -60,6 +60,14 @@ def test_a_student_that_is_cut_is_not_tried_without_its_teacher(tiny: Any) -> No
     assert list(objectives(auto(tiny, "student=shrink(teacher, depth=2)")))[0] == "labels-kd1"
 
 
+def test_the_default_is_tried_with_its_own_temperature(tiny: Any) -> None:
+    """Which may be none of those that are tried besides; the file of a recipe may say so of a choice."""
+    assert list(objectives(auto(tiny)))[-1] == "labels-kd4-attention"
+    recipe = tiny.recipe("choose_losses=true", "losses.kd.temperature=3", "losses.kd.weight=2", losses=None)
+    name, losses = list(objectives(recipe).items())[-1]
+    assert name == "labels-kd3-attention" and losses == recipe.losses
+
+
 def test_the_best_is_taken_and_of_equal_ones_the_first(tiny: Any) -> None:
     recipe, shared = auto(tiny), SharedResources()
     names = list(objectives(recipe))

@@ -20,6 +20,9 @@ from remap.pipeline.objective import without_idle_losses
 from remap.pipeline.run import start
 from remap.progress import Silent
 from remap.recipe import load, resolve
+from remap.recipe.in_words import losses_in_words
+from remap.recipe.named import LossSpec, with_defaults
+from remap.remapping import LOSSES
 from remap.runs.run_dir import RunDir
 
 SEQUENCES = {row.name for row in FAMILIES if "sequence" in row.parts}
@@ -97,7 +100,7 @@ def test_a_run_lists_its_losses_and_goes_on_with_them(tiny: Any, tmp_path: Path,
 def test_a_comparison_of_such_students_works(tiny: Any, tmp_path: Path, swin: str) -> None:
     recipe = tiny.recipe("train.epochs=1", student=swin, method="full")
     table = compare(recipe, ["linear", "full"], 1, tmp_path / "cmp", Silent())
-    assert table["losses"] == {"ce": 1.0, "kd": 1.0}
+    assert table["losses"] == {"ce": 1.0, "kd": 1.0} and [one["name"] for one in table["objective"]] == ["ce", "kd"]
     assert compare(recipe, ["linear", "full"], 1, tmp_path / "cmp", Silent()) == table
 
 
@@ -122,6 +125,8 @@ def test_with_images_without_labels_the_teacher_counts_more(data: dict[str, Any]
     assert losses() == few
     assert losses("losses.attention.weight=0.5") == [*few[:2], ("attention", 0.5, {})]
     assert losses(teacher=["a", "b"]) == few and losses(method="linear") == few[:2]
+    # Each has a classifier of its own, and the share of their mixture is for equal weights (arXiv 2505.07675).
+    assert losses(method="lora+dual_head") == [whole[0], *few[1:]] and losses(method="dual_head") == [whole[0], few[1]]
     assert losses(losses="ce,kd,attention") == losses(teacher="ema") == whole
     by_words = losses(teacher="clip:ViT-B-32.openai")
     assert by_words == losses(teacher={"model": "a", "prepare": "none"}) == whole, "whose answers hold no labels"
@@ -133,3 +138,15 @@ def test_labels_alone_count_in_full() -> None:
     recipe = resolve(words=words)
     assert [(loss.name, loss.weight) for loss in labels_only(recipe).losses] == [("ce", 1.0)]
     assert labels_only(recipe).losses == resolve(words={**words, "teacher": None}).losses
+
+
+def test_losses_are_named_with_what_is_not_their_default() -> None:
+    few = resolve(words={"teacher": "a", "data": {"source": "d", "labels": 8}})
+    assert losses_in_words(few.losses) == "ce x 0.1, kd x 1 (temperature 2), attention x 1"
+    settings = ("losses.kd.temperature=4", "losses.kd.weight_schedule={warmup_epochs: 20}")
+    one = resolve(words={"teacher": "a", "losses": "kd:0.5"}, settings=settings)
+    assert losses_in_words(one.losses, "×") == "kd × 0.5 (weight_schedule {warmup_epochs 20})"
+    for row in LOSSES:  # as a saved recipe has them
+        spec = LossSpec(name=row.name)
+        whole = LossSpec(name=row.name, weight=spec.weight, **with_defaults(row.load().Config, spec))
+        assert losses_in_words([whole]) == f"{row.name} x {spec.weight:g}"

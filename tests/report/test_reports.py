@@ -272,6 +272,17 @@ def test_a_comparison_in_one_page(comparison: Path) -> None:
         assert name in page.texts
 
 
+def test_losses_are_told_with_what_is_not_their_default(run: RunDir, comparison: Path) -> None:
+    recipe = run.path / "recipe.yaml"
+    assert "kd × 1," in Page(report_run(run, pngs=False)).text
+    recipe.write_text(recipe.read_text().replace("temperature: 4.0", "temperature: 2.0", 1))
+    assert "kd × 1 (temperature 2)" in Page(report_run(RunDir.open(run.path), pngs=False)).text
+    assert "kd × 1" in Page(report_comparison(comparison, pngs=False)).text, "one of an earlier version"
+    objective = [{"name": "kd", "weight": 0.5, "temperature": 2.0}]
+    edit(comparison / "compare.json", lambda found: found.update(objective=objective))
+    assert "kd × 0.5 (temperature 2)" in Page(report_comparison(comparison, pngs=False)).text
+
+
 def test_a_damaged_comparison_is_one_error(comparison: Path) -> None:
     edit(comparison / "compare.json", lambda found: found["rows"][0].pop("teacher"))
     with pytest.raises(RunError, match="lacks what a comparison has"):

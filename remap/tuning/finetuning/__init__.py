@@ -43,6 +43,7 @@ ROWS = [
         mergeable=False,
         lr=1e-1,
         unchanged=frozenset({"attention", "tokens", "pooled"}),
+        two_classifiers=True,
         of_images=True,
     ),
     _row(
