@@ -42,6 +42,7 @@ def check(
     console.emit(report.to_dict()) if json else _show(report)
     if html is not None:  # afterwards: reading takes long, and what was found is not lost where this cannot be written
         write_contact_sheet(expanded(html), report, images)
+        console.note(f"written: {html}")
     if any(finding.severity == "bad" for finding in report.findings):
         raise typer.Exit(2)
 

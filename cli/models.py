@@ -79,6 +79,7 @@ def _found(search: str, has_short_name: bool) -> list[dict]:
 
     from remap.backbones.families import FAMILIES, signals_of
     from remap.backbones.lookup import family_of_name
+    from remap.backbones.names import MODELS
     from remap.registry import did_you_mean
     from remap.tuning import METHODS
 
@@ -87,7 +88,7 @@ def _found(search: str, has_short_name: bool) -> list[dict]:
     bare = [name for name in timm.list_models(f"*{search}*") if name not in with_weights]
     if not (tags or bare or has_short_name):
         raise UnknownName(
-            f"no model of timm has '{search}' in its name{did_you_mean(search, timm.list_models())}",
+            f"no model of timm has '{search}' in its name{did_you_mean(search, [*MODELS, *timm.list_models()])}",
             do="`remap models` shows the families; `remap models vit` lists names with a word in them",
         )
     found = []

@@ -59,7 +59,8 @@ def _require_images(word: str, inside: Listing, layout: Layout, splits: BySplit,
             given=f"{word} ({number_of(len(inside.paths), 'file')}{also_left_out(skipped)})",
             allowed=f"CLASS/NAME with one of {' '.join(SUFFIXES)}, also below train/ and val/",
             do=table_hint(word, skipped)
-            or "put the images of each class into a folder of its name; images without labels: --unlabeled",
+            or "put the images of each class into a folder of its name; images without labels are for"
+            " `remap predict`, and for --unlabeled of `remap distill`",
         )
     names = {same_name(name) for by_class in splits.values() for name in by_class}
     empty: dict[str, str] = {}

@@ -138,10 +138,12 @@ def _unfinished(path: Path) -> RunError:
             do=f"copy the task folder again, or write it from the last checkpoint: {run.resume_command()}",
         )
     ended, message = run.outcome()
+    # A run that was killed leaves no message.
+    stored = "" if message is None else f"{path / 'status.json'} has the complete message; "
     return RunError(
         f"{path} holds no tuned student: its run {ended}",
         given=message,
-        do=f"{path / 'status.json'} has the complete message; resume with: {run.resume_command()}, or name another run",
+        do=f"{stored}resume with: {run.resume_command()}, or name another run",
     )
 
 
@@ -153,7 +155,8 @@ def read_meta(folder: Path) -> TaskMeta:
     """
     path = folder / "task.json"
     if not any(os.path.lexists(folder / name) for name in ("task.json", "task.safetensors")):
-        if os.path.isfile(folder.parent / "recipe.yaml"):
+        # Of another name it is not in a run: `remap init` writes a recipe.yaml where the user is.
+        if folder.name == "task" and os.path.isfile(folder.parent / "recipe.yaml"):
             raise _unfinished(folder.parent)
         given = "it has neither recipe.yaml nor task.json" if os.path.isdir(folder) else not_a_folder(folder)
         what = f"{plain(str(folder))} is not a run directory or task folder"

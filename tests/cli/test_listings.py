@@ -179,6 +179,7 @@ def test_models_are_listed_with_what_they_can_do(remap: Callable[..., Result], r
     }
     shown = remap("models", "vit_pe_core").stdout
     assert "vit_pe_core_tiny_patch16_384.fb" in shown and "short name" not in shown
+    assert "did you mean 'vit_tiny'?" in remap("models", "vit_tny").message, "a short name"
     missing = remap("models", "zzz")
     assert missing.exit_code == 2 and "no model of timm has 'zzz' in its name" in missing.message
 

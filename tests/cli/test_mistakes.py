@@ -138,6 +138,47 @@ def test_what_is_not_a_run_is_named_by_what_was_given(
     assert f"given:   {given}" in result.message and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "given"), [("absent", "no such folder"), ("photos", "it has neither recipe.yaml nor")]
+)
+@pytest.mark.parametrize("command", ["predict RUN PICTURES", "export RUN --to onnx", "tasks add shelf name=RUN"])
+def test_a_recipe_of_init_beside_a_wrong_name_is_not_called_an_unfinished_run(
+    remap: Callable[..., Result], pictures: Path, command: str, name: str, given: str, tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "recipe.yaml").write_text("data: {source: photos}\n")  # where `remap init` writes it
+    result = remap(*command.replace("RUN", name).replace("PICTURES", str(pictures)).split())
+    assert result.exit_code == 2 and f"{name} is not a run directory or task folder" in result.message
+    assert f"given:   {given}" in result.message and "resume" not in result.message
+
+
+@pytest.mark.parametrize("name", ["run", "run/task"])
+def test_a_run_that_was_killed_names_no_message_that_is_not_there(
+    remap: Callable[..., Result], pictures: Path, name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run" / "task").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.yaml").write_text("data: {source: photos}\n")
+    (tmp_path / "run" / "status.json").write_text('{"status": "running"}')
+    said = remap("predict", name, pictures).message
+    assert "run holds no tuned student: its run has not finished" in said
+    assert "do:      resume with: remap tune --resume run," in said and "complete message" not in said
+    (tmp_path / "run" / "status.json").write_text('{"status": "failed", "message": "no such data\\nmore"}')
+    assert "do:      run/status.json has the complete message; resume with" in remap("predict", name, pictures).message
+
+
+def test_images_without_classes_are_pointed_to_commands_that_take_them(
+    remap: Callable[..., Result], pictures: Path
+) -> None:
+    said = remap("data", "check", pictures / "train" / "red").message
+    assert "images without labels are for `remap predict`, and for --unlabeled of `remap distill`" in said
+
+
+def test_the_page_of_data_check_is_named(remap: Callable[..., Result], pictures: Path, tmp_path: Path) -> None:
+    result = remap("data", "check", pictures, "--html", "page.html", "--json")
+    assert "written: page.html" in result.stderr and (tmp_path / "page.html").is_file()
+    json.loads(result.stdout)
+
+
 @pytest.mark.parametrize("command", ["eval", "report", "export --to task", "tasks add shelf"])
 def test_a_file_in_place_of_a_run_is_called_one(remap: Callable[..., Result], command: str, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
