@@ -17,10 +17,13 @@ from remap.distributed.reading import listing_together, load_together, share_dig
 from remap.engine.evaluation_pass import batch_size_of_evaluation, evaluate
 from remap.engine.metrics import metrics
 from remap.errors import RunError
+from remap.io.human_size import number_of
+from remap.io.names import plain
 from remap.network import choose_kernels
 from remap.pipeline.computed_once import measured
 from remap.progress import Progress
 from remap.recipe.schema import DataSpec
+from remap.runs.answers import read_evidence
 from remap.runs.run_dir import RunDir
 from remap.runs.run_images import images_of_run
 from remap.runs.task import load_task, require_classifier
@@ -73,6 +76,8 @@ def evaluate_run(path: Path, data: str | None, skip_bad: bool, progress: Progres
         share_digests(accelerator(), images.contents)  # each process has read its own share
         if accelerator().is_main_process:
             _say_if_others(run, images.contents, found.count, progress)
+    elif accelerator().is_main_process:
+        _say_if_learned_from(run, split, data, progress)
     classes = []
     for label, name in enumerate(network.classes or ()):
         count, share = found.of_class(label, split.labels)
@@ -102,6 +107,22 @@ def _say_if_others(run: RunDir, contents: Contents, count: int, progress: Progre
     if contents.fingerprint(progress, "evaluation images") != wanted:
         counts = f"{count} now, {then} then"
         progress.say(f"the evaluation images are not those of the run ({counts}): names, labels or contents differ")
+
+
+def _say_if_learned_from(run: RunDir, split: Split, data: str, progress: Progress) -> None:
+    """Say where images hold all evaluation images of the run and more, as the run's own folder in a new place does."""
+    try:
+        evidence = read_evidence(run.path)
+    except RunError:  # evaluation needs none
+        return
+    names = {plain(name) for name in split.names}
+    if evidence is not None and evidence.names and names > set(evidence.names):
+        of_run, others = len(evidence.names), len(names) - len(evidence.names)
+        progress.say(
+            f"{plain(data)} holds {number_of(of_run, 'image')} with the names of the run's evaluation images, and"
+            f" {number_of(others, 'other')}: if the run learned from those, this is not its accuracy on held-out images"
+            f" (for that, write the path into {run.path / 'recipe.yaml'}, source under data, and leave --data out)"
+        )
 
 
 def _split(spec: DataSpec, data: str | None, classes: tuple[str, ...]) -> tuple[Split, str, Skipped]:

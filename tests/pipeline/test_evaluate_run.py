@@ -52,6 +52,26 @@ def test_other_evaluation_images_are_said(tiny: Any, tmp_path: Path, watch: Watc
     assert said() == []
 
 
+def test_the_folder_of_a_run_in_a_new_place_is_said_to_hold_what_it_learned_from(
+    tiny: Any, tmp_path: Path, watch: Watch
+) -> None:
+    """The fixture has 24 images to learn from and 9 to evaluate on; the latter alone are held out."""
+    settings = ("teacher.cache=off", "train.epochs=1", "train.warmup_epochs=0")
+    run = start(tiny.recipe(*settings), tmp_path / "run").run_dir
+    moved = Path(shutil.copytree(tiny.data, tmp_path / "moved"))
+
+    def said(data: Path) -> list[str]:
+        progress = watch(lambda done: None)
+        evaluate_run(run, str(data), False, progress)
+        return [line for line in progress.said if "learned from those" in line]
+
+    (line,) = said(moved)
+    assert "holds 9 images with the names of the run's evaluation images, and 24 others:" in line
+    assert said(moved / "val") == []
+    next((moved / "val").rglob("*.png")).unlink()
+    assert said(moved) == [], "not the run's folder"
+
+
 def test_images_that_a_fold_holds_out_are_evaluated_and_exported_again(tiny: Any, tmp_path: Path, watch: Watch) -> None:
     settings = ("data.fold={number: 1, of: 2, held_out: 0.25}", "train.epochs=1", "train.warmup_epochs=0")
     run = start(tiny.recipe(*settings, losses="ce", teacher=None), tmp_path / "run")
