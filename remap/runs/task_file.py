@@ -155,8 +155,8 @@ def read_meta(folder: Path) -> TaskMeta:
     """
     path = folder / "task.json"
     if not any(os.path.lexists(folder / name) for name in ("task.json", "task.safetensors")):
-        # Of another name it is not in a run: `remap init` writes a recipe.yaml where the user is.
-        if folder.name == "task" and os.path.isfile(folder.parent / "recipe.yaml"):
+        # Both: `remap init` writes a recipe.yaml where the user is, which is not a run.
+        if all(os.path.isfile(folder.parent / name) for name in ("recipe.yaml", "status.json")):
             raise _unfinished(folder.parent)
         given = "it has neither recipe.yaml nor task.json" if os.path.isdir(folder) else not_a_folder(folder)
         what = f"{plain(str(folder))} is not a run directory or task folder"

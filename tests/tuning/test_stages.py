@@ -26,6 +26,8 @@ SMALL |= {"fourierft": {"coefficients": 200}}
 SMALL |= {"waveft": {"coefficients": 100}, "psoft": {"rank": 8}}
 # Which experts are masked is random, and a step or two may leave one untouched.
 SMALL |= {"mlae": {"dropout": 0.0}}
+# Ranks go where they count most, and may all leave a layer (test_peft_bridge looks at that): here few leave.
+SMALL |= {"adalora": {"rank": 7, "initial_rank": 8}}
 LABELS = torch.tensor([0, 1, 2, 3])
 
 
