@@ -57,7 +57,7 @@ BY_PROBE = {"model": "tf_efficientnet_lite0", "prepare": "probe", "image_size": 
 BY_FULL = {"model": "mini_conv", "prepare": "full"}
 TEACHERS = {name: BY_FULL if name in ("cifar10", "digits") else BY_PROBE for name in SETS}
 WEIGHTS = "efficientnet_lite0.safetensors"
-# With all labels: the same classifier's head, or mini_conv as a whole, by the held-out half again.
+# Trained on all labels: mini_conv as a whole; else a linear classifier on the same network.
 GIVEN_FULL = ("cifar10", "digits", "emoji")
 BATCH, STEPS = 32, 300
 # Few labels are learned by heart long before.

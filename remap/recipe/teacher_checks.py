@@ -99,7 +99,7 @@ def _teachers(recipe: Recipe) -> Iterator[tuple[str, TeacherSpec]]:
 
 
 def idle_options(recipe: Recipe, processes: int) -> Iterator[str]:
-    """Yield options that others leave without effect or cut short, which is no error: recipes of earlier runs do.
+    """Yield options that others leave without effect or cut short, which is not an error: recipes of earlier runs do.
 
     Args:
         processes: How many the run has.
