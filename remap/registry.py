@@ -217,8 +217,14 @@ def _cannot_load(package: str, what: str, error: Exception) -> PluginError:
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
     """Return the candidate a reader most likely meant, or None."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
-    matches = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.55)
-    return by_lower[matches[0]] if matches else None
+    word = word.lower()
+    matches = difflib.get_close_matches(word, by_lower, n=5, cutoff=0.55)
+
+    def nearness(match: str) -> tuple[float, bool]:
+        # Of equally near ones the one of the same letters: "lroa" is "lora", not "road".
+        return difflib.SequenceMatcher(None, match, word).ratio(), sorted(match) == sorted(word)
+
+    return by_lower[max(matches, key=nearness)] if matches else None
 
 
 def unknown_names(table: Registry[Any], words: Iterable[str]) -> str:

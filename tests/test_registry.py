@@ -27,6 +27,11 @@ def test_a_name_cannot_stand_in_the_table_twice() -> None:
         Registry("method", "methods", [row("a"), row("a")])
 
 
+@pytest.mark.parametrize(("word", "meant"), [("lroa", "lora"), ("roda", "road"), ("ls", "ls")])
+def test_two_letters_that_were_swapped_are_the_likeliest_slip(word: str, meant: str) -> None:
+    assert nearest(word, ["lora", "road", "ls"]) == meant
+
+
 @pytest.mark.parametrize(("word", "nearest"), [("vpt_dep", "; did you mean 'vpt_deep'?"), ("zzzz", "")])
 def test_unknown_name_says_the_nearest_or_all_names_and_the_command(word: str, nearest: str) -> None:
     with pytest.raises(UnknownName) as caught:

@@ -212,7 +212,7 @@ def _copies(good: list[Seen]) -> Iterator[Finding]:
         for relation, group in groupby(kinds, key=lambda one: one[0]):
             names = [f"{one.name} = {other.name}" for _, (one, other) in group]
             what, do = _RELATIONS[relation]
-            same = "equal byte for byte" if word == "copies" else "that look the same (difference hash, greys)"
+            same = "of exact copies" if word == "copies" else "of near copies (difference hash, greys)"
             what = f"{number_of(len(names), 'pair')} {same} {what}"
             yield Finding(word, "bad" if relation < 2 else "note", what, do, len(names), tuple(names[:SHOWN]))
 

@@ -200,6 +200,10 @@ def _cell_recipe(
     student = recipe.student
     if init is not None:
         student = student.model_copy(update={"init": InitSpec(name=init), "force_init": True})
+    # A default may differ with the method: dual_head has a classifier for the labels, and counts few of them in full.
+    own = recipe.default_losses_of(recipe.method.name) if recipe.has_default_losses else ()
+    of_method = {loss.name: loss for loss in recipe.default_losses_of(method)}
+    losses = [of_method.get(loss.name, loss) if loss in own else loss for loss in losses]
     # An idle loss would only add a constant.
     kept = tuple(loss for loss in losses if not loss.is_idle(method))
     if alone and images is not None and images[0] < images[1]:

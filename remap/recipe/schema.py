@@ -119,11 +119,7 @@ class Recipe(Section):
         if backbone and "method" not in self.model_fields_set:
             object.__setattr__(self, "method", MethodSpec(name=LABEL_FREE_METHOD))
         if self.has_default_losses:
-            kinds = {"labels": labels, "teacher": bool(self.teachers), "target": self.data.target is not None}
-            losses = default_losses(self.method.name, **kinds, few=self._labels_are_few)
-            if not labels and self.data.classes is not None:
-                losses = (LossSpec(name="kd"),)
-            object.__setattr__(self, "losses", losses)
+            object.__setattr__(self, "losses", self.default_losses_of(self.method.name))
         if self.brings_average and EMA not in (spec.model for spec in self.teachers):
             object.__setattr__(self, "teachers", (*self.teachers, TeacherSpec(model=EMA)))
         if self.brings_average and "augment" not in self.data.model_fields_set:
@@ -166,6 +162,14 @@ class Recipe(Section):
     def has_default_losses(self) -> bool:
         """Whether the losses were not chosen. A saved recipe lists them, and they count as chosen from then on."""
         return "losses" not in self.model_fields_set
+
+    def default_losses_of(self, method: str) -> tuple[LossSpec, ...]:
+        """Return the losses that this recipe would have with a method, if none were chosen."""
+        labels = self.data.source is not None
+        if not labels and self.data.classes is not None:
+            return (LossSpec(name="kd"),)
+        kinds = {"labels": labels, "teacher": bool(self.teachers), "target": self.data.target is not None}
+        return default_losses(method, **kinds, few=self._labels_are_few)
 
     @property
     def label_free(self) -> bool:

@@ -97,6 +97,17 @@ def test_default_losses_are_those_that_swept_models_can_learn() -> None:
     assert losses("ce,kd,attention") == [["ce", "kd", "attention"]] * 2, "what is named stays"
 
 
+@pytest.mark.parametrize("base", ["lora", "dual_head"])
+def test_few_labels_have_the_default_weight_of_each_cells_method(base: str) -> None:
+    def weights(words: str | None, *settings: str) -> list[float]:
+        recipe = resolve_distill(None, {"method": base, "losses": words}, ["data.labels=200", *settings])
+        cells = comparison_cells(recipe, ["lora", "dual_head", "lora+dual_head"], 1)
+        return [cell.recipe.losses[0].weight for cell in cells if cell.with_teacher]
+
+    assert weights(None) == [0.1, 1.0, 1.0]
+    assert weights("ce:0.3,kd") == [0.3, 0.3, 0.3], "what is named stays"
+
+
 def test_a_budget_of_minutes_decides_the_epochs(tiny: Any, tmp_path: Path) -> None:
     plan = Plan(["train.epochs=1,2"], budget="minutes=1")
     with pytest.raises(RecipeError, match=r"--sweep train\.epochs: the epochs follow from the budget minutes=1"):
