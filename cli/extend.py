@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from remap.errors import RecipeError
-from remap.io.human_size import size
+from remap.io.human_size import number_of, size
 from remap_cli import console, report
 from remap_cli import options as opt
 
@@ -93,6 +93,8 @@ def show_sessions(summary: "dict[str, Any] | Any") -> None:
     columns = ["session", "new classes", "images", "accuracy", "saved size"]
     console.table(f"{summary['run_dir']}: each session's images now", columns, rows, right=(2, 3, 4), wrap=(1,))
     names = ("last", "average", "forgetting", "overall")
-    console.line(", ".join(f"{name} {share(found[name])}" for name in names if found[name] is not None))
+    unknown = last.count(None)
+    without = f" (without {number_of(unknown, 'session')} that could not be measured)" if unknown else ""
+    console.line(", ".join(f"{name} {share(found[name])}" for name in names if found[name] is not None) + without)
     run = shlex.quote(summary["run_dir"])
     console.line(f"{console.duration(summary['seconds'])} in all. next: remap predict {run} IMAGES...")

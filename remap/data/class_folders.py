@@ -25,7 +25,7 @@ class ClassFolders(LabeledFiles):
     def images(self, word: str) -> tuple[list[tuple[str, Listing]], Skipped]:
         listing = list_files(word, "a folder, a tar or a zip of images")
         reasons = {path: why_left_out(path) for path in listing.paths}
-        skipped = [(path, reason) for path, reason in reasons.items() if reason is not None]
+        skipped = [*listing.left_out, *((path, reason) for path, reason in reasons.items() if reason is not None)]
         return [(path, listing) for path, reason in reasons.items() if reason is None], skipped
 
     def read(self, word: str, depth: int | None) -> tuple[BySplit, Skipped]:
@@ -33,7 +33,7 @@ class ClassFolders(LabeledFiles):
         layout = find_layout(word, listing)
         inside, level = listing.inside(layout.prefix), depth or 1
         splits: BySplit = {split: {} for split in layout.roots.values()}
-        skipped: list[tuple[str, str]] = []
+        skipped = list(listing.left_out)
         levels: set[int] = set()
         for path in inside.paths:
             root, reason = layout.root_of(path), why_left_out(path)

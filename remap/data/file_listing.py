@@ -23,7 +23,8 @@ MOST_VISITS = 16
 class Listing:
     """Files and folders of a folder or archive as relative paths, what reads a file, and what tells its size in bytes.
 
-    The size of what cannot be read is -1. ``spans`` are offset and bytes of each file in a plain tar.
+    The size of what cannot be read is -1. ``spans`` are offset and bytes of each file in a plain tar, ``left_out`` the
+    members of an archive that are not files, with what they are.
     """
 
     paths: tuple[str, ...]
@@ -31,6 +32,7 @@ class Listing:
     read: Callable[[str], bytes]
     size: Callable[[str], int]
     spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    left_out: tuple[tuple[str, str], ...] = ()
 
     def inside(self, prefix: str) -> "Listing":
         """Return what lies below a folder ("photos/"), relative to it."""

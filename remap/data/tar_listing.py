@@ -8,7 +8,7 @@ import lzma
 import os
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from remap.data.file_listing import Listing, member_path, require_few
@@ -16,7 +16,7 @@ from remap.data.image_files import why_not_read
 from remap.data.images import MAX_BYTES
 from remap.errors import DataError, RemapError
 from remap.io.checked_read import open_regular
-from remap.io.names import first_line
+from remap.io.names import first_line, plain
 
 # A compressed archive cannot be read from the middle, so its images are held in memory: of all archives of a source
 # together up to this many bytes.
@@ -43,7 +43,9 @@ class Held:
 
 
 def list_tar(path: Path, also: tuple[str, ...] = (), held_so_far: Held | None = None) -> Listing:
-    """List the regular files of a tar, to be read where they lie; links, devices and files with holes are ignored.
+    """List the regular files of a tar, to be read where they lie; links, devices and files with holes are left out.
+
+    A hard link to a file before it in the archive is that file under another name.
 
     Args:
         also: Ends of names of other files than images that are read, too.
@@ -55,7 +57,7 @@ def list_tar(path: Path, also: tuple[str, ...] = (), held_so_far: Held | None = 
     try:
         with open_regular(path) as file:
             stream, compressed = _stream(path, file)
-            files, folders = _members(path, stream)
+            files, folders, left_out = _members(path, stream)
             if compressed:
                 held = _held(path, stream, files, also, held_so_far or Held())
 
@@ -64,7 +66,8 @@ def list_tar(path: Path, also: tuple[str, ...] = (), held_so_far: Held | None = 
                         raise OSError(errno.EINVAL, "not read from a compressed archive: neither an image nor a label")
                     return held[name]
 
-                return Listing(tuple(sorted(files)), folders, read_held, lambda name: files[name][1])
+                sizes = {name: size for name, (_, size) in files.items()}
+                return Listing(tuple(sorted(files)), folders, read_held, sizes.__getitem__, left_out=left_out)
     except RemapError:
         raise
     except Exception as error:  # Python's readers raise many kinds; all mean the file is no usable archive
@@ -74,7 +77,7 @@ def list_tar(path: Path, also: tuple[str, ...] = (), held_so_far: Held | None = 
             allowed="a folder of class folders, or a tar or zip of one",
             do=None if isinstance(error, OSError) else "if it is another kind of file, name the folder of the images",
         ) from error
-    return listing_of_spans(path, files, folders)
+    return replace(listing_of_spans(path, files, folders), left_out=left_out)
 
 
 def is_compressed(path: Path) -> bool:
@@ -160,10 +163,11 @@ class _Bounded(io.RawIOBase):
         )
 
 
-def _members(path: Path, stream: _Bounded) -> tuple[Members, tuple[str, ...]]:
-    """Return the files, the last of several of one name, and the names of folders."""
+def _members(path: Path, stream: _Bounded) -> tuple[Members, tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """Return the files, the last of several of one name, the names of folders, and what else there is."""
     files: Members = {}
     folders: set[str] = set()
+    left_out: list[tuple[str, str]] = []
     count, last = 0, -1
     with tarfile.open(fileobj=stream, mode="r:") as archive:
         while (member := archive.next()) is not None:
@@ -178,7 +182,16 @@ def _members(path: Path, stream: _Bounded) -> tuple[Members, tuple[str, ...]]:
                 folders.add(name)
             elif member.isreg() and not member.issparse():
                 files[name] = (member.offset_data, member.size)
-    return files, tuple(sorted(folders))
+            elif member.islnk() and (target := member_path(member.linkname)) in files:
+                files[name] = files[target]
+            elif name:
+                kind = "with holes" if member.issparse() else "links in an archive" if _is_link(member) else "devices and pipes"
+                left_out.append((plain(name), kind))
+    return files, tuple(sorted(folders)), tuple(left_out)
+
+
+def _is_link(member: tarfile.TarInfo) -> bool:
+    return member.issym() or member.islnk()
 
 
 def _held(path: Path, stream: _Bounded, files: Members, also: tuple[str, ...], so_far: Held) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ from remap.data.images import MAX_BYTES
 from remap.data.tar_listing import FREE_GROWTH, MOST_GROWTH
 from remap.errors import DataError, RemapError
 from remap.io.checked_read import open_regular
-from remap.io.names import first_line
+from remap.io.names import first_line, plain
 
 # What Python's reader may read at once: the list of all files, about 100 bytes each.
 _LIST_BYTES = 192 * 2**20
@@ -23,13 +23,14 @@ _UTF8_FLAG, _ENCRYPTED_FLAG = 0x800, 0x1
 
 
 def list_zip(path: Path) -> Listing:
-    """List the regular files of a zip, to be read where they lie; links are ignored.
+    """List the regular files of a zip, to be read where they lie; links and devices are left out.
 
     Raises:
         DataError: It is not a complete zip, or it is encrypted.
     """
     files: dict[str, zipfile.ZipInfo] = {}
     folders: set[str] = set()
+    left_out: list[tuple[str, str]] = []
     try:
         with _Bounded(open_regular(path)) as file, zipfile.ZipFile(file) as archive:
             require_few(len(archive.filelist), path)
@@ -37,8 +38,10 @@ def list_zip(path: Path) -> Listing:
                 name = member_path(_name(member))
                 if member.is_dir() or member.filename.endswith("\\"):
                     folders.update([name] if name else [])
-                elif name and stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG):
+                elif name and (kind := stat.S_IFMT(member.external_attr >> 16)) in (0, stat.S_IFREG):
                     files[name] = member
+                elif name:
+                    left_out.append((plain(name), "links in an archive" if kind == stat.S_IFLNK else "devices and pipes"))
     except RemapError:
         raise
     except Exception as error:  # Python's reader raises many kinds; all mean the file is no usable archive
@@ -51,7 +54,11 @@ def list_zip(path: Path) -> Listing:
         raise DataError(f"{path} is encrypted", do="unpack it and name the folder")
     sizes = {name: member.file_size for name, member in files.items()}
     return Listing(
-        tuple(sorted(files)), tuple(sorted(folders)), lambda name: _content(path, files[name]), sizes.__getitem__
+        tuple(sorted(files)),
+        tuple(sorted(folders)),
+        lambda name: _content(path, files[name]),
+        sizes.__getitem__,
+        left_out=tuple(left_out),
     )
 
 

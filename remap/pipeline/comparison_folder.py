@@ -74,13 +74,20 @@ def claim(output: Path, recipe: Recipe) -> None:
     """Claim the folder for one recipe, apart from method and number of seeds, once one of its runs is finished.
 
     Raises:
-        RunError: It is a run, or holds runs of a recipe that differs elsewhere; all differences are named.
+        RunError: It is a run, or holds other runs, or those of a recipe that differs elsewhere; all differences are
+            named.
     """
     require_folder(output)
     atomic_write.make_folder(output)
     marker = output / MARKER
     # Always with the same method, so that methods can be added to a comparison.
     digest = recipe.model_copy(update={"method": MethodSpec(name="linear")}).digest(places=False)
+    if not os.path.lexists(marker) and (other := next(output.glob("*/recipe.yaml"), None)):
+        raise RunError(
+            f"{output} holds runs that are not part of a comparison; nothing in it was touched",
+            given=str(other.parent),
+            do="name another --output",
+        )
     # lexists: a marker that is a broken link is not of this recipe, and is refused too.
     if os.path.lexists(marker) and (then := _recipe_in(marker)) != digest:
         # A folder whose first run failed may be claimed anew.

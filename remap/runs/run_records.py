@@ -177,8 +177,10 @@ class RunRecords:
 
     def outcome(self) -> tuple[str, str | None]:
         """Return how a run ended that is not done, as in "it was stopped", and the first line of its message."""
+        if not os.path.isfile(self.path / "status.json"):  # killed at once, or a recipe that `remap init` wrote
+            return "has not begun", None
         try:
-            recorded = self._status() if os.path.isfile(self.path / "status.json") else {}
+            recorded = self._status()
         except RunError:  # a damaged record
             recorded = {}
         words = {"failed": "failed", "stopped": "was stopped"}

@@ -1,7 +1,9 @@
 """A tar is the folder it was made from, image for image, and nothing of it is ever written."""
 
 import io
+import os
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image
 
 from remap.data import tar_listing
+from remap.data.class_folders import ClassFolders
 from remap.data.sources import open_data
 from remap.data.splits import ImageData
 from remap.errors import DataError
@@ -84,6 +87,21 @@ def test_a_hostile_tar_writes_nothing_and_reads_nothing_outside(tar: Make, tmp_p
     read = contents(data)
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "val.tar"])
     assert not any(content == b"secret" or ".." in name or "link" in name for name, _, content in read)
+    reasons = Counter(reason for name, reason in data.skipped if "link" in name)
+    assert reasons == {"links in an archive": 2, "devices and pipes": 2}
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_hard_link_is_the_file_that_it_names(tree: Make, tmp_path: Path, mode: str) -> None:
+    """As GNU tar writes the second name of a file."""
+    root = tree({"a/1.png": 1, "a/2.png": 2, "b/1.png": 3, "b/2.png": 4})
+    os.link(root / "b" / "2.png", root / "b" / "3.png")
+    with tarfile.open(tmp_path / "x.tar", mode) as archive:
+        archive.add(root, ".")
+        assert any(member.islnk() for member in archive.getmembers())
+    files, skipped = ClassFolders().images(str(tmp_path / "x.tar"))
+    content = {name: listing.read(name) for name, listing in files}
+    assert content["b/3.png"] == content["b/2.png"] and len(content) == 5 and not skipped
 
 
 def damaged(path: Path) -> Path:
