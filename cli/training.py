@@ -1,5 +1,6 @@
 """``remap distill`` and ``remap tune``."""
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,6 +122,7 @@ def read_recipe(values: dict[str, Any], *, with_teacher: bool) -> "Recipe":
 
     Raises:
         RecipeError: It cannot be used, or its teacher is missing or superfluous.
+        MissingData: Its images are not there.
     """
     from remap.errors import RecipeError
     from remap.recipe import resolve, resolve_distill
@@ -131,4 +133,21 @@ def read_recipe(values: dict[str, Any], *, with_teacher: bool) -> "Recipe":
         raise RecipeError(["teacher: missing; `remap tune` trains without one"], source or "command line")
     if not with_teacher and recipe.named_teachers:
         raise RecipeError(["teacher: `remap tune` has none; use `remap distill`"], source or "command line")
+    _require_images(recipe)
     return recipe
+
+
+def _require_images(recipe: "Recipe") -> None:
+    """Refuse a path where nothing is now, not in the seconds that PyTorch takes to load.
+
+    Raises:
+        MissingData: There is nothing at it.
+    """
+    from remap.data import is_source
+    from remap.io.paths import expanded
+
+    for word in (recipe.data.source, recipe.data.val_source):
+        if word is not None and not is_source(word) and not os.path.lexists(expanded(word)):
+            from remap.data.sources import find_source
+
+            find_source(word, recipe.data.depth)

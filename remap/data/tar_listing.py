@@ -31,6 +31,8 @@ _DECOMPRESSORS: tuple[tuple[bytes, Callable[[io.BufferedReader], io.BufferedIOBa
     (b"\xfd7zXZ\x00", lzma.LZMAFile),
     (b"\x5d\x00\x00", lzma.LZMAFile),
 )
+# Why members of an archive are left out.
+LINKS, DEVICES = "links in an archive", "devices and pipes"
 # Offset and bytes of each file by name.
 Members = dict[str, tuple[int, int]]
 
@@ -185,13 +187,15 @@ def _members(path: Path, stream: _Bounded) -> tuple[Members, tuple[str, ...], tu
             elif member.islnk() and (target := member_path(member.linkname)) in files:
                 files[name] = files[target]
             elif name:
-                kind = "with holes" if member.issparse() else "links in an archive" if _is_link(member) else "devices and pipes"
-                left_out.append((plain(name), kind))
+                left_out.append((plain(name), _kind(member)))
     return files, tuple(sorted(folders)), tuple(left_out)
 
 
-def _is_link(member: tarfile.TarInfo) -> bool:
-    return member.issym() or member.islnk()
+def _kind(member: tarfile.TarInfo) -> str:
+    """Return what a member is that is not read, as a reason to leave several out."""
+    if member.issparse():
+        return "files with holes"
+    return LINKS if member.issym() or member.islnk() else DEVICES
 
 
 def _held(path: Path, stream: _Bounded, files: Members, also: tuple[str, ...], so_far: Held) -> dict[str, bytes]:

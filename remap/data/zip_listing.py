@@ -11,7 +11,7 @@ from pathlib import Path
 
 from remap.data.file_listing import Listing, member_path, require_few
 from remap.data.images import MAX_BYTES
-from remap.data.tar_listing import FREE_GROWTH, MOST_GROWTH
+from remap.data.tar_listing import DEVICES, FREE_GROWTH, LINKS, MOST_GROWTH
 from remap.errors import DataError, RemapError
 from remap.io.checked_read import open_regular
 from remap.io.names import first_line, plain
@@ -41,7 +41,7 @@ def list_zip(path: Path) -> Listing:
                 elif name and (kind := stat.S_IFMT(member.external_attr >> 16)) in (0, stat.S_IFREG):
                     files[name] = member
                 elif name:
-                    left_out.append((plain(name), "links in an archive" if kind == stat.S_IFLNK else "devices and pipes"))
+                    left_out.append((plain(name), LINKS if kind == stat.S_IFLNK else DEVICES))
     except RemapError:
         raise
     except Exception as error:  # Python's reader raises many kinds; all mean the file is no usable archive

@@ -35,8 +35,6 @@ WITH_MEMORY = ("lwf", "finetune")
 METHOD_WAYS = ("ease", "l2p", "dualprompt", "coda_prompt", "domains")
 # Those whose classifier no other way continues.
 ALONE = ("ease", "domains")
-# Methods with tensors of each class besides the classifier; coop has them with per_class.
-OF_CLASSES = ("cocoop", "promptkd", "tip_adapter", "taskres")
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,8 @@ def closed_to(way: str | None, method: str, options: Mapping[str, Any], *, new_c
         options: Of the method.
         new_classes: Whether the run is to learn some.
     """
-    if new_classes and (method in OF_CLASSES or options.get("per_class")):
+    of_classes = any(row.of_classes for row in rows_of(method)) or options.get("per_class")  # of coop
+    if new_classes and of_classes:
         return f"{method} holds tensors of each class besides the classifier, and none of the new ones"
     own = {"linear", "ranpac"}.intersection(parts_of(method))
     alone = way == "ranpac" and not own and any(row.alone for row in rows_of(method))

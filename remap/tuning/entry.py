@@ -39,6 +39,8 @@ class MethodEntry(Entry):
         adds_tokens: Adds tokens to the sequence; one method of a combination may.
         two_classifiers: Gives losses on labels and losses on the teacher's logits a classifier each.
         of_images: Reads images or acts on their classifier, so that it fits no text tower.
+        of_classes: Has tensors of each class besides the classifier, so that a run of it cannot learn more classes.
+        by_texts: Answers by texts of its own, whatever the classifier is.
     """
 
     trains: str
@@ -52,6 +54,8 @@ class MethodEntry(Entry):
     adds_tokens: bool = False
     two_classifiers: bool = False
     of_images: bool = False
+    of_classes: bool = False
+    by_texts: bool = False
 
     def fits(self, parts: frozenset[str]) -> bool:
         """Return whether it can be attached to a backbone that has ``parts``."""

@@ -124,5 +124,6 @@ ROWS = [
         needs=frozenset({"words"}),
         unchanged=frozenset({"attention", "tokens", "pooled"}),
         alone=True,
+        of_classes=True,
     ),
 ]

@@ -156,6 +156,7 @@ ROWS = [
         needs=frozenset({"words"}),
         unchanged=frozenset({"attention", "tokens", "pooled"}),
         alone=True,
+        of_classes=True,
     ),
     _row(
         name="clip_lora",

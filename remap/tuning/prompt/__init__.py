@@ -149,6 +149,8 @@ ROWS = [
         paper="Zhou et al. 2022, arXiv 2203.05557",
         trains="m*D + E*h + h + h*D + D, h hidden, E dimensions shared with texts",
         vit_base=4 * T + (E + 1) * (E // 16) + (E // 16 + 1) * T,
+        of_classes=True,
+        by_texts=True,
         mergeable=False,
     ),
     _words(
@@ -206,5 +208,7 @@ ROWS = [
         paper="Li et al. 2024, arXiv 2403.02781",
         trains="l*m*D + (E + 3)*T + (T + 1)*T, T dimensions of the teacher's words",
         vit_base=9 * 4 * D + (E + 3) * E + (E + 1) * E,
+        of_classes=True,
+        by_texts=True,
     ),
 ]
